@@ -1,0 +1,269 @@
+"""Settings as frozen dataclasses, read from YAML without forgiveness: a misspelt key or an ill-typed value is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from las_fast.errors import InputError
+from las_fast.text import CHARACTERS
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """What a frame is."""
+
+    kind: Literal["logmel", "mfcc"] = "logmel"  # computed from audio; archives of features bring their own
+    size: int = 80  # values per frame before deltas: mel bins, cepstral coefficients, or the archive's own
+    mel_bins: int = 80  # filters under the MFCC
+    sample_rate: int = 16000  # Hz; audio at another rate is resampled
+    window_ms: float = 25.0
+    shift_ms: float = 10.0
+    normalisation: Literal["utterance", "global", "none"] = "utterance"
+    deltas: int = 0  # 0, 1 (speed) or 2 (speed and acceleration)
+
+    @property
+    def input_size(self) -> int:
+        """Values per frame that the model sees."""
+        return self.size * (1 + self.deltas)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which utterances, and how they are batched."""
+
+    train: tuple[str, ...] = ()  # split names; empty: every training split the data has
+    dev: str = ""  # split name; empty: the development split the data has
+    characters: str = CHARACTERS
+    normalise_text: bool = False  # map transcripts onto the characters instead of refusing them
+    on_bad: Literal["error", "skip"] = "error"
+    frames_per_batch: int = 20000  # feature frames, padding included
+    utterances_per_batch: int = 64  # at most
+    max_seconds: float = 0.0  # longer training utterances are left out and counted; 0: no limit
+    cache: str = ""  # folder of the feature cache; empty: the user's cache folder
+    workers: int = 1  # loader processes; 0 loads in the training process
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """SpecAugment (Park et al. 2019) and speed, on features, in training only."""
+
+    start_epoch: float = 0.0  # epochs before masks begin: attention forms sooner on whole utterances
+    time_masks: int = 2
+    time_width: int = 40  # frames at most
+    time_share: float = 0.2  # of an utterance that all time masks together may take
+    frequency_masks: int = 2
+    frequency_width: int = 10  # bins at most
+    frequency_share: float = 0.5  # of the bins that all frequency masks together may take
+    speed: float = 0.0  # 0.1: each utterance is played between 0.9 and 1.1 times its speed
+
+
+@dataclass(frozen=True)
+class ListenerConfig:
+    """Encoder: convolution, one BiLSTM, then BiLSTMs that each halve the time."""
+
+    conv_channels: tuple[int, ...] = (256,)
+    conv_kernels: tuple[int, ...] = (5,)  # odd, one a layer
+    conv_strides: tuple[int, ...] = (1,)  # one a layer
+    lstm_size: int = 256  # a direction
+    pyramids: int = 3
+    dropout: float = 0.2  # locked: one mask an utterance, the same in every frame
+
+
+@dataclass(frozen=True)
+class SpellerConfig:
+    """Decoder: embedding tied to the output, LSTM cells, masked dot-product attention."""
+
+    key_size: int = 256
+    value_size: int = 256
+    embedding_size: int = 256
+    lstm_sizes: tuple[int, ...] = (512, 256)
+    dropout: float = 0.2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    listener: ListenerConfig = field(default_factory=ListenerConfig)
+    speller: SpellerConfig = field(default_factory=SpellerConfig)
+    ctc_layer: int = -1  # listener layer that carries a CTC head: 0 the BiLSTM, i the i-th pyramid; -1 none
+
+
+@dataclass(frozen=True)
+class TeacherForcingStage:
+    """From `start` to `end` (epochs) the share of true previous tokens goes straight from `first` to `last`."""
+
+    start: float
+    end: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    epochs: int = 60
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup_steps: int = 200
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    final_share: float = 0.02  # of the learning rate at the end of the cosine
+    plateau_patience: int = 4  # validations without a better dev CER
+    plateau_factor: float = 0.5
+    clip_norm: float = 5.0
+    label_smoothing: float = 0.1
+    ctc_weight: float = 0.0  # needs model.ctc_layer
+    ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
+    guided_weight: float = 0.0  # soft diagonal prior on the attention
+    guided_width: float = 0.15  # of the diagonal, as a share of the utterance
+    guided_until: float = 10.0  # epoch at which the prior has faded to nothing
+    teacher_forcing: tuple[TeacherForcingStage, ...] = (
+        TeacherForcingStage(start=0.0, end=20.0, first=1.0, last=1.0),
+        TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.8),
+        TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine has matrix units for it
+    ema_decay: float = 0.999  # averaged weights; 0: none
+    seed: int = 1
+    validate_every: float = 1.0  # epochs
+    checkpoint_minutes: float = 5.0  # between saves inside an epoch
+    pictures: int = 2  # dev utterances whose attention is drawn at each validation
+    monitor_epoch: float = 10.0  # by when the attention should have formed
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    beam: int = 8
+    length_penalty: float = 1.0  # scores are ranked by score / length ** length_penalty
+    eos_threshold: float = 0.0  # eos only where its log-probability > threshold * best other; 0: always
+    minimum_share: float = 0.0  # tokens per encoder frame, at least
+    maximum_share: float = 1.0  # tokens per encoder frame, at most
+    maximum_extra: int = 10  # tokens allowed besides the maximum share
+    frames_per_batch: int = 30000  # feature frames, padding included
+
+
+@dataclass(frozen=True)
+class Config:
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+
+def presets() -> list[str]:
+    """Names that --config takes besides a file."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(name: str | Path) -> Config:
+    """Return the preset of that name, or the YAML file at that path; raise InputError on any mistake in it."""
+    path = PRESETS / f"{name}.yaml" if str(name) in presets() else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), presets(), 1) or presets()
+        raise InputError(f"--config {name}: no such preset or file; did you mean {' or '.join(near)}?")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return check(from_tree(Config, tree or {}, str(path)))
+
+
+def to_tree(config: Any) -> Any:
+    """Return a dataclass as plain dicts, lists and scalars, ready for YAML."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_tree(item) for item in config] if isinstance(config, tuple) else config
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def from_yaml(text: str, where: str) -> Config:
+    """Return the Config that to_yaml wrote; `where` names it in errors."""
+    return check(from_tree(Config, yaml.safe_load(text), where))
+
+
+def from_tree(kind: Any, tree: Any, where: str) -> Any:
+    """Build `kind` from plain data, strictly: unknown keys and ill-typed values raise InputError naming `where`."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_tree(kind, tree, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if tree not in arguments:
+            raise InputError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {tree!r}")
+        return tree
+    if origin is tuple:
+        if not isinstance(tree, list):
+            raise InputError(f"{where} must be a list; got {tree!r}")
+        return tuple(from_tree(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(tree))
+    if kind is float and isinstance(tree, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(tree)
+        except ValueError:
+            pass
+    if kind is float and type(tree) is int:
+        return float(tree)
+    if type(tree) is not kind:
+        raise InputError(f"{where} must be {kind.__name__}; got {tree!r}")
+    return tree
+
+
+def _dataclass_from_tree(kind: Any, tree: Any, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise InputError(f"{where} must be a mapping of settings; got {tree!r}")
+    hints = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1, cutoff=0.0)[0]
+            raise InputError(f"{where} has no setting {key!r}; the nearest is {near!r}")
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in tree and _required(f)]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{key: from_tree(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def check(config: Config) -> Config:
+    """Return config if its values make sense together; raise InputError naming the field if not."""
+    listener, training, model = config.model.listener, config.training, config.model
+    layers = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
+    rules = [
+        (len(layers) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
+        (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
+        (all(s >= 1 for s in listener.conv_strides), "model.listener.conv_strides must be at least 1"),
+        (listener.pyramids >= 0, "model.listener.pyramids must be at least 0"),
+        (-1 <= model.ctc_layer <= listener.pyramids, "model.ctc_layer must be from -1 to model.listener.pyramids"),
+        (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
+        (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
+        (config.features.size > 0, "features.size must be positive"),
+        (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
+        (training.epochs >= 1, "training.epochs must be at least 1"),
+        (0 <= training.label_smoothing < 1, "training.label_smoothing must be from 0 to below 1"),
+        (0 <= training.ema_decay < 1, "training.ema_decay must be from 0 to below 1"),
+        (training.validate_every > 0, "training.validate_every must be positive"),
+        (config.data.frames_per_batch > 0, "data.frames_per_batch must be positive"),
+        (config.data.utterances_per_batch > 0, "data.utterances_per_batch must be positive"),
+        (0 <= config.augment.speed < 1, "augment.speed must be from 0 to below 1"),
+        (config.decoding.beam >= 1, "decoding.beam must be at least 1"),
+        (all(0 <= s.first <= 1 and 0 <= s.last <= 1 and s.start <= s.end for s in training.teacher_forcing),
+         "training.teacher_forcing stages need rates from 0 to 1 and start <= end"),
+    ]
+    dropouts = (listener.dropout, model.speller.dropout)
+    rules.append((all(0 <= d < 1 for d in dropouts), "dropout must be from 0 to below 1"))
+    for holds, message in rules:
+        if not holds:
+            raise InputError(f"settings: {message}")
+    return config
