@@ -1,0 +1,442 @@
+"""A spoken corpus out of nothing: short English sentences said by eSpeak NG, written in the HW4P2 F23 layout.
+
+    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean,test-clean}/mfcc/*.npy     (T, 28) float32
+    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean}/transcripts/*.npy         "<sos>", characters, "<eos>"
+    ROOT/test-clean.tsv    what was said in the test split, whose archive holds features only: file, voice, seconds, text
+    ROOT/corpus.json       how it was made
+
+Dev and test voices and dev and test sentences never occur in training. The same arguments give the same files, whatever
+the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soxr
+from tqdm import tqdm
+
+from las_fast.config import FeatureConfig
+from las_fast.errors import InputError
+from las_fast.features import compute_features
+
+ARCHIVE = "11-785-f23-hw4p2"
+FEATURES = FeatureConfig(kind="mfcc", size=28, normalisation="none")
+BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
+
+ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
+SPEAKERS = {  # eSpeak NG voice variants: other formants, pitch and timbre. No speaker serves two kinds of split.
+    "train": (
+        "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f4", "klatt2", "klatt4", "Andy", "Annie", "Denis", "Gene",
+        "Hugo", "Jacky", "Lee", "Marco", "Michael", "adam", "anika", "belinda", "boris", "david", "ian", "john",
+        "linda", "max", "miguel", "pablo", "robert", "shelby", "travis", "zac", "Alicia",
+    ),
+    "dev": ("m7", "f5", "klatt", "victor", "edward", "sandro"),
+    "test": ("m5", "f3", "klatt3", "Andrea", "Mike", "paul", "steph", "Mario"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One thing to say: where it goes, what, in which voice (accent+speaker)."""
+
+    split: str
+    name: str
+    text: str
+    voice: str
+    number: int  # counts through the corpus; seeds rate, pitch, volume and noise
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+
+ONES = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN " \
+       "SEVENTEEN EIGHTEEN NINETEEN".split()  # fmt: skip
+TENS = "TWENTY THIRTY FORTY FIFTY SIXTY SEVENTY EIGHTY NINETY".split()
+ORDINALS = "FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH THIRTEENTH FOURTEENTH " \
+           "FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH".split()  # fmt: skip
+
+WORDS = {  # alternatives are parted by commas
+    "weekday": "MONDAY, TUESDAY, WEDNESDAY, THURSDAY, FRIDAY, SATURDAY, SUNDAY",
+    "month": "JANUARY, FEBRUARY, MARCH, APRIL, MAY, JUNE, JULY, AUGUST, SEPTEMBER, OCTOBER, NOVEMBER, DECEMBER",
+    "part": "IN THE MORNING, IN THE EVENING, AT NIGHT, TODAY, TOMORROW",
+    "switch": "TURN ON, TURN OFF, SWITCH ON, SWITCH OFF",
+    "device": "LIGHT, LAMP, HEATING, RADIO, FAN, TELEVISION, ALARM",
+    "room": "KITCHEN, BEDROOM, GARAGE, OFFICE, GARDEN, HALL",
+    "opening": "DOOR, WINDOW, GATE, BOX, CURTAIN",
+    "move": "OPEN, CLOSE, LOCK, CHECK",
+    "kin": "MOTHER, FATHER, SISTER, BROTHER, UNCLE, DOCTOR, TEACHER, FRIEND",
+    "whose": "MY, YOUR, HIS, THE",
+    "verb": "WANTS, LIKES, FOUND, LOST, BOUGHT, BROUGHT, KEPT, PAINTED",
+    "colour": "RED, BLUE, GREEN, YELLOW, BLACK, WHITE, BROWN",
+    "size": "BIG, SMALL, LONG, OLD, HEAVY, EMPTY",
+    "thing": "BOOK, TABLE, CAR, BOTTLE, HOUSE, LETTER, JACKET, CAMERA, PICTURE, BICYCLE",
+    "animal": "DOG, CAT, HORSE, BIRD, RABBIT, SHEEP",
+    "act": "SLEEPS, RUNS, WAITS, SITS, HIDES, PLAYS",
+    "place": "UNDER THE TREE, BY THE RIVER, NEAR THE BRIDGE, IN THE FOREST, ON THE ROAD, BEHIND THE WALL",
+    "food": "BREAD, CHEESE, SOUP, RICE, FRUIT, COFFEE, WATER, SUGAR, CHOCOLATE",
+    "town": "LONDON, PARIS, DUBLIN, BOSTON, CHICAGO, BERLIN",
+    "sky": "SUNNY, CLOUDY, WINDY, COLD, WARM, RAINY",
+    "media": "THE NEWS, SOME MUSIC, A SONG, THE MESSAGE, A STORY",
+    "play": "PLAY, STOP, REPEAT, FIND",
+    "name": "ANNA, PETER, MARY, THOMAS, LAURA, GEORGE, OLIVER",
+    "ask": "WHERE IS, HERE IS, I CAN'T FIND, PLEASE BRING, DON'T FORGET, WE NEED",
+    "vehicle": "TRAIN, BUS, PLANE, BOAT",
+    "leave": "LEAVES, ARRIVES, STOPS",
+    "please": "PLEASE, NOW, AGAIN, QUICKLY",
+    "unit": "MINUTES, HOURS, DAYS, WEEKS, MILES, METRES, DOLLARS, PEOPLE",
+}
+ALTERNATIVES = {kind: text.split(", ") for kind, text in WORDS.items()}
+
+TEMPLATES = (
+    "{number}", "{number} {unit}", "{digits}", "{digits}", "IT COSTS {number} DOLLARS", "IN {number} {unit}",
+    "{weekday} THE {ordinal} OF {month}", "{weekday} {month} THE {ordinal}", "ON {weekday} {part}",
+    "THE {ordinal} OF {month}", "{month} THE {ordinal}", "THE {ordinal} OF {month} {part}", "{ordinal} OF {month}",
+    "{time}", "{time} {part}", "{weekday} AT {time}", "WAKE ME AT {time}", "IT'S {time}", "MEET {name} AT {time}",
+    "{switch} THE {room} {device}", "{switch} THE {device} {please}", "{move} THE {opening} {please}",
+    "{move} THE {room} {opening}", "{move} THE {colour} {opening}", "SET THE {device} TO {small}",
+    "{play} {media} {please}", "CALL {whose} {kin} {please}", "CALL {name} AT {time}", "SET A TIMER FOR {small} MINUTES",
+    "{whose} {kin} {verb} THE {thing}", "{name} {verb} A {colour} {thing}", "{whose} {kin} {verb} THE {size} {thing}",
+    "THE {colour} {animal} {act} {place}", "THE {size} {animal} {act}", "{ask} THE {colour} {thing}",
+    "{ask} {whose} {size} {thing}", "{ask} THE {food}", "{name} {verb} THE {food}", "WE NEED {small} {unit}",
+    "WHAT'S THE WEATHER IN {town}", "IT'S {sky} IN {town} {part}", "IT WAS {sky} ON {weekday}",
+    "THE {vehicle} TO {town} {leave} AT {time}", "THE {vehicle} {leave} IN {small} MINUTES", "A {vehicle} TO {town}",
+    "{name} IS IN THE {room}", "I'M GOING TO {town} ON {weekday}", "{name} AND {name} {part}",
+)  # fmt: skip
+LONGEST = 40  # characters
+
+
+def say_number(number: int) -> str:
+    """Return 0 to 999 in words."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
+    return f"{ONES[number // 100]} HUNDRED" + (f" AND {say_number(number % 100)}" if number % 100 else "")
+
+
+def say_ordinal(number: int) -> str:
+    """Return 1 to 31 as an ordinal in words."""
+    if number <= 20:
+        return ORDINALS[number - 1]
+    return f"{TENS[number // 10 - 2]} {ORDINALS[number % 10 - 1]}" if number % 10 else "THIRTIETH"
+
+
+def _say_time(rng: np.random.Generator) -> str:
+    hour = ONES[rng.integers(1, 13)]
+    style = rng.integers(4)
+    if style == 0:
+        return f"{hour} O'CLOCK"
+    if style == 1:
+        return f"{rng.choice(['HALF PAST', 'QUARTER PAST', 'QUARTER TO'])} {hour}"
+    if style == 2:
+        return f"{say_number(int(rng.choice([5, 10, 20, 25])))} {rng.choice(['PAST', 'TO'])} {hour}"
+    return f"{hour} {say_number(int(rng.integers(10, 60)))}"
+
+
+def _some_number(rng: np.random.Generator, end: int) -> int:
+    """2 to end-1, with the teens, which have a word each, as often as they need to be heard."""
+    return int(rng.integers(10, 20) if rng.random() < 0.25 else rng.integers(2, end))
+
+
+def _fill(kind: str, rng: np.random.Generator) -> str:
+    if kind == "number":
+        return say_number(_some_number(rng, 1000))
+    if kind == "small":
+        return say_number(_some_number(rng, 100))
+    if kind == "ordinal":
+        return say_ordinal(int(rng.integers(1, 32)))
+    if kind == "digits":
+        return " ".join(ONES[d] for d in rng.integers(0, 10, size=rng.integers(3, 7)))
+    if kind == "time":
+        return _say_time(rng)
+    return str(rng.choice(ALTERNATIVES[kind]))
+
+
+def sentence(rng: np.random.Generator, role: str) -> str:
+    """Return a random sentence of 6 to 40 characters that belongs to `role` ("train", "dev" or "test").
+
+    A hash of its letters decides to whom a sentence belongs, so that no sentence is ever in two of them.
+    """
+    while True:
+        parts = TEMPLATES[rng.integers(len(TEMPLATES))].split("{")
+        text = parts[0]
+        for part in parts[1:]:
+            kind, rest = part.split("}")
+            text += _fill(kind, rng) + rest
+        owner = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 8, "train")
+        if owner == role and 6 <= len(text) <= LONGEST:
+            return text
+
+
+def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
+    """Return every utterance of the corpus. Sentences within dev and within test are distinct."""
+    first = train * 100 // 460  # the two training folders keep the proportion of the real archive
+    splits = [
+        ("train-clean-100", "train", first), ("train-clean-360", "train", train - first),
+        ("dev-clean", "dev", dev), ("test-clean", "test", test),
+    ]  # fmt: skip
+    utterances: list[Utterance] = []
+    for index, (split, role, count) in enumerate(splits):
+        rng = np.random.default_rng([seed, index])
+        voices = [f"{accent}+{speaker}" for speaker in SPEAKERS[role] for accent in ACCENTS]
+        texts: dict[str, None] = {}
+        while role != "train" and len(texts) < count:
+            texts[sentence(rng, role)] = None
+        for i, text in enumerate(texts or (sentence(rng, role) for _ in range(count))):
+            voice = voices[int(rng.integers(len(voices)))]
+            name = f"{100 * index + voices.index(voice) // len(ACCENTS):03d}-{i:05d}"
+            utterances.append(Utterance(split, name, text, voice, len(utterances)))
+    return utterances
+
+
+# ------------------------------------------------------------------------------------------------------------- speech
+
+
+def _loader():
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise InputError("the spoken corpus needs eSpeak NG; install it with: pip install espeakng-loader") from None
+    return espeakng_loader
+
+
+class Synthesiser:
+    """eSpeak NG through ctypes; one a process, since the library keeps global state.
+
+    A recording also depends a little on what the process said before it (phases of the oscillators live on).
+    """
+
+    RATE, PITCH, RANGE = 1, 3, 4  # espeak_PARAMETER
+    CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+    def __init__(self):
+        loader = _loader()
+        try:
+            self._library = ctypes.CDLL(loader.get_library_path())
+        except OSError as error:
+            raise InputError(f"eSpeak NG does not load ({error}); reinstall it: pip install --force-reinstall "
+                             "espeakng-loader") from None  # fmt: skip
+        self._data = self._short_path(Path(loader.get_data_path()))
+        synchronous = 2
+        self.sample_rate = self._library.espeak_Initialize(synchronous, 0, str(self._data).encode(), 0)
+        if self.sample_rate <= 0:
+            raise InputError(f"{self._data}: eSpeak NG finds no usable data there; reinstall espeakng-loader")
+        self._chunks: list[np.ndarray] = []
+        self._callback = self.CALLBACK(self._collect)  # kept: the library holds a bare pointer to it
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    @staticmethod
+    def _short_path(data: Path) -> Path:
+        """eSpeak NG cuts paths at 160 bytes: reach a deep installation through a link."""
+        if len(str(data).encode()) < 120:
+            return data
+        link = Path(tempfile.mkdtemp(prefix="espeak")) / "espeak-ng-data"
+        link.symlink_to(data)
+        return link
+
+    def _collect(self, wave, count, _events):
+        if wave and count > 0:
+            self._chunks.append(np.ctypeslib.as_array(wave, (count,)).copy())
+        return 0
+
+    def speak(self, text: str, voice: str, *, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
+        """Return text as float32 samples in -1..1 at self.sample_rate.
+
+        Args:
+            voice: accent+speaker.
+            rate: words per minute, 80 to 450.
+            pitch, pitch_range: 0 to 100, 50 is usual.
+        """
+        # an unknown variant would silently give the plain voice
+        if not (self._data / "voices" / "!v" / voice.partition("+")[2]).is_file():
+            raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
+        if self._library.espeak_SetVoiceByName(voice.encode()):
+            raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
+        for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.RANGE, pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._chunks.clear()
+        data = text.lower().encode()  # capitals such as US would be spelt out
+        utf8 = 1
+        self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
+        if not self._chunks:
+            raise InputError(f"eSpeak NG said nothing for {text!r} in voice {voice}; reinstall espeakng-loader")
+        return np.concatenate(self._chunks).astype(np.float32) / 32768
+
+
+def record(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.ndarray:
+    """Return the utterance at 16 kHz, float32, with its own rate, pitch, volume, silences and a little noise."""
+    rng = np.random.default_rng([seed, 1000, utterance.number])
+    rate, pitch, pitch_range = rng.integers(130, 191), rng.integers(35, 66), rng.integers(30, 71)
+    wave = synthesiser.speak(
+        utterance.text, utterance.voice, rate=int(rate), pitch=int(pitch), pitch_range=int(pitch_range)
+    )
+    wave = soxr.resample(wave, synthesiser.sample_rate, FEATURES.sample_rate)
+    silences = rng.integers(0, FEATURES.sample_rate // 5, size=2)
+    wave = np.pad(wave, tuple(map(int, silences)))
+    wave *= 10 ** (rng.uniform(-25, -12) / 20) / max(float(np.abs(wave).max()), 1e-3)  # peak in dB of full scale
+    noise = 10 ** (rng.uniform(-75, -50) / 20)
+    return (wave + noise * rng.standard_normal(len(wave))).astype(np.float32)
+
+
+def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, float]]:
+    """Speak the utterances of one task in order, write their files, return (name, seconds) of each."""
+    import torch
+
+    utterances, seed, archive = task
+    torch.set_num_threads(1)
+    synthesiser = Synthesiser()
+    waves = [record(synthesiser, utterance, seed=seed) for utterance in utterances]
+    for utterance, features in zip(utterances, compute_features(waves, FEATURES), strict=True):
+        folder = Path(archive) / utterance.split
+        np.save(folder / "mfcc" / f"{utterance.name}.npy", np.asarray(features, dtype=np.float32))
+        if utterance.split != "test-clean":
+            symbols = np.array(["<sos>", *utterance.text, "<eos>"], dtype="<U5")
+            np.save(folder / "transcripts" / f"{utterance.name}.npy", symbols)
+    return [(u.name, len(wave) / FEATURES.sample_rate) for u, wave in zip(utterances, waves, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------- corpus
+
+
+def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
+    """Return everything the corpus depends on, as plain data; two equal ones mean equal files."""
+    _loader()
+    sources = (Path(__file__), Path(__file__).parents[1] / "features.py")
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    espeak = importlib.metadata.version("espeakng-loader")
+    return {"train": train, "dev": dev, "test": test, "seed": seed, "code": code, "espeakng_loader": espeak,
+            "features": asdict(FEATURES)}  # fmt: skip
+
+
+def is_current(root: str | Path, **arguments) -> bool:
+    """Say whether root holds the complete corpus that generate would write with these arguments."""
+    try:
+        return json.loads((Path(root) / "corpus.json").read_text(encoding="utf-8"))["settings"] == settings(**arguments)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def generate(
+    root: str | Path,
+    *,
+    train: int = 2400,
+    dev: int = 120,
+    test: int = 200,
+    seed: int = 1,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write the corpus under root and return its archive, root/11-785-f23-hw4p2.
+
+    Args:
+        root:  folder that does not exist, is empty, or holds an earlier corpus of this kind (which is replaced).
+        train, dev, test: utterances, about 2 seconds each.
+        workers: processes; default one a core that this process may use. They change nothing in the files.
+
+    Raises:
+        InputError: root holds something else, a size is not positive, or eSpeak NG is not installed.
+    """
+    root = Path(root)
+    for name, size in (("train", train), ("dev", dev), ("test", test)):
+        if not 1 <= size <= 99999:
+            raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
+    if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(f"{root} holds something that is not a spoken corpus; give --out a new folder")
+    made = settings(train=train, dev=dev, test=test, seed=seed)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
+        new = Path(temporary) / "corpus"
+        utterances = plan(train=train, dev=dev, test=test, seed=seed)
+        seconds = _speak(utterances, new / ARCHIVE, seed=seed, workers=workers, progress=progress)
+        _write_tables(new, utterances, seconds, made)
+        if root.exists():
+            shutil.rmtree(root)
+        os.replace(new, root)
+    return root / ARCHIVE
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progress: bool) -> dict[str, float]:
+    for split in dict.fromkeys(u.split for u in utterances):
+        (archive / split / "mfcc").mkdir(parents=True)
+        if split != "test-clean":
+            (archive / split / "transcripts").mkdir()
+    tasks = [(utterances[i : i + BLOCK], seed, str(archive)) for i in range(0, len(utterances), BLOCK)]
+    seconds: dict[str, float] = {}
+    # A fresh process a block: what eSpeak NG said before can then not depend on who takes which block.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["las_fast.data.spoken"])
+    workers = min(workers or _cores(), len(tasks))
+    bar = tqdm(total=len(utterances), desc="speaking", unit=" utterances", disable=None if progress else True)
+    with context.Pool(workers, maxtasksperchild=1) as pool, bar:
+        results = pool.imap_unordered(_speak_block, tasks)
+        for _ in tasks:
+            try:
+                rows = results.next(timeout=600)  # a killed worker never answers: do not wait for ever
+            except multiprocessing.TimeoutError:
+                raise InputError(f"{archive}: a speaking process died or hangs; free some memory and start again") from None
+            seconds.update(rows)
+            bar.update(len(rows))
+    return seconds
+
+
+def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], made: dict) -> None:
+    rows = [f"{u.name}\t{u.voice}\t{seconds[u.name]:.3f}\t{u.text}" for u in utterances if u.split == "test-clean"]
+    table = "\n".join(["file\tvoice\tseconds\ttext", *sorted(rows)])
+    (root / "test-clean.tsv").write_text(table + "\n", encoding="utf-8")
+    splits = dict.fromkeys(u.split for u in utterances)
+    hours = {s: round(sum(seconds[u.name] for u in utterances if u.split == s) / 3600, 4) for s in splits}
+    voices = {s: len({u.voice for u in utterances if u.split == s}) for s in splits}
+    info = {"settings": made, "hours": hours, "voices": voices}
+    (root / "corpus.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+
+def read_test_transcripts(root: str | Path) -> dict[str, tuple[str, float]]:
+    """Return file name -> (text, seconds) of the test split, from root/test-clean.tsv."""
+    path = Path(root) / "test-clean.tsv"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; make the corpus again with: python -m las_fast.data.spoken --out {root}")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return {name: (text, float(seconds)) for name, _voice, seconds, text in rows}
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add --train, --dev, --test and --seed with generate's defaults."""
+    for name, default, what in (
+        ("train", 2400, "training utterances"), ("dev", 120, "development utterances"),
+        ("test", 200, "test utterances"), ("seed", 1, "seed of sentences, voices and noise"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m las_fast.data.spoken", description="Generate a spoken corpus.")
+    parser.add_argument("--out", required=True, help="folder for the corpus")
+    add_sizes(parser)
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    options = parser.parse_args(argv)
+    archive = generate(options.out, train=options.train, dev=options.dev, test=options.test, seed=options.seed,
+                       workers=options.workers)  # fmt: skip
+    hours = json.loads((Path(options.out) / "corpus.json").read_text(encoding="utf-8"))["hours"]
+    print(f"{archive}: " + ", ".join(f"{split} {60 * h:.1f} minutes" for split, h in hours.items()))
+
+
+if __name__ == "__main__":
+    from las_fast.cli import run
+
+    run(main)
