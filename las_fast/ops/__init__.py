@@ -1,0 +1,10 @@
+"""The hot operations, each with one meaning (the reference) and as many backends as there are.
+
+`python -m las_fast.ops` prints which backends are available here, and why not the others.
+"""
+
+from las_fast.ops.beam_backtrack import beam_backtrack
+from las_fast.ops.beam_topk import beam_topk
+from las_fast.ops.masked_attention import masked_attention, padding_mask
+
+__all__ = ["beam_backtrack", "beam_topk", "masked_attention", "padding_mask"]
