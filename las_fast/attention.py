@@ -1,0 +1,40 @@
+"""Masked dot-product attention: projections around ops.masked_attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from las_fast.ops import masked_attention
+
+
+class Memory(NamedTuple):
+    """What the speller reads of an utterance: made once, shared by every token and every beam."""
+
+    keys: Tensor  # (B, T, D)
+    values: Tensor  # (B, T, E)
+    lengths: Tensor  # (B,) encoder frames
+    ctc_logits: Tensor | None = None  # (B, T', V)
+    ctc_lengths: Tensor | None = None  # (B,)
+
+
+class Attention(nn.Module):
+    """softmax(query . keys / sqrt(D)) over the valid frames, applied to the values (Luong et al. 2015, scaled)."""
+
+    def __init__(self, listener_size: int, query_size: int, key_size: int, value_size: int):
+        super().__init__()
+        self.key = nn.Linear(listener_size, key_size, bias=False)  # a bias would add the same score to every frame
+        self.value = nn.Linear(listener_size, value_size)
+        self.query = nn.Linear(query_size, key_size)
+        for layer in (self.key, self.value, self.query):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def remember(self, listened: Tensor, lengths: Tensor) -> Memory:
+        """Project listener outputs (B, T, F) to keys and values, once for the whole utterance."""
+        return Memory(self.key(listened), self.value(listened), lengths)
+
+    def forward(self, states: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Return context (B, K, E) and weights (B, K, T) for decoder states (B, K, H)."""
+        query = self.query(states).to(memory.keys.dtype)
+        return masked_attention(query, memory.keys, memory.values, memory.lengths)

@@ -1,0 +1,138 @@
+"""Checkpoints: released weights as one safetensors file, training state as one file read without pickle's freedom."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from las_fast.config import Config, from_yaml, to_yaml
+from las_fast.data.dataset import Statistics
+from las_fast.errors import InputError
+from las_fast.model import LAS
+from las_fast.text import Vocabulary
+
+RELEASED = Path(__file__).parent / "checkpoints"
+BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
+
+
+class Loaded(NamedTuple):
+    """A model ready to decode, and what it was made with."""
+
+    model: LAS
+    config: Config
+    vocabulary: Vocabulary
+    statistics: Statistics | None
+    path: Path
+    info: dict[str, Any]
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call write(temporary path) and rename the result to path, so that path is never half-written.
+
+    Raises InputError when the disk is full or the folder cannot be written; the old file then stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError from its zip writer, safetensors as a SafetensorError.
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise InputError(f"{path} could not be written ({reason}); free some space or choose another folder") from None
+
+
+def build_model(config: Config) -> LAS:
+    """Return a freshly initialised model for config."""
+    vocabulary = Vocabulary(config.data.characters)
+    return LAS(config.model, input_size=config.features.input_size, vocabulary_size=len(vocabulary))
+
+
+def save_model(path: str | Path, weights: dict, config: Config, statistics: Statistics | None, info: dict) -> None:
+    """Write weights (a state_dict) and everything needed to use them to one safetensors file.
+
+    Args:
+        statistics: feature mean and std for normalisation "global", else None.
+        info: plain values worth keeping, such as epoch and dev scores.
+    """
+    tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    if statistics is not None:
+        tensors |= {"statistics.mean": torch.as_tensor(statistics.mean), "statistics.std": torch.as_tensor(statistics.std)}
+    metadata = {"format": "las_fast 1", "config": to_yaml(config), "info": json.dumps(info)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Return the file that --checkpoint names: a file, a training folder's best, or a released model."""
+    path = Path(name)
+    if path.is_dir():
+        for candidate in (BEST, AVERAGED):
+            if (path / candidate).is_file():
+                return path / candidate
+        raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
+    if path.is_file():
+        return path
+    released = sorted(p.stem for p in RELEASED.glob("*.safetensors"))
+    if str(name) in released:
+        return RELEASED / f"{name}.safetensors"
+    known = f"; released models: {', '.join(released)}" if released else ""
+    raise InputError(f"checkpoint {name} is neither a training folder nor a file{known}")
+
+
+def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
+    """Load a model for decoding, in eval mode; raises InputError when it is missing, corrupt or made otherwise."""
+    path = find_checkpoint(name)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
+    if metadata.get("format") != "las_fast 1":
+        raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
+    config = from_yaml(metadata["config"], str(path))
+    model = build_model(config).to(device)
+    load_weights(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
+    statistics = None
+    if "statistics.mean" in tensors:
+        statistics = Statistics(tensors["statistics.mean"].cpu(), tensors["statistics.std"].cpu())
+    vocabulary = Vocabulary(config.data.characters)
+    return Loaded(model.eval(), config, vocabulary, statistics, path, json.loads(metadata["info"]))
+
+
+def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
+    """Copy weights into model; raises InputError naming the first that does not fit."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        ours, theirs = own.get(name), weights.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            sizes = [tuple(x.shape) if x is not None else "none" for x in (ours, theirs)]
+            raise InputError(
+                f"{path} does not fit the settings: {name} should be {sizes[0]}, the file has {sizes[1]}; "
+                "use the config.yaml that lies beside it"
+            )
+    model.load_state_dict(weights)
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """Write a training state (tensors, numbers, text and containers of them) to one file, atomically."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(path: str | Path) -> dict:
+    """Read what save_state wrote, on the CPU; raises InputError when it is missing or corrupt."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist, so there is nothing to resume; start without --resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reports a damaged file in a dozen ways
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None

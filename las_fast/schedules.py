@@ -1,0 +1,60 @@
+"""What changes over training, as functions of the step or the epoch alone, so that resuming needs no memory of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from las_fast.config import TrainingConfig
+
+
+def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
+    """Share of true previous tokens at `epoch` (fractions count): the last stage that has begun decides."""
+    rate = 1.0
+    for stage in sorted(config.teacher_forcing, key=lambda s: s.start):
+        if epoch >= stage.start:
+            span = max(stage.end - stage.start, 1e-9)
+            done = min((epoch - stage.start) / span, 1.0)
+            rate = stage.first + (stage.last - stage.first) * done
+    return rate
+
+
+def guided_weight(config: TrainingConfig, epoch: float) -> float:
+    """Weight of the diagonal prior: falls in a straight line to 0 at guided_until."""
+    if config.guided_until <= 0:
+        return 0.0
+    return config.guided_weight * max(0.0, 1 - epoch / config.guided_until)
+
+
+def ctc_weight(config: TrainingConfig, epoch: float) -> float:
+    """Weight of the CTC loss: constant, and 0 from ctc_until on where that is set."""
+    return 0.0 if config.ctc_until and epoch >= config.ctc_until else config.ctc_weight
+
+
+def cosine_share(config: TrainingConfig, step: int, steps: int) -> float:
+    """Learning rate at `step` of `steps`, as a share of its peak: straight warm-up, then the schedule's shape."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule != "cosine":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass
+class Plateau:
+    """Lower the learning rate when dev CER has not improved for plateau_patience validations."""
+
+    share: float = 1.0
+    best: float = math.inf
+    waited: int = 0
+
+    def update(self, cer: float, config: TrainingConfig) -> None:
+        if config.schedule != "plateau":
+            return
+        if cer < self.best:
+            self.best, self.waited = cer, 0
+            return
+        self.waited += 1
+        if self.waited > config.plateau_patience:
+            self.share, self.waited = max(self.share * config.plateau_factor, config.final_share), 0

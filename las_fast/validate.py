@@ -1,0 +1,95 @@
+"""Validation: the whole dev set's loss, greedy transcripts and scores, attention monitor and pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from las_fast import monitor
+from las_fast.checkpoint import write_atomically
+from las_fast.config import Config
+from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.dataset import SpeechDataset
+from las_fast.losses import token_loss
+from las_fast.metrics import Scores, score
+from las_fast.model import LAS
+from las_fast.report import attention_picture
+from las_fast.search import greedy_search
+from las_fast.text import Vocabulary
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One look at the dev set."""
+
+    loss: float  # cross-entropy in nats a token, true token before each
+    scores: Scores  # of the greedy transcripts, over all utterances
+    alignment: monitor.Alignment
+    hypotheses: list[str]  # in dataset order
+
+
+@torch.inference_mode()
+def validate(
+    model: LAS, data: SpeechDataset, vocabulary: Vocabulary, config: Config, device: torch.device, out: Path, epoch: float
+) -> Validation:
+    """Score model on every utterance of data, and draw the attention of the first few into out/attention."""
+    model.eval()
+    batches = sorted_batches(
+        data.frames,
+        frames_per_batch=config.decoding.frames_per_batch,
+        utterances_per_batch=config.data.utterances_per_batch,
+    )
+    total, count, alignments = 0.0, 0, []
+    hypotheses: list[str] = [""] * len(data)
+    pictured = PictureBook(data, config.training.pictures)
+    for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
+        batch = batch.to(device)
+        memory = model.listen(batch.features, batch.feature_lengths)
+        logits, weights = model.speller(memory, batch.tokens)
+        total += float(token_loss(logits, batch.tokens))
+        count += int(batch.token_lengths.sum())
+        alignments.append(monitor.measure(weights, batch.token_lengths, memory.lengths))
+        pictured.collect(batch.indices, weights, batch.token_lengths, memory.lengths)
+        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, config.decoding), strict=True):
+            hypotheses[i] = vocabulary.decode(best[0].text_tokens)
+    pictured.save(out / "attention", epoch)
+    return Validation(total / count, score(data.texts, hypotheses), monitor.combine(alignments), hypotheses)
+
+
+class PictureBook:
+    """Keeps the attention of the same few dev utterances at each validation, of middling length."""
+
+    def __init__(self, data: SpeechDataset, pictures: int):
+        by_length = np.argsort(data.frames, kind="stable")
+        middle = len(by_length) // 2
+        self.wanted = [int(i) for i in by_length[middle : middle + pictures]]
+        self.data, self.weights = data, {}
+
+    def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
+        for row, i in enumerate(indices.tolist()):
+            if i in self.wanted:
+                self.weights[i] = weights[row, : token_lengths[row], : lengths[row]].float().cpu().numpy()
+
+    def save(self, folder: Path, epoch: float) -> None:
+        """Write epoch-EPOCH-ID.png for each utterance, and their numbers to epoch-EPOCH.npz."""
+        folder.mkdir(exist_ok=True)
+        name = f"epoch-{epoch:07.2f}"
+        arrays = {"ids": np.array([self.data.ids[i] for i in self.weights])}
+        for n, (i, weights) in enumerate(self.weights.items()):
+            text = self.data.texts[i]
+            arrays |= {f"weights_{n}": weights, f"text_{n}": np.array(text)}
+            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.data.ids[i])
+            title = f"{self.data.ids[i]}, epoch {epoch:g}"
+            write_atomically(
+                folder / f"{name}-{safe}.png", lambda p, w=weights, t=text, h=title: attention_picture(p, w, t, h)
+            )
+        write_atomically(folder / f"{name}.npz", lambda path: save_npz(path, arrays))
+
+
+def save_npz(path: Path, arrays: dict) -> None:
+    with path.open("wb") as file:  # a file object: numpy would add .npz to a name
+        np.savez_compressed(file, **arrays)
