@@ -1,0 +1,42 @@
+# Each target does everything it needs, from nothing: the environment, the extension, then the job.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: demo test bench lint gpu-check build
+
+demo: build
+	@echo "== demo: a spoken corpus, training, decoding, a report (runs/demo)"
+	@$(BIN)/python -m las_fast.demo --out runs/demo
+
+test: build
+	@echo "== tests"
+	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+bench: build
+	@echo "== benchmarks"
+	@$(BIN)/python -m pytest benchmarks
+
+lint: $(STAMP)
+	@echo "== lint"
+	@$(BIN)/ruff check .
+
+gpu-check:
+	@echo "There are no GPU kernels in this version yet, so there is nothing to check on a GPU."
+	@exit 1
+
+# setup.py prints one line and succeeds where there is no compiler: the reference paths serve then.
+build: $(STAMP)
+	@echo "== build of the C++ extension"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext
+
+$(STAMP): requirements.txt
+	@echo "== environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== torch"
+	@$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	@echo "== the other packages"
+	@$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
