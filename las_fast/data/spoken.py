@@ -1,8 +1,8 @@
 """A spoken corpus out of nothing: short English sentences said by eSpeak NG, written in the HW4P2 F23 layout.
 
-    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean,test-clean}/mfcc/*.npy     (T, 28) float32
-    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean}/transcripts/*.npy         "<sos>", characters, "<eos>"
-    ROOT/test-clean.tsv    what was said in the test split, whose archive holds features only: file, voice, seconds, text
+    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean,test-clean}/mfcc/*.npy    (T, 28) float32
+    ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean}/transcripts/*.npy        <sos>, characters, <eos>
+    ROOT/test-clean.tsv    what the test split says, of which the archive has features only: file, voice, seconds, text
     ROOT/corpus.json       how it was made
 
 Dev and test voices and dev and test sentences never occur in training. The same arguments give the same files, whatever
@@ -61,13 +61,12 @@ class Utterance:
 
 # ---------------------------------------------------------------------------------------------------------- sentences
 
-ONES = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN ELEVEN TWELVE THIRTEEN FOURTEEN FIFTEEN SIXTEEN " \
-       "SEVENTEEN EIGHTEEN NINETEEN".split()  # fmt: skip
-TENS = "TWENTY THIRTY FORTY FIFTY SIXTY SEVENTY EIGHTY NINETY".split()
-ORDINALS = "FIRST SECOND THIRD FOURTH FIFTH SIXTH SEVENTH EIGHTH NINTH TENTH ELEVENTH TWELFTH THIRTEENTH FOURTEENTH " \
-           "FIFTEENTH SIXTEENTH SEVENTEENTH EIGHTEENTH NINETEENTH TWENTIETH".split()  # fmt: skip
-
 WORDS = {  # alternatives are parted by commas
+    "one": "ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT, NINE, TEN, ELEVEN, TWELVE, THIRTEEN, FOURTEEN, "
+           "FIFTEEN, SIXTEEN, SEVENTEEN, EIGHTEEN, NINETEEN",
+    "ten": "TWENTY, THIRTY, FORTY, FIFTY, SIXTY, SEVENTY, EIGHTY, NINETY",
+    "nth": "FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH, ELEVENTH, TWELFTH, THIRTEENTH, "
+           "FOURTEENTH, FIFTEENTH, SIXTEENTH, SEVENTEENTH, EIGHTEENTH, NINETEENTH, TWENTIETH",
     "weekday": "MONDAY, TUESDAY, WEDNESDAY, THURSDAY, FRIDAY, SATURDAY, SUNDAY",
     "month": "JANUARY, FEBRUARY, MARCH, APRIL, MAY, JUNE, JULY, AUGUST, SEPTEMBER, OCTOBER, NOVEMBER, DECEMBER",
     "part": "IN THE MORNING, IN THE EVENING, AT NIGHT, TODAY, TOMORROW",
@@ -96,8 +95,9 @@ WORDS = {  # alternatives are parted by commas
     "leave": "LEAVES, ARRIVES, STOPS",
     "please": "PLEASE, NOW, AGAIN, QUICKLY",
     "unit": "MINUTES, HOURS, DAYS, WEEKS, MILES, METRES, DOLLARS, PEOPLE",
-}
+}  # fmt: skip
 ALTERNATIVES = {kind: text.split(", ") for kind, text in WORDS.items()}
+ONES, TENS, ORDINALS = ALTERNATIVES["one"], ALTERNATIVES["ten"], ALTERNATIVES["nth"]
 
 TEMPLATES = (
     "{number}", "{number} {unit}", "{digits}", "{digits}", "IT COSTS {number} DOLLARS", "IN {number} {unit}",
@@ -106,7 +106,7 @@ TEMPLATES = (
     "{time}", "{time} {part}", "{weekday} AT {time}", "WAKE ME AT {time}", "IT'S {time}", "MEET {name} AT {time}",
     "{switch} THE {room} {device}", "{switch} THE {device} {please}", "{move} THE {opening} {please}",
     "{move} THE {room} {opening}", "{move} THE {colour} {opening}", "SET THE {device} TO {small}",
-    "{play} {media} {please}", "CALL {whose} {kin} {please}", "CALL {name} AT {time}", "SET A TIMER FOR {small} MINUTES",
+    "{play} {media} {please}", "CALL {whose} {kin} {please}", "CALL {name} AT {time}", "WAIT {small} MINUTES {please}",
     "{whose} {kin} {verb} THE {thing}", "{name} {verb} A {colour} {thing}", "{whose} {kin} {verb} THE {size} {thing}",
     "THE {colour} {animal} {act} {place}", "THE {size} {animal} {act}", "{ask} THE {colour} {thing}",
     "{ask} {whose} {size} {thing}", "{ask} THE {food}", "{name} {verb} THE {food}", "WE NEED {small} {unit}",
@@ -389,7 +389,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
             try:
                 rows = results.next(timeout=600)  # a killed worker never answers: do not wait for ever
             except multiprocessing.TimeoutError:
-                raise InputError(f"{archive}: a speaking process died or hangs; free some memory and start again") from None
+                raise InputError("a speaking process died or hangs; free some memory and start again") from None
             seconds.update(rows)
             bar.update(len(rows))
     return seconds

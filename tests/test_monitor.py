@@ -1,0 +1,167 @@
+"""What counts as an alignment, and what is advised when there is none."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from las_fast import monitor
+from las_fast.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ListenerConfig,
+    ModelConfig,
+    TeacherForcingStage,
+    TrainingConfig,
+)
+
+
+def bumps(centres, frames, width=0.8):
+    """(1, U+1, T) attention with a bump at each centre, and an <eos> that looks at frame 0."""
+    centres = torch.cat([torch.as_tensor(centres, dtype=torch.float32), torch.zeros(1)])
+    position = torch.arange(frames, dtype=torch.float32)
+    return (-(position - centres[:, None]).square() / (2 * width**2)).softmax(-1)[None]
+
+
+def judge(weights):
+    return monitor.measure(weights, torch.tensor([weights.shape[1]]), torch.tensor([weights.shape[2]]))
+
+
+def diagonal(frames=60, tokens=25, start=0.0, end=1.0):
+    return torch.linspace(start * (frames - 1), end * (frames - 1), tokens)
+
+
+@pytest.mark.parametrize("frames, tokens", [(20, 25), (60, 25), (400, 110), (60, 4)])
+def test_a_diagonal_is_formed(frames, tokens):
+    found = judge(bumps(diagonal(frames, tokens), frames))
+    assert found.formed, found
+    assert found.diagonal > 0.99 and found.monotonic == 1
+
+
+def test_silence_pauses_and_changes_of_rate_are_still_formed():
+    fast, slow = torch.linspace(12, 26, 16), torch.linspace(38, 70, 14)  # frames 0-11, 27-37, 71-79 are silent
+    assert judge(bumps(torch.cat([fast, slow]), 80)).formed
+
+
+def test_small_steps_back_are_still_formed():
+    centres = diagonal(100, 40)
+    centres[1::4] -= 3
+    assert judge(bumps(centres, 100)).formed
+
+
+def test_uniform_attention_is_not_formed():
+    found = judge(torch.full((1, 26, 60), 1 / 60))
+    assert not found.formed
+    assert abs(found.sharp) < 1e-4 and abs(found.diagonal) < 1e-3
+
+
+@pytest.mark.parametrize("frame", [0, 30, 59])
+def test_sharply_looking_at_one_frame_is_not_formed(frame):
+    found = judge(bumps(torch.full((25,), float(frame)), 60))
+    assert found.sharp > 0.9
+    assert {"diagonal", "coverage"} <= set(found.failing())
+
+
+def test_wandering_sharply_is_not_formed():
+    generator = torch.Generator().manual_seed(1)
+    found = judge(bumps(torch.randint(0, 60, (25,), generator=generator), 60))
+    assert found.sharp > 0.9
+    assert {"diagonal", "monotonic"} <= set(found.failing())
+
+
+def test_looking_mostly_at_the_end_is_not_formed():
+    assert not judge(bumps(torch.cat([torch.tensor([0.0, 20.0, 40.0]), torch.full((22,), 58.0)]), 60)).formed
+
+
+def test_a_diagonal_over_a_third_of_the_utterance_is_not_formed():
+    assert judge(bumps(diagonal(end=0.33), 60)).failing() == ["coverage"]
+
+
+def test_a_broad_diagonal_is_not_formed():
+    assert judge(bumps(diagonal(100, 40), 100, width=15)).failing() == ["sharp"]
+
+
+def test_a_reversed_diagonal_is_not_formed():
+    found = judge(bumps(diagonal().flip(0), 60))
+    assert found.diagonal < -0.99 and not found.formed
+
+
+def test_eos_may_look_anywhere():
+    weights = bumps(diagonal(), 60)
+    elsewhere = weights.clone()
+    elsewhere[0, -1] = torch.eye(60)[30]
+    assert judge(weights) == judge(elsewhere)
+
+
+def test_padding_is_ignored():
+    alone = bumps(diagonal(), 60)
+    padded = torch.rand(2, 40, 90)
+    padded[0, :26, :60] = alone[0]
+    padded[1] = bumps(diagonal(90, 39), 90)[0]
+    found = monitor.measure(padded, torch.tensor([26, 40]), torch.tensor([60, 90]))
+    apart = monitor.combine([judge(alone), judge(padded[1:])])
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(apart), abs=1e-6)
+    assert found.utterances == 2
+
+
+def test_utterances_too_short_to_judge_are_not_counted():
+    weights = torch.cat([bumps(diagonal(), 60), torch.full((3, 26, 60), 1 / 60)])
+    found = monitor.measure(weights, torch.tensor([26, 2, 3, 1]), torch.full((4,), 60))
+    assert found.utterances == 1 and found.formed
+    none = monitor.measure(weights, torch.tensor([1, 2, 3, 0]), torch.tensor([60, 60, 60, 0]))
+    assert none.utterances == 0 and not none.formed
+    assert "not judged" in monitor.line(none, 3, 10)
+    assert monitor.combine([none, none]) == none
+    assert monitor.combine([none, found]) == found
+
+
+def test_the_line_says_formed_with_the_numbers():
+    line = monitor.line(judge(bumps(diagonal(), 60)), 2, 10)
+    assert line.startswith("attention: formed (diagonal 1.00, sharp 1.00")
+    assert "\n" not in line
+
+
+def test_before_the_deadline_the_line_gives_no_advice():
+    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, 10)
+    assert "not formed yet" in line and "epoch 10" in line and "--" not in line
+    assert "sharp 0.00 below 0.5" in line
+
+
+def test_after_the_deadline_the_advice_comes_in_order():
+    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, 10, Config())
+    wanted = ["guided-weight 3", "ctc-layer 2", "teacher_forcing", "augment.start-epoch 50", "pyramids 2",
+              "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
+    places = [line.index(word) for word in wanted]
+    assert places == sorted(places)
+    assert "now 0.95" in line  # teacher forcing at epoch 25 of the default stages
+
+
+def test_what_is_on_already_is_not_advised():
+    config = Config(
+        data=DataConfig(utterances_per_batch=8),
+        augment=AugmentConfig(start_epoch=90),
+        model=ModelConfig(listener=ListenerConfig(pyramids=2), ctc_layer=1),
+        training=TrainingConfig(guided_weight=3, guided_until=40, ctc_weight=1.0, teacher_forcing=(), epochs=30),
+    )
+    assert monitor.advice(10, config) == ["longer training: --training.epochs 60"]
+
+
+def test_what_is_on_weakly_is_advised_stronger_or_longer():
+    stage = TeacherForcingStage(start=5, end=10, first=1, last=0.5)
+    config = Config(
+        model=ModelConfig(ctc_layer=1),
+        training=TrainingConfig(guided_weight=1, guided_until=5, ctc_weight=0.3, teacher_forcing=(stage,)),
+    )
+    text = "; ".join(monitor.advice(12, config))
+    assert "--training.guided-until 24 (now 5)" in text
+    assert "--training.ctc-weight 1 (now 0.3)" in text
+    assert "now 0.50" in text
+    faded = dataclasses.replace(config, training=dataclasses.replace(config.training, ctc_until=6.0, guided_until=50))
+    assert "--training.ctc-until 0 (now 6)" in "; ".join(monitor.advice(12, faded))
+    assert "--training.guided-weight 3 (now 1)" in "; ".join(monitor.advice(12, faded))
+
+
+def test_the_log_entry_is_plain_numbers():
+    found = judge(bumps(diagonal(), 60)).as_dict()
+    assert found["formed"] is True and set(found) == {*monitor.THRESHOLDS, "utterances", "formed"}
