@@ -13,11 +13,12 @@ still look at one frame, at the end, or anywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from las_fast.config import Config, TeacherForcingStage
+from las_fast.config import Config
+from las_fast.schedules import teacher_forcing_rate
 
 THRESHOLDS = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.85, "coverage": 0.6}
 NEAR = 2  # frames on either side of the peak that still are the peak
@@ -33,21 +34,15 @@ class Alignment:
     sharp: float
     monotonic: float
     coverage: float
+    formed: bool = field(init=False)  # all four reach their thresholds
     utterances: int  # that were long enough to judge
 
-    @property
-    def formed(self) -> bool:
-        """All four numbers reach their thresholds."""
-        return self.utterances > 0 and not self.failing()
+    def __post_init__(self):
+        object.__setattr__(self, "formed", self.utterances > 0 and not self.failing())
 
     def failing(self) -> list[str]:
         """Return the names of the numbers below their thresholds."""
         return [name for name, least in THRESHOLDS.items() if getattr(self, name) < least]
-
-    def as_dict(self) -> dict:
-        """Return plain numbers and `formed`, for the log."""
-        values = {name: round(getattr(self, name), 4) for name in THRESHOLDS}
-        return {**values, "utterances": self.utterances, "formed": self.formed}
 
 
 @torch.no_grad()
@@ -130,14 +125,14 @@ def _coverage(peaks: torch.Tensor, tokens: torch.Tensor, frames: torch.Tensor) -
     return seen.sum(-1) / frames.sum(-1)
 
 
-def line(alignment: Alignment, epoch: float, deadline: float, config: Config | None = None) -> str:
-    """Return one plain line: formed, not formed yet, or not formed by the deadline with what to try, in order.
+def line(alignment: Alignment, epoch: float, config: Config) -> str:
+    """Return one plain line: formed, not formed yet, or not by training.monitor_epoch with what to try in order.
 
     Args:
         epoch: epochs trained so far.
-        deadline: epoch by which the attention should have formed (training.monitor_epoch).
-        config: the run's settings; without them the advice cannot know what is already on.
+        config: the run's settings; what they have on already is not advised.
     """
+    deadline = config.training.monitor_epoch
     if alignment.utterances == 0:
         return "attention: not judged; no dev utterance has 3 characters and 8 encoder frames"
     numbers = ", ".join(_number(alignment, name) for name in THRESHOLDS)
@@ -154,9 +149,8 @@ def _number(alignment: Alignment, name: str) -> str:
     return f"{name} {getattr(alignment, name):.2f}{short}"
 
 
-def advice(epoch: float, config: Config | None = None) -> list[str]:
+def advice(epoch: float, config: Config) -> list[str]:
     """Return what to try when the attention has not formed, most promising first, without what is already done."""
-    config = config or Config()
     steps = (_guided, _ctc, _teacher_forcing, _masks, _reduction, _batch)
     found = [step(epoch, config) for step in steps]
     return [*filter(None, found), f"longer training: --training.epochs {2 * config.training.epochs}"]
@@ -184,19 +178,10 @@ def _ctc(epoch: float, config: Config) -> str | None:
 
 
 def _teacher_forcing(epoch: float, config: Config) -> str | None:
-    rate = _rate(epoch, config.training.teacher_forcing)
+    rate = teacher_forcing_rate(config.training, epoch)
     if rate == 1:
         return None
     return f"teacher forcing back at 1.0 until it has formed: training.teacher_forcing in the YAML (now {rate:.2f})"
-
-
-def _rate(epoch: float, stages: tuple[TeacherForcingStage, ...]) -> float:
-    rate = 1.0
-    for stage in stages:
-        if epoch >= stage.start:
-            done = min(1.0, (epoch - stage.start) / max(stage.end - stage.start, 1e-9))
-            rate = stage.first + (stage.last - stage.first) * done
-    return rate
 
 
 def _masks(epoch: float, config: Config) -> str | None:

@@ -1,6 +1,7 @@
 """What counts as an alignment, and what is advised when there is none."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -111,25 +112,25 @@ def test_utterances_too_short_to_judge_are_not_counted():
     assert found.utterances == 1 and found.formed
     none = monitor.measure(weights, torch.tensor([1, 2, 3, 0]), torch.tensor([60, 60, 60, 0]))
     assert none.utterances == 0 and not none.formed
-    assert "not judged" in monitor.line(none, 3, 10)
+    assert "not judged" in monitor.line(none, 3, Config())
     assert monitor.combine([none, none]) == none
     assert monitor.combine([none, found]) == found
 
 
 def test_the_line_says_formed_with_the_numbers():
-    line = monitor.line(judge(bumps(diagonal(), 60)), 2, 10)
+    line = monitor.line(judge(bumps(diagonal(), 60)), 2, Config())
     assert line.startswith("attention: formed (diagonal 1.00, sharp 1.00")
     assert "\n" not in line
 
 
 def test_before_the_deadline_the_line_gives_no_advice():
-    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, 10)
+    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
     assert "not formed yet" in line and "epoch 10" in line and "--" not in line
     assert "sharp 0.00 below 0.5" in line
 
 
 def test_after_the_deadline_the_advice_comes_in_order():
-    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, 10, Config())
+    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
     wanted = ["guided-weight 3", "ctc-layer 2", "teacher_forcing", "augment.start-epoch 50", "pyramids 2",
               "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
     places = [line.index(word) for word in wanted]
@@ -162,6 +163,7 @@ def test_what_is_on_weakly_is_advised_stronger_or_longer():
     assert "--training.guided-weight 3 (now 1)" in "; ".join(monitor.advice(12, faded))
 
 
-def test_the_log_entry_is_plain_numbers():
-    found = judge(bumps(diagonal(), 60)).as_dict()
-    assert found["formed"] is True and set(found) == {*monitor.THRESHOLDS, "utterances", "formed"}
+def test_an_alignment_can_be_logged_as_json():
+    found = dataclasses.asdict(judge(bumps(diagonal(), 60)))
+    assert json.loads(json.dumps(found))["formed"] is True
+    assert set(found) == {*monitor.THRESHOLDS, "utterances", "formed"}
