@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from las_fast.ops import masked_attention
+from las_fast.ops.masked_attention import masked_attention, padding_mask
 
 
 class Memory(NamedTuple):
@@ -15,6 +15,7 @@ class Memory(NamedTuple):
     keys: Tensor  # (B, T, D)
     values: Tensor  # (B, T, E)
     lengths: Tensor  # (B,) encoder frames
+    padding: Tensor  # (B, T) bool, True past the length: made once, not at every token
     ctc_logits: Tensor | None = None  # (B, T', V)
     ctc_lengths: Tensor | None = None  # (B,)
 
@@ -32,9 +33,11 @@ class Attention(nn.Module):
 
     def remember(self, listened: Tensor, lengths: Tensor) -> Memory:
         """Project listener outputs (B, T, F) to keys and values, once for the whole utterance."""
-        return Memory(self.key(listened), self.value(listened), lengths)
+        # float32, since the attention computes in it: otherwise every token would convert them again.
+        keys, values = self.key(listened).float(), self.value(listened).float()
+        return Memory(keys, values, lengths, padding_mask(lengths, keys.shape[1]))
 
-    def forward(self, states: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Return context (B, K, E) and weights (B, K, T) for decoder states (B, K, H)."""
-        query = self.query(states).to(memory.keys.dtype)
-        return masked_attention(query, memory.keys, memory.values, memory.lengths)
+    def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Return context (B, K, E) and weights (B, K, T) for projected queries (B, K, D)."""
+        query = query.to(memory.keys.dtype)
+        return masked_attention(query, memory.keys, memory.values, memory.lengths, padding=memory.padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from las_fast.attention import Attention, Memory
 from las_fast.config import SpellerConfig
+from las_fast.deferred import DeferredAttention, DeferredLinear
 from las_fast.listener import dropout_mask, initialise_lstm
 from las_fast.text import PAD, SOS
 
@@ -45,11 +47,34 @@ class LSTMCell(nn.Module):
             initialise_lstm("weight_hh", weight_hh)
             initialise_lstm("bias_ih", self.gates.bias)
 
-    def forward(self, inputs: tuple[Tensor, ...], hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        gates = self.gates(torch.cat((*inputs, hidden), -1)).float()
-        i, f, g, o = gates.chunk(4, -1)
+    def forward(self, inputs: tuple[Tensor, ...], hidden: Tensor, cell: Tensor, gates=None) -> tuple[Tensor, Tensor]:
+        """Return the new hidden and cell state; `gates` stands in for the layer of that name."""
+        i, f, g, o = (gates or self.gates)(torch.cat((*inputs, hidden), -1)).float().chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+class Shared(NamedTuple):
+    """What all steps of one pass share: layers, attention over one memory, dropout masks."""
+
+    gates: list[Callable[[Tensor], Tensor]]  # one a cell
+    query: Callable[[Tensor], Tensor]
+    attend: Callable[[Tensor], tuple[Tensor, Tensor]]
+    masks: list[Tensor | None]  # (B, 1, H) a cell
+
+    @staticmethod
+    def plain(speller: Speller, memory: Memory) -> Shared:
+        """The layers themselves, for one step at a time."""
+        gates, attention = [cell.gates for cell in speller.cells], speller.attention
+        return Shared(gates, attention.query, lambda query: attention(query, memory), [None] * len(gates))
+
+    @staticmethod
+    def deferred(speller: Speller, memory: Memory, steps: int) -> Shared:
+        """The same layers with gradients taken once for all steps; dropout masks when training."""
+        shape = (memory.keys.shape[0], 1)
+        gates = [DeferredLinear(cell.gates, steps, shape) for cell in speller.cells]
+        query = DeferredLinear(speller.attention.query, steps, shape)
+        return Shared(gates, query, DeferredAttention(memory, steps), speller.masks(memory))
 
 
 class Speller(nn.Module):
@@ -79,7 +104,7 @@ class Speller(nn.Module):
 
     def step(self, tokens: Tensor, state: SpellerState, memory: Memory) -> tuple[Tensor, Tensor, SpellerState]:
         """Return logits (B, K, V), weights (B, K, T) and the next state; see LAS.step."""
-        weights, state = self._advance(self.embedding(tokens), state, memory, [None] * len(self.cells))
+        weights, state = self._advance(self.embedding(tokens), state, Shared.plain(self, memory))
         return self._logits(state.hidden[-1], state.context), weights, state
 
     def forward(self, memory: Memory, tokens: Tensor, teacher_forcing: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -89,35 +114,34 @@ class Speller(nn.Module):
         sampled = torch.rand(before.shape, device=before.device) >= teacher_forcing
         sampled[:, 0] = False
         any_sampled = sampled.any(0).tolist()
-        state, masks = self.start(memory), self._masks(memory)
-        embedded = self.embedding(before) if not any(any_sampled) else None  # (B, U, embedding)
+        shared = Shared.deferred(self, memory, tokens.shape[1])
+        state = self.start(memory)
         hidden, contexts, weights = [], [], []
         for u in range(tokens.shape[1]):
             if any_sampled[u]:
                 before[:, u] = torch.where(sampled[:, u], self._best(hidden[-1], contexts[-1]), before[:, u])
-            x = self.embedding(before[:, u : u + 1]) if embedded is None else embedded[:, u : u + 1]
-            w, state = self._advance(x, state, memory, masks)
-            hidden.append(self._dropped(state.hidden[-1], masks[-1]))
+            w, state = self._advance(self.embedding(before[:, u : u + 1]), state, shared)
+            hidden.append(self._dropped(state.hidden[-1], shared.masks[-1]))
             contexts.append(state.context)
             weights.append(w)
         return self._logits(torch.cat(hidden, 1), torch.cat(contexts, 1)), torch.cat(weights, 1)
 
-    def _advance(self, embedded: Tensor, state: SpellerState, memory: Memory, masks: list):
+    def _advance(self, embedded: Tensor, state: SpellerState, shared: Shared) -> tuple[Tensor, SpellerState]:
         inputs, hiddens, cells = (embedded.float(), state.context.float()), [], []
-        for layer, hidden, cell, mask in zip(self.cells, state.hidden, state.cell, masks, strict=True):
-            hidden, cell = layer(inputs, hidden, cell)
+        for i, layer in enumerate(self.cells):
+            hidden, cell = layer(inputs, state.hidden[i], state.cell[i], shared.gates[i])
             hiddens.append(hidden)
             cells.append(cell)
-            inputs = (self._dropped(hidden, mask),)
-        context, weights = self.attention(inputs[0], memory)
+            inputs = (self._dropped(hidden, shared.masks[i]),)
+        context, weights = shared.attend(shared.query(inputs[0]))
         return weights, SpellerState(tuple(hiddens), tuple(cells), context)
 
-    def _masks(self, memory: Memory) -> list[Tensor | None]:
+    def masks(self, memory: Memory) -> list[Tensor | None]:
         """One locked dropout mask a cell, the same at every token."""
         if not self.training or self.dropout == 0:
             return [None] * len(self.cells)
-        like = memory.keys.new_empty(memory.keys.shape[0], 1, 1, dtype=torch.float32)
-        return [dropout_mask(like.expand(-1, -1, cell.size).contiguous(), self.dropout) for cell in self.cells]
+        batch = memory.keys.shape[0]
+        return [dropout_mask(memory.keys.new_empty(batch, 1, cell.size), self.dropout) for cell in self.cells]
 
     @staticmethod
     def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:

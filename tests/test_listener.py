@@ -1,0 +1,106 @@
+"""The listener: exact lengths, no trace of padding, LSTMs without packing."""
+
+import pytest
+import torch
+from torch import nn
+
+from las_fast.config import ListenerConfig
+from las_fast.listener import BiLSTM, ConvFrontEnd, Listener, halve_time, locked_dropout, reverse_within_lengths
+
+SMALL = ListenerConfig(conv_channels=(8,), conv_kernels=(3,), conv_strides=(2,), lstm_size=6, pyramids=2, dropout=0.0)
+
+
+def ragged(lengths, size=5, fill=0.0, seed=0):
+    torch.manual_seed(seed)
+    x = torch.full((len(lengths), max(lengths), size), fill)
+    for row, length in enumerate(lengths):
+        x[row, :length] = torch.randn(length, size)
+    return x, torch.tensor(lengths)
+
+
+def test_reversal_stays_within_each_length():
+    x = torch.arange(10.0).view(2, 5, 1)
+    reversed_ = reverse_within_lengths(x, torch.tensor([5, 2]))[:, :, 0].tolist()
+    assert reversed_ == [[4, 3, 2, 1, 0], [6, 5, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("lengths", [[7, 3, 1], [1], [4, 4]])
+def test_bilstm_without_packing_equals_a_packed_lstm_in_value_and_gradient(lengths):
+    x, lengths = ragged(lengths)
+    layer = BiLSTM(5, 6)
+    torch.manual_seed(1)
+    weight = torch.randn(len(lengths), x.shape[1], 12)
+    results = []
+    for run in (layer, layer._packed):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        output = run(leaf, lengths)
+        (output * weight).sum().backward()
+        results.append([output, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    for ours, packed in zip(*results, strict=True):
+        torch.testing.assert_close(ours, packed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel,stride", [(3, 1), (5, 2), (7, 3), (1, 2)])
+def test_front_end_lengths_are_exact_and_never_zero(kernel, stride):
+    config = ListenerConfig(conv_channels=(4,), conv_kernels=(kernel,), conv_strides=(stride,))
+    front = ConvFrontEnd(config, 5)
+    for frames in range(1, 12):
+        output, lengths = front(*ragged([frames]))
+        assert lengths.item() == output.shape[1] == -(-frames // stride)
+
+
+def test_an_odd_last_frame_is_kept():
+    x = torch.arange(3.0).view(1, 3, 1)
+    halved, lengths = halve_time(x, torch.tensor([3]))
+    assert halved.tolist() == [[[0.0, 1.0], [2.0, 0.0]]] and lengths.tolist() == [2]
+
+
+def test_lengths_are_halved_not_clamped_to_the_longest():
+    listener = Listener(SMALL, 5)
+    _, lengths, _ = listener(*ragged([40, 9, 1]))
+    assert lengths.tolist() == [5, 2, 1]
+
+
+def test_an_utterance_shorter_than_the_pyramid_gives_one_frame():
+    listener = Listener(ListenerConfig(conv_channels=(4,), lstm_size=3, pyramids=5), 5)
+    output, lengths, _ = listener(*ragged([1]))
+    assert output.shape[1] == lengths.item() == 1 and output.isfinite().all()
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e3])
+def test_padding_changes_nothing(fill):
+    listener = Listener(SMALL, 5).eval()
+    together, lengths, tapped = listener(*ragged([33, 12, 5, 1], fill=fill), tap=1)
+    x, frames = ragged([33, 12, 5, 1], fill=fill)
+    for row, length in enumerate(frames.tolist()):
+        alone, alone_length, alone_tapped = listener(x[row : row + 1, :length], frames[row : row + 1], tap=1)
+        assert alone_length == lengths[row]
+        torch.testing.assert_close(together[row, : lengths[row]], alone[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tapped[0][row, : tapped[1][row]], alone_tapped[0][0], rtol=1e-5, atol=1e-6)
+        assert (together[row, lengths[row] :] == 0).all()
+
+
+def test_locked_dropout_is_shared_over_time_and_not_over_the_batch():
+    dropped = locked_dropout(torch.ones(8, 5, 64), 0.5, True) == 0
+    assert (dropped == dropped[:, :1]).all()
+    assert not (dropped == dropped[:1]).all()
+    assert locked_dropout(torch.ones(2, 3, 4), 0.5, False).eq(1).all()
+
+
+def test_locked_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    assert locked_dropout(torch.ones(400, 1, 400), 0.3, True).mean().sub(1).abs() < 0.01
+
+
+def test_forget_gates_start_open_and_recurrence_orthogonal():
+    lstm = BiLSTM(5, 6).lstm
+    assert (lstm.bias_ih_l0[6:12] == 1).all() and lstm.bias_hh_l0_reverse.eq(0).all()
+    gate = lstm.weight_hh_l0[:6]
+    torch.testing.assert_close(gate @ gate.T, torch.eye(6), atol=1e-5, rtol=0)
+    assert isinstance(lstm, nn.LSTM)
+
+
+def test_default_reduces_time_eight_fold():
+    _, lengths, _ = Listener(ListenerConfig(conv_channels=(8,), lstm_size=4), 5)(*ragged([800]))
+    assert lengths.item() == 100

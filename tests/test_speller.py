@@ -1,0 +1,140 @@
+"""The speller: teacher forcing, locked dropout, shared memory, gradients."""
+
+import sys
+
+import pytest
+import torch
+
+from las_fast.attention import Memory
+from las_fast.config import SpellerConfig
+from las_fast.ops import padding_mask
+from las_fast.speller import Speller, SpellerState
+from las_fast.text import PAD, SOS
+
+SMALL = SpellerConfig(key_size=7, value_size=5, embedding_size=6, lstm_sizes=(8, 9), dropout=0.0)
+
+
+def make_memory(speller, lengths=(6, 3), seed=0):
+    torch.manual_seed(seed)
+    lengths = torch.tensor(lengths)
+    return speller.attention.remember(torch.randn(len(lengths), int(lengths.max()), 10), lengths)
+
+
+@pytest.fixture
+def speller():
+    torch.manual_seed(1)
+    return Speller(SMALL, 10, 31)
+
+
+def spell_step_by_step(speller, memory, tokens):
+    state, before, logits, weights = speller.start(memory), torch.full((len(tokens), 1), SOS), [], []
+    for u in range(tokens.shape[1]):
+        step_logits, w, state = speller.step(before, state, memory)
+        logits.append(step_logits)
+        weights.append(w)
+        before = tokens[:, u : u + 1]
+    return torch.cat(logits, 1), torch.cat(weights, 1)
+
+
+def test_training_pass_equals_the_plain_loop_in_value_and_every_gradient(speller):
+    tokens = torch.randint(3, 31, (2, 5))
+    results = []
+    for spell in (speller, lambda memory, tokens: spell_step_by_step(speller, memory, tokens)):
+        speller.zero_grad()
+        leaf = make_memory(speller)
+        keys, values = leaf.keys.detach().requires_grad_(), leaf.values.detach().requires_grad_()
+        memory = Memory(keys, values, leaf.lengths, leaf.padding)
+        logits, weights = spell(memory, tokens)
+        torch.manual_seed(3)
+        ((logits * torch.randn(logits.shape)).sum() + (weights * torch.randn(weights.shape)).sum() * 9).backward()
+        gradients = {name: p.grad.clone() for name, p in speller.named_parameters() if p.grad is not None}
+        results.append((logits, weights, keys.grad, values.grad, gradients))
+    for ours, theirs in zip(*(r[:4] for r in results), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert results[0][4].keys() == results[1][4].keys() >= {"cells.0.gates.weight", "attention.query.bias"}
+    for name, gradient in results[1][4].items():
+        torch.testing.assert_close(results[0][4][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_weight_gradients_are_taken_once_and_not_once_a_step(speller):
+    logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, 20)))
+    with torch.profiler.profile() as profile:
+        logits.sum().backward()
+    assert sum(e.count for e in profile.key_averages() if e.key == "_LinearOffsetsBackward") == 3  # two cells, query
+    assert sum(e.count for e in profile.key_averages() if e.key == "_AttentionOffsetsBackward") == 1
+
+
+def test_full_teacher_forcing_reads_only_true_tokens(speller):
+    memory, tokens = make_memory(speller), torch.randint(3, 31, (2, 5))
+    torch.testing.assert_close(speller(memory, tokens, 1.0)[0], spell_step_by_step(speller, memory, tokens)[0])
+
+
+def test_no_teacher_forcing_reads_its_own_best_tokens(speller):
+    memory, tokens = make_memory(speller), torch.randint(3, 31, (2, 5))
+    logits, _ = speller(memory, tokens, 0.0)
+    own = logits.argmax(-1)
+    expected = spell_step_by_step(speller, memory, torch.cat((own[:, :-1], tokens[:, -1:]), 1))[0]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_sampling_is_decided_for_each_utterance_and_step(speller, monkeypatch):
+    seen = []
+    embedding = speller.embedding.forward
+    monkeypatch.setattr(speller.embedding, "forward", lambda t: seen.append(t.clone()) or embedding(t))
+    monkeypatch.setattr(speller, "_best", lambda hidden, context: torch.full((len(hidden),), 30))
+    speller(make_memory(speller, lengths=[4] * 64), torch.full((64, 41), 3), 0.7)
+    sampled = torch.cat(seen, 1)[:, 1:] == 30
+    assert 0.25 < sampled.float().mean() < 0.35
+    assert sampled.any(0).all() and sampled.any(1).all() and not sampled.all(0).any() and not sampled.all(1).any()
+
+
+def test_targets_are_not_changed_by_sampling(speller):
+    tokens = torch.randint(3, 31, (2, 5))
+    kept = tokens.clone()
+    speller(make_memory(speller), tokens, 0.0)
+    assert torch.equal(tokens, kept)
+
+
+def test_pad_and_sos_are_never_spelled(speller):
+    logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, 5)))
+    assert (logits.softmax(-1)[..., [PAD, SOS]] == 0).all()
+
+
+def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utterances():
+    torch.manual_seed(0)
+    speller = Speller(SpellerConfig(lstm_sizes=(64, 32), dropout=0.5), 10, 31).train()
+    memory = make_memory(speller, (6, 6))
+    seen = []
+    project = speller.project.forward
+    speller.project.forward = lambda x: seen.append(x) or project(x)
+    speller(memory, torch.randint(3, 31, (2, 4)))
+    dropped = seen[0][..., :32] == 0
+    assert dropped.any() and (dropped == dropped[:, :1]).all() and not torch.equal(dropped[0], dropped[1])
+
+
+def test_gather_makes_each_hypothesis_continue_its_parent():
+    state = SpellerState((torch.arange(6.0).view(2, 3, 1),), (torch.arange(6.0).view(2, 3, 1),), torch.zeros(2, 3, 4))
+    gathered = state.gather(torch.tensor([[2, 2, 0], [1, 0, 1]]))
+    assert gathered.hidden[0].flatten().tolist() == [2, 2, 0, 4, 3, 4]
+    assert torch.equal(gathered.hidden[0], gathered.cell[0])
+
+
+def test_the_padding_mask_is_built_once_for_all_tokens(speller, monkeypatch):
+    calls = []
+    monkeypatch.setattr("las_fast.attention.padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
+    # The op's module has the op's name, which hides it from a dotted path.
+    monkeypatch.setattr(
+        sys.modules["las_fast.ops.masked_attention"], "padding_mask", lambda *a: calls.append(1) or padding_mask(*a)
+    )
+    speller(make_memory(speller), torch.randint(3, 31, (2, 9)))
+    assert len(calls) == 1
+
+
+def test_bfloat16_training_pass_keeps_states_in_float32(speller):
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = make_memory(speller)
+        logits, weights = speller(memory, torch.randint(3, 31, (2, 5)))
+        _, _, state = speller.step(torch.full((2, 1), SOS), speller.start(memory), memory)
+    assert {x.dtype for x in (*state.cell, *state.hidden, weights)} == {torch.float32}
+    logits.float().sum().backward()
+    assert speller.cells[0].gates.weight.grad.isfinite().all()
