@@ -59,7 +59,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     if backend == "reference":
         return backend
     if backend == "auto":
-        return _automatic(op, device.type)
+        return automatic(op, device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if reason := unavailable(op, backend):
@@ -69,7 +69,8 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     return backend
 
 
-def _automatic(op: str, device_type: str) -> str:
+def automatic(op: str, device_type: str) -> str:
+    """Return what "auto" takes for `op` on that type of device."""
     for backend in FASTEST_FIRST:
         if backend not in IMPLEMENTED[op] or DEVICES.get(backend, device_type) != device_type:
             continue

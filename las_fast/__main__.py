@@ -1,0 +1,3 @@
+from las_fast.cli import main
+
+main()

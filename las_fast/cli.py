@@ -1,0 +1,99 @@
+"""The console script `las-fast`, and what all commands share: settings on the command line, errors, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from las_fast.config import Config
+from las_fast.errors import InputError
+
+Settings = TypeVar("Settings")
+
+COMMANDS = {
+    "train": ("las_fast.train", "train a model on an archive, LibriSpeech or a manifest"),
+    "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
+    "transcribe": ("las_fast.transcribe", "write down what audio files say"),
+    "ops": ("las_fast.ops.__main__", "which fast paths work on this machine, and why not the others"),
+    "demo": ("las_fast.demo", "from nothing to a report: a spoken corpus, training, decoding"),
+}
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    defaults: Callable[[argparse.Namespace], Settings],
+    *,
+    kind: type = Config,
+) -> tuple[argparse.Namespace, Settings]:
+    """Read parser's own options, then any field of the settings, such as --training.epochs 3.
+
+    Args:
+        parser:   made with add_help=False; without positional arguments.
+        argv:     words after the command; None takes the process's.
+        defaults: called with parser's options; returns the settings that the remaining words change.
+        kind:     dataclass whose fields --help lists.
+
+    Exits with status 2 after naming the nearest field where a word is none.
+    """
+    import tyro
+
+    argv = sys.argv[1:] if argv is None else argv
+    marks = (tyro.conf.FlagConversionOff,)
+    parser.allow_abbrev = False  # an abbreviation could be the beginning of a field
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        print("\nand any of these settings:\n")
+        tyro.cli(kind, default=kind(), args=["--help"], prog=parser.prog, config=marks)
+    options, rest = parser.parse_known_args(argv)
+    start = defaults(options)
+    return options, tyro.cli(type(start), default=start, args=rest, prog=parser.prog, config=marks)
+
+
+def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
+    """Call main(argv); bad input ends with one sentence and status 2, an interrupt with 130."""
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: no space is left on the disk ({error.filename or 'output'}); free some", file=sys.stderr)
+        sys.exit(2)
+
+
+def dispatch(argv: list[str] | None = None) -> None:
+    """Run the command that the first word names on the rest of them."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: las-fast COMMAND [options]\n\nListen, Attend and Spell: speech in, characters out.\n")
+        print("\n".join(f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()))
+        print("\nlas-fast COMMAND --help lists a command's options.")
+        return
+    if argv[0] == "--version":
+        from las_fast import __version__
+
+        print(f"las_fast {__version__}")
+        return
+    if argv[0] not in COMMANDS:
+        raise InputError(f"las-fast has no command {argv[0]!r}; it has {', '.join(COMMANDS)}")
+    importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `las-fast` and of `python -m las_fast`."""
+    run(dispatch, argv)
