@@ -236,6 +236,8 @@ class Synthesiser:
         self._chunks: list[np.ndarray] = []
         self._callback = self.CALLBACK(self._collect)  # kept: the library holds a bare pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
+        # eSpeak NG would seed the noise of breathy voices with the time of day
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     @staticmethod
     def _short_path(data: Path) -> Path:
