@@ -12,6 +12,7 @@ the number of processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -33,7 +34,7 @@ from las_fast.errors import InputError
 from las_fast.features import compute_features
 
 ARCHIVE = "11-785-f23-hw4p2"
-FEATURES = FeatureConfig(kind="mfcc", size=28, normalisation="none")
+FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
@@ -228,7 +229,10 @@ class Synthesiser:
         except OSError as error:
             raise InputError(f"eSpeak NG does not load ({error}); reinstall it: pip install --force-reinstall "
                              "espeakng-loader") from None  # fmt: skip
+        self._link = None
         self._data = self._short_path(Path(loader.get_data_path()))
+        if not (self._data / "phontab").is_file():  # the library would end the process
+            raise InputError(f"{self._data} holds no eSpeak NG data; reinstall espeakng-loader")
         synchronous = 2
         self.sample_rate = self._library.espeak_Initialize(synchronous, 0, str(self._data).encode(), 0)
         if self.sample_rate <= 0:
@@ -239,14 +243,19 @@ class Synthesiser:
         # eSpeak NG would seed the noise of breathy voices with the time of day
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
-    @staticmethod
-    def _short_path(data: Path) -> Path:
+    def _short_path(self, data: Path) -> Path:
         """eSpeak NG cuts paths at 160 bytes: reach a deep installation through a link."""
         if len(str(data).encode()) < 120:
             return data
-        link = Path(tempfile.mkdtemp(prefix="espeak")) / "espeak-ng-data"
+        self._link = tempfile.TemporaryDirectory(prefix="espeak")
+        link = Path(self._link.name) / "data"
         link.symlink_to(data)
         return link
+
+    def close(self) -> None:
+        self._library.espeak_Terminate()
+        if self._link is not None:
+            self._link.cleanup()
 
     def _collect(self, wave, count, _events):
         if wave and count > 0:
@@ -298,8 +307,8 @@ def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, floa
 
     utterances, seed, archive = task
     torch.set_num_threads(1)
-    synthesiser = Synthesiser()
-    waves = [record(synthesiser, utterance, seed=seed) for utterance in utterances]
+    with contextlib.closing(Synthesiser()) as synthesiser:
+        waves = [record(synthesiser, utterance, seed=seed) for utterance in utterances]
     for utterance, features in zip(utterances, compute_features(waves, FEATURES), strict=True):
         folder = Path(archive) / utterance.split
         np.save(folder / "mfcc" / f"{utterance.name}.npy", np.asarray(features, dtype=np.float32))
