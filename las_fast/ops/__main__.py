@@ -24,8 +24,8 @@ def table() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table and the devices; see --help."""
     argparse.ArgumentParser(prog="python -m las_fast.ops", description=__doc__).parse_args(argv)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} CUDA devices\n")
-    print(table())
+    devices = f"{torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} CUDA devices"
+    print(f"torch {torch.__version__}, {devices}\n\n{table()}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ IMPLEMENTED = {
     "beam_backtrack": ("reference", "cpp"),
 }
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
-FASTEST_FIRST = ("triton", "cpp", "reference")
+FASTEST_FIRST = ("triton", "cpp")
 BUILD = "Run: python setup.py build_ext"
 
 _said: set[str] = set()
@@ -59,6 +59,8 @@ def choose(op: str, backend: str, device: torch.device) -> str:
     if backend == "reference":
         return backend
     if backend == "auto":
+        if device.type == "cpu" and "cpp" in IMPLEMENTED[op] and EXTENSION_PROBLEM:
+            _say_once(EXTENSION_PROBLEM)
         return automatic(op, device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
@@ -72,12 +74,12 @@ def choose(op: str, backend: str, device: torch.device) -> str:
 def automatic(op: str, device_type: str) -> str:
     """Return what "auto" takes for `op` on that type of device."""
     for backend in FASTEST_FIRST:
-        if backend not in IMPLEMENTED[op] or DEVICES.get(backend, device_type) != device_type:
-            continue
-        reason = None if backend == "reference" else unavailable(op, backend)
-        if reason is None:
+        if DEVICES.get(backend) == device_type and unavailable(op, backend) is None:
             return backend
-        if reason not in _said:
-            _said.add(reason)
-            warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)
     return "reference"
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,183 @@
+"""python -m las_fast.decode: a split of a data set into a submission file, with scores where transcripts exist."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from las_fast.cli import parse_settings, run
+from las_fast.config import DecodingConfig, check
+from las_fast.errors import InputError
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    from las_fast.checkpoint import Loaded
+    from las_fast.data.dataset import Corpus, SpeechDataset
+    from las_fast.metrics import Scores
+    from las_fast.search import Hypothesis
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line may change of the checkpoint's settings."""
+
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
+    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file, released model")
+    own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
+    own.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
+    own.add_argument("--out", required=True, type=Path, metavar="FILE.csv", help="the submission file")
+    own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's decoding.beam)")
+    own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
+    own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
+    own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
+    own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Decode; see --help. The last line printed is JSON."""
+    loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
+
+    def defaults(options: argparse.Namespace) -> Settings:
+        from las_fast.checkpoint import load_model
+
+        check_options(options)
+        loaded.append(load_model(options.checkpoint, choose_device(options.device)))
+        decoding = loaded[0].config.decoding
+        return Settings(decoding if options.beam is None else replace(decoding, beam=options.beam))
+
+    options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
+    check(replace(loaded[0].config, decoding=settings.decoding))
+    if options.nbest > settings.decoding.beam:
+        raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; give --beam {options.nbest}")
+    decode(options, loaded[0], settings.decoding)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for what must not be found out only after an hour of decoding."""
+    if options.nbest < 1:
+        raise InputError(f"--nbest must be at least 1; got {options.nbest}")
+    for path in filter(None, (options.out, options.jsonl)):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file to write")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def choose_device(name: str):
+    """Return the torch.device that --device means; InputError where there is none of that name."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here; use cpu") from None
+
+
+def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:
+    """Decode options.split and write and print everything that was asked for."""
+    from las_fast.data.dataset import load_dataset, open_corpus
+    from las_fast.search import decode_dataset
+
+    corpus = open_corpus(options.data)
+    print(f"data: {corpus.name}")
+    check_fits(corpus, loaded)
+    splits = corpus.resolve(options.split)
+    dataset = load_dataset(
+        corpus,
+        splits,
+        features=loaded.config.features,
+        data=replace(loaded.config.data, on_bad=options.on_bad),
+        statistics=loaded.statistics,
+        need_text=False,
+    )
+    started = time.perf_counter()
+    found = decode_dataset(
+        loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, device=choose_device(options.device)
+    )
+    seconds = time.perf_counter() - started
+    rows = [describe(dataset, i, found[i], loaded) for i in range(len(dataset))]
+    write_results(options, corpus, splits, dataset, rows)
+    result = summarise(dataset, rows, seconds)
+    print(table(result, options.out))
+    print(json.dumps(result))
+
+
+def check_fits(corpus: Corpus, loaded: Loaded) -> None:
+    """Raise InputError where a corpus of features has frames of another size than the checkpoint was made for."""
+    size = loaded.config.features.size
+    if corpus.kind == "features" and corpus.feature_size != size:
+        raise InputError(
+            f"{corpus.name} has {corpus.feature_size} values a frame, checkpoint {loaded.path} was trained on {size}; "
+            "decode the edition that it was trained on, or train on this one"
+        )
+
+
+def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
+    """Return an utterance's row for the JSON lines."""
+    best = hypotheses[0]
+    nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]
+    row = {"id": dataset.ids[i], **nbest[0], "frames": best.frames, "nbest": nbest}
+    return row if dataset.texts[i] is None else {**row, "reference": dataset.texts[i]}
+
+
+def write_results(
+    options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset, rows: list[dict]
+) -> None:
+    """Write the submission, with an empty text where an utterance was left out, and the JSON lines."""
+    from las_fast.checkpoint import write_atomically
+    from las_fast.submission import write_submission
+
+    ids = [utterance.id for split in splits for utterance in corpus.utterances(split)]
+    texts = [""] * len(ids)
+    for position, row in zip(dataset.positions.tolist(), rows, strict=True):
+        texts[position] = row["text"]
+    write_submission(options.out, ids, texts, header=corpus.header, numbered=corpus.numbered)
+    if options.jsonl:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(options.jsonl, lambda path: path.write_text(lines, encoding="utf-8"))
+
+
+def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
+    """Return the JSON of the last line: scores are there only where transcripts are."""
+    from las_fast.metrics import score
+
+    audio_seconds = math.fsum(dataset.seconds)
+    told = [row for row in rows if "reference" in row]
+    result: dict[str, float] = {"utterances": len(rows)}
+    if told:
+        scores: Scores = score([row["reference"] for row in told], [row["text"] for row in told])
+        result |= {name: round(value, 4) for name, value in asdict(scores).items() if name != "utterances"}
+    times = {"seconds": seconds, "audio_seconds": audio_seconds, "rtfx": audio_seconds / max(seconds, 1e-9)}
+    return result | {name: round(value, 3) for name, value in times.items()}
+
+
+def table(result: dict, out: Path) -> str:
+    """Return the result for people to read."""
+    lines = [("utterances", f"{result['utterances']}")]
+    if "ld" in result:
+        lines += [
+            ("LD", f"{result['ld']:.2f} characters an utterance"),
+            ("CER", f"{result['cer']:.2f} %"),
+            ("WER", f"{result['wer']:.2f} %"),
+        ]
+    speed = f"{result['audio_seconds']:.0f} s of audio in {result['seconds']:.1f} s, {result['rtfx']:.0f} x real time"
+    lines += [("speed", speed), ("written", f"{out}")]
+    return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,208 @@
+"""python -m las_fast.transcribe: what audio files say, as text, JSON or subtitles.
+
+A recording is cut at its quietest places into pieces of at most 20 seconds, since the model has learned from utterances;
+the pieces are decoded together, and their texts joined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from las_fast.cli import run
+from las_fast.errors import InputError
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    from torch import Tensor
+
+    from las_fast.checkpoint import Loaded
+
+LONGEST = 20.0  # seconds of a piece
+QUIET_SPAN = 0.2  # seconds over which loudness is averaged to find a place to cut
+SILENCE = 1e-4  # root mean square, of full scale 1, below which a piece holds no speech
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a recording and what was said in it; times in seconds."""
+
+    start: float
+    end: float
+    text: str
+    score: float  # log-probability of the text
+
+
+class Pieces:
+    """Features of pieces of audio, as las_fast.search.decode_dataset wants a data set."""
+
+    def __init__(self, features: list[Tensor], seconds: list[float], ids: list[str]):
+        self.features, self.ids = features, ids
+        self.frames = np.array([len(x) for x in features], np.int64)
+        self.seconds = np.array(seconds)
+        self.texts = [None] * len(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.features[i]
+
+
+def cut_at_silences(samples: np.ndarray, rate: int, *, longest: float = LONGEST) -> list[tuple[int, int]]:
+    """Return (start, end) of consecutive pieces of at most `longest` seconds that cover samples (N,) float32.
+
+    Each cut is made where the recording is quietest in the second half of what a piece may hold.
+    """
+    most, span = int(longest * rate), max(1, int(QUIET_SPAN * rate))
+    pieces, start = [], 0
+    while len(samples) - start > most:
+        first = start + most // 2
+        last = min(start + most, len(samples) - span)  # leave no crumb at the end
+        energy = np.cumsum(np.square(samples[first - span // 2 : last + span // 2], dtype=np.float64))
+        cut = first + int(np.argmin(energy[span:] - energy[:-span]))
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(samples))]
+
+
+def transcribe(paths: list[Path], loaded: Loaded, *, beam: int, device, progress: bool = True) -> Iterator[list[Piece]]:
+    """Yield the pieces of each recording, in the order of paths.
+
+    Raises:
+        InputError: a file cannot be read, or one piece does not fit in memory.
+    """
+    from las_fast.features import load_audio
+    from las_fast.search import decode_dataset
+
+    rate = loaded.config.features.sample_rate
+    spans: list[list[tuple[int, int]]] = []
+    features, seconds, ids = [], [], []
+    for path in paths:
+        samples = load_audio(path, rate)
+        spans.append([s for s in cut_at_silences(samples, rate) if loudness(samples[slice(*s)]) > SILENCE])
+        for start, end in spans[-1]:
+            features.append(_frames(samples[start:end], loaded))
+            seconds.append((end - start) / rate)
+            ids.append(f"{path} from {start / rate:.0f} s")
+    decoding = replace(loaded.config.decoding, beam=beam)
+    pieces = Pieces(features, seconds, ids)
+    found = iter(decode_dataset(loaded.model, pieces, loaded.vocabulary, decoding, progress=progress, device=device))
+    for own in spans:
+        best = [(span, next(found)[0]) for span in own]
+        yield [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
+
+
+def loudness(samples: np.ndarray) -> float:
+    """Return the root mean square of samples."""
+    return float(np.sqrt(np.square(samples, dtype=np.float64).mean()))
+
+
+def _frames(samples: np.ndarray, loaded: Loaded) -> Tensor:
+    from las_fast.data.dataset import normalise
+    from las_fast.features import add_deltas, compute_features
+
+    config = loaded.config.features
+    frames = compute_features([samples], config)[0]
+    return add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
+
+
+# -------------------------------------------------------------------------------------------------------- formats
+
+
+def as_text(path: Path, pieces: list[Piece]) -> str:
+    return " ".join(piece.text for piece in pieces if piece.text) + "\n"
+
+
+def as_json(path: Path, pieces: list[Piece]) -> str:
+    rows = [{**vars(piece), "score": round(piece.score, 4)} for piece in pieces]
+    return json.dumps({"file": str(path), "text": as_text(path, pieces).strip(), "pieces": rows}, ensure_ascii=False) + "\n"
+
+
+def as_srt(path: Path, pieces: list[Piece]) -> str:
+    told = [piece for piece in pieces if piece.text]
+    return "\n".join(
+        f"{n}\n{clock(piece.start, ',')} --> {clock(piece.end, ',')}\n{piece.text}\n" for n, piece in enumerate(told, 1)
+    )
+
+
+def as_vtt(path: Path, pieces: list[Piece]) -> str:
+    told = [piece for piece in pieces if piece.text]
+    return "WEBVTT\n" + "".join(f"\n{clock(p.start, '.')} --> {clock(p.end, '.')}\n{p.text}\n" for p in told)
+
+
+def clock(seconds: float, point: str) -> str:
+    """Return seconds as hours:minutes:seconds and milliseconds."""
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
+
+
+FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
+SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="python -m las_fast.transcribe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg or mp3, of any rate and length")
+    own.add_argument("--checkpoint", metavar="RUN|FILE|NAME", help="training folder, file, or released model")
+    own.add_argument("--format", choices=FORMATS, default="text", help="json is one object a file (default: text)")
+    own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
+    own.add_argument("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
+    own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Transcribe; see --help."""
+    options = parser().parse_args(argv)
+    if options.beam is not None and options.beam < 1:
+        raise InputError(f"--beam must be at least 1; got {options.beam}")
+    if options.format in ("srt", "vtt") and len(options.files) > 1 and options.out is None:
+        raise InputError(f"{len(options.files)} files make as many {options.format} files; say where with --out FOLDER")
+    from las_fast.checkpoint import load_model
+    from las_fast.decode import choose_device
+
+    device = choose_device(options.device)
+    loaded = load_model(options.checkpoint or released_model(), device)
+    beam = options.beam or loaded.config.decoding.beam
+    transcripts = transcribe(options.files, loaded, beam=beam, device=device)
+    for path, pieces in zip(options.files, transcripts, strict=True):
+        deliver(path, FORMATS[options.format](path, pieces), options)
+
+
+def deliver(path: Path, text: str, options: argparse.Namespace) -> None:
+    """Write what a file says into --out, or print it, with the file's name before it where there are several."""
+    if options.out:
+        from las_fast.checkpoint import write_atomically
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        target = options.out / f"{path.stem}{SUFFIXES[options.format]}"
+        write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        print(target)
+    else:
+        several = options.format == "text" and len(options.files) > 1
+        print(f"{path}: {text}" if several else text, end="")
+
+
+def released_model() -> str:
+    """Return the released model to use where none is named: the one of general speech, or the only one."""
+    from las_fast.checkpoint import RELEASED
+
+    names = sorted(path.stem for path in RELEASED.glob("*.safetensors"))
+    if not names:
+        raise InputError("this version brings no released model; give --checkpoint and the folder of a training")
+    return "speech13h" if "speech13h" in names else names[0]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,310 @@
+"""Beam and greedy search on a small made-up language model, against searches written the slow and obvious way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from las_fast import search
+from las_fast.config import DecodingConfig
+from las_fast.errors import InputError
+from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
+from las_fast.text import EOS, PAD, SOS, Vocabulary
+
+V = 5  # <pad>, <sos>, <eos> and two characters
+
+
+class FakeMemory(NamedTuple):
+    seeds: Tensor  # (B,) int64: what each utterance sounds like
+    lengths: Tensor  # (B,)
+    frames: int
+
+
+class FakeState(NamedTuple):
+    history: Tensor  # (B, K) int64: a number for the tokens read so far
+
+    def gather(self, parents: Tensor) -> FakeState:
+        return FakeState(self.history.gather(1, parents))
+
+
+class FakeModel:
+    """Logits are a fixed function of the utterance and of everything read so far."""
+
+    def __init__(self, vocabulary: int = V, eos: float = 0.0, ties: bool = False):
+        self.vocabulary, self.eos, self.ties, self.steps = vocabulary, eos, ties, 0
+
+    def start(self, memory: FakeMemory, beam: int) -> FakeState:
+        return FakeState(memory.seeds[:, None].repeat(1, beam))
+
+    def step(self, tokens: Tensor, state: FakeState, memory: FakeMemory):
+        self.steps += 1
+        history = (state.history * 31 + tokens * 7 + 1) % 10007
+        spread = (history[..., None] * (torch.arange(self.vocabulary) * 13 + 5)) % 97
+        logits = torch.zeros(spread.shape) if self.ties else spread.float() / 20
+        logits[..., [PAD, SOS]] = -1e4
+        logits[..., EOS] += self.eos
+        weights = torch.nn.functional.one_hot(history % memory.lengths[:, None], memory.frames).float()
+        return logits, weights, FakeState(history)
+
+
+def memory(seeds: list[int], lengths: list[int], frames: int | None = None) -> FakeMemory:
+    return FakeMemory(torch.tensor(seeds), torch.tensor(lengths), frames or max(lengths))
+
+
+def config(**fields) -> DecodingConfig:
+    plain = {"beam": 4, "length_penalty": 0.0, "maximum_share": 1.0, "maximum_extra": 0}
+    return DecodingConfig(**{**plain, **fields})
+
+
+def log_probability(model: FakeModel, one: FakeMemory, tokens: tuple[int, ...]) -> list[float]:
+    """Log-probability of each token given those before it."""
+    state, before, result = model.start(one, 1), SOS, []
+    for token in tokens:
+        logits, _, state = model.step(torch.tensor([[before]]), state, one)
+        result.append(float(logits.log_softmax(-1)[0, 0, token]))
+        before = token
+    return result
+
+
+def all_readings(model: FakeModel, one: FakeMemory, longest: int, penalty: float) -> list[tuple[float, float, tuple]]:
+    """Every text up to the maximum length with its rank and score, best first."""
+    found = []
+    for n in range(longest + 1):
+        for text in itertools.product(range(3, model.vocabulary), repeat=n):
+            score = sum(log_probability(model, one, (*text, EOS)))
+            found.append((score / (n + 1) ** penalty, score, text))
+    return sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wide_beam_finds_what_brute_force_finds(seed):
+    one = memory([seed], [4])
+    expected = all_readings(FakeModel(), one, 4, 0.0)[:5]
+    found = beam_search(FakeModel(), one, config(beam=64), nbest=5)[0]
+    assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
+    assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+
+
+def test_length_normalisation_ranks_by_score_per_token():
+    one = memory([3], [4])
+    expected = all_readings(FakeModel(), one, 4, 1.0)[:5]
+    found = beam_search(FakeModel(), one, config(beam=64, length_penalty=1.0), nbest=5)[0]
+    assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
+    assert [h.normalised for h in found] == pytest.approx([rank for rank, _, _ in expected], abs=1e-4)
+
+
+def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
+    """Beam search over lists: what the batched search must equal for a beam that prunes."""
+    alive = [(0.0, ())]
+    for step in range(longest + 1):
+        grown = []
+        for score, text in alive:
+            if text and text[-1] == EOS:
+                grown.append((score, text))
+                continue
+            for token in (EOS,) if step == longest else (EOS, *range(3, model.vocabulary)):
+                grown.append((score + log_probability(model, one, (*text, token))[-1], (*text, token)))
+        alive = sorted(grown, key=lambda c: c[0] / len(c[1]) ** penalty, reverse=True)[:beam]
+    return alive
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 8])
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_pruning_beam_equals_a_plain_one(beam, penalty):
+    for seed in range(6):
+        one = memory([seed], [7])
+        expected = plain_beam(FakeModel(8), one, beam, 7, penalty)
+        found = beam_search(FakeModel(8), one, config(beam=beam, length_penalty=penalty), nbest=beam)[0]
+        assert [(*h.text_tokens, EOS) for h in found] == [text for _, text in expected]
+        assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_an_utterance_alone_and_in_a_batch_get_the_same_answer():
+    seeds, lengths = [3, 1, 4, 1, 5], [9, 2, 25, 14, 1]
+    together = beam_search(FakeModel(9), memory(seeds, lengths), config(), nbest=4)
+    for seed, length, found in zip(seeds, lengths, together, strict=True):
+        assert beam_search(FakeModel(9), memory([seed], [length]), config(), nbest=4)[0] == found
+    assert beam_search(FakeModel(9), memory(seeds, lengths, frames=40), config(), nbest=4) == together
+
+
+def test_a_beam_of_one_is_greedy():
+    many = memory([1, 2, 3], [12, 5, 8])
+    for seed, length, found in zip([1, 2, 3], [12, 5, 8], greedy_search(FakeModel(9), many, config()), strict=True):
+        (score, text), = plain_beam(FakeModel(9), memory([seed], [length]), 1, length, 0.0)
+        assert (*found[0].text_tokens, EOS) == text and len(found) == 1
+        assert found[0].score == pytest.approx(score, abs=1e-4)
+    assert beam_search(FakeModel(9), many, config(beam=1)) == greedy_search(FakeModel(9), many, config())
+
+
+def test_token_scores_and_frames_belong_to_the_tokens():
+    one = memory([2], [11])
+    for found in beam_search(FakeModel(7), one, config(), nbest=4)[0]:
+        each = log_probability(FakeModel(7), one, (*found.text_tokens, EOS))
+        assert found.token_scores == pytest.approx(each[:-1], abs=1e-4)
+        assert found.score == pytest.approx(sum(each), abs=1e-4)
+        state, before, frames = FakeModel(7).start(one, 1), SOS, []
+        for token in found.text_tokens:
+            _, weights, state = FakeModel(7).step(torch.tensor([[before]]), state, one)
+            frames.append(int(weights.argmax()))
+            before = token
+        assert found.frames == frames
+
+
+def test_scores_come_best_first():
+    for found in beam_search(FakeModel(9), memory([1, 2], [9, 9]), config(length_penalty=0.7, beam=6), nbest=6):
+        ranks = [h.normalised for h in found]
+        assert ranks == sorted(ranks, reverse=True) and len(found) == 6
+
+
+def test_the_search_stops_when_all_have_finished():
+    model = FakeModel(eos=50.0)
+    found = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
+    assert model.steps == search.LOOK_EVERY and found[0][0].text_tokens == [] and found[0][0].finished
+
+
+def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
+    short, long = memory([5], [40]), memory([5, 6], [40, 40])
+    model = FakeModel(eos=3.0)
+    assert beam_search(model, short, config(), nbest=4)[0] == beam_search(model, long, config(), nbest=4)[0]
+    best = beam_search(model, short, config())[0][0]
+    assert best.score == pytest.approx(sum(log_probability(model, short, (*best.text_tokens, EOS))), abs=1e-4)
+
+
+def test_at_the_maximum_length_what_there_is_comes_back_as_unfinished():
+    found = beam_search(FakeModel(eos=-40.0), memory([1, 2], [6, 3]), config(maximum_extra=1), nbest=2)
+    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[7, 7], [4, 4]]
+    assert not any(h.finished for hypotheses in found for h in hypotheses)
+
+
+def test_no_text_is_shorter_than_the_minimum():
+    found = beam_search(FakeModel(eos=20.0), memory([1, 2], [8, 4]), config(minimum_share=0.5), nbest=4)
+    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[4] * 4, [2] * 4]
+
+
+def test_lengths_are_limited_by_encoder_frames():
+    limits = length_limits(torch.tensor([0, 1, 10]), config(minimum_share=0.35, maximum_share=0.5))
+    assert limits.maximum.tolist() == [1, 1, 5] and limits.minimum.tolist() == [0, 0, 3]
+
+
+def test_a_beam_wider_than_the_alternatives_lists_each_reading_once():
+    found = beam_search(FakeModel(), memory([1], [1]), config(beam=12, maximum_extra=0), nbest=12)[0]
+    assert sorted(tuple(h.text_tokens) for h in found) == [(), (3,), (4,)]
+    assert all(math.isfinite(h.score) and math.isfinite(h.normalised) for h in found)
+
+
+def test_equal_scores_keep_the_lower_token():
+    found = beam_search(FakeModel(ties=True), memory([1], [3]), config(beam=2, minimum_share=1.0), nbest=2)[0]
+    assert [h.text_tokens for h in found] == [[3, 3, 3], [3, 3, 4]]
+
+
+def test_the_eos_threshold_delays_the_end():
+    many = memory(list(range(8)), [12] * 8)
+    free = greedy_search(FakeModel(eos=1.0), many, config())
+    held = greedy_search(FakeModel(eos=1.0), many, config(eos_threshold=0.05))
+    assert sum(len(h[0].text_tokens) for h in held) > sum(len(h[0].text_tokens) for h in free)
+
+
+def test_outputs_that_are_not_numbers_give_an_empty_hypothesis():
+    class Broken(FakeModel):
+        def step(self, tokens, state, memory):
+            logits, weights, state = super().step(tokens, state, memory)
+            return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), weights, state
+
+    found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
+    assert found[0][0].text_tokens == [] and found[0][0].score == -math.inf
+    assert found[1] == beam_search(FakeModel(), memory([2], [5]), config())[0]
+
+
+# ---------------------------------------------------------------------------------------------------- whole data sets
+
+
+@dataclass
+class FakeDataset:
+    frames: np.ndarray
+    texts: list
+
+    def __post_init__(self):
+        self.ids = [f"u{i}" for i in range(len(self.frames))]
+        self.seconds = self.frames / 100
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.full((int(self.frames[i]), 1), float(i))
+
+
+class Listening(FakeModel):
+    """Hears the utterance's number; refuses batches of more than `most` padded frames."""
+
+    def __init__(self, most: int = 10**9, error: type[BaseException] = MemoryError, message: str = ""):
+        super().__init__(8)
+        self.most, self.error, self.message, self.batches = most, error, message, []
+
+    def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
+        if features.shape[0] * features.shape[1] > self.most:
+            raise self.error(self.message)
+        self.batches.append(features.shape[:2])
+        return FakeMemory(features[:, 0, 0].long(), (feature_lengths + 1) // 2, (features.shape[1] + 1) // 2)
+
+
+def decode(model, dataset: FakeDataset, frames_per_batch: int = 100):
+    settings = config(frames_per_batch=frames_per_batch)
+    return decode_dataset(model, dataset, Vocabulary(), settings, progress=False, device="cpu")
+
+
+def test_hypotheses_come_in_the_order_of_the_dataset():
+    dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
+    model = Listening()
+    found = decode(model, dataset, 40)
+    assert len(model.batches) > 1
+    for i, frames in enumerate(dataset.frames):
+        one = FakeMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
+        assert found[i] == beam_search(FakeModel(8), one, config())[0]
+
+
+def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
+    dataset = FakeDataset(np.array([6, 4]), ["HÉ?", "ok"])
+    assert decode(Listening(), dataset) == decode(Listening(), FakeDataset(dataset.frames, [None, None]))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError, ""),
+        (torch.OutOfMemoryError, "CUDA out of memory"),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(error, message):
+    dataset = FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7)
+    model = Listening(21, error, message)
+    assert decode(model, dataset) == decode(Listening(), dataset)
+    assert all(rows * frames <= 21 for rows, frames in model.batches)
+
+
+def test_one_utterance_too_big_for_memory_is_named():
+    with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower --decoding.beam"):
+        decode(Listening(15), FakeDataset(np.array([4, 20]), [None, None]))
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        decode(Listening(0, RuntimeError, "shapes disagree"), FakeDataset(np.array([4]), [None]))
+
+
+def test_a_diverged_model_is_named_as_such():
+    class Broken(Listening):
+        def step(self, tokens, state, memory):
+            logits, weights, state = super().step(tokens, state, memory)
+            return logits * torch.nan, weights, state
+
+    with pytest.raises(InputError, match="not numbers"):
+        decode(Broken(), FakeDataset(np.array([4]), [None]))
