@@ -1,0 +1,64 @@
+"""SpecAugment (Park et al. 2019) and speed, on normalised features, bounded so that something is always left to hear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from las_fast.config import AugmentConfig
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Change features (T, F) as the settings say; equal generators give equal results."""
+
+    config: AugmentConfig
+
+    def __call__(
+        self, features: torch.Tensor, epoch: float, generator: np.random.Generator, *, blocks: int = 1
+    ) -> torch.Tensor:
+        """Return the features at another speed and then masked, (T', F); the input stays as it was.
+
+        Args:
+            features:  (T, F) float32, T >= 1, normalised: a masked value becomes 0, the mean.
+            epoch:     epochs done so far; masks begin at config.start_epoch, speed at once.
+            generator: source of every random choice.
+            blocks:    equal parts of F that show the same bins (features, then deltas); a mask covers a bin in all.
+        """
+        if self.config.speed > 0:
+            features = change_speed(features, generator.uniform(1 - self.config.speed, 1 + self.config.speed))
+        return self.mask(features, generator, blocks=blocks) if epoch >= self.config.start_epoch else features
+
+    def mask(self, features: torch.Tensor, generator: np.random.Generator, *, blocks: int = 1) -> torch.Tensor:
+        """Return a copy of features (T, F) in which spans of frames and of bins are 0."""
+        c = self.config
+        features = features.clone()
+        frames, bins = len(features), features.shape[1] // blocks
+        for start, end in _spans(frames, c.time_masks, c.time_width, c.time_share, generator):
+            features[start:end] = 0
+        by_block = features.view(frames, blocks, bins)
+        for start, end in _spans(bins, c.frequency_masks, c.frequency_width, c.frequency_share, generator):
+            by_block[:, :, start:end] = 0
+        return features
+
+
+def change_speed(features: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return features (T, F) played `factor` times as fast: about T / factor frames, at least 1, linear in between."""
+    frames = max(1, round(len(features) / factor))
+    if frames == len(features):
+        return features
+    return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear")[0].T.contiguous()
+
+
+def _spans(size: int, count: int, width: int, share: float, generator: np.random.Generator) -> list[tuple[int, int]]:
+    """Draw `count` spans in range(size), each at most `width`, together at most `share` of it and never all of it."""
+    left = min(int(size * share), size - 1)
+    spans = []
+    for _ in range(count):
+        length = int(generator.integers(0, min(width, left) + 1))
+        start = int(generator.integers(0, size - length + 1))
+        spans.append((start, start + length))
+        left -= length
+    return spans

@@ -1,0 +1,366 @@
+"""The feature cache: every split is read, checked and turned into frames once, then mapped into memory.
+
+An entry is a folder with features.f32 (the raw frames of all good utterances, one after another, float32) and index.json
+(ids, texts, frames, seconds, and the bad utterances with the reason). Its name holds a hash of all that it depends on.
+It is built under a hidden name and renamed when complete, so an interrupt leaves nothing that could be taken for one.
+Workers are plain child processes that run work(): they need no fork and no guarded main module, and end with their parent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import pickle
+import queue
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from las_fast.config import FeatureConfig
+from las_fast.data.corpus import Corpus, Utterance
+from las_fast.data.hw4p2 import load_problem, read_transcript
+from las_fast.errors import InputError
+
+VERSION = 1  # raise it when the meaning of the stored frames or of the index changes
+CHUNK = 16  # utterances that a worker does at a time
+SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
+ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
+DROP_BYTES = 256 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one utterance became: frames (T, F) float32, or the reason why there are none."""
+
+    id: str
+    text: str | None = None
+    seconds: float = 0.0
+    frames: np.ndarray | None = None
+    problem: str = ""
+
+
+@dataclass
+class CacheEntry:
+    """A finished entry; frames(i) are read from the map when asked for."""
+
+    folder: Path
+    size: int  # values per frame
+    ids: list[str]
+    texts: list[str | None]
+    lengths: np.ndarray  # (N,) int64 frames
+    seconds: np.ndarray  # (N,) float64
+    places: np.ndarray  # (N,) int64 place in the split, bad utterances counted
+    bad: list[tuple[str, str, int]]  # id, reason, place
+
+    def __post_init__(self):
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._read = 0
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with (self.folder / "features.f32").open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def frames(self, i: int) -> np.ndarray:
+        """Return a copy of the frames (T, F) float32 of utterance i."""
+        count = int(self.lengths[i]) * self.size
+        frames = np.frombuffer(self._map, np.float32, count, int(self._starts[i]) * self.size * 4).copy()
+        self._read += count * 4
+        if self._read > DROP_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
+        return frames.reshape(-1, self.size)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_map"}  # a map cannot be sent to a process
+
+
+def cache_folder(setting: str) -> Path:
+    """Return the folder of the cache: the setting, or las_fast in the user's cache folder."""
+    if setting:
+        return Path(setting).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
+
+
+def open_cache(
+    corpus: Corpus,
+    split: str,
+    features: FeatureConfig,
+    *,
+    folder: str = "",
+    stop_at_bad: bool = True,
+    progress: bool = True,
+    workers: int | None = None,
+) -> CacheEntry:
+    """Return the cache entry of a split, building it where there is none.
+
+    Args:
+        folder:      of the cache; empty: the user's.
+        stop_at_bad: raise at the first bad utterance instead of recording all of them.
+        workers:     processes that build; default one a core.
+
+    Raises:
+        InputError: a bad utterance, or the cache cannot be written.
+    """
+    utterances = corpus.utterances(split)
+    if not utterances:
+        raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
+    cache = cache_folder(folder)
+    target = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', split)[:40]}-{_key(corpus, utterances, features)}"
+    entry = _read_entry(target)
+    if entry is None:
+        try:
+            _build(target, corpus, split, utterances, features, stop_at_bad, progress, workers)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise InputError(
+                f"the feature cache {cache} cannot be written ({reason}); make room there or give --data.cache FOLDER"
+            ) from None
+        entry = _read_entry(target)
+        if entry is None:
+            raise InputError(f"the feature cache {target} was removed or damaged while it was opened; run again")
+    if stop_at_bad and entry.bad:
+        raise InputError(f"{entry.bad[0][1]}; or leave such utterances out with --data.on-bad skip")
+    return entry
+
+
+def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig) -> str:
+    """Hash what the entry depends on: the files by path, size and time, the texts, and the settings that matter."""
+    settings = [VERSION, corpus.kind, corpus.transposed, corpus.feature_size]
+    settings.append(features.shift_ms)
+    if corpus.kind == "audio":
+        settings += [features.kind, features.size, features.sample_rate, features.window_ms]
+        settings.append(features.mel_bins if features.kind == "mfcc" else 0)
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for u in utterances:
+        text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
+        digest.update(json.dumps([u.id, *_stamp(u.path), *text]).encode())
+    return digest.hexdigest()[:20]
+
+
+def _stamp(path: Path) -> list:
+    try:
+        facts = path.stat()
+    except OSError:
+        return [os.path.abspath(path), -1, 0]
+    return [os.path.abspath(path), facts.st_size, facts.st_mtime_ns]
+
+
+def _read_entry(target: Path) -> CacheEntry | None:
+    """Return the entry, or None when it is not there or its parts do not fit together."""
+    try:
+        index = json.loads((target / "index.json").read_text(encoding="utf-8"))
+        stored = (target / "features.f32").stat().st_size
+        entry = CacheEntry(
+            folder=target,
+            size=index["size"],
+            ids=index["ids"],
+            texts=index["texts"],
+            lengths=np.array(index["frames"], np.int64),
+            seconds=np.array(index["seconds"], np.float64),
+            places=np.array(index["places"], np.int64),
+            bad=[tuple(row) for row in index["bad"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entry if stored == int(entry.lengths.sum()) * entry.size * 4 else None
+
+
+def _build(target, corpus, split, utterances, features, stop_at_bad, progress, workers) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
+    unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    scratch = target.parent / f".building-{target.name}-{unique}"
+    scratch.mkdir()
+    try:
+        items = _process(corpus, utterances, features, scratch, workers or _cores())
+        with tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False) as bar:
+            index = _write_features(scratch / "features.f32", bar, stop_at_bad)
+        size = features.size if corpus.kind == "audio" else corpus.feature_size
+        (scratch / "index.json").write_text(json.dumps({"size": size, **index}), encoding="utf-8")
+        if target.exists() and _read_entry(target) is None:
+            target.rename(scratch / "damaged")
+        with suppress(OSError):  # another process may have finished the same entry first: theirs serves as well
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(target / "damaged", ignore_errors=True)
+
+
+def _write_features(path: Path, items, stop_at_bad: bool) -> dict:
+    index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "bad")}
+    seconds = 0.0
+    started = time.monotonic()
+    with path.open("wb") as file:
+        for place, item in enumerate(items):
+            if item.problem:
+                if stop_at_bad:
+                    raise InputError(f"{item.problem}; or leave such utterances out with --data.on-bad skip")
+                index["bad"].append((item.id, item.problem, place))
+                continue
+            file.write(np.ascontiguousarray(item.frames, np.float32).data)
+            row = (item.id, item.text, len(item.frames), item.seconds, place)
+            for name, value in zip(("ids", "texts", "frames", "seconds", "places"), row, strict=True):
+                index[name].append(value)
+            seconds += item.seconds
+            items.set_postfix_str(f"{seconds / max(time.monotonic() - started, 1e-3):.0f} x real time", refresh=False)
+    return index
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what builders that no longer run have left."""
+    for path in cache.glob(".building-*"):
+        host, pid, _ = path.name.rsplit("-", 2) if path.name.count("-") >= 3 else ("", "", "")
+        if host.endswith(f"-{socket.gethostname()}") and pid.isdigit():
+            dead = not _is_running(int(pid))
+        else:
+            with suppress(OSError):
+                dead = time.time() - path.stat().st_mtime > ABANDONED
+        if dead:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Iterator[Item]:
+    """Yield an Item an utterance, in order, from this process or from `workers` others."""
+    chunks = [list(utterances[i : i + CHUNK]) for i in range(0, len(utterances), CHUNK)]
+    task = (corpus.kind, corpus.feature_size, corpus.transposed, features)
+    if workers <= 1 or len(utterances) <= SMALL:
+        for chunk in chunks:
+            yield from _process_chunk(task, chunk)
+        return
+    workers = min(workers, len(chunks))
+    children: list[subprocess.Popen] = []
+    try:
+        queues = []
+        for k in range(workers):
+            (scratch / f"task-{k}.pickle").write_bytes(pickle.dumps((task, chunks[k::workers])))
+            children.append(_start_worker(scratch / f"task-{k}.pickle"))
+            queues.append(queue.Queue(maxsize=2))
+            threading.Thread(target=_receive, args=(children[-1], queues[-1]), daemon=True).start()
+        for i in range(len(chunks)):
+            answer = queues[i % workers].get()
+            if isinstance(answer, str):
+                raise RuntimeError(f"a process that reads recordings ended early: {answer}")
+            yield from answer
+    finally:
+        for k, child in enumerate(children):
+            child.kill()
+            child.wait()
+            (scratch / f"task-{k}.pickle").unlink(missing_ok=True)
+
+
+def _start_worker(task: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    package_root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([package_root, environment["PYTHONPATH"]])
+    command = [sys.executable, "-c", "from las_fast.data.cache import work; work()", str(task)]
+    # A session of its own: an interrupt reaches the parent alone, which ends its workers without a noise of tracebacks.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+
+
+def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
+    """Move a worker's answers to a short queue; a text in it says that the worker has ended."""
+    try:
+        while True:
+            answers.put(pickle.load(child.stdout))
+    except Exception as error:  # whatever it was, the reader of the queue must hear of it or it waits for ever
+        answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
+
+
+def work() -> None:
+    """Be a worker: write the Items of each chunk of the task file to standard output; a closed pipe ends it."""
+    task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
+    if task[0] == "audio":
+        import torch  # only here: it takes longer to import than many a feature archive to read
+
+        torch.set_num_threads(1)
+    with suppress(BrokenPipeError):
+        for chunk in chunks:
+            sys.stdout.buffer.write(pickle.dumps(list(_process_chunk(task, chunk)), protocol=5))
+            sys.stdout.buffer.flush()
+
+
+def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
+    kind, size, transposed, features = task
+    read = _read_audio if kind == "audio" else _read_arrays
+    yield from (_checked(item, chunk[i]) for i, item in enumerate(read(chunk, size, transposed, features)))
+
+
+def _checked(item: Item, utterance: Utterance) -> Item:
+    """Add the transcript, or turn the item into a problem: nothing bad passes here."""
+    if item.problem:
+        return item
+    if not len(item.frames):
+        return Item(item.id, problem=f"{utterance.path} has no frames; remove it or make it again")
+    if not np.isfinite(item.frames).all():
+        return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; make it again")
+    try:
+        source = utterance.transcript
+        text = read_transcript(source) if isinstance(source, Path) else source
+    except InputError as error:
+        return Item(item.id, problem=str(error))
+    return Item(item.id, text, item.seconds, item.frames)
+
+
+def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) -> Iterator[Item]:
+    for u in chunk:
+        try:
+            array = np.load(u.path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            missing = isinstance(error, FileNotFoundError) and isinstance(u.transcript, Path)
+            what = f"{u.transcript} has no features: {u.path} is missing; add it or remove the transcript"
+            yield Item(u.id, problem=what if missing else f"{u.path} is not a feature file: {load_problem(error)}")
+            continue
+        shape = f"({size}, frames)" if transposed else f"(frames, {size})"
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 2:
+            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
+            yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; make it again")
+        elif array.shape[0 if transposed else 1] != size:
+            yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; got {array.shape}; make it again")
+        else:
+            with np.errstate(over="ignore"):
+                frames = np.ascontiguousarray(array.T if transposed else array, np.float32)
+            yield Item(u.id, None, len(frames) * features.shift_ms / 1000, frames)
+
+
+def _read_audio(chunk, size, transposed, features: FeatureConfig) -> list[Item]:
+    from las_fast.features import compute_features, load_audio
+
+    waveforms, items = [], []
+    for u in chunk:
+        try:
+            waveforms.append(load_audio(u.path, features.sample_rate))
+            items.append(Item(u.id, None, len(waveforms[-1]) / features.sample_rate))
+        except InputError as error:
+            items.append(Item(u.id, problem=str(error)))
+    frames = iter(compute_features(waveforms, features))
+    return [i if i.problem else Item(i.id, None, i.seconds, next(frames).numpy()) for i in items]

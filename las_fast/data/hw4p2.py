@@ -1,0 +1,177 @@
+"""Archives of CMU 11-785 HW4P2, every edition: SPLIT/{mfcc,fbank}/NAME.npy with SPLIT/{transcripts,...}/NAME.npy.
+
+An edition is recognised by its folders and by the size of a frame, and decides the header and order of a submission.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from las_fast.data.corpus import Corpus, Utterance, assign_roles, subfolders
+from las_fast.errors import InputError
+
+FEATURE_FOLDERS = ("mfcc", "fbank")
+TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
+LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
+PEEK = 8  # files looked at to learn the size of a frame
+
+
+@dataclass(frozen=True)
+class Edition:
+    name: str
+    header: tuple[str, str]
+
+
+S22 = Edition("HW4P2 S22", ("id", "predictions"))
+F22 = Edition("HW4P2 F22", ("id", "label"))
+S23 = Edition("HW4P2 S23", ("index", "label"))
+F23 = Edition("HW4P2 F23", ("index", "label"))
+S24 = Edition("HW4P2 S24", ("index", "label"))
+F24 = Edition("HW4P2 F24", ("Index", "Labels"))
+S25 = Edition("HW4P2 S25/F25", ("id", "transcription"))
+
+
+def find_archives(root: Path) -> list[Path]:
+    """Return the archive roots at `root`, above it (where root is a split or its feature folder) or up to two below."""
+    if _is_archive(root):
+        return [root]
+    for inside in (root, root.parent):  # a split, or its feature folder
+        if _feature_folder(inside) and _is_archive(inside.parent):
+            return [inside.parent]
+    children = subfolders(root)
+    found = [child for child in children if _is_archive(child)]
+    return found or [deep for child in children for deep in subfolders(child) if _is_archive(deep)]
+
+
+def open_archive(root: Path) -> Corpus:
+    """Return the corpus of an archive root; InputError when no feature file can be read."""
+    splits = [path.name for path in subfolders(root) if _feature_folder(path)]
+    size, transposed = _frame_layout([_feature_folder(root / split) for split in splits])
+    edition = _edition(root, splits, size)
+    roles = assign_roles(splits)
+    if edition is S24 and "train-clean-100" in splits:  # its train-clean-50 is the smaller choice, not more data
+        roles["train"] = tuple(name for name in roles["train"] if name != "train-clean-50")
+    return Corpus(
+        name=edition.name,
+        root=root,
+        kind="features",
+        listings={split: partial(_list_split, root / split) for split in splits},
+        roles=roles,
+        feature_size=size,
+        transposed=transposed,
+        header=edition.header,
+        numbered=True,
+    )
+
+
+def read_transcript(path: Path) -> str:
+    """Return the text of a transcript .npy: an array of strings, or one; symbols such as <sos> are left out."""
+    try:
+        symbols = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a transcript: {load_problem(error)}") from None
+    if not isinstance(symbols, np.ndarray) or symbols.dtype.kind not in "US":
+        kind = getattr(symbols, "dtype", type(symbols).__name__)
+        raise InputError(f"{path} is not a transcript: expected an array of strings, got {kind}; copy it again")
+    try:
+        items = [s.decode("utf-8") if isinstance(s, bytes) else s for s in symbols.ravel().tolist()]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a transcript: its bytes are not UTF-8; copy it again") from None
+    return re.sub(r"<[^<>]+>", "", "".join(items))
+
+
+def load_problem(error: Exception) -> str:
+    """Say in a few words why np.load refused a file, and what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist; copy it again or remove its counterpart"
+    if "pickle" in text.lower() or "Object arrays" in text:
+        return "it holds pickled objects or is no .npy file; save it as a plain numeric or string array"
+    return f"it is truncated or damaged ({text or type(error).__name__}); copy it again"
+
+
+def peek_shape(path: Path) -> tuple[int, ...] | None:
+    """Return the shape of a .npy by its header, or None when it cannot be read."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except (ValueError, EOFError, OSError, AttributeError):
+        return None
+
+
+def _is_archive(path: Path) -> bool:
+    return path.is_dir() and any(_feature_folder(child) for child in subfolders(path))
+
+
+def _feature_folder(split: Path) -> Path | None:
+    return next((split / name for name in FEATURE_FOLDERS if (split / name).is_dir()), None)
+
+
+def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
+    """Return the frame size and whether files hold (F, T): the side that several files share is the frame."""
+    names = [path for folder in folders for path in sorted(folder.glob("*.npy"))[:PEEK]]
+    if not names:
+        raise InputError(f"{folders[0]} holds no .npy files; expected one a recording")
+    shapes = {shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2}
+    if not shapes:
+        raise InputError(f"{names[0]} is not a readable two-dimensional .npy array, nor are its neighbours; copy them again")
+    rows, columns = ({shape[side] for shape in shapes} for side in (0, 1))
+    transposed = folders[0].name == "fbank"
+    if len(rows) != len(columns):
+        transposed = len(rows) < len(columns)
+    side = 0 if transposed else 1
+    sizes = [shape[side] for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]
+    return max(set(sizes), key=sizes.count), transposed
+
+
+def _edition(root: Path, splits: list[str], size: int) -> Edition:
+    if _feature_folder(root / splits[0]).name == "fbank" and size == 80:
+        symbols = any((folder / "char_set.txt").is_file() for folder in (root, root.parent))
+        is_s25 = symbols or root.name == "hw4p2_data"
+        return S25 if is_s25 and not (root / "text-for-LM").exists() else F24
+    if size == 13 and not any(split.startswith(("train-", "dev-", "test-")) for split in splits):
+        return S22
+    if size == 27:
+        return S24 if "train-clean-50" in splits or "s24" in root.name.lower() else S23
+    return {15: F22, 28: F23}.get(size, Edition(f"HW4P2 layout, {size} features", ("index", "label")))
+
+
+def _list_split(split: Path) -> list[Utterance]:
+    """Pair features and transcripts by name; one without the other is kept, so that loading can report it."""
+    folder = _feature_folder(split)
+    features = {path.stem: path for path in folder.glob("*.npy")}
+    texts = _transcripts(split)
+    names = sorted(features.keys() | texts.keys())
+    if (split / "test_order.csv").is_file():
+        names = _test_order(split / "test_order.csv", names)
+    return [Utterance(name, features.get(name, folder / f"{name}.npy"), texts.get(name)) for name in names]
+
+
+def _transcripts(split: Path) -> dict[str, Path]:
+    for name in TRANSCRIPT_FOLDERS:
+        if found := {path.stem: path for path in (split / name).glob("*.npy")}:
+            return found
+    return {}
+
+
+def _test_order(path: Path, names: list[str]) -> list[str]:
+    """Return the names in the order of column `file`; they must be exactly the split's names."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path} is not a UTF-8 CSV file; copy it again") from None
+    if not rows or "file" not in rows[0]:
+        raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
+    order = [Path((row["file"] or "").strip()).name.removesuffix(".npy") for row in rows]
+    if len(set(order)) != len(order):
+        twice = next(name for i, name in enumerate(order) if name in order[:i])
+        raise InputError(f"{path} names {twice!r} twice; each recording has one row")
+    if extra := sorted(set(names) - set(order)):
+        raise InputError(f"{path} does not name {extra[0]}.npy ({len(extra)} such files); list it or remove it")
+    return order
