@@ -30,11 +30,11 @@ class Settings:
 
 def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
-    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file, released model")
+    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
     own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
     own.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
     own.add_argument("--out", required=True, type=Path, metavar="FILE.csv", help="the submission file")
-    own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's decoding.beam)")
+    own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's)")
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
     own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")

@@ -1,7 +1,7 @@
 """python -m las_fast.transcribe: what audio files say, as text, JSON or subtitles.
 
-A recording is cut at its quietest places into pieces of at most 20 seconds, since the model has learned from utterances;
-the pieces are decoded together, and their texts joined.
+A recording is cut at its quietest places into pieces of at most 20 seconds, since the model has learned from single
+utterances; the pieces are decoded together, and their texts joined.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def as_text(path: Path, pieces: list[Piece]) -> str:
 
 def as_json(path: Path, pieces: list[Piece]) -> str:
     rows = [{**vars(piece), "score": round(piece.score, 4)} for piece in pieces]
-    return json.dumps({"file": str(path), "text": as_text(path, pieces).strip(), "pieces": rows}, ensure_ascii=False) + "\n"
+    whole = {"file": str(path), "text": as_text(path, pieces).strip(), "pieces": rows}
+    return json.dumps(whole, ensure_ascii=False) + "\n"
 
 
 def as_srt(path: Path, pieces: list[Piece]) -> str:
@@ -153,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg or mp3, of any rate and length")
+    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg or mp3; any rate, any length")
     own.add_argument("--checkpoint", metavar="RUN|FILE|NAME", help="training folder, file, or released model")
     own.add_argument("--format", choices=FORMATS, default="text", help="json is one object a file (default: text)")
     own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
@@ -169,6 +170,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--beam must be at least 1; got {options.beam}")
     if options.format in ("srt", "vtt") and len(options.files) > 1 and options.out is None:
         raise InputError(f"{len(options.files)} files make as many {options.format} files; say where with --out FOLDER")
+    targets = {path.stem for path in options.files}
+    if options.out and len(targets) < len(options.files):
+        raise InputError(f"two of the files would be the same file in {options.out}; give them one at a time")
     from las_fast.checkpoint import load_model
     from las_fast.decode import choose_device
 
