@@ -1,0 +1,427 @@
+"""Pictures of the attention, and a report of a run: one HTML file that needs nothing else, in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from Levenshtein import distance, opcodes
+
+from las_fast.checkpoint import write_atomically
+from las_fast.config import Config, from_yaml
+from las_fast.errors import InputError
+from las_fast.monitor import THRESHOLDS
+
+SHOWN = 12  # best and worst utterances
+GREY = "#808080"  # readable on white and on black
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def attention_picture(
+    path: str | Path, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None = None
+) -> None:
+    """Write a PNG of attention weights: characters from top to bottom, encoder frames from left to right.
+
+    Args:
+        path:    the file, whatever its suffix.
+        weights: (U, T) float32; U is len(text), or one more with <eos>.
+        frame_seconds: seconds of speech in an encoder frame; the axis then shows time.
+    """
+    with open(path, "wb") as file:
+        _draw_attention(file, weights, text, title, frame_seconds=frame_seconds)
+
+
+def _draw_attention(
+    file: BinaryIO, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None, in_page: bool = False
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    weights = np.asarray(weights, dtype=np.float32)
+    tokens, frames = weights.shape
+    labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
+    size = (4.2 if in_page else 6.4, min(12.0, max(2.2, 1.1 + 0.15 * tokens)))
+    figure = Figure(figsize=size, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=max(float(weights.max()), 1e-6),
+        extent=(0.0, frames * (frame_seconds or 1.0), tokens - 0.5, -0.5),
+    )  # fmt: skip
+    every = -(-tokens // 80)  # of long transcripts every second, third, ... character is written
+    axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7, family="monospace")
+    axes.set_xlabel("seconds" if frame_seconds else "encoder frame")
+    if in_page:
+        _make_see_through(figure, axes)
+    else:
+        figure.colorbar(image, ax=axes, pad=0.01)
+        axes.set_title(title, fontsize=9)
+    canvas.print_figure(file, format="png", dpi=130 if in_page else 110, facecolor=figure.get_facecolor())
+
+
+def _make_see_through(figure, axes) -> None:
+    figure.set_facecolor("none")
+    axes.tick_params(colors=GREY)
+    axes.xaxis.label.set_color(GREY)
+    for spine in axes.spines.values():
+        spine.set_edgecolor(GREY)
+
+
+# --------------------------------------------------------------------------------------------------------- differences
+
+
+def differences(reference: str, hypothesis: str) -> tuple[str, str]:
+    """Return reference and hypothesis as HTML in which spans mark what was deleted, inserted and substituted."""
+    first, second = [], []
+    for kind, a, b, c, d in opcodes(reference, hypothesis):
+        first.append(_span(kind, reference[a:b]))
+        second.append(_span(kind, hypothesis[c:d]))
+    return "".join(first), "".join(second)
+
+
+def _span(kind: str, text: str) -> str:
+    escaped = html.escape(text)
+    return escaped if kind == "equal" or not text else f'<span class="{kind}">{escaped}</span>'
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of points; `style` is one of the classes line1, line2, line3 of the report."""
+
+    name: str
+    style: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> str:
+    """Return the curves as SVG in the page's own colours, with an optional named vertical line at mark."""
+    points = [(x, y) for c in curves for x, y in zip(c.x, c.y, strict=True) if math.isfinite(y)]
+    if not points:
+        return "<p>No values were logged.</p>"
+    width, height, left, bottom, top, right = 560, 300, 48, 40, 34, 12
+    x_most = max(x for x, _ in points) or 1.0
+    y_ticks = _ticks(max(y for _, y in points))
+    y_most = y_ticks[-1]
+
+    def across(x: float) -> float:
+        return left + (width - left - right) * x / x_most
+
+    def down(y: float) -> float:
+        return height - bottom - (height - bottom - top) * y / y_most
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}">']
+    for y in y_ticks:
+        parts.append(f'<path class="grid" d="M{left} {down(y):.1f}H{width - right}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    floor = height - bottom + 16
+    for x in (t for t in _ticks(x_most) if t <= x_most):
+        parts.append(f'<text class="tick" x="{across(x):.1f}" y="{floor}" text-anchor="middle">{x:g}</text>')
+    if mark:
+        parts += _mark(across(min(mark[0], x_most)), mark[1], top, height - bottom, flip=mark[0] > 0.6 * x_most)
+    for curve in curves:
+        line = [(across(x), down(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
+        parts.append(f'<path class="curve {curve.style}" d="M{path}"/>')
+        if len(line) <= 60:
+            parts += [f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in line]
+    parts += _legend(curves, left)
+    parts.append(f'<text class="tick" x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">{x_label}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _mark(x: float, name: str, top: int, bottom: int, *, flip: bool) -> list[str]:
+    anchor, offset = ("end", -5) if flip else ("start", 5)
+    return [
+        f'<path class="mark" d="M{x:.1f} {top}V{bottom}"/>',
+        f'<text class="tick" x="{x + offset:.1f}" y="{top + 12}" text-anchor="{anchor}">{html.escape(name)}</text>',
+    ]
+
+
+def _legend(curves: Sequence[Curve], left: int) -> list[str]:
+    parts, x = [], left
+    for curve in curves:
+        parts.append(f'<path class="curve {curve.style}" d="M{x} 14H{x + 18}"/>')
+        parts.append(f'<text class="tick" x="{x + 23}" y="18">{html.escape(curve.name)}</text>')
+        x += 44 + int(6.6 * len(curve.name))
+    return parts
+
+
+def _ticks(most: float) -> list[float]:
+    """Return about five round numbers from 0 to at least most."""
+    most = max(most, 1e-9)
+    magnitude = 10.0 ** math.floor(math.log10(most / 4))
+    step = next(m for m in (magnitude * f for f in (1, 2, 2.5, 5, 10)) if most / m <= 5)
+    return [round(i * step, 12) for i in range(math.ceil(most / step - 1e-9) + 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def read_log(run: str | Path) -> list[dict]:
+    """Return the rows of run/log.jsonl; a last line that an interrupt cut short is left out."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; give the --out folder of a training")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def formed_epoch(log: list[dict]) -> float | None:
+    """Return the epoch of the first validation at which the attention had formed."""
+    return next((r["epoch"] for r in log if r["kind"] == "valid" and r.get("monitor", {}).get("formed")), None)
+
+
+def _read_config(run: Path) -> tuple[Config, str] | None:
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return from_yaml(text, str(path)), text
+
+
+def _frame_seconds(config: Config) -> float:
+    reduction = math.prod(config.model.listener.conv_strides) * 2**config.model.listener.pyramids
+    return config.features.shift_ms / 1000 * reduction
+
+
+def _attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
+    """Return the epoch and (id, text, weights) of each utterance in a run's attention/epoch-*.npz."""
+    with np.load(path, allow_pickle=False) as data:
+        ids = [str(i) for i in data["ids"]]
+        pictures = [(i, str(data[f"text_{n}"]), data[f"weights_{n}"]) for n, i in enumerate(ids)]
+    return float(path.stem.removeprefix("epoch-")), pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def write_report(
+    run: str | Path,
+    out: str | Path,
+    *,
+    results: dict,
+    rows: Sequence[tuple[str, str, str]],
+    title: str,
+) -> None:
+    """Write a report of a training and of what it decoded as one HTML file.
+
+    Args:
+        run:     folder that las_fast.train wrote: log.jsonl, config.yaml, attention/.
+        out:     the HTML file.
+        results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds.
+        rows:    (id, reference, hypothesis) of every decoded utterance.
+
+    Raises:
+        InputError: run is not a training folder, or out cannot be written.
+    """
+    run = Path(run)
+    log, config = read_log(run), _read_config(run)
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        _headline(results),
+        _training(log),
+        _attention(run, log, _frame_seconds(config[0]) if config else None),
+        _utterances(rows),
+        _validations(log),
+        f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
+    ]
+    page = PAGE.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
+    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _headline(results: dict) -> str:
+    known = [
+        ("cer", "CER", "{:.2f} %", "character edits per reference character"),
+        ("wer", "WER", "{:.2f} %", "word edits per reference word"),
+        ("ld", "LD", "{:.2f}", "character edits per utterance"),
+        ("utterances", "utterances", "{:,}", "decoded"),
+        ("rtfx", "speed", "{:,.0f} ×", "faster than real time, decoding"),
+    ]
+    tiles = [
+        f'<div class="tile"><b>{form.format(results[key])}</b><span>{name}</span><small>{what}</small></div>'
+        for key, name, form, what in known
+        if results.get(key) is not None
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _training(log: list[dict]) -> str:
+    train = [r for r in log if r["kind"] == "train"]
+    valid = [r for r in log if r["kind"] == "valid"]
+    formed = formed_epoch(log)
+    mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
+    said = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
+    losses = [
+        _smooth("training, all parts", "line3", train, "loss"),
+        _smooth("training, speller", "line1", train, "attention"),
+        _points("dev, speller", "line2", valid, "loss"),
+    ]
+    rates = [_points("dev CER", "line1", valid, "cer"), _points("dev WER", "line2", valid, "wer")]
+    figures = ""
+    for name, curves in (("Loss, nats a token", losses), ("Dev error, percent, greedy", rates)):
+        svg = curves_svg([c for c in curves if c.x], x_label="epoch", y_label=name, mark=mark)
+        figures += f"<figure><figcaption>{name}</figcaption>{svg}</figure>"
+    return f'<h2>Training</h2><p>The attention {said}.</p><div class="pair">{figures}</div>'
+
+
+def _points(name: str, style: str, rows: list[dict], key: str) -> Curve:
+    found = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
+    return Curve(name, style, [x for x, _ in found], [y for _, y in found])
+
+
+def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120) -> Curve:
+    """Means over equal pieces of the training, at most `points` of them."""
+    raw = _points(name, style, [r for r in rows if math.isfinite(r.get(key, math.nan))], key)
+    pieces = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
+    x, y = np.array(raw.x), np.array(raw.y)
+    return Curve(name, style, [float(x[p].mean()) for p in pieces], [float(y[p].mean()) for p in pieces])
+
+
+def _attention(run: Path, log: list[dict], frame_seconds: float | None) -> str:
+    files = sorted((run / "attention").glob("epoch-*.npz"))
+    if not files:
+        return ""
+    first, last, formed = files[0], files[-1], formed_epoch(log)
+    between = [p for p in files if formed is not None and abs(float(p.stem.removeprefix("epoch-")) - formed) < 0.01]
+    figures, said = [], ""
+    for path in dict.fromkeys([first, *between[:1], last]):
+        epoch, pictures = _attention_of(path)
+        for name, text, weights in pictures[:1]:
+            when = f"epoch {epoch:g}" + (", formed" if path in between else "")
+            figures.append(_attention_figure(name, text, weights, when, frame_seconds))
+            said = html.escape(f"{name}: {text}")
+    return (
+        "<h2>Attention before and after</h2><p>Where the speller looks (across; brighter is more weight) for each "
+        "character (down), given the true characters before it.</p>"
+        f'<p class="said">{said}</p><div class="trio">{"".join(figures)}</div>'
+    )
+
+
+def _attention_figure(name: str, text: str, weights: np.ndarray, when: str, frame_seconds: float | None) -> str:
+    buffer = io.BytesIO()
+    _draw_attention(buffer, weights, text, "", frame_seconds=frame_seconds, in_page=True)
+    image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    alt = html.escape(f"attention of {name} at {when}")
+    return f'<figure><figcaption>{when}</figcaption><img alt="{alt}" src="{image}"></figure>'
+
+
+def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
+    if not rows:
+        return ""
+    scored = sorted((100 * distance(r, h) / max(1, len(r)), name, r, h) for name, r, h in rows)
+    right = sum(1 for rate, *_ in scored if rate == 0)
+    worst = [row for row in reversed(scored) if row[0] > 0][:SHOWN]
+    kept = scored[: len(scored) - len(worst)]
+    best = sorted(kept, key=lambda row: (row[0], -len(row[2])))[:SHOWN]  # of equally good ones the longer says more
+    legend = (
+        '<p>Each utterance: what was said, and below it what was heard. <span class="said"><span class="delete">missed'
+        '</span> <span class="insert">added</span> <span class="replace">replaced</span></span></p>'
+    )
+    tables = "".join(f"<h3>{name}</h3>{_table(part)}" for name, part in (("Worst", worst), ("Best", best)) if part)
+    return f"<h2>Utterances</h2><p>{right:,} of {len(scored):,} have no error.</p>{legend}{tables}"
+
+
+def _table(rows: Sequence[tuple[float, str, str, str]]) -> str:
+    lines = []
+    for rate, name, reference, hypothesis in rows:
+        said, heard = differences(reference, hypothesis)
+        both = said if reference == hypothesis else f"{said or '&nbsp;'}<br>{heard or '&nbsp;'}"
+        lines.append(
+            f'<tr><td class="name">{html.escape(name)}</td><td class="rate">{rate:.0f} %</td>'
+            f'<td class="said">{both}</td></tr>'
+        )
+    head = '<tr><th>utterance</th><th class="rate">CER</th><th>said / heard</th></tr>'
+    return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
+
+
+def _validations(log: list[dict]) -> str:
+    rows = [r for r in log if r["kind"] == "valid"]
+    if not rows:
+        return ""
+    names = list(THRESHOLDS)
+    cells = ["epoch", "loss", "LD", "CER", "WER", *names, "attention"]
+    lines = ["<tr>" + "".join(f'<th class="rate">{c}</th>' for c in cells) + "</tr>"]
+    for row in rows:
+        monitor = row.get("monitor", {})
+        values = [f"{row['epoch']:g}", *(_number(row.get(key)) for key in ("loss", "ld", "cer", "wer"))]
+        values += [_number(monitor.get(name)) for name in names] + ["formed" if monitor.get("formed") else "not formed"]
+        lines.append("<tr>" + "".join(f'<td class="rate">{v}</td>' for v in values) + "</tr>")
+    last = html.escape(str(rows[-1].get("line", "")))
+    table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f"<details><summary>Validations</summary><p>{last}</p>{table}</details>"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@title@</title><style>
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5c6570; --rule: #d9dee4; --card: #f5f7f9;
+  --one: #1f6feb; --two: #c2570c; --three: #9aa4af; --bad: #ffd7d5; --new: #cfe3ff; --other: #ffe5b4; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e6e9ed; --paper: #14171a; --soft: #9aa4af; --rule: #333a42; --card: #1d2126;
+  --one: #6cb0ff; --two: #f0a35e; --three: #66707b; --bad: #6b2423; --new: #1c4478; --other: #6a4a0c; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1180px;
+  margin: 0 auto; padding: 24px; }
+h1 { font-size: 28px; margin: 8px 0 20px; }
+h2 { font-size: 20px; margin: 40px 0 8px; }
+h3 { font-size: 16px; margin: 24px 0 4px; }
+p { margin: 4px 0 12px; }
+small, figcaption, th, .name { color: var(--soft); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
+.tile { background: var(--card); border-radius: 8px; padding: 14px 16px; display: flex; flex-direction: column; }
+.tile b { font-size: 28px; line-height: 1.2; }
+.tile small { font-size: 13px; }
+.pair, .trio { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.trio { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 14px; margin-bottom: 4px; }
+svg, img { width: 100%; height: auto; }
+.trio img { max-width: 480px; }
+.grid { stroke: var(--rule); }
+.tick { font-size: 12px; fill: var(--soft); }
+.mark { stroke: var(--soft); stroke-dasharray: 4 4; }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.line1 { stroke: var(--one); } .line2 { stroke: var(--two); } .line3 { stroke: var(--three); }
+.dot.line1 { fill: var(--one); } .dot.line2 { fill: var(--two); } .dot.line3 { fill: var(--three); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th { font-weight: 500; font-size: 14px; }
+.rate { text-align: right; white-space: nowrap; min-width: 52px; font-variant-numeric: tabular-nums; }
+.said, .name { font-family: ui-monospace, monospace; font-size: 14px; }
+.said { white-space: pre-wrap; }
+td.said { width: 100%; }
+.name { white-space: nowrap; min-width: 84px; }
+.delete, .insert, .replace { border-radius: 3px; }
+.delete { background: var(--bad); text-decoration: line-through; }
+.insert { background: var(--new); text-decoration: underline; }
+.replace { background: var(--other); }
+details { margin-top: 28px; }
+summary { cursor: pointer; font-size: 20px; font-weight: 600; }
+pre { overflow-x: auto; }
+</style></head><body>
+@body@
+</body></html>
+"""
