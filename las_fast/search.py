@@ -25,6 +25,7 @@ from las_fast.text import EOS, PAD, SOS, Vocabulary
 
 LOOK_EVERY = 16  # steps between two looks at "all finished": each one waits for the device
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,7 @@ def decode_dataset(
     loader = make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
-    bar = tqdm(total=round(float(dataset.seconds.sum())), unit=" s of audio", disable=not progress, mininterval=1.0)
-    with bar:
+    with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
         for batch in loader:
             waiting = [batch]
             while waiting:

@@ -1,4 +1,4 @@
-"""What tests share: one thread, and the data beside the repository where it is there."""
+"""What tests share: one thread, a cache of their own, and the data beside the repository where it is there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import torch
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Keep the user's feature cache out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,203 @@
+"""The decode command on miniature archives, with an untrained model: everything but the recognition."""
+
+import csv
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from archives import EDITIONS, make_archive, make_manifest
+from checkpoints import MODEL, make_checkpoint
+
+from las_fast.checkpoint import build_model
+from las_fast.cli import run
+from las_fast.config import Config, FeatureConfig
+from las_fast.data.dataset import open_corpus
+from las_fast.decode import main
+from las_fast.metrics import score
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with an F23 archive and a checkpoint for it."""
+    folder = tmp_path_factory.mktemp("decode")
+    make_archive(folder, "F23", utterances=5)
+    make_checkpoint(folder)
+    return folder
+
+
+def decode(here, *words, split="dev-clean", data="11-785-f23-hw4p2", checkpoint="untrained-28.safetensors", out=None):
+    arguments = ["--checkpoint", str(here / checkpoint), "--data", str(here / data), "--split", split]
+    main([*arguments, "--out", str(out or here / "out.csv"), "--device", "cpu", *words])
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def fails(here, capsys, *words, **options):
+    """Run the command as a person does; return its one sentence."""
+    out = here / "never" / "out.csv"
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: decode(here, *words, out=options.pop("out", out), **options))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
+    assert not out.exists()
+    return err
+
+
+def test_the_last_line_is_json_with_scores_and_speed(here, capsys, tmp_path):
+    decode(here, "--jsonl", str(tmp_path / "rows.jsonl"))
+    result = last_line(capsys)
+    assert list(result) == ["utterances", "ld", "cer", "wer", "seconds", "audio_seconds", "rtfx"]
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    scores = score([row["reference"] for row in found], [row["text"] for row in found])
+    assert result["utterances"] == 5 and result["ld"] == pytest.approx(scores.ld, abs=1e-3)
+    assert result["cer"] == pytest.approx(scores.cer, abs=1e-3) and result["audio_seconds"] > 0
+
+
+def test_the_edition_and_a_table_are_printed(here, capsys):
+    decode(here)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "data: HW4P2 F23"
+    assert [line.split()[0] for line in lines[1:-1]] == ["utterances", "LD", "CER", "WER", "speed", "written"]
+
+
+def test_a_test_split_without_transcripts_has_no_scores(here, capsys):
+    decode(here, split="test")
+    assert list(last_line(capsys)) == ["utterances", "seconds", "audio_seconds", "rtfx"]
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_each_edition_gets_its_own_header_and_order(edition, tmp_path, capsys):
+    layout = EDITIONS[edition]
+    archive = make_archive(tmp_path, edition, utterances=4)
+    checkpoint = make_checkpoint(tmp_path, layout.size)
+    out, jsonl = tmp_path / "out.csv", tmp_path / "rows.jsonl"
+    decode(tmp_path, "--jsonl", str(jsonl), split="test", data=archive, checkpoint=checkpoint.name, out=out)
+    header, *body = rows(out)
+    assert tuple(header) == layout.header
+    texts = {row["id"]: row["text"] for row in map(json.loads, jsonl.read_text().splitlines())}
+    corpus = open_corpus(archive)
+    ids = [utterance.id for utterance in corpus.utterances(corpus.roles["test"][0])]
+    assert [text for _, text in body] == [texts[i] for i in ids]
+    assert [first for first, _ in body] == ([str(i) for i in range(4)] if corpus.numbered else ids)
+    assert all(text == text.upper() and "<" not in text for _, text in body)
+
+
+def test_json_lines_hold_scores_frames_and_the_n_best(here, tmp_path):
+    decode(here, "--jsonl", str(tmp_path / "deep" / "rows.jsonl"), "--nbest", "3", "--beam", "4")
+    found = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
+    for row in found:
+        assert list(row) == ["id", "text", "score", "frames", "nbest", "reference"]
+        assert len(row["frames"]) == len(row["text"]) and len(row["nbest"]) == 3
+        assert row["nbest"][0] == {"text": row["text"], "score": row["score"]} and row["score"] < 0
+
+
+def test_the_answer_does_not_depend_on_the_batch(here, tmp_path):
+    decode(here, out=tmp_path / "one.csv", split="train")
+    decode(here, "--decoding.frames-per-batch", "1", out=tmp_path / "two.csv", split="train")
+    assert rows(tmp_path / "one.csv") == rows(tmp_path / "two.csv")
+
+
+def test_decoding_fields_reach_the_search(here, tmp_path):
+    settings = ["--decoding.maximum-share", "0.0", "--decoding.maximum-extra", "2", "--decoding.minimum-share", "1.0"]
+    decode(here, *settings, out=tmp_path / "short.csv")
+    assert all(len(text) == 2 for _, text in rows(tmp_path / "short.csv")[1:])
+
+
+def test_the_folder_of_the_output_is_made(here, tmp_path):
+    decode(here, out=tmp_path / "a" / "b" / "out.csv")
+    assert os.listdir(tmp_path / "a" / "b") == ["out.csv"]
+
+
+def test_an_unusable_utterance_keeps_its_row_when_skipped(tmp_path, capsys):
+    archive = make_archive(tmp_path, "F23", utterances=5)
+    make_checkpoint(tmp_path)
+    bad = sorted((archive / "test-clean" / "mfcc").iterdir())[2]
+    bad.write_bytes(b"")
+    assert bad.name in fails(tmp_path, capsys, split="test")
+    decode(tmp_path, "--on-bad", "skip", split="test")
+    assert [row[0] for row in rows(tmp_path / "out.csv")] == ["index", "0", "1", "2", "3", "4"]
+    assert rows(tmp_path / "out.csv")[3][1] == "" and last_line(capsys)["utterances"] == 4
+
+
+def test_audio_is_decoded_with_the_checkpoints_own_features(tmp_path, capsys):
+    manifest = make_manifest(tmp_path / "data")
+    checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
+    decode(tmp_path, split="dev", data=manifest, checkpoint=checkpoint.name)
+    assert rows(tmp_path / "out.csv")[0] == ["id", "label"] and last_line(capsys)["utterances"] == 4
+
+
+def test_frames_of_another_size_are_refused_by_name(here, capsys):
+    make_checkpoint(here, 13)
+    message = fails(here, capsys, checkpoint="untrained-13.safetensors")
+    assert "HW4P2 F23 has 28 values a frame" in message and "untrained-13.safetensors was trained on 13" in message
+
+
+def test_a_missing_checkpoint_is_an_error_and_never_random_weights(here, capsys):
+    assert "gone" in fails(here, capsys, checkpoint="gone")
+
+
+def test_a_corrupt_checkpoint_is_an_error(here, capsys):
+    whole = (here / "untrained-28.safetensors").read_bytes()
+    (here / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cut.safetensors" in fails(here, capsys, checkpoint="cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "dev-other"], "no split 'dev-other'; it has"),
+        (["--nbest", "9", "--beam", "2"], "--nbest 9 needs a beam at least as wide; give --beam 9"),
+        (["--nbest", "0"], "--nbest must be at least 1"),
+        (["--beam", "0"], "decoding.beam must be at least 1"),
+        (["--device", "cuda:77"], "--device cuda:77: there is no such device here"),
+        (["--device", "nonsense"], "--device nonsense: there is no such device here"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_wrong_options_are_one_sentence(here, capsys, words, said):
+    assert said in fails(here, capsys, *words)
+
+
+def test_a_folder_is_no_output_file(here, capsys, tmp_path):
+    assert f"{tmp_path} is a folder" in fails(here, capsys, out=tmp_path)
+
+
+def test_an_output_folder_that_cannot_be_made_is_found_before_decoding(here, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(here, capsys, out=tmp_path / "file" / "out.csv")
+
+
+def test_a_full_disk_leaves_no_half_written_file(here, capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    decode(here, out=tmp_path / "warm.csv")  # the feature cache is there now
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(SystemExit):
+        run(lambda _: decode(here, out=tmp_path / "out.csv"))
+    assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == ["warm.csv"]
+
+
+def test_the_real_model_gives_the_same_answer_alone_and_in_a_batch():
+    from las_fast.search import beam_search
+
+    config = Config(features=FeatureConfig(size=28), model=MODEL)
+    torch.manual_seed(2)
+    model = build_model(config).eval()
+    lengths = torch.tensor([31, 7, 18])
+    features = torch.randn(3, 31, 28)
+    decoding = replace(config.decoding, beam=4)
+    together = beam_search(model, model.listen(features, lengths), decoding, nbest=4)
+    for b, n in enumerate(lengths.tolist()):
+        (alone,) = beam_search(model, model.listen(features[b : b + 1, :n], lengths[b : b + 1]), decoding, nbest=4)
+        assert [h.text_tokens for h in alone] == [h.text_tokens for h in together[b]]
+        assert [h.score for h in alone] == pytest.approx([h.score for h in together[b]], abs=1e-4)
