@@ -1,0 +1,199 @@
+"""python -m las_fast.demo: from nothing to a report. Speaks a corpus, trains on it, decodes its test split, scores.
+
+    OUT/data             the spoken corpus, an HW4P2 F23 archive
+    OUT/run              the training
+    OUT/submission.csv   the decoded test split, in the edition's own form
+    OUT/result.json      utterances, ld, cer, wer, seconds, audio_seconds, rtfx (seconds: of decoding)
+    OUT/report.html      curves, attention, best and worst utterances
+
+Run again, it keeps what was made with the same settings and goes on with a training that was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from las_fast.cli import run
+from las_fast.data import spoken
+from las_fast.errors import InputError
+
+PRESET = "tiny"
+EXAMPLES = 5  # utterances that are printed at the end
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the demo's own options and the settings that it hands on to the training."""
+    parser = argparse.ArgumentParser(
+        prog="python -m las_fast.demo",
+        description="From nothing to a report: a spoken corpus, training, decoding, scores.",
+        epilog="Any setting of the training can follow, such as --training.epochs 5.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of all results (default runs/demo)")
+    spoken.add_sizes(parser)
+    parser.add_argument("--beam", type=int, default=8, help="hypotheses kept in decoding (default 8)")
+    parser.add_argument("--fresh", action="store_true", help="make everything again, whatever is there")
+    options, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("--"):
+        parser.error(f"unexpected {rest[0]!r}")
+    return options, rest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo; see --help."""
+    options, rest = parse(argv)
+    out: Path = options.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(options, name) for name in ("train", "dev", "test", "seed")}
+    with stage(1, "speaking the corpus"):
+        archive = make_corpus(out / "data", sizes, fresh=options.fresh)
+    with stage(2, f"training, preset {PRESET}"):
+        train(out, archive, sizes, rest, fresh=options.fresh)
+    with stage(3, f"decoding test-clean, beam {options.beam}"):
+        printed = decode(out, archive, options.beam)
+    with stage(4, "scoring and reporting"):
+        result, rows = summarise(out, printed)
+    show(out, result, rows)
+
+
+@contextlib.contextmanager
+def stage(number: int, name: str) -> Iterator[None]:
+    """Say what is going on, and how long it took."""
+    print(f"\n[{number}/4] {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"[{number}/4] took {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def make_corpus(root: Path, sizes: dict, *, fresh: bool) -> Path:
+    """Return the archive under root, generated unless it is there with the same settings."""
+    if spoken.is_current(root, **sizes) and not fresh:
+        print(f"{root} was made with the same settings: kept")
+        return root / spoken.ARCHIVE
+    return spoken.generate(root, **sizes)
+
+
+def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool) -> None:
+    """Train in out/run: from the start, from where it was interrupted, or not at all where it is complete."""
+    from las_fast import train as training
+    from las_fast.checkpoint import LAST
+    from las_fast.config import load_config, to_tree
+
+    folder, stamp = out / "run", out / "training.json"
+    wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
+    before = read_json(stamp)
+    if before is None and folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something that this demo did not make; give --out another folder")
+    same = before is not None and before["settings"] == json.loads(json.dumps(wanted)) and (folder / LAST).is_file()
+    if same and before["complete"] and not fresh:
+        print(f"{folder} was trained with the same settings: kept (--fresh trains again)")
+        return
+    resume = same and not fresh
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_json(stamp, {"settings": wanted, "complete": False})
+    arguments = ["--config", PRESET, "--data", str(archive), "--out", str(folder), "--data.cache", str(out / "cache")]
+    try:
+        training.main([*arguments, *rest, *(["--resume"] if resume else [])])
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same demo command goes on from here", file=sys.stderr)
+        raise
+    write_json(stamp, {"settings": wanted, "complete": True})
+
+
+def decode(out: Path, archive: Path, beam: int) -> dict:
+    """Decode the test split into out/submission.csv; return the JSON that the decoder ends with."""
+    from las_fast import decode as decoding
+
+    tee = Tee(sys.stdout)
+    with contextlib.redirect_stdout(tee):
+        decoding.main(["--checkpoint", str(out / "run"), "--data", str(archive), "--split", "test-clean",
+                       "--out", str(out / "submission.csv"), "--beam", str(beam)])  # fmt: skip
+    return json.loads(tee.getvalue().strip().rpartition("\n")[2])
+
+
+class Tee(io.StringIO):
+    """Keeps what is written and passes it on."""
+
+    def __init__(self, through):
+        super().__init__()
+        self._through = through
+
+    def write(self, text: str) -> int:
+        self._through.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self._through.flush()
+
+
+def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]]]:
+    """Score the submission against what was said; write result.json and report.html; return result and rows."""
+    from dataclasses import asdict
+
+    from las_fast.metrics import score
+    from las_fast.report import write_report
+
+    rows = read_submission(out / "submission.csv", spoken.read_test_transcripts(out / "data"))
+    scores = asdict(score([reference for _, reference, _ in rows], [hypothesis for *_, hypothesis in rows]))
+    result = {name: round(value, 4) for name, value in scores.items()}
+    result |= {name: printed[name] for name in ("seconds", "audio_seconds", "rtfx")}
+    write_json(out / "result.json", result)
+    write_report(out / "run", out / "report.html", results=result, rows=rows, title="las_fast demo: a spoken corpus")
+    return result, rows
+
+
+def read_submission(path: Path, truth: dict[str, tuple[str, float]]) -> list[tuple[str, str, str]]:
+    """Return (file name, what was said, what was heard) of each row; rows follow the sorted file names."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    names = sorted(truth)
+    numbers = [str(i) for i in range(len(names))]
+    if [first for first, _ in rows] not in (numbers, names):
+        expected = f"do not match the {len(names)} test utterances; decode again"
+        raise InputError(f"{path} has {len(rows)} rows that {expected}")
+    return [(name, truth[name][0], heard) for name, (_, heard) in zip(names, rows, strict=True)]
+
+
+def show(out: Path, result: dict, rows: list[tuple[str, str, str]]) -> None:
+    """Print the scores, a few examples, and where everything is."""
+    print(
+        f"\ntest-clean, {result['utterances']} utterances in unseen voices: CER {result['cer']:.2f}%, "
+        f"WER {result['wer']:.2f}%, LD {result['ld']:.2f}; decoded {result['rtfx']:.0f} times faster than real time\n"
+    )
+    step = max(1, len(rows) // EXAMPLES)
+    for name, reference, hypothesis in rows[::step][:EXAMPLES]:
+        print(f"{name}  said   {reference}\n{'':{len(name)}}  heard  {hypothesis}")
+    print()
+    for what, name in (("report", "report.html"), ("scores", "result.json"), ("submission", "submission.csv"),
+                       ("training", "run"), ("corpus", "data")):  # fmt: skip
+        print(f"{what:<12}{out / name}")
+
+
+def read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, content: dict) -> None:
+    from las_fast.checkpoint import write_atomically
+
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(main)
