@@ -1,4 +1,4 @@
-"""SpecAugment (Park et al. 2019) and speed, on normalised features, bounded so that something is always left to hear."""
+"""SpecAugment (Park et al. 2019) and speed on normalised features, bounded so that something is always left."""
 
 from __future__ import annotations
 

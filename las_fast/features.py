@@ -1,9 +1,9 @@
 """Audio files to log-mel or MFCC frames, on torch.stft, with Kaldi's definitions.
 
-A frame holds window_ms of samples (scaled to 16-bit range) every shift_ms, whole windows only. Its mean is removed, it is
-pre-emphasised (0.97), multiplied by Kaldi's "povey" window and padded with zeros to a power of two. Filters are triangles
-on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power spectrum. Log-mel is the natural
-logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
+A frame holds window_ms of samples (scaled to 16-bit range) every shift_ms, whole windows only. Its mean is removed, it
+is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and padded with zeros to a power of two. Filters are
+triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power spectrum. Log-mel is
+the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
 
 One stft does all of that because these steps are linear. With e the whole signal pre-emphasised and w the window,
     window(preemphasis(frame - mean)) = w * e - (1 - 0.97) * mean * w
@@ -30,7 +30,7 @@ PREEMPHASIS = 0.97
 LOW_HZ = 20.0
 LIFTER = 22.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of a filter's energy
-BLOCK_FRAMES = 1024  # frames in one stft: its spectrum stays in the processor's cache
+BLOCK_FRAMES = 256  # frames in one stft: its spectrum stays in the processor's cache
 
 
 def load_audio(path: str | Path, sample_rate: int) -> np.ndarray:
@@ -82,7 +82,8 @@ def compute_features(
     signals = [torch.as_tensor(w, dtype=torch.float32) for w in waveforms]
     for signal in signals:
         if signal.ndim != 1 or not len(signal):
-            raise InputError(f"a waveform must hold at least one sample in one channel; got shape {tuple(signal.shape)}")
+            shape = tuple(signal.shape)
+            raise InputError(f"a waveform must hold at least one sample in one channel; got shape {shape}")
     if not signals:
         return []
     counts = [1 + max(0, len(signal) - window) // shift for signal in signals]
@@ -120,12 +121,13 @@ def check_settings(config: FeatureConfig) -> None:
     window, shift = frame_sizes(config)
     if window < 2 or shift < 1:
         raise InputError(
-            f"features.window_ms {config.window_ms} and shift_ms {config.shift_ms} at {config.sample_rate} Hz make a window "
-            f"of {window} samples every {shift}; give at least 2 and 1"
+            f"features.window_ms {config.window_ms} and shift_ms {config.shift_ms} at {config.sample_rate} Hz make "
+            f"a window of {window} samples every {shift}; give at least 2 and 1"
         )
     if config.kind == "mfcc" and config.size > config.mel_bins:
         raise InputError(
-            f"features.size {config.size} MFCC need at least as many mel filters; features.mel_bins is {config.mel_bins}"
+            f"features.size {config.size} MFCC need at least as many mel filters; "
+            f"features.mel_bins is {config.mel_bins}"
         )
 
 
@@ -149,10 +151,11 @@ def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Ten
         count = min(BLOCK_FRAMES, total - first)
         piece = stream[first * shift : (first + count - 1) * shift + size]
         spectrum = torch.stft(piece, size, shift, size, taper, center=False, return_complex=True).T  # (count, bins)
-        offset = (1 - PREEMPHASIS) * means[first : first + count]
-        spectrum = torch.view_as_real(spectrum - offset[:, None] * spectrum_of_taper)
-        energies = spectrum.square_().sum(-1) @ filters
-        logs = energies.clamp_(min=FLOOR).log_()
+        mean = means[first : first + count, None]
+        real = torch.addcmul(spectrum.real, mean, spectrum_of_taper.real, value=PREEMPHASIS - 1)
+        imaginary = torch.addcmul(spectrum.imag, mean, spectrum_of_taper.imag, value=PREEMPHASIS - 1)
+        power = real.square_().addcmul_(imaginary, imaginary)
+        logs = (power @ filters).clamp_(min=FLOOR).log_()
         out[first : first + count] = logs if transform is None else logs @ transform
     return out
 
@@ -183,7 +186,8 @@ def _tables(config: FeatureConfig):
 
 
 def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
-    """Return (fft_size // 2 + 1, count) triangles of height 1, evenly spaced in mel; the last bin (Nyquist) is unused."""
+    """Return (fft_size // 2 + 1, count) triangles of height 1, evenly spaced in mel; the Nyquist bin is unused."""
+
     def mel(hertz):
         return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
 

@@ -47,8 +47,8 @@ EDITIONS = {
 def make_archive(root: str | Path, edition: str, *, utterances: int | Mapping[str, int] = 4, seed: int = 0) -> Path:
     """Write an archive of an edition (S22 F22 S23 F23 S24 F24 S25) below root and return the archive's own root.
 
-    utterances: in each split, or by split name. Recordings have 20 to 60 frames; transcripts 4 to 12 characters, none in
-    the test split. Names are LibriSpeech ids; in S22 the test order is not the order of the names.
+    utterances: in each split, or by split name. Recordings have 20 to 60 frames; transcripts 4 to 12 characters, none
+    in the test split. Names are LibriSpeech ids; in S22 the test order is not the order of the names.
     """
     layout = EDITIONS[edition]
     archive = Path(root) / layout.root
@@ -62,7 +62,8 @@ def make_archive(root: str | Path, edition: str, *, utterances: int | Mapping[st
             if split != layout.splits[-1]:
                 save(archive / split / layout.transcripts / f"{name}.npy", text_array(text, layout.stored_ends))
         if edition == "S22" and split == "test":
-            _write_rows(archive / split / "test_order.csv", [["file"], *([f"{n}.npy"] for n in generator.permutation(names))])
+            order = generator.permutation(names)
+            _write_rows(archive / split / "test_order.csv", [["file"], *([f"{name}.npy"] for name in order)])
     if layout.features == "fbank":
         _write_extras(archive, edition)
     return archive
@@ -106,7 +107,9 @@ def make_librispeech(root: str | Path, *, utterances: int = 3, seed: int = 0, sp
     return Path(root)
 
 
-def make_manifest(root: str | Path, *, suffix: str = ".tsv", utterances: int = 4, seed: int = 0, split: bool = True) -> Path:
+def make_manifest(
+    root: str | Path, *, suffix: str = ".tsv", utterances: int = 4, seed: int = 0, split: bool = True
+) -> Path:
     """Write recordings and a manifest (.tsv or .jsonl) with splits train and dev, or with none; return the manifest."""
     generator = np.random.default_rng(seed)
     rows = []

@@ -41,10 +41,10 @@ class Batch:
 class BucketBatches:
     """Batches for training, new in every epoch, the same number in each.
 
-    Utterances fall into classes of similar length. Batches are cut once from the classes in order, as if every utterance
-    had the longest length of its class; each epoch shuffles who takes which place within a class, and then the order of
-    the batches. So every epoch covers every utterance once, keeps the budget, and has len() batches. The classes are as
-    wide as a padding share of 8% allows.
+    Utterances fall into classes of similar length. Batches are cut once from the classes in order, as if every
+    utterance had the longest length of its class; each epoch shuffles who takes which place within a class, and then
+    the order of the batches. So every epoch covers every utterance once, keeps the budget, and has len() batches.
+    The classes are as wide as a padding share of 8% allows.
     """
 
     def __init__(self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int):
@@ -162,7 +162,7 @@ class _Batches(torch.utils.data.Dataset):
         features = [self._features(i, self.epoch + b / len(self.batches)) for i in indices]
         texts = [self.dataset.texts[i] for i in indices]
         tokens = None
-        if all(text is not None for text in texts):
+        if not any(text is None or self.vocabulary.unknown(text) for text in texts):
             tokens = [torch.tensor([*self.vocabulary.encode(text), EOS]) for text in texts]
         pad = torch.nn.utils.rnn.pad_sequence
         return Batch(

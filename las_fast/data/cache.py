@@ -1,9 +1,10 @@
 """The feature cache: every split is read, checked and turned into frames once, then mapped into memory.
 
-An entry is a folder with features.f32 (the raw frames of all good utterances, one after another, float32) and index.json
-(ids, texts, frames, seconds, and the bad utterances with the reason). Its name holds a hash of all that it depends on.
-It is built under a hidden name and renamed when complete, so an interrupt leaves nothing that could be taken for one.
-Workers are plain child processes that run work(): they need no fork and no guarded main module, and end with their parent.
+An entry is a folder with features.f32 (the raw frames of all good utterances, one after another, float32) and
+index.json (ids, texts, frames, seconds, and the bad utterances with the reason). Its name holds a hash of all that it
+depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves nothing that could be
+taken for one. Workers are plain child processes that run work(): they need neither fork nor a guarded main module, and
+end with their parent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ VERSION = 1  # raise it when the meaning of the stored frames or of the index ch
 CHUNK = 16  # utterances that a worker does at a time
 SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
 ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
+OR_SKIP = "; or leave such utterances out with --data.on-bad skip"
 DROP_BYTES = 256 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
 
 
@@ -87,7 +89,7 @@ class CacheEntry:
         return frames.reshape(-1, self.size)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "_map"}  # a map cannot be sent to a process
+        return {key: value for key, value in self.__dict__.items() if key != "_map"}  # a map cannot be pickled
 
 
 def cache_folder(setting: str) -> Path:
@@ -100,32 +102,32 @@ def cache_folder(setting: str) -> Path:
 def open_cache(
     corpus: Corpus,
     split: str,
+    utterances: Sequence[Utterance],
     features: FeatureConfig,
     *,
     folder: str = "",
-    stop_at_bad: bool = True,
+    refuse: Callable[[Utterance, str | None], str] | None = None,
     progress: bool = True,
     workers: int | None = None,
 ) -> CacheEntry:
     """Return the cache entry of a split, building it where there is none.
 
     Args:
-        folder:      of the cache; empty: the user's.
-        stop_at_bad: raise at the first bad utterance instead of recording all of them.
-        workers:     processes that build; default one a core.
+        utterances: of the split, as corpus.utterances gives them.
+        folder:     of the cache; empty: the user's.
+        refuse:     with it the first bad utterance is an error; it is also asked what is wrong with an utterance and
+                    its text ("" when nothing is). Without it bad utterances are recorded.
+        workers:    processes that build; default one a core.
 
     Raises:
         InputError: a bad utterance, or the cache cannot be written.
     """
-    utterances = corpus.utterances(split)
-    if not utterances:
-        raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
     cache = cache_folder(folder)
     target = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', split)[:40]}-{_key(corpus, utterances, features)}"
     entry = _read_entry(target)
     if entry is None:
         try:
-            _build(target, corpus, split, utterances, features, stop_at_bad, progress, workers)
+            _build(target, corpus, split, utterances, features, refuse, progress, workers)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise InputError(
@@ -134,8 +136,8 @@ def open_cache(
         entry = _read_entry(target)
         if entry is None:
             raise InputError(f"the feature cache {target} was removed or damaged while it was opened; run again")
-    if stop_at_bad and entry.bad:
-        raise InputError(f"{entry.bad[0][1]}; or leave such utterances out with --data.on-bad skip")
+    if refuse and entry.bad:
+        raise InputError(f"{entry.bad[0][1]}{OR_SKIP}")
     return entry
 
 
@@ -181,7 +183,7 @@ def _read_entry(target: Path) -> CacheEntry | None:
     return entry if stored == int(entry.lengths.sum()) * entry.size * 4 else None
 
 
-def _build(target, corpus, split, utterances, features, stop_at_bad, progress, workers) -> None:
+def _build(target, corpus, split, utterances, features, refuse, progress, workers) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
     unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -190,7 +192,7 @@ def _build(target, corpus, split, utterances, features, stop_at_bad, progress, w
     try:
         items = _process(corpus, utterances, features, scratch, workers or _cores())
         with tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False) as bar:
-            index = _write_features(scratch / "features.f32", bar, stop_at_bad)
+            index = _write_features(scratch / "features.f32", bar, utterances, refuse)
         size = features.size if corpus.kind == "audio" else corpus.feature_size
         (scratch / "index.json").write_text(json.dumps({"size": size, **index}), encoding="utf-8")
         if target.exists() and _read_entry(target) is None:
@@ -202,16 +204,17 @@ def _build(target, corpus, split, utterances, features, stop_at_bad, progress, w
         shutil.rmtree(target / "damaged", ignore_errors=True)
 
 
-def _write_features(path: Path, items, stop_at_bad: bool) -> dict:
+def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse) -> dict:
     index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "bad")}
     seconds = 0.0
     started = time.monotonic()
     with path.open("wb") as file:
         for place, item in enumerate(items):
-            if item.problem:
-                if stop_at_bad:
-                    raise InputError(f"{item.problem}; or leave such utterances out with --data.on-bad skip")
-                index["bad"].append((item.id, item.problem, place))
+            problem = item.problem or (refuse(utterances[place], item.text) if refuse else "")
+            if problem:
+                if refuse:
+                    raise InputError(f"{problem}{OR_SKIP}")
+                index["bad"].append((item.id, problem, place))
                 continue
             file.write(np.ascontiguousarray(item.frames, np.float32).data)
             row = (item.id, item.text, len(item.frames), item.seconds, place)
@@ -225,6 +228,7 @@ def _write_features(path: Path, items, stop_at_bad: bool) -> dict:
 def _remove_abandoned(cache: Path) -> None:
     """Remove what builders that no longer run have left."""
     for path in cache.glob(".building-*"):
+        dead = False
         host, pid, _ = path.name.rsplit("-", 2) if path.name.count("-") >= 3 else ("", "", "")
         if host.endswith(f"-{socket.gethostname()}") and pid.isdigit():
             dead = not _is_running(int(pid))
@@ -298,15 +302,17 @@ def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
 
 def work() -> None:
     """Be a worker: write the Items of each chunk of the task file to standard output; a closed pipe ends it."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library might print must not get between the answers
     task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
     if task[0] == "audio":
         import torch  # only here: it takes longer to import than many a feature archive to read
 
         torch.set_num_threads(1)
-    with suppress(BrokenPipeError):
+    with suppress(BrokenPipeError), answers:
         for chunk in chunks:
-            sys.stdout.buffer.write(pickle.dumps(list(_process_chunk(task, chunk)), protocol=5))
-            sys.stdout.buffer.flush()
+            answers.write(pickle.dumps(list(_process_chunk(task, chunk)), protocol=5))
+            answers.flush()
 
 
 def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
@@ -345,7 +351,8 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
             yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; make it again")
         elif array.shape[0 if transposed else 1] != size:
-            yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; got {array.shape}; make it again")
+            got = f"got {array.shape}; make it again"
+            yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; {got}")
         else:
             with np.errstate(over="ignore"):
                 frames = np.ascontiguousarray(array.T if transposed else array, np.float32)

@@ -51,9 +51,9 @@ class Corpus:
     def resolve(self, split: str) -> tuple[str, ...]:
         """Return the split names that `split` means.
 
-        `split` is a split name, a role (train, dev, test), the hours of LibriSpeech training folders ("460" is both
-        train-clean-100 and train-clean-360), or several of these joined by "+" or ",". Raises InputError with what
-        there is otherwise.
+        `split` is a split name, a role (train, dev, test), the hours of LibriSpeech training folders ("460" is
+        both train-clean-100 and train-clean-360), or several of these joined by "+" or ",". Raises InputError with
+        what there is otherwise.
         """
         names: list[str] = []
         for part in re.split(r"[+,]", split):
@@ -68,7 +68,8 @@ class Corpus:
         if part in self.roles:
             return self.roles[part]
         hours = part.removeprefix("train-").removeprefix("clean-")
-        named = {re.sub(r"^train-(clean|other)-", "", name): name for name in self.listings if name.startswith("train-")}
+        train = [name for name in self.listings if name.startswith("train-")]
+        named = {re.sub(r"^train-(clean|other)-", "", name): name for name in train}
         wanted = UNIONS.get(hours, (hours,))
         if not part or any(h not in named for h in wanted):
             raise InputError(self._missing(part))

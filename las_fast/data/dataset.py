@@ -1,12 +1,10 @@
-"""One interface to every kind of data: open_corpus recognises a root, load_dataset gives normalised frames and texts."""
+"""One interface to every kind of data: open_corpus recognises a root, load_dataset gives frames and texts."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, librispeech, manifest
-from las_fast.data.cache import CacheEntry, open_cache
+from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
@@ -43,7 +41,8 @@ def open_corpus(root: str | Path) -> Corpus:
     root = Path(root).expanduser()
     if root.is_file():
         if root.suffix.lower() not in manifest.SUFFIXES:
-            raise InputError(f"{root} is a file; expected a folder, or a manifest ending in {' or '.join(manifest.SUFFIXES)}")
+            endings = " or ".join(manifest.SUFFIXES)
+            raise InputError(f"{root} is a file; expected a folder, or a manifest ending in {endings}")
         return manifest.open_manifest(root)
     if not root.is_dir():
         raise InputError(f"{root} does not exist; give the folder that holds the data")
@@ -66,8 +65,8 @@ def open_corpus(root: str | Path) -> Corpus:
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances of one or more splits, in the corpus's order; item i is (T, features.input_size) float32.
 
-    ids: names; texts: transcripts or None; frames: (N,) int64 raw frames; seconds: (N,) float64; skipped: (id, reason) of
-    what was left out; positions: (N,) int64 row of each utterance, counting what was left out; statistics: for
+    ids: names; texts: transcripts or None; frames: (N,) int64 raw frames; seconds: (N,) float64; skipped: (id, reason)
+    of what was left out; positions: (N,) int64 row of each utterance, counting what was left out; statistics: for
     normalisation "global", else None.
     """
 
@@ -116,7 +115,7 @@ def normalise(frames: torch.Tensor, features: FeatureConfig, statistics: Statist
         return frames
     if features.normalisation == "global":
         if statistics is None:
-            raise InputError("features.normalisation global needs the statistics of the training data, and there are none")
+            raise InputError("features.normalisation global needs the statistics of the training data; none were given")
         return (frames - statistics.mean) / statistics.std
     std, mean = torch.std_mean(frames, dim=0, correction=0)
     return (frames - mean) / _safe(std, mean)
@@ -140,7 +139,7 @@ def load_dataset(
     """Load splits through the feature cache, building it where needed.
 
     Args:
-        splits:     names, as corpus.resolve returns them.
+        splits:     names, or whatever corpus.resolve takes.
         features:   a frame; size must be that of the corpus where the corpus brings features.
         data:       characters, normalise_text, on_bad, max_seconds and cache are used.
         statistics: of the training data, for normalisation "global"; None computes them from these splits.
@@ -152,37 +151,20 @@ def load_dataset(
     _check_size(corpus, features)
     if not splits:
         raise InputError(f"{corpus.root}: no split was named; it has {', '.join(corpus.splits)}")
-    stop = data.on_bad == "error"
-    entries = [
-        open_cache(corpus, split, features, folder=data.cache, stop_at_bad=stop, progress=progress) for split in splits
-    ]
-    names = _unique_names(splits, entries)
-    parts, ids, texts, skipped = [], [], [], []
-    vocabulary = Vocabulary(data.characters)
-    for split, entry in zip(splits, entries, strict=True):
-        skipped += [(names[split, name], reason) for name, reason, _ in entry.bad]
-        kept, seen = [], set()
-        for i, name in enumerate(entry.ids):
-            text = entry.texts[i]
-            if text is not None and data.normalise_text:
-                text = normalise_text(text, data.characters)
-            problem = f"{corpus.root} split {split} has utterance {name} twice; ids must differ" if name in seen else ""
-            seen.add(name)
-            problem = problem or (need_text and _text_problem(corpus, split, name, text, vocabulary)) or ""
-            if problem and stop:
-                raise InputError(f"{problem}; or leave such utterances out with --data.on-bad skip")
-            if not problem and need_text and 0 < data.max_seconds < entry.seconds[i]:
-                problem = f"{entry.seconds[i]:.1f} seconds are more than data.max_seconds {data.max_seconds:g}"
-            if problem:
-                skipped.append((names[split, name], problem))
-                continue
-            kept.append(i)
-            ids.append(names[split, name])
-            texts.append(text)
-        parts.append((entry, np.array(kept, np.int64)))
-    _report(corpus, splits, len(ids), skipped)
-    dataset = SpeechDataset(parts, features)
-    dataset.ids, dataset.texts, dataset.skipped = ids, texts, skipped
+    splits = corpus.resolve("+".join(splits))
+    check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
+    parts, skipped = [], []
+    for split in splits:
+        part, left_out = _load_split(corpus, split, features, data, check, progress)
+        parts.append(part)
+        skipped.append(left_out)
+    names = _unique_names(splits, parts)
+    dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
+    for k, (entry, kept) in enumerate(parts):
+        dataset.ids += [names(k, entry.ids[i]) for i in kept]
+        dataset.texts += [check.text(entry.texts[i]) for i in kept]
+        dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
+    _report(corpus, splits, dataset)
     if features.normalisation == "global":
         dataset.statistics = statistics or _statistics(dataset, progress)
     return dataset
@@ -193,41 +175,96 @@ def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
         check_settings(features)
     elif corpus.feature_size != features.size:
         raise InputError(
-            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features a frame, the settings say {features.size}; "
-            f"give --features.size {corpus.feature_size}, or the data that the checkpoint was trained on"
+            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features a frame, the settings say "
+            f"{features.size}; give --features.size {corpus.feature_size}, or the data that the checkpoint was trained on"
         )
 
 
-def _unique_names(splits: tuple[str, ...], entries: list[CacheEntry]) -> dict[tuple[str, str], str]:
-    """Map (split, id) to a name that is unique over the splits: the id, or split/id where splits share ids."""
-    per_split = [(split, {*entry.ids, *(row[0] for row in entry.bad)}) for split, entry in zip(splits, entries, strict=True)]
-    counts = Counter(name for _, names in per_split for name in names)
-    shared = any(count > 1 for count in counts.values())
-    return {(split, name): f"{split}/{name}" if shared else name for split, names in per_split for name in names}
+@dataclass(frozen=True)
+class _TextCheck:
+    """What is wrong with an utterance's text, as a sentence that names the file, or ""."""
+
+    vocabulary: Vocabulary
+    normalise: bool
+    needed: bool
+
+    def text(self, text: str | None) -> str | None:
+        return normalise_text(text, self.vocabulary.characters) if self.normalise and text is not None else text
+
+    def __call__(self, utterance: Utterance, text: str | None) -> str:
+        text = self.text(text)
+        if not self.needed:
+            return ""
+        if text is None:
+            return f"{utterance.path} has no transcript; add it or remove the recording"
+        source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
+        if not text.strip():
+            return f"{source} has an empty transcript; fill it in or remove it"
+        if unknown := self.vocabulary.unknown(text):
+            return (
+                f"{source}: transcript {text[:40]!r} has characters outside the vocabulary: "
+                f"{' '.join(map(repr, unknown))}; map them with --data.normalise-text True, or give --data.characters"
+            )
+        return ""
 
 
-def _text_problem(corpus: Corpus, split: str, name: str, text: str | None, vocabulary: Vocabulary) -> str:
-    where = f"{corpus.root} split {split}, utterance {name}"
-    if text is None:
-        return f"{where} has no transcript; add it or remove the recording"
-    if not text.strip():
-        return f"{where} has an empty transcript; fill it in or remove the recording"
-    if unknown := vocabulary.unknown(text):
-        return (
-            f"{where}: transcript {text[:40]!r} has characters outside the vocabulary: {' '.join(map(repr, unknown))}; "
-            "map them with --data.normalise-text True, give --data.characters"
-        )
-    return ""
+def _load_split(
+    corpus: Corpus, split: str, features: FeatureConfig, data: DataConfig, check: _TextCheck, progress: bool
+) -> tuple[tuple[CacheEntry, np.ndarray], list[tuple[str, str]]]:
+    """Return the cache entry of a split with the indices that are kept, and (id, reason) of the others."""
+    utterances = corpus.utterances(split)
+    if not utterances:
+        raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
+    stop = data.on_bad == "error"
+    twice = _repeated(utterances)
+    if stop:  # what is known before any file is read is said before hours of reading
+        for place, u in enumerate(utterances):
+            problem = twice.get(place) or ("" if isinstance(u.transcript, Path) else check(u, u.transcript))
+            if problem:
+                raise InputError(f"{problem}{OR_SKIP}")
+    refuse = check if stop else None
+    entry = open_cache(corpus, split, utterances, features, folder=data.cache, refuse=refuse, progress=progress)
+    kept, skipped = [], [(name, reason) for name, reason, _ in entry.bad]
+    for i, place in enumerate(entry.places.tolist()):
+        problem = twice.get(place) or check(utterances[place], entry.texts[i])
+        if problem and stop:
+            raise InputError(f"{problem}{OR_SKIP}")
+        if not problem and check.needed and 0 < data.max_seconds < entry.seconds[i]:
+            problem = f"{entry.seconds[i]:.1f} seconds are more than data.max_seconds {data.max_seconds:g}"
+        if problem:
+            skipped.append((entry.ids[i], problem))
+        else:
+            kept.append(i)
+    return (entry, np.array(kept, np.int64)), skipped
 
 
-def _report(corpus: Corpus, splits: tuple[str, ...], kept: int, skipped: list[tuple[str, str]]) -> None:
+def _repeated(utterances: list[Utterance]) -> dict[int, str]:
+    """Return place -> problem of each utterance whose id an earlier one has."""
+    first: dict[str, Utterance] = {}
+    found = {}
+    for place, u in enumerate(utterances):
+        if first.setdefault(u.id, u) is not u:
+            found[place] = f"{u.path} and {first[u.id].path} have the same id {u.id!r}; ids must differ"
+    return found
+
+
+def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndarray]]) -> Callable[[int, str], str]:
+    """Return a function of (number of the split, id): the id, or split/id where two splits share ids."""
+    everything = [name for entry, _ in parts for name in {*entry.ids, *(name for name, _, _ in entry.bad)}]
+    shared = len(set(everything)) < len(everything)
+    return lambda k, name: f"{splits[k]}/{name}" if shared else name
+
+
+def _report(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset) -> None:
+    skipped = dataset.skipped
     if skipped:
-        print(f"{'+'.join(splits)}: left out {len(skipped)} of {kept + len(skipped)} utterances", file=sys.stderr)
+        total = len(dataset) + len(skipped)
+        print(f"{'+'.join(splits)}: left out {len(skipped)} of {total} utterances", file=sys.stderr)
         for name, reason in skipped[:LISTED]:
             print(f"  {name}: {reason}", file=sys.stderr)
         if len(skipped) > LISTED:
             print(f"  and {len(skipped) - LISTED} more", file=sys.stderr)
-    if not kept:
+    if not len(dataset):
         first = f"; the first reason: {skipped[0][1]}" if skipped else ""
         raise InputError(f"{corpus.root}: no utterance of {'+'.join(splits)} can be used{first}")
 

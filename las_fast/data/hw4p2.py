@@ -114,19 +114,18 @@ def _feature_folder(split: Path) -> Path | None:
 
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
     """Return the frame size and whether files hold (F, T): the side that several files share is the frame."""
-    names = [path for folder in folders for path in sorted(folder.glob("*.npy"))[:PEEK]]
+    names = [path for folder in folders for _, path in sorted(_arrays(folder).items())[:PEEK]]
     if not names:
         raise InputError(f"{folders[0]} holds no .npy files; expected one a recording")
-    shapes = {shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2}
+    shapes = [shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]
     if not shapes:
-        raise InputError(f"{names[0]} is not a readable two-dimensional .npy array, nor are its neighbours; copy them again")
-    rows, columns = ({shape[side] for shape in shapes} for side in (0, 1))
+        raise InputError(f"{names[0]} and its neighbours are no two-dimensional .npy arrays; copy them again")
+    rows, columns = ([shape[side] for shape in shapes] for side in (0, 1))
     transposed = folders[0].name == "fbank"
-    if len(rows) != len(columns):
-        transposed = len(rows) < len(columns)
-    side = 0 if transposed else 1
-    sizes = [shape[side] for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]
-    return max(set(sizes), key=sizes.count), transposed
+    if len(set(rows)) != len(set(columns)):
+        transposed = len(set(rows)) < len(set(columns))
+    sizes = rows if transposed else columns
+    return max(sorted(set(sizes)), key=sizes.count), transposed
 
 
 def _edition(root: Path, splits: list[str], size: int) -> Edition:
@@ -144,7 +143,7 @@ def _edition(root: Path, splits: list[str], size: int) -> Edition:
 def _list_split(split: Path) -> list[Utterance]:
     """Pair features and transcripts by name; one without the other is kept, so that loading can report it."""
     folder = _feature_folder(split)
-    features = {path.stem: path for path in folder.glob("*.npy")}
+    features = _arrays(folder)
     texts = _transcripts(split)
     names = sorted(features.keys() | texts.keys())
     if (split / "test_order.csv").is_file():
@@ -154,9 +153,14 @@ def _list_split(split: Path) -> list[Utterance]:
 
 def _transcripts(split: Path) -> dict[str, Path]:
     for name in TRANSCRIPT_FOLDERS:
-        if found := {path.stem: path for path in (split / name).glob("*.npy")}:
+        if found := _arrays(split / name):
             return found
     return {}
+
+
+def _arrays(folder: Path) -> dict[str, Path]:
+    """Map the name of each .npy in a folder to its path; hidden files (copies from a Mac bring them) do not count."""
+    return {path.stem: path for path in folder.glob("*.npy") if not path.name.startswith(".")}
 
 
 def _test_order(path: Path, names: list[str]) -> list[str]:

@@ -19,7 +19,12 @@ from las_fast.errors import InputError
 
 SUFFIXES = (".tsv", ".jsonl")
 LAYOUT = "exactly one .tsv or .jsonl manifest"
-NAMES = {"path": ("path", "audio", "audio_filepath"), "transcript": ("transcript", "text"), "id": ("id",), "split": ("split",)}
+NAMES = {
+    "path": ("path", "audio", "audio_filepath"),
+    "transcript": ("transcript", "text"),
+    "id": ("id",),
+    "split": ("split",),
+}
 
 
 def find_manifests(root: Path) -> list[Path]:
@@ -52,6 +57,8 @@ def _read(path: Path) -> dict[str, list[Utterance]]:
             splits.setdefault(split, []).append(utterance)
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is no table separated by tabs ({error}); write it again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     if not splits:
@@ -96,7 +103,7 @@ def _utterance(path: Path, line: int, row: dict) -> tuple[Utterance, str]:
             if name != "id" or not isinstance(value, int):
                 raise InputError(f"{path} line {line}: {name} must be text; got {value!r}")
             value = str(value)
-        found[name] = value
+        found[name] = None if value is None else value.strip()
     if not found["path"]:
         raise InputError(f"{path} line {line} has no path; name the recording")
     file = path.parent / found["path"]  # an absolute path stays as it is
