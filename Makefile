@@ -17,7 +17,7 @@ test: build
 
 bench: build
 	@echo "== benchmarks"
-	@$(BIN)/python -m pytest benchmarks
+	@$(BIN)/python -m pytest benchmarks --record
 
 lint: $(STAMP)
 	@echo "== lint"
@@ -30,7 +30,9 @@ gpu-check:
 # setup.py prints one line and succeeds where there is no compiler: the reference paths serve then.
 build: $(STAMP)
 	@echo "== build of the C++ extension"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext > $(VENV)/build.log 2>&1 || \
+	    { cat $(VENV)/build.log; exit 1; }
+	@grep "^las_fast:" $(VENV)/build.log || true
 
 $(STAMP): requirements.txt
 	@echo "== environment in $(VENV)"

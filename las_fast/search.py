@@ -183,7 +183,7 @@ def decode_dataset(
     loader = make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
-    with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
+    with tqdm(total=math.ceil(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
         for batch in loader:
             waiting = [batch]
             while waiting:
