@@ -104,7 +104,8 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
 
 def make(*words):
     """Run make as a person does, also when these tests were started by make."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
