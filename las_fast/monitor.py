@@ -1,7 +1,8 @@
 """Attention monitor: has the alignment between characters and frames formed, and what to try when it has not.
 
 Four numbers, each an average over utterances. Only together do they mean an alignment: attention that is sharp may
-still look at one frame, at the end, or anywhere.
+still look at one frame, at the end, or anywhere. While the guided attention loss is on, all four can be high although
+the speller only counts along the prior and hears nothing; so `formed` waits until the prior has faded.
 
     diagonal   correlation of the attended frame (weighted mean) with the token's index; 1 is a diagonal
     sharp      weight within 2 frames of the peak, corrected for chance: 0 is uniform, 1 all of it. Entropy would punish
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from las_fast.config import Config
-from las_fast.schedules import teacher_forcing_rate
+from las_fast.schedules import guided_weight, teacher_forcing_rate
 
 THRESHOLDS = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.85, "coverage": 0.6}
 NEAR = 2  # frames on either side of the peak that still are the peak
@@ -34,7 +35,7 @@ class Alignment:
     sharp: float
     monotonic: float
     coverage: float
-    formed: bool = field(init=False)  # all four reach their thresholds
+    formed: bool = field(init=False)  # all four reach their thresholds; see the function formed for the prior
     utterances: int  # that were long enough to judge
 
     def __post_init__(self):
@@ -125,6 +126,11 @@ def _coverage(peaks: torch.Tensor, tokens: torch.Tensor, frames: torch.Tensor) -
     return seen.sum(-1) / frames.sum(-1)
 
 
+def formed(alignment: Alignment, epoch: float, config: Config) -> bool:
+    """Say whether the alignment has formed by itself: the numbers suffice and no prior draws the diagonal."""
+    return alignment.formed and guided_weight(config.training, epoch) == 0
+
+
 def line(alignment: Alignment, epoch: float, config: Config) -> str:
     """Return one plain line: formed, not formed yet, or not by training.monitor_epoch with what to try in order.
 
@@ -136,8 +142,11 @@ def line(alignment: Alignment, epoch: float, config: Config) -> str:
     if alignment.utterances == 0:
         return "attention: not judged; no dev utterance has 3 characters and 8 encoder frames"
     numbers = ", ".join(_number(alignment, name) for name in THRESHOLDS)
-    if alignment.formed:
+    if formed(alignment, epoch, config):
         return f"attention: formed ({numbers})"
+    if alignment.formed:
+        until = config.training.guided_until
+        return f"attention: diagonal, but its prior is on until epoch {until:g}; formed or not shows then ({numbers})"
     if epoch < deadline:
         return f"attention: not formed yet ({numbers}); it should be by epoch {deadline:g}"
     steps = "; ".join(f"{i}. {step}" for i, step in enumerate(advice(epoch, config), 1))

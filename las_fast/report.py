@@ -19,6 +19,7 @@ from las_fast.checkpoint import write_atomically
 from las_fast.config import Config, from_yaml
 from las_fast.errors import InputError
 from las_fast.monitor import THRESHOLDS
+from las_fast.schedules import guided_weight
 
 SHOWN = 12  # best and worst utterances
 GREY = "#808080"  # readable on white and on black
@@ -185,9 +186,13 @@ def read_log(run: str | Path) -> list[dict]:
     return rows
 
 
-def formed_epoch(log: list[dict]) -> float | None:
-    """Return the epoch of the first validation at which the attention had formed."""
-    return next((r["epoch"] for r in log if r["kind"] == "valid" and r.get("monitor", {}).get("formed")), None)
+def formed_epoch(log: list[dict], config: Config | None = None) -> float | None:
+    """Return the epoch of the first validation at which the attention had formed without a prior that drew it."""
+    for row in log:
+        drawn = config is not None and guided_weight(config.training, row["epoch"]) > 0
+        if row["kind"] == "valid" and row.get("monitor", {}).get("formed") and not drawn:
+            return row["epoch"]
+    return None
 
 
 def _read_config(run: Path) -> tuple[Config, str] | None:
@@ -235,11 +240,12 @@ def write_report(
     """
     run = Path(run)
     log, config = read_log(run), _read_config(run)
+    formed = formed_epoch(log, config[0] if config else None)
     body = [
         f"<h1>{html.escape(title)}</h1>",
         _headline(results),
-        _training(log),
-        _attention(run, log, _frame_seconds(config[0]) if config else None),
+        _training(log, formed),
+        _attention(run, formed, _frame_seconds(config[0]) if config else None),
         _utterances(rows),
         _validations(log),
         f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
@@ -264,10 +270,9 @@ def _headline(results: dict) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _training(log: list[dict]) -> str:
+def _training(log: list[dict], formed: float | None) -> str:
     train = [r for r in log if r["kind"] == "train"]
     valid = [r for r in log if r["kind"] == "valid"]
-    formed = formed_epoch(log)
     mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
     said = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
     losses = [
@@ -296,11 +301,11 @@ def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120
     return Curve(name, style, [float(x[p].mean()) for p in pieces], [float(y[p].mean()) for p in pieces])
 
 
-def _attention(run: Path, log: list[dict], frame_seconds: float | None) -> str:
+def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> str:
     files = sorted((run / "attention").glob("epoch-*.npz"))
     if not files:
         return ""
-    first, last, formed = files[0], files[-1], formed_epoch(log)
+    first, last = files[0], files[-1]
     between = [p for p in files if formed is not None and abs(float(p.stem.removeprefix("epoch-")) - formed) < 0.01]
     figures, said = [], ""
     for path in dict.fromkeys([first, *between[:1], last]):
@@ -358,12 +363,12 @@ def _validations(log: list[dict]) -> str:
     if not rows:
         return ""
     names = list(THRESHOLDS)
-    cells = ["epoch", "loss", "LD", "CER", "WER", *names, "attention"]
+    cells = ["epoch", "loss", "LD", "CER", "WER", *names]
     lines = ["<tr>" + "".join(f'<th class="rate">{c}</th>' for c in cells) + "</tr>"]
     for row in rows:
         monitor = row.get("monitor", {})
         values = [f"{row['epoch']:g}", *(_number(row.get(key)) for key in ("loss", "ld", "cer", "wer"))]
-        values += [_number(monitor.get(name)) for name in names] + ["formed" if monitor.get("formed") else "not formed"]
+        values += [_number(monitor.get(name)) for name in names]
         lines.append("<tr>" + "".join(f'<td class="rate">{v}</td>' for v in values) + "</tr>")
     last = html.escape(str(rows[-1].get("line", "")))
     table = f'<div class="wide"><table>{"".join(lines)}</table></div>'

@@ -123,6 +123,14 @@ def test_the_line_says_formed_with_the_numbers():
     assert "\n" not in line
 
 
+def test_a_diagonal_drawn_by_the_prior_is_not_called_formed():
+    found = judge(bumps(diagonal(), 60))
+    config = Config(training=TrainingConfig(guided_weight=3, guided_until=6))
+    assert found.formed and not monitor.formed(found, 4, config) and monitor.formed(found, 6, config)
+    assert "its prior is on until epoch 6" in monitor.line(found, 4, config)
+    assert "attention: formed" in monitor.line(found, 6, config)
+
+
 def test_before_the_deadline_the_line_gives_no_advice():
     line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
     assert "not formed yet" in line and "epoch 10" in line and "--" not in line
