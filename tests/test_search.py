@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast import search
-from las_fast.config import DecodingConfig
+from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.errors import InputError
+from las_fast.model import LAS
 from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
@@ -220,6 +222,43 @@ def test_outputs_that_are_not_numbers_give_an_empty_hypothesis():
     found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
     assert found[0][0].text_tokens == [] and found[0][0].score == -math.inf
     assert found[1] == beam_search(FakeModel(), memory([2], [5]), config())[0]
+
+
+aten = torch.ops.aten
+WAITING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal)
+
+
+class Watch(TorchDispatchMode):
+    """Records the calls that make the host wait for a number, and the sizes of what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function.overloadpacket in WAITING:
+            self.waits.append(function)
+        result = function(*arguments, **(named or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_the_host_waits_only_for_the_length_and_every_sixteen_steps():
+    model = FakeModel(eos=-40.0)  # never ends by itself
+    with Watch() as watch:
+        beam_search(model, memory([1, 2], [70, 50]), config())
+    assert model.steps == 71 and len(watch.waits) == 1 + 71 // search.LOOK_EVERY
+
+
+def test_keys_are_never_repeated_over_the_beam():
+    speller = SpellerConfig(key_size=32, value_size=16, embedding_size=8, lstm_sizes=(8,))
+    model = LAS(ModelConfig(ListenerConfig((8,), (3,), (1,), 8, 1), speller), input_size=4, vocabulary_size=9).eval()
+    with torch.inference_mode():
+        listened = model.listen(torch.randn(2, 200, 4), torch.tensor([200, 150]))
+    with Watch() as watch:
+        beam_search(model, listened, config(beam=16, maximum_share=0.1))
+    assert watch.largest < 2 * listened.keys.numel()
 
 
 # ---------------------------------------------------------------------------------------------------- whole data sets
