@@ -86,7 +86,9 @@ def compute_features(
             raise InputError(f"a waveform must hold at least one sample in one channel; got shape {shape}")
     if not signals:
         return []
-    counts = [1 + max(0, len(signal) - window) // shift for signal in signals]
+    pad = torch.nn.functional.pad
+    signals = [pad(signal, (0, window - len(signal))) if len(signal) < window else signal for signal in signals]
+    counts = [1 + (len(signal) - window) // shift for signal in signals]
     # Every signal starts on a multiple of the shift in one long stream, so that one stft serves all without padding to
     # the longest; frames that reach over a border are dropped.
     slots = [count - 1 + -(-_fft_size(window) // shift) for count in counts]
@@ -144,7 +146,7 @@ def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Ten
     taper, spectrum_of_taper, filters, transform = _tables(config)
     means = torch.zeros(len(stream) // shift)
     for signal, start, count in zip(signals, starts, counts, strict=True):
-        means[start : start + count] = _frame_means(signal, window, shift, count)
+        means[start : start + count] = signal.unfold(0, window, shift).mean(1) * 32768.0
     total = (len(stream) - size) // shift + 1
     out = torch.empty(total, config.size)
     for first in range(0, total, BLOCK_FRAMES):
@@ -158,13 +160,6 @@ def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Ten
         logs = (power @ filters).clamp_(min=FLOOR).log_()
         out[first : first + count] = logs if transform is None else logs @ transform
     return out
-
-
-def _frame_means(signal: torch.Tensor, window: int, shift: int, count: int) -> torch.Tensor:
-    """Return the mean (count,) of each frame in 16-bit scale; zeros are added to a signal shorter than a window."""
-    if len(signal) < window:
-        return signal.sum(dtype=torch.float64).div(window / 32768.0).float()[None]
-    return signal.unfold(0, window, shift)[:count].mean(1) * 32768.0
 
 
 def _fft_size(window: int) -> int:

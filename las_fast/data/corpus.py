@@ -55,6 +55,8 @@ class Corpus:
         both train-clean-100 and train-clean-360), or several of these joined by "+" or ",". Raises InputError with
         what there is otherwise.
         """
+        if split in self.listings:
+            return (split,)
         names: list[str] = []
         for part in re.split(r"[+,]", split):
             for name in self._resolve_one(part.strip()):

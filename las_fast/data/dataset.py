@@ -151,7 +151,7 @@ def load_dataset(
     _check_size(corpus, features)
     if not splits:
         raise InputError(f"{corpus.root}: no split was named; it has {', '.join(corpus.splits)}")
-    splits = corpus.resolve("+".join(splits))
+    splits = tuple(dict.fromkeys(name for split in splits for name in corpus.resolve(split)))
     check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
     parts, skipped = [], []
     for split in splits:
@@ -176,7 +176,7 @@ def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
     elif corpus.feature_size != features.size:
         raise InputError(
             f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features a frame, the settings say "
-            f"{features.size}; give --features.size {corpus.feature_size}, or the data that the checkpoint was trained on"
+            f"{features.size}; give --features.size {corpus.feature_size}, or the data that the checkpoint knows"
         )
 
 

@@ -1,0 +1,86 @@
+"""SpecAugment and speed: something is always left, and nothing is swapped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from las_fast.augment import Augment, change_speed
+from las_fast.config import AugmentConfig
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+HARSH = AugmentConfig(time_masks=20, time_width=1000, time_share=1.0, frequency_masks=20, frequency_width=1000,
+                      frequency_share=1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 80), (80, 1), (2, 2), (37, 13)])
+def test_masks_never_wipe_an_utterance(shape):
+    for seed in range(50):
+        out = Augment(HARSH)(torch.ones(shape), 0.0, generator(seed))
+        assert out.shape == shape
+        assert out.any()
+
+
+def test_masks_together_stay_under_their_shares():
+    config = AugmentConfig(time_masks=10, time_width=40, time_share=0.2, frequency_masks=10, frequency_width=10,
+                           frequency_share=0.5)
+    for seed in range(50):
+        out = Augment(config)(torch.ones(100, 40), 0.0, generator(seed))
+        assert (out == 0).all(1).sum() <= 20
+        assert (out == 0).all(0).sum() <= 20
+
+
+def test_a_time_mask_covers_frames_and_a_frequency_mask_bins():
+    time = Augment(AugmentConfig(time_masks=2, frequency_masks=0))
+    frequency = Augment(AugmentConfig(time_masks=0, frequency_masks=2))
+    for seed in range(20):
+        by_frame = time(torch.ones(200, 40), 0.0, generator(seed)) == 0
+        assert (by_frame.all(1) == by_frame.any(1)).all()
+        by_bin = frequency(torch.ones(200, 40), 0.0, generator(seed)) == 0
+        assert (by_bin.all(0) == by_bin.any(0)).all()
+    assert by_frame.any() and by_bin.any()
+
+
+def test_a_frequency_mask_covers_the_same_bins_in_every_delta():
+    augment = Augment(AugmentConfig(time_masks=0, frequency_masks=2, frequency_width=5))
+    for seed in range(20):
+        out = augment(torch.ones(30, 39), 0.0, generator(seed), blocks=3)
+        first, second, third = (out == 0).all(0).view(3, 13)
+        assert torch.equal(first, second) and torch.equal(first, third)
+
+
+def test_masks_wait_for_their_epoch():
+    augment = Augment(AugmentConfig(start_epoch=2.5))
+    features = torch.ones(100, 80)
+    assert augment(features, 2.4, generator()) is features
+    assert (augment(features, 2.5, generator()) == 0).any()
+
+
+def test_the_input_is_left_alone_and_equal_generators_agree():
+    features = torch.ones(100, 80)
+    augment = Augment(AugmentConfig(speed=0.1))
+    a, b = (augment(features, 1.0, generator(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert (features == 1).all()
+    assert not torch.equal(a[:50], augment(features, 1.0, generator(4))[:50])
+
+
+def test_speed_changes_the_length_within_its_range():
+    augment = Augment(AugmentConfig(time_masks=0, frequency_masks=0, speed=0.1))
+    lengths = {len(augment(torch.ones(100, 2), 0.0, generator(seed))) for seed in range(100)}
+    assert min(lengths) >= 91 and max(lengths) <= 111
+    assert len(lengths) > 10
+
+
+def test_speed_is_linear_in_time_and_keeps_bins_apart():
+    line = torch.arange(100.0)[:, None] * torch.tensor([[1.0, -3.0]])
+    fast = change_speed(line, 2.0)
+    assert fast.shape == (50, 2)
+    torch.testing.assert_close(fast[:, 1], -3 * fast[:, 0])
+    torch.testing.assert_close(fast.diff(dim=0)[:, 0], torch.full((49,), 2.0))
+    assert change_speed(torch.ones(1, 2), 5.0).shape == (1, 2)

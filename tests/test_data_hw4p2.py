@@ -1,0 +1,181 @@
+"""HW4P2 archives: every edition is recognised, paired by name and kept in its own order."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import numpy as np
+import pytest
+from archives import EDITIONS, make_archive, save, text_array
+
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.hw4p2 import read_transcript
+from las_fast.errors import InputError
+
+
+def load(corpus, split, *, need_text=True, **options):
+    features = FeatureConfig(size=corpus.feature_size, normalisation="none")
+    return load_dataset(
+        corpus, corpus.resolve(split), features=features, data=DataConfig(**options), need_text=need_text, progress=False
+    )
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_edition_is_recognised_and_loads(tmp_path, edition):
+    layout = EDITIONS[edition]
+    archive = make_archive(tmp_path, edition)
+    corpus = open_corpus(archive)
+    assert (corpus.name, corpus.kind, corpus.header, corpus.numbered) == (layout.name, "features", layout.header, True)
+    assert (corpus.feature_size, corpus.transposed) == (layout.size, layout.features == "fbank")
+    assert set(corpus.splits) == set(layout.splits)
+    train = load(corpus, "train")
+    assert all(np.isin(list(text), list("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")).all() for text in train.texts)
+    assert train[0].shape == (train.frames[0], layout.size)
+    assert load(corpus, "test", need_text=False).texts == [None] * 4
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_root_may_be_above_or_below_the_archive(tmp_path, edition):
+    archive = make_archive(tmp_path / "downloads", edition)
+    split = archive / EDITIONS[edition].splits[0]
+    for root in (archive, archive.parent, tmp_path / "downloads", split, split / EDITIONS[edition].features):
+        assert open_corpus(root).root == archive
+
+
+def test_an_archive_without_a_test_split_is_s22_still(tmp_path):
+    archive = make_archive(tmp_path, "S22")
+    shutil.rmtree(archive / "test")
+    corpus = open_corpus(tmp_path / "hw4p2_student_data")
+    assert (corpus.name, corpus.splits) == ("HW4P2 S22", ("dev", "train"))
+    with pytest.raises(InputError, match="no split 'test'; it has dev, train"):
+        corpus.resolve("test")
+
+
+def test_an4_is_recognised_as_s22(shared):
+    if not (shared / "an4").is_dir():
+        pytest.skip("../shared/an4 is absent")
+    corpus = open_corpus(shared / "an4" / "hw4p2_student_data")
+    assert corpus.name == "HW4P2 S22"
+    assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [844, 104]
+
+
+def test_another_feature_size_has_a_generic_name(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    for path in archive.rglob("mfcc/*.npy"):
+        np.save(path, np.load(path)[:, :21])
+    corpus = open_corpus(archive)
+    assert (corpus.name, corpus.header, corpus.feature_size) == (
+        "HW4P2 layout, 21 features", ("index", "label"), 21,
+    )
+
+
+def test_s22_test_rows_follow_the_order_file(tmp_path):
+    archive = make_archive(tmp_path, "S22", utterances=9)
+    with (archive / "test" / "test_order.csv").open() as file:
+        order = [row["file"].removesuffix(".npy") for row in csv.DictReader(file)]
+    ids = load(open_corpus(archive), "test", need_text=False).ids
+    assert ids == order
+    assert ids != sorted(ids)
+
+
+def test_test_rows_of_other_editions_are_sorted_names_not_directory_order(tmp_path):
+    archive = make_archive(tmp_path, "F23", utterances=0)
+    for name in ("237-1-0001", "1089-1-0000", "121-1-0000", "1089-1-0010", "1089-1-0002"):
+        save(archive / "test-clean" / "mfcc" / f"{name}.npy", np.ones((20, 28), np.float32))
+    ids = [u.id for u in open_corpus(archive).utterances("test-clean")]
+    assert ids == ["1089-1-0000", "1089-1-0002", "1089-1-0010", "121-1-0000", "237-1-0001"]
+
+
+def test_order_file_and_recordings_must_agree(tmp_path):
+    archive = make_archive(tmp_path, "S22")
+    order = archive / "test" / "test_order.csv"
+    lines = order.read_text().splitlines()
+    order.write_text("\n".join(lines[:-1]))
+    with pytest.raises(InputError, match="does not name"):
+        open_corpus(archive).utterances("test")
+    order.write_text("\n".join([*lines, lines[1]]))
+    with pytest.raises(InputError, match="twice"):
+        open_corpus(archive).utterances("test")
+    order.write_text("name\nx.npy\n")
+    with pytest.raises(InputError, match="column 'file'"):
+        open_corpus(archive).utterances("test")
+    order.write_text("\n".join([*lines, "gone.npy"]))
+    with pytest.raises(InputError, match="gone.npy"):
+        load(open_corpus(archive), "test", need_text=False)
+
+
+def test_features_and_transcripts_are_paired_by_name(tmp_path):
+    archive = make_archive(tmp_path, "S23", utterances=0)
+    names = [f"{n}-1-0000" for n in (1089, 121, 237, 61, 672)]
+    for i, name in enumerate(names):
+        save(archive / "dev-clean" / "mfcc" / f"{name}.npy", np.full((20, 27), i, np.float32))
+    for i, name in reversed(list(enumerate(names))):
+        save(archive / "dev-clean" / "transcripts" / f"{name}.npy", text_array("ABCDE"[i], True))
+    save(archive / "dev-clean" / "mfcc" / "._copy.npy", np.zeros(1))
+    dataset = load(open_corpus(archive), "dev")
+    assert dataset.ids == names
+    assert [("ABCDE".index(text), int(dataset[i][0, 0])) for i, text in enumerate(dataset.texts)] == [
+        (i, i) for i in range(5)
+    ]
+
+
+def test_460_reads_both_training_folders(tmp_path):
+    corpus = open_corpus(make_archive(tmp_path, "F23", utterances={"train-clean-100": 3, "train-clean-360": 5}))
+    both = ("train-clean-100", "train-clean-360")
+    assert corpus.resolve("460") == corpus.resolve("train") == corpus.resolve("train-clean-100+train-clean-360") == both
+    assert corpus.resolve("360") == ("train-clean-360",)
+    assert len(load(corpus, "460")) == 8
+    with pytest.raises(InputError, match="no split '960'"):
+        corpus.resolve("960")
+
+
+def test_s24_trains_on_100_hours_unless_50_are_asked_for(tmp_path):
+    corpus = open_corpus(make_archive(tmp_path, "S24"))
+    assert corpus.resolve("train") == ("train-clean-100",)
+    assert corpus.resolve("train-clean-50") == ("train-clean-50",)
+
+
+def test_splits_that_share_names_keep_distinct_ids(tmp_path):
+    archive = make_archive(tmp_path, "F23", utterances=0)
+    for split in ("train-clean-100", "train-clean-360"):
+        save(archive / split / "mfcc" / "0.npy", np.ones((20, 28), np.float32))
+        save(archive / split / "transcripts" / "0.npy", text_array("A", True))
+    assert load(open_corpus(archive), "train").ids == ["train-clean-100/0", "train-clean-360/0"]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.array(["<sos>", "A", " ", "B", "<eos>"]), np.array(["A", " ", "B"]), np.array("A B"), np.array(["A B"]),
+     np.array(["<sos/eos>", "A", " ", "B", "<unk>", "<sos/eos>"]), np.array([b"A", b" ", b"B"])],
+    ids=["sos and eos", "bare", "one string", "array of one string", "sos/eos", "bytes"],
+)
+def test_transcripts_of_every_kind_are_read(tmp_path, array):
+    assert read_transcript(save(tmp_path / "t.npy", array)) == "A B"
+
+
+def test_a_transcript_that_is_none_is_named(tmp_path):
+    numbers = save(tmp_path / "numbers.npy", np.arange(3))
+    pickled = tmp_path / "pickled.npy"
+    np.save(pickled, np.array(["A", None], object), allow_pickle=True)
+    for path, reason in ((numbers, "array of strings"), (pickled, "pickle"), (tmp_path / "gone.npy", "does not exist")):
+        with pytest.raises(InputError, match=reason) as error:
+            read_transcript(path)
+        assert str(path) in str(error.value)
+
+
+def test_an_archive_without_files_is_refused(tmp_path):
+    (tmp_path / "train" / "mfcc").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no \.npy files"):
+        open_corpus(tmp_path)
+    (tmp_path / "train" / "mfcc" / "x.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="x.npy"):
+        open_corpus(tmp_path)
+
+
+def test_two_archives_under_one_root_are_told_apart_by_the_user(tmp_path):
+    make_archive(tmp_path, "S23")
+    make_archive(tmp_path, "F23")
+    with pytest.raises(InputError, match="several archives"):
+        open_corpus(tmp_path)
