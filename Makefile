@@ -36,9 +36,10 @@ build: $(STAMP)
 
 $(STAMP): requirements.txt
 	@echo "== environment in $(VENV)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; try make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== torch"
-	@$(BIN)/pip install -qq --disable-pip-version-check torch==2.13.0
+	@$(BIN)/pip install -qq --disable-pip-version-check $$(grep '^torch==' requirements.txt)
 	@echo "== the other packages"
 	@$(BIN)/pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -122,7 +122,7 @@ def test_gpu_check_says_that_there_is_nothing_to_check_and_fails():
 ])  # fmt: skip
 def test_each_make_target_sets_up_everything_before_its_job(target, job):
     lines = make("-n", target, "VENV=/nowhere/venv").stdout
-    steps = ["-m venv /nowhere/venv", "torch==2.13.0", "-r requirements.txt"]
+    steps = ["-m venv /nowhere/venv", "grep '^torch=='", "-r requirements.txt"]
     steps += [] if target == "lint" else ["setup.py -q build_ext"]
     places = [lines.index(step) for step in [*steps, job]]
     assert places == sorted(places)
