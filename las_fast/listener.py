@@ -121,6 +121,7 @@ class Listener(nn.Module):
         self.front = ConvFrontEnd(config, input_size)
         inputs = (self.front.output_size, *[4 * config.lstm_size] * config.pyramids)
         self.layers = nn.ModuleList(BiLSTM(size, config.lstm_size) for size in inputs)
+        self.norms = nn.ModuleList(nn.LayerNorm(2 * config.lstm_size) for _ in inputs)
         self.output_size = 2 * config.lstm_size
         self.dropout = config.dropout
 
@@ -140,7 +141,8 @@ class Listener(nn.Module):
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x, lengths = halve_time(x, lengths)
-            x = layer(locked_dropout(x, self.dropout, self.training), lengths)
+            x = self.norms[i](layer(locked_dropout(x, self.dropout, self.training), lengths))
+            x = x * valid_frames(lengths, x.shape[1])[:, :, None]
             if i == tap:
                 tapped = (x, lengths)
         return locked_dropout(x, self.dropout, self.training), lengths, tapped

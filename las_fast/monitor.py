@@ -10,6 +10,8 @@ the speller only counts along the prior and hears nothing; so `formed` waits unt
     monotonic  share of steps that go back at most 2 frames and forward at most a quarter of the utterance, or twice the
                frames of an average token where that is more
     coverage   share of the utterance's frames that lie within reach of some token's peak
+    heard      nats that a token's cross-entropy rises by when the speller is given another utterance's audio: near 0 it
+               only knows what text looks like
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from dataclasses import dataclass, field
 import torch
 
 from las_fast.config import Config
-from las_fast.schedules import guided_weight, teacher_forcing_rate
+from las_fast.schedules import teacher_forcing_rate
 
-THRESHOLDS = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.85, "coverage": 0.6}
+SHAPE = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.85, "coverage": 0.6}
+THRESHOLDS = SHAPE | {"heard": 0.5}
 NEAR = 2  # frames on either side of the peak that still are the peak
 LEAST_TOKENS = 3  # shorter utterances say nothing about order
 LEAST_FRAMES = 8  # in shorter ones everything is near the peak
@@ -35,15 +38,17 @@ class Alignment:
     sharp: float
     monotonic: float
     coverage: float
-    formed: bool = field(init=False)  # all four reach their thresholds; see the function formed for the prior
+    formed: bool = field(init=False)  # all that are known reach their thresholds
     utterances: int  # that were long enough to judge
+    heard: float | None = None  # None where it was not measured
 
     def __post_init__(self):
         object.__setattr__(self, "formed", self.utterances > 0 and not self.failing())
 
     def failing(self) -> list[str]:
         """Return the names of the numbers below their thresholds."""
-        return [name for name, least in THRESHOLDS.items() if getattr(self, name) < least]
+        known = {name: value for name in THRESHOLDS if (value := getattr(self, name)) is not None}
+        return [name for name, value in known.items() if value < THRESHOLDS[name]]
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def combine(alignments: list[Alignment]) -> Alignment:
     total = sum(alignment.utterances for alignment in alignments)
     if total == 0:
         return Alignment(0.0, 0.0, 0.0, 0.0, 0)
-    means = (sum(getattr(a, name) * a.utterances for a in alignments) / total for name in THRESHOLDS)
+    means = (sum(getattr(a, name) * a.utterances for a in alignments) / total for name in SHAPE)
     return Alignment(*means, total)
 
 
@@ -126,11 +131,6 @@ def _coverage(peaks: torch.Tensor, tokens: torch.Tensor, frames: torch.Tensor) -
     return seen.sum(-1) / frames.sum(-1)
 
 
-def formed(alignment: Alignment, epoch: float, config: Config) -> bool:
-    """Say whether the alignment has formed by itself: the numbers suffice and no prior draws the diagonal."""
-    return alignment.formed and guided_weight(config.training, epoch) == 0
-
-
 def line(alignment: Alignment, epoch: float, config: Config) -> str:
     """Return one plain line: formed, not formed yet, or not by training.monitor_epoch with what to try in order.
 
@@ -141,12 +141,9 @@ def line(alignment: Alignment, epoch: float, config: Config) -> str:
     deadline = config.training.monitor_epoch
     if alignment.utterances == 0:
         return "attention: not judged; no dev utterance has 3 characters and 8 encoder frames"
-    numbers = ", ".join(_number(alignment, name) for name in THRESHOLDS)
-    if formed(alignment, epoch, config):
-        return f"attention: formed ({numbers})"
+    numbers = ", ".join(_number(alignment, name) for name in THRESHOLDS if getattr(alignment, name) is not None)
     if alignment.formed:
-        until = config.training.guided_until
-        return f"attention: diagonal, but its prior is on until epoch {until:g}; formed or not shows then ({numbers})"
+        return f"attention: formed ({numbers})"
     if epoch < deadline:
         return f"attention: not formed yet ({numbers}); it should be by epoch {deadline:g}"
     steps = "; ".join(f"{i}. {step}" for i, step in enumerate(advice(epoch, config), 1))

@@ -19,7 +19,6 @@ from las_fast.checkpoint import write_atomically
 from las_fast.config import Config, from_yaml
 from las_fast.errors import InputError
 from las_fast.monitor import THRESHOLDS
-from las_fast.schedules import guided_weight
 
 SHOWN = 12  # best and worst utterances
 GREY = "#808080"  # readable on white and on black
@@ -186,13 +185,10 @@ def read_log(run: str | Path) -> list[dict]:
     return rows
 
 
-def formed_epoch(log: list[dict], config: Config | None = None) -> float | None:
-    """Return the epoch of the first validation at which the attention had formed without a prior that drew it."""
-    for row in log:
-        drawn = config is not None and guided_weight(config.training, row["epoch"]) > 0
-        if row["kind"] == "valid" and row.get("monitor", {}).get("formed") and not drawn:
-            return row["epoch"]
-    return None
+def formed_epoch(log: list[dict]) -> float | None:
+    """Return the epoch of the first validation at which the attention had formed, or None."""
+    validations = (row for row in log if row["kind"] == "valid")
+    return next((row["epoch"] for row in validations if row.get("monitor", {}).get("formed")), None)
 
 
 def _read_config(run: Path) -> tuple[Config, str] | None:
@@ -240,7 +236,7 @@ def write_report(
     """
     run = Path(run)
     log, config = read_log(run), _read_config(run)
-    formed = formed_epoch(log, config[0] if config else None)
+    formed = formed_epoch(log)
     body = [
         f"<h1>{html.escape(title)}</h1>",
         _headline(results),

@@ -43,7 +43,7 @@ class Vocabulary:
         if unknown := self.unknown(text):
             raise InputError(
                 f"transcript {text[:40]!r} has characters outside the vocabulary: {' '.join(map(repr, unknown))}; "
-                "use --data.normalise-text to map them, or give --data.characters"
+                "use --data.normalise-text True to map them, or give --data.characters"
             )
         return [self._ids[character] for character in text]
 

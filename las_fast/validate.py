@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from las_fast import monitor
+from las_fast.attention import Memory
 from las_fast.checkpoint import write_atomically
 from las_fast.config import Config
 from las_fast.data.batching import make_loader, sorted_batches
@@ -44,6 +45,7 @@ def validate(
         utterances_per_batch=config.data.utterances_per_batch,
     )
     total, count, alignments = 0.0, 0, []
+    confused, compared = 0.0, 0
     hypotheses: list[str] = [""] * len(data)
     pictured = PictureBook(data, config.training.pictures)
     for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
@@ -53,11 +55,23 @@ def validate(
         total += float(token_loss(logits, batch.tokens))
         count += int(batch.token_lengths.sum())
         alignments.append(monitor.measure(weights, batch.token_lengths, memory.lengths))
+        if len(batch.indices) > 1:
+            other, _ = model.speller(of_the_next(memory), batch.tokens)
+            confused += float(token_loss(other, batch.tokens) - token_loss(logits, batch.tokens))
+            compared += int(batch.token_lengths.sum())
         pictured.collect(batch.indices, weights, batch.token_lengths, memory.lengths)
         for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, config.decoding), strict=True):
             hypotheses[i] = vocabulary.decode(best[0].text_tokens)
     pictured.save(out / "attention", epoch)
-    return Validation(total / count, score(data.texts, hypotheses), monitor.combine(alignments), hypotheses)
+    heard = confused / compared if compared else None
+    alignment = replace(monitor.combine(alignments), heard=heard)
+    return Validation(total / count, score(data.texts, hypotheses), alignment, hypotheses)
+
+
+def of_the_next(memory: Memory) -> Memory:
+    """Give each utterance the memory of the next in the batch, the last that of the first."""
+    rolled = (part.roll(-1, 0) for part in (memory.keys, memory.values, memory.lengths, memory.padding))
+    return Memory(*rolled)
 
 
 class PictureBook:

@@ -102,7 +102,7 @@ def test_padding_is_ignored():
     padded[1] = bumps(diagonal(90, 39), 90)[0]
     found = monitor.measure(padded, torch.tensor([26, 40]), torch.tensor([60, 90]))
     apart = monitor.combine([judge(alone), judge(padded[1:])])
-    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(apart), abs=1e-6)
+    assert vars(found) == pytest.approx(vars(apart), abs=1e-6)
     assert found.utterances == 2
 
 
@@ -123,12 +123,12 @@ def test_the_line_says_formed_with_the_numbers():
     assert "\n" not in line
 
 
-def test_a_diagonal_drawn_by_the_prior_is_not_called_formed():
-    found = judge(bumps(diagonal(), 60))
-    config = Config(training=TrainingConfig(guided_weight=3, guided_until=6))
-    assert found.formed and not monitor.formed(found, 4, config) and monitor.formed(found, 6, config)
-    assert "its prior is on until epoch 6" in monitor.line(found, 4, config)
-    assert "attention: formed" in monitor.line(found, 6, config)
+def test_a_diagonal_that_carries_no_sound_is_not_formed():
+    shape = judge(bumps(diagonal(), 60))
+    deaf, hearing = (dataclasses.replace(shape, heard=heard) for heard in (0.02, 2.0))
+    assert shape.formed and not deaf.formed and hearing.formed
+    assert "heard 0.02 below 0.5" in monitor.line(deaf, 4, Config()) and "not formed yet" in monitor.line(deaf, 4, Config())
+    assert "heard 2.00" in monitor.line(hearing, 4, Config())
 
 
 def test_before_the_deadline_the_line_gives_no_advice():

@@ -104,13 +104,6 @@ def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path):
     assert "The attention has not formed" in page and "attention formed" not in page
 
 
-def test_a_diagonal_drawn_by_the_prior_is_not_marked_as_formed(tmp_path):
-    run = write_run(tmp_path / "run", epochs=6, formed=1)
-    guided = Config(training=TrainingConfig(guided_weight=3.0, guided_until=4.0))
-    assert report.formed_epoch(report.read_log(run)) == 1
-    assert report.formed_epoch(report.read_log(run), guided) == 4
-
-
 def test_the_report_is_well_formed_html_with_text_escaped(tmp_path):
     page = make(tmp_path, title="<i>hostile</i>", rows=[("<u>", "<s>A", "<s>B")])
     assert "<i>hostile" not in page and "<u>" not in page and "<s>" not in page

@@ -1,0 +1,97 @@
+"""Checkpoints: no pickle, no half-written file, no silent mismatch."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state, write_atomically
+from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.data.dataset import Statistics
+from las_fast.errors import InputError
+
+CONFIG = Config(
+    features=FeatureConfig(size=5, normalisation="global"),
+    model=ModelConfig(
+        listener=ListenerConfig(conv_channels=(4,), lstm_size=3, pyramids=1),
+        speller=SpellerConfig(key_size=4, value_size=4, embedding_size=4, lstm_sizes=(5,)),
+    ),
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model, path = build_model(CONFIG), tmp_path / "best.safetensors"
+    save_model(path, model.state_dict(), CONFIG, Statistics(torch.arange(5.0), torch.ones(5)), {"epoch": 3})
+    return model, path
+
+
+def test_a_model_comes_back_with_settings_statistics_and_scores(saved):
+    model, path = saved
+    loaded = load_model(path.parent)
+    assert loaded.config == CONFIG and loaded.info == {"epoch": 3} and loaded.statistics.mean.tolist() == [0, 1, 2, 3, 4]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+
+
+def test_a_missing_checkpoint_is_an_error_and_never_random_weights(tmp_path):
+    with pytest.raises(InputError, match="neither a training folder nor a file"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(InputError, match="has no best.safetensors; train it first"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100, lambda b: b""])
+def test_a_corrupt_checkpoint_is_one_sentence(saved, damage):
+    path = saved[1]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match="best.safetensors is not a readable checkpoint"):
+        load_model(path)
+
+
+def test_a_safetensors_file_of_another_program_is_refused(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="was not written by las_fast"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_weights_of_another_size_are_named(tmp_path):
+    weights = build_model(CONFIG).state_dict()
+    weights["speller.embedding.weight"] = torch.zeros(31, 9)
+    save_model(tmp_path / "m.safetensors", weights, CONFIG, None, {})
+    with pytest.raises(InputError, match=r"speller.embedding.weight should be \(31, 4\), the file has \(31, 9\)"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def test_a_training_state_with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    path = tmp_path / "last.pt"
+    torch.save({"model": Evil()}, path, pickle_module=pickle)
+    with pytest.raises(InputError, match="is damaged"):
+        load_state(path)
+
+
+def test_a_truncated_training_state_is_one_sentence(tmp_path):
+    path = tmp_path / "last.pt"
+    save_state(path, {"x": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="last.pt is damaged"):
+        load_state(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left on device"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,290 @@
+"""Training: exact resume, whole validation, honest files."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from las_fast import checkpoint, train
+from las_fast.config import Config, load_config
+from las_fast.errors import InputError
+from tests.archives import make_archive
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "model.listener.conv-channels": 8, "model.listener.lstm-size": 6, "model.listener.conv-strides": 1,
+    "model.speller.key-size": 6, "model.speller.value-size": 6, "model.speller.embedding-size": 6,
+    "model.speller.lstm-sizes": (9, 8), "data.utterances-per-batch": 2, "data.workers": 0, "training.epochs": 3,
+    "training.precision": "fp32", "training.warmup-steps": 4, "augment.start-epoch": 0.5, "training.pictures": 1,
+    "decoding.maximum-extra": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    counts = {"train-clean-100": 7, "train-clean-360": 4, "dev-clean": 5}
+    return make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=counts)
+
+
+def arguments(archive, out, *extra, **settings):
+    words = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
+    for name, value in (SMALL | {k.replace("__", "."): v for k, v in settings.items()}).items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *map(str, values)]
+    return [*words, *extra]
+
+
+def weights_of(out):
+    state = checkpoint.load_state(out / "last.pt")
+    return {**state["model"], **{f"averaged.{k}": v for k, v in state["averaged"].items()}}
+
+
+def assert_same_weights(a, b):
+    ours, theirs = weights_of(a), weights_of(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(archive, tmp_path_factory):
+    """A training that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.main(arguments(archive, out))
+    return out
+
+
+def rows(out, kind):
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def test_a_training_leaves_everything_that_is_promised(whole):
+    names = {p.name for p in whole.iterdir()}
+    assert {"config.yaml", "log.jsonl", "last.pt", "best.safetensors", "averaged.safetensors", "tensorboard"} <= names
+    assert list((whole / "tensorboard").glob("events*"))
+    assert len(list((whole / "attention").glob("*.png"))) == len(list((whole / "attention").glob("*.npz"))) == 3
+    assert not [n for n in names if n.startswith(".")], "temporary files"
+
+
+def test_validation_covers_the_whole_dev_set(whole):
+    assert [r["utterances"] for r in rows(whole, "valid")] == [5, 5, 5]
+    assert all(isinstance(r["line"], str) and "attention" in r["line"] for r in rows(whole, "valid"))
+
+
+def test_loss_falls(archive, tmp_path):
+    train.main(arguments(archive, tmp_path, training__epochs=8, training__validate_every=4.0))
+    losses = [r["loss"] for r in rows(tmp_path, "valid")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_checkpoint_holds_its_settings_and_scores(whole):
+    loaded = checkpoint.load_model(whole)
+    assert loaded.config.model.listener.lstm_size == 6 and not loaded.model.training
+    assert loaded.info["dev"]["utterances"] == 5 and loaded.path.name == "best.safetensors"
+    averaged = checkpoint.load_model(whole / "averaged.safetensors").model.state_dict()
+    kept = checkpoint.load_state(whole / "last.pt")["averaged"]
+    assert all(torch.equal(averaged[k], kept[k]) for k in averaged)
+    assert not all(torch.equal(averaged[k], checkpoint.load_state(whole / "last.pt")["model"][k]) for k in averaged)
+
+
+def stop_after(monkeypatch, steps, error=RuntimeError("power cut")):
+    """Let the trainer take that many steps, then fail in the middle of the next."""
+    step = train.Trainer.train_step
+    taken = []
+
+    def failing(self, batch):
+        if len(taken) == steps:
+            raise error
+        taken.append(1)
+        return step(self, batch)
+
+    monkeypatch.setattr(train.Trainer, "train_step", failing)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_cut_in_mid_epoch_and_resumed_equals_never_cut_bit_for_bit(archive, whole, tmp_path, monkeypatch, workers):
+    extra = {"training__checkpoint_minutes": 0.0, "data__workers": workers}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.main(arguments(archive, tmp_path, **extra))
+    assert checkpoint.load_state(tmp_path / "last.pt")["progress"]["step"] == 8
+    train.main(arguments(archive, tmp_path, "--resume", **extra))
+    assert_same_weights(whole, tmp_path)
+    assert rows(tmp_path, "valid") == rows(whole, "valid")
+
+
+def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive, tmp_path):
+    settings = {"training__checkpoint_minutes": 0.0, "training__epochs": 20, "training__validate_every": 10.0}
+    train.main(arguments(archive, tmp_path / "whole", **settings))
+    seconds = random.Random(time.time_ns())
+    for attempt in range(4):
+        resume = ["--resume"] if (tmp_path / "cut" / "last.pt").exists() else []
+        command = arguments(archive, tmp_path / "cut", *resume, **settings)
+        # One thread, as in this process: sums in another order would differ in the last bit.
+        code = f"import torch; torch.set_num_threads(1); from las_fast import train; train.main({command!r})"
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if attempt < 3:
+            wait_for_first_save(tmp_path / "cut", child)
+            time.sleep(seconds.uniform(0, 0.4))
+            child.kill()
+        output = child.communicate()[0].decode()
+    assert child.returncode == 0, output
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def wait_for_first_save(out, child):
+    path = out / "last.pt"
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    while child.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+        time.sleep(0.02)
+
+
+def test_interrupt_ends_after_the_step_keeps_the_state_and_says_how_to_go_on(archive, whole, tmp_path, monkeypatch, capsys):
+    step = train.Trainer.train_step
+
+    def interrupting(self, batch):
+        if self.progress.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_step", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments(archive, tmp_path))
+    said = capsys.readouterr().err
+    assert "stopped at step 5" in said and re.search(r"python -m las_fast.train .*--resume", said)
+    train.main(arguments(archive, tmp_path, "--resume"))
+    assert_same_weights(whole, tmp_path)
+
+
+def test_log_lines_after_the_resumed_step_are_dropped(archive, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 13)
+        with pytest.raises(RuntimeError):
+            train.main(arguments(archive, tmp_path))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 99}\n{"kind": "tra')
+    train.main(arguments(archive, tmp_path, "--resume"))
+    assert [r["step"] for r in rows(tmp_path, "valid")] == [r["step"] for r in rows(whole, "valid")]
+    assert 99 not in [r["step"] for r in rows(tmp_path, "train")]
+
+
+@pytest.mark.parametrize(
+    "settings,extra,message",
+    [
+        ({}, [], "already holds a training; add --resume"),
+        ({"training__learning_rate": 0.5}, ["--resume"], "training.learning_rate = 0.002, not 0.5"),
+    ],
+)
+def test_a_run_is_neither_overwritten_nor_continued_differently(archive, whole, settings, extra, message):
+    before = (whole / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=message):
+        train.main(arguments(archive, whole, *extra, **settings))
+    assert (whole / "last.pt").read_bytes() == before
+
+
+def test_resuming_nothing_says_so(archive, tmp_path):
+    with pytest.raises(InputError, match="nothing to resume"):
+        train.main(arguments(archive, tmp_path / "none", "--resume"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_resuming_with_other_data_is_refused(archive, whole, tmp_path):
+    other = make_archive(tmp_path, "F23", utterances=9)
+    with pytest.raises(InputError, match="batches an epoch"):
+        train.main(arguments(other, whole, "--resume"))
+
+
+def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(archive, tmp_path, monkeypatch):
+    train.main(arguments(archive, tmp_path, training__epochs=1))
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"last.pt could not be written \(No space left on device\); free some space"):
+        checkpoint.save_state(tmp_path / "last.pt", {})
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".last*"))
+
+
+def test_averaged_weights_follow_their_formula(archive, tmp_path):
+    corpus = train.open_corpus(archive)
+    _, config = train.parse(arguments(archive, tmp_path))
+    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
+    expected = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    for n, batch in enumerate(trainer._rest_of_epoch(), 1):
+        trainer.train_step(batch)
+        decay = min(config.training.ema_decay, (1 + n) / (10 + n))
+        for name, value in trainer.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    for name, value in trainer.averaged.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_path, monkeypatch):
+    corpus = train.open_corpus(archive)
+    _, config = train.parse(arguments(archive, tmp_path, training__precision="fp16", training__clip_norm=0.01))
+    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
+    assert trainer.scaler.is_enabled()
+    seen = {}
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        seen["norm"] = clip(list(parameters), limit)
+        seen["after"] = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+        return seen["norm"]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    trainer.train_step(next(iter(trainer._rest_of_epoch())))
+    assert 0.01 < seen["norm"] < 1000, "the scale of 65536 is out of the gradients before they are clipped"
+    assert seen["after"] <= 0.0101
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
+    corpus = train.open_corpus(archive)
+    _, config = train.parse(arguments(archive, tmp_path))
+    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    batch = next(iter(trainer._rest_of_epoch()))
+    batch.features[0, 0, 0] = float("nan")
+    trainer.train_step(batch)
+    assert trainer.progress.skipped_steps == 1 and trainer.progress.step == 1
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert train.choose_precision("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert train.choose_precision("auto", cpu) == torch.bfloat16
+    assert train.choose_precision("fp32", cpu) == torch.float32
+
+
+def test_biases_gains_and_the_tied_embedding_are_not_decayed():
+    model = checkpoint.build_model(load_config("tiny"))
+    decayed, free = (group["params"] for group in train.make_optimiser(model, Config()).param_groups)
+    assert all(p.dim() >= 2 for p in decayed) and any(p is model.speller.embedding.weight for p in free)
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+
+
+def test_wandb_without_the_package_says_how_to_install_it(archive, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        train.main(arguments(archive, tmp_path, training__wandb=True))
+
+
+def test_wrong_feature_size_ends_before_anything_is_trained(archive, tmp_path):
+    with pytest.raises(InputError, match=r"--features.size 28"):
+        train.main(arguments(archive, tmp_path / "run", features__size=27))
+    assert not (tmp_path / "run" / "last.pt").exists()
