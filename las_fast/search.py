@@ -183,7 +183,7 @@ def decode_dataset(
     loader = make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
-    with tqdm(total=math.ceil(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
+    with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
         for batch in loader:
             waiting = [batch]
             while waiting:
@@ -197,7 +197,8 @@ def decode_dataset(
                     continue
                 for i, hypotheses in zip(part.indices.tolist(), found, strict=True):
                     results[i] = _checked(hypotheses, dataset.ids[i])
-                bar.update(float(dataset.seconds[part.indices.numpy()].sum()))
+                seconds = float(dataset.seconds[part.indices.numpy()].sum())
+                bar.update(min(seconds, bar.total - bar.n))  # sums of floats must not pass the total
     return results
 
 
