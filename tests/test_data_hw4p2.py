@@ -17,9 +17,8 @@ from las_fast.errors import InputError
 
 def load(corpus, split, *, need_text=True, **options):
     features = FeatureConfig(size=corpus.feature_size, normalisation="none")
-    return load_dataset(
-        corpus, corpus.resolve(split), features=features, data=DataConfig(**options), need_text=need_text, progress=False
-    )
+    data = DataConfig(**options)
+    return load_dataset(corpus, (split,), features=features, data=data, need_text=need_text, progress=False)
 
 
 @pytest.mark.parametrize("edition", EDITIONS)

@@ -1,0 +1,156 @@
+"""Batches and the loader: everything is covered, little is padding, and a place in training is two numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive
+
+from las_fast.augment import Augment
+from las_fast.config import AugmentConfig, DataConfig, FeatureConfig
+from las_fast.data.batching import BucketBatches, make_loader, padding_share, sorted_batches
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.text import EOS, PAD, Vocabulary
+
+LENGTHS = np.random.default_rng(0).integers(20, 1600, 4000)
+
+
+def bucketed(lengths=LENGTHS, *, frames=20000, utterances=64, seed=1):
+    return BucketBatches(lengths, frames_per_batch=frames, utterances_per_batch=utterances, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    corpus = open_corpus(make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=11))
+    return load_dataset(corpus, ("train-clean-100",), features=FeatureConfig(size=28, deltas=1), data=DataConfig(),
+                        need_text=True, progress=False)
+
+
+def load(dataset, batches, **options):
+    options = {"augment": Augment(AugmentConfig(speed=0.1)), "seed": 1, "epoch": 0, "workers": 0} | options
+    return list(make_loader(dataset, batches, Vocabulary(), **options))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:7], np.full(100, 30), np.array([5])], ids=len)
+def test_every_epoch_covers_every_utterance_once(lengths):
+    batches = bucketed(lengths)
+    for epoch in range(3):
+        assert sorted(sum(batches.epoch(epoch), [])) == list(range(len(lengths)))
+
+
+def test_batches_keep_their_budgets():
+    for batch in bucketed(frames=8000, utterances=32).epoch(3):
+        assert len(batch) <= 32
+        assert len(batch) * LENGTHS[batch].max() <= 8000
+
+
+def test_an_utterance_over_the_budget_is_alone():
+    lengths = np.array([10, 500, 12, 11, 700])
+    batches = bucketed(lengths, frames=100).epoch(0)
+    assert [1] in batches and [4] in batches
+    assert sorted(map(len, batches)) == [1, 1, 3]
+    assert sorted_batches(lengths, frames_per_batch=100, utterances_per_batch=9) == [[4], [1], [2, 3, 0]]
+
+
+def test_at_most_a_tenth_is_padding():
+    batches = bucketed()
+    assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
+    assert padding_share([2, 4], [[0, 1]]) == 0.25
+
+
+def test_the_number_of_batches_is_the_same_in_every_epoch():
+    batches = bucketed()
+    assert {len(batches.epoch(epoch)) for epoch in range(5)} == {len(batches)}
+
+
+def test_batches_follow_from_seed_and_epoch_alone():
+    batches = bucketed()
+    assert bucketed().epoch(3) == batches.epoch(3)
+    assert batches.epoch(3) != batches.epoch(4)
+    assert bucketed(seed=2).epoch(3) != batches.epoch(3)
+
+
+def test_company_changes_from_epoch_to_epoch():
+    batches = bucketed()
+    first = {frozenset(batch) for batch in batches.epoch(0)}
+    assert len(first & {frozenset(batch) for batch in batches.epoch(1)}) < len(batches) / 10
+
+
+def test_lengths_are_not_in_order_within_an_epoch():
+    longest = [LENGTHS[batch].max() for batch in bucketed().epoch(0)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_sorted_batches_begin_with_the_longest_and_cover_everything():
+    batches = sorted_batches(LENGTHS, frames_per_batch=20000, utterances_per_batch=64)
+    order = sum(batches, [])
+    assert sorted(order) == list(range(len(LENGTHS)))
+    assert (np.diff(LENGTHS[order]) <= 0).all()
+    assert padding_share(LENGTHS, batches) < 0.02
+
+
+def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
+    batches = sorted_batches(dataset.frames, frames_per_batch=10**6, utterances_per_batch=4)
+    assert [len(b) for b in batches] == [4, 4, 3]
+    loaded = load(dataset, batches, augment=None)
+    assert sorted(torch.cat([b.indices for b in loaded]).tolist()) == list(range(11))
+    assert len(make_loader(dataset, batches, Vocabulary(), augment=None, seed=0, epoch=0, start=1, workers=0)) == 2
+
+
+def test_a_batch_holds_what_the_dataset_holds(dataset):
+    vocabulary = Vocabulary()
+    batch = load(dataset, [[3, 0, 7]], augment=None)[0]
+    assert batch.indices.tolist() == [3, 0, 7]
+    for row, i in enumerate([3, 0, 7]):
+        n, u = int(batch.feature_lengths[row]), int(batch.token_lengths[row])
+        assert torch.equal(batch.features[row, :n], dataset[i])
+        assert (batch.features[row, n:] == 0).all() and (batch.tokens[row, u:] == PAD).all()
+        assert batch.tokens[row, u - 1] == EOS
+        assert vocabulary.decode(batch.tokens[row]) == dataset.texts[i]
+    assert batch.features.dtype == torch.float32
+    assert {t.dtype for t in (batch.tokens, batch.token_lengths, batch.feature_lengths, batch.indices)} == {torch.int64}
+    assert batch.to("cpu").tokens is not None
+
+
+def test_unknown_texts_give_no_tokens(dataset, monkeypatch):
+    monkeypatch.setattr(dataset, "texts", [None, "é", *dataset.texts[2:]])
+    for first in (0, 1):
+        batch = load(dataset, [[first, 2]])[0]
+        assert batch.tokens is None and batch.token_lengths is None
+        assert batch.to("cpu").tokens is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 2])
+def test_workers_and_start_change_nothing(dataset, workers, start):
+    batches = BucketBatches(dataset.frames, frames_per_batch=120, utterances_per_batch=3, seed=1).epoch(2)
+    whole = load(dataset, batches, epoch=2)
+    rest = load(dataset, batches, epoch=2, start=start, workers=workers)
+    assert len(rest) == len(batches) - start
+    for a, b in zip(whole[start:], rest, strict=True):
+        assert torch.equal(a.features, b.features) and torch.equal(a.tokens, b.tokens)
+
+
+def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
+    def features(i, company, **options):
+        batch = load(dataset, [[*company, i]], **options)[0]
+        return batch.features[-1, : batch.feature_lengths[-1]]
+
+    assert torch.equal(features(3, [0, 1]), features(3, [5]))
+    assert not torch.equal(features(3, [], epoch=1), features(3, [], epoch=0))
+    assert not torch.equal(features(3, [], seed=2), features(3, []))
+
+
+def test_the_loader_leaves_the_random_state_of_training_alone(dataset):
+    before = torch.get_rng_state()
+    load(dataset, [[0], [1]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_may_begin_within_an_epoch(dataset):
+    augment = Augment(AugmentConfig(start_epoch=1.5, frequency_width=20))
+    batches = [[0], [1], [2], [3]]
+    loaded = load(dataset, batches, augment=augment, epoch=1)
+    same = [torch.equal(batch.features[0], dataset[i]) for i, batch in enumerate(loaded)]
+    assert same[:2] == [True, True] and not all(same[2:])

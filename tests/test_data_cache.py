@@ -1,0 +1,291 @@
+"""The feature cache: built once, for exactly what it depends on, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+from archives import make_archive, make_manifest, save, text_array
+
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data import cache as cache_module
+from las_fast.data.cache import cache_folder, open_cache
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+
+F23 = FeatureConfig(size=28)
+
+
+def fill(corpus, folder, split="dev-clean", features=F23, **options):
+    return open_cache(corpus, split, corpus.utterances(split), features, folder=str(folder), progress=False, **options)
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return open_corpus(make_archive(tmp_path / "data", "F23"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_a_second_opening_reads_no_recordings(corpus, folder, monkeypatch):
+    first = fill(corpus, folder)
+    monkeypatch.setattr(cache_module, "_process", lambda *_: pytest.fail("built again"))
+    second = fill(corpus, folder)
+    assert first.ids == second.ids
+    assert np.array_equal(first.frames(2), second.frames(2))
+
+
+def test_frames_in_the_cache_are_those_of_the_files(corpus, folder):
+    entry = fill(corpus, folder)
+    for i, u in enumerate(corpus.utterances("dev-clean")):
+        assert np.array_equal(entry.frames(i), np.load(u.path))
+
+
+def test_transposed_archives_are_turned(tmp_path, folder):
+    corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
+    entry = fill(corpus, folder, features=FeatureConfig())
+    for i, u in enumerate(corpus.utterances("dev-clean")):
+        assert np.array_equal(entry.frames(i), np.load(u.path).T)
+
+
+def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
+    corpus = open_corpus(make_manifest(tmp_path / "data"))
+    for features in (FeatureConfig(), FeatureConfig(size=40), FeatureConfig(shift_ms=12.5)):
+        fill(corpus, folder, "dev", features)
+    assert len(entries(folder)) == 3
+    fill(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # what comes after the cache
+    assert len(entries(folder)) == 3
+    os.utime(corpus.utterances("dev")[0].path, ns=(1, 1))
+    fill(corpus, folder, "dev")
+    assert len(entries(folder)) == 4
+
+
+def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "SMALL", 0)
+    archive = open_corpus(make_archive(tmp_path / "archive", "F23", utterances=40))
+    audio = open_corpus(make_manifest(tmp_path / "audio", utterances=20))
+    for corpus, split, features in ((archive, "dev-clean", F23), (audio, "train", FeatureConfig())):
+        alone = fill(corpus, folder / "1", split, features, workers=1)
+        many = fill(corpus, folder / "2", split, features, workers=2)
+        assert (alone.ids, alone.texts) == (many.ids, many.texts)
+        for i in range(len(alone.ids)):
+            np.testing.assert_allclose(alone.frames(i), many.frames(i), atol=1e-3)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "SMALL", 0)
+    start = subprocess.Popen
+
+    def doomed(command, **options):
+        return start([command[0], "-c", "raise SystemExit(3)"], **options)
+
+    monkeypatch.setattr(cache_module.subprocess, "Popen", doomed)
+    with pytest.raises(RuntimeError, match="ended early: exit status 3"):
+        fill(corpus, folder, workers=2)
+    assert entries(folder) == []
+
+
+def test_an_interrupt_leaves_no_half_cache(corpus, folder, monkeypatch):
+    whole = cache_module._process
+
+    def interrupted(*arguments):
+        yield next(iter(whole(*arguments)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_process", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(corpus, folder)
+    assert entries(folder) == []
+    assert len(fill(corpus, folder).ids) == 4
+
+
+def test_a_killed_build_is_swept_up_and_a_running_one_is_not(corpus, folder):
+    child = subprocess.Popen(["true"])
+    child.wait()
+    folder.mkdir()
+    dead = folder / f".building-dev-clean-abc-{socket.gethostname()}-{child.pid}-12345678"
+    alive = folder / f".building-dev-clean-abc-{socket.gethostname()}-{os.getpid()}-12345678"
+    elsewhere = folder / ".building-dev-clean-abc-another.host-1-12345678"
+    for path in (dead, alive, elsewhere):
+        path.mkdir()
+        (path / "features.f32").write_bytes(b"half")
+    fill(corpus, folder)
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
+    os.utime(elsewhere, (1, 1))
+    fill(corpus, folder, "test-clean")
+    assert not elsewhere.exists()
+
+
+def test_builders_of_the_same_entry_do_not_break_each_other(corpus, folder, monkeypatch):
+    whole = cache_module._process
+
+    def with_a_rival(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "_process", whole)
+            fill(corpus, folder)  # finishes first
+        yield from whole(*arguments)
+
+    monkeypatch.setattr(cache_module, "_process", with_a_rival)
+    assert len(fill(corpus, folder).ids) == 4
+    assert len(entries(folder)) == 1
+
+
+def test_a_damaged_entry_is_built_again(corpus, folder):
+    fill(corpus, folder)
+    (folder / entries(folder)[0] / "features.f32").write_bytes(b"short")
+    entry = fill(corpus, folder)
+    assert np.array_equal(entry.frames(0), np.load(corpus.utterances("dev-clean")[0].path))
+    assert entries(folder) == [entry.folder.name]
+    assert sorted(path.name for path in entry.folder.iterdir()) == ["features.f32", "index.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(corpus, tmp_path, folder, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\).*--data.cache"):
+        fill(corpus, tmp_path / "file" / "cache")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "_write_features", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        fill(corpus, folder)
+    assert entries(folder) == []
+
+
+def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("") == tmp_path / "las_fast"
+    assert cache_folder("/elsewhere").as_posix() == "/elsewhere"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("") == tmp_path / ".cache" / "las_fast"
+
+
+def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 1)  # let go of the map's pages after every read
+    entry = fill(corpus, folder)
+    entry.frames(0)
+    copy = pickle.loads(pickle.dumps(entry))
+    assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
+
+
+def broken(path, kind):
+    """Damage a feature file."""
+    good = np.load(path)
+    if kind == "nan":
+        good[3, 4] = np.nan
+    elif kind == "infinite":
+        good[0, 0] = -np.inf
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "pickled":
+        np.save(path, np.array([good, None], object), allow_pickle=True)
+    elif kind == "zipped":
+        with path.open("wb") as file:
+            np.savez(file, good)
+    else:
+        changed = {"no frames": good[:0], "one-dimensional": good[0], "letters": good.astype(str),
+                   "narrow": good[:, :5], "too large": good.astype(np.float64) * 1e300}
+        np.save(path, changed.get(kind, good))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("nan", "NaN"), ("infinite", "infinite"), ("too large", "infinite"), ("truncated", "truncated"),
+     ("empty file", "truncated"), ("pickled", "pickle"), ("zipped", "archive of arrays"), ("no frames", "no frames"),
+     ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"), ("letters", "must hold numbers"),
+     ("narrow", r"got \(\d+, 5\)")],
+)
+def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
+    bad = corpus.utterances("dev-clean")[1]
+    broken(bad.path, kind)
+
+    def load(on_bad):
+        data = DataConfig(cache=str(folder), on_bad=on_bad)
+        return load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+
+    with pytest.raises(InputError, match=reason) as error:
+        load("error")
+    assert str(bad.path) in str(error.value) and "\n" not in str(error.value)
+    assert entries(folder) == []
+    dataset = load("skip")
+    assert len(dataset) == 3 and bad.id not in dataset.ids
+    assert [name for name, _ in dataset.skipped] == [bad.id]
+    assert dataset.positions.tolist() == [0, 2, 3]
+    assert "left out 1 of 4" in capsys.readouterr().err
+    with pytest.raises(InputError, match=reason):  # from the cache, too
+        load("error")
+
+
+@pytest.mark.parametrize("missing", ["features", "transcript"])
+def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder, missing):
+    lost = corpus.utterances("dev-clean")[2]
+    (lost.path if missing == "features" else lost.transcript).unlink()
+    for on_bad in ("error", "skip"):
+        data = DataConfig(cache=str(folder), on_bad=on_bad)
+        if on_bad == "error":
+            with pytest.raises(InputError, match=f"has no {missing}") as error:
+                load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+            assert str(lost.path) in str(error.value)
+        else:
+            kept = load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+            assert lost.id not in kept.ids and len(kept.skipped) == 1
+
+
+def test_a_damaged_transcript_is_named(corpus, folder):
+    path = corpus.utterances("dev-clean")[0].transcript
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match="truncated") as error:
+        fill(corpus, folder, refuse=lambda *_: "")
+    assert str(path) in str(error.value)
+
+
+def test_bad_recordings_are_named_or_skipped(tmp_path, folder):
+    manifest = make_manifest(tmp_path / "data")
+    corpus = open_corpus(manifest)
+    bad = corpus.utterances("train")[1].path
+    bad.write_bytes(b"no audio at all")
+    with pytest.raises(InputError, match="cannot be read as audio") as error:
+        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+    assert str(bad) in str(error.value)
+    assert [name for name, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["train-1"]
+
+
+def test_a_bad_text_is_refused_before_any_recording_is_read(tmp_path, folder, monkeypatch):
+    manifest = make_manifest(tmp_path / "data")
+    manifest.write_text(manifest.read_text() + "x\taudio/x.wav\t1\ts\tmade\ttrain\tHÉLLO\n")
+    monkeypatch.setattr(cache_module, "_process", lambda *_: pytest.fail("recordings were read"))
+    with pytest.raises(InputError, match="vocabulary: 'É'; map them with --data.normalise-text True"):
+        load_dataset(open_corpus(manifest), ("train",), features=FeatureConfig(), data=DataConfig(cache=str(folder)),
+                     need_text=True, progress=False)
+
+
+def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
+    path = corpus.utterances("dev-clean")[1].transcript
+    save(path, text_array("lower", True))
+    with pytest.raises(InputError, match="outside the vocabulary") as error:
+        load_dataset(corpus, ("dev-clean",), features=F23, data=DataConfig(cache=str(folder)), need_text=True,
+                     progress=False)
+    assert str(path) in str(error.value)
+    assert entries(folder) == []
+
+
+def test_progress_is_shown_with_its_rate(corpus, folder, capsys):
+    open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder), progress=True)
+    assert "reading dev-clean" in capsys.readouterr().err

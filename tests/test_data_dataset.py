@@ -1,0 +1,157 @@
+"""The dataset: normalised frames, deltas, texts, and what is left out."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive, make_manifest, save, text_array
+
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data.dataset import Statistics, load_dataset, normalise, open_corpus
+from las_fast.errors import InputError
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return make_archive(tmp_path / "data", "F23", utterances=6)
+
+
+def load(root, split, *, need_text=True, statistics=None, deltas=0, normalisation="utterance", size=28, **options):
+    corpus = open_corpus(root)
+    features = FeatureConfig(size=size, deltas=deltas, normalisation=normalisation)
+    return load_dataset(corpus, (split,), features=features, data=DataConfig(**options), statistics=statistics,
+                        need_text=need_text, progress=False)
+
+
+def test_frames_are_normalised_per_utterance_and_coefficient(archive):
+    dataset = load(archive, "dev")
+    for i in range(len(dataset)):
+        x = dataset[i]
+        assert x.dtype == torch.float32 and x.shape == (dataset.frames[i], 28)
+        torch.testing.assert_close(x.mean(0), torch.zeros(28), atol=1e-5, rtol=0)
+        torch.testing.assert_close(x.std(0, correction=0), torch.ones(28), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, -37.123, 1e5])
+def test_a_constant_coefficient_becomes_zero(value):
+    frames = torch.randn(200, 3)
+    frames[:, 1] = value
+    out = normalise(frames, FeatureConfig(size=3))
+    assert torch.isfinite(out).all()
+    assert (out[:, 1] == 0).all()
+    assert (normalise(frames[:1], FeatureConfig(size=3)) == 0).all()
+
+
+def test_small_coefficients_are_not_taken_for_constant():
+    frames = torch.randn(500, 2) * 1e-3
+    torch.testing.assert_close(normalise(frames, FeatureConfig(size=2)).std(0, correction=0), torch.ones(2))
+
+
+def test_global_statistics_come_from_training_and_serve_the_others(archive):
+    train = load(archive, "train", normalisation="global")
+    raw = torch.cat([load(archive, "train", normalisation="none")[i] for i in range(len(train))])
+    torch.testing.assert_close(train.statistics.mean, raw.mean(0))
+    torch.testing.assert_close(train.statistics.std, raw.std(0, correction=0))
+    dev = load(archive, "dev", normalisation="global", statistics=train.statistics)
+    assert dev.statistics is train.statistics
+    torch.testing.assert_close(dev[0], (dev.raw(0) - raw.mean(0)) / raw.std(0, correction=0))
+
+
+def test_global_normalisation_without_statistics_is_refused():
+    with pytest.raises(InputError, match="statistics"):
+        normalise(torch.ones(2, 3), FeatureConfig(size=3, normalisation="global"))
+    constant = Statistics(torch.ones(3), torch.full((3,), torch.inf))
+    assert (normalise(torch.ones(2, 3), FeatureConfig(size=3, normalisation="global"), constant) == 0).all()
+
+
+def test_deltas_are_appended_after_normalisation(archive):
+    plain, with_deltas = load(archive, "dev"), load(archive, "dev", deltas=2)
+    assert with_deltas[0].shape[1] == with_deltas.features.input_size == 84
+    assert (with_deltas.feature_size, with_deltas.blocks) == (28, 3)
+    assert torch.equal(with_deltas[0][:, :28], plain[0])
+
+
+def test_a_wrong_frame_size_names_the_setting(archive):
+    with pytest.raises(InputError, match="has 28 features a frame, the settings say 80; give --features.size 28"):
+        load(archive, "dev", size=80, on_bad="skip")
+
+
+def test_several_splits_follow_one_another_with_their_rows(archive):
+    both = load(archive, "dev+train")
+    assert len(both) == 18
+    assert both.ids == sum((load(archive, s).ids for s in ("dev", "train-clean-100", "train-clean-360")), [])
+    assert both.positions.tolist() == list(range(18))
+    assert torch.equal(both[7], load(archive, "train")[1])
+
+
+def test_unknown_characters_are_listed_mapped_or_skipped(archive):
+    path = open_corpus(archive).utterances("dev-clean")[0].transcript
+    save(path, text_array("Café, 1", True))
+    with pytest.raises(InputError, match="',' '1' 'a' 'f' 'é'; map them with --data.normalise-text True, or give"):
+        load(archive, "dev")
+    assert len(load(archive, "dev", on_bad="skip")) == 5
+    assert load(archive, "dev", normalise_text=True).texts[0] == "CAFE"
+    assert load(archive, "dev", need_text=False).texts[0] == "Café, 1"
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_transcript_is_refused_in_training_only(archive, text):
+    path = open_corpus(archive).utterances("dev-clean")[3].transcript
+    save(path, text_array(text, True))
+    with pytest.raises(InputError, match="empty transcript") as error:
+        load(archive, "dev")
+    assert str(path) in str(error.value)
+    assert len(load(archive, "dev", on_bad="skip").skipped) == 1
+    assert len(load(archive, "dev", need_text=False)) == 6
+
+
+def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):
+    manifest = make_manifest(tmp_path)
+    manifest.write_text(manifest.read_text() + "train-0\taudio/dev-0.wav\t1\ts\tmade\ttrain\tAGAIN\n")
+    with pytest.raises(InputError, match="have the same id 'train-0'"):
+        load(manifest, "train", size=80)
+    dataset = load(manifest, "train", size=80, on_bad="skip")
+    assert len(dataset) == 4 and dataset.texts[0] != "AGAIN"
+    assert [name for name, _ in dataset.skipped] == ["train-0"]
+
+
+def test_long_training_utterances_are_left_out_and_counted(archive):
+    limit = float(np.median(load(archive, "train").seconds))
+    short = load(archive, "train", max_seconds=limit)
+    assert (short.seconds <= limit).all() and 0 < len(short) < 12
+    assert len(short) + len(short.skipped) == 12
+    assert "max_seconds" in short.skipped[0][1]
+    assert len(load(archive, "train", max_seconds=limit, need_text=False)) == 12
+
+
+def test_nothing_left_is_an_error_with_the_first_reason(archive):
+    with pytest.raises(InputError, match="no utterance of dev-clean can be used; the first reason"):
+        load(archive, "dev", max_seconds=0.01)
+    for path in (archive / "dev-clean").rglob("*.npy"):
+        path.unlink()
+    with pytest.raises(InputError, match="'dev-clean' has no recordings"):
+        load(archive, "dev")
+
+
+def test_seconds_are_those_of_the_audio(tmp_path):
+    dataset = load(make_manifest(tmp_path), "train", size=80)
+    assert (np.abs(dataset.seconds - (dataset.frames - 1) * 0.01 - 0.025) < 0.0101).all()
+
+
+def test_a_dataset_can_be_sent_to_a_worker(archive):
+    dataset = load(archive, "dev", deltas=1)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy[2], dataset[2])
+
+
+def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
+    archive = make_archive(tmp_path, "S23", utterances=15)
+    for u in open_corpus(archive).utterances("dev-clean")[:12]:
+        u.transcript.unlink()
+    assert len(load(archive, "dev", size=27, on_bad="skip")) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "dev-clean: left out 12 of 15 utterances"
+    assert lines[-1] == "  and 2 more" and len(lines) == 12

@@ -1,0 +1,163 @@
+"""LibriSpeech folders, manifests, and roots that are none of what is known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from archives import make_archive, make_librispeech, make_manifest, make_waveform, save, write_audio
+
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+
+
+LOGMEL = FeatureConfig()
+
+
+def load(corpus, split, *, features=LOGMEL, need_text=True, **options):
+    data = DataConfig(**options)
+    return load_dataset(corpus, (split,), features=features, data=data, need_text=need_text, progress=False)
+
+
+def test_librispeech_is_recognised_from_each_of_its_folders(tmp_path):
+    root = make_librispeech(tmp_path)
+    for place in (root, root / "LibriSpeech", root / "LibriSpeech" / "dev-clean"):
+        corpus = open_corpus(place)
+        assert (corpus.name, corpus.kind, corpus.root) == ("LibriSpeech", "audio", root / "LibriSpeech")
+    assert corpus.roles == {
+        "train": ("train-clean-100", "train-clean-360"), "dev": ("dev-clean",), "test": ("test-clean",),
+    }
+    assert (corpus.header, corpus.numbered) == (("id", "label"), False)
+
+
+def test_librispeech_utterances_are_sorted_and_paired_by_name(tmp_path):
+    root = make_librispeech(tmp_path, splits=("dev-clean",))
+    dataset = load(open_corpus(root), "dev")
+    assert dataset.ids == sorted(dataset.ids) and len(dataset) == 6
+    lines = [line for path in root.rglob("*.trans.txt") for line in path.read_text().splitlines()]
+    assert dict(zip(dataset.ids, dataset.texts, strict=True)) == dict(line.split(" ", 1) for line in lines)
+    assert dataset[0].shape == (dataset.frames[0], 80)
+
+
+def test_librispeech_without_a_recording_or_a_transcript_is_named(tmp_path):
+    root = make_librispeech(tmp_path, splits=("dev-clean", "test-clean"))
+    chapter = root / "LibriSpeech" / "dev-clean" / "1089" / "134686"
+    (chapter / "1089-134686-0001.flac").unlink()
+    with pytest.raises(InputError, match="1089-134686-0001.flac does not exist"):
+        load(open_corpus(root), "dev")
+    shutil.copy(chapter / "1089-134686-0000.flac", chapter / "1089-134686-0001.flac")
+    shutil.copy(chapter / "1089-134686-0000.flac", chapter / "new.flac")
+    with pytest.raises(InputError, match=r"new\.flac has no transcript"):
+        load(open_corpus(root), "dev")
+    shutil.copy(chapter / "1089-134686-0000.flac", chapter / "new.wav")
+    with pytest.raises(InputError, match="same name"):
+        open_corpus(root).utterances("dev-clean")
+    (root / "LibriSpeech" / "test-clean" / "1090" / "134686" / "1090-134686.trans.txt").write_bytes(b"x \xff")
+    with pytest.raises(InputError, match="UTF-8"):
+        open_corpus(root).utterances("test-clean")
+
+
+def test_a_test_set_without_transcripts_can_be_decoded(tmp_path):
+    root = make_librispeech(tmp_path, splits=("dev-clean", "test-clean"))
+    for path in (root / "LibriSpeech" / "test-clean").rglob("*.trans.txt"):
+        path.unlink()
+    assert load(open_corpus(root), "test", need_text=False).texts == [None] * 6
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".jsonl"])
+def test_a_manifest_is_opened_by_itself_or_by_its_folder(tmp_path, suffix):
+    path = make_manifest(tmp_path, suffix=suffix)
+    for root in (path, tmp_path):
+        corpus = open_corpus(root)
+        assert (corpus.name, corpus.kind, corpus.splits) == (f"manifest {path.name}", "audio", ("train", "dev"))
+    dataset = load(corpus, "train")
+    assert dataset.ids == [f"train-{i}" for i in range(4)]
+    assert all(dataset.texts)
+
+
+def test_a_manifest_without_splits_plays_every_role(tmp_path):
+    corpus = open_corpus(make_manifest(tmp_path, split=False))
+    assert corpus.splits == ("all",)
+    assert corpus.resolve("train") == corpus.resolve("dev") == corpus.resolve("test") == ("all",)
+
+
+def test_json_manifests_may_use_the_names_of_other_tools(tmp_path):
+    write_audio(tmp_path / "a.wav", make_waveform(np.random.default_rng(0)))
+    rows = [{"audio_filepath": "a.wav", "duration": 0.4, "text": "HELLO"}, {"id": 7, "audio": "a.wav", "text": "AGAIN"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    dataset = load(open_corpus(tmp_path), "train")
+    assert (dataset.ids, dataset.texts) == (["a", "7"], ["HELLO", "AGAIN"])
+
+
+def test_a_manifest_may_name_feature_files(tmp_path):
+    save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
+    (tmp_path / "m.tsv").write_text("id\tpath\ttranscript\nx\tx.npy\tHI\n")
+    corpus = open_corpus(tmp_path)
+    assert (corpus.kind, corpus.feature_size, corpus.transposed) == ("features", 17, False)
+    assert load(corpus, "train", features=FeatureConfig(size=17))[0].shape == (30, 17)
+    with pytest.raises(InputError, match="--features.size 17"):
+        load(corpus, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("m.tsv", "id\tfile\nx\tx.wav\n", "column 'path'"),
+        ("m.tsv", "id\tpath\nx\n", "line 2 has 1 columns"),
+        ("m.tsv", "id\tpath\nx\t\n", "line 2 has no path"),
+        ("m.tsv", "id\tpath\tsplit\nx\tx.wav\t\n", "line 2 has an empty split"),
+        ("m.tsv", "id\tpath\n", "names no recordings"),
+        ("m.tsv", "", "header"),
+        ("m.tsv", "id\tpath\nx\tx.wav\ny\ty.npy\n", "both audio and .npy"),
+        ("m.tsv", "id\tpath\nx\tx.npy\n", "none of its first .npy"),
+        ("m.jsonl", '{"path": "x.wav"}\n{"path": \n', "line 2 is not JSON"),
+        ("m.jsonl", "[1]\n", "JSON object"),
+        ("m.jsonl", '{"path": 3}\n', "path must be text"),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_named(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=reason) as error:
+        open_corpus(tmp_path)
+    assert name in str(error.value)
+
+
+def test_a_manifest_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "m.tsv").write_bytes(b"id\tpath\nx\t\xff\n")
+    with pytest.raises(InputError, match="UTF-8"):
+        open_corpus(tmp_path)
+
+
+def test_a_root_that_is_nothing_known_says_what_was_looked_for(tmp_path):
+    for root, reason in ((tmp_path / "gone", "does not exist"), (tmp_path, "is empty")):
+        with pytest.raises(InputError, match=reason):
+            open_corpus(root)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match="no layout that is known") as error:
+        open_corpus(tmp_path)
+    assert all(word in str(error.value) for word in ("HW4P2", "LibriSpeech", "manifest"))
+    with pytest.raises(InputError, match="is a file"):
+        open_corpus(tmp_path / "notes.txt")
+    (tmp_path / "a.tsv").touch()
+    (tmp_path / "b.tsv").touch()
+    with pytest.raises(InputError, match="2 manifests"):
+        open_corpus(tmp_path)
+
+
+def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
+    corpus = open_corpus(make_archive(tmp_path, "F23"))
+    with pytest.raises(InputError, match=r"'dev-other'; it has dev-clean, test-clean, train-clean-100.*train \("):
+        corpus.resolve("dev-clean+dev-other")
+    with pytest.raises(InputError, match="no split 'x'"):
+        corpus.utterances("x")
+    assert corpus.resolve("dev, test") == ("dev-clean", "test-clean")
+
+
+def test_the_shared_manifest_is_read_whole(shared):
+    if not (shared / "speech" / "manifest.tsv").is_file():
+        pytest.skip("../shared/speech is absent")
+    corpus = open_corpus(shared / "speech")
+    assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [8410, 825]
