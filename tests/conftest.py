@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from las_fast.ops import backends
+
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 torch.set_num_threads(1)
+
+
+def pytest_report_header() -> list[str]:
+    """Say which backends of each op this run covers."""
+    covered = {
+        op: [name for name in backends.BACKENDS if backends.unavailable(op, name) is None] for op in backends.IMPLEMENTED
+    }
+    return [f"backends of {op}: {', '.join(names)}" for op, names in covered.items()]
 
 
 @pytest.fixture(scope="session", autouse=True)
