@@ -16,10 +16,11 @@ torch.set_num_threads(1)
 
 def pytest_report_header() -> list[str]:
     """Say which backends of each op this run covers."""
-    covered = {
-        op: [name for name in backends.BACKENDS if backends.unavailable(op, name) is None] for op in backends.IMPLEMENTED
-    }
-    return [f"backends of {op}: {', '.join(names)}" for op, names in covered.items()]
+    lines = []
+    for op in backends.IMPLEMENTED:
+        names = [name for name in backends.BACKENDS if backends.unavailable(op, name) is None]
+        lines.append(f"backends of {op}: {', '.join(names)}")
+    return lines
 
 
 @pytest.fixture(scope="session", autouse=True)
