@@ -118,9 +118,10 @@ class Speller(nn.Module):
         state = self.start(memory)
         hidden, contexts, weights = [], [], []
         for u in range(tokens.shape[1]):
+            token = before[:, u]
             if any_sampled[u]:
-                before[:, u] = torch.where(sampled[:, u], self._best(hidden[-1], contexts[-1]), before[:, u])
-            w, state = self._advance(self.embedding(before[:, u : u + 1]), state, shared)
+                token = torch.where(sampled[:, u], self._best(hidden[-1], contexts[-1]), token)
+            w, state = self._advance(self.embedding(token[:, None]), state, shared)
             hidden.append(self._dropped(state.hidden[-1], shared.masks[-1]))
             contexts.append(state.context)
             weights.append(w)

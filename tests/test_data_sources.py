@@ -13,7 +13,6 @@ from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 
-
 LOGMEL = FeatureConfig()
 
 

@@ -84,7 +84,7 @@ def test_a_few_utterances_can_be_learnt_by_heart(model):
     tokens = torch.tensor([[5, 6, 7, EOS], [8, 9, EOS, PAD]])
     optimiser = torch.optim.Adam(model.parameters(), 2e-2)
     model.eval()
-    for _ in range(60):
+    for _ in range(120):
         loss, _ = training_loss(
             model(features, lengths, tokens), tokens, torch.tensor([4, 3]),
             label_smoothing=0.0, ctc_weight=0.0, guided_weight=0.0, guided_width=0.1,

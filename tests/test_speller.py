@@ -88,11 +88,14 @@ def test_sampling_is_decided_for_each_utterance_and_step(speller, monkeypatch):
     assert sampled.any(0).all() and sampled.any(1).all() and not sampled.all(0).any() and not sampled.all(1).any()
 
 
-def test_targets_are_not_changed_by_sampling(speller):
+def test_sampling_changes_no_target_and_leaves_gradients():
+    torch.manual_seed(0)
+    speller = Speller(SMALL, 10, 31)
     tokens = torch.randint(3, 31, (2, 5))
     kept = tokens.clone()
-    speller(make_memory(speller), tokens, 0.0)
+    speller(make_memory(speller), tokens, 0.5)[0].sum().backward()
     assert torch.equal(tokens, kept)
+    assert speller.embedding.weight.grad.isfinite().all()
 
 
 def test_pad_and_sos_are_never_spelled(speller):

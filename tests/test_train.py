@@ -181,7 +181,7 @@ def test_log_lines_after_the_resumed_step_are_dropped(archive, whole, tmp_path, 
     "settings,extra,message",
     [
         ({}, [], "already holds a training; add --resume"),
-        ({"training__learning_rate": 0.5}, ["--resume"], "training.learning_rate = 0.002, not 0.5"),
+        ({"training__learning_rate": 0.5}, ["--resume"], "training.learning_rate = 0.004, not 0.5"),
     ],
 )
 def test_a_run_is_neither_overwritten_nor_continued_differently(archive, whole, settings, extra, message):
