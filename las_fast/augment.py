@@ -17,7 +17,13 @@ class Augment:
     config: AugmentConfig
 
     def __call__(
-        self, features: torch.Tensor, epoch: float, generator: np.random.Generator, *, blocks: int = 1
+        self,
+        features: torch.Tensor,
+        epoch: float,
+        generator: np.random.Generator,
+        *,
+        blocks: int = 1,
+        factor: float | None = None,
     ) -> torch.Tensor:
         """Return the features at another speed and then masked, (T', F); the input stays as it was.
 
@@ -26,9 +32,11 @@ class Augment:
             epoch:     epochs done so far; masks begin at config.start_epoch, speed at once.
             generator: source of every random choice.
             blocks:    equal parts of F that show the same bins (features, then deltas); a mask covers a bin in all.
+            factor:    of the speed, where it was drawn before (speed_factors); None draws it here.
         """
         if self.config.speed > 0:
-            features = change_speed(features, generator.uniform(1 - self.config.speed, 1 + self.config.speed))
+            drawn = generator.uniform(1 - self.config.speed, 1 + self.config.speed) if factor is None else factor
+            features = change_speed(features, drawn)
         return self.mask(features, generator, blocks=blocks) if epoch >= self.config.start_epoch else features
 
     def mask(self, features: torch.Tensor, generator: np.random.Generator, *, blocks: int = 1) -> torch.Tensor:
@@ -44,9 +52,19 @@ class Augment:
         return features
 
 
+def speed_factors(speed: float, *, seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return the speed (count,) at which each utterance is played in an epoch; the i-th does not depend on count."""
+    return np.random.default_rng([seed, epoch]).uniform(1 - speed, 1 + speed, count)
+
+
+def frames_at_speed(frames, factor):
+    """Return how many frames change_speed leaves of `frames` (numbers or arrays)."""
+    return np.maximum(1, np.rint(frames / factor)).astype(np.int64)
+
+
 def change_speed(features: torch.Tensor, factor: float) -> torch.Tensor:
     """Return features (T, F) played `factor` times as fast: about T / factor frames, at least 1, linear in between."""
-    frames = max(1, round(len(features) / factor))
+    frames = int(frames_at_speed(len(features), factor))
     if frames == len(features):
         return features
     return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear")[0].T.contiguous()

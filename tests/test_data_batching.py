@@ -59,9 +59,28 @@ def test_at_most_a_tenth_is_padding():
     assert padding_share([2, 4], [[0, 1]]) == 0.25
 
 
-def test_the_number_of_batches_is_the_same_in_every_epoch():
-    batches = bucketed()
-    assert {len(batches.epoch(epoch)) for epoch in range(5)} == {len(batches)}
+@pytest.mark.parametrize("speed", [0.0, 0.1])
+@pytest.mark.parametrize("count", [1, 2, 50, 4000])
+def test_the_number_of_batches_is_the_same_in_every_epoch(count, speed):
+    batches = BucketBatches(LENGTHS[:count], frames_per_batch=5000, utterances_per_batch=16, seed=1, speed=speed)
+    for epoch in range(8):
+        formed = batches.epoch(epoch)
+        assert len(formed) == len(batches)
+        assert sorted(sum(formed, [])) == list(range(count))
+
+
+def test_batches_know_the_lengths_that_speed_makes(dataset):
+    augment = Augment(AugmentConfig(speed=0.3))
+    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
+    for epoch in range(2):
+        for batch in load(dataset, batches.epoch(epoch), augment=augment, seed=5, epoch=epoch):
+            assert batch.feature_lengths.tolist() == batches.lengths(epoch)[batch.indices.numpy()].tolist()
+    assert (batches.lengths(0) != dataset.frames).any()
+
+
+def test_at_most_a_tenth_is_padding_with_speed_too():
+    batches = BucketBatches(LENGTHS, frames_per_batch=20000, utterances_per_batch=64, seed=1, speed=0.1)
+    assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
 
 
 def test_batches_follow_from_seed_and_epoch_alone():

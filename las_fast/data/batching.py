@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from las_fast.augment import Augment
+from las_fast.augment import Augment, frames_at_speed, speed_factors
 from las_fast.data.dataset import SpeechDataset
 from las_fast.text import EOS, PAD, Vocabulary
 
@@ -41,55 +41,80 @@ class Batch:
 class BucketBatches:
     """Batches for training, new in every epoch, the same number in each.
 
-    Utterances fall into classes of similar length. Batches are cut once from the classes in order, as if every
-    utterance had the longest length of its class; each epoch shuffles who takes which place within a class, and then
-    the order of the batches. So every epoch covers every utterance once, keeps the budget, and has len() batches.
-    The classes are as wide as a padding share of 8% allows.
+    Utterances fall into classes of similar length, are shuffled within them, and batches are cut from the classes in
+    order, as if every utterance had the longest length of its class; then the order of the batches is shuffled. The
+    classes are as wide as a padding share of 8% allows. With speed, lengths differ from epoch to epoch: an epoch that
+    comes to fewer batches than others has its largest ones halved, one that comes to more gets a little more budget.
     """
 
-    def __init__(self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int):
+    def __init__(
+        self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0
+    ):
         """
         Args:
             frames:               of each utterance.
             frames_per_batch:     limit of a batch's size times its longest utterance; one longer than that is alone.
             utterances_per_batch: limit of a batch's size.
+            seed, speed:          as the loader gets them (speed: augment.speed), to know the lengths that it will make.
         """
         self._frames = np.asarray(frames, np.int64)
-        self._seed = seed
+        self._seed, self._speed = seed, speed
         self._limits = (frames_per_batch, utterances_per_batch)
         for ratio in CLASS_RATIOS:
-            self._lay_out(ratio)
+            self._ratio = ratio
+            self._count = len(self._form(0))
             if self.padding_share(0) <= PADDING_AIM:
                 break
-
-    def _lay_out(self, ratio: float) -> None:
-        order = np.argsort(self._frames, kind="stable")
-        self._classes: list[np.ndarray] = []
-        first = 0
-        while first < len(order):
-            limit = self._frames[order[first]] * ratio
-            end = max(first + 1, int(np.searchsorted(self._frames[order], limit, side="right")))
-            self._classes.append(order[first:end])
-            first = end
-        ceilings = np.concatenate([np.full(len(c), self._frames[c].max()) for c in self._classes] or [[]])
-        self._cuts = _cut(ceilings, *self._limits)
+        if speed:
+            self._count = max(len(self._form(epoch)) for epoch in range(4))
 
     def __len__(self) -> int:
-        return len(self._cuts) - 1
+        return self._count
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch as lists of utterance indices."""
-        generator = np.random.default_rng([self._seed, epoch])
-        places = np.concatenate([generator.permutation(c) for c in self._classes] or [np.zeros(0, np.int64)])
-        batches = [places[a:b].tolist() for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        batches = self._form(epoch)
+        slack = 1.0
+        while len(batches) > self._count:
+            slack *= 1.01
+            batches = self._form(epoch, slack)
+        lengths = self.lengths(epoch)
+        while len(batches) < self._count:  # there is one to halve: more batches were cut from as many utterances
+            sizes = [len(batch) > 1 and len(batch) * lengths[batch].max() for batch in batches]
+            largest = batches.pop(int(np.argmax(sizes)))
+            batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        order = np.random.default_rng([self._seed, epoch, 1]).permutation(len(batches))
+        return [batches[i] for i in order]
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        """Return the frames (N,) int64 of the utterances as they are played in an epoch."""
+        if not self._speed:
+            return self._frames
+        factors = speed_factors(self._speed, seed=self._seed, epoch=epoch, count=len(self._frames))
+        return frames_at_speed(self._frames, factors)
 
     def padding_share(self, epoch: int) -> float:
         """Return the share of an epoch's padded frames that are padding."""
-        return padding_share(self._frames, self.epoch(epoch))
+        return padding_share(self.lengths(epoch), self.epoch(epoch))
+
+    def _form(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
+        """Cut an epoch's batches, in order of length; `slack` widens the limits."""
+        lengths = self.lengths(epoch)
+        order = np.argsort(lengths, kind="stable")
+        ordered = lengths[order]
+        generator = np.random.default_rng([self._seed, epoch, 0])
+        first = 0
+        while first < len(order):
+            end = max(first + 1, int(np.searchsorted(ordered, ordered[first] * self._ratio, side="right")))
+            order[first:end] = generator.permutation(order[first:end])
+            ordered[first:end] = ordered[end - 1]
+            first = end
+        cuts = _cut(ordered, *(int(limit * slack) for limit in self._limits))
+        return [order[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
 def padding_share(frames: Sequence[int], batches: list[list[int]]) -> float:
+    """Return the share of the batches' padded frames that are padding."""
     frames = np.asarray(frames)
     padded = sum(len(batch) * int(frames[batch].max()) for batch in batches)
     return 1 - sum(int(frames[batch].sum()) for batch in batches) / padded if padded else 0.0
@@ -153,6 +178,8 @@ class _Batches(torch.utils.data.Dataset):
     def __init__(self, dataset, batches, vocabulary, augment, seed, epoch):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary
         self.augment, self.seed, self.epoch = augment, seed, epoch
+        speed = augment.config.speed if augment else 0.0
+        self.factors = speed_factors(speed, seed=seed, epoch=epoch, count=len(dataset)) if speed else None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -178,4 +205,5 @@ class _Batches(torch.utils.data.Dataset):
         if self.augment is None:
             return features
         generator = np.random.default_rng([self.seed, self.epoch, i])
-        return self.augment(features, epoch, generator, blocks=self.dataset.blocks)
+        factor = None if self.factors is None else self.factors[i]
+        return self.augment(features, epoch, generator, blocks=self.dataset.blocks, factor=factor)
