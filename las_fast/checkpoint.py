@@ -65,7 +65,7 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
     """
     tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     if statistics is not None:
-        tensors |= {"statistics.mean": torch.as_tensor(statistics.mean), "statistics.std": torch.as_tensor(statistics.std)}
+        tensors |= {"statistics.mean": statistics.mean, "statistics.std": statistics.std}
     metadata = {"format": "las_fast 1", "config": to_yaml(config), "info": json.dumps(info)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 

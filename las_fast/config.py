@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses, read from YAML without forgiveness: a misspelt key or an ill-typed value is an error."""
+"""Settings as frozen dataclasses, read from YAML without forgiveness: a misspelt key or a wrong type is an error."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class BiLSTM(nn.Module):
 
 
 def initialise_lstm(name: str, parameter: Tensor) -> None:
-    """Orthogonal recurrence gate by gate, Xavier inputs, zero biases but 1 for the forget gate (Jozefowicz et al. 2015)."""
+    """Orthogonal recurrence and Xavier inputs, gate by gate; biases 0, the forget gate's 1 (Jozefowicz 2015)."""
     size = parameter.shape[0] // 4
     with torch.no_grad():
         if "weight_hh" in name:
@@ -107,7 +107,7 @@ def initialise_lstm(name: str, parameter: Tensor) -> None:
 
 
 def halve_time(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Join neighbouring frames: (B, T, F) -> (B, ceil(T / 2), 2 F); an odd last frame is joined with zeros, not lost."""
+    """Join neighbouring frames: (B, T, F) -> (B, ceil(T / 2), 2 F); an odd last frame is joined with zeros."""
     if x.shape[1] % 2:
         x = nn.functional.pad(x, (0, 0, 0, 1))
     return x.reshape(x.shape[0], -1, 2 * x.shape[2]), torch.div(lengths + 1, 2, rounding_mode="floor")

@@ -54,7 +54,9 @@ class LAS(nn.Module):
         """Read tokens (B, K); return logits (B, K, V) of the next, attention weights (B, K, T) and the new state."""
         return self.speller.step(tokens, state, memory)
 
-    def forward(self, features: Tensor, feature_lengths: Tensor, tokens: Tensor, teacher_forcing: float = 1.0) -> Output:
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, tokens: Tensor, teacher_forcing: float = 1.0
+    ) -> Output:
         """Spell tokens (B, U), each row ended by <eos> and padded by <pad>.
 
         teacher_forcing is the probability, drawn for every utterance and step, that the token before is the true one

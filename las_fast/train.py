@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import signal
 import sys
 import time
@@ -25,12 +24,19 @@ from las_fast.data.batching import Batch, BucketBatches, make_loader
 from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.losses import training_loss
+from las_fast.runlog import RunLog
 from las_fast.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
 from las_fast.text import Vocabulary
 from las_fast.validate import Validation, validate
 
 # Settings that may differ when resuming: they change where and how fast, not what is learned.
-FREE_TO_CHANGE = ("data.workers", "data.cache", "training.checkpoint_minutes", "training.wandb", "training.monitor_epoch")
+FREE_TO_CHANGE = (
+    "data.workers",
+    "data.cache",
+    "training.checkpoint_minutes",
+    "training.wandb",
+    "training.monitor_epoch",
+)
 
 
 @dataclass
@@ -244,55 +250,6 @@ class Trainer:
         self.progress = Progress(**{**state["progress"], "plateau": Plateau(**state["progress"]["plateau"])})
 
 
-class RunLog:
-    """log.jsonl, TensorBoard, and W&B when asked; on resume, lines after the resumed step are dropped."""
-
-    def __init__(self, out: Path, config: Config, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = out / "log.jsonl"
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        checkpoint.write_atomically(self.path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
-        self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        self.wandb = start_wandb(out, config) if config.training.wandb else None
-
-    def training(self, step: int, epoch: float, values: dict, lr: float, seconds: float) -> None:
-        self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, "audio_seconds": seconds, **values})
-
-    def validation(self, step: int, epoch: float, result: Validation, line: str) -> None:
-        row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}
-        self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
-
-    def _write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
-        scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, row["step"])
-        if self.wandb is not None:
-            self.wandb.log(scalars, step=row["step"])
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def start_wandb(out: Path, config: Config):
-    """Start Weights & Biases: online where an account is set up, else offline into the run's folder."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("--training.wandb needs the package wandb; run: pip install wandb") from None
-    mode = "online" if wandb.api.api_key else "offline"
-    return wandb.init(project="las_fast", dir=str(out), mode=mode, config=to_tree(config), resume="allow")
-
-
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW; biases, gains and the tied embedding are not decayed."""
     decayed, free = [], []
@@ -352,14 +309,16 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
         for name, value in values.items():
             key, before = f"{section}.{name}", then.get(section, {}).get(name)
             if before != value and key not in FREE_TO_CHANGE:
-                raise InputError(f"{path} was trained with {key} = {before}, not {value}; resume with the same settings")
+                raise InputError(
+                    f"{path} was trained with {key} = {before}, not {value}; resume with the same settings"
+                )
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(prog="python -m las_fast.train", description=__doc__, add_help=False)
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help=f"preset ({', '.join(presets())}) or YAML")
-    parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="archive, LibriSpeech folder or manifest")
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder of checkpoints, logs and pictures")
+    parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="archive, LibriSpeech or manifest")
+    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder for all that training writes")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument("--on-bad", choices=("error", "skip"), help="what to do with an unusable utterance")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -392,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
         again = " ".join([*arguments, *([] if options.resume else ["--resume"])])
         print(f"\nstopped at step {trainer.progress.step}; to go on: python -m las_fast.train {again}", file=sys.stderr)
         raise
-    print(f"best dev CER {trainer.progress.best_cer:.2f}%; decode with: python -m las_fast.decode --checkpoint {out} ...")
+    best = f"best dev CER {trainer.progress.best_cer:.2f}%"
+    print(f"{best}; decode with: python -m las_fast.decode --checkpoint {out} ...")
 
 
 def describe(trainer: Trainer) -> None:
@@ -400,8 +360,9 @@ def describe(trainer: Trainer) -> None:
     share = 100 * trainer.batches.padding_share(0)
     precision = str(trainer.precision).removeprefix("torch.")
     print(
-        f"model: {parameters / 1e6:.1f} M parameters, {precision} on {trainer.device}; {trainer.steps_per_epoch} batches "
-        f"an epoch, {share:.1f}% padding; from step {trainer.progress.step} to {trainer.steps}"
+        f"model: {parameters / 1e6:.1f} M parameters, {precision} on {trainer.device}; "
+        f"{trainer.steps_per_epoch} batches an epoch, {share:.1f}% padding; "
+        f"from step {trainer.progress.step} to {trainer.steps}"
     )
 
 

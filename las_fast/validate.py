@@ -35,7 +35,13 @@ class Validation:
 
 @torch.inference_mode()
 def validate(
-    model: LAS, data: SpeechDataset, vocabulary: Vocabulary, config: Config, device: torch.device, out: Path, epoch: float
+    model: LAS,
+    data: SpeechDataset,
+    vocabulary: Vocabulary,
+    config: Config,
+    device: torch.device,
+    out: Path,
+    epoch: float,
 ) -> Validation:
     """Score model on every utterance of data, and draw the attention of the first few into out/attention."""
     model.eval()

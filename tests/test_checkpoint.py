@@ -6,7 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state, write_atomically
+from las_fast.checkpoint import (
+    build_model,
+    find_checkpoint,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    write_atomically,
+)
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError
@@ -31,7 +39,8 @@ def saved(tmp_path):
 def test_a_model_comes_back_with_settings_statistics_and_scores(saved):
     model, path = saved
     loaded = load_model(path.parent)
-    assert loaded.config == CONFIG and loaded.info == {"epoch": 3} and loaded.statistics.mean.tolist() == [0, 1, 2, 3, 4]
+    assert loaded.config == CONFIG and loaded.info == {"epoch": 3}
+    assert loaded.statistics.mean.tolist() == [0, 1, 2, 3, 4]
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], value)
 

@@ -56,7 +56,7 @@ def test_ctc_reads_characters_without_eos_and_survives_too_few_frames():
     torch.manual_seed(0)
     logits = torch.randn(2, 12, 31)
     expected = sum(
-        F.ctc_loss(logits[b].log_softmax(-1), TOKENS[b, :n], torch.tensor(12), torch.tensor(n), blank=PAD, reduction="sum")
+        F.ctc_loss(logits[b].log_softmax(-1), TOKENS[b, :n], torch.tensor(12), torch.tensor(n), PAD, reduction="sum")
         for b, n in ((0, 3), (1, 1))
     )
     torch.testing.assert_close(ctc_loss(logits, torch.tensor([12, 12]), TOKENS, LENGTHS), expected)

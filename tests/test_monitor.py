@@ -127,7 +127,8 @@ def test_a_diagonal_that_carries_no_sound_is_not_formed():
     shape = judge(bumps(diagonal(), 60))
     deaf, hearing = (dataclasses.replace(shape, heard=heard) for heard in (0.02, 2.0))
     assert shape.formed and not deaf.formed and hearing.formed
-    assert "heard 0.02 below 0.5" in monitor.line(deaf, 4, Config()) and "not formed yet" in monitor.line(deaf, 4, Config())
+    line = monitor.line(deaf, 4, Config())
+    assert "heard 0.02 below 0.5" in line and "not formed yet" in line
     assert "heard 2.00" in monitor.line(hearing, 4, Config())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from las_fast import report
-from las_fast.config import Config, TrainingConfig, to_yaml
+from las_fast.config import Config, to_yaml
 from las_fast.errors import InputError
 
 ROWS = [

@@ -94,14 +94,14 @@ def test_a_checkpoint_holds_its_settings_and_scores(whole):
     assert not all(torch.equal(averaged[k], checkpoint.load_state(whole / "last.pt")["model"][k]) for k in averaged)
 
 
-def stop_after(monkeypatch, steps, error=RuntimeError("power cut")):
+def stop_after(monkeypatch, steps):
     """Let the trainer take that many steps, then fail in the middle of the next."""
     step = train.Trainer.train_step
     taken = []
 
     def failing(self, batch):
         if len(taken) == steps:
-            raise error
+            raise RuntimeError("power cut")
         taken.append(1)
         return step(self, batch)
 
@@ -130,7 +130,8 @@ def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive,
         command = arguments(archive, tmp_path / "cut", *resume, **settings)
         # One thread, as in this process: sums in another order would differ in the last bit.
         code = f"import torch; torch.set_num_threads(1); from las_fast import train; train.main({command!r})"
-        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
         if attempt < 3:
             wait_for_first_save(tmp_path / "cut", child)
             time.sleep(seconds.uniform(0, 0.4))
@@ -147,7 +148,7 @@ def wait_for_first_save(out, child):
         time.sleep(0.02)
 
 
-def test_interrupt_ends_after_the_step_keeps_the_state_and_says_how_to_go_on(archive, whole, tmp_path, monkeypatch, capsys):
+def test_interrupt_ends_after_the_step_and_says_how_to_go_on(archive, whole, tmp_path, monkeypatch, capsys):
     step = train.Trainer.train_step
 
     def interrupting(self, batch):

@@ -1,0 +1,61 @@
+"""What a training says as it goes: log.jsonl, TensorBoard, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from las_fast.checkpoint import write_atomically
+from las_fast.config import Config, to_tree
+from las_fast.errors import InputError
+from las_fast.validate import Validation
+
+
+class RunLog:
+    """log.jsonl, TensorBoard, and W&B when asked; on resume, lines after the resumed step are dropped."""
+
+    def __init__(self, out: Path, config: Config, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = out / "log.jsonl"
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self.path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.wandb = start_wandb(out, config) if config.training.wandb else None
+
+    def training(self, step: int, epoch: float, values: dict, lr: float, seconds: float) -> None:
+        self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, "audio_seconds": seconds, **values})
+
+    def validation(self, step: int, epoch: float, result: Validation, line: str) -> None:
+        row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}
+        self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
+
+    def _write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
+        scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(out: Path, config: Config):
+    """Start Weights & Biases: online where an account is set up, else offline into the run's folder."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--training.wandb needs the package wandb; run: pip install wandb") from None
+    mode = "online" if wandb.api.api_key else "offline"
+    return wandb.init(project="las_fast", dir=str(out), mode=mode, config=to_tree(config), resume="allow")
