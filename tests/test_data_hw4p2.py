@@ -164,6 +164,12 @@ def test_a_transcript_that_is_none_is_named(tmp_path):
         assert str(path) in str(error.value)
 
 
+def test_what_a_mac_adds_to_a_zip_is_ignored(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    shutil.copytree(archive, tmp_path / "__MACOSX" / archive.name)
+    assert open_corpus(tmp_path).root == archive
+
+
 def test_an_archive_without_files_is_refused(tmp_path):
     (tmp_path / "train" / "mfcc").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no \.npy files"):

@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,7 +191,8 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
     scratch.mkdir()
     try:
         items = _process(corpus, utterances, features, scratch, workers or _cores())
-        with tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False) as bar:
+        bar = tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False)
+        with closing(items), bar:  # closing ends the workers, whatever happens
             index = _write_features(scratch / "features.f32", bar, utterances, refuse)
         size = features.size if corpus.kind == "audio" else corpus.feature_size
         (scratch / "index.json").write_text(json.dumps({"size": size, **index}), encoding="utf-8")

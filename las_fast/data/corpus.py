@@ -99,8 +99,8 @@ def assign_roles(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """Return the folders in a folder, sorted; hidden ones are left out."""
+    """Return the folders in a folder, sorted; hidden ones, and those that a Mac adds to a zip, are left out."""
     try:
-        return sorted(p for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())
+        return sorted(p for p in path.iterdir() if not p.name.startswith((".", "__MACOSX")) and p.is_dir())
     except OSError as error:
         raise InputError(f"{path} cannot be listed: {error.strerror}; check the path and its permissions") from None
