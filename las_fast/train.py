@@ -63,6 +63,7 @@ class Trainer:
             frames_per_batch=config.data.frames_per_batch,
             utterances_per_batch=config.data.utterances_per_batch,
             seed=config.training.seed,
+            speed=config.augment.speed,
         )
         self.steps_per_epoch = len(self.batches)
         self.steps = self.steps_per_epoch * config.training.epochs
