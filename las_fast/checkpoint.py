@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +45,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError from its zip writer, safetensors as a SafetensorError.
         temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise InputError(f"{path} could not be written ({reason}); free some space or choose another folder") from None
+        # torch.save and safetensors report a full disk as errors of their own that do not say so.
+        reason = getattr(error, "strerror", None) or "the file system took no more"
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
+        raise InputError(
+            f"{path} could not be written ({reason}; {free:.0f} MiB are free there); "
+            "free some space or choose another folder"
+        ) from None
 
 
 def build_model(config: Config) -> LAS:

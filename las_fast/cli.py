@@ -57,6 +57,8 @@ def parse_settings(
 
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
     """Call main(argv); bad input ends with one sentence and status 2, an interrupt with 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
     try:
         main(argv)
         sys.stdout.flush()
