@@ -129,6 +129,7 @@ class TrainingConfig:
         TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine has matrix units for it
+    threads: int = 0  # of the CPU, in each product; 0: torch's choice, all cores. Small models gain nothing from more
     ema_decay: float = 0.999  # averaged weights; 0: none
     seed: int = 1
     validate_every: float = 1.0  # epochs
@@ -253,6 +254,7 @@ def check(config: Config) -> Config:
         (training.epochs >= 1, "training.epochs must be at least 1"),
         (0 <= training.label_smoothing < 1, "training.label_smoothing must be from 0 to below 1"),
         (0 <= training.ema_decay < 1, "training.ema_decay must be from 0 to below 1"),
+        (training.threads >= 0, "training.threads must be at least 0"),
         (training.validate_every > 0, "training.validate_every must be positive"),
         (config.data.frames_per_batch > 0, "data.frames_per_batch must be positive"),
         (config.data.utterances_per_batch > 0, "data.utterances_per_batch must be positive"),

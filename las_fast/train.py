@@ -332,6 +332,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 def main(argv: list[str] | None = None) -> None:
     """Train; see --help."""
     options, config = parse(argv)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
     out = options.out
     if not options.resume and (out / LAST).exists():
         raise InputError(f"{out} already holds a training; add --resume to continue it or choose another --out")
