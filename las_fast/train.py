@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import resource
 import signal
 import sys
 import time
@@ -51,6 +52,19 @@ class Progress:
     skipped_steps: int = 0  # steps whose gradient was not finite
 
 
+class Pace:
+    """Seconds of audio trained on a second, since it was made."""
+
+    def __init__(self):
+        self.began, self.audio = time.perf_counter(), 0.0
+
+    def count(self, audio_seconds: float) -> None:
+        self.audio += audio_seconds
+
+    def speed(self) -> float:
+        return self.audio / (time.perf_counter() - self.began)
+
+
 class Trainer:
     """One training run in the folder `out`: data, model, optimiser, and the loop over steps."""
 
@@ -75,18 +89,20 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.progress = Progress()
         self.stop_requested = False
+        self.pace = Pace()
 
     # The loop
 
     def run(self) -> None:
         """Train to the last epoch; a first interrupt ends it after the step under way, with its state saved."""
         self.log = RunLog(self.out, self.config, self.progress.step)
-        saved = time.monotonic()
+        self.pace, saved = Pace(), time.monotonic()
         with catch_stop_signals(self), self._progress_bar() as bar:
             while self.progress.step < self.steps and not self.stop_requested:
                 for batch in self._rest_of_epoch():
                     parts = self.train_step(batch.to(self.device))
-                    self._show(bar, batch, parts)
+                    self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
+                    self._show(bar, parts)
                     if self._validation_is_due():
                         self._validate_and_save(bar)
                         saved = time.monotonic()
@@ -175,7 +191,7 @@ class Trainer:
         return step == self.steps or int(step / every) > int((step - 1) / every)
 
     def _validate_and_save(self, bar: tqdm) -> None:
-        model = self.averaged or self.model
+        model, speed = self.averaged or self.model, self.pace.speed()
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
         self._judge(result)
         line = monitor.line(result.alignment, self.epoch, self.config)
@@ -183,8 +199,9 @@ class Trainer:
         scores = result.scores
         bar.write(
             f"epoch {self.epoch:g}: dev loss {result.loss:.3f} a token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
-            f"WER {scores.wer:.2f}%\n  {line}"
+            f"WER {scores.wer:.2f}%; trained at {speed:.0f} x real time\n  {line}"
         )
+        self.pace = Pace()
         info = {"epoch": self.epoch, "step": self.progress.step, "dev": asdict(scores)}
         self._save_weights(model, info, best=scores.cer < self.progress.best_cer)
         self.progress.best_cer = min(self.progress.best_cer, scores.cer)
@@ -206,14 +223,15 @@ class Trainer:
     def _progress_bar(self) -> tqdm:
         return tqdm(total=self.steps, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=None)
 
-    def _show(self, bar: tqdm, batch: Batch, parts: dict[str, Tensor]) -> None:
+    def _show(self, bar: tqdm, parts: dict[str, Tensor]) -> None:
         step = self.progress.step
         bar.update()
         if step % 10 == 0 or step == self.steps:
             values = {name: float(value) for name, value in parts.items()}
-            seconds = float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000
-            self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"], seconds)
-            bar.set_postfix_str(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}")
+            self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"], self.pace.speed())
+            bar.set_postfix_str(
+                f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {self.pace.speed():.0f} x real time"
+            )
 
     # State on disk
 
@@ -354,8 +372,9 @@ def main(argv: list[str] | None = None) -> None:
         again = " ".join([*arguments, *([] if options.resume else ["--resume"])])
         print(f"\nstopped at step {trainer.progress.step}; to go on: python -m las_fast.train {again}", file=sys.stderr)
         raise
-    best = f"best dev CER {trainer.progress.best_cer:.2f}%"
-    print(f"{best}; decode with: python -m las_fast.decode --checkpoint {out} ...")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
+    print(f"decode with: python -m las_fast.decode --checkpoint {out} --data {options.data} --split dev --out dev.csv")
 
 
 def describe(trainer: Trainer) -> None:
