@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,11 @@ class ListenerConfig:
     pyramids: int = 3
     dropout: float = 0.2  # locked: one mask an utterance, the same in every frame
 
+    @property
+    def time_reduction(self) -> int:
+        """Feature frames in one encoder frame."""
+        return math.prod(self.conv_strides) * 2**self.pyramids
+
 
 @dataclass(frozen=True)
 class SpellerConfig:
@@ -144,8 +150,8 @@ class DecodingConfig:
     beam: int = 8
     length_penalty: float = 1.0  # scores are ranked by score / length ** length_penalty
     eos_threshold: float = 0.0  # eos only where its log-probability > threshold * best other; 0: always
-    minimum_share: float = 0.0  # tokens per encoder frame, at least
-    maximum_share: float = 1.0  # tokens per encoder frame, at most
+    minimum_share: float = 0.0  # tokens per feature frame, at least
+    maximum_share: float = 0.3  # tokens per feature frame, at most; fast speech has 25 characters a second
     maximum_extra: int = 10  # tokens allowed besides the maximum share
     frames_per_batch: int = 30000  # feature frames, padding included
 

@@ -34,6 +34,7 @@ class LAS(nn.Module):
     def __init__(self, config: ModelConfig, *, input_size: int, vocabulary_size: int):
         super().__init__()
         self.input_size, self.vocabulary_size, self.ctc_layer = input_size, vocabulary_size, config.ctc_layer
+        self.time_reduction = config.listener.time_reduction  # feature frames in one encoder frame
         self.listener = Listener(config.listener, input_size)
         self.speller = Speller(config.speller, self.listener.output_size, vocabulary_size)
         self.ctc = nn.Linear(self.listener.output_size, vocabulary_size) if config.ctc_layer >= 0 else None

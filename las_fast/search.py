@@ -70,7 +70,7 @@ def beam_search(
     Hypotheses do not depend on the batch that an utterance is in. At the maximum length they take <eos>.
 
     Args:
-        model:   has start(memory, beam) and step(tokens (B, K), state, memory), as las_fast.model.LAS.
+        model:   has start(memory, beam), step(tokens (B, K), state, memory) and time_reduction, as las_fast.model.LAS.
         memory:  what model.listen returned; lengths (B,) int64 encoder frames.
         config:  beam, length limits and penalties.
         nbest:   hypotheses to return; no more than config.beam exist.
@@ -78,13 +78,13 @@ def beam_search(
 
     Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
     """
-    limits = length_limits(memory.lengths, config)
+    limits = length_limits(memory.lengths * model.time_reduction, config)
     steps, lengths = _search(model, memory, limits, config, backend)
     return _read_off(steps, lengths, limits, config, nbest, backend)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
-    """Return the tokens allowed for encoder lengths (B,) int64; the maximum is at least 1 and the minimum no more."""
+    """Return the tokens allowed for (B,) int64 feature frames; the maximum is at least 1 and the minimum no more."""
     maximum = (lengths * config.maximum_share).long().add(config.maximum_extra).clamp(min=1)
     return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast import search
-from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
 from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
@@ -38,6 +39,8 @@ class FakeState(NamedTuple):
 
 class FakeModel:
     """Logits are a fixed function of the utterance and of everything read so far."""
+
+    time_reduction = 1
 
     def __init__(self, vocabulary: int = V, eos: float = 0.0, ties: bool = False):
         self.vocabulary, self.eos, self.ties, self.steps = vocabulary, eos, ties, 0
@@ -190,9 +193,50 @@ def test_no_text_is_shorter_than_the_minimum():
     assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[4] * 4, [2] * 4]
 
 
-def test_lengths_are_limited_by_encoder_frames():
+def test_lengths_are_limited_by_feature_frames():
     limits = length_limits(torch.tensor([0, 1, 10]), config(minimum_share=0.35, maximum_share=0.5))
     assert limits.maximum.tolist() == [1, 1, 5] and limits.minimum.tolist() == [0, 0, 3]
+
+
+def test_an_encoder_frame_counts_as_the_feature_frames_in_it():
+    model = FakeModel(eos=-40.0)
+    model.time_reduction = 8
+    settings = config(maximum_share=0.25, maximum_extra=1)
+    assert [len(h[0].text_tokens) for h in beam_search(model, memory([1, 2], [5, 2]), settings)] == [11, 5]
+
+
+def test_time_reduction_is_that_of_the_listener():
+    listener = ListenerConfig((8, 8), (3, 3), (3, 1), 8, 2)
+    speller = SpellerConfig(key_size=8, value_size=8, embedding_size=8, lstm_sizes=(8,))
+    model = LAS(ModelConfig(listener, speller), input_size=4, vocabulary_size=9).eval()
+    lengths = torch.arange(1, 40)
+    with torch.inference_mode():
+        heard = model.listen(torch.randn(39, 39, 4), lengths).lengths
+    assert model.time_reduction == 12
+    assert heard.tolist() == [math.ceil(n / 12) for n in range(1, 40)]
+
+
+def allowed_characters(name: str, seconds: Tensor) -> Tensor:
+    """Characters that a preset may spell in recordings of (N,) seconds."""
+    preset = load_config(name)
+    window, shift, reduction = preset.features.window_ms, preset.features.shift_ms, preset.model.listener.time_reduction
+    frames = 1 + ((1000 * seconds - window) / shift).long()
+    return length_limits(-(-frames // reduction) * reduction, preset.decoding).maximum
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_can_spell_fast_speech(name):
+    seconds = torch.arange(1, 400) / 10
+    assert (allowed_characters(name, seconds) >= 25 * seconds).all()
+
+
+@pytest.mark.parametrize("name", presets())
+def test_no_preset_cuts_an_utterance_of_the_shared_recordings(name, shared):
+    with (shared / "speech" / "manifest.tsv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    seconds = torch.tensor([float(row["seconds"]) for row in rows])
+    characters = torch.tensor([len(row["transcript"]) for row in rows])
+    assert (allowed_characters(name, seconds) >= characters).all()
 
 
 def test_a_beam_wider_than_the_alternatives_lists_each_reading_once():
