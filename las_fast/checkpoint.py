@@ -20,6 +20,7 @@ from las_fast.model import LAS
 from las_fast.text import Vocabulary
 
 RELEASED = Path(__file__).parent / "checkpoints"
+STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "data"}  # what last.pt holds
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
 
 
@@ -40,9 +41,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     Raises InputError when the disk is full or the folder cannot be written; the old file then stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file; give another name")
+    temporary = path.with_name(f".{path.name}.partial")  # what a killed process leaves is written over
     try:
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -53,6 +58,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             f"{path} could not be written ({reason}; {free:.0f} MiB are free there); "
             "free some space or choose another folder"
         ) from None
+    except BaseException:  # an interrupt leaves nothing half-written either
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def build_model(config: Config) -> LAS:
@@ -101,7 +109,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
-    if metadata.get("format") != "las_fast 1":
+    if metadata.get("format") != "las_fast 1" or not {"config", "info"} <= metadata.keys():
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
     config = from_yaml(metadata["config"], str(path))
     model = build_model(config).to(device)
@@ -137,7 +145,10 @@ def load_state(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist, so there is nothing to resume; start without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a damaged file in a dozen ways
         reason = " ".join(str(error).split())[:80]
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise InputError(f"{path} was not written by this version of las_fast; start again into a new folder")
+    return state

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from las_fast import checkpoint, train
+from las_fast import checkpoint, train, trainer
+from las_fast.attention import Memory
 from las_fast.config import Config, load_config
 from las_fast.errors import InputError
+from las_fast.validate import of_the_next, validate
 from tests.archives import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,10 +31,18 @@ SMALL = {
 }  # fmt: skip
 
 
+COUNTS = {"train-clean-100": 7, "train-clean-360": 4, "dev-clean": 5}
+SAMPLED = {
+    "training__teacher-forcing.0.end": 0.3,
+    "training__teacher-forcing.1.start": 0.3,
+    "training__teacher-forcing.1.end": 1.0,
+    "training__teacher-forcing.1.last": 0.2,
+}
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    counts = {"train-clean-100": 7, "train-clean-360": 4, "dev-clean": 5}
-    return make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=counts)
+    return make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=COUNTS)
 
 
 def arguments(archive, out, *extra, **settings):
@@ -96,7 +108,7 @@ def test_a_checkpoint_holds_its_settings_and_scores(whole):
 
 def stop_after(monkeypatch, steps):
     """Let the trainer take that many steps, then fail in the middle of the next."""
-    step = train.Trainer.train_step
+    step = trainer.Trainer.train_step
     taken = []
 
     def failing(self, batch):
@@ -105,7 +117,7 @@ def stop_after(monkeypatch, steps):
         taken.append(1)
         return step(self, batch)
 
-    monkeypatch.setattr(train.Trainer, "train_step", failing)
+    monkeypatch.setattr(trainer.Trainer, "train_step", failing)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -121,10 +133,111 @@ def test_cut_in_mid_epoch_and_resumed_equals_never_cut_bit_for_bit(archive, whol
     assert rows(tmp_path, "valid") == rows(whole, "valid")
 
 
-def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive, tmp_path):
-    settings = {"training__checkpoint_minutes": 0.0, "training__epochs": 20, "training__validate_every": 10.0}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SAMPLED,
+        {"training__schedule": "plateau", "training__plateau_patience": 0, "training__validate_every": 0.5},
+        {"training__precision": "fp16"},
+        {"training__precision": "bf16"},
+        {"augment__speed": 0.2},
+        {"features__normalisation": "global", "training__ema_decay": 0.0},
+    ],
+    ids=["sampled", "plateau", "fp16", "bf16", "speed", "global"],
+)
+def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatch, settings):
+    settings = settings | {"training__checkpoint_minutes": 0.0, "training__epochs": 2}
     train.main(arguments(archive, tmp_path / "whole", **settings))
-    seconds = random.Random(time.time_ns())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train.main(arguments(archive, tmp_path / "cut", **settings))
+    train.main(arguments(archive, tmp_path / "cut", "--resume", **settings))
+    ours, theirs = (checkpoint.load_state(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert ours["progress"] == theirs["progress"] and ours["scaler"] == theirs["scaler"]
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SAMPLED,
+        {"training__guided_weight": 0.0},
+        {"training__ctc_weight": 0.0},
+        {"training__label_smoothing": 0.3},
+        {"training__precision": "bf16"},
+        {"training__schedule": "constant"},
+        {"training__warmup_steps": 0},
+        {"training__clip_norm": 0.1},
+        {"training__weight_decay": 0.5},
+        {"training__seed": 2},
+        {"augment__start_epoch": 9.0},
+        {"augment__speed": 0.2},
+        {"model__listener.dropout": 0.0},
+        {"model__speller.dropout": 0.0},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_every_setting_of_training_reaches_the_weights(archive, one_epoch, tmp_path, settings):
+    train.main(arguments(archive, tmp_path, **{"training__epochs": 1, **settings}))
+    plain, changed = (checkpoint.load_state(path / "last.pt")["model"] for path in (one_epoch, tmp_path))
+    assert any(not torch.equal(plain[name], changed[name]) for name in plain)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(archive, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "run"
+    train.main(arguments(archive, out, training__epochs=1))
+    return out
+
+
+def pretend_scores(monkeypatch, cers):
+    """Let each validation report the next of these dev CERs."""
+    cers = iter(cers)
+
+    def pretended(*args):
+        result = validate(*args)
+        return replace(result, scores=replace(result.scores, cer=next(cers)))
+
+    monkeypatch.setattr(trainer, "validate", pretended)
+
+
+def test_best_is_the_best_of_all_validations_also_across_a_resume(archive, tmp_path, monkeypatch):
+    pretend_scores(monkeypatch, [50.0, 40.0, 45.0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 13)  # in the third epoch
+        with pytest.raises(RuntimeError):
+            train.main(arguments(archive, tmp_path))
+    train.main(arguments(archive, tmp_path, "--resume"))
+    assert checkpoint.load_model(tmp_path / "best.safetensors").info["step"] == 12
+    assert checkpoint.load_model(tmp_path / "averaged.safetensors").info["step"] == 18
+
+
+def test_plateau_lowers_the_learning_rate_that_is_used(archive, tmp_path, monkeypatch):
+    pretend_scores(monkeypatch, [50.0, 60.0, 60.0, 60.0])
+    options = {"training__schedule": "plateau", "training__plateau_patience": 0, "training__epochs": 4}
+    train.main(arguments(archive, tmp_path, **options))
+    assert [r["lr"] for r in rows(tmp_path, "train")] == pytest.approx([0.004, 0.001, 0.001])  # steps 10, 20, 24
+
+
+def test_the_same_dev_utterances_are_pictured_each_time(whole):
+    shown = [np.load(path)["ids"].tolist() for path in sorted((whole / "attention").glob("*.npz"))]
+    assert len(shown) == 3 and shown[0] == shown[1] == shown[2] and len(shown[0]) == 1
+
+
+def test_the_monitor_hears_by_giving_each_utterance_the_next_ones_audio(whole):
+    parts = [torch.arange(3.0)[:, None, None], torch.arange(3.0)[:, None, None], torch.arange(3), torch.zeros(3, 1)]
+    assert of_the_next(Memory(*parts)).keys.flatten().tolist() == [1, 2, 0]
+    assert of_the_next(Memory(*parts)).lengths.tolist() == [1, 2, 0]
+    assert all(r["monitor"]["heard"] != 0 for r in rows(whole, "valid"))
+
+
+def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive, tmp_path):
+    settings = {"training__checkpoint_minutes": 0.0, "training__epochs": 40, "training__validate_every": 20.0}
+    train.main(arguments(archive, tmp_path / "whole", **settings))
+    seed = time.time_ns()
+    print("seed", seed)  # pytest shows it on failure
+    seconds = random.Random(seed)
     for attempt in range(4):
         resume = ["--resume"] if (tmp_path / "cut" / "last.pt").exists() else []
         command = arguments(archive, tmp_path / "cut", *resume, **settings)
@@ -136,6 +249,9 @@ def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive,
             wait_for_first_save(tmp_path / "cut", child)
             time.sleep(seconds.uniform(0, 0.4))
             child.kill()
+            assert child.wait() == -signal.SIGKILL, "the training ended before it could be killed"
+            step = checkpoint.load_state(tmp_path / "cut" / "last.pt")["progress"]["step"]
+            assert step < 240
         output = child.communicate()[0].decode()
     assert child.returncode == 0, output
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
@@ -149,7 +265,7 @@ def wait_for_first_save(out, child):
 
 
 def test_interrupt_ends_after_the_step_and_says_how_to_go_on(archive, whole, tmp_path, monkeypatch, capsys):
-    step = train.Trainer.train_step
+    step = trainer.Trainer.train_step
 
     def interrupting(self, batch):
         if self.progress.step == 4:
@@ -157,11 +273,11 @@ def test_interrupt_ends_after_the_step_and_says_how_to_go_on(archive, whole, tmp
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", interrupting)
+        patch.setattr(trainer.Trainer, "train_step", interrupting)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(archive, tmp_path))
     said = capsys.readouterr().err
-    assert "stopped at step 5" in said and re.search(r"python -m las_fast.train .*--resume", said)
+    assert "step 5 is saved" in said and re.search(r"python -m las_fast.train .*--resume", said)
     train.main(arguments(archive, tmp_path, "--resume"))
     assert_same_weights(whole, tmp_path)
 
@@ -199,8 +315,8 @@ def test_resuming_nothing_says_so(archive, tmp_path):
 
 
 def test_resuming_with_other_data_is_refused(archive, whole, tmp_path):
-    other = make_archive(tmp_path, "F23", utterances=9)
-    with pytest.raises(InputError, match="batches an epoch"):
+    other = make_archive(tmp_path, "F23", utterances=COUNTS, seed=5)  # as many batches an epoch
+    with pytest.raises(InputError, match="was trained on other utterances"):
         train.main(arguments(other, whole, "--resume"))
 
 
@@ -219,63 +335,63 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(archive, tmp_
     assert not list(tmp_path.glob(".last*"))
 
 
+def make_trainer(archive, out, **settings):
+    _, config = train.parse(arguments(archive, out, **settings))
+    data = train.load_data(config, train.open_corpus(archive))
+    return trainer.Trainer(config, *data, out, torch.device("cpu"), {"kind": "features", "name": "HW4P2 F23"})
+
+
 def test_averaged_weights_follow_their_formula(archive, tmp_path):
-    corpus = train.open_corpus(archive)
-    _, config = train.parse(arguments(archive, tmp_path))
-    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
-    expected = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    for n, batch in enumerate(trainer._rest_of_epoch(), 1):
-        trainer.train_step(batch)
-        decay = min(config.training.ema_decay, (1 + n) / (10 + n))
-        for name, value in trainer.model.state_dict().items():
+    made = make_trainer(archive, tmp_path)
+    expected = {k: v.clone() for k, v in made.model.state_dict().items()}
+    for n, batch in enumerate(made._rest_of_epoch(), 1):
+        made.train_step(batch)
+        decay = min(made.config.training.ema_decay, (1 + n) / (10 + n))
+        for name, value in made.model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value
-    for name, value in trainer.averaged.state_dict().items():
+    for name, value in made.averaged.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_path, monkeypatch):
-    corpus = train.open_corpus(archive)
-    _, config = train.parse(arguments(archive, tmp_path, training__precision="fp16", training__clip_norm=0.01))
-    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
-    assert trainer.scaler.is_enabled()
+    made = make_trainer(archive, tmp_path, training__precision="fp16", training__clip_norm=0.01)
+    assert made.scaler.is_enabled()
     seen = {}
     clip = torch.nn.utils.clip_grad_norm_
 
     def spy(parameters, limit):
         seen["norm"] = clip(list(parameters), limit)
-        seen["after"] = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+        seen["after"] = torch.nn.utils.get_total_norm([p.grad for p in made.model.parameters()])
         return seen["norm"]
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    trainer.train_step(next(iter(trainer._rest_of_epoch())))
+    made.train_step(next(iter(made._rest_of_epoch())))
     assert 0.01 < seen["norm"] < 1000, "the scale of 65536 is out of the gradients before they are clipped"
     assert seen["after"] <= 0.0101
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
-    corpus = train.open_corpus(archive)
-    _, config = train.parse(arguments(archive, tmp_path))
-    trainer = train.Trainer(config, corpus, tmp_path, torch.device("cpu"))
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    batch = next(iter(trainer._rest_of_epoch()))
+    made = make_trainer(archive, tmp_path)
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    batch = next(iter(made._rest_of_epoch()))
     batch.features[0, 0, 0] = float("nan")
-    trainer.train_step(batch)
-    assert trainer.progress.skipped_steps == 1 and trainer.progress.step == 1
-    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    made.train_step(batch)
+    assert made.progress.skipped_in_a_row == 1 and made.progress.step == 1
+    assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
 
 
 def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert train.choose_precision("auto", cpu) == torch.float32
+    assert trainer.choose_precision("auto", cpu) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert train.choose_precision("auto", cpu) == torch.bfloat16
-    assert train.choose_precision("fp32", cpu) == torch.float32
+    assert trainer.choose_precision("auto", cpu) == torch.bfloat16
+    assert trainer.choose_precision("fp32", cpu) == torch.float32
 
 
 def test_biases_gains_and_the_tied_embedding_are_not_decayed():
     model = checkpoint.build_model(load_config("tiny"))
-    decayed, free = (group["params"] for group in train.make_optimiser(model, Config()).param_groups)
+    decayed, free = (group["params"] for group in trainer.make_optimiser(model, Config()).param_groups)
     assert all(p.dim() >= 2 for p in decayed) and any(p is model.speller.embedding.weight for p in free)
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
