@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from las_fast.errors import InputError
-from las_fast.text import CHARACTERS
+from las_fast.text import CHARACTERS, Vocabulary
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -243,35 +244,78 @@ def _required(f: dataclasses.Field) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
+# Numbers that must be more than 0, at least 1 where they are whole. All others may be 0 but not negative.
+POSITIVE = {
+    "features": ("size", "mel_bins", "sample_rate", "window_ms", "shift_ms"),
+    "data": ("frames_per_batch", "utterances_per_batch"),
+    "model.listener": ("conv_channels", "conv_kernels", "conv_strides", "lstm_size"),
+    "model.speller": ("key_size", "value_size", "embedding_size", "lstm_sizes"),
+    "training": ("epochs", "learning_rate", "plateau_factor", "clip_norm", "guided_width", "validate_every"),
+    "decoding": ("beam", "frames_per_batch"),
+}
+MAY_BE_NEGATIVE = ("model.ctc_layer",)  # -1: none
+AT_MOST_ONE = (
+    "augment.time_share",
+    "augment.frequency_share",
+    "training.final_share",
+    "training.plateau_factor",
+    "training.teacher_forcing.first",
+    "training.teacher_forcing.last",
+)
+BELOW_ONE = (
+    "augment.speed",
+    "model.listener.dropout",
+    "model.speller.dropout",
+    "training.label_smoothing",
+    "training.ema_decay",
+)
+
+
 def check(config: Config) -> Config:
-    """Return config if its values make sense together; raise InputError naming the field if not."""
+    """Return config if its values make sense, alone and together; raise InputError naming the field if not."""
+    Vocabulary(config.data.characters)
+    for name, value in _numbers(config):
+        if wrong := _out_of_range(name, value):
+            raise InputError(f"settings: {name} must be {wrong}; got {value}")
     listener, training, model = config.model.listener, config.training, config.model
     layers = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
     rules = [
         (len(layers) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
         (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
-        (all(s >= 1 for s in listener.conv_strides), "model.listener.conv_strides must be at least 1"),
-        (listener.pyramids >= 0, "model.listener.pyramids must be at least 0"),
         (-1 <= model.ctc_layer <= listener.pyramids, "model.ctc_layer must be from -1 to model.listener.pyramids"),
         (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
-        (config.features.size > 0, "features.size must be positive"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
-        (training.epochs >= 1, "training.epochs must be at least 1"),
-        (0 <= training.label_smoothing < 1, "training.label_smoothing must be from 0 to below 1"),
-        (0 <= training.ema_decay < 1, "training.ema_decay must be from 0 to below 1"),
-        (training.threads >= 0, "training.threads must be at least 0"),
-        (training.validate_every > 0, "training.validate_every must be positive"),
-        (config.data.frames_per_batch > 0, "data.frames_per_batch must be positive"),
-        (config.data.utterances_per_batch > 0, "data.utterances_per_batch must be positive"),
-        (0 <= config.augment.speed < 1, "augment.speed must be from 0 to below 1"),
-        (config.decoding.beam >= 1, "decoding.beam must be at least 1"),
-        (all(0 <= s.first <= 1 and 0 <= s.last <= 1 and s.start <= s.end for s in training.teacher_forcing),
-         "training.teacher_forcing stages need rates from 0 to 1 and start <= end"),
+        (training.seed <= 10**12, "training.seed must be at most 10 ** 12"),  # times a million it still is a seed
+        (all(s.start <= s.end for s in training.teacher_forcing), "training.teacher_forcing stages need start <= end"),
     ]
-    dropouts = (listener.dropout, model.speller.dropout)
-    rules.append((all(0 <= d < 1 for d in dropouts), "dropout must be from 0 to below 1"))
     for holds, message in rules:
         if not holds:
             raise InputError(f"settings: {message}")
     return config
+
+
+def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Yield the dotted name and the value of each number; items of a list go by the list's name."""
+    if dataclasses.is_dataclass(config):
+        for f in dataclasses.fields(config):
+            yield from _numbers(getattr(config, f.name), f"{name}.{f.name}".lstrip("."))
+    elif isinstance(config, tuple):
+        for item in config:
+            yield from _numbers(item, name)
+    elif isinstance(config, (int, float)) and not isinstance(config, bool):
+        yield name, config
+
+
+def _out_of_range(name: str, value: int | float) -> str:
+    """Return what the setting must be where its value is not, else ""."""
+    section, _, field_name = name.rpartition(".")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if field_name in POSITIVE.get(section, ()) and value <= 0:
+        return "at least 1" if isinstance(value, int) else "more than 0"
+    if value < 0 and name not in MAY_BE_NEGATIVE:
+        return "at least 0"
+    if name in AT_MOST_ONE and value > 1:
+        return "at most 1"
+    return "below 1" if name in BELOW_ONE and value >= 1 else ""

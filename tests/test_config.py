@@ -1,8 +1,11 @@
 """Settings are read without forgiveness."""
 
+from dataclasses import replace
+
 import pytest
 
-from las_fast.config import Config, from_yaml, load_config, presets, to_yaml
+from las_fast import config as module
+from las_fast.config import Config, check, from_tree, from_yaml, load_config, presets, to_tree, to_yaml
 from las_fast.errors import InputError
 
 
@@ -42,6 +45,67 @@ def test_a_mistake_is_named_with_where_it_stands(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         load_config(path)
+
+
+SETTINGS = {name: value for name, value in module._numbers(Config())}
+
+
+def with_setting(name, value):
+    """Return the default settings, one of them (or of the first in a list) another."""
+    tree = part = to_tree(Config())
+    *sections, last = name.split(".")
+    for section in sections:
+        part = part[section][0] if isinstance(part[section], list) else part[section]
+    part[last] = [value, *part[last][1:]] if isinstance(part[last], list) else value
+    return from_tree(Config, tree, "test")
+
+
+@pytest.mark.parametrize("name", [name for name, value in SETTINGS.items() if type(value) is float])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_may_be_endless_or_none(name, value):
+    with pytest.raises(InputError, match=f"settings: {name} must be a finite number"):
+        check(with_setting(name, value))
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in module.MAY_BE_NEGATIVE])
+def test_no_number_may_be_negative(name):
+    with pytest.raises(InputError, match=f"settings: {name} must be (at least [01]|more than 0); got -2"):
+        check(with_setting(name, -2))
+
+
+@pytest.mark.parametrize("name", [f"{section}.{name}" for section, names in module.POSITIVE.items() for name in names])
+def test_sizes_and_rates_may_not_be_nothing(name):
+    with pytest.raises(InputError, match=f"settings: {name} must be (at least 1|more than 0); got 0"):
+        check(with_setting(name, 0))
+
+
+@pytest.mark.parametrize("name", [*module.AT_MOST_ONE, *module.BELOW_ONE])
+def test_shares_are_no_more_than_the_whole(name):
+    with pytest.raises(InputError, match=f"settings: {name} must be (at most|below) 1; got 1.5"):
+        check(with_setting(name, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("training.seed", 10**18, "training.seed must be at most"),
+        ("model.ctc_layer", -2, "model.ctc_layer must be from -1"),
+        ("model.ctc_layer", 4, "model.ctc_layer must be from -1"),
+        ("features.deltas", 3, "features.deltas must be 0, 1 or 2"),
+        ("data.characters", "AAB", "distinct characters"),
+        ("data.characters", "", "distinct characters"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(name, value, message):
+    with pytest.raises(InputError, match=message):
+        check(with_setting(name, value))
+
+
+def test_a_speller_needs_a_cell():
+    config = Config()
+    speller = replace(config.model.speller, lstm_sizes=())
+    with pytest.raises(InputError, match="lstm_sizes must name at least one cell"):
+        check(replace(config, model=replace(config.model, speller=speller)))
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():
