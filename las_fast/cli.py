@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from las_fast.config import Config
@@ -53,6 +54,18 @@ def parse_settings(
     options, rest = parser.parse_known_args(argv)
     start = defaults(options)
     return options, tyro.cli(type(start), default=start, args=rest, prog=parser.prog, config=marks)
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make the folder that `option` names, to write into; raise InputError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        standing = next((p for p in (path, *path.parents) if os.path.isfile(p)), None)
+        reason = f"{standing} is a file" if standing else error.strerror
+        raise InputError(f"{option}: the folder {path} cannot be made ({reason}); choose another") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{option}: nothing can be written into {path}; choose another folder")
 
 
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:

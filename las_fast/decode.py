@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import parse_settings, run
+from las_fast.cli import make_folder, parse_settings, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    import torch
+
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
     from las_fast.metrics import Scores
@@ -65,23 +68,23 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise InputError for what must not be found out only after an hour of decoding."""
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
-    for path in filter(None, (options.out, options.jsonl)):
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; give the name of a file to write")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder") from None
+    if options.jsonl and options.jsonl.absolute() == options.out.absolute():
+        raise InputError(f"--out and --jsonl are both {options.out}; give each a file of its own")
+    for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
+        if path:
+            make_folder(path.parent, option)
+            if os.path.isdir(path):
+                raise InputError(f"{option} {path} is a folder; give the name of a file to write")
 
 
-def choose_device(name: str):
+def choose_device(name: str) -> torch.device:
     """Return the torch.device that --device means; InputError where there is none of that name."""
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" is a device, but holds no numbers
         return torch.device(name)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name}: there is no such device here; use cpu") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from las_fast.cli import run
+from las_fast.cli import make_folder, run
 from las_fast.errors import InputError
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     targets = {path.stem for path in options.files}
     if options.out and len(targets) < len(options.files):
         raise InputError(f"two of the files would be the same file in {options.out}; give them one at a time")
+    if options.out:
+        make_folder(options.out, "--out")
     from las_fast.checkpoint import load_model
     from las_fast.decode import choose_device
 
@@ -189,7 +191,6 @@ def deliver(path: Path, text: str, options: argparse.Namespace) -> None:
     if options.out:
         from las_fast.checkpoint import write_atomically
 
-        options.out.mkdir(parents=True, exist_ok=True)
         target = options.out / f"{path.stem}{SUFFIXES[options.format]}"
         write_atomically(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         print(target)

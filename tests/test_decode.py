@@ -160,6 +160,7 @@ def test_a_corrupt_checkpoint_is_an_error(here, capsys):
         (["--beam", "0"], "decoding.beam must be at least 1"),
         (["--device", "cuda:77"], "--device cuda:77: there is no such device here"),
         (["--device", "nonsense"], "--device nonsense: there is no such device here"),
+        (["--device", "meta"], "--device meta: there is no such device here"),
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
 )
@@ -173,7 +174,17 @@ def test_a_folder_is_no_output_file(here, capsys, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made_is_found_before_decoding(here, capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in fails(here, capsys, out=tmp_path / "file" / "out.csv")
+    for out in (tmp_path / "file" / "out.csv", tmp_path / "file" / "deep" / "out.csv"):
+        assert f"--out: the folder {out.parent} cannot be made ({tmp_path / 'file'} is a file)" in fails(
+            here, capsys, out=out
+        )
+    jsonl = str(tmp_path / "file" / "rows.jsonl")
+    assert "--jsonl: the folder" in fails(here, capsys, "--jsonl", jsonl, out=tmp_path / "out.csv")
+
+
+def test_two_results_need_two_files(here, capsys, tmp_path):
+    out = tmp_path / "out.csv"
+    assert f"--out and --jsonl are both {out}" in fails(here, capsys, "--jsonl", str(out), out=out)
 
 
 def test_a_full_disk_leaves_no_half_written_file(here, capsys, tmp_path, monkeypatch):

@@ -109,6 +109,16 @@ def test_files_can_go_to_a_folder(here, tmp_path):
     assert sorted(path.name for path in (tmp_path / "subs").iterdir()) == ["other.srt", "short.srt"]
 
 
+@pytest.mark.parametrize("below", ["", "deep", "deep/er"])
+def test_a_file_where_the_folder_should_be_is_named_before_any_work(here, capsys, tmp_path, below):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: transcribe(here, "--out", str(tmp_path / "taken" / below), files=["gone.wav"]))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: --out: the folder") and err.count("\n") == 1
+    assert f"({tmp_path / 'taken'} is a file)" in err
+
+
 @pytest.mark.parametrize(
     ("files", "words", "said"),
     [
