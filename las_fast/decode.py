@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.data.dataset import Corpus, SpeechDataset
     from las_fast.metrics import Scores
     from las_fast.search import Hypothesis
+
+LISTED = 20  # characters named in an error
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
     own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
+    own.add_argument("--normalise-text", action="store_true", help="map transcripts onto the checkpoint's characters")
+    own.add_argument("--any-features", action="store_true", help="decode frames of another kind than were trained on")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     return own
 
@@ -97,16 +102,18 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
 
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
-    check_fits(corpus, loaded)
+    check_fits(corpus, loaded, any_features=options.any_features)
     splits = corpus.resolve(options.split)
+    data = loaded.config.data
     dataset = load_dataset(
         corpus,
         splits,
         features=loaded.config.features,
-        data=replace(loaded.config.data, on_bad=options.on_bad),
+        data=replace(data, on_bad=options.on_bad, normalise_text=options.normalise_text or data.normalise_text),
         statistics=loaded.statistics,
         need_text=False,
     )
+    check_references(dataset, loaded)
     started = time.perf_counter()
     found = decode_dataset(
         loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, device=choose_device(options.device)
@@ -119,14 +126,55 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     print(json.dumps(result))
 
 
-def check_fits(corpus: Corpus, loaded: Loaded) -> None:
-    """Raise InputError where a corpus of features has frames of another size than the checkpoint was made for."""
+def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:
+    """Raise InputError where the frames are not what the checkpoint was trained on.
+
+    Another size never fits. Another kind, frames computed here or an archive's own, does with any_features; another
+    archive with frames of the same size is worth a warning.
+    """
     size = loaded.config.features.size
     if corpus.kind == "features" and corpus.feature_size != size:
         raise InputError(
             f"{corpus.name} has {corpus.feature_size} values a frame, checkpoint {loaded.path} was trained on {size}; "
             "decode the edition that it was trained on, or train on this one"
         )
+    known = loaded.info.get("data")  # {"kind", "name"} of the corpus
+    if known is None:
+        return
+    if known["kind"] != corpus.kind:
+        kinds = {"features": "an archive's own frames", "audio": "frames computed from audio"}
+        trained = f"checkpoint {loaded.path} was trained on {kinds[known['kind']]} ({known['name']})"
+        problem = f"{trained}, {corpus.name} has {kinds[corpus.kind]}"
+        if not any_features:
+            raise InputError(f"{problem}; decode data of the same kind, or add --any-features to decode all the same")
+        print(f"warning: {problem}; expect many errors", file=sys.stderr)
+    elif corpus.kind == "features" and known["name"] != corpus.name:
+        print(
+            f"warning: checkpoint {loaded.path} was trained on {known['name']}, this is {corpus.name}; "
+            "its frames have the same size but may be made otherwise",
+            file=sys.stderr,
+        )
+
+
+def reference(dataset: SpeechDataset, i: int) -> str | None:
+    """Return an utterance's transcript; None where there is none or it is blank."""
+    text = dataset.texts[i]
+    return text if text and text.strip() else None
+
+
+def check_references(dataset: SpeechDataset, loaded: Loaded) -> None:
+    """Raise InputError where a transcript holds what the model cannot write: each such character would be an error."""
+    unknown = {i: loaded.vocabulary.unknown(reference(dataset, i) or "") for i in range(len(dataset))}
+    wrong = [i for i, characters in unknown.items() if characters]
+    if not wrong:
+        return
+    characters = sorted({character for i in wrong for character in unknown[i]})
+    more = f" and {len(characters) - LISTED} more" if len(characters) > LISTED else ""
+    raise InputError(
+        f"{len(wrong)} of {len(dataset)} transcripts, the first that of {dataset.ids[wrong[0]]}, have characters "
+        f"outside the checkpoint's vocabulary: {' '.join(map(repr, characters[:LISTED]))}{more}; "
+        "add --normalise-text to map them"
+    )
 
 
 def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
@@ -134,7 +182,8 @@ def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loade
     best = hypotheses[0]
     nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]
     row = {"id": dataset.ids[i], **nbest[0], "frames": best.frames, "nbest": nbest}
-    return row if dataset.texts[i] is None else {**row, "reference": dataset.texts[i]}
+    text = reference(dataset, i)
+    return row if text is None else {**row, "reference": text}
 
 
 def write_results(
@@ -144,11 +193,14 @@ def write_results(
     from las_fast.checkpoint import write_atomically
     from las_fast.submission import write_submission
 
-    ids = [utterance.id for split in splits for utterance in corpus.utterances(split)]
+    ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
     texts = [""] * len(ids)
+    shared = False  # ids by several splits: the data set then puts the split before each
     for position, row in zip(dataset.positions.tolist(), rows, strict=True):
         texts[position] = row["text"]
-    write_submission(options.out, ids, texts, header=corpus.header, numbered=corpus.numbered)
+        shared = shared or row["id"] != ids[position][1]
+    names = [f"{split}/{name}" if shared else name for split, name in ids]
+    write_submission(options.out, names, texts, header=corpus.header, numbered=corpus.numbered)
     if options.jsonl:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(options.jsonl, lambda path: path.write_text(lines, encoding="utf-8"))
@@ -161,6 +213,8 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
     audio_seconds = math.fsum(dataset.seconds)
     told = [row for row in rows if "reference" in row]
     result: dict[str, float] = {"utterances": len(rows)}
+    if 0 < len(told) < len(rows):
+        result["scored"] = len(told)
     if told:
         scores: Scores = score([row["reference"] for row in told], [row["text"] for row in told])
         result |= {name: round(value, 4) for name, value in asdict(scores).items() if name != "utterances"}
@@ -171,6 +225,9 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
 def table(result: dict, out: Path) -> str:
     """Return the result for people to read."""
     lines = [("utterances", f"{result['utterances']}")]
+    if "scored" in result:
+        untold = result["utterances"] - result["scored"]
+        lines.append(("scored", f"{result['scored']}; the other {untold} have no transcript"))
     if "ld" in result:
         lines += [
             ("LD", f"{result['ld']:.2f} characters an utterance"),

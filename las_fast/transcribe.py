@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,13 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint or released_model(), device)
+    data = loaded.info.get("data", {})
+    if data.get("kind") == "features":
+        print(
+            f"warning: checkpoint {loaded.path} was trained on the frames of {data['name']}; "
+            "those that las_fast computes from audio may differ from them",
+            file=sys.stderr,
+        )
     beam = options.beam or loaded.config.decoding.beam
     transcripts = transcribe(options.files, loaded, beam=beam, device=device)
     for path, pieces in zip(options.files, transcripts, strict=True):

@@ -15,11 +15,11 @@ MODEL = ModelConfig(
 )
 
 
-def make_checkpoint(folder: Path, size: int = 28, **features) -> Path:
+def make_checkpoint(folder: Path, size: int = 28, *, info: dict | None = None, **features) -> Path:
     """Write folder/untrained-SIZE.safetensors, of random but repeatable weights."""
     kind = "mfcc" if size < 80 else "logmel"
     config = Config(features=FeatureConfig(kind=kind, size=size, **features), model=MODEL)
     torch.manual_seed(1)
     path = folder / f"untrained-{size}.safetensors"
-    save_model(path, build_model(config).state_dict(), config, None, {})
+    save_model(path, build_model(config).state_dict(), config, None, info or {})
     return path

@@ -141,6 +141,95 @@ def test_frames_of_another_size_are_refused_by_name(here, capsys):
     assert "HW4P2 F23 has 28 values a frame" in message and "untrained-13.safetensors was trained on 13" in message
 
 
+AUDIO = {"data": {"kind": "audio", "name": "LibriSpeech"}}
+
+
+def archive(edition):
+    return {"data": {"kind": "features", "name": f"HW4P2 {edition}"}}
+
+
+def test_an_archive_is_not_decoded_with_a_checkpoint_of_audio(tmp_path, capsys):
+    root = make_archive(tmp_path, "F24")
+    options = {"data": root, "checkpoint": make_checkpoint(tmp_path, 80, info=AUDIO).name}
+    message = fails(tmp_path, capsys, **options)
+    assert "trained on frames computed from audio (LibriSpeech), HW4P2 F24 has an archive's own frames" in message
+    assert "--any-features" in message
+    decode(tmp_path, "--any-features", **options)
+    assert capsys.readouterr().err.count("warning: checkpoint") == 1 and len(rows(tmp_path / "out.csv")) == 5
+
+
+def test_audio_is_not_decoded_with_a_checkpoint_of_an_archive(tmp_path, capsys):
+    manifest = make_manifest(tmp_path / "data")
+    options = {"data": manifest, "split": "dev", "checkpoint": make_checkpoint(tmp_path, info=archive("F23")).name}
+    message = fails(tmp_path, capsys, **options)
+    assert "trained on an archive's own frames (HW4P2 F23), " in message and "has frames computed from audio" in message
+    decode(tmp_path, "--any-features", **options)
+    assert "warning: " in capsys.readouterr().err and len(rows(tmp_path / "out.csv")) == 5
+
+
+def test_another_edition_with_frames_of_the_same_size_is_a_warning(tmp_path, capsys):
+    root = make_archive(tmp_path, "S24")
+    checkpoint = make_checkpoint(tmp_path, 27, info=archive("S23")).name
+    decode(tmp_path, data=root, checkpoint=checkpoint)
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert "was trained on HW4P2 S23, this is HW4P2 S24" in warning
+    make_checkpoint(tmp_path, 27, info=archive("S24"))
+    decode(tmp_path, data=root, checkpoint=checkpoint)
+    assert "warning" not in capsys.readouterr().err
+
+
+def write_manifest(folder, *texts, splits=None):
+    """Write recordings and a manifest with these transcripts; None leaves the transcript out."""
+    source = [json.loads(line) for line in make_manifest(folder, suffix=".jsonl").read_text().splitlines()]
+    lines = []
+    for i, text in enumerate(texts):
+        row = {"id": f"u{i}", "path": source[i]["path"], "split": (splits or ["dev"] * len(texts))[i]}
+        lines.append(json.dumps(row if text is None else {**row, "transcript": text}) + "\n")
+    (folder / "manifest.jsonl").write_text("".join(lines))
+    make_checkpoint(folder, 20, mel_bins=23)
+    return {"data": "manifest.jsonl", "split": "dev", "checkpoint": "untrained-20.safetensors"}
+
+
+def references(path):
+    return [json.loads(line).get("reference") for line in path.read_text().splitlines()]
+
+
+def test_transcripts_that_the_model_cannot_write_are_refused_or_mapped(tmp_path, capsys):
+    options = write_manifest(tmp_path, "HELLO", "well, yes", "A-B")
+    message = fails(tmp_path, capsys, **options)
+    assert "2 of 3 transcripts, the first that of u1, have characters outside" in message
+    assert "'s' 'w' 'y'; add --normalise-text" in message and "',' '-' 'e'" in message
+    decode(tmp_path, "--normalise-text", "--jsonl", str(tmp_path / "rows.jsonl"), **options)
+    assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]
+
+
+def test_scores_of_a_part_say_of_how_many(tmp_path, capsys):
+    options = write_manifest(tmp_path, "HELLO", None, "", " ", "YES")
+    decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert found["utterances"] == 5 and found["scored"] == 2 and "ld" in found
+    assert "scored      2; the other 3 have no transcript" in printed
+    assert references(tmp_path / "rows.jsonl") == ["HELLO", None, None, None, "YES"]
+
+
+def test_blank_transcripts_alone_give_no_scores(tmp_path, capsys):
+    decode(tmp_path, **write_manifest(tmp_path, "", " "))
+    assert list(last_line(capsys)) == ["utterances", "seconds", "audio_seconds", "rtfx"]
+
+
+def test_ids_that_two_splits_share_are_told_apart_in_both_results(tmp_path, capsys):
+    options = write_manifest(tmp_path, "ONE", "TWO", "THREE", "FOUR", splits=["train", "train", "dev", "dev"])
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"u2"', '"u0"'))
+    (tmp_path / json.loads(manifest.read_text().splitlines()[1])["path"]).write_bytes(b"")
+    words = ["--on-bad", "skip", "--jsonl", str(tmp_path / "rows.jsonl")]
+    decode(tmp_path, *words, **{**options, "split": "train+dev"})
+    found = [json.loads(line)["id"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert found == ["train/u0", "dev/u0", "dev/u3"]
+    assert [row[0] for row in rows(tmp_path / "out.csv")[1:]] == ["train/u0", "train/u1", "dev/u0", "dev/u3"]
+
+
 def test_a_missing_checkpoint_is_an_error_and_never_random_weights(here, capsys):
     assert "gone" in fails(here, capsys, checkpoint="gone")
 

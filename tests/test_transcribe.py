@@ -99,6 +99,14 @@ def test_several_files_are_told_apart(here, capsys):
     ]
 
 
+def test_a_checkpoint_of_an_archive_is_a_warning(here, tmp_path, capsys):
+    for kind, warnings in (("features", 1), ("audio", 0)):
+        make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": kind, "name": "HW4P2 F23"}})
+        transcribe(here, "--checkpoint", str(tmp_path / "untrained-20.safetensors"))
+        err = capsys.readouterr().err
+        assert err.count("was trained on the frames of HW4P2 F23; those that las_fast computes") == warnings
+
+
 def test_silence_says_nothing(here, capsys):
     transcribe(here, files=["silent.wav"])
     assert capsys.readouterr().out == "\n"
