@@ -9,6 +9,14 @@ import torch
 
 from las_fast.config import AugmentConfig
 
+USES = ("speed", "classes", "order", "masks")
+
+
+def random_stream(use: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
+    """Return the generator of one use of chance (of USES) in an epoch; no two uses share random numbers."""
+    # The use comes before the epoch and is never 0: numpy takes [seed, epoch] and [seed, epoch, 0] for the same.
+    return np.random.default_rng([seed, 1 + USES.index(use), epoch, utterance])
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -54,7 +62,7 @@ class Augment:
 
 def speed_factors(speed: float, *, seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the speed (count,) at which each utterance is played in an epoch; the i-th does not depend on count."""
-    return np.random.default_rng([seed, epoch]).uniform(1 - speed, 1 + speed, count)
+    return random_stream("speed", seed=seed, epoch=epoch).uniform(1 - speed, 1 + speed, count)
 
 
 def frames_at_speed(frames, factor):

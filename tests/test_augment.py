@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from las_fast.augment import Augment, change_speed
+from las_fast.augment import USES, Augment, change_speed, random_stream
 from las_fast.config import AugmentConfig
 
 
@@ -75,6 +75,12 @@ def test_speed_changes_the_length_within_its_range():
     lengths = {len(augment(torch.ones(100, 2), 0.0, generator(seed))) for seed in range(100)}
     assert min(lengths) >= 91 and max(lengths) <= 111
     assert len(lengths) > 10
+
+
+def test_no_two_uses_of_chance_share_random_numbers():
+    places = [(use, epoch, utterance) for use in USES for epoch in range(5) for utterance in range(5)]
+    draws = [random_stream(u, seed=1, epoch=e, utterance=i).integers(1 << 62) for u, e, i in places]
+    assert len(set(draws)) == len(places)
 
 
 def test_speed_is_linear_in_time_and_keeps_bins_apart():

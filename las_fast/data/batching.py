@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from las_fast.augment import Augment, frames_at_speed, speed_factors
+from las_fast.augment import Augment, frames_at_speed, random_stream, speed_factors
 from las_fast.data.dataset import SpeechDataset
 from las_fast.text import EOS, PAD, Vocabulary
 
@@ -83,7 +83,7 @@ class BucketBatches:
             sizes = [len(batch) > 1 and len(batch) * lengths[batch].max() for batch in batches]
             largest = batches.pop(int(np.argmax(sizes)))
             batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-        order = np.random.default_rng([self._seed, epoch, 1]).permutation(len(batches))
+        order = random_stream("order", seed=self._seed, epoch=epoch).permutation(len(batches))
         return [batches[i] for i in order]
 
     def lengths(self, epoch: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class BucketBatches:
         lengths = self.lengths(epoch)
         order = np.argsort(lengths, kind="stable")
         ordered = lengths[order]
-        generator = np.random.default_rng([self._seed, epoch, 0])
+        generator = random_stream("classes", seed=self._seed, epoch=epoch)
         first = 0
         while first < len(order):
             end = max(first + 1, int(np.searchsorted(ordered, ordered[first] * self._ratio, side="right")))
@@ -204,6 +204,6 @@ class _Batches(torch.utils.data.Dataset):
         features = self.dataset[i]
         if self.augment is None:
             return features
-        generator = np.random.default_rng([self.seed, self.epoch, i])
+        generator = random_stream("masks", seed=self.seed, epoch=self.epoch, utterance=i)
         factor = None if self.factors is None else self.factors[i]
         return self.augment(features, epoch, generator, blocks=self.dataset.blocks, factor=factor)
