@@ -1,12 +1,13 @@
 """Build the package and its C++ extension, las_fast._C (`python setup.py build_ext` puts it into las_fast/).
 
-The extension is optional: without a C++ compiler, or without torch at build time, one line says so, nothing is built,
-and the package runs on its reference paths. With both, a failing build is an error.
+The extension is optional: without a C++ compiler, Python's headers, or torch at build time, one line says so, nothing
+is built, and the package runs on its reference paths. With all of them, a failing build is an error.
 """
 
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -29,6 +30,11 @@ def extension() -> dict:
     if shutil.which(compiler) is None:
         print(f"las_fast: no C++ compiler ({compiler}), so the extension is not built; "
               "the reference paths will be used. To get it, install g++ and run: python setup.py build_ext")
+        return {}
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        print(f"las_fast: Python's headers are missing ({header}), so the extension is not built; the reference paths "
+              "will be used. To get it, install python3-dev (python3-devel) and run: python setup.py build_ext")
         return {}
     module = CppExtension(
         "las_fast._C", SOURCES, extra_compile_args={"cxx": FLAGS}, extra_link_args=["-fopenmp"], py_limited_api=True

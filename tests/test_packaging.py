@@ -56,6 +56,17 @@ def test_without_a_compiler_setup_says_so_in_one_line_and_succeeds():
     assert line.startswith("las_fast: no C++ compiler (no-such-compiler)") and "build_ext" in line
 
 
+def test_without_the_headers_of_python_setup_says_so_in_one_line_and_succeeds():
+    code = """
+import sysconfig; real = sysconfig.get_path
+sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include' else real(name, *a, **k)
+"""
+    done = run_setup(code, CXX=sys.executable)  # any program there is: nothing is compiled
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("las_fast: Python's headers are missing (/nowhere/Python.h)") and "python3-dev" in line
+
+
 def test_without_torch_setup_says_so_in_one_line_and_succeeds():
     done = run_setup("sys.modules['torch'] = None")
     assert done.returncode == 0, done.stderr
