@@ -12,6 +12,13 @@ from las_fast.errors import InputError
 PAD, SOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<sos>", "<eos>")
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ' "
+DIGITS = "0123456789"
+PLAIN = {  # what Unicode does not take apart
+    "\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00df": "ss", "\u1e9e": "SS", "\u0131": "i",
+    "\u00c6": "AE", "\u00e6": "ae", "\u0152": "OE", "\u0153": "oe", "\u00d8": "O", "\u00f8": "o",
+    "\u0141": "L", "\u0142": "l", "\u0110": "D", "\u0111": "d", "\u00d0": "D", "\u00f0": "d",
+    "\u00de": "TH", "\u00fe": "th",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,29 @@ class Vocabulary:
 
 
 def normalise_text(text: str, characters: str = CHARACTERS) -> str:
-    """Map text onto characters: the vocabulary's case, accents removed, typographic apostrophes made plain,
-    everything else turned into a space; runs of spaces become one."""
-    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'").replace("\u2018", "'"))
+    """Map text onto characters: the vocabulary's case, accents removed, ligatures written out, typographic apostrophes
+    made plain, everything else turned into a space; runs of spaces become one. Digits are lost: see lost_digits."""
+    text = _to_case(unicodedata.normalize("NFC", text), characters)
+    return " ".join("".join(c if c in characters else _map(c, characters) for c in text).split())
+
+
+def lost_digits(text: str, characters: str = CHARACTERS) -> bool:
+    """Say whether text holds digits, or signs made of them such as a half, that are not among characters."""
+    return any(c.isdecimal() and c not in characters for c in unicodedata.normalize("NFKD", text))
+
+
+def _to_case(text: str, characters: str) -> str:
     if characters == characters.upper():
-        text = text.upper()
-    elif characters == characters.lower():
-        text = text.lower()
-    kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in text)
-    return " ".join("".join(kept).split())
+        return text.upper()
+    return text.lower() if characters == characters.lower() else text
+
+
+def _map(character: str, characters: str) -> str:
+    """Return what characters have for one that they lack."""
+    parts = unicodedata.normalize("NFKD", PLAIN.get(character, character))
+    parts = "".join(PLAIN.get(c, c) for c in parts)  # an accent may have hidden one: an o with a stroke and an acute
+    kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
+    return "".join(kept)
 
 
 def read_characters(path: str | Path) -> str:

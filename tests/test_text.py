@@ -3,7 +3,7 @@
 import pytest
 
 from las_fast.errors import InputError
-from las_fast.text import EOS, PAD, SOS, Vocabulary, normalise_text, read_characters
+from las_fast.text import EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text, read_characters
 
 
 def test_default_vocabulary_is_the_31_tokens_of_the_editions():
@@ -31,6 +31,21 @@ def test_a_vocabulary_needs_distinct_characters():
 def test_normalising_maps_case_accents_quotes_and_the_rest():
     assert normalise_text("  Caf\u00e9\u2014it\u2019s 5 o'clock! ") == "CAFE IT'S O'CLOCK"
     assert normalise_text("ABC d", "abcd ") == "abc d"
+
+
+def test_letters_that_unicode_does_not_take_apart_are_written_out():
+    assert normalise_text("C\u0153ur, \u00c6on, Stra\u00dfe, Sm\u00f8r\u01ff") == "COEUR AEON STRASSE SMORO"
+    assert normalise_text("\u0152uvre, stra\u00dfe", "abcdefghijklmnopqrstuvwxyz ") == "oeuvre strasse"
+    assert normalise_text("\ufb01ne \u2168") == "FINE IX"
+
+
+def test_a_letter_that_the_vocabulary_has_stays():
+    assert normalise_text("cafe\u0301 d\u00e9j\u00e0", "ACDEFJ\u00c9 ") == "CAF\u00c9 D\u00c9JA"
+
+
+def test_digits_without_letters_are_noticed():
+    assert lost_digits("A 123 B") and lost_digits("a \u00bd") and lost_digits("\u0663")
+    assert not lost_digits("A B") and not lost_digits("\u2168") and not lost_digits("A 1", "A1 ")
 
 
 def test_character_file_leaves_symbols_out(tmp_path):
