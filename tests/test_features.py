@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from archives import make_waveform, write_audio
 
 from las_fast.config import FeatureConfig
 from las_fast.errors import InputError
-from las_fast.features import add_deltas, compute_features, frame_sizes, load_audio
+from las_fast.features import add_deltas, compute_features, frame_sizes, is_whole, load_audio
 
 LOGMEL = FeatureConfig()
 MFCC = FeatureConfig(kind="mfcc", size=28)
@@ -155,3 +156,48 @@ def test_unreadable_audio_is_named(tmp_path):
         with pytest.raises(InputError, match=reason) as error:
             load_audio(path, 16000)
         assert str(path) in str(error.value)
+
+
+def test_what_the_system_refuses_is_named(tmp_path):
+    raw = tmp_path / "x.raw"
+    raw.write_bytes(bytes(3200))
+    closed = tmp_path / "folder.wav"
+    closed.mkdir()
+    too_long = tmp_path / f"{'x' * 300}.wav"
+    for path, reason in ((raw, "cannot be read as audio"), (closed, "cannot be read"), (too_long, "too long"),
+                         (f"{tmp_path}/a\0b.wav", "cannot be opened")):
+        with pytest.raises(InputError, match=reason) as error:
+            load_audio(path, 16000)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "ogg", "opus"])
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_a_recording_that_is_cut_off_is_not_whole(tmp_path, suffix, share):
+    path = tmp_path / f"x.{suffix}"
+    soundfile.write(path, waveform(5.0), 16000, **({"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}))
+    assert is_whole(path)
+    assert len(load_audio(path, 16000, whole=True)) >= 79000
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert not is_whole(path)
+    with pytest.raises(InputError, match="is cut off") as error:
+        load_audio(path, 16000, whole=True)
+    assert str(path) in str(error.value)
+    assert len(load_audio(path, 16000)) < 80000
+
+
+def test_a_wav_of_unknown_length_and_other_formats_are_taken_as_they_are(tmp_path):
+    path = write_audio(tmp_path / "x.wav", waveform())
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    assert is_whole(path)
+    assert is_whole(write_audio(tmp_path / "x.flac", waveform()))
+
+
+def test_the_shared_recordings_are_whole(shared):
+    paths = sorted((shared / "speech" / "audio").rglob("*.ogg"))
+    if not paths:
+        pytest.skip("../shared has no recordings")
+    assert [path for path in paths if not is_whole(path)] == []
