@@ -10,7 +10,7 @@ import torch
 from archives import make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
-from las_fast.data.dataset import Statistics, load_dataset, normalise, open_corpus
+from las_fast.data.dataset import Statistics, load_dataset, normalise, open_corpus, shared_recordings
 from las_fast.errors import InputError
 
 
@@ -93,8 +93,20 @@ def test_unknown_characters_are_listed_mapped_or_skipped(archive):
     with pytest.raises(InputError, match="',' '1' 'a' 'f' 'é'; map them with --data.normalise-text True, or give"):
         load(archive, "dev")
     assert len(load(archive, "dev", on_bad="skip")) == 5
-    assert load(archive, "dev", normalise_text=True).texts[0] == "CAFE"
     assert load(archive, "dev", need_text=False).texts[0] == "Café, 1"
+    save(path, text_array("Café, so", True))
+    assert load(archive, "dev", normalise_text=True).texts[0] == "CAFE SO"
+
+
+@pytest.mark.parametrize("text", ["A 123 B", "42"])
+def test_digits_are_not_lost_in_silence(archive, text):
+    path = open_corpus(archive).utterances("dev-clean")[0].transcript
+    save(path, text_array(text, True))
+    with pytest.raises(InputError, match="holds digits.*write them as words") as error:
+        load(archive, "dev", normalise_text=True)
+    assert str(path) in str(error.value)
+    assert len(load(archive, "dev", normalise_text=True, on_bad="skip")) == 5
+    assert load(archive, "dev", normalise_text=True, need_text=False).texts[0] == text  # scored as they stand
 
 
 @pytest.mark.parametrize("text", ["", " "])
@@ -105,7 +117,30 @@ def test_an_empty_transcript_is_refused_in_training_only(archive, text):
         load(archive, "dev")
     assert str(path) in str(error.value)
     assert len(load(archive, "dev", on_bad="skip").skipped) == 1
-    assert len(load(archive, "dev", need_text=False)) == 6
+    for normalise_text in (False, True):
+        texts = load(archive, "dev", need_text=False, normalise_text=normalise_text).texts
+        assert [i for i, text in enumerate(texts) if text is None] == [3]
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_transcript_in_a_manifest_is_none(tmp_path, blank):
+    manifest = make_manifest(tmp_path)
+    rows = manifest.read_text().splitlines()
+    rows[1] = "\t".join([*rows[1].split("\t")[:-1], blank])
+    manifest.write_text("\n".join(rows))
+    texts = load(manifest, "train", size=80, need_text=False).texts
+    assert texts[0] is None and all(texts[1:])
+    with pytest.raises(InputError, match=r"train-0\.wav has no transcript"):
+        load(manifest, "train", size=80)
+
+
+def test_recordings_in_two_datasets_are_counted(tmp_path):
+    manifest = make_manifest(tmp_path)
+    train, dev = load(manifest, "train", size=80), load(manifest, "dev", size=80)
+    assert shared_recordings(train, dev) == 0
+    assert shared_recordings(train, train) == 4
+    manifest.write_text(manifest.read_text() + "again\taudio/train-1.wav\t0.2\ts\tmade\tdev\tAGAIN\n")
+    assert shared_recordings(train, load(manifest, "dev", size=80)) == 1
 
 
 def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):

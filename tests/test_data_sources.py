@@ -115,6 +115,9 @@ def test_a_manifest_may_name_feature_files(tmp_path):
         ("m.jsonl", '{"path": "x.wav"}\n{"path": \n', "line 2 is not JSON"),
         ("m.jsonl", "[1]\n", "JSON object"),
         ("m.jsonl", '{"path": 3}\n', "path must be text"),
+        ("m.jsonl", '{"path": "a\\u0000.wav"}\n', "line 1: path holds characters"),
+        ("m.jsonl", '{"path": "x.wav", "id": "\\ud800"}\n', "line 1: id holds characters"),
+        ("m.tsv", "id\tpath\tseconds\nx\tx.wav\tlong\n", "line 2: seconds must be a number; got 'long'"),
     ],
 )
 def test_a_mistake_in_a_manifest_is_named(tmp_path, name, text, reason):
@@ -128,6 +131,38 @@ def test_a_manifest_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "m.tsv").write_bytes(b"id\tpath\nx\t\xff\n")
     with pytest.raises(InputError, match="UTF-8"):
         open_corpus(tmp_path)
+
+
+def test_seconds_may_be_missing_and_have_another_name(tmp_path):
+    rows = [{"path": "a.wav", "duration": 2}, {"path": "b.wav", "seconds": "1.5"}, {"path": "c.wav"},
+            {"path": "d.wav", "seconds": ""}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [u.seconds for u in open_corpus(tmp_path).utterances("all")] == [2.0, 1.5, None, None]
+
+
+def test_a_recording_shorter_than_its_manifest_says_is_bad(tmp_path):
+    for name, seconds in (("short", 1.96), ("near", 4.95), ("longer", 6.0)):
+        write_audio(tmp_path / f"{name}.flac", make_waveform(np.random.default_rng(0), seconds))
+    rows = [f"{name}.flac\t5.00\tHI" for name in ("near", "longer")]
+    manifest = tmp_path / "m.tsv"
+    manifest.write_text("\n".join(["path\tseconds\ttranscript", *rows]))
+    assert len(load(open_corpus(manifest), "train")) == 2
+    manifest.write_text("\n".join(["path\tseconds\ttranscript", "short.flac\t5.00\tHI", *rows]))
+    with pytest.raises(InputError, match=r"short.flac holds 1\.96 s, the manifest says 5\.00 s"):
+        load(open_corpus(manifest), "train")
+    assert load(open_corpus(manifest), "train", on_bad="skip").ids == ["near", "longer"]
+
+
+def test_librispeech_does_not_take_raw_samples_for_recordings(tmp_path):
+    root = make_librispeech(tmp_path, splits=("dev-clean",))
+    (root / "LibriSpeech" / "dev-clean" / "1089" / "134686" / "x.raw").write_bytes(bytes(320))
+    assert len(open_corpus(root).utterances("dev-clean")) == 6
+
+
+def test_a_root_with_an_impossible_name_is_refused():
+    for root in ("x" * 5000, "a\0b"):
+        with pytest.raises(InputError, match="cannot be opened"):
+            open_corpus(root)
 
 
 def test_a_root_that_is_nothing_known_says_what_was_looked_for(tmp_path):

@@ -18,6 +18,7 @@ class Utterance:
     id: str
     path: Path  # features (.npy) or audio; it may be missing, which loading reports
     transcript: str | Path | None  # the text, the .npy that holds it, or None where there is none
+    seconds: float | None = None  # how long the recording should be, where the data say so
 
 
 @dataclass(frozen=True)

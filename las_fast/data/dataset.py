@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
-from las_fast.text import Vocabulary, normalise_text
+from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
 
-__all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus"]
+__all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
+           "shared_recordings"]  # fmt: skip
 
 LISTED = 10  # skipped utterances that are named; the rest are counted
 
@@ -39,13 +41,18 @@ def open_corpus(root: str | Path) -> Corpus:
     when the root is missing or empty, or when nothing or more than one thing is found.
     """
     root = Path(root).expanduser()
+    try:
+        root.stat()
+    except (OSError, ValueError) as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error})"
+        raise InputError(f"{root} {what}; give the folder that holds the data") from None
     if root.is_file():
         if root.suffix.lower() not in manifest.SUFFIXES:
             endings = " or ".join(manifest.SUFFIXES)
             raise InputError(f"{root} is a file; expected a folder, or a manifest ending in {endings}")
         return manifest.open_manifest(root)
     if not root.is_dir():
-        raise InputError(f"{root} does not exist; give the folder that holds the data")
+        raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
     archives = hw4p2.find_archives(root)
     if len(archives) > 1:
         raise InputError(f"{root} holds several archives; give one of {', '.join(map(str, archives))}")
@@ -65,15 +72,16 @@ def open_corpus(root: str | Path) -> Corpus:
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances of one or more splits, in the corpus's order; item i is (T, features.input_size) float32.
 
-    ids: names; texts: transcripts or None; frames: (N,) int64 raw frames; seconds: (N,) float64; skipped: (id, reason)
-    of what was left out; positions: (N,) int64 row of each utterance, counting what was left out; statistics: for
-    normalisation "global", else None.
+    ids: names; paths: their files; texts: transcripts or None; frames: (N,) int64 raw frames; seconds: (N,) float64;
+    skipped: (id, reason) of what was left out; positions: (N,) int64 row of each utterance, counting what was left out;
+    statistics: for normalisation "global", else None.
     """
 
     def __init__(self, parts: list[tuple[CacheEntry, np.ndarray]], features: FeatureConfig):
         """parts: cache entries, each with the indices in it that take part."""
         self.features = features
         self.ids: list[str] = []
+        self.paths: list[Path] = []
         self.texts: list[str | None] = []
         self.skipped: list[tuple[str, str]] = []
         self.statistics: Statistics | None = None
@@ -153,21 +161,28 @@ def load_dataset(
         raise InputError(f"{corpus.root}: no split was named; it has {', '.join(corpus.splits)}")
     splits = tuple(dict.fromkeys(name for split in splits for name in corpus.resolve(split)))
     check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
-    parts, skipped = [], []
+    parts, skipped, listed = [], [], []
     for split in splits:
-        part, left_out = _load_split(corpus, split, features, data, check, progress)
+        listed.append(corpus.utterances(split))
+        part, left_out = _load_split(corpus, split, listed[-1], features, data, check, progress)
         parts.append(part)
         skipped.append(left_out)
     names = _unique_names(splits, parts)
     dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
-    for k, (entry, kept) in enumerate(parts):
+    for k, ((entry, kept), utterances) in enumerate(zip(parts, listed, strict=True)):
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
+        dataset.paths += [utterances[place].path for place in entry.places[kept].tolist()]
         dataset.texts += [check.text(entry.texts[i]) for i in kept]
         dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
     _report(corpus, splits, dataset)
     if features.normalisation == "global":
         dataset.statistics = statistics or _statistics(dataset, progress)
     return dataset
+
+
+def shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
+    """Return how many recordings (files) are in both."""
+    return len({os.path.abspath(path) for path in first.paths} & {os.path.abspath(path) for path in second.paths})
 
 
 def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
@@ -189,15 +204,22 @@ class _TextCheck:
     needed: bool
 
     def text(self, text: str | None) -> str | None:
-        return normalise_text(text, self.vocabulary.characters) if self.normalise and text is not None else text
+        """Return the text that training or scoring uses; one that says nothing is no reference."""
+        if text is None or not self.normalise:
+            return text if self.needed or (text and text.strip()) else None
+        # A model without digits has failed to write a reference with digits: they stay in it.
+        characters = self.vocabulary.characters + ("" if self.needed else DIGITS)
+        return normalise_text(text, characters) or ("" if self.needed else None)
 
     def __call__(self, utterance: Utterance, text: str | None) -> str:
-        text = self.text(text)
         if not self.needed:
             return ""
+        raw, text = text, self.text(text)
         if text is None:
             return f"{utterance.path} has no transcript; add it or remove the recording"
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
+        if self.normalise and lost_digits(raw, self.vocabulary.characters):
+            return f"{source}: transcript {raw[:40]!r} holds digits, which have no letters; write them as words"
         if not text.strip():
             return f"{source} has an empty transcript; fill it in or remove it"
         if unknown := self.vocabulary.unknown(text):
@@ -209,10 +231,15 @@ class _TextCheck:
 
 
 def _load_split(
-    corpus: Corpus, split: str, features: FeatureConfig, data: DataConfig, check: _TextCheck, progress: bool
+    corpus: Corpus,
+    split: str,
+    utterances: list[Utterance],
+    features: FeatureConfig,
+    data: DataConfig,
+    check: _TextCheck,
+    progress: bool,
 ) -> tuple[tuple[CacheEntry, np.ndarray], list[tuple[str, str]]]:
     """Return the cache entry of a split with the indices that are kept, and (id, reason) of the others."""
-    utterances = corpus.utterances(split)
     if not utterances:
         raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
     stop = data.on_bad == "error"

@@ -11,7 +11,8 @@ from las_fast.data.corpus import Corpus, Utterance, assign_roles, subfolders
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
-AUDIO_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus", ".oga", ".aif"}
+FORMATS = soundfile.available_formats().keys() - {"RAW"}  # which says neither its rate nor its channels
+AUDIO_SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".opus", ".oga", ".aif"}
 
 
 def find_librispeech(root: Path) -> Path | None:
@@ -65,5 +66,7 @@ def _read_transcripts(path: Path) -> list[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; copy it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     pairs = (line.strip().partition(" ") for line in lines if line.strip())
     return [(name, text.strip()) for name, _, text in pairs]

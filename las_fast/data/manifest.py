@@ -1,14 +1,15 @@
 """Manifests: a .tsv with a header line, or a .jsonl with an object a line, that name recordings or feature files.
 
 Columns: path (also audio, audio_filepath), relative to the manifest; transcript (also text), needed for training;
-id (otherwise the file's name without its ending); split (otherwise one split, "all", plays every role). Further
-columns, such as seconds, speaker and source, are allowed and not used.
+id (otherwise the file's name without its ending); split (otherwise one split, "all", plays every role); seconds (also
+duration), against which recordings are checked. Further columns, such as speaker and source, are allowed and not used.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ NAMES = {
     "transcript": ("transcript", "text"),
     "id": ("id",),
     "split": ("split",),
+    "seconds": ("seconds", "duration"),
 }
 
 
@@ -100,16 +102,36 @@ def _utterance(path: Path, line: int, row: dict) -> tuple[Utterance, str]:
     for name, aliases in NAMES.items():
         value = next((row[alias] for alias in aliases if row.get(alias) is not None), None)
         if value is not None and not isinstance(value, str):
-            if name != "id" or not isinstance(value, int):
+            if not isinstance(value, {"id": int, "seconds": (int, float)}.get(name, str)):
                 raise InputError(f"{path} line {line}: {name} must be text; got {value!r}")
             value = str(value)
         found[name] = None if value is None else value.strip()
+        if found[name] and not _is_writable(found[name]):
+            raise InputError(f"{path} line {line}: {name} holds characters that no file can; write it again")
     if not found["path"]:
         raise InputError(f"{path} line {line} has no path; name the recording")
     file = path.parent / found["path"]  # an absolute path stays as it is
     if found["split"] == "":
         raise InputError(f"{path} line {line} has an empty split; give train, dev or test, or leave the column out")
-    return Utterance(found["id"] or file.stem, file, found["transcript"]), found["split"] or "all"
+    seconds = _seconds(path, line, found["seconds"])
+    return Utterance(found["id"] or file.stem, file, found["transcript"] or None, seconds), found["split"] or "all"
+
+
+def _is_writable(text: str) -> bool:
+    """Say whether text has no NUL, which ends a file's name, and no half of a character, which JSON can write."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _seconds(path: Path, line: int, text: str | None) -> float | None:
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"{path} line {line}: seconds must be a number; got {text!r}")
+    return seconds or None
 
 
 def _frame_size(path: Path, splits: dict[str, list[Utterance]]) -> int:
