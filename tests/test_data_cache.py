@@ -10,8 +10,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from archives import make_archive, make_manifest, save, text_array
+from archives import make_archive, make_manifest, make_waveform, save, text_array, write_audio
 
+from las_fast import features as features_module
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import cache as cache_module
 from las_fast.data.cache import cache_folder, open_cache
@@ -72,6 +73,100 @@ def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
     assert len(entries(folder)) == 4
 
 
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
+    path = corpus.utterances("dev-clean")[1].transcript
+    before = path.stat()
+    first = fill(corpus, folder)
+    text = first.texts[1]
+    new = text[::-1] if change == "time" else text + " MORE"
+    save(path, text_array(new, True))
+    if change == "time":
+        assert path.stat().st_size == before.st_size
+        os.utime(path, ns=(1, 1))
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = fill(corpus, folder)
+    assert second.texts[1] == new
+    assert second.folder != first.folder
+
+
+def test_a_new_entry_removes_those_of_its_split_that_are_long_unused(corpus, tmp_path, folder):
+    other = open_corpus(make_archive(tmp_path / "other", "F23"))
+    old, recent = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
+    elsewhere, split = fill(other, folder), fill(corpus, folder, "test-clean")
+    for entry in (old, recent, elsewhere, split):
+        os.utime(entry.folder / "index.json", (1, 1))
+    fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=9.0))  # a use
+    new = fill(corpus, folder)
+    assert entries(folder) == sorted(entry.folder.name for entry in (recent, elsewhere, split, new))
+
+
+def test_a_new_entry_tells_its_place_and_size_once(corpus, folder, capsys):
+    for expected in (1, 0):
+        open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
+        assert len(told) == expected
+        assert all(str(folder) in line and line.endswith("MB)") for line in told)
+
+
+@pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
+def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch, damage):
+    monkeypatch.setattr(cache_module, "SMALL", 0)
+    corpus = open_corpus(make_archive(tmp_path / "data", "F23", utterances=20))
+    utterances = corpus.utterances("dev-clean")
+    for path in (utterances[3].path, utterances[17].transcript):
+        path.write_bytes(damage)
+    assert [place for *_, place in fill(corpus, folder, workers=2).bad] == [3, 17]
+
+
+def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "SMALL", 0)
+    manifest = make_manifest(tmp_path / "data", utterances=20)
+    write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
+    corpus = open_corpus(manifest)
+    plain = fill(corpus, folder / "1", "train", FeatureConfig(), workers=1)
+    held = []
+    whole = features_module.compute_features
+
+    def watched(waveforms, config):
+        held.append(sum(map(len, waveforms)) / 16000)
+        return whole(waveforms, config)
+
+    monkeypatch.setattr(features_module, "compute_features", watched)
+    monkeypatch.setattr(cache_module, "GROUP_SECONDS", 1.5)
+    grouped = fill(corpus, folder / "2", "train", FeatureConfig(), workers=1)
+    assert sorted(held)[-1] == pytest.approx(3.0) and sorted(held)[-2] <= 1.5 and len(held) < 20
+    start = subprocess.Popen
+    small_answers = "import las_fast.data.cache as cache; cache.ANSWER_BYTES = 1; cache.work()"
+    monkeypatch.setattr(
+        cache_module.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
+    )
+    for entry in (grouped, fill(corpus, folder / "3", "train", FeatureConfig(), workers=2)):
+        assert entry.ids == plain.ids
+        for i in range(20):
+            np.testing.assert_allclose(entry.frames(i), plain.frames(i), atol=1e-3)
+
+
+def test_answers_of_a_worker_are_bounded(monkeypatch):
+    monkeypatch.setattr(cache_module, "ANSWER_BYTES", 100)
+    items = [cache_module.Item(str(i), frames=np.zeros((n, 1), np.float32)) for i, n in enumerate((10, 10, 50, 10, 20))]
+    items.insert(1, cache_module.Item("bad", problem="bad"))
+    groups = list(cache_module._groups(iter(items)))
+    assert [[item.id for item in group] for group in groups] == [["0", "bad", "1"], ["2"], ["3"], ["4"]]
+
+
+def test_a_name_that_the_system_refuses_is_not_blamed_on_the_cache(tmp_path, folder):
+    name = f"audio/{'x' * 300}.wav"
+    manifest = make_manifest(tmp_path / "data")
+    manifest.write_text(manifest.read_text() + f"x\t{name}\t1\ts\tmade\ttrain\tHI\n")
+    corpus = open_corpus(manifest)
+    with pytest.raises(InputError, match=r"cannot be opened \(File name too long\)") as error:
+        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+    assert name in str(error.value) and "cache" not in str(error.value)
+    assert [bad for bad, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["x"]
+
+
 def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "SMALL", 0)
     archive = open_corpus(make_archive(tmp_path / "archive", "F23", utterances=40))
@@ -92,7 +187,7 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
         return start([command[0], "-c", "raise SystemExit(3)"], **options)
 
     monkeypatch.setattr(cache_module.subprocess, "Popen", doomed)
-    with pytest.raises(RuntimeError, match="ended early: exit status 3"):
+    with pytest.raises(InputError, match=r"ended early \(exit status 3.*run again"):
         fill(corpus, folder, workers=2)
     assert entries(folder) == []
 

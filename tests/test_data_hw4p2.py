@@ -11,7 +11,7 @@ from archives import EDITIONS, make_archive, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
-from las_fast.data.hw4p2 import read_transcript
+from las_fast.data.hw4p2 import peek_shape, read_transcript
 from las_fast.errors import InputError
 
 
@@ -162,6 +162,48 @@ def test_a_transcript_that_is_none_is_named(tmp_path):
         with pytest.raises(InputError, match=reason) as error:
             read_transcript(path)
         assert str(path) in str(error.value)
+
+
+DAMAGE = {
+    "zip": lambda good: b"PK\x03\x04" + good[4:],
+    "huge shape": lambda good: good.replace(b"(", b"(9999999999, ", 1).replace(b" " * 12, b"", 1),
+    "impossible shape": lambda good: good.replace(b"(", b"(" + b"9" * 30 + b", ", 1).replace(b" " * 32, b"", 1),
+    "open bracket": lambda good: good.replace(b")", b" ", 1),
+    "no version": lambda good: good[:6] + b"\x09\x09" + good[8:],
+    "empty": lambda good: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_one_damaged_file_does_not_keep_an_archive_shut(tmp_path, damage):
+    archive = make_archive(tmp_path, "F23")
+    first = open_corpus(archive).utterances("dev-clean")[0]
+    for path in (first.path, first.transcript):
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    corpus = open_corpus(archive)
+    assert corpus.feature_size == 28
+    with pytest.raises(InputError, match="is not a feature file: .*--on-bad skip") as error:
+        load(corpus, "dev")
+    assert str(first.path) in str(error.value) and "\n" not in str(error.value)
+    assert len(load(corpus, "dev", on_bad="skip")) == 3
+    with pytest.raises(InputError, match="is not a transcript") as error:
+        read_transcript(first.transcript)
+    assert str(first.transcript) in str(error.value)
+
+
+def test_a_damaged_header_is_never_more_than_bad_input(tmp_path):
+    good = save(tmp_path / "x.npy", np.array(list("HELLO"))).read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(good)
+        for place in generator.integers(0, 128, 3):
+            data[place] = generator.choice(list(b"\0\xff'(){},:0<9 LP\n"))
+        (tmp_path / "x.npy").write_bytes(data)
+        peek_shape(tmp_path / "x.npy")
+        try:
+            read_transcript(tmp_path / "x.npy")
+        except InputError:
+            continue
 
 
 def test_what_a_mac_adds_to_a_zip_is_ignored(tmp_path):

@@ -34,14 +34,18 @@ from tqdm import tqdm
 
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.hw4p2 import load_problem, read_transcript
+from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 
 VERSION = 1  # raise it when the meaning of the stored frames or of the index changes
-CHUNK = 16  # utterances that a worker does at a time
+CHUNK = 16  # utterances that a worker takes at a time
+ANSWER_BYTES = 8 << 20  # frames in one answer of a worker, or one utterance
+GROUP_SECONDS = 120.0  # of audio that are turned into frames at once, or one recording
+SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02  # a recording may be so much shorter than the manifest says, whichever is more
+UNUSED = 30 * 24 * 3600  # seconds after which an earlier entry of the same split goes, when a new one is built
 SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
 ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
-OR_SKIP = "; or leave such utterances out with --data.on-bad skip"
+OR_SKIP = "; or leave such utterances out with --on-bad skip"
 DROP_BYTES = 256 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
 
 
@@ -136,6 +140,12 @@ def open_cache(
         entry = _read_entry(target)
         if entry is None:
             raise InputError(f"the feature cache {target} was removed or damaged while it was opened; run again")
+        _remove_unused(target, corpus, split)
+        if progress:
+            size = (target / "features.f32").stat().st_size / 1e6
+            print(f"feature cache of {split}: {target} ({size:.1f} MB)", file=sys.stderr)
+    with suppress(OSError):  # a cache may be read-only
+        os.utime(target / "index.json")  # when it was last used
     if refuse and entry.bad:
         raise InputError(f"{entry.bad[0][1]}{OR_SKIP}")
     return entry
@@ -151,14 +161,15 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
     digest = hashlib.sha256(json.dumps(settings).encode())
     for u in utterances:
         text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
-        digest.update(json.dumps([u.id, *_stamp(u.path), *text]).encode())
+        length = [u.seconds] if corpus.kind == "audio" else []
+        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *length]).encode())
     return digest.hexdigest()[:20]
 
 
 def _stamp(path: Path) -> list:
     try:
         facts = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return [os.path.abspath(path), -1, 0]
     return [os.path.abspath(path), facts.st_size, facts.st_mtime_ns]
 
@@ -195,7 +206,8 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
         with closing(items), bar:  # closing ends the workers, whatever happens
             index = _write_features(scratch / "features.f32", bar, utterances, refuse)
         size = features.size if corpus.kind == "audio" else corpus.feature_size
-        (scratch / "index.json").write_text(json.dumps({"size": size, **index}), encoding="utf-8")
+        index = {"root": os.path.abspath(corpus.root), "split": split, "size": size, **index}
+        (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if target.exists() and _read_entry(target) is None:
             target.rename(scratch / "damaged")
         with suppress(OSError):  # another process may have finished the same entry first: theirs serves as well
@@ -240,6 +252,20 @@ def _remove_abandoned(cache: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _remove_unused(target: Path, corpus: Corpus, split: str) -> None:
+    """Remove entries of the same root and split that nothing has opened for long: their files or settings are past."""
+    for path in target.parent.glob(f"{target.name.rpartition('-')[0]}-*/index.json"):
+        try:
+            if path.parent == target or time.time() - path.stat().st_mtime < UNUSED:
+                continue
+            index = json.loads(path.read_text(encoding="utf-8"))
+            ours = (index["root"], index["split"]) == (os.path.abspath(corpus.root), split)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if ours:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -271,11 +297,17 @@ def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers
             children.append(_start_worker(scratch / f"task-{k}.pickle"))
             queues.append(queue.Queue(maxsize=2))
             threading.Thread(target=_receive, args=(children[-1], queues[-1]), daemon=True).start()
-        for i in range(len(chunks)):
-            answer = queues[i % workers].get()
-            if isinstance(answer, str):
-                raise RuntimeError(f"a process that reads recordings ended early: {answer}")
-            yield from answer
+        for i, chunk in enumerate(chunks):
+            missing = len(chunk)
+            while missing:
+                answer = queues[i % workers].get()
+                if isinstance(answer, str):
+                    raise InputError(
+                        f"a process that reads recordings ended early ({answer}), near {chunk[-missing].path}; "
+                        "free some memory and run again, or leave that recording out"
+                    )
+                yield from answer
+                missing -= len(answer)
     finally:
         for k, child in enumerate(children):
             child.kill()
@@ -302,7 +334,8 @@ def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
 
 
 def work() -> None:
-    """Be a worker: write the Items of each chunk of the task file to standard output; a closed pipe ends it."""
+    """Be a worker: write the Items of each chunk of the task file, some at a time, to standard output; a closed pipe
+    ends it."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library might print must not get between the answers
     task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
@@ -312,8 +345,23 @@ def work() -> None:
         torch.set_num_threads(1)
     with suppress(BrokenPipeError), answers:
         for chunk in chunks:
-            answers.write(pickle.dumps(list(_process_chunk(task, chunk)), protocol=5))
-            answers.flush()
+            for answer in _groups(_process_chunk(task, chunk)):
+                answers.write(pickle.dumps(answer, protocol=5))
+                answers.flush()
+
+
+def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Yield the items in lists of at most ANSWER_BYTES of frames, or of one item."""
+    group, size = [], 0
+    for item in items:
+        own = 0 if item.frames is None else item.frames.nbytes
+        if group and size + own > ANSWER_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += own
+    if group:
+        yield group
 
 
 def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
@@ -342,7 +390,7 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
     for u in chunk:
         try:
             array = np.load(u.path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+        except LOAD_ERRORS as error:
             missing = isinstance(error, FileNotFoundError) and isinstance(u.transcript, Path)
             what = f"{u.transcript} has no features: {u.path} is missing; add it or remove the transcript"
             yield Item(u.id, problem=what if missing else f"{u.path} is not a feature file: {load_problem(error)}")
@@ -360,15 +408,40 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
             yield Item(u.id, None, len(frames) * features.shift_ms / 1000, frames)
 
 
-def _read_audio(chunk, size, transposed, features: FeatureConfig) -> list[Item]:
-    from las_fast.features import compute_features, load_audio
-
-    waveforms, items = [], []
+def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[Item]:
+    """Yield items in order, holding little audio at a time: recordings can be hours long."""
+    waveforms, items, held = [], [], 0.0
     for u in chunk:
-        try:
-            waveforms.append(load_audio(u.path, features.sample_rate))
-            items.append(Item(u.id, None, len(waveforms[-1]) / features.sample_rate))
-        except InputError as error:
-            items.append(Item(u.id, problem=str(error)))
+        waveform, item = _read_recording(u, features.sample_rate)
+        if items and held + item.seconds > GROUP_SECONDS:
+            yield from _with_frames(items, waveforms, features)
+            waveforms, items, held = [], [], 0.0
+        items.append(item)
+        if waveform is not None:
+            waveforms.append(waveform)
+        held += item.seconds
+    yield from _with_frames(items, waveforms, features)
+
+
+def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
+    from las_fast.features import load_audio
+
+    try:
+        waveform = load_audio(u.path, rate, whole=True)
+    except InputError as error:
+        return None, Item(u.id, problem=str(error))
+    seconds = len(waveform) / rate
+    if u.seconds and u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
+        held = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s; copy it again or correct that"
+        return None, Item(u.id, problem=held)
+    return waveform, Item(u.id, None, seconds)
+
+
+def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:
+    """Yield the items, the good ones with their frames; empties the waveforms."""
+    from las_fast.features import compute_features
+
     frames = iter(compute_features(waveforms, features))
-    return [i if i.problem else Item(i.id, None, i.seconds, next(frames).numpy()) for i in items]
+    waveforms.clear()
+    for item in items:
+        yield item if item.problem else Item(item.id, None, item.seconds, next(frames).numpy())

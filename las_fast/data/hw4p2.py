@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import re
+import tokenize
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,9 @@ FEATURE_FOLDERS = ("mfcc", "fbank")
 TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
 LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
 PEEK = 8  # files looked at to learn the size of a frame
+# What np.load raises on damaged files; a damaged header can ask for any shape, or be no Python
+LOAD_ERRORS = (ValueError, TypeError, EOFError, OSError, MemoryError, OverflowError, SyntaxError, RecursionError,
+               NotImplementedError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def read_transcript(path: Path) -> str:
     """Return the text of a transcript .npy: an array of strings, or one; symbols such as <sos> are left out."""
     try:
         symbols = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(f"{path} is not a transcript: {load_problem(error)}") from None
     if not isinstance(symbols, np.ndarray) or symbols.dtype.kind not in "US":
         kind = getattr(symbols, "dtype", type(symbols).__name__)
@@ -91,6 +96,8 @@ def load_problem(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "it does not exist; copy it again or remove its counterpart"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror}); check its name and permissions"
     if "pickle" in text.lower() or "Object arrays" in text:
         return "it holds pickled objects or is no .npy file; save it as a plain numeric or string array"
     return f"it is truncated or damaged ({text or type(error).__name__}); copy it again"
@@ -100,7 +107,7 @@ def peek_shape(path: Path) -> tuple[int, ...] | None:
     """Return the shape of a .npy by its header, or None when it cannot be read."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (ValueError, EOFError, OSError, AttributeError):
+    except (*LOAD_ERRORS, AttributeError):
         return None
 
 
@@ -170,6 +177,8 @@ def _test_order(path: Path, names: list[str]) -> list[str]:
             rows = list(csv.DictReader(lines))
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{path} is not a UTF-8 CSV file; copy it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
     if not rows or "file" not in rows[0]:
         raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
     order = [Path((row["file"] or "").strip()).name.removesuffix(".npy") for row in rows]
