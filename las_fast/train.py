@@ -16,7 +16,7 @@ from las_fast import checkpoint
 from las_fast.checkpoint import LAST
 from las_fast.cli import parse_settings, run
 from las_fast.config import Config, check, load_config, presets, to_yaml
-from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus
+from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
 from las_fast.trainer import Trainer
@@ -110,6 +110,8 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or root")
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
+    if shared := shared_recordings(train, dev):
+        print(f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech")
     return train, dev
 
 

@@ -308,6 +308,12 @@ def test_a_run_is_neither_overwritten_nor_continued_differently(archive, whole, 
     assert (whole / "last.pt").read_bytes() == before
 
 
+def test_validating_on_what_was_trained_on_is_said(archive, tmp_path, capsys):
+    extra = {"training__epochs": 1, "data__dev": "train-clean-360"}
+    train.main(arguments(archive, tmp_path, **extra))
+    assert "warning: 4 dev utterances are trained on too" in capsys.readouterr().out
+
+
 def test_resuming_nothing_says_so(archive, tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         train.main(arguments(archive, tmp_path / "none", "--resume"))
