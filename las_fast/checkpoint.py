@@ -48,6 +48,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors would let nobody else read its files
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -91,6 +94,8 @@ def find_checkpoint(name: str | Path) -> Path:
             if (path / candidate).is_file():
                 return path / candidate
         raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
+    if path.name == LAST:
+        raise InputError(f"{path} is what --resume reads; to decode, give the folder {path.parent} or {BEST} in it")
     if path.is_file():
         return path
     released = sorted(p.stem for p in RELEASED.glob("*.safetensors"))

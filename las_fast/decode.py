@@ -113,7 +113,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
         statistics=loaded.statistics,
         need_text=False,
     )
-    check_references(dataset, loaded)
+    check_references(dataset, loaded, normalised=options.normalise_text or data.normalise_text)
     started = time.perf_counter()
     found = decode_dataset(
         loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, device=choose_device(options.device)
@@ -162,7 +162,7 @@ def reference(dataset: SpeechDataset, i: int) -> str | None:
     return text if text and text.strip() else None
 
 
-def check_references(dataset: SpeechDataset, loaded: Loaded) -> None:
+def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool) -> None:
     """Raise InputError where a transcript holds what the model cannot write: each such character would be an error."""
     unknown = {i: loaded.vocabulary.unknown(reference(dataset, i) or "") for i in range(len(dataset))}
     wrong = [i for i, characters in unknown.items() if characters]
@@ -173,7 +173,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded) -> None:
     raise InputError(
         f"{len(wrong)} of {len(dataset)} transcripts, the first that of {dataset.ids[wrong[0]]}, have characters "
         f"outside the checkpoint's vocabulary: {' '.join(map(repr, characters[:LISTED]))}{more}; "
-        "add --normalise-text to map them"
+        + ("write digits as words in the transcripts" if normalised else "add --normalise-text to map them")
     )
 
 
@@ -213,6 +213,8 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
     audio_seconds = math.fsum(dataset.seconds)
     told = [row for row in rows if "reference" in row]
     result: dict[str, float] = {"utterances": len(rows)}
+    if dataset.skipped:
+        result["skipped"] = len(dataset.skipped)
     if 0 < len(told) < len(rows):
         result["scored"] = len(told)
     if told:
@@ -225,6 +227,8 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
 def table(result: dict, out: Path) -> str:
     """Return the result for people to read."""
     lines = [("utterances", f"{result['utterances']}")]
+    if "skipped" in result:
+        lines.append(("left out", f"{result['skipped']} that could not be used; their rows in {out.name} are empty"))
     if "scored" in result:
         untold = result["utterances"] - result["scored"]
         lines.append(("scored", f"{result['scored']}; the other {untold} have no transcript"))

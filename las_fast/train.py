@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.resume()
     checkpoint.write_atomically(options.out / "config.yaml", lambda path: path.write_text(to_yaml(config)))
     describe(trainer)
+    if trainer.progress.step == trainer.steps:
+        print("this training is finished already; nothing is left to do")
+        return
     try:
         trainer.run()
     except KeyboardInterrupt:
@@ -111,7 +114,10 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
     if shared := shared_recordings(train, dev):
-        print(f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech")
+        print(
+            f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech; "
+            "name other utterances with --data.dev, or in the manifest's column split"
+        )
     return train, dev
 
 

@@ -52,6 +52,17 @@ def test_a_missing_checkpoint_is_an_error_and_never_random_weights(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
+    save_state(tmp_path / "last.pt", {"x": torch.zeros(3)})
+    with pytest.raises(InputError, match="is what --resume reads; to decode, give the folder"):
+        load_model(tmp_path / "last.pt")
+
+
+def test_weights_may_be_read_by_whom_other_files_may(saved):
+    (saved[1].parent / "plain").write_text("")
+    assert saved[1].stat().st_mode == (saved[1].parent / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100, lambda b: b""])
 def test_a_corrupt_checkpoint_is_one_sentence(saved, damage):
     path = saved[1]

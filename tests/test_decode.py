@@ -203,6 +203,12 @@ def test_transcripts_that_the_model_cannot_write_are_refused_or_mapped(tmp_path,
     assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]
 
 
+def test_digits_cannot_be_mapped_and_the_remedy_is_to_write_words(tmp_path, capsys):
+    options = write_manifest(tmp_path, "HELLO", "AT 42")
+    message = fails(tmp_path, capsys, "--normalise-text", **options)
+    assert "'2' '4'; write digits as words in the transcripts" in message and "add --normalise-text" not in message
+
+
 def test_scores_of_a_part_say_of_how_many(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", None, "", " ", "YES")
     decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
