@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from las_fast.errors import InputError
 
@@ -89,9 +88,3 @@ def _map(character: str, characters: str) -> str:
     parts = "".join(PLAIN.get(c, c) for c in parts)  # an accent may have hidden one: an o with a stroke and an acute
     kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
     return "".join(kept)
-
-
-def read_characters(path: str | Path) -> str:
-    """Return the characters of a char_set.txt (one symbol a line; symbols such as <unk> are left out)."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return "".join(line for line in lines if len(line) == 1)

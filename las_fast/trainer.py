@@ -25,7 +25,7 @@ from las_fast.losses import training_loss
 from las_fast.runlog import RunLog
 from las_fast.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
 from las_fast.text import Vocabulary
-from las_fast.validate import Validation, validate
+from las_fast.validate import validate
 
 # Settings that may differ when resuming: they change where and how fast, not what is learned.
 FREE_TO_CHANGE = (
@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "training.wandb",
     "training.monitor_epoch",
 )
+SKIPPED_IN_A_ROW = 50  # half precision's scale needs some twenty to come down
 
 
 @dataclass
@@ -43,13 +44,9 @@ class Progress:
 
     step: int = 0  # optimiser steps taken
     best_cer: float = float("inf")
-    formed_epoch: float | None = None  # first validation at which the attention had formed
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0
     skipped_in_a_row: int = 0  # latest steps whose gradient was not finite: they change no weight
-
-
-SKIPPED_IN_A_ROW = 50  # half precision's scale needs some twenty to come down
 
 
 class Pace:
@@ -123,7 +120,8 @@ class Trainer:
                         saved = time.monotonic()
                     if self.stop_requested:
                         break
-        self.save()
+        if self.saved_step != self.progress.step:  # the last validation has saved already
+            self.save()
         self.log.close()
         if self.stop_requested:
             raise KeyboardInterrupt
@@ -208,7 +206,7 @@ class Trainer:
     def _validate_and_save(self, bar: tqdm) -> None:
         model, speed = self.averaged or self.model, self.pace.speed()
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
-        self._judge(result)
+        self.progress.plateau.update(result.scores.cer, self.config.training)
         line = monitor.line(result.alignment, self.epoch, self.config)
         self.log.validation(self.progress.step, self.epoch, result, line)
         scores = result.scores
@@ -221,11 +219,6 @@ class Trainer:
         self._save_weights(model, info, best=scores.cer < self.progress.best_cer)
         self.progress.best_cer = min(self.progress.best_cer, scores.cer)
         self.save()
-
-    def _judge(self, result: Validation) -> None:
-        self.progress.plateau.update(result.scores.cer, self.config.training)
-        if result.alignment.formed and self.progress.formed_epoch is None:
-            self.progress.formed_epoch = self.epoch
 
     def _save_weights(self, model: nn.Module, info: dict, best: bool) -> None:
         statistics = self.train_data.statistics if self.config.features.normalisation == "global" else None

@@ -3,7 +3,7 @@
 import pytest
 
 from las_fast.errors import InputError
-from las_fast.text import EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text, read_characters
+from las_fast.text import EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
 
 
 def test_default_vocabulary_is_the_31_tokens_of_the_editions():
@@ -46,8 +46,3 @@ def test_a_letter_that_the_vocabulary_has_stays():
 def test_digits_without_letters_are_noticed():
     assert lost_digits("A 123 B") and lost_digits("a \u00bd") and lost_digits("\u0663")
     assert not lost_digits("A B") and not lost_digits("\u2168") and not lost_digits("A 1", "A1 ")
-
-
-def test_character_file_leaves_symbols_out(tmp_path):
-    (tmp_path / "char_set.txt").write_text(" \n'\n<pad>\n<sos/eos>\n<unk>\nA\nB\n")
-    assert read_characters(tmp_path / "char_set.txt") == " 'AB"
