@@ -12,8 +12,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp"]  # without -fopenmp at::parallel_for silently runs on one thread
+FLAGS = [
+    "-O3", "-g0", "-std=c++20",
+    "-fopenmp",  # without it at::parallel_for silently runs on one thread
+    "-fno-math-errno", "-fno-trapping-math",  # no effect on results, unlike -ffast-math: NaN and infinity stay
+    "-Wno-psabi",  # a note about passing vectors to functions; ours are all inlined
+]  # fmt: skip
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
 def extension() -> dict:
@@ -37,7 +43,12 @@ def extension() -> dict:
               "will be used. To get it, install python3-dev (python3-devel) and run: python setup.py build_ext")
         return {}
     module = CppExtension(
-        "las_fast._C", SOURCES, extra_compile_args={"cxx": FLAGS}, extra_link_args=["-fopenmp"], py_limited_api=True
+        "las_fast._C",
+        SOURCES,
+        depends=HEADERS,
+        extra_compile_args={"cxx": FLAGS},
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,
     )
     return {
         "ext_modules": [module],

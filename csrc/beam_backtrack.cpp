@@ -1,7 +1,7 @@
 // Hypotheses from back-pointers: the C++ twin of las_fast/ops/beam_backtrack.py, which says what it means.
 //
-// Each utterance is followed on its own, from the last step to the first, so threads share nothing. One pass reads each
-// token and pointer on a hypothesis once.
+// All hypotheses of an utterance are followed side by side, from the last step to the first: what a step kept of an
+// utterance lies together in memory, and threads share nothing.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -9,65 +9,91 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 namespace {
 
 constexpr int64_t GRAIN = 16384;  // pointers a thread should follow to be worth starting
 
-void check(const at::Tensor& tokens, const at::Tensor& parents) {
+void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores, const at::Tensor& frames) {
   TORCH_CHECK(tokens.dim() == 3 && tokens.scalar_type() == at::kLong,
               "tokens must be (L, B, K) int64; got ", tokens.sizes(), " ", tokens.scalar_type());
-  TORCH_CHECK(parents.sizes() == tokens.sizes() && parents.scalar_type() == at::kLong,
-              "parents must be int64 of shape ", tokens.sizes(), " like tokens; got ", parents.sizes(), " ",
-              parents.scalar_type());
+  const auto like = [&](const char* name, const at::Tensor& x, at::ScalarType dtype) {
+    TORCH_CHECK(x.sizes() == tokens.sizes() && x.scalar_type() == dtype, name, " must be ", tokens.sizes(), " ", dtype,
+                " like tokens; got ", x.sizes(), " ", x.scalar_type());
+  };
+  like("parents", parents, at::kLong);
+  like("scores", scores, at::kFloat);
+  like("frames", frames, at::kLong);
 }
 
-// Follow the hypothesis that ends in beam k of utterance b; return its length without eos.
-int64_t follow(const int64_t* tokens, const int64_t* parents, int64_t L, int64_t B, int64_t K, int64_t b, int64_t k,
-               int64_t eos, int64_t* hypothesis, int64_t* path) {
-  int64_t length = L;
-  int64_t beam = k;
+// What a search kept, (L, B, K) each.
+struct History {
+  const int64_t *tokens, *parents;
+  const float* scores;
+  const int64_t* frames;
+  int64_t L, B, K;
+};
+
+// What its hypotheses were: (B, K, L) each, lengths (B, K).
+struct Hypotheses {
+  int64_t *tokens, *lengths;
+  float* scores;
+  int64_t* frames;
+};
+
+// Follow the hypotheses of utterance b. `beams` is room for K: where each one is at the step.
+void follow(const History& from, int64_t b, int64_t eos, const Hypotheses& to, std::vector<int64_t>& beams) {
+  const int64_t L = from.L, K = from.K;
+  std::iota(beams.begin(), beams.end(), 0);
+  std::fill_n(to.lengths + b * K, K, L);
   for (int64_t t = L - 1; t >= 0; --t) {
-    const int64_t at = (t * B + b) * K + beam;
-    path[t] = beam;
-    hypothesis[t] = tokens[at];
-    if (tokens[at] == eos) length = t;
-    if (t == 0) break;
-    beam = parents[at];
-    TORCH_CHECK(beam >= 0 && beam < K, "parents must be from 0 to ", K - 1, "; got ", beam, " at step ", t,
-                " of utterance ", b);
+    const int64_t step = (t * from.B + b) * K, step_before = step - from.B * K;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t at = step + beams[k], parent = from.parents[at], out = (b * K + k) * L + t;
+      TORCH_CHECK(parent >= 0 && parent < K, "parents must be from 0 to ", K - 1, "; got ", parent, " at step ", t,
+                  " of utterance ", b);
+      const float score = from.scores[at], before = t > 0 ? from.scores[step_before + parent] : 0.0f;
+      to.scores[out] = score == before ? 0.0f : score - before;  // 0 also where both are -inf
+      to.tokens[out] = from.tokens[at];
+      to.frames[out] = from.frames[step + parent];
+      if (from.tokens[at] == eos) to.lengths[b * K + k] = t;
+      beams[k] = parent;
+    }
   }
-  std::fill(hypothesis + length, hypothesis + L, eos);
-  return length;
+  for (int64_t row = b * K; row < (b + 1) * K; ++row)
+    std::fill(to.tokens + row * L + to.lengths[row], to.tokens + (row + 1) * L, eos);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> beam_backtrack(const at::Tensor& tokens_in,
-                                                              const at::Tensor& parents_in, int64_t eos) {
-  check(tokens_in, parents_in);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_backtrack(const at::Tensor& tokens_in,
+                                                                          const at::Tensor& parents_in,
+                                                                          const at::Tensor& scores_in,
+                                                                          const at::Tensor& frames_in, int64_t eos) {
+  check(tokens_in, parents_in, scores_in, frames_in);
   const at::Tensor tokens = tokens_in.contiguous(), parents = parents_in.contiguous();
+  const at::Tensor scores = scores_in.contiguous(), frames = frames_in.contiguous();
   const int64_t L = tokens.size(0), B = tokens.size(1), K = tokens.size(2);
-  at::Tensor hypotheses = at::empty({B, K, L}, tokens.options());
-  at::Tensor lengths = at::empty({B, K}, tokens.options());
-  at::Tensor paths = at::empty({B, K, L}, tokens.options());
-  const int64_t* token = tokens.const_data_ptr<int64_t>();
-  const int64_t* parent = parents.const_data_ptr<int64_t>();
-  int64_t* hypothesis = hypotheses.mutable_data_ptr<int64_t>();
-  int64_t* length = lengths.mutable_data_ptr<int64_t>();
-  int64_t* path = paths.mutable_data_ptr<int64_t>();
-  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, K * L));
-  at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * K; row < end * K; ++row)
-      length[row] =
-          follow(token, parent, L, B, K, row / K, row % K, eos, hypothesis + row * L, path + row * L);
+  at::Tensor hypotheses = at::empty({B, K, L}, tokens.options()), lengths = at::empty({B, K}, tokens.options());
+  at::Tensor token_scores = at::empty({B, K, L}, scores.options());
+  at::Tensor attended = at::empty({B, K, L}, tokens.options());
+  const History from{tokens.const_data_ptr<int64_t>(), parents.const_data_ptr<int64_t>(),
+                     scores.const_data_ptr<float>(),   frames.const_data_ptr<int64_t>(), L, B, K};
+  const Hypotheses to{hypotheses.mutable_data_ptr<int64_t>(), lengths.mutable_data_ptr<int64_t>(),
+                      token_scores.mutable_data_ptr<float>(), attended.mutable_data_ptr<int64_t>()};
+  at::parallel_for(0, B, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, K * L)), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> beams(K);
+    for (int64_t b = begin; b < end; ++b) follow(from, b, eos, to, beams);
   });
-  return {hypotheses, lengths, paths};
+  return {hypotheses, lengths, token_scores, attended};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("beam_backtrack(Tensor tokens, Tensor parents, int eos) -> (Tensor, Tensor, Tensor)");
+  m.def("beam_backtrack_cpp(Tensor tokens, Tensor parents, Tensor scores, Tensor frames, int eos)"
+        " -> (Tensor tokens, Tensor lengths, Tensor token_scores, Tensor frames)");
 }
 
-TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("beam_backtrack", &beam_backtrack); }
+TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("beam_backtrack_cpp", &beam_backtrack); }

@@ -3,8 +3,18 @@
 `python -m las_fast.ops` prints which backends are available here, and why not the others.
 """
 
-from las_fast.ops.beam_backtrack import beam_backtrack
-from las_fast.ops.beam_topk import beam_topk
+from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
+from las_fast.ops.beam_gather import beam_gather
+from las_fast.ops.beam_topk import BeamStep, Ngram, beam_topk
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 
-__all__ = ["beam_backtrack", "beam_topk", "masked_attention", "padding_mask"]
+__all__ = [
+    "Backtracked",
+    "BeamStep",
+    "Ngram",
+    "beam_backtrack",
+    "beam_gather",
+    "beam_topk",
+    "masked_attention",
+    "padding_mask",
+]

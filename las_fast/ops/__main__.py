@@ -10,15 +10,27 @@ from las_fast.ops import backends
 
 
 def table() -> str:
-    """Return one line an op and backend: available or not, and the reason with the remedy."""
-    rows = []
+    """Return a line an op and a column a backend, and below them each reason with its remedy, once.
+
+    A cell is "auto" (there, and what auto takes on this machine), "yes" (there), or "no" and the number of the reason.
+    """
+    reasons: list[str] = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [("op", *backends.BACKENDS)]
     for op in backends.IMPLEMENTED:
-        automatic = backends.automatic(op, "cuda" if torch.cuda.is_available() else "cpu")
-        for backend in backends.BACKENDS:
-            reason = backends.unavailable(op, backend)
-            state = f"no: {reason}" if reason else "yes, what auto takes" if backend == automatic else "yes"
-            rows.append(f"{op:<18}{backend:<11}{state}")
-    return "\n".join([f"{'op':<18}{'backend':<11}available", *rows])
+        rows.append((op, *(_cell(op, backend, device, reasons) for backend in backends.BACKENDS)))
+    lines = ["".join(f"{cell:<{11 if i else 18}}" for i, cell in enumerate(row)).rstrip() for row in rows]
+    notes = [f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes]).rstrip()
+
+
+def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
+    """Say whether op has backend; `reasons` grows by why not, where that is new."""
+    if reason := backends.unavailable(op, backend):
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no [{reasons.index(reason) + 1}]"
+    return "auto" if backend == backends.automatic(op, device) else "yes"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,17 +1,25 @@
-"""Which backends each op has, which of them work here, and which one "auto" takes."""
+"""Which backends each op has, which of them work here, and which one "auto" takes.
+
+A fast backend of an op is one torch op, las_fast::<op>_cpp or las_fast::<op>_triton, with the same schema; the op's
+own module chooses between them in plain Python, so that torch.compile sees one call and two backends can be compared.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
+from collections.abc import Callable
 
 import torch
 
 BACKENDS = ("reference", "cpp", "triton")
-IMPLEMENTED = {
-    "masked_attention": ("reference",),
-    "beam_topk": ("reference",),
-    "beam_backtrack": ("reference", "cpp"),
+WIDE, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
+IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the float types each takes; None: any
+    "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": WIDE + HALF},
+    "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
+    "beam_gather": {"reference": None, "cpp": None, "triton": None},
+    "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
 }
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
 FASTEST_FIRST = ("triton", "cpp")
@@ -28,6 +36,9 @@ def _load_extension() -> str | None:
         return f"the extension is not built. {BUILD}"
     except ImportError as error:  # built against another torch, or a broken file
         return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD} --force"
+    lacks = [op for op in IMPLEMENTED if not hasattr(torch.ops.las_fast, f"{op}_cpp")]
+    if lacks:
+        return f"the extension is from another version (it lacks {', '.join(lacks)}). {BUILD} --force"
     return None
 
 
@@ -41,45 +52,86 @@ def unavailable(op: str, backend: str) -> str | None:
         return f"this version has no {language} {op}. Use backend='auto'"
     if backend == "cpp":
         return EXTENSION_PROBLEM
-    if backend == "triton" and not torch.cuda.is_available():
-        return "there is no CUDA device here. Use backend='auto'"
+    if backend == "triton":
+        return _triton_problem()
     return None
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """Return the backend to call for `op` on tensors of `device`.
+def _triton_problem() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here. Use backend='auto'"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed. Run: pip install triton"
+    return None
 
-    "auto" is triton on CUDA and cpp on a CPU where they are available, else the reference. What could be faster after
-    building the extension is said once.
+
+def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Return the backend to call for `op` on tensors of `device` and, where the op is particular, of `dtype`.
+
+    "auto" is triton on CUDA and cpp on a CPU where they are available and take that type, else the reference. What
+    could be faster after building the extension is said once.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend is not available, or does not take tensors of that device.
+        RuntimeError: the named backend is not available, or does not take tensors of that device or type.
     """
     if backend == "reference":
         return backend
     if backend == "auto":
         if device.type == "cpu" and "cpp" in IMPLEMENTED[op] and EXTENSION_PROBLEM:
             _say_once(EXTENSION_PROBLEM)
-        return automatic(op, device.type)
+        return automatic(op, device.type, dtype)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if reason := unavailable(op, backend):
         raise RuntimeError(f'{op}: backend "{backend}" is not available: {reason}')
     if device.type != DEVICES[backend]:
         raise RuntimeError(f'{op}: backend "{backend}" takes {DEVICES[backend]} tensors; got {device.type} tensors')
+    if not takes(op, backend, dtype):
+        types = " or ".join(str(x) for x in IMPLEMENTED[op][backend])
+        raise RuntimeError(f'{op}: backend "{backend}" takes {types}; got {dtype}. Use backend=\'auto\'')
     return backend
 
 
-def automatic(op: str, device_type: str) -> str:
+def automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
     """Return what "auto" takes for `op` on that type of device."""
     for backend in FASTEST_FIRST:
-        if DEVICES.get(backend) == device_type and unavailable(op, backend) is None:
+        if DEVICES.get(backend) == device_type and unavailable(op, backend) is None and takes(op, backend, dtype):
             return backend
     return "reference"
+
+
+def takes(op: str, backend: str, dtype: torch.dtype | None) -> bool:
+    """Say whether that backend of `op` takes tensors of that float type; None is any."""
+    types = IMPLEMENTED[op][backend]
+    return types is None or dtype is None or dtype in types
 
 
 def _say_once(reason: str) -> None:
     if reason not in _said:
         _said.add(reason)
         warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def register(name: str, schema: str, fake: Callable, *, module: str | None = None) -> list[str]:
+    """Register las_fast::<name>_triton and the fakes of it and of las_fast::<name>_cpp; return what there is.
+
+    Args:
+        name:   of the op, and of its launcher in las_fast/kernels/<module>.py.
+        schema: arguments and results, as in csrc/<module>.cpp.
+        fake:   returns empty results of the right shapes and dtypes for the same arguments.
+        module: file of the op; default `name`.
+    """
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"las_fast.kernels.{module or name}"), name)(*arguments)
+
+    torch.library.define(f"las_fast::{name}_triton", schema)
+    # For every device: the choice above keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
+    torch.library.impl(f"las_fast::{name}_triton", "CompositeExplicitAutograd", launch)
+    names = [f"las_fast::{name}_triton"]
+    if EXTENSION_PROBLEM is None:
+        names.append(f"las_fast::{name}_cpp")
+    for full in names:
+        torch.library.register_fake(full, fake)
+    return names

@@ -1,16 +1,43 @@
 """One step of beam search: the K best continuations of each utterance's K hypotheses.
 
-    candidate[k, v] = scores[k] + log_softmax(logits[k])[v]
+    step[k, v]      = log_softmax(logits[k])[v] + weight * table[state[k], v]    (the second only with an n-gram model)
+    candidate[k, v] = scores[k] + step[k, v]
     a finished beam has one candidate: eos at an unchanged score
-    ranked by candidate / tokens ** length_penalty, equal ranks by the lower flat index k * V + v
+    rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
+    the K highest ranks; equal ranks go to the lower flat index k * V + v
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from las_fast.ops import backends
+
+
+class Ngram(NamedTuple):
+    """A dense character n-gram model and where each hypothesis stands in it.
+
+    A state is the last order-1 tokens as digits to the base V, the newest last; taking a token v leads from state s to
+    (s * V + v) mod V ** (order-1). Order 1 has the one state 0.
+    """
+
+    table: Tensor  # (V ** (order-1), V) float32 natural-log probabilities of the next token
+    states: Tensor  # (B, K) int64
+    weight: float
+
+
+class BeamStep(NamedTuple):
+    """The state of each beam after a step; all (B, K), best rank first."""
+
+    scores: Tensor  # float32; -inf where fewer than K candidates exist
+    tokens: Tensor  # int64, the token taken
+    parents: Tensor  # int64, the beam continued
+    finished: Tensor  # bool
+    lengths: Tensor  # int64 tokens, eos counted
+    ngram_states: Tensor | None  # int64; a finished beam keeps its state
 
 
 def beam_topk(
@@ -20,88 +47,98 @@ def beam_topk(
     *,
     eos: int,
     lengths: Tensor,
-    allow_eos: Tensor | None = None,
-    force_eos: Tensor | None = None,
+    minimum: Tensor | None = None,
+    maximum: Tensor | None = None,
     length_penalty: float = 0.0,
     eos_threshold: float = 0.0,
+    coverage: Tensor | None = None,
+    ngram: Ngram | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> BeamStep:
     """Return the K best continuations of each utterance, best first.
 
     Args:
-        logits:    (B, K, V) of any float type; float32 inside. A row of -inf has no continuation.
+        logits:    (B, K, V) of any float type; float32 inside. A row that holds NaN or +inf, or only -inf, has no
+                   continuation.
         scores:    (B, K) float32 sums of log-probabilities; -inf marks a beam that does not exist.
         finished:  (B, K) bool, beams that have ended with eos.
         eos:       token id.
         lengths:   (B, K) int64 tokens of each beam so far, its eos counted.
-        allow_eos: (B,) bool, False where eos would come too early; None allows it everywhere.
-        force_eos: (B,) bool, True where every unfinished beam must take eos (wins over allow_eos and the threshold).
+        minimum:   (B,) int64 tokens that a beam must have before it may take eos; None: 0.
+        maximum:   (B,) int64 tokens at which an unfinished beam must take eos (wins over minimum and threshold).
         length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
         eos_threshold:  eos only where its log-probability exceeds this times the best other one; 0 sets no limit.
+        coverage:  (B, K) float32, finite: added to the ranks of all candidates of a beam (Wu et al. 2016); None: 0.
+        ngram:     a language model whose weighted log-probabilities are added to the score of each token.
         backend:   "auto", "reference", "triton" or "cpp".
-
-    Returns:
-        scores (B, K) float32, tokens (B, K) int64 and parents (B, K) int64: the beam that each one continues.
-        Where fewer than K candidates exist, the rest have score -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
         RuntimeError: the named backend is not available here.
     """
-    _check(logits, scores, finished, lengths, allow_eos, force_eos, eos)
-    backends.choose("beam_topk", backend, logits.device)
-    steps = _log_probabilities(logits, eos, allow_eos, force_eos, eos_threshold)
-    return _reference(steps, scores, finished, eos, lengths, length_penalty)
-
-
-def _log_probabilities(
-    logits: Tensor, eos: int, allow_eos: Tensor | None, force_eos: Tensor | None, eos_threshold: float
-) -> Tensor:
-    """Return log-softmax (B, K, V) float32 with -inf where a token may not follow."""
-    logits = logits.float()
-    empty = logits.amax(-1, keepdim=True) == -torch.inf  # log_softmax of such a row would be NaN
-    steps = logits.log_softmax(-1).masked_fill(empty, -torch.inf)
-    is_eos = torch.arange(logits.shape[2], device=logits.device) == eos
-    denied = torch.zeros_like(steps[..., 0], dtype=torch.bool)  # (B, K)
-    if eos_threshold != 0.0:
-        denied = steps[..., eos] <= eos_threshold * steps.masked_fill(is_eos, -torch.inf).amax(-1)
-    if allow_eos is not None:
-        denied = denied | ~allow_eos[:, None]
-    if force_eos is not None:
-        denied = denied & ~force_eos[:, None]
-        steps = steps.masked_fill(force_eos[:, None, None] & ~is_eos, -torch.inf)
-    return steps.masked_fill(denied[..., None] & is_eos, -torch.inf)
+    _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, eos)
+    chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype)
+    table, states, weight = ngram or (None, None, 0.0)
+    op = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
+    options = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
+    found = op(logits, scores, finished, lengths, *options)
+    return BeamStep(*found[:5], None if ngram is None else found[5])
 
 
 def _reference(
-    steps: Tensor, scores: Tensor, finished: Tensor, eos: int, lengths: Tensor, length_penalty: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, K, V = steps.shape
+    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
+    weight,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, K, V = logits.shape
+    steps = _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold)
+    if table is not None:
+        steps = steps + weight * table[states]
     frozen = torch.full((V,), -torch.inf, device=steps.device)
     frozen[eos] = 0.0
     steps = torch.where(finished[..., None], frozen, steps)
     candidates = scores[..., None] + steps  # (B, K, V)
     token_counts = (lengths + ~finished).clamp(min=1).float()
-    ranks = candidates / (token_counts**length_penalty)[..., None]
-    best = ranks.view(B, K * V).sort(stable=True, dim=-1, descending=True).indices[:, :K]
-    return candidates.view(B, K * V).gather(1, best), best % V, best // V
+    ranks = candidates * (1 / token_counts**length_penalty)[..., None]
+    if coverage is not None:
+        ranks = ranks + coverage[..., None]
+    best = ranks.flatten(1).sort(stable=True, dim=-1, descending=True).indices[:, :K]
+    tokens, parents = best % V, best // V
+    ended = finished.gather(1, parents)
+    after = lengths.gather(1, parents) + ~ended
+    if table is not None:
+        states = states.gather(1, parents)
+        states = torch.where(ended, states, (states * V + tokens) % table.shape[0])
+    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), after, states
 
 
-def _check(
-    logits: Tensor,
-    scores: Tensor,
-    finished: Tensor,
-    lengths: Tensor,
-    allow_eos: Tensor | None,
-    force_eos: Tensor | None,
-    eos: int,
-) -> None:
+def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) -> Tensor:
+    """Return log-softmax (B, K, V) float32 with -inf where a token may not follow."""
+    logits = logits.float()
+    without = ~logits.logsumexp(-1, keepdim=True).isfinite()  # rows of which log_softmax would be NaN
+    steps = logits.log_softmax(-1).masked_fill(without, -torch.inf)
+    is_eos = torch.arange(logits.shape[2], device=logits.device) == eos
+    denied = torch.zeros_like(steps[..., 0], dtype=torch.bool)  # (B, K)
+    if eos_threshold != 0.0:
+        denied = steps[..., eos] <= eos_threshold * steps.masked_fill(is_eos, -torch.inf).amax(-1)
+    if minimum is not None:
+        denied = denied | (lengths < minimum[:, None])
+    if maximum is not None:
+        forced = lengths >= maximum[:, None]
+        denied = denied & ~forced
+        steps = steps.masked_fill(forced[..., None] & ~is_eos, -torch.inf)
+    return steps.masked_fill(denied[..., None] & is_eos, -torch.inf)
+
+
+def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, eos) -> None:
     if logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B, K, V) of a float type; got {tuple(logits.shape)} {logits.dtype}")
     B, K, V = logits.shape
     expected = [("scores", scores, (B, K), torch.float32), ("finished", finished, (B, K), torch.bool)]
-    expected += [("lengths", lengths, (B, K), torch.int64)]
-    expected += [("allow_eos", allow_eos, (B,), torch.bool), ("force_eos", force_eos, (B,), torch.bool)]
+    expected += [("lengths", lengths, (B, K), torch.int64), ("coverage", coverage, (B, K), torch.float32)]
+    expected += [("minimum", minimum, (B,), torch.int64), ("maximum", maximum, (B,), torch.int64)]
+    if ngram is not None:
+        expected += [("ngram.states", ngram.states, (B, K), torch.int64)]
+        expected += [("ngram.table", ngram.table, (_states(ngram.table, V), V), torch.float32)]
     for name, tensor, shape, dtype in expected:
         if tensor is None:
             continue
@@ -111,3 +148,29 @@ def _check(
             raise ValueError(f"{name} must be on {logits.device} like logits; got {tensor.device}")
     if not 0 <= eos < V:
         raise ValueError(f"eos must be a token from 0 to {V - 1}; got {eos}")
+
+
+def _states(table: Tensor, V: int) -> int:
+    """Return the number of rows that the table should have: the power of V that is nearest above what it has."""
+    states = 1
+    while states < table.shape[0] and V > 1:
+        states *= V
+    return states
+
+
+def _fake(
+    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
+    weight,
+):  # fmt: skip
+    new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
+    new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
+    return *new, scores.new_empty((0, 0) if table is None else scores.shape, dtype=torch.int64)
+
+
+backends.register(
+    "beam_topk",
+    "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
+    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states, float weight)"
+    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor states)",
+    _fake,
+)

@@ -2,8 +2,12 @@
 
     weights = softmax(scale * query . keys) over frames before the length, exactly 0 after it
     context = weights . values
+    peak    = the frame of the largest weight, the first of equal ones
 
-All K queries of an utterance share its keys and values, which are never repeated over the beam.
+All K queries of an utterance share its keys and values, which are never repeated over the beam. Gradients, with
+W the weights, S the scores and dX the gradient of X:
+
+    dV = W^T dC;   dW' = dW + dC V^T;   dS = W * (dW' - rowsum(W * dW'));   dQ = scale dS K;   dK = scale dS^T Q
 """
 
 from __future__ import annotations
@@ -26,38 +30,48 @@ def masked_attention(
     *,
     scale: float | None = None,
     weights: bool = True,
+    peaks: bool = False,
     padding: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Average each utterance's values by softmax(scale * query . keys), ignoring padding.
 
-    Differentiable in query, keys and values. Computes in float32 (float64 for float64). A loop over steps should
-    hold float32 keys and values, or each step converts them again. Keys and values past the length must be finite.
+    Differentiable once in query, keys and values. Computes in float32 (float64 for float64). On Triton, float32
+    products follow torch.get_float32_matmul_precision(): "highest" is exact, "high" and "medium" use tf32 units.
+    Keys and values past the length must be finite for the reference; the others never read them.
 
     Args:
         query:   (B, K, D) decoder states; K is the beam, 1 in training.
         keys:    (B, T, D) projected listener outputs, dtype of query.
         values:  (B, T, E) listener outputs, dtype of query.
-        lengths: (B,) int64 valid frames; 0 gives zero weights and zero context.
+        lengths: (B,) int64 valid frames, 0 to T; 0 gives zero weights, zero context and peak 0.
         scale:   factor on the scores; default 1/sqrt(D).
-        weights: False returns None in their place.
-        padding: padding_mask(lengths, T) where a loop has it already; it must agree with lengths.
+        weights: False returns None in their place, and saves writing them.
+        peaks:   True also returns the frame that each query attends to most.
+        padding: padding_mask(lengths, T) where a loop has it already: the reference's; it must agree with lengths.
         backend: "auto", "reference", "triton" or "cpp".
 
     Returns:
         context: (B, K, E), dtype of values.
         weights: (B, K, T) float32; rows sum to 1 and are exactly 0 past the length; or None.
+        peaks:   (B, K) int64, only if asked for.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
         RuntimeError: the named backend is not available here.
     """
     _check(query, keys, values, lengths, padding)
-    backends.choose("masked_attention", backend, query.device)
-    if padding is None:
-        padding = padding_mask(lengths, keys.shape[1])
-    context, attended = _reference(query, keys, values, padding, query.shape[2] ** -0.5 if scale is None else scale)
-    return context, attended if weights else None
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    chosen = backends.choose("masked_attention", backend, query.device, query.dtype)
+    if chosen == "reference":
+        padding = padding_mask(lengths, keys.shape[1]) if padding is None else padding
+        context, attended = _reference(query, keys, values, padding, scale)
+        peak = _peaks(attended) if peaks else None
+    else:
+        op = getattr(torch.ops.las_fast, f"masked_attention_{chosen}")
+        context, attended, peak, _ = op(query, keys, values, lengths, scale, weights)
+    results = (context, attended if weights else None)
+    return (*results, peak) if peaks else results
 
 
 def padding_mask(lengths: Tensor, frames: int) -> Tensor:
@@ -74,6 +88,12 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, sca
         scores = torch.bmm(query.to(wide) * scale, keys.to(wide).transpose(1, 2))  # (B, K, T)
         weights = scores.masked_fill(past, LOWEST).softmax(-1).masked_fill(past, 0.0)
         return torch.bmm(weights, values.to(wide)).to(values.dtype), weights
+
+
+def _peaks(weights: Tensor) -> Tensor:
+    if weights.shape[2] == 0:
+        return torch.zeros(weights.shape[:2], dtype=torch.int64, device=weights.device)
+    return weights.argmax(-1)
 
 
 def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, padding: Tensor | None) -> None:
@@ -94,3 +114,59 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, padding
     if not query.device == keys.device == values.device == lengths.device:
         devices = ", ".join(str(x.device) for x in (query, keys, values, lengths))
         raise ValueError(f"query, keys, values and lengths must be on one device; got {devices}")
+
+
+FORWARD = (
+    "(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, bool weights)"
+    " -> (Tensor context, Tensor weights, Tensor peaks, Tensor logsumexp)"
+)
+BACKWARD = (
+    "(Tensor? context_gradient, Tensor? weights_gradient, Tensor query, Tensor keys, Tensor values, Tensor lengths,"
+    " Tensor context, Tensor weights, Tensor logsumexp, float scale, bool memory)"
+    " -> (Tensor query_gradient, Tensor keys_gradient, Tensor values_gradient)"
+)
+
+
+def _fake_forward(query, keys, values, lengths, scale, weights):
+    B, K, _ = query.shape
+    shape = (B, K, keys.shape[1]) if weights else (0, 0, 0)
+    return (
+        values.new_empty(B, K, values.shape[2]),
+        query.new_empty(shape, dtype=torch.float32),
+        query.new_empty(B, K, dtype=torch.int64),
+        query.new_empty(B, K, dtype=torch.float32),
+    )
+
+
+def _fake_backward(
+    context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale, memory
+):
+    """memory False: nobody asks for the gradients of keys and values, which are then empty."""
+    shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
+    return query.new_empty(query.shape), keys.new_empty(shapes[0]), values.new_empty(shapes[1])
+
+
+def _save(ctx, inputs, output) -> None:
+    query, keys, values, lengths, ctx.scale, ctx.weights = inputs
+    context, weights, peaks, logsumexp = output
+    ctx.mark_non_differentiable(peaks, logsumexp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, keys, values, lengths, context, weights, logsumexp)
+
+
+def _make_backward(op):
+    def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
+        weights_gradient = weights_gradient if ctx.weights else None  # of an empty tensor otherwise
+        if context_gradient is None and weights_gradient is None:
+            return (None,) * 6
+        memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        found = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
+        return found[0], found[1] if memory else None, found[2] if memory else None, None, None, None
+
+    return backward
+
+
+backends.register("masked_attention_backward", BACKWARD, _fake_backward, module="masked_attention")
+for _name in backends.register("masked_attention", FORWARD, _fake_forward):
+    _backward = getattr(torch.ops.las_fast, _name.split("::")[1].replace("attention", "attention_backward"))
+    torch.library.register_autograd(_name, _make_backward(_backward), setup_context=_save)

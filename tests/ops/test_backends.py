@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from las_fast.ops import __main__ as command
-from las_fast.ops import backends, beam_backtrack, masked_attention
+from las_fast.ops import backends, beam_gather
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TABLE = [(op, backend) for op in backends.IMPLEMENTED for backend in backends.BACKENDS]
 
 
 @pytest.fixture
@@ -16,18 +15,24 @@ def not_built(monkeypatch):
     monkeypatch.setattr(backends, "_said", set())
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 def test_without_the_extension_the_reference_serves_and_says_so_once(not_built):
-    tokens = torch.zeros(2, 1, 1, dtype=torch.int64)
+    states, parents = [torch.ones(2, 1, 4)], torch.zeros(2, 1, dtype=torch.int64)
     with pytest.warns(RuntimeWarning, match="not built. Run: python setup.py build_ext") as said:
-        beam_backtrack(tokens, tokens, eos=2)
-        beam_backtrack(tokens, tokens, eos=2)
-    assert len(said) == 1
+        beam_gather(states, parents)
+        (gathered,) = beam_gather(states, parents)
+    assert len(said) == 1 and torch.equal(gathered, states[0])
 
 
-def test_an_op_without_a_faster_path_says_nothing(not_built):
+def test_a_named_reference_says_nothing(not_built):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("masked_attention", "auto", CPU) == "reference"
+        assert backends.choose("masked_attention", "reference", CPU) == "reference"
 
 
 def test_a_named_backend_that_is_not_built_raises_with_the_remedy(not_built):
@@ -35,9 +40,10 @@ def test_a_named_backend_that_is_not_built_raises_with_the_remedy(not_built):
         backends.choose("beam_backtrack", "cpp", CPU)
 
 
-def test_a_named_backend_that_does_not_exist_yet_raises():
-    with pytest.raises(RuntimeError, match="this version has no Triton masked_attention. Use backend='auto'"):
-        masked_attention(*[torch.zeros(1, 1, 1)] * 3, torch.ones(1, dtype=torch.int64), backend="triton")
+def test_a_named_backend_that_an_op_lacks_raises(monkeypatch):
+    monkeypatch.setitem(backends.IMPLEMENTED, "beam_gather", {"reference": None})
+    with pytest.raises(RuntimeError, match="this version has no Triton beam_gather. Use backend='auto'"):
+        backends.choose("beam_gather", "triton", CUDA)
 
 
 def test_a_misspelt_backend_lists_those_there_are():
@@ -45,24 +51,28 @@ def test_a_misspelt_backend_lists_those_there_are():
         backends.choose("beam_topk", "c++", CPU)
 
 
-def test_a_backend_refuses_tensors_of_another_device(monkeypatch):
-    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
+def test_a_backend_refuses_tensors_of_another_device(gpu):
     with pytest.raises(RuntimeError, match='"cpp" takes cpu tensors; got cuda tensors'):
         backends.choose("beam_backtrack", "cpp", CUDA)
+    with pytest.raises(RuntimeError, match='"triton" takes cuda tensors; got cpu tensors'):
+        backends.choose("beam_backtrack", "triton", CPU)
 
 
-def test_auto_prefers_triton_on_cuda_and_cpp_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(backends.IMPLEMENTED, "beam_topk", ("reference", "cpp", "triton"))
-    assert backends.choose("beam_topk", "auto", CUDA) == "triton"
-    assert backends.choose("beam_topk", "auto", CPU) == "cpp"
-    assert backends.choose("beam_backtrack", "auto", CUDA) == "reference"
+def test_a_named_backend_refuses_a_dtype_that_auto_leaves_to_the_reference(gpu):
+    with pytest.raises(RuntimeError, match='"cpp" takes torch.float32 or torch.bfloat16; got torch.float16'):
+        backends.choose("masked_attention", "cpp", CPU, torch.float16)
+    assert backends.choose("masked_attention", "auto", CPU, torch.float16) == "reference"
+    assert backends.choose("masked_attention", "auto", CUDA, torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_auto_takes_triton_on_cuda_and_cpp_on_a_cpu(gpu, op):
+    assert backends.choose(op, "auto", CUDA, torch.bfloat16) == "triton"
+    assert backends.choose(op, "auto", CPU, torch.bfloat16) == "cpp"
 
 
 def test_triton_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(backends.IMPLEMENTED, "beam_topk", ("reference", "triton"))
     assert backends.unavailable("beam_topk", "triton").startswith("there is no CUDA device here")
 
 
@@ -74,9 +84,20 @@ def test_a_broken_extension_is_explained_not_hidden(monkeypatch):
     assert backends._load_extension().startswith("the extension does not load (_C.abi3.so: undefined symbol: x). Run:")
 
 
-@pytest.mark.parametrize(("op", "backend"), TABLE)
-def test_the_table_has_a_line_for_every_op_and_backend(op, backend, capsys):
+def test_an_extension_of_another_version_is_explained(monkeypatch):
+    monkeypatch.setitem(backends.IMPLEMENTED, "beam_wish", {"reference": None, "cpp": None})
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: None)
+    reason = backends._load_extension()
+    assert "beam_wish). Run: python setup.py build_ext --force" in reason and "it lacks" in reason
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
     command.main([])
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.split()[:2] == [op, backend])
-    reason = backends.unavailable(op, backend)
-    assert reason in line if reason else "yes" in line
+    lines = capsys.readouterr().out.replace("no [", "no[").splitlines()
+    (cells,) = (line.split()[1:] for line in lines if line.split()[:1] == [op])
+    for backend, cell in zip(backends.BACKENDS, cells, strict=True):
+        if reason := backends.unavailable(op, backend):
+            assert f"{cell.removeprefix('no')} {reason}" in lines
+        else:
+            assert cell in ("auto", "yes")

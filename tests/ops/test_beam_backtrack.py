@@ -1,129 +1,143 @@
 import pytest
 import torch
+from calls import call, compile_and_count, ops_called, threads
 
-from las_fast.ops import backends, beam_backtrack
+from las_fast.ops import beam_backtrack
 
 EOS = 2
-needs_extension = pytest.mark.skipif(
-    backends.EXTENSION_PROBLEM is not None, reason=f"no C++ extension: {backends.EXTENSION_PROBLEM}"
-)
-BACKENDS = ["reference", pytest.param("cpp", marks=needs_extension)]
+INF = torch.inf
 
 
 def random(L, B, K, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 9, (L, B, K), generator=generator)
-    return tokens, torch.randint(0, K, (L, B, K), generator=generator)
+    shape = (L, B, K)
+    tokens, parents, frames = (torch.randint(0, n, shape, generator=generator) for n in (9, max(K, 1), 100))
+    return tokens, parents, -torch.rand(shape, generator=generator).cumsum(0), frames
 
 
-def plain(tokens, parents):
-    """Follow each pointer by hand."""
-    L, B, K = tokens.shape
-    texts, paths = {}, {}
+def plain(tokens, parents, scores, frames, b, k):
+    """Follow the pointers of one hypothesis by hand; return (token, score of the token, frame) of each step."""
+    found, beam = [], k
+    for t in reversed(range(tokens.shape[0])):
+        token, score, parent = int(tokens[t, b, beam]), scores[t, b, beam], int(parents[t, b, beam])
+        before = scores[t - 1, b, parent] if t else torch.tensor(0.0)
+        found.insert(0, (token, float(score - before), int(frames[t, b, parent])))
+        beam = parent
+    return found
+
+
+@pytest.mark.parametrize(
+    ("L", "B", "K"), [(1, 1, 1), (7, 3, 4), (33, 2, 8), (5, 64, 13), (3, 2, 64), (0, 2, 3), (4, 0, 2), (4, 2, 0)]
+)
+def test_hypotheses_follow_the_pointers(backend, L, B, K):
+    history = random(L, B, K)
+    found = call(beam_backtrack, *history, eos=EOS, backend=backend)
+    assert found.tokens.shape == found.token_scores.shape == found.frames.shape == (B, K, L)
+    assert found.lengths.shape == (B, K)
     for b in range(B):
         for k in range(K):
-            beam, text, path = k, [], []
-            for t in reversed(range(L)):
-                text.insert(0, int(tokens[t, b, beam]))
-                path.insert(0, beam)
-                beam = int(parents[t, b, beam])
-            texts[b, k], paths[b, k] = text, path
-    return texts, paths
+            steps = plain(*history, b, k)
+            text = [token for token, _, _ in steps]
+            n = text.index(EOS) if EOS in text else L
+            assert found.tokens[b, k].tolist() == text[:n] + [EOS] * (L - n)
+            assert int(found.lengths[b, k]) == n
+            assert found.token_scores[b, k].tolist() == [score for _, score, _ in steps]
+            assert found.frames[b, k].tolist() == [frame for _, _, frame in steps]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("L", "B", "K"), [(1, 1, 1), (7, 3, 4), (33, 2, 8), (5, 64, 13), (0, 2, 3), (4, 0, 2)])
-def test_hypotheses_follow_the_pointers(backend, L, B, K):
-    tokens, parents = random(L, B, K)
-    hypotheses, lengths, paths = beam_backtrack(tokens, parents, eos=EOS, paths=True, backend=backend)
-    texts, expected_paths = plain(tokens, parents)
-    assert hypotheses.shape == paths.shape == (B, K, L) and lengths.shape == (B, K)
-    for (b, k), text in texts.items():
-        n = text.index(EOS) if EOS in text else L
-        assert hypotheses[b, k].tolist() == text[:n] + [EOS] * (L - n)
-        assert int(lengths[b, k]) == n and paths[b, k].tolist() == expected_paths[b, k]
+def test_token_scores_add_up_to_the_score_of_the_hypothesis(backend):
+    tokens, parents, scores, frames = random(40, 3, 5)
+    found = call(beam_backtrack, tokens, parents, scores, frames, eos=EOS, backend=backend)
+    torch.testing.assert_close(found.token_scores.double().sum(-1).float(), scores[-1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_finished_beam_adds_nothing_and_its_eos_has_a_score(backend):
+    tokens = torch.tensor([[[5]], [[EOS]], [[EOS]]])
+    scores = torch.tensor([[[-1.0]], [[-1.5]], [[-1.5]]])
+    nothing = torch.zeros_like(tokens)
+    found = call(beam_backtrack, tokens, nothing, scores, nothing, eos=EOS, backend=backend)
+    assert found.lengths.tolist() == [[1]] and found.token_scores.tolist() == [[[-1.0, -0.5, 0.0]]]
+
+
+def test_hypotheses_that_do_not_exist_have_no_nan(backend):
+    tokens, parents, scores, frames = random(6, 2, 3)
+    scores[2:, 1] = -INF
+    found = call(beam_backtrack, tokens, parents, scores, frames, eos=EOS, backend=backend)
+    assert found.token_scores[1, :, 2].tolist() == [-INF] * 3 and (found.token_scores[1, :, 3:] == 0).all()
+    assert not found.token_scores.isnan().any()
+
+
+def test_without_eos_a_hypothesis_is_as_long_as_the_search(backend):
+    tokens, parents, scores, frames = random(6, 2, 3)
+    found = call(beam_backtrack, tokens.clamp(min=EOS + 1), parents, scores, frames, eos=EOS, backend=backend)
+    assert (found.lengths == 6).all() and (found.tokens != EOS).all()
+
+
 def test_inputs_need_not_be_contiguous(backend):
-    tokens, parents = random(5, 4, 3)
-    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (tokens, parents)]
-    for a, b in zip(
-        beam_backtrack(*turned, eos=EOS, backend=backend), beam_backtrack(tokens, parents, eos=EOS), strict=True
-    ):
+    history = random(5, 4, 3)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in history]
+    assert not any(x.is_contiguous() for x in turned)
+    found = call(beam_backtrack, *turned, eos=EOS, backend=backend)
+    for a, b in zip(found, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
-def test_a_parent_out_of_range_is_an_error_and_not_a_crash(backend, bad):
-    tokens, parents = random(4, 2, 3)
-    parents[2, 1] = bad
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_parent_out_of_range_is_an_error_and_not_a_crash(backend, bad, step):
+    tokens, parents, scores, frames = random(4, 2, 3)
+    parents[step, 1] = bad
     with pytest.raises(RuntimeError):
-        beam_backtrack(tokens, parents, eos=EOS, backend=backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_pointers_of_the_first_step_are_not_followed(backend):
-    tokens, parents = random(3, 2, 3)
-    expected = beam_backtrack(tokens, parents, eos=EOS)
-    parents[0] = -7
-    assert torch.equal(beam_backtrack(tokens, parents, eos=EOS, backend=backend)[0], expected[0])
+        beam_backtrack(tokens, parents, scores, frames, eos=EOS, backend=backend)
 
 
 def test_disagreeing_arguments_are_explained():
-    tokens, parents = random(3, 2, 4)
+    tokens, parents, scores, frames = random(3, 2, 4)
     with pytest.raises(ValueError, match=r"tokens must be \(L, B, K\) int64; got \(2, 4\)"):
-        beam_backtrack(tokens[0], parents, eos=EOS)
-    with pytest.raises(ValueError, match="parents must be .* int64; got .* torch.int32"):
-        beam_backtrack(tokens, parents.int(), eos=EOS)
-    with pytest.raises(ValueError, match=r"parents must be like tokens, \(3, 2, 4\) on cpu; got \(2, 2, 4\)"):
-        beam_backtrack(tokens, parents[:2], eos=EOS)
+        beam_backtrack(tokens[0], parents, scores, frames, eos=EOS)
+    with pytest.raises(ValueError, match=r"parents must be \(3, 2, 4\) torch.int64 .* got .* torch.int32"):
+        beam_backtrack(tokens, parents.int(), scores, frames, eos=EOS)
+    with pytest.raises(ValueError, match=r"scores must be .* torch.float32 .* got .* torch.float64"):
+        beam_backtrack(tokens, parents, scores.double(), frames, eos=EOS)
+    with pytest.raises(ValueError, match=r"frames must be \(3, 2, 4\) .* like tokens; got \(2, 2, 4\)"):
+        beam_backtrack(tokens, parents, scores, frames[:2], eos=EOS)
 
 
-@needs_extension
-def test_auto_takes_the_cpp_path_on_a_cpu():
-    tokens, parents = random(6, 2, 3)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        beam_backtrack(tokens, parents, eos=EOS)
-    assert "las_fast::beam_backtrack" in {event.name for event in profile.events()}
+def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
+    history = random(6, 2, 3)
+    assert ops_called(lambda: beam_backtrack(*history, eos=EOS)) == ["las_fast::beam_backtrack_cpp"]
 
 
-@needs_extension
-def test_the_registered_op_passes_opcheck():
-    torch.library.opcheck(torch.ops.las_fast.beam_backtrack.default, (*random(6, 2, 3), EOS))
+def test_the_registered_op_passes_opcheck(cpp):
+    torch.library.opcheck(torch.ops.las_fast.beam_backtrack_cpp.default, (*random(6, 2, 3), EOS))
 
 
-@needs_extension
-def test_the_registered_op_checks_its_own_arguments():
-    tokens, parents = random(6, 2, 3)
-    with pytest.raises(RuntimeError, match="parents must be int64 of shape"):
-        torch.ops.las_fast.beam_backtrack(tokens, parents[:3], EOS)
-    with pytest.raises(RuntimeError, match="tokens must be"):
-        torch.ops.las_fast.beam_backtrack(tokens.int(), parents, EOS)
+def test_the_registered_op_checks_its_own_arguments(cpp):
+    tokens, parents, scores, frames = random(6, 2, 3)
+    op = torch.ops.las_fast.beam_backtrack_cpp
+    with pytest.raises(RuntimeError, match=r"tokens must be \(L, B, K\) int64; got \[6, 2, 3\] Int"):
+        op(tokens.int(), parents, scores, frames, EOS)
+    with pytest.raises(RuntimeError, match=r"parents must be \[6, 2, 3\] Long like tokens; got \[3, 2, 3\]"):
+        op(tokens, parents[:3], scores, frames, EOS)
+    with pytest.raises(RuntimeError, match=r"scores must be \[6, 2, 3\] Float like tokens; got .* Double"):
+        op(tokens, parents, scores.double(), frames, EOS)
+    parents[4, 1] = 9
+    with pytest.raises(RuntimeError, match="parents must be from 0 to 2; got 9 at step 4 of utterance 1"):
+        op(tokens, parents, scores, frames, EOS)
 
 
-@needs_extension
-def test_it_compiles_into_one_graph():
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lambda t, p: beam_backtrack(t, p, eos=EOS), fullgraph=True, backend=count)
-    tokens, parents = random(6, 2, 3)
-    assert torch.equal(compiled(tokens, parents)[0], beam_backtrack(tokens, parents, eos=EOS)[0]) and len(graphs) == 1
+def test_it_compiles_into_one_graph(cpp):
+    history = random(6, 2, 3)
+    compiled, graphs = compile_and_count(lambda *x: beam_backtrack(*x, eos=EOS))
+    for a, b in zip(compiled(*history), beam_backtrack(*history, eos=EOS), strict=True):
+        assert torch.equal(a, b)
+    assert len(graphs) == 1
 
 
-@needs_extension
-def test_many_threads_give_the_same_answer():
-    tokens, parents = random(200, 64, 8)
-    expected = beam_backtrack(tokens, parents, eos=EOS, backend="reference")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        found = beam_backtrack(tokens, parents, eos=EOS, backend="cpp")
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+def test_two_threads_give_the_same_answer(cpp):
+    history = random(200, 64, 8)
+    with threads(2):
+        found = beam_backtrack(*history, eos=EOS, backend=cpp)
+    for a, b in zip(found, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
+        assert torch.equal(a, b)

@@ -2,139 +2,366 @@ import math
 
 import pytest
 import torch
+from calls import call, compile_and_count, ops_called, threads
 
-from las_fast.ops import beam_topk
+from las_fast.ops import Ngram, beam_topk
 
 EOS = 2
-INF = torch.inf
+INF, NAN = torch.inf, torch.nan
+SHAPES = [(1, 1, 1), (1, 1, 3), (3, 4, 7), (2, 8, 31), (2, 5, 63), (2, 3, 64), (2, 9, 65), (3, 2, 257), (1, 64, 31)]
 
 
-def step(logits, scores=None, finished=None, lengths=None, **options):
+def step(logits, scores=None, finished=None, lengths=None, *, backend, eos=EOS, **options):
     logits = torch.as_tensor(logits)
     B, K, _ = logits.shape
     scores = torch.zeros(B, K) if scores is None else torch.as_tensor(scores)
     finished = torch.zeros(B, K, dtype=torch.bool) if finished is None else torch.as_tensor(finished)
     lengths = torch.zeros(B, K, dtype=torch.int64) if lengths is None else torch.as_tensor(lengths)
-    return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, **options)
+    return call(beam_topk, logits, scores, finished, eos=eos, lengths=lengths, backend=backend, **options)
 
 
 def random(B=3, K=4, V=7, seed=0):
+    """Return logits, scores, finished and lengths in the middle of a search."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(B, K, V, generator=generator), -torch.rand(B, K, generator=generator) * 3
+    logits, scores = 3 * torch.randn(B, K, V, generator=generator), -torch.rand(B, K, generator=generator) * 3
+    finished = torch.rand(B, K, generator=generator) < 0.3
+    return logits, scores, finished, torch.randint(0, 9, (B, K), generator=generator)
 
 
-def plain(logits, scores, finished, lengths, penalty=0.0):
-    """Every candidate of one utterance, written out; returns (score, token, parent), best first."""
-    K, V = logits.shape
+def ngram(B, K, V, order, seed=0, weight=0.4):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
+    return Ngram(table, torch.randint(0, len(table), (B, K), generator=generator), weight)
+
+
+OPTIONS = {
+    "plain": [],
+    "length penalty 0.7": ["length_penalty"],
+    "eos threshold": ["eos_threshold"],
+    "minimum": ["minimum"],
+    "maximum": ["maximum"],
+    "both limits": ["minimum", "maximum"],
+    "coverage": ["coverage"],
+    "bigram": ["ngram"],
+    "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram"],
+}
+
+
+def options_for(name, B, K, V):
+    generator = torch.Generator().manual_seed(1)
+    make = {
+        "length_penalty": lambda: 0.7,
+        "eos_threshold": lambda: 1.2,
+        "minimum": lambda: torch.arange(B) % 6 + 2,
+        "maximum": lambda: torch.arange(B) % 6 + 3,
+        "coverage": lambda: torch.randn(B, K, generator=generator),
+        "ngram": lambda: ngram(B, K, V, 2),
+    }
+    return {option: make[option]() for option in OPTIONS[name]}
+
+
+def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=None, length_penalty=0.0,
+          eos_threshold=0.0, coverage=None, ngram=None):  # fmt: skip
+    """Every candidate of utterance b, written out in float64; return (score, token, parent), best first."""
     found = []
-    for k in range(K):
-        steps = logits[k].double().log_softmax(0)
-        for v in range(V):
-            if finished[k]:
-                total, tokens = (float(scores[k]) if v == EOS else -math.inf), int(lengths[k])
-            else:
-                total, tokens = float(scores[k]) + float(steps[v]), int(lengths[k]) + 1
-            found.append((total / max(1, tokens) ** penalty, -(k * V + v), total, v, k))
+    for k, row in enumerate(logits[b].double()):
+        steps, tokens = row.log_softmax(0).tolist(), int(lengths[b, k]) + 1
+        forced = maximum is not None and lengths[b, k] >= maximum[b]
+        others = [x for v, x in enumerate(steps) if v != eos]
+        early = minimum is not None and lengths[b, k] < minimum[b]
+        unlikely = eos_threshold != 0 and steps[eos] <= eos_threshold * max(others, default=-math.inf)
+        for v, total in enumerate(steps):
+            if forced and v != eos or v == eos and not forced and (early or unlikely):
+                total = -math.inf
+            if ngram is not None:
+                total += ngram.weight * float(ngram.table[ngram.states[b, k], v])
+            if finished[b, k]:
+                total, tokens = 0.0 if v == eos else -math.inf, int(lengths[b, k])
+            total += float(scores[b, k])
+            bonus = 0.0 if coverage is None else float(coverage[b, k])
+            found.append((total / max(1, tokens) ** length_penalty + bonus, -(k * logits.shape[2] + v), total, v, k))
     found.sort(reverse=True)
-    return [(total, v, k) for _, _, total, v, k in found[:K]]
+    return [(total, v, k) for _, _, total, v, k in found]
 
 
-@pytest.mark.parametrize(("B", "K", "V"), [(1, 1, 3), (3, 4, 7), (2, 8, 31), (2, 5, 257)])
-@pytest.mark.parametrize("penalty", [0.0, 0.8])
-def test_it_takes_the_best_of_all_candidates(B, K, V, penalty):
-    logits, scores = random(B, K, V)
-    finished = torch.arange(B * K).view(B, K) % 3 == 1
-    lengths = torch.arange(B * K).view(B, K) % 5 + 1
-    found, tokens, parents = step(logits, scores, finished, lengths, length_penalty=penalty)
+def assert_same(found, expected):
+    """Scores as near as rounding allows, everything else equal."""
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+    for name, a, b in zip(found._fields[1:], found[1:], expected[1:], strict=True):
+        assert a is b is None or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("B", "K", "V"), SHAPES[:5])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_takes_the_best_of_all_candidates(backend, B, K, V, name):
+    inputs, options, eos = random(B, K, V), options_for(name, B, K, V), min(EOS, V - 1)
+    found = step(*inputs, backend=backend, eos=eos, **options)
+    _, _, finished, lengths = inputs
     for b in range(B):
-        expected = plain(logits[b], scores[b], finished[b], lengths[b], penalty)
-        assert found[b].tolist() == pytest.approx([row[0] for row in expected], abs=1e-5)
-        alive = [i for i, row in enumerate(expected) if row[0] > -math.inf]
-        assert [int(tokens[b, i]) for i in alive] == [expected[i][1] for i in alive]
-        assert [int(parents[b, i]) for i in alive] == [expected[i][2] for i in alive]
+        for k, (total, token, parent) in enumerate(plain(*inputs, b, eos=eos, **options)[:K]):
+            assert float(found.scores[b, k]) == pytest.approx(total, abs=1e-5)
+            assert (int(found.tokens[b, k]), int(found.parents[b, k])) == (token, parent)
+            assert bool(found.finished[b, k]) == bool(finished[b, parent] or token == eos)
+            assert int(found.lengths[b, k]) == int(lengths[b, parent]) + (not finished[b, parent])
 
 
-def test_equal_scores_keep_lower_index():
-    _, tokens, parents = step(torch.zeros(1, 3, 4))
-    assert tokens.tolist() == [[0, 1, 2]] and parents.tolist() == [[0, 0, 0]]
+@pytest.mark.parametrize(("B", "K", "V"), SHAPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_indices_are_those_of_the_reference(backend, B, K, V, name):
+    options, eos = options_for(name, B, K, V), min(EOS, V - 1)
+    for seed in range(5):
+        inputs = random(B, K, V, seed)
+        assert_same(
+            step(*inputs, backend=backend, eos=eos, **options), step(*inputs, backend="reference", eos=eos, **options)
+        )
 
 
-def test_a_finished_beam_continues_only_with_eos_at_an_unchanged_score():
-    scores, tokens, parents = step(torch.zeros(1, 2, 5), [[-0.5, -9.0]], [[True, False]])
-    assert (scores[0, 0], tokens[0, 0], parents[0, 0]) == (-0.5, EOS, 0)
-    assert parents[0, 1] == 1
+@pytest.mark.parametrize("name", ["plain", "both limits", "length penalty 0.7"])
+def test_a_large_vocabulary_is_searched_to_the_end(backend, name):
+    B, K, V = 2, 8, 32000
+    logits, *others = random(B, K, V)
+    options = options_for(name, B, K, V)
+    for inputs in ((logits, *others), (logits.sort(-1).values, *others), (logits.round(), *others)):
+        assert_same(step(*inputs, backend=backend, **options), step(*inputs, backend="reference", **options))
 
 
-def test_all_beams_finished_stay_as_they_are():
-    scores, tokens, parents = step(torch.randn(1, 3, 5), [[-1.0, -2.0, -3.0]], [[True] * 3], [[2, 3, 4]])
-    assert scores.tolist() == [[-1.0, -2.0, -3.0]] and (tokens == EOS).all() and parents.tolist() == [[0, 1, 2]]
+@pytest.mark.parametrize("V", [63, 64, 65, 130])
+def test_the_best_token_is_found_wherever_it_stands(backend, V):
+    for v in range(V):
+        logits = torch.zeros(1, 2, V)
+        logits[0, 1, v] = 5.0
+        found = step(logits, backend=backend)
+        assert (int(found.tokens[0, 0]), int(found.parents[0, 0])) == (v, 1)
 
 
-def test_at_the_start_only_the_first_beam_lives():
-    scores, tokens, parents = step(torch.randn(2, 4, 9), [[0.0, -INF, -INF, -INF]] * 2)
-    assert (parents == 0).all() and scores.isfinite().all()
-    assert all(len(set(row)) == 4 for row in tokens.tolist())
+@pytest.mark.parametrize(("K", "V"), [(3, 4), (8, 31), (5, 200), (70, 130)])
+def test_equal_scores_keep_lower_index(backend, K, V):
+    found = step(torch.zeros(1, K, V), backend=backend)
+    assert found.tokens.tolist() == [[i % V for i in range(K)]]
+    assert found.parents.tolist() == [[i // V for i in range(K)]]
 
 
-def test_more_beams_than_alternatives_fill_up_with_minus_infinity():
-    scores, _, _ = step(torch.zeros(1, 5, 3), [[0.0, -INF, -INF, -INF, -INF]])
-    assert scores[0, :3].isfinite().all() and (scores[0, 3:] == -INF).all() and not scores.isnan().any()
+def test_equal_scores_of_different_beams_keep_the_lower_beam(backend):
+    logits = torch.zeros(1, 3, 5)
+    logits[..., 3] = 4.0
+    found = step(logits, backend=backend)
+    assert found.tokens.tolist() == [[3, 3, 3]] and found.parents.tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("options", [{}, {"eos_threshold": 0.3}, {"length_penalty": 1.0}])
-def test_rows_of_minus_infinity_never_yield_nan(options):
+def test_a_finished_beam_continues_only_with_eos_at_an_unchanged_score(backend):
+    found = step(torch.zeros(1, 2, 5), [[-0.5, -9.0]], [[True, False]], [[3, 4]], backend=backend)
+    assert (found.scores[0, 0], found.tokens[0, 0], found.parents[0, 0]) == (-0.5, EOS, 0)
+    assert found.parents[0, 1] == 1 and found.lengths.tolist() == [[3, 5]]
+    assert found.finished.tolist() == [[True, False]]
+
+
+def test_all_beams_finished_stay_as_they_are(backend):
+    logits = torch.full((1, 3, 5), NAN)
+    found = step(logits, [[-1.0, -2.0, -3.0]], [[True] * 3], [[2, 3, 4]], backend=backend)
+    assert found.scores.tolist() == [[-1.0, -2.0, -3.0]] and (found.tokens == EOS).all() and found.finished.all()
+    assert found.parents.tolist() == [[0, 1, 2]] and found.lengths.tolist() == [[2, 3, 4]]
+
+
+def test_taking_eos_finishes_a_beam(backend):
+    logits = torch.zeros(1, 2, 5)
+    logits[..., EOS] = 9.0
+    found = step(logits, lengths=[[4, 6]], backend=backend)
+    assert found.finished.all() and found.lengths.tolist() == [[5, 7]]
+
+
+def test_at_the_start_only_the_first_beam_lives(backend):
+    found = step(random(2, 4, 9)[0], [[0.0, -INF, -INF, -INF]] * 2, backend=backend)
+    assert (found.parents == 0).all() and found.scores.isfinite().all()
+    assert all(len(set(row)) == 4 for row in found.tokens.tolist())
+
+
+def test_more_beams_than_alternatives_fill_up_with_the_lowest_indices_not_taken(backend):
+    logits = torch.tensor([0.0, 3.0, -INF]).expand(1, 5, 3)
+    found = step(logits, [[-INF, -1.0, -INF, -INF, -INF]], backend=backend)
+    assert found.scores[0, :2].isfinite().all() and (found.scores[0, 2:] == -INF).all()
+    assert (found.parents * 3 + found.tokens).tolist() == [[4, 3, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("K", [2, 9, 40])
+def test_fillers_are_those_of_the_reference(backend, name, K):
+    logits, scores, finished, lengths = random(6, K, 5)
+    options = options_for(name, 6, K, 5)
+    scores[:4, 1:] = -INF
+    logits[1, :, 1:4] = -INF
+    logits[2] = -INF
+    logits[3] = NAN
+    logits[5, 0, 3] = NAN
+    finished[4] = True
+    inputs = logits, scores, finished, lengths
+    assert_same(step(*inputs, backend=backend, **options), step(*inputs, backend="reference", **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"eos_threshold": 0.3}, {"eos_threshold": -1.0}, {"length_penalty": 1.0}])
+def test_rows_of_minus_infinity_never_yield_nan(backend, options):
     logits = torch.full((2, 3, 5), -INF)
     logits[1, 1] = torch.tensor([0.0, -INF, -INF, -INF, -INF])
-    scores, tokens, parents = step(logits, [[-INF] * 3, [-INF, -1.0, -2.0]], **options)
-    assert not scores.isnan().any() and (scores[0] == -INF).all()
-    assert (scores[1, 0], tokens[1, 0], parents[1, 0]) == (-1.0, 0, 1)
-    assert ((tokens >= 0) & (tokens < 5) & (parents >= 0) & (parents < 3)).all()
+    found = step(logits, [[-INF] * 3, [-INF, -1.0, -2.0]], backend=backend, **options)
+    assert not found.scores.isnan().any() and (found.scores[0] == -INF).all()
+    assert (found.scores[1, 0], found.tokens[1, 0], found.parents[1, 0]) == (-1.0, 0, 1)
+    assert ((found.tokens >= 0) & (found.tokens < 5) & (found.parents >= 0) & (found.parents < 3)).all()
 
 
-def test_eos_may_come_too_early():
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("v", [0, 63, 64, 100, 129])
+def test_a_row_with_nan_or_infinity_has_no_continuation(backend, bad, v):
+    logits = torch.randn(1, 2, 130, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, v] = bad
+    found = step(logits, backend=backend)
+    assert (found.parents == 1).all() and found.scores.isfinite().all()
+
+
+def test_huge_logits_do_not_overflow(backend):
+    logits = torch.tensor([[[3e38, -3e38, 0.0, 2.9e38]]])
+    assert step(logits, backend=backend).scores.tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("V", [1, 2])
+def test_one_token_is_enough(backend, V):
+    found = step(torch.zeros(2, 1, V), eos=0, backend=backend)
+    assert (found.tokens == 0).all() and found.finished.all()
+
+
+@pytest.mark.parametrize(("B", "K"), [(0, 3), (2, 0)])
+def test_nothing_gives_nothing(backend, B, K):
+    found = step(torch.zeros(B, K, 5), backend=backend)
+    assert all(x.shape == (B, K) for x in found[:5])
+
+
+def test_eos_may_come_too_early(backend):
     logits = torch.zeros(2, 2, 4)
     logits[..., EOS] = 9.0
-    _, tokens, _ = step(logits, allow_eos=torch.tensor([False, True]))
-    assert (tokens[0] != EOS).all() and (tokens[1, 0] == EOS).all()
+    found = step(logits, lengths=[[2, 2], [3, 3]], minimum=torch.tensor([3, 3]), backend=backend)
+    assert (found.tokens[0] != EOS).all() and (found.tokens[1] == EOS).all()
 
 
-def test_forced_eos_is_all_there_is_and_costs_its_probability():
-    logits, scores = random(2, 3, 6)
-    found, tokens, parents = step(
-        logits, scores, force_eos=torch.tensor([True, False]), allow_eos=torch.tensor([False, True]), eos_threshold=0.1
-    )
+def test_each_beam_has_its_own_length(backend):
+    logits = torch.zeros(1, 2, 4)
+    logits[..., EOS] = 9.0
+    found = step(logits, lengths=[[2, 3]], minimum=torch.tensor([3]), backend=backend)
+    assert (found.tokens[0, 0], found.parents[0, 0]) == (EOS, 1) and (found.tokens[0, 1:] != EOS).all()
+
+
+def test_forced_eos_is_all_there_is_and_costs_its_probability(backend):
+    logits, scores, _, _ = random(2, 3, 6)
+    limits = {"maximum": torch.tensor([4, 9]), "minimum": torch.tensor([7, 0]), "eos_threshold": 0.1}
+    found = step(logits, scores, lengths=torch.full((2, 3), 4), backend=backend, **limits)
     expected = (scores[0] + logits[0].log_softmax(-1)[:, EOS]).sort(descending=True)
-    assert (tokens[0] == EOS).all() and parents[0].tolist() == expected.indices.tolist()
-    torch.testing.assert_close(found[0], expected.values)
+    assert (found.tokens[0] == EOS).all() and found.parents[0].tolist() == expected.indices.tolist()
+    assert not (found.tokens[1] == EOS).all()
+    torch.testing.assert_close(found.scores[0], expected.values)
 
 
-def test_a_forced_end_leaves_finished_beams_alone():
-    scores, tokens, _ = step(
-        torch.randn(1, 2, 5), [[-1.0, -2.0]], [[True, True]], [[2, 2]], force_eos=torch.tensor([True])
+def test_a_forced_end_leaves_finished_beams_alone(backend):
+    found = step(
+        torch.zeros(1, 2, 5), [[-1.0, -2.0]], [[True, True]], [[9, 9]], maximum=torch.tensor([3]), backend=backend
     )
-    assert scores.tolist() == [[-1.0, -2.0]] and (tokens == EOS).all()
+    assert found.scores.tolist() == [[-1.0, -2.0]] and (found.tokens == EOS).all()
+    assert found.lengths.tolist() == [[9, 9]]
 
 
-def test_the_threshold_compares_eos_with_the_best_other_token():
-    logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log()  # eos 0.3, best other 0.5
+def test_the_threshold_compares_eos_with_the_best_other_token(backend):
+    logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log().expand(1, 3, 3)  # eos 0.3, best other 0.5
     ratio = math.log(0.3) / math.log(0.5)
-    _, kept, _ = step(logits.expand(1, 3, 3), [[0.0, -INF, -INF]], eos_threshold=ratio * 1.01)
-    scores, _, _ = step(logits.expand(1, 3, 3), [[0.0, -INF, -INF]], eos_threshold=ratio * 0.99)
-    assert EOS in kept[0].tolist() and (scores[0] > -INF).sum() == 2
+    kept = step(logits, [[0.0, -INF, -INF]], eos_threshold=ratio * 1.01, backend=backend)
+    dropped = step(logits, [[0.0, -INF, -INF]], eos_threshold=ratio * 0.99, backend=backend)
+    assert EOS in kept.tokens[0].tolist() and (dropped.scores[0] > -INF).sum() == 2
 
 
-def test_length_normalisation_ranks_long_beams_higher_but_returns_true_scores():
-    options = {"finished": [[True, True]], "lengths": [[2, 10]]}
-    assert step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options)[2].tolist() == [[0, 1]]
-    scores, _, parents = step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options, length_penalty=1.0)
-    assert parents.tolist() == [[1, 0]] and scores.tolist() == [[-5.0, -2.0]]
+@pytest.mark.parametrize("best_other", [0, 5])
+def test_eos_must_exceed_the_threshold_not_meet_it(backend, best_other):
+    logits = torch.zeros(1, 1, 6)
+    logits[..., [EOS, best_other]] = 4.0
+    assert step(logits, eos_threshold=1.0, backend=backend).tokens.tolist() == [[best_other]]
+
+
+def test_the_threshold_does_not_hear_the_language_model(backend):
+    logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log().expand(1, 3, 3)
+    against_eos = Ngram(torch.tensor([[0.0, 0.0, -50.0]]), torch.zeros(1, 3, dtype=torch.int64), 1.0)
+    found = step(logits, [[0.0, -INF, -INF]], eos_threshold=2.0, ngram=against_eos, backend=backend)
+    assert EOS in found.tokens[0].tolist() and (found.scores[0] > -INF).all()
+
+
+@pytest.mark.parametrize("V", [7, 31])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length_penalty": 1.0},
+        {"length_penalty": -0.5},
+        {"eos_threshold": -0.5},
+        {"minimum": torch.full((3,), 9), "maximum": torch.full((3,), 3)},
+    ],
+)
+def test_unusual_options_mean_what_they_mean_to_the_reference(backend, options, V):
+    inputs = random(3, 4, V)
+    assert_same(step(*inputs, backend=backend, **options), step(*inputs, backend="reference", **options))
+
+
+def test_length_normalisation_ranks_long_beams_higher_but_returns_true_scores(backend):
+    options = {"finished": [[True, True]], "lengths": [[2, 10]], "backend": backend}
+    assert step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options).parents.tolist() == [[0, 1]]
+    found = step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options, length_penalty=1.0)
+    assert found.parents.tolist() == [[1, 0]] and found.scores.tolist() == [[-5.0, -2.0]]
+    assert found.lengths.tolist() == [[10, 2]]
+
+
+def test_coverage_moves_ranks_and_leaves_scores(backend):
+    options = {"finished": [[True, True]], "lengths": [[2, 2]], "backend": backend}
+    found = step(torch.zeros(1, 2, 4), [[-2.0, -3.0]], **options, coverage=torch.tensor([[0.0, 1.5]]))
+    assert found.parents.tolist() == [[1, 0]] and found.scores.tolist() == [[-3.0, -2.0]]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_an_ngram_model_adds_to_the_scores_and_follows_the_tokens(backend, order):
+    B, K, V = 2, 8, 31
+    inputs, model = random(B, K, V), ngram(B, K, V, order)
+    found = step(*inputs, ngram=model, backend=backend)
+    for b in range(B):
+        for k, (total, token, parent) in enumerate(plain(*inputs, b, eos=EOS, ngram=model)[:K]):
+            assert float(found.scores[b, k]) == pytest.approx(total, abs=1e-5)
+            assert (int(found.tokens[b, k]), int(found.parents[b, k])) == (token, parent)
+            state = int(model.states[b, parent])
+            if not inputs[2][b, parent]:
+                state = (state * V + token) % V ** (order - 1)
+            assert int(found.ngram_states[b, k]) == state
+
+
+def test_without_an_ngram_model_there_are_no_states(backend):
+    assert step(*random(), backend=backend).ngram_states is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_summed_in_float32(dtype):
-    logits, scores = random()
+def test_half_precision_logits_are_summed_in_float32(backend, dtype):
+    logits, *others = random(2, 4, 131)
     low = logits.to(dtype)
-    for a, b in zip(step(low, scores), step(low.float(), scores), strict=True):
+    for a, b in zip(step(low, *others, backend=backend)[:5], step(low.float(), *others, backend=backend)[:5],
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+def test_inputs_need_not_be_contiguous(backend):
+    inputs, options = random(3, 4, 31), options_for("all", 3, 4, 31)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    turned[0] = turned[0].transpose(1, 2).contiguous().transpose(1, 2)
+    options["coverage"] = options["coverage"].t().contiguous().t()
+    model = options["ngram"]
+    options["ngram"] = model._replace(
+        table=model.table.t().contiguous().t(), states=model.states.t().contiguous().t()
+    )
+    assert not any(x.is_contiguous() for x in turned)
+    assert_same(step(*turned, backend=backend, **options), step(*inputs, backend="reference", **options))
+
+
+def test_inputs_are_left_alone(backend):
+    inputs, options = random(), options_for("all", 3, 4, 7)
+    before = [x.clone() for x in inputs]
+    step(*inputs, backend=backend, **options)
+    for a, b in zip(inputs, before, strict=True):
         assert torch.equal(a, b)
 
 
@@ -145,7 +372,11 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
         ({"scores": torch.zeros(2, 2)}, r"scores must be \(2, 3\) torch.float32 like logits; got \(2, 2\)"),
         ({"finished": torch.zeros(2, 3)}, r"finished must be \(2, 3\) torch.bool like logits; got .* torch.float32"),
         ({"lengths": torch.zeros(2, 3)}, r"lengths must be \(2, 3\) torch.int64"),
-        ({"allow_eos": torch.ones(3, dtype=torch.bool)}, r"allow_eos must be \(2,\) torch.bool"),
+        ({"minimum": torch.ones(3, dtype=torch.int64)}, r"minimum must be \(2,\) torch.int64"),
+        ({"maximum": torch.ones(2)}, r"maximum must be \(2,\) torch.int64 like logits; got \(2,\) torch.float32"),
+        ({"coverage": torch.zeros(2)}, r"coverage must be \(2, 3\) torch.float32"),
+        ({"ngram": Ngram(torch.zeros(4, 5), torch.zeros(2, 3).long(), 1.0)}, r"ngram.table must be \(5, 5\)"),
+        ({"ngram": Ngram(torch.zeros(5, 5), torch.zeros(2, 3), 1.0)}, r"ngram.states must be \(2, 3\) torch.int64"),
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores must be on cpu like logits; got meta"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
     ],
@@ -160,3 +391,77 @@ def test_disagreeing_arguments_are_explained(change, message):
     }
     with pytest.raises(ValueError, match=message):
         beam_topk(**{**good, **change})
+
+
+def arguments(B=2, K=3, V=5, **change):
+    """Return what the registered op takes, all options given."""
+    logits, scores, finished, lengths = random(B, K, V)
+    model, limits = ngram(B, K, V, 2), torch.full((B,), 4)
+    every = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
+    every |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
+    every |= {"coverage": torch.randn(B, K), "table": model.table, "states": model.states, "weight": 0.3}
+    return tuple((every | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 5).double()}, r"logits must be .* float32, bfloat16 or float16; got .* Double"),
+        ({"scores": torch.zeros(2, 2)}, r"scores must be \[2, 3\] Float like logits; got \[2, 2\]"),
+        ({"finished": torch.zeros(2, 3)}, r"finished must be \[2, 3\] Bool"),
+        ({"lengths": torch.zeros(2, 3)}, r"lengths must be \[2, 3\] Long"),
+        ({"minimum": torch.zeros(2)}, r"minimum must be \[2\] Long"),
+        ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
+        ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
+        ({"states": None}, "table and states must be given together"),
+        ({"table": torch.zeros(5, 4)}, r"table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
+        ({"states": torch.full((2, 3), 5)}, "states must be from 0 to 4; got 5"),
+        ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),
+    ],
+)
+def test_the_registered_op_checks_its_own_arguments(cpp, change, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.beam_topk_cpp(*arguments(**change))
+
+
+@pytest.mark.parametrize("options", [True, False])
+def test_the_registered_op_passes_opcheck(cpp, options):
+    names = () if options else ("minimum", "maximum", "coverage", "table", "states")
+    torch.library.opcheck(torch.ops.las_fast.beam_topk_cpp.default, arguments(**dict.fromkeys(names)))
+
+
+def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
+    logits, scores, finished, lengths = random()
+    called = ops_called(lambda: beam_topk(logits, scores, finished, eos=EOS, lengths=lengths))
+    assert called == ["las_fast::beam_topk_cpp"]
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_it_compiles_into_one_graph(cpp, name):
+    logits, scores, finished, lengths = random()
+    options = options_for(name, 3, 4, 7)
+    compiled, graphs = compile_and_count(
+        lambda *x: beam_topk(*x[:3], eos=EOS, lengths=x[3], **options)
+    )
+    found = compiled(logits, scores, finished, lengths)
+    assert_same(found, beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, **options))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("B", "K", "V"), [(200, 8, 31), (1, 8, 5000)])
+def test_two_threads_give_the_same_answer(cpp, B, K, V):
+    inputs, options = random(B, K, V), options_for("both limits", B, K, V)
+    with threads(2):
+        found = step(*inputs, backend=cpp, **options)
+    expected = step(*inputs, backend=cpp, **options)
+    assert_same(found, expected)
+    assert torch.equal(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("V", [31, 131])
+def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, V):
+    inputs = random(5, 4, V)
+    whole = step(*inputs, backend=cpp, length_penalty=0.7)
+    for b in range(5):
+        alone = step(*(x[b : b + 1] for x in inputs), backend=cpp, length_penalty=0.7)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone[:5], whole[:5], strict=True))

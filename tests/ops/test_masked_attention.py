@@ -1,9 +1,37 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from calls import COVERED, call, compile_and_count, ops_called, threads
 
-from las_fast.ops import masked_attention, padding_mask
+from las_fast.ops import backends, masked_attention, padding_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAN = torch.nan
+SIZES = [  # B, K, T, D, E
+    (1, 1, 1, 1, 1),
+    (3, 2, 7, 5, 6),
+    (2, 3, 31, 15, 17),
+    (2, 4, 32, 16, 16),
+    (2, 5, 33, 17, 15),
+    (2, 7, 63, 64, 31),
+    (2, 8, 64, 33, 128),
+    (2, 9, 65, 127, 129),
+    (2, 1, 129, 256, 255),
+    (1, 64, 131, 13, 257),
+    (5, 13, 3, 2, 3),
+    (2, 1, 8192, 8, 12),
+]
+THROUGH = ["context", "weights", "both"]
+TAKEN = [(x, dtype) for x in COVERED for dtype in DTYPES if backends.takes("masked_attention", x, dtype)]
+on_each_dtype = pytest.mark.parametrize(("backend", "dtype"), TAKEN, indirect=["backend"])
+on_each_half = pytest.mark.parametrize(
+    ("backend", "dtype"), [x for x in TAKEN if x[1] != torch.float32], indirect=["backend"]
+)
 
 
 def inputs(B=3, K=2, T=7, D=5, E=6, dtype=torch.float32, seed=0, grad=False):
@@ -12,120 +40,310 @@ def inputs(B=3, K=2, T=7, D=5, E=6, dtype=torch.float32, seed=0, grad=False):
     return [torch.randn(s, generator=generator).to(dtype).requires_grad_(grad) for s in shapes]
 
 
+def some_lengths(B, T):
+    return torch.tensor([T, max(T - 1, 0), T // 2, 1, 0][:B])
+
+
 def plain(query, keys, values, lengths):
-    """One utterance and query at a time, in float64."""
-    context = torch.zeros(*query.shape[:2], values.shape[2], dtype=torch.float64)
-    weights = torch.zeros(*query.shape[:2], keys.shape[1], dtype=torch.float64)
-    for b, n in enumerate(lengths.tolist()):
-        for k in range(query.shape[1]):
-            if n:
-                scores = keys[b, :n].double() @ query[b, k].double() / query.shape[2] ** 0.5
-                weights[b, k, :n] = scores.softmax(0)
-                context[b, k] = weights[b, k, :n] @ values[b, :n].double()
-    return context, weights
+    """Softmax attention as anybody writes it, in the precision of its inputs."""
+    padding = (torch.arange(keys.shape[1]) >= lengths[:, None])[:, None]
+    scores = query @ keys.transpose(1, 2) * query.shape[2] ** -0.5
+    weights = scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(padding, 0.0)
+    return weights @ values, weights
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 2, 7, 5, 6), (2, 8, 33, 16, 17), (4, 1, 31, 13, 3)])
-def test_it_is_the_softmax_average_over_valid_frames(sizes):
+def everything(function, tensors, lengths, through, cotangents):
+    """Return context, weights, and the gradients of query, keys and values through what is named."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    context, weights = function(*leaves, lengths)
+    chosen = {"context": [0], "weights": [1], "both": [0, 1]}[through]
+    outputs = [(context, weights)[i] for i in chosen]
+    upstream = [cotangents[i].to(x) for i, x in zip(chosen, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+    zeros = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))
+    return [x.detach() for x in (context, weights, *zeros)]
+
+
+def errors(found, exact):
+    """Return the root of the mean square of the error, and its maximum."""
+    error = (found - exact).abs()
+    return error.square().mean().sqrt(), error.max()
+
+
+def assert_as_good_as_plain(backend, sizes, dtype, through):
+    """Against float64, err at most twice as much as the plain formula, and a rounding of the largest result.
+
+    That is for the mean; a single value may be luckier in the one formula than in the other, and gets four times.
+    """
     B, K, T, D, E = sizes
-    query, keys, values = inputs(B, K, T, D, E)
-    lengths = torch.tensor([T, T - 1, 1, T // 2][:B])
-    context, weights = masked_attention(query, keys, values, lengths)
-    expected_context, expected_weights = plain(query, keys, values, lengths)
-    torch.testing.assert_close(context.double(), expected_context, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(weights.double(), expected_weights, atol=2e-6, rtol=1e-5)
+    tensors, lengths = inputs(*sizes, dtype=dtype), some_lengths(B, T)
+    cotangents = inputs(B, K, T, E, E, seed=1)[0].to(dtype), inputs(B, K, 1, T, 1, seed=2)[0]
+
+    def op(*x):
+        return call(masked_attention, *x, backend=backend)
+
+    found = everything(op, tensors, lengths, through, cotangents)
+    exact = everything(plain, [x.double() for x in tensors], lengths, through, [x.double() for x in cotangents])
+    usual = everything(plain, tensors, lengths, through, cotangents)
+    for name, a, b, c in zip(("context", "weights", "query", "keys", "values"), found, exact, usual, strict=True):
+        rounding = torch.finfo(dtype).eps * b.abs().max()
+        for error, usual_error, factor in zip(errors(a, b), errors(c, b), (2, 4), strict=True):
+            allowed = factor * usual_error + rounding
+            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def test_padding_is_ignored_and_its_weights_are_exactly_zero():
+@on_each_dtype
+@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_values_and_gradients_err_at_most_twice_as_much_as_the_plain_formula(backend, sizes, through, dtype):
+    assert_as_good_as_plain(backend, sizes, dtype, through)
+
+
+def test_padding_is_ignored_and_its_weights_are_exactly_zero(backend):
     query, keys, values = inputs()
     lengths = torch.tensor([7, 3, 1])
-    context, weights = masked_attention(query, keys, values, lengths)
+    context, weights = call(masked_attention, query, keys, values, lengths, backend=backend)
     assert (weights[padding_mask(lengths, 7)[:, None].expand_as(weights)] == 0).all()
     keys[1, 3:], values[1, 3:] = 1e4, -1e4
-    again, _ = masked_attention(query, keys, values, lengths)
-    torch.testing.assert_close(again, context, atol=0, rtol=0)
+    again, _ = call(masked_attention, query, keys, values, lengths, backend=backend)
+    assert torch.equal(again, context)
 
 
-def test_the_last_valid_frame_takes_part():
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_padding_full_of_nan_does_not_matter(backend, dtype):
+    clean, lengths = inputs(5, 3, 70, 19, 21, dtype), some_lengths(5, 70)
+    dirty = [x.clone() for x in clean]
+    for x in dirty[1:]:
+        x[padding_mask(lengths, 70)] = NAN
+    cotangents = inputs(5, 3, 70, 21, 21, seed=1)[0], torch.ones(5, 3, 70)
+    results = [
+        everything(lambda *x: call(masked_attention, *x, backend=backend), tensors, lengths, "both", cotangents)
+        for tensors in (clean, dirty)
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    for gradient in results[1][3:]:
+        assert (gradient[padding_mask(lengths, 70)] == 0).all()
+
+
+def test_nan_in_a_valid_frame_is_not_hidden(backend):
+    query, keys, values = inputs()
+    keys[1, 2] = NAN
+    context, weights, peaks = call(masked_attention, query, keys, values, torch.full((3,), 7), peaks=True,
+                                   backend=backend)  # fmt: skip
+    assert context[1].isnan().all() and weights[1].isnan().all() and context[[0, 2]].isfinite().all()
+    assert ((peaks >= 0) & (peaks < 7)).all()
+
+
+def test_the_last_valid_frame_takes_part(backend):
     query, keys, values = inputs(B=1)
-    _, weights = masked_attention(query, keys, values, torch.tensor([4]))
+    _, weights = call(masked_attention, query, keys, values, torch.tensor([4]), backend=backend)
     assert (weights[:, :, :4] > 0).all() and (weights[:, :, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_length_zero_gives_zeros_and_no_nan_in_values_or_gradients(dtype):
-    query, keys, values = inputs(dtype=dtype, grad=True)
-    context, weights = masked_attention(query, keys, values, torch.tensor([0, 7, 2]))
-    assert (context[0] == 0).all() and (weights[0] == 0).all()
-    (context.float().sum() + weights.square().sum()).backward()
-    for tensor in (query, keys, values):
-        assert tensor.grad.isfinite().all() and (tensor.grad[0] == 0).all()
+@on_each_dtype
+def test_length_zero_gives_zeros_and_no_nan_in_values_or_gradients(backend, dtype):
+    tensors, lengths = inputs(dtype=dtype), torch.tensor([0, 7, 2])
+    context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
+    assert (context[0] == 0).all() and (weights[0] == 0).all() and (peaks[0] == 0).all()
+
+    def op(*x):
+        return call(masked_attention, *x, backend=backend)
+
+    for gradient in everything(op, tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 7)))[2:]:
+        assert gradient.isfinite().all() and (gradient[0] == 0).all()
 
 
-def test_no_frames_at_all_give_zeros():
-    query, keys, values = inputs(T=0)
-    context, weights = masked_attention(query, keys, values, torch.zeros(3, dtype=torch.int64))
-    assert (context == 0).all() and weights.shape == (3, 2, 0)
+def test_no_frames_at_all_give_zeros(backend):
+    tensors, lengths = inputs(T=0), torch.zeros(3, dtype=torch.int64)
+    context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
+    assert (context == 0).all() and weights.shape == (3, 2, 0) and (peaks == 0).all()
+
+    def op(*x):
+        return call(masked_attention, *x, backend=backend)
+
+    gradients = everything(op, tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 0)))[2:]
+    assert (gradients[0] == 0).all() and gradients[1].shape == (3, 0, 5)
 
 
-def test_gradients_are_right():
-    query, keys, values = (x.detach().double().requires_grad_() for x in inputs(B=2, T=4))
-    lengths = torch.tensor([4, 2])
-    assert torch.autograd.gradcheck(lambda *x: masked_attention(*x, lengths), (query, keys, values))
+@pytest.mark.parametrize("sizes", [(0, 2, 7, 5, 6), (3, 0, 7, 5, 6)], ids=["no utterance", "no query"])
+def test_nothing_gives_nothing(backend, sizes):
+    B, K, T, _, E = sizes
+    lengths = torch.zeros(B, dtype=torch.int64)
+    context, weights, peaks = call(masked_attention, *inputs(*sizes), lengths, peaks=True, backend=backend)
+    assert context.shape == (B, K, E) and weights.shape == (B, K, T) and peaks.shape == (B, K)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_half_precision_inputs_are_summed_in_float32(dtype):
-    query, keys, values = inputs(B=2, K=8, T=200, D=64, E=64, dtype=dtype)
-    lengths = torch.tensor([200, 77])
-    context, weights = masked_attention(query, keys, values, lengths)
-    exact_context, exact_weights = plain(query, keys, values, lengths)
-    assert context.dtype == dtype and weights.dtype == torch.float32
-    torch.testing.assert_close(weights.double(), exact_weights, atol=1e-6, rtol=1e-4)
-    assert (context.double() - exact_context).abs().max() <= 2 * (exact_context.to(dtype) - exact_context).abs().max()
+def test_gradients_of_the_reference_are_right():
+    tensors, lengths = (x.detach().double().requires_grad_() for x in inputs(B=2, T=4)), torch.tensor([4, 2])
+    assert torch.autograd.gradcheck(lambda *x: masked_attention(*x, lengths), tuple(tensors))
 
 
-def test_large_scores_do_not_overflow_in_half_precision():
-    query, keys, values = (100 * x for x in inputs(dtype=torch.float16))
-    context, weights = masked_attention(query, keys, values, torch.tensor([7, 3, 1]))
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_the_gradients_asked_for_are_needed(backend, wanted):
+    tensors, lengths = inputs(), torch.tensor([7, 3, 1])
+
+    def gradients(wanted, backend):
+        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+        context, _ = call(masked_attention, *leaves, lengths, weights=False, backend=backend)
+        return torch.autograd.grad(context.square().sum(), [leaves[i] for i in wanted])
+
+    expected = gradients((0, 1, 2), "reference")
+    for i, gradient in zip(wanted, gradients(wanted, backend), strict=True):
+        torch.testing.assert_close(gradient, expected[i])
+
+
+def test_weights_that_were_not_returned_give_the_same_gradients(backend):
+    tensors, lengths, results = inputs(3, 2, 70, 16, 16), torch.tensor([70, 33, 1]), []
+    for weights in (True, False):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        context, _ = call(masked_attention, *leaves, lengths, weights=weights, backend=backend)
+        results.append(torch.autograd.grad(context.square().sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@on_each_half
+def test_half_precision_is_summed_in_float32_and_rounded_once(backend, dtype):
+    tensors, lengths = inputs(B=2, K=8, T=200, D=64, E=64, dtype=dtype), torch.tensor([200, 77])
+    cotangents = inputs(2, 8, 200, 64, 64, dtype, seed=1)[0], inputs(2, 8, 1, 200, 1, seed=2)[0]
+
+    def op(*x):
+        return call(masked_attention, *x, backend=backend)
+
+    found = everything(op, tensors, lengths, "both", cotangents)
+    exact = everything(plain, [x.double() for x in tensors], lengths, "both", [x.double() for x in cotangents])
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1].double(), exact[1], atol=1e-6, rtol=1e-4)
+    for a, b in zip((found[0], *found[2:]), (exact[0], *exact[2:]), strict=True):
+        assert a.dtype == dtype
+        for error, rounding in zip(errors(a, b), errors(b.to(dtype), b), strict=True):
+            assert error <= 1.2 * rounding
+
+
+def test_bfloat16_gradients_round_to_even_and_keep_nan(backend):
+    query, keys, values = inputs(1, 2, 1, 1, 2, torch.bfloat16, grad=True)  # one frame: its weights are 1
+    context, weights = call(masked_attention, query, keys, values, torch.tensor([1]), backend=backend)
+    halves = torch.tensor([[[1.0, 1.0 + 2**-7], [2**-8, 2**-8]]]).bfloat16()  # their sums lie between two bfloat16
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    _, key, value = torch.autograd.grad((context, weights), (query, keys, values), (halves, nan.expand(1, 2, 1)))
+    assert value.tolist() == [[[1.0, 1.0 + 2**-6]]] and key.isnan().all()
+
+
+def test_large_scores_do_not_overflow(backend):
+    tensors = [100 * x for x in inputs(dtype=torch.bfloat16)]
+    context, weights = call(masked_attention, *tensors, torch.tensor([7, 3, 1]), backend=backend)
     assert context.isfinite().all() and weights.isfinite().all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2))
 
 
-def test_autocast_does_not_lower_the_precision():
-    query, keys, values = inputs()
-    lengths = torch.tensor([7, 3, 1])
-    with torch.autocast("cpu", torch.bfloat16):
-        context, weights = masked_attention(query, keys, values, lengths)
-    expected = masked_attention(query, keys, values, lengths)
-    assert torch.equal(context, expected[0]) and torch.equal(weights, expected[1])
+def test_autocast_does_not_lower_the_precision(backend):
+    tensors, lengths = inputs(), torch.tensor([7, 3, 1])
+    with torch.autocast(backends.DEVICES.get(backend, "cpu"), torch.bfloat16):
+        found = call(masked_attention, *tensors, lengths, backend=backend)
+    for a, b in zip(found, call(masked_attention, *tensors, lengths, backend=backend), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_queries_of_a_beam_are_independent():
-    query, keys, values = inputs(K=5)
-    lengths = torch.tensor([7, 3, 1])
-    whole, _ = masked_attention(query, keys, values, lengths)
-    for k in range(5):
-        one, _ = masked_attention(query[:, k : k + 1], keys, values, lengths)
+@pytest.mark.parametrize("K", [1, 3, 8, 64])
+def test_queries_of_a_beam_are_independent(backend, K):
+    query, keys, values = inputs(K=K, T=67, D=20)
+    lengths = torch.tensor([67, 33, 1])
+    whole, _ = call(masked_attention, query, keys, values, lengths, backend=backend)
+    for k in {0, K // 2, K - 1}:
+        one, _ = call(masked_attention, query[:, k : k + 1], keys, values, lengths, backend=backend)
         torch.testing.assert_close(one[:, 0], whole[:, k], atol=1e-6, rtol=1e-5)
 
 
-def test_a_scale_and_a_mask_made_before_are_used():
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("K", [1, 5, 8])
+def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, K, dtype):
+    tensors, lengths = inputs(4, K, 131, 33, 40, dtype), torch.tensor([77, 131, 0, 1])
+    cotangents = inputs(4, K, 131, 40, 40, seed=1)[0], torch.ones(4, K, 131)
+
+    def op(*x):
+        return (*masked_attention(*x, backend=cpp),)
+
+    whole = everything(op, tensors, lengths, "both", cotangents)
+    for b, n in enumerate(lengths.tolist()):
+        alone = [tensors[0][b : b + 1], *(x[b : b + 1, : n + 3] for x in tensors[1:])]
+        found = everything(op, alone, lengths[b : b + 1], "both",
+                           (cotangents[0][b : b + 1], cotangents[1][b : b + 1, :, : n + 3]))  # fmt: skip
+        for i, (a, expected) in enumerate(zip(found, whole, strict=True)):
+            expected = expected[b : b + 1]
+            if i == 1:
+                a, expected = a[..., :n], expected[..., :n]
+            if i >= 3:
+                a, expected = a[:, :n], expected[:, :n]
+            assert torch.equal(a, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("weights", [True, False])
+def test_peaks_are_the_first_frames_of_the_largest_weights(backend, weights, dtype):
+    tensors, lengths = inputs(5, 9, 133, 16, 4, dtype), some_lengths(5, 133)
+    _, every, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
+    found = call(masked_attention, *tensors, lengths, weights=weights, peaks=True, backend=backend)
+    assert peaks.dtype == torch.int64 and torch.equal(peaks, every.argmax(-1)) and torch.equal(found[2], peaks)
+
+
+@pytest.mark.parametrize("T", [1, 7, 16, 17, 33, 131])
+def test_of_equal_weights_the_first_frame_is_the_peak(backend, T):
+    query = torch.tensor([[[1.0, 2.0], [-1.0, 3.0]]])  # small whole numbers: no order of summation rounds
+    keys, values, lengths = torch.ones(1, T, 2), torch.ones(1, T, 3), torch.tensor([T])
+
+    def peaks():
+        return call(masked_attention, query, keys, values, lengths, scale=1.0, peaks=True, backend=backend)[2].tolist()
+
+    assert peaks() == [[0, 0]]
+    keys[:, T // 2 :] = torch.tensor([4.0, 1.0])  # better for the first query, worse for the second
+    assert peaks() == [[T // 2, 0]]
+
+
+def test_scores_so_close_that_their_weights_are_equal_have_the_first_as_peak(backend):
+    scores = 1.0 + torch.arange(64) * 2.0**-23  # the last is the largest, by as little as there is
+    query, keys = torch.ones(1, 1, 1), scores.view(1, 64, 1)
+    lengths = torch.tensor([64])
+    _, weights, peaks = call(masked_attention, query, keys, keys, lengths, scale=1.0, peaks=True, backend=backend)
+    assert torch.equal(peaks, weights.argmax(-1))
+
+
+def test_a_scale_and_a_mask_made_before_are_used(backend):
     query, keys, values = inputs()
     lengths = torch.tensor([7, 3, 1])
-    context, nothing = masked_attention(query, keys, values, lengths, scale=2.0, weights=False)
-    again, _ = masked_attention(query * 2 * 5**0.5, keys, values, lengths, padding=padding_mask(lengths, 7))
+    context, nothing = call(masked_attention, query, keys, values, lengths, scale=2.0, weights=False, backend=backend)
+    again, _ = call(
+        masked_attention, query * 2 * 5**0.5, keys, values, lengths, padding=padding_mask(lengths, 7), backend=backend
+    )
     assert nothing is None
     torch.testing.assert_close(context, again, atol=1e-5, rtol=1e-5)
 
 
-def test_inputs_need_not_be_contiguous():
-    query, keys, values = inputs()
-    lengths = torch.tensor([7, 3, 1])
-    turned = keys.transpose(0, 1).contiguous().transpose(0, 1)
-    assert not turned.is_contiguous()
-    torch.testing.assert_close(
-        masked_attention(query, turned, values, lengths)[0], masked_attention(query, keys, values, lengths)[0]
-    )
+@pytest.mark.parametrize(
+    "turn",
+    [
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+        lambda x: x[:1].expand_as(x),
+    ],
+    ids=["time first", "size before time", "cut", "expanded"],
+)
+def test_inputs_need_not_be_contiguous(backend, turn):
+    turned, lengths = [turn(x) for x in inputs(3, 2, 35, 6, 17)], torch.tensor([35, 3, 1])
+    assert not any(x.is_contiguous() for x in turned)
+    cotangents = [turn(torch.randn(3, 2, n, generator=torch.Generator().manual_seed(n))) for n in (17, 35)]
+
+    def run(tensors, cotangents):
+        def op(*x):
+            return call(masked_attention, *x, backend=backend)
+
+        return everything(op, tensors, lengths, "both", cotangents)
+
+    whole = run([x.contiguous() for x in turned], [x.contiguous() for x in cotangents])
+    for a, b in zip(run(turned, cotangents), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +366,149 @@ def test_disagreeing_arguments_are_explained(change, message):
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"padding must be \(3, 7\) bool"):
         masked_attention(*inputs(), torch.tensor([7, 3, 1]), padding=torch.zeros(3, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, n: (q.half(), k, v, n), r"query must be \(B, K, D\) float32 or bfloat16; got .* Half"),
+        (lambda q, k, v, n: (q, k[:, :, :4], v, n), r"keys must be \(B, T, D\) with B=3, D=5 .*; got \[3, 7, 4\]"),
+        (lambda q, k, v, n: (q, k.bfloat16(), v, n), r"keys must be .* the dtype of query; got .* BFloat16"),
+        (lambda q, k, v, n: (q, k, v[:, :6], n), r"values must be \(B, T, E\) with B=3, T=7 .*; got \[3, 6, 6\]"),
+        (lambda q, k, v, n: (q, k, v, n.int()), r"lengths must be \(3,\) int64; got \[3\] Int"),
+    ],
+)
+def test_the_registered_ops_check_their_own_arguments(cpp, change, message):
+    tensors = change(*inputs(), torch.tensor([7, 3, 1]))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.masked_attention_cpp(*tensors, 1.0, True)
+    context, weights, logsumexp = torch.ones(3, 2, 6), torch.ones(3, 2, 7), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.masked_attention_backward_cpp(
+            context, None, *tensors, context, weights, logsumexp, 1.0, True
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "weights"),
+    [("context_gradient", torch.ones(3, 2, 5), None), ("weights_gradient", None, torch.ones(3, 2, 7).bfloat16())],
+)
+def test_the_registered_backward_checks_the_gradients(cpp, name, context, weights):
+    tensors = (*inputs(), torch.tensor([7, 3, 1]))
+    saved = torch.ones(3, 2, 6), torch.ones(3, 2, 7), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match=rf"{name} must be \[3, 2, .\] Float; got"):
+        torch.ops.las_fast.masked_attention_backward_cpp(context, weights, *tensors, *saved, 1.0, True)
+
+
+@pytest.mark.parametrize("lengths", [[-5, 9, 2**40]])
+def test_lengths_out_of_range_are_taken_for_the_nearest(cpp, lengths):
+    tensors = inputs()
+    found = masked_attention(*tensors, torch.tensor(lengths), peaks=True, backend=cpp)
+    expected = masked_attention(*tensors, torch.tensor(lengths).clamp(0, 7), peaks=True, backend=cpp)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_logsumexp_is_that_of_the_scaled_scores(cpp):
+    query, keys, values = inputs()
+    _, weights, _, logsumexp = torch.ops.las_fast.masked_attention_cpp(
+        query, keys, values, torch.tensor([7, 3, 0]), 0.5, False
+    )
+    scores = query.double() @ keys.double().transpose(1, 2) * 0.5
+    expected = torch.stack([scores[0].logsumexp(-1), scores[1, :, :3].logsumexp(-1)])
+    torch.testing.assert_close(logsumexp[:2].double(), expected, atol=1e-6, rtol=1e-6)
+    assert (logsumexp[2] == -torch.inf).all() and weights.shape == (0, 0, 0)
+
+
+def test_auto_takes_the_cpp_path_on_a_cpu_in_both_directions(cpp):
+    leaves, lengths = inputs(grad=True), torch.tensor([7, 3, 1])
+    found = []
+    forward = ops_called(lambda: found.extend(masked_attention(*leaves, lengths)))
+    backward = ops_called(lambda: found[0].sum().backward())
+    assert "las_fast::masked_attention_cpp" in forward and "las_fast::masked_attention_backward_cpp" in backward
+
+
+def test_without_gradients_of_keys_and_values_their_part_is_left_out(cpp):
+    query, keys, values = inputs()
+    saved = torch.ops.las_fast.masked_attention_cpp(query, keys, values, torch.tensor([7, 3, 1]), 0.5, True)
+    arguments = (query, keys, values, torch.tensor([7, 3, 1]), saved[0], saved[1], saved[3], 0.5)
+    backward = torch.ops.las_fast.masked_attention_backward_cpp
+    whole = backward(saved[0], None, *arguments, True)
+    part = backward(saved[0], None, *arguments, False)
+    assert torch.equal(part[0], whole[0]) and part[1].shape == part[2].shape == (0, 0, 0)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_registered_op_passes_opcheck(cpp, weights, dtype):
+    arguments = (*inputs(dtype=dtype, grad=True), torch.tensor([7, 3, 1]), 0.5, weights)
+    torch.library.opcheck(torch.ops.las_fast.masked_attention_cpp.default, arguments)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)])
+def test_the_registered_backward_passes_opcheck(cpp, memory, given):
+    arguments = (*inputs(), torch.tensor([7, 3, 1]))
+    context, weights, _, logsumexp = torch.ops.las_fast.masked_attention_cpp(*arguments, 0.5, True)
+    gradients = [x if wanted else None for x, wanted in zip((context, weights), given, strict=True)]
+    torch.library.opcheck(
+        torch.ops.las_fast.masked_attention_backward_cpp.default,
+        (*gradients, *arguments, context, weights, logsumexp, 0.5, memory),
+    )
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_it_compiles_into_one_graph_with_gradients(cpp, weights):
+    tensors, lengths = inputs(), torch.tensor([7, 3, 1])
+
+    def loss(query, keys, values):
+        context, attended, peaks = masked_attention(query, keys, values, lengths, weights=weights, peaks=True)
+        return context.square().sum() + (attended.square().sum() if weights else 0), peaks
+
+    compiled, graphs = compile_and_count(loss)
+    results = []
+    for function in (loss, compiled):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        total, peaks = function(*leaves)
+        results.append((total.detach(), peaks, *torch.autograd.grad(total, leaves)))
+    assert len(graphs) == 1
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(16, 4, 129, 64, 64), (1, 43, 300, 64, 64)], ids=["utterances", "queries"])
+def test_two_threads_give_the_same_answer(cpp, sizes):
+    tensors = inputs(*sizes)
+    lengths = torch.linspace(1, sizes[2], sizes[0]).long().flip(0)
+    cotangents = torch.ones(*sizes[:2], sizes[4]), torch.ones(*sizes[:3])
+
+    def run():
+        peaks = masked_attention(*tensors, lengths, weights=False, peaks=True, backend=cpp)[2]
+        return peaks, *everything(lambda *x: masked_attention(*x, backend=cpp), tensors, lengths, "both", cotangents)
+
+    with threads(2):
+        found = run()
+    for a, b in zip(found, run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def digest(lanes: str) -> str:
+    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    words = [sys.executable, "-c", "import test_masked_attention as test; print(test.check_and_digest())"]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def check_and_digest() -> str:
+    for sizes in SIZES:
+        for dtype in DTYPES[:2]:
+            assert_as_good_as_plain("cpp", sizes, dtype, "both")
+    context, _ = masked_attention(*inputs(2, 3, 67, 64, 64), torch.tensor([67, 5]), backend="cpp")
+    return hashlib.sha256(context.numpy().tobytes()).hexdigest()
+
+
+def test_older_processors_are_served_as_well(cpp):
+    digests = {digest("4"), digest("8"), check_and_digest()}
+    widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
+    assert len(digests) == widths, "each width adds up in an order of its own"

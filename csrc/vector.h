@@ -1,0 +1,221 @@
+// Vectors of W floats, and a way to compile a loop for the widest ones that the processor has.
+//
+// A loop is a template over W. 64-byte vectors compiled for a processor that lacks them are about ten times slower than
+// vectors of its own width, so each width is compiled for the instructions that go with it and chosen when called.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#define LAS_INLINE inline __attribute__((always_inline))
+
+namespace las {
+
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+template <int W>
+struct Lanes {
+  typedef float Float __attribute__((vector_size(4 * W)));
+  typedef int32_t Int __attribute__((vector_size(4 * W)));
+  typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+  typedef uint16_t Short __attribute__((vector_size(2 * W)));
+};
+template <int W>
+using Float = typename Lanes<W>::Float;
+template <int W>
+using Int = typename Lanes<W>::Int;
+template <int W>
+using Bits = typename Lanes<W>::Bits;
+template <int W>
+using Short = typename Lanes<W>::Short;
+
+template <class To, class From>
+LAS_INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <int W>
+LAS_INLINE Float<W> broadcast(float x) {
+  return Float<W>{} + x;
+}
+
+template <int W>
+LAS_INLINE Float<W> load(const float* p) {
+  Float<W> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <int W>
+LAS_INLINE Float<W> load(const c10::BFloat16* p) {  // the upper half of a float32
+  Short<W> x;
+  std::memcpy(&x, p, sizeof x);
+  return bits_as<Float<W>>(__builtin_convertvector(x, Bits<W>) << 16);
+}
+
+template <int W>
+LAS_INLINE void store(float* p, Float<W> x) {
+  std::memcpy(p, &x, sizeof x);
+}
+
+template <int W>
+LAS_INLINE void store(c10::BFloat16* p, Float<W> x) {  // to the nearest, ties to even; NaN stays NaN
+  const Bits<W> bits = bits_as<Bits<W>>(x);
+  const Bits<W> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Bits<W> nan = Bits<W>{} + 0x7FC0;
+  const Short<W> y = __builtin_convertvector(x == x ? rounded : nan, Short<W>);
+  std::memcpy(p, &y, sizeof y);
+}
+
+// The first n < W lanes; the others are `fill`, and nothing past p + n is read.
+template <int W, class T>
+LAS_INLINE Float<W> load_part(const T* p, int64_t n, float fill = 0.0f) {
+  T x[W];
+  for (int i = 0; i < W; ++i) x[i] = T(fill);
+  for (int i = 0; i < W && i < n; ++i) x[i] = p[i];
+  return load<W>(x);
+}
+
+template <int W, class T>
+LAS_INLINE void store_part(T* p, Float<W> x, int64_t n) {
+  T y[W];
+  store<W>(y, x);
+  for (int i = 0; i < W && i < n; ++i) p[i] = y[i];
+}
+
+template <int W>
+LAS_INLINE Float<W> larger(Float<W> a, Float<W> b) {
+  return a > b ? a : b;
+}
+
+template <int W>
+LAS_INLINE float largest(Float<W> x) {
+  if constexpr (W > 4) {
+    Float<W / 2> half[2];
+    std::memcpy(half, &x, sizeof x);
+    return largest<W / 2>(larger<W / 2>(half[0], half[1]));
+  } else {
+    const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+  }
+}
+
+// Lanes of a (from 0) and b (from W) in the given order.
+template <int W, int... lane>
+LAS_INLINE Float<W> pick(Float<W> a, Float<W> b, std::integer_sequence<int, lane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, Int<W>{lane...});
+#endif
+}
+
+// Of every four lanes: a0 b0 a1 b1 (PART 0) or a2 b2 a3 b3 (PART 1).
+template <int W, int PART, int... i>
+LAS_INLINE Float<W> interleave(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
+  return pick<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 4 / 2 + i % 2 * W)...>{});
+}
+
+// Of every four lanes: a0 a1 b0 b1 (PART 0) or a2 a3 b2 b3 (PART 1).
+template <int W, int PART, int... i>
+LAS_INLINE Float<W> pairs(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
+  return pick<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 2 + i % 4 / 2 * W)...>{});
+}
+
+template <int W>
+LAS_INLINE Float<4> fold(Float<W> x) {  // the sum of each of four lanes with those 4, 8, ... after it
+  if constexpr (W == 4) {
+    return x;
+  } else {
+    Float<W / 2> half[2];
+    std::memcpy(half, &x, sizeof x);
+    return fold<W / 2>(half[0] + half[1]);
+  }
+}
+
+// The sums of the lanes of four vectors; each is added up in the same order wherever it stands.
+template <int W>
+LAS_INLINE Float<4> sums(Float<W> a, Float<W> b, Float<W> c, Float<W> d) {
+  constexpr auto all = std::make_integer_sequence<int, W>{};
+  const Float<W> ab = interleave<W, 0>(a, b, all) + interleave<W, 1>(a, b, all);
+  const Float<W> cd = interleave<W, 0>(c, d, all) + interleave<W, 1>(c, d, all);
+  return fold<W>(pairs<W, 0>(ab, cd, all) + pairs<W, 1>(ab, cd, all));
+}
+
+template <int W>
+LAS_INLINE float sum(Float<W> x) {
+  return sums<W>(x, x, x, x)[0];
+}
+
+// exp(x) for x up to 0, to about 1e-7: 2^n times a polynomial in the remainder (Cephes); NaN for NaN, 0 below -87.3.
+template <int W>
+LAS_INLINE Float<W> exp(Float<W> x) {
+  const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Float<W> shifted = x * 1.44269504f + ROUND;
+  const Float<W> n = shifted - ROUND;
+  const Float<W> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float<W> p = broadcast<W>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Float<W> power = bits_as<Float<W>>((bits_as<Int<W>>(shifted) << 23) + 0x3F800000);
+  return x < -87.3f ? Float<W>{} : p * power;
+}
+
+template <int W>
+using Width = std::integral_constant<int, W>;
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+template <class Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void with_avx512(const Body& body) {
+  body(Width<16>{});
+}
+
+template <class Body>
+__attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
+  body(Width<8>{});
+}
+
+inline int width_of_processor() {
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx2 && avx512 ? 16 : avx2 ? 8 : 4;
+}
+
+// LAS_FAST_LANES=8 or 4 in the environment stands in for an older processor.
+inline int width_here() {
+  const char* limit = std::getenv("LAS_FAST_LANES");
+  return limit ? std::min(width_of_processor(), std::atoi(limit)) : width_of_processor();
+}
+
+// Call body(Width<W>{}) for the widest W of this processor. Body and all that it calls must be LAS_INLINE.
+template <class Body>
+void widest(const Body& body) {
+  static const int width = width_here();
+  if (width >= 16) return with_avx512(body);
+  if (width >= 8) return with_avx2(body);
+  body(Width<4>{});
+}
+#else
+template <class Body>
+void widest(const Body& body) {
+  body(Width<4>{});
+}
+#endif
+
+}  // namespace las

@@ -1,0 +1,341 @@
+"""Masked dot-product attention on a GPU: the Triton twin of las_fast/ops/masked_attention.py, which says what it means.
+
+One program takes one utterance, all its K queries as the rows of one tile, and a range of its frames. It walks over
+BLOCK_T frames at a time with the online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), for row maximum m,
+sum l and average a of the frames so far:
+
+    s = scale * log2(e) * Q K^T;  m' = max(m, max s);  p = 2 ** (s - m');  f = 2 ** (m - m')
+    l' = f l + sum p;             a' = f a + p V;      context = a / l;    logsumexp = ln 2 * (m + log2 l)
+
+Bytes: keys, values, queries and results cross once, for the whole beam; padding is never read. Where the utterances
+are too few to fill the chip and long, each is cut into SPLITS ranges, which write their averages, and the second
+kernel merges them; a range has at least 32 frames a query, so that this costs at most a twentieth more bytes. The
+second kernel also turns the scores that the first left in `weights` into weights, where they are asked for.
+
+The backward pass walks the same way, makes the weights again from logsumexp, and writes each frame's gradients once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+PROCESSORS = 132  # of an H100, taken where there is no device to ask
+PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}  # torch's names of float32 products, and Triton's
+WIDEST = 1024  # numbers of a key or value that fit in shared memory
+SHORTEST = 256  # frames of a range that are worth a program of their own
+# Frames of a tile (at D, E = 256; fewer where they are more), warps and stages for each number of rows: what compiles
+# for sm_80, sm_90 and sm_100 without spills and within their shared memory, at D, E up to 256. More queries than the
+# last number of rows are taken in several launches.
+TILES = {
+    "forward": {
+        "half": {16: (32, 4, 3), 32: (64, 8, 2), 64: (32, 8, 2)},
+        "ieee": {16: (32, 8, 2), 32: (32, 16, 2), 64: (16, 16, 2)},
+        "tf32": {16: (32, 8, 2), 32: (32, 8, 2), 64: (16, 8, 2)},
+    },
+    "backward": {
+        "half": {16: (32, 8, 2), 32: (32, 8, 2), 64: (16, 8, 2)},
+        "ieee": {16: (16, 8, 2), 32: (16, 8, 2)},
+        "tf32": {16: (16, 16, 2), 32: (16, 16, 1)},
+    },
+}
+
+
+@triton.jit
+def _tile(pointer, rows, columns, stride, row_count, column_count):
+    """Load a tile of rows that are `stride` apart; zeros outside."""
+    inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def forward_kernel(
+    query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, weights,
+    K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
+    D: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Attend to frames [split * frames, (split + 1) * frames) of utterance b; scale includes log2(e)."""
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    row = (b * SPLITS + split) * K + k  # of the results
+    length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
+    begin = split * frames
+    end = tl.minimum(begin + frames, length)
+    q = _tile(query + b * query_b, k, d, query_k, K, D)
+    m = tl.full([BLOCK_K], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_K], tl.float32)
+    peak = tl.zeros([BLOCK_K], tl.int32)
+    a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+    for t0 in range(begin, end, BLOCK_T):
+        local = tl.arange(0, BLOCK_T)
+        t = t0 + local
+        first = tl.cast(t0, tl.int64)
+        k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t, end - t0, D)
+        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
+        s = tl.where(t[None, :] < end, s, -float("inf"))
+        if WEIGHTS:
+            tl.store(weights + (b * K + k[:, None]) * T + t[None, :], s, mask=(k[:, None] < K) & (t[None, :] < end))
+        top = tl.max(s, 1)
+        first_top = tl.min(tl.where(s == top[:, None], t[None, :], 2147483647), 1)
+        peak = tl.where(top > m, first_top, peak)
+        m_new = tl.maximum(m, top)
+        p = tl.exp2(s - m_new[:, None])
+        fade = tl.exp2(m - m_new)
+        l = l * fade + tl.sum(p, 1)
+        v_tile = _tile(values + b * values_b + first * values_t, local, e, values_t, end - t0, E)
+        a = a * fade[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+        m = m_new
+    average = a / tl.where(l == 0.0, 1.0, l)[:, None]
+    inside = (k[:, None] < K) & (e[None, :] < E)
+    tl.store(context + row[:, None] * E + e[None, :], average.to(context.dtype.element_ty), mask=inside)
+    tl.store(peaks + row, peak, mask=k < K)
+    if SPLITS > 1 or WEIGHTS:
+        tl.store(maxima + row, m, mask=k < K)
+        tl.store(sums + row, l, mask=k < K)
+    if SPLITS == 1:
+        tl.store(logsumexp + row, _logsumexp(m, l), mask=k < K)
+
+
+@triton.jit
+def _logsumexp(m, l):
+    """Natural logarithm of l * 2 ** m; -inf where nothing was summed."""
+    return tl.where(l == 0.0, -float("inf"), (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453)
+
+
+@triton.jit
+def finish_kernel(
+    part_context, part_peaks, maxima, sums, lengths, context, logsumexp, peaks, weights,
+    K, T,
+    E: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of utterance b (the first program of it), and make weights of a block of scores (each)."""
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    k, e, split = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_S)
+    part = (b * SPLITS + split[:, None]) * K + k[None, :]  # (S, K)
+    exists = (split[:, None] < SPLITS) & (k[None, :] < K)
+    part_m = tl.load(maxima + part, mask=exists, other=-float("inf"))
+    part_l = tl.load(sums + part, mask=exists, other=0.0)
+    m = tl.max(part_m, 0)
+    finite_m = tl.where(m == -float("inf"), 0.0, m)  # -inf - -inf would be NaN where nothing was attended to
+    l = tl.sum(part_l * tl.exp2(part_m - finite_m[None, :]), 0)
+    whole = tl.where(l == 0.0, 1.0, l)
+    if WEIGHTS:
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        at = weights + (b * K + k[:, None]) * T + t[None, :]
+        valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
+        s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
+        w = tl.exp2(s - finite_m[:, None]) / whole[:, None]
+        tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
+    if SPLITS > 1 and block == 0:
+        inside = (k[:, None] < K) & (e[None, :] < E)
+        a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+        for i in range(SPLITS):
+            row = (b * SPLITS + i) * K + k
+            m_i = tl.load(maxima + row, mask=k < K, other=-float("inf"))
+            share = tl.load(sums + row, mask=k < K, other=0.0) * tl.exp2(m_i - finite_m) / whole
+            average = tl.load(part_context + row[:, None] * E + e[None, :], mask=inside, other=0.0)
+            a += share[:, None] * average.to(tl.float32)
+        row = b * K + k
+        tl.store(context + row[:, None] * E + e[None, :], a.to(context.dtype.element_ty), mask=inside)
+        tl.store(logsumexp + row, _logsumexp(m, l), mask=k < K)
+        winner = tl.min(tl.where(part_m == m[None, :], split[:, None], 2147483647), 0)  # the first of equal ones
+        part_peak = tl.load(part_peaks + part, mask=exists, other=0)
+        peak = tl.sum(tl.where(split[:, None] == winner[None, :], part_peak, 0), 0)
+        tl.store(peaks + row, peak, mask=k < K)
+
+
+@triton.jit
+def backward_kernel(
+    context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp,
+    query_gradient, keys_gradient, values_gradient,
+    K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
+    D: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr,
+    MEMORY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a range of frames of utterance b, and this range's part of the query's gradient (SPLITS, B, K, D).
+
+    CONTEXT, WEIGHTS: which of the two results has a gradient. MEMORY: whether keys' and values' are wanted.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    row = b * K + k
+    length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
+    begin = split * frames
+    end = tl.minimum(begin + frames, T)
+    q = _tile(query + b * query_b, k, d, query_k, K, D)
+    lse = tl.load(logsumexp + row, mask=k < K, other=float("inf")) * 1.4426950408889634
+    delta = tl.zeros([BLOCK_K], tl.float32)  # rowsum(W * dW') = rowsum(dC * C) + rowsum(W * dW)
+    if CONTEXT:
+        dc = _tile(context_gradient + b * K * E, k, e, E, K, E)
+        delta += tl.sum(dc.to(tl.float32) * _tile(context + b * K * E, k, e, E, K, E).to(tl.float32), 1)
+    if WEIGHTS:
+        for t0 in range(0, length, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            dw = _tile(weights_gradient + b * K * T, k, t, T, K, length)
+            delta += tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)
+    dq = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for t0 in range(begin, end, BLOCK_T):
+        local = tl.arange(0, BLOCK_T)
+        t = t0 + local
+        first = tl.cast(t0, tl.int64)
+        k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t, length - t0, D)
+        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
+        dp = tl.zeros([BLOCK_K, BLOCK_T], tl.float32) - delta[:, None]
+        if CONTEXT:
+            v_tile = _tile(values + b * values_b + first * values_t, local, e, values_t, length - t0, E)
+            dp += tl.dot(dc, tl.trans(v_tile), input_precision=PRECISION)
+        if WEIGHTS:
+            dp += _tile(weights_gradient + b * K * T, k, t, T, K, length)
+        ds = (p * dp * scale).to(q.dtype)
+        dq += tl.dot(ds, k_tile, input_precision=PRECISION)
+        if MEMORY:
+            frame = b * T + first + local
+            dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            inside = (t[:, None] < end) & (d[None, :] < D)
+            tl.store(keys_gradient + frame[:, None] * D + d[None, :], dk.to(q.dtype), mask=inside)
+            inside = (t[:, None] < end) & (e[None, :] < E)
+            at = values_gradient + frame[:, None] * E + e[None, :]
+            if CONTEXT:
+                dv = tl.dot(tl.trans(p.to(dc.dtype)), dc, input_precision=PRECISION)
+                tl.store(at, dv.to(q.dtype), mask=inside)
+            else:
+                tl.store(at, tl.zeros([BLOCK_T, BLOCK_E], q.dtype), mask=inside)
+    inside = (k[:, None] < K) & (d[None, :] < D)
+    part = (split * tl.num_programs(0) + b) * K + k
+    tl.store(query_gradient + part[:, None] * D + d[None, :], dq.to(query_gradient.dtype.element_ty), mask=inside)
+
+
+def masked_attention(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, weights: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the forward pass; return context, weights, peaks and logsumexp as las_fast::masked_attention_triton."""
+    (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
+    blocks = query.split(_most_rows(query.dtype, "forward"), 1)
+    if len(blocks) > 1:
+        found = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
+        return tuple(torch.cat(column, 1) for column in zip(*found, strict=True))
+    query, keys, values = map(_rows, (query, keys, values))
+    blocks, options = _blocks(K, D, E, query.dtype)
+    splits, frames = _splits(B, K, T, blocks["BLOCK_T"], query.device)
+    attended = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
+    results = (
+        values.new_empty(B, K, E),
+        query.new_empty(B, K, dtype=torch.float32),
+        query.new_empty(B, K, dtype=torch.int64),
+    )
+    context, logsumexp, peaks = results
+    if B == 0 or K == 0:
+        return context, attended, peaks, logsumexp
+    parts = splits if splits > 1 or weights else 0
+    maxima, sums = (query.new_empty(B, parts, K, dtype=torch.float32) for _ in range(2))
+    if splits > 1:
+        context, peaks = values.new_empty(B, splits, K, E), query.new_empty(B, splits, K, dtype=torch.int32)
+    forward_kernel[B, splits](
+        query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attended,
+        K, T, frames, scale * LOG2_E, *_strides(query, keys, values),
+        D, E, splits, weights, _precision(), **blocks, **options,
+    )  # fmt: skip
+    if parts:
+        finish_kernel[B, max(1, triton.cdiv(T, 256)) if weights else 1](
+            context, peaks, maxima, sums, lengths, *results, attended,
+            K, T, E, splits, weights,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_K=triton.next_power_of_2(K), BLOCK_T=256,
+            BLOCK_E=triton.next_power_of_2(E),
+        )  # fmt: skip
+    return results[0], attended, results[2], logsumexp
+
+
+def masked_attention_backward(
+    context_gradient: Tensor | None, weights_gradient: Tensor | None, query: Tensor, keys: Tensor, values: Tensor,
+    lengths: Tensor, context: Tensor, weights: Tensor, logsumexp: Tensor, scale: float, memory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward pass; return the gradients of query, keys and values (empty unless memory)."""
+    (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
+    most = _most_rows(query.dtype, "backward")
+    if most < K:
+        results = (query, keys, values, lengths, context, weights, logsumexp)
+        return _backward_in_parts(most, context_gradient, weights_gradient, *results, scale, memory)
+    query, keys, values = map(_rows, (query, keys, values))
+    blocks, options = _blocks(K, D, E, query.dtype, "backward")
+    splits, frames = _splits(B, K, T, blocks["BLOCK_T"], query.device)
+    shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
+    keys_gradient, values_gradient = keys.new_empty(shapes[0]), values.new_empty(shapes[1])
+    if B == 0 or K == 0:
+        return query.new_empty(query.shape), keys_gradient.zero_(), values_gradient.zero_()
+    parts = query.new_empty(splits, B, K, D, dtype=query.dtype if splits == 1 else torch.float32)
+    given = [None if x is None else x.contiguous() for x in (context_gradient, weights_gradient)]
+    backward_kernel[B, splits](
+        *given, query, keys, values, lengths, context, weights, logsumexp, parts, keys_gradient, values_gradient,
+        K, T, frames, scale, *_strides(query, keys, values),
+        D, E, splits, given[0] is not None, given[1] is not None, memory, _precision(), **blocks, **options,
+    )  # fmt: skip
+    return parts[0] if splits == 1 else parts.sum(0).to(query.dtype), keys_gradient, values_gradient
+
+
+def _backward_in_parts(
+    most, context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale, memory
+) -> tuple[Tensor, Tensor, Tensor]:
+    """More queries than one launch takes: the gradients of keys and values are the sum over the blocks of queries."""
+    found = []
+    for start in range(0, query.shape[1], most):
+        rows = slice(start, start + most)
+        given = [None if x is None else x[:, rows] for x in (context_gradient, weights_gradient)]
+        q, c, w, total = (x[:, rows].contiguous() for x in (query, context, weights, logsumexp))
+        found.append(masked_attention_backward(*given, q, keys, values, lengths, c, w, total, scale, memory))
+    of_query, *of_memory = zip(*found, strict=True)
+    sums = [torch.stack(x).float().sum(0).to(query.dtype) for x in of_memory]
+    return torch.cat(of_query, 1), *sums
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+
+
+def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    return *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2]
+
+
+def _precision() -> str:
+    return PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _splits(B: int, K: int, T: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Return into how many ranges to cut each utterance, and the frames of a range, a multiple of the block."""
+    there = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if there else PROCESSORS
+    shortest = triton.cdiv(max(SHORTEST, 32 * K), block) * block
+    splits = max(1, min(T // shortest, processors // B))
+    frames = triton.cdiv(triton.cdiv(T, splits), block) * block
+    return max(1, triton.cdiv(T, frames)) if frames else 1, frames
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return _precision() if dtype == torch.float32 else "half"
+
+
+def _most_rows(dtype: torch.dtype, pass_name: str) -> int:
+    return max(TILES[pass_name][_kind(dtype)])
+
+
+def _blocks(K: int, D: int, E: int, dtype: torch.dtype, pass_name: str = "forward") -> tuple[dict, dict]:
+    """Return the tile and the launch options for a shape, from TILES."""
+    rows = max(16, triton.next_power_of_2(K))  # a matrix unit takes 16 rows
+    block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (D, E))
+    widest = max(block_d, block_e)
+    if widest > WIDEST:
+        raise ValueError(f"triton attention takes keys and values of at most {WIDEST} numbers a frame; got {D} and {E}")
+    frames, warps, stages = TILES[pass_name][_kind(dtype)][rows]
+    # At most 32 in the backward pass, where frames are also the rows of products.
+    frames = max(16, min(64 if pass_name == "forward" else 32, frames * 256 // widest))
+    blocks = {"BLOCK_K": rows, "BLOCK_T": frames, "BLOCK_D": block_d, "BLOCK_E": block_e}
+    return blocks, {"num_warps": warps, "num_stages": stages}

@@ -1,0 +1,59 @@
+"""Ways to call an op that its tests share: on the device of a backend, watched, compiled, and with more threads."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from las_fast.ops import backends
+
+# Without a GPU the Triton kernels have proofs of their own (gpu_proof), and hundreds of skips here would hide others.
+COVERED = [name for name in backends.BACKENDS if name != "triton" or torch.cuda.is_available()]
+
+
+def call(op, *arguments, backend, **options):
+    """Return what `op` gives on the device that the backend takes, as tensors on the CPU."""
+    device = backends.DEVICES.get(backend, "cpu")
+    arguments, options = tree_map_only(Tensor, lambda x: x.to(device), (arguments, options))
+    return tree_map_only(Tensor, lambda x: x.cpu(), op(*arguments, **options, backend=backend))
+
+
+def ops_called(function) -> list[str]:
+    """Return the names of the registered torch ops that reach a device while function() runs."""
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    return names
+
+
+def compile_and_count(function):
+    """Return function compiled without graph breaks, and the list that its graphs are added to."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=count), graphs
+
+
+@contextlib.contextmanager
+def threads(number: int):
+    """Run the block on that number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
