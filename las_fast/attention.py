@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 
@@ -18,6 +19,20 @@ class Memory(NamedTuple):
     padding: Tensor  # (B, T) bool, True past the length: made once, not at every token
     ctc_logits: Tensor | None = None  # (B, T', V)
     ctc_lengths: Tensor | None = None  # (B,)
+
+    def padded(self, batch: int, frames: int) -> Memory:
+        """Return it with utterances of length 0 and padded frames added up to that size, without the CTC part."""
+        rows, later = batch - self.keys.shape[0], frames - self.keys.shape[1]
+        keys, values = (F.pad(x, (0, 0, 0, later, 0, rows)) for x in (self.keys, self.values))
+        padding = F.pad(self.padding, (0, later, 0, rows), value=True)
+        return Memory(keys, values, F.pad(self.lengths, (0, rows)), padding)
+
+
+class Attended(NamedTuple):
+    """Where each hypothesis listened at one step."""
+
+    weights: Tensor | None  # (B, K, T) float32, where asked for
+    peaks: Tensor  # (B, K) int64, the frame of the largest weight
 
 
 class Attention(nn.Module):
@@ -37,7 +52,11 @@ class Attention(nn.Module):
         keys, values = self.key(listened).float(), self.value(listened).float()
         return Memory(keys, values, lengths, padding_mask(lengths, keys.shape[1]))
 
-    def forward(self, query: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Return context (B, K, E) and weights (B, K, T) for projected queries (B, K, D)."""
-        query = query.to(memory.keys.dtype)
-        return masked_attention(query, memory.keys, memory.values, memory.lengths, padding=memory.padding)
+    def forward(
+        self, query: Tensor, memory: Memory, *, weights: bool = True, backend: str = "auto"
+    ) -> tuple[Tensor, Attended]:
+        """Return the context (B, K, E) of projected queries (B, K, D), and where it is from."""
+        query, keys, values, lengths, padding = query.to(memory.keys.dtype), *memory[:4]
+        options = {"weights": weights, "peaks": True, "padding": padding, "backend": backend}
+        context, *attended = masked_attention(query, keys, values, lengths, **options)
+        return context, Attended(*attended)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from las_fast.attention import Memory
+from las_fast.attention import Attended, Memory
 from las_fast.config import ModelConfig
 from las_fast.listener import Listener
 from las_fast.speller import Speller, SpellerState
@@ -51,9 +51,14 @@ class LAS(nn.Module):
         """Return the state before the first token, for `beam` hypotheses an utterance."""
         return self.speller.start(memory, beam)
 
-    def step(self, tokens: Tensor, state: SpellerState, memory: Memory) -> tuple[Tensor, Tensor, SpellerState]:
-        """Read tokens (B, K); return logits (B, K, V) of the next, attention weights (B, K, T) and the new state."""
-        return self.speller.step(tokens, state, memory)
+    def step(
+        self, tokens: Tensor, state: SpellerState, memory: Memory, *, weights: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Attended, SpellerState]:
+        """Read tokens (B, K); return logits (B, K, V) of the next, where each listened, and the new state.
+
+        weights False leaves out the attention weights, and keeps the frames of the largest; backend is of the ops.
+        """
+        return self.speller.step(tokens, state, memory, weights=weights, backend=backend)
 
     def forward(
         self, features: Tensor, feature_lengths: Tensor, tokens: Tensor, teacher_forcing: float = 1.0

@@ -1,29 +1,38 @@
-"""From encoder memory to text: batched beam search that looks at the host only every few steps.
+"""From encoder memory to text: batched beam search in which the device never waits for the host.
 
 The state of B utterances times K beams stays in (B, K, ...) tensors; keys and values stay (B, T, ...), once for all
-beams. Each step keeps a token and a back-pointer a beam in buffers made before the loop; hypotheses are read off the
-pointers at the end. A finished beam is frozen: it goes on with <eos> at an unchanged score, ranked with the living.
+beams. Steps come in chunks of fixed shape, and nothing in a chunk depends on a number that the host would have to read:
+each beam's own length says when it may and must end. Tokens and back-pointers of a chunk are stacked; hypotheses are
+read off the pointers at the end. A finished beam is frozen: it goes on with <eos> at an unchanged score, ranked with
+the living, so that steps past the end change nothing.
+
+Whether all have finished is sent to the host after each chunk and read there while the next one runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from las_fast.capture import bucket, captured, forget
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError
-from las_fast.ops import beam_backtrack, beam_topk
+from las_fast.ops import Ngram, backends, beam_backtrack, beam_gather, beam_topk
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
-LOOK_EVERY = 16  # steps between two looks at "all finished": each one waits for the device
+LOOK_EVERY = 16  # steps in a chunk, after which the host learns whether all have finished
+UNSEEN = 1e-6  # least attention that a frame counts as having got, for a finite logarithm
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
 
@@ -33,8 +42,8 @@ class Hypothesis:
     """One reading of an utterance."""
 
     text_tokens: list[int]  # without <sos> or <eos>
-    score: float  # sum of natural-log probabilities, that of <eos> included
-    normalised: float  # score / tokens ** length_penalty, <eos> counted: what hypotheses are ranked by
+    score: float  # sum of natural-log probabilities, that of <eos> and weighted ones of an n-gram model included
+    normalised: float  # score / tokens ** length_penalty, <eos> counted: the rank, but for the coverage
     frames: list[int]  # the encoder frame that each token attended to most
     token_scores: list[float]  # log-probability of each token
     finished: bool  # False where <eos> came only because the maximum length was reached
@@ -47,13 +56,25 @@ class Limits(NamedTuple):
     maximum: Tensor
 
 
+class Beams(NamedTuple):
+    """Where the search stands: K hypotheses of each utterance, best first."""
+
+    tokens: Tensor  # (B, K) int64, the last of each
+    scores: Tensor  # (B, K) float32
+    finished: Tensor  # (B, K) bool
+    lengths: Tensor  # (B, K) int64 tokens, <eos> counted
+    ngram_states: Tensor | None  # (B, K) int64
+    attention: Tensor | None  # (B, K, T) float32 got by each frame from all tokens; 1 past the length
+    state: Any  # of the model
+
+
 class Steps(NamedTuple):
     """What the search keeps of each step, (L, B, K)."""
 
     tokens: Tensor
     parents: Tensor
     scores: Tensor  # float32, of the hypothesis so far
-    frames: Tensor
+    frames: Tensor  # attended to by each beam, before the step's pruning
 
 
 def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis]]:
@@ -63,24 +84,41 @@ def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis
 
 @torch.inference_mode()
 def beam_search(
-    model, memory, config: DecodingConfig, *, nbest: int = 1, backend: str = "auto"
+    model,
+    memory,
+    config: DecodingConfig,
+    *,
+    nbest: int = 1,
+    ngram: Tensor | None = None,
+    backend: str = "auto",
+    capture: bool | None = None,
 ) -> list[list[Hypothesis]]:
     """Return up to `nbest` hypotheses an utterance, best first.
 
     Hypotheses do not depend on the batch that an utterance is in. At the maximum length they take <eos>.
 
     Args:
-        model:   has start(memory, beam), step(tokens (B, K), state, memory) and time_reduction, as las_fast.model.LAS.
+        model:   has start, step and time_reduction as las_fast.model.LAS; its state has gather as SpellerState.
         memory:  what model.listen returned; lengths (B,) int64 encoder frames.
-        config:  beam, length limits and penalties.
+        config:  beam, length limits, penalties and weights.
         nbest:   hypotheses to return; no more than config.beam exist.
+        ngram:   table of a language model as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
         backend: of the ops.
+        capture: replay a CUDA graph instead of launching kernels one by one; None: on CUDA with the Triton ops.
 
     Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
+
+    Raises:
+        InputError: config.ngram_weight without an n-gram model.
     """
+    if config.ngram_weight and ngram is None:
+        raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
     limits = length_limits(memory.lengths * model.time_reduction, config)
-    steps, lengths = _search(model, memory, limits, config, backend)
-    return _read_off(steps, lengths, limits, config, nbest, backend)
+    search = _Search(model, config, ngram if config.ngram_weight else None, backend)
+    with _on(memory.lengths.device):
+        capture = _captures(memory.lengths.device, backend) if capture is None else capture
+        steps = search.captured(memory) if capture else search.plain(memory)
+        return _read_off(steps, limits, config, nbest, backend)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
@@ -89,61 +127,164 @@ def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
     return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 
 
-def _search(model, memory, limits: Limits, config: DecodingConfig, backend: str) -> tuple[Steps, Tensor]:
-    """Return the steps taken and the tokens of each beam (B, K), <eos> counted; beams are sorted, best first."""
-    B, K, device = memory.lengths.shape[0], config.beam, memory.lengths.device
-    longest = int(limits.maximum.max()) + 1  # the one look before the loop; + 1 for <eos>
-    steps = _buffers(longest, B, K, device)
-    scores = torch.full((B, K), -torch.inf, dtype=torch.float32, device=device)
-    scores[:, 0] = 0.0  # the other beams do not exist yet
-    finished = torch.zeros(B, K, dtype=torch.bool, device=device)
-    lengths = torch.zeros(B, K, dtype=torch.int64, device=device)
-    tokens = torch.full((B, K), SOS, device=device)
-    state = model.start(memory, K)
-    for t in range(longest):
-        logits, weights, state = model.step(tokens, state, memory)
-        scores, tokens, parents = beam_topk(
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a CUDA device the current one, for events, streams and Triton."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _captures(device: torch.device, backend: str) -> bool:
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast keeps weights that a graph would outlive
+        return False
+    return all(backends.choose(op, backend, device) == "triton" for op in ("masked_attention", "beam_topk"))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search of one batch, whose chunks are enqueued one by one or replayed."""
+
+    model: Any
+    config: DecodingConfig
+    ngram: Tensor | None
+    backend: str
+
+    def plain(self, memory) -> Steps:
+        """Return all steps of the search, (L, B, K)."""
+
+        def chunks() -> Iterator[tuple[Steps, Tensor]]:
+            inputs, beams = self.begin(memory)
+            while True:
+                beams, found = self.advance(inputs, beams)
+                yield found
+
+        return collect(chunks(), self.most(memory), _ahead(memory))
+
+    def captured(self, memory) -> Steps:
+        """Return the same by CUDA graphs."""
+        batch = memory.lengths.shape[0]
+        memory = memory.padded(*bucket(*memory.padding.shape))
+        inputs, beams = self.begin(memory)
+        beams.finished[batch:] = True  # the utterances that only pad: nobody waits for them
+        # The table itself is read by the graph: no copy, and as the settings hold it, it stays.
+        settings = (self.config, self.ngram, self.backend, torch.get_float32_matmul_precision())
+        with captured(self.model, settings, self.advance, inputs, beams) as chunks:
+            steps = collect(chunks, self.most(memory), _ahead(memory))
+        return Steps(*(x[:, :batch].contiguous() for x in steps))
+
+    def begin(self, memory) -> tuple[tuple[Any, Limits], Beams]:
+        """Return what all chunks read, and the beams before the first step."""
+        B, K, device = memory.lengths.shape[0], self.config.beam, memory.lengths.device
+        scores = torch.full((B, K), -torch.inf, device=device)
+        scores[:, 0] = 0.0  # the other beams do not exist yet
+        integers = torch.zeros(B, K, dtype=torch.int64, device=device)
+        attention = None
+        if self.config.coverage_weight:
+            # Padding counts as covered: as a large constant in the ranks it would cost them digits.
+            attention = memory.padding[:, None].expand(-1, K, -1).float()
+        ngram_states = None if self.ngram is None else integers + _first_state(*self.ngram.shape)
+        finished, state = torch.zeros_like(integers, dtype=torch.bool), self.model.start(memory, K)
+        beams = Beams(integers + SOS, scores, finished, integers, ngram_states, attention, state)
+        return (memory, length_limits(memory.lengths * self.model.time_reduction, self.config)), beams
+
+    def most(self, memory) -> int:
+        """Return the chunks after which every beam has ended, by what the host knows."""
+        frames = memory.padding.shape[1] * self.model.time_reduction
+        longest = max(math.ceil(frames * self.config.maximum_share) + self.config.maximum_extra, 1) + 1  # 1: <eos>
+        return -(-longest // LOOK_EVERY)
+
+    def advance(self, inputs: tuple[Any, Limits], beams: Beams) -> tuple[Beams, tuple[Steps, Tensor]]:
+        """Take LOOK_EVERY steps; return where that leads, the steps, and whether all beams have finished, ()."""
+        memory, limits = inputs
+        taken = []
+        for _ in range(LOOK_EVERY):
+            beams, step = self.step(memory, limits, beams)
+            taken.append(step)
+        steps = Steps(*(torch.stack(parts) for parts in zip(*taken, strict=True)))
+        return beams, (steps, (beams.finished | beams.scores.isneginf()).all())
+
+    def step(self, memory, limits: Limits, beams: Beams) -> tuple[Beams, Steps]:
+        """Take one step; its tensors are (B, K)."""
+        config, backend, attention = self.config, self.backend, beams.attention
+        logits, attended, state = self.model.step(
+            beams.tokens, beams.state, memory, weights=attention is not None, backend=backend
+        )
+        if attention is not None:
+            attention = torch.where(beams.finished.unsqueeze(-1), attention, attention + attended.weights)
+        best = beam_topk(
             logits,
-            scores,
-            finished,
+            beams.scores,
+            beams.finished,
             eos=EOS,
-            lengths=lengths,
-            allow_eos=limits.minimum <= t if config.minimum_share else None,
-            force_eos=limits.maximum <= t,
+            lengths=beams.lengths,
+            minimum=limits.minimum if config.minimum_share else None,
+            maximum=limits.maximum,
             length_penalty=config.length_penalty,
             eos_threshold=config.eos_threshold,
+            coverage=None if attention is None else _coverage(attention, config.coverage_weight),
+            ngram=None if self.ngram is None else Ngram(self.ngram, beams.ngram_states, config.ngram_weight),
             backend=backend,
         )
-        frames = weights.argmax(-1)
-        if K > 1:  # otherwise every beam continues itself
-            state, frames = state.gather(parents), frames.gather(1, parents)
-            finished, lengths = finished.gather(1, parents), lengths.gather(1, parents)
-        lengths = lengths + ~finished
-        finished = finished | (tokens == EOS)
-        for buffer, kept in zip(steps, (tokens, parents, scores, frames), strict=True):
-            buffer[t] = kept
-        if t % LOOK_EVERY == LOOK_EVERY - 1 and bool((finished | scores.isneginf()).all()):
+        if attention is not None:
+            (attention,) = beam_gather((attention,), best.parents, backend=backend)
+        state = state.gather(best.parents, backend=backend)
+        after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, state)
+        return after, Steps(best.tokens, best.parents, best.scores, attended.peaks)
+
+
+def _first_state(states: int, vocabulary: int) -> int:
+    """Return the n-gram state before the first token: <sos> all through."""
+    return SOS * (states - 1) // (vocabulary - 1)
+
+
+def _coverage(attention: Tensor, weight: float) -> Tensor:
+    """Return what the ranks of each beam gain (B, K), less the more frames it has left out (Wu et al. 2016)."""
+    return weight * attention.clamp(UNSEEN, 1.0).log().sum(-1)
+
+
+def _ahead(memory) -> int:
+    """Return the chunks enqueued before the first is looked at: on CUDA one is to run while the host looks."""
+    return 2 if memory.lengths.is_cuda else 1
+
+
+class Look:
+    """A boolean on its way from the device to the host."""
+
+    def __init__(self, flag: Tensor):
+        self.host = torch.empty((), dtype=torch.bool, pin_memory=flag.is_cuda)
+        self.host.copy_(flag, non_blocking=True)
+        self.arrived = None
+        if flag.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> bool:
+        """Return it, after waiting for it if it must be; what is enqueued behind it runs on."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.host.numpy())  # the memory itself: no torch op
+
+
+def collect(chunks: Iterator[tuple[Steps, Tensor]], most: int, ahead: int) -> Steps:
+    """Return the steps of all chunks until one says that everything has finished, or of `most`.
+
+    Chunk i + ahead is not asked for before chunk i has been looked at.
+    """
+    taken, looks = [], deque()
+    for _ in range(most):
+        if len(looks) == ahead and looks.popleft().read():
             break
-    return Steps(*(buffer[: t + 1] for buffer in steps)), lengths
+        steps, done = next(chunks)
+        taken.append(steps)
+        looks.append(Look(done))
+    return Steps(*(torch.cat(parts) for parts in zip(*taken, strict=True)))
 
 
-def _buffers(longest: int, B: int, K: int, device: torch.device) -> Steps:
-    whole = [torch.empty(longest, B, K, dtype=torch.int64, device=device) for _ in range(3)]
-    return Steps(whole[0], whole[1], torch.empty(longest, B, K, dtype=torch.float32, device=device), whole[2])
-
-
-def _read_off(
-    steps: Steps, lengths: Tensor, limits: Limits, config: DecodingConfig, nbest: int, backend: str
-) -> list[list[Hypothesis]]:
-    """Follow the back-pointers and bring everything to the host at once."""
-    tokens, text_lengths, paths = beam_backtrack(steps.tokens, steps.parents, eos=EOS, paths=True, backend=backend)
-    running = steps.scores.permute(1, 2, 0).gather(1, paths)  # (B, K, L)
-    each = running.diff(dim=-1, prepend=torch.zeros_like(running[..., :1]))
-    frames = steps.frames.permute(1, 2, 0).gather(1, paths)
+def _read_off(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str) -> list[list[Hypothesis]]:
+    """Follow the back-pointers and bring everything to the host."""
+    tokens, lengths, token_scores, frames = beam_backtrack(*steps, eos=EOS, backend=backend)
     scores = steps.scores[-1]
-    normalised = scores / lengths.clamp(min=1).float() ** config.length_penalty
-    finished = text_lengths < limits.maximum[:, None]
-    columns = [column.tolist() for column in (tokens, scores, normalised, frames, each, finished, text_lengths)]
+    normalised = scores / (lengths + 1).float() ** config.length_penalty
+    finished = lengths < limits.maximum[:, None]
+    columns = [x.tolist() for x in (tokens, scores, normalised, frames, token_scores, finished, lengths)]
     return [_hypotheses(*utterance, nbest) for utterance in zip(*columns, strict=True)]
 
 
@@ -213,6 +354,7 @@ def _try(model, batch: Batch, config: DecodingConfig, nbest: int, device) -> lis
         lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not lacks:
             raise
+    forget()
     torch.cuda.empty_cache()
     return None
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from las_fast.attention import Attention, Memory
+from las_fast.attention import Attended, Attention, Memory
 from las_fast.config import SpellerConfig
 from las_fast.deferred import DeferredAttention, DeferredLinear
 from las_fast.listener import dropout_mask, initialise_lstm
+from las_fast.ops import beam_gather
 from las_fast.text import PAD, SOS
 
 NEVER = -1e4  # logit of <pad> and <sos>: their probability is exactly 0 in float32, and finite in half precision
+
+
+class Prepared(NamedTuple):
+    """What every step of one search reads and none changes; made once, by Speller.start."""
+
+    bias: Tensor  # (V,) of the output, NEVER included
+    token_gates: Tensor | None  # (V, 4H) on CUDA: what each token adds to the gates of the first cell
+    zeros: tuple[Tensor, ...]  # (4H,) a cell on CUDA: the second bias that the fused kernel takes
 
 
 class SpellerState(NamedTuple):
@@ -24,14 +34,13 @@ class SpellerState(NamedTuple):
     hidden: tuple[Tensor, ...]  # (B, K, H) a cell
     cell: tuple[Tensor, ...]  # (B, K, H) a cell, float32
     context: Tensor  # (B, K, E)
+    prepared: Prepared | None = None  # None in training
 
-    def gather(self, parents: Tensor) -> SpellerState:
+    def gather(self, parents: Tensor, *, backend: str = "auto") -> SpellerState:
         """Return the state in which hypothesis k continues parents[b, k]; parents (B, K) int64."""
-
-        def follow(x: Tensor) -> Tensor:
-            return x.gather(1, parents[:, :, None].expand(-1, -1, x.shape[2]))
-
-        return SpellerState(tuple(map(follow, self.hidden)), tuple(map(follow, self.cell)), follow(self.context))
+        n = len(self.hidden)
+        moved = beam_gather((*self.hidden, *self.cell, self.context), parents, backend=backend)
+        return SpellerState(moved[:n], moved[n:-1], moved[-1], self.prepared)
 
 
 class LSTMCell(nn.Module):
@@ -53,28 +62,48 @@ class LSTMCell(nn.Module):
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
 
+    def fused(
+        self, inputs: tuple[Tensor, ...], hidden: Tensor, cell: Tensor, *, zeros: Tensor, multiplied: bool
+    ) -> tuple[Tensor, Tensor]:
+        """forward with one kernel after the products; `multiplied`: the first input has been through its own."""
+        first, rest = inputs[0], hidden if len(inputs) == 1 else torch.cat((*inputs[1:], hidden), -1)
+        weight, size = self.gates.weight, self.gates.in_features
+        if not multiplied:
+            first = F.linear(first, weight.narrow(1, 0, first.shape[-1]))
+        rest = F.linear(rest, weight.narrow(1, size - rest.shape[-1], rest.shape[-1]))
+        rows = (x.float().flatten(0, 1) for x in (first, rest, cell))
+        after = fused_gates(*rows, self.gates.bias, zeros)
+        return after[0].view(cell.shape), after[1].view(cell.shape)
+
+
+# What torch.lstm_cell calls on CUDA after its two products: (gates, gates, cell, bias, bias) -> (hidden, cell, _).
+fused_gates = torch.ops.aten._thnn_fused_lstm_cell
+
 
 class Shared(NamedTuple):
     """What all steps of one pass share: layers, attention over one memory, dropout masks."""
 
-    gates: list[Callable[[Tensor], Tensor]]  # one a cell
+    cells: list[Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor]]]
     query: Callable[[Tensor], Tensor]
-    attend: Callable[[Tensor], tuple[Tensor, Tensor]]
+    attend: Callable[[Tensor], tuple[Tensor, Any]]  # context, and where it is from
     masks: list[Tensor | None]  # (B, 1, H) a cell
 
     @staticmethod
-    def plain(speller: Speller, memory: Memory) -> Shared:
+    def plain(speller: Speller, memory: Memory, prepared: Prepared, *, weights: bool, backend: str) -> Shared:
         """The layers themselves, for one step at a time."""
-        gates, attention = [cell.gates for cell in speller.cells], speller.attention
-        return Shared(gates, attention.query, lambda query: attention(query, memory), [None] * len(gates))
+        cells: list[Callable] = list(speller.cells)
+        if prepared.token_gates is not None:
+            cells = [partial(c.fused, zeros=prepared.zeros[i], multiplied=i == 0) for i, c in enumerate(cells)]
+        attend = partial(speller.attention, memory=memory, weights=weights, backend=backend)
+        return Shared(cells, speller.attention.query, attend, [None] * len(cells))
 
     @staticmethod
     def deferred(speller: Speller, memory: Memory, steps: int) -> Shared:
         """The same layers with gradients taken once for all steps; dropout masks when training."""
         shape = (memory.keys.shape[0], 1)
-        gates = [DeferredLinear(cell.gates, steps, shape) for cell in speller.cells]
+        cells = [partial(cell, gates=DeferredLinear(cell.gates, steps, shape)) for cell in speller.cells]
         query = DeferredLinear(speller.attention.query, steps, shape)
-        return Shared(gates, query, DeferredAttention(memory, steps), speller.masks(memory))
+        return Shared(cells, query, DeferredAttention(memory, steps), speller.masks(memory))
 
 
 class Speller(nn.Module):
@@ -97,15 +126,38 @@ class Speller(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
 
     def start(self, memory: Memory, beam: int = 1) -> SpellerState:
+        """Return the state before the first token, with what all steps after it share."""
+        token_gates, zeros = None, ()
+        if self._fuses(memory):
+            first = self.cells[0].gates.weight.narrow(1, 0, self.embedding.embedding_dim)
+            token_gates = F.linear(self.embedding.weight, first)
+            zeros = tuple(torch.zeros_like(cell.gates.bias) for cell in self.cells)
+        return self._silence(memory, beam)._replace(prepared=Prepared(self.bias + self.never, token_gates, zeros))
+
+    def _silence(self, memory: Memory, beam: int = 1) -> SpellerState:
         batch = memory.keys.shape[0]
         zeros = [memory.keys.new_zeros(batch, beam, cell.size, dtype=torch.float32) for cell in self.cells]
         context = memory.values.new_zeros(batch, beam, memory.values.shape[2])
         return SpellerState(tuple(zeros), tuple(zeros), context)
 
-    def step(self, tokens: Tensor, state: SpellerState, memory: Memory) -> tuple[Tensor, Tensor, SpellerState]:
-        """Return logits (B, K, V), weights (B, K, T) and the next state; see LAS.step."""
-        weights, state = self._advance(self.embedding(tokens), state, Shared.plain(self, memory))
-        return self._logits(state.hidden[-1], state.context), weights, state
+    @staticmethod
+    def _fuses(memory: Memory) -> bool:
+        """Say whether steps take fewer and larger kernels; on a CPU one product a cell is faster."""
+        return memory.keys.is_cuda and not torch.is_grad_enabled()
+
+    def step(
+        self, tokens: Tensor, state: SpellerState, memory: Memory, *, weights: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, Attended, SpellerState]:
+        """Return logits (B, K, V), where each listened, and the next state, of a state that `start` began.
+
+        See LAS.step.
+        """
+        prepared = state.prepared
+        shared = Shared.plain(self, memory, prepared, weights=weights, backend=backend)
+        table = self.embedding.weight if prepared.token_gates is None else prepared.token_gates
+        attended, state = self._advance(F.embedding(tokens, table), state, shared)
+        state = state._replace(prepared=prepared)
+        return self._logits(state.hidden[-1], state.context, prepared.bias), attended, state
 
     def forward(self, memory: Memory, tokens: Tensor, teacher_forcing: float = 1.0) -> tuple[Tensor, Tensor]:
         """Spell tokens (B, U) with the true or, by chance, the spelled token before each; see LAS.forward."""
@@ -115,7 +167,7 @@ class Speller(nn.Module):
         sampled[:, 0] = False
         any_sampled = sampled.any(0).tolist()
         shared = Shared.deferred(self, memory, tokens.shape[1])
-        state = self.start(memory)
+        state = self._silence(memory)
         hidden, contexts, weights = [], [], []
         for u in range(tokens.shape[1]):
             token = before[:, u]
@@ -127,15 +179,16 @@ class Speller(nn.Module):
             weights.append(w)
         return self._logits(torch.cat(hidden, 1), torch.cat(contexts, 1)), torch.cat(weights, 1)
 
-    def _advance(self, embedded: Tensor, state: SpellerState, shared: Shared) -> tuple[Tensor, SpellerState]:
+    def _advance(self, embedded: Tensor, state: SpellerState, shared: Shared) -> tuple[Any, SpellerState]:
+        """Return what `shared.attend` says of where it listened, and the next state."""
         inputs, hiddens, cells = (embedded.float(), state.context.float()), [], []
-        for i, layer in enumerate(self.cells):
-            hidden, cell = layer(inputs, state.hidden[i], state.cell[i], shared.gates[i])
+        for i, layer in enumerate(shared.cells):
+            hidden, cell = layer(inputs, state.hidden[i], state.cell[i])
             hiddens.append(hidden)
             cells.append(cell)
             inputs = (self._dropped(hidden, shared.masks[i]),)
-        context, weights = shared.attend(shared.query(inputs[0]))
-        return weights, SpellerState(tuple(hiddens), tuple(cells), context)
+        context, attended = shared.attend(shared.query(inputs[0]))
+        return attended, SpellerState(tuple(hiddens), tuple(cells), context)
 
     def masks(self, memory: Memory) -> list[Tensor | None]:
         """One locked dropout mask a cell, the same at every token."""
@@ -148,9 +201,12 @@ class Speller(nn.Module):
     def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
         return x if mask is None else x * mask
 
-    def _logits(self, hidden: Tensor, context: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return (B, U, V) logits; `bias` is Prepared.bias where there is one."""
         features = F.gelu(self.project(torch.cat((hidden.float(), context.float()), -1)))
-        return F.linear(features, self.embedding.weight, self.bias) + self.never
+        if bias is None:
+            return F.linear(features, self.embedding.weight, self.bias) + self.never
+        return F.linear(features, self.embedding.weight, bias)
 
     @torch.no_grad()
     def _best(self, hidden: Tensor, context: Tensor) -> Tensor:

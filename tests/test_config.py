@@ -124,6 +124,13 @@ def test_an_empty_file_means_the_defaults(tmp_path):
     assert load_config(tmp_path / "c.yaml") == Config()
 
 
+def test_settings_from_before_a_field_existed_take_its_default():
+    settings = replace(Config(), decoding=replace(Config().decoding, beam=3))
+    tree = to_tree(settings)
+    del tree["decoding"]["coverage_weight"], tree["decoding"]["ngram_weight"]
+    assert check(from_tree(Config, tree, "old")) == settings
+
+
 def test_yaml_cannot_build_python_objects(tmp_path):
     (tmp_path / "c.yaml").write_text("training: !!python/object/apply:os.getcwd []")
     with pytest.raises(InputError, match="is not YAML"):

@@ -5,67 +5,28 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes import FakeMemory, FakeModel, V, config, memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast import search
-from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
+from las_fast.checkpoint import load_model
+from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
+from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model import LAS
+from las_fast.ops import backends
 from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
-from las_fast.text import EOS, PAD, SOS, Vocabulary
+from las_fast.text import EOS, SOS, Vocabulary
 
-V = 5  # <pad>, <sos>, <eos> and two characters
-
-
-class FakeMemory(NamedTuple):
-    seeds: Tensor  # (B,) int64: what each utterance sounds like
-    lengths: Tensor  # (B,)
-    frames: int
-
-
-class FakeState(NamedTuple):
-    history: Tensor  # (B, K) int64: a number for the tokens read so far
-
-    def gather(self, parents: Tensor) -> FakeState:
-        return FakeState(self.history.gather(1, parents))
-
-
-class FakeModel:
-    """Logits are a fixed function of the utterance and of everything read so far."""
-
-    time_reduction = 1
-
-    def __init__(self, vocabulary: int = V, eos: float = 0.0, ties: bool = False):
-        self.vocabulary, self.eos, self.ties, self.steps = vocabulary, eos, ties, 0
-
-    def start(self, memory: FakeMemory, beam: int) -> FakeState:
-        return FakeState(memory.seeds[:, None].repeat(1, beam))
-
-    def step(self, tokens: Tensor, state: FakeState, memory: FakeMemory):
-        self.steps += 1
-        history = (state.history * 31 + tokens * 7 + 1) % 10007
-        spread = (history[..., None] * (torch.arange(self.vocabulary) * 13 + 5)) % 97
-        logits = torch.zeros(spread.shape) if self.ties else spread.float() / 20
-        logits[..., [PAD, SOS]] = -1e4
-        logits[..., EOS] += self.eos
-        weights = torch.nn.functional.one_hot(history % memory.lengths[:, None], memory.frames).float()
-        return logits, weights, FakeState(history)
-
-
-def memory(seeds: list[int], lengths: list[int], frames: int | None = None) -> FakeMemory:
-    return FakeMemory(torch.tensor(seeds), torch.tensor(lengths), frames or max(lengths))
-
-
-def config(**fields) -> DecodingConfig:
-    plain = {"beam": 4, "length_penalty": 0.0, "maximum_share": 1.0, "maximum_extra": 0}
-    return DecodingConfig(**{**plain, **fields})
+HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
 
 
 def log_probability(model: FakeModel, one: FakeMemory, tokens: tuple[int, ...]) -> list[float]:
@@ -88,21 +49,68 @@ def all_readings(model: FakeModel, one: FakeMemory, longest: int, penalty: float
     return sorted(found, reverse=True)
 
 
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_finds_what_brute_force_finds(seed):
+def test_a_wide_beam_finds_what_brute_force_finds(seed, backend):
     one = memory([seed], [4])
     expected = all_readings(FakeModel(), one, 4, 0.0)[:5]
-    found = beam_search(FakeModel(), one, config(beam=64), nbest=5)[0]
+    found = beam_search(FakeModel(), one, config(beam=64), nbest=5, backend=backend)[0]
     assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
     assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
 
-def test_length_normalisation_ranks_by_score_per_token():
+@pytest.mark.parametrize("backend", HERE)
+def test_length_normalisation_ranks_by_score_per_token(backend):
     one = memory([3], [4])
     expected = all_readings(FakeModel(), one, 4, 1.0)[:5]
-    found = beam_search(FakeModel(), one, config(beam=64, length_penalty=1.0), nbest=5)[0]
+    found = beam_search(FakeModel(), one, config(beam=64, length_penalty=1.0), nbest=5, backend=backend)[0]
     assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
     assert [h.normalised for h in found] == pytest.approx([rank for rank, _, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_coverage_ranks_readings_that_attend_to_every_frame_higher(backend):
+    one, model, weight = memory([2], [4]), FakeModel(), 0.05
+    expected = []
+    for rank, score, text in all_readings(model, one, 4, 1.0):
+        state, seen = model.start(one, 1), torch.zeros(4)
+        for before in (SOS, *text):
+            _, attended, state = model.step(torch.tensor([[before]]), state, one, weights=True)
+            seen += attended.weights[0, 0]
+        covered = sum(math.log(min(max(float(share), search.UNSEEN), 1.0)) for share in seen)
+        expected.append((rank + weight * covered, score, text))
+    assert sorted(expected, reverse=True) != expected, "coverage must change the order"
+    expected = sorted(expected, reverse=True)[:8]
+    wide = config(beam=64, length_penalty=1.0, coverage_weight=weight)
+    for many in (one, memory([2, 3], [4, 9])):  # alone, and padded
+        found = beam_search(model, many, wide, nbest=8, backend=backend)[0]
+        assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
+        assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
+    one, model = memory([1], [4]), FakeModel()
+    table = torch.randn(V ** (order - 1), V, generator=torch.Generator().manual_seed(order)).log_softmax(-1)
+    expected = []
+    for _, score, text in all_readings(model, one, 4, 0.0):
+        history = [SOS] * (order - 1)
+        for token in (*text, EOS):
+            state = sum(v * V**i for i, v in enumerate(reversed(history)))
+            score += 0.5 * float(table[state, token])
+            history = [*history, token][1:] if history else history
+        expected.append((score, text))
+    expected = sorted(expected, reverse=True)[:5]
+    settings = config(beam=64, ngram_weight=0.5)
+    found = beam_search(model, one, settings, nbest=5, ngram=table, backend=backend)[0]
+    assert [tuple(h.text_tokens) for h in found] == [text for _, text in expected]
+    assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_a_weight_for_an_ngram_model_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match="decoding.ngram_weight needs an n-gram model"):
+        beam_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
 
 
 def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
@@ -120,13 +128,15 @@ def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penal
     return alive
 
 
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("beam", [1, 2, 3, 8])
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_a_pruning_beam_equals_a_plain_one(beam, penalty):
+def test_a_pruning_beam_equals_a_plain_one(beam, penalty, backend):
     for seed in range(6):
         one = memory([seed], [7])
         expected = plain_beam(FakeModel(8), one, beam, 7, penalty)
-        found = beam_search(FakeModel(8), one, config(beam=beam, length_penalty=penalty), nbest=beam)[0]
+        settings = config(beam=beam, length_penalty=penalty)
+        found = beam_search(FakeModel(8), one, settings, nbest=beam, backend=backend)[0]
         assert [(*h.text_tokens, EOS) for h in found] == [text for _, text in expected]
         assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
@@ -156,8 +166,8 @@ def test_token_scores_and_frames_belong_to_the_tokens():
         assert found.score == pytest.approx(sum(each), abs=1e-4)
         state, before, frames = FakeModel(7).start(one, 1), SOS, []
         for token in found.text_tokens:
-            _, weights, state = FakeModel(7).step(torch.tensor([[before]]), state, one)
-            frames.append(int(weights.argmax()))
+            _, attended, state = FakeModel(7).step(torch.tensor([[before]]), state, one)
+            frames.append(int(attended.peaks))
             before = token
         assert found.frames == frames
 
@@ -172,6 +182,39 @@ def test_the_search_stops_when_all_have_finished():
     model = FakeModel(eos=50.0)
     found = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
     assert model.steps == search.LOOK_EVERY and found[0][0].text_tokens == [] and found[0][0].finished
+
+
+@pytest.mark.parametrize("steps", [1, 5, 70])
+def test_the_steps_in_a_chunk_change_nothing(steps, monkeypatch):
+    settings = config(length_penalty=1.0, coverage_weight=0.1)
+    many = memory([3, 1, 4], [9, 25, 14])
+    expected = beam_search(FakeModel(9), many, settings, nbest=4)
+    monkeypatch.setattr(search, "LOOK_EVERY", steps)
+    assert beam_search(FakeModel(9), many, settings, nbest=4) == expected
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(1, "+0 ?0 +1 ?1 +2 ?2"), (2, "+0 +1 ?0 +2 ?1 +3 ?2")])
+def test_a_chunk_is_looked_at_only_when_the_next_ones_are_enqueued(ahead, expected, monkeypatch):
+    log = []
+
+    class Look:
+        def __init__(self, flag):
+            self.number = flag
+
+        def read(self):
+            log.append(f"?{self.number}")
+            return self.number == 2
+
+    def chunks():
+        for i in itertools.count():
+            log.append(f"+{i}")
+            yield search.Steps(*[torch.full((1, 1, 1), i)] * 4), i
+
+    monkeypatch.setattr(search, "Look", Look)
+    steps = search.collect(chunks(), 99, ahead)
+    assert " ".join(log) == expected
+    assert steps.tokens.flatten().tolist() == list(range(2 + ahead))
+    assert len(search.collect(chunks(), 2, ahead).tokens) == 2
 
 
 def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
@@ -259,9 +302,9 @@ def test_the_eos_threshold_delays_the_end():
 
 def test_outputs_that_are_not_numbers_give_an_empty_hypothesis():
     class Broken(FakeModel):
-        def step(self, tokens, state, memory):
-            logits, weights, state = super().step(tokens, state, memory)
-            return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), weights, state
+        def step(self, tokens, state, memory, **options):
+            logits, attended, state = super().step(tokens, state, memory, **options)
+            return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), attended, state
 
     found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
     assert found[0][0].text_tokens == [] and found[0][0].score == -math.inf
@@ -288,11 +331,11 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_the_host_waits_only_for_the_length_and_every_sixteen_steps():
+def test_the_host_reads_no_number_before_the_end():
     model = FakeModel(eos=-40.0)  # never ends by itself
     with Watch() as watch:
         beam_search(model, memory([1, 2], [70, 50]), config())
-    assert model.steps == 71 and len(watch.waits) == 1 + 71 // search.LOOK_EVERY
+    assert model.steps == 80 and watch.waits == []
 
 
 def test_keys_are_never_repeated_over_the_beam():
@@ -385,9 +428,29 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
 
 def test_a_diverged_model_is_named_as_such():
     class Broken(Listening):
-        def step(self, tokens, state, memory):
-            logits, weights, state = super().step(tokens, state, memory)
-            return logits * torch.nan, weights, state
+        def step(self, tokens, state, memory, **options):
+            logits, attended, state = super().step(tokens, state, memory, **options)
+            return logits * torch.nan, attended, state
 
     with pytest.raises(InputError, match="not numbers"):
         decode(Broken(), FakeDataset(np.array([4]), [None]))
+
+
+@pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
+def test_a_trained_model_spells_the_same_on_reference_and_cpp(shared):
+    archive = shared / "an4" / "hw4p2_student_data"
+    if not archive.is_dir():
+        pytest.skip("../shared/an4 is absent")
+    loaded = load_model(Path(__file__).with_name("an4-small.safetensors"))
+    features, data = loaded.config.features, loaded.config.data
+    dev = load_dataset(open_corpus(archive), ("dev",), features=features, data=data, statistics=None, need_text=False)
+    assert len(dev) == 104
+    batches = sorted_batches(dev.frames, frames_per_batch=30000, utterances_per_batch=128)
+    settings = replace(loaded.config.decoding, beam=4)
+    for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
+        with torch.inference_mode():
+            heard = loaded.model.listen(batch.features, batch.feature_lengths)
+        found = [beam_search(loaded.model, heard, settings, nbest=4, backend=name) for name in ("reference", "cpp")]
+        for ours, theirs in zip(*(itertools.chain(*hypotheses) for hypotheses in found), strict=True):
+            assert ours.text_tokens == theirs.text_tokens
+            assert ours.score == pytest.approx(theirs.score, abs=1e-4)

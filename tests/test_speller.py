@@ -29,9 +29,9 @@ def speller():
 def spell_step_by_step(speller, memory, tokens):
     state, before, logits, weights = speller.start(memory), torch.full((len(tokens), 1), SOS), [], []
     for u in range(tokens.shape[1]):
-        step_logits, w, state = speller.step(before, state, memory)
+        step_logits, attended, state = speller.step(before, state, memory, weights=True)
         logits.append(step_logits)
-        weights.append(w)
+        weights.append(attended.weights)
         before = tokens[:, u : u + 1]
     return torch.cat(logits, 1), torch.cat(weights, 1)
 
@@ -113,6 +113,37 @@ def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utteranc
     speller(memory, torch.randint(3, 31, (2, 4)))
     dropped = seen[0][..., :32] == 0
     assert dropped.any() and (dropped == dropped[:, :1]).all() and not torch.equal(dropped[0], dropped[1])
+
+
+def test_the_fused_cell_and_what_is_prepared_change_nothing(speller, monkeypatch):
+    def fused_gates(gates, others, cell, bias, other_bias):  # as torch.lstm_cell has it
+        i, f, g, o = (gates + others + bias + other_bias).chunk(4, -1)
+        cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(cell), cell, gates
+
+    monkeypatch.setattr("las_fast.speller.fused_gates", fused_gates)
+    memory = make_memory(speller)
+    found = []
+    for fuses in (False, True):
+        monkeypatch.setattr(Speller, "_fuses", staticmethod(lambda memory, fuses=fuses: fuses))
+        state, steps = speller.start(memory, 3), []
+        for u in range(4):
+            logits, attended, state = speller.step(torch.arange(6).view(2, 3) + 3 * u, state, memory, weights=True)
+            state = state.gather(torch.tensor([[0, 0, 2], [2, 1, 0]]))
+            steps += [logits, attended.weights, *state.hidden, *state.cell, state.context]
+        found.append(steps)
+    assert state.prepared.token_gates.shape == (31, 32)
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_gives_weights_only_where_asked_for_and_always_their_peaks(speller):
+    memory = make_memory(speller)
+    before, state = torch.full((2, 3), SOS), speller.start(memory, 3)
+    _, bare, _ = speller.step(before, state, memory)
+    _, full, _ = speller.step(before, state, memory, weights=True)
+    assert bare.weights is None and full.weights.shape == (2, 3, 6)
+    assert torch.equal(bare.peaks, full.peaks) and torch.equal(full.peaks, full.weights.argmax(-1))
 
 
 def test_gather_makes_each_hypothesis_continue_its_parent():

@@ -1,0 +1,180 @@
+"""What a chunk of the search asks of a GPU, by tensors that only pretend to be on one: no waiting, few launches.
+
+The real search runs with the Triton ops' shapes. Reading a number raises, as there is none; the trace of its calls
+tells of leaving the device, of changing a shape from step to step and of launching too much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes import config
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from las_fast import search
+from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.model import LAS
+from las_fast.ops import backends
+
+V, MOST = 31, 16
+NO_LAUNCH = {  # views, and questions that the host answers alone
+    "_unsafe_view", "alias", "detach", "device", "expand", "slice", "split_with_sizes", "t", "transpose", "unsqueeze",
+    "view",
+}  # fmt: skip
+SEVERAL = {"masked_attention_triton": 2}  # where the frames are split: parts, and their sum
+
+
+class Trace(TorchDispatchMode):
+    """Keeps what each step calls: (name, shapes taken, shapes made)."""
+
+    def __init__(self):
+        super().__init__()
+        self.between: list[tuple] = []
+        self.steps: list[list[tuple]] = []
+        self.now = self.between
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        tensors = [[x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((arguments, named), result)]
+        assert all(x.is_cuda for x in sum(tensors, [])), f"{function.name()} leaves the device"
+        name = function.name().split("::")[1].split(".")[0]
+        self.now.append((name, *([tuple(x.shape) for x in part] for part in tensors)))
+        return result
+
+    def around(self, step):
+        """Return step with what it calls kept as one step's."""
+
+        def traced(*arguments):
+            self.now = []
+            self.steps.append(self.now)
+            result = step(*arguments)
+            self.now = self.between
+            return result
+
+        return traced
+
+    def launches(self) -> list[str]:
+        """The kernels of the last step, in order."""
+        return [name for name, *_ in self.steps[-1] for _ in range(SEVERAL.get(name, name not in NO_LAUNCH))]
+
+
+def pretend(tree):
+    """Return the tree with each tensor on a GPU that is not there."""
+    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), tree)
+
+
+@pytest.fixture
+def trace_chunk(monkeypatch):
+    """A function that runs one chunk of a model with two LSTM cells and checks that all steps are the same."""
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    step = search._Search.step
+
+    def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
+        speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=(24, 20))
+        model = kind(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller), input_size=4, vocabulary_size=V)
+        one, trace = search._Search(model.eval(), config(**fields), ngram, "auto"), Trace()
+        with torch.no_grad():
+            inputs, beams = one.begin(model.listen(torch.randn(3, 200, 4), torch.tensor([200, 100, 7])))
+        monkeypatch.setattr(search._Search, "step", trace.around(step))
+        with torch.no_grad(), FakeTensorMode():
+            for module in model.modules():
+                module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
+            (memory, limits), beams = pretend(inputs), pretend(beams)
+            beams = beams._replace(state=model.start(memory, one.config.beam))
+            with trace:
+                replace(one, ngram=pretend(ngram)).advance((memory, limits), beams)
+        assert len(trace.steps) == search.LOOK_EVERY
+        for before, after in zip(trace.steps, trace.steps[1:], strict=False):
+            assert before == after, "a step differs from the one before"
+        return trace
+
+    return trace_chunk
+
+
+def test_a_step_launches_at_most_sixteen_kernels(trace_chunk):
+    launched = trace_chunk().launches()
+    assert len(launched) <= MOST, launched
+    assert {f"{op}_triton" for op in ("masked_attention", "beam_topk", "beam_gather")} < set(launched)
+    assert launched.count("_thnn_fused_lstm_cell") == 2
+
+
+def test_between_its_steps_a_chunk_only_stacks_and_tells_whether_all_have_finished(trace_chunk):
+    names = [name for name, *_ in trace_chunk().between if name not in NO_LAUNCH]
+    assert names == [*["stack"] * 4, "isneginf", "bitwise_or", "all"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"beam": 1},
+        {"coverage_weight": 0.1},
+        {"minimum_share": 0.1, "eos_threshold": 1.5, "length_penalty": 1.0},
+        {"ngram": torch.zeros(V, V), "ngram_weight": 0.3},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_no_option_waits_for_the_host_or_changes_a_shape(trace_chunk, fields):
+    assert trace_chunk(**fields).steps
+
+
+def test_attention_weights_are_asked_for_only_for_coverage(trace_chunk):
+    made = {}
+    for weight in (0.0, 0.1):
+        calls = trace_chunk(coverage_weight=weight).steps[-1]
+        ((_, _, made[weight]),) = [call for call in calls if call[0] == "masked_attention_triton"]
+    assert (3, 4, 50) in made[0.1] and (3, 4, 50) not in made[0.0]
+
+
+class Reads(LAS):
+    def step(self, tokens, *arguments, **options):
+        return super().step(tokens + tokens.sum().item(), *arguments, **options)
+
+
+class Copies(LAS):
+    def step(self, tokens, *arguments, **options):
+        return super().step(tokens.cpu().to("cuda"), *arguments, **options)
+
+
+class Branches(LAS):
+    def step(self, tokens, *arguments, **options):
+        return super().step(tokens if (tokens == 2).all() else tokens, *arguments, **options)
+
+
+class Selects(LAS):
+    def step(self, tokens, *arguments, **options):
+        torch.ops.aten.nonzero(tokens)  # the method asks for the device first
+        return super().step(tokens, *arguments, **options)
+
+
+class Grows(LAS):
+    def step(self, tokens, *arguments, **options):
+        self.read = torch.cat((self.read, tokens), 1) if hasattr(self, "read") else tokens
+        return super().step(tokens, *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (Reads, DataDependentOutputException),
+        (Branches, DataDependentOutputException),
+        (Selects, DynamicOutputShapeException),
+        (Copies, AssertionError),
+        (Grows, AssertionError),
+    ],
+)
+def test_a_model_that_waits_or_grows_is_caught(trace_chunk, kind, error):
+    with pytest.raises(error):
+        trace_chunk(kind)
+
+
+def test_one_kernel_too_many_is_caught(trace_chunk):
+    class Wasteful(LAS):
+        def step(self, tokens, *arguments, **options):
+            return super().step(tokens + 0, *arguments, **options)
+
+    assert len(trace_chunk(Wasteful).launches()) == MOST + 1
