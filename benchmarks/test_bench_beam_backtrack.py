@@ -18,9 +18,11 @@ def test_beam_backtrack(measure, name, backend):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 31, (L, B, K), generator=generator)
     parents = torch.randint(0, K, (L, B, K), generator=generator)
+    scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
+    frames = torch.randint(0, 400, (L, B, K), generator=generator)
 
     def run(path=backend):
-        return beam_backtrack(tokens, parents, eos=EOS, paths=True, backend=path)
+        return beam_backtrack(tokens, parents, scores, frames, eos=EOS, backend=path)
 
     for found, expected in zip(run(), run("reference"), strict=True):
         assert torch.equal(found, expected)

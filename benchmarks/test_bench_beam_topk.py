@@ -1,12 +1,17 @@
-"""One pruning step of beam search: the reference against the few calls that a plain search makes."""
+"""One pruning step of beam search, beside the few calls that a plain search makes."""
 
 import pytest
 import torch
 
-from las_fast.ops import beam_topk
+from las_fast.ops import Ngram, backends, beam_topk
 
 EOS = 2
-SHAPES = {"characters": (16, 8, 31), "one utterance": (1, 8, 31), "word pieces": (16, 8, 5000)}
+SHAPES = {
+    "characters": (16, 8, 31),
+    "one utterance": (1, 8, 31),
+    "word pieces": (16, 8, 5000),
+    "large vocabulary": (1, 8, 32000),
+}
 
 
 def make(B, K, V):
@@ -14,6 +19,15 @@ def make(B, K, V):
     logits, scores = torch.randn(B, K, V, generator=generator), -torch.rand(B, K, generator=generator)
     finished = torch.rand(B, K, generator=generator) < 0.2
     return logits, scores, finished, torch.full((B, K), 5)
+
+
+def every_option(B, K, V):
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(V**2, V, generator=generator).log_softmax(-1)
+    limit = torch.full((B,), 3)
+    options = {"minimum": limit, "maximum": limit + 20, "length_penalty": 0.7, "eos_threshold": 1.5}
+    options["coverage"] = torch.randn(B, K, generator=generator)
+    return options | {"ngram": Ngram(table, torch.randint(0, V**2, (B, K), generator=generator), 0.3)}
 
 
 def plain(logits, scores, finished):
@@ -25,16 +39,41 @@ def plain(logits, scores, finished):
     return best.values, best.indices % logits.shape[2], best.indices // logits.shape[2]
 
 
-@pytest.mark.parametrize("path", ["reference", "plain torch.topk"])
+def shape_of(name):
+    return " ".join(f"{letter}{size}" for letter, size in zip("BKV", SHAPES[name], strict=True))
+
+
+def check(found, expected):
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+
+
+@pytest.mark.parametrize("path", ["reference", "cpp", "plain torch.topk"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_beam_topk(measure, name, path):
     logits, scores, finished, lengths = make(*SHAPES[name])
-    paths = {
-        "reference": lambda: beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend="reference"),
-        "plain torch.topk": lambda: plain(logits, scores, finished),
-    }
-    found, expected = paths[path](), paths["reference"]()
-    torch.testing.assert_close(found[0], expected[0])
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
-    shape = " ".join(f"{letter}{size}" for letter, size in zip("BKV", SHAPES[name], strict=True))
-    measure(paths[path], op="beam_topk", backend=path, shape=shape, dtype=torch.float32)
+
+    def run(backend=path):
+        if backend == "plain torch.topk":
+            return plain(logits, scores, finished)
+        return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=backend)
+
+    if path in backends.BACKENDS and (reason := backends.unavailable("beam_topk", path)):
+        pytest.skip(reason)
+    check(run(), run("reference"))
+    measure(run, op="beam_topk", backend=path, shape=shape_of(name), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("name", ["characters", "one utterance"])
+def test_beam_topk_with_every_option(measure, name, backend):
+    if reason := backends.unavailable("beam_topk", backend):
+        pytest.skip(reason)
+    logits, scores, finished, lengths = make(*SHAPES[name])
+    options = every_option(*SHAPES[name])
+
+    def run(path=backend):
+        return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=path, **options)
+
+    check(run(), run("reference"))
+    measure(run, op="beam_topk every option", backend=backend, shape=shape_of(name), dtype=torch.float32)

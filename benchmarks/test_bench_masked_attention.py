@@ -1,35 +1,72 @@
-"""Attention of one decoder step: the reference and torch's fused attention, which returns no weights."""
+"""Attention of one decoder step and its gradients, beside torch's fused attention, which returns no weights."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from las_fast.ops import masked_attention, padding_mask
+from las_fast.ops import backends, masked_attention, padding_mask
 
-SHAPES = {"search": (16, 8, 200, 256, 256), "training": (32, 1, 200, 256, 256), "one utterance": (1, 8, 400, 256, 256)}
+SHAPES = {
+    "search": (16, 8, 200, 256, 256),
+    "training": (32, 1, 200, 256, 256),
+    "one utterance": (1, 8, 400, 256, 256),
+    "greedy": (1, 1, 400, 256, 256),
+    "long": (1, 8, 8192, 256, 256),
+}
+PATHS = ["reference", "cpp", "torch sdpa"]
 
 
 def make(name, dtype):
     B, K, T, D, E = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(s, generator=generator).to(dtype) for s in ((B, K, D), (B, T, D), (B, T, E))]
-    return *tensors, torch.linspace(T // 2, T, B).long()
+    return *tensors, torch.linspace(T, T // 2, B).long()
+
+
+def attention(path, lengths, frames, weights=False):
+    """Return context of (query, keys, values) by that path, what depends on lengths alone made before."""
+    padding = padding_mask(lengths, frames)
+    valid = ~padding[:, None]
+    if path == "torch sdpa":
+        return lambda *x: F.scaled_dot_product_attention(*x, attn_mask=valid)
+    if reason := backends.unavailable("masked_attention", path):
+        pytest.skip(reason)
+    return lambda *x: masked_attention(*x, lengths, padding=padding, weights=weights, backend=path)[0]
+
+
+def shape_of(name):
+    return " ".join(f"{letter}{size}" for letter, size in zip("BKTDE", SHAPES[name], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("path", ["reference", "torch sdpa"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_masked_attention(measure, name, path, dtype):
-    query, keys, values, lengths = make(name, dtype)
-    padding = padding_mask(lengths, keys.shape[1])
-    valid = ~padding[:, None]
-    paths = {
-        "reference": lambda: masked_attention(
-            query, keys, values, lengths, padding=padding, weights=False, backend="reference"
-        )[0],
-        "torch sdpa": lambda: F.scaled_dot_product_attention(query, keys, values, attn_mask=valid),
-    }
+    *tensors, lengths = make(name, dtype)
+    T = tensors[1].shape[1]
+    run, reference = attention(path, lengths, T), attention("reference", lengths, T)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(paths[path](), paths["reference"](), atol=tolerance, rtol=tolerance)
-    shape = " ".join(f"{letter}{size}" for letter, size in zip("BKTDE", SHAPES[name], strict=True))
-    measure(paths[path], op="masked_attention", backend=path, shape=shape, dtype=dtype)
+    torch.testing.assert_close(run(*tensors), reference(*tensors), atol=tolerance, rtol=tolerance)
+    measure(lambda: run(*tensors), op="masked_attention", backend=path, shape=shape_of(name), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["training"])
+def test_masked_attention_with_gradients(measure, name, path, dtype):
+    *tensors, lengths = make(name, dtype)
+    T = tensors[1].shape[1]
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def gradients(function):
+        with torch.inference_mode(False), torch.enable_grad():
+            context = function(*leaves)
+            return torch.autograd.grad(context, leaves, torch.ones_like(context))
+
+    run, reference = (attention(x, lengths, T, weights=True) for x in (path, "reference"))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for found, expected in zip(gradients(run), gradients(reference), strict=True):
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    measure(
+        lambda: gradients(run), op="masked_attention gradients", backend=path, shape=shape_of(name), dtype=dtype
+    )

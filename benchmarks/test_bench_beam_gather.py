@@ -1,0 +1,37 @@
+"""The states of two LSTM cells and a context follow their parents after a pruning step."""
+
+import pytest
+import torch
+
+from las_fast.ops import backends, beam_gather
+
+SHAPES = {"batch": (16, 8, 512), "one utterance": (1, 8, 512), "wide": (64, 32, 512)}
+STATES = 5
+
+
+def plain(states, parents):
+    """Flat rows and index_select: what a plain search does."""
+    B, K = parents.shape
+    rows = (torch.arange(B)[:, None] * K + parents).flatten()
+    return [x.flatten(0, 1).index_select(0, rows).view_as(x) for x in states]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("path", ["reference", "cpp", "plain index_select"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_beam_gather(measure, name, path, dtype):
+    B, K, N = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(B, K, N, generator=generator).to(dtype) for _ in range(STATES)]
+    parents = torch.randint(0, K, (B, K), generator=generator)
+    if path in backends.BACKENDS and (reason := backends.unavailable("beam_gather", path)):
+        pytest.skip(reason)
+
+    def run(backend=path):
+        if backend == "plain index_select":
+            return plain(states, parents)
+        return beam_gather(states, parents, backend=backend)
+
+    for found, expected in zip(run(), run("reference"), strict=True):
+        assert torch.equal(found, expected)
+    measure(run, op="beam_gather", backend=path, shape=f"B{B} K{K} N{N} x{STATES}", dtype=dtype)
