@@ -1,0 +1,617 @@
+"""Small hostile cases of every op, each a claim that its Triton launcher must meet wherever the kernels run.
+
+The same cases are run interpreted, sanitized, as executed PTX, against mutants, and on a GPU where there is one. They
+call the launchers themselves, in las_fast.kernels, as the ops would.
+"""
+
+import collections
+import contextlib
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+
+from gpu_proof.interpreter import poison
+from las_fast.ops import beam_backtrack, beam_gather, masked_attention
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+INF = torch.inf
+ROUNDINGS = 1  # of the largest result, which an error may have besides that of the plain formula
+
+
+@dataclass(frozen=True)
+class Case:
+    """One claim. It pickles, so that a worker process can be asked to check it."""
+
+    op: str
+    name: str
+    check: Callable  # (device, **options): makes inputs from a seed, launches, asserts
+    options: dict = field(default_factory=dict)
+    huge: bool = False  # larger than memory: it can only be checked for bounds, and only its last program
+
+    def run(self, device="cpu", approximate=False):
+        """Raise AssertionError unless the launcher gives on this device what the reference gives in float64.
+
+        approximate: exponentials and logarithms are off by as much as a GPU's may be, so errors may be larger.
+        """
+        with mock.patch(f"{__name__}.ROUNDINGS", 4 if approximate else 1):
+            self.check(torch.device(device), **self.options)
+
+    @property
+    def interpretable(self):
+        """Whether triton's interpreter can judge it: its arithmetic in bfloat16 is wrong."""
+        return self.options.get("dtype") != BRAIN
+
+    @property
+    def executable(self):
+        """The architectures whose machine code of it the executor models: not wgmma and tcgen05.
+
+        Newer ones use those for products of 64 rows, all but those of exact float32.
+        """
+        of = self.options
+        exact = of.get("dtype", FLOAT) == FLOAT and of.get("precision", "highest") == "highest"
+        return (80,) if self.op == "masked_attention" and of.get("K", 0) > 32 and not exact else (80, 90, 100)
+
+    def __str__(self):
+        return f"{self.op}-{self.name}"
+
+
+def launcher(op, function=None):
+    """The launcher of an op, looked up now: a mutant may have taken the place of its module."""
+    return getattr(importlib.import_module(f"las_fast.kernels.{op}"), function or op)
+
+
+@contextlib.contextmanager
+def matmul_precision(precision):
+    """Inside, torch.get_float32_matmul_precision() is the one given."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Inputs and comparison
+
+
+def laid_out(tensor, layout):
+    """The same values in another order of memory, with poison in the gaps.
+
+    Args:
+        layout: "dense"; "turned", the first two dimensions exchanged in memory; "spaced", an odd number of elements
+            between rows; "strided", every other element of a row.
+    """
+    if layout == "dense":
+        return tensor
+    if layout == "turned":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    n = tensor.shape[-1]
+    wide = poison(tensor.new_empty(*tensor.shape[:-1], 2 * n + 1))
+    view = wide[..., :n] if layout == "spaced" else wide[..., : 2 * n : 2]
+    view.copy_(tensor)
+    return view
+
+
+def same(found, expected, what):
+    """Assert equality of every byte, and of shape and type; bools must be 0 or 1."""
+    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{what}: {found.dtype}, not {expected.dtype}"
+    found, expected = found.cpu().contiguous(), expected.cpu().contiguous()
+    if found.dtype == torch.bool:
+        found, expected = found.view(torch.uint8), expected.view(torch.uint8)
+    wrong = (found != expected).nonzero()
+    assert not len(wrong), (
+        f"{what}: {len(wrong)} of {found.numel()} differ, first at {wrong[0].tolist()}: "
+        f"{found[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
+    )
+
+
+def near(found, exact, tolerance, what):
+    """Assert that no element is farther than the tolerance from the exact one; infinities must be the same."""
+    assert found.shape == exact.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(exact.shape)}"
+    found, exact = found.cpu().double(), exact.cpu().double()
+    error = torch.where(found == exact, 0.0, (found - exact).abs())
+    worst = float(error.nan_to_num(INF, INF).max()) if error.numel() else 0.0
+    assert worst <= tolerance, f"{what}: off by {worst:.3g}, more than {tolerance:.3g}"
+
+
+def largest(tensor):
+    """The largest absolute value; 0 of an empty tensor."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+# masked_attention
+
+
+def attention_inputs(B, K, T, D, E, lengths, dtype, seed, scores="random"):
+    """Query, keys, values and lengths, finite everywhere; scores may also be all "equal" or all "negative"."""
+    generator = torch.Generator().manual_seed(seed)
+    query, keys, values = (torch.randn(s, generator=generator) for s in ((B, K, D), (B, T, D), (B, T, E)))
+    if scores == "equal":  # of small integers, so that scores are exact in whatever order they are summed
+        query, keys = query.round(), keys[:, :1].round().expand(B, T, D).contiguous()
+    if scores == "negative":
+        query, keys = query.abs(), -keys.abs()
+    lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
+    return query.to(dtype), keys.to(dtype), values.to(dtype), lengths
+
+
+def with_poisoned_padding(memory, lengths):
+    """A copy of keys or values that holds NaN past each length, which must never be read."""
+    memory = memory.clone()
+    for row, length in zip(memory, lengths.tolist(), strict=True):
+        row[length:] = torch.nan
+    return memory
+
+
+def plain(query, keys, values, lengths, scale, precision):
+    """Context and weights by the formula as anyone would write it in the inputs' own precision: the yardstick."""
+    tf32 = through_tf32 if query.dtype == FLOAT and precision != "highest" else lambda x: x
+    past = (torch.arange(keys.shape[1]) >= lengths[:, None])[:, None]
+    scores = (tf32(query) @ tf32(keys).transpose(1, 2)) * scale
+    weights = scores.masked_fill(past, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(past, 0.0)
+    return tf32(weights) @ tf32(values), weights
+
+
+def through_tf32(x):
+    """Float32 rounded to the 11 bits that tf32 units keep, with the gradient of x."""
+    rounded = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(FLOAT)
+    return x + (rounded - x).detach()
+
+
+def as_good_as_plain(found, exact, usual, unit, what):
+    """Assert that the error is at most twice that of the plain formula, and ROUNDINGS of the largest result.
+
+    That is for the root of the mean square; a single number may be luckier in one formula than in the other, and gets
+    four times.
+    """
+    assert found.shape == exact.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(exact.shape)}"
+    if not found.numel():
+        return
+    errors = [(x.detach().cpu().double() - exact).abs() for x in (found, usual)]
+    rounding = ROUNDINGS * unit * largest(exact)
+    for name, factor, measure in (("rms", 2, lambda x: x.square().mean().sqrt()), ("largest", 4, torch.max)):
+        error, usual_error = (float(measure(x)) for x in errors)
+        allowed = factor * usual_error + rounding
+        assert error <= allowed, f"{what}: {name} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def rounding(dtype, precision):
+    """Relative error of one product of inputs of this type; all but "highest" let float32 go through tf32 units."""
+    return 2.0**-11 if dtype == FLOAT and precision != "highest" else torch.finfo(dtype).eps
+
+
+def attends(
+    device, B=2, K=3, T=17, D=16, E=16, lengths=(10**9, 5, 1), dtype=FLOAT, weights=True, scale=None, layout="dense",
+    precision="highest", scores="random", seed=0,
+):  # fmt: skip
+    """Context, weights and peaks are those of the reference, and nothing past a length is read."""
+    query, keys, values, lengths = attention_inputs(B, K, T, D, E, lengths, dtype, seed, scores)
+    scale = D**-0.5 if scale is None else scale
+    exact_context, exact_weights, peaks = masked_attention(
+        query.double(), keys.double(), values.double(), lengths, scale=scale, peaks=True, backend="reference"
+    )
+    found = launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision)
+    context, found_weights, found_peaks, logsumexp = found
+    unit = rounding(dtype, precision)
+    usual, usual_weights = plain(query, keys, values, lengths, scale, precision)
+    assert context.dtype == dtype
+    as_good_as_plain(context, exact_context, usual, unit, "context")
+    if weights:
+        assert found_weights.dtype == FLOAT
+        past = (torch.arange(T) >= lengths[:, None])[:, None].expand(B, K, T)
+        assert (found_weights.cpu()[past] == 0).all(), "weights past the length"
+        as_good_as_plain(found_weights, exact_weights, usual_weights, unit, "weights")
+    else:
+        assert found_weights.numel() == 0
+    same(found_peaks, peaks, "peaks")
+    assert not logsumexp.isnan().any(), "logsumexp is NaN"
+
+
+def launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision):
+    tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
+    tensors = [laid_out(x.to(device), layout) for x in tensors]
+    with matmul_precision(precision):
+        return launcher("masked_attention")(*tensors, lengths.to(device), scale, weights)
+
+
+def differentiates(
+    device, B=2, K=3, T=17, D=16, E=16, lengths=(10**9, 5, 1), dtype=FLOAT, gradients="both", memory=True,
+    layout="dense", precision="highest", seed=0,
+):  # fmt: skip
+    """The gradients are those of the reference, exactly 0 past a length; `gradients` says of which outputs."""
+    inputs = attention_inputs(B, K, T, D, E, lengths, dtype, seed)
+    query, keys, values, lengths = inputs
+    scale = D**-0.5
+    generator = torch.Generator().manual_seed(seed + 1)
+    given = [torch.randn(s, generator=generator) for s in ((B, K, E), (B, K, T))]
+    given = [given[0].to(dtype) if gradients != "weights" else None, given[1] if gradients != "context" else None]
+
+    context, weights, _, logsumexp = launch_attention(
+        device, query, keys, values, lengths, scale, gradients != "context", layout, precision
+    )
+    tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
+    tensors = [laid_out(x.to(device), layout) for x in tensors]
+    there = [None if x is None else laid_out(x.to(device), layout) for x in given]
+    with matmul_precision(precision):
+        found = launcher("masked_attention", "masked_attention_backward")(
+            *there, *tensors, lengths.to(device), context, weights, logsumexp, scale, memory
+        )
+    exact = plain_gradients([x.double() for x in inputs[:3]], lengths, scale, precision, given)
+    usual = plain_gradients(inputs[:3], lengths, scale, precision, given)
+    for name, x, y, z in zip(("query", "keys", "values"), found, exact, usual, strict=True):
+        if not memory and name != "query":
+            continue
+        as_good_as_plain(x, y, z, rounding(dtype, precision), f"gradient of {name}")
+        if name != "query":
+            past = torch.arange(T) >= lengths[:, None]
+            assert (x.cpu()[past] == 0).all(), f"gradient of {name} past the length"
+
+
+def plain_gradients(tensors, lengths, scale, precision, given):
+    """Gradients of query, keys and values by autograd through the plain formula, in the tensors' own precision."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    outputs = plain(*leaves, lengths, scale, precision)
+    chosen = [(x, g.to(x)) for x, g in zip(outputs, given, strict=True) if g is not None]
+    outputs, upstream = zip(*chosen, strict=True)
+    return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+
+
+# beam_topk
+
+
+def search_state(B, K, V, seed):
+    """Logits, scores, finished beams and lengths of a search under way."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(B, K, V, generator=generator)
+    scores = -3 * torch.rand(B, K, generator=generator)
+    finished = torch.rand(B, K, generator=generator) < 0.25
+    lengths = torch.randint(1, 6, (B, K), generator=generator)
+    return logits, scores, finished, lengths, generator
+
+
+def continues(
+    device, B=2, K=4, V=31, eos=2, dtype=FLOAT, state="random", minimum=None, maximum=None, length_penalty=0.0,
+    eos_threshold=0.0, coverage=False, order=None, layout="dense", seed=0,
+):  # fmt: skip
+    """All results are those of the reference, indices exactly; `state` names how the beams stand."""
+    logits, scores, finished, lengths, generator = search_state(B, K, V, seed)
+    STATES[state](logits, scores, finished)
+    logits = logits.to(dtype)
+    bounds = [None if x is None else torch.full((B,), x, dtype=torch.int64) for x in (minimum, maximum)]
+    coverage = torch.randn(B, K, generator=generator) if coverage else None
+    table = states = None
+    if order is not None:
+        table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
+        states = torch.randint(0, V ** (order - 1), (B, K), generator=generator)
+    options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, states, 0.3 if order else 0.0)
+    expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
+
+    tensors = [laid_out(x.to(device), layout) for x in (logits, scores, finished, lengths)]
+    found = launcher("beam_topk")(*tensors, *(x.to(device) if isinstance(x, torch.Tensor) else x for x in options))
+    near(found[0], expected[0], 2e-5, "scores")
+    names = ("scores", "tokens", "parents", "finished", "lengths", "states")
+    for name, x, y in list(zip(names, found, expected, strict=True))[1 : 6 if order else 5]:
+        same(x, y, name)
+
+
+def _all_finished(logits, scores, finished):
+    finished[:] = True
+
+
+def _first_beam_only(logits, scores, finished):
+    finished[:] = False
+    scores[:, 0], scores[:, 1:] = 0.0, -INF
+
+
+def _all_equal(logits, scores, finished):
+    finished[:] = False
+    logits[:], scores[:] = 0.0, -1.0
+
+
+def _equal_beams(logits, scores, finished):
+    finished[:] = False
+    logits[:], scores[:] = logits[:, :1].clone(), -1.0
+
+
+def _equal_to_finished(logits, scores, finished):
+    """An open beam whose only token leads to the score of a finished one."""
+    logits[:], scores[:], finished[:] = -INF, -1.0, False
+    logits[..., -1] = 0.0
+    finished[:, 1::2] = True
+
+
+def _hopeless(logits, scores, finished):
+    logits[:], scores[:] = -INF, -INF
+
+
+def _one_token_each(logits, scores, finished):
+    finished[:] = False
+    logits[:] = -INF
+    logits[..., 3] = 1.0
+
+
+def _broken_rows(logits, scores, finished):
+    finished[:] = False
+    logits[:, 0, 1], logits[:, 1, 2], logits[:, 2] = torch.nan, INF, -INF
+
+
+def _extreme(logits, scores, finished):
+    logits.mul_(1e4)
+    scores.mul_(1e4)
+
+
+STATES = {
+    "random": lambda logits, scores, finished: None,
+    "all finished": _all_finished,
+    "first beam only": _first_beam_only,
+    "all equal": _all_equal,
+    "equal beams": _equal_beams,
+    "equal to finished": _equal_to_finished,
+    "hopeless": _hopeless,
+    "one token each": _one_token_each,
+    "broken rows": _broken_rows,
+    "extreme": _extreme,
+}
+
+
+# beam_gather and beam_backtrack
+
+
+def gathers(device, B=2, K=4, sizes=(5,), dtypes=(FLOAT,), layout="dense", parents="random", seed=0):
+    """Each state has its rows reordered, byte for byte; a parent that does not exist is taken for the nearest."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-3, K + 3) if parents == "wild" else (0, max(K, 1))
+    chosen = torch.randint(low, high, (B, K), generator=generator)
+    if parents == "wild" and chosen.numel():
+        chosen[0, 0], chosen[-1, -1] = -(2**40), 2**40
+    states = [
+        (100 * torch.randn(B, K, n, generator=generator)).to(dtype)
+        for n, dtype in zip(sizes, itertools.cycle(dtypes), strict=False)
+    ]
+    expected = beam_gather(states, chosen.clamp(0, max(K - 1, 0)), backend="reference")
+    *given, chosen = (laid_out(x.to(device), layout) for x in (*states, chosen))
+    found = launcher("beam_gather")(given, chosen)
+    assert len(found) == len(expected)
+    for i, (x, y) in enumerate(zip(found, expected, strict=True)):
+        same(x, y, f"state {i}")
+
+
+def backtracks(device, L=5, B=2, K=3, eos=2, vocabulary=6, layout="dense", parents="random", seed=0):
+    """Tokens, lengths, log-probabilities and frames of each hypothesis are those of the reference."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, frames = (torch.randint(0, n, (L, B, K), generator=generator) for n in (vocabulary, 1000))
+    low, high = (-2, K + 2) if parents == "wild" else (0, max(K, 1))
+    chosen = torch.randint(low, high, (L, B, K), generator=generator)
+    scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
+    if L > 2 and K > 1:
+        scores[-2:, :, -1] = -INF
+    expected = beam_backtrack(tokens, chosen.clamp(0, max(K - 1, 0)), scores, frames, eos=eos, backend="reference")
+    tensors = [laid_out(x.to(device), layout) for x in (tokens, chosen, scores, frames)]
+    found = launcher("beam_backtrack")(*tensors, eos)
+    for name, x, y in zip(expected._fields, found, expected, strict=True):
+        if name == "token_scores":
+            near(x, y, 1e-6, name)
+        else:
+            same(x, y, name)
+
+
+# Larger than memory: tensors on the meta device, of more elements than 32 bits can count
+
+
+def huge(*shape, dtype=FLOAT):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attends_to_huge(device, B, K, T, D, layout="dense"):
+    """No index of the forward or the backward pass overflows."""
+    query, lengths = huge(B, K, D, dtype=HALF), torch.full((B,), T)
+    keys = huge(T, B, D, dtype=HALF).transpose(0, 1) if layout == "turned" else huge(B, T, D, dtype=HALF)
+    results = launcher("masked_attention")(query, keys, keys, lengths, 1.0, True)
+    context, weights, _, logsumexp = results
+    launcher("masked_attention", "masked_attention_backward")(
+        context, weights, query, keys, keys, lengths, context, weights, logsumexp, 1.0, True
+    )
+
+
+def continues_huge(device, B, K, V):
+    """No index overflows, of characters with a 2-gram model or of word pieces."""
+    rows = huge(B, K)
+    lengths = rows.to(torch.int64)
+    table, states = (huge(V, V), lengths) if V < 100 else (None, None)
+    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3)
+    # the last kernel reads what the others wrote, and there is no memory for that
+    unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
+    with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
+        launcher("beam_topk")(huge(B, K, V, dtype=HALF), rows, rows.bool(), lengths, *options)
+
+
+def gathers_huge(device, B, K, N):
+    """No index overflows."""
+    launcher("beam_gather")([huge(B, K, N), huge(B, K, N, dtype=HALF)], huge(B, K, dtype=torch.int64))
+
+
+def backtracks_huge(device, L, B, K):
+    """No index overflows."""
+    tokens = huge(L, B, K, dtype=torch.int64)
+    launcher("beam_backtrack")(tokens, tokens, huge(L, B, K), tokens, 2)
+
+
+# The cases
+
+
+def _cases(op, check, named_options):
+    return [Case(op, name, check, options) for name, options in named_options.items()]
+
+
+ATTENTION = _cases(
+    "masked_attention",
+    attends,
+    {
+        "no-frames": {"T": 0},
+        "one-frame": {"T": 1, "B": 1, "K": 1, "D": 1, "E": 1},
+        "primes": {"B": 3, "K": 5, "T": 37, "D": 13, "E": 7},
+        "length-zero": {"lengths": (0, 17, 3)},
+        "all-lengths-zero": {"lengths": (0,)},
+        "half": {"dtype": HALF, "T": 70, "D": 32, "E": 48},
+        "half-beam-8": {"dtype": HALF, "K": 8, "T": 65, "D": 64, "E": 64, "lengths": (65, 64)},
+        "brain": {"dtype": BRAIN, "K": 8, "T": 65, "D": 64, "E": 64, "lengths": (65, 33)},
+        "tf32": {"precision": "medium", "K": 8, "T": 40, "D": 32, "E": 32},
+        "tf32-by-the-other-name": {"precision": "high", "K": 8, "T": 40, "D": 32, "E": 32},
+        "one-query": {"K": 1, "T": 67, "D": 20, "E": 24},
+        "one-query-half": {"K": 1, "T": 67, "D": 32, "E": 32, "dtype": HALF},
+        "beam-16": {"K": 16, "T": 19},
+        "beam-17": {"K": 17, "T": 19},
+        "beam-67": {"K": 67, "T": 19, "B": 1},
+        "beam-64-half": {"K": 64, "T": 40, "D": 32, "E": 32, "dtype": HALF},
+        "beam-32-half": {"K": 32, "T": 40, "D": 32, "E": 32, "dtype": HALF},
+        "beam-64": {"K": 64, "T": 33},
+        "frames-8192": {"T": 8192, "B": 1, "K": 2, "lengths": (8191,), "weights": False, "dtype": HALF},
+        "no-weights": {"weights": False},
+        "no-weights-half": {"weights": False, "dtype": HALF, "T": 33},
+        "scale": {"scale": 1.7},
+        "equal-scores-peak-at-the-first": {"scores": "equal", "T": 40},
+        "sharp": {"scale": 30.0, "T": 40},
+        "turned": {"layout": "turned", "T": 21, "K": 4},
+        "spaced": {"layout": "spaced"},
+        "strided": {"layout": "strided"},
+        "many-utterances": {"B": 9, "K": 2, "T": 6, "lengths": (6, 0, 1, 5, 2)},
+        "splits": {"T": 600, "lengths": (600, 301)},
+        "splits-some-of-them-empty": {"T": 1100, "K": 2, "lengths": (250, 0)},
+        "splits-no-weights": {"T": 520, "lengths": (519, 257), "weights": False, "dtype": HALF},
+        "splits-equal-scores": {"T": 600, "B": 1, "scores": "equal"},
+        "three-splits-negative-scores": {"T": 800, "B": 1, "scores": "negative", "weights": False},
+        **{f"frames-{T}": {"T": T, "B": 1, "K": 2, "lengths": (T,)} for T in (15, 16, 31, 32, 63, 64, 127, 128, 129)},
+        **{f"frames-{T}-half": {"T": T, "B": 1, "K": 8, "lengths": (T,), "dtype": HALF} for T in (31, 33, 128, 129)},
+        **{f"sizes-{D}-{E}": {"D": D, "E": E, "B": 1} for D, E in ((17, 15), (64, 33), (130, 100))},
+    },
+) + _cases(
+    "masked_attention",
+    differentiates,
+    {
+        "backward": {"K": 5, "T": 37, "D": 13, "E": 7},
+        "backward-of-context": {"gradients": "context", "T": 33},
+        "backward-of-weights": {"gradients": "weights", "T": 33},
+        "backward-of-query-only": {"memory": False, "T": 33},
+        "backward-no-frames": {"T": 0},
+        "backward-length-zero": {"lengths": (0, 17)},
+        "backward-one-query": {"K": 1, "T": 40},
+        "backward-many-queries": {"K": 37, "T": 20},
+        "backward-half": {"dtype": HALF, "K": 8, "T": 65, "D": 32, "E": 32},
+        "backward-brain": {"dtype": BRAIN, "K": 8, "T": 65, "D": 32, "E": 32},
+        "backward-turned": {"layout": "turned", "T": 21, "K": 4},
+        "backward-strided": {"layout": "strided", "T": 21},
+        "backward-tf32": {"precision": "medium", "K": 8, "T": 40, "D": 32, "E": 32},
+        "backward-splits": {"T": 600, "lengths": (600, 20)},
+        "backward-frames-64": {"T": 64, "B": 1, "lengths": (64,)},
+        "backward-frames-65": {"T": 65, "B": 1, "lengths": (65,)},
+    },
+)
+
+TOPK = _cases(
+    "beam_topk",
+    continues,
+    {
+        "characters": {"B": 3, "K": 8, "V": 31},
+        "one-beam": {"K": 1, "V": 31},
+        "one-token": {"K": 1, "V": 1, "eos": 0},
+        "primes": {"B": 3, "K": 5, "V": 37},
+        "beam-3-of-2-tokens": {"K": 3, "V": 2, "eos": 1, "state": "first beam only"},
+        "more-beams-than-candidates": {"K": 5, "V": 3, "state": "first beam only"},
+        **{state.replace(" ", "-"): {"state": state, "K": 4, "V": 9} for state in STATES},
+        **{f"vocabulary-{V}": {"V": V, "K": 3} for V in (32, 33, 257)},
+        "vocabulary-1025": {"V": 1025, "K": 4, "B": 1},
+        "long-rows": {"V": 2100, "K": 5},
+        "long-rows-half": {"V": 1100, "K": 8, "dtype": HALF},
+        "long-rows-spaced": {"V": 1100, "K": 8, "layout": "spaced", "B": 1},
+        "long-rows-everything": {
+            "V": 1030, "K": 5, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
+            "coverage": True, "order": 1,
+        },
+        "long-rows-bigram": {"V": 1100, "K": 6, "B": 1, "order": 2},
+        **{
+            f"long-rows-{state.replace(' ', '-')}": {"state": state, "K": 5, "V": 2049, "B": 1}
+            for state in ("all finished", "first beam only", "all equal", "equal beams", "hopeless", "broken rows")
+        },
+        "half": {"dtype": HALF},
+        "brain": {"dtype": BRAIN},
+        "minimum": {"minimum": 4, "V": 5},
+        "maximum": {"maximum": 3, "V": 5},
+        "minimum-and-maximum": {"B": 6, "K": 5, "minimum": 9, "maximum": 4, "V": 3},
+        "threshold": {"eos_threshold": 1.5, "V": 5, "K": 5},
+        "threshold-maximum": {"eos_threshold": 1.5, "V": 5, "maximum": 3},
+        "length-penalty": {"length_penalty": 0.8, "K": 5, "V": 7, "B": 6},
+        "length-penalty-all-finished": {"length_penalty": 1.0, "state": "all finished"},
+        "coverage": {"coverage": True, "K": 5},
+        "unigram": {"order": 1, "V": 7},
+        "trigram": {"order": 3, "V": 7, "K": 5},
+        "everything": {
+            "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
+            "coverage": True, "order": 2,
+        },
+        "first-eos": {"eos": 0, "V": 6},
+        "last-eos": {"eos": 5, "V": 6},
+        "turned": {"layout": "turned", "V": 7},
+        "spaced": {"layout": "spaced", "V": 7},
+        "strided": {"layout": "strided", "V": 7},
+        "no-utterances": {"B": 0},
+    },
+)  # fmt: skip
+
+GATHER = _cases(
+    "beam_gather",
+    gathers,
+    {
+        "one-state": {},
+        "one-value": {"sizes": (1,), "B": 1, "K": 1},
+        "primes": {"B": 3, "K": 5, "sizes": (37,)},
+        "several-states-and-types": {"sizes": (7, 64, 130, 1), "dtypes": (FLOAT, HALF, torch.int64)},
+        "bools-and-bytes": {"sizes": (9, 17), "dtypes": (torch.bool, torch.uint8)},
+        "brain": {"sizes": (33,), "dtypes": (BRAIN,)},
+        "long-rows": {"sizes": (1025, 1024), "B": 1, "K": 3},
+        "empty-rows": {"sizes": (0, 3)},
+        "no-state": {"sizes": ()},
+        "no-utterances": {"B": 0},
+        "turned": {"layout": "turned", "sizes": (6, 9)},
+        "spaced": {"layout": "spaced", "sizes": (6, 9)},
+        "strided": {"layout": "strided", "sizes": (6, 9)},
+        "wild-parents": {"parents": "wild", "sizes": (5,), "K": 4},
+    },
+)
+
+BACKTRACK = _cases(
+    "beam_backtrack",
+    backtracks,
+    {
+        "short": {},
+        "one-step": {"L": 1, "B": 1, "K": 1},
+        "no-steps": {"L": 0},
+        "no-utterances": {"B": 0},
+        "primes": {"L": 13, "B": 7, "K": 5},
+        "never-ending": {"eos": 5, "vocabulary": 5, "L": 9},
+        "ends-at-once": {"eos": 0, "vocabulary": 1},
+        "many-beams": {"L": 6, "B": 3, "K": 33},
+        "many-utterances": {"L": 4, "B": 65, "K": 2},
+        "long": {"L": 67, "B": 2, "K": 4, "vocabulary": 40},
+        "turned": {"layout": "turned"},
+        "spaced": {"layout": "spaced"},
+        "strided": {"layout": "strided"},
+        "wild-parents": {"parents": "wild", "L": 7},
+    },
+)
+
+CASES = ATTENTION + TOPK + GATHER + BACKTRACK
+
+HUGE = [
+    Case("masked_attention", "huge", attends_to_huge, {"B": 2**17, "K": 2, "T": 300, "D": 64}, huge=True),
+    Case("masked_attention", "huge-queries", attends_to_huge, {"B": 2**23, "K": 9, "T": 33, "D": 32}, huge=True),
+    Case("masked_attention", "huge-turned", attends_to_huge,
+         {"B": 2**16, "K": 2, "T": 600, "D": 64, "layout": "turned"}, huge=True),
+    Case("beam_topk", "huge", continues_huge, {"B": 2**24, "K": 5, "V": 31}, huge=True),
+    Case("beam_topk", "huge-long-rows", continues_huge, {"B": 2**18, "K": 5, "V": 2100}, huge=True),
+    Case("beam_gather", "huge", gathers_huge, {"B": 2**19, "K": 9, "N": 600}, huge=True),
+    Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
+]  # fmt: skip

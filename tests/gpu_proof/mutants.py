@@ -1,0 +1,380 @@
+"""Rung 5: faults put into the kernels on purpose, each of which some rung must notice.
+
+A fault that nobody notices is a hole in the cases, the sanitizer, the budgets or the executor.
+
+    PYTHONPATH=tests python -m gpu_proof.mutants      prints which rung notices each
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import importlib.util
+import pathlib
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+
+from gpu_proof.budgets import VARIANTS, complaints, measure, table
+from gpu_proof.cases import CASES, HUGE
+from gpu_proof.process import compiled, interpreted
+from gpu_proof.rungs import execute, sanitize
+from gpu_proof.sanitizer import OutOfBounds, ProgramRace
+
+ARCH = 90  # whose budgets and machine code judge mutants
+
+
+class NotAMutant(Exception):
+    """A mutant does not apply to the kernel as it is now: its text is gone, or is there more than once."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which rung noticed a mutant, and what it said; rung 0 where none did."""
+
+    rung: int
+    message: str = ""
+
+
+UNNOTICED = Verdict(0)
+
+
+@dataclass(frozen=True)
+class SourceMutant:
+    """A kernel file in which one text is replaced by another; by itself, the control, if both are empty."""
+
+    op: str
+    name: str
+    old: str = ""  # occurs exactly once in the file
+    new: str = ""
+    slows: bool = False  # it changes no result, so that only the budgets can notice it
+
+    def __str__(self):
+        return f"{self.op}-{self.name}"
+
+    def judge(self):
+        """Run the mutant up the rungs, in workers, until one notices it; only the control is judged by all."""
+        rungs = [(interpreted, judge_interpreted), (compiled, judge_budgets), (compiled, judge_executed)]
+        if self.slows:
+            rungs = rungs[1:2]
+        elif self.old:
+            del rungs[1]  # a wrong kernel that takes a register more is not thereby found to be wrong
+        for worker, judge in rungs:
+            verdict = worker(judge, self)
+            if verdict.rung:
+                return verdict
+        return UNNOTICED
+
+    def mutate(self, source):
+        """The file with the fault in it."""
+        if not self.old and not self.new:
+            return source
+        if source.count(self.old) != 1 or self.old == self.new:
+            raise NotAMutant(f"{self.old!r} is in kernels/{self.op}.py {source.count(self.old)} times, not once")
+        return source.replace(self.old, self.new)
+
+
+@dataclass(frozen=True)
+class CodeMutant:
+    """The PTX of one kernel in which one place is replaced; run with one of the cases."""
+
+    op: str
+    name: str
+    kernel: str
+    case: str
+    pattern: str  # regular expression
+    replacement: str
+    occurrence: int | None = 0  # which of its matches is replaced; None: all
+
+    def __str__(self):
+        return f"{self.op}-ptx-{self.name}"
+
+    def judge(self):
+        """Execute the mutant in a worker; only rung 4 sees machine code."""
+        return compiled(judge_code, self)
+
+    def mutate(self, text):
+        """The PTX with the fault in it; unchanged if it is another kernel's."""
+        if f".entry {self.kernel}(" not in text:
+            return text
+        found = list(re.finditer(self.pattern, text))
+        if not found:
+            raise NotAMutant(f"{self.pattern!r} is not in the PTX of {self.kernel}")
+        for match in reversed(found if self.occurrence is None else [found[self.occurrence]]):
+            text = text[: match.start()] + match.expand(self.replacement) + text[match.end() :]
+        return text
+
+
+# In workers
+
+
+@contextlib.contextmanager
+def loaded(mutant):
+    """Inside, las_fast.kernels.<op> is the mutant."""
+    name = f"las_fast.kernels.{mutant.op}"
+    source = pathlib.Path(importlib.util.find_spec(name).origin).read_text()
+    # a real file: triton reads the source of a kernel through inspect
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder, f"{mutant.op}.py")
+        file.write_text(mutant.mutate(source))
+        spec = importlib.util.spec_from_file_location(name, file)
+        original = sys.modules.get(name)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            yield
+        finally:
+            del sys.modules[name]
+            if original is not None:
+                sys.modules[name] = original
+
+
+def judge_interpreted(mutant):
+    """Rungs 1 and 2 together: the sanitizer checks each access before it is made, so that no mutant can crash."""
+    with loaded(mutant):
+        for case in cases_of(mutant.op) + [case for case in HUGE if case.op == mutant.op]:
+            if not case.interpretable:
+                continue
+            try:
+                sanitize(case)
+            except (OutOfBounds, ProgramRace) as error:
+                return Verdict(2, f"{case}: {error}")
+            except AssertionError as error:
+                return Verdict(1, f"{case}: {error}")
+    return UNNOTICED
+
+
+def judge_budgets(mutant):
+    """Rung 3."""
+    with loaded(mutant):
+        for variant in (variant for variant in VARIANTS if variant.op == mutant.op):
+            for row in measure(variant, ARCH):
+                if found := complaints(variant, row, table().get(row.key)):
+                    return Verdict(3, f"{variant}: {row.kernel} {', '.join(found)}")
+    return UNNOTICED
+
+
+def judge_executed(mutant):
+    """Rung 4."""
+    with loaded(mutant):
+        for case in cases_of(mutant.op):
+            if ARCH in case.executable and (verdict := _executed(case)):
+                return verdict
+    return UNNOTICED
+
+
+def judge_code(mutant):
+    """Rung 4 for a fault in the machine code."""
+    (case,) = (case for case in cases_of(mutant.op) if case.name == mutant.case)
+    return _executed(case, mutant.mutate) or UNNOTICED
+
+
+def _executed(case, mutate=None):
+    try:
+        execute(case, ARCH, mutate)
+    except AssertionError as error:
+        return Verdict(4, f"{case}: {type(error).__name__} {error}")
+    return None
+
+
+@functools.cache
+def cases_of(op):
+    return [case for case in CASES if case.op == op]
+
+
+# The faults
+
+BACKTRACK = [
+    SourceMutant("beam_backtrack", name, old, new)
+    for name, old, new in (
+        ("step-stride", "step = (t * B + b) * K", "step = (t * K + b) * K"),
+        ("parents-unclamped", "beam = tl.minimum(tl.maximum(beam, 0), K - 1)", "beam = beam + 0"),
+        ("parents-clamped-below-only", "tl.minimum(tl.maximum(beam, 0), K - 1)", "tl.maximum(beam, 0)"),
+        ("parents-clamped-to-k", "tl.maximum(beam, 0), K - 1)", "tl.maximum(beam, 0), K)"),
+        ("token-unmasked", "token = tl.load(tokens + step + beam, mask=exists, other=0)",
+         "token = tl.load(tokens + step + beam)"),
+        ("frame-of-the-wrong-beam", "frame = tl.load(frames + step + beam", "frame = tl.load(frames + step + k"),
+        ("score-before-the-first-step", "mask=exists & (t > 0)", "mask=exists"),
+        ("difference-of-infinities", "tl.where(score == before, 0.0, score - before)", "score - before"),
+        ("length-counts-eos", "length = tl.where(token == eos, t, length)",
+         "length = tl.where(token == eos, t + 1, length)"),
+        ("one-token-after-eos", "(t[None, :] > length[:, None])", "(t[None, :] > length[:, None] + 1)"),
+        ("fill-past-the-end", " & (t[None, :] < L)", ""),
+        ("results-transposed", "tl.store(found + row * L + t", "tl.store(found + t * K + row"),
+        ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)", "b = tl.program_id(0)"),
+        ("step-in-32-bits", "t = tl.cast(L - 1 - i, tl.int64)", "t = L - 1 - i"),
+        ("a-step-short", "for i in range(L):", "for i in range(L - 1):"),
+    )
+]  # fmt: skip
+
+GATHER = [
+    SourceMutant("beam_gather", name, old, new)
+    for name, old, new in (
+        ("parents-unclamped", "parent = tl.minimum(tl.maximum(parent, 0), K - 1)", "parent = parent + 0"),
+        ("row-in-32-bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+        ("utterance-dropped", "source = row // K * K + parent", "source = parent"),
+        ("one-value-too-many", "inside = n < sizes[i]", "inside = n <= sizes[i]"),
+        ("store-unmasked", "tl.store(gathered[i] + row * sizes[i] + n, x, mask=inside)",
+         "tl.store(gathered[i] + row * sizes[i] + n, x)"),
+        ("first-block-only", "range(0, sizes[i], BLOCK)", "range(0, BLOCK, BLOCK)"),
+        ("store-to-the-parent", "gathered[i] + row * sizes[i]", "gathered[i] + source * sizes[i]"),
+        ("rows-not-made-contiguous", "[x.contiguous() for x in states]", "[x for x in states]"),
+        ("parents-not-made-contiguous", "parents.contiguous()", "parents"),
+    )
+]  # fmt: skip
+
+TOPK = [
+    SourceMutant("beam_topk", name, old, new)
+    for name, old, new in (
+        ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)\n    k, v =", "b = tl.program_id(0)\n    k, v ="),
+        ("utterance-of-long-rows-in-32-bits", "b, k = tl.program_id(0).to(tl.int64),", "b, k = tl.program_id(0),"),
+        ("negative-ranks-not-mirrored", "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)", "bits"),
+        ("ties-to-the-higher-index",
+         "(0x7FFFFFFF - flat).to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return 0x7FFFFFFF - (",
+         "flat.to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return ("),
+        ("forced-eos-denied", "return denied & (forced == 0), forced", "return denied, forced"),
+        ("threshold-turned", "eos_score <= threshold * best_other", "eos_score > threshold * best_other"),
+        ("minimum-off-by-one", "lengths < minimum", "lengths <= minimum"),
+        ("maximum-off-by-one", "lengths >= maximum", "lengths > maximum"),
+        ("finished-beams-count-on", "lengths + tl.where(finished, 0, 1)", "lengths + 1"),
+        ("power-of-the-penalty-dropped", "tl.exp2(length_penalty * tl.log2(tokens))", "tokens"),
+        ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
+        ("ngram-weight-dropped", "steps + weight * tl.load(", "steps + tl.load("),
+        ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
+        ("best-taken-twice", "keys = tl.where(keys == best, NOTHING, keys)\n        place", "place"),
+        ("parent-and-token-swapped", "parent, token = place // V, place % V", "token, parent = place // V, place % V"),
+        ("eos-does-not-finish", "(ended | (token == eos))", "(ended | (token < 0))"),
+        ("finished-beams-grow", "parent) + tl.where(ended, 0, 1))", "parent) + 1)"),
+        ("ngram-state-unwrapped", "(state * V + token) % table_rows", "state * V + token"),
+        ("padding-counts-in-the-sum", 'v[None, :], mask=inside, other=-float("inf"))',
+         "v[None, :], mask=inside, other=0.0)"),
+        ("stride-of-rows", "k[:, None] * logits_k", "k[:, None] * V"),
+        ("running-sum-not-faded", "total * tl.exp(top - seen) + ", "total + "),
+        ("blocks-skipped", "if tl.max(keys, 0) > worst:", "if tl.max(keys, 0) < worst:"),
+        ("merge-reads-past-the-end", "row_keys + b * K * K + i, mask=i < K * K",
+         "row_keys + b * K * K + i, mask=i < BLOCK"),
+        ("row-keys-stored-too-far", "best, mask=places < K)", "best)"),
+        ("frozen-beams-free", "tl.where(is_eos, 0.0, -float(\"inf\")), steps)", "steps, steps)"),
+    )
+]  # fmt: skip
+
+INDICES = """    split = tl.program_id(1)
+    k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+"""
+KEYS = "        k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t,"
+ATTENTION = [
+    SourceMutant("masked_attention", name, old, new)
+    for name, old, new in (
+        ("rows-one-too-many", "(rows[:, None] < row_count)", "(rows[:, None] <= row_count)"),
+        ("columns-unmasked", "(rows[:, None] < row_count) & (columns[None, :] < column_count)",
+         "(rows[:, None] < row_count)"),
+        ("stride-of-rows", "pointer + rows[:, None] * stride", "pointer + rows[:, None] * column_count"),
+        ("utterance-in-32-bits", f"b = tl.program_id(0).to(tl.int64)\n{INDICES}    row = (b * SPLITS",
+         f"b = tl.program_id(0)\n{INDICES}    row = (b * SPLITS"),
+        ("utterance-in-32-bits-backwards", f"b = tl.program_id(0).to(tl.int64)\n{INDICES}    row = b * K",
+         f"b = tl.program_id(0)\n{INDICES}    row = b * K"),
+        ("utterance-in-32-bits-at-last", "b = tl.program_id(0).to(tl.int64)\n    block =",
+         "b = tl.program_id(0)\n    block ="),
+        ("frame-in-32-bits", f"first = tl.cast(t0, tl.int64)\n{KEYS} end", f"first = t0\n{KEYS} end"),
+        ("frame-in-32-bits-backwards", f"first = tl.cast(t0, tl.int64)\n{KEYS} length", f"first = t0\n{KEYS} length"),
+        ("padding-attended", 's = tl.where(t[None, :] < end, s, -float("inf"))',
+         's = tl.where(t[None, :] <= end, s, -float("inf"))'),
+        ("scale-dropped", "input_precision=PRECISION) * scale\n", "input_precision=PRECISION)\n"),
+        ("base-of-the-exponential", "scale * LOG2_E", "scale"),
+        ("peak-of-the-last-block", "peak = tl.where(top > m,", "peak = tl.where(top >= m,"),
+        ("peak-of-the-last-frame", "tl.min(tl.where(s == top[:, None], t[None, :], 2147483647), 1)",
+         "tl.max(tl.where(s == top[:, None], t[None, :], 0), 1)"),
+        ("sum-not-faded", "l = l * fade + tl.sum(p, 1)", "l = l + tl.sum(p, 1)"),
+        ("average-not-faded", "a = a * fade[:, None] + tl.dot(", "a = a + tl.dot("),
+        ("keys-past-the-end", "local, d, keys_t, end - t0, D)", "local, d, keys_t, BLOCK_T, D)"),
+        ("values-of-padding", "local, e, values_t, end - t0, E)", "local, e, values_t, T - t0, E)"),
+        ("scores-stored-past-the-end", "s, mask=(k[:, None] < K) & (t[None, :] < end))", "s, mask=(k[:, None] < K))"),
+        ("nothing-divided-by-nothing", "a / tl.where(l == 0.0, 1.0, l)[:, None]", "a / l[:, None]"),
+        ("ranges-write-one-result", "row = (b * SPLITS + split) * K + k  #", "row = b * SPLITS * K + k  #"),
+        ("ranges-overlap", "tl.minimum(begin + frames, length)", "tl.minimum(begin + frames + 1, length)"),
+        ("base-of-the-logarithm", "(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453)",
+         "(tl.where(l == 0.0, 1.0, l))))"),
+        ("absent-ranges-at-zero", 'tl.load(maxima + part, mask=exists, other=-float("inf"))',
+         "tl.load(maxima + part, mask=exists, other=0.0)"),
+        ("sums-of-ranges-not-scaled", "tl.sum(part_l * tl.exp2(part_m - finite_m[None, :]), 0)", "tl.sum(part_l, 0)"),
+        ("infinity-less-infinity", 'finite_m = tl.where(m == -float("inf"), 0.0, m)', "finite_m = m"),
+        ("padding-not-zeroed", "(t[None, :] < tl.load(lengths + b))", "(t[None, :] <= tl.load(lengths + b))"),
+        ("weights-not-normalised", "w = tl.exp2(s - finite_m[:, None]) / whole[:, None]",
+         "w = tl.exp2(s - finite_m[:, None])"),
+        ("ranges-share-equally", "tl.load(sums + row, mask=k < K, other=0.0) * tl.exp2(m_i - finite_m)",
+         "tl.exp2(m_i - finite_m)"),
+        ("peak-of-the-last-range", "tl.min(tl.where(part_m == m[None, :], split[:, None], 2147483647), 0)",
+         "tl.max(tl.where(part_m == m[None, :], split[:, None], 0), 0)"),
+        ("delta-added", "tl.float32) - delta[:, None]", "tl.float32) + delta[:, None]"),
+        ("gradient-without-scale", "ds = (p * dp * scale)", "ds = (p * dp)"),
+        ("gradient-to-padding", "p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)",
+         "p = tl.exp2(s - lse[:, None])"),
+        ("padding-left-without-gradient", "end = tl.minimum(begin + frames, T)",
+         "end = tl.minimum(begin + frames, length)"),
+        ("gradients-of-a-range-misplaced", "frame = b * T + first + local", "frame = b * T + local"),
+        ("parts-of-the-gradient-collide", "part = (split * tl.num_programs(0) + b) * K + k", "part = b * K + k"),
+        ("weights-left-out-of-delta", "tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)",
+         "tl.sum(dw, 1)"),
+        ("rows-not-made-contiguous", "x.is_contiguous() else x.contiguous()", "x.is_contiguous() else x"),
+        ("exact-products-through-tf32", '"highest": "ieee"', '"highest": "tf32"'),
+    )
+]  # fmt: skip
+
+SLOW = [
+    SourceMutant(op, name, old, new, slows=True)
+    for op, name, old, new in (
+        ("masked_attention", "a-tile-too-large", '"half": {16: (32, 4, 3), 32: (64',
+         '"half": {16: (64, 4, 4), 32: (64'),
+        ("masked_attention", "a-warp-alone", '"half": {16: (32, 4, 3), 32: (64', '"half": {16: (32, 1, 3), 32: (64'),
+        ("masked_attention", "exact-products-of-halves",
+         "s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale\n",
+         's = tl.dot(q.to(tl.float32), tl.trans(k_tile).to(tl.float32), input_precision="ieee") * scale\n'),
+        ("beam_topk", "a-warp-for-long-rows", "min(BLOCK, block_v), num_warps=4", "min(BLOCK, block_v), num_warps=1"),
+        ("beam_gather", "a-value-a-thread", "BLOCK=block, num_warps=4", "BLOCK=block, num_warps=16"),
+    )
+]  # fmt: skip
+
+FORWARD = ("masked_attention", "forward_kernel", "half-beam-8")
+BACKWARD = ("masked_attention", "backward_kernel", "backward-half")
+ONE_TILE = ("beam_topk", "topk_kernel", "characters")
+LONG_ROWS = ("beam_topk", "row_kernel", "long-rows")
+CODE = [
+    CodeMutant(op, f"{kernel.removesuffix('_kernel')}-{name}", kernel, case, pattern, replacement, occurrence)
+    for (op, kernel, case), name, pattern, replacement, occurrence in (
+        (FORWARD, "no-barriers", r"bar\.sync\s+0;", "", None),
+        (FORWARD, "no-barrier-after-the-copies", r"(cp\.async\.wait_group\s+\d+;\s+)bar\.sync\s+0;", r"\1", 0),
+        (FORWARD, "copies-not-awaited", r"cp\.async\.wait_group\s+[1-9]\d*;", "", 0),
+        (FORWARD, "a-group-too-few-awaited", r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", 0),
+        (FORWARD, "shuffle-from-another-lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", r"\1, 4,", 0),
+        (FORWARD, "values-not-transposed", r"\.x4\.trans", ".x4", 0),
+        (FORWARD, "smallest-score", r"max\.f32", "min.f32", 0),
+        (FORWARD, "another-exponential", r"ex2\.approx\.ftz", "lg2.approx.ftz", 0),
+        (FORWARD, "a-product-left-out", r"mma\.sync[^;]+;", "", 3),
+        (FORWARD, "store-without-predicate", r"@%p\d+ (st\.global\.v4)", r"\1", 0),
+        (BACKWARD, "no-barriers", r"bar\.sync\s+0;", "", None),
+        (BACKWARD, "copies-not-awaited", r"cp\.async\.wait_group[^;]*;", "", None),
+        (BACKWARD, "keys-not-transposed", r"\.x4\.trans", ".x4", 0),
+        (BACKWARD, "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
+        (ONE_TILE, "shuffle-from-another-lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 16,", r"\1, 8,", 0),
+        (ONE_TILE, "smallest-key", r"max\.s64", "min.s64", 0),
+        (ONE_TILE, "load-without-predicate", r"@%p\d+ (ld\.global)", r"\1", 0),
+        (LONG_ROWS, "no-barriers", r"bar\.sync\s+0;", "", None),
+        (LONG_ROWS, "smallest-key", r"max\.s64", "min.s64", -1),
+        (("beam_backtrack", "backtrack_kernel", "wild-parents"), "unclamped", r"min\.s64", "max.s64", 0),
+        (("beam_gather", "gather_kernel", "wild-parents"), "unclamped", r"max\.s64", "min.s64", 0),
+    )
+]
+
+CONTROLS = [SourceMutant(op, "unchanged") for op in ("masked_attention", "beam_topk", "beam_gather", "beam_backtrack")]
+MUTANTS = BACKTRACK + GATHER + TOPK + ATTENTION + SLOW + CODE
+
+
+def main():
+    """Print a line for each mutant: the rung that noticed it, and how."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for mutant, verdict in zip(MUTANTS, pool.map(lambda mutant: mutant.judge(), MUTANTS), strict=True):
+            print(f"{verdict.rung or 'NONE'}\t{mutant}\t{verdict.message}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

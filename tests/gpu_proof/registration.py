@@ -1,0 +1,75 @@
+"""The registered Triton ops as torch sees them: schemas, fakes, gradients. Called in an interpreting worker."""
+
+import torch
+
+from gpu_proof.end_to_end import triton_on_the_cpu
+from gpu_proof.interpreter import fast
+from las_fast.ops import Ngram, beam_backtrack, beam_gather, beam_topk, masked_attention
+
+EOS = 2
+
+
+def attention_inputs(grad=False):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(s, generator=generator).requires_grad_(grad) for s in ((2, 3, 5), (2, 7, 5), (2, 7, 6))]
+    return *tensors, torch.tensor([7, 4])
+
+
+def search_inputs():
+    generator = torch.Generator().manual_seed(0)
+    logits, scores = torch.randn(2, 3, 5, generator=generator), -torch.rand(2, 3, generator=generator)
+    return logits, scores, scores < -0.8, torch.full((2, 3), 4)
+
+
+def pointers():
+    generator = torch.Generator().manual_seed(0)
+    tokens, parents, frames = (torch.randint(0, 3, (4, 2, 3), generator=generator) for _ in range(3))
+    return tokens, parents, -torch.rand(4, 2, 3, generator=generator), frames
+
+
+def check_op(name):
+    """torch.library.opcheck of one op; raises where its registration is wrong."""
+    fast()
+    bound = torch.tensor([1, 2])
+    arguments = {
+        "masked_attention": [(*attention_inputs(grad), 0.4, w) for grad in (False, True) for w in (False, True)],
+        "beam_topk": [
+            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0),
+            (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(25, 5),
+             torch.full((2, 3), 7), 0.3),
+        ],
+        "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
+        "beam_backtrack": [(*pointers(), EOS)],
+    }[name]  # fmt: skip
+    for given in arguments:
+        torch.library.opcheck(getattr(torch.ops.las_fast, f"{name}_triton").default, given)
+
+
+def compile_ops():
+    """Return, of each op called with backend="triton", the graphs that torch.compile made; raises on a break."""
+    fast()
+    graphs = {}
+
+    def counted(name, function, *arguments):
+        def count(graph, _):
+            graphs[name] = graphs.get(name, 0) + 1
+            return graph.forward
+
+        found = torch.compile(function, fullgraph=True, backend=count)(*arguments)
+        for x, y in zip(found, function(*arguments), strict=True):
+            assert torch.equal(x, y), name
+        return found
+
+    table = torch.zeros(5, 5)
+    with triton_on_the_cpu():
+        query, keys, values, lengths = attention_inputs(grad=True)
+        found = counted("masked_attention", lambda *x: masked_attention(*x, backend="triton"),
+                        query, keys, values, lengths)  # fmt: skip
+        found[0].sum().backward()
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in (query, keys, values))
+        counted("beam_topk", lambda a, b, c, n: beam_topk(
+            a, b, c, eos=EOS, lengths=n, ngram=Ngram(table, n, 0.3), backend="triton"), *search_inputs())  # fmt: skip
+        counted("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
+                torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
+        counted("beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *pointers())
+    return graphs

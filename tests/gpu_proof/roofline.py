@@ -1,0 +1,97 @@
+"""Rung 6: what attention could reach at best on a GPU, from the bytes that its kernels ask for and their operations.
+
+    PYTHONPATH=tests python -m gpu_proof.roofline      prints the table
+
+The time of a launch is at least that of its bytes, of its operations, and of starting it. Bytes are counted in the
+interpreter, each lane of each load and store, as if no cache held any: decoding step after step finds keys and values
+of few utterances in the L2 cache, and may be faster than this table.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_proof.budgets import attend
+from gpu_proof.cases import FLOAT, HALF
+from gpu_proof.interpreter import fast
+from gpu_proof.process import interpreted
+from gpu_proof.sanitizer import sanitized
+
+# NVIDIA H100 SXM, from its data sheet
+BANDWIDTH = 3.35e12  # bytes a second
+RATE = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations a second, dense
+START = 2.5e-6  # seconds from one launch to the next, typical
+ROWS = 16  # of a matrix unit's tile: queries are padded to a multiple
+
+K, D = 8, 256  # beams; numbers of a key and of a value
+SHAPES = [(B, T) for B in (1, 16, 64) for T in (100, 400, 1600)]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one call moves and computes, and so takes at least."""
+
+    bytes: int
+    ideal_bytes: int  # of keys, values, queries and results, once each
+    operations: int
+    rate: float
+    launches: int
+
+    @property
+    def times(self):
+        """Seconds by what they are spent on."""
+        return {
+            "memory": self.bytes / BANDWIDTH,
+            "arithmetic": self.operations / self.rate,
+            "launches": self.launches * START,
+        }
+
+    @property
+    def seconds(self):
+        return max(self.times.values())
+
+    @property
+    def limit(self):
+        """What it is spent on."""
+        return max(self.times, key=self.times.get)
+
+
+def attention_bound(B, T, dtype):
+    """The Bound of attention with K beams of size D, without weights; counts in a worker that interprets."""
+    launches = interpreted(count, B, T, dtype)
+    moved = sum(launch.requested for launch in launches)
+    rows = -(-K // ROWS) * ROWS
+    operations = 4 * B * rows * T * D  # a multiplication and an addition for each of keys and values
+    return Bound(moved, ideal(B, T, dtype), operations, RATE["half" if dtype == HALF else "float"], len(launches))
+
+
+def count(B, T, dtype):
+    """LaunchTraffic of one call of the launcher at that shape."""
+    fast()
+    with sanitized(checks=False) as launches:
+        attend(B=B, K=K, T=T, D=D, E=D, dtype=dtype)
+    return launches
+
+
+def ideal(B, T, dtype):
+    """Bytes of the keys, values, queries, context, peaks (int64) and log-sums (float32) of a call."""
+    return torch.finfo(dtype).bits // 8 * 2 * D * (B * T + B * K) + (8 + 4) * B * K
+
+
+def table():
+    """The bounds of all shapes, as lines of markdown."""
+    yield "| dtype | B | T | MB moved | of ideal | GFLOP | at least, us | limited by |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for dtype in (HALF, FLOAT):
+        for B, T in SHAPES:
+            bound = attention_bound(B, T, dtype)
+            yield (
+                f"| {str(dtype).removeprefix('torch.')} | {B} | {T} | {bound.bytes / 1e6:.2f} "
+                f"| {bound.bytes / bound.ideal_bytes:.3f} | {bound.operations / 1e9:.3f} "
+                f"| {bound.seconds * 1e6:.1f} | {bound.limit} |"
+            )
+
+
+if __name__ == "__main__":
+    for line in table():
+        print(line, flush=True)

@@ -1,0 +1,42 @@
+"""Beam search of real speech in which every Triton kernel is the execution of its compiled PTX."""
+
+from collections import Counter
+
+import pytest
+
+from gpu_proof.end_to_end import decode, executed_decode
+from gpu_proof.process import compiled
+
+
+@pytest.fixture
+def archive(shared):
+    """The AN4 development set: 104 utterances."""
+    path = shared / "an4" / "hw4p2_student_data"
+    if not path.is_dir():
+        pytest.skip("../shared/an4 is absent")
+    return path
+
+
+def assert_same(found, expected):
+    """The same hypotheses in the same order, of scores that differ by rounding alone."""
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    for (name, ours), (_, theirs) in zip(found, expected, strict=True):
+        assert [tokens for tokens, _, _ in ours] == [tokens for tokens, _, _ in theirs], name
+        assert [score for _, score, _ in ours] == pytest.approx([score for _, score, _ in theirs], abs=1e-4), name
+        assert [frames for _, _, frames in ours] == [frames for _, _, frames in theirs], name
+
+
+def test_three_utterances_decoded_by_executed_ptx_come_out_as_by_the_reference(archive):
+    found, launches = compiled(executed_decode, archive, 90, 3)
+    assert_same(found, decode(archive, "reference", 3))
+    assert len(found) == 3 and all(several[0][0] for _, several in found)
+    times = Counter(launches)
+    assert times["backtrack_kernel"] == 1
+    assert times["forward_kernel"] == times["topk_kernel"] == times["gather_kernel"] >= 16
+
+
+def test_every_dev_utterance_comes_out_the_same_on_all_three_backends(archive):
+    expected = decode(archive, "reference")
+    assert len(expected) == 104
+    assert_same(decode(archive, "cpp"), expected)
+    assert_same(compiled(executed_decode, archive, 90)[0], expected)

@@ -1,0 +1,16 @@
+"""Rung 0 for the Triton ops: torch knows their schemas, shapes and gradients."""
+
+import pytest
+
+from gpu_proof.process import interpreted
+from gpu_proof.registration import check_op, compile_ops
+from las_fast.ops import backends
+
+
+@pytest.mark.parametrize("op", backends.IMPLEMENTED)
+def test_a_registered_triton_op_passes_opcheck(op):
+    interpreted(check_op, op)
+
+
+def test_each_triton_op_compiles_into_one_graph_with_the_same_results():
+    assert interpreted(compile_ops) == dict.fromkeys(backends.IMPLEMENTED, 1)

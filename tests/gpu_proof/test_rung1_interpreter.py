@@ -1,0 +1,12 @@
+"""Rung 1: each launcher, interpreted, gives what the reference gives in float64, and writes all of its results."""
+
+import pytest
+
+from gpu_proof.cases import CASES
+from gpu_proof.process import interpreted
+from gpu_proof.rungs import interpret
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.interpretable], ids=str)
+def test_interpreted_kernels_agree_with_the_reference(case):
+    interpreted(interpret, case)

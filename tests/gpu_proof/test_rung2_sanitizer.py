@@ -1,0 +1,17 @@
+"""Rung 2: no launch touches memory out of bounds, and none depends on the order of its programs."""
+
+import pytest
+
+from gpu_proof.cases import CASES, HUGE
+from gpu_proof.process import interpreted
+from gpu_proof.rungs import sanitize
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.interpretable], ids=str)
+def test_every_access_is_in_bounds_and_programs_do_not_overlap(case):
+    interpreted(sanitize, case)
+
+
+@pytest.mark.parametrize("case", HUGE, ids=str)
+def test_no_index_overflows(case):
+    interpreted(sanitize, case)

@@ -1,0 +1,24 @@
+"""Rung 3: what the kernels compile to, for GPUs that are not here, keeps to its budget and spills nothing."""
+
+import pytest
+
+from gpu_proof.budgets import ARCHITECTURES, VARIANTS, complaints, measure, table
+from gpu_proof.process import compiled
+
+
+@pytest.fixture(scope="module")
+def measured(ahead):
+    return ahead(lambda variant, arch: compiled(measure, variant, arch))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiled_kernels_keep_to_their_budget(variant, arch, measured):
+    rows = measured(variant=variant, arch=arch)
+    assert rows
+    for row in rows:
+        assert complaints(variant, row, table().get(row.key)) == [], f"{row.kernel} for {row.arch}"
+
+
+def test_the_table_has_no_stale_rows():
+    assert {key[0] for key in table()} == {str(variant) for variant in VARIANTS}

@@ -1,0 +1,34 @@
+"""Rung 6: the bytes that attention moves are those that it must move."""
+
+import pytest
+
+from gpu_proof.cases import FLOAT, HALF
+from gpu_proof.process import interpreted
+from gpu_proof.roofline import SHAPES, Bound, attention_bound, count
+
+MEMORY = ("query", "keys", "values")
+
+
+@pytest.fixture(scope="module")
+def bounds(ahead):
+    return ahead(attention_bound)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize(("B", "T"), SHAPES)
+def test_attention_moves_hardly_more_bytes_than_it_must(B, T, dtype, bounds):
+    bound = bounds(B=B, T=T, dtype=dtype)
+    assert bound.bytes <= 1.05 * bound.ideal_bytes
+
+
+def test_the_whole_beam_shares_one_load_of_keys_and_values():
+    (launch,) = interpreted(count, 16, 400, HALF)
+    for name in MEMORY:
+        loaded = launch.arguments[name].loaded
+        assert loaded.requested == loaded.unique == 32 * loaded.sectors
+
+
+def test_the_slowest_part_sets_the_bound():
+    bound = Bound(bytes=3_350_000, ideal_bytes=1, operations=989_000_000, rate=989e12, launches=2)
+    assert bound.times == pytest.approx({"memory": 1e-6, "arithmetic": 1e-6, "launches": 5e-6})
+    assert (bound.seconds, bound.limit) == (pytest.approx(5e-6), "launches")

@@ -1,0 +1,71 @@
+"""Rung 7: every case again on a GPU where there is one, and whole searches, launch by launch and as CUDA graphs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpu_proof.cases import CASES
+from gpu_proof.end_to_end import CHECKPOINT
+from gpu_proof.interpreter import poisoned
+from las_fast.checkpoint import load_model
+from las_fast.search import beam_search
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_case_holds_on_the_gpu(case):
+    with poisoned():
+        case.run("cuda", approximate=True)
+
+
+@pytest.fixture(scope="module")
+def heard():
+    """A trained model, and what it heard of 70 utterances of noise, each of a length of its own."""
+    model = load_model(CHECKPOINT, torch.device("cuda")).model
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 600, (70,), generator=generator)
+    features = torch.randn(70, int(lengths.max()), model.input_size, generator=generator)
+    with torch.inference_mode():
+        return model, model.listen(features.cuda(), lengths.cuda())
+
+
+@pytest.fixture
+def settings():
+    return replace(load_model(CHECKPOINT).config.decoding, beam=8)
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert ours.text_tokens == theirs.text_tokens
+        assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+def test_a_captured_search_finds_what_an_eager_one_finds(heard, settings):
+    eager = beam_search(*heard, settings, nbest=8, backend="triton", capture=False)
+    for _ in range(2):  # captured, then replayed
+        assert_same(beam_search(*heard, settings, nbest=8, backend="triton", capture=True), eager)
+
+
+def test_a_search_on_triton_finds_what_the_reference_finds(heard, settings):
+    found = beam_search(*heard, settings, nbest=8, backend="triton")
+    assert_same(found, beam_search(*heard, settings, nbest=8, backend="reference"))
+
+
+def test_a_search_waits_for_the_device_only_to_learn_that_all_have_finished(heard, settings):
+    """torch reports each synchronisation that it makes; the search's own look at the flag is an event, and is not."""
+    model, memory = heard
+    beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        from las_fast import search
+
+        found = search._Search(model, settings, None, "triton")
+        with torch.inference_mode():
+            inputs, beams = found.begin(memory)
+            for _ in range(3):
+                beams, _ = found.advance(inputs, beams)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
