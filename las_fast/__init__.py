@@ -1,3 +1,3 @@
 """las_fast: Listen, Attend and Spell, fast and proven."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -6,12 +6,14 @@ import os
 import pickle
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from gpu_proof.__main__ import table as coverage
 from gpu_proof.interpreter import poisoned
 from gpu_proof.process import WorkerDied, compiled, interpreted
 from gpu_proof.sanitizer import OutOfBounds, ProgramRace, sanitized
@@ -282,3 +284,12 @@ def test_a_byte_that_three_programs_load_is_requested_three_times():
 def test_a_sector_counts_whole_where_one_element_of_it_is_touched():
     _, traffic = interpreted(copy, torch.zeros(64), torch.zeros(64), 1, 3, 0, 8)
     assert (traffic["source"].loaded.unique, traffic["source"].loaded.sectors) == (12, 3)
+
+
+# the README's table
+
+
+def test_the_readme_states_what_is_covered():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for line in coverage():
+        assert line in readme
