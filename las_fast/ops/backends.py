@@ -6,6 +6,7 @@ own module chooses between them in plain Python, so that torch.compile sees one 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import warnings
@@ -124,7 +125,11 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
     """
 
     def launch(*arguments):
-        return getattr(importlib.import_module(f"las_fast.kernels.{module or name}"), name)(*arguments)
+        launcher = getattr(importlib.import_module(f"las_fast.kernels.{module or name}"), name)
+        device = _device_of(arguments)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return launcher(*arguments)
 
     torch.library.define(f"las_fast::{name}_triton", schema)
     # For every device: the choice above keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
@@ -135,3 +140,12 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
     for full in names:
         torch.library.register_fake(full, fake)
     return names
+
+
+def _device_of(arguments: tuple) -> torch.device:
+    for x in arguments:
+        if isinstance(x, list) and x:
+            x = x[0]
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise AssertionError("an op takes at least one tensor")
