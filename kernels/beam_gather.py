@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @triton.jit
-def gather_kernel(states, gathered, parents, sizes: tl.constexpr, K, BLOCK: tl.constexpr):
+def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
     """Copy, for hypothesis (b, k), the row of its parent from each of the states of `sizes` numbers a row."""
     row = tl.program_id(0).to(tl.int64)
     parent = tl.load(parents + row)
@@ -33,10 +33,15 @@ def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
     gathered = [torch.empty_like(x) for x in rows]
     sizes = tuple(x.shape[2] for x in rows)
     if parents.numel() and sum(sizes):
-        # A bool is copied as the byte that it is.
-        plain = [[x.view(torch.uint8) if x.dtype == torch.bool else x for x in xs] for xs in (rows, gathered)]
+        plain = [[_as_integers(x) for x in xs] for xs in (rows, gathered)]
+        sizes = tuple(x.shape[2] for x in plain[0])
         block = min(1024, triton.next_power_of_2(max(sizes)))
         gather_kernel[parents.numel(),](
             tuple(plain[0]), tuple(plain[1]), parents.contiguous(), sizes, parents.shape[1], BLOCK=block, num_warps=4
         )
     return gathered
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The same bytes as a type that Triton knows, whatever they mean."""
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64))

@@ -36,6 +36,13 @@ def _place(key):
 
 
 @triton.jit
+def _state(pointer, table_rows, exists):
+    """Load n-gram states; one outside the table is taken for the nearest: nobody can be told here."""
+    state = tl.load(pointer, mask=exists, other=0)
+    return tl.minimum(tl.maximum(state, 0), table_rows - 1)
+
+
+@triton.jit
 def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.constexpr, PENALTY: tl.constexpr):
     """Rank (R, V) candidates of R beams: PENALTY is 0 or 1 for that length_penalty, 2 for any other."""
     if PENALTY != 0:
@@ -95,7 +102,7 @@ def _take_best(
         tl.store(out_finished + at, (ended | (token == eos)).to(tl.int8))
         tl.store(out_lengths + at, tl.load(lengths + b * K + parent) + tl.where(ended, 0, 1))
         if NGRAM:
-            state = tl.load(states + b * K + parent)
+            state = _state(states + b * K + parent, table_rows, parent < K)
             tl.store(out_states + at, tl.where(ended, state, (state * V + token) % table_rows))
 
 
@@ -129,7 +136,7 @@ def topk_kernel(
         tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
         MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = tl.load(states + row, mask=exists, other=0) if NGRAM else row
+    state = _state(states + row, table_rows, exists) if NGRAM else row
     candidates = _candidates(steps, v, V, eos, score, done, denied, forced, table, state, weight, exists, NGRAM)
     covered = tl.load(coverage + row, mask=exists, other=0.0) if COVERAGE else score
     ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
@@ -143,7 +150,7 @@ def topk_kernel(
 @triton.jit
 def row_kernel(
     logits, scores, finished, lengths, minimum, maximum, coverage, table, states, row_keys, row_scores,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight, table_rows,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
     THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +184,7 @@ def row_kernel(
         tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
         MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = tl.load(states + row + one) if NGRAM else one
+    state = _state(states + row + one, table_rows, one < 1) if NGRAM else one
     covered = tl.load(coverage + row + one) if COVERAGE else score
     places = tl.arange(0, BLOCK_K)
     best = tl.full([BLOCK_K], NOTHING, tl.int64)
@@ -234,36 +241,38 @@ def beam_topk(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch; return scores, tokens, parents, finished, lengths and states as las_fast::beam_topk_triton."""
     B, K, V = logits.shape
-    if K * V >= 2**31:
-        raise ValueError(f"triton beam_topk takes at most 2^31 - 1 candidates an utterance; got {K} beams x {V} tokens")
     logits = logits if logits.stride(2) == 1 or V == 1 else logits.contiguous()
-    given = [None if x is None else x.contiguous() for x in (scores, _bytes(finished), lengths)]
-    limits = [None if x is None else x.contiguous() for x in (minimum, maximum, coverage, table, states)]
-    out = [torch.empty_like(scores, memory_format=torch.contiguous_format)]
+    scores, lengths, finished = scores.contiguous(), lengths.contiguous(), _bytes(finished.contiguous())
+    options = (minimum, maximum, coverage, table, states)
+    minimum, maximum, coverage, table, states = (None if x is None else x.contiguous() for x in options)
+    out = [torch.empty_like(scores)]
     out += [scores.new_empty(B, K, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.int64)]
     out += [scores.new_empty((0, 0) if table is None else (B, K), dtype=torch.int64)]
     if B == 0 or K == 0:
         return tuple(out)
     results = [_bytes(x) for x in out]
-    kinds = {name: x is not None for name, x in zip(("MINIMUM", "MAXIMUM", "COVERAGE", "NGRAM"), limits, strict=False)}
-    choices = kinds | {"THRESHOLD": eos_threshold != 0.0}
-    choices["PENALTY"] = {0.0: 0, 1.0: 1}.get(length_penalty, 2)
-    numbers = (K, V, eos, logits.stride(0), logits.stride(1), float(length_penalty), float(eos_threshold))
+    beams = (logits, scores, finished, lengths, minimum, maximum, coverage, table, states)
     rows = 1 if table is None else table.shape[0]
-    block_k, block_v = triton.next_power_of_2(K), triton.next_power_of_2(V)
-    if block_k * block_v <= SMALL:
-        topk_kernel[B,](
-            logits, *given, *limits, *results, *numbers, float(weight), rows, **choices,
-            BLOCK_K=block_k, BLOCK_V=block_v, num_warps=min(4, max(1, block_k * block_v // 256)),
-        )  # fmt: skip
+    numbers = (K, V, eos, *logits.stride()[:2], float(length_penalty), float(eos_threshold), float(weight), rows)
+    blocks = {"BLOCK_K": triton.next_power_of_2(K), "BLOCK_V": triton.next_power_of_2(V)}
+    choices = {
+        "MINIMUM": minimum is not None,
+        "MAXIMUM": maximum is not None,
+        "COVERAGE": coverage is not None,
+        "NGRAM": table is not None,
+        "THRESHOLD": eos_threshold != 0.0,
+        "PENALTY": {0.0: 0, 1.0: 1}.get(length_penalty, 2),
+    }
+    entries = blocks["BLOCK_K"] * blocks["BLOCK_V"]
+    if entries <= SMALL:
+        warps = min(4, max(1, entries // 256))
+        topk_kernel[B,](*beams, *results, *numbers, **choices, **blocks, num_warps=warps)
         return tuple(out)
     row_keys, row_scores = (scores.new_empty(B, K, K, dtype=dtype) for dtype in (torch.int64, torch.float32))
-    row_kernel[B, K](
-        logits, *given, *limits, row_keys, row_scores, *numbers, float(weight), **choices,
-        BLOCK_K=block_k, BLOCK_V=min(BLOCK, block_v), num_warps=4,
-    )  # fmt: skip
+    blocks["BLOCK_V"] = min(BLOCK, blocks["BLOCK_V"])
+    row_kernel[B, K](*beams, row_keys, row_scores, *numbers, **choices, **blocks, num_warps=4)
     merge_kernel[B,](
-        row_keys, row_scores, *given[1:], limits[4], *results, K, V, eos, rows, NGRAM=table is not None,
+        row_keys, row_scores, finished, lengths, states, *results, K, V, eos, rows, NGRAM=table is not None,
         BLOCK=triton.next_power_of_2(K * K), num_warps=4,
     )  # fmt: skip
     return tuple(out)

@@ -7,9 +7,10 @@ sum l and average a of the frames so far:
     s = scale * log2(e) * Q K^T;  m' = max(m, max s);  p = 2 ** (s - m');  f = 2 ** (m - m')
     l' = f l + sum p;             a' = f a + p V;      context = a / l;    logsumexp = ln 2 * (m + log2 l)
 
-Bytes: keys, values, queries and results cross once, for the whole beam; padding is never read. Where the utterances
-are too few to fill the chip and long, each is cut into SPLITS ranges, which write their averages, and the second
-kernel merges them; a range has at least 32 frames a query, so that this costs at most a twentieth more bytes. The
+Bytes: keys, values, queries and results cross once, for the whole beam; padding is never read. Long utterances are cut
+into ranges of SHORTEST frames or more, so that one utterance keeps many processors busy: each range writes its average,
+and the second kernel merges them. A range has at least 48 frames a query, so that this costs at most a twentieth more
+bytes. Ranges depend on K alone: an utterance is added up in the same order alone, in any batch and however padded. The
 second kernel also turns the scores that the first left in `weights` into weights, where they are asked for.
 
 The backward pass walks the same way, makes the weights again from logsumexp, and writes each frame's gradients once.
@@ -23,23 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-PROCESSORS = 132  # of an H100, taken where there is no device to ask
-PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}  # torch's names of float32 products, and Triton's
-WIDEST = 1024  # numbers of a key or value that fit in shared memory
-SHORTEST = 256  # frames of a range that are worth a program of their own
+SHORTEST = 400  # frames of a range that are worth a program of their own
 # Frames of a tile (at D, E = 256; fewer where they are more), warps and stages for each number of rows: what compiles
-# for sm_80, sm_90 and sm_100 without spills and within their shared memory, at D, E up to 256. More queries than the
-# last number of rows are taken in several launches.
+# without spills and in the 99 KiB of shared memory that the smallest supported processors have. More queries than the
+# last number of rows, or than 16 where D or E is above 256, are taken in several launches.
 TILES = {
     "forward": {
         "half": {16: (32, 4, 3), 32: (64, 8, 2), 64: (32, 8, 2)},
-        "ieee": {16: (32, 8, 2), 32: (32, 16, 2), 64: (16, 16, 2)},
-        "tf32": {16: (32, 8, 2), 32: (32, 8, 2), 64: (16, 8, 2)},
+        "ieee": {16: (32, 8, 2), 32: (16, 16, 2)},
+        "tf32": {16: (32, 8, 2), 32: (16, 8, 2)},
     },
     "backward": {
         "half": {16: (32, 8, 2), 32: (32, 8, 2), 64: (16, 8, 2)},
-        "ieee": {16: (16, 8, 2), 32: (16, 8, 2)},
-        "tf32": {16: (16, 16, 2), 32: (16, 16, 1)},
+        "ieee": {16: (16, 8, 2)},
+        "tf32": {16: (16, 16, 1)},
     },
 }
 
@@ -55,14 +53,14 @@ def _tile(pointer, rows, columns, stride, row_count, column_count):
 def forward_kernel(
     query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, weights,
     K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
-    D: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Attend to frames [split * frames, (split + 1) * frames) of utterance b; scale includes log2(e)."""
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    row = (b * SPLITS + split) * K + k  # of the results
+    row = (b * tl.num_programs(1) + split) * K + k  # of the results
     length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
     begin = split * frames
     end = tl.minimum(begin + frames, length)
@@ -94,10 +92,10 @@ def forward_kernel(
     inside = (k[:, None] < K) & (e[None, :] < E)
     tl.store(context + row[:, None] * E + e[None, :], average.to(context.dtype.element_ty), mask=inside)
     tl.store(peaks + row, peak, mask=k < K)
-    if SPLITS > 1 or WEIGHTS:
+    if SPLIT or WEIGHTS:
         tl.store(maxima + row, m, mask=k < K)
         tl.store(sums + row, l, mask=k < K)
-    if SPLITS == 1:
+    if not SPLIT:
         tl.store(logsumexp + row, _logsumexp(m, l), mask=k < K)
 
 
@@ -110,45 +108,54 @@ def _logsumexp(m, l):
 @triton.jit
 def finish_kernel(
     part_context, part_peaks, maxima, sums, lengths, context, logsumexp, peaks, weights,
-    K, T,
-    E: tl.constexpr, SPLITS: tl.constexpr, WEIGHTS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    K, T, splits,
+    E: tl.constexpr, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of utterance b (the first program of it), and make weights of a block of scores (each)."""
+    """Merge the ranges of utterance b (the first program of it), and make weights of a block of scores (each)."""
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    k, e, split = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_S)
-    part = (b * SPLITS + split[:, None]) * K + k[None, :]  # (S, K)
-    exists = (split[:, None] < SPLITS) & (k[None, :] < K)
-    part_m = tl.load(maxima + part, mask=exists, other=-float("inf"))
-    part_l = tl.load(sums + part, mask=exists, other=0.0)
-    m = tl.max(part_m, 0)
-    finite_m = tl.where(m == -float("inf"), 0.0, m)  # -inf - -inf would be NaN where nothing was attended to
-    l = tl.sum(part_l * tl.exp2(part_m - finite_m[None, :]), 0)
+    k, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
+    m = tl.full([BLOCK_K], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_K], tl.float32)
+    peak = tl.zeros([BLOCK_K], tl.int32)
+    for i in range(splits):  # one after another: ranges of padding change no bit
+        part = (b * splits + i) * K + k
+        part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
+        if SPLIT:
+            peak = tl.where(part_m > m, tl.load(part_peaks + part, mask=k < K, other=0), peak)
+        m_new = tl.maximum(m, part_m)
+        finite = _finite(m_new)
+        l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)
+        m = m_new
+    finite = _finite(m)
     whole = tl.where(l == 0.0, 1.0, l)
     if WEIGHTS:
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
         at = weights + (b * K + k[:, None]) * T + t[None, :]
         valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
         s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
-        w = tl.exp2(s - finite_m[:, None]) / whole[:, None]
+        w = tl.exp2(s - finite[:, None]) / whole[:, None]
         tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
-    if SPLITS > 1 and block == 0:
+    if SPLIT and block == 0:
         inside = (k[:, None] < K) & (e[None, :] < E)
         a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
-        for i in range(SPLITS):
-            row = (b * SPLITS + i) * K + k
-            m_i = tl.load(maxima + row, mask=k < K, other=-float("inf"))
-            share = tl.load(sums + row, mask=k < K, other=0.0) * tl.exp2(m_i - finite_m) / whole
-            average = tl.load(part_context + row[:, None] * E + e[None, :], mask=inside, other=0.0)
+        for i in range(splits):
+            part = (b * splits + i) * K + k
+            part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
+            share = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / whole
+            average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside, other=0.0)
             a += share[:, None] * average.to(tl.float32)
         row = b * K + k
         tl.store(context + row[:, None] * E + e[None, :], a.to(context.dtype.element_ty), mask=inside)
         tl.store(logsumexp + row, _logsumexp(m, l), mask=k < K)
-        winner = tl.min(tl.where(part_m == m[None, :], split[:, None], 2147483647), 0)  # the first of equal ones
-        part_peak = tl.load(part_peaks + part, mask=exists, other=0)
-        peak = tl.sum(tl.where(split[:, None] == winner[None, :], part_peak, 0), 0)
         tl.store(peaks + row, peak, mask=k < K)
+
+
+@triton.jit
+def _finite(m):
+    """0 where nothing was attended to: -inf - -inf would be NaN."""
+    return tl.where(m == -float("inf"), 0.0, m)
 
 
 @triton.jit
@@ -156,11 +163,11 @@ def backward_kernel(
     context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp,
     query_gradient, keys_gradient, values_gradient,
     K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
-    D: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr,
     MEMORY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a range of frames of utterance b, and this range's part of the query's gradient (SPLITS, B, K, D).
+    """Gradients of a range of frames of utterance b, and this range's part of the query's gradient (ranges, B, K, D).
 
     CONTEXT, WEIGHTS: which of the two results has a gradient. MEMORY: whether keys' and values' are wanted.
     """
@@ -220,13 +227,13 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward pass; return context, weights, peaks and logsumexp as las_fast::masked_attention_triton."""
     (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
-    blocks = query.split(_most_rows(query.dtype, "forward"), 1)
+    blocks = query.split(_most_rows(query, values, "forward"), 1)
     if len(blocks) > 1:
         found = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
         return tuple(torch.cat(column, 1) for column in zip(*found, strict=True))
     query, keys, values = map(_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype)
-    splits, frames = _splits(B, K, T, blocks["BLOCK_T"], query.device)
+    splits, frames = _ranges(K, T, blocks["BLOCK_T"])
     attended = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
     results = (
         values.new_empty(B, K, E),
@@ -243,14 +250,13 @@ def masked_attention(
     forward_kernel[B, splits](
         query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attended,
         K, T, frames, scale * LOG2_E, *_strides(query, keys, values),
-        D, E, splits, weights, _precision(), **blocks, **options,
+        D, E, splits > 1, weights, _precision(), **blocks, **options,
     )  # fmt: skip
     if parts:
         finish_kernel[B, max(1, triton.cdiv(T, 256)) if weights else 1](
             context, peaks, maxima, sums, lengths, *results, attended,
-            K, T, E, splits, weights,
-            BLOCK_S=triton.next_power_of_2(splits), BLOCK_K=triton.next_power_of_2(K), BLOCK_T=256,
-            BLOCK_E=triton.next_power_of_2(E),
+            K, T, splits, E, splits > 1, weights,
+            BLOCK_K=triton.next_power_of_2(K), BLOCK_T=256, BLOCK_E=blocks["BLOCK_E"],
         )  # fmt: skip
     return results[0], attended, results[2], logsumexp
 
@@ -261,13 +267,13 @@ def masked_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward pass; return the gradients of query, keys and values (empty unless memory)."""
     (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
-    most = _most_rows(query.dtype, "backward")
+    most = _most_rows(query, values, "backward")
     if most < K:
         results = (query, keys, values, lengths, context, weights, logsumexp)
         return _backward_in_parts(most, context_gradient, weights_gradient, *results, scale, memory)
     query, keys, values = map(_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype, "backward")
-    splits, frames = _splits(B, K, T, blocks["BLOCK_T"], query.device)
+    splits, frames = _ranges(K, T, blocks["BLOCK_T"])
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
     keys_gradient, values_gradient = keys.new_empty(shapes[0]), values.new_empty(shapes[1])
     if B == 0 or K == 0:
@@ -277,7 +283,7 @@ def masked_attention_backward(
     backward_kernel[B, splits](
         *given, query, keys, values, lengths, context, weights, logsumexp, parts, keys_gradient, values_gradient,
         K, T, frames, scale, *_strides(query, keys, values),
-        D, E, splits, given[0] is not None, given[1] is not None, memory, _precision(), **blocks, **options,
+        D, E, given[0] is not None, given[1] is not None, memory, _precision(), **blocks, **options,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(query.dtype), keys_gradient, values_gradient
 
@@ -306,34 +312,30 @@ def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
 
 
 def _precision() -> str:
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+    """Triton's name of the float32 products that torch has been told to use; the one setting sees all of torch's."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _splits(B: int, K: int, T: int, block: int, device: torch.device) -> tuple[int, int]:
+def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
     """Return into how many ranges to cut each utterance, and the frames of a range, a multiple of the block."""
-    there = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if there else PROCESSORS
-    shortest = triton.cdiv(max(SHORTEST, 32 * K), block) * block
-    splits = max(1, min(T // shortest, processors // B))
-    frames = triton.cdiv(triton.cdiv(T, splits), block) * block
-    return max(1, triton.cdiv(T, frames)) if frames else 1, frames
+    frames = triton.cdiv(max(SHORTEST, 48 * K), block) * block
+    return max(1, triton.cdiv(T, frames)), frames
 
 
 def _kind(dtype: torch.dtype) -> str:
     return _precision() if dtype == torch.float32 else "half"
 
 
-def _most_rows(dtype: torch.dtype, pass_name: str) -> int:
-    return max(TILES[pass_name][_kind(dtype)])
+def _most_rows(query: Tensor, values: Tensor, pass_name: str) -> int:
+    narrow = max(query.shape[2], values.shape[2]) <= 256
+    return max(TILES[pass_name][_kind(query.dtype)]) if narrow else 16
 
 
 def _blocks(K: int, D: int, E: int, dtype: torch.dtype, pass_name: str = "forward") -> tuple[dict, dict]:
     """Return the tile and the launch options for a shape, from TILES."""
     rows = max(16, triton.next_power_of_2(K))  # a matrix unit takes 16 rows
     block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-    widest = max(block_d, block_e)
-    if widest > WIDEST:
-        raise ValueError(f"triton attention takes keys and values of at most {WIDEST} numbers a frame; got {D} and {E}")
+    widest = max(block_d, block_e)  # at most 512: las_fast.ops.masked_attention sees to it
     frames, warps, stages = TILES[pass_name][_kind(dtype)][rows]
     # At most 32 in the backward pass, where frames are also the rows of products.
     frames = max(16, min(64 if pass_name == "forward" else 32, frames * 256 // widest))

@@ -69,14 +69,23 @@ class Captured:
 
         self.graph = CudaGraph()
         self.found = self.graph.capture(chunk)
+        self.used: torch.cuda.Event | None = None  # comes after everything enqueued so far that touches the buffers
 
     def run(self, inputs: Any, beams: Any) -> Iterator[Any]:
         """Yield what each chunk finds, endlessly; a chunk is enqueued when it is asked for."""
+        if self.used is not None:
+            self.used.wait()  # the current stream may be another than the last user's
         _copy(self.inputs, inputs)
         _copy(self.beams, beams)
         while True:
             self.graph.replay()
             yield tree_map_only(Tensor, torch.clone, self.found)
+
+    def leave(self) -> None:
+        """Let whoever comes next wait until all that is enqueued has run."""
+        if any(x.is_cuda for x in tree_leaves(self.beams) if isinstance(x, Tensor)):
+            self.used = torch.cuda.Event()
+            self.used.record()
 
 
 def _copy(buffers: Any, tensors: Any) -> None:
@@ -105,7 +114,10 @@ def captured(
                 graphs.popitem(last=False)  # before the new one takes its memory
             graphs[key] = Captured(advance, inputs, beams)
         graphs.move_to_end(key)
-        yield graphs[key].run(inputs, beams)
+        try:
+            yield graphs[key].run(inputs, beams)
+        finally:
+            graphs[key].leave()
 
 
 def forget() -> None:
@@ -118,7 +130,7 @@ def _places(model: Any) -> Hashable:
     """Return where the weights lie: a graph reads them there."""
     if not isinstance(model, torch.nn.Module):
         return ()
-    return tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (*model.parameters(), *model.buffers()))
 
 
 def _sizes(tree: Any) -> Hashable:

@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
     check(replace(loaded[0].config, decoding=settings.decoding))
+    if options.beam not in (None, settings.decoding.beam):
+        beams = f"--beam {options.beam} and --decoding.beam {settings.decoding.beam}"
+        raise InputError(f"{beams} disagree; give one of them")
     if options.nbest > settings.decoding.beam:
         raise InputError(f"--nbest {options.nbest} needs a beam at least as wide; give --beam {options.nbest}")
     decode(options, loaded[0], settings.decoding)

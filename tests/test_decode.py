@@ -251,6 +251,7 @@ def test_a_corrupt_checkpoint_is_an_error(here, capsys):
     [
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
         (["--nbest", "9", "--beam", "2"], "--nbest 9 needs a beam at least as wide; give --beam 9"),
+        (["--decoding.beam", "4", "--beam", "8"], "--beam 8 and --decoding.beam 4 disagree; give one of them"),
         (["--nbest", "0"], "--nbest must be at least 1"),
         (["--beam", "0"], "decoding.beam must be at least 1"),
         (["--device", "cuda:77"], "--device cuda:77: there is no such device here"),

@@ -33,10 +33,11 @@ def beam_gather(states: Sequence[Tensor], parents: Tensor, *, backend: str = "au
             cannot raise without waiting for the device: there such a parent is taken for the nearest that exists.
     """
     _check(states, parents)
+    states = [x.detach() for x in states]
     chosen = backends.choose("beam_gather", backend, parents.device)
     if chosen == "reference":
         return _reference(states, parents)
-    return tuple(getattr(torch.ops.las_fast, f"beam_gather_{chosen}")(list(states), parents))
+    return tuple(getattr(torch.ops.las_fast, f"beam_gather_{chosen}")(states, parents))
 
 
 def _reference(states: Sequence[Tensor], parents: Tensor) -> tuple[Tensor, ...]:

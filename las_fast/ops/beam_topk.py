@@ -16,6 +16,8 @@ from torch import Tensor
 
 from las_fast.ops import backends
 
+MOST_BEAMS = 128  # whose K * K bests a Triton program holds at once
+
 
 class Ngram(NamedTuple):
     """A dense character n-gram model and where each hypothesis stands in it.
@@ -55,7 +57,7 @@ def beam_topk(
     ngram: Ngram | None = None,
     backend: str = "auto",
 ) -> BeamStep:
-    """Return the K best continuations of each utterance, best first.
+    """Return the K best continuations of each utterance, best first. Not differentiable.
 
     Args:
         logits:    (B, K, V) of any float type; float32 inside. A row that holds NaN or +inf, or only -inf, has no
@@ -69,20 +71,29 @@ def beam_topk(
         length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
         eos_threshold:  eos only where its log-probability exceeds this times the best other one; 0 sets no limit.
         coverage:  (B, K) float32, finite: added to the ranks of all candidates of a beam (Wu et al. 2016); None: 0.
-        ngram:     a language model whose weighted log-probabilities are added to the score of each token.
+        ngram:     a language model whose weighted log-probabilities are added to the score of each token. Its states
+                   must be rows of its table: the CPU raises RuntimeError, Triton takes the nearest that is.
         backend:   "auto", "reference", "triton" or "cpp".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take K and V: Triton at most 128 beams.
     """
     _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, eos)
-    chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype)
+    excess = {"triton": _too_many(*logits.shape[1:])}
+    chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, excess)
     table, states, weight = ngram or (None, None, 0.0)
     op = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
-    found = op(logits, scores, finished, lengths, *options)
+    found = op(logits.detach(), scores.detach(), finished, lengths, *options)
     return BeamStep(*found[:5], None if ngram is None else found[5])
+
+
+def _too_many(K: int, V: int) -> str | None:
+    """Say why the Triton kernels do not take so many candidates; None where they do."""
+    if K <= MOST_BEAMS and K * V < 2**31:
+        return None
+    return f"takes at most {MOST_BEAMS} beams and 2^31 candidates an utterance; got {K} beams of {V} tokens"
 
 
 def _reference(

@@ -16,6 +16,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from las_fast.ops import backends
 
@@ -37,7 +38,8 @@ def masked_attention(
     """Average each utterance's values by softmax(scale * query . keys), ignoring padding.
 
     Differentiable once in query, keys and values. Computes in float32 (float64 for float64). On Triton, float32
-    products follow torch.get_float32_matmul_precision(): "highest" is exact, "high" and "medium" use tf32 units.
+    products use tf32 units where torch has been told to (torch.set_float32_matmul_precision), and gradients in half
+    precision pass through that precision: scale losses as for any such model.
     Keys and values past the length must be finite for the reference; the others never read them.
 
     Args:
@@ -58,11 +60,13 @@ def masked_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take D or E: Triton at most 512,
+            and 256 in float32 with gradients.
     """
     _check(query, keys, values, lengths, padding)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    chosen = backends.choose("masked_attention", backend, query.device, query.dtype)
+    excess = {"triton": _too_wide(query, keys, values)}
+    chosen = backends.choose("masked_attention", backend, query.device, query.dtype, excess)
     if chosen == "reference":
         padding = padding_mask(lengths, keys.shape[1]) if padding is None else padding
         context, attended = _reference(query, keys, values, padding, scale)
@@ -90,6 +94,15 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, sca
         return torch.bmm(weights, values.to(wide)).to(values.dtype), weights
 
 
+def _too_wide(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
+    """Say why the Triton kernels do not take these sizes; None where they do: their tiles fit in shared memory."""
+    graded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    most = 256 if graded and query.dtype == torch.float32 else 512
+    if max(query.shape[2], values.shape[2]) <= most:
+        return None
+    return f"takes at most {most} numbers a key or value here; got D={query.shape[2]} and E={values.shape[2]}"
+
+
 def _peaks(weights: Tensor) -> Tensor:
     if weights.shape[2] == 0:
         return torch.zeros(weights.shape[:2], dtype=torch.int64, device=weights.device)
@@ -100,6 +113,8 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, padding
     if query.ndim != 3:
         raise ValueError(f"query must be (B, K, D); got {tuple(query.shape)}")
     (B, _, D), T = query.shape, keys.shape[1] if keys.ndim == 3 else -1
+    if D == 0 or values.shape[-1:] == (0,):
+        raise ValueError(f"keys and values must have at least 1 number a frame; got D={D}, E={values.shape[-1]}")
     if keys.ndim != 3 or keys.shape[0] != B or keys.shape[2] != D:
         raise ValueError(f"keys must be (B, T, D) with B={B}, D={D} like query; got {tuple(keys.shape)}")
     if values.ndim != 3 or values.shape[:2] != keys.shape[:2]:
@@ -155,6 +170,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _make_backward(op):
+    @once_differentiable
     def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
         weights_gradient = weights_gradient if ctx.weights else None  # of an empty tensor otherwise
         if context_gradient is None and weights_gradient is None:

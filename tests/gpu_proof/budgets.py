@@ -21,8 +21,8 @@ from gpu_proof.cases import BRAIN, FLOAT, HALF, launcher, matmul_precision
 from gpu_proof.process import compiled
 
 TABLE = pathlib.Path(__file__).with_name("budgets.csv")
-ARCHITECTURES = (80, 90, 100, "gfx942")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a CTA
+ARCHITECTURES = (80, 86, 90, 100, 120, "gfx942")
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a CTA
 REGISTERS, WARPS, CTAS = 65536, 64, 32  # of one NVIDIA processor
 GRANULE = 8  # registers of a thread are granted in multiples of this
 RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
@@ -98,6 +98,8 @@ VARIANTS = [
             ("half-beam-8-narrow", True, {"D": 128, "E": 512}),
             ("brain-beam-8", True, {"dtype": BRAIN}),
             ("brain-beam-8-weights", True, {"dtype": BRAIN, "weights": True}),
+            ("half-beam-8-wide", True, {"D": 512, "E": 512}),
+            ("float-beam-8-wide", False, {"dtype": FLOAT, "D": 512, "E": 512}),
             ("float-beam-8", False, {"dtype": FLOAT}),
             ("float-beam-32", False, {"dtype": FLOAT, "K": 32}),
             ("float-beam-64", False, {"dtype": FLOAT, "K": 64}),

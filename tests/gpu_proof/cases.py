@@ -260,6 +260,20 @@ def plain_gradients(tensors, lengths, scale, precision, given):
     return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
 
 
+def stands_alone(device, B=4, K=3, T=1000, lengths=(1000, 500, 300, 1), dtype=FLOAT, weights=True, seed=0):
+    """An utterance has the same context, weights and peaks, bit for bit, alone and unpadded as in a batch."""
+    query, keys, values, lengths = attention_inputs(B, K, T, 16, 24, lengths, dtype, seed)
+    together = launch_attention(device, query, keys, values, lengths, 0.25, weights, "dense", "highest")
+    for b, n in enumerate(lengths.tolist()):
+        rows = slice(b, b + 1)
+        alone = launch_attention(
+            device, query[rows], keys[rows, :n], values[rows, :n], lengths[rows], 0.25, weights, "dense", "highest"
+        )
+        for name, ours, theirs in zip(("context", "weights", "peaks", "logsumexp"), alone, together, strict=True):
+            if name != "weights" or weights:
+                same(ours, theirs[rows, :, :n] if name == "weights" else theirs[rows], f"{name} of utterance {b}")
+
+
 # beam_topk
 
 
@@ -480,13 +494,20 @@ ATTENTION = _cases(
         "strided": {"layout": "strided"},
         "many-utterances": {"B": 9, "K": 2, "T": 6, "lengths": (6, 0, 1, 5, 2)},
         "splits": {"T": 600, "lengths": (600, 301)},
-        "splits-some-of-them-empty": {"T": 1100, "K": 2, "lengths": (250, 0)},
+        "splits-some-of-them-empty": {"T": 1300, "K": 2, "lengths": (250, 0)},
         "splits-no-weights": {"T": 520, "lengths": (519, 257), "weights": False, "dtype": HALF},
         "splits-equal-scores": {"T": 600, "B": 1, "scores": "equal"},
-        "three-splits-negative-scores": {"T": 800, "B": 1, "scores": "negative", "weights": False},
+        "three-splits-negative-scores": {"T": 1000, "B": 1, "scores": "negative", "weights": False},
         **{f"frames-{T}": {"T": T, "B": 1, "K": 2, "lengths": (T,)} for T in (15, 16, 31, 32, 63, 64, 127, 128, 129)},
         **{f"frames-{T}-half": {"T": T, "B": 1, "K": 8, "lengths": (T,), "dtype": HALF} for T in (31, 33, 128, 129)},
         **{f"sizes-{D}-{E}": {"D": D, "E": E, "B": 1} for D, E in ((17, 15), (64, 33), (130, 100))},
+    },
+) + _cases(
+    "masked_attention",
+    stands_alone,
+    {
+        "alone-and-in-a-batch": {},
+        "alone-and-in-a-batch-half": {"dtype": HALF, "K": 8, "weights": False},
     },
 ) + _cases(
     "masked_attention",
