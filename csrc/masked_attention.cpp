@@ -19,12 +19,18 @@
 #include <tuple>
 #include <vector>
 
+#include "softmax.h"
 #include "vector.h"
 
 namespace {
 
 using las::Float;
-using las::Int;
+using las::each_vector;
+using las::get;
+using las::put;
+using las::softmax;
+using las::Summary;
+using las::total;
 
 constexpr int64_t GRAIN = 1 << 16;  // multiplications that make a thread worth starting
 constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames
@@ -210,76 +216,6 @@ LAS_INLINE void spread(const Rows& weights, const Rows& rows, const Frames<T>& f
   for (; t < frames.count; ++t) spread_tile<W, 1>(weights, rows, t, frames);
 }
 
-// Call step(t, lanes) for every vector of n values; lanes is less than W for the last, if it is not whole.
-template <int W, class Step>
-LAS_INLINE void each_vector(int64_t n, Step step) {
-  int64_t t = 0;
-  for (; t + W <= n; t += W) step(t, W);
-  if (t < n) step(t, n - t);
-}
-
-template <int W>
-LAS_INLINE Float<W> get(const float* p, int64_t lanes, float fill) {
-  return lanes == W ? las::load<W>(p) : las::load_part<W>(p, lanes, fill);
-}
-
-template <int W>
-LAS_INLINE void put(float* p, Float<W> x, int64_t lanes) {
-  if (lanes == W) las::store<W>(p, x);
-  else las::store_part<W>(p, x, lanes);
-}
-
-// The sum of value(t, lanes) over every vector of n values, in blocks: shorter sums lose less.
-template <int W, class Value>
-LAS_INLINE float total(int64_t n, Value value) {
-  constexpr int64_t BLOCK = 32 * W;
-  Float<W> sum = {};
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    Float<W> block = {};
-    each_vector<W>(std::min(BLOCK, n - begin), [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-      block += value(begin + t, lanes);
-    });
-    sum += block;
-  }
-  return las::sum<W>(sum);
-}
-
-struct Summary {
-  int64_t peak = 0;
-  float logsumexp = -las::INFINITE;
-};
-
-// Turn n scores into weights.
-template <int W>
-LAS_INLINE Summary softmax(float* x, int64_t n) {
-  if (n == 0) return {};
-  Float<W> most = las::broadcast<W>(-las::INFINITE);
-  each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    most = las::larger<W>(most, get<W>(x + t, lanes, -las::INFINITE));
-  });
-  const float maximum = las::largest<W>(most);
-  const float denominator = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> power = las::exp<W>(get<W>(x + t, lanes, -las::INFINITE) - maximum);
-    put<W>(x + t, power, lanes);
-    return power;
-  });
-  // The peak is sought among the weights: scores that differ in the last bit can have the same weight.
-  const float factor = 1.0f / denominator;
-  Float<W> best = las::broadcast<W>(-1.0f);
-  Int<W> where = {}, lane = {};
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> weight = get<W>(x + t, lanes, 0.0f) * factor;
-    where = weight > best ? lane + int32_t(t) : where;
-    best = las::larger<W>(best, weight);
-    put<W>(x + t, weight, lanes);
-  });
-  int found = 0;
-  for (int i = 1; i < W; ++i)
-    if (best[i] > best[found] || (best[i] == best[found] && where[i] < where[found])) found = i;
-  return {where[found], maximum + std::log(denominator)};
-}
-
 void check_inputs(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& lengths) {
   TORCH_CHECK(query.dim() == 3 && (query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16),
@@ -317,7 +253,7 @@ Frames<T> writable(at::Tensor& x, int64_t b, int64_t count) {
 
 template <class T>
 void clear_after(const Frames<T>& frames, int64_t all) {  // those past the length
-  std::fill(frames.at(frames.count), frames.at(all), T(0.0f));
+  std::fill_n(frames.at(frames.count), (all - frames.count) * frames.size, T(0.0f));  // whole rows: strides may lie
 }
 
 struct Shape {

@@ -47,7 +47,7 @@ LAS_INLINE To bits_as(From x) {
 
 template <int W>
 LAS_INLINE Float<W> broadcast(float x) {
-  return Float<W>{} + x;
+  return x - Float<W>{};  // minus zero is exact, plus zero is not: -0 + 0 is 0
 }
 
 template <int W>

@@ -154,9 +154,10 @@ class DecodingConfig:
     minimum_share: float = 0.0  # tokens per feature frame, at least
     maximum_share: float = 0.3  # tokens per feature frame, at most; fast speech has 25 characters a second
     maximum_extra: int = 10  # tokens allowed besides the maximum share
-    coverage_weight: float = 0.0  # of log(attention that a frame got, at most 1), summed over frames; 0: none
+    coverage_weight: float = 0.0  # of the mean log of the attention that a frame got, at most 1; 0: none, 0.1 is much
     ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
     frames_per_batch: int = 30000  # feature frames, padding included
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of a search in C++; auto: fp32
 
 
 @dataclass(frozen=True)

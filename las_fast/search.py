@@ -28,12 +28,14 @@ from las_fast.capture import bucket, captured, forget
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError
-from las_fast.ops import Ngram, backends, beam_backtrack, beam_gather, beam_topk
+from las_fast.model import LAS
+from las_fast.ops import Ngram, Steps, backends, beam_backtrack, beam_gather, beam_topk, speller_search
+from las_fast.ops.speller_search import coverage, first_ngram_state
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
 LOOK_EVERY = 16  # steps in a chunk, after which the host learns whether all have finished
-UNSEEN = 1e-6  # least attention that a frame counts as having got, for a finite logarithm
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
+NO_MEMORY = ("can't allocate memory", "out of memory")  # the CPU's allocator; CUDA outside torch's, as for a graph
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
 
 
@@ -68,15 +70,6 @@ class Beams(NamedTuple):
     state: Any  # of the model
 
 
-class Steps(NamedTuple):
-    """What the search keeps of each step, (L, B, K)."""
-
-    tokens: Tensor
-    parents: Tensor
-    scores: Tensor  # float32, of the hypothesis so far
-    frames: Tensor  # attended to by each beam, before the step's pruning
-
-
 def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis]]:
     """Take the most probable token at each step; a list of one hypothesis an utterance. See beam_search."""
     return beam_search(model, memory, dataclasses.replace(config, beam=1))
@@ -104,21 +97,20 @@ def beam_search(
         nbest:   hypotheses to return; no more than config.beam exist.
         ngram:   table of a language model as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
         backend: of the ops.
-        capture: replay a CUDA graph instead of launching kernels one by one; None: on CUDA with the Triton ops.
+        capture: replay a CUDA graph instead of launching kernels one by one; None: on CUDA with the Triton ops, and on
+            a CPU the whole search of a LAS is one C++ op instead of steps.
 
     Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram model.
+        InputError: config.ngram_weight without an n-gram model; precision bf16 where the search is not that in C++.
     """
     if config.ngram_weight and ngram is None:
         raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = _Search(model, config, ngram if config.ngram_weight else None, backend)
     with _on(memory.lengths.device):
-        capture = _captures(memory.lengths.device, backend) if capture is None else capture
-        steps = search.captured(memory) if capture else search.plain(memory)
-        return _read_off(steps, limits, config, nbest, backend)
+        return _read_off(search.steps(memory, limits, capture), limits, config, nbest, backend)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
@@ -147,6 +139,44 @@ class _Search:
     ngram: Tensor | None
     backend: str
 
+    def steps(self, memory, limits: Limits, capture: bool | None) -> Steps:
+        """Return all steps of the search, (L, B, K), the fastest way there is; see beam_search."""
+        if capture is None:
+            if self.is_native(memory):
+                return self.native(memory, limits)
+            capture = _captures(memory.lengths.device, self.backend)
+        if self.config.precision == "bf16":
+            raise InputError("decoding.precision bf16 needs the C++ search of a LAS on a CPU; set it to auto")
+        return self.captured(memory) if capture else self.plain(memory)
+
+    def is_native(self, memory) -> bool:
+        """Say whether one op makes the whole search: that of LAS itself, in float32, by C++."""
+        if type(self.model) is not LAS or self.backend not in ("auto", "cpp") or torch.is_autocast_enabled("cpu"):
+            return False
+        if {memory.keys.dtype, self.model.speller.bias.dtype} != {torch.float32}:
+            return False
+        return backends.choose("speller_search", "auto", memory.keys.device) == "cpp"
+
+    def native(self, memory, limits: Limits) -> Steps:
+        """Return all steps of the search by one op."""
+        config = self.config
+        return speller_search(
+            self.model.speller.weights(),
+            *memory[:3],
+            beam=config.beam,
+            sos=SOS,
+            eos=EOS,
+            minimum=limits.minimum if config.minimum_share else None,
+            maximum=limits.maximum,
+            length_penalty=config.length_penalty,
+            eos_threshold=config.eos_threshold,
+            coverage_weight=config.coverage_weight,
+            table=self.ngram,
+            ngram_weight=config.ngram_weight,
+            precision="bf16" if config.precision == "bf16" else "fp32",
+            backend="cpp",
+        )
+
     def plain(self, memory) -> Steps:
         """Return all steps of the search, (L, B, K)."""
 
@@ -165,7 +195,7 @@ class _Search:
         inputs, beams = self.begin(memory)
         beams.finished[batch:] = True  # the utterances that only pad: nobody waits for them
         # The table itself is read by the graph: no copy, and as the settings hold it, it stays.
-        settings = (self.config, self.ngram, self.backend, torch.get_float32_matmul_precision())
+        settings = (self.config, self.ngram, self.backend, torch.backends.cuda.matmul.fp32_precision)
         with captured(self.model, settings, self.advance, inputs, beams) as chunks:
             steps = collect(chunks, self.most(memory), _ahead(memory))
         return Steps(*(x[:, :batch].contiguous() for x in steps))
@@ -180,7 +210,7 @@ class _Search:
         if self.config.coverage_weight:
             # Padding counts as covered: as a large constant in the ranks it would cost them digits.
             attention = memory.padding[:, None].expand(-1, K, -1).float()
-        ngram_states = None if self.ngram is None else integers + _first_state(*self.ngram.shape)
+        ngram_states = None if self.ngram is None else integers + first_ngram_state(self.ngram, SOS)
         finished, state = torch.zeros_like(integers, dtype=torch.bool), self.model.start(memory, K)
         beams = Beams(integers + SOS, scores, finished, integers, ngram_states, attention, state)
         return (memory, length_limits(memory.lengths * self.model.time_reduction, self.config)), beams
@@ -219,7 +249,7 @@ class _Search:
             maximum=limits.maximum,
             length_penalty=config.length_penalty,
             eos_threshold=config.eos_threshold,
-            coverage=None if attention is None else _coverage(attention, config.coverage_weight),
+            coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
             ngram=None if self.ngram is None else Ngram(self.ngram, beams.ngram_states, config.ngram_weight),
             backend=backend,
         )
@@ -228,16 +258,6 @@ class _Search:
         state = state.gather(best.parents, backend=backend)
         after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, state)
         return after, Steps(best.tokens, best.parents, best.scores, attended.peaks)
-
-
-def _first_state(states: int, vocabulary: int) -> int:
-    """Return the n-gram state before the first token: <sos> all through."""
-    return SOS * (states - 1) // (vocabulary - 1)
-
-
-def _coverage(attention: Tensor, weight: float) -> Tensor:
-    """Return what the ranks of each beam gain (B, K), less the more frames it has left out (Wu et al. 2016)."""
-    return weight * attention.clamp(UNSEEN, 1.0).log().sum(-1)
 
 
 def _ahead(memory) -> int:
@@ -351,7 +371,7 @@ def _try(model, batch: Batch, config: DecodingConfig, nbest: int, device) -> lis
             memory = model.listen(batch.features, batch.feature_lengths)
         return beam_search(model, memory, config, nbest=nbest)
     except (MemoryError, RuntimeError) as error:
-        lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in NO_MEMORY)
         if not lacks:
             raise
     forget()
@@ -378,5 +398,8 @@ def _halves(batch: Batch, dataset) -> list[Batch]:
 
 def _checked(hypotheses: list[Hypothesis], name: str) -> list[Hypothesis]:
     if not math.isfinite(hypotheses[0].score):
-        raise InputError(f"the model's outputs for {name} are not numbers; use a checkpoint from before it diverged")
+        raise InputError(
+            f"no hypothesis for {name} has a finite score: the model's outputs are not numbers (use a checkpoint from "
+            "before it diverged), or a setting under --decoding is beyond all measure"
+        )
     return hypotheses

@@ -14,7 +14,7 @@ from las_fast.attention import Attended, Attention, Memory
 from las_fast.config import SpellerConfig
 from las_fast.deferred import DeferredAttention, DeferredLinear
 from las_fast.listener import dropout_mask, initialise_lstm
-from las_fast.ops import beam_gather
+from las_fast.ops import SpellerWeights, beam_gather
 from las_fast.text import PAD, SOS
 
 NEVER = -1e4  # logit of <pad> and <sos>: their probability is exactly 0 in float32, and finite in half precision
@@ -124,6 +124,20 @@ class Speller(nn.Module):
         self.register_buffer("never", never, persistent=False)
         # Tied weights serve as input and as output: this scale gives logits of about unit variance at the start.
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
+
+    def weights(self) -> SpellerWeights:
+        """Return all that las_fast.ops.speller_search reads."""
+        gates = [cell.gates for cell in self.cells]
+        return SpellerWeights(
+            self.embedding.weight,
+            self.attention.query.weight,
+            self.attention.query.bias,
+            self.project.weight,
+            self.project.bias,
+            self.bias + self.never,
+            tuple(layer.weight for layer in gates),
+            tuple(layer.bias for layer in gates),
+        )
 
     def start(self, memory: Memory, beam: int = 1) -> SpellerState:
         """Return the state before the first token, with what all steps after it share."""

@@ -23,6 +23,7 @@ from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.ops import backends
+from las_fast.ops.speller_search import UNSEEN
 from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
 from las_fast.text import EOS, SOS, Vocabulary
 
@@ -70,15 +71,15 @@ def test_length_normalisation_ranks_by_score_per_token(backend):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_coverage_ranks_readings_that_attend_to_every_frame_higher(backend):
-    one, model, weight = memory([2], [4]), FakeModel(), 0.05
+    one, model, weight = memory([2], [4]), FakeModel(), 0.5
     expected = []
     for rank, score, text in all_readings(model, one, 4, 1.0):
         state, seen = model.start(one, 1), torch.zeros(4)
         for before in (SOS, *text):
             _, attended, state = model.step(torch.tensor([[before]]), state, one, weights=True)
             seen += attended.weights[0, 0]
-        covered = sum(math.log(min(max(float(share), search.UNSEEN), 1.0)) for share in seen)
-        expected.append((rank + weight * covered, score, text))
+        covered = sum(math.log(min(max(float(share), UNSEEN), 1.0)) for share in seen)
+        expected.append((rank + weight * covered / 4, score, text))
     assert sorted(expected, reverse=True) != expected, "coverage must change the order"
     expected = sorted(expected, reverse=True)[:8]
     wide = config(beam=64, length_penalty=1.0, coverage_weight=weight)

@@ -21,6 +21,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the flo
     "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
+    "speller_search": {"reference": None, "cpp": WIDE},  # on CUDA las_fast.search goes step by step with the ops above
 }
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
 FASTEST_FIRST = ("triton", "cpp")
@@ -61,16 +62,26 @@ def unavailable(op: str, backend: str) -> str | None:
 def _triton_problem() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device here. Use backend='auto'"
+    if torch.version.hip:
+        return "the Triton kernels are tuned for NVIDIA's GPUs alone. Use backend='auto'"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed. Run: pip install triton"
     return None
 
 
-def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    excess: dict[str, str | None] | None = None,
+) -> str:
     """Return the backend to call for `op` on tensors of `device` and, where the op is particular, of `dtype`.
 
-    "auto" is triton on CUDA and cpp on a CPU where they are available and take that type, else the reference. What
-    could be faster after building the extension is said once.
+    "auto" is triton on CUDA and cpp on a CPU where they are available and take that call, else the reference. What
+    could be faster after building the extension, or installing Triton, is said once.
+
+    excess: for a backend, what of this call's sizes it does not take; None or no entry where it takes them.
 
     Raises:
         ValueError: no backend has that name.
@@ -79,9 +90,11 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     if backend == "reference":
         return backend
     if backend == "auto":
-        if device.type == "cpu" and "cpp" in IMPLEMENTED[op] and EXTENSION_PROBLEM:
-            _say_once(EXTENSION_PROBLEM)
-        return automatic(op, device.type, dtype)
+        native = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+        if native in IMPLEMENTED[op] and (reason := unavailable(op, native)):
+            _say_once(reason)
+        chosen = automatic(op, device.type, dtype)
+        return "reference" if excess and excess.get(chosen) else chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if reason := unavailable(op, backend):
@@ -91,6 +104,8 @@ def choose(op: str, backend: str, device: torch.device, dtype: torch.dtype | Non
     if not takes(op, backend, dtype):
         types = " or ".join(str(x) for x in IMPLEMENTED[op][backend])
         raise RuntimeError(f'{op}: backend "{backend}" takes {types}; got {dtype}. Use backend=\'auto\'')
+    if excess and (reason := excess.get(backend)):
+        raise RuntimeError(f'{op}: backend "{backend}" {reason}. Use backend=\'auto\'')
     return backend
 
 
@@ -108,6 +123,11 @@ def takes(op: str, backend: str, dtype: torch.dtype | None) -> bool:
     return types is None or dtype is None or dtype in types
 
 
+def detached(x: torch.Tensor) -> torch.Tensor:
+    """Return x without its gradient, for ops that have none: what the fast backends give, the reference gives too."""
+    return x.detach() if x.requires_grad else x
+
+
 def _say_once(reason: str) -> None:
     if reason not in _said:
         _said.add(reason)
@@ -115,7 +135,7 @@ def _say_once(reason: str) -> None:
 
 
 def register(name: str, schema: str, fake: Callable, *, module: str | None = None) -> list[str]:
-    """Register las_fast::<name>_triton and the fakes of it and of las_fast::<name>_cpp; return what there is.
+    """Register las_fast::<name>_triton, if the op has it, and fakes of that and las_fast::<name>_cpp; return the names.
 
     Args:
         name:   of the op, and of its launcher in las_fast/kernels/<module>.py.
@@ -131,10 +151,12 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return launcher(*arguments)
 
-    torch.library.define(f"las_fast::{name}_triton", schema)
-    # For every device: the choice above keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
-    torch.library.impl(f"las_fast::{name}_triton", "CompositeExplicitAutograd", launch)
-    names = [f"las_fast::{name}_triton"]
+    names = []
+    if "triton" in IMPLEMENTED[module or name]:
+        torch.library.define(f"las_fast::{name}_triton", schema)
+        # For every device: `choose` keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
+        torch.library.impl(f"las_fast::{name}_triton", "CompositeExplicitAutograd", launch)
+        names.append(f"las_fast::{name}_triton")
     if EXTENSION_PROBLEM is None:
         names.append(f"las_fast::{name}_cpp")
     for full in names:

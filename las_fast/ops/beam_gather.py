@@ -33,7 +33,7 @@ def beam_gather(states: Sequence[Tensor], parents: Tensor, *, backend: str = "au
             cannot raise without waiting for the device: there such a parent is taken for the nearest that exists.
     """
     _check(states, parents)
-    states = [x.detach() for x in states]
+    states = [backends.detached(x) for x in states]
     chosen = backends.choose("beam_gather", backend, parents.device)
     if chosen == "reference":
         return _reference(states, parents)

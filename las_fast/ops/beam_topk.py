@@ -85,7 +85,7 @@ def beam_topk(
     table, states, weight = ngram or (None, None, 0.0)
     op = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
-    found = op(logits.detach(), scores.detach(), finished, lengths, *options)
+    found = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
     return BeamStep(*found[:5], None if ngram is None else found[5])
 
 

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from las_fast.ops import __main__ as command
 from las_fast.ops import backends, beam_gather
@@ -67,8 +68,9 @@ def test_a_named_backend_refuses_a_dtype_that_auto_leaves_to_the_reference(gpu):
 
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
 def test_auto_takes_triton_on_cuda_and_cpp_on_a_cpu(gpu, op):
-    assert backends.choose(op, "auto", CUDA, torch.bfloat16) == "triton"
-    assert backends.choose(op, "auto", CPU, torch.bfloat16) == "cpp"
+    there = "triton" if "triton" in backends.IMPLEMENTED[op] else "reference"
+    assert backends.choose(op, "auto", CUDA, torch.float32) == there
+    assert backends.choose(op, "auto", CPU, torch.float32) == "cpp"
 
 
 def test_triton_without_a_gpu_says_so(monkeypatch):
@@ -101,3 +103,19 @@ def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
             assert f"{cell.removeprefix('no')} {reason}" in lines
         else:
             assert cell in ("auto", "yes")
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors():
+    with FakeTensorMode():
+        there = torch.empty(2, device="cuda:1")
+    assert backends._device_of((None, there, 0.5)) == torch.device("cuda:1")
+    assert backends._device_of(([there], None)) == torch.device("cuda:1")
+    assert backends._device_of(([], torch.zeros(1))) == CPU
+
+
+def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "triton is not installed. Run: pip install triton")
+    monkeypatch.setattr(backends, "_said", set())
+    with pytest.warns(RuntimeWarning, match="Run: pip install triton") as said:
+        assert [backends.choose("beam_topk", "auto", CUDA) for _ in range(2)] == ["reference"] * 2
+    assert len(said) == 1

@@ -121,3 +121,9 @@ def test_two_threads_give_the_same_answer(cpp):
         found = beam_gather(states, parents, backend=cpp)
     for a, b in zip(found, beam_gather(states, parents, backend="reference"), strict=True):
         assert torch.equal(a, b)
+
+
+def test_no_backend_passes_a_gradient_on(backend):
+    state = torch.randn(2, 3, 4, requires_grad=True)
+    (moved,) = call(beam_gather, [state], torch.zeros(2, 3, dtype=torch.int64), backend=backend)
+    assert not moved.requires_grad

@@ -476,6 +476,33 @@ def test_it_compiles_into_one_graph_with_gradients(cpp, weights):
         torch.testing.assert_close(a, b)
 
 
+def test_a_second_derivative_is_refused_and_not_wrong(cpp):
+    query, keys, values = inputs()
+    query.requires_grad_()
+    context, _ = masked_attention(query, keys, values, torch.tensor([7, 3, 1]), backend=cpp)
+    (gradient,) = torch.autograd.grad(context.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(("D", "E"), [(0, 4), (4, 0)])
+def test_keys_and_values_without_numbers_are_refused(D, E):
+    with pytest.raises(ValueError, match=f"at least 1 number a frame; got D={D}, E={E}"):
+        masked_attention(*inputs(D=D, E=E), torch.tensor([7, 3, 1]))
+
+
+def test_what_is_too_wide_for_the_kernels_takes_the_reference(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    monkeypatch.setitem(backends.DEVICES, "triton", "cpu")
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", "not here")
+    monkeypatch.setattr(backends, "_said", {"not here"})
+    tensors, lengths = inputs(D=513), torch.tensor([7, 3, 1])
+    expected = masked_attention(*tensors, lengths, backend="reference")
+    assert torch.equal(masked_attention(*tensors, lengths)[0], expected[0])
+    with pytest.raises(RuntimeError, match='"triton" takes at most 512 numbers a key or value here; got D=513 and E=6'):
+        masked_attention(*tensors, lengths, backend="triton")
+
+
 @pytest.mark.parametrize("sizes", [(16, 4, 129, 64, 64), (1, 43, 300, 64, 64)], ids=["utterances", "queries"])
 def test_two_threads_give_the_same_answer(cpp, sizes):
     tensors = inputs(*sizes)

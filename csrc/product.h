@@ -1,0 +1,287 @@
+// Products of some rows with weights that were packed beforehand.
+//
+//   out[m, n] = start[m][n] + sum over k of rows[m, k] * weights[n, k]
+//
+// Weights lie in panels of 32 columns n, which a tile of rows, its sums in registers, reads from front to end. A sum is
+// made in the order of k, whatever rows stand beside it: a row has one result alone and in any company.
+//
+// Weights and rows are float32 or bfloat16, sums float32. Panels of bfloat16 hold two neighbours in k side by side, as
+// the processor's dot product takes them; where it has none, they are widened in registers: that still reads half.
+
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+#include "softmax.h"
+#include "vector.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define LAS_BF16_DOTS
+#endif
+
+namespace las {
+
+constexpr int64_t COLUMNS = 32;  // of a panel
+
+inline int64_t padded(int64_t n, int64_t multiple = COLUMNS) { return (n + multiple - 1) / multiple * multiple; }
+
+// Neighbours in k that lie side by side, and so the multiple that the depth of rows and panels is padded to.
+template <class T>
+constexpr int64_t NEIGHBOURS = std::is_same_v<T, float> ? 1 : 2;
+
+// Memory that begins at a cache line and is not filled. Where it is large the system is asked for large pages: they are
+// had at once instead of one small one after another, and fewer addresses need looking up.
+template <class T>
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t count) {
+    const size_t large = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1), align = bytes < large ? 64 : large;
+    const size_t whole = (bytes + align - 1) / align * align;
+    data_.reset(static_cast<T*>(std::aligned_alloc(align, whole)));
+    if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (align == large) madvise(data_.get(), whole, MADV_HUGEPAGE);
+#endif
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+// Weights (columns, depth) as [panel][k / NEIGHBOURS][column][k % NEIGHBOURS]; zeros where they have been padded.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t columns, depth;
+
+  const T* at(int64_t column) const { return data + column * depth; }
+};
+
+// `count` rows, `stride` apart.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride, count;
+
+  T* at(int64_t row) const { return data + row * stride; }
+  operator Matrix<const T>() const { return {data, stride, count}; }
+};
+
+// Where the sums of each row start: as many values as there are columns, padded to whole panels; null: at 0.
+using Starts = const float* const*;
+
+// Rows whose sums, of two vectors each, fit in the registers.
+template <int W>
+constexpr int TILE = W == 16 ? 12 : 6;
+
+// Call tile(row, Width<M>{}) for tiles of M rows, at most MOST, that are as equal as can be: a small one would wait for
+// its own sums.
+template <int MOST, int M, class Tile>
+LAS_INLINE void of_size(int64_t size, int64_t row, const Tile& tile) {
+  if (size == M) return tile(row, Width<M>{});
+  if constexpr (M > 1) of_size<MOST, M - 1>(size, row, tile);
+}
+
+template <int MOST, class Tile>
+LAS_INLINE void each_tile(int64_t rows, const Tile& tile) {
+  const int64_t tiles = (rows + MOST - 1) / MOST;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t row = i * rows / tiles;
+    of_size<MOST, MOST>((i + 1) * rows / tiles - row, row, tile);
+  }
+}
+
+// Bring `bytes` of the next panel near while this one is at work: it comes from afar, and the first tile would wait.
+template <int M>
+LAS_INLINE void fetch_ahead(const void* next, int64_t bytes) {
+  if constexpr (M >= 4)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(next) + i, 0, 2);
+}
+
+template <int W, int M>
+LAS_INLINE void start(Starts starts, int64_t row, int64_t column, Float<W> (&sum)[M][2]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) sum[m][i] = starts ? load<W>(starts[row + m] + column + i * W) : Float<W>{};
+}
+
+template <int W, int M>
+LAS_INLINE void finish(const Matrix<float>& out, int64_t row, int64_t column, const Float<W> (&sum)[M][2]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) store<W>(out.at(row + m) + column + i * W, sum[m][i]);
+}
+
+template <int W, int M>
+LAS_INLINE void add(const Matrix<const float>& rows, int64_t row, const float* panel, int64_t depth,
+                    Float<W> (&sum)[M][2]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    fetch_ahead<M>(panel + (k + depth) * COLUMNS, 8 * W);
+    const Float<W> first = load<W>(panel + k * COLUMNS), second = load<W>(panel + k * COLUMNS + W);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const float x = rows.at(row + m)[k];
+      sum[m][0] += x * first;
+      sum[m][1] += x * second;
+    }
+  }
+}
+
+template <int W, int M>
+LAS_INLINE void add(const Matrix<const c10::BFloat16>& rows, int64_t row, const c10::BFloat16* panel, int64_t depth,
+                    Float<W> (&sum)[M][2]) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    Bits<W> pair[2];
+    std::memcpy(pair, panel + k * COLUMNS, sizeof pair);
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+      const Float<W> first = bits_as<Float<W>>(odd ? pair[0] & 0xFFFF0000u : pair[0] << 16);
+      const Float<W> second = bits_as<Float<W>>(odd ? pair[1] & 0xFFFF0000u : pair[1] << 16);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const float x = rows.at(row + m)[k + odd];
+        sum[m][0] += x * first;
+        sum[m][1] += x * second;
+      }
+    }
+  }
+}
+
+template <int W, int M, class T>
+LAS_INLINE void tile(const Matrix<const T>& rows, int64_t row, const Panels<T>& weights, int64_t panel, Starts starts,
+                     const Matrix<float>& out) {
+  for (int64_t i = 0; i < COLUMNS; i += 2 * W) {
+    Float<W> sum[M][2];
+    start<W, M>(starts, row, panel + i, sum);
+    add<W, M>(rows, row, weights.at(panel) + i * NEIGHBOURS<T>, weights.depth, sum);
+    finish<W, M>(out, row, panel + i, sum);
+  }
+}
+
+#ifdef LAS_BF16_DOTS
+#define LAS_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+
+inline bool has_bf16_dots() {
+  static const bool has = width_here() >= 16 && __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
+template <int M>
+LAS_AVX512_BF16 void bf16_tile(const Matrix<const c10::BFloat16>& rows, int64_t row, const c10::BFloat16* panel,
+                               int64_t depth, Starts starts, int64_t column, const Matrix<float>& out) {
+  __m512 sum[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      sum[m][i] = starts ? _mm512_loadu_ps(starts[row + m] + column + 16 * i) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth; k += 2) {
+    fetch_ahead<M>(panel + (k + depth) * COLUMNS, 128);
+    const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + k * COLUMNS);
+    const __m512bh second = (__m512bh)_mm512_loadu_si512(panel + k * COLUMNS + 32);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      int32_t pair;
+      std::memcpy(&pair, rows.at(row + m) + k, sizeof pair);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      sum[m][0] = _mm512_dpbf16_ps(sum[m][0], x, first);
+      sum[m][1] = _mm512_dpbf16_ps(sum[m][1], x, second);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) _mm512_storeu_ps(out.at(row + m) + column + 16 * i, sum[m][i]);
+}
+#endif
+
+// out must have room for whole panels in each row; rows are as deep as the panels.
+template <class T>
+void product(const Matrix<const T>& rows, const Panels<T>& weights, Starts starts, const Matrix<float>& out) {
+#ifdef LAS_BF16_DOTS
+  if constexpr (!std::is_same_v<T, float>) {
+    if (has_bf16_dots()) {
+      for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
+        each_tile<TILE<16>>(rows.count, [&](int64_t row, auto size) {
+          bf16_tile<size>(rows, row, weights.at(panel), weights.depth, starts, panel, out);
+        });
+      return;
+    }
+  }
+#endif
+  widest([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
+      each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
+        tile<W, size>(rows, row, weights, panel, starts, out);
+      });
+  });
+}
+
+template <int W, class T>
+LAS_INLINE void convert(const float* from, int64_t n, T* to, float factor = 1.0f) {
+  each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    put<W>(to + i, get<W>(from + i, lanes, 0.0f) * factor, lanes);
+  });
+}
+
+// One panel of `factor` times the values source[column * column_stride + k * k_stride], one of whose strides is 1.
+template <int W, class T>
+LAS_INLINE void pack_panel(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
+                           float factor, T* to) {
+  constexpr int64_t N = NEIGHBOURS<T>, RUN = 32;
+  T run[RUN];
+  if (k_stride == 1) {  // take RUN of a column before the next one's: they share a cache line
+    for (int64_t first = 0; first < depth; first += RUN)
+      for (int64_t i = 0; i < columns; ++i) {
+        std::fill_n(run, RUN, T(0.0f));
+        convert<W>(source + i * column_stride + first, std::min(RUN, depth - first), run, factor);
+        for (int64_t k = 0; k < std::min(RUN, depth - first); k += N)
+          std::copy_n(run + k, N, to + (first + k) * COLUMNS + i * N);
+      }
+  } else {
+    for (int64_t k = 0; k < depth; ++k) {
+      convert<W>(source + k * k_stride, columns, run, factor);
+      for (int64_t i = 0; i < columns; ++i) to[(k / N * COLUMNS + i) * N + k % N] = run[i];
+    }
+  }
+}
+
+// Panels of such values; `memory` is theirs.
+template <class T>
+Panels<T> pack(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
+               Memory<T>& memory, float factor = 1.0f) {
+  const int64_t deep = padded(depth, NEIGHBOURS<T>);
+  memory = Memory<T>(padded(columns) * deep);
+  widest([&](auto width) __attribute__((always_inline)) {
+    for (int64_t panel = 0; panel < columns; panel += COLUMNS) {
+      const int64_t here = std::min(COLUMNS, columns - panel);
+      T* to = memory.data() + panel * deep;
+      if (here < COLUMNS || deep > depth) std::fill_n(to, COLUMNS * deep, T(0.0f));
+      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor, to);
+    }
+  });
+  return {memory.data(), columns, deep};
+}
+
+}  // namespace las

@@ -1,0 +1,83 @@
+// Loops over rows of any length, and the softmax of one.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "vector.h"
+
+namespace las {
+
+// Call step(t, lanes) for every vector of n values; lanes is less than W for the last, if it is not whole.
+template <int W, class Step>
+LAS_INLINE void each_vector(int64_t n, Step step) {
+  int64_t t = 0;
+  for (; t + W <= n; t += W) step(t, W);
+  if (t < n) step(t, n - t);
+}
+
+template <int W>
+LAS_INLINE Float<W> get(const float* p, int64_t lanes, float fill) {
+  return lanes == W ? load<W>(p) : load_part<W>(p, lanes, fill);
+}
+
+template <int W, class T>
+LAS_INLINE void put(T* p, Float<W> x, int64_t lanes) {
+  if (lanes == W) store<W>(p, x);
+  else store_part<W>(p, x, lanes);
+}
+
+// The sum of value(t, lanes) over every vector of n values, in blocks: shorter sums lose less.
+template <int W, class Value>
+LAS_INLINE float total(int64_t n, Value value) {
+  constexpr int64_t BLOCK = 32 * W;
+  Float<W> sum = {};
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    Float<W> block = {};
+    each_vector<W>(std::min(BLOCK, n - begin), [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+      block += value(begin + t, lanes);
+    });
+    sum += block;
+  }
+  return las::sum<W>(sum);
+}
+
+struct Summary {
+  int64_t peak = 0;
+  float logsumexp = -INFINITE;
+};
+
+// Turn n scores into weights.
+template <int W>
+LAS_INLINE Summary softmax(float* x, int64_t n) {
+  if (n == 0) return {};
+  Float<W> most = broadcast<W>(-INFINITE);
+  each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    most = larger<W>(most, get<W>(x + t, lanes, -INFINITE));
+  });
+  const float maximum = largest<W>(most);
+  const float denominator = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    const Float<W> power = exp<W>(get<W>(x + t, lanes, -INFINITE) - maximum);
+    put<W>(x + t, power, lanes);
+    return power;
+  });
+  // The peak is sought among the weights: scores that differ in the last bit can have the same weight.
+  const float factor = 1.0f / denominator;
+  Float<W> best = broadcast<W>(-1.0f);
+  Int<W> where = {}, lane = {};
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    const Float<W> weight = get<W>(x + t, lanes, 0.0f) * factor;
+    where = weight > best ? lane + int32_t(t) : where;
+    best = larger<W>(best, weight);
+    put<W>(x + t, weight, lanes);
+  });
+  int found = 0;
+  for (int i = 1; i < W; ++i)
+    if (best[i] > best[found] || (best[i] == best[found] && where[i] < where[found])) found = i;
+  return {where[found], maximum + std::log(denominator)};
+}
+
+}  // namespace las

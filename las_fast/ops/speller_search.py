@@ -1,0 +1,269 @@
+"""A whole beam search of the speller, from encoder memory to back-pointers.
+
+At each step, for every beam of every utterance (las_fast.speller says it in modules, this op in formulas):
+
+    gates_1   = W_1 [embedding[token], context, hidden_1] + b_1         of the token and the state before
+    gates_i   = W_i [hidden_(i-1), hidden_i] + b_i                      for each later cell, hidden_(i-1) the new one
+    cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
+    context   = attention of query(hidden_last) over keys and values    see masked_attention
+    logits    = embedding . gelu(project([hidden_last, context])) + bias
+    the beams = beam_topk of the logits, and the states follow their parents
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from las_fast.ops import backends
+from las_fast.ops.beam_gather import beam_gather
+from las_fast.ops.beam_topk import Ngram, beam_topk
+from las_fast.ops.masked_attention import masked_attention, padding_mask
+
+PRECISIONS = ("fp32", "bf16")
+UNSEEN = 0.01  # least attention that a frame counts as having got, for a finite logarithm
+
+
+class SpellerWeights(NamedTuple):
+    """What the formulas read; all float32. M is the embedding's size, H_i that of cell i."""
+
+    embedding: Tensor  # (V, M)
+    query: Tensor  # (D, H_last)
+    query_bias: Tensor  # (D,)
+    project: Tensor  # (M, H_last + E)
+    project_bias: Tensor  # (M,)
+    bias: Tensor  # (V,)
+    gates: tuple[Tensor, ...]  # (4 * H_1, M + E + H_1), then (4 * H_i, H_(i-1) + H_i); input, forget, cell, output
+    gate_biases: tuple[Tensor, ...]  # (4 * H_i,)
+
+    def flat(self) -> list[Tensor]:
+        """Return all in the order of the C++ op."""
+        return [*self[:6], *(x for cell in zip(self.gates, self.gate_biases, strict=True) for x in cell)]
+
+
+class Steps(NamedTuple):
+    """What a search keeps of each step, (L, B, K), as beam_backtrack takes it."""
+
+    tokens: Tensor  # int64
+    parents: Tensor  # int64
+    scores: Tensor  # float32, of the hypothesis so far
+    frames: Tensor  # int64, attended to by each living beam before the step's pruning
+
+
+class Options(NamedTuple):
+    """How to search; see speller_search."""
+
+    beam: int
+    sos: int
+    eos: int
+    minimum: Tensor | None
+    maximum: Tensor
+    length_penalty: float
+    eos_threshold: float
+    coverage_weight: float
+    table: Tensor | None
+    ngram_weight: float
+
+
+@torch.no_grad()
+def speller_search(
+    weights: SpellerWeights,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    beam: int,
+    sos: int,
+    eos: int,
+    maximum: Tensor,
+    minimum: Tensor | None = None,
+    length_penalty: float = 0.0,
+    eos_threshold: float = 0.0,
+    coverage_weight: float = 0.0,
+    table: Tensor | None = None,
+    ngram_weight: float = 0.0,
+    precision: str = "fp32",
+    backend: str = "auto",
+) -> Steps:
+    """Return all steps of the search of each utterance, until none has a living beam: one that exists and goes on.
+
+    Not differentiable. In C++ an utterance has one answer, bit for bit, alone, in any batch, on any number of threads.
+
+    Args:
+        weights: of the speller.
+        keys:    (B, T, D) float32.
+        values:  (B, T, E) float32.
+        lengths: (B,) int64 valid frames, 0 to T.
+        beam:    K.
+        sos:     the token before the first.
+        eos:     the token that ends a beam.
+        maximum: (B,) int64 tokens at which an unfinished beam must take eos.
+        minimum, length_penalty, eos_threshold: as in beam_topk.
+        coverage_weight: of the mean over frames of log(attention that the frame got from all tokens, at most 1), which
+            is added to the ranks of a beam; 0: none.
+        table, ngram_weight: of a language model as in beam_topk's Ngram, which begins after sos throughout.
+        precision: of the products in C++: "fp32", or "bf16" with float32 sums and states. The reference has fp32 only.
+        backend: "auto", "reference" or "cpp".
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; a name is unknown.
+        RuntimeError: the named backend is not available here, or an argument of C++ is not as it says.
+    """
+    options = Options(
+        beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, table, ngram_weight
+    )
+    _check(weights, keys, values, lengths, options, precision)
+    if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
+        return _reference(weights, keys, values, lengths, options)
+    found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision == "bf16")
+    return Steps(*found)
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+class _State(NamedTuple):
+    hidden: tuple[Tensor, ...]  # (B, K, H) a cell
+    cell: tuple[Tensor, ...]
+    context: Tensor  # (B, K, E)
+
+
+class _Beams(NamedTuple):
+    """All (B, K)."""
+
+    tokens: Tensor
+    scores: Tensor
+    finished: Tensor
+    lengths: Tensor
+    ngram_states: Tensor | None
+
+
+def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: Tensor, options: Options) -> Steps:
+    beams, state = _begin(weights, keys, values, options)
+    padding = padding_mask(lengths, keys.shape[1])[:, None]  # (B, 1, T)
+    attention = padding.expand(-1, options.beam, -1).float()  # padding counts as covered
+    steps = []
+    while not steps or bool((~beams.finished & ~beams.scores.isneginf()).any()):
+        logits, attended, peaks, state = _step(weights, keys, values, lengths, beams.tokens, state)
+        attention = torch.where(beams.finished[..., None], attention, attention + attended)
+        missed = attention.clamp(UNSEEN, 1.0).log().sum(-1) / lengths.clamp(min=1)[:, None]
+        coverage = options.coverage_weight * missed
+        found = _prune(logits, beams, coverage, options)
+        beams = _Beams(found.tokens, found.scores, found.finished, found.lengths, found.ngram_states)
+        moved = beam_gather((*state.hidden, *state.cell, state.context, attention), found.parents, backend="reference")
+        n = len(state.hidden)
+        state, attention = _State(tuple(moved[:n]), tuple(moved[n : 2 * n]), moved[-2]), moved[-1]
+        steps.append((found.tokens, found.parents, found.scores, peaks))
+    return Steps(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+
+
+def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Options) -> tuple[_Beams, _State]:
+    B, K = keys.shape[0], options.beam
+    scores = keys.new_full((B, K), -torch.inf)
+    scores[:, 0] = 0.0  # the other beams do not exist yet
+    integers = torch.zeros(B, K, dtype=torch.int64, device=keys.device)
+    states = None if options.table is None else integers + first_ngram_state(options.table, options.sos)
+    silence = tuple(keys.new_zeros(B, K, bias.shape[0] // 4) for bias in weights.gate_biases)
+    beams = _Beams(integers + options.sos, scores, integers.bool(), integers, states)
+    return beams, _State(silence, silence, keys.new_zeros(B, K, values.shape[2]))
+
+
+def coverage(attention: Tensor, lengths: Tensor) -> Tensor:
+    """Return (B, K), 0 where every frame got its attention and less the more frames were left out.
+
+    The mean over frames of the logarithm of what each got, at most 1 (Wu et al. 2016 take the sum, which outweighs
+    scores that are divided by the length). attention (B, K, T) is the sum over tokens, 1 past the lengths (B,).
+    """
+    return attention.clamp(UNSEEN, 1.0).log().sum(-1) / lengths.clamp(min=1).unsqueeze(-1)
+
+
+def first_ngram_state(table: Tensor, sos: int) -> int:
+    """Return the state before the first token of a table (V ** (order-1), V): sos all through."""
+    states, V = table.shape
+    return sos * (states - 1) // (V - 1) if V > 1 else 0
+
+
+def _step(weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: _State) -> tuple[Tensor, ...]:
+    """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state."""
+    below, hiddens, cells = torch.cat((weights.embedding[tokens], state.context), -1), [], []
+    for gates, bias, hidden, cell in zip(weights.gates, weights.gate_biases, state.hidden, state.cell, strict=True):
+        i, f, g, o = F.linear(torch.cat((below, hidden), -1), gates, bias).chunk(4, -1)
+        cells.append(torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g))
+        below = torch.sigmoid(o) * torch.tanh(cells[-1])
+        hiddens.append(below)
+    query = F.linear(below, weights.query, weights.query_bias)
+    context, attended, peaks = masked_attention(query, keys, values, lengths, peaks=True, backend="reference")
+    features = F.gelu(F.linear(torch.cat((below, context), -1), weights.project, weights.project_bias))
+    logits = F.linear(features, weights.embedding, weights.bias)
+    return logits, attended, peaks, _State(tuple(hiddens), tuple(cells), context)
+
+
+def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
+    ngram = None
+    if options.table is not None:
+        ngram = Ngram(options.table, beams.ngram_states, options.ngram_weight)
+    return beam_topk(
+        logits,
+        beams.scores,
+        beams.finished,
+        eos=options.eos,
+        lengths=beams.lengths,
+        minimum=options.minimum,
+        maximum=options.maximum,
+        length_penalty=options.length_penalty,
+        eos_threshold=options.eos_threshold,
+        coverage=gained if options.coverage_weight else None,
+        ngram=ngram,
+        backend="reference",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    for name, x in (("keys", keys), ("values", values)):
+        if x.ndim != 3 or x.dtype != torch.float32:
+            raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
+    (B, T, _), D = keys.shape, weights.query.shape[0]
+    if keys.shape[2] != D:
+        raise ValueError(f"keys must be (B, T, D) with D={D} like query; got {tuple(keys.shape)}")
+    E = weights.project.shape[1] - weights.query.shape[1]
+    if values.shape != (B, T, E):
+        raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
+    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
+        if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
+            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
+    _check_options(options, weights.bias.shape[0])
+
+
+def _check_options(options: Options, V: int) -> None:
+    if options.beam < 1:
+        raise ValueError(f"beam must be at least 1; got {options.beam}")
+    for name, token in (("sos", options.sos), ("eos", options.eos)):
+        if not 0 <= token < V:
+            raise ValueError(f"{name} must be a token from 0 to {V - 1}; got {token}")
+    table = options.table
+    if table is not None and (table.ndim != 2 or table.shape[1] != V or table.dtype != torch.float32):
+        raise ValueError(f"table must be ({V} ** n, {V}) float32; got {tuple(table.shape)} {table.dtype}")
+
+
+def _fake(weights, keys, values, lengths, beam, *options):
+    steps = torch.library.get_ctx().new_dynamic_size()
+    shape = (steps, keys.shape[0], beam)
+    tokens, parents, frames = (keys.new_empty(shape, dtype=torch.int64) for _ in range(3))
+    return tokens, parents, keys.new_empty(shape), frames
+
+
+backends.register(
+    "speller_search",
+    "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
+    " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? table,"
+    " float ngram_weight, bool bf16) -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
+    _fake,
+)

@@ -1,0 +1,435 @@
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from calls import COVERED, ops_called, threads
+
+from las_fast.attention import Memory
+from las_fast.checkpoint import load_model
+from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+from las_fast.model import LAS
+from las_fast.ops import SpellerWeights, beam_backtrack, padding_mask, speller_search
+from las_fast.ops.speller_search import Options as SearchOptions
+from las_fast.ops.speller_search import _begin, _step
+from las_fast.search import beam_search
+
+SOS, EOS, NAN = 1, 2, torch.nan
+CHECKPOINT = Path(__file__).parents[1] / "an4-small.safetensors"
+SIZES = [  # V, M, H of each cell, D, E, T, B, K
+    (3, 1, (1,), 1, 1, 1, 1, 1),
+    (4, 1, (1, 1, 1), 1, 1, 1, 2, 3),
+    (7, 5, (6,), 4, 3, 9, 3, 4),
+    (31, 20, (40,), 8, 9, 50, 6, 1),
+    (31, 33, (32, 31), 33, 17, 40, 5, 8),
+    (32, 31, (33, 16), 15, 32, 32, 3, 11),
+    (33, 32, (8, 24, 17), 32, 33, 33, 4, 13),
+    (67, 64, (65, 64, 63), 31, 65, 65, 3, 64),
+]
+EVERY = {"length_penalty": 0.7, "eos_threshold": 1.1, "coverage_weight": 0.2, "ngram_weight": 0.4, "minimum": 3}
+OPTIONS = {
+    "plain": {},
+    "length penalty": {"length_penalty": 1.0},
+    "eos threshold": {"eos_threshold": 1.5},
+    "minimum": {"minimum": 4},
+    "coverage": {"coverage_weight": 0.3},
+    "n-gram": {"ngram_weight": 0.5},
+    "every option": EVERY,
+}
+on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
+on_each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+FAST = [name for name in COVERED if name == "cpp"]
+
+
+def make(V, M, H, D, E, seed=0, scale=2.0) -> SpellerWeights:
+    """Random layers whose outputs are about `scale`; <pad> and <sos> never win."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(outputs, inputs):
+        return scale * torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+
+    below, gates = M + E, []
+    for size in H:
+        gates.append(layer(4 * size, below + size))
+        below = size
+    bias = layer(V, 1)[:, 0]
+    bias[[0, SOS]] = -1e4
+    query, project = layer(D, below), layer(M, below + E)
+    biases = [layer(n, 1)[:, 0] for n in (D, M, *(4 * size for size in H))]
+    return SpellerWeights(layer(V, M), query, biases[0], project, biases[1], bias, tuple(gates), tuple(biases[2:]))
+
+
+def remember(B, T, D, E, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([T, max(T - 1, 0), T // 2, 1, 0, T // 3][:B], dtype=torch.int64)
+    return torch.randn(B, T, D, generator=generator), torch.randn(B, T, E, generator=generator), lengths
+
+
+def some_limits(B):
+    return torch.tensor([9, 1, 12, 4, 7, 2][:B], dtype=torch.int64)
+
+
+def search(weights, memory, *, backend="cpp", minimum=0, ngram_weight=0.0, **options):
+    """Search with limits and a language model made for the sizes at hand."""
+    B, V = memory[2].shape[0], weights.bias.shape[0]
+    maximum = options.pop("maximum", some_limits(B))
+    table = torch.randn(V, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1) if ngram_weight else None
+    return speller_search(
+        weights, *memory, sos=SOS, eos=EOS, backend=backend, table=table, ngram_weight=ngram_weight,
+        minimum=torch.full((B,), minimum).clamp(max=maximum) if minimum else None, maximum=maximum, **options,
+    )  # fmt: skip
+
+
+def hypotheses(steps):
+    """Return (tokens, score, log-probability of each, frames) of the real hypotheses of each utterance."""
+    found, B, K = beam_backtrack(*steps, eos=EOS), *steps.tokens.shape[1:]
+    utterances = []
+    for b in range(B):
+        real = [k for k in range(K) if steps.scores[-1, b, k] > -1e3]  # others hold <pad> or <sos>, or do not exist
+        n = {k: int(found.lengths[b, k]) for k in real}
+        utterances.append(
+            [
+                (found.tokens[b, k, : n[k]].tolist(), float(steps.scores[-1, b, k]),
+                 found.token_scores[b, k, : n[k] + 1].tolist(), found.frames[b, k, : n[k]].tolist())
+                for k in real
+            ]
+        )  # fmt: skip
+    return utterances
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    for utterance, wanted in zip(hypotheses(found), hypotheses(expected), strict=True):
+        assert [h[0] for h in utterance] == [h[0] for h in wanted]
+        assert [h[3] for h in utterance] == [h[3] for h in wanted]
+        for a, b in zip(utterance, wanted, strict=True):
+            assert a[1] == pytest.approx(b[1], abs=tolerance) and a[2] == pytest.approx(b[2], abs=tolerance)
+
+
+def assert_equals_the_reference(sizes, options):
+    V, M, H, D, E, T, B, K = sizes
+    weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
+    expected = search(weights, memory, beam=K, backend="reference", **options)
+    assert_same(search(weights, memory, beam=K, **options), expected)
+
+
+@on_each_size
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, options):
+    assert_equals_the_reference(sizes, options)
+
+
+def las(lstm_sizes=(24, 20)) -> LAS:
+    torch.manual_seed(3)
+    speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=lstm_sizes)
+    model = LAS(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller), input_size=4, vocabulary_size=31).eval()
+    with torch.no_grad():
+        for parameter in model.speller.parameters():
+            parameter *= 3  # an untrained speller finds all tokens about as probable
+    return model
+
+
+def listened(model, lengths=(200, 90, 7, 1)):
+    with torch.inference_mode():
+        return model.listen(torch.randn(len(lengths), 200, 4, generator=torch.Generator().manual_seed(4)),
+                            torch.tensor(lengths))  # fmt: skip
+
+
+@pytest.mark.parametrize("lstm_sizes", [(20,), (24, 20), (8, 16, 20)])
+def test_the_reference_is_the_search_step_by_step(lstm_sizes):
+    model = las(lstm_sizes)
+    memory = listened(model)
+    config = DecodingConfig(beam=5, maximum_share=0.2, coverage_weight=0.1, eos_threshold=0.9)
+    stepwise = beam_search(model, memory, config, nbest=5, backend="reference")
+    steps = speller_search(
+        model.speller.weights(), *memory[:3], beam=5, sos=SOS, eos=EOS, length_penalty=1.0, eos_threshold=0.9,
+        coverage_weight=0.1, maximum=(memory.lengths * model.time_reduction * 0.2).long() + 10, backend="reference",
+    )  # fmt: skip
+    for utterance, wanted in zip(hypotheses(steps), stepwise, strict=True):
+        assert [h[0] for h in utterance] == [h.text_tokens for h in wanted]
+        assert [h[3] for h in utterance] == [h.frames for h in wanted]
+        assert [h[1] for h in utterance] == pytest.approx([h.score for h in wanted], abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_the_search_of_a_las_on_a_cpu_is_one_op(cpp, backend):
+    model = las()
+    memory = listened(model)
+    called = ops_called(lambda: beam_search(model, memory, DecodingConfig(beam=3), backend=backend))
+    assert called.count("las_fast::speller_search_cpp") == 1
+    assert not {"las_fast::beam_topk_cpp", "las_fast::masked_attention_cpp", "aten::addmm"} & set(called)
+
+
+def test_other_models_and_precisions_go_step_by_step(cpp):
+    class Other(LAS):
+        pass
+
+    model, other = las(), las()
+    other.__class__ = Other
+    memory, config = listened(model), DecodingConfig(beam=3)
+    expected = beam_search(other, memory, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "las_fast::speller_search_cpp" not in ops_called(lambda: beam_search(model, memory, config))
+    for run in (
+        lambda: beam_search(other, memory, config),
+        lambda: beam_search(model, memory, config, backend="reference"),
+        lambda: beam_search(model, memory, config, capture=False),
+    ):
+        assert "las_fast::speller_search_cpp" not in ops_called(run)
+        assert [h[0].text_tokens for h in run()] == [h[0].text_tokens for h in expected]
+    with pytest.raises(InputError, match="decoding.precision bf16 needs the C\\+\\+ search of a LAS on a CPU"):
+        beam_search(other, memory, replace(config, precision="bf16"))
+
+
+def test_a_bf16_search_is_that_of_the_op(cpp):
+    model = las()
+    memory, config = listened(model), DecodingConfig(beam=4, precision="bf16")
+    steps = speller_search(
+        model.speller.weights(), *memory[:3], beam=4, sos=SOS, eos=EOS, length_penalty=1.0, precision="bf16",
+        maximum=(memory.lengths * model.time_reduction * 0.3).long() + 10,
+    )  # fmt: skip
+    for utterance, wanted in zip(hypotheses(steps), beam_search(model, memory, config, nbest=4), strict=True):
+        assert [h[:2] for h in utterance] == [(h.text_tokens, h.score) for h in wanted]
+
+
+@on_each_precision
+@pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
+def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, precision, options):
+    weights, memory = make(31, 33, (32, 31), 33, 17), remember(6, 40, 33, 17)
+    limits = some_limits(6)
+    whole = search(weights, memory, beam=5, precision=precision, **options)
+    for b, n in enumerate(memory[2].tolist()):
+        alone = (*(x[b : b + 1, : n + 3] for x in memory[:2]), memory[2][b : b + 1])
+        one = search(weights, alone, beam=5, precision=precision, maximum=limits[b : b + 1], **options)
+        steps = len(one.tokens)
+        assert (whole.tokens[steps:, b][whole.scores[steps:, b].isfinite()] == EOS).all()
+        for a, expected in zip(one, whole, strict=True):
+            assert torch.equal(a[:, 0], expected[:steps, b])
+
+
+@on_each_precision
+def test_more_utterances_than_fit_side_by_side_wait_for_their_turn(cpp, precision):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(6, 9, 4, 3)
+    many = tuple(x.repeat(10, *[1] * (x.ndim - 1)) for x in memory)
+    found = search(weights, many, beam=13, precision=precision, maximum=some_limits(6).repeat(10))
+    expected = search(weights, memory, beam=13, precision=precision)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b.repeat(1, 10, 1))
+
+
+@on_each_precision
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_two_threads_give_the_same_answer(cpp, precision, B):
+    weights, memory = make(31, 33, (32, 31), 33, 17), remember(B, 40, 33, 17)
+    expected = search(weights, memory, beam=7, precision=precision, **EVERY)
+    with threads(2):
+        found = search(weights, memory, beam=7, precision=precision, **EVERY)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_each_precision
+def test_padding_full_of_nan_does_not_matter(cpp, precision):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(5, 9, 4, 3)
+    dirty = [x.masked_fill(padding_mask(memory[2], 9)[..., None], NAN) for x in memory[:2]]
+    found = search(weights, (*dirty, memory[2]), beam=4, precision=precision)
+    for a, b in zip(found, search(weights, memory, beam=4, precision=precision), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_each_precision
+def test_there_are_no_more_steps_than_the_longest_needs(cpp, precision):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
+    for longest in (1, 5):
+        steps = search(weights, memory, beam=4, precision=precision, maximum=torch.tensor([1, longest, 1]))
+        assert len(steps.tokens) <= longest + 1 and (steps.tokens[-1][steps.scores[-1].isfinite()] == EOS).all()
+
+
+def test_outputs_that_are_not_numbers_give_no_hypothesis(cpp):
+    model = las()
+    memory = listened(model)
+    expected = beam_search(model, memory, DecodingConfig(beam=3))
+    broken = memory.keys.masked_fill((torch.arange(4) == 1)[:, None, None], NAN)
+    found = beam_search(model, memory._replace(keys=broken), DecodingConfig(beam=3))
+    assert found[1][0].text_tokens == [] and found[1][0].score == -torch.inf
+    assert [found[b] == expected[b] for b in range(4)] == [True, False, True, True]
+
+
+def test_weights_that_changed_are_read_anew(cpp):
+    model = las()
+    memory, config = listened(model), DecodingConfig(beam=3)
+    before = beam_search(model, memory, config)
+    model.speller.cells[0].gates.weight.data *= -1
+    after = beam_search(model, memory, config)
+    assert after != before
+    stepwise = beam_search(model, memory, config, capture=False)
+    assert [h[0].text_tokens for h in after] == [h[0].text_tokens for h in stepwise]
+
+
+def first_step(weights, memory, dtype):
+    """The log-probabilities of the first token by the formulas in that precision, (B, V)."""
+    cast = [x.to(dtype) for x in weights.flat()]
+    cast = SpellerWeights(*cast[:6], tuple(cast[6::2]), tuple(cast[7::2]))
+    keys, values = (x.to(dtype) for x in memory[:2])
+    options = SearchOptions(1, SOS, EOS, None, some_limits(len(keys)), 0.0, 0.0, 0.0, None, 0.0)
+    beams, state = _begin(cast, keys, values, options)
+    return _step(cast, keys, values, memory[2], beams.tokens, state)[0][:, 0].double().log_softmax(-1)
+
+
+@on_each_precision
+@pytest.mark.parametrize("sizes", [x for x in SIZES if x[0] > 4], ids=lambda x: "x".join(map(str, x)).replace(" ", ""))
+def test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula(cpp, sizes, precision):
+    V, M, H, D, E, T, B, _ = sizes
+    weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
+    steps = search(weights, memory, beam=V, maximum=torch.full((B,), 9), precision=precision)
+    exact = first_step(weights, memory, torch.float64)
+    usual = first_step(weights, memory, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    found = torch.empty_like(exact).scatter_(1, steps.tokens[0], steps.scores[0].double())
+    assert torch.equal(steps.tokens[0].sort().values, torch.arange(V).expand(B, V))
+    error, usual_error = ((x - exact)[:, EOS:].square().mean().sqrt() for x in (found, usual))
+    assert error <= 2 * usual_error + 1e-6
+
+
+@pytest.fixture(scope="module")
+def an4():
+    """The trained model, and the memory of all development utterances."""
+    path = Path(__file__).resolve().parents[2] / ".." / "shared" / "an4" / "hw4p2_student_data"
+    if not path.is_dir():
+        pytest.skip("../shared/an4 is absent")
+    loaded = load_model(CHECKPOINT)
+    options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
+    dev = load_dataset(open_corpus(path), ("dev",), **options)
+    batches = sorted_batches(dev.frames, frames_per_batch=10000, utterances_per_batch=64)
+    loader = make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    with torch.inference_mode():
+        memories = [loaded.model.listen(batch.features, batch.feature_lengths) for batch in loader]
+    assert sum(len(memory.lengths) for memory in memories) == 104
+    return loaded.model, loaded.config.decoding, memories
+
+
+@pytest.mark.parametrize("beam", [1, 4, 8])
+def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam):
+    model, config, memories = an4
+    for memory in memories:
+        found, expected = (
+            beam_search(model, memory, replace(config, beam=beam), nbest=beam, capture=capture)
+            for capture in (None, False)
+        )
+        for several, wanted in zip(found, expected, strict=True):
+            assert [(h.text_tokens, h.frames, h.finished) for h in several] == [
+                (h.text_tokens, h.frames, h.finished) for h in wanted
+            ]
+            assert [h.score for h in several] == pytest.approx([h.score for h in wanted], abs=1e-4)
+
+
+@on_each_precision
+def test_real_speech_has_one_answer_alone_and_in_a_batch(cpp, an4, precision):
+    model, config, memories = an4
+    config, whole = replace(config, precision=precision), memories[-1]
+    together = beam_search(model, whole, config, nbest=8)
+    for b in range(0, len(whole.lengths), 7):
+        alone = Memory(*(x[b : b + 1] for x in whole[:4]))
+        assert beam_search(model, alone, config, nbest=8) == together[b : b + 1]
+
+
+def test_most_utterances_of_real_speech_come_out_the_same_in_bf16(cpp, an4):
+    model, config, memories = an4
+    pairs = [
+        (a[0].text_tokens, b[0].text_tokens)
+        for memory in memories
+        for a, b in zip(
+            *(beam_search(model, memory, replace(config, precision=x)) for x in ("fp32", "bf16")), strict=True
+        )
+    ]
+    assert sum(a != b for a, b in pairs) <= 5
+
+
+@on_each_precision
+@pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
+def test_the_registered_op_passes_opcheck(cpp, precision, options):
+    weights, memory = make(7, 5, (6, 3), 4, 3), remember(3, 9, 4, 3)
+    table = torch.zeros(7, 7) if options else None
+    arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, table, 0.5)
+    torch.library.opcheck(
+        torch.ops.las_fast.speller_search_cpp.default,
+        (weights.flat(), *memory, *arguments, precision == "bf16"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.ones(3, 9)}, r"keys must be \(B, T, size\) float32; got \(3, 9\)"),
+        ({"keys": torch.ones(3, 9, 5)}, r"keys must be \(B, T, D\) with D=4 like query; got \(3, 9, 5\)"),
+        ({"values": torch.ones(3, 8, 3)}, r"values must be \(B, T, E\) with B=3, T=9, E=3; got \(3, 8, 3\)"),
+        ({"values": torch.ones(3, 9, 3).double()}, "values must be .* float32; got .* torch.float64"),
+        ({"lengths": torch.ones(3)}, r"lengths must be \(3,\) int64; got \(3,\) torch.float32"),
+        ({"maximum": torch.ones(2).long()}, r"maximum must be \(3,\) int64; got \(2,\)"),
+        ({"precision": "fp16"}, "precision must be one of fp32, bf16; got 'fp16'"),
+        ({"beam": 0}, "beam must be at least 1; got 0"),
+        ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
+        ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
+        ({"table": torch.ones(7, 6)}, r"table must be \(7 \*\* n, 7\) float32; got \(7, 6\) torch.float32"),
+    ],
+)
+def test_arguments_that_disagree_are_named(change, message):
+    keys, values, lengths = remember(3, 9, 4, 3)
+    arguments = {"keys": keys, "values": values, "lengths": lengths, "maximum": some_limits(3)}
+    arguments |= {"beam": 4, "sos": SOS, "eos": EOS} | change
+    with pytest.raises(ValueError, match=message):
+        speller_search(make(7, 5, (6,), 4, 3), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 more for each cell; got 1"),
+        (1, torch.ones(3, 9), r"keys must be \(B, T, D\) float32; got \[3, 9\] Float"),
+        (1, torch.ones(3, 9, 5), r"weights: query must be \[5, 6\]; got \[4, 6\]"),
+        (2, torch.ones(3, 8, 3), r"values must be \(B, T, E\) float32 with B=3, T=9 like keys; got \[3, 8, 3\]"),
+        (3, torch.ones(3), r"lengths must be \(3,\) int64; got \[3\] Float"),
+        (4, 0, "beam must be at least 1; got 0"),
+        (6, 7, "eos must be a token from 0 to 6; got 7"),
+        (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
+        (12, torch.ones(7, 6), r"table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
+    ],
+)
+def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
+    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, False]
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.speller_search_cpp(*arguments)
+
+
+def test_no_utterance_gives_nothing(cpp):
+    memory = tuple(x[:0] for x in remember(3, 9, 4, 3))
+    assert search(make(7, 5, (6,), 4, 3), memory, beam=4).tokens.shape == (1, 0, 4)
+
+
+def digest(lanes: str) -> str:
+    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    words = [sys.executable, "-c", "import test_speller_search as test; print(test.check_and_digest())"]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def check_and_digest() -> str:
+    for sizes in SIZES:
+        assert_equals_the_reference(sizes, EVERY)
+        test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula("cpp", (*sizes[:7], 0), "bf16")
+    steps = search(make(31, 33, (32, 31), 33, 17), remember(5, 40, 33, 17), beam=5)
+    return hashlib.sha256(steps.scores.numpy().tobytes()).hexdigest()
+
+
+def test_older_processors_are_served_as_well(cpp):
+    digests = {digest("4"), digest("8"), check_and_digest()}
+    widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
+    assert len(digests) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
