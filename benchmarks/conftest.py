@@ -1,23 +1,20 @@
-"""One row a measurement: `pytest benchmarks --record` appends them to benchmarks/results/ops.csv."""
+"""One row a measurement: `pytest benchmarks --record` appends them to benchmarks/results/*.csv."""
 
 from __future__ import annotations
-
-import csv
-import datetime
-import platform
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results" / "ops.csv"
-WHERE = ("date", "commit", "machine", "torch", "threads")
-COLUMNS = (*WHERE, "op", "backend", "shape", "dtype", "rounds", "median_us", "iqr_us")
+from benchmarks import paired, record
+
+OPS = record.RESULTS / "ops.csv"
+COLUMNS = (*record.WHERE, "op", "backend", "shape", "dtype", "rounds", "median_us", "iqr_us")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", action="store_true", help=f"append the measurements to {RESULTS.name}")
+    parser.addoption("--record", action="store_true", help="append the measurements to benchmarks/results/*.csv")
+    parser.addoption("--rounds", type=int, default=0, help="of paired measurements, instead of each suite's own number")
+    parser.addoption("--long", action="store_true", help="also the scaling curves and the 50 steps of training")
 
 
 @pytest.fixture(params=[1], ids=lambda n: f"{n}thread", autouse=True)
@@ -41,28 +38,31 @@ def measure(benchmark, request, threads):
             stats = benchmark.stats.stats
             times = (stats.rounds, round(stats.median * 1e6, 2), round(stats.iqr * 1e6, 2))
             kind = str(dtype).removeprefix("torch.")
-            where = (datetime.date.today().isoformat(), commit(), machine(), torch.__version__, threads)
-            append((*where, op, backend, shape, kind, *times))
+            record.append(OPS, COLUMNS, [(*record.where(), op, backend, shape, kind, *times)])
 
     return run
 
 
-def append(row: tuple) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, row] if new else [row])
+@pytest.fixture
+def compare(request, capsys):
+    """compare(file, functions, what=, shape=, dtypes=, baseline=, rounds=, per=, unit=): time functions by turns, print
+    the table, and add its rows to results/<file>.csv if asked for; see benchmarks.paired. Returns the timings."""
+
+    def run(file: str, functions: dict, *, baseline: str, rounds: int = 5, **about) -> dict[str, paired.Timing]:
+        rounds = request.config.getoption("--rounds") or rounds
+        timings = paired.paired(functions, baseline=baseline, rounds=rounds)
+        found = paired.table(timings, baseline=baseline, **about)
+        with capsys.disabled():
+            print(paired.told(found))
+        if request.config.getoption("--record"):
+            record.append(record.RESULTS / f"{file}.csv", paired.COLUMNS, found)
+        return timings
+
+    return run
 
 
-def commit() -> str:
-    """Return the commit measured, with a + where files differ from it."""
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True, cwd=RESULTS.parents[2]).stdout.strip() or "unknown"
-
-
-def machine() -> str:
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+@pytest.fixture
+def long(request):
+    """Skips unless --long was given."""
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes: give --long")

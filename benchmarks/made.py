@@ -1,0 +1,43 @@
+"""Made-up utterances as long as those of mixed read speech, for suites that need no words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+RATE = 16000
+LETTERS_PER_FRAME = 0.116  # 11.6 characters a second
+FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "OPUS")}
+
+
+def frame_counts(count: int, seed: int = 0) -> np.ndarray:
+    """Return feature frames (count,) int64: 4.3 s in the middle, 1 to 17 s."""
+    generator = np.random.default_rng(seed)
+    return np.clip(generator.lognormal(np.log(430), 0.55, count), 100, 1700).astype(np.int64)
+
+
+def recordings(folder: Path, suffix: str, count: int) -> list[Path]:
+    """Write noise with the spectrum and the syllables of speech, about; return the files."""
+    generator = np.random.default_rng(1)
+    paths = []
+    for i, frames in enumerate(frame_counts(count)):
+        samples = int(frames) * RATE // 100 + 240
+        noise = np.convolve(generator.normal(size=samples), np.exp(-np.arange(64) / 8), "same")
+        syllables = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(samples) / RATE)
+        wave = 0.1 * noise * syllables / noise.std()
+        paths.append(folder / f"{i:04}.{suffix}")
+        kind, subtype = FORMATS[suffix]
+        soundfile.write(paths[-1], wave.astype(np.float32), RATE, format=kind, subtype=subtype)
+    return paths
+
+
+def manifest(folder: Path, suffix: str, count: int) -> Path:
+    """Write such recordings and a manifest of them; return the manifest."""
+    (folder / "audio").mkdir(parents=True)
+    lines = ["id\tpath\tsplit\ttranscript"]
+    lines += [f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in recordings(folder / "audio", suffix, count)]
+    path = folder / "manifest.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,77 @@
+"""From a file to frames: reading recordings and computing log-mel and MFCC.
+
+The baseline reads the same files with soundfile, and makes the frames of each recording by the formula: cut, window,
+transform, filter, logarithm.
+"""
+
+from __future__ import annotations
+
+import pytest
+import soundfile
+import torch
+
+from benchmarks.made import FORMATS, RATE, recordings
+from las_fast.config import FeatureConfig
+from las_fast.features import FLOOR, PREEMPHASIS, _fft_size, _tables, compute_features, frame_sizes, load_audio
+
+COUNT = 24
+CONFIGS = {
+    "logmel 80": FeatureConfig(kind="logmel", size=80),
+    "mfcc 28": FeatureConfig(kind="mfcc", size=28, mel_bins=40),
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def files(request, tmp_path_factory):
+    return request.param, recordings(tmp_path_factory.mktemp(request.param), request.param, COUNT)
+
+
+def plain_features(wave: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
+    """Frame by frame as the formula says, of one recording."""
+    window, shift = frame_sizes(config)
+    taper, _, filters, transform = _tables(config)
+    frames = (wave * 32768.0).unfold(0, window, shift)
+    frames = frames - frames.mean(1, keepdim=True)
+    before = torch.nn.functional.pad(frames, (1, 0), mode="replicate")[:, :-1]
+    frames = (frames - PREEMPHASIS * before) * taper[:window]
+    power = torch.fft.rfft(frames, _fft_size(window)).abs().square()
+    logs = (power @ filters).clamp(min=FLOOR).log()
+    return logs if transform is None else logs @ transform
+
+
+def test_reading(compare, files):
+    kind, paths = files
+    seconds = sum(soundfile.info(path).frames for path in paths) / RATE
+    assert len(load_audio(paths[0], RATE)) == soundfile.info(paths[0]).frames
+    functions = {
+        "soundfile": lambda: [soundfile.read(path, dtype="float32") for path in paths],
+        "las_fast": lambda: [load_audio(path, RATE, whole=True) for path in paths],
+    }
+    timed(compare, functions, f"reading {kind}", seconds, "soundfile")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_features(compare, tmp_path, name):
+    config = CONFIGS[name]
+    waves = [torch.from_numpy(load_audio(path, RATE)) for path in recordings(tmp_path, "wav", COUNT)]
+    functions = {
+        "plain": lambda: [plain_features(wave, config) for wave in waves],
+        "las_fast": lambda: compute_features(waves, config),
+    }
+    for found, expected in zip(*(run() for run in functions.values()), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)
+    timed(compare, functions, f"features {name}", sum(map(len, waves)) / RATE, "plain")
+
+
+def timed(compare, functions: dict, what: str, seconds: float, baseline: str) -> None:
+    compare(
+        "features",
+        functions,
+        what=what,
+        shape=f"{COUNT} recordings of {seconds:.0f} s in all",
+        dtypes=dict.fromkeys(functions, "float32"),
+        baseline=baseline,
+        rounds=7,
+        per=seconds * 1e-3,
+        unit="ms/s of audio",
+    )

@@ -1,0 +1,146 @@
+"""What the benchmarks stand on: baselines that give las_fast's own answers, ratios by turns, a report of the rows."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import machine, paired, record, report
+from benchmarks.made import recordings
+from benchmarks.plain import Plain, Usual
+from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.features import load_audio
+from las_fast.losses import training_loss
+from las_fast.model import LAS
+from las_fast.search import beam_search
+from las_fast.text import EOS, PAD
+
+V = 9
+LENGTHS = torch.tensor([30, 21, 3])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    listener = ListenerConfig(conv_channels=(6,), conv_kernels=(3,), conv_strides=(2,), lstm_size=5, pyramids=1)
+    speller = SpellerConfig(key_size=8, value_size=7, embedding_size=6, lstm_sizes=(10, 8))
+    return LAS(ModelConfig(listener, speller, ctc_layer=1), input_size=4, vocabulary_size=V).eval()
+
+
+@pytest.fixture
+def features():
+    x = torch.randn(3, 30, 4, generator=torch.Generator().manual_seed(1))
+    return x.masked_fill((torch.arange(30) >= LENGTHS[:, None])[..., None], 0.0)
+
+
+@pytest.mark.parametrize("kind", [Usual, Plain])
+def test_a_baseline_has_the_logits_losses_and_gradients_of_the_model(model, features, kind):
+    tokens = torch.tensor([[3, 4, 5, 6, EOS], [7, 8, EOS, PAD, PAD], [EOS, PAD, PAD, PAD, PAD]])
+    settings = {"label_smoothing": 0.1, "ctc_weight": 0.5, "guided_weight": 1.0, "guided_width": 0.15}
+    found = []
+    for one in (model, kind(model).eval()):
+        output = one(features, LENGTHS, tokens)
+        loss, _ = training_loss(output, tokens, torch.tensor([5, 3, 1]), **settings)
+        loss.backward()
+        embedding = one.embedding if kind is type(one) else one.speller.embedding
+        norm = torch.nn.utils.clip_grad_norm_([p for p in one.parameters() if p.requires_grad], 1e9)
+        found.append((*output, loss.detach(), embedding.weight.grad, norm))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Usual, Plain])
+@pytest.mark.parametrize("beam", [1, 4])
+def test_a_baseline_finds_the_hypotheses_of_the_search(model, features, kind, beam):
+    steps = 6
+    baseline = kind(model).eval()
+    config = DecodingConfig(beam=beam, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1)
+    with torch.inference_mode():
+        listened, lengths, _ = model.listener(features, LENGTHS)
+        expected = beam_search(model, model.listen(features, LENGTHS), config, nbest=beam, backend="reference")
+    tokens, scores = baseline.search(listened, lengths, beam, steps)
+    assert tokens[..., -1].eq(EOS).all()
+    assert tokens[..., :-1].tolist() == [[h.text_tokens for h in utterance] for utterance in expected]
+    torch.testing.assert_close(scores, torch.tensor([[h.score for h in utterance] for utterance in expected]))
+
+
+def test_dropout_masks_of_a_baseline_are_locked_and_scaled(model):
+    baseline = Plain(model).train()
+    x = baseline.locked_dropout(torch.ones(2, 50, 3))
+    assert (x == x[:, :1]).all()
+    assert all(value in (0.0, pytest.approx(1 / (1 - baseline.listener_dropout))) for value in x.unique().tolist())
+
+
+def test_ratios_are_taken_by_turns_and_say_how_many_times_faster():
+    calls = []
+
+    def waits(name, seconds):
+        def run():
+            calls.append(name)
+            end = time.process_time() + seconds
+            while time.process_time() < end:
+                pass
+
+        return run
+
+    timings = paired.paired({"slow": waits("slow", 0.03), "fast": waits("fast", 0.01)}, baseline="slow", rounds=3)
+    assert calls == ["slow", "fast", *["slow", "fast"], *["fast", "slow"], *["slow", "fast"]]
+    assert timings["slow"].ratio == timings["slow"].cpu_ratio == 1.0
+    assert timings["fast"].cpu_ratio == pytest.approx(3.0, rel=0.2)
+    assert timings["fast"].rounds == 3 and timings["fast"].load >= 0.0
+
+
+def row(path, median, *, what="beam search", shape="B16 K8 T200 V31 H512 D256 64 steps", commit="abc"):
+    timing = {path: paired.Timing(3, median, median / 10, median, 2.0, 2.0, 0.5)}
+    made = paired.table(timing, what=what, shape=shape, dtypes={path: "float32"}, baseline="plain", unit="us")
+    return [(x[0], commit, *x[2:]) for x in made]
+
+
+def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_path, capsys):
+    rows = row("plain", 9.0, commit="old") + row("plain", 2.0) + row("las_fast cpp", 1.0)
+    for B in (1, 2, 4):
+        rows += row("plain", B, what="beam search by batch", shape=f"B{B} K8 T200 V31 H512 D256 32 steps")
+    record.append(tmp_path / "decode.csv", paired.COLUMNS, rows[:2])
+    record.append(tmp_path / "decode.csv", paired.COLUMNS, rows[2:])
+    here = (*record.where()[:4], 1)
+    limits = [(*here, "matrix products", "float32", "9", 100.0, "GFLOP/s"),
+              (*here, "memory bandwidth", "float32", "9", 30.0, "GB/s")]  # fmt: skip
+    record.append(tmp_path / "machine.csv", machine.COLUMNS, limits)
+    threads = torch.get_num_threads()
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
+    out = capsys.readouterr().out
+    assert "| plain | float32 | 2 us" in out and "9 us" not in out and "by batch" not in out.split("/")[0]
+    pictures = sorted((tmp_path / "plots").glob("*.png"))
+    assert [p.name for p in pictures] == [
+        f"beam-search-b16-k8-t200-v31-h512-d256-64-steps-{threads}.png", "beam-search-by-batch.png",
+    ]  # fmt: skip
+    assert all(p.stat().st_size > 5000 for p in pictures)
+
+
+def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
+    report.main(["--results", str(tmp_path)])
+    assert "pytest benchmarks --record" in capsys.readouterr().out
+
+
+def test_the_least_time_of_a_step_is_that_of_its_products_or_of_its_keys():
+    step = {"what": "beam search", "shape": "B1 K1 T1 V31 H512 D256 32 steps", "threads": "1"}
+    rates = {("matrix products", "float32"): 100.0, ("memory bandwidth", "float32"): 1e9}
+    operations = 2 * (22 * 512 * 512 + 256 * 512 + 512 * 31 + 768)
+    assert report.least(step, "float32", rates) == pytest.approx(operations / 100e9 * 1e6)
+    rates = {("matrix products", "float32"): 1e9, ("memory bandwidth", "float32"): 10.0}
+    assert report.least(step, "float32", rates) == pytest.approx(768 * 4 / 10e9 * 1e6)
+
+
+def test_the_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", 0.05)
+    assert machine.product_rate(torch.float32, 64) > 1e8
+    assert machine.bandwidth(2**16) > 1e7
+    assert 0 < machine.call_cost() < 1e-2
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_made_recordings_can_be_read(tmp_path, suffix):
+    paths = recordings(tmp_path, suffix, 2)
+    assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
