@@ -21,7 +21,9 @@ def skipped(path: str | Path) -> list[tuple[str, str]]:
     found = []
     for case in ElementTree.parse(path).iter("testcase"):
         for mark in case.iter("skipped"):
-            found.append((f"{case.get('classname')}::{case.get('name')}", mark.get("message") or ""))
+            # Of a whole file that is skipped, the message says only that; the reason is in the text.
+            reason = mark.text if mark.get("message") == "collection skipped" else mark.get("message")
+            found.append((f"{case.get('classname')}::{case.get('name')}", reason or ""))
     return found
 
 

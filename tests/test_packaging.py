@@ -150,6 +150,14 @@ def test_a_skip_without_a_good_reason_fails_the_run(tmp_path, capsys):
     assert "SHOULD HAVE RUN: t::n: could not import x" in capsys.readouterr().out
 
 
+def test_a_file_skipped_whole_is_excused_by_its_reason_alone(tmp_path):
+    for reason, expected in (("no CUDA device", 0), ("could not import x", 1)):
+        mark = f"<skipped message='collection skipped'>('t.py', 3, 'Skipped: {reason}')</skipped>"
+        path = tmp_path / "a.xml"
+        path.write_text(f"<testsuite><testcase classname='' name='t'>{mark}</testcase></testsuite>")
+        assert check_skips.main(str(path)) == expected
+
+
 def test_absent_recordings_excuse_a_test_only_where_they_are_absent(tmp_path):
     expected = 1 if check_skips.SHARED.is_dir() else 0
     assert check_skips.main(junit(tmp_path / "a.xml", "../shared is absent")) == expected
