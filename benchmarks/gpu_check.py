@@ -6,7 +6,6 @@ must move (each input and output once), at the bandwidth of a large copy measure
 
 from __future__ import annotations
 
-import csv
 import datetime
 import statistics
 import subprocess
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import record
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model import LAS
 from las_fast.ops import beam_backtrack, beam_gather, beam_topk, masked_attention, padding_mask
 from las_fast.search import beam_search
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu.csv"
+RESULTS = record.RESULTS / "gpu.csv"
 COLUMNS = ("date", "commit", "device", "torch", "what", "shape", "dtype", "backend", "median_us", "least_us")
 PROOFS = ("tests/gpu_proof/test_rung7_gpu.py", "tests/ops")
 EOS = 2
@@ -160,16 +160,6 @@ def rows(
             yield m.what, m.shape, kind, backend, round(found, 2), round(m.bytes / speed, 2)
 
 
-def append(found: list[tuple]) -> None:
-    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
-    where = (datetime.date.today().isoformat(), commit, torch.cuda.get_device_name(), torch.__version__)
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS] * new + [(*where, *row) for row in found])
-
-
 def main() -> int:
     if not torch.cuda.is_available():
         print(f"make gpu-check needs a CUDA device, and torch {torch.__version__} sees none. `make test` proves the "
@@ -188,7 +178,8 @@ def main() -> int:
         share = f"{100 * least / time:.0f}%" if least else ""
         print(f"{what:<18}{shape:<26}{dtype:<10}{backend:<19}{time:>10.1f}{least:>10.1f}{share:>9}", flush=True)
         found.append(row)
-    append(found)
+    where = (datetime.date.today().isoformat(), record.commit(), torch.cuda.get_device_name(), torch.__version__)
+    record.append(RESULTS, COLUMNS, [(*where, *row) for row in found])
     print(f"rows added to {RESULTS.relative_to(ROOT)}")
     return 0
 
