@@ -35,6 +35,7 @@ class Baseline(nn.Module):
         self.conv_norms = copy.deepcopy(listener.front.norms)
         self.layers = nn.ModuleList(self.bilstm(layer.lstm) for layer in listener.layers)
         self.norms = copy.deepcopy(listener.norms)
+        self.pyramids = listener.pyramids
         self.ctc_layer, self.ctc = model.ctc_layer, copy.deepcopy(model.ctc)
         self.embedding = copy.deepcopy(speller.embedding)  # also the output's weight
         self.cells = nn.ModuleList(self.lstm_cell(cell) for cell in speller.cells)
@@ -62,7 +63,7 @@ class Baseline(nn.Module):
             x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
             x = x * valid(lengths, x)
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            if i > 0:  # the pyramid: neighbouring frames become one
+            if 1 <= i <= self.pyramids:  # the pyramid: neighbouring frames become one
                 x = F.pad(x, (0, 0, 0, x.shape[1] % 2))
                 x = x.reshape(x.shape[0], x.shape[1] // 2, 2 * x.shape[2])
                 lengths = (lengths + 1) // 2

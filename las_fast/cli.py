@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import importlib
 import os
@@ -15,6 +16,8 @@ from las_fast.config import Config
 from las_fast.errors import InputError
 
 Settings = TypeVar("Settings")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 COMMANDS = {
     "train": ("las_fast.train", "train a model on an archive, LibriSpeech or a manifest"),
@@ -68,8 +71,21 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: nothing can be written into {path}; choose another folder")
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next call instead of giving it back to the system.
+
+    A training step frees and takes back more than a GiB in large blocks; each page that comes back from the system
+    costs a fault and is filled with zeros first, together a sixth of the step. Elsewhere than on glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)  # no block is a mapping of its own
+        mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+
+
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
     """Call main(argv); bad input ends with one sentence and status 2, an interrupt with 130."""
+    keep_freed_memory()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
     try:

@@ -70,13 +70,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """Encoder: convolution, one BiLSTM, then BiLSTMs that each halve the time."""
+    """Encoder: convolution, one BiLSTM, then BiLSTMs that each halve the time, then some that keep it."""
 
     conv_channels: tuple[int, ...] = (256,)
     conv_kernels: tuple[int, ...] = (5,)  # odd, one a layer
     conv_strides: tuple[int, ...] = (1,)  # one a layer
     lstm_size: int = 256  # a direction
     pyramids: int = 3
+    top_layers: int = 0  # BiLSTMs after the pyramids
     dropout: float = 0.2  # locked: one mask an utterance, the same in every frame
 
     @property
@@ -100,7 +101,7 @@ class SpellerConfig:
 class ModelConfig:
     listener: ListenerConfig = field(default_factory=ListenerConfig)
     speller: SpellerConfig = field(default_factory=SpellerConfig)
-    ctc_layer: int = -1  # listener layer that carries a CTC head: 0 the BiLSTM, i the i-th pyramid; -1 none
+    ctc_layer: int = -1  # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top ones; -1 none
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class TrainingConfig:
         TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.8),
         TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine has matrix units for it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine multiplies it faster
     threads: int = 0  # of the CPU, in each product; 0: torch's choice, all cores. Small models gain nothing from more
     ema_decay: float = 0.999  # averaged weights; 0: none
     seed: int = 1
@@ -285,7 +286,10 @@ def check(config: Config) -> Config:
     rules = [
         (len(layers) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
         (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
-        (-1 <= model.ctc_layer <= listener.pyramids, "model.ctc_layer must be from -1 to model.listener.pyramids"),
+        (
+            -1 <= model.ctc_layer <= listener.pyramids + listener.top_layers,
+            "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
+        ),
         (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),

@@ -1,4 +1,5 @@
-"""Listener: Conv1d front end, a BiLSTM, then pyramidal BiLSTMs that each halve the time (Chan et al. 2016)."""
+"""Listener: Conv1d front end, a BiLSTM, then pyramidal BiLSTMs that each halve the time (Chan et al. 2016), and
+BiLSTMs on top that keep it."""
 
 from __future__ import annotations
 
@@ -119,7 +120,9 @@ class Listener(nn.Module):
     def __init__(self, config: ListenerConfig, input_size: int):
         super().__init__()
         self.front = ConvFrontEnd(config, input_size)
-        inputs = (self.front.output_size, *[4 * config.lstm_size] * config.pyramids)
+        pyramids, above = [4 * config.lstm_size] * config.pyramids, [2 * config.lstm_size] * config.top_layers
+        inputs = (self.front.output_size, *pyramids, *above)
+        self.pyramids = config.pyramids
         self.layers = nn.ModuleList(BiLSTM(size, config.lstm_size) for size in inputs)
         self.norms = nn.ModuleList(nn.LayerNorm(2 * config.lstm_size) for _ in inputs)
         self.output_size = 2 * config.lstm_size
@@ -131,7 +134,7 @@ class Listener(nn.Module):
         Args:
             features: (B, T, F) float32.
             lengths: (B,) int64, each at least 1.
-            tap: also return this layer's output: 0 the BiLSTM, i the i-th pyramid, -1 none.
+            tap: also return this layer's output: 0 the BiLSTM, i the i-th pyramid, then the top ones; -1 none.
 
         Returns:
             output (B, T', 2 H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap` or None.
@@ -139,7 +142,7 @@ class Listener(nn.Module):
         x, lengths = self.front(features, lengths)
         tapped = None
         for i, layer in enumerate(self.layers):
-            if i > 0:
+            if 1 <= i <= self.pyramids:
                 x, lengths = halve_time(x, lengths)
             x = self.norms[i](layer(locked_dropout(x, self.dropout, self.training), lengths))
             x = x * valid_frames(lengths, x.shape[1])[:, :, None]

@@ -200,8 +200,7 @@ def _read_config(run: Path) -> tuple[Config, str] | None:
 
 
 def _frame_seconds(config: Config) -> float:
-    reduction = math.prod(config.model.listener.conv_strides) * 2**config.model.listener.pyramids
-    return config.features.shift_ms / 1000 * reduction
+    return config.features.shift_ms / 1000 * config.model.listener.time_reduction
 
 
 def _attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:

@@ -1,5 +1,7 @@
 """The listener: exact lengths, no trace of padding, LSTMs without packing."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,13 @@ def test_lengths_are_halved_not_clamped_to_the_longest():
     listener = Listener(SMALL, 5)
     _, lengths, _ = listener(*ragged([40, 9, 1]))
     assert lengths.tolist() == [5, 2, 1]
+
+
+def test_layers_on_top_keep_the_time_and_can_be_tapped():
+    listener = Listener(dataclasses.replace(SMALL, pyramids=1, top_layers=2), 5)
+    output, lengths, tapped = listener(*ragged([40, 9, 1]), tap=3)
+    assert lengths.tolist() == tapped[1].tolist() == [10, 3, 1] and output.shape == tapped[0].shape == (3, 10, 12)
+    assert len(listener.layers) == 4 and listener.layers[3].lstm.input_size == 12
 
 
 def test_an_utterance_shorter_than_the_pyramid_gives_one_frame():

@@ -388,10 +388,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
 
 def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert trainer.choose_precision("auto", cpu) == torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert trainer.choose_precision("auto", cpu) == torch.bfloat16
+    for amx, dots, chosen in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda dots=dots: dots)
+        assert trainer.choose_precision("auto", cpu) == getattr(torch, chosen)
     assert trainer.choose_precision("fp32", cpu) == torch.float32
 
 
