@@ -28,8 +28,8 @@ class RunLog:
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.wandb = start_wandb(out, config) if config.training.wandb else None
 
-    def training(self, step: int, epoch: float, values: dict, lr: float, speed: float) -> None:
-        self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, "speed": speed, **values})
+    def training(self, step: int, epoch: float, values: dict, lr: float) -> None:
+        self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, **values})
 
     def validation(self, step: int, epoch: float, result: Validation, line: str) -> None:
         row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}

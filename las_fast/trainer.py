@@ -7,6 +7,7 @@ import copy
 import hashlib
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -50,16 +51,28 @@ class Progress:
 
 
 class Pace:
-    """Seconds of audio trained on a second, since it was made."""
+    """How fast training goes, since it was made, and how much of the time it waits for data."""
 
     def __init__(self):
-        self.began, self.audio = time.perf_counter(), 0.0
+        self.began, self.audio, self.waited = time.perf_counter(), 0.0, 0.0
 
     def count(self, audio_seconds: float) -> None:
         self.audio += audio_seconds
 
+    def next_of(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, None after the last, and count the time that it is waited for."""
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - asked
+        return batch
+
     def speed(self) -> float:
+        """Return the seconds of audio trained on in a second."""
         return self.audio / (time.perf_counter() - self.began)
+
+    def waiting(self) -> float:
+        """Return the share of the time that was spent waiting for data."""
+        return self.waited / (time.perf_counter() - self.began)
 
 
 class Trainer:
@@ -108,7 +121,7 @@ class Trainer:
         self.pace, saved = Pace(), time.monotonic()
         with catch_stop_signals(self), self._progress_bar() as bar:
             while self.progress.step < self.steps and not self.stop_requested:
-                for batch in self._rest_of_epoch():
+                for batch in self._timed_batches():
                     parts = self.train_step(batch.to(self.device))
                     self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
                     self._show(bar, parts)
@@ -182,6 +195,12 @@ class Trainer:
     def epoch(self) -> float:
         return self.progress.step / self.steps_per_epoch
 
+    def _timed_batches(self) -> Iterator[Batch]:
+        """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
+        batches = iter(self._rest_of_epoch())
+        while (batch := self.pace.next_of(batches)) is not None:
+            yield batch
+
     def _rest_of_epoch(self):
         epoch, start = divmod(self.progress.step, self.steps_per_epoch)
         augment = Augment(self.config.augment)
@@ -204,7 +223,8 @@ class Trainer:
         return step == self.steps or int(step / every) > int((step - 1) / every)
 
     def _validate_and_save(self, bar: tqdm) -> None:
-        model, speed = self.averaged or self.model, self.pace.speed()
+        model, pace = self.averaged or self.model, self.pace
+        speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
         self.progress.plateau.update(result.scores.cer, self.config.training)
         line = monitor.line(result.alignment, self.epoch, self.config)
@@ -212,7 +232,7 @@ class Trainer:
         scores = result.scores
         bar.write(
             f"epoch {self.epoch:g}: dev loss {result.loss:.3f} a token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
-            f"WER {scores.wer:.2f}%; trained at {speed:.0f} x real time\n  {line}"
+            f"WER {scores.wer:.2f}%; {speed}\n  {line}"
         )
         self.pace = Pace()
         info = {"epoch": self.epoch, "step": self.progress.step, "dev": asdict(scores), "data": self.source}
@@ -236,9 +256,10 @@ class Trainer:
         bar.update()
         if step % 10 == 0 or step == self.steps:
             values = {name: float(value) for name, value in parts.items()}
-            self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"], self.pace.speed())
+            values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
+            self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
             bar.set_postfix_str(
-                f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {self.pace.speed():.0f} x real time"
+                f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time"
             )
 
     # State on disk

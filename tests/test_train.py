@@ -90,6 +90,12 @@ def test_validation_covers_the_whole_dev_set(whole):
     assert all(isinstance(r["line"], str) and "attention" in r["line"] for r in rows(whole, "valid"))
 
 
+def test_the_log_says_how_fast_it_goes_and_how_long_it_waits_for_data(whole):
+    rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    paces = [(row["speed"], row["waiting"]) for row in rows if row["kind"] == "train"]
+    assert paces and all(speed > 0 and 0 <= waiting < 1 for speed, waiting in paces)
+
+
 def test_loss_falls(archive, tmp_path):
     train.main(arguments(archive, tmp_path, training__epochs=8, training__validate_every=4.0))
     losses = [r["loss"] for r in rows(tmp_path, "valid")]
@@ -384,6 +390,16 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
     made.train_step(batch)
     assert made.progress.skipped_in_a_row == 1 and made.progress.step == 1
     assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
+
+
+def test_time_spent_waiting_for_data_is_told_apart(monkeypatch):
+    clock = iter(range(0, 100, 2))  # each look at it comes 2 seconds after the one before
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+    pace = trainer.Pace()  # 0
+    assert pace.next_of(iter(["batch"])) == "batch"  # from 2 to 4
+    assert pace.next_of(iter([])) is None  # from 6 to 8
+    pace.count(50.0)
+    assert (pace.speed(), pace.waiting()) == (50 / 10, 4 / 12)
 
 
 def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
