@@ -71,21 +71,22 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: nothing can be written into {path}; choose another folder")
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next call instead of giving it back to the system.
+def tune_memory() -> None:
+    """Have PyTorch take large blocks in huge pages and glibc keep small ones for the next call, on Linux.
 
-    A training step frees and takes back more than a GiB in large blocks; each page that comes back from the system
-    costs a fault and is filled with zeros first, together a sixth of the step. Elsewhere than on glibc nothing happens.
+    A training step frees and takes back more than a GiB. Each page of 4 KiB that comes back from the system costs a
+    fault, together an eighth of the step. Must be called before the first tensor is made.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch offers no other way to say so
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)  # no block is a mapping of its own
-        mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # larger blocks have pages of their own: the heap is less in pieces
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
     """Call main(argv); bad input ends with one sentence and status 2, an interrupt with 130."""
-    keep_freed_memory()
+    tune_memory()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
     try:

@@ -8,12 +8,13 @@ import resource
 import shlex
 import sys
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 
 from las_fast import checkpoint
-from las_fast.checkpoint import LAST
+from las_fast.checkpoint import LAST, Loaded, load_model
 from las_fast.cli import parse_settings, run
 from las_fast.config import Config, check, load_config, presets, to_yaml
 from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
@@ -28,6 +29,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="archive, LibriSpeech or manifest")
     parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder for all that training writes")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
+    parser.add_argument("--init", metavar="RUN|FILE|NAME", help="begin with a checkpoint's weights, not random ones")
     parser.add_argument("--on-bad", choices=("error", "skip"), help="what to do with an unusable utterance")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     options, config = parse_settings(parser, argv, lambda options: load_config(options.config))
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train; see --help."""
     options, config = parse(argv)
     check_out(options.out, options.resume)
+    init = load_init(options, config)
     device = choose_device(options.device)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(config, train_data, dev_data, options.out, device, source)
     if options.resume:
         trainer.resume()
+    elif init:
+        trainer.begin_with(init.model, init.path)
     checkpoint.write_atomically(options.out / "config.yaml", lambda path: path.write_text(to_yaml(config)))
     describe(trainer)
     if trainer.progress.step == trainer.steps:
@@ -78,6 +83,18 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"--out {out}: {standing} is a file; give a folder")
     if not os.access(standing, os.W_OK):
         raise InputError(f"--out {out}: {standing} may not be written; give another folder")
+
+
+def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
+    """Return the model of --init, whose characters and features must be those of config; None where there is none."""
+    if not options.init or options.resume:
+        return None
+    init = load_model(options.init)
+    for name in ("data.characters", "features"):
+        theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
+        if theirs != ours:
+            raise InputError(f"--init {init.path} was trained with {name} {theirs}, not {ours}; use its settings")
+    return init
 
 
 def how_to_go_on(trainer: Trainer, arguments: list[str]) -> str:

@@ -262,6 +262,12 @@ class Trainer:
                 f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time"
             )
 
+    def begin_with(self, model: nn.Module, path: Path) -> None:
+        """Take the weights of another model of the same sizes; `path` names it in errors and in the checkpoints."""
+        for own in filter(None, (self.model, self.averaged)):
+            checkpoint.load_weights(own, model.state_dict(), path)
+        self.source = {**self.source, "init": path.name}
+
     # State on disk
 
     def save(self) -> None:

@@ -320,6 +320,28 @@ def test_validating_on_what_was_trained_on_is_said(archive, tmp_path, capsys):
     assert "warning: 4 dev utterances are trained on too" in capsys.readouterr().out
 
 
+def test_a_training_can_begin_with_the_weights_of_another(archive, whole, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: seen.append(self))
+    train.main([*arguments(archive, tmp_path), "--init", str(whole)])
+    given = checkpoint.load_model(whole).model.state_dict()
+    for model in (seen[0].model, seen[0].averaged):
+        assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    assert seen[0].source["init"] == "best.safetensors" and seen[0].progress.step == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__speller__key_size": 9}, "does not fit the settings: speller.attention.key.weight should be"),
+        ({"data__characters": "ABC"}, "was trained with data.characters"),
+    ],
+)
+def test_weights_of_another_kind_are_refused(archive, whole, tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        train.main([*arguments(archive, tmp_path, **settings), "--init", str(whole)])
+
+
 def test_resuming_nothing_says_so(archive, tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         train.main(arguments(archive, tmp_path / "none", "--resume"))
