@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import record
 
@@ -34,11 +35,19 @@ class Timing:
     load: float  # cores that other programs kept busy meanwhile, on average
 
 
+class Clocked(NamedTuple):
+    """One call."""
+
+    seconds: float  # by the clock
+    own: float  # seconds of the process's own time
+    load: float  # cores that other programs kept busy
+
+
 def paired(functions: dict[str, Callable[[], object]], *, baseline: str, rounds: int = 5) -> dict[str, Timing]:
     """Time each function `rounds` times by turns, after one call each that does not count."""
     for function in functions.values():
         function()
-    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in functions}
+    taken: dict[str, list[Clocked]] = {name: [] for name in functions}
     for i in range(rounds):
         names = list(functions)
         shift = i % len(names)
@@ -47,12 +56,14 @@ def paired(functions: dict[str, Callable[[], object]], *, baseline: str, rounds:
     return {name: _timing(taken[name], taken[baseline]) for name in functions}
 
 
-def clocked(function: Callable[[], object]) -> tuple[float, float, float]:
-    """Call it; return seconds by the clock, of this process's own time, and the cores that others kept busy."""
+def clocked(function: Callable[[], object]) -> Clocked:
+    """Call it, and clock it, unless it comes back with a clock's word of its own."""
     busy, own, started = busy_seconds(), time.process_time(), time.perf_counter()
-    function()
+    result = function()
+    if isinstance(result, Clocked):
+        return result
     seconds, own = time.perf_counter() - started, time.process_time() - own
-    return seconds, own, max(0.0, busy_seconds() - busy - own) / max(seconds, JIFFY)
+    return Clocked(seconds, own, max(0.0, busy_seconds() - busy - own) / max(seconds, JIFFY))
 
 
 def busy_seconds() -> float:
@@ -63,7 +74,7 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(rest)) * JIFFY
 
 
-def _timing(times: list[tuple[float, float, float]], of_baseline: list[tuple[float, float, float]]) -> Timing:
+def _timing(times: list[Clocked], of_baseline: list[Clocked]) -> Timing:
     clock, own, loads = zip(*times, strict=True)
     ratios = [
         statistics.median(b[i] / max(t[i], 1e-9) for b, t in zip(of_baseline, times, strict=True)) for i in (0, 1)

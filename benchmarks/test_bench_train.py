@@ -6,14 +6,17 @@ Paths: las_fast, and the same model in PyTorch alone as it is mostly written and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import LETTERS_PER_FRAME, frame_counts
 from benchmarks.plain import Plain, Usual
 from las_fast import checkpoint
@@ -29,7 +32,7 @@ PATHS = {  # model, precision
     "las_fast": (None, "fp32"),
     "las_fast bf16": (None, "bf16"),
 }
-NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+TUNED = ", memory tuned"
 SMALL = 0.1  # of the preset's frames in a batch, to see that losses agree
 CLOSE = 1e-4  # relative, of losses in float32
 
@@ -58,6 +61,10 @@ def make_batch(config: Config, frame_share: float = 1.0) -> Batch:
     tokens = tokens.masked_fill(place == 0, EOS).masked_fill(place > 0, PAD)
     features = features.masked_fill((torch.arange(features.shape[1]) >= lengths[:, None])[..., None], 0.0)
     return Batch(features, lengths, tokens, token_lengths, torch.arange(len(lengths)))
+
+
+def dtype_of(path: str) -> str:
+    return "bfloat16" if "bf16" in path else "float32"
 
 
 def shape_of(batch: Batch) -> str:
@@ -98,21 +105,42 @@ def check(found: dict[str, torch.Tensor], *, fp32: float = CLOSE, bf16: float) -
         torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0.0, msg=lambda m, path=path: f"{path}: {m}")
 
 
+def step_of(path: str, frame_share: float = 1.0) -> Callable[[], object]:
+    """Return a training step of that path, on one thread."""
+    torch.set_num_threads(1)
+    config = preset()
+    batch, running = make_batch(config, frame_share), trainers(config, [path])[path]
+    return lambda: running.train_step(batch)
+
+
+@contextlib.contextmanager
+def each_elsewhere(paths: list[str], frame_share: float = 1.0) -> Iterator[dict[str, Elsewhere]]:
+    """Yield the steps, each in a process that treats its memory as that path's users' do.
+
+    "..., tuned" is a baseline with las_fast's treatment of memory.
+    """
+    tuned = [path for path in paths if path.startswith("las_fast") or path.endswith(TUNED)]
+    steps = {p: Elsewhere(step_of, p.removesuffix(TUNED), frame_share, tuned=p in tuned) for p in paths}
+    try:
+        yield steps
+    finally:
+        for step in steps.values():
+            step.close()
+
+
 def test_training_step(compare):
     config = preset(dropout=False)
-    batch = make_batch(config)
-    small = make_batch(config, SMALL)
-    check(losses(config, [small] * 3), bf16=1e-2)
-    running = trainers(preset())
-    compare(
-        "train",
-        {path: lambda t=t: t.train_step(batch) for path, t in running.items()},
-        what="training step",
-        shape=shape_of(batch),
-        dtypes={path: NAMES[dtype] for path, (_, dtype) in PATHS.items()},
-        baseline="usual",
-        rounds=3,
-    )
+    check(losses(config, [make_batch(config, SMALL)] * 3), bf16=1e-2)
+    with each_elsewhere([*PATHS, "plain" + TUNED, "plain bf16" + TUNED]) as steps:
+        compare(
+            "train",
+            steps,
+            what="training step",
+            shape=shape_of(make_batch(config)),
+            dtypes={path: dtype_of(path) for path in steps},
+            baseline="usual",
+            rounds=3,
+        )
 
 
 def test_fifty_steps_of_training_have_one_curve(long):
@@ -127,15 +155,13 @@ def test_fifty_steps_of_training_have_one_curve(long):
 
 @pytest.mark.parametrize("frame_share", [0.1, 0.25, 0.5])
 def test_training_step_by_batch(compare, long, frame_share):
-    config = preset()
-    batch = make_batch(config, frame_share)
-    running = trainers(config, [path for path in PATHS if path != "usual"])
-    compare(
-        "train",
-        {path: lambda t=t: t.train_step(batch) for path, t in running.items()},
-        what="training step by batch",
-        shape=shape_of(batch),
-        dtypes={path: NAMES[PATHS[path][1]] for path in running},
-        baseline="plain",
-        rounds=3,
-    )
+    with each_elsewhere([path for path in PATHS if path != "usual"], frame_share) as steps:
+        compare(
+            "train",
+            steps,
+            what="training step by batch",
+            shape=shape_of(make_batch(preset(), frame_share)),
+            dtypes={path: dtype_of(path) for path in steps},
+            baseline="plain",
+            rounds=3,
+        )

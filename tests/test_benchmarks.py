@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 import torch
 
 from benchmarks import machine, paired, record, report
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import recordings
 from benchmarks.plain import Plain, Usual
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
@@ -71,6 +73,23 @@ def test_dropout_masks_of_a_baseline_are_locked_and_scaled(model):
     x = baseline.locked_dropout(torch.ones(2, 50, 3))
     assert (x == x[:, :1]).all()
     assert all(value in (0.0, pytest.approx(1 / (1 - baseline.listener_dropout))) for value in x.unique().tolist())
+
+
+def memory_of_a_process():
+    """Return a function that fails where the process was not told how to treat its memory."""
+
+    def function():
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+    return function
+
+
+def test_a_function_can_be_timed_in_a_process_of_its_own():
+    elsewhere = Elsewhere(memory_of_a_process, tuned=True)
+    timings = paired.paired({"there": elsewhere, "here": lambda: None}, baseline="here", rounds=2)
+    elsewhere.close()
+    assert timings["there"].rounds == 2 and timings["there"].median > 0
+    assert elsewhere.process.exitcode == 0
 
 
 def test_ratios_are_taken_by_turns_and_say_how_many_times_faster():
