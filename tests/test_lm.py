@@ -488,7 +488,7 @@ def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
 def test_validation_in_training_is_without_a_language_model(here, tmp_path):
     loaded, data = listened(here)
     cpu, found = torch.device("cpu"), []
-    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": 1.0}):
+    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}):
         settings = replace(loaded.config, decoding=replace(loaded.config.decoding, **decoding))
         found.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
     assert found[0] == found[1] and len(found[0]) == 6
