@@ -86,6 +86,11 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
+def released_models() -> list[str]:
+    """Return the names of the checkpoints in the package; NAME.lm.safetensors is the language model of one."""
+    return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Return the file that --checkpoint names: a file, a training folder's best, or a released model."""
     path = Path(name)
@@ -98,7 +103,7 @@ def find_checkpoint(name: str | Path) -> Path:
         raise InputError(f"{path} is what --resume reads; to decode, give the folder {path.parent} or {BEST} in it")
     if path.is_file():
         return path
-    released = sorted(p.stem for p in RELEASED.glob("*.safetensors"))
+    released = released_models()
     if str(name) in released:
         return RELEASED / f"{name}.safetensors"
     known = f"; released models: {', '.join(released)}" if released else ""

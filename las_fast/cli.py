@@ -23,6 +23,8 @@ COMMANDS = {
     "train": ("las_fast.train", "train a model on an archive, LibriSpeech or a manifest"),
     "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
     "transcribe": ("las_fast.transcribe", "write down what audio files say"),
+    "lm": ("las_fast.lm", "make a language model of text, for --lm of decode and transcribe"),
+    "tune": ("las_fast.tune", "find the best settings of the search on a development split"),
     "ops": ("las_fast.ops.__main__", "which fast paths work on this machine, and why not the others"),
     "demo": ("las_fast.demo", "from nothing to a report: a spoken corpus, training, decoding"),
 }

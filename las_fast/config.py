@@ -157,6 +157,7 @@ class DecodingConfig:
     maximum_extra: int = 10  # tokens allowed besides the maximum share
     coverage_weight: float = 0.0  # of the mean log of the attention that a frame got, at most 1; 0: none, 0.1 is much
     ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
+    length_reward: float = 0.0  # added to a score for each character, natural log units; weighs against an n-gram model
     frames_per_batch: int = 30000  # feature frames, padding included
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of a search in C++; auto: fp32
 
@@ -257,7 +258,7 @@ POSITIVE = {
     "training": ("epochs", "learning_rate", "plateau_factor", "clip_norm", "guided_width", "validate_every"),
     "decoding": ("beam", "frames_per_batch"),
 }
-MAY_BE_NEGATIVE = ("model.ctc_layer",)  # -1: none
+MAY_BE_NEGATIVE = ("model.ctc_layer", "decoding.length_reward")  # -1: none; below 0 it is a price
 AT_MOST_ONE = (
     "augment.time_share",
     "augment.frequency_share",

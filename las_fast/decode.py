@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import make_folder, parse_settings, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
+from las_fast.lm import default_weight, language_table
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     import torch
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's)")
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
     own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
+    own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: as the checkpoint has it)")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
     own.add_argument("--normalise-text", action="store_true", help="map transcripts onto the checkpoint's characters")
     own.add_argument("--any-features", action="store_true", help="decode frames of another kind than were trained on")
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
-        decoding = loaded[0].config.decoding
+        decoding = default_weight(loaded[0].config.decoding, options.lm)
         return Settings(decoding if options.beam is None else replace(decoding, beam=options.beam))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
@@ -103,6 +105,8 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     from las_fast.data.dataset import load_dataset, open_corpus
     from las_fast.search import decode_dataset
 
+    device = choose_device(options.device)
+    ngram = language_table(options.lm, decoding, loaded, device)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
@@ -119,7 +123,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     check_references(dataset, loaded, normalised=options.normalise_text or data.normalise_text)
     started = time.perf_counter()
     found = decode_dataset(
-        loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, device=choose_device(options.device)
+        loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, ngram=ngram, device=device
     )
     seconds = time.perf_counter() - started
     rows = [describe(dataset, i, found[i], loaded) for i in range(len(dataset))]

@@ -44,10 +44,10 @@ class Hypothesis:
     """One reading of an utterance."""
 
     text_tokens: list[int]  # without <sos> or <eos>
-    score: float  # sum of natural-log probabilities, that of <eos> and weighted ones of an n-gram model included
+    score: float  # sum of what each token adds, <eos> included: see beam_search
     normalised: float  # score / tokens ** length_penalty, <eos> counted: the rank, but for the coverage
     frames: list[int]  # the encoder frame that each token attended to most
-    token_scores: list[float]  # log-probability of each token
+    token_scores: list[float]  # what each token adds to the score
     finished: bool  # False where <eos> came only because the maximum length was reached
 
 
@@ -88,10 +88,14 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Return up to `nbest` hypotheses an utterance, best first.
 
-    Hypotheses do not depend on the batch that an utterance is in. At the maximum length they take <eos>.
+    Hypotheses do not depend on the batch that an utterance is in. At the maximum length they take <eos>. To the score
+    of a hypothesis each token adds (natural logarithms; length_reward is not for <eos>)
+
+        log p_model(token) + ngram_weight * log p_ngram(token) + length_reward
 
     Args:
-        model:   has start, step and time_reduction as las_fast.model.LAS; its state has gather as SpellerState.
+        model:   has start, step, time_reduction and vocabulary_size as las_fast.model.LAS; its state has gather as
+            SpellerState.
         memory:  what model.listen returned; lengths (B,) int64 encoder frames.
         config:  beam, length limits, penalties and weights.
         nbest:   hypotheses to return; no more than config.beam exist.
@@ -105,12 +109,29 @@ def beam_search(
     Raises:
         InputError: config.ngram_weight without an n-gram model; precision bf16 where the search is not that in C++.
     """
-    if config.ngram_weight and ngram is None:
-        raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
+    ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = _Search(model, config, ngram if config.ngram_weight else None, backend)
     with _on(memory.lengths.device):
         return _read_off(search.steps(memory, limits, capture), limits, config, nbest, backend)
+
+
+def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) -> tuple[Tensor | None, DecodingConfig]:
+    """Return a table that also holds config.length_reward, and the settings to use with it.
+
+    weight * (log-probability + length_reward / weight) adds the reward to every token but <eos>. Without an n-gram
+    model the table is one of order 1 that holds nothing else. Whoever searches many batches does this once. Raises
+    InputError for config.ngram_weight without an n-gram model.
+    """
+    if config.ngram_weight and ngram is None:
+        raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
+    if not config.length_reward:
+        return ngram, config
+    if not config.ngram_weight:
+        ngram, config = torch.zeros(1, V, device=device), dataclasses.replace(config, ngram_weight=1.0)
+    reward = torch.full((V,), config.length_reward / config.ngram_weight, device=device)
+    reward[EOS] = 0.0
+    return ngram + reward, dataclasses.replace(config, length_reward=0.0)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
@@ -325,13 +346,14 @@ def decode_dataset(
     config: DecodingConfig,
     *,
     nbest: int = 1,
+    ngram: Tensor | None = None,
     progress: bool = True,
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
     """Beam-search every utterance; return their hypotheses in the dataset's order.
 
-    Utterances are batched by length under config.frames_per_batch. A batch that does not fit in memory is halved and
-    tried again, and those after it are kept as small.
+    nbest and ngram are as in beam_search. Utterances are batched by length under config.frames_per_batch. A batch that
+    does not fit in memory is halved and tried again, and those after it are kept as small.
 
     Raises:
         InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
@@ -339,6 +361,7 @@ def decode_dataset(
     batches = sorted_batches(
         dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
     )
+    ngram, config = with_reward(ngram, config, len(vocabulary), device)
     untold = copy.copy(dataset)
     untold.texts = [None] * len(dataset)  # transcripts may hold characters that the vocabulary lacks
     loader = make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
@@ -351,7 +374,7 @@ def decode_dataset(
                 part = waiting.pop()
                 size = part.features.shape[0] * part.features.shape[1]
                 worth_trying = size < limit or len(part.indices) == 1
-                found = _try(model, part, config, nbest, device) if worth_trying else None
+                found = _try(model, part, config, nbest, ngram, device) if worth_trying else None
                 if found is None:
                     limit = min(limit, size)
                     waiting += reversed(_halves(part, dataset))
@@ -363,13 +386,15 @@ def decode_dataset(
     return results
 
 
-def _try(model, batch: Batch, config: DecodingConfig, nbest: int, device) -> list[list[Hypothesis]] | None:
+def _try(
+    model, batch: Batch, config: DecodingConfig, nbest: int, ngram: Tensor | None, device
+) -> list[list[Hypothesis]] | None:
     """Decode one batch; return None if memory does not suffice."""
     try:
         batch = batch.to(device)
         with torch.inference_mode():
             memory = model.listen(batch.features, batch.feature_lengths)
-        return beam_search(model, memory, config, nbest=nbest)
+        return beam_search(model, memory, config, nbest=nbest, ngram=ngram)
     except (MemoryError, RuntimeError) as error:
         lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in NO_MEMORY)
         if not lacks:

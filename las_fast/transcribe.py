@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from torch import Tensor
 
     from las_fast.checkpoint import Loaded
+    from las_fast.config import DecodingConfig
 
 LONGEST = 20.0  # seconds of a piece
 QUIET_SPAN = 0.2  # seconds over which loudness is averaged to find a place to cut
@@ -36,7 +37,7 @@ class Piece:
     start: float
     end: float
     text: str
-    score: float  # log-probability of the text
+    score: float  # of the text, as las_fast.search.Hypothesis has it
 
 
 class Pieces:
@@ -72,8 +73,16 @@ def cut_at_silences(samples: np.ndarray, rate: int, *, longest: float = LONGEST)
     return [*pieces, (start, len(samples))]
 
 
-def transcribe(paths: list[Path], loaded: Loaded, *, beam: int, device, progress: bool = True) -> Iterator[list[Piece]]:
-    """Yield the pieces of each recording, in the order of paths.
+def transcribe(
+    paths: list[Path],
+    loaded: Loaded,
+    decoding: DecodingConfig,
+    *,
+    ngram: Tensor | None = None,
+    device,
+    progress: bool = True,
+) -> Iterator[list[Piece]]:
+    """Yield the pieces of each recording, in the order of paths; ngram is as in las_fast.search.beam_search.
 
     Raises:
         InputError: a file cannot be read, or one piece does not fit in memory.
@@ -91,9 +100,9 @@ def transcribe(paths: list[Path], loaded: Loaded, *, beam: int, device, progress
             features.append(_frames(samples[start:end], loaded))
             seconds.append((end - start) / rate)
             ids.append(f"{path} from {start / rate:.0f} s")
-    decoding = replace(loaded.config.decoding, beam=beam)
     pieces = Pieces(features, seconds, ids)
-    found = iter(decode_dataset(loaded.model, pieces, loaded.vocabulary, decoding, progress=progress, device=device))
+    options = {"ngram": ngram, "progress": progress, "device": device}
+    found = iter(decode_dataset(loaded.model, pieces, loaded.vocabulary, decoding, **options))
     for own in spans:
         best = [(span, next(found)[0]) for span in own]
         yield [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
@@ -160,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--format", choices=FORMATS, default="text", help="json is one object a file (default: text)")
     own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
     own.add_argument("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
+    own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: as the checkpoint has it)")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     return own
 
@@ -178,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(options.out, "--out")
     from las_fast.checkpoint import load_model
     from las_fast.decode import choose_device
+    from las_fast.lm import default_weight, language_table
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint or released_model(), device)
@@ -188,8 +199,10 @@ def main(argv: list[str] | None = None) -> None:
             "those that las_fast computes from audio may differ from them",
             file=sys.stderr,
         )
-    beam = options.beam or loaded.config.decoding.beam
-    transcripts = transcribe(options.files, loaded, beam=beam, device=device)
+    decoding = default_weight(loaded.config.decoding, options.lm)
+    decoding = replace(decoding, beam=options.beam or decoding.beam)
+    ngram = language_table(options.lm, decoding, loaded, device)
+    transcripts = transcribe(options.files, loaded, decoding, ngram=ngram, device=device)
     for path, pieces in zip(options.files, transcripts, strict=True):
         deliver(path, FORMATS[options.format](path, pieces), options)
 
@@ -209,9 +222,9 @@ def deliver(path: Path, text: str, options: argparse.Namespace) -> None:
 
 def released_model() -> str:
     """Return the released model to use where none is named: the one of general speech, or the only one."""
-    from las_fast.checkpoint import RELEASED
+    from las_fast.checkpoint import released_models
 
-    names = sorted(path.stem for path in RELEASED.glob("*.safetensors"))
+    names = released_models()
     if not names:
         raise InputError("this version brings no released model; give --checkpoint and the folder of a training")
     return "speech13h" if "speech13h" in names else names[0]

@@ -53,6 +53,7 @@ def validate(
     total, count, alignments = 0.0, 0, []
     confused, compared = 0.0, 0
     hypotheses: list[str] = [""] * len(data)
+    alone = replace(config.decoding, ngram_weight=0.0, length_reward=0.0)  # the model's own scores, no language model's
     pictured = PictureBook(data, config.training.pictures)
     for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
         batch = batch.to(device)
@@ -66,7 +67,7 @@ def validate(
             confused += float(token_loss(other, batch.tokens) - token_loss(logits, batch.tokens))
             compared += int(batch.token_lengths.sum())
         pictured.collect(batch.indices, weights, batch.token_lengths, memory.lengths)
-        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, config.decoding), strict=True):
+        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, alone), strict=True):
             hypotheses[i] = vocabulary.decode(best[0].text_tokens)
     pictured.save(out / "attention", epoch)
     heard = confused / compared if compared else None

@@ -43,7 +43,8 @@ class FakeModel:
     time_reduction = 1
 
     def __init__(self, vocabulary: int = V, eos: float = 0.0, ties: bool = False):
-        self.vocabulary, self.eos, self.ties, self.steps = vocabulary, eos, ties, 0
+        self.vocabulary = self.vocabulary_size = vocabulary
+        self.eos, self.ties, self.steps = eos, ties, 0
 
     def start(self, memory: FakeMemory, beam: int) -> FakeState:
         return FakeState(memory.seeds[:, None].repeat(1, beam))

@@ -45,7 +45,7 @@ def test_a_reader_that_has_gone_is_no_traceback():
 
 
 def test_every_subcommand_leads_to_a_module_with_help(capsys):
-    for name in ("train", "decode", "transcribe", "ops"):
+    for name in ("train", "decode", "transcribe", "lm", "tune", "ops"):
         with pytest.raises(SystemExit) as end:
             cli.main([name, "--help"])
         assert end.value.code == 0 and "usage" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def _list_split(split: Path) -> list[Utterance]:
     sound: dict[str, Path] = {}
     for path in split.glob("*/*/*"):
         if path.name.endswith(".trans.txt"):
-            for name, text in _read_transcripts(path):
+            for name, text in read_transcripts(path):
                 if name in texts:
                     raise InputError(f"{path} has a second transcript of {name}; keep one")
                 texts[name] = text
@@ -61,7 +61,8 @@ def _list_split(split: Path) -> list[Utterance]:
     return [Utterance(name, sound[name], texts.get(name)) for name in sorted(sound)]
 
 
-def _read_transcripts(path: Path) -> list[tuple[str, str]]:
+def read_transcripts(path: Path) -> list[tuple[str, str]]:
+    """Return (id, text) of each line of a *.trans.txt."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:

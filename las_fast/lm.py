@@ -1,0 +1,395 @@
+"""python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
+
+Texts are plain files with a sentence a line (.gz too), LibriSpeech's *.trans.txt, manifests, archives and LibriSpeech
+folders (transcripts of a split), or folders of transcripts as .npy. A file holds counts; the dense table of
+log-probabilities that the search looks up is made of them when it is read.
+
+The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
+language modeling", section 3). With h' the context h without its oldest token, w the next token:
+
+    p(w | h) = max(c(h w) - D(c(h w)), 0) / c(h .) + share(h) p(w | h')      share(h) = sum over w of D(c(h w)) / c(h .)
+    p(w | h) = p(w | h')  where h was never seen;    the last p is uniform over <eos> and the characters
+    D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
+
+c counts in the text at the highest order, and below it the distinct tokens that come before; n_i is how many n-grams
+of an order have the count i. Before a sentence comes <sos> order-1 times, after it <eos>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from las_fast.cli import make_folder, run
+from las_fast.config import DecodingConfig
+from las_fast.errors import InputError
+from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    import torch
+
+    from las_fast.checkpoint import Loaded
+
+FORMAT = "las_fast lm 1"
+SMOOTHING = "interpolated modified Kneser-Ney"
+ORDER = 5  # perplexity on held-out English: 6.7 of order 3, 4.9, 4.1, and 3.8 of order 6, whose table is 3.5 GB
+MOST = 12  # order whose n-grams of 31 tokens are int64
+WEIGHT = 0.1  # decoding.ngram_weight where --lm is given and the settings have none; the best of a few on AN4's dev
+NEVER = -1e4  # log-probability of <pad> and <sos>: its exponential is 0, and times a weight of 0 it is no NaN
+USUAL = (0.5, 1.0, 1.5)  # discounts where a text is too small, or an order too dense, for the formulas
+SENTENCES = 20000  # counted at once
+HELD_OUT = 20  # one sentence in as many measures the perplexity
+
+Counts = tuple[np.ndarray, np.ndarray]  # (N,) int64 n-grams as digits to the base V, ascending; (N,) int64 counts
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """Counts of the n-grams of a text; an n-gram is a number to the base V, its newest token the last digit."""
+
+    order: int
+    characters: str
+    ngrams: np.ndarray  # (N,) int64, ascending
+    counts: np.ndarray  # (N,) int64, at least 1
+    sentences: int = 0
+
+    def table(self) -> np.ndarray:
+        """Return (V ** (order-1), V) float32 log-probabilities, as las_fast.ops.Ngram takes them; NEVER for 0."""
+        V = len(Vocabulary(self.characters))
+        check_order(self.order, V)
+        p = np.full((1, V), 1 / (V - 2), np.float32)
+        p[0, [PAD, SOS]] = 0.0
+        for k in range(1, self.order + 1):
+            p = _interpolate(p if k == 1 else np.tile(p, (V, 1)), *self._seen(k, V))
+        np.log(p, out=p, where=p > 0)
+        p[:, [PAD, SOS]] = NEVER
+        return p
+
+    def _seen(self, k: int, V: int) -> Counts:
+        """Return the k-grams and their counts; below the highest order, of the distinct tokens that come before."""
+        if k == self.order:
+            return self.ngrams, self.counts
+        longer = np.unique(self.ngrams % V ** (k + 1))
+        return np.unique(longer % V**k, return_counts=True)
+
+
+def _interpolate(below: np.ndarray, ngrams: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the probabilities (V ** (k-1), V) of order k, in place of those of order k-1 for the same contexts."""
+    size, V = below.shape
+    contexts = ngrams // V
+    removed = _discounts(counts)[np.minimum(counts, 3)]
+    total = np.bincount(contexts, counts, size)
+    share = np.bincount(contexts, removed, size) / np.maximum(total, 1)
+    below *= np.where(total > 0, share, 1.0)[:, None].astype(np.float32)
+    below.reshape(-1)[ngrams] += ((counts - removed) / total[contexts]).astype(np.float32)
+    return below
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """Return what is taken off a count of 0, 1, 2, and 3 or more."""
+    n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
+    if min(n1, n2, n3, n4) > 0:
+        y = n1 / (n1 + 2 * n2)
+        found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
+        if min(found) > 0:
+            return np.array((0.0, *found))
+    return np.array((0.0, *USUAL))
+
+
+def check_order(order: int, V: int) -> None:
+    """Raise InputError where the table of that order over V tokens is no reasonable size on this machine."""
+    if not 1 <= order <= MOST:
+        raise InputError(f"--order must be from 1 to {MOST}; got {order}")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = 4 * V**order
+    if 2 * size > memory:
+        raise InputError(
+            f"order {order} over {V} tokens makes a table of {size / 2**30:.1f} GiB, and this machine has "
+            f"{memory / 2**30:.1f} GiB of memory; train with --order {order - 1} or less"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- counting
+
+
+def count(sentences: Iterable[str], characters: str, order: int) -> Counts:
+    """Return the n-grams of sentences, which hold only these characters."""
+    found = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    sentences = iter(sentences)
+    while some := list(itertools.islice(sentences, SENTENCES)):
+        found = merge(found, np.unique(_windows(some, characters, order), return_counts=True))
+    return found
+
+
+def _windows(sentences: list[str], characters: str, order: int) -> np.ndarray:
+    """Return the n-gram that ends at each character and <eos>, in the order of the text."""
+    vocabulary = Vocabulary(characters)
+    begin = [SOS] * (order - 1)
+    tokens = np.array([t for text in sentences for t in (*begin, *vocabulary.encode(text), EOS)], np.int64)
+    ngrams = np.zeros_like(tokens)
+    for back in range(order):
+        ngrams[back:] += tokens[: len(tokens) - back] * len(vocabulary) ** back
+    return ngrams[tokens != SOS]  # these have the whole of their context in their own sentence
+
+
+def merge(a: Counts, b: Counts) -> Counts:
+    """Return the sums of two counts."""
+    ngrams, places = np.unique(np.concatenate((a[0], b[0])), return_inverse=True)
+    return ngrams, np.bincount(places, np.concatenate((a[1], b[1])), len(ngrams)).astype(np.int64)
+
+
+def perplexity(table: np.ndarray, counts: Counts) -> float:
+    """Return exp of the mean negative log-probability of the counted n-grams: per character, <eos> being one."""
+    ngrams, times = counts
+    return float(np.exp(-(table.reshape(-1)[ngrams].astype(np.float64) * times).sum() / times.sum()))
+
+
+def train(sentences: Iterable[str], *, order: int = ORDER, characters: str = CHARACTERS) -> LanguageModel:
+    """Return the model of sentences that hold only these characters; an empty text gives a uniform one."""
+    check_order(order, len(Vocabulary(characters)))
+    texts = list(sentences)
+    return LanguageModel(order, characters, *count(texts, characters, order), sentences=len(texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+def read_texts(source: Path, split: str = "") -> Iterator[str]:
+    """Yield the sentences of a source as they are written there; see the module.
+
+    split: of an archive, a LibriSpeech folder or a manifest; empty: every training split it has.
+    """
+    from las_fast.data import hw4p2, librispeech, manifest
+
+    if source.is_dir() and next(source.glob("*.npy"), None) is not None:
+        yield from (hw4p2.read_transcript(path) for path in sorted(source.glob("*.npy")))
+    elif source.is_dir() or source.suffix.lower() in manifest.SUFFIXES:
+        yield from _read_corpus(source, split)
+    elif source.name.endswith(".trans.txt"):
+        yield from (text for _, text in librispeech.read_transcripts(source))
+    else:
+        yield from _read_lines(source)
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; give a file with a sentence a line") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path} cannot be read ({reason}); give a file with a sentence a line") from None
+
+
+def _read_corpus(root: Path, split: str) -> Iterator[str]:
+    from las_fast.data.dataset import open_corpus
+    from las_fast.data.hw4p2 import read_transcript
+
+    corpus = open_corpus(root)
+    for name in corpus.resolve(split or "train"):
+        for utterance in corpus.utterances(name):
+            text = utterance.transcript
+            if text is not None:
+                yield read_transcript(text) if isinstance(text, Path) else text
+
+
+class Sentences:
+    """The sentences of several sources on the characters; counts what came and what was left out for its digits."""
+
+    def __init__(self, sources: list[Path], characters: str, split: str):
+        self.sources, self.characters, self.split = sources, characters, split
+        self.kept = self.letters = self.with_digits = 0
+
+    def __iter__(self) -> Iterator[str]:
+        allowed = set(self.characters)
+        texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
+        for text in tqdm(texts, unit=" sentences", delay=3.0):
+            text = text.strip()
+            if lost_digits(text, self.characters):  # how they are read aloud is not known
+                self.with_digits += 1
+                continue
+            if not allowed.issuperset(text):
+                text = normalise_text(text, self.characters)
+            if text:
+                self.kept, self.letters = self.kept + 1, self.letters + len(text)
+                yield text
+
+
+def count_apart(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
+    """Return the n-grams of most sentences, and of those held out: always the same, and each repetition with them."""
+    parts = (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    sentences = iter(sentences)
+    while some := list(itertools.islice(sentences, SENTENCES)):
+        held = [zlib.crc32(text.encode()) % HELD_OUT == 0 for text in some]
+        chosen = (list(itertools.compress(some, (h == part for h in held))) for part in (False, True))
+        parts = tuple(merge(a, count(b, characters, order)) for a, b in zip(parts, chosen, strict=True))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def save_lm(path: Path, model: LanguageModel) -> None:
+    """Write a model to one safetensors file, atomically."""
+    from safetensors.numpy import save_file
+
+    from las_fast import __version__
+    from las_fast.checkpoint import write_atomically
+
+    smallest = np.int32 if len(Vocabulary(model.characters)) ** model.order < 2**31 else np.int64
+    most = int(model.counts.max(initial=0))
+    counts = model.counts.astype(np.int32 if most < 2**31 else np.int64)
+    tensors = {"ngrams": model.ngrams.astype(smallest), "counts": counts}
+    metadata = {
+        "format": FORMAT,
+        "order": str(model.order),
+        "characters": model.characters,
+        "smoothing": SMOOTHING,
+        "sentences": str(model.sentences),
+        "tokens": str(int(model.counts.sum())),
+        "las_fast": __version__,
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_lm(path: Path) -> LanguageModel:
+    """Read what save_lm wrote; raises InputError when it is missing, damaged or something else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path} is not a language model of las_fast; make one with python -m las_fast.lm")
+            ngrams, counts = (file.get_tensor(name).astype(np.int64) for name in ("ngrams", "counts"))
+        model = LanguageModel(
+            int(metadata["order"]), metadata["characters"], ngrams, counts, int(metadata["sentences"])
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a readable language model ({reason}); make it or copy it again") from None
+    if not _is_sound(model):
+        raise InputError(f"{path} is damaged: its n-grams and counts make no model; make it or copy it again")
+    return model
+
+
+def _is_sound(model: LanguageModel) -> bool:
+    ngrams, counts, V = model.ngrams, model.counts, len(Vocabulary(model.characters))
+    if not 1 <= model.order <= MOST or ngrams.ndim != 1 or ngrams.shape != counts.shape or (counts < 1).any():
+        return False
+    last = ngrams % V  # what is predicted, which <pad> and <sos> never are
+    inside = not len(ngrams) or (ngrams[0] >= 0 and int(ngrams[-1]) < V**model.order)
+    return bool(inside and (np.diff(ngrams) > 0).all() and (last != PAD).all() and (last != SOS).all())
+
+
+# ------------------------------------------------------------------------------------------------------- for decoding
+
+
+def default_weight(decoding: DecodingConfig, lm: str | None) -> DecodingConfig:
+    """Return the settings with a weight for the model that --lm names, where they have none."""
+    return replace(decoding, ngram_weight=WEIGHT) if lm and not decoding.ngram_weight else decoding
+
+
+def language_table(lm: str | None, decoding: DecodingConfig, loaded: Loaded, device) -> torch.Tensor | None:
+    """Return the table of the model that --lm names, or else that lies beside the checkpoint; None at weight 0.
+
+    Raises:
+        InputError: a weight without a model, a model without a weight, or one of other characters.
+    """
+    import torch
+
+    if not decoding.ngram_weight:
+        if lm:
+            raise InputError(f"--lm {lm} has no effect where decoding.ngram_weight is 0; leave one of them out")
+        return None
+    path = find_lm(lm, loaded.path)
+    if path is None:
+        raise InputError(
+            f"decoding.ngram_weight is {decoding.ngram_weight:g} and there is no language model; give --lm FILE, "
+            f"put one beside the checkpoint as {beside(loaded.path)}, or set the weight to 0"
+        )
+    model = load_lm(path)
+    if model.characters != loaded.vocabulary.characters:
+        raise InputError(
+            f"{path} is of the characters {model.characters!r}, checkpoint {loaded.path} writes "
+            f"{loaded.vocabulary.characters!r}; train a language model with --characters like the checkpoint's"
+        )
+    return torch.from_numpy(model.table()).to(device)
+
+
+def beside(checkpoint: Path) -> Path:
+    """Return where the language model of a checkpoint lies: NAME.lm.safetensors beside NAME.safetensors."""
+    return checkpoint.with_suffix(".lm.safetensors")
+
+
+def find_lm(lm: str | None, checkpoint: Path) -> Path | None:
+    """Return the file that --lm names, a path or a released model's name; else the checkpoint's own or None."""
+    from las_fast.checkpoint import RELEASED
+
+    if lm is None:
+        return beside(checkpoint) if beside(checkpoint).is_file() else None
+    if Path(lm).is_file():
+        return Path(lm)
+    released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}
+    if lm not in released:
+        known = f", nor one of the released: {', '.join(sorted(released))}" if released else ""
+        raise InputError(f"--lm {lm} is not a file{known}; make one with python -m las_fast.lm")
+    return released[lm]
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="python -m las_fast.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="files or folders with text, see above")
+    own.add_argument("--out", required=True, type=Path, metavar="LM.safetensors", help="the model")
+    own.add_argument("--order", type=int, default=ORDER, help=f"of the n-grams (default: {ORDER})")
+    own.add_argument("--characters", default=CHARACTERS, help="those of the checkpoint (default: A-Z ' space)")
+    own.add_argument("--split", default="", help="of archives, folders and manifests (default: all for training)")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train; see --help."""
+    options = parser().parse_args(argv)
+    V = len(Vocabulary(options.characters))
+    check_order(options.order, V)
+    make_folder(options.out.parent, "--out")
+    if options.out.is_dir():
+        raise InputError(f"--out {options.out} is a folder; give the name of a file to write")
+    sentences = Sentences(options.texts, options.characters, options.split)
+    most, held = count_apart(sentences, options.characters, options.order)
+    if not sentences.kept:
+        raise InputError(f"there is no sentence in {', '.join(map(str, options.texts))}; give text, a sentence a line")
+    lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
+    if sentences.with_digits:
+        lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
+    if len(most[0]) and len(held[0]):
+        found = perplexity(LanguageModel(options.order, options.characters, *most).table(), held)
+        lines.append(("perplexity", f"{found:.3f} a character on one sentence in {HELD_OUT}, by a model of the others"))
+    model = LanguageModel(options.order, options.characters, *merge(most, held), sentences=sentences.kept)
+    save_lm(options.out, model)
+    size = 4 * V**options.order / 1e6
+    lines += [
+        ("order", f"{options.order}: {len(model.ngrams)} n-grams, a table of {size:.1f} MB when decoding"),
+        ("written", f"{options.out} ({options.out.stat().st_size / 1e6:.2f} MB)"),
+    ]
+    print("\n".join(f"{name:<12}{value}" for name, value in lines))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""python -m las_fast.tune: the best settings of the search on a development split.
+
+Each batch is listened to once and then searched with every combination of the values given. The table comes best CER
+first; its last line holds the words to add to las_fast.decode. Use another split than the one that is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from las_fast.cli import make_folder, run
+from las_fast.config import DecodingConfig, check
+from las_fast.errors import InputError
+from las_fast.lm import default_weight, language_table
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    from las_fast.checkpoint import Loaded
+    from las_fast.data.dataset import SpeechDataset
+
+GRID = ("beam", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="python -m las_fast.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
+    own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
+    own.add_argument("--split", default="dev", help="split name or dev (default)")
+    own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)")
+    own.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the table there")
+    own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    for name in GRID:
+        kind = int if name == "beam" else float
+        own.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help="values (default: the checkpoint's)")
+    return own
+
+
+def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
+    """Return every combination of the values given of the settings `names`; the others stay."""
+    points = itertools.product(*(getattr(options, name) for name in names))
+    return [replace(start, **dict(zip(names, point, strict=True))) for point in points]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Search the grid; see --help."""
+    options = parser().parse_args(argv)
+    names = [name for name in GRID if getattr(options, name)]
+    if not names:
+        raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
+    if options.out:
+        make_folder(options.out.parent, "--out")
+        if options.out.is_dir():
+            raise InputError(f"--out {options.out} is a folder; give the name of a file to write")
+    from las_fast.checkpoint import load_model, write_atomically
+    from las_fast.decode import choose_device
+
+    device = choose_device(options.device)
+    loaded = load_model(options.checkpoint, device)
+    settings = grid(options, names, default_weight(loaded.config.decoding, options.lm))
+    for point in settings:
+        check(replace(loaded.config, decoding=point))
+    heaviest = max(settings, key=lambda point: point.ngram_weight)
+    table = language_table(options.lm, heaviest, loaded, device)
+    dataset = open_split(options, loaded)
+    texts = decode_grid(loaded, dataset, settings, table, device)
+    order, rows = ranked(names, settings, dataset.texts, texts)
+    print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
+    best = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in zip(names, rows[1], strict=False)]
+    if options.lm and settings[order[0]].ngram_weight:
+        best.append(f"--lm {options.lm}")
+    print(f"best: {' '.join(best)}")
+    if options.out:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_atomically(options.out, lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
+    """Return the split, every utterance with a transcript."""
+    from las_fast.data.dataset import load_dataset, open_corpus
+    from las_fast.decode import check_fits
+
+    corpus = open_corpus(options.data)
+    check_fits(corpus, loaded)
+    config = loaded.config
+    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=config.data,
+                        statistics=loaded.statistics, need_text=True)  # fmt: skip
+
+
+def decode_grid(
+    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device
+) -> list[list[str]]:
+    """Return the texts of the dataset's utterances by each of the settings."""
+    import torch
+
+    from las_fast.data.batching import make_loader, sorted_batches
+    from las_fast.search import UTTERANCES_PER_BATCH, beam_search
+
+    limits = {"frames_per_batch": settings[0].frames_per_batch, "utterances_per_batch": UTTERANCES_PER_BATCH}
+    batches = sorted_batches(dataset.frames, **limits)
+    texts = [[""] * len(dataset) for _ in settings]
+    loader = make_loader(dataset, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    with tqdm(total=len(dataset) * len(settings), unit=" utterances") as bar:
+        for batch in loader:
+            batch = batch.to(device)
+            with torch.inference_mode():
+                memory = loaded.model.listen(batch.features, batch.feature_lengths)
+            for own, point in zip(texts, settings, strict=True):
+                found = beam_search(loaded.model, memory, point, ngram=table)
+                for i, best in zip(batch.indices.tolist(), found, strict=True):
+                    own[i] = loaded.vocabulary.decode(best[0].text_tokens)
+                bar.update(len(batch.indices))
+    return texts
+
+
+def ranked(
+    names: list[str], settings: list[DecodingConfig], references: list[str], texts: list[list[str]]
+) -> tuple[list[int], list[list[str]]]:
+    """Return the settings' indices, lowest CER first, and a table: a header, and a row for each of them."""
+    from las_fast.metrics import score
+
+    scores = [score(references, own) for own in texts]
+    order = sorted(range(len(settings)), key=lambda i: (scores[i].cer, scores[i].ld, i))
+    rows = [[f"{getattr(settings[i], name):g}" for name in names] for i in order]
+    for row, i in zip(rows, order, strict=True):
+        row += [f"{x:.3f}" for x in (scores[i].cer, scores[i].wer, scores[i].ld)]
+    return order, [[*names, "cer", "wer", "ld"], *rows]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,525 @@
+"""Character language models: the formulas against dictionaries, the files, and decoding with them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from archives import EDITIONS, make_archive, make_librispeech, make_manifest
+from checkpoints import make_checkpoint
+from fakes import FakeModel, config, memory
+from safetensors.numpy import save_file
+
+from las_fast import checkpoint, decode, lm, transcribe, tune
+from las_fast.cli import run
+from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+from las_fast.lm import NEVER, USUAL, load_lm, perplexity, read_texts, save_lm, train
+from las_fast.ops import backends
+from las_fast.ops.speller_search import first_ngram_state
+from las_fast.search import beam_search, greedy_search
+from las_fast.text import EOS, PAD, SOS, Vocabulary
+from las_fast.validate import validate
+
+HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
+AB = "AB "
+V = len(Vocabulary(AB))
+TEXT = ["ABBA", "AB AB", "BAAB B", "A", "BABBAABB AB", "BB", "AB BA AB AAB"]
+
+
+def windows(sentences, characters, order):
+    for text in sentences:
+        tokens = [SOS] * (order - 1) + Vocabulary(characters).encode(text) + [EOS]
+        for end in range(order, len(tokens) + 1):
+            yield tuple(tokens[end - order : end])
+
+
+def brute_force(sentences, characters, order):
+    """Return p(token, context) of interpolated modified Kneser-Ney, by dictionaries and recursion."""
+    counts = {order: Counter(windows(sentences, characters, order))}
+    for k in range(order - 1, 0, -1):
+        seen = {ngram[-k - 1 :] for ngram in counts[order]}
+        counts[k] = Counter(ngram[1:] for ngram in seen)
+
+    def discount(k, times):
+        n = Counter(counts[k].values())
+        if all(n[i] for i in (1, 2, 3, 4)):
+            y = n[1] / (n[1] + 2 * n[2])
+            found = [i - (i + 1) * y * n[i + 1] / n[i] for i in (1, 2, 3)]
+            if min(found) > 0:
+                return found[min(times, 3) - 1]
+        return USUAL[min(times, 3) - 1]
+
+    def p(token, context, k=order):
+        if k == 0:
+            return 0.0 if token in (PAD, SOS) else 1 / (len(characters) + 1)
+        shorter = p(token, context[1:], k - 1)
+        followers = {g[-1]: c for g, c in counts[k].items() if g[:-1] == context}
+        if not followers:
+            return shorter
+        total, times = sum(followers.values()), followers.get(token, 0)
+        share = sum(discount(k, c) for c in followers.values()) / total
+        return (times - discount(k, times) if times else 0.0) / total + share * shorter
+
+    return p
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("copies", [1, 40])
+def test_probabilities_are_those_of_a_brute_force_model(order, copies):
+    generator = np.random.default_rng(order)
+    more = ["".join(generator.choice(list(AB), generator.integers(1, 9))).strip() or "A" for _ in range(copies)]
+    table, p = train(TEXT + more, order=order, characters=AB).table(), brute_force(TEXT + more, AB, order)
+    assert table.shape == (V ** (order - 1), V) and table.dtype == np.float32
+    for state, context in enumerate(itertools.product(range(V), repeat=order - 1)):
+        expected = [p(token, context) for token in range(V)]
+        assert np.exp(table[state]) == pytest.approx(expected, abs=1e-6), context
+
+
+def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
+    counts = np.repeat([1, 2, 3, 4, 9], [8, 4, 2, 1, 3])
+    y = 8 / 16
+    formulas = [0, 1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2]
+    assert lm._discounts(counts) == pytest.approx(formulas)
+    assert lm._discounts(counts[counts != 4]).tolist() == [0, *USUAL]
+    assert lm._discounts(np.repeat([1, 2, 3, 4], [1, 1, 5, 1])).tolist() == [0, *USUAL]  # one would be below 0
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("sentences", [TEXT, ["A"], []])
+def test_every_row_is_a_distribution_that_never_begins_or_pads(order, sentences):
+    table = train(sentences, order=order, characters=AB).table()
+    assert np.exp(table.astype(np.float64)).sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
+    assert (table[:, [PAD, SOS]] == NEVER).all() and math.exp(NEVER) == 0.0
+    assert (table[:, EOS:] > NEVER).all() and np.isfinite(table).all()
+
+
+def test_no_text_at_all_is_a_uniform_model():
+    table = train([], order=3, characters=AB).table()
+    assert np.exp(table[:, EOS:]) == pytest.approx(np.full((V * V, V - 2), 1 / (V - 2)))
+
+
+def test_an_unseen_context_is_that_of_a_shorter_one():
+    table = train(["AAAA", "AB"], order=3, characters=AB).table()
+    a, b = Vocabulary(AB).encode("AB")
+    below = brute_force(["AAAA", "AB"], AB, 3)
+    assert np.exp(table[b * V + a]) == pytest.approx([below(t, (a,), 2) for t in range(V)], abs=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_sentences_begin_in_the_state_that_the_search_begins_in(order):
+    table = train(["BA"] * 50, order=order, characters=AB).table()
+    first = np.exp(table[first_ngram_state(torch.from_numpy(table), SOS)])
+    assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
+
+
+def test_perplexity_is_of_the_characters_and_the_end():
+    model, p = train(TEXT, order=3, characters=AB), brute_force(TEXT, AB, 3)
+    logs = [math.log(p(g[-1], g[:-1])) for g in windows(["ABA", "B"], AB, 3)]
+    assert len(logs) == 6
+    held = lm.count(["ABA", "B"], AB, 3)
+    assert perplexity(model.table(), held) == pytest.approx(math.exp(-sum(logs) / 6), rel=1e-5)
+
+
+def test_counting_in_parts_changes_nothing(monkeypatch):
+    whole = train(TEXT, order=3, characters=AB)
+    monkeypatch.setattr(lm, "SENTENCES", 2)
+    parts = train(TEXT, order=3, characters=AB)
+    assert parts.ngrams.tolist() == whole.ngrams.tolist() and parts.counts.tolist() == whole.counts.tolist()
+    most, held = lm.count_apart(TEXT * 30, AB, 3)
+    assert [x.tolist() for x in lm.merge(most, held)] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
+
+
+def test_what_is_held_out_does_not_depend_on_what_stands_around_it():
+    texts = [a + b + c for a in AB[:2] * 20 for b in "ABBABBAAB" for c in "AB"]
+    held = lm.count_apart(texts, AB, 12)[1][0]
+    fewer = lm.count_apart(sorted(set(texts)), AB, 12)[1][0]
+    distinct = [t for t in set(texts) if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
+    assert held.tolist() == fewer.tolist() == lm.count(distinct, AB, 12)[0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("order", [1, 4])
+def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
+    model = train(TEXT, order=order, characters=AB)
+    save_lm(tmp_path / "m.safetensors", model)
+    back = load_lm(tmp_path / "m.safetensors")
+    assert (back.order, back.characters, back.sentences) == (order, AB, len(TEXT))
+    assert np.array_equal(back.table(), model.table())
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def damaged(model, **changes):
+    tensors = {"ngrams": model.ngrams, "counts": model.counts}
+    return {name: changes.get(name, value) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: damaged(m, counts=m.counts[:-1]),
+        lambda m: damaged(m, counts=m.counts * 0),
+        lambda m: damaged(m, ngrams=m.ngrams[::-1].copy()),
+        lambda m: damaged(m, ngrams=m.ngrams + V**3),
+        lambda m: damaged(m, ngrams=m.ngrams // V * V),
+    ],
+)
+def test_a_file_whose_numbers_make_no_model_is_damaged(tmp_path, change):
+    model, path = train(TEXT, order=3, characters=AB), tmp_path / "m.safetensors"
+    metadata = {"format": lm.FORMAT, "order": "3", "characters": AB, "sentences": "7"}
+    save_file(damaged(model), path, metadata)
+    load_lm(path)
+    save_file(change(model), path, metadata)
+    with pytest.raises(InputError, match="m.safetensors is damaged"):
+        load_lm(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda b: b[: len(b) // 2], "not a readable language model"),
+        (lambda b: b[: len(b) - 5], "not a readable language model"),
+        (lambda b: b"", "not a readable language model"),
+        (lambda b: b"text", "not a readable language model"),
+        (lambda b: b.replace(b'"order":"3"', b'"order":"x"'), "not a readable language model"),
+        (lambda b: b.replace(b'"order":"3"', b'"order":"0"'), "is damaged"),
+        (lambda b: b.replace(b"las_fast lm 1", b"las_fast lm 9"), "not a language model of las_fast"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path, damage, said):
+    path = tmp_path / "m.safetensors"
+    save_lm(path, train(TEXT, order=3, characters=AB))
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    with pytest.raises(InputError, match=said):
+        load_lm(path)
+
+
+def test_a_checkpoint_is_no_language_model_and_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="not a language model of las_fast"):
+        load_lm(make_checkpoint(tmp_path))
+    with pytest.raises(InputError, match="gone.safetensors is not a readable"):
+        load_lm(tmp_path / "gone.safetensors")
+
+
+def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
+    with pytest.raises(InputError, match=r"order 9 over 31 tokens makes a table of [0-9.]+ GiB, .* --order 8 or less"):
+        train([], order=9)
+    with pytest.raises(InputError, match="--order must be from 1 to 12; got 0"):
+        train([], order=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+def test_every_kind_of_text_is_read(tmp_path):
+    (tmp_path / "plain.txt").write_text("one line\n\nanother\n")
+    with gzip.open(tmp_path / "more.txt.gz", "wt") as file:
+        file.write("zipped\n")
+    (tmp_path / "1.trans.txt").write_text("1-0 HELLO THERE\n1-1 YES\n")
+    manifest = make_manifest(tmp_path / "manifest")
+    rows = list(csv.DictReader(manifest.open(), delimiter="\t"))
+    told = {split: [row["transcript"] for row in rows if row["split"] == split] for split in ("train", "dev")}
+    assert list(read_texts(tmp_path / "plain.txt")) == ["one line\n", "\n", "another\n"]
+    assert list(read_texts(tmp_path / "more.txt.gz")) == ["zipped\n"]
+    assert list(read_texts(tmp_path / "1.trans.txt")) == ["HELLO THERE", "YES"]
+    assert list(read_texts(manifest)) == told["train"] and list(read_texts(manifest, "dev")) == told["dev"]
+    assert list(read_texts(make_manifest(tmp_path / "json", suffix=".jsonl"))) == told["train"]
+    speech = list(read_texts(make_librispeech(tmp_path / "speech")))
+    assert len(speech) == 12 and all(text.startswith("A") for text in speech)  # two splits of two speakers
+
+
+@pytest.mark.parametrize("edition", EDITIONS)
+def test_the_transcripts_of_every_edition_are_read(edition, tmp_path):
+    texts = list(read_texts(make_archive(tmp_path, edition, utterances=3)))
+    assert texts and all(text.startswith("A") and "<" not in text for text in texts)
+
+
+def test_a_folder_of_transcripts_is_read(tmp_path):
+    archive = make_archive(tmp_path, "F24")
+    assert list(read_texts(archive / "text-for-LM")) == ["SOME TEXT"]
+
+
+def make(tmp_path, *words, out="lm.safetensors", text="ONE\n"):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    lm.main([str(tmp_path / "text.txt"), "--out", str(tmp_path / out), *words])
+    return load_lm(tmp_path / out)
+
+
+def test_text_is_mapped_onto_the_characters_and_digits_are_left_out(tmp_path, capsys):
+    model = make(tmp_path, "--order", "2", text="Caf\u00e9,  au lait!\nat 7 o'clock\n?\n\nB\n")
+    expected = train(["CAFE AU LAIT", "B"], order=2)
+    assert model.ngrams.tolist() == expected.ngrams.tolist() and model.counts.tolist() == expected.counts.tolist()
+    out = capsys.readouterr().out
+    assert "2 sentences, 13 characters" in out and "1 sentences with digits" in out and "perplexity" not in out
+    lower = make(tmp_path, "--order", "2", "--characters", "abc", text="Cab\n")
+    assert lower.ngrams.tolist() == train(["cab"], order=2, characters="abc").ngrams.tolist()
+
+
+def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
+    text = [f"{a}{b} {c}" for a in "ABCDE" for b in "EFGH" for c in "IJKL"]
+    make(tmp_path, "--order", "3", text="\n".join(text))
+    said = capsys.readouterr().out
+    held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
+    rest = train([t for t in text if t not in held], order=3)
+    assert 0 < len(held) < len(text)
+    assert f"perplexity  {perplexity(rest.table(), lm.count(held, lm.CHARACTERS, 3)):.3f} a character" in said
+    assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "said"),
+    [
+        ([], "", "there is no sentence in"),
+        ([], "123\n", "there is no sentence in"),
+        (["--order", "0"], "A", "--order must be from 1 to 12"),
+        (["--order", "11"], "A", "train with --order 10 or less"),
+        (["--characters", "AA"], "A", "distinct characters"),
+        (["--out", "."], "A", "--out . is a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, words, text, said):
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: make(tmp_path, *words, text=text))
+    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "lm.safetensors").exists()
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "noise.gz").write_bytes(b"no gzip")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
+    for name, said in (("noise.txt", "is not UTF-8"), ("noise.gz", "be read"), ("cut.gz", "be read"), ("no.txt", "No")):
+        with pytest.raises(InputError, match=f"{name}.*{said}"):
+            list(read_texts(tmp_path / name))
+    with pytest.raises(InputError, match="has no split 'test'"):
+        list(read_texts(make_manifest(tmp_path / "data"), "test"))
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with recordings, a checkpoint for them, and a language model."""
+    folder = tmp_path_factory.mktemp("lm")
+    make_manifest(folder / "data", utterances=6)
+    make_checkpoint(folder, 20, mel_bins=23)
+    lm.main([str(folder / "data"), "--out", str(folder / "lm.safetensors"), "--order", "3"])
+    return folder
+
+
+def words(here, *more):
+    return ["--checkpoint", str(here / "untrained-20.safetensors"), "--data", str(here / "data"), "--split", "dev",
+            "--device", "cpu", *more]  # fmt: skip
+
+
+def decoded(here, tmp_path, *more):
+    out = ["--out", str(tmp_path / "out.csv"), "--jsonl", str(tmp_path / "rows.jsonl"), "--beam", "4"]
+    decode.main(words(here, *out, *more))
+    return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+
+def listened(here):
+    loaded = checkpoint.load_model(here / "untrained-20.safetensors")
+    options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None}
+    return loaded, load_dataset(open_corpus(here / "data"), ("dev",), **options, need_text=True)
+
+
+def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
+    loaded, data = listened(here)
+    batches = sorted_batches(data.frames, frames_per_batch=30000, utterances_per_batch=128)
+    (batch,) = make_loader(data, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    with torch.inference_mode():
+        heard = loaded.model.listen(batch.features, batch.feature_lengths)
+    decoding = replace(loaded.config.decoding, **decoding)
+    return beam_search(loaded.model, heard, decoding, ngram=ngram, backend=backend, nbest=nbest)
+
+
+def table(here):
+    return torch.from_numpy(load_lm(here / "lm.safetensors").table())
+
+
+@pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
+@pytest.mark.parametrize("weight", [0.0, 0.6])
+@pytest.mark.parametrize("beam", [1, 4])
+def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(here, beam, weight):
+    decoding = {"beam": beam, "ngram_weight": weight, "length_reward": 0.4}
+    found = [searched(here, decoding, ngram=table(here), backend=name, nbest=beam) for name in ("reference", "cpp")]
+    assert found[0] != searched(here, {"beam": beam}, nbest=beam)
+    for ours, theirs in zip(*(itertools.chain(*each) for each in found), strict=True):
+        assert ours.text_tokens == theirs.text_tokens and ours.score == pytest.approx(theirs.score, abs=1e-3)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_reward_adds_itself_for_each_character_and_nothing_for_the_end(weight, backend):
+    """Wide enough to hold every text there is, the beam finds the same texts with scores that differ by the reward."""
+    many = memory([1, 5], [4, 3])
+    ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").table())
+    options = {"ngram": ngram if weight else None, "nbest": 64, "backend": backend}
+    plain = beam_search(FakeModel(), many, config(beam=64, ngram_weight=weight), **options)
+    rewarded = beam_search(FakeModel(), many, config(beam=64, ngram_weight=weight, length_reward=0.7), **options)
+    for before, after in zip(plain, rewarded, strict=True):
+        scores = {tuple(h.text_tokens): h.score for h in before}
+        assert len(scores) == len(after) > 10 and after[0].score > before[0].score
+        for h in after:
+            assert h.score == pytest.approx(scores[tuple(h.text_tokens)] + 0.7 * len(h.text_tokens), abs=1e-4)
+        assert len(after[0].text_tokens) >= len(before[0].text_tokens)
+
+
+def test_a_price_shortens_what_a_reward_lengthens():
+    many = memory(list(range(8)), [9] * 8)
+    found = [beam_search(FakeModel(eos=2.0), many, config(length_reward=reward)) for reward in (-2.0, 0.0, 2.0)]
+    lengths = [sum(len(best.text_tokens) for (best,) in each) for each in found]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
+    model, weight = FakeModel(eos=1.0), 0.8
+    ngram = torch.from_numpy(train(["ABAB", "B"], order=2, characters="AB").table())
+    finished = 0
+    for seed in range(6):
+        one = memory([seed], [12])
+        state, token, text, total = model.start(one, 1), SOS, [], 0.0
+        while token != EOS and len(text) < 12:
+            logits, _, state = model.step(torch.tensor([[token]]), state, one)
+            step = logits.log_softmax(-1)[0, 0] + weight * ngram[token]
+            token, total = int(step.argmax()), total + float(step.max())
+            text += [token] if token != EOS else []
+        ((found,),) = beam_search(model, one, config(beam=1, ngram_weight=weight), ngram=ngram, backend=backend)
+        assert found.text_tokens == text and found.finished == (token == EOS)
+        if found.finished:  # otherwise the end was forced, at a price
+            finished += 1
+            assert found.score == pytest.approx(total, abs=1e-4)
+    assert finished > 0
+
+
+def test_a_heavy_language_model_writes_what_it_has_read(here, tmp_path):
+    lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
+    settings = ["--decoding.ngram-weight", "9", "--decoding.maximum-extra", "20", "--decoding.length-penalty", "0"]
+    rows = decoded(here, tmp_path, "--lm", str(tmp_path / "hello.safetensors"), *settings)
+    assert {row["text"] for row in rows} == {"HELLO"}
+
+
+def make_text(folder, text):
+    path = folder / "text.txt"
+    path.write_text(text)
+    return path
+
+
+def test_a_language_model_comes_with_a_weight_that_can_be_changed(here, tmp_path):
+    file = ["--lm", str(here / "lm.safetensors")]
+    usual = decoded(here, tmp_path, *file)
+    expected = searched(here, {"beam": 4, "ngram_weight": lm.WEIGHT}, ngram=table(here))
+    assert sorted(row["score"] for row in usual) == pytest.approx(sorted(h[0].score for h in expected), abs=1e-3)
+    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(lm.WEIGHT)) == usual
+    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", "0.9") != usual != decoded(here, tmp_path)
+
+
+def fails(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        run(lambda _: command())
+    assert end.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_weight_without_a_model_and_a_model_without_a_weight_are_errors(here, tmp_path, capsys):
+    weight = ["--decoding.ngram-weight", "0.3"]
+    said = fails(capsys, lambda: decoded(here, tmp_path, *weight))
+    assert "ngram_weight is 0.3 and there is no language model; give --lm FILE" in said
+    assert "untrained-20.lm.safetensors" in said
+    none = ["--lm", str(here / "lm.safetensors"), "--decoding.ngram-weight", "0"]
+    assert "has no effect where decoding.ngram_weight is 0" in fails(capsys, lambda: decoded(here, tmp_path, *none))
+    assert "--lm gone is not a file" in fails(capsys, lambda: decoded(here, tmp_path, "--lm", "gone"))
+    save_lm(tmp_path / "other.safetensors", train(TEXT, order=2, characters=AB))
+    said = fails(capsys, lambda: decoded(here, tmp_path, "--lm", str(tmp_path / "other.safetensors")))
+    assert "is of the characters 'AB '" in said and "--characters" in said
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh_it(here, tmp_path, monkeypatch):
+    loaded = checkpoint.load_model(here / "untrained-20.safetensors")
+    weighing = replace(loaded.config, decoding=replace(loaded.config.decoding, ngram_weight=0.7))
+    checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighing, None, {})
+    (tmp_path / "NAME.lm.safetensors").write_bytes((here / "lm.safetensors").read_bytes())
+    monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
+    assert checkpoint.released_models() == ["NAME"] and transcribe.released_model() == "NAME"
+    with pytest.raises(InputError, match="released models: NAME$"):
+        checkpoint.find_checkpoint("OTHER")
+    explicit = ["--lm", str(here / "lm.safetensors"), "--decoding.ngram-weight", "0.7"]
+    expected = decoded(here, tmp_path, *explicit)
+    plain = decoded(here, tmp_path)
+    assert decoded(here, tmp_path, "--checkpoint", "NAME") == expected != plain
+    assert decoded(here, tmp_path, "--lm", "NAME", "--decoding.ngram-weight", "0.7") == expected
+    assert decoded(here, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
+    with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released: NAME"):
+        lm.find_lm("OTHER", Path("x.safetensors"))
+
+
+def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
+    lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
+    capsys.readouterr()
+    audio = sorted((here / "data" / "audio").iterdir())[0]
+    model = ["--checkpoint", str(here / "untrained-20.safetensors"), "--device", "cpu"]
+    arguments = [str(audio), *model, "--format", "json"]
+    scores = []
+    for more in ([], ["--lm", str(tmp_path / "hello.safetensors")]):
+        transcribe.main([*arguments, *more])
+        scores.append(json.loads(capsys.readouterr().out)["pieces"][0]["score"])
+    assert scores[0] != scores[1]
+    assert "--lm gone is not a file" in fails(capsys, lambda: transcribe.main([*arguments, "--lm", "gone"]))
+
+
+def test_validation_in_training_is_without_a_language_model(here, tmp_path):
+    loaded, data = listened(here)
+    cpu, found = torch.device("cpu"), []
+    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}):
+        settings = replace(loaded.config, decoding=replace(loaded.config.decoding, **decoding))
+        found.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
+    assert found[0] == found[1] and len(found[0]) == 6
+    with pytest.raises(InputError, match="needs an n-gram model"):
+        greedy_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
+    file = ["--lm", str(here / "lm.safetensors")]
+    values = ["--ngram-weight", "0", "0.5", "--length-reward", "0", "0.3", "--beam", "4"]
+    tune.main(words(here, *file, *values, "--out", str(tmp_path / "grid.csv")))
+    out = capsys.readouterr().out
+    header, *rows = list(csv.reader((tmp_path / "grid.csv").open()))
+    assert header == ["beam", "ngram_weight", "length_reward", "cer", "wer", "ld"] and len(rows) == 4
+    assert [float(row[3]) for row in rows] == sorted(float(row[3]) for row in rows)
+    assert {tuple(row[1:3]) for row in rows} == set(itertools.product(("0", "0.5"), ("0", "0.3")))
+    for _, weight, reward, cer, _, ld in rows:
+        more = [*file, "--decoding.ngram-weight", weight] if float(weight) else []
+        decoded(here, tmp_path, *more, "--decoding.length-reward", reward)
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result["cer"] == pytest.approx(float(cer), abs=1e-3)
+        assert result["ld"] == pytest.approx(float(ld), abs=1e-3)
+    best = f"--decoding.beam 4 --decoding.ngram-weight {rows[0][1]} --decoding.length-reward {rows[0][2]}"
+    assert out.splitlines()[-1].startswith(f"best: {best}")
+
+
+def test_tuning_needs_something_to_choose_from(here, capsys):
+    assert "nothing to choose from" in fails(capsys, lambda: tune.main(words(here)))
+    assert "beam must be at least 1" in fails(capsys, lambda: tune.main(words(here, "--beam", "0")))
+    said = fails(capsys, lambda: tune.main(words(here, "--ngram-weight", "0.1")))
+    assert "there is no language model; give --lm FILE" in said
