@@ -386,14 +386,19 @@ def decode_dataset(
     return results
 
 
+@torch.inference_mode()
+def listen(model, batch: Batch, config: DecodingConfig):
+    """Return the encoder memory of a batch, in float32, whose products have config.precision."""
+    with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        return model.listen(batch.features, batch.feature_lengths)
+
+
 def _try(
     model, batch: Batch, config: DecodingConfig, nbest: int, ngram: Tensor | None, device
 ) -> list[list[Hypothesis]] | None:
     """Decode one batch; return None if memory does not suffice."""
     try:
-        batch = batch.to(device)
-        with torch.inference_mode():
-            memory = model.listen(batch.features, batch.feature_lengths)
+        memory = listen(model, batch.to(device), config)
         return beam_search(model, memory, config, nbest=nbest, ngram=ngram)
     except (MemoryError, RuntimeError) as error:
         lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in NO_MEMORY)

@@ -100,10 +100,9 @@ def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device
 ) -> list[list[str]]:
     """Return the texts of the dataset's utterances by each of the settings."""
-    import torch
 
     from las_fast.data.batching import make_loader, sorted_batches
-    from las_fast.search import UTTERANCES_PER_BATCH, beam_search
+    from las_fast.search import UTTERANCES_PER_BATCH, beam_search, listen
 
     limits = {"frames_per_batch": settings[0].frames_per_batch, "utterances_per_batch": UTTERANCES_PER_BATCH}
     batches = sorted_batches(dataset.frames, **limits)
@@ -111,9 +110,7 @@ def decode_grid(
     loader = make_loader(dataset, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with tqdm(total=len(dataset) * len(settings), unit=" utterances") as bar:
         for batch in loader:
-            batch = batch.to(device)
-            with torch.inference_mode():
-                memory = loaded.model.listen(batch.features, batch.feature_lengths)
+            memory = listen(loaded.model, batch.to(device), settings[0])
             for own, point in zip(texts, settings, strict=True):
                 found = beam_search(loaded.model, memory, point, ngram=table)
                 for i, best in zip(batch.indices.tolist(), found, strict=True):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from las_fast import search
 from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
-from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model import LAS
@@ -400,6 +400,17 @@ def test_hypotheses_come_in_the_order_of_the_dataset():
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
     dataset = FakeDataset(np.array([6, 4]), ["HÉ?", "ok"])
     assert decode(Listening(), dataset) == decode(Listening(), FakeDataset(dataset.frames, [None, None]))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_listener_computes_in_the_precision_of_decoding_and_gives_float32(precision, dtype):
+    settings = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)))
+    model = LAS(settings, input_size=4, vocabulary_size=V).eval()
+    seen = []
+    model.listener.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    batch = Batch(torch.randn(2, 20, 4), torch.tensor([20, 7]), None, None, torch.arange(2))
+    found = search.listen(model, batch, config(precision=precision))
+    assert seen == [dtype] and found.keys.dtype == found.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
