@@ -23,10 +23,13 @@ def listener_operations(config: ListenerConfig, speller: SpellerConfig, features
     return total + 2 * size * (speller.key_size + speller.value_size) * left
 
 
-def speller_operations(config: SpellerConfig, vocabulary: int, frames: float) -> float:
-    """Return those of one token of one hypothesis that attends to `frames` encoder frames."""
+def speller_operations(config: SpellerConfig, vocabulary: int, frames: float, *, looked_up: bool) -> float:
+    """Return those of one token of one hypothesis that attends to `frames` encoder frames.
+
+    looked_up: what a token adds to the gates of the first cell is in a table, as in a search.
+    """
     D, E, M = config.key_size, config.value_size, config.embedding_size
-    total, inputs = 0.0, M + E
+    total, inputs = 0.0, E if looked_up else M + E
     for size in config.lstm_sizes:
         total += 2 * 4 * size * (inputs + size)
         inputs = size

@@ -71,6 +71,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def shares(rows: list[Row]) -> str:
+    """Return Markdown: what share of the machine's rate of matrix products each half of the model reaches."""
+    lines = ["| part | task | dtype | GFLOP | seconds | GFLOP/s | machine's | share |", f"|{8 * '---|'}"]
+    for row in {tuple(row[k] for k in ("part", "task", "dtype", "shape")): row for row in rows}.values():
+        numbers = [shown(float(row[k])) for k in ("gflop", "seconds", "gflop_s", "machine_gflop_s")]
+        cells = (row["part"], row["task"], row["dtype"], *numbers, f"{float(row['share']):.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def compared(row: Row, kind: str) -> str:
     """Return how many times faster than the baseline a row is, or what share of it where it is a stage of it."""
     if row["path"] == row["baseline"]:
@@ -218,6 +228,8 @@ def main(words: list[str] | None = None) -> None:
         print(f"{options.results} has no rows of {options.machine}; run: pytest benchmarks --record")
         return
     print(table(rows))
+    if found := [row for row in record.read(options.results / "shares.csv") if row["machine"] == options.machine]:
+        print(f"\n{shares(found)}")
     limits = machine.limits(record.read(options.results / "machine.csv"), options.machine)
     for path in draw(rows, limits, options.plots):
         print(path)

@@ -7,6 +7,7 @@ the best that this machine's products of large matrices reach in the same type, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -82,7 +83,8 @@ class Parts:
         tokens = (frames * LETTERS_PER_FRAME).long() + 1
         vocabulary = self.model.vocabulary_size
         each = zip(tokens.tolist(), encoder_frames.tolist(), strict=True)
-        return passes * hypotheses * sum(n * speller_operations(speller, vocabulary, t) for n, t in each)
+        one = functools.partial(speller_operations, speller, vocabulary, looked_up=task == "decoding")
+        return passes * hypotheses * sum(n * one(t) for n, t in each)
 
 
 def rate(dtype: torch.dtype) -> float:

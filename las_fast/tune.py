@@ -100,7 +100,6 @@ def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device
 ) -> list[list[str]]:
     """Return the texts of the dataset's utterances by each of the settings."""
-
     from las_fast.data.batching import make_loader, sorted_batches
     from las_fast.search import UTTERANCES_PER_BATCH, beam_search, listen
 

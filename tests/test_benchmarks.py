@@ -7,11 +7,14 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, paired, record, report
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import recordings
+from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
+from benchmarks.test_bench_shares import COLUMNS
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.features import load_audio
 from las_fast.losses import training_loss
@@ -136,6 +139,35 @@ def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_
         f"beam-search-b16-k8-t200-v31-h512-d256-64-steps-{threads}.png", "beam-search-by-batch.png",
     ]  # fmt: skip
     assert all(p.stat().st_size > 5000 for p in pictures)
+
+
+def test_a_report_shows_the_last_share_of_each_part_of_the_model(tmp_path, capsys):
+    record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
+    measured = (2, 50, 25, 100, 0.25), (1, 50, 50, 100, 0.5)
+    parts = [("encoder", "training", "float32", "B1", *numbers) for numbers in measured]
+    record.append(tmp_path / "shares.csv", COLUMNS, [(*record.where(), *part) for part in parts])
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "encoder" in line]
+    assert lines == ["| encoder | training | float32 | 50 | 1 | 50 | 100 | 50% |"]
+
+
+def test_counted_operations_are_those_that_torch_counts():
+    """Of everything but LSTM layers, which torch counts not at all: they are made of products here."""
+    listener = ListenerConfig((6, 8), (3, 5), (2, 1), lstm_size=5, pyramids=1, top_layers=1)
+    speller, T, U = SpellerConfig(8, 7, 6, (10, 9)), 24, 4
+    model = LAS(ModelConfig(listener, speller), input_size=4, vocabulary_size=V).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        memory = model.listen(torch.randn(1, T, 4), torch.tensor([T]))
+    layers = zip(model.listener.layers, (T // 2, T // 4, T // 4), strict=True)
+    lstms = sum(2 * 2 * 4 * 5 * (layer.lstm.input_size + 5) * frames for layer, frames in layers)
+    assert listener_operations(listener, speller, 4, T) == counter.get_total_flops() + lstms
+    state = model.start(memory, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for _ in range(U):
+            _, _, state = model.step(torch.full((1, 1), EOS), state, memory, backend="reference")
+    one = speller_operations(speller, V, T / 4, looked_up=False)
+    assert U * one == counter.get_total_flops()
+    assert one - speller_operations(speller, V, T / 4, looked_up=True) == 2 * 4 * 10 * 6
 
 
 def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
