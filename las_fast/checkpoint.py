@@ -20,7 +20,7 @@ from las_fast.model import LAS
 from las_fast.text import Vocabulary
 
 RELEASED = Path(__file__).parent / "checkpoints"
-STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "data"}  # what last.pt holds
+STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # of last.pt
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
 
 

@@ -31,8 +31,9 @@ class RunLog:
     def training(self, step: int, epoch: float, values: dict, lr: float) -> None:
         self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, **values})
 
-    def validation(self, step: int, epoch: float, result: Validation, line: str) -> None:
+    def validation(self, step: int, epoch: float, result: Validation, line: str, core_hours: float) -> None:
         row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}
+        row["core_hours"] = round(core_hours, 4)
         self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
 
     def _write(self, row: dict) -> None:

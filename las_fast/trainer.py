@@ -110,6 +110,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.progress = Progress()
         self.saved_step: int | None = None  # that last.pt holds
+        self.earlier_core_seconds = 0.0  # of the process's own time, before this run was resumed
         self.stop_requested = False
         self.pace = Pace()
 
@@ -195,6 +196,10 @@ class Trainer:
     def epoch(self) -> float:
         return self.progress.step / self.steps_per_epoch
 
+    def core_hours(self) -> float:
+        """Return the hours that one core would have worked for this training so far, loader processes not counted."""
+        return (self.earlier_core_seconds + time.process_time()) / 3600
+
     def _timed_batches(self) -> Iterator[Batch]:
         """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
         batches = iter(self._rest_of_epoch())
@@ -228,7 +233,7 @@ class Trainer:
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
         self.progress.plateau.update(result.scores.cer, self.config.training)
         line = monitor.line(result.alignment, self.epoch, self.config)
-        self.log.validation(self.progress.step, self.epoch, result, line)
+        self.log.validation(self.progress.step, self.epoch, result, line, self.core_hours())
         scores = result.scores
         bar.write(
             f"epoch {self.epoch:g}: dev loss {result.loss:.3f} a token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
@@ -236,6 +241,7 @@ class Trainer:
         )
         self.pace = Pace()
         info = {"epoch": self.epoch, "step": self.progress.step, "dev": asdict(scores), "data": self.source}
+        info["core_hours"] = round(self.core_hours(), 3)
         self._save_weights(model, info, best=scores.cer < self.progress.best_cer)
         self.progress.best_cer = min(self.progress.best_cer, scores.cer)
         self.save()
@@ -282,6 +288,7 @@ class Trainer:
                 "optimiser": self.optimiser.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "progress": progress,
+                "core_seconds": 3600 * self.core_hours(),
                 "data": fingerprint(self.train_data, self.dev_data),
             },
         )
@@ -301,6 +308,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**{**state["progress"], "plateau": Plateau(**state["progress"]["plateau"])})
         self.saved_step = self.progress.step
+        self.earlier_core_seconds = state["core_seconds"]
 
 
 def fingerprint(*datasets: SpeechDataset) -> str:
