@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, paired, record, report
+from benchmarks import machine, paired, recognition, record, report
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import recordings
 from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
 from benchmarks.test_bench_shares import COLUMNS
-from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
 from las_fast.features import load_audio
 from las_fast.losses import training_loss
 from las_fast.model import LAS
@@ -168,6 +169,28 @@ def test_counted_operations_are_those_that_torch_counts():
     one = speller_operations(speller, V, T / 4, looked_up=False)
     assert U * one == counter.get_total_flops()
     assert one - speller_operations(speller, V, T / 4, looked_up=True) == 2 * 4 * 10 * 6
+
+
+def validation(epoch, cer, formed):
+    row = {"kind": "valid", "epoch": epoch, "cer": cer, "ld": cer / 10, "core_hours": 0.5}
+    return row | {"monitor": {"formed": formed}}
+
+
+@pytest.mark.parametrize(
+    ("formed", "expected"),
+    [
+        ([False, True, False, True, True], ("4", "40.00", "20.00")),  # a word that was taken back does not count
+        ([True] * 5, ("1", "", "90.00")),
+        ([True] * 4 + [False], ("", "30.00", "")),
+    ],
+)
+def test_a_training_has_formed_where_the_monitor_says_so_for_good(tmp_path, formed, expected):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny")))
+    scores = zip(range(1, 6), [90.0, 60.0, 40.0, 20.0, 30.0], formed, strict=True)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(validation(*x)) + "\n" for x in scores))
+    row = dict(zip(recognition.COLUMNS, recognition.row_of(tmp_path, what="a", data="b"), strict=True))
+    assert (row["formed"], row["cer_before_formed"], row["cer_when_formed"]) == expected
+    assert (row["cer_best"], row["cer_last"], row["epochs"], row["core_hours"]) == ("20.00", "30.00", "5", "0.50")
 
 
 def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
