@@ -25,6 +25,7 @@ COMMANDS = {
     "transcribe": ("las_fast.transcribe", "write down what audio files say"),
     "lm": ("las_fast.lm", "make a language model of text, for --lm of decode and transcribe"),
     "tune": ("las_fast.tune", "find the best settings of the search on a development split"),
+    "export": ("las_fast.export", "a trained model as one small file, with the settings to decode with"),
     "ops": ("las_fast.ops.__main__", "which fast paths work on this machine, and why not the others"),
     "demo": ("las_fast.demo", "from nothing to a report: a spoken corpus, training, decoding"),
 }

@@ -1,0 +1,67 @@
+"""python -m las_fast.export: a trained model as one small file to pass on, with the settings to decode with.
+
+Weights are stored in float16 and computed with in float32 as before. Decoding settings given here become the file's
+own, which --checkpoint FILE then decodes with where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from las_fast.cli import make_folder, parse_settings, run
+from las_fast.config import check
+from las_fast.decode import Settings
+from las_fast.errors import InputError
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    from torch import Tensor
+
+    from las_fast.checkpoint import Loaded
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(prog="python -m las_fast.export", description=__doc__, add_help=False)
+    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
+    own.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the file to write")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export; see --help."""
+    loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
+
+    def defaults(options: argparse.Namespace) -> Settings:
+        from las_fast.checkpoint import load_model
+
+        make_folder(options.out.parent, "--out")
+        loaded.append(load_model(options.checkpoint))
+        return Settings(loaded[0].config.decoding)
+
+    options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
+    export(loaded[0], settings, options.out)
+    size = options.out.stat().st_size / 1e6
+    print(f"written     {options.out} ({size:.1f} MB)")
+
+
+def export(loaded: Loaded, settings: Settings, out: Path) -> None:
+    """Write the model with float16 weights and these decoding settings."""
+    from las_fast.checkpoint import save_model
+
+    config = check(replace(loaded.config, decoding=settings.decoding))
+    weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}
+    save_model(out, weights, config, loaded.statistics, loaded.info)
+
+
+def in_half(name: str, value: Tensor) -> Tensor:
+    """Return a tensor in float16; raise InputError where that cannot hold it."""
+    half = value.half()
+    if not half.isfinite().all():
+        raise InputError(f"{name} holds {float(value.abs().max()):g}, more than float16 can; the model has diverged")
+    return half
+
+
+if __name__ == "__main__":
+    run(main)
