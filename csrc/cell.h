@@ -63,6 +63,13 @@ LAS_INLINE Float<W> gelu(Float<W> x) {
   return 0.5f * x * (1.0f + erf<W>(0.707106781f * x));
 }
 
+// The derivative of gelu: the normal distribution function, and x times its density.
+template <int W>
+LAS_INLINE Float<W> gelu_slope(Float<W> x) {
+  const Float<W> density = 0.398942280f * las::exp<W>(-0.5f * x * x);
+  return 0.5f * (1.0f + erf<W>(0.707106781f * x)) + x * density;
+}
+
 // The state of a cell after a step, of `size` values each. gate(i, j, lanes) gives `lanes` values from j on of gate i:
 // input, forget, cell or output.
 template <int W, class Gate>

@@ -1,12 +1,7 @@
 // Dot-product attention over valid frames: the C++ twin of las_fast/ops/masked_attention.py, which says what it means.
 //
-// Three products make up both directions, with A of one row a query and one column a frame:
-//   dots     A = rows . frames^T      scores from queries and keys; the gradient of weights from values
-//   average  rows = A . frames        context from values; the gradient of queries from keys
-//   spread   frames = A^T . rows      the gradients of keys and values
-// Frames are taken in tiles, and each tile meets all queries of its utterance while it is in the cache. A row of A is
-// added up in the same order whatever stands beside it, and padding is never read: an utterance has one answer, alone
-// or in any batch.
+// A row of A (attention.h) is added up in the same order whatever stands beside it, and padding is never read: an
+// utterance has one answer, alone or in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,44 +14,21 @@
 #include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "softmax.h"
 #include "vector.h"
 
 namespace {
 
-using las::Float;
-using las::each_vector;
-using las::get;
-using las::put;
+using las::average;
+using las::dots;
+using las::Frames;
+using las::Rows;
 using las::softmax;
+using las::spread;
 using las::Summary;
-using las::total;
 
 constexpr int64_t GRAIN = 1 << 16;  // multiplications that make a thread worth starting
-constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames
-
-// Accumulators that fit beside what they are made of: AVX-512 has 32 registers, the others 16.
-template <int W>
-constexpr int REGISTERS = W == 16 ? 16 : 8;
-template <int W>
-constexpr int QUERIES = W == 16 ? 8 : 4;  // taken together at most
-
-// The frames of one utterance: `count` rows of `size` values, `stride` apart.
-template <class T>
-struct Frames {
-  T* data;
-  int64_t stride, count, size;
-
-  T* at(int64_t t) const { return data + t * stride; }
-};
-
-// `count` rows of float32, one a query, `stride` apart.
-struct Rows {
-  float* data;
-  int64_t stride, count;
-
-  float* at(int64_t k) const { return data + k * stride; }
-};
 
 // Memory for up to `most` rows of up to `size` values, each padded with zeros to whole vectors.
 struct Buffer {
@@ -82,138 +54,6 @@ template <class T>
 void copy(const Rows& rows, int64_t size, T* out) {
   for (int64_t k = 0; k < rows.count; ++k)
     for (int64_t i = 0; i < size; ++i) out[k * size + i] = T(rows.at(k)[i]);
-}
-
-// out[k, t] = rows[k] . frames[t] for M rows from k and R frames from t.
-template <int W, int M, int R, class T>
-LAS_INLINE void dot_block(const Rows& rows, int64_t k, const Frames<const T>& frames, int64_t t, const Rows& out) {
-  constexpr int N = (M * R + 3) / 4 * 4;
-  Float<W> sum[N] = {};
-  const auto add = [&](int64_t d, auto read) __attribute__((always_inline)) {
-    Float<W> frame[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) frame[r] = read(frames.at(t + r) + d);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const Float<W> row = las::load<W>(rows.at(k + m) + d);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[r * M + m] += row * frame[r];
-    }
-  };
-  const int64_t whole = frames.size / W * W;
-  for (int64_t d = 0; d < whole; d += W)
-    add(d, [](const T* p) __attribute__((always_inline)) { return las::load<W>(p); });
-  if (whole < frames.size)
-    add(whole, [&](const T* p) __attribute__((always_inline)) { return las::load_part<W>(p, frames.size - whole); });
-#pragma GCC unroll 16
-  for (int i = 0; i < N; i += 4) {
-    const Float<4> four = las::sums<W>(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-    for (int j = i; j < i + 4 && j < M * R; ++j) out.at(k + j % M)[t + j / M] = four[j - i];
-  }
-}
-
-template <int W, int M, class T>
-LAS_INLINE void dot_tile(const Rows& rows, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                         const Rows& out) {
-  constexpr int R = std::min(8, REGISTERS<W> / M);
-  for (; k + M <= rows.count; k += M) {
-    int64_t t = begin;
-    for (; t + R <= end; t += R) dot_block<W, M, R>(rows, k, frames, t, out);
-    for (; t < end; ++t) dot_block<W, M, 1>(rows, k, frames, t, out);
-  }
-  if constexpr (M > 1) dot_tile<W, M / 2>(rows, k, frames, begin, end, out);
-}
-
-template <int W, class T>
-LAS_INLINE void dots(const Rows& rows, const Frames<const T>& frames, const Rows& out) {
-  for (int64_t t = 0; t < frames.count; t += DOT_TILE)
-    dot_tile<W, QUERIES<W>>(rows, 0, frames, t, std::min(t + DOT_TILE, frames.count), out);
-}
-
-// out[k, i] += sum over frames from begin to end of weights[k, t] * frames[t, i], for M rows and C vectors of columns.
-template <int W, int M, int C, class Read, class T>
-LAS_INLINE void average_block(const Rows& weights, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                              int64_t column, const Rows& out, Read read) {
-  Float<W> sum[M][C] = {};
-  for (int64_t t = begin; t < end; ++t) {
-    Float<W> frame[C];
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) frame[c] = read(frames.at(t) + column + c * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const Float<W> weight = las::broadcast<W>(weights.at(k + m)[t]);
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[m][c] += weight * frame[c];
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      float* to = out.at(k + m) + column + c * W;
-      las::store<W>(to, las::load<W>(to) + sum[m][c]);
-    }
-}
-
-template <int W, int M, class T>
-LAS_INLINE void average_tile(const Rows& weights, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                             const Rows& out) {
-  constexpr int C = std::min(8, REGISTERS<W> / M);
-  const auto whole = [](const T* p) __attribute__((always_inline)) { return las::load<W>(p); };
-  for (; k + M <= weights.count; k += M) {
-    int64_t i = 0;
-    for (; i + C * W <= frames.size; i += C * W) average_block<W, M, C>(weights, k, frames, begin, end, i, out, whole);
-    for (; i + W <= frames.size; i += W) average_block<W, M, 1>(weights, k, frames, begin, end, i, out, whole);
-    const auto part = [&](const T* p) __attribute__((always_inline)) { return las::load_part<W>(p, frames.size - i); };
-    if (i < frames.size) average_block<W, M, 1>(weights, k, frames, begin, end, i, out, part);
-  }
-  if constexpr (M > 1) average_tile<W, M / 2>(weights, k, frames, begin, end, out);
-}
-
-// out must be zeros. A tile is added up by itself first: shorter sums lose less.
-template <int W, class T>
-LAS_INLINE void average(const Rows& weights, const Frames<const T>& frames, const Rows& out) {
-  for (int64_t t = 0; t < frames.count; t += AVERAGE_TILE)
-    average_tile<W, QUERIES<W>>(weights, 0, frames, t, std::min(t + AVERAGE_TILE, frames.count), out);
-}
-
-// frames[t, i] = sum over k of weights[k, t] * rows[k, i] for R frames and C vectors of columns, or `lanes` of one.
-template <int W, int R, int C, class T>
-LAS_INLINE void spread_block(const Rows& weights, const Rows& rows, int64_t t, int64_t column, int64_t lanes,
-                             const Frames<T>& frames) {
-  Float<W> sum[R][C] = {};
-  for (int64_t k = 0; k < rows.count; ++k) {
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      const Float<W> row = las::load<W>(rows.at(k) + column + c * W);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[r][c] += las::broadcast<W>(weights.at(k)[t + r]) * row;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      T* to = frames.at(t + r) + column + c * W;
-      if (lanes == W) las::store<W>(to, sum[r][c]);
-      else las::store_part<W>(to, sum[r][c], lanes);
-    }
-}
-
-template <int W, int R, class T>
-LAS_INLINE void spread_tile(const Rows& weights, const Rows& rows, int64_t t, const Frames<T>& frames) {
-  int64_t i = 0;
-  for (; i + 2 * W <= frames.size; i += 2 * W) spread_block<W, R, 2>(weights, rows, t, i, W, frames);
-  for (; i < frames.size; i += W)
-    spread_block<W, R, 1>(weights, rows, t, i, std::min<int64_t>(W, frames.size - i), frames);
-}
-
-template <int W, class T>
-LAS_INLINE void spread(const Rows& weights, const Rows& rows, const Frames<T>& frames) {
-  constexpr int R = REGISTERS<W> / 2;
-  int64_t t = 0;
-  for (; t + R <= frames.count; t += R) spread_tile<W, R>(weights, rows, t, frames);
-  for (; t < frames.count; ++t) spread_tile<W, 1>(weights, rows, t, frames);
 }
 
 void check_inputs(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
@@ -348,18 +188,6 @@ struct Backward {
     return buffer.fill(x.const_data_ptr<T>() + b * x.stride(0), x.stride(1), shape.K, x.size(2), factor);
   }
 
-  // Turn the gradients of the n weights of a query into those of its scores before the scale.
-  template <int W>
-  LAS_INLINE void through_softmax(const float* weight, float* gradient, int64_t n) const {
-    const float mean = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-      return get<W>(weight + t, lanes, 0.0f) * get<W>(gradient + t, lanes, 0.0f);
-    });
-    each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-      const Float<W> centred = get<W>(gradient + t, lanes, 0.0f) - mean;
-      put<W>(gradient + t, get<W>(weight + t, lanes, 0.0f) * centred * scale, lanes);
-    });
-  }
-
   struct Scratch {
     explicit Scratch(const Shape& s) : query(s.K, s.D), summed(s.K, s.D), context(s.K, s.E), weights(s.K, s.T),
                                        scores(s.K, s.T) {}
@@ -384,7 +212,7 @@ struct Backward {
       if (through_context) dots<W>(dc, value, dw);
       for (int64_t k = 0; k < K; ++k) {
         if (weights_gradient.defined()) add_weights_gradient(b, k, n, dw.at(k));
-        through_softmax<W>(w.at(k), dw.at(k), n);
+        las::through_softmax<W>(w.at(k), dw.at(k), n, scale);
       }
       average<W>(dw, key, dq);
     });

@@ -81,8 +81,17 @@ struct Matrix {
   T* data;
   int64_t stride, count;
 
-  T* at(int64_t row) const { return data + row * stride; }
+  T* at(int64_t row, int64_t k = 0) const { return data + row * stride + k; }
   operator Matrix<const T>() const { return {data, stride, count}; }
+};
+
+// The columns of one panel as rows: so two packed matrices make the product A^T B, as a weight's gradient is.
+template <class T>
+struct PanelRows {
+  const T* data;
+  int64_t count;
+
+  const T* at(int64_t row, int64_t k) const { return data + k * COLUMNS + row * NEIGHBOURS<T>; }
 };
 
 // Where the sums of each row start: as many values as there are columns, padded to whole panels; null: at 0.
@@ -132,23 +141,23 @@ LAS_INLINE void finish(const Matrix<float>& out, int64_t row, int64_t column, co
     for (int i = 0; i < 2; ++i) store<W>(out.at(row + m) + column + i * W, sum[m][i]);
 }
 
-template <int W, int M>
-LAS_INLINE void add(const Matrix<const float>& rows, int64_t row, const float* panel, int64_t depth,
+template <int W, int M, class Rows>
+LAS_INLINE void add(const Rows& rows, int64_t row, const float* panel, int64_t depth,
                     Float<W> (&sum)[M][2]) {
   for (int64_t k = 0; k < depth; ++k) {
     fetch_ahead<M>(panel + (k + depth) * COLUMNS, 8 * W);
     const Float<W> first = load<W>(panel + k * COLUMNS), second = load<W>(panel + k * COLUMNS + W);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const float x = rows.at(row + m)[k];
+      const float x = *rows.at(row + m, k);
       sum[m][0] += x * first;
       sum[m][1] += x * second;
     }
   }
 }
 
-template <int W, int M>
-LAS_INLINE void add(const Matrix<const c10::BFloat16>& rows, int64_t row, const c10::BFloat16* panel, int64_t depth,
+template <int W, int M, class Rows>
+LAS_INLINE void add(const Rows& rows, int64_t row, const c10::BFloat16* panel, int64_t depth,
                     Float<W> (&sum)[M][2]) {
   for (int64_t k = 0; k < depth; k += 2) {
     Bits<W> pair[2];
@@ -159,7 +168,7 @@ LAS_INLINE void add(const Matrix<const c10::BFloat16>& rows, int64_t row, const 
       const Float<W> second = bits_as<Float<W>>(odd ? pair[1] & 0xFFFF0000u : pair[1] << 16);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const float x = rows.at(row + m)[k + odd];
+        const float x = rows.at(row + m, k)[odd];
         sum[m][0] += x * first;
         sum[m][1] += x * second;
       }
@@ -167,8 +176,8 @@ LAS_INLINE void add(const Matrix<const c10::BFloat16>& rows, int64_t row, const 
   }
 }
 
-template <int W, int M, class T>
-LAS_INLINE void tile(const Matrix<const T>& rows, int64_t row, const Panels<T>& weights, int64_t panel, Starts starts,
+template <int W, int M, class Rows, class T>
+LAS_INLINE void tile(const Rows& rows, int64_t row, const Panels<T>& weights, int64_t panel, Starts starts,
                      const Matrix<float>& out) {
   for (int64_t i = 0; i < COLUMNS; i += 2 * W) {
     Float<W> sum[M][2];
@@ -186,8 +195,8 @@ inline bool has_bf16_dots() {
   return has;
 }
 
-template <int M>
-LAS_AVX512_BF16 void bf16_tile(const Matrix<const c10::BFloat16>& rows, int64_t row, const c10::BFloat16* panel,
+template <int M, class Rows>
+LAS_AVX512_BF16 void bf16_tile(const Rows& rows, int64_t row, const c10::BFloat16* panel,
                                int64_t depth, Starts starts, int64_t column, const Matrix<float>& out) {
   __m512 sum[M][2];
 #pragma GCC unroll 16
@@ -202,7 +211,7 @@ LAS_AVX512_BF16 void bf16_tile(const Matrix<const c10::BFloat16>& rows, int64_t 
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       int32_t pair;
-      std::memcpy(&pair, rows.at(row + m) + k, sizeof pair);
+      std::memcpy(&pair, rows.at(row + m, k), sizeof pair);
       const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
       sum[m][0] = _mm512_dpbf16_ps(sum[m][0], x, first);
       sum[m][1] = _mm512_dpbf16_ps(sum[m][1], x, second);
@@ -215,9 +224,9 @@ LAS_AVX512_BF16 void bf16_tile(const Matrix<const c10::BFloat16>& rows, int64_t 
 }
 #endif
 
-// out must have room for whole panels in each row; rows are as deep as the panels.
-template <class T>
-void product(const Matrix<const T>& rows, const Panels<T>& weights, Starts starts, const Matrix<float>& out) {
+// out must have room for whole panels in each row; rows, a Matrix or PanelRows, are as deep as the panels.
+template <class Rows, class T>
+void product(const Rows& rows, const Panels<T>& weights, Starts starts, const Matrix<float>& out) {
 #ifdef LAS_BF16_DOTS
   if constexpr (!std::is_same_v<T, float>) {
     if (has_bf16_dots()) {
@@ -238,20 +247,32 @@ void product(const Matrix<const T>& rows, const Panels<T>& weights, Starts start
   });
 }
 
-template <int W, class T>
-LAS_INLINE void convert(const float* from, int64_t n, T* to, float factor = 1.0f) {
+template <int W, class S, class T>
+LAS_INLINE void convert(const S* from, int64_t n, T* to, float factor = 1.0f) {
   each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     put<W>(to + i, get<W>(from + i, lanes, 0.0f) * factor, lanes);
   });
 }
 
+// COLUMNS of one row and of the next, side by side.
+template <int W>
+LAS_INLINE void beside(const c10::BFloat16* row, const c10::BFloat16* next, c10::BFloat16* to) {
+  for (int64_t i = 0; i < COLUMNS; i += W) {
+    Short<W> low, high;
+    std::memcpy(&low, row + i, sizeof low);
+    std::memcpy(&high, next + i, sizeof high);
+    const Bits<W> both = __builtin_convertvector(low, Bits<W>) | __builtin_convertvector(high, Bits<W>) << 16;
+    std::memcpy(to + 2 * i, &both, sizeof both);
+  }
+}
+
 // One panel of `factor` times the values source[column * column_stride + k * k_stride], one of whose strides is 1.
-template <int W, class T>
-LAS_INLINE void pack_panel(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
+template <int W, class S, class T>
+LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
                            float factor, T* to) {
   constexpr int64_t N = NEIGHBOURS<T>, RUN = 32;
-  T run[RUN];
   if (k_stride == 1) {  // take RUN of a column before the next one's: they share a cache line
+    T run[RUN];
     for (int64_t first = 0; first < depth; first += RUN)
       for (int64_t i = 0; i < columns; ++i) {
         std::fill_n(run, RUN, T(0.0f));
@@ -259,29 +280,52 @@ LAS_INLINE void pack_panel(const float* source, int64_t column_stride, int64_t k
         for (int64_t k = 0; k < std::min(RUN, depth - first); k += N)
           std::copy_n(run + k, N, to + (first + k) * COLUMNS + i * N);
       }
+  } else if constexpr (N == 1) {
+    for (int64_t k = 0; k < depth; ++k) convert<W>(source + k * k_stride, columns, to + k * COLUMNS, factor);
   } else {
-    for (int64_t k = 0; k < depth; ++k) {
-      convert<W>(source + k * k_stride, columns, run, factor);
-      for (int64_t i = 0; i < columns; ++i) to[(k / N * COLUMNS + i) * N + k % N] = run[i];
+    T run[N][COLUMNS] = {};
+    for (int64_t k = 0; k < depth; k += N) {
+      if constexpr (std::is_same_v<S, T>)
+        if (columns == COLUMNS && k + 1 < depth && factor == 1.0f) {
+          beside<W>(source + k * k_stride, source + (k + 1) * k_stride, to + k * COLUMNS);
+          continue;
+        }
+      for (int64_t n = 0; n < N; ++n) {
+        if (k + n < depth) convert<W>(source + (k + n) * k_stride, columns, run[n], factor);
+        else std::fill_n(run[n], columns, T(0.0f));
+      }
+      beside<W>(run[0], run[1], to + k * COLUMNS);
     }
   }
 }
 
-// Panels of such values; `memory` is theirs.
 template <class T>
-Panels<T> pack(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
-               Memory<T>& memory, float factor = 1.0f) {
+int64_t packed_size(int64_t columns, int64_t depth) {
+  return padded(columns) * padded(depth, NEIGHBOURS<T>);
+}
+
+// Panels of such values in the packed_size of memory at `to`.
+template <class S, class T>
+Panels<T> pack(const S* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, T* to,
+               float factor = 1.0f) {
   const int64_t deep = padded(depth, NEIGHBOURS<T>);
-  memory = Memory<T>(padded(columns) * deep);
   widest([&](auto width) __attribute__((always_inline)) {
     for (int64_t panel = 0; panel < columns; panel += COLUMNS) {
       const int64_t here = std::min(COLUMNS, columns - panel);
-      T* to = memory.data() + panel * deep;
-      if (here < COLUMNS || deep > depth) std::fill_n(to, COLUMNS * deep, T(0.0f));
-      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor, to);
+      T* into = to + panel * deep;
+      if (here < COLUMNS || deep > depth) std::fill_n(into, COLUMNS * deep, T(0.0f));
+      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor, into);
     }
   });
-  return {memory.data(), columns, deep};
+  return {to, columns, deep};
+}
+
+// Panels with memory of their own, which becomes `memory`.
+template <class T>
+Panels<T> pack(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
+               Memory<T>& memory, float factor = 1.0f) {
+  memory = Memory<T>(packed_size<T>(columns, depth));
+  return pack(source, column_stride, k_stride, columns, depth, memory.data(), factor);
 }
 
 }  // namespace las

@@ -18,8 +18,8 @@ LAS_INLINE void each_vector(int64_t n, Step step) {
   if (t < n) step(t, n - t);
 }
 
-template <int W>
-LAS_INLINE Float<W> get(const float* p, int64_t lanes, float fill) {
+template <int W, class T>
+LAS_INLINE Float<W> get(const T* p, int64_t lanes, float fill) {
   return lanes == W ? load<W>(p) : load_part<W>(p, lanes, fill);
 }
 

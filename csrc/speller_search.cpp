@@ -25,30 +25,29 @@
 #include "cell.h"
 #include "product.h"
 #include "softmax.h"
+#include "speller.h"
 #include "vector.h"
 
 namespace {
 
+using las::Buffer;
+using las::check_weights;
+using las::convert;
 using las::Float;
 using las::get;
+using las::Layer;
+using las::layer;
 using las::Matrix;
 using las::padded;
 using las::Panels;
 using las::put;
+using las::Weights;
 namespace topk = las::topk;
 
 constexpr int64_t ROWS = 128;    // living beams of one thread, if one utterance has no more: beyond that nothing gains
 constexpr float UNSEEN = 0.01f;  // least attention that a frame counts as having got, for a finite logarithm
 
 // ------------------------------------------------------------------------------------------------------- what is read
-
-// A layer, or a part of one, packed.
-template <class T>
-struct Layer {
-  Panels<T> weights;
-  std::vector<float> bias;  // padded to whole panels
-  las::Memory<T> memory;
-};
 
 template <class T>
 struct LaterCell {
@@ -106,24 +105,6 @@ struct History {
   std::vector<int64_t> tokens, parents, frames;
   std::vector<float> scores;
 };
-
-// Rows with room for whole panels.
-template <class T = float>
-struct Buffer {
-  Buffer() = default;
-  Buffer(int64_t rows, int64_t size) : stride(padded(size)), memory(rows * stride, T(0.0f)) {}
-
-  T* at(int64_t row) { return memory.data() + row * stride; }
-  Matrix<T> rows(int64_t count) { return {memory.data(), stride, count}; }
-
-  int64_t stride = 0;
-  std::vector<T> memory;
-};
-
-template <class T>
-void convert(const float* from, int64_t n, T* to) {
-  las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from, n, to); });
-}
 
 // The states of all rows between two steps.
 struct States {
@@ -529,58 +510,6 @@ Steps search(const Speller<T>& speller, const Job& job) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- arguments
-
-// In the order of las_fast/ops/speller_search.py: SpellerWeights.
-struct Weights {
-  at::Tensor embedding, query, query_bias, project, project_bias, bias;
-  std::vector<at::Tensor> gates, gate_biases;
-
-  explicit Weights(at::TensorList list) {
-    TORCH_CHECK(list.size() >= 8 && list.size() % 2 == 0,
-                "weights must be 6 tensors and 2 more for each cell; got ", list.size());
-    for (const at::Tensor& x : list)
-      TORCH_CHECK(x.scalar_type() == at::kFloat, "weights must be float32; got ", x.scalar_type());
-    embedding = list[0].contiguous(), query = list[1].contiguous(), query_bias = list[2].contiguous();
-    project = list[3].contiguous(), project_bias = list[4].contiguous(), bias = list[5].contiguous();
-    for (size_t i = 6; i < list.size(); i += 2) {
-      gates.push_back(list[i].contiguous());
-      gate_biases.push_back(list[i + 1].contiguous());
-    }
-  }
-};
-
-void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK(x.sizes() == shape, "weights: ", name, " must be ", shape, "; got ", x.sizes());
-}
-
-void check_weights(const Weights& w, int64_t D, int64_t E) {
-  TORCH_CHECK(w.embedding.dim() == 2 && w.embedding.numel() > 0, "weights: embedding must be (V, M); got ",
-              w.embedding.sizes());
-  const int64_t V = w.embedding.size(0), M = w.embedding.size(1);
-  int64_t below = M + E;
-  for (size_t i = 0; i < w.gates.size(); ++i) {
-    const int64_t size = w.gate_biases[i].numel() / 4;
-    TORCH_CHECK(size > 0, "weights: gate_biases must be (4 * H,); got ", w.gate_biases[i].sizes());
-    check_shape("gate_biases", w.gate_biases[i], {4 * size});
-    check_shape("gates", w.gates[i], {4 * size, below + size});
-    below = size;
-  }
-  check_shape("query", w.query, {D, below});
-  check_shape("query_bias", w.query_bias, {D});
-  check_shape("project", w.project, {M, below + E});
-  check_shape("project_bias", w.project_bias, {M});
-  check_shape("bias", w.bias, {V});
-}
-
-// Columns from to from + depth of a matrix of weights (N, .).
-template <class T>
-Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, float factor = 1.0f) {
-  const int64_t n = weights.size(0), stride = weights.size(1);
-  Layer<T> made{{}, std::vector<float>(padded(n), 0.0f), {}};
-  made.weights = las::pack<T>(weights.const_data_ptr<float>() + from, stride, 1, n, depth, made.memory, factor);
-  for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
-  return made;
-}
 
 template <class T>
 Speller<T> speller_of(const Weights& w, int64_t D, int64_t E) {

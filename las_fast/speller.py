@@ -1,10 +1,13 @@
-"""Speller: embedding, LSTM cells and attention, one token after another; the output shares the embedding's weights."""
+"""Speller: embedding, LSTM cells and attention, one token after another; the output shares the embedding's weights.
+
+Training takes all tokens at once, by ops.speller_unroll; a search takes one after another, by Speller.step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +15,16 @@ from torch.nn import functional as F
 
 from las_fast.attention import Attended, Attention, Memory
 from las_fast.config import SpellerConfig
-from las_fast.deferred import DeferredAttention, DeferredLinear
 from las_fast.listener import dropout_mask, initialise_lstm
-from las_fast.ops import SpellerWeights, beam_gather
+from las_fast.ops import SpellerWeights, beam_gather, speller_unroll
+from las_fast.ops.speller_unroll import PRECISIONS
 from las_fast.text import PAD, SOS
 
 NEVER = -1e4  # logit of <pad> and <sos>: their probability is exactly 0 in float32, and finite in half precision
 
 
 class Prepared(NamedTuple):
-    """What every step of one search reads and none changes; made once, by Speller.start."""
+    """What every step of one search reads and none changes."""
 
     bias: Tensor  # (V,) of the output, NEVER included
     token_gates: Tensor | None  # (V, 4H) on CUDA: what each token adds to the gates of the first cell
@@ -34,7 +37,7 @@ class SpellerState(NamedTuple):
     hidden: tuple[Tensor, ...]  # (B, K, H) a cell
     cell: tuple[Tensor, ...]  # (B, K, H) a cell, float32
     context: Tensor  # (B, K, E)
-    prepared: Prepared | None = None  # None in training
+    prepared: Prepared
 
     def gather(self, parents: Tensor, *, backend: str = "auto") -> SpellerState:
         """Return the state in which hypothesis k continues parents[b, k]; parents (B, K) int64."""
@@ -56,9 +59,9 @@ class LSTMCell(nn.Module):
             initialise_lstm("weight_hh", weight_hh)
             initialise_lstm("bias_ih", self.gates.bias)
 
-    def forward(self, inputs: tuple[Tensor, ...], hidden: Tensor, cell: Tensor, gates=None) -> tuple[Tensor, Tensor]:
-        """Return the new hidden and cell state; `gates` stands in for the layer of that name."""
-        i, f, g, o = (gates or self.gates)(torch.cat((*inputs, hidden), -1)).float().chunk(4, -1)
+    def forward(self, inputs: tuple[Tensor, ...], hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new hidden and cell state."""
+        i, f, g, o = self.gates(torch.cat((*inputs, hidden), -1)).float().chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
 
@@ -78,32 +81,6 @@ class LSTMCell(nn.Module):
 
 # What torch.lstm_cell calls on CUDA after its two products: (gates, gates, cell, bias, bias) -> (hidden, cell, _).
 fused_gates = torch.ops.aten._thnn_fused_lstm_cell
-
-
-class Shared(NamedTuple):
-    """What all steps of one pass share: layers, attention over one memory, dropout masks."""
-
-    cells: list[Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, Tensor]]]
-    query: Callable[[Tensor], Tensor]
-    attend: Callable[[Tensor], tuple[Tensor, Any]]  # context, and where it is from
-    masks: list[Tensor | None]  # (B, 1, H) a cell
-
-    @staticmethod
-    def plain(speller: Speller, memory: Memory, prepared: Prepared, *, weights: bool, backend: str) -> Shared:
-        """The layers themselves, for one step at a time."""
-        cells: list[Callable] = list(speller.cells)
-        if prepared.token_gates is not None:
-            cells = [partial(c.fused, zeros=prepared.zeros[i], multiplied=i == 0) for i, c in enumerate(cells)]
-        attend = partial(speller.attention, memory=memory, weights=weights, backend=backend)
-        return Shared(cells, speller.attention.query, attend, [None] * len(cells))
-
-    @staticmethod
-    def deferred(speller: Speller, memory: Memory, steps: int) -> Shared:
-        """The same layers with gradients taken once for all steps; dropout masks when training."""
-        shape = (memory.keys.shape[0], 1)
-        cells = [partial(cell, gates=DeferredLinear(cell.gates, steps, shape)) for cell in speller.cells]
-        query = DeferredLinear(speller.attention.query, steps, shape)
-        return Shared(cells, query, DeferredAttention(memory, steps), speller.masks(memory))
 
 
 class Speller(nn.Module):
@@ -126,7 +103,7 @@ class Speller(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.embedding_size**-0.5)
 
     def weights(self) -> SpellerWeights:
-        """Return all that las_fast.ops.speller_search reads."""
+        """Return all that ops.speller_search and ops.speller_unroll read."""
         gates = [cell.gates for cell in self.cells]
         return SpellerWeights(
             self.embedding.weight,
@@ -141,18 +118,14 @@ class Speller(nn.Module):
 
     def start(self, memory: Memory, beam: int = 1) -> SpellerState:
         """Return the state before the first token, with what all steps after it share."""
-        token_gates, zeros = None, ()
+        batch, token_gates, zeros = memory.keys.shape[0], None, ()
         if self._fuses(memory):
             first = self.cells[0].gates.weight.narrow(1, 0, self.embedding.embedding_dim)
             token_gates = F.linear(self.embedding.weight, first)
             zeros = tuple(torch.zeros_like(cell.gates.bias) for cell in self.cells)
-        return self._silence(memory, beam)._replace(prepared=Prepared(self.bias + self.never, token_gates, zeros))
-
-    def _silence(self, memory: Memory, beam: int = 1) -> SpellerState:
-        batch = memory.keys.shape[0]
-        zeros = [memory.keys.new_zeros(batch, beam, cell.size, dtype=torch.float32) for cell in self.cells]
+        silence = tuple(memory.keys.new_zeros(batch, beam, cell.size, dtype=torch.float32) for cell in self.cells)
         context = memory.values.new_zeros(batch, beam, memory.values.shape[2])
-        return SpellerState(tuple(zeros), tuple(zeros), context)
+        return SpellerState(silence, silence, context, Prepared(self.bias + self.never, token_gates, zeros))
 
     @staticmethod
     def _fuses(memory: Memory) -> bool:
@@ -166,63 +139,50 @@ class Speller(nn.Module):
 
         See LAS.step.
         """
-        prepared = state.prepared
-        shared = Shared.plain(self, memory, prepared, weights=weights, backend=backend)
+        prepared, hiddens, cells = state.prepared, [], []
         table = self.embedding.weight if prepared.token_gates is None else prepared.token_gates
-        attended, state = self._advance(F.embedding(tokens, table), state, shared)
-        state = state._replace(prepared=prepared)
-        return self._logits(state.hidden[-1], state.context, prepared.bias), attended, state
-
-    def forward(self, memory: Memory, tokens: Tensor, teacher_forcing: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Spell tokens (B, U) with the true or, by chance, the spelled token before each; see LAS.forward."""
-        before = F.pad(tokens[:, :-1], (1, 0), value=SOS)
-        # One draw for every utterance and step; the first step reads <sos> whatever the draw.
-        sampled = torch.rand(before.shape, device=before.device) >= teacher_forcing
-        sampled[:, 0] = False
-        any_sampled = sampled.any(0).tolist()
-        shared = Shared.deferred(self, memory, tokens.shape[1])
-        state = self._silence(memory)
-        hidden, contexts, weights = [], [], []
-        for u in range(tokens.shape[1]):
-            token = before[:, u]
-            if any_sampled[u]:
-                token = torch.where(sampled[:, u], self._best(hidden[-1], contexts[-1]), token)
-            w, state = self._advance(self.embedding(token[:, None]), state, shared)
-            hidden.append(self._dropped(state.hidden[-1], shared.masks[-1]))
-            contexts.append(state.context)
-            weights.append(w)
-        return self._logits(torch.cat(hidden, 1), torch.cat(contexts, 1)), torch.cat(weights, 1)
-
-    def _advance(self, embedded: Tensor, state: SpellerState, shared: Shared) -> tuple[Any, SpellerState]:
-        """Return what `shared.attend` says of where it listened, and the next state."""
-        inputs, hiddens, cells = (embedded.float(), state.context.float()), [], []
-        for i, layer in enumerate(shared.cells):
+        inputs = (F.embedding(tokens, table).float(), state.context.float())
+        for i, layer in enumerate(self._layers(prepared)):
             hidden, cell = layer(inputs, state.hidden[i], state.cell[i])
             hiddens.append(hidden)
             cells.append(cell)
-            inputs = (self._dropped(hidden, shared.masks[i]),)
-        context, attended = shared.attend(shared.query(inputs[0]))
-        return attended, SpellerState(tuple(hiddens), tuple(cells), context)
-
-    def masks(self, memory: Memory) -> list[Tensor | None]:
-        """One locked dropout mask a cell, the same at every token."""
-        if not self.training or self.dropout == 0:
-            return [None] * len(self.cells)
-        batch = memory.keys.shape[0]
-        return [dropout_mask(memory.keys.new_empty(batch, 1, cell.size), self.dropout) for cell in self.cells]
-
-    @staticmethod
-    def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-        return x if mask is None else x * mask
-
-    def _logits(self, hidden: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return (B, U, V) logits; `bias` is Prepared.bias where there is one."""
+            inputs = (hidden,)
+        query = self.attention.query(hidden)
+        context, attended = self.attention(query, memory, weights=weights, backend=backend)
         features = F.gelu(self.project(torch.cat((hidden.float(), context.float()), -1)))
-        if bias is None:
-            return F.linear(features, self.embedding.weight, self.bias) + self.never
-        return F.linear(features, self.embedding.weight, bias)
+        logits = F.linear(features, self.embedding.weight, prepared.bias)
+        return logits, attended, SpellerState(tuple(hiddens), tuple(cells), context, prepared)
 
-    @torch.no_grad()
-    def _best(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """The most probable next token, (B,)."""
-        return self._logits(hidden.detach(), context.detach())[:, -1].argmax(-1)
+    def _layers(self, prepared: Prepared) -> list[Callable[..., tuple[Tensor, Tensor]]]:
+        """Return what takes (inputs, hidden, cell) of each cell to its new hidden and cell state."""
+        if prepared.token_gates is None:
+            return list(self.cells)
+        return [partial(c.fused, zeros=prepared.zeros[i], multiplied=i == 0) for i, c in enumerate(self.cells)]
+
+    def forward(
+        self, memory: Memory, tokens: Tensor, teacher_forcing: float = 1.0, *, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """Spell tokens (B, U) with the true or, by chance, the spelled token before each; see LAS.forward.
+
+        The products are in the precision of autocast where that is on; backend is of ops.speller_unroll.
+        """
+        before = F.pad(tokens[:, :-1], (1, 0), value=SOS)
+        # One draw for every utterance and step; the first step reads <sos> whatever the draw.
+        sampled = torch.rand(before.shape, device=before.device) >= teacher_forcing
+        return speller_unroll(
+            self.weights(), *memory[:3], before, sampled, self.masks(memory),
+            precision=autocast_precision(memory.keys.device.type), backend=backend,
+        )  # fmt: skip
+
+    def masks(self, memory: Memory) -> list[Tensor] | None:
+        """One locked dropout mask (B, H) a cell, the same at every token; None where nothing is dropped."""
+        if not self.training or self.dropout == 0:
+            return None
+        batch = memory.keys.shape[0]
+        return [dropout_mask(memory.keys.new_empty(batch, cell.size), self.dropout) for cell in self.cells]
+
+
+def autocast_precision(device_type: str) -> str:
+    """Return the name of what torch.autocast multiplies in on that type of device, fp32 where it is off."""
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else torch.float32
+    return next(name for name, kind in PRECISIONS.items() if kind == dtype)

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from las_fast.attention import Memory
 from las_fast.config import SpellerConfig
-from las_fast.ops import padding_mask
+from las_fast.ops import padding_mask, speller_unroll
 from las_fast.speller import Speller, SpellerState
 from las_fast.text import PAD, SOS
 
@@ -56,12 +57,14 @@ def test_training_pass_equals_the_plain_loop_in_value_and_every_gradient(speller
         torch.testing.assert_close(results[0][4][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_weight_gradients_are_taken_once_and_not_once_a_step(speller):
-    logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, 20)))
+@pytest.mark.parametrize("steps", [1, 20])
+def test_weight_gradients_are_taken_once_and_not_once_a_step(speller, steps):
+    logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, steps)), backend="fused")
     with torch.profiler.profile() as profile:
         logits.sum().backward()
-    assert sum(e.count for e in profile.key_averages() if e.key == "_LinearOffsetsBackward") == 3  # two cells, query
-    assert sum(e.count for e in profile.key_averages() if e.key == "_AttentionOffsetsBackward") == 1
+    counts = {e.key: e.count for e in profile.key_averages()}
+    assert counts["_LinearOffsetsBackward"] == 3  # two cells and the query
+    assert counts["_AttentionOffsetsBackward"] == 1
 
 
 def test_full_teacher_forcing_reads_only_true_tokens(speller):
@@ -77,13 +80,23 @@ def test_no_teacher_forcing_reads_its_own_best_tokens(speller):
     torch.testing.assert_close(logits, expected)
 
 
-def test_sampling_is_decided_for_each_utterance_and_step(speller, monkeypatch):
-    seen = []
-    embedding = speller.embedding.forward
-    monkeypatch.setattr(speller.embedding, "forward", lambda t: seen.append(t.clone()) or embedding(t))
-    monkeypatch.setattr(speller, "_best", lambda hidden, context: torch.full((len(hidden),), 30))
+@pytest.fixture
+def unrolled(monkeypatch):
+    """The arguments of the last call of ops.speller_unroll."""
+    seen = {}
+
+    def record(weights, keys, values, lengths, tokens, sampled, masks, **options):
+        seen.update(tokens=tokens, sampled=sampled, masks=masks)
+        return speller_unroll(weights, keys, values, lengths, tokens, sampled, masks, **options)
+
+    monkeypatch.setattr("las_fast.speller.speller_unroll", record)
+    return seen
+
+
+def test_sampling_is_decided_for_each_utterance_and_step(speller, unrolled):
     speller(make_memory(speller, lengths=[4] * 64), torch.full((64, 41), 3), 0.7)
-    sampled = torch.cat(seen, 1)[:, 1:] == 30
+    assert torch.equal(unrolled["tokens"], F.pad(torch.full((64, 40), 3), (1, 0), value=SOS))
+    sampled = unrolled["sampled"][:, 1:]
     assert 0.25 < sampled.float().mean() < 0.35
     assert sampled.any(0).all() and sampled.any(1).all() and not sampled.all(0).any() and not sampled.all(1).any()
 
@@ -103,16 +116,15 @@ def test_pad_and_sos_are_never_spelled(speller):
     assert (logits.softmax(-1)[..., [PAD, SOS]] == 0).all()
 
 
-def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utterances():
+def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utterances(unrolled):
     torch.manual_seed(0)
     speller = Speller(SpellerConfig(lstm_sizes=(64, 32), dropout=0.5), 10, 31).train()
-    memory = make_memory(speller, (6, 6))
-    seen = []
-    project = speller.project.forward
-    speller.project.forward = lambda x: seen.append(x) or project(x)
-    speller(memory, torch.randint(3, 31, (2, 4)))
-    dropped = seen[0][..., :32] == 0
-    assert dropped.any() and (dropped == dropped[:, :1]).all() and not torch.equal(dropped[0], dropped[1])
+    speller(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
+    masks = unrolled["masks"]  # of an utterance: all its tokens
+    assert [mask.shape for mask in masks] == [(2, 64), (2, 32)]
+    assert all(set(mask.unique().tolist()) == {0.0, 2.0} and not torch.equal(*mask) for mask in masks)
+    speller.eval()(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
+    assert unrolled["masks"] is None
 
 
 def test_the_fused_cell_and_what_is_prepared_change_nothing(speller, monkeypatch):
@@ -147,7 +159,8 @@ def test_a_step_gives_weights_only_where_asked_for_and_always_their_peaks(spelle
 
 
 def test_gather_makes_each_hypothesis_continue_its_parent():
-    state = SpellerState((torch.arange(6.0).view(2, 3, 1),), (torch.arange(6.0).view(2, 3, 1),), torch.zeros(2, 3, 4))
+    numbers = torch.arange(6.0).view(2, 3, 1)
+    state = SpellerState((numbers,), (numbers.clone(),), torch.zeros(2, 3, 4), None)
     gathered = state.gather(torch.tensor([[2, 2, 0], [1, 0, 1]]))
     assert gathered.hidden[0].flatten().tolist() == [2, 2, 0, 4, 3, 4]
     assert torch.equal(gathered.hidden[0], gathered.cell[0])
@@ -156,12 +169,12 @@ def test_gather_makes_each_hypothesis_continue_its_parent():
 def test_the_padding_mask_is_built_once_for_all_tokens(speller, monkeypatch):
     calls = []
     monkeypatch.setattr("las_fast.attention.padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
-    # The op's module has the op's name, which hides it from a dotted path.
-    monkeypatch.setattr(
-        sys.modules["las_fast.ops.masked_attention"], "padding_mask", lambda *a: calls.append(1) or padding_mask(*a)
-    )
-    speller(make_memory(speller), torch.randint(3, 31, (2, 9)))
-    assert len(calls) == 1
+    for op in ("masked_attention", "speller_unroll"):  # its module has the op's name, which hides it from a dotted path
+        module = sys.modules[f"las_fast.ops.{op}"]
+        monkeypatch.setattr(module, "padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
+    memory = make_memory(speller)
+    speller(memory, torch.randint(3, 31, (2, 9)), backend="fused")
+    assert len(calls) == 2  # the memory's own, and the pass's
 
 
 def test_bfloat16_training_pass_keeps_states_in_float32(speller):

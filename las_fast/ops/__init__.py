@@ -8,6 +8,7 @@ from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ngram, beam_topk
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
+from las_fast.ops.speller_unroll import speller_unroll
 
 __all__ = [
     "Backtracked",
@@ -21,4 +22,5 @@ __all__ = [
     "masked_attention",
     "padding_mask",
     "speller_search",
+    "speller_unroll",
 ]

@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch's own calls again, arranged for speed
 WIDE, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the float types each takes; None: any
     "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": WIDE + HALF},
     "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
+    "speller_unroll": {"reference": None, "fused": None, "cpp": WIDE},
     "speller_search": {"reference": None, "cpp": WIDE},  # on CUDA las_fast.search goes step by step with the ops above
 }
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
@@ -50,7 +51,7 @@ EXTENSION_PROBLEM = _load_extension()
 def unavailable(op: str, backend: str) -> str | None:
     """Return why `op` has no `backend` on this machine, and what to do about it; None where it has."""
     if backend not in IMPLEMENTED[op]:
-        language = {"cpp": "C++", "triton": "Triton"}[backend]
+        language = {"fused": "fused", "cpp": "C++", "triton": "Triton"}[backend]
         return f"this version has no {language} {op}. Use backend='auto'"
     if backend == "cpp":
         return EXTENSION_PROBLEM
@@ -78,8 +79,8 @@ def choose(
 ) -> str:
     """Return the backend to call for `op` on tensors of `device` and, where the op is particular, of `dtype`.
 
-    "auto" is triton on CUDA and cpp on a CPU where they are available and take that call, else the reference. What
-    could be faster after building the extension, or installing Triton, is said once.
+    "auto" is triton on CUDA and cpp on a CPU where they are available and take that call, else fused where the op has
+    that, else the reference. What could be faster after building the extension, or installing Triton, is said once.
 
     excess: for a backend, what of this call's sizes it does not take; None or no entry where it takes them.
 
@@ -94,12 +95,12 @@ def choose(
         if native in IMPLEMENTED[op] and (reason := unavailable(op, native)):
             _say_once(reason)
         chosen = automatic(op, device.type, dtype)
-        return "reference" if excess and excess.get(chosen) else chosen
+        return _portable(op) if excess and excess.get(chosen) else chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if reason := unavailable(op, backend):
         raise RuntimeError(f'{op}: backend "{backend}" is not available: {reason}')
-    if device.type != DEVICES[backend]:
+    if device.type != DEVICES.get(backend, device.type):
         raise RuntimeError(f'{op}: backend "{backend}" takes {DEVICES[backend]} tensors; got {device.type} tensors')
     if not takes(op, backend, dtype):
         types = " or ".join(str(x) for x in IMPLEMENTED[op][backend])
@@ -114,7 +115,12 @@ def automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> st
     for backend in FASTEST_FIRST:
         if DEVICES.get(backend) == device_type and unavailable(op, backend) is None and takes(op, backend, dtype):
             return backend
-    return "reference"
+    return _portable(op)
+
+
+def _portable(op: str) -> str:
+    """Return the best of what every device has."""
+    return "fused" if "fused" in IMPLEMENTED[op] else "reference"
 
 
 def takes(op: str, backend: str, dtype: torch.dtype | None) -> bool:

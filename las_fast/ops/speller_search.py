@@ -12,6 +12,7 @@ At each step, for every beam of every utterance (las_fast.speller says it in mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,9 @@ def speller_search(
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+    """What the speller carries from token to token."""
+
     hidden: tuple[Tensor, ...]  # (B, K, H) a cell
     cell: tuple[Tensor, ...]
     context: Tensor  # (B, K, E)
@@ -147,7 +150,7 @@ def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: T
     attention = padding.expand(-1, options.beam, -1).float()  # padding counts as covered
     steps = []
     while not steps or bool((~beams.finished & ~beams.scores.isneginf()).any()):
-        logits, attended, peaks, state = _step(weights, keys, values, lengths, beams.tokens, state)
+        logits, attended, peaks, state = step(weights, keys, values, lengths, beams.tokens, state)
         attention = torch.where(beams.finished[..., None], attention, attention + attended)
         missed = attention.clamp(UNSEEN, 1.0).log().sum(-1) / lengths.clamp(min=1)[:, None]
         coverage = options.coverage_weight * missed
@@ -155,20 +158,25 @@ def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: T
         beams = _Beams(found.tokens, found.scores, found.finished, found.lengths, found.ngram_states)
         moved = beam_gather((*state.hidden, *state.cell, state.context, attention), found.parents, backend="reference")
         n = len(state.hidden)
-        state, attention = _State(tuple(moved[:n]), tuple(moved[n : 2 * n]), moved[-2]), moved[-1]
+        state, attention = State(tuple(moved[:n]), tuple(moved[n : 2 * n]), moved[-2]), moved[-1]
         steps.append((found.tokens, found.parents, found.scores, peaks))
     return Steps(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
 
 
-def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Options) -> tuple[_Beams, _State]:
+def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Options) -> tuple[_Beams, State]:
     B, K = keys.shape[0], options.beam
     scores = keys.new_full((B, K), -torch.inf)
     scores[:, 0] = 0.0  # the other beams do not exist yet
     integers = torch.zeros(B, K, dtype=torch.int64, device=keys.device)
     states = None if options.table is None else integers + first_ngram_state(options.table, options.sos)
-    silence = tuple(keys.new_zeros(B, K, bias.shape[0] // 4) for bias in weights.gate_biases)
     beams = _Beams(integers + options.sos, scores, integers.bool(), integers, states)
-    return beams, _State(silence, silence, keys.new_zeros(B, K, values.shape[2]))
+    return beams, silence(weights, values, K)
+
+
+def silence(weights: SpellerWeights, values: Tensor, beam: int) -> State:
+    """Return the state before the first token."""
+    zeros = tuple(values.new_zeros(values.shape[0], beam, bias.shape[0] // 4) for bias in weights.gate_biases)
+    return State(zeros, zeros, values.new_zeros(values.shape[0], beam, values.shape[2]))
 
 
 def coverage(attention: Tensor, lengths: Tensor) -> Tensor:
@@ -186,19 +194,24 @@ def first_ngram_state(table: Tensor, sos: int) -> int:
     return sos * (states - 1) // (V - 1) if V > 1 else 0
 
 
-def _step(weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: _State) -> tuple[Tensor, ...]:
-    """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state."""
+def step(
+    weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: State, masks: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, State]:
+    """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state.
+
+    masks (B, 1, H) are factors on what each cell shows to what is above it.
+    """
     below, hiddens, cells = torch.cat((weights.embedding[tokens], state.context), -1), [], []
-    for gates, bias, hidden, cell in zip(weights.gates, weights.gate_biases, state.hidden, state.cell, strict=True):
-        i, f, g, o = F.linear(torch.cat((below, hidden), -1), gates, bias).chunk(4, -1)
-        cells.append(torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g))
-        below = torch.sigmoid(o) * torch.tanh(cells[-1])
-        hiddens.append(below)
+    for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
+        i, f, g, o = F.linear(torch.cat((below, state.hidden[n]), -1), gates, bias).chunk(4, -1)
+        cells.append(torch.sigmoid(f) * state.cell[n] + torch.sigmoid(i) * torch.tanh(g))
+        hiddens.append(torch.sigmoid(o) * torch.tanh(cells[-1]))
+        below = hiddens[-1] if masks is None else hiddens[-1] * masks[n]
     query = F.linear(below, weights.query, weights.query_bias)
     context, attended, peaks = masked_attention(query, keys, values, lengths, peaks=True, backend="reference")
     features = F.gelu(F.linear(torch.cat((below, context), -1), weights.project, weights.project_bias))
     logits = F.linear(features, weights.embedding, weights.bias)
-    return logits, attended, peaks, _State(tuple(hiddens), tuple(cells), context)
+    return logits, attended, peaks, State(tuple(hiddens), tuple(cells), context)
 
 
 def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):

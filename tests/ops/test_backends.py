@@ -48,7 +48,7 @@ def test_a_named_backend_that_an_op_lacks_raises(monkeypatch):
 
 
 def test_a_misspelt_backend_lists_those_there_are():
-    with pytest.raises(ValueError, match="one of auto, reference, cpp, triton; got 'c\\+\\+'"):
+    with pytest.raises(ValueError, match="one of auto, reference, fused, cpp, triton; got 'c\\+\\+'"):
         backends.choose("beam_topk", "c++", CPU)
 
 
@@ -67,8 +67,8 @@ def test_a_named_backend_refuses_a_dtype_that_auto_leaves_to_the_reference(gpu):
 
 
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
-def test_auto_takes_triton_on_cuda_and_cpp_on_a_cpu(gpu, op):
-    there = "triton" if "triton" in backends.IMPLEMENTED[op] else "reference"
+def test_auto_takes_triton_or_what_is_fused_on_cuda_and_cpp_on_a_cpu(gpu, op):
+    there = next(name for name in ("triton", "fused", "reference") if name in backends.IMPLEMENTED[op])
     assert backends.choose(op, "auto", CUDA, torch.float32) == there
     assert backends.choose(op, "auto", CPU, torch.float32) == "cpp"
 

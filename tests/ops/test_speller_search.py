@@ -18,7 +18,7 @@ from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.ops import SpellerWeights, beam_backtrack, padding_mask, speller_search
 from las_fast.ops.speller_search import Options as SearchOptions
-from las_fast.ops.speller_search import _begin, _step
+from las_fast.ops.speller_search import _begin, step
 from las_fast.search import beam_search
 
 SOS, EOS, NAN = 1, 2, torch.nan
@@ -279,7 +279,7 @@ def first_step(weights, memory, dtype):
     keys, values = (x.to(dtype) for x in memory[:2])
     options = SearchOptions(1, SOS, EOS, None, some_limits(len(keys)), 0.0, 0.0, 0.0, None, 0.0)
     beams, state = _begin(cast, keys, values, options)
-    return _step(cast, keys, values, memory[2], beams.tokens, state)[0][:, 0].double().log_softmax(-1)
+    return step(cast, keys, values, memory[2], beams.tokens, state)[0][:, 0].double().log_softmax(-1)
 
 
 @on_each_precision

@@ -1,0 +1,92 @@
+// The speller's weights, as ops/speller_search.py lists them, and their layers packed for products.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "product.h"
+
+namespace las {
+
+// Rows with room for whole panels.
+template <class T = float>
+struct Buffer {
+  Buffer() = default;
+  Buffer(int64_t rows, int64_t size) : stride(padded(size)), memory(rows * stride, T(0.0f)) {}
+
+  T* at(int64_t row) { return memory.data() + row * stride; }
+  Matrix<T> rows(int64_t count) { return {memory.data(), stride, count}; }
+
+  int64_t stride = 0;
+  std::vector<T> memory;
+};
+
+template <class T>
+void convert(const float* from, int64_t n, T* to) {
+  las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from, n, to); });
+}
+
+// A layer, or a part of one, packed.
+template <class T>
+struct Layer {
+  Panels<T> weights;
+  std::vector<float> bias;  // padded to whole panels
+  las::Memory<T> memory;
+};
+
+// In the order of las_fast/ops/speller_search.py: SpellerWeights.
+struct Weights {
+  at::Tensor embedding, query, query_bias, project, project_bias, bias;
+  std::vector<at::Tensor> gates, gate_biases;
+
+  explicit Weights(at::TensorList list) {
+    TORCH_CHECK(list.size() >= 8 && list.size() % 2 == 0,
+                "weights must be 6 tensors and 2 more for each cell; got ", list.size());
+    for (const at::Tensor& x : list)
+      TORCH_CHECK(x.scalar_type() == at::kFloat, "weights must be float32; got ", x.scalar_type());
+    embedding = list[0].contiguous(), query = list[1].contiguous(), query_bias = list[2].contiguous();
+    project = list[3].contiguous(), project_bias = list[4].contiguous(), bias = list[5].contiguous();
+    for (size_t i = 6; i < list.size(); i += 2) {
+      gates.push_back(list[i].contiguous());
+      gate_biases.push_back(list[i + 1].contiguous());
+    }
+  }
+};
+
+inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK(x.sizes() == shape, "weights: ", name, " must be ", shape, "; got ", x.sizes());
+}
+
+inline void check_weights(const Weights& w, int64_t D, int64_t E) {
+  TORCH_CHECK(w.embedding.dim() == 2 && w.embedding.numel() > 0, "weights: embedding must be (V, M); got ",
+              w.embedding.sizes());
+  const int64_t V = w.embedding.size(0), M = w.embedding.size(1);
+  int64_t below = M + E;
+  for (size_t i = 0; i < w.gates.size(); ++i) {
+    const int64_t size = w.gate_biases[i].numel() / 4;
+    TORCH_CHECK(size > 0, "weights: gate_biases must be (4 * H,); got ", w.gate_biases[i].sizes());
+    check_shape("gate_biases", w.gate_biases[i], {4 * size});
+    check_shape("gates", w.gates[i], {4 * size, below + size});
+    below = size;
+  }
+  check_shape("query", w.query, {D, below});
+  check_shape("query_bias", w.query_bias, {D});
+  check_shape("project", w.project, {M, below + E});
+  check_shape("project_bias", w.project_bias, {M});
+  check_shape("bias", w.bias, {V});
+}
+
+// Columns from to from + depth of a matrix of weights (N, .).
+template <class T>
+Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, float factor = 1.0f) {
+  const int64_t n = weights.size(0), stride = weights.size(1);
+  Layer<T> made{{}, std::vector<float>(padded(n), 0.0f), {}};
+  made.weights = las::pack<T>(weights.const_data_ptr<float>() + from, stride, 1, n, depth, made.memory, factor);
+  for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
+  return made;
+}
+
+}  // namespace las

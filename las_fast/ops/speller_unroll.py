@@ -1,0 +1,301 @@
+"""The whole decoder pass of training, as one differentiable op.
+
+Step u of utterance b is that of speller_search with one beam, where `token` is tokens[b, u] or, if sampled[b, u], the
+best by the logits of step u - 1, and what cell i shows to what is above it is hidden_i * mask_i:
+
+    gates_1   = W_1 [embedding[token], context, hidden_1] + b_1         of the step before
+    gates_i   = W_i [hidden_(i-1) * mask_(i-1), hidden_i] + b_i
+    cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
+    context   = attention of query(hidden_last * mask_last) over keys and values    see masked_attention
+    logits    = embedding . gelu(project([hidden_last * mask_last, context])) + bias
+
+A weight that U steps use costs autograd U thin products and U additions to its gradient: most of the time of a plain
+loop's backward pass. The fused form and C++ run the recurrence backwards alone and take the gradient of each weight,
+and of keys and values, in products over many steps: with X a layer's inputs and dY its outputs' gradients of all steps,
+W the attention weights (B, U, T), C the contexts, Q the queries and S = scale Q K^T,
+
+    dWeight = dY^T X;   dV = W^T dC;   dS = W * (dW + dC V^T - rowsum(W * (dW + dC V^T)));   dK = scale dS^T Q
+
+Values and gradients are those of the plain loop, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from las_fast.ops import backends
+from las_fast.ops.masked_attention import masked_attention, padding_mask
+from las_fast.ops.speller_search import SpellerWeights, silence, step
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PANEL = 32  # columns of packed weights in csrc/product.h, to which rows of what is kept are padded
+
+
+def speller_unroll(
+    weights: SpellerWeights,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    sampled: Tensor,
+    masks: Sequence[Tensor] | None = None,
+    *,
+    precision: str = "fp32",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of every step and where it listened.
+
+    Differentiable once in weights, keys and values; the choice of a sampled token has no gradient. In C++ an
+    utterance's results are the same in any batch, and all results and gradients on any number of threads.
+
+    Args:
+        weights: of the speller.
+        keys:    (B, T, D) float32.
+        values:  (B, T, E) float32.
+        lengths: (B,) int64 valid frames, 0 to T; what lies past them must be finite for all but C++.
+        tokens:  (B, U) int64, the true token before each; U is at least 1.
+        sampled: (B, U) bool, where the model's own best token, the first of equal ones, takes the place of the true
+            one; the first step reads the true one whatever it says.
+        masks:   (B, H_i) float32 of each cell, the same at every step; None: no dropout.
+        precision: "fp32", or "bf16" or "fp16" with float32 sums, cell states and attention: of the products in the
+            fused form (any) and in C++ (not fp16). The reference has fp32 only.
+        backend: "auto", "reference", "fused" or "cpp"; fused is in PyTorch's own calls, for any device.
+
+    Returns:
+        logits:    (B, U, V) float32.
+        attention: (B, U, T) float32 weights; rows sum to 1 and are exactly 0 past the length.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; a name is unknown.
+        RuntimeError: the named backend is not available here, or does not take the precision; a token is none of V.
+    """
+    _check(weights, keys, values, lengths, tokens, sampled, masks, precision)
+    excess = {"cpp": "has no products in fp16" if precision == "fp16" else None}
+    chosen = backends.choose("speller_unroll", backend, keys.device, keys.dtype, excess)
+    if chosen == "cpp":
+        given = (weights.flat(), keys, values, lengths, tokens, sampled, list(masks or ()))
+        graded = torch.is_grad_enabled() and any(x.requires_grad for x in (*given[0], keys, values))
+        return torch.ops.las_fast.speller_unroll_cpp(*given, precision == "bf16", graded)[:2]
+    with torch.autocast(keys.device.type, enabled=False):
+        if chosen == "reference":
+            return _reference(weights, keys, values, lengths, tokens, sampled, masks)
+        return _fused(weights, keys, values, lengths, tokens, sampled, masks, PRECISIONS[precision])
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks) -> tuple[Tensor, Tensor]:
+    state, logits, attention = silence(weights, values, 1), [], []
+    masks = None if masks is None else [mask[:, None] for mask in masks]
+    for u in range(tokens.shape[1]):
+        token = tokens[:, u : u + 1]
+        if u > 0:
+            token = torch.where(sampled[:, u : u + 1], logits[-1].argmax(-1), token)
+        now, attended, _, state = step(weights, keys, values, lengths, token, state, masks)
+        logits.append(now)
+        attention.append(attended)
+    return torch.cat(logits, 1), torch.cat(attention, 1)
+
+
+# --------------------------------------------------------------------------------------------------------------- fused
+
+
+def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, dtype) -> tuple[Tensor, Tensor]:
+    """The loop with each weight, keys and values detached: what is added at every step, zeros and the bias, has the
+    gradients of all steps, and gives that of the weight in one product."""
+    state, steps = silence(weights, values[:, None, 0], 1), tokens.shape[1]
+    layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)
+    *cells, query = (_DeferredLinear(*layer, steps, len(tokens), dtype) for layer in layers)
+    attend = _DeferredAttention(keys, values, lengths, steps)
+    any_sampled = sampled.any(0).tolist()  # one wait for the device instead of one a step
+    hidden, cell, context = ([x[:, 0] for x in state[0]], [x[:, 0] for x in state[1]], state[2][:, 0])
+    spoken, contexts, attention = [], [], []
+    for u in range(steps):
+        token = tokens[:, u]
+        if u > 0 and any_sampled[u]:
+            with torch.no_grad():
+                best = _logits(weights, spoken[-1], context, dtype).argmax(-1)
+            token = torch.where(sampled[:, u], best, token)
+        inputs = (F.embedding(token, weights.embedding), context)
+        for n, layer in enumerate(cells):
+            i, f, g, o = layer(torch.cat((*inputs, hidden[n]), -1)).chunk(4, -1)
+            cell[n] = torch.sigmoid(f) * cell[n] + torch.sigmoid(i) * torch.tanh(g)
+            hidden[n] = torch.sigmoid(o) * torch.tanh(cell[n])
+            inputs = (hidden[n] if masks is None else hidden[n] * masks[n],)
+        context, attended = attend(query(inputs[0]))
+        spoken.append(inputs[0])
+        contexts.append(context)
+        attention.append(attended)
+    logits = _logits(weights, torch.stack(spoken, 1), torch.stack(contexts, 1), dtype)
+    return logits, torch.stack(attention, 1)
+
+
+def _logits(weights: SpellerWeights, spoken: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(spoken.device.type, dtype, enabled=dtype != torch.float32):
+        features = F.gelu(F.linear(torch.cat((spoken, context), -1), weights.project, weights.project_bias))
+        return F.linear(features, weights.embedding, weights.bias).float()
+
+
+class _DeferredLinear:
+    """A linear layer to be called once at each of `steps` steps on (B, in) inputs; returns (B, out) float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, steps: int, batch: int, dtype: torch.dtype):
+        self.inputs: list[Tensor] = []
+        self.weight = weight.detach().to(dtype).t().contiguous()  # (in, out): the faster side for few rows
+        self.offsets = iter(_LinearOffsets.apply(weight, bias, self.inputs, (steps, batch), dtype).unbind(0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        self.inputs.append(x.detach())
+        return torch.mm(x, self.weight).float() + next(self.offsets)
+
+
+class _LinearOffsets(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, bias, inputs, shape, dtype):
+        ctx.inputs, ctx.dtype = inputs, dtype
+        return bias.detach().expand(*shape, -1).clone()  # (U, B, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        inputs = torch.stack(ctx.inputs).flatten(0, 1)  # (U B, in)
+        gradient = gradient.flatten(0, 1)  # (U B, out)
+        weight = torch.mm(gradient.to(ctx.dtype).t(), inputs).float()
+        return weight, gradient.sum(0), None, None, None
+
+
+class _DeferredAttention:
+    """Masked attention to be called once at each of `steps` steps with queries (B, D) on the same memory."""
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, steps: int):
+        self.memory, self.padding = (keys.detach(), values.detach(), lengths), padding_mask(lengths, keys.shape[1])
+        self.queries, self.weights = [], []
+        context, weights = _AttentionOffsets.apply(keys, values, self.queries, self.weights, steps)
+        self.offsets = zip(context.unbind(1), weights.unbind(1), strict=True)
+
+    def __call__(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return context (B, E) and weights (B, T), both with all their gradients."""
+        context, weights = (x[:, 0] for x in masked_attention(query[:, None], *self.memory, padding=self.padding))
+        self.queries.append(query.detach())
+        self.weights.append(weights.detach())
+        offsets = next(self.offsets)
+        return context + offsets[0], weights + offsets[1]
+
+
+class _AttentionOffsets(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, values, queries, weights, steps):
+        ctx.save_for_backward(values)
+        ctx.queries, ctx.weights = queries, weights
+        batch, frames, _ = keys.shape
+        return values.new_zeros(batch, steps, values.shape[2]), keys.new_zeros(batch, steps, frames)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, context_gradient, weight_gradient):
+        (values,) = ctx.saved_tensors
+        queries, weights = torch.stack(ctx.queries, 1), torch.stack(ctx.weights, 1)  # (B, U, D), (B, U, T)
+        values_gradient = torch.bmm(weights.transpose(1, 2), context_gradient)
+        scores = torch.baddbmm(weight_gradient, context_gradient, values.transpose(1, 2))
+        scores = weights * (scores - (weights * scores).sum(-1, keepdim=True))
+        keys_gradient = torch.bmm(scores.transpose(1, 2), queries * queries.shape[2] ** -0.5)
+        return keys_gradient, values_gradient, None, None, None
+
+
+# ----------------------------------------------------------------------------------------------- checks, registration
+
+
+def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    for name, x in (("keys", keys), ("values", values)):
+        if x.ndim != 3 or x.dtype != torch.float32:
+            raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
+    (B, T, _), D = keys.shape, weights.query.shape[0]
+    if keys.shape[2] != D:
+        raise ValueError(f"keys must be (B, T, D) with D={D} like query; got {tuple(keys.shape)}")
+    E = weights.project.shape[1] - weights.query.shape[1]
+    if values.shape != (B, T, E):
+        raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
+    if lengths.shape != (B,) or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
+    if tokens.ndim != 2 or len(tokens) != B or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be (B, U) int64 with B={B}, U > 0; got {tuple(tokens.shape)} {tokens.dtype}")
+    if sampled.shape != tokens.shape or sampled.dtype != torch.bool:
+        raise ValueError(f"sampled must be {tuple(tokens.shape)} bool; got {tuple(sampled.shape)} {sampled.dtype}")
+    sizes = [(B, bias.shape[0] // 4) for bias in weights.gate_biases]
+    if masks is not None and [tuple(mask.shape) for mask in masks] != sizes:
+        raise ValueError(f"masks must be {sizes} or None; got {[tuple(mask.shape) for mask in masks]}")
+
+
+FORWARD = (
+    "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor tokens, Tensor sampled, Tensor[] masks,"
+    " bool bf16, bool gradients) -> (Tensor logits, Tensor attention, Tensor read, Tensor operands, Tensor states)"
+)
+BACKWARD = (
+    "(Tensor? logits_gradient, Tensor? attention_gradient, Tensor[] weights, Tensor keys, Tensor values,"
+    " Tensor lengths, Tensor[] masks, Tensor attention, Tensor read, Tensor operands, Tensor states, bool bf16)"
+    " -> (Tensor[] weights_gradients, Tensor keys_gradient, Tensor values_gradient)"
+)
+
+
+def _padded(size: int) -> int:
+    return -(-size // PANEL) * PANEL
+
+
+def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
+    (B, U), (V, M), D, E = tokens.shape, weights[0].shape, keys.shape[2], values.shape[2]
+    sizes = [bias.shape[0] // 4 for bias in weights[7::2]]
+    inputs = [below + size for below, size in zip((E, *sizes), sizes, strict=False)]
+    operands = sum(map(_padded, (*inputs, sizes[-1] + E, M, *(4 * size for size in sizes))))
+    states = sum(map(_padded, (*sizes, D, M)))
+    steps = U if gradients else min(2, U)
+    return (
+        keys.new_empty(B, U, V),
+        keys.new_empty(B, U, keys.shape[1]),
+        torch.empty_like(tokens),
+        keys.new_empty(steps, B, operands, dtype=torch.bfloat16 if bf16 else torch.float32),
+        keys.new_empty(steps, B, states),
+    )
+
+
+def _fake_backward(logits_gradient, attention_gradient, weights, keys, values, *saved):
+    return [x.new_empty(x.shape) for x in weights], keys.new_empty(keys.shape), values.new_empty(values.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    weights, keys, values, lengths, _tokens, _sampled, masks, ctx.bf16, _gradients = inputs
+    _logits, attention, read, operands, states = output
+    ctx.count, ctx.masks = len(weights), len(masks)
+    ctx.mark_non_differentiable(read, operands, states)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*weights, *masks, keys, values, lengths, attention, read, operands, states)
+
+
+def _backward(ctx, logits_gradient, attention_gradient, *others):
+    saved, n = ctx.saved_tensors, ctx.count
+    weights, masks, (keys, values, lengths, *kept) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
+    nothing = (None, None, None, [None] * ctx.masks, None, None)
+    if logits_gradient is None and attention_gradient is None:
+        return ([None] * n, None, None, *nothing)
+    found = torch.ops.las_fast.speller_unroll_backward_cpp(
+        logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *kept, ctx.bf16
+    )
+    return (*found, *nothing)
+
+
+def _refuse(ctx, *gradients):
+    raise RuntimeError("speller_unroll is differentiable once: this is its second derivative")
+
+
+for _name in backends.register("speller_unroll_backward", BACKWARD, _fake_backward, module="speller_unroll"):
+    torch.library.register_autograd(_name, _refuse)
+for _name in backends.register("speller_unroll", FORWARD, _fake_forward):
+    torch.library.register_autograd(_name, _backward, setup_context=_save)

@@ -1,0 +1,378 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from calls import compile_and_count, ops_called, threads
+from test_speller_search import las, make, remember
+
+from las_fast.ops import SpellerWeights, backends, padding_mask, speller_unroll
+from las_fast.ops.speller_unroll import _reference
+
+NAN = torch.nan
+SIZES = [  # V, M, H of each cell, D, E, T, B, U
+    (3, 1, (1,), 1, 1, 1, 1, 1),
+    (4, 1, (1, 1, 1), 1, 1, 1, 2, 3),
+    (7, 5, (6,), 4, 3, 9, 3, 4),
+    (31, 20, (40,), 8, 9, 50, 6, 1),
+    (31, 33, (32, 31), 33, 17, 40, 5, 8),
+    (32, 32, (64, 32), 32, 32, 20, 6, 13),
+    (33, 31, (33, 16), 15, 32, 32, 3, 11),
+    (67, 64, (8, 24, 17), 31, 65, 65, 4, 7),
+    (5, 3, (7, 5), 4, 3, 11, 2, 700),  # more steps than a block of the backward pass
+]
+on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
+on_each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SMALL = SIZES[4]
+
+
+@pytest.fixture(params=["fused", "cpp"])
+def fast(request) -> str:
+    """One backend after another of those that are measured against the reference."""
+    if reason := backends.unavailable("speller_unroll", request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def rebuilt(flat) -> SpellerWeights:
+    return SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2]))
+
+
+def inputs(V, M, H, D, E, T, B, U, *, dropout=True, own=0.4, scale=1.0):
+    """Return what the op takes but for options; a share `own` of tokens is sampled."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(V, (B, U), generator=generator)
+    sampled = torch.rand(B, U, generator=generator) < own
+    masks = [(torch.rand(B, size, generator=generator) < 0.7) / 0.7 for size in H] if dropout else None
+    return (make(V, M, H, D, E, scale=scale), *remember(B, T, D, E), tokens, sampled, masks)
+
+
+def results(op, arguments, dtype=torch.float32, through=("logits", "attention"), **options) -> list[torch.Tensor]:
+    """Return both outputs and the gradients of all weights, keys and values of a random loss."""
+    weights, keys, values, *others, masks = arguments
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (*weights.flat(), keys, values)]
+    masks = None if masks is None else [mask.to(dtype) for mask in masks]
+    found = op(rebuilt(leaves[:-2]), *leaves[-2:], *others, masks, **options)
+    generator, loss = torch.Generator().manual_seed(8), 0.0
+    for name, x in zip(("logits", "attention"), found, strict=True):
+        factors = torch.randn(x.shape, generator=generator)
+        loss = loss + (x * factors.to(x.dtype)).sum() * (name in through)
+    return [x.detach() for x in (*found, *torch.autograd.grad(loss, leaves))]
+
+
+def relative(found, expected) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-6))
+
+
+def assert_close(found, expected, tolerance=2e-5):
+    assert len(found) == len(expected)
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert float((a - b).norm()) <= tolerance * max(float(b.norm()), 1e-2), f"result {i}"
+
+
+def assert_equals_the_reference(sizes, backend, dropout=True):
+    arguments = inputs(*sizes, dropout=dropout)
+    expected = results(speller_unroll, arguments, backend="reference")
+    assert_close(results(speller_unroll, arguments, backend=backend), expected)
+
+
+@on_each_size
+@pytest.mark.parametrize("dropout", [False, True], ids=["whole", "dropout"])
+def test_values_and_all_gradients_are_those_of_the_reference(fast, sizes, dropout):
+    assert_equals_the_reference(sizes, fast, dropout)
+
+
+@pytest.mark.parametrize("through", ["logits", "attention"])
+def test_a_loss_may_come_from_either_output_alone(fast, through):
+    arguments = inputs(*SMALL)
+    expected = results(speller_unroll, arguments, backend="reference", through=(through,))
+    assert_close(results(speller_unroll, arguments, backend=fast, through=(through,)), expected)
+
+
+def test_an_output_that_nobody_uses_needs_no_gradient(cpp):
+    for place in (0, 1):
+        weights, *others = inputs(*SMALL)
+        flat = [x.requires_grad_() for x in weights.flat()]
+        speller_unroll(rebuilt(flat), *others, backend=cpp)[place].sum().backward()
+        assert all(x.grad is not None for x in flat)
+
+
+def test_the_reference_has_the_right_gradients():
+    weights, keys, values, *others, masks = inputs(4, 2, (2, 3), 2, 2, 3, 2, 3, own=0.0)
+    leaves = [x.double().requires_grad_() for x in (*weights.flat(), keys, values)]
+
+    def run(*leaves):
+        return _reference(rebuilt(leaves[:-2]), *leaves[-2:], *others, [mask.double() for mask in masks])
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@on_each_size
+def test_bfloat16_errs_at_most_twice_as_much_as_the_plain_formula_in_it(fast, sizes):
+    assert_errs_little(sizes, fast)
+
+
+def assert_errs_little(sizes, backend):
+    arguments = inputs(*sizes, own=0.0)  # sampled tokens could differ
+    exact, usual = (results(_reference, arguments, dtype) for dtype in (torch.float64, torch.bfloat16))
+    found = results(speller_unroll, arguments, backend=backend, precision="bf16")
+    wanted = arguments[0].bias > -1e3  # the logits of the others are too large beside them
+    for several in (exact, usual, found):
+        several[0] = several[0][..., wanted]
+    errors, usual_errors = (
+        torch.tensor([relative(a, b) for a, b in zip(x, exact, strict=True)]) for x in (found, usual)
+    )
+    # One result may be a single number, whose error is a matter of luck: twice is of all of them together.
+    assert (errors <= 2 * usual_errors + 1e-2).all(), (errors, usual_errors)
+    assert errors.square().mean() <= 4 * usual_errors.square().mean() + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "cpp"])
+def test_a_sampled_token_is_the_best_of_the_step_before(backend):
+    if reason := backends.unavailable("speller_unroll", backend):
+        pytest.skip(reason)
+    weights, keys, values, lengths, tokens, sampled, masks = inputs(*SIZES[7])
+    logits, _ = speller_unroll(weights, keys, values, lengths, tokens, sampled, masks, backend=backend)
+    best = torch.cat((tokens[:, :1], logits[:, :-1].argmax(-1)), 1)
+    read = torch.where(sampled, best, tokens)
+    assert (read != tokens).any() and sampled[:, 0].any()
+    told, _ = speller_unroll(weights, keys, values, lengths, read, sampled & False, masks, backend=backend)
+    assert torch.equal(logits, told)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "cpp"])
+def test_the_first_of_equally_good_tokens_is_sampled(backend):
+    if reason := backends.unavailable("speller_unroll", backend):
+        pytest.skip(reason)
+    weights, *others, tokens, sampled, _ = inputs(*SMALL)
+    embedding, bias = weights.embedding.clone(), weights.bias.clone()
+    embedding[9], bias[5], bias[9] = embedding[5], 99.0, 99.0  # both ahead of all others
+    weights = weights._replace(embedding=embedding, bias=bias)
+    own = torch.ones_like(sampled)
+    found, _ = speller_unroll(weights, *others, tokens, own, backend=backend)
+    fifth = torch.full_like(tokens, 5)
+    fifth[:, 0] = tokens[:, 0]
+    assert torch.equal(found, speller_unroll(weights, *others, fifth, own & False, backend=backend)[0])
+
+
+def test_a_length_of_none_or_all_gives_weights_of_zero_or_one(fast):
+    weights, keys, values, _, tokens, sampled, masks = inputs(*SMALL)
+    lengths = torch.tensor([0, 1, 40, 2, 0])
+    _, attention = speller_unroll(weights, keys, values, lengths, tokens, sampled, masks, backend=fast)
+    assert (attention[padding_mask(lengths, 40)[:, None].expand_as(attention)] == 0).all()
+    torch.testing.assert_close(attention.sum(-1), (lengths > 0).float()[:, None].expand(5, 8))
+
+
+@on_each_precision
+def test_padding_full_of_nan_does_not_matter(cpp, precision):
+    weights, keys, values, lengths, *others = inputs(*SMALL)
+    past = padding_mask(lengths, keys.shape[1])[..., None]
+    dirty = (weights, keys.masked_fill(past, NAN), values.masked_fill(past, NAN), lengths, *others)
+    expected = results(speller_unroll, (weights, keys, values, lengths, *others), backend=cpp, precision=precision)
+    for a, b in zip(results(speller_unroll, dirty, backend=cpp, precision=precision), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_each_precision
+@pytest.mark.parametrize("sizes", [SIZES[2], SMALL, SIZES[5], SIZES[8]], ids=["small", "odd", "even", "long"])
+def test_any_number_of_threads_gives_the_same_results(cpp, sizes, precision):
+    arguments = inputs(*sizes)
+    expected = results(speller_unroll, arguments, backend=cpp, precision=precision)
+    for number in (2, 3, 7):
+        with threads(number):
+            found = results(speller_unroll, arguments, backend=cpp, precision=precision)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@on_each_precision
+def test_an_utterance_has_the_same_results_alone_and_in_a_batch(cpp, precision):
+    weights, *rest, masks = inputs(*SMALL)
+    whole = speller_unroll(weights, *rest, masks, backend=cpp, precision=precision)
+    for b in range(5):
+        one = slice(b, b + 1)
+        alone = speller_unroll(weights, *(x[one] for x in rest), [m[one] for m in masks], precision=precision)
+        assert torch.equal(alone[0], whole[0][one]) and torch.equal(alone[1], whole[1][one])
+
+
+def test_strided_inputs_give_the_same_results(cpp):
+    weights, keys, values, *others = inputs(*SMALL)
+    expected = results(speller_unroll, (weights, keys, values, *others), backend=cpp)
+    strided = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (keys, values))
+    for a, b in zip(results(speller_unroll, (weights, *strided, *others), backend=cpp), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_gradients_the_results_are_the_same_and_two_steps_are_kept(cpp):
+    weights, *others, masks = inputs(*SMALL)
+    with torch.no_grad():
+        bare = speller_unroll(weights, *others, masks, backend=cpp)
+        kept = torch.ops.las_fast.speller_unroll_cpp(weights.flat(), *others, masks, False, False)[3:]
+    for a, b in zip(bare, results(speller_unroll, (weights, *others, masks), backend=cpp)[:2], strict=True):
+        assert torch.equal(a, b)
+    assert [len(x) for x in kept] == [2, 2]
+
+
+def test_training_on_a_cpu_is_one_op_each_way(cpp):
+    model = las().train()
+    features, lengths = torch.randn(3, 60, 4), torch.tensor([60, 41, 9])
+    tokens = torch.randint(3, 31, (3, 9))
+
+    def train(precision):
+        def step():
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                output = model(features, lengths, tokens, 0.7)
+            (output.logits.sum() + output.weights.square().sum()).backward()
+
+        return step
+
+    for precision in ("fp32", "bf16"):
+        called = ops_called(train(precision))
+        assert called.count("las_fast::speller_unroll_cpp") == 1
+        assert called.count("las_fast::speller_unroll_backward_cpp") == 1
+        assert "las_fast::masked_attention_cpp" not in called and "aten::sigmoid" not in called
+
+
+def test_autocast_takes_products_to_its_precision(cpp):
+    model, seen = las(), []
+    memory = model.listen(torch.randn(3, 60, 4), torch.tensor([60, 41, 9]))
+    tokens = torch.randint(3, 31, (3, 9))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            seen.append(ops_called(lambda: model.speller(memory, tokens)))
+    assert "las_fast::speller_unroll_cpp" in seen[0] and "las_fast::speller_unroll_cpp" not in seen[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.speller(memory, tokens)[0]
+    expected = speller_unroll(
+        model.speller.weights(), *memory[:3], torch.cat((torch.ones(3, 1).long(), tokens[:, :-1]), 1),
+        torch.zeros_like(tokens, dtype=torch.bool), precision="bf16",
+    )  # fmt: skip
+    assert torch.equal(found, expected[0])
+
+
+@on_each_precision
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[5]], ids=["odd", "even"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["whole", "dropout"])
+def test_the_registered_ops_pass_opcheck(cpp, sizes, precision, dropout):
+    weights, keys, values, lengths, tokens, sampled, masks = inputs(*sizes, dropout=dropout)
+    flat = [x.requires_grad_() for x in weights.flat()]
+    memory, masks, bf16 = (keys.requires_grad_(), values.requires_grad_(), lengths), masks or [], precision == "bf16"
+    forward = (flat, *memory, tokens, sampled, masks, bf16, True)
+    torch.library.opcheck(torch.ops.las_fast.speller_unroll_cpp.default, forward)
+    with torch.no_grad():
+        logits, attention, *kept = torch.ops.las_fast.speller_unroll_cpp(*forward)
+        backward = (logits, attention, flat, *memory, masks, attention, *kept, bf16)
+        torch.library.opcheck(torch.ops.las_fast.speller_unroll_backward_cpp.default, backward)
+
+
+def test_it_compiles_into_one_graph(cpp):
+    weights, keys, values, *others, masks = inputs(*SMALL)
+    leaves = [x.requires_grad_() for x in (*weights.flat(), keys, values)]
+
+    def loss(*leaves):
+        logits, attention = speller_unroll(rebuilt(leaves[:-2]), *leaves[-2:], *others, masks)
+        return logits.square().mean() + attention.square().sum()
+
+    compiled, graphs = compile_and_count(loss)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
+    assert len(graphs) == 1
+
+
+def test_a_second_derivative_is_refused_and_not_wrong(cpp):
+    weights, keys, *others = inputs(*SMALL)
+    keys.requires_grad_()
+    logits, _ = speller_unroll(weights, keys, *others, backend=cpp)
+    (first,) = torch.autograd.grad(logits.square().sum(), keys, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        first.sum().backward()
+
+
+def test_no_utterance_gives_nothing_and_gradients_of_zero(fast):
+    weights, *others, masks = inputs(*SMALL)
+    arguments = (weights, *(x[:0] for x in others), [mask[:0] for mask in masks])
+    logits, attention, *gradients = results(speller_unroll, arguments, backend=fast)
+    assert logits.shape == (0, 8, 31) and attention.shape == (0, 8, 40)
+    assert all((x == 0).all() for x in gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": torch.ones(3, 9)}, r"keys must be \(B, T, size\) float32; got \(3, 9\)"),
+        ({"keys": torch.ones(3, 9, 5)}, r"keys must be \(B, T, D\) with D=4 like query; got \(3, 9, 5\)"),
+        ({"values": torch.ones(3, 8, 3)}, r"values must be \(B, T, E\) with B=3, T=9, E=3; got \(3, 8, 3\)"),
+        ({"values": torch.ones(3, 9, 3).double()}, "values must be .* float32; got .* torch.float64"),
+        ({"lengths": torch.ones(3)}, r"lengths must be \(3,\) int64; got \(3,\) torch.float32"),
+        ({"tokens": torch.ones(3, 0).long()}, r"tokens must be \(B, U\) int64 with B=3, U > 0; got \(3, 0\)"),
+        ({"tokens": torch.ones(2, 4).long()}, r"tokens must be \(B, U\) int64 with B=3, U > 0; got \(2, 4\)"),
+        ({"sampled": torch.ones(3, 4)}, r"sampled must be \(3, 4\) bool; got \(3, 4\) torch.float32"),
+        ({"masks": [torch.ones(3, 5)]}, r"masks must be \[\(3, 6\)\] or None; got \[\(3, 5\)\]"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
+    ],
+)
+def test_arguments_that_disagree_are_named(change, message):
+    names = ("weights", "keys", "values", "lengths", "tokens", "sampled", "masks")
+    with pytest.raises(ValueError, match=message):
+        speller_unroll(**(dict(zip(names, inputs(*SIZES[2]), strict=True)) | change))
+
+
+def test_a_precision_that_a_named_backend_lacks_is_refused(cpp):
+    with pytest.raises(RuntimeError, match='speller_unroll: backend "cpp" has no products in fp16'):
+        speller_unroll(*inputs(*SMALL), precision="fp16", backend=cpp)
+    assert_close(
+        results(speller_unroll, inputs(*SMALL, own=0.0), precision="fp16"),
+        results(speller_unroll, inputs(*SMALL, own=0.0)),
+        tolerance=2e-2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 more for each cell; got 1"),
+        (1, torch.ones(3, 9), r"keys must be \(B, T, D\) float32; got \[3, 9\] Float"),
+        (1, torch.ones(3, 9, 5), r"weights: query must be \[5, 6\]; got \[4, 6\]"),
+        (2, torch.ones(3, 8, 3), r"values must be \(B, T, E\) float32 with B=3, T=9 like keys; got \[3, 8, 3\]"),
+        (3, torch.ones(3), r"lengths must be \(3,\) int64; got \[3\] Float"),
+        (4, torch.ones(3, 0).long(), r"tokens must be \(B, U\) int64 with B=3 and U at least 1; got \[3, 0\]"),
+        (4, torch.full((3, 4), 7), "tokens must be from 0 to 6; got 7"),
+        (4, torch.full((3, 4), -1), "tokens must be from 0 to 6; got -1"),
+        (5, torch.ones(3, 4), r"sampled must be \[3, 4\] bool; got \[3, 4\] Float"),
+        (6, [torch.ones(3, 6)] * 2, "masks must be one a cell or none; got 2"),
+        (6, [torch.ones(3, 5)], r"masks must be \(B, H\) float32 of each cell; got \[3, 5\] Float"),
+    ],
+)
+def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
+    weights, *others = inputs(*SIZES[2])
+    arguments = [weights.flat(), *others, False, True]
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.speller_unroll_cpp(*arguments)
+
+
+def digest(lanes: str) -> str:
+    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    words = [sys.executable, "-c", "import test_speller_unroll as test; print(test.check_and_digest())"]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def check_and_digest() -> str:
+    torch.set_num_threads(1)
+    for sizes in SIZES:
+        assert_equals_the_reference(sizes, "cpp")
+        assert_errs_little(sizes, "cpp")
+    found = results(speller_unroll, inputs(*SMALL), backend="cpp")
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in found)).hexdigest()
+
+
+def test_older_processors_are_served_as_well(cpp):
+    digests = {digest("4"), digest("8"), check_and_digest()}
+    widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
+    assert len(digests) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
