@@ -12,7 +12,8 @@ from las_fast.ops import backends
 def table() -> str:
     """Return a line an op and a column a backend, and below them each reason with its remedy, once.
 
-    A cell is "auto" (there, and what auto takes on this machine), "yes" (there), or "no" and the number of the reason.
+    A cell is "auto" (there, and what auto takes on this machine), "yes" (there), "no" and the number of the reason, or
+    "-" where the op has no such backend on any machine.
     """
     reasons: list[str] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +27,8 @@ def table() -> str:
 
 def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
     """Say whether op has backend; `reasons` grows by why not, where that is new."""
+    if backend not in backends.IMPLEMENTED[op]:
+        return "-"
     if reason := backends.unavailable(op, backend):
         if reason not in reasons:
             reasons.append(reason)
