@@ -17,6 +17,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -345,26 +346,16 @@ struct Transposed {
   }
 };
 
-// out = outputs^T inputs over so many rows, to which it is added if there is `more` in it already; `room` is for inputs.
+// Panel `panel` of the rows of out = outputs^T inputs, added to what is there if there is `more`. `room` is for a panel.
 template <class T>
-void multiply(const Matrix<T>& outputs, int64_t count, const Matrix<const T>& inputs, int64_t size, int64_t rows,
-              bool more, las::Memory<T>& room, const Matrix<float>& out) {
-  const Panels<T> panels{room.data(), size, padded(rows, las::NEIGHBOURS<T>)};
-  at::parallel_for(0, padded(size) / COLUMNS, 8, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * COLUMNS, columns = std::min(size, end * COLUMNS) - from;
-    las::pack(inputs.at(0, from), 1, inputs.stride, columns, rows, room.data() + from * panels.depth);
-  });
-  at::parallel_for(0, padded(count) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-    las::Memory<T> packed(las::packed_size<T>(COLUMNS, rows));
-    std::vector<const float*> starts(COLUMNS);
-    for (int64_t from = begin * COLUMNS; from < std::min(count, end * COLUMNS); from += COLUMNS) {
-      const int64_t here = std::min(COLUMNS, count - from);
-      las::pack(static_cast<const T*>(outputs.at(0, from)), 1, outputs.stride, here, rows, packed.data());
-      for (int64_t i = 0; i < here; ++i) starts[i] = out.at(from + i);
-      las::product(las::PanelRows<T>{packed.data(), here}, panels, more ? starts.data() : nullptr,
-                   Matrix<float>{out.at(from), out.stride, here});
-    }
-  });
+void multiply(const Matrix<T>& outputs, int64_t count, int64_t panel, const Panels<T>& inputs, int64_t rows, bool more,
+              T* room, const Matrix<float>& out) {
+  const int64_t from = panel * COLUMNS, here = std::min(COLUMNS, count - from);
+  las::pack(static_cast<const T*>(outputs.at(0, from)), 1, outputs.stride, here, rows, room);
+  const float* starts[COLUMNS];
+  for (int64_t i = 0; i < here; ++i) starts[i] = out.at(from + i);
+  las::product(las::PanelRows<T>{room, here}, inputs, more ? starts : nullptr,
+               Matrix<float>{out.at(from), out.stride, here});
 }
 
 // The gradient of a layer's weights: outputs (rows, count)^T times inputs (rows, size), to be found in `out`.
@@ -417,22 +408,45 @@ struct Backward {
     return {gradients.data() + (u % steps * shape.B + b) * places.gradients + place, places.gradients, count};
   }
 
+  // Tasks of a block for the threads to take from a common queue: panels of inputs to pack, then of outputs to multiply.
+  struct Task {
+    size_t of;
+    int64_t panel;
+  };
+
   void run(const std::vector<Gradient>& wanted) {
-    int64_t widest = 0;
-    for (const Gradient& one : wanted) widest = std::max(widest, one.size);
-    las::Memory<T> room(las::packed_size<T>(widest, steps * shape.B));
-    for (int64_t end = shape.U; end > 0;) {
-      const int64_t begin = (end - 1) / steps * steps;
+    std::vector<las::Memory<T>> packed;
+    std::vector<Task> packing, multiplying;
+    for (size_t of = 0; of < wanted.size(); ++of) {
+      packed.emplace_back(las::packed_size<T>(wanted[of].size, steps * shape.B));
+      for (int64_t i = 0; i < padded(wanted[of].size) / COLUMNS; ++i) packing.push_back({of, i});
+      for (int64_t i = 0; i < padded(wanted[of].count) / COLUMNS; ++i) multiplying.push_back({of, i});
+    }
+    for (int64_t end = shape.U, begin; end > 0; end = begin) {
+      begin = (end - 1) / steps * steps;
+      const int64_t rows = (end - begin) * shape.B, depth = padded(rows, las::NEIGHBOURS<T>);
+      std::atomic<size_t> next{0};
       at::parallel_for(0, shape.B, 1, [&](int64_t first, int64_t last) {
         Scratch scratch(shape, last - first);
         for (int64_t u = end - 1; u >= begin; --u) step(scratch, u, first, last - first);
+        for (size_t i; (i = next++) < packing.size();) {
+          const Gradient& one = wanted[packing[i].of];
+          const int64_t from = packing[i].panel * COLUMNS;
+          las::pack(kept.operand(one.inputs + from, begin, 0, rows).data, 1, kept.operand_row,
+                    std::min(COLUMNS, one.size - from), rows, packed[packing[i].of].data() + from * depth);
+        }
+      });
+      next = 0;
+      at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+        las::Memory<T> room(las::packed_size<T>(COLUMNS, rows));
+        for (size_t i; (i = next++) < multiplying.size();) {
+          const auto [of, panel] = multiplying[i];
+          const Gradient& one = wanted[of];
+          multiply(gradient(one.outputs, begin, 0, rows), one.count, panel, {packed[of].data(), one.size, depth}, rows,
+                   end < shape.U, room.data(), one.out);
+        }
       });
       add_up(begin, end);
-      const int64_t rows = (end - begin) * shape.B;
-      for (const Gradient& one : wanted)
-        multiply(gradient(one.outputs, begin, 0, rows), one.count, kept.operand(one.inputs, begin, 0, rows), one.size,
-                 rows, end < shape.U, room, one.out);
-      end = begin;
     }
   }
 
@@ -567,9 +581,11 @@ struct Backward {
       starts[v] = embedding.at(v);
     }
     las::product(summed.rows(V), layers.token.panels, starts.data(), embedding);
-    las::Memory<T> room(las::packed_size<T>(M, V));
+    las::Memory<T> packed(las::packed_size<T>(M, V)), room(las::packed_size<T>(COLUMNS, V));
+    const Panels<T> inputs = las::pack(static_cast<const T*>(embedded.at(0)), 1, embedded.stride, M, V, packed.data());
     Buffer<> found(size, M);
-    multiply(summed.rows(V), size, Matrix<const T>(embedded.rows(V)), M, V, false, room, found.rows(size));
+    for (int64_t i = 0; i < padded(size) / COLUMNS; ++i)
+      multiply(summed.rows(V), size, i, inputs, V, false, room.data(), found.rows(size));
     for (int64_t i = 0; i < size; ++i) std::copy_n(found.at(i), M, gates.at(i));
   }
 
