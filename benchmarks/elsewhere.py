@@ -47,4 +47,5 @@ def _serve(pipe: Connection, tuned: bool, make: Callable, arguments: tuple) -> N
             pipe.recv()
         except EOFError:  # the other side has closed
             return
+        function()  # another process has had the caches meanwhile
         pipe.send(clocked(function))
