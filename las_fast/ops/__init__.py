@@ -6,6 +6,7 @@
 from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ngram, beam_topk
+from las_fast.ops.bilstm import bilstm
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
 from las_fast.ops.speller_unroll import speller_unroll
@@ -19,6 +20,7 @@ __all__ = [
     "beam_backtrack",
     "beam_gather",
     "beam_topk",
+    "bilstm",
     "masked_attention",
     "padding_mask",
     "speller_search",

@@ -1,0 +1,530 @@
+// A bidirectional LSTM layer over utterances of different lengths and its gradients: the C++ twin of
+// las_fast/ops/bilstm.py, which says what it means.
+//
+// Utterances are taken from the longest to the shortest. At step s those longer than s are rows of the products, in
+// both directions: the backward one reads frame length - 1 - s. So nothing is reversed, and no padding is computed. The
+// inputs of some steps are multiplied at once, what the state adds step by step, both with weights packed beforehand.
+//
+// A row's sums do not depend on the rows beside it (product.h), so an utterance has one answer alone and in any batch,
+// and gradients add up in the order of the frames, for any number of threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "cell.h"
+#include "outer.h"
+#include "product.h"
+#include "vector.h"
+
+namespace {
+
+using las::COLUMNS;
+using las::Float;
+using las::get;
+using las::Matrix;
+using las::padded;
+using las::Panels;
+using las::put;
+using las::take;
+
+constexpr int64_t DIRECTIONS = 2;
+constexpr int64_t KEPT = 5;      // values a frame, direction and unit: the four gates, and the cell
+constexpr int64_t CHUNK = 128;   // rows of an input product: their gates stay in the second-level cache
+constexpr int64_t BLOCK = 512;   // frames of a product that gives gradients of weights
+constexpr int64_t LEAST = 8;     // utterances to a group: with fewer rows, reading the weights takes the time
+
+struct Shape {
+  int64_t B, T, I, H;
+};
+
+// Frames are counted in two ways: `place` is b * T + t in tensors, `index` leaves padding out.
+struct Frames {
+  Frames(const at::Tensor& given, int64_t B, int64_t T) : lengths(B), first(B + 1, 0) {
+    for (int64_t b = 0; b < B; ++b) {
+      lengths[b] = std::clamp<int64_t>(given.const_data_ptr<int64_t>()[b], 0, T);
+      first[b + 1] = first[b] + lengths[b];
+      for (int64_t t = 0; t < lengths[b]; ++t) places.push_back(b * T + t);
+    }
+  }
+  int64_t count() const { return int64_t(places.size()); }
+
+  // Utterances from the longest to the shortest, dealt to `groups`.
+  std::vector<std::vector<int64_t>> grouped(int64_t groups) const {
+    std::vector<int64_t> order(lengths.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    std::vector<std::vector<int64_t>> dealt(groups);
+    for (size_t i = 0; i < order.size(); ++i) dealt[i % groups].push_back(order[i]);
+    return dealt;
+  }
+  // The frame of utterance b, by index, that a direction reads at a step.
+  int64_t index(int64_t direction, int64_t b, int64_t step) const {
+    return first[b] + (direction == 0 ? step : lengths[b] - 1 - step);
+  }
+
+  std::vector<int64_t> lengths, first, places;
+};
+
+int64_t groups_of(int64_t B) {
+  return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / LEAST));
+}
+
+// Rows with room for whole panels. Their distance is no power of two, which would crowd them in a few sets of a cache.
+template <class T>
+class Buffer {
+ public:
+  Buffer(int64_t rows, int64_t size)
+      : rows_(rows), stride_(padded(size) + 64 / int64_t(sizeof(T))), memory_(rows * stride_) {}
+
+  T* at(int64_t row) const { return memory_.data() + row * stride_; }
+  Matrix<T> rows(int64_t count, int64_t from = 0) const { return {at(from), stride_, count}; }
+  Buffer& clear() {
+    std::fill_n(memory_.data(), rows_ * stride_, T(0.0f));
+    return *this;
+  }
+
+ private:
+  int64_t rows_, stride_;
+  las::Memory<T> memory_;
+};
+
+// In the order of the op: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) of each direction.
+struct Weights {
+  explicit Weights(at::TensorList list) {
+    for (const at::Tensor& x : list) tensors.push_back(x.contiguous());
+  }
+  const float* input(int64_t direction) const { return tensors[4 * direction].const_data_ptr<float>(); }
+  const float* recurrent(int64_t direction) const { return tensors[4 * direction + 1].const_data_ptr<float>(); }
+  float bias(int64_t direction, int64_t i) const {
+    return tensors[4 * direction + 2].const_data_ptr<float>()[i] + tensors[4 * direction + 3].const_data_ptr<float>()[i];
+  }
+
+  std::vector<at::Tensor> tensors;
+};
+
+// Weights of one direction, packed.
+template <class T>
+struct Packed {
+  Panels<T> input, recurrent;
+  std::vector<float> bias;
+  las::Memory<T> input_memory, recurrent_memory;
+};
+
+// ------------------------------------------------------------------------------------------------------------- forward
+
+template <class T>
+class Forward {
+ public:
+  Forward(const Shape& shape, const Frames& frames, const Weights& weights, const T* x, T* output, T* kept)
+      : shape_(shape), frames_(frames), x_(x), output_(output), kept_(kept) {
+    at::parallel_for(0, DIRECTIONS, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t d = begin; d < end; ++d) pack(weights, d);
+    });
+  }
+
+  void run() {
+    const auto groups = frames_.grouped(groups_of(shape_.B));
+    at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run(i % DIRECTIONS, groups[i / DIRECTIONS]);
+    });
+    at::parallel_for(0, shape_.B, LEAST, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) clear_padding(b);
+    });
+  }
+
+ private:
+  struct Row {
+    int64_t utterance, index;
+  };
+
+  struct Scratch {
+    Scratch(const Shape& s, int64_t utterances, int64_t rows)
+        : inputs(rows, s.I), hidden(utterances, s.H), gates(rows, 4 * s.H), cell(utterances, s.H), starts(rows) {
+      inputs.clear(), hidden.clear(), cell.clear();
+    }
+    Buffer<T> inputs, hidden;
+    Buffer<float> gates, cell;
+    std::vector<const float*> starts;
+    std::vector<Row> rows;
+  };
+
+  void pack(const Weights& weights, int64_t d) {
+    const auto [B, _, I, H] = shape_;
+    Packed<T>& to = packed_[d];
+    to.input = las::pack<T>(weights.input(d), I, 1, 4 * H, I, to.input_memory);
+    to.recurrent = las::pack<T>(weights.recurrent(d), H, 1, 4 * H, H, to.recurrent_memory);
+    to.bias.resize(padded(4 * H));
+    for (int64_t i = 0; i < 4 * H; ++i) to.bias[i] = weights.bias(d, i);
+  }
+
+  // One direction of some utterances, the longest first.
+  void run(int64_t direction, const std::vector<int64_t>& utterances) {
+    int64_t active = int64_t(utterances.size());
+    Scratch scratch(shape_, active, std::max(active, CHUNK));
+    const int64_t longest = active ? frames_.lengths[utterances[0]] : 0;
+    for (int64_t step = 0; step < longest;) {
+      scratch.rows.clear();
+      std::vector<int64_t> counts;
+      do {
+        while (frames_.lengths[utterances[active - 1]] <= step) --active;
+        for (int64_t r = 0; r < active; ++r)
+          scratch.rows.push_back({utterances[r], frames_.index(direction, utterances[r], step)});
+        counts.push_back(active);
+      } while (++step < longest && int64_t(scratch.rows.size()) + active <= CHUNK);
+      project(direction, scratch);
+      int64_t row = 0;
+      for (const int64_t count : counts) {
+        advance(direction, scratch, row, count, row == 0 && step == int64_t(counts.size()));
+        row += count;
+      }
+    }
+  }
+
+  // What the inputs of all listed rows add to their gates.
+  void project(int64_t direction, Scratch& scratch) {
+    const int64_t n = int64_t(scratch.rows.size()), I = shape_.I;
+    for (int64_t i = 0; i < n; ++i)
+      std::copy_n(x_ + frames_.places[scratch.rows[i].index] * I, I, scratch.inputs.at(i));
+    std::fill_n(scratch.starts.begin(), n, packed_[direction].bias.data());
+    las::product(scratch.inputs.rows(n), packed_[direction].input, scratch.starts.data(), scratch.gates.rows(n));
+  }
+
+  // One step of `count` listed rows from `row` on; states are zero before the `first`.
+  void advance(int64_t direction, Scratch& scratch, int64_t row, int64_t count, bool first) {
+    const int64_t H = shape_.H;
+    const Matrix<float> gates = scratch.gates.rows(count, row);
+    if (!first) {
+      for (int64_t i = 0; i < count; ++i) scratch.starts[i] = gates.at(i);
+      las::product(scratch.hidden.rows(count), packed_[direction].recurrent, scratch.starts.data(), gates);
+    }
+    las::widest([&](auto width) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t place = frames_.places[scratch.rows[row + i].index];
+        T* out = output_ + (place * DIRECTIONS + direction) * H;
+        T* kept = kept_ ? kept_ + (place * DIRECTIONS + direction) * KEPT * H : nullptr;
+        cell<width>(gates.at(i), scratch.cell.at(i), scratch.hidden.at(i), out, kept);
+      }
+    });
+  }
+
+  template <int W>
+  LAS_INLINE void cell(const float* gates, float* state, T* hidden, T* output, T* kept) const {
+    const int64_t H = shape_.H;
+    las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+      const auto gate = [&](int64_t g) __attribute__((always_inline)) { return get<W>(gates + g * H + j, lanes, 0.0f); };
+      const Float<W> in = las::sigmoid<W>(gate(0)), forget = las::sigmoid<W>(gate(1));
+      const Float<W> fresh = las::tanh<W>(gate(2)), open = las::sigmoid<W>(gate(3));
+      const Float<W> now = forget * get<W>(state + j, lanes, 0.0f) + in * fresh;
+      const Float<W> out = open * las::tanh<W>(now);
+      put<W>(state + j, now, lanes);
+      put<W>(hidden + j, out, lanes);
+      put<W>(output + j, out, lanes);
+      if (!kept) return;
+      put<W>(kept + j, in, lanes);
+      put<W>(kept + H + j, forget, lanes);
+      put<W>(kept + 2 * H + j, fresh, lanes);
+      put<W>(kept + 3 * H + j, open, lanes);
+      put<W>(kept + 4 * H + j, now, lanes);
+    });
+  }
+
+  void clear_padding(int64_t b) {
+    const int64_t frame = DIRECTIONS * shape_.H, valid = frames_.lengths[b];
+    std::fill_n(output_ + (b * shape_.T + valid) * frame, (shape_.T - valid) * frame, T(0.0f));
+  }
+
+  const Shape& shape_;
+  const Frames& frames_;
+  const T* x_;
+  T *output_, *kept_;  // kept (B, T, 2, KEPT, H) for the gradients, or null
+  Packed<T> packed_[DIRECTIONS];
+};
+
+// ------------------------------------------------------------------------------------------------------------ backward
+
+// With dX the gradient of X, c' the cell before and c the cell after a step, from the last step to the first:
+//   dh += W_hh^T dgates of the step after;   dc = dh * o * (1 - tanh(c)^2) + dc of the step after * f of that step
+//   di = dc * g * i (1 - i);   df = dc * c' * f (1 - f);   dg = dc * i * (1 - g^2);   do = dh * tanh(c) * o (1 - o)
+// and then, over all frames:
+//   dx = sum of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
+template <class T>
+class Backward {
+ public:
+  Backward(const Shape& shape, const Frames& frames, const Weights& weights, const T* gradient, const T* x,
+           const T* output, const T* kept)
+      : shape_(shape), frames_(frames), weights_(weights), gradient_(gradient), x_(x), output_(output), kept_(kept),
+        gates_(frames.count(), DIRECTIONS * 4 * shape.H), none_(std::max(shape.I, shape.H), T(0.0f)) {}
+
+  void recur() {
+    const auto groups = frames_.grouped(groups_of(shape_.B));
+    const int64_t H = shape_.H;
+    las::Memory<T> memory[DIRECTIONS];
+    Panels<T> recurrent[DIRECTIONS];
+    for (int64_t d = 0; d < DIRECTIONS; ++d)
+      recurrent[d] = las::pack<T>(weights_.recurrent(d), 1, H, H, 4 * H, memory[d]);
+    at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) recur(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
+    });
+  }
+
+  // The gradient of x (B, T, I), zero past the lengths.
+  void to_inputs(T* x_gradient) {
+    const auto [B, T_, I, H] = shape_;
+    las::Memory<T> memory[DIRECTIONS];
+    Panels<T> input[DIRECTIONS];
+    for (int64_t d = 0; d < DIRECTIONS; ++d) input[d] = las::pack<T>(weights_.input(d), 1, I, I, 4 * H, memory[d]);
+    at::parallel_for(0, frames_.count(), CHUNK, [&](int64_t begin, int64_t end) {
+      const Buffer<float> sums(CHUNK, shape_.I);
+      std::vector<const float*> starts(CHUNK);
+      for (int64_t i = 0; i < CHUNK; ++i) starts[i] = sums.at(i);
+      for (int64_t from = begin; from < end; from += CHUNK)
+        to_inputs(input, from, std::min(CHUNK, end - from), sums, starts.data(), x_gradient);
+    });
+    for (int64_t b = 0; b < shape_.B; ++b) {
+      const int64_t valid = frames_.lengths[b];
+      std::fill_n(x_gradient + (b * shape_.T + valid) * shape_.I, (shape_.T - valid) * shape_.I, T(0.0f));
+    }
+  }
+
+  // The gradients of weight_ih, weight_hh and the sum of the biases of each direction, added to zeros.
+  void to_weights(float* const (&input)[DIRECTIONS], float* const (&recurrent)[DIRECTIONS],
+                  float* const (&bias)[DIRECTIONS]) {
+    const auto [B, T_, I, H] = shape_;
+    const int64_t most = padded(std::min(BLOCK, frames_.count()), 2), gate_panels = padded(4 * H) / COLUMNS;
+    const las::Memory<T> x(padded(I) * most), h(DIRECTIONS * padded(H) * most);
+    const las::Memory<T> gates(DIRECTIONS * padded(4 * H) * most);
+    for (int64_t from = 0; from < frames_.count(); from += BLOCK) {
+      const int64_t count = std::min(BLOCK, frames_.count() - from), depth = padded(count, las::NEIGHBOURS<T>);
+      const auto state = [&](int64_t d) { return Panels<T>{h.data() + d * padded(shape_.H) * most, shape_.H, depth}; };
+      const Panels<T> inputs{x.data(), shape_.I, depth};
+      pack(rows_of_inputs(from, count), 0, shape_.I, x.data());
+      for (int64_t d = 0; d < DIRECTIONS; ++d)
+        pack(rows_of_states(d, from, count), 0, shape_.H, const_cast<T*>(state(d).data));
+      at::parallel_for(0, DIRECTIONS * gate_panels, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t d = i / gate_panels, column = i % gate_panels * COLUMNS;
+          const int64_t here = std::min(COLUMNS, 4 * shape_.H - column);
+          T* panel = gates.data() + i * COLUMNS * most;
+          const std::vector<const T*> rows = rows_of_gates(d, from, count);
+          pack_panel(rows, column, here, panel);
+          add_bias(rows, column, here, bias[d] + column);
+          las::add_outer_products<T>(panel, inputs, {input[d] + column * shape_.I, shape_.I, here});
+          las::add_outer_products<T>(panel, state(d), {recurrent[d] + column * shape_.H, shape_.H, here});
+        }
+      });
+    }
+  }
+
+ private:
+  void recur(int64_t direction, const std::vector<int64_t>& utterances, const Panels<T>& recurrent) {
+    const int64_t H = shape_.H, all = int64_t(utterances.size());
+    Buffer<float> hidden(all, H), cell(all, H);
+    Buffer<T> gates(all, 4 * H);
+    hidden.clear(), cell.clear();  // an utterance begins with its last frame, from zero
+    int64_t active = 0;
+    for (int64_t step = all ? frames_.lengths[utterances[0]] - 1 : -1; step >= 0; --step) {
+      while (active < all && frames_.lengths[utterances[active]] > step) ++active;
+      las::widest([&](auto width) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < active; ++r)
+          through_cell<width>(direction, utterances[r], step, hidden.at(r), cell.at(r), gates.at(r));
+      });
+      if (step > 0) las::product(gates.rows(active), recurrent, nullptr, hidden.rows(active));
+    }
+  }
+
+  const T* kept(int64_t direction, int64_t index) const {
+    return kept_ + (frames_.places[index] * DIRECTIONS + direction) * KEPT * shape_.H;
+  }
+
+  template <int W>
+  LAS_INLINE void through_cell(int64_t direction, int64_t b, int64_t step, const float* hidden, float* cell,
+                               T* row) const {
+    const int64_t H = shape_.H, index = frames_.index(direction, b, step);
+    const T* now = kept(direction, index);
+    const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
+    const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
+    T* all = gates_.at(index) + direction * 4 * H;
+    las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+      const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return take<W>(now + i * H + j, lanes); };
+      const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
+      const Float<W> bent = las::tanh<W>(get_kept(4));
+      const Float<W> dh = take<W>(above + j, lanes) + get<W>(hidden + j, lanes, 0.0f);
+      const Float<W> dc = dh * open * (1.0f - bent * bent) + get<W>(cell + j, lanes, 0.0f);
+      const auto give = [&](int64_t g, Float<W> value) __attribute__((always_inline)) {
+        put<W>(row + g * H + j, value, lanes);
+        put<W>(all + g * H + j, value, lanes);
+      };
+      give(0, dc * fresh * in * (1.0f - in));
+      give(1, dc * take<W>(before + j, lanes) * forget * (1.0f - forget));
+      give(2, dc * in * (1.0f - fresh * fresh));
+      give(3, dh * bent * open * (1.0f - open));
+      put<W>(cell + j, dc * forget, lanes);
+    });
+  }
+
+  void to_inputs(const Panels<T> (&input)[DIRECTIONS], int64_t from, int64_t count, const Buffer<float>& sums,
+                 las::Starts starts, T* x_gradient) const {
+    for (int64_t d = 0; d < DIRECTIONS; ++d) {
+      Matrix<T> rows = gates_.rows(count, from);
+      rows.data += d * 4 * shape_.H;
+      las::product(rows, input[d], d == 0 ? nullptr : starts, sums.rows(count));
+    }
+    las::widest([&](auto width) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i)
+        las::convert<width>(sums.at(i), shape_.I, x_gradient + frames_.places[from + i] * shape_.I);
+    });
+  }
+
+  std::vector<const T*> rows_of_inputs(int64_t from, int64_t count) const {
+    std::vector<const T*> rows(count);
+    for (int64_t k = 0; k < count; ++k) rows[k] = x_ + frames_.places[from + k] * shape_.I;
+    return rows;
+  }
+
+  std::vector<const T*> rows_of_gates(int64_t direction, int64_t from, int64_t count) const {
+    std::vector<const T*> rows(count);
+    for (int64_t k = 0; k < count; ++k) rows[k] = gates_.at(from + k) + direction * 4 * shape_.H;
+    return rows;
+  }
+
+  // The states that the frames found: of the frame before them, or after them.
+  std::vector<const T*> rows_of_states(int64_t direction, int64_t from, int64_t count) const {
+    std::vector<const T*> rows(count);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t place = frames_.places[from + k], b = place / shape_.T, t = place % shape_.T;
+      const bool starts = direction == 0 ? t == 0 : t == frames_.lengths[b] - 1;
+      const int64_t source = direction == 0 ? place - 1 : place + 1;
+      rows[k] = starts ? none_.data() : output_ + (source * DIRECTIONS + direction) * shape_.H;
+    }
+    return rows;
+  }
+
+  static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
+    las::widest([&](auto width) __attribute__((always_inline)) {
+      las::pack_rows<width>(rows.data(), int64_t(rows.size()), column, columns, to);
+    });
+  }
+
+  static void pack(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
+    const int64_t depth = padded(int64_t(rows.size()), las::NEIGHBOURS<T>);
+    at::parallel_for(0, padded(columns) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin * COLUMNS; panel < end * COLUMNS; panel += COLUMNS)
+        pack_panel(rows, column + panel, std::min(COLUMNS, columns - panel), to + panel * depth);
+    });
+  }
+
+  static void add_bias(const std::vector<const T*>& rows, int64_t column, int64_t columns, float* bias) {
+    las::widest([&](auto width) __attribute__((always_inline)) {
+      constexpr int W = width;
+      las::each_vector<W>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+        Float<W> sum = get<W>(bias + j, lanes, 0.0f);
+        for (const T* row : rows) sum += take<W>(row + column + j, lanes);
+        put<W>(bias + j, sum, lanes);
+      });
+    });
+  }
+
+  const Shape& shape_;
+  const Frames& frames_;
+  const Weights& weights_;
+  const T *gradient_, *x_, *output_, *kept_;
+  Buffer<T> gates_;  // their gradients, (frames, 2, 4, H)
+  std::vector<T> none_;
+};
+
+// ----------------------------------------------------------------------------------------------------------- arguments
+
+Shape check(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights) {
+  TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
+              "x must be (B, T, I) float32 or bfloat16; got ", x.sizes(), " ", x.scalar_type());
+  const int64_t B = x.size(0), I = x.size(2);
+  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
+              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+  TORCH_CHECK(weights.size() == 4 * DIRECTIONS, "weights must be 8 tensors; got ", weights.size());
+  TORCH_CHECK(weights[1].dim() == 2, "weight_hh must be (4H, H); got ", weights[1].sizes());
+  const int64_t H = weights[1].size(1);
+  const std::vector<int64_t> shapes[] = {{4 * H, I}, {4 * H, H}, {4 * H}, {4 * H}};
+  for (size_t i = 0; i < weights.size(); ++i)
+    TORCH_CHECK(weights[i].sizes() == shapes[i % 4] && weights[i].scalar_type() == at::kFloat, "weights[", i,
+                "] must be ", at::IntArrayRef(shapes[i % 4]), " float32; got ", weights[i].sizes(), " ",
+                weights[i].scalar_type());
+  return {B, x.size(1), I, H};
+}
+
+template <class T>
+void run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,
+                 at::Tensor& output, at::Tensor& kept) {
+  const Frames frames(lengths, shape.B, shape.T);
+  const at::Tensor inputs = x.contiguous();
+  Forward<T>(shape, frames, Weights(weights), inputs.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
+             kept.numel() ? kept.mutable_data_ptr<T>() : nullptr).run();
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,
+                                           bool gradients) {
+  const Shape shape = check(x, lengths, weights);
+  const auto [B, T, I, H] = shape;
+  at::Tensor output = at::empty({B, T, DIRECTIONS * H}, x.options());
+  at::Tensor kept = at::empty({gradients ? B : 0, T, DIRECTIONS, KEPT, H}, x.options());
+  if (x.scalar_type() == at::kFloat) run_forward<float>(shape, x, lengths.contiguous(), weights, output, kept);
+  else run_forward<at::BFloat16>(shape, x, lengths.contiguous(), weights, output, kept);
+  return {output, kept};
+}
+
+template <class T>
+void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& lengths,
+                  at::TensorList list, const at::Tensor& output, const at::Tensor& kept, at::Tensor& x_gradient,
+                  std::vector<at::Tensor>& gradients) {
+  const Frames frames(lengths, shape.B, shape.T);
+  const Weights weights(list);
+  const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
+  Backward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
+                  output.const_data_ptr<T>(), kept.const_data_ptr<T>());
+  const auto data = [&](int64_t i) { return gradients[i].mutable_data_ptr<float>(); };
+  job.recur();
+  if (x_gradient.numel()) job.to_inputs(x_gradient.mutable_data_ptr<T>());
+  job.to_weights({data(0), data(3)}, {data(1), data(4)}, {data(2), data(5)});
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradient, const at::Tensor& x,
+                                                         const at::Tensor& lengths, at::TensorList weights,
+                                                         const at::Tensor& output, const at::Tensor& kept,
+                                                         bool inputs) {
+  const Shape shape = check(x, lengths, weights);
+  const auto [B, T, I, H] = shape;
+  for (const auto& [name, tensor] : {std::pair("gradient", gradient), std::pair("output", output)})
+    TORCH_CHECK(tensor.sizes() == at::IntArrayRef({B, T, DIRECTIONS * H}) && tensor.scalar_type() == x.scalar_type(),
+                name, " must be (B, T, 2H) with B=", B, ", T=", T, ", H=", H, " and the dtype of x; got ",
+                tensor.sizes(), " ", tensor.scalar_type());
+  TORCH_CHECK(kept.sizes() == at::IntArrayRef({B, T, DIRECTIONS, KEPT, H}) && kept.scalar_type() == x.scalar_type(),
+              "kept must be what the forward op kept of these inputs; got ", kept.sizes(), " ", kept.scalar_type());
+  at::Tensor x_gradient = at::empty({inputs ? B : 0, T, I}, x.options());
+  std::vector<at::Tensor> gradients;
+  for (int64_t d = 0; d < DIRECTIONS; ++d)
+    for (const std::vector<int64_t>& sizes : {std::vector{4 * H, I}, {4 * H, H}, {4 * H}})
+      gradients.push_back(at::zeros(sizes, weights[0].options()));
+  const auto run = x.scalar_type() == at::kFloat ? run_backward<float> : run_backward<at::BFloat16>;
+  run(shape, gradient, x, lengths.contiguous(), weights, output.contiguous(), kept.contiguous(), x_gradient, gradients);
+  return {x_gradient, gradients};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(las_fast, m) {
+  m.def("bilstm_cpp(Tensor x, Tensor lengths, Tensor[] weights, bool gradients) -> (Tensor output, Tensor kept)");
+  m.def("bilstm_backward_cpp(Tensor gradient, Tensor x, Tensor lengths, Tensor[] weights, Tensor output, Tensor kept,"
+        " bool inputs) -> (Tensor x_gradient, Tensor[] weight_gradients)");
+}
+
+TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
+  m.impl("bilstm_cpp", &forward);
+  m.impl("bilstm_backward_cpp", &backward);
+}

@@ -1,0 +1,149 @@
+"""One bidirectional LSTM layer over utterances of different lengths.
+
+In each direction, over the frames t of an utterance from the first to the last, or from the last to the first:
+
+    i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh            h and c of the frame before in that direction, 0 at first
+    c          = sigmoid(f) * c + sigmoid(i) * tanh(g);     h = sigmoid(o) * tanh(c)
+
+The output of a frame is h of both directions. Gradients are those of csrc/bilstm.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from las_fast.ops import backends
+from las_fast.ops.masked_attention import padding_mask
+
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+
+
+def bilstm(
+    x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor], *, backend: str = "auto"
+) -> Tensor:
+    """Run an LSTM over each utterance from both ends; padding is neither read nor computed in C++.
+
+    Differentiable once in x and the weights. Sums and cells are float32; under CPU autocast to bfloat16, as for
+    bfloat16 x, products take bfloat16. In C++ an utterance has one answer, bit for bit, alone, in any batch, on any
+    number of threads. The reference is torch's LSTM of each direction, the second over utterances reversed within
+    their lengths: on a CPU much faster than a packed sequence; its padding must be finite.
+
+    Args:
+        x:         (B, T, I).
+        lengths:   (B,) int64 valid frames, 0 to T.
+        forwards:  weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,) and bias_hh (4H,), as nn.LSTM has them: input,
+            forget, cell and output gate. C++ takes float32 also for bfloat16 x.
+        backwards: the same for the direction from the last frame to the first.
+        backend:   "auto", "reference" or "cpp".
+
+    Returns:
+        (B, T, 2H), the forward direction's states first, exactly 0 past the lengths; dtype of x, or autocast's.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the named backend is not available here.
+    """
+    _check(x, lengths, forwards, backwards)
+    weights = [*forwards, *backwards]
+    narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    dtype = torch.bfloat16 if narrow and x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
+    if backend == "auto" and dtype == torch.bfloat16 and HAS_TILES:
+        backend = "reference"  # oneDNN multiplies bfloat16 in tiles (AMX) there, which C++ does not
+    chosen = backends.choose("bilstm", backend, x.device, dtype, {"cpp": _excess(weights)})
+    if chosen == "reference":
+        return _reference(x, lengths, forwards, backwards)
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    return torch.ops.las_fast.bilstm_cpp(x.to(dtype), lengths, weights, gradients)[0]
+
+
+def reverse_within_lengths(x: Tensor, lengths: Tensor) -> Tensor:
+    """Reverse the first lengths[b] frames of each row of x (B, T, F); padding stays where it is."""
+    time = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)  # (B, T)
+    return x.gather(1, index[:, :, None].expand_as(x))
+
+
+def _reference(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> Tensor:
+    ahead = _direction(x, forwards)
+    back = reverse_within_lengths(_direction(reverse_within_lengths(x, lengths), backwards), lengths)
+    return torch.cat((ahead, back), 2).masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
+
+
+def _direction(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    zero = x.new_zeros(1, x.shape[0], weights[1].shape[1])
+    weights = [weight.to(x.dtype) for weight in weights]
+    return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
+
+
+def _excess(weights: list[Tensor]) -> str | None:
+    """Say what of the weights C++ does not take; None where it takes them."""
+    types = {x.dtype for x in weights} - {torch.float32}
+    return f"takes float32 weights; got {types.pop()}" if types else None
+
+
+def _check(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> None:
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x must be (B, T, I) of floats; got {tuple(x.shape)} {x.dtype}")
+    B, _, I = x.shape
+    if lengths.shape != (B,) or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
+    for direction in (forwards, backwards):
+        if len(direction) != len(NAMES):
+            raise ValueError(f"each direction must have {', '.join(NAMES)}; got {len(direction)} tensors")
+        H = forwards[1].shape[-1]
+        shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+        for name, weight, shape in zip(NAMES, direction, shapes, strict=True):
+            if weight.shape != shape:
+                raise ValueError(f"{name} must be {shape} with I={I}, H={H}; got {tuple(weight.shape)}")
+    devices = {tensor.device for tensor in (x, lengths, *forwards, *backwards)}
+    if len(devices) > 1:
+        raise ValueError(f"x, lengths and weights must be on one device; got {', '.join(sorted(map(str, devices)))}")
+
+
+FORWARD = "(Tensor x, Tensor lengths, Tensor[] weights, bool gradients) -> (Tensor output, Tensor kept)"
+BACKWARD = (
+    "(Tensor gradient, Tensor x, Tensor lengths, Tensor[] weights, Tensor output, Tensor kept, bool inputs)"
+    " -> (Tensor x_gradient, Tensor[] weight_gradients)"
+)
+
+
+def _fake_forward(x, lengths, weights, gradients):
+    B, T, H = x.shape[0], x.shape[1], weights[1].shape[1]
+    return x.new_empty(B, T, 2 * H), x.new_empty(B if gradients else 0, T, 2, 5, H)
+
+
+def _fake_backward(gradient, x, lengths, weights, output, kept, inputs):
+    found = [weights[i].new_empty(weights[i].shape) for i in (0, 1, 2, 4, 5, 6)]  # one for both biases
+    return x.new_empty(x.shape if inputs else (0, *x.shape[1:])), found
+
+
+def _save(ctx, inputs, output) -> None:
+    x, lengths, weights, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, lengths, *weights, *output)
+
+
+def _backward(ctx, gradient, kept_gradient):
+    if gradient is None:
+        return None, None, None, None
+    x, lengths, *weights, output, kept = ctx.saved_tensors
+    inputs = ctx.needs_input_grad[0]
+    op = torch.ops.las_fast.bilstm_backward_cpp
+    x_gradient, (ih, hh, bias, ih_back, hh_back, bias_back) = op(gradient, x, lengths, weights, output, kept, inputs)
+    found = [ih, hh, bias, bias, ih_back, hh_back, bias_back, bias_back]
+    return x_gradient if inputs else None, None, found, None
+
+
+def _refuse(ctx, *gradients):  # torch's once_differentiable knows no lists of gradients
+    raise RuntimeError("bilstm in C++ cannot differentiate twice. Use backend='reference'")
+
+
+for _name in backends.register("bilstm_backward", BACKWARD, _fake_backward, module="bilstm"):
+    torch.library.register_autograd(_name, _refuse)
+for _name in backends.register("bilstm", FORWARD, _fake_forward):
+    torch.library.register_autograd(_name, _backward, setup_context=_save)
