@@ -245,26 +245,66 @@ LAS_INLINE void convert(const float* from, int64_t n, T* to, float factor = 1.0f
   });
 }
 
+// The lanes of a and b by turns: of their first halves (PART 0), or of their second.
+template <int W, int PART, int... i>
+LAS_INLINE Float<W> zip(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
+  return pick<W>(a, b, std::integer_sequence<int, (i / 2 + PART * W / 2 + i % 2 * W)...>{});
+}
+
+// Lane i of vector k becomes lane k of vector i. Each round rotates the bits of (k, i) by one.
+template <int W>
+LAS_INLINE void transpose(Float<W> (&x)[W]) {
+  constexpr auto all = std::make_integer_sequence<int, W>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Float<W> y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = zip<W, 0>(x[i], x[i + W / 2], all);
+      y[2 * i + 1] = zip<W, 1>(x[i], x[i + W / 2], all);
+    }
+    std::memcpy(x, y, sizeof x);
+  }
+}
+
+template <int W>
+LAS_INLINE void put_neighbours(float* to, const Float<W>* rows) {
+  store<W>(to, rows[0]);
+}
+
+template <int W>
+LAS_INLINE void put_neighbours(c10::BFloat16* to, const Float<W>* rows) {  // each pair of them is one 32-bit lane
+  const Bits<W> first = rounded_to_upper_half<W>(rows[0]) >> 16;
+  const Bits<W> pairs = first | (rounded_to_upper_half<W>(rows[1]) & 0xFFFF0000u);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+
 // One panel of `factor` times the values source[column * column_stride + k * k_stride], one of whose strides is 1.
 template <int W, class T>
 LAS_INLINE void pack_panel(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
                            float factor, T* to) {
-  constexpr int64_t N = NEIGHBOURS<T>, RUN = 32;
-  T run[RUN];
-  if (k_stride == 1) {  // take RUN of a column before the next one's: they share a cache line
-    for (int64_t first = 0; first < depth; first += RUN)
-      for (int64_t i = 0; i < columns; ++i) {
-        std::fill_n(run, RUN, T(0.0f));
-        convert<W>(source + i * column_stride + first, std::min(RUN, depth - first), run, factor);
-        for (int64_t k = 0; k < std::min(RUN, depth - first); k += N)
-          std::copy_n(run + k, N, to + (first + k) * COLUMNS + i * N);
+  constexpr int64_t N = NEIGHBOURS<T>;
+  const bool turned = k_stride == 1;
+  const int64_t stride = turned ? column_stride : k_stride;
+  for (int64_t k = 0; k < depth; k += W)
+    for (int64_t i = 0; i < COLUMNS; i += W) {
+      Float<W> rows[W];  // of W columns and W values of k
+      const int64_t wide = std::clamp<int64_t>(columns - i, 0, W), deep = std::min<int64_t>(depth - k, W);
+      const float* from = source + i * column_stride + k * k_stride;
+      if (wide == W && deep == W) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) rows[j] = load<W>(from + j * stride) * factor;
+      } else {
+        for (int64_t j = 0; j < W; ++j) {
+          const bool there = j < (turned ? wide : deep);
+          rows[j] = there ? load_part<W>(from + j * stride, turned ? deep : wide) * factor : Float<W>{};
+        }
       }
-  } else {
-    for (int64_t k = 0; k < depth; ++k) {
-      convert<W>(source + k * k_stride, columns, run, factor);
-      for (int64_t i = 0; i < columns; ++i) to[(k / N * COLUMNS + i) * N + k % N] = run[i];
+      if (turned) transpose<W>(rows);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j += N)
+        if (j < deep) put_neighbours<W>(to + (k + j) * COLUMNS + i * N, rows + j);
     }
-  }
 }
 
 // Panels of such values; `memory` is theirs.
@@ -276,9 +316,8 @@ Panels<T> pack(const float* source, int64_t column_stride, int64_t k_stride, int
   widest([&](auto width) __attribute__((always_inline)) {
     for (int64_t panel = 0; panel < columns; panel += COLUMNS) {
       const int64_t here = std::min(COLUMNS, columns - panel);
-      T* to = memory.data() + panel * deep;
-      if (here < COLUMNS || deep > depth) std::fill_n(to, COLUMNS * deep, T(0.0f));
-      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor, to);
+      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor,
+                        memory.data() + panel * deep);
     }
   });
   return {memory.data(), columns, deep};
