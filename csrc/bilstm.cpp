@@ -38,7 +38,7 @@ using las::take;
 constexpr int64_t DIRECTIONS = 2;
 constexpr int64_t KEPT = 5;      // values a frame, direction and unit: the four gates, and the cell
 constexpr int64_t CHUNK = 128;   // rows of an input product: their gates stay in the second-level cache
-constexpr int64_t BLOCK = 512;   // frames of a product that gives gradients of weights
+constexpr int64_t BLOCK = 1024;  // frames of a product that gives gradients of weights
 constexpr int64_t LEAST = 8;     // utterances to a group: with fewer rows, reading the weights takes the time
 
 struct Shape {
@@ -351,23 +351,19 @@ class Backward {
     const T* now = kept(direction, index);
     const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
     const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
-    T* all = gates_.at(index) + direction * 4 * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return take<W>(now + i * H + j, lanes); };
       const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
       const Float<W> bent = las::tanh<W>(get_kept(4));
       const Float<W> dh = take<W>(above + j, lanes) + get<W>(hidden + j, lanes, 0.0f);
       const Float<W> dc = dh * open * (1.0f - bent * bent) + get<W>(cell + j, lanes, 0.0f);
-      const auto give = [&](int64_t g, Float<W> value) __attribute__((always_inline)) {
-        put<W>(row + g * H + j, value, lanes);
-        put<W>(all + g * H + j, value, lanes);
-      };
-      give(0, dc * fresh * in * (1.0f - in));
-      give(1, dc * take<W>(before + j, lanes) * forget * (1.0f - forget));
-      give(2, dc * in * (1.0f - fresh * fresh));
-      give(3, dh * bent * open * (1.0f - open));
+      put<W>(row + j, dc * fresh * in * (1.0f - in), lanes);
+      put<W>(row + H + j, dc * take<W>(before + j, lanes) * forget * (1.0f - forget), lanes);
+      put<W>(row + 2 * H + j, dc * in * (1.0f - fresh * fresh), lanes);
+      put<W>(row + 3 * H + j, dh * bent * open * (1.0f - open), lanes);
       put<W>(cell + j, dc * forget, lanes);
     });
+    std::copy_n(row, 4 * H, gates_.at(index) + direction * 4 * H);
   }
 
   void to_inputs(const Panels<T> (&input)[DIRECTIONS], int64_t from, int64_t count, const Buffer<float>& sums,

@@ -266,37 +266,70 @@ LAS_INLINE void beside(const c10::BFloat16* row, const c10::BFloat16* next, c10:
   }
 }
 
+// The lanes of a and b by turns: of their first halves (PART 0), or of their second.
+template <int W, int PART, int... i>
+LAS_INLINE Float<W> zip(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
+  return pick<W>(a, b, std::integer_sequence<int, (i / 2 + PART * W / 2 + i % 2 * W)...>{});
+}
+
+// Lane i of vector k becomes lane k of vector i. Each round rotates the bits of (k, i) by one.
+template <int W>
+LAS_INLINE void transpose(Float<W> (&x)[W]) {
+  constexpr auto all = std::make_integer_sequence<int, W>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    Float<W> y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      y[2 * i] = zip<W, 0>(x[i], x[i + W / 2], all);
+      y[2 * i + 1] = zip<W, 1>(x[i], x[i + W / 2], all);
+    }
+    std::memcpy(x, y, sizeof x);
+  }
+}
+
+template <int W>
+LAS_INLINE void put_neighbours(float* to, const Float<W>* rows) {
+  store<W>(to, rows[0]);
+}
+
+template <int W>
+LAS_INLINE void put_neighbours(c10::BFloat16* to, const Float<W>* rows) {  // each pair of them is one 32-bit lane
+  const Bits<W> first = rounded_to_upper_half<W>(rows[0]) >> 16;
+  const Bits<W> pairs = first | (rounded_to_upper_half<W>(rows[1]) & 0xFFFF0000u);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+
 // One panel of `factor` times the values source[column * column_stride + k * k_stride], one of whose strides is 1.
 template <int W, class S, class T>
 LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
                            float factor, T* to) {
-  constexpr int64_t N = NEIGHBOURS<T>, RUN = 32;
-  if (k_stride == 1) {  // take RUN of a column before the next one's: they share a cache line
-    T run[RUN];
-    for (int64_t first = 0; first < depth; first += RUN)
-      for (int64_t i = 0; i < columns; ++i) {
-        std::fill_n(run, RUN, T(0.0f));
-        convert<W>(source + i * column_stride + first, std::min(RUN, depth - first), run, factor);
-        for (int64_t k = 0; k < std::min(RUN, depth - first); k += N)
-          std::copy_n(run + k, N, to + (first + k) * COLUMNS + i * N);
-      }
-  } else if constexpr (N == 1) {
-    for (int64_t k = 0; k < depth; ++k) convert<W>(source + k * k_stride, columns, to + k * COLUMNS, factor);
-  } else {
-    T run[N][COLUMNS] = {};
-    for (int64_t k = 0; k < depth; k += N) {
-      if constexpr (std::is_same_v<S, T>)
-        if (columns == COLUMNS && k + 1 < depth && factor == 1.0f) {
-          beside<W>(source + k * k_stride, source + (k + 1) * k_stride, to + k * COLUMNS);
-          continue;
+  constexpr int64_t N = NEIGHBOURS<T>;
+  const bool turned = k_stride == 1;
+  const int64_t stride = turned ? column_stride : k_stride;
+  int64_t k = 0;
+  if constexpr (std::is_same_v<S, T> && N == 2)
+    if (!turned && columns == COLUMNS && factor == 1.0f)
+      for (; k + 1 < depth; k += 2) beside<W>(source + k * stride, source + (k + 1) * stride, to + k * COLUMNS);
+  for (; k < depth; k += W)
+    for (int64_t i = 0; i < COLUMNS; i += W) {
+      Float<W> rows[W];  // of W columns and W values of k
+      const int64_t wide = std::clamp<int64_t>(columns - i, 0, W), deep = std::min<int64_t>(depth - k, W);
+      const S* from = source + i * column_stride + k * k_stride;
+      if (wide == W && deep == W) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) rows[j] = load<W>(from + j * stride) * factor;
+      } else {
+        for (int64_t j = 0; j < W; ++j) {
+          const bool there = j < (turned ? wide : deep);
+          rows[j] = there ? load_part<W>(from + j * stride, turned ? deep : wide) * factor : Float<W>{};
         }
-      for (int64_t n = 0; n < N; ++n) {
-        if (k + n < depth) convert<W>(source + (k + n) * k_stride, columns, run[n], factor);
-        else std::fill_n(run[n], columns, T(0.0f));
       }
-      beside<W>(run[0], run[1], to + k * COLUMNS);
+      if (turned) transpose<W>(rows);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; j += N)
+        if (j < deep) put_neighbours<W>(to + (k + j) * COLUMNS + i * N, rows + j);
     }
-  }
 }
 
 template <class T>
@@ -312,9 +345,8 @@ Panels<T> pack(const S* source, int64_t column_stride, int64_t k_stride, int64_t
   widest([&](auto width) __attribute__((always_inline)) {
     for (int64_t panel = 0; panel < columns; panel += COLUMNS) {
       const int64_t here = std::min(COLUMNS, columns - panel);
-      T* into = to + panel * deep;
-      if (here < COLUMNS || deep > depth) std::fill_n(into, COLUMNS * deep, T(0.0f));
-      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor, into);
+      pack_panel<width>(source + panel * column_stride, column_stride, k_stride, here, depth, factor,
+                        to + panel * deep);
     }
   });
   return {to, columns, deep};

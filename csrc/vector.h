@@ -69,12 +69,16 @@ LAS_INLINE void store(float* p, Float<W> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+// The bfloat16 nearest to x, ties to even, in the upper half of each lane; NaN stays NaN. The lower half is anything.
 template <int W>
-LAS_INLINE void store(c10::BFloat16* p, Float<W> x) {  // to the nearest, ties to even; NaN stays NaN
+LAS_INLINE Bits<W> rounded_to_upper_half(Float<W> x) {
   const Bits<W> bits = bits_as<Bits<W>>(x);
-  const Bits<W> rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Bits<W> nan = Bits<W>{} + 0x7FC0;
-  const Short<W> y = __builtin_convertvector(x == x ? rounded : nan, Short<W>);
+  return x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : Bits<W>{} + 0x7FC00000u;
+}
+
+template <int W>
+LAS_INLINE void store(c10::BFloat16* p, Float<W> x) {
+  const Short<W> y = __builtin_convertvector(rounded_to_upper_half<W>(x) >> 16, Short<W>);
   std::memcpy(p, &y, sizeof y);
 }
 
