@@ -73,6 +73,13 @@ struct Frames {
   std::vector<int64_t> lengths, first, places;
 };
 
+template <class Each>
+void each_direction(const Each& each) {
+  at::parallel_for(0, DIRECTIONS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin; d < end; ++d) each(d);
+  });
+}
+
 int64_t groups_of(int64_t B) {
   return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / LEAST));
 }
@@ -125,9 +132,7 @@ class Forward {
  public:
   Forward(const Shape& shape, const Frames& frames, const Weights& weights, const T* x, T* output, T* kept)
       : shape_(shape), frames_(frames), x_(x), output_(output), kept_(kept) {
-    at::parallel_for(0, DIRECTIONS, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t d = begin; d < end; ++d) pack(weights, d);
-    });
+    each_direction([&](int64_t d) { pack(weights, d); });
   }
 
   void run() {
@@ -255,6 +260,10 @@ class Forward {
 //   di = dc * g * i (1 - i);   df = dc * c' * f (1 - f);   dg = dc * i * (1 - g^2);   do = dh * tanh(c) * o (1 - o)
 // and then, over all frames:
 //   dx = sum of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
+struct Gradients {  // of the weights of one direction: weight_ih, weight_hh, and each bias
+  float *input, *recurrent, *bias;
+};
+
 template <class T>
 class Backward {
  public:
@@ -268,8 +277,9 @@ class Backward {
     const int64_t H = shape_.H;
     las::Memory<T> memory[DIRECTIONS];
     Panels<T> recurrent[DIRECTIONS];
-    for (int64_t d = 0; d < DIRECTIONS; ++d)
+    each_direction([&](int64_t d) {
       recurrent[d] = las::pack<T>(weights_.recurrent(d), 1, H, H, 4 * H, memory[d]);
+    });
     at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) recur(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
     });
@@ -277,10 +287,11 @@ class Backward {
 
   // The gradient of x (B, T, I), zero past the lengths.
   void to_inputs(T* x_gradient) {
-    const auto [B, T_, I, H] = shape_;
     las::Memory<T> memory[DIRECTIONS];
     Panels<T> input[DIRECTIONS];
-    for (int64_t d = 0; d < DIRECTIONS; ++d) input[d] = las::pack<T>(weights_.input(d), 1, I, I, 4 * H, memory[d]);
+    each_direction([&](int64_t d) {
+      input[d] = las::pack<T>(weights_.input(d), 1, shape_.I, shape_.I, 4 * shape_.H, memory[d]);
+    });
     at::parallel_for(0, frames_.count(), CHUNK, [&](int64_t begin, int64_t end) {
       const Buffer<float> sums(CHUNK, shape_.I);
       std::vector<const float*> starts(CHUNK);
@@ -294,32 +305,15 @@ class Backward {
     }
   }
 
-  // The gradients of weight_ih, weight_hh and the sum of the biases of each direction, added to zeros.
-  void to_weights(float* const (&input)[DIRECTIONS], float* const (&recurrent)[DIRECTIONS],
-                  float* const (&bias)[DIRECTIONS]) {
-    const auto [B, T_, I, H] = shape_;
-    const int64_t most = padded(std::min(BLOCK, frames_.count()), 2), gate_panels = padded(4 * H) / COLUMNS;
-    const las::Memory<T> x(padded(I) * most), h(DIRECTIONS * padded(H) * most);
-    const las::Memory<T> gates(DIRECTIONS * padded(4 * H) * most);
+  // Add the gradients of the weights to zeros.
+  void to_weights(const Gradients (&to)[DIRECTIONS]) const {
+    const int64_t most = padded(std::min(BLOCK, frames_.count()), las::NEIGHBOURS<T>);
+    const las::Memory<T> x(padded(shape_.I) * most), h(padded(shape_.H) * most);
     for (int64_t from = 0; from < frames_.count(); from += BLOCK) {
-      const int64_t count = std::min(BLOCK, frames_.count() - from), depth = padded(count, las::NEIGHBOURS<T>);
-      const auto state = [&](int64_t d) { return Panels<T>{h.data() + d * padded(shape_.H) * most, shape_.H, depth}; };
-      const Panels<T> inputs{x.data(), shape_.I, depth};
-      pack(rows_of_inputs(from, count), 0, shape_.I, x.data());
+      const int64_t count = std::min(BLOCK, frames_.count() - from);
+      const Panels<T> inputs = pack(rows_of_inputs(from, count), shape_.I, x);
       for (int64_t d = 0; d < DIRECTIONS; ++d)
-        pack(rows_of_states(d, from, count), 0, shape_.H, const_cast<T*>(state(d).data));
-      at::parallel_for(0, DIRECTIONS * gate_panels, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t d = i / gate_panels, column = i % gate_panels * COLUMNS;
-          const int64_t here = std::min(COLUMNS, 4 * shape_.H - column);
-          T* panel = gates.data() + i * COLUMNS * most;
-          const std::vector<const T*> rows = rows_of_gates(d, from, count);
-          pack_panel(rows, column, here, panel);
-          add_bias(rows, column, here, bias[d] + column);
-          las::add_outer_products<T>(panel, inputs, {input[d] + column * shape_.I, shape_.I, here});
-          las::add_outer_products<T>(panel, state(d), {recurrent[d] + column * shape_.H, shape_.H, here});
-        }
-      });
+        to_weights(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h), to[d]);
     }
   }
 
@@ -403,18 +397,35 @@ class Backward {
     return rows;
   }
 
+  // Of some frames of one direction.
+  void to_weights(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states,
+                  const Gradients& to) const {
+    const int64_t I = shape_.I, H = shape_.H;
+    at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+      const las::Memory<T> panel(COLUMNS * inputs.depth);
+      for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, 4 * H); column += COLUMNS) {
+        const int64_t count = std::min(COLUMNS, 4 * H - column);
+        pack_panel(gates, column, count, panel.data());
+        add_bias(gates, column, count, to.bias + column);
+        las::add_outer_products<T>(panel.data(), inputs, {to.input + column * I, I, count});
+        las::add_outer_products<T>(panel.data(), states, {to.recurrent + column * H, H, count});
+      }
+    });
+  }
+
   static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
     las::widest([&](auto width) __attribute__((always_inline)) {
       las::pack_rows<width>(rows.data(), int64_t(rows.size()), column, columns, to);
     });
   }
 
-  static void pack(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
+  static Panels<T> pack(const std::vector<const T*>& rows, int64_t columns, const las::Memory<T>& memory) {
     const int64_t depth = padded(int64_t(rows.size()), las::NEIGHBOURS<T>);
     at::parallel_for(0, padded(columns) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin * COLUMNS; panel < end * COLUMNS; panel += COLUMNS)
-        pack_panel(rows, column + panel, std::min(COLUMNS, columns - panel), to + panel * depth);
+      for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, columns); column += COLUMNS)
+        pack_panel(rows, column, std::min(COLUMNS, columns - column), memory.data() + column * depth);
     });
+    return {memory.data(), columns, depth};
   }
 
   static void add_bias(const std::vector<const T*>& rows, int64_t column, int64_t columns, float* bias) {
@@ -484,10 +495,10 @@ void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tens
   const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
   Backward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
                   output.const_data_ptr<T>(), kept.const_data_ptr<T>());
-  const auto data = [&](int64_t i) { return gradients[i].mutable_data_ptr<float>(); };
   job.recur();
   if (x_gradient.numel()) job.to_inputs(x_gradient.mutable_data_ptr<T>());
-  job.to_weights({data(0), data(3)}, {data(1), data(4)}, {data(2), data(5)});
+  const auto data = [&](int64_t i) { return gradients[i].mutable_data_ptr<float>(); };
+  job.to_weights({{data(0), data(1), data(2)}, {data(3), data(4), data(5)}});
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradient, const at::Tensor& x,
