@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator  # noqa: E402
 from benchmarks import machine, record  # noqa: E402
 
 PLOTS = record.RESULTS / "plots"
-FILES = ("train", "decode", "features", "peers")
+FILES = ("train", "bilstm", "decode", "features", "peers")
 AXES = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
 NAMES = {"frames": "encoder frames", "batch": "utterances in a batch"}
 KEYS = 256  # size of a key in the suites' shapes

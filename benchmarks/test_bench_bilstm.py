@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.made import frame_counts
-from las_fast.cli import keep_freed_memory
+from las_fast.cli import tune_memory
 from las_fast.ops import backends, bilstm
 
 LAYERS = {"bilstm": (312, 256), "pyramid 1": (156, 1024), "pyramid 2": (78, 1024)}  # frames, inputs
@@ -19,7 +19,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @pytest.fixture(autouse=True)
 def as_in_training():
-    keep_freed_memory()
+    tune_memory()
 
 
 def made(B, T, I):
