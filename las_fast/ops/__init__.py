@@ -5,19 +5,25 @@
 
 from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
-from las_fast.ops.beam_topk import BeamStep, Ngram, beam_topk
+from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
+from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
 
 __all__ = [
     "Backtracked",
     "BeamStep",
+    "Ctc",
+    "CtcState",
     "Ngram",
     "SpellerWeights",
     "Steps",
     "beam_backtrack",
     "beam_gather",
     "beam_topk",
+    "ctc_log_probabilities",
+    "ctc_prefix",
+    "ctc_start",
     "masked_attention",
     "padding_mask",
     "speller_search",

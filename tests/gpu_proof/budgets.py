@@ -63,13 +63,15 @@ def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BRAIN, weights=False, me
         launch(context, attended if weights else None, *inputs, *outputs, D**-0.5, memory)
 
 
-def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True):
+def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True,
+          ctc=False):  # fmt: skip
     """One pruning step of a search over characters or word pieces."""
     logits, scores = torch.zeros(B, K, V, dtype=dtype), torch.zeros(B, K)
     lengths = torch.zeros(B, K, dtype=torch.int64)
     limit = torch.zeros(B, dtype=torch.int64) if limits else None
     table, states = (None, None) if order is None else (torch.zeros(V ** (order - 1), V), lengths)
-    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3)
+    gains = torch.zeros(B, K, V) if ctc else None
+    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3, gains, 0.3)
     launcher("beam_topk")(logits, scores, lengths.bool(), lengths, *options)
 
 
@@ -127,6 +129,7 @@ VARIANTS = [
             ("characters-half", (), {"dtype": HALF}),
             ("characters-beam-32", (), {"K": 32}),
             ("characters-4-gram", (), {"order": 4, "length_penalty": 0.6, "eos_threshold": 1.5}),
+            ("characters-ctc", (), {"ctc": True, "length_penalty": 1.0}),
             ("word-pieces", ("row_kernel",), {"V": 5120}),
             ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": HALF, "length_penalty": 0.6}),
             ("word-pieces-unaligned", (), {"V": 5003}),

@@ -289,7 +289,7 @@ def search_state(B, K, V, seed):
 
 def continues(
     device, B=2, K=4, V=31, eos=2, dtype=FLOAT, state="random", minimum=None, maximum=None, length_penalty=0.0,
-    eos_threshold=0.0, coverage=False, order=None, layout="dense", seed=0,
+    eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", seed=0,
 ):  # fmt: skip
     """All results are those of the reference, indices exactly; `state` names how the beams stand."""
     logits, scores, finished, lengths, generator = search_state(B, K, V, seed)
@@ -302,6 +302,11 @@ def continues(
         table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
         states = torch.randint(0, V ** (order - 1), (B, K), generator=generator)
     options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, states, 0.3 if order else 0.0)
+    gains = None
+    if ctc_weight is not None:
+        gains = torch.randn(B, K, V, generator=generator).log_softmax(-1)
+        gains = laid_out(gains.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), layout)
+    options += (gains, ctc_weight or 0.0)
     expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
 
     tensors = [laid_out(x.to(device), layout) for x in (logits, scores, finished, lengths)]
@@ -436,7 +441,7 @@ def continues_huge(device, B, K, V):
     rows = huge(B, K)
     lengths = rows.to(torch.int64)
     table, states = (huge(V, V), lengths) if V < 100 else (None, None)
-    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3)
+    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3, huge(B, K, V), 0.3)
     # the last kernel reads what the others wrote, and there is no memory for that
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
@@ -573,6 +578,16 @@ TOPK = _cases(
             "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
             "coverage": True, "order": 2,
         },
+        "ctc": {"ctc_weight": 0.3, "K": 5},
+        "ctc-alone": {"ctc_weight": 1.0, "V": 7, "minimum": 4, "maximum": 5, "state": "one token each"},
+        "ctc-and-everything": {
+            "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
+            "coverage": True, "order": 2, "ctc_weight": 0.4,
+        },
+        "ctc-broken-rows": {"ctc_weight": 0.5, "V": 9, "state": "broken rows"},
+        "ctc-spaced": {"ctc_weight": 0.5, "V": 7, "layout": "spaced"},
+        "long-rows-ctc": {"V": 1100, "K": 5, "B": 1, "ctc_weight": 0.3},
+        "long-rows-ctc-broken-rows": {"V": 1030, "K": 4, "B": 1, "ctc_weight": 1.0, "state": "broken rows"},
         "first-eos": {"eos": 0, "V": 6},
         "last-eos": {"eos": 5, "V": 6},
         "turned": {"layout": "turned", "V": 7},

@@ -34,9 +34,9 @@ def check_op(name):
     arguments = {
         "masked_attention": [(*attention_inputs(grad), 0.4, w) for grad in (False, True) for w in (False, True)],
         "beam_topk": [
-            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0),
+            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0, None, 0.0),
             (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(25, 5),
-             torch.full((2, 3), 7), 0.3),
+             torch.full((2, 3), 7), 0.3, torch.zeros(2, 3, 5), 0.4),
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "beam_backtrack": [(*pointers(), EOS)],
