@@ -84,10 +84,10 @@ def trace_chunk(monkeypatch):
         with torch.no_grad(), FakeTensorMode():
             for module in model.modules():
                 module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
-            (memory, limits), beams = pretend(inputs), pretend(beams)
-            beams = beams._replace(state=model.start(memory, one.config.beam))
+            inputs, beams = pretend(inputs), pretend(beams)
+            beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
             with trace:
-                replace(one, ngram=pretend(ngram)).advance((memory, limits), beams)
+                replace(one, ngram=pretend(ngram)).advance(inputs, beams)
         assert len(trace.steps) == search.LOOK_EVERY
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "a step differs from the one before"
