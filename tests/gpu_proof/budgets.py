@@ -81,6 +81,13 @@ def gather(B=64, K=8, sizes=(512, 512, 512, 512, 256), dtype=FLOAT):
     launcher("beam_gather")(states, torch.zeros(B, K, dtype=torch.int64))
 
 
+def prefix(B=64, K=8, T=400, V=31):
+    """The hypotheses of a search and what CTC says of their continuations."""
+    rows = torch.zeros(B, K, dtype=torch.int64)
+    states = torch.zeros(B, K, T + 1), torch.zeros(B, K), torch.zeros(B, K, V)
+    launcher("ctc_prefix")(torch.zeros(B, T, V), *states, rows, rows, rows, 2)
+
+
 def backtrack(L=200, B=64, K=8):
     """The hypotheses of a search of 200 steps."""
     tokens = torch.zeros(L, B, K, dtype=torch.int64)
@@ -137,6 +144,8 @@ VARIANTS = [
     ),
     Variant("beam_gather", "float", gather, wide=("gather_kernel",)),
     Variant("beam_gather", "brain", gather, {"dtype": BRAIN}),
+    Variant("ctc_prefix", "characters", prefix),
+    Variant("ctc_prefix", "word-pieces", prefix, {"V": 5120}),
     Variant("beam_backtrack", "beam-8", backtrack),
     Variant("beam_backtrack", "beam-32", backtrack, {"K": 32}),
 ]

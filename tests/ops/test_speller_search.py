@@ -327,12 +327,12 @@ def an4():
     return loaded.model, loaded.config.decoding, memories
 
 
-@pytest.mark.parametrize("beam", [1, 4, 8])
-def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam):
+@pytest.mark.parametrize(("beam", "ctc_weight"), [(1, 0.0), (4, 0.0), (8, 0.0), (1, 0.5), (8, 0.3)])
+def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam, ctc_weight):
     model, config, memories = an4
     for memory in memories:
         found, expected = (
-            beam_search(model, memory, replace(config, beam=beam), nbest=beam, capture=capture)
+            beam_search(model, memory, replace(config, beam=beam, ctc_weight=ctc_weight), nbest=beam, capture=capture)
             for capture in (None, False)
         )
         for several, wanted in zip(found, expected, strict=True):
