@@ -53,7 +53,8 @@ struct Frames {
   Frames(const float* log, int64_t T, int64_t V) : log(log), T(T), V(V), most(V, -INFINITE) {
     // Certain blanks at the end change nothing, and are many where utterances of one batch are not equally long.
     while (this->T > 0 && log[(this->T - 1) * V + BLANK] == 0.0f) --this->T;
-    for (int64_t i = 0; i < this->T * V; ++i) most[i % V] = std::max(most[i % V], log[i]);
+    for (int64_t t = 0; t < this->T; ++t)
+      for (int64_t v = 0; v < V; ++v) most[v] = std::max(most[v], log[t * V + v]);
     std::vector<float> relative(this->T * V);
     widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;

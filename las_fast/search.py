@@ -127,7 +127,8 @@ def beam_search(
     Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head; precision bf16 where the search is not that in C++.
+        InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head;
+            precision bf16 where the search is not that in C++.
     """
     if config.ngram_weight and ngram is None:
         raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")

@@ -264,7 +264,8 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
     if frames is not None and (
         frames.ndim != 3 or (frames.shape[0], frames.shape[2]) != (B, V) or frames.dtype != torch.float32
     ):
-        raise ValueError(f"frames must be (B, T', V) float32 with B={B}, V={V}; got {tuple(frames.shape)} {frames.dtype}")
+        got = f"{tuple(frames.shape)} {frames.dtype}"
+        raise ValueError(f"frames must be (B, T', V) float32 with B={B}, V={V}; got {got}")
 
 
 def _check_options(options: Options, V: int) -> None:
@@ -289,6 +290,7 @@ backends.register(
     "speller_search",
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
     " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? table,"
-    " float ngram_weight, Tensor? frames, float ctc_weight, bool bf16) -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
+    " float ngram_weight, Tensor? frames, float ctc_weight, bool bf16)"
+    " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
     _fake,
 )
