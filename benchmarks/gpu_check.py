@@ -21,7 +21,16 @@ from torch.nn import functional as F
 from benchmarks import record
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model import LAS
-from las_fast.ops import beam_backtrack, beam_gather, beam_topk, masked_attention, padding_mask
+from las_fast.ops import (
+    beam_backtrack,
+    beam_gather,
+    beam_topk,
+    ctc_log_probabilities,
+    ctc_prefix,
+    ctc_start,
+    masked_attention,
+    padding_mask,
+)
 from las_fast.search import beam_search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +87,19 @@ def gathering(B: int, K: int, device: str) -> Measurement:
     )
 
 
+def prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
+    frames = ctc_log_probabilities(torch.randn(B, T, V, device=device), torch.full((B,), T, device=device))
+    state, parents = ctc_start(frames, K, eos=EOS), torch.arange(K, device=device).repeat(B, 1)
+    chosen = torch.randint(3, V, (B, K), device=device)
+
+    def run(backend: str) -> tuple:
+        return ctc_prefix(frames, state, torch.full_like(chosen, EOS), parents, chosen, eos=EOS, backend=backend)
+
+    return Measurement(
+        "ctc_prefix", f"B{B} K{K} T{T} V{V}", torch.float32, run, size(frames) + 2 * size(*state)
+    )
+
+
 def backtracking(L: int, B: int, K: int, device: str) -> Measurement:
     tokens, parents, frames = (torch.randint(0, K, (L, B, K), device=device) for _ in range(3))
     scores = torch.randn(L, B, K, device=device)
@@ -120,6 +142,8 @@ def measurements(device: str) -> Iterator[Measurement]:
         yield pruning(*shape, device)
     yield gathering(16, 8, device)
     yield gathering(64, 8, device)
+    yield prefixes(16, 8, 400, 31, device)
+    yield prefixes(64, 8, 400, 31, device)
     yield backtracking(200, 64, 8, device)
     for B in (1, 16, 64):
         yield searching(B, 1600, device, ModelConfig(ListenerConfig(), SpellerConfig()))

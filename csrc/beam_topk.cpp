@@ -27,7 +27,7 @@ void check_like(const char* name, const Optional& x, at::IntArrayRef shape, at::
 
 void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor& finished, const at::Tensor& lengths,
            int64_t eos, const Optional& minimum, const Optional& maximum, const Optional& coverage,
-           const Optional& table, const Optional& states) {
+           const Optional& table, const Optional& states, const Optional& gains) {
   const auto type = logits.scalar_type();
   TORCH_CHECK(logits.dim() == 3 && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf),
               "logits must be (B, K, V) float32, bfloat16 or float16; got ", logits.sizes(), " ", type);
@@ -39,6 +39,7 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
   check_like("maximum", maximum, {B}, at::kLong);
   check_like("coverage", coverage, {B, K}, at::kFloat);
   check_like("states", states, {B, K}, at::kLong);
+  check_like("gains", gains, {B, K, V}, at::kFloat);
   TORCH_CHECK(table.has_value() == states.has_value(), "table and states must be given together");
   TORCH_CHECK(!table || (table->dim() == 2 && table->size(0) > 0 && table->size(1) == V &&
                          table->scalar_type() == at::kFloat),
@@ -57,18 +58,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
     const at::Tensor& lengths_in, int64_t eos, const Optional& minimum_in, const Optional& maximum_in,
     double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& table_in,
-    const Optional& states_in, double weight) {
-  check(logits_in, scores_in, finished_in, lengths_in, eos, minimum_in, maximum_in, coverage_in, table_in, states_in);
+    const Optional& states_in, double weight, const Optional& gains_in, double ctc_weight) {
+  check(logits_in, scores_in, finished_in, lengths_in, eos, minimum_in, maximum_in, coverage_in, table_in, states_in,
+        gains_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
   const at::Tensor finished = finished_in.contiguous(), lengths = lengths_in.contiguous();
   const Optional minimum = contiguous(minimum_in), maximum = contiguous(maximum_in);
   const Optional coverage = contiguous(coverage_in), table = contiguous(table_in), states = contiguous(states_in);
+  const Optional gains = contiguous(gains_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
                   lengths.const_data_ptr<int64_t>(), B, K, V, (V + BLOCK - 1) / BLOCK};
   const Options options{eos, pointer<int64_t>(minimum), pointer<int64_t>(maximum), length_penalty, float(eos_threshold),
                         pointer<float>(coverage), pointer<float>(table), pointer<int64_t>(states),
-                        table ? table->size(0) : 0, float(weight)};
+                        table ? table->size(0) : 0, float(weight), pointer<float>(gains), float(ctc_weight)};
   for (int64_t i = 0; table && i < B * K; ++i)
     TORCH_CHECK(options.states[i] >= 0 && options.states[i] < options.state_count, "states must be from 0 to ",
                 options.state_count - 1, "; got ", options.states[i]);
@@ -105,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 TORCH_LIBRARY_FRAGMENT(las_fast, m) {
   m.def("beam_topk_cpp(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum,"
         " Tensor? maximum, float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states,"
-        " float weight)"
+        " float weight, Tensor? gains, float ctc_weight)"
         " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor states)");
 }
 

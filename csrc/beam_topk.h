@@ -115,6 +115,8 @@ struct Options {
   const int64_t* states;
   int64_t state_count;
   float weight;
+  const float* gains;  // (B, K, V), or null
+  float ctc_weight;
 };
 
 struct Inputs {
@@ -132,10 +134,13 @@ struct Beam {
   float score, factor, coverage;  // rank = score of the candidate * factor + coverage
   const float* ngram;  // its row of the table, or null
   float weight;
+  const float* gains;  // those of its continuations, or null
+  float ctc_weight;
 
   // What token v adds to the score.
   float step(int64_t v) const {
-    const float model = row.log_probability(logits[v]);
+    float model = row.log_probability(logits[v]);
+    if (gains && model != -INFINITE) model = (1.0f - ctc_weight) * model + ctc_weight * gains[v];
     return ngram ? model + weight * ngram[v] : model;
   }
   float rank(float total) const { return total * factor + coverage; }
@@ -159,7 +164,7 @@ inline bool below_threshold(const Beam& beam, const Inputs& in, int64_t eos, flo
 inline void offer_all(const Beam& beam, int64_t first, const Inputs& in, int64_t excluded, Best& best) {
   for (int64_t block = 0; block < in.blocks; ++block) {
     const float most = beam.score + beam.row.log_probability(beam.block_maxima[block]);
-    if (beam.ngram == nullptr && !best.takes(beam.rank(most))) continue;
+    if (!beam.ngram && !beam.gains && !best.takes(beam.rank(most))) continue;
     const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.V - begin);
     float totals[BLOCK], ranks[BLOCK];
     for (int64_t i = 0; i < n; ++i) totals[i] = beam.score + beam.step(begin + i);
@@ -182,7 +187,9 @@ inline void offer_beam(const Inputs& in, const Options& options, const Row* rows
                   options.length_penalty == 0.0 ? 1.0f : 1.0f / std::pow(tokens, float(options.length_penalty)),
                   options.coverage ? options.coverage[at] : 0.0f,
                   options.table ? options.table + options.states[at] * in.V : nullptr,
-                  options.weight};
+                  options.weight,
+                  options.gains ? options.gains + at * in.V : nullptr,
+                  options.ctc_weight};
   if (finished) return best.offer(beam.candidate(0.0f, first + eos));
   if (beam.score == -INFINITE) return;
   if (options.maximum && in.lengths[at] >= options.maximum[b])

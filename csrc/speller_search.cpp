@@ -23,6 +23,7 @@
 
 #include "beam_topk.h"
 #include "cell.h"
+#include "ctc_prefix.h"
 #include "product.h"
 #include "softmax.h"
 #include "speller.h"
@@ -42,6 +43,7 @@ using las::padded;
 using las::Panels;
 using las::put;
 using las::Weights;
+namespace ctc = las::ctc;
 namespace topk = las::topk;
 
 constexpr int64_t ROWS = 128;    // living beams of one thread, if one utterance has no more: beyond that nothing gains
@@ -69,10 +71,10 @@ struct Speller {
 
 struct Job {
   at::Tensor keys, values, lengths;
-  std::optional<at::Tensor> minimum, table;
+  std::optional<at::Tensor> minimum, table, frames_of_ctc;
   at::Tensor maximum;
   int64_t B, T, K, sos, eos;
-  float length_penalty, eos_threshold, coverage_weight, ngram_weight;
+  float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight;
 
   int64_t frames(int64_t b) const { return std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, T); }
 };
@@ -127,6 +129,43 @@ struct Living {
   int64_t source;  // that state's index among those that are continued
 };
 
+// What CTC says of the beams of one utterance.
+struct Prefixes {
+  void begin(const Job& job, int64_t b, int64_t V) {
+    const int64_t T = job.frames_of_ctc->size(1), K = job.K;
+    heard = std::make_unique<ctc::Frames>(job.frames_of_ctc->const_data_ptr<float>() + b * T * V, T, V);
+    alphas.resize(K * stride());
+    next_alphas.resize(K * stride());
+    gains.resize(K * V);
+    next_gains.resize(K * V);
+    prefixes.assign(K, 0.0f);
+    scorer.start(*heard, {nullptr, alphas.data(), job.sos, job.sos, 0.0f, gains.data()}, job.eos);
+  }
+
+  int64_t stride() const { return heard->T + 1; }
+
+  // Let the living beams of `after` continue those of `before`.
+  void follow(const Beams& before, const Beams& after, int64_t eos) {
+    const std::vector<float> old = prefixes;
+    living.clear();
+    for (int64_t k = 0; k < int64_t(old.size()); ++k) {
+      if (!after.living(k)) continue;
+      const int64_t parent = after.parents[k], token = after.tokens[k], V = heard->V;
+      prefixes[k] = old[parent] + gains[parent * V + token];
+      living.push_back({alphas.data() + parent * stride(), next_alphas.data() + k * stride(), before.tokens[parent],
+                        token, prefixes[k], next_gains.data() + k * V});
+    }
+    scorer.advance(*heard, living, eos);
+    std::swap(alphas, next_alphas);
+    std::swap(gains, next_gains);
+  }
+
+  std::unique_ptr<ctc::Frames> heard;
+  std::vector<float> alphas, next_alphas, gains, next_gains, prefixes;  // (K, T' + 1), (K, V) and (K,)
+  std::vector<ctc::Hypothesis> living;
+  ctc::Scorer scorer;
+};
+
 // An utterance that is being searched.
 template <class T>
 struct Slot {
@@ -140,6 +179,7 @@ struct Slot {
   std::vector<int64_t> rows;  // of the state that each beam continues
   std::vector<int64_t> peaks;
   std::vector<float> coverage, attention;  // attention (K, frames): got by each frame from all tokens
+  Prefixes prefixes;
 };
 
 // --------------------------------------------------------------------------------------------------------- the search
@@ -215,6 +255,7 @@ class Worker {
     std::fill_n(beams.ngram_states.begin(), K, job_.table ? first_ngram_state() : 0);
     std::fill_n(slot.rows.begin(), K, silence());
     if (job_.coverage_weight != 0.0f) slot.attention.assign(K * n, 0.0f);
+    if (job_.frames_of_ctc) slot.prefixes.begin(job_, b, speller_.V);
   }
 
   // <sos> all through, as digits to the base V.
@@ -427,7 +468,9 @@ class Worker {
             job_.table ? job_.table->const_data_ptr<float>() : nullptr,
             slot.beams.ngram_states.data(),
             job_.table ? job_.table->size(0) : 0,
-            job_.ngram_weight};
+            job_.ngram_weight,
+            job_.frames_of_ctc ? slot.prefixes.gains.data() : nullptr,
+            job_.ctc_weight};
   }
 
   // Let everything else of the beams follow their parents, and give the slot free if all have ended.
@@ -437,6 +480,7 @@ class Worker {
     const std::vector<int64_t> rows = slot.rows;
     for (int64_t k = 0; k < job_.K; ++k) slot.rows[k] = rows[parents[k]];
     if (job_.coverage_weight != 0.0f) move_attention(slot, parents);
+    if (job_.frames_of_ctc) slot.prefixes.follow(slot.beams, slot.next, job_.eos);
     std::swap(slot.beams, slot.next);
     bool living = false;
     for (int64_t k = 0; k < job_.K; ++k) living |= slot.beams.living(k);
@@ -539,7 +583,7 @@ void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B
 
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
            int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& minimum, const at::Tensor& maximum,
-           const std::optional<at::Tensor>& table) {
+           const std::optional<at::Tensor>& table, const std::optional<at::Tensor>& frames) {
   TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
               keys.sizes(), " ", keys.scalar_type());
   const int64_t B = keys.size(0);
@@ -558,22 +602,27 @@ void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at
   TORCH_CHECK(!table || (table->dim() == 2 && table->size(0) > 0 && table->size(1) == V &&
                          table->scalar_type() == at::kFloat),
               "table must be (states, V) float32 with V=", V, "; got ", table->sizes(), " ", table->scalar_type());
+  TORCH_CHECK(!frames || (frames->dim() == 3 && frames->size(0) == B && frames->size(2) == V &&
+                          frames->scalar_type() == at::kFloat),
+              "frames must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", frames->sizes(), " ",
+              frames->scalar_type());
 }
 
 Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
                      int64_t beam, int64_t sos, int64_t eos,
                      const std::optional<at::Tensor>& minimum, const at::Tensor& maximum, double length_penalty,
                      double eos_threshold, double coverage_weight, const std::optional<at::Tensor>& table,
-                     double ngram_weight, bool bf16) {
+                     double ngram_weight, const std::optional<at::Tensor>& frames, double ctc_weight, bool bf16) {
   const Weights weights(list);
-  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, table);
+  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, table, frames);
   const auto contiguous = [](const std::optional<at::Tensor>& x) {
     return x ? std::optional(x->contiguous()) : std::nullopt;
   };
   const Job job{keys.contiguous(),   values.contiguous(),  lengths.contiguous(),   contiguous(minimum),
-                contiguous(table),   maximum.contiguous(), keys.size(0),           keys.size(1),
-                beam,                sos,                  eos,                    float(length_penalty),
-                float(eos_threshold), float(coverage_weight), float(ngram_weight)};
+                contiguous(table),   contiguous(frames),   maximum.contiguous(),   keys.size(0),
+                keys.size(1),        beam,                 sos,                    eos,
+                float(length_penalty), float(eos_threshold), float(coverage_weight), float(ngram_weight),
+                float(ctc_weight)};
   const int64_t D = keys.size(2), E = values.size(2);
   if (bf16) return search(speller_of<at::BFloat16>(weights, D, E), job);
   return search(speller_of<float>(weights, D, E), job);
@@ -584,7 +633,7 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(las_fast, m) {
   m.def("speller_search_cpp(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos,"
         " Tensor? minimum, Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight,"
-        " Tensor? table, float ngram_weight, bool bf16)"
+        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, bool bf16)"
         " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)");
 }
 

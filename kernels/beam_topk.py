@@ -71,11 +71,16 @@ def _ends(eos_score, best_other, lengths, minimum, maximum, threshold,
 
 
 @triton.jit
-def _candidates(steps, v, V, eos, score, finished, denied, forced, table, state, weight, exists, NGRAM: tl.constexpr):
+def _candidates(steps, row, v, V, eos, score, finished, denied, forced, table, state, weight, gains, ctc_weight, exists,
+                NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
     """Return the scores (R, V) of the continuations, of log-probabilities `steps`; -inf where there is none."""
     is_eos = (v == eos)[None, :]
+    inside = exists[:, None] & (v < V)[None, :]
+    if CTC:
+        gain = tl.load(gains + row[:, None] * V + v[None, :], mask=inside, other=0.0)
+        mixed = (1.0 - ctc_weight) * steps + ctc_weight * gain
+        steps = tl.where(steps == -float("inf"), steps, mixed)  # which 0 times it would make NaN
     if NGRAM:
-        inside = exists[:, None] & (v < V)[None, :]
         steps = steps + weight * tl.load(table + state[:, None] * V + v[None, :], mask=inside, other=0.0)
     steps = tl.where((is_eos & denied[:, None]) | ((is_eos == 0) & forced[:, None]), -float("inf"), steps)
     steps = tl.where(finished[:, None], tl.where(is_eos, 0.0, -float("inf")), steps)
@@ -108,11 +113,11 @@ def _take_best(
 
 @triton.jit
 def topk_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, table, states,
+    logits, scores, finished, lengths, minimum, maximum, coverage, table, states, gains,
     out_scores, out_tokens, out_parents, out_finished, out_lengths, out_states,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight, table_rows,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight, ctc_weight, table_rows,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
-    THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The whole step for utterance b, its (K, V) candidates in one tile."""
     b = tl.program_id(0).to(tl.int64)
@@ -137,7 +142,9 @@ def topk_kernel(
         MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
     state = _state(states + row, table_rows, exists) if NGRAM else row
-    candidates = _candidates(steps, v, V, eos, score, done, denied, forced, table, state, weight, exists, NGRAM)
+    candidates = _candidates(
+        steps, row, v, V, eos, score, done, denied, forced, table, state, weight, gains, ctc_weight, exists, NGRAM, CTC
+    )  # fmt: skip
     covered = tl.load(coverage + row, mask=exists, other=0.0) if COVERAGE else score
     ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
     keys = tl.where(inside, _keys(ranks, k[:, None] * V + v[None, :]), NOTHING)
@@ -149,10 +156,10 @@ def topk_kernel(
 
 @triton.jit
 def row_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, table, states, row_keys, row_scores,
-    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight, table_rows,
+    logits, scores, finished, lengths, minimum, maximum, coverage, table, states, gains, row_keys, row_scores,
+    K, V, eos, logits_b, logits_k, length_penalty, threshold, weight, ctc_weight, table_rows,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
-    THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The K best continuations of hypothesis (b, k) alone, best first, as keys and scores (B, K, K)."""
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -195,7 +202,10 @@ def row_kernel(
         x = tl.load(line + v[None, :], mask=(v < V)[None, :], other=-float("inf")).to(tl.float32)
         steps = tl.where(alive[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
         exists = one < 1
-        candidates = _candidates(steps, v, V, eos, score, done, denied, forced, table, state, weight, exists, NGRAM)
+        candidates = _candidates(
+            steps, row + one, v, V, eos, score, done, denied, forced, table, state, weight, gains, ctc_weight, exists,
+            NGRAM, CTC,
+        )  # fmt: skip
         ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
         keys = tl.reshape(tl.where((v < V)[None, :], _keys(ranks, k * V + v[None, :]), NOTHING), [BLOCK_V])
         block_scores = tl.reshape(candidates, [BLOCK_V])
@@ -237,29 +247,31 @@ def merge_kernel(
 def beam_topk(
     logits: Tensor, scores: Tensor, finished: Tensor, lengths: Tensor, eos: int, minimum: Tensor | None,
     maximum: Tensor | None, length_penalty: float, eos_threshold: float, coverage: Tensor | None,
-    table: Tensor | None, states: Tensor | None, weight: float,
+    table: Tensor | None, states: Tensor | None, weight: float, gains: Tensor | None, ctc_weight: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch; return scores, tokens, parents, finished, lengths and states as las_fast::beam_topk_triton."""
     B, K, V = logits.shape
     logits = logits if logits.stride(2) == 1 or V == 1 else logits.contiguous()
     scores, lengths, finished = scores.contiguous(), lengths.contiguous(), _bytes(finished.contiguous())
-    options = (minimum, maximum, coverage, table, states)
-    minimum, maximum, coverage, table, states = (None if x is None else x.contiguous() for x in options)
+    options = (minimum, maximum, coverage, table, states, gains)
+    minimum, maximum, coverage, table, states, gains = (None if x is None else x.contiguous() for x in options)
     out = [torch.empty_like(scores)]
     out += [scores.new_empty(B, K, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.int64)]
     out += [scores.new_empty((0, 0) if table is None else (B, K), dtype=torch.int64)]
     if B == 0 or K == 0:
         return tuple(out)
     results = [_bytes(x) for x in out]
-    beams = (logits, scores, finished, lengths, minimum, maximum, coverage, table, states)
+    beams = (logits, scores, finished, lengths, minimum, maximum, coverage, table, states, gains)
     rows = 1 if table is None else table.shape[0]
-    numbers = (K, V, eos, *logits.stride()[:2], float(length_penalty), float(eos_threshold), float(weight), rows)
+    factors = tuple(map(float, (length_penalty, eos_threshold, weight, ctc_weight)))
+    numbers = (K, V, eos, *logits.stride()[:2], *factors, rows)
     blocks = {"BLOCK_K": triton.next_power_of_2(K), "BLOCK_V": triton.next_power_of_2(V)}
     choices = {
         "MINIMUM": minimum is not None,
         "MAXIMUM": maximum is not None,
         "COVERAGE": coverage is not None,
         "NGRAM": table is not None,
+        "CTC": gains is not None,
         "THRESHOLD": eos_threshold != 0.0,
         "PENALTY": {0.0: 0, 1.0: 1}.get(length_penalty, 2),
     }

@@ -21,11 +21,20 @@ class Memory(NamedTuple):
     ctc_lengths: Tensor | None = None  # (B,)
 
     def padded(self, batch: int, frames: int) -> Memory:
-        """Return it with utterances of length 0 and padded frames added up to that size, without the CTC part."""
+        """Return it with utterances of length 0 and padded frames added up to that size.
+
+        Frames of the CTC part stay as many times those of the rest as they are now, rounded up.
+        """
         rows, later = batch - self.keys.shape[0], frames - self.keys.shape[1]
         keys, values = (F.pad(x, (0, 0, 0, later, 0, rows)) for x in (self.keys, self.values))
         padding = F.pad(self.padding, (0, later, 0, rows), value=True)
-        return Memory(keys, values, F.pad(self.lengths, (0, rows)), padding)
+        padded = Memory(keys, values, F.pad(self.lengths, (0, rows)), padding)
+        if self.ctc_logits is None:
+            return padded
+        heard = self.ctc_logits.shape[1]
+        more = frames * -(-heard // max(self.keys.shape[1], 1)) - heard
+        logits = F.pad(self.ctc_logits, (0, 0, 0, more, 0, rows))
+        return padded._replace(ctc_logits=logits, ctc_lengths=F.pad(self.ctc_lengths, (0, rows)))
 
 
 class Attended(NamedTuple):

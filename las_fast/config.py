@@ -156,6 +156,7 @@ class DecodingConfig:
     maximum_share: float = 0.3  # tokens per feature frame, at most; fast speech has 25 characters a second
     maximum_extra: int = 10  # tokens allowed besides the maximum share
     coverage_weight: float = 0.0  # of the mean log of the attention that a frame got, at most 1; 0: none, 0.1 is much
+    ctc_weight: float = 0.0  # of the CTC head's prefix scores, up to 1; the speller's have the rest. 0 needs no head
     ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
     length_reward: float = 0.0  # added to a score for each character, natural log units; weighs against an n-gram model
     frames_per_batch: int = 30000  # feature frames, padding included
@@ -249,6 +250,8 @@ def _required(f: dataclasses.Field) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
+NO_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
+
 # Numbers that must be more than 0, at least 1 where they are whole. All others may be 0 but not negative.
 POSITIVE = {
     "features": ("size", "mel_bins", "sample_rate", "window_ms", "shift_ms"),
@@ -266,6 +269,7 @@ AT_MOST_ONE = (
     "training.plateau_factor",
     "training.teacher_forcing.first",
     "training.teacher_forcing.last",
+    "decoding.ctc_weight",
 )
 BELOW_ONE = (
     "augment.speed",
@@ -292,6 +296,7 @@ def check(config: Config) -> Config:
             "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
         ),
         (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
+        (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NO_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
         (training.seed <= 10**12, "training.seed must be at most 10 ** 12"),  # times a million it still is a seed

@@ -24,12 +24,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from las_fast.attention import Memory
 from las_fast.capture import bucket, captured, forget
-from las_fast.config import DecodingConfig
+from las_fast.config import NO_HEAD, DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError
 from las_fast.model import LAS
-from las_fast.ops import Ngram, Steps, backends, beam_backtrack, beam_gather, beam_topk, speller_search
+from las_fast.ops import (
+    Ctc,
+    CtcState,
+    Ngram,
+    Steps,
+    backends,
+    beam_backtrack,
+    beam_gather,
+    beam_topk,
+    ctc_log_probabilities,
+    ctc_prefix,
+    ctc_start,
+    speller_search,
+)
 from las_fast.ops.speller_search import coverage, first_ngram_state
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
@@ -58,6 +72,14 @@ class Limits(NamedTuple):
     maximum: Tensor
 
 
+class Inputs(NamedTuple):
+    """What every step of a search reads and none changes."""
+
+    memory: Any
+    limits: Limits
+    frames: Tensor | None  # (B, T', V) log-probabilities of CTC
+
+
 class Beams(NamedTuple):
     """Where the search stands: K hypotheses of each utterance, best first."""
 
@@ -67,6 +89,7 @@ class Beams(NamedTuple):
     lengths: Tensor  # (B, K) int64 tokens, <eos> counted
     ngram_states: Tensor | None  # (B, K) int64
     attention: Tensor | None  # (B, K, T) float32 got by each frame from all tokens; 1 past the length
+    ctc: CtcState | None
     state: Any  # of the model
 
 
@@ -93,10 +116,13 @@ def beam_search(
 
         log p_model(token) + ngram_weight * log p_ngram(token) + length_reward
 
+    where with config.ctc_weight the model is the weighted mean of attention and CTC: see ops.beam_topk.
+
     Args:
         model:   has start, step, time_reduction and vocabulary_size as las_fast.model.LAS; its state has gather as
             SpellerState.
-        memory:  what model.listen returned; lengths (B,) int64 encoder frames.
+        memory:  what model.listen returned; lengths (B,) int64 encoder frames. With config.ctc_weight its ctc_logits
+            (B, T', V), whose blank is <pad>, and ctc_lengths (B,) are read too.
         config:  beam, length limits, penalties and weights.
         nbest:   hypotheses to return; no more than config.beam exist.
         ngram:   table of a language model as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
@@ -107,9 +133,12 @@ def beam_search(
     Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram model; precision bf16 where the search is not that in C++.
+        InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head;
+            precision bf16 where the search is not that in C++.
     """
     ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
+    if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
+        raise InputError(f"decoding.ctc_weight {NO_HEAD}")
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = _Search(model, config, ngram if config.ngram_weight else None, backend)
     with _on(memory.lengths.device):
@@ -194,9 +223,17 @@ class _Search:
             coverage_weight=config.coverage_weight,
             table=self.ngram,
             ngram_weight=config.ngram_weight,
+            frames=self.frames(memory),
+            ctc_weight=config.ctc_weight,
             precision="bf16" if config.precision == "bf16" else "fp32",
             backend="cpp",
         )
+
+    def frames(self, memory) -> Tensor | None:
+        """Return the log-probabilities that CTC is scored by, if it is; <sos> and <eos> it never writes."""
+        if not self.config.ctc_weight:
+            return None
+        return ctc_log_probabilities(memory.ctc_logits, memory.ctc_lengths, (SOS, EOS))
 
     def plain(self, memory) -> Steps:
         """Return all steps of the search, (L, B, K)."""
@@ -221,7 +258,7 @@ class _Search:
             steps = collect(chunks, self.most(memory), _ahead(memory))
         return Steps(*(x[:, :batch].contiguous() for x in steps))
 
-    def begin(self, memory) -> tuple[tuple[Any, Limits], Beams]:
+    def begin(self, memory) -> tuple[Inputs, Beams]:
         """Return what all chunks read, and the beams before the first step."""
         B, K, device = memory.lengths.shape[0], self.config.beam, memory.lengths.device
         scores = torch.full((B, K), -torch.inf, device=device)
@@ -233,8 +270,13 @@ class _Search:
             attention = memory.padding[:, None].expand(-1, K, -1).float()
         ngram_states = None if self.ngram is None else integers + first_ngram_state(self.ngram, SOS)
         finished, state = torch.zeros_like(integers, dtype=torch.bool), self.model.start(memory, K)
-        beams = Beams(integers + SOS, scores, finished, integers, ngram_states, attention, state)
-        return (memory, length_limits(memory.lengths * self.model.time_reduction, self.config)), beams
+        frames = self.frames(memory)
+        ctc = None if frames is None else ctc_start(frames, K, eos=EOS)
+        if isinstance(memory, Memory):
+            memory = memory._replace(ctc_logits=None, ctc_lengths=None)  # a graph would copy them for nothing
+        limits = length_limits(memory.lengths * self.model.time_reduction, self.config)
+        beams = Beams(integers + SOS, scores, finished, integers, ngram_states, attention, ctc, state)
+        return Inputs(memory, limits, frames), beams
 
     def most(self, memory) -> int:
         """Return the chunks after which every beam has ended, by what the host knows."""
@@ -242,19 +284,19 @@ class _Search:
         longest = max(math.ceil(frames * self.config.maximum_share) + self.config.maximum_extra, 1) + 1  # 1: <eos>
         return -(-longest // LOOK_EVERY)
 
-    def advance(self, inputs: tuple[Any, Limits], beams: Beams) -> tuple[Beams, tuple[Steps, Tensor]]:
+    def advance(self, inputs: Inputs, beams: Beams) -> tuple[Beams, tuple[Steps, Tensor]]:
         """Take LOOK_EVERY steps; return where that leads, the steps, and whether all beams have finished, ()."""
-        memory, limits = inputs
         taken = []
         for _ in range(LOOK_EVERY):
-            beams, step = self.step(memory, limits, beams)
+            beams, step = self.step(inputs, beams)
             taken.append(step)
         steps = Steps(*(torch.stack(parts) for parts in zip(*taken, strict=True)))
         return beams, (steps, (beams.finished | beams.scores.isneginf()).all())
 
-    def step(self, memory, limits: Limits, beams: Beams) -> tuple[Beams, Steps]:
+    def step(self, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         """Take one step; its tensors are (B, K)."""
-        config, backend, attention = self.config, self.backend, beams.attention
+        config, backend, attention, ctc = self.config, self.backend, beams.attention, beams.ctc
+        memory, limits, frames = inputs
         logits, attended, state = self.model.step(
             beams.tokens, beams.state, memory, weights=attention is not None, backend=backend
         )
@@ -272,12 +314,15 @@ class _Search:
             eos_threshold=config.eos_threshold,
             coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
             ngram=None if self.ngram is None else Ngram(self.ngram, beams.ngram_states, config.ngram_weight),
+            ctc=None if ctc is None else Ctc(ctc.gains, config.ctc_weight),
             backend=backend,
         )
         if attention is not None:
             (attention,) = beam_gather((attention,), best.parents, backend=backend)
+        if ctc is not None:
+            ctc = ctc_prefix(frames, ctc, beams.tokens, best.parents, best.tokens, eos=EOS, backend=backend)
         state = state.gather(best.parents, backend=backend)
-        after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, state)
+        after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, ctc, state)
         return after, Steps(best.tokens, best.parents, best.scores, attended.peaks)
 
 

@@ -59,7 +59,8 @@ def graphs(monkeypatch):
 def model():
     torch.manual_seed(0)
     speller = SpellerConfig(key_size=7, value_size=5, embedding_size=6, lstm_sizes=(8, 9))
-    return LAS(ModelConfig(ListenerConfig((8,), (3,), (2,), 6, 2), speller), input_size=4, vocabulary_size=9).eval()
+    sizes = ModelConfig(ListenerConfig((8,), (3,), (2,), 6, 2), speller, ctc_layer=1)
+    return LAS(sizes, input_size=4, vocabulary_size=9).eval()
 
 
 def hear(model, lengths):
@@ -81,6 +82,7 @@ SETTINGS = [
     {"length_penalty": 1.0, "minimum_share": 0.1, "eos_threshold": 0.05},
     {"coverage_weight": 0.1},
     {"ngram_weight": 0.4},
+    {"ctc_weight": 0.4},
 ]
 
 
@@ -89,14 +91,16 @@ def test_a_captured_search_finds_what_the_plain_one_finds(fields, model, graphs)
     torch.manual_seed(1)
     table = torch.randn(9, 9).log_softmax(-1)
     options = {"nbest": 4, "ngram": table if "ngram_weight" in fields else None}
-    for own, heard in (
+    searches = [
         (FakeModel(9), memory([3, 1, 4, 1, 5], [9, 2, 25, 14, 1])),
         (model, hear(model, [120, 40, 77])),
         (model, hear(model, [8])),
-    ):
+    ]
+    searches = searches["ctc_weight" in fields :]  # the fake model has no CTC head
+    for own, heard in searches:
         expected = beam_search(own, heard, config(**fields), capture=False, **options)
         assert_same(beam_search(own, heard, config(**fields), capture=True, **options), expected)
-    assert len(graphs) == 3 and all(graph.replays for graph in graphs)
+    assert len(graphs) == len(searches) and all(graph.replays for graph in graphs)
 
 
 def test_a_search_of_known_sizes_replays_and_takes_nothing_from_the_one_before(model, graphs):
@@ -186,6 +190,7 @@ def test_padding_a_memory_changes_no_utterance(model):
     heard = hear(model, [120, 40, 77])
     padded = heard.padded(4, 64)
     assert [tuple(x.shape) for x in padded[:4]] == [(4, 64, 7), (4, 64, 5), (4,), (4, 64)]
+    assert padded.ctc_logits.shape == (4, 128, 9) and padded.ctc_lengths.tolist() == [30, 10, 20, 0]
     tokens = torch.full((4, 2), 3)
     with torch.inference_mode():
         logits, attended, after = model.step(tokens, model.start(padded, 2), padded, weights=True)

@@ -35,6 +35,8 @@ def test_f23_preset_takes_28_coefficients():
         ("model: {listener: [4]}", r"must be a mapping"),
         ("training: {teacher_forcing: [{start: 0}]}", r"lacks end, first, last"),
         ("training: {ctc_weight: 0.3}", r"ctc_weight needs model.ctc_layer"),
+        ("decoding: {ctc_weight: 0.3}", r"decoding.ctc_weight needs a model with a CTC head"),
+        ("decoding: {ctc_weight: 1.3}", r"decoding.ctc_weight must be at most 1"),
         ("model: {listener: {conv_kernels: [4]}}", r"must be odd"),
         ("training: [", r"is not YAML"),
         ("just text", r"must be a mapping"),

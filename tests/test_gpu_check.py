@@ -19,6 +19,7 @@ def small():
     yield gpu_check.attention(2, 20, torch.float32, "cpu", K=3, D=8)
     yield gpu_check.pruning(2, 3, 31, "cpu")
     yield gpu_check.gathering(2, 3, "cpu")
+    yield gpu_check.prefixes(2, 3, 7, 5, "cpu")
     yield gpu_check.backtracking(5, 2, 3, "cpu")
     yield gpu_check.searching(2, 64, "cpu", sizes)
 

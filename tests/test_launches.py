@@ -22,6 +22,7 @@ from las_fast.model import LAS
 from las_fast.ops import backends
 
 V, MOST = 31, 16
+WITH_CTC = 17
 NO_LAUNCH = {  # views, and questions that the host answers alone
     "_unsafe_view", "alias", "detach", "device", "expand", "slice", "split_with_sizes", "t", "transpose", "unsqueeze",
     "view",
@@ -76,7 +77,8 @@ def trace_chunk(monkeypatch):
 
     def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
         speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=(24, 20))
-        model = kind(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller), input_size=4, vocabulary_size=V)
+        sizes = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller, ctc_layer=0)
+        model = kind(sizes, input_size=4, vocabulary_size=V)
         one, trace = search._Search(model.eval(), config(**fields), ngram, "auto"), Trace()
         with torch.no_grad():
             inputs, beams = one.begin(model.listen(torch.randn(3, 200, 4), torch.tensor([200, 100, 7])))
@@ -84,10 +86,10 @@ def trace_chunk(monkeypatch):
         with torch.no_grad(), FakeTensorMode():
             for module in model.modules():
                 module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
-            (memory, limits), beams = pretend(inputs), pretend(beams)
-            beams = beams._replace(state=model.start(memory, one.config.beam))
+            inputs, beams = pretend(inputs), pretend(beams)
+            beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
             with trace:
-                replace(one, ngram=pretend(ngram)).advance((memory, limits), beams)
+                replace(one, ngram=pretend(ngram)).advance(inputs, beams)
         assert len(trace.steps) == search.LOOK_EVERY
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "a step differs from the one before"
@@ -103,6 +105,12 @@ def test_a_step_launches_at_most_sixteen_kernels(trace_chunk):
     assert launched.count("_thnn_fused_lstm_cell") == 2
 
 
+def test_with_ctc_a_step_launches_one_kernel_more(trace_chunk):
+    launched = trace_chunk(ctc_weight=0.3).launches()
+    assert len(launched) <= WITH_CTC and launched.count("ctc_prefix_triton") == 1, launched
+    assert "ctc_prefix_triton" not in trace_chunk().launches()
+
+
 def test_between_its_steps_a_chunk_only_stacks_and_tells_whether_all_have_finished(trace_chunk):
     names = [name for name, *_ in trace_chunk().between if name not in NO_LAUNCH]
     assert names == [*["stack"] * 4, "isneginf", "bitwise_or", "all"]
@@ -115,6 +123,7 @@ def test_between_its_steps_a_chunk_only_stacks_and_tells_whether_all_have_finish
         {"coverage_weight": 0.1},
         {"minimum_share": 0.1, "eos_threshold": 1.5, "length_penalty": 1.0},
         {"ngram": torch.zeros(V, V), "ngram_weight": 0.3},
+        {"ctc_weight": 0.3},
     ],
     ids=lambda fields: "-".join(fields),
 )

@@ -114,6 +114,93 @@ def test_a_weight_for_an_ngram_model_that_is_not_there_is_an_error():
         beam_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
 
 
+def with_ctc_head(vocabulary: int = V, strides: int = 1, scale: float = 2.0) -> LAS:
+    """An untrained LAS whose CTC head and speller have opinions."""
+    torch.manual_seed(5)
+    speller = SpellerConfig(key_size=8, value_size=8, embedding_size=8, lstm_sizes=(12, 8))
+    listener = ListenerConfig((8,), (3,), (strides,), 8, 1)
+    model = LAS(ModelConfig(listener, speller, ctc_layer=0), input_size=4, vocabulary_size=vocabulary).eval()
+    with torch.no_grad():
+        for parameter in (*model.speller.parameters(), *model.ctc.parameters()):
+            parameter *= scale
+    return model
+
+
+def listened_to(model: LAS, lengths: list[int], seed: int = 0):
+    features = torch.randn(len(lengths), max(lengths), 4, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        return model.listen(features, torch.tensor(lengths))
+
+
+def ctc_readings(frames: Tensor) -> dict[tuple, float]:
+    """Log-probabilities of all that frames (T, V) can read, summed over all paths."""
+    found: dict[tuple, float] = {}
+    for path in itertools.product([v for v in range(frames.shape[1]) if v not in (SOS, EOS)], repeat=len(frames)):
+        text = tuple(v for v, _ in itertools.groupby(path) if v)
+        found[text] = found.get(text, 0.0) + math.exp(sum(float(frames[t, v]) for t, v in enumerate(path)))
+    return {text: math.log(p) for text, p in found.items()}
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_beam_finds_the_best_of_speller_and_ctc_by_brute_force(seed, weight, backend):
+    model = with_ctc_head()
+    heard = listened_to(model, [5, 3], seed)
+    settings = config(beam=64, ctc_weight=weight)
+    many = beam_search(model, heard, settings, nbest=5, backend=backend)
+    for b, frames in enumerate([5, 3]):
+        logits = heard.ctc_logits[b, :frames].index_fill(1, torch.tensor([SOS, EOS]), -math.inf)
+        expected = []
+        for text, score in ctc_readings(logits.log_softmax(-1)).items():
+            one = type(heard)(*(x[b : b + 1] for x in heard))
+            with torch.inference_mode():
+                attended = sum(log_probability(model, one, (*text, EOS)))
+            expected.append(((1 - weight) * attended + weight * score, text))
+        expected = sorted(expected, reverse=True)[:5]
+        assert [tuple(h.text_tokens) for h in many[b]] == [text for _, text in expected]
+        assert [h.score for h in many[b]] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_every_path_finds_the_same_with_ctc(weight):
+    model = with_ctc_head(31, strides=2)
+    heard = listened_to(model, [150, 90, 31, 1])
+    settings = config(beam=6, ctc_weight=weight, length_penalty=0.7, maximum_share=0.2, maximum_extra=3)
+    paths = [{"backend": "reference"}]
+    if "cpp" in HERE:
+        paths += [{"backend": "cpp"}, {"backend": "cpp", "capture": False}]
+    first, *others = (beam_search(model, heard, settings, nbest=6, **path) for path in paths)
+    for found in others:
+        for ours, theirs in zip(itertools.chain(*found), itertools.chain(*first), strict=True):
+            assert (ours.text_tokens, ours.frames) == (theirs.text_tokens, theirs.frames)
+            assert ours.finished == theirs.finished and ours.score == pytest.approx(theirs.score, rel=1e-5)
+
+
+@pytest.mark.parametrize("capture", [None, False])
+def test_without_a_weight_the_head_is_not_heard(capture):
+    model = with_ctc_head(31)
+    heard = listened_to(model, [60, 41])
+    bare = heard._replace(ctc_logits=None, ctc_lengths=None)
+    found, expected = (beam_search(model, x, config(), nbest=4, capture=capture) for x in (heard, bare))
+    assert found == expected
+
+
+def test_with_ctc_an_utterance_alone_and_in_a_batch_get_the_same_answer():
+    model = with_ctc_head(31, strides=2)
+    heard = listened_to(model, [120, 77, 9])
+    settings = config(ctc_weight=0.4, maximum_share=0.2)
+    together = beam_search(model, heard, settings, nbest=4)
+    for b, expected in enumerate(together):
+        alone = type(heard)(*(x[b : b + 1] for x in heard))
+        assert beam_search(model, alone, settings, nbest=4) == [expected]
+
+
+def test_a_weight_for_a_ctc_head_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
+        beam_search(FakeModel(), memory([1], [4]), config(ctc_weight=0.5))
+
+
 def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
     """Beam search over lists: what the batched search must equal for a beam that prunes."""
     alive = [(0.0, ())]

@@ -5,8 +5,9 @@
 
 from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
-from las_fast.ops.beam_topk import BeamStep, Ngram, beam_topk
+from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.bilstm import bilstm
+from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
 from las_fast.ops.speller_unroll import speller_unroll
@@ -14,6 +15,8 @@ from las_fast.ops.speller_unroll import speller_unroll
 __all__ = [
     "Backtracked",
     "BeamStep",
+    "Ctc",
+    "CtcState",
     "Ngram",
     "SpellerWeights",
     "Steps",
@@ -21,6 +24,9 @@ __all__ = [
     "beam_gather",
     "beam_topk",
     "bilstm",
+    "ctc_log_probabilities",
+    "ctc_prefix",
+    "ctc_start",
     "masked_attention",
     "padding_mask",
     "speller_search",

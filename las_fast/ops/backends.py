@@ -21,6 +21,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the flo
     "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": WIDE + HALF},
     "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
+    "ctc_prefix": {"reference": None, "cpp": WIDE, "triton": WIDE},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
     "speller_unroll": {"reference": None, "fused": None, "cpp": WIDE},
     "speller_search": {"reference": None, "cpp": WIDE},  # on CUDA las_fast.search goes step by step with the ops above

@@ -1,6 +1,7 @@
 """One step of beam search: the K best continuations of each utterance's K hypotheses.
 
     step[k, v]      = log_softmax(logits[k])[v] + weight * table[state[k], v]    (the second only with an n-gram model)
+    with CTC, instead of the first: (1 - weight) * log_softmax(logits[k])[v] + weight * gains[k, v]
     candidate[k, v] = scores[k] + step[k, v]
     a finished beam has one candidate: eos at an unchanged score
     rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
@@ -31,6 +32,13 @@ class Ngram(NamedTuple):
     weight: float
 
 
+class Ctc(NamedTuple):
+    """What another model, that of ctc_prefix, says of each continuation."""
+
+    gains: Tensor  # (B, K, V) float32 log-probabilities; not NaN
+    weight: float  # from 0 to 1, the logits' being 1 - weight; what they rule out stays so even with 1
+
+
 class BeamStep(NamedTuple):
     """The state of each beam after a step; all (B, K), best rank first."""
 
@@ -55,6 +63,7 @@ def beam_topk(
     eos_threshold: float = 0.0,
     coverage: Tensor | None = None,
     ngram: Ngram | None = None,
+    ctc: Ctc | None = None,
     backend: str = "auto",
 ) -> BeamStep:
     """Return the K best continuations of each utterance, best first. Not differentiable.
@@ -69,22 +78,25 @@ def beam_topk(
         minimum:   (B,) int64 tokens that a beam must have before it may take eos; None: 0.
         maximum:   (B,) int64 tokens at which an unfinished beam must take eos (wins over minimum and threshold).
         length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
-        eos_threshold:  eos only where its log-probability exceeds this times the best other one; 0 sets no limit.
+        eos_threshold:  eos only where its log-probability exceeds this times the best other one, both of the logits
+                   alone; 0 sets no limit.
         coverage:  (B, K) float32, finite: added to the ranks of all candidates of a beam (Wu et al. 2016); None: 0.
         ngram:     a language model whose weighted log-probabilities are added to the score of each token. Its states
                    must be rows of its table: the CPU raises RuntimeError, Triton takes the nearest that is.
+        ctc:       weighted log-probabilities of the continuations that are mixed with those of the logits.
         backend:   "auto", "reference", "triton" or "cpp".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
         RuntimeError: the named backend is not available here, or does not take K and V: Triton at most 128 beams.
     """
-    _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, eos)
+    _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos)
     excess = {"triton": _too_many(*logits.shape[1:])}
     chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, excess)
     table, states, weight = ngram or (None, None, 0.0)
     op = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
+    options += (None, 0.0) if ctc is None else (backends.detached(ctc.gains), ctc.weight)
     found = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
     return BeamStep(*found[:5], None if ngram is None else found[5])
 
@@ -98,10 +110,13 @@ def _too_many(K: int, V: int) -> str | None:
 
 def _reference(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
-    weight,
+    weight, gains, ctc_weight,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
     steps = _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold)
+    if gains is not None:
+        without = steps.isneginf()  # which 0 times it would make NaN
+        steps = ((1 - ctc_weight) * steps).masked_fill(without, -torch.inf) + ctc_weight * gains
     if table is not None:
         steps = steps + weight * table[states]
     frozen = torch.full((V,), -torch.inf, device=steps.device)
@@ -140,7 +155,7 @@ def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) ->
     return steps.masked_fill(denied[..., None] & is_eos, -torch.inf)
 
 
-def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, eos) -> None:
+def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos) -> None:
     if logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B, K, V) of a float type; got {tuple(logits.shape)} {logits.dtype}")
     B, K, V = logits.shape
@@ -150,6 +165,10 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
     if ngram is not None:
         expected += [("ngram.states", ngram.states, (B, K), torch.int64)]
         expected += [("ngram.table", ngram.table, (_states(ngram.table, V), V), torch.float32)]
+    if ctc is not None:
+        expected += [("ctc.gains", ctc.gains, (B, K, V), torch.float32)]
+        if not 0 <= ctc.weight <= 1:
+            raise ValueError(f"ctc.weight must be from 0 to 1; got {ctc.weight}")
     for name, tensor, shape, dtype in expected:
         if tensor is None:
             continue
@@ -171,7 +190,7 @@ def _states(table: Tensor, V: int) -> int:
 
 def _fake(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
-    weight,
+    weight, gains, ctc_weight,
 ):  # fmt: skip
     new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
     new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
@@ -181,7 +200,8 @@ def _fake(
 backends.register(
     "beam_topk",
     "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
-    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states, float weight)"
+    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states, float weight,"
+    " Tensor? gains, float ctc_weight)"
     " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor states)",
     _fake,
 )

@@ -7,7 +7,7 @@ At each step, for every beam of every utterance (las_fast.speller says it in mod
     cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
     context   = attention of query(hidden_last) over keys and values    see masked_attention
     logits    = embedding . gelu(project([hidden_last, context])) + bias
-    the beams = beam_topk of the logits, and the states follow their parents
+    the beams = beam_topk of the logits, and the states follow their parents; with CTC, its gains are ctc_prefix's
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from las_fast.ops import backends
 from las_fast.ops.beam_gather import beam_gather
-from las_fast.ops.beam_topk import Ngram, beam_topk
+from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
+from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 
 PRECISIONS = ("fp32", "bf16")
@@ -67,6 +68,8 @@ class Options(NamedTuple):
     coverage_weight: float
     table: Tensor | None
     ngram_weight: float
+    frames: Tensor | None = None
+    ctc_weight: float = 0.0
 
 
 @torch.no_grad()
@@ -86,6 +89,8 @@ def speller_search(
     coverage_weight: float = 0.0,
     table: Tensor | None = None,
     ngram_weight: float = 0.0,
+    frames: Tensor | None = None,
+    ctc_weight: float = 0.0,
     precision: str = "fp32",
     backend: str = "auto",
 ) -> Steps:
@@ -106,6 +111,9 @@ def speller_search(
         coverage_weight: of the mean over frames of log(attention that the frame got from all tokens, at most 1), which
             is added to the ranks of a beam; 0: none.
         table, ngram_weight: of a language model as in beam_topk's Ngram, which begins after sos throughout.
+        frames:  (B, T', V) float32 log-probabilities of ctc_log_probabilities, by which CTC's prefix scores are mixed
+            in, on every path in float32; None: they are not.
+        ctc_weight: as in beam_topk's Ctc.
         precision: of the products in C++: "fp32", or "bf16" with float32 sums and states. The reference has fp32 only.
         backend: "auto", "reference" or "cpp".
 
@@ -114,8 +122,9 @@ def speller_search(
         RuntimeError: the named backend is not available here, or an argument of C++ is not as it says.
     """
     options = Options(
-        beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, table, ngram_weight
-    )
+        beam, sos, eos, minimum, maximum, length_penalty, eos_threshold, coverage_weight, table, ngram_weight, frames,
+        ctc_weight,
+    )  # fmt: skip
     _check(weights, keys, values, lengths, options, precision)
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
         return _reference(weights, keys, values, lengths, options)
@@ -142,6 +151,7 @@ class _Beams(NamedTuple):
     finished: Tensor
     lengths: Tensor
     ngram_states: Tensor | None
+    ctc: CtcState | None
 
 
 def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: Tensor, options: Options) -> Steps:
@@ -155,7 +165,8 @@ def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: T
         missed = attention.clamp(UNSEEN, 1.0).log().sum(-1) / lengths.clamp(min=1)[:, None]
         coverage = options.coverage_weight * missed
         found = _prune(logits, beams, coverage, options)
-        beams = _Beams(found.tokens, found.scores, found.finished, found.lengths, found.ngram_states)
+        ctc = _ctc(beams, found, options)
+        beams = _Beams(found.tokens, found.scores, found.finished, found.lengths, found.ngram_states, ctc)
         moved = beam_gather((*state.hidden, *state.cell, state.context, attention), found.parents, backend="reference")
         n = len(state.hidden)
         state, attention = State(tuple(moved[:n]), tuple(moved[n : 2 * n]), moved[-2]), moved[-1]
@@ -169,7 +180,8 @@ def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Optio
     scores[:, 0] = 0.0  # the other beams do not exist yet
     integers = torch.zeros(B, K, dtype=torch.int64, device=keys.device)
     states = None if options.table is None else integers + first_ngram_state(options.table, options.sos)
-    beams = _Beams(integers + options.sos, scores, integers.bool(), integers, states)
+    ctc = None if options.frames is None else ctc_start(options.frames, K, eos=options.eos)
+    beams = _Beams(integers + options.sos, scores, integers.bool(), integers, states, ctc)
     return beams, silence(weights, values, K)
 
 
@@ -230,8 +242,16 @@ def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
         eos_threshold=options.eos_threshold,
         coverage=gained if options.coverage_weight else None,
         ngram=ngram,
+        ctc=None if beams.ctc is None else Ctc(beams.ctc.gains, options.ctc_weight),
         backend="reference",
     )
+
+
+def _ctc(before: _Beams, found: BeamStep, options: Options) -> CtcState | None:
+    if before.ctc is None:
+        return None
+    arguments = before.ctc, before.tokens, found.parents, found.tokens
+    return ctc_prefix(options.frames, *arguments, eos=options.eos, backend="reference")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -253,6 +273,12 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
         if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
             raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
     _check_options(options, weights.bias.shape[0])
+    frames, V = options.frames, weights.bias.shape[0]
+    if frames is not None and (
+        frames.ndim != 3 or (frames.shape[0], frames.shape[2]) != (B, V) or frames.dtype != torch.float32
+    ):
+        got = f"{tuple(frames.shape)} {frames.dtype}"
+        raise ValueError(f"frames must be (B, T', V) float32 with B={B}, V={V}; got {got}")
 
 
 def _check_options(options: Options, V: int) -> None:
@@ -277,6 +303,7 @@ backends.register(
     "speller_search",
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
     " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? table,"
-    " float ngram_weight, bool bf16) -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
+    " float ngram_weight, Tensor? frames, float ctc_weight, bool bf16)"
+    " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
     _fake,
 )

@@ -63,13 +63,15 @@ def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BRAIN, weights=False, me
         launch(context, attended if weights else None, *inputs, *outputs, D**-0.5, memory)
 
 
-def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True):
+def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True,
+          ctc=False):  # fmt: skip
     """One pruning step of a search over characters or word pieces."""
     logits, scores = torch.zeros(B, K, V, dtype=dtype), torch.zeros(B, K)
     lengths = torch.zeros(B, K, dtype=torch.int64)
     limit = torch.zeros(B, dtype=torch.int64) if limits else None
     table, states = (None, None) if order is None else (torch.zeros(V ** (order - 1), V), lengths)
-    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3)
+    gains = torch.zeros(B, K, V) if ctc else None
+    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3, gains, 0.3)
     launcher("beam_topk")(logits, scores, lengths.bool(), lengths, *options)
 
 
@@ -77,6 +79,13 @@ def gather(B=64, K=8, sizes=(512, 512, 512, 512, 256), dtype=FLOAT):
     """The states of two LSTM cells and the context follow their parents."""
     states = [torch.zeros(B, K, n, dtype=dtype) for n in sizes]
     launcher("beam_gather")(states, torch.zeros(B, K, dtype=torch.int64))
+
+
+def prefix(B=64, K=8, T=400, V=31):
+    """The hypotheses of a search and what CTC says of their continuations."""
+    rows = torch.zeros(B, K, dtype=torch.int64)
+    states = torch.zeros(B, K, T + 1), torch.zeros(B, K), torch.zeros(B, K, V)
+    launcher("ctc_prefix")(torch.zeros(B, T, V), *states, rows, rows, rows, 2)
 
 
 def backtrack(L=200, B=64, K=8):
@@ -127,6 +136,7 @@ VARIANTS = [
             ("characters-half", (), {"dtype": HALF}),
             ("characters-beam-32", (), {"K": 32}),
             ("characters-4-gram", (), {"order": 4, "length_penalty": 0.6, "eos_threshold": 1.5}),
+            ("characters-ctc", (), {"ctc": True, "length_penalty": 1.0}),
             ("word-pieces", ("row_kernel",), {"V": 5120}),
             ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": HALF, "length_penalty": 0.6}),
             ("word-pieces-unaligned", (), {"V": 5003}),
@@ -134,6 +144,8 @@ VARIANTS = [
     ),
     Variant("beam_gather", "float", gather, wide=("gather_kernel",)),
     Variant("beam_gather", "brain", gather, {"dtype": BRAIN}),
+    Variant("ctc_prefix", "characters", prefix),
+    Variant("ctc_prefix", "word-pieces", prefix, {"V": 5120}),
     Variant("beam_backtrack", "beam-8", backtrack),
     Variant("beam_backtrack", "beam-32", backtrack, {"K": 32}),
 ]

@@ -15,7 +15,15 @@ from unittest import mock
 import torch
 
 from gpu_proof.interpreter import poison
-from las_fast.ops import beam_backtrack, beam_gather, masked_attention
+from las_fast.ops import (
+    CtcState,
+    beam_backtrack,
+    beam_gather,
+    ctc_log_probabilities,
+    ctc_prefix,
+    ctc_start,
+    masked_attention,
+)
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 INF = torch.inf
@@ -289,7 +297,7 @@ def search_state(B, K, V, seed):
 
 def continues(
     device, B=2, K=4, V=31, eos=2, dtype=FLOAT, state="random", minimum=None, maximum=None, length_penalty=0.0,
-    eos_threshold=0.0, coverage=False, order=None, layout="dense", seed=0,
+    eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", seed=0,
 ):  # fmt: skip
     """All results are those of the reference, indices exactly; `state` names how the beams stand."""
     logits, scores, finished, lengths, generator = search_state(B, K, V, seed)
@@ -302,6 +310,11 @@ def continues(
         table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
         states = torch.randint(0, V ** (order - 1), (B, K), generator=generator)
     options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, states, 0.3 if order else 0.0)
+    gains = None
+    if ctc_weight is not None:
+        gains = torch.randn(B, K, V, generator=generator).log_softmax(-1)
+        gains = laid_out(gains.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), layout)
+    options += (gains, ctc_weight or 0.0)
     expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
 
     tensors = [laid_out(x.to(device), layout) for x in (logits, scores, finished, lengths)]
@@ -413,6 +426,37 @@ def backtracks(device, L=5, B=2, K=3, eos=2, vocabulary=6, layout="dense", paren
             same(x, y, name)
 
 
+# ctc_prefix
+
+
+def listens(
+    device, B=2, K=3, T=9, V=7, eos=2, lengths=(10**9, 4), state="random", layout="dense", scale=2.0, wild=False, seed=0
+):
+    """The state after a step is that of the reference in float64; `state` names how the tokens were chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
+    frames = ctc_log_probabilities(scale * torch.randn(B, T, V, generator=generator), lengths)
+    before, tokens = ctc_start(frames, K, eos=eos), torch.full((B, K), eos)
+    for _ in range({"first": 0, "long": T + 1}.get(state, 3)):
+        parents, chosen = (torch.randint(low, high, (B, K), generator=generator) for low, high in ((0, K), (1, V)))
+        if state == "repeated":
+            chosen = torch.where(torch.arange(K) % 2 == 0, chosen[:, :1], chosen)
+        before, tokens = ctc_prefix(frames, before, tokens, parents, chosen, eos=eos, backend="reference"), chosen
+    parents, chosen = (torch.randint(low, high, (B, K), generator=generator) for low, high in ((0, K), (1, V)))
+    if state == "repeated":
+        chosen = tokens.gather(1, parents)
+    exact = CtcState(*(x.double() for x in before))
+    expected = ctc_prefix(frames.double(), exact, tokens, parents, chosen, eos=eos, backend="reference")
+    if wild:
+        parents, chosen = (torch.where(x == 0, -(2**40), torch.where(x == n - 1, 2**40, x))
+                           for x, n in ((parents, K), (chosen, V)))  # fmt: skip
+    tensors = [laid_out(x.to(device), layout) for x in (frames, *before, tokens, parents, chosen)]
+    found = launcher("ctc_prefix")(*tensors, eos)
+    for name, x, y in zip(CtcState._fields, found, expected, strict=True):
+        assert x.dtype == FLOAT
+        near(x, y, ROUNDINGS * (1e-5 + 1e-6 * largest(y[y.isfinite()])), name)
+
+
 # Larger than memory: tensors on the meta device, of more elements than 32 bits can count
 
 
@@ -436,7 +480,7 @@ def continues_huge(device, B, K, V):
     rows = huge(B, K)
     lengths = rows.to(torch.int64)
     table, states = (huge(V, V), lengths) if V < 100 else (None, None)
-    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3)
+    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3, huge(B, K, V), 0.3)
     # the last kernel reads what the others wrote, and there is no memory for that
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
@@ -446,6 +490,12 @@ def continues_huge(device, B, K, V):
 def gathers_huge(device, B, K, N):
     """No index overflows."""
     launcher("beam_gather")([huge(B, K, N), huge(B, K, N, dtype=HALF)], huge(B, K, dtype=torch.int64))
+
+
+def listens_huge(device, B, K, T, V):
+    """No index overflows."""
+    rows = huge(B, K, dtype=torch.int64)
+    launcher("ctc_prefix")(huge(B, T, V), huge(B, K, T + 1), huge(B, K), huge(B, K, V), rows, rows, rows, 2)
 
 
 def backtracks_huge(device, L, B, K):
@@ -573,6 +623,16 @@ TOPK = _cases(
             "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
             "coverage": True, "order": 2,
         },
+        "ctc": {"ctc_weight": 0.3, "K": 5},
+        "ctc-alone": {"ctc_weight": 1.0, "V": 7, "minimum": 4, "maximum": 5, "state": "one token each"},
+        "ctc-and-everything": {
+            "B": 3, "K": 5, "V": 11, "minimum": 3, "maximum": 5, "length_penalty": 0.6, "eos_threshold": 1.2,
+            "coverage": True, "order": 2, "ctc_weight": 0.4,
+        },
+        "ctc-broken-rows": {"ctc_weight": 0.5, "V": 9, "state": "broken rows"},
+        "ctc-spaced": {"ctc_weight": 0.5, "V": 7, "layout": "spaced"},
+        "long-rows-ctc": {"V": 1100, "K": 5, "B": 1, "ctc_weight": 0.3},
+        "long-rows-ctc-broken-rows": {"V": 1030, "K": 4, "B": 1, "ctc_weight": 1.0, "state": "broken rows"},
         "first-eos": {"eos": 0, "V": 6},
         "last-eos": {"eos": 5, "V": 6},
         "turned": {"layout": "turned", "V": 7},
@@ -624,7 +684,34 @@ BACKTRACK = _cases(
     },
 )
 
-CASES = ATTENTION + TOPK + GATHER + BACKTRACK
+PREFIX = _cases(
+    "ctc_prefix",
+    listens,
+    {
+        "short": {},
+        "first-token": {"state": "first"},
+        "one-frame": {"T": 1, "B": 1, "K": 1, "state": "first"},
+        "one-frame-and-one-too-many-tokens": {"T": 1, "B": 1, "K": 1},
+        "no-frames": {"T": 0},
+        "no-utterances": {"B": 0},
+        "primes": {"B": 3, "K": 5, "T": 37, "V": 11},
+        "characters": {"K": 4, "T": 61, "V": 31},
+        "repeated": {"state": "repeated", "K": 4, "T": 30},
+        "repeated-across-blocks": {"state": "repeated", "K": 2, "T": 131, "V": 5, "B": 1},
+        "length-zero": {"lengths": (0, 9)},
+        "too-long": {"state": "long", "T": 4},
+        **{f"frames-{T}": {"T": T, "B": 1, "K": 2, "V": 5} for T in (127, 128, 129, 130, 257)},
+        **{f"vocabulary-{V}": {"V": V, "K": 2} for V in (3, 32, 33, 65)},
+        "last-eos": {"eos": 6},
+        "far-apart": {"scale": 100.0, "T": 20},
+        "turned": {"layout": "turned"},
+        "spaced": {"layout": "spaced"},
+        "strided": {"layout": "strided"},
+        "wild-parents-and-tokens": {"wild": True, "K": 4, "V": 5, "B": 3},
+    },
+)
+
+CASES = ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK
 
 HUGE = [
     Case("masked_attention", "huge", attends_to_huge, {"B": 2**17, "K": 2, "T": 300, "D": 64}, huge=True),
@@ -634,5 +721,8 @@ HUGE = [
     Case("beam_topk", "huge", continues_huge, {"B": 2**24, "K": 5, "V": 31}, huge=True),
     Case("beam_topk", "huge-long-rows", continues_huge, {"B": 2**18, "K": 5, "V": 2100}, huge=True),
     Case("beam_gather", "huge", gathers_huge, {"B": 2**19, "K": 9, "N": 600}, huge=True),
+    Case("ctc_prefix", "huge-frames", listens_huge, {"B": 2**18, "K": 2, "T": 300, "V": 31}, huge=True),
+    Case("ctc_prefix", "huge-states", listens_huge, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
+    Case("ctc_prefix", "huge-gains", listens_huge, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
     Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip

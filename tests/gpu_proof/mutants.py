@@ -223,6 +223,45 @@ GATHER = [
     )
 ]  # fmt: skip
 
+PREFIX = [
+    SourceMutant("ctc_prefix", name, old, new)
+    for name, old, new in (
+        ("parents-unclamped", "tl.minimum(tl.maximum(tl.load(parents + row), 0), K - 1)", "tl.load(parents + row)"),
+        ("tokens-unclamped", "tl.minimum(tl.maximum(tl.load(chosen + row), 0), V - 1)", "tl.load(chosen + row)"),
+        ("row-in-32-bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+        ("utterance-dropped", "source = row // K * K + parent", "source = parent"),
+        ("frames-of-the-first-utterance", "frames += row // K * T * V", "frames += 0"),
+        ("infinity-less-infinity", "    seen = tl.where(more == -float(\"inf\"), 0.0, more)  # -inf",
+         "    seen = more  # -inf"),
+        ("sum-not-faded", "total * tl.exp(top - seen) + ", "total + "),
+        ("factors-not-multiplied", "return factor + next_factor,", "return next_factor,"),
+        ("terms-not-carried", "_add(term + next_factor, next_term)", "_add(term, next_term)"),
+        ("repeats-need-no-blank", "begun = tl.where(repeats, ended, held)", "begun = tl.where(repeats, held, held)"),
+        ("pause-without-its-blank", "ended += tl.load(at - V + BLANK, mask=paused, other=0.0)", "ended += 0.0"),
+        ("pause-before-the-first-frame", "paused = inside & repeats & (t > 0)", "paused = inside & repeats"),
+        ("newest-not-carried", "_add(newest + factor, term)", "term"),
+        ("newest-added-after-the-end", 'tl.where(inside, _add(newest + factor, term), -float("inf"))',
+         "_add(newest + factor, term)"),
+        ("alpha-not-carried", "now = _add(alpha + factor, term)", "now = term"),
+        ("states-stored-one-too-early", "tl.store(after + t + 1, now", "tl.store(after + t, now"),
+        ("states-stored-past-the-end", "now, mask=inside & writes", "now, mask=writes"),
+        ("every-program-stores", "writes = tl.program_id(1) == 0", "writes = tl.program_id(1) >= 0"),
+        ("no-first-state", "tl.store(after, alpha, mask=writes)", "tl.store(after, alpha, mask=writes & (T < 0))"),
+        ("frame-after-the-last", "(t + 1 < T)[:, None]", "(t < T)[:, None]"),
+        ("frame-of-the-same-time", "at[:, None] + V + v[None, :]", "at[:, None] + v[None, :]"),
+        ("token-unmasked", " & (v < V)[None, :]", ""),
+        ("again-one-frame-sooner", "tl.load(at + 2 * V + token", "tl.load(at + V + token"),
+        ("again-as-any-other", "tl.where(v == token, again_top", "tl.where(v == -1, again_top"),
+        ("blank-goes-on", 'tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))',
+         "tl.where(v == eos, alpha, psi)"),
+        ("end-as-any-other", "tl.where(v == eos, alpha, psi)", "psi"),
+        ("impossible-prefix", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
+        ("prefix-of-the-new-row", "tl.load(prefixes + source)", "tl.load(prefixes + row)"),
+        ("gains-stored-past-the-end", "found, mask=v < V)", "found)"),
+        ("inputs-not-made-contiguous", "[x.contiguous() for x in (frames", "[x for x in (frames"),
+    )
+]  # fmt: skip
+
 TOPK = [
     SourceMutant("beam_topk", name, old, new)
     for name, old, new in (
@@ -241,6 +280,12 @@ TOPK = [
         ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
         ("ngram-weight-dropped", "steps + weight * tl.load(", "steps + tl.load("),
         ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
+        ("ctc-weights-exchanged", "(1.0 - ctc_weight) * steps + ctc_weight * gain",
+         "ctc_weight * steps + (1.0 - ctc_weight) * gain"),
+        ("ctc-row-stride", "gains + row[:, None] * V", "gains + row[:, None]"),
+        ("ctc-nothing-times-infinity", 'tl.where(steps == -float("inf"), steps, mixed)', "mixed"),
+        ("ctc-gains-not-made-contiguous", "gains = (None if x is None else x.contiguous() for x in options)",
+         "gains = (x if x is None or x.ndim == 3 else x.contiguous() for x in options)"),
         ("best-taken-twice", "keys = tl.where(keys == best, NOTHING, keys)\n        place", "place"),
         ("parent-and-token-swapped", "parent, token = place // V, place % V", "token, parent = place // V, place % V"),
         ("eos-does-not-finish", "(ended | (token == eos))", "(ended | (token < 0))"),
@@ -360,12 +405,16 @@ CODE = [
         (LONG_ROWS, "no-barriers", r"bar\.sync\s+0;", "", None),
         (LONG_ROWS, "smallest-key", r"max\.s64", "min.s64", -1),
         (("beam_backtrack", "backtrack_kernel", "wild-parents"), "unclamped", r"min\.s64", "max.s64", 0),
+        (("ctc_prefix", "prefix_kernel", "characters"), "no-barriers", r"bar\.sync\s+0;", "", None),
+        (("ctc_prefix", "prefix_kernel", "characters"), "scan-from-another-lane",
+         r"(shfl\.sync\.up\.b32\s+%r\d+, %r\d+), 2,", r"\1, 4,", 0),
         (("beam_gather", "gather_kernel", "wild-parents"), "unclamped", r"max\.s64", "min.s64", 0),
     )
 ]
 
-CONTROLS = [SourceMutant(op, "unchanged") for op in ("masked_attention", "beam_topk", "beam_gather", "beam_backtrack")]
-MUTANTS = BACKTRACK + GATHER + TOPK + ATTENTION + SLOW + CODE
+OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack")
+CONTROLS = [SourceMutant(op, "unchanged") for op in OPS]
+MUTANTS = BACKTRACK + GATHER + PREFIX + TOPK + ATTENTION + SLOW + CODE
 
 
 def main():

@@ -4,7 +4,7 @@ import torch
 
 from gpu_proof.end_to_end import triton_on_the_cpu
 from gpu_proof.interpreter import fast
-from las_fast.ops import Ngram, beam_backtrack, beam_gather, beam_topk, masked_attention
+from las_fast.ops import CtcState, Ngram, beam_backtrack, beam_gather, beam_topk, ctc_prefix, masked_attention
 
 EOS = 2
 
@@ -27,6 +27,13 @@ def pointers():
     return tokens, parents, -torch.rand(4, 2, 3, generator=generator), frames
 
 
+def prefix_inputs():
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 6, 5), (2, 3, 7), (2, 3), (2, 3, 5)
+    tensors = [-torch.rand(s, generator=generator) for s in shapes]
+    return *tensors, *(torch.randint(0, 3, (2, 3), generator=generator) for _ in range(3))
+
+
 def check_op(name):
     """torch.library.opcheck of one op; raises where its registration is wrong."""
     fast()
@@ -34,11 +41,12 @@ def check_op(name):
     arguments = {
         "masked_attention": [(*attention_inputs(grad), 0.4, w) for grad in (False, True) for w in (False, True)],
         "beam_topk": [
-            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0),
+            (*search_inputs(), EOS, None, None, 0.0, 0.0, None, None, None, 0.0, None, 0.0),
             (*search_inputs(), EOS, bound, 9 * bound, 1.0, 0.5, torch.zeros(2, 3), torch.zeros(25, 5),
-             torch.full((2, 3), 7), 0.3),
+             torch.full((2, 3), 7), 0.3, torch.zeros(2, 3, 5), 0.4),
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
+        "ctc_prefix": [(*prefix_inputs(), EOS)],
         "beam_backtrack": [(*pointers(), EOS)],
     }[name]  # fmt: skip
     for given in arguments:
@@ -71,5 +79,7 @@ def compile_ops():
             a, b, c, eos=EOS, lengths=n, ngram=Ngram(table, n, 0.3), backend="triton"), *search_inputs())  # fmt: skip
         counted("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
                 torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
+        counted("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
+            f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
         counted("beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *pointers())
     return graphs

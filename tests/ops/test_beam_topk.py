@@ -4,7 +4,7 @@ import pytest
 import torch
 from calls import call, compile_and_count, ops_called, threads
 
-from las_fast.ops import Ngram, beam_topk
+from las_fast.ops import Ctc, Ngram, beam_topk
 
 EOS = 2
 INF, NAN = torch.inf, torch.nan
@@ -34,6 +34,12 @@ def ngram(B, K, V, order, seed=0, weight=0.4):
     return Ngram(table, torch.randint(0, len(table), (B, K), generator=generator), weight)
 
 
+def ctc(B, K, V, seed=0, weight=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    gains = torch.randn(B, K, V, generator=generator).log_softmax(-1)
+    return Ctc(gains.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), weight)
+
+
 OPTIONS = {
     "plain": [],
     "length penalty 0.7": ["length_penalty"],
@@ -43,7 +49,8 @@ OPTIONS = {
     "both limits": ["minimum", "maximum"],
     "coverage": ["coverage"],
     "bigram": ["ngram"],
-    "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram"],
+    "ctc": ["ctc"],
+    "all": ["length_penalty", "eos_threshold", "minimum", "maximum", "coverage", "ngram", "ctc"],
 }
 
 
@@ -56,12 +63,13 @@ def options_for(name, B, K, V):
         "maximum": lambda: torch.arange(B) % 6 + 3,
         "coverage": lambda: torch.randn(B, K, generator=generator),
         "ngram": lambda: ngram(B, K, V, 2),
+        "ctc": lambda: ctc(B, K, V),
     }
     return {option: make[option]() for option in OPTIONS[name]}
 
 
 def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=None, length_penalty=0.0,
-          eos_threshold=0.0, coverage=None, ngram=None):  # fmt: skip
+          eos_threshold=0.0, coverage=None, ngram=None, ctc=None):  # fmt: skip
     """Every candidate of utterance b, written out in float64; return (score, token, parent), best first."""
     found = []
     for k, row in enumerate(logits[b].double()):
@@ -73,6 +81,8 @@ def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=No
         for v, total in enumerate(steps):
             if forced and v != eos or v == eos and not forced and (early or unlikely):
                 total = -math.inf
+            if ctc is not None and total > -math.inf:
+                total = (1 - ctc.weight) * total + ctc.weight * float(ctc.gains[b, k, v])
             if ngram is not None:
                 total += ngram.weight * float(ngram.table[ngram.states[b, k], v])
             if finished[b, k]:
@@ -316,6 +326,35 @@ def test_coverage_moves_ranks_and_leaves_scores(backend):
     assert found.parents.tolist() == [[1, 0]] and found.scores.tolist() == [[-3.0, -2.0]]
 
 
+@pytest.mark.parametrize("V", [31, 131])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_a_ctc_model_is_mixed_in_by_its_weight(backend, weight, V):
+    inputs, model = random(3, 5, V), ctc(3, 5, V, weight=weight)
+    inputs[0][0, 1], inputs[0][1, :, 4], inputs[0][2, 0, 3] = -INF, -INF, NAN
+    model = model._replace(gains=model.gains.clamp(min=-50.0)) if weight == 0 else model
+    found = step(*inputs, ctc=model, backend=backend)
+    assert_same(found, step(*inputs, ctc=model, backend="reference"))
+    if weight == 0:
+        assert_same(found, step(*inputs, backend="reference"))
+
+
+def test_what_the_logits_rule_out_stays_so_with_all_weight_on_ctc(backend):
+    logits, gains = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
+    logits[..., :3] = -INF
+    limits = {"minimum": torch.tensor([9])}
+    found = step(logits, ctc=Ctc(gains, 1.0), backend=backend, eos=3, **limits)
+    assert found.tokens.tolist() == [[4, 4]] and found.scores.tolist() == [[0.0, 0.0]]
+
+
+def test_a_continuation_that_ctc_rules_out_is_none(backend):
+    gains = torch.full((1, 1, 4), -INF)
+    gains[..., 3] = -1.0
+    found = step(torch.zeros(1, 1, 4), ctc=Ctc(gains, 0.5), backend=backend)
+    assert found.tokens.tolist() == [[3]] and found.scores.item() == pytest.approx(-0.5 - 0.5 * math.log(4))
+    gains[..., 3] = -INF
+    assert step(torch.zeros(1, 1, 4), ctc=Ctc(gains, 0.5), backend=backend).scores.item() == -INF
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_an_ngram_model_adds_to_the_scores_and_follows_the_tokens(backend, order):
     B, K, V = 2, 8, 31
@@ -349,6 +388,7 @@ def test_inputs_need_not_be_contiguous(backend):
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     turned[0] = turned[0].transpose(1, 2).contiguous().transpose(1, 2)
     options["coverage"] = options["coverage"].t().contiguous().t()
+    options["ctc"] = options["ctc"]._replace(gains=options["ctc"].gains.transpose(0, 1).contiguous().transpose(0, 1))
     model = options["ngram"]
     options["ngram"] = model._replace(
         table=model.table.t().contiguous().t(), states=model.states.t().contiguous().t()
@@ -377,6 +417,8 @@ def test_inputs_are_left_alone(backend):
         ({"coverage": torch.zeros(2)}, r"coverage must be \(2, 3\) torch.float32"),
         ({"ngram": Ngram(torch.zeros(4, 5), torch.zeros(2, 3).long(), 1.0)}, r"ngram.table must be \(5, 5\)"),
         ({"ngram": Ngram(torch.zeros(5, 5), torch.zeros(2, 3), 1.0)}, r"ngram.states must be \(2, 3\) torch.int64"),
+        ({"ctc": Ctc(torch.zeros(2, 3, 4), 0.5)}, r"ctc.gains must be \(2, 3, 5\) torch.float32"),
+        ({"ctc": Ctc(torch.zeros(2, 3, 5), 1.5)}, "ctc.weight must be from 0 to 1; got 1.5"),
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores must be on cpu like logits; got meta"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
     ],
@@ -400,6 +442,7 @@ def arguments(B=2, K=3, V=5, **change):
     every = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
     every |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
     every |= {"coverage": torch.randn(B, K), "table": model.table, "states": model.states, "weight": 0.3}
+    every |= {"gains": ctc(B, K, V).gains, "ctc_weight": 0.3}
     return tuple((every | change).values())
 
 
@@ -413,6 +456,7 @@ def arguments(B=2, K=3, V=5, **change):
         ({"minimum": torch.zeros(2)}, r"minimum must be \[2\] Long"),
         ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
+        ({"gains": torch.zeros(2, 3)}, r"gains must be \[2, 3, 5\] Float"),
         ({"states": None}, "table and states must be given together"),
         ({"table": torch.zeros(5, 4)}, r"table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
         ({"states": torch.full((2, 3), 5)}, "states must be from 0 to 4; got 5"),
@@ -426,7 +470,7 @@ def test_the_registered_op_checks_its_own_arguments(cpp, change, message):
 
 @pytest.mark.parametrize("options", [True, False])
 def test_the_registered_op_passes_opcheck(cpp, options):
-    names = () if options else ("minimum", "maximum", "coverage", "table", "states")
+    names = () if options else ("minimum", "maximum", "coverage", "table", "states", "gains")
     torch.library.opcheck(torch.ops.las_fast.beam_topk_cpp.default, arguments(**dict.fromkeys(names)))
 
 

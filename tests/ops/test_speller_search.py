@@ -16,7 +16,7 @@ from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model import LAS
-from las_fast.ops import SpellerWeights, beam_backtrack, padding_mask, speller_search
+from las_fast.ops import SpellerWeights, beam_backtrack, ctc_log_probabilities, padding_mask, speller_search
 from las_fast.ops.speller_search import Options as SearchOptions
 from las_fast.ops.speller_search import _begin, step
 from las_fast.search import beam_search
@@ -34,6 +34,7 @@ SIZES = [  # V, M, H of each cell, D, E, T, B, K
     (67, 64, (65, 64, 63), 31, 65, 65, 3, 64),
 ]
 EVERY = {"length_penalty": 0.7, "eos_threshold": 1.1, "coverage_weight": 0.2, "ngram_weight": 0.4, "minimum": 3}
+EVERY |= {"ctc_weight": 0.3}
 OPTIONS = {
     "plain": {},
     "length penalty": {"length_penalty": 1.0},
@@ -41,6 +42,8 @@ OPTIONS = {
     "minimum": {"minimum": 4},
     "coverage": {"coverage_weight": 0.3},
     "n-gram": {"ngram_weight": 0.5},
+    "ctc": {"ctc_weight": 0.4},
+    "ctc alone": {"ctc_weight": 1.0},
     "every option": EVERY,
 }
 on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
@@ -72,6 +75,14 @@ def remember(B, T, D, E, seed=1):
     return torch.randn(B, T, D, generator=generator), torch.randn(B, T, E, generator=generator), lengths
 
 
+def hear(B, T, V, seed=2):
+    """Frames of a CTC head, about twice as many as the speller's."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([2 * T, 2 * T - 1, T, 20, 9, T // 2][:B], dtype=torch.int64)
+    never = [v for v in (SOS, EOS) if v < V]
+    return ctc_log_probabilities(2 * torch.randn(B, 2 * T, V, generator=generator), lengths.clamp(max=2 * T), never)
+
+
 def some_limits(B):
     return torch.tensor([9, 1, 12, 4, 7, 2][:B], dtype=torch.int64)
 
@@ -81,6 +92,8 @@ def search(weights, memory, *, backend="cpp", minimum=0, ngram_weight=0.0, **opt
     B, V = memory[2].shape[0], weights.bias.shape[0]
     maximum = options.pop("maximum", some_limits(B))
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1) if ngram_weight else None
+    if options.get("ctc_weight") and "frames" not in options:
+        options["frames"] = hear(B, memory[0].shape[1], V)
     return speller_search(
         weights, *memory, sos=SOS, eos=EOS, backend=backend, table=table, ngram_weight=ngram_weight,
         minimum=torch.full((B,), minimum).clamp(max=maximum) if minimum else None, maximum=maximum, **options,
@@ -206,7 +219,8 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, precision, opti
     whole = search(weights, memory, beam=5, precision=precision, **options)
     for b, n in enumerate(memory[2].tolist()):
         alone = (*(x[b : b + 1, : n + 3] for x in memory[:2]), memory[2][b : b + 1])
-        one = search(weights, alone, beam=5, precision=precision, maximum=limits[b : b + 1], **options)
+        heard = {"frames": hear(6, 40, 31)[b : b + 1]} if "ctc_weight" in options else {}
+        one = search(weights, alone, beam=5, precision=precision, maximum=limits[b : b + 1], **options, **heard)
         steps = len(one.tokens)
         assert (whole.tokens[steps:, b][whole.scores[steps:, b].isfinite()] == EOS).all()
         for a, expected in zip(one, whole, strict=True):
@@ -313,12 +327,12 @@ def an4():
     return loaded.model, loaded.config.decoding, memories
 
 
-@pytest.mark.parametrize("beam", [1, 4, 8])
-def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam):
+@pytest.mark.parametrize(("beam", "ctc_weight"), [(1, 0.0), (4, 0.0), (8, 0.0), (1, 0.5), (8, 0.3)])
+def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam, ctc_weight):
     model, config, memories = an4
     for memory in memories:
         found, expected = (
-            beam_search(model, memory, replace(config, beam=beam), nbest=beam, capture=capture)
+            beam_search(model, memory, replace(config, beam=beam, ctc_weight=ctc_weight), nbest=beam, capture=capture)
             for capture in (None, False)
         )
         for several, wanted in zip(found, expected, strict=True):
@@ -355,7 +369,9 @@ def test_most_utterances_of_real_speech_come_out_the_same_in_bf16(cpp, an4):
 def test_the_registered_op_passes_opcheck(cpp, precision, options):
     weights, memory = make(7, 5, (6, 3), 4, 3), remember(3, 9, 4, 3)
     table = torch.zeros(7, 7) if options else None
+    frames = hear(3, 9, 7) if options else None
     arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, table, 0.5)
+    arguments += (frames, 0.3)
     torch.library.opcheck(
         torch.ops.las_fast.speller_search_cpp.default,
         (weights.flat(), *memory, *arguments, precision == "bf16"),
@@ -375,6 +391,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"beam": 0}, "beam must be at least 1; got 0"),
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
+        ({"frames": torch.ones(3, 9, 6)}, r"frames must be \(B, T', V\) float32 with B=3, V=7; got \(3, 9, 6\)"),
         ({"table": torch.ones(7, 6)}, r"table must be \(7 \*\* n, 7\) float32; got \(7, 6\) torch.float32"),
     ],
 )
@@ -397,12 +414,13 @@ def test_arguments_that_disagree_are_named(change, message):
         (4, 0, "beam must be at least 1; got 0"),
         (6, 7, "eos must be a token from 0 to 6; got 7"),
         (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
+        (14, torch.ones(3, 9, 6), r"frames must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
         (12, torch.ones(7, 6), r"table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
     ],
 )
 def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
-    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, False]
+    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, None, 0.0, False]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
