@@ -430,12 +430,18 @@ def backtracks(device, L=5, B=2, K=3, eos=2, vocabulary=6, layout="dense", paren
 
 
 def listens(
-    device, B=2, K=3, T=9, V=7, eos=2, lengths=(10**9, 4), state="random", layout="dense", scale=2.0, wild=False, seed=0
-):
-    """The state after a step is that of the reference in float64; `state` names how the tokens were chosen."""
+    device, B=2, K=3, T=9, V=7, eos=2, lengths=(10**9, 4), state="random", layout="dense", scale=2.0, quiet=0,
+    wild=False, seed=0,
+):  # fmt: skip
+    """The state after a step is that of the reference in float64.
+
+    `state` names how the tokens were chosen; the first `quiet` frames are almost certainly blank.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
-    frames = ctc_log_probabilities(scale * torch.randn(B, T, V, generator=generator), lengths)
+    logits = scale * torch.randn(B, T, V, generator=generator)
+    logits[:, :quiet, 0] += 12.0
+    frames = ctc_log_probabilities(logits, lengths)
     before, tokens = ctc_start(frames, K, eos=eos), torch.full((B, K), eos)
     for _ in range({"first": 0, "long": T + 1}.get(state, 3)):
         parents, chosen = (torch.randint(low, high, (B, K), generator=generator) for low, high in ((0, K), (1, V)))
@@ -630,6 +636,7 @@ TOPK = _cases(
             "coverage": True, "order": 2, "ctc_weight": 0.4,
         },
         "ctc-broken-rows": {"ctc_weight": 0.5, "V": 9, "state": "broken rows"},
+        "ctc-alone-hopeless": {"ctc_weight": 1.0, "V": 5, "state": "hopeless"},
         "ctc-spaced": {"ctc_weight": 0.5, "V": 7, "layout": "spaced"},
         "long-rows-ctc": {"V": 1100, "K": 5, "B": 1, "ctc_weight": 0.3},
         "long-rows-ctc-broken-rows": {"V": 1030, "K": 4, "B": 1, "ctc_weight": 1.0, "state": "broken rows"},
@@ -703,6 +710,7 @@ PREFIX = _cases(
         **{f"frames-{T}": {"T": T, "B": 1, "K": 2, "V": 5} for T in (127, 128, 129, 130, 257)},
         **{f"vocabulary-{V}": {"V": V, "K": 2} for V in (3, 32, 33, 65)},
         "last-eos": {"eos": 6},
+        "heard-late": {"T": 160, "B": 1, "K": 2, "V": 5, "quiet": 129},
         "far-apart": {"scale": 100.0, "T": 20},
         "turned": {"layout": "turned"},
         "spaced": {"layout": "spaced"},
