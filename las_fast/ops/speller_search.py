@@ -240,6 +240,16 @@ def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
 def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    check_memory(weights, keys, values)
+    B = keys.shape[0]
+    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
+        if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
+            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
+    _check_options(options, weights.bias.shape[0])
+
+
+def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError where keys and values are not what a speller of these weights reads."""
     for name, x in (("keys", keys), ("values", values)):
         if x.ndim != 3 or x.dtype != torch.float32:
             raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
@@ -249,10 +259,6 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
     E = weights.project.shape[1] - weights.query.shape[1]
     if values.shape != (B, T, E):
         raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
-    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
-        if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
-            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
-    _check_options(options, weights.bias.shape[0])
 
 
 def _check_options(options: Options, V: int) -> None:
