@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "cell.h"
-#include "outer.h"
 #include "product.h"
 #include "vector.h"
 
@@ -33,7 +32,6 @@ using las::Matrix;
 using las::padded;
 using las::Panels;
 using las::put;
-using las::take;
 
 constexpr int64_t DIRECTIONS = 2;
 constexpr int64_t KEPT = 5;      // values a frame, direction and unit: the four gates, and the cell
@@ -260,8 +258,9 @@ class Forward {
 //   di = dc * g * i (1 - i);   df = dc * c' * f (1 - f);   dg = dc * i * (1 - g^2);   do = dh * tanh(c) * o (1 - o)
 // and then, over all frames:
 //   dx = sum of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
-struct Gradients {  // of the weights of one direction: weight_ih, weight_hh, and each bias
-  float *input, *recurrent, *bias;
+struct Gradients {  // of the weights of one direction: weight_ih, weight_hh, with whole panels in a row, and each bias
+  Matrix<float> input, recurrent;
+  float* bias;
 };
 
 template <class T>
@@ -346,13 +345,13 @@ class Backward {
     const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
     const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return take<W>(now + i * H + j, lanes); };
+      const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return get<W>(now + i * H + j, lanes, 0.0f); };
       const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
       const Float<W> bent = las::tanh<W>(get_kept(4));
-      const Float<W> dh = take<W>(above + j, lanes) + get<W>(hidden + j, lanes, 0.0f);
+      const Float<W> dh = get<W>(above + j, lanes, 0.0f) + get<W>(hidden + j, lanes, 0.0f);
       const Float<W> dc = dh * open * (1.0f - bent * bent) + get<W>(cell + j, lanes, 0.0f);
       put<W>(row + j, dc * fresh * in * (1.0f - in), lanes);
-      put<W>(row + H + j, dc * take<W>(before + j, lanes) * forget * (1.0f - forget), lanes);
+      put<W>(row + H + j, dc * get<W>(before + j, lanes, 0.0f) * forget * (1.0f - forget), lanes);
       put<W>(row + 2 * H + j, dc * in * (1.0f - fresh * fresh), lanes);
       put<W>(row + 3 * H + j, dh * bent * open * (1.0f - open), lanes);
       put<W>(cell + j, dc * forget, lanes);
@@ -400,17 +399,24 @@ class Backward {
   // Of some frames of one direction.
   void to_weights(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states,
                   const Gradients& to) const {
-    const int64_t I = shape_.I, H = shape_.H;
+    const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
       const las::Memory<T> panel(COLUMNS * inputs.depth);
       for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, 4 * H); column += COLUMNS) {
         const int64_t count = std::min(COLUMNS, 4 * H - column);
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
-        las::add_outer_products<T>(panel.data(), inputs, {to.input + column * I, I, count});
-        las::add_outer_products<T>(panel.data(), states, {to.recurrent + column * H, H, count});
+        add_product({panel.data(), count}, inputs, to.input.at(column), to.input.stride);
+        add_product({panel.data(), count}, states, to.recurrent.at(column), to.recurrent.stride);
       }
     });
+  }
+
+  // Add what outputs^T inputs is to rows of a gradient.
+  static void add_product(const las::PanelRows<T>& outputs, const Panels<T>& inputs, float* sums, int64_t stride) {
+    const float* starts[COLUMNS];
+    for (int64_t i = 0; i < outputs.count; ++i) starts[i] = sums + i * stride;
+    las::product(outputs, inputs, starts, Matrix<float>{sums, stride, outputs.count});
   }
 
   static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
@@ -433,7 +439,7 @@ class Backward {
       constexpr int W = width;
       las::each_vector<W>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
         Float<W> sum = get<W>(bias + j, lanes, 0.0f);
-        for (const T* row : rows) sum += take<W>(row + column + j, lanes);
+        for (const T* row : rows) sum += get<W>(row + column + j, lanes, 0.0f);
         put<W>(bias + j, sum, lanes);
       });
     });
@@ -497,8 +503,10 @@ void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tens
                   output.const_data_ptr<T>(), kept.const_data_ptr<T>());
   job.recur();
   if (x_gradient.numel()) job.to_inputs(x_gradient.mutable_data_ptr<T>());
-  const auto data = [&](int64_t i) { return gradients[i].mutable_data_ptr<float>(); };
-  job.to_weights({{data(0), data(1), data(2)}, {data(3), data(4), data(5)}});
+  const auto rows = [&](int64_t i) {
+    return Matrix<float>{gradients[i].mutable_data_ptr<float>(), gradients[i].stride(0), gradients[i].size(0)};
+  };
+  job.to_weights({{rows(0), rows(1), rows(2).data}, {rows(3), rows(4), rows(5).data}});
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradient, const at::Tensor& x,
@@ -516,10 +524,12 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
   at::Tensor x_gradient = at::empty({inputs ? B : 0, T, I}, x.options());
   std::vector<at::Tensor> gradients;
   for (int64_t d = 0; d < DIRECTIONS; ++d)
-    for (const std::vector<int64_t>& sizes : {std::vector{4 * H, I}, {4 * H, H}, {4 * H}})
+    for (const std::vector<int64_t>& sizes : {std::vector{4 * H, padded(I)}, {4 * H, padded(H)}, {4 * H}})
       gradients.push_back(at::zeros(sizes, weights[0].options()));
   const auto run = x.scalar_type() == at::kFloat ? run_backward<float> : run_backward<at::BFloat16>;
   run(shape, gradient, x, lengths.contiguous(), weights, output.contiguous(), kept.contiguous(), x_gradient, gradients);
+  for (size_t i = 0; i < gradients.size(); ++i)
+    if (gradients[i].dim() == 2) gradients[i] = gradients[i].narrow(1, 0, i % 3 == 0 ? I : H).contiguous();
   return {x_gradient, gradients};
 }
 

@@ -332,6 +332,23 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
     }
 }
 
+// One panel of columns `column` to column + columns of `count` rows, which lie anywhere.
+template <int W, class T>
+LAS_INLINE void pack_rows(const T* const* rows, int64_t count, int64_t column, int64_t columns, T* to) {
+  constexpr int64_t N = NEIGHBOURS<T>;
+  if (columns < COLUMNS || count % N) std::fill_n(to, padded(count, N) * COLUMNS, T(0.0f));
+  for (int64_t k = 0; k < count; k += N, to += N * COLUMNS) {
+    if (columns < COLUMNS || k + N > count) {
+      for (int64_t n = 0; n < N && k + n < count; ++n)
+        for (int64_t i = 0; i < columns; ++i) to[i * N + n] = rows[k + n][column + i];
+    } else if constexpr (N == 1) {
+      std::copy_n(rows[k] + column, COLUMNS, to);
+    } else {
+      beside<W>(rows[k] + column, rows[k + 1] + column, to);
+    }
+  }
+}
+
 template <class T>
 int64_t packed_size(int64_t columns, int64_t depth) {
   return padded(columns) * padded(depth, NEIGHBOURS<T>);

@@ -79,6 +79,21 @@ inline void check_weights(const Weights& w, int64_t D, int64_t E) {
   check_shape("bias", w.bias, {V});
 }
 
+// What is read of the utterances: keys, values and the lengths of both.
+inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths) {
+  TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
+              keys.sizes(), " ", keys.scalar_type());
+  const int64_t B = keys.size(0);
+  TORCH_CHECK(values.dim() == 3 && values.size(0) == B && values.size(1) == keys.size(1) &&
+                  values.scalar_type() == at::kFloat,
+              "values must be (B, T, E) float32 with B=", B, ", T=", keys.size(1), " like keys; got ", values.sizes(),
+              " ", values.scalar_type());
+  TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number a frame; got ",
+              keys.sizes(), " and ", values.sizes());
+  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
+              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+}
+
 // Columns from to from + depth of a matrix of weights (N, .).
 template <class T>
 Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, float factor = 1.0f) {

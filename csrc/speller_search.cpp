@@ -584,16 +584,8 @@ void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
            int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& minimum, const at::Tensor& maximum,
            const std::optional<at::Tensor>& table, const std::optional<at::Tensor>& frames) {
-  TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
-              keys.sizes(), " ", keys.scalar_type());
+  las::check_memory(keys, values, lengths);
   const int64_t B = keys.size(0);
-  TORCH_CHECK(values.dim() == 3 && values.size(0) == B && values.size(1) == keys.size(1) &&
-                  values.scalar_type() == at::kFloat,
-              "values must be (B, T, E) float32 with B=", B, ", T=", keys.size(1), " like keys; got ", values.sizes(),
-              " ", values.scalar_type());
-  TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number a frame; got ",
-              keys.sizes(), " and ", values.sizes());
-  check_limit("lengths", lengths, B);
   check_limit("minimum", minimum, B);
   check_limit("maximum", maximum, B);
   TORCH_CHECK(beam >= 1, "beam must be at least 1; got ", beam);

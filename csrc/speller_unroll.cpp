@@ -617,18 +617,9 @@ struct Backward {
 void check(const Weights& w, const Memory& memory, const at::Tensor& tokens, const at::Tensor& sampled,
            const std::vector<at::Tensor>& masks) {
   const auto [keys, values, lengths] = memory;
-  TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
-              keys.sizes(), " ", keys.scalar_type());
-  const int64_t B = keys.size(0);
-  TORCH_CHECK(values.dim() == 3 && values.size(0) == B && values.size(1) == keys.size(1) &&
-                  values.scalar_type() == at::kFloat,
-              "values must be (B, T, E) float32 with B=", B, ", T=", keys.size(1), " like keys; got ", values.sizes(),
-              " ", values.scalar_type());
-  TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number a frame; got ",
-              keys.sizes(), " and ", values.sizes());
+  las::check_memory(keys, values, lengths);
   las::check_weights(w, keys.size(2), values.size(2));
-  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
-              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+  const int64_t B = keys.size(0);
   TORCH_CHECK(tokens.dim() == 2 && tokens.size(0) == B && tokens.size(1) > 0 && tokens.scalar_type() == at::kLong,
               "tokens must be (B, U) int64 with B=", B, " and U at least 1; got ", tokens.sizes(), " ",
               tokens.scalar_type());

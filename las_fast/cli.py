@@ -74,6 +74,13 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: nothing can be written into {path}; choose another folder")
 
 
+def make_room(path: Path, option: str) -> None:
+    """Make the folder of the file that `option` names; raise InputError where the file cannot be written there."""
+    make_folder(path.parent, option)
+    if os.path.isdir(path):
+        raise InputError(f"{option} {path} is a folder; give the name of a file to write")
+
+
 def tune_memory() -> None:
     """Have PyTorch take large blocks in huge pages and glibc keep small ones for the next call, on Linux.
 

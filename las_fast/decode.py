@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import make_folder, parse_settings, run
+from las_fast.cli import make_room, parse_settings, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -82,9 +81,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--out and --jsonl are both {options.out}; give each a file of its own")
     for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
         if path:
-            make_folder(path.parent, option)
-            if os.path.isdir(path):
-                raise InputError(f"{option} {path} is a folder; give the name of a file to write")
+            make_room(path, option)
 
 
 def choose_device(name: str) -> torch.device:

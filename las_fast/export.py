@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import make_folder, parse_settings, run
+from las_fast.cli import make_room, parse_settings, run
 from las_fast.config import check
 from las_fast.decode import Settings
 from las_fast.errors import InputError
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     def defaults(options: argparse.Namespace) -> Settings:
         from las_fast.checkpoint import load_model
 
-        make_folder(options.out.parent, "--out")
+        make_room(options.out, "--out")
         loaded.append(load_model(options.checkpoint))
         return Settings(loaded[0].config.decoding)
 

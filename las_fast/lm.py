@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from las_fast.cli import make_folder, run
+from las_fast.cli import make_room, run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
@@ -368,9 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_order(options.order, V)
-    make_folder(options.out.parent, "--out")
-    if options.out.is_dir():
-        raise InputError(f"--out {options.out} is a folder; give the name of a file to write")
+    make_room(options.out, "--out")
     sentences = Sentences(options.texts, options.characters, options.split)
     most, held = count_apart(sentences, options.characters, options.order)
     if not sentences.kept:

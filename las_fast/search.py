@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -403,17 +403,11 @@ def decode_dataset(
     Raises:
         InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
     """
-    batches = sorted_batches(
-        dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
-    )
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
-    untold = copy.copy(dataset)
-    untold.texts = [None] * len(dataset)  # transcripts may hold characters that the vocabulary lacks
-    loader = make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
     with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
-        for batch in loader:
+        for batch in batches_to_decode(dataset, vocabulary, config):
             waiting = [batch]
             while waiting:
                 part = waiting.pop()
@@ -429,6 +423,16 @@ def decode_dataset(
                 seconds = float(dataset.seconds[part.indices.numpy()].sum())
                 bar.update(min(seconds, bar.total - bar.n))  # sums of floats must not pass the total
     return results
+
+
+def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
+    """Return the dataset's batches by length, the longest utterances first, without their transcripts."""
+    batches = sorted_batches(
+        dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
+    )
+    untold = copy.copy(dataset)
+    untold.texts = [None] * len(dataset)  # transcripts may hold characters that the vocabulary lacks
+    return make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
 
 
 @torch.inference_mode()

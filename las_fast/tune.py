@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from las_fast.cli import make_folder, run
+from las_fast.cli import make_room, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -57,9 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
     if options.out:
-        make_folder(options.out.parent, "--out")
-        if options.out.is_dir():
-            raise InputError(f"--out {options.out} is a folder; give the name of a file to write")
+        make_room(options.out, "--out")
     from las_fast.checkpoint import load_model, write_atomically
     from las_fast.decode import choose_device
 
@@ -100,15 +98,11 @@ def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device
 ) -> list[list[str]]:
     """Return the texts of the dataset's utterances by each of the settings."""
-    from las_fast.data.batching import make_loader, sorted_batches
-    from las_fast.search import UTTERANCES_PER_BATCH, beam_search, listen
+    from las_fast.search import batches_to_decode, beam_search, listen
 
-    limits = {"frames_per_batch": settings[0].frames_per_batch, "utterances_per_batch": UTTERANCES_PER_BATCH}
-    batches = sorted_batches(dataset.frames, **limits)
     texts = [[""] * len(dataset) for _ in settings]
-    loader = make_loader(dataset, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with tqdm(total=len(dataset) * len(settings), unit=" utterances") as bar:
-        for batch in loader:
+        for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
             for own, point in zip(texts, settings, strict=True):
                 found = beam_search(loaded.model, memory, point, ngram=table)

@@ -260,6 +260,16 @@ def _ctc(before: _Beams, found: BeamStep, options: Options) -> CtcState | None:
 def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    check_memory(weights, keys, values)
+    B = keys.shape[0]
+    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
+        if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
+            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
+    _check_options(options, B, weights.bias.shape[0])
+
+
+def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
+    """Raise ValueError where keys and values are not what a speller of these weights reads."""
     for name, x in (("keys", keys), ("values", values)):
         if x.ndim != 3 or x.dtype != torch.float32:
             raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
@@ -269,19 +279,9 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
     E = weights.project.shape[1] - weights.query.shape[1]
     if values.shape != (B, T, E):
         raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
-    for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
-        if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
-            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
-    _check_options(options, weights.bias.shape[0])
-    frames, V = options.frames, weights.bias.shape[0]
-    if frames is not None and (
-        frames.ndim != 3 or (frames.shape[0], frames.shape[2]) != (B, V) or frames.dtype != torch.float32
-    ):
-        got = f"{tuple(frames.shape)} {frames.dtype}"
-        raise ValueError(f"frames must be (B, T', V) float32 with B={B}, V={V}; got {got}")
 
 
-def _check_options(options: Options, V: int) -> None:
+def _check_options(options: Options, B: int, V: int) -> None:
     if options.beam < 1:
         raise ValueError(f"beam must be at least 1; got {options.beam}")
     for name, token in (("sos", options.sos), ("eos", options.eos)):
@@ -290,6 +290,12 @@ def _check_options(options: Options, V: int) -> None:
     table = options.table
     if table is not None and (table.ndim != 2 or table.shape[1] != V or table.dtype != torch.float32):
         raise ValueError(f"table must be ({V} ** n, {V}) float32; got {tuple(table.shape)} {table.dtype}")
+    frames = options.frames
+    if frames is not None and (
+        frames.ndim != 3 or (frames.shape[0], frames.shape[2]) != (B, V) or frames.dtype != torch.float32
+    ):
+        got = f"{tuple(frames.shape)} {frames.dtype}"
+        raise ValueError(f"frames must be (B, T', V) float32 with B={B}, V={V}; got {got}")
 
 
 def _fake(weights, keys, values, lengths, beam, *options):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from las_fast.ops import backends
 from las_fast.ops.masked_attention import masked_attention, padding_mask
-from las_fast.ops.speller_search import SpellerWeights, silence, step
+from las_fast.ops.speller_search import SpellerWeights, check_memory, silence, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL = 32  # columns of packed weights in csrc/product.h, to which rows of what is kept are padded
@@ -215,15 +215,8 @@ class _AttentionOffsets(torch.autograd.Function):
 def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    for name, x in (("keys", keys), ("values", values)):
-        if x.ndim != 3 or x.dtype != torch.float32:
-            raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
-    (B, T, _), D = keys.shape, weights.query.shape[0]
-    if keys.shape[2] != D:
-        raise ValueError(f"keys must be (B, T, D) with D={D} like query; got {tuple(keys.shape)}")
-    E = weights.project.shape[1] - weights.query.shape[1]
-    if values.shape != (B, T, E):
-        raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
+    check_memory(weights, keys, values)
+    B = keys.shape[0]
     if lengths.shape != (B,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
     if tokens.ndim != 2 or len(tokens) != B or tokens.shape[1] == 0 or tokens.dtype != torch.int64:

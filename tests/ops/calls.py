@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +18,15 @@ from las_fast.ops import backends
 # Without a GPU the Triton kernels have proofs of their own (gpu_proof), and hundreds of skips here would hide others.
 # speller_unroll alone has a fused form, and its tests name it.
 COVERED = [n for n in backends.BACKENDS if n != "fused" and (n != "triton" or torch.cuda.is_available())]
+
+
+# Ways to lay (B, N, M) tensors out other than one row after another.
+LAYOUTS = {
+    "dimensions 0 and 1 swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "dimensions 1 and 2 swapped": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "cut": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
 
 
 def call(op, *arguments, backend, **options):
@@ -58,3 +71,11 @@ def threads(number: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def digest_with_lanes(module: str, lanes: str) -> str:
+    """Return what check_and_digest() of that test module gives in a process that takes vectors of so many lanes."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    words = [sys.executable, "-c", f"import {module} as test; print(test.check_and_digest())"]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from calls import call, compile_and_count, ops_called, threads
+from calls import LAYOUTS, call, compile_and_count, ops_called, threads
 
 from las_fast.ops import beam_gather
 
@@ -48,16 +48,7 @@ def test_states_are_left_alone_and_results_are_new(backend):
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
-        lambda x: x[:1].expand_as(x),
-    ],
-    ids=["beam first", "values first", "cut", "expanded"],
-)
+@pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
 def test_inputs_need_not_be_contiguous(backend, turn):
     (state,), parents = make(3, 4, [6])
     turned = turn(state)

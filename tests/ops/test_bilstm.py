@@ -1,13 +1,9 @@
 import hashlib
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from calls import call, compile_and_count, ops_called, threads
+from calls import LAYOUTS, call, compile_and_count, digest_with_lanes, ops_called, threads
 from torch import nn
 from torch.nn import functional as F
 
@@ -198,16 +194,7 @@ def test_any_number_of_threads_gives_the_same_answer(cpp, number, dtype):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
-        lambda x: x[:1].expand_as(x),
-    ],
-    ids=["time first", "size before time", "cut", "expanded"],
-)
+@pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
 def test_inputs_need_not_be_contiguous(backend, turn):
     (x, *weights), lengths, cotangent = inputs(), torch.tensor([7, 3, 1]), cotangent_of((3, 7, 5, 6))
     weights = [w.t().contiguous().t() if w.ndim == 2 else w for w in weights]
@@ -408,14 +395,6 @@ def test_lengths_out_of_range_are_taken_for_the_nearest(cpp):
         assert torch.equal(a, b)
 
 
-def digest(lanes: str) -> str:
-    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
-    folder = Path(__file__).parent
-    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
-    words = [sys.executable, "-c", "import test_bilstm as test; print(test.check_and_digest())"]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def check_and_digest() -> str:
     torch.set_num_threads(1)
     for sizes in SIZES:
@@ -426,6 +405,6 @@ def check_and_digest() -> str:
 
 
 def test_older_processors_are_served_as_well(cpp):
-    digests = {digest("4"), digest("8"), check_and_digest()}
+    digests = {digest_with_lanes(__name__, "4"), digest_with_lanes(__name__, "8"), check_and_digest()}
     fused = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
     assert len(digests) == 1 + fused, "sums have one order in every width; only 4 lanes round products before adding"

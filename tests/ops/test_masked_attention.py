@@ -1,12 +1,8 @@
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from calls import COVERED, call, compile_and_count, ops_called, threads
+from calls import COVERED, call, compile_and_count, digest_with_lanes, ops_called, threads
 
 from las_fast.ops import backends, masked_attention, padding_mask
 
@@ -519,14 +515,6 @@ def test_two_threads_give_the_same_answer(cpp, sizes):
         assert torch.equal(a, b)
 
 
-def digest(lanes: str) -> str:
-    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
-    folder = Path(__file__).parent
-    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
-    words = [sys.executable, "-c", "import test_masked_attention as test; print(test.check_and_digest())"]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def check_and_digest() -> str:
     for sizes in SIZES:
         for dtype in DTYPES[:2]:
@@ -536,6 +524,6 @@ def check_and_digest() -> str:
 
 
 def test_older_processors_are_served_as_well(cpp):
-    digests = {digest("4"), digest("8"), check_and_digest()}
+    digests = {digest_with_lanes(__name__, "4"), digest_with_lanes(__name__, "8"), check_and_digest()}
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(digests) == widths, "each width adds up in an order of its own"

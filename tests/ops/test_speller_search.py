@@ -1,13 +1,10 @@
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from calls import COVERED, ops_called, threads
+from calls import COVERED, digest_with_lanes, ops_called, threads
 
 from las_fast.attention import Memory
 from las_fast.checkpoint import load_model
@@ -431,14 +428,6 @@ def test_no_utterance_gives_nothing(cpp):
     assert search(make(7, 5, (6,), 4, 3), memory, beam=4).tokens.shape == (1, 0, 4)
 
 
-def digest(lanes: str) -> str:
-    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
-    folder = Path(__file__).parent
-    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
-    words = [sys.executable, "-c", "import test_speller_search as test; print(test.check_and_digest())"]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def check_and_digest() -> str:
     for sizes in SIZES:
         assert_equals_the_reference(sizes, EVERY)
@@ -448,6 +437,6 @@ def check_and_digest() -> str:
 
 
 def test_older_processors_are_served_as_well(cpp):
-    digests = {digest("4"), digest("8"), check_and_digest()}
+    digests = {digest_with_lanes(__name__, "4"), digest_with_lanes(__name__, "8"), check_and_digest()}
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(digests) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"

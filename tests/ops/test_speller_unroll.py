@@ -1,12 +1,8 @@
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from calls import compile_and_count, ops_called, threads
+from calls import compile_and_count, digest_with_lanes, ops_called, threads
 from test_speller_search import las, make, remember
 
 from las_fast.ops import SpellerWeights, backends, padding_mask, speller_unroll
@@ -355,14 +351,6 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
         torch.ops.las_fast.speller_unroll_cpp(*arguments)
 
 
-def digest(lanes: str) -> str:
-    """Check the C++ op in a process that takes vectors of so many lanes; return a digest of its results."""
-    folder = Path(__file__).parent
-    environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
-    words = [sys.executable, "-c", "import test_speller_unroll as test; print(test.check_and_digest())"]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def check_and_digest() -> str:
     torch.set_num_threads(1)
     for sizes in SIZES:
@@ -373,6 +361,6 @@ def check_and_digest() -> str:
 
 
 def test_older_processors_are_served_as_well(cpp):
-    digests = {digest("4"), digest("8"), check_and_digest()}
+    digests = {digest_with_lanes(__name__, "4"), digest_with_lanes(__name__, "8"), check_and_digest()}
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(digests) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
