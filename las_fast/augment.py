@@ -1,4 +1,4 @@
-"""SpecAugment (Park et al. 2019) and speed on normalised features, bounded so that something is always left."""
+"""SpecAugment (Park et al. 2019), speed and joins on normalised features, bounded so that something is always left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from las_fast.config import AugmentConfig
 
-USES = ("speed", "classes", "order", "masks")
+USES = ("speed", "classes", "order", "masks", "joins")
 
 
 def random_stream(use: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
@@ -58,6 +58,15 @@ class Augment:
         for start, end in _spans(bins, c.frequency_masks, c.frequency_width, c.frequency_share, generator):
             by_block[:, :, start:end] = 0
         return features
+
+
+def join_pairs(features: list[torch.Tensor], texts: list[str]) -> tuple[list[torch.Tensor], list[str]]:
+    """Return every two neighbours as one utterance: frames (T + T', F), texts with a space between; a last one stays.
+
+    A batch keeps its frames; a speller that has learned the training texts by heart must listen again.
+    """
+    pairs = range(0, len(features), 2)
+    return [torch.cat(features[i : i + 2]) for i in pairs], [" ".join(texts[i : i + 2]) for i in pairs]
 
 
 def speed_factors(speed: float, *, seed: int, epoch: int, count: int) -> np.ndarray:

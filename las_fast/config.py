@@ -58,7 +58,7 @@ class DataConfig:
 class AugmentConfig:
     """SpecAugment (Park et al. 2019) and speed, on features, in training only."""
 
-    start_epoch: float = 0.0  # epochs before masks begin: attention forms sooner on whole utterances
+    start_epoch: float = 0.0  # epochs before masks and joins begin: attention forms sooner on whole utterances
     time_masks: int = 2
     time_width: int = 40  # frames at most
     time_share: float = 0.2  # of an utterance that all time masks together may take
@@ -66,6 +66,7 @@ class AugmentConfig:
     frequency_width: int = 10  # bins at most
     frequency_share: float = 0.5  # of the bins that all frequency masks together may take
     speed: float = 0.0  # 0.1: each utterance is played between 0.9 and 1.1 times its speed
+    join: float = 0.0  # share of batches whose utterances are joined in pairs: new texts, twice as long
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ MAY_BE_NEGATIVE = ("model.ctc_layer", "decoding.length_reward")  # -1: none; bel
 AT_MOST_ONE = (
     "augment.time_share",
     "augment.frequency_share",
+    "augment.join",
     "training.final_share",
     "training.plateau_factor",
     "training.teacher_forcing.first",

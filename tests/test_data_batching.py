@@ -173,3 +173,26 @@ def test_masks_may_begin_within_an_epoch(dataset):
     loaded = load(dataset, batches, augment=augment, epoch=1)
     same = [torch.equal(batch.features[0], dataset[i]) for i, batch in enumerate(loaded)]
     assert same[:2] == [True, True] and not all(same[2:])
+
+
+def test_joined_batches_hold_every_two_neighbours_as_one(dataset):
+    vocabulary = Vocabulary()
+    augment = Augment(AugmentConfig(join=1.0, time_masks=0, frequency_masks=0))
+    batch = load(dataset, [[3, 0, 7, 5, 1]], augment=augment)[0]
+    assert batch.indices.tolist() == [3, 7, 1]
+    for row, pair in enumerate([(3, 0), (7, 5), (1,)]):
+        n = int(batch.feature_lengths[row])
+        assert torch.equal(batch.features[row, :n], torch.cat([dataset[i] for i in pair]))
+        assert vocabulary.decode(batch.tokens[row]) == " ".join(dataset.texts[i] for i in pair)
+
+
+def test_joins_come_at_their_share_after_their_epoch_whatever_the_start(dataset):
+    batches = [[i, i + 1] for i in range(10)] * 20
+    augment = Augment(AugmentConfig(join=0.5, start_epoch=1.5))
+    joined = [len(batch.indices) == 1 for batch in load(dataset, batches, augment=augment, epoch=1)]
+    assert not any(joined[:100])
+    assert 30 < sum(joined[100:]) < 70
+    rest = load(dataset, batches, augment=augment, epoch=1, start=120)
+    assert [len(batch.indices) == 1 for batch in rest] == joined[120:]
+    other = load(dataset, batches, augment=augment, epoch=1, seed=2)
+    assert [len(batch.indices) == 1 for batch in other] != joined

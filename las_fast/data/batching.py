@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from las_fast.augment import Augment, frames_at_speed, random_stream, speed_factors
+from las_fast.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.data.dataset import SpeechDataset
 from las_fast.text import EOS, PAD, Vocabulary
 
@@ -26,7 +26,7 @@ class Batch:
     feature_lengths: torch.Tensor  # (B,) int64
     tokens: torch.Tensor | None  # (B, U) int64, characters then EOS, PAD past the length; None where texts are unknown
     token_lengths: torch.Tensor | None  # (B,) int64, EOS counted
-    indices: torch.Tensor  # (B,) int64 into the dataset
+    indices: torch.Tensor  # (B,) int64 into the dataset; of two that were joined, the first
 
     def to(self, device: str | torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -186,8 +186,11 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, b: int) -> Batch:
         indices = self.batches[b]
-        features = [self._features(i, self.epoch + b / len(self.batches)) for i in indices]
+        epoch = self.epoch + b / len(self.batches)
+        features = [self._features(i, epoch) for i in indices]
         texts = [self.dataset.texts[i] for i in indices]
+        if self._joins(b, epoch):
+            (features, texts), indices = join_pairs(features, texts), indices[::2]
         tokens = None
         if not any(text is None or self.vocabulary.unknown(text) for text in texts):
             tokens = [torch.tensor([*self.vocabulary.encode(text), EOS]) for text in texts]
@@ -199,6 +202,12 @@ class _Batches(torch.utils.data.Dataset):
             token_lengths=None if tokens is None else torch.tensor([len(t) for t in tokens]),
             indices=torch.tensor(indices),
         )
+
+    def _joins(self, b: int, epoch: float) -> bool:
+        if self.augment is None or epoch < self.augment.config.start_epoch:
+            return False
+        drawn = random_stream("joins", seed=self.seed, epoch=self.epoch, utterance=b).random()
+        return drawn < self.augment.config.join
 
     def _features(self, i: int, epoch: float) -> torch.Tensor:
         features = self.dataset[i]
