@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import SpeechDataset
 
-GRID = ("beam", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
+GRID = ("beam", "ctc_weight", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
 
 
 def parser() -> argparse.ArgumentParser:

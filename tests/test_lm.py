@@ -518,8 +518,22 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
     assert out.splitlines()[-1].startswith(f"best: {best}")
 
 
+def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
+    make_manifest(tmp_path / "data", utterances=3)
+    make_checkpoint(tmp_path, 20, mel_bins=23, ctc_layer=0)
+    tune.main(words(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
+    capsys.readouterr()
+    cers = {row[0]: float(row[1]) for row in list(csv.reader((tmp_path / "grid.csv").open()))[1:]}
+    assert cers.keys() == {"0", "0.4"} and cers["0"] != cers["0.4"]
+    for weight, cer in cers.items():
+        decoded(tmp_path, tmp_path, "--beam", "8", "--decoding.ctc-weight", weight)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["cer"] == pytest.approx(cer, abs=1e-3)
+
+
 def test_tuning_needs_something_to_choose_from(here, capsys):
     assert "nothing to choose from" in fails(capsys, lambda: tune.main(words(here)))
     assert "beam must be at least 1" in fails(capsys, lambda: tune.main(words(here, "--beam", "0")))
+    said = fails(capsys, lambda: tune.main(words(here, "--ctc-weight", "0.3")))
+    assert "decoding.ctc_weight needs a model with a CTC head" in said
     said = fails(capsys, lambda: tune.main(words(here, "--ngram-weight", "0.1")))
     assert "there is no language model; give --lm FILE" in said
