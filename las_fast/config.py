@@ -129,8 +129,9 @@ class TrainingConfig:
     label_smoothing: float = 0.1
     ctc_weight: float = 0.0  # needs model.ctc_layer
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
-    guided_weight: float = 0.0  # soft diagonal prior on the attention
+    guided_weight: float = 0.0  # soft prior on the attention: along the diagonal, or along CTC's alignment
     guided_width: float = 0.15  # of the diagonal, as a share of the utterance
+    guided_frames: float = 0.0  # width of the prior along CTC's alignment, in encoder frames; 0: along the diagonal
     guided_until: float = 10.0  # epoch at which the prior has faded to nothing
     teacher_forcing: tuple[TeacherForcingStage, ...] = (
         TeacherForcingStage(start=0.0, end=20.0, first=1.0, last=1.0),
@@ -298,6 +299,7 @@ def check(config: Config) -> Config:
             "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
         ),
         (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
+        (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NO_HEAD}"),
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NO_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),

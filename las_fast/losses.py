@@ -33,26 +33,65 @@ def ctc_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Ten
     )
 
 
-def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float) -> Tensor:
-    """Sum over tokens of the attention that lies off a soft diagonal (Tachibana et al. 2018).
+def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float | Tensor,
+                          places: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Sum over tokens of the attention that lies off where it is expected, softly (Tachibana et al. 2018).
 
-    loss = sum_u sum_t weights[u, t] * (1 - exp(-(u / U - t / T)^2 / (2 width^2)))
+    loss = sum_u sum_t weights[u, t] * (1 - exp(-(places[u] - t / T)^2 / (2 width^2)))
 
     Args:
         weights: (B, U, T) attention weights.
         lengths: (B,) encoder frames.
         token_lengths: (B,) tokens, <eos> included.
-        width: standard deviation of the diagonal, as a share of the utterance.
+        width: standard deviation, as a share of the utterance; a number, or (B,) one for each utterance.
+        places: (B, U) where each token is expected, as a share of the utterance; None: on the diagonal, u / U.
     """
-    u = torch.arange(weights.shape[1], device=weights.device) / token_lengths[:, None]  # (B, U)
+    if places is None:
+        places = _diagonal(token_lengths, weights.shape[1])
     t = torch.arange(weights.shape[2], device=weights.device) / lengths[:, None]  # (B, T)
-    off = 1 - torch.exp(-((u[:, :, None] - t[:, None, :]) ** 2) / (2 * width**2))
+    width = torch.as_tensor(width, device=weights.device).view(-1, 1, 1)
+    off = 1 - torch.exp(-((places[:, :, None] - t[:, None, :]) ** 2) / (2 * width**2))
     return (weights * off * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
 
 
+def _diagonal(token_lengths: Tensor, count: int) -> Tensor:
+    return torch.arange(count, device=token_lengths.device) / token_lengths[:, None]
+
+
+def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """Return where CTC hears each token, (B, U), as a share of the utterance; no gradient flows through it.
+
+    It is the mean frame of the character's posterior given the transcript (forward-backward, Graves et al. 2006); for
+    attention that is to follow CTC see Inaguma and Kawahara 2021. <eos> is at the end. Repeated characters need no
+    blank between them here, which moves them by less than a frame. Utterances with more characters than frames get
+    the diagonal.
+
+    Args: as ctc_loss.
+    """
+    with torch.enable_grad():
+        shared = F.log_softmax(logits.detach().float(), -1)  # (B, T, V)
+        blank_and_tokens = F.pad(tokens.masked_fill(tokens == EOS, PAD), (1, 0), value=PAD)
+        own = shared.gather(2, blank_and_tokens[:, None].expand(-1, shared.shape[1], -1))  # (B, T, 1 + U)
+        targets = torch.arange(1, own.shape[2], device=tokens.device).expand_as(tokens)  # each token a class of its own
+        by_frame = own.transpose(0, 1).requires_grad_()
+        loss = F.ctc_loss(by_frame, targets, lengths, token_lengths - 1, reduction="sum", zero_infinity=True)
+        (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior
+    posterior = (own.exp() - gradient.transpose(0, 1))[..., 1:] * valid_frames(lengths, own.shape[1])[..., None]
+    frames = torch.arange(own.shape[1], device=logits.device, dtype=torch.float32)
+    places = torch.einsum("btu,t->bu", posterior, frames) / posterior.sum(1).clamp_min(1e-6) / lengths[:, None]
+    places = places.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
+    possible = (lengths >= token_lengths - 1)[:, None]
+    return torch.where(possible, places, _diagonal(token_lengths, tokens.shape[1]))
+
+
 def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, label_smoothing: float,
-                  ctc_weight: float, guided_weight: float, guided_width: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss per token and its parts, each per token and detached."""
+                  ctc_weight: float, guided_weight: float, guided_width: float, guided_frames: float = 0.0,
+                  ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Return the loss per token and its parts, each per token and detached.
+
+    Attention is guided along the diagonal, guided_width wide (a share of the utterance), or, where guided_frames is
+    more than 0, along CTC's alignment, that many encoder frames wide.
+    """
     count = token_lengths.sum()
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}
     loss = parts["attention"]
@@ -60,6 +99,11 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
         parts["ctc"] = ctc_loss(output.ctc_logits, output.ctc_lengths, tokens, token_lengths) / count
         loss = loss + ctc_weight * parts["ctc"]
     if guided_weight:
-        parts["guided"] = guided_attention_loss(output.weights, output.lengths, token_lengths, guided_width) / count
+        width, places = guided_width, None
+        if guided_frames:
+            width = guided_frames / output.lengths
+            places = ctc_places(output.ctc_logits, output.ctc_lengths, tokens, token_lengths)
+        guided = guided_attention_loss(output.weights, output.lengths, token_lengths, width, places)
+        parts["guided"] = guided / count
         loss = loss + guided_weight * parts["guided"]
     return loss, {name: value.detach() for name, value in parts.items()}

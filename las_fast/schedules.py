@@ -20,7 +20,7 @@ def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
 
 
 def guided_weight(config: TrainingConfig, epoch: float) -> float:
-    """Weight of the diagonal prior: falls in a straight line to 0 at guided_until."""
+    """Weight of the prior on the attention: falls in a straight line to 0 at guided_until."""
     if config.guided_until <= 0:
         return 0.0
     return config.guided_weight * max(0.0, 1 - epoch / config.guided_until)

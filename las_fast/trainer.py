@@ -161,6 +161,7 @@ class Trainer:
             ctc_weight=ctc_weight(training, epoch),
             guided_weight=guided_weight(training, epoch),
             guided_width=training.guided_width,
+            guided_frames=training.guided_frames,
         )
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()

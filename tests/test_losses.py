@@ -1,12 +1,13 @@
 """Losses count real tokens only."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from las_fast.losses import ctc_loss, guided_attention_loss, token_loss, training_loss
+from las_fast.losses import ctc_loss, ctc_places, guided_attention_loss, token_loss, training_loss
 from las_fast.model import Output
 from las_fast.text import EOS, PAD
 
@@ -76,3 +77,63 @@ def test_parts_are_reported_and_summed_with_their_weights():
     options = PLAIN | {"guided_weight": 2.0, "ctc_weight": 0.5}
     loss, parts = training_loss(make_output(), TOKENS, LENGTHS, **options)
     torch.testing.assert_close(loss, parts["attention"] + 0.5 * parts["ctc"] + 2 * parts["guided"])
+
+
+def test_ctc_hears_a_token_at_the_mean_of_its_posterior():
+    logits = torch.zeros(2, 6, 31)
+    logits[..., PAD] = 20
+    logits[0, 1, 5], logits[0, 2, 6], logits[0, 5, 7], logits[1, 2, 8] = 40, 40, 40, 40
+    places = ctc_places(logits, torch.tensor([6, 4]), TOKENS, LENGTHS)
+    assert not places.requires_grad
+    torch.testing.assert_close(places[0], torch.tensor([1 / 6, 2 / 6, 5 / 6, 1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(places[1, :2], torch.tensor([2 / 4, 1]), atol=1e-4, rtol=0)
+
+
+def test_ctc_places_are_the_posterior_of_all_alignments():
+    torch.manual_seed(4)
+    logits = 2 * torch.randn(1, 5, 31)
+    text = [5, 6]
+    places = ctc_places(logits, torch.tensor([5]), torch.tensor([[*text, EOS]]), torch.tensor([3]))
+    # Weighted by how many frames a labelling gives the character, as a posterior over frames is.
+    log_p, total, sums = logits[0].log_softmax(-1), [0.0, 0.0], [0.0, 0.0]
+    for labels in itertools.product([PAD, *text], repeat=5):
+        if [c for c, _ in itertools.groupby(labels) if c != PAD] == text:
+            p = math.exp(sum(float(log_p[t, c]) for t, c in enumerate(labels)))
+            for u, c in enumerate(text):
+                total[u] += p * labels.count(c)
+                sums[u] += p * sum(t for t, label in enumerate(labels) if label == c)
+    expected = torch.tensor([s / n / 5 for s, n in zip(sums, total, strict=True)])
+    torch.testing.assert_close(places[0, :2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_ctc_places_of_a_padded_batch_are_those_alone_and_fall_back_to_the_diagonal():
+    torch.manual_seed(5)
+    logits, lengths = torch.randn(3, 9, 31), torch.tensor([9, 5, 2])
+    tokens = torch.tensor([[5, 5, 7, EOS], [8, EOS, PAD, PAD], [6, 7, 9, EOS]])
+    counts = torch.tensor([4, 2, 4])
+    places = ctc_places(logits, lengths, tokens, counts)
+    assert places.isfinite().all()
+    alone = ctc_places(logits[1:2, :5], lengths[1:2], tokens[1:2, :2], counts[1:2])
+    torch.testing.assert_close(places[1:2, :2], alone)
+    torch.testing.assert_close(places[2], torch.arange(4) / 4)  # three characters in two frames
+    assert (places[0].diff() > 0).all()
+
+
+def test_attention_where_ctc_hears_costs_nothing_and_elsewhere_it_does():
+    places, lengths, counts = torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([10]), torch.tensor([3])
+    weights = torch.zeros(1, 3, 10)
+    weights[0, 0, 0] = weights[0, 1, 5] = weights[0, 2, 9] = 1
+    near = guided_attention_loss(weights, lengths, counts, 2 / lengths, places)
+    far = guided_attention_loss(weights.flip(2), lengths, counts, 2 / lengths, places)
+    assert near < 0.2 and far > 1.9
+
+
+def test_the_prior_along_ctc_trains_the_attention_and_not_the_ctc_head():
+    output = make_output()
+    for x in output[:2] + output[3:4]:
+        x.requires_grad_()
+    options = PLAIN | {"guided_weight": 1.0, "guided_frames": 2.0}
+    loss, parts = training_loss(output, TOKENS, LENGTHS, **options)
+    loss.backward()
+    assert output.weights.grad.abs().sum() > 0 and output.ctc_logits.grad is None
+    assert parts["guided"] != training_loss(output, TOKENS, LENGTHS, **PLAIN | {"guided_weight": 1.0})[1]["guided"]
