@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ MODEL = ModelConfig(
 
 
 def make_checkpoint(
-    folder: Path, size: int = 28, *, info: dict | None = None, ctc_layer: int = -1, **features
+    folder: Path, size: int = 28, *, info: dict | None = None, sections: dict | None = None, **features
 ) -> Path:
-    """Write folder/untrained-SIZE.safetensors, of random but repeatable weights."""
+    """Write folder/untrained-SIZE.safetensors, of random but repeatable weights; sections: of the Config."""
     kind = "mfcc" if size < 80 else "logmel"
-    config = Config(features=FeatureConfig(kind=kind, size=size, **features), model=replace(MODEL, ctc_layer=ctc_layer))
+    features = FeatureConfig(kind=kind, size=size, **features)
+    config = Config(**{"features": features, "model": MODEL} | (sections or {}))
     torch.manual_seed(1)
     path = folder / f"untrained-{size}.safetensors"
     save_model(path, build_model(config).state_dict(), config, None, info or {})

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from archives import make_manifest
+from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, paired, recognition, record, report
+from benchmarks import machine, paired, recognition, record, report, scores
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import recordings
 from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
 from benchmarks.test_bench_shares import COLUMNS
+from las_fast import decode, lm
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
+from las_fast.errors import InputError
 from las_fast.features import load_audio
 from las_fast.losses import training_loss
 from las_fast.model import LAS
@@ -218,3 +223,34 @@ def test_the_machine_is_measured(monkeypatch):
 def test_made_recordings_can_be_read(tmp_path, suffix):
     paths = recordings(tmp_path, suffix, 2)
     assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
+
+
+def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monkeypatch, capsys):
+    manifest = make_manifest(tmp_path / "data", utterances=5)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(line.replace("made", f"part-{i % 2}") for i, line in enumerate(lines)) + "\n")
+    lm.main([str(tmp_path / "data"), "--out", str(tmp_path / "untrained-20.lm.safetensors"), "--order", "2"])
+    own = DecodingConfig(ctc_weight=0.3, ngram_weight=0.1, length_reward=0.2)
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0), "decoding": own})
+    monkeypatch.setattr(scores, "FILE", tmp_path / "scores.csv")
+    data = ["--checkpoint", str(path), "--data", str(tmp_path / "data")]
+    scores.main([*data, "--by", "source", "--beam", "3", "--record"])
+    assert "when an utterance is decoded alone: 0" in capsys.readouterr().out
+    rows = record.read(tmp_path / "scores.csv")
+    names = ["greedy", "beam", "beam, CTC", "beam, language model", "beam, CTC, language model"]
+    assert list(dict.fromkeys(row["way"] for row in rows)) == names
+    assert {row["part"] for row in rows} == {"all", "part-0", "part-1"} and len(rows) == 15
+    for way in names:
+        whole, *some = (int(row["utterances"]) * float(row["ld"]) for row in rows if row["way"] == way)
+        assert sum(some) == pytest.approx(whole, abs=0.01)
+    whole = {row["way"]: row["cer"] for row in rows if row["part"] == "all"}
+    decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), "--device", "cpu", "--beam", "3"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert float(whole["beam, CTC, language model"]) == pytest.approx(last["cer"], abs=1e-3)
+
+
+def test_scores_by_a_column_that_is_not_there_is_an_error(tmp_path):
+    make_manifest(tmp_path / "data", utterances=2)
+    path = make_checkpoint(tmp_path, 20, mel_bins=23)
+    with pytest.raises(InputError, match="no column 'dialect'"):
+        scores.main(["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--by", "dialect"])

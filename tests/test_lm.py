@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from archives import EDITIONS, make_archive, make_librispeech, make_manifest
-from checkpoints import make_checkpoint
+from checkpoints import MODEL, make_checkpoint
 from fakes import FakeModel, config, memory
 from safetensors.numpy import save_file
 
 from las_fast import checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
+from las_fast.config import DataConfig
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
@@ -520,7 +521,8 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
 
 def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
     make_manifest(tmp_path / "data", utterances=3)
-    make_checkpoint(tmp_path, 20, mel_bins=23, ctc_layer=0)
+    sections = {"model": replace(MODEL, ctc_layer=0), "data": DataConfig(max_seconds=0.1)}  # which is of training
+    make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
     tune.main(words(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
     capsys.readouterr()
     cers = {row[0]: float(row[1]) for row in list(csv.reader((tmp_path / "grid.csv").open()))[1:]}
