@@ -107,11 +107,12 @@ def how_to_go_on(trainer: Trainer, arguments: list[str]) -> str:
 
 def describe(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    share = 100 * trainer.batches.padding_share(0)
+    last = trainer.course.of(trainer.config.training.epochs - 1)
+    share = 100 * last.padding_share(0)
     precision = str(trainer.precision).removeprefix("torch.")
     print(
         f"model: {parameters / 1e6:.1f} M parameters, {precision} on {trainer.device}; "
-        f"{trainer.steps_per_epoch} batches an epoch, {share:.1f}% padding; "
+        f"{len(last)} batches an epoch, {share:.1f}% padding; "
         f"from step {trainer.progress.step} to {trainer.steps}"
     )
 

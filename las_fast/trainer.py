@@ -19,7 +19,7 @@ from las_fast import checkpoint, monitor
 from las_fast.augment import Augment
 from las_fast.checkpoint import AVERAGED, BEST, LAST
 from las_fast.config import Config, to_tree
-from las_fast.data.batching import Batch, BucketBatches, make_loader
+from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
 from las_fast.losses import training_loss
@@ -93,15 +93,8 @@ class Trainer:
         self.config, self.out, self.device, self.source = config, out, device, source
         self.vocabulary = Vocabulary(config.data.characters)
         self.train_data, self.dev_data = train_data, dev_data
-        self.batches = BucketBatches(
-            self.train_data.frames,
-            frames_per_batch=config.data.frames_per_batch,
-            utterances_per_batch=config.data.utterances_per_batch,
-            seed=config.training.seed,
-            speed=config.augment.speed,
-        )
-        self.steps_per_epoch = len(self.batches)
-        self.steps = self.steps_per_epoch * config.training.epochs
+        self.course = plan_course(self.train_data.frames, config)
+        self.steps = self.course.steps
         torch.manual_seed(config.training.seed)
         self.model = checkpoint.build_model(config).to(device)
         self.averaged = copy.deepcopy(self.model).eval() if config.training.ema_decay else None
@@ -195,7 +188,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        return self.progress.step / self.steps_per_epoch
+        return self.course.epochs(self.progress.step)
 
     def core_hours(self) -> float:
         """Return the hours that one core would have worked for this training so far, loader processes not counted."""
@@ -208,11 +201,11 @@ class Trainer:
             yield batch
 
     def _rest_of_epoch(self):
-        epoch, start = divmod(self.progress.step, self.steps_per_epoch)
+        epoch, start = self.course.place(self.progress.step)
         augment = Augment(self.config.augment)
         return make_loader(
             self.train_data,
-            self.batches.epoch(epoch),
+            self.course.of(epoch).epoch(epoch),
             self.vocabulary,
             augment=augment,
             seed=self.config.training.seed,
@@ -224,9 +217,9 @@ class Trainer:
     # Validation and what is shown
 
     def _validation_is_due(self) -> bool:
-        every = self.config.training.validate_every * self.steps_per_epoch
-        step = self.progress.step
-        return step == self.steps or int(step / every) > int((step - 1) / every)
+        every, step = self.config.training.validate_every, self.progress.step
+        before, now = (int(self.course.epochs(s) / every) for s in (step - 1, step))
+        return step == self.steps or now > before
 
     def _validate_and_save(self, bar: tqdm) -> None:
         model, pace = self.averaged or self.model, self.pace

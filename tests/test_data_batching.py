@@ -8,9 +8,10 @@ import torch
 from archives import make_archive
 
 from las_fast.augment import Augment
-from las_fast.config import AugmentConfig, DataConfig, FeatureConfig
-from las_fast.data.batching import BucketBatches, make_loader, padding_share, sorted_batches
+from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
+from las_fast.data.batching import BucketBatches, make_loader, padding_share, plan_course, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
 LENGTHS = np.random.default_rng(0).integers(20, 1600, 4000)
@@ -196,3 +197,44 @@ def test_joins_come_at_their_share_after_their_epoch_whatever_the_start(dataset)
     assert [len(batch.indices) == 1 for batch in rest] == joined[120:]
     other = load(dataset, batches, augment=augment, epoch=1, seed=2)
     assert [len(batch.indices) == 1 for batch in other] != joined
+
+
+def course_of(frames, **options):
+    options = {"short_epochs": 3, "short_seconds": 2.0, "frames_per_batch": 5000} | options
+    return plan_course(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
+
+
+def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
+    course = course_of(LENGTHS)
+    short = np.flatnonzero(LENGTHS <= 200).tolist()
+    for epoch in range(7):
+        covered = sorted(sum(course.of(epoch).epoch(epoch), []))
+        assert covered == (short if epoch < 3 else list(range(len(LENGTHS))))
+    assert course.steps == 3 * len(course.of(0)) + 2 * len(course.of(3))
+
+
+def test_a_course_knows_the_place_of_every_step():
+    course = course_of(LENGTHS[:200])
+    places = [course.place(step) for step in range(course.steps + 1)]
+    assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(course.of(epoch)))]
+    assert places[-1] == (5, 0)
+    epochs = [course.epochs(step) for step in range(course.steps + 1)]
+    assert (np.diff(epochs) > 0).all() and {0, 1, 2, 3, 4, 5} <= set(epochs)
+
+
+def test_a_course_without_short_epochs_or_of_nothing_else():
+    whole = course_of(LENGTHS, short_epochs=0)
+    assert len(whole.stages) == 1 and whole.steps == 5 * len(whole.of(0))
+    short = course_of(LENGTHS, short_epochs=9)
+    assert short.steps == 5 * len(short.of(0)) and len(sum(short.of(4).epoch(4), [])) < len(LENGTHS)
+    with pytest.raises(InputError, match="shortest training utterance has 3.0 seconds, more than .* 2; raise"):
+        course_of(np.array([300, 400]))
+
+
+def test_short_utterances_are_played_at_the_speed_that_their_batches_know(dataset):
+    augment, members = Augment(AugmentConfig(speed=0.3)), np.array([2, 5, 6, 9])
+    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
+                            members=members)  # fmt: skip
+    assert sorted(sum(batches.epoch(1), [])) == members.tolist()
+    for batch in load(dataset, batches.epoch(1), augment=augment, seed=5, epoch=1):
+        assert batch.feature_lengths.tolist() == batches.lengths(1)[batch.indices.numpy()].tolist()

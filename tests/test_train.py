@@ -148,9 +148,10 @@ def test_cut_in_mid_epoch_and_resumed_equals_never_cut_bit_for_bit(archive, whol
         {"training__precision": "fp16"},
         {"training__precision": "bf16"},
         {"augment__speed": 0.2},
+        {"augment__join": 0.5, "data__short_epochs": 1, "data__short_seconds": 0.5},
         {"features__normalisation": "global", "training__ema_decay": 0.0},
     ],
-    ids=["sampled", "plateau", "fp16", "bf16", "speed", "global"],
+    ids=["sampled", "plateau", "fp16", "bf16", "speed", "course", "global"],
 )
 def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatch, settings):
     settings = settings | {"training__checkpoint_minutes": 0.0, "training__epochs": 2}
@@ -180,6 +181,9 @@ def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatc
         {"training__seed": 2},
         {"augment__start_epoch": 9.0},
         {"augment__speed": 0.2},
+        {"augment__join": 1.0},
+        {"data__short_epochs": 1, "data__short_seconds": 0.5},
+        {"training__guided_frames": 2.0},
         {"model__listener.dropout": 0.0},
         {"model__speller.dropout": 0.0},
     ],

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from las_fast.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
+from las_fast.config import Config
 from las_fast.data.dataset import SpeechDataset
+from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
 CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)  # longest to shortest in a length class
@@ -48,16 +50,19 @@ class BucketBatches:
     """
 
     def __init__(
-        self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0
-    ):
+        self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0,
+        members: np.ndarray | None = None,
+    ):  # fmt: skip
         """
         Args:
             frames:               of each utterance.
             frames_per_batch:     limit of a batch's size times its longest utterance; one longer than that is alone.
             utterances_per_batch: limit of a batch's size.
             seed, speed:          as the loader gets them (speed: augment.speed), to know the lengths that it will make.
+            members:              indices of the utterances that take part, at least one; None: all.
         """
         self._frames = np.asarray(frames, np.int64)
+        self._members = np.arange(len(self._frames)) if members is None else members
         self._seed, self._speed = seed, speed
         self._limits = (frames_per_batch, utterances_per_batch)
         for ratio in CLASS_RATIOS:
@@ -100,7 +105,7 @@ class BucketBatches:
     def _form(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
         """Cut an epoch's batches, in order of length; `slack` widens the limits."""
         lengths = self.lengths(epoch)
-        order = np.argsort(lengths, kind="stable")
+        order = self._members[np.argsort(lengths[self._members], kind="stable")]
         ordered = lengths[order]
         generator = random_stream("classes", seed=self._seed, epoch=epoch)
         first = 0
@@ -111,6 +116,66 @@ class BucketBatches:
             first = end
         cuts = _cut(ordered, *(int(limit * slack) for limit in self._limits))
         return [order[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+@dataclass
+class Course:
+    """The batches of a whole training: for some epochs of its short utterances alone, then of all.
+
+    Attention forms sooner where it has little to choose from (a curriculum, Bengio et al. 2009).
+    """
+
+    stages: list[tuple[int, BucketBatches]]  # epochs, and the batches of each
+
+    @property
+    def steps(self) -> int:
+        return sum(epochs * len(batches) for epochs, batches in self.stages)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return the epoch that a step is in, and the number of its batch there."""
+        before = 0
+        for epochs, batches in self.stages:
+            if step < epochs * len(batches):
+                break
+            step, before = step - epochs * len(batches), before + epochs
+        epoch, batch = divmod(step, len(batches))  # after the last stage its epochs go on
+        return before + epoch, batch
+
+    def epochs(self, step: int) -> float:
+        """Return how many epochs are done before a step."""
+        epoch, batch = self.place(step)
+        return epoch + batch / len(self.of(epoch))
+
+    def of(self, epoch: int) -> BucketBatches:
+        """Return what makes the batches of an epoch."""
+        for epochs, batches in self.stages:
+            if epoch < epochs:
+                return batches
+            epoch -= epochs
+        return self.stages[-1][1]
+
+
+def plan_course(frames: Sequence[int], config: Config) -> Course:
+    """Return the course of a training on utterances of `frames` feature frames each.
+
+    Raises:
+        InputError: data.short_epochs is set, and no utterance is as short as data.short_seconds.
+    """
+    data, epochs = config.data, config.training.epochs
+    options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch,
+               "seed": config.training.seed, "speed": config.augment.speed}  # fmt: skip
+    everything = BucketBatches(frames, **options)
+    first = min(data.short_epochs, epochs)
+    if not first:
+        return Course([(epochs, everything)])
+    seconds = np.asarray(frames) * config.features.shift_ms / 1000
+    short = np.flatnonzero(seconds <= data.short_seconds)
+    if not len(short):
+        raise InputError(
+            f"data.short_epochs is {data.short_epochs}, but the shortest training utterance has {seconds.min():.1f} "
+            f"seconds, more than data.short_seconds {data.short_seconds:g}; raise that, or set short_epochs to 0"
+        )
+    return Course([(first, BucketBatches(frames, **options, members=short)), (epochs - first, everything)])
 
 
 def padding_share(frames: Sequence[int], batches: list[list[int]]) -> float:
