@@ -133,7 +133,7 @@ class TrainingConfig:
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
     guided_weight: float = 0.0  # soft prior on the attention: along the diagonal, or along CTC's alignment
     guided_width: float = 0.15  # of the diagonal, as a share of the utterance
-    guided_frames: float = 0.0  # width of the prior along CTC's alignment, in encoder frames; 0: along the diagonal
+    guided_frames: float = 0.0  # how near to CTC's alignment the prior wants it, in encoder frames; 0: diagonal
     guided_until: float = 10.0  # epoch at which the prior has faded to nothing
     teacher_forcing: tuple[TeacherForcingStage, ...] = (
         TeacherForcingStage(start=0.0, end=20.0, first=1.0, last=1.0),

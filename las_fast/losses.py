@@ -33,25 +33,44 @@ def ctc_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Ten
     )
 
 
-def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float | Tensor,
-                          places: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Sum over tokens of the attention that lies off where it is expected, softly (Tachibana et al. 2018).
+def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float) -> Tensor:
+    """Sum over tokens of the attention that lies off a soft diagonal (Tachibana et al. 2018).
 
-    loss = sum_u sum_t weights[u, t] * (1 - exp(-(places[u] - t / T)^2 / (2 width^2)))
+    loss = sum_u sum_t weights[u, t] * (1 - exp(-(u / U - t / T)^2 / (2 width^2)))
 
     Args:
         weights: (B, U, T) attention weights.
         lengths: (B,) encoder frames.
         token_lengths: (B,) tokens, <eos> included.
-        width: standard deviation, as a share of the utterance; a number, or (B,) one for each utterance.
-        places: (B, U) where each token is expected, as a share of the utterance; None: on the diagonal, u / U.
+        width: standard deviation of the diagonal, as a share of the utterance.
     """
-    if places is None:
-        places = _diagonal(token_lengths, weights.shape[1])
-    t = torch.arange(weights.shape[2], device=weights.device) / lengths[:, None]  # (B, T)
-    width = torch.as_tensor(width, device=weights.device).view(-1, 1, 1)
-    off = 1 - torch.exp(-((places[:, :, None] - t[:, None, :]) ** 2) / (2 * width**2))
-    return (weights * off * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
+    off = _distance(_diagonal(token_lengths, weights.shape[1]), lengths, weights.shape[2])
+    near = torch.exp(-(off**2) / (2 * width**2))
+    return (weights * (1 - near) * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
+
+
+def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, places: Tensor, frames: float):
+    """Sum over tokens of the surprise at how little attention is near where each token is expected.
+
+    loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((places[u] T - t) / frames)^2)
+
+    A supervised attention (Mi et al. 2016). Unlike that of guided_attention_loss its gradient does not vanish where
+    the attention is sharp and wrong; no tail of the window may reach there, or it would again.
+
+    Args:
+        weights, lengths, token_lengths: as for guided_attention_loss.
+        places: (B, U) where each token is expected, as a share of the utterance.
+        frames: half the width of the window, in encoder frames.
+    """
+    off = _distance(places, lengths, weights.shape[2]) * (lengths / frames)[:, None, None]
+    near = (1 - off**2).clamp_min(0)
+    found = (weights * near).sum(2).clamp_min(1e-20)
+    return -(found.log() * valid_frames(token_lengths, weights.shape[1])).sum()
+
+
+def _distance(places: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Return (B, U, T) how far each token's place is from each frame, as a share of the utterance."""
+    return places[:, :, None] - (torch.arange(count, device=places.device) / lengths[:, None])[:, None, :]
 
 
 def _diagonal(token_lengths: Tensor, count: int) -> Tensor:
@@ -90,7 +109,7 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
     """Return the loss per token and its parts, each per token and detached.
 
     Attention is guided along the diagonal, guided_width wide (a share of the utterance), or, where guided_frames is
-    more than 0, along CTC's alignment, that many encoder frames wide.
+    more than 0, to within that many encoder frames of where CTC hears the token.
     """
     count = token_lengths.sum()
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}
@@ -99,11 +118,12 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
         parts["ctc"] = ctc_loss(output.ctc_logits, output.ctc_lengths, tokens, token_lengths) / count
         loss = loss + ctc_weight * parts["ctc"]
     if guided_weight:
-        width, places = guided_width, None
+        memory = output.weights, output.lengths, token_lengths
         if guided_frames:
-            width = guided_frames / output.lengths
             places = ctc_places(output.ctc_logits, output.ctc_lengths, tokens, token_lengths)
-        guided = guided_attention_loss(output.weights, output.lengths, token_lengths, width, places)
+            guided = aligned_attention_loss(*memory, places, guided_frames)
+        else:
+            guided = guided_attention_loss(*memory, guided_width)
         parts["guided"] = guided / count
         loss = loss + guided_weight * parts["guided"]
     return loss, {name: value.detach() for name, value in parts.items()}

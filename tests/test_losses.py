@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from las_fast.losses import ctc_loss, ctc_places, guided_attention_loss, token_loss, training_loss
+from las_fast.losses import (
+    aligned_attention_loss,
+    ctc_loss,
+    ctc_places,
+    guided_attention_loss,
+    token_loss,
+    training_loss,
+)
 from las_fast.model import Output
 from las_fast.text import EOS, PAD
 
@@ -123,9 +130,21 @@ def test_attention_where_ctc_hears_costs_nothing_and_elsewhere_it_does():
     places, lengths, counts = torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([10]), torch.tensor([3])
     weights = torch.zeros(1, 3, 10)
     weights[0, 0, 0] = weights[0, 1, 5] = weights[0, 2, 9] = 1
-    near = guided_attention_loss(weights, lengths, counts, 2 / lengths, places)
-    far = guided_attention_loss(weights.flip(2), lengths, counts, 2 / lengths, places)
-    assert near < 0.2 and far > 1.9
+    near = aligned_attention_loss(weights, lengths, counts, places, 2.0)
+    assert near == pytest.approx(-math.log(0.75))  # <eos> is expected one frame after the last
+    far = aligned_attention_loss(weights.flip(2), lengths, counts, places, 2.0)
+    assert far > 90
+
+
+def test_attention_that_is_sharp_and_wrong_is_still_moved():
+    scores = torch.zeros(1, 1, 10)
+    scores[..., 9] = 30.0
+    diagonal, aligned = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    lengths, counts = torch.tensor([10]), torch.tensor([1])
+    guided_attention_loss(diagonal.softmax(2), lengths, counts, 0.15).backward()
+    aligned_attention_loss(aligned.softmax(2), lengths, counts, torch.tensor([[0.2]]), 2.0).backward()
+    assert diagonal.grad.abs().max() < 1e-6
+    assert aligned.grad[0, 0, 9] > 0.5 and aligned.grad[0, 0, 2] < -0.1
 
 
 def test_the_prior_along_ctc_trains_the_attention_and_not_the_ctc_head():
