@@ -53,7 +53,8 @@ def validate(
     total, count, alignments = 0.0, 0, []
     confused, compared = 0.0, 0
     hypotheses: list[str] = [""] * len(data)
-    alone = replace(config.decoding, ngram_weight=0.0, length_reward=0.0)  # the model's own scores, no language model's
+    # Attention alone: what the monitor watches, and what scores of other trainings can be compared with.
+    alone = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     pictured = PictureBook(data, config.training.pictures)
     for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
         batch = batch.to(device)

@@ -486,13 +486,13 @@ def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
     assert "--lm gone is not a file" in fails(capsys, lambda: transcribe.main([*arguments, "--lm", "gone"]))
 
 
-def test_validation_in_training_is_without_a_language_model(here, tmp_path):
+def test_validation_in_training_is_of_attention_alone(here, tmp_path):
     loaded, data = listened(here)
     cpu, found = torch.device("cpu"), []
-    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}):
+    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}, {"ctc_weight": 1.0}):  # which has no head
         settings = replace(loaded.config, decoding=replace(loaded.config.decoding, **decoding))
         found.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
-    assert found[0] == found[1] and len(found[0]) == 6
+    assert found[0] == found[1] == found[2] and len(found[0]) == 6
     with pytest.raises(InputError, match="needs an n-gram model"):
         greedy_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
 
