@@ -203,7 +203,7 @@ def _frame_seconds(config: Config) -> float:
     return config.features.shift_ms / 1000 * config.model.listener.time_reduction
 
 
-def _attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
+def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
     """Return the epoch and (id, text, weights) of each utterance in a run's attention/epoch-*.npz."""
     with np.load(path, allow_pickle=False) as data:
         ids = [str(i) for i in data["ids"]]
@@ -304,7 +304,7 @@ def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> 
     between = [p for p in files if formed is not None and abs(float(p.stem.removeprefix("epoch-")) - formed) < 0.01]
     figures, said = [], ""
     for path in dict.fromkeys([first, *between[:1], last]):
-        epoch, pictures = _attention_of(path)
+        epoch, pictures = attention_of(path)
         for name, text, weights in pictures[:1]:
             when = f"epoch {epoch:g}" + (", formed" if path in between else "")
             figures.append(_attention_figure(name, text, weights, when, frame_seconds))

@@ -7,13 +7,14 @@ import os
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from archives import make_manifest
 from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, paired, recognition, record, report, scores
+from benchmarks import attention, machine, paired, recognition, record, report, scores
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import recordings
 from benchmarks.operations import listener_operations, speller_operations
@@ -223,6 +224,18 @@ def test_the_machine_is_measured(monkeypatch):
 def test_made_recordings_can_be_read(tmp_path, suffix):
     paths = recordings(tmp_path, suffix, 2)
     assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
+
+
+def test_attention_of_several_epochs_is_one_picture(tmp_path):
+    (tmp_path / "run" / "attention").mkdir(parents=True)
+    for epoch in (1, 12):
+        arrays = {"ids": np.array(["a"]), "weights_0": np.full((3, 5), 0.2, np.float32), "text_0": np.array("AB")}
+        np.savez(tmp_path / "run" / "attention" / f"epoch-{epoch:07.2f}.npz", **arrays)
+    out = tmp_path / "out.png"
+    attention.main([f"{tmp_path}/run@1", f"{tmp_path}/run@12", "--out", str(out)])
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(InputError, match="run@3: expected RUN@EPOCH .* drawn there are 1, 12"):
+        attention.main([f"{tmp_path}/run@3", "--out", str(out)])
 
 
 def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monkeypatch, capsys):
