@@ -157,7 +157,7 @@ def _number(alignment: Alignment, name: str) -> str:
 
 def advice(epoch: float, config: Config) -> list[str]:
     """Return what to try when the attention has not formed, most promising first, without what is already done."""
-    steps = (_guided, _ctc, _teacher_forcing, _masks, _reduction, _batch)
+    steps = (_guided, _ctc, _short, _teacher_forcing, _masks, _reduction, _batch)
     found = [step(epoch, config) for step in steps]
     return [*filter(None, found), f"longer training: --training.epochs {2 * config.training.epochs}"]
 
@@ -181,6 +181,10 @@ def _ctc(epoch: float, config: Config) -> str | None:
     if 0 < until <= epoch:
         return f"CTC for longer: --training.ctc-until 0 (now {until:g})"
     return f"a stronger CTC: --training.ctc-weight 1 (now {weight:g})" if weight < 1 else None
+
+
+def _short(_epoch: float, config: Config) -> str | None:
+    return None if config.data.short_epochs else "short utterances first: --data.short-epochs 10 (now 0; a new run)"
 
 
 def _teacher_forcing(epoch: float, config: Config) -> str | None:

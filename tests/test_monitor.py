@@ -140,8 +140,8 @@ def test_before_the_deadline_the_line_gives_no_advice():
 
 def test_after_the_deadline_the_advice_comes_in_order():
     line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
-    wanted = ["guided-weight 3", "ctc-layer 2", "teacher_forcing", "augment.start-epoch 50", "pyramids 2",
-              "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
+    wanted = ["guided-weight 3", "ctc-layer 2", "short-epochs 10", "teacher_forcing", "augment.start-epoch 50",
+              "pyramids 2", "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
     places = [line.index(word) for word in wanted]
     assert places == sorted(places)
     assert "now 0.95" in line  # teacher forcing at epoch 25 of the default stages
@@ -149,7 +149,7 @@ def test_after_the_deadline_the_advice_comes_in_order():
 
 def test_what_is_on_already_is_not_advised():
     config = Config(
-        data=DataConfig(utterances_per_batch=8),
+        data=DataConfig(utterances_per_batch=8, short_epochs=5),
         augment=AugmentConfig(start_epoch=90),
         model=ModelConfig(listener=ListenerConfig(pyramids=2), ctc_layer=1),
         training=TrainingConfig(guided_weight=3, guided_until=40, ctc_weight=1.0, teacher_forcing=(), epochs=30),
