@@ -109,7 +109,8 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "las_fast").rglob("*.py")}
     modules -= {"las_fast/kernels/__init__.py"}  # it points a checkout to kernels/; a wheel has the files themselves
     modules |= {f"las_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert presets and presets | modules <= set(names)
+    released = {f"las_fast/checkpoints/{path.name}" for path in (ROOT / "las_fast" / "checkpoints").iterdir()}
+    assert presets and released and presets | modules | released <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)

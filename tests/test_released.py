@@ -18,7 +18,7 @@ from las_fast.search import beam_search, listen
 from las_fast.tune import decode_grid, open_split
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
-MODELS = {"an4": "an4"}  # and the folder of shared recordings that holds its dev split
+MODELS = {"an4": "an4", "speech13h": "speech"}  # and the folder of shared recordings that holds its dev split
 
 
 def test_every_released_model_is_known_here():
