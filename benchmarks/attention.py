@@ -12,13 +12,13 @@ import numpy as np
 
 from las_fast.checkpoint import write_atomically
 from las_fast.errors import InputError
-from las_fast.report import attention_of
+from las_fast.report import attention_of, epoch_of, label_tokens
 
 
 def panel(words: str, utterance: int) -> tuple[float, str, np.ndarray]:
     """Return (epoch, text, weights) of the dev utterance that RUN@EPOCH drew as its `utterance`-th."""
     run, _, epoch = words.rpartition("@")
-    paths = {float(path.stem.removeprefix("epoch-")): path for path in Path(run, "attention").glob("epoch-*.npz")}
+    paths = {epoch_of(path): path for path in Path(run, "attention").glob("epoch-*.npz")}
     if not epoch or float(epoch) not in paths:
         known = ", ".join(f"{e:g}" for e in sorted(paths)) or "none"
         raise InputError(f"{words}: expected RUN@EPOCH of a validation; the epochs drawn there are {known}")
@@ -40,9 +40,7 @@ def draw(path: Path, panels: list[tuple[float, str, np.ndarray]]) -> None:
         axes.set_title(f"epoch {epoch:g}", fontsize=9)
         axes.set_xlabel("encoder frame", fontsize=8)
         axes.tick_params(labelsize=7)
-    every = -(-len(text) // 80)
-    labels = [*("␣" if c == " " else c for c in text), "<eos>"][::every]
-    figure.axes[0].set_yticks(range(0, len(text) + 1, every), labels, fontsize=6, family="monospace")
+    label_tokens(figure.axes[0], text, len(panels[0][2]), fontsize=6)
     FigureCanvasAgg(figure).print_figure(path, format="png", dpi=110)
 
 

@@ -49,7 +49,8 @@ def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tenso
     return (weights * (1 - near) * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
 
 
-def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, places: Tensor, frames: float):
+def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, places: Tensor,
+                           frames: float) -> Tensor:  # fmt: skip
     """Sum over tokens of the surprise at how little attention is near where each token is expected.
 
     loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((places[u] T - t) / frames)^2)

@@ -49,7 +49,6 @@ def _draw_attention(
 
     weights = np.asarray(weights, dtype=np.float32)
     tokens, frames = weights.shape
-    labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
     size = (4.2 if in_page else 6.4, min(12.0, max(2.2, 1.1 + 0.15 * tokens)))
     figure = Figure(figsize=size, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -58,8 +57,7 @@ def _draw_attention(
         weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=max(float(weights.max()), 1e-6),
         extent=(0.0, frames * (frame_seconds or 1.0), tokens - 0.5, -0.5),
     )  # fmt: skip
-    every = -(-tokens // 80)  # of long transcripts every second, third, ... character is written
-    axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7, family="monospace")
+    label_tokens(axes, text, tokens, fontsize=7)
     axes.set_xlabel("seconds" if frame_seconds else "encoder frame")
     if in_page:
         _make_see_through(figure, axes)
@@ -67,6 +65,13 @@ def _draw_attention(
         figure.colorbar(image, ax=axes, pad=0.01)
         axes.set_title(title, fontsize=9)
     canvas.print_figure(file, format="png", dpi=130 if in_page else 110, facecolor=figure.get_facecolor())
+
+
+def label_tokens(axes, text: str, tokens: int, *, fontsize: float) -> None:
+    """Write the characters of text and <eos>, `tokens` of them, beside the rows of a picture of attention."""
+    labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
+    every = -(-tokens // 80)  # of long transcripts every second, third, ... character is written
+    axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=fontsize, family="monospace")
 
 
 def _make_see_through(figure, axes) -> None:
@@ -208,7 +213,12 @@ def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
     with np.load(path, allow_pickle=False) as data:
         ids = [str(i) for i in data["ids"]]
         pictures = [(i, str(data[f"text_{n}"]), data[f"weights_{n}"]) for n, i in enumerate(ids)]
-    return float(path.stem.removeprefix("epoch-")), pictures
+    return epoch_of(path), pictures
+
+
+def epoch_of(path: Path) -> float:
+    """Return the epoch in the name of a run's attention/epoch-*.npz."""
+    return float(path.stem.removeprefix("epoch-"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -301,7 +311,7 @@ def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> 
     if not files:
         return ""
     first, last = files[0], files[-1]
-    between = [p for p in files if formed is not None and abs(float(p.stem.removeprefix("epoch-")) - formed) < 0.01]
+    between = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.01]
     figures, said = [], ""
     for path in dict.fromkeys([first, *between[:1], last]):
         epoch, pictures = attention_of(path)
