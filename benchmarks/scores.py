@@ -9,7 +9,6 @@ manifest, such as source, that parts the split. Every utterance is also decoded 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,7 +17,8 @@ from pathlib import Path
 from benchmarks import record
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig
-from las_fast.data.dataset import SpeechDataset
+from las_fast.data.dataset import SpeechDataset, open_corpus
+from las_fast.data.manifest import further_columns
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
 from las_fast.metrics import score
@@ -41,16 +41,17 @@ def ways(own: DecodingConfig, beam: int) -> dict[str, DecodingConfig]:
     return found
 
 
-def parts(dataset: SpeechDataset, manifest: Path, column: str) -> dict[str, list[int]]:
-    """Return the indices of the utterances of each part, "all" first."""
-    found = defaultdict(list, {"all": list(range(len(dataset)))})
+def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
+    """Return the indices of the utterances of each part, "all" first; `root` is that of the corpus."""
+    found = defaultdict(list, {"all": list(range(len(ids)))})
     if column:
-        with manifest.open(newline="", encoding="utf-8") as file:
-            rows = {row["id"]: row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+        if not root.is_file():
+            raise InputError(f"{root} is no manifest, so it has no column {column!r}; leave --by out")
+        rows = further_columns(root)
         if any(column not in row for row in rows.values()):
-            raise InputError(f"{manifest} has no column {column!r}; give one that it has, or leave --by out")
-        for i, name in enumerate(dataset.ids):
-            found[rows[name][column]].append(i)
+            raise InputError(f"{root} has no column {column!r} on every line; give one that it has, or leave --by out")
+        for i, name in enumerate(ids):
+            found[str(rows[name][column])].append(i)
     return dict(found)
 
 
@@ -91,8 +92,8 @@ def main(words: list[str] | None = None) -> None:
     own = default_weight(loaded.config.decoding, options.lm)
     table = language_table(options.lm, own, loaded, "cpu")
     dataset = open_split(options, loaded)
-    manifest = Path(options.data) if Path(options.data).is_file() else Path(options.data) / "manifest.tsv"
-    rows = list(measure(loaded, dataset, ways(own, options.beam), table, parts(dataset, manifest, options.by)))
+    split = parts(dataset.ids, open_corpus(options.data).root, options.by)
+    rows = list(measure(loaded, dataset, ways(own, options.beam), table, split))
     print(markdown(rows))
     print(f"texts that differ when an utterance is decoded alone: {sum(row[-1] for row in rows if row[0] == 'all')}")
     if options.record:

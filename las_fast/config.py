@@ -50,10 +50,15 @@ class DataConfig:
     frames_per_batch: int = 20000  # feature frames, padding included
     utterances_per_batch: int = 64  # at most
     max_seconds: float = 0.0  # longer training utterances are left out and counted; 0: no limit
+    hours: float = 0.0  # train on this much, drawn once: what is in 1 hour is in 3 too; 0: on all
     short_epochs: int = 0  # at the start, on utterances of at most short_seconds: attention forms on them sooner
     short_seconds: float = 4.0
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
     workers: int = 1  # loader processes; 0 loads in the training process
+
+    def whole(self) -> DataConfig:
+        """Return the settings for data to be scored: nothing is left out of it."""
+        return dataclasses.replace(self, max_seconds=0.0, hours=0.0)
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,10 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
     train_splits = config.data.train or corpus.resolve("train")
     dev_splits = corpus.resolve(config.data.dev or "dev")
     train = load_dataset(corpus, tuple(train_splits), features=config.features, data=config.data, need_text=True)
-    every = replace(config.data, max_seconds=0.0)  # the dev score covers the whole dev set
     dev = load_dataset(
-        corpus, dev_splits, features=config.features, data=every, statistics=train.statistics, need_text=True
-    )
+        corpus, dev_splits, features=config.features, data=config.data.whole(), statistics=train.statistics,
+        need_text=True,
+    )  # fmt: skip
     for name, data in (("+".join(train_splits), train), ("+".join(dev_splits), dev)):
         if len(data) == 0:
             raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or root")

@@ -351,11 +351,22 @@ def catch_stop_signals(trainer: Trainer):
 
 
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
-    """Raise InputError naming the first setting that differs from the checkpoint's."""
-    for section, values in now.items():
-        for name, value in values.items():
-            key, before = f"{section}.{name}", then.get(section, {}).get(name)
-            if before != value and key not in FREE_TO_CHANGE:
-                raise InputError(
-                    f"{path} was trained with {key} = {before}, not {value}; resume with the same settings"
-                )
+    """Raise InputError naming the first setting that differs from the checkpoint's.
+
+    One that the checkpoint does not know is newer; its default is what it was trained with.
+    """
+    before = dict(_flat(to_tree(Config()))) | dict(_flat(then))
+    for key, value in _flat(now):
+        if before[key] != value and key not in FREE_TO_CHANGE:
+            raise InputError(
+                f"{path} was trained with {key} = {before[key]}, not {value}; resume with the same settings"
+            )
+
+
+def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of each setting of a tree."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}{key}.")
+        else:
+            yield name + key, value

@@ -90,8 +90,7 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     corpus = open_corpus(options.data)
     check_fits(corpus, loaded)
     config = loaded.config
-    every = replace(config.data, max_seconds=0.0)  # which is of training
-    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=every,
+    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=config.data.whole(),
                         statistics=loaded.statistics, need_text=True)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from archives import make_manifest
+from archives import make_archive, make_manifest
 from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -267,3 +267,14 @@ def test_scores_by_a_column_that_is_not_there_is_an_error(tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
     with pytest.raises(InputError, match="no column 'dialect'"):
         scores.main(["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--by", "dialect"])
+    archive = make_archive(tmp_path, "F23", utterances=2)
+    path = make_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="is no manifest, so it has no column 'source'"):
+        scores.main(["--checkpoint", str(path), "--data", str(archive), "--split", "dev-clean", "--by", "source"])
+
+
+def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
+    lines = [json.dumps({"path": f"{name}.wav", "text": "A", "source": kind}) for name, kind in ("ab", "cb", "da")]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    found = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", "source")
+    assert found == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}

@@ -162,6 +162,21 @@ def test_long_training_utterances_are_left_out_and_counted(archive):
     assert len(load(archive, "train", max_seconds=limit, need_text=False)) == 12
 
 
+def test_training_on_fewer_hours_takes_some_of_what_more_hours_take(archive):
+    whole = load(archive, "train")
+    hours = whole.seconds.sum() / 3600
+    few, more = (load(archive, "train", hours=share * hours) for share in (0.4, 0.7))
+    assert 0 < len(few) < len(more) < len(whole) and set(few.ids) < set(more.ids)
+    assert 0.2 < few.seconds.sum() / whole.seconds.sum() <= 0.4
+    i, j = 1, whole.ids.index(few.ids[1])
+    assert few.texts[i] == whole.texts[j] and few.paths[i] == whole.paths[j] and torch.equal(few[i], whole[j])
+    assert load(archive, "train", hours=hours).ids == whole.ids
+    assert len(load(archive, "train", hours=1e-9)) == 1
+    assert len(load(archive, "train", hours=1e-9, need_text=False)) == 12
+    with pytest.raises(InputError, match=r"data.hours is 5, but train-clean-100\+train-clean-360 has 0\.\d+; lower"):
+        load(archive, "train", hours=5)
+
+
 def test_nothing_left_is_an_error_with_the_first_reason(archive):
     with pytest.raises(InputError, match="no utterance of dev-clean can be used; the first reason"):
         load(archive, "dev", max_seconds=0.01)

@@ -521,7 +521,8 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
 
 def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
     make_manifest(tmp_path / "data", utterances=3)
-    sections = {"model": replace(MODEL, ctc_layer=0), "data": DataConfig(max_seconds=0.1)}  # which is of training
+    of_training = DataConfig(max_seconds=0.1, hours=9.0)
+    sections = {"model": replace(MODEL, ctc_layer=0), "data": of_training}
     make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
     tune.main(words(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,22 @@ def test_resuming_nothing_says_so(archive, tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         train.main(arguments(archive, tmp_path / "none", "--resume"))
     assert not (tmp_path / "none").exists()
+
+
+def test_resuming_with_other_settings_is_refused(archive, whole):
+    with pytest.raises(InputError, match=r"was trained with model.listener.dropout = 0\.\d+, not 0.5; resume"):
+        train.main([*arguments(archive, whole, "--resume", model__listener__dropout=0.5)])
+
+
+def test_a_state_from_before_a_setting_was_there_has_its_default(archive, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    state = checkpoint.load_state(tmp_path / "last.pt")
+    del state["settings"]["data"]["hours"], state["settings"]["model"]["listener"]["top_layers"]
+    checkpoint.save_state(tmp_path / "last.pt", state)
+    train.main(arguments(archive, tmp_path, "--resume"))
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"data.hours = 0.0, not 1e-06"):
+        train.main(arguments(archive, tmp_path, "--resume", data__hours=1e-6))
 
 
 def test_resuming_with_other_data_is_refused(archive, whole, tmp_path):

@@ -149,12 +149,13 @@ def load_dataset(
     Args:
         splits:     names, or whatever corpus.resolve takes.
         features:   a frame; size must be that of the corpus where the corpus brings features.
-        data:       characters, normalise_text, on_bad, max_seconds and cache are used.
+        data:       characters, normalise_text, on_bad, max_seconds, hours and cache are used.
         statistics: of the training data, for normalisation "global"; None computes them from these splits.
-        need_text:  every utterance must have a transcript that the vocabulary covers; max_seconds applies.
+        need_text:  every utterance must have a transcript that the vocabulary covers; max_seconds and hours apply.
 
     Raises:
-        InputError: bad data with data.on_bad "error" (the first bad file is named), nothing left, wrong frame size.
+        InputError: bad data with data.on_bad "error" (the first bad file is named), nothing left, wrong frame size,
+                    fewer hours than data.hours.
     """
     _check_size(corpus, features)
     if not splits:
@@ -168,6 +169,8 @@ def load_dataset(
         parts.append(part)
         skipped.append(left_out)
     names = _unique_names(splits, parts)
+    if need_text and data.hours:
+        parts = _draw(parts, data.hours, "+".join(splits))
     dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
     for k, ((entry, kept), utterances) in enumerate(zip(parts, listed, strict=True)):
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
@@ -263,6 +266,18 @@ def _load_split(
         else:
             kept.append(i)
     return (entry, np.array(kept, np.int64)), skipped
+
+
+def _draw(parts: list[tuple[CacheEntry, np.ndarray]], hours: float, what: str) -> list[tuple[CacheEntry, np.ndarray]]:
+    """Return the parts with as many of their utterances as fit in `hours`, at least one; more hours hold the same."""
+    seconds = np.concatenate([entry.seconds[kept] for entry, kept in parts])
+    if hours * 3600 > seconds.sum():
+        raise InputError(f"data.hours is {hours:g}, but {what} has {seconds.sum() / 3600:.3g}; lower it, or 0 for all")
+    order = np.random.default_rng(0).permutation(len(seconds))
+    drawn = np.zeros(len(seconds), bool)
+    drawn[order[: max(1, np.searchsorted(np.cumsum(seconds[order]), hours * 3600, side="right"))]] = True
+    ends = np.cumsum([len(kept) for _, kept in parts])[:-1]
+    return [(entry, kept[mask]) for (entry, kept), mask in zip(parts, np.split(drawn, ends), strict=True)]
 
 
 def _repeated(utterances: list[Utterance]) -> dict[int, str]:

@@ -51,6 +51,11 @@ def open_manifest(path: Path) -> Corpus:
     )
 
 
+def further_columns(path: Path) -> dict[str, dict]:
+    """Return id -> all columns of its line, of a manifest that open_manifest takes."""
+    return {_utterance(path, line, row)[0].id: row for line, row in _rows(path)}
+
+
 def _read(path: Path) -> dict[str, list[Utterance]]:
     splits: dict[str, list[Utterance]] = {}
     try:
