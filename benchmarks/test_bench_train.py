@@ -52,9 +52,13 @@ def make_batch(config: Config, frame_share: float = 1.0) -> Batch:
     budget = int(config.data.frames_per_batch * frame_share)
     batches = BucketBatches(frames, frames_per_batch=budget, utterances_per_batch=64, seed=0).epoch(0)
     batches.sort(key=lambda batch: frames[batch].max())
-    lengths = torch.from_numpy(frames[batches[len(batches) // 2]])
+    return batch_of(torch.from_numpy(frames[batches[len(batches) // 2]]), config.features.input_size)
+
+
+def batch_of(lengths: torch.Tensor, size: int) -> Batch:
+    """Return a batch of noise, `lengths` frames (B,) of `size` values, with as many letters as speech has."""
     torch.manual_seed(0)
-    features = torch.randn(len(lengths), int(lengths.max()), config.features.input_size)
+    features = torch.randn(len(lengths), int(lengths.max()), size)
     token_lengths = (lengths * LETTERS_PER_FRAME).long() + 1
     tokens = torch.randint(EOS + 1, len(Vocabulary()), (len(lengths), int(token_lengths.max())))
     place = torch.arange(tokens.shape[1]) - (token_lengths[:, None] - 1)

@@ -23,7 +23,7 @@ import torch
 from las_fast.config import Config
 from las_fast.schedules import teacher_forcing_rate
 
-SHAPE = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.85, "coverage": 0.6}
+SHAPE = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.75, "coverage": 0.55}
 THRESHOLDS = SHAPE | {"heard": 0.5}
 NEAR = 2  # frames on either side of the peak that still are the peak
 LEAST_TOKENS = 3  # shorter utterances say nothing about order
@@ -163,12 +163,19 @@ def advice(epoch: float, config: Config) -> list[str]:
 
 
 def _guided(epoch: float, config: Config) -> str | None:
-    weight, until = config.training.guided_weight, config.training.guided_until
+    training = config.training
+    weight, until = training.guided_weight, training.guided_until
+    if training.ctc_weight and not training.guided_frames:
+        now = "along the diagonal" if weight else "0"
+        return f"attention led by CTC: --training.guided-frames 8 --training.guided-weight 1 (now {now})"
+    enough = 1 if training.guided_frames else 3
     if weight == 0:
-        return "guided attention loss: --training.guided-weight 3 (now 0)"
+        return f"guided attention loss: --training.guided-weight {enough} (now 0)"
     if until < 2 * epoch:
         return f"guided attention loss for longer: --training.guided-until {max(2 * epoch, 10):g} (now {until:g})"
-    return f"a stronger guided attention loss: --training.guided-weight 3 (now {weight:g})" if weight < 3 else None
+    if weight < enough:
+        return f"a stronger guided attention loss: --training.guided-weight {enough} (now {weight:g})"
+    return None
 
 
 def _ctc(epoch: float, config: Config) -> str | None:

@@ -14,9 +14,9 @@ from archives import make_archive, make_manifest
 from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, machine, paired, recognition, record, report, scores
+from benchmarks import attention, cost, machine, paired, recognition, record, report, scores
 from benchmarks.elsewhere import Elsewhere
-from benchmarks.made import recordings
+from benchmarks.made import LETTERS_PER_FRAME, recordings
 from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
 from benchmarks.test_bench_shares import COLUMNS
@@ -26,6 +26,7 @@ from las_fast.errors import InputError
 from las_fast.features import load_audio
 from las_fast.losses import training_loss
 from las_fast.model import LAS
+from las_fast.monitor import THRESHOLDS
 from las_fast.search import beam_search
 from las_fast.text import EOS, PAD
 
@@ -178,8 +179,8 @@ def test_counted_operations_are_those_that_torch_counts():
 
 
 def validation(epoch, cer, formed):
-    row = {"kind": "valid", "epoch": epoch, "cer": cer, "ld": cer / 10, "core_hours": 0.5}
-    return row | {"monitor": {"formed": formed}}
+    row = {"kind": "valid", "epoch": epoch, "cer": cer, "ld": cer / 10, "core_hours": 0.5, "loss": 1.0}
+    return row | {"monitor": dict.fromkeys(THRESHOLDS, 0.9 if formed else 0.3)}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,19 @@ def test_a_training_has_formed_where_the_monitor_says_so_for_good(tmp_path, form
     row = dict(zip(recognition.COLUMNS, recognition.row_of(tmp_path, what="a", data="b"), strict=True))
     assert (row["formed"], row["cer_before_formed"], row["cer_when_formed"]) == expected
     assert (row["cer_best"], row["cer_last"], row["epochs"], row["core_hours"]) == ("20.00", "30.00", "5", "0.50")
+
+
+def test_recorded_trainings_are_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+    for name in ("FILE", "VALIDATIONS", "PICTURE"):
+        monkeypatch.setattr(recognition, name, tmp_path / name.lower())
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny")))
+    rows = [validation(1, 90.0, False), validation(2, 50.0, True), validation(3, 40.0, True)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recognition.main([str(tmp_path), "--data", "made", "--what", "as it is", "--record", "--table"])
+    out = capsys.readouterr().out
+    assert "| not formed | 1 | 1.00, 1.00, 1.00 | 90% |" in out and "| formed | 2 | 1.00, 1.00, 1.00 | 45% |" in out
+    assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
+    assert [row["epoch"] for row in record.read(tmp_path / "validations")] == ["1", "2", "3"]
 
 
 def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
@@ -218,6 +232,27 @@ def test_the_machine_is_measured(monkeypatch):
     assert machine.product_rate(torch.float32, 64) > 1e8
     assert machine.bandwidth(2**16) > 1e7
     assert 0 < machine.call_cost() < 1e-2
+
+
+def test_what_a_training_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "FILE", tmp_path / "cost.csv")
+    (tmp_path / "small.yaml").write_text(
+        "features: {kind: mfcc, size: 8, mel_bins: 8}\ndata: {frames_per_batch: 2000}\ntraining: {epochs: 10}\nmodel:\n"
+        "  listener: {conv_channels: [6], conv_strides: [2], lstm_size: 5, pyramids: 1, top_layers: 1}\n"
+        "  speller: {key_size: 8, value_size: 7, embedding_size: 6, lstm_sizes: [10, 8]}\n"
+    )
+    threads = torch.get_num_threads()
+    cost.main(["--config", str(tmp_path / "small.yaml"), "--hours", "50", "--rounds", "1", "--record"])
+    torch.set_num_threads(threads)
+    (row,) = record.read(tmp_path / "cost.csv")
+    assert float(row["core_hours"]) == pytest.approx(500 / float(row["times_real_time"]), rel=1e-2)
+    assert float(row["cpu_cost"]) == pytest.approx(0.04 * float(row["core_hours"]), rel=1e-2)
+    assert 0 < float(row["gpu_products_hours"]) < float(row["gpu_hours"])
+    config, frames = load_config(tmp_path / "small.yaml"), torch.tensor([400, 1000])
+    tokens = 1000 * LETTERS_PER_FRAME + 1
+    assert cost.dependent_steps(config, frames) == pytest.approx(2 * (500 + 250 + 250 + 3 * tokens))
+    one = cost.operations(config, frames[:1])
+    assert cost.operations(config, frames) > one + cost.operations(config, frames[:1])
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])

@@ -152,8 +152,9 @@ def test_what_is_on_already_is_not_advised():
         data=DataConfig(utterances_per_batch=8, short_epochs=5),
         augment=AugmentConfig(start_epoch=90),
         model=ModelConfig(listener=ListenerConfig(pyramids=2), ctc_layer=1),
-        training=TrainingConfig(guided_weight=3, guided_until=40, ctc_weight=1.0, teacher_forcing=(), epochs=30),
-    )
+        training=TrainingConfig(guided_weight=1, guided_frames=8, guided_until=40, ctc_weight=1.0, teacher_forcing=(),
+                                epochs=30),
+    )  # fmt: skip
     assert monitor.advice(10, config) == ["longer training: --training.epochs 60"]
 
 
@@ -161,15 +162,23 @@ def test_what_is_on_weakly_is_advised_stronger_or_longer():
     stage = TeacherForcingStage(start=5, end=10, first=1, last=0.5)
     config = Config(
         model=ModelConfig(ctc_layer=1),
-        training=TrainingConfig(guided_weight=1, guided_until=5, ctc_weight=0.3, teacher_forcing=(stage,)),
-    )
+        training=TrainingConfig(guided_weight=0.5, guided_until=5, guided_frames=8, ctc_weight=0.3,
+                                teacher_forcing=(stage,)),
+    )  # fmt: skip
     text = "; ".join(monitor.advice(12, config))
     assert "--training.guided-until 24 (now 5)" in text
     assert "--training.ctc-weight 1 (now 0.3)" in text
     assert "now 0.50" in text
     faded = dataclasses.replace(config, training=dataclasses.replace(config.training, ctc_until=6.0, guided_until=50))
     assert "--training.ctc-until 0 (now 6)" in "; ".join(monitor.advice(12, faded))
-    assert "--training.guided-weight 3 (now 1)" in "; ".join(monitor.advice(12, faded))
+    assert "--training.guided-weight 1 (now 0.5)" in "; ".join(monitor.advice(12, faded))
+
+
+@pytest.mark.parametrize(("weight", "now"), [(0.0, "now 0"), (3.0, "now along the diagonal")])
+def test_where_there_is_ctc_it_is_to_lead_the_attention(weight, now):
+    config = Config(model=ModelConfig(ctc_layer=1), training=TrainingConfig(guided_weight=weight, ctc_weight=1.0))
+    first = monitor.advice(12, config)[0]
+    assert "--training.guided-frames 8 --training.guided-weight 1" in first and now in first
 
 
 def test_an_alignment_can_be_logged_as_json():
