@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.checkpoint import write_atomically
+from las_fast.cli import run
 from las_fast.errors import InputError
 from las_fast.report import attention_of, epoch_of, label_tokens
 
@@ -55,4 +56,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,7 +21,7 @@ from benchmarks import record
 from benchmarks.made import LETTERS_PER_FRAME, book_frame_counts
 from benchmarks.operations import BACKWARD, listener_operations, speller_operations
 from benchmarks.test_bench_train import batch_of, trainers
-from las_fast.cli import tune_memory
+from las_fast.cli import run
 from las_fast.config import Config, load_config
 from las_fast.data.batching import BucketBatches
 from las_fast.text import Vocabulary
@@ -103,7 +103,6 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--price-gpu", type=float, default=3.0, help="dollars an hour of an H100, assumed")
     parser.add_argument("--record", action="store_true", help=f"append the row to {FILE.name}")
     options = parser.parse_args(words)
-    tune_memory()
     torch.set_num_threads(1)
     config = load_config(options.config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, threads=1))
@@ -119,4 +118,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

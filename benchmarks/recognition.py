@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks import record
 from las_fast import checkpoint
 from las_fast.checkpoint import write_atomically
+from las_fast.cli import run
 from las_fast.config import from_yaml
 from las_fast.errors import InputError
 from las_fast.monitor import THRESHOLDS
@@ -154,4 +155,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import record
 from las_fast.checkpoint import Loaded, load_model
+from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.data.dataset import SpeechDataset, open_corpus
 from las_fast.data.manifest import further_columns
@@ -103,4 +104,4 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

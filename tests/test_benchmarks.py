@@ -14,14 +14,14 @@ from archives import make_archive, make_manifest
 from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, cost, machine, paired, recognition, record, report, scores
+from benchmarks import attention, cost, learning_curve, machine, paired, recognition, record, report, scores
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import LETTERS_PER_FRAME, recordings
 from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
 from benchmarks.test_bench_shares import COLUMNS
 from las_fast import decode, lm
-from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
+from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
 from las_fast.errors import InputError
 from las_fast.features import load_audio
 from las_fast.losses import training_loss
@@ -295,6 +295,35 @@ def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monk
     decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), "--device", "cpu", "--beam", "3"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert float(whole["beam, CTC, language model"]) == pytest.approx(last["cer"], abs=1e-3)
+
+
+def test_a_learning_curve_is_fitted_and_says_how_sure_its_predictions_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(learning_curve, "FILE", tmp_path / "curve.csv")
+    monkeypatch.setattr(learning_curve, "PICTURE", tmp_path / "curve.png")
+    hours = np.array([1.0, 3.0, 6.0, 13.0])
+    assert learning_curve.fit(hours, 80 * hours**-0.5) == pytest.approx((80, 0.5))
+    assert learning_curve.predict(hours, 80 * hours**-0.5, 100.0) == pytest.approx((8, 8, 8))
+    middle, low, high = learning_curve.predict(hours, 80 * hours**-0.5 * np.array([1, 1.1, 0.9, 1]), 100.0)
+    assert low < middle < high
+    make_manifest(tmp_path / "data", utterances=3)
+    names = []
+    for i, length in enumerate((0.0001, 0.0)):
+        sections = {"model": replace(MODEL, ctc_layer=0), "data": DataConfig(hours=length),
+                    "decoding": DecodingConfig(beam=2, ctc_weight=0.5)}  # fmt: skip
+        (tmp_path / str(i)).mkdir()
+        names.append(str(make_checkpoint(tmp_path / str(i), 20, mel_bins=23, sections=sections)))
+    learning_curve.main([*names, "--data", str(tmp_path / "data"), "--record"])
+    rows = record.read(tmp_path / "curve.csv")
+    assert [row["way"] for row in rows] == ["greedy", "beam and CTC"] * 2
+    assert rows[0]["hours"] == "0.0001" and float(rows[2]["hours"]) > 0.0001
+    out = capsys.readouterr().out
+    assert "| CER, %, beam and CTC | " in out and "460 h, predicted" in out
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    learning_curve.main([])
+    assert capsys.readouterr().out == out
+    (tmp_path / "curve.csv").unlink()
+    with pytest.raises(InputError, match="a curve needs trainings on two different amounts"):
+        learning_curve.main([])
 
 
 def test_scores_by_a_column_that_is_not_there_is_an_error(tmp_path):
