@@ -31,6 +31,7 @@ NAMES = {"frames": "encoder frames", "batch": "utterances in a batch"}
 KEYS = 256  # size of a key in the suites' shapes
 COLOURS = {
     "las_fast": "#0b6e4f", "las_fast cpp": "#0b6e4f", "las_fast bf16": "#2fbf71",
+    "las_fast int8": "#8fdcae",
     "las_fast steps": "#5e8c61", "las_fast reference": "#9bc1bc",
     "plain": "#b5651d", "plain bf16": "#e9a15b", "usual": "#8d8d8d",
 }  # fmt: skip

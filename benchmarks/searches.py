@@ -12,7 +12,7 @@ from benchmarks.plain import Plain, Usual
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model import LAS
 from las_fast.ops import backends
-from las_fast.search import beam_search
+from las_fast.search import REDUCED, beam_search
 
 STEPS = 64
 CLOSE = 1e-4  # relative, of scores in float32
@@ -55,6 +55,7 @@ class Searches:
             found["las_fast steps"] = lambda: self.own("cpp", capture=False)
             found["las_fast cpp"] = lambda: self.own("cpp")
             found["las_fast bf16"] = lambda: self.own("cpp", "bf16")
+            found["las_fast int8"] = lambda: self.own("cpp", "int8")
         return {name: run for name, run in found.items() if not names or name in names}
 
     def baseline(self, model, listened) -> tuple[list, Tensor]:
@@ -68,12 +69,13 @@ class Searches:
         config = DecodingConfig(
             beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
         )
-        memory = self.model.speller.attention.remember(self.listened, self.lengths)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as las_fast.search.listen
+            memory = self.model.speller.attention.remember(self.listened, self.lengths)
         found = beam_search(self.model, memory, config, backend=backend, capture=capture)
         return [h[0].text_tokens for h in found], torch.tensor([h[0].score for h in found])
 
     def check(self, paths: dict[str, Callable[[], tuple]]) -> None:
-        """In float32 the hypotheses are the same, in bfloat16 as good by their own scores.
+        """In float32 the hypotheses are the same, in less precision as good by their own scores.
 
         At other shapes than the default a few utterances may differ: of hundreds of prunings some leave two beams that
         are equal but for rounding.
@@ -82,10 +84,14 @@ class Searches:
         few = 0 if self.shape == Shape() else max(1, self.shape.B // 10)
         for name, run in paths.items():
             found, own = run()
-            half = "bf16" in name
+            half = dtype_of(name) != "float32"
             close = CLOSE_BF16 if half else CLOSE
             torch.testing.assert_close(own.float(), scores, rtol=close, atol=0.0, msg=f"scores of {name}")
             assert half or sum(x != y for x, y in zip(found, tokens, strict=True)) <= few, f"hypotheses of {name}"
+
+
+def dtype_of(path: str) -> str:
+    return {"bf16": "bfloat16", "int8": "int8"}.get(path.split()[-1], "float32")
 
 
 def timed(
@@ -107,7 +113,7 @@ def timed(
         paths,
         what=what,
         shape=str(shape),
-        dtypes={name: "bfloat16" if "bf16" in name else "float32" for name in paths},
+        dtypes={name: dtype_of(name) for name in paths},
         baseline="plain",
         rounds=rounds,
         per=shape.B * shape.steps * 1e-6,

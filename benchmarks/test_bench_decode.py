@@ -35,7 +35,7 @@ CURVES = {
     "vocabulary": [Shape(V=n, steps=32) for n in (31, 500, 5000)],
     "hidden size": [Shape(H=n, steps=32) for n in (128, 256, 512, 1024)],
 }
-CURVE = ("plain", "plain bf16", "las_fast cpp", "las_fast bf16")
+CURVE = ("plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8")
 
 
 @pytest.mark.parametrize(("axis", "shape"), [(axis, s) for axis in CURVES for s in CURVES[axis]], ids=str)

@@ -21,7 +21,7 @@ SHAPES = {  # B, K, T, V, H of both cells, of the embedding and of the values, D
     "word pieces": (16, 8, 200, 5000, 512, 256),
     "small model": (16, 8, 100, 31, 96, 64),
 }
-PATHS = {"reference": "fp32", "step by step": "fp32", "cpp": "fp32", "cpp bf16": "bf16"}
+PATHS = {"reference": "fp32", "step by step": "fp32", "cpp": "fp32", "cpp bf16": "bf16", "cpp int8": "int8"}
 
 
 def make(B, K, T, V, H, D) -> tuple[LAS, Memory]:
@@ -57,12 +57,12 @@ def test_speller_search(measure, shape, path):
     with torch.inference_mode():
         tokens, scores = search(path, model, memory, sizes[1])
         expected = search("reference", model, memory, sizes[1])
-    torch.testing.assert_close(scores, expected[1], rtol=1e-2 if "bf16" in path else 1e-5, atol=0.0)
-    assert tokens == expected[0] or "bf16" in path
+    torch.testing.assert_close(scores, expected[1], rtol=1e-5 if PATHS[path] == "fp32" else 1e-2, atol=0.0)
+    assert tokens == expected[0] or PATHS[path] != "fp32"
     measure(
         lambda: search(path, model, memory, sizes[1]),
         op="speller_search",
         backend=path,
         shape=" ".join(f"{letter}{size}" for letter, size in zip("BKTVHD", sizes, strict=True)) + f" L{STEPS}",
-        dtype=torch.bfloat16 if "bf16" in path else torch.float32,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[PATHS[path]],
     )

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "int8.h"
 #include "product.h"
 
 namespace las {
@@ -35,6 +36,13 @@ struct Layer {
   Panels<T> weights;
   std::vector<float> bias;  // padded to whole panels
   las::Memory<T> memory;
+};
+
+template <>
+struct Layer<int8_t> {
+  Int8Panels weights;
+  std::vector<float> bias;
+  Int8Memory memory;
 };
 
 // In the order of las_fast/ops/speller_search.py: SpellerWeights.
@@ -99,7 +107,11 @@ template <class T>
 Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, float factor = 1.0f) {
   const int64_t n = weights.size(0), stride = weights.size(1);
   Layer<T> made{{}, std::vector<float>(padded(n), 0.0f), {}};
-  made.weights = las::pack<T>(weights.const_data_ptr<float>() + from, stride, 1, n, depth, made.memory, factor);
+  const float* source = weights.const_data_ptr<float>() + from;
+  if constexpr (std::is_same_v<T, int8_t>)
+    made.weights = las::pack(source, stride, n, depth, made.memory);
+  else
+    made.weights = las::pack<T>(source, stride, 1, n, depth, made.memory, factor);
   for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
   return made;
 }

@@ -51,18 +51,20 @@ constexpr float UNSEEN = 0.01f;  // least attention that a frame counts as havin
 
 // ------------------------------------------------------------------------------------------------------- what is read
 
-template <class T>
+template <class G>
 struct LaterCell {
   int64_t size;
-  Layer<T> input, recurrent;  // the bias is in `recurrent`
+  Layer<G> input, recurrent;  // the bias is in `recurrent`
 };
 
-template <class T>
+// Weights of the gates are of type G, all others and the memory of the utterances of type T.
+template <class T, class G>
 struct Speller {
   int64_t V, M, D, E, H;  // M of the embedding, H of the first cell
   const float* embedding;
-  Layer<T> token, first;  // from the embedding, and from [context, hidden], to the gates of the first cell
-  std::vector<LaterCell<T>> later;
+  Layer<T> token;  // from the embedding to the gates of the first cell
+  Layer<G> first;  // from [context, hidden]
+  std::vector<LaterCell<G>> later;
   Layer<T> query, project, output;
 
   int64_t cells() const { return 1 + int64_t(later.size()); }
@@ -110,8 +112,8 @@ struct History {
 
 // The states of all rows between two steps.
 struct States {
-  template <class T>
-  States(const Speller<T>& speller, int64_t rows) : first(rows, speller.E + speller.H) {
+  template <class T, class G>
+  States(const Speller<T, G>& speller, int64_t rows) : first(rows, speller.E + speller.H) {
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
       hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i));
@@ -184,10 +186,10 @@ struct Slot {
 
 // --------------------------------------------------------------------------------------------------------- the search
 
-template <class T>
+template <class T, class G>
 class Worker {
  public:
-  Worker(const Speller<T>& speller, const Job& job, int64_t slots)
+  Worker(const Speller<T, G>& speller, const Job& job, int64_t slots)
       : speller_(speller), job_(job), most_(slots * job.K), before_(speller, most_ + 1), after_(speller, most_ + 1),
         best_(job.K), index_(most_ + 1), token_gates_(speller.V) {
     for (int64_t i = 0; i < slots; ++i) slots_.emplace_back(job.K);
@@ -228,6 +230,8 @@ class Worker {
     }
     widest = std::max({widest, speller_.D, speller_.E, job_.T, speller_.M});
     operand_ = Buffer<T>(most_ + 1, widest);
+    if constexpr (std::is_same_v<G, int8_t>) numbers_ = Buffer<uint8_t>(most_ + 1, widest);
+    scales_.resize(most_ + 1);
     sums_ = Buffer<>(most_ + 1, std::max({gates, speller_.M, speller_.V}));
     queries_ = Buffer<>(most_ + 1, speller_.D);
     weights_ = Buffer<>(job_.K, job_.T);
@@ -296,6 +300,20 @@ class Worker {
     return operand_.rows(count);
   }
 
+  // What the first `n` values of rows from(i) add to gates.
+  template <class From>
+  void gates(const Layer<G>& layer, int64_t count, int64_t n, From from, las::Starts starts, const Matrix<float>& out) {
+    if constexpr (std::is_same_v<G, int8_t>) {
+      las::widest([&](auto width) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; ++i)
+          scales_[i] = las::quantise<width>(from(i), n, layer.weights.depth, numbers_.at(i));
+      });
+      las::product({numbers_.at(0), numbers_.stride, count, scales_.data()}, layer.weights, starts, out);
+    } else {
+      las::product(operand(count, layer.weights.depth, n, from), layer.weights, starts, out);
+    }
+  }
+
   las::Starts same(const std::vector<float>& bias, int64_t count) {
     std::fill_n(starts_.begin(), count, bias.data());
     return starts_.data();
@@ -322,13 +340,11 @@ class Worker {
   void recur() {
     const int64_t n = int64_t(sources_.size());
     const auto first = [&](int64_t i) { return before_.first.at(sources_[i]); };
-    const Panels<T>& weights = speller_.first.weights;
-    las::product(operand(n, weights.depth, speller_.E + speller_.H, first), weights, nullptr, recurrent_[0].rows(n));
+    gates(speller_.first, n, speller_.E + speller_.H, first, nullptr, recurrent_[0].rows(n));
     for (int64_t c = 1; c < speller_.cells(); ++c) {
-      const Layer<T>& layer = speller_.later[c - 1].recurrent;
+      const Layer<G>& layer = speller_.later[c - 1].recurrent;
       const auto hidden = [&](int64_t i) { return before_.hidden[c].at(sources_[i]); };
-      las::product(operand(n, layer.weights.depth, speller_.size(c), hidden), layer.weights, same(layer.bias, n),
-                   recurrent_[c].rows(n));
+      gates(layer, n, speller_.size(c), hidden, same(layer.bias, n), recurrent_[c].rows(n));
     }
   }
 
@@ -340,11 +356,9 @@ class Worker {
   void advance(int64_t c) {
     const int64_t size = speller_.size(c);
     if (c > 0) {
-      const Panels<T>& input = speller_.later[c - 1].input.weights;
       const auto below = [&](int64_t i) { return hidden(c - 1, i); };
-      const Matrix<const T> rows = operand(count(), input.depth, speller_.size(c - 1), below);
       for (int64_t i = 0; i < count(); ++i) starts_[i] = recurrent_[c].at(rows_[i].source);
-      las::product(rows, input, starts_.data(), sums_.rows(count()));
+      gates(speller_.later[c - 1].input, count(), speller_.size(c - 1), below, starts_.data(), sums_.rows(count()));
     }
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
@@ -496,7 +510,7 @@ class Worker {
     }
   }
 
-  const Speller<T>& speller_;
+  const Speller<T, G>& speller_;
   const Job& job_;
   int64_t most_;  // living beams
   std::vector<Slot<T>> slots_;
@@ -504,6 +518,8 @@ class Worker {
   std::vector<Living> rows_;
   std::vector<int64_t> sources_;  // rows of the states that are continued
   Buffer<T> operand_;
+  Buffer<uint8_t> numbers_;    // rows of products in whole numbers
+  std::vector<float> scales_;  // of them
   std::vector<Buffer<>> recurrent_;
   Buffer<> sums_, queries_, weights_, contexts_;
   std::vector<const float*> starts_;
@@ -541,33 +557,33 @@ Steps stack(const std::vector<History>& found, int64_t K, int64_t eos, const at:
   return {tokens, parents, scores, frames};
 }
 
-template <class T>
-Steps search(const Speller<T>& speller, const Job& job) {
+template <class T, class G>
+Steps search(const Speller<T, G>& speller, const Job& job) {
   std::vector<History> found(job.B);
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), job.B));
   const int64_t slots = std::min((job.B + workers - 1) / workers, std::max<int64_t>(1, ROWS / job.K));
   std::atomic<int64_t> queue{0};
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Worker<T>(speller, job, slots).run(queue, found);
+    for (int64_t i = begin; i < end; ++i) Worker<T, G>(speller, job, slots).run(queue, found);
   });
   return stack(found, job.K, job.eos, job.lengths.options());
 }
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
-template <class T>
-Speller<T> speller_of(const Weights& w, int64_t D, int64_t E) {
+template <class T, class G = T>
+Speller<T, G> speller_of(const Weights& w, int64_t D, int64_t E) {
   check_weights(w, D, E);
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1), H = w.gate_biases[0].numel() / 4;
   const at::Tensor none;
-  Speller<T> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
+  Speller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
   speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0]);
-  speller.first = layer<T>(w.gates[0], M, E + H, none);
+  speller.first = layer<G>(w.gates[0], M, E + H, none);
   int64_t below = H;
   for (size_t i = 1; i < w.gates.size(); ++i) {
     const int64_t size = w.gate_biases[i].numel() / 4;
-    speller.later.push_back({size, layer<T>(w.gates[i], 0, below, none),
-                             layer<T>(w.gates[i], below, size, w.gate_biases[i])});
+    speller.later.push_back({size, layer<G>(w.gates[i], 0, below, none),
+                             layer<G>(w.gates[i], below, size, w.gate_biases[i])});
     below = size;
   }
   speller.query = layer<T>(w.query, 0, below, w.query_bias, 1.0f / std::sqrt(float(D)));  // the attention's scale
@@ -604,7 +620,8 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                      int64_t beam, int64_t sos, int64_t eos,
                      const std::optional<at::Tensor>& minimum, const at::Tensor& maximum, double length_penalty,
                      double eos_threshold, double coverage_weight, const std::optional<at::Tensor>& table,
-                     double ngram_weight, const std::optional<at::Tensor>& frames, double ctc_weight, bool bf16) {
+                     double ngram_weight, const std::optional<at::Tensor>& frames, double ctc_weight,
+                     c10::string_view precision) {
   const Weights weights(list);
   check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, table, frames);
   const auto contiguous = [](const std::optional<at::Tensor>& x) {
@@ -616,7 +633,9 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                 float(length_penalty), float(eos_threshold), float(coverage_weight), float(ngram_weight),
                 float(ctc_weight)};
   const int64_t D = keys.size(2), E = values.size(2);
-  if (bf16) return search(speller_of<at::BFloat16>(weights, D, E), job);
+  if (precision == "int8") return search(speller_of<at::BFloat16, int8_t>(weights, D, E), job);
+  if (precision == "bf16") return search(speller_of<at::BFloat16>(weights, D, E), job);
+  TORCH_CHECK(precision == "fp32", "precision must be fp32, bf16 or int8; got ", precision);
   return search(speller_of<float>(weights, D, E), job);
 }
 
@@ -625,7 +644,7 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(las_fast, m) {
   m.def("speller_search_cpp(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos,"
         " Tensor? minimum, Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight,"
-        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, bool bf16)"
+        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, str precision)"
         " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)");
 }
 

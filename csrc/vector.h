@@ -27,6 +27,7 @@ struct Lanes {
   typedef int32_t Int __attribute__((vector_size(4 * W)));
   typedef uint32_t Bits __attribute__((vector_size(4 * W)));
   typedef uint16_t Short __attribute__((vector_size(2 * W)));
+  typedef uint8_t Bytes __attribute__((vector_size(W)));
 };
 template <int W>
 using Float = typename Lanes<W>::Float;
@@ -36,6 +37,8 @@ template <int W>
 using Bits = typename Lanes<W>::Bits;
 template <int W>
 using Short = typename Lanes<W>::Short;
+template <int W>
+using Bytes = typename Lanes<W>::Bytes;
 
 template <class To, class From>
 LAS_INLINE To bits_as(From x) {

@@ -169,7 +169,7 @@ class DecodingConfig:
     ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
     length_reward: float = 0.0  # added to a score for each character, natural log units; weighs against an n-gram model
     frames_per_batch: int = 30000  # feature frames, padding included
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products in decoding on a CPU; auto: fp32
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # in decoding on a CPU; int8: the speller's; auto: fp32
 
 
 @dataclass(frozen=True)

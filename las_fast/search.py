@@ -47,6 +47,7 @@ from las_fast.ops import (
 from las_fast.ops.speller_search import coverage, first_ngram_state
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
+REDUCED = ("bf16", "int8")  # precisions of decoding in which the listener's products are bfloat16
 LOOK_EVERY = 16  # steps in a chunk, after which the host learns whether all have finished
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
 NO_MEMORY = ("can't allocate memory", "out of memory")  # the CPU's allocator; CUDA outside torch's, as for a graph
@@ -134,7 +135,7 @@ def beam_search(
 
     Raises:
         InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head;
-            precision bf16 where the search is not that in C++.
+            precision bf16 or int8 where the search is not that in C++.
     """
     ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
@@ -195,8 +196,8 @@ class _Search:
             if self.is_native(memory):
                 return self.native(memory, limits)
             capture = _captures(memory.lengths.device, self.backend)
-        if self.config.precision == "bf16":
-            raise InputError("decoding.precision bf16 needs the C++ search of a LAS on a CPU; set it to auto")
+        if (precision := self.config.precision) in REDUCED:
+            raise InputError(f"decoding.precision {precision} needs the C++ search of a LAS on a CPU; set it to auto")
         return self.captured(memory) if capture else self.plain(memory)
 
     def is_native(self, memory) -> bool:
@@ -225,7 +226,7 @@ class _Search:
             ngram_weight=config.ngram_weight,
             frames=self.frames(memory),
             ctc_weight=config.ctc_weight,
-            precision="bf16" if config.precision == "bf16" else "fp32",
+            precision=config.precision if config.precision in REDUCED else "fp32",
             backend="cpp",
         )
 
@@ -437,8 +438,8 @@ def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -
 
 @torch.inference_mode()
 def listen(model, batch: Batch, config: DecodingConfig):
-    """Return the encoder memory of a batch, in float32, whose products have config.precision."""
-    with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    """Return the encoder memory of a batch, in float32, by products in bfloat16 where config.precision is reduced."""
+    with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision in REDUCED):
         return model.listen(batch.features, batch.feature_lengths)
 
 

@@ -489,7 +489,9 @@ def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
     assert decode(Listening(), dataset) == decode(Listening(), FakeDataset(dataset.frames, [None, None]))
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)]
+)
 def test_the_listener_computes_in_the_precision_of_decoding_and_gives_float32(precision, dtype):
     settings = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)))
     model = LAS(settings, input_size=4, vocabulary_size=V).eval()

@@ -84,7 +84,7 @@ def test_espnet1(compare, installed):
     shape = Shape()
     others = {f"ESPnet1 {espnet.__version__} dot": espnet1_search(shape)}
     timed(
-        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16",
+        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8",
         others=others, file="peers", what="beam search and ESPnet1's", rounds=3,
     )  # fmt: skip
 
@@ -94,6 +94,6 @@ def test_espnet2(compare, installed):
     shape = Shape(B=FEW)
     others = {f"ESPnet2 {espnet.__version__} dot": espnet2_search(shape)}
     timed(
-        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16",
+        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8",
         others=others, file="peers", what="beam search of few and ESPnet2's", rounds=3,
     )  # fmt: skip

@@ -52,6 +52,6 @@ def test_speechbrain(compare, installed):
     shape = Shape()
     others = {f"SpeechBrain {version} {kind}": speechbrain_search(shape, kind) for kind in KINDS}
     timed(
-        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16",
+        compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8",
         others=others, file="peers", what="beam search and SpeechBrain's", rounds=3,
     )  # fmt: skip

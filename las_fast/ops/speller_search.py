@@ -25,7 +25,7 @@ from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 UNSEEN = 0.01  # least attention that a frame counts as having got, for a finite logarithm
 
 
@@ -114,7 +114,9 @@ def speller_search(
         frames:  (B, T', V) float32 log-probabilities of ctc_log_probabilities, by which CTC's prefix scores are mixed
             in, on every path in float32; None: they are not.
         ctc_weight: as in beam_topk's Ctc.
-        precision: of the products in C++: "fp32", or "bf16" with float32 sums and states. The reference has fp32 only.
+        precision: of the products in C++: "fp32", "bf16" with float32 sums and states, or "int8", which is bf16 but for
+            the products of context and hidden states with weights of the gates: these are of whole numbers of 8 bits
+            (linear_int8). The reference computes all else in float32.
         backend: "auto", "reference" or "cpp".
 
     Raises:
@@ -127,8 +129,8 @@ def speller_search(
     )  # fmt: skip
     _check(weights, keys, values, lengths, options, precision)
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
-        return _reference(weights, keys, values, lengths, options)
-    found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision == "bf16")
+        return _reference(weights, keys, values, lengths, options, int8=precision == "int8")
+    found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision)
     return Steps(*found)
 
 
@@ -154,13 +156,13 @@ class _Beams(NamedTuple):
     ctc: CtcState | None
 
 
-def _reference(weights: SpellerWeights, keys: Tensor, values: Tensor, lengths: Tensor, options: Options) -> Steps:
+def _reference(weights: SpellerWeights, keys, values, lengths, options: Options, *, int8: bool) -> Steps:
     beams, state = _begin(weights, keys, values, options)
     padding = padding_mask(lengths, keys.shape[1])[:, None]  # (B, 1, T)
     attention = padding.expand(-1, options.beam, -1).float()  # padding counts as covered
     steps = []
     while not steps or bool((~beams.finished & ~beams.scores.isneginf()).any()):
-        logits, attended, peaks, state = step(weights, keys, values, lengths, beams.tokens, state)
+        logits, attended, peaks, state = step(weights, keys, values, lengths, beams.tokens, state, int8=int8)
         attention = torch.where(beams.finished[..., None], attention, attention + attended)
         missed = attention.clamp(UNSEEN, 1.0).log().sum(-1) / lengths.clamp(min=1)[:, None]
         coverage = options.coverage_weight * missed
@@ -207,15 +209,17 @@ def first_ngram_state(table: Tensor, sos: int) -> int:
 
 
 def step(
-    weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: State, masks: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor, State]:
+    weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: State,
+    masks: Sequence[Tensor] | None = None, *, int8: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
     """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state.
 
-    masks (B, 1, H) are factors on what each cell shows to what is above it.
+    masks (B, 1, H) are factors on what each cell shows to what is above it. int8: as the precision of that name.
     """
-    below, hiddens, cells = torch.cat((weights.embedding[tokens], state.context), -1), [], []
+    below, hiddens, cells = weights.embedding[tokens], [], []
     for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
-        i, f, g, o = F.linear(torch.cat((below, state.hidden[n]), -1), gates, bias).chunk(4, -1)
+        parts = [below, torch.cat((state.context, state.hidden[0]), -1) if n == 0 else state.hidden[n]]
+        i, f, g, o = (_gates_int8 if int8 else _gates)(n, parts, gates, bias).chunk(4, -1)
         cells.append(torch.sigmoid(f) * state.cell[n] + torch.sigmoid(i) * torch.tanh(g))
         hiddens.append(torch.sigmoid(o) * torch.tanh(cells[-1]))
         below = hiddens[-1] if masks is None else hiddens[-1] * masks[n]
@@ -224,6 +228,32 @@ def step(
     features = F.gelu(F.linear(torch.cat((below, context), -1), weights.project, weights.project_bias))
     logits = F.linear(features, weights.embedding, weights.bias)
     return logits, attended, peaks, State(tuple(hiddens), tuple(cells), context)
+
+
+def _gates(_cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(torch.cat(parts, -1), weights, bias)
+
+
+def _gates_int8(cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
+    first, second = weights.split([part.shape[-1] for part in parts], 1)
+    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)  # what a token adds is looked up
+    return below + linear_int8(parts[1], second) + bias
+
+
+def linear_int8(x: Tensor, weights: Tensor) -> Tensor:
+    """Return x weights^T, (..., N), of whole numbers: x (..., M) and weights (N, M), a scale for each row of both.
+
+    The largest magnitude of a row is 127 (symmetric, dynamic: the rows of x are scaled as they come).
+    """
+    (rows, scale), (columns, column_scale) = _whole_numbers(x), _whole_numbers(weights)
+    return (F.linear(rows, columns) * (scale * column_scale[..., 0])).to(x.dtype)
+
+
+def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float64 numbers from -127 to 127, whose products and sums are exact, and the scales (..., 1)."""
+    most = x.float().abs().amax(-1, keepdim=True)
+    factor = torch.where(most > 0, 127 / most, 0.0)
+    return (x.float() * factor).round().double(), most.double() / 127
 
 
 def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
@@ -309,7 +339,7 @@ backends.register(
     "speller_search",
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
     " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? table,"
-    " float ngram_weight, Tensor? frames, float ctc_weight, bool bf16)"
+    " float ngram_weight, Tensor? frames, float ctc_weight, str precision)"
     " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
     _fake,
 )

@@ -77,5 +77,6 @@ def digest_with_lanes(module: str, lanes: str) -> str:
     """Return what check_and_digest() of that test module gives in a process that takes vectors of so many lanes."""
     folder = Path(__file__).parent
     environment = {**os.environ, "LAS_FAST_LANES": lanes, "PYTHONPATH": f"{folder}:{folder.parents[1]}"}
+    environment["OMP_NUM_THREADS"] = "1"  # small ops wait long for a second thread on a busy machine
     words = [sys.executable, "-c", f"import {module} as test; print(test.check_and_digest())"]
     return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout.strip()

@@ -15,7 +15,7 @@ from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.ops import SpellerWeights, beam_backtrack, ctc_log_probabilities, padding_mask, speller_search
 from las_fast.ops.speller_search import Options as SearchOptions
-from las_fast.ops.speller_search import _begin, step
+from las_fast.ops.speller_search import _begin, linear_int8, step
 from las_fast.search import beam_search
 
 SOS, EOS, NAN = 1, 2, torch.nan
@@ -44,7 +44,7 @@ OPTIONS = {
     "every option": EVERY,
 }
 on_each_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)).replace(" ", ""))
-on_each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+on_each_precision = pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 FAST = [name for name in COVERED if name == "cpp"]
 
 
@@ -193,15 +193,17 @@ def test_other_models_and_precisions_go_step_by_step(cpp):
     ):
         assert "las_fast::speller_search_cpp" not in ops_called(run)
         assert [h[0].text_tokens for h in run()] == [h[0].text_tokens for h in expected]
-    with pytest.raises(InputError, match="decoding.precision bf16 needs the C\\+\\+ search of a LAS on a CPU"):
-        beam_search(other, memory, replace(config, precision="bf16"))
+    for precision in ("bf16", "int8"):
+        with pytest.raises(InputError, match=f"decoding.precision {precision} needs the C\\+\\+ search of a LAS on"):
+            beam_search(other, memory, replace(config, precision=precision))
 
 
-def test_a_bf16_search_is_that_of_the_op(cpp):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_search_of_less_precision_is_that_of_the_op(cpp, precision):
     model = las()
-    memory, config = listened(model), DecodingConfig(beam=4, precision="bf16")
+    memory, config = listened(model), DecodingConfig(beam=4, precision=precision)
     steps = speller_search(
-        model.speller.weights(), *memory[:3], beam=4, sos=SOS, eos=EOS, length_penalty=1.0, precision="bf16",
+        model.speller.weights(), *memory[:3], beam=4, sos=SOS, eos=EOS, length_penalty=1.0, precision=precision,
         maximum=(memory.lengths * model.time_reduction * 0.3).long() + 10,
     )  # fmt: skip
     for utterance, wanted in zip(hypotheses(steps), beam_search(model, memory, config, nbest=4), strict=True):
@@ -283,14 +285,21 @@ def test_weights_that_changed_are_read_anew(cpp):
     assert [h[0].text_tokens for h in after] == [h[0].text_tokens for h in stepwise]
 
 
-def first_step(weights, memory, dtype):
-    """The log-probabilities of the first token by the formulas in that precision, (B, V)."""
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+def spelled(weights, memory, tokens, dtype, int8=False):
+    """The log-probabilities of the next token by the formulas in that precision, (B, U + 1, V), after tokens (B, U)."""
     cast = [x.to(dtype) for x in weights.flat()]
     cast = SpellerWeights(*cast[:6], tuple(cast[6::2]), tuple(cast[7::2]))
     keys, values = (x.to(dtype) for x in memory[:2])
     options = SearchOptions(1, SOS, EOS, None, some_limits(len(keys)), 0.0, 0.0, 0.0, None, 0.0)
     beams, state = _begin(cast, keys, values, options)
-    return step(cast, keys, values, memory[2], beams.tokens, state)[0][:, 0].double().log_softmax(-1)
+    found = []
+    for previous in (beams.tokens, *tokens.T[..., None]):
+        logits, _, _, state = step(cast, keys, values, memory[2], previous, state, int8=int8)
+        found.append(logits[:, 0].double().log_softmax(-1))
+    return torch.stack(found, 1)
 
 
 @on_each_precision
@@ -299,12 +308,46 @@ def test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula(cpp, s
     V, M, H, D, E, T, B, _ = sizes
     weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
     steps = search(weights, memory, beam=V, maximum=torch.full((B,), 9), precision=precision)
-    exact = first_step(weights, memory, torch.float64)
-    usual = first_step(weights, memory, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    none = torch.empty(B, 0, dtype=torch.int64)
+    exact = spelled(weights, memory, none, torch.float64)[:, 0]
+    usual = spelled(weights, memory, none, TYPES[precision], int8=precision == "int8")[:, 0]
     found = torch.empty_like(exact).scatter_(1, steps.tokens[0], steps.scores[0].double())
     assert torch.equal(steps.tokens[0].sort().values, torch.arange(V).expand(B, V))
     error, usual_error = ((x - exact)[:, EOS:].square().mean().sqrt() for x in (found, usual))
     assert error <= 2 * usual_error + 1e-6
+
+
+@on_each_precision
+@pytest.mark.parametrize("sizes", [x for x in SIZES if x[0] > 4], ids=lambda x: "x".join(map(str, x)).replace(" ", ""))
+def test_later_tokens_err_at_most_twice_as_much_as_by_the_plain_formula(cpp, sizes, precision):
+    V, M, H, D, E, T, B, _ = sizes
+    weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
+    limit = torch.full((B,), 12)
+    steps = search(weights, memory, beam=1, maximum=limit, minimum=12, precision=precision)
+    tokens, scores = steps.tokens[:, :, 0].T, steps.scores[:, :, 0].T.double()
+    own = scores.diff(dim=1, prepend=torch.zeros(B, 1).double())
+    exact, usual, coarse = (
+        spelled(weights, memory, tokens[:, :-1], dtype, int8).gather(2, tokens[..., None])[..., 0]
+        for dtype, int8 in ((torch.float64, False), (TYPES[precision], precision == "int8"), (torch.bfloat16, True))
+    )
+    error, usual_error = ((x - exact).square().mean().sqrt() for x in (own, usual))
+    assert error <= 2 * usual_error + 2e-6
+    if precision != "int8":
+        assert error < (coarse - exact).square().mean().sqrt()
+    else:
+        assert not torch.equal(steps.scores, search(weights, memory, beam=1, maximum=limit, minimum=12,
+                                                    precision="bf16").scores)  # fmt: skip
+
+
+def test_products_of_whole_numbers_are_those_of_the_rounded_numbers():
+    x, weights = torch.randn(5, 3, 9), torch.randn(4, 9)
+    x[0, 0], weights[1] = 0.0, 0.0
+    found = linear_int8(x, weights)
+    steps = [y.abs().amax(-1, keepdim=True) / 127 for y in (x, weights)]
+    rounded = [torch.where(step > 0, (y / step).round() * step, y) for y, step in zip((x, weights), steps, strict=True)]
+    torch.testing.assert_close(found, rounded[0] @ rounded[1].T)
+    torch.testing.assert_close(found, x @ weights.T, atol=0.1, rtol=0)
+    assert not torch.equal(found, x @ weights.T)
 
 
 @pytest.fixture(scope="module")
@@ -349,13 +392,14 @@ def test_real_speech_has_one_answer_alone_and_in_a_batch(cpp, an4, precision):
         assert beam_search(model, alone, config, nbest=8) == together[b : b + 1]
 
 
-def test_most_utterances_of_real_speech_come_out_the_same_in_bf16(cpp, an4):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_most_utterances_of_real_speech_come_out_the_same_in_less_precision(cpp, an4, precision):
     model, config, memories = an4
     pairs = [
         (a[0].text_tokens, b[0].text_tokens)
         for memory in memories
         for a, b in zip(
-            *(beam_search(model, memory, replace(config, precision=x)) for x in ("fp32", "bf16")), strict=True
+            *(beam_search(model, memory, replace(config, precision=x)) for x in ("fp32", precision)), strict=True
         )
     ]
     assert sum(a != b for a, b in pairs) <= 5
@@ -371,7 +415,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
     arguments += (frames, 0.3)
     torch.library.opcheck(
         torch.ops.las_fast.speller_search_cpp.default,
-        (weights.flat(), *memory, *arguments, precision == "bf16"),
+        (weights.flat(), *memory, *arguments, precision),
     )
 
 
@@ -384,7 +428,7 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"values": torch.ones(3, 9, 3).double()}, "values must be .* float32; got .* torch.float64"),
         ({"lengths": torch.ones(3)}, r"lengths must be \(3,\) int64; got \(3,\) torch.float32"),
         ({"maximum": torch.ones(2).long()}, r"maximum must be \(3,\) int64; got \(2,\)"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16; got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of fp32, bf16, int8; got 'fp16'"),
         ({"beam": 0}, "beam must be at least 1; got 0"),
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
@@ -412,12 +456,14 @@ def test_arguments_that_disagree_are_named(change, message):
         (6, 7, "eos must be a token from 0 to 6; got 7"),
         (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
         (14, torch.ones(3, 9, 6), r"frames must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
+        (16, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
         (12, torch.ones(7, 6), r"table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
     ],
 )
 def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
-    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, None, 0.0, False]
+    arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, None, 0.0]
+    arguments += ["fp32"]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
@@ -431,7 +477,10 @@ def test_no_utterance_gives_nothing(cpp):
 def check_and_digest() -> str:
     for sizes in SIZES:
         assert_equals_the_reference(sizes, EVERY)
-        test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula("cpp", (*sizes[:7], 0), "bf16")
+        for precision in ("bf16", "int8"):
+            test_log_probabilities_err_at_most_twice_as_much_as_the_plain_formula("cpp", (*sizes[:7], 0), precision)
+            if sizes[0] > 4:
+                test_later_tokens_err_at_most_twice_as_much_as_by_the_plain_formula("cpp", sizes, precision)
     steps = search(make(31, 33, (32, 31), 33, 17), remember(5, 40, 33, 17), beam=5)
     return hashlib.sha256(steps.scores.numpy().tobytes()).hexdigest()
 

@@ -1,0 +1,211 @@
+// Products of rows with packed weights in whole numbers of 8 bits; what product.h is for float32 and bfloat16.
+//
+//   out[m, n] = start[m][n] + scale[m] * scale[n] * sum over k of rows[m, k] * weights[n, k]
+//
+// Each row and each column has a scale of its own: its largest magnitude is 127. Sums are exact, so a row has one result
+// alone and in any company. Rows are kept 128 higher, without a sign, as the processor's dot product takes them; what
+// that adds to a sum is known from the weights and taken off before it begins. A row or column that holds infinity or
+// NaN has the scale NaN.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "product.h"
+
+namespace las {
+
+template <>
+inline constexpr int64_t NEIGHBOURS<int8_t> = 4;
+
+constexpr int32_t ZERO = 128;  // what stands for 0 in a row
+
+// Weights (columns, depth) as [panel][k / 4][column][k % 4], with one scale and one first sum a column.
+struct Int8Panels {
+  const int8_t* data;
+  int64_t columns, depth;
+  const float* scales;
+  const int32_t* sums;  // -ZERO times the sum of the column
+
+  const int8_t* at(int64_t column) const { return data + column * depth; }
+};
+
+struct Int8Rows {
+  const uint8_t* data;
+  int64_t stride, count;
+  const float* scales;
+
+  const uint8_t* at(int64_t row, int64_t k) const { return data + row * stride + k; }
+};
+
+// The largest magnitude of n values; NaN if one is not finite.
+template <int W>
+LAS_INLINE float largest_of(const float* x, int64_t n) {
+  Float<W> most{}, none{};
+  each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    const Float<W> value = get<W>(x + i, lanes, 0.0f);
+    most = larger<W>(most, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
+    none += value * 0.0f;
+  });
+  return largest<W>(most) + sum<W>(none);
+}
+
+// x times a factor as the nearest whole numbers, for magnitudes to 2^22.
+template <int W>
+LAS_INLINE Int<W> whole(Float<W> x, float factor) {
+  const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  return bits_as<Int<W>>(x * factor + ROUND) - 0x4B400000;
+}
+
+inline float factor_of(float largest) { return largest > 0.0f ? 127.0f / largest : 0.0f; }
+
+// Write n values as whole numbers, then zeros up to `depth`; return the scale.
+template <int W>
+LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* to) {
+  const float most = largest_of<W>(from, n), factor = factor_of(most);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const Bytes<W> bytes = __builtin_convertvector(whole<W>(load<W>(from + i), factor) + ZERO, Bytes<W>);
+    std::memcpy(to + i, &bytes, sizeof bytes);
+  }
+  if (i < n) {
+    const Bytes<W> bytes = __builtin_convertvector(whole<W>(load_part<W>(from + i, n - i), factor) + ZERO, Bytes<W>);
+    std::memcpy(to + i, &bytes, n - i);
+  }
+  std::fill(to + n, to + depth, uint8_t(ZERO));
+  return most / 127.0f;
+}
+
+template <int W, int M>
+LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel, Starts starts,
+                     const Matrix<float>& out) {
+  for (int64_t i = 0; i < COLUMNS; i += W) {
+    Int<W> sum[M];
+    const int8_t* from = weights.at(panel) + i * NEIGHBOURS<int8_t>;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) std::memcpy(&sum[m], weights.sums + panel + i, sizeof sum[m]);
+    for (int64_t k = 0; k < weights.depth; k += 4) {
+      Bits<W> four;
+      std::memcpy(&four, from + k * COLUMNS, sizeof four);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Int<W> weight = bits_as<Int<W>>(four << (24 - 8 * j)) >> 24;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[m] += int32_t(rows.at(row + m, k)[j]) * weight;
+      }
+    }
+    const Float<W> scale = load<W>(weights.scales + panel + i);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Float<W> first = starts ? load<W>(starts[row + m] + panel + i) : Float<W>{};
+      const Float<W> all = __builtin_convertvector(sum[m], Float<W>);
+      store<W>(out.at(row + m) + panel + i, first + all * (scale * rows.scales[row + m]));
+    }
+  }
+}
+
+#ifdef LAS_BF16_DOTS
+#define LAS_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+
+inline bool has_int8_dots() {
+  static const bool has = width_here() >= 16 && __builtin_cpu_supports("avx512vnni");
+  return has;
+}
+
+template <int M>
+LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
+                               Starts starts, const Matrix<float>& out) {
+  __m512i sum[M][2];
+  const int8_t* from = weights.at(panel);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) sum[m][i] = _mm512_loadu_si512(weights.sums + panel + 16 * i);
+  for (int64_t k = 0; k < weights.depth; k += 4) {
+    fetch_ahead<M>(from + (k + weights.depth) * COLUMNS, 128);
+    const __m512i first = _mm512_loadu_si512(from + k * COLUMNS);
+    const __m512i second = _mm512_loadu_si512(from + k * COLUMNS + 64);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      int32_t four;
+      std::memcpy(&four, rows.at(row + m, k), sizeof four);
+      const __m512i x = _mm512_set1_epi32(four);
+      // By the intrinsic GCC 12 copies and spills the sums, which takes two and a half times as long.
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][0]) : "v"(x), "v"(first));
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][1]) : "v"(x), "v"(second));
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const int64_t column = panel + 16 * i;
+    const __m512 scale = _mm512_loadu_ps(weights.scales + column);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512 one = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[row + m]));
+      const __m512 begin = starts ? _mm512_loadu_ps(starts[row + m] + column) : _mm512_setzero_ps();
+      _mm512_storeu_ps(out.at(row + m) + column, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][i]), one, begin));
+    }
+  }
+}
+#endif
+
+// out must have room for whole panels in each row; rows are as deep as the panels.
+inline void product(const Int8Rows& rows, const Int8Panels& weights, Starts starts, const Matrix<float>& out) {
+#ifdef LAS_BF16_DOTS
+  if (has_int8_dots()) {
+    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
+      each_tile<TILE<16>>(rows.count,
+                          [&](int64_t row, auto size) { int8_tile<size>(rows, row, weights, panel, starts, out); });
+    return;
+  }
+#endif
+  widest([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
+      each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
+        tile<W, size>(rows, row, weights, panel, starts, out);
+      });
+  });
+}
+
+// One column as whole numbers at `to`, where groups of 4 lie COLUMNS * 4 apart; return its sum.
+template <int W>
+LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, int8_t* to) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < depth; k += W) {
+    const Float<W> values = depth - k < W ? load_part<W>(from + k, depth - k) : load<W>(from + k);
+    const Int<W> numbers = whole<W>(values, factor);
+    int8_t bytes[W];
+    for (int j = 0; j < W; ++j) bytes[j] = int8_t(numbers[j]), sum += bytes[j];
+    for (int j = 0; j < W && k + j < depth; j += 4) std::memcpy(to + (k + j) * COLUMNS, bytes + j, 4);
+  }
+  return sum;
+}
+
+// Memory of packed weights.
+struct Int8Memory {
+  Memory<int8_t> weights;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+};
+
+// Panels of the columns source[column * stride + k], with memory of their own, which becomes `memory`.
+inline Int8Panels pack(const float* source, int64_t stride, int64_t columns, int64_t depth, Int8Memory& memory) {
+  const int64_t deep = padded(depth, NEIGHBOURS<int8_t>), whole = padded(columns);
+  memory = {Memory<int8_t>(whole * deep), std::vector<float>(whole, 0.0f), std::vector<int32_t>(whole, 0)};
+  std::fill_n(memory.weights.data() + (whole - COLUMNS) * deep, COLUMNS * deep, int8_t(0));  // its columns may be few
+  widest([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    for (int64_t n = 0; n < columns; ++n) {
+      const float* from = source + n * stride;
+      const float most = largest_of<W>(from, depth);
+      int8_t* to = memory.weights.data() + n / COLUMNS * COLUMNS * deep + n % COLUMNS * NEIGHBOURS<int8_t>;
+      memory.sums[n] = -ZERO * pack_column<W>(from, depth, factor_of(most), to);
+      memory.scales[n] = most / 127.0f;
+    }
+  });
+  return {memory.weights.data(), columns, deep, memory.scales.data(), memory.sums.data()};
+}
+
+}  // namespace las
