@@ -58,7 +58,9 @@ LAS_INLINE Int<W> whole(Float<W> x, float factor) {
   return bits_as<Int<W>>(x * factor + ROUND) - 0x4B400000;
 }
 
-inline float factor_of(float largest) { return largest > 0.0f ? 127.0f / largest : 0.0f; }
+constexpr float LEAST = 1e-30f;  // a row with no larger magnitude counts as zeros: 127 / largest has to be finite
+
+inline float factor_of(float largest) { return largest > LEAST ? 127.0f / largest : 0.0f; }
 
 // Write n values as whole numbers, then zeros up to `depth`; return the scale.
 template <int W>

@@ -26,6 +26,7 @@ from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 
 PRECISIONS = ("fp32", "bf16", "int8")
+LEAST = 1e-30  # a row of int8 with no larger magnitude counts as zeros: 127 / largest has to be finite
 UNSEEN = 0.01  # least attention that a frame counts as having got, for a finite logarithm
 
 
@@ -252,7 +253,7 @@ def linear_int8(x: Tensor, weights: Tensor) -> Tensor:
 def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return float64 numbers from -127 to 127, whose products and sums are exact, and the scales (..., 1)."""
     most = x.float().abs().amax(-1, keepdim=True)
-    factor = torch.where(most > 0, 127 / most, 0.0)
+    factor = torch.where(most > LEAST, 127 / most, 0.0)
     return (x.float() * factor).round().double(), most.double() / 127
 
 

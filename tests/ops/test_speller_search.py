@@ -339,6 +339,27 @@ def test_later_tokens_err_at_most_twice_as_much_as_by_the_plain_formula(cpp, siz
                                                     precision="bf16").scores)  # fmt: skip
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-38, 1e-20, 1e20])
+def test_gates_of_any_size_are_searched_in_whole_numbers(cpp, factor):
+    weights, memory = make(31, 33, (32, 31), 33, 17), remember(5, 40, 33, 17)
+    gates = [gate.clone() for gate in weights.gates]
+    gates[0][:, 33:] *= factor  # what context and state add
+    gates[1][3:7] *= factor
+    gates[1][:, 5] *= factor
+    weights = weights._replace(gates=tuple(gates))
+    found = search(weights, memory, beam=4, precision="int8")
+    expected = search(weights, memory, beam=4, precision="int8", backend="reference")
+    torch.testing.assert_close(found.scores[0], expected.scores[0], atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_a_number_stays_so_in_whole_numbers(cpp, value):
+    weights, memory = make(31, 33, (32, 31), 33, 17), remember(2, 40, 33, 17)
+    weights.gates[1][5, 3] = value
+    steps = search(weights, memory, beam=4, precision="int8")
+    assert not steps.scores.isfinite().any()
+
+
 def test_products_of_whole_numbers_are_those_of_the_rounded_numbers():
     x, weights = torch.randn(5, 3, 9), torch.randn(4, 9)
     x[0, 0], weights[1] = 0.0, 0.0
