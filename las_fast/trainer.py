@@ -138,7 +138,7 @@ class Trainer:
         training, epoch = self.config.training, self.epoch
         # Dropout and teacher forcing draw from a seed of their own at each step: resuming needs no random state.
         torch.manual_seed(training.seed * 1_000_003 + self.progress.step)
-        share = cosine_share(training, self.progress.step, self.steps) * self.progress.plateau.share
+        share = cosine_share(training, *self._in_cycle()) * self.progress.plateau.share
         for group in self.optimiser.param_groups:
             group["lr"] = training.learning_rate * share
         self.model.train()
@@ -215,6 +215,13 @@ class Trainer:
         )
 
     # Validation and what is shown
+
+    def _in_cycle(self) -> tuple[int, int]:
+        """Return how many steps of the learning rate's cycle are done, of how many (Loshchilov and Hutter 2017)."""
+        length = self.config.training.epochs // self.config.training.cycles
+        cycle = self.course.place(self.progress.step)[0] // length
+        begin, end = (self.course.steps_before(n * length) for n in (cycle, cycle + 1))
+        return self.progress.step - begin, end - begin
 
     def _validation_is_due(self) -> bool:
         every, step = self.config.training.validate_every, self.progress.step
@@ -353,11 +360,15 @@ def catch_stop_signals(trainer: Trainer):
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
-    One that the checkpoint does not know is newer; its default is what it was trained with.
+    One that the checkpoint does not know is newer; its default is what it was trained with. Further cycles change
+    nothing of those before.
     """
-    before = dict(_flat(to_tree(Config()))) | dict(_flat(then))
-    for key, value in _flat(now):
-        if before[key] != value and key not in FREE_TO_CHANGE:
+    before, after = dict(_flat(to_tree(Config()))) | dict(_flat(then)), dict(_flat(now))
+    lengths = [settings["training.epochs"] / settings["training.cycles"] for settings in (before, after)]
+    longer = lengths[0] == lengths[1] and before["training.epochs"] <= after["training.epochs"]
+    free = (*FREE_TO_CHANGE, "training.epochs", "training.cycles") if longer else FREE_TO_CHANGE
+    for key, value in after.items():
+        if before[key] != value and key not in free:
             raise InputError(
                 f"{path} was trained with {key} = {before[key]}, not {value}; resume with the same settings"
             )

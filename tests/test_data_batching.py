@@ -218,6 +218,7 @@ def test_a_course_knows_the_place_of_every_step():
     places = [course.place(step) for step in range(course.steps + 1)]
     assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(course.of(epoch)))]
     assert places[-1] == (5, 0)
+    assert [course.place(course.steps_before(epoch)) for epoch in range(6)] == [(epoch, 0) for epoch in range(6)]
     epochs = [course.epochs(step) for step in range(course.steps + 1)]
     assert (np.diff(epochs) > 0).all() and {0, 1, 2, 3, 4, 5} <= set(epochs)
 

@@ -366,6 +366,23 @@ def test_resuming_nothing_says_so(archive, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_finished_training_is_lengthened_by_whole_cycles(archive, tmp_path):
+    once = {"training__epochs": 2, "training__learning-rate": 0.01, "data__short_epochs": 1, "data__short_seconds": 0.5}
+    twice = once | {"training__epochs": 4, "training__cycles": 2}
+    train.main(arguments(archive, tmp_path / "whole", **twice))
+    train.main(arguments(archive, tmp_path / "longer", **once))
+    train.main(arguments(archive, tmp_path / "longer", "--resume", **twice))
+    ours, theirs = (checkpoint.load_state(tmp_path / name / "last.pt") for name in ("whole", "longer"))
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["lr"] for row in log if row["kind"] == "train"}
+    assert rates[ours["progress"]["step"]] < 0.004, "both end low"
+    with pytest.raises(InputError, match="training.epochs = 4, not 2"):
+        train.main(arguments(archive, tmp_path / "whole", "--resume", **once))
+    with pytest.raises(InputError, match="training.epochs = 4, not 6"):
+        train.main(arguments(archive, tmp_path / "whole", "--resume", **once | {"training__epochs": 6}))
+
+
 def test_resuming_with_other_settings_is_refused(archive, whole):
     with pytest.raises(InputError, match=r"was trained with model.listener.dropout = 0\.\d+, not 0.5; resume"):
         train.main([*arguments(archive, whole, "--resume", model__listener__dropout=0.5)])

@@ -141,6 +141,10 @@ class Course:
         epoch, batch = divmod(step, len(batches))  # after the last stage its epochs go on
         return before + epoch, batch
 
+    def steps_before(self, epoch: int) -> int:
+        """Return the number of steps before an epoch."""
+        return sum(len(self.of(e)) for e in range(epoch))
+
     def epochs(self, step: int) -> float:
         """Return how many epochs are done before a step."""
         epoch, batch = self.place(step)
