@@ -8,6 +8,7 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ class TrainingConfig:
     warmup_steps: int = 200
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     final_share: float = 0.02  # of the learning rate at the end of the cosine
-    cycles: int = 1  # of the cosine, each with equally many epochs and a warm-up (warm restarts)
+    restarts: tuple[int, ...] = ()  # epochs after which the cosine begins again, warm-up and all (warm restarts)
     plateau_patience: int = 4  # validations without a better dev CER
     plateau_factor: float = 0.5
     clip_norm: float = 5.0
@@ -268,7 +269,10 @@ POSITIVE = {
     "data": ("frames_per_batch", "utterances_per_batch"),
     "model.listener": ("conv_channels", "conv_kernels", "conv_strides", "lstm_size"),
     "model.speller": ("key_size", "value_size", "embedding_size", "lstm_sizes"),
-    "training": ("epochs", "cycles", "learning_rate", "plateau_factor", "clip_norm", "guided_width", "validate_every"),
+    "training": (
+        *("epochs", "restarts", "learning_rate", "plateau_factor"),
+        *("clip_norm", "guided_width", "validate_every"),
+    ),
     "decoding": ("beam", "frames_per_batch"),
 }
 MAY_BE_NEGATIVE = ("model.ctc_layer", "decoding.length_reward")  # -1: none; below 0 it is a price
@@ -312,8 +316,11 @@ def check(config: Config) -> Config:
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
         (training.seed <= 10**12, "training.seed must be at most 10 ** 12"),  # times a million it still is a seed
-        (training.cycles == 1 or training.schedule == "cosine", "training.cycles needs training.schedule cosine"),
-        (training.epochs % training.cycles == 0, "training.epochs must be a multiple of training.cycles"),
+        (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
+        (
+            all(a < b for a, b in pairwise((*training.restarts, training.epochs))),
+            "training.restarts must rise and end below training.epochs",
+        ),
         (all(s.start <= s.end for s in training.teacher_forcing), "training.teacher_forcing stages need start <= end"),
     ]
     for holds, message in rules:

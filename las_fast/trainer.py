@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import hashlib
@@ -218,9 +219,9 @@ class Trainer:
 
     def _in_cycle(self) -> tuple[int, int]:
         """Return how many steps of the learning rate's cycle are done, of how many (Loshchilov and Hutter 2017)."""
-        length = self.config.training.epochs // self.config.training.cycles
-        cycle = self.course.place(self.progress.step)[0] // length
-        begin, end = (self.course.steps_before(n * length) for n in (cycle, cycle + 1))
+        bounds = (0, *self.config.training.restarts, self.config.training.epochs)
+        cycle = bisect.bisect_right(bounds, self.course.place(self.progress.step)[0]) - 1
+        begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
         return self.progress.step - begin, end - begin
 
     def _validation_is_due(self) -> bool:
@@ -360,13 +361,13 @@ def catch_stop_signals(trainer: Trainer):
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
-    One that the checkpoint does not know is newer; its default is what it was trained with. Further cycles change
-    nothing of those before.
+    One that the checkpoint does not know is newer; its default is what it was trained with. A restart of the learning
+    rate where the training ended lengthens it and changes nothing of what was.
     """
     before, after = dict(_flat(to_tree(Config()))) | dict(_flat(then)), dict(_flat(now))
-    lengths = [settings["training.epochs"] / settings["training.cycles"] for settings in (before, after)]
-    longer = lengths[0] == lengths[1] and before["training.epochs"] <= after["training.epochs"]
-    free = (*FREE_TO_CHANGE, "training.epochs", "training.cycles") if longer else FREE_TO_CHANGE
+    was, ahead = ([*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after))
+    longer = ahead[: len(was)] == was
+    free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
     for key, value in after.items():
         if before[key] != value and key not in free:
             raise InputError(
