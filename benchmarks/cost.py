@@ -24,6 +24,7 @@ from benchmarks.test_bench_train import batch_of, trainers
 from las_fast.cli import run
 from las_fast.config import Config, load_config
 from las_fast.data.batching import BucketBatches
+from las_fast.errors import InputError
 from las_fast.text import Vocabulary
 
 FILE = record.RESULTS / "cost.csv"
@@ -103,6 +104,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--price-gpu", type=float, default=3.0, help="dollars an hour of an H100, assumed")
     parser.add_argument("--record", action="store_true", help=f"append the row to {FILE.name}")
     options = parser.parse_args(words)
+    if options.hours <= 0 or options.rounds < 1:
+        raise InputError(f"--hours must be above 0 and --rounds at least 1; got {options.hours:g}, {options.rounds}")
     torch.set_num_threads(1)
     config = load_config(options.config)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, threads=1))

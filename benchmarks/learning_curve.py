@@ -47,6 +47,7 @@ def hours_of(loaded: Loaded, corpus: Corpus) -> float:
 def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     """Return rows of COLUMNS for a checkpoint: greedy, and by its own settings."""
     loaded, corpus = load_model(name), open_corpus(options.data)
+    about = (Path(name).name, Path(options.data).resolve().name, f"{hours_of(loaded, corpus):.3g}")
     own = loaded.config.decoding
     ways = {"greedy": replace(own, beam=1, ctc_weight=0.0, ngram_weight=0.0), "beam and CTC": own}
     options.split = "dev"
@@ -56,7 +57,6 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), table, "cpu"), strict=True):
         found = score(dataset.texts, texts)
         scores = (f"{value:.3f}" for value in (found.ld, found.cer, found.wer))
-        about = (Path(name).name, Path(options.data).resolve().name, f"{hours_of(loaded, corpus):.3g}")
         rows.append((*record.where()[:2], *about, loaded.config.training.epochs, way, found.utterances, *scores))
     return rows
 

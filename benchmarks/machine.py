@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -87,16 +87,19 @@ def limits(rows: list[dict[str, str]], machine: str) -> dict[tuple[str, str], fl
     return kept
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine", description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="append the rows to machine.csv")
+    options = parser.parse_args(words)
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
         rows = measured()
         for row in rows:
             quantity, dtype, size, value, unit = row[len(record.WHERE) :]
             print(f"{threads} thread(s)  {quantity:<28}{dtype:<10}{size:>10}{value:>10.4g} {unit}")
-        if "--record" in words:
+        if options.record:
             record.append(record.RESULTS / "machine.csv", COLUMNS, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

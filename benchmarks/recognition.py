@@ -40,7 +40,10 @@ SHOWN = {"what": "what was tried", "data": "data", "seed": "seed", "parameters_m
 
 def validations(run: Path) -> list[dict]:
     """Return the rows of a training's validations."""
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = run / "log.jsonl"
+    if not log.is_file():
+        raise InputError(f"{log} does not exist; give the folder of a training")
+    lines = log.read_text(encoding="utf-8").splitlines()
     found = [row for row in map(json.loads, lines) if row["kind"] == "valid"]
     if not found:
         raise InputError(f"{run} has no validation yet; wait for its first")
@@ -141,6 +144,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help=f"append the row to {FILE.name}")
     parser.add_argument("--table", action="store_true", help="print all rows as Markdown")
     options = parser.parse_args(words)
+    if not options.run and not options.table:
+        parser.error("give the folder of a training, --table, or both")
     if options.run:
         row = row_of(options.run, what=options.what, data=options.data)
         print("\n".join(f"{name:<20}{value}" for name, value in zip(COLUMNS, row, strict=True)))

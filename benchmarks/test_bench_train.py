@@ -86,6 +86,8 @@ def trainer(path: str, config: Config, weights: dict) -> Trainer:
     if kind is not None:
         trainer.model = kind(trainer.model)
         trainer.optimiser = make_optimiser(trainer.model, config)
+        for group in trainer.optimiser.param_groups if path == "usual" else []:
+            group["fused"] = None  # PyTorch's default
     trainer.averaged = copy.deepcopy(trainer.model)
     return trainer
 

@@ -157,7 +157,7 @@ def load_state(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a damaged file in a dozen ways
-        reason = " ".join(str(error).split())[:80]
+        reason = " ".join(str(error).split())[:80] or "it is cut off"
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise InputError(f"{path} was not written by this version of las_fast; start again into a new folder")

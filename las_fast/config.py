@@ -286,6 +286,36 @@ AT_MOST_ONE = (
     "training.teacher_forcing.last",
     "decoding.ctc_weight",
 )
+# Where more is a slip that would hang, overflow or take all memory; all other numbers may be up to 1e9.
+AT_MOST = {
+    "features.size": 10_000,
+    "features.sample_rate": 768_000,
+    "features.window_ms": 1000,
+    "features.shift_ms": 1000,
+    "augment.time_masks": 1000,
+    "augment.frequency_masks": 1000,
+    "model.listener.conv_channels": 10_000,
+    "model.listener.conv_kernels": 101,
+    "model.listener.conv_strides": 16,
+    "model.listener.lstm_size": 10_000,
+    "model.listener.pyramids": 8,
+    "model.listener.top_layers": 100,
+    "model.speller.lstm_sizes": 10_000,
+    "model.speller.key_size": 10_000,
+    "model.speller.value_size": 10_000,
+    "model.speller.embedding_size": 10_000,
+    "training.epochs": 1_000_000,
+    "training.learning_rate": 100,
+    "training.guided_weight": 1e6,
+    "training.ctc_weight": 1e6,
+    "training.seed": 10**12,  # times a million it still is a seed
+    "decoding.length_penalty": 100,
+    "decoding.maximum_share": 1000,
+    "decoding.maximum_extra": 1_000_000,
+    "decoding.length_reward": 1e6,
+    **dict.fromkeys(AT_MOST_ONE, 1),
+}
+MOST = 10**9
 BELOW_ONE = (
     "augment.speed",
     "model.listener.dropout",
@@ -315,7 +345,6 @@ def check(config: Config) -> Config:
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NO_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
-        (training.seed <= 10**12, "training.seed must be at most 10 ** 12"),  # times a million it still is a seed
         (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
         (
             all(a < b for a, b in pairwise((*training.restarts, training.epochs))),
@@ -348,8 +377,9 @@ def _out_of_range(name: str, value: int | float) -> str:
         return "a finite number"
     if field_name in POSITIVE.get(section, ()) and value <= 0:
         return "at least 1" if isinstance(value, int) else "more than 0"
-    if value < 0 and name not in MAY_BE_NEGATIVE:
-        return "at least 0"
-    if name in AT_MOST_ONE and value > 1:
-        return "at most 1"
+    most = AT_MOST.get(name, MOST)
+    if value < (-most if name in MAY_BE_NEGATIVE else 0):
+        return f"at least {-most:g}" if name in MAY_BE_NEGATIVE else "at least 0"
+    if value > most:
+        return f"at most {most:g}"
     return "below 1" if name in BELOW_ONE and value >= 1 else ""

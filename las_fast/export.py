@@ -1,12 +1,14 @@
 """python -m las_fast.export: a trained model as one small file to pass on, with the settings to decode with.
 
 Weights are stored in float16 and computed with in float32 as before. Decoding settings given here become the file's
-own, which --checkpoint FILE then decodes with where nothing else is said.
+own, which --checkpoint FILE then decodes with where nothing else is said. A language model that these settings use and
+that lies beside the checkpoint is copied beside the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from las_fast.cli import make_room, parse_settings, run
 from las_fast.config import check
 from las_fast.decode import Settings
 from las_fast.errors import InputError
+from las_fast.lm import beside
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from torch import Tensor
@@ -42,17 +45,21 @@ def main(argv: list[str] | None = None) -> None:
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
     export(loaded[0], settings, options.out)
-    size = options.out.stat().st_size / 1e6
-    print(f"written     {options.out} ({size:.1f} MB)")
+    for path in (options.out, beside(options.out)):
+        if path.is_file():
+            print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def export(loaded: Loaded, settings: Settings, out: Path) -> None:
-    """Write the model with float16 weights and these decoding settings."""
-    from las_fast.checkpoint import save_model
+    """Write the model with float16 weights and these decoding settings, and its language model where they use it."""
+    from las_fast.checkpoint import save_model, write_atomically
 
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
+    theirs, ours = beside(loaded.path), beside(out)
+    if settings.decoding.ngram_weight and theirs.is_file() and theirs.resolve() != ours.resolve():
+        write_atomically(ours, lambda path: shutil.copyfile(theirs, path))
 
 
 def in_half(name: str, value: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ LIFTER = 22.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of a filter's energy
 BLOCK_FRAMES = 256  # frames in one stft: its spectrum stays in the processor's cache
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes at most
+RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
+LOUDEST = 1e6  # a sample; full scale is 1, or 32768 where somebody forgot to divide
 
 
 def load_audio(path: str | Path, sample_rate: int, *, whole: bool = False) -> np.ndarray:
@@ -48,7 +50,7 @@ def load_audio(path: str | Path, sample_rate: int, *, whole: bool = False) -> np
         (N,) float32 samples from -1 to 1, N >= 1.
 
     Raises:
-        InputError: the file is missing, is no audio, holds no samples, or is not whole.
+        InputError: the file is missing, is no audio, holds no samples or some that are no sound, or is not whole.
     """
     try:
         samples, rate = soundfile.read(str(path), dtype="float32")
@@ -56,6 +58,7 @@ def load_audio(path: str | Path, sample_rate: int, *, whole: bool = False) -> np
             raise InputError(f"{path} is cut off: its end is missing; copy it again or remove it")
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise InputError(f"{path} {_problem(path, error)}; give a wav, flac, ogg or mp3 file") from None
+    _check_sound(path, samples, rate)
     if samples.ndim == 2:
         samples = samples.mean(axis=1, dtype=np.float32)
     if rate != sample_rate and len(samples):
@@ -63,6 +66,14 @@ def load_audio(path: str | Path, sample_rate: int, *, whole: bool = False) -> np
     if not len(samples):
         raise InputError(f"{path} holds no samples; remove it or record it again")
     return samples
+
+
+def _check_sound(path: str | Path, samples: np.ndarray, rate: int) -> None:
+    low, high = RATES
+    if not low <= rate <= high:
+        raise InputError(f"{path} has {rate} samples a second by its header, not {low} to {high}; make it again")
+    if not np.maximum(-samples.min(initial=0), samples.max(initial=0)) <= LOUDEST:  # NaN is not
+        raise InputError(f"{path} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
 
 
 def _problem(path: str | Path, error: Exception) -> str:

@@ -16,6 +16,7 @@ the speller only counts along the prior and hears nothing; so `formed` waits unt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,9 +47,9 @@ class Alignment:
         object.__setattr__(self, "formed", self.utterances > 0 and not self.failing())
 
     def failing(self) -> list[str]:
-        """Return the names of the numbers below their thresholds."""
+        """Return the names of the numbers below their thresholds; NaN is."""
         known = {name: value for name in THRESHOLDS if (value := getattr(self, name)) is not None}
-        return [name for name, value in known.items() if value < THRESHOLDS[name]]
+        return [name for name, value in known.items() if not value >= THRESHOLDS[name]]
 
 
 @torch.no_grad()
@@ -147,12 +148,14 @@ def line(alignment: Alignment, epoch: float, config: Config) -> str:
     if epoch < deadline:
         return f"attention: not formed yet ({numbers}); it should be by epoch {deadline:g}"
     steps = "; ".join(f"{i}. {step}" for i, step in enumerate(advice(epoch, config), 1))
-    return f"attention: not formed by epoch {deadline:g} ({numbers}). Try, in this order: {steps}"
+    return f"attention: not formed by epoch {deadline:g} ({numbers}). Try in new runs, in this order: {steps}"
 
 
 def _number(alignment: Alignment, name: str) -> str:
     short = f" below {THRESHOLDS[name]:g}" if name in alignment.failing() else ""
-    return f"{name} {getattr(alignment, name):.2f}{short}"
+    value = getattr(alignment, name)
+    shown = math.floor(100 * value) / 100 if short and math.isfinite(value) else value  # 0.799 is not 0.80 below 0.8
+    return f"{name} {shown:.2f}{short}"
 
 
 def advice(epoch: float, config: Config) -> list[str]:
@@ -182,7 +185,7 @@ def _ctc(epoch: float, config: Config) -> str | None:
     weight, until, layer = config.training.ctc_weight, config.training.ctc_until, config.model.ctc_layer
     if layer < 0:
         inner = max(0, config.model.listener.pyramids - 1)
-        return f"CTC on an inner layer: --model.ctc-layer {inner} --training.ctc-weight 0.3 (now none; a new run)"
+        return f"CTC on an inner layer: --model.ctc-layer {inner} --training.ctc-weight 0.3 (now none)"
     if weight == 0:
         return "CTC on the listener: --training.ctc-weight 0.3 (now 0)"
     if 0 < until <= epoch:
@@ -191,7 +194,7 @@ def _ctc(epoch: float, config: Config) -> str | None:
 
 
 def _short(_epoch: float, config: Config) -> str | None:
-    return None if config.data.short_epochs else "short utterances first: --data.short-epochs 10 (now 0; a new run)"
+    return None if config.data.short_epochs else "short utterances first: --data.short-epochs 10 (now 0)"
 
 
 def _teacher_forcing(epoch: float, config: Config) -> str | None:
@@ -217,7 +220,7 @@ def _reduction(_epoch: float, config: Config) -> str | None:
         return None
     return (
         f"less reduction in time: --model.listener.pyramids {listener.pyramids - 1} "
-        f"(now {listener.pyramids}, {reduction} frames become one; a new run)"
+        f"(now {listener.pyramids}, {reduction} frames become one)"
     )
 
 

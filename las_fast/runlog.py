@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class RunLog:
         self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
 
     def _write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(without_nan(row)) + "\n")
         scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
         scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
         for name, value in scalars.items():
@@ -50,6 +51,13 @@ class RunLog:
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def without_nan(value):
+    """Return plain data with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(out: Path, config: Config):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import fcntl
 import os
 import resource
 import shlex
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -15,12 +20,15 @@ import torch
 
 from las_fast import checkpoint
 from las_fast.checkpoint import LAST, Loaded, load_model
-from las_fast.cli import parse_settings, run
+from las_fast.cli import make_folder, parse_settings, run
 from las_fast.config import Config, check, load_config, presets, to_yaml
 from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
 from las_fast.trainer import Trainer
+
+COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
+ROOM = 2**20  # bytes for log, curves and pictures, at least
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
@@ -50,21 +58,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"data: {corpus.name}")
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}
-    options.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, train_data, dev_data, options.out, device, source)
-    if options.resume:
-        trainer.resume()
-    elif init:
-        trainer.begin_with(init.model, init.path)
-    checkpoint.write_atomically(options.out / "config.yaml", lambda path: path.write_text(to_yaml(config)))
-    describe(trainer)
-    if trainer.progress.step == trainer.steps:
-        print("this training is finished already; nothing is left to do")
-        return
+    with held(options.out):
+        trainer = Trainer(config, train_data, dev_data, options.out, device, source)
+        if options.resume:
+            trainer.resume()
+        elif init:
+            trainer.begin_with(init.model, init.path)
+        checkpoint.write_atomically(options.out / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+        describe(trainer)
+        if trainer.progress.step == trainer.steps:
+            print("this training is finished already; nothing is left to do")
+        else:
+            train(trainer, options, sys.argv[1:] if argv is None else argv)
+
+
+def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> None:
+    """Run the training to its end, and say what came of it; `words` are the command's, to go on with."""
+    check_room(options.out, trainer)
     try:
         trainer.run()
     except KeyboardInterrupt:
-        print(how_to_go_on(trainer, sys.argv[1:] if argv is None else argv), file=sys.stderr)
+        print(how_to_go_on(trainer, words), file=sys.stderr)
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
@@ -85,6 +99,35 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"--out {out}: {standing} may not be written; give another folder")
 
 
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Make the folder `out` and keep other trainings out of it meanwhile; raise InputError where one is in it."""
+    make_folder(out, "--out")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(f"another training is writing into {out}; wait for it or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def check_room(out: Path, trainer: Trainer) -> None:
+    """Raise InputError where the disk cannot hold what the training will write."""
+    numbers = sum(p.numel() for p in trainer.model.parameters())
+    needed, free = 4 * numbers * COPIES + ROOM, shutil.disk_usage(out).free
+    if free < needed:
+        raise InputError(
+            f"--out {out}: a training of this model writes {needed / 2**20:.0f} MiB and {free / 2**20:.0f} are free "
+            "there; free some space or choose another folder"
+        )
+
+
 def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
     """Return the model of --init, whose characters and features must be those of config; None where there is none."""
     if not options.init or options.resume:
@@ -93,6 +136,10 @@ def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
     for name in ("data.characters", "features"):
         theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
         if theirs != ours:
+            if name == "features":
+                fields = (f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name))
+                name = f"features.{next(fields)}"
+                theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
             raise InputError(f"--init {init.path} was trained with {name} {theirs}, not {ours}; use its settings")
     return init
 

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import copy
 import hashlib
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -233,6 +234,7 @@ class Trainer:
         model, pace = self.averaged or self.model, self.pace
         speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
+        self._check_alive(result.loss)
         self.progress.plateau.update(result.scores.cer, self.config.training)
         line = monitor.line(result.alignment, self.epoch, self.config)
         self.log.validation(self.progress.step, self.epoch, result, line, self.core_hours())
@@ -247,6 +249,20 @@ class Trainer:
         self._save_weights(model, info, best=scores.cer < self.progress.best_cer)
         self.progress.best_cer = min(self.progress.best_cer, scores.cer)
         self.save()
+
+    def _check_alive(self, loss: float) -> None:
+        """Raise InputError where this training leads nowhere, before anything of it is kept as the best."""
+        rate, progress = self.config.training.learning_rate, self.progress
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
+                f"lower --training.learning-rate (now {rate:g}) and start again"
+            )
+        if progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # which starts by skipping
+            raise InputError(
+                f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
+                f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
+            )
 
     def _save_weights(self, model: nn.Module, info: dict, best: bool) -> None:
         statistics = self.train_data.statistics if self.config.features.normalisation == "global" else None
@@ -322,13 +338,13 @@ def fingerprint(*datasets: SpeechDataset) -> str:
 
 
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW; biases, gains and the tied embedding are not decayed."""
+    """AdamW in one pass over the weights (fused); biases, gains and the tied embedding are not decayed."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         (free if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
     decay = config.training.weight_decay
     groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.training.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=config.training.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -370,9 +386,10 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
     for key, value in after.items():
         if before[key] != value and key not in free:
-            raise InputError(
-                f"{path} was trained with {key} = {before[key]}, not {value}; resume with the same settings"
-            )
+            how = "resume with the same settings"
+            if key in ("training.epochs", "training.restarts"):
+                how += f", or lengthen it: --training.epochs more --training.restarts {' '.join(map(str, was))}"
+            raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {how}")
 
 
 def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, object]]:

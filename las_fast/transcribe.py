@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
 LONGEST = 20.0  # seconds of a piece
 QUIET_SPAN = 0.2  # seconds over which loudness is averaged to find a place to cut
 SILENCE = 1e-4  # root mean square, of full scale 1, below which a piece holds no speech
+SHORTEST = 0.1  # seconds, below which a piece holds no speech
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def transcribe(
     Raises:
         InputError: a file cannot be read, or one piece does not fit in memory.
     """
-    from las_fast.features import load_audio
+    from las_fast.features import is_whole, load_audio
     from las_fast.search import decode_dataset
 
     rate = loaded.config.features.sample_rate
@@ -95,7 +96,11 @@ def transcribe(
     features, seconds, ids = [], [], []
     for path in paths:
         samples = load_audio(path, rate)
-        spans.append([s for s in cut_at_silences(samples, rate) if loudness(samples[slice(*s)]) > SILENCE])
+        spans.append([s for s in cut_at_silences(samples, rate) if may_be_speech(samples[slice(*s)], rate)])
+        if not is_whole(path):
+            warn(f"{path} is cut off: its end is missing, and what it said")
+        if not spans[-1]:
+            warn(f"{path}: nothing in its {len(samples) / rate:.2f} seconds is long ({SHORTEST:g} s) and loud enough")
         for start, end in spans[-1]:
             features.append(_frames(samples[start:end], loaded))
             seconds.append((end - start) / rate)
@@ -108,9 +113,13 @@ def transcribe(
         yield [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
 
 
-def loudness(samples: np.ndarray) -> float:
-    """Return the root mean square of samples."""
-    return float(np.sqrt(np.square(samples, dtype=np.float64).mean()))
+def may_be_speech(samples: np.ndarray, rate: int) -> bool:
+    """Return whether samples are long and loud enough (by their root mean square)."""
+    return len(samples) >= SHORTEST * rate and float(np.sqrt(np.square(samples, dtype=np.float64).mean())) > SILENCE
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _frames(samples: np.ndarray, loaded: Loaded) -> Tensor:
@@ -169,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--format", choices=FORMATS, default="text", help="json is one object a file (default: text)")
     own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
     own.add_argument("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
-    own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: as the checkpoint has it)")
+    own.add_argument("--lm", metavar="FILE", help="language model, with weight 0.1 unless set (default: the checkpoint's)")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     return own
 
@@ -194,10 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_model(options.checkpoint or released_model(), device)
     data = loaded.info.get("data", {})
     if data.get("kind") == "features":
-        print(
-            f"warning: checkpoint {loaded.path} was trained on the frames of {data['name']}; "
-            "those that las_fast computes from audio may differ from them",
-            file=sys.stderr,
+        warn(
+            f"checkpoint {loaded.path} was trained on the frames of {data['name']}; "
+            "those that las_fast computes from audio may differ from them"
         )
     decoding = default_weight(loaded.config.decoding, options.lm)
     decoding = replace(decoding, beam=options.beam or decoding.beam)

@@ -342,3 +342,23 @@ def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
     found = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", "source")
     assert found == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "sentence"),
+    [
+        (recognition, ["nowhere"], "nowhere/log.jsonl does not exist; give the folder of a training"),
+        (cost, ["--rounds", "0"], "--rounds at least 1; got 460, 0"),
+        (cost, ["--hours", "-1"], "--hours must be above 0 .*; got -1, 3"),
+    ],
+)
+def test_what_a_command_cannot_use_is_one_sentence(module, words, sentence):
+    with pytest.raises(InputError, match=sentence):
+        module.main(words)
+
+
+@pytest.mark.parametrize(("module", "words"), [(recognition, []), (machine, ["--records"]), (machine, ["--help"])])
+def test_a_command_does_nothing_that_was_not_asked_for(module, words, monkeypatch):
+    monkeypatch.setattr(machine, "measured", lambda: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit):
+        module.main(words)

@@ -146,7 +146,7 @@ def test_recordings_in_two_datasets_are_counted(tmp_path):
 def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):
     manifest = make_manifest(tmp_path)
     manifest.write_text(manifest.read_text() + "train-0\taudio/dev-0.wav\t1\ts\tmade\ttrain\tAGAIN\n")
-    with pytest.raises(InputError, match="have the same id 'train-0'"):
+    with pytest.raises(InputError, match="the id 'train-0' is there twice"):
         load(manifest, "train", size=80)
     dataset = load(manifest, "train", size=80, on_bad="skip")
     assert len(dataset) == 4 and dataset.texts[0] != "AGAIN"

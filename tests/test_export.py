@@ -6,6 +6,7 @@ from checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
+from las_fast.lm import beside
 
 
 def exported(path, *words):
@@ -30,6 +31,13 @@ def test_decoding_settings_become_the_files_own(tmp_path):
     out = exported(make_checkpoint(tmp_path), "--decoding.beam", "3", "--decoding.length-penalty", "0.5")
     decoding = checkpoint.load_model(out).config.decoding
     assert (decoding.beam, decoding.length_penalty) == (3, 0.5)
+
+
+def test_a_language_model_that_the_settings_use_goes_with_the_file(tmp_path):
+    path = make_checkpoint(tmp_path)
+    beside(path).write_bytes(b"counts")
+    assert not beside(exported(path)).exists()
+    assert beside(exported(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path):

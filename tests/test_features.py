@@ -158,6 +158,22 @@ def test_unreadable_audio_is_named(tmp_path):
         assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e30])
+def test_samples_that_are_no_sound_are_refused(tmp_path, wrong):
+    samples = waveform()
+    samples[100] = wrong
+    soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(InputError, match="x.wav holds NaN, infinite or enormous samples"):
+        load_audio(tmp_path / "x.wav", 16000)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
+def test_a_rate_that_no_recording_has_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "x.wav", waveform(), rate)
+    with pytest.raises(InputError, match=f"x.wav has {rate} samples a second by its header, not 1000 to 768000"):
+        load_audio(tmp_path / "x.wav", 16000)
+
+
 def test_what_the_system_refuses_is_named(tmp_path):
     raw = tmp_path / "x.raw"
     raw.write_bytes(bytes(3200))

@@ -132,6 +132,18 @@ def test_a_diagonal_that_carries_no_sound_is_not_formed():
     assert "heard 2.00" in monitor.line(hearing, 4, Config())
 
 
+@pytest.mark.parametrize("name", monitor.THRESHOLDS)
+def test_what_is_no_number_is_not_formed(name):
+    good = dataclasses.replace(judge(bumps(diagonal(), 60)), heard=2.0)
+    wrong = dataclasses.replace(good, **{name: float("nan")})
+    assert good.formed and not wrong.formed and f"{name} nan below" in monitor.line(wrong, 4, Config())
+
+
+def test_a_number_just_below_is_not_shown_as_enough():
+    short = dataclasses.replace(judge(bumps(diagonal(), 60)), diagonal=0.7999)
+    assert "diagonal 0.79 below 0.8" in monitor.line(short, 4, Config())
+
+
 def test_before_the_deadline_the_line_gives_no_advice():
     line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
     assert "not formed yet" in line and "epoch 10" in line and "--" not in line

@@ -1,6 +1,7 @@
 """Training: exact resume, whole validation, honest files."""
 
 import json
+import math
 import random
 import re
 import shutil
@@ -385,7 +386,7 @@ def test_a_finished_training_is_lengthened_by_a_restart(archive, tmp_path, monke
     assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
     with pytest.raises(InputError, match="training.epochs = 3, not 2"):
         train.main(arguments(archive, tmp_path / "whole", "--resume", **once))
-    with pytest.raises(InputError, match="training.epochs = 3, not 6"):
+    with pytest.raises(InputError, match="epochs = 3, not 6; .* --training.epochs more --training.restarts 2 3"):
         train.main(arguments(archive, tmp_path / "whole", "--resume", **once | {"training__epochs": 6}))
 
 
@@ -459,6 +460,40 @@ def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_p
     made.train_step(next(iter(made._rest_of_epoch())))
     assert 0.01 < seen["norm"] < 1000, "the scale of 65536 is out of the gradients before they are clipped"
     assert seen["after"] <= 0.0101
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "sentence"),
+    [
+        (math.nan, 1.0, "the dev loss is nan after 6 steps: the training has diverged"),
+        (1.0, math.inf, "none of the 6 steps so far had finite gradients, so nothing was learned"),
+    ],
+)
+def test_a_training_that_leads_nowhere_ends_and_leaves_no_best(archive, tmp_path, monkeypatch, loss, norm, sentence):
+    honest, clip = trainer.validate, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(trainer, "validate", lambda *given: replace(honest(*given), loss=loss))
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", lambda *given: clip(*given) * norm)
+    with pytest.raises(InputError, match=sentence):
+        train.main(arguments(archive, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "last.pt").exists()
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_two_trainings_do_not_share_a_folder(archive, tmp_path):
+    with train.held(tmp_path), pytest.raises(InputError, match="another training is writing into .*; wait for it"):
+        train.main(arguments(archive, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    with train.held(tmp_path):
+        pass
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"a training of this model writes \d+ MiB and 1 are free there"):
+        train.main(arguments(archive, tmp_path))
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):

@@ -109,7 +109,24 @@ def test_a_checkpoint_of_an_archive_is_a_warning(here, tmp_path, capsys):
 
 def test_silence_says_nothing(here, capsys):
     transcribe(here, files=["silent.wav"])
-    assert capsys.readouterr().out == "\n"
+    out, err = capsys.readouterr()
+    assert out == "\n" and "silent.wav: nothing in its 1.00 seconds is long (0.1 s) and loud enough" in err
+
+
+def test_a_click_says_nothing(here, capsys):
+    soundfile.write(here / "click.wav", np.full(500, 0.5), 16000)
+    transcribe(here, files=["click.wav"])
+    out, err = capsys.readouterr()
+    assert out == "\n" and "click.wav: nothing in its 0.03 seconds" in err
+
+
+def test_a_recording_that_is_cut_off_is_a_warning(here, capsys):
+    transcribe(here, files=["short.wav"])
+    assert "warning" not in capsys.readouterr().err
+    whole = (here / "short.wav").read_bytes()
+    (here / "half.wav").write_bytes(whole[: len(whole) // 2])
+    transcribe(here, files=["half.wav"])
+    assert "warning: " in (err := capsys.readouterr().err) and "half.wav is cut off: its end is missing" in err
 
 
 def test_files_can_go_to_a_folder(here, tmp_path):

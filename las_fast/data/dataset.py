@@ -286,7 +286,8 @@ def _repeated(utterances: list[Utterance]) -> dict[int, str]:
     found = {}
     for place, u in enumerate(utterances):
         if first.setdefault(u.id, u) is not u:
-            found[place] = f"{u.path} and {first[u.id].path} have the same id {u.id!r}; ids must differ"
+            both = dict.fromkeys((first[u.id].path, u.path))  # the same recording twice is named once
+            found[place] = f"the id {u.id!r} is there twice ({', '.join(map(str, both))}); ids must differ"
     return found
 
 
