@@ -42,6 +42,15 @@ def ways(own: DecodingConfig, beam: int) -> dict[str, DecodingConfig]:
     return found
 
 
+def chosen(settings: dict[str, DecodingConfig], options: argparse.Namespace) -> dict[str, DecodingConfig]:
+    """Return the ways that --ways asks for, named with their backend where it is not the usual one."""
+    places = range(len(settings)) if options.ways is None else options.ways
+    if not set(places) <= set(range(len(settings))) or not places:
+        raise InputError(f"--ways takes places from 0 to {len(settings) - 1} ({', '.join(settings)}); got {places}")
+    suffix = "" if options.backend == "auto" else f", {options.backend}"
+    return {f"{name}{suffix}": settings[name] for i, name in enumerate(settings) if i in places}
+
+
 def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
     """Return the indices of the utterances of each part, "all" first; `root` is that of the corpus."""
     found = defaultdict(list, {"all": list(range(len(ids)))})
@@ -57,11 +66,11 @@ def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
 
 
 def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], table,
-            split: dict[str, list[int]]) -> Iterator[tuple]:  # fmt: skip
+            split: dict[str, list[int]], backend: str) -> Iterator[tuple]:  # fmt: skip
     """Yield (part, way, utterances, LD, CER, WER, texts that differ when each utterance is decoded alone)."""
-    together = decode_grid(loaded, dataset, list(settings.values()), table, "cpu")
+    together = decode_grid(loaded, dataset, list(settings.values()), table, "cpu", backend)
     single = [replace(point, frames_per_batch=1) for point in settings.values()]
-    apart = decode_grid(loaded, dataset, single, table, "cpu")
+    apart = decode_grid(loaded, dataset, single, table, "cpu", backend)
     for way, texts, alone in zip(settings, together, apart, strict=True):
         for part, members in split.items():
             found = score([dataset.texts[i] for i in members], [texts[i] for i in members])
@@ -87,6 +96,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--lm", help="language model (default: the checkpoint's, if any)")
     parser.add_argument("--beam", type=int, default=8)
     parser.add_argument("--by", default="", help="column of the manifest that parts the split")
+    parser.add_argument("--ways", type=int, nargs="*", help="only the ways in these places, from 0")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="of the search")
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
     options = parser.parse_args(words)
     loaded = load_model(options.checkpoint)
@@ -94,7 +105,8 @@ def main(words: list[str] | None = None) -> None:
     table = language_table(options.lm, own, loaded, "cpu")
     dataset = open_split(options, loaded)
     split = parts(dataset.ids, open_corpus(options.data).root, options.by)
-    rows = list(measure(loaded, dataset, ways(own, options.beam), table, split))
+    settings = chosen(ways(own, options.beam), options)
+    rows = list(measure(loaded, dataset, settings, table, split, options.backend))
     print(markdown(rows))
     print(f"texts that differ when an utterance is decoded alone: {sum(row[-1] for row in rows if row[0] == 'all')}")
     if options.record:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's)")
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
     own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
-    own.add_argument("--lm", metavar="FILE", help="language model, with weight 0.1 unless set (default: the checkpoint's)")
+    own.add_argument("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
     own.add_argument("--normalise-text", action="store_true", help="map transcripts onto the checkpoint's characters")
     own.add_argument("--any-features", action="store_true", help="decode frames of another kind than were trained on")

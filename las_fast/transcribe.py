@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--format", choices=FORMATS, default="text", help="json is one object a file (default: text)")
     own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
     own.add_argument("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
-    own.add_argument("--lm", metavar="FILE", help="language model, with weight 0.1 unless set (default: the checkpoint's)")
+    own.add_argument("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     return own
 

@@ -95,9 +95,9 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
 
 
 def decode_grid(
-    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device
+    loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device, backend: str = "auto"
 ) -> list[list[str]]:
-    """Return the texts of the dataset's utterances by each of the settings."""
+    """Return the texts of the dataset's utterances by each of the settings; `backend` is that of beam_search."""
     from las_fast.search import batches_to_decode, beam_search, listen
 
     texts = [[""] * len(dataset) for _ in settings]
@@ -105,7 +105,7 @@ def decode_grid(
         for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
             for own, point in zip(texts, settings, strict=True):
-                found = beam_search(loaded.model, memory, point, ngram=table)
+                found = beam_search(loaded.model, memory, point, ngram=table, backend=backend)
                 for i, best in zip(batch.indices.tolist(), found, strict=True):
                     own[i] = loaded.vocabulary.decode(best[0].text_tokens)
                 bar.update(len(batch.indices))

@@ -295,6 +295,11 @@ def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monk
     decode.main([*data, "--split", "dev", "--out", str(tmp_path / "out.csv"), "--device", "cpu", "--beam", "3"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert float(whole["beam, CTC, language model"]) == pytest.approx(last["cer"], abs=1e-3)
+    scores.main([*data, "--beam", "3", "--record", "--backend", "reference", "--ways", "0", "2"])
+    again = {row["way"]: row["cer"] for row in record.read(tmp_path / "scores.csv")[15:]}
+    assert again == {f"{name}, reference": whole[name] for name in ("greedy", "beam, CTC")}
+    with pytest.raises(InputError, match="--ways takes places from 0 to 4 .*; got .5."):
+        scores.main([*data, "--ways", "5"])
 
 
 def test_a_learning_curve_is_fitted_and_says_how_sure_its_predictions_are(tmp_path, monkeypatch, capsys):
