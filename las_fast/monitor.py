@@ -170,7 +170,8 @@ def _guided(epoch: float, config: Config) -> str | None:
     weight, until = training.guided_weight, training.guided_until
     if training.ctc_weight and not training.guided_frames:
         now = "along the diagonal" if weight else "0"
-        return f"attention led by CTC: --training.guided-frames 8 --training.guided-weight 1 (now {now})"
+        longer = f" --training.guided-until {max(2 * epoch, 10):g}" if until < 2 * epoch else ""
+        return f"attention led by CTC: --training.guided-frames 8 --training.guided-weight 1{longer} (now {now})"
     enough = 1 if training.guided_frames else 3
     if weight == 0:
         return f"guided attention loss: --training.guided-weight {enough} (now 0)"

@@ -190,7 +190,8 @@ def test_what_is_on_weakly_is_advised_stronger_or_longer():
 def test_where_there_is_ctc_it_is_to_lead_the_attention(weight, now):
     config = Config(model=ModelConfig(ctc_layer=1), training=TrainingConfig(guided_weight=weight, ctc_weight=1.0))
     first = monitor.advice(12, config)[0]
-    assert "--training.guided-frames 8 --training.guided-weight 1" in first and now in first
+    assert "--training.guided-frames 8 --training.guided-weight 1 --training.guided-until 24" in first and now in first
+    assert "guided-until" not in monitor.advice(4, config)[0]
 
 
 def test_an_alignment_can_be_logged_as_json():
