@@ -44,22 +44,26 @@ def main(argv: list[str] | None = None) -> None:
         return Settings(loaded[0].config.decoding)
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
-    export(loaded[0], settings, options.out)
-    for path in (options.out, beside(options.out)):
-        if path.is_file():
-            print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    written = export(loaded[0], settings, options.out)
+    for path in written:
+        print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def export(loaded: Loaded, settings: Settings, out: Path) -> None:
-    """Write the model with float16 weights and these decoding settings, and its language model where they use it."""
+def export(loaded: Loaded, settings: Settings, out: Path) -> list[Path]:
+    """Write the model with float16 weights and these decoding settings, and its language model where they use it.
+
+    Returns the files written.
+    """
     from las_fast.checkpoint import save_model, write_atomically
 
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
     theirs, ours = beside(loaded.path), beside(out)
-    if settings.decoding.ngram_weight and theirs.is_file() and theirs.resolve() != ours.resolve():
-        write_atomically(ours, lambda path: shutil.copyfile(theirs, path))
+    if not settings.decoding.ngram_weight or not theirs.is_file() or theirs.resolve() == ours.resolve():
+        return [out]
+    write_atomically(ours, lambda path: shutil.copyfile(theirs, path))
+    return [out, ours]
 
 
 def in_half(name: str, value: Tensor) -> Tensor:
