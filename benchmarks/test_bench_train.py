@@ -114,8 +114,9 @@ def step_of(path: str, frame_share: float = 1.0) -> Callable[[], object]:
     torch.set_num_threads(1)
     config = preset()
     batch, running = make_batch(config, frame_share), trainers(config, [path])[path]
-    for group in running.optimiser.param_groups if path == "usual" else []:
-        group["fused"] = None  # as AdamW is unless asked for more
+    if path == "usual":
+        for group in running.optimiser.param_groups:
+            group["fused"] = None  # as AdamW is unless asked for more
     return lambda: running.train_step(batch)
 
 

@@ -133,13 +133,9 @@ def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
     if not options.init or options.resume:
         return None
     init = load_model(options.init)
-    for name in ("data.characters", "features"):
+    for name in ("data.characters", *(f"features.{f.name}" for f in dataclasses.fields(config.features))):
         theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
         if theirs != ours:
-            if name == "features":
-                fields = (f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name))
-                name = f"features.{next(fields)}"
-                theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
             raise InputError(f"--init {init.path} was trained with {name} {theirs}, not {ours}; use its settings")
     return init
 

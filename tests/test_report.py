@@ -1,6 +1,7 @@
 """The report: its pictures, its differences, and that it stands alone."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -158,3 +159,9 @@ def test_a_folder_that_is_no_training_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="log.jsonl is missing"):
         report.write_report(tmp_path, tmp_path / "r.html", results={}, rows=[], title="x")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_step_without_a_loss_is_left_out_of_its_curve():
+    rows = [{"epoch": 1.0, "loss": None}, {"epoch": 2.0}, {"epoch": 3.0, "loss": 4.0}, {"epoch": 4.0, "loss": math.nan}]
+    curve = report._smooth("loss", "solid", rows, "loss")
+    assert (curve.x, curve.y) == ([3.0], [4.0])
