@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
+
+from las_fast import checkpoint
+from las_fast.config import load_config
 
 RATE = 16000
 LETTERS_PER_FRAME = 0.116  # 11.6 characters a second
@@ -23,12 +29,12 @@ def book_frame_counts(count: int) -> np.ndarray:
     return np.random.default_rng(0).triangular(140, 1500, 1650, count).astype(np.int64)
 
 
-def recordings(folder: Path, suffix: str, count: int) -> list[Path]:
-    """Write noise with the spectrum and the syllables of speech, about; return the files."""
+def recordings(folder: Path, suffix: str, frames: Sequence[int]) -> list[Path]:
+    """Write noise of so many frames, about as speech in spectrum and syllables; return the files."""
     generator = np.random.default_rng(1)
     paths = []
-    for i, frames in enumerate(frame_counts(count)):
-        samples = int(frames) * RATE // 100 + 240
+    for i, count in enumerate(frames):
+        samples = int(count) * RATE // 100 + 240
         noise = np.convolve(generator.normal(size=samples), np.exp(-np.arange(64) / 8), "same")
         syllables = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(samples) / RATE)
         wave = 0.1 * noise * syllables / noise.std()
@@ -38,11 +44,21 @@ def recordings(folder: Path, suffix: str, count: int) -> list[Path]:
     return paths
 
 
-def manifest(folder: Path, suffix: str, count: int) -> Path:
+def manifest(folder: Path, suffix: str, frames: Sequence[int]) -> Path:
     """Write such recordings and a manifest of them; return the manifest."""
     (folder / "audio").mkdir(parents=True)
     lines = ["id\tpath\tsplit\ttranscript"]
-    lines += [f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in recordings(folder / "audio", suffix, count)]
+    lines += [f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in recordings(folder / "audio", suffix, frames)]
     path = folder / "manifest.tsv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def untrained(path: Path) -> Path:
+    """Write an untrained checkpoint of preset speech13h that spells as many letters as speech has; return the file."""
+    config = load_config("speech13h")
+    share = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
+    config = dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **share))
+    torch.manual_seed(0)
+    checkpoint.save_model(path, checkpoint.build_model(config).state_dict(), config, None, {})
     return path

@@ -2,10 +2,10 @@
 
     python -m benchmarks.report [--machine NAME]
 
-prints the table and draws bars against the baselines and other libraries, and curves over batch, beam, frames,
-vocabulary, hidden size and threads, into benchmarks/results/plots. Beside the curves stands the time that the plain
-search's operations and bytes would take at the machine's own rate of matrix products and memory bandwidth
-(benchmarks.machine). Of several rows of one thing the last counts.
+prints the table and draws, into benchmarks/results/plots, bars against the baselines and other libraries, curves over
+batch, beam, frames, vocabulary, hidden size and threads, and what the decode command takes in time and memory. Beside
+the curves stands the time that the plain search's operations and bytes would take at the machine's own rate of matrix
+products and memory bandwidth (benchmarks.machine). Of several rows of one thing the last counts.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ def latest(rows: list[Row], name: str) -> list[Row]:
             kept.pop(key, None)
             kept[key] = row
     return list(kept.values())
+
+
+def last_growth(rows: list[Row], name: str) -> list[Row]:
+    """Return the last row of each size on that machine, small to large."""
+    kept = {(row["over"], row["size"]): row for row in rows if row["machine"] == name}
+    return sorted(kept.values(), key=lambda row: float(row["size"]))
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -126,7 +132,7 @@ def bars(rows: list[Row], title: str, path: Path) -> None:
     axes.set_xlim(0, 1.45 * max(times + clock))
     axes.set_xlabel(f"{rows[0]['unit']}, {measure(rows[0])}")
     axes.legend(fontsize=8, loc="upper right")
-    finish(figure, axes, title, rows, path)
+    finish(figure, title, rows, path)
 
 
 def measure(row: Row) -> str:
@@ -158,7 +164,27 @@ def curves(rows: list[Row], axis: str, limits: dict[tuple[str, str], float], pat
     axes.set_xlabel(NAMES.get(axis, axis))
     axes.set_ylabel(f"{rows[0]['unit']}, {'by the clock' if clock else measure(rows[0])}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    finish(figure, axes, rows[0]["what"], rows, path)
+    finish(figure, rows[0]["what"], rows, path)
+
+
+def growth(rows: list[Row], path: Path) -> None:
+    """Draw what the decode command took in time and memory, beside time in proportion to the size."""
+    kinds = {over: [row for row in rows if row["over"] == over] for over in dict.fromkeys(row["over"] for row in rows)}
+    figure, panels = plt.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 5.4), layout="constrained", squeeze=False)
+    for (over, members), (above, below) in zip(kinds.items(), panels.T, strict=True):
+        x, seconds, peaks = ([float(row[k]) for row in members] for k in ("size", "seconds", "peak_mib"))
+        above.plot(x, seconds, "o-", color=COLOURS["las_fast"], label="decode, seconds")
+        above.plot(x, [seconds[0] * size / x[0] for size in x], ":", color="#222222", label="in proportion")
+        below.plot(x, peaks, "o-", color=OTHER, label="peak memory, MiB")
+        above.set_yscale("log")
+        above.yaxis.set_major_formatter("{x:g}")
+        below.set_ylim(0, 1.2 * max(peaks))
+        below.set_xlabel(over)
+        for axes in (above, below):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [f"{size:g}" for size in x])
+            axes.legend(fontsize=8)
+    finish(figure, "decode, preset speech13h, beam 8 and CTC", rows, path)
 
 
 def place(row: Row, axis: str) -> float:
@@ -187,15 +213,16 @@ def least(row: Row, dtype: str, limits: dict[tuple[str, str], float]) -> float:
     return max(operations / max(rates), bytes_read / bandwidth) * 1e-3  # of giga and of micro
 
 
-def finish(figure, axes, title: str, rows: list[Row], path: Path) -> None:
+def finish(figure, title: str, rows: list[Row], path: Path) -> None:
     loads = [float(row["load"]) for row in rows]
     row = rows[0]
     threads = "/".join(sorted({r["threads"] for r in rows}))
     about = f"{row['machine']}, torch {row['torch']}, {threads} thread(s), commit {row['commit']}"
     busy = f"other programs kept {min(loads):.1f} to {max(loads):.1f} cores busy"
-    axes.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel(f"{about}\n{busy}", fontsize=7, x=0.01, ha="left", color="#555555")
-    axes.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -232,8 +259,11 @@ def main(words: list[str] | None = None) -> None:
     if found := [row for row in record.read(options.results / "shares.csv") if row["machine"] == options.machine]:
         print(f"\n{shares(found)}")
     limits = machine.limits(record.read(options.results / "machine.csv"), options.machine)
-    for path in draw(rows, limits, options.plots):
-        print(path)
+    pictures = draw(rows, limits, options.plots)
+    if grown := last_growth(record.read(options.results / "growth.csv"), options.machine):
+        pictures.append(options.plots / "growth.png")
+        growth(grown, pictures[-1])
+    print("\n".join(map(str, pictures)))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ Every utterance takes the same number of steps: <eos> is barred until the last, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import time
 
 import pytest
 import torch
 
-from benchmarks.made import LETTERS_PER_FRAME, manifest
+from benchmarks.made import frame_counts, manifest, untrained
 from benchmarks.searches import Shape, timed
 from las_fast import checkpoint, decode
-from las_fast.config import load_config
 from las_fast.data.batching import sorted_batches
 from las_fast.data.dataset import normalise
 from las_fast.features import compute_features, load_audio
@@ -55,13 +53,8 @@ UTTERANCES = 48
 def split(tmp_path_factory):
     """A manifest of made-up Opus recordings, and an untrained checkpoint that spells as many letters as speech has."""
     folder = tmp_path_factory.mktemp("split")
-    manifest(folder / "data", "ogg", UTTERANCES)
-    config = load_config("speech13h")
-    share = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
-    config = dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **share))
-    torch.manual_seed(0)
-    weights = checkpoint.build_model(config).state_dict()
-    checkpoint.save_model(folder / "untrained.safetensors", weights, config, None, {})
+    manifest(folder / "data", "ogg", frame_counts(UTTERANCES))
+    untrained(folder / "untrained.safetensors")
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks.made import FORMATS, RATE, recordings
+from benchmarks.made import FORMATS, RATE, frame_counts, recordings
 from las_fast.config import FeatureConfig
 from las_fast.features import FLOOR, PREEMPHASIS, _fft_size, _tables, compute_features, frame_sizes, load_audio
 
@@ -23,7 +23,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=FORMATS)
 def files(request, tmp_path_factory):
-    return request.param, recordings(tmp_path_factory.mktemp(request.param), request.param, COUNT)
+    return request.param, recordings(tmp_path_factory.mktemp(request.param), request.param, frame_counts(COUNT))
 
 
 def plain_features(wave: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_reading(compare, files):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_features(compare, tmp_path, name):
     config = CONFIGS[name]
-    waves = [torch.from_numpy(load_audio(path, RATE)) for path in recordings(tmp_path, "wav", COUNT)]
+    waves = [torch.from_numpy(load_audio(path, RATE)) for path in recordings(tmp_path, "wav", frame_counts(COUNT))]
     functions = {
         "plain": lambda: [plain_features(wave, config) for wave in waves],
         "las_fast": lambda: compute_features(waves, config),

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from las_fast import checkpoint
-from las_fast.checkpoint import LAST, Loaded, load_model
+from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
 from las_fast.cli import make_folder, parse_settings, run
 from las_fast.config import Config, check, load_config, presets, to_yaml
 from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
@@ -28,6 +28,7 @@ from las_fast.errors import InputError
 from las_fast.trainer import Trainer
 
 COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
+FASTEST, SPELLED = 40, 10  # characters a second that nobody reaches, but for so many: a short cut may lose its start
 ROOM = 2**20  # bytes for log, curves and pictures, at least
 
 
@@ -118,12 +119,13 @@ def held(out: Path) -> Iterator[None]:
 
 
 def check_room(out: Path, trainer: Trainer) -> None:
-    """Raise InputError where the disk cannot hold what the training will write."""
+    """Raise InputError where the disk cannot hold what the training will write beside what is there already."""
     numbers = sum(p.numel() for p in trainer.model.parameters())
-    needed, free = 4 * numbers * COPIES + ROOM, shutil.disk_usage(out).free
+    there = sum(path.stat().st_size for path in (out / BEST, out / AVERAGED, out / LAST) if path.exists())
+    needed, free = 4 * numbers * COPIES + ROOM - there, shutil.disk_usage(out).free
     if free < needed:
         raise InputError(
-            f"--out {out}: a training of this model writes {needed / 2**20:.0f} MiB and {free / 2**20:.0f} are free "
+            f"--out {out}: a training of this model needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} are free "
             "there; free some space or choose another folder"
         )
 
@@ -160,6 +162,18 @@ def describe(trainer: Trainer) -> None:
     )
 
 
+def warn_of_hasty(name: str, data: SpeechDataset) -> None:
+    """Print a warning where transcripts have more characters than anyone can say in their time."""
+    hasty = [i for i, text in enumerate(data.texts) if len(text) > SPELLED + FASTEST * data.seconds[i]]
+    if hasty:
+        first, seconds = hasty[0], data.seconds[hasty[0]]
+        print(
+            f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a second, "
+            f"the first that of {data.ids[first]}: {len(data.texts[first])} in {seconds:.2f} s; "
+            "see whether they belong to these recordings"
+        )
+
+
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
     """Return the training and dev sets, their features cached and checked."""
     train_splits = config.data.train or corpus.resolve("train")
@@ -174,6 +188,7 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or root")
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
+        warn_of_hasty(name, data)
     if shared := shared_recordings(train, dev):
         print(
             f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech; "

@@ -14,7 +14,18 @@ from archives import make_archive, make_manifest
 from checkpoints import MODEL, make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, cost, learning_curve, machine, paired, recognition, record, report, scores
+from benchmarks import (
+    attention,
+    cost,
+    learning_curve,
+    machine,
+    paired,
+    recognition,
+    record,
+    report,
+    scores,
+    test_bench_growth,
+)
 from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import LETTERS_PER_FRAME, recordings
 from benchmarks.operations import listener_operations, speller_operations
@@ -149,6 +160,18 @@ def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_
     assert all(p.stat().st_size > 5000 for p in pictures)
 
 
+def test_a_report_draws_what_decoding_more_takes(tmp_path):
+    record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
+    sizes = [(over, n, 10 * n, n / 10, 500.0, 0.0) for over in ("utterances", "seconds") for n in (9, 1, 2, 4)]
+    rows = [(*record.where(), *size) for size in (*sizes, ("utterances", 9, 90, 0.9, 400.0, 0.0))]
+    record.append(tmp_path / "growth.csv", test_bench_growth.COLUMNS, rows)
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path)])
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    found = report.last_growth(record.read(tmp_path / "growth.csv"), record.machine())
+    assert [row["size"] for row in found] == ["1", "1", "2", "2", "4", "4", "9", "9"]
+    assert [row["peak_mib"] for row in found[-2:]] == ["400.0", "500.0"]
+
+
 def test_a_report_shows_the_last_share_of_each_part_of_the_model(tmp_path, capsys):
     record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
     measured = (2, 50, 25, 100, 0.25), (1, 50, 50, 100, 0.5)
@@ -257,7 +280,7 @@ def test_what_a_training_costs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_made_recordings_can_be_read(tmp_path, suffix):
-    paths = recordings(tmp_path, suffix, 2)
+    paths = recordings(tmp_path, suffix, [300, 450])
     assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
 
 

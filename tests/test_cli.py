@@ -1,4 +1,5 @@
 import argparse
+import ctypes
 import errno
 import subprocess
 import sys
@@ -42,6 +43,30 @@ def test_a_reader_that_has_gone_is_no_traceback():
     command = f"{sys.executable} -c 'from las_fast.cli import run; run(lambda _: print(\"x\\n\" * 99999))' | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_decoding_gives_large_blocks_back_and_training_keeps_them():
+    """Said in a process of its own, which counts its blocks that have pages of their own."""
+    script = """
+import ctypes
+from las_fast import cli
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+class Counts(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+libc.mallinfo2.restype = Counts
+def own_pages():
+    before = getattr(libc.mallinfo2(), "3")
+    libc.malloc(ctypes.c_size_t(2 * cli.LARGE_OF_BATCHES))
+    return getattr(libc.mallinfo2(), "3") - before
+cli.tune_memory()
+print(own_pages())
+cli.keep_heap_whole()
+print(own_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
 
 
 def test_every_subcommand_leads_to_a_module_with_help(capsys):

@@ -1,5 +1,6 @@
 """Training: exact resume, whole validation, honest files."""
 
+import contextlib
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,6 +482,17 @@ def test_a_training_that_leads_nowhere_ends_and_leaves_no_best(archive, tmp_path
         json.loads(line, parse_constant=pytest.fail)
 
 
+def test_transcripts_that_nobody_could_say_in_their_time_are_named(capsys):
+    texts, seconds = ["X" * 90, "X" * 91, "X" * 10], np.array([2.0, 2.0, 0.01])
+    data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, seconds=seconds)
+    train.warn_of_hasty("dev", data)
+    said = capsys.readouterr().out
+    assert "1 of 3 transcripts of dev have more than 40 characters a second, the first that of b: 91 in 2.00 s" in said
+    data.texts[1] = "X"
+    train.warn_of_hasty("dev", data)
+    assert capsys.readouterr().out == ""
+
+
 def test_two_trainings_do_not_share_a_folder(archive, tmp_path):
     with train.held(tmp_path), pytest.raises(InputError, match="another training is writing into .*; wait for it"):
         train.main(arguments(archive, tmp_path))
@@ -491,9 +504,23 @@ def test_two_trainings_do_not_share_a_folder(archive, tmp_path):
 def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"a training of this model writes \d+ MiB and 1 are free there"):
+    with pytest.raises(InputError, match=r"a training of this model needs \d+ MiB and 1 are free there"):
         train.main(arguments(archive, tmp_path))
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_resumed_training_needs_no_room_for_what_it_replaces(archive, tmp_path, monkeypatch):
+    made = make_trainer(archive, tmp_path)
+    numbers = sum(p.numel() for p in made.model.parameters())
+    whole = 4 * numbers * train.COPIES + train.ROOM
+    for name, size in ((train.LAST, 3000), (train.BEST, 200), ("other", 10**6)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    for free, enough in ((whole - 3200, True), (whole - 3201, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(train.shutil, "disk_usage", lambda _, usage=usage: usage)
+        with contextlib.nullcontext() if enough else pytest.raises(InputError, match="free some space"):
+            train.check_room(tmp_path, made)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):

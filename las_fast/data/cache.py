@@ -46,7 +46,7 @@ UNUSED = 30 * 24 * 3600  # seconds after which an earlier entry of the same spli
 SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
 ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
 OR_SKIP = "; or leave such utterances out with --on-bad skip"
-DROP_BYTES = 256 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
+DROP_BYTES = 32 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
 
 
 @dataclass(frozen=True)
