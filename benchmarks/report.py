@@ -177,13 +177,15 @@ def growth(rows: list[Row], path: Path) -> None:
         above.plot(x, [seconds[0] * size / x[0] for size in x], ":", color="#222222", label="in proportion")
         below.plot(x, peaks, "o-", color=OTHER, label="peak memory, MiB")
         above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter("{x:g}")
+        above.minorticks_off()
         below.set_ylim(0, 1.2 * max(peaks))
         below.set_xlabel(over)
         for axes in (above, below):
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [f"{size:g}" for size in x])
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left" if axes is above else "lower right")
     finish(figure, "decode, preset speech13h, beam 8 and CTC", rows, path)
 
 

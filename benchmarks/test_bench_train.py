@@ -109,9 +109,9 @@ def check(found: dict[str, torch.Tensor], *, fp32: float = CLOSE, bf16: float) -
         torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0.0, msg=lambda m, path=path: f"{path}: {m}")
 
 
-def step_of(path: str, frame_share: float = 1.0) -> Callable[[], object]:
-    """Return a training step of that path, on one thread."""
-    torch.set_num_threads(1)
+def step_of(path: str, frame_share: float, threads: int) -> Callable[[], object]:
+    """Return a training step of that path."""
+    torch.set_num_threads(threads)
     config = preset()
     batch, running = make_batch(config, frame_share), trainers(config, [path])[path]
     if path == "usual":
@@ -127,7 +127,8 @@ def each_elsewhere(paths: list[str], frame_share: float = 1.0) -> Iterator[dict[
     "..., tuned" is a baseline with las_fast's treatment of memory.
     """
     tuned = [path for path in paths if path.startswith("las_fast") or path.endswith(TUNED)]
-    steps = {p: Elsewhere(step_of, p.removesuffix(TUNED), frame_share, tuned=p in tuned) for p in paths}
+    threads = torch.get_num_threads()
+    steps = {p: Elsewhere(step_of, p.removesuffix(TUNED), frame_share, threads, tuned=p in tuned) for p in paths}
     try:
         yield steps
     finally:
@@ -160,15 +161,24 @@ def test_fifty_steps_of_training_have_one_curve(long):
     check(curves, bf16=2e-2)
 
 
-@pytest.mark.parametrize("frame_share", [0.1, 0.25, 0.5])
-def test_training_step_by_batch(compare, long, frame_share):
+def curve(compare, axis: str, frame_share: float = 1.0) -> None:
     with each_elsewhere([path for path in PATHS if path != "usual"], frame_share) as steps:
         compare(
             "train",
             steps,
-            what="training step by batch",
+            what=f"training step by {axis}",
             shape=shape_of(make_batch(preset(), frame_share)),
             dtypes={path: dtype_of(path) for path in steps},
             baseline="plain",
             rounds=3,
         )
+
+
+@pytest.mark.parametrize("frame_share", [0.1, 0.25, 0.5])
+def test_training_step_by_batch(compare, long, frame_share):
+    curve(compare, "batch", frame_share)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_training_step_by_threads(compare, long, threads):
+    curve(compare, "threads")

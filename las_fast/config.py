@@ -148,7 +148,7 @@ class TrainingConfig:
         TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine multiplies it faster
-    threads: int = 0  # of the CPU, in each product; 0: torch's choice, all cores. Small models gain nothing from more
+    threads: int = 0  # of the CPU, in each product; 0: torch's choice, all cores. Tiny models gain nothing from more
     ema_decay: float = 0.999  # averaged weights; 0: none
     seed: int = 1
     validate_every: float = 1.0  # epochs

@@ -168,8 +168,8 @@ def warn_of_hasty(name: str, data: SpeechDataset) -> None:
     if hasty:
         first, seconds = hasty[0], data.seconds[hasty[0]]
         print(
-            f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a second, "
-            f"the first that of {data.ids[first]}: {len(data.texts[first])} in {seconds:.2f} s; "
+            f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a "
+            f"second, the first that of {data.ids[first]}: {len(data.texts[first])} in {seconds:.2f} s; "
             "see whether they belong to these recordings"
         )
 
