@@ -51,8 +51,8 @@ def latest(rows: list[Row], name: str) -> list[Row]:
 
 
 def last_growth(rows: list[Row], name: str) -> list[Row]:
-    """Return the last row of each size on that machine, small to large."""
-    kept = {(row["over"], row["size"]): row for row in rows if row["machine"] == name}
+    """Return the last row of each size on one thread of that machine, small to large."""
+    kept = {(row["over"], row["size"]): row for row in rows if row["machine"] == name and row["threads"] == "1"}
     return sorted(kept.values(), key=lambda row: float(row["size"]))
 
 
@@ -186,7 +186,7 @@ def growth(rows: list[Row], path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [f"{size:g}" for size in x])
             axes.legend(fontsize=8, loc="upper left" if axes is above else "lower right")
-    finish(figure, "decode, preset speech13h, beam 8 and CTC", rows, path)
+    finish(figure, "decode, by the untrained preset speech13h with its beam and CTC", rows, path)
 
 
 def place(row: Row, axis: str) -> float:

@@ -92,7 +92,11 @@ class ListenerConfig:
     @property
     def time_reduction(self) -> int:
         """Feature frames in one encoder frame."""
-        return math.prod(self.conv_strides) * 2**self.pyramids
+        return self.reduction_at(self.pyramids)
+
+    def reduction_at(self, layer: int) -> int:
+        """Feature frames in one frame of BiLSTM `layer`, counted as ModelConfig.ctc_layer counts."""
+        return math.prod(self.conv_strides) * 2 ** min(layer, self.pyramids)
 
 
 @dataclass(frozen=True)
@@ -348,7 +352,8 @@ def check(config: Config) -> Config:
         (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
         (
             all(a < b for a, b in pairwise((*training.restarts, training.epochs))),
-            "training.restarts must rise and end below training.epochs",
+            f"training.restarts must rise and end below training.epochs; got {[*training.restarts]} and "
+            f"{training.epochs}; --training.restarts with nothing after it is none",
         ),
         (all(s.start <= s.end for s in training.teacher_forcing), "training.teacher_forcing stages need start <= end"),
     ]

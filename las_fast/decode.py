@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import keep_heap_whole, make_room, parse_settings, run
+from las_fast.cli import give_large_blocks_back, make_room, parse_settings, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Decode; see --help. The last line printed is JSON."""
-    keep_heap_whole()
+    give_large_blocks_back()
     loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
 
     def defaults(options: argparse.Namespace) -> Settings:

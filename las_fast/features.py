@@ -84,6 +84,8 @@ def _problem(path: str | Path, error: Exception) -> str:
         return "does not exist"
     except (OSError, ValueError) as refusal:
         return f"cannot be opened ({getattr(refusal, 'strerror', None) or refusal})"
+    if os.path.isdir(path):
+        return "is a folder"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     reason = str(error).split(": ", 1)[-1].rstrip(".") or type(error).__name__

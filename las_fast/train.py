@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import torch
 
 from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
-from las_fast.cli import make_folder, parse_settings, run
-from las_fast.config import Config, check, load_config, presets, to_yaml
+from las_fast.cli import cores, make_folder, parse_settings, run
+from las_fast.config import Config, ModelConfig, check, load_config, presets, to_yaml
 from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
@@ -160,6 +161,9 @@ def describe(trainer: Trainer) -> None:
         f"{len(last)} batches an epoch, {share:.1f}% padding; "
         f"from step {trainer.progress.step} to {trainer.steps}"
     )
+    threads = torch.get_num_threads()
+    if trainer.device.type == "cpu" and threads < cores():
+        print(f"threads: {threads} of {cores()}; where the other cores are idle, more --training.threads may be faster")
 
 
 def warn_of_hasty(name: str, data: SpeechDataset) -> None:
@@ -171,6 +175,20 @@ def warn_of_hasty(name: str, data: SpeechDataset) -> None:
             f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a "
             f"second, the first that of {data.ids[first]}: {len(data.texts[first])} in {seconds:.2f} s; "
             "see whether they belong to these recordings"
+        )
+
+
+def warn_of_crowded(data: SpeechDataset, model: ModelConfig) -> None:
+    """Print a warning where the CTC head has fewer frames than a transcript needs: a blank parts equal neighbours."""
+    reduction = model.listener.reduction_at(model.ctc_layer)
+    needed = [len(text) + sum(a == b for a, b in pairwise(text)) for text in data.texts]
+    there = [-(-frames // reduction) for frames in data.frames.tolist()]
+    crowded = [i for i, frames in enumerate(there) if needed[i] > frames]
+    if crowded:
+        i = crowded[0]
+        print(
+            f"warning: CTC learns nothing from {len(crowded)} of {len(data.texts)} transcripts, which need more frames "
+            f"than its head has; the first is that of {data.ids[i]}, {needed[i]} of {there[i]}"
         )
 
 
@@ -189,6 +207,8 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
         warn_of_hasty(name, data)
+    if config.model.ctc_layer >= 0:
+        warn_of_crowded(train, config.model)
     if shared := shared_recordings(train, dev):
         print(
             f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech; "

@@ -31,7 +31,8 @@ from las_fast.text import Vocabulary
 from las_fast.validate import validate
 
 # Settings that may differ when resuming: they change where and how fast, not what is learned.
-FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in any case
+    "training.threads",
     "data.workers",
     "data.cache",
     "training.checkpoint_minutes",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from las_fast.cli import keep_heap_whole, make_folder, run
+from las_fast.cli import give_large_blocks_back, make_folder, run
 from las_fast.errors import InputError
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -185,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Transcribe; see --help."""
-    keep_heap_whole()
+    give_large_blocks_back()
     options = parser().parse_args(argv)
     if options.beam is not None and options.beam < 1:
         raise InputError(f"--beam must be at least 1; got {options.beam}")

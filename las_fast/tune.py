@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from las_fast.cli import keep_heap_whole, make_room, run
+from las_fast.cli import give_large_blocks_back, make_room, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -52,7 +52,7 @@ def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -
 
 def main(argv: list[str] | None = None) -> None:
     """Search the grid; see --help."""
-    keep_heap_whole()
+    give_large_blocks_back()
     options = parser().parse_args(argv)
     names = [name for name in GRID if getattr(options, name)]
     if not names:

@@ -163,7 +163,9 @@ def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_
 def test_a_report_draws_what_decoding_more_takes(tmp_path):
     record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
     sizes = [(over, n, 10 * n, n / 10, 500.0, 0.0) for over in ("utterances", "seconds") for n in (9, 1, 2, 4)]
-    rows = [(*record.where(), *size) for size in (*sizes, ("utterances", 9, 90, 0.9, 400.0, 0.0))]
+    here = (*record.where()[:4], 1)
+    rows = [(*here, *size) for size in (*sizes, ("utterances", 9, 90, 0.9, 400.0, 0.0))]
+    rows.append((*record.where()[:4], 2, *sizes[0]))
     record.append(tmp_path / "growth.csv", test_bench_growth.COLUMNS, rows)
     report.main(["--results", str(tmp_path), "--plots", str(tmp_path)])
     assert (tmp_path / "growth.png").stat().st_size > 5000

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from las_fast import __version__, cli
+from las_fast import __version__, cli, decode, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import InputError
 
@@ -62,11 +62,20 @@ def own_pages():
     return getattr(libc.mallinfo2(), "3") - before
 cli.tune_memory()
 print(own_pages())
-cli.keep_heap_whole()
+cli.give_large_blocks_back()
 print(own_pages())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("module", [decode, transcribe, tune])
+def test_commands_that_decode_ask_for_it(module, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(module, "give_large_blocks_back", lambda: asked.append(module))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert asked == [module]
 
 
 def test_every_subcommand_leads_to_a_module_with_help(capsys):

@@ -180,7 +180,7 @@ def test_what_the_system_refuses_is_named(tmp_path):
     closed = tmp_path / "folder.wav"
     closed.mkdir()
     too_long = tmp_path / f"{'x' * 300}.wav"
-    for path, reason in ((raw, "cannot be read as audio"), (closed, "cannot be read"), (too_long, "too long"),
+    for path, reason in ((raw, "cannot be read as audio"), (closed, "is a folder"), (too_long, "too long"),
                          (f"{tmp_path}/a\0b.wav", "cannot be opened")):
         with pytest.raises(InputError, match=reason) as error:
             load_audio(path, 16000)

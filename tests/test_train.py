@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import torch
 
 from las_fast import checkpoint, schedules, train, trainer
 from las_fast.attention import Memory
-from las_fast.config import Config, load_config
+from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
 from las_fast.errors import InputError
 from las_fast.validate import of_the_next, validate
 from tests.archives import make_archive
@@ -491,6 +492,27 @@ def test_transcripts_that_nobody_could_say_in_their_time_are_named(capsys):
     data.texts[1] = "X"
     train.warn_of_hasty("dev", data)
     assert capsys.readouterr().out == ""
+
+
+def test_transcripts_that_ctc_cannot_align_are_named(capsys):
+    listener = ListenerConfig(conv_strides=(2,), pyramids=2)
+    frames, texts = np.array([41, 41, 40]), ["ABCDEFGHIJK", "ABCDEFGHIJJ", "ABCDEFGHIJ"]  # 11, 11 and 10 frames of four
+    data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, frames=frames)
+    train.warn_of_crowded(data, ModelConfig(listener, ctc_layer=1))
+    said = capsys.readouterr().out
+    assert "nothing from 1 of 3 transcripts" in said and "the first is that of b, 12 of 11" in said
+    train.warn_of_crowded(data, ModelConfig(listener, ctc_layer=0))
+    assert capsys.readouterr().out == ""
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m las_fast.train (.*)$", README, re.MULTILINE))
+def test_settings_of_the_readmes_trainings_go_together(command):
+    words = shlex.split(command.replace("runs/mine/config.yaml", "tiny"))
+    options, config = train.parse(words)
+    assert config.training.epochs > 0 and options.out
 
 
 def test_two_trainings_do_not_share_a_folder(archive, tmp_path):

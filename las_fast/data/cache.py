@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from las_fast.cli import cores
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
@@ -201,7 +202,7 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
     scratch = target.parent / f".building-{target.name}-{unique}"
     scratch.mkdir()
     try:
-        items = _process(corpus, utterances, features, scratch, workers or _cores())
+        items = _process(corpus, utterances, features, scratch, workers or cores())
         bar = tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False)
         with closing(items), bar:  # closing ends the workers, whatever happens
             index = _write_features(scratch / "features.f32", bar, utterances, refuse)
@@ -274,10 +275,6 @@ def _is_running(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Iterator[Item]:

@@ -29,6 +29,7 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
+from las_fast.cli import cores
 from las_fast.config import FeatureConfig
 from las_fast.errors import InputError
 from las_fast.features import compute_features
@@ -378,10 +379,6 @@ def generate(
     return root / ARCHIVE
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progress: bool) -> dict[str, float]:
     for split in dict.fromkeys(u.split for u in utterances):
         (archive / split / "mfcc").mkdir(parents=True)
@@ -392,7 +389,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     # A fresh process a block: what eSpeak NG said before can then not depend on who takes which block.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
-    workers = min(workers or _cores(), len(tasks))
+    workers = min(workers or cores(), len(tasks))
     bar = tqdm(total=len(utterances), desc="speaking", unit=" utterances", disable=None if progress else True)
     with context.Pool(workers, maxtasksperchild=1) as pool, bar:
         results = pool.imap_unordered(_speak_block, tasks)
