@@ -120,7 +120,9 @@ def bars(rows: list[Row], title: str, path: Path) -> None:
     rows = sorted(rows, key=time_of, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
     times = [time_of(row) for row in rows]
-    axes.barh([row["path"] for row in rows], times, color=[COLOURS.get(row["path"], OTHER) for row in rows])
+    twice = len({row["path"] for row in rows}) < len(rows)  # then the type tells them apart
+    names = [f"{row['path']}, {row['dtype']}" if twice else row["path"] for row in rows]
+    axes.barh(names, times, color=[COLOURS.get(row["path"], OTHER) for row in rows])
     clock = [float(row["median"]) for row in rows]
     axes.plot(clock, range(len(rows)), "|", color="#222222", markersize=14, label="median by the clock")
     kind = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
