@@ -81,27 +81,25 @@ def transcribe(
     *,
     ngram: Tensor | None = None,
     device,
+    skip_bad: bool = False,
     progress: bool = True,
-) -> Iterator[list[Piece]]:
+) -> Iterator[list[Piece] | None]:
     """Yield the pieces of each recording, in the order of paths; ngram is as in las_fast.search.beam_search.
+
+    With skip_bad a file that cannot be read is a warning and None.
 
     Raises:
         InputError: a file cannot be read, or one piece does not fit in memory.
     """
-    from las_fast.features import is_whole, load_audio
     from las_fast.search import decode_dataset
 
     rate = loaded.config.features.sample_rate
-    spans: list[list[tuple[int, int]]] = []
+    spans: list[list[tuple[int, int]] | None] = []
     features, seconds, ids = [], [], []
     for path in paths:
-        samples = load_audio(path, rate)
-        spans.append([s for s in cut_at_silences(samples, rate) if may_be_speech(samples[slice(*s)], rate)])
-        if not is_whole(path):
-            warn(f"{path} is cut off: its end is missing, and what it said")
-        if not spans[-1]:
-            warn(f"{path}: nothing in its {len(samples) / rate:.2f} seconds is long ({SHORTEST:g} s) and loud enough")
-        for start, end in spans[-1]:
+        samples, own = _speech(path, rate, skip_bad)
+        spans.append(own)
+        for start, end in own or ():
             features.append(_frames(samples[start:end], loaded))
             seconds.append((end - start) / rate)
             ids.append(f"{path} from {start / rate:.0f} s")
@@ -109,8 +107,28 @@ def transcribe(
     options = {"ngram": ngram, "progress": progress, "device": device}
     found = iter(decode_dataset(loaded.model, pieces, loaded.vocabulary, decoding, **options))
     for own in spans:
-        best = [(span, next(found)[0]) for span in own]
-        yield [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
+        best = [(span, next(found)[0]) for span in own or ()]
+        made = [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
+        yield None if own is None else made
+
+
+def _speech(path: Path, rate: int, skip_bad: bool) -> tuple[np.ndarray, list[tuple[int, int]] | None]:
+    """Return samples and the pieces of them that may be speech; None where the file cannot be read."""
+    from las_fast.features import is_whole, load_audio
+
+    try:
+        samples = load_audio(path, rate)
+    except InputError as error:
+        if not skip_bad:
+            raise
+        warn(f"left out: {error}")
+        return np.empty(0, np.float32), None
+    spans = [s for s in cut_at_silences(samples, rate) if may_be_speech(samples[slice(*s)], rate)]
+    if not is_whole(path):
+        warn(f"{path} is cut off: its end is missing, and what it said")
+    if not spans:
+        warn(f"{path}: nothing in its {len(samples) / rate:.2f} seconds is long ({SHORTEST:g} s) and loud enough")
+    return samples, spans
 
 
 def may_be_speech(samples: np.ndarray, rate: int) -> bool:
@@ -179,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--out", type=Path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
     own.add_argument("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
     own.add_argument("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
+    own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip leaves out what cannot be read")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     return own
 
@@ -211,9 +230,11 @@ def main(argv: list[str] | None = None) -> None:
     decoding = default_weight(loaded.config.decoding, options.lm)
     decoding = replace(decoding, beam=options.beam or decoding.beam)
     ngram = language_table(options.lm, decoding, loaded, device)
-    transcripts = transcribe(options.files, loaded, decoding, ngram=ngram, device=device)
+    skip = options.on_bad == "skip"
+    transcripts = transcribe(options.files, loaded, decoding, ngram=ngram, device=device, skip_bad=skip)
     for path, pieces in zip(options.files, transcripts, strict=True):
-        deliver(path, FORMATS[options.format](path, pieces), options)
+        if pieces is not None:
+            deliver(path, FORMATS[options.format](path, pieces), options)
 
 
 def deliver(path: Path, text: str, options: argparse.Namespace) -> None:

@@ -167,6 +167,16 @@ def test_a_file_that_is_no_audio_is_named(here, capsys):
     assert "noise.wav" in capsys.readouterr().err
 
 
+def test_files_that_cannot_be_read_may_be_left_out(here, capsys):
+    (here / "noise.wav").write_bytes(b"not audio")
+    transcribe(here, "--on-bad", "skip", "--format", "json", files=["short.wav", "noise.wav", "gone.wav", "other.flac"])
+    said = capsys.readouterr()
+    assert [json.loads(line)["file"].rsplit("/", 1)[1] for line in said.out.splitlines()] == ["short.wav", "other.flac"]
+    assert "left out" in said.err and "noise.wav" in said.err and "gone.wav does not exist" in said.err
+    transcribe(here, "--on-bad", "skip", files=["noise.wav"])
+    assert capsys.readouterr().out == ""
+
+
 def test_the_released_model_is_taken_or_its_absence_explained(tmp_path, monkeypatch, capsys):
     from las_fast import checkpoint
     from las_fast.errors import InputError
