@@ -25,6 +25,7 @@ from matplotlib.ticker import LogLocator  # noqa: E402
 from benchmarks import machine, record  # noqa: E402
 
 PLOTS = record.RESULTS / "plots"
+THING = ("what", "shape", "dtype", "path", "threads")
 FILES = ("train", "bilstm", "decode", "features", "peers")
 AXES = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
 NAMES = {"frames": "encoder frames", "batch": "utterances in a batch"}
@@ -39,21 +40,15 @@ OTHER = "#4f6d9a"  # other libraries, and stages
 Row = dict[str, str]
 
 
-def latest(rows: list[Row], name: str) -> list[Row]:
-    """Return the last row of each thing measured on that machine, in the order of the file."""
-    kept: dict[tuple, Row] = {}
-    for row in rows:
-        if row["machine"] == name:
-            key = tuple(row[k] for k in ("what", "shape", "dtype", "path", "threads"))
-            kept.pop(key, None)
-            kept[key] = row
-    return list(kept.values())
+def latest(rows: list[Row], name: str, thing: tuple[str, ...] = THING) -> list[Row]:
+    """Return the last row of each thing that was measured on that machine; `thing`: the columns that tell one."""
+    return list({tuple(row[k] for k in thing): row for row in rows if row["machine"] == name}.values())
 
 
 def last_growth(rows: list[Row], name: str) -> list[Row]:
     """Return the last row of each size on one thread of that machine, small to large."""
-    kept = {(row["over"], row["size"]): row for row in rows if row["machine"] == name and row["threads"] == "1"}
-    return sorted(kept.values(), key=lambda row: float(row["size"]))
+    kept = latest(rows, name, ("over", "size", "threads"))
+    return sorted((row for row in kept if row["threads"] == "1"), key=lambda row: float(row["size"]))
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -81,7 +76,7 @@ def table(rows: list[Row]) -> str:
 def shares(rows: list[Row]) -> str:
     """Return Markdown: what share of the machine's rate of matrix products each half of the model reaches."""
     lines = ["| part | task | dtype | GFLOP | seconds | GFLOP/s | machine's | share |", f"|{8 * '---|'}"]
-    for row in {tuple(row[k] for k in ("part", "task", "dtype", "shape")): row for row in rows}.values():
+    for row in rows:
         numbers = [shown(float(row[k])) for k in ("gflop", "seconds", "gflop_s", "machine_gflop_s")]
         cells = (row["part"], row["task"], row["dtype"], *numbers, f"{float(row['share']):.0%}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -260,7 +255,8 @@ def main(words: list[str] | None = None) -> None:
         print(f"{options.results} has no rows of {options.machine}; run: pytest benchmarks --record")
         return
     print(table(rows))
-    if found := [row for row in record.read(options.results / "shares.csv") if row["machine"] == options.machine]:
+    reached = record.read(options.results / "shares.csv")
+    if found := latest(reached, options.machine, ("part", "task", "dtype", "shape")):
         print(f"\n{shares(found)}")
     limits = machine.limits(record.read(options.results / "machine.csv"), options.machine)
     pictures = draw(rows, limits, options.plots)

@@ -13,8 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, eq
 from pathlib import Path
 
 import torch
@@ -181,7 +180,7 @@ def warn_of_hasty(name: str, data: SpeechDataset) -> None:
 def warn_of_crowded(data: SpeechDataset, model: ModelConfig) -> None:
     """Print a warning where the CTC head has fewer frames than a transcript needs: a blank parts equal neighbours."""
     reduction = model.listener.reduction_at(model.ctc_layer)
-    needed = [len(text) + sum(a == b for a, b in pairwise(text)) for text in data.texts]
+    needed = [len(text) + sum(map(eq, text, text[1:])) for text in data.texts]
     there = [-(-frames // reduction) for frames in data.frames.tolist()]
     crowded = [i for i, frames in enumerate(there) if needed[i] > frames]
     if crowded:

@@ -83,52 +83,51 @@ def transcribe(
     device,
     skip_bad: bool = False,
     progress: bool = True,
-) -> Iterator[list[Piece] | None]:
-    """Yield the pieces of each recording, in the order of paths; ngram is as in las_fast.search.beam_search.
+) -> Iterator[tuple[Path, list[Piece]]]:
+    """Yield each recording with its pieces, in the order of paths; ngram is as in las_fast.search.beam_search.
 
-    With skip_bad a file that cannot be read is a warning and None.
+    With skip_bad a file that cannot be read is a warning.
 
     Raises:
         InputError: a file cannot be read, or one piece does not fit in memory.
     """
+    from las_fast.features import load_audio
     from las_fast.search import decode_dataset
 
     rate = loaded.config.features.sample_rate
-    spans: list[list[tuple[int, int]] | None] = []
+    spans: list[tuple[Path, list[tuple[int, int]]]] = []
     features, seconds, ids = [], [], []
     for path in paths:
-        samples, own = _speech(path, rate, skip_bad)
-        spans.append(own)
-        for start, end in own or ():
+        try:
+            samples = load_audio(path, rate)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            warn(f"left out: {error}")
+            continue
+        spans.append((path, _speech(path, samples, rate)))
+        for start, end in spans[-1][1]:
             features.append(_frames(samples[start:end], loaded))
             seconds.append((end - start) / rate)
             ids.append(f"{path} from {start / rate:.0f} s")
     pieces = Pieces(features, seconds, ids)
     options = {"ngram": ngram, "progress": progress, "device": device}
     found = iter(decode_dataset(loaded.model, pieces, loaded.vocabulary, decoding, **options))
-    for own in spans:
-        best = [(span, next(found)[0]) for span in own or ()]
-        made = [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
-        yield None if own is None else made
+    for path, own in spans:
+        best = [(span, next(found)[0]) for span in own]
+        yield path, [Piece(a / rate, b / rate, loaded.vocabulary.decode(h.text_tokens), h.score) for (a, b), h in best]
 
 
-def _speech(path: Path, rate: int, skip_bad: bool) -> tuple[np.ndarray, list[tuple[int, int]] | None]:
-    """Return samples and the pieces of them that may be speech; None where the file cannot be read."""
-    from las_fast.features import is_whole, load_audio
+def _speech(path: Path, samples: np.ndarray, rate: int) -> list[tuple[int, int]]:
+    """Return the pieces of a recording that may be speech; warn where it is cut off or has none."""
+    from las_fast.features import is_whole
 
-    try:
-        samples = load_audio(path, rate)
-    except InputError as error:
-        if not skip_bad:
-            raise
-        warn(f"left out: {error}")
-        return np.empty(0, np.float32), None
     spans = [s for s in cut_at_silences(samples, rate) if may_be_speech(samples[slice(*s)], rate)]
     if not is_whole(path):
         warn(f"{path} is cut off: its end is missing, and what it said")
     if not spans:
         warn(f"{path}: nothing in its {len(samples) / rate:.2f} seconds is long ({SHORTEST:g} s) and loud enough")
-    return samples, spans
+    return spans
 
 
 def may_be_speech(samples: np.ndarray, rate: int) -> bool:
@@ -231,10 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     decoding = replace(decoding, beam=options.beam or decoding.beam)
     ngram = language_table(options.lm, decoding, loaded, device)
     skip = options.on_bad == "skip"
-    transcripts = transcribe(options.files, loaded, decoding, ngram=ngram, device=device, skip_bad=skip)
-    for path, pieces in zip(options.files, transcripts, strict=True):
-        if pieces is not None:
-            deliver(path, FORMATS[options.format](path, pieces), options)
+    for path, pieces in transcribe(options.files, loaded, decoding, ngram=ngram, device=device, skip_bad=skip):
+        deliver(path, FORMATS[options.format](path, pieces), options)
 
 
 def deliver(path: Path, text: str, options: argparse.Namespace) -> None:
