@@ -344,8 +344,13 @@ class Backward {
     const T* now = kept(direction, index);
     const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
     const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
+    const int64_t later = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
+    const T* kept_later = kept(direction, later);
+    const T* above_later = gradient_ + (frames_.places[later] * DIRECTIONS + direction) * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return get<W>(now + i * H + j, lanes, 0.0f); };
+      for (int64_t i = 0; i < KEPT; ++i) las::fetch_bytes(kept_later + i * H + j, 1);
+      las::fetch_bytes(above_later + j, 1);
       const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
       const Float<W> bent = las::tanh<W>(get_kept(4));
       const Float<W> dh = get<W>(above + j, lanes, 0.0f) + get<W>(hidden + j, lanes, 0.0f);

@@ -118,11 +118,15 @@ LAS_INLINE void each_tile(int64_t rows, const Tile& tile) {
   }
 }
 
-// Bring `bytes` of the next panel near while this one is at work: it comes from afar, and the first tile would wait.
+// Bring bytes near that will be read soon; any address will do.
+LAS_INLINE void fetch_bytes(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
+// Of the next panel, while this one is at work: it comes from afar, and the first tile would wait.
 template <int M>
 LAS_INLINE void fetch_ahead(const void* next, int64_t bytes) {
-  if constexpr (M >= 4)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(next) + i, 0, 2);
+  if constexpr (M >= 4) fetch_bytes(next, bytes);
 }
 
 template <int W, int M>
@@ -318,7 +322,10 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
       const S* from = source + i * column_stride + k * k_stride;
       if (wide == W && deep == W) {
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) rows[j] = load<W>(from + j * stride) * factor;
+        for (int j = 0; j < W; ++j) {
+          fetch_bytes(from + j * stride + COLUMNS * column_stride, 1);  // the next panel: its rows are far apart
+          rows[j] = load<W>(from + j * stride) * factor;
+        }
       } else {
         for (int64_t j = 0; j < W; ++j) {
           const bool there = j < (turned ? wide : deep);

@@ -183,6 +183,33 @@ LAS_INLINE Float<W> exp(Float<W> x) {
   return x < -87.3f ? Float<W>{} : p * power;
 }
 
+// log(1 + x) for x from 0 to 1, to about 1e-7 (Cephes).
+template <int W>
+LAS_INLINE Float<W> log_of_one_and(Float<W> x) {
+  const auto large = x > 0.41421356f;
+  const Float<W> z = large ? (x - 1.0f) * 0.5f : x, square = z * z;  // of half of 1 + x
+  Float<W> p = broadcast<W>(7.0376836292e-2f);
+  p = p * z - 1.1514610310e-1f;
+  p = p * z + 1.1676998740e-1f;
+  p = p * z - 1.2420140846e-1f;
+  p = p * z + 1.4249322787e-1f;
+  p = p * z - 1.6668057665e-1f;
+  p = p * z + 2.0000714765e-1f;
+  p = p * z - 2.4999993993e-1f;
+  p = p * z + 3.3333331174e-1f;
+  const Float<W> found = z + (p * z * square - 0.5f * square);
+  return large ? found + 0.69314718f : found;
+}
+
+// log(exp(a) + exp(b)); -inf is fine, +inf is not.
+template <int W>
+LAS_INLINE Float<W> add_logs(Float<W> a, Float<W> b) {
+  const auto first = a > b;
+  const Float<W> more = first ? a : b, less = first ? b : a;
+  const Float<W> difference = less == more ? Float<W>{} : less - more;  // -inf less itself would be NaN
+  return more + log_of_one_and<W>(exp<W>(difference));
+}
+
 template <int W>
 using Width = std::integral_constant<int, W>;
 

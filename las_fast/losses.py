@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from las_fast import ops
 from las_fast.listener import valid_frames
 from las_fast.model import Output
 from las_fast.text import EOS, PAD
@@ -26,11 +27,7 @@ def ctc_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Ten
 
     An utterance with fewer frames than its characters need has no CTC path and counts 0.
     """
-    log_probabilities = F.log_softmax(logits.float(), -1).transpose(0, 1)  # (T, B, V)
-    targets = tokens.masked_fill(tokens == EOS, PAD)
-    return F.ctc_loss(
-        log_probabilities, targets, lengths, token_lengths - 1, blank=PAD, reduction="sum", zero_infinity=True
-    )
+    return ops.ctc_loss(logits, lengths, tokens, token_lengths - 1).sum()
 
 
 def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float) -> Tensor:
@@ -81,24 +78,13 @@ def _diagonal(token_lengths: Tensor, count: int) -> Tensor:
 def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     """Return where CTC hears each token, (B, U), as a share of the utterance; no gradient flows through it.
 
-    It is the mean frame of the character's posterior given the transcript (forward-backward, Graves et al. 2006); for
-    attention that is to follow CTC see Inaguma and Kawahara 2021. <eos> is at the end. Repeated characters need no
-    blank between them here, which moves them by less than a frame. Utterances with more characters than frames get
-    the diagonal.
+    It is the mean frame of the character's posterior given the transcript (ops.ctc_places); for attention that is to
+    follow CTC see Inaguma and Kawahara 2021. <eos> is at the end. Utterances with more characters than frames get the
+    diagonal.
 
     Args: as ctc_loss.
     """
-    with torch.enable_grad():
-        shared = F.log_softmax(logits.detach().float(), -1)  # (B, T, V)
-        blank_and_tokens = F.pad(tokens.masked_fill(tokens == EOS, PAD), (1, 0), value=PAD)
-        own = shared.gather(2, blank_and_tokens[:, None].expand(-1, shared.shape[1], -1))  # (B, T, 1 + U)
-        targets = torch.arange(1, own.shape[2], device=tokens.device).expand_as(tokens)  # each token a class of its own
-        by_frame = own.transpose(0, 1).requires_grad_()
-        loss = F.ctc_loss(by_frame, targets, lengths, token_lengths - 1, reduction="sum", zero_infinity=True)
-        (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior
-    posterior = (own.exp() - gradient.transpose(0, 1))[..., 1:] * valid_frames(lengths, own.shape[1])[..., None]
-    frames = torch.arange(own.shape[1], device=logits.device, dtype=torch.float32)
-    places = torch.einsum("btu,t->bu", posterior, frames) / posterior.sum(1).clamp_min(1e-6) / lengths[:, None]
+    places = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths[:, None]
     places = places.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
     possible = (lengths >= token_lengths - 1)[:, None]
     return torch.where(possible, places, _diagonal(token_lengths, tokens.shape[1]))

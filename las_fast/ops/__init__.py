@@ -7,6 +7,7 @@ from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.bilstm import bilstm
+from las_fast.ops.ctc_loss import ctc_loss, ctc_places
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
 from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
@@ -25,6 +26,8 @@ __all__ = [
     "beam_topk",
     "bilstm",
     "ctc_log_probabilities",
+    "ctc_loss",
+    "ctc_places",
     "ctc_prefix",
     "ctc_start",
     "masked_attention",

@@ -18,6 +18,7 @@ BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch's own calls
 WIDE, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the float types each takes; None: any
     "bilstm": {"reference": None, "cpp": (torch.float32, torch.bfloat16)},  # on CUDA the listener calls cuDNN
+    "ctc_loss": {"reference": None, "cpp": WIDE},  # torch has one for CUDA
     "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": WIDE + HALF},
     "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},

@@ -1,0 +1,137 @@
+"""The CTC loss (Graves et al. 2006), and where CTC hears each token.
+
+Over all paths of a token or a blank a frame that read the transcript, repetitions merged and blanks dropped:
+
+    loss       = -log sum of paths' probabilities, each the product of its frames' softmax
+    places[u]  = sum over frames t of t * P(u | t) / sum over t of P(u | t)
+
+with P(u | t) the posterior that frame t lies in token u, among paths that read the transcript; for places alone, paths
+in which repeated tokens have no blank between them count as well, which moves those by less than a frame.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from las_fast.ops import backends
+from las_fast.ops.masked_attention import padding_mask
+
+BLANK = 0
+
+
+def ctc_loss(
+    logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Return the loss of each utterance, (B,) float32; 0 where no path has the transcript, as in too few frames.
+
+    Differentiable once in logits. Sums are float32 logarithms. The reference is torch's ctc_loss, which on a CPU takes
+    one number at a time. In C++ an utterance has one answer, bit for bit, alone, in any batch, on any number of
+    threads, and long ones lose no digits.
+
+    Args:
+        logits:        (B, T, V) of floats; V includes the blank, which is token 0.
+        lengths:       (B,) int64 valid frames, 0 to T.
+        tokens:        (B, S) int64 from 1 to V - 1; what lies past token_lengths is not read.
+        token_lengths: (B,) int64, 0 to S.
+        backend:       "auto", "reference" or "cpp".
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree.
+        RuntimeError: the named backend is not available here; lengths or tokens out of range.
+    """
+    _check(logits, lengths, tokens, token_lengths)
+    logits = logits.float() if logits.dtype in backends.HALF else logits
+    if backends.choose("ctc_loss", backend, logits.device, logits.dtype) == "reference":
+        return _reference(logits, lengths, tokens, token_lengths)
+    gradients = torch.is_grad_enabled() and logits.requires_grad
+    return torch.ops.las_fast.ctc_loss_cpp(logits, lengths, tokens, token_lengths, gradients)[0]
+
+
+def ctc_places(
+    logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Return the frame at which CTC hears each token, (B, S) float32; no gradient flows through it.
+
+    It is 0 past token_lengths, and where an utterance has more tokens than frames.
+
+    Args, Raises: as ctc_loss.
+    """
+    _check(logits, lengths, tokens, token_lengths)
+    logits = logits.detach().float() if logits.dtype in backends.HALF else logits.detach()
+    if backends.choose("ctc_loss", backend, logits.device, logits.dtype) == "reference":
+        return _reference_places(logits, lengths, tokens, token_lengths)
+    return torch.ops.las_fast.ctc_places_cpp(logits, lengths, tokens, token_lengths)
+
+
+def _reference(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    by_frame = F.log_softmax(logits, -1).transpose(0, 1)
+    return F.ctc_loss(by_frame, tokens, lengths, token_lengths, BLANK, reduction="none", zero_infinity=True)
+
+
+def _reference_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    valid = ~padding_mask(token_lengths, tokens.shape[1])
+    classes = F.pad(tokens.masked_fill(~valid, BLANK), (1, 0), value=BLANK)  # each token is a class of its own
+    own = F.log_softmax(logits, -1).gather(2, classes[:, None].expand(-1, logits.shape[1], -1))  # (B, T, 1 + S)
+    with torch.enable_grad():
+        by_frame = own.transpose(0, 1).detach().requires_grad_()
+        targets = torch.arange(1, own.shape[2], device=tokens.device).expand_as(tokens)
+        loss = F.ctc_loss(by_frame, targets, lengths, token_lengths, BLANK, reduction="sum", zero_infinity=True)
+        (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior
+    posterior = (own.exp() - gradient.transpose(0, 1))[..., 1:]
+    posterior = posterior.masked_fill(padding_mask(lengths, own.shape[1])[..., None], 0.0)
+    frames = torch.arange(own.shape[1], device=logits.device, dtype=own.dtype)
+    places = torch.einsum("btu,t->bu", posterior, frames) / posterior.sum(1).clamp_min(1e-6)
+    return places.masked_fill(~valid | (lengths < token_lengths)[:, None], 0.0)
+
+
+def _check(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> None:
+    if logits.ndim != 3 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (B, T, V) of floats; got {tuple(logits.shape)} {logits.dtype}")
+    B = logits.shape[0]
+    if tokens.ndim != 2 or tokens.shape[0] != B or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be ({B}, S) int64 like logits; got {tuple(tokens.shape)} {tokens.dtype}")
+    for name, x in (("lengths", lengths), ("token_lengths", token_lengths)):
+        if x.shape != (B,) or x.dtype != torch.int64:
+            raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
+    devices = {x.device for x in (logits, lengths, tokens, token_lengths)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"logits, lengths, tokens and token_lengths must be on one device; got {names}")
+
+
+LOSS = (
+    "(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths, bool gradients)"
+    " -> (Tensor losses, Tensor gradient)"
+)
+PLACES = "(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths) -> Tensor"
+
+
+def _fake_loss(logits, lengths, tokens, token_lengths, gradients):
+    B, T, V = logits.shape
+    return logits.new_empty(B), logits.new_empty(B if gradients else 0, T, V)
+
+
+def _fake_places(logits, lengths, tokens, token_lengths):
+    return logits.new_empty(tokens.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _backward(ctx, losses_gradient, gradient_gradient):
+    if losses_gradient is None:
+        return (None,) * 5
+    (gradient,) = ctx.saved_tensors
+    return gradient * losses_gradient[:, None, None], None, None, None, None
+
+
+backends.register("ctc_places", PLACES, _fake_places, module="ctc_loss")
+for _name in backends.register("ctc_loss", LOSS, _fake_loss):
+    torch.library.register_autograd(_name, _backward, setup_context=_save)

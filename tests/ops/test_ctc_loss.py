@@ -1,0 +1,340 @@
+import itertools
+import math
+
+import pytest
+import torch
+from calls import LAYOUTS, call, compile_and_count, digest_with_lanes, ops_called, threads
+from torch.nn import functional as F
+
+from las_fast.ops import ctc_loss, ctc_places, padding_mask
+
+INF, NAN = torch.inf, torch.nan
+SIZES = [  # B, T, V, S
+    (1, 1, 2, 1),
+    (3, 5, 4, 2),
+    (2, 17, 31, 15),
+    (3, 40, 31, 16),
+    (4, 33, 5, 17),
+    (2, 64, 100, 31),
+    (5, 158, 31, 73),
+    (2, 300, 7, 3),
+]
+per_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+
+
+def inputs(B=3, T=9, V=6, S=4, seed=0, scale=3.0):
+    """Return logits, lengths, tokens of which some repeat, and token_lengths; one utterance fills all of T and S."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(B, T, V, generator=generator)
+    lengths = torch.randint((T + 1) // 2, T + 1, (B,), generator=generator)
+    tokens = torch.randint(1, V, (B, S), generator=generator)
+    token_lengths = torch.randint(0, S + 1, (B,), generator=generator)
+    lengths[-1], token_lengths[-1] = T, S
+    return logits, lengths, tokens, token_lengths
+
+
+def everything(logits, *rest, backend, weights=None):
+    """Return the losses, the gradient of their weighted sum, and the places."""
+    leaf = logits.detach().clone().requires_grad_()
+    losses = call(ctc_loss, leaf, *rest, backend=backend)
+    (gradient,) = torch.autograd.grad(losses @ (torch.ones_like(losses) if weights is None else weights), leaf)
+    return losses.detach(), gradient, call(ctc_places, logits, *rest, backend=backend)
+
+
+def assert_same(found, expected, **tolerance):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a), **tolerance)
+
+
+@per_size
+@pytest.mark.parametrize("scale", [0.5, 6.0])
+def test_values_gradients_and_places_err_no_more_than_torch_does(backend, sizes, scale):
+    arguments = inputs(*sizes, scale=scale)
+    exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
+    usual = everything(*arguments, backend="reference")
+    for a, b, c in zip(everything(*arguments, backend=backend), usual, exact, strict=True):
+        rounding = 4 * torch.finfo(torch.float32).eps * float(c.abs().max().clamp_min(1))
+        assert (a - c).abs().max() <= 1.5 * (b - c).abs().max() + rounding
+
+
+def test_long_utterances_lose_no_digits(cpp):
+    """The sums of 3000 frames are in the thousands, where a float32 has no more than 4 digits after the point."""
+    arguments = inputs(2, 3000, 31, 500)
+    exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
+    usual = everything(*arguments, backend="reference")
+    found = everything(*arguments, backend=cpp)
+    for a, b, c in zip(found, usual, exact, strict=True):
+        assert (a - c).abs().max() < 0.7 * (b - c).abs().max()
+
+
+def paths_that_read(text, T, V, apart):
+    """All paths of one token a frame that read text, with each frame's place in it (0 in a blank).
+
+    Unless apart, a repeated token needs a blank before it.
+    """
+    for path in itertools.product(range(-len(text), len(text) + 1), repeat=T):
+        # -u is a blank after u tokens, u > 0 the u-th token; each frame follows the one before it
+        begun = [abs(x) for x in (0, *path)]
+        steps = list(zip((0, *path), path, strict=False))
+        follows = all(
+            (now == -abs(before)) or now == before or (now == abs(before) + 1
+            and (apart or before <= 0 or text[now - 1] != text[now - 2]))
+            for before, now in steps
+        )  # fmt: skip
+        if follows and begun[-1] == len(text):
+            yield [max(x, 0) for x in path]
+
+
+@pytest.mark.parametrize("text", [[1], [1, 2], [1, 1], [2, 1, 1], []])
+def test_they_are_sums_over_all_paths(backend, text):
+    T, V = 4, 3
+    logits = torch.randn(1, T, V, generator=torch.Generator().manual_seed(3))
+    p = logits[0].softmax(-1).double()
+    found = everything(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
+                       backend=backend)  # fmt: skip
+
+    def probability(places):
+        return math.prod(float(p[t, text[u - 1] if u else 0]) for t, u in enumerate(places))
+
+    total = sum(map(probability, paths_that_read(text, T, V, apart=False)))
+    assert found[0].item() == pytest.approx(-math.log(total) if total else 0.0, rel=1e-5)
+    for u in range(1, len(text) + 1):
+        weights = [[probability(path) * (x == u) for x in path] for path in paths_that_read(text, T, V, apart=True)]
+        mass = sum(map(sum, weights))
+        expected = sum(t * w for row in weights for t, w in enumerate(row)) / mass
+        assert found[2][0, u - 1].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_repeated_token_needs_a_blank_in_the_loss_alone(backend):
+    tokens, two = torch.tensor([[1, 1]]), torch.tensor([2])
+    loss, gradient, places = everything(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
+    assert loss == 0 and (gradient == 0).all()
+    torch.testing.assert_close(places, torch.tensor([[0.0, 1.0]]))
+
+
+def test_what_has_no_path_counts_nothing(backend):
+    logits, tokens = torch.randn(4, 3, 5), torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
+    lengths, token_lengths = torch.tensor([3, 3, 0, 0]), torch.tensor([4, 3, 1, 0])
+    losses, gradient, places = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    assert (losses[[0, 2, 3]] == 0).all() and losses[1] > 0
+    assert (gradient[[0, 2, 3]] == 0).all() and gradient[1].abs().sum() > 0
+    assert (places[[0, 2, 3]] == 0).all()
+    torch.testing.assert_close(places[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
+
+
+def test_an_empty_transcript_is_all_blanks(backend):
+    logits, lengths = torch.randn(2, 6, 4), torch.tensor([6, 2])
+    losses, gradient, places = everything(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),
+                                          backend=backend)  # fmt: skip
+    log_p = logits.log_softmax(-1)[..., 0]
+    torch.testing.assert_close(losses, -torch.stack([log_p[0].sum(), log_p[1, :2].sum()]))
+    assert places.shape == (2, 0) and (gradient[1, 2:] == 0).all()
+
+
+def test_padding_full_of_nan_does_not_matter(cpp):
+    logits, lengths, tokens, token_lengths = inputs(5, 20, 6, 4)
+    expected = everything(logits, lengths, tokens, token_lengths, backend=cpp)
+    padding = padding_mask(lengths, 20)
+    dirty = logits.clone()
+    dirty[padding] = NAN
+    wild = tokens.masked_fill(padding_mask(token_lengths, 4), 10**6)
+    found = everything(dirty, lengths, wild, token_lengths, backend=cpp)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (found[1][padding] == 0).all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_nan_in_a_valid_frame_is_not_hidden(backend, value):
+    logits, lengths, tokens, token_lengths = inputs()
+    logits[2, 3, 1] = value
+    losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    assert losses[2].isnan() and losses[:2].isfinite().all()
+    assert gradient[2].isnan().any() and gradient[:2].isfinite().all()
+
+
+def test_hostile_logits_stay_finite(backend):
+    logits, lengths, tokens, token_lengths = inputs(4, 30, 6, 4)
+    found = everything(1e4 * logits, lengths, tokens, token_lengths, backend=backend)
+    exact = everything(1e4 * logits.double(), lengths, tokens, token_lengths, backend="reference")
+    torch.testing.assert_close(found[0], exact[0].float(), rtol=1e-6, atol=0.0)
+    assert all(x.isfinite().all() for x in found)
+    assert backend == "reference" or found[1].abs().max() <= 1 + 1e-6  # torch's errs by more there
+
+
+def test_frames_that_can_be_nothing_but_blanks_are_no_trouble(cpp):
+    """torch's gradient is NaN there, so the reference is given an unlikeliness that makes no difference."""
+    logits, *rest = inputs(4, 30, 6, 4)
+    logits[:, ::2, 1:] = -INF
+    found = everything(logits, *rest, backend=cpp)
+    exact = everything(logits.double().clamp_min(-1e4), *rest, backend="reference")
+    assert_same(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_impossible_in_its_frames_counts_nothing(backend):
+    logits, lengths, tokens, token_lengths = inputs()
+    logits[2, :, tokens[2, 0]] = -INF
+    losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    assert losses[2] == 0 and (gradient[2] == 0).all() and losses[:2].isfinite().all()
+
+
+def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
+    logits, lengths, tokens, token_lengths = inputs(7, 50, 31, 24)
+    whole = everything(logits, lengths, tokens, token_lengths, backend=cpp)
+    for b, (n, s) in enumerate(zip(lengths.tolist(), token_lengths.tolist(), strict=True)):
+        row = slice(b, b + 1)
+        alone = everything(logits[row, :n], lengths[row], tokens[row, :s], token_lengths[row], backend=cpp)
+        for a, all_, most in zip(alone, whole, (None, n, s), strict=True):
+            assert torch.equal(a[0], all_[b] if most is None else all_[b, :most])
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+def test_any_number_of_threads_gives_the_same_answer(cpp, number):
+    arguments = inputs(9, 50, 31, 24)
+    expected = everything(*arguments, backend=cpp)
+    with threads(number):
+        found = everything(*arguments, backend=cpp)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
+def test_inputs_need_not_be_contiguous_and_are_left_alone(backend, turn):
+    logits, lengths, tokens, token_lengths = inputs()
+    logits = turn(logits)
+    tokens = torch.cat([tokens, tokens], 1)[:, : tokens.shape[1]]
+    before = logits.clone()
+    found = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    plainly = everything(logits.contiguous(), lengths, tokens.contiguous(), token_lengths, backend=backend)
+    assert_same(found, plainly)
+    assert torch.equal(logits, before)
+
+
+def test_each_loss_has_a_gradient_of_its_own(backend):
+    arguments, weights = inputs(), torch.tensor([2.0, 0.0, -0.5])
+    plain = everything(*arguments, backend=backend)[1]
+    weighted = everything(*arguments, backend=backend, weights=weights)[1]
+    torch.testing.assert_close(weighted, plain * weights[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_widened_first(backend, dtype):
+    logits, *rest = inputs()
+    logits = logits.to(dtype)
+    losses, gradient, places = everything(logits, *rest, backend=backend)
+    expected = everything(logits.float(), *rest, backend=backend)
+    assert losses.dtype == places.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(losses, expected[0]) and torch.equal(places, expected[2])
+    torch.testing.assert_close(gradient, expected[1].to(dtype))
+
+
+def test_no_gradient_flows_through_places(backend):
+    arguments = inputs()
+    assert not ctc_places(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
+
+
+def test_without_gradients_none_is_made_and_the_loss_is_the_same(cpp):
+    arguments = inputs()
+    losses, gradient = torch.ops.las_fast.ctc_loss_cpp(*arguments, False)
+    again, full = torch.ops.las_fast.ctc_loss_cpp(*arguments, True)
+    assert torch.equal(losses, again) and gradient.numel() == 0 and full.shape == arguments[0].shape
+
+
+def test_a_second_derivative_is_refused_and_not_wrong(cpp):
+    logits, *rest = inputs()
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(ctc_loss(logits, *rest, backend=cpp).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
+    arguments = inputs()
+    assert "las_fast::ctc_loss_cpp" in ops_called(lambda: ctc_loss(*arguments))
+    assert ops_called(lambda: ctc_places(*arguments))[-1] == "las_fast::ctc_places_cpp"
+
+
+def test_what_cpp_does_not_take_goes_to_the_reference(cpp):
+    logits, *rest = inputs()
+    assert ctc_loss(logits.double(), *rest).dtype == ctc_places(logits.double(), *rest).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="takes torch.float32; got torch.float64"):
+        ctc_loss(logits.double(), *rest, backend=cpp)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_registered_ops_pass_opcheck(cpp, gradients):
+    logits, *rest = inputs()
+    torch.library.opcheck(torch.ops.las_fast.ctc_loss_cpp.default, (logits.requires_grad_(gradients), *rest, gradients))
+    torch.library.opcheck(torch.ops.las_fast.ctc_places_cpp.default, (logits.detach(), *rest))
+
+
+def test_it_compiles_into_one_graph_with_gradients(cpp):
+    arguments = inputs()
+
+    def run(logits, *rest):
+        return ctc_loss(logits, *rest), ctc_places(logits, *rest)
+
+    compiled, graphs = compile_and_count(run)
+    leaf = arguments[0].clone().requires_grad_()
+    losses, places = compiled(leaf, *arguments[1:])
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert_same((losses.detach(), gradient, places), everything(*arguments, backend=cpp))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, n, y, m: (x[0], n, y, m), r"logits must be \(B, T, V\) of floats; got \(9, 6\)"),
+        (lambda x, n, y, m: (x.long(), n, y, m), r"logits must be .* of floats; got .* torch.int64"),
+        (lambda x, n, y, m: (x, n[:2], y, m), r"lengths must be \(3,\) int64; got \(2,\)"),
+        (lambda x, n, y, m: (x, n, y[:2], m), r"tokens must be \(3, S\) int64 .*; got \(2, 4\)"),
+        (lambda x, n, y, m: (x, n, y.int(), m), r"tokens must be .* got .* torch.int32"),
+        (lambda x, n, y, m: (x, n, y, m.float()), r"token_lengths must be \(3,\) int64; got \(3,\) torch.float32"),
+        (lambda x, n, y, m: (x.to("meta"), n, y, m), "on one device; got cpu, meta"),
+    ],
+)
+def test_disagreeing_arguments_are_explained(change, message):
+    for op in (ctc_loss, ctc_places):
+        with pytest.raises(ValueError, match=message):
+            op(*change(*inputs()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, n, y, m: (x.double(), n, y, m), r"logits must be \(B, T, V\) float32 with V > 0; got .* Double"),
+        (lambda x, n, y, m: (x[..., :0], n, y, m), r"logits must be .* V > 0; got \[3, 9, 0\]"),
+        (lambda x, n, y, m: (x, n + 9, y, m), r"lengths must be from 0 to 9; got"),
+        (lambda x, n, y, m: (x, n - 10, y, m), r"lengths must be from 0 to 9; got -"),
+        (lambda x, n, y, m: (x, n, y, m + 5), r"token_lengths must be from 0 to 4; got"),
+        (lambda x, n, y, m: (x, n, 0 * y, m), r"tokens must be from 1 to 5 within token_lengths; got 0"),
+        (lambda x, n, y, m: (x, n, 6 + 0 * y, m), r"tokens must be from 1 to 5 within token_lengths; got 6"),
+        (lambda x, n, y, m: (x, n, y[:1], m), r"tokens must be \(3, S\) int64; got \[1, 4\]"),
+        (lambda x, n, y, m: (x, n.int(), y, m), r"lengths must be \(3,\) int64; got \[3\] Int"),
+    ],
+)
+def test_the_registered_ops_check_their_own_arguments(cpp, change, message):
+    arguments = change(*inputs())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.ctc_loss_cpp(*arguments, True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.las_fast.ctc_places_cpp(*arguments)
+
+
+def test_it_is_torchs_loss_of_log_probabilities(backend):
+    logits, lengths, tokens, token_lengths = inputs(4, 30, 31, 9)
+    expected = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), tokens, lengths, token_lengths, reduction="none")
+    torch.testing.assert_close(call(ctc_loss, logits, lengths, tokens, token_lengths, backend=backend), expected)
+
+
+def check_and_digest() -> str:
+    torch.set_num_threads(1)
+    for sizes in SIZES:
+        arguments = inputs(*sizes)
+        exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
+        assert_same(everything(*arguments, backend="cpp"), exact, rtol=1e-5, atol=3e-4)
+    return "right"
+
+
+@pytest.mark.parametrize("lanes", ["4", "8"])
+def test_older_processors_are_served_as_well(cpp, lanes):
+    assert digest_with_lanes(__name__, lanes) == check_and_digest()
