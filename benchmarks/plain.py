@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from las_fast.listener import convolve
 from las_fast.model import LAS, Output
 from las_fast.text import EOS, SOS
 
@@ -60,7 +61,7 @@ class Baseline(nn.Module):
         x, tapped = x * valid(lengths, x), None
         for conv, norm in zip(self.convs, self.conv_norms, strict=True):
             lengths = (lengths - 1) // conv.stride[0] + 1
-            x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
+            x = F.gelu(norm(self.convolve(conv, x)))
             x = x * valid(lengths, x)
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             if 1 <= i <= self.pyramids:  # the pyramid: neighbouring frames become one
@@ -122,6 +123,10 @@ class PackedBiLSTM(nn.Module):
 
 class Usual(Baseline):
     bilstm = PackedBiLSTM
+
+    @staticmethod
+    def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+        return conv(x.transpose(1, 2)).transpose(1, 2)
 
     @staticmethod
     def lstm_cell(cell: nn.Module) -> nn.LSTMCell:
@@ -209,6 +214,7 @@ def one_direction(both: nn.LSTM, suffix: str) -> nn.LSTM:
 
 class Plain(Baseline):
     bilstm = ReversedBiLSTM
+    convolve = staticmethod(convolve)
 
     @staticmethod
     def lstm_cell(cell: nn.Module) -> nn.Linear:

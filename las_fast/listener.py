@@ -27,6 +27,19 @@ def dropout_mask(like: Tensor, p: float) -> Tensor:
     return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
 
 
+def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """Return conv over the frames of x (B, T, C), channels last before and after.
+
+    On the CPU it is written as a convolution in two dimensions, of which one is 1: only that leaves channels last, and
+    a front end that turns each layer's input, output and their gradients around takes 1.4 times as long to train.
+    """
+    if x.device.type == "cuda":
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    pixels, kernel = x.transpose(1, 2)[:, :, None], conv.weight[:, :, None]
+    output = nn.functional.conv2d(pixels, kernel, conv.bias, (1, *conv.stride), (0, *conv.padding))
+    return output[:, :, 0].transpose(1, 2)
+
+
 class ConvFrontEnd(nn.Module):
     """Conv1d, LayerNorm over channels and GELU, layer after layer; a stride of s leaves ceil(T / s) frames."""
 
@@ -45,7 +58,7 @@ class ConvFrontEnd(nn.Module):
         x = x * valid_frames(lengths, x.shape[1])[:, :, None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             lengths = torch.div(lengths - 1, conv.stride[0], rounding_mode="floor") + 1
-            x = nn.functional.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
+            x = nn.functional.gelu(norm(convolve(conv, x)))
             # A convolution sees over the edge: padding must be zero again, as it is beyond an utterance on its own.
             x = x * valid_frames(lengths, x.shape[1])[:, :, None]
         return x, lengths

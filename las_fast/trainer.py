@@ -162,9 +162,17 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)  # clipping must see the true gradients
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        norm = self._clip()
         self._update(norm)
         return {"loss": loss.detach(), **parts, "gradient_norm": norm}
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to clip_norm where they are more; return the norm that they had."""
+        parameters, most = list(self.model.parameters()), self.config.training.clip_norm
+        norm = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        if norm > most:
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return norm
 
     def _update(self, norm: Tensor) -> None:
         finite = bool(norm.isfinite())
