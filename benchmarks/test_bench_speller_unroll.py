@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.plain import Plain
-from benchmarks.test_bench_train import NAMES, preset
+from benchmarks.test_bench_train import dtype_of, preset
 from las_fast import checkpoint
 from las_fast.model import LAS
 from las_fast.ops import backends
@@ -72,7 +72,7 @@ def test_speller_unroll(compare):
         {path: make_pass(path, model, training=True) for path in PATHS},
         what="decoder pass of a training step",
         shape=f"B{B} U{U} T{T}",
-        dtypes={path: NAMES[precision] for path, (_, precision) in PATHS.items()},
+        dtypes={path: dtype_of(path) for path in PATHS},
         baseline="plain",
         per=1e-3,
         unit="ms",

@@ -36,7 +36,7 @@ using las::put;
 constexpr int64_t DIRECTIONS = 2;
 constexpr int64_t KEPT = 5;      // values a frame, direction and unit: the four gates, and the cell
 constexpr int64_t CHUNK = 128;   // rows of an input product: their gates stay in the second-level cache
-constexpr int64_t BLOCK = 1024;  // frames of a product that gives gradients of weights
+constexpr int64_t BLOCK = 2048;  // frames of a product that gives gradients of weights: each adds to all of them
 constexpr int64_t LEAST = 8;     // utterances to a group: with fewer rows, reading the weights takes the time
 
 struct Shape {
@@ -304,7 +304,7 @@ class Backward {
     }
   }
 
-  // Add the gradients of the weights to zeros.
+  // The gradients of the weights, and of the biases, which are zeros before; of no frames, none.
   void to_weights(const Gradients (&to)[DIRECTIONS]) const {
     const int64_t most = padded(std::min(BLOCK, frames_.count()), las::NEIGHBOURS<T>);
     const las::Memory<T> x(padded(shape_.I) * most), h(padded(shape_.H) * most);
@@ -312,7 +312,8 @@ class Backward {
       const int64_t count = std::min(BLOCK, frames_.count() - from);
       const Panels<T> inputs = pack(rows_of_inputs(from, count), shape_.I, x);
       for (int64_t d = 0; d < DIRECTIONS; ++d)
-        to_weights(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h), to[d]);
+        to_weights(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h), from > 0,
+                   to[d]);
     }
   }
 
@@ -401,8 +402,8 @@ class Backward {
     return rows;
   }
 
-  // Of some frames of one direction.
-  void to_weights(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states,
+  // Of some frames of one direction, added to what is there if there is `more`.
+  void to_weights(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states, bool more,
                   const Gradients& to) const {
     const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
@@ -411,17 +412,18 @@ class Backward {
         const int64_t count = std::min(COLUMNS, 4 * H - column);
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
-        add_product({panel.data(), count}, inputs, to.input.at(column), to.input.stride);
-        add_product({panel.data(), count}, states, to.recurrent.at(column), to.recurrent.stride);
+        multiply({panel.data(), count}, inputs, more, to.input.at(column), to.input.stride);
+        multiply({panel.data(), count}, states, more, to.recurrent.at(column), to.recurrent.stride);
       }
     });
   }
 
-  // Add what outputs^T inputs is to rows of a gradient.
-  static void add_product(const las::PanelRows<T>& outputs, const Panels<T>& inputs, float* sums, int64_t stride) {
+  // Rows of a gradient: outputs^T inputs.
+  static void multiply(const las::PanelRows<T>& outputs, const Panels<T>& inputs, bool more, float* sums,
+                       int64_t stride) {
     const float* starts[COLUMNS];
     for (int64_t i = 0; i < outputs.count; ++i) starts[i] = sums + i * stride;
-    las::product(outputs, inputs, starts, Matrix<float>{sums, stride, outputs.count});
+    las::product(outputs, inputs, more ? starts : nullptr, Matrix<float>{sums, stride, outputs.count});
   }
 
   static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
@@ -502,6 +504,8 @@ void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tens
                   at::TensorList list, const at::Tensor& output, const at::Tensor& kept, at::Tensor& x_gradient,
                   std::vector<at::Tensor>& gradients) {
   const Frames frames(lengths, shape.B, shape.T);
+  if (frames.count() == 0)
+    for (at::Tensor& none : gradients) none.zero_();
   const Weights weights(list);
   const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
   Backward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
@@ -530,7 +534,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
   std::vector<at::Tensor> gradients;
   for (int64_t d = 0; d < DIRECTIONS; ++d)
     for (const std::vector<int64_t>& sizes : {std::vector{4 * H, padded(I)}, {4 * H, padded(H)}, {4 * H}})
-      gradients.push_back(at::zeros(sizes, weights[0].options()));
+      gradients.push_back(sizes.size() == 2 ? at::empty(sizes, weights[0].options())
+                                            : at::zeros(sizes, weights[0].options()));
   const auto run = x.scalar_type() == at::kFloat ? run_backward<float> : run_backward<at::BFloat16>;
   run(shape, gradient, x, lengths.contiguous(), weights, output.contiguous(), kept.contiguous(), x_gradient, gradients);
   for (size_t i = 0; i < gradients.size(); ++i)
