@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.elsewhere import Elsewhere
 from benchmarks.made import frame_counts, manifest, untrained
 from benchmarks.searches import Shape, timed
 from las_fast import checkpoint, decode
@@ -47,6 +50,7 @@ def test_beam_search_by_threads(compare, long, threads):
 
 
 UTTERANCES = 48
+STAGES = ("reading", "features", "listener", "search", "the whole command")
 
 
 @pytest.fixture(scope="module")
@@ -58,45 +62,73 @@ def split(tmp_path_factory):
     return folder
 
 
-def test_decoding_a_split_by_stages(compare, split):
-    """The stages one after another as las_fast.decode takes them, then the command itself with an empty cache."""
-    loaded = checkpoint.load_model(split / "untrained.safetensors")
-    features, decoding = loaded.config.features, loaded.config.decoding
-    files = sorted((split / "data" / "audio").iterdir())
-    waves = [load_audio(file, features.sample_rate, whole=True) for file in files]
-    frames = [normalise(x, features) for x in compute_features(waves, features)]
-    order = sorted_batches(
-        [len(x) for x in frames], frames_per_batch=decoding.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
-    )
-    pad = torch.nn.utils.rnn.pad_sequence
-    batches = [(pad([frames[i] for i in b], True), torch.tensor([len(frames[i]) for i in b])) for b in order]
-    with torch.inference_mode():
-        memories = [loaded.model.listen(*batch) for batch in batches]
+class Split:
+    """That split up to each stage, as las_fast.decode takes it there."""
+
+    def __init__(self, folder: Path):
+        self.model, self.config, *_ = checkpoint.load_model(folder / "untrained.safetensors")
+        self.files = sorted((folder / "data" / "audio").iterdir())
+
+    def waves(self) -> list:
+        return [load_audio(file, self.config.features.sample_rate, whole=True) for file in self.files]
+
+    def frames(self, waves: list) -> list:
+        return [normalise(x, self.config.features) for x in compute_features(waves, self.config.features)]
+
+    def batches(self, frames: list) -> list:
+        options = {"frames_per_batch": self.config.decoding.frames_per_batch}
+        order = sorted_batches([len(x) for x in frames], utterances_per_batch=UTTERANCES_PER_BATCH, **options)
+        pad = torch.nn.utils.rnn.pad_sequence
+        return [(pad([frames[i] for i in b], True), torch.tensor([len(frames[i]) for i in b])) for b in order]
 
     @torch.inference_mode()
-    def listener():
-        return [loaded.model.listen(*batch) for batch in batches]
+    def memories(self, batches: list) -> list:
+        return [self.model.listen(*batch) for batch in batches]
 
-    def everything():
-        words = ["--checkpoint", split / "untrained.safetensors", "--data", split / "data", "--split", "dev"]
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-            patch.setenv("XDG_CACHE_HOME", str(split / f"cache-{time.monotonic_ns()}"))
-            decode.main([str(word) for word in (*words, "--out", split / "out.csv")])
+    def hypotheses(self, memories: list) -> list:
+        return [beam_search(self.model, memory, self.config.decoding) for memory in memories]
 
-    compare(
-        "decode",
-        {
-            "reading": lambda: [load_audio(file, features.sample_rate, whole=True) for file in files],
-            "features": lambda: [normalise(x, features) for x in compute_features(waves, features)],
-            "listener": listener,
-            "search": lambda: [beam_search(loaded.model, memory, decoding) for memory in memories],
-            "the whole command": everything,
-        },
-        what="decoding a split by stages",
-        shape=f"{UTTERANCES} utterances, beam {decoding.beam}, preset speech13h",
-        dtypes=dict.fromkeys(("reading", "features", "listener", "search", "the whole command"), "float32"),
-        baseline="the whole command",
-        rounds=3,
-        per=sum(map(len, waves)) / features.sample_rate * 1e-3,
-        unit="ms/s of audio",
-    )
+
+def command(folder: Path) -> None:
+    """Decode the split with an empty cache."""
+    words = ["--checkpoint", folder / "untrained.safetensors", "--data", folder / "data", "--split", "dev"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setenv("XDG_CACHE_HOME", str(folder / f"cache-{time.monotonic_ns()}"))
+        decode.main([str(word) for word in (*words, "--out", folder / "out.csv")])
+
+
+def stage_of(name: str, folder: Path, threads: int) -> Callable[[], object]:
+    """Return that stage, with what the stages before it give."""
+    torch.set_num_threads(threads)
+    if name == STAGES[-1]:
+        return lambda: command(folder)
+    split = Split(folder)
+    given, steps = [], [split.waves, split.frames, split.batches, split.memories, split.hypotheses]
+    stage = getattr(split, {"reading": "waves", "features": "frames", "listener": "memories"}.get(name, "hypotheses"))
+    for step in steps:
+        if step == stage:
+            return lambda: stage(*given)
+        given = [step(*given)]
+    raise AssertionError(f"no stage {name}")
+
+
+def test_decoding_a_split_by_stages(compare, split):
+    """Each stage, and the command itself, in a process of its own that treats its memory as the command does."""
+    features = Split(split).config.features
+    seconds = sum(map(len, Split(split).waves())) / features.sample_rate
+    stages = {name: Elsewhere(stage_of, name, split, torch.get_num_threads(), tuned=True) for name in STAGES}
+    try:
+        compare(
+            "decode",
+            stages,
+            what="decoding a split by stages",
+            shape=f"{UTTERANCES} utterances, beam {Split(split).config.decoding.beam}, preset speech13h",
+            dtypes=dict.fromkeys(STAGES, "float32"),
+            baseline=STAGES[-1],
+            rounds=3,
+            per=seconds * 1e-3,
+            unit="ms/s of audio",
+        )
+    finally:
+        for stage in stages.values():
+            stage.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +45,12 @@ from las_fast.text import EOS, PAD
 
 V = 9
 LENGTHS = torch.tensor([30, 21, 3])
+SUITES = sorted(path.stem for path in Path(record.__file__).parent.glob("test_bench_*.py"))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_can_be_imported(name):
+    assert any(member.startswith("test_") for member in vars(importlib.import_module(f"benchmarks.{name}")))
 
 
 @pytest.fixture
