@@ -2,10 +2,10 @@
 
     Usual   as LAS is mostly written: packed bidirectional nn.LSTM, nn.LSTMCell and an output a token, the mask made at
             every token, everything of an utterance repeated over the beam, hypotheses copied at every step.
-    Plain   the fastest that PyTorch's own calls allow: padded LSTMs, the backward one over reversed utterances, one
-            product for the gates of a cell, mask and scaled keys made once and shared by the beam, one output
-            projection for all tokens, back-pointers. In bfloat16: under torch.autocast in training, all weights in
-            decoding.
+    Plain   the fastest that PyTorch's own calls allow: convolutions with channels last, padded LSTMs, the backward one
+            over reversed utterances, one product for the gates of a cell, mask and scaled keys made once and shared by
+            the beam, one output projection for all tokens, back-pointers. In bfloat16: under torch.autocast in
+            training, all weights in decoding.
 
 Both are made from a las_fast.model.LAS and hold copies of its weights; logits, losses and hypotheses are the same.
 """
@@ -27,7 +27,7 @@ from las_fast.text import EOS, SOS
 
 
 class Baseline(nn.Module):
-    """LAS with the weights of `model`; a subclass brings LSTM layers, the decoder's loop and the search."""
+    """LAS with the weights of `model`; a subclass brings convolutions, LSTM layers, the decoder's loop and search."""
 
     def __init__(self, model: LAS):
         super().__init__()

@@ -50,7 +50,8 @@ def test_beam_search_by_threads(compare, long, threads):
 
 
 UTTERANCES = 48
-STAGES = ("reading", "features", "listener", "search", "the whole command")
+STAGES = {"reading": "waves", "features": "frames", "listener": "memories", "search": "hypotheses"}  # methods of Split
+WHOLE = "the whole command"
 
 
 @pytest.fixture(scope="module")
@@ -100,31 +101,29 @@ def command(folder: Path) -> None:
 def stage_of(name: str, folder: Path, threads: int) -> Callable[[], object]:
     """Return that stage, with what the stages before it give."""
     torch.set_num_threads(threads)
-    if name == STAGES[-1]:
+    if name == WHOLE:
         return lambda: command(folder)
-    split = Split(folder)
-    given, steps = [], [split.waves, split.frames, split.batches, split.memories, split.hypotheses]
-    stage = getattr(split, {"reading": "waves", "features": "frames", "listener": "memories"}.get(name, "hypotheses"))
-    for step in steps:
-        if step == stage:
-            return lambda: stage(*given)
+    split, given = Split(folder), []
+    for step in (split.waves, split.frames, split.batches, split.memories):
+        if step.__name__ == STAGES[name]:
+            return lambda: step(*given)
         given = [step(*given)]
-    raise AssertionError(f"no stage {name}")
+    return lambda: split.hypotheses(*given)
 
 
 def test_decoding_a_split_by_stages(compare, split):
     """Each stage, and the command itself, in a process of its own that treats its memory as the command does."""
-    features = Split(split).config.features
-    seconds = sum(map(len, Split(split).waves())) / features.sample_rate
-    stages = {name: Elsewhere(stage_of, name, split, torch.get_num_threads(), tuned=True) for name in STAGES}
+    here, threads = Split(split), torch.get_num_threads()
+    seconds = sum(map(len, here.waves())) / here.config.features.sample_rate
+    stages = {name: Elsewhere(stage_of, name, split, threads, tuned=True) for name in (*STAGES, WHOLE)}
     try:
         compare(
             "decode",
             stages,
             what="decoding a split by stages",
-            shape=f"{UTTERANCES} utterances, beam {Split(split).config.decoding.beam}, preset speech13h",
-            dtypes=dict.fromkeys(STAGES, "float32"),
-            baseline=STAGES[-1],
+            shape=f"{UTTERANCES} utterances, beam {here.config.decoding.beam}, preset speech13h",
+            dtypes=dict.fromkeys(stages, "float32"),
+            baseline=WHOLE,
             rounds=3,
             per=seconds * 1e-3,
             unit="ms/s of audio",

@@ -304,8 +304,11 @@ class Backward {
     }
   }
 
-  // The gradients of the weights, and of the biases, which are zeros before; of no frames, none.
+  // The gradients of the weights, whatever is there before, and of the biases, where there are zeros.
   void to_weights(const Gradients (&to)[DIRECTIONS]) const {
+    for (const Gradients& one : to)
+      for (const Matrix<float>& rows : {one.input, one.recurrent})
+        if (frames_.count() == 0) std::fill_n(rows.data, rows.count * rows.stride, 0.0f);
     const int64_t most = padded(std::min(BLOCK, frames_.count()), las::NEIGHBOURS<T>);
     const las::Memory<T> x(padded(shape_.I) * most), h(padded(shape_.H) * most);
     for (int64_t from = 0; from < frames_.count(); from += BLOCK) {
@@ -345,6 +348,7 @@ class Backward {
     const T* now = kept(direction, index);
     const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
     const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
+    // What was kept is far away by now: it is fetched two steps before its own, as a step reads the cell before it, too.
     const int64_t later = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
     const T* kept_later = kept(direction, later);
     const T* above_later = gradient_ + (frames_.places[later] * DIRECTIONS + direction) * H;
@@ -504,8 +508,6 @@ void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tens
                   at::TensorList list, const at::Tensor& output, const at::Tensor& kept, at::Tensor& x_gradient,
                   std::vector<at::Tensor>& gradients) {
   const Frames frames(lengths, shape.B, shape.T);
-  if (frames.count() == 0)
-    for (at::Tensor& none : gradients) none.zero_();
   const Weights weights(list);
   const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
   Backward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),

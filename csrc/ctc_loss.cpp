@@ -2,8 +2,8 @@
 //
 // States of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th token or a
 // blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is 1e-40 as likely
-// as another one may be the only one that reaches the end. The largest of each frame is kept apart, in float64: so what
-// decides is near 0, where a float32 is fine, however long the utterance.
+// as another one may be the only one that reaches the end. The largest of each frame is kept apart, in float64: so the
+// likeliest states are near 0, where a float32 is fine, however long the utterance.
 //
 // A sum never depends on the utterances beside it: there is one answer alone and in any batch.
 
@@ -22,6 +22,7 @@
 
 namespace {
 
+using las::add_logs;
 using las::Float;
 using las::INFINITE;
 using las::load;
@@ -36,11 +37,6 @@ struct Utterance {
   const int64_t* tokens;  // (S,)
   int64_t S;
 };
-
-template <int W>
-LAS_INLINE Float<W> add(Float<W> a, Float<W> b) {
-  return las::add_logs<W>(a, b);
-}
 
 // Rows of values for u = 0 to S, and for as many more as make whole vectors.
 class Rows {
@@ -75,13 +71,13 @@ class Lattice {
       const float *token = in_token_.at(t), *blank = in_blank_.at(t);
       for (int64_t u = 0; u < in_token_.size(); u += W) {
         const Float<W> stay = load<W>(token + u), stay_blank = load<W>(blank + u);
-        const Float<W> next = add<W>(load<W>(token + u - 1) + load<W>(step_over_.at(0) + u), load<W>(blank + u - 1));
-        store<W>(in_token_.at(t + 1) + u, add<W>(stay, next) + load<W>(token_.at(t) + u));
-        store<W>(in_blank_.at(t + 1) + u, add<W>(stay, stay_blank) + blank_[t]);
+        const Float<W> next = add_logs<W>(load<W>(token + u - 1) + load<W>(step_over_.at(0) + u), load<W>(blank + u - 1));
+        store<W>(in_token_.at(t + 1) + u, add_logs<W>(stay, next) + load<W>(token_.at(t) + u));
+        store<W>(in_blank_.at(t + 1) + u, add_logs<W>(stay, stay_blank) + blank_[t]);
       }
       largest_[t + 1] = largest_[t] + take_out_largest<W>(in_token_.at(t + 1), in_blank_.at(t + 1), in_token_.size());
     }
-    const Float<W> ends = add<W>(las::broadcast<W>(in_token_.at(given.T)[given.S]),
+    const Float<W> ends = add_logs<W>(las::broadcast<W>(in_token_.at(given.T)[given.S]),
                                  las::broadcast<W>(in_blank_.at(given.T)[given.S]));
     return largest_[given.T] + ends[0];
   }
@@ -103,8 +99,8 @@ class Lattice {
         } else {
           const Float<W> next = load<W>(token + u + 1), stay_blank = load<W>(blank + u);
           const Float<W> over = next + load<W>(step_over_.at(0) + u + 1);
-          now = add<W>(add<W>(load<W>(token + u), stay_blank), over);
-          now_blank = add<W>(stay_blank, next);
+          now = add_logs<W>(add_logs<W>(load<W>(token + u), stay_blank), over);
+          now_blank = add_logs<W>(stay_blank, next);
         }
         store<W>(posterior_token_.at(0) + u, share<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
         store<W>(posterior_blank_.at(0) + u, share<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
@@ -129,9 +125,9 @@ class Lattice {
     blank_.resize(T);
     for (int64_t t = 0; t < T; ++t) {
       const float* frame = logits + t * V;
-      const float all = las::softmax<W>(probabilities_.data() + t * V, V).logsumexp;
-      blank_[t] = frame[BLANK] - all;
-      for (int64_t u = 1; u <= S; ++u) token_.at(t)[u] = frame[tokens[u - 1]] - all;
+      const las::Summary all = las::softmax<W>(probabilities_.data() + t * V, V);
+      blank_[t] = frame[BLANK] - all.maximum - all.log_sum;  // one after another: their sum would be rounded
+      for (int64_t u = 1; u <= S; ++u) token_.at(t)[u] = frame[tokens[u - 1]] - all.maximum - all.log_sum;
     }
   }
 
@@ -208,20 +204,6 @@ LAS_INLINE void places(Lattice& lattice, const Utterance& given, float* to) {
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
-// Call each(b, utterance, lattice) for all, on several threads.
-template <class Each>
-void each_utterance(const at::Tensor& logits, const at::Tensor& lengths, const at::Tensor& tokens,
-                    const at::Tensor& token_lengths, const Each& each) {
-  const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2), S = tokens.size(1);
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-    Lattice lattice;
-    for (int64_t b = begin; b < end; ++b)
-      each(b, Utterance{logits.const_data_ptr<float>() + b * T * V, lengths.const_data_ptr<int64_t>()[b], V,
-                        tokens.const_data_ptr<int64_t>() + b * S, token_lengths.const_data_ptr<int64_t>()[b]},
-           lattice);
-  });
-}
-
 void check_lengths(const char* name, const at::Tensor& x, int64_t B, int64_t most) {
   TORCH_CHECK(x.dim() == 1 && x.size(0) == B && x.scalar_type() == at::kLong, name, " must be (", B, ",) int64; got ",
               x.sizes(), " ", x.scalar_type());
@@ -249,9 +231,18 @@ struct Arguments {
         TORCH_CHECK(token > BLANK && token < V, "tokens must be from 1 to ", V - 1, " within token_lengths; got ", token);
       }
   }
+
+  // Call each(b, utterance, lattice) for all, on several threads.
   template <class Each>
   void each(const Each& call) const {
-    each_utterance(logits, lengths, tokens, token_lengths, call);
+    const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2), S = tokens.size(1);
+    at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      Lattice lattice;
+      for (int64_t b = begin; b < end; ++b)
+        call(b, Utterance{logits.const_data_ptr<float>() + b * T * V, lengths.const_data_ptr<int64_t>()[b], V,
+                          tokens.const_data_ptr<int64_t>() + b * S, token_lengths.const_data_ptr<int64_t>()[b]},
+             lattice);
+    });
   }
 
   at::Tensor logits, lengths, tokens, token_lengths;

@@ -128,7 +128,7 @@ struct Forward {
       for (int64_t k = 0; k < count; ++k) {
         const Summary found = softmax<W>(w.at(k), n);
         peaks.mutable_data_ptr<int64_t>()[row + k] = found.peak;
-        logsumexp.mutable_data_ptr<float>()[row + k] = found.logsumexp;
+        logsumexp.mutable_data_ptr<float>()[row + k] = found.logsumexp();
       }
       average<W>(w, frames_of<T>(values, b, n), c);
     });

@@ -388,7 +388,7 @@ LAS_AVX512_BF16 inline void pack_beside(const float* source, int64_t stride, int
         }
 }
 
-// Those of the panels below that can be had so; returns how many k of them.
+// Pack what of whole panels can be had so, and return up to which k; the rest is for pack_panel.
 inline int64_t pack_natively(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns,
                              int64_t depth, int64_t deep, float factor, c10::BFloat16* to) {
   if (!has_bf16_dots()) return 0;

@@ -46,7 +46,9 @@ LAS_INLINE float total(int64_t n, Value value) {
 
 struct Summary {
   int64_t peak = 0;
-  float logsumexp = -INFINITE;
+  float maximum = -INFINITE, log_sum = 0.0f;  // log_sum of exponents relative to the maximum
+
+  float logsumexp() const { return maximum + log_sum; }
 };
 
 // Turn n scores into weights.
@@ -77,7 +79,7 @@ LAS_INLINE Summary softmax(float* x, int64_t n) {
   int found = 0;
   for (int i = 1; i < W; ++i)
     if (best[i] > best[found] || (best[i] == best[found] && where[i] < where[found])) found = i;
-  return {where[found], maximum + std::log(denominator)};
+  return {where[found], maximum, std::log(denominator)};
 }
 
 }  // namespace las

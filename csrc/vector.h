@@ -179,7 +179,7 @@ LAS_INLINE Float<W> exp(Float<W> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Float<W> power = bits_as<Float<W>>((bits_as<Int<W>>(shifted) << 23) + 0x3F800000);
+  const Float<W> power = bits_as<Float<W>>((bits_as<Bits<W>>(shifted) << 23) + 0x3F800000u);
   return x < -87.3f ? Float<W>{} : p * power;
 }
 

@@ -28,7 +28,7 @@ def dropout_mask(like: Tensor, p: float) -> Tensor:
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Return conv over the frames of x (B, T, C), channels last before and after.
+    """Return conv, which pads with zeros, over the frames of x (B, T, C), channels last before and after.
 
     On the CPU it is written as a convolution in two dimensions, of which one is 1: only that leaves channels last, and
     a front end that turns each layer's input, output and their gradients around takes 1.4 times as long to train.
@@ -36,7 +36,8 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     if x.device.type == "cuda":
         return conv(x.transpose(1, 2)).transpose(1, 2)
     pixels, kernel = x.transpose(1, 2)[:, :, None], conv.weight[:, :, None]
-    output = nn.functional.conv2d(pixels, kernel, conv.bias, (1, *conv.stride), (0, *conv.padding))
+    sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
+    output = nn.functional.conv2d(pixels, kernel, conv.bias, *sizes, conv.groups)
     return output[:, :, 0].transpose(1, 2)
 
 

@@ -84,7 +84,7 @@ def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: T
 
     Args: as ctc_loss.
     """
-    places = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths[:, None]
+    places = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
     places = places.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
     possible = (lengths >= token_lengths - 1)[:, None]
     return torch.where(possible, places, _diagonal(token_lengths, tokens.shape[1]))

@@ -25,11 +25,11 @@ BLANK = 0
 def ctc_loss(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Return the loss of each utterance, (B,) float32; 0 where no path has the transcript, as in too few frames.
+    """Return the loss of each utterance, (B,); 0 where no path has the transcript, as in too few frames.
 
-    Differentiable once in logits. Sums are float32 logarithms. The reference is torch's ctc_loss, which on a CPU takes
-    one number at a time. In C++ an utterance has one answer, bit for bit, alone, in any batch, on any number of
-    threads, and long ones lose no digits.
+    Differentiable once in logits. Sums are float32 logarithms (float64 of such logits). The reference is torch's
+    ctc_loss, which on a CPU takes one number at a time. In C++ an utterance has one answer, bit for bit, alone, in any
+    batch, on any number of threads.
 
     Args:
         logits:        (B, T, V) of floats; V includes the blank, which is token 0.
@@ -40,7 +40,7 @@ def ctc_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here; lengths or tokens out of range.
+        RuntimeError: the named backend is not available here; in C++, lengths or tokens are out of range.
     """
     _check(logits, lengths, tokens, token_lengths)
     logits = logits.float() if logits.dtype in backends.HALF else logits
@@ -53,7 +53,7 @@ def ctc_loss(
 def ctc_places(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Return the frame at which CTC hears each token, (B, S) float32; no gradient flows through it.
+    """Return the frame at which CTC hears each token, (B, S); no gradient flows through it.
 
     It is 0 past token_lengths, and where an utterance has more tokens than frames.
 
@@ -75,8 +75,8 @@ def _reference_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_len
     valid = ~padding_mask(token_lengths, tokens.shape[1])
     classes = F.pad(tokens.masked_fill(~valid, BLANK), (1, 0), value=BLANK)  # each token is a class of its own
     own = F.log_softmax(logits, -1).gather(2, classes[:, None].expand(-1, logits.shape[1], -1))  # (B, T, 1 + S)
-    with torch.enable_grad():
-        by_frame = own.transpose(0, 1).detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        by_frame = own.transpose(0, 1).clone().requires_grad_()
         targets = torch.arange(1, own.shape[2], device=tokens.device).expand_as(tokens)
         loss = F.ctc_loss(by_frame, targets, lengths, token_lengths, BLANK, reduction="sum", zero_infinity=True)
         (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior

@@ -22,6 +22,7 @@ SIZES = [  # B, T, I, H
     (13, 9, 64, 16),
     (37, 6, 40, 24),
     (7, 190, 6, 10),
+    (2, 3, 1057, 8),
 ]
 NAMES = ["output", "x", *(f"{name}{way}" for way in ("", " backwards") for name in ("w_ih", "w_hh", "b_ih", "b_hh"))]
 per_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
@@ -104,6 +105,17 @@ def assert_as_good_as_plain(backend, sizes, dtype, lengths=None):
 @per_size
 def test_values_and_gradients_err_at_most_twice_as_much_as_the_plain_formula(backend, sizes, dtype):
     assert_as_good_as_plain(backend, sizes, dtype)
+
+
+@pytest.mark.parametrize("lengths", [[1024, 1023], [1024, 1024], [1025, 1024], [2049, 2048]], ids=sum)
+@per_dtype
+def test_gradients_of_weights_add_up_over_blocks_of_2048_frames(cpp, lengths, dtype):
+    sizes, lengths = (2, max(lengths), 3, 2), torch.tensor(lengths)
+    tensors, cotangent = inputs(*sizes), cotangent_of(sizes)
+    found = everything(op(cpp, dtype), tensors, lengths, cotangent)
+    exact = everything(op("reference", torch.float64), [x.double() for x in tensors], lengths, cotangent)
+    for name, a, b in zip(NAMES, found, exact, strict=True):
+        assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * b.norm(), name
 
 
 @pytest.mark.parametrize(
