@@ -26,7 +26,7 @@ from benchmarks import machine, record  # noqa: E402
 
 PLOTS = record.RESULTS / "plots"
 THING = ("what", "shape", "dtype", "path", "threads")
-FILES = ("train", "bilstm", "decode", "features", "peers")
+FILES = ("train", "bilstm", "ctc", "decode", "features", "peers")
 AXES = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
 NAMES = {"frames": "encoder frames", "batch": "utterances in a batch"}
 KEYS = 256  # size of a key in the suites' shapes
