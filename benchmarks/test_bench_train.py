@@ -159,7 +159,7 @@ def test_fifty_steps_of_training_have_one_curve(long):
     for path, curve in curves.items():
         most = float((curve / curves["plain"] - 1).abs().max())
         print(f"{path}: {[round(x, 4) for x in curve[::7].tolist()]}, at most {most:.1e} from plain")
-    check(curves, bf16=2e-2)
+    check(curves, bf16=4e-2)  # over four seeds plain in bf16 comes to lie 0.3 to 2.6% off, las_fast 0.6 to 2.7%
 
 
 def curve(compare, axis: str, frame_share: float = 1.0) -> None:
