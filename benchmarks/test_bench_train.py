@@ -34,6 +34,7 @@ PATHS = {  # model, precision
 }
 TUNED = ", memory tuned"
 SMALL = 0.1  # of the preset's frames in a batch, to see that losses agree
+LARGE = 3.5
 CLOSE = 1e-4  # relative, of losses in float32
 
 
@@ -136,19 +137,27 @@ def each_elsewhere(paths: list[str], frame_share: float = 1.0) -> Iterator[dict[
             step.close()
 
 
-def test_training_step(compare):
-    config = preset(dropout=False)
-    check(losses(config, [make_batch(config, SMALL)] * 3), bf16=1e-2)
-    with each_elsewhere([*PATHS, "plain" + TUNED, "plain bf16" + TUNED]) as steps:
+def each_path(compare, frame_share: float) -> None:
+    with each_elsewhere([*PATHS, "plain" + TUNED, "plain bf16" + TUNED], frame_share) as steps:
         compare(
             "train",
             steps,
             what="training step",
-            shape=shape_of(make_batch(config)),
+            shape=shape_of(make_batch(preset(), frame_share)),
             dtypes={path: dtype_of(path) for path in steps},
             baseline="usual",
             rounds=3,
         )
+
+
+def test_training_step(compare):
+    config = preset(dropout=False)
+    check(losses(config, [make_batch(config, SMALL)] * 3), bf16=1e-2)
+    each_path(compare, 1.0)
+
+
+def test_training_step_on_a_large_batch(compare, long):
+    each_path(compare, LARGE)
 
 
 def test_fifty_steps_of_training_have_one_curve(long):
