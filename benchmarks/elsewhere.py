@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from unittest.mock import patch
 
@@ -36,6 +37,16 @@ class Elsewhere:
         """End the process."""
         self.pipe.close()
         self.process.join()
+
+
+@contextlib.contextmanager
+def each_elsewhere(steps: dict[str, Elsewhere]) -> Iterator[dict[str, Elsewhere]]:
+    """Yield the steps, and end their processes."""
+    try:
+        yield steps
+    finally:
+        for step in steps.values():
+            step.close()
 
 
 def _serve(pipe: Connection, tuned: bool, make: Callable, arguments: tuple) -> None:

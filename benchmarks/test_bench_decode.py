@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.elsewhere import Elsewhere
+from benchmarks.elsewhere import Elsewhere, each_elsewhere
 from benchmarks.made import frame_counts, manifest, untrained
 from benchmarks.searches import Shape, timed
 from las_fast import checkpoint, decode
@@ -116,7 +116,7 @@ def test_decoding_a_split_by_stages(compare, split):
     here, threads = Split(split), torch.get_num_threads()
     seconds = sum(map(len, here.waves())) / here.config.features.sample_rate
     stages = {name: Elsewhere(stage_of, name, split, threads, tuned=True) for name in (*STAGES, WHOLE)}
-    try:
+    with each_elsewhere(stages):
         compare(
             "decode",
             stages,
@@ -128,6 +128,3 @@ def test_decoding_a_split_by_stages(compare, split):
             per=seconds * 1e-3,
             unit="ms/s of audio",
         )
-    finally:
-        for stage in stages.values():
-            stage.close()

@@ -6,17 +6,16 @@ Paths: las_fast, and the same model in PyTorch alone as it is mostly written and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.elsewhere import Elsewhere
+from benchmarks.elsewhere import Elsewhere, each_elsewhere
 from benchmarks.made import LETTERS_PER_FRAME, frame_counts
 from benchmarks.plain import Plain, Usual
 from las_fast import checkpoint
@@ -33,6 +32,8 @@ PATHS = {  # model, precision
     "las_fast bf16": (None, "bf16"),
 }
 TUNED = ", memory tuned"
+EVERY = [*PATHS, "plain" + TUNED, "plain bf16" + TUNED]
+BY_SIZE = [path for path in PATHS if path != "usual"]
 SMALL = 0.1  # of the preset's frames in a batch, to see that losses agree
 LARGE = 3.5
 CLOSE = 1e-4  # relative, of losses in float32
@@ -121,31 +122,22 @@ def step_of(path: str, frame_share: float, threads: int) -> Callable[[], object]
     return lambda: running.train_step(batch)
 
 
-@contextlib.contextmanager
-def each_elsewhere(paths: list[str], frame_share: float = 1.0) -> Iterator[dict[str, Elsewhere]]:
-    """Yield the steps, each in a process that treats its memory as that path's users' do.
+def timed(compare, what: str, paths: list[str], baseline: str, frame_share: float = 1.0) -> None:
+    """Time the steps of those paths, each in a process that treats its memory as that path's users do.
 
-    "..., tuned" is a baseline with las_fast's treatment of memory.
+    "..., memory tuned" is a baseline with las_fast's treatment of memory.
     """
     tuned = [path for path in paths if path.startswith("las_fast") or path.endswith(TUNED)]
     threads = torch.get_num_threads()
     steps = {p: Elsewhere(step_of, p.removesuffix(TUNED), frame_share, threads, tuned=p in tuned) for p in paths}
-    try:
-        yield steps
-    finally:
-        for step in steps.values():
-            step.close()
-
-
-def each_path(compare, frame_share: float) -> None:
-    with each_elsewhere([*PATHS, "plain" + TUNED, "plain bf16" + TUNED], frame_share) as steps:
+    with each_elsewhere(steps):
         compare(
             "train",
             steps,
-            what="training step",
+            what=what,
             shape=shape_of(make_batch(preset(), frame_share)),
             dtypes={path: dtype_of(path) for path in steps},
-            baseline="usual",
+            baseline=baseline,
             rounds=3,
         )
 
@@ -153,11 +145,11 @@ def each_path(compare, frame_share: float) -> None:
 def test_training_step(compare):
     config = preset(dropout=False)
     check(losses(config, [make_batch(config, SMALL)] * 3), bf16=1e-2)
-    each_path(compare, 1.0)
+    timed(compare, "training step", EVERY, "usual")
 
 
 def test_training_step_on_a_large_batch(compare, long):
-    each_path(compare, LARGE)
+    timed(compare, "training step", EVERY, "usual", LARGE)
 
 
 def test_fifty_steps_of_training_have_one_curve(long):
@@ -171,24 +163,11 @@ def test_fifty_steps_of_training_have_one_curve(long):
     check(curves, bf16=4e-2)  # over four seeds plain in bf16 comes to lie 0.3 to 2.6% off, las_fast 0.6 to 2.7%
 
 
-def curve(compare, axis: str, frame_share: float = 1.0) -> None:
-    with each_elsewhere([path for path in PATHS if path != "usual"], frame_share) as steps:
-        compare(
-            "train",
-            steps,
-            what=f"training step by {axis}",
-            shape=shape_of(make_batch(preset(), frame_share)),
-            dtypes={path: dtype_of(path) for path in steps},
-            baseline="plain",
-            rounds=3,
-        )
-
-
 @pytest.mark.parametrize("frame_share", [0.1, 0.25, 0.5])
 def test_training_step_by_batch(compare, long, frame_share):
-    curve(compare, "batch", frame_share)
+    timed(compare, "training step by batch", BY_SIZE, "plain", frame_share)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 def test_training_step_by_threads(compare, long, threads):
-    curve(compare, "threads")
+    timed(compare, "training step by threads", BY_SIZE, "plain")

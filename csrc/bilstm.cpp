@@ -348,14 +348,14 @@ class Backward {
     const T* now = kept(direction, index);
     const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
     const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
-    // What was kept is far away by now: it is fetched two steps before its own, as a step reads the cell before it, too.
+    // What was kept is far away by now: it is fetched two steps early, as a step reads the cell before its own, too.
     const int64_t later = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
     const T* kept_later = kept(direction, later);
     const T* above_later = gradient_ + (frames_.places[later] * DIRECTIONS + direction) * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return get<W>(now + i * H + j, lanes, 0.0f); };
-      for (int64_t i = 0; i < KEPT; ++i) las::fetch_bytes(kept_later + i * H + j, 1);
-      las::fetch_bytes(above_later + j, 1);
+      for (int64_t i = 0; i < KEPT; ++i) las::fetch(kept_later + i * H + j);
+      las::fetch(above_later + j);
       const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
       const Float<W> bent = las::tanh<W>(get_kept(4));
       const Float<W> dh = get<W>(above + j, lanes, 0.0f) + get<W>(hidden + j, lanes, 0.0f);
@@ -416,18 +416,11 @@ class Backward {
         const int64_t count = std::min(COLUMNS, 4 * H - column);
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
-        multiply({panel.data(), count}, inputs, more, to.input.at(column), to.input.stride);
-        multiply({panel.data(), count}, states, more, to.recurrent.at(column), to.recurrent.stride);
+        const auto rows = [&](const Matrix<float>& all) { return Matrix<float>{all.at(column), all.stride, count}; };
+        las::transposed_product({panel.data(), count}, inputs, more, rows(to.input));
+        las::transposed_product({panel.data(), count}, states, more, rows(to.recurrent));
       }
     });
-  }
-
-  // Rows of a gradient: outputs^T inputs.
-  static void multiply(const las::PanelRows<T>& outputs, const Panels<T>& inputs, bool more, float* sums,
-                       int64_t stride) {
-    const float* starts[COLUMNS];
-    for (int64_t i = 0; i < outputs.count; ++i) starts[i] = sums + i * stride;
-    las::product(outputs, inputs, more ? starts : nullptr, Matrix<float>{sums, stride, outputs.count});
   }
 
   static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {

@@ -1,9 +1,9 @@
 // The CTC loss, its gradient, and where its posterior has each token: the C++ twin of las_fast/ops/ctc_loss.py.
 //
-// States of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th token or a
-// blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is 1e-40 as likely
-// as another one may be the only one that reaches the end. The largest of each frame is kept apart, in float64: so the
-// likeliest states are near 0, where a float32 is fine, however long the utterance.
+// States of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th token
+// or a blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is
+// 1e-40 as likely as another one may be the only one that reaches the end. The largest of each frame is kept apart,
+// in float64: so the likeliest states are near 0, where a float32 is fine, however long the utterance.
 //
 // A sum never depends on the utterances beside it: there is one answer alone and in any batch.
 
@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "ctc_prefix.h"
+#include "product.h"
 #include "softmax.h"
 #include "vector.h"
 
@@ -27,8 +29,8 @@ using las::Float;
 using las::INFINITE;
 using las::load;
 using las::store;
+using las::ctc::BLANK;
 
-constexpr int64_t BLANK = 0;
 constexpr int64_t EDGE = 16;  // never reached states before and after each row, so that neighbours can be loaded
 
 struct Utterance {
@@ -42,10 +44,10 @@ struct Utterance {
 class Rows {
  public:
   void begin(int64_t count, int64_t S) {
-    size_ = (S + 1 + EDGE - 1) / EDGE * EDGE;
+    size_ = las::padded(S + 1, EDGE);
     values_.assign(count * (size_ + 2 * EDGE), -INFINITE);
   }
-  float* at(int64_t row) { return values_.data() + row * (size_ + 2 * EDGE) + EDGE; }
+  float* at(int64_t row = 0) { return values_.data() + row * (size_ + 2 * EDGE) + EDGE; }
   int64_t size() const { return size_; }
 
  private:
@@ -64,31 +66,32 @@ class Lattice {
     largest_.assign(given.T + 1, 0.0);
     step_over_.begin(1, given.S);
     for (int64_t u = 1; u <= given.S; ++u)
-      if (u == 1 || apart || given.tokens[u - 1] != given.tokens[u - 2]) step_over_.at(0)[u] = 0.0f;
+      if (u == 1 || apart || given.tokens[u - 1] != given.tokens[u - 2]) step_over_.at()[u] = 0.0f;
     in_token_.begin(given.T + 1, given.S), in_blank_.begin(given.T + 1, given.S);
     in_blank_.at(0)[0] = 0.0f;
     for (int64_t t = 0; t < given.T; ++t) {
       const float *token = in_token_.at(t), *blank = in_blank_.at(t);
       for (int64_t u = 0; u < in_token_.size(); u += W) {
         const Float<W> stay = load<W>(token + u), stay_blank = load<W>(blank + u);
-        const Float<W> next = add_logs<W>(load<W>(token + u - 1) + load<W>(step_over_.at(0) + u), load<W>(blank + u - 1));
+        const Float<W> over = load<W>(token + u - 1) + load<W>(step_over_.at() + u);
+        const Float<W> next = add_logs<W>(over, load<W>(blank + u - 1));
         store<W>(in_token_.at(t + 1) + u, add_logs<W>(stay, next) + load<W>(token_.at(t) + u));
         store<W>(in_blank_.at(t + 1) + u, add_logs<W>(stay, stay_blank) + blank_[t]);
       }
       largest_[t + 1] = largest_[t] + take_out_largest<W>(in_token_.at(t + 1), in_blank_.at(t + 1), in_token_.size());
     }
     const Float<W> ends = add_logs<W>(las::broadcast<W>(in_token_.at(given.T)[given.S]),
-                                 las::broadcast<W>(in_blank_.at(given.T)[given.S]));
+                                      las::broadcast<W>(in_blank_.at(given.T)[given.S]));
     return largest_[given.T] + ends[0];
   }
 
-  // Call each(t, token, blank) from the last frame to the first, with the posteriors of the states, `size()` of each; an
-  // utterance whose transcript has the log-probability `total`.
+  // Call each(t, token, blank) from the last frame to the first, with the posteriors of the states, `size()` of each;
+  // `total` is the log-probability of the transcript.
   template <int W, class Each>
   LAS_INLINE void backward(const Utterance& given, double total, Each each) {
     after_token_.begin(1, given.S), after_blank_.begin(1, given.S);  // of what follows, the frame itself included
     posterior_token_.begin(1, given.S), posterior_blank_.begin(1, given.S);
-    float *token = after_token_.at(0), *blank = after_blank_.at(0);
+    float *token = after_token_.at(), *blank = after_blank_.at();
     double largest = 0.0;
     for (int64_t t = given.T - 1; t >= 0; --t) {
       const float scale = float(largest_[t + 1] + largest - total);
@@ -98,17 +101,17 @@ class Lattice {
           now = now_blank = at_end<W>(given.S, u);
         } else {
           const Float<W> next = load<W>(token + u + 1), stay_blank = load<W>(blank + u);
-          const Float<W> over = next + load<W>(step_over_.at(0) + u + 1);
+          const Float<W> over = next + load<W>(step_over_.at() + u + 1);
           now = add_logs<W>(add_logs<W>(load<W>(token + u), stay_blank), over);
           now_blank = add_logs<W>(stay_blank, next);
         }
-        store<W>(posterior_token_.at(0) + u, share<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
-        store<W>(posterior_blank_.at(0) + u, share<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
+        store<W>(posterior_token_.at() + u, share<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
+        store<W>(posterior_blank_.at() + u, share<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
         store<W>(token + u, now + load<W>(token_.at(t) + u));
         store<W>(blank + u, now_blank + blank_[t]);
       }
       largest += take_out_largest<W>(token, blank, after_token_.size());
-      each(t, posterior_token_.at(0), posterior_blank_.at(0));
+      each(t, posterior_token_.at(), posterior_blank_.at());
     }
   }
 
@@ -228,7 +231,8 @@ struct Arguments {
     for (int64_t b = 0; b < B; ++b)
       for (int64_t u = 0; u < token_lengths.const_data_ptr<int64_t>()[b]; ++u) {
         const int64_t token = tokens.const_data_ptr<int64_t>()[b * tokens.size(1) + u];
-        TORCH_CHECK(token > BLANK && token < V, "tokens must be from 1 to ", V - 1, " within token_lengths; got ", token);
+        TORCH_CHECK(token > BLANK && token < V, "tokens must be from 1 to ", V - 1, " within token_lengths; got ",
+                    token);
       }
   }
 

@@ -118,15 +118,14 @@ LAS_INLINE void each_tile(int64_t rows, const Tile& tile) {
   }
 }
 
-// Bring bytes near that will be read soon; any address will do.
-LAS_INLINE void fetch_bytes(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-}
+// Bring the cache line near that will be read soon; any address will do.
+LAS_INLINE void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
-// Of the next panel, while this one is at work: it comes from afar, and the first tile would wait.
+// Bytes of the next panel, while this one is at work: it comes from afar, and the first tile would wait.
 template <int M>
 LAS_INLINE void fetch_ahead(const void* next, int64_t bytes) {
-  if constexpr (M >= 4) fetch_bytes(next, bytes);
+  if constexpr (M >= 4)
+    for (int64_t i = 0; i < bytes; i += 64) fetch(static_cast<const char*>(next) + i);
 }
 
 template <int W, int M>
@@ -251,6 +250,14 @@ void product(const Rows& rows, const Panels<T>& weights, Starts starts, const Ma
   });
 }
 
+// Rows of a weight's gradient: out = outputs^T inputs, added to what is there if there is `more`.
+template <class T>
+void transposed_product(const PanelRows<T>& outputs, const Panels<T>& inputs, bool more, const Matrix<float>& out) {
+  const float* starts[COLUMNS];
+  for (int64_t i = 0; i < outputs.count; ++i) starts[i] = out.at(i);
+  product(outputs, inputs, more ? starts : nullptr, out);
+}
+
 template <int W, class S, class T>
 LAS_INLINE void convert(const S* from, int64_t n, T* to, float factor = 1.0f) {
   each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
@@ -323,7 +330,7 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
       if (wide == W && deep == W) {
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
-          fetch_bytes(from + j * stride + COLUMNS * column_stride, 1);  // the next panel: its rows are far apart
+          fetch(from + j * stride + COLUMNS * column_stride);  // the next panel: its rows are far apart
           rows[j] = load<W>(from + j * stride) * factor;
         }
       } else {
@@ -345,8 +352,8 @@ LAS_AVX512_BF16 inline __m512i rounded(const float* low, const float* high, __m5
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high) * factor, _mm512_loadu_ps(low) * factor);
 }
 
-// Whole panels of columns that lie one after another in memory, for k to `depth`, a multiple of 32. Memory is read in its
-// order, which decides the time: so rounded rows wait in the first-level cache to be turned.
+// Whole panels of columns that lie one after another in memory, for k to `depth`, a multiple of 32. Memory is read in
+// its order, which decides the time: so rounded rows wait in the first-level cache to be turned.
 LAS_AVX512_BF16 inline void pack_columns(const float* source, int64_t stride, int64_t columns, int64_t depth,
                                          int64_t deep, float factor, c10::BFloat16* to) {
   constexpr int64_t CHUNK = 512, STRIDE = CHUNK + 32;
@@ -370,8 +377,8 @@ LAS_AVX512_BF16 inline void pack_columns(const float* source, int64_t stride, in
     }
 }
 
-// The same where the columns of one k lie beside each other, for k to `depth`, a multiple of 2: some k of all panels at a
-// time.
+// The same where the columns of one k lie beside each other, for k to `depth`, a multiple of 2: some k of all panels at
+// a time.
 LAS_AVX512_BF16 inline void pack_beside(const float* source, int64_t stride, int64_t columns, int64_t depth,
                                         int64_t deep, float factor, c10::BFloat16* to) {
   constexpr int64_t CHUNK = 16;

@@ -352,10 +352,7 @@ void multiply(const Matrix<T>& outputs, int64_t count, int64_t panel, const Pane
               T* room, const Matrix<float>& out) {
   const int64_t from = panel * COLUMNS, here = std::min(COLUMNS, count - from);
   las::pack(static_cast<const T*>(outputs.at(0, from)), 1, outputs.stride, here, rows, room);
-  const float* starts[COLUMNS];
-  for (int64_t i = 0; i < here; ++i) starts[i] = out.at(from + i);
-  las::product(las::PanelRows<T>{room, here}, inputs, more ? starts : nullptr,
-               Matrix<float>{out.at(from), out.stride, here});
+  las::transposed_product({room, here}, inputs, more, Matrix<float>{out.at(from), out.stride, here});
 }
 
 // The gradient of a layer's weights: outputs (rows, count)^T times inputs (rows, size), to be found in `out`.

@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from las_fast.ops import backends
+from las_fast.ops.ctc_prefix import BLANK
 from las_fast.ops.masked_attention import padding_mask
-
-BLANK = 0
 
 
 def ctc_loss(
