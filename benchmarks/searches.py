@@ -12,7 +12,7 @@ from benchmarks.plain import Plain, Usual
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model import LAS
 from las_fast.ops import backends
-from las_fast.search import REDUCED, beam_search
+from las_fast.search import REDUCED, beam_search, packed_weights
 
 STEPS = 64
 CLOSE = 1e-4  # relative, of scores in float32
@@ -44,6 +44,8 @@ class Searches:
         self.listened = torch.randn(shape.B, shape.T, 512)
         self.lengths = torch.full((shape.B,), shape.T)
         self.halves = Plain(self.model).eval().bfloat16(), self.listened.bfloat16()
+        # As the baselines' weights, converted once for all searches: so las_fast.search.decode_dataset does it.
+        self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), "cpu") for p in ("fp32", *REDUCED)}
         self.whole = {"usual": Usual(self.model).eval(), "plain": Plain(self.model).eval()}
 
     def paths(self, *names: str) -> dict[str, Callable[[], tuple]]:
@@ -71,7 +73,8 @@ class Searches:
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as las_fast.search.listen
             memory = self.model.speller.attention.remember(self.listened, self.lengths)
-        found = beam_search(self.model, memory, config, backend=backend, capture=capture)
+        packed = self.packed[precision]
+        found = beam_search(self.model, memory, config, packed=packed, backend=backend, capture=capture)
         return [h[0].text_tokens for h in found], torch.tensor([h[0].score for h in found])
 
     def check(self, paths: dict[str, Callable[[], tuple]]) -> None:

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "product.h"
 
@@ -185,29 +184,35 @@ LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, i
   return sum;
 }
 
-// Memory of packed weights.
-struct Int8Memory {
-  Memory<int8_t> weights;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
-};
+// Bytes of such panels: the numbers, then the scales and the first sums.
+inline int64_t int8_bytes(int64_t columns, int64_t depth) {
+  return padded(columns) * (padded(depth, NEIGHBOURS<int8_t>) + int64_t(sizeof(float) + sizeof(int32_t)));
+}
 
-// Panels of the columns source[column * stride + k], with memory of their own, which becomes `memory`.
-inline Int8Panels pack(const float* source, int64_t stride, int64_t columns, int64_t depth, Int8Memory& memory) {
+// The panels that were packed into the int8_bytes at `from`.
+inline Int8Panels int8_panels(const uint8_t* from, int64_t columns, int64_t depth) {
   const int64_t deep = padded(depth, NEIGHBOURS<int8_t>), whole = padded(columns);
-  memory = {Memory<int8_t>(whole * deep), std::vector<float>(whole, 0.0f), std::vector<int32_t>(whole, 0)};
-  std::fill_n(memory.weights.data() + (whole - COLUMNS) * deep, COLUMNS * deep, int8_t(0));  // its columns may be few
+  const float* scales = reinterpret_cast<const float*>(from + whole * deep);
+  return {reinterpret_cast<const int8_t*>(from), columns, deep, scales, reinterpret_cast<const int32_t*>(scales + whole)};
+}
+
+// Pack the columns source[column * stride + k].
+inline void pack(const float* source, int64_t stride, int64_t columns, int64_t depth, uint8_t* to) {
+  const int64_t deep = padded(depth, NEIGHBOURS<int8_t>), whole = padded(columns);
+  std::fill(to + (whole - COLUMNS) * deep, to + int8_bytes(columns, depth), uint8_t(0));  // the last has few columns
+  int8_t* numbers = reinterpret_cast<int8_t*>(to);
+  float* scales = reinterpret_cast<float*>(to + whole * deep);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + whole);
   widest([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t n = 0; n < columns; ++n) {
       const float* from = source + n * stride;
       const float most = largest_of<W>(from, depth);
-      int8_t* to = memory.weights.data() + n / COLUMNS * COLUMNS * deep + n % COLUMNS * NEIGHBOURS<int8_t>;
-      memory.sums[n] = -ZERO * pack_column<W>(from, depth, factor_of(most), to);
-      memory.scales[n] = most / 127.0f;
+      int8_t* column = numbers + n / COLUMNS * COLUMNS * deep + n % COLUMNS * NEIGHBOURS<int8_t>;
+      sums[n] = -ZERO * pack_column<W>(from, depth, factor_of(most), column);
+      scales[n] = most / 127.0f;
     }
   });
-  return {memory.weights.data(), columns, deep, memory.scales.data(), memory.sums.data()};
 }
 
 }  // namespace las

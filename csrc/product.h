@@ -207,6 +207,11 @@ LAS_AVX512_BF16 void bf16_tile(const Rows& rows, int64_t row, const c10::BFloat1
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
       sum[m][i] = starts ? _mm512_loadu_ps(starts[row + m] + column + 16 * i) : _mm512_setzero_ps();
+  if (starts)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) fetch(starts[row + m] + column + COLUMNS + 16 * i);
   for (int64_t k = 0; k < depth; k += 2) {
     fetch_ahead<M>(panel + (k + depth) * COLUMNS, 128);
     const __m512bh first = (__m512bh)_mm512_loadu_si512(panel + k * COLUMNS);
@@ -350,6 +355,12 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
 // Two vectors rounded by the processor, which makes zeros of the tiniest numbers, as its dot product does.
 LAS_AVX512_BF16 inline __m512i rounded(const float* low, const float* high, __m512 factor) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high) * factor, _mm512_loadu_ps(low) * factor);
+}
+
+// Round n values, a multiple of 32.
+LAS_AVX512_BF16 inline void round_natively(const float* from, int64_t n, c10::BFloat16* to) {
+  for (int64_t i = 0; i < n; i += 32)
+    _mm512_storeu_si512(to + i, rounded(from + i, from + i + 16, _mm512_set1_ps(1.0f)));
 }
 
 // Whole panels of columns that lie one after another in memory, for k to `depth`, a multiple of 32. Memory is read in

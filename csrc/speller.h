@@ -12,37 +12,50 @@
 
 namespace las {
 
-// Rows with room for whole panels.
+// Zeros, in rows with room for whole panels; each row begins at a cache line.
 template <class T = float>
 struct Buffer {
   Buffer() = default;
-  Buffer(int64_t rows, int64_t size) : stride(padded(size)), memory(rows * stride, T(0.0f)) {}
+  Buffer(int64_t rows, int64_t size) : stride(padded(size)), memory(rows * stride) {
+    std::fill_n(memory.data(), rows * stride, T(0.0f));
+  }
 
-  T* at(int64_t row) { return memory.data() + row * stride; }
-  Matrix<T> rows(int64_t count) { return {memory.data(), stride, count}; }
+  T* at(int64_t row) const { return memory.data() + row * stride; }
+  Matrix<T> rows(int64_t count) const { return {memory.data(), stride, count}; }
 
   int64_t stride = 0;
-  std::vector<T> memory;
+  Memory<T> memory;
 };
 
 template <class T>
 void convert(const float* from, int64_t n, T* to) {
-  las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from, n, to); });
+  int64_t done = 0;
+#ifdef LAS_BF16_DOTS
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    if (has_bf16_dots()) las::round_natively(from, done = n / 32 * 32, to);
+#endif
+  las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from + done, n - done, to + done); });
 }
 
 // A layer, or a part of one, packed.
 template <class T>
 struct Layer {
-  Panels<T> weights;
+  std::conditional_t<std::is_same_v<T, int8_t>, Int8Panels, Panels<T>> weights;
   std::vector<float> bias;  // padded to whole panels
-  las::Memory<T> memory;
 };
 
-template <>
-struct Layer<int8_t> {
-  Int8Panels weights;
-  std::vector<float> bias;
-  Int8Memory memory;
+// Memory for packed layers, one after another. Without `data` it only counts what they take; where it is `full` they
+// are there already.
+struct Shelf {
+  uint8_t* take(int64_t bytes) {
+    uint8_t* place = data ? data + used : nullptr;
+    used += padded(bytes, 64);
+    return place;
+  }
+
+  uint8_t* data = nullptr;
+  bool full = false;
+  int64_t used = 0;
 };
 
 // In the order of las_fast/ops/speller_search.py: SpellerWeights.
@@ -102,18 +115,36 @@ inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const
               ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
 }
 
-// Columns from to from + depth of a matrix of weights (N, .).
+// Columns from to from + depth of a matrix of weights (N, .), in the next place of the shelf.
 template <class T>
-Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, float factor = 1.0f) {
+Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, Shelf& shelf,
+               float factor = 1.0f) {
   const int64_t n = weights.size(0), stride = weights.size(1);
-  Layer<T> made{{}, std::vector<float>(padded(n), 0.0f), {}};
   const float* source = weights.const_data_ptr<float>() + from;
-  if constexpr (std::is_same_v<T, int8_t>)
-    made.weights = las::pack(source, stride, n, depth, made.memory);
-  else
-    made.weights = las::pack<T>(source, stride, 1, n, depth, made.memory, factor);
+  Layer<T> made{{}, std::vector<float>(padded(n), 0.0f)};
   for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    uint8_t* to = shelf.take(int8_bytes(n, depth));
+    if (!to) return made;
+    if (!shelf.full) las::pack(source, stride, n, depth, to);
+    made.weights = int8_panels(to, n, depth);
+  } else {
+    T* to = reinterpret_cast<T*>(shelf.take(packed_size<T>(n, depth) * sizeof(T)));
+    if (!to) return made;
+    if (!shelf.full) las::pack(source, stride, 1, n, depth, to, factor);
+    made.weights = {to, n, padded(depth, NEIGHBOURS<T>)};
+  }
   return made;
+}
+
+// What make(shelf) makes of layers, packed into `memory`, which is made for it.
+template <class Make>
+auto shelved(Memory<uint8_t>& memory, const Make& make) {
+  Shelf shelf;
+  make(shelf);
+  memory = Memory<uint8_t>(shelf.used);
+  shelf = {memory.data()};
+  return make(shelf);
 }
 
 }  // namespace las

@@ -11,9 +11,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -323,9 +325,9 @@ class Worker {
   void meet() {
     std::vector<int64_t> fresh;
     for (const Living& row : rows_) {
-      std::vector<float>& gates = token_gates_[row.token];
-      if (!gates.empty()) continue;
-      gates.resize(4 * speller_.H);
+      las::Memory<float>& gates = token_gates_[row.token];
+      if (gates.data()) continue;
+      gates = las::Memory<float>(4 * speller_.H);
       fresh.push_back(row.token);
     }
     const int64_t n = int64_t(fresh.size());
@@ -333,7 +335,7 @@ class Worker {
     const auto embedded = [&](int64_t i) { return speller_.embedding + fresh[i] * speller_.M; };
     las::product(operand(n, layer.weights.depth, speller_.M, embedded), layer.weights, same(layer.bias, n),
                  sums_.rows(n));
-    for (int64_t i = 0; i < n; ++i) std::copy_n(sums_.at(i), 4 * speller_.H, token_gates_[fresh[i]].begin());
+    for (int64_t i = 0; i < n; ++i) std::copy_n(sums_.at(i), 4 * speller_.H, token_gates_[fresh[i]].data());
   }
 
   // What the gates gain from the states before, once for each state.
@@ -527,7 +529,7 @@ class Worker {
   std::vector<topk::Row> summaries_;
   topk::Best best_;
   std::vector<int64_t> index_;  // of each row before among sources_, or -1
-  std::vector<std::vector<float>> token_gates_;  // (4 * H) of each token met so far
+  std::vector<las::Memory<float>> token_gates_;   // (4 * H) of each token met so far
 };
 
 using Steps = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -571,25 +573,60 @@ Steps search(const Speller<T, G>& speller, const Job& job) {
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
+constexpr char NOT_PACKED[] = "packed must be what speller_pack makes of weights of these sizes in this precision";
+
+using Label = std::array<int64_t, 8>;
+
+// What weights are on the shelf: bytes of them in another precision can be as many.
+void label(las::Shelf& shelf, const Label& kind) {
+  Label* place = reinterpret_cast<Label*>(shelf.take(sizeof kind));
+  if (place && !shelf.full) *place = kind;
+  TORCH_CHECK(!place || *place == kind, NOT_PACKED);
+}
+
 template <class T, class G = T>
-Speller<T, G> speller_of(const Weights& w, int64_t D, int64_t E) {
-  check_weights(w, D, E);
+Speller<T, G> speller_of(const Weights& w, int64_t D, int64_t E, las::Shelf& shelf) {
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1), H = w.gate_biases[0].numel() / 4;
   const at::Tensor none;
   Speller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
-  speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0]);
-  speller.first = layer<G>(w.gates[0], M, E + H, none);
+  label(shelf, {sizeof(T), sizeof(G), V, M, D, E, H, int64_t(w.gates.size())});
+  speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0], shelf);
+  speller.first = layer<G>(w.gates[0], M, E + H, none, shelf);
   int64_t below = H;
   for (size_t i = 1; i < w.gates.size(); ++i) {
     const int64_t size = w.gate_biases[i].numel() / 4;
-    speller.later.push_back({size, layer<G>(w.gates[i], 0, below, none),
-                             layer<G>(w.gates[i], below, size, w.gate_biases[i])});
+    LaterCell<G> cell{size, layer<G>(w.gates[i], 0, below, none, shelf),
+                      layer<G>(w.gates[i], below, size, w.gate_biases[i], shelf)};
+    speller.later.push_back(std::move(cell));
     below = size;
   }
-  speller.query = layer<T>(w.query, 0, below, w.query_bias, 1.0f / std::sqrt(float(D)));  // the attention's scale
-  speller.project = layer<T>(w.project, 0, below + E, w.project_bias);
-  speller.output = layer<T>(w.embedding, 0, M, w.bias);
+  // The attention's scale is in its query.
+  speller.query = layer<T>(w.query, 0, below, w.query_bias, shelf, 1.0f / std::sqrt(float(D)));
+  speller.project = layer<T>(w.project, 0, below + E, w.project_bias, shelf);
+  speller.output = layer<T>(w.embedding, 0, M, w.bias, shelf);
   return speller;
+}
+
+template <class T, class G>
+Steps search_packed(const Weights& w, int64_t D, int64_t E, const std::optional<at::Tensor>& packed, const Job& job) {
+  const auto make = [&](las::Shelf& shelf) { return speller_of<T, G>(w, D, E, shelf); };
+  las::Memory<uint8_t> memory;
+  if (!packed) return search(las::shelved(memory, make), job);
+  las::Shelf counted;
+  make(counted);
+  TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == counted.used,
+              NOT_PACKED, "; got ", packed->sizes(), " ", packed->scalar_type(), " instead of ", counted.used, " bytes");
+  las::Shelf full{packed->mutable_data_ptr<uint8_t>(), true};
+  return search(make(full), job);
+}
+
+// body(T, G) with values of the types that the precision names; see Speller.
+template <class Body>
+auto in_precision(c10::string_view precision, const Body& body) {
+  if (precision == "int8") return body(at::BFloat16(), int8_t());
+  if (precision == "bf16") return body(at::BFloat16(), at::BFloat16());
+  TORCH_CHECK(precision == "fp32", "precision must be fp32, bf16 or int8; got ", precision);
+  return body(float(), float());
 }
 
 void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B) {
@@ -621,7 +658,7 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                      const std::optional<at::Tensor>& minimum, const at::Tensor& maximum, double length_penalty,
                      double eos_threshold, double coverage_weight, const std::optional<at::Tensor>& table,
                      double ngram_weight, const std::optional<at::Tensor>& frames, double ctc_weight,
-                     c10::string_view precision) {
+                     c10::string_view precision, const std::optional<at::Tensor>& packed) {
   const Weights weights(list);
   check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, table, frames);
   const auto contiguous = [](const std::optional<at::Tensor>& x) {
@@ -633,10 +670,30 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                 float(length_penalty), float(eos_threshold), float(coverage_weight), float(ngram_weight),
                 float(ctc_weight)};
   const int64_t D = keys.size(2), E = values.size(2);
-  if (precision == "int8") return search(speller_of<at::BFloat16, int8_t>(weights, D, E), job);
-  if (precision == "bf16") return search(speller_of<at::BFloat16>(weights, D, E), job);
-  TORCH_CHECK(precision == "fp32", "precision must be fp32, bf16 or int8; got ", precision);
-  return search(speller_of<float>(weights, D, E), job);
+  check_weights(weights, D, E);
+  return in_precision(precision, [&](auto T, auto G) {
+    return search_packed<decltype(T), decltype(G)>(weights, D, E, packed, job);
+  });
+}
+
+// All that searches of these weights read of them, packed: for many searches, which would each do it.
+at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
+  const Weights weights(list);
+  TORCH_CHECK(weights.query.dim() == 2 && weights.project.dim() == 2,
+              "weights: query must be (D, H) and project (M, H + E); got ", weights.query.sizes(), " and ",
+              weights.project.sizes());
+  const int64_t D = weights.query.size(0), E = weights.project.size(1) - weights.query.size(1);
+  check_weights(weights, D, E);
+  return in_precision(precision, [&](auto T, auto G) {
+    const auto memory = std::make_shared<las::Memory<uint8_t>>();
+    int64_t bytes = 0;
+    las::shelved(*memory, [&](las::Shelf& shelf) {
+      auto speller = speller_of<decltype(T), decltype(G)>(weights, D, E, shelf);
+      bytes = shelf.used;
+      return speller;
+    });
+    return at::from_blob(memory->data(), {bytes}, [memory](void*) {}, at::kByte);
+  });
 }
 
 }  // namespace
@@ -644,8 +701,12 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(las_fast, m) {
   m.def("speller_search_cpp(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos,"
         " Tensor? minimum, Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight,"
-        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, str precision)"
+        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, str precision, Tensor? packed)"
         " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)");
+  m.def("speller_pack_cpp(Tensor[] weights, str precision) -> Tensor packed");
 }
 
-TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("speller_search_cpp", &speller_search); }
+TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
+  m.impl("speller_search_cpp", &speller_search);
+  m.impl("speller_pack_cpp", &speller_pack);
+}

@@ -139,34 +139,44 @@ float scale_of(const Shape& shape) { return 1.0f / std::sqrt(float(shape.D)); }
 
 template <class T>
 struct Layers {
-  Buffer<> token_gates;  // (V, 4 * H_1): what each token adds to the gates of the first cell, the bias included
   std::vector<Layer<T>> cells;
   Layer<T> query, project, output;
 
-  Layers(const Weights& w, const Shape& s)
-      : token_gates(s.V, 4 * s.H[0]),
-        query(layer<T>(w.query, 0, s.H.back(), w.query_bias, scale_of(s))),
-        project(layer<T>(w.project, 0, s.spoken(), w.project_bias)),
-        output(layer<T>(w.embedding, 0, s.M, w.bias)) {
-    for (int64_t i = 0; i < s.cells(); ++i)
-      cells.push_back(layer<T>(w.gates[i], i == 0 ? s.M : 0, s.below(i) + s.H[i], i ? w.gate_biases[i] : at::Tensor()));
-    const Layer<T> token = layer<T>(w.gates[0], 0, s.M, w.gate_biases[0]);
-    Buffer<T> embedded(s.V, s.M);
-    const std::vector<const float*> bias(s.V, token.bias.data());
-    at::parallel_for(0, s.V, 32, [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v)
-        las::convert(w.embedding.const_data_ptr<float>() + v * s.M, s.M, embedded.at(v));
-      las::product(Matrix<T>{embedded.at(begin), embedded.stride, end - begin}, token.weights, bias.data(),
-                   Matrix<float>{token_gates.at(begin), token_gates.stride, end - begin});
-    });
+  Layers(const Weights& w, const Shape& s, las::Shelf& shelf)
+      : query(layer<T>(w.query, 0, s.H.back(), w.query_bias, shelf, scale_of(s))),
+        project(layer<T>(w.project, 0, s.spoken(), w.project_bias, shelf)),
+        output(layer<T>(w.embedding, 0, s.M, w.bias, shelf)) {
+    for (int64_t i = 0; i < s.cells(); ++i) {
+      const at::Tensor bias = i ? w.gate_biases[i] : at::Tensor();  // that of the first is in token_gates
+      cells.push_back(layer<T>(w.gates[i], i == 0 ? s.M : 0, s.below(i) + s.H[i], bias, shelf));
+    }
   }
 };
+
+// (V, 4 * H_1): what each token adds to the gates of the first cell, the bias included.
+template <class T>
+Buffer<> token_gates_of(const Weights& w, const Shape& s) {
+  las::Memory<uint8_t> memory;
+  const Layer<T> token = las::shelved(
+      memory, [&](las::Shelf& shelf) { return layer<T>(w.gates[0], 0, s.M, w.gate_biases[0], shelf); });
+  Buffer<> found(s.V, 4 * s.H[0]);
+  Buffer<T> embedded(s.V, s.M);
+  const std::vector<const float*> bias(s.V, token.bias.data());
+  at::parallel_for(0, s.V, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v)
+      las::convert(w.embedding.const_data_ptr<float>() + v * s.M, s.M, embedded.at(v));
+    las::product(Matrix<T>{embedded.at(begin), embedded.stride, end - begin}, token.weights, bias.data(),
+                 Matrix<float>{found.at(begin), found.stride, end - begin});
+  });
+  return found;
+}
 
 template <class T>
 struct Forward {
   const Shape& shape;
   const Places& places;
-  Layers<T>& layers;
+  const Layers<T>& layers;
+  const Buffer<>& token_gates;
   const Memory& memory;
   const std::vector<at::Tensor>& masks;
   Kept<T, float> kept;
@@ -239,7 +249,7 @@ struct Forward {
     const auto [begin, n] = std::pair(part.begin, part.count);
     same(part, layers.cells[i].bias);
     if (i == 0)
-      for (int64_t r = 0; r < n; ++r) part.starts[r] = layers.token_gates.at(read[(begin + r) * shape.U + u]);
+      for (int64_t r = 0; r < n; ++r) part.starts[r] = token_gates.at(read[(begin + r) * shape.U + u]);
     las::product(kept.operand(places.input[i], u, begin, n), layers.cells[i].weights, part.starts.data(),
                  part.sums.rows(n));
     const int64_t size = shape.H[i];
@@ -650,10 +660,13 @@ Unrolled unroll(const Weights& w, const Memory& memory, const at::Tensor& tokens
   const at::Tensor attention = large<float>({shape.B, shape.U, shape.T}), read = at::empty_like(tokens);
   const at::Tensor operands = large<T>({steps, shape.B, places.operands});
   const at::Tensor states = large<float>({steps, shape.B, places.states});
-  Layers<T> layers(w, shape);
+  las::Memory<uint8_t> packed;
+  const auto layers = las::shelved(packed, [&](las::Shelf& shelf) { return Layers<T>(w, shape, shelf); });
+  const Buffer<> token_gates = token_gates_of<T>(w, shape);
   Forward<T>{shape,
              places,
              layers,
+             token_gates,
              memory,
              masks,
              {operands.mutable_data_ptr<T>(), states.mutable_data_ptr<float>(), places.operands, places.states,

@@ -16,8 +16,9 @@ import copy
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from las_fast.ops import (
     ctc_log_probabilities,
     ctc_prefix,
     ctc_start,
+    speller_pack,
     speller_search,
 )
 from las_fast.ops.speller_search import coverage, first_ngram_state
@@ -107,6 +109,7 @@ def beam_search(
     *,
     nbest: int = 1,
     ngram: Tensor | None = None,
+    packed: Tensor | None = None,
     backend: str = "auto",
     capture: bool | None = None,
 ) -> list[list[Hypothesis]]:
@@ -127,6 +130,8 @@ def beam_search(
         config:  beam, length limits, penalties and weights.
         nbest:   hypotheses to return; no more than config.beam exist.
         ngram:   table of a language model as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
+        packed:  what packed_weights made of this model, as it is, for this config and backend; None: the C++ search
+            packs them itself.
         backend: of the ops.
         capture: replay a CUDA graph instead of launching kernels one by one; None: on CUDA with the Triton ops, and on
             a CPU the whole search of a LAS is one C++ op instead of steps.
@@ -141,9 +146,18 @@ def beam_search(
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
         raise InputError(f"decoding.ctc_weight {NO_HEAD}")
     limits = length_limits(memory.lengths * model.time_reduction, config)
-    search = _Search(model, config, ngram if config.ngram_weight else None, backend)
+    search = _Search(model, config, ngram if config.ngram_weight else None, backend, packed)
     with _on(memory.lengths.device):
         return _read_off(search.steps(memory, limits, capture), limits, config, nbest, backend)
+
+
+@torch.inference_mode()
+def packed_weights(model, config: DecodingConfig, device: str | torch.device, backend: str = "auto") -> Tensor | None:
+    """Return what beam_search reads of the model's weights in C++, for whoever searches many batches; else None."""
+    device = torch.device(device)
+    if not _is_native(model, backend, device):
+        return None
+    return speller_pack(model.speller.weights(), device, precision=_native_precision(config))
 
 
 def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) -> tuple[Tensor | None, DecodingConfig]:
@@ -181,6 +195,17 @@ def _captures(device: torch.device, backend: str) -> bool:
     return all(backends.choose(op, backend, device) == "triton" for op in ("masked_attention", "beam_topk"))
 
 
+def _is_native(model, backend: str, device: torch.device) -> bool:
+    """Say whether one op makes the whole search of float32 memory: that of LAS itself, in float32, by C++."""
+    if type(model) is not LAS or backend not in ("auto", "cpp") or torch.is_autocast_enabled("cpu"):
+        return False
+    return model.speller.bias.dtype == torch.float32 and backends.choose("speller_search", "auto", device) == "cpp"
+
+
+def _native_precision(config: DecodingConfig) -> str:
+    return config.precision if config.precision in REDUCED else "fp32"
+
+
 @dataclass(frozen=True)
 class _Search:
     """A search of one batch, whose chunks are enqueued one by one or replayed."""
@@ -189,24 +214,17 @@ class _Search:
     config: DecodingConfig
     ngram: Tensor | None
     backend: str
+    packed: Tensor | None = None
 
     def steps(self, memory, limits: Limits, capture: bool | None) -> Steps:
         """Return all steps of the search, (L, B, K), the fastest way there is; see beam_search."""
         if capture is None:
-            if self.is_native(memory):
+            if _is_native(self.model, self.backend, memory.lengths.device) and memory.keys.dtype == torch.float32:
                 return self.native(memory, limits)
             capture = _captures(memory.lengths.device, self.backend)
         if (precision := self.config.precision) in REDUCED:
             raise InputError(f"decoding.precision {precision} needs the C++ search of a LAS on a CPU; set it to auto")
         return self.captured(memory) if capture else self.plain(memory)
-
-    def is_native(self, memory) -> bool:
-        """Say whether one op makes the whole search: that of LAS itself, in float32, by C++."""
-        if type(self.model) is not LAS or self.backend not in ("auto", "cpp") or torch.is_autocast_enabled("cpu"):
-            return False
-        if {memory.keys.dtype, self.model.speller.bias.dtype} != {torch.float32}:
-            return False
-        return backends.choose("speller_search", "auto", memory.keys.device) == "cpp"
 
     def native(self, memory, limits: Limits) -> Steps:
         """Return all steps of the search by one op."""
@@ -226,7 +244,8 @@ class _Search:
             ngram_weight=config.ngram_weight,
             frames=self.frames(memory),
             ctc_weight=config.ctc_weight,
-            precision=config.precision if config.precision in REDUCED else "fp32",
+            precision=_native_precision(config),
+            packed=self.packed,
             backend="cpp",
         )
 
@@ -405,6 +424,8 @@ def decode_dataset(
         InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
     """
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
+    packed = packed_weights(model, config, device)
+    decode = partial(_decode, model=model, config=config, device=device, nbest=nbest, ngram=ngram, packed=packed)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
     with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
@@ -414,7 +435,7 @@ def decode_dataset(
                 part = waiting.pop()
                 size = part.features.shape[0] * part.features.shape[1]
                 worth_trying = size < limit or len(part.indices) == 1
-                found = _try(model, part, config, nbest, ngram, device) if worth_trying else None
+                found = _try(decode, part) if worth_trying else None
                 if found is None:
                     limit = min(limit, size)
                     waiting += reversed(_halves(part, dataset))
@@ -443,13 +464,14 @@ def listen(model, batch: Batch, config: DecodingConfig):
         return model.listen(batch.features, batch.feature_lengths)
 
 
-def _try(
-    model, batch: Batch, config: DecodingConfig, nbest: int, ngram: Tensor | None, device
-) -> list[list[Hypothesis]] | None:
+def _decode(batch: Batch, *, model, config: DecodingConfig, device, **options) -> list[list[Hypothesis]]:
+    return beam_search(model, listen(model, batch.to(device), config), config, **options)
+
+
+def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> list[list[Hypothesis]] | None:
     """Decode one batch; return None if memory does not suffice."""
     try:
-        memory = listen(model, batch.to(device), config)
-        return beam_search(model, memory, config, nbest=nbest, ngram=ngram)
+        return decode(batch)
     except (MemoryError, RuntimeError) as error:
         lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in NO_MEMORY)
         if not lacks:

@@ -99,14 +99,15 @@ def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device, backend: str = "auto"
 ) -> list[list[str]]:
     """Return the texts of the dataset's utterances by each of the settings; `backend` is that of beam_search."""
-    from las_fast.search import batches_to_decode, beam_search, listen
+    from las_fast.search import batches_to_decode, beam_search, listen, packed_weights
 
     texts = [[""] * len(dataset) for _ in settings]
+    packed = packed_weights(loaded.model, settings[0], device, backend)
     with tqdm(total=len(dataset) * len(settings), unit=" utterances") as bar:
         for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
             for own, point in zip(texts, settings, strict=True):
-                found = beam_search(loaded.model, memory, point, ngram=table, backend=backend)
+                found = beam_search(loaded.model, memory, point, ngram=table, packed=packed, backend=backend)
                 for i, best in zip(batch.indices.tolist(), found, strict=True):
                     own[i] = loaded.vocabulary.decode(best[0].text_tokens)
                 bar.update(len(batch.indices))

@@ -10,7 +10,7 @@ from las_fast.ops.bilstm import bilstm
 from las_fast.ops.ctc_loss import ctc_loss, ctc_places
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention, padding_mask
-from las_fast.ops.speller_search import SpellerWeights, Steps, speller_search
+from las_fast.ops.speller_search import SpellerWeights, Steps, speller_pack, speller_search
 from las_fast.ops.speller_unroll import speller_unroll
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "ctc_start",
     "masked_attention",
     "padding_mask",
+    "speller_pack",
     "speller_search",
     "speller_unroll",
 ]

@@ -93,6 +93,7 @@ def speller_search(
     frames: Tensor | None = None,
     ctc_weight: float = 0.0,
     precision: str = "fp32",
+    packed: Tensor | None = None,
     backend: str = "auto",
 ) -> Steps:
     """Return all steps of the search of each utterance, until none has a living beam: one that exists and goes on.
@@ -118,6 +119,8 @@ def speller_search(
         precision: of the products in C++: "fp32", "bf16" with float32 sums and states, or "int8", which is bf16 but for
             the products of context and hidden states with weights of the gates: these are of whole numbers of 8 bits
             (linear_int8). The reference computes all else in float32.
+        packed:  what speller_pack made of these weights in this precision; None: it is made here. The reference has no
+            use for it.
         backend: "auto", "reference" or "cpp".
 
     Raises:
@@ -131,8 +134,30 @@ def speller_search(
     _check(weights, keys, values, lengths, options, precision)
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
         return _reference(weights, keys, values, lengths, options, int8=precision == "int8")
-    found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision)
+    found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision, packed)
     return Steps(*found)
+
+
+@torch.no_grad()
+def speller_pack(
+    weights: SpellerWeights, device: torch.device, *, precision: str = "fp32", backend: str = "auto"
+) -> Tensor | None:
+    """Return the weights as the products of a search in C++ read them, for many searches to share: (bytes,) uint8.
+
+    They do not follow weights that change later. None where the search is not in C++.
+
+    Args:
+        weights, precision, backend: as in speller_search.
+        device: of the search.
+
+    Raises:
+        ValueError: a name is unknown.
+        RuntimeError: the named backend is not available here, or the shapes of the weights disagree.
+    """
+    _check_precision(precision)
+    if backends.choose("speller_search", backend, device, weights.bias.dtype) == "reference":
+        return None
+    return torch.ops.las_fast.speller_pack_cpp(weights.flat(), precision)
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
@@ -288,9 +313,13 @@ def _ctc(before: _Beams, found: BeamStep, options: Options) -> CtcState | None:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
+def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+
+
+def _check(weights: SpellerWeights, keys, values, lengths, options: Options, precision: str) -> None:
+    _check_precision(precision)
     check_memory(weights, keys, values)
     B = keys.shape[0]
     for name, x in (("lengths", lengths), ("minimum", options.minimum), ("maximum", options.maximum)):
@@ -336,11 +365,18 @@ def _fake(weights, keys, values, lengths, beam, *options):
     return tokens, parents, keys.new_empty(shape), frames
 
 
+def _fake_pack(weights, precision):
+    return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
 backends.register(
     "speller_search",
     "(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos, Tensor? minimum,"
     " Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight, Tensor? table,"
-    " float ngram_weight, Tensor? frames, float ctc_weight, str precision)"
+    " float ngram_weight, Tensor? frames, float ctc_weight, str precision, Tensor? packed)"
     " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)",
     _fake,
+)
+backends.register(
+    "speller_pack", "(Tensor[] weights, str precision) -> Tensor packed", _fake_pack, module="speller_search"
 )

@@ -13,10 +13,17 @@ from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model import LAS
-from las_fast.ops import SpellerWeights, beam_backtrack, ctc_log_probabilities, padding_mask, speller_search
+from las_fast.ops import (
+    SpellerWeights,
+    beam_backtrack,
+    ctc_log_probabilities,
+    padding_mask,
+    speller_pack,
+    speller_search,
+)
 from las_fast.ops.speller_search import Options as SearchOptions
 from las_fast.ops.speller_search import _begin, linear_int8, step
-from las_fast.search import beam_search
+from las_fast.search import beam_search, packed_weights
 
 SOS, EOS, NAN = 1, 2, torch.nan
 CHECKPOINT = Path(__file__).parents[1] / "an4-small.safetensors"
@@ -285,6 +292,62 @@ def test_weights_that_changed_are_read_anew(cpp):
     assert [h[0].text_tokens for h in after] == [h[0].text_tokens for h in stepwise]
 
 
+CPU = torch.device("cpu")
+
+
+@on_each_precision
+@on_each_size
+def test_packed_weights_give_the_same_answer(cpp, precision, sizes):
+    V, M, H, D, E, T, B, K = sizes
+    weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
+    packed = speller_pack(weights, CPU, precision=precision)
+    expected = search(weights, memory, beam=K, precision=precision)
+    for _ in range(2):  # the first search leaves them as they are
+        for a, b in zip(search(weights, memory, beam=K, precision=precision, packed=packed), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@on_each_precision
+def test_packed_weights_are_those_that_the_search_reads(cpp, precision):
+    weights, other, memory = make(31, 33, (32, 31), 33, 17), make(31, 33, (32, 31), 33, 17, 9), remember(5, 40, 33, 17)
+    mixed = other._replace(**{x: getattr(weights, x) for x in ("query_bias", "project_bias", "bias", "gate_biases")})
+    packed = speller_pack(mixed, CPU, precision=precision)
+    embedded = weights._replace(embedding=other.embedding)  # what is looked up is not packed
+    found = search(embedded, memory, beam=5, precision=precision, packed=packed)
+    for a, b in zip(found, search(mixed, memory, beam=5, precision=precision), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_las_packs_its_weights_for_its_own_search_alone(cpp):
+    model = las()
+    memory, config = listened(model), DecodingConfig(beam=4)
+    packed = packed_weights(model, config, "cpu")
+    searched = []
+    called = ops_called(lambda: searched.append(beam_search(model, memory, config, packed=packed)))
+    assert "las_fast::speller_search_cpp" in called and searched == [beam_search(model, memory, config)]
+    assert packed_weights(model, config, "cpu", backend="reference") is None
+    assert packed_weights(model.double(), config, "cpu") is None
+    assert speller_pack(make(7, 5, (6,), 4, 3), CPU, backend="reference") is None
+
+
+@on_each_precision
+def test_bytes_of_other_sizes_or_precisions_are_refused(cpp, precision):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
+    packed = speller_pack(weights, CPU, precision=precision)
+    other = "fp32" if precision == "int8" else "int8"
+    message = "packed must be what speller_pack makes of weights of these sizes in this precision"
+    wrong = (speller_pack(weights, CPU, precision=other), packed[1:], packed.char(), packed.repeat(2)[::2])
+    for given in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            search(weights, memory, beam=4, precision=precision, packed=given)
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, int8; got 'fp16'"):
+        speller_pack(weights, CPU, precision="fp16")
+    with pytest.raises(RuntimeError, match=r"weights: project must be \[5, 9\]; got \[4, 9\]"):
+        speller_pack(weights._replace(project=torch.ones(4, 9)), CPU)
+    with pytest.raises(RuntimeError, match=r"query must be \(D, H\) and project \(M, H \+ E\); got \[4\] and"):
+        speller_pack(weights._replace(query=torch.ones(4)), CPU)
+
+
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
@@ -434,10 +497,12 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
     frames = hear(3, 9, 7) if options else None
     arguments = (4, SOS, EOS, some_limits(3) if options else None, some_limits(3) + 3, 1.0, 0.5, 0.1, table, 0.5)
     arguments += (frames, 0.3)
-    torch.library.opcheck(
-        torch.ops.las_fast.speller_search_cpp.default,
-        (weights.flat(), *memory, *arguments, precision),
-    )
+    torch.library.opcheck(torch.ops.las_fast.speller_pack_cpp.default, (weights.flat(), precision))
+    for packed in (None, speller_pack(weights, CPU, precision=precision)):
+        torch.library.opcheck(
+            torch.ops.las_fast.speller_search_cpp.default,
+            (weights.flat(), *memory, *arguments, precision, packed),
+        )
 
 
 @pytest.mark.parametrize(
@@ -484,7 +549,7 @@ def test_arguments_that_disagree_are_named(change, message):
 def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
     arguments = [weights.flat(), *memory, 4, SOS, EOS, None, some_limits(3), 0.0, 0.0, 0.0, None, 0.0, None, 0.0]
-    arguments += ["fp32"]
+    arguments += ["fp32", None]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
