@@ -34,9 +34,12 @@ struct Int8Rows {
   const uint8_t* data;
   int64_t stride, count;
   const float* scales;
-
-  const uint8_t* at(int64_t row, int64_t k) const { return data + row * stride + k; }
 };
+
+template <int M>
+LAS_INLINE Turn<M, uint8_t> turn(const Int8Rows& rows, int64_t row) {
+  return {rows.data + row * rows.stride, rows.stride};
+}
 
 // The largest magnitude of n values; NaN if one is not finite.
 template <int W>
@@ -86,14 +89,15 @@ LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weight
     const int8_t* from = weights.at(panel) + i * NEIGHBOURS<int8_t>;
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) std::memcpy(&sum[m], weights.sums + panel + i, sizeof sum[m]);
-    for (int64_t k = 0; k < weights.depth; k += 4) {
+    auto here = turn<M>(rows, row);
+    for (int64_t k = 0; k < weights.depth; k += 4, here.pass(4)) {
       Bits<W> four;
       std::memcpy(&four, from + k * COLUMNS, sizeof four);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const Int<W> weight = bits_as<Int<W>>(four << (24 - 8 * j)) >> 24;
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sum[m] += int32_t(rows.at(row + m, k)[j]) * weight;
+        for (int m = 0; m < M; ++m) sum[m] += int32_t(here[m][j]) * weight;
       }
     }
     const Float<W> scale = load<W>(weights.scales + panel + i);
@@ -123,14 +127,15 @@ LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Pane
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) sum[m][i] = _mm512_loadu_si512(weights.sums + panel + 16 * i);
-  for (int64_t k = 0; k < weights.depth; k += 4) {
+  auto here = turn<M>(rows, row);
+  for (int64_t k = 0; k < weights.depth; k += 4, here.pass(4)) {
     fetch_ahead<M>(from + (k + weights.depth) * COLUMNS, 128);
     const __m512i first = _mm512_loadu_si512(from + k * COLUMNS);
     const __m512i second = _mm512_loadu_si512(from + k * COLUMNS + 64);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       int32_t four;
-      std::memcpy(&four, rows.at(row + m, k), sizeof four);
+      std::memcpy(&four, here[m], sizeof four);
       const __m512i x = _mm512_set1_epi32(four);
       // By the intrinsic GCC 12 copies and spills the sums, which takes two and a half times as long.
       asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][0]) : "v"(x), "v"(first));
