@@ -174,6 +174,17 @@ def test_large_gates_do_not_overflow(backend, dtype):
     assert all(part.isfinite().all() for part in found)
 
 
+@pytest.mark.parametrize("gate", range(4), ids=["input", "forget", "cell", "output"])
+def test_a_gate_of_any_size_is_exact_to_some_digits_of_float32(cpp, gate):
+    """Two frames; the other gates are open, or the state would be 0 whatever the gate says."""
+    x = torch.linspace(-60, 60, 3001)[:, None, None].repeat(1, 2, 1)
+    bias, weight = torch.full((4,), 3.0), torch.zeros(4, 1)
+    bias[gate], weight[gate] = 0.0, 1.0
+    weights, lengths = [weight, torch.zeros(4, 1), bias, torch.zeros(4)] * 2, torch.full((3001,), 2)
+    expected = plain(x.double(), lengths, *weights)
+    torch.testing.assert_close(op(cpp)(x, lengths, *weights).double(), expected, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("sizes", [(0, 7, 5, 6), (3, 0, 5, 6)], ids=["no utterance", "no frame"])
 def test_nothing_gives_nothing(cpp, sizes):
     lengths = torch.zeros(sizes[0], dtype=torch.int64)

@@ -142,6 +142,14 @@ def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, opt
     assert_equals_the_reference(sizes, options)
 
 
+@pytest.mark.parametrize("scale", [10.0, 200.0, 1e4])
+def test_gates_far_beyond_what_they_tell_apart_give_what_the_reference_gives(cpp, scale):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
+    weights = weights._replace(gates=tuple(scale * gates for gates in weights.gates))
+    expected = search(weights, memory, beam=4, backend="reference")
+    assert_same(search(weights, memory, beam=4), expected)
+
+
 def las(lstm_sizes=(24, 20)) -> LAS:
     torch.manual_seed(3)
     speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=lstm_sizes)
