@@ -25,6 +25,7 @@
 
 namespace {
 
+using las::Buffer;
 using las::COLUMNS;
 using las::Float;
 using las::get;
@@ -81,25 +82,6 @@ void each_direction(const Each& each) {
 int64_t groups_of(int64_t B) {
   return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / LEAST));
 }
-
-// Rows with room for whole panels. Their distance is no power of two, which would crowd them in a few sets of a cache.
-template <class T>
-class Buffer {
- public:
-  Buffer(int64_t rows, int64_t size)
-      : rows_(rows), stride_(padded(size) + 64 / int64_t(sizeof(T))), memory_(rows * stride_) {}
-
-  T* at(int64_t row) const { return memory_.data() + row * stride_; }
-  Matrix<T> rows(int64_t count, int64_t from = 0) const { return {at(from), stride_, count}; }
-  Buffer& clear() {
-    std::fill_n(memory_.data(), rows_ * stride_, T(0.0f));
-    return *this;
-  }
-
- private:
-  int64_t rows_, stride_;
-  las::Memory<T> memory_;
-};
 
 // In the order of the op: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) of each direction.
 struct Weights {

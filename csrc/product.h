@@ -85,6 +85,24 @@ struct Matrix {
   operator Matrix<const T>() const { return {data, stride, count}; }
 };
 
+// Memory of rows with room for whole panels. Rows are an odd number of pairs of cache lines apart: at a power of two what
+// a tile reads and writes of its rows would all claim the same few places in the caches.
+template <class T = float>
+struct Buffer {
+  static constexpr int64_t PAIR = 128 / sizeof(T);
+
+  Buffer() = default;
+  Buffer(int64_t rows, int64_t size)
+      : count(rows), stride((padded(size, PAIR) / PAIR | 1) * PAIR), memory(rows * stride) {}
+
+  T* at(int64_t row) const { return memory.data() + row * stride; }
+  Matrix<T> rows(int64_t count, int64_t from = 0) const { return {at(from), stride, count}; }
+  void clear() const { std::fill_n(memory.data(), count * stride, T(0.0f)); }
+
+  int64_t count = 0, stride = 0;
+  Memory<T> memory;
+};
+
 // The columns of one panel as rows: so two packed matrices make the product A^T B, as a weight's gradient is.
 template <class T>
 struct PanelRows {

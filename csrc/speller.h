@@ -12,19 +12,10 @@
 
 namespace las {
 
-// Zeros, in rows with room for whole panels; each row begins at a cache line.
 template <class T = float>
-struct Buffer {
-  Buffer() = default;
-  Buffer(int64_t rows, int64_t size) : stride(padded(size)), memory(rows * stride) {
-    std::fill_n(memory.data(), rows * stride, T(0.0f));
-  }
-
-  T* at(int64_t row) const { return memory.data() + row * stride; }
-  Matrix<T> rows(int64_t count) const { return {memory.data(), stride, count}; }
-
-  int64_t stride = 0;
-  Memory<T> memory;
+struct Zeros : Buffer<T> {
+  Zeros() = default;
+  Zeros(int64_t rows, int64_t size) : Buffer<T>(rows, size) { this->clear(); }
 };
 
 template <class T>

@@ -33,7 +33,6 @@
 
 namespace {
 
-using las::Buffer;
 using las::check_weights;
 using las::convert;
 using las::Float;
@@ -45,6 +44,7 @@ using las::padded;
 using las::Panels;
 using las::put;
 using las::Weights;
+using las::Zeros;
 namespace ctc = las::ctc;
 namespace topk = las::topk;
 
@@ -122,8 +122,8 @@ struct States {
     }
   }
 
-  Buffer<> first;  // the context, and the hidden state of the first cell
-  std::vector<Buffer<>> hidden, cell;
+  Zeros<> first;  // the context, and the hidden state of the first cell
+  std::vector<Zeros<>> hidden, cell;
 };
 
 // One living beam.
@@ -231,13 +231,13 @@ class Worker {
       recurrent_.emplace_back(most_ + 1, 4 * speller_.size(i));
     }
     widest = std::max({widest, speller_.D, speller_.E, job_.T, speller_.M});
-    operand_ = Buffer<T>(most_ + 1, widest);
-    if constexpr (std::is_same_v<G, int8_t>) numbers_ = Buffer<uint8_t>(most_ + 1, widest);
+    operand_ = Zeros<T>(most_ + 1, widest);
+    if constexpr (std::is_same_v<G, int8_t>) numbers_ = Zeros<uint8_t>(most_ + 1, widest);
     scales_.resize(most_ + 1);
-    sums_ = Buffer<>(most_ + 1, std::max({gates, speller_.M, speller_.V}));
-    queries_ = Buffer<>(most_ + 1, speller_.D);
-    weights_ = Buffer<>(job_.K, job_.T);
-    contexts_ = Buffer<>(job_.K, speller_.E);
+    sums_ = Zeros<>(most_ + 1, std::max({gates, speller_.M, speller_.V}));
+    queries_ = Zeros<>(most_ + 1, speller_.D);
+    weights_ = Zeros<>(job_.K, job_.T);
+    contexts_ = Zeros<>(job_.K, speller_.E);
     logits_.resize(job_.K * speller_.V);
     summaries_.resize(job_.K);
     block_maxima_.resize(job_.K * blocks());
@@ -519,11 +519,11 @@ class Worker {
   States before_, after_;
   std::vector<Living> rows_;
   std::vector<int64_t> sources_;  // rows of the states that are continued
-  Buffer<T> operand_;
-  Buffer<uint8_t> numbers_;    // rows of products in whole numbers
+  Zeros<T> operand_;
+  Zeros<uint8_t> numbers_;    // rows of products in whole numbers
   std::vector<float> scales_;  // of them
-  std::vector<Buffer<>> recurrent_;
-  Buffer<> sums_, queries_, weights_, contexts_;
+  std::vector<Zeros<>> recurrent_;
+  Zeros<> sums_, queries_, weights_, contexts_;
   std::vector<const float*> starts_;
   std::vector<float> logits_, block_maxima_;
   std::vector<topk::Row> summaries_;

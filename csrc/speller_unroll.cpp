@@ -35,7 +35,6 @@
 
 namespace {
 
-using las::Buffer;
 using las::COLUMNS;
 using las::each_vector;
 using las::Float;
@@ -49,6 +48,7 @@ using las::Panels;
 using las::put;
 using las::Rows;
 using las::Weights;
+using las::Zeros;
 
 constexpr int64_t BLOCK = 1024;  // rows of gradients that are kept at a time, about: 12 MB at 3000 gates
 
@@ -155,12 +155,12 @@ struct Layers {
 
 // (V, 4 * H_1): what each token adds to the gates of the first cell, the bias included.
 template <class T>
-Buffer<> token_gates_of(const Weights& w, const Shape& s) {
+Zeros<> token_gates_of(const Weights& w, const Shape& s) {
   las::Memory<uint8_t> memory;
   const Layer<T> token = las::shelved(
       memory, [&](las::Shelf& shelf) { return layer<T>(w.gates[0], 0, s.M, w.gate_biases[0], shelf); });
-  Buffer<> found(s.V, 4 * s.H[0]);
-  Buffer<T> embedded(s.V, s.M);
+  Zeros<> found(s.V, 4 * s.H[0]);
+  Zeros<T> embedded(s.V, s.M);
   const std::vector<const float*> bias(s.V, token.bias.data());
   at::parallel_for(0, s.V, 32, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v)
@@ -176,7 +176,7 @@ struct Forward {
   const Shape& shape;
   const Places& places;
   const Layers<T>& layers;
-  const Buffer<>& token_gates;
+  const Zeros<>& token_gates;
   const Memory& memory;
   const std::vector<at::Tensor>& masks;
   Kept<T, float> kept;
@@ -188,7 +188,7 @@ struct Forward {
   // Utterances begin to begin + count.
   struct Part {
     int64_t begin, count;
-    Buffer<> sums, context;
+    Zeros<> sums, context;
     std::vector<const float*> starts;
     std::vector<int64_t> best;
   };
@@ -199,7 +199,7 @@ struct Forward {
 
   void utterances(int64_t begin, int64_t count) {
     const int64_t gates = 4 * *std::max_element(shape.H.begin(), shape.H.end());
-    Part part{begin, count, Buffer<>(count, std::max(gates, shape.V)), Buffer<>(1, shape.E),
+    Part part{begin, count, Zeros<>(count, std::max(gates, shape.V)), Zeros<>(1, shape.E),
                std::vector<const float*>(count), std::vector<int64_t>(count)};
     for (int64_t i = 0; i < shape.cells(); ++i) clear(part, places.input[i], 0, 0, shape.below(i) + shape.H[i]);
     for (int64_t u = 0; u < shape.U; ++u) {
@@ -389,12 +389,12 @@ struct Backward {
   Given given;
 
   int64_t steps;                                          // of a block
-  std::vector<Buffer<>> inputs_gradient, cell_gradient;   // (B, .) of each cell, at the step after
-  Buffer<> spoken_gradient;                               // (B, .)
+  std::vector<Zeros<>> inputs_gradient, cell_gradient;   // (B, .) of each cell, at the step after
+  Zeros<> spoken_gradient;                               // (B, .)
   las::Memory<T> gradients;                               // rows of a block
   las::Memory<float> score_gradients, context_gradients;  // (B, U, T), (B, U, context_row)
   int64_t context_row;
-  Buffer<> token_sums;      // (V, 4 * H_1): of the first cell's gates' gradients
+  Zeros<> token_sums;      // (V, 4 * H_1): of the first cell's gates' gradients
   std::vector<float> sums;  // of all rows of gradients
 
   Backward(const Shape& s, const Places& p, const Transposed<T>& layers, const Memory& memory,
@@ -458,13 +458,13 @@ struct Backward {
   }
 
   struct Scratch {
-    Buffer<> projected, query;
+    Zeros<> projected, query;
     std::vector<const float*> starts;
 
     Scratch(const Shape& s, int64_t rows) : projected(rows, s.M), query(1, s.D), starts(rows) {}
   };
 
-  static Matrix<float> of(Buffer<>& buffer, int64_t b, int64_t count) { return {buffer.at(b), buffer.stride, count}; }
+  static Matrix<float> of(Zeros<>& buffer, int64_t b, int64_t count) { return {buffer.at(b), buffer.stride, count}; }
 
   void step(Scratch& scratch, int64_t u, int64_t b, int64_t n) {
     through_output(scratch, u, b, n);
@@ -580,7 +580,7 @@ struct Backward {
   // The table of tokens: its part in the weights of the first cell, and the embedding as an input.
   void through_tokens(const Weights& w, const Matrix<float>& gates, const Matrix<float>& embedding) {
     const int64_t V = shape.V, M = shape.M, size = 4 * shape.H[0];
-    Buffer<T> summed(V, size), embedded(V, M);
+    Zeros<T> summed(V, size), embedded(V, M);
     std::vector<const float*> starts(V);
     for (int64_t v = 0; v < V; ++v) {
       las::convert(token_sums.at(v), size, summed.at(v));
@@ -590,7 +590,7 @@ struct Backward {
     las::product(summed.rows(V), layers.token.panels, starts.data(), embedding);
     las::Memory<T> packed(las::packed_size<T>(M, V)), room(las::packed_size<T>(COLUMNS, V));
     const Panels<T> inputs = las::pack(static_cast<const T*>(embedded.at(0)), 1, embedded.stride, M, V, packed.data());
-    Buffer<> found(size, M);
+    Zeros<> found(size, M);
     for (int64_t i = 0; i < padded(size) / COLUMNS; ++i)
       multiply(summed.rows(V), size, i, inputs, V, false, room.data(), found.rows(size));
     for (int64_t i = 0; i < size; ++i) std::copy_n(found.at(i), M, gates.at(i));
@@ -598,7 +598,7 @@ struct Backward {
 
   void memory_gradients(float* keys, float* values) const {
     at::parallel_for(0, shape.B, 1, [&](int64_t begin, int64_t end) {
-      Buffer<> asked(shape.U, shape.D);  // the queries of one utterance, side by side: those kept are a step apart
+      Zeros<> asked(shape.U, shape.D);  // the queries of one utterance, side by side: those kept are a step apart
       for (int64_t b = begin; b < end; ++b) {
         const int64_t n = memory.frames(b), U = shape.U, T_ = shape.T;
         for (int64_t u = 0; u < U; ++u) std::copy_n(kept.state(places.query, u, b, 1).data, shape.D, asked.at(u));
@@ -662,7 +662,7 @@ Unrolled unroll(const Weights& w, const Memory& memory, const at::Tensor& tokens
   const at::Tensor states = large<float>({steps, shape.B, places.states});
   las::Memory<uint8_t> packed;
   const auto layers = las::shelved(packed, [&](las::Shelf& shelf) { return Layers<T>(w, shape, shelf); });
-  const Buffer<> token_gates = token_gates_of<T>(w, shape);
+  const Zeros<> token_gates = token_gates_of<T>(w, shape);
   Forward<T>{shape,
              places,
              layers,
