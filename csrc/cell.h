@@ -98,8 +98,8 @@ LAS_INLINE Float<W> gelu_slope(Float<W> x) {
 //
 // One division serves all gates of a state, whose divisors are multiplied; and the two states are made in loops of their
 // own: in one, every vector would wait for the longer chain.
-template <int W, class Gate>
-LAS_INLINE void lstm(int64_t size, const float* cell_before, float* cell, float* hidden, Gate gate) {
+template <int W, class T, class Gate>
+LAS_INLINE void lstm(int64_t size, const float* cell_before, float* cell, T* hidden, Gate gate) {
   constexpr float MOST = 40.0f;  // two such divisors and one of tanh stay below 1e38
   each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
     const Float<W> input = sigmoid_divisor<W>(gate(0, j, lanes), MOST);

@@ -28,6 +28,8 @@ void convert(const float* from, int64_t n, T* to) {
   las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from + done, n - done, to + done); });
 }
 
+inline void convert(const c10::BFloat16* from, int64_t n, c10::BFloat16* to) { std::copy_n(from, n, to); }
+
 // A layer, or a part of one, packed.
 template <class T>
 struct Layer {

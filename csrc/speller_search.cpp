@@ -112,18 +112,24 @@ struct History {
   std::vector<float> scores;
 };
 
+// What hidden states and contexts are kept as: as products take them, where those do not need more of them.
+template <class T, class G>
+using Kept = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
+
 // The states of all rows between two steps.
+template <class S>
 struct States {
-  template <class T, class G>
-  States(const Speller<T, G>& speller, int64_t rows) : first(rows, speller.E + speller.H) {
+  template <class Speller>
+  States(const Speller& speller, int64_t rows) : first(rows, speller.E + speller.H) {
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
       hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i));
     }
   }
 
-  Zeros<> first;  // the context, and the hidden state of the first cell
-  std::vector<Zeros<>> hidden, cell;
+  Zeros<S> first;  // the context, and the hidden state of the first cell
+  std::vector<Zeros<S>> hidden;
+  std::vector<Zeros<>> cell;
 };
 
 // One living beam.
@@ -190,6 +196,8 @@ struct Slot {
 
 template <class T, class G>
 class Worker {
+  using S = Kept<T, G>;
+
  public:
   Worker(const Speller<T, G>& speller, const Job& job, int64_t slots)
       : speller_(speller), job_(job), most_(slots * job.K), before_(speller, most_ + 1), after_(speller, most_ + 1),
@@ -302,18 +310,23 @@ class Worker {
     return operand_.rows(count);
   }
 
+  // The same as whole numbers.
+  template <class From>
+  las::Int8Rows numbers(int64_t count, int64_t depth, int64_t n, From from) {
+    las::widest([&](auto width) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) scales_[i] = las::quantise<width>(from(i), n, depth, numbers_.at(i));
+    });
+    return {numbers_.at(0), numbers_.stride, count, scales_.data()};
+  }
+
   // What the first `n` values of rows from(i) add to gates.
   template <class From>
   void gates(const Layer<G>& layer, int64_t count, int64_t n, From from, las::Starts starts, const Matrix<float>& out) {
-    if constexpr (std::is_same_v<G, int8_t>) {
-      las::widest([&](auto width) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < count; ++i)
-          scales_[i] = las::quantise<width>(from(i), n, layer.weights.depth, numbers_.at(i));
-      });
-      las::product({numbers_.at(0), numbers_.stride, count, scales_.data()}, layer.weights, starts, out);
-    } else {
-      las::product(operand(count, layer.weights.depth, n, from), layer.weights, starts, out);
-    }
+    const int64_t depth = layer.weights.depth;
+    if constexpr (std::is_same_v<G, int8_t>)
+      las::product(numbers(count, depth, n, from), layer.weights, starts, out);
+    else
+      las::product(operand(count, depth, n, from), layer.weights, starts, out);
   }
 
   las::Starts same(const std::vector<float>& bias, int64_t count) {
@@ -350,18 +363,22 @@ class Worker {
     }
   }
 
-  float* hidden(int64_t cell, int64_t row) {
+  S* hidden(int64_t cell, int64_t row) {
     return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell].at(row);
+  }
+
+  // The `n` new hidden values of all rows as operands, as they lie if they can: zeros follow them in their buffers.
+  Matrix<const T> state(int64_t cell, int64_t depth, int64_t n) {
+    if constexpr (std::is_same_v<S, T>)
+      return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell]).stride, count()};
+    else
+      return operand(count(), depth, n, [&](int64_t i) { return hidden(cell, i); });
   }
 
   // Take cell c to its next state.
   void advance(int64_t c) {
     const int64_t size = speller_.size(c);
-    if (c > 0) {
-      const auto below = [&](int64_t i) { return hidden(c - 1, i); };
-      for (int64_t i = 0; i < count(); ++i) starts_[i] = recurrent_[c].at(rows_[i].source);
-      gates(speller_.later[c - 1].input, count(), speller_.size(c - 1), below, starts_.data(), sums_.rows(count()));
-    }
+    if (c > 0) input(c, speller_.later[c - 1].input.weights, speller_.size(c - 1));
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i) {
@@ -376,12 +393,24 @@ class Worker {
     });
   }
 
+  // Add to the gates of cell c what the `n` new values of the cell below say.
+  template <class Weights>
+  void input(int64_t c, const Weights& weights, int64_t n) {
+    for (int64_t i = 0; i < count(); ++i) starts_[i] = recurrent_[c].at(rows_[i].source);
+    const las::Starts starts = starts_.data();
+    if constexpr (std::is_same_v<G, int8_t>) {
+      const auto below = [&](int64_t i) { return hidden(c - 1, i); };
+      las::product(numbers(count(), weights.depth, n, below), weights, starts, sums_.rows(count()));
+    } else {
+      las::product(state(c - 1, weights.depth, n), weights, starts, sums_.rows(count()));
+    }
+  }
+
   void attend() {
     const int64_t last = speller_.cells() - 1;
     const Layer<T>& query = speller_.query;
-    const auto state = [&](int64_t i) { return hidden(last, i); };
-    las::product(operand(count(), query.weights.depth, speller_.size(last), state), query.weights,
-                 same(query.bias, count()), queries_.rows(count()));
+    las::product(state(last, query.weights.depth, speller_.size(last)), query.weights, same(query.bias, count()),
+                 queries_.rows(count()));
     for (int64_t i = 0; i < count();) {
       int64_t end = i;
       while (end < count() && rows_[end].slot == rows_[i].slot) ++end;
@@ -402,7 +431,7 @@ class Worker {
     if (job_.coverage_weight != 0.0f) cover(slot, first, n);
     const auto weights = [&](int64_t i) { return weights_.at(i); };
     las::product(operand(n, slot.values.depth, slot.frames, weights), slot.values, nullptr, contexts_.rows(n));
-    for (int64_t i = 0; i < n; ++i) std::copy_n(contexts_.at(i), speller_.E, after_.first.at(first + i));
+    for (int64_t i = 0; i < n; ++i) convert(contexts_.at(i), speller_.E, after_.first.at(first + i));
   }
 
   void cover(Slot<T>& slot, int64_t first, int64_t n) {
@@ -516,7 +545,7 @@ class Worker {
   const Job& job_;
   int64_t most_;  // living beams
   std::vector<Slot<T>> slots_;
-  States before_, after_;
+  States<S> before_, after_;
   std::vector<Living> rows_;
   std::vector<int64_t> sources_;  // rows of the states that are continued
   Zeros<T> operand_;
