@@ -21,15 +21,15 @@ LAS_INLINE Float<W> within(Float<W> x, float most) {
 template <int W>
 LAS_INLINE Float<W> sigmoid_divisor(Float<W> x, float most) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23
-  const Float<W> inside = within<W>(x, most), shifted = inside * -1.44269504f + ROUND;
-  const Float<W> r = (shifted - ROUND) * 0.693147182f + inside;  // less the remainder of -x
+  const Float<W> inside = within<W>(x, most), shifted = inside * -1.44269504f + ROUND, n = shifted - ROUND;
+  const Float<W> r = (inside + n * 0.693359375f) - n * 2.12194440e-4f;  // less the remainder of -x
   Float<W> p = broadcast<W>(-8.29030587e-3f);
   p = p * r + 4.18979755e-2f;
   p = p * r - 1.66676366e-1f;
   p = p * r + 4.99991492e-1f;
   p = p * r - 9.99999707e-1f;
   p = p * r + 1.0f;
-  return 1.0f + bits_as<Float<W>>((bits_as<Bits<W>>(shifted) << 23) + bits_as<Bits<W>>(p));
+  return 1.0f + p * bits_as<Float<W>>((bits_as<Bits<W>>(shifted) << 23) + 0x3F800000u);
 }
 
 // 1 / (1 + exp(-x))
@@ -56,7 +56,8 @@ LAS_INLINE Ratio<W> odd_ratio(Float<W> x, float most, const float (&above)[N], c
   return {p * inside, q};
 }
 
-// tanh (minimax, relative error 2e-8 up to 9, where it is 1); `below` is from 1 to 400.
+// tanh (minimax, relative error 2e-8 up to 9, where it is 1) but for rounding, which may lead past 1; `below` is from 1
+// to 417.
 template <int W>
 LAS_INLINE Ratio<W> tanh_ratio(Float<W> x) {
   constexpr float above[] = {1.33549214e-8f, 2.06093097e-5f, 3.49560378e-3f, 1.33810395e-1f, 1.0f};
@@ -67,7 +68,7 @@ LAS_INLINE Ratio<W> tanh_ratio(Float<W> x) {
 template <int W>
 LAS_INLINE Float<W> tanh(Float<W> x) {
   const Ratio<W> found = tanh_ratio<W>(x);
-  return found.above / found.below;
+  return within<W>(found.above / found.below, 1.0f);
 }
 
 // To a relative error of 2e-8 (minimax) up to 3.92, where it is 1: exactly, since GELU multiplies the rest by x.
@@ -77,7 +78,7 @@ LAS_INLINE Float<W> erf(Float<W> x) {
   constexpr float below[] = {3.80900053e-5f, 1.16242518e-3f, 1.49684761e-2f, 1.14105866e-1f, 5.02069514e-1f, 1.0f};
   constexpr float MOST = 3.92f;
   const Ratio<W> found = odd_ratio<W>(x, MOST, above, below);
-  const Float<W> positive = x >= MOST ? broadcast<W>(1.0f) : found.above / found.below;
+  const Float<W> inner = within<W>(found.above / found.below, 1.0f), positive = x >= MOST ? broadcast<W>(1.0f) : inner;
   return x <= -MOST ? broadcast<W>(-1.0f) : positive;
 }
 

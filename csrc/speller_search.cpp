@@ -15,7 +15,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <memory>
@@ -120,10 +119,10 @@ using Kept = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
 template <class S>
 struct States {
   template <class Speller>
-  States(const Speller& speller, int64_t rows) : first(rows, speller.E + speller.H) {
+  States(const Speller& speller, int64_t rows) : first(rows, speller.E + speller.H + 1) {  // 1: what follows is 0
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
-      hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i));
+      hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i) + 1);
     }
   }
 
@@ -367,7 +366,7 @@ class Worker {
     return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell].at(row);
   }
 
-  // The `n` new hidden values of all rows as operands, as they lie if they can: zeros follow them in their buffers.
+  // The `n` new hidden values of all rows as operands, as they lie if they can: a 0 follows them in their buffers.
   Matrix<const T> state(int64_t cell, int64_t depth, int64_t n) {
     if constexpr (std::is_same_v<S, T>)
       return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell]).stride, count()};
@@ -378,7 +377,7 @@ class Worker {
   // Take cell c to its next state.
   void advance(int64_t c) {
     const int64_t size = speller_.size(c);
-    if (c > 0) input(c, speller_.later[c - 1].input.weights, speller_.size(c - 1));
+    if (c > 0) input(c, speller_.later[c - 1].input);
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i) {
@@ -393,17 +392,15 @@ class Worker {
     });
   }
 
-  // Add to the gates of cell c what the `n` new values of the cell below say.
-  template <class Weights>
-  void input(int64_t c, const Weights& weights, int64_t n) {
+  // Add to the gates of cell c what the new values of the cell below say.
+  void input(int64_t c, const Layer<G>& layer) {
+    const int64_t n = speller_.size(c - 1);
     for (int64_t i = 0; i < count(); ++i) starts_[i] = recurrent_[c].at(rows_[i].source);
     const las::Starts starts = starts_.data();
-    if constexpr (std::is_same_v<G, int8_t>) {
-      const auto below = [&](int64_t i) { return hidden(c - 1, i); };
-      las::product(numbers(count(), weights.depth, n, below), weights, starts, sums_.rows(count()));
-    } else {
-      las::product(state(c - 1, weights.depth, n), weights, starts, sums_.rows(count()));
-    }
+    if constexpr (std::is_same_v<G, int8_t>)
+      gates(layer, count(), n, [&](int64_t i) { return hidden(c - 1, i); }, starts, sums_.rows(count()));
+    else
+      las::product(state(c - 1, layer.weights.depth, n), layer.weights, starts, sums_.rows(count()));
   }
 
   void attend() {
@@ -604,13 +601,11 @@ Steps search(const Speller<T, G>& speller, const Job& job) {
 
 constexpr char NOT_PACKED[] = "packed must be what speller_pack makes of weights of these sizes in this precision";
 
-using Label = std::array<int64_t, 8>;
-
-// What weights are on the shelf: bytes of them in another precision can be as many.
-void label(las::Shelf& shelf, const Label& kind) {
-  Label* place = reinterpret_cast<Label*>(shelf.take(sizeof kind));
-  if (place && !shelf.full) *place = kind;
-  TORCH_CHECK(!place || *place == kind, NOT_PACKED);
+// What weights are on the shelf: bytes of others, or of these in another precision, can be as many.
+void label(las::Shelf& shelf, const std::vector<int64_t>& kind) {
+  int64_t* place = reinterpret_cast<int64_t*>(shelf.take(int64_t(kind.size() * sizeof(int64_t))));
+  if (place && !shelf.full) std::copy(kind.begin(), kind.end(), place);
+  TORCH_CHECK(!place || std::equal(kind.begin(), kind.end(), place), NOT_PACKED);
 }
 
 template <class T, class G = T>
@@ -618,7 +613,9 @@ Speller<T, G> speller_of(const Weights& w, int64_t D, int64_t E, las::Shelf& she
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1), H = w.gate_biases[0].numel() / 4;
   const at::Tensor none;
   Speller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
-  label(shelf, {sizeof(T), sizeof(G), V, M, D, E, H, int64_t(w.gates.size())});
+  std::vector<int64_t> kind{sizeof(T), sizeof(G), V, M, D, E};
+  for (const at::Tensor& bias : w.gate_biases) kind.push_back(bias.numel());
+  label(shelf, kind);
   speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0], shelf);
   speller.first = layer<G>(w.gates[0], M, E + H, none, shelf);
   int64_t below = H;
@@ -645,7 +642,7 @@ Steps search_packed(const Weights& w, int64_t D, int64_t E, const std::optional<
   make(counted);
   TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == counted.used,
               NOT_PACKED, "; got ", packed->sizes(), " ", packed->scalar_type(), " instead of ", counted.used, " bytes");
-  las::Shelf full{packed->mutable_data_ptr<uint8_t>(), true};
+  las::Shelf full{const_cast<uint8_t*>(packed->const_data_ptr<uint8_t>()), true};  // nothing is written where it is full
   return search(make(full), job);
 }
 
@@ -705,13 +702,15 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
   });
 }
 
-// All that searches of these weights read of them, packed: for many searches, which would each do it.
+// The matrices of the weights, packed: for many searches, which would each do it.
 at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
   const Weights weights(list);
   TORCH_CHECK(weights.query.dim() == 2 && weights.project.dim() == 2,
               "weights: query must be (D, H) and project (M, H + E); got ", weights.query.sizes(), " and ",
               weights.project.sizes());
   const int64_t D = weights.query.size(0), E = weights.project.size(1) - weights.query.size(1);
+  TORCH_CHECK(D > 0 && E > 0, "weights: query must be (D, H) and project (M, H + E), D and E at least 1; got ",
+              weights.query.sizes(), " and ", weights.project.sizes());
   check_weights(weights, D, E);
   return in_precision(precision, [&](auto T, auto G) {
     const auto memory = std::make_shared<las::Memory<uint8_t>>();

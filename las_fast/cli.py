@@ -80,6 +80,8 @@ def make_room(path: Path, option: str) -> None:
     make_folder(path.parent, option)
     if os.path.isdir(path):
         raise InputError(f"{option} {path} is a folder; give the name of a file to write")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{option} {path} is not a regular file; give another name")
 
 
 def cores() -> int:

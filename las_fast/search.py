@@ -153,9 +153,11 @@ def beam_search(
 
 @torch.inference_mode()
 def packed_weights(model, config: DecodingConfig, device: str | torch.device, backend: str = "auto") -> Tensor | None:
-    """Return what beam_search reads of the model's weights in C++, for whoever searches many batches; else None."""
-    device = torch.device(device)
-    if not _is_native(model, backend, device):
+    """Return the model's matrices as beam_search reads them in C++, for whoever searches many batches; else None.
+
+    They do not follow weights that change later.
+    """
+    if not _is_native(model, backend, torch.device(device)):
         return None
     return speller_pack(model.speller.weights(), device, precision=_native_precision(config))
 

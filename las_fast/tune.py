@@ -98,7 +98,10 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
 def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device, backend: str = "auto"
 ) -> list[list[str]]:
-    """Return the texts of the dataset's utterances by each of the settings; `backend` is that of beam_search."""
+    """Return the texts of the dataset's utterances by each of the settings, all of one precision.
+
+    `backend` is that of beam_search.
+    """
     from las_fast.search import batches_to_decode, beam_search, listen, packed_weights
 
     texts = [[""] * len(dataset) for _ in settings]

@@ -249,7 +249,7 @@ def test_a_damaged_entry_is_built_again(corpus, folder):
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(corpus, tmp_path, folder, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\).*--data.cache"):
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\).*XDG_CACHE_HOME.*--data.cache"):
         fill(corpus, tmp_path / "file" / "cache")
 
     def full(*_):

@@ -24,7 +24,7 @@ from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.ops import backends
 from las_fast.ops.speller_search import UNSEEN
-from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits
+from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits, packed_weights
 from las_fast.text import EOS, SOS, Vocabulary
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
@@ -482,6 +482,19 @@ def test_hypotheses_come_in_the_order_of_the_dataset():
     for i, frames in enumerate(dataset.frames):
         one = FakeMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
         assert found[i] == beam_search(FakeModel(8), one, config())[0]
+
+
+def test_all_batches_read_what_was_packed_once(monkeypatch):
+    if reason := backends.unavailable("speller_search", "cpp"):
+        pytest.skip(reason)
+    settings = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)))
+    model, other = (LAS(settings, input_size=1, vocabulary_size=len(Vocabulary())).eval() for _ in range(2))
+    dataset = FakeDataset(np.array([30, 12, 25, 9]), [None] * 4)
+    expected = decode(model, dataset, 40)
+    packed, asked = packed_weights(other, config(), "cpu"), []
+    monkeypatch.setattr(search, "packed_weights", lambda *arguments: asked.append(arguments) or packed)
+    found = decode(model, dataset, 40)
+    assert len(asked) == 1 and all(a != b for a, b in zip(found, expected, strict=True))
 
 
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():

@@ -136,7 +136,8 @@ def open_cache(
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise InputError(
-                f"the feature cache {cache} cannot be written ({reason}); make room there or give --data.cache FOLDER"
+                f"the feature cache {cache} cannot be written ({reason}); make room there, or set XDG_CACHE_HOME to "
+                "another folder (in training also --data.cache)"
             ) from None
         entry = _read_entry(target)
         if entry is None:

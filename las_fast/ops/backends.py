@@ -27,6 +27,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the flo
     "speller_unroll": {"reference": None, "fused": None, "cpp": WIDE},
     "speller_search": {"reference": None, "cpp": WIDE},  # on CUDA las_fast.search goes step by step with the ops above
 }
+COMPANIONS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
 FASTEST_FIRST = ("triton", "cpp")
 BUILD = "Run: python setup.py build_ext"
@@ -42,7 +43,7 @@ def _load_extension() -> str | None:
         return f"the extension is not built. {BUILD}"
     except ImportError as error:  # built against another torch, or a broken file
         return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD} --force"
-    lacks = [op for op in IMPLEMENTED if not hasattr(torch.ops.las_fast, f"{op}_cpp")]
+    lacks = [op for op in (*IMPLEMENTED, *COMPANIONS) if not hasattr(torch.ops.las_fast, f"{op}_cpp")]
     if lacks:
         return f"the extension is from another version (it lacks {', '.join(lacks)}). {BUILD} --force"
     return None

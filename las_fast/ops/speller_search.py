@@ -116,11 +116,11 @@ def speller_search(
         frames:  (B, T', V) float32 log-probabilities of ctc_log_probabilities, by which CTC's prefix scores are mixed
             in, on every path in float32; None: they are not.
         ctc_weight: as in beam_topk's Ctc.
-        precision: of the products in C++: "fp32", "bf16" with float32 sums and states, or "int8", which is bf16 but for
-            the products of context and hidden states with weights of the gates: these are of whole numbers of 8 bits
-            (linear_int8). The reference computes all else in float32.
-        packed:  what speller_pack made of these weights in this precision; None: it is made here. The reference has no
-            use for it.
+        precision: of the products in C++: "fp32", "bf16" with float32 sums and cell states, or "int8", which is bf16
+            but for the products of context and hidden states with weights of the gates: these are of whole numbers of
+            8 bits (linear_int8). The reference computes all else in float32.
+        packed:  what speller_pack made of these weights, as they are, in this precision; None: it is made here. The
+            reference has no use for it.
         backend: "auto", "reference" or "cpp".
 
     Raises:
@@ -140,11 +140,12 @@ def speller_search(
 
 @torch.no_grad()
 def speller_pack(
-    weights: SpellerWeights, device: torch.device, *, precision: str = "fp32", backend: str = "auto"
+    weights: SpellerWeights, device: str | torch.device, *, precision: str = "fp32", backend: str = "auto"
 ) -> Tensor | None:
-    """Return the weights as the products of a search in C++ read them, for many searches to share: (bytes,) uint8.
+    """Return the matrices of weights as the products of a search in C++ read them, for many searches to share.
 
-    They do not follow weights that change later. None where the search is not in C++.
+    (bytes,) uint8, which do not follow weights that change later; biases and the embedding that tokens are looked up in
+    are read anew by each search. None where the search is not in C++.
 
     Args:
         weights, precision, backend: as in speller_search.
@@ -155,7 +156,7 @@ def speller_pack(
         RuntimeError: the named backend is not available here, or the shapes of the weights disagree.
     """
     _check_precision(precision)
-    if backends.choose("speller_search", backend, device, weights.bias.dtype) == "reference":
+    if backends.choose("speller_search", backend, torch.device(device), weights.bias.dtype) == "reference":
         return None
     return torch.ops.las_fast.speller_pack_cpp(weights.flat(), precision)
 

@@ -1,4 +1,6 @@
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,9 @@ def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
     with pytest.warns(RuntimeWarning, match="Run: pip install triton") as said:
         assert [backends.choose("beam_topk", "auto", CUDA) for _ in range(2)] == ["reference"] * 2
     assert len(said) == 1
+
+
+def test_an_extension_without_some_op_that_is_registered_is_from_another_version():
+    files = Path(backends.__file__).parent.glob("*.py")
+    registered = {name for file in files for name in re.findall(r'backends\.register\(\s*"(\w+)"', file.read_text())}
+    assert registered - set(backends.IMPLEMENTED) == set(backends.COMPANIONS)

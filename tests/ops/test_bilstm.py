@@ -182,7 +182,18 @@ def test_a_gate_of_any_size_is_exact_to_some_digits_of_float32(cpp, gate):
     bias[gate], weight[gate] = 0.0, 1.0
     weights, lengths = [weight, torch.zeros(4, 1), bias, torch.zeros(4)] * 2, torch.full((3001,), 2)
     expected = plain(x.double(), lengths, *weights)
-    torch.testing.assert_close(op(cpp)(x, lengths, *weights).double(), expected, rtol=1e-6, atol=1e-12)
+    found = op(cpp)(x, lengths, *weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-12)
+    assert found.abs().max() <= 1
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7FC00001, 0x7F800001, -1], ids=hex)
+@pytest.mark.parametrize("gate", range(4))
+def test_every_kind_of_nan_in_a_gate_is_seen(backend, gate, bits):
+    x, *weights = inputs()
+    weights[2][6 * gate : 6 * gate + 6] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    output = op(backend)(x, torch.full((3,), 7), *weights)
+    assert output[..., :6].isnan().all() and output[..., 6:].isfinite().all()
 
 
 @pytest.mark.parametrize("sizes", [(0, 7, 5, 6), (3, 0, 5, 6)], ids=["no utterance", "no frame"])

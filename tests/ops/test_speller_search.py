@@ -150,8 +150,8 @@ def test_gates_far_beyond_what_they_tell_apart_give_what_the_reference_gives(cpp
     assert_same(search(weights, memory, beam=4), expected)
 
 
-def las(lstm_sizes=(24, 20)) -> LAS:
-    torch.manual_seed(3)
+def las(lstm_sizes=(24, 20), seed=3) -> LAS:
+    torch.manual_seed(seed)
     speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=lstm_sizes)
     model = LAS(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller), input_size=4, vocabulary_size=31).eval()
     with torch.no_grad():
@@ -272,6 +272,20 @@ def test_padding_full_of_nan_does_not_matter(cpp, precision):
 
 
 @on_each_precision
+@pytest.mark.parametrize("sizes", [(31, (33, 20)), (1, (63,)), (63, (65, 63))], ids=str)
+@pytest.mark.parametrize("bad", [NAN, torch.inf, 1e38])
+def test_an_utterance_that_is_not_numbers_changes_no_other(cpp, precision, sizes, bad):
+    E, H = sizes
+    weights, (keys, values, lengths) = make(31, 33, H, 16, E), remember(4, 40, 16, E)
+    lengths = torch.full_like(lengths, 40)
+    expected = search(weights, (keys, values, lengths), beam=5, precision=precision)
+    values[3] = bad
+    for a, b in zip(search(weights, (keys, values, lengths), beam=5, precision=precision), expected, strict=True):
+        steps = min(len(a), len(b))
+        assert torch.equal(a[:steps, :3], b[:steps, :3])
+
+
+@on_each_precision
 def test_there_are_no_more_steps_than_the_longest_needs(cpp, precision):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
     for longest in (1, 5):
@@ -333,6 +347,8 @@ def test_a_las_packs_its_weights_for_its_own_search_alone(cpp):
     searched = []
     called = ops_called(lambda: searched.append(beam_search(model, memory, config, packed=packed)))
     assert "las_fast::speller_search_cpp" in called and searched == [beam_search(model, memory, config)]
+    other = packed_weights(las(seed=5), config, "cpu")
+    assert beam_search(model, memory, config, packed=other) != searched[0]  # they are what is read
     assert packed_weights(model, config, "cpu", backend="reference") is None
     assert packed_weights(model.double(), config, "cpu") is None
     assert speller_pack(make(7, 5, (6,), 4, 3), CPU, backend="reference") is None
@@ -348,10 +364,16 @@ def test_bytes_of_other_sizes_or_precisions_are_refused(cpp, precision):
     for given in wrong:
         with pytest.raises(RuntimeError, match=message):
             search(weights, memory, beam=4, precision=precision, packed=given)
+    turned = make(7, 32, (16, 8, 24), 32, 3), make(7, 32, (16, 24, 8), 32, 3)
+    own, packed = turned[0]._replace(query=torch.ones(32, 24)), speller_pack(turned[1], CPU, precision=precision)
+    with pytest.raises(RuntimeError, match=message):
+        search(own, remember(3, 9, 32, 3), beam=4, precision=precision, packed=packed)
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, int8; got 'fp16'"):
         speller_pack(weights, CPU, precision="fp16")
     with pytest.raises(RuntimeError, match=r"weights: project must be \[5, 9\]; got \[4, 9\]"):
         speller_pack(weights._replace(project=torch.ones(4, 9)), CPU)
+    with pytest.raises(RuntimeError, match="D and E at least 1; got"):
+        speller_pack(weights._replace(project=torch.ones(5, 4)), CPU, precision=precision)
     with pytest.raises(RuntimeError, match=r"query must be \(D, H\) and project \(M, H \+ E\); got \[4\] and"):
         speller_pack(weights._replace(query=torch.ones(4)), CPU)
 
