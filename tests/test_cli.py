@@ -1,6 +1,7 @@
 import argparse
 import ctypes
 import errno
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -144,3 +145,11 @@ def test_help_does_not_wait_for_torch():
     code = "import sys; sys.argv = ['x', '--help']\ntry:\n import las_fast.decode as d; d.main(['--help'])\n"
     code += "except SystemExit: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
+        cli.make_room(tmp_path / "pipe", "--out")
+    cli.make_room(tmp_path / "new" / "out.csv", "--out")
+    assert (tmp_path / "new").is_dir()
