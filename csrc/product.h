@@ -269,11 +269,6 @@ LAS_AVX512_BF16 void bf16_tile(const Rows& rows, int64_t row, const c10::BFloat1
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
       sum[m][i] = starts ? _mm512_loadu_ps(starts[row + m] + column + 16 * i) : _mm512_setzero_ps();
-  if (starts)
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) fetch(starts[row + m] + column + COLUMNS + 16 * i);
   auto here = turn<M>(rows, row);
   for (int64_t k = 0; k < depth; k += 2, here.pass(2)) {
     fetch_ahead<M>(panel + (k + depth) * COLUMNS, 128);

@@ -12,6 +12,7 @@
 
 namespace las {
 
+// A buffer that begins as zeros.
 template <class T = float>
 struct Zeros : Buffer<T> {
   Zeros() = default;

@@ -118,8 +118,8 @@ using Kept = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
 // The states of all rows between two steps.
 template <class S>
 struct States {
-  template <class Speller>
-  States(const Speller& speller, int64_t rows) : first(rows, speller.E + speller.H + 1) {  // 1: what follows is 0
+  template <class T, class G>
+  States(const Speller<T, G>& speller, int64_t rows) : first(rows, speller.E + speller.H + 1) {  // 1: what follows is 0
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
       hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i) + 1);
@@ -555,7 +555,7 @@ class Worker {
   std::vector<topk::Row> summaries_;
   topk::Best best_;
   std::vector<int64_t> index_;  // of each row before among sources_, or -1
-  std::vector<las::Memory<float>> token_gates_;   // (4 * H) of each token met so far
+  std::vector<las::Memory<float>> token_gates_;  // (4 * H) of each token met so far
 };
 
 using Steps = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

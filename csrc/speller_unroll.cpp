@@ -388,10 +388,10 @@ struct Backward {
   Kept<const T, const float> kept;
   Given given;
 
-  int64_t steps;                                          // of a block
+  int64_t steps;                                         // of a block
   std::vector<Zeros<>> inputs_gradient, cell_gradient;   // (B, .) of each cell, at the step after
   Zeros<> spoken_gradient;                               // (B, .)
-  las::Memory<T> gradients;                               // rows of a block
+  las::Memory<T> gradients;                              // rows of a block
   las::Memory<float> score_gradients, context_gradients;  // (B, U, T), (B, U, context_row)
   int64_t context_row;
   Zeros<> token_sums;      // (V, 4 * H_1): of the first cell's gates' gradients
