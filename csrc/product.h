@@ -169,7 +169,7 @@ LAS_INLINE void of_size(int64_t size, int64_t row, const Tile& tile) {
 }
 
 // Call tile(row, Width<M>{}) for tiles of M rows, at most MOST, that are as equal as can be: a small one would wait for
-// its own sums. The larger ones come first: the processor would not foresee sizes that take turns.
+// its own sums. The larger ones come first.
 template <int MOST, class Tile>
 LAS_INLINE void each_tile(int64_t rows, const Tile& tile) {
   const int64_t tiles = (rows + MOST - 1) / MOST, size = tiles ? rows / tiles : 0, larger = rows - tiles * size;
