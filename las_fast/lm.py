@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from las_fast.cli import make_room, run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
+from las_fast.progress import track
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -214,7 +214,7 @@ class Sentences:
     def __iter__(self) -> Iterator[str]:
         allowed = set(self.characters)
         texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
-        for text in tqdm(texts, unit=" sentences", delay=3.0):
+        for text in track(texts, "counting", "sentences"):
             text = text.strip()
             if lost_digits(text, self.characters):  # how they are read aloud is not known
                 self.with_digits += 1

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from las_fast.attention import Memory
 from las_fast.capture import bucket, captured, forget
@@ -47,13 +46,13 @@ from las_fast.ops import (
     speller_search,
 )
 from las_fast.ops.speller_search import coverage, first_ngram_state
+from las_fast.progress import Progress
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
 REDUCED = ("bf16", "int8")  # precisions of decoding in which the listener's products are bfloat16
 LOOK_EVERY = 16  # steps in a chunk, after which the host learns whether all have finished
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
 NO_MEMORY = ("can't allocate memory", "out of memory")  # the CPU's allocator; CUDA outside torch's, as for a graph
-BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -430,7 +429,7 @@ def decode_dataset(
     decode = partial(_decode, model=model, config=config, device=device, nbest=nbest, ngram=ngram, packed=packed)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
-    with tqdm(total=float(dataset.seconds.sum()), unit="s", bar_format=BAR, disable=not progress) as bar:
+    with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for batch in batches_to_decode(dataset, vocabulary, config):
             waiting = [batch]
             while waiting:
@@ -444,8 +443,7 @@ def decode_dataset(
                     continue
                 for i, hypotheses in zip(part.indices.tolist(), found, strict=True):
                     results[i] = _checked(hypotheses, dataset.ids[i])
-                seconds = float(dataset.seconds[part.indices.numpy()].sum())
-                bar.update(min(seconds, bar.total - bar.n))  # sums of floats must not pass the total
+                bar.update(float(dataset.seconds[part.indices.numpy()].sum()))
     return results
 
 

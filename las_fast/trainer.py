@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from las_fast import checkpoint, monitor
 from las_fast.augment import Augment
@@ -25,6 +24,7 @@ from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
 from las_fast.losses import training_loss
+from las_fast.progress import Progress as ProgressBar
 from las_fast.runlog import RunLog
 from las_fast.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
 from las_fast.text import Vocabulary
@@ -239,7 +239,7 @@ class Trainer:
         before, now = (int(self.course.epochs(s) / every) for s in (step - 1, step))
         return step == self.steps or now > before
 
-    def _validate_and_save(self, bar: tqdm) -> None:
+    def _validate_and_save(self, bar: ProgressBar) -> None:
         model, pace = self.averaged or self.model, self.pace
         speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
         result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
@@ -281,19 +281,17 @@ class Trainer:
         if self.averaged is not None:
             checkpoint.save_model(self.out / AVERAGED, weights, self.config, statistics, info)
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(total=self.steps, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=None)
+    def _progress_bar(self) -> ProgressBar:
+        return ProgressBar(self.steps, "training", "steps", done=self.progress.step)
 
-    def _show(self, bar: tqdm, parts: dict[str, Tensor]) -> None:
+    def _show(self, bar: ProgressBar, parts: dict[str, Tensor]) -> None:
         step = self.progress.step
         bar.update()
         if step % 10 == 0 or step == self.steps:
             values = {name: float(value) for name, value in parts.items()}
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
-            bar.set_postfix_str(
-                f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time"
-            )
+            bar.note(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time")
 
     def begin_with(self, model: nn.Module, path: Path) -> None:
         """Take the weights of another model of the same sizes; `path` names it in errors and in the checkpoints."""

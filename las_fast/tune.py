@@ -14,12 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from las_fast.cli import give_large_blocks_back, make_room, run
 from las_fast.config import DecodingConfig, check
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
+from las_fast.progress import progress
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
@@ -106,7 +105,7 @@ def decode_grid(
 
     texts = [[""] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
-    with tqdm(total=len(dataset) * len(settings), unit=" utterances") as bar:
+    with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
         for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
             for own, point in zip(texts, settings, strict=True):

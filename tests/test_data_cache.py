@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import socket
 import subprocess
 
@@ -13,6 +14,7 @@ import pytest
 from archives import make_archive, make_manifest, make_waveform, save, text_array, write_audio
 
 from las_fast import features as features_module
+from las_fast import progress
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import cache as cache_module
 from las_fast.data.cache import cache_folder, open_cache
@@ -381,6 +383,10 @@ def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
     assert entries(folder) == []
 
 
-def test_progress_is_shown_with_its_rate(corpus, folder, capsys):
-    open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder), progress=True)
-    assert "reading dev-clean" in capsys.readouterr().err
+def test_progress_is_shown_with_its_rate(corpus, folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    utterances = corpus.utterances("dev-clean")
+    open_cache(corpus, "dev-clean", utterances, F23, folder=str(folder), progress=True)
+    line = capsys.readouterr().err.splitlines()[1]
+    assert line.startswith(f"reading dev-clean: 50% (2 of {len(utterances)} utterances), ")
+    assert re.search(r"; [1-9]\d* x real time$", line)

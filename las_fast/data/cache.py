@@ -30,13 +30,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from las_fast.cli import cores
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
+from las_fast.progress import Progress
 
 VERSION = 1  # raise it when the meaning of the stored frames or of the index changes
 CHUNK = 16  # utterances that a worker takes at a time
@@ -204,9 +204,9 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
     scratch.mkdir()
     try:
         items = _process(corpus, utterances, features, scratch, workers or cores())
-        bar = tqdm(items, f"reading {split}", len(utterances), unit="utt", disable=not progress, leave=False)
+        bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
         with closing(items), bar:  # closing ends the workers, whatever happens
-            index = _write_features(scratch / "features.f32", bar, utterances, refuse)
+            index = _write_features(scratch / "features.f32", items, utterances, refuse, bar)
         size = features.size if corpus.kind == "audio" else corpus.feature_size
         index = {"root": os.path.abspath(corpus.root), "split": split, "size": size, **index}
         (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -219,12 +219,14 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
         shutil.rmtree(target / "damaged", ignore_errors=True)
 
 
-def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse) -> dict:
+def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, bar: Progress) -> dict:
     index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "bad")}
     seconds = 0.0
     started = time.monotonic()
     with path.open("wb") as file:
         for place, item in enumerate(items):
+            bar.note(f"{seconds / max(time.monotonic() - started, 1e-3):.0f} x real time")
+            bar.update()
             problem = item.problem or (refuse(utterances[place], item.text) if refuse else "")
             if problem:
                 if refuse:
@@ -236,7 +238,6 @@ def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse) 
             for name, value in zip(("ids", "texts", "frames", "seconds", "places"), row, strict=True):
                 index[name].append(value)
             seconds += item.seconds
-            items.set_postfix_str(f"{seconds / max(time.monotonic() - started, 1e-3):.0f} x real time", refresh=False)
     return index
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, librispeech, manifest
@@ -18,6 +17,7 @@ from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
+from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
 
 __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
@@ -316,7 +316,7 @@ def _statistics(dataset: SpeechDataset, progress: bool) -> Statistics:
     """Return mean and deviation over all frames; sums are float64, around the first frame so that they stay exact."""
     origin = dataset.raw(0)[0].double()
     total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
-    for i in tqdm(range(len(dataset)), "statistics", unit="utt", disable=not progress, leave=False):
+    for i in track(range(len(dataset)), "statistics", "utterances", show=progress):
         frames = dataset.raw(i).double() - origin
         total += frames.sum(0)
         squares += frames.square().sum(0)

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import soxr
-from tqdm import tqdm
 
 from las_fast.cli import cores
 from las_fast.config import FeatureConfig
 from las_fast.errors import InputError
 from las_fast.features import compute_features
+from las_fast.progress import Progress
 
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
@@ -390,7 +390,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
     workers = min(workers or cores(), len(tasks))
-    bar = tqdm(total=len(utterances), desc="speaking", unit=" utterances", disable=None if progress else True)
+    bar = Progress(len(utterances), "speaking", "utterances", show=progress)
     with context.Pool(workers, maxtasksperchild=1) as pool, bar:
         results = pool.imap_unordered(_speak_block, tasks)
         for _ in tasks:
