@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from las_fast.config import Config
-from las_fast.errors import InputError
+from las_fast.errors import InputError, Stopped, from_outside, mute, say_error, show
+from las_fast.progress import close_all
 
 Settings = TypeVar("Settings")
 
@@ -117,27 +119,108 @@ def _mallopt(parameter: int, value: int) -> None:
 
 
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
-    """Call main(argv); bad input ends with one sentence and status 2, an interrupt with 130."""
+    """Call main(argv) and end the process as all commands do.
+
+    Bad input, and everything else that something outside the program causes, is one sentence after "error: " and
+    status 2. Ctrl-C ends with status 130, SIGTERM with 143, SIGHUP with 129, a reader of the output that has gone with
+    141. Faults of the program keep their traceback.
+    """
     tune_memory()
+    prepare_streams()
+    with stop_signals():
+        status = _status(main, argv)
+    if status:
+        sys.exit(status)
+
+
+def _status(main: Callable[..., Any], argv: list[str] | None) -> int:
+    try:
+        try:
+            main(argv)
+        finally:
+            close_all()
+        return _flush()
+    except SystemExit as end:  # of --help, or of a wrong option
+        status = _flush()
+        if end.code == 0 and status:
+            return status
+        raise
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        say_error("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
+        return 128 + signum
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        mute(sys.stdout)
+        mute(sys.stderr)
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        sentence = from_outside(error)
+        if sentence is None:
+            raise
+        say_error(f"error: {show(sentence)}")
+        return _flush() or 2
+
+
+def _flush() -> int:
+    """Flush stdout; return the exit status: 2, with a sentence, where it takes no more."""
+    try:
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        mute(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        mute(sys.stdout)  # or Python would try again at its end
+        say_error(f"error: standard output cannot be written ({error.strerror}); send it elsewhere")
+        return 2
+
+
+def prepare_streams() -> None:
+    """Have every print succeed: in any encoding, and where the standard streams were closed by the caller.
+
+    A character that the encoding of a stream lacks, or a byte of a name that is not UTF-8, is printed as \\u or \\udc.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, which else the next file would get
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
+
+
+def need_stdout(instead: str) -> None:
+    """Raise InputError where standard output is closed, for a command that prints its results; `instead`: an option."""
+    if sys.__stdout__ is None:
+        raise InputError(f"standard output is closed, so the results cannot be printed; give {instead}")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within it, SIGTERM and SIGHUP raise Stopped, as Ctrl-C raises KeyboardInterrupt, so that cleaning up is done.
+
+    What the caller has set to be ignored stays so: SIGHUP under nohup.
+    """
+
+    def stop(signum: int, frame: Any) -> None:
+        for s in caught:
+            signal.signal(s, signal.SIG_IGN)  # a second one must not end the cleaning up
+        raise Stopped(signum)
+
+    stopping = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    caught = {s: signal.getsignal(s) for s in stopping if signal.getsignal(s) != signal.SIG_IGN}
+    for s in caught:
+        signal.signal(s, stop)
     try:
-        main(argv)
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"error: no space is left on the disk ({error.filename or 'output'}); free some", file=sys.stderr)
-        sys.exit(2)
+        yield
+    finally:
+        for s, handler in caught.items():
+            signal.signal(s, handler or signal.SIG_DFL)
 
 
 def dispatch(argv: list[str] | None = None) -> None:

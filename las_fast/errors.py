@@ -1,4 +1,14 @@
-"""The one error that a person, not a programmer, is meant to read."""
+"""What a person, not a programmer, is meant to read: bad input, and whatever else goes wrong outside the program."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+
+SHOWN = 120  # characters of a library's own message
 
 
 class InputError(Exception):
@@ -6,3 +16,118 @@ class InputError(Exception):
 
     The commands print it after "error: " and end with exit status 2, without a traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal other than Ctrl-C asked the program to end; `signum` is its number."""
+
+    def __init__(self, signum: int = signal.SIGINT):
+        super().__init__()
+        self.signum = signum
+
+
+def show(text: str | bytes | os.PathLike) -> str:
+    r"""Return a path, or text with paths in it, on one line of characters that can be printed.
+
+    A byte of a name that is not UTF-8 becomes \xe0, a control character \n or \x1b.
+    """
+    text = os.fsdecode(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not suffice, on the CPU or the GPU."""
+    if isinstance(error, MemoryError):  # numpy's too
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and (
+        type(error).__name__ == "OutOfMemoryError"
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(phrase in text for phrase in NO_MEMORY)
+    )
+
+
+# As the CPU's allocator says it, CUDA outside torch's own, and a library of matrix products on a GPU.
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed")
+
+
+def from_outside(error: BaseException) -> str | None:
+    """Return the sentence for an error that something outside the program caused; None for one of its own faults.
+
+    This is the last resort: places that know more (which option, which file) raise InputError.
+    """
+    if isinstance(error, InputError):
+        return str(error)
+    if lacks_memory(error):
+        return "memory does not suffice; give smaller input, or run on a machine with more memory"
+    if isinstance(error, OSError):
+        return _system_error(error)
+    if isinstance(error, UnicodeError):
+        return f"a text or a name is not UTF-8 ({_short(error)}); save it as UTF-8 or rename the file"
+    if isinstance(error, RecursionError) and _raised_in(error, "yaml", "json"):
+        return "a file is nested too deeply to be read; give the file that was meant"
+    for kind, phrase, sentence in PHRASES:
+        if isinstance(error, kind) and phrase in str(error):
+            return sentence
+    return None
+
+
+# Errors of the standard library that are no OSError: type, what their text holds, sentence.
+PHRASES = (
+    (RuntimeError, "home directory", "no home folder is known; set HOME, or write paths without ~"),
+    (RuntimeError, "can't start new thread", "the system allows no more threads; raise ulimit -u"),
+    (ValueError, "embedded null", "a path holds a character of code 0; correct the settings or the manifest"),
+)
+
+# What to do about a system error; "{}" is the file, or what else is known of the place.
+ADVICE = {
+    errno.ENOSPC: "no space is left on the disk ({}); free some",
+    errno.EDQUOT: "the disk quota is used up ({}); free some space or write to another disk",
+    errno.EFBIG: "{} would be larger than a file may be here; write to another disk, or raise ulimit -f",
+    errno.EACCES: "{}: permission denied; change its permissions or give another path",
+    errno.EPERM: "{}: operation not permitted; change its permissions or give another path",
+    errno.EROFS: "{} lies on a read-only file system; give another path",
+    errno.ENOENT: "{} does not exist; check the path",
+    errno.ENAMETOOLONG: "the name {} is too long for the file system; shorten it",
+    errno.EMFILE: "too many files are open ({}); raise the limit, such as with ulimit -n 1024",
+    errno.ENFILE: "too many files are open on this machine ({}); end other programs",
+    errno.EIO: "{} could not be read or written (input/output error); check the disk or the network",
+    errno.EAGAIN: "the system allows no more processes or threads ({}); raise ulimit -u or end other programs",
+}
+
+
+def _system_error(error: OSError) -> str:
+    names = [show(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
+    place = " and ".join(names)
+    if error.errno in ADVICE:
+        return ADVICE[error.errno].format(place or "input or output")
+    reason = error.strerror or _short(error) or type(error).__name__
+    return f"{place}: {reason}; check the path" if place else f"a system call failed ({reason}); run again"
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _raised_in(error: BaseException, *packages: str) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] in packages
+
+
+def mute(stream) -> None:
+    """Send what a standard stream still holds to the null device: it can no longer be written to."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def say_error(line: str) -> None:
+    """Print a line to stderr; where that cannot be written either, the exit status has to do."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        mute(sys.stderr)

@@ -28,7 +28,7 @@ from las_fast.attention import Memory
 from las_fast.capture import bucket, captured, forget
 from las_fast.config import NO_HEAD, DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
-from las_fast.errors import InputError
+from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
 from las_fast.ops import (
     Ctc,
@@ -52,7 +52,6 @@ from las_fast.text import EOS, PAD, SOS, Vocabulary
 REDUCED = ("bf16", "int8")  # precisions of decoding in which the listener's products are bfloat16
 LOOK_EVERY = 16  # steps in a chunk, after which the host learns whether all have finished
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
-NO_MEMORY = ("can't allocate memory", "out of memory")  # the CPU's allocator; CUDA outside torch's, as for a graph
 
 
 @dataclass(frozen=True)
@@ -473,8 +472,7 @@ def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> lis
     try:
         return decode(batch)
     except (MemoryError, RuntimeError) as error:
-        lacks = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in NO_MEMORY)
-        if not lacks:
+        if not lacks_memory(error):
             raise
     forget()
     torch.cuda.empty_cache()

@@ -1,16 +1,24 @@
 import argparse
 import ctypes
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from las_fast import __version__, cli, decode, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def raising(error):
@@ -32,12 +40,154 @@ def test_an_interrupt_ends_with_130():
     assert end.value.code == 130
 
 
-def test_a_full_disk_is_bad_input_and_other_system_errors_are_not_hidden(capsys):
+@pytest.mark.parametrize(
+    "error,sentence",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out.csv"), "no space is left on the disk (out.csv); free"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk (input or output); free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "out.csv"), "the disk quota is used up (out.csv); free"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.yaml"), "a.yaml: permission denied; change its"),
+        (OSError(errno.EIO, "Input/output error", "a.npy"), "a.npy could not be read or written (input/output error)"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "too many files are open (x); raise the limit"),
+        (OSError(errno.EROFS, "Read-only file system", "x", None, "y"), "x and y lies on a read-only file system"),
+        (OSError(errno.ESTALE, "Stale file handle", b"mod\xe0"), r"mod\xe0: Stale file handle; check the path"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more processes or threads"),
+        (OSError("no errno at all"), "a system call failed (no errno at all)"),
+        (UnicodeEncodeError("utf-8", "\udce0", 0, 1, "surrogates not allowed"), "is not UTF-8 ('utf-8' codec"),
+        (UnicodeDecodeError("utf-8", b"\xe0", 0, 1, "unexpected end"), "is not UTF-8 ('utf-8' codec"),
+        (RuntimeError("Could not determine home directory."), "no home folder is known; set HOME"),
+        (RuntimeError("can't start new thread"), "no more threads; raise ulimit -u"),
+        (ValueError("embedded null byte"), "a path holds a character of code 0"),
+        (MemoryError(), "memory does not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
+        (RuntimeError("[enforce] can't allocate memory: you tried to allocate 9"), "memory does not suffice"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory does not suffice"),
+    ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
+)
+def test_what_comes_from_outside_is_one_sentence(capsys, error, sentence):
     with pytest.raises(SystemExit) as end:
-        cli.run(raising(OSError(errno.ENOSPC, "No space left on device", "out.csv")))
-    assert end.value.code == 2 and "no space is left on the disk (out.csv)" in capsys.readouterr().err
-    with pytest.raises(OSError):
-        cli.run(raising(OSError(errno.EIO, "broken")))
+        cli.run(raising(error))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize("read", [json.loads, yaml.safe_load])
+def test_a_file_that_is_nested_too_deeply_is_one_sentence(capsys, read):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda argv: read("[" * 100_000))
+    assert end.value.code == 2 and "nested too deeply" in capsys.readouterr().err
+
+
+def recurse(argv):
+    return recurse(argv)
+
+
+def add(argv):
+    return 1 + "1"
+
+
+@pytest.mark.parametrize(
+    "fault,kind",
+    [
+        (raising(AssertionError("x")), AssertionError),
+        (raising(RuntimeError("a shape is wrong")), RuntimeError),
+        (raising(ValueError("x")), ValueError),
+        (raising(KeyError("x")), KeyError),
+        (recurse, RecursionError),
+        (add, TypeError),
+    ],
+)
+def test_faults_of_the_program_keep_their_traceback(fault, kind):
+    with pytest.raises(kind):
+        cli.run(fault)
+
+
+def test_a_sentence_stays_on_one_line_whatever_is_in_a_name(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(raising(InputError(f"{Path(os.fsdecode(b'mod' + bytes([0xE0, 10, 27]) + b'.wav'))} is empty")))
+    assert capsys.readouterr().err == "error: mod\\xe0\\n\\x1b.wav is empty\n"
+
+
+def in_a_shell(code: str, shell: str, **environment) -> subprocess.CompletedProcess:
+    """Run `shell`, in which $RUN is a program whose main(argv) has `code` as its body."""
+    program = f"from las_fast.cli import *\ndef main(argv):\n    {code}\nrun(main)"
+    environment = {**os.environ, "RUN": program, "PY": sys.executable, **environment}
+    return subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_a_full_output_is_one_sentence():
+    done = in_a_shell("print('x')", '"$PY" -c "$RUN" >/dev/full')
+    sentence = "error: no space is left on the disk (input or output); free some\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+@pytest.mark.parametrize("code", ["print('x', end='')", "print('x', end=''); sys.exit(0)"])
+def test_an_output_that_is_full_only_at_the_end_is_one_sentence(code):
+    done = in_a_shell(code, '"$PY" -c "$RUN" >/dev/full', PYTHONUNBUFFERED="")
+    sentence = "error: standard output cannot be written (No space left on device); send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"])
+def test_closed_streams_do_not_disturb_the_work(tmp_path, closed):
+    code = f"print('x', file=sys.stderr); print('y'); open(r'{tmp_path}/out', 'w').write('z')"
+    done = in_a_shell(code, f'"$PY" -c "$RUN" {closed}')
+    expected = 2 if "full" in closed else 0  # a warning that is lost is an error, a stream closed on purpose is none
+    assert done.returncode == expected and "Traceback" not in done.stderr
+    if not expected:
+        assert (tmp_path / "out").read_text() == "z"  # and not what was printed
+        assert done.stdout == ("" if "1" in closed or closed.startswith(">") else "y\n")
+
+
+def test_a_command_that_only_prints_needs_an_output():
+    done = in_a_shell("need_stdout('--out FOLDER')", '"$PY" -c "$RUN" >&-')
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed, so the results cannot be printed; give --out FOLDER\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed_in_any_encoding(encoding):
+    code = r"print('한글 \udce0'); print('\u20ac', file=sys.stderr)"
+    done = in_a_shell(code, '"$PY" -c "$RUN"', PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.endswith(" \\udce0\n")
+
+
+@pytest.mark.parametrize("signal_name,status", [("TERM", 143), ("HUP", 129), ("INT", 130)])
+def test_a_signal_lets_the_command_clean_up(tmp_path, signal_name, status):
+    code = f"""
+    import time
+    try:
+        print("ready")
+        time.sleep(20)
+    finally:
+        time.sleep(0.2)
+        open(r"{tmp_path}/cleaned", "w").close()"""
+    child = start(code)
+    assert child.stdout.readline() == "ready\n"
+    number = getattr(signal, f"SIG{signal_name}")
+    child.send_signal(number)
+    if signal_name != "INT":
+        time.sleep(0.1)
+        child.send_signal(number)  # a second one does not end the cleaning up
+    _, err = child.communicate()
+    said = "interrupted" if signal_name == "INT" else f"stopped by SIG{signal_name}"
+    assert (child.returncode, err) == (status, f"{said}\n") and (tmp_path / "cleaned").exists()
+
+
+def test_nohup_is_obeyed():
+    child = start("print('ready'); import time; time.sleep(0.5); print('done')", "nohup", stdin=subprocess.DEVNULL)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGHUP)
+    assert child.communicate()[0] == "done\n" and child.returncode == 0
+
+
+def start(code: str, *before: str, **options) -> subprocess.Popen:
+    program = f"from las_fast.cli import run\ndef main(argv):\n    {code}\nrun(main)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen([*before, sys.executable, "-c", program], **pipes, **options)
 
 
 def test_a_reader_that_has_gone_is_no_traceback():
