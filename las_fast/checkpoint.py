@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +19,13 @@ from safetensors.torch import save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
-from las_fast.errors import InputError
+from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
 from las_fast.text import Vocabulary
 
 RELEASED = Path(__file__).parent / "checkpoints"
 STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # of last.pt
+NAME_MAX = 255  # bytes of a file's name on most file systems
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
 
 
@@ -40,30 +45,60 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
     Raises InputError when the disk is full or the folder cannot be written; the old file then stays as it was.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():
+    path = Path(os.path.realpath(path))  # a link stays, and the file that it leads to is replaced
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is not a regular file; give another name")
-    temporary = path.with_name(f".{path.name}.partial")  # what a killed process leaves is written over
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors would let nobody else read its files
+        temporary.chmod(_mode(path))
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        # torch.save and safetensors report a full disk as errors of their own that do not say so.
-        reason = getattr(error, "strerror", None) or "the file system took no more"
-        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0
-        raise InputError(
-            f"{path} could not be written ({reason}; {free:.0f} MiB are free there); "
-            "free some space or choose another folder"
-        ) from None
+        _remove(temporary)
+        if lacks_memory(error):
+            raise
+        raise InputError(f"{path} could not be written ({_reason(error, path.parent)}") from None
     except BaseException:  # an interrupt leaves nothing half-written either
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """Return a hidden name beside path, no longer than a name may be; what a killed process leaves is written over."""
+    name = f".{path.name}.partial"
+    if len(os.fsencode(name)) > NAME_MAX:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.partial"
+    return path.with_name(name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file if it is there; what stands in the way must not hide the error that is under way."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _mode(path: Path) -> int:
+    """Return the permissions of the file that is replaced, or of a new one; safetensors' own let nobody else read."""
+    with contextlib.suppress(OSError):
+        return stat.S_IMODE(path.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return why a file could not be written into folder, and what to do."""
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, None):
+        return f"{error.strerror}); choose another name or folder"
+    # torch.save and safetensors report a full disk as errors of their own that do not say so.
+    reason = getattr(error, "strerror", None) or "the file system took no more"
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
+    except OSError:
+        free = "the folder is gone"
+    return f"{reason}; {free}); free some space or choose another folder"
 
 
 def build_model(config: Config) -> LAS:

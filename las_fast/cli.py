@@ -65,6 +65,15 @@ def parse_settings(
     return options, tyro.cli(type(start), default=start, args=rest, prog=parser.prog, config=marks)
 
 
+def expand(path: str | Path) -> Path:
+    """Return a path with ~ and ~user replaced by the home folder; raise InputError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        who = Path(path).parts[0].removeprefix("~") or "this user"
+        raise InputError(f"{path}: the home folder of {who} is not known; write the path without ~") from None
+
+
 def make_folder(path: Path, option: str) -> None:
     """Make the folder that `option` names, to write into; raise InputError where that cannot be."""
     try:

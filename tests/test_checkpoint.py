@@ -1,5 +1,6 @@
 """Checkpoints: no pickle, no half-written file, no silent mismatch."""
 
+import os
 import pickle
 
 import pytest
@@ -114,6 +115,53 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(InputError, match=r"No space left on device; \d+ MiB are free there\); free some space"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def write_text(path):
+    path.write_text("new")
+
+
+@pytest.mark.parametrize("name", [b"x" * 255, b"\xe0" * 255, "한".encode() * 85, b"mod\xe0.csv", b"-rf", b"a\nb"])
+def test_any_name_that_a_file_may_have_can_be_written(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    for _ in range(2):
+        write_atomically(path, write_text)
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"x could not be written \(File name too long\); choose another name"):
+        write_atomically(tmp_path / ("x" * 256), write_text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_a_write_is_not_hidden_by_the_cleaning_up(tmp_path):
+    def remove_folder(temporary):
+        temporary.parent.rmdir()
+        temporary.write_text("x")
+
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"No such file or directory\); choose another name or folder"):
+        write_atomically(folder / "x", remove_folder)
+
+
+def test_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path):
+    def fail(temporary):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        write_atomically(tmp_path / "x", fail)
+
+
+def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_atomically(link, write_text)
+    assert link.is_symlink() and real.read_text() == "new" and real.stat().st_mode & 0o777 == 0o600
+

@@ -272,6 +272,17 @@ def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch
     assert cache_folder("") == tmp_path / ".cache" / "las_fast"
 
 
+def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without HOME and without an entry
+    with pytest.raises(InputError, match="no home folder is known, .* set XDG_CACHE_HOME to a folder"):
+        cache_folder("")
+    with pytest.raises(InputError, match="~/x: the home folder of this user is not known; write the path without ~"):
+        cache_folder("~/x")
+    with pytest.raises(InputError, match="~nosuch/x: the home folder of nosuch is not known"):
+        open_corpus("~nosuch/x")
+
+
 def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "DROP_BYTES", 1)  # let go of the map's pages after every read
     entry = fill(corpus, folder)

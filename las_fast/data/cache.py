@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from las_fast.cli import cores
+from las_fast.cli import cores, expand
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
@@ -100,8 +100,14 @@ class CacheEntry:
 def cache_folder(setting: str) -> Path:
     """Return the folder of the cache: the setting, or las_fast in the user's cache folder."""
     if setting:
-        return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
+        return expand(setting)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
+    except RuntimeError:  # no HOME, and no entry in the list of users
+        raise InputError(
+            "no home folder is known, so the feature cache has no place; set XDG_CACHE_HOME to a folder that may be "
+            "written (in training also --data.cache)"
+        ) from None
 
 
 def open_cache(

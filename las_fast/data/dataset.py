@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from las_fast.cli import expand
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, librispeech, manifest
 from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
@@ -40,7 +41,7 @@ def open_corpus(root: str | Path) -> Corpus:
     An archive may also lie up to two folders below the root, or the root may be one of its splits. Raises InputError
     when the root is missing or empty, or when nothing or more than one thing is found.
     """
-    root = Path(root).expanduser()
+    root = expand(root)
     try:
         root.stat()
     except (OSError, ValueError) as error:
