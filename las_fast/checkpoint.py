@@ -65,6 +65,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_text_atomically(path: str | Path, text: str) -> None:
+    r"""Write text to path in UTF-8 as write_atomically does; newlines stay as they are.
+
+    A byte of a file's name that is not UTF-8, which Python keeps as a lone surrogate, is written as \udce0. In JSON
+    this is an escape, so that readers get the same name.
+    """
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace")))
+
+
 def _temporary(path: Path) -> Path:
     """Return a hidden name beside path, no longer than a name may be; what a killed process leaves is written over."""
     name = f".{path.name}.partial"

@@ -22,6 +22,8 @@ Settings = TypeVar("Settings")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 LARGE, LARGE_OF_BATCHES = 2**25, 2**20  # bytes of blocks that have pages of their own, in training and in decoding
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 COMMANDS = {
     "train": ("las_fast.train", "train a model on an archive, LibriSpeech or a manifest"),
     "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
@@ -155,6 +157,8 @@ def _status(main: Callable[..., Any], argv: list[str] | None) -> int:
             return status
         raise
     except KeyboardInterrupt as stop:
+        for s in STOPPING:  # another one must not disturb the end of the process
+            signal.signal(s, signal.SIG_IGN)
         signum = getattr(stop, "signum", signal.SIGINT)
         say_error("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
         return 128 + signum
@@ -221,15 +225,16 @@ def stop_signals() -> Iterator[None]:
             signal.signal(s, signal.SIG_IGN)  # a second one must not end the cleaning up
         raise Stopped(signum)
 
-    stopping = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    caught = {s: signal.getsignal(s) for s in stopping if signal.getsignal(s) != signal.SIG_IGN}
+    caught = {s: signal.getsignal(s) for s in STOPPING if s != signal.SIGINT}
+    caught = {s: handler for s, handler in caught.items() if handler != signal.SIG_IGN}
     for s in caught:
         signal.signal(s, stop)
     try:
         yield
     finally:
         for s, handler in caught.items():
-            signal.signal(s, handler or signal.SIG_DFL)
+            if signal.getsignal(s) is stop:
+                signal.signal(s, handler)
 
 
 def dispatch(argv: list[str] | None = None) -> None:

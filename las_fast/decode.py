@@ -195,7 +195,7 @@ def write_results(
     options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset, rows: list[dict]
 ) -> None:
     """Write the submission, with an empty text where an utterance was left out, and the JSON lines."""
-    from las_fast.checkpoint import write_atomically
+    from las_fast.checkpoint import write_text_atomically
     from las_fast.submission import write_submission
 
     ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
@@ -208,7 +208,7 @@ def write_results(
     write_submission(options.out, names, texts, header=corpus.header, numbered=corpus.numbered)
     if options.jsonl:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(options.jsonl, lambda path: path.write_text(lines, encoding="utf-8"))
+        write_text_atomically(options.jsonl, lines)
 
 
 def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:

@@ -189,10 +189,9 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    from las_fast.checkpoint import write_atomically
+    from las_fast.checkpoint import write_text_atomically
 
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import BinaryIO
 import numpy as np
 from Levenshtein import distance, opcodes
 
-from las_fast.checkpoint import write_atomically
+from las_fast.checkpoint import write_text_atomically
 from las_fast.config import Config, from_yaml
 from las_fast.errors import InputError
 from las_fast.monitor import THRESHOLDS
+from las_fast.runlog import read_rows
 
 SHOWN = 12  # best and worst utterances
 GREY = "#808080"  # readable on white and on black
@@ -177,17 +177,11 @@ def _ticks(most: float) -> list[float]:
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """Return the rows of run/log.jsonl; a last line that an interrupt cut short is left out."""
+    """Return the rows of run/log.jsonl; what is no row is left out."""
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing; give the --out folder of a training")
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return read_rows(path)
 
 
 def formed_epoch(log: list[dict]) -> float | None:
@@ -256,7 +250,7 @@ def write_report(
         f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
     ]
     page = PAGE.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
-    write_atomically(out, lambda path: path.write_text(page, encoding="utf-8"))
+    write_text_atomically(out, page)
 
 
 def _headline(results: dict) -> str:

@@ -6,11 +6,14 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from las_fast.checkpoint import write_atomically
+from las_fast.checkpoint import write_text_atomically
 from las_fast.config import Config, to_tree
 from las_fast.errors import InputError
-from las_fast.validate import Validation
+
+if TYPE_CHECKING:
+    from las_fast.validate import Validation
 
 
 class RunLog:
@@ -20,11 +23,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "log.jsonl"
-        kept = []
-        if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(self.path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.wandb = start_wandb(out, config) if config.training.wandb else None
@@ -38,7 +38,10 @@ class RunLog:
         self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
 
     def _write(self, row: dict) -> None:
-        self.file.write(json.dumps(without_nan(row)) + "\n")
+        try:
+            self.file.write(json.dumps(without_nan(row)) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
         scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
         scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
         for name, value in scalars.items():
@@ -51,6 +54,22 @@ class RunLog:
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a log.jsonl, each with a kind and a step; [] where there is no file.
+
+    What is no row is left out: a line that a full disk or a power cut has torn, zeros, or another program's.
+    """
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # of bytes that are not UTF-8 too
+            continue
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+            rows.append(row)
+    return rows
 
 
 def without_nan(value):

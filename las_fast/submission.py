@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from las_fast.checkpoint import write_atomically
+from las_fast.checkpoint import write_text_atomically
+from las_fast.cli import make_folder
 
 
 def write_submission(
@@ -17,7 +19,7 @@ def write_submission(
     header: tuple[str, str] = ("id", "label"),
     numbered: bool = False,
 ) -> None:
-    """Write a CSV of texts in upper case, whole or not at all.
+    """Write a CSV of texts in upper case, whole or not at all; ids are written as write_text_atomically has it.
 
     Args:
         path:     the file; its folder is made.
@@ -29,13 +31,9 @@ def write_submission(
     Raises:
         InputError: the file cannot be written.
     """
-    path = Path(path)
     rows = [(row if numbered else id_, text.upper()) for row, (id_, text) in enumerate(zip(ids, texts, strict=True))]
 
-    def write(temporary: Path) -> None:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([header, *rows])
-
-    write_atomically(path, write)
+    content = io.StringIO()
+    csv.writer(content, lineterminator="\n").writerows([header, *rows])
+    make_folder(Path(path).parent, "--out")
+    write_text_atomically(path, content.getvalue())

@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
             trainer.resume()
         elif init:
             trainer.begin_with(init.model, init.path)
-        checkpoint.write_atomically(options.out / "config.yaml", lambda path: path.write_text(to_yaml(config)))
+        checkpoint.write_text_atomically(options.out / "config.yaml", to_yaml(config))
         describe(trainer)
-        if trainer.progress.step == trainer.steps:
+        if trainer.progress.step == trainer.steps and not trainer.owes_validation:
             print("this training is finished already; nothing is left to do")
         else:
             train(trainer, options, sys.argv[1:] if argv is None else argv)

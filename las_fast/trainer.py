@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from las_fast import checkpoint, monitor
 from las_fast.augment import Augment
 from las_fast.checkpoint import AVERAGED, BEST, LAST
+from las_fast.cli import STOPPING
 from las_fast.config import Config, to_tree
 from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
-from las_fast.errors import InputError
+from las_fast.errors import InputError, Stopped, from_outside, lacks_memory
 from las_fast.losses import training_loss
 from las_fast.progress import Progress as ProgressBar
 from las_fast.runlog import RunLog
 from las_fast.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
 from las_fast.text import Vocabulary
-from las_fast.validate import validate
+from las_fast.validate import Validation, validate
 
 # Settings that may differ when resuming: they change where and how fast, not what is learned.
 FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in any case
@@ -38,7 +39,10 @@ FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in an
     "training.checkpoint_minutes",
     "training.wandb",
     "training.monitor_epoch",
+    "decoding.frames_per_batch",
 )
+SIZES = ("frames_per_batch", "utterances_per_batch")  # of data
+SAME_SIGNAL = 2.0  # seconds in which further signals to stop count as the first
 SKIPPED_IN_A_ROW = 50  # half precision's scale needs some twenty to come down
 
 
@@ -51,6 +55,11 @@ class Progress:
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0
     skipped_in_a_row: int = 0  # latest steps whose gradient was not finite: they change no weight
+    validated: int = 0  # step of the latest validation
+
+
+class Diverged(InputError):
+    """The training leads nowhere; its state is not worth saving."""
 
 
 class Pace:
@@ -107,34 +116,93 @@ class Trainer:
         self.progress = Progress()
         self.saved_step: int | None = None  # that last.pt holds
         self.earlier_core_seconds = 0.0  # of the process's own time, before this run was resumed
-        self.stop_requested = False
+        self.stop_signal = 0  # number of the signal that asked to stop
+        self.may_stop = False  # at once: nothing that is saved is being changed
+        self.saving = False
+        self.whole = True  # the state is that after a step, not in the middle of an update
+        self.batch_size = (0, 0)  # utterances and padded frames of the latest batch
         self.pace = Pace()
 
     # The loop
 
     def run(self) -> None:
-        """Train to the last epoch; a first interrupt ends it after the step under way, with its state saved."""
+        """Train to the last epoch.
+
+        A signal to stop, or an error from outside the program, ends it with its state saved.
+
+        Raises:
+            Stopped: a signal asked for it.
+            InputError: memory or disk do not suffice, or the training has diverged.
+        """
         self.log = RunLog(self.out, self.config, self.progress.step)
-        self.pace, saved = Pace(), time.monotonic()
         with catch_stop_signals(self), self._progress_bar() as bar:
-            while self.progress.step < self.steps and not self.stop_requested:
-                for batch in self._timed_batches():
-                    parts = self.train_step(batch.to(self.device))
-                    self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
-                    self._show(bar, parts)
-                    if self._validation_is_due():
-                        self._validate_and_save(bar)
-                        saved = time.monotonic()
-                    elif time.monotonic() - saved > 60 * self.config.training.checkpoint_minutes:
-                        self.save()
-                        saved = time.monotonic()
-                    if self.stop_requested:
-                        break
-        if self.saved_step != self.progress.step:  # the last validation has saved already
+            problem = self._train(bar)
+            saved = self._rescue(problem)
+        if problem is None:
+            self.log.close()
+        else:
+            raise self._explained(problem, saved)
+
+    def _train(self, bar: ProgressBar) -> BaseException | None:
+        """Take all steps; return what ended them too early.
+
+        It is returned, not raised: its traceback would keep alive all that the step had in memory.
+        """
+        try:
+            self.pace, self._saved_at = Pace(), time.monotonic()
+            if self.owes_validation:
+                self._validate_and_save(bar)
+            while self.progress.step < self.steps:
+                self._train_epoch(bar)
+        except (Exception, KeyboardInterrupt) as error:
+            if from_outside(error) is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            return error.with_traceback(None)
+        return None
+
+    def _train_epoch(self, bar: ProgressBar) -> None:
+        with contextlib.closing(self._timed_batches()) as batches:
+            for batch in batches:
+                self.batch_size = tuple(batch.features.shape[:2])
+                parts = self.train_step(batch.to(self.device))
+                self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
+                self._show(bar, parts)
+                if self.stop_signal:
+                    raise Stopped(self.stop_signal)
+                if self.owes_validation:
+                    self._validate_and_save(bar)
+                elif time.monotonic() - self._saved_at > 60 * self.config.training.checkpoint_minutes:
+                    self.save()
+
+    def _rescue(self, problem: BaseException | None) -> bool:
+        """Save the state unless it is saved, torn or worthless; return whether it is on the disk."""
+        if self.saved_step == self.progress.step:
+            return True
+        if not self.whole or not self.progress.step or isinstance(problem, Diverged):
+            return False
+        self.optimiser.zero_grad(set_to_none=True)  # memory for the saving
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
             self.save()
-        self.log.close()
-        if self.stop_requested:
-            raise KeyboardInterrupt
+        except (InputError, RuntimeError, MemoryError):
+            if problem is None:
+                raise
+        return self.saved_step == self.progress.step
+
+    def _explained(self, problem: BaseException, saved: bool) -> BaseException:
+        """Return the exception to end with: for lack of memory, one that says what to lower."""
+        if not lacks_memory(problem):
+            return problem
+        utterances, frames = self.batch_size
+        what, advice = f"a batch of {utterances} utterances, {utterances * frames} frames,", "--data.frames-per-batch"
+        more = f"{advice} less than {self.config.data.frames_per_batch}"
+        if utterances == 1:
+            what, more = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
+        state = f"step {self.progress.step} is saved, go on with --resume and {more}"
+        if utterances == 1 or not saved:
+            state = f"start again with {more}"
+        return InputError(f"training on {what} does not fit in memory; {state}")
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimiser step; return the loss parts per token, detached."""
@@ -176,11 +244,12 @@ class Trainer:
 
     def _update(self, norm: Tensor) -> None:
         finite = bool(norm.isfinite())
+        self.whole = False
         if finite:
             self.scaler.step(self.optimiser)
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
         if self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW:
-            raise InputError(
+            raise Diverged(
                 f"{SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite; "
                 f"lower --training.learning-rate (now {self.config.training.learning_rate:g}) and start again"
             )
@@ -188,6 +257,7 @@ class Trainer:
         self.progress.step += 1
         if finite and self.averaged is not None:
             self._average()
+        self.whole = True
 
     def _average(self) -> None:
         """averaged = decay * averaged + (1 - decay) * weights, with a shorter memory at the start."""
@@ -208,8 +278,23 @@ class Trainer:
     def _timed_batches(self) -> Iterator[Batch]:
         """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
         batches = iter(self._rest_of_epoch())
-        while (batch := self.pace.next_of(batches)) is not None:
+        while True:
+            with self.stoppable():
+                batch = self.pace.next_of(batches)
+            if batch is None:
+                return
             yield batch
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Within it a signal stops the training at once, since nothing that is saved changes."""
+        self.may_stop = True
+        try:
+            if self.stop_signal:
+                raise Stopped(self.stop_signal)
+            yield
+        finally:
+            self.may_stop = False
 
     def _rest_of_epoch(self):
         epoch, start = self.course.place(self.progress.step)
@@ -234,41 +319,63 @@ class Trainer:
         begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
         return self.progress.step - begin, end - begin
 
-    def _validation_is_due(self) -> bool:
+    @property
+    def owes_validation(self) -> bool:
+        """Whether the model of this step is to be validated and has not been."""
         every, step = self.config.training.validate_every, self.progress.step
+        if step == self.progress.validated:
+            return False
         before, now = (int(self.course.epochs(s) / every) for s in (step - 1, step))
         return step == self.steps or now > before
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
         model, pace = self.averaged or self.model, self.pace
         speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
-        result = validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
+        with self.stoppable():
+            result = self._validate(model)
         self._check_alive(result.loss)
-        self.progress.plateau.update(result.scores.cer, self.config.training)
-        line = monitor.line(result.alignment, self.epoch, self.config)
-        self.log.validation(self.progress.step, self.epoch, result, line, self.core_hours())
+        with self.undisturbed():
+            line = self._keep(result, model)
         scores = result.scores
         bar.write(
             f"epoch {self.epoch:g}: dev loss {result.loss:.3f} a token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
             f"WER {scores.wer:.2f}%; {speed}\n  {line}"
         )
         self.pace = Pace()
-        info = {"epoch": self.epoch, "step": self.progress.step, "dev": asdict(scores), "data": self.source}
+
+    def _validate(self, model: nn.Module) -> Validation:
+        try:
+            return validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            now = self.config.decoding.frames_per_batch
+        advice = f"lower --decoding.frames-per-batch (now {now}) and go on with --resume"
+        raise InputError(f"a validation does not fit in memory; {advice}")
+
+    def _keep(self, result: Validation, model: nn.Module) -> str:
+        """Write weights, log and state after a validation; return the monitor's line."""
+        cer, progress = result.scores.cer, self.progress
+        info = {"epoch": self.epoch, "step": progress.step, "dev": asdict(result.scores), "data": self.source}
         info["core_hours"] = round(self.core_hours(), 3)
-        self._save_weights(model, info, best=scores.cer < self.progress.best_cer)
-        self.progress.best_cer = min(self.progress.best_cer, scores.cer)
+        self._save_weights(model, info, best=cer < progress.best_cer)
+        progress.plateau.update(cer, self.config.training)
+        progress.best_cer, progress.validated = min(progress.best_cer, cer), progress.step
+        line = monitor.line(result.alignment, self.epoch, self.config)
+        self.log.validation(progress.step, self.epoch, result, line, self.core_hours())
         self.save()
+        return line
 
     def _check_alive(self, loss: float) -> None:
         """Raise InputError where this training leads nowhere, before anything of it is kept as the best."""
         rate, progress = self.config.training.learning_rate, self.progress
         if not math.isfinite(loss):
-            raise InputError(
+            raise Diverged(
                 f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
                 f"lower --training.learning-rate (now {rate:g}) and start again"
             )
         if progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # which starts by skipping
-            raise InputError(
+            raise Diverged(
                 f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
                 f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
             )
@@ -301,23 +408,33 @@ class Trainer:
 
     # State on disk
 
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Within it no signal stops the training: files are written."""
+        before, self.saving = self.saving, True
+        try:
+            yield
+        finally:
+            self.saving = before
+
     def save(self) -> None:
         """Write last.pt: everything that resuming needs."""
-        progress = asdict(self.progress)
-        checkpoint.save_state(
-            self.out / LAST,
-            {
-                "settings": to_tree(self.config),
-                "model": self.model.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged is not None else None,
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "progress": progress,
-                "core_seconds": 3600 * self.core_hours(),
-                "data": fingerprint(self.train_data, self.dev_data),
-            },
-        )
-        self.saved_step = self.progress.step
+        with self.undisturbed():
+            checkpoint.save_state(self.out / LAST, self.state())
+            self.saved_step, self._saved_at = self.progress.step, time.monotonic()
+
+    def state(self) -> dict:
+        """Return what last.pt holds."""
+        return {
+            "settings": to_tree(self.config),
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "core_seconds": 3600 * self.core_hours(),
+            "data": fingerprint(self.train_data, self.dev_data),
+        }
 
     def resume(self) -> None:
         """Continue from last.pt; raises InputError when it was made with other settings or other data."""
@@ -331,9 +448,24 @@ class Trainer:
             checkpoint.load_weights(self.averaged, state["averaged"], path)
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**{**state["progress"], "plateau": Plateau(**state["progress"]["plateau"])})
+        progress = {"validated": state["progress"]["step"], **state["progress"]}  # an older version saved no such step
+        self.progress = Progress(**{**progress, "plateau": Plateau(**progress["plateau"])})
         self.saved_step = self.progress.step
         self.earlier_core_seconds = state["core_seconds"]
+        self._move(state["settings"]["data"])
+
+    def _move(self, then: dict) -> None:
+        """Go to the step of this course that is as far as that of the course with the earlier sizes of batches."""
+        sizes = {name: then[name] for name in SIZES}
+        data, progress = self.config.data, self.progress
+        if all(getattr(data, name) == size for name, size in sizes.items()):
+            return
+        before = plan_course(self.train_data.frames, replace(self.config, data=replace(data, **sizes)))
+        epoch, batch = before.place(progress.step)
+        step = self.course.steps_before(epoch) + batch * len(self.course.of(epoch)) // len(before.of(epoch))
+        print(f"batches are smaller than before: step {progress.step} is step {step} now")
+        progress.validated = step if progress.validated == progress.step else 0
+        progress.step = self.saved_step = step
 
 
 def fingerprint(*datasets: SpeechDataset) -> str:
@@ -365,34 +497,47 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def catch_stop_signals(trainer: Trainer):
-    """Within it, SIGINT and SIGTERM ask the trainer to stop after its step; a second one stops at once."""
+def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and SIGHUP ask the trainer to stop after the step under way, or at once while it waits.
 
-    def request(signum, frame):
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
+    A second one stops in the middle of a step, but not of a save. Those of the first seconds count as one: a process
+    group and the programs around a training pass the same signal on. SIGHUP stays ignored under nohup.
+    """
+    first = 0.0
 
-    old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    def request(signum: int, frame: object) -> None:
+        nonlocal first
+        again = trainer.stop_signal and time.monotonic() - first > SAME_SIGNAL
+        first = first if trainer.stop_signal else time.monotonic()
+        trainer.stop_signal = trainer.stop_signal or signum
+        if (trainer.may_stop or again) and not trainer.saving:
+            trainer.may_stop = False
+            raise Stopped(signum)
+
+    numbers = [s for s in STOPPING if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    old = {number: signal.signal(number, request) for number in numbers}
     try:
         yield
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
     One that the checkpoint does not know is newer; its default is what it was trained with. A restart of the learning
-    rate where the training ended lengthens it and changes nothing of what was.
+    rate where the training ended lengthens it and changes nothing of what was. Batches may become smaller, for lack of
+    memory.
     """
     before, after = dict(_flat(to_tree(Config()))) | dict(_flat(then)), dict(_flat(now))
     was, ahead = ([*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after))
     longer = ahead[: len(was)] == was
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
     for key, value in after.items():
-        if before[key] != value and key not in free:
+        section, _, name = key.rpartition(".")
+        smaller = section == "data" and name in SIZES and value < before[key]
+        if before[key] != value and key not in free and not smaller:
             how = "resume with the same settings"
             if key in ("training.epochs", "training.restarts"):
                 how += f", or lengthen it: --training.epochs more --training.restarts {' '.join(map(str, was))}"

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
     if options.out:
         make_room(options.out, "--out")
-    from las_fast.checkpoint import load_model, write_atomically
+    from las_fast.checkpoint import load_model, write_text_atomically
     from las_fast.decode import choose_device
 
     device = choose_device(options.device)
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.out:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        write_atomically(options.out, lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
+        write_text_atomically(options.out, text.getvalue())
 
 
 def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:

@@ -15,12 +15,15 @@ from las_fast.checkpoint import write_atomically
 from las_fast.config import Config
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import SpeechDataset
+from las_fast.errors import show
 from las_fast.losses import token_loss
 from las_fast.metrics import Scores, score
 from las_fast.model import LAS
 from las_fast.report import attention_picture
 from las_fast.search import greedy_search
 from las_fast.text import Vocabulary
+
+LONGEST_NAME = 120  # bytes of an utterance's id in the name of a picture
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class PictureBook:
             text = self.data.texts[i]
             arrays |= {f"weights_{n}": weights, f"text_{n}": np.array(text)}
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.data.ids[i])
-            title = f"{self.data.ids[i]}, epoch {epoch:g}"
+            safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
+            title = f"{show(self.data.ids[i])}, epoch {epoch:g}"
             write_atomically(
                 folder / f"{name}-{safe}.png", lambda p, w=weights, t=text, h=title: attention_picture(p, w, t, h)
             )

@@ -34,7 +34,16 @@ def test_bad_input_is_one_sentence_and_status_2(capsys):
     assert end.value.code == 2 and capsys.readouterr().err == "error: x.npy is empty\n"
 
 
-def test_an_interrupt_ends_with_130():
+@pytest.fixture
+def signals():
+    """Keep this process's own answers to signals: a stopped command ignores them to its end."""
+    kept = {s: signal.getsignal(s) for s in cli.STOPPING}
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+def test_an_interrupt_ends_with_130(signals):
     with pytest.raises(SystemExit) as end:
         cli.run(raising(KeyboardInterrupt()))
     assert end.value.code == 130

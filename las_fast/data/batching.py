@@ -5,8 +5,8 @@ Everything random follows from (seed, epoch, utterance), so a place in training 
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from las_fast.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.config import Config
 from las_fast.data.dataset import SpeechDataset
+from las_fast.data.loader import Loader
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
@@ -31,13 +32,8 @@ class Batch:
     indices: torch.Tensor  # (B,) int64 into the dataset; of two that were joined, the first
 
     def to(self, device: str | torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._map(torch.Tensor.pin_memory)
-
-    def _map(self, change) -> Batch:
-        return Batch(**{name: None if value is None else change(value) for name, value in vars(self).items()})
+        fields = vars(self).items()
+        return Batch(**{name: None if x is None else x.to(device, non_blocking=True) for name, x in fields})
 
 
 class BucketBatches:
@@ -223,26 +219,21 @@ def make_loader(
     """Return a sized iterable of Batch over batches[start:], in that order, none dropped.
 
     The features of a batch do not depend on workers or start: augmentation is random in (seed, epoch, utterance) only.
+    A worker that dies or hangs costs time alone; see las_fast.data.loader.
     """
-    return torch.utils.data.DataLoader(
-        _Batches(dataset, batches, vocabulary, augment, seed, epoch),
-        batch_size=None,
-        sampler=range(start, len(batches)),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_prepare_worker if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: the loader must not draw from the state that training saves
-    )
+    made = _Batches(dataset, batches, vocabulary, augment, seed, epoch)
+    return _Loader(made, range(start, len(batches)), workers=workers, pin=torch.cuda.is_available())
 
 
-def _prepare_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt
+class _Loader(Loader):
+    def __iter__(self) -> Iterator[Batch]:
+        with contextlib.closing(super().__iter__()) as made:
+            for fields in made:
+                yield Batch(**fields)
 
 
-class _Batches(torch.utils.data.Dataset):
-    """Item b is batch b, made whole in the worker."""
+class _Batches:
+    """Item b is batch b, as the fields of a Batch."""
 
     def __init__(self, dataset, batches, vocabulary, augment, seed, epoch):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary
@@ -253,7 +244,7 @@ class _Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, b: int) -> Batch:
+    def __getitem__(self, b: int) -> dict[str, torch.Tensor | None]:
         indices = self.batches[b]
         epoch = self.epoch + b / len(self.batches)
         features = [self._features(i, epoch) for i in indices]
@@ -264,13 +255,13 @@ class _Batches(torch.utils.data.Dataset):
         if not any(text is None or self.vocabulary.unknown(text) for text in texts):
             tokens = [torch.tensor([*self.vocabulary.encode(text), EOS]) for text in texts]
         pad = torch.nn.utils.rnn.pad_sequence
-        return Batch(
-            features=pad(features, batch_first=True),
-            feature_lengths=torch.tensor([len(f) for f in features]),
-            tokens=None if tokens is None else pad(tokens, batch_first=True, padding_value=PAD),
-            token_lengths=None if tokens is None else torch.tensor([len(t) for t in tokens]),
-            indices=torch.tensor(indices),
-        )
+        return {
+            "features": pad(features, batch_first=True),
+            "feature_lengths": torch.tensor([len(f) for f in features]),
+            "tokens": None if tokens is None else pad(tokens, batch_first=True, padding_value=PAD),
+            "token_lengths": None if tokens is None else torch.tensor([len(t) for t in tokens]),
+            "indices": torch.tensor(indices),
+        }
 
     def _joins(self, b: int, epoch: float) -> bool:
         if self.augment is None or epoch < self.augment.config.start_epoch:

@@ -1,0 +1,377 @@
+"""Whatever ends a training too early: its state is saved, and it goes on as if nothing had been."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from las_fast import checkpoint, train, trainer
+from las_fast.data import batching
+from las_fast.data.loader import can_fork
+from las_fast.errors import InputError, Stopped
+from las_fast.runlog import read_rows
+from tests.archives import make_archive
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = {"train-clean-100": 7, "train-clean-360": 4, "dev-clean": 5}
+SMALL = {
+    "model.listener.conv-channels": 8, "model.listener.lstm-size": 6, "model.listener.conv-strides": 1,
+    "model.speller.key-size": 6, "model.speller.value-size": 6, "model.speller.embedding-size": 6,
+    "model.speller.lstm-sizes": (9, 8), "data.utterances-per-batch": 2, "data.workers": 0, "training.epochs": 2,
+    "training.precision": "fp32", "training.warmup-steps": 4, "training.pictures": 0, "decoding.maximum-extra": 3,
+}  # fmt: skip
+STEPS = 12  # in two epochs
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=COUNTS)
+
+
+@pytest.fixture(scope="module")
+def whole(archive, tmp_path_factory):
+    """A training that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.main(words(archive, out))
+    return out
+
+
+def words(archive, out, *extra, **settings):
+    found = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
+    for name, value in (SMALL | {k.replace("__", "."): v for k, v in settings.items()}).items():
+        found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return [*found, *extra]
+
+
+def progress_of(out):
+    return checkpoint.load_state(out / "last.pt")["progress"]
+
+
+def assert_goes_on_like(whole, archive, out, **settings):
+    """Resume the training in out, and compare all that it leaves with the one that was never interrupted."""
+    train.main(words(archive, out, "--resume", **settings))
+    ours, theirs = (checkpoint.load_state(folder / "last.pt") for folder in (out, whole))
+    assert ours["progress"] == theirs["progress"]
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+    ours, theirs = ([{**row, "core_hours": 0} for row in read_rows(folder / "log.jsonl") if row["kind"] == "valid"]
+                    for folder in (out, whole))  # fmt: skip
+    assert ours == theirs
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["averaged.safetensors", "best.safetensors"]
+
+
+def at_step(monkeypatch, step, happening):
+    """Have `happening()` come before that step is taken."""
+    take = trainer.Trainer.train_step
+
+    def train_step(self, batch):
+        if self.progress.step == step:
+            happening()
+        return take(self, batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+
+
+def raising(error):
+    def happening(*_, **__):
+        raise error
+
+    return happening
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("step", [4, STEPS - 1])
+def test_a_signal_ends_a_training_after_the_step(archive, whole, tmp_path, monkeypatch, capsys, name, step):
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(number))
+        with pytest.raises(Stopped) as stop:
+            train.main(words(archive, tmp_path))
+    assert stop.value.signum == number and progress_of(tmp_path)["step"] == step + 1
+    assert f"step {step + 1} is saved. To go on: python -m las_fast.train" in capsys.readouterr().err
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+def test_the_same_signal_twice_in_a_moment_is_one(archive, tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(monkeypatch, 4, twice)
+    with pytest.raises(Stopped):
+        train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 5
+
+
+def test_a_second_signal_ends_the_step_and_saves_the_one_before(archive, whole, tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        at_step(patch, 4, twice)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 4
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+def test_a_second_signal_in_the_middle_of_an_update_saves_nothing_torn(archive, whole, tmp_path, monkeypatch):
+    def twice(self):
+        if self.progress.averaged_steps == 7:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        average(self)
+
+    average = trainer.Trainer._average
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        patch.setattr(trainer.Trainer, "_average", twice)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 6  # that of the validation
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["save_state", "save_model"])
+def test_signals_while_files_are_written_do_not_harm_them(archive, whole, tmp_path, monkeypatch, where):
+    def disturbed(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        write(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    write = getattr(checkpoint, where)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        patch.setattr(checkpoint, where, disturbed)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["validated"] == 6
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+def test_a_signal_ends_a_validation_at_once_which_is_made_up_for(archive, whole, tmp_path, monkeypatch):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the validation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", interrupted)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert (progress_of(tmp_path)["step"], progress_of(tmp_path)["validated"]) == (6, 0)
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+def test_a_last_validation_that_is_missing_is_made_up_for(archive, whole, tmp_path, monkeypatch):
+    seen = []
+
+    def validate(*arguments):
+        if seen:
+            signal.raise_signal(signal.SIGTERM)
+        seen.append(1)
+        return validation(*arguments)
+
+    validation = trainer.validate
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", validate)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == STEPS
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+def test_a_signal_ends_the_waiting_for_data_at_once(archive, whole, tmp_path, monkeypatch):
+    def hanging(self):
+        for batch in rest(self):
+            if self.progress.step == 8:
+                signal.raise_signal(signal.SIGTERM)
+                pytest.fail("the waiting went on")
+            yield batch
+
+    rest = trainer.Trainer._rest_of_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_rest_of_epoch", hanging)
+        with pytest.raises(Stopped):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 8
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+@pytest.mark.skipif(not can_fork(), reason="workers are forks, on Linux only")
+@pytest.mark.parametrize("death", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
+def test_a_worker_that_dies_changes_nothing(archive, whole, tmp_path, monkeypatch, capsys, death):
+    def dying(self, b):
+        if os.getpid() != parent and b == 2:
+            death()
+        return make(self, b)
+
+    parent, make = os.getpid(), batching._Batches.__getitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(batching._Batches, "__getitem__", dying)
+        train.main(words(archive, tmp_path, data__workers=2))
+    assert "warning: a loader process ended early" in capsys.readouterr().err
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+@pytest.mark.parametrize("error", [InputError("x.npy is damaged"), OSError(5, "Input/output error", "x.npy")])
+def test_bad_data_in_the_middle_saves_what_was_learned(archive, whole, tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, raising(error))
+        with pytest.raises(type(error), match="x.npy"):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 4
+    assert_goes_on_like(whole, archive, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA")]
+)
+def test_lack_of_memory_names_what_to_lower_and_saves(archive, whole, tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, raising(error))
+        said = r"training on a batch of 2 utterances, \d+ frames, does not fit in memory; step 3 is saved, go on with "
+        with pytest.raises(InputError, match=said + "--resume and --data.frames-per-batch less than 8000"):
+            train.main(words(archive, tmp_path, data__frames_per_batch=8000))
+    assert progress_of(tmp_path)["step"] == 3
+
+
+def test_lack_of_memory_at_the_first_step_saves_nothing(archive, tmp_path, monkeypatch):
+    at_step(monkeypatch, 0, raising(MemoryError()))
+    with pytest.raises(InputError, match="start again with --data.frames-per-batch less than"):
+        train.main(words(archive, tmp_path))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_an_utterance_that_does_not_fit_alone_is_told_apart(archive, tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, raising(MemoryError()))
+    with pytest.raises(InputError, match=r"an utterance of \d+ frames does not fit .* --data.max-seconds"):
+        train.main(words(archive, tmp_path, data__utterances_per_batch=1))
+
+
+def test_lack_of_memory_in_a_validation_names_its_own_setting(archive, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", raising(MemoryError()))
+        with pytest.raises(InputError, match=r"lower --decoding.frames-per-batch \(now \d+\) and go on with --resume"):
+            train.main(words(archive, tmp_path))
+    assert_goes_on_like(whole, archive, tmp_path, decoding__frames_per_batch=200)
+
+
+def test_smaller_batches_go_on_from_as_far(archive, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, raising(MemoryError()))
+        with pytest.raises(InputError):
+            train.main(words(archive, tmp_path))
+    smaller = {"data__utterances_per_batch": 1}
+    train.main(words(archive, tmp_path, "--resume", **smaller))
+    assert "batches are smaller than before: step 9 is step 16 now" in capsys.readouterr().out  # half of 11 a epoch
+    assert progress_of(tmp_path)["step"] == 22
+    assert [row["epoch"] for row in read_rows(tmp_path / "log.jsonl") if row["kind"] == "valid"] == [1.0, 2.0]
+    with pytest.raises(InputError, match="data.utterances_per_batch = 1, not 2"):
+        train.main(words(archive, tmp_path, "--resume"))
+
+
+def test_a_state_that_has_diverged_is_not_saved(archive, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, raising(trainer.Diverged("the training has diverged")))
+        with pytest.raises(InputError):
+            train.main(words(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 6  # of the validation
+
+
+def test_faults_of_the_program_keep_their_traceback(archive, tmp_path, monkeypatch):
+    at_step(monkeypatch, 4, raising(TypeError("a fault")))
+    with pytest.raises(TypeError, match="a fault"):
+        train.main(words(archive, tmp_path))
+
+
+def test_a_disk_that_is_full_when_saving_is_the_error_that_is_told(archive, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, raising(OSError(28, "No space left on device", "events.out")))
+        patch.setattr(checkpoint, "save_state", raising(InputError("last.pt could not be written")))
+        with pytest.raises(OSError, match=r"events.out"):
+            train.main(words(archive, tmp_path))
+
+
+def test_a_state_of_an_older_version_owes_no_validation(archive, whole, tmp_path, capsys):
+    state = checkpoint.load_state(whole / "last.pt")
+    del state["progress"]["validated"]
+    checkpoint.save_state(tmp_path / "last.pt", state)
+    train.main(words(archive, tmp_path, "--resume"))
+    assert "finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7])
+def test_a_signal_to_the_whole_group_saves_the_last_step(archive, tmp_path, seconds):
+    """As timeout, Slurm and Kubernetes do it: the workers get the signal too."""
+    settings = {"training__epochs": 500, "training__validate_every": 100.0, "data__workers": 2}
+    command = [sys.executable, "-m", "las_fast.train", *words(archive, tmp_path, **settings)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    log = tmp_path / "log.jsonl"
+    while child.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    time.sleep(seconds)
+    for _ in range(3):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        time.sleep(0.05)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 143 and "Traceback" not in err, err
+    step = int(re.search(r"step (\d+) is saved", err)[1])
+    assert step == progress_of(tmp_path)["step"] > 0
+    assert err.endswith("stopped by SIGTERM\n")
+
+
+TORN = {
+    "nothing": b"",
+    "cut": b'{"kind": "train", "st',
+    "cut after an inner brace": b'{"kind": "valid", "step": 1, "epoch": 1.0, "monitor": {"diagonal": 0.5}',
+    "zeros": bytes(4096),
+    "zeros and a brace": bytes(64) + b"}\n",
+    "not UTF-8": b'{"kind": "train", "step": 1, "x": "\xff"}\n',
+    "a list": b"[1, 2]\n",
+    "a number": b"7\n",
+    "no step": b'{"kind": "train"}\n',
+    "a step that is a text": b'{"kind": "train", "step": "1"}\n',
+    "no step at all": b'{"kind": "train", "step": null}\n',
+    "no kind": b'{"step": 1}\n',
+    "two in one": b'{"kind": "train", "st{"kind": "train", "step": 2}\n',
+    "nested": b"[" * 100_000 + b"\n",
+    "carriage returns": b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("end", TORN.values(), ids=TORN.keys())
+def test_a_torn_log_does_not_keep_a_training_from_going_on(whole, tmp_path, end):
+    lines = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "valid", "step": 2, "line": "{}"}]
+    (tmp_path / "log.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in lines).encode() + end)
+    assert read_rows(tmp_path / "log.jsonl") == lines
+
+
+def test_a_log_that_is_cut_anywhere_gives_its_whole_lines(whole, tmp_path):
+    content = (whole / "log.jsonl").read_bytes()
+    path = tmp_path / "log.jsonl"
+    for end in range(0, len(content), 7):
+        path.write_bytes(content[:end])
+        assert len(read_rows(path)) in (content[:end].count(b"\n"), content[:end].count(b"\n") + 1)
+
+
+def test_resuming_drops_what_is_no_line_of_the_log(archive, whole, tmp_path):
+    out = tmp_path / "run"
+    train.main(words(archive, out, training__epochs=1))
+    with (out / "log.jsonl").open("ab") as log:
+        log.write(TORN["cut after an inner brace"] + bytes(100))
+    longer = {"training__epochs": 2, "training__restarts": 1}
+    train.main(words(archive, out, "--resume", **longer))
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "valid"] == [6, 12]
