@@ -1,4 +1,4 @@
-"""Audio files to log-mel or MFCC frames, on torch.stft, with Kaldi's definitions.
+"""Waveforms to log-mel or MFCC frames, on torch.stft, with Kaldi's definitions.
 
 A frame holds window_ms of samples (scaled to 16-bit range) every shift_ms, whole windows only. Its mean is removed, it
 is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and padded with zeros to a power of two. Filters are
@@ -14,15 +14,10 @@ One stft does all of that because these steps are linear. With e the whole signa
 from __future__ import annotations
 
 import math
-import os
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 
 from las_fast.config import FeatureConfig
@@ -33,95 +28,6 @@ LOW_HZ = 20.0
 LIFTER = 22.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of a filter's energy
 BLOCK_FRAMES = 256  # frames in one stft: its spectrum stays in the processor's cache
-OGG_PAGE = 27 + 255 + 255 * 255  # bytes at most
-RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
-LOUDEST = 1e6  # a sample; full scale is 1, or 32768 where somebody forgot to divide
-
-
-def load_audio(path: str | Path, sample_rate: int, *, whole: bool = False) -> np.ndarray:
-    """Read an audio file as one channel.
-
-    Args:
-        path:        any file that soundfile reads (wav, flac, ogg, mp3); channels are averaged.
-        sample_rate: Hz; audio at another rate is resampled.
-        whole:       refuse a wav or ogg file whose end is missing; other formats do not tell.
-
-    Returns:
-        (N,) float32 samples from -1 to 1, N >= 1.
-
-    Raises:
-        InputError: the file is missing, is no audio, holds no samples or some that are no sound, or is not whole.
-    """
-    try:
-        samples, rate = soundfile.read(str(path), dtype="float32")
-        if whole and not is_whole(path):
-            raise InputError(f"{path} is cut off: its end is missing; copy it again or remove it")
-    except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise InputError(f"{path} {_problem(path, error)}; give a wav, flac, ogg or mp3 file") from None
-    _check_sound(path, samples, rate)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1, dtype=np.float32)
-    if rate != sample_rate and len(samples):
-        samples = soxr.resample(samples, rate, sample_rate)
-    if not len(samples):
-        raise InputError(f"{path} holds no samples; remove it or record it again")
-    return samples
-
-
-def _check_sound(path: str | Path, samples: np.ndarray, rate: int) -> None:
-    low, high = RATES
-    if not low <= rate <= high:
-        raise InputError(f"{path} has {rate} samples a second by its header, not {low} to {high}; make it again")
-    if not np.maximum(-samples.min(initial=0), samples.max(initial=0)) <= LOUDEST:  # NaN is not
-        raise InputError(f"{path} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
-
-
-def _problem(path: str | Path, error: Exception) -> str:
-    """Say why a file could not be read: what the system says of it comes before what a library made of that."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return "does not exist"
-    except (OSError, ValueError) as refusal:
-        return f"cannot be opened ({getattr(refusal, 'strerror', None) or refusal})"
-    if os.path.isdir(path):
-        return "is a folder"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
-    reason = str(error).split(": ", 1)[-1].rstrip(".") or type(error).__name__
-    return f"cannot be read as audio ({reason})"
-
-
-def is_whole(path: str | Path) -> bool:
-    """Return False for a wav shorter than its header says and an ogg without its last page; True for all others."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(12)
-        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-            return _wav_is_whole(file, size)
-        if head[:4] != b"OggS":
-            return True
-        file.seek(max(0, size - OGG_PAGE))
-        tail = file.read()
-    page = tail.rfind(b"OggS\0")
-    header = tail[page : page + 27 + 255]
-    last_of_stream = 4
-    if page < 0 or len(header) < 27 or not header[5] & last_of_stream:
-        return False
-    segments = header[26]
-    return len(tail) - page >= 27 + segments + sum(header[27 : 27 + segments])
-
-
-def _wav_is_whole(file, size: int) -> bool:
-    place = 12
-    while place + 8 <= size:
-        file.seek(place)
-        name, length = struct.unpack("<4sI", file.read(8))
-        if name == b"data":
-            # A recorder that writes to a pipe cannot know the length and gives the largest
-            return length >= 0x7FFF0000 or place + 8 + length <= size
-        place += 8 + length + length % 2
-    return False
 
 
 def compute_features(

@@ -91,7 +91,7 @@ def transcribe(
     Raises:
         InputError: a file cannot be read, or one piece does not fit in memory.
     """
-    from las_fast.features import load_audio
+    from las_fast.audio import open_recording
     from las_fast.search import decode_dataset
 
     rate = loaded.config.features.sample_rate
@@ -99,12 +99,15 @@ def transcribe(
     features, seconds, ids = [], [], []
     for path in paths:
         try:
-            samples = load_audio(path, rate)
+            recording = open_recording(path, rate)
+            samples = np.concatenate(list(recording))
         except InputError as error:
             if not skip_bad:
                 raise
             warn(f"left out: {error}")
             continue
+        for sentence in recording.warnings:
+            warn(sentence)
         spans.append((path, _speech(path, samples, rate)))
         for start, end in spans[-1][1]:
             features.append(_frames(samples[start:end], loaded))
@@ -119,12 +122,8 @@ def transcribe(
 
 
 def _speech(path: Path, samples: np.ndarray, rate: int) -> list[tuple[int, int]]:
-    """Return the pieces of a recording that may be speech; warn where it is cut off or has none."""
-    from las_fast.features import is_whole
-
+    """Return the pieces of a recording that may be speech; warn where it has none."""
     spans = [s for s in cut_at_silences(samples, rate) if may_be_speech(samples[slice(*s)], rate)]
-    if not is_whole(path):
-        warn(f"{path} is cut off: its end is missing, and what it said")
     if not spans:
         warn(f"{path}: nothing in its {len(samples) / rate:.2f} seconds is long ({SHORTEST:g} s) and loud enough")
     return spans

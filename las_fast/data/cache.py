@@ -429,7 +429,7 @@ def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[It
 
 
 def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
-    from las_fast.features import load_audio
+    from las_fast.audio import load_audio
 
     try:
         waveform = load_audio(u.path, rate, whole=True)

@@ -1,0 +1,540 @@
+"""Recordings to samples: whatever people have, in one channel at one rate, in blocks of about a second.
+
+`load_audio` returns a recording or a part of it; `open_recording` reads one of any length in bounded memory. Both run
+the same code, so that their samples are the same. All streams of a file are read (las_fast.containers); what is not
+read is said in a sentence: as a warning, or as an InputError where the whole recording is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from las_fast.containers import Source, Stream, View, find_streams
+from las_fast.errors import InputError, show
+
+RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
+TOLERANCE = 0.1  # seconds that may be missing at the end; recorders count their header as sound
+BLOCK = 1 << 18  # numbers in a block at most, over all channels
+LOUDEST = 1e6  # a sample; full scale is 1
+READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
+INTEGER_SCALE = 4.0  # samples above this are whole numbers that somebody forgot to divide
+CANCELLED = 0.1  # energy of the mean of channels, relative to that of unrelated channels, below which they cancel
+TOGETHER = 0.5  # and above which they do not
+AUDIBLE = 1e-4  # root mean square, of full scale, below which channels are not compared
+VERY_QUIET = 0.004  # peak of a recording
+CLIPPED = 0.002  # share of samples that repeat their neighbour at the top of the scale
+NARROW = 1e-6  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
+
+
+def load_audio(
+    path: str | Path, sample_rate: int, *, start: float = 0.0, seconds: float | None = None, whole: bool = False
+) -> np.ndarray:
+    """Read a recording, or a part of it, as one channel.
+
+    Args:
+        path:        a file that libsndfile reads (wav, flac, ogg, mp3, ...), or "-" for standard input. Channels are
+                     averaged; where they cancel each other out the loudest is taken.
+        sample_rate: Hz; audio at another rate is resampled.
+        start:       seconds from the beginning of the recording.
+        seconds:     length of the part; None is all from start on.
+        whole:       refuse a recording of which something is missing; otherwise what there is is returned.
+
+    Returns:
+        (N,) float32 samples from -1 to 1, N >= 1.
+
+    Raises:
+        InputError: the file is missing, is no audio, holds no samples or some that are no sound, is not whole, or ends
+            more than 0.1 s before the part does.
+    """
+    with Recording(path, sample_rate, start=start, seconds=seconds, whole=whole, judge=False) as recording:
+        blocks = list(recording)
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def open_recording(
+    path: str | Path, sample_rate: int, *, start: float = 0.0, seconds: float | None = None
+) -> Recording:
+    """Open a recording of any length for reading block by block; arguments and errors are those of load_audio."""
+    return Recording(path, sample_rate, start=start, seconds=seconds)
+
+
+def loudness(samples: np.ndarray) -> float:
+    """Return the root mean square of samples (N,) about their mean, so that an offset counts for nothing."""
+    return float(samples.std(dtype=np.float64)) if len(samples) else 0.0
+
+
+class Recording:
+    """A recording that is iterated over once, in blocks (n,) float32 of about a second, n >= 1.
+
+    warnings holds sentences on what is wrong with it, complete when the iteration has ended. The file is open from the
+    start to the end of the iteration, or to `close`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        sample_rate: int,
+        *,
+        start: float = 0.0,
+        seconds: float | None = None,
+        whole: bool = False,
+        judge: bool = True,
+    ):
+        self.path, self.sample_rate = path, sample_rate
+        self.name = "standard input" if str(path) == "-" else show(path)
+        self.warnings: list[str] = []
+        self._start, self._seconds, self._whole = start, seconds, whole
+        self._judge = _Judge(sample_rate) if judge else None
+        self._elapsed = 0.0  # seconds of the recording that were passed
+        self._holes: list[str] = []
+        self._cut: list[str] = []
+        if not start >= 0 or not (seconds is None or seconds > 0) or start == float("inf"):
+            raise InputError(f"a part of {self.name} must start at 0 s or later and last longer than 0 s; "
+                             f"got {start} and {seconds} s")  # fmt: skip
+        self._descriptor: int | None = _open(path, self.name, pipes=not whole)
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self):
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._descriptor is None:
+            raise ValueError("a recording is read once; open it again")
+        try:
+            count = 0
+            for block in self._blocks():
+                if len(block):
+                    count += len(block)
+                    if self._judge:
+                        self._judge.add(block)
+                    yield block
+            self._finish(count)
+        finally:
+            self.close()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        source = Source(self._descriptor)
+        if not source.size:
+            raise InputError(f"{self.name} is empty (0 bytes); remove it or record it again")
+        layout = find_streams(source)
+        self._holes += [f"{self.name} {sentence}" for sentence in layout.unread]
+        for number, stream in enumerate(layout.streams):
+            if self._wanted() <= 0:
+                break
+            yield from self._read_stream(source, stream, number, len(layout.streams))
+        if source.error:
+            self._holes.append(f"{self.name} cannot be read to its end ({source.error.strerror})")
+
+    def _wanted(self) -> float:
+        """Return the seconds still to read."""
+        return float("inf") if self._seconds is None else self._start + self._seconds - self._elapsed
+
+    def _read_stream(self, source: Source, stream: Stream, number: int, streams: int) -> Iterator[np.ndarray]:
+        sound = self._decoder(source, stream, number, streams)
+        if sound is not None:
+            with sound:
+                yield from self._decode(source, stream, sound, number, streams)
+
+    def _decode(self, source: Source, stream: Stream, sound: _Sound, number: int, streams: int) -> Iterator[np.ndarray]:
+        rate = sound.samplerate
+        begin = self._elapsed
+        skip = max(0, round((self._start - begin) * rate))
+        last = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
+        decoded = _Decoded(sound, stream, self.name, skip, last)
+        mixer = _Mixer(sound.channels, _scale(source, stream, sound))
+        resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
+        for block in decoded:
+            _check_sound(self.name, block)
+            if self._judge:
+                self._judge.count_clipped(block)
+            mono = mixer(block)
+            yield resampler.resample_chunk(mono) if resampler else mono
+        if resampler and decoded.given:
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        self._elapsed = begin + decoded.place / rate
+        self._note(decoded, stream, rate, number, streams)
+        self.warnings += [f"{self.name}: {sentence}" for sentence in mixer.warnings if sentence not in self.warnings]
+        if self._judge and rate < self.sample_rate:
+            self._judge.lowest_rate = min(rate, self._judge.lowest_rate)
+
+    def _decoder(self, source: Source, stream: Stream, number: int, streams: int) -> _Sound | None:
+        try:
+            sound = _Sound(View(source, stream.spans))
+        except READ_ERRORS as error:
+            reason = _refusal(source, error)
+            if streams == 1 or number == 0 and not stream.cut:
+                raise InputError(f"{self.name} {reason}") from None
+            self._holes.append(f"{self.name}: part {number + 1} of {streams} {reason}")
+            return None
+        low, high = RATES
+        if not low <= sound.samplerate <= high:
+            raise InputError(
+                f"{self.name} has {sound.samplerate} samples per second by its header, not {low} to {high}; "
+                "make it again"
+            )
+        return sound
+
+    def _note(self, decoded: _Decoded, stream: Stream, rate: int, number: int, streams: int) -> None:
+        """Note what a stream lacks, now that it was decoded."""
+        have = decoded.place / rate
+        of = f"part {number + 1} of {streams} of {self.name}" if streams > 1 else self.name
+        if stream.hole:
+            self._holes.append(f"{of} has a gap: {stream.hole} are missing or damaged")
+        if decoded.stopped:
+            return
+        missing = 0.0
+        if stream.frames is not None:
+            missing = (stream.frames - decoded.place - stream.padding) / rate
+        elif stream.lacking:
+            missing = have * stream.lacking / max(1, stream.length)
+        if missing > TOLERANCE:
+            whole = f"{have + missing:.2f} s that its header gives"
+            self._cut.append(f"{of} is cut off: it holds {have:.2f} of the {whole}")
+        elif stream.cut:
+            self._cut.append(f"{of} is cut off: it ends after {have:.2f} s without the mark of its end")
+        elif decoded.error and (stream.frames is None or missing > 0):
+            self._cut.append(f"{of} is damaged: after {have:.2f} s it cannot be read ({decoded.error})")
+
+    def _finish(self, count: int) -> None:
+        part = self._seconds is not None
+        end = self._start + (self._seconds or 0)
+        if (part and self._elapsed < end - TOLERANCE) or (self._start and not count):
+            until = f" to {end:g} s" if part else ""
+            raise InputError(
+                f"{self.name} lasts {self._elapsed:.2f} s; a part of it from {self._start:g}{until} was asked for"
+            )
+        problems = self._holes + ([] if part else self._cut)
+        if self._whole and problems:
+            raise InputError(f"{problems[0]}; copy it again, repair it or remove it")
+        if not count:
+            problem = f" ({problems[0]})" if problems else ""
+            raise InputError(f"{self.name} holds no samples{problem}; remove it or record it again")
+        self.warnings += problems
+        if self._judge:
+            self.warnings += [f"{self.name} {sentence}" for sentence in self._judge.sentences()]
+
+
+class _Sound(soundfile.SoundFile):
+    """A file as libsndfile decodes it, which soundfile must not wind back after every block."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _Decoded:
+    """The blocks (n, channels) float32 of a stream from sample `skip` to sample `last` (None: to its end).
+
+    After the iteration: place is the number of samples per channel that were passed, given those that were given out,
+    stopped whether it was `last` that ended it, error what the decoder said.
+    """
+
+    def __init__(self, sound: _Sound, stream: Stream, name: str, skip: int, last: int | None):
+        self.sound, self.stream, self.skip, self.last = sound, stream, skip, last
+        self.place = self.given = 0
+        self.stopped, self.error = False, ""
+        self.block = max(1, min(sound.samplerate, BLOCK // sound.channels))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self._wind()
+        failures = 0
+        while failures < 3:
+            if self.last is not None and self.place >= self.last:
+                self.stopped = True
+                return
+            block, failed = self._next()
+            failures = failures + 1 if failed and not len(block) else 0
+            first = min(len(block), max(0, self.skip - self.place))
+            self.place += len(block)
+            if first < len(block):
+                self.given += len(block) - first
+                yield block[first:]
+            if not failed and len(block) == 0:
+                return
+
+    def _wind(self) -> None:
+        frames = self.stream.frames or self.sound.frames
+        if not self.skip or not self.stream.exact or frames > 1 << 40:
+            return
+        try:
+            self.sound.seek(min(self.skip, self.sound.frames))
+            self.place = min(self.skip, self.sound.frames)
+        except READ_ERRORS:
+            self.sound.seek(0)
+
+    def _next(self) -> tuple[np.ndarray, bool]:
+        count = self.block if self.last is None else min(self.block, self.last - self.place)
+        out = np.full((count, self.sound.channels), np.nan, np.float32)
+        try:
+            return self.sound.read(out=out), False
+        except READ_ERRORS as error:  # what was decoded before it is in out
+            self.error = _reason(error)
+            return out[: len(out) - int(np.isnan(out[:, 0]).sum())], True
+
+
+def _check_sound(name: str, samples: np.ndarray) -> None:
+    if not np.maximum(-samples.min(initial=0), samples.max(initial=0)) <= LOUDEST:  # NaN is not
+        raise InputError(f"{name} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
+
+
+def _scale(source: Source, stream: Stream, sound: _Sound) -> float:
+    """Return what to multiply samples by: floating-point files may hold 16-bit numbers that nobody divided."""
+    if sound.subtype not in ("FLOAT", "DOUBLE"):
+        return 1.0
+    over = total = 0
+    with _Sound(View(source, stream.spans)) as other:
+        while len(block := other.read(max(1, BLOCK // other.channels), dtype="float32", always_2d=True)):
+            over += int((np.abs(block) > INTEGER_SCALE).sum())
+            total += int(np.count_nonzero(block))
+    return 1 / 32768 if over > 0.01 * total else 1.0
+
+
+class _Mixer:
+    """Turns blocks (n, channels) into (n,): the mean of the channels, or the loudest where they cancel each other out.
+
+    Whether they cancel is judged block by block on differences of neighbouring samples, which offsets and hum do not
+    fill. A decision stands until a block says otherwise.
+    """
+
+    def __init__(self, channels: int, scale: float):
+        self.channels, self.scale = channels, scale
+        self.chosen: int | None = None
+        self.warnings: list[str] = []
+        if scale != 1:
+            self.warnings.append("its samples are 16-bit numbers in floating point; they were divided by 32768")
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        if self.scale != 1:
+            block = block * np.float32(self.scale)
+        if self.channels == 1:
+            return np.ascontiguousarray(block[:, 0])
+        self._choose(block)
+        return block.mean(axis=1, dtype=np.float32) if self.chosen is None else block[:, self.chosen].copy()
+
+    def _choose(self, block: np.ndarray) -> None:
+        slopes = np.diff(block, axis=0)
+        energies = np.einsum("nc,nc->c", slopes, slopes, dtype=np.float64)
+        unrelated = energies.sum() / self.channels**2
+        if unrelated <= len(block) * AUDIBLE**2:
+            return
+        mean = slopes.mean(axis=1)
+        share = float(np.dot(mean, mean)) / unrelated
+        if share < CANCELLED:
+            if self.chosen is None or energies[self.chosen] < 0.1 * energies.max():
+                self.chosen = int(energies.argmax())
+            if not any("cancel" in sentence for sentence in self.warnings):
+                self.warnings.append("its channels cancel each other out (opposite phase); only the loudest is used")
+        elif share > TOGETHER:
+            self.chosen = None
+
+
+class _Judge:
+    """Measures the signal that is given out, for warnings on what makes recognition worse."""
+
+    WINDOW = 512
+
+    def __init__(self, sample_rate: int):
+        self.sample_rate = sample_rate
+        self.lowest_rate = sample_rate
+        self.peak = 0.0
+        self.samples = self.flat = 0
+        self.low = self.high = 0.0
+        hertz = np.fft.rfftfreq(self.WINDOW, 1 / sample_rate)
+        self.speech, self.above = (hertz > 300) & (hertz < 3400), (hertz > 4400) & (hertz < 7600)
+        self.taper = np.hanning(self.WINDOW).astype(np.float32)
+
+    def add(self, block: np.ndarray) -> None:
+        self.peak = max(self.peak, float(np.abs(block).max()))
+        frames = block[: len(block) // self.WINDOW * self.WINDOW].reshape(-1, self.WINDOW)
+        if self.sample_rate < 15_000 or not len(frames):
+            return
+        power = np.square(np.abs(np.fft.rfft(frames * self.taper)))
+        self.low += float(power[:, self.speech].sum())
+        self.high += float(power[:, self.above].sum())
+
+    def count_clipped(self, block: np.ndarray) -> None:
+        first, second = block[:-1, 0], block[1:, 0]
+        self.samples += len(block)
+        self.flat += int(((first == second) & (np.abs(first) > 0.5)).sum())
+
+    def sentences(self) -> list[str]:
+        found = []
+        if self.lowest_rate < self.sample_rate:
+            found.append(
+                f"is sampled at {self.lowest_rate} Hz and the model was trained at {self.sample_rate} Hz; "
+                "expect more errors"
+            )
+        elif self.low and self.high < NARROW * self.low:
+            found.append(
+                "holds nothing above 4 kHz, as telephone speech sampled at 8000 Hz; the model was trained on a "
+                f"band of {self.sample_rate // 2000} kHz; expect more errors"
+            )
+        if 0 < self.peak < VERY_QUIET:
+            found.append(f"is very quiet: its loudest sample is {20 * np.log10(self.peak):.0f} dB of full scale")
+        if self.flat > CLIPPED * self.samples:
+            share = 100 * self.flat / self.samples
+            found.append(f"is clipped: {share:.1f}% of its samples are at the top of the scale")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------ opening files
+
+
+def _open(path: str | Path, name: str, *, pipes: bool) -> int:
+    """Return the descriptor of a regular file with these bytes: the file, or a copy of what a pipe gives."""
+    if str(path) == "-":
+        descriptor = _standard_input()
+    else:
+        _look(path, name, pipes=pipes)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name} {_system_says(error)}") from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return descriptor
+        copy = _spool(descriptor, name, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return copy
+
+
+def _look(path: str | Path, name: str, *, pipes: bool) -> None:
+    """Raise InputError where opening cannot help, or would wait."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} {_system_says(error)}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
+    if stat.S_ISSOCK(mode) and not name.startswith(("/dev/", "/proc/")):
+        raise InputError(f"{name} is a socket; give a wav, flac, ogg or mp3 file")
+    if not stat.S_ISREG(mode) and not pipes:
+        raise InputError(f"{name} is a pipe, which can be read only once; give a wav, flac, ogg or mp3 file")
+
+
+def _standard_input() -> int:
+    try:
+        descriptor = os.dup(0)
+    except OSError:
+        raise InputError("standard input is closed; give a file, or send a recording through a pipe") from None
+    if os.isatty(descriptor):
+        os.close(descriptor)
+        raise InputError("standard input is a terminal; give a file, or send a recording through a pipe")
+    return descriptor
+
+
+def _spool(descriptor: int, name: str, mode: int) -> int:
+    """Copy what a pipe or socket gives into a file without a name, and return its descriptor."""
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
+    copy = _temporary()
+    try:
+        while data := os.read(descriptor, 1 << 20):
+            while data:
+                data = data[os.write(copy, data) :]
+    except OSError as error:
+        os.close(copy)
+        raise InputError(
+            f"{name} could not be copied to a temporary file ({error.strerror}); "
+            "make room or set TMPDIR to a folder with room"
+        ) from None
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
+
+
+def _temporary() -> int:
+    """Return the descriptor of a new file without a name: in the folder for temporary files, or in memory."""
+    try:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            return os.dup(file.fileno())
+    except OSError:
+        return os.memfd_create("recording")
+
+
+# ----------------------------------------------------------------------------------------------------- what is wrong
+
+FOREIGN = (
+    (4, b"ftyp", "MPEG-4 (m4a, mp4, mov)"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska (webm, mkv)"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (wma, asf)"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"\xff\xf1", "AAC"),
+    (0, b"\xff\xf9", "AAC"),
+    (0, b"\x0b\x77", "AC-3"),
+    (8, b"AVI ", "AVI"),
+    (0, b"FLV\x01", "Flash video"),
+    (0, b"wvpk", "WavPack"),
+    (0, b"MAC ", "Monkey's Audio"),
+    (0, b"TTA1", "True Audio"),
+    (0, b"MPCK", "Musepack"),
+    (0, b"MP+", "Musepack"),
+    (0, b".RMF", "RealMedia"),
+    (0, b"DSD ", "DSD"),
+    (0, b"OggS", "Ogg without Vorbis, Opus or FLAC"),
+    (0, b"\x00\x00\x01\xba", "MPEG video"),
+    (0, b"\x00\x00\x01\xb3", "MPEG video"),
+)
+TEXTS = ((b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
+         (b"<!doctype html", "a web page, perhaps an error page of a download; download it again"),
+         (b"<html", "a web page, perhaps an error page of a download; download it again"))  # fmt: skip
+
+
+def _refusal(source: Source, error: Exception) -> str:
+    """Say why the bytes of a file could not be opened as audio, and what to do."""
+    if source.error:
+        return f"cannot be read ({source.error.strerror})"
+    head = source.read(0, 64)
+    for magic, what in TEXTS:
+        if head.lower().startswith(magic):
+            return f"is {what}"
+    for place, magic, what in FOREIGN:
+        if head[place:].startswith(magic):
+            return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+    if not any(head):
+        return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"fLaC", b"NIST"):
+        return (
+            f"cannot be read as audio ({_reason(error)}): its header is damaged, or its coding is not known; "
+            "convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav"
+        )
+    return f"cannot be read as audio ({_reason(error)}); give a wav, flac, ogg or mp3 file"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, soundfile.LibsndfileError):
+        return error.error_string.strip().rstrip(".")
+    return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
+
+
+def _system_says(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    return f"cannot be opened ({getattr(error, 'strerror', None) or error})"

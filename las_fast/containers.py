@@ -1,0 +1,701 @@
+"""Where the sound lies in a file: the streams of a container, told from its bytes before anything is decoded.
+
+libsndfile reads the first stream of a file and believes its header. Real files have several streams (chained Ogg,
+joined mp3 or FLAC), headers that were written before the length was known, and ends that are missing. `find_streams`
+walks the container, and says for each stream which bytes to decode, with a header that is right, and how much ought to
+be there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+UNKNOWN = 0x7FFF0000  # bytes; a recorder that writes to a pipe claims this much or more, or none
+BEHIND = 1 << 16  # bytes behind the sound that may be anything
+WINDOW = 1 << 16  # bytes read at once
+Span = bytes | tuple[int, int]  # bytes made up here, or (start, end) in the file
+
+
+class Source:
+    """The bytes of an open file, read by position; a failing disk ends the file and is remembered."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+        self.error: OSError | None = None
+        self._start, self._window = 0, b""
+
+    def read(self, start: int, count: int) -> bytes:
+        """Return up to count bytes from start on."""
+        offset = start - self._start
+        if offset >= 0 and offset + count <= len(self._window):
+            return self._window[offset : offset + count]
+        self._start, self._window = start, self._pread(start, max(count, WINDOW))
+        return self._window[:count]
+
+    def _pread(self, start: int, count: int) -> bytes:
+        try:
+            return os.pread(self.descriptor, count, start) if 0 <= start < self.size else b""
+        except OSError as error:
+            self.error = error
+            return b""
+
+
+class View:
+    """Spans one after another as the file that libsndfile is given; no call raises."""
+
+    def __init__(self, source: Source, spans: tuple[Span, ...]):
+        self.source, self.spans = source, spans
+        lengths = [len(s) if isinstance(s, bytes) else s[1] - s[0] for s in spans]
+        self.starts = [0, *accumulate(lengths)]
+        self.place = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.starts[-1]}[whence]
+        self.place = max(0, base + offset)
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        done, room = 0, len(buffer)
+        while done < room and self.place < self.starts[-1]:
+            number = bisect_right(self.starts, self.place) - 1
+            span, offset = self.spans[number], self.place - self.starts[number]
+            count = min(room - done, self.starts[number + 1] - self.place)
+            made_up = isinstance(span, bytes)
+            data = span[offset : offset + count] if made_up else self.source.read(span[0] + offset, count)
+            if not data:
+                break
+            buffer[done : done + len(data)] = data
+            done, self.place = done + len(data), self.place + len(data)
+        return done
+
+    def read(self, count: int = -1) -> bytes:
+        buffer = bytearray(count if count >= 0 else max(0, self.starts[-1] - self.place))
+        return bytes(buffer[: self.readinto(buffer)])
+
+    def write(self, data) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream: the bytes to decode, and what should be there."""
+
+    spans: tuple[Span, ...]
+    frames: int | None = None  # samples per channel by the header
+    lacking: int = 0  # bytes by which the file is shorter than the header says
+    cut: bool = False  # the end is missing, by an unknown amount
+    hole: str = ""  # what is missing in the middle
+    exact: bool = True  # the decoder can seek to a sample
+    padding: int = 0  # samples per channel that an mp3 encoder added, and a decoder may take off
+
+    @property
+    def length(self) -> int:
+        return sum(len(s) if isinstance(s, bytes) else s[1] - s[0] for s in self.spans)
+
+
+@dataclass
+class Layout:
+    """What a file holds: its streams in order, and sentences on what is left behind."""
+
+    streams: list[Stream] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
+def find_streams(source: Source) -> Layout:
+    """Return the streams of a file. A file of no known kind is one stream, for libsndfile to judge."""
+    layout = Layout()
+    place = 0
+    while place < source.size:
+        place = _skip_tags(source, place)
+        walk = _walker(source.read(place, 16))
+        if walk is None:
+            if layout.streams and source.size - place > BEHIND:
+                layout.unread.append(f"has {source.size - place} bytes behind its sound, of an unknown kind")
+            break
+        before = len(layout.streams)
+        place = max(walk(source, place, layout), place + 1)
+        if len(layout.streams) == before:
+            break
+    if not layout.streams:
+        start = _skip_tags(source, 0)
+        _walk_mpeg(source, start, source.size, layout)
+    if not layout.streams:
+        layout.streams.append(Stream(((0, source.size),)))
+    return layout
+
+
+def _walker(head: bytes):
+    """Return the function that walks the container which begins with these bytes, or None."""
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+        return _walk_riff
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        return _walk_form
+    walkers = {b"OggS": _walk_ogg, b"fLaC": _walk_flac, b".snd": _walk_au, b"caff": _walk_caf, b"riff": _walk_w64}
+    if head[:4] in walkers:
+        return walkers[head[:4]]
+    if head[:7] == b"NIST_1A":
+        return _walk_nist
+    if head[:2] == b"\xff\xfb" or _mpeg_frame(head):
+        return lambda source, start, layout: _walk_mpeg(source, start, source.size, layout)
+    return None
+
+
+def _skip_tags(source: Source, place: int) -> int:
+    """Return where the sound begins behind ID3v2 tags."""
+    while (head := source.read(place, 10))[:3] == b"ID3" and len(head) == 10:
+        size = sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        place += 10 + size + (10 if head[5] & 16 else 0)
+    return place
+
+
+def _without_tags_behind(source: Source, start: int, end: int) -> int:
+    """Return the end of the sound before ID3v1 and APE tags."""
+    while True:
+        before = end
+        if source.read(end - 128, 3) == b"TAG" and end - 128 >= start:
+            end -= 128
+        footer = source.read(end - 32, 32)
+        if footer[:8] == b"APETAGEX" and len(footer) == 32:
+            size, flags = struct.unpack("<I", footer[12:16])[0], struct.unpack("<I", footer[20:24])[0]
+            end -= min(size + (32 if flags & 1 << 31 else 0), end - start)
+        if end == before:
+            return end
+
+
+# ------------------------------------------------------------------------------------------------- chunks: wav, AIFF
+
+
+def _is_chunk(source: Source, place: int, order: str) -> bool:
+    """Return whether a chunk may begin here: a name in ASCII, and a length that the file has room for."""
+    head = source.read(place, 8)
+    if len(head) < 8 or not all(32 <= byte < 127 for byte in head[:4]):
+        return False
+    length = struct.unpack(order + "I", head[4:])[0]
+    return head[:4] in (b"data", b"SSND", b"BODY") or place + 8 + length <= source.size + 1
+
+
+def _behind_chunk(source: Source, place: int, length: int, order: str) -> tuple[int, bool]:
+    """Return where the next chunk begins, and whether that is where it should: a pad byte may have been forgotten."""
+    end = place + 8 + length
+    if length % 2 == 0 or end + 1 >= source.size or _is_chunk(source, end + 1, order):
+        return end + length % 2, True
+    return (end, False) if _is_chunk(source, end, order) else (end + 1, True)
+
+
+def _chunks(source: Source, start: int, order: str, wanted: bytes):
+    """Return {name: (place, length)} of the chunks up to the wanted one, and whether all lay where they should."""
+    found, place, regular = {}, start + 12, True
+    while place + 8 <= source.size and wanted not in found and len(found) < 10_000:
+        name, length = struct.unpack(order + "4sI", source.read(place, 8))
+        found.setdefault(name, (place, length))
+        place, right = _behind_chunk(source, place, length, order)
+        regular &= right
+    return found, regular
+
+
+def _walk_riff(source: Source, start: int, layout: Layout) -> int:
+    """wav, big-endian wav and RF64."""
+    form = source.read(start, 4)
+    order = ">" if form == b"RIFX" else "<"
+    chunks, regular = _chunks(source, start, order, b"data")
+    if b"data" not in chunks or b"fmt " not in chunks:
+        layout.streams.append(Stream(((start, source.size),)))
+        return source.size
+    place, claimed = chunks[b"data"]
+    if form == b"RF64" and claimed == 0xFFFFFFFF and b"ds64" in chunks:
+        claimed = struct.unpack("<Q", source.read(chunks[b"ds64"][0] + 16, 8).ljust(8, b"\0"))[0]
+    begin, there = place + 8, source.size - place - 8
+    length = _true_length(source, begin, claimed, order)
+    end = begin + min(length, there)
+    format_place, format_length = chunks[b"fmt "]
+    content = source.read(format_place + 8, min(format_length, 4096))
+    if content[:2] in (b"\x55\0", b"\x50\0") and order == "<":
+        _walk_mpeg(source, begin, end, layout)
+    elif regular and length == claimed <= there:
+        layout.streams.append(Stream(((start, _behind_chunks(source, end, order)),)))
+    else:
+        header = _riff_header(order, content, end - begin)
+        layout.streams.append(Stream((header, (begin, end)), lacking=max(0, length - there)))
+    return _rest_of_riff(source, end, order, layout)
+
+
+def _true_length(source: Source, begin: int, claimed: int, order: str) -> int:
+    """Return how many bytes of sound there should be, given the length by the header."""
+    there = source.size - begin
+    if claimed > there:
+        return there if claimed >= UNKNOWN and not 0 < claimed - there < claimed // 2**10 else claimed
+    if claimed == 0 and not _is_chunk(source, begin, order):
+        return there
+    return there if there - claimed >= 2**32 - 2**16 else claimed  # more than 4 GiB, counted with 32 bits
+
+
+def _riff_header(order: str, content: bytes, length: int) -> bytes:
+    head = struct.pack(order + "4sI", b"fmt ", len(content)) + content + b"\0" * (len(content) % 2)
+    if length < 0xFFFFFF00 or order == ">":
+        size = min(4 + len(head) + 8 + length, 0xFFFFFFFF)
+        name = b"RIFX" if order == ">" else b"RIFF"
+        return struct.pack(order + "4sI4s", name, size, b"WAVE") + head + struct.pack(order + "4sI", b"data", length)
+    sizes = struct.pack("<4sIQQQI", b"ds64", 28, 4 + 36 + len(head) + 8 + length, length, 0, 0)
+    tail = struct.pack("<4sI", b"data", 0xFFFFFFFF)
+    return struct.pack("<4sI4s", b"RF64", 0xFFFFFFFF, b"WAVE") + sizes + head + tail
+
+
+def _behind_chunks(source: Source, end: int, order: str) -> int:
+    """Return the end of the chunks behind the sound."""
+    place, count = end + end % 2, 0
+    while place + 8 <= source.size and _is_chunk(source, place, order) and count < 1000:
+        if _walker(source.read(place, 16)):
+            return place
+        length = struct.unpack(order + "I", source.read(place + 4, 4))[0]
+        place, count = _behind_chunk(source, place, length, order)[0], count + 1
+    return min(max(place, end), source.size)
+
+
+def _rest_of_riff(source: Source, end: int, order: str, layout: Layout) -> int:
+    """Return where another file may begin that was appended; note bytes that are none and no chunks."""
+    for place in (end, end + 1):
+        if _walker(source.read(place, 16)):
+            return place
+    place = _behind_chunks(source, end, order)
+    place = place if _walker(source.read(place, 16)) else _without_tags_behind(source, place, source.size)
+    return place
+
+
+def _walk_form(source: Source, start: int, layout: Layout) -> int:
+    """AIFF, AIFF-C and Amiga IFF."""
+    sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
+    chunks, _ = _chunks(source, start, ">", sound)
+    if sound not in chunks:
+        layout.streams.append(Stream(((start, source.size),)))
+        return source.size
+    place, claimed = chunks[sound]
+    begin = place + 8
+    length = _true_length(source, begin, claimed, ">")
+    end = min(begin + length, source.size)
+    if length == claimed <= source.size - begin:
+        after = _behind_chunks(source, end, ">")
+        layout.streams.append(Stream(((start, after),)))
+        return after
+    head = bytearray(source.read(start, begin - start))
+    head[-4:] = struct.pack(">I", min(end - begin, 0xFFFFFFFF))
+    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=max(0, begin + length - source.size)))
+    return end
+
+
+# ------------------------------------------------------------------------- plain containers: one header, then samples
+
+
+def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, field_: tuple) -> int:
+    """Add the stream whose samples begin at `begin`; claimed is the header's count of bytes (None: unknown).
+
+    field_ is (place, packed length) of that count in the header, to be put right where it is wrong.
+    """
+    there = max(0, source.size - begin)
+    known = claimed is not None and (claimed > 0 or not there)
+    end = begin + (min(claimed, there) if known else there)
+    if known and claimed <= there:
+        layout.streams.append(Stream(((start, end),)))
+        return end
+    head = bytearray(source.read(start, begin - start))
+    place, form = field_
+    size = struct.calcsize(form)
+    head[place - start : place - start + size] = struct.pack(form, min(end - begin, 2 ** (8 * size - 1) - 1))
+    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=max(0, claimed - there) if known else 0))
+    return end
+
+
+def _walk_au(source: Source, start: int, layout: Layout) -> int:
+    offset, claimed = struct.unpack(">II", source.read(start + 4, 8).ljust(8, b"\0"))
+    known = None if claimed >= UNKNOWN and start + offset + claimed > source.size else claimed
+    return _append_plain(source, layout, start, start + max(24, offset), known, (start + 8, ">I"))
+
+
+def _walk_caf(source: Source, start: int, layout: Layout) -> int:
+    place = start + 8
+    while len(head := source.read(place, 12)) == 12:
+        name, length = struct.unpack(">4sq", head)
+        if name == b"data":
+            claimed = None if length < 4 else length
+            # The count of edits, four bytes, belongs to the chunk
+            return _append_caf(source, layout, start, place, claimed)
+        if length < 0:
+            break
+        place += 12 + length
+    layout.streams.append(Stream(((start, source.size),)))
+    return source.size
+
+
+def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed: int | None) -> int:
+    begin = place + 12
+    end = _append_plain(source, layout, start, begin, claimed, (place + 4, ">q"))
+    following = end
+    while len(head := source.read(following, 12)) == 12:
+        name, length = struct.unpack(">4sq", head)
+        if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following:
+            break
+        if _walker(source.read(following, 16)):
+            return following
+        following += 12 + length
+    if following > end:  # chunks behind the sound, as ALAC's packet table
+        layout.streams[-1] = replace(layout.streams[-1], spans=((start, following),))
+    return following
+
+
+W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
+
+
+def _walk_w64(source: Source, start: int, layout: Layout) -> int:
+    place = start + 40
+    while len(head := source.read(place, 24)) == 24:
+        length = struct.unpack("<q", head[16:])[0]
+        if head[:16] == W64_DATA:
+            claimed = length - 24 if 24 < length < 2**62 else None
+            there = source.size - place - 24
+            if claimed is not None and claimed <= there:
+                end = place + 24 + claimed + -claimed % 8
+                end = end if _walker(source.read(end, 16)) else source.size
+                layout.streams.append(Stream(((start, end),)))
+                return end
+            header = source.read(start, place - start + 16) + struct.pack("<q", 24 + there)
+            lacking = claimed - there if claimed is not None else 0
+            layout.streams.append(Stream((header, (place + 24, source.size)), lacking=lacking))
+            return source.size
+        if length < 24:
+            break
+        place += length + -length % 8
+    layout.streams.append(Stream(((start, source.size),)))
+    return source.size
+
+
+def _walk_nist(source: Source, start: int, layout: Layout) -> int:
+    """NIST SPHERE: a header of text."""
+    text = source.read(start, 1024).decode("latin-1")
+    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i (\d{1,15})\s*$", text, re.MULTILINE)}
+    header = int(text[8:16]) if text[8:16].strip().isdecimal() else 1024
+    size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
+    end = start + header + numbers.get("sample_count", 0) * size
+    layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
+    if _walker(source.read(end, 16)):
+        layout.streams[-1] = Stream(((start, end),))
+        return end
+    return source.size
+
+
+# -------------------------------------------------------------------------------------------------------------- FLAC
+
+FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+
+
+def _walk_flac(source: Source, start: int, layout: Layout) -> int:
+    head = source.read(start, 42)
+    frames = int.from_bytes(head[21:26], "big") & (1 << 36) - 1 if len(head) == 42 else 0
+    place, last = start + 4, False
+    while not last and len(block := source.read(place, 4)) == 4:
+        last = block[0] >= 128
+        place += 4 + int.from_bytes(block[1:], "big")
+    end = _find(source, FLAC_START, place)
+    sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
+    layout.streams.append(Stream(((start, sound_end),), frames=frames or None))
+    return end
+
+
+def _find(source: Source, pattern: re.Pattern, place: int, *, overlap: int = 8) -> int:
+    """Return where the pattern is found from place on, or the size of the file."""
+    step = 1 << 20
+    while place < source.size:
+        if match := pattern.search(source.read(place, step + overlap)):
+            return place + match.start()
+        place += step
+    return source.size
+
+
+# --------------------------------------------------------------------------------------------------------------- Ogg
+
+
+@dataclass
+class _Logical:
+    """A logical stream of an Ogg file."""
+
+    codec: str
+    spans: list[list[int]]
+    sequence: int
+    ended: bool = False
+    lost: int = 0  # pages
+
+
+OGG_CODECS = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC"}
+OGG_OTHERS = {b"Speex   ": "Speex", b"\x80theora": "Theora", b"fishead\0": "", b"BBCD": "Dirac", b"OVP80": "VP8"}
+
+
+def _walk_ogg(source: Source, start: int, layout: Layout) -> int:
+    """Each link of a chain is a stream; of a link's streams that run side by side the first of a known codec is one."""
+    links: list[dict[int, _Logical]] = []
+    place, begun, junk, broken = start, False, 0, False
+    while place < source.size:
+        head = source.read(place, 27 + 255)
+        if head[:5] != b"OggS\0":
+            after = _find(source, re.compile(rb"OggS\x00"), place + 1)
+            junk, place = junk + after - place, after
+            continue
+        segments = head[26] if len(head) >= 27 else 255
+        body = place + 27 + segments
+        after = body + sum(head[27 : 27 + segments])
+        if len(head) < 27 + segments or after > source.size:
+            broken = True
+            break
+        flags, serial = head[5], head[14:18]
+        sequence = int.from_bytes(head[18:22], "little")
+        if flags & 2:  # the first page of a logical stream
+            if begun or not links or serial in links[-1]:
+                links.append({})
+                begun = False
+            links[-1][serial] = _Logical(_codec(source.read(body, 8)), [[place, after]], sequence)
+        elif links and (logical := links[-1].get(serial)):
+            begun = True
+            _add_page(logical, place, after, sequence)
+        if links and serial in links[-1]:
+            links[-1][serial].ended |= bool(flags & 4)
+        place = after
+    for number, link in enumerate(links):
+        _append_link(link, layout, last=number == len(links) - 1, broken=broken)
+    return source.size if links else start
+
+
+def _codec(packet: bytes) -> str:
+    for names, readable in ((OGG_CODECS, True), (OGG_OTHERS, False)):
+        for magic, name in names.items():
+            if packet.startswith(magic):
+                return name if readable else f"-{name}"
+    return "-a stream of an unknown kind"
+
+
+def _add_page(logical: _Logical, place: int, after: int, sequence: int) -> None:
+    logical.lost += max(0, sequence - logical.sequence - 1)
+    logical.sequence = sequence
+    if logical.spans[-1][1] == place:
+        logical.spans[-1][1] = after
+    else:
+        logical.spans.append([place, after])
+
+
+def _append_link(link: dict[int, _Logical], layout: Layout, *, last: bool, broken: bool) -> None:
+    readable = [logical for logical in link.values() if not logical.codec.startswith("-")]
+    if not readable:
+        others = ", ".join(filter(None, (logical.codec[1:] for logical in link.values())))
+        layout.unread.append(f"holds a part in Ogg of {others or 'an unknown kind'}, which is not read")
+        return
+    if len(readable) > 1:
+        layout.unread.append(f"holds {len(readable)} streams of sound side by side, of which only the first is read")
+    first = readable[0]
+    layout.streams.append(
+        Stream(
+            tuple((a, b) for a, b in first.spans),
+            cut=last and (broken or not first.ended),
+            hole=f"{first.lost} pages of Ogg" if 0 < first.lost < 1 << 20 else "",
+        )
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- MPEG
+
+KBPS = {
+    (1, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+
+
+@dataclass(frozen=True)
+class _Frame:
+    length: int  # bytes
+    samples: int
+    kind: tuple  # version, layer, rate, whether mono: what stays the same within a stream
+    info: int  # offset of a Xing header, if this frame is one
+
+
+_known_frames: dict[bytes, _Frame | None] = {}
+
+
+def _mpeg_frame(head: bytes) -> _Frame | None:
+    """Return what the header of an MPEG audio frame says, or None where it is none."""
+    key = head[:4]
+    if key not in _known_frames:
+        if len(_known_frames) > 4096:
+            _known_frames.clear()
+        _known_frames[key] = _parse_frame(key)
+    return _known_frames[key]
+
+
+def _parse_frame(head: bytes) -> _Frame | None:
+    if len(head) < 4 or head[0] != 255 or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
+    rate_index, kbps_index, pad = head[2] >> 2 & 3, head[2] >> 4, head[2] >> 1 & 1
+    if version == 1 or layer == 4 or rate_index == 3 or kbps_index in (0, 15) or head[3] & 3 == 2:
+        return None
+    rate, bits = MPEG_RATES[version][rate_index], KBPS[1 if version == 3 else 2, layer][kbps_index] * 1000
+    mono = head[3] >> 6 == 3
+    samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
+    length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
+    side = ((17 if mono else 32) if version == 3 else (9 if mono else 17)) + 4
+    return _Frame(length, samples, (version, layer, rate, mono), side + (0 if head[1] & 1 else 2))
+
+
+@dataclass
+class _Mpeg:
+    """A run of MPEG frames of one kind."""
+
+    first: bytes  # header of the first frame
+    kind: tuple
+    spans: list[list[int]]
+    info: bytes = b""  # the frame that counts the others, if there is one
+    frames: int = 0
+    lost: int = 0  # bytes in the middle that are no frames
+    cut: bool = False
+
+
+def _walk_mpeg(source: Source, start: int, end: int, layout: Layout) -> int:
+    """mp3 and its elders. Frames are counted one by one, since headers that count them are missing or wrong."""
+    end = _without_tags_behind(source, start, end)
+    runs: list[_Mpeg] = []
+    place = _first_frame(source, start, min(end, start + (1 << 20)), end)
+    skipped = 0
+    while place is not None and place < end:
+        head = source.read(place, 4)
+        frame = _mpeg_frame(head)
+        if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, place, end, 2)):
+            tagged = _skip_tags(source, place)
+            after = tagged if tagged > place else _first_frame(source, place + 1, end, end)
+            if after is None:
+                break
+            skipped, place = (skipped, after) if tagged > place else (skipped + after - place, after)
+            continue
+        if place + frame.length > end:
+            if runs:
+                runs[-1].cut = True
+            break
+        _add_frame(source, runs, place, head, frame, skipped)
+        skipped, place = 0, place + frame.length
+    for run in runs:
+        layout.streams.append(_mpeg_stream(source, run))
+    return source.size
+
+
+def _add_frame(source: Source, runs: list[_Mpeg], place: int, head: bytes, frame: _Frame, skipped: int) -> None:
+    counts = _counting_frame(source, place, frame)
+    if counts or not runs or frame.kind != runs[-1].kind:
+        if counts:
+            runs.append(_Mpeg(head, frame.kind, [], source.read(place, frame.length)))
+            return
+        runs.append(_Mpeg(head, frame.kind, []))
+    run = runs[-1]
+    if run.spans and run.spans[-1][1] == place:
+        run.spans[-1][1] = place + frame.length
+    else:
+        run.lost += skipped if run.spans else 0
+        run.spans.append([place, place + frame.length])
+    if not run.frames and run.info:
+        run.kind = frame.kind
+    run.frames += 1
+
+
+def _counting_frame(source: Source, place: int, frame: _Frame) -> bool:
+    if frame.kind[1] != 3:
+        return False
+    head = source.read(place, 40)
+    return head[frame.info : frame.info + 4] in (b"Xing", b"Info") or head[36:40] == b"VBRI"
+
+
+def _chain(source: Source, place: int, end: int, count: int) -> bool:
+    """Return whether `count` frames of one kind follow each other here, or fewer that end with the file."""
+    kind = None
+    for _ in range(count):
+        frame = _mpeg_frame(source.read(place, 4))
+        if frame is None or kind not in (None, frame.kind):
+            return False
+        kind, place = frame.kind, place + frame.length
+        if place >= end:
+            return place == end
+    return True
+
+
+SYNC = re.compile(rb"\xff[\xe2-\xff]")
+
+
+def _first_frame(source: Source, place: int, until: int, end: int) -> int | None:
+    """Return where frames begin between place and until, or None."""
+    while place < until:
+        window = source.read(place, WINDOW)
+        for match in SYNC.finditer(window[: until - place]):
+            if _chain(source, place + match.start(), end, 4):
+                return place + match.start()
+        place += max(1, len(window) - 1)
+    return None
+
+
+def _mpeg_stream(source: Source, run: _Mpeg) -> Stream:
+    samples = _parse_frame(run.first).samples
+    claimed, size = _counted(run.info, _parse_frame(run.first))
+    sound = tuple((a, b) for a, b in run.spans)
+    length = sum(b - a for a, b in sound)
+    frames = max(run.frames, claimed) * samples
+    hole = f"{run.lost} bytes in the middle, which are no sound," if run.lost > 4096 else ""
+    options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "exact": False}
+    if run.kind[1] != 3:
+        return Stream(sound, **options)
+    if run.info and claimed == run.frames and abs(size - length - len(run.info)) <= length // 100:
+        return Stream((run.info, *sound), **options, padding=_padding(run))
+    info = _info_frame(run, length)
+    return Stream((info, *sound), **options, padding=_padding(run))
+
+
+def _padding(run: _Mpeg) -> int:
+    """Return the samples that a decoder may take off at both ends, by the encoder's note, or a frame without one."""
+    place = _parse_frame(run.first).info + 120 + 21
+    numbers = int.from_bytes(run.info[place : place + 3], "big") if len(run.info) >= place + 3 else 0
+    return (numbers >> 12) + (numbers & 0xFFF) + 1152
+
+
+def _counted(info: bytes, frame: _Frame) -> tuple[int, int]:
+    """Return the frames and bytes that a counting frame gives, or 0."""
+    xing = info[frame.info : frame.info + 16].ljust(16, b"\0")
+    if xing[:4] in (b"Xing", b"Info"):
+        flags, *numbers = struct.unpack(">III", xing[4:])
+        found = [numbers.pop(0) if flags & bit else 0 for bit in (1, 2)]
+        return found[0] if found[0] < 1 << 28 else 0, found[1]
+    if info[36:40] == b"VBRI" and len(info) >= 54:
+        size, frames = struct.unpack(">II", info[46:54])
+        return frames if frames < 1 << 28 else 0, size
+    return 0, 0
+
+
+def _info_frame(run: _Mpeg, length: int) -> bytes:
+    """Return a frame that gives the true count, so that the decoder neither guesses nor stops early."""
+    head = bytearray(run.first)
+    head[1] |= 1  # no checksum
+    frame = None
+    for index in range(1, 15):
+        head[2] = index << 4 | head[2] & 0x0D
+        frame = _parse_frame(bytes(head))
+        if frame.length >= frame.info + 16 + 140:
+            break
+    size = frame.length
+    info, at = run.info, _parse_frame(run.first).info
+    body = struct.pack(">4sIII", b"Xing", 3, run.frames, length + size)
+    flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 160 else 0
+    if flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc"):  # keep the encoder's delay
+        body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + size) + info[at + 16 : at + 156]
+    return bytes(head) + bytes(frame.info - 4) + (body + bytes(size))[: size - frame.info]
