@@ -18,7 +18,6 @@ of an order have the count i. Before a sentence comes <sos> order-1 times, after
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
 import os
 import zlib
@@ -169,27 +168,18 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
 
     split: of an archive, a LibriSpeech folder or a manifest; empty: every training split it has.
     """
-    from las_fast.data import hw4p2, librispeech, manifest
+    from las_fast.data import files, hw4p2, kaldi, librispeech, manifest
 
-    if source.is_dir() and next(source.glob("*.npy"), None) is not None:
-        yield from (hw4p2.read_transcript(path) for path in sorted(source.glob("*.npy")))
+    if source.is_dir() and (arrays := files.files(source, {".npy"})):
+        yield from map(hw4p2.read_transcript, arrays)
+    elif kaldi.is_text(source):
+        yield from (text for _, _, text in kaldi.read_table(source))
     elif source.is_dir() or source.suffix.lower() in manifest.SUFFIXES:
         yield from _read_corpus(source, split)
-    elif source.name.endswith(".trans.txt"):
+    elif source.name.lower().endswith(".trans.txt"):
         yield from (text for _, text in librispeech.read_transcripts(source))
     else:
-        yield from _read_lines(source)
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
-            yield from lines
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; give a file with a sentence a line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path} cannot be read ({reason}); give a file with a sentence a line") from None
+        yield from files.read_lines(source)
 
 
 def _read_corpus(root: Path, split: str) -> Iterator[str]:

@@ -22,7 +22,14 @@ from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
 from las_fast.cli import cores, make_folder, parse_settings, run
 from las_fast.config import Config, ModelConfig, check, load_config, presets, to_yaml
-from las_fast.data.dataset import Corpus, SpeechDataset, load_dataset, open_corpus, shared_recordings
+from las_fast.data.dataset import (
+    Corpus,
+    SpeechDataset,
+    divided_recordings,
+    load_dataset,
+    open_corpus,
+    shared_recordings,
+)
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
 from las_fast.trainer import Trainer
@@ -212,6 +219,11 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         print(
             f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech; "
             "name other utterances with --data.dev, or in the manifest's column split"
+        )
+    elif divided := divided_recordings(train, dev):
+        print(
+            f"warning: {divided} recordings have parts in both the training and the dev splits; the dev scores are for "
+            "voices and rooms that are trained on; put all parts of a recording into one split"
         )
     return train, dev
 

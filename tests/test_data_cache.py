@@ -126,6 +126,7 @@ def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "SMALL", 0)
     manifest = make_manifest(tmp_path / "data", utterances=20)
     write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
+    manifest.write_text(manifest.read_text().replace("train-5.wav\t0.4", "train-5.wav\t3.0"))
     corpus = open_corpus(manifest)
     plain = fill(corpus, folder / "1", "train", FeatureConfig(), workers=1)
     held = []

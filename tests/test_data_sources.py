@@ -193,5 +193,7 @@ def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
 def test_the_shared_manifest_is_read_whole(shared):
     if not (shared / "speech" / "manifest.tsv").is_file():
         pytest.skip("../shared/speech is absent")
+    rows = (shared / "speech" / "manifest.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    splits = [row.split("\t")[4] for row in rows]
     corpus = open_corpus(shared / "speech")
-    assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [8410, 825]
+    assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [splits.count(s) for s in ("train", "dev")]

@@ -234,8 +234,8 @@ def test_every_kind_of_text_is_read(tmp_path):
     manifest = make_manifest(tmp_path / "manifest")
     rows = list(csv.DictReader(manifest.open(), delimiter="\t"))
     told = {split: [row["transcript"] for row in rows if row["split"] == split] for split in ("train", "dev")}
-    assert list(read_texts(tmp_path / "plain.txt")) == ["one line\n", "\n", "another\n"]
-    assert list(read_texts(tmp_path / "more.txt.gz")) == ["zipped\n"]
+    assert list(read_texts(tmp_path / "plain.txt")) == ["one line", "", "another"]
+    assert list(read_texts(tmp_path / "more.txt.gz")) == ["zipped"]
     assert list(read_texts(tmp_path / "1.trans.txt")) == ["HELLO THERE", "YES"]
     assert list(read_texts(manifest)) == told["train"] and list(read_texts(manifest, "dev")) == told["dev"]
     assert list(read_texts(make_manifest(tmp_path / "json", suffix=".jsonl"))) == told["train"]

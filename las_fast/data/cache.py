@@ -38,11 +38,12 @@ from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 from las_fast.progress import Progress
 
-VERSION = 1  # raise it when the meaning of the stored frames or of the index changes
+VERSION = 2  # raise it when the meaning of the stored frames or of the index changes
 CHUNK = 16  # utterances that a worker takes at a time
 ANSWER_BYTES = 8 << 20  # frames in one answer of a worker, or one utterance
 GROUP_SECONDS = 120.0  # of audio that are turned into frames at once, or one recording
 SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02  # a recording may be so much shorter than the manifest says, whichever is more
+LONG_SECONDS, LONG_SHARE = 1.0, 0.2  # and so much longer
 UNUSED = 30 * 24 * 3600  # seconds after which an earlier entry of the same split goes, when a new one is built
 SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
 ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
@@ -169,8 +170,8 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
     digest = hashlib.sha256(json.dumps(settings).encode())
     for u in utterances:
         text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
-        length = [u.seconds] if corpus.kind == "audio" else []
-        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *length]).encode())
+        what = [u.seconds, u.start, u.is_part] if corpus.kind == "audio" else []
+        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *what, u.problem]).encode())
     return digest.hexdigest()[:20]
 
 
@@ -393,6 +394,9 @@ def _checked(item: Item, utterance: Utterance) -> Item:
 
 def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) -> Iterator[Item]:
     for u in chunk:
+        if u.problem:
+            yield Item(u.id, problem=u.problem)
+            continue
         try:
             array = np.load(u.path, allow_pickle=False)
         except LOAD_ERRORS as error:
@@ -431,15 +435,44 @@ def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[It
 def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     from las_fast.audio import load_audio
 
+    if u.problem:
+        return None, Item(u.id, problem=u.problem)
     try:
-        waveform = load_audio(u.path, rate, whole=True)
+        waveform = _read_part(u, rate) if u.is_part else load_audio(u.path, rate, whole=True)
     except InputError as error:
         return None, Item(u.id, problem=str(error))
     seconds = len(waveform) / rate
-    if u.seconds and u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
-        held = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s; copy it again or correct that"
-        return None, Item(u.id, problem=held)
+    if problem := _wrong_length(u, seconds):
+        return None, Item(u.id, problem=problem)
     return waveform, Item(u.id, None, seconds)
+
+
+def _read_part(u: Utterance, rate: int) -> np.ndarray:
+    """Return the samples of a part of a recording."""
+    from las_fast.features import load_audio
+
+    samples = load_audio(u.path, rate, whole=True)
+    first = round(u.start * rate)
+    last = len(samples) if u.seconds is None else round((u.start + u.seconds) * rate)
+    if first >= len(samples):
+        length = len(samples) / rate
+        raise InputError(f"{u.path} holds {length:.2f} s, so no part begins at {u.start:.2f} s; correct its offset")
+    return samples[first:last]
+
+
+def _wrong_length(u: Utterance, seconds: float) -> str:
+    """Say how the seconds that were read differ from those that the data speak of, or ""."""
+    if not u.seconds:
+        return ""
+    held = f"{u.path} holds {seconds:.2f} s{f' from {u.start:.2f} s on' if u.is_part else ''}"
+    if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
+        return f"{held}, the manifest says {u.seconds:.2f} s; copy it again or correct that"
+    if not u.is_part and seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
+        return (
+            f"{held}, the manifest says {u.seconds:.2f} s; correct that, or say which part is meant in a column "
+            "'offset' (0 for the first seconds)"
+        )
+    return ""
 
 
 def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:

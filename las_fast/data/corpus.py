@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,11 @@ from typing import Literal
 
 from las_fast.errors import InputError
 
+ROLES = {  # what splits that play a role are called, the first choice first; more may follow after a hyphen
+    "train": ("train", "training"),
+    "dev": ("dev", "dev-clean", "valid", "validation", "val", "development", "devel", "eval", "evaluation"),
+    "test": ("test", "test-clean", "testing"),
+}
 UNIONS = {"460": ("100", "360"), "960": ("100", "360", "500")}  # hours of LibriSpeech training folders that go together
 
 
@@ -18,7 +24,15 @@ class Utterance:
     id: str
     path: Path  # features (.npy) or audio; it may be missing, which loading reports
     transcript: str | Path | None  # the text, the .npy that holds it, or None where there is none
-    seconds: float | None = None  # how long the recording should be, where the data say so
+    seconds: float | None = None  # how long the recording should be, or the part is, where the data say so
+    start: float = 0.0  # seconds into the recording
+    is_part: bool = False  # only `seconds` from `start` are meant, or all from there without them
+    problem: str = ""  # why it cannot be used, where that is known before the file is read
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Start and end of what is read, in seconds; the end is infinite where nothing ends it before the recording."""
+        return self.start, self.start + self.seconds if self.is_part and self.seconds else math.inf
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Corpus:
     transposed: bool = False  # files hold (F, T)
     header: tuple[str, str] = ("id", "label")
     numbered: bool = False
+    naming: str = "name one of its folders so"  # what gives the data a split that they lack
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -68,8 +83,14 @@ class Corpus:
     def _resolve_one(self, part: str) -> tuple[str, ...]:
         if part in self.listings:
             return (part,)
-        if part in self.roles:
-            return self.roles[part]
+        if named := [name for name in self.listings if name.casefold() == part.casefold()]:
+            return tuple(named[:1])
+        role = next((role for role, names in ROLES.items() if part.casefold() in (role, *names)), part)
+        if role in self.roles:
+            return self.roles[role]
+        return self._of_hours(part)
+
+    def _of_hours(self, part: str) -> tuple[str, ...]:
         hours = part.removeprefix("train-").removeprefix("clean-")
         train = [name for name in self.listings if name.startswith("train-")]
         named = {re.sub(r"^train-(clean|other)-", "", name): name for name in train}
@@ -80,28 +101,35 @@ class Corpus:
 
     def _missing(self, part: str) -> str:
         roles = [f"{role} ({', '.join(names)})" for role, names in self.roles.items() if names != (role,)]
-        return f"{self.root} has no split {part!r}; it has {', '.join([*self.listings, *roles])}"
+        there = ", ".join([*self.listings, *roles])
+        remedy = "give one of these (--split, in training --data.train and --data.dev)"
+        if part in ROLES:
+            remedy += f", or {self.naming}"
+        return f"{self.root} has no split {part!r}; it has {there}; {remedy}"
+
+
+def role_of(split: str) -> str | None:
+    """Return which role (train, dev, test) a split's name speaks of, or None."""
+    plain = _plain(split)
+    if plain.startswith("train"):
+        return "train"
+    first = re.split(r"-|\d", plain, maxsplit=1)[0]
+    return next((role for role, names in ROLES.items() if first in names), None)
 
 
 def assign_roles(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return which splits are train, dev and test, by their names; a role that no split plays is left out."""
-    splits = tuple(splits)
-
-    def role(*names: str, prefix: str = "") -> tuple[str, ...]:
-        exact = tuple(name for name in names if name in splits)[:1]
-        return exact or tuple(name for name in splits if prefix and name.startswith(prefix))
-
-    roles = {
-        "train": role("train", prefix="train"),
-        "dev": role("dev", "dev-clean", "valid", "validation"),
-        "test": role("test", "test-clean"),
-    }
-    return {name: found for name, found in roles.items() if found}
+    plain = {split: _plain(split) for split in splits}
+    roles: dict[str, tuple[str, ...]] = {}
+    for role, names in ROLES.items():
+        exact = next((split for name in names for split, own in plain.items() if own == name), None)
+        others = tuple(split for split, own in plain.items() if role_of(own) == role)
+        if exact is not None:
+            roles[role] = (exact,)
+        elif others and (role == "train" or len(others) == 1):
+            roles[role] = others
+    return roles
 
 
-def subfolders(path: Path) -> list[Path]:
-    """Return the folders in a folder, sorted; hidden ones, and those that a Mac adds to a zip, are left out."""
-    try:
-        return sorted(p for p in path.iterdir() if not p.name.startswith((".", "__MACOSX")) and p.is_dir())
-    except OSError as error:
-        raise InputError(f"{path} cannot be listed: {error.strerror}; check the path and its permissions") from None
+def _plain(split: str) -> str:
+    return split.strip().casefold().replace("_", "-")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +16,20 @@ import torch
 
 from las_fast.cli import expand
 from las_fast.config import DataConfig, FeatureConfig
-from las_fast.data import hw4p2, librispeech, manifest
+from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
+from las_fast.data.files import listed
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
 from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
 
 __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
-           "shared_recordings"]  # fmt: skip
+           "divided_recordings", "shared_recordings"]  # fmt: skip
 
+OVERLAP = 0.25  # seconds at either end that parts of a recording may share
+PACKED = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 LISTED = 10  # skipped utterances that are named; the rest are counted
 
 
@@ -36,22 +42,19 @@ class Statistics:
 
 
 def open_corpus(root: str | Path) -> Corpus:
-    """Recognise a data root: an HW4P2 archive of any edition, a LibriSpeech folder, or a manifest or a folder with one.
+    """Recognise a data root: an HW4P2 archive of any edition, a folder of LibriSpeech, Kaldi or Common Voice, an audio
+    folder, or a manifest or a folder with one.
 
-    An archive may also lie up to two folders below the root, or the root may be one of its splits. Raises InputError
-    when the root is missing or empty, or when nothing or more than one thing is found.
+    An archive may also lie up to two folders below the root, or the root may be one split of what is known. Raises
+    InputError when the root is missing or empty, or when nothing or more than one thing is found.
     """
     root = expand(root)
     try:
         root.stat()
     except (OSError, ValueError) as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error})"
-        raise InputError(f"{root} {what}; give the folder that holds the data") from None
+        raise InputError(_no_root(root, error)) from None
     if root.is_file():
-        if root.suffix.lower() not in manifest.SUFFIXES:
-            endings = " or ".join(manifest.SUFFIXES)
-            raise InputError(f"{root} is a file; expected a folder, or a manifest ending in {endings}")
-        return manifest.open_manifest(root)
+        return _open_file(root)
     if not root.is_dir():
         raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
     archives = hw4p2.find_archives(root)
@@ -61,21 +64,76 @@ def open_corpus(root: str | Path) -> Corpus:
         return hw4p2.open_archive(archives[0])
     if folder := librispeech.find_librispeech(root):
         return librispeech.open_librispeech(folder)
-    manifests = manifest.find_manifests(root)
-    if len(manifests) == 1:
-        return manifest.open_manifest(manifests[0])
-    what = "is empty" if next(root.iterdir(), None) is None else "has no layout that is known"
-    if manifests:
-        what = f"has {len(manifests)} manifests"
-    raise InputError(f"{root} {what}; looked for {hw4p2.LAYOUT}, {librispeech.LAYOUT}, and {manifest.LAYOUT}")
+    if folder := kaldi.find_kaldi(root):
+        return kaldi.open_kaldi(folder)
+    tables = manifest.find_tables(root)
+    if len(tables) == 1 or (tables and all(table.split for table in tables)):
+        return manifest.open_tables(root, tables)
+    raise InputError(_unknown(root, tables))
+
+
+def _open_file(path: Path) -> Corpus:
+    if path.suffix.lower() in manifest.SUFFIXES:
+        return manifest.open_manifest(path)
+    if (folder := kaldi.find_kaldi(path.parent)) and path.name in kaldi.FILES:
+        return kaldi.open_kaldi(folder)
+    if path.suffix.lower() == ".npy" and (advice := old_editions.advice(path.parent)):
+        raise InputError(advice)
+    endings = ", ".join(manifest.SUFFIXES)
+    raise InputError(f"{path} is a file; expected a folder, or a manifest ending in {endings}")
+
+
+def _no_root(root: Path, error: Exception) -> str:
+    """Say why a root cannot be opened; one that names a split of the data beside it is common."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        with suppress(InputError):
+            corpus = open_corpus(root.parent) if root.parent.exists() else None
+            if corpus and (splits := corpus.resolve(root.name)):
+                return (
+                    f"{root} does not exist, but {root.parent} has a split {'+'.join(splits)}; give {root.parent}, and "
+                    "the split with --split (in training --data.train and --data.dev)"
+                )
+    what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error})"
+    return f"{root} {what}; give the folder that holds the data"
+
+
+def _unknown(root: Path, tables: list[manifest.Table]) -> str:
+    """Say what was looked for in a folder, and what of it is there."""
+    there = listed(root)
+    if advice := old_editions.advice(root):
+        return advice
+    looked = ", ".join((hw4p2.LAYOUT, librispeech.LAYOUT, kaldi.LAYOUT))
+    if tables:
+        names = ", ".join(table.path.name for table in tables[:5])
+        return (
+            f"{root} has {len(tables)} manifests ({names}); give one of them, or name each for its split, such as "
+            "train.tsv and dev.tsv"
+        )
+    closed = next((path for path in there if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None)
+    if closed is not None:
+        return f"{closed} cannot be listed: Permission denied; check its permissions"
+    what = "has no layout that is known" if there else "is empty"
+    return f"{root} {what}; looked for {looked}, and {manifest.LAYOUT}{_hint(there)}"
+
+
+def _hint(there: list[Path]) -> str:
+    """Say what to do with files that hold data in a form that is not read."""
+    kinds = {path.suffix.lower() for path in there}
+    if found := sorted(kinds & PACKED):
+        return f"; it has {', '.join(found)} files, which must be unpacked first"
+    if found := sorted(kinds & {".parquet", ".arrow"}):
+        return f"; it has {', '.join(found)} files; write their recordings to files, with metadata.csv beside them"
+    if kinds & librispeech.AUDIO_SUFFIXES:
+        return "; it has recordings but nothing that names their transcripts: write a manifest"
+    return ""
 
 
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances of one or more splits, in the corpus's order; item i is (T, features.input_size) float32.
 
-    ids: names; paths: their files; texts: transcripts or None; frames: (N,) int64 raw frames; seconds: (N,) float64;
-    skipped: (id, reason) of what was left out; positions: (N,) int64 row of each utterance, counting what was left out;
-    statistics: for normalisation "global", else None.
+    ids: names; paths: their files; spans: start and end in these in seconds; texts: transcripts or None; frames: (N,)
+    int64 raw frames; seconds: (N,) float64; skipped: (id, reason) of what was left out; positions: (N,) int64 row of
+    each utterance, counting what was left out; statistics: for normalisation "global", else None.
     """
 
     def __init__(self, parts: list[tuple[CacheEntry, np.ndarray]], features: FeatureConfig):
@@ -83,6 +141,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.features = features
         self.ids: list[str] = []
         self.paths: list[Path] = []
+        self.spans: list[tuple[float, float]] = []
         self.texts: list[str | None] = []
         self.skipped: list[tuple[str, str]] = []
         self.statistics: Statistics | None = None
@@ -176,6 +235,7 @@ def load_dataset(
     for k, ((entry, kept), utterances) in enumerate(zip(parts, listed, strict=True)):
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
         dataset.paths += [utterances[place].path for place in entry.places[kept].tolist()]
+        dataset.spans += [utterances[place].span for place in entry.places[kept].tolist()]
         dataset.texts += [check.text(entry.texts[i]) for i in kept]
         dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
     _report(corpus, splits, dataset)
@@ -185,8 +245,36 @@ def load_dataset(
 
 
 def shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Return how many recordings (files) are in both."""
-    return len({os.path.abspath(path) for path in first.paths} & {os.path.abspath(path) for path in second.paths})
+    """Return how many utterances of the second are recordings, or overlap with parts of recordings, of the first."""
+    spans: dict[tuple, list[tuple[float, float]]] = {}
+    for path, span in zip(first.paths, first.spans, strict=True):
+        spans.setdefault(_identity(path), []).append(span)
+    starts, ends = {}, {}
+    for file, found in spans.items():
+        found.sort()
+        starts[file] = [start for start, _ in found]
+        ends[file] = list(accumulate((end for _, end in found), max))
+    shared = 0
+    for path, (start, end) in zip(second.paths, second.spans, strict=True):
+        file = _identity(path)
+        margin = min(OVERLAP, (end - start) / 4)  # parts may touch
+        before = bisect_left(starts.get(file, []), end - margin)
+        shared += before > 0 and ends[file][before - 1] > start + margin
+    return shared
+
+
+def divided_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
+    """Return how many recordings have parts in both."""
+    return len(set(map(_identity, first.paths)) & set(map(_identity, second.paths)))
+
+
+def _identity(path: Path) -> tuple:
+    """Return what a file and all links to it share."""
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return (os.path.abspath(path),)
+    return facts.st_dev, facts.st_ino
 
 
 def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
@@ -250,7 +338,8 @@ def _load_split(
     twice = _repeated(utterances)
     if stop:  # what is known before any file is read is said before hours of reading
         for place, u in enumerate(utterances):
-            problem = twice.get(place) or ("" if isinstance(u.transcript, Path) else check(u, u.transcript))
+            problem = u.problem or twice.get(place)
+            problem = problem or ("" if isinstance(u.transcript, Path) else check(u, u.transcript))
             if problem:
                 raise InputError(f"{problem}{OR_SKIP}")
     refuse = check if stop else None

@@ -6,7 +6,7 @@ An edition is recognised by its folders and by the size of a frame, and decides 
 from __future__ import annotations
 
 import csv
-import re
+import os
 import tokenize
 import zipfile
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from las_fast.data.corpus import Corpus, Utterance, assign_roles, subfolders
+from las_fast.data.corpus import Corpus, Utterance, assign_roles
+from las_fast.data.files import files, read_lines, subfolders
+from las_fast.data.symbols import join_symbols
 from las_fast.errors import InputError
 
 FEATURE_FOLDERS = ("mfcc", "fbank")
@@ -51,7 +53,8 @@ def find_archives(root: Path) -> list[Path]:
             return [inside.parent]
     children = subfolders(root)
     found = [child for child in children if _is_archive(child)]
-    return found or [deep for child in children for deep in subfolders(child) if _is_archive(deep)]
+    found = found or [deep for child in children for deep in subfolders(child) if _is_archive(deep)]
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # a link is its folder
 
 
 def open_archive(root: Path) -> Corpus:
@@ -76,7 +79,7 @@ def open_archive(root: Path) -> Corpus:
 
 
 def read_transcript(path: Path) -> str:
-    """Return the text of a transcript .npy: an array of strings, or one; symbols such as <sos> are left out."""
+    """Return the text of a transcript .npy: an array of letters or words, or one string; see join_symbols."""
     try:
         symbols = np.load(path, allow_pickle=False)
     except LOAD_ERRORS as error:
@@ -88,7 +91,10 @@ def read_transcript(path: Path) -> str:
         items = [s.decode("utf-8") if isinstance(s, bytes) else s for s in symbols.ravel().tolist()]
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a transcript: its bytes are not UTF-8; copy it again") from None
-    return re.sub(r"<[^<>]+>", "", "".join(items))
+    try:
+        return join_symbols(items)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
 
 
 def load_problem(error: Exception) -> str:
@@ -160,25 +166,22 @@ def _list_split(split: Path) -> list[Utterance]:
 
 def _transcripts(split: Path) -> dict[str, Path]:
     for name in TRANSCRIPT_FOLDERS:
-        if found := _arrays(split / name):
+        if (split / name).is_dir() and (found := _arrays(split / name)):
             return found
     return {}
 
 
 def _arrays(folder: Path) -> dict[str, Path]:
-    """Map the name of each .npy in a folder to its path; hidden files (copies from a Mac bring them) do not count."""
-    return {path.stem: path for path in folder.glob("*.npy") if not path.name.startswith(".")}
+    """Map the name of each .npy in a folder to its path."""
+    return {path.stem: path for path in files(folder, {".npy"})}
 
 
 def _test_order(path: Path, names: list[str]) -> list[str]:
     """Return the names in the order of column `file`; they must be exactly the split's names."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except (UnicodeDecodeError, csv.Error):
-        raise InputError(f"{path} is not a UTF-8 CSV file; copy it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
+        rows = list(csv.DictReader(read_lines(path), skipinitialspace=True))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV file ({error}); copy it again") from None
     if not rows or "file" not in rows[0]:
         raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
     order = [Path((row["file"] or "").strip()).name.removesuffix(".npy") for row in rows]

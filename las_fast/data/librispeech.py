@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import soundfile
 
-from las_fast.data.corpus import Corpus, Utterance, assign_roles, subfolders
+from las_fast.data.corpus import Corpus, Utterance, assign_roles
+from las_fast.data.files import at_depth, listed, read_lines, subfolders
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
@@ -35,25 +38,37 @@ def open_librispeech(root: Path) -> Corpus:
 
 
 def _is_split(path: Path) -> bool:
-    return next(path.glob("*/*/*.trans.txt"), None) is not None
+    return any(_is_transcript(file) for file in _look(path))
 
 
 def _has_audio(path: Path) -> bool:
     """Say whether a split without transcripts has recordings (a test set may)."""
-    return any(file.suffix.lower() in AUDIO_SUFFIXES for file in path.glob("*/*/*"))
+    return any(file.suffix.lower() in AUDIO_SUFFIXES for file in _look(path))
+
+
+def _look(split: Path) -> Iterator[Path]:
+    """Yield the files of a split as far as its folders can be listed; reading the split says what cannot."""
+    for speaker in subfolders(split):
+        for chapter in subfolders(speaker):
+            with suppress(InputError):
+                yield from listed(chapter)
+
+
+def _is_transcript(path: Path) -> bool:
+    return path.name.lower().endswith(".trans.txt")
 
 
 def _list_split(split: Path) -> list[Utterance]:
     texts: dict[str, str] = {}
     sound: dict[str, Path] = {}
-    for path in split.glob("*/*/*"):
-        if path.name.endswith(".trans.txt"):
-            for name, text in read_transcripts(path):
-                if name in texts:
-                    raise InputError(f"{path} has a second transcript of {name}; keep one")
-                texts[name] = text
-                sound.setdefault(name, path.parent / f"{name}.flac")
-    for path in split.glob("*/*/*"):
+    paths = list(at_depth(split, 2))
+    for path in filter(_is_transcript, paths):
+        for name, text in read_transcripts(path):
+            if name in texts:
+                raise InputError(f"{path} has a second transcript of {name}; keep one")
+            texts[name] = text
+            sound.setdefault(name, path.parent / f"{name}.flac")
+    for path in paths:
         if path.suffix.lower() in AUDIO_SUFFIXES:
             if sound.get(path.stem, path) != path and sound[path.stem].exists():
                 raise InputError(f"{path} and {sound[path.stem]} are recordings of the same name; keep one")
@@ -62,12 +77,6 @@ def _list_split(split: Path) -> list[Utterance]:
 
 
 def read_transcripts(path: Path) -> list[tuple[str, str]]:
-    """Return (id, text) of each line of a *.trans.txt."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; copy it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
-    pairs = (line.strip().partition(" ") for line in lines if line.strip())
-    return [(name, text.strip()) for name, _, text in pairs]
+    """Return (id, text) of each line of a *.trans.txt; any white space parts the id from the text."""
+    words = (line.split(maxsplit=1) for line in read_lines(path))
+    return [(name, text[0].strip() if text else "") for name, *text in filter(None, words)]

@@ -1,142 +1,379 @@
-"""Manifests: a .tsv with a header line, or a .jsonl with an object a line, that name recordings or feature files.
+"""Manifests: tables that name recordings or feature files, one by itself or one for each split.
 
-Columns: path (also audio, audio_filepath), relative to the manifest; transcript (also text), needed for training;
-id (otherwise the file's name without its ending); split (otherwise one split, "all", plays every role); seconds (also
-duration), against which recordings are checked. Further columns, such as speaker and source, are allowed and not used.
+Columns, by any of their NAMES: path, relative to the manifest; transcript, needed for training; id (otherwise the
+file's name without its ending); split (otherwise the manifest's own name or folder, or one split, "all", that plays
+every role); seconds, against which recordings are checked; start or offset, and end: with one of them only that part
+of the recording is read, to its end or for `seconds`. Times are in seconds, or milliseconds where the column's name
+ends in ms. Other columns are not used; one that would change what is read is an error.
+
+Also here: Common Voice (train.tsv, dev.tsv, ... whose paths lie in clips) and Hugging Face's audio folders
+(metadata.csv or metadata.jsonl, also one for each split).
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterator
-from functools import partial
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from urllib.parse import unquote
 
-from las_fast.data.corpus import Corpus, Utterance, assign_roles
+import soundfile
+
+from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
+from las_fast.data.files import files, subfolders
 from las_fast.data.hw4p2 import peek_shape
+from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
 from las_fast.errors import InputError
 
-SUFFIXES = (".tsv", ".jsonl")
-LAYOUT = "exactly one .tsv or .jsonl manifest"
+LAYOUT = "a manifest (.tsv, .csv, .jsonl or .json), or one named for each split (also Common Voice, audiofolder)"
 NAMES = {
-    "path": ("path", "audio", "audio_filepath"),
-    "transcript": ("transcript", "text"),
-    "id": ("id",),
+    "path": ("path", "audio", "audio_filepath", "audio_path", "audio_file", "file_name", "filename", "wav_filename",
+             "wav"),
+    "transcript": ("transcript", "text", "sentence", "transcription", "wrd"),
+    "id": ("id", "utt_id", "utterance_id"),
     "split": ("split",),
     "seconds": ("seconds", "duration"),
-}
+    "start": ("start", "offset", "begin"),
+    "end": ("end",),
+}  # fmt: skip
+TIME = re.compile(r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
+                  r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?")  # fmt: skip
+SAMPLES = ("num_samples", "n_samples")
+RATES = ("sample_rate", "sampling_rate", "samplerate")
+CHANGING = {"start", "begin", "end", "offset", "onset", "stop", "channel"}  # words in names of columns for other tools
+SELECTING = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip", "ignore",
+             "include", "exclude", "discard"}  # fmt: skip
+CLIPS = "clips"  # where Common Voice keeps its recordings
+EXTRA = {"manifest", "metadata", "audio", "asr", "cv", "data", "set"}  # beside a split's name in that of its manifest
+DIFFERENCE = 0.1  # seconds between end - start and the duration on the same line
+MANY = 200  # files that are looked at whether they are manifests
 
 
-def find_manifests(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+@dataclass(frozen=True)
+class Table:
+    """A manifest, and the split of its lines that name none."""
+
+    path: Path
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a manifest."""
+
+    utterance: Utterance
+    split: str | None
+    row: dict
+    own_id: bool  # it came with one
+
+
+# ----------------------------------------------------------------------------------------------------- recognising them
+
+
+def find_tables(root: Path) -> list[Table]:
+    """Return the manifests that a folder holds: one, one for each split, or several that no split is known of."""
+    if root.name == CLIPS and any(map(_is_common_voice, _manifests(root.parent))):
+        root = root.parent
+    found = _manifests(root)
+    if voices := [path for path in found if _is_common_voice(path)]:
+        return [Table(path, path.stem) for path in voices]
+    if found and found[0].stem == "metadata" and role_of(root.name):  # one split of an audio folder
+        beside = _tables_of_splits(root.parent)
+        return beside if len(beside) > 1 else [Table(path) for path in found]
+    if len(found) > 1:
+        splits = [split_of(path.stem) for path in found]
+        distinct = None not in splits and len(set(splits)) == len(splits)
+        return [Table(path, split if distinct else None) for path, split in zip(found, splits, strict=True)]
+    if not found:
+        return _tables_of_splits(root) or _tables_of_splits(root / "data")
+    return [Table(path) for path in found]
+
+
+def _tables_of_splits(root: Path) -> list[Table]:
+    """Return the manifests of folders that are named for splits and hold one each."""
+    inside = {folder.name: _manifests(folder) for folder in subfolders(root) if role_of(folder.name)}
+    return [Table(found[0], name) for name, found in inside.items() if len(found) == 1]
+
+
+def _manifests(root: Path) -> list[Path]:
+    """Return the files that are manifests by their columns; where none is, those that are by their names."""
+    try:
+        found = [path for path in files(root, SUFFIXES) if path.is_file()][:MANY]
+    except InputError:
+        return []
+    return [path for path in found if _names_files(columns(path))] or [
+        path for path in found if path.suffix.lower() in (".tsv", ".jsonl")
+    ]
+
+
+def _names_files(names: list[str]) -> bool:
+    return any(normal(name) in NAMES["path"] for name in names)
+
+
+def _is_common_voice(path: Path) -> bool:
+    return (path.parent / CLIPS).is_dir() and {"path", "sentence"} <= set(columns(path))
+
+
+def split_of(stem: str) -> str | None:
+    """Return the split that a manifest's name speaks of: train_manifest is of train; None where it speaks of none."""
+    words = [word for word in re.split(r"[^a-z0-9]+", stem.lower()) if word not in EXTRA]
+    roles = [word for word in words if role_of(word)]
+    if not roles:
+        return None
+    one_role = len(set(map(role_of, roles))) == 1
+    return "-".join(words) if one_role and words[0] == roles[0] else roles[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- reading them
 
 
 def open_manifest(path: Path) -> Corpus:
     """Return the corpus of a manifest; InputError naming the line of its first mistake."""
-    splits = _read(path)
+    return open_tables(path, [Table(path)])
+
+
+def open_tables(root: Path, tables: list[Table]) -> Corpus:
+    """Return the corpus of the manifests that find_tables gave for a root; InputError naming the first mistake."""
+    splits: dict[str, list[Utterance]] = {}
+    for entry in _entries(tables):
+        splits.setdefault(entry.split or "all", []).append(entry.utterance)
+    names = ", ".join(table.path.name for table in tables)
     kinds = {u.path.suffix.lower() == ".npy" for utterances in splits.values() for u in utterances}
     if len(kinds) != 1:
-        raise InputError(f"{path} names both audio and .npy files; make a manifest of each")
+        raise InputError(f"{tables[0].path} names both audio and .npy files; make a manifest of each")
     is_features = kinds.pop()
-    roles = assign_roles(splits) if set(splits) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",))
     return Corpus(
-        name=f"manifest {path.name}",
-        root=path,
+        name="Common Voice" if len(tables) > 1 and _is_common_voice(tables[0].path) else f"manifest {names}",
+        root=tables[0].path if len(tables) == 1 else root,
         kind="features" if is_features else "audio",
         listings={split: partial(list, utterances) for split, utterances in splits.items()},
-        roles=roles,
-        feature_size=_frame_size(path, splits) if is_features else None,
+        roles=assign_roles(splits) if set(splits) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
+        feature_size=_frame_size(tables[0].path, splits) if is_features else None,
+        naming="name some lines so in a column 'split'",
     )
 
 
 def further_columns(path: Path) -> dict[str, dict]:
     """Return id -> all columns of its line, of a manifest that open_manifest takes."""
-    return {_utterance(path, line, row)[0].id: row for line, row in _rows(path)}
+    return {entry.utterance.id: entry.row for entry in _entries([Table(path)])}
 
 
-def _read(path: Path) -> dict[str, list[Utterance]]:
-    splits: dict[str, list[Utterance]] = {}
-    try:
-        for line, row in _rows(path):
-            utterance, split = _utterance(path, line, row)
-            splits.setdefault(split, []).append(utterance)
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except csv.Error as error:
-        raise InputError(f"{path} is no table separated by tabs ({error}); write it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
-    if not splits:
+def _entries(tables: list[Table]) -> list[Entry]:
+    """Return the lines of manifests; each split's utterances have ids that differ, but for those given twice."""
+    entries = [entry for table in tables for entry in _lines(table)]
+    by_split: dict[str | None, list[int]] = {}
+    for i, entry in enumerate(entries):
+        by_split.setdefault(entry.split, []).append(i)
+    for places in by_split.values():
+        for i, entry in zip(places, _with_ids([entries[i] for i in places]), strict=True):
+            entries[i] = entry
+    return entries
+
+
+def _lines(table: Table) -> list[Entry]:
+    path = table.path
+    rows = list(read_rows(path))
+    if not rows:
         raise InputError(f"{path} names no recordings; expected a line for each")
-    return splits
+    if path.suffix.lower() in (".tsv", ".csv") and not _names_files(list(rows[0][1])):
+        raise InputError(
+            f"{path} must begin with a header line that has a column 'path' (or {', '.join(NAMES['path'][1:6])}); "
+            f"got {list(rows[0][1])!r}"
+        )
+    _check_columns(path, rows)
+    folder = path.parent / CLIPS if _is_common_voice(path) else path.parent
+    entries = [_entry(table, folder, line, row) for line, row in rows]
+    inside = [_split_above(entry.utterance.path, path.parent) for entry in entries]
+    if path.stem == "metadata" and None not in inside and all(entry.split is None for entry in entries):
+        return [replace(entry, split=split) for entry, split in zip(entries, inside, strict=True)]
+    return entries
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        if path.suffix.lower() == ".jsonl":
-            yield from _json_rows(path, lines)
-            return
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = [name.strip() for name in next(reader, [])]
-        if not any(name in header for name in NAMES["path"]):
-            raise InputError(f"{path} must begin with a header line that has a column 'path'; got {header!r}")
-        for line, values in enumerate(reader, 2):
-            if values and len(values) != len(header):
-                raise InputError(f"{path} line {line} has {len(values)} columns; its header has {len(header)}")
-            if values:
-                yield line, dict(zip(header, values, strict=True))
+def _split_above(file: Path, folder: Path) -> str | None:
+    """Return the first folder on the way from a folder to a file that is named for a split."""
+    inside = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
+    return next((name for name in inside if role_of(name)), None)
 
 
-def _json_rows(path: Path, lines) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {line} is not JSON: {error.msg}; write one object a line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path} line {line} must be a JSON object with a key 'path'; got {text.strip()[:40]}")
-        yield line, row
+def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
+    """Refuse columns that would change what is read, or which lines are meant, in a way that is not known here."""
+    values: dict[str, set] = {}
+    for _, row in rows:
+        for name, value in row.items():
+            if value is not None and str(value).strip():
+                values.setdefault(name, set()).add(str(value).strip())
+    for name, found in values.items():
+        plain = normal(name)
+        if plain in SELECTING and len(found) > 1:
+            some = ", ".join(sorted(found)[:3])
+            raise InputError(
+                f"{path}: column {name!r} has different values ({some}), and lines are not chosen by them; "
+                "remove the column, and the lines that are not meant"
+            )
+        if plain in ("from", "to") or (CHANGING & set(plain.split("_")) and not _claims((name,))):
+            raise InputError(
+                f"{path}: column {name!r} is not known, and may say which part of a recording is meant; give the part "
+                "in seconds in columns 'start' and 'end' (a single channel in a file of its own), or remove the column"
+            )
 
 
-def _utterance(path: Path, line: int, row: dict) -> tuple[Utterance, str]:
-    found = {}
-    for name, aliases in NAMES.items():
-        value = next((row[alias] for alias in aliases if row.get(alias) is not None), None)
-        if value is not None and not isinstance(value, str):
-            if not isinstance(value, {"id": int, "seconds": (int, float)}.get(name, str)):
-                raise InputError(f"{path} line {line}: {name} must be text; got {value!r}")
-            value = str(value)
-        found[name] = None if value is None else value.strip()
-        if found[name] and not _is_writable(found[name]):
-            raise InputError(f"{path} line {line}: {name} holds characters that no file can; write it again")
+@lru_cache(maxsize=256)
+def _claims(names: tuple[str, ...]) -> dict[str, list[tuple[str, float]]]:
+    """Return, for what a line may say, the columns that say it, the first choice first, each with its unit."""
+    found: dict[str, list[tuple[int, str, float]]] = {}
+    for name in names:
+        plain, unit = normal(name), 1.0
+        if time := TIME.fullmatch(plain):
+            plain, unit = time[1], 0.001 if (time[2] or "s").startswith("m") else 1.0
+        for meaning, known in NAMES.items():
+            if plain in known:
+                found.setdefault(meaning, []).append((known.index(plain), name, unit))
+    return {meaning: [(name, unit) for _, name, unit in sorted(columns)] for meaning, columns in found.items()}
+
+
+def _entry(table: Table, folder: Path, line: int, row: dict) -> Entry:
+    path = table.path
+    claims = _claims(tuple(row))
+    found = {name: _text(path, line, name, row, claims.get(name, [])) for name in ("path", "transcript", "id", "split")}
     if not found["path"]:
         raise InputError(f"{path} line {line} has no path; name the recording")
-    file = path.parent / found["path"]  # an absolute path stays as it is
     if found["split"] == "":
         raise InputError(f"{path} line {line} has an empty split; give train, dev or test, or leave the column out")
-    seconds = _seconds(path, line, found["seconds"])
-    return Utterance(found["id"] or file.stem, file, found["transcript"] or None, seconds), found["split"] or "all"
+    file = _locate(path, line, found["path"], folder)
+    start, seconds = _part(path, line, row, claims, file)
+    utterance = Utterance(
+        id=found["id"] or file.stem,
+        path=file,
+        transcript=found["transcript"] or None,
+        seconds=seconds,
+        start=start or 0.0,
+        is_part=start is not None,
+    )
+    split = found["split"] or table.split
+    return Entry(utterance, split.casefold() if split and role_of(split) else split, row, bool(found["id"]))
+
+
+def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> str | None:
+    """Return the first value that is not blank, "" where all are, and None where there is none."""
+    blank = None
+    for column, _ in claims:
+        value = row[column]
+        if isinstance(value, int) and name == "id":
+            value = str(value)
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{path} line {line}: {column} must be text; got {value!r}")
+        if value and value.strip():
+            if not _is_writable(value):
+                raise InputError(f"{path} line {line}: {column} holds characters that no file can; write it again")
+            return value.strip()
+        blank = blank if value is None else ""
+    return blank
 
 
 def _is_writable(text: str) -> bool:
     """Say whether text has no NUL, which ends a file's name, and no half of a character, which JSON can write."""
-    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _seconds(path: Path, line: int, text: str | None) -> float | None:
-    if not text:
-        return None
     try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise InputError(f"{path} line {line}: seconds must be a number; got {text!r}")
-    return seconds or None
+        return "\0" not in text and bool(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
+
+
+def _locate(path: Path, line: int, text: str, folder: Path) -> Path:
+    """Return the file that a manifest's path means."""
+    if text.startswith("file://"):
+        text = unquote(text.removeprefix("file://"))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise InputError(f"{path} line {line}: {text} is an address; download the recording and name its file")
+    if os.name == "posix" and re.match(r"[A-Za-z]:[\\/]", text):
+        raise InputError(f"{path} line {line}: {text} is a path of Windows; write it relative to the manifest")
+    file = folder / os.path.expanduser(text)  # an absolute path stays as it is
+    if "\\" in text and not os.path.lexists(file):
+        file = folder / text.replace("\\", "/")
+    if folder.name == CLIPS and folder != path.parent:  # Common Voice
+        file = folder.parent / text if text.startswith(f"{CLIPS}/") else file
+        file = file if file.suffix else file.with_suffix(".mp3")
+    return file
+
+
+def _part(path: Path, line: int, row: dict, claims: dict, file: Path) -> tuple[float | None, float | None]:
+    """Return where the part begins that is meant, None if that is the whole recording, and how long it is or None."""
+    start, end, seconds = (_time(path, line, name, row, claims.get(name, [])) for name in ("start", "end", "seconds"))
+    if start is None and end is None:
+        return None, seconds or _by_samples(path, line, row, file)
+    if file.suffix.lower() == ".npy":
+        raise InputError(f"{path} line {line}: a part of {file.name} cannot be read; store its frames in a file")
+    if end is not None:
+        length = end - (start or 0.0)
+        if seconds and abs(length - seconds) > DIFFERENCE:
+            raise InputError(f"{path} line {line}: from start to end are {length:g} s, its duration is {seconds:g} s")
+        seconds = length
+    elif seconds is None:
+        seconds = _by_samples(path, line, row, file)
+    if seconds is not None and seconds <= 0:
+        raise InputError(f"{path} line {line}: the part has {seconds:g} seconds; give it an end after its start")
+    return start or 0.0, seconds
+
+
+def _time(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> float | None:
+    """Return seconds, or None where no column has any."""
+    for column, unit in claims:
+        if (value := row[column]) is not None and str(value).strip():
+            return _number(path, line, column, value) * unit
+    return None
+
+
+def _number(path: Path, line: int, column: str, value) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise InputError(f"{path} line {line}: {column} must be a number; got {value!r}")
+    return number
+
+
+def _by_samples(path: Path, line: int, row: dict, file: Path) -> float | None:
+    """Return the seconds that a count of samples means, by the line's rate or the recording's; None without a count."""
+    plain = {normal(name): (name, value) for name, value in row.items() if value is not None and str(value).strip()}
+    name, count = next((plain[name] for name in SAMPLES if name in plain), ("", None))
+    if count is None:
+        return None
+    column, rate = next((plain[name] for name in RATES if name in plain), ("", None))
+    rate = _number(path, line, column, rate) if column else _rate_of(file)
+    return _number(path, line, name, count) / rate if rate else None
+
+
+def _rate_of(file: Path) -> int | None:
+    try:
+        return soundfile.info(os.fsencode(file)).samplerate
+    except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError):
+        return None
+
+
+def _with_ids(entries: list[Entry]) -> list[Entry]:
+    """Make the ids of lines that brought none distinct: by the file's folder, the start of the part, or a number."""
+    for rename in (_by_folder, _by_start, lambda name, group: [f"{name}-{i:04d}" for i in range(1, len(group) + 1)]):
+        groups: dict[str, list[int]] = {}
+        for i, entry in enumerate(entries):
+            groups.setdefault(entry.utterance.id, []).append(i)
+        for name, places in groups.items():
+            if len(places) > 1:
+                names = rename(name, [entries[i].utterance for i in places])
+                for i, new in zip(places, names, strict=True):
+                    if not entries[i].own_id:
+                        entries[i] = replace(entries[i], utterance=replace(entries[i].utterance, id=new))
+    return entries
+
+
+def _by_folder(name: str, group: list[Utterance]) -> list[str]:
+    return [name if len({u.path for u in group}) == 1 else f"{u.path.parent.name}/{name}" for u in group]
+
+
+def _by_start(name: str, group: list[Utterance]) -> list[str]:
+    return [f"{name}-{u.start:.3f}" if u.is_part else name for u in group]
 
 
 def _frame_size(path: Path, splits: dict[str, list[Utterance]]) -> int:

@@ -1,0 +1,111 @@
+"""What all readers of folders share: which files count, and how the lines of a text file are read."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from las_fast.errors import InputError
+
+SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "lost+found",
+          "$recycle.bin", "system volume information"}  # fmt: skip
+MARKS = (  # byte order marks; those of UTF-32 begin like those of UTF-16
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+BLOCK = 1 << 20  # bytes of a text file that are decoded at once
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder name is hidden or belongs to a system, an editor or an office program."""
+    return name.startswith((".", "~$")) or name.casefold() in SYSTEM
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return what a folder holds, sorted by name, without what is_hidden; InputError if it cannot be listed."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be listed: {error.strerror}; check the path and its permissions") from None
+    return [folder / name for name in sorted(names) if not is_hidden(name)]
+
+
+def files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
+    """Return what a folder holds with one of these lower-case suffixes; upper case counts as lower case."""
+    return [path for path in listed(folder) if path.suffix.lower() in suffixes]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; none where it cannot be listed."""
+    try:
+        return [path for path in listed(folder) if os.path.isdir(path)]
+    except InputError:
+        return []
+
+
+def at_depth(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield what lies `depth` folders below a folder, sorted; InputError if one of the folders cannot be listed."""
+    for path in listed(folder):
+        if depth == 0:
+            yield path
+        elif os.path.isdir(path):
+            yield from at_depth(path, depth - 1)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    r"""Yield the lines of a text file without their ends; a .gz is unpacked on the way.
+
+    A line ends with \n or \r\n, or with \r where the file has no \n; no other character ends one. The text is UTF-8,
+    or UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        InputError: the file cannot be read, is not such a text, or holds NUL characters; the line is named.
+    """
+    end, rest = "", ""
+    for text in _decoded(path):
+        end = end or ("\r" if "\r" in text and "\n" not in text else "\n")
+        *lines, rest = (rest + text).split(end)
+        yield from map(_without_returns, lines)
+    if rest:
+        yield _without_returns(rest)
+
+
+def _without_returns(line: str) -> str:
+    return line.rstrip("\r").replace("\r", " ")
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Yield the text of a file in blocks."""
+    line, decoder = 1, None
+    for data in _blocks(path):
+        if decoder is None:
+            encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+            decoder = codecs.getincrementaldecoder(encoding)()
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            raise InputError(f"{path} line {line} is not UTF-8 text; save the file as UTF-8") from None
+        if "\0" in text:
+            line += text[: text.index("\0")].count("\n")
+            raise InputError(f"{path} line {line} holds a NUL character, which no text has; save the file as UTF-8")
+        line += text.count("\n")
+        yield text
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in blocks, the last of them empty."""
+    data = b"more"
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+            while data:
+                data = file.read(BLOCK)
+                yield data
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path} cannot be read ({reason}); check the file and its permissions") from None

@@ -1,0 +1,122 @@
+"""Kaldi's data folders: wav.scp, text and segments, in one folder or in one for each split (data/train, data/dev).
+
+Each line of these files begins with an id. wav.scp gives the file of a recording, segments the part of a recording
+that an utterance is (recording, start and end in seconds), text the words of an utterance. Other files are not used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
+from las_fast.data.files import read_lines, subfolders
+from las_fast.errors import InputError
+
+LAYOUT = "[data/][SPLIT/]wav.scp with text and segments (Kaldi)"
+RECORDINGS, TEXTS, SEGMENTS = FILES = ("wav.scp", "text", "segments")
+
+
+def find_kaldi(root: Path) -> Path | None:
+    """Return the folder whose children are data folders (root, root/data, or the parent of a split), or a lone one."""
+    if _is_data(root):
+        splits = [path for path in subfolders(root.parent) if _is_data(path)]
+        return root.parent if role_of(root.name) and len(splits) > 1 else root
+    return next((path for path in (root, root / "data") if any(map(_is_data, subfolders(path)))), None)
+
+
+def open_kaldi(root: Path) -> Corpus:
+    """Return the corpus of a folder that find_kaldi found."""
+    splits = {path.name: path for path in subfolders(root) if _is_data(path)}
+    roles = assign_roles(splits)
+    if _is_data(root):
+        splits, roles = {"all": root}, dict.fromkeys(("train", "dev", "test"), ("all",))
+    listings = {name: partial(_list_split, path) for name, path in splits.items()}
+    return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles)
+
+
+def is_text(path: Path) -> bool:
+    """Say whether a file is the text of a Kaldi folder."""
+    return path.name == TEXTS and _is_data(path.parent)
+
+
+def read_table(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line number, id and the rest of each line; InputError for an id that comes twice."""
+    seen = set()
+    for number, line in enumerate(read_lines(path), 1):
+        name, *rest = line.split(maxsplit=1) or [""]
+        if name in seen:
+            raise InputError(f"{path} line {number} has {name} a second time; keep one")
+        if name:
+            seen.add(name)
+            yield number, name, rest[0].strip() if rest else ""
+
+
+def _is_data(folder: Path) -> bool:
+    return (folder / RECORDINGS).is_file()
+
+
+def _list_split(folder: Path) -> list[Utterance]:
+    """Return the utterances in the order of segments or wav.scp, then those that have only a text."""
+    recordings = _recordings(folder / RECORDINGS)
+    texts = {name: text for _, name, text in read_table(folder / TEXTS)} if (folder / TEXTS).exists() else {}
+    if (folder / SEGMENTS).exists():
+        utterances = [_segment(folder, recordings, *line) for line in read_table(folder / SEGMENTS)]
+        source = folder / SEGMENTS
+    else:
+        utterances = list(recordings.values())
+        source = folder / RECORDINGS
+    known = {u.id for u in utterances}
+    lost = f"{folder / TEXTS} has a text of {{}}, which {source} lacks; add it or remove the text"
+    utterances += [Utterance(name, folder, None, problem=lost.format(name)) for name in texts if name not in known]
+    return [replace(u, transcript=texts.get(u.id)) for u in utterances]
+
+
+def _recordings(path: Path) -> dict[str, Utterance]:
+    """Return the recordings of a wav.scp by id, as utterances without a transcript."""
+    lines = list(read_table(path))
+    files = [file for _, _, file in lines if file and not file.endswith("|")]
+    base = _base(path.parent, files[0] if files else "")
+    return {
+        name: Utterance(name, base / file, None, problem=_problem(path, number, name, file))
+        for number, name, file in lines
+    }
+
+
+def _base(folder: Path, file: str) -> Path:
+    """Return what relative paths are relative to: the folder that Kaldi's scripts were run in, often data's parent."""
+    return next((base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / file).exists()), folder)
+
+
+def _problem(path: Path, number: int, name: str, file: str) -> str:
+    where = f"{path} line {number}: {name}"
+    if file.endswith("|"):
+        return (
+            f"{where} is a command ({file[:40]}...), which is not run; write the recordings to files and name these: "
+            'mkdir wav; while read -r id command; do bash -c "${command%|}" < /dev/null > wav/$id.wav; '
+            f"done < {path.name}"
+        )
+    if re.search(r"\.ark:\d+$", file):
+        return f"{where} lies in an archive ({file}); write it to a file of its own with wav-copy, and name that"
+    return "" if file else f"{where} has no file; add it or remove the line"
+
+
+def _segment(folder: Path, recordings: dict[str, Utterance], number: int, name: str, rest: str) -> Utterance:
+    where = f"{folder / SEGMENTS} line {number}"
+    words = rest.split()
+    try:
+        recording, start, end = words[0], *map(float, words[1:])
+        good = 0 <= start < math.inf and (start < end < math.inf or end == -1)  # -1 is the recording's end
+    except (ValueError, IndexError):
+        good = False
+    if not good:
+        raise InputError(f"{where} must be an id, a recording, and start and end in seconds; got {name} {rest}")
+    if recording not in recordings:
+        problem = f"{where}: {RECORDINGS} has no {recording}; add it or remove the line"
+        return Utterance(name, folder, None, problem=problem)
+    length = None if end == -1 else end - start
+    return replace(recordings[recording], id=name, start=start, seconds=length, is_part=True)

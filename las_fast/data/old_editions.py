@@ -1,0 +1,52 @@
+"""HW4P2 archives from before 2022: train.npy, train_transcripts.npy and so on, each an array of objects.
+
+They are not read: np.load runs whatever code such a file holds. Who trusts a file can convert it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from las_fast.data.files import files, subfolders
+from las_fast.data.hw4p2 import LOAD_ERRORS
+from las_fast.errors import InputError
+
+CONVERT = (
+    "import numpy as np, os; [(os.makedirs(d, exist_ok=True), [np.save(f'{d}/{i:05}', np.array(list(x)) "
+    "if getattr(x, 'dtype', 0) == object else x) for i, x in enumerate(np.load(f, allow_pickle=True, "
+    "encoding='bytes'))]) for s in ('train', 'dev', 'test') for d, f in ((f'new/{s}/mfcc', f'{s}.npy'), "
+    "(f'new/{s}/transcripts', f'{s}_transcripts.npy')) if os.path.exists(f)]"
+)
+
+
+def advice(root: Path) -> str:
+    """Say what to do with a folder that holds arrays of objects, itself or one below; "" where there are none."""
+    for folder in (root, *subfolders(root)):
+        found = [path.name for path in _arrays(folder) if _holds_objects(path)]
+        if found:
+            return (
+                f"{folder} holds {', '.join(found[:6])}, arrays of Python objects as HW4P2 had before 2022, which are "
+                "not read because loading them can run code; if you trust them, make the folder 'new' of them there "
+                f'with: python -c "{CONVERT}", and give that'
+            )
+    return ""
+
+
+def _arrays(folder: Path) -> list[Path]:
+    try:
+        return files(folder, {".npy"})[:20]
+    except InputError:
+        return []
+
+
+def _holds_objects(path: Path) -> bool:
+    """Say whether a .npy holds objects, by its header alone."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return read(file)[2].hasobject
+    except LOAD_ERRORS:
+        return False

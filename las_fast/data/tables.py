@@ -1,0 +1,126 @@
+"""Tables of recordings: .tsv and .csv with a header line, and .jsonl or .json with an object a line, row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+from las_fast.data.files import read_lines
+from las_fast.errors import InputError
+
+SUFFIXES = (".tsv", ".jsonl", ".csv", ".json")
+DELIMITERS = ",;\t|"  # of a .csv; which one, its header line tells
+
+Row = tuple[int, dict]  # the number of its line, column -> value
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a table; blank lines are skipped.
+
+    Values of a .tsv or .csv are text without the space around them and without the quotes around the whole of them.
+
+    Raises:
+        InputError: the file cannot be read, or a line does not fit the header or is not JSON; the line is named.
+    """
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _json_rows(path, read_lines(path))
+    if path.suffix.lower() == ".csv":
+        return _with_header(path, _csv_lines(path, read_lines(path)))
+    return _with_header(path, enumerate((line.split("\t") for line in read_lines(path)), 1))
+
+
+def columns(path: Path) -> list[str]:
+    """Return the column names of a table, or of its first object; none where it cannot be read as one."""
+    try:
+        if path.suffix.lower() in (".jsonl", ".json"):
+            return next((list(row) for _, row in read_rows(path)), [])
+        header = next(read_lines(path), "")
+    except InputError:
+        return []
+    return [_unquoted(name) for name in header.split(_delimiter(header) if path.suffix.lower() == ".csv" else "\t")]
+
+
+def normal(column: str) -> str:
+    """Return a column's name in lower case, with one underscore for each run of other signs: Start [ms] is start_ms."""
+    letters = "".join(c if c.isalnum() else " " for c in column.lower())
+    return "_".join(letters.split())
+
+
+def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    lines = iter(lines)
+    header = next(lines, "")
+    delimiter = _delimiter(header)
+    yield 1, next(csv.reader([header], delimiter=delimiter), [])
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
+    try:
+        for values in reader:
+            yield 1 + reader.line_num, values
+    except csv.Error as error:
+        raise InputError(f"{path} line {1 + reader.line_num} is no row of a table ({error}); write it again") from None
+
+
+def _delimiter(header: str) -> str:
+    return max(DELIMITERS, key=header.count)
+
+
+def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
+    header = _filled(map(_unquoted, next(lines, (1, []))[1]))
+    header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas writes its index without a name
+    if len(set(header)) < len(header):
+        twice = next(name for i, name in enumerate(header) if name in header[:i])
+        raise InputError(f"{path} has two columns {twice!r}; rename or remove one")
+    if not header:
+        raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
+    for line, values in lines:
+        values = [_unquoted(value) for value in values]
+        if not any(values):
+            continue
+        if len(values) > len(header):
+            values = values[: len(header)] + _filled(values[len(header) :])
+        if len(values) != len(header):
+            raise InputError(f"{path} line {line} has {len(values)} columns; its header has {len(header)}")
+        yield line, dict(zip(header, values, strict=True))
+
+
+def _filled(values: Iterable[str]) -> list[str]:
+    """Return values without the empty ones at the end, which spreadsheets add."""
+    values = list(values)
+    while values and not values[-1]:
+        values.pop()
+    return values
+
+
+def _unquoted(value: str) -> str:
+    value = value.strip()
+    inner = value[1:-1].replace('""', "")
+    if len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inner:
+        return value[1:-1].replace('""', '"').strip()
+    return value
+
+
+def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+    first = next(lines, "")
+    if path.suffix.lower() == ".json" and first.lstrip().startswith("["):
+        rows = _parsed(path, 1, "\n".join([first, *lines]))
+        yield from ((number, _object(path, number, row)) for number, row in enumerate(rows, 1))
+        return
+    for line, text in enumerate(chain([first], lines), 1):
+        if text.strip():
+            yield line, _object(path, line, _parsed(path, line, text))
+
+
+def _parsed(path: Path, line: int, text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or str(error)
+        raise InputError(f"{path} line {line} is not JSON: {reason}; write one object a line") from None
+
+
+def _object(path: Path, line: int, row) -> dict:
+    if not isinstance(row, dict):
+        raise InputError(f"{path} line {line} must be a JSON object with a key 'path'; got {str(row)[:40]}")
+    return row
