@@ -30,17 +30,40 @@ class Layout:
 
 _CLEAN = ("train-clean-100", "dev-clean", "test-clean")
 EDITIONS = {
-    "S22": Layout("hw4p2_student_data/hw4p2_student_data", ("train", "dev", "test"), 13, transcripts="transcript",
-                  header=("id", "predictions"), name="HW4P2 S22"),
+    "S22": Layout(
+        "hw4p2_student_data/hw4p2_student_data",
+        ("train", "dev", "test"),
+        13,
+        transcripts="transcript",
+        header=("id", "predictions"),
+        name="HW4P2 S22",
+    ),
     "F22": Layout("hw4p2", _CLEAN, 15, transcripts="transcript/raw", header=("id", "label"), name="HW4P2 F22"),
     "S23": Layout("data", _CLEAN, 27, name="HW4P2 S23"),
-    "F23": Layout("11-785-f23-hw4p2", ("train-clean-100", "train-clean-360", "dev-clean", "test-clean"), 28,
-                  name="HW4P2 F23"),
+    "F23": Layout(
+        "11-785-f23-hw4p2", ("train-clean-100", "train-clean-360", "dev-clean", "test-clean"), 28, name="HW4P2 F23"
+    ),
     "S24": Layout("11-785s24-hw4p2", ("train-clean-50", *_CLEAN), 27, name="HW4P2 S24"),
-    "F24": Layout("11-785-f24-hw4p2", _CLEAN, 80, features="fbank", transcripts="text", stored_ends=False,
-                  header=("Index", "Labels"), name="HW4P2 F24"),
-    "S25": Layout("hw4p2_data", _CLEAN, 80, features="fbank", transcripts="text", stored_ends=False,
-                  header=("id", "transcription"), name="HW4P2 S25/F25"),
+    "F24": Layout(
+        "11-785-f24-hw4p2",
+        _CLEAN,
+        80,
+        features="fbank",
+        transcripts="text",
+        stored_ends=False,
+        header=("Index", "Labels"),
+        name="HW4P2 F24",
+    ),
+    "S25": Layout(
+        "hw4p2_data",
+        _CLEAN,
+        80,
+        features="fbank",
+        transcripts="text",
+        stored_ends=False,
+        header=("id", "transcription"),
+        name="HW4P2 S25/F25",
+    ),
 }
 
 
@@ -153,3 +176,61 @@ def _write_extras(archive: Path, edition: str) -> None:
 def _write_rows(path: Path, rows: list[list[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
+
+
+def make_common_voice(root: str | Path, *, utterances: int = 2, seed: int = 0) -> Path:
+    """Write root/clips/*.wav with train.tsv, dev.tsv, test.tsv and validated.tsv; return root."""
+    generator = np.random.default_rng(seed)
+    header = "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents variant locale"
+    everything = []
+    for split in ("train", "dev", "test", "validated"):
+        rows = everything if split == "validated" else []
+        for i in range(0 if split == "validated" else utterances):
+            name = f"common_voice_en_{split}{i}.wav"
+            write_audio(Path(root) / "clips" / name, make_waveform(generator))
+            rows.append(f"c0\t{name}\ts{i}\t{make_text(generator)}\t\t2\t{i % 2}\t\t\t\t\ten\n")
+        everything += [] if split == "validated" else rows
+        (Path(root) / f"{split}.tsv").write_text(header.replace(" ", "\t") + "\n" + "".join(rows), encoding="utf-8")
+    (Path(root) / "clip_durations.tsv").write_text("clip\tduration[ms]\n", encoding="utf-8")
+    return Path(root)
+
+
+def make_kaldi(root: str | Path, *, splits=("train", "dev"), recordings: int = 2, seed: int = 0) -> Path:
+    """Write root/data/SPLIT/{wav.scp,text,segments,utt2spk}: each recording has two segments; return root/data.
+
+    Paths in wav.scp are relative to root, as Kaldi's scripts leave them.
+    """
+    generator = np.random.default_rng(seed)
+    for split in splits:
+        lines: dict[str, list[str]] = {"wav.scp": [], "text": [], "segments": [], "utt2spk": []}
+        for i in range(recordings):
+            name = f"{split}{i}"
+            write_audio(Path(root) / "wav" / f"{name}.wav", make_waveform(generator, 1.0))
+            lines["wav.scp"].append(f"{name} wav/{name}.wav")
+            for k, (start, end) in enumerate(((0.1, 0.4), (0.5, 0.95))):
+                lines["segments"].append(f"{name}-{k} {name} {start} {end}")
+                lines["text"].append(f"{name}-{k} {make_text(generator)}")
+                lines["utt2spk"].append(f"{name}-{k} s{i}")
+        folder = Path(root) / "data" / split
+        folder.mkdir(parents=True)
+        for name, content in lines.items():
+            (folder / name).write_text("\n".join(content) + "\n", encoding="utf-8")
+    return Path(root) / "data"
+
+
+def make_audio_folder(
+    root: str | Path, *, splits=("train", "validation"), suffix: str = ".csv", utterances: int = 2, seed: int = 0
+) -> Path:
+    """Write root/SPLIT/*.wav with metadata.csv or metadata.jsonl in each split's folder; return root."""
+    generator = np.random.default_rng(seed)
+    for split in splits:
+        rows = []
+        for i in range(utterances):
+            write_audio(Path(root) / split / f"{split}-{i}.wav", make_waveform(generator))
+            rows.append({"file_name": f"{split}-{i}.wav", "transcription": make_text(generator)})
+        if suffix == ".jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        else:
+            text = "file_name,transcription\n" + "".join(f'{r["file_name"]},"{r["transcription"]}"\n' for r in rows)
+        (Path(root) / split / f"metadata{suffix}").write_text(text, encoding="utf-8")
+    return Path(root)

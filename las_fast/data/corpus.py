@@ -52,6 +52,7 @@ class Corpus:
     transposed: bool = False  # files hold (F, T)
     header: tuple[str, str] = ("id", "label")
     numbered: bool = False
+    texts: str = "a text for each recording"  # where transcripts are looked for
     naming: str = "name one of its folders so"  # what gives the data a split that they lack
 
     @property

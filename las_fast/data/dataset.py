@@ -20,6 +20,7 @@ from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.files import listed
+from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
 from las_fast.progress import track
@@ -310,6 +311,8 @@ class _TextCheck:
         if text is None:
             return f"{utterance.path} has no transcript; add it or remove the recording"
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
+        if are_phonemes(raw.split()):
+            return f"{source}: transcript {raw[:40]!r} holds phonemes, not letters; give data with spelled transcripts"
         if self.normalise and lost_digits(raw, self.vocabulary.characters):
             return f"{source}: transcript {raw[:40]!r} holds digits, which have no letters; write them as words"
         if not text.strip():
@@ -334,6 +337,8 @@ def _load_split(
     """Return the cache entry of a split with the indices that are kept, and (id, reason) of the others."""
     if not utterances:
         raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
+    if check.needed and not any(u.transcript or u.problem for u in utterances):
+        raise InputError(f"{corpus.root}: split {split!r} has no transcripts; expected {corpus.texts}")
     stop = data.on_bad == "error"
     twice = _repeated(utterances)
     if stop:  # what is known before any file is read is said before hours of reading

@@ -75,6 +75,7 @@ def open_archive(root: Path) -> Corpus:
         transposed=transposed,
         header=edition.header,
         numbered=True,
+        texts=f"them in SPLIT/{TRANSCRIPT_FOLDERS[2]}/NAME.npy (or in {', '.join(sorted(TRANSCRIPT_FOLDERS))})",
     )
 
 

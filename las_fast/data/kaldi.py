@@ -36,7 +36,8 @@ def open_kaldi(root: Path) -> Corpus:
     if _is_data(root):
         splits, roles = {"all": root}, dict.fromkeys(("train", "dev", "test"), ("all",))
     listings = {name: partial(_list_split, path) for name, path in splits.items()}
-    return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles)
+    texts = "a file 'text' beside wav.scp"
+    return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles, texts=texts)
 
 
 def is_text(path: Path) -> bool:

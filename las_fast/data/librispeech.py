@@ -34,6 +34,7 @@ def open_librispeech(root: Path) -> Corpus:
         kind="audio",
         listings={split: partial(_list_split, root / split) for split in splits},
         roles=assign_roles(splits),
+        texts="SPEAKER-CHAPTER.trans.txt beside the recordings",
     )
 
 

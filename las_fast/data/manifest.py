@@ -152,6 +152,7 @@ def open_tables(root: Path, tables: list[Table]) -> Corpus:
         listings={split: partial(list, utterances) for split, utterances in splits.items()},
         roles=assign_roles(splits) if set(splits) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
         feature_size=_frame_size(tables[0].path, splits) if is_features else None,
+        texts=f"a column 'transcript' (or {', '.join(NAMES['transcript'][1:])})",
         naming="name some lines so in a column 'split'",
     )
 

@@ -10,12 +10,13 @@ from las_fast.errors import InputError
 
 SPACE = re.compile(r"<(?:space|sp)>|\[space\]", re.IGNORECASE)
 MARK = re.compile(r"<[^<>]+>|\[(?:sos|eos|bos|pad|unk)\]", re.IGNORECASE)  # of a start, an end, padding, ...
-PHONEMES = (
+_NAMES = (
     "AA AE AH AO AW AX AXR AY B CH D DH DX EH EL EM EN ER EY F G HH HV IH IX IY JH K L M N NG NX OW OY P Q R S SH T TH "
     "UH UW UX V W Y Z ZH SIL SP SPN PAU EPI H# BCL DCL GCL KCL PCL TCL"
 )
-WORDS = "AH AW AY EH EL EM EN ER OW OY SH SP UH"  # phonemes that a text may hold as words
-LONG_PIECE = "\u2581"  # begins a word in SentencePiece
+PHONEMES = frozenset(_NAMES.split())
+WORDS = frozenset(("AH", "AW", "AY", "EH", "EL", "EM", "EN", "ER", "OW", "OY", "SH", "SP", "UH"))  # which text may hold
+PIECE = "\u2581"  # begins a word in SentencePiece
 
 
 def join_symbols(symbols: Sequence[str]) -> str:
@@ -32,8 +33,8 @@ def join_symbols(symbols: Sequence[str]) -> str:
     if are_phonemes(symbols if len(symbols) > 1 else "".join(symbols).split()):
         some = " ".join(s.strip() for s in symbols)[:30]
         raise InputError(f"holds phonemes ({some}), not letters; give the archive whose transcripts are spelled")
-    if any(s.startswith(LONG_PIECE) for s in symbols):
-        return "".join(symbols).replace(LONG_PIECE, " ").strip()
+    if any(s.startswith(PIECE) for s in symbols):
+        return "".join(symbols).replace(PIECE, " ").strip()
     if len(symbols) > 1 and " " not in symbols and any(_letters(s) > 1 for s in symbols):
         return " ".join("".join(f" {s} " for s in symbols).split())
     return "".join(symbols)
@@ -41,11 +42,10 @@ def join_symbols(symbols: Sequence[str]) -> str:
 
 def are_phonemes(symbols: Sequence[str]) -> bool:
     """Say whether symbols are all phonemes of English, with or without stress, and not words as well."""
-    names = [s.strip().strip("[]").upper() for s in symbols]
-    names = [name for name in names if name]
-    plain = [re.sub(r"(?<=[A-Z])[012]$", "", name) for name in names]
-    certain = any(len(name) > 1 for name in names) and not set(names) <= set(WORDS.split())
-    return certain and set(plain) <= set(PHONEMES.split())
+    names = [name for s in symbols if (name := s.strip().strip("[]").upper())]
+    if not all((name[:-1] if name[-1] in "012" else name) in PHONEMES for name in names):
+        return False
+    return any(len(name) > 1 for name in names) and not WORDS.issuperset(names)
 
 
 def _letters(symbol: str) -> int:

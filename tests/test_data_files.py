@@ -1,0 +1,186 @@
+"""Which files in a folder count, and what counts as a line of a text, for every reader alike."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+
+import numpy as np
+import pytest
+from archives import (
+    make_archive,
+    make_audio_folder,
+    make_common_voice,
+    make_kaldi,
+    make_librispeech,
+    make_manifest,
+    save,
+)
+
+from las_fast.data import files as files_module
+from las_fast.data.dataset import open_corpus
+from las_fast.data.files import at_depth, is_hidden, listed, read_lines
+from las_fast.data.hw4p2 import read_transcript
+from las_fast.errors import InputError
+from las_fast.lm import read_texts
+
+CLUTTER = (".DS_Store", "._{}", "Thumbs.db", "desktop.ini", "~${}")
+CLUTTER_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found", "$RECYCLE.BIN")
+LAYOUTS = {
+    "archive": lambda root: make_archive(root, "F23"),
+    "ordered archive": lambda root: make_archive(root, "S22"),
+    "LibriSpeech": lambda root: make_librispeech(root, utterances=1, splits=("train-clean-100", "dev-clean")),
+    "tsv": make_manifest,
+    "jsonl": lambda root: make_manifest(root, suffix=".jsonl"),
+    "Common Voice": make_common_voice,
+    "Kaldi": make_kaldi,
+    "audio folder": make_audio_folder,
+}
+
+
+def add_clutter(root):
+    """Put what systems and editors leave into every folder, under the names of the files that are there."""
+    for folder, _, names in list(os.walk(root)):
+        for name in [*names, *(pattern.format(name) for pattern in CLUTTER for name in (names or ["x"]))]:
+            if not os.path.exists(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(b"\0\x05\x16\x07\xff")
+        for hidden in CLUTTER_FOLDERS:
+            os.mkdir(os.path.join(folder, hidden))
+            for name in names:
+                shutil.copy(os.path.join(folder, name), os.path.join(folder, hidden, name))
+
+
+def everything(corpus):
+    return {split: corpus.utterances(split) for split in corpus.splits}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_and_system_files_change_nothing_in_any_layout(tmp_path, layout):
+    LAYOUTS[layout](tmp_path)
+    plain = open_corpus(tmp_path)
+    before = everything(plain)
+    add_clutter(tmp_path)
+    cluttered = open_corpus(tmp_path)
+    assert everything(cluttered) == before
+    assert (cluttered.name, cluttered.roles) == (plain.name, plain.roles)
+
+
+def test_hidden_files_are_no_text_for_a_language_model(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}.npy", np.array(list("HELLO")))
+    add_clutter(tmp_path)
+    assert list(read_texts(tmp_path)) == ["HELLO"] * 2
+
+
+def test_what_is_hidden():
+    assert all(map(is_hidden, (".x", "._a.flac", "__MACOSX", "THUMBS.DB", "Desktop.ini", "@eaDir", "lost+found")))
+    assert not any(map(is_hidden, ("x", "a.b", "_x.wav", "~x.wav", "x~", "@x", "found")))
+
+
+def test_suffixes_count_in_upper_case(tmp_path):
+    archive = make_archive(tmp_path / "a", "F23")
+    speech = make_librispeech(tmp_path / "b", utterances=1, splits=("dev-clean",))
+    before = [len(open_corpus(root).utterances("dev-clean")) for root in (archive, speech)]
+    for path in [*archive.rglob("*.npy"), *speech.rglob("*.flac"), *speech.rglob("*.txt")]:
+        path.rename(path.with_name(path.stem.upper() + path.suffix.upper()))
+    assert [len(open_corpus(root).utterances("dev-clean")) for root in (archive, speech)] == before
+    utterance = open_corpus(speech).utterances("dev-clean")[0]
+    assert utterance.transcript and utterance.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"a\nb\n", ["a", "b"]), (b"a\r\nb\r\n", ["a", "b"]), (b"a\rb\r", ["a", "b"]), (b"a\r\r\nb", ["a", "b"]),
+        (b"\xef\xbb\xbfa\nb", ["a", "b"]), (b"a\rx\nb", ["a x", "b"]), (b"a\n\n\n", ["a", "", ""]), (b"", []),
+        ("a\u2028b\u0085c\x0b\x0c\x1cd\n".encode(), ["a\u2028b\u0085c\x0b\x0c\x1cd"]),
+        ("é\r\n中\n".encode("utf-16"), ["é", "中"]), ("﻿a\nb".encode("utf-16-be"), ["a", "b"]),
+        ("a\nb".encode("utf-32"), ["a", "b"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("block", [4, 1 << 20])
+def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, block):
+    monkeypatch.setattr(files_module, "BLOCK", block)
+    (tmp_path / "x.txt").write_bytes(data)
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data))
+    assert list(read_lines(tmp_path / "x.txt")) == list(read_lines(tmp_path / "x.txt.gz")) == lines
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"{}\n{}\n\xff\n", "line 3 is not UTF-8"), (b"{}\n" * 9 + b"\xe9", "line 10 is not UTF-8"),
+     (b"{}\n{}\0\n", "line 2 holds a NUL"), ("ab".encode("utf-16-le"), "line 1 holds a NUL"),
+     (b"\xff\xfea", "line 1 is not UTF-8")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["x.txt", "m.tsv", "m.jsonl", "m.csv", "1.trans.txt"])
+def test_what_is_no_text_is_named_with_its_line(tmp_path, monkeypatch, data, said, name):
+    monkeypatch.setattr(files_module, "BLOCK", 4)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"{name} {said}") as error:
+        list(read_texts(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["bom", "crlf", "cr", "utf-16"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "archive"])
+def test_every_text_of_every_layout_is_read_in_every_form(tmp_path, layout, form):
+    LAYOUTS[layout](tmp_path)
+    before = everything(open_corpus(tmp_path))
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        if path.suffix in (".txt", ".tsv", ".csv", ".jsonl") or path.name in ("wav.scp", "text", "segments"):
+            text = path.read_text(encoding="utf-8")
+            text = text.replace("\n", {"crlf": "\r\n", "cr": "\r"}.get(form, "\n"))
+            encoding = {"bom": "utf-8-sig", "utf-16": "utf-16"}.get(form, "utf-8")
+            path.write_bytes(text.encode(encoding))
+    assert everything(open_corpus(tmp_path)) == before
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    archive = make_archive(tmp_path / "data", "F23")
+    (tmp_path / "data" / "private").mkdir()
+    known, closed = os.listdir, {str(tmp_path / "data" / "private")}
+
+    def listdir(path):
+        if str(path) in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return known(path)
+
+    monkeypatch.setattr(files_module.os, "listdir", listdir)
+    corpus = open_corpus(tmp_path / "data")  # what is beside the data does not matter
+    assert corpus.root == archive
+    closed.add(str(archive / "dev-clean" / "mfcc"))
+    with pytest.raises(InputError, match=r"dev-clean/mfcc cannot be listed: Permission denied"):
+        corpus.utterances("dev-clean")
+    with pytest.raises(InputError, match="cannot be listed"):
+        listed(tmp_path / "gone")
+
+
+def test_links_in_circles_end(tmp_path):
+    speech = make_librispeech(tmp_path, utterances=1, splits=("train-clean-100", "dev-clean")) / "LibriSpeech"
+    before = everything(open_corpus(tmp_path))
+    (speech / "dev-clean" / "loop").symlink_to(speech / "dev-clean")
+    (speech / "dev-clean" / "1090" / "loop").symlink_to(speech / "dev-clean" / "1090")
+    (speech / "dev-clean" / "self").symlink_to(speech / "dev-clean" / "self")
+    assert everything(open_corpus(tmp_path)) == before
+    assert list(at_depth(speech / "dev-clean" / "1090", 0)) == [
+        speech / "dev-clean" / "1090" / name for name in ("134686", "loop")
+    ]
+
+
+def test_a_link_to_an_archive_is_no_second_archive(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    (tmp_path / "newest").symlink_to(archive)
+    assert len(open_corpus(tmp_path).utterances("dev-clean")) == 4
+
+
+def test_names_that_are_not_utf8_and_long_ones_are_read(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    for name in (b"mod\xe0", b"x" * 251):
+        for folder, array in (("mfcc", np.ones((9, 28), np.float32)), ("transcripts", np.array(list("HI")))):
+            with open(os.fsencode(archive / "dev-clean" / folder) + b"/" + name + b".npy", "wb") as file:
+                np.save(file, array)
+    utterances = {os.fsencode(u.id): u for u in open_corpus(archive).utterances("dev-clean")}
+    for name in (b"mod\xe0", b"x" * 251):
+        assert utterances[name].path.exists() and read_transcript(utterances[name].transcript) == "HI"
