@@ -86,7 +86,7 @@ class Corpus:
             return (part,)
         if named := [name for name in self.listings if name.casefold() == part.casefold()]:
             return tuple(named[:1])
-        role = next((role for role, names in ROLES.items() if part.casefold() in (role, *names)), part)
+        role = next((role for role, names in ROLES.items() if part.casefold() in names), part)
         if role in self.roles:
             return self.roles[role]
         return self._of_hours(part)
@@ -116,6 +116,11 @@ def role_of(split: str) -> str | None:
         return "train"
     first = re.split(r"-|\d", plain, maxsplit=1)[0]
     return next((role for role, names in ROLES.items() if first in names), None)
+
+
+def is_role(split: str) -> bool:
+    """Say whether a split's name is nothing but that of a role."""
+    return any(_plain(split) in names for names in ROLES.values())
 
 
 def assign_roles(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:

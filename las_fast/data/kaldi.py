@@ -79,13 +79,9 @@ def _list_split(folder: Path) -> list[Utterance]:
 
 def _recordings(path: Path) -> dict[str, Utterance]:
     """Return the recordings of a wav.scp by id, as utterances without a transcript."""
-    lines = list(read_table(path))
-    files = [file for _, _, file in lines if file and not file.endswith("|")]
-    base = _base(path.parent, files[0] if files else "")
-    return {
-        name: Utterance(name, base / file, None, problem=_problem(path, number, name, file))
-        for number, name, file in lines
-    }
+    lines = [(name, file, _problem(path, number, name, file)) for number, name, file in read_table(path)]
+    base = _base(path.parent, next((file for _, file, problem in lines if not problem), ""))
+    return {name: Utterance(name, base / file, None, problem=problem) for name, file, problem in lines}
 
 
 def _base(folder: Path, file: str) -> Path:

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import soundfile
 
-from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
+from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
 from las_fast.data.files import files, subfolders
 from las_fast.data.hw4p2 import peek_shape
 from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
@@ -80,9 +80,10 @@ def find_tables(root: Path) -> list[Table]:
     found = _manifests(root)
     if voices := [path for path in found if _is_common_voice(path)]:
         return [Table(path, path.stem) for path in voices]
-    if found and found[0].stem == "metadata" and role_of(root.name):  # one split of an audio folder
+    if len(found) == 1 and found[0].stem == "metadata" and is_role(root.name):  # perhaps one split of an audio folder
         beside = _tables_of_splits(root.parent)
-        return beside if len(beside) > 1 else [Table(path) for path in found]
+        if len(beside) > 1 and all(table.path.stem == "metadata" for table in beside):
+            return beside
     if len(found) > 1:
         splits = [split_of(path.stem) for path in found]
         distinct = None not in splits and len(set(splits)) == len(splits)
@@ -94,7 +95,7 @@ def find_tables(root: Path) -> list[Table]:
 
 def _tables_of_splits(root: Path) -> list[Table]:
     """Return the manifests of folders that are named for splits and hold one each."""
-    inside = {folder.name: _manifests(folder) for folder in subfolders(root) if role_of(folder.name)}
+    inside = {folder.name: _manifests(folder) for folder in subfolders(root) if is_role(folder.name)}
     return [Table(found[0], name) for name, found in inside.items() if len(found) == 1]
 
 

@@ -55,9 +55,15 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
     delimiter = _delimiter(header)
     yield 1, next(csv.reader([header], delimiter=delimiter), [])
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, skipinitialspace=True)
+    before = 1
     try:
         for values in reader:
-            yield 1 + reader.line_num, values
+            if any("\n" in value for value in values):
+                raise InputError(
+                    f"{path} line {before + 1} has a field of several lines; close its quotes, or join them"
+                )
+            before = 1 + reader.line_num
+            yield before, values
     except csv.Error as error:
         raise InputError(f"{path} line {1 + reader.line_num} is no row of a table ({error}); write it again") from None
 

@@ -1,0 +1,430 @@
+"""Manifests of other tools, parts of recordings, Common Voice, Kaldi and audio folders."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from archives import (
+    RATE,
+    make_audio_folder,
+    make_common_voice,
+    make_kaldi,
+    make_librispeech,
+    make_waveform,
+    write_audio,
+)
+
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data.cache import open_cache
+from las_fast.data.dataset import divided_recordings, load_dataset, open_corpus, shared_recordings
+from las_fast.data.manifest import further_columns, split_of
+from las_fast.errors import InputError
+from las_fast.features import compute_features, load_audio
+from las_fast.lm import read_texts
+
+LOGMEL = FeatureConfig(normalisation="none")
+
+
+def load(root, split="train", *, need_text=True, **options):
+    data = DataConfig(**options)
+    return load_dataset(open_corpus(root), (split,), features=LOGMEL, data=data, need_text=need_text, progress=False)
+
+
+def write_table(path, rows):
+    """Write dicts as .jsonl, .json or .csv, or as .tsv."""
+    if path.suffix in (".jsonl", ".json"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        part = "," if path.suffix == ".csv" else "\t"
+        text = "".join(part.join(map(str, line)) + "\n" for line in (list(rows[0]), *(row.values() for row in rows)))
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def long(tmp_path):
+    """A recording of 3 s in a folder of its own."""
+    return write_audio(tmp_path / "long.wav", make_waveform(np.random.default_rng(0), 3.0))
+
+
+# -------------------------------------------------------------------------------------------------- parts of recordings
+
+PARTS = {
+    "NeMo": ({"offset": 1.0, "duration": 0.5}, {"offset": 0, "duration": 0.5}),
+    "start and end": ({"start": 1.0, "end": 1.5}, {"start": 0, "end": 0.5}),
+    "begin and end": ({"begin": 1.0, "end": 1.5}, {"begin": 0, "end": 0.5}),
+    "start_time and end_time": ({"start_time": "1.0", "end_time": "1.5"}, {"start_time": "", "end_time": "0.5"}),
+    "milliseconds": ({"Start (ms)": 1000, "end_ms": 1500}, {"Start (ms)": 0, "end_ms": 500}),
+    "all three": ({"start": 1.0, "end": 1.5, "duration": 0.5}, {"start": 0, "end": 0.5, "duration": 0.5}),
+    "samples": ({"offset": 1.0, "num_samples": 8000}, {"offset": 0, "num_samples": 8000}),
+    "samples and rate": (
+        {"offset": 1.0, "num_samples": 4000, "sample_rate": 8000},
+        {"offset": 0, "num_samples": 4000, "sample_rate": 8000},
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+@pytest.mark.parametrize("names", PARTS)
+def test_a_part_of_a_recording_is_read_whatever_its_columns_are_called(tmp_path, long, names, suffix):
+    rows = [{"audio_filepath": "long.wav", **part, "text": "HI"} for part in PARTS[names]]
+    dataset = load(write_table(tmp_path / f"m{suffix}", rows))
+    samples = load_audio(long, RATE)
+    assert dataset.ids == ["long-1.000", "long-0.000"] and dataset.spans == [(1.0, 1.5), (0.0, 0.5)]
+    for i, first in enumerate((RATE, 0)):
+        expected = compute_features([samples[first : first + RATE // 2]], LOGMEL)[0]
+        np.testing.assert_allclose(dataset[i], expected, atol=1e-4)
+
+
+def test_a_part_without_an_end_goes_to_the_end(tmp_path, long):
+    dataset = load(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", "offset": 2.25, "text": "HI"}]))
+    assert dataset.seconds.tolist() == [0.75] and dataset.spans == [(2.25, np.inf)]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"offset": 4.0, "duration": 0.5}, r"holds 3\.00 s, so no part begins at 4\.00 s"),
+        ({"offset": 2.0, "duration": 2.0}, r"holds 1\.00 s from 2\.00 s on, the manifest says 2\.00 s"),
+        ({"duration": 1.5}, r"holds 3\.00 s, the manifest says 1\.50 s; .*'offset'"),
+        ({"num_samples": 24000}, r"holds 3\.00 s, the manifest says 1\.50 s"),
+    ],
+)
+def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, long, part, said):
+    good = {"path": "long.wav", "offset": 0.5, "duration": 0.5, "text": "HI"}
+    manifest = write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **part, "text": "HI"}, good])
+    with pytest.raises(InputError, match=said):
+        load(manifest)
+    assert len(load(manifest, on_bad="skip")) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"offset": -1, "duration": 2}, "line 1: offset must be a number; got -1"),
+        ({"offset": "soon"}, "line 1: offset must be a number; got 'soon'"),
+        ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
+        ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
+        ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
+        ({"channel": 1}, "column 'channel' is not known.*channel in a file of its own"),
+        ({"stop": 16000}, "column 'stop' is not known"),
+        ({"start_frame": 5}, "column 'start_frame' is not known"),
+        ({"from": 5}, "column 'from' is not known"),
+    ],
+)
+def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, columns, said):
+    with pytest.raises(InputError, match=f"m.jsonl:? ?{said}"):
+        open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **columns, "text": "HI"}]))
+
+
+@pytest.mark.parametrize("column", ["lang", "take", "use", "subset"])
+def test_columns_that_choose_lines_are_refused_where_they_differ(tmp_path, long, column):
+    rows = [{"id": i, "path": "long.wav", column: value, "text": "HI"} for i, value in enumerate("ab")]
+    with pytest.raises(InputError, match=rf"column '{column}' has different values \(a, b\)"):
+        open_corpus(write_table(tmp_path / "m.tsv", rows))
+    for row in rows:
+        row[column] = "a"
+    assert len(open_corpus(write_table(tmp_path / "m.tsv", rows)).utterances("all")) == 2
+
+
+def test_columns_that_say_other_things_are_allowed(tmp_path, long):
+    row = {"path": "long.wav", "text": "HI", "speaker": "s", "age": 7, "gender": "f", "channels": 1, "trend": "up",
+           "stop_": "", "sample_rate": 16000, "lang": "en"}  # fmt: skip
+    assert len(load(write_table(tmp_path / "m.tsv", [row]))) == 1
+
+
+def test_a_part_of_a_feature_file_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
+    with pytest.raises(InputError, match="a part of x.npy cannot be read"):
+        open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "x.npy", "offset": 1, "text": "HI"}]))
+
+
+def test_the_cache_knows_parts_apart(tmp_path, long):
+    folders = set()
+    for part in ({}, {"offset": 0}, {"offset": 1}, {"offset": 1, "duration": 1}, {"offset": 1, "duration": 2}):
+        corpus = open_corpus(write_table(tmp_path / "m.jsonl", [{"id": "x", "path": "long.wav", **part, "text": "A"}]))
+        entry = open_cache(corpus, "all", corpus.utterances("all"), LOGMEL, folder=str(tmp_path / "c"), progress=False)
+        folders.add(entry.folder)
+    assert len(folders) == 5
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "shared", "divided"),
+    [
+        ((0, 1), (1, 2), 0, 1),  # they touch
+        ((0, 1), (0.9, 2), 0, 1),  # by less than a margin
+        ((0, 1), (0.5, 1.5), 1, 1),
+        ((0, 3), (1, 1.5), 1, 1),
+        ((1, 1.5), (0, 3), 1, 1),
+        ((2, 3), (0, 1), 0, 1),
+        ((0, 1), None, 1, 1),  # the whole recording
+    ],
+)
+def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, train, dev, shared, divided):
+    (tmp_path / "link.wav").symlink_to(long)
+    write_audio(tmp_path / "other.wav", make_waveform(np.random.default_rng(1), 3.0))
+    rows = [{"path": "long.wav", "split": "train", "start": train[0], "end": train[1], "text": "A"}]
+    rows.append({"path": "other.wav", "split": "train", "text": "A"})
+    rows.append({"path": "link.wav", "split": "dev", "text": "A"})
+    rows[-1] |= dict(zip(("start", "end"), dev, strict=True)) if dev else {}
+    manifest = write_table(tmp_path / "m.jsonl", rows)
+    sets = load(manifest, "train"), load(manifest, "dev")
+    assert (shared_recordings(*sets), divided_recordings(*sets)) == (shared, divided)
+
+
+# ------------------------------------------------------------------------------------------------------------ manifests
+
+
+def test_lines_without_ids_get_distinct_ones(tmp_path, long):
+    (tmp_path / "a").mkdir()
+    for name in ("a/long.wav", "other.wav"):
+        write_audio(tmp_path / name, make_waveform(np.random.default_rng(1), 3.0))
+    rows = [("a/long.wav", ""), ("long.wav", 0.5), ("long.wav", 1.5), ("other.wav", ""), ("other.wav", "")]
+    manifest = write_table(tmp_path / "m.tsv", [{"path": p, "offset": o, "text": "HI", "n": "1"} for p, o in rows])
+    corpus = open_corpus(manifest)
+    ids = [u.id for u in corpus.utterances("all")]
+    folder = tmp_path.name
+    assert ids == ["a/long", f"{folder}/long-0.500", f"{folder}/long-1.500", "other-0001", "other-0002"]
+    assert list(further_columns(manifest)) == ids and further_columns(manifest)["a/long"]["n"] == "1"
+    assert load(manifest).ids == ids
+
+
+def test_the_columns_of_other_tools_are_known(tmp_path, long):
+    known = "path sentence, wav_filename transcript, file_name transcription, Audio TEXT, wav wrd, audio_filepath text"
+    for names in map(str.split, known.split(",")):
+        row = dict(zip(names, ("long.wav", "HELLO"), strict=True)) | {"wav_filesize": 96044}
+        for suffix in (".csv", ".tsv", ".jsonl"):
+            (u,) = open_corpus(write_table(tmp_path / f"m{suffix}", [row])).utterances("all")
+            assert (u.id, u.path, u.transcript) == ("long", long, "HELLO")
+            (tmp_path / f"m{suffix}").unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", 'path,text\n"long.wav","WELL, ""HI"" "\n'),
+        ("m.csv", 'path;text\n long.wav ; "WELL, ""HI"""\n'),
+        ("m.csv", ',path,text\n0,long.wav,"WELL, ""HI"""\n'),
+        ("m.csv", 'path,text,\nlong.wav,"WELL, ""HI""",\n,,\n'),
+        ("m.tsv", 'path\ttext\n"long.wav"\t"WELL, ""HI"""\n'),
+        ("m.tsv", ' path \ttext\n long.wav \tWELL, "HI"\n\t\n\n'),
+        ("m.tsv", 'path\ttext\tn\t\nlong.wav\tWELL, "HI"\t1\t\n'),
+        ("m.json", '[{"path": "long.wav",\n  "text": "WELL, \\"HI\\""}]\n'),
+    ],
+)
+def test_quotes_spaces_and_empty_columns_of_tables(tmp_path, long, name, text):
+    (tmp_path / name).write_text(text)
+    (u,) = open_corpus(tmp_path).utterances("all")
+    assert (u.path, u.transcript) == (long, 'WELL, "HI"')
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("m.tsv", "path\tpath\na\tb\n", "two columns 'path'"),
+        ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
+        ("m.csv", 'path,text\na.wav,"A\n', "line 2"),
+        ("m.json", "[1]", "line 1 must be a JSON object"),
+        ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("m.tsv", "path\nhttps://x.org/a.wav\n", "line 2: .* is an address"),
+        ("m.tsv", "path\nC:\\data\\a.wav\n", "line 2: .* path of Windows"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}.* {said}") as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sub").mkdir()
+    paths = [str(long), "~/long.wav", ".\\..\\long.wav", "..\\long.wav", f"file://{long}"]
+    rows = [{"id": i, "path": path, "text": "HI"} for i, path in enumerate(paths)]
+    dataset = load(write_table(tmp_path / "sub" / "m.tsv", rows))
+    assert len(dataset) == 5 and all(os.path.samefile(path, long) for path in dataset.paths)
+
+
+@pytest.mark.parametrize("name", ["Dev", "DEV", "val", "Val", "valid", "validation", "eval", "dev_clean", "dev93"])
+def test_splits_have_many_names(tmp_path, long, name):
+    rows = [{"id": i, "path": "long.wav", "split": s, "text": "HI"} for i, s in enumerate(("Train", name))]
+    corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
+    assert corpus.resolve("train") == corpus.resolve("Train") == ("train",)
+    assert corpus.resolve("dev") == corpus.resolve(name) == corpus.resolve("validation") == (name.lower(),)
+    with pytest.raises(InputError, match="no split 'test'; it has .*--data.dev.*column 'split'"):
+        corpus.resolve("test")
+
+
+def test_a_split_named_twice_is_read_once(tmp_path, long):
+    rows = [{"id": i, "path": "long.wav", "split": s, "text": "HI"} for i, s in enumerate(("train", "dev"))]
+    manifest = write_table(tmp_path / "m.tsv", rows)
+    assert open_corpus(manifest).resolve("dev+dev,val") == ("dev",)
+    assert load(manifest, "dev+dev").ids == ["1"]
+
+
+def test_a_manifest_for_each_split_makes_one_corpus(tmp_path, long):
+    for name in ("train_manifest.json", "val-manifest.json", "test.jsonl"):
+        write_table(tmp_path / name, [{"audio_filepath": "long.wav", "text": name}])
+    write_table(tmp_path / "speakers.tsv", [{"speaker": "x"}])
+    corpus = open_corpus(tmp_path)
+    assert corpus.splits == ("test", "train", "val")
+    assert corpus.utterances(*corpus.resolve("dev"))[0].transcript == "val-manifest.json"
+    write_table(tmp_path / "more.tsv", [{"path": "long.wav"}])
+    with pytest.raises(InputError, match=r"has 4 manifests \(more.tsv, .*train.tsv and dev.tsv"):
+        open_corpus(tmp_path)
+
+
+def test_the_split_in_a_manifests_name():
+    names = {"train_manifest": "train", "manifest.dev": "dev", "train-clean-100": "train-clean-100", "Test": "test",
+             "librispeech_train": "train", "cv-valid-train": "train", "speakers": None, "metadata": None}  # fmt: skip
+    assert {name: split_of(name) for name in names} == names
+
+
+# --------------------------------------------------------------------------------------- Common Voice, Kaldi and others
+
+
+def test_common_voice_is_recognised_with_its_splits(tmp_path):
+    root = make_common_voice(tmp_path)
+    for place in (root, root / "clips"):
+        corpus = open_corpus(place)
+        assert (corpus.name, corpus.kind) == ("Common Voice", "audio")
+        assert corpus.splits == ("dev", "test", "train", "validated")
+        assert corpus.roles == {"train": ("train",), "dev": ("dev",), "test": ("test",)}
+    assert [len(corpus.utterances(split)) for split in corpus.splits] == [2, 2, 2, 6]
+    dataset = load(root, "dev")
+    assert dataset.paths[0] == root / "clips" / "common_voice_en_dev0.wav" and all(dataset.texts)
+    assert load(root / "train.tsv", "all").ids == load(root, "train").ids  # one of its manifests alone
+    with pytest.raises(InputError, match="does not exist, but .* has a split dev; give .* with --split"):
+        open_corpus(root / "dev")
+
+
+def test_old_common_voice_names_clips_without_an_ending(tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_table(tmp_path / "train.tsv", [{"client_id": 0, "path": "a1b2", "sentence": "HI"},
+                                         {"client_id": 0, "path": "clips/c.mp3", "sentence": "HI"}])  # fmt: skip
+    assert [u.path for u in open_corpus(tmp_path).utterances("train")] == [
+        tmp_path / "clips" / name for name in ("a1b2.mp3", "c.mp3")
+    ]
+
+
+def test_kaldi_folders_are_recognised_from_each_of_their_folders(tmp_path):
+    data = make_kaldi(tmp_path)
+    for place in (tmp_path, data, data / "train", data / "train" / "wav.scp"):
+        corpus = open_corpus(place)
+        assert (corpus.name, corpus.root, corpus.splits) == ("Kaldi", data, ("dev", "train"))
+    dataset = load(tmp_path)
+    assert dataset.ids == ["train0-0", "train0-1", "train1-0", "train1-1"] and all(dataset.texts)
+    samples = load_audio(tmp_path / "wav" / "train1.wav", RATE)
+    expected = compute_features([samples[RATE // 2 : round(0.95 * RATE)]], LOGMEL)[0]
+    np.testing.assert_allclose(dataset[3], expected, atol=1e-4)
+    assert list(read_texts(data / "train" / "text")) == dataset.texts
+    with pytest.raises(InputError, match="has a split dev; give"):
+        open_corpus(data / "validation")
+
+
+def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
+    data = make_kaldi(tmp_path, splits=("train",))
+    (data / "train").rename(data / "mine")
+    for name in ("segments", "text"):
+        (data / "mine" / name).unlink()
+    (data / "mine" / "text").write_text("train1\tGOOD  DAY\ntrain0 HI\n")
+    corpus = open_corpus(data / "mine")
+    assert [(u.id, u.transcript, u.is_part) for u in corpus.utterances("all")] == [
+        ("train0", "HI", False), ("train1", "GOOD  DAY", False),
+    ]  # fmt: skip
+    assert load(data / "mine", "dev").ids == ["train0", "train1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("wav.scp", "train0 sph2pipe -f wav x.sph |", "line 1: train0 is a command .*write the recordings to files"),
+        ("wav.scp", "train0 raw.ark:1234", "line 1: train0 lies in an archive"),
+        ("wav.scp", "train0", "line 1: train0 has no file"),
+        ("segments", "train0-0 other 0 1", "line 1: wav.scp has no other"),
+        ("text", "new-0 HELLO", "has a text of new-0, which .*segments lacks"),
+    ],
+)
+def test_what_a_kaldi_folder_cannot_give_is_said_or_left_out(tmp_path, name, line, said):
+    data = make_kaldi(tmp_path)
+    lines = (data / "train" / name).read_text().splitlines()
+    (data / "train" / name).write_text("\n".join([line, *lines[name != "text" :]]))
+    with pytest.raises(InputError, match=said) as error:
+        load(tmp_path)
+    assert name in str(error.value)
+    assert len(load(tmp_path, on_bad="skip")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("segments", "train0-0 train0 0.5", "must be an id, a recording, and start and end"),
+        ("segments", "train0-0 train0 0.5 0.2", "must be an id"),
+        ("segments", "train0-0 train0 0.5 0.9 A", "must be an id"),
+        ("text", "train0-1 HELLO", "line 2 has train0-1 a second time"),
+    ],
+)
+def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, said):
+    data = make_kaldi(tmp_path)
+    lines = (data / "train" / name).read_text().splitlines()
+    (data / "train" / name).write_text("\n".join([line, *lines[1:]]))
+    with pytest.raises(InputError, match=f"{name} line . ?{said.removeprefix('line 2 ')}"):
+        load(tmp_path)
+
+
+def test_a_kaldi_segment_may_end_with_its_recording(tmp_path):
+    data = make_kaldi(tmp_path)
+    (data / "train" / "segments").write_text("train0-0 train0 0.5 -1\n")
+    (data / "train" / "text").write_text("train0-0 HI\n")
+    assert load(tmp_path).seconds.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_audio_folders_are_recognised_with_their_splits(tmp_path, suffix, folder):
+    root = make_audio_folder(tmp_path / folder, suffix=suffix)
+    for place in (tmp_path, root / "train"):
+        corpus = open_corpus(place)
+        assert corpus.splits == ("train", "validation") and corpus.resolve("dev") == ("validation",)
+    assert load(tmp_path).ids == ["train-0", "train-1"]
+
+
+def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path):
+    make_audio_folder(tmp_path)
+    rows = [{"file_name": f"{s}/{s}-0.wav", "text": "HI"} for s in ("train", "validation")]
+    for split in ("train", "validation"):
+        (tmp_path / split / "metadata.csv").unlink()
+    write_table(tmp_path / "metadata.csv", rows)
+    assert open_corpus(tmp_path).splits == ("train", "validation")
+    assert load(tmp_path, "dev").ids == ["validation-0"]
+
+
+@pytest.mark.parametrize("layout", [make_librispeech, make_kaldi, make_common_voice, make_audio_folder])
+def test_data_are_never_written_to(tmp_path, layout):
+    layout(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    load(tmp_path, "dev")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("x.zip", r"\.zip files, which must be unpacked"), ("x.parquet", r"\.parquet files; write their recordings"),
+     ("x.wav", "recordings but nothing that names their transcripts")],
+)  # fmt: skip
+def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, said):
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=said):
+        open_corpus(tmp_path)
+
+
+def test_a_split_without_transcripts_says_where_they_are_looked_for(tmp_path):
+    data = make_kaldi(tmp_path)
+    (data / "train" / "text").unlink()
+    with pytest.raises(InputError, match="split 'train' has no transcripts; expected a file 'text'"):
+        load(tmp_path)
+    assert len(load(tmp_path, need_text=False)) == 4
