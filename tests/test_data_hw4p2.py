@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from archives import EDITIONS, make_archive, save, text_array
+from archives import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
@@ -15,8 +18,8 @@ from las_fast.data.hw4p2 import peek_shape, read_transcript
 from las_fast.errors import InputError
 
 
-def load(corpus, split, *, need_text=True, **options):
-    features = FeatureConfig(size=corpus.feature_size, normalisation="none")
+def load(corpus, split, *, need_text=True, features=None, **options):
+    features = features or FeatureConfig(size=corpus.feature_size, normalisation="none")
     data = DataConfig(**options)
     return load_dataset(corpus, (split,), features=features, data=data, need_text=need_text, progress=False)
 
@@ -66,7 +69,9 @@ def test_another_feature_size_has_a_generic_name(tmp_path):
         np.save(path, np.load(path)[:, :21])
     corpus = open_corpus(archive)
     assert (corpus.name, corpus.header, corpus.feature_size) == (
-        "HW4P2 layout, 21 features", ("index", "label"), 21,
+        "HW4P2 layout, 21 features",
+        ("index", "label"),
+        21,
     )
 
 
@@ -146,12 +151,103 @@ def test_splits_that_share_names_keep_distinct_ids(tmp_path):
 
 @pytest.mark.parametrize(
     "array",
-    [np.array(["<sos>", "A", " ", "B", "<eos>"]), np.array(["A", " ", "B"]), np.array("A B"), np.array(["A B"]),
-     np.array(["<sos/eos>", "A", " ", "B", "<unk>", "<sos/eos>"]), np.array([b"A", b" ", b"B"])],
+    [
+        np.array(["<sos>", "A", " ", "B", "<eos>"]),
+        np.array(["A", " ", "B"]),
+        np.array("A B"),
+        np.array(["A B"]),
+        np.array(["<sos/eos>", "A", " ", "B", "<unk>", "<sos/eos>"]),
+        np.array([b"A", b" ", b"B"]),
+    ],
     ids=["sos and eos", "bare", "one string", "array of one string", "sos/eos", "bytes"],
 )
 def test_transcripts_of_every_kind_are_read(tmp_path, array):
     assert read_transcript(save(tmp_path / "t.npy", array)) == "A B"
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.array(["AT", "LOOKED"]), "AT LOOKED"),
+        (np.array([b"AT", b"LOOKED"]), "AT LOOKED"),
+        (np.array(["<sos>", "A", "CAT", "<eos>"]), "A CAT"),
+        (np.array(["A ", "CAT "]), "A CAT"),
+        (np.array(["[SOS]", "C", "A", "T", "[EOS]"]), "CAT"),
+        (np.array(["A", "<space>", "B"]), "A B"),
+        (np.array(["A", "|", "B", "|"]), "A B "),
+        (np.array("A<space>B"), "A B"),
+        (np.array(["A", " ", "BC", "D"]), "A BCD"),
+        (np.array(["\u2581THE", "\u2581CA", "T"]), "THE CAT"),
+        (np.array(["C", "A", "F", "e\u0301"]), "CAFe\u0301"),
+        (np.array(["I", "O"]), "IO"),  # no other way to tell them from letters
+        (np.array(["<sos>", "<eos>"]), ""),
+        (np.array(["AH", "EH"]), "AH EH"),
+        (np.array(["UH", "HER"]), "UH HER"),
+    ],
+)
+def test_words_are_joined_with_spaces_and_letters_are_not(tmp_path, array, text):
+    assert read_transcript(save(tmp_path / "t.npy", array)) == text
+
+
+@pytest.mark.parametrize(
+    "symbols", ["HH AH L OW", "HH AH0 L OW1", "[SOS] [SIL] K AE T [EOS]", "SIL T UH", "sil k ae t", "K AH P"]
+)
+def test_phonemes_are_refused_with_the_reason(tmp_path, symbols):
+    for array in (np.array(symbols.split()), np.array(symbols.encode().split()), np.array(symbols)):
+        with pytest.raises(InputError, match=r"t\.npy holds phonemes .*, not letters; give"):
+            read_transcript(save(tmp_path / "t.npy", array))
+
+
+def test_phonemes_in_a_manifest_are_refused_with_the_reason(tmp_path):
+    manifest = make_manifest(tmp_path)
+    rows = manifest.read_text().splitlines()
+    rows[1] = "\t".join([*rows[1].split("\t")[:-1], "HH AH0 L OW1"])
+    manifest.write_text("\n".join(rows))
+    for normalise_text in (False, True):
+        with pytest.raises(InputError, match=r"train-0\.wav: .* holds phonemes, not letters"):
+            load(open_corpus(manifest), "train", features=FeatureConfig(), normalise_text=normalise_text)
+
+
+def test_an_archive_without_transcripts_says_where_they_are_looked_for(tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    (archive / "dev-clean" / "transcripts").rename(archive / "dev-clean" / "labels")
+    with pytest.raises(InputError, match="'dev-clean' has no transcripts; expected them in SPLIT/transcripts"):
+        load(open_corpus(archive), "dev")
+
+
+def make_old_archive(folder):
+    """Write the arrays of objects that archives before 2022 were, their transcripts as words in bytes."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in (("train", 3), ("dev", 2), ("test", 2)):
+        frames, texts = np.empty(count, object), np.empty(count, object)
+        for i in range(count):
+            frames[i] = generator.normal(size=(20 + i, 40)).astype(np.float32)
+            texts[i] = np.array([b"HELLO", b"THERE"])
+        np.save(folder / f"{split}.npy", frames)
+        if split != "test":
+            np.save(folder / f"{split}_transcripts.npy", texts)
+
+
+def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
+    make_old_archive(tmp_path / "data")
+    for root in (tmp_path, tmp_path / "data", tmp_path / "data" / "train.npy"):
+        with pytest.raises(
+            InputError, match=r"holds dev.npy, dev_transcripts.npy, .* before 2022.* python -c"
+        ) as error:
+            open_corpus(root)
+        assert "\n" not in str(error.value)
+    code = re.search(r'python -c "(.*)"', str(error.value))[1]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "data", check=True)
+    dataset = load(open_corpus(tmp_path / "data" / "new"), "dev")
+    assert dataset.texts == ["HELLO THERE"] * 2 and dataset.frames.tolist() == [20, 21]
+
+
+def test_numeric_arrays_beside_each_other_are_no_older_archive(tmp_path):
+    save(tmp_path / "train.npy", np.ones((3, 4)))
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(InputError, match="no layout that is known"):
+        open_corpus(tmp_path)
 
 
 def test_a_transcript_that_is_none_is_named(tmp_path):
