@@ -13,6 +13,7 @@ from archives import (
     make_common_voice,
     make_kaldi,
     make_librispeech,
+    make_manifest,
     make_waveform,
     write_audio,
 )
@@ -109,7 +110,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
         ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
-        ({"channel": 1}, "column 'channel' is not known.*channel in a file of its own"),
+        ({"channel": 1}, "column 'channel' names channels.*a file of its own"),
         ({"stop": 16000}, "column 'stop' is not known"),
         ({"start_frame": 5}, "column 'start_frame' is not known"),
         ({"from": 5}, "column 'from' is not known"),
@@ -300,6 +301,16 @@ def test_common_voice_is_recognised_with_its_splits(tmp_path):
     assert load(root / "train.tsv", "all").ids == load(root, "train").ids  # one of its manifests alone
     with pytest.raises(InputError, match="does not exist, but .* has a split dev; give .* with --split"):
         open_corpus(root / "dev")
+
+
+def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
+    for layout in (make_common_voice, make_audio_folder, make_manifest):
+        root = layout(tmp_path / layout.__name__ / "corpus" / "en")
+        assert len(load(tmp_path / layout.__name__, "dev")) == len(load(root, "dev"))
+    write_table(tmp_path / "make_common_voice" / "corpus" / "log.jsonl", [{"step": 1}])
+    make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
+    with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
+        open_corpus(tmp_path / "make_common_voice")
 
 
 def test_old_common_voice_names_clips_without_an_ending(tmp_path):

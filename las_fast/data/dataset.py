@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.files import listed
+from las_fast.data.files import listed, subfolders
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError
 from las_fast.features import add_deltas, check_settings
@@ -31,6 +32,7 @@ __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset",
 
 OVERLAP = 0.25  # seconds at either end that parts of a recording may share
 PACKED = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
+MANY = 100  # folders that are looked into for data
 LISTED = 10  # skipped utterances that are named; the rest are counted
 
 
@@ -46,8 +48,8 @@ def open_corpus(root: str | Path) -> Corpus:
     """Recognise a data root: an HW4P2 archive of any edition, a folder of LibriSpeech, Kaldi or Common Voice, an audio
     folder, or a manifest or a folder with one.
 
-    An archive may also lie up to two folders below the root, or the root may be one split of what is known. Raises
-    InputError when the root is missing or empty, or when nothing or more than one thing is found.
+    It may also lie up to two folders below the root, or the root may be one split of what is known. Raises InputError
+    when the root is missing or empty, or when nothing or more than one thing is found.
     """
     root = expand(root)
     try:
@@ -58,19 +60,44 @@ def open_corpus(root: str | Path) -> Corpus:
         return _open_file(root)
     if not root.is_dir():
         raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
-    archives = hw4p2.find_archives(root)
-    if len(archives) > 1:
-        raise InputError(f"{root} holds several archives; give one of {', '.join(map(str, archives))}")
-    if archives:
-        return hw4p2.open_archive(archives[0])
+    found = _recognise(root) or _recognise_below(root)
+    if len(found) > 1:
+        raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(found)}")
+    if not found:
+        raise InputError(_unknown(root))
+    return next(iter(found.values()))()
+
+
+def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], Corpus]]:
+    """Return what a folder holds: its place -> opens it; more than one only for archives.
+
+    certain: a .tsv or .jsonl must have the columns of a manifest; otherwise opening it says what is missing.
+    """
+    if archives := hw4p2.find_archives(root):
+        return {str(archive): partial(hw4p2.open_archive, archive) for archive in archives}
     if folder := librispeech.find_librispeech(root):
-        return librispeech.open_librispeech(folder)
+        return {str(folder): partial(librispeech.open_librispeech, folder)}
     if folder := kaldi.find_kaldi(root):
-        return kaldi.open_kaldi(folder)
+        return {str(folder): partial(kaldi.open_kaldi, folder)}
     tables = manifest.find_tables(root)
+    if certain and not all(manifest.names_files(table.path) for table in tables):
+        return {}
     if len(tables) == 1 or (tables and all(table.split for table in tables)):
-        return manifest.open_tables(root, tables)
-    raise InputError(_unknown(root, tables))
+        return {str(tables[0].path.parent): partial(manifest.open_tables, root, tables)}
+    return {}
+
+
+def _recognise_below(root: Path) -> dict[str, Callable[[], Corpus]]:
+    """Return what the folders in a folder hold, or else the folders in these."""
+    level = [root]
+    for _ in range(2):
+        level = [child for folder in level for child in subfolders(folder)][:MANY]
+        found: dict[str, Callable[[], Corpus]] = {}
+        for folder in level:
+            found |= _recognise(folder, certain=True)
+        if found:
+            return found
+    return {}
 
 
 def _open_file(path: Path) -> Corpus:
@@ -98,13 +125,13 @@ def _no_root(root: Path, error: Exception) -> str:
     return f"{root} {what}; give the folder that holds the data"
 
 
-def _unknown(root: Path, tables: list[manifest.Table]) -> str:
+def _unknown(root: Path) -> str:
     """Say what was looked for in a folder, and what of it is there."""
-    there = listed(root)
+    there, tables = listed(root), manifest.find_tables(root)
     if advice := old_editions.advice(root):
         return advice
     looked = ", ".join((hw4p2.LAYOUT, librispeech.LAYOUT, kaldi.LAYOUT))
-    if tables:
+    if len(tables) > 1:
         names = ", ".join(table.path.name for table in tables[:5])
         return (
             f"{root} has {len(tables)} manifests ({names}); give one of them, or name each for its split, such as "

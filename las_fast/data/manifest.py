@@ -43,7 +43,7 @@ TIME = re.compile(r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|dur
                   r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?")  # fmt: skip
 SAMPLES = ("num_samples", "n_samples")
 RATES = ("sample_rate", "sampling_rate", "samplerate")
-CHANGING = {"start", "begin", "end", "offset", "onset", "stop", "channel"}  # words in names of columns for other tools
+CHANGING = {"start", "begin", "end", "offset", "onset", "stop"}  # words in names of columns for other tools
 SELECTING = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip", "ignore",
              "include", "exclude", "discard"}  # fmt: skip
 CLIPS = "clips"  # where Common Voice keeps its recordings
@@ -105,13 +105,14 @@ def _manifests(root: Path) -> list[Path]:
         found = [path for path in files(root, SUFFIXES) if path.is_file()][:MANY]
     except InputError:
         return []
-    return [path for path in found if _names_files(columns(path))] or [
+    return [path for path in found if names_files(path)] or [
         path for path in found if path.suffix.lower() in (".tsv", ".jsonl")
     ]
 
 
-def _names_files(names: list[str]) -> bool:
-    return any(normal(name) in NAMES["path"] for name in names)
+def names_files(path: Path) -> bool:
+    """Say whether a table has a column that names files."""
+    return "path" in _claims(tuple(columns(path)))
 
 
 def _is_common_voice(path: Path) -> bool:
@@ -180,7 +181,7 @@ def _lines(table: Table) -> list[Entry]:
     rows = list(read_rows(path))
     if not rows:
         raise InputError(f"{path} names no recordings; expected a line for each")
-    if path.suffix.lower() in (".tsv", ".csv") and not _names_files(list(rows[0][1])):
+    if path.suffix.lower() in (".tsv", ".csv") and "path" not in _claims(tuple(rows[0][1])):
         raise InputError(
             f"{path} must begin with a header line that has a column 'path' (or {', '.join(NAMES['path'][1:6])}); "
             f"got {list(rows[0][1])!r}"
@@ -215,10 +216,15 @@ def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
                 f"{path}: column {name!r} has different values ({some}), and lines are not chosen by them; "
                 "remove the column, and the lines that are not meant"
             )
+        if "channel" in plain.split("_"):
+            raise InputError(
+                f"{path}: column {name!r} names channels, but all channels of a recording are averaged; write the "
+                "channel that is meant to a file of its own (sox in.wav out.wav remix 1), or remove the column"
+            )
         if plain in ("from", "to") or (CHANGING & set(plain.split("_")) and not _claims((name,))):
             raise InputError(
                 f"{path}: column {name!r} is not known, and may say which part of a recording is meant; give the part "
-                "in seconds in columns 'start' and 'end' (a single channel in a file of its own), or remove the column"
+                "in seconds in columns 'start' and 'end', or remove the column"
             )
 
 
