@@ -35,7 +35,7 @@ from las_fast.cli import cores, expand
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
-from las_fast.errors import InputError
+from las_fast.errors import InputError, show
 from las_fast.progress import Progress
 
 VERSION = 2  # raise it when the meaning of the stored frames or of the index changes
@@ -438,7 +438,7 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     if u.problem:
         return None, Item(u.id, problem=u.problem)
     try:
-        waveform = _read_part(u, rate) if u.is_part else load_audio(u.path, rate, whole=True)
+        waveform = load_audio(u.path, rate, start=u.start, seconds=u.seconds if u.is_part else None, whole=True)
     except InputError as error:
         return None, Item(u.id, problem=str(error))
     seconds = len(waveform) / rate
@@ -447,31 +447,15 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     return waveform, Item(u.id, None, seconds)
 
 
-def _read_part(u: Utterance, rate: int) -> np.ndarray:
-    """Return the samples of a part of a recording."""
-    from las_fast.features import load_audio
-
-    samples = load_audio(u.path, rate, whole=True)
-    first = round(u.start * rate)
-    last = len(samples) if u.seconds is None else round((u.start + u.seconds) * rate)
-    if first >= len(samples):
-        length = len(samples) / rate
-        raise InputError(f"{u.path} holds {length:.2f} s, so no part begins at {u.start:.2f} s; correct its offset")
-    return samples[first:last]
-
-
 def _wrong_length(u: Utterance, seconds: float) -> str:
-    """Say how the seconds that were read differ from those that the data speak of, or ""."""
-    if not u.seconds:
+    """Say how the length of a recording differs from what the data say, or ""; load_audio judges parts."""
+    if u.is_part or not u.seconds:
         return ""
-    held = f"{u.path} holds {seconds:.2f} s{f' from {u.start:.2f} s on' if u.is_part else ''}"
+    held = f"{show(u.path)} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
     if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
-        return f"{held}, the manifest says {u.seconds:.2f} s; copy it again or correct that"
-    if not u.is_part and seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
-        return (
-            f"{held}, the manifest says {u.seconds:.2f} s; correct that, or say which part is meant in a column "
-            "'offset' (0 for the first seconds)"
-        )
+        return f"{held}; copy it again or correct that"
+    if seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
+        return f"{held}; correct that, or say in a column 'offset' which part is meant (0 for the first seconds)"
     return ""
 
 
