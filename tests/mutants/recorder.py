@@ -1,0 +1,104 @@
+"""A pytest plugin that records which test runs which line, and how long each test takes.
+
+Fixtures of a module or of the session run once, in the first test that asks for them. Their lines are kept under a
+name of their own, so that they count for every test that uses the fixture.
+
+    MUTANTS_RECORD=FILE.json python -m pytest -p tests.mutants.recorder tests/test_x.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import coverage
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Recorder:
+    def __init__(self, out: Path):
+        self.out = out
+        self.coverage = coverage.Coverage(data_file=None, source=[str(ROOT / "las_fast")], config_file=False)
+        self.current: list[str] = []
+        self.tests: dict[str, dict] = {}  # seconds, and the shared fixtures that it uses
+        self.asked: set[str] = set()
+        self.fixture_seconds = 0.0
+
+    def enter(self, name: str) -> None:
+        self.current.append(name)
+        self.coverage.switch_context(name)
+
+    def leave(self) -> None:
+        self.current.pop()
+        self.coverage.switch_context(self.current[-1] if self.current else "")
+
+    def pytest_sessionstart(self) -> None:
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        began, self.fixture_seconds, self.asked = time.perf_counter(), 0.0, set()
+        self.enter(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self.leave()
+            seconds = time.perf_counter() - began - self.fixture_seconds
+            self.tests[item.nodeid] = {"seconds": round(seconds, 3), "shared": sorted(self.asked)}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        if fixturedef.scope == "function":
+            return (yield)
+        began = time.perf_counter()
+        self.enter(shared_name(fixturedef, request.param_index))
+        try:
+            return (yield)
+        finally:
+            self.leave()
+            if not any(name.startswith("fixture ") for name in self.current):
+                self.fixture_seconds += time.perf_counter() - began
+
+    def pytest_runtest_call(self, item):
+        known, indices = item._fixtureinfo.name2fixturedefs, getattr(getattr(item, "callspec", None), "indices", {})
+        for name in item._fixtureinfo.names_closure:
+            fixture = known.get(name, [None])[-1]
+            if fixture and fixture.scope != "function":
+                self.asked.add(shared_name(fixture, indices.get(name, 0)))
+
+    def pytest_sessionfinish(self) -> None:
+        self.coverage.stop()
+        data, files = self.coverage.get_data(), {}
+        for path in map(Path, data.measured_files()):
+            lines = {
+                n: names for n, found in data.contexts_by_lineno(str(path)).items() if (names := found_names(found))
+            }
+            files[str(path.relative_to(ROOT))] = {"source": self.keep(path.read_text()), "lines": lines}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps({"tests": self.tests, "files": files}))
+
+    def keep(self, text: str) -> str:
+        """Keep a source as it was recorded, under the name that is returned."""
+        name = hashlib.sha1(text.encode()).hexdigest()[:12]
+        folder = self.out.parent / "sources"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        return name
+
+
+def found_names(contexts: list[str]) -> list[str]:
+    return sorted(name for name in contexts if name)
+
+
+def shared_name(fixture, index: int) -> str:
+    return f"fixture {fixture.baseid}::{fixture.argname} {index}"
+
+
+def pytest_configure(config) -> None:
+    if target := os.environ.get("MUTANTS_RECORD"):
+        config.pluginmanager.register(Recorder(Path(target)), "mutants-recorder")
