@@ -64,7 +64,10 @@ class Verdict:
 
 
 class Target(Protocol):
-    """A language, or a folder, whose mutants are made and judged in one way."""
+    """A language, or a folder, whose mutants are made and judged in one way.
+
+    It is made as Target(budget=SECONDS): about as long as the tests of one mutant may take in all.
+    """
 
     name: str  # the folder in the report, e.g. "las_fast"
 

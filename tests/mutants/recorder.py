@@ -27,7 +27,8 @@ class Recorder:
         self.current: list[str] = []
         self.tests: dict[str, dict] = {}  # seconds, and the shared fixtures that it uses
         self.asked: set[str] = set()
-        self.fixture_seconds = 0.0
+        self.fixture_seconds = 0.0  # of the test under way
+        self.fixtures: dict[str, float] = {}
 
     def enter(self, name: str) -> None:
         self.current.append(name)
@@ -60,9 +61,11 @@ class Recorder:
         try:
             return (yield)
         finally:
+            seconds = time.perf_counter() - began
+            self.fixtures[self.current[-1]] = round(seconds, 3)
             self.leave()
             if not any(name.startswith("fixture ") for name in self.current):
-                self.fixture_seconds += time.perf_counter() - began
+                self.fixture_seconds += seconds
 
     def pytest_runtest_call(self, item):
         known, indices = item._fixtureinfo.name2fixturedefs, getattr(getattr(item, "callspec", None), "indices", {})
@@ -80,7 +83,7 @@ class Recorder:
             }
             files[str(path.relative_to(ROOT))] = {"source": self.keep(path.read_text()), "lines": lines}
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps({"tests": self.tests, "files": files}))
+        self.out.write_text(json.dumps({"tests": self.tests, "fixtures": self.fixtures, "files": files}))
 
     def keep(self, text: str) -> str:
         """Keep a source as it was recorded, under the name that is returned."""

@@ -21,15 +21,21 @@ ARITHMETIC = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult,
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
 }  # fmt: skip
-NAMES = {"min": "max", "any": "all", "floor": "ceil", "amin": "amax", "argmin": "argmax", "minimum": "maximum",
-         "clamp_min": "clamp_max", "bisect_left": "bisect_right", "zeros_like": "ones_like", "zeros": "ones"}  # fmt: skip
+NAMES = {
+    "min": "max", "any": "all", "floor": "ceil", "amin": "amax", "argmin": "argmax", "minimum": "maximum",
+    "clamp_min": "clamp_max", "bisect_left": "bisect_right", "zeros_like": "ones_like", "zeros": "ones",
+}  # fmt: skip
 SWAPS = NAMES | {new: old for old, new in NAMES.items()}
-# Calls that may be left out, so that their first argument, or what they are called on, goes on as it is.
-NOT_UNWRAPPED = {"str", "list", "tuple", "dict", "set", "iter", "next", "len", "range", "print", "isinstance", "getattr",
-                 "hasattr", "super", "type", "enumerate", "zip", "map", "filter", "open", "repr"}  # fmt: skip
-UNWRAPPED_METHODS = {"clamp", "clamp_min", "clamp_max", "detach", "abs", "masked_fill", "flip", "strip", "lower", "upper",
-                     "sqrt", "exp", "log", "square", "resolve", "float", "double", "log_softmax", "softmax", "removeprefix",
-                     "removesuffix", "transpose", "expanduser", "rstrip", "lstrip", "casefold", "t", "mean"}  # fmt: skip
+# A call may be left out: its first argument, or what a method is called on, then goes on as it is.
+NOT_UNWRAPPED = {
+    "str", "list", "tuple", "dict", "set", "iter", "next", "len", "range", "print", "isinstance", "getattr", "hasattr",
+    "super", "type", "enumerate", "zip", "map", "filter", "open", "repr",
+}  # fmt: skip
+UNWRAPPED_METHODS = {
+    "clamp", "clamp_min", "clamp_max", "detach", "abs", "masked_fill", "flip", "strip", "lstrip", "rstrip", "lower",
+    "upper", "casefold", "sqrt", "exp", "log", "square", "resolve", "float", "double", "log_softmax", "softmax",
+    "removeprefix", "removesuffix", "transpose", "expanduser", "t", "mean",
+}  # fmt: skip
 WORDING = {"help", "metavar", "description", "epilog", "prog", "formatter_class", "desc", "unit", "usage"}
 UNTOUCHED = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 
@@ -193,11 +199,9 @@ def _forced(node: ast.expr, path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _deletion(node: ast.stmt, path) -> Iterator[tuple[str, ast.AST]]:
-    if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Yield, ast.YieldFrom)):
-        yield "deletion", ast.Pass()
-    elif isinstance(node, (ast.AugAssign, ast.Break, ast.Continue)):
-        yield "deletion", ast.Pass()
-    elif isinstance(node, ast.Assign) and all(isinstance(x, (ast.Attribute, ast.Subscript)) for x in node.targets):
+    call = isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Yield, ast.YieldFrom))
+    kept = isinstance(node, ast.Assign) and all(isinstance(x, (ast.Attribute, ast.Subscript)) for x in node.targets)
+    if call or kept or isinstance(node, (ast.AugAssign, ast.Break, ast.Continue)):
         yield "deletion", ast.Pass()
 
 

@@ -1,0 +1,192 @@
+"""The command line of tests.mutants; see the package's docstring, or --help."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib
+import json
+import random
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tests.mutants as package
+from tests.mutants.base import BUILD, JUDGED, ROOT, TARGETS, Mutant, Target, Verdict, judged, judged_key
+
+NOTICED = ("noticed", "slow")
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description=package.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own.add_argument("paths", nargs="*", type=Path, help="files and folders of las_fast, csrc or kernels")
+    own.add_argument("--sample", type=int, metavar="N", help="judge N mutants drawn at random, spread over the files")
+    own.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
+    own.add_argument("--jobs", type=int, default=1, help="mutants judged at once (default: 1)")
+    own.add_argument("--out", type=Path, default=BUILD / "results.jsonl", help="results; what it holds is not redone")
+    own.add_argument("--again", action="store_true", help="judge survivors again, as after writing tests")
+    own.add_argument("--only", metavar="ID", nargs="+", help="judge these mutants alone, by their ids")
+    own.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant (default: 60)")
+    own.add_argument("--list", action="store_true", help="list the mutants and judge none")
+    own.add_argument("--report", type=Path, metavar="FILE", help="report on a file of results and judge none")
+    return own
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parser().parse_args(argv)
+    if options.report:
+        print("\n".join(report(read(options.report))))
+        return
+    chosen: list[tuple[Target, Mutant]] = []
+    for target in targets_of(options):
+        chosen += [(target, mutant) for mutant in target.mutants(options.paths)]
+    chosen = select(chosen, options)
+    if not chosen:
+        raise SystemExit(f"no mutants in {', '.join(map(str, options.paths)) or 'nothing'}; name files or folders of "
+                         f"{', '.join(TARGETS)}")  # fmt: skip
+    if options.list:
+        print("\n".join(str(mutant) for _, mutant in chosen))
+        return
+    judge_all(chosen, options)
+    wanted = {mutant.id for _, mutant in chosen}
+    print("\n".join(report([row for row in read(options.out) if row["id"] in wanted])))
+
+
+def targets_of(options: argparse.Namespace) -> list[Target]:
+    """Return a target for each folder that the paths lie in."""
+    found = []
+    for folder, name in TARGETS.items():
+        at = (ROOT / folder).resolve()
+        if any(p == at or at in p.parents or p in at.parents for p in (path.resolve() for path in options.paths)):
+            module, _, kind = name.partition(":")
+            found.append(getattr(importlib.import_module(module), kind)(budget=options.budget))
+    return found
+
+
+def select(chosen: list[tuple[Target, Mutant]], options: argparse.Namespace) -> list[tuple[Target, Mutant]]:
+    if options.only:
+        return [pair for pair in chosen if pair[1].id in options.only]
+    if options.sample is None or options.sample >= len(chosen):
+        return chosen
+    return stratified(chosen, options.sample, options.seed)
+
+
+def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[tuple[Target, Mutant]]:
+    """Return n of the mutants, each file having its share (one at least, while there are enough)."""
+    files: dict[str, list[tuple[Target, Mutant]]] = {}
+    for pair in chosen:
+        files.setdefault(pair[1].file, []).append(pair)
+    generator = random.Random(seed)
+    # Where each mutant stands in its own file's order, from 0 to 1: the n lowest take the same share of every file.
+    ranked = []
+    for pairs in files.values():
+        generator.shuffle(pairs)
+        ranked += [((i + generator.random() * (i > 0)) / len(pairs), pair) for i, pair in enumerate(pairs)]
+    ranked.sort(key=lambda item: item[0])
+    kept = {id(pair) for _, pair in ranked[:n]}
+    return [pair for pair in chosen if id(pair) in kept]
+
+
+# --------------------------------------------------------------------------------------------------------- judging
+
+
+def judge_all(chosen: Sequence[tuple[Target, Mutant]], options: argparse.Namespace) -> None:
+    """Judge what --out does not hold yet, adding a line to it for each mutant."""
+    done = {(row["id"], row["source"]): row for row in read(options.out)}
+    if options.again:
+        done = {key: row for key, row in done.items() if row["outcome"] in NOTICED}
+    left = [(t, m) for t, m in chosen if (m.id, digest(m.file)) not in done]
+    print(f"{len(chosen)} mutants, {len(left)} to judge", file=sys.stderr)
+    if not left:
+        return
+    targets = {id(target): target for target, _ in left}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    lock = threading.Lock()
+    try:
+        for target in targets.values():
+            target.prepare([m for t, m in left if t is target], options.jobs)
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, options.out.open("a") as file:
+            for n, row in enumerate(pool.map(lambda pair: judged_row(*pair), left), 1):
+                with lock:
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    mark = "" if row["outcome"] in NOTICED else f"  {row['outcome'].upper()}"
+                    print(f"{n}/{len(left)} {row['file']}:{row['line']} {row['seconds']:.1f} s{mark}", file=sys.stderr)
+    finally:
+        for target in targets.values():
+            target.close()
+
+
+def judged_row(target: Target, mutant: Mutant) -> dict:
+    verdict: Verdict = target.judge(mutant)
+    row = {"id": mutant.id, "source": digest(mutant.file), **dataclasses.asdict(mutant), **dataclasses.asdict(verdict)}
+    return row
+
+
+def digest(file: str) -> str:
+    return hashlib.sha1((ROOT / file).read_bytes()).hexdigest()[:12]
+
+
+def read(path: Path) -> list[dict]:
+    """Return the rows of a file of results; the latest of each mutant counts."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    return list({row["id"]: row for row in map(json.loads, rows)}.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def report(rows: Sequence[dict]) -> Iterator[str]:
+    """Yield the share noticed, by file and by folder, then each survivor."""
+    reasons = judged()
+    live = [row for row in rows if row["outcome"] != "invalid"]
+    groups: dict[str, list[dict]] = collections.defaultdict(list)
+    for row in live:
+        groups[row["file"]].append(row)
+    for folder in sorted({row["file"].split("/")[0] for row in live}):
+        groups[f"{folder}/ (all)"] = [row for row in live if row["file"].startswith(f"{folder}/")]
+    width = max([len(name) for name in groups], default=0)
+    yield f"{'':{width}}  mutants  noticed  not run  survived  judged  noticed of live"
+    for name, own in sorted(groups.items()):
+        yield f"{name:{width}}  {_numbers(own, reasons)}"
+    yield ""
+    for row in sorted(live, key=lambda row: (row["file"], row["line"])):
+        if row["outcome"] not in NOTICED and _key(row) not in reasons:
+            yield from _survivor(row)
+    used = {_key(row) for row in live}
+    yield f"{len(reasons.keys() & used)} of {len(reasons)} in {JUDGED.relative_to(ROOT)} are among these"
+
+
+def _numbers(rows: Sequence[dict], reasons: dict) -> str:
+    count = collections.Counter(row["outcome"] for row in rows)
+    noticed = sum(count[outcome] for outcome in NOTICED)
+    known = sum(row["outcome"] not in NOTICED and _key(row) in reasons for row in rows)
+    equivalent = sum(
+        row["outcome"] not in NOTICED and reasons.get(_key(row), "").startswith("equivalent") for row in rows
+    )
+    live = len(rows) - equivalent
+    share = f"{noticed / len(rows):8.1%} {count['not run']:8} {count['survived']:9} {known:7}"
+    return f"{len(rows):7} {share} {noticed / live if live else 1:16.1%}"
+
+
+def _key(row: dict) -> tuple[str, str, str, str]:
+    return judged_key(row["file"], row["function"], row["before"], row["after"])
+
+
+def _survivor(row: dict) -> Iterator[str]:
+    where = row["function"] or "the module"
+    yield f"{row['file']}:{row['line']} in {where}: {row['rule']}, {row['outcome']} [{row['id']}]"
+    yield from (f"    - {line.strip()}" for line in row["before"].splitlines())
+    yield from (f"    + {line.strip()}" for line in row["after"].splitlines())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""A process that judges mutants: it imports what is slow once, then forks a child for each.
+
+There are two kinds. "warm" has collected every test; its child exchanges the code of one function and runs the tests
+at once. "cold" has imported torch and pytest but nothing of las_fast; its child imports the faulty module, and so can
+judge constants, classes and default arguments. Both speak JSON lines over two pipes.
+
+    -> {"module": ..., "file": ..., "text": ..., "function": ..., "line": ..., "tests": [...], "limits": [...]}
+    <- {"outcome": "noticed" | "slow" | "survived" | "not warm", "by": TEST}
+
+A job without "module" is the control: it runs the tests on the code as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.overlay import sitecustomize
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAY = Path(sitecustomize.__file__).parent
+HEAVY = ("numpy", "torch", "torch.utils.data", "torch._dynamo", "soundfile", "soxr", "yaml", "tyro", "tqdm",
+         "safetensors.torch", "Levenshtein", "torch.utils.tensorboard", "matplotlib.pyplot")  # fmt: skip
+MOST_MEMORY = 16 * 2**30  # bytes of address space
+LOG_BYTES = 64 * 2**20  # that a child may write to one file
+
+
+class NotWarm(Exception):
+    """The function cannot be exchanged in place, so the module must be imported anew."""
+
+
+# --------------------------------------------------------------------------------------------------------- children
+
+
+class Watch:
+    """A plugin that tells the parent which test begins, and ends the process at the first failure."""
+
+    def __init__(self, pipe: int):
+        self.pipe = pipe
+
+    def say(self, **message) -> None:
+        os.write(self.pipe, (json.dumps(message) + "\n").encode())
+
+    def pytest_runtest_logstart(self, nodeid) -> None:
+        self.say(begins=nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.finish("noticed", report.nodeid)
+
+    def finish(self, outcome: str, by: str = "") -> None:
+        self.say(outcome=outcome, by=by)
+        os._exit(0)
+
+
+def run_items(session: pytest.Session, tests: list[str], pipe: int) -> None:
+    """Run these tests of a session, in this order, and exit."""
+    watch = Watch(pipe)
+    session.config.pluginmanager.register(watch, "mutants-watch")
+    known = {item.nodeid: item for item in session.items}
+    items = [known[name] for name in tests if name in known]
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    watch.finish("survived")
+
+
+def start_child(job: dict, scratch: Path) -> None:
+    """Make a fresh child harmless to others: its own session, limits, and folder of temporary files."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
+    if job.get("module"):
+        os.environ["MUTANTS_OVERLAY"] = "|".join((job["module"], job["file"], job["text"]))
+        path = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{OVERLAY}{os.pathsep}{path}" if path else str(OVERLAY)
+
+
+def exchange(job: dict, index: dict) -> None:
+    """Give the function around the mutant the code of the faulty text, wherever that function is held."""
+    code = compile(Path(job["text"]).read_text(encoding="utf-8"), job["file"], "exec")
+    found = [c for c in codes(code) if c.co_qualname == job["function"] and c.co_firstlineno == job["line"]]
+    held = index.get((job["file"], job["function"], job["line"]), [])
+    if len(found) != 1 or not held:
+        raise NotWarm
+    for function in held:
+        if function.__code__.co_freevars != found[0].co_freevars:
+            raise NotWarm
+        function.__code__ = found[0]
+
+
+def codes(code: types.CodeType):
+    """Yield the code of all functions and classes in a module's code."""
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield inner
+            yield from codes(inner)
+
+
+def index_functions() -> dict[tuple[str, str, int], list[types.FunctionType]]:
+    index: dict[tuple[str, str, int], list[types.FunctionType]] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(str(ROOT / "las_fast")):
+            code = thing.__code__
+            index.setdefault((code.co_filename, code.co_qualname, code.co_firstlineno), []).append(thing)
+    return index
+
+
+# ----------------------------------------------------------------------------------------------------------- parent
+
+
+class Serving:
+    """The plugin of the warm kind: where pytest would run the tests, it serves jobs."""
+
+    def __init__(self, requests, answers):
+        self.requests, self.answers = requests, answers
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        index = index_functions()
+
+        def child(job, pipe, scratch):
+            factory = session.config._tmp_path_factory
+            factory._given_basetemp, factory._basetemp = scratch / "tests", None
+            if job.get("module"):
+                exchange(job, index)
+            run_items(session, job["tests"], pipe)
+
+        serve(self.requests, self.answers, child)
+        return True
+
+
+class One:
+    """The plugin of a cold child: it runs the tests of one job."""
+
+    def __init__(self, tests, pipe):
+        self.tests, self.pipe = tests, pipe
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            Watch(self.pipe).finish("noticed", f"import of {report.nodeid}")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        run_items(session, self.tests, self.pipe)
+
+
+def cold_child(job: dict, pipe: int, scratch: Path) -> None:
+    if job.get("module"):
+        sitecustomize.install(os.environ["MUTANTS_OVERLAY"])
+    files = list(dict.fromkeys(name.split("::")[0] for name in job["tests"]))
+    pytest.main([*OPTIONS, f"--basetemp={scratch / 'tests'}", *files], plugins=[One(job["tests"], pipe)])
+    Watch(pipe).finish("noticed", "pytest did not start")
+
+
+OPTIONS = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+
+
+def serve(requests, answers, child) -> None:
+    """Answer one job after another, each in a child of its own."""
+    for line in requests:
+        answers.write(json.dumps(judge(json.loads(line), child)) + "\n")
+        answers.flush()
+
+
+def judge(job: dict, child) -> dict:
+    scratch = Path(tempfile.mkdtemp(prefix="las_fast-mutant-"))
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _in_child(job, child, writer, scratch)
+    os.close(writer)
+    try:
+        return _listen(reader, job)
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _in_child(job: dict, child, writer: int, scratch: Path) -> None:
+    try:
+        start_child(job, scratch)
+        child(job, writer, scratch)
+    except NotWarm:
+        Watch(writer).finish("not warm")
+    except BaseException as error:  # KeyboardInterrupt, SystemExit and what pytest ends itself with
+        Watch(writer).finish("noticed", f"ended by {type(error).__name__}")
+    os._exit(1)
+
+
+def _listen(reader: int, job: dict) -> dict:
+    """Follow a child until it says what came of it, or takes too long over one test."""
+    limits, current, rest = dict(zip(job["tests"], job["limits"], strict=True)), "", b""
+    while True:
+        if not select.select([reader], [], [], limits.get(current, 60.0))[0]:
+            return {"outcome": "slow", "by": current}
+        got = os.read(reader, 65536)
+        if not got:
+            return {"outcome": "noticed", "by": f"{current} (the process died)"}
+        *lines, rest = (rest + got).split(b"\n")
+        for message in map(json.loads, lines):
+            if "outcome" in message:
+                return message
+            current = message["begins"]
+
+
+def main() -> None:
+    kind, requests, answers, *files = sys.argv[1:]
+    sys.dont_write_bytecode = True
+    pipes = (os.fdopen(int(requests)), os.fdopen(int(answers), "w"))
+    if kind == "warm":
+        pytest.main([*OPTIONS, *files], plugins=[Serving(*pipes)])
+    else:
+        for name in HEAVY:
+            with contextlib.suppress(ImportError):
+                __import__(name)
+        serve(*pipes, cold_child)
+
+
+if __name__ == "__main__":
+    main()
