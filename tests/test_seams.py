@@ -1,0 +1,419 @@
+"""Where modules meet: what one gives to the next, and that every setting arrives where it counts."""
+
+import csv
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive, make_manifest, make_waveform, write_audio
+from checkpoints import MODEL, make_checkpoint
+
+from las_fast import checkpoint, decode, lm, train, trainer, transcribe, tune
+from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
+from las_fast.data.cache import open_cache
+from las_fast.data.dataset import Statistics, load_dataset, open_corpus
+from las_fast.errors import InputError
+from las_fast.features import add_deltas
+from las_fast.losses import token_loss
+from las_fast.model import LAS
+from las_fast.runlog import RunLog
+from las_fast.text import Vocabulary
+from las_fast.trainer import Trainer, check_same_settings
+from las_fast.validate import validate
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("seams"), "F23", utterances=5)
+
+
+def small(**sections) -> Config:
+    """Settings of a tiny model for the archive; sections as Config has them."""
+    plain = {
+        "features": FeatureConfig(size=28),
+        "data": DataConfig(train=("train-clean-100",), dev="dev-clean", utterances_per_batch=2, workers=0),
+        "model": MODEL,
+        "training": TrainingConfig(epochs=2, warmup_steps=0, precision="fp32", pictures=0),
+    }
+    return Config(**(plain | sections))
+
+
+def make_trainer(archive, out, config) -> Trainer:
+    out.mkdir(parents=True, exist_ok=True)
+    data = train.load_data(config, open_corpus(archive))
+    return Trainer(config, *data, out, CPU, {"kind": "features", "name": "HW4P2 F23"})
+
+
+def first_batch(made: Trainer):
+    return next(iter(made._rest_of_epoch()))
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_dev_set_of_a_training_is_normalised_by_the_training_set(archive):
+    ours, dev = train.load_data(small(features=FeatureConfig(size=28, normalisation="global")), open_corpus(archive))
+    statistics = ours.statistics
+    assert dev.statistics is statistics
+    torch.testing.assert_close(dev[0], (dev.raw(0) - statistics.mean) / statistics.std)
+
+
+def test_the_dev_set_of_a_training_is_whole(archive):
+    data = replace(small().data, max_seconds=0.35, hours=0.5 / 3600)
+    ours, dev = train.load_data(small(data=data), open_corpus(archive))
+    assert len(ours) < 5 and len(dev) == 5
+
+
+def steps_from_the_same_weights(made: Trainer, count: int, same=lambda made: None) -> list[float]:
+    """Return the losses of steps that all begin with the same weights, on the same batch."""
+    batch, weights = first_batch(made), {k: v.clone() for k, v in made.model.state_dict().items()}
+    losses = []
+    for _ in range(count):
+        made.model.load_state_dict(weights)
+        same(made)
+        losses.append(float(made.train_step(batch)["loss"]))
+    return losses
+
+
+def test_each_step_draws_its_own_dropout(archive, tmp_path):
+    made = make_trainer(archive, tmp_path, small())
+    first, second = steps_from_the_same_weights(made, 2)
+    assert first != second
+
+    def at_step_one(made):
+        made.progress.step = 1
+
+    again = steps_from_the_same_weights(make_trainer(archive, tmp_path, small()), 2, at_step_one)
+    assert again[0] == again[1] == second
+
+
+def test_the_seed_of_the_settings_reaches_dropout(archive, tmp_path):
+    losses = []
+    for seed in (1, 2):
+        made = make_trainer(archive, tmp_path, small())
+        made.config = replace(made.config, training=replace(made.config.training, seed=seed))
+        losses += steps_from_the_same_weights(made, 1)
+    assert losses[0] != losses[1]
+
+
+def test_each_step_draws_its_own_sampled_tokens(archive, tmp_path):
+    still = replace(MODEL, listener=replace(MODEL.listener, dropout=0.0), speller=replace(MODEL.speller, dropout=0.0))
+    half = TrainingConfig(epochs=2, precision="fp32", teacher_forcing=(train_stage(0.5),))
+    made = make_trainer(archive, tmp_path, small(model=still, training=half))
+    first, second = steps_from_the_same_weights(made, 2)
+    assert first != second
+
+
+def train_stage(rate: float):
+    from las_fast.config import TeacherForcingStage
+
+    return TeacherForcingStage(start=0.0, end=9.0, first=rate, last=rate)
+
+
+def test_a_step_whose_gradient_is_not_finite_is_not_averaged(archive, tmp_path):
+    made = make_trainer(archive, tmp_path, small())
+    made.train_step(first_batch(made))
+    before, taken = {k: v.clone() for k, v in made.averaged.state_dict().items()}, made.progress.averaged_steps
+    batch = first_batch(made)
+    batch.features[0, 0, 0] = math.inf
+    made.train_step(batch)
+    assert made.progress.averaged_steps == taken == 1
+    assert all(torch.equal(value, before[name]) for name, value in made.averaged.state_dict().items())
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(29.0, []), (31.0, [2])])
+def test_a_save_within_an_epoch_comes_after_checkpoint_minutes(archive, tmp_path, monkeypatch, minutes, saves):
+    made = make_trainer(archive, tmp_path, small(training=replace(small().training, epochs=1, checkpoint_minutes=60.0)))
+    assert made.steps == 3
+    now, step, saved = [0.0], made.train_step, []
+
+    def slow(batch):
+        now[0] += 60 * minutes
+        return step(batch)
+
+    clocks = {name: getattr(time, name) for name in ("perf_counter", "process_time", "time", "sleep")}
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0], **clocks))
+    monkeypatch.setattr(made, "train_step", slow)
+    monkeypatch.setattr(made, "_validate_and_save", lambda bar: setattr(made, "saved_step", made.progress.step))
+    monkeypatch.setattr(made, "save", lambda: saved.append(made.progress.step))
+    made.run()
+    assert saved == saves
+
+
+SAME_ON_RESUME = {
+    "training.threads", "data.workers", "data.cache", "training.checkpoint_minutes", "training.wandb",
+    "training.monitor_epoch",
+}  # fmt: skip
+
+
+def other(value):
+    """Return a value of the same type that differs."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [*value, 7]
+    return f"{value}x" if isinstance(value, str) else value + 1
+
+
+def settings_of(tree, name=""):
+    for key, value in tree.items():
+        yield from settings_of(value, f"{name}{key}.") if isinstance(value, dict) else [(name + key, value)]
+
+
+def test_every_setting_that_is_learned_by_must_be_the_same_on_resume(tmp_path):
+    then, refused = to_tree(Config()), set()
+    for name, value in settings_of(then):
+        now = to_tree(Config())
+        *sections, last = name.split(".")
+        place = now
+        for section in sections:
+            place = place[section]
+        place[last] = other(value)
+        try:
+            check_same_settings(then, now, tmp_path)
+        except InputError as error:
+            assert f"with {name} = {value}, not {other(value)};" in str(error)
+            refused.add(name)
+    assert {name for name, _ in settings_of(then)} - refused == SAME_ON_RESUME
+
+
+# ------------------------------------------------------------------------------------------------------ validation
+
+
+def test_the_dev_loss_is_the_sum_over_the_set_by_its_tokens(archive, tmp_path):
+    config = small(data=replace(small().data, utterances_per_batch=3))  # batches of 3 and 2
+    made = make_trainer(archive, tmp_path, config)
+    found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
+    sums, tokens, vocabulary = 0.0, 0, Vocabulary(config.data.characters)
+    with torch.inference_mode():
+        for i, text in enumerate(made.dev_data.texts):
+            features, target = made.dev_data[i][None], torch.tensor([[*vocabulary.encode(text), 2]])
+            memory = made.model.eval().listen(features, torch.tensor([features.shape[1]]))
+            sums += float(token_loss(made.model.speller(memory, target)[0], target))
+            tokens += target.shape[1]
+    assert found.loss == pytest.approx(sums / tokens, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- what reaches the model
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """The features that any command gives to a model, one utterance after another."""
+    seen, listen = [], LAS.listen
+
+    def watching(self, features, lengths, *given, **options):
+        seen.extend(row[:n].clone() for row, n in zip(features, lengths.tolist(), strict=True))
+        return listen(self, features, lengths, *given, **options)
+
+    monkeypatch.setattr(LAS, "listen", watching)
+    return seen
+
+
+def transcribed(checkpoint_path, recording, *words):
+    transcribe.main([str(recording), "--checkpoint", str(checkpoint_path), "--device", "cpu", "--beam", "2", *words])
+
+
+def decoded(checkpoint_path, data, out, *words, split="dev"):
+    given = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--split", split, "--out", str(out)]
+    decode.main([*given, "--device", "cpu", *words])
+
+
+@pytest.fixture
+def recording(tmp_path):
+    return write_audio(tmp_path / "said.wav", make_waveform(np.random.default_rng(3), 0.9))
+
+
+@pytest.mark.parametrize("deltas", [0, 1, 2])
+def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path, recording, heard, deltas):
+    transcribed(make_checkpoint(tmp_path, 20, mel_bins=23, deltas=deltas), recording)
+    (frames,) = heard
+    assert frames.shape[1] == 20 * (1 + deltas)
+    torch.testing.assert_close(frames, add_deltas(frames[:, :20], deltas))
+
+
+def with_statistics(path, mean: float, std: float):
+    """Give a checkpoint other statistics."""
+    loaded = checkpoint.load_model(path)
+    size = loaded.config.features.size
+    statistics = Statistics(torch.full((size,), mean), torch.full((size,), std))
+    checkpoint.save_model(path, loaded.model.state_dict(), loaded.config, statistics, loaded.info)
+    return path
+
+
+@pytest.mark.parametrize("command", ["transcribe", "decode", "tune"])
+def test_each_command_normalises_by_the_statistics_of_the_checkpoint(tmp_path, recording, heard, command, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make_manifest(tmp_path / "data", utterances=1)
+    for mean, std in ((0.0, 1.0), (30.0, 2.0)):
+        path = make_checkpoint(tmp_path, 20, mel_bins=23, normalisation="global")
+        with_statistics(path, mean, std)
+        if command == "transcribe":
+            transcribed(path, recording)
+        elif command == "decode":
+            decoded(path, tmp_path / "data", tmp_path / "out.csv")
+        else:
+            words = ["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--beam", "1"]
+            tune.main(words)
+    plain, scaled = heard
+    torch.testing.assert_close(scaled, (plain - 30) / 2)
+
+
+def test_the_normalise_text_of_a_checkpoint_is_that_of_decoding(tmp_path):
+    manifest = make_manifest(tmp_path / "data", utterances=2)
+    manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
+    for own, words in ((True, ()), (False, ("--normalise-text",))):
+        path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"data": DataConfig(normalise_text=own)})
+        decoded(path, tmp_path / "data", tmp_path / "out.csv", "--jsonl", str(tmp_path / "rows.jsonl"), *words)
+        rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert all(row["reference"].startswith("A A ") for row in rows)
+    path = make_checkpoint(tmp_path, 20, mel_bins=23)
+    with pytest.raises(InputError, match="add --normalise-text to map them"):
+        decoded(path, tmp_path / "data", tmp_path / "out.csv")
+
+
+def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path, archive, monkeypatch, recording):
+    """decode, transcribe and tune search with what the checkpoint says, and with what the command line changes."""
+    import las_fast.search as search
+
+    own = DecodingConfig(
+        beam=3, length_penalty=0.7, eos_threshold=0.1, minimum_share=0.01, maximum_share=0.2, maximum_extra=4,
+        coverage_weight=0.05, frames_per_batch=9999, precision="fp32",
+    )  # fmt: skip
+    seen, beam_search = [], search.beam_search
+
+    def watching(model, memory, config, **options):
+        seen.append(config)
+        return beam_search(model, memory, config, **options)
+
+    monkeypatch.setattr(search, "beam_search", watching)
+    path = make_checkpoint(tmp_path, 28, sections={"decoding": own})
+    decoded(path, archive, tmp_path / "out.csv", split="dev-clean")
+    decoded(path, archive, tmp_path / "out.csv", "--decoding.beam", "2", split="dev-clean")
+    sound = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"decoding": own})
+    transcribe.main([str(recording), "--checkpoint", str(sound), "--device", "cpu"])
+    transcribe.main([str(recording), "--checkpoint", str(sound), "--device", "cpu", "--beam", "2"])
+    tune.main(["--checkpoint", str(path), "--data", str(archive), "--device", "cpu", "--length-penalty", "0.2", "0.4"])
+    two = replace(own, beam=2)
+    assert set(seen[:1]) == {own} and Counter(seen) == Counter(
+        [own, two, own, two, replace(own, length_penalty=0.2), replace(own, length_penalty=0.4)]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("dev+dev", ("dev-clean",)),
+        ("dev,dev-clean", ("dev-clean",)),
+        ("train+train-clean-100", ("train-clean-100", "train-clean-360")),
+        ("100+460", ("train-clean-100", "train-clean-360")),
+    ],
+)
+def test_a_split_that_is_named_twice_is_taken_once(archive, tmp_path, split, names):
+    corpus = open_corpus(archive)
+    assert corpus.resolve(split) == names
+    decoded(make_checkpoint(tmp_path), archive, tmp_path / "out.csv", split=split)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 5 * len(names)
+
+
+def test_a_split_in_a_list_of_splits_is_taken_once(archive):
+    options = {"features": FeatureConfig(size=28), "data": DataConfig(), "need_text": True, "progress": False}
+    assert len(load_dataset(open_corpus(archive), ("dev-clean", "dev"), **options)) == 5
+
+
+MATTERS = {
+    "logmel": {"kind": "mfcc", "size": 40, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5},
+    "mfcc": {"kind": "logmel", "size": 12, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5, "mel_bins": 40},
+}
+MATTERS_NOT = {
+    "logmel": {"mel_bins": 40, "normalisation": "none", "deltas": 1},
+    "mfcc": {"normalisation": "global", "deltas": 2},
+}
+
+
+@pytest.mark.parametrize("kind", MATTERS)
+def test_an_entry_of_the_cache_holds_for_every_setting_that_its_frames_depend_on(tmp_path, kind):
+    corpus = open_corpus(make_manifest(tmp_path / "data", utterances=1))
+    base = FeatureConfig(kind=kind, size=20, mel_bins=23)
+
+    def folder(features):
+        utterances = corpus.utterances("dev")
+        return open_cache(corpus, "dev", utterances, features, folder=str(tmp_path / "cache"), progress=False).folder
+
+    changed = {name: folder(replace(base, **{name: value})) for name, value in MATTERS[kind].items()}
+    assert len({folder(base), *changed.values()}) == 1 + len(MATTERS[kind]), changed
+    assert {folder(replace(base, **{name: value})) for name, value in MATTERS_NOT[kind].items()} == {folder(base)}
+    assert MATTERS[kind].keys() | MATTERS_NOT[kind].keys() == set(to_tree(FeatureConfig()))
+
+
+def test_an_entry_of_the_cache_holds_for_its_files_their_order_and_their_texts(tmp_path):
+    manifest = make_manifest(tmp_path / "data", utterances=2)
+    lines = manifest.read_text().splitlines(keepends=True)
+    text = lines[-1].split("\t")[-1]
+
+    def folder():
+        corpus = open_corpus(manifest)
+        utterances = corpus.utterances("dev")
+        return open_cache(
+            corpus, "dev", utterances, FeatureConfig(), folder=str(tmp_path / "cache"), progress=False
+        ).folder
+
+    changes = {
+        "none": lines,
+        "order": [*lines[:-2], lines[-1], lines[-2]],
+        "text": [*lines[:-1], lines[-1].replace(text, "OTHER\n")],
+        "seconds": [*lines[:-1], lines[-1].replace("\t0.4\t", "\t0.3\t")],
+        "id": [*lines[:-1], lines[-1].replace("dev-1\t", "dev-x\t", 1)],
+        "fewer": lines[:-1],
+    }
+    folders = {}
+    for name, changed in changes.items():
+        manifest.write_text("".join(changed))
+        folders[name] = folder()
+    assert len(set(folders.values())) == len(changes), folders
+    manifest.write_text("".join(lines))
+    assert folder() == folders["none"]
+
+
+# -------------------------------------------------------------------------------------------------- language model
+
+
+def test_the_language_model_that_is_written_counts_all_text(tmp_path):
+    sentences = [f"{'AB'[i % 2]}{'BA'[i // 2 % 2]} {'ABA'[: 1 + i % 3]}{'B' * (i % 5)}" for i in range(200)]
+    (tmp_path / "text.txt").write_text("\n".join(sentences) + "\n")
+    out = tmp_path / "x.safetensors"
+    lm.main([str(tmp_path / "text.txt"), "--out", str(out), "--order", "3", "--characters", "AB "])
+    model = lm.load_lm(out)
+    assert int(model.counts.sum()) == sum(len(text) + 1 for text in sentences) and model.sentences == 200
+    ngrams, counts = lm.count(sentences, "AB ", 3)
+    assert np.array_equal(model.ngrams, ngrams) and np.array_equal(model.counts, counts)
+    most, held = lm.count_apart(sentences, "AB ", 3)
+    assert len(most[0]) and len(held[0]), "some are held out, some are not"
+
+
+# ------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_a_resumed_log_keeps_the_lines_up_to_its_step_and_none_after(tmp_path):
+    lines = [json.dumps({"kind": "train", "step": step}) for step in (3, 4, 5, 6)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "tra')
+    RunLog(tmp_path, small(), 4).close()
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == lines[:2]
+
+
+def test_the_log_of_a_new_training_is_empty(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    RunLog(tmp_path, small(), 0).close()
+    assert (tmp_path / "log.jsonl").read_text() == ""
