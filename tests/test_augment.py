@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from las_fast.augment import USES, Augment, change_speed, random_stream
+from las_fast.augment import USES, Augment, change_speed, random_stream, speed_factors
 from las_fast.config import AugmentConfig
 
 
@@ -46,6 +46,26 @@ def test_a_time_mask_covers_frames_and_a_frequency_mask_bins():
     assert by_frame.any() and by_bin.any()
 
 
+def test_every_frame_and_every_bin_is_masked_sometimes_and_none_always():
+    augment = Augment(AugmentConfig(time_masks=1, time_width=3, time_share=1.0, frequency_masks=1, frequency_width=2))
+    masked = [augment(torch.ones(6, 5), 0.0, generator(seed)) == 0 for seed in range(300)]
+    frames = torch.stack([one.all(1) for one in masked]).sum(0)
+    bins = torch.stack([one.all(0) for one in masked]).sum(0)
+    for counts in (frames, bins):
+        assert counts.min() > 20 and counts.max() < 250
+    widths = {int(one.all(1).sum()) for one in masked}, {int(one.all(0).sum()) for one in masked}
+    assert widths == ({0, 1, 2, 3}, {0, 1, 2})
+
+
+def test_masks_may_take_all_of_their_share_and_all_but_one_of_an_utterance():
+    wide = AugmentConfig(time_masks=9, time_width=99, time_share=0.5, frequency_masks=0)
+    most = max(int((Augment(wide)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99))
+    assert most == 5
+    whole = AugmentConfig(time_masks=9, time_width=99, time_share=1.0, frequency_masks=0)
+    most = max(int((Augment(whole)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99))
+    assert most == 9
+
+
 def test_a_frequency_mask_covers_the_same_bins_in_every_delta():
     augment = Augment(AugmentConfig(time_masks=0, frequency_masks=2, frequency_width=5))
     for seed in range(20):
@@ -75,6 +95,21 @@ def test_speed_changes_the_length_within_its_range():
     lengths = {len(augment(torch.ones(100, 2), 0.0, generator(seed))) for seed in range(100)}
     assert min(lengths) >= 91 and max(lengths) <= 111
     assert len(lengths) > 10
+
+
+def test_speeds_fill_their_range_and_do_not_depend_on_the_count():
+    factors = speed_factors(0.2, seed=1, epoch=0, count=2000)
+    assert 0.8 <= factors.min() < 0.801 and 1.199 < factors.max() <= 1.2
+    assert np.array_equal(speed_factors(0.2, seed=1, epoch=0, count=5), factors[:5])
+    for changed in ({"seed": 2}, {"epoch": 1}):
+        assert not np.isin(speed_factors(0.2, **{"seed": 1, "epoch": 0, "count": 5} | changed), factors[:5]).any()
+
+
+def test_a_speed_that_was_drawn_before_is_taken_as_it_is():
+    augment = Augment(AugmentConfig(time_masks=0, frequency_masks=0, speed=0.5))
+    assert len(augment(torch.ones(100, 2), 0.0, generator(), factor=0.8)) == 125
+    still = Augment(AugmentConfig(time_masks=0, frequency_masks=0, speed=0.0))
+    assert len(still(torch.ones(100, 2), 0.0, generator(), factor=0.8)) == 100
 
 
 def test_no_two_uses_of_chance_share_random_numbers():

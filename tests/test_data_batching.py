@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,16 @@ def test_workers_and_start_change_nothing(dataset, workers, start):
         assert torch.equal(a.features, b.features) and torch.equal(a.tokens, b.tokens)
 
 
+class Twins(SimpleNamespace):
+    """Two utterances of the same frames."""
+
+    def __getitem__(self, i):
+        return torch.ones(100, 28)
+
+    def __len__(self):
+        return 2
+
+
 def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
     def features(i, company, **options):
         batch = load(dataset, [[*company, i]], **options)[0]
@@ -160,6 +172,11 @@ def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
     assert torch.equal(features(3, [0, 1]), features(3, [5]))
     assert not torch.equal(features(3, [], epoch=1), features(3, [], epoch=0))
     assert not torch.equal(features(3, [], seed=2), features(3, []))
+    twins = Twins(frames=np.array([100, 100]), blocks=1, texts=["A", "B"])
+    for config in (AugmentConfig(), AugmentConfig(time_masks=0, frequency_masks=0, speed=0.3)):
+        (batch,) = load(twins, [[0, 1]], augment=Augment(config))
+        one, other = (x[:n] for x, n in zip(batch.features, batch.feature_lengths.tolist(), strict=True))
+        assert one.shape != other.shape or not torch.equal(one, other)
 
 
 def test_the_loader_leaves_the_random_state_of_training_alone(dataset):

@@ -120,6 +120,18 @@ def test_deltas_are_the_slope_of_a_line():
     torch.testing.assert_close(out[4:-4, 4:], torch.zeros(2, 2), atol=1e-6, rtol=0)
 
 
+def test_deltas_at_the_edges_repeat_the_first_and_the_last_frame():
+    x = torch.tensor([[3.0], [5.0], [4.0], [8.0]])
+
+    def slope(x, t):
+        at = [x[min(max(i, 0), len(x) - 1)] for i in range(t - 2, t + 3)]
+        return (at[3] - at[1] + 2 * (at[4] - at[0])) / 10
+
+    first = torch.stack([slope(x, t) for t in range(4)])
+    second = torch.stack([slope(first, t) for t in range(4)])
+    torch.testing.assert_close(add_deltas(x, 2), torch.cat([x, first, second], 1))
+
+
 def test_deltas_of_one_frame_are_zero():
     out = add_deltas(torch.ones(1, 3), 2)
     assert out.tolist() == [[1.0] * 3 + [0.0] * 6]

@@ -103,6 +103,17 @@ def test_padding_changes_nothing(fill):
         assert (together[row, lengths[row] :] == 0).all()
 
 
+def test_padding_changes_nothing_between_two_convolutions():
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, conv_channels=(8, 8), conv_kernels=(3, 5), conv_strides=(1, 2), pyramids=0)
+    listener = Listener(config, 5).eval()
+    x, frames = ragged([21, 12, 5, 1], fill=1e3)
+    together, lengths, _ = listener(x, frames)
+    for row, length in enumerate(frames.tolist()):
+        alone, _, _ = listener(x[row : row + 1, :length], frames[row : row + 1])
+        torch.testing.assert_close(together[row, : lengths[row]], alone[0], rtol=1e-5, atol=4e-6)
+
+
 def test_locked_dropout_is_shared_over_time_and_not_over_the_batch():
     dropped = locked_dropout(torch.ones(8, 5, 64), 0.5, True) == 0
     assert (dropped == dropped[:, :1]).all()

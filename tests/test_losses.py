@@ -86,6 +86,33 @@ def test_parts_are_reported_and_summed_with_their_weights():
     torch.testing.assert_close(loss, parts["attention"] + 0.5 * parts["ctc"] + 2 * parts["guided"])
 
 
+@pytest.mark.parametrize("guided_frames", [0.0, 3.0])
+def test_every_part_is_per_token(guided_frames):
+    output, count = make_output(), int(LENGTHS.sum())
+    options = PLAIN | {"guided_weight": 2.0, "ctc_weight": 0.5, "label_smoothing": 0.1, "guided_frames": guided_frames}
+    _, parts = training_loss(output, TOKENS, LENGTHS, **options)
+    ctc = ctc_loss(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS)
+    memory = output.weights, output.lengths, LENGTHS
+    if guided_frames:
+        places = ctc_places(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS)
+        guided = aligned_attention_loss(*memory, places, guided_frames)
+    else:
+        guided = guided_attention_loss(*memory, 0.1)
+    torch.testing.assert_close(parts["attention"], token_loss(output.logits, TOKENS, 0.1) / count)
+    torch.testing.assert_close(parts["ctc"], ctc / count)
+    torch.testing.assert_close(parts["guided"], guided / count)
+
+
+def test_ctc_of_a_padded_batch_is_the_sum_of_its_utterances():
+    output = make_output()
+    alone = [
+        F.ctc_loss(output.ctc_logits[b, :t].log_softmax(-1), TOKENS[b, :n], torch.tensor(t), torch.tensor(n), PAD,
+                   reduction="sum")
+        for b, (t, n) in enumerate(((12, 3), (6, 1)))
+    ]
+    torch.testing.assert_close(ctc_loss(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS), sum(alone))
+
+
 def test_ctc_hears_a_token_at_the_mean_of_its_posterior():
     logits = torch.zeros(2, 6, 31)
     logits[..., PAD] = 20
@@ -124,6 +151,15 @@ def test_ctc_places_of_a_padded_batch_are_those_alone_and_fall_back_to_the_diago
     torch.testing.assert_close(places[1:2, :2], alone)
     torch.testing.assert_close(places[2], torch.arange(4) / 4)  # three characters in two frames
     assert (places[0].diff() > 0).all()
+
+
+def test_a_transcript_of_as_many_characters_as_frames_is_still_placed_by_ctc():
+    torch.manual_seed(6)
+    logits, tokens = torch.randn(1, 3, 31), torch.tensor([[5, 6, 7, EOS]])
+    places = ctc_places(logits, torch.tensor([3]), tokens, torch.tensor([4]))
+    torch.testing.assert_close(places, torch.tensor([[0 / 3, 1 / 3, 2 / 3, 1]]))
+    diagonal = ctc_places(logits[:, :2], torch.tensor([2]), tokens, torch.tensor([4]))
+    torch.testing.assert_close(diagonal, torch.arange(4)[None] / 4)
 
 
 def test_attention_where_ctc_hears_costs_nothing_and_elsewhere_it_does():

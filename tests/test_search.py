@@ -530,6 +530,18 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(error, message)
     assert all(rows * frames <= 21 for rows, frames in model.batches)
 
 
+def test_halves_are_no_longer_than_their_longest_utterance():
+    seen = []
+
+    class Watched(Listening):
+        def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
+            seen.append((features.shape[1], int(feature_lengths.max())))
+            return super().listen(features, feature_lengths)
+
+    decode(Watched(21), FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7))
+    assert len({length for length, _ in seen}) > 1 and all(length == longest for length, longest in seen)
+
+
 def test_one_utterance_too_big_for_memory_is_named():
     with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower --decoding.beam"):
         decode(Listening(15), FakeDataset(np.array([4, 20]), [None, None]))

@@ -31,6 +31,13 @@ def test_long_recordings_are_cut_at_their_pauses():
     assert [start / RATE for start, _ in pieces] == pytest.approx([0, 15, 28, 43], abs=0.15)
 
 
+def test_a_cut_lies_in_the_middle_of_a_pause():
+    samples = np.random.default_rng(0).normal(size=30 * RATE).astype(np.float32)
+    samples[int(14.9 * RATE) : int(15.1 * RATE)] *= 0.001  # as long as the span over which loudness is averaged
+    (_, cut), _ = cut_at_silences(samples, RATE)
+    assert cut / RATE == pytest.approx(15.0, abs=0.02)
+
+
 @pytest.mark.parametrize("seconds", [20.001, 20.5, 39.9, 61, 200])
 def test_pieces_are_short_enough_and_nothing_is_lost(seconds):
     samples = speech_with_pauses(seconds, [])
