@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tests.mutants as package
-from tests.mutants.base import BUILD, JUDGED, ROOT, TARGETS, Mutant, Target, Verdict, judged, judged_key
+from tests.mutants.base import BUILD, ROOT, TARGETS, Mutant, Target, Verdict, judged, reason_of
 
 NOTICED = ("noticed", "slow")
 
@@ -145,9 +145,9 @@ def read(path: Path) -> list[dict]:
 
 
 def report(rows: Sequence[dict]) -> Iterator[str]:
-    """Yield the share noticed, by file and by folder, then each survivor."""
+    """Yield the share noticed, by file and by folder, then each survivor that nobody has judged."""
     reasons = judged()
-    live = [row for row in rows if row["outcome"] != "invalid"]
+    live = [row | {"reason": _reason(row, reasons)} for row in rows if row["outcome"] != "invalid"]
     groups: dict[str, list[dict]] = collections.defaultdict(list)
     for row in live:
         groups[row["file"]].append(row)
@@ -156,29 +156,26 @@ def report(rows: Sequence[dict]) -> Iterator[str]:
     width = max([len(name) for name in groups], default=0)
     yield f"{'':{width}}  mutants  noticed  not run  survived  judged  noticed of live"
     for name, own in sorted(groups.items()):
-        yield f"{name:{width}}  {_numbers(own, reasons)}"
+        yield f"{name:{width}}  {_numbers(own)}"
     yield ""
     for row in sorted(live, key=lambda row: (row["file"], row["line"])):
-        if row["outcome"] not in NOTICED and _key(row) not in reasons:
+        if row["outcome"] not in NOTICED and not row["reason"]:
             yield from _survivor(row)
-    used = {_key(row) for row in live}
-    yield f"{len(reasons.keys() & used)} of {len(reasons)} in {JUDGED.relative_to(ROOT)} are among these"
 
 
-def _numbers(rows: Sequence[dict], reasons: dict) -> str:
+def _reason(row: dict, reasons: dict) -> str:
+    if row["outcome"] in NOTICED:
+        return ""
+    return reason_of(reasons, row["file"], row["function"], row["before"], row["after"])
+
+
+def _numbers(rows: Sequence[dict]) -> str:
     count = collections.Counter(row["outcome"] for row in rows)
     noticed = sum(count[outcome] for outcome in NOTICED)
-    known = sum(row["outcome"] not in NOTICED and _key(row) in reasons for row in rows)
-    equivalent = sum(
-        row["outcome"] not in NOTICED and reasons.get(_key(row), "").startswith("equivalent") for row in rows
-    )
-    live = len(rows) - equivalent
+    known = sum(bool(row["reason"]) for row in rows)
+    live = sum(not row["reason"].startswith(("equivalent", "GPU")) for row in rows)
     share = f"{noticed / len(rows):8.1%} {count['not run']:8} {count['survived']:9} {known:7}"
     return f"{len(rows):7} {share} {noticed / live if live else 1:16.1%}"
-
-
-def _key(row: dict) -> tuple[str, str, str, str]:
-    return judged_key(row["file"], row["function"], row["before"], row["after"])
 
 
 def _survivor(row: dict) -> Iterator[str]:

@@ -84,10 +84,10 @@ class Target(Protocol):
         """End what prepare started."""
 
 
-def sources(paths: Sequence[Path], folder: str, pattern: str) -> list[Path]:
-    """Return the files of ROOT/folder that match pattern and lie in one of `paths`."""
+def sources(paths: Sequence[Path], folder: str, pattern: str, root: Path = ROOT) -> list[Path]:
+    """Return the files of root/folder that match pattern and lie in one of `paths`."""
     wanted = [Path(path).resolve() for path in paths]
-    found = sorted((ROOT / folder).rglob(pattern))
+    found = sorted((root / folder).rglob(pattern))
     return [path for path in found if any(path == p or p in path.parents for p in wanted)]
 
 
@@ -110,16 +110,26 @@ def short(text: str, most: int = 60) -> str:
 def judged(path: Path = JUDGED) -> dict[tuple, str]:
     """Return {(file, function, before, after): reason} of the survivors that were read and found harmless.
 
-    The file is a list of mappings with these five keys. White space in before and after does not count.
+    The file is a list of mappings with these five keys; a row without before and after holds for all of the function.
+    White space in before and after does not count. The first word of a reason says what kind it is:
+        equivalent  nobody can see the difference
+        GPU         the line runs on a GPU alone, and `make gpu-check` must notice it
+        accepted    the difference can be seen, and no test is worth it
     """
     if not path.exists():
         return {}
     rows = yaml.safe_load(path.read_text(encoding="utf-8")) or []
-    return {judged_key(r["file"], r["function"], r["before"], r["after"]): r["reason"] for r in rows}
+    return {judged_key(r["file"], r["function"], r.get("before", "*"), r.get("after", "*")): r["reason"] for r in rows}
 
 
 def judged_key(file: str, function: str, before: str, after: str) -> tuple[str, str, str, str]:
     return (file, function, " ".join(before.split()), " ".join(after.split()))
+
+
+def reason_of(reasons: dict[tuple, str], file: str, function: str, before: str, after: str) -> str:
+    """Return why a survivor is harmless, "" where it was not judged."""
+    own = reasons.get(judged_key(file, function, before, after))
+    return own or reasons.get(judged_key(file, function, "*", "*"), "")
 
 
 # By folder: the module and class that judge it. Imported only when one of its files is asked for.

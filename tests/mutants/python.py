@@ -15,10 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.mutants.base import ROOT, Mutant, Verdict, sources
+from tests.mutants.base import BUILD, ROOT, Mutant, Verdict, sources
 from tests.mutants.rules import python_mutants
-from tests.mutants.tests_of import Tests, record_all, test_files
+from tests.mutants.tests_of import Tests
 
+# What takes long to import and holds no code that is mutated.
+HEAVY = (
+    "numpy", "torch", "torch.utils.data", "torch._dynamo", "soundfile", "soxr", "yaml", "tyro", "tqdm",
+    "safetensors.torch", "Levenshtein", "torch.utils.tensorboard", "matplotlib.pyplot",
+)  # fmt: skip
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -26,13 +31,21 @@ class PythonTarget:
     """Mutants of the Python files of one folder.
 
     budget: seconds, as recorded, that the tests of one mutant may take; the cheapest come first.
+    root, name: the repository, and the folder in it whose files are edited.
+    imports: what is imported once for all mutants.
     """
 
-    name = "las_fast"
-
-    def __init__(self, budget: float = 60.0):
-        self.budget = budget
-        self.tests: Tests | None = None
+    def __init__(
+        self,
+        budget: float = 60.0,
+        *,
+        root: Path = ROOT,
+        name: str = "las_fast",
+        build: Path = BUILD,
+        imports: Sequence[str] = HEAVY,
+    ):
+        self.budget, self.root, self.name, self.imports = budget, root, name, imports
+        self.tests = Tests(root, name, build / "records")
         self.pools: dict[str, queue.Queue[Server]] = {}
         self.servers: list[Server] = []
         self.trusted: set[str] = set()  # tests that passed in a server without any fault
@@ -40,28 +53,27 @@ class PythonTarget:
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
         found = []
-        for path in sources(paths, self.name, "*.py"):
-            found += python_mutants(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT)))
+        for path in sources(paths, self.name, "*.py", self.root):
+            found += python_mutants(path.read_text(encoding="utf-8"), str(path.relative_to(self.root)))
         return found
 
     def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
-        record_all()
-        self.tests = Tests()
+        self.tests.record()
         for kind in ("warm", "cold"):
             pool = self.pools[kind] = queue.Queue()
             for _ in range(jobs):
-                server = Server(kind)
+                server = Server(kind, self)
                 self.servers.append(server)
                 pool.put(server)
 
     def judge(self, mutant: Mutant) -> Verdict:
         began = time.monotonic()
-        text = mutant.apply((ROOT / mutant.file).read_text(encoding="utf-8"))
+        text = mutant.apply((self.root / mutant.file).read_text(encoding="utf-8"))
         try:
             compile(text, mutant.file, "exec")
         except (SyntaxError, ValueError):
             return Verdict("invalid")
-        place = find(mutant)
+        place = find(mutant, self.root)
         while True:
             tests = self._affordable(place)
             if not tests:
@@ -77,14 +89,7 @@ class PythonTarget:
             tests = self.tests.mentioning(place.names)
         else:
             tests = self.tests.running(place.file, place.first, place.last)
-        left, chosen = self.budget, []
-        for test in tests:
-            left -= self.tests.seconds[test]
-            if left < 0 and chosen:
-                break
-            if test not in self.distrusted:
-                chosen.append(test)
-        return chosen
+        return self.tests.within([test for test in tests if test not in self.distrusted], self.budget)
 
     def _is_trusted(self, test: str) -> bool:
         """Return whether a test passes here without any fault; else what it says of a mutant means nothing."""
@@ -96,7 +101,7 @@ class PythonTarget:
         return True
 
     def _ask(self, mutant: Mutant, text: str, place: Place, tests: list[str]) -> dict:
-        path = ROOT / mutant.file
+        path = self.root / mutant.file
         module = ".".join(Path(mutant.file).with_suffix("").parts).removesuffix(".__init__")
         with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as file:
             file.write(text)
@@ -107,7 +112,7 @@ class PythonTarget:
             return self._send("cold", job) if answer["outcome"] == "not warm" else answer
 
     def _limit(self, test: str) -> float:
-        return 10 + 6 * (self.tests.seconds[test] + self.tests.shared[test])
+        return 10 + 6 * self.tests.cost(test)
 
     def _send(self, kind: str, job: dict) -> dict:
         server = self.pools[kind].get()
@@ -124,8 +129,8 @@ class PythonTarget:
 class Server:
     """One process of server.py, started when it is first asked."""
 
-    def __init__(self, kind: str):
-        self.kind, self.process = kind, None
+    def __init__(self, kind: str, target: PythonTarget):
+        self.kind, self.target, self.process = kind, target, None
 
     def ask(self, job: dict) -> dict:
         if self.process is None:
@@ -139,10 +144,13 @@ class Server:
 
     def _start(self) -> None:
         (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
-        files = map(str, test_files()) if self.kind == "warm" else ()
-        self.words = [sys.executable, "-m", "tests.mutants.server", self.kind, str(to_read), str(from_write), *files]
+        files = map(str, self.target.tests.files) if self.kind == "warm" else ()
+        ends = (str(to_read), str(from_write))
+        own = (self.target.name, ",".join(self.target.imports))
+        self.words = [sys.executable, "-m", "tests.mutants.server", self.kind, *ends, *own, *files]
         self.process = subprocess.Popen(
-            self.words, cwd=ROOT, pass_fds=(to_read, from_write), env=os.environ | {"OMP_NUM_THREADS": "1"},
+            self.words, cwd=self.target.root, pass_fds=(to_read, from_write),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read)
@@ -175,9 +183,9 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def find(mutant: Mutant) -> Place:
+def find(mutant: Mutant, root: Path) -> Place:
     """Return where a mutant is."""
-    path = _statements_around(_tree(ROOT / mutant.file), mutant.line)
+    path = _statements_around(_tree(root / mutant.file), mutant.line)
     statement = path[-1]
     place = Place(mutant.file, statement.lineno, _header_end(statement))
     functions = [i for i, node in enumerate(path) if isinstance(node, FUNCTIONS)]

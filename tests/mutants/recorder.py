@@ -3,7 +3,7 @@
 Fixtures of a module or of the session run once, in the first test that asks for them. Their lines are kept under a
 name of their own, so that they count for every test that uses the fixture.
 
-    MUTANTS_RECORD=FILE.json python -m pytest -p tests.mutants.recorder tests/test_x.py
+    MUTANTS_RECORD=FILE.json:FOLDER python -m pytest -p tests.mutants.recorder tests/test_x.py
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 import coverage
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 class Recorder:
-    def __init__(self, out: Path):
-        self.out = out
-        self.coverage = coverage.Coverage(data_file=None, source=[str(ROOT / "las_fast")], config_file=False)
+    """The lines of `folder` that each test runs, written to `out` at the end."""
+
+    def __init__(self, out: Path, root: Path, folder: str):
+        self.out, self.root = out, root
+        self.coverage = coverage.Coverage(data_file=None, source=[str(root / folder)], config_file=False)
         self.current: list[str] = []
         self.tests: dict[str, dict] = {}  # seconds, and the shared fixtures that it uses
         self.asked: set[str] = set()
@@ -81,7 +81,7 @@ class Recorder:
             lines = {
                 n: names for n, found in data.contexts_by_lineno(str(path)).items() if (names := found_names(found))
             }
-            files[str(path.relative_to(ROOT))] = {"source": self.keep(path.read_text()), "lines": lines}
+            files[str(path.relative_to(self.root))] = {"source": self.keep(path.read_text()), "lines": lines}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps({"tests": self.tests, "fixtures": self.fixtures, "files": files}))
 
@@ -103,5 +103,6 @@ def shared_name(fixture, index: int) -> str:
 
 
 def pytest_configure(config) -> None:
-    if target := os.environ.get("MUTANTS_RECORD"):
-        config.pluginmanager.register(Recorder(Path(target)), "mutants-recorder")
+    if wanted := os.environ.get("MUTANTS_RECORD"):
+        out, _, folder = wanted.rpartition(":")
+        config.pluginmanager.register(Recorder(Path(out), config.rootpath, folder), "mutants-recorder")

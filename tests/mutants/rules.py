@@ -29,7 +29,7 @@ SWAPS = NAMES | {new: old for old, new in NAMES.items()}
 # A call may be left out: its first argument, or what a method is called on, then goes on as it is.
 NOT_UNWRAPPED = {
     "str", "list", "tuple", "dict", "set", "iter", "next", "len", "range", "print", "isinstance", "getattr", "hasattr",
-    "super", "type", "enumerate", "zip", "map", "filter", "open", "repr",
+    "super", "type", "enumerate", "zip", "map", "filter", "open", "repr", "int", "float", "bool",
 }  # fmt: skip
 UNWRAPPED_METHODS = {
     "clamp", "clamp_min", "clamp_max", "detach", "abs", "masked_fill", "flip", "strip", "lstrip", "rstrip", "lower",

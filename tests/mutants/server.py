@@ -29,10 +29,7 @@ import pytest
 
 from tests.mutants.overlay import sitecustomize
 
-ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = Path(sitecustomize.__file__).parent
-HEAVY = ("numpy", "torch", "torch.utils.data", "torch._dynamo", "soundfile", "soxr", "yaml", "tyro", "tqdm",
-         "safetensors.torch", "Levenshtein", "torch.utils.tensorboard", "matplotlib.pyplot")  # fmt: skip
 MOST_MEMORY = 16 * 2**30  # bytes of address space
 LOG_BYTES = 64 * 2**20  # that a child may write to one file
 
@@ -109,10 +106,10 @@ def codes(code: types.CodeType):
             yield from codes(inner)
 
 
-def index_functions() -> dict[tuple[str, str, int], list[types.FunctionType]]:
+def index_functions(folder: str) -> dict[tuple[str, str, int], list[types.FunctionType]]:
     index: dict[tuple[str, str, int], list[types.FunctionType]] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(str(ROOT / "las_fast")):
+        if isinstance(thing, types.FunctionType) and thing.__code__.co_filename.startswith(folder):
             code = thing.__code__
             index.setdefault((code.co_filename, code.co_qualname, code.co_firstlineno), []).append(thing)
     return index
@@ -124,12 +121,12 @@ def index_functions() -> dict[tuple[str, str, int], list[types.FunctionType]]:
 class Serving:
     """The plugin of the warm kind: where pytest would run the tests, it serves jobs."""
 
-    def __init__(self, requests, answers):
-        self.requests, self.answers = requests, answers
+    def __init__(self, requests, answers, folder: str):
+        self.requests, self.answers, self.folder = requests, answers, folder
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
-        index = index_functions()
+        index = index_functions(self.folder)
 
         def child(job, pipe, scratch):
             factory = session.config._tmp_path_factory
@@ -161,11 +158,14 @@ def cold_child(job: dict, pipe: int, scratch: Path) -> None:
     if job.get("module"):
         sitecustomize.install(os.environ["MUTANTS_OVERLAY"])
     files = list(dict.fromkeys(name.split("::")[0] for name in job["tests"]))
-    pytest.main([*OPTIONS, f"--basetemp={scratch / 'tests'}", *files], plugins=[One(job["tests"], pipe)])
+    pytest.main(
+        [*OPTIONS, f"--rootdir={os.getcwd()}", f"--basetemp={scratch / 'tests'}", *files],
+        plugins=[One(job["tests"], pipe)],
+    )
     Watch(pipe).finish("noticed", "pytest did not start")
 
 
-OPTIONS = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+OPTIONS = ["-q", "-p", "no:cacheprovider"]
 
 
 def serve(requests, answers, child) -> None:
@@ -221,13 +221,18 @@ def _listen(reader: int, job: dict) -> dict:
 
 
 def main() -> None:
-    kind, requests, answers, *files = sys.argv[1:]
+    """Serve: KIND REQUESTS ANSWERS FOLDER IMPORTS FILES, in the root of the repository.
+
+    FOLDER holds what is mutated; IMPORTS are what a cold server imports, parted by commas.
+    """
+    kind, requests, answers, folder, imports, *files = sys.argv[1:]
     sys.dont_write_bytecode = True
     pipes = (os.fdopen(int(requests)), os.fdopen(int(answers), "w"))
     if kind == "warm":
-        pytest.main([*OPTIONS, *files], plugins=[Serving(*pipes)])
+        own = [*OPTIONS, f"--rootdir={os.getcwd()}", *files]
+        pytest.main(own, plugins=[Serving(*pipes, os.path.abspath(folder))])
     else:
-        for name in HEAVY:
+        for name in filter(None, imports.split(",")):
             with contextlib.suppress(ImportError):
                 __import__(name)
         serve(*pipes, cold_child)

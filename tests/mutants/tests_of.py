@@ -18,36 +18,61 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.mutants.base import BUILD, ROOT
+from tests.mutants.base import ROOT
 
 # Nothing here looks at the Python code of las_fast in a way that a fault in it could show, or only after minutes.
 LEFT_OUT = ("test_benchmarks", "test_packaging", "test_released", "test_mutants", "test_launches")
 RECORD_SECONDS = 1800
+UNKNOWN = 3.0  # seconds of a fixture that no record has timed
 
 
-def test_files() -> list[Path]:
-    """Return the files of tests that judge mutants, relative to ROOT."""
-    found = [*ROOT.glob("tests/test_*.py"), *ROOT.glob("tests/ops/test_*.py")]
-    return sorted(path.relative_to(ROOT) for path in found if path.stem not in LEFT_OUT)
+def files_of(root: Path) -> list[Path]:
+    """Return the files of tests that judge mutants, relative to the root of their repository."""
+    found = [*root.glob("tests/test_*.py"), *root.glob("tests/ops/test_*.py")]
+    return sorted(path.relative_to(root) for path in found if path.stem not in LEFT_OUT)
 
 
-def record_path(file: Path) -> Path:
-    digest = hashlib.sha1((ROOT / file).read_bytes()).hexdigest()[:8]
-    return BUILD / "records" / f"{'.'.join(file.parts)}.{digest}.json"
+class Tests:
+    """What is recorded of the tests of a repository. Tests are named by their pytest node ids.
 
+    folder: whose lines are recorded; build: where the records are kept.
+    """
 
-def record_all() -> None:
-    """Run each file of tests that has no record yet, one after another, and keep which test runs which line."""
-    for file in test_files():
-        path = record_path(file)
-        if path.exists():
-            continue
-        print(f"recording {file}", file=sys.stderr)
-        environment = os.environ | {"MUTANTS_RECORD": str(path), "OMP_NUM_THREADS": "1"}
-        words = ["-q", "-p", "tests.mutants.recorder", "-p", "no:cacheprovider", str(file)]
+    def __init__(self, root: Path, folder: str, build: Path):
+        self.root, self.folder, self.build = root, folder, build
+        self.files = files_of(root)
+        self.seconds: dict[str, float] = {}
+        self.shared: dict[str, dict[str, float]] = {}  # by test: the shared fixtures that it uses, and their seconds
+        self.users: dict[str, list[str]] = {}  # of a shared fixture
+        self.records: list[dict] = []
+
+    def record(self) -> None:
+        """Run each file of tests that has no record yet, one after another, and read all records."""
+        for file in self.files:
+            if not self._path(file).exists():
+                print(f"recording {file}", file=sys.stderr)
+                self._record(file)
+        self.records = [json.loads(self._path(file).read_text()) for file in self.files]
+        for record in self.records:
+            for test, row in record["tests"].items():
+                self.seconds[test] = row["seconds"]
+                known = record.get("fixtures", {})
+                self.shared[test] = {name: known.get(name, UNKNOWN) for name in row["shared"]}
+                for fixture in row["shared"]:
+                    self.users.setdefault(fixture, []).append(test)
+
+    def _path(self, file: Path) -> Path:
+        digest = hashlib.sha1((self.root / file).read_bytes()).hexdigest()[:8]
+        return self.build / f"{'.'.join(file.parts)}.{digest}.json"
+
+    def _record(self, file: Path) -> None:
+        path = self._path(file)
+        environment = os.environ | {"MUTANTS_RECORD": f"{path}:{self.folder}", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(ROOT)
+        words = ["-q", "-p", "tests.mutants.recorder", "-p", "no:cacheprovider", f"--rootdir={self.root}", str(file)]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words],
-            cwd=ROOT, env=environment, timeout=RECORD_SECONDS, capture_output=True, text=True,
+            cwd=self.root, env=environment, timeout=RECORD_SECONDS, capture_output=True, text=True,
         )  # fmt: skip
         if not path.exists():
             raise SystemExit(f"{file} could not be recorded:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -55,21 +80,20 @@ def record_all() -> None:
             if old != path:
                 old.unlink()
 
+    def cost(self, test: str) -> float:
+        return self.seconds.get(test, 0.0) + sum(self.shared.get(test, {}).values())
 
-class Tests:
-    """What the records say. Tests are named by their pytest node ids."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.shared: dict[str, float] = {}  # seconds that the shared fixtures of a test take, once
-        self.users: dict[str, list[str]] = {}  # of a shared fixture
-        self.records = [json.loads(path.read_text()) for path in map(record_path, test_files()) if path.exists()]
-        for record in self.records:
-            for test, row in record["tests"].items():
-                self.seconds[test] = row["seconds"]
-                self.shared[test] = sum(record.get("fixtures", {}).get(name, 10.0) for name in row["shared"])
-                for fixture in row["shared"]:
-                    self.users.setdefault(fixture, []).append(test)
+    def within(self, tests: Iterable[str], budget: float) -> list[str]:
+        """Return the first tests that take less than `budget` seconds together, and the first in any case."""
+        chosen, paid = [], set()
+        for test in tests:
+            fixtures = self.shared[test]
+            budget -= self.seconds[test] + sum(fixtures[name] for name in fixtures.keys() - paid)
+            if budget < 0 and chosen:
+                break
+            paid |= fixtures.keys()
+            chosen.append(test)
+        return chosen
 
     def running(self, file: str, first: int, last: int) -> list[str]:
         """Return the tests that run one of the lines first to last of a file, cheapest first."""
@@ -77,27 +101,27 @@ class Tests:
         for contexts in self._moved(file)[first - 1 : last]:
             for name in contexts:
                 tests.update(self.users.get(name, ()) if name.startswith("fixture ") else [name])
-        return sorted(tests, key=lambda test: (self.seconds.get(test, 0.0), test))
+        return sorted(tests, key=lambda test: (self.cost(test), test))
 
     def mentioning(self, names: Iterable[str]) -> list[str]:
-        """Return the tests that run any line of las_fast in which one of these names stands, cheapest first."""
+        """Return the tests that run any line in which one of these names stands, cheapest first."""
         pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
         tests: set[str] = set()
-        for path in sorted((ROOT / "las_fast").rglob("*.py")):
+        for path in sorted((self.root / self.folder).rglob("*.py")):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if pattern.search(line):
-                    tests.update(self.running(str(path.relative_to(ROOT)), number, number))
-        return sorted(tests, key=lambda test: (self.seconds.get(test, 0.0), test))
+                    tests.update(self.running(str(path.relative_to(self.root)), number, number))
+        return sorted(tests, key=lambda test: (self.cost(test), test))
 
     @functools.cache  # noqa: B019 (lives as long as the process)
     def _moved(self, file: str) -> list[set[str]]:
         """Return the contexts of each line of the file as it is now."""
-        now = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        now = (self.root / file).read_text(encoding="utf-8").splitlines()
         found: list[set[str]] = [set() for _ in now]
         known: set[int] = set()
         for record in self.records:
             if row := record["files"].get(file):
-                old = (BUILD / "records" / "sources" / row["source"]).read_text(encoding="utf-8").splitlines()
+                old = (self.build / "sources" / row["source"]).read_text(encoding="utf-8").splitlines()
                 for a, b in _same_lines(tuple(old), tuple(now)):
                     known.add(b)
                     found[b].update(row["lines"].get(str(a + 1), ()))

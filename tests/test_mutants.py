@@ -1,0 +1,221 @@
+"""The tool that seeds faults: what it edits, what it notices, and that it leaves the tree alone."""
+
+import ast
+import json
+import textwrap
+
+import pytest
+
+from tests.mutants import __main__ as command
+from tests.mutants.base import Mutant, judged, reason_of
+from tests.mutants.python import PythonTarget
+from tests.mutants.rules import python_mutants
+
+TOY = '''
+"""A toy: 1 + 1."""
+import sys
+
+LIMIT = 10
+
+
+class Gate:
+    """Opens: 3 < 4."""
+
+    def opens(self, age: int = 18) -> bool:
+        if age > LIMIT:
+            raise ValueError(f"{age + 1} is over {LIMIT - 1}")
+        label = f"{age:>3}"
+        return age >= 7 and bool(label)
+
+
+def total(values):
+    found = 0
+    for value in values:
+        found += value
+    return max(found, found)
+
+
+def unused(x):
+    return x + 1
+
+
+if __name__ == "__main__":
+    sys.exit(total([1, 2]))
+'''
+
+
+def rules(source):
+    """Return what is made of a source, without the brackets around an expression."""
+    return {(m.rule, m.before, m.after[1:-1] if m.after[0] == "(" else m.after) for m in python_mutants(source, "x.py")}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a = b < c", ("comparison", "b < c", "b <= c")),
+        ("a = b * (c - d)", ("arithmetic", "c - d", "c + d")),
+        ("a = b * (c + d)", ("arithmetic", "b * (c + d)", "b / (c + d)")),
+        ("a = 7", ("constant", "7", "8")),
+        ("a = 7", ("constant", "7", "6")),
+        ("a = True", ("constant", "True", "False")),
+        ("def f(a=0): g(a)", ("default", "0", "1")),
+        ("a = b or c", ("operand", "b or c", "b")),
+        ("a = b or c", ("logic", "b or c", "b and c")),
+        ("a = not b", ("not", "not b", "b")),
+        ("if a: b()", ("condition", "a", "False")),
+        ("a = b if c else d", ("condition", "c", "True")),
+        ("f(a, b=1)", ("keyword", "f(a, b=1)", "f(a)")),
+        ("a.b = c", ("deletion", "a.b = c", "pass")),
+        ("f(a)", ("deletion", "f(a)", "pass")),
+        ("a = b[c:]", ("slice", "c", "c + 1")),
+        ("def f(): return a", ("return", "return a", "return None")),
+        ("a = min(b, c)", ("swap", "min(b, c)", "max(b, c)")),
+        ("a = f(g(b))", ("unwrap", "f(g(b))", "g(b)")),
+        ("a = [b, c]", ("element", "[b, c]", "[c]")),
+        ('a = f"{b // 2}s"', ("constant", 'f"{b // 2}s"', "f'{b // 3}s'")),
+    ],
+)
+def test_each_rule_makes_its_edit(source, expected):
+    assert expected in rules(source)
+
+
+def test_words_messages_annotations_and_main_blocks_are_left_alone():
+    source = textwrap.dedent(TOY)
+    touched = {source[m.start : m.end] for m in python_mutants(source, "x.py")}
+    assert not {'"""A toy: 1 + 1."""', "18 is", "sys.exit(total([1, 2]))", "age + 1", "int"} & touched
+    assert {"18", "10", "age > LIMIT", "found += value"} <= touched
+
+
+def test_every_mutant_differs_compiles_and_has_an_id_that_moves_with_the_text():
+    source = textwrap.dedent(TOY)
+    mutants = python_mutants(source, "x.py")
+    for mutant in mutants:
+        assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source)), mutant
+    below = python_mutants("import os\n\n\n" + source, "x.py")
+    assert [m.id for m in below] == [m.id for m in mutants] and len({m.id for m in mutants}) == len(mutants)
+    assert below[0].line == mutants[0].line + 3
+    with pytest.raises(ValueError, match="not what the mutant was made from"):
+        mutants[-1].apply("other")
+
+
+def test_positions_count_characters_where_the_text_is_not_ascii():
+    source = 'a = "é" if b else c\nd = 5 - 2\n'
+    assert {m.apply(source).splitlines()[1] for m in python_mutants(source, "x.py") if m.rule == "arithmetic"} == {
+        "d = 5 + 2"
+    }
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A repository with one module and a test of it, and the verdicts on all its mutants."""
+    root = tmp_path_factory.mktemp("toy")
+    files = {
+        "pytest.ini": "[pytest]\npythonpath = .\n",
+        "box/__init__.py": "",
+        "box/gate.py": textwrap.dedent(TOY).lstrip(),
+        "tests/test_gate.py": """
+            from box import gate
+
+            def test_a_gate_opens_for_those_of_age():
+                assert gate.Gate().opens(age=7) and not gate.Gate().opens(6)
+
+            def test_a_total_is_a_sum():
+                assert gate.total([1, 2, 4]) == 7
+            """,
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(textwrap.dedent(text))
+    target = PythonTarget(root=root, name="box", build=root / "build", imports=())
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if "build" not in path.parts}
+    mutants = target.mutants([root / "box"])
+    try:
+        target.prepare(mutants, jobs=1)
+        verdicts = {(m.function, m.rule, m.before, m.after): target.judge(m) for m in mutants}
+    finally:
+        target.close()
+    assert all(path.read_bytes() == content for path, content in before.items()), "the tree is never edited"
+    return verdicts
+
+
+def test_a_known_fault_is_noticed_by_the_test_that_says_so(toy):
+    verdict = toy["Gate.opens", "comparison", "age >= 7", "(age > 7)"]
+    assert (verdict.outcome, verdict.by.split("::")[1]) == ("noticed", "test_a_gate_opens_for_those_of_age")
+    assert toy["total", "arithmetic", "found += value", "found -= value"].outcome == "noticed"
+
+
+def test_a_constant_is_judged_by_a_fresh_import(toy):
+    assert toy["", "constant", "10", "11"].outcome == "survived"
+    assert toy["Gate.opens", "default", "18", "19"].outcome == "survived"
+    assert toy["total", "constant", "0", "1"].outcome == "noticed"
+
+
+def test_an_equivalent_mutant_survives_and_a_line_that_no_test_runs_is_told_apart(toy):
+    assert toy["total", "swap", "max(found, found)", "min(found, found)"].outcome == "survived"
+    assert toy["unused", "arithmetic", "x + 1", "x - 1"].outcome == "not run"
+
+
+def row(n, outcome, **fields):
+    plain = {"id": f"id{n}", "source": "s", "file": "las_fast/x.py", "line": n, "function": "f", "rule": "constant"}
+    return (
+        plain | {"before": "1", "after": "2", "start": 0, "nth": 0, "outcome": outcome, "by": "", "seconds": 0} | fields
+    )
+
+
+def test_the_report_counts_by_file_and_folder_and_lists_what_nobody_judged(tmp_path, monkeypatch):
+    path = tmp_path / "judged.yaml"
+    path.write_text("- {file: las_fast/x.py, function: g, reason: 'equivalent: a toy'}\n")
+    monkeypatch.setattr(command, "judged", lambda: judged(path))
+    rows = [row(1, "noticed"), row(2, "slow"), row(3, "survived", before="a  <\n b"), row(4, "invalid"),
+            row(5, "survived", function="g"), row(6, "noticed", file="las_fast/y.py")]  # fmt: skip
+    said = list(command.report(rows))
+    counts = [" ".join(line.split()[:4]) for line in said[1:4]]
+    assert counts == ["las_fast/ (all) 5 60.0%", "las_fast/x.py 4 50.0% 0", "las_fast/y.py 1 100.0% 0"]
+    assert said[1].split()[-1] == "75.0%"
+    assert [line for line in said if "survived [" in line] == ["las_fast/x.py:3 in f: constant, survived [id3]"]
+
+
+def test_a_judgement_holds_for_the_text_wherever_it_stands_and_however_it_is_laid_out():
+    reasons = {("x.py", "f", "a < b", "a <= b"): "equivalent: never equal", ("x.py", "g", "*", "*"): "GPU: all of it"}
+    assert reason_of(reasons, "x.py", "f", "a  <\n  b", "a <= b") == "equivalent: never equal"
+    assert reason_of(reasons, "x.py", "f", "a < c", "a <= b") == ""
+    assert reason_of(reasons, "x.py", "g", "a", "b") == "GPU: all of it"
+
+
+class Fake:
+    """A target that finds every third mutant unnoticed."""
+
+    def __init__(self):
+        self.judged = []
+
+    def prepare(self, mutants, jobs):
+        pass
+
+    def judge(self, mutant):
+        from tests.mutants.base import Verdict
+
+        self.judged.append(mutant.line)
+        return Verdict("survived" if mutant.line % 3 == 0 else "noticed")
+
+    def close(self):
+        pass
+
+
+def test_what_is_judged_already_is_not_judged_again(tmp_path):
+    mutants = [Mutant("pyproject.toml", n, "", "constant", "1", "2", 0, nth=n) for n in range(1, 7)]
+    out = ["--out", str(tmp_path / "results.jsonl")]
+    for words, expected in ((out, [1, 2, 3, 4, 5, 6]), (out, []), ([*out, "--again"], [3, 6])):
+        target = Fake()
+        command.judge_all([(target, m) for m in mutants], command.parser().parse_args(words))
+        assert target.judged == expected
+    assert len(command.read(tmp_path / "results.jsonl")) == 6
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[2])["outcome"] == "survived"
+
+
+def test_a_sample_is_repeatable_and_spread_over_the_files():
+    mutants = [(None, Mutant(f"{f}.py", n, "", "constant", "1", "2", 0, nth=n)) for f, size in (("a", 80), ("b", 20))
+               for n in range(size)]  # fmt: skip
+    chosen = command.stratified(mutants, 10, seed=3)
+    assert chosen == command.stratified(mutants, 10, seed=3) != command.stratified(mutants, 10, seed=4)
+    counts = [sum(m.file == f"{f}.py" for _, m in chosen) for f in "ab"]
+    assert sum(counts) == 10 and 6 <= counts[0] <= 9
