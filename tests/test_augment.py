@@ -124,4 +124,6 @@ def test_speed_is_linear_in_time_and_keeps_bins_apart():
     assert fast.shape == (50, 2)
     torch.testing.assert_close(fast[:, 1], -3 * fast[:, 0])
     torch.testing.assert_close(fast.diff(dim=0)[:, 0], torch.full((49,), 2.0))
+    slow = change_speed(line, 0.8)
+    torch.testing.assert_close(slow.diff(dim=0)[1:-1, 0], torch.full((122,), 0.8), atol=1e-4, rtol=0)
     assert change_speed(torch.ones(1, 2), 5.0).shape == (1, 2)

@@ -14,7 +14,7 @@ import torch
 from archives import make_archive, make_manifest, make_waveform, write_audio
 from checkpoints import MODEL, make_checkpoint
 
-from las_fast import checkpoint, decode, lm, train, trainer, transcribe, tune
+from las_fast import checkpoint, decode, export, lm, train, trainer, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import Statistics, load_dataset, open_corpus
@@ -240,6 +240,31 @@ def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path
     torch.testing.assert_close(frames, add_deltas(frames[:, :20], deltas))
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"kind": "mfcc", "size": 20, "mel_bins": 23, "deltas": 2},
+        {"kind": "logmel", "size": 80, "sample_rate": 8000, "window_ms": 30.0, "shift_ms": 12.5},
+        {"kind": "logmel", "size": 80, "normalisation": "none"},
+    ],
+    ids=lambda features: "-".join(map(str, features.values())),
+)
+def test_transcribing_and_decoding_give_the_model_the_same_frames(tmp_path, recording, heard, monkeypatch, features):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "list.tsv").write_text("id\tpath\tsplit\ttranscript\nsaid\tsaid.wav\tdev\tA\n")
+    path = make_sound_checkpoint(tmp_path, **features)
+    transcribed(path, recording)
+    decoded(path, tmp_path / "list.tsv", tmp_path / "out.csv")
+    ours, theirs = heard
+    assert len(ours) == pytest.approx(900 / FeatureConfig(**features).shift_ms, abs=4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def make_sound_checkpoint(folder, **features):
+    """Write a checkpoint of any kind of features computed from audio."""
+    return make_checkpoint(folder, 28, sections={"features": FeatureConfig(**features)})
+
+
 def with_statistics(path, mean: float, std: float):
     """Give a checkpoint other statistics."""
     loaded = checkpoint.load_model(path)
@@ -306,6 +331,21 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
     assert set(seen[:1]) == {own} and Counter(seen) == Counter(
         [own, two, own, two, replace(own, length_penalty=0.2), replace(own, length_penalty=0.4)]
     )
+
+
+def test_an_exported_model_keeps_everything_but_the_precision_of_its_weights(tmp_path):
+    sections = {"data": DataConfig(normalise_text=True), "decoding": DecodingConfig(beam=3, length_penalty=0.7)}
+    info = {"epoch": 2.0, "data": {"kind": "features", "name": "HW4P2 F23"}}
+    path = make_checkpoint(tmp_path, 28, info=info, sections=sections, normalisation="global")
+    with_statistics(path, 3.0, 2.0)
+    export.main(["--checkpoint", str(path), "--out", str(tmp_path / "small.safetensors"), "--decoding.beam", "5"])
+    theirs, ours = checkpoint.load_model(path), checkpoint.load_model(tmp_path / "small.safetensors")
+    assert ours.config == replace(theirs.config, decoding=replace(theirs.config.decoding, beam=5))
+    assert ours.info == theirs.info == info and ours.vocabulary == theirs.vocabulary
+    assert torch.equal(ours.statistics.mean, theirs.statistics.mean)
+    assert torch.equal(ours.statistics.std, theirs.statistics.std)
+    for name, value in theirs.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], value.half().float()), name
 
 
 # ------------------------------------------------------------------------------------------------------------ data
