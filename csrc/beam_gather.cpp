@@ -42,6 +42,7 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
   for (const at::Tensor& state : states) {
     const at::Tensor& x = sources.emplace_back(state.stride(2) == 1 || state.size(2) < 2 ? state : state.contiguous());
     at::Tensor& y = gathered.emplace_back(at::empty(x.sizes(), x.options()));
+    if (x.numel() == 0) continue;  // no memory: pointers may be null, which memcpy does not take
     const int64_t size = x.element_size();
     rows.push_back({static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()),
                     x.stride(0) * size, x.stride(1) * size, x.size(2) * size});

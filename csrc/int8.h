@@ -113,10 +113,7 @@ LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weight
 #ifdef LAS_BF16_DOTS
 #define LAS_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
-inline bool has_int8_dots() {
-  static const bool has = width_here() >= 16 && __builtin_cpu_supports("avx512vnni");
-  return has;
-}
+inline bool has_int8_dots() { return most_lanes >= 16 && __builtin_cpu_supports("avx512vnni"); }
 
 template <int M>
 LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,

@@ -255,10 +255,7 @@ LAS_INLINE void tile(const Rows& rows, int64_t row, const Panels<T>& weights, in
 #ifdef LAS_BF16_DOTS
 #define LAS_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 
-inline bool has_bf16_dots() {
-  static const bool has = width_here() >= 16 && __builtin_cpu_supports("avx512bf16");
-  return has;
-}
+inline bool has_bf16_dots() { return most_lanes >= 16 && __builtin_cpu_supports("avx512bf16"); }
 
 template <int M, class Rows>
 LAS_AVX512_BF16 void bf16_tile(const Rows& rows, int64_t row, const c10::BFloat16* panel,

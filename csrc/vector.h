@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -231,21 +230,21 @@ inline int width_of_processor() {
   return avx2 && avx512 ? 16 : avx2 ? 8 : 4;
 }
 
-// LAS_FAST_LANES=8 or 4 in the environment stands in for an older processor.
-inline int width_here() {
-  const char* limit = std::getenv("LAS_FAST_LANES");
-  return limit ? std::min(width_of_processor(), std::atoi(limit)) : width_of_processor();
-}
+// Lanes of the widest vectors in use: this processor's, or fewer where a test asks for those of an older one.
+inline int most_lanes = width_of_processor();
 
-// Call body(Width<W>{}) for the widest W of this processor. Body and all that it calls must be LAS_INLINE.
+// Call body(Width<W>{}) for the widest W in use. Body and all that it calls must be LAS_INLINE.
 template <class Body>
 void widest(const Body& body) {
-  static const int width = width_here();
-  if (width >= 16) return with_avx512(body);
-  if (width >= 8) return with_avx2(body);
+  if (most_lanes >= 16) return with_avx512(body);
+  if (most_lanes >= 8) return with_avx2(body);
   body(Width<4>{});
 }
 #else
+inline int width_of_processor() { return 4; }
+
+inline int most_lanes = width_of_processor();
+
 template <class Body>
 void widest(const Body& body) {
   body(Width<4>{});
