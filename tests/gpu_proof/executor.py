@@ -153,6 +153,7 @@ class Program:
         for file in machine.files.values():
             file.view(np.uint8).fill(0 if file.dtype == bool else 0xFF)
         machine.shared.reset()
+        machine.marks.reset()
         machine.live[:] = True
         machine.transfers.clear()
         machine.commits[:] = 0

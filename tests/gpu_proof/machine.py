@@ -17,6 +17,7 @@ from gpu_proof.memory import (
     REGION,
     Buffer,
     GlobalAccess,
+    GlobalMarks,
     SharedAccess,
     SharedMemory,
     region,
@@ -59,6 +60,7 @@ class Machine:
         self.lane = self.thread % LANES
         self.warp = self.thread // LANES
         self.cta = self.thread // kernel.threads
+        self.marks = GlobalMarks(self.warp, self.cta)
         self.buffers, self.counts = {}, Counts()
         self._allocate_registers()
         self._place_variables(shared_bytes)
@@ -241,12 +243,12 @@ class Machine:
         )
 
     def reached(self, access, size, instruction):
-        """The views of the buffer of an access, checked against the tensors of this launch."""
+        """The buffer of an access, which is checked against the tensors of this launch."""
         buffer = self.buffers.get(access.buffer)
         if buffer is None:
             raise OutOfBounds(f"{instruction}: {access.threads.size} threads use an address that is in no tensor")
         buffer.check(access, size, instruction)
-        return buffer.views
+        return buffer
 
     def shared_access(self, addresses, where, size, instruction):
         """Work out the places in shared memory of an access, its bank conflicts, and the words it touches."""

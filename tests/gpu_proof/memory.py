@@ -5,6 +5,7 @@ word of shared memory is marked by who writes and who reads it, until the CTA's 
 warp's mark, one of the two writing, raises BarrierRace.
 """
 
+import contextlib
 import ctypes
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ LANES = 32
 REGION = 1 << 40  # addresses kept apart for each buffer
 SETTLED = 0  # mark of a word of shared memory that no one touched since the barrier; a warp's is its number and 1
 ATOMIC, SEVERAL = 62, 63  # marks of atomics and of more than one warp
+NO_ONE, MANY = -1, -2  # marks of an element of global memory that no thread read, and that several did
 IN_FLIGHT = 128  # mark of what a cp.async has yet to write; stays at barriers
 
 
@@ -77,10 +79,10 @@ def typed_views(data):
 class Buffer:
     """The bytes that a kernel may reach through one parameter, by their offset from a boundary of 32 bytes."""
 
-    def __init__(self, name, pointer, first, end):
-        """Allow bytes `first` to `end` of the memory that starts at `pointer`."""
+    def __init__(self, name, pointer, first, end, grain=1):
+        """Allow bytes `first` to `end` of the memory that starts at `pointer`; `grain` is the size of an element."""
         lead = pointer % 32
-        self.name, self.first, self.end = name, first + lead, end + lead
+        self.name, self.first, self.end, self.grain = name, first + lead, end + lead, grain
         size = -(-self.end // 16) * 16  # to a boundary: the same page, and no one reads beyond `end`
         memory = (ctypes.c_uint8 * size).from_address(pointer - lead) if end else b""
         self.views = typed_views(np.frombuffer(memory, np.uint8))
@@ -93,7 +95,7 @@ class Buffer:
         if tensor.is_contiguous():
             first = tensor.storage_offset() * tensor.element_size()
             end = first + tensor.numel() * tensor.element_size()
-        return cls(name, storage.data_ptr(), first, end)
+        return cls(name, storage.data_ptr(), first, end, min(8, tensor.element_size()))
 
     def check(self, access, size, instruction):
         """Raise OutOfBounds for accesses of `size` bytes that are not inside."""
@@ -104,6 +106,83 @@ class Buffer:
             f"{instruction}: {outside.size} threads are outside {self.name}, the first at byte "
             f"{outside[0] - self.first} of its {self.end - self.first}"
         )
+
+
+class GlobalMarks:
+    """Which threads read and wrote each element of a launch's tensors, and whether a barrier came between.
+
+    A batch's threads are numbered from 0. Only threads of one CTA are compared; programs that disturb each other are the
+    sanitizer's to find.
+    """
+
+    def __init__(self, warps, ctas):
+        self.warps, self.ctas = warps, ctas  # of each thread
+        self.clock = 1
+        self.barrier = np.zeros(warps.size, np.int64)  # when each thread last met those of its CTA
+        self.warp_barrier = np.zeros(warps.size, np.int64)  # or those of its warp
+        self._elements = {}  # buffer -> (reader, when, writer, when) of each element
+
+    def reset(self):
+        self._elements.clear()
+
+    def settle(self, threads=True):
+        """The threads in a mask, or all, have met at a barrier of their CTA."""
+        self.clock += 1
+        self.barrier[threads] = self.clock
+
+    def settle_warps(self, threads=True):
+        self.clock += 1
+        self.warp_barrier[threads] = self.clock
+
+    def check_read(self, access, buffer, width, instruction):
+        """Raise BarrierRace where a thread reads what another one wrote since their last barrier; note the read."""
+        elements, threads = _elements(access, width, buffer.grain)
+        reader, read_at, writer, written_at = self._of(access.buffer, buffer)
+        if self._strangers(writer[elements], written_at[elements], threads).any():
+            raise BarrierRace(f"{instruction}: reads in {buffer.name} what another thread wrote; no barrier between")
+        again = self._strangers(reader[elements], read_at[elements], threads)
+        reader[elements], read_at[elements] = np.where(again, MANY, threads), self.clock
+        alone = reader[elements] == threads
+        reader[elements[~alone]] = MANY
+
+    @contextlib.contextmanager
+    def writing(self, access, buffer, width, instruction):
+        """Around a write: raises BarrierRace where it changes what another thread read or wrote since the barrier."""
+        elements, threads = _elements(access, width, buffer.grain)
+        reader, read_at, writer, written_at = self._of(access.buffer, buffer)
+        contested = self._strangers(reader[elements], read_at[elements], threads)
+        contested |= self._strangers(writer[elements], written_at[elements], threads)
+        view, places = buffer.views[buffer.grain], elements[contested]
+        before = view[places] if places.size else None
+        yield
+        if places.size and (view[places] != before).any():
+            raise BarrierRace(f"{instruction}: overwrites in {buffer.name} what another thread used; no barrier between")
+        writer[elements], written_at[elements] = threads, self.clock
+
+    def _of(self, number, buffer):
+        if number not in self._elements:
+            count = -(-buffer.end // buffer.grain) + 1
+            self._elements[number] = tuple(np.full(count, x, np.int64) for x in (NO_ONE, 0, NO_ONE, 0))
+        return self._elements[number]
+
+    def _strangers(self, before, when, threads):
+        """Which of the threads meet the mark of another one of their CTA that was made since they met."""
+        found = (before != NO_ONE) & (before != threads) & (when >= self.barrier[threads])
+        if not found.any():
+            return found
+        named = np.maximum(before, 0)
+        ours = (before == MANY) | (self.ctas[named] == self.ctas[threads])
+        near = (before != MANY) & (self.warps[named] == self.warps[threads]) & (when < self.warp_barrier[threads])
+        return found & ours & ~near
+
+
+def _elements(access, width, grain):
+    """The elements of `grain` bytes in an access of `width` bytes a thread, and the thread of each."""
+    count = max(1, width // grain)
+    first = access.offsets // grain
+    if count == 1:
+        return first, access.threads
+    return (first[:, None] + np.arange(count)).ravel(), access.threads.repeat(count)
 
 
 def region(number):

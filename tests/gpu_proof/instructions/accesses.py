@@ -1,7 +1,7 @@
 """Loads, stores and atomics in global, shared and local memory.
 
-Each works out where its threads go, is checked against the bounds and, in shared memory, against what other warps did
-since the barrier, is counted, and only then moves data. The generic address space is not modelled.
+Each works out where its threads go, is checked against the bounds and against what other warps (in shared memory) or
+threads (in global memory) did since the barrier, is counted, and only then moves data. The generic address space is not modelled.
 """
 
 import contextlib
@@ -48,8 +48,11 @@ def _load_global(machine, instruction, address, into, size, dtype):
 
     def step(where):
         for access in find(where):
-            view = machine.reached(access, width, instruction)[size]
+            buffer = machine.reached(access, width, instruction)
+            view = buffer.views[size]
             machine.count_load(access, width)
+            if machine.races:
+                machine.marks.check_read(access, buffer, width, instruction)
             index = access.index * count
             for i, register in enumerate(into):
                 register[access.threads] = view[index + i].view(dtype)
@@ -120,11 +123,14 @@ def _store(machine, instruction):
 
     def step(where):
         for access in find(where):
-            view = machine.reached(access, width, instruction)[size].view(dtype)
+            buffer = machine.reached(access, width, instruction)
+            view = buffer.views[size].view(dtype)
             machine.count_store(access, width)
             index = access.index * count
-            for i, register in enumerate(values):
-                view[index + i] = register[access.threads]
+            watch = machine.marks.writing(access, buffer, width, instruction)
+            with watch if machine.races else contextlib.nullcontext():
+                for i, register in enumerate(values):
+                    view[index + i] = register[access.threads]
 
     return step
 
@@ -239,6 +245,7 @@ def _atomic_places(machine, instruction, address, dtype):
         for access in in_global(where):
             machine.count_load(access, size)
             machine.count_store(access, size)
-            yield machine.reached(access, size, instruction)[size].view(dtype), access.threads, access.index
+            buffer = machine.reached(access, size, instruction)
+            yield buffer.views[size].view(dtype), access.threads, access.index
 
     return find_shared if "shared" in instruction else find_global

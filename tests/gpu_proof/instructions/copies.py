@@ -70,8 +70,11 @@ def _copy(machine, instruction):
         reading = (kept > 0) & where
         if reading.any():
             for access in find_global(True if reading.all() else reading):
-                view = machine.reached(access, size, instruction)[size]
+                buffer = machine.reached(access, size, instruction)
+                view = buffer.views[size]
                 machine.count_load(access, size)
+                if machine.races:
+                    machine.marks.check_read(access, buffer, size, instruction)
                 data.view(COPIED[size])[access.threads, 0] = view[access.index]
         if (kept < size).any():
             data[np.arange(size) >= kept[:, None]] = 0

@@ -12,8 +12,8 @@ from gpu_proof.ptx import Immediate, Pair, Register
 
 @decodes("bar", "barrier", modifiers="sync warp aligned cta")
 def _barrier(machine, instruction):
-    if "warp" in instruction:
-        return None  # accesses of one warp are ordered as it is
+    if "warp" in instruction:  # shared memory takes the accesses of one warp as ordered anyway
+        return lambda where: machine.marks.settle_warps(where)
     name, counted = instruction.operands[0], instruction.operands[1:]
     whole = not counted or (isinstance(counted[0], Immediate) and counted[0].value == machine.kernel.threads)
     if "sync" not in instruction or "cluster" in instruction or not isinstance(name, Immediate) or not whole:
@@ -22,12 +22,14 @@ def _barrier(machine, instruction):
     def step(where):
         if where is True:
             machine.shared.settle()
+            machine.marks.settle()
             return
         by_cta = (where | ~machine.live).reshape(machine.ctas, -1)
         some = where.reshape(machine.ctas, -1).any(1)
         if (some & ~by_cta.all(1)).any():
             raise BrokenConvergence(f"{instruction}: only part of a CTA arrives at the barrier")
         machine.shared.settle(some)
+        machine.marks.settle(some.repeat(machine.kernel.threads))
 
     return step
 
