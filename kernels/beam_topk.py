@@ -25,8 +25,8 @@ NOTHING = tl.constexpr(-9223372036854775808)  # below every key
 @triton.jit
 def _keys(ranks, flat):
     """Pack float32 ranks and their places in the (K, V) table; NaN must not occur."""
-    bits = (ranks + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 is the equal of 0.0
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = ranks.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # so -0.0 is the equal of 0.0
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - flat).to(tl.int64)
 
 
@@ -49,7 +49,8 @@ def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.
         tokens = tl.maximum(lengths + tl.where(finished, 0, 1), 1).to(tl.float32)
         if PENALTY == 2:
             tokens = tl.exp2(length_penalty * tl.log2(tokens))
-        candidates = candidates * tl.fdiv(1.0, tokens, ieee_rounding=True)[:, None]
+        # As a CPU rounds it: fdiv is approximate on a GPU, and takes the product with it.
+        candidates = candidates * tl.div_rn(1.0, tokens)[:, None]
     if COVERAGE:
         candidates = candidates + coverage[:, None]
     return candidates

@@ -11,6 +11,7 @@ NVIDIA's GPUs; for AMD's the kernels are only compiled, not tuned: there spills 
 import csv
 import functools
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -29,6 +30,8 @@ RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
 WIDE_LOAD = r"(LDG|LDGSTS)\S*\.128"
 MATRIX = r"HMMA|HGMMA|QGMMA|UTC\w*MMA"
 SPILL = r"LDL|STL"
+EXACT = ("topk_kernel", "row_kernel")  # whose divisions decide which of two equally good hypotheses is taken
+INEXACT = r"\b(div|rcp)\.(full|approx)"
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,19 @@ def measure(variant, arch):
     with recorded() as launches:
         variant.launch(**variant.options)
     return [_row(str(variant), launch.name, arch, compile_launch(launch, arch), resources) for launch in launches]
+
+
+def inexact_divisions(variant, arch):
+    """The kernels in EXACT that the variant launches and whose PTX divides otherwise than IEEE says.
+
+    Called in a compiling worker. Their results are compared with equality, and the CPU's divisions are exact.
+    """
+    from gpu_proof.compiler import compile_launch, recorded
+
+    with recorded() as launches:
+        variant.launch(**variant.options)
+    ptx = {launch.name: compile_launch(launch, arch).asm["ptx"] for launch in launches if launch.name in EXACT}
+    return [name for name, text in ptx.items() if re.search(INEXACT, text)]
 
 
 def _row(variant, kernel, arch, binary, resources):

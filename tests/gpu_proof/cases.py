@@ -143,8 +143,13 @@ def attention_inputs(B, K, T, D, E, lengths, dtype, seed, scores="random"):
         query, keys = query.round(), keys[:, :1].round().expand(B, T, D).contiguous()
     if scores == "negative":
         query, keys = query.abs(), -keys.abs()
-    lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
+    lengths = torch.tensor([max(0, min(T, lengths[b % len(lengths)])) for b in range(B)], dtype=torch.int64)
     return query.to(dtype), keys.to(dtype), values.to(dtype), lengths
+
+
+def beyond(lengths, T):
+    """Lengths that mean the same: of all frames by more than there are, of none by less than 0."""
+    return torch.where(lengths == T, lengths + 70, torch.where(lengths == 0, -70, lengths))
 
 
 def with_poisoned_padding(memory, lengths):
@@ -194,15 +199,19 @@ def rounding(dtype, precision):
 
 def attends(
     device, B=2, K=3, T=17, D=16, E=16, lengths=(10**9, 5, 1), dtype=FLOAT, weights=True, scale=None, layout="dense",
-    precision="highest", scores="random", seed=0,
+    precision="highest", scores="random", wild=False, seed=0,
 ):  # fmt: skip
-    """Context, weights and peaks are those of the reference, and nothing past a length is read."""
+    """Context, weights and peaks are those of the reference, and nothing past a length is read.
+
+    wild: the launcher is given lengths above T and below 0.
+    """
     query, keys, values, lengths = attention_inputs(B, K, T, D, E, lengths, dtype, seed, scores)
     scale = D**-0.5 if scale is None else scale
     exact_context, exact_weights, peaks = masked_attention(
         query.double(), keys.double(), values.double(), lengths, scale=scale, peaks=True, backend="reference"
     )
-    found = launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision)
+    given = (query, keys, values, lengths, scale, weights, layout, precision)
+    found = launch_attention(device, *given, wild=wild)
     context, found_weights, found_peaks, logsumexp = found
     unit = rounding(dtype, precision)
     usual, usual_weights = plain(query, keys, values, lengths, scale, precision)
@@ -219,35 +228,43 @@ def attends(
     assert not logsumexp.isnan().any(), "logsumexp is NaN"
 
 
-def launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision):
+def launch_attention(device, query, keys, values, lengths, scale, weights, layout, precision, wild=False):
     tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
     tensors = [laid_out(x.to(device), layout) for x in tensors]
+    lengths = beyond(lengths, keys.shape[1]) if wild else lengths
     with matmul_precision(precision):
         return launcher("masked_attention")(*tensors, lengths.to(device), scale, weights)
 
 
 def differentiates(
     device, B=2, K=3, T=17, D=16, E=16, lengths=(10**9, 5, 1), dtype=FLOAT, gradients="both", memory=True,
-    layout="dense", precision="highest", seed=0,
+    layout="dense", precision="highest", wild=False, change=None, seed=0,
 ):  # fmt: skip
-    """The gradients are those of the reference, exactly 0 past a length; `gradients` says of which outputs."""
+    """The gradients are those of the reference, exactly 0 past a length; `gradients` says of which outputs.
+
+    wild: the launcher is given lengths above T and below 0. change: changes query, keys, values and the gradients given
+    of context and weights, in place.
+    """
     inputs = attention_inputs(B, K, T, D, E, lengths, dtype, seed)
     query, keys, values, lengths = inputs
     scale = D**-0.5
     generator = torch.Generator().manual_seed(seed + 1)
     given = [torch.randn(s, generator=generator) for s in ((B, K, E), (B, K, T))]
     given = [given[0].to(dtype) if gradients != "weights" else None, given[1] if gradients != "context" else None]
+    if change:
+        change(query, keys, values, *given)
 
     context, weights, _, logsumexp = launch_attention(
-        device, query, keys, values, lengths, scale, gradients != "context", layout, precision
+        device, query, keys, values, lengths, scale, gradients != "context", layout, precision, wild
     )
     tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
     tensors = [laid_out(x.to(device), layout) for x in tensors]
     there = [None if x is None else laid_out(x.to(device), layout) for x in given]
     with matmul_precision(precision):
         found = launcher("masked_attention", "masked_attention_backward")(
-            *there, *tensors, lengths.to(device), context, weights, logsumexp, scale, memory
-        )
+            *there, *tensors, (beyond(lengths, T) if wild else lengths).to(device), context, weights, logsumexp, scale,
+            memory,
+        )  # fmt: skip
     exact = plain_gradients([x.double() for x in inputs[:3]], lengths, scale, precision, given)
     usual = plain_gradients(inputs[:3], lengths, scale, precision, given)
     for name, x, y, z in zip(("query", "keys", "values"), found, exact, usual, strict=True):
@@ -257,6 +274,24 @@ def differentiates(
         if name != "query":
             past = torch.arange(T) >= lengths[:, None]
             assert (x.cpu()[past] == 0).all(), f"gradient of {name} past the length"
+
+
+def opposed(query, keys, values, context_gradient, weights_gradient):
+    """What the first half of the frames adds to the query's gradient, the second half nearly takes away.
+
+    All frames are about equally attended to, and their keys are 0 on average: delta, which comes from a rounded context,
+    does not count.
+    """
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).to(keys).repeat_interleave(keys.shape[1] // 4)[:, None]
+    turn = torch.tensor([1.0, -1.0, -1.0, 1.0]).to(keys).repeat_interleave(keys.shape[1] // 4)[:, None]
+    query -= query.mean(-1, keepdim=True)
+    keys[:], values[:] = sign + 0.05 * keys, turn + 0.05 * values
+
+
+def much_and_little(query, keys, values, context_gradient, weights_gradient):
+    """All queries attend to all frames alike; the values' gradient gets 2048 from the first 64, 1 from each next 64."""
+    query[:] = 0.0
+    context_gradient[:], context_gradient[:, :64] = values.shape[1] / 64, 32.0 * values.shape[1]
 
 
 def plain_gradients(tensors, lengths, scale, precision, given):
@@ -297,25 +332,33 @@ def search_state(B, K, V, seed):
 
 def continues(
     device, B=2, K=4, V=31, eos=2, dtype=FLOAT, state="random", minimum=None, maximum=None, length_penalty=0.0,
-    eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", seed=0,
+    eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", wild=False, seed=0,
 ):  # fmt: skip
-    """All results are those of the reference, indices exactly; `state` names how the beams stand."""
+    """All results are those of the reference, indices exactly; `state` names how the beams stand.
+
+    Every second utterance has limits that are higher by 1. wild: some n-gram states are outside the table.
+    """
     logits, scores, finished, lengths, generator = search_state(B, K, V, seed)
-    STATES[state](logits, scores, finished)
+    STATES[state](logits, scores, finished, lengths)
     logits = logits.to(dtype)
-    bounds = [None if x is None else torch.full((B,), x, dtype=torch.int64) for x in (minimum, maximum)]
+    bounds = [None if x is None else x + torch.arange(B) % 2 for x in (minimum, maximum)]
     coverage = torch.randn(B, K, generator=generator) if coverage else None
     table = states = None
     if order is not None:
         table = torch.randn(V ** (order - 1), V, generator=generator).log_softmax(-1)
-        states = torch.randint(0, V ** (order - 1), (B, K), generator=generator)
-    options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, states, 0.3 if order else 0.0)
+        low, high = (-3, len(table) + 3) if wild else (0, len(table))
+        states = torch.randint(low, high, (B, K), generator=generator)
+    if wild:
+        states[0, 0], states[-1, -1] = -(2**40), 2**40
+    nearest = None if states is None else states.clamp(0, len(table) - 1)
+    options = (eos, *bounds, length_penalty, eos_threshold, coverage, table, nearest, 0.3 if order else 0.0)
     gains = None
     if ctc_weight is not None:
         gains = torch.randn(B, K, V, generator=generator).log_softmax(-1)
         gains = laid_out(gains.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), layout)
     options += (gains, ctc_weight or 0.0)
     expected = importlib.import_module("las_fast.ops.beam_topk")._reference(logits, scores, finished, lengths, *options)
+    options = (*options[:7], states, *options[8:])
 
     tensors = [laid_out(x.to(device), layout) for x in (logits, scores, finished, lengths)]
     found = launcher("beam_topk")(*tensors, *(x.to(device) if isinstance(x, torch.Tensor) else x for x in options))
@@ -325,54 +368,71 @@ def continues(
         same(x, y, name)
 
 
-def _all_finished(logits, scores, finished):
+def _all_finished(logits, scores, finished, lengths):
     finished[:] = True
 
 
-def _first_beam_only(logits, scores, finished):
+def _first_beam_only(logits, scores, finished, lengths):
     finished[:] = False
     scores[:, 0], scores[:, 1:] = 0.0, -INF
 
 
-def _all_equal(logits, scores, finished):
+def _all_equal(logits, scores, finished, lengths):
     finished[:] = False
     logits[:], scores[:] = 0.0, -1.0
 
 
-def _equal_beams(logits, scores, finished):
+def _equal_beams(logits, scores, finished, lengths):
     finished[:] = False
     logits[:], scores[:] = logits[:, :1].clone(), -1.0
 
 
-def _equal_to_finished(logits, scores, finished):
+def _equal_to_finished(logits, scores, finished, lengths):
     """An open beam whose only token leads to the score of a finished one."""
     logits[:], scores[:], finished[:] = -INF, -1.0, False
     logits[..., -1] = 0.0
     finished[:, 1::2] = True
 
 
-def _hopeless(logits, scores, finished):
+def _hopeless(logits, scores, finished, lengths):
     logits[:], scores[:] = -INF, -INF
 
 
-def _one_token_each(logits, scores, finished):
+def _one_token_each(logits, scores, finished, lengths):
     finished[:] = False
     logits[:] = -INF
     logits[..., 3] = 1.0
 
 
-def _broken_rows(logits, scores, finished):
+def _broken_rows(logits, scores, finished, lengths):
     finished[:] = False
     logits[:, 0, 1], logits[:, 1, 2], logits[:, 2] = torch.nan, INF, -INF
 
 
-def _extreme(logits, scores, finished):
+def _extreme(logits, scores, finished, lengths):
     logits.mul_(1e4)
     scores.mul_(1e4)
 
 
+def _eos_near_the_top(logits, scores, finished, lengths):
+    """Token 2 is less probable than the best other one by 0 to 3."""
+    finished[:] = False
+    B, K, _ = logits.shape
+    logits[..., 2] = logits.amax(-1) - torch.linspace(0.0, 3.0, B * K).view(B, K)
+
+
+def _nothing_yet(logits, scores, finished, lengths):
+    lengths[:] = 0
+
+
+def _zeros_of_either_sign(logits, scores, finished, lengths):
+    """Two ended beams whose ranks, for a length penalty of 1, are -0 and 0."""
+    finished[:], scores[:], lengths[:] = True, -9.0, 2
+    scores[:, 1], scores[:, 2] = -1e-45, 0.0
+
+
 STATES = {
-    "random": lambda logits, scores, finished: None,
+    "random": lambda *_: None,
     "all finished": _all_finished,
     "first beam only": _first_beam_only,
     "all equal": _all_equal,
@@ -382,6 +442,9 @@ STATES = {
     "one token each": _one_token_each,
     "broken rows": _broken_rows,
     "extreme": _extreme,
+    "eos near the top": _eos_near_the_top,
+    "nothing yet": _nothing_yet,
+    "zeros of either sign": _zeros_of_either_sign,
 }
 
 
@@ -549,6 +612,9 @@ ATTENTION = _cases(
         "spaced": {"layout": "spaced"},
         "strided": {"layout": "strided"},
         "many-utterances": {"B": 9, "K": 2, "T": 6, "lengths": (6, 0, 1, 5, 2)},
+        "lengths-beyond": {"lengths": (17, 0, 5), "B": 3, "wild": True},
+        "lengths-beyond-no-weights": {"lengths": (17, 0), "wild": True, "weights": False},
+        "splits-lengths-beyond": {"T": 900, "lengths": (900, 0), "wild": True},
         "splits": {"T": 600, "lengths": (600, 301)},
         "splits-some-of-them-empty": {"T": 1300, "K": 2, "lengths": (250, 0)},
         "splits-no-weights": {"T": 520, "lengths": (519, 257), "weights": False, "dtype": HALF},
@@ -575,6 +641,8 @@ ATTENTION = _cases(
         "backward-of-query-only": {"memory": False, "T": 33},
         "backward-no-frames": {"T": 0},
         "backward-length-zero": {"lengths": (0, 17)},
+        "backward-lengths-beyond": {"lengths": (17, 0, 5), "B": 3, "wild": True},
+        "backward-splits-lengths-beyond": {"T": 600, "lengths": (600, 0), "wild": True},
         "backward-one-query": {"K": 1, "T": 40},
         "backward-many-queries": {"K": 37, "T": 20},
         "backward-half": {"dtype": HALF, "K": 8, "T": 65, "D": 32, "E": 32},
@@ -583,10 +651,17 @@ ATTENTION = _cases(
         "backward-strided": {"layout": "strided", "T": 21},
         "backward-tf32": {"precision": "medium", "K": 8, "T": 40, "D": 32, "E": 32},
         "backward-splits": {"T": 600, "lengths": (600, 20)},
+        "backward-half-ranges-that-nearly-cancel": {
+            "dtype": HALF, "T": 832, "lengths": (832,), "gradients": "context", "change": opposed,
+        },
+        "backward-half-many-launches": {
+            "dtype": HALF, "K": 640, "T": 16, "B": 1, "lengths": (16,), "gradients": "context",
+            "change": much_and_little,
+        },
         "backward-frames-64": {"T": 64, "B": 1, "lengths": (64,)},
         "backward-frames-65": {"T": 65, "B": 1, "lengths": (65,)},
     },
-)
+)  # fmt: skip
 
 TOPK = _cases(
     "beam_topk",
@@ -646,6 +721,13 @@ TOPK = _cases(
         "spaced": {"layout": "spaced", "V": 7},
         "strided": {"layout": "strided", "V": 7},
         "no-utterances": {"B": 0},
+        "threshold-eos-near-the-top": {"eos_threshold": 1.5, "state": "eos near the top", "K": 8},
+        "long-rows-threshold": {"V": 1100, "K": 8, "eos_threshold": 1.3, "state": "eos near the top"},
+        "nothing-yet-length-penalty": {"state": "nothing yet", "length_penalty": 1.0, "K": 5, "V": 7, "B": 6},
+        "long-rows-nothing-yet": {"state": "nothing yet", "length_penalty": 0.6, "K": 5, "V": 2100},
+        "negative-zero-length-penalty": {"state": "zeros of either sign", "length_penalty": 1.0, "V": 7},
+        "trigram-wild-states": {"order": 3, "V": 5, "K": 8, "B": 8, "wild": True},
+        "long-rows-bigram-wild-states": {"order": 2, "V": 1030, "K": 8, "wild": True},
     },
 )  # fmt: skip
 
@@ -659,6 +741,7 @@ GATHER = _cases(
         "several-states-and-types": {"sizes": (7, 64, 130, 1), "dtypes": (FLOAT, HALF, torch.int64)},
         "bools-and-bytes": {"sizes": (9, 17), "dtypes": (torch.bool, torch.uint8)},
         "brain": {"sizes": (33,), "dtypes": (BRAIN,)},
+        "complex": {"sizes": (5, 3, 5), "dtypes": (torch.complex128, torch.complex64)},
         "long-rows": {"sizes": (1025, 1024), "B": 1, "K": 3},
         "empty-rows": {"sizes": (0, 3)},
         "no-state": {"sizes": ()},
@@ -732,5 +815,6 @@ HUGE = [
     Case("ctc_prefix", "huge-frames", listens_huge, {"B": 2**18, "K": 2, "T": 300, "V": 31}, huge=True),
     Case("ctc_prefix", "huge-states", listens_huge, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
     Case("ctc_prefix", "huge-gains", listens_huge, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
+    Case("ctc_prefix", "huge-utterance", listens_huge, {"B": 1, "K": 2, "T": 300, "V": 2**23}, huge=True),
     Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip

@@ -14,7 +14,8 @@ class Misaligned(MachineError):
 
 
 class BarrierRace(MachineError):
-    """Two warps touched a word of shared memory, one writing, with no barrier between."""
+    """Two warps touched a word of shared memory, or two threads an element of global memory, one of them writing, with no
+    barrier between."""
 
 
 class BrokenConvergence(MachineError):

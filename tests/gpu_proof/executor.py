@@ -7,7 +7,8 @@ What it is for: the machine code's own results, bounds of every access, barrier 
   the others are waiting where it joins them.
 - Every tensor parameter gets addresses of its own, far from the others': a stray access never lands in a neighbour.
 - A word of shared memory remembers who wrote and read it since the CTA's last barrier. Another warp's write without a
-  barrier between is a race. Accesses of one warp count as ordered.
+  barrier between is a race. Accesses of one warp count as ordered. An element of global memory remembers the thread:
+  there another thread's write without a barrier is a race, also within a warp.
 - cp.async data arrives when the thread waits for its group; until then, touching its place is a race.
 
 Here are a kernel's blocks, branches and launches; machine.py has the state, instructions/ the steps.

@@ -111,8 +111,8 @@ class Buffer:
 class GlobalMarks:
     """Which threads read and wrote each element of a launch's tensors, and whether a barrier came between.
 
-    A batch's threads are numbered from 0. Only threads of one CTA are compared; programs that disturb each other are the
-    sanitizer's to find.
+    A batch's threads are numbered from 0. Only threads of one CTA are compared: programs that disturb each other are
+    found by the sanitizer.
     """
 
     def __init__(self, warps, ctas):
@@ -156,7 +156,7 @@ class GlobalMarks:
         before = view[places] if places.size else None
         yield
         if places.size and (view[places] != before).any():
-            raise BarrierRace(f"{instruction}: overwrites in {buffer.name} what another thread used; no barrier between")
+            raise BarrierRace(f"{instruction}: changes in {buffer.name} what another thread used; no barrier between")
         writer[elements], written_at[elements] = threads, self.clock
 
     def _of(self, number, buffer):

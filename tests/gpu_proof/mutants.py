@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-from gpu_proof.budgets import VARIANTS, complaints, measure, table
+from gpu_proof.budgets import VARIANTS, complaints, inexact_divisions, measure, table
 from gpu_proof.cases import CASES, HUGE
 from gpu_proof.process import compiled, interpreted
 from gpu_proof.rungs import execute, sanitize
@@ -47,7 +47,7 @@ class SourceMutant:
     name: str
     old: str = ""  # occurs exactly once in the file
     new: str = ""
-    slows: bool = False  # it changes no result, so that only the budgets can notice it
+    slows: bool = False  # it changes no result, or the last bit of one, so that only rung 3 can notice it
 
     def __str__(self):
         return f"{self.op}-{self.name}"
@@ -151,6 +151,8 @@ def judge_budgets(mutant):
             for row in measure(variant, ARCH):
                 if found := complaints(variant, row, table().get(row.key)):
                     return Verdict(3, f"{variant}: {row.kernel} {', '.join(found)}")
+            if found := inexact_divisions(variant, ARCH):
+                return Verdict(3, f"{variant}: {', '.join(found)} divide otherwise than a CPU")
     return UNNOTICED
 
 
@@ -204,6 +206,7 @@ BACKTRACK = [
         ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)", "b = tl.program_id(0)"),
         ("step-in-32-bits", "t = tl.cast(L - 1 - i, tl.int64)", "t = L - 1 - i"),
         ("a-step-short", "for i in range(L):", "for i in range(L - 1):"),
+        ("no-barrier", "    tl.debug_barrier()", "    pass"),
     )
 ]  # fmt: skip
 
@@ -220,6 +223,7 @@ GATHER = [
         ("store-to-the-parent", "gathered[i] + row * sizes[i]", "gathered[i] + source * sizes[i]"),
         ("rows-not-made-contiguous", "[x.contiguous() for x in states]", "[x for x in states]"),
         ("parents-not-made-contiguous", "parents.contiguous()", "parents"),
+        ("sizes-not-of-the-integers", "sizes = tuple(x.shape[2] for x in plain[0])", "pass"),
     )
 ]  # fmt: skip
 
@@ -229,6 +233,7 @@ PREFIX = [
         ("parents-unclamped", "tl.minimum(tl.maximum(tl.load(parents + row), 0), K - 1)", "tl.load(parents + row)"),
         ("tokens-unclamped", "tl.minimum(tl.maximum(tl.load(chosen + row), 0), V - 1)", "tl.load(chosen + row)"),
         ("row-in-32-bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+        ("frame-in-32-bits", "at = frames + t.to(tl.int64) * V", "at = frames + t * V"),
         ("utterance-dropped", "source = row // K * K + parent", "source = parent"),
         ("frames-of-the-first-utterance", "frames += row // K * T * V", "frames += 0"),
         ("infinity-less-infinity", "    seen = tl.where(more == -float(\"inf\"), 0.0, more)  # -inf",
@@ -267,7 +272,16 @@ TOPK = [
     for name, old, new in (
         ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)\n    k, v =", "b = tl.program_id(0)\n    k, v ="),
         ("utterance-of-long-rows-in-32-bits", "b, k = tl.program_id(0).to(tl.int64),", "b, k = tl.program_id(0),"),
-        ("negative-ranks-not-mirrored", "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)", "bits"),
+        ("negative-ranks-not-mirrored", "tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)", "bits"),
+        ("negative-zero-below-zero", "-(bits & 0x7FFFFFFF)", "bits ^ 0x7FFFFFFF"),
+        ("threshold-without-the-sum", "(eos_logit - top) - log_sum, (best_other - top) - log_sum, count",
+         "eos_logit - top, best_other - top, count"),
+        ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), table_rows - 1)", "return state"),
+        ("limit-of-the-first-utterance", "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0"
+         ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, ",
+         "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0"
+         ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, "),
+        ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)", "(lengths + tl.where(finished, 0, 1))"),
         ("ties-to-the-higher-index",
          "(0x7FFFFFFF - flat).to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return 0x7FFFFFFF - (",
          "flat.to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return ("),
@@ -322,6 +336,12 @@ ATTENTION = [
          "b = tl.program_id(0)\n    block ="),
         ("frame-in-32-bits", f"first = tl.cast(t0, tl.int64)\n{KEYS} end", f"first = t0\n{KEYS} end"),
         ("frame-in-32-bits-backwards", f"first = tl.cast(t0, tl.int64)\n{KEYS} length", f"first = t0\n{KEYS} length"),
+        ("length-unclamped", "length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n    begin = split * frames\n"
+         "    end = tl.minimum(begin + frames, length)", "length = tl.load(lengths + b).to(tl.int32)\n"
+         "    begin = split * frames\n    end = tl.minimum(begin + frames, length)"),
+        ("length-unclamped-backwards", "length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n"
+         "    begin = split * frames\n    end = tl.minimum(begin + frames, T)", "length = tl.load(lengths + b)"
+         ".to(tl.int32)\n    begin = split * frames\n    end = tl.minimum(begin + frames, T)"),
         ("padding-attended", 's = tl.where(t[None, :] < end, s, -float("inf"))',
          's = tl.where(t[None, :] <= end, s, -float("inf"))'),
         ("scale-dropped", "input_precision=PRECISION) * scale\n", "input_precision=PRECISION)\n"),
@@ -360,6 +380,8 @@ ATTENTION = [
         ("weights-left-out-of-delta", "tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)",
          "tl.sum(dw, 1)"),
         ("rows-not-made-contiguous", "x.is_contiguous() else x.contiguous()", "x.is_contiguous() else x"),
+        ("parts-of-the-gradient-in-half", "dtype=query.dtype if splits == 1 else torch.float32", "dtype=query.dtype"),
+        ("sums-of-launches-in-half", "[torch.stack(x).float().sum(0).to(query.dtype) for x in", "[sum(x) for x in"),
         ("exact-products-through-tf32", 'else "ieee"', 'else "tf32"'),
     )
 ]  # fmt: skip
@@ -374,6 +396,7 @@ SLOW = [
          "s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale\n",
          's = tl.dot(q.to(tl.float32), tl.trans(k_tile).to(tl.float32), input_precision="ieee") * scale\n'),
         ("beam_topk", "a-warp-for-long-rows", "**blocks, num_warps=4)", "**blocks, num_warps=1)"),
+        ("beam_topk", "fast-reciprocal", "tl.div_rn(1.0, tokens)", "tl.fdiv(1.0, tokens, ieee_rounding=True)"),
         ("beam_gather", "a-value-a-thread", "BLOCK=block, num_warps=4", "BLOCK=block, num_warps=16"),
     )
 ]  # fmt: skip

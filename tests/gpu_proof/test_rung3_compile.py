@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_proof.budgets import ARCHITECTURES, VARIANTS, complaints, measure, table
+from gpu_proof.budgets import ARCHITECTURES, VARIANTS, complaints, inexact_divisions, measure, table
 from gpu_proof.process import compiled
 
 
@@ -18,6 +18,11 @@ def test_compiled_kernels_keep_to_their_budget(variant, arch, measured):
     assert rows
     for row in rows:
         assert complaints(variant, row, table().get(row.key)) == [], f"{row.kernel} for {row.arch}"
+
+
+@pytest.mark.parametrize("variant", [x for x in VARIANTS if x.options.get("length_penalty")], ids=str)
+def test_length_penalties_divide_as_a_cpu_does(variant):
+    assert compiled(inexact_divisions, variant, 90) == []
 
 
 def test_the_table_has_no_stale_rows():

@@ -1,7 +1,8 @@
 """Loads, stores and atomics in global, shared and local memory.
 
 Each works out where its threads go, is checked against the bounds and against what other warps (in shared memory) or
-threads (in global memory) did since the barrier, is counted, and only then moves data. The generic address space is not modelled.
+threads (in global memory) did since the barrier, is counted, and only then moves data. The generic address space is not
+modelled.
 """
 
 import contextlib
