@@ -279,8 +279,8 @@ def differentiates(
 def opposed(query, keys, values, context_gradient, weights_gradient):
     """What the first half of the frames adds to the query's gradient, the second half nearly takes away.
 
-    All frames are about equally attended to, and their keys are 0 on average: delta, which comes from a rounded context,
-    does not count.
+    All frames are about equally attended to, and their keys are 0 on average: then delta, which comes from a rounded
+    context, does not count.
     """
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).to(keys).repeat_interleave(keys.shape[1] // 4)[:, None]
     turn = torch.tensor([1.0, -1.0, -1.0, 1.0]).to(keys).repeat_interleave(keys.shape[1] // 4)[:, None]

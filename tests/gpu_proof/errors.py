@@ -14,8 +14,7 @@ class Misaligned(MachineError):
 
 
 class BarrierRace(MachineError):
-    """Two warps touched a word of shared memory, or two threads an element of global memory, one of them writing, with no
-    barrier between."""
+    """Two warps touched a word of shared memory with no barrier between, one writing; or two threads a global element."""
 
 
 class BrokenConvergence(MachineError):

@@ -277,11 +277,12 @@ TOPK = [
         ("threshold-without-the-sum", "(eos_logit - top) - log_sum, (best_other - top) - log_sum, count",
          "eos_logit - top, best_other - top, count"),
         ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), table_rows - 1)", "return state"),
-        ("limit-of-the-first-utterance", "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0"
-         ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, ",
+        ("limit-of-the-first-utterance", "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM "
+         "else 0, threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, ",
          "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0"
          ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, "),
-        ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)", "(lengths + tl.where(finished, 0, 1))"),
+        ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
+         "(lengths + tl.where(finished, 0, 1))"),
         ("ties-to-the-higher-index",
          "(0x7FFFFFFF - flat).to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return 0x7FFFFFFF - (",
          "flat.to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return ("),

@@ -136,7 +136,7 @@ def test_it_compiles_into_one_graph(cpp):
 
 
 def test_two_threads_give_the_same_answer(cpp):
-    history = random(200, 64, 8)
+    history = random(800, 64, 16)  # some milliseconds for each thread, so that both are at work at once
     with threads(2):
         found = beam_backtrack(*history, eos=EOS, backend=cpp)
     for a, b in zip(found, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):

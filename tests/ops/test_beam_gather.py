@@ -4,7 +4,7 @@ from calls import LAYOUTS, call, compile_and_count, ops_called, threads
 
 from las_fast.ops import beam_gather
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64, torch.complex128]
 
 
 def make(B, K, sizes=(5,), dtypes=(torch.float32,), seed=0):
@@ -30,7 +30,7 @@ def test_each_hypothesis_becomes_its_parent(backend, B, K, N):
 def test_any_dtype_and_any_number_of_states_of_different_sizes(backend):
     states, parents = make(3, 4, (1, 6, 33), DTYPES)
     found = call(beam_gather, states, parents, backend=backend)
-    assert len(found) == len(states) == 21
+    assert len(found) == len(states) == 24
     for state, gathered in zip(states, found, strict=True):
         expected = torch.stack([state[b, parents[b]] for b in range(3)])
         assert gathered.dtype == state.dtype and torch.equal(gathered, expected)
@@ -107,7 +107,7 @@ def test_it_compiles_into_one_graph(cpp):
 
 
 def test_two_threads_give_the_same_answer(cpp):
-    states, parents = make(64, 8, (512, 300))
+    states, parents = make(256, 8, (512, 300))
     with threads(2):
         found = beam_gather(states, parents, backend=cpp)
     for a, b in zip(found, beam_gather(states, parents, backend="reference"), strict=True):

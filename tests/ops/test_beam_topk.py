@@ -492,7 +492,7 @@ def test_it_compiles_into_one_graph(cpp, name):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize(("B", "K", "V"), [(200, 8, 31), (1, 8, 5000)])
+@pytest.mark.parametrize(("B", "K", "V"), [(2000, 8, 31), (1, 32, 50_000)])
 def test_two_threads_give_the_same_answer(cpp, B, K, V):
     inputs, options = random(B, K, V), options_for("both limits", B, K, V)
     with threads(2):
@@ -500,6 +500,14 @@ def test_two_threads_give_the_same_answer(cpp, B, K, V):
     expected = step(*inputs, backend=cpp, **options)
     assert_same(found, expected)
     assert torch.equal(found.scores, expected.scores)
+
+
+def test_a_sum_over_very_many_tokens_keeps_its_digits(cpp):
+    logits = torch.full((1, 1, 300_000), -0.3)
+    logits[0, 0, 7] = 0.0
+    found = step(logits, backend=cpp)
+    exact = float(logits[0, 0].double().log_softmax(0)[7])
+    assert float(found.scores[0, 0]) == pytest.approx(exact, abs=2e-6)
 
 
 @pytest.mark.parametrize("V", [31, 131])

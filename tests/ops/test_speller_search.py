@@ -1,4 +1,5 @@
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,84 @@ def assert_equals_the_reference(sizes, options):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, options):
     assert_equals_the_reference(sizes, options)
+
+
+def test_each_utterance_has_a_minimum_of_its_own(cpp):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
+    weights.bias[EOS] += 4.0  # ends at once where it may
+    minimum, maximum = torch.tensor([5, 0, 3, 7]), torch.full((4,), 9)
+    shared = {"sos": SOS, "eos": EOS, "beam": 3, "maximum": maximum}
+    found, expected = (
+        speller_search(weights, *memory, minimum=minimum, backend=backend, **shared) for backend in (cpp, "reference")
+    )
+    assert_same(found, expected)
+    shortest = [min(len(h[0]) for h in utterance) for utterance in hypotheses(found)]
+    assert shortest == minimum.tolist()
+
+
+def test_a_frame_is_covered_once_at_most(cpp):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
+    memory = (memory[0][:, :3], memory[1][:, :3], torch.tensor([3, 2, 1, 3]))
+    options = {"beam": 4, "coverage_weight": 3.0, "maximum": torch.full((4,), 12), "minimum": 6}
+    expected = search(weights, memory, backend="reference", **options)
+    found = search(weights, memory, **options)
+    assert_same(found, expected)
+
+
+def one_cell(gates, bias, values, factor=1.0):
+    """Weights of one cell that attends to one frame, and its memory; `factor` is what the output makes of its state.
+
+    gates: (4 * H, 3 + E + H) weights of the embedding, context and state; the embedding of <sos> is (1, 0, 0), that of
+    other tokens is 0 there.
+    """
+    H, E = gates.shape[0] // 4, values.shape[0]
+    generator = torch.Generator().manual_seed(3)
+    embedding = torch.randn(5, 3, generator=generator)
+    embedding[:, 0] = 0.0
+    embedding[SOS, 0] = 1.0
+    project = torch.cat((factor * torch.ones(3, H), torch.zeros(3, E)), 1)
+    nothing = torch.zeros(5)
+    nothing[:2] = -1e4
+    weights = SpellerWeights(
+        embedding, torch.zeros(2, H), torch.zeros(2), project, torch.zeros(3), nothing, (gates,), (bias,)
+    )
+    return weights, (torch.zeros(1, 1, 2), values.view(1, 1, E), torch.tensor([1]))
+
+
+INPUT, FORGET, CHANGE, OUTPUT = range(4)
+
+
+@pytest.mark.parametrize("size", [13.0, 21.0, 30.0])
+@pytest.mark.parametrize("gate", [INPUT, FORGET, OUTPUT])
+def test_a_gate_that_is_nearly_shut_lets_its_share_through(cpp, gate, size):
+    """The state is multiplied until it counts: a gate that stops at another size would change the scores."""
+    gates, bias = torch.zeros(4, 3 + 1 + 1), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    bias[gate] = -size
+    if gate == FORGET:  # at the first step everything enters and nothing leaves, later nothing enters
+        bias[INPUT], gates[INPUT, 0], gates[OUTPUT, 0] = -80.0, 80.0, -80.0
+    weights, memory = one_cell(gates, bias, torch.zeros(1), factor=math.exp(size))
+    options = {"beam": 4, "maximum": torch.tensor([3]), "minimum": 2}
+    found = search(weights, memory, **options)
+    expected = search(weights, memory, backend="reference", **options)
+    assert_same(found, expected)
+    assert float(found.scores[1].max() - found.scores[1].min()) > 0.1
+
+
+@pytest.mark.parametrize("part", ["rows", "columns"])
+def test_products_of_whole_numbers_come_back_in_the_right_scale(cpp, part):
+    """All of 64 equal numbers are whole, so their product of 96 is exact; the bias leaves 0.2 of it to the gate."""
+    size = 64
+    gates, bias, values = torch.zeros(4, 3 + size + 1), torch.full((4,), -96.0), torch.ones(size)
+    gates[:, 3:-1] = 1.5
+    bias[CHANGE], bias[OUTPUT], gates[OUTPUT] = -95.8, 0.0, 0.0
+    weights, memory = one_cell(gates, bias, values if part == "rows" else 4.0 * values, factor=4.0)
+    if part == "columns":
+        gates[:, 3:-1] /= 4.0
+    options = {"beam": 4, "maximum": torch.tensor([3]), "minimum": 2}
+    found = search(weights, memory, precision="int8", **options)
+    expected = search(weights, memory, backend="reference", **options)
+    assert_same(found, expected, tolerance=2e-3)
+    assert float(expected.scores[1].max() - expected.scores[1].min()) > 0.05
 
 
 @pytest.mark.parametrize("scale", [10.0, 200.0, 1e4])

@@ -145,14 +145,19 @@ def test_the_first_of_equally_good_tokens_is_sampled(backend):
     if reason := backends.unavailable("speller_unroll", backend):
         pytest.skip(reason)
     weights, *others, tokens, sampled, _ = inputs(*SMALL)
-    embedding, bias = weights.embedding.clone(), weights.bias.clone()
-    embedding[9], bias[5], bias[9] = embedding[5], 99.0, 99.0  # both ahead of all others
-    weights = weights._replace(embedding=embedding, bias=bias)
+    bias = weights.bias.clone()
+    bias[5] = bias[9] = 1e12  # far ahead of all others, and so large that nothing else counts beside it
+    weights = weights._replace(bias=bias)
     own = torch.ones_like(sampled)
     found, _ = speller_unroll(weights, *others, tokens, own, backend=backend)
-    fifth = torch.full_like(tokens, 5)
-    fifth[:, 0] = tokens[:, 0]
-    assert torch.equal(found, speller_unroll(weights, *others, fifth, own & False, backend=backend)[0])
+    assert (found[..., [5, 9]] == 1e12).all()
+
+    def told(token):
+        read = torch.full_like(tokens, token)
+        read[:, 0] = tokens[:, 0]
+        return speller_unroll(weights, *others, read, own & False, backend=backend)[0]
+
+    assert torch.equal(found, told(5)) and not torch.equal(found, told(9))
 
 
 def test_a_length_of_none_or_all_gives_weights_of_zero_or_one(fast):
