@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
+import difflib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from las_fast.config import Config
 from las_fast.errors import InputError, Stopped, from_outside, mute, say_error, show
 from las_fast.progress import close_all
-
-Settings = TypeVar("Settings")
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 LARGE, LARGE_OF_BATCHES = 2**25, 2**20  # bytes of blocks that have pages of their own, in training and in decoding
@@ -34,37 +31,6 @@ COMMANDS = {
     "ops": ("las_fast.ops.__main__", "which fast paths work on this machine, and why not the others"),
     "demo": ("las_fast.demo", "from nothing to a report: a spoken corpus, training, decoding"),
 }
-
-
-def parse_settings(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None,
-    defaults: Callable[[argparse.Namespace], Settings],
-    *,
-    kind: type = Config,
-) -> tuple[argparse.Namespace, Settings]:
-    """Read parser's own options, then any field of the settings, such as --training.epochs 3.
-
-    Args:
-        parser:   made with add_help=False; without positional arguments.
-        argv:     words after the command; None takes the process's.
-        defaults: called with parser's options; returns the settings that the remaining words change.
-        kind:     dataclass whose fields --help lists.
-
-    Exits with status 2 after naming the nearest field where a word is none.
-    """
-    import tyro
-
-    argv = sys.argv[1:] if argv is None else argv
-    marks = (tyro.conf.FlagConversionOff,)
-    parser.allow_abbrev = False  # an abbreviation could be the beginning of a field
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
-        print("\nand any of these settings:\n")
-        tyro.cli(kind, default=kind(), args=["--help"], prog=parser.prog, config=marks)
-    options, rest = parser.parse_known_args(argv)
-    start = defaults(options)
-    return options, tyro.cli(type(start), default=start, args=rest, prog=parser.prog, config=marks)
 
 
 def expand(path: str | Path) -> Path:
@@ -251,7 +217,9 @@ def dispatch(argv: list[str] | None = None) -> None:
         print(f"las_fast {__version__}")
         return
     if argv[0] not in COMMANDS:
-        raise InputError(f"las-fast has no command {argv[0]!r}; it has {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        advice = f"; the nearest is {near[0]}" if near else ""
+        raise InputError(f"las-fast has no command {argv[0]!r}; it has {', '.join(COMMANDS)}{advice}")
     importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
+from las_fast import plain_yaml
 from las_fast.errors import InputError
+from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
 
 PRESETS = Path(__file__).parent / "configs"
@@ -196,14 +198,26 @@ def presets() -> list[str]:
 def load_config(name: str | Path) -> Config:
     """Return the preset of that name, or the YAML file at that path; raise InputError on any mistake in it."""
     path = PRESETS / f"{name}.yaml" if str(name) in presets() else Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(str(name), presets(), 1) or presets()
-        raise InputError(f"--config {name}: no such preset or file; did you mean {' or '.join(near)}?")
+    tree = plain_yaml.load(_read(path), str(path))
+    return check(from_tree(Config, {} if tree is None else tree, str(path)))
+
+
+def _read(path: Path) -> str:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return check(from_tree(Config, tree or {}, str(path)))
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), presets(), 1) or presets()
+        what = f"--config {path}: no such preset or file; did you mean {' or '.join(near)}?"
+        beside = [file for file in (Path(f"{path}.yaml"), Path(f"{path}.yml")) if file.is_file()]
+        raise InputError(f"--config {path}: no such preset or file; give {beside[0]}" if beside else what) from None
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        advice = f"give {inside}" if inside.is_file() else "give a YAML file in it, or a preset"
+        raise InputError(f"--config {path} is a folder; {advice}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not YAML: {error}; give a text file in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read ({error.strerror}); give a file that can") from None
 
 
 def to_tree(config: Any) -> Any:
@@ -219,42 +233,63 @@ def to_yaml(config: Config) -> str:
 
 def from_yaml(text: str, where: str) -> Config:
     """Return the Config that to_yaml wrote; `where` names it in errors."""
-    return check(from_tree(Config, yaml.safe_load(text), where))
+    return check(from_tree(Config, plain_yaml.load(text, where), where))
 
 
 def from_tree(kind: Any, tree: Any, where: str) -> Any:
-    """Build `kind` from plain data, strictly: unknown keys and ill-typed values raise InputError naming `where`."""
+    """Build `kind` from plain data, strictly: unknown keys and ill-typed values raise InputError naming `where`.
+
+    Values are as to_tree gives them, or Plain texts that a file holds without quotes.
+    """
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_tree(kind, tree, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if tree not in arguments:
-            raise InputError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {tree!r}")
-        return tree
+            raise InputError(f"{where} must be one of {', '.join(map(repr, arguments))}; got {got(tree)}")
+        return str(tree)
     if origin is tuple:
         if not isinstance(tree, list):
-            raise InputError(f"{where} must be a list; got {tree!r}")
+            raise InputError(f"{where} must be a list; got {got(tree)}")
         return tuple(from_tree(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(tree))
-    if kind is float and isinstance(tree, str):  # YAML 1.1 reads 1e-3 as text
-        try:
-            return float(tree)
-        except ValueError:
-            pass
-    if kind is float and type(tree) is int:
-        return float(tree)
-    if type(tree) is not kind:
-        raise InputError(f"{where} must be {kind.__name__}; got {tree!r}")
-    return tree
+    value = _from_plain(kind, tree) if isinstance(tree, plain_yaml.Plain) else tree
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(f"{where} must be {kind.__name__}; got {got(tree)}{_hint(kind, tree)}")
+    return value
+
+
+def _from_plain(kind: type, text: plain_yaml.Plain) -> Any:
+    """Return what a text without quotes means where a value of `kind` is wanted, the text where that is nothing."""
+    value = text
+    if kind is str:
+        value = str(text)
+    elif kind is bool:
+        value = plain_yaml.truth(text)
+    elif kind in (int, float):
+        value = plain_yaml.number(text, kind)
+    return text if value is None else value
+
+
+def _hint(kind: type, tree: Any) -> str:
+    if kind not in (int, float) or not isinstance(tree, plain_yaml.Plain):
+        return ""
+    if tree.lstrip("+-").startswith("0"):
+        return "; write it in decimal, without a leading zero"
+    return "; write minutes and hours as one number" if ":" in tree else ""
 
 
 def _dataclass_from_tree(kind: Any, tree: Any, where: str) -> Any:
+    if tree is None:  # a section all of whose lines are commented out
+        tree = {}
     if not isinstance(tree, dict):
-        raise InputError(f"{where} must be a mapping of settings; got {tree!r}")
+        raise InputError(f"{where} must be a mapping of settings; got {got(tree)}")
     hints = typing.get_type_hints(kind)
     for key in tree:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1, cutoff=0.0)[0]
-            raise InputError(f"{where} has no setting {key!r}; the nearest is {near!r}")
+            raise InputError(f"{where} has no setting {got(str(key))}; the nearest is {near!r}")
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in tree and _required(f)]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
@@ -293,9 +328,13 @@ AT_MOST_ONE = (
 # Where more is a slip that would hang, overflow or take all memory; all other numbers may be up to 1e9.
 AT_MOST = {
     "features.size": 10_000,
+    "features.mel_bins": 10_000,
     "features.sample_rate": 768_000,
     "features.window_ms": 1000,
     "features.shift_ms": 1000,
+    "data.frames_per_batch": 10_000_000,
+    "data.utterances_per_batch": 10_000,
+    "data.workers": 256,
     "augment.time_masks": 1000,
     "augment.frequency_masks": 1000,
     "model.listener.conv_channels": 10_000,
@@ -312,7 +351,11 @@ AT_MOST = {
     "training.learning_rate": 100,
     "training.guided_weight": 1e6,
     "training.ctc_weight": 1e6,
+    "training.threads": 1024,
+    "training.pictures": 1000,
     "training.seed": 10**12,  # times a million it still is a seed
+    "decoding.beam": 1000,
+    "decoding.frames_per_batch": 10_000_000,
     "decoding.length_penalty": 100,
     "decoding.maximum_share": 1000,
     "decoding.maximum_extra": 1_000_000,
@@ -361,6 +404,11 @@ def check(config: Config) -> Config:
         if not holds:
             raise InputError(f"settings: {message}")
     return config
+
+
+def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:
+    """Return the settings of a search if they make sense for a checkpoint's config; raise InputError if not."""
+    return check(dataclasses.replace(config, decoding=decoding)).decoding
 
 
 def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

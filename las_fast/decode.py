@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, make_room, parse_settings, run
-from las_fast.config import DecodingConfig, check
+from las_fast.cli import give_large_blocks_back, make_room, run
+from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
+from las_fast.options import Parser, as_path, parse_settings
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     import torch
@@ -34,15 +35,15 @@ class Settings:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
+def parser() -> Parser:
+    own = Parser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
     own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
     own.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
-    own.add_argument("--out", required=True, type=Path, metavar="FILE.csv", help="the submission file")
+    own.add_argument("--out", required=True, type=as_path, metavar="FILE.csv", help="the submission file")
     own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's)")
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
-    own.add_argument("--jsonl", type=Path, metavar="FILE", help="also write scores, frames and the n best, a line each")
+    own.add_argument("--jsonl", type=as_path, metavar="FILE", help="also write scores, frames, n best as JSON")
     own.add_argument("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
     own.add_argument("--normalise-text", action="store_true", help="map transcripts onto the checkpoint's characters")
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         return Settings(decoding if options.beam is None else replace(decoding, beam=options.beam))
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
-    check(replace(loaded[0].config, decoding=settings.decoding))
+    check_decoding(loaded[0].config, settings.decoding)
     if options.beam not in (None, settings.decoding.beam):
         beams = f"--beam {options.beam} and --decoding.beam {settings.decoding.beam}"
         raise InputError(f"{beams} disagree; give one of them")

@@ -20,11 +20,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from las_fast.cli import run
+from las_fast.config import Config, check, load_config, to_tree
 from las_fast.data import spoken
 from las_fast.errors import InputError
+from las_fast.options import Parser, as_path, change, check_names, field_names
 
 PRESET = "tiny"
 EXAMPLES = 5  # utterances that are printed at the end
@@ -32,19 +35,21 @@ EXAMPLES = 5  # utterances that are printed at the end
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the demo's own options and the settings that it hands on to the training."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m las_fast.demo",
         description="From nothing to a report: a spoken corpus, training, decoding, scores.",
         epilog="Any setting of the training can follow, such as --training.epochs 5.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of all results (default runs/demo)")
+    parser.add_argument("--out", type=as_path, default=Path("runs/demo"), help="folder of all results (runs/demo)")
     spoken.add_sizes(parser)
     parser.add_argument("--beam", type=int, default=8, help="hypotheses kept in decoding (default 8)")
     parser.add_argument("--fresh", action="store_true", help="make everything again, whatever is there")
+    parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
-    if rest and not rest[0].startswith("--"):
-        parser.error(f"unexpected {rest[0]!r}")
+    check_names(parser, rest)
+    config = change(parser, load_config(PRESET), rest)  # wrong settings are told before a corpus is spoken
+    check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
 
 
@@ -88,8 +93,6 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     """Train in out/run: from the start, from where it was interrupted, or not at all where it is complete."""
     from las_fast import train as training
     from las_fast.checkpoint import LAST
-    from las_fast.config import load_config, to_tree
-
     folder, stamp = out / "run", out / "training.json"
     wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
     before = read_json(stamp)

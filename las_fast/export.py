@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import make_room, parse_settings, run
+from las_fast.cli import make_room, run
 from las_fast.config import check
 from las_fast.decode import Settings
 from las_fast.errors import InputError
 from las_fast.lm import beside
+from las_fast.options import Parser, as_path, parse_settings
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from torch import Tensor
@@ -25,10 +26,10 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(prog="python -m las_fast.export", description=__doc__, add_help=False)
+def parser() -> Parser:
+    own = Parser(prog="python -m las_fast.export", description=__doc__, add_help=False)
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="the file to write")
+    own.add_argument("--out", required=True, type=as_path, metavar="FILE.safetensors", help="the file to write")
     return own
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from las_fast.cli import make_room, run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
+from las_fast.options import Parser, as_path
 from las_fast.progress import track
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
 
@@ -168,7 +169,7 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
 
     split: of an archive, a LibriSpeech folder or a manifest; empty: every training split it has.
     """
-    from las_fast.data import files, hw4p2, kaldi, librispeech, manifest
+    from las_fast.data import files, hw4p2, kaldi, librispeech, manifest, plain_text
 
     if source.is_dir() and (arrays := files.files(source, {".npy"})):
         yield from map(hw4p2.read_transcript, arrays)
@@ -179,7 +180,8 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
     elif source.name.lower().endswith(".trans.txt"):
         yield from (text for _, text in librispeech.read_transcripts(source))
     else:
-        yield from files.read_lines(source)
+        plain_text.check_beginning(source)
+        yield from plain_text.sentences(source, files.read_lines(source))
 
 
 def _read_corpus(root: Path, split: str) -> Iterator[str]:
@@ -341,12 +343,12 @@ def find_lm(lm: str | None, checkpoint: Path) -> Path | None:
 # -------------------------------------------------------------------------------------------------------------- command
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+def parser() -> Parser:
+    own = Parser(
         prog="python -m las_fast.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    own.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="files or folders with text, see above")
-    own.add_argument("--out", required=True, type=Path, metavar="LM.safetensors", help="the model")
+    own.add_argument("texts", nargs="+", type=as_path, metavar="TEXT", help="files or folders with text, see above")
+    own.add_argument("--out", required=True, type=as_path, metavar="LM.safetensors", help="the model")
     own.add_argument("--order", type=int, default=ORDER, help=f"of the n-grams (default: {ORDER})")
     own.add_argument("--characters", default=CHARACTERS, help="those of the checkpoint (default: A-Z ' space)")
     own.add_argument("--split", default="", help="of archives, folders and manifests (default: all for training)")

@@ -20,7 +20,7 @@ import torch
 
 from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
-from las_fast.cli import cores, make_folder, parse_settings, run
+from las_fast.cli import cores, make_folder, run
 from las_fast.config import Config, ModelConfig, check, load_config, presets, to_yaml
 from las_fast.data.dataset import (
     Corpus,
@@ -32,6 +32,7 @@ from las_fast.data.dataset import (
 )
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
+from las_fast.options import Parser, as_path, parse_settings
 from las_fast.trainer import Trainer
 
 COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
@@ -40,10 +41,10 @@ ROOM = 2**20  # bytes for log, curves and pictures, at least
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    parser = argparse.ArgumentParser(prog="python -m las_fast.train", description=__doc__, add_help=False)
+    parser = Parser(prog="python -m las_fast.train", description=__doc__, add_help=False)
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help=f"preset ({', '.join(presets())}) or YAML")
-    parser.add_argument("--data", required=True, type=Path, metavar="ROOT", help="archive, LibriSpeech or manifest")
-    parser.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder for all that training writes")
+    parser.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, LibriSpeech or manifest")
+    parser.add_argument("--out", required=True, type=as_path, metavar="RUN", help="folder for all that training writes")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument("--init", metavar="RUN|FILE|NAME", help="begin with a checkpoint's weights, not random ones")
     parser.add_argument("--on-bad", choices=("error", "skip"), help="what to do with an unusable utterance")

@@ -10,32 +10,34 @@ import argparse
 import csv
 import io
 import itertools
+import math
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import give_large_blocks_back, make_room, run
-from las_fast.config import DecodingConfig, check
+from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
+from las_fast.options import Parser, as_path
 from las_fast.progress import progress
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import SpeechDataset
 
+MOST = 10_000  # combinations
 GRID = ("beam", "ctc_weight", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
 
 
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+def parser() -> Parser:
+    own = Parser(
         prog="python -m las_fast.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
     own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
     own.add_argument("--split", default="dev", help="split name or dev (default)")
     own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)")
-    own.add_argument("--out", type=Path, metavar="FILE.csv", help="also write the table there")
+    own.add_argument("--out", type=as_path, metavar="FILE.csv", help="also write the table there")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     for name in GRID:
         kind = int if name == "beam" else float
@@ -45,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
     """Return every combination of the values given of the settings `names`; the others stay."""
+    count = math.prod(len(getattr(options, name)) for name in names)
+    if count > MOST:
+        raise InputError(f"the values given make {count} combinations; give values for at most {MOST}")
     points = itertools.product(*(getattr(options, name) for name in names))
     return [replace(start, **dict(zip(names, point, strict=True))) for point in points]
 
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_model(options.checkpoint, device)
     settings = grid(options, names, default_weight(loaded.config.decoding, options.lm))
     for point in settings:
-        check(replace(loaded.config, decoding=point))
+        check_decoding(loaded.config, point)
     heaviest = max(settings, key=lambda point: point.ngram_weight)
     table = language_table(options.lm, heaviest, loaded, device)
     dataset = open_split(options, loaded)

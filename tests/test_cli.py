@@ -1,4 +1,3 @@
-import argparse
 import ctypes
 import errno
 import json
@@ -17,6 +16,7 @@ import yaml
 from las_fast import __version__, cli, decode, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import InputError
+from las_fast.options import Parser, parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -260,9 +260,9 @@ def test_an_unknown_command_is_named_with_those_there_are(capsys):
 
 
 def parse(words, default=None):
-    parser = argparse.ArgumentParser(prog="job", add_help=False)
+    parser = Parser(prog="job", add_help=False)
     parser.add_argument("--data", required=True)
-    return cli.parse_settings(parser, words, lambda options: default or Config())
+    return parse_settings(parser, words, lambda options: default or Config())
 
 
 def test_options_and_settings_may_be_mixed():
@@ -292,10 +292,10 @@ def test_help_lists_options_and_settings(capsys):
     class Some:
         decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
-    parser = argparse.ArgumentParser(prog="job", add_help=False)
+    parser = Parser(prog="job", add_help=False)
     parser.add_argument("--data", required=True)
     with pytest.raises(SystemExit) as end:
-        cli.parse_settings(parser, ["--help"], lambda options: Some(), kind=Some)
+        parse_settings(parser, ["--help"], lambda options: Some(), kind=Some)
     out = capsys.readouterr().out
     assert end.value.code == 0 and "--data" in out and "--decoding.length-penalty" in out
 

@@ -27,7 +27,7 @@ def test_f23_preset_takes_28_coefficients():
         ("trainign: {epochs: 3}", r"the nearest is 'training'"),
         ("training: {epochs: three}", r"training: epochs must be int; got 'three'"),
         ("training: {epochs: 3.5}", r"must be int; got 3.5"),
-        ("training: {epochs: true}", r"must be int; got True"),
+        ("training: {epochs: true}", r"must be int; got true"),
         ("training: {wandb: 1}", r"must be bool; got 1"),
         ("training: {learning_rate: fast}", r"must be float; got 'fast'"),
         ("training: {precision: fp8}", r"must be one of .*'fp32'"),

@@ -152,4 +152,4 @@ def test_out_must_be_a_folder(tmp_path):
 def test_a_stray_word_is_refused(capsys):
     with pytest.raises(SystemExit):
         demo.main(["runs/demo"])
-    assert "unexpected 'runs/demo'" in capsys.readouterr().err
+    assert "'runs/demo' belongs to no option" in capsys.readouterr().err

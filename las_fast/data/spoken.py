@@ -32,6 +32,7 @@ from las_fast.cli import cores
 from las_fast.config import FeatureConfig
 from las_fast.errors import InputError
 from las_fast.features import compute_features
+from las_fast.options import Parser
 from las_fast.progress import Progress
 
 ARCHIVE = "11-785-f23-hw4p2"
@@ -433,7 +434,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m las_fast.data.spoken", description="Generate a spoken corpus.")
+    parser = Parser(prog="python -m las_fast.data.spoken", description="Generate a spoken corpus.")
     parser.add_argument("--out", required=True, help="folder for the corpus")
     add_sizes(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from las_fast.ops import backends
+from las_fast.options import Parser
 
 
 def table() -> str:
@@ -38,7 +37,7 @@ def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table and the devices; see --help."""
-    argparse.ArgumentParser(prog="python -m las_fast.ops", description=__doc__).parse_args(argv)
+    Parser(prog="python -m las_fast.ops", description=__doc__).parse_args(argv)
     devices = f"{torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} CUDA devices"
     print(f"torch {torch.__version__}, {devices}\n\n{table()}")
 

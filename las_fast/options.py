@@ -1,0 +1,231 @@
+"""Words of the command line: a command's own options, and any field of the settings, such as --training.epochs 3.
+
+A wrong word ends the command with status 2 and one sentence after "error: " that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from las_fast.config import Config, from_tree, to_tree
+from las_fast.errors import InputError, show
+
+Settings = TypeVar("Settings")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse.ArgumentParser whose errors are sentences; `fields` are the settings that a command also takes."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.fields: tuple[str, ...] = ()
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._words, namespace)
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self.unknown(rest[0]))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and end with status 2; what argparse says is put in the words of this program."""
+        self.exit(2, f"error: {show(self._sentence(message))}\n")
+
+    def unknown(self, word: str) -> str:
+        """Return the sentence about a word that is no option."""
+        if not word.startswith("-"):
+            return f"{word!r} belongs to no option; see --help"
+        name = word.partition("=")[0]
+        return f"there is no option {name}; the nearest is {nearest_option(name, self.names())}"
+
+    def names(self) -> list[str]:
+        """Return all options, the command's own first."""
+        return [*self._option_string_actions, *(f"--{field}" for field in self.fields)]
+
+    def _sentence(self, message: str) -> str:
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            if wrong := self._misspelt():
+                return self.unknown(wrong)
+            return f"{found[1]} must be given; see --help"
+        if found := re.match(r"argument (\S+?)(?:/\S+)?: (.*)", message, re.DOTALL):
+            return self._value_sentence(found[1], found[2])
+        return message
+
+    def _value_sentence(self, option: str, problem: str) -> str:
+        if found := re.match(r"invalid (\w+) value: (.*)", problem, re.DOTALL):
+            return f"{option} must be {KINDS.get(found[1], found[1])}; got {found[2]}"
+        if found := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", problem, re.DOTALL):
+            choices = [choice.strip("'") for choice in found[2].split(", ")]
+            return wrong_choice(option, found[1], choices)
+        if problem.startswith("expected"):
+            return f"{option} needs a value ({problem.replace('argument', 'value')}); see --help"
+        return f"{option}: {problem}"
+
+    def _misspelt(self) -> str:
+        """Return the first word that looks like an option and is none, or ""."""
+        flags = (word.partition("=")[0] for word in self._words if _is_name(word))
+        return next((flag for flag in flags if not self.knows(flag)), "")
+
+    def knows(self, flag: str) -> bool:
+        """Return whether there is an option or a field of that name; items of a list are counted by numbers."""
+        field = re.sub(r"\.\d+\.", ".0.", flag[2:].replace("_", "-"))
+        return flag in self._option_string_actions or field in self.fields
+
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "Path": "a path"}
+
+
+def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
+    """Return the sentence about a value that is none of the choices."""
+    near = difflib.get_close_matches(value.lower(), [*choices], 1)
+    advice = f"; the nearest is {near[0]}" if near else ""
+    return f"{option} must be one of {', '.join(choices)}; got {value!r}{advice}"
+
+
+def nearest_option(name: str, names: Iterable[str]) -> str:
+    """Return the name that is most like an unknown one; a field's own name, without its section, is enough."""
+    names, plain = [*names], name.replace("_", "-")
+    fields = [known for known in names if known.rpartition(".")[2] == plain.lstrip("-").rpartition(".")[2]]
+    return fields[0] if fields else difflib.get_close_matches(plain, names, 1, cutoff=0.0)[0]
+
+
+def parse_settings(
+    parser: Parser,
+    argv: list[str] | None,
+    defaults: Callable[[argparse.Namespace], Settings],
+    *,
+    kind: type = Config,
+) -> tuple[argparse.Namespace, Settings]:
+    """Read parser's own options, then any field of the settings, such as --training.epochs 3.
+
+    Args:
+        parser:   made with add_help=False; without positional arguments.
+        argv:     words after the command; None takes the process's.
+        defaults: called with parser's options; returns the settings that the remaining words change.
+        kind:     dataclass whose fields --help lists.
+
+    Exits with status 2 after naming the nearest option or field where a word is none.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser.allow_abbrev = False  # an abbreviation could be the beginning of a field
+    parser.fields = tuple(field_names(to_tree(kind())))
+    if {"-h", "--help"} & set(argv):
+        _print_help(parser, kind)
+    options, rest = parser.parse_known_args(argv)
+    check_names(parser, rest)  # before a model is loaded for the defaults
+    return options, change(parser, defaults(options), rest)
+
+
+def _print_help(parser: Parser, kind: type) -> NoReturn:
+    import tyro
+
+    parser.print_help()
+    print("\nand any of these settings:\n")
+    tyro.cli(kind, default=kind(), args=["--help"], prog=parser.prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def field_names(tree: Any, name: str = "") -> Iterator[str]:
+    """Yield the names of all settings as options have them, such as training.teacher-forcing.0.end."""
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        yield name.replace("_", "-")
+        return
+    for key, inner in tree.items():
+        yield from field_names(inner, f"{name}.{key}".lstrip("."))
+
+
+def check_names(parser: Parser, words: list[str]) -> None:
+    """End with status 2 at the first word that is neither the name of a setting nor a value of one."""
+    if words and not _is_name(words[0]):
+        parser.error(parser.unknown(words[0]))
+    for word in filter(_is_name, words):
+        if not parser.knows(word.partition("=")[0]):
+            parser.error(parser.unknown(word))
+
+
+def change(parser: Parser, start: Settings, words: list[str]) -> Settings:
+    """Return the settings with the fields changed that words name; end with status 2 where a value is none."""
+    tree = to_tree(start)
+    names = set(field_names(tree))
+    words = [*words]
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        values = [value] if equals else []
+        while not equals and words and not _is_name(words[0]):
+            values.append(words.pop(0))
+        field = name[2:].replace("_", "-")
+        if field not in names:
+            parser.error(f"{name} does not exist: {_missing_item(field, tree)}")
+        try:
+            _set(type(start), tree, field.replace("-", "_").split("."), values, f"--{field}")
+        except InputError as error:
+            parser.error(str(error))
+    return from_tree(type(start), tree, "settings")
+
+
+def _is_name(word: str) -> bool:
+    return word.startswith("--") and word != "--"
+
+
+def _missing_item(field: str, tree: Any) -> str:
+    for part in re.split(r"\.\d+\.", field)[0].replace("-", "_").split("."):
+        tree = tree[part]
+    return f"{field.partition('.')[0]} has {len(tree)} of them, counted from 0"
+
+
+def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) -> None:
+    """Change the field at path of a tree of `kind` to what the words `values` say."""
+    first, *rest = path
+    if dataclasses.is_dataclass(kind):
+        inner = typing.get_type_hints(kind)[first]
+    else:  # a tuple of dataclasses
+        first, inner = int(first), typing.get_args(kind)[0]
+    if rest:
+        _set(inner, tree[first], rest, values, option)
+    elif typing.get_origin(inner) is tuple:
+        tree[first] = [_value(typing.get_args(inner)[0], value, option) for value in values]
+    elif len(values) != 1:
+        got = f"got {len(values)}: {' '.join(values)}" if values else "got none"
+        raise InputError(f"{option} needs one value; {got}")
+    else:
+        tree[first] = _value(inner, values[0], option)
+
+
+def _value(kind: Any, word: str, option: str) -> Any:
+    """Return a word as a value of `kind`."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if word not in choices:
+            raise InputError(wrong_choice(option, word, choices))
+        return word
+    if kind is bool:
+        if word.lower() not in ("true", "false"):
+            raise InputError(f"{option} must be True or False; got {word!r}")
+        return word.lower() == "true"
+    try:
+        return kind(word)
+    except ValueError:
+        raise InputError(f"{option} must be {KINDS[kind.__name__]}; got {word!r}") from None
+
+
+def as_path(word: str) -> Path:
+    """Return a path of the command line, with ~ replaced where the shell has not done it, as in --out=~/run."""
+    from las_fast.cli import expand
+
+    try:
+        return expand(word)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

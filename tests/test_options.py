@@ -1,0 +1,121 @@
+"""Words of the command line: a wrong one is one sentence that names the nearest right one."""
+
+import importlib
+
+import pytest
+
+from las_fast.config import Config, SpellerConfig, TeacherForcingStage
+from las_fast.errors import InputError
+from las_fast.options import Parser, as_path, parse_settings
+
+COMMANDS = ("train", "decode", "lm", "tune", "export", "demo", "ops.__main__", "data.spoken")
+
+
+def error_of(capsys, call, *arguments) -> str:
+    """Return the one sentence that a call ends with, status 2."""
+    with pytest.raises(SystemExit) as end:
+        call(*arguments)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def settings_of(*words) -> Config:
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--data")
+    return parse_settings(parser, list(words), lambda options: Config())[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("words", [["--hlep"], ["--hlep=3"], ["--hlep", "3"]])
+def test_every_command_names_the_nearest_option(capsys, name, words):
+    main = importlib.import_module(f"las_fast.{name}").main
+    assert error_of(capsys, main, words).startswith("there is no option --hlep; the nearest is --")
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken"])
+def test_every_command_says_what_must_be_given(capsys, name):
+    main = importlib.import_module(f"las_fast.{name}").main
+    assert error_of(capsys, main, []).endswith(" must be given; see --help")
+
+
+@pytest.mark.parametrize(
+    "name,words,sentence",
+    [
+        ("decode", ["--chekpoint", "x"], "there is no option --chekpoint; the nearest is --checkpoint"),
+        ("decode", ["--on-bad", "skpi"], "--on-bad must be one of error, skip; got 'skpi'; the nearest is skip"),
+        ("decode", ["--beam", "two"], "--beam must be a whole number; got 'two'"),
+        ("decode", ["--beam", "2.5"], "--beam must be a whole number; got '2.5'"),
+        ("decode", ["--beam"], "--beam needs a value (expected one value); see --help"),
+        ("decode", ["--out", "~nosuchuser/x"], "--out: ~nosuchuser/x: the home folder of nosuchuser is not known; "
+         "write the path without ~"),
+        ("tune", ["--length-reward", "x"], "--length-reward must be a number; got 'x'"),
+        ("tune", ["--length_reward", "1"], "there is no option --length_reward; the nearest is --length-reward"),
+        ("lm", ["a.txt", "--out", "x", "--ordr", "3"], "there is no option --ordr; the nearest is --order"),
+        ("train", ["--epochs", "3"], "there is no option --epochs; the nearest is --training.epochs"),
+        ("train", ["--train.epochs", "3"], "there is no option --train.epochs; the nearest is --training.epochs"),
+        ("demo", ["--training.epohcs", "3"], "there is no option --training.epohcs; the nearest is --training.epochs"),
+        ("demo", ["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_one_sentence(capsys, name, words, sentence):
+    assert error_of(capsys, importlib.import_module(f"las_fast.{name}").main, words) == sentence
+
+
+def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
+    from las_fast import demo
+
+    with pytest.raises(InputError, match=r"training.epochs must be at least 1; got 0"):
+        demo.main(["--out", str(tmp_path / "d"), "--training.epochs", "0"])
+    with pytest.raises(InputError, match=r"decoding.beam must be at most 1000; got 100000"):
+        demo.main(["--out", str(tmp_path / "d"), "--beam", "100000"])
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    [
+        (["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
+        (["--training.epochs", "1e3"], "--training.epochs must be a whole number; got '1e3'"),
+        (["--training.epochs"], "--training.epochs needs one value; got none"),
+        (["--training.epochs", "3", "4"], "--training.epochs needs one value; got 2: 3 4"),
+        (["--training.learning-rate", "fast"], "--training.learning-rate must be a number; got 'fast'"),
+        (["--data.normalise-text", "maybe"], "--data.normalise-text must be True or False; got 'maybe'"),
+        (["--training.schedule", "cosin"], "--training.schedule must be one of cosine, plateau, constant; got 'cosin'; "
+         "the nearest is cosine"),
+        (["--model.speller.lstm-sizes", "5", "x"], "--model.speller.lstm-sizes must be a whole number; got 'x'"),
+        (["--training.teacher-forcing.3.end", "1"], "--training.teacher-forcing.3.end does not exist: training has "
+         "3 of them, counted from 0"),
+        (["--training.teacher-forcing.0.ende", "1"], "there is no option --training.teacher-forcing.0.ende; the "
+         "nearest is --training.teacher-forcing.0.end"),
+        (["--training", "3"], "there is no option --training; the nearest is --training.seed"),
+        (["stray", "--training.epochs", "3"], "'stray' belongs to no option; see --help"),
+        (["--", "--training.epochs", "3"], "there is no option --; the nearest is --data"),
+        (["-x"], "there is no option -x; the nearest is --data"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_sentence(capsys, words, sentence):
+    said = error_of(capsys, settings_of, *words)
+    if "nearest is" in sentence and ("--training;" in sentence or "-x;" in sentence):
+        assert said.startswith(sentence.partition("the nearest")[0])
+    else:
+        assert said == sentence
+
+
+def test_settings_are_read_in_every_form():
+    config = settings_of(
+        "--training.epochs=7", "--training.learning_rate", "1e-3", "--model.ctc-layer", "-1", "--data.train", "a", "b",
+        "--training.restarts", "--data.normalise-text", "true", "--data.dev", "460", "--training.epochs", "9",
+        "--training.teacher-forcing.1.last", "0.5", "--model.speller.lstm-sizes", "5", "7", "--data.cache=",
+        "--training.precision", "bf16",
+    )  # fmt: skip
+    assert config.training.epochs == 9 and config.training.learning_rate == 1e-3 and config.model.ctc_layer == -1
+    assert config.data.train == ("a", "b") and config.training.restarts == () and config.data.normalise_text is True
+    assert config.data.dev == "460" and config.data.cache == "" and config.training.precision == "bf16"
+    assert config.training.teacher_forcing[1] == TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.5)
+    assert config.model.speller == SpellerConfig(lstm_sizes=(5, 7))
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(as_path("~/run")) == "/home/someone/run"
