@@ -21,11 +21,12 @@ from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
+from las_fast.outputs import NAME_MAX
 from las_fast.text import Vocabulary
 
+FORMAT = "las_fast 1"  # of the files with weights
 RELEASED = Path(__file__).parent / "checkpoints"
 STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # of last.pt
-NAME_MAX = 255  # bytes of a file's name on most file systems
 BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
 
 
@@ -126,7 +127,7 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
     tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     if statistics is not None:
         tensors |= {"statistics.mean": statistics.mean, "statistics.std": statistics.std}
-    metadata = {"format": "las_fast 1", "config": to_yaml(config), "info": json.dumps(info)}
+    metadata = {"format": FORMAT, "config": to_yaml(config), "info": json.dumps(info)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -163,7 +164,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
-    if metadata.get("format") != "las_fast 1" or not {"config", "info"} <= metadata.keys():
+    if metadata.get("format") != FORMAT or not {"config", "info"} <= metadata.keys():
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
     config = from_yaml(metadata["config"], str(path))
     model = build_model(config).to(device)

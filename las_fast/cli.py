@@ -54,15 +54,6 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: nothing can be written into {path}; choose another folder")
 
 
-def make_room(path: Path, option: str) -> None:
-    """Make the folder of the file that `option` names; raise InputError where the file cannot be written there."""
-    make_folder(path.parent, option)
-    if os.path.isdir(path):
-        raise InputError(f"{option} {path} is a folder; give the name of a file to write")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{option} {path} is not a regular file; give another name")
-
-
 def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

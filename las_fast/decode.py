@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, make_room, run
+from las_fast.cli import give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
 from las_fast.options import Parser, as_path, parse_settings
+from las_fast.outputs import first_line, make_room
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     import torch
@@ -81,9 +82,23 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.jsonl and options.jsonl.absolute() == options.out.absolute():
         raise InputError(f"--out and --jsonl are both {options.out}; give each a file of its own")
-    for option, path in (("--out", options.out), ("--jsonl", options.jsonl)):
-        if path:
-            make_room(path, option)
+    inputs = (options.data, options.checkpoint, options.lm)
+    kind = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "ours": is_submission}
+    make_room(options.out, "--out", inputs=inputs, **kind)
+    if options.jsonl:
+        kind = {"what": "JSON, a line each,", "suffixes": (".jsonl", ".json", ".txt"), "ours": is_jsonl}
+        make_room(options.jsonl, "--jsonl", inputs=inputs, **kind)
+
+
+def is_submission(path: Path) -> bool:
+    """Return whether an earlier run may have written a file: two columns, the first of ids or row numbers."""
+    columns = first_line(path).split(",")
+    return len(columns) == 2 and columns[0].lower() in ("id", "index")
+
+
+def is_jsonl(path: Path) -> bool:
+    """Return whether an earlier run may have written a file, by its first line."""
+    return first_line(path).startswith('{"id": ')
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import make_room, run
+from las_fast.cli import run
 from las_fast.config import check
 from las_fast.decode import Settings
 from las_fast.errors import InputError
 from las_fast.lm import beside
 from las_fast.options import Parser, as_path, parse_settings
+from las_fast.outputs import make_room, safetensors_format
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from torch import Tensor
@@ -40,14 +41,27 @@ def main(argv: list[str] | None = None) -> None:
     def defaults(options: argparse.Namespace) -> Settings:
         from las_fast.checkpoint import load_model
 
-        make_room(options.out, "--out")
         loaded.append(load_model(options.checkpoint))
+        check_out(options.out, loaded[0].path)
         return Settings(loaded[0].config.decoding)
 
     options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
     written = export(loaded[0], settings, options.out)
     for path in written:
         print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def check_out(out: Path, checkpoint: Path) -> None:
+    """Raise InputError where the file must not be written: over the checkpoint, a training's own or something else."""
+    from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
+    from las_fast.lm import is_lm
+
+    kind = {"what": "a model", "suffixes": (".safetensors",), "ours": lambda path: safetensors_format(path) == FORMAT}
+    make_room(out, "--out", inputs=(checkpoint,), **kind)
+    if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
+        raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
+    if beside(checkpoint).is_file():
+        make_room(beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), ours=is_lm)
 
 
 def export(loaded: Loaded, settings: Settings, out: Path) -> list[Path]:

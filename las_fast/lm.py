@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from las_fast.cli import make_room, run
+from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path
+from las_fast.outputs import make_room, safetensors_format
 from las_fast.progress import track
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
 
@@ -276,6 +277,11 @@ def load_lm(path: Path) -> LanguageModel:
     return model
 
 
+def is_lm(path: Path) -> bool:
+    """Return whether a file is a language model, by its head."""
+    return safetensors_format(path) == FORMAT
+
+
 def _is_sound(model: LanguageModel) -> bool:
     ngrams, counts, V = model.ngrams, model.counts, len(Vocabulary(model.characters))
     if not 1 <= model.order <= MOST or ngrams.ndim != 1 or ngrams.shape != counts.shape or (counts < 1).any():
@@ -360,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_order(options.order, V)
-    make_room(options.out, "--out")
+    kind = {"what": "a language model", "suffixes": (".safetensors",), "ours": is_lm}
+    make_room(options.out, "--out", inputs=options.texts, **kind)
     sentences = Sentences(options.texts, options.characters, options.split)
     most, held = count_apart(sentences, options.characters, options.order)
     if not sentences.kept:

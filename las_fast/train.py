@@ -21,7 +21,7 @@ import torch
 from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
 from las_fast.cli import cores, make_folder, run
-from las_fast.config import Config, ModelConfig, check, load_config, presets, to_yaml
+from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
 from las_fast.data.dataset import (
     Corpus,
     SpeechDataset,
@@ -101,11 +101,28 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"{out / LAST} does not exist, so there is nothing to resume; start without --resume")
     if not resume and (out / LAST).exists():
         raise InputError(f"{out} already holds a training; add --resume to continue it or choose another --out")
+    if not resume:
+        check_nothing_is_replaced(out)
     standing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not standing.is_dir():
         raise InputError(f"--out {out}: {standing} is a file; give a folder")
     if not os.access(standing, os.W_OK):
         raise InputError(f"--out {out}: {standing} may not be written; give another folder")
+
+
+def check_nothing_is_replaced(out: Path) -> None:
+    """Raise InputError where a folder without a training's state holds files that a training would write over."""
+    weights = [name for name in (BEST, AVERAGED) if os.path.isfile(out / name)]
+    if weights:
+        raise InputError(f"--out {out} holds {weights[0]} of another training; choose another --out or remove it")
+    settings = out / "config.yaml"
+    if not os.path.isfile(settings):
+        return
+    with contextlib.suppress(InputError, OSError, UnicodeDecodeError):
+        text = settings.read_text(encoding="utf-8")
+        if not text or to_yaml(from_yaml(text, str(settings))) == text:  # of a training that was stopped at its start
+            return
+    raise InputError(f"--out {out}: {settings} would be replaced by the training's own; choose another --out")
 
 
 @contextlib.contextmanager

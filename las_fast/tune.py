@@ -12,13 +12,15 @@ import io
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, make_room, run
+from las_fast.cli import give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
 from las_fast.options import Parser, as_path
+from las_fast.outputs import first_line, make_room
 from las_fast.progress import progress
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -62,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
     if options.out:
-        make_room(options.out, "--out")
+        kind = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
+        make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model, write_text_atomically
     from las_fast.decode import choose_device
 
@@ -85,6 +88,11 @@ def main(argv: list[str] | None = None) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_text_atomically(options.out, text.getvalue())
+
+
+def is_table(path: Path) -> bool:
+    """Return whether an earlier run may have written a file."""
+    return first_line(path).endswith("cer,wer,ld")
 
 
 def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:

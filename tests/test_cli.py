@@ -17,6 +17,7 @@ from las_fast import __version__, cli, decode, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import InputError
 from las_fast.options import Parser, parse_settings
+from las_fast.outputs import make_room
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -309,6 +310,6 @@ def test_help_does_not_wait_for_torch():
 def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
-        cli.make_room(tmp_path / "pipe", "--out")
-    cli.make_room(tmp_path / "new" / "out.csv", "--out")
+        make_room(tmp_path / "pipe", "--out")
+    make_room(tmp_path / "new" / "out.csv", "--out")
     assert (tmp_path / "new").is_dir()

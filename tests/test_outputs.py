@@ -1,0 +1,171 @@
+"""What commands write never replaces what they read, nor what they did not write themselves."""
+
+import os
+import shutil
+
+import pytest
+from archives import make_archive
+from checkpoints import make_checkpoint
+
+from las_fast import decode, export, lm, train, tune
+from las_fast.config import Config, load_config, to_yaml
+from las_fast.errors import InputError
+from las_fast.lm import LanguageModel, beside, save_lm
+from las_fast.outputs import make_room, safetensors_format
+
+USERS = "my own notes\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("HELLO THERE\n" * 30)
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return make_archive(tmp_path / "data", "F23")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_checkpoint(tmp_path)
+
+
+def run_lm(text, out):
+    lm.main([str(text), "--order", "2", "--out", str(out)])
+
+
+def run_decode(archive, model, out, *words):
+    decode.main(["--checkpoint", str(model), "--data", str(archive), "--split", "dev", "--beam", "1", "--out", str(out),
+                 *map(str, words)])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["talk.srt", "talk.wav", "text.txt", "lm.arpa", "lm.json", "best.pt", "x.YAML"])
+def test_a_name_that_speaks_of_another_kind_of_file_is_refused(text, tmp_path, name):
+    with pytest.raises(InputError, match=r"a language model is written there; give a name that ends in .safetensors"):
+        run_lm(text, tmp_path / name)
+    assert text.read_text().startswith("HELLO")
+
+
+@pytest.mark.parametrize("name", ["dev.srt", "dev.jsonl", "dev.wav", "run.safetensors"])
+def test_a_submission_is_a_csv(archive, model, tmp_path, name):
+    with pytest.raises(InputError, match=r"a submission in CSV is written there; give a name that ends in .csv"):
+        run_decode(archive, model, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["dev.csv", "dev.txt", "dev", "dev.2024", "dev.lm"])
+def test_other_names_are_free(archive, model, tmp_path, name):
+    for _ in range(2):  # and its own results may be replaced
+        run_decode(archive, model, tmp_path / name, "--jsonl", tmp_path / f"{name}.jsonl")
+    assert (tmp_path / name).read_text().startswith("index,label\n")
+
+
+def test_files_of_the_user_are_left_alone(archive, model, text, tmp_path):
+    for name, run in (
+        ("a.csv", lambda out: run_decode(archive, model, out)),
+        ("a.jsonl", lambda out: run_decode(archive, model, tmp_path / "new.csv", "--jsonl", out)),
+        ("a.safetensors", lambda out: run_lm(text, out)),
+        ("b.safetensors", lambda out: export.main(["--checkpoint", str(model), "--out", str(out)])),
+        ("b.csv", lambda out: tune.main(["--checkpoint", str(model), "--data", str(archive), "--beam", "1",
+                                         "--out", str(out)])),
+    ):  # fmt: skip
+        out = tmp_path / name
+        out.write_text(USERS)
+        with pytest.raises(InputError, match=f"{name} is there and is not .*; give another name, or remove it first"):
+            run(out)
+        assert out.read_text() == USERS
+
+
+def test_an_empty_file_may_be_filled(text, tmp_path):
+    out = tmp_path / "made by mktemp"
+    out.touch()
+    run_lm(text, out)
+    run_lm(text, out)
+    assert safetensors_format(out) == "las_fast lm 1"
+
+
+def test_a_checkpoint_is_no_language_model_and_the_other_way_round(model, text, tmp_path):
+    before = model.read_bytes()
+    with pytest.raises(InputError, match="is there and is not a language model"):
+        run_lm(text, model)
+    run_lm(text, tmp_path / "lm.safetensors")
+    with pytest.raises(InputError, match="is there and is not a model"):
+        export.main(["--checkpoint", str(model), "--out", str(tmp_path / "lm.safetensors")])
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_over(model, text, tmp_path, link):
+    out = model
+    if link:
+        out = tmp_path / "link.safetensors"
+        out.symlink_to(model)
+    with pytest.raises(InputError, match="is read by this command, and would be replaced; give another name"):
+        export.main(["--checkpoint", str(model), "--out", str(out)])
+    plain = tmp_path / "text"
+    shutil.copy(text, plain)
+    with pytest.raises(InputError, match="is read by this command"):
+        run_lm(plain, plain)
+
+
+def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").touch()
+    shutil.copy(model, run / "best.safetensors")
+    with pytest.raises(InputError, match="best.safetensors belongs to the training in"):
+        export.main(["--checkpoint", str(model), "--out", str(run / "best.safetensors")])
+
+
+def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model, tmp_path):
+    save_lm(beside(model), LanguageModel(1, "AB", *lm.count(["AB"], "AB", 1)))
+    beside(tmp_path / "small.safetensors").write_text(USERS)
+    with pytest.raises(InputError, match="small.lm.safetensors is there and is not a language model"):
+        export.main(["--checkpoint", str(model), "--out", str(tmp_path / "small.safetensors")])
+
+
+@pytest.mark.parametrize(
+    "there,message",
+    [
+        ("best.safetensors", "holds best.safetensors of another training"),
+        ("config.yaml", "config.yaml would be replaced by the training's own"),
+    ],
+)
+def test_a_training_replaces_neither_weights_nor_settings(archive, tmp_path, there, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / there).write_text("# mine\ntraining:\n  epochs: 1\n")
+    with pytest.raises(InputError, match=message):
+        train.main(["--config", str(run / "config.yaml") if there == "config.yaml" else "tiny", "--data", str(archive),
+                    "--out", str(run)])  # fmt: skip
+    assert (run / there).read_text().startswith("# mine")
+
+
+@pytest.mark.parametrize("text", ["", to_yaml(Config()), to_yaml(load_config("an4"))], ids=["empty", "default", "an4"])
+def test_settings_that_a_stopped_training_left_may_be_replaced(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    train.check_out(tmp_path, resume=False)
+
+
+def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"the name xxxxxxxxxxxxxxxxxxxx... has 300 bytes; give one of at most 255"):
+        make_room(tmp_path / ("x" * 300), "--out")
+    make_room(tmp_path / ("x" * 255), "--out")
+
+
+def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
+    with pytest.raises(InputError, match="a.csv may not be written; give another name"):
+        make_room(tmp_path / "a.csv", "--out")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short", b"\xff" * 100, b"\xff" * 7 + b"\x7f{}", b"\2" + bytes(7) + b"[]", b"\4" + bytes(7) + b"null"],
+)
+def test_any_file_can_be_asked_whether_it_is_a_model(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    assert safetensors_format(tmp_path / "x") is None
