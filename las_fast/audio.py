@@ -7,6 +7,7 @@ read is said in a sentence: as a warning, or as an InputError where the whole re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -31,7 +32,8 @@ TOGETHER = 0.5  # and above which they do not
 AUDIBLE = 1e-4  # root mean square, of full scale, below which channels are not compared
 VERY_QUIET = 0.004  # peak of a recording
 CLIPPED = 0.002  # share of samples that repeat their neighbour at the top of the scale
-NARROW = 1e-6  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
+NARROW = 10**-5.4  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
+NARROW_AT_FLOOR = 10**-4.2  # the same where there is no more than the rounding to 16 bits leaves
 
 
 def load_audio(
@@ -160,7 +162,7 @@ class Recording:
         skip = max(0, round((self._start - begin) * rate))
         last = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
         decoded = _Decoded(sound, stream, self.name, skip, last)
-        mixer = _Mixer(sound.channels, _scale(source, stream, sound))
+        mixer = _Mixer(sound.channels, rate, _scale(source, stream, sound))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoded:
             _check_sound(self.name, block)
@@ -173,7 +175,7 @@ class Recording:
         self._elapsed = begin + decoded.place / rate
         self._note(decoded, stream, rate, number, streams)
         self.warnings += [f"{self.name}: {sentence}" for sentence in mixer.warnings if sentence not in self.warnings]
-        if self._judge and rate < self.sample_rate:
+        if self._judge and decoded.given and rate < self.sample_rate:
             self._judge.lowest_rate = min(rate, self._judge.lowest_rate)
 
     def _decoder(self, source: Source, stream: Stream, number: int, streams: int) -> _Sound | None:
@@ -206,13 +208,16 @@ class Recording:
             missing = (stream.frames - decoded.place - stream.padding) / rate
         elif stream.lacking:
             missing = have * stream.lacking / max(1, stream.length)
-        if missing > TOLERANCE:
+        if decoded.error and (stream.frames is None or missing > TOLERANCE):
+            total = f" of {have + missing:.2f} s" if stream.frames else ""
+            self._cut.append(
+                f"{of} is cut off or damaged: after {have:.2f} s{total} it cannot be read ({decoded.error})"
+            )
+        elif missing > TOLERANCE:
             whole = f"{have + missing:.2f} s that its header gives"
             self._cut.append(f"{of} is cut off: it holds {have:.2f} of the {whole}")
         elif stream.cut:
             self._cut.append(f"{of} is cut off: it ends after {have:.2f} s without the mark of its end")
-        elif decoded.error and (stream.frames is None or missing > 0):
-            self._cut.append(f"{of} is damaged: after {have:.2f} s it cannot be read ({decoded.error})")
 
     def _finish(self, count: int) -> None:
         part = self._seconds is not None
@@ -271,14 +276,11 @@ class _Decoded:
                 return
 
     def _wind(self) -> None:
-        frames = self.stream.frames or self.sound.frames
-        if not self.skip or not self.stream.exact or frames > 1 << 40:
-            return
-        try:
-            self.sound.seek(min(self.skip, self.sound.frames))
-            self.place = min(self.skip, self.sound.frames)
-        except READ_ERRORS:
-            self.sound.seek(0)
+        """Seek to the first sample where the decoder can do that exactly; else it is reached by decoding."""
+        known = self.stream.exact and self.sound.frames < 1 << 40
+        place = min(self.skip, self.sound.frames) if known else 0
+        with contextlib.suppress(*READ_ERRORS):
+            self.place = self.sound.seek(place)
 
     def _next(self) -> tuple[np.ndarray, bool]:
         count = self.block if self.last is None else min(self.block, self.last - self.place)
@@ -310,12 +312,13 @@ def _scale(source: Source, stream: Stream, sound: _Sound) -> float:
 class _Mixer:
     """Turns blocks (n, channels) into (n,): the mean of the channels, or the loudest where they cancel each other out.
 
-    Whether they cancel is judged block by block on differences of neighbouring samples, which offsets and hum do not
-    fill. A decision stands until a block says otherwise.
+    Whether they cancel is judged block by block, below 2 kHz (lossy codecs lose the phase above) and on differences of
+    neighbours, which offsets and hum do not fill. A decision stands until a block says otherwise.
     """
 
-    def __init__(self, channels: int, scale: float):
+    def __init__(self, channels: int, rate: int, scale: float):
         self.channels, self.scale = channels, scale
+        self.stride = max(1, rate // 4000)
         self.chosen: int | None = None
         self.warnings: list[str] = []
         if scale != 1:
@@ -330,10 +333,12 @@ class _Mixer:
         return block.mean(axis=1, dtype=np.float32) if self.chosen is None else block[:, self.chosen].copy()
 
     def _choose(self, block: np.ndarray) -> None:
-        slopes = np.diff(block, axis=0)
+        count = len(block) // self.stride
+        low = block[: count * self.stride].reshape(count, self.stride, self.channels).mean(axis=1)
+        slopes = np.diff(low, axis=0)
         energies = np.einsum("nc,nc->c", slopes, slopes, dtype=np.float64)
         unrelated = energies.sum() / self.channels**2
-        if unrelated <= len(block) * AUDIBLE**2:
+        if unrelated <= count * AUDIBLE**2:
             return
         mean = slopes.mean(axis=1)
         share = float(np.dot(mean, mean)) / unrelated
@@ -356,10 +361,11 @@ class _Judge:
         self.lowest_rate = sample_rate
         self.peak = 0.0
         self.samples = self.flat = 0
-        self.low = self.high = 0.0
+        self.low = self.high = self.floor = 0.0
         hertz = np.fft.rfftfreq(self.WINDOW, 1 / sample_rate)
         self.speech, self.above = (hertz > 300) & (hertz < 3400), (hertz > 4400) & (hertz < 7600)
         self.taper = np.hanning(self.WINDOW).astype(np.float32)
+        self.rounding = 3 * self.above.sum() * float(np.square(self.taper).sum()) / 12 / 32768**2
 
     def add(self, block: np.ndarray) -> None:
         self.peak = max(self.peak, float(np.abs(block).max()))
@@ -369,6 +375,7 @@ class _Judge:
         power = np.square(np.abs(np.fft.rfft(frames * self.taper)))
         self.low += float(power[:, self.speech].sum())
         self.high += float(power[:, self.above].sum())
+        self.floor += len(frames) * self.rounding
 
     def count_clipped(self, block: np.ndarray) -> None:
         first, second = block[:-1, 0], block[1:, 0]
@@ -382,7 +389,7 @@ class _Judge:
                 f"is sampled at {self.lowest_rate} Hz and the model was trained at {self.sample_rate} Hz; "
                 "expect more errors"
             )
-        elif self.low and self.high < NARROW * self.low:
+        elif self.high < (NARROW_AT_FLOOR if self.high < self.floor else NARROW) * self.low:
             found.append(
                 "holds nothing above 4 kHz, as telephone speech sampled at 8000 Hz; the model was trained on a "
                 f"band of {self.sample_rate // 2000} kHz; expect more errors"
@@ -530,7 +537,7 @@ def _refusal(source: Source, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, soundfile.LibsndfileError):
-        return error.error_string.strip().rstrip(".")
+        return error.error_string.removeprefix("Error : ").strip().rstrip(".")
     return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
 
 

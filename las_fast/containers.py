@@ -17,6 +17,7 @@ from itertools import accumulate
 
 UNKNOWN = 0x7FFF0000  # bytes; a recorder that writes to a pipe claims this much or more, or none
 BEHIND = 1 << 16  # bytes behind the sound that may be anything
+CHUNKS = 10_000  # in a container; more are damage
 WINDOW = 1 << 16  # bytes read at once
 Span = bytes | tuple[int, int]  # bytes made up here, or (start, end) in the file
 
@@ -118,8 +119,8 @@ def find_streams(source: Source) -> Layout:
         place = _skip_tags(source, place)
         walk = _walker(source.read(place, 16))
         if walk is None:
-            if layout.streams and source.size - place > BEHIND:
-                layout.unread.append(f"has {source.size - place} bytes behind its sound, of an unknown kind")
+            if layout.streams:
+                _note_behind(source, place, layout)
             break
         before = len(layout.streams)
         place = max(walk(source, place, layout), place + 1)
@@ -129,8 +130,19 @@ def find_streams(source: Source) -> Layout:
         start = _skip_tags(source, 0)
         _walk_mpeg(source, start, source.size, layout)
     if not layout.streams:
+        _walk_htk(source, layout)
+    if not layout.streams:
         layout.streams.append(Stream(((0, source.size),)))
     return layout
+
+
+def _note_behind(source: Source, place: int, layout: Layout) -> None:
+    """Note many bytes behind the sound that are neither tags nor zeros."""
+    end = _without_tags_behind(source, place, source.size)
+    if end - place > BEHIND and _find(source, re.compile(rb"[^\x00]"), place) < end:
+        layout.unread.append(
+            f"has {end - place} bytes behind its sound, of an unknown kind; if they are sound, its header is wrong"
+        )
 
 
 def _walker(head: bytes):
@@ -144,6 +156,9 @@ def _walker(head: bytes):
         return walkers[head[:4]]
     if head[:7] == b"NIST_1A":
         return _walk_nist
+    for magic, claimed_end in CLAIMS.items():
+        if head.startswith(magic):
+            return lambda source, start, layout: _walk_claimed(source, start, layout, claimed_end)
     if head[:2] == b"\xff\xfb" or _mpeg_frame(head):
         return lambda source, start, layout: _walk_mpeg(source, start, source.size, layout)
     return None
@@ -194,7 +209,7 @@ def _behind_chunk(source: Source, place: int, length: int, order: str) -> tuple[
 def _chunks(source: Source, start: int, order: str, wanted: bytes):
     """Return {name: (place, length)} of the chunks up to the wanted one, and whether all lay where they should."""
     found, place, regular = {}, start + 12, True
-    while place + 8 <= source.size and wanted not in found and len(found) < 10_000:
+    while place + 8 <= source.size and wanted not in found and len(found) < CHUNKS:
         name, length = struct.unpack(order + "4sI", source.read(place, 8))
         found.setdefault(name, (place, length))
         place, right = _behind_chunk(source, place, length, order)
@@ -252,7 +267,7 @@ def _riff_header(order: str, content: bytes, length: int) -> bytes:
 def _behind_chunks(source: Source, end: int, order: str) -> int:
     """Return the end of the chunks behind the sound."""
     place, count = end + end % 2, 0
-    while place + 8 <= source.size and _is_chunk(source, place, order) and count < 1000:
+    while place + 8 <= source.size and _is_chunk(source, place, order) and count < CHUNKS:
         if _walker(source.read(place, 16)):
             return place
         length = struct.unpack(order + "I", source.read(place + 4, 4))[0]
@@ -265,9 +280,7 @@ def _rest_of_riff(source: Source, end: int, order: str, layout: Layout) -> int:
     for place in (end, end + 1):
         if _walker(source.read(place, 16)):
             return place
-    place = _behind_chunks(source, end, order)
-    place = place if _walker(source.read(place, 16)) else _without_tags_behind(source, place, source.size)
-    return place
+    return _behind_chunks(source, end, order)
 
 
 def _walk_form(source: Source, start: int, layout: Layout) -> int:
@@ -321,13 +334,13 @@ def _walk_au(source: Source, start: int, layout: Layout) -> int:
 
 def _walk_caf(source: Source, start: int, layout: Layout) -> int:
     place = start + 8
-    while len(head := source.read(place, 12)) == 12:
-        name, length = struct.unpack(">4sq", head)
+    for _ in range(CHUNKS):
+        name, length = _numbers(source, place, ">4sq")
         if name == b"data":
             claimed = None if length < 4 else length
             # The count of edits, four bytes, belongs to the chunk
             return _append_caf(source, layout, start, place, claimed)
-        if length < 0:
+        if length < 0 or place > source.size:
             break
         place += 12 + length
     layout.streams.append(Stream(((start, source.size),)))
@@ -338,8 +351,8 @@ def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed:
     begin = place + 12
     end = _append_plain(source, layout, start, begin, claimed, (place + 4, ">q"))
     following = end
-    while len(head := source.read(following, 12)) == 12:
-        name, length = struct.unpack(">4sq", head)
+    while following + 12 <= source.size:
+        name, length = _numbers(source, following, ">4sq")
         if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following:
             break
         if _walker(source.read(following, 16)):
@@ -355,9 +368,9 @@ W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 def _walk_w64(source: Source, start: int, layout: Layout) -> int:
     place = start + 40
-    while len(head := source.read(place, 24)) == 24:
-        length = struct.unpack("<q", head[16:])[0]
-        if head[:16] == W64_DATA:
+    for _ in range(CHUNKS):
+        name, length = _numbers(source, place, "<16sq")
+        if name == W64_DATA:
             claimed = length - 24 if 24 < length < 2**62 else None
             there = source.size - place - 24
             if claimed is not None and claimed <= there:
@@ -369,7 +382,7 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
             lacking = claimed - there if claimed is not None else 0
             layout.streams.append(Stream((header, (place + 24, source.size)), lacking=lacking))
             return source.size
-        if length < 24:
+        if length < 24 or place > source.size:
             break
         place += length + -length % 8
     layout.streams.append(Stream(((start, source.size),)))
@@ -388,6 +401,91 @@ def _walk_nist(source: Source, start: int, layout: Layout) -> int:
         layout.streams[-1] = Stream(((start, end),))
         return end
     return source.size
+
+
+def _walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
+    """A rare format, whose header tells its length."""
+    end = claimed_end(source, start)
+    layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
+    if start < end < source.size and _walker(source.read(end, 16)):
+        layout.streams[-1] = Stream(((start, end),))
+        return end
+    return source.size
+
+
+def _numbers(source: Source, start: int, form: str) -> tuple:
+    size = struct.calcsize(form)
+    return struct.unpack(form, source.read(start, size).ljust(size, b"\0"))
+
+
+def _avr_end(source: Source, start: int) -> int:
+    stereo, bits, frames = _numbers(source, start + 12, ">HH10xI")
+    return start + 128 + frames * (2 if stereo else 1) * bits // 8
+
+
+def _mpc_end(source: Source, start: int) -> int:
+    stereo, frames = _numbers(source, start + 21, "<B8xI")
+    return start + 42 + frames * (1 + stereo) * 2
+
+
+def _wve_end(source: Source, start: int) -> int:
+    return start + 32 + _numbers(source, start + 18, ">I")[0]
+
+
+def _sds_end(source: Source, start: int) -> int:
+    """MIDI sample dump: packets of 127 bytes, 120 of them samples of 7 bits a byte."""
+    bits, *length = _numbers(source, start + 6, "<B3xBBB")
+    frames = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
+    return start + 21 + -(-frames // (120 // max(1, (bits + 6) // 7))) * 127
+
+
+def _voc_end(source: Source, start: int) -> int:
+    place = start + _numbers(source, start + 20, "<H")[0]
+    for _ in range(CHUNKS):
+        head = source.read(place, 4)
+        if len(head) < 4 or not head[0]:
+            break
+        place += 4 + int.from_bytes(head[1:], "little")
+    return place + 1 if source.read(place, 1) == b"\0" else place
+
+
+def _mat4_end(source: Source, start: int) -> int:
+    place, order = start, ">" if source.read(start, 4) == b"\0\0\x03\xe8" else "<"
+    for _ in range(2):  # the sample rate, the samples
+        kind, rows, columns, imaginary, name = _numbers(source, place, order + "5I")
+        size = (8, 4, 4, 2, 2, 1)[min(kind % 100 // 10, 5)]
+        place += 20 + name + rows * columns * size * (1 + imaginary)
+    return place
+
+
+def _mat5_end(source: Source, start: int) -> int:
+    place, order = start + 128, "<" if source.read(start + 126, 2) == b"IM" else ">"
+    for _ in range(CHUNKS):
+        if place + 8 > source.size:
+            break
+        place += 8 + _numbers(source, place, order + "4xI")[0]
+    return place
+
+
+CLAIMS = {
+    b"2BIT": _avr_end,
+    b"\x01\x04": _mpc_end,
+    b"ALawSoundFile**": _wve_end,
+    b"\xf0\x7e": _sds_end,
+    b"Creative Voice": _voc_end,
+    b"\0\0\0\0\1\0\0\0\1\0\0\0": _mat4_end,
+    b"\0\0\x03\xe8\0\0\0\1\0\0\0\1": _mat4_end,
+    b"MATLAB 5.0 MAT": _mat5_end,
+}
+
+
+def _walk_htk(source: Source, layout: Layout) -> None:
+    """HTK waveforms have no magic number, and libsndfile wants the length to be right."""
+    frames, period, size, kind = _numbers(source, 0, ">IIHH")
+    if kind == 0 and size == 2 and 10 <= period <= 10_000 and frames * 2 + 12 > source.size > 12:
+        header = struct.pack(">IIHH", (source.size - 12) // 2, period, size, kind)
+        end = 12 + (source.size - 12) // 2 * 2
+        layout.streams.append(Stream((header, (12, end)), lacking=frames * 2 + 12 - source.size))
 
 
 # -------------------------------------------------------------------------------------------------------------- FLAC
@@ -651,6 +749,8 @@ def _mpeg_stream(source: Source, run: _Mpeg) -> Stream:
     claimed, size = _counted(run.info, _parse_frame(run.first))
     sound = tuple((a, b) for a, b in run.spans)
     length = sum(b - a for a, b in sound)
+    if size and size <= length + len(run.info) + 4096:  # all bytes are there: the count lies
+        claimed = min(claimed, run.frames)
     frames = max(run.frames, claimed) * samples
     hole = f"{run.lost} bytes in the middle, which are no sound," if run.lost > 4096 else ""
     options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "exact": False}
