@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from las_fast.containers import Source, Stream, View, find_streams
+from las_fast.containers import OGG_CODECS, Source, Stream, View, find_streams
 from las_fast.errors import InputError, show
 
 RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
@@ -162,7 +162,7 @@ class Recording:
         skip = max(0, round((self._start - begin) * rate))
         last = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
         decoded = _Decoded(sound, stream, self.name, skip, last)
-        mixer = _Mixer(sound.channels, rate, _scale(source, stream, sound))
+        mixer = _Mixer(sound.channels, rate, _scale(sound))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoded:
             _check_sound(self.name, block)
@@ -174,13 +174,14 @@ class Recording:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
         self._elapsed = begin + decoded.place / rate
         self._note(decoded, stream, rate, number, streams)
-        self.warnings += [f"{self.name}: {sentence}" for sentence in mixer.warnings if sentence not in self.warnings]
+        told = [f"{self.name}: {sentence}" for sentence in mixer.warnings]
+        self.warnings += [sentence for sentence in told if sentence not in self.warnings]
         if self._judge and decoded.given and rate < self.sample_rate:
             self._judge.lowest_rate = min(rate, self._judge.lowest_rate)
 
     def _decoder(self, source: Source, stream: Stream, number: int, streams: int) -> _Sound | None:
         try:
-            sound = _Sound(View(source, stream.spans))
+            sound = _Sound(source, stream.spans)
         except READ_ERRORS as error:
             reason = _refusal(source, error)
             if streams == 1 or number == 0 and not stream.cut:
@@ -208,6 +209,8 @@ class Recording:
             missing = (stream.frames - decoded.place - stream.padding) / rate
         elif stream.lacking:
             missing = have * stream.lacking / max(1, stream.length)
+        elif stream.counted and decoded.sound.frames < 1 << 40:
+            missing = (decoded.sound.frames - decoded.place) / rate
         if decoded.error and (stream.frames is None or missing > TOLERANCE):
             total = f" of {have + missing:.2f} s" if stream.frames else ""
             self._cut.append(
@@ -239,10 +242,45 @@ class Recording:
 
 
 class _Sound(soundfile.SoundFile):
-    """A file as libsndfile decodes it, which soundfile must not wind back after every block."""
+    """A stream as libsndfile decodes it, which soundfile must not wind back after every block."""
+
+    def __init__(self, source: Source, spans: tuple):
+        self.raised: BaseException | None = None
+        if spans == ((0, source.size),):
+            os.lseek(source.descriptor, 0, os.SEEK_SET)
+            super().__init__(os.dup(source.descriptor))
+        else:
+            super().__init__(View(source, spans))
 
     def seekable(self) -> bool:
         return False
+
+    def read(self, *arguments, **options) -> np.ndarray:
+        """Read as soundfile does; what was raised within a callback, as by Ctrl-C, is raised here."""
+        try:
+            return super().read(*arguments, **options)
+        finally:
+            if self.raised is not None:
+                raise self.raised
+
+    def _init_virtual_io(self, file: View):
+        """Make callbacks as soundfile does, whose exceptions are kept; cffi would print and forget them."""
+        ffi = soundfile._ffi
+
+        def keep(kind, error, trace) -> None:
+            self.raised = error
+
+        def callback(name: str, function):
+            return ffi.callback(f"sf_vio_{name}", function, error=0, onerror=keep)
+
+        self._virtual_io = {
+            "get_filelen": callback("get_filelen", lambda _: file.starts[-1]),
+            "seek": callback("seek", lambda offset, whence, _: file.seek(offset, whence)),
+            "read": callback("read", lambda buffer, count, _: file.readinto(ffi.buffer(buffer, count))),
+            "write": callback("write", lambda buffer, count, _: 0),
+            "tell": callback("tell", lambda _: file.tell()),
+        }
+        return ffi.new("SF_VIRTUAL_IO*", self._virtual_io)
 
 
 class _Decoded:
@@ -297,15 +335,15 @@ def _check_sound(name: str, samples: np.ndarray) -> None:
         raise InputError(f"{name} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
 
 
-def _scale(source: Source, stream: Stream, sound: _Sound) -> float:
+def _scale(sound: _Sound) -> float:
     """Return what to multiply samples by: floating-point files may hold 16-bit numbers that nobody divided."""
     if sound.subtype not in ("FLOAT", "DOUBLE"):
         return 1.0
     over = total = 0
-    with _Sound(View(source, stream.spans)) as other:
-        while len(block := other.read(max(1, BLOCK // other.channels), dtype="float32", always_2d=True)):
-            over += int((np.abs(block) > INTEGER_SCALE).sum())
-            total += int(np.count_nonzero(block))
+    while len(block := sound.read(max(1, BLOCK // sound.channels), dtype="float32", always_2d=True)):
+        over += int((np.abs(block) > INTEGER_SCALE).sum())
+        total += int(np.count_nonzero(block))
+    sound.seek(0)
     return 1 / 32768 if over > 0.01 * total else 1.0
 
 
@@ -522,6 +560,8 @@ def _refusal(source: Source, error: Exception) -> str:
     for magic, what in TEXTS:
         if head.lower().startswith(magic):
             return f"is {what}"
+    if head[:4] == b"OggS" and any(magic in source.read(0, 8192) for magic in OGG_CODECS):
+        return f"cannot be read as audio ({_reason(error)}): its first pages are damaged; copy it again"
     for place, magic, what in FOREIGN:
         if head[place:].startswith(magic):
             return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"

@@ -15,7 +15,8 @@ from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-UNKNOWN = 0x7FFF0000  # bytes; a recorder that writes to a pipe claims this much or more, or none
+UNKNOWN = (1 << 31, 1 << 32)  # a recorder that writes to a pipe claims about so many bytes, or none
+NEARLY = 1 << 16  # bytes
 BEHIND = 1 << 16  # bytes behind the sound that may be anything
 CHUNKS = 10_000  # in a container; more are damage
 WINDOW = 1 << 16  # bytes read at once
@@ -96,6 +97,7 @@ class Stream:
     cut: bool = False  # the end is missing, by an unknown amount
     hole: str = ""  # what is missing in the middle
     exact: bool = True  # the decoder can seek to a sample
+    counted: bool = True  # the decoder knows how many samples it will give
     padding: int = 0  # samples per channel that an mp3 encoder added, and a decoder may take off
 
     @property
@@ -240,17 +242,21 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
     else:
         header = _riff_header(order, content, end - begin)
         layout.streams.append(Stream((header, (begin, end)), lacking=max(0, length - there)))
-    return _rest_of_riff(source, end, order, layout)
+    return _rest_of_riff(source, end, order, content, layout)
 
 
 def _true_length(source: Source, begin: int, claimed: int, order: str) -> int:
     """Return how many bytes of sound there should be, given the length by the header."""
     there = source.size - begin
     if claimed > there:
-        return there if claimed >= UNKNOWN and not 0 < claimed - there < claimed // 2**10 else claimed
+        return there if _is_unknown(claimed) else claimed
     if claimed == 0 and not _is_chunk(source, begin, order):
         return there
-    return there if there - claimed >= 2**32 - 2**16 else claimed  # more than 4 GiB, counted with 32 bits
+    return there if there - claimed >= 2**32 - NEARLY else claimed  # more than 4 GiB, counted with 32 bits
+
+
+def _is_unknown(claimed: int) -> bool:
+    return claimed >= 1 << 62 or any(abs(claimed - number) <= NEARLY for number in UNKNOWN)
 
 
 def _riff_header(order: str, content: bytes, length: int) -> bytes:
@@ -275,12 +281,22 @@ def _behind_chunks(source: Source, end: int, order: str) -> int:
     return min(max(place, end), source.size)
 
 
-def _rest_of_riff(source: Source, end: int, order: str, layout: Layout) -> int:
-    """Return where another file may begin that was appended; note bytes that are none and no chunks."""
+def _rest_of_riff(source: Source, end: int, order: str, content: bytes, layout: Layout) -> int:
+    """Return where another file may begin that was appended; more data chunks, which are rare, are streams."""
     for place in (end, end + 1):
         if _walker(source.read(place, 16)):
             return place
-    return _behind_chunks(source, end, order)
+    place = end + end % 2
+    for _ in range(CHUNKS):
+        if place + 8 > source.size or not _is_chunk(source, place, order) or _walker(source.read(place, 16)):
+            break
+        name, length = _numbers(source, place, order + "4sI")
+        if name == b"data" and length:
+            last = min(place + 8 + length, source.size)
+            header = _riff_header(order, content, last - place - 8)
+            layout.streams.append(Stream((header, (place + 8, last)), lacking=place + 8 + length - last))
+        place = _behind_chunk(source, place, length, order)[0]
+    return min(max(place, end), source.size)
 
 
 def _walk_form(source: Source, start: int, layout: Layout) -> int:
@@ -328,7 +344,7 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
 
 def _walk_au(source: Source, start: int, layout: Layout) -> int:
     offset, claimed = struct.unpack(">II", source.read(start + 4, 8).ljust(8, b"\0"))
-    known = None if claimed >= UNKNOWN and start + offset + claimed > source.size else claimed
+    known = None if _is_unknown(claimed) and start + offset + claimed > source.size else claimed
     return _append_plain(source, layout, start, start + max(24, offset), known, (start + 8, ">I"))
 
 
@@ -392,8 +408,9 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
 def _walk_nist(source: Source, start: int, layout: Layout) -> int:
     """NIST SPHERE: a header of text."""
     text = source.read(start, 1024).decode("latin-1")
-    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i (\d{1,15})\s*$", text, re.MULTILINE)}
-    header = int(text[8:16]) if text[8:16].strip().isdecimal() else 1024
+    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
+    length = re.match(r" *([0-9]{1,7})\n", text[8:16])
+    header = int(length[1]) if length else 1024
     size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
     end = start + header + numbers.get("sample_count", 0) * size
     layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
@@ -598,6 +615,7 @@ def _append_link(link: dict[int, _Logical], layout: Layout, *, last: bool, broke
         Stream(
             tuple((a, b) for a, b in first.spans),
             cut=last and (broken or not first.ended),
+            counted=False,
             hole=f"{first.lost} pages of Ogg" if 0 < first.lost < 1 << 20 else "",
         )
     )
@@ -613,6 +631,7 @@ KBPS = {
     (2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # in samples, as LAME notes it; no padding at the end
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
 
@@ -783,7 +802,11 @@ def _counted(info: bytes, frame: _Frame) -> tuple[int, int]:
 
 
 def _info_frame(run: _Mpeg, length: int) -> bytes:
-    """Return a frame that gives the true count, so that the decoder neither guesses nor stops early."""
+    """Return a frame that gives the true count, so that the decoder neither guesses nor stops early.
+
+    Where the encoder left no note of its delay, that of LAME and most others is given, so that the sound begins where
+    it would have begun with the note.
+    """
     head = bytearray(run.first)
     head[1] |= 1  # no checksum
     frame = None
@@ -792,10 +815,9 @@ def _info_frame(run: _Mpeg, length: int) -> bytes:
         frame = _parse_frame(bytes(head))
         if frame.length >= frame.info + 16 + 140:
             break
-    size = frame.length
     info, at = run.info, _parse_frame(run.first).info
-    body = struct.pack(">4sIII", b"Xing", 3, run.frames, length + size)
-    flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 160 else 0
-    if flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc"):  # keep the encoder's delay
-        body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + size) + info[at + 16 : at + 156]
-    return bytes(head) + bytes(frame.info - 4) + (body + bytes(size))[: size - frame.info]
+    flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 156 else 0
+    noted = flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc")
+    notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY + bytes(12)
+    body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + notes
+    return bytes(head) + bytes(frame.info - 4) + (body + bytes(frame.length))[: frame.length - frame.info]
