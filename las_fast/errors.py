@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -31,7 +32,9 @@ def show(text: str | bytes | os.PathLike) -> str:
 
     A byte of a name that is not UTF-8 becomes \xe0, a control character \n or \x1b.
     """
-    text = os.fsdecode(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = os.fsdecode(text)
+    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte is no printable character
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
