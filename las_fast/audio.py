@@ -18,18 +18,19 @@ import numpy as np
 import soundfile
 import soxr
 
-from las_fast.containers import OGG_CODECS, Source, Stream, View, find_streams
+from las_fast.containers import OGG_CODECS, Source, Stream, View, find_streams, foreign_format
 from las_fast.errors import InputError, show
 
 RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
 TOLERANCE = 0.1  # seconds that may be missing at the end; recorders count their header as sound
 BLOCK = 1 << 18  # numbers in a block at most, over all channels
+LONGEST_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
 LOUDEST = 1e6  # a sample; full scale is 1
 READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
 INTEGER_SCALE = 4.0  # samples above this are whole numbers that somebody forgot to divide
 CANCELLED = 0.1  # energy of the mean of channels, relative to that of unrelated channels, below which they cancel
 TOGETHER = 0.5  # and above which they do not
-AUDIBLE = 1e-4  # root mean square, of full scale, below which channels are not compared
+AUDIBLE = 1e-5  # root mean square, of full scale, below which channels are not compared
 VERY_QUIET = 0.004  # peak of a recording
 CLIPPED = 0.002  # share of samples that repeat their neighbour at the top of the scale
 NARROW = 10**-5.4  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
@@ -161,10 +162,10 @@ class Recording:
         begin = self._elapsed
         skip = max(0, round((self._start - begin) * rate))
         last = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
-        decoded = _Decoded(sound, stream, self.name, skip, last)
+        decoded = _Decoded(source, stream, sound, skip, last)
         mixer = _Mixer(sound.channels, rate, _scale(sound))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
-        for block in decoded:
+        for block in decoded.blocks():
             _check_sound(self.name, block)
             if self._judge:
                 self._judge.count_clipped(block)
@@ -174,7 +175,7 @@ class Recording:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
         self._elapsed = begin + decoded.place / rate
         self._note(decoded, stream, rate, number, streams)
-        told = [f"{self.name}: {sentence}" for sentence in mixer.warnings]
+        told = [f"{self.name}: {sentence}" for sentence in mixer.sentences()]
         self.warnings += [sentence for sentence in told if sentence not in self.warnings]
         if self._judge and decoded.given and rate < self.sample_rate:
             self._judge.lowest_rate = min(rate, self._judge.lowest_rate)
@@ -184,7 +185,7 @@ class Recording:
             sound = _Sound(source, stream.spans)
         except READ_ERRORS as error:
             reason = _refusal(source, error)
-            if streams == 1 or number == 0 and not stream.cut:
+            if streams == 1:
                 raise InputError(f"{self.name} {reason}") from None
             self._holes.append(f"{self.name}: part {number + 1} of {streams} {reason}")
             return None
@@ -201,7 +202,9 @@ class Recording:
         have = decoded.place / rate
         of = f"part {number + 1} of {streams} of {self.name}" if streams > 1 else self.name
         if stream.hole:
-            self._holes.append(f"{of} has a gap: {stream.hole} are missing or damaged")
+            self._holes.append(f"{of} has a gap: {stream.hole}")
+        if decoded.lost:
+            self._holes.append(f"{of} is damaged: {decoded.lost / rate:.2f} s cannot be read ({decoded.error})")
         if decoded.stopped:
             return
         missing = 0.0
@@ -249,16 +252,22 @@ class _Sound(soundfile.SoundFile):
         if spans == ((0, source.size),):
             os.lseek(source.descriptor, 0, os.SEEK_SET)
             super().__init__(os.dup(source.descriptor))
-        else:
+            return
+        with self._callbacks():
             super().__init__(View(source, spans))
 
     def seekable(self) -> bool:
         return False
 
     def read(self, *arguments, **options) -> np.ndarray:
-        """Read as soundfile does; what was raised within a callback, as by Ctrl-C, is raised here."""
-        try:
+        with self._callbacks():
             return super().read(*arguments, **options)
+
+    @contextlib.contextmanager
+    def _callbacks(self):
+        """Raise here what was raised within a callback, as by Ctrl-C."""
+        try:
+            yield
         finally:
             if self.raised is not None:
                 raise self.raised
@@ -286,17 +295,24 @@ class _Sound(soundfile.SoundFile):
 class _Decoded:
     """The blocks (n, channels) float32 of a stream from sample `skip` to sample `last` (None: to its end).
 
-    After the iteration: place is the number of samples per channel that were passed, given those that were given out,
-    stopped whether it was `last` that ended it, error what the decoder said.
+    Damage within FLAC is replaced by zeros. After the iteration: place is the number of samples per channel that were
+    passed, given those that were given out, lost those that were replaced, stopped whether it was `last` that ended it,
+    error what the decoder said.
     """
 
-    def __init__(self, sound: _Sound, stream: Stream, name: str, skip: int, last: int | None):
-        self.sound, self.stream, self.skip, self.last = sound, stream, skip, last
-        self.place = self.given = 0
+    def __init__(self, source: Source, stream: Stream, sound: _Sound, skip: int, last: int | None):
+        self.source, self.sound, self.stream, self.skip, self.last = source, sound, stream, skip, last
+        self.place = self.given = self.lost = 0
         self.stopped, self.error = False, ""
         self.block = max(1, min(sound.samplerate, BLOCK // sound.channels))
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Iterator[np.ndarray]:
+        try:
+            yield from self._blocks()
+        finally:
+            self.sound.close()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
         self._wind()
         failures = 0
         while failures < 3:
@@ -304,6 +320,8 @@ class _Decoded:
                 self.stopped = True
                 return
             block, failed = self._next()
+            if not len(block) and self.error and self.stream.exact and self.stream.frames:
+                block = self._over_damage()
             failures = failures + 1 if failed and not len(block) else 0
             first = min(len(block), max(0, self.skip - self.place))
             self.place += len(block)
@@ -329,6 +347,22 @@ class _Decoded:
             self.error = _reason(error)
             return out[: len(out) - int(np.isnan(out[:, 0]).sum())], True
 
+    def _over_damage(self) -> np.ndarray:
+        """Return zeros up to where decoding goes on behind damage, or nothing where it does not."""
+        for length in (4096 << k for k in range(8)):
+            if self.place + length >= self.stream.frames or self.lost > LONGEST_DAMAGE * self.sound.samplerate:
+                break
+            with contextlib.suppress(*READ_ERRORS):
+                again = _Sound(self.source, self.stream.spans)
+                try:
+                    again.seek(self.place + length)
+                    self.lost += length
+                    self.sound, again = again, self.sound
+                    return np.zeros((length, self.sound.channels), np.float32)
+                finally:
+                    again.close()
+        return np.zeros((0, self.sound.channels), np.float32)
+
 
 def _check_sound(name: str, samples: np.ndarray) -> None:
     if not np.maximum(-samples.min(initial=0), samples.max(initial=0)) <= LOUDEST:  # NaN is not
@@ -336,14 +370,21 @@ def _check_sound(name: str, samples: np.ndarray) -> None:
 
 
 def _scale(sound: _Sound) -> float:
-    """Return what to multiply samples by: floating-point files may hold 16-bit numbers that nobody divided."""
+    """Return what to multiply samples by: floating-point files may hold 16-bit numbers that nobody divided.
+
+    Long files are looked at in 256 places.
+    """
     if sound.subtype not in ("FLOAT", "DOUBLE"):
         return 1.0
+    count = max(1, min(sound.samplerate, BLOCK // sound.channels) // 4)
+    step = max(count, sound.frames // 256)
     over = total = 0
-    while len(block := sound.read(max(1, BLOCK // sound.channels), dtype="float32", always_2d=True)):
-        over += int((np.abs(block) > INTEGER_SCALE).sum())
-        total += int(np.count_nonzero(block))
-    sound.seek(0)
+    with contextlib.suppress(*READ_ERRORS):
+        for place in range(0, sound.frames, step):
+            sound.seek(place)
+            block = sound.read(count, dtype="float32", always_2d=True)
+            over += int((np.abs(block) > INTEGER_SCALE).sum())
+            total += int(np.count_nonzero(block))
     return 1 / 32768 if over > 0.01 * total else 1.0
 
 
@@ -358,9 +399,16 @@ class _Mixer:
         self.channels, self.scale = channels, scale
         self.stride = max(1, rate // 4000)
         self.chosen: int | None = None
-        self.warnings: list[str] = []
-        if scale != 1:
-            self.warnings.append("its samples are 16-bit numbers in floating point; they were divided by 32768")
+        self.cancelled = self.total = 0.0  # energies
+
+    def sentences(self) -> list[str]:
+        """Return what is to be said of the channels and the scale, when all blocks were mixed."""
+        told = []
+        if self.scale != 1:
+            told.append("its samples are 16-bit numbers in floating point; they were divided by 32768")
+        if self.cancelled > 0.01 * self.total:
+            told.append("its channels cancel each other out (opposite phase); only the loudest is used there")
+        return told
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
         if self.scale != 1:
@@ -380,11 +428,11 @@ class _Mixer:
             return
         mean = slopes.mean(axis=1)
         share = float(np.dot(mean, mean)) / unrelated
+        self.total += unrelated
         if share < CANCELLED:
+            self.cancelled += unrelated
             if self.chosen is None or energies[self.chosen] < 0.1 * energies.max():
-                self.chosen = int(energies.argmax())
-            if not any("cancel" in sentence for sentence in self.warnings):
-                self.warnings.append("its channels cancel each other out (opposite phase); only the loudest is used")
+                self.chosen = int(np.argmax(energies > 0.9 * energies.max()))
         elif share > TOGETHER:
             self.chosen = None
 
@@ -417,8 +465,9 @@ class _Judge:
 
     def count_clipped(self, block: np.ndarray) -> None:
         first, second = block[:-1, 0], block[1:, 0]
+        height = np.abs(first)
         self.samples += len(block)
-        self.flat += int(((first == second) & (np.abs(first) > 0.5)).sum())
+        self.flat += int(((first == second) & (height > max(0.5, 0.97 * height.max(initial=0)))).sum())
 
     def sentences(self) -> list[str]:
         found = []
@@ -526,30 +575,15 @@ def _temporary() -> int:
 
 # ----------------------------------------------------------------------------------------------------- what is wrong
 
-FOREIGN = (
-    (4, b"ftyp", "MPEG-4 (m4a, mp4, mov)"),
-    (0, b"\x1a\x45\xdf\xa3", "Matroska (webm, mkv)"),
-    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (wma, asf)"),
-    (0, b"#!AMR", "AMR"),
-    (0, b"\xff\xf1", "AAC"),
-    (0, b"\xff\xf9", "AAC"),
-    (0, b"\x0b\x77", "AC-3"),
-    (8, b"AVI ", "AVI"),
-    (0, b"FLV\x01", "Flash video"),
-    (0, b"wvpk", "WavPack"),
-    (0, b"MAC ", "Monkey's Audio"),
-    (0, b"TTA1", "True Audio"),
-    (0, b"MPCK", "Musepack"),
-    (0, b"MP+", "Musepack"),
-    (0, b".RMF", "RealMedia"),
-    (0, b"DSD ", "DSD"),
-    (0, b"OggS", "Ogg without Vorbis, Opus or FLAC"),
-    (0, b"\x00\x00\x01\xba", "MPEG video"),
-    (0, b"\x00\x00\x01\xb3", "MPEG video"),
+NO_AUDIO = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
+    (b"<!doctype html", "a web page, perhaps an error page of a download; download it again"),
+    (b"<html", "a web page, perhaps an error page of a download; download it again"),
+    (b"pk\x03\x04", "a zip archive; unpack it"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"rar!", "a rar archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
 )
-TEXTS = ((b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
-         (b"<!doctype html", "a web page, perhaps an error page of a download; download it again"),
-         (b"<html", "a web page, perhaps an error page of a download; download it again"))  # fmt: skip
 
 
 def _refusal(source: Source, error: Exception) -> str:
@@ -557,14 +591,13 @@ def _refusal(source: Source, error: Exception) -> str:
     if source.error:
         return f"cannot be read ({source.error.strerror})"
     head = source.read(0, 64)
-    for magic, what in TEXTS:
+    for magic, what in NO_AUDIO:
         if head.lower().startswith(magic):
             return f"is {what}"
     if head[:4] == b"OggS" and any(magic in source.read(0, 8192) for magic in OGG_CODECS):
         return f"cannot be read as audio ({_reason(error)}): its first pages are damaged; copy it again"
-    for place, magic, what in FOREIGN:
-        if head[place:].startswith(magic):
-            return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+    if what := foreign_format(source):
+        return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
     if not any(head):
         return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"fLaC", b"NIST"):

@@ -20,6 +20,7 @@ NEARLY = 1 << 16  # bytes
 BEHIND = 1 << 16  # bytes behind the sound that may be anything
 CHUNKS = 10_000  # in a container; more are damage
 WINDOW = 1 << 16  # bytes read at once
+ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # that may hold an mp3 as it is
 Span = bytes | tuple[int, int]  # bytes made up here, or (start, end) in the file
 
 
@@ -128,7 +129,7 @@ def find_streams(source: Source) -> Layout:
         place = max(walk(source, place, layout), place + 1)
         if len(layout.streams) == before:
             break
-    if not layout.streams:
+    if not layout.streams and not foreign_format(source) and source.read(0, 4) not in ARCHIVES:
         start = _skip_tags(source, 0)
         _walk_mpeg(source, start, source.size, layout)
     if not layout.streams:
@@ -147,9 +148,42 @@ def _note_behind(source: Source, place: int, layout: Layout) -> None:
         )
 
 
+FOREIGN = (
+    (4, b"ftyp", "MPEG-4 (m4a, mp4, mov)"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska (webm, mkv)"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (wma, asf)"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"\xff\xf1", "AAC"),
+    (0, b"\xff\xf9", "AAC"),
+    (0, b"\x0b\x77", "AC-3"),
+    (8, b"AVI ", "AVI"),
+    (0, b"FLV\x01", "Flash video"),
+    (0, b"wvpk", "WavPack"),
+    (0, b"MAC ", "Monkey's Audio"),
+    (0, b"TTA1", "True Audio"),
+    (0, b"MPCK", "Musepack"),
+    (0, b"MP+", "Musepack"),
+    (0, b".RMF", "RealMedia"),
+    (0, b"DSD ", "DSD"),
+    (0, b"\x00\x00\x01\xba", "MPEG video"),
+    (0, b"\x00\x00\x01\xb3", "MPEG video"),
+)
+
+
+def foreign_format(source: Source) -> str:
+    """Return the name of a format of sound or video that is known but not read here, or ""."""
+    head = source.read(0, 1024)
+    for place, magic, what in FOREIGN:
+        if head[place:].startswith(magic):
+            return what
+    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
+        return "an MPEG transport stream"
+    return "Ogg without Vorbis, Opus or FLAC" if head.startswith(b"OggS") else ""
+
+
 def _walker(head: bytes):
     """Return the function that walks the container which begins with these bytes, or None."""
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return _walk_riff
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
         return _walk_form
@@ -220,7 +254,7 @@ def _chunks(source: Source, start: int, order: str, wanted: bytes):
 
 
 def _walk_riff(source: Source, start: int, layout: Layout) -> int:
-    """wav, big-endian wav and RF64."""
+    """wav, big-endian wav, RF64 and its twin BW64, which libsndfile does not know."""
     form = source.read(start, 4)
     order = ">" if form == b"RIFX" else "<"
     chunks, regular = _chunks(source, start, order, b"data")
@@ -228,7 +262,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
         layout.streams.append(Stream(((start, source.size),)))
         return source.size
     place, claimed = chunks[b"data"]
-    if form == b"RF64" and claimed == 0xFFFFFFFF and b"ds64" in chunks:
+    if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
         claimed = struct.unpack("<Q", source.read(chunks[b"ds64"][0] + 16, 8).ljust(8, b"\0"))[0]
     begin, there = place + 8, source.size - place - 8
     length = _true_length(source, begin, claimed, order)
@@ -237,7 +271,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
     content = source.read(format_place + 8, min(format_length, 4096))
     if content[:2] in (b"\x55\0", b"\x50\0") and order == "<":
         _walk_mpeg(source, begin, end, layout)
-    elif regular and length == claimed <= there:
+    elif regular and length == claimed <= there and form != b"BW64":
         layout.streams.append(Stream(((start, _behind_chunks(source, end, order)),)))
     else:
         header = _riff_header(order, content, end - begin)
@@ -274,7 +308,7 @@ def _behind_chunks(source: Source, end: int, order: str) -> int:
     """Return the end of the chunks behind the sound."""
     place, count = end + end % 2, 0
     while place + 8 <= source.size and _is_chunk(source, place, order) and count < CHUNKS:
-        if _walker(source.read(place, 16)):
+        if _walker(source.read(place, 16)) or source.read(place, 4) == b"data":
             return place
         length = struct.unpack(order + "I", source.read(place + 4, 4))[0]
         place, count = _behind_chunk(source, place, length, order)[0], count + 1
@@ -507,7 +541,7 @@ def _walk_htk(source: Source, layout: Layout) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- FLAC
 
-FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
+NEXT_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|RIFF....WAVEfmt |OggS\x00\x02\x00{8}", re.DOTALL)
 
 
 def _walk_flac(source: Source, start: int, layout: Layout) -> int:
@@ -517,15 +551,15 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
     while not last and len(block := source.read(place, 4)) == 4:
         last = block[0] >= 128
         place += 4 + int.from_bytes(block[1:], "big")
-    end = _find(source, FLAC_START, place)
+    end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
     layout.streams.append(Stream(((start, sound_end),), frames=frames or None))
     return end
 
 
-def _find(source: Source, pattern: re.Pattern, place: int, *, overlap: int = 8) -> int:
+def _find(source: Source, pattern: re.Pattern, place: int, *, overlap: int = 16) -> int:
     """Return where the pattern is found from place on, or the size of the file."""
-    step = 1 << 20
+    step = WINDOW - overlap
     while place < source.size:
         if match := pattern.search(source.read(place, step + overlap)):
             return place + match.start()
@@ -542,47 +576,83 @@ class _Logical:
 
     codec: str
     spans: list[list[int]]
-    sequence: int
+    sequence: int  # of its last page
+    begun: bool = False  # whether it has more than its first page
     ended: bool = False
     lost: int = 0  # pages
 
 
+OGG_PAGE = re.compile(rb"OggS\x00")
 OGG_CODECS = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC"}
 OGG_OTHERS = {b"Speex   ": "Speex", b"\x80theora": "Theora", b"fishead\0": "", b"BBCD": "Dirac", b"OVP80": "VP8"}
 
 
+@dataclass(frozen=True)
+class _Page:
+    """A page of an Ogg file: bytes from place to after, of which the packets begin at body."""
+
+    place: int
+    body: int
+    after: int
+    flags: int  # 2: the first page of its logical stream, 4: the last
+    serial: bytes
+    sequence: int
+
+
+def _ogg_page(source: Source, place: int) -> _Page | None:
+    """Return the page that begins here, or None where there is none or not all of it."""
+    head = source.read(place, 27 + 255)
+    if head[:5] != b"OggS\0" or len(head) < 27 or len(head) < 27 + head[26]:
+        return None
+    body = place + 27 + head[26]
+    after = body + sum(head[27 : 27 + head[26]])
+    if after > source.size:
+        return None
+    if after < source.size and source.read(after, 4) != b"OggS" and b"OggS\0" in source.read(body, after - body):
+        return None  # it is cut, and another begins before its end
+    return _Page(place, body, after, head[5], head[14:18], int.from_bytes(head[18:22], "little"))
+
+
 def _walk_ogg(source: Source, start: int, layout: Layout) -> int:
     """Each link of a chain is a stream; of a link's streams that run side by side the first of a known codec is one."""
-    links: list[dict[int, _Logical]] = []
-    place, begun, junk, broken = start, False, 0, False
+    links: list[dict[bytes, _Logical]] = []
+    place, broken = start, False
+    damaged = set()  # links with bytes within that are no pages
     while place < source.size:
-        head = source.read(place, 27 + 255)
-        if head[:5] != b"OggS\0":
-            after = _find(source, re.compile(rb"OggS\x00"), place + 1)
-            junk, place = junk + after - place, after
+        page = _ogg_page(source, place)
+        if page is not None:
+            _add_page(source, links, page)
+            place = page.after
             continue
-        segments = head[26] if len(head) >= 27 else 255
-        body = place + 27 + segments
-        after = body + sum(head[27 : 27 + segments])
-        if len(head) < 27 + segments or after > source.size:
-            broken = True
+        following = _find(source, OGG_PAGE, place + 1)
+        if following == source.size:
+            broken = source.read(place, 4) == b"OggS"
             break
-        flags, serial = head[5], head[14:18]
-        sequence = int.from_bytes(head[18:22], "little")
-        if flags & 2:  # the first page of a logical stream
-            if begun or not links or serial in links[-1]:
-                links.append({})
-                begun = False
-            links[-1][serial] = _Logical(_codec(source.read(body, 8)), [[place, after]], sequence)
-        elif links and (logical := links[-1].get(serial)):
-            begun = True
-            _add_page(logical, place, after, sequence)
-        if links and serial in links[-1]:
-            links[-1][serial].ended |= bool(flags & 4)
-        place = after
-    for number, link in enumerate(links):
-        _append_link(link, layout, last=number == len(links) - 1, broken=broken)
-    return source.size if links else start
+        damaged.add(len(links))
+        place = following
+    for number, link in enumerate(links, 1):
+        last = number == len(links)
+        _append_link(link, layout, broken=last and broken, endless=not last and number not in damaged)
+    return (source.size if broken else place) if links else start
+
+
+def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -> None:
+    if page.flags & 2:
+        # First pages come before all others of their link
+        if not links or page.serial in links[-1] or any(logical.begun for logical in links[-1].values()):
+            links.append({})
+        links[-1][page.serial] = _Logical(_codec(source.read(page.body, 8)), [], page.sequence - 1)
+    logical = links[-1].get(page.serial) if links else None
+    if logical is None:
+        return
+    logical.begun |= not page.flags & 2
+    logical.ended |= bool(page.flags & 4)
+    logical.lost += max(0, page.sequence - logical.sequence - 1)
+    logical.sequence = page.sequence
+    if logical.spans and logical.spans[-1][1] == page.place:
+        logical.spans[-1][1] = page.after
+    else:
+        logical.spans.append([page.place, page.after])
 
 
 def _codec(packet: bytes) -> str:
@@ -593,16 +663,8 @@ def _codec(packet: bytes) -> str:
     return "-a stream of an unknown kind"
 
 
-def _add_page(logical: _Logical, place: int, after: int, sequence: int) -> None:
-    logical.lost += max(0, sequence - logical.sequence - 1)
-    logical.sequence = sequence
-    if logical.spans[-1][1] == place:
-        logical.spans[-1][1] = after
-    else:
-        logical.spans.append([place, after])
-
-
-def _append_link(link: dict[int, _Logical], layout: Layout, *, last: bool, broken: bool) -> None:
+def _append_link(link: dict[int, _Logical], layout: Layout, *, broken: bool, endless: bool) -> None:
+    """Add a link of a chain; broken: its last page is incomplete; endless: it may lack the mark of its end."""
     readable = [logical for logical in link.values() if not logical.codec.startswith("-")]
     if not readable:
         others = ", ".join(filter(None, (logical.codec[1:] for logical in link.values())))
@@ -614,9 +676,9 @@ def _append_link(link: dict[int, _Logical], layout: Layout, *, last: bool, broke
     layout.streams.append(
         Stream(
             tuple((a, b) for a, b in first.spans),
-            cut=last and (broken or not first.ended),
+            cut=broken or not (first.ended or endless),
             counted=False,
-            hole=f"{first.lost} pages of Ogg" if 0 < first.lost < 1 << 20 else "",
+            hole=f"pages of Ogg are missing or damaged ({first.lost})" if 0 < first.lost < 1 << 20 else "",
         )
     )
 
@@ -706,9 +768,8 @@ def _walk_mpeg(source: Source, start: int, end: int, layout: Layout) -> int:
             break
         _add_frame(source, runs, place, head, frame, skipped)
         skipped, place = 0, place + frame.length
-    for run in runs:
-        layout.streams.append(_mpeg_stream(source, run))
-    return source.size
+    layout.streams += [_mpeg_stream(run) for run in runs]
+    return runs[-1].spans[-1][1] if runs and runs[-1].spans else end
 
 
 def _add_frame(source: Source, runs: list[_Mpeg], place: int, head: bytes, frame: _Frame, skipped: int) -> None:
@@ -763,7 +824,7 @@ def _first_frame(source: Source, place: int, until: int, end: int) -> int | None
     return None
 
 
-def _mpeg_stream(source: Source, run: _Mpeg) -> Stream:
+def _mpeg_stream(run: _Mpeg) -> Stream:
     samples = _parse_frame(run.first).samples
     claimed, size = _counted(run.info, _parse_frame(run.first))
     sound = tuple((a, b) for a, b in run.spans)
@@ -771,7 +832,8 @@ def _mpeg_stream(source: Source, run: _Mpeg) -> Stream:
     if size and size <= length + len(run.info) + 4096:  # all bytes are there: the count lies
         claimed = min(claimed, run.frames)
     frames = max(run.frames, claimed) * samples
-    hole = f"{run.lost} bytes in the middle, which are no sound," if run.lost > 4096 else ""
+    lost_seconds = run.lost / max(1, length) * run.frames * samples / run.kind[2]
+    hole = f"{run.lost} bytes in the middle are no sound" if lost_seconds > 0.1 else ""
     options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "exact": False}
     if run.kind[1] != 3:
         return Stream(sound, **options)

@@ -16,7 +16,7 @@ import soundfile
 import soxr
 from archives import make_waveform, write_audio
 
-from las_fast import audio
+from las_fast import audio, containers
 from las_fast.audio import load_audio, loudness, open_recording
 from las_fast.errors import InputError, show
 
@@ -186,6 +186,43 @@ def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
     assert "lasts" in refusal(path, start=(claimed + 2**32) / 2 / RATE, seconds=1.0)
 
 
+def test_a_second_data_chunk_is_read(tmp_path):
+    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm()), chunk(b"LIST", b"note"), chunk(b"data", pcm(1.0))))
+    assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
+
+
+def test_bw64_is_read_as_rf64(tmp_path):
+    sizes = chunk(b"ds64", struct.pack("<QQQI", 4 * RATE + 72, 4 * RATE, 2 * RATE, 0))
+    path = put(tmp_path, riff(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"BW64", size=0xFFFFFFFF))
+    assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
+
+
+def test_a_big_endian_wav_of_unknown_length_is_read(tmp_path):
+    data = bytearray(encoded(waveform(2.0), format="WAV", endian="BIG"))
+    whole = load_audio(put(tmp_path, bytes(data)), RATE)
+    place = data.index(b"data") + 4
+    data[place : place + 4] = b"\0" * 4
+    np.testing.assert_array_equal(load_audio(put(tmp_path, bytes(data)), RATE, whole=True), whole)
+
+
+@pytest.mark.parametrize("form, place, size", [("AIFF", b"SSND", ">I"), ("AU", None, ">I"), ("CAF", b"data", ">q"),
+                                               ("W64", b"data\xf3\xac", "<q")])  # fmt: skip
+@pytest.mark.parametrize("unknown", [0, -1])
+def test_other_containers_of_unknown_length_are_read_to_the_end(tmp_path, form, place, size, unknown):
+    data = bytearray(encoded(waveform(2.0), format=form))
+    whole = load_audio(put(tmp_path, bytes(data)), RATE)
+    at = 8 if place is None else data.index(place) + (16 if form == "W64" else 4)
+    data[at : at + struct.calcsize(size)] = struct.pack(size.lower(), unknown)
+    samples, warnings = read(put(tmp_path, bytes(data)))
+    np.testing.assert_array_equal(samples, whole)
+    assert not warnings
+
+
+def test_a_wav_of_2_gib_that_is_cut_off_is_told(tmp_path):
+    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm(), 3 << 30)))
+    assert "is cut off" in read(path)[1][0]
+
+
 def test_an_mp3_in_a_wav_is_read(tmp_path):
     form = chunk(b"fmt ", struct.pack("<HHIIHHH", 0x55, 1, RATE, 4000, 1, 0, 0))
     path = put(tmp_path, riff(form, chunk(b"data", encoded(waveform(2.0), **MP3))))
@@ -232,16 +269,20 @@ def test_lost_pages_of_ogg_are_told(tmp_path):
     data = encoded(waveform(20.0), **OPUS)
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     path = put(tmp_path, b"".join(pages[:4] + pages[6:]))
-    assert "2 pages of Ogg" in read(path)[1][0]
-    assert "2 pages of Ogg" in refusal(path, whole=True)
+    assert "pages of Ogg are missing or damaged (2)" in read(path)[1][0]
+    assert "pages of Ogg are missing or damaged (2)" in refusal(path, whole=True)
 
 
-def test_a_damaged_flac_is_told(tmp_path):
+def test_a_damaged_flac_is_read_on_behind_the_damage(tmp_path):
     data = bytearray(encoded(waveform(5.0), **FLAC))
+    whole = load_audio(put(tmp_path, bytes(data)), RATE)
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
     samples, warnings = read(put(tmp_path, bytes(data)))
-    assert len(samples) > RATE
-    assert "damaged" in warnings[0]
+    assert len(samples) == len(whole)
+    assert 1000 < (samples != whole).sum() < 0.6 * RATE
+    np.testing.assert_array_equal(samples[-RATE:], whole[-RATE:])
+    assert len(warnings) == 1 and "is damaged: 0." in warnings[0]
+    assert "is damaged" in refusal(tmp_path / "x.audio", whole=True)
 
 
 # ------------------------------------------------------------------------------------------------- several streams
@@ -259,6 +300,30 @@ def test_recordings_that_were_joined_are_read_to_the_end(tmp_path, options, coun
     np.testing.assert_array_equal(samples, np.concatenate(alone))
     assert not warnings
     np.testing.assert_array_equal(samples, load_audio(path, RATE, whole=True))
+
+
+def test_a_recording_that_was_joined_to_itself_is_read_twice(tmp_path):
+    for options in (VORBIS, OPUS, MP3, FLAC):
+        data = encoded(waveform(1.0), **options)
+        once = load_audio(put(tmp_path, data), RATE)
+        np.testing.assert_array_equal(load_audio(put(tmp_path, data + data), RATE, whole=True), np.tile(once, 2))
+
+
+@pytest.mark.parametrize("first", [VORBIS, FLAC, MP3, WAV], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("second", [OPUS, FLAC, WAV], ids=lambda o: "-".join(o.values()))
+def test_recordings_of_different_formats_that_were_joined_are_read(tmp_path, first, second):
+    parts = [encoded(waveform(1.0, k), **options) for k, options in enumerate((first, second))]
+    alone = [load_audio(put(tmp_path, part, f"{k}"), RATE) for k, part in enumerate(parts)]
+    path = put(tmp_path, b"".join(parts))
+    np.testing.assert_array_equal(load_audio(path, RATE, whole=True), np.concatenate(alone))
+
+
+def test_a_link_that_is_cut_before_the_next_is_told(tmp_path):
+    first = encoded(waveform(8.0), **OPUS)
+    path = put(tmp_path, first[: len(first) // 2] + encoded(waveform(1.0), **OPUS))
+    samples, warnings = read(path)
+    assert 3.5 * RATE < len(samples) < 5.5 * RATE
+    assert "part 1 of 2" in warnings[0] and "cut off" in warnings[0]
 
 
 def test_joined_streams_may_differ_in_codec_rate_and_channels(tmp_path):
@@ -452,6 +517,13 @@ def test_hum_of_opposite_phase_does_not_count(tmp_path):
     samples, warnings = read(stereo_file(tmp_path, 0.5 * speech + hum, 0.5 * speech - hum))
     np.testing.assert_allclose(samples, 0.5 * speech, atol=1e-4)
     assert not warnings
+
+
+def test_quiet_channels_of_opposite_phase_are_heard(tmp_path):
+    left = waveform(3.0) / 500
+    samples, warnings = read(stereo_file(tmp_path, left, -left, format="WAV", subtype="FLOAT"))
+    np.testing.assert_allclose(samples, left, atol=1e-6)
+    assert any("channels cancel" in sentence for sentence in warnings)
 
 
 @pytest.mark.parametrize("speaking", [0, 2, 5])
@@ -653,6 +725,12 @@ def test_formats_that_ffmpeg_reads_are_refused_with_the_command(tmp_path, suffix
     assert "ffmpeg -i" in refusal(put(tmp_path, FOREIGN[suffix], f"x.{suffix}"))
 
 
+@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"RIFF\0\1\0\0AVI LIST", b"\0\0\0\x20ftypmp42", b"\x1a\x45\xdf\xa3"])
+def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
+    told = refusal(put(tmp_path, magic + bytes(50) + encoded(waveform(2.0), **MP3)))
+    assert "unpack it" in told or "ffmpeg" in told
+
+
 @pytest.mark.parametrize("data, what", [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
                                         (b"<!DOCTYPE html><html>", "web page"),
                                         (bytes(3200), "nothing but zeros")])  # fmt: skip
@@ -737,6 +815,23 @@ def test_a_pipe_is_read_where_temporary_files_cannot_be_made(tmp_path, monkeypat
     writer.start()
     assert len(load_audio(path, RATE)) == 3 * RATE
     writer.join()
+
+
+@pytest.mark.parametrize("calls", [0, 3, 9])
+def test_ctrl_c_while_libsndfile_reads_is_not_lost(tmp_path, monkeypatch, calls, capfd):
+    path = put(tmp_path, b"".join(encoded(waveform(4.0, k), **VORBIS) for k in range(2)))
+    done, readinto = [], containers.View.readinto
+
+    def interrupted(self, buffer):
+        done.append(1)
+        if len(done) > calls:
+            raise KeyboardInterrupt
+        return readinto(self, buffer)
+
+    monkeypatch.setattr(containers.View, "readinto", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_audio(path, RATE)
+    assert capfd.readouterr().err == ""
 
 
 def test_no_descriptor_is_left_open(tmp_path):
