@@ -184,7 +184,7 @@ class Recording:
         try:
             sound = _Sound(source, stream.spans)
         except READ_ERRORS as error:
-            reason = _refusal(source, error)
+            reason = _refusal(source, stream, error)
             if streams == 1:
                 raise InputError(f"{self.name} {reason}") from None
             self._holes.append(f"{self.name}: part {number + 1} of {streams} {reason}")
@@ -207,11 +207,12 @@ class Recording:
             self._holes.append(f"{of} is damaged: {decoded.lost / rate:.2f} s cannot be read ({decoded.error})")
         if decoded.stopped:
             return
-        missing = 0.0
+        missing, empty = 0.0, False
         if stream.frames is not None:
             missing = (stream.frames - decoded.place - stream.padding) / rate
         elif stream.lacking:
             missing = have * stream.lacking / max(1, stream.length)
+            empty = not have
         elif stream.counted and decoded.sound.frames < 1 << 40:
             missing = (decoded.sound.frames - decoded.place) / rate
         if decoded.error and (stream.frames is None or missing > TOLERANCE):
@@ -222,6 +223,8 @@ class Recording:
         elif missing > TOLERANCE:
             whole = f"{have + missing:.2f} s that its header gives"
             self._cut.append(f"{of} is cut off: it holds {have:.2f} of the {whole}")
+        elif empty:
+            self._cut.append(f"{of} is cut off: none of the sound that its header gives is there")
         elif stream.cut:
             self._cut.append(f"{of} is cut off: it ends after {have:.2f} s without the mark of its end")
 
@@ -234,11 +237,10 @@ class Recording:
                 f"{self.name} lasts {self._elapsed:.2f} s; a part of it from {self._start:g}{until} was asked for"
             )
         problems = self._holes + ([] if part else self._cut)
-        if self._whole and problems:
+        if problems and (self._whole or not count):
             raise InputError(f"{problems[0]}; copy it again, repair it or remove it")
         if not count:
-            problem = f" ({problems[0]})" if problems else ""
-            raise InputError(f"{self.name} holds no samples{problem}; remove it or record it again")
+            raise InputError(f"{self.name} holds no samples; remove it or record it again")
         self.warnings += problems
         if self._judge:
             self.warnings += [f"{self.name} {sentence}" for sentence in self._judge.sentences()]
@@ -578,6 +580,7 @@ def _temporary() -> int:
 NO_AUDIO = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
     (b"<!doctype html", "a web page, perhaps an error page of a download; download it again"),
+    (b"id3", "a tag with no sound that is known behind it; copy it again"),
     (b"<html", "a web page, perhaps an error page of a download; download it again"),
     (b"pk\x03\x04", "a zip archive; unpack it"),
     (b"\x1f\x8b", "a gzip archive; unpack it"),
@@ -586,20 +589,23 @@ NO_AUDIO = (
 )
 
 
-def _refusal(source: Source, error: Exception) -> str:
+def _refusal(source: Source, stream: Stream, error: Exception) -> str:
     """Say why the bytes of a file could not be opened as audio, and what to do."""
     if source.error:
         return f"cannot be read ({source.error.strerror})"
     head = source.read(0, 64)
+    ogg = any(magic in source.read(0, 8192) for magic in OGG_CODECS)
+    if not ogg and (what := foreign_format(source)):
+        return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
     for magic, what in NO_AUDIO:
         if head.lower().startswith(magic):
             return f"is {what}"
-    if head[:4] == b"OggS" and any(magic in source.read(0, 8192) for magic in OGG_CODECS):
-        return f"cannot be read as audio ({_reason(error)}): its first pages are damaged; copy it again"
-    if what := foreign_format(source):
-        return f"is {what}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+    if stream.cut:
+        return "is cut off or damaged within its header, before any sound; copy it again"
     if not any(head):
         return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"
+    if ogg and head[:4] == b"OggS":
+        return f"cannot be read as audio ({_reason(error)}): its first pages are damaged; copy it again"
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"fLaC", b"NIST"):
         return (
             f"cannot be read as audio ({_reason(error)}): its header is damaged, or its coding is not known; "
@@ -610,7 +616,8 @@ def _refusal(source: Source, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, soundfile.LibsndfileError):
-        return error.error_string.removeprefix("Error : ").strip().rstrip(".")
+        said = error.error_string.removeprefix("Error : ").strip().rstrip(".")
+        return "no frame can be decoded" if said.startswith("File does not exist") else said  # what mpg123 fails with
     return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
 
 

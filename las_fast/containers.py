@@ -172,7 +172,7 @@ FOREIGN = (
 
 def foreign_format(source: Source) -> str:
     """Return the name of a format of sound or video that is known but not read here, or ""."""
-    head = source.read(0, 1024)
+    head = source.read(_skip_tags(source, 0), 1024)
     for place, magic, what in FOREIGN:
         if head[place:].startswith(magic):
             return what
@@ -259,7 +259,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
     order = ">" if form == b"RIFX" else "<"
     chunks, regular = _chunks(source, start, order, b"data")
     if b"data" not in chunks or b"fmt " not in chunks:
-        layout.streams.append(Stream(((start, source.size),)))
+        layout.streams.append(Stream(((start, source.size),), cut=True))
         return source.size
     place, claimed = chunks[b"data"]
     if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
@@ -338,7 +338,7 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
     sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
     chunks, _ = _chunks(source, start, ">", sound)
     if sound not in chunks:
-        layout.streams.append(Stream(((start, source.size),)))
+        layout.streams.append(Stream(((start, source.size),), cut=True))
         return source.size
     place, claimed = chunks[sound]
     begin = place + 8
@@ -393,7 +393,7 @@ def _walk_caf(source: Source, start: int, layout: Layout) -> int:
         if length < 0 or place > source.size:
             break
         place += 12 + length
-    layout.streams.append(Stream(((start, source.size),)))
+    layout.streams.append(Stream(((start, source.size),), cut=True))
     return source.size
 
 
@@ -435,7 +435,7 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
         if length < 24 or place > source.size:
             break
         place += length + -length % 8
-    layout.streams.append(Stream(((start, source.size),)))
+    layout.streams.append(Stream(((start, source.size),), cut=True))
     return source.size
 
 
@@ -545,16 +545,20 @@ NEXT_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|RIFF....WAVEfmt |OggS\x00\
 
 
 def _walk_flac(source: Source, start: int, layout: Layout) -> int:
-    head = source.read(start, 42)
-    frames = int.from_bytes(head[21:26], "big") & (1 << 36) - 1 if len(head) == 42 else 0
     place, last = start + 4, False
     while not last and len(block := source.read(place, 4)) == 4:
         last = block[0] >= 128
         place += 4 + int.from_bytes(block[1:], "big")
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
-    layout.streams.append(Stream(((start, sound_end),), frames=frames or None))
+    cut = place >= source.size  # within its header
+    layout.streams.append(Stream(((start, sound_end),), frames=_flac_frames(source, start), cut=cut))
     return end
+
+
+def _flac_frames(source: Source, start: int) -> int | None:
+    """Return the number of samples per channel that a FLAC stream claims, if it does."""
+    return int.from_bytes(source.read(start + 21, 5), "big") & (1 << 36) - 1 or None
 
 
 def _find(source: Source, pattern: re.Pattern, place: int, *, overlap: int = 16) -> int:
@@ -632,7 +636,7 @@ def _walk_ogg(source: Source, start: int, layout: Layout) -> int:
         place = following
     for number, link in enumerate(links, 1):
         last = number == len(links)
-        _append_link(link, layout, broken=last and broken, endless=not last and number not in damaged)
+        _append_link(source, link, layout, broken=last and broken, endless=not last and number not in damaged)
     return (source.size if broken else place) if links else start
 
 
@@ -649,10 +653,13 @@ def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -
     logical.ended |= bool(page.flags & 4)
     logical.lost += max(0, page.sequence - logical.sequence - 1)
     logical.sequence = page.sequence
-    if logical.spans and logical.spans[-1][1] == page.place:
+    begin = page.place
+    if logical.codec == "FLAC":  # taken out of its pages, since not every libsndfile has FLAC in Ogg
+        begin = page.body + (9 if page.flags & 2 else 0)
+    if logical.spans and logical.spans[-1][1] == begin:
         logical.spans[-1][1] = page.after
     else:
-        logical.spans.append([page.place, page.after])
+        logical.spans.append([begin, page.after])
 
 
 def _codec(packet: bytes) -> str:
@@ -663,7 +670,9 @@ def _codec(packet: bytes) -> str:
     return "-a stream of an unknown kind"
 
 
-def _append_link(link: dict[int, _Logical], layout: Layout, *, broken: bool, endless: bool) -> None:
+def _append_link(
+    source: Source, link: dict[bytes, _Logical], layout: Layout, *, broken: bool, endless: bool
+) -> None:
     """Add a link of a chain; broken: its last page is incomplete; endless: it may lack the mark of its end."""
     readable = [logical for logical in link.values() if not logical.codec.startswith("-")]
     if not readable:
@@ -676,6 +685,7 @@ def _append_link(link: dict[int, _Logical], layout: Layout, *, broken: bool, end
     layout.streams.append(
         Stream(
             tuple((a, b) for a, b in first.spans),
+            frames=_flac_frames(source, first.spans[0][0]) if first.codec == "FLAC" else None,
             cut=broken or not (first.ended or endless),
             counted=False,
             hole=f"pages of Ogg are missing or damaged ({first.lost})" if 0 < first.lost < 1 << 20 else "",

@@ -369,6 +369,27 @@ def test_the_sound_of_a_video_in_ogg_is_read(tmp_path):
     assert "ffmpeg" in refusal(put(tmp_path, video))
 
 
+def in_ogg(flac: bytes, serial: int = 7) -> bytes:
+    """Return a FLAC stream in pages of Ogg (whose checksums are left out)."""
+    bodies = [b"\x7fFLAC\1\0\0\1" + flac[:42], *(flac[k : k + 20_000] for k in range(42, len(flac), 20_000))]
+    pages = b""
+    for sequence, body in enumerate(bodies):
+        flags = 2 * (sequence == 0) + 4 * (sequence == len(bodies) - 1)
+        segments = [255] * (len(body) // 255) + [len(body) % 255]
+        pages += b"OggS\0" + struct.pack("<BqIII", flags, 0, serial, sequence, 0)
+        pages += bytes([len(segments), *segments]) + body
+    return pages
+
+
+def test_flac_in_ogg_is_read_and_may_be_chained_or_cut(tmp_path):
+    flac = encoded(waveform(3.0), **FLAC)
+    alone = load_audio(put(tmp_path, flac), RATE)
+    np.testing.assert_array_equal(load_audio(put(tmp_path, in_ogg(flac)), RATE, whole=True), alone)
+    chained = load_audio(put(tmp_path, in_ogg(flac) + in_ogg(flac, serial=8)), RATE, whole=True)
+    np.testing.assert_array_equal(chained, np.tile(alone, 2))
+    assert "cut off" in refusal(put(tmp_path, in_ogg(flac)[:40_000]), whole=True)
+
+
 # --------------------------------------------------------------------------------------------------------- FLAC, mp3
 
 
@@ -716,7 +737,9 @@ def test_unreadable_audio_is_named(tmp_path):
 FOREIGN = {
     "m4a": b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000), "webm": b"\x1a\x45\xdf\xa3" + bytes(1000),
     "wma": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(1000), "amr": b"#!AMR\n" + bytes(100),
-    "aac": b"\xff\xf1\x50\x80" + bytes(1000), "avi": b"RIFF\0\1\0\0AVI LIST" + bytes(1000),
+    "aac": b"\xff\xf1\x50\x80" + bytes(1000), "ts": (b"\x47" + bytes(187)) * 9,
+    "tagged.aac": b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + b"\xff\xf1\x50\x80" + bytes(1000),
+    "avi": b"RIFF\0\1\0\0AVI LIST" + bytes(1000),
 }  # fmt: skip
 
 
@@ -736,6 +759,13 @@ def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
                                         (bytes(3200), "nothing but zeros")])  # fmt: skip
 def test_what_is_no_audio_is_recognised(tmp_path, data, what):
     assert what in refusal(put(tmp_path, data, "x.wav"))
+
+
+@pytest.mark.parametrize("form, keep", [("WAV", 30), ("WAV", 44), ("AIFF", 40), ("FLAC", 60), ("OGG", 60), ("CAF", 40),
+                                        ("W64", 60)])  # fmt: skip
+def test_a_recording_that_is_cut_within_its_header_is_told(tmp_path, form, keep):
+    told = refusal(put(tmp_path, encoded(waveform(2.0), format=form)[:keep]))
+    assert "is cut off" in told and "copy it again" in told
 
 
 def test_what_the_system_refuses_is_named(tmp_path):
