@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from las_fast.containers import OGG_CODECS, Source, Stream, View, find_streams, foreign_format
+from las_fast.containers import OGG_CODECS, Layout, Source, Stream, View, find_streams, foreign_format
 from las_fast.errors import InputError, show
 
 RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
@@ -138,7 +138,7 @@ class Recording:
         source = Source(self._descriptor)
         if not source.size:
             raise InputError(f"{self.name} is empty (0 bytes); remove it or record it again")
-        layout = find_streams(source)
+        layout = find_streams(source) if self._seconds is None and not self._start else _known_streams(source)
         self._holes += [f"{self.name} {sentence}" for sentence in layout.unread]
         for number, stream in enumerate(layout.streams):
             if self._wanted() <= 0:
@@ -246,6 +246,20 @@ class Recording:
             self.warnings += [f"{self.name} {sentence}" for sentence in self._judge.sentences()]
 
 
+_layouts: dict[tuple, Layout] = {}  # of the files that parts were read from last
+
+
+def _known_streams(source: Source) -> Layout:
+    """Return find_streams(source), which is remembered: parts of a long recording are read one after another."""
+    status = os.fstat(source.descriptor)
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if key not in _layouts:
+        while len(_layouts) >= 8:
+            del _layouts[next(iter(_layouts))]
+        _layouts[key] = find_streams(source)
+    return _layouts[key]
+
+
 class _Sound(soundfile.SoundFile):
     """A stream as libsndfile decodes it, which soundfile must not wind back after every block."""
 
@@ -322,7 +336,7 @@ class _Decoded:
                 self.stopped = True
                 return
             block, failed = self._next()
-            if not len(block) and self.error and self.stream.exact and self.stream.frames:
+            if not len(block) and self.error and self.stream.resumable and self.stream.frames:
                 block = self._over_damage()
             failures = failures + 1 if failed and not len(block) else 0
             first = min(len(block), max(0, self.skip - self.place))
@@ -334,9 +348,10 @@ class _Decoded:
                 return
 
     def _wind(self) -> None:
-        """Seek to the first sample where the decoder can do that exactly; else it is reached by decoding."""
-        known = self.stream.exact and self.sound.frames < 1 << 40
-        place = min(self.skip, self.sound.frames) if known else 0
+        """Seek to the first sample, or before it where the decoder needs the past; to the start of an unknown length."""
+        known = self.sound.frames < 1 << 40
+        before = round(self.stream.preroll * self.sound.samplerate)
+        place = max(0, min(self.skip, self.sound.frames) - before) if known else 0
         with contextlib.suppress(*READ_ERRORS):
             self.place = self.sound.seek(place)
 

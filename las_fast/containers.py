@@ -18,6 +18,7 @@ from itertools import accumulate
 UNKNOWN = (1 << 31, 1 << 32)  # a recorder that writes to a pipe claims about so many bytes, or none
 NEARLY = 1 << 16  # bytes
 BEHIND = 1 << 16  # bytes behind the sound that may be anything
+PREROLL = 0.5  # seconds, for lossy codecs
 CHUNKS = 10_000  # in a container; more are damage
 WINDOW = 1 << 16  # bytes read at once
 ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # that may hold an mp3 as it is
@@ -97,7 +98,8 @@ class Stream:
     lacking: int = 0  # bytes by which the file is shorter than the header says
     cut: bool = False  # the end is missing, by an unknown amount
     hole: str = ""  # what is missing in the middle
-    exact: bool = True  # the decoder can seek to a sample
+    preroll: float = 0.0  # seconds to decode before a part, until the decoder has what it needs of the past
+    resumable: bool = False  # decoding can go on behind damage
     counted: bool = True  # the decoder knows how many samples it will give
     padding: int = 0  # samples per channel that an mp3 encoder added, and a decoder may take off
 
@@ -552,7 +554,7 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
     cut = place >= source.size  # within its header
-    layout.streams.append(Stream(((start, sound_end),), frames=_flac_frames(source, start), cut=cut))
+    layout.streams.append(Stream(((start, sound_end),), frames=_flac_frames(source, start), cut=cut, resumable=True))
     return end
 
 
@@ -687,7 +689,9 @@ def _append_link(
             tuple((a, b) for a, b in first.spans),
             frames=_flac_frames(source, first.spans[0][0]) if first.codec == "FLAC" else None,
             cut=broken or not (first.ended or endless),
+            preroll=0.0 if first.codec == "FLAC" else PREROLL,
             counted=False,
+            resumable=first.codec == "FLAC",
             hole=f"pages of Ogg are missing or damaged ({first.lost})" if 0 < first.lost < 1 << 20 else "",
         )
     )
@@ -747,6 +751,7 @@ def _parse_frame(head: bytes) -> _Frame | None:
 class _Mpeg:
     """A run of MPEG frames of one kind."""
 
+    start: int
     first: bytes  # header of the first frame
     kind: tuple
     spans: list[list[int]]
@@ -786,9 +791,9 @@ def _add_frame(source: Source, runs: list[_Mpeg], place: int, head: bytes, frame
     counts = _counting_frame(source, place, frame)
     if counts or not runs or frame.kind != runs[-1].kind:
         if counts:
-            runs.append(_Mpeg(head, frame.kind, [], source.read(place, frame.length)))
+            runs.append(_Mpeg(place, head, frame.kind, [], source.read(place, frame.length)))
             return
-        runs.append(_Mpeg(head, frame.kind, []))
+        runs.append(_Mpeg(place, head, frame.kind, []))
     run = runs[-1]
     if run.spans and run.spans[-1][1] == place:
         run.spans[-1][1] = place + frame.length
@@ -844,11 +849,13 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
     frames = max(run.frames, claimed) * samples
     lost_seconds = run.lost / max(1, length) * run.frames * samples / run.kind[2]
     hole = f"{run.lost} bytes in the middle are no sound" if lost_seconds > 0.1 else ""
-    options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "exact": False}
+    options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
     if run.info and claimed == run.frames and abs(size - length - len(run.info)) <= length // 100:
-        return Stream((run.info, *sound), **options, padding=_padding(run))
+        whole = (run.start, sound[0][1]) if sound and run.start + len(run.info) == sound[0][0] else None
+        sound = (whole, *sound[1:]) if whole else (run.info, *sound)
+        return Stream(sound, **options, padding=_padding(run))
     info = _info_frame(run, length)
     return Stream((info, *sound), **options, padding=_padding(run))
 
