@@ -210,6 +210,7 @@ def test_the_columns_of_other_tools_are_known(tmp_path, long):
         ("m.csv", 'path,text\n"long.wav","WELL, ""HI"" "\n'),
         ("m.csv", 'path;text\n long.wav ; "WELL, ""HI"""\n'),
         ("m.csv", ',path,text\n0,long.wav,"WELL, ""HI"""\n'),
+        ("m.csv", 'path|text\nlong.wav|WELL, "HI"\n'),
         ("m.csv", 'path,text,\nlong.wav,"WELL, ""HI""",\n,,\n'),
         ("m.tsv", 'path\ttext\n"long.wav"\t"WELL, ""HI"""\n'),
         ("m.tsv", ' path \ttext\n long.wav \tWELL, "HI"\n\t\n\n'),
@@ -312,6 +313,26 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
     with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
         open_corpus(tmp_path / "make_common_voice")
+
+
+def test_an_empty_split_of_common_voice_is_said_when_it_is_asked_for(tmp_path):
+    make_common_voice(tmp_path)
+    header = (tmp_path / "dev.tsv").read_text().splitlines()[0]
+    (tmp_path / "dev.tsv").write_text(header + "\n")
+    (tmp_path / "test.tsv").write_text(header + "\nx\n")
+    assert len(load(tmp_path)) == 2
+    with pytest.raises(InputError, match="split 'dev' has no recordings"):
+        load(tmp_path, "dev")
+    with pytest.raises(InputError, match="test.tsv line 2 has 1 columns"):
+        load(tmp_path, "test")
+
+
+def test_the_current_folder_may_be_a_split(tmp_path, monkeypatch):
+    data = make_kaldi(tmp_path)
+    monkeypatch.chdir(data / "dev")
+    assert open_corpus(".").root == data
+    monkeypatch.chdir(data / "dev")
+    assert open_corpus("..").splits == ("dev", "train")
 
 
 def test_old_common_voice_names_clips_without_an_ending(tmp_path):

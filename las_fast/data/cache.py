@@ -35,7 +35,7 @@ from las_fast.cli import cores, expand
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
-from las_fast.errors import InputError, show
+from las_fast.errors import InputError
 from las_fast.progress import Progress
 
 VERSION = 2  # raise it when the meaning of the stored frames or of the index changes
@@ -451,7 +451,7 @@ def _wrong_length(u: Utterance, seconds: float) -> str:
     """Say how the length of a recording differs from what the data say, or ""; load_audio judges parts."""
     if u.is_part or not u.seconds:
         return ""
-    held = f"{show(u.path)} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
+    held = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
     if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
         return f"{held}; copy it again or correct that"
     if seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):

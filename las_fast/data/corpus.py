@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -109,6 +110,7 @@ class Corpus:
         return f"{self.root} has no split {part!r}; it has {there}; {remedy}"
 
 
+@lru_cache(maxsize=1024)
 def role_of(split: str) -> str | None:
     """Return which role (train, dev, test) a split's name speaks of, or None."""
     plain = _plain(split)

@@ -52,6 +52,8 @@ def open_corpus(root: str | Path) -> Corpus:
     when the root is missing or empty, or when nothing or more than one thing is found.
     """
     root = expand(root)
+    if root.name in ("", ".."):  # its name and its parent matter
+        root = Path(os.path.abspath(root))
     try:
         root.stat()
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
 from las_fast.data.files import files, subfolders
-from las_fast.data.hw4p2 import peek_shape
+from las_fast.data.hw4p2 import PEEK, peek_shape
 from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
 from las_fast.errors import InputError
 
@@ -138,25 +139,69 @@ def open_manifest(path: Path) -> Corpus:
 
 
 def open_tables(root: Path, tables: list[Table]) -> Corpus:
-    """Return the corpus of the manifests that find_tables gave for a root; InputError naming the first mistake."""
-    splits: dict[str, list[Utterance]] = {}
-    for entry in _entries(tables):
-        splits.setdefault(entry.split or "all", []).append(entry.utterance)
-    names = ", ".join(table.path.name for table in tables)
-    kinds = {u.path.suffix.lower() == ".npy" for utterances in splits.values() for u in utterances}
-    if len(kinds) != 1:
-        raise InputError(f"{tables[0].path} names both audio and .npy files; make a manifest of each")
-    is_features = kinds.pop()
+    """Return the corpus of the manifests that find_tables gave for a root; InputError naming the first mistake.
+
+    A manifest that is all of one split is read when that is asked for.
+    """
+    if len(tables) > 1 and not any("split" in _claims(tuple(columns(table.path))) for table in tables):
+        listings = {_plain_split(table.split): lru_cache(maxsize=1)(partial(_of_one_split, table)) for table in tables}
+        first = _first(listings.values())
+    else:
+        splits = _splits(tables)
+        listings = {split: partial(list, utterances) for split, utterances in splits.items()}
+        first = [u for utterances in splits.values() for u in utterances]
+    if not first:
+        raise InputError(f"{tables[0].path} names no recordings; expected a line for each")
+    is_features = _are_features(tables[0].path, first)
     return Corpus(
-        name="Common Voice" if len(tables) > 1 and _is_common_voice(tables[0].path) else f"manifest {names}",
+        name="Common Voice" if len(tables) > 1 and _is_common_voice(tables[0].path) else _name(tables),
         root=tables[0].path if len(tables) == 1 else root,
         kind="features" if is_features else "audio",
-        listings={split: partial(list, utterances) for split, utterances in splits.items()},
-        roles=assign_roles(splits) if set(splits) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
-        feature_size=_frame_size(tables[0].path, splits) if is_features else None,
+        listings=listings,
+        roles=assign_roles(listings) if set(listings) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
+        feature_size=_frame_size(tables[0].path, first) if is_features else None,
         texts=f"a column 'transcript' (or {', '.join(NAMES['transcript'][1:])})",
         naming="name some lines so in a column 'split'",
     )
+
+
+def _first(listings: Iterable[Callable[[], list[Utterance]]]) -> list[Utterance]:
+    """Return utterances of the first split that has any; a mistake in one only counts where all have one."""
+    problem = None
+    for listing in listings:
+        try:
+            if utterances := listing():
+                return utterances[:PEEK]
+        except InputError as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    return []
+
+
+def _name(tables: list[Table]) -> str:
+    return f"manifest {', '.join(table.path.name for table in tables)}"
+
+
+def _are_features(path: Path, utterances: list[Utterance]) -> bool:
+    kinds = {u.path.suffix.lower() == ".npy" for u in utterances}
+    if len(kinds) > 1:
+        raise InputError(f"{path} names both audio and .npy files; make a manifest of each")
+    return kinds.pop()
+
+
+def _of_one_split(table: Table) -> list[Utterance]:
+    utterances = [entry.utterance for entry in _entries([table])]
+    if utterances:
+        _are_features(table.path, utterances)
+    return utterances
+
+
+def _splits(tables: list[Table]) -> dict[str, list[Utterance]]:
+    splits: dict[str, list[Utterance]] = {}
+    for entry in _entries(tables):
+        splits.setdefault(entry.split or "all", []).append(entry.utterance)
+    return splits
 
 
 def further_columns(path: Path) -> dict[str, dict]:
@@ -180,7 +225,7 @@ def _lines(table: Table) -> list[Entry]:
     path = table.path
     rows = list(read_rows(path))
     if not rows:
-        raise InputError(f"{path} names no recordings; expected a line for each")
+        return []
     if path.suffix.lower() in (".tsv", ".csv") and "path" not in _claims(tuple(rows[0][1])):
         raise InputError(
             f"{path} must begin with a header line that has a column 'path' (or {', '.join(NAMES['path'][1:6])}); "
@@ -189,9 +234,10 @@ def _lines(table: Table) -> list[Entry]:
     _check_columns(path, rows)
     folder = path.parent / CLIPS if _is_common_voice(path) else path.parent
     entries = [_entry(table, folder, line, row) for line, row in rows]
-    inside = [_split_above(entry.utterance.path, path.parent) for entry in entries]
-    if path.stem == "metadata" and None not in inside and all(entry.split is None for entry in entries):
-        return [replace(entry, split=split) for entry, split in zip(entries, inside, strict=True)]
+    if path.stem == "metadata" and all(entry.split is None for entry in entries):  # of an audio folder
+        inside = [_split_above(entry.utterance.path, path.parent) for entry in entries]
+        if None not in inside:
+            return [replace(entry, split=split) for entry, split in zip(entries, inside, strict=True)]
     return entries
 
 
@@ -260,8 +306,11 @@ def _entry(table: Table, folder: Path, line: int, row: dict) -> Entry:
         start=start or 0.0,
         is_part=start is not None,
     )
-    split = found["split"] or table.split
-    return Entry(utterance, split.casefold() if split and role_of(split) else split, row, bool(found["id"]))
+    return Entry(utterance, _plain_split(found["split"] or table.split), row, bool(found["id"]))
+
+
+def _plain_split(split: str | None) -> str | None:
+    return split.casefold() if split and role_of(split) else split
 
 
 def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> str | None:
@@ -384,10 +433,9 @@ def _by_start(name: str, group: list[Utterance]) -> list[str]:
     return [f"{name}-{u.start:.3f}" if u.is_part else name for u in group]
 
 
-def _frame_size(path: Path, splits: dict[str, list[Utterance]]) -> int:
-    for utterances in splits.values():
-        for utterance in utterances[:8]:
-            shape = peek_shape(utterance.path)
-            if shape is not None and len(shape) == 2:
-                return shape[1]
+def _frame_size(path: Path, utterances: list[Utterance]) -> int:
+    for utterance in utterances[:PEEK]:
+        shape = peek_shape(utterance.path)
+        if shape is not None and len(shape) == 2:
+            return shape[1]
     raise InputError(f"{path}: none of its first .npy files is a readable array (frames, features); check the paths")
