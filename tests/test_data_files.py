@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +176,30 @@ def test_a_link_to_an_archive_is_no_second_archive(tmp_path):
     archive = make_archive(tmp_path, "F23")
     (tmp_path / "newest").symlink_to(archive)
     assert len(open_corpus(tmp_path).utterances("dev-clean")) == 4
+
+
+def test_names_in_texts_are_found_where_the_system_does_not_speak_utf8(tmp_path):
+    make_librispeech(tmp_path / "speech", utterances=1, splits=("dev-clean",))
+    for path in (tmp_path / "speech").rglob("*-0000.flac"):
+        path.rename(path.with_name(path.name.replace("-0000", "-한")))
+    for path in (tmp_path / "speech").rglob("*.trans.txt"):
+        path.write_text(path.read_text().replace("-0000", "-한"), encoding="utf-8")
+    make_kaldi(tmp_path)
+    shutil.copytree(tmp_path / "wav", tmp_path / "한")
+    scp = tmp_path / "data" / "dev" / "wav.scp"
+    scp.write_text(scp.read_text().replace("wav/", "한/"), encoding="utf-8")
+    (tmp_path / "m.tsv").write_text("path\n한/dev0.wav\n", encoding="utf-8")
+    code = (
+        "import sys; from pathlib import Path; from las_fast.data import kaldi, librispeech, manifest; "
+        "found = manifest.open_manifest(Path('m.tsv')).utterances('all') + kaldi.open_kaldi(Path('data'))"
+        ".utterances('dev') + librispeech.open_librispeech(Path('speech/LibriSpeech')).utterances('dev-clean'); "
+        "print(sys.getfilesystemencoding(), [u.path.exists() for u in found], [bool(u.transcript) for u in found])"
+    )
+    environment = os.environ | {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1]),
+    }  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert out.stdout.strip() == f"ascii {[True] * 7} {[False] + [True] * 6}", out.stderr
 
 
 def test_names_that_are_not_utf8_and_long_ones_are_read(tmp_path):

@@ -453,6 +453,9 @@ def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, sai
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=said):
         open_corpus(tmp_path)
+    (tmp_path / "metadata.csv").write_text("LJ001|Printing|Printing\n")
+    with pytest.raises(InputError, match=r"metadata.csv has no column 'path' \(or audio, "):
+        open_corpus(tmp_path)
 
 
 def test_a_split_without_transcripts_says_where_they_are_looked_for(tmp_path):

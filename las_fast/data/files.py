@@ -57,6 +57,11 @@ def at_depth(folder: Path, depth: int) -> Iterator[Path]:
             yield from at_depth(path, depth - 1)
 
 
+def system_name(text: str) -> str:
+    """Return a file's name that a text holds as the system's functions take it, also where that is not UTF-8."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def read_lines(path: Path) -> Iterator[str]:
     r"""Yield the lines of a text file without their ends; a .gz is unpacked on the way.
 

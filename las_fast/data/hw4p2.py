@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.files import files, read_lines, subfolders
+from las_fast.data.files import files, read_lines, subfolders, system_name
 from las_fast.data.symbols import join_symbols
 from las_fast.errors import InputError
 
@@ -185,7 +185,7 @@ def _test_order(path: Path, names: list[str]) -> list[str]:
         raise InputError(f"{path} is not a CSV file ({error}); copy it again") from None
     if not rows or "file" not in rows[0]:
         raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
-    order = [Path((row["file"] or "").strip()).name.removesuffix(".npy") for row in rows]
+    order = [Path(system_name((row["file"] or "").strip())).name.removesuffix(".npy") for row in rows]
     if len(set(order)) != len(order):
         twice = next(name for i, name in enumerate(order) if name in order[:i])
         raise InputError(f"{path} names {twice!r} twice; each recording has one row")

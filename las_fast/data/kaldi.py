@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
-from las_fast.data.files import read_lines, subfolders
+from las_fast.data.files import read_lines, subfolders, system_name
 from las_fast.errors import InputError
 
 LAYOUT = "[data/][SPLIT/]wav.scp with text and segments (Kaldi)"
@@ -81,12 +81,15 @@ def _recordings(path: Path) -> dict[str, Utterance]:
     """Return the recordings of a wav.scp by id, as utterances without a transcript."""
     lines = [(name, file, _problem(path, number, name, file)) for number, name, file in read_table(path)]
     base = _base(path.parent, next((file for _, file, problem in lines if not problem), ""))
-    return {name: Utterance(name, base / file, None, problem=problem) for name, file, problem in lines}
+    return {name: Utterance(name, base / system_name(file), None, problem=problem) for name, file, problem in lines}
 
 
 def _base(folder: Path, file: str) -> Path:
     """Return what relative paths are relative to: the folder that Kaldi's scripts were run in, often data's parent."""
-    return next((base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / file).exists()), folder)
+    return next(
+        (base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / system_name(file)).exists()),
+        folder,
+    )
 
 
 def _problem(path: Path, number: int, name: str, file: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.files import at_depth, listed, read_lines, subfolders
+from las_fast.data.files import at_depth, listed, read_lines, subfolders, system_name
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
@@ -80,4 +80,4 @@ def _list_split(split: Path) -> list[Utterance]:
 def read_transcripts(path: Path) -> list[tuple[str, str]]:
     """Return (id, text) of each line of a *.trans.txt; any white space parts the id from the text."""
     words = (line.split(maxsplit=1) for line in read_lines(path))
-    return [(name, text[0].strip() if text else "") for name, *text in filter(None, words)]
+    return [(system_name(name), text[0].strip() if text else "") for name, *text in filter(None, words)]

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
-from las_fast.data.files import files, subfolders
+from las_fast.data.files import files, subfolders, system_name
 from las_fast.data.hw4p2 import PEEK, peek_shape
 from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
 from las_fast.errors import InputError
@@ -346,6 +346,7 @@ def _locate(path: Path, line: int, text: str, folder: Path) -> Path:
         raise InputError(f"{path} line {line}: {text} is an address; download the recording and name its file")
     if os.name == "posix" and re.match(r"[A-Za-z]:[\\/]", text):
         raise InputError(f"{path} line {line}: {text} is a path of Windows; write it relative to the manifest")
+    text = system_name(text)
     file = folder / os.path.expanduser(text)  # an absolute path stays as it is
     if "\\" in text and not os.path.lexists(file):
         file = folder / text.replace("\\", "/")
