@@ -23,7 +23,7 @@ from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import divided_recordings, load_dataset, open_corpus, shared_recordings
 from las_fast.data.manifest import further_columns, split_of
-from las_fast.errors import InputError
+from las_fast.errors import InputError, show
 from las_fast.features import compute_features
 from las_fast.lm import read_texts
 
@@ -111,10 +111,10 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
         ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
-        ({"channel": 1}, "column 'channel' names channels.*a file of its own"),
-        ({"stop": 16000}, "column 'stop' is not known"),
-        ({"start_frame": 5}, "column 'start_frame' is not known"),
-        ({"from": 5}, "column 'from' is not known"),
+        ({"channel": 1}, "column 'channel' names channels \\(1\\).*a file of its own"),
+        ({"stop": 16000}, "column 'stop' \\(16000\\) is not known"),
+        ({"start_frame": 5}, "column 'start_frame' \\(5\\) is not known"),
+        ({"from": 5}, "column 'from' \\(5\\) is not known"),
     ],
 )
 def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, columns, said):
@@ -241,6 +241,16 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path, name, text, said):
     with pytest.raises(InputError, match=f"{name}.* {said}") as error:
         load(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row", ['"\\ud800"', '{"path": "\\ud800"}', '{"path": "a", "lang": "\\ud800"}\n{"path": "a", "lang": "b"}']
+)
+def test_an_error_on_half_a_character_can_be_printed(tmp_path, row):
+    (tmp_path / "m.jsonl").write_text(row)
+    with pytest.raises(InputError) as error:
+        open_corpus(tmp_path)
+    assert show(str(error.value)).encode()
 
 
 def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, monkeypatch):

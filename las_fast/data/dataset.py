@@ -22,7 +22,7 @@ from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.files import listed, subfolders
 from las_fast.data.symbols import are_phonemes
-from las_fast.errors import InputError
+from las_fast.errors import InputError, show
 from las_fast.features import add_deltas, check_settings
 from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
@@ -430,7 +430,7 @@ def _report(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset) -> 
         total = len(dataset) + len(skipped)
         print(f"{'+'.join(splits)}: left out {len(skipped)} of {total} utterances", file=sys.stderr)
         for name, reason in skipped[:LISTED]:
-            print(f"  {name}: {reason}", file=sys.stderr)
+            print(f"  {show(name)}: {show(reason)}", file=sys.stderr)
         if len(skipped) > LISTED:
             print(f"  and {len(skipped) - LISTED} more", file=sys.stderr)
     if not len(dataset):

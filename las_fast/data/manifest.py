@@ -252,26 +252,32 @@ def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
     values: dict[str, set] = {}
     for _, row in rows:
         for name, value in row.items():
-            if value is not None and str(value).strip():
+            if _problem(name) and value is not None and str(value).strip():
                 values.setdefault(name, set()).add(str(value).strip())
     for name, found in values.items():
-        plain = normal(name)
-        if plain in SELECTING and len(found) > 1:
+        if normal(name) not in SELECTING or len(found) > 1:
             some = ", ".join(sorted(found)[:3])
-            raise InputError(
-                f"{path}: column {name!r} has different values ({some}), and lines are not chosen by them; "
-                "remove the column, and the lines that are not meant"
-            )
-        if "channel" in plain.split("_"):
-            raise InputError(
-                f"{path}: column {name!r} names channels, but all channels of a recording are averaged; write the "
-                "channel that is meant to a file of its own (sox in.wav out.wav remix 1), or remove the column"
-            )
-        if plain in ("from", "to") or (CHANGING & set(plain.split("_")) and not _claims((name,))):
-            raise InputError(
-                f"{path}: column {name!r} is not known, and may say which part of a recording is meant; give the part "
-                "in seconds in columns 'start' and 'end', or remove the column"
-            )
+            raise InputError(f"{path}: column {name!r} {_problem(name).format(some)}, or remove the column")
+
+
+@lru_cache(maxsize=1024)
+def _problem(name: str) -> str:
+    """Return why values of a column that is not known matter and what to do, or ""; "{}" is some of them."""
+    plain = normal(name)
+    words = plain.split("_")
+    if plain in SELECTING:
+        return "has different values ({}), and lines are not chosen by them; remove the lines that are not meant"
+    if "channel" in words:
+        return (
+            "names channels ({}), but all channels of a recording are averaged; write the channel that is meant to a "
+            "file of its own (sox in.wav out.wav remix 1)"
+        )
+    if plain in ("from", "to") or (CHANGING.intersection(words) and not _claims((name,))):
+        return (
+            "({}) is not known, and may say which part of a recording is meant; give that in seconds in columns "
+            "'start' and 'end'"
+        )
+    return ""
 
 
 @lru_cache(maxsize=256)
