@@ -78,8 +78,10 @@ def test_hidden_files_are_no_text_for_a_language_model(tmp_path):
 
 
 def test_what_is_hidden():
-    assert all(map(is_hidden, (".x", "._a.flac", "__MACOSX", "THUMBS.DB", "Desktop.ini", "@eaDir", "lost+found")))
-    assert not any(map(is_hidden, ("x", "a.b", "_x.wav", "~x.wav", "x~", "@x", "found")))
+    hidden = (".x", "._a.flac", "~$table.csv", "__MACOSX", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r", "@eaDir",
+              "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # fmt: skip
+    assert all(map(is_hidden, hidden))
+    assert not any(map(is_hidden, ("x", "a.b", "_x.wav", "~x.wav", "x~", "@x", "found", "$x")))
 
 
 def test_suffixes_count_in_upper_case(tmp_path):

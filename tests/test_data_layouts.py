@@ -21,6 +21,7 @@ from archives import (
 from las_fast.audio import load_audio
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.cache import open_cache
+from las_fast.data.corpus import assign_roles
 from las_fast.data.dataset import divided_recordings, load_dataset, open_corpus, shared_recordings
 from las_fast.data.manifest import further_columns, split_of
 from las_fast.errors import InputError, show
@@ -272,6 +273,26 @@ def test_splits_have_many_names(tmp_path, long, name):
         corpus.resolve("test")
 
 
+def test_roles_that_no_split_plays_are_left_out():
+    assert assign_roles(("dev-other", "x")) == {"dev": ("dev-other",)}
+    assert assign_roles(("dev-a", "dev-b", "train-a", "train-b")) == {"train": ("train-a", "train-b")}
+    assert assign_roles(("train", "train-b", "test_clean")) == {"train": ("train",), "test": ("test_clean",)}
+    assert assign_roles(("eval", "dev", "val")) == {"dev": ("dev",)}
+
+
+def test_hours_of_librispeech_name_its_folders(tmp_path):
+    splits = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean")
+    corpus = open_corpus(make_librispeech(tmp_path, utterances=1, splits=splits))
+    assert corpus.resolve("960") == corpus.resolve("train-960") == splits[:3]
+    assert corpus.resolve("460") == splits[:2] and corpus.resolve("500") == splits[2:3]
+
+
+def test_of_splits_that_differ_in_case_the_first_is_meant(tmp_path, long):
+    rows = [{"id": i, "path": "long.wav", "split": s} for i, s in enumerate(("Mine", "MINE"))]
+    corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
+    assert (corpus.resolve("mine"), corpus.resolve("MINE")) == (("Mine",), ("MINE",))
+
+
 def test_a_split_named_twice_is_read_once(tmp_path, long):
     rows = [{"id": i, "path": "long.wav", "split": s, "text": "HI"} for i, s in enumerate(("train", "dev"))]
     manifest = write_table(tmp_path / "m.tsv", rows)
@@ -434,6 +455,12 @@ def test_audio_folders_are_recognised_with_their_splits(tmp_path, suffix, folder
         corpus = open_corpus(place)
         assert corpus.splits == ("train", "validation") and corpus.resolve("dev") == ("validation",)
     assert load(tmp_path).ids == ["train-0", "train-1"]
+
+
+def test_the_folders_of_an_audio_folder_may_be_capital(tmp_path):
+    root = make_audio_folder(tmp_path, splits=("Train", "Val"))
+    assert open_corpus(root).roles == {"train": ("train",), "dev": ("val",)}
+    assert load(root, "Val").ids == ["Val-0", "Val-1"]
 
 
 def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path):

@@ -94,8 +94,7 @@ class Corpus:
 
     def _of_hours(self, part: str) -> tuple[str, ...]:
         hours = part.removeprefix("train-").removeprefix("clean-")
-        train = [name for name in self.listings if name.startswith("train-")]
-        named = {re.sub(r"^train-(clean|other)-", "", name): name for name in train}
+        named = {re.sub(r"^train-(clean|other)-", "", name): name for name in self.listings}
         wanted = UNIONS.get(hours, (hours,))
         if not part or any(h not in named for h in wanted):
             raise InputError(self._missing(part))
@@ -116,7 +115,7 @@ def role_of(split: str) -> str | None:
     plain = _plain(split)
     if plain.startswith("train"):
         return "train"
-    first = re.split(r"-|\d", plain, maxsplit=1)[0]
+    first = re.match(r"[^-\d]*", plain)[0]
     return next((role for role, names in ROLES.items() if first in names), None)
 
 

@@ -19,7 +19,7 @@ from las_fast.cli import expand
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
-from las_fast.data.corpus import Corpus, Utterance
+from las_fast.data.corpus import Corpus, Utterance, role_of
 from las_fast.data.files import listed, subfolders
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
@@ -115,14 +115,13 @@ def _open_file(path: Path) -> Corpus:
 
 def _no_root(root: Path, error: Exception) -> str:
     """Say why a root cannot be opened; one that names a split of the data beside it is common."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+    if role_of(root.name) and isinstance(error, (FileNotFoundError, NotADirectoryError)):
         with suppress(InputError):
-            corpus = open_corpus(root.parent) if root.parent.exists() else None
-            if corpus and (splits := corpus.resolve(root.name)):
-                return (
-                    f"{root} does not exist, but {root.parent} has a split {'+'.join(splits)}; give {root.parent}, and "
-                    "the split with --split (in training --data.train and --data.dev)"
-                )
+            splits = "+".join(open_corpus(root.parent).resolve(root.name))
+            return (
+                f"{root} does not exist, but {root.parent} has a split {splits}; give {root.parent}, and the split "
+                "with --split (in training --data.train and --data.dev)"
+            )
     what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error})"
     return f"{root} {what}; give the folder that holds the data"
 
