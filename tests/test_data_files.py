@@ -78,8 +78,8 @@ def test_hidden_files_are_no_text_for_a_language_model(tmp_path):
 
 
 def test_what_is_hidden():
-    hidden = (".x", "._a.flac", "~$table.csv", "__MACOSX", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r", "@eaDir",
-              "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # fmt: skip
+    hidden = (".x", "._a.flac", "~$table.csv", "__MACOSX", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r",
+              "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # fmt: skip
     assert all(map(is_hidden, hidden))
     assert not any(map(is_hidden, ("x", "a.b", "_x.wav", "~x.wav", "x~", "@x", "found", "$x")))
 

@@ -380,6 +380,7 @@ def test_kaldi_folders_are_recognised_from_each_of_their_folders(tmp_path):
     for place in (tmp_path, data, data / "train", data / "train" / "wav.scp"):
         corpus = open_corpus(place)
         assert (corpus.name, corpus.root, corpus.splits) == ("Kaldi", data, ("dev", "train"))
+        assert (corpus.header, corpus.numbered, corpus.transposed) == (("id", "label"), False, False)
     dataset = load(tmp_path)
     assert dataset.ids == ["train0-0", "train0-1", "train1-0", "train1-1"] and all(dataset.texts)
     samples = load_audio(tmp_path / "wav" / "train1.wav", RATE)
