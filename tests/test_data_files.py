@@ -28,7 +28,7 @@ from las_fast.data.hw4p2 import read_transcript
 from las_fast.errors import InputError
 from las_fast.lm import read_texts
 
-CLUTTER = (".DS_Store", "._{}", "Thumbs.db", "desktop.ini", "~${}")
+CLUTTER = (".DS_Store", "._{}", "Thumbs.db", "desktop.ini", "~${}", "readme.md")
 CLUTTER_FOLDERS = ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found", "$RECYCLE.BIN")
 LAYOUTS = {
     "archive": lambda root: make_archive(root, "F23"),
@@ -93,6 +93,11 @@ def test_suffixes_count_in_upper_case(tmp_path):
     assert [len(open_corpus(root).utterances("dev-clean")) for root in (archive, speech)] == before
     utterance = open_corpus(speech).utterances("dev-clean")[0]
     assert utterance.transcript and utterance.path.exists()
+    test = speech / "LibriSpeech" / "test-clean"
+    shutil.copytree(
+        speech / "LibriSpeech" / "dev-clean", test, ignore=lambda _, names: [n for n in names if "TXT" in n]
+    )
+    assert open_corpus(speech).splits == ("dev-clean", "test-clean")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +114,10 @@ def test_suffixes_count_in_upper_case(tmp_path):
 def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, block):
     monkeypatch.setattr(files_module, "BLOCK", block)
     (tmp_path / "x.txt").write_bytes(data)
-    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(data))
-    assert list(read_lines(tmp_path / "x.txt")) == list(read_lines(tmp_path / "x.txt.gz")) == lines
+    for name in ("x.txt.gz", "X.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(data))
+        assert list(read_lines(tmp_path / name)) == lines
+    assert list(read_lines(tmp_path / "x.txt")) == lines
 
 
 @pytest.mark.parametrize(
@@ -126,6 +133,13 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path, monkeypatch, data, sai
     with pytest.raises(InputError, match=f"{name} {said}") as error:
         list(read_texts(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_that_cannot_be_read_says_why(tmp_path):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
+    for name, why in (("cut.gz", "Compressed file ended"), ("gone", "No such file"), ("", "Is a directory")):
+        with pytest.raises(InputError, match=rf"cannot be read \({why}"):
+            list(read_lines(tmp_path / name))
 
 
 @pytest.mark.parametrize("form", ["bom", "crlf", "cr", "utf-16"])

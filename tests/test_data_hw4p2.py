@@ -181,12 +181,17 @@ def test_transcripts_of_every_kind_are_read(tmp_path, array):
         (np.array(["C", "A", "F", "e\u0301"]), "CAFe\u0301"),
         (np.array(["I", "O"]), "IO"),  # no other way to tell them from letters
         (np.array(["<sos>", "<eos>"]), ""),
-        (np.array(["AH", "EH"]), "AH EH"),
+        (np.array("A  B"), "A  B"),
         (np.array(["UH", "HER"]), "UH HER"),
     ],
 )
 def test_words_are_joined_with_spaces_and_letters_are_not(tmp_path, array, text):
     assert read_transcript(save(tmp_path / "t.npy", array)) == text
+
+
+@pytest.mark.parametrize("word", ["AH", "AW", "AY", "EH", "EL", "EM", "EN", "ER", "OW", "OY", "SH", "SP", "UH"])
+def test_a_phoneme_that_is_a_word_may_be_alone(tmp_path, word):
+    assert read_transcript(save(tmp_path / "t.npy", np.array([word, word]))) == f"{word} {word}"
 
 
 @pytest.mark.parametrize(
@@ -241,6 +246,13 @@ def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "data", check=True)
     dataset = load(open_corpus(tmp_path / "data" / "new"), "dev")
     assert dataset.texts == ["HELLO THERE"] * 2 and dataset.frames.tolist() == [20, 21]
+
+
+def test_an_older_archive_is_known_by_any_version_of_its_files(tmp_path):
+    with (tmp_path / "train.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.array([None, "x"]), version=(2, 0))
+    with pytest.raises(InputError, match="before 2022"):
+        open_corpus(tmp_path)
 
 
 def test_numeric_arrays_beside_each_other_are_no_older_archive(tmp_path):

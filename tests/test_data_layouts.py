@@ -114,6 +114,11 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
         ({"channel": 1}, "column 'channel' names channels \\(1\\).*a file of its own"),
         ({"stop": 16000}, "column 'stop' \\(16000\\) is not known"),
+        ({"end_frame": 5}, "column 'end_frame' \\(5\\) is not known"),
+        ({"begin_sample": 5}, "column 'begin_sample' \\(5\\) is not known"),
+        ({"frame_offset": 5}, "column 'frame_offset' \\(5\\) is not known"),
+        ({"onset": 5}, "column 'onset' \\(5\\) is not known"),
+        ({"to": 5}, "column 'to' \\(5\\) is not known"),
         ({"start_frame": 5}, "column 'start_frame' \\(5\\) is not known"),
         ({"from": 5}, "column 'from' \\(5\\) is not known"),
     ],
@@ -123,7 +128,26 @@ def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, 
         open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **columns, "text": "HI"}]))
 
 
-@pytest.mark.parametrize("column", ["lang", "take", "use", "subset"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        "lang",
+        "Lang",
+        "language",
+        "locale",
+        "subset",
+        "partition",
+        "fold",
+        "take",
+        "use",
+        "keep",
+        "skip",
+        "ignore",
+        "include",
+        "exclude",
+        "discard",
+    ],
+)
 def test_columns_that_choose_lines_are_refused_where_they_differ(tmp_path, long, column):
     rows = [{"id": i, "path": "long.wav", column: value, "text": "HI"} for i, value in enumerate("ab")]
     with pytest.raises(InputError, match=rf"column '{column}' has different values \(a, b\)"):
@@ -195,14 +219,41 @@ def test_lines_without_ids_get_distinct_ones(tmp_path, long):
     assert load(manifest).ids == ids
 
 
-def test_the_columns_of_other_tools_are_known(tmp_path, long):
-    known = "path sentence, wav_filename transcript, file_name transcription, Audio TEXT, wav wrd, audio_filepath text"
-    for names in map(str.split, known.split(",")):
-        row = dict(zip(names, ("long.wav", "HELLO"), strict=True)) | {"wav_filesize": 96044}
-        for suffix in (".csv", ".tsv", ".jsonl"):
-            (u,) = open_corpus(write_table(tmp_path / f"m{suffix}", [row])).utterances("all")
-            assert (u.id, u.path, u.transcript) == ("long", long, "HELLO")
-            (tmp_path / f"m{suffix}").unlink()
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_the_columns_of_other_tools_are_known(tmp_path, long, suffix):
+    paths = [
+        "path",
+        "audio",
+        "audio_filepath",
+        "audio_path",
+        "audio_file",
+        "file_name",
+        "filename",
+        "wav_filename",
+        "wav",
+        "Path",
+        "AUDIO",
+    ]
+    texts = ["transcript", "text", "sentence", "transcription", "wrd", "Text"]
+    ids = ["id", "utt_id", "utterance_id", "ID"]
+    for i, path in enumerate(paths):
+        row = {path: "long.wav", texts[i % len(texts)]: "HELLO", ids[i % len(ids)]: "x", "wav_filesize": 96044}
+        (u,) = open_corpus(write_table(tmp_path / f"m{suffix}", [row])).utterances("all")
+        assert (u.id, u.path, u.transcript) == ("x", long, "HELLO")
+
+
+def test_of_several_columns_the_usual_one_counts_and_blanks_do_not(tmp_path, long):
+    rows = [{"text": "B", "transcript": "A", "path": "long.wav"}, {"text": "B", "transcript": " ", "path": "long.wav"}]
+    texts = [u.transcript for u in open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")]
+    assert texts == ["A", "B"]
+
+
+@pytest.mark.parametrize("rate", ["sample_rate", "sampling_rate", "samplerate"])
+def test_a_count_of_samples_is_a_duration(tmp_path, long, rate):
+    rows = [{"path": "long.wav", "num_samples": 6000, rate: 2000}, {"path": "long.wav", "n_samples": "48000"},
+            {"path": "long.wav", "num_samples": None}, {"path": "gone.wav", "num_samples": 5}]  # fmt: skip
+    seconds = [u.seconds for u in open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")]
+    assert seconds == [3.0, 3.0, None, None]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +263,7 @@ def test_the_columns_of_other_tools_are_known(tmp_path, long):
         ("m.csv", 'path;text\n long.wav ; "WELL, ""HI"""\n'),
         ("m.csv", ',path,text\n0,long.wav,"WELL, ""HI"""\n'),
         ("m.csv", 'path|text\nlong.wav|WELL, "HI"\n'),
+        ("m.csv", 'path,text\nlong.wav, "WELL, ""HI"""\n'),
         ("m.csv", 'path,text,\nlong.wav,"WELL, ""HI""",\n,,\n'),
         ("m.tsv", 'path\ttext\n"long.wav"\t"WELL, ""HI"""\n'),
         ("m.tsv", ' path \ttext\n long.wav \tWELL, "HI"\n\t\n\n'),
@@ -225,9 +277,23 @@ def test_quotes_spaces_and_empty_columns_of_tables(tmp_path, long, name, text):
     assert (u.path, u.transcript) == (long, 'WELL, "HI"')
 
 
+@pytest.mark.parametrize("text", ['"', '"A" B "C"', '"A', 'A"', '""', "A ' B"])
+@pytest.mark.parametrize("name", ["m.tsv", "m.csv"])
+def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, text):
+    (tmp_path / name).write_text(f"path{'|' if name == 'm.csv' else chr(9)}text\nlong.wav{chr(9)}{text}\n")
+    if name == "m.csv":
+        (tmp_path / name).write_text(f"path|text\nlong.wav|{text}\n")
+    (u,) = open_corpus(tmp_path).utterances("all")
+    assert u.transcript == (None if text == '""' else text)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("m.csv", "a,b\n1,2\n", "header line that has a column 'path' .*got \\['a', 'b'\\]"),
+        ("m.csv", "path|text\na.wav|A\na.wav\n", "line 3 has 1 columns"),
+        ("m.json", '[{"path": "a.wav"},\n 5]', "line 2 must be a JSON object"),
+        ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns 'path'"),
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
         ("m.csv", 'path,text\na.wav,"A\n', "line 2"),
@@ -257,6 +323,11 @@ def test_an_error_on_half_a_character_can_be_printed(tmp_path, row):
 def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sub").mkdir()
+    for name in ("50%25.wav", "a\\b.wav"):
+        write_audio(tmp_path / "sub" / name, make_waveform(np.random.default_rng(0), 0.5))
+    names = [{"path": "50%25.wav"}, {"path": "a\\b.wav"}]  # as they are where such files exist
+    utterances = open_corpus(write_table(tmp_path / "sub" / "odd.jsonl", names)).utterances("all")
+    assert all(u.path.exists() for u in utterances)
     paths = [str(long), "~/long.wav", ".\\..\\long.wav", "..\\long.wav", f"file://{long}"]
     rows = [{"id": i, "path": path, "text": "HI"} for i, path in enumerate(paths)]
     dataset = load(write_table(tmp_path / "sub" / "m.tsv", rows))
@@ -325,7 +396,7 @@ def test_common_voice_is_recognised_with_its_splits(tmp_path):
     root = make_common_voice(tmp_path)
     for place in (root, root / "clips"):
         corpus = open_corpus(place)
-        assert (corpus.name, corpus.kind) == ("Common Voice", "audio")
+        assert (corpus.name, corpus.kind, corpus.root) == ("Common Voice", "audio", root)
         assert corpus.splits == ("dev", "test", "train", "validated")
         assert corpus.roles == {"train": ("train",), "dev": ("dev",), "test": ("test",)}
     assert [len(corpus.utterances(split)) for split in corpus.splits] == [2, 2, 2, 6]
@@ -344,6 +415,23 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
     with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
         open_corpus(tmp_path / "make_common_voice")
+
+
+def test_a_folder_that_is_called_clips_is_not_always_common_voice(tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_table(tmp_path / "other.tsv", [{"path": "b", "text": "HI"}])
+    write_table(tmp_path / "clips" / "m.tsv", [{"path": "a", "text": "HI"}])
+    corpus = open_corpus(tmp_path / "clips")
+    assert (corpus.root, corpus.splits) == (tmp_path / "clips" / "m.tsv", ("all",))
+    assert corpus.utterances("all")[0].path == tmp_path / "clips" / "a"
+
+
+def test_other_tables_in_a_common_voice_folder_are_left_alone(tmp_path):
+    make_common_voice(tmp_path)
+    write_table(tmp_path / "other.csv", [{"path": "b", "text": "HI"}])
+    assert (
+        open_corpus(tmp_path).splits == open_corpus(tmp_path / "clips").splits == ("dev", "test", "train", "validated")
+    )
 
 
 def test_an_empty_split_of_common_voice_is_said_when_it_is_asked_for(tmp_path):
@@ -404,6 +492,17 @@ def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
     assert load(data / "mine", "dev").ids == ["train0", "train1"]
 
 
+def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
+    data = make_kaldi(tmp_path, splits=("train",))
+    (data / "lang").mkdir()
+    corpus = open_corpus(data / "train")
+    assert (corpus.root, corpus.splits) == (data / "train", ("all",)) and corpus.resolve("dev") == ("all",)
+    (data / "train").rename(data / "mine")
+    make_kaldi(tmp_path)
+    assert open_corpus(data / "mine").root == data / "mine"
+    assert open_corpus(data / "train").splits == ("dev", "mine", "train")
+
+
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
@@ -429,6 +528,7 @@ def test_what_a_kaldi_folder_cannot_give_is_said_or_left_out(tmp_path, name, lin
     [
         ("segments", "train0-0 train0 0.5", "must be an id, a recording, and start and end"),
         ("segments", "train0-0 train0 0.5 0.2", "must be an id"),
+        ("segments", "train0-0 train0 inf -1", "must be an id"),
         ("segments", "train0-0 train0 0.5 0.9 A", "must be an id"),
         ("text", "train0-1 HELLO", "line 2 has train0-1 a second time"),
     ],
@@ -455,6 +555,7 @@ def test_audio_folders_are_recognised_with_their_splits(tmp_path, suffix, folder
     for place in (tmp_path, root / "train"):
         corpus = open_corpus(place)
         assert corpus.splits == ("train", "validation") and corpus.resolve("dev") == ("validation",)
+        assert corpus.root == root
     assert load(tmp_path).ids == ["train-0", "train-1"]
 
 
@@ -472,6 +573,42 @@ def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path)
     write_table(tmp_path / "metadata.csv", rows)
     assert open_corpus(tmp_path).splits == ("train", "validation")
     assert load(tmp_path, "dev").ids == ["validation-0"]
+
+
+def test_files_named_for_splits_are_no_splits_of_an_audio_folder(tmp_path):
+    for name in ("train.wav", "dev.wav"):
+        write_audio(tmp_path / name, make_waveform(np.random.default_rng(0), 0.5))
+    write_table(tmp_path / "metadata.csv", [{"file_name": name, "text": "HI"} for name in ("train.wav", "dev.wav")])
+    assert open_corpus(tmp_path).splits == ("all",)
+
+
+def test_one_folder_of_an_audio_folder_alone_is_all(tmp_path):
+    root = make_audio_folder(tmp_path / "a", splits=("train",))
+    assert open_corpus(root / "train").splits == ("all",)
+    (root / "test").mkdir()  # without transcripts
+    assert open_corpus(root).splits == ("train",)
+
+
+def test_manifests_in_folders_named_for_splits_are_opened_alone(tmp_path, long):
+    for split in ("train", "dev"):
+        (tmp_path / split).mkdir()
+        write_table(tmp_path / split / "list.tsv", [{"path": str(long), "text": "HI"}])
+    assert open_corpus(tmp_path / "train").splits == ("all",)
+    assert open_corpus(tmp_path).splits == ("dev", "train")
+
+
+def test_a_column_of_splits_counts_more_than_the_names_of_manifests(tmp_path, long):
+    for name, split in (("train", "dev"), ("dev", "test")):
+        write_table(tmp_path / f"{name}.tsv", [{"path": "long.wav", "text": "HI", "split": split}])
+    corpus = open_corpus(tmp_path)
+    assert set(corpus.splits) == {"dev", "test"} and corpus.root == tmp_path
+
+
+def test_the_size_of_frames_is_that_of_the_first_array_that_can_be_read(tmp_path):
+    for name, array in (("a", np.ones(3)), ("b", np.ones((30, 17)))):
+        np.save(tmp_path / f"{name}.npy", array)
+    manifest = write_table(tmp_path / "m.tsv", [{"path": f"{name}.npy", "text": "HI"} for name in "ab"])
+    assert open_corpus(manifest).feature_size == 17
 
 
 @pytest.mark.parametrize("layout", [make_librispeech, make_kaldi, make_common_voice, make_audio_folder])
@@ -494,6 +631,25 @@ def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, sai
     (tmp_path / "metadata.csv").write_text("LJ001|Printing|Printing\n")
     with pytest.raises(InputError, match=r"metadata.csv has no column 'path' \(or audio, "):
         open_corpus(tmp_path)
+
+
+def test_other_folders_beside_the_splits_of_librispeech_are_none(tmp_path):
+    root = make_librispeech(tmp_path, utterances=1, splits=("dev-clean",))
+    (root / "LibriSpeech" / "notes" / "a" / "b").mkdir(parents=True)
+    (root / "LibriSpeech" / "notes" / "a" / "b" / "x.txt").touch()
+    assert open_corpus(root).splits == ("dev-clean",)
+    (root / "LibriSpeech" / "dev-other").mkdir()
+    for path in (root / "LibriSpeech").rglob("*.flac"):
+        new = root / "LibriSpeech" / "dev-other" / "1" / "2" / path.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    with pytest.raises(InputError, match="'dev-other' has no transcripts; expected SPEAKER-CHAPTER.trans.txt"):
+        load(root, "dev-other")
+
+
+def test_a_manifest_without_transcripts_says_which_columns_hold_them(tmp_path, long):
+    with pytest.raises(InputError, match=r"expected a column 'transcript' \(or text, sentence, transcription, wrd\)"):
+        load(write_table(tmp_path / "m.tsv", [{"path": "long.wav", "other": "HI"}]))
 
 
 def test_a_split_without_transcripts_says_where_they_are_looked_for(tmp_path):

@@ -85,7 +85,7 @@ def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], C
     if certain and not all(manifest.names_files(table.path) for table in tables):
         return {}
     if len(tables) == 1 or (tables and all(table.split for table in tables)):
-        return {str(tables[0].path.parent): partial(manifest.open_tables, root, tables)}
+        return {str(tables[0].path.parent): partial(manifest.open_tables, tables)}
     return {}
 
 

@@ -117,7 +117,7 @@ def names_files(path: Path) -> bool:
 
 
 def _is_common_voice(path: Path) -> bool:
-    return (path.parent / CLIPS).is_dir() and {"path", "sentence"} <= set(columns(path))
+    return (path.parent / CLIPS).is_dir() and "sentence" in columns(path)
 
 
 def split_of(stem: str) -> str | None:
@@ -135,11 +135,11 @@ def split_of(stem: str) -> str | None:
 
 def open_manifest(path: Path) -> Corpus:
     """Return the corpus of a manifest; InputError naming the line of its first mistake."""
-    return open_tables(path, [Table(path)])
+    return open_tables([Table(path)])
 
 
-def open_tables(root: Path, tables: list[Table]) -> Corpus:
-    """Return the corpus of the manifests that find_tables gave for a root; InputError naming the first mistake.
+def open_tables(tables: list[Table]) -> Corpus:
+    """Return the corpus of the manifests that find_tables gave; InputError naming the first mistake.
 
     A manifest that is all of one split is read when that is asked for.
     """
@@ -154,8 +154,8 @@ def open_tables(root: Path, tables: list[Table]) -> Corpus:
         raise InputError(f"{tables[0].path} names no recordings; expected a line for each")
     is_features = _are_features(tables[0].path, first)
     return Corpus(
-        name="Common Voice" if len(tables) > 1 and _is_common_voice(tables[0].path) else _name(tables),
-        root=tables[0].path if len(tables) == 1 else root,
+        name="Common Voice" if _is_common_voice(tables[0].path) else _name(tables),
+        root=Path(os.path.commonpath([table.path for table in tables])),  # one manifest, or the folder of several
         kind="features" if is_features else "audio",
         listings=listings,
         roles=assign_roles(listings) if set(listings) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),

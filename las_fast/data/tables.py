@@ -79,7 +79,7 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
     header = _filled(map(_unquoted, next(lines, (1, []))[1]))
     header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas writes its index without a name
     if len(set(header)) < len(header):
-        twice = next(name for i, name in enumerate(header) if name in header[:i])
+        twice = next(name for name in header if header.count(name) > 1)
         raise InputError(f"{path} has two columns {twice!r}; rename or remove one")
     if not header:
         raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
@@ -87,8 +87,7 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
         values = [_unquoted(value) for value in values]
         if not any(values):
             continue
-        if len(values) > len(header):
-            values = values[: len(header)] + _filled(values[len(header) :])
+        values = values[: len(header)] + _filled(values[len(header) :])
         if len(values) != len(header):
             raise InputError(f"{path} line {line} has {len(values)} columns; its header has {len(header)}")
         yield line, dict(zip(header, values, strict=True))
