@@ -379,6 +379,7 @@ def test_a_manifest_for_each_split_makes_one_corpus(tmp_path, long):
     assert corpus.splits == ("test", "train", "val")
     assert corpus.utterances(*corpus.resolve("dev"))[0].transcript == "val-manifest.json"
     write_table(tmp_path / "more.tsv", [{"path": "long.wav"}])
+    make_common_voice(tmp_path / "inside")
     with pytest.raises(InputError, match=r"has 4 manifests \(more.tsv, .*train.tsv and dev.tsv"):
         open_corpus(tmp_path)
 
@@ -412,6 +413,8 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
         root = layout(tmp_path / layout.__name__ / "corpus" / "en")
         assert len(load(tmp_path / layout.__name__, "dev")) == len(load(root, "dev"))
     write_table(tmp_path / "make_common_voice" / "corpus" / "log.jsonl", [{"step": 1}])
+    (tmp_path / "make_common_voice" / "corpus" / "newest").symlink_to("en")
+    assert open_corpus(tmp_path / "make_common_voice").name == "Common Voice"
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
     with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
         open_corpus(tmp_path / "make_common_voice")

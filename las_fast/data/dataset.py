@@ -62,7 +62,9 @@ def open_corpus(root: str | Path) -> Corpus:
         return _open_file(root)
     if not root.is_dir():
         raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
-    found = _recognise(root) or _recognise_below(root)
+    found = _recognise(root)
+    if not found and len(manifest.find_tables(root)) < 2:
+        found = _recognise_below(root)
     if len(found) > 1:
         raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(found)}")
     if not found:
@@ -93,7 +95,10 @@ def _recognise_below(root: Path) -> dict[str, Callable[[], Corpus]]:
     """Return what the folders in a folder hold, or else the folders in these."""
     level = [root]
     for _ in range(2):
-        level = [child for folder in level for child in subfolders(folder)][:MANY]
+        children = [child for folder in level for child in subfolders(folder)][:MANY]
+        level = list({os.path.realpath(child): child for child in children[::-1]}.values())[
+            ::-1
+        ]  # a link is its folder
         found: dict[str, Callable[[], Corpus]] = {}
         for folder in level:
             found |= _recognise(folder, certain=True)
