@@ -1,8 +1,8 @@
 """python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
 
-Texts are plain files with a sentence a line (.gz too), LibriSpeech's *.trans.txt, manifests, archives and LibriSpeech
-folders (transcripts of a split), or folders of transcripts as .npy. A file holds counts; the dense table of
-log-probabilities that the search looks up is made of them when it is read.
+Texts are plain files with a sentence a line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, whatever --data of the
+other commands takes (the transcripts of a split), or folders of transcripts as .npy. A file holds counts; the dense
+table of log-probabilities that the search looks up is made of them when it is read.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
 language modeling", section 3). With h' the context h without its oldest token, w the next token:

@@ -159,14 +159,14 @@ def test_every_text_of_every_layout_is_read_in_every_form(tmp_path, layout, form
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     archive = make_archive(tmp_path / "data", "F23")
     (tmp_path / "data" / "private").mkdir()
-    known, closed = os.listdir, {str(tmp_path / "data" / "private")}
+    known, closed = os.scandir, {str(tmp_path / "data" / "private")}
 
-    def listdir(path):
+    def scandir(path):
         if str(path) in closed:
             raise PermissionError(13, "Permission denied", str(path))
         return known(path)
 
-    monkeypatch.setattr(files_module.os, "listdir", listdir)
+    monkeypatch.setattr(files_module.os, "scandir", scandir)
     corpus = open_corpus(tmp_path / "data")  # what is beside the data does not matter
     assert corpus.root == archive
     closed.add(str(archive / "dev-clean" / "mfcc"))

@@ -28,11 +28,15 @@ def is_hidden(name: str) -> bool:
 
 def listed(folder: Path) -> list[Path]:
     """Return what a folder holds, sorted by name, without what is_hidden; InputError if it cannot be listed."""
+    return [folder / entry.name for entry in _scan(folder)]
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
     try:
-        names = os.listdir(folder)
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{folder} cannot be listed: {error.strerror}; check the path and its permissions") from None
-    return [folder / name for name in sorted(names) if not is_hidden(name)]
 
 
 def files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
@@ -43,18 +47,23 @@ def files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted; none where it cannot be listed."""
     try:
-        return [path for path in listed(folder) if os.path.isdir(path)]
+        return [folder / entry.name for entry in _scan(folder) if _is_folder(entry)]
     except InputError:
         return []
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Say whether an entry is a folder or a link to one; only links cost a look at the disk."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
+
+
 def at_depth(folder: Path, depth: int) -> Iterator[Path]:
     """Yield what lies `depth` folders below a folder, sorted; InputError if one of the folders cannot be listed."""
-    for path in listed(folder):
+    for entry in _scan(folder):
         if depth == 0:
-            yield path
-        elif os.path.isdir(path):
-            yield from at_depth(path, depth - 1)
+            yield folder / entry.name
+        elif _is_folder(entry):
+            yield from at_depth(folder / entry.name, depth - 1)
 
 
 def system_name(text: str) -> str:
