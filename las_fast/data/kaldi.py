@@ -72,8 +72,10 @@ def _list_split(folder: Path) -> list[Utterance]:
         utterances = list(recordings.values())
         source = folder / RECORDINGS
     known = {u.id for u in utterances}
-    lost = f"{folder / TEXTS} has a text of {{}}, which {source} lacks; add it or remove the text"
-    utterances += [Utterance(name, folder, None, problem=lost.format(name)) for name in texts if name not in known]
+    for name in texts:
+        if name not in known:
+            problem = f"{folder / TEXTS} has a text of {name}, which {source} lacks; add it or remove the text"
+            utterances.append(Utterance(name, folder, None, problem=problem))
     return [replace(u, transcript=texts.get(u.id)) for u in utterances]
 
 
