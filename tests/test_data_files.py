@@ -135,6 +135,14 @@ def test_what_is_no_text_is_named_with_its_line(tmp_path, monkeypatch, data, sai
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["m.tsv", "m.csv", "m.jsonl", "m.json"])
+def test_a_manifest_with_a_mistake_is_still_found_in_its_folder(tmp_path, name):
+    head = b'{"path": "a.wav"}\n' if "js" in name else b"path\na.wav\n"
+    (tmp_path / name).write_bytes(head + b"caf\xe9.wav\n")
+    with pytest.raises(InputError, match=f"{name} line {2 if 'js' in name else 3} is not UTF-8"):
+        open_corpus(tmp_path)
+
+
 def test_a_text_that_cannot_be_read_says_why(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
     for name, why in (("cut.gz", "Compressed file ended"), ("gone", "No such file"), ("", "Is a directory")):

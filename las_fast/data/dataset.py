@@ -153,6 +153,8 @@ def _unknown(root: Path) -> str:
 def _hint(there: list[Path]) -> str:
     """Say what to do with files that hold data in a form that is not read."""
     if table := next((path for path in there if path.suffix.lower() in manifest.SUFFIXES), None):
+        if not os.access(table, os.R_OK):
+            return f"; {table.name} cannot be read; check its permissions"
         return f"; {table.name} has no column 'path' (or {', '.join(manifest.NAMES['path'][1:6])})"
     kinds = {path.suffix.lower() for path in there}
     if found := sorted(kinds & PACKED):

@@ -94,8 +94,8 @@ def _without_returns(line: str) -> str:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks."""
-    line, decoder = 1, None
+    """Yield the text of a file in blocks; a mistake is an error when all before it has been given out."""
+    line, decoder, problem = 1, None, ""
     for data in _blocks(path):
         if decoder is None:
             encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
@@ -103,13 +103,15 @@ def _decoded(path: Path) -> Iterator[str]:
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            line += error.object[: error.start].count(b"\n")
-            raise InputError(f"{path} line {line} is not UTF-8 text; save the file as UTF-8") from None
+            good = error.object[: error.start]
+            text = good.decode(encoding) if encoding.startswith("utf-8") else "\n" * good.count(b"\n")
+            problem = "is not UTF-8 text"
         if "\0" in text:
-            line += text[: text.index("\0")].count("\n")
-            raise InputError(f"{path} line {line} holds a NUL character, which no text has; save the file as UTF-8")
+            text, problem = text[: text.index("\0")], "holds a NUL character, which no text has"
         line += text.count("\n")
         yield text
+        if problem:
+            raise InputError(f"{path} line {line} {problem}; save the file as UTF-8")
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
