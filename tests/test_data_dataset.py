@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,33 @@ def test_long_training_utterances_are_left_out_and_counted(archive):
     assert len(short) + len(short.skipped) == 12
     assert "max_seconds" in short.skipped[0][1]
     assert len(load(archive, "train", max_seconds=limit, need_text=False)) == 12
+
+
+def test_utterances_of_exactly_the_longest_time_stay(archive):
+    assert len(load(archive, "train", max_seconds=float(load(archive, "train").seconds.max()))) == 12
+
+
+def test_no_split_is_an_error(archive):
+    corpus = open_corpus(archive)
+    with pytest.raises(InputError, match="no split was named; it has dev-clean"):
+        load_dataset(corpus, (), features=FeatureConfig(size=28), data=DataConfig(), need_text=True, progress=False)
+
+
+def test_few_left_out_are_all_named(archive, capsys):
+    open_corpus(archive).utterances("dev-clean")[0].transcript.unlink()
+    assert len(load(archive, "dev", on_bad="skip")) == 5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "dev-clean: left out 1 of 6 utterances" and len(lines) == 2
+
+
+def test_an_id_that_is_bad_in_another_split_is_told_apart(archive):
+    good = open_corpus(archive).utterances("train-clean-100")[0]
+    for path in (good.path, good.transcript):
+        twin = Path(str(path).replace("train-clean-100", "train-clean-360"))
+        twin.write_bytes(b"" if path == good.path else path.read_bytes())
+    dataset = load(archive, "train", on_bad="skip")
+    assert dataset.ids[0] == f"train-clean-100/{good.id}"
+    assert [name for name, _ in dataset.skipped] == [f"train-clean-360/{good.id}"]
 
 
 def test_training_on_fewer_hours_takes_some_of_what_more_hours_take(archive):

@@ -104,6 +104,7 @@ def test_suffixes_count_in_upper_case(tmp_path):
     ("data", "lines"),
     [
         (b"a\nb\n", ["a", "b"]), (b"a\r\nb\r\n", ["a", "b"]), (b"a\rb\r", ["a", "b"]), (b"a\r\r\nb", ["a", "b"]),
+        (b"a\nb\r", ["a", "b"]),
         (b"\xef\xbb\xbfa\nb", ["a", "b"]), (b"a\rx\nb", ["a x", "b"]), (b"a\n\n\n", ["a", "", ""]), (b"", []),
         ("a\u2028b\u0085c\x0b\x0c\x1cd\n".encode(), ["a\u2028b\u0085c\x0b\x0c\x1cd"]),
         ("é\r\n中\n".encode("utf-16"), ["é", "中"]), ("﻿a\nb".encode("utf-16-be"), ["a", "b"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +207,17 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
 # ------------------------------------------------------------------------------------------------------------ manifests
 
 
+def test_a_recording_that_is_gone_is_known_by_its_path():
+    gone, other = (SimpleNamespace(paths=[Path(f"gone/{x}.wav")], spans=[(0.0, np.inf)]) for x in "ab")
+    assert (shared_recordings(gone, gone), divided_recordings(gone, gone)) == (1, 1)
+    assert (shared_recordings(gone, other), divided_recordings(gone, other)) == (0, 0)
+
+
+def test_a_manifest_may_have_a_capital_ending(tmp_path, long):
+    write_table(tmp_path / "m.tsv", [{"path": "long.wav", "text": "HI"}]).rename(tmp_path / "M.TSV")
+    assert len(load(tmp_path / "M.TSV")) == len(load(tmp_path)) == 1
+
+
 def test_lines_without_ids_get_distinct_ones(tmp_path, long):
     (tmp_path / "a").mkdir()
     for name in ("a/long.wav", "other.wav"):
@@ -334,7 +347,23 @@ def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, m
     assert len(dataset) == 5 and all(os.path.samefile(path, long) for path in dataset.paths)
 
 
-@pytest.mark.parametrize("name", ["Dev", "DEV", "val", "Val", "valid", "validation", "eval", "dev_clean", "dev93"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Dev",
+        "DEV",
+        "val",
+        "Val",
+        "valid",
+        "validation",
+        "eval",
+        "dev_clean",
+        "dev93",
+        "devel",
+        "development",
+        "evaluation",
+    ],
+)
 def test_splits_have_many_names(tmp_path, long, name):
     rows = [{"id": i, "path": "long.wav", "split": s, "text": "HI"} for i, s in enumerate(("Train", name))]
     corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
@@ -416,6 +445,8 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
     (tmp_path / "make_common_voice" / "corpus" / "newest").symlink_to("en")
     assert open_corpus(tmp_path / "make_common_voice").name == "Common Voice"
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
+    with pytest.raises(InputError, match="no layout that is known"):  # three folders below
+        open_corpus(tmp_path)
     with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
         open_corpus(tmp_path / "make_common_voice")
 
@@ -493,6 +524,12 @@ def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
         ("train0", "HI", False), ("train1", "GOOD  DAY", False),
     ]  # fmt: skip
     assert load(data / "mine", "dev").ids == ["train0", "train1"]
+
+
+def test_the_data_of_a_kaldi_recipe_come_before_what_else_its_folder_holds(tmp_path):
+    make_kaldi(tmp_path)
+    make_kaldi(tmp_path / "old")
+    assert open_corpus(tmp_path).root == tmp_path / "data"
 
 
 def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
@@ -624,7 +661,8 @@ def test_data_are_never_written_to(tmp_path, layout):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("x.zip", r"\.zip files, which must be unpacked"), ("x.parquet", r"\.parquet files; write their recordings"),
+    [("X.ZIP", r"\.zip files, which must"),
+     ("x.zip", r"\.zip files, which must be unpacked"), ("x.parquet", r"\.parquet files; write their recordings"),
      ("x.wav", "recordings but nothing that names their transcripts")],
 )  # fmt: skip
 def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, said):
