@@ -1,6 +1,11 @@
 """Settings are read without forgiveness."""
 
+import errno
+import os
+import threading
 from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 
@@ -150,3 +155,155 @@ def test_yaml_cannot_build_python_objects(tmp_path):
     (tmp_path / "c.yaml").write_text("training: !!python/object/apply:os.getcwd []")
     with pytest.raises(InputError, match="is not YAML"):
         load_config(tmp_path / "c.yaml")
+
+
+def read(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    return load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("training: {epochs: 1}\ntraining: {seed: 2}", r"training is set twice, in lines 1 and 2; leave one"),
+        ("training:\n  epochs: 1\n  seed: 2\n  epochs: 3", r"epochs is set twice, in lines 2 and 4"),
+        ("training:\n  epochs: 1\n  'epochs': 3", r"epochs is set twice, in lines 2 and 3"),
+        ("training: {epochs: 010}", r"epochs must be int; got 010 \(line 1\); write it in decimal, without a leading"),
+        ("training: {epochs: 0x10}", r"epochs must be int; got 0x10 \(line 1\); write it in decimal"),
+        ("training: {epochs: 0b1}", r"epochs must be int; got 0b1"),
+        ("training: {epochs: 1:30}", r"epochs must be int; got 1:30 \(line 1\); write minutes and hours as one number"),
+        ("training:\n  clip_norm: 1:30", r"clip_norm must be float; got 1:30 \(line 2\); write minutes"),
+        ("training: {learning_rate: 01e-3}", r"learning_rate must be float; got 01e-3 .* without a leading zero"),
+        ("training: {epochs: 1e3}", r"epochs must be int; got 1e3"),
+        ("training: {epochs: 2026-11-28}", r"epochs must be int; got 2026-11-28"),
+        ("training: {epochs: '3'}", r"epochs must be int; got '3'"),
+        ("training: {epochs: }", r"epochs must be int; got None"),
+        ("training: {epochs: 1__0}", r"epochs must be int; got 1__0"),
+        ("training: {learning_rate: .inf}", r"training.learning_rate must be a finite number"),
+        ("training: {learning_rate: .nan}", r"training.learning_rate must be a finite number"),
+        ("training: {wandb: maybe}", r"wandb must be bool; got 'maybe'"),
+        ("training: {wandb: y}", r"wandb must be bool; got 'y'"),
+        ("training: {wandb: 'yes'}", r"wandb must be bool; got 'yes'"),
+        ("training: {precision: no}", r"precision must be one of .*; got no"),
+        ("data: {dev: [a]}", r"dev must be str; got \['a'\]"),
+        ("data: {dev: {a: b}}", r"dev must be str; got \{'a': 'b'\}"),
+        ("training:\n\tepochs: 3", r"is not YAML: .*cannot start any token .*line 2"),
+        ("training: {epochs: 3", r"is not YAML"),
+        ("a: &a [*a]", r"has no setting 'a'"),
+        ("data: {train: &a [*a]}", r"train\[0\] must be str; got"),
+        ("<<: {training: {epochs: 1}}", r"has no setting '<<'"),
+        ("training: !!float 3", r"training must be a mapping of settings; got 3.0"),
+        ("training: {epochs: !!int x}", r"is not YAML"),
+        ("training: {epochs: !!timestamp x}", r"is not YAML"),
+        ("? [a]\n: b", r"is not YAML"),
+        ("? {a: 1}\n: b", r"is not YAML"),
+        ("1: 2", r"has no setting '1'"),
+        ("- a", r"must be a mapping of settings; got \['a'\]"),
+        ("false", r"must be a mapping of settings; got false"),
+        ("training: {epochs: 3}\n---\ntraining: {epochs: 4}", r"is not YAML: expected a single document"),
+        ("training: {epochs: 3\0}", r"is not YAML"),
+        ("training: {epochs: " + "9" * 5000 + "}", r"epochs must be int; got '?9+\.\.\.9+"),
+        ("[" * 100_000, r"nested too deeply"),
+        ("a: " * 3 + "b", r"is not YAML"),
+    ],
+)
+def test_yaml_that_could_mean_something_else_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path, text)
+    assert len(str(error.value)) < 600
+
+
+def test_a_bomb_of_anchors_is_refused_at_once(tmp_path):
+    names = "abcdefghijklmnopqrstuvwxyz"
+    lists = "".join(f"  - &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip(names, names[1:], strict=False))
+    with pytest.raises(InputError, match=r"train\[0\] must be str"):
+        read(tmp_path, f"data:\n train:\n  - &a [{', '.join(['x'] * 10)}]\n{lists}")
+
+
+@pytest.mark.parametrize(
+    "text,name,value",
+    [
+        ("data: {dev: no}", "data.dev", "no"),
+        ("data: {dev: 460}", "data.dev", "460"),
+        ("data: {dev: 010}", "data.dev", "010"),
+        ("data: {dev: 2026-11-28}", "data.dev", "2026-11-28"),
+        ("data: {dev: 1:30}", "data.dev", "1:30"),
+        ("data: {dev: 'x'}", "data.dev", "x"),
+        ("data: {train: [on, 1.0, off]}", "data.train", ("on", "1.0", "off")),
+        ("data: {normalise_text: yes}", "data.normalise_text", True),
+        ("data: {normalise_text: Off}", "data.normalise_text", False),
+        ("data: {normalise_text: TRUE}", "data.normalise_text", True),
+        ("data: {frames_per_batch: 20_000}", "data.frames_per_batch", 20000),
+        ("model: {ctc_layer: -1}", "model.ctc_layer", -1),
+        ("training: {learning_rate: 1e-3}", "training.learning_rate", 1e-3),
+        ("training: {learning_rate: .5}", "training.learning_rate", 0.5),
+        ("training: {clip_norm: 5}", "training.clip_norm", 5.0),
+        ("training:\n# all of it commented out\n", "training", Config().training),
+        ("training: &t\n  epochs: 3\n", "training.epochs", 3),
+        ("\ufefftraining: {epochs: 3}", "training.epochs", 3),
+        ("training: {epochs: 3}\r\n", "training.epochs", 3),
+        ("--- # settings\ntraining: {epochs: 3}\n...\n", "training.epochs", 3),
+    ],
+)
+def test_yaml_is_read_as_its_setting_means_it(tmp_path, text, name, value):
+    found = attrgetter(name)(read(tmp_path, text))
+    assert found == value and type(found) is type(value)
+
+
+def test_settings_with_any_text_in_them_survive_a_round_trip():
+    for text in ("no", "010", "1:30", "null", "~", "", "2026-11-28", "1e3", "a: b", "# x", "é", "\t", "- x", "'"):
+        config = replace(Config(), data=replace(Config().data, dev=text, cache=text, train=(text, "x")))
+        assert from_yaml(to_yaml(config), "test") == config
+
+
+@pytest.mark.parametrize("end,advice", [("", "did you mean an4"), (".yaml", "give .*an44.yaml")])
+def test_a_settings_file_that_is_not_there_is_answered_with_what_is(tmp_path, monkeypatch, end, advice):
+    monkeypatch.chdir(tmp_path)
+    if end:
+        (tmp_path / "an44.yaml").touch()
+    with pytest.raises(InputError, match=f"--config an44: no such preset or file; {advice}"):
+        load_config("an44")
+
+
+def test_a_folder_is_no_settings_file(tmp_path):
+    with pytest.raises(InputError, match="is a folder; give a YAML file in it, or a preset"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match=f"is a folder; give {tmp_path}/config.yaml"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfet\0", b"training: \xe9", b"PK\x03\x04\x14\0\0\0\x89"])
+def test_a_settings_file_that_is_no_text_is_one_sentence(tmp_path, content):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(InputError, match="c.yaml is not YAML"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENAMETOOLONG])
+def test_a_settings_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, number):
+    def read_text(self, encoding):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(InputError, match=rf"--config .*c.yaml cannot be read \({os.strerror(number)}\); give a file"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_settings_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("training: {epochs: 3}"))
+    writer.start()
+    assert load_config(tmp_path / "pipe").training.epochs == 3
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    "name", ["decoding.beam", "data.workers", "data.frames_per_batch", "data.utterances_per_batch", "features.mel_bins",
+             "decoding.frames_per_batch", "training.threads", "training.pictures"]
+)  # fmt: skip
+def test_sizes_have_a_limit(name):
+    most = module.AT_MOST[name]
+    check(with_setting(name, most))
+    with pytest.raises(InputError, match=f"settings: {name} must be at most [0-9e+]+; got {most + 1}"):
+        check(with_setting(name, most + 1))
