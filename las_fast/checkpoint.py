@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -21,7 +22,7 @@ from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
-from las_fast.outputs import NAME_MAX
+from las_fast.outputs import NAME_MAX, nearest_path
 from las_fast.text import Vocabulary
 
 FORMAT = "las_fast 1"  # of the files with weights
@@ -152,7 +153,9 @@ def find_checkpoint(name: str | Path) -> Path:
     if str(name) in released:
         return RELEASED / f"{name}.safetensors"
     known = f"; released models: {', '.join(released)}" if released else ""
-    raise InputError(f"checkpoint {name} is neither a training folder nor a file{known}")
+    near = difflib.get_close_matches(str(name), released, 1)
+    advice = f"; the nearest is {near[0]}" if near else nearest_path(path)
+    raise InputError(f"checkpoint {name} is neither a training folder nor a file{known}{advice}")
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
@@ -163,6 +166,8 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
+        if getattr(error, "errno", None):
+            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
     if metadata.get("format") != FORMAT or not {"config", "info"} <= metadata.keys():
         raise InputError(f"{path} was not written by las_fast; give a folder or a file that training wrote")
@@ -173,7 +178,15 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
     if "statistics.mean" in tensors:
         statistics = Statistics(tensors["statistics.mean"].cpu(), tensors["statistics.std"].cpu())
     vocabulary = Vocabulary(config.data.characters)
-    return Loaded(model.eval(), config, vocabulary, statistics, path, json.loads(metadata["info"]))
+    return Loaded(model.eval(), config, vocabulary, statistics, path, _info(metadata["info"], path))
+
+
+def _info(text: str, path: Path) -> dict:
+    with contextlib.suppress(ValueError):
+        info = json.loads(text)
+        if isinstance(info, dict):
+            return info
+    raise InputError(f"{path} is damaged: what it says of its training is not JSON; train again or copy it again")
 
 
 def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
@@ -202,6 +215,10 @@ def load_state(path: str | Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch reports a damaged file in a dozen ways
+        if lacks_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         reason = " ".join(str(error).split())[:80] or "it is cut off"
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
     if not isinstance(state, dict) or not state.keys() >= STATE:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from las_fast.cli import give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
-from las_fast.errors import InputError
+from las_fast.errors import InputError, lacks_memory
 from las_fast.lm import default_weight, language_table
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.outputs import first_line, make_room
@@ -102,16 +102,25 @@ def is_jsonl(path: Path) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the torch.device that --device means; InputError where there is none of that name."""
+    """Return the torch.device that --device means; InputError where there is none of that name, or it is of no use."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    plain = name.strip().lower()
+    if plain == "auto":
+        plain = "cuda" if "cuda" in there else "cpu"
+    if plain not in there:
+        raise InputError(f"--device {name}: there is no such device here; this machine has {', '.join(there)}")
     try:
-        torch.zeros(1, device=name).item()  # "meta" is a device, but holds no numbers
-        return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: there is no such device here; use cpu") from None
+        torch.zeros(1, device=plain).item()
+    except RuntimeError as error:
+        reason = "its memory is full" if lacks_memory(error) else str(error).strip().partition("\n")[0]
+        raise InputError(f"--device {plain} cannot be used ({reason}); wait for it, or give --device cpu") from None
+    return torch.device(plain)
 
 
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:

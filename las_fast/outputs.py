@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -63,6 +64,20 @@ def _same(path: Path, other: str | Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return os.path.samefile(path, other)
     return False
+
+
+def nearest_path(path: Path) -> str:
+    """Return "; DIR is there, and in it NAME" for a path that is not: the part of it that is, and the nearest name."""
+    path = Path(os.path.abspath(path))
+    there = next((p for p in path.parents if os.path.isdir(p)), None)
+    if there is None or there == Path(there.anchor):
+        return ""
+    wanted = path.relative_to(there).parts[0]
+    with contextlib.suppress(OSError):
+        names = [name for name in os.listdir(there) if not name.startswith(".")]
+        if near := difflib.get_close_matches(wanted, names, 1):
+            return f"; the nearest is {there / near[0]}"
+    return f"; {there} is there, {wanted} in it is not"
 
 
 def first_line(path: Path) -> str:

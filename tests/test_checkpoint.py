@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from las_fast.checkpoint import (
@@ -62,6 +64,43 @@ def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
 def test_weights_may_be_read_by_whom_other_files_may(saved):
     (saved[1].parent / "plain").write_text("")
     assert saved[1].stat().st_mode == (saved[1].parent / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "name,advice",
+    [
+        ("an5", "; the nearest is an4"),
+        ("runs/beste.safetensors", "; the nearest is {}/runs/best.safetensors"),
+        ("runs/x/y", "; {}/runs is there, x in it is not"),
+        ("runz", "; the nearest is {}/runs"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, name, advice):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "best.safetensors").touch()
+    with pytest.raises(InputError, match=re.escape(advice.format(tmp_path)) + "$"):
+        find_checkpoint(name)
+
+
+@pytest.mark.parametrize("load", [load_model, load_state])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch, load):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("las_fast.checkpoint.safe_open", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\); check its permissions"):
+        load(saved[1])
+
+
+@pytest.mark.parametrize("info", ["{", "[]", ""])
+def test_a_checkpoint_whose_record_is_damaged_is_one_sentence(saved, info):
+    with safe_open(saved[1], framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, saved[1], metadata | {"info": info})
+    with pytest.raises(InputError, match="is damaged: what it says of its training is not JSON"):
+        load_model(saved[1])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100, lambda b: b""])
