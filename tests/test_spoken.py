@@ -1,6 +1,8 @@
 """The spoken corpus: who says what, what lands on disk, and that it can be made again."""
 
 import json
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -253,3 +255,12 @@ def test_the_command_makes_a_corpus_and_says_how_long_it_is(tmp_path, capsys):
 def test_missing_test_transcripts_are_an_input_error(tmp_path):
     with pytest.raises(InputError, match="test-clean.tsv is missing"):
         spoken.read_test_transcripts(tmp_path)
+
+
+def test_processes_that_speak_inherit_that_signals_are_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with spoken._ignoring(signal.SIGINT, signal.SIGHUP):
+        child = subprocess.run([sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"],
+                               capture_output=True, text=True)  # fmt: skip
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "SIG_IGN" in child.stdout
+    assert signal.getsignal(signal.SIGINT) is before

@@ -20,8 +20,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -392,7 +394,9 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     context.set_forkserver_preload(["las_fast.data.spoken"])
     workers = min(workers or cores(), len(tasks))
     bar = Progress(len(utterances), "speaking", "utterances", show=progress)
-    with context.Pool(workers, maxtasksperchild=1) as pool, bar:
+    with _ignoring(signal.SIGINT, signal.SIGHUP):  # its processes inherit that: this one answers, and ends them
+        pool = context.Pool(workers, maxtasksperchild=1)
+    with pool, bar:
         results = pool.imap_unordered(_speak_block, tasks)
         for _ in tasks:
             try:
@@ -402,6 +406,17 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
             seconds.update(rows)
             bar.update(len(rows))
     return seconds
+
+
+@contextlib.contextmanager
+def _ignoring(*numbers: int) -> Iterator[None]:
+    """Ignore signals for a moment."""
+    old = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], made: dict) -> None:
