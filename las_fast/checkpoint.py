@@ -22,13 +22,12 @@ from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
-from las_fast.outputs import NAME_MAX, nearest_path
+from las_fast.outputs import AVERAGED, BEST, LAST, NAME_MAX, nearest_path
 from las_fast.text import Vocabulary
 
 FORMAT = "las_fast 1"  # of the files with weights
 RELEASED = Path(__file__).parent / "checkpoints"
 STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # of last.pt
-BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"
 
 
 class Loaded(NamedTuple):

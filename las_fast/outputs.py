@@ -12,6 +12,7 @@ from pathlib import Path
 from las_fast.cli import make_folder
 from las_fast.errors import InputError
 
+BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"  # of a training
 NAME_MAX = 255  # bytes of a file's name on most file systems
 HEAD = 4096  # bytes of a file by which it is recognised
 HEADER_MAX = 100_000_000  # bytes of the head of a safetensors file, at most

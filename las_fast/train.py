@@ -15,25 +15,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter, eq
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from las_fast import checkpoint
-from las_fast.checkpoint import AVERAGED, BEST, LAST, Loaded, load_model
 from las_fast.cli import cores, make_folder, run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
-from las_fast.data.dataset import (
-    Corpus,
-    SpeechDataset,
-    divided_recordings,
-    load_dataset,
-    open_corpus,
-    shared_recordings,
-)
 from las_fast.decode import choose_device
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path, parse_settings
-from las_fast.trainer import Trainer
+from las_fast.outputs import AVERAGED, BEST, LAST
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    from las_fast.checkpoint import Loaded
+    from las_fast.data.dataset import Corpus, SpeechDataset
+    from las_fast.trainer import Trainer
 
 COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
 FASTEST, SPELLED = 40, 10  # characters a second that nobody reaches, but for so many: a short cut may lose its start
@@ -58,6 +52,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 def main(argv: list[str] | None = None) -> None:
     """Train; see --help."""
     options, config = parse(argv)
+    import torch
+
+    from las_fast.checkpoint import write_text_atomically
+    from las_fast.data.dataset import open_corpus
+    from las_fast.trainer import Trainer
+
     check_out(options.out, options.resume)
     init = load_init(options, config)
     device = choose_device(options.device)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.resume()
         elif init:
             trainer.begin_with(init.model, init.path)
-        checkpoint.write_text_atomically(options.out / "config.yaml", to_yaml(config))
+        write_text_atomically(options.out / "config.yaml", to_yaml(config))
         describe(trainer)
         if trainer.progress.step == trainer.steps and not trainer.owes_validation:
             print("this training is finished already; nothing is left to do")
@@ -159,6 +159,8 @@ def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
     """Return the model of --init, whose characters and features must be those of config; None where there is none."""
     if not options.init or options.resume:
         return None
+    from las_fast.checkpoint import load_model
+
     init = load_model(options.init)
     for name in ("data.characters", *(f"features.{f.name}" for f in dataclasses.fields(config.features))):
         theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
@@ -176,6 +178,8 @@ def how_to_go_on(trainer: Trainer, arguments: list[str]) -> str:
 
 
 def describe(trainer: Trainer) -> None:
+    import torch
+
     parameters = sum(p.numel() for p in trainer.model.parameters())
     last = trainer.course.of(trainer.config.training.epochs - 1)
     share = 100 * last.padding_share(0)
@@ -218,6 +222,8 @@ def warn_of_crowded(data: SpeechDataset, model: ModelConfig) -> None:
 
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
     """Return the training and dev sets, their features cached and checked."""
+    from las_fast.data.dataset import divided_recordings, load_dataset, shared_recordings
+
     train_splits = config.data.train or corpus.resolve("train")
     dev_splits = corpus.resolve(config.data.dev or "dev")
     train = load_dataset(corpus, tuple(train_splits), features=config.features, data=config.data, need_text=True)

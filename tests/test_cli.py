@@ -301,10 +301,13 @@ def test_help_lists_options_and_settings(capsys):
     assert end.value.code == 0 and "--data" in out and "--decoding.length-penalty" in out
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; sys.argv = ['x', '--help']\ntry:\n import las_fast.decode as d; d.main(['--help'])\n"
-    code += "except SystemExit: sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+@pytest.mark.parametrize("name", ["train", "decode", "transcribe", "lm", "tune", "export"])
+def test_help_and_wrong_options_do_not_wait_for_torch(name):
+    code = f"import sys, las_fast.{name} as command\n"
+    for words in (["--help"], ["--hlep"]):
+        code += f"try: command.main({words})\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
 
 
 def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):

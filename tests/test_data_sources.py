@@ -197,3 +197,13 @@ def test_the_shared_manifest_is_read_whole(shared):
     splits = [row.split("\t")[4] for row in rows]
     corpus = open_corpus(shared / "speech")
     assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [splits.count(s) for s in ("train", "dev")]
+
+
+def test_a_split_or_root_that_is_not_there_is_answered_with_the_nearest(tmp_path):
+    root = make_archive(tmp_path / "data", "F23")
+    with pytest.raises(InputError, match=r"has no split 'dev-claen'; .* \(the nearest is dev-clean\); give one of these"):
+        open_corpus(root).resolve("dev-claen")
+    with pytest.raises(InputError, match=rf"daat does not exist; give the folder .*; the nearest is {tmp_path}/data$"):
+        open_corpus(tmp_path / "daat")
+    with pytest.raises(InputError, match=rf"does not exist; .*; {tmp_path} is there, other in it is not$"):
+        open_corpus(tmp_path / "other" / "deeper")

@@ -260,7 +260,7 @@ def test_missing_test_transcripts_are_an_input_error(tmp_path):
 def test_processes_that_speak_inherit_that_signals_are_ignored():
     before = signal.getsignal(signal.SIGINT)
     with spoken._ignoring(signal.SIGINT, signal.SIGHUP):
-        child = subprocess.run([sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT))"],
+        child = subprocess.run([sys.executable, "-c", "import signal; print(repr(signal.getsignal(signal.SIGINT)))"],
                                capture_output=True, text=True)  # fmt: skip
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "SIG_IGN" in child.stdout
     assert signal.getsignal(signal.SIGINT) is before

@@ -22,6 +22,7 @@ import torch
 from las_fast import checkpoint, schedules, train, trainer
 from las_fast.attention import Memory
 from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
+from las_fast.data.dataset import open_corpus
 from las_fast.errors import InputError
 from las_fast.validate import of_the_next, validate
 from tests.archives import make_archive
@@ -432,7 +433,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(archive, tmp_
 
 def make_trainer(archive, out, **settings):
     _, config = train.parse(arguments(archive, out, **settings))
-    data = train.load_data(config, train.open_corpus(archive))
+    data = train.load_data(config, open_corpus(archive))
     return trainer.Trainer(config, *data, out, torch.device("cpu"), {"kind": "features", "name": "HW4P2 F23"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -106,7 +107,9 @@ class Corpus:
         remedy = "give one of these (--split, in training --data.train and --data.dev)"
         if part in ROLES:
             remedy += f", or {self.naming}"
-        return f"{self.root} has no split {part!r}; it has {there}; {remedy}"
+        near = difflib.get_close_matches(part, [*self.listings, *self.roles], 1)
+        nearest = f" (the nearest is {near[0]})" if near else ""
+        return f"{self.root} has no split {part!r}; it has {there}{nearest}; {remedy}"
 
 
 @lru_cache(maxsize=1024)

@@ -24,6 +24,7 @@ from las_fast.data.files import listed, subfolders
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
 from las_fast.features import add_deltas, check_settings
+from las_fast.outputs import nearest_path
 from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
 
@@ -127,8 +128,9 @@ def _no_root(root: Path, error: Exception) -> str:
                 f"{root} does not exist, but {root.parent} has a split {splits}; give {root.parent}, and the split "
                 "with --split (in training --data.train and --data.dev)"
             )
-    what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error})"
-    return f"{root} {what}; give the folder that holds the data"
+    missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+    what = "does not exist" if missing else f"cannot be opened ({getattr(error, 'strerror', None) or error})"
+    return f"{root} {what}; give the folder that holds the data{nearest_path(root) if missing else ''}"
 
 
 def _unknown(root: Path) -> str:
