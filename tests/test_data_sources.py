@@ -201,7 +201,7 @@ def test_the_shared_manifest_is_read_whole(shared):
 
 def test_a_split_or_root_that_is_not_there_is_answered_with_the_nearest(tmp_path):
     root = make_archive(tmp_path / "data", "F23")
-    with pytest.raises(InputError, match=r"has no split 'dev-claen'; .* \(the nearest is dev-clean\); give one of these"):
+    with pytest.raises(InputError, match=r"has no split 'dev-claen'; .* \(the nearest is dev-clean\); give one"):
         open_corpus(root).resolve("dev-claen")
     with pytest.raises(InputError, match=rf"daat does not exist; give the folder .*; the nearest is {tmp_path}/data$"):
         open_corpus(tmp_path / "daat")
