@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError, lacks_memory
 from las_fast.model import LAS
-from las_fast.outputs import AVERAGED, BEST, LAST, NAME_MAX, nearest_path
+from las_fast.outputs import AVERAGED, BEST, LAST, NAME_MAX, is_utf8, nearest_path, utf8_path
 from las_fast.text import Vocabulary
 
 FORMAT = "las_fast 1"  # of the files with weights
@@ -73,6 +73,18 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     this is an escape, so that readers get the same name.
     """
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace")))
+
+
+def write_tensors(path: str | Path, save_file: Callable[[str], None], save: Callable[[], bytes]) -> None:
+    """Write a safetensors file as write_atomically does, whatever its name: save_file takes names in UTF-8 only."""
+
+    def write(temporary: Path) -> None:
+        if is_utf8(temporary):
+            save_file(str(temporary))
+        else:
+            temporary.write_bytes(save())
+
+    write_atomically(path, write)
 
 
 def _temporary(path: Path) -> Path:
@@ -128,7 +140,7 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
     if statistics is not None:
         tensors |= {"statistics.mean": statistics.mean, "statistics.std": statistics.std}
     metadata = {"format": FORMAT, "config": to_yaml(config), "info": json.dumps(info)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, lambda name: save_file(tensors, name, metadata), lambda: save(tensors, metadata))
 
 
 def released_models() -> list[str]:
@@ -161,7 +173,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
     """Load a model for decoding, in eval mode; raises InputError when it is missing, corrupt or made otherwise."""
     path = find_checkpoint(name)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with utf8_path(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:

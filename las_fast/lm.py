@@ -32,7 +32,7 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path
-from las_fast.outputs import make_room, safetensors_format
+from las_fast.outputs import make_room, safetensors_format, utf8_path
 from las_fast.progress import track
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
 
@@ -235,10 +235,10 @@ def count_apart(sentences: Iterable[str], characters: str, order: int) -> tuple[
 
 def save_lm(path: Path, model: LanguageModel) -> None:
     """Write a model to one safetensors file, atomically."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save, save_file
 
     from las_fast import __version__
-    from las_fast.checkpoint import write_atomically
+    from las_fast.checkpoint import write_tensors
 
     smallest = np.int32 if len(Vocabulary(model.characters)) ** model.order < 2**31 else np.int64
     most = int(model.counts.max(initial=0))
@@ -253,7 +253,7 @@ def save_lm(path: Path, model: LanguageModel) -> None:
         "tokens": str(int(model.counts.sum())),
         "las_fast": __version__,
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, lambda name: save_file(tensors, name, metadata), lambda: save(tensors, metadata))
 
 
 def load_lm(path: Path) -> LanguageModel:
@@ -261,7 +261,7 @@ def load_lm(path: Path) -> LanguageModel:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np") as file:
+        with utf8_path(path) as name, safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{path} is not a language model of las_fast; make one with python -m las_fast.lm")

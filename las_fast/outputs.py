@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from las_fast.cli import make_folder
@@ -67,6 +67,31 @@ def _same(path: Path, other: str | Path) -> bool:
     return False
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path is UTF-8, as libraries want it that are not written in Python."""
+    try:
+        os.fspath(path).encode("utf-8")
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | Path) -> Iterator[str]:
+    """Give a name in UTF-8 by which a file can be read, or a folder be used, for as long as the block lasts.
+
+    It is its own name where that is UTF-8, else the name of an open handle.
+    """
+    if is_utf8(path):
+        yield os.fspath(path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}" if os.path.isdir("/proc/self/fd") else f"/dev/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
 def nearest_path(path: Path) -> str:
     """Return "; DIR is there, and in it NAME" for a path that is not: the part of it that is, and the nearest name."""
     path = Path(os.path.abspath(path))
@@ -78,7 +103,7 @@ def nearest_path(path: Path) -> str:
         names = [name for name in os.listdir(there) if not name.startswith(".")]
         if near := difflib.get_close_matches(wanted, names, 1):
             return f"; the nearest is {there / near[0]}"
-    return f"; {there} is there, {wanted} in it is not"
+    return f"; {there} is there, {wanted} in it is not" if there != path.parent else ""
 
 
 def first_line(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from las_fast.checkpoint import write_text_atomically
 from las_fast.config import Config, to_tree
 from las_fast.errors import InputError
+from las_fast.outputs import utf8_path
 
 if TYPE_CHECKING:
     from las_fast.validate import Validation
@@ -26,7 +28,9 @@ class RunLog:
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
         write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self._open = contextlib.ExitStack()
+        folder = self._open.enter_context(utf8_path(out))
+        self.board = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
         self.wandb = start_wandb(out, config) if config.training.wandb else None
 
     def training(self, step: int, epoch: float, values: dict, lr: float) -> None:
@@ -52,6 +56,7 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+        self._open.close()
         if self.wandb is not None:
             self.wandb.finish()
 

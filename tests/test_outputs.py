@@ -1,5 +1,6 @@
 """What commands write never replaces what they read, nor what they did not write themselves."""
 
+import json
 import os
 import shutil
 
@@ -8,10 +9,12 @@ from archives import make_archive
 from checkpoints import make_checkpoint
 
 from las_fast import decode, export, lm, train, tune
+from las_fast.cli import prepare_streams
 from las_fast.config import Config, load_config, to_yaml
 from las_fast.errors import InputError
 from las_fast.lm import LanguageModel, beside, save_lm
 from las_fast.outputs import make_room, safetensors_format
+from las_fast.submission import write_submission
 
 USERS = "my own notes\n"
 
@@ -153,6 +156,38 @@ def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"the name xxxxxxxxxxxxxxxxxxxx... has 300 bytes; give one of at most 255"):
         make_room(tmp_path / ("x" * 300), "--out")
     make_room(tmp_path / ("x" * 255), "--out")
+
+
+def test_folders_and_files_may_have_names_that_are_not_utf8(archive, text, tmp_path, capsys):
+    prepare_streams()
+    folder = tmp_path / os.fsdecode(b"mod\xe0")
+    shutil.move(archive, folder / "data")
+    shutil.copy(make_checkpoint(tmp_path), folder / "m.safetensors")
+    sizes = [f"--model.{name}=6" for name in ("listener.conv-channels", "listener.lstm-size", "speller.key-size",
+                                              "speller.value-size", "speller.embedding-size")]  # fmt: skip
+    train.main(["--config", "tiny", "--data", str(folder / "data"), "--out", str(folder / "run"), *sizes,
+                "--model.speller.lstm-sizes", "9", "8", "--training.epochs", "1"])  # fmt: skip
+    assert {"best.safetensors", "last.pt", "tensorboard", "attention"} <= set(os.listdir(folder / "run"))
+    export.main(["--checkpoint", str(folder / "run"), "--out", str(folder / os.fsdecode(b"\xff.safetensors"))])
+    run_lm(text, folder / os.fsdecode(b"lm\xff"))
+    run_decode(folder / "data", folder / os.fsdecode(b"\xff.safetensors"), folder / os.fsdecode(b"\xff.csv"), "--lm",
+               folder / os.fsdecode(b"lm\xff"), "--jsonl", folder / os.fsdecode(b"\xff.jsonl"))  # fmt: skip
+    assert (folder / os.fsdecode(b"\xff.jsonl")).read_text().count("\n") == 4
+
+
+def test_ids_that_are_not_utf8_are_written_and_read_back(archive, model, tmp_path):
+    name = os.fsdecode(b"mod\xe0")
+    for folder, old in ((archive / "dev-clean" / kind, None) for kind in ("mfcc", "transcripts")):
+        old = sorted(folder.iterdir())[0]
+        old.rename(folder / f"{name}.npy")
+    run_decode(archive, model, tmp_path / "dev.csv", "--jsonl", tmp_path / "dev.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert name in [row["id"] for row in rows]
+
+
+def test_an_id_that_is_not_utf8_is_escaped_in_a_submission(tmp_path):
+    write_submission(tmp_path / "s.csv", [os.fsdecode(b"mod\xe0"), "한"], ["a", "b"])
+    assert (tmp_path / "s.csv").read_text(encoding="utf-8") == "id,label\nmod\\udce0,A\n한,B\n"
 
 
 def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
