@@ -15,7 +15,7 @@ from las_fast.cli import give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError, lacks_memory
 from las_fast.lm import default_weight, language_table
-from las_fast.options import Parser, as_path, parse_settings
+from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.outputs import first_line, make_room
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -39,12 +39,12 @@ class Settings:
 def parser() -> Parser:
     own = Parser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
+    own.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest")
     own.add_argument("--split", required=True, help="split name, or train, dev or test; join several with +")
-    own.add_argument("--out", required=True, type=as_path, metavar="FILE.csv", help="the submission file")
+    own.add_argument("--out", required=True, type=as_file, metavar="FILE.csv", help="the submission file")
     own.add_argument("--beam", type=int, help="hypotheses followed; 1 is greedy (default: the checkpoint's)")
     own.add_argument("--nbest", type=int, default=1, metavar="N", help="hypotheses kept in --jsonl (default: 1)")
-    own.add_argument("--jsonl", type=as_path, metavar="FILE", help="also write scores, frames, n best as JSON")
+    own.add_argument("--jsonl", type=as_file, metavar="FILE", help="also write scores, frames, n best as JSON")
     own.add_argument("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
     own.add_argument("--on-bad", choices=("error", "skip"), default="error", help="skip lists unusable utterances")
     own.add_argument("--normalise-text", action="store_true", help="map transcripts onto the checkpoint's characters")

@@ -50,8 +50,9 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
-# As the CPU's allocator says it, CUDA outside torch's own, and a library of matrix products on a GPU.
-NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed")
+# As the CPU's allocator says it, CUDA outside torch's own, libraries of products on a GPU, C++ and oneDNN.
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed", "bad_alloc",
+             "could not create a primitive", "could not create a memory")  # fmt: skip
 
 
 def from_outside(error: BaseException) -> str | None:

@@ -18,7 +18,7 @@ from las_fast.config import check
 from las_fast.decode import Settings
 from las_fast.errors import InputError
 from las_fast.lm import beside
-from las_fast.options import Parser, as_path, parse_settings
+from las_fast.options import Parser, as_file, parse_settings
 from las_fast.outputs import make_room, safetensors_format
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # these import torch, which --help need not wait for
 def parser() -> Parser:
     own = Parser(prog="python -m las_fast.export", description=__doc__, add_help=False)
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--out", required=True, type=as_path, metavar="FILE.safetensors", help="the file to write")
+    own.add_argument("--out", required=True, type=as_file, metavar="FILE.safetensors", help="the file to write")
     return own
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.options import Parser, as_path
+from las_fast.options import Parser, as_file, as_path
 from las_fast.outputs import make_room, safetensors_format, utf8_path
 from las_fast.progress import track
 from las_fast.text import CHARACTERS, EOS, PAD, SOS, Vocabulary, lost_digits, normalise_text
@@ -354,7 +354,7 @@ def parser() -> Parser:
         prog="python -m las_fast.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own.add_argument("texts", nargs="+", type=as_path, metavar="TEXT", help="files or folders with text, see above")
-    own.add_argument("--out", required=True, type=as_path, metavar="LM.safetensors", help="the model")
+    own.add_argument("--out", required=True, type=as_file, metavar="LM.safetensors", help="the model")
     own.add_argument("--order", type=int, default=ORDER, help=f"of the n-grams (default: {ORDER})")
     own.add_argument("--characters", default=CHARACTERS, help="those of the checkpoint (default: A-Z ' space)")
     own.add_argument("--split", default="", help="of archives, folders and manifests (default: all for training)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import typing
@@ -225,7 +226,16 @@ def as_path(word: str) -> Path:
     """Return a path of the command line, with ~ replaced where the shell has not done it, as in --out=~/run."""
     from las_fast.cli import expand
 
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty; give one")
     try:
         return expand(word)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def as_file(word: str) -> Path:
+    """Return a path of the command line that names a file to write; one that ends in a slash names a folder."""
+    if word.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"{word} is a folder; give the name of a file to write")
+    return as_path(word)

@@ -19,7 +19,7 @@ from las_fast.cli import give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
-from las_fast.options import Parser, as_path
+from las_fast.options import Parser, as_file, as_path
 from las_fast.outputs import first_line, make_room
 from las_fast.progress import progress
 
@@ -36,10 +36,10 @@ def parser() -> Parser:
         prog="python -m las_fast.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--data", required=True, metavar="ROOT", help="HW4P2 archive, LibriSpeech folder or manifest")
+    own.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest")
     own.add_argument("--split", default="dev", help="split name or dev (default)")
     own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)")
-    own.add_argument("--out", type=as_path, metavar="FILE.csv", help="also write the table there")
+    own.add_argument("--out", type=as_file, metavar="FILE.csv", help="also write the table there")
     own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     for name in GRID:
         kind = int if name == "beam" else float

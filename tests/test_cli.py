@@ -72,6 +72,8 @@ def test_an_interrupt_ends_with_130(signals):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
         (RuntimeError("[enforce] can't allocate memory: you tried to allocate 9"), "memory does not suffice"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory does not suffice"),
+        (RuntimeError("could not create a primitive"), "memory does not suffice"),
+        (RuntimeError("std::bad_alloc"), "memory does not suffice"),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
 )

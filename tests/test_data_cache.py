@@ -268,6 +268,9 @@ def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("") == tmp_path / "las_fast"
     assert cache_folder("/elsewhere").as_posix() == "/elsewhere"
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/.other")
+    assert cache_folder("").as_posix() == "/home/someone/.other/las_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder("") == tmp_path / ".cache" / "las_fast"

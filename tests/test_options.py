@@ -49,6 +49,12 @@ def test_every_command_says_what_must_be_given(capsys, name):
         ("decode", ["--beam"], "--beam needs a value (expected one value); see --help"),
         ("decode", ["--out", "~nosuchuser/x"], "--out: ~nosuchuser/x: the home folder of nosuchuser is not known; "
          "write the path without ~"),
+        ("decode", ["--out", ""], "--out: the path is empty; give one"),
+        ("decode", ["--out", "new/"], "--out: new/ is a folder; give the name of a file to write"),
+        ("decode", ["--jsonl", "new/"], "--jsonl: new/ is a folder; give the name of a file to write"),
+        ("lm", ["a", "--out", "new/"], "--out: new/ is a folder; give the name of a file to write"),
+        ("train", ["--data", ""], "--data: the path is empty; give one"),
+        ("train", ["--out", ""], "--out: the path is empty; give one"),
         ("tune", ["--length-reward", "x"], "--length-reward must be a number; got 'x'"),
         ("tune", ["--length_reward", "1"], "there is no option --length_reward; the nearest is --length-reward"),
         ("lm", ["a.txt", "--out", "x", "--ordr", "3"], "there is no option --ordr; the nearest is --order"),

@@ -103,7 +103,7 @@ def cache_folder(setting: str) -> Path:
     if setting:
         return expand(setting)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
+        return expand(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
     except RuntimeError:  # no HOME, and no entry in the list of users
         raise InputError(
             "no home folder is known, so the feature cache has no place; set XDG_CACHE_HOME to a folder that may be "
