@@ -92,7 +92,7 @@ ADVICE = {
     errno.EPERM: "{}: operation not permitted; change its permissions or give another path",
     errno.EROFS: "{} lies on a read-only file system; give another path",
     errno.ENOENT: "{} does not exist; check the path",
-    errno.ENAMETOOLONG: "the name {} is too long for the file system; shorten it",
+    errno.ENAMETOOLONG: "{}: the name is too long for the file system; shorten it",
     errno.EMFILE: "too many files are open ({}); raise the limit, such as with ulimit -n 1024",
     errno.ENFILE: "too many files are open on this machine ({}); end other programs",
     errno.EIO: "{} could not be read or written (input/output error); check the disk or the network",
@@ -103,7 +103,7 @@ ADVICE = {
 def _system_error(error: OSError) -> str:
     names = [show(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
     place = " and ".join(names)
-    if error.errno in ADVICE:
+    if error.errno in ADVICE and (place or not ADVICE[error.errno].startswith("{}")):
         return ADVICE[error.errno].format(place or "input or output")
     reason = error.strerror or _short(error) or type(error).__name__
     return f"{place}: {reason}; check the path" if place else f"a system call failed ({reason}); run again"

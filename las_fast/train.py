@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter, eq
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}
     with held(options.out):
+        find_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
         if options.resume:
             trainer.resume()
@@ -141,6 +143,14 @@ def held(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def find_temporary_folder(out: Path) -> None:
+    """Have Python make temporary files in `out` where it can make them nowhere else: torch wants a place for them."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # a container whose system is read-only
+        tempfile.tempdir = os.path.abspath(out)
 
 
 def check_room(out: Path, trainer: Trainer) -> None:

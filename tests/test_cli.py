@@ -63,6 +63,7 @@ def test_an_interrupt_ends_with_130(signals):
         (OSError(errno.ESTALE, "Stale file handle", b"mod\xe0"), r"mod\xe0: Stale file handle; check the path"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more processes or threads"),
         (OSError("no errno at all"), "a system call failed (no errno at all)"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory"), "failed (No usable temporary directory)"),
         (UnicodeEncodeError("utf-8", "\udce0", 0, 1, "surrogates not allowed"), "is not UTF-8 ('utf-8' codec"),
         (UnicodeDecodeError("utf-8", b"\xe0", 0, 1, "unexpected end"), "is not UTF-8 ('utf-8' codec"),
         (RuntimeError("Could not determine home directory."), "no home folder is known; set HOME"),

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -581,6 +582,16 @@ def test_biases_gains_and_the_tied_embedding_are_not_decayed():
     decayed, free = (group["params"] for group in trainer.make_optimiser(model, Config()).param_groups)
     assert all(p.dim() >= 2 for p in decayed) and any(p is model.speller.embedding.weight for p in free)
     assert len(decayed) + len(free) == len(list(model.parameters()))
+
+
+def test_a_read_only_system_has_its_temporary_files_in_the_run(tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
+    train.find_temporary_folder(tmp_path)
+    assert tempfile.gettempdir() == str(tmp_path)
 
 
 def test_wandb_without_the_package_says_how_to_install_it(archive, tmp_path, monkeypatch):
