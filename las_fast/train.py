@@ -85,11 +85,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> None:
     """Run the training to its end, and say what came of it; `words` are the command's, to go on with."""
+    from las_fast.trainer import Diverged
+
     check_room(options.out, trainer)
     try:
         trainer.run()
     except KeyboardInterrupt:
         print(how_to_go_on(trainer, words), file=sys.stderr)
+        raise
+    except (InputError, OSError) as error:
+        if trainer.saved_step and not isinstance(error, Diverged):
+            print(how_to_go_on(trainer, words), file=sys.stderr)
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")

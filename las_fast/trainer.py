@@ -138,9 +138,9 @@ class Trainer:
         with catch_stop_signals(self), self._progress_bar() as bar:
             problem = self._train(bar)
             saved = self._rescue(problem)
-        if problem is None:
+        with contextlib.suppress(*([] if problem is None else [OSError])):  # the problem matters more
             self.log.close()
-        else:
+        if problem is not None:
             raise self._explained(problem, saved)
 
     def _train(self, bar: ProgressBar) -> BaseException | None:

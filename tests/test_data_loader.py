@@ -175,3 +175,18 @@ for fields in Loader(Made(), range(1000), workers=2):
     parent.kill()
     assert parent.stdout.read() == b""  # which a worker that lives would hold open
     parent.wait()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch, workers):
+    pinned = []
+    empty = torch.empty
+
+    def pretended(*arguments, pin_memory=False, **options):
+        pinned.extend([1] if pin_memory else [])
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", pretended)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or self)
+    assert len(list(Loader(Made(), range(3), workers=workers, pin=True))) == 3
+    assert len(pinned) == 3 * 4  # tensors of a batch

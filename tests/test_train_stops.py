@@ -224,12 +224,13 @@ def test_a_worker_that_dies_changes_nothing(archive, whole, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("error", [InputError("x.npy is damaged"), OSError(5, "Input/output error", "x.npy")])
-def test_bad_data_in_the_middle_saves_what_was_learned(archive, whole, tmp_path, monkeypatch, error):
+def test_bad_data_in_the_middle_saves_what_was_learned(archive, whole, tmp_path, monkeypatch, capsys, error):
     with monkeypatch.context() as patch:
         at_step(patch, 4, raising(error))
         with pytest.raises(type(error), match="x.npy"):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 4
+    assert "stopped; step 4 is saved. To go on: python -m las_fast.train" in capsys.readouterr().err
     assert_goes_on_like(whole, archive, tmp_path)
 
 
