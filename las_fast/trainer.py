@@ -117,7 +117,6 @@ class Trainer:
         self.saved_step: int | None = None  # that last.pt holds
         self.earlier_core_seconds = 0.0  # of the process's own time, before this run was resumed
         self.stop_signal = 0  # number of the signal that asked to stop
-        self.may_stop = False  # at once: nothing that is saved is being changed
         self.saving = False
         self.whole = True  # the state is that after a step, not in the middle of an update
         self.batch_size = (0, 0)  # utterances and padded frames of the latest batch
@@ -167,8 +166,7 @@ class Trainer:
                 parts = self.train_step(batch.to(self.device))
                 self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
                 self._show(bar, parts)
-                if self.stop_signal:
-                    raise Stopped(self.stop_signal)
+                self.check_stop()
                 if self.owes_validation:
                     self._validate_and_save(bar)
                 elif time.monotonic() - self._saved_at > 60 * self.config.training.checkpoint_minutes:
@@ -278,23 +276,13 @@ class Trainer:
     def _timed_batches(self) -> Iterator[Batch]:
         """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
         batches = iter(self._rest_of_epoch())
-        while True:
-            with self.stoppable():
-                batch = self.pace.next_of(batches)
-            if batch is None:
-                return
+        while (batch := self.pace.next_of(batches)) is not None:
             yield batch
 
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Within it a signal stops the training at once, since nothing that is saved changes."""
-        self.may_stop = True
-        try:
-            if self.stop_signal:
-                raise Stopped(self.stop_signal)
-            yield
-        finally:
-            self.may_stop = False
+    def check_stop(self) -> None:
+        """Raise Stopped where a signal has asked for it; called where nothing that is saved is being changed."""
+        if self.stop_signal:
+            raise Stopped(self.stop_signal)
 
     def _rest_of_epoch(self):
         epoch, start = self.course.place(self.progress.step)
@@ -308,6 +296,7 @@ class Trainer:
             epoch=epoch,
             start=start,
             workers=self.config.data.workers,
+            look_up=self.check_stop,
         )
 
     # Validation and what is shown
@@ -331,8 +320,7 @@ class Trainer:
     def _validate_and_save(self, bar: ProgressBar) -> None:
         model, pace = self.averaged or self.model, self.pace
         speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
-        with self.stoppable():
-            result = self._validate(model)
+        result = self._validate(model)
         self._check_alive(result.loss)
         with self.undisturbed():
             line = self._keep(result, model)
@@ -345,7 +333,8 @@ class Trainer:
 
     def _validate(self, model: nn.Module) -> Validation:
         try:
-            return validate(model, self.dev_data, self.vocabulary, self.config, self.device, self.out, self.epoch)
+            where = (self.config, self.device, self.out, self.epoch, self.check_stop)
+            return validate(model, self.dev_data, self.vocabulary, *where)
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
@@ -498,10 +487,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
-    """Within it SIGINT, SIGTERM and SIGHUP ask the trainer to stop after the step under way, or at once while it waits.
+    """Within it SIGINT, SIGTERM and SIGHUP ask the trainer to stop after the step, or while it waits or validates.
 
-    A second one stops in the middle of a step, but not of a save. Those of the first seconds count as one: a process
-    group and the programs around a training pass the same signal on. SIGHUP stays ignored under nohup.
+    A second one raises Stopped in the middle of a step, but not of a save. Those of the first seconds count as one: a
+    process group and the programs around a training pass the same signal on. SIGHUP stays ignored under nohup.
     """
     first = 0.0
 
@@ -510,8 +499,7 @@ def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
         again = trainer.stop_signal and time.monotonic() - first > SAME_SIGNAL
         first = first if trainer.stop_signal else time.monotonic()
         trainer.stop_signal = trainer.stop_signal or signum
-        if (trainer.may_stop or again) and not trainer.saving:
-            trainer.may_stop = False
+        if again and not trainer.saving:
             raise Stopped(signum)
 
     numbers = [s for s in STOPPING if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]

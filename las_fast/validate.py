@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,8 +46,12 @@ def validate(
     device: torch.device,
     out: Path,
     epoch: float,
+    look_up: Callable[[], None] = lambda: None,
 ) -> Validation:
-    """Score model on every utterance of data, and draw the attention of the first few into out/attention."""
+    """Score model on every utterance of data, and draw the attention of the first few into out/attention.
+
+    look_up is called before each batch; it may raise.
+    """
     model.eval()
     batches = sorted_batches(
         data.frames,
@@ -60,6 +65,7 @@ def validate(
     alone = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     pictured = PictureBook(data, config.training.pictures)
     for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
+        look_up()
         batch = batch.to(device)
         memory = model.listen(batch.features, batch.feature_lengths)
         logits, weights = model.speller(memory, batch.tokens)

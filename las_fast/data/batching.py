@@ -6,7 +6,7 @@ Everything random follows from (seed, epoch, utterance), so a place in training 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,14 +215,16 @@ def make_loader(
     epoch: int,
     start: int = 0,
     workers: int,
+    look_up: Callable[[], None] = lambda: None,
 ) -> Iterable[Batch]:
     """Return a sized iterable of Batch over batches[start:], in that order, none dropped.
 
     The features of a batch do not depend on workers or start: augmentation is random in (seed, epoch, utterance) only.
-    A worker that dies or hangs costs time alone; see las_fast.data.loader.
+    A worker that dies or hangs costs time alone; see las_fast.data.loader. look_up is called again and again while a
+    batch is waited for; it may raise.
     """
     made = _Batches(dataset, batches, vocabulary, augment, seed, epoch)
-    return _Loader(made, range(start, len(batches)), workers=workers, pin=torch.cuda.is_available())
+    return _Loader(made, range(start, len(batches)), workers=workers, look_up=look_up, pin=torch.cuda.is_available())
 
 
 class _Loader(Loader):

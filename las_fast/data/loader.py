@@ -16,8 +16,9 @@ import signal
 import struct
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from las_fast.progress import write
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the parent answers them, and then ends its workers
 AHEAD = 4  # batches of each worker that wait for their use
 SILENT = 300.0  # seconds after which a worker that delivers nothing is given up
+LOOK_EVERY = 0.3  # seconds between two looks up while a batch is waited for
 PIPE_BYTES = 1 << 20  # of a pipe's buffer, where the system allows it: few switches between the processes
 LENGTH = struct.Struct("<i")
 FAILED = -1  # length of a head that is not there: the batch could not be made
@@ -49,10 +51,19 @@ class Loader:
         order:   numbers of the batches.
         workers: processes that make them ahead; 0 makes each when it is asked for, in this process.
         pin:     copy the tensors to pinned memory.
+        look_up: called again and again while a batch is waited for; it may raise.
     """
 
-    def __init__(self, batches: Batches, order: Sequence[int], *, workers: int, pin: bool = False):
-        self.batches, self.order, self.pin = batches, order, pin
+    def __init__(
+        self,
+        batches: Batches,
+        order: Sequence[int],
+        *,
+        workers: int,
+        pin: bool = False,
+        look_up: Callable[[], None] = lambda: None,
+    ):
+        self.batches, self.order, self.pin, self.look_up = batches, order, pin, look_up
         self.workers = min(workers, len(order)) if can_fork() else 0
 
     def __len__(self) -> int:
@@ -66,7 +77,7 @@ class Loader:
                 fields = None
                 if ahead is not None:
                     try:
-                        fields = ahead.take(place)
+                        fields = ahead.take(place, self.look_up)
                     except WorkerLost as error:
                         _tell(f"{error}; from here on batches are made in the training process")
                         ahead.close()
@@ -115,9 +126,9 @@ class _Workers:
             self.close()
             raise
 
-    def take(self, place: int) -> Fields | None:
+    def take(self, place: int, look_up: Callable[[], None]) -> Fields | None:
         """Return the batch at a place, asked for in order; None where its worker could not make it."""
-        return self._children[place % len(self._children)].take()
+        return self._children[place % len(self._children)].take(look_up)
 
     def close(self) -> None:
         """End the workers and the threads that read from them."""
@@ -137,16 +148,21 @@ class _Child:
         self._thread = threading.Thread(target=self._receive, args=(len(order), pin), daemon=True)
         self._thread.start()
 
-    def take(self) -> Fields | None:
-        try:
-            answer = self._ready.get(timeout=SILENT)
-        except queue.Empty:
-            raise WorkerLost(f"a loader process was silent for {SILENT:.0f} s and is given up") from None
+    def take(self, look_up: Callable[[], None]) -> Fields | None:
+        answer = self._wait(look_up)
         if isinstance(answer, EOFError):
             raise WorkerLost(f"a loader process ended early ({self._how_it_ended()})")
         if isinstance(answer, Exception):
             raise WorkerLost(f"a loader process cannot be understood ({type(answer).__name__}: {answer})")
         return answer
+
+    def _wait(self, look_up: Callable[[], None]) -> Fields | Exception | None:
+        deadline = time.monotonic() + SILENT
+        while time.monotonic() < deadline:
+            look_up()
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=LOOK_EVERY)
+        raise WorkerLost(f"a loader process was silent for {SILENT:.0f} s and is given up")
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -39,6 +39,7 @@ from las_fast.progress import Progress
 
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
+MOST_WORKERS = 256
 BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
@@ -454,6 +455,8 @@ def main(argv: list[str] | None = None) -> None:
     add_sizes(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
     options = parser.parse_args(argv)
+    if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
+        raise InputError(f"--workers must be from 1 to {MOST_WORKERS}; got {options.workers}")
     archive = generate(options.out, train=options.train, dev=options.dev, test=options.test, seed=options.seed,
                        workers=options.workers)  # fmt: skip
     hours = json.loads((Path(options.out) / "corpus.json").read_text(encoding="utf-8"))["hours"]
