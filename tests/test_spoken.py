@@ -1,9 +1,11 @@
 """The spoken corpus: who says what, what lands on disk, and that it can be made again."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -255,6 +257,33 @@ def test_the_command_makes_a_corpus_and_says_how_long_it_is(tmp_path, capsys):
 def test_missing_test_transcripts_are_an_input_error(tmp_path):
     with pytest.raises(InputError, match="test-clean.tsv is missing"):
         spoken.read_test_transcripts(tmp_path)
+
+
+def die(task):
+    if task == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def sleep(task):
+    time.sleep(60)
+
+
+def test_a_process_that_dies_is_noticed_at_once():
+    found = spoken._in_processes(die, [0, 1, 2, 3], 1)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(InputError, match=r"a speaking process ended early \(exit status -9\)"):
+        next(found)
+
+
+def test_a_process_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(spoken, "SILENT", 0.2)
+    with pytest.raises(InputError, match="was silent for 0 s"):
+        list(spoken._in_processes(sleep, [0, 1], 2))
+
+
+def test_every_task_is_answered_once():
+    assert sorted(spoken._in_processes(str, range(7), 3)) == list("0123456")
 
 
 def test_processes_that_speak_inherit_that_signals_are_ignored():

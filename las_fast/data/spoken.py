@@ -18,12 +18,13 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from las_fast.progress import Progress
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MOST_WORKERS = 256
+SILENT = 600.0  # seconds after which a speaking process is given up
 BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
@@ -390,23 +392,68 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
             (archive / split / "transcripts").mkdir()
     tasks = [(utterances[i : i + BLOCK], seed, str(archive)) for i in range(0, len(utterances), BLOCK)]
     seconds: dict[str, float] = {}
-    # A fresh process a block: what eSpeak NG said before can then not depend on who takes which block.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["las_fast.data.spoken"])
-    workers = min(workers or cores(), len(tasks))
-    bar = Progress(len(utterances), "speaking", "utterances", show=progress)
-    with _ignoring(signal.SIGINT, signal.SIGHUP):  # its processes inherit that: this one answers, and ends them
-        pool = context.Pool(workers, maxtasksperchild=1)
-    with pool, bar:
-        results = pool.imap_unordered(_speak_block, tasks)
-        for _ in tasks:
-            try:
-                rows = results.next(timeout=600)  # a killed worker never answers: do not wait for ever
-            except multiprocessing.TimeoutError:
-                raise InputError("a speaking process died or hangs; free some memory and start again") from None
+    blocks = _in_processes(_speak_block, tasks, workers or cores())
+    with Progress(len(utterances), "speaking", "utterances", show=progress) as bar, contextlib.closing(blocks):
+        for rows in blocks:
             seconds.update(rows)
             bar.update(len(rows))
     return seconds
+
+
+def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Iterator:
+    """Yield function(task) of each task as it comes, by so many processes at once and a fresh one for each task.
+
+    What eSpeak NG said before can then not depend on who takes which block.
+
+    Raises:
+        InputError: a process ends early, or is silent for long.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["las_fast.data.spoken"])
+    waiting, running = list(reversed(tasks)), {}  # pipe: the process that answers through it
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                pipe, process = _start(context, function, waiting.pop())
+                running[pipe] = process
+            ready = multiprocessing.connection.wait(running, SILENT)
+            if not ready:
+                raise InputError(f"a speaking process was silent for {SILENT:.0f} s; free some memory and start again")
+            for pipe in ready:
+                yield _answer(pipe, running.pop(pipe))
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _start(context, function: Callable, task) -> tuple:
+    """Start a process that sends function(task); return the pipe that it comes through and the process."""
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, task))
+    with _ignoring(signal.SIGINT, signal.SIGHUP):  # which it inherits: this process answers them, and ends it
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+def _send(pipe, function: Callable, task) -> None:
+    pipe.send(function(task))
+
+
+def _answer(pipe, process):
+    """Return what a process has sent; raise InputError where it has ended without."""
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        process.join()
+        raise InputError(
+            f"a speaking process ended early (exit status {process.exitcode}); free some memory and start again"
+        ) from None
+    finally:
+        pipe.close()
+    process.join()
+    return answer
 
 
 @contextlib.contextmanager
