@@ -34,13 +34,11 @@ def build(folder: Path, flags: list[str], *, sources: Path = SOURCES, includes: 
         jobs:     compilers at a time.
 
     Raises:
-        subprocess.CalledProcessError: the compiler failed; its messages are on stderr.
+        subprocess.CalledProcessError: the compiler failed; `stderr` has its messages.
     """
-    from torch.utils.cpp_extension import include_paths, library_paths
+    from torch.utils.cpp_extension import library_paths
 
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*os.environ.get("CXX", "c++").split(), *FLAGS, *flags]
-    paths = [f"-I{x}" for x in [*includes, *include_paths(), sysconfig.get_path("include")]]
     headers = [header for each in [sources, *includes] for header in each.rglob("*.h")]
     changed = max(header.stat().st_mtime for header in headers)
     objects = {source: folder / f"{source.stem}.o" for source in sorted(sources.glob("*.cpp"))}
@@ -50,13 +48,26 @@ def build(folder: Path, flags: list[str], *, sources: Path = SOURCES, includes: 
         if not made.exists() or made.stat().st_mtime < max(changed, source.stat().st_mtime)
     ]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        words = ([*command, *paths, "-c", str(source), "-o", str(objects[source])] for source in stale)
-        list(pool.map(lambda each: subprocess.run(each, check=True), words))
+        words = ([*command(flags, includes), "-c", str(source), "-o", str(objects[source])] for source in stale)
+        list(pool.map(_run, words))
     made = folder / "_C.abi3.so"
     if stale or not made.exists():
         libraries = [f"-L{x}" for x in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-        subprocess.run([*command, "-shared", *map(str, objects.values()), *libraries, "-o", str(made)], check=True)
+        words = [*command(flags), "-shared", *map(str, objects.values()), *libraries, "-o", str(made)]
+        _run(words)
     return made
+
+
+def _run(words: list[str]) -> None:
+    subprocess.run(words, check=True, stderr=subprocess.PIPE, text=True)
+
+
+def command(flags: list[str], includes: list[Path] = ()) -> list[str]:
+    """Return the beginning of a compiler's command line."""
+    from torch.utils.cpp_extension import include_paths
+
+    paths = [f"-I{x}" for x in [*includes, *include_paths(), sysconfig.get_path("include")]]
+    return [*os.environ.get("CXX", "c++").split(), *FLAGS, *flags, *paths]
 
 
 def load(file: Path, lanes: int = 16) -> None:

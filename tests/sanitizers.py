@@ -63,7 +63,10 @@ def run(kinds: list[str], lanes: int, arguments: list[str], jobs: int) -> bool:
     """Run the tests in one build; print what the sanitizers report; say whether all is well."""
     name = "-".join(kinds)
     includes = [TSAN_HEADERS] if "tsan" in kinds else []
-    file = extension.build(FOLDER / name, flags(kinds), includes=includes, jobs=jobs)
+    try:
+        file = extension.build(FOLDER / name, flags(kinds), includes=includes, jobs=jobs)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"the build with {name} failed:\n{error.stderr}") from None
     reports = FOLDER / name / f"reports-{lanes}"
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()

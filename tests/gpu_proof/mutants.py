@@ -278,8 +278,8 @@ TOPK = [
          "eos_logit - top, best_other - top, count"),
         ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), table_rows - 1)", "return state"),
         ("limit-of-the-first-utterance", "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM "
-         "else 0, threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, ",
-         "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0"
+         "else 0, threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row"
+         ", ", "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0"
          ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, "),
         ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
          "(lengths + tl.where(finished, 0, 1))"),

@@ -1,0 +1,219 @@
+"""The edits that are made to C++ code, one rule after another, and the schemata that hold many of them in one build.
+
+An edit replaces the text of one node of the syntax tree (tree-sitter's). A schema is the source in which each edited
+expression is `(LAS_MUTANT(n) ? edited : as it was)`, and each deleted statement runs unless its mutant is on. So what
+must be known when the code is compiled cannot be edited: template arguments, constexpr, sizes of arrays, static_assert.
+`constants` counts the edits that are left out for that.
+
+Left alone is also what changes no result: strings, prefetching, and the grain of at::parallel_for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import tree_sitter
+import tree_sitter_cpp
+
+from tests.mutants.base import Mutant, numbered
+
+OPERATORS = {
+    "comparison": {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="},
+    "arithmetic": {"+": "-", "-": "+", "*": "/", "/": "*", "%": "*", "<<": ">>", ">>": "<<", "&": "|", "|": "&"},
+    "logic": {"&&": "||", "||": "&&"},
+    "assignment": {"+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "|=": "&=", "&=": "|="},
+}
+SWAPS = {"std::min": "std::max", "std::max_element": "std::min_element", "std::floor": "std::ceil"}
+SWAPS |= {new: old for old, new in SWAPS.items()}
+# Hidden from the parser, which knows no macros in these places; blanks keep all offsets.
+HIDDEN = re.compile(
+    r"LAS_INLINE|LAS_AVX512\w+|__attribute__\(\((?:[^()]|\([^()]*\))*\)\)|^#pragma GCC unroll \d+$", re.M
+)
+CONSTANT_TYPES = {
+    "template_argument_list", "template_parameter_list", "static_assert_declaration", "array_declarator", "enumerator",
+    "preproc_def", "preproc_include", "preproc_call", "case_statement", "attribute_specifier", "decltype",
+    "type_descriptor", "template_type", "alignas_qualifier", "lambda_capture_specifier", "sizeof_expression",
+}  # fmt: skip
+NO_RESULT = {"las::fetch", "fetch", "fetch_ahead", "__builtin_prefetch", "madvise", "asm"}
+PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
+
+Node = tree_sitter.Node
+
+
+def cpp_mutants(source: str, file: str) -> list[Mutant]:
+    """Return every mutant of a C++ source that a schema can hold; `file` names it."""
+    return numbered([m for m, constant in _Walk(source, file).edits() if not constant])
+
+
+def constants(source: str, file: str) -> int:
+    """Return how many edits are left out, since a compiler must know their values."""
+    return sum(constant for _, constant in _Walk(source, file).edits())
+
+
+def schema(source: str, mutants: Sequence[tuple[int, Mutant]]) -> str:
+    """Return the source in which each mutant is on where LAS_MUTANT(its number) is true. No line moves."""
+    if not mutants:
+        return source
+    raw = source.encode()
+    wanted: dict[tuple[int, int], list[tuple[int, Mutant]]] = {}
+    for number, mutant in mutants:
+        begin = len(source[: mutant.start].encode())
+        wanted.setdefault((begin, begin + len(mutant.before.encode())), []).append((number, mutant))
+    return _woven(raw, 0, len(raw), sorted(wanted.items(), key=lambda item: (item[0][0], -item[0][1])))
+
+
+def _woven(raw: bytes, begin: int, end: int, edits: list) -> str:
+    """Return the text from begin to end with the edits in it, which are sorted from the outermost to the innermost."""
+    pieces, at = [], begin
+    while edits:
+        (first, last), here = edits[0]
+        inner = [x for x in edits[1:] if x[0][1] <= last]
+        edits = [x for x in edits[1:] if x[0][1] > last]
+        pieces.append(raw[at:first].decode())
+        pieces.append(_switched(_woven(raw, first, last, inner), here))
+        at = last
+    return "".join([*pieces, raw[at:end].decode()])
+
+
+def _switched(text: str, here: list[tuple[int, Mutant]]) -> str:
+    for number, mutant in here:
+        if mutant.rule == "deletion":
+            text = f"{{ if (!LAS_MUTANT({number})) {text} }}"
+        else:
+            text = f"(LAS_MUTANT({number}) ? ({_one_line(mutant.after)}) : ({text}))"
+    return text
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"//[^\n]*", "", text))
+
+
+class _Walk:
+    def __init__(self, source: str, file: str):
+        self.file = file
+        self.raw = source.encode()
+        hidden = HIDDEN.sub(lambda found: " " * len(found[0]), source)
+        self.tree = PARSER.parse(hidden.encode())
+
+    def edits(self) -> Iterator[tuple[Mutant, bool]]:
+        """Yield (mutant, whether it is of a constant expression)."""
+        yield from self.visit(self.tree.root_node, "", False)
+
+    def visit(self, node: Node, function: str, constant: bool) -> Iterator[tuple[Mutant, bool]]:
+        if node.type in ("string_literal", "comment", "ERROR") or self.changes_no_result(node):
+            return
+        if node.type == "function_definition":
+            function = self.name_of(node) or function
+        if node.type in ("class_specifier", "struct_specifier") and (name := node.child_by_field_name("name")):
+            function = self.text(name)
+        constant = constant or node.type in CONSTANT_TYPES or self.is_constexpr(node)
+        for rule, after in self.of(node):
+            yield self.mutant(node, rule, after, function), constant
+        for i, child in enumerate(node.children):
+            if not (node.type == "call_expression" and i == 0 and child.type != "field_expression"):
+                yield from self.visit(child, function, constant)
+
+    def mutant(self, node: Node, rule: str, after: str, function: str) -> Mutant:
+        start = len(self.raw[: node.start_byte].decode())
+        return Mutant(self.file, node.start_point[0] + 1, function, rule, self.text(node), after, start)
+
+    def text(self, node: Node) -> str:
+        return self.raw[node.start_byte : node.end_byte].decode()
+
+    def field(self, node: Node, name: str) -> str:
+        found = node.child_by_field_name(name)
+        return self.text(found) if found else ""
+
+    def name_of(self, node: Node) -> str:
+        declarator = node.child_by_field_name("declarator")
+        while declarator and (inner := declarator.child_by_field_name("declarator")):
+            declarator = inner
+        return self.text(declarator) if declarator and len(self.text(declarator)) < 60 else ""
+
+    def is_constexpr(self, node: Node) -> bool:
+        if node.type == "if_statement":
+            return False
+        if node.parent is not None and node.parent.type in ("preproc_if", "preproc_elif"):
+            return node == node.parent.child_by_field_name("condition")
+        if node.type in ("declaration", "field_declaration"):
+            return "constexpr" in self.text(node).split("=")[0]
+        if node.type == "condition_clause" and node.parent.type == "if_statement":
+            return self.text(node.parent).startswith(("if constexpr", "if  constexpr"))
+        return False
+
+    def changes_no_result(self, node: Node) -> bool:
+        if node.type == "expression_statement":
+            node = node.children[0]
+        if node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT:
+            return True
+        # at::parallel_for(begin, end, grain, body)
+        if node.parent is not None and node.parent.type == "argument_list":
+            called = node.parent.parent
+            arguments = [x for x in node.parent.children if x.is_named]
+            if called.type == "call_expression" and self.field(called, "function") == "at::parallel_for":
+                return len(arguments) > 2 and node == arguments[2]
+        # What registers the ops runs when the extension is loaded: no mutant is on then.
+        return node.type == "function_definition" and self.text(node).startswith("TORCH_LIBRARY")
+
+    def of(self, node: Node) -> Iterator[tuple[str, str]]:
+        """Yield (rule, what to put in the place of the node)."""
+        if node.type == "binary_expression":
+            yield from self.binary(node)
+        elif node.type == "assignment_expression":
+            yield from self.operator(node, "assignment")
+        elif node.type == "unary_expression" and self.field(node, "operator") in ("!", "-"):
+            yield ("not" if self.text(node)[0] == "!" else "sign"), self.field(node, "argument")
+        elif node.type == "number_literal":
+            yield from self.number(self.text(node))
+        elif node.type in ("true", "false"):
+            yield "constant", "false" if node.type == "true" else "true"
+        elif node.type == "conditional_expression":
+            yield "condition", self.field(node, "consequence")
+            yield "condition", self.field(node, "alternative")
+        elif node.type == "call_expression":
+            yield from self.call(node)
+        elif node.type == "update_expression" and node.parent.type not in ("for_statement", "comma_expression"):
+            text = self.text(node)
+            yield "update", text.translate(str.maketrans("+-", "-+"))
+        elif node.type in ("expression_statement", "continue_statement", "break_statement") and self.text(node) != ";":
+            yield "deletion", ";"
+        if self.is_condition(node):
+            yield from (("condition", value) for value in ("true", "false"))
+
+    def is_condition(self, node: Node) -> bool:
+        """Return whether an expression is the condition of an `if`."""
+        clause = node.parent
+        if clause is None or clause.type != "condition_clause" or clause.parent.type != "if_statement":
+            return False
+        return node.is_named and "declaration" not in node.type
+
+    def binary(self, node: Node) -> Iterator[tuple[str, str]]:
+        for rule in ("comparison", "arithmetic", "logic"):
+            yield from self.operator(node, rule)
+        if self.field(node, "operator") in ("&&", "||"):
+            yield "operand", self.field(node, "left")
+            yield "operand", self.field(node, "right")
+
+    def operator(self, node: Node, rule: str) -> Iterator[tuple[str, str]]:
+        operator = node.child_by_field_name("operator")
+        if new := OPERATORS[rule].get(self.text(operator)):
+            yield rule, self.field(node, "left") + f" {new} " + self.field(node, "right")
+
+    def number(self, text: str) -> Iterator[tuple[str, str]]:
+        if re.fullmatch(r"\d+", text):
+            value = int(text)
+            near = [value + 1, value - 1] if 1 <= value < 100 else [1] if value == 0 else [2 * value]
+            yield from (("constant", str(n)) for n in near)
+        elif re.fullmatch(r"[\d.e+-]+f?", text):
+            zero = float(text.rstrip("f")) == 0
+            yield "constant", f"1.0{'f' if text.endswith('f') else ''}" if zero else f"2 * {text}"
+
+    def call(self, node: Node) -> Iterator[tuple[str, str]]:
+        name, arguments = self.field(node, "function"), self.field(node, "arguments")
+        bare = name.split("<")[0]
+        if bare in SWAPS:
+            yield "swap", SWAPS[bare] + name[len(bare) :] + arguments
+        if bare == "std::clamp":
+            found = [self.text(x) for x in node.child_by_field_name("arguments").children if x.is_named]
+            yield "unwrap", found[0]

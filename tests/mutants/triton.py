@@ -1,0 +1,102 @@
+"""The target for kernels/: edits of Triton kernels and their launchers, judged by the rungs of tests/gpu_proof.
+
+The rungs are those of gpu_proof/mutants.py: the kernel interpreted with every access checked, then its compiled PTX
+executed. The budgets of rung 3 judge only edits of warps and stages, which change no result: a wrong kernel that takes
+a register more is not thereby found to be wrong.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutants.base import ROOT, Mutant, Verdict, sources
+from tests.mutants.rules import python_mutants
+
+sys.path.insert(0, str(ROOT / "tests"))  # the proofs are a package of their own, gpu_proof
+
+from gpu_proof.mutants import (  # noqa: E402
+    NotAMutant,
+    SourceMutant,
+    judge_budgets,
+    judge_executed,
+    judge_interpreted,
+)
+from gpu_proof.mutants import Verdict as Noticed  # noqa: E402
+from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
+
+SPEED = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class PlacedMutant(SourceMutant):
+    """A kernel file with one edit at one place."""
+
+    mutant: Mutant | None = None
+
+    def mutate(self, source: str) -> str:
+        return self.mutant.apply(source)
+
+
+class TritonTarget:
+    """Mutants of kernels.
+
+    budget: seconds that one rung may take of one mutant; a mutant that takes longer is noticed.
+    """
+
+    name = "kernels"
+
+    def __init__(self, budget: float = 60.0):
+        self.limit = max(120.0, 5 * budget)
+
+    def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
+        found = []
+        for path in sources(paths, self.name, "*.py"):
+            text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+            left_out = set(_speed_only(ast.parse(text)))
+            found += [m for m in python_mutants(text, name) if m.line not in left_out]
+        return found
+
+    def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
+        pass
+
+    def judge(self, mutant: Mutant) -> Verdict:
+        began = time.monotonic()
+        try:
+            compile(mutant.apply((ROOT / mutant.file).read_text(encoding="utf-8")), mutant.file, "exec")
+        except (SyntaxError, ValueError):
+            return Verdict("invalid")
+        fault = PlacedMutant(Path(mutant.file).stem, mutant.id, mutant=mutant)
+        rungs = [(interpreted, judge_interpreted), (compiled, judge_executed)]
+        if any(word in mutant.before for word in SPEED):
+            rungs.append((compiled, judge_budgets))
+        for worker, judge in rungs:
+            outcome, by = self._rung(worker, judge, fault)
+            if outcome != "survived":
+                return Verdict(outcome, by, round(time.monotonic() - began, 2))
+        return Verdict("survived", "", round(time.monotonic() - began, 2))
+
+    def _rung(self, worker, judge, fault: PlacedMutant) -> tuple[str, str]:
+        try:
+            found: Noticed = worker(judge, fault, limit=self.limit)
+        except WorkerDied as error:
+            return "slow", f"{judge.__name__}: {error}"
+        except NotAMutant:
+            return "invalid", ""
+        except Exception as error:  # the kernel does not compile, or its launcher raises
+            return "noticed", f"{judge.__name__}: {type(error).__name__}: {str(error)[:200]}"
+        return ("noticed", f"rung {found.rung}: {found.message[:200]}") if found.rung else ("survived", "")
+
+    def close(self) -> None:
+        pass
+
+
+def _speed_only(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines that hold nothing but sizes of tiles, warps and stages: other ones are slower, not wrong."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id == "TILES" for x in node.targets):
+            yield from range(node.lineno, node.end_lineno + 1)

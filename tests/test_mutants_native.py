@@ -1,0 +1,119 @@
+"""The faults that tests.mutants seeds into C++ and into Triton kernels, and how many of them share a build."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.base import ROOT
+from tests.mutants.cpp_rules import constants, cpp_mutants, schema
+from tests.mutants.triton import TritonTarget
+
+HOOK = ROOT / "tests" / "mutants" / "cpp_hook.h"
+TOY = """
+constexpr int MOST = 2 + 3;
+
+template <int W>
+int twice(int x) {
+  return x * W;
+}
+
+extern "C" int toy(int a, int b) {
+  int found[MOST] = {};
+  if (a < b && !found[0]) {
+    ++found[1];
+    found[2] = twice<4>(a) - b;
+  }
+  std::fill(found, found + 1, 7);
+  las::fetch(found + 3);
+  return found[1] * 100 + found[2] + std::min(a, b);
+}
+"""
+
+
+def edits(source):
+    return {(m.rule, m.before, m.after) for m in cpp_mutants(source, "csrc/toy.cpp")}
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        ("comparison", "a < b", "a <= b"),
+        ("arithmetic", "x * W", "x / W"),
+        ("logic", "a < b && !found[0]", "a < b || !found[0]"),
+        ("operand", "a < b && !found[0]", "a < b"),
+        ("not", "!found[0]", "found[0]"),
+        ("condition", "a < b && !found[0]", "false"),
+        ("constant", "100", "200"),
+        ("constant", "7", "8"),
+        ("swap", "std::min(a, b)", "std::max(a, b)"),
+        ("update", "++found[1]", "--found[1]"),
+        ("deletion", "++found[1];", ";"),
+        ("deletion", "std::fill(found, found + 1, 7);", ";"),
+    ],
+    ids=str,
+)
+def test_every_rule_edits_cpp(expected):
+    assert expected in edits(TOY)
+
+
+def test_what_a_compiler_must_know_and_what_changes_no_result_is_left_alone():
+    touched = {before for _, before, _ in edits(TOY)}
+    assert not {"4", "2 + 3", "found + 3", "las::fetch(found + 3);"} & touched
+    assert constants(TOY, "csrc/toy.cpp") >= 3
+    grain = "void f() { at::parallel_for(0, n, 5 * m, [&](int a, int b) { g(a - b); }); }"
+    assert {before for _, before, _ in edits(grain)} >= {"0", "a - b"}
+    assert "5 * m" not in {before for _, before, _ in edits(grain)}
+
+
+def test_a_schema_keeps_every_line_in_its_place():
+    mutants = cpp_mutants(TOY, "csrc/toy.cpp")
+    woven = schema(TOY, list(enumerate(mutants))).splitlines()
+    assert len(woven) == len(TOY.splitlines())
+    for number, mutant in enumerate(mutants):
+        assert f"LAS_MUTANT({number})" in woven[mutant.line - 1]
+
+
+def test_one_build_holds_all_faults_and_runs_one(tmp_path):
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        pytest.skip("there is no C++ compiler")
+    start = "#include <algorithm>\nnamespace las { inline void fetch(const int*) {} }\n"
+    mutants = cpp_mutants(start + TOY, "csrc/toy.cpp")
+    hook = f'extern "C" {{ int las_mutant = -1; unsigned char las_reached[{len(mutants)}]; }}\n'
+    source, library = tmp_path / "toy.cpp", tmp_path / "toy.so"
+    source.write_text(hook + schema(start + TOY, list(enumerate(mutants))))
+    words = [compiler, "-std=c++20", "-shared", "-fPIC", "-w", "-include", str(HOOK), str(source), "-o", str(library)]
+    subprocess.run(words, check=True)
+    toy = ctypes.CDLL(str(library))
+    on = ctypes.c_int.in_dll(toy, "las_mutant")
+    reached = (ctypes.c_ubyte * len(mutants)).in_dll(toy, "las_reached")
+    assert toy.toy(3, 4) == 100 + 8 + 3 and toy.toy(4, 3) == 3
+    numbers = {(mutant.rule, mutant.before, mutant.after): number for number, mutant in enumerate(mutants)}
+    for edit, results in (
+        (("comparison", "a < b", "a <= b"), (111, 3, 112)),
+        (("deletion", "++found[1];", ";"), (11, 3, 3)),
+        (("swap", "std::min(a, b)", "std::max(a, b)"), (112, 4, 3)),
+        (("constant", "7", "8"), (111, 3, 3)),  # nobody sees it, though it has been run
+    ):
+        on.value = numbers[edit]
+        assert (toy.toy(3, 4), toy.toy(4, 3), toy.toy(3, 3)) == results
+        assert reached[numbers[edit]]
+
+
+def test_the_kernels_are_edited_but_for_the_sizes_of_their_tiles():
+    mutants = TritonTarget().mutants([Path("kernels")])
+    assert {Path(m.file).stem for m in mutants} == {
+        "beam_backtrack", "beam_gather", "beam_topk", "ctc_prefix", "masked_attention",
+    }  # fmt: skip
+    assert not any("half" in m.before and "ieee" in m.before for m in mutants)
+
+
+def test_a_fault_in_a_kernel_is_noticed():
+    target = TritonTarget()
+    mutants = target.mutants([Path("kernels/beam_gather.py")])
+    wrong = next(m for m in mutants if m.before == "row // K * K + parent")
+    assert target.judge(wrong).outcome == "noticed"
