@@ -72,7 +72,7 @@ class TritonTarget:
             return Verdict("invalid")
         fault = PlacedMutant(Path(mutant.file).stem, mutant.id, mutant=mutant)
         rungs = [(interpreted, judge_interpreted), (compiled, judge_executed)]
-        if any(word in mutant.before for word in SPEED):
+        if _is_speed(mutant):
             rungs.append((compiled, judge_budgets))
         for worker, judge in rungs:
             outcome, by = self._rung(worker, judge, fault)
@@ -93,6 +93,12 @@ class TritonTarget:
 
     def close(self) -> None:
         pass
+
+
+def _is_speed(mutant: Mutant) -> bool:
+    """Return whether an edit is of the warps or the stages of a launch."""
+    before = (ROOT / mutant.file).read_text(encoding="utf-8")[: mutant.start]
+    return any(word in mutant.before or before.endswith(f"{word}=") for word in SPEED)
 
 
 def _speed_only(tree: ast.Module) -> Iterator[int]:
