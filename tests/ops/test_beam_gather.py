@@ -4,7 +4,8 @@ from calls import LAYOUTS, call, compile_and_count, ops_called, threads
 
 from las_fast.ops import beam_gather
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64, torch.complex128]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool]
+DTYPES += [torch.complex64, torch.complex128]
 
 
 def make(B, K, sizes=(5,), dtypes=(torch.float32,), seed=0):
