@@ -364,6 +364,7 @@ def continues(
     found = launcher("beam_topk")(*tensors, *(x.to(device) if isinstance(x, torch.Tensor) else x for x in options))
     near(found[0], expected[0], 2e-5, "scores")
     names = ("scores", "tokens", "parents", "finished", "lengths", "states")
+    assert order or found[5].shape == (0, 0)
     for name, x, y in list(zip(names, found, expected, strict=True))[1 : 6 if order else 5]:
         same(x, y, name)
 

@@ -93,6 +93,14 @@ def test_the_registered_op_checks_its_own_arguments(cpp):
     op = torch.ops.las_fast.beam_gather_cpp
     with pytest.raises(RuntimeError, match=r"parents must be \(B, K\) int64; got \[2, 3\] Int"):
         op([state], parents.int())
+    with pytest.raises(RuntimeError, match=r"parents must be \(B, K\) int64; got \[2, 3, 1\] Long"):
+        op([state], parents[..., None])
+    with pytest.raises(RuntimeError, match=r"states\[1\] must be \(2, 3, N\) on cpu like parents; got \[2, 3\]"):
+        op([state, state[..., 0]], parents)
+    with pytest.raises(RuntimeError, match=r"states\[0\] must be \(2, 3, N\) on cpu like parents; got \[1, 3, 5\]"):
+        op([state[:1]], parents)
+    with pytest.raises(RuntimeError, match="parents must be from 0 to 2; got -1 in utterance 0"):
+        op([state], torch.tensor([[0, -1, 2], [0, 1, 2]]))
     with pytest.raises(RuntimeError, match=r"states\[0\] must be \(2, 3, N\) on cpu like parents; got \[2, 2, 5\]"):
         op([state[:, :2]], parents)
     with pytest.raises(RuntimeError, match="parents must be from 0 to 2; got 7 in utterance 1"):

@@ -283,6 +283,16 @@ def test_the_threshold_compares_eos_with_the_best_other_token(backend):
     assert EOS in kept.tokens[0].tolist() and (dropped.scores[0] > -INF).sum() == 2
 
 
+@pytest.mark.parametrize("eos", [0, 63, 64, 127, 128, 200])
+def test_the_threshold_finds_the_best_other_token_in_any_block(backend, eos):
+    logits = torch.zeros(1, 1, 201)
+    logits[..., eos], logits[..., (eos + 64) % 201] = 6.0, 5.0  # a share of 0.6, and the best other one of 0.2
+    best, other = logits[0, 0].log_softmax(0)[[eos, (eos + 64) % 201]].tolist()
+    kept = step(logits, eos=eos, eos_threshold=1.01 * best / other, backend=backend)
+    dropped = step(logits, eos=eos, eos_threshold=0.99 * best / other, backend=backend)
+    assert kept.tokens.tolist() == [[eos]] and dropped.tokens.tolist() == [[(eos + 64) % 201]]
+
+
 @pytest.mark.parametrize("best_other", [0, 5])
 def test_eos_must_exceed_the_threshold_not_meet_it(backend, best_other):
     logits = torch.zeros(1, 1, 6)
@@ -460,7 +470,13 @@ def arguments(B=2, K=3, V=5, **change):
         ({"states": None}, "table and states must be given together"),
         ({"table": torch.zeros(5, 4)}, r"table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
         ({"states": torch.full((2, 3), 5)}, "states must be from 0 to 4; got 5"),
+        ({"states": torch.full((2, 3), -1)}, "states must be from 0 to 4; got -1"),
+        ({"logits": torch.zeros(3, 5)}, r"logits must be \(B, K, V\) .*; got \[3, 5\]"),
+        ({"table": torch.zeros(0, 5)}, r"table must be \(states, V\) float32 with V=5; got \[0, 5\]"),
+        ({"table": torch.zeros(5, 5).double()}, "table must be .* float32 with V=5; got .* Double"),
+        ({"table": torch.zeros(25)}, r"table must be \(states, V\) float32 with V=5; got \[25\]"),
         ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),
+        ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
     ],
 )
 def test_the_registered_op_checks_its_own_arguments(cpp, change, message):

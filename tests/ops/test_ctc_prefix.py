@@ -159,6 +159,15 @@ def test_padding_is_ignored(backend):
     assert (found.alphas[1, :, 5:] == found.alphas[1, :, 4:5]).all()
 
 
+@pytest.mark.parametrize("certain", [[0], [0, 1, 2], [3], [5, 6]])
+def test_frames_that_are_certainly_blank_count_as_any_other(backend, certain):
+    frames = listen(1, 8, 5)
+    frames[:, certain] = torch.tensor([0.0, -INF, -INF, -INF, -INF])
+    found = grow(frames, [(3, 4), (4, 4)], backend=backend)
+    exact = grow(frames.double(), [(3, 4), (4, 4)], backend="reference")
+    assert_same(found, CtcState(*(x.float() for x in exact)))
+
+
 def test_a_frame_without_numbers_allows_nothing(backend):
     logits = torch.zeros(1, 3, 5)
     logits[0, 1, 3] = NAN

@@ -1,0 +1,126 @@
+"""Every tensor that a C++ op takes is looked at: its dimensions, each of its sizes, and its type."""
+
+from __future__ import annotations
+
+import pytest
+import test_beam_backtrack
+import test_beam_gather
+import test_beam_topk
+import test_bilstm
+import test_ctc_loss
+import test_ctc_prefix
+import test_masked_attention
+import test_speller_search
+import test_speller_unroll
+import torch
+from torch import Tensor
+
+OTHER = {torch.float32: torch.float64, torch.int64: torch.int32, torch.bool: torch.uint8, torch.uint8: torch.int8}
+
+
+def changes(x: Tensor):
+    """Yield (what, a tensor that differs from x in that alone)."""
+    yield "one dimension more", x[None]
+    if x.ndim:
+        yield "one dimension less", x[0]
+    for d, size in enumerate(x.shape):
+        if size > 1:
+            yield f"{d} shorter", x.narrow(d, 0, size - 1)
+    yield "another type", x.to(OTHER[x.dtype])
+
+
+def bilstm():
+    x, *weights = test_bilstm.inputs()
+    lengths = torch.tensor([7, 3, 1])
+    output, kept = torch.ops.las_fast.bilstm_cpp(x, lengths, weights, True)
+    names = {"x": x, "lengths": lengths, "weights": weights}
+    yield "bilstm_cpp", {**names, "gradients": True}, {("x", "1 shorter")}  # lengths are taken for the nearest
+    yield "bilstm_backward_cpp", {"gradient": output, **names, "output": output, "kept": kept, "inputs": True}, set()
+
+
+def masked_attention():
+    query, keys, values = test_masked_attention.inputs()
+    names = {"query": query, "keys": keys, "values": values, "lengths": torch.tensor([7, 3, 1])}
+    free = {("query", "1 shorter"), ("values", "2 shorter")}
+    yield "masked_attention_cpp", {**names, "scale": 1.0, "weights": True}, free
+    context, weights, _, logsumexp = torch.ops.las_fast.masked_attention_cpp(*names.values(), 1.0, True)
+    given = {"context_gradient": context, "weights_gradient": weights, **names}
+    rest = {"weights": weights, "logsumexp": logsumexp, "scale": 1.0, "memory": True}
+    unused = torch.zeros(1)
+    arguments = {**given, "context": unused, **rest}
+    yield "masked_attention_backward_cpp", arguments, {(name, None) for name in ("context", "logsumexp")}
+
+
+def beam():
+    tokens, parents, scores, frames = test_beam_backtrack.random(6, 2, 3)
+    names = {"tokens": tokens, "parents": parents, "scores": scores, "frames": frames, "eos": 2}
+    yield "beam_backtrack_cpp", names, set()
+    states, parents = test_beam_gather.make(2, 3, (5, 4))
+    yield "beam_gather_cpp", {"states": states, "parents": parents}, {("states", "2 shorter"), ("states", "another type")}
+    names = "logits scores finished lengths eos minimum maximum length_penalty eos_threshold coverage table states weight"
+    given = dict(zip([*names.split(), "gains", "ctc_weight"], test_beam_topk.arguments(), strict=True))
+    yield "beam_topk_cpp", given, set()
+
+
+def ctc():
+    yield "ctc_prefix_cpp", test_ctc_prefix.changed(), set()
+    logits, lengths, tokens, token_lengths = test_ctc_loss.inputs()
+    names = {"logits": logits, "lengths": lengths, "tokens": tokens, "token_lengths": token_lengths}
+    tokens[0, 0], token_lengths[0] = logits.shape[2] - 1, max(1, int(token_lengths[0]))
+    yield "ctc_loss_cpp", {**names, "gradients": True}, set()
+    yield "ctc_places_cpp", names, set()
+
+
+def speller():
+    weights, keys, values, lengths, tokens, sampled, masks = test_speller_unroll.inputs(*test_speller_unroll.SIZES[2])
+    memory = {"keys": keys, "values": values, "lengths": lengths}
+    given = {"weights": list(weights.flat()), **memory, "tokens": tokens, "sampled": sampled, "masks": masks}
+    yield "speller_unroll_cpp", {**given, "bf16": False, "gradients": True}, set()
+    logits, attention, *kept = torch.ops.las_fast.speller_unroll_cpp(*given.values(), False, True)
+    saved = dict(zip(("attention", "read", "operands", "states"), (attention, *kept), strict=True))
+    back = {"logits_gradient": logits, "attention_gradient": attention, **given}
+    del back["tokens"], back["sampled"]
+    yield "speller_unroll_backward_cpp", {**back, **saved, "bf16": False}, set()
+    B, V = len(lengths), len(weights.bias)
+    limit = torch.full((B,), 3)
+    search = {"weights": list(weights.flat()), **memory, "beam": 3, "sos": 1, "eos": 2, "minimum": limit, "maximum": limit}
+    search |= {"length_penalty": 0.5, "eos_threshold": 0.0, "coverage_weight": 0.0, "table": torch.zeros(V, V)}
+    search |= {"ngram_weight": 0.1, "frames": test_speller_search.hear(B, 9, V), "ctc_weight": 0.1, "precision": "fp32"}
+    packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
+    free = {("table", "0 shorter"), ("frames", "1 shorter"), ("packed", "one dimension more")}
+    yield "speller_search_cpp", {**search, "packed": packed}, free
+
+
+def calls():
+    for make in (bilstm, masked_attention, beam, ctc, speller):
+        yield from make()
+
+
+def wrong_calls(arguments, free):
+    """Yield (what is wrong, arguments) with one tensor changed."""
+    for name, value in arguments.items():
+        several = value if isinstance(value, (list, tuple)) else [value]
+        for i, x in enumerate(several):
+            for what, changed in changes(x) if isinstance(x, Tensor) else ():
+                if {(name, what), (name, None)} & free:
+                    continue
+                new = [changed if i == j else y for j, y in enumerate(several)]
+                yield f"{name}[{i}]: {what}", {**arguments, name: new if several is value else new[0]}
+
+
+def test_a_tensor_of_another_shape_or_type_is_refused_with_a_sentence(cpp):
+    accepted, unexplained = [], []
+    for op, arguments, free in calls():
+        call = getattr(torch.ops.las_fast, op)
+        call(*arguments.values())  # these are in order
+        for what, wrong in wrong_calls(arguments, free):
+            try:
+                call(*wrong.values())
+            except RuntimeError as error:
+                if "must" not in str(error):
+                    unexplained.append(f"{op} {what}: {str(error).splitlines()[0]}")
+            except (IndexError, NotImplementedError) as error:
+                unexplained.append(f"{op} {what}: {str(error).splitlines()[0]}")
+            else:
+                accepted.append(f"{op} {what}")
+    assert not accepted and not unexplained, "\n".join([*accepted, *unexplained])
