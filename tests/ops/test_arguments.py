@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import test_beam_backtrack
 import test_beam_gather
 import test_beam_topk
@@ -56,9 +55,11 @@ def beam():
     names = {"tokens": tokens, "parents": parents, "scores": scores, "frames": frames, "eos": 2}
     yield "beam_backtrack_cpp", names, set()
     states, parents = test_beam_gather.make(2, 3, (5, 4))
-    yield "beam_gather_cpp", {"states": states, "parents": parents}, {("states", "2 shorter"), ("states", "another type")}
-    names = "logits scores finished lengths eos minimum maximum length_penalty eos_threshold coverage table states weight"
-    given = dict(zip([*names.split(), "gains", "ctc_weight"], test_beam_topk.arguments(), strict=True))
+    free = {("states", "2 shorter"), ("states", "another type")}
+    yield "beam_gather_cpp", {"states": states, "parents": parents}, free
+    names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
+    names += ["coverage", "table", "states", "weight", "gains", "ctc_weight"]
+    given = dict(zip(names, test_beam_topk.arguments(), strict=True))
     yield "beam_topk_cpp", given, set()
 
 
@@ -83,7 +84,8 @@ def speller():
     yield "speller_unroll_backward_cpp", {**back, **saved, "bf16": False}, set()
     B, V = len(lengths), len(weights.bias)
     limit = torch.full((B,), 3)
-    search = {"weights": list(weights.flat()), **memory, "beam": 3, "sos": 1, "eos": 2, "minimum": limit, "maximum": limit}
+    search = {"weights": list(weights.flat()), **memory, "beam": 3, "sos": 1, "eos": 2}
+    search |= {"minimum": limit, "maximum": limit}
     search |= {"length_penalty": 0.5, "eos_threshold": 0.0, "coverage_weight": 0.0, "table": torch.zeros(V, V)}
     search |= {"ngram_weight": 0.1, "frames": test_speller_search.hear(B, 9, V), "ctc_weight": 0.1, "precision": "fp32"}
     packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
