@@ -66,6 +66,10 @@ def test_masks_may_take_all_of_their_share_and_all_but_one_of_an_utterance():
     assert most == 9
 
 
+def test_masking_alone_takes_a_frame_for_one_block():
+    assert Augment(AugmentConfig()).mask(torch.ones(30, 3), generator()).shape == (30, 3)
+
+
 def test_a_frequency_mask_covers_the_same_bins_in_every_delta():
     augment = Augment(AugmentConfig(time_masks=0, frequency_masks=2, frequency_width=5))
     for seed in range(20):

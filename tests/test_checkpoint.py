@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -204,3 +205,57 @@ def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
     write_atomically(link, write_text)
     assert link.is_symlink() and real.read_text() == "new" and real.stat().st_mode & 0o777 == 0o600
 
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("iostream"), "(the file system took no more; 3 MiB are free there)"),
+        (OSError(5, "I/O error"), "(I/O error; 3 MiB are free there)"),
+    ],
+)
+def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, said):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    def fail(temporary):
+        raise error
+
+    with pytest.raises(InputError) as end:
+        write_atomically(tmp_path / "file", fail)
+    assert said in str(end.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_write_into_a_folder_that_is_gone_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"could not be written \(No such file or directory; 0 MiB are free there\)"):
+        write_atomically(tmp_path / "gone" / "file", lambda path: path.write_text(""))
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", interrupted)
+    assert list(tmp_path.iterdir()) == []
+
+
+STATE = ["settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"]
+
+
+@pytest.mark.parametrize("missing", STATE)
+def test_a_training_state_without_one_of_its_parts_is_refused(tmp_path, missing):
+    save_state(tmp_path / "last.pt", dict.fromkeys(STATE, 0))
+    load_state(tmp_path / "last.pt")
+    save_state(tmp_path / "last.pt", dict.fromkeys(set(STATE) - {missing}, 0))
+    with pytest.raises(InputError, match="was not written by this version"):
+        load_state(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("missing", ["format", "config", "info"])
+def test_weights_without_their_settings_are_refused(tmp_path, missing):
+    metadata = {"format": "las_fast 1", "config": "{}", "info": "{}"}
+    del metadata[missing]
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors", metadata)
+    with pytest.raises(InputError, match="was not written by las_fast"):
+        load_model(tmp_path / "other.safetensors")

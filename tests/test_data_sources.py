@@ -190,6 +190,21 @@ def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
     assert corpus.resolve("dev, test") == ("dev-clean", "test-clean")
 
 
+def test_hours_of_librispeech_name_the_folders_that_go_together(tmp_path):
+    splits = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "dev-other")
+    corpus = open_corpus(make_librispeech(tmp_path, splits=splits, utterances=1))
+    clean = ("train-clean-100", "train-clean-360")
+    for name in ("460", "train-460", "clean-460", "train-clean-460", "100+360", "train-clean-100, 360"):
+        assert corpus.resolve(name) == clean, name
+    for name in ("960", "train-960"):
+        assert corpus.resolve(name) == (*clean, "train-other-500")
+    assert corpus.resolve("500") == ("train-other-500",)
+    for name in ("other", "1000", "", "train-"):
+        with pytest.raises(InputError, match="has no split"):
+            corpus.resolve(name)
+    assert corpus.resolve("dev") == ("dev-clean",) and corpus.resolve("train") == (*clean, "train-other-500")
+
+
 def test_the_shared_manifest_is_read_whole(shared):
     if not (shared / "speech" / "manifest.tsv").is_file():
         pytest.skip("../shared/speech is absent")

@@ -40,6 +40,25 @@ def test_a_language_model_that_the_settings_use_goes_with_the_file(tmp_path):
     assert beside(exported(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
 
 
+def test_each_file_written_is_named_with_its_size(tmp_path, capsys):
+    path = make_checkpoint(tmp_path)
+    beside(path).write_bytes(b"x" * 2_340_000)
+    out = exported(path, "--decoding.ngram-weight", "0.2")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"written     {out} ({out.stat().st_size / 1e6:.1f} MB)", f"written     {beside(out)} (2.3 MB)"]
+
+
+def test_a_checkpoint_may_be_exported_onto_itself_with_its_language_model(tmp_path):
+    path = make_checkpoint(tmp_path)
+    beside(path).write_bytes(b"counts")
+    (tmp_path / "link").symlink_to(tmp_path)
+    out = tmp_path / "link" / path.name
+    loaded = checkpoint.load_model(path)
+    settings = export.Settings(loaded.config.decoding.__class__(ngram_weight=0.2))
+    assert export.export(loaded, settings, out) == [out]
+    assert beside(path).read_bytes() == b"counts"
+
+
 def test_settings_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(InputError, match="decoding.beam must be at least 1"):
         exported(make_checkpoint(tmp_path), "--decoding.beam", "0")

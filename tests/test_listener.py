@@ -126,6 +126,27 @@ def test_locked_dropout_keeps_the_mean():
     assert locked_dropout(torch.ones(400, 1, 400), 0.3, True).mean().sub(1).abs() < 0.01
 
 
+def test_a_listener_in_training_drops_its_inputs_and_its_output():
+    torch.manual_seed(0)
+    listener, x = Listener(dataclasses.replace(SMALL, lstm_size=32, dropout=0.5), 5), ragged([40])
+    output, _, tapped = listener(*x, tap=2)
+    dropped = (output[0] == 0).all(0)
+    assert 10 < dropped.sum() < 54 and ((output[0] == 0) == dropped).all()
+    torch.testing.assert_close(output[0][:, ~dropped], 2 * tapped[0][0][:, ~dropped])
+    assert not torch.equal(listener(*x, tap=0)[2][0], listener(*x, tap=0)[2][0])
+    listener.eval()
+    output, _, tapped = listener(*x, tap=2)
+    assert torch.equal(output, tapped[0])
+
+
+def test_gates_begin_within_xaviers_bound_each_on_its_own():
+    torch.manual_seed(0)
+    lstm = BiLSTM(5, 6).lstm
+    bound = (6 / (5 + 6)) ** 0.5
+    for gate in lstm.weight_ih_l0.split(6):
+        assert 0.8 * bound < gate.abs().max() <= bound
+
+
 def test_forget_gates_start_open_and_recurrence_orthogonal():
     lstm = BiLSTM(5, 6).lstm
     assert (lstm.bias_ih_l0[6:12] == 1).all() and lstm.bias_hh_l0_reverse.eq(0).all()

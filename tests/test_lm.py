@@ -162,6 +162,21 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_numbers_beyond_32_bits_come_back_as_they_were_saved(tmp_path):
+    order, tokens = 7, len(Vocabulary(lm.CHARACTERS))  # n-grams up to 2e10
+    ngrams = np.array([EOS, tokens**6 + EOS, tokens**7 - 1])
+    for counts in (np.array([1, 2, 3]), np.array([1, 2**31, 2**40])):
+        save_lm(tmp_path / "m.safetensors", lm.LanguageModel(order, lm.CHARACTERS, ngrams, counts, sentences=5))
+        back = load_lm(tmp_path / "m.safetensors")
+        assert np.array_equal(back.ngrams, ngrams) and np.array_equal(back.counts, counts)
+
+
+def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
+    save_file({"ngrams": np.array([EOS]), "counts": np.array([1])}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="not a language model of las_fast"):
+        load_lm(tmp_path / "m.safetensors")
+
+
 def damaged(model, **changes):
     tensors = {"ngrams": model.ngrams, "counts": model.counts}
     return {name: changes.get(name, value) for name, value in tensors.items()}
@@ -175,6 +190,8 @@ def damaged(model, **changes):
         lambda m: damaged(m, ngrams=m.ngrams[::-1].copy()),
         lambda m: damaged(m, ngrams=m.ngrams + V**3),
         lambda m: damaged(m, ngrams=m.ngrams // V * V),
+        lambda m: damaged(m, ngrams=np.append(m.ngrams[:-1], V**3 + EOS)),
+        lambda m: damaged(m, ngrams=np.append(-1, m.ngrams[1:])),
     ],
 )
 def test_a_file_whose_numbers_make_no_model_is_damaged(tmp_path, change):
@@ -279,6 +296,15 @@ def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
     assert 0 < len(held) < len(text)
     assert f"perplexity  {perplexity(rest.table(), lm.count(held, lm.CHARACTERS, 3)):.3f} a character" in said
     assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
+    make(tmp_path, "--order", "4", text="\n".join(text))
+    size = (tmp_path / "lm.safetensors").stat().st_size / 1e6
+    said = capsys.readouterr().out
+    table = 4 * len(Vocabulary(lm.CHARACTERS)) ** 4 / 1e6
+    assert f"a table of {table:.1f} MB when decoding" in said and f"lm.safetensors ({size:.2f} MB)" in said
+    letters = sum(map(len, text))
+    assert f"text        {len(text)} sentences, {letters} characters" in said
+    model = load_lm(tmp_path / "lm.safetensors")
+    assert f"order       4: {len(model.ngrams)} n-grams" in said
 
 
 @pytest.mark.parametrize(

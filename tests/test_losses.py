@@ -80,6 +80,29 @@ def test_guided_loss_prefers_the_diagonal_within_each_length():
     assert guided_attention_loss(padded, lengths, lengths, 0.15) == 0
 
 
+def test_guided_loss_is_the_sum_of_its_formula():
+    torch.manual_seed(3)
+    weights, lengths, counts, width = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 0.17
+    expected = sum(
+        float(weights[b, u, t]) * (1 - math.exp(-((u / counts[b] - t / lengths[b]) ** 2) / (2 * width**2)))
+        for b in range(2) for u in range(counts[b]) for t in range(9)
+    )  # fmt: skip
+    found = guided_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), width)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_along_ctc_is_the_sum_of_its_formula():
+    torch.manual_seed(4)
+    weights, lengths, counts, frames = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 2.5
+    places = torch.rand(2, 4)
+    expected = 0.0
+    for b, u in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)):
+        off = [(float(places[b, u]) * lengths[b] - t) / frames for t in range(9)]
+        expected -= math.log(sum(float(weights[b, u, t]) * max(0, 1 - off[t] ** 2) for t in range(9)))
+    found = aligned_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), places, frames)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 def test_parts_are_reported_and_summed_with_their_weights():
     options = PLAIN | {"guided_weight": 2.0, "ctc_weight": 0.5}
     loss, parts = training_loss(make_output(), TOKENS, LENGTHS, **options)

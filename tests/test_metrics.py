@@ -15,6 +15,15 @@ def test_cer_and_wer_are_percent_of_all_reference_characters_and_words():
     assert scores.wer == pytest.approx(100 * 2 / 5)
 
 
+def test_rates_grow_with_the_edits_and_are_zero_without():
+    scores = score(["ABCDEFGH IJ"], ["ABC"])
+    assert (scores.ld, scores.cer, scores.wer) == pytest.approx((8, 100 * 8 / 11, 100))
+    perfect = score(["AB C", "D"], ["AB C", "D"])
+    assert (perfect.ld, perfect.cer, perfect.wer) == (0, 0, 0)
+    assert score([], []) == score([], []) and (score([], []).cer, score([], []).wer) == (0, 0)
+    assert score(["", ""], ["AB", ""]).cer == 200
+
+
 def test_insertions_deletions_and_substitutions_each_count_once():
     assert score(["ABC"], ["ABXC"]).ld == score(["ABC"], ["AC"]).ld == score(["ABC"], ["AXC"]).ld == 1
 

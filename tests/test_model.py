@@ -1,5 +1,8 @@
 """The whole model: the same answer for an utterance alone and in a batch, gradients everywhere."""
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +61,61 @@ def test_keys_and_values_are_projected_once_for_all_tokens(model):
 
 def test_embedding_and_output_share_their_weights(model):
     assert [n for n, p in model.named_parameters() if p.shape == (31, 6)] == ["speller.embedding.weight"]
+
+
+def test_a_model_has_a_ctc_head_only_where_it_is_asked_for(model):
+    plain = LAS(replace(SMALL, ctc_layer=-1), input_size=4, vocabulary_size=31)
+    assert [name for name in model.state_dict() if name.startswith("ctc")] == ["ctc.weight", "ctc.bias"]
+    assert plain.ctc is None and not [name for name in plain.state_dict() if name.startswith("ctc")]
+
+
+def test_the_projections_of_the_attention_begin_as_wide_as_their_inputs_allow(model):
+    attention = model.speller.attention
+    for layer in (attention.key, attention.value, attention.query):
+        rows, columns = layer.weight.shape
+        bound = (6 / (rows + columns)) ** 0.5
+        assert 0.85 * bound < layer.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("ctc", [False, True])
+def test_a_memory_is_padded_with_silence_that_nobody_attends_to(model, ctc):
+    model.eval()
+    kind = model if ctc else LAS(replace(SMALL, ctc_layer=-1), input_size=4, vocabulary_size=31).eval()
+    memory = kind.listen(torch.randn(2, 30, 4), torch.tensor([30, 13]))
+    frames, heard = memory.keys.shape[1], None if memory.ctc_logits is None else memory.ctc_logits.shape[1]
+    padded = memory.padded(3, frames + 2)
+    assert padded.keys.shape[:2] == padded.values.shape[:2] == padded.padding.shape == (3, frames + 2)
+    for name in ("keys", "values"):
+        whole = getattr(padded, name)
+        assert torch.equal(whole[:2, :frames], getattr(memory, name))
+        assert not whole[2].any() and not whole[:, frames:].any()
+    assert padded.lengths.tolist() == [*memory.lengths.tolist(), 0]
+    assert torch.equal(padded.padding[:2, :frames], memory.padding)
+    assert padded.padding[2].all() and padded.padding[:, frames:].all()
+    if ctc:
+        times = -(-heard // frames)
+        assert padded.ctc_logits.shape[:2] == (3, times * (frames + 2)) and times == 2
+        assert torch.equal(padded.ctc_logits[:2, :heard], memory.ctc_logits)
+        assert padded.ctc_lengths.tolist() == [*memory.ctc_lengths.tolist(), 0]
+    else:
+        assert padded.ctc_logits is None and padded.ctc_lengths is None
+
+
+def test_attention_runs_on_the_backend_that_is_asked_for_and_gives_weights_unless_told_not_to(model, monkeypatch):
+    attention, asked = model.speller.attention, []
+    module = importlib.import_module("las_fast.attention")
+    masked = module.masked_attention
+
+    def watching(*given, **options):
+        asked.append(options)
+        return masked(*given, **options)
+
+    monkeypatch.setattr(module, "masked_attention", watching)
+    memory = model.listen(torch.randn(1, 30, 4), torch.tensor([30]))
+    _, attended = attention(torch.randn(1, 2, 7), memory, backend="reference")
+    assert asked[0]["backend"] == "reference" and attended.weights.shape == (1, 2, memory.keys.shape[1])
+    assert asked[0]["padding"] is memory.padding
+    assert attention(torch.randn(1, 2, 7), memory, weights=False)[1].weights is None
 
 
 def test_ctc_head_sits_on_the_layer_asked_for(model):

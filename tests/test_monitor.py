@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -77,6 +78,80 @@ def test_looking_mostly_at_the_end_is_not_formed():
 
 def test_a_diagonal_over_a_third_of_the_utterance_is_not_formed():
     assert judge(bumps(diagonal(end=0.33), 60)).failing() == ["coverage"]
+
+
+def by_hand(weights, tokens, frames):
+    """Return the four numbers of one utterance, straight from the module's definitions."""
+    w = weights[:tokens, :frames] / weights[:tokens, :frames].sum(1, keepdim=True)
+    attended, index = w @ torch.arange(float(frames)), torch.arange(float(tokens))
+    attended, index = attended - attended.mean(), index - index.mean()
+    spread = max(float(attended.square().sum()), 0.01 * tokens)
+    peaks, t = w.argmax(1), torch.arange(frames)
+    sharp = []
+    for u in range(tokens):
+        near = (t - peaks[u]).abs() <= 2
+        chance = float(near.float().mean())
+        sharp.append((float(w[u][near].sum()) - chance) / (1 - chance))
+    furthest = max(frames / 4, 2 * frames / tokens, 5)
+    moves = peaks.diff().tolist()
+    reach = max(0.75 * frames / tokens, 2)
+    seen = [min(abs(int(p) - i) for p in peaks) <= reach for i in range(frames)]
+    return (
+        float((attended * index).sum()) / math.sqrt(spread * float(index.square().sum())),
+        sum(sharp) / tokens,
+        sum(-2 <= move <= furthest for move in moves) / (tokens - 1),
+        sum(seen) / frames,
+    )
+
+
+# Characters and frames; the peaks of the last two lie as far apart as is just allowed, and one frame further.
+SIZES = [(12, 40), (3, 8), (25, 60), (4, 57), (3, 60), (7, 9), (2, 60), (12, 7)]
+
+
+def utterances_of_many_kinds(seed):
+    torch.manual_seed(seed)
+    longest = max(n for n, _ in SIZES) + 1, max(t for _, t in SIZES)
+    weights = torch.rand(len(SIZES), *longest) * 5  # what lies past the lengths is not looked at
+    for row, (tokens, frames) in enumerate(SIZES):
+        centres = torch.linspace(0, frames - 1, tokens) + 4 * torch.randn(tokens) * (row % 3)
+        weights[row, : tokens + 1, :frames] = bumps(centres.clamp(0, frames - 1), frames, width=0.8 + row / 4)[0]
+    return weights, torch.tensor([n + 1 for n, _ in SIZES]), torch.tensor([t for _, t in SIZES])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_numbers_of_a_padded_batch_are_those_of_their_definitions(seed):
+    weights, token_lengths, lengths = utterances_of_many_kinds(seed)
+    found = monitor.measure(weights, token_lengths, lengths)
+    expected = [by_hand(w, n, t) for w, (n, t) in zip(weights, SIZES, strict=True) if n >= 3 and t >= 8]
+    assert found.utterances == len(expected) == 6
+    for name, values in zip(monitor.SHAPE, zip(*expected, strict=True), strict=True):
+        assert getattr(found, name) == pytest.approx(sum(values) / len(values), abs=1e-5), name
+
+
+def test_steps_are_judged_at_their_very_limits():
+    slow = torch.arange(20.0, 31.0)  # eleven characters of one frame each, and a twelfth after a step of its own
+    for move, good in ((-2, 11), (-3, 10), (15, 11), (16, 10)):  # over 60 frames: 2 back, a quarter forward
+        found = judge(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
+        assert found.monotonic == pytest.approx(good / 11), move
+    for move, good in ((24, 3), (25, 2)):  # twice the frames of an average token, where that is more
+        found = judge(bumps(torch.tensor([20.0, 21.0, 22.0, 22.0 + move]), 48, width=0.1))
+        assert found.monotonic == pytest.approx(good / 3), move
+
+
+def test_batches_are_averaged_by_their_utterances():
+    one, three = monitor.Alignment(0.2, 0.4, 0.6, 0.8, 1), monitor.Alignment(1.0, 0.8, 0.4, 0.0, 3)
+    both = monitor.combine([one, three, monitor.Alignment(0.0, 0.0, 0.0, 0.0, 0)])
+    assert (both.diagonal, both.sharp, both.monotonic, both.coverage) == pytest.approx((0.8, 0.7, 0.45, 0.2))
+    assert both.utterances == 4 and monitor.combine([one]) == one
+
+
+def test_each_number_counts_from_its_threshold_on():
+    for name, threshold in monitor.THRESHOLDS.items():
+        values = {**monitor.THRESHOLDS, "utterances": 1}
+        assert monitor.Alignment(**values).formed and monitor.Alignment(**values).failing() == []
+        below = monitor.Alignment(**values | {name: threshold - 1e-6})
+        assert below.failing() == [name] and not below.formed
+    assert not monitor.Alignment(**monitor.THRESHOLDS | {"utterances": 0}).formed
 
 
 def test_a_broad_diagonal_is_not_formed():
