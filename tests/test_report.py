@@ -1,12 +1,17 @@
 """The report: its pictures, its differences, and that it stands alone."""
 
+import io
 import json
 import math
 import re
+import struct
 from html.parser import HTMLParser
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from las_fast import report
 from las_fast.config import Config, to_yaml
@@ -80,6 +85,57 @@ def test_pictures_of_any_size_can_be_drawn(tmp_path, tokens, frames):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+def png_size(data):
+    return struct.unpack(">II", data[16:24])
+
+
+@pytest.mark.parametrize(("tokens", "height"), [(1, 2.2), (20, 4.1), (400, 12.0)])
+def test_a_picture_is_as_high_as_its_text_is_long(tmp_path, tokens, height):
+    weights = np.eye(tokens, 30, dtype=np.float32)
+    report.attention_picture(tmp_path / "a.png", weights, "A" * (tokens - 1), "title")
+    assert png_size((tmp_path / "a.png").read_bytes()) == (704, round(110 * height))
+    buffer = io.BytesIO()
+    report._draw_attention(buffer, weights, "A" * (tokens - 1), "", frame_seconds=None, in_page=True)
+    assert png_size(buffer.getvalue()) == (round(130 * 4.2), pytest.approx(130 * height, abs=1))
+
+
+@pytest.mark.parametrize(("frame_seconds", "end", "label"), [(None, 12.0, "encoder frame"), (0.04, 0.48, "seconds")])
+def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, monkeypatch, frame_seconds, end, label):
+    seen = {}
+    for name in ("imshow", "set_xlabel", "set_title"):
+        method = getattr(Axes, name)
+
+        def watching(self, *given, method=method, name=name, **options):
+            seen[name] = (given, options)
+            return method(self, *given, **options)
+
+        monkeypatch.setattr(Axes, name, watching)
+    weights = np.full((4, 12), 0.5, np.float32)
+    report.attention_picture(tmp_path / "a.png", weights, "A B", "a title", frame_seconds=frame_seconds)
+    options = seen["imshow"][1]
+    assert options["extent"] == pytest.approx((0.0, end, 3.5, -0.5)) and (options["vmin"], options["vmax"]) == (0, 0.5)
+    assert options["aspect"] == "auto" and options["interpolation"] == "nearest"
+    assert seen["set_xlabel"][0] == (label,) and seen["set_title"][0] == ("a title",)
+    report.attention_picture(tmp_path / "a.png", 0 * weights, "A B", "", frame_seconds=frame_seconds)
+    assert seen["imshow"][1]["vmax"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "ticks", "labels"),
+    [
+        ("A B", 4, [0, 1, 2, 3], ["A", "␣", "B", "<eos>"]),
+        ("A B", 3, [0, 1, 2], ["A", "␣", "B"]),
+        ("AB" * 40, 80, [*range(80)], ["A", "B"] * 40),
+        ("AB" * 40, 81, [*range(0, 81, 2)], ["A"] * 40 + ["<eos>"]),
+    ],
+)
+def test_rows_of_a_picture_are_named_and_of_long_texts_only_some(text, tokens, ticks, labels):
+    found = []
+    axes = SimpleNamespace(set_yticks=lambda *given, **options: found.append((list(given[0]), given[1])))
+    report.label_tokens(axes, text, tokens, fontsize=7)
+    assert found == [(ticks, labels)]
+
+
 def test_the_report_needs_nothing_from_outside(tmp_path):
     page = make(tmp_path)
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
@@ -133,6 +189,44 @@ def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
     assert names == ["a-4", "a-3", "a-2", "a-1"]
 
 
+def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
+    rows = [(f"w-{n:02}", "ABCDEFGHIJ", "ABCDEFGHIJ"[n % 10 + 1 :]) for n in range(13)]
+    rows += [(f"b-{n:02}", "A" * (n + 1), "A" * (n + 1)) for n in range(13)]
+    page = make(tmp_path, rows=rows)
+    names, rates = (re.findall(rf'<td class="{kind}">(.*?)</td>', page) for kind in ("name", "rate"))
+    assert "13 of 26 have no error" in page
+    assert names[:12] == [f"w-{n:02}" for n in (9, 8, 7, 6, 5, 4, 3, 12, 2, 11, 1, 10)]
+    assert names[12:] == [f"b-{n:02}" for n in range(12, 0, -1)]
+    assert rates[:3] == ["100 %", "90 %", "80 %"] and rates[12] == "0 %"
+    assert re.search(r'<td class="name">b-12</td><td class="rate">0 %</td><td class="said">A{13}</td>', page)
+
+
+def test_the_page_lists_every_validation(tmp_path):
+    page = make(tmp_path, epochs=2, formed=9)
+    table = page[page.index("<summary>Validations") :]
+    cells = re.findall(r"<t[hd] class=\"rate\">(.*?)</t[hd]>", table)
+    heads = ["epoch", "loss", "LD", "CER", "WER", "diagonal", "sharp", "monotonic", "coverage", "heard"]
+    numbers = ["0.50", "0.50", "0.90", "0.90", ""]
+    assert cells == [*heads, "1", "2.00", "9.00", "90.00", "99.00", *numbers, "2", "1.00", "4.50", "45.00", "49.50",
+                     *numbers]  # fmt: skip
+    assert "<p>attention: ...</p>" in table
+
+
+def test_the_headline_has_what_is_known(tmp_path):
+    tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", make(tmp_path))
+    assert tiles == [("12.35 %", "CER"), ("20.00 %", "WER"), ("1.25", "LD"), ("4", "utterances"), ("123 ×", "speed")]
+    assert "tile" not in report._headline({"cer": None}).replace('class="tiles"', "")
+
+
+def test_pictures_of_the_page_are_of_the_first_the_formed_and_the_last_validation(tmp_path):
+    page = make(tmp_path, epochs=5, formed=3)
+    assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
+    assert '<p class="said">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
+    assert "The attention had formed by epoch 3" in page
+    settings = Config()
+    assert report._frame_seconds(settings) == pytest.approx(0.01 * settings.model.listener.time_reduction)
+
+
 def test_a_run_without_validations_or_pictures_still_reports(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -153,6 +247,82 @@ def test_values_that_are_not_finite_do_not_break_the_curves():
 def test_ticks_are_few_and_reach_the_largest_value(most):
     ticks = report._ticks(most)
     assert 3 <= len(ticks) <= 7 and ticks[0] == 0 and ticks[-1] >= most * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"),
+    [
+        (0, [0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9]),
+        (0.3, [0, 0.1, 0.2, 0.3]),
+        (4, [0, 1, 2, 3, 4]),
+        (7, [0, 2, 4, 6, 8]),
+        (12, [0, 2.5, 5, 7.5, 10, 12.5]),
+        (21, [0, 5, 10, 15, 20, 25]),
+        (100, [0, 20, 40, 60, 80, 100]),
+        (12345, [0, 2500, 5000, 7500, 10000, 12500]),
+    ],
+)
+def test_ticks_are_round_numbers(most, ticks):
+    assert report._ticks(most) == ticks
+
+
+def drawn(svg, tag, kind):
+    return [dict(e.attrib) | {"text": e.text} for e in ElementTree.fromstring(svg).iter(tag) if e.get("class") == kind]
+
+
+LINE = report.Curve("dev & co", "line1", [0, 5, 10], [0.0, 2.0, 4.0])
+
+
+def test_points_lie_where_the_axes_say():
+    """The plot is 560 by 300 with margins of 48, 34, 12 and 40: x from 48 to 548, y from 260 up to 34."""
+    other = report.Curve("x", "line2", [10], [4.0])
+    svg = report.curves_svg([LINE, other], x_label="epoch", y_label="loss < 5", mark=(5.0, "formed"))
+    assert ElementTree.fromstring(svg).attrib == {"viewBox": "0 0 560 300", "role": "img", "aria-label": "loss < 5"}
+    ((first,), (second,)) = drawn(svg, "path", "curve line1")[:1], drawn(svg, "path", "curve line2")[:1]
+    assert first["d"] == "M48.0 260.0L298.0 147.0L548.0 34.0" and second["d"] == "M548.0 34.0"
+    assert [(d["cx"], d["cy"], d["r"]) for d in drawn(svg, "circle", "dot line1")] == [
+        ("48.0", "260.0", "2.5"), ("298.0", "147.0", "2.5"), ("548.0", "34.0", "2.5")
+    ]  # fmt: skip
+    assert [g["d"] for g in drawn(svg, "path", "grid")] == [f"M48 {y}H548" for y in (260.0, 203.5, 147.0, 90.5, 34.0)]
+    assert [m["d"] for m in drawn(svg, "path", "mark")] == ["M298.0 34V260"]
+    words = [(t["x"], t["y"], t.get("text-anchor"), t["text"]) for t in drawn(svg, "text", "tick")]
+    assert words == [
+        *(("42", f"{y}", "end", label) for y, label in zip((264.0, 207.5, 151.0, 94.5, 38.0), "01234", strict=True)),
+        *((f"{x}", "276", "middle", f"{t}") for x, t in ((48.0, 0), (148.0, 2), (248.0, 4), (348.0, 6), (448.0, 8),
+                                                        (548.0, 10))),
+        ("303.0", "46", "start", "formed"),
+        ("71", "18", None, "dev & co"),
+        ("167", "18", None, "x"),
+        ("304.0", "294", "middle", "epoch"),
+    ]  # fmt: skip
+    legend = [drawn(svg, "path", f"curve line{n}")[1]["d"] for n in (1, 2)]
+    assert legend == ["M48 14H66", "M144 14H162"]
+
+
+def test_a_mark_on_the_right_is_named_on_its_left():
+    for at, anchor, x in ((6.0, "start", 353.0), (6.1, "end", 348.0), (99.0, "end", 543.0)):
+        svg = report.curves_svg([LINE], x_label="x", y_label="y", mark=(at, "formed"))
+        (name,) = [t for t in drawn(svg, "text", "tick") if t["text"] == "formed"]
+        assert name["text-anchor"] == anchor and float(name["x"]) == pytest.approx(x)
+
+
+def test_ticks_beyond_the_last_point_are_not_drawn_and_many_points_have_no_dots():
+    svg = report.curves_svg([report.Curve("a", "line1", [0, 7], [1.0, 1.0])], x_label="x", y_label="y")
+    assert [t["text"] for t in drawn(svg, "text", "tick") if t["y"] == "276"] == ["0", "2", "4", "6"]
+    for count, dots in ((60, 60), (61, 0)):
+        many = report.Curve("a", "line1", range(count), [1.0] * count)
+        assert len(drawn(report.curves_svg([many], x_label="x", y_label="y"), "circle", "dot line1")) == dots
+    at_start = report.curves_svg([report.Curve("a", "line1", [0], [1.0])], x_label="x", y_label="y")
+    assert drawn(at_start, "path", "curve line1")[0]["d"].startswith("M48.0 ")
+
+
+def test_long_curves_are_means_over_equal_pieces():
+    rows = [{"epoch": float(i), "loss": float(i % 2)} for i in range(240)]
+    curve = report._smooth("loss", "line1", rows, "loss")
+    assert curve.x == [2 * i + 0.5 for i in range(120)] and curve.y == [0.5] * 120
+    assert report._smooth("loss", "line1", rows[:3], "loss").x == [0.0, 1.0, 2.0]
+    assert len(report._smooth("loss", "line1", rows, "loss", points=7).x) == 7
+    assert report._smooth("loss", "line1", [], "loss").x == []
 
 
 def test_a_folder_that_is_no_training_is_an_input_error(tmp_path):

@@ -45,3 +45,27 @@ def test_plateau_halves_after_patience_and_only_when_asked():
     for _ in range(9):
         constant.update(50, TrainingConfig(schedule="cosine"))
     assert constant.share == 1
+
+
+def test_a_plateau_waits_again_after_each_cut_and_never_goes_below_the_final_share():
+    config = TrainingConfig(schedule="plateau", plateau_patience=2, plateau_factor=0.5, final_share=0.2)
+    plateau, shares = Plateau(), []
+    for _ in range(11):
+        plateau.update(50, config)
+        shares.append(plateau.share)
+    assert shares == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.2, 0.2]
+    assert (plateau.best, plateau.waited) == (50, 1)
+
+
+def test_borders_of_the_schedules():
+    stages = (TeacherForcingStage(2, 4, 1.0, 0.6), TeacherForcingStage(4, 4, 0.5, 0.2))
+    rates = [teacher_forcing_rate(TrainingConfig(teacher_forcing=stages), e) for e in (0, 2, 3.999, 4, 5)]
+    assert rates == pytest.approx([1, 1, 0.6, 0.5, 0.2], abs=1e-3)
+    config = TrainingConfig(warmup_steps=4, final_share=0.0)
+    assert [cosine_share(config, s, 4) for s in (0, 2, 3)] == pytest.approx([0.25, 0.75, 1.0])
+    assert cosine_share(config, 4, 5) == 1 and cosine_share(config, 5, 5) == pytest.approx(0, abs=1e-12)
+    assert ctc_weight(TrainingConfig(ctc_weight=0.5, ctc_until=0.0), 1e9) == 0.5
+    for schedule in ("constant", "plateau"):
+        assert [cosine_share(TrainingConfig(warmup_steps=2, schedule=schedule), s, 9) for s in (0, 1, 2, 9)] == [
+            0.5, 1, 1, 1
+        ]  # fmt: skip

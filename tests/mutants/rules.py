@@ -36,7 +36,11 @@ UNWRAPPED_METHODS = {
     "upper", "casefold", "sqrt", "exp", "log", "square", "resolve", "float", "double", "log_softmax", "softmax",
     "removeprefix", "removesuffix", "transpose", "expanduser", "t", "mean",
 }  # fmt: skip
-WORDING = {"help", "metavar", "description", "epilog", "prog", "formatter_class", "desc", "unit", "usage"}
+# Keywords that are words for people, or that change nothing where there is no GPU.
+WORDING = {
+    "help", "metavar", "description", "epilog", "prog", "formatter_class", "usage", "desc", "unit", "leave", "delay",
+    "dynamic_ncols", "bar_format", "device", "pin_memory", "non_blocking",
+}  # fmt: skip
 UNTOUCHED = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 
 
