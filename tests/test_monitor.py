@@ -225,6 +225,72 @@ def test_before_the_deadline_the_line_gives_no_advice():
     assert "sharp 0.00 below 0.5" in line
 
 
+def test_the_line_is_exactly_this():
+    good = monitor.Alignment(0.9, 0.85, 0.8, 0.75, 4, heard=1.5)
+    weak, config = dataclasses.replace(good, sharp=0.4567), Config(training=TrainingConfig(monitor_epoch=6.0))
+    numbers = "diagonal 0.90, sharp 0.85, monotonic 0.80, coverage 0.75"
+    assert monitor.line(good, 2, config) == f"attention: formed ({numbers}, heard 1.50)"
+    assert monitor.line(dataclasses.replace(good, heard=None), 2, config) == f"attention: formed ({numbers})"
+    numbers = "diagonal 0.90, sharp 0.45 below 0.5, monotonic 0.80, coverage 0.75, heard 1.50"
+    assert monitor.line(weak, 5.9, config) == f"attention: not formed yet ({numbers}); it should be by epoch 6"
+    late = monitor.line(weak, 6.0, config)
+    assert late.startswith(f"attention: not formed by epoch 6 ({numbers}). Try in new runs, in this order: 1. ")
+    assert "; 2. " in late and late.endswith("longer training: --training.epochs 120")
+    none = monitor.Alignment(0.0, 0.0, 0.0, 0.0, 0)
+    assert monitor.line(none, 9, config).startswith("attention: not judged; no dev utterance has 3 characters and 8")
+
+
+def training(**fields) -> Config:
+    return Config(model=ModelConfig(ctc_layer=fields.pop("ctc_layer", 1)), training=TrainingConfig(**fields))
+
+
+def listener(pyramids, strides=(1,)) -> Config:
+    sizes = {"conv_channels": (8,) * len(strides), "conv_kernels": (3,) * len(strides)}
+    return Config(model=ModelConfig(listener=ListenerConfig(**sizes, conv_strides=strides, pyramids=pyramids)))
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "config", "said"),
+    [
+        ("guided", 4, training(guided_weight=3, guided_until=7), "for longer: --training.guided-until 10 (now 7)"),
+        ("guided", 6, training(guided_weight=3, guided_until=11), "for longer: --training.guided-until 12 (now 11)"),
+        ("guided", 5, training(guided_weight=3, guided_until=10), None),
+        ("guided", 5, training(guided_weight=2, guided_until=10), "--training.guided-weight 3 (now 2)"),
+        ("guided", 5, training(guided_weight=1, guided_frames=8, guided_until=10, ctc_weight=1), None),
+        ("guided", 5, training(guided_weight=0, guided_frames=8, ctc_weight=1), "--training.guided-weight 1 (now 0)"),
+        ("guided", 5, training(guided_weight=0), "guided attention loss: --training.guided-weight 3 (now 0)"),
+        ("guided", 3, training(ctc_weight=1, guided_until=5), "guided-weight 1 --training.guided-until 10 (now 0)"),
+        ("guided", 5, training(ctc_weight=1, guided_until=10), "--training.guided-weight 1 (now 0)"),
+        ("ctc", 5, training(ctc_layer=-1), "--model.ctc-layer 2 --training.ctc-weight 0.3 (now none)"),
+        ("ctc", 5, listener(1), "--model.ctc-layer 0 --training.ctc-weight 0.3 (now none)"),
+        ("ctc", 5, listener(0), "--model.ctc-layer 0 --training.ctc-weight 0.3 (now none)"),
+        ("ctc", 5, training(ctc_layer=0, ctc_weight=0), "CTC on the listener: --training.ctc-weight 0.3 (now 0)"),
+        ("ctc", 5, training(ctc_weight=0.3, ctc_until=5), "CTC for longer: --training.ctc-until 0 (now 5)"),
+        ("ctc", 5, training(ctc_weight=1, ctc_until=6), None),
+        ("ctc", 5, training(ctc_weight=0.9), "a stronger CTC: --training.ctc-weight 1 (now 0.9)"),
+        ("ctc", 5, training(ctc_weight=1.0), None),
+        ("short", 5, Config(data=DataConfig(short_epochs=1)), None),
+        ("short", 5, Config(), "--data.short-epochs 10 (now 0)"),
+        ("teacher_forcing", 20, Config(), None),
+        ("teacher_forcing", 30, Config(), "(now 0.90)"),
+        ("masks", 4, Config(augment=AugmentConfig(start_epoch=4)), "--augment.start-epoch 10 (now 4)"),
+        ("masks", 6, Config(augment=AugmentConfig(start_epoch=4)), "--augment.start-epoch 12 (now 4)"),
+        ("masks", 3.9, Config(augment=AugmentConfig(start_epoch=4)), None),
+        ("masks", 6, Config(augment=AugmentConfig(time_masks=0, frequency_masks=0)), None),
+        ("masks", 6, Config(augment=AugmentConfig(time_masks=0, frequency_masks=1)), "(now 0)"),
+        ("reduction", 5, listener(3), "--model.listener.pyramids 2 (now 3, 8 frames become one)"),
+        ("reduction", 5, listener(2), None),
+        ("reduction", 5, listener(1, (2, 2)), "--model.listener.pyramids 0 (now 1, 8 frames become one)"),
+        ("reduction", 5, listener(0, (2, 4)), None),
+        ("batch", 5, Config(data=DataConfig(utterances_per_batch=16)), "--data.utterances-per-batch 8 (now 16)"),
+        ("batch", 5, Config(data=DataConfig(utterances_per_batch=15)), None),
+    ],
+)
+def test_each_advice_is_given_where_it_applies_and_only_there(step, epoch, config, said):
+    found = getattr(monitor, f"_{step}")(epoch, config)
+    assert found is None if said is None else found.endswith(said), found
+
+
 def test_after_the_deadline_the_advice_comes_in_order():
     line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
     wanted = ["guided-weight 3", "ctc-layer 2", "short-epochs 10", "teacher_forcing", "augment.start-epoch 50",

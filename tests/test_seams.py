@@ -16,16 +16,19 @@ from checkpoints import MODEL, make_checkpoint
 
 from las_fast import checkpoint, decode, export, lm, train, trainer, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
+from las_fast.data.batching import sorted_batches
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import Statistics, load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.features import add_deltas
 from las_fast.losses import token_loss
+from las_fast.metrics import Scores
 from las_fast.model import LAS
+from las_fast.monitor import Alignment
 from las_fast.runlog import RunLog
-from las_fast.text import Vocabulary
+from las_fast.text import EOS
 from las_fast.trainer import Trainer, check_same_settings
-from las_fast.validate import validate
+from las_fast.validate import Validation, validate
 
 CPU = torch.device("cpu")
 
@@ -192,14 +195,63 @@ def test_the_dev_loss_is_the_sum_over_the_set_by_its_tokens(archive, tmp_path):
     config = small(data=replace(small().data, utterances_per_batch=3))  # batches of 3 and 2
     made = make_trainer(archive, tmp_path, config)
     found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
-    sums, tokens, vocabulary = 0.0, 0, Vocabulary(config.data.characters)
+    losses, counts = losses_by_hand(made, lambda i: i)
+    assert found.loss == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+
+
+def losses_by_hand(made, audio_of) -> tuple[list[float], list[int]]:
+    """Return the loss and the tokens of each dev utterance, spelled while listening to utterance audio_of(i)."""
+    losses, counts, vocabulary = [], [], made.vocabulary
     with torch.inference_mode():
         for i, text in enumerate(made.dev_data.texts):
-            features, target = made.dev_data[i][None], torch.tensor([[*vocabulary.encode(text), 2]])
+            features, target = made.dev_data[audio_of(i)][None], torch.tensor([[*vocabulary.encode(text), EOS]])
             memory = made.model.eval().listen(features, torch.tensor([features.shape[1]]))
-            sums += float(token_loss(made.model.speller(memory, target)[0], target))
-            tokens += target.shape[1]
-    assert found.loss == pytest.approx(sums / tokens, rel=1e-5)
+            losses.append(float(token_loss(made.model.speller(memory, target)[0], target)))
+            counts.append(target.shape[1])
+    return losses, counts
+
+
+def test_what_is_heard_is_measured_in_batches_of_more_than_one(archive, tmp_path):
+    config = small(data=replace(small().data, utterances_per_batch=4))
+    made = make_trainer(archive, tmp_path, config)
+    found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
+    first, alone = sorted_batches(made.dev_data.frames, frames_per_batch=30000, utterances_per_batch=4)
+    assert (len(first), len(alone)) == (4, 1)
+    following = {i: first[(n + 1) % 4] for n, i in enumerate(first)} | {alone[0]: alone[0]}
+    own, counts = losses_by_hand(made, lambda i: i)
+    others, _ = losses_by_hand(made, following.get)
+    risen, tokens = sum(others[i] - own[i] for i in first), sum(counts[i] for i in first)
+    assert found.alignment.heard == pytest.approx(risen / tokens, abs=1e-5)
+    single = replace(config, data=replace(config.data, utterances_per_batch=1))
+    assert validate(made.model, made.dev_data, made.vocabulary, single, CPU, tmp_path, 1.0).alignment.heard is None
+
+
+def test_pictures_are_of_middling_utterances_and_show_all_of_them(archive, tmp_path):
+    config = small(training=replace(small().training, pictures=2))
+    made = make_trainer(archive, tmp_path, config)
+    validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 2.5)
+    with np.load(tmp_path / "attention" / "epoch-0002.50.npz") as data:
+        ids, arrays = data["ids"].tolist(), {name: data[name] for name in data.files}
+    by_length = np.argsort(made.dev_data.frames, kind="stable")
+    assert sorted(ids) == sorted(made.dev_data.ids[i] for i in by_length[2:4])
+    for n, name in enumerate(ids):
+        i = made.dev_data.ids.index(name)
+        frames = -(-int(made.dev_data.frames[i]) // made.model.time_reduction)
+        assert arrays[f"weights_{n}"].shape == (len(made.dev_data.texts[i]) + 1, frames)
+        assert arrays[f"text_{n}"] == made.dev_data.texts[i]
+        assert (tmp_path / "attention" / f"epoch-0002.50-{name}.png").is_file()
+
+
+def test_validation_leaves_out_what_is_not_attention(archive, tmp_path, monkeypatch):
+    import las_fast.validate as module
+
+    seen, search = [], module.greedy_search
+    monkeypatch.setattr(module, "greedy_search", lambda m, memory, c: seen.append(c) or search(m, memory, c))
+    decoding = DecodingConfig(ngram_weight=0.3, length_reward=0.2, maximum_extra=4)
+    config = small(decoding=decoding)
+    made = make_trainer(archive, tmp_path, config)
+    validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
+    assert set(seen) == {replace(decoding, ngram_weight=0.0, length_reward=0.0)} and not made.model.training
 
 
 # --------------------------------------------------------------------------------------- what reaches the model
@@ -457,3 +509,53 @@ def test_the_log_of_a_new_training_is_empty(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
     RunLog(tmp_path, small(), 0).close()
     assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+class Board:
+    """What TensorBoard was told."""
+
+    made: list = []
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars = folder, purge_step, []
+        Board.made = [self]
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.scalars.append("closed")
+
+
+def test_the_log_and_the_board_hold_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Board)
+    log = RunLog(tmp_path, small(), 4)
+    log.training(5, 0.5, {"loss": 2.0, "attention": math.nan, "speed": 9.0}, 0.01)
+    alignment = Alignment(0.9, 0.8, 0.78, 0.6, 3)
+    log.validation(6, 1.0, Validation(1.5, Scores(3, 4.0, 50.0, 60.0), alignment, []), "a line", 0.123456)
+    log.close()
+    (board,) = Board.made
+    assert (board.folder, board.purge_step) == (str(tmp_path / "tensorboard"), 5)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"kind": "train", "step": 5, "epoch": 0.5, "lr": 0.01, "loss": 2.0, "attention": None, "speed": 9.0},
+        {"kind": "valid", "step": 6, "epoch": 1.0, "loss": 1.5, "utterances": 3, "ld": 4.0, "cer": 50.0, "wer": 60.0,
+         "monitor": {"diagonal": 0.9, "sharp": 0.8, "monotonic": 0.78, "coverage": 0.6, "formed": True,
+                     "utterances": 3, "heard": None}, "line": "a line", "core_hours": 0.1235},
+    ]  # fmt: skip
+    told = {(name, step): value for name, value, step in board.scalars[:-1]}
+    assert board.scalars[-1] == "closed" and len(told) == len(board.scalars) - 1
+    for row in rows:
+        numbers = {k: v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
+        for name, value in numbers.items():
+            assert told.pop((f"{row['kind']}/{name}", row["step"])) == value
+    assert math.isnan(told.pop(("train/attention", 5)))
+    expected = {"diagonal": 0.9, "sharp": 0.8, "monotonic": 0.78, "coverage": 0.6, "formed": 1.0, "utterances": 3.0}
+    assert told == {(f"monitor/{name}", 6): value for name, value in expected.items()}
+
+
+def test_each_line_of_the_log_is_there_at_once(tmp_path):
+    log = RunLog(tmp_path, small(), 0)
+    log.training(1, 0.1, {"loss": 2.0}, 0.01)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 1
+    log.close()
