@@ -104,6 +104,7 @@ def judge_all(chosen: Sequence[tuple[Target, Mutant]], options: argparse.Namespa
     if options.again:
         done = {key: row for key, row in done.items() if row["outcome"] in NOTICED}
     left = [(t, m) for t, m in chosen if (m.id, digest(m.file)) not in done]
+    random.Random(options.seed).shuffle(left)  # so that what an interrupt leaves is a fair sample
     print(f"{len(chosen)} mutants, {len(left)} to judge", file=sys.stderr)
     if not left:
         return

@@ -23,7 +23,7 @@ from tests.mutants.base import ROOT
 # Nothing here looks at the Python code of las_fast in a way that a fault in it could show, or only after minutes.
 LEFT_OUT = ("test_benchmarks", "test_packaging", "test_released", "test_mutants", "test_launches")
 RECORD_SECONDS = 1800
-UNKNOWN = 3.0  # seconds of a fixture that no record has timed
+UNKNOWN = 1.0  # seconds of a fixture that no record has timed
 
 
 def files_of(root: Path) -> list[Path]:
