@@ -153,7 +153,7 @@ def test_a_save_within_an_epoch_comes_after_checkpoint_minutes(archive, tmp_path
 
 SAME_ON_RESUME = {
     "training.threads", "data.workers", "data.cache", "training.checkpoint_minutes", "training.wandb",
-    "training.monitor_epoch",
+    "training.monitor_epoch", "decoding.frames_per_batch",
 }  # fmt: skip
 
 
