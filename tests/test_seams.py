@@ -115,6 +115,108 @@ def test_each_step_draws_its_own_sampled_tokens(archive, tmp_path):
     assert first != second
 
 
+def test_every_setting_of_the_losses_arrives_at_each_step(archive, tmp_path, monkeypatch):
+    training = TrainingConfig(
+        epochs=4, precision="fp32", label_smoothing=0.07, ctc_weight=0.4, ctc_until=1.5, guided_weight=2.0,
+        guided_until=4.0, guided_width=0.2, guided_frames=3.0, teacher_forcing=(train_stage(0.75),), learning_rate=0.5,
+        warmup_steps=4,
+    )  # fmt: skip
+    made = make_trainer(archive, tmp_path, small(model=replace(MODEL, ctc_layer=0), training=training))
+    losses, forcing, loss, forward = [], [], trainer.training_loss, LAS.forward
+    monkeypatch.setattr(trainer, "training_loss", lambda *given, **own: losses.append(own) or loss(*given, **own))
+    monkeypatch.setattr(LAS, "forward", lambda self, *given: forcing.append(given[3]) or forward(self, *given))
+    batch, per_epoch = first_batch(made), made.course.steps_before(1)
+    for step, ctc, guided, rate in ((0, 0.4, 2.0, 0.125), (per_epoch, 0.4, 1.5, 0.5), (2 * per_epoch, 0.0, 1.0, None)):
+        made.progress.step = step
+        made.train_step(batch)
+        assert losses[-1] == {"label_smoothing": 0.07, "ctc_weight": ctc, "guided_weight": pytest.approx(guided),
+                              "guided_width": 0.2, "guided_frames": 3.0}  # fmt: skip
+        assert rate is None or made.optimiser.param_groups[0]["lr"] == made.optimiser.param_groups[1]["lr"] == rate
+    assert forcing == [0.75] * 3 and per_epoch == 3
+
+
+def test_the_loader_of_an_epoch_gets_the_place_of_the_step(archive, tmp_path, monkeypatch):
+    config = small(data=replace(small().data, workers=3), training=replace(small().training, seed=7))
+    made, seen = make_trainer(archive, tmp_path, config), []
+    monkeypatch.setattr(trainer, "make_loader", lambda *given, **options: seen.append((given, options)))
+    made.progress.step = made.course.steps_before(1) + 2
+    made._rest_of_epoch()
+    ((data, batches, vocabulary), options) = seen[0]
+    assert data is made.train_data and vocabulary is made.vocabulary and batches == made.course.of(1).epoch(1)
+    assert options.pop("augment").config == config.augment
+    assert options == {"seed": 7, "epoch": 1, "start": 2, "workers": 3}
+
+
+@pytest.mark.parametrize(("every", "due"), [(1.0, [3, 6]), (0.5, [2, 3, 5, 6]), (2.0, [6]), (5.0, [6]), (1.5, [5, 6])])
+def test_a_validation_is_due_each_time_that_its_share_of_an_epoch_is_done(archive, tmp_path, every, due):
+    made = make_trainer(archive, tmp_path, small(training=replace(small().training, validate_every=every)))
+    found = []
+    for step in range(1, made.steps + 1):
+        made.progress.step = step
+        if made.owes_validation:
+            found.append(step)
+            made.progress.validated = step
+            assert not made.owes_validation
+    assert made.steps == 6 and found == due
+
+
+def test_the_optimiser_is_made_by_the_settings():
+    config = small(training=replace(small().training, learning_rate=0.25, weight_decay=0.125))
+    optimiser = trainer.make_optimiser(checkpoint.build_model(config), config)
+    decayed, free = optimiser.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.125, 0.0)
+    assert decayed["lr"] == free["lr"] == 0.25 and decayed["betas"] == free["betas"] == (0.9, 0.98)
+
+
+def test_the_fingerprint_of_data_is_that_of_ids_lengths_texts_and_their_order():
+    def data(ids="ab", frames=(5, 6), texts="XY"):
+        return SimpleNamespace(ids=[*ids], frames=np.array(frames), texts=[*texts])
+
+    both = [(data(), data()), (data("ac"), data()), (data(frames=(5, 7)), data()), (data(texts="XZ"), data()),
+            (data("ba"), data()), (data(), data("ac"))]  # fmt: skip
+    assert len({trainer.fingerprint(*one) for one in both}) == len(both)
+    assert trainer.fingerprint(*both[0]) == trainer.fingerprint(data(), data())
+
+
+def test_a_gradient_is_scaled_to_the_limit_and_left_alone_below_it(archive, tmp_path):
+    made = make_trainer(archive, tmp_path, small(training=replace(small().training, clip_norm=2.0)))
+    for value, factor in ((1.0, 1.0), (2.0, 1.0), (8.0, 0.25)):
+        made.optimiser.zero_grad(set_to_none=True)
+        bias = made.model.speller.bias
+        bias.grad = torch.zeros_like(bias)
+        bias.grad[3] = value
+        assert made._clip() == value and bias.grad[3] == pytest.approx(value * factor, rel=1e-5)
+
+
+def test_the_best_model_is_saved_with_what_it_was_trained_on_and_how_good_it_is(archive, tmp_path):
+    config = small(
+        features=FeatureConfig(size=28, normalisation="global"), training=replace(small().training, epochs=1)
+    )
+    made = make_trainer(archive, tmp_path, config)
+    made.run()
+    for name in (trainer.BEST, trainer.AVERAGED):
+        loaded = checkpoint.load_model(tmp_path / name)
+        assert torch.equal(loaded.statistics.mean, made.train_data.statistics.mean)
+        assert torch.equal(loaded.statistics.std, made.train_data.statistics.std)
+        info = loaded.info
+        assert (info["epoch"], info["step"], info["data"]) == (1.0, 3, {"kind": "features", "name": "HW4P2 F23"})
+        assert info["dev"]["cer"] == pytest.approx(made.progress.best_cer) and info["dev"]["utterances"] == 5
+        averaged = made.averaged.state_dict()
+        assert all(torch.equal(value, averaged[k]) for k, value in loaded.model.state_dict().items())
+
+
+def test_a_training_takes_its_threads_and_its_device_from_the_command(archive, tmp_path, monkeypatch):
+    threads, made = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(Trainer, "run", lambda self: made.append(self))
+    words = ["--config", "tiny", "--data", str(archive), "--device", "cpu", "--training.epochs", "2"]
+    train.main([*words, "--out", str(tmp_path / "a"), "--training.threads", "3", "--on-bad", "skip"])
+    train.main([*words, "--out", str(tmp_path / "b"), "--training.threads", "0"])
+    assert threads == [3] and [t.device.type for t in made] == ["cpu", "cpu"]
+    assert [t.config.data.on_bad for t in made] == ["skip", "error"]
+    assert made[0].source == {"kind": "features", "name": "HW4P2 F23"} and made[0].out == tmp_path / "a"
+
+
 def train_stage(rate: float):
     from las_fast.config import TeacherForcingStage
 
