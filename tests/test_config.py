@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import dataclasses
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -10,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from las_fast import config as module
-from las_fast.config import Config, check, from_tree, from_yaml, load_config, presets, to_tree, to_yaml
+from las_fast.config import (
+    Config,
+    DataConfig,
+    TeacherForcingStage,
+    check,
+    from_tree,
+    from_yaml,
+    load_config,
+    presets,
+    to_tree,
+    to_yaml,
+)
 from las_fast.errors import InputError
 
 
@@ -94,6 +106,125 @@ def test_sizes_and_rates_may_not_be_nothing(name):
 def test_shares_are_no_more_than_the_whole(name):
     with pytest.raises(InputError, match=f"settings: {name} must be (at most|below) 1; got 1.5"):
         check(with_setting(name, 1.5))
+
+
+# Each setting: its default, and of a number the least and the most that it may be.
+TABLE = {
+    "features.kind": "logmel",
+    "features.size": (80, 1, 10_000),
+    "features.mel_bins": (80, 1, 10_000),
+    "features.sample_rate": (16_000, 1, 768_000),
+    "features.window_ms": (25.0, "more than 0", 1000),
+    "features.shift_ms": (10.0, "more than 0", 1000),
+    "features.normalisation": "utterance",
+    "features.deltas": (0, 0, 1_000_000_000),
+    "data.train": (),
+    "data.dev": "",
+    "data.characters": "ABCDEFGHIJKLMNOPQRSTUVWXYZ' ",
+    "data.normalise_text": False,
+    "data.on_bad": "error",
+    "data.frames_per_batch": (20_000, 1, 10_000_000),
+    "data.utterances_per_batch": (64, 1, 10_000),
+    "data.max_seconds": (0.0, 0, 1_000_000_000),
+    "data.hours": (0.0, 0, 1_000_000_000),
+    "data.short_epochs": (0, 0, 1_000_000_000),
+    "data.short_seconds": (4.0, 0, 1_000_000_000),
+    "data.cache": "",
+    "data.workers": (1, 0, 256),
+    "augment.start_epoch": (0.0, 0, 1_000_000_000),
+    "augment.time_masks": (2, 0, 1000),
+    "augment.time_width": (40, 0, 1_000_000_000),
+    "augment.time_share": (0.2, 0, 1),
+    "augment.frequency_masks": (2, 0, 1000),
+    "augment.frequency_width": (10, 0, 1_000_000_000),
+    "augment.frequency_share": (0.5, 0, 1),
+    "augment.speed": (0.0, 0, "below 1"),
+    "augment.join": (0.0, 0, 1),
+    "model.listener.conv_channels": ((256,), 1, 10_000),
+    "model.listener.conv_kernels": ((5,), 1, 101),
+    "model.listener.conv_strides": ((1,), 1, 16),
+    "model.listener.lstm_size": (256, 1, 10_000),
+    "model.listener.pyramids": (3, 0, 8),
+    "model.listener.top_layers": (0, 0, 100),
+    "model.listener.dropout": (0.2, 0, "below 1"),
+    "model.speller.key_size": (256, 1, 10_000),
+    "model.speller.value_size": (256, 1, 10_000),
+    "model.speller.embedding_size": (256, 1, 10_000),
+    "model.speller.lstm_sizes": ((512, 256), 1, 10_000),
+    "model.speller.dropout": (0.2, 0, "below 1"),
+    "model.ctc_layer": (-1, -1_000_000_000, 1_000_000_000),
+    "training.epochs": (60, 1, 1_000_000),
+    "training.learning_rate": (0.001, "more than 0", 100),
+    "training.weight_decay": (0.01, 0, 1_000_000_000),
+    "training.warmup_steps": (200, 0, 1_000_000_000),
+    "training.schedule": "cosine",
+    "training.final_share": (0.02, 0, 1),
+    "training.restarts": ((), 1, 1_000_000_000),
+    "training.plateau_patience": (4, 0, 1_000_000_000),
+    "training.plateau_factor": (0.5, "more than 0", 1),
+    "training.clip_norm": (5.0, "more than 0", 1_000_000_000),
+    "training.label_smoothing": (0.1, 0, "below 1"),
+    "training.ctc_weight": (0.0, 0, 1_000_000),
+    "training.ctc_until": (0.0, 0, 1_000_000_000),
+    "training.guided_weight": (0.0, 0, 1_000_000),
+    "training.guided_width": (0.15, "more than 0", 1_000_000_000),
+    "training.guided_frames": (0.0, 0, 1_000_000_000),
+    "training.guided_until": (10.0, 0, 1_000_000_000),
+    "training.precision": "auto",
+    "training.threads": (0, 0, 1024),
+    "training.ema_decay": (0.999, 0, "below 1"),
+    "training.seed": (1, 0, 1_000_000_000_000),
+    "training.validate_every": (1.0, "more than 0", 1_000_000_000),
+    "training.checkpoint_minutes": (5.0, 0, 1_000_000_000),
+    "training.pictures": (2, 0, 1000),
+    "training.monitor_epoch": (10.0, 0, 1_000_000_000),
+    "training.wandb": False,
+    "decoding.beam": (8, 1, 1000),
+    "decoding.length_penalty": (1.0, 0, 100),
+    "decoding.eos_threshold": (0.0, 0, 1_000_000_000),
+    "decoding.minimum_share": (0.0, 0, 1_000_000_000),
+    "decoding.maximum_share": (0.3, 0, 1000),
+    "decoding.maximum_extra": (10, 0, 1_000_000),
+    "decoding.coverage_weight": (0.0, 0, 1_000_000_000),
+    "decoding.ctc_weight": (0.0, 0, 1),
+    "decoding.ngram_weight": (0.0, 0, 1_000_000_000),
+    "decoding.length_reward": (0.0, -1_000_000, 1_000_000),
+    "decoding.frames_per_batch": (30_000, 1, 10_000_000),
+    "decoding.precision": "auto",
+}
+
+
+def settings(config, name=""):
+    """Yield the dotted name and the value of each setting."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{name}{field.name}.")
+        else:
+            yield name + field.name, value
+
+
+def test_every_setting_has_the_default_that_is_written_here():
+    defaults = {name: row[0] if isinstance(row, tuple) and len(row) == 3 else row for name, row in TABLE.items()}
+    assert dict(settings(Config())) == defaults | {
+        "training.teacher_forcing": (
+            TeacherForcingStage(0.0, 20.0, 1.0, 1.0),
+            TeacherForcingStage(20.0, 40.0, 1.0, 0.8),
+            TeacherForcingStage(40.0, 60.0, 0.8, 0.6),
+        )
+    }
+    assert DataConfig(max_seconds=3.0, hours=2.0).whole() == DataConfig()
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3])
+def test_a_number_may_be_from_its_least_to_its_most(name):
+    default, least, most = TABLE[name]
+    kind = type(default[0] if default else 1) if isinstance(default, tuple) else type(default)
+    good = [1e-9 if least == "more than 0" else kind(least), 1 - 1e-9 if most == "below 1" else kind(most)]
+    bad = [0.0 if least == "more than 0" else least - 1 if kind is int else least - 1e-9 * max(1, abs(least))]
+    bad += [1.0 if most == "below 1" else most + 1 if kind is int else most * (1 + 1e-9)]
+    assert [module._out_of_range(name, value) for value in good] == ["", ""]
+    assert all(module._out_of_range(name, value) for value in bad), bad
 
 
 @pytest.mark.parametrize(
