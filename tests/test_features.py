@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from archives import make_waveform
 from las_fast.audio import load_audio
 from las_fast.config import FeatureConfig
 from las_fast.errors import InputError
-from las_fast.features import add_deltas, compute_features, frame_sizes
+from las_fast.features import add_deltas, check_settings, compute_features, frame_sizes
 
 LOGMEL = FeatureConfig()
 MFCC = FeatureConfig(kind="mfcc", size=28)
@@ -136,3 +138,15 @@ def test_deltas_of_one_frame_are_zero():
     out = add_deltas(torch.ones(1, 3), 2)
     assert out.tolist() == [[1.0] * 3 + [0.0] * 6]
     assert add_deltas(torch.ones(1, 3), 0).shape == (1, 3)
+
+
+def test_a_window_holds_two_samples_at_least_and_a_shift_one():
+    least = FeatureConfig(sample_rate=1000, window_ms=2.0, shift_ms=1.0)
+    assert frame_sizes(least) == (2, 1)
+    check_settings(least)
+    for fields in ({"window_ms": 1.0}, {"shift_ms": 0.4}):
+        with pytest.raises(InputError, match="give at least 2 and 1"):
+            check_settings(replace(least, **fields))
+    check_settings(FeatureConfig(kind="mfcc", size=23, mel_bins=23))
+    with pytest.raises(InputError):
+        check_settings(FeatureConfig(kind="mfcc", size=24, mel_bins=23))

@@ -168,6 +168,17 @@ def test_the_optimiser_is_made_by_the_settings():
     assert decayed["lr"] == free["lr"] == 0.25 and decayed["betas"] == free["betas"] == (0.9, 0.98)
 
 
+def test_core_hours_are_those_of_this_process_and_of_the_runs_before(archive, tmp_path, monkeypatch):
+    made = make_trainer(archive, tmp_path, small())
+    made.earlier_core_seconds = 7200.0
+    monkeypatch.setattr(trainer.time, "process_time", lambda: 1800.0)
+    assert made.core_hours() == 2.5 and made.state()["core_seconds"] == 9000.0
+    made.save()
+    again = make_trainer(archive, tmp_path, small())
+    again.resume()
+    assert again.earlier_core_seconds == 9000.0 and again.core_hours() == 3.0
+
+
 def test_the_fingerprint_of_data_is_that_of_ids_lengths_texts_and_their_order():
     def data(ids="ab", frames=(5, 6), texts="XY"):
         return SimpleNamespace(ids=[*ids], frames=np.array(frames), texts=[*texts])

@@ -1,0 +1,156 @@
+"""Errors from outside the program: each is one sentence, and faults of the program stay what they are."""
+
+import errno
+
+import pytest
+import torch
+import yaml
+
+from las_fast import plain_yaml
+from las_fast.errors import ADVICE, InputError, from_outside, lacks_memory, show
+from las_fast.plain_yaml import Plain
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (errno.ENOSPC, "no space is left on the disk (x.wav); free some"),
+        (errno.EDQUOT, "the disk quota is used up (x.wav); free some space or write to another disk"),
+        (errno.EFBIG, "x.wav would be larger than a file may be here; write to another disk, or raise ulimit -f"),
+        (errno.EACCES, "x.wav: permission denied; change its permissions or give another path"),
+        (errno.EPERM, "x.wav: operation not permitted; change its permissions or give another path"),
+        (errno.EROFS, "x.wav lies on a read-only file system; give another path"),
+        (errno.ENOENT, "x.wav does not exist; check the path"),
+        (errno.ENAMETOOLONG, "the name x.wav is too long for the file system; shorten it"),
+        (errno.EMFILE, "too many files are open (x.wav); raise the limit, such as with ulimit -n 1024"),
+        (errno.ENFILE, "too many files are open on this machine (x.wav); end other programs"),
+        (errno.EIO, "x.wav could not be read or written (input/output error); check the disk or the network"),
+        (errno.EAGAIN, "the system allows no more processes or threads (x.wav); raise ulimit -u or end other programs"),
+        (errno.ENOTDIR, "x.wav: Not a directory; check the path"),
+    ],
+)
+def test_what_the_system_says_is_a_sentence_with_the_file(code, sentence):
+    assert from_outside(OSError(code, "Not a directory", "x.wav")) == sentence
+    assert code in ADVICE or code == errno.ENOTDIR
+
+
+def test_a_system_error_without_a_file_and_one_with_two():
+    assert from_outside(OSError(errno.ENOSPC, "full")) == "no space is left on the disk (input or output); free some"
+    both = OSError(errno.EXDEV, "Invalid cross-device link", "a", None, b"b\xe0")
+    assert from_outside(both) == r"a and b\xe0: Invalid cross-device link; check the path"
+    assert from_outside(OSError("what a library says")) == "a system call failed (what a library says); run again"
+    assert from_outside(OSError()) == "a system call failed (OSError); run again"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (InputError("as it is"), "as it is"),
+        (MemoryError(), "memory does not suffice; give smaller input, or run on a machine with more memory"),
+        (RuntimeError("Could not determine home directory."), "no home folder is known; set HOME, or write paths"),
+        (RuntimeError("can't start new thread"), "the system allows no more threads; raise ulimit -u"),
+        (ValueError("embedded null byte"), "a path holds a character of code 0; correct the settings or the manifest"),
+        (UnicodeError("odd"), "a text or a name is not UTF-8 (odd); save it as UTF-8 or rename the file"),
+        (RuntimeError("shapes disagree"), None),
+        (ValueError("home directory"), None),
+        (RecursionError("maximum recursion depth exceeded"), None),
+        (KeyError("x"), None),
+    ],
+)
+def test_only_what_comes_from_outside_is_a_sentence(error, sentence):
+    found = from_outside(error)
+    assert found is None if sentence is None else found.startswith(sentence)
+
+
+def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
+    with pytest.raises(RecursionError) as raised:
+        yaml.safe_load("[" * 100_000)
+    assert from_outside(raised.value) == "a file is nested too deeply to be read; give the file that was meant"
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "x"), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError("Cannot allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (ValueError("out of memory"), False),
+        (OSError(errno.ENOSPC, "x"), False),
+        (RuntimeError("memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_by_type_number_and_words(error, lacks):
+    assert lacks_memory(error) is lacks
+
+
+def test_messages_of_libraries_are_cut_and_put_on_one_line():
+    short, long = "a\n b" + "x" * 117, "y" * 121
+    assert from_outside(OSError(short)) == f"a system call failed (a b{'x' * 117}); run again"
+    assert from_outside(OSError(long)) == f"a system call failed ({'y' * 120}...); run again"
+
+
+def test_names_are_shown_on_one_line_of_characters_that_can_be_printed():
+    assert show(b"caf\xe0.wav") == r"caf\xe0.wav" and show("a\nb\x1b") == r"a\nb\x1b" and show("é 한") == "é 한"
+
+
+# -------------------------------------------------------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "real"),
+    [
+        ("10", 10, 10.0), ("-3", -3, -3.0), ("+3", 3, 3.0), ("0", 0, 0.0), ("1_000", 1000, 1000.0),
+        ("010", None, None), ("1__0", None, None), ("1:30", None, None), ("0x10", None, None), ("ten", None, None),
+        ("1.5", None, 1.5), (".5", None, 0.5), ("1.", None, 1.0), ("1e-3", None, 1e-3), ("-1.5E+2", None, -150.0),
+        (".inf", None, float("inf")), ("+.INF", None, float("inf")), ("-.Inf", None, float("-inf")),
+        ("inf", None, None), ("1e", None, None), ("", None, None), ("1 0", None, None),
+    ],
+)  # fmt: skip
+def test_a_plain_number_is_what_it_says_or_none(text, whole, real):
+    assert plain_yaml.number(Plain(text), int) == whole and plain_yaml.number(Plain(text), float) == real
+
+
+def test_not_a_number_is_a_float_and_no_whole_number():
+    found = plain_yaml.number(Plain(".NaN"), float)
+    assert found != found and plain_yaml.number(Plain(".nan"), int) is None
+    assert plain_yaml.number(Plain("9" * 5000), int) is None  # more digits than Python converts
+
+
+def test_truths_are_six_words():
+    for word, value in {"true": True, "Yes": True, "ON": True, "false": False, "No": False, "off": False}.items():
+        assert plain_yaml.truth(Plain(word)) is value
+    assert all(plain_yaml.truth(Plain(word)) is None for word in ("1", "0", "y", "n", "t", ""))
+
+
+def test_values_keep_their_text_and_their_line():
+    found = plain_yaml.load('a: 010\nb: "010"\nc:\nd: ~\ne: [no, 2020-01-01]\nf: null\n', "x.yaml")
+    assert found == {"a": "010", "b": "010", "c": None, "d": None, "e": ["no", "2020-01-01"], "f": None}
+    assert isinstance(found["a"], Plain) and not isinstance(found["b"], Plain)
+    assert (found["a"].line, [item.line for item in found["e"]]) == (1, [5, 5])
+    assert plain_yaml.load("", "x.yaml") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "x.yaml: a is set twice, in lines 1 and 3; leave one of them out"),
+        ("a: [1\n", "x.yaml is not YAML: "),
+        ("[" * 100_000, "x.yaml is nested too deeply; give a file of settings"),
+        ("a: !!int x\n", "x.yaml is not YAML: "),
+    ],
+)
+def test_a_document_that_cannot_be_meant_is_one_sentence(text, message):
+    with pytest.raises(InputError) as raised:
+        plain_yaml.load(text, "x.yaml")
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_what_came_is_shown_shortly_with_its_line():
+    assert plain_yaml.got(Plain("010", 4)) == "010 (line 4)" and plain_yaml.got("010") == "'010'"
+    assert plain_yaml.got(Plain("word", 2)) == "'word' (line 2)" and plain_yaml.got(None) == "None"
+    assert plain_yaml.got(Plain("x" * 80)) == f"'{'x' * 80}'" and len(plain_yaml.got(Plain("x" * 81))) <= 80
+    assert plain_yaml.got([1, 2, 3, 4, 5]) == "[1, 2, 3, 4, ...]"
