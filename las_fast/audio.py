@@ -348,7 +348,7 @@ class _Decoded:
                 return
 
     def _wind(self) -> None:
-        """Seek to the first sample, or before it where the decoder needs the past; to the start of an unknown length."""
+        """Seek to the first sample, or before it where the decoder needs the past; to 0 if the length is unknown."""
         known = self.sound.frames < 1 << 40
         before = round(self.stream.preroll * self.sound.samplerate)
         place = max(0, min(self.skip, self.sound.frames) - before) if known else 0

@@ -1,9 +1,9 @@
 """Settings are read without forgiveness."""
 
+import dataclasses
 import errno
 import os
 import threading
-import dataclasses
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
