@@ -182,6 +182,7 @@ def test_transcripts_of_every_kind_are_read(tmp_path, array):
         (np.array(["I", "O"]), "IO"),  # no other way to tell them from letters
         (np.array(["<sos>", "<eos>"]), ""),
         (np.array("A  B"), "A  B"),
+        (np.array(["<sos>", "A  B", "<eos>"]), "A  B"),
         (np.array(["UH", "HER"]), "UH HER"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
     ("columns", "said"),
     [
         ({"offset": -1, "duration": 2}, "line 1: offset must be a number; got -1"),
+        ({"offset": "inf"}, "line 1: offset must be a number; got 'inf'"),
         ({"offset": "soon"}, "line 1: offset must be a number; got 'soon'"),
         ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
@@ -281,6 +283,8 @@ def test_a_count_of_samples_is_a_duration(tmp_path, long, rate):
         ("m.tsv", 'path\ttext\n"long.wav"\t"WELL, ""HI"""\n'),
         ("m.tsv", ' path \ttext\n long.wav \tWELL, "HI"\n\t\n\n'),
         ("m.tsv", 'path\ttext\tn\t\nlong.wav\tWELL, "HI"\t1\t\n'),
+        ("m.tsv", 'path\ttext\t\t\n"long.wav" \t "WELL, ""HI""" \n'),
+        ("M.JSON", ' [{"path": "long.wav", "text": "WELL, \\"HI\\""}]\n'),
         ("m.json", '[{"path": "long.wav",\n  "text": "WELL, \\"HI\\""}]\n'),
     ],
 )
@@ -305,6 +309,7 @@ def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, tex
     [
         ("m.csv", "a,b\n1,2\n", "header line that has a column 'path' .*got \\['a', 'b'\\]"),
         ("m.csv", "path|text\na.wav|A\na.wav\n", "line 3 has 1 columns"),
+        ("m.jsonl", '{"text": "HI"}\n', "line 1 has no path"),
         ("m.json", '[{"path": "a.wav"},\n 5]', "line 2 must be a JSON object"),
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns 'path'"),
@@ -625,6 +630,9 @@ def test_files_named_for_splits_are_no_splits_of_an_audio_folder(tmp_path):
 def test_one_folder_of_an_audio_folder_alone_is_all(tmp_path):
     root = make_audio_folder(tmp_path / "a", splits=("train",))
     assert open_corpus(root / "train").splits == ("all",)
+    make_audio_folder(tmp_path / "a", splits=("extra", "dev"))
+    assert open_corpus(root / "extra").splits == ("all",) and open_corpus(root / "train").splits == ("dev", "train")
+    shutil.rmtree(root / "dev")
     (root / "test").mkdir()  # without transcripts
     assert open_corpus(root).splits == ("train",)
 
@@ -679,13 +687,14 @@ def test_other_folders_beside_the_splits_of_librispeech_are_none(tmp_path):
     (root / "LibriSpeech" / "notes" / "a" / "b").mkdir(parents=True)
     (root / "LibriSpeech" / "notes" / "a" / "b" / "x.txt").touch()
     assert open_corpus(root).splits == ("dev-clean",)
-    (root / "LibriSpeech" / "dev-other").mkdir()
     for path in (root / "LibriSpeech").rglob("*.flac"):
         new = root / "LibriSpeech" / "dev-other" / "1" / "2" / path.name
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
     with pytest.raises(InputError, match="'dev-other' has no transcripts; expected SPEAKER-CHAPTER.trans.txt"):
         load(root, "dev-other")
+    with pytest.raises(InputError, match=r"1089-134686-0000\.flac does not exist"):
+        load(root, "dev-clean")
 
 
 def test_a_manifest_without_transcripts_says_which_columns_hold_them(tmp_path, long):

@@ -19,10 +19,9 @@ AUDIO_SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".opus", ".oga", ".
 
 
 def find_librispeech(root: Path) -> Path | None:
-    """Return the folder whose children are splits: root, its folder LibriSpeech, its only child, or root's parent."""
-    children = subfolders(root)
-    candidates = [root, root / "LibriSpeech", *(children if len(children) == 1 else [])]
-    found = next((path for path in candidates if path.is_dir() and any(map(_is_split, subfolders(path)))), None)
+    """Return the folder whose children are splits: root, its folder LibriSpeech, or root's parent."""
+    candidates = (root, root / "LibriSpeech")
+    found = next((path for path in candidates if any(map(_is_split, subfolders(path)))), None)
     return root.parent if found is None and _is_split(root) else found
 
 

@@ -90,7 +90,7 @@ def find_tables(root: Path) -> list[Table]:
         distinct = None not in splits and len(set(splits)) == len(splits)
         return [Table(path, split if distinct else None) for path, split in zip(found, splits, strict=True)]
     if not found:
-        return _tables_of_splits(root) or _tables_of_splits(root / "data")
+        return _tables_of_splits(root)
     return [Table(path) for path in found]
 
 
@@ -356,7 +356,7 @@ def _locate(path: Path, line: int, text: str, folder: Path) -> Path:
     file = folder / os.path.expanduser(text)  # an absolute path stays as it is
     if "\\" in text and not os.path.lexists(file):
         file = folder / text.replace("\\", "/")
-    if folder.name == CLIPS and folder != path.parent:  # Common Voice
+    if folder != path.parent:  # Common Voice
         file = folder.parent / text if text.startswith(f"{CLIPS}/") else file
         file = file if file.suffix else file.with_suffix(".mp3")
     return file
