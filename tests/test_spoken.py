@@ -293,3 +293,17 @@ def test_processes_that_speak_inherit_that_signals_are_ignored():
                                capture_output=True, text=True)  # fmt: skip
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "SIG_IGN" in child.stdout
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_while_a_process_is_started_comes_when_it_is_known(monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        pipe, process = start(*arguments)
+        found.append(process)
+        return pipe, process
+
+    found, start = [], spoken._start
+    monkeypatch.setattr(spoken, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(spoken._in_processes(sleep, [0], 1))
+    assert found[0].exitcode == -signal.SIGKILL

@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -410,12 +411,15 @@ def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Iterator
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
+    with _ignoring(signal.SIGINT, signal.SIGHUP):  # which all processes inherit: this one answers, and ends them
+        multiprocessing.forkserver.ensure_running()
     waiting, running = list(reversed(tasks)), {}  # pipe: the process that answers through it
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                pipe, process = _start(context, function, waiting.pop())
-                running[pipe] = process
+                with _deferring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each process is known, or not there
+                    pipe, process = _start(context, function, waiting.pop())
+                    running[pipe] = process
             ready = multiprocessing.connection.wait(running, SILENT)
             if not ready:
                 raise InputError(f"a speaking process was silent for {SILENT:.0f} s; free some memory and start again")
@@ -431,8 +435,7 @@ def _start(context, function: Callable, task) -> tuple:
     """Start a process that sends function(task); return the pipe that it comes through and the process."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, function, task))
-    with _ignoring(signal.SIGINT, signal.SIGHUP):  # which it inherits: this process answers them, and ends it
-        process.start()
+    process.start()
     theirs.close()
     return ours, process
 
@@ -459,12 +462,28 @@ def _answer(pipe, process):
 @contextlib.contextmanager
 def _ignoring(*numbers: int) -> Iterator[None]:
     """Ignore signals for a moment."""
-    old = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    with _answering(numbers, signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _deferring(*numbers: int) -> Iterator[None]:
+    """Have signals come when the block has ended."""
+    came: list[int] = []
+    with _answering(numbers, lambda number, _: came.append(number)):
+        yield
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _answering(numbers: Sequence[int], handler) -> Iterator[None]:
+    old = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for number, own in old.items():
+            signal.signal(number, own)
 
 
 def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], made: dict) -> None:
