@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
-from las_fast.errors import InputError, lacks_memory
+from las_fast.errors import JSON_ESCAPES, InputError, lacks_memory
 from las_fast.model import LAS
 from las_fast.outputs import AVERAGED, BEST, LAST, NAME_MAX, is_utf8, nearest_path, utf8_path
 from las_fast.text import Vocabulary
@@ -72,7 +72,7 @@ def write_text_atomically(path: str | Path, text: str) -> None:
     A byte of a file's name that is not UTF-8, which Python keeps as a lone surrogate, is written as \udce0. In JSON
     this is an escape, so that readers get the same name.
     """
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace")))
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", JSON_ESCAPES)))
 
 
 def write_tensors(path: str | Path, save_file: Callable[[str], None], save: Callable[[], bytes]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from las_fast.errors import InputError, Stopped, from_outside, mute, say_error, show
+from las_fast.errors import JSON_ESCAPES, InputError, Stopped, from_outside, mute, say_error, show
 from las_fast.progress import close_all
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
@@ -148,7 +148,7 @@ def _flush() -> int:
 def prepare_streams() -> None:
     """Have every print succeed: in any encoding, and where the standard streams were closed by the caller.
 
-    A character that the encoding of a stream lacks, or a byte of a name that is not UTF-8, is printed as \\u or \\udc.
+    What an encoding lacks, and bytes of names that are not UTF-8, are escaped as in JSON: printed JSON stays JSON.
     """
     for number in range(3):
         try:
@@ -159,7 +159,7 @@ def prepare_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=JSON_ESCAPES)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
 

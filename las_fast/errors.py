@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import traceback
 
+JSON_ESCAPES = "las_fast.json"  # error handler of encodings: \u00e9, which JSON reads too, for what cannot be encoded
 SHOWN = 120  # characters of a library's own message
 
 
@@ -36,6 +38,17 @@ def show(text: str | bytes | os.PathLike) -> str:
     with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte is no printable character
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _json_escapes(error: UnicodeError) -> tuple[str, int]:
+    """Return the characters that cannot be encoded as JSON escapes them, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)), error.end
+
+
+codecs.register_error(JSON_ESCAPES, _json_escapes)
 
 
 def lacks_memory(error: BaseException) -> bool:

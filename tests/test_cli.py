@@ -126,8 +126,9 @@ def test_a_sentence_stays_on_one_line_whatever_is_in_a_name(capsys):
 def in_a_shell(code: str, shell: str, **environment) -> subprocess.CompletedProcess:
     """Run `shell`, in which $RUN is a program whose main(argv) has `code` as its body."""
     program = f"from las_fast.cli import *\ndef main(argv):\n    {code}\nrun(main)"
+    encoding = environment.get("PYTHONIOENCODING", "utf-8")
     environment = {**os.environ, "RUN": program, "PY": sys.executable, **environment}
-    return subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(["bash", "-c", shell], capture_output=True, encoding=encoding, env=environment, cwd=ROOT)
 
 
 def test_a_full_output_is_one_sentence():
@@ -166,6 +167,13 @@ def test_any_text_can_be_printed_in_any_encoding(encoding):
     done = in_a_shell(code, '"$PY" -c "$RUN"', PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert done.stdout.endswith(" \\udce0\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_that_is_printed_stays_json_in_any_encoding(encoding):
+    code = r"import json; print(json.dumps('é한😀 \udce0', ensure_ascii=False))"
+    done = in_a_shell(code, '"$PY" -c "$RUN"', PYTHONIOENCODING=encoding, PYTHONUTF8="1")
+    assert json.loads(done.stdout) == "é한😀 \udce0"
 
 
 @pytest.mark.parametrize("signal_name,status", [("TERM", 143), ("HUP", 129), ("INT", 130)])
@@ -319,3 +327,11 @@ def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
         make_room(tmp_path / "pipe", "--out")
     make_room(tmp_path / "new" / "out.csv", "--out")
     assert (tmp_path / "new").is_dir()
+
+
+def test_every_command_ends_in_the_one_place_for_errors():
+    commands = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "las_fast").rglob("*.py"))}
+    mains = {path.name: text for path, text in commands.items() if '__name__ == "__main__"' in text}
+    assert len(mains) >= 8
+    for name, text in mains.items():
+        assert text.rstrip().endswith("run(main)"), name

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +156,11 @@ def test_close_all_ends_what_an_exception_left_open(clock, capsys):
     next(iterator)
     close_all()
     assert not module._open
+
+
+SOURCES = sorted((Path(module.__file__).parent).rglob("*.py"))
+
+
+def test_only_this_module_draws_bars():
+    others = [path.name for path in SOURCES if "tqdm" in path.read_text(encoding="utf-8")]
+    assert others == ["progress.py"]
