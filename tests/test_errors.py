@@ -21,7 +21,7 @@ from las_fast.plain_yaml import Plain
         (errno.EPERM, "x.wav: operation not permitted; change its permissions or give another path"),
         (errno.EROFS, "x.wav lies on a read-only file system; give another path"),
         (errno.ENOENT, "x.wav does not exist; check the path"),
-        (errno.ENAMETOOLONG, "the name x.wav is too long for the file system; shorten it"),
+        (errno.ENAMETOOLONG, "x.wav: the name is too long for the file system; shorten it"),
         (errno.EMFILE, "too many files are open (x.wav); raise the limit, such as with ulimit -n 1024"),
         (errno.ENFILE, "too many files are open on this machine (x.wav); end other programs"),
         (errno.EIO, "x.wav could not be read or written (input/output error); check the disk or the network"),
