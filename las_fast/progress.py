@@ -14,6 +14,7 @@ short loops leave nothing in a log. Lines never hold a carriage return.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -46,7 +47,8 @@ class Progress:
         """Count n more."""
         self.n = self.n + n if self.total is None else min(self.n + n, self.total)  # sums of floats may pass the total
         if self._bar is not None:
-            self._bar.update(self.n - self._bar.n)
+            with self._giving_up():
+                self._bar.update(self.n - self._bar.n)
         elif self._stream is not None and self._is_due():
             self._say(self._line())
 
@@ -66,7 +68,8 @@ class Progress:
             return
         _open.remove(self)
         if self._bar is not None:
-            self._bar.close()
+            with self._giving_up():
+                self._bar.close()
         elif self._lines and self.n == self.total:
             self._say(f"{self._count()} in {_duration(time.monotonic() - self._began)}")
 
@@ -107,10 +110,16 @@ class Progress:
 
     def _say(self, line: str) -> None:
         self._last, self._shown_at, self._lines = time.monotonic(), self.n, self._lines + 1
-        try:
+        with self._giving_up():
             print(line, file=self._stream, flush=True)
-        except (OSError, ValueError):  # a full disk or a closed pipe must not end the work
-            self._stream = None
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Show nothing more where that fails: a full disk or a terminal that was closed must not end the work."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._bar, self._stream = None, None
 
 
 def progress(total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True) -> Progress:

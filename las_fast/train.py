@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import cores, make_folder, run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
 from las_fast.decode import choose_device
-from las_fast.errors import InputError
+from las_fast.errors import InputError, say_error
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.outputs import AVERAGED, BEST, LAST
 
@@ -91,11 +91,11 @@ def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> No
     try:
         trainer.run()
     except KeyboardInterrupt:
-        print(how_to_go_on(trainer, words), file=sys.stderr)
+        say_error(how_to_go_on(trainer, words))
         raise
     except (InputError, OSError) as error:
         if trainer.saved_step and not isinstance(error, Diverged):
-            print(how_to_go_on(trainer, words), file=sys.stderr)
+            say_error(how_to_go_on(trainer, words))
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")

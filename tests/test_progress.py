@@ -164,3 +164,19 @@ SOURCES = sorted((Path(module.__file__).parent).rglob("*.py"))
 def test_only_this_module_draws_bars():
     others = [path.name for path in SOURCES if "tqdm" in path.read_text(encoding="utf-8")]
     assert others == ["progress.py"]
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_loop():
+    class Gone:
+        n = 0
+
+        def update(self, n):
+            raise OSError(5, "Input/output error")
+
+        close = set_postfix_str = update
+
+    with progress(4, "reading", "files") as shown:
+        shown._bar = Gone()
+        for _ in range(4):
+            shown.update()
+    assert shown.n == 4

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -333,6 +335,21 @@ def test_a_signal_to_the_whole_group_saves_the_last_step(archive, tmp_path, seco
     step = int(re.search(r"step (\d+) is saved", err)[1])
     assert step == progress_of(tmp_path)["step"] > 0
     assert err.endswith("stopped by SIGTERM\n")
+
+
+def test_a_terminal_that_is_closed_ends_a_training_with_its_state_saved(archive, tmp_path):
+    settings = {"training__epochs": 500, "training__validate_every": 100.0}
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "las_fast.train", *words(archive, tmp_path, **settings)])
+    log = tmp_path / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 129 and progress_of(tmp_path)["step"] >= 10
 
 
 TORN = {
