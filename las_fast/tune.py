@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, run
+from las_fast.cli import give_large_blocks_back, need_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in GRID if getattr(options, name)]
     if not names:
         raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
-    if options.out:
+    if not options.out:
+        need_stdout("--out FILE.csv")
+    else:
         kind = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
         make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model, write_text_atomically
