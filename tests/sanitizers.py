@@ -45,7 +45,8 @@ def environment(kinds: list[str], reports: Path) -> dict[str, str]:
     options = {
         "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports}/asan",  # Python itself leaves much unfreed
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}/ubsan",
-        "TSAN_OPTIONS": f"halt_on_error=0:exitcode={ABORTED}:log_path={reports}/tsan",
+        "TSAN_OPTIONS": f"halt_on_error=0:exitcode={ABORTED}:log_path={reports}/tsan"
+        f":suppressions={TSAN_HEADERS}/suppressions.txt",
     }
     return {**os.environ, **options, "LD_PRELOAD": ":".join(libraries), "OMP_NUM_THREADS": "1"}
 

@@ -30,6 +30,7 @@ from gpu_proof.mutants import Verdict as Noticed  # noqa: E402
 from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
 
 SPEED = ("num_warps", "num_stages")
+NO_KERNEL = ("InterpreterError", "CompilationError", "CompileTimeAssertionFailure")  # what Triton refuses to translate
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class TritonTarget:
             return "slow", f"{judge.__name__}: {error}"
         except NotAMutant:
             return "invalid", ""
-        except Exception as error:  # the kernel does not compile, or its launcher raises
-            return "noticed", f"{judge.__name__}: {type(error).__name__}: {str(error)[:200]}"
+        except Exception as error:
+            outcome = "invalid" if type(error).__name__ in NO_KERNEL else "noticed"
+            return outcome, f"{judge.__name__}: {type(error).__name__}: {str(error)[:200]}"
         return ("noticed", f"rung {found.rung}: {found.message[:200]}") if found.rung else ("survived", "")
 
     def close(self) -> None:

@@ -129,3 +129,14 @@ def test_an_extension_without_some_op_that_is_registered_is_from_another_version
     files = Path(backends.__file__).parent.glob("*.py")
     registered = {name for file in files for name in re.findall(r'backends\.register\(\s*"(\w+)"', file.read_text())}
     assert registered - set(backends.IMPLEMENTED) == set(backends.COMPANIONS)
+
+
+def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
+    limit = torch.ops.las_fast.limit_lanes
+    before = limit(8)
+    try:
+        assert limit(4) == min(before, 8) and limit(4) == 4
+        with pytest.raises(RuntimeError, match="most must be at least 4; got 3"):
+            limit(3)
+    finally:
+        assert limit(before) == 4
