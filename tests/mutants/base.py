@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutants"
-JUDGED = Path(__file__).with_name("judged.yaml")
+JUDGED = [Path(__file__).with_name(name) for name in ("judged.yaml", "judged_native.yaml")]
 
 # noticed: a test failed. slow: a test ran into its time limit, which counts as noticed too. survived: all tests passed.
 # not run: no test executes the line. invalid: the edit does not compile, so it counts nowhere.
@@ -107,18 +107,18 @@ def short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-most // 2 + 3 :]}"
 
 
-def judged(path: Path = JUDGED) -> dict[tuple, str]:
+def judged(*paths: Path) -> dict[tuple, str]:
     """Return {(file, function, before, after): reason} of the survivors that were read and found harmless.
 
-    The file is a list of mappings with these five keys; a row without before and after holds for all of the function.
-    White space in before and after does not count. The first word of a reason says what kind it is:
+    A file (JUDGED, where no path is given) is a list of mappings with these five keys; a row without before and after
+    holds for all of the function. White space in before and after does not count. The first word of a
+    reason says what kind it is:
         equivalent  nobody can see the difference
         GPU         the line runs on a GPU alone, and `make gpu-check` must notice it
         accepted    the difference can be seen, and no test is worth it
     """
-    if not path.exists():
-        return {}
-    rows = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+    texts = [path.read_text(encoding="utf-8") for path in paths or JUDGED if path.exists()]
+    rows = [row for text in texts for row in yaml.safe_load(text) or []]
     return {judged_key(r["file"], r["function"], r.get("before", "*"), r.get("after", "*")): r["reason"] for r in rows}
 
 
