@@ -14,7 +14,7 @@ class Misaligned(MachineError):
 
 
 class BarrierRace(MachineError):
-    """Two warps touched a word of shared memory, or two threads one of global memory, one writing, no barrier between."""
+    """Two warps touched a word of shared memory, or two threads a global element, one writing, no barrier between."""
 
 
 class BrokenConvergence(MachineError):
