@@ -14,7 +14,12 @@ from las_fast import config as module
 from las_fast.config import (
     Config,
     DataConfig,
+    DecodingConfig,
+    FeatureConfig,
+    ListenerConfig,
+    ModelConfig,
     TeacherForcingStage,
+    TrainingConfig,
     check,
     from_tree,
     from_yaml,
@@ -250,6 +255,79 @@ def test_a_number_may_be_from_its_least_to_its_most(name):
 def test_values_that_make_no_sense_are_named(name, value, message):
     with pytest.raises(InputError, match=message):
         check(with_setting(name, value))
+
+
+def layers(channels=1, kernels=1, strides=1):
+    return ListenerConfig(conv_channels=(8,) * channels, conv_kernels=(3,) * kernels, conv_strides=(1,) * strides)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ({"model": ModelConfig(layers(2, 2, 2))}, {"model": ModelConfig(layers(2, 1, 1))}, "must be equally long"),
+        ({"model": ModelConfig(layers())}, {"model": ModelConfig(layers(1, 2, 1))}, "must be equally long"),
+        ({"model": ModelConfig(layers())}, {"model": ModelConfig(layers(1, 1, 2))}, "must be equally long"),
+        (
+            {"model": ModelConfig(ListenerConfig(conv_kernels=(1,)))},
+            {"model": ModelConfig(ListenerConfig(conv_kernels=(2,)))},
+            "conv_kernels must be odd",
+        ),
+        (
+            {"model": ModelConfig(ListenerConfig(pyramids=2, top_layers=1), ctc_layer=3)},
+            {"model": ModelConfig(ListenerConfig(pyramids=2, top_layers=1), ctc_layer=4)},
+            "model.ctc_layer must be from -1",
+        ),
+        ({"features": FeatureConfig(deltas=2)}, {"features": FeatureConfig(deltas=3)}, "deltas must be 0, 1 or 2"),
+        (
+            {"training": TrainingConfig(ctc_weight=1.0), "model": ModelConfig(ctc_layer=0)},
+            {"training": TrainingConfig(ctc_weight=1.0)},
+            "training.ctc_weight needs model.ctc_layer",
+        ),
+        (
+            {"training": TrainingConfig(guided_frames=1.0), "model": ModelConfig(ctc_layer=0)},
+            {"training": TrainingConfig(guided_frames=1.0)},
+            "training.guided_frames needs a model with a CTC head",
+        ),
+        (
+            {"decoding": DecodingConfig(ctc_weight=0.5), "model": ModelConfig(ctc_layer=0)},
+            {"decoding": DecodingConfig(ctc_weight=0.5)},
+            "decoding.ctc_weight needs a model with a CTC head",
+        ),
+        (
+            {"training": TrainingConfig(restarts=(20, 40))},
+            {"training": TrainingConfig(restarts=(20, 40), schedule="plateau")},
+            "training.restarts needs training.schedule cosine",
+        ),
+        (
+            {"training": TrainingConfig(restarts=(59,))},
+            {"training": TrainingConfig(restarts=(60,))},
+            "training.restarts must rise and end below training.epochs",
+        ),
+        (
+            {"training": TrainingConfig(restarts=(4, 5))},
+            {"training": TrainingConfig(restarts=(5, 5))},
+            "training.restarts must rise",
+        ),
+        (
+            {"training": TrainingConfig(teacher_forcing=(TeacherForcingStage(2, 2, 1, 1),))},
+            {"training": TrainingConfig(teacher_forcing=(TeacherForcingStage(2, 1, 1, 1),))},
+            "stages need start <= end",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_must_go_together_and_do_at_their_limits(good, bad, said):
+    assert check(replace(Config(), **good)) == replace(Config(), **good)
+    with pytest.raises(InputError, match=said):
+        check(replace(Config(), **bad))
+
+
+def test_what_a_number_must_be_is_said():
+    said = {("features.size", 0): "at least 1", ("features.window_ms", 0.0): "more than 0",
+            ("training.warmup_steps", -1): "at least 0", ("decoding.length_reward", -2e6): "at least -1e+06",
+            ("augment.speed", 1.0): "below 1", ("decoding.length_penalty", 101.0): "at most 100",
+            ("training.ctc_until", float("nan")): "a finite number", ("training.warmup_steps", 5): ""}  # fmt: skip
+    assert {key: module._out_of_range(*key) for key in said} == said
 
 
 def test_a_speller_needs_a_cell():

@@ -405,3 +405,12 @@ def test_progress_is_shown_with_its_rate(corpus, folder, monkeypatch, capsys):
     line = capsys.readouterr().err.splitlines()[1]
     assert line.startswith(f"reading dev-clean: 50% (2 of {len(utterances)} utterances), ")
     assert re.search(r"; [1-9]\d* x real time$", line)
+
+
+def test_answers_of_a_worker_hold_as_many_utterances_as_fit(monkeypatch):
+    monkeypatch.setattr(cache_module, "ANSWER_BYTES", 100)
+    sizes = [40, 60, 1, 100, 101, 0, 100, 0, 1]
+    items = [cache_module.Item(str(n), frames=np.zeros(n, np.int8) if n else None) for n in sizes]
+    groups = [[int(item.id) for item in group] for group in cache_module._groups(iter(items))]
+    assert groups == [[40, 60], [1], [100], [101], [0, 100, 0], [1]]
+    assert list(cache_module._groups(iter([]))) == []

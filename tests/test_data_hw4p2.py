@@ -335,3 +335,12 @@ def test_two_archives_under_one_root_are_told_apart_by_the_user(tmp_path):
     make_archive(tmp_path, "F23")
     with pytest.raises(InputError, match="several archives"):
         open_corpus(tmp_path)
+
+
+def test_an_edition_is_known_by_its_splits_or_by_its_name(tmp_path):
+    s24 = make_archive(tmp_path / "a", "S24")
+    renamed = s24.rename(s24.with_name("data"))
+    assert open_corpus(renamed).name == "HW4P2 S24"
+    s23 = make_archive(tmp_path / "b", "S23")
+    assert open_corpus(s23).name == "HW4P2 S23"
+    assert open_corpus(s23.rename(s23.with_name("my-S24-copy"))).name == "HW4P2 S24"

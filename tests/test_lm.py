@@ -240,6 +240,12 @@ def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
         train([], order=0)
 
 
+def test_a_table_that_no_machine_holds_is_refused_before_it_is_made():
+    model = lm.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    with pytest.raises(InputError, match="order 12 over .* tokens makes a table of"):
+        model.table()
+
+
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 

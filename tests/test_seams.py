@@ -228,6 +228,26 @@ def test_a_training_takes_its_threads_and_its_device_from_the_command(archive, t
     assert made[0].source == {"kind": "features", "name": "HW4P2 F23"} and made[0].out == tmp_path / "a"
 
 
+def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path, monkeypatch, capsys):
+    made = make_trainer(archive, tmp_path, small())
+    made.progress.step = 2
+    parameters = sum(p.numel() for p in made.model.parameters())
+    monkeypatch.setattr(train, "cores", lambda: 4)
+    for threads, more in ((3, True), (4, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        capsys.readouterr()
+        train.describe(made)
+        said = capsys.readouterr().out
+        size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
+        batches = f"3 batches an epoch, {100 * made.course.of(1).padding_share(0):.1f}% padding"
+        assert said.startswith(f"{size}; {batches}; from step 2 to 6\n")
+        assert ("threads: 3 of 4; where the other cores are idle" in said) == more
+    made.device = torch.device("cuda")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    train.describe(made)
+    assert "threads" not in capsys.readouterr().out
+
+
 def train_stage(rate: float):
     from las_fast.config import TeacherForcingStage
 

@@ -84,12 +84,13 @@ def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[t
     files: dict[str, list[tuple[Target, Mutant]]] = {}
     for pair in chosen:
         files.setdefault(pair[1].file, []).append(pair)
-    generator = random.Random(seed)
     # Where each mutant stands in its own file's order, from 0 to 1: the n lowest take the same share of every file.
+    # The order is that of a hash, so that a change of other mutants leaves it as it is.
     ranked = []
     for pairs in files.values():
-        generator.shuffle(pairs)
-        ranked += [((i + generator.random() * (i > 0)) / len(pairs), pair) for i, pair in enumerate(pairs)]
+        pairs.sort(key=lambda pair: hashlib.sha1(f"{seed} {pair[1].id}".encode()).digest())
+        ranked += [((i + random.Random(f"{seed} {pair[1].id}").random() * (i > 0)) / len(pairs), pair) for i, pair in
+                   enumerate(pairs)]  # fmt: skip
     ranked.sort(key=lambda item: item[0])
     kept = {id(pair) for _, pair in ranked[:n]}
     return [pair for pair in chosen if id(pair) in kept]

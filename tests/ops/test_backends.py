@@ -1,3 +1,4 @@
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -107,6 +108,57 @@ def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
             assert f"{cell.removeprefix('no')} {reason}" in lines
         else:
             assert cell in ("auto", "yes")
+
+
+def test_the_columns_of_the_table_stand_below_one_another():
+    lines = command.table().splitlines()
+    starts = [lines[0].index(name) for name in backends.BACKENDS]
+    assert starts == [18, 29, 40, 51] and lines[0].startswith("op ") and lines == [line.rstrip() for line in lines]
+    for line in lines[1 : 1 + len(backends.IMPLEMENTED)]:
+        assert all(line[:start].endswith(" ") and line[start] != " " for start in starts)
+
+
+def test_sizes_that_a_backend_does_not_take_are_left_to_the_reference_or_refused(gpu):
+    excess = {"triton": "takes at most 3 beams", "cpp": None}
+    assert backends.choose("beam_topk", "auto", CUDA, torch.float32, excess) == "reference"
+    assert backends.choose("beam_topk", "auto", CPU, torch.float32, excess) == "cpp"
+    assert backends.choose("beam_topk", "cpp", CPU, torch.float32, excess) == "cpp"
+    with pytest.raises(RuntimeError, match='"triton" takes at most 3 beams. Use backend='):
+        backends.choose("beam_topk", "triton", CUDA, torch.float32, excess)
+
+
+@pytest.mark.parametrize(
+    ("there", "hip", "installed", "said"),
+    [
+        (False, None, True, "there is no CUDA device here"),
+        (True, "6.0", True, "the Triton kernels are tuned for NVIDIA"),
+        (True, None, False, "triton is not installed"),
+        (True, None, True, None),
+    ],
+)
+def test_triton_needs_a_gpu_of_nvidia_and_its_package(monkeypatch, there, hip, installed, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: "spec" if installed else None)
+    found = backends.unavailable("beam_topk", "triton")
+    assert found is None if said is None else found.startswith(said)
+
+
+def test_triton_kernels_take_the_sizes_that_fit_and_say_which():
+    topk, attention = (importlib.import_module(f"las_fast.ops.{name}") for name in ("beam_topk", "masked_attention"))
+    assert topk._too_many(128, 1000) is None and topk._too_many(1, 2**31 - 1) is None
+    assert topk._too_many(129, 10).startswith("takes at most 128 beams and 2^31 candidates an utterance; got 129 beams")
+    assert topk._too_many(2, 2**30) is not None and topk._too_many(1, 2**31) is not None
+
+    def wide(D, E, dtype=torch.float32, graded=False):
+        query, values = torch.zeros(1, 1, D, dtype=dtype, requires_grad=graded), torch.zeros(1, 1, E, dtype=dtype)
+        return attention._too_wide(query, query.detach(), values)
+
+    assert wide(512, 512) is None and wide(256, 256, graded=True) is None
+    assert wide(512, 512, torch.bfloat16, graded=True) is None
+    for D, E, graded in ((513, 1, False), (1, 513, False), (257, 1, True), (1, 257, True)):
+        assert f"takes at most {256 if graded else 512} numbers" in wide(D, E, graded=graded)
+        assert wide(D, E, graded=graded).endswith(f"got D={D} and E={E}")
 
 
 def test_a_kernel_is_launched_on_the_device_of_its_tensors():
