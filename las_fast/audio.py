@@ -27,7 +27,7 @@ BLOCK = 1 << 18  # numbers in a block at most, over all channels
 LONGEST_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
 LOUDEST = 1e6  # a sample; full scale is 1
 READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
-INTEGER_SCALE = 4.0  # samples above this are whole numbers that somebody forgot to divide
+WHOLE_NUMBERS = 4.0  # samples above this may be whole numbers that somebody forgot to divide by their full scale
 CANCELLED = 0.1  # energy of the mean of channels, relative to that of unrelated channels, below which they cancel
 TOGETHER = 0.5  # and above which they do not
 AUDIBLE = 1e-5  # root mean square, of full scale, below which channels are not compared
@@ -163,9 +163,10 @@ class Recording:
         skip = max(0, round((self._start - begin) * rate))
         last = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
         decoded = _Decoded(source, stream, sound, skip, last)
-        mixer = _Mixer(sound.channels, rate, _scale(sound))
+        mixer = _Mixer(sound.channels, rate, _integer_bits(sound))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoded.blocks():
+            block = mixer.scaled(block)
             _check_sound(self.name, block)
             if self._judge:
                 self._judge.count_clipped(block)
@@ -386,23 +387,25 @@ def _check_sound(name: str, samples: np.ndarray) -> None:
         raise InputError(f"{name} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
 
 
-def _scale(sound: _Sound) -> float:
-    """Return what to multiply samples by: floating-point files may hold 16-bit numbers that nobody divided.
+def _integer_bits(sound: _Sound) -> int:
+    """Return 16, 24 or 32 where floating-point samples are whole numbers of so many bits that nobody divided, else 0.
 
     Long files are looked at in 256 places.
     """
     if sound.subtype not in ("FLOAT", "DOUBLE"):
-        return 1.0
+        return 0
     count = max(1, min(sound.samplerate, BLOCK // sound.channels) // 4)
-    step = max(count, sound.frames // 256)
-    over = total = 0
+    over = total = peak = 0
     with contextlib.suppress(*READ_ERRORS):
-        for place in range(0, sound.frames, step):
+        for place in range(0, sound.frames, max(count, sound.frames // 256)):
             sound.seek(place)
-            block = sound.read(count, dtype="float32", always_2d=True)
-            over += int((np.abs(block) > INTEGER_SCALE).sum())
+            block = np.abs(sound.read(count, dtype="float32", always_2d=True))
+            over += int((block > WHOLE_NUMBERS).sum())
             total += int(np.count_nonzero(block))
-    return 1 / 32768 if over > 0.01 * total else 1.0
+            peak = max(peak, float(block.max(initial=0)))
+    if over <= 0.01 * total or peak < 25 * WHOLE_NUMBERS:
+        return 0
+    return next((bits for bits in (16, 24, 32) if peak <= 2 ** (bits + 1)), 0)
 
 
 class _Mixer:
@@ -412,8 +415,8 @@ class _Mixer:
     neighbours, which offsets and hum do not fill. A decision stands until a block says otherwise.
     """
 
-    def __init__(self, channels: int, rate: int, scale: float):
-        self.channels, self.scale = channels, scale
+    def __init__(self, channels: int, rate: int, integer_bits: int):
+        self.channels, self.bits = channels, integer_bits
         self.stride = max(1, rate // 4000)
         self.chosen: int | None = None
         self.cancelled = self.total = 0.0  # energies
@@ -421,15 +424,18 @@ class _Mixer:
     def sentences(self) -> list[str]:
         """Return what is to be said of the channels and the scale, when all blocks were mixed."""
         told = []
-        if self.scale != 1:
-            told.append("its samples are 16-bit numbers in floating point; they were divided by 32768")
+        if self.bits:
+            full = 1 << self.bits - 1
+            told.append(f"its samples are {self.bits}-bit numbers in floating point; they were divided by {full}")
         if self.cancelled > 0.01 * self.total:
             told.append("its channels cancel each other out (opposite phase); only the loudest is used there")
         return told
 
+    def scaled(self, block: np.ndarray) -> np.ndarray:
+        """Return a block with 1 as its full scale."""
+        return block * np.float32(2.0 ** (1 - self.bits)) if self.bits else block
+
     def __call__(self, block: np.ndarray) -> np.ndarray:
-        if self.scale != 1:
-            block = block * np.float32(self.scale)
         if self.channels == 1:
             return np.ascontiguousarray(block[:, 0])
         self._choose(block)
@@ -541,7 +547,7 @@ def _look(path: str | Path, name: str, *, pipes: bool) -> None:
         raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
-    if stat.S_ISSOCK(mode) and not name.startswith(("/dev/", "/proc/")):
+    if stat.S_ISSOCK(mode):
         raise InputError(f"{name} is a socket; give a wav, flac, ogg or mp3 file")
     if not stat.S_ISREG(mode) and not pipes:
         raise InputError(f"{name} is a pipe, which can be read only once; give a wav, flac, ogg or mp3 file")
@@ -615,7 +621,7 @@ def _refusal(source: Source, stream: Stream, error: Exception) -> str:
     for magic, what in NO_AUDIO:
         if head.lower().startswith(magic):
             return f"is {what}"
-    if stream.cut:
+    if stream.headless or stream.cut:
         return "is cut off or damaged within its header, before any sound; copy it again"
     if not any(head):
         return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"

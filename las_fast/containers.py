@@ -97,6 +97,7 @@ class Stream:
     frames: int | None = None  # samples per channel by the header
     lacking: int = 0  # bytes by which the file is shorter than the header says
     cut: bool = False  # the end is missing, by an unknown amount
+    headless: bool = False  # no sound was found behind the header
     hole: str = ""  # what is missing in the middle
     preroll: float = 0.0  # seconds to decode before a part, until the decoder has what it needs of the past
     resumable: bool = False  # decoding can go on behind damage
@@ -124,7 +125,7 @@ def find_streams(source: Source) -> Layout:
         place = _skip_tags(source, place)
         walk = _walker(source.read(place, 16))
         if walk is None:
-            if layout.streams:
+            if layout.streams and not layout.streams[-1].padding:
                 _note_behind(source, place, layout)
             break
         before = len(layout.streams)
@@ -197,7 +198,7 @@ def _walker(head: bytes):
     for magic, claimed_end in CLAIMS.items():
         if head.startswith(magic):
             return lambda source, start, layout: _walk_claimed(source, start, layout, claimed_end)
-    if head[:2] == b"\xff\xfb" or _mpeg_frame(head):
+    if _mpeg_frame(head):
         return lambda source, start, layout: _walk_mpeg(source, start, source.size, layout)
     return None
 
@@ -247,8 +248,10 @@ def _behind_chunk(source: Source, place: int, length: int, order: str) -> tuple[
 def _chunks(source: Source, start: int, order: str, wanted: bytes):
     """Return {name: (place, length)} of the chunks up to the wanted one, and whether all lay where they should."""
     found, place, regular = {}, start + 12, True
-    while place + 8 <= source.size and wanted not in found and len(found) < CHUNKS:
-        name, length = struct.unpack(order + "4sI", source.read(place, 8))
+    for _ in range(CHUNKS):
+        if place + 8 > source.size or wanted in found:
+            break
+        name, length = _numbers(source, place, order + "4sI")
         found.setdefault(name, (place, length))
         place, right = _behind_chunk(source, place, length, order)
         regular &= right
@@ -261,7 +264,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
     order = ">" if form == b"RIFX" else "<"
     chunks, regular = _chunks(source, start, order, b"data")
     if b"data" not in chunks or b"fmt " not in chunks:
-        layout.streams.append(Stream(((start, source.size),), cut=True))
+        layout.streams.append(Stream(((start, source.size),), headless=True))
         return source.size
     place, claimed = chunks[b"data"]
     if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
@@ -340,7 +343,7 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
     sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
     chunks, _ = _chunks(source, start, ">", sound)
     if sound not in chunks:
-        layout.streams.append(Stream(((start, source.size),), cut=True))
+        layout.streams.append(Stream(((start, source.size),), headless=True))
         return source.size
     place, claimed = chunks[sound]
     begin = place + 8
@@ -395,7 +398,7 @@ def _walk_caf(source: Source, start: int, layout: Layout) -> int:
         if length < 0 or place > source.size:
             break
         place += 12 + length
-    layout.streams.append(Stream(((start, source.size),), cut=True))
+    layout.streams.append(Stream(((start, source.size),), headless=True))
     return source.size
 
 
@@ -437,7 +440,7 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
         if length < 24 or place > source.size:
             break
         place += length + -length % 8
-    layout.streams.append(Stream(((start, source.size),), cut=True))
+    layout.streams.append(Stream(((start, source.size),), headless=True))
     return source.size
 
 
@@ -553,8 +556,8 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
         place += 4 + int.from_bytes(block[1:], "big")
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
-    cut = place >= source.size  # within its header
-    layout.streams.append(Stream(((start, sound_end),), frames=_flac_frames(source, start), cut=cut, resumable=True))
+    options = {"frames": _flac_frames(source, start), "headless": place >= source.size, "resumable": True}
+    layout.streams.append(Stream(((start, sound_end),), **options))
     return end
 
 
@@ -844,12 +847,12 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
     claimed, size = _counted(run.info, _parse_frame(run.first))
     sound = tuple((a, b) for a, b in run.spans)
     length = sum(b - a for a, b in sound)
-    if size and size <= length + len(run.info) + 4096:  # all bytes are there: the count lies
+    if size and size <= length + len(run.info) + 256:  # all bytes are there: the count lies
         claimed = min(claimed, run.frames)
     frames = max(run.frames, claimed) * samples
     lost_seconds = run.lost / max(1, length) * run.frames * samples / run.kind[2]
     hole = f"{run.lost} bytes in the middle are no sound" if lost_seconds > 0.1 else ""
-    options = {"frames": frames, "cut": run.cut and claimed <= run.frames, "hole": hole, "preroll": PREROLL}
+    options = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
     if run.info and claimed == run.frames and abs(size - length - len(run.info)) <= length // 100:

@@ -490,6 +490,12 @@ def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
     assert seconds * RATE <= len(samples) < (seconds + 0.4) * RATE
 
 
+def test_an_mp3_whose_count_is_right_may_end_in_part_of_a_frame(tmp_path):
+    data = encoded(waveform(3.0), **MP3)
+    path = put(tmp_path, data + data[:4] + bytes(20))
+    assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
+
+
 def test_bytes_within_an_mp3_that_are_no_frames_are_told(tmp_path):
     frames = mp3_frames(encoded(waveform(3.0), **MP3))
     path = put(tmp_path, b"".join(frames[:40]) + bytes(6000) + b"".join(frames[40:]))
@@ -586,15 +592,23 @@ def test_ordinary_recordings_are_read_without_a_warning(shared):
     assert [path for path in paths if len(load_audio(path, RATE, whole=True)) < 1000] == []
 
 
-def test_16_bit_numbers_in_floating_point_are_scaled(tmp_path):
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_whole_numbers_in_floating_point_are_scaled(tmp_path, bits, subtype):
     samples = waveform(5.0)
     samples[: 2 * RATE] *= 1e-4  # the first block alone would not tell
     path = tmp_path / "x.wav"
-    soundfile.write(path, samples * 32768, RATE, subtype="FLOAT")
+    soundfile.write(path, samples * 2.0 ** (bits - 1), RATE, subtype=subtype)
     loaded, warnings = read(path)
     np.testing.assert_allclose(loaded, samples, rtol=1e-6)
-    assert "16-bit numbers" in warnings[0]
+    assert f"{bits}-bit numbers" in warnings[0]
     np.testing.assert_array_equal(loaded, load_audio(path, RATE, whole=True))
+    np.testing.assert_array_equal(loaded[RATE : 2 * RATE], load_audio(path, RATE, start=1.0, seconds=1.0))
+
+
+def test_a_loud_mix_in_floating_point_keeps_its_scale(tmp_path):
+    soundfile.write(tmp_path / "x.wav", 30 * waveform(2.0), RATE, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(tmp_path / "x.wav", RATE), 30 * waveform(2.0))
 
 
 def test_a_few_loud_samples_are_not_another_scale(tmp_path):
