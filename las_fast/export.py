@@ -8,6 +8,7 @@ that lies beside the checkpoint is copied beside the file.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def check_out(out: Path, checkpoint: Path) -> None:
     make_room(out, "--out", inputs=(checkpoint,), **kind)
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
-    if beside(checkpoint).is_file():
+    if os.path.isfile(beside(checkpoint)):
         make_room(beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), ours=is_lm)
 
 
@@ -75,7 +76,7 @@ def export(loaded: Loaded, settings: Settings, out: Path) -> list[Path]:
     weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
     theirs, ours = beside(loaded.path), beside(out)
-    if not settings.decoding.ngram_weight or not theirs.is_file() or theirs.resolve() == ours.resolve():
+    if not settings.decoding.ngram_weight or not os.path.isfile(theirs) or theirs.resolve() == ours.resolve():
         return [out]
     write_atomically(ours, lambda path: shutil.copyfile(theirs, path))
     return [out, ours]

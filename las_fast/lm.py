@@ -260,6 +260,8 @@ def load_lm(path: Path) -> LanguageModel:
     """Read what save_lm wrote; raises InputError when it is missing, damaged or something else."""
     from safetensors import SafetensorError, safe_open
 
+    from las_fast.data import plain_text
+
     try:
         with utf8_path(path) as name, safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
@@ -270,6 +272,9 @@ def load_lm(path: Path) -> LanguageModel:
             int(metadata["order"]), metadata["characters"], ngrams, counts, int(metadata["sentences"])
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if plain_text.is_other_model(path):
+            what = f"{path} is an n-gram model of another program, which las_fast does not read"
+            raise InputError(f"{what}; make one of its text with python -m las_fast.lm") from None
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a readable language model ({reason}); make it or copy it again") from None
     if not _is_sound(model):
@@ -336,7 +341,7 @@ def find_lm(lm: str | None, checkpoint: Path) -> Path | None:
     from las_fast.checkpoint import RELEASED
 
     if lm is None:
-        return beside(checkpoint) if beside(checkpoint).is_file() else None
+        return beside(checkpoint) if os.path.isfile(beside(checkpoint)) else None
     if Path(lm).is_file():
         return Path(lm)
     released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}

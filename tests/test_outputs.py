@@ -190,6 +190,13 @@ def test_an_id_that_is_not_utf8_is_escaped_in_a_submission(tmp_path):
     assert (tmp_path / "s.csv").read_text(encoding="utf-8") == "id,label\nmod\\udce0,A\n한,B\n"
 
 
+def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_path):
+    longest = model.rename(tmp_path / ("x" * 243 + ".safetensors"))
+    assert len(longest.name) == 255
+    run_decode(archive, longest, tmp_path / ("y" * 251 + ".csv"))
+    export.main(["--checkpoint", str(longest), "--out", str(tmp_path / ("z" * 243 + ".safetensors"))])
+
+
 def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.csv").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written

@@ -84,3 +84,10 @@ def test_marks_of_sentences_are_no_words(tmp_path):
 def test_a_text_of_one_line_with_a_comma_or_tab_is_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("WELL,\tYES\n")
     assert len(list(read_texts(tmp_path / "a.txt"))) == 1
+
+
+@pytest.mark.parametrize("content", [ARPA.encode(), b"mmap lm http://kheafield.com/code\0"])
+def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match="is an n-gram model of another program, which las_fast does not read"):
+        lm.load_lm(tmp_path / "x")

@@ -5,6 +5,7 @@ A model of the letters of markup would look like any other: it must not come abo
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -71,12 +72,24 @@ def check_beginning(path: Path) -> None:
         raise InputError(f"{show(path)} is a tar archive, not text with a sentence a line; unpack it")
 
 
+def is_other_model(path: Path) -> bool:
+    """Return whether a file is an ARPA file or a model of KenLM, by its beginning."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        begin = file.read(4096)
+        return begin.startswith(b"mmap lm") or _is_arpa(begin.decode("utf-8", "replace").splitlines())
+    return False
+
+
+def _is_arpa(lines: list[str]) -> bool:
+    return any(line.strip().lower() == "\\data\\" or line.startswith("ngram 1=") for line in lines)
+
+
 def other_format(lines: list[str]) -> tuple[str, str] | None:
     """Return what the first lines of a file (without blank ones) are, if not text, and what to do."""
     if not lines:
         return None
     first = lines[0].lstrip("\ufeff").strip()
-    if any(line.strip().lower() == "\\data\\" or line.startswith("ngram 1=") for line in lines):
+    if _is_arpa(lines):
         return "an n-gram model (ARPA)", "give the text that it was made of: models of other programs are not read"
     if DOCUMENT.match(first) or 10 * sum(bool(CLOSING.search(line)) for line in lines) > len(lines):
         return "HTML or XML", "take the markup out first"
