@@ -180,7 +180,7 @@ def test_frames_of_mpeg_are_counted_one_by_one(tmp_path, fields):
     samples = containers._parse_frame(header(**fields)).samples
     data = frames(20, **fields)
     (stream,) = streams(tmp_path / "x", data).streams
-    assert stream.frames == 20 * samples and not stream.cut and not stream.hole and not stream.exact
+    assert stream.frames == 20 * samples and not stream.cut and not stream.hole and stream.preroll == 0.5
     assert stream.spans[-1] == (0, len(data))
     (stream,) = streams(tmp_path / "x", data[:-1]).streams
     assert stream.frames == 19 * samples and stream.cut
@@ -190,7 +190,7 @@ def test_frames_of_mpeg_are_counted_one_by_one(tmp_path, fields):
 
 def test_tags_and_what_is_no_frame_lie_between_spans(tmp_path):
     size, gap = len(frames(1)), 5000
-    for junk, hole in ((gap, f"{gap} bytes in the middle, which are no sound,"), (4096, ""), (4097, "4097 bytes in")):
+    for junk, hole in ((gap, f"{gap} bytes in the middle are no sound"), (1596, ""), (1597, "1597 bytes")):  # 0.1 s
         data = frames(8) + b"\0" * junk + frames(6)
         (stream,) = streams(tmp_path / "x", data).streams
         assert stream.spans[-2:] == ((0, 8 * size), (8 * size + junk, 14 * size + junk))
@@ -213,7 +213,7 @@ def test_a_count_of_frames_is_believed_where_bytes_lack_and_not_where_all_are_th
     assert stream.frames == 40 * 1152 and not stream.cut  # told by the frames that are there
     good = counting(20, 21 * size, tag=tag, mode=mode)
     (stream,) = streams(tmp_path / "x", good + frames(20, mode=mode)).streams
-    assert stream.spans == (good, (size, 21 * size)) and stream.padding == 1152
+    assert stream.spans == ((0, 21 * size),) and stream.padding == 1152
 
 
 def test_a_count_that_is_wrong_is_replaced_by_a_true_one(tmp_path):
@@ -223,7 +223,8 @@ def test_a_count_that_is_wrong_is_replaced_by_a_true_one(tmp_path):
     frame = containers._parse_frame(info[:4])
     assert frame.kind == (3, 3, 44100, False) and len(info) == frame.length
     found = struct.unpack(">4sIII", info[frame.info : frame.info + 16])
-    assert found == (b"Xing", 3, 20, 20 * size + len(info))
+    assert found == (b"Xing", 15, 20, 20 * size + len(info))
+    assert info[frame.info + 120 :][:24] == b"LAME".ljust(21, b"\0") + containers.ENCODER_DELAY
     assert containers._counted(info, frame) == (20, 20 * size + len(info))
 
 
@@ -232,7 +233,7 @@ def test_the_delay_and_padding_of_an_encoder_are_kept(tmp_path):
     note = bytes(100) + struct.pack(">I", 50) + b"LAME3.100" + bytes(12) + (delay << 12 | padding).to_bytes(3, "big")
     head = counting(20, 21 * size, note=note).replace(b"Info\0\0\0\x03", b"Info\0\0\0\x0f")
     (stream,) = streams(tmp_path / "x", head + frames(20)).streams
-    assert stream.padding == delay + padding + 1152 and stream.spans[0] == head
+    assert stream.padding == delay + padding + 1152 and stream.spans == ((0, 21 * size),)
     wrong = head.replace(struct.pack(">I", 20), struct.pack(">I", 9), 1)
     (stream,) = streams(tmp_path / "x", wrong + frames(20)).streams
     at = containers._parse_frame(head[:4]).info
@@ -298,7 +299,7 @@ def test_an_ogg_file_that_ends_within_a_page_or_before_its_last_is_cut(tmp_path,
 
 def test_lost_pages_are_counted(tmp_path):
     (stream,) = streams(tmp_path / "x", link(3, lost=4)).streams
-    assert stream.hole == "4 pages of Ogg" and not stream.cut
+    assert stream.hole == "pages of Ogg are missing or damaged (4)" and not stream.cut
     (stream,) = streams(tmp_path / "x", link(3, lost=1 << 20)).streams
     assert stream.hole == ""
 
@@ -324,9 +325,36 @@ def test_streams_of_ogg_that_are_not_read_are_named(tmp_path, codec, name):
 
 
 def test_of_two_sounds_side_by_side_the_first_is_read(tmp_path):
-    heads = page(b"\x7fFLAC" + bytes(9), 1, 0, flags=2) + page(b"OpusHead" + bytes(9), 2, 0, flags=2)
+    heads = page(b"\x01vorbis" + bytes(9), 1, 0, flags=2) + page(b"OpusHead" + bytes(9), 2, 0, flags=2)
     body = page(b"a" * 40, 1, 1, flags=4) + page(b"b" * 40, 2, 1, flags=4)
     found = streams(tmp_path / "x", heads + body)
     assert found.unread == ["holds 2 streams of sound side by side, of which only the first is read"]
-    one = len(page(b"\x7fFLAC" + bytes(9)))
+    one = len(page(b"\x01vorbis" + bytes(9)))
     assert found.streams[0].spans == ((0, one), (len(heads), len(heads) + len(page(b"a" * 40))))
+
+
+def test_flac_is_taken_out_of_its_pages(tmp_path):
+    """A FLAC stream in Ogg is given without pages and without the nine bytes before its own beginning."""
+    head = b"\x7fFLAC\x01\0\0\x01fLaC\0\0\0\x22" + bytes(13) + (777).to_bytes(5, "big") + bytes(16)
+    first, second = page(head, flags=2), page(b"s" * 300, sequence=1, flags=4)
+    (stream,) = streams(tmp_path / "x", first + second).streams
+    begin = len(first) - len(head) + 9
+    assert stream.spans == ((begin, len(first)), (len(first) + len(second) - 300, len(first) + len(second)))
+    assert stream.frames == 777 and stream.preroll == 0.0 and not stream.cut
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        *((b"\0" * place + magic, name) for place, magic, name in containers.FOREIGN),
+        (b"ID3\x04\0\0\0\0\0\x05" + bytes(5) + b"wvpk", "WavPack"),
+        ((b"\x47" + bytes(187)) * 3, "an MPEG transport stream"),
+        (b"\x47" + bytes(400), ""),
+        (b"OggS", "Ogg without Vorbis, Opus or FLAC"),
+        (b"RIFF", ""),
+    ],
+)
+def test_formats_that_are_not_read_are_known_by_name(tmp_path, data, name):
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as file:
+        assert containers.foreign_format(Source(file.fileno())) == name
