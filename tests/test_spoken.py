@@ -1,5 +1,6 @@
 """The spoken corpus: who says what, what lands on disk, and that it can be made again."""
 
+import hashlib
 import json
 import os
 import signal
@@ -89,6 +90,37 @@ def test_numbers_are_said_in_words(number, words):
 )
 def test_ordinals_are_said_in_words(number, words):
     assert spoken.say_ordinal(number) == words
+
+
+def test_the_corpus_of_a_seed_is_the_same_in_every_version():
+    """Scores of the demo are told for it."""
+    plan = spoken.plan(train=400, dev=60, test=60, seed=1)
+    assert hashlib.sha256("\n".join(map(repr, plan)).encode()).hexdigest()[:16] == "e2a52861d7e172c2"
+
+
+class Tone:
+    """Says the same tone whatever it is asked to say."""
+
+    sample_rate = 22050
+
+    def __init__(self):
+        self.asked = []
+
+    def speak(self, text, voice, *, rate, pitch, pitch_range):
+        self.asked.append((text, voice, rate, pitch, pitch_range))
+        return np.sin(np.arange(4410) / 9).astype(np.float32)
+
+
+def test_a_recording_of_a_seed_has_its_own_voice_pace_volume_and_silences():
+    tone, plan = Tone(), spoken.plan(train=400, dev=60, test=60, seed=1)
+    waves = [spoken.record(tone, plan[n], seed=3) for n in (0, 450)]
+    assert [words[2:] for words in tone.asked] == [(184, 57, 63), (188, 38, 62)]
+    assert [words[:2] for words in tone.asked] == [(plan[n].text, plan[n].voice) for n in (0, 450)]
+    assert [len(wave) for wave in waves] == [5351, 8916]
+    assert [np.abs(wave).max() for wave in waves] == pytest.approx([0.23416, 0.11658], abs=2e-5)
+    assert [wave.std() for wave in waves] == pytest.approx([0.12769, 0.04873], abs=2e-5)
+    assert [wave[:50].std() for wave in waves] == pytest.approx([0.000255, 0.000649], rel=1e-2)
+    assert waves[0].dtype == np.float32
 
 
 def test_the_corpus_has_the_f23_layout(root):
