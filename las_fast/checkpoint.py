@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -231,6 +232,8 @@ def load_state(path: str | Path) -> dict:
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         reason = " ".join(str(error).split())[:80] or "it is cut off"
+        if isinstance(error, UnpicklingError):  # torch's own words are about how to load it all the same
+            reason = "it is another kind of file, or holds more than numbers and text"
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise InputError(f"{path} was not written by this version of las_fast; start again into a new folder")

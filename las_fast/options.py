@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from las_fast.config import Config, from_tree, to_tree
 from las_fast.errors import InputError, show
+from las_fast.plain_yaml import Plain, number, truth
 
 Settings = TypeVar("Settings")
 
@@ -206,20 +207,18 @@ def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) 
 
 
 def _value(kind: Any, word: str, option: str) -> Any:
-    """Return a word as a value of `kind`."""
+    """Return a word as a value of `kind`, as a settings file would have it."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if word not in choices:
             raise InputError(wrong_choice(option, word, choices))
         return word
-    if kind is bool:
-        if word.lower() not in ("true", "false"):
-            raise InputError(f"{option} must be True or False; got {word!r}")
-        return word.lower() == "true"
-    try:
-        return kind(word)
-    except ValueError:
-        raise InputError(f"{option} must be {KINDS[kind.__name__]}; got {word!r}") from None
+    if kind is str:
+        return word
+    value = truth(Plain(word)) if kind is bool else number(Plain(word), kind)
+    if value is None:
+        raise InputError(f"{option} must be {KINDS[kind.__name__]}; got {word!r}")
+    return value
 
 
 def as_path(word: str) -> Path:

@@ -83,6 +83,8 @@ def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
     [
         (["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
         (["--training.epochs", "1e3"], "--training.epochs must be a whole number; got '1e3'"),
+        (["--training.epochs", "010"], "--training.epochs must be a whole number; got '010'"),
+        (["--training.learning-rate", "nan"], "--training.learning-rate must be a number; got 'nan'"),
         (["--training.epochs"], "--training.epochs needs one value; got none"),
         (["--training.epochs", "3", "4"], "--training.epochs needs one value; got 2: 3 4"),
         (["--training.learning-rate", "fast"], "--training.learning-rate must be a number; got 'fast'"),
@@ -111,7 +113,7 @@ def test_a_wrong_setting_is_one_sentence(capsys, words, sentence):
 def test_settings_are_read_in_every_form():
     config = settings_of(
         "--training.epochs=7", "--training.learning_rate", "1e-3", "--model.ctc-layer", "-1", "--data.train", "a", "b",
-        "--training.restarts", "--data.normalise-text", "true", "--data.dev", "460", "--training.epochs", "9",
+        "--training.restarts", "--data.normalise-text", "yes", "--data.dev", "460", "--training.epochs", "9",
         "--training.teacher-forcing.1.last", "0.5", "--model.speller.lstm-sizes", "5", "7", "--data.cache=",
         "--training.precision", "bf16",
     )  # fmt: skip
