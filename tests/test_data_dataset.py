@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ import torch
 from archives import make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
-from las_fast.data.dataset import Statistics, load_dataset, normalise, open_corpus, shared_recordings
+from las_fast.data.dataset import (
+    Statistics,
+    divided_recordings,
+    load_dataset,
+    normalise,
+    open_corpus,
+    shared_recordings,
+)
 from las_fast.errors import InputError
 
 
@@ -233,3 +241,24 @@ def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "dev-clean: left out 12 of 15 utterances"
     assert lines[-1] == "  and 2 more" and len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ((0.0, 4.0), (4.0, 8.0), 0),  # they touch
+        ((0.0, 4.0), (3.8, 8.0), 0),  # by less than a quarter of a second
+        ((0.0, 4.0), (3.7, 8.0), 1),
+        ((4.0, 8.0), (0.0, 4.2), 0),
+        ((4.0, 8.0), (0.0, 4.3), 1),
+        ((0.0, 0.4), (0.35, 0.75), 0),  # short parts: by less than a quarter of their length
+        ((0.0, 0.4), (0.2, 0.6), 1),
+        ((2.0, 3.0), (0.0, 9.0), 1),
+        ((0.0, 9.0), (2.0, 3.0), 1),
+    ],
+)
+def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, first, second, shared):
+    paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
+    ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
+    theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
+    assert shared_recordings(ours, theirs) == shared and divided_recordings(ours, theirs) == 1

@@ -23,6 +23,7 @@ from archives import (
 
 from las_fast.audio import load_audio
 from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data import tables
 from las_fast.data.cache import open_cache
 from las_fast.data.corpus import assign_roles
 from las_fast.data.dataset import divided_recordings, load_dataset, open_corpus, shared_recordings
@@ -708,3 +709,22 @@ def test_a_split_without_transcripts_says_where_they_are_looked_for(tmp_path):
     with pytest.raises(InputError, match="split 'train' has no transcripts; expected a file 'text'"):
         load(tmp_path)
     assert len(load(tmp_path, need_text=False)) == 4
+
+
+def test_quotes_and_commas_within_a_tsv_are_text(tmp_path):
+    (tmp_path / "x.tsv").write_text('id\ttext\na\tSAY "A", B\nb\t"WHOLE, QUOTED"\n')
+    (tmp_path / "x.csv").write_text('id,text\na,"SAY ""A"", B"\nb,WHOLE\n')
+    assert [row["text"] for _, row in tables.read_rows(tmp_path / "x.tsv")] == ['SAY "A", B', "WHOLE, QUOTED"]
+    assert [row["text"] for _, row in tables.read_rows(tmp_path / "x.csv")] == ['SAY "A", B', "WHOLE"]
+
+
+def test_null_in_json_is_no_transcript_and_a_number_is_refused(tmp_path):
+    write_audio(tmp_path / "a.wav", make_waveform(np.random.default_rng(0), 0.4))
+    write_table(tmp_path / "m.jsonl", [{"id": "a", "path": "a.wav", "text": None}])
+    (utterance,) = open_corpus(tmp_path / "m.jsonl").utterances("all")
+    assert utterance.transcript is None
+    write_table(tmp_path / "m.jsonl", [{"id": 7, "path": "a.wav", "text": 5}])
+    with pytest.raises(InputError, match="line 1: text must be text; got 5"):
+        open_corpus(tmp_path / "m.jsonl").utterances("all")
+    write_table(tmp_path / "m.jsonl", [{"id": 7, "path": "a.wav", "text": "A"}])
+    assert open_corpus(tmp_path / "m.jsonl").utterances("all")[0].id == "7"

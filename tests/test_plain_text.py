@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from las_fast import lm
+from las_fast.data import plain_text
 from las_fast.errors import InputError
 from las_fast.lm import read_texts
 
@@ -91,3 +92,21 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match="is an n-gram model of another program, which las_fast does not read"):
         lm.load_lm(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        (["HELLO", '{"text": 1}', '{"text": 2}'], "JSON"),
+        (["HELLO", "THERE", '{"text": 2}', '{"text": 2}'], None),  # half of them is not more than half
+        (["\ufeff[{"], "JSON"),
+        (["a"] * 10 + ["</p>"], None),
+        (["a"] * 8 + ["b</p>"], "HTML or XML"),
+        (["HELLO", "0:01 --> 0:02"], "subtitles"),
+        (["\\DATA\\"], "an n-gram model (ARPA)"),
+        ([], None),
+    ],
+)
+def test_a_format_is_known_by_more_than_half_of_its_lines_or_by_a_mark(lines, what):
+    found = plain_text.other_format(lines)
+    assert found is None if what is None else found[0] == what
