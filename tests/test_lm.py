@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from las_fast import checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
-from las_fast.config import DataConfig
+from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
@@ -175,6 +175,12 @@ def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
     save_file({"ngrams": np.array([EOS]), "counts": np.array([1])}, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="not a language model of las_fast"):
         load_lm(tmp_path / "m.safetensors")
+
+
+def test_a_language_model_that_is_named_weighs_something_and_a_weight_that_is_set_stays():
+    plain, set_ = DecodingConfig(), DecodingConfig(ngram_weight=0.3)
+    assert lm.default_weight(plain, "x") == replace(plain, ngram_weight=lm.WEIGHT) and lm.WEIGHT > 0
+    assert lm.default_weight(set_, "x") == set_ and lm.default_weight(plain, None) == plain
 
 
 def damaged(model, **changes):
