@@ -20,8 +20,10 @@ OTHER = {torch.float32: torch.float64, torch.int64: torch.int32, torch.bool: tor
 def changes(x: Tensor):
     """Yield (what, a tensor that differs from x in that alone)."""
     yield "one dimension more", x[None]
+    yield "one dimension more at the end", x[..., None]
     if x.ndim:
         yield "one dimension less", x[0]
+        yield "one dimension less at the end", x[..., 0]
     for d, size in enumerate(x.shape):
         if size > 1:
             yield f"{d} shorter", x.narrow(d, 0, size - 1)
@@ -90,6 +92,7 @@ def speller():
     search |= {"ngram_weight": 0.1, "frames": test_speller_search.hear(B, 9, V), "ctc_weight": 0.1, "precision": "fp32"}
     packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
     free = {("table", "0 shorter"), ("frames", "1 shorter"), ("packed", "one dimension more")}
+    free |= {("packed", "one dimension more at the end")}
     yield "speller_search_cpp", {**search, "packed": packed}, free
 
 
