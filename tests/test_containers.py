@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,98 @@ def test_tags_and_what_is_no_frame_lie_between_spans(tmp_path):
     assert stream.spans[-1] == (138, 138 + 6 * size) and stream.frames == 6 * 1152
     (stream,) = streams(tmp_path / "x", frames(6) + b"TAG" + bytes(125)).streams
     assert stream.spans[-1] == (0, 6 * size) and not stream.cut
+
+
+def tag(size=125, *, ape=False, header=False):
+    if not ape:
+        return b"TAG" + bytes(size)
+    footer = b"APETAGEX" + struct.pack("<IIII", 2000, 32 + size, 1, header << 31) + bytes(8)
+    return (footer if header else b"") + bytes(size) + footer
+
+
+@pytest.mark.parametrize(
+    "tags", [b"", tag(), tag(50, ape=True), tag(50, ape=True, header=True), tag(9, ape=True) + tag(), tag() + tag()]
+)
+def test_tags_behind_the_sound_are_no_sound(tmp_path, tags):
+    begin = b"x" * 300
+    (tmp_path / "x").write_bytes(begin + tags)
+    with (tmp_path / "x").open("rb") as file:
+        source = Source(file.fileno())
+        assert containers._without_tags_behind(source, 0, source.size) == 300
+        assert containers._without_tags_behind(source, 290, source.size) >= 290
+
+
+@pytest.mark.parametrize(
+    ("tags", "begin"),
+    [
+        (b"", 0),
+        (b"ID3\x04\0\0\0\0\0\x05" + bytes(5), 15),
+        (b"ID3\x04\0\x10\0\0\0\x05" + bytes(15), 25),
+        (b"ID3\x04\0\0\0\0\x02\x01" + bytes(257), 267),
+        (b"ID3\x04\0\0\x81\x80\x80\x80" , 10 + (1 << 21)),
+        ((b"ID3\x04\0\0\0\0\0\x05" + bytes(5)) * 2, 30),
+        (b"ID3\x04", 0),
+    ],
+)
+def test_tags_before_the_sound_are_skipped(tmp_path, tags, begin):
+    (tmp_path / "x").write_bytes(tags + b"sound" * 9 if len(tags) != 4 else tags)
+    with (tmp_path / "x").open("rb") as file:
+        assert containers._skip_tags(Source(file.fileno()), 0) == begin
+
+
+@pytest.mark.parametrize(
+    ("claimed", "there", "true"),
+    [
+        (1000, 1000, 1000),
+        (1000, 2000, 1000),
+        (2000, 1000, 2000),
+        (0, 1000, 1000),
+        (1 << 31, 1000, 1000),
+        ((1 << 31) - 65536, 1000, 1000),
+        ((1 << 31) - 65537, 1000, (1 << 31) - 65537),
+        ((1 << 31) + 65537, 1000, (1 << 31) + 65537),
+        ((1 << 32) - 1, 1000, 1000),
+        (1 << 62, 1000, 1000),
+        ((1 << 62) - 1, 1000, (1 << 62) - 1),
+        (1000, (1 << 32) + 1000, (1 << 32) + 1000),
+        (1000, (1 << 32) + 1000 - 65536, (1 << 32) + 1000 - 65536),
+        (1000, (1 << 32) + 1000 - 65537, 1000),
+        (1000, 1 << 31, 1000),
+    ],
+)
+def test_a_length_that_no_recorder_means_is_not_believed(monkeypatch, claimed, there, true):
+    source = SimpleNamespace(size=44 + there, read=lambda start, count: b"")
+    assert containers._true_length(source, 44, claimed, "<") == true
+
+
+def test_a_frame_of_another_kind_within_a_stream_is_damage(tmp_path):
+    """One frame of another rate that no frame follows ends no stream."""
+    size, odd = len(frames(1)), frames(1, rate=1)
+    data = frames(8) + odd + frames(8)
+    found = streams(tmp_path / "x", data).streams
+    assert [stream.frames for stream in found] == [16 * 1152]
+    assert found[0].spans[1:] == ((0, 8 * size), (8 * size + len(odd), 16 * size + len(odd)))
+
+
+def test_flac_ends_where_another_begins_or_before_its_tags(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.zeros(3000), 16000)
+    one = (tmp_path / "a.flac").read_bytes()
+    whole = streams(tmp_path / "x", one + tag()).streams
+    assert [(s.spans, s.frames, s.cut) for s in whole] == [(((0, len(one)),), 3000, False)]
+    both = streams(tmp_path / "x", one + one + tag()).streams
+    assert [s.spans for s in both] == [((0, len(one)),), ((len(one), 2 * len(one)),)]
+    assert streams(tmp_path / "x", one + tag() + one).streams[0].spans == ((0, len(one) + 128),)
+
+
+def test_a_page_of_ogg_needs_all_of_its_header():
+    whole = page(b"OpusHead" + bytes(11), flags=2)
+    for cut in range(1, len(whole)):
+        source = SimpleNamespace(size=len(whole) - cut, read=lambda a, n, cut=cut: whole[: len(whole) - cut][a : a + n])
+        assert containers._ogg_page(source, 0) is None
+    source = SimpleNamespace(size=len(whole), read=lambda a, n: whole[a : a + n])
+    found = containers._ogg_page(source, 0)
+    assert (found.place, found.body, found.after, found.flags) == (0, 28, 47, 2)
+    assert (found.serial, found.sequence) == (b"\1\0\0\0", 0)
 
 
 @pytest.mark.parametrize("tag", [b"Info", b"Xing"])

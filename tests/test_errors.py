@@ -114,6 +114,23 @@ def test_a_plain_number_is_what_it_says_or_none(text, whole, real):
     assert plain_yaml.number(Plain(text), int) == whole and plain_yaml.number(Plain(text), float) == real
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("010", "; write it in decimal, without a leading zero"),
+        ("-0x1", "; write it in decimal, without a leading zero"),
+        ("+08", "; write it in decimal, without a leading zero"),
+        ("1:30", "; write minutes and hours as one number"),
+        ("ten", ""),
+    ],
+)
+def test_a_number_that_yaml_reads_otherwise_comes_with_a_hint(text, hint):
+    from las_fast import config
+
+    assert config._hint(int, Plain(text)) == config._hint(float, Plain(text)) == hint
+    assert config._hint(str, Plain(text)) == config._hint(int, text) == ""
+
+
 def test_not_a_number_is_a_float_and_no_whole_number():
     found = plain_yaml.number(Plain(".NaN"), float)
     assert found != found and plain_yaml.number(Plain(".nan"), int) is None

@@ -98,6 +98,19 @@ def test_each_step_draws_its_own_dropout(archive, tmp_path):
     assert again[0] == again[1] == second
 
 
+def test_the_gradient_of_a_step_is_its_own(archive, tmp_path):
+    made = make_trainer(archive, tmp_path, small())
+    batch, weights = first_batch(made), {k: v.clone() for k, v in made.model.state_dict().items()}
+    norms = []
+    for _ in range(3):
+        made.model.load_state_dict(weights)
+        made.progress.step = 0
+        found = made.train_step(batch)
+        norms.append(float(found["gradient_norm"]))
+        assert not found["loss"].requires_grad and set(found) == {"loss", "attention", "gradient_norm"}
+    assert norms[0] == norms[1] == norms[2]
+
+
 def test_the_seed_of_the_settings_reaches_dropout(archive, tmp_path):
     losses = []
     for seed in (1, 2):

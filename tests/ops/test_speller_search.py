@@ -23,7 +23,7 @@ from las_fast.ops import (
     speller_search,
 )
 from las_fast.ops.speller_search import Options as SearchOptions
-from las_fast.ops.speller_search import _begin, linear_int8, step
+from las_fast.ops.speller_search import _begin, first_ngram_state, linear_int8, step
 from las_fast.search import beam_search, packed_weights
 
 SOS, EOS, NAN = 1, 2, torch.nan
@@ -684,3 +684,12 @@ def test_older_processors_are_served_as_well(cpp):
     found = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(found) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
+
+
+def test_the_first_state_of_a_language_model_is_sos_all_through():
+    for V, order in ((5, 1), (5, 2), (5, 4), (31, 3), (1, 3)):
+        table, sos = torch.zeros(V ** (order - 1), V), 1 if V > 1 else 0
+        state = 0
+        for _ in range(order - 1):
+            state = state * V + sos
+        assert first_ngram_state(table, sos) == state, (V, order)
