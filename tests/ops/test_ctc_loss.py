@@ -198,6 +198,13 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
             assert torch.equal(a[0], all_[b] if most is None else all_[b, :most])
 
 
+def test_the_first_token_is_no_repeat_of_the_last_one_of_the_utterance_before(backend):
+    logits, lengths, _, token_lengths = inputs(3, 9, 6, 4)
+    tokens, whole = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2], [2, 2, 3, 3]]), torch.full_like(token_lengths, 4)
+    exact = everything(logits.double(), lengths, tokens, whole, backend="reference")
+    assert_same(everything(logits, lengths, tokens, whole, backend=backend), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("number", [2, 3, 8])
 def test_any_number_of_threads_gives_the_same_answer(cpp, number):
     arguments = inputs(9, 50, 31, 24)

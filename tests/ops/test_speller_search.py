@@ -316,6 +316,7 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, precision, opti
         one = search(weights, alone, beam=5, precision=precision, maximum=limits[b : b + 1], **options, **heard)
         steps = len(one.tokens)
         assert (whole.tokens[steps:, b][whole.scores[steps:, b].isfinite()] == EOS).all()
+        assert (whole.frames[steps:, b] == 0).all() and (whole.parents[steps:, b] == torch.arange(5)).all()
         for a, expected in zip(one, whole, strict=True):
             assert torch.equal(a[:, 0], expected[:steps, b])
 
