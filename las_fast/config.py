@@ -33,6 +33,7 @@ class FeatureConfig:
     window_ms: float = 25.0
     shift_ms: float = 10.0
     normalisation: Literal["utterance", "global", "none"] = "utterance"
+    trim_silence: bool = True  # of recordings: long silence is left out, and what is kept of it has one level
     deltas: int = 0  # 0, 1 (speed) or 2 (speed and acceleration)
 
     @property

@@ -211,7 +211,9 @@ def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loade
     """Return an utterance's row for the JSON lines."""
     best = hypotheses[0]
     nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]
-    row = {"id": dataset.ids[i], **nbest[0], "frames": best.frames, "nbest": nbest}
+    each = loaded.model.time_reduction  # feature frames in one encoder frame
+    frames = [dataset.recording_frame(i, frame * each + each // 2) // each for frame in best.frames]
+    row = {"id": dataset.ids[i], **nbest[0], "frames": frames, "nbest": nbest}
     text = reference(dataset, i)
     return row if text is None else {**row, "reference": text}
 

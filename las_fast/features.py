@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -68,6 +69,36 @@ def compute_features(
         stream[start * shift : start * shift + len(kept)] = _preemphasised(kept)
     frames = _frames(stream, signals, starts, counts, config)
     return [frames[start : start + count].clone() for start, count in zip(starts, counts, strict=True)]
+
+
+def speech_features(
+    waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
+) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
+    """Turn waveforms into the frames that training and decoding use: with config.trim_silence, those near speech.
+
+    Args, Raises: as compute_features.
+
+    Returns:
+        For each waveform its frames (T, config.size) float32, and the (start, end) of the frames of compute_features
+        that they are.
+    """
+    from las_fast.silence import without_silence
+
+    if not config.trim_silence:
+        return [(frames, [(0, len(frames))]) for frames in compute_features(waveforms, config)]
+    check_settings(config)
+    found = [without_silence(frames, config) for frames in compute_features(waveforms, logmel_config(config))]
+    return [(cepstra(frames, config), spans) for frames, spans in found]
+
+
+def logmel_config(config: FeatureConfig) -> FeatureConfig:
+    """Return the settings of the log-mel frames that features of `config` are made from."""
+    return config if config.kind == "logmel" else replace(config, kind="logmel", size=config.mel_bins)
+
+
+def cepstra(logmel: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
+    """Return features of config.kind from log-mel frames (T, bins): the same, or MFCC (T, config.size)."""
+    return logmel if config.kind == "logmel" else logmel @ _cepstrum(config.mel_bins, config.size).float()
 
 
 def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
@@ -149,15 +180,27 @@ def _tables(config: FeatureConfig):
     return taper.float(), spectrum, _mel_filters(bins, size, config.sample_rate).float(), transform
 
 
+def filter_centres(count: int, sample_rate: int) -> torch.Tensor:
+    """Return the centres of `count` mel filters in Hz, (count,) float64."""
+    return 700.0 * torch.expm1(_filter_edges(count, sample_rate)[1:-1] / 1127.0)
+
+
+def _filter_edges(count: int, sample_rate: int) -> torch.Tensor:
+    """Return the edges and centres (count + 2,) of `count` mel filters, in mel."""
+    low, high = _mel(LOW_HZ).item(), _mel(sample_rate / 2).item()
+    return torch.linspace(low, high, count + 2, dtype=torch.float64)
+
+
+def _mel(hertz) -> torch.Tensor:
+    return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
+
+
 def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
     """Return (fft_size // 2 + 1, count) triangles of height 1, evenly spaced in mel; the Nyquist bin is unused."""
 
-    def mel(hertz):
-        return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
-
-    edges = torch.linspace(mel(LOW_HZ).item(), mel(sample_rate / 2).item(), count + 2, dtype=torch.float64)
+    edges = _filter_edges(count, sample_rate)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    x = mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * (sample_rate / fft_size))[:, None]
+    x = _mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * (sample_rate / fft_size))[:, None]
     filters = torch.minimum((x - left) / (centre - left), (right - x) / (right - centre)).clamp_(min=0)
     filters[-1] = 0
     return filters

@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in an
 )
 SIZES = ("frames_per_batch", "utterances_per_batch")  # of data
 SAME_SIGNAL = 2.0  # seconds in which further signals to stop count as the first
+BEFORE = {"features.trim_silence": False}  # what versions did that did not have the setting
 SKIPPED_IN_A_ROW = 50  # half precision's scale needs some twenty to come down
 
 
@@ -514,11 +515,11 @@ def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
-    One that the checkpoint does not know is newer; its default is what it was trained with. A restart of the learning
-    rate where the training ended lengthens it and changes nothing of what was. Batches may become smaller, for lack of
-    memory.
+    One that the checkpoint does not know is newer; it was trained with its default, or with what BEFORE says. A restart
+    of the learning rate where the training ended lengthens it and changes nothing of what was. Batches may become
+    smaller, for lack of memory.
     """
-    before, after = dict(_flat(to_tree(Config()))) | dict(_flat(then)), dict(_flat(now))
+    before, after = dict(_flat(to_tree(Config()))) | BEFORE | dict(_flat(then)), dict(_flat(now))
     was, ahead = ([*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after))
     longer = ahead[: len(was)] == was
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE

@@ -159,6 +159,16 @@ def make_waveform(generator: np.random.Generator, seconds: float | None = None) 
     return (0.3 * glide + 0.03 * generator.normal(size=n)).astype(np.float32)
 
 
+def make_speech(seconds: float, *, rate: int = RATE, seed: int = 0) -> np.ndarray:
+    """Return something as loud and as quiet as speech is, (N,) float32: syllables of a voice over a little noise."""
+    generator = np.random.default_rng(seed)
+    t = np.arange(int(rate * seconds)) / rate
+    pitch = 2 * np.pi * np.cumsum(generator.uniform(100, 150) + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate
+    voice = sum(np.sin(k * pitch) / k for k in range(1, 12))
+    syllables = np.clip(np.sin(2 * np.pi * 3.5 * t + generator.uniform(0, 6)), 0, None) ** 0.5
+    return (0.1 * voice * syllables + 1e-3 * generator.normal(size=len(t))).astype(np.float32)
+
+
 def write_audio(path: Path, waveform: np.ndarray, rate: int = RATE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, waveform, rate)

@@ -122,6 +122,7 @@ TABLE = {
     "features.window_ms": (25.0, "more than 0", 1000),
     "features.shift_ms": (10.0, "more than 0", 1000),
     "features.normalisation": "utterance",
+    "features.trim_silence": True,
     "features.deltas": (0, 0, 1_000_000_000),
     "data.train": (),
     "data.dev": "",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive, make_manifest, save, text_array
+from archives import RATE, make_archive, make_manifest, make_speech, save, text_array, write_audio
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import (
@@ -21,6 +21,7 @@ from las_fast.data.dataset import (
     shared_recordings,
 )
 from las_fast.errors import InputError
+from las_fast.features import compute_features
 
 
 @pytest.fixture
@@ -262,3 +263,17 @@ def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, fi
     ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
     theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
     assert shared_recordings(ours, theirs) == shared and divided_recordings(ours, theirs) == 1
+def test_frames_are_found_again_in_a_recording_whose_silence_was_left_out(tmp_path):
+    quiet = np.zeros(4 * RATE, np.float32)
+    speech = [make_speech(2.0, seed=seed) for seed in (1, 2)]
+    (tmp_path / "clips").mkdir()
+    write_audio(tmp_path / "clips" / "a.wav", np.concatenate([quiet, speech[0], quiet, speech[1], quiet]))
+    write_audio(tmp_path / "clips" / "b.wav", speech[0])
+    (tmp_path / "list.tsv").write_text("path\ttranscript\tsplit\nclips/a.wav\tA\tdev\nclips/b.wav\tB\tdev\n")
+    dataset = load(tmp_path, "dev", size=28)
+    whole = compute_features([speech[0]], FeatureConfig(size=28))[0]
+    places = [dataset.recording_frame(0, frame) for frame in range(int(dataset.frames[0]))]
+    assert places == sorted(set(places)) and 340 < places[0] < 400 and 1150 < places[-1] < 1260
+    assert not any(720 < place < 850 for place in places) and dataset.seconds[0] == 16.0  # 4 s of silence lie between
+    assert [dataset.recording_frame(1, frame) for frame in (0, 7)] == [0, 7] and dataset.frames[1] == len(whole)
+    assert dataset.recording_frame(0, len(places) + 3) == places[-1] + 4  # past the end, as padded batches attend

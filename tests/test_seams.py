@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive, make_manifest, make_waveform, write_audio
+from archives import make_archive, make_manifest, make_speech, write_audio
 from checkpoints import MODEL, make_checkpoint
 
 from las_fast import checkpoint, decode, export, lm, train, trainer, transcribe, tune
@@ -192,6 +192,14 @@ def test_core_hours_are_those_of_this_process_and_of_the_runs_before(archive, tm
     again = make_trainer(archive, tmp_path, small())
     again.resume()
     assert again.earlier_core_seconds == 9000.0 and again.core_hours() == 3.0
+
+
+def test_a_training_from_before_silence_was_trimmed_goes_on_without(tmp_path):
+    now = to_tree(small())
+    then = {**now, "features": {key: value for key, value in now["features"].items() if key != "trim_silence"}}
+    with pytest.raises(InputError, match="trained with features.trim_silence = False, not True"):
+        check_same_settings(then, now, tmp_path)
+    check_same_settings(then, {**now, "features": {**now["features"], "trim_silence": False}}, tmp_path)
 
 
 def test_the_fingerprint_of_data_is_that_of_ids_lengths_texts_and_their_order():
@@ -429,7 +437,7 @@ def decoded(checkpoint_path, data, out, *words, split="dev"):
 
 @pytest.fixture
 def recording(tmp_path):
-    return write_audio(tmp_path / "said.wav", make_waveform(np.random.default_rng(3), 0.9))
+    return write_audio(tmp_path / "said.wav", make_speech(0.9))
 
 
 @pytest.mark.parametrize("deltas", [0, 1, 2])
@@ -574,9 +582,11 @@ def test_a_split_in_a_list_of_splits_is_taken_once(archive):
 
 
 MATTERS = {
-    "logmel": {"kind": "mfcc", "size": 40, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5},
-    "mfcc": {"kind": "logmel", "size": 12, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5, "mel_bins": 40},
-}
+    "logmel": {"kind": "mfcc", "size": 40, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5,
+               "trim_silence": False},
+    "mfcc": {"kind": "logmel", "size": 12, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5, "mel_bins": 40,
+             "trim_silence": False},
+}  # fmt: skip
 MATTERS_NOT = {
     "logmel": {"mel_bins": 40, "normalisation": "none", "deltas": 1},
     "mfcc": {"normalisation": "global", "deltas": 2},

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Item:
     text: str | None = None
     seconds: float = 0.0
     frames: np.ndarray | None = None
+    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of the recording's frames that these are; none: its first
     problem: str = ""
 
 
@@ -73,6 +74,7 @@ class CacheEntry:
     lengths: np.ndarray  # (N,) int64 frames
     seconds: np.ndarray  # (N,) float64
     places: np.ndarray  # (N,) int64 place in the split, bad utterances counted
+    spans: list[list[tuple[int, int]]]  # (start, end) of the recording's frames that were kept; empty: its first ones
     bad: list[tuple[str, str, int]]  # id, reason, place
 
     def __post_init__(self):
@@ -166,7 +168,7 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
     settings.append(features.shift_ms)
     if corpus.kind == "audio":
         settings += [features.kind, features.size, features.sample_rate, features.window_ms]
-        settings.append(features.mel_bins if features.kind == "mfcc" else 0)
+        settings += [features.mel_bins if features.kind == "mfcc" else 0, features.trim_silence]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for u in utterances:
         text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
@@ -196,6 +198,7 @@ def _read_entry(target: Path) -> CacheEntry | None:
             lengths=np.array(index["frames"], np.int64),
             seconds=np.array(index["seconds"], np.float64),
             places=np.array(index["places"], np.int64),
+            spans=[[tuple(span) for span in row] for row in index["spans"]],
             bad=[tuple(row) for row in index["bad"]],
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -227,7 +230,7 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
 
 
 def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, bar: Progress) -> dict:
-    index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "bad")}
+    index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "spans", "bad")}
     seconds = 0.0
     started = time.monotonic()
     with path.open("wb") as file:
@@ -241,8 +244,8 @@ def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, 
                 index["bad"].append((item.id, problem, place))
                 continue
             file.write(np.ascontiguousarray(item.frames, np.float32).data)
-            row = (item.id, item.text, len(item.frames), item.seconds, place)
-            for name, value in zip(("ids", "texts", "frames", "seconds", "places"), row, strict=True):
+            row = (item.id, item.text, len(item.frames), item.seconds, place, item.spans)
+            for name, value in zip(("ids", "texts", "frames", "seconds", "places", "spans"), row, strict=True):
                 index[name].append(value)
             seconds += item.seconds
     return index
@@ -389,7 +392,7 @@ def _checked(item: Item, utterance: Utterance) -> Item:
         text = read_transcript(source) if isinstance(source, Path) else source
     except InputError as error:
         return Item(item.id, problem=str(error))
-    return Item(item.id, text, item.seconds, item.frames)
+    return replace(item, text=text)
 
 
 def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) -> Iterator[Item]:
@@ -461,9 +464,14 @@ def _wrong_length(u: Utterance, seconds: float) -> str:
 
 def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:
     """Yield the items, the good ones with their frames; empties the waveforms."""
-    from las_fast.features import compute_features
+    from las_fast.features import speech_features
 
-    frames = iter(compute_features(waveforms, features))
+    found = iter(speech_features(waveforms, features))
     waveforms.clear()
     for item in items:
-        yield item if item.problem else Item(item.id, None, item.seconds, next(frames).numpy())
+        if item.problem:
+            yield item
+            continue
+        frames, spans = next(found)
+        moved = len(spans) > 1 or spans[0][0] > 0
+        yield replace(item, frames=frames.numpy(), spans=tuple(spans) if moved else ())

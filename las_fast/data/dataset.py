@@ -210,6 +210,15 @@ class SpeechDataset(torch.utils.data.Dataset):
         """Return the frames (T, feature_size) float32 of utterance i before normalisation."""
         return torch.from_numpy(self._entries[self._part[i]].frames(int(self._index[i])))
 
+    def recording_frame(self, i: int, frame: int) -> int:
+        """Return which frame of the recording, silence counted, is frame `frame` of utterance i."""
+        spans = self._entries[self._part[i]].spans[int(self._index[i])]
+        for start, end in spans:
+            if frame < end - start:
+                return start + frame
+            frame -= end - start
+        return spans[-1][1] + frame if spans else frame
+
     def __getitem__(self, i: int) -> torch.Tensor:
         return add_deltas(normalise(self.raw(i), self.features, self.statistics), self.features.deltas)
 
