@@ -146,15 +146,15 @@ def track(
             shown.update()
 
 
-def write(line: str, *, file: TextIO | None = None) -> None:
+def write(line: str, *, file: TextIO | None = None, end: str = "\n") -> None:
     """Print a line to `file` (default stdout) above whatever bars are shown."""
     file = file or sys.stdout
     if any(shown._bar is not None for shown in _open):
         from tqdm import tqdm
 
-        tqdm.write(line, file=file)
+        tqdm.write(line, file=file, end=end)
     else:
-        print(line, file=file, flush=True)
+        print(line, file=file, end=end, flush=True)
 
 
 def close_all() -> None:

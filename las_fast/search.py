@@ -40,6 +40,7 @@ from las_fast.ops import (
     beam_gather,
     beam_topk,
     ctc_log_probabilities,
+    ctc_loss,
     ctc_prefix,
     ctc_start,
     speller_pack,
@@ -64,6 +65,7 @@ class Hypothesis:
     frames: list[int]  # the encoder frame that each token attended to most
     token_scores: list[float]  # what each token adds to the score
     finished: bool  # False where <eos> came only because the maximum length was reached
+    speech_score: float | None = None  # see speech_scores; None where it was not asked for
 
 
 class Limits(NamedTuple):
@@ -412,20 +414,23 @@ def decode_dataset(
     *,
     nbest: int = 1,
     ngram: Tensor | None = None,
+    speech_scores: bool = False,
     progress: bool = True,
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
     """Beam-search every utterance; return their hypotheses in the dataset's order.
 
-    nbest and ngram are as in beam_search. Utterances are batched by length under config.frames_per_batch. A batch that
-    does not fit in memory is halved and tried again, and those after it are kept as small.
+    nbest and ngram are as in beam_search. With speech_scores the best hypothesis of each utterance has its score.
+    Utterances are batched by length under config.frames_per_batch. A batch that does not fit in memory is halved and
+    tried again, and those after it are kept as small.
 
     Raises:
         InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
     """
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
     packed = packed_weights(model, config, device)
-    decode = partial(_decode, model=model, config=config, device=device, nbest=nbest, ngram=ngram, packed=packed)
+    options = {"nbest": nbest, "ngram": ngram, "packed": packed}
+    decode = partial(_decode, model=model, config=config, device=device, scored=speech_scores, **options)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
@@ -463,8 +468,40 @@ def listen(model, batch: Batch, config: DecodingConfig):
         return model.listen(batch.features, batch.feature_lengths)
 
 
-def _decode(batch: Batch, *, model, config: DecodingConfig, device, **options) -> list[list[Hypothesis]]:
-    return beam_search(model, listen(model, batch.to(device), config), config, **options)
+@torch.inference_mode()
+def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
+    """Return how much likelier each text is than silence by the CTC head, in nats per token.
+
+    This is (log p(text) - log p(only blanks)) / tokens. Speech has 2 to 9; below 1 lie texts made out of noise.
+
+    Args:
+        memory: of a batch of B utterances, as model.listen returned it.
+        texts:  B lists of tokens without <sos> and <eos>.
+
+    Returns:
+        B scores; None where there is no CTC head, the text is empty, or it has more tokens than the head has frames.
+    """
+    if memory.ctc_logits is None:
+        return [None] * len(texts)
+    device, lengths = memory.ctc_logits.device, memory.ctc_lengths
+    counts = torch.tensor([len(text) for text in texts], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text, dtype=torch.int64) for text in texts], True)
+    losses = ctc_loss(memory.ctc_logits, lengths, tokens.to(device), counts)
+    blanks = torch.log_softmax(memory.ctc_logits.float(), -1)[..., PAD]
+    valid = torch.arange(blanks.shape[1], device=device) < lengths[:, None]
+    ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts.clamp(min=1)
+    known = ((counts > 0) & (losses > 0)).tolist()  # the loss of what cannot be aligned is 0
+    return [ratio if is_known else None for ratio, is_known in zip(ratios.tolist(), known, strict=True)]
+
+
+def _decode(batch: Batch, *, model, config: DecodingConfig, device, scored: bool, **options) -> list[list[Hypothesis]]:
+    memory = listen(model, batch.to(device), config)
+    found = beam_search(model, memory, config, **options)
+    if not scored:
+        return found
+    scores = speech_scores(memory, [best.text_tokens for best, *_ in found])
+    best = [dataclasses.replace(best, speech_score=x) for (best, *_), x in zip(found, scores, strict=True)]
+    return [[first, *others] for first, (_, *others) in zip(best, found, strict=True)]
 
 
 def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> list[list[Hypothesis]] | None:

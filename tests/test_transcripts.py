@@ -1,0 +1,71 @@
+"""Pieces into text, JSON and subtitles, and the files that they go to."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from las_fast.errors import InputError
+from las_fast.transcripts import Piece, as_json, as_srt, as_text, as_vtt, clock, output_files
+
+PIECES = [
+    Piece(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
+    Piece(1.5, 2.0, "", -0.1, -0.1, None),
+    Piece(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0),
+]
+
+
+def test_texts_of_the_pieces_are_joined(tmp_path):
+    assert as_text(tmp_path, PIECES) == "HELLO THERE\n"
+
+
+def test_json_holds_times_and_scores():
+    row = json.loads(as_json(Path("a/b.wav"), PIECES))
+    assert row["file"] == "a/b.wav" and row["text"] == "HELLO THERE" and len(row["pieces"]) == 3
+    assert row["pieces"][2] == {
+        "start": 3661.0425, "end": 3662.0, "text": "THERE", "score": -2.0, "mean_score": -0.3333, "speech_score": 4.0,
+    }  # fmt: skip
+    assert row["pieces"][1]["speech_score"] is None
+
+
+def test_subtitles_have_the_times_of_the_pieces(tmp_path):
+    assert as_srt(tmp_path, PIECES) == (
+        "1\n00:00:00,000 --> 00:00:01,500\nHELLO\n\n2\n01:01:01,042 --> 01:01:02,000\nTHERE\n"
+    )
+    assert as_vtt(tmp_path, PIECES[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
+
+
+def test_clock_carries_rounding_over():
+    assert clock(59.9996, ".") == "00:01:00.000"
+
+
+@pytest.mark.parametrize(
+    ("paths", "files"),
+    [
+        (["in/a.wav", "in/b.flac"], ["a.srt", "b.srt"]),
+        (["-"], ["stdin.srt"]),
+        (["x/a.wav", "x/a.mp3"], ["a.wav.srt", "a.mp3.srt"]),
+        (["x/talk.wav", "y/talk.wav", "y/other.wav"], ["x/talk.wav.srt", "y/talk.wav.srt", "other.srt"]),
+        (["x/A.wav", "y/a.wav"], ["x/A.wav.srt", "y/a.wav.srt"]),  # some disks do not tell case apart
+        (["/in/s/1.wav", "/in/t/u/1.wav"], ["s/1.wav.srt", "t/u/1.wav.srt"]),
+        (["v1.2.wav"], ["v1.2.srt"]),
+    ],
+)
+def test_each_recording_has_a_file_of_its_own(paths, files):
+    paths = [Path(path) for path in paths]
+    assert output_files(paths, Path("out"), ".srt") == {
+        path: Path("out") / file for path, file in zip(paths, files, strict=True)
+    }
+
+
+def test_the_same_recording_by_two_paths_is_refused():
+    with pytest.raises(InputError, match="a.wav and .*a.wav are the same file; give it once"):
+        output_files([Path("a.wav"), Path(os.path.abspath("a.wav"))], Path("out"), ".txt")
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "\u00e9" * 125, "\uac15" * 83])
+def test_a_long_name_is_cut_to_what_a_file_system_takes(stem, tmp_path):
+    (file,) = output_files([Path(f"{stem}.wav")], tmp_path, ".json").values()
+    file.write_text("")
+    assert file.suffix == ".json" and 200 < len(os.fsencode(file.name)) <= 255
