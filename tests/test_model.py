@@ -101,6 +101,12 @@ def test_a_memory_is_padded_with_silence_that_nobody_attends_to(model, ctc):
         assert padded.ctc_logits is None and padded.ctc_lengths is None
 
 
+def test_a_memory_of_one_frame_is_padded_like_a_longer_one(model):
+    memory = model.eval().listen(torch.randn(1, 3, 4), torch.tensor([3]))
+    assert memory.keys.shape[1] == 1 and memory.ctc_logits.shape[1] == 1
+    assert memory.padded(2, 3).ctc_logits.shape[:2] == (2, 3)
+
+
 def test_attention_runs_on_the_backend_that_is_asked_for_and_gives_weights_unless_told_not_to(model, monkeypatch):
     attention, asked = model.speller.attention, []
     module = importlib.import_module("las_fast.attention")

@@ -271,6 +271,15 @@ def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path,
     assert "threads" not in capsys.readouterr().out
 
 
+def test_a_stopped_training_says_how_to_go_on_or_to_start_again(archive, tmp_path):
+    made = make_trainer(archive, tmp_path, small())
+    assert "before anything was saved; start again" in train.how_to_go_on(made, ["--out", "x"])
+    made.saved_step = 7
+    for words in (["--out", "a b"], ["--out", "a b", "--resume"]):
+        said = train.how_to_go_on(made, words)
+        assert "step 7 is saved" in said and said.endswith("python -m las_fast.train --out 'a b' --resume")
+
+
 def train_stage(rate: float):
     from las_fast.config import TeacherForcingStage
 
@@ -566,6 +575,7 @@ def test_an_exported_model_keeps_everything_but_the_precision_of_its_weights(tmp
         ("dev,dev-clean", ("dev-clean",)),
         ("train+train-clean-100", ("train-clean-100", "train-clean-360")),
         ("100+460", ("train-clean-100", "train-clean-360")),
+        (" dev , DEV-clean", ("dev-clean",)),
     ],
 )
 def test_a_split_that_is_named_twice_is_taken_once(archive, tmp_path, split, names):

@@ -86,7 +86,7 @@ class PythonTarget:
 
     def _affordable(self, place: Place) -> list[str]:
         if place.names:
-            tests = self.tests.mentioning(place.names)
+            tests = self.tests.mentioning(place.names, place.file)
         else:
             tests = self.tests.running(place.file, place.first, place.last)
         return self.tests.within([test for test in tests if test not in self.distrusted], self.budget)

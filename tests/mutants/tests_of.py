@@ -103,10 +103,10 @@ class Tests:
                 tests.update(self.users.get(name, ()) if name.startswith("fixture ") else [name])
         return sorted(tests, key=lambda test: (self.cost(test), test))
 
-    def mentioning(self, names: Iterable[str]) -> list[str]:
-        """Return the tests that run any line in which one of these names stands, cheapest first."""
+    def mentioning(self, names: Iterable[str], file: str) -> list[str]:
+        """Return the tests that run any line in which one of these names stands, and those of the file's own module."""
         pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
-        tests: set[str] = set()
+        tests = {test for test in self.seconds if test.split("::")[0].endswith(f"/test_{Path(file).name}")}
         for path in sorted((self.root / self.folder).rglob("*.py")):
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if pattern.search(line):
