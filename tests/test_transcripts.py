@@ -38,6 +38,7 @@ def test_subtitles_have_the_times_of_the_pieces(tmp_path):
 
 def test_clock_carries_rounding_over():
     assert clock(59.9996, ".") == "00:01:00.000"
+    assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"
 
 
 @pytest.mark.parametrize(
