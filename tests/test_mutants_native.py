@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.base import ROOT
+from tests.mutants.cpp import refused_by
 from tests.mutants.cpp_rules import constants, cpp_mutants, schema
 from tests.mutants.triton import TritonTarget
 
@@ -102,6 +103,17 @@ def test_one_build_holds_all_faults_and_runs_one(tmp_path):
         on.value = numbers[edit]
         assert (toy.toy(3, 4), toy.toy(4, 3), toy.toy(3, 3)) == results
         assert reached[numbers[edit]]
+
+
+def test_what_does_not_compile_is_found_by_the_lines_of_the_messages():
+    mutants = cpp_mutants(TOY, "csrc/toy.cpp")
+    line = next(m.line for m in mutants if m.before == "x * W")
+    named = refused_by(f"/build/sources/toy.cpp:{line}:10: error: no match for 'operator/'", mutants)
+    assert {m.line for m in named} == {line}
+    led = f"/usr/x.h:3:1: error: wrong\n/build/sources/toy.cpp:{line}:10:   required from here"
+    assert refused_by(led, mutants) == named
+    with pytest.raises(SystemExit, match="no mutant is to blame"):
+        refused_by("/build/sources/toy.cpp:1:1: error: wrong", mutants)
 
 
 def test_the_kernels_are_edited_but_for_the_sizes_of_their_tiles():
