@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import EDITIONS, make_archive, make_librispeech, make_manifest
+from archives import EDITIONS, make_archive, make_librispeech, make_manifest, make_speech, write_audio
 from checkpoints import MODEL, make_checkpoint
 from fakes import FakeModel, config, memory
 from safetensors.numpy import save_file
@@ -513,7 +513,7 @@ def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh
 def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
     lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
     capsys.readouterr()
-    audio = sorted((here / "data" / "audio").iterdir())[0]
+    audio = write_audio(tmp_path / "said.wav", make_speech(0.9))
     model = ["--checkpoint", str(here / "untrained-20.safetensors"), "--device", "cpu"]
     arguments = [str(audio), *model, "--format", "json"]
     scores = []
