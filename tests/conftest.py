@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from las_fast.ops import backends
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 torch.set_num_threads(1)
+
+# A shell that runs the tests in the background, or nohup, has these ignored; tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signal in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(_signal, signal.SIG_DFL)
 
 
 def pytest_report_header() -> list[str]:
