@@ -1,9 +1,9 @@
 """What silence around each utterance of a split does to a checkpoint's scores.
 
-    python -m benchmarks.silence --checkpoint RUN|NAME --data MANIFEST [--split dev] [--every N] [--record]
+    python -m benchmarks.silence --checkpoint RUN|NAME --data MANIFEST [--split dev] [--untrimmed] [--record]
 
 Every recording is decoded as it is, and with SECONDS of digital zeros, or of white noise of some dB of full scale,
-before and after it; greedily and as the checkpoint's own settings say; with silence trimmed and without.
+before and after it, greedily and as the checkpoint's own settings say.
 """
 
 from __future__ import annotations
@@ -70,21 +70,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="dev")
     parser.add_argument("--every", type=int, default=1, help="take one utterance in so many (default: all)")
-    parser.add_argument("--untrimmed", action="store_true", help="also without trimming")
+    parser.add_argument("--untrimmed", action="store_true", help="with features.trim_silence off")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/silence.csv")
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
     corpus = open_corpus(options.data)
     utterances = [u for name in corpus.resolve(options.split) for u in corpus.utterances(name)][:: options.every]
-    for trimmed in (True, False) if options.untrimmed else (True,):
-        features = replace(loaded.config.features, trim_silence=trimmed)
-        model = loaded._replace(config=replace(loaded.config, features=features))
-        for seconds, db in AROUND:
-            with torch.inference_mode():
-                measure(model, utterances, options, seconds, db, trimmed)
+    features = replace(loaded.config.features, trim_silence=not options.untrimmed)
+    loaded = loaded._replace(config=replace(loaded.config, features=features))
+    for seconds, db in AROUND:
+        with torch.inference_mode():
+            measure(loaded, utterances, options, seconds, db)
 
 
-def measure(loaded: Loaded, utterances: list[Utterance], options, seconds: float, db, trimmed: bool) -> None:
+def measure(loaded: Loaded, utterances: list[Utterance], options, seconds: float, db: float | None) -> None:
     """Print and record the rows of one kind of silence."""
     data = Segments(list(hear(loaded, utterances, seconds, db)), [u.id for u in utterances])
     sources = sorted({u.path.parts[-3] for u in utterances})
@@ -93,7 +92,7 @@ def measure(loaded: Loaded, utterances: list[Utterance], options, seconds: float
         for part in ("all", *sources):
             rows = [i for i, u in enumerate(utterances) if part in ("all", u.path.parts[-3])]
             cer = score([utterances[i].transcript for i in rows], [texts[i] for i in rows]).cer
-            silence = (seconds, "zeros" if db is None else db, "yes" if trimmed else "no")
+            silence = (seconds, "zeros" if db is None else db, "no" if options.untrimmed else "yes")
             print(f"{seconds} s of {silence[1]}, trimmed: {silence[2]}, {way}, {part}: CER {cer:.2f}%")
             row = (options.checkpoint, options.split, part, *silence, way, len(rows), f"{cer:.2f}")
             if options.record:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import eq
 from typing import Any, NamedTuple
 
 import torch
@@ -479,7 +480,8 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
         texts:  B lists of tokens without <sos> and <eos>.
 
     Returns:
-        B scores; None where there is no CTC head, the text is empty, or it has more tokens than the head has frames.
+        B scores; None where there is no CTC head or the text is empty, -inf where it has more tokens than the head has
+        frames.
     """
     if memory.ctc_logits is None:
         return [None] * len(texts)
@@ -490,8 +492,9 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
     blanks = torch.log_softmax(memory.ctc_logits.float(), -1)[..., PAD]
     valid = torch.arange(blanks.shape[1], device=device) < lengths[:, None]
     ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts.clamp(min=1)
-    known = ((counts > 0) & (losses > 0)).tolist()  # the loss of what cannot be aligned is 0
-    return [ratio if is_known else None for ratio, is_known in zip(ratios.tolist(), known, strict=True)]
+    repeated = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=device)  # a blank parts these
+    ratios = ratios.masked_fill(counts + repeated > lengths, -math.inf)  # the loss of what cannot be aligned is 0
+    return [ratio if text else None for ratio, text in zip(ratios.tolist(), texts, strict=True)]
 
 
 def _decode(batch: Batch, *, model, config: DecodingConfig, device, scored: bool, **options) -> list[list[Hypothesis]]:

@@ -43,12 +43,13 @@ def segments(
     Segments do not depend on where the blocks end. statistics are those of the training data, for normalisation
     "global". A recording without speech yields nothing.
     """
-    seconds = config.shift_ms / 1000
+    seconds = frame_sizes(config)[1] / config.sample_rate
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
         for speech, frames in _parts(chunk, config):
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
-            start, end = ((first + frame) * seconds for frame in speech)
-            yield Segment(max(0.0, start - EDGE), end + EDGE, features)
+            start, end = (frame * seconds for frame in speech)
+            last = len(chunk) * seconds
+            yield Segment(first * seconds + max(0.0, start - EDGE), first * seconds + min(end + EDGE, last), features)
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ a recording are joined. Each file is written as soon as all of it is decoded.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import deque
@@ -62,6 +63,7 @@ class Transcript:
     waiting: int = 0  # segments that are not decoded yet
     noise: list[Piece] = field(default_factory=list)  # left out for their speech score
     is_read: bool = False
+    error: InputError | None = None  # why it cannot be read
 
 
 class Transcriber:
@@ -139,25 +141,27 @@ def transcribe(
         for path in paths:
             transcript = Transcript(path)
             open_ones.append(transcript)
-            try:
-                for segment in _heard(transcript, loaded, shown):
-                    transcriber.add(transcript, segment)
-                    if transcriber.is_full:
-                        transcriber.decode()
-                        yield from _finished(open_ones)
-            except InputError as error:
+            for segment in _heard(transcript, loaded, shown):
+                transcriber.add(transcript, segment)
+                if transcriber.is_full:
+                    transcriber.decode()
+                    yield from _finished(open_ones)
+            if transcript.error is not None:
                 open_ones.pop()
                 transcriber.decode()
                 yield from _finished(open_ones)
                 if not skip_bad:
-                    raise
-                warn(f"left out: {error}")
+                    raise transcript.error
+                warn(f"left out: {transcript.error}")
         transcriber.decode()
     yield from _finished(open_ones)
 
 
 def _heard(transcript: Transcript, loaded: Loaded, shown: Progress) -> Iterator[Segment]:
-    """Yield the segments of a recording; warn of what is wrong with it, and where it has no speech."""
+    """Yield the segments of a recording; warn of what is wrong with it, and where it has no speech.
+
+    Where it cannot be read, transcript.error says why.
+    """
     from las_fast.audio import open_recording
     from las_fast.segments import segments
 
@@ -172,10 +176,14 @@ def _heard(transcript: Transcript, loaded: Loaded, shown: Progress) -> Iterator[
             shown.update(len(block) / features.sample_rate)
 
     heard = False
-    with open_recording(transcript.path, features.sample_rate) as recording:
-        for segment in segments(blocks(), features, loaded.statistics):
-            heard = True
-            yield segment
+    try:
+        with open_recording(transcript.path, features.sample_rate) as recording:
+            for segment in segments(blocks(), features, loaded.statistics):
+                heard = True
+                yield segment
+    except InputError as error:
+        transcript.error = error
+        return
     for sentence in recording.warnings:
         warn(sentence)
     if not heard:
@@ -190,10 +198,14 @@ def _finished(transcripts: deque[Transcript]) -> Iterator[tuple[Path, list[Piece
         if done.noise:
             first = done.noise[0]
             warn(
-                f"{show(done.path)}: left out {len(done.noise)} pieces that sound like noise, the first at "
+                f"{show(done.path)}: left out {count(len(done.noise), 'piece')} that may be noise, the first at "
                 f"{first.start:.1f} s (speech score {first.speech_score:.2f}); --min-speech-score sets the limit"
             )
         yield done.path, done.pieces
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def estimated_seconds(path: Path) -> float:
@@ -241,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.beam is not None and options.beam < 1:
         raise InputError(f"--beam must be at least 1; got {options.beam}")
+    if math.isnan(options.min_speech_score):
+        raise InputError("--min-speech-score must be a number; got nan")
     paths = list(dict.fromkeys(options.files))
     if options.format in ("srt", "vtt") and len(paths) > 1 and options.out is None:
         raise InputError(f"{len(paths)} files make as many {options.format} files; say where with --out FOLDER")
@@ -283,6 +297,9 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
         return {}
     make_folder(options.out, "--out")
     targets = output_files(paths, options.out, SUFFIXES[options.format])
+    recordings = {os.path.realpath(path): path for path in paths}
+    if twin := next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None):
+        raise InputError(f"--out: the transcript of {show(twin)} would replace a recording; give another folder")
     there = {path: file for path, file in targets.items() if os.path.lexists(file)}
     if there and options.existing == "error":
         first = show(next(iter(there.values())))
@@ -303,7 +320,6 @@ def check_there(paths: list[Path]) -> None:
 def save(target: Path, text: str) -> None:
     from las_fast.checkpoint import write_text_atomically
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(target, text)
     write(show(target))
 

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from las_fast.errors import InputError, show
 from las_fast.outputs import NAME_MAX
 
 
@@ -64,33 +63,32 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:
     """Return the file in `folder` that each of the distinct paths is written to.
 
-    It has the recording's name with the suffix instead of its own. Names that would be the same keep their own suffix,
-    and the folders below the one that all recordings share.
-
-    Raises:
-        InputError: two of the paths are the same file.
+    It has the recording's name with the suffix instead of its own. Recordings whose files would be the same keep their
+    own suffix, and then get a number.
     """
-    names = {path: Path("stdin" if str(path) == "-" else path.stem) for path in paths}
-    real: dict[str, Path] = {}
-    for path in paths:
-        if (other := real.setdefault(os.path.realpath(path), path)) is not path:
-            raise InputError(f"{show(other)} and {show(path)} are the same file; give it once")
-    for longer in (lambda path: Path(path.name), lambda path: _below(paths, path), lambda path: path):
-        counts = Counter(str(name).casefold() for name in names.values())  # some disks do not tell case apart
-        for path, name in names.items():
-            if counts[str(name).casefold()] > 1:
-                names[path] = longer(path)
-    return {path: folder / _shortened(name, suffix) for path, name in names.items()}
+    stems = {path: "stdin" if str(path) == "-" else path.stem or path.name for path in paths}
+    counts = Counter(_folded(stem, suffix) for stem in stems.values())
+    taken: set[str] = set()
+    files = {}
+    for path, stem in stems.items():
+        if counts[_folded(stem, suffix)] > 1:
+            stem = path.name if str(path) != "-" else stem
+        number, name = 1, stem
+        while _folded(name, suffix) in taken:
+            number += 1
+            name = f"{stem[: NAME_MAX // 2]}-{number}"
+        taken.add(_folded(name, suffix))
+        files[path] = folder / _shortened(name, suffix)
+    return files
 
 
-def _below(paths: list[Path], path: Path) -> Path:
-    """Return the path relative to the folder that all paths share."""
-    absolute = [os.path.abspath(other.parent) for other in paths]
-    return Path(os.path.relpath(os.path.abspath(path), os.path.commonpath(absolute)))
+def _folded(name: str, suffix: str) -> str:
+    """Return what two names share that are one file: some disks do not tell case apart."""
+    return _shortened(name, suffix).casefold()
 
 
-def _shortened(name: Path, suffix: str) -> Path:
-    """Return name + suffix, its last part cut to what a file system takes."""
+def _shortened(name: str, suffix: str) -> str:
+    """Return name + suffix, the name cut to what a file system takes."""
     room = NAME_MAX - len(suffix)
-    last = os.fsencode(name.name)[:room].decode("utf-8", "ignore") if len(os.fsencode(name.name)) > room else name.name
-    return name.with_name(last + suffix)
+    data = os.fsencode(name or "recording")
+    return (data[:room].decode("utf-8", "ignore") if len(data) > room else name or "recording") + suffix

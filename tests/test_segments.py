@@ -68,6 +68,20 @@ def test_segments_are_where_speech_is():
         assert len(segment.features) == pytest.approx(100 * (end - start) + 100, abs=60)
 
 
+@pytest.mark.parametrize("rate", [11_025, 16_000, 22_050])
+def test_times_do_not_drift_and_stay_within_the_recording(rate):
+    speech = [make_speech(3, rate=rate, seed=seed) for seed in (1, 2)]
+    samples = np.concatenate([speech[0], np.zeros(120 * rate, np.float32), speech[1]])
+    first, last = segments(blocks(samples, rate), FeatureConfig(size=23, sample_rate=rate))
+    assert last.start == pytest.approx(123, abs=0.3) and 125.7 < last.end <= 126.01
+    assert 0 <= first.start < 0.3
+
+
+def test_segments_of_unbroken_speech_do_not_overlap():
+    found = list(segments([make_speech(50)], CONFIG))
+    assert len(found) > 2 and all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+
+
 def test_a_short_pause_ends_no_segment():
     for pause, count in ((0.6, 1), (2.0, 2)):
         assert len(list(segments([joined(make_speech(3), hiss(pause), make_speech(3))], CONFIG))) == count

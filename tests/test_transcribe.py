@@ -115,6 +115,7 @@ def test_a_file_where_the_folder_should_be_is_named_before_any_work(here, capsys
         (["gone.wav"], [], "gone.wav"),
         (["short.wav", "other.flac"], ["--format", "srt"], "say where with --out FOLDER"),
         (["short.wav"], ["--beam", "100000"], "decoding.beam must be at most"),
+        (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),
     ],
@@ -157,6 +158,24 @@ def test_texts_do_not_depend_on_what_is_decoded_together(here, capsys, monkeypat
     monkeypatch.setattr(module, "POOL_SECONDS", pool)
     transcribe(here, "--format", "json", files=["long.wav", "short.wav"])
     assert capsys.readouterr().out == expected
+
+
+def test_what_cannot_be_decoded_is_an_error_of_its_own(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "POOL_SECONDS", 0.1)
+
+    def failing(*arguments, **options):
+        raise InputError("no memory")
+
+    monkeypatch.setattr(search, "decode_dataset", failing)
+    with pytest.raises(InputError, match="no memory"):
+        transcribe(here, "--on-bad", "skip", "--out", str(tmp_path), files=["short.wav", "other.flac"])
+
+
+def test_a_recording_is_never_replaced_by_a_transcript(here, tmp_path):
+    (tmp_path / "said.txt").write_bytes((here / "short.wav").read_bytes())
+    words = ["--checkpoint", str(here / "untrained-20.safetensors"), "--out", str(tmp_path), "--existing", "replace"]
+    with pytest.raises(InputError, match="said.txt would replace a recording"):
+        main([str(tmp_path / "said.txt"), *words])
 
 
 def test_a_missing_file_is_said_before_the_work(here, tmp_path):
@@ -208,7 +227,7 @@ def test_text_out_of_noise_is_left_out_and_said(here, capsys, monkeypatch):
     transcribe(here, "--format", "json", files=["long.wav"])
     out, err = capsys.readouterr()
     (piece,) = json.loads(out)["pieces"]
-    assert piece["speech_score"] == 3.0 and "left out 1 pieces that sound like noise, the first at 0.0 s" in err
+    assert piece["speech_score"] == 3.0 and "left out 1 piece that may be noise, the first at 0.0 s" in err
     transcribe(here, "--format", "json", "--min-speech-score", "0.5", files=["long.wav"])
     out, err = capsys.readouterr()
     assert len(json.loads(out)["pieces"]) == 2 and "noise" not in err
