@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import Statistics, normalise
 from las_fast.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config
-from las_fast.silence import band_energy, find_speech, is_usual, level_silence, near, spans
+from las_fast.silence import band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
 
 LONGEST = 20.0  # seconds of a chunk
 QUIET_SPAN = 0.2  # seconds over which energy is averaged to find a place to cut
@@ -76,8 +76,7 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
 
     A cut is made where the recording is quietest in the second half of what a chunk may hold.
     """
-    most, span = (round(seconds * 1000 / config.shift_ms) for seconds in (LONGEST, QUIET_SPAN))
-    span = max(1, span)
+    most, span = frames_in(LONGEST, config), frames_in(QUIET_SPAN, config)
     held, first = torch.empty(0), 0
     for more in frames:
         held = torch.cat([held, more]) if len(held) else more

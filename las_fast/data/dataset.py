@@ -97,9 +97,8 @@ def _recognise_below(root: Path) -> dict[str, Callable[[], Corpus]]:
     level = [root]
     for _ in range(2):
         children = [child for folder in level for child in subfolders(folder)][:MANY]
-        level = list({os.path.realpath(child): child for child in children[::-1]}.values())[
-            ::-1
-        ]  # a link is its folder
+        once = {os.path.realpath(child): child for child in reversed(children)}  # a link is its folder
+        level = list(once.values())[::-1]
         found: dict[str, Callable[[], Corpus]] = {}
         for folder in level:
             found |= _recognise(folder, certain=True)
