@@ -26,9 +26,8 @@ from las_fast.features import add_deltas, speech_features
 from las_fast.lm import language_table
 from las_fast.metrics import score
 from las_fast.progress import track
+from las_fast.recogniser import Utterances
 from las_fast.search import decode_dataset
-from las_fast.segments import Segment
-from las_fast.transcribe import Segments
 
 FILE = record.RESULTS / "silence.csv"
 COLUMNS = (*record.WHERE, "checkpoint", "split", "part", "seconds", "db", "trimmed", "way", "utterances", "cer")
@@ -43,17 +42,19 @@ def surrounded(samples: np.ndarray, rate: int, seconds: float, db: float | None,
     return np.concatenate([silence[0], samples, silence[1]])
 
 
-def hear(loaded: Loaded, utterances: list[Utterance], seconds: float, db: float | None) -> Iterator[Segment]:
-    """Yield the features of each utterance with silence around it, as decoding makes them."""
+def hear(
+    loaded: Loaded, utterances: list[Utterance], seconds: float, db: float | None
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Yield the features and the seconds of each utterance with silence around it, as decoding makes them."""
     config = loaded.config.features
     for seed, utterance in enumerate(track(utterances, f"{seconds} s of {db} dB", "utterances")):
         samples = surrounded(load_audio(utterance.path, config.sample_rate), config.sample_rate, seconds, db, seed)
         ((frames, _),) = speech_features([samples], config)
         features = add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
-        yield Segment(0.0, len(samples) / config.sample_rate, features)
+        yield features, len(samples) / config.sample_rate
 
 
-def decode(loaded: Loaded, data: Segments, decoding: DecodingConfig) -> list[str]:
+def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[str]:
     ngram = language_table(None, decoding, loaded, "cpu")
     found = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram, device="cpu")
     return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in found]
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(loaded: Loaded, utterances: list[Utterance], options, seconds: float, db: float | None) -> None:
     """Print and record the rows of one kind of silence."""
-    data = Segments(list(hear(loaded, utterances, seconds, db)), [u.id for u in utterances])
+    features, lengths = zip(*hear(loaded, utterances, seconds, db), strict=True)
+    data = Utterances(list(features), [u.id for u in utterances], lengths)
     sources = sorted({u.path.parts[-3] for u in utterances})
     for way, decoding in ways(loaded.config.decoding).items():
         texts = decode(loaded, data, decoding)

@@ -1,3 +1,48 @@
-"""las_fast: Listen, Attend and Spell, fast and proven."""
+"""las_fast: Listen, Attend and Spell, fast and proven.
+
+    import las_fast
+
+    model = las_fast.load("speech13h")
+    print(model.transcribe("talk.mp3").text)
+
+Importing it is instant: torch is imported when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from las_fast import ops
+    from las_fast.errors import InputError
+    from las_fast.model import LAS
+    from las_fast.recogniser import Recogniser, load
+    from las_fast.transcripts import Hypothesis, Segment, Transcript
 
 __version__ = "0.2.0"
+__all__ = ["LAS", "Hypothesis", "InputError", "Recogniser", "Segment", "Transcript", "__version__", "load", "ops"]
+
+_MODULES = {
+    "LAS": "model",
+    "Hypothesis": "transcripts",
+    "InputError": "errors",
+    "Recogniser": "recogniser",
+    "Segment": "transcripts",
+    "Transcript": "transcripts",
+    "load": "recogniser",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'las_fast' has no attribute {name!r}")
+    if name == "ops":
+        return importlib.import_module("las_fast.ops")
+    value = getattr(importlib.import_module(f"las_fast.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,8 +11,10 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -20,12 +22,13 @@ import soxr
 
 from las_fast.containers import OGG_CODECS, Layout, Source, Stream, View, find_streams, foreign_format
 from las_fast.errors import InputError, show
+from las_fast.samples import RATES, Samples
 
-RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
 TOLERANCE = 0.1  # seconds that may be missing at the end; recorders count their header as sound
 BLOCK = 1 << 18  # numbers in a block at most, over all channels
 LONGEST_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
 LOUDEST = 1e6  # a sample; full scale is 1
+Audio = str | os.PathLike[str] | BinaryIO | Samples  # a path, "-" for standard input, bytes or an array
 READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
 WHOLE_NUMBERS = 4.0  # samples above this may be whole numbers that somebody forgot to divide by their full scale
 CANCELLED = 0.1  # energy of the mean of channels, relative to that of unrelated channels, below which they cancel
@@ -63,10 +66,23 @@ def load_audio(
 
 
 def open_recording(
-    path: str | Path, sample_rate: int, *, start: float = 0.0, seconds: float | None = None
+    path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None
 ) -> Recording:
-    """Open a recording of any length for reading block by block; arguments and errors are those of load_audio."""
+    """Open a recording of any length for reading block by block; arguments and errors are those of load_audio.
+
+    path may also be a binary file object, which is read from where it stands to its end, or Samples.
+    """
     return Recording(path, sample_rate, start=start, seconds=seconds)
+
+
+def name_of(recording: Audio) -> str:
+    """Return what errors and warnings call a recording."""
+    if isinstance(recording, Samples):
+        return "the array"
+    if isinstance(recording, (str, os.PathLike)):
+        return "standard input" if os.fspath(recording) == "-" else show(recording)
+    name = getattr(recording, "name", None)
+    return show(name) if isinstance(name, str) and name else "the file object"
 
 
 def loudness(samples: np.ndarray) -> float:
@@ -83,7 +99,7 @@ class Recording:
 
     def __init__(
         self,
-        path: str | Path,
+        path: Audio,
         sample_rate: int,
         *,
         start: float = 0.0,
@@ -92,7 +108,7 @@ class Recording:
         judge: bool = True,
     ):
         self.path, self.sample_rate = path, sample_rate
-        self.name = "standard input" if str(path) == "-" else show(path)
+        self.name = name_of(path)
         self.warnings: list[str] = []
         self._start, self._seconds, self._whole = start, seconds, whole
         self._judge = _Judge(sample_rate) if judge else None
@@ -515,9 +531,13 @@ class _Judge:
 # ------------------------------------------------------------------------------------------------------ opening files
 
 
-def _open(path: str | Path, name: str, *, pipes: bool) -> int:
-    """Return the descriptor of a regular file with these bytes: the file, or a copy of what a pipe gives."""
-    if str(path) == "-":
+def _open(path: Audio, name: str, *, pipes: bool) -> int:
+    """Return the descriptor of a regular file with these bytes: the file, or a copy of what is no regular file."""
+    if isinstance(path, Samples):
+        return _filled(path.write, name)
+    if not isinstance(path, (str, os.PathLike)):
+        return _filled(partial(_copy, path.read, name), name)
+    if os.fspath(path) == "-":
         descriptor = _standard_input()
     else:
         _look(path, name, pipes=pipes)
@@ -570,15 +590,31 @@ def _spool(descriptor: int, name: str, mode: int) -> int:
         raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
+    return _filled(partial(_copy, partial(os.read, descriptor), name), name)
+
+
+def _copy(read: Callable[[int], bytes], name: str, descriptor: int) -> None:
+    """Write what read gives to a file."""
+    try:
+        while data := read(1 << 20):
+            while data:
+                data = data[os.write(descriptor, data) :]
+    except TypeError:
+        raise InputError(f"{name} gives text and not bytes; open it with open(path, 'rb')") from None
+    except ValueError as error:  # it is closed, or open for writing
+        reason = str(error).rstrip(".")
+        raise InputError(f"{name} cannot be read ({reason}); open it again with open(path, 'rb')") from None
+
+
+def _filled(write: Callable[[int], None], name: str) -> int:
+    """Return the descriptor of a new file without a name that holds what write(descriptor) puts there."""
     copy = _temporary()
     try:
-        while data := os.read(descriptor, 1 << 20):
-            while data:
-                data = data[os.write(copy, data) :]
-    except OSError as error:
+        write(copy)
+    except (OSError, soundfile.LibsndfileError) as error:
         os.close(copy)
         raise InputError(
-            f"{name} could not be copied to a temporary file ({error.strerror}); "
+            f"{name} could not be copied to a temporary file ({getattr(error, 'strerror', None) or _reason(error)}); "
             "make room or set TMPDIR to a folder with room"
         ) from None
     except BaseException:

@@ -11,10 +11,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from las_fast.errors import JSON_ESCAPES, InputError, Stopped, from_outside, mute, say_error, show
+from las_fast.errors import JSON_ESCAPES, InputError, Stopped, from_outside, lacks_memory, mute, say_error, show
 from las_fast.progress import close_all
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 LARGE, LARGE_OF_BATCHES = 2**25, 2**20  # bytes of blocks that have pages of their own, in training and in decoding
@@ -57,6 +60,32 @@ def make_folder(path: Path, option: str) -> None:
 def cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(name: str, option: str = "--device ") -> torch.device:
+    """Return the torch.device of that name; "auto" is CUDA where there is one. option stands before the name in errors.
+
+    Raises:
+        InputError: there is no such device here, or it cannot be used.
+    """
+    import torch
+
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    plain = name.strip().lower()
+    if plain == "auto":
+        plain = "cuda" if "cuda" in there else "cpu"
+    if plain not in there:
+        raise InputError(f"{option}{name}: there is no such device here; this machine has {', '.join(there)}")
+    try:
+        torch.zeros(1, device=plain).item()
+    except RuntimeError as error:
+        reason = "its memory is full" if lacks_memory(error) else str(error).strip().partition("\n")[0]
+        raise InputError(f"{option}{plain} cannot be used ({reason}); wait for it, or give {option}cpu") from None
+    return torch.device(plain)
 
 
 def tune_memory() -> None:

@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, run
+from las_fast.cli import choose_device, give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
-from las_fast.errors import InputError, lacks_memory
-from las_fast.lm import default_weight, language_table
+from las_fast.errors import InputError
+from las_fast.lm import default_weight
 from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.outputs import first_line, make_room
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
-    import torch
-
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
     from las_fast.metrics import Scores
@@ -101,35 +99,13 @@ def is_jsonl(path: Path) -> bool:
     return first_line(path).startswith('{"id": ')
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the torch.device that --device means; InputError where there is none of that name, or it is of no use."""
-    import torch
-
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    plain = name.strip().lower()
-    if plain == "auto":
-        plain = "cuda" if "cuda" in there else "cpu"
-    if plain not in there:
-        raise InputError(f"--device {name}: there is no such device here; this machine has {', '.join(there)}")
-    try:
-        torch.zeros(1, device=plain).item()
-    except RuntimeError as error:
-        reason = "its memory is full" if lacks_memory(error) else str(error).strip().partition("\n")[0]
-        raise InputError(f"--device {plain} cannot be used ({reason}); wait for it, or give --device cpu") from None
-    return torch.device(plain)
-
-
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:
     """Decode options.split and write and print everything that was asked for."""
     from las_fast.data.dataset import load_dataset, open_corpus
-    from las_fast.search import decode_dataset
+    from las_fast.recogniser import Recogniser
 
-    device = choose_device(options.device)
-    ngram = language_table(options.lm, decoding, loaded, device)
+    model = Recogniser(loaded, choose_device(options.device), lm_option="--lm ")
+    decoder = model.decoder(decoding, options.lm)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
@@ -145,9 +121,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     )
     check_references(dataset, loaded, normalised=options.normalise_text or data.normalise_text)
     started = time.perf_counter()
-    found = decode_dataset(
-        loaded.model, dataset, loaded.vocabulary, decoding, nbest=options.nbest, ngram=ngram, device=device
-    )
+    found = model.decode_dataset(dataset, decoder, nbest=options.nbest)
     seconds = time.perf_counter() - started
     rows = [describe(dataset, i, found[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, splits, dataset, rows)

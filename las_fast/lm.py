@@ -299,13 +299,17 @@ def _is_sound(model: LanguageModel) -> bool:
 # ------------------------------------------------------------------------------------------------------- for decoding
 
 
-def default_weight(decoding: DecodingConfig, lm: str | None) -> DecodingConfig:
+def default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | None) -> DecodingConfig:
     """Return the settings with a weight for the model that --lm names, where they have none."""
     return replace(decoding, ngram_weight=WEIGHT) if lm and not decoding.ngram_weight else decoding
 
 
-def language_table(lm: str | None, decoding: DecodingConfig, loaded: Loaded, device) -> torch.Tensor | None:
-    """Return the table of the model that --lm names, or else that lies beside the checkpoint; None at weight 0.
+def language_table(
+    lm: str | None, decoding: DecodingConfig, loaded: Loaded, device: torch.device | str, option: str = "--lm "
+) -> torch.Tensor | None:
+    """Return the table of the model that lm names, or else that lies beside the checkpoint; None at weight 0.
+
+    option stands before the name in errors.
 
     Raises:
         InputError: a weight without a model, a model without a weight, or one of other characters.
@@ -314,12 +318,12 @@ def language_table(lm: str | None, decoding: DecodingConfig, loaded: Loaded, dev
 
     if not decoding.ngram_weight:
         if lm:
-            raise InputError(f"--lm {lm} has no effect where decoding.ngram_weight is 0; leave one of them out")
+            raise InputError(f"{option}{lm} has no effect where decoding.ngram_weight is 0; leave one of them out")
         return None
-    path = find_lm(lm, loaded.path)
+    path = find_lm(lm, loaded.path, option)
     if path is None:
         raise InputError(
-            f"decoding.ngram_weight is {decoding.ngram_weight:g} and there is no language model; give --lm FILE, "
+            f"decoding.ngram_weight is {decoding.ngram_weight:g} and there is no language model; give {option}FILE, "
             f"put one beside the checkpoint as {beside(loaded.path)}, or set the weight to 0"
         )
     model = load_lm(path)
@@ -336,8 +340,8 @@ def beside(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".lm.safetensors")
 
 
-def find_lm(lm: str | None, checkpoint: Path) -> Path | None:
-    """Return the file that --lm names, a path or a released model's name; else the checkpoint's own or None."""
+def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | None:
+    """Return the file that lm names, a path or a released model's name; else the checkpoint's own or None."""
     from las_fast.checkpoint import RELEASED
 
     if lm is None:
@@ -347,7 +351,7 @@ def find_lm(lm: str | None, checkpoint: Path) -> Path | None:
     released = {path.name.removesuffix(".lm.safetensors"): path for path in RELEASED.glob("*.lm.safetensors")}
     if lm not in released:
         known = f", nor one of the released: {', '.join(sorted(released))}" if released else ""
-        raise InputError(f"--lm {lm} is not a file{known}; make one with python -m las_fast.lm")
+        raise InputError(f"{option}{lm} is not a file{known}; make one with python -m las_fast.lm")
     return released[lm]
 
 

@@ -415,13 +415,14 @@ def decode_dataset(
     *,
     nbest: int = 1,
     ngram: Tensor | None = None,
+    packed: Tensor | None = None,
     speech_scores: bool = False,
     progress: bool = True,
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
     """Beam-search every utterance; return their hypotheses in the dataset's order.
 
-    nbest and ngram are as in beam_search. With speech_scores the best hypothesis of each utterance has its score.
+    nbest, ngram and packed are as in beam_search. With speech_scores each utterance's best hypothesis has its score.
     Utterances are batched by length under config.frames_per_batch. A batch that does not fit in memory is halved and
     tried again, and those after it are kept as small.
 
@@ -429,7 +430,7 @@ def decode_dataset(
         InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
     """
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
-    packed = packed_weights(model, config, device)
+    packed = packed_weights(model, config, device) if packed is None else packed
     options = {"nbest": nbest, "ngram": ngram, "packed": packed}
     decode = partial(_decode, model=model, config=config, device=device, scored=speech_scores, **options)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]

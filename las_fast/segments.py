@@ -27,8 +27,8 @@ EDGE = 0.1  # seconds added before and after speech in the times of a segment
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A stretch of speech: its times in seconds, and its features (T, input_size) as the model takes them."""
+class Speech:
+    """A segment: its times in seconds, and its features (T, input_size) as the model takes them."""
 
     start: float
     end: float
@@ -37,7 +37,7 @@ class Segment:
 
 def segments(
     blocks: Iterable[np.ndarray], config: FeatureConfig, statistics: Statistics | None = None
-) -> Iterator[Segment]:
+) -> Iterator[Speech]:
     """Yield the segments of a recording that comes in blocks (n,) float32 at config.sample_rate.
 
     Segments do not depend on where the blocks end. statistics are those of the training data, for normalisation
@@ -49,7 +49,7 @@ def segments(
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
             start, end = (frame * seconds for frame in speech)
             last = len(chunk) * seconds
-            yield Segment(first * seconds + max(0.0, start - EDGE), first * seconds + min(end + EDGE, last), features)
+            yield Speech(first * seconds + max(0.0, start - EDGE), first * seconds + min(end + EDGE, last), features)
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:

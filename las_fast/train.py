@@ -18,9 +18,8 @@ from operator import attrgetter, eq
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import cores, make_folder, run
+from las_fast.cli import choose_device, cores, make_folder, run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
-from las_fast.decode import choose_device
 from las_fast.errors import InputError, say_error
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.outputs import AVERAGED, BEST, LAST

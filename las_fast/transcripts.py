@@ -5,31 +5,83 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from las_fast.outputs import NAME_MAX
 
+MIN_SPEECH_SCORE = 1.0  # of a text; below it lie texts made out of noise
+POOL_SECONDS = 600.0  # of speech that are decoded together
+SHOWN = 60  # characters of a text in a repr
+
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of a recording and what was said in it; times in seconds."""
+class Hypothesis:
+    """One reading of a stretch of speech."""
+
+    text: str
+    score: float  # sum of what each token adds: natural log-probabilities, see las_fast.search.beam_search
+    mean_score: float  # per token, the end counted
+    speech_score: float | None  # see las_fast.search.speech_scores; None without a CTC head, and but for the best
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording and what was said in it; times in seconds. The scores are as in Hypothesis."""
 
     start: float
     end: float
     text: str
-    score: float  # of the text, as las_fast.search.Hypothesis has it
-    mean_score: float  # per token, the end counted: natural logarithm
-    speech_score: float | None  # as las_fast.search.speech_scores has it; None without a CTC head
+    score: float
+    mean_score: float
+    speech_score: float | None
+    nbest: tuple[Hypothesis, ...] = field(default=(), repr=False)  # best first; the text is that of the first
 
 
-def as_text(path: Path, pieces: list[Piece]) -> str:
-    return " ".join(piece.text for piece in pieces if piece.text) + "\n"
+@dataclass(frozen=True, repr=False)
+class Transcript:
+    """What was said in a recording."""
+
+    text: str  # of all segments
+    segments: tuple[Segment, ...]  # in order
+    noise: tuple[Segment, ...] = ()  # left out because of a low speech score: texts that may be made out of noise
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}..."
+        noise = f", {len(self.noise)} left out" if self.noise else ""
+        return f"Transcript({text!r}, {count(len(self.segments), 'segment')}{noise})"
 
 
-def as_json(path: Path, pieces: list[Piece]) -> str:
-    rows = [{name: _rounded(value) for name, value in vars(piece).items()} for piece in pieces]
-    whole = {"file": os.fspath(path), "text": as_text(path, pieces).strip(), "pieces": rows}
+def joined(segments: Iterable[Segment]) -> str:
+    """Return the text of all segments."""
+    return " ".join(segment.text for segment in segments if segment.text)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def noise_warning(name: str, transcript: Transcript, option: str) -> str:
+    """Return the sentence on what was left out of a transcript as noise; option: sets the limit."""
+    first = transcript.noise[0]
+    return (
+        f"{name}: left out {count(len(transcript.noise), 'piece')} that may be noise, the first at "
+        f"{first.start:.1f} s (speech score {first.speech_score:.2f}); {option} sets the limit"
+    )
+
+
+def as_text(path: Path, segments: Sequence[Segment]) -> str:
+    return joined(segments) + "\n"
+
+
+def as_json(path: Path, segments: Sequence[Segment]) -> str:
+    names = [f.name for f in fields(Segment) if f.name != "nbest"]
+    rows = [{name: _rounded(getattr(segment, name)) for name in names} for segment in segments]
+    whole = {"file": os.fspath(path), "text": joined(segments).strip(), "pieces": rows}
     return json.dumps(whole, ensure_ascii=False) + "\n"
 
 
@@ -37,16 +89,14 @@ def _rounded(value):
     return round(value, 4) if isinstance(value, float) else value
 
 
-def as_srt(path: Path, pieces: list[Piece]) -> str:
-    told = [piece for piece in pieces if piece.text]
-    return "\n".join(
-        f"{n}\n{clock(piece.start, ',')} --> {clock(piece.end, ',')}\n{piece.text}\n" for n, piece in enumerate(told, 1)
-    )
+def as_srt(path: Path, segments: Sequence[Segment]) -> str:
+    told = enumerate((segment for segment in segments if segment.text), 1)
+    return "\n".join(f"{n}\n{clock(s.start, ',')} --> {clock(s.end, ',')}\n{s.text}\n" for n, s in told)
 
 
-def as_vtt(path: Path, pieces: list[Piece]) -> str:
-    told = [piece for piece in pieces if piece.text]
-    return "WEBVTT\n" + "".join(f"\n{clock(p.start, '.')} --> {clock(p.end, '.')}\n{p.text}\n" for p in told)
+def as_vtt(path: Path, segments: Sequence[Segment]) -> str:
+    told = [segment for segment in segments if segment.text]
+    return "WEBVTT\n" + "".join(f"\n{clock(s.start, '.')} --> {clock(s.end, '.')}\n{s.text}\n" for s in told)
 
 
 def clock(seconds: float, point: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import give_large_blocks_back, need_stdout, run
+from las_fast.cli import choose_device, give_large_blocks_back, need_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
 from las_fast.lm import default_weight, language_table
@@ -69,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
         kind = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
         make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model, write_text_atomically
-    from las_fast.decode import choose_device
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint, device)

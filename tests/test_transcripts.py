@@ -1,4 +1,4 @@
-"""Pieces into text, JSON and subtitles, and the files that they go to."""
+"""Segments into text, JSON and subtitles, and the files that they go to."""
 
 import json
 import os
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from las_fast.transcripts import Piece, as_json, as_srt, as_text, as_vtt, clock, output_files
+from las_fast.transcripts import Segment, as_json, as_srt, as_text, as_vtt, clock, output_files
 
-PIECES = [
-    Piece(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
-    Piece(1.5, 2.0, "", -0.1, -0.1, None),
-    Piece(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0),
+SEGMENTS = [
+    Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
+    Segment(1.5, 2.0, "", -0.1, -0.1, None),
+    Segment(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0),
 ]
 
 
-def test_texts_of_the_pieces_are_joined(tmp_path):
-    assert as_text(tmp_path, PIECES) == "HELLO THERE\n"
+def test_texts_of_the_segments_are_joined(tmp_path):
+    assert as_text(tmp_path, SEGMENTS) == "HELLO THERE\n"
 
 
 def test_json_holds_times_and_scores():
-    row = json.loads(as_json(Path("a/b.wav"), PIECES))
+    row = json.loads(as_json(Path("a/b.wav"), SEGMENTS))
     assert row["file"] == "a/b.wav" and row["text"] == "HELLO THERE" and len(row["pieces"]) == 3
     assert row["pieces"][2] == {
         "start": 3661.0425, "end": 3662.0, "text": "THERE", "score": -2.0, "mean_score": -0.3333, "speech_score": 4.0,
@@ -28,11 +28,11 @@ def test_json_holds_times_and_scores():
     assert row["pieces"][1]["speech_score"] is None
 
 
-def test_subtitles_have_the_times_of_the_pieces(tmp_path):
-    assert as_srt(tmp_path, PIECES) == (
+def test_subtitles_have_the_times_of_the_segments(tmp_path):
+    assert as_srt(tmp_path, SEGMENTS) == (
         "1\n00:00:00,000 --> 00:00:01,500\nHELLO\n\n2\n01:01:01,042 --> 01:01:02,000\nTHERE\n"
     )
-    assert as_vtt(tmp_path, PIECES[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
+    assert as_vtt(tmp_path, SEGMENTS[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
 
 
 def test_clock_carries_rounding_over():

@@ -1,0 +1,433 @@
+"""A trained model as an object: recordings into transcripts, features into hypotheses. The commands use it too.
+
+    model = las_fast.load("speech13h")
+    print(model.transcribe("talk.mp3").text)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from las_fast import search
+from las_fast.audio import Audio, name_of, open_recording
+from las_fast.checkpoint import Loaded, load_model
+from las_fast.cli import choose_device
+from las_fast.config import DecodingConfig, check_decoding
+from las_fast.data.dataset import normalise
+from las_fast.errors import InputError, show
+from las_fast.features import add_deltas
+from las_fast.lm import default_weight, find_lm, language_table
+from las_fast.outputs import BEST
+from las_fast.samples import Samples, is_array, to_numpy, to_samples
+from las_fast.segments import Speech, segments
+from las_fast.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Segment, Transcript, joined, noise_warning
+
+if TYPE_CHECKING:
+    from las_fast.data.dataset import SpeechDataset
+
+StrPath = str | os.PathLike[str]
+Array = np.ndarray | Tensor
+LanguageModel = StrPath | Literal[False] | None
+
+
+def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogniser:
+    """Load a trained model.
+
+    Args:
+        checkpoint: name of a released model ("speech13h", "an4"), folder of a training, or a file that one wrote.
+        device:     "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: there is no such model or device, or the file is damaged.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise InputError(f"a checkpoint is the name of a released model or a path; got {_kind(checkpoint)}")
+    where = choose_device(str(device), "device=")
+    return Recogniser(load_model(os.fspath(checkpoint), where), where)
+
+
+class Decoder(NamedTuple):
+    """What a search needs besides the model."""
+
+    config: DecodingConfig
+    ngram: Tensor | None  # as in las_fast.search.beam_search
+    packed: Tensor | None
+
+
+class Utterances:
+    """Features (T, input_size) as the model takes them, as las_fast.search.decode_dataset wants a data set."""
+
+    def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
+        self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
+        self.frames = np.array([len(x) for x in features], np.int64)
+        self.texts = [None] * len(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.features[i]
+
+
+class Recogniser:
+    """A trained model that transcribes recordings and decodes features; `las_fast.load` makes one.
+
+    Threads may share it. What a search needs besides the weights (the table of the language model, and the weights in
+    the order in which C++ reads them) is made by the first call and kept, so the weights must not be changed.
+
+    Attributes:
+        loaded: the network, its settings and its vocabulary.
+        device: that it runs on.
+
+    lm_option stands before the name of a language model in errors.
+    """
+
+    def __init__(self, loaded: Loaded, device: torch.device, *, lm_option: str = "lm="):
+        self.loaded, self.device, self._lm_option = loaded, device, lm_option
+        self._lock = threading.Lock()
+        self._table: tuple[Any, Tensor | None, DecodingConfig] | None = None  # of the last language model, and its key
+        self._packed: dict[str, Tensor | None] = {}  # by precision
+
+    def __repr__(self) -> str:
+        path = self.loaded.path
+        name = path.parent.name if path.name == BEST else path.stem
+        return f"<las_fast.Recogniser {show(name)} on {self.device}>"
+
+    def transcribe(
+        self,
+        recording: StrPath | BinaryIO | Array,
+        sample_rate: int | None = None,
+        *,
+        beam: int | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
+        min_speech_score: float = MIN_SPEECH_SCORE,
+    ) -> Transcript:
+        """Return what is said in a recording of any length, which is cut at its pauses into segments of speech.
+
+        What makes a recording hard to recognise (telephone band, clipping, a missing end) is a UserWarning.
+
+        Args:
+            recording:        a path ("-" is standard input); a binary file object, read from where it stands; or an
+                              array or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
+            sample_rate:      of an array, in Hz; files know their own.
+            beam:             hypotheses followed, 1 is greedy; None: as the checkpoint's settings say.
+            lm:               file of a language model or name of a released one, of weight 0.1 unless the settings have
+                              another; None: as the settings say; False: none.
+            nbest:            hypotheses kept of each segment, at most the beam.
+            min_speech_score: segments below it are left out as noise; -inf keeps all. It needs a model with a CTC head.
+
+        Raises:
+            InputError: the recording or an option cannot be used.
+        """
+        audio, said = to_audio(recording, sample_rate), []
+        options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
+        ((_, transcript),) = self.transcribe_all([audio], **options, warn=said.append)
+        if transcript.noise:
+            said.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
+        for sentence in said:
+            warnings.warn(sentence, stacklevel=2)
+        return transcript
+
+    def transcribe_all(
+        self,
+        recordings: Iterable[Any],
+        sample_rate: int | None = None,
+        *,
+        beam: int | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
+        min_speech_score: float = MIN_SPEECH_SCORE,
+        skip_bad: bool = False,
+        pool_seconds: float = POOL_SECONDS,
+        warn: Callable[[str], None] = warnings.warn,
+        heard: Callable[[float], None] = lambda seconds: None,
+    ) -> Iterator[tuple[Any, Transcript]]:
+        """Return an iterator of each recording with its transcript, in order, as soon as all of it is decoded.
+
+        Segments of many recordings are decoded together, which is faster than calling `transcribe` for each.
+
+        Args:
+            recordings:   as in `transcribe`, and the other arguments that have the same names.
+            skip_bad:     a recording that cannot be read is a warning and not an error.
+            pool_seconds: of speech that are decoded together.
+            warn:         called with a sentence for whatever is wrong with a recording.
+            heard:        called with the seconds of sound that were read, block by block.
+
+        Raises:
+            InputError: an option or a recording cannot be used, or one segment does not fit in memory. The recordings
+                before it have been yielded by then.
+        """
+        if not isinstance(min_speech_score, (int, float)) or min_speech_score != min_speech_score:
+            raise InputError(f"min_speech_score must be a number; got {min_speech_score!r}")
+        data = self.loaded.info.get("data", {})
+        if data.get("kind") == "features":
+            warn(
+                f"checkpoint {self.loaded.path} was trained on the frames of {data['name']}; "
+                "those that las_fast computes from audio may differ from them"
+            )
+        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
+        check_nbest(nbest, decoder.config.beam)
+        job = _Job(self, decoder, nbest, min_speech_score, skip_bad, pool_seconds, warn, heard)
+        return job.run(recordings, sample_rate)
+
+    @overload
+    def decode(
+        self, features: Array, *, beam: int | None = None, lm: LanguageModel = None, nbest: int = 1
+    ) -> list[Hypothesis]: ...
+
+    @overload
+    def decode(
+        self, features: Sequence[Array], *, beam: int | None = None, lm: LanguageModel = None, nbest: int = 1
+    ) -> list[list[Hypothesis]]: ...
+
+    def decode(self, features, *, beam=None, lm=None, nbest=1):
+        """Return the hypotheses of an utterance given as features, best first, or those of each utterance of a list.
+
+        Args:
+            features: array or tensor (T, F) of frames as the archives of features hold them, before normalisation and
+                      deltas, F as the model was trained; or a list of such arrays, which are decoded together.
+            beam, lm: as in `transcribe`.
+            nbest:    hypotheses of each utterance, at most the beam.
+
+        Raises:
+            InputError: the features or an option cannot be used, or an utterance does not fit in memory.
+        """
+        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
+        check_nbest(nbest, decoder.config.beam)
+        if not isinstance(features, (list, tuple)):
+            return self._decode({"features": features}, decoder, nbest)[0]
+        named = {f"features[{i}]": x for i, x in enumerate(features)}
+        return self._decode(named, decoder, nbest) if named else []
+
+    def _decode(self, features: dict[str, Any], decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
+        frames = [self._frames(array, name) for name, array in features.items()]
+        shift = self.loaded.config.features.shift_ms / 1000
+        data = Utterances(frames, list(features), [len(x) * shift for x in frames])
+        found = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
+        return [[self.hypothesis(one) for one in each] for each in found]
+
+    def _frames(self, array: Any, name: str) -> Tensor:
+        """Return an array of frames as the model takes them; raise InputError where it is none."""
+        config = self.loaded.config.features
+        if not is_array(array):
+            raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_kind(array)}")
+        array = to_numpy(array)
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{name} must hold numbers; got an array of {array.dtype}")
+        if array.ndim != 2 or array.shape[1] != config.size or not len(array):
+            raise InputError(f"{name} must have shape (T, {config.size}) as the model was trained; got {array.shape}")
+        with np.errstate(over="ignore"):
+            frames = torch.tensor(np.ascontiguousarray(array, np.float32))
+        if not frames.isfinite().all():
+            raise InputError(f"{name} holds NaN or infinite values; make it again")
+        return add_deltas(normalise(frames, config, self.loaded.statistics), config.deltas)
+
+    # What the commands call besides.
+
+    def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
+        """Return the checkpoint's settings of the search with these changes; see `transcribe`."""
+        if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
+            raise InputError(f"beam must be a whole number; got {beam!r}")
+        if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
+            raise InputError(f"lm must be a path, the name of a released model, None or False; got {_kind(lm)}")
+        own = self.loaded.config.decoding
+        decoding = replace(own, ngram_weight=0.0) if lm is False else default_weight(own, lm)
+        return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
+
+    def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
+        """Return what searches with these settings need; for lm see `transcribe`."""
+        with self._lock:
+            if decoding.precision not in self._packed:
+                packed = search.packed_weights(self.loaded.model, decoding, self.device)
+                self._packed[decoding.precision] = packed
+            ngram, rewarded = self._language_table(decoding, None if lm is None or lm is False else os.fspath(lm))
+            weights = {"ngram_weight": rewarded.ngram_weight, "length_reward": rewarded.length_reward}
+            return Decoder(replace(decoding, **weights), ngram, self._packed[decoding.precision])
+
+    def _language_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
+        """Return what las_fast.search.with_reward makes of the language model; that of the last call is kept."""
+        path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
+        status = os.stat(path) if path else None
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status else None
+        key = (lm, stamp, decoding.ngram_weight, decoding.length_reward)
+        if self._table is None or self._table[0] != key:
+            self._table = None  # its memory is free before the next takes its own
+            table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
+            made = search.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
+            self._table = (key, *made)
+        return self._table[1:]
+
+    def decode_dataset(
+        self,
+        data: SpeechDataset | Utterances,
+        decoder: Decoder,
+        *,
+        nbest: int = 1,
+        speech_scores: bool = False,
+        progress: bool = True,
+    ) -> list[list[search.Hypothesis]]:
+        """Return the hypotheses of each utterance; see las_fast.search.decode_dataset."""
+        config, ngram, packed = decoder
+        return search.decode_dataset(
+            self.loaded.model,
+            data,
+            self.loaded.vocabulary,
+            config,
+            nbest=nbest,
+            ngram=ngram,
+            packed=packed,
+            speech_scores=speech_scores,
+            progress=progress,
+            device=self.device,
+        )
+
+    def hypothesis(self, found: search.Hypothesis) -> Hypothesis:
+        """Return what a search has found, with its text."""
+        text = self.loaded.vocabulary.decode(found.text_tokens)
+        return Hypothesis(text, found.score, found.score / (len(found.text_tokens) + 1), found.speech_score)
+
+
+@dataclass
+class _Heard:
+    """What is known of one recording so far."""
+
+    recording: Any
+    name: str = ""
+    segments: list[Segment] = field(default_factory=list)
+    noise: list[Segment] = field(default_factory=list)
+    waiting: int = 0  # segments that are not decoded yet
+    is_read: bool = False
+    error: InputError | None = None  # why it cannot be read
+
+    def transcript(self) -> Transcript:
+        return Transcript(joined(self.segments).strip(), tuple(self.segments), tuple(self.noise))
+
+
+@dataclass
+class _Job:
+    """One call of Recogniser.transcribe_all; its arguments, and the segments that are to be decoded together."""
+
+    model: Recogniser
+    decoder: Decoder
+    nbest: int
+    min_speech_score: float
+    skip_bad: bool
+    pool_seconds: float
+    warn: Callable[[str], None]
+    heard: Callable[[float], None]
+    pool: list[tuple[_Heard, Speech]] = field(default_factory=list)
+    seconds: float = 0.0  # in the pool
+    waiting: deque[_Heard] = field(default_factory=deque)  # recordings that are not yielded yet
+
+    def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
+        """Yield each recording with its transcript, in order."""
+        for recording in recordings:
+            one = _Heard(recording)
+            self.waiting.append(one)
+            for speech in self._listen(one, sample_rate):
+                self._add(one, speech)
+                if self.seconds >= self.pool_seconds:
+                    self._decode()
+                    yield from self._finished()
+            if one.error is not None:
+                self.waiting.pop()
+                self._decode()
+                yield from self._finished()
+                if not self.skip_bad:
+                    raise one.error
+                self.warn(f"left out: {one.error}")
+        self._decode()
+        yield from self._finished()
+
+    def _listen(self, one: _Heard, sample_rate: int | None) -> Iterator[Speech]:
+        """Yield the segments of a recording; warn of what is wrong with it, and where it has no speech.
+
+        Where it cannot be read, one.error says why.
+        """
+        features = self.model.loaded.config.features
+        seconds, found = 0.0, False
+
+        def blocks() -> Iterator[np.ndarray]:
+            nonlocal seconds
+            for block in recording:
+                yield block
+                seconds += len(block) / features.sample_rate
+                self.heard(len(block) / features.sample_rate)
+
+        try:
+            with open_recording(to_audio(one.recording, sample_rate), features.sample_rate) as recording:
+                one.name = recording.name
+                for speech in segments(blocks(), features, self.model.loaded.statistics):
+                    found = True
+                    yield speech
+        except InputError as error:
+            one.error = error
+            return
+        for sentence in recording.warnings:
+            self.warn(sentence)
+        if not found:
+            self.warn(f"{one.name}: no speech was found in its {seconds:.2f} seconds")
+        one.is_read = True
+
+    def _add(self, one: _Heard, speech: Speech) -> None:
+        self.pool.append((one, speech))
+        self.seconds += speech.end - speech.start
+        one.waiting += 1
+
+    def _decode(self) -> None:
+        """Decode what is in the pool; raises InputError where memory does not suffice for one segment."""
+        pool, self.pool, self.seconds = self.pool, [], 0.0
+        if not pool:
+            return
+        ids = [f"{one.name} from {speech.start:.0f} s" for one, speech in pool]
+        data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
+        options: dict[str, Any] = {"nbest": self.nbest, "speech_scores": True, "progress": False}
+        found = self.model.decode_dataset(data, self.decoder, **options)
+        for (one, speech), hypotheses in zip(pool, found, strict=True):
+            one.waiting -= 1
+            nbest = tuple(map(self.model.hypothesis, hypotheses))
+            segment = Segment(speech.start, speech.end, *astuple(nbest[0]), nbest)
+            is_noise = segment.speech_score is not None and segment.speech_score < self.min_speech_score
+            (one.noise if is_noise else one.segments).append(segment)
+
+    def _finished(self) -> Iterator[tuple[Any, Transcript]]:
+        """Take the recordings off the front that are decoded, and yield them."""
+        while self.waiting and self.waiting[0].is_read and not self.waiting[0].waiting:
+            done = self.waiting.popleft()
+            yield done.recording, done.transcript()
+
+
+def to_audio(recording: Any, sample_rate: int | None) -> Audio:
+    """Return what las_fast.audio.open_recording takes; raise InputError where it is no recording."""
+    if is_array(recording):
+        return to_samples(recording, sample_rate)
+    if isinstance(recording, Samples):
+        return recording
+    if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
+        raise InputError(f"a recording is a path, a binary file object or an array; got {_kind(recording)}")
+    if sample_rate is not None:
+        raise InputError(f"sample_rate is for arrays, and {name_of(recording)} has a rate of its own; leave it out")
+    return recording
+
+
+def check_nbest(nbest: int, beam: int) -> None:
+    """Raise InputError where a search of that beam does not have so many hypotheses."""
+    if isinstance(nbest, bool) or not isinstance(nbest, (int, np.integer)) or nbest < 1:
+        raise InputError(f"nbest must be a whole number of at least 1; got {nbest!r}")
+    if nbest > beam:
+        raise InputError(f"nbest={nbest} needs a beam at least as wide; give beam={nbest}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
