@@ -13,7 +13,7 @@ import soundfile
 from las_fast.errors import InputError
 
 RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
-CHANNELS = 64  # more are an array that lies the other way round
+CHANNELS = 64  # more are no recording, but features perhaps
 BLOCK = 1 << 20  # numbers converted at once
 SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT"}  # in which libsndfile keeps each dtype exactly
 
@@ -52,8 +52,9 @@ def to_samples(array: Any, rate: Any) -> Samples:
     if not array.size:
         raise InputError(f"the array holds no samples: its shape is {array.shape}")
     columns = array.reshape(len(array), -1)
-    if columns.shape[1] > CHANNELS or columns.shape[1] > len(columns) > 1 or array.ndim == 2 and len(array) == 1:
-        raise InputError(f"the samples must have shape (N,) or (N, channels); got {array.shape}; give array.T")
+    if columns.shape[1] > min(len(columns), CHANNELS):
+        advice = "give array.T" if columns.shape[1] > len(columns) else f"give at most {CHANNELS} channels"
+        raise InputError(f"the samples must have shape (N,) or (N, channels); got {array.shape}; {advice}")
     return Samples(columns, to_rate(rate))
 
 

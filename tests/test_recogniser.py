@@ -1,0 +1,432 @@
+"""The Python interface: the same texts as the commands, from whatever people hold a recording in."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from archives import make_archive, make_speech
+from checkpoints import MODEL, make_checkpoint
+
+import las_fast
+from las_fast import decode, lm, recogniser, search, transcribe
+from las_fast.config import DecodingConfig
+from las_fast.errors import InputError
+
+RATE = 16000
+BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, rate=22050, seed=3)], 1)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with recordings, an archive, and untrained checkpoints: one for each, and one with a language model."""
+    folder = tmp_path_factory.mktemp("recogniser")
+    make_archive(folder, "F23", utterances=4)
+    make_checkpoint(folder)
+    make_checkpoint(folder, 20, mel_bins=23)
+    (folder / "lm").mkdir()
+    own = {"decoding": DecodingConfig(beam=3, ngram_weight=2.0)}
+    make_checkpoint(folder / "lm", 20, mel_bins=23, sections=own)
+    lm.save_lm(folder / "lm" / "untrained-20.lm.safetensors", lm.train(["HELLO THERE", "HELLO"], order=2))
+    lm.save_lm(folder / "other.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
+    soundfile.write(folder / "short.wav", make_speech(0.6), RATE)
+    soundfile.write(folder / "stereo.wav", BOTH, 22050, subtype="FLOAT")
+    soundfile.write(folder / "high.wav", make_speech(0.8, rate=48000, seed=4), 48000)
+    soundfile.write(folder / "phone.wav", make_speech(0.6, rate=8000, seed=5), 8000)
+    soundfile.write(folder / "long.wav", make_speech(25.0, seed=2), RATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(here):
+    return las_fast.load(here / "untrained-20.safetensors", device="cpu")
+
+
+def said_by_the_command(capsys, checkpoint, recording, *words):
+    """Return the row and the warnings of the transcribe command."""
+    model = ["--checkpoint", str(checkpoint), "--device", "cpu", "--format", "json"]
+    transcribe.main([str(recording), *model, *words])
+    out, err = capsys.readouterr()
+    return json.loads(out), [line.removeprefix("warning: ") for line in err.splitlines()]
+
+
+def quietly(function, *arguments, **options):
+    """Return the result of a call, and what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return function(*arguments, **options), [str(one.message) for one in caught]
+
+
+def test_importing_las_fast_loads_neither_torch_nor_numpy():
+    code = """
+import sys, las_fast
+assert las_fast.__version__ and set(las_fast.__all__) <= set(dir(las_fast))
+las_fast.InputError
+print(sorted({"torch", "numpy", "soundfile"} & set(sys.modules)))
+from las_fast import LAS
+print(LAS.__name__, "torch" in sys.modules, las_fast.ops.beam_topk.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "LAS True beam_topk"], done.stderr
+
+
+def test_every_public_name_is_there_and_others_are_not():
+    assert all(getattr(las_fast, name) is not None for name in las_fast.__all__)
+    assert las_fast.load is recogniser.load and las_fast.InputError is InputError
+    with pytest.raises(AttributeError, match="module 'las_fast' has no attribute 'lode'"):
+        las_fast.lode  # noqa: B018
+
+
+def in_memory(name, dtype="float32"):
+    return lambda folder: soundfile.read(folder / name, dtype=dtype)
+
+
+SAME = {
+    "str": lambda folder: (str(folder / "short.wav"), None),
+    "Path": lambda folder: (folder / "short.wav", None),
+    "open file": lambda folder: ((folder / "short.wav").open("rb"), None),
+    "BytesIO": lambda folder: (io.BytesIO((folder / "short.wav").read_bytes()), None),
+    "float32": in_memory("short.wav"),
+    "float64": in_memory("short.wav", "float64"),
+    "int16": in_memory("short.wav", "int16"),
+    "int32": in_memory("short.wav", "int32"),
+    "one column": lambda folder: (soundfile.read(folder / "short.wav", always_2d=True)[0], RATE),
+    "tensor": lambda folder: (torch.from_numpy(soundfile.read(folder / "short.wav", dtype="float32")[0]), RATE),
+    "int16 tensor": lambda folder: (torch.from_numpy(soundfile.read(folder / "short.wav", dtype="int16")[0]), RATE),
+    "tensor with gradient": lambda folder: (
+        torch.from_numpy(soundfile.read(folder / "short.wav")[0]).requires_grad_(), float(RATE)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_every_kind_of_recording_says_what_the_command_reads_in_the_file(here, model, capsys, kind):
+    row, _ = said_by_the_command(capsys, here / "untrained-20.safetensors", here / "short.wav")
+    found = model.transcribe(*SAME[kind](here))
+    assert found.text == str(found) == row["text"] and len(row["text"]) > 3
+    names = ("start", "end", "text", "score", "mean_score", "speech_score")
+    rows = [{name: rounded(getattr(segment, name)) for name in names} for segment in found.segments]
+    assert rows == row["pieces"]
+
+
+def rounded(value):
+    return round(value, 4) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("name", ["stereo.wav", "high.wav", "long.wav"])
+def test_arrays_of_any_rate_and_channels_say_what_the_file_does(here, model, capsys, name):
+    row, _ = said_by_the_command(capsys, here / "untrained-20.safetensors", here / name, "--beam", "2")
+    found = model.transcribe(*in_memory(name)(here), beam=2)
+    assert found.text == row["text"] and len(found.segments) == len(row["pieces"]) == (2 if name == "long.wav" else 1)
+    assert found == model.transcribe(here / name, beam=2)
+
+
+def test_half_precision_and_rows_of_another_order_are_read(here, model):
+    samples, rate = soundfile.read(here / "stereo.wav", dtype="float32")
+    expected = model.transcribe(samples.astype(np.float16), rate, beam=1)
+    assert model.transcribe(torch.from_numpy(samples).half(), rate, beam=1) == expected
+    assert model.transcribe(np.asfortranarray(samples.astype(">f4")), rate, beam=1) == model.transcribe(
+        samples, rate, beam=1
+    )
+    assert model.transcribe(torch.from_numpy(samples).bfloat16(), rate, beam=1).segments
+
+
+def test_a_file_object_is_read_from_where_it_stands(here, model):
+    file = io.BytesIO(b"garbage" + (here / "short.wav").read_bytes())
+    file.seek(7)
+    assert model.transcribe(file, beam=1) == model.transcribe(here / "short.wav", beam=1)
+    assert not file.closed
+
+
+def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
+    _, expected = said_by_the_command(capsys, here / "untrained-20.safetensors", here / "phone.wav", "--beam", "1")
+    assert [
+        f"{here / 'phone.wav'} is sampled at 8000 Hz and the model was trained at 16000 Hz; expect more errors"
+    ] == (expected)
+    assert quietly(model.transcribe, here / "phone.wav", beam=1)[1] == expected
+    array = in_memory("phone.wav")(here)
+    assert quietly(model.transcribe, *array, beam=1)[1] == [
+        "the array is sampled at 8000 Hz and the model was trained at 16000 Hz; expect more errors"
+    ]
+    with pytest.warns(UserWarning) as caught:
+        model.transcribe(*array, beam=1)
+    assert caught[0].filename == __file__
+
+
+def test_whole_numbers_in_floats_are_divided_as_in_a_file(here, model):
+    samples, rate = soundfile.read(here / "short.wav", dtype="int16")
+    found, said = quietly(model.transcribe, samples.astype(np.float32), rate, beam=1)
+    assert found == model.transcribe(samples, rate, beam=1)
+    assert said == ["the array: its samples are 16-bit numbers in floating point; they were divided by 32768"]
+
+
+def test_silence_is_an_empty_transcript_with_a_warning(model):
+    found, said = quietly(model.transcribe, np.zeros(RATE), RATE)
+    assert found == las_fast.Transcript("", ()) and said == ["the array: no speech was found in its 1.00 seconds"]
+
+
+SPEECH = make_speech(0.3)
+WRONG = {
+    "no rate": (SPEECH, None, {}, "an array does not say its sample rate; give sample_rate=16000"),
+    "a rate of 0": (SPEECH, 0, {}, "sample_rate must be a whole number of Hz from 1000 to 768000; got 0"),
+    "a rate of text": (SPEECH, "16000", {}, "sample_rate must be a whole number of Hz .*; got '16000'"),
+    "a broken rate": (SPEECH, 16000.5, {}, "sample_rate must be a whole number of Hz .*; got 16000.5"),
+    "a rate of NaN": (SPEECH, float("nan"), {}, "sample_rate must be a whole number of Hz .*; got nan"),
+    "True as a rate": (SPEECH, True, {}, "sample_rate must be a whole number of Hz .*; got True"),
+    "channels first": (BOTH.T, 22050, {}, r"shape \(N,\) or \(N, channels\); got \(2, 22050\); give array.T"),
+    "features": (np.zeros((500, 80)), RATE, {}, r"got \(500, 80\); give at most 64 channels"),
+    "three axes": (np.zeros((2, 3, 4)), RATE, {}, r"shape \(N,\) or \(N, channels\); got \(2, 3, 4\)"),
+    "a number": (np.array(1.0), RATE, {}, r"shape \(N,\) or \(N, channels\); got \(\)"),
+    "nothing": (np.zeros(0), RATE, {}, r"the array holds no samples: its shape is \(0,\)"),
+    "no channel": (np.zeros((9, 0)), RATE, {}, r"the array holds no samples: its shape is \(9, 0\)"),
+    "int64": (np.zeros(9, np.int64), RATE, {}, "must be float, int16 or int32; got int64; convert them"),
+    "uint8": (np.zeros(9, np.uint8), RATE, {}, "must be float, int16 or int32; got uint8"),
+    "complex": (torch.zeros(9, dtype=torch.complex64), RATE, {}, "must be float, int16 or int32; got complex64"),
+    "NaN": (np.full(4000, np.nan), RATE, {}, "the array holds NaN, infinite or enormous samples"),
+    "too large for float32": (np.full(4000, 1e300), RATE, {}, "the array holds NaN, infinite or enormous samples"),
+    "a list": (
+        [0.0, 0.1],
+        RATE,
+        {},
+        "a recording is a path, a binary file object or an array; got a value of type list",
+    ),
+    "None": (None, None, {}, "a recording is a path, a binary file object or an array; got None"),
+    "bytes": (b"RIFF", None, {}, "a recording is a path, .*; got a value of type bytes"),
+    "a rate of a file": ("short.wav", RATE, {}, "short.wav has a rate of its own; leave it out"),
+    "a missing file": ("gone.wav", None, {}, "gone.wav does not exist"),
+    "text": (io.StringIO("RIFF"), None, {}, "the file object gives text and not bytes; open it with open"),
+    "no bytes": (io.BytesIO(), None, {}, r"the file object is empty \(0 bytes\)"),
+    "no audio": (io.BytesIO(b"not audio"), None, {}, "the file object cannot be read as audio"),
+    "beam 0": (SPEECH, RATE, {"beam": 0}, "decoding.beam must be at least 1; got 0"),
+    "beam 1e9": (SPEECH, RATE, {"beam": 10**9}, "decoding.beam must be at most 1000"),
+    "beam 2.0": (SPEECH, RATE, {"beam": 2.0}, "beam must be a whole number; got 2.0"),
+    "beam True": (SPEECH, RATE, {"beam": True}, "beam must be a whole number; got True"),
+    "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
+    "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam at least as wide; give beam=3"),
+    "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
+    "lm True": (SPEECH, RATE, {"lm": True}, "lm must be a path, the name of a released model, None or False; got"),
+    "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_used_is_one_sentence(here, model, monkeypatch, case):
+    monkeypatch.chdir(here)
+    recording, rate, options, said = WRONG[case]
+    with pytest.raises(InputError, match=said) as caught:
+        model.transcribe(recording, rate, **options)
+    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_a_closed_file_is_one_sentence(here, model):
+    file = (here / "short.wav").open("rb")
+    file.close()
+    with pytest.raises(InputError, match=r"short.wav cannot be read \(.*closed file\); open it again with open"):
+        model.transcribe(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("speech13",), "checkpoint speech13 is neither a training folder nor a file; .*; the nearest is speech13h"),
+        ((None,), "a checkpoint is the name of a released model or a path; got None"),
+        (("an4", "cuda:77"), "device=cuda:77: there is no such device here; this machine has cpu"),
+    ],
+)
+def test_a_model_or_device_that_is_not_there_is_one_sentence(arguments, said):
+    name, device = (*arguments, "cpu")[:2]
+    with pytest.raises(InputError, match=said):
+        las_fast.load(name, device=device)
+
+
+def test_results_are_typed_frozen_and_short_to_print(here, model):
+    found = model.transcribe(here / "long.wav", beam=2, nbest=2)
+    assert type(found) is las_fast.Transcript and {type(segment) for segment in found.segments} == {las_fast.Segment}
+    assert repr(found) == f"Transcript({found.text[:60] + '...'!r}, 2 segments)" and len(repr(model)) < 60
+    assert "untrained-20 on cpu" in repr(model) and "Hypothesis" not in repr(found.segments[0])
+    with pytest.raises(FrozenInstanceError):
+        found.text = ""
+    assert found.text == " ".join(segment.text for segment in found.segments)
+
+
+def test_a_run_folder_is_a_model_with_the_folders_name(here, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "best.safetensors").write_bytes((here / "untrained-20.safetensors").read_bytes())
+    assert "mine on cpu" in repr(las_fast.load(tmp_path / "mine", device=torch.device("cpu")))
+
+
+def test_the_best_of_n_is_the_text_and_the_others_score_less(here, model):
+    (segment,) = model.transcribe(here / "short.wav", beam=4, nbest=3).segments
+    best, *others = segment.nbest
+    assert (best.text, best.score, best.mean_score) == (segment.text, segment.score, segment.mean_score)
+    assert len({one.text for one in segment.nbest}) == 3 and best.mean_score == best.score / (len(best.text) + 1)
+    assert len(model.transcribe(here / "short.wav", beam=4).segments[0].nbest) == 1
+
+
+def test_a_beam_of_1_is_greedy(here, model):
+    (narrow,) = model.transcribe(here / "short.wav", beam=1).segments
+    features = features_of(model, here / "short.wav")
+    memory = model.loaded.model.listen(features[None], torch.tensor([len(features)]))
+    ((greedy,),) = search.greedy_search(model.loaded.model, memory, model.loaded.config.decoding)
+    assert narrow.text == model.loaded.vocabulary.decode(greedy.text_tokens)
+    (wide,) = model.transcribe(here / "short.wav", beam=8).segments
+    assert wide.score > narrow.score
+
+
+def features_of(model, path):
+    from las_fast.audio import open_recording
+    from las_fast.segments import segments
+
+    config = model.loaded.config.features
+    (speech,) = segments(open_recording(path, config.sample_rate), config)
+    return speech.features
+
+
+def test_the_language_model_is_the_checkpoints_another_or_none(here, capsys):
+    own = las_fast.load(here / "lm" / "untrained-20.safetensors", device="cpu")
+    row, _ = said_by_the_command(capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav")
+    texts = {name: own.transcribe(here / "short.wav", lm=value).text
+             for name, value in (("own", None), ("none", False), ("other", here / "other.lm.safetensors"))}  # fmt: skip
+    assert texts["own"] == row["text"] and len(set(texts.values())) == 3
+    bare = las_fast.load(here / "untrained-20.safetensors", device="cpu")
+    assert texts["none"] == bare.transcribe(here / "short.wav", beam=3).text
+    row, _ = said_by_the_command(
+        capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav", "--lm", str(here / "other.lm.safetensors")
+    )
+    assert texts["other"] == row["text"]
+    assert own.transcribe(here / "short.wav").text == texts["own"]  # after another was used
+
+
+def test_a_second_call_makes_neither_table_nor_weights_again(here, tmp_path, monkeypatch):
+    made = []
+    for module, name in ((recogniser, "language_table"), (search, "packed_weights"), (search, "with_reward")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), made, name))
+    for name in ("untrained-20.safetensors", "untrained-20.lm.safetensors"):
+        (tmp_path / name).write_bytes((here / "lm" / name).read_bytes())
+    own = las_fast.load(tmp_path / "untrained-20.safetensors", device="cpu")
+    first = own.transcribe(here / "short.wav")
+    assert made.count("language_table") == 1
+    seen = len(made)
+    assert own.transcribe(here / "short.wav") == first and own.transcribe(here / "short.wav", beam=2).text
+    assert made.count("language_table") == 1 and made.count("packed_weights") == made[:seen].count("packed_weights")
+    lm.save_lm(tmp_path / "untrained-20.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
+    assert own.transcribe(here / "short.wav").text != first.text and made.count("language_table") == 2
+
+
+def counted(function, made, name):
+    def call(*arguments, **options):
+        made.append(name)
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_threads_may_share_a_model(here):
+    own = las_fast.load(here / "lm" / "untrained-20.safetensors", device="cpu")
+    jobs = [(name, value) for name in ("short.wav", "stereo.wav") for value in (None, False)] * 3
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: own.transcribe(here / job[0], lm=job[1]), jobs))
+    assert together == [own.transcribe(here / name, lm=value) for name, value in jobs]
+
+
+def test_texts_out_of_noise_are_left_out_with_a_warning(here, tmp_path):
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0)})
+    scored = las_fast.load(path, device="cpu")
+    everything = scored.transcribe(here / "short.wav", min_speech_score=-np.inf)
+    (segment,) = everything.segments
+    assert segment.speech_score is not None and not everything.noise
+    nothing, said = quietly(scored.transcribe, here / "short.wav", min_speech_score=segment.speech_score + 1)
+    assert nothing.text == "" and nothing.noise == everything.segments and "1 left out" in repr(nothing)
+    assert said == [
+        f"{here / 'short.wav'}: left out 1 piece that may be noise, the first at {segment.start:.1f} s (speech score "
+        f"{segment.speech_score:.2f}); min_speech_score sets the limit"
+    ]
+
+
+def test_many_recordings_are_decoded_together_and_come_in_order(here, model):
+    array = soundfile.read(here / "short.wav", dtype="float32")[0]
+    recordings = [here / "short.wav", here / "long.wav", here / "stereo.wav"]
+    found = dict(model.transcribe_all(recordings, beam=2))
+    assert list(found) == recordings and all(found[x] == model.transcribe(x, beam=2) for x in recordings)
+    assert [t for _, t in model.transcribe_all([array, array], RATE, beam=2)] == [found[recordings[0]]] * 2
+
+
+def test_what_cannot_be_read_ends_the_row_or_is_left_out(here, model):
+    recordings = [here / "short.wav", here / "gone.wav", here / "stereo.wav"]
+    found = model.transcribe_all(recordings, beam=1)
+    assert next(found)[0] == recordings[0]
+    with pytest.raises(InputError, match="gone.wav does not exist"):
+        next(found)
+    said = []
+    left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=said.append)
+    assert [x for x, _ in left] == recordings[::2] and said == [f"left out: {recordings[1]} does not exist"]
+    with pytest.raises(
+        InputError, match="recordings must be a list of paths, files or arrays; for one call transcribe"
+    ):
+        model.transcribe_all(str(here / "short.wav"))
+
+
+def test_a_model_of_an_archives_frames_warns_of_recordings(here, tmp_path):
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": "features", "name": "HW4P2 F23"}})
+    _, said = quietly(las_fast.load(path, device="cpu").transcribe, here / "short.wav", beam=1)
+    assert len(said) == 1 and "was trained on the frames of HW4P2 F23; those that las_fast computes" in said[0]
+
+
+@pytest.fixture(scope="module")
+def archive(here):
+    """The dev split of the archive as the decode command reads it, and its arrays."""
+    words = ["--data", str(here / "11-785-f23-hw4p2"), "--split", "dev-clean", "--out", str(here / "out.csv")]
+    words += ["--jsonl", str(here / "rows.jsonl"), "--nbest", "2", "--beam", "4", "--device", "cpu"]
+    decode.main(["--checkpoint", str(here / "untrained-28.safetensors"), *words])
+    rows = [json.loads(line) for line in (here / "rows.jsonl").read_text().splitlines()]
+    folder = here / "11-785-f23-hw4p2" / "dev-clean" / "mfcc"
+    return rows, [np.load(folder / f"{row['id']}.npy") for row in rows]
+
+
+def test_features_say_what_the_decode_command_reads_in_an_archive(here, archive):
+    rows, arrays = archive
+    own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
+    found = own.decode(arrays, beam=4, nbest=2)
+    assert [[{"text": h.text, "score": round(h.score, 4)} for h in each] for each in found] == [
+        r["nbest"] for r in rows
+    ]
+    assert {type(h) for each in found for h in each} == {las_fast.Hypothesis} and len(found[0]) == 2
+    alone = own.decode(torch.from_numpy(arrays[1]), beam=4)
+    assert [h.text for h in alone] == [rows[1]["text"]] and alone[0].score == pytest.approx(found[1][0].score, abs=1e-4)
+    assert own.decode([]) == []
+
+
+F28 = np.ones((30, 28), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "said"),
+    [
+        (F28.T, {}, r"features must have shape \(T, 28\), as in training; got \(28, 30\); give its .T"),
+        (np.ones((30, 13)), {}, r"features must have shape \(T, 28\), as in training; got \(30, 13\)$"),
+        (F28[0], {}, r"features must have shape \(T, 28\), as in training; got \(28,\)"),
+        (F28[None], {}, r"features must have shape \(T, 28\), as in training; got \(1, 30, 28\)"),
+        (F28[:0], {}, r"features must have shape \(T, 28\), as in training; got \(0, 28\)"),
+        ([F28, F28 * np.nan], {}, r"features\[1\] holds NaN or infinite values"),
+        (F28.astype("f8") * 1e300, {}, "features holds NaN or infinite values"),
+        (F28 > 0, {}, "features must hold numbers; got an array of bool"),
+        ([F28, [1.0]], {}, r"features\[1\] must be an array of shape \(T, 28\); got a value of type list"),
+        ("dev.npy", {}, r"features must be an array of shape \(T, 28\); got a value of type str"),
+        (F28, {"beam": 0}, "decoding.beam must be at least 1"),
+        (F28, {"nbest": 9}, "nbest=9 needs a beam at least as wide; give beam=9"),
+    ],
+)
+def test_features_that_cannot_be_used_are_one_sentence(here, features, options, said):
+    own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
+    with pytest.raises(InputError, match=said):
+        own.decode(features, **options)
