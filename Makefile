@@ -22,6 +22,7 @@ bench: build
 lint: $(STAMP)
 	@echo "== lint"
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 
 gpu-check: build
 	@$(BIN)/python -m benchmarks.gpu_check

@@ -10,10 +10,12 @@ Importing it is instant: torch is imported when a name that needs it is first us
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
 
+TYPE_CHECKING = False  # type checkers take it for True; the module typing would be most of the time of the import
 if TYPE_CHECKING:
+    from typing import Any
+
     from las_fast import ops
     from las_fast.errors import InputError
     from las_fast.model import LAS
@@ -38,8 +40,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'las_fast' has no attribute {name!r}")
     if name == "ops":
-        return importlib.import_module("las_fast.ops")
-    value = getattr(importlib.import_module(f"las_fast.{_MODULES[name]}"), name)
+        return import_module("las_fast.ops")
+    value = getattr(import_module(f"las_fast.{_MODULES[name]}"), name)
     globals()[name] = value  # the next use does not come here
     return value
 
