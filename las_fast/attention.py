@@ -29,7 +29,7 @@ class Memory(NamedTuple):
         keys, values = (F.pad(x, (0, 0, 0, later, 0, rows)) for x in (self.keys, self.values))
         padding = F.pad(self.padding, (0, later, 0, rows), value=True)
         padded = Memory(keys, values, F.pad(self.lengths, (0, rows)), padding)
-        if self.ctc_logits is None:
+        if self.ctc_logits is None or self.ctc_lengths is None:
             return padded
         heard = self.ctc_logits.shape[1]
         more = frames * -(-heard // max(self.keys.shape[1], 1)) - heard
@@ -66,6 +66,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Attended]:
         """Return the context (B, K, E) of projected queries (B, K, D), and where it is from."""
         query, keys, values, lengths, padding = query.to(memory.keys.dtype), *memory[:4]
-        options = {"weights": weights, "peaks": True, "padding": padding, "backend": backend}
-        context, *attended = masked_attention(query, keys, values, lengths, **options)
+        context, *attended = masked_attention(
+            query, keys, values, lengths, weights=weights, peaks=True, padding=padding, backend=backend
+        )
         return context, Attended(*attended)

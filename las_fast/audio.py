@@ -140,7 +140,7 @@ class Recording:
             raise ValueError("a recording is read once; open it again")
         try:
             count = 0
-            for block in self._blocks():
+            for block in self._blocks(self._descriptor):
                 if len(block):
                     count += len(block)
                     if self._judge:
@@ -150,8 +150,8 @@ class Recording:
         finally:
             self.close()
 
-    def _blocks(self) -> Iterator[np.ndarray]:
-        source = Source(self._descriptor)
+    def _blocks(self, descriptor: int) -> Iterator[np.ndarray]:
+        source = Source(descriptor)
         if not source.size:
             raise InputError(f"{self.name} is empty (0 bytes); remove it or record it again")
         layout = find_streams(source) if self._seconds is None and not self._start else _known_streams(source)
@@ -383,8 +383,9 @@ class _Decoded:
 
     def _over_damage(self) -> np.ndarray:
         """Return zeros up to where decoding goes on behind damage, or nothing where it does not."""
+        frames = self.stream.frames or 0
         for length in (4096 << k for k in range(8)):
-            if self.place + length >= self.stream.frames or self.lost > LONGEST_DAMAGE * self.sound.samplerate:
+            if self.place + length >= frames or self.lost > LONGEST_DAMAGE * self.sound.samplerate:
                 break
             with contextlib.suppress(*READ_ERRORS):
                 again = _Sound(self.source, self.stream.spans)
@@ -411,7 +412,7 @@ def _integer_bits(sound: _Sound) -> int:
     if sound.subtype not in ("FLOAT", "DOUBLE"):
         return 0
     count = max(1, min(sound.samplerate, BLOCK // sound.channels) // 4)
-    over = total = peak = 0
+    over, total, peak = 0, 0, 0.0
     with contextlib.suppress(*READ_ERRORS):
         for place in range(0, sound.frames, max(count, sound.frames // 256)):
             sound.seek(place)
@@ -557,7 +558,7 @@ def _open(path: Audio, name: str, *, pipes: bool) -> int:
     return copy
 
 
-def _look(path: str | Path, name: str, *, pipes: bool) -> None:
+def _look(path: str | os.PathLike[str], name: str, *, pipes: bool) -> None:
     """Raise InputError where opening cannot help, or would wait."""
     try:
         mode = os.stat(path).st_mode

@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
     info: dict[str, Any]
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path) and rename the result to path, so that path is never half-written.
 
     Raises InputError when the disk is full or the folder cannot be written; the old file then stays as it was.
@@ -178,7 +178,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        if getattr(error, "errno", None):
+        if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         raise InputError(f"{path} is not a readable checkpoint ({error}); train again or copy it again") from None
     if metadata.get("format") != FORMAT or not {"config", "info"} <= metadata.keys():

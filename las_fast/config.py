@@ -263,7 +263,7 @@ def from_tree(kind: Any, tree: Any, where: str) -> Any:
 
 def _from_plain(kind: type, text: plain_yaml.Plain) -> Any:
     """Return what a text without quotes means where a value of `kind` is wanted, the text where that is nothing."""
-    value = text
+    value: Any = text
     if kind is str:
         value = str(text)
     elif kind is bool:

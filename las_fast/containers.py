@@ -14,6 +14,7 @@ import struct
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 UNKNOWN = (1 << 31, 1 << 32)  # a recorder that writes to a pipe claims about so many bytes, or none
 NEARLY = 1 << 16  # bytes
@@ -247,7 +248,8 @@ def _behind_chunk(source: Source, place: int, length: int, order: str) -> tuple[
 
 def _chunks(source: Source, start: int, order: str, wanted: bytes):
     """Return {name: (place, length)} of the chunks up to the wanted one, and whether all lay where they should."""
-    found, place, regular = {}, start + 12, True
+    found: dict[bytes, tuple[int, int]] = {}
+    place, regular = start + 12, True
     for _ in range(CHUNKS):
         if place + 8 > source.size or wanted in found:
             break
@@ -368,16 +370,18 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
     field_ is (place, packed length) of that count in the header, to be put right where it is wrong.
     """
     there = max(0, source.size - begin)
-    known = claimed is not None and (claimed > 0 or not there)
-    end = begin + (min(claimed, there) if known else there)
-    if known and claimed <= there:
+    if claimed is not None and claimed <= 0 and there:  # it was never filled in
+        claimed = None
+    end = begin + (there if claimed is None else min(claimed, there))
+    if claimed is not None and claimed <= there:
         layout.streams.append(Stream(((start, end),)))
         return end
     head = bytearray(source.read(start, begin - start))
     place, form = field_
     size = struct.calcsize(form)
     head[place - start : place - start + size] = struct.pack(form, min(end - begin, 2 ** (8 * size - 1) - 1))
-    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=max(0, claimed - there) if known else 0))
+    lacking = 0 if claimed is None else max(0, claimed - there)
+    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=lacking))
     return end
 
 
@@ -556,8 +560,8 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
         place += 4 + int.from_bytes(block[1:], "big")
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
-    options = {"frames": _flac_frames(source, start), "headless": place >= source.size, "resumable": True}
-    layout.streams.append(Stream(((start, sound_end),), **options))
+    frames = _flac_frames(source, start)
+    layout.streams.append(Stream(((start, sound_end),), frames, headless=place >= source.size, resumable=True))
     return end
 
 
@@ -750,6 +754,13 @@ def _parse_frame(head: bytes) -> _Frame | None:
     return _Frame(length, samples, (version, layer, rate, mono), side + (0 if head[1] & 1 else 2))
 
 
+def _frame_at(head: bytes) -> _Frame:
+    """Return the frame of a header that is known to be one."""
+    frame = _parse_frame(head)
+    assert frame is not None
+    return frame
+
+
 @dataclass
 class _Mpeg:
     """A run of MPEG frames of one kind."""
@@ -843,21 +854,22 @@ def _first_frame(source: Source, place: int, until: int, end: int) -> int | None
 
 
 def _mpeg_stream(run: _Mpeg) -> Stream:
-    samples = _parse_frame(run.first).samples
-    claimed, size = _counted(run.info, _parse_frame(run.first))
-    sound = tuple((a, b) for a, b in run.spans)
-    length = sum(b - a for a, b in sound)
+    frame = _frame_at(run.first)
+    claimed, size = _counted(run.info, frame)
+    spans = [(a, b) for a, b in run.spans]
+    sound: tuple[Span, ...] = tuple(spans)
+    length = sum(b - a for a, b in spans)
     if size and size <= length + len(run.info) + 256:  # all bytes are there: the count lies
         claimed = min(claimed, run.frames)
-    frames = max(run.frames, claimed) * samples
-    lost_seconds = run.lost / max(1, length) * run.frames * samples / run.kind[2]
+    frames = max(run.frames, claimed) * frame.samples
+    lost_seconds = run.lost / max(1, length) * run.frames * frame.samples / run.kind[2]
     hole = f"{run.lost} bytes in the middle are no sound" if lost_seconds > 0.1 else ""
-    options = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
+    options: dict[str, Any] = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
     if run.info and claimed == run.frames and abs(size - length - len(run.info)) <= length // 100:
-        whole = (run.start, sound[0][1]) if sound and run.start + len(run.info) == sound[0][0] else None
-        sound = (whole, *sound[1:]) if whole else (run.info, *sound)
+        whole = (run.start, spans[0][1]) if spans and run.start + len(run.info) == spans[0][0] else None
+        sound = (whole, *spans[1:]) if whole else (run.info, *spans)
         return Stream(sound, **options, padding=_padding(run))
     info = _info_frame(run, length)
     return Stream((info, *sound), **options, padding=_padding(run))
@@ -865,7 +877,7 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
 
 def _padding(run: _Mpeg) -> int:
     """Return the samples that a decoder may take off at both ends, by the encoder's note, or a frame without one."""
-    place = _parse_frame(run.first).info + 120 + 21
+    place = _frame_at(run.first).info + 120 + 21
     numbers = int.from_bytes(run.info[place : place + 3], "big") if len(run.info) >= place + 3 else 0
     return (numbers >> 12) + (numbers & 0xFFF) + 1152
 
@@ -891,13 +903,12 @@ def _info_frame(run: _Mpeg, length: int) -> bytes:
     """
     head = bytearray(run.first)
     head[1] |= 1  # no checksum
-    frame = None
     for index in range(1, 15):
         head[2] = index << 4 | head[2] & 0x0D
-        frame = _parse_frame(bytes(head))
+        frame = _frame_at(bytes(head))
         if frame.length >= frame.info + 16 + 140:
             break
-    info, at = run.info, _parse_frame(run.first).info
+    info, at = run.info, _frame_at(run.first).info
     flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 156 else 0
     noted = flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc")
     notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY + bytes(12)

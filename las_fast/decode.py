@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from las_fast.cli import choose_device, give_large_blocks_back, run
 from las_fast.config import DecodingConfig, check_decoding
@@ -81,7 +81,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.jsonl and options.jsonl.absolute() == options.out.absolute():
         raise InputError(f"--out and --jsonl are both {options.out}; give each a file of its own")
     inputs = (options.data, options.checkpoint, options.lm)
-    kind = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "ours": is_submission}
+    kind: dict[str, Any] = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "ours": is_submission}
     make_room(options.out, "--out", inputs=inputs, **kind)
     if options.jsonl:
         kind = {"what": "JSON, a line each,", "suffixes": (".jsonl", ".json", ".txt"), "ours": is_jsonl}

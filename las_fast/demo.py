@@ -99,7 +99,7 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     if before is None and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something that this demo did not make; give --out another folder")
     same = before is not None and before["settings"] == json.loads(json.dumps(wanted)) and (folder / LAST).is_file()
-    if same and before["complete"] and not fresh:
+    if before is not None and same and before["complete"] and not fresh:
         print(f"{folder} was trained with the same settings: kept (--fresh trains again)")
         return
     resume = same and not fresh

@@ -57,8 +57,14 @@ def check_out(out: Path, checkpoint: Path) -> None:
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
     from las_fast.lm import is_lm
 
-    kind = {"what": "a model", "suffixes": (".safetensors",), "ours": lambda path: safetensors_format(path) == FORMAT}
-    make_room(out, "--out", inputs=(checkpoint,), **kind)
+    make_room(
+        out,
+        "--out",
+        inputs=(checkpoint,),
+        what="a model",
+        suffixes=(".safetensors",),
+        ours=lambda path: safetensors_format(path) == FORMAT,
+    )
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
     if os.path.isfile(beside(checkpoint)):

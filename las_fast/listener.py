@@ -3,6 +3,9 @@ BiLSTMs on top that keep it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -47,10 +50,11 @@ class ConvFrontEnd(nn.Module):
     def __init__(self, config: ListenerConfig, input_size: int):
         super().__init__()
         sizes = (input_size, *config.conv_channels)
-        self.convs = nn.ModuleList(
+        convs = nn.ModuleList(
             nn.Conv1d(sizes[i], sizes[i + 1], kernel, stride, padding=kernel // 2)
             for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True))
         )
+        self.convs = cast("Sequence[nn.Conv1d]", convs)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in config.conv_channels)
         self.output_size = sizes[-1]
 

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -221,13 +221,15 @@ class Sentences:
 
 def count_apart(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
     """Return the n-grams of most sentences, and of those held out: always the same, and each repetition with them."""
-    parts = (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    kept: Counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    apart = kept
     sentences = iter(sentences)
     while some := list(itertools.islice(sentences, SENTENCES)):
         held = [zlib.crc32(text.encode()) % HELD_OUT == 0 for text in some]
-        chosen = (list(itertools.compress(some, (h == part for h in held))) for part in (False, True))
-        parts = tuple(merge(a, count(b, characters, order)) for a, b in zip(parts, chosen, strict=True))
-    return parts
+        most, few = (list(itertools.compress(some, (h == part for h in held))) for part in (False, True))
+        kept = merge(kept, count(most, characters, order))
+        apart = merge(apart, count(few, characters, order))
+    return kept, apart
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -375,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_order(options.order, V)
-    kind = {"what": "a language model", "suffixes": (".safetensors",), "ours": is_lm}
+    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "ours": is_lm}
     make_room(options.out, "--out", inputs=options.texts, **kind)
     sentences = Sentences(options.texts, options.characters, options.split)
     most, held = count_apart(sentences, options.characters, options.order)

@@ -102,12 +102,12 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}
     loss = parts["attention"]
     if ctc_weight:
-        parts["ctc"] = ctc_loss(output.ctc_logits, output.ctc_lengths, tokens, token_lengths) / count
+        parts["ctc"] = ctc_loss(*output.ctc, tokens, token_lengths) / count
         loss = loss + ctc_weight * parts["ctc"]
     if guided_weight:
         memory = output.weights, output.lengths, token_lengths
         if guided_frames:
-            places = ctc_places(output.ctc_logits, output.ctc_lengths, tokens, token_lengths)
+            places = ctc_places(*output.ctc, tokens, token_lengths)
             guided = aligned_attention_loss(*memory, places, guided_frames)
         else:
             guided = guided_attention_loss(*memory, guided_width)

@@ -21,6 +21,12 @@ class Output(NamedTuple):
     ctc_logits: Tensor | None  # (B, T', V)
     ctc_lengths: Tensor | None  # (B,)
 
+    @property
+    def ctc(self) -> tuple[Tensor, Tensor]:
+        """The logits and lengths of CTC, of a model with that head."""
+        assert self.ctc_logits is not None and self.ctc_lengths is not None
+        return self.ctc_logits, self.ctc_lengths
+
 
 class LAS(nn.Module):
     """Listen, Attend and Spell.
@@ -43,7 +49,7 @@ class LAS(nn.Module):
         """Encode features (B, T, F) of feature_lengths (B,) int64 frames, each at least 1."""
         listened, lengths, tapped = self.listener(features, feature_lengths, tap=self.ctc_layer)
         memory = self.speller.attention.remember(listened, lengths)
-        if tapped is None:
+        if tapped is None or self.ctc is None:
             return memory
         return memory._replace(ctc_logits=self.ctc(tapped[0]), ctc_lengths=tapped[1])
 

@@ -82,7 +82,8 @@ def measure(weights: torch.Tensor, token_lengths: torch.Tensor, lengths: torch.T
         _monotonic(peaks, tokens, lengths),
         _coverage(peaks, tokens, frames),
     )
-    return Alignment(*(float(part.mean()) for part in parts), count)
+    diagonal, sharp, monotonic, coverage = (float(part.mean()) for part in parts)
+    return Alignment(diagonal, sharp, monotonic, coverage, count)
 
 
 def combine(alignments: list[Alignment]) -> Alignment:
@@ -90,8 +91,8 @@ def combine(alignments: list[Alignment]) -> Alignment:
     total = sum(alignment.utterances for alignment in alignments)
     if total == 0:
         return Alignment(0.0, 0.0, 0.0, 0.0, 0)
-    means = (sum(getattr(a, name) * a.utterances for a in alignments) / total for name in SHAPE)
-    return Alignment(*means, total)
+    means = {name: sum(getattr(a, name) * a.utterances for a in alignments) / total for name in SHAPE}
+    return Alignment(**means, utterances=total)
 
 
 def _diagonal(weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def parse_settings(
     return options, change(parser, defaults(options), rest)
 
 
-def _print_help(parser: Parser, kind: type) -> NoReturn:
+def _print_help(parser: Parser, kind: type) -> None:
     import tyro
 
     parser.print_help()
@@ -190,7 +190,8 @@ def _missing_item(field: str, tree: Any) -> str:
 
 def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) -> None:
     """Change the field at path of a tree of `kind` to what the words `values` say."""
-    first, *rest = path
+    first: Any = path[0]
+    rest = path[1:]
     if dataclasses.is_dataclass(kind):
         inner = typing.get_type_hints(kind)[first]
     else:  # a tuple of dataclasses

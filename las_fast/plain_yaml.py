@@ -43,7 +43,7 @@ _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxoth
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name): nothing is guessed from its looks
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: dict[str, int] = {}
         for key, _ in getattr(node, "value", ()):
             line = key.start_mark.line + 1

@@ -83,6 +83,7 @@ class Progress:
         from tqdm import tqdm
 
         form = ENDLESS if self.total is None else BAR
+        assert self._stream is not None
         known = os.get_terminal_size(self._stream.fileno()).columns > 0  # some terminals do not know their width
         width = {"dynamic_ncols": True} if known else {"ncols": 80}
         return tqdm(total=self.total, desc=self.what, initial=self.n, unit=self.unit, bar_format=form,

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, overload
 
 import numpy as np
@@ -130,7 +130,8 @@ class Recogniser:
         Raises:
             InputError: the recording or an option cannot be used.
         """
-        audio, said = to_audio(recording, sample_rate), []
+        audio = to_audio(recording, sample_rate)
+        said: list[str] = []
         options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
         ((_, transcript),) = self.transcribe_all([audio], **options, warn=said.append)
         if transcript.noise:
@@ -255,8 +256,9 @@ class Recogniser:
                 packed = search.packed_weights(self.loaded.model, decoding, self.device)
                 self._packed[decoding.precision] = packed
             ngram, rewarded = self._language_table(decoding, None if lm is None or lm is False else os.fspath(lm))
-            weights = {"ngram_weight": rewarded.ngram_weight, "length_reward": rewarded.length_reward}
-            return Decoder(replace(decoding, **weights), ngram, self._packed[decoding.precision])
+            weight, reward = rewarded.ngram_weight, rewarded.length_reward
+            config = replace(decoding, ngram_weight=weight, length_reward=reward)
+            return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _language_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
         """Return what las_fast.search.with_reward makes of the language model; that of the last call is kept."""
@@ -400,7 +402,9 @@ class _Job:
         for (one, speech), hypotheses in zip(pool, found, strict=True):
             one.waiting -= 1
             nbest = tuple(map(self.model.hypothesis, hypotheses))
-            segment = Segment(speech.start, speech.end, *astuple(nbest[0]), nbest)
+            best = nbest[0]
+            scores = best.score, best.mean_score, best.speech_score
+            segment = Segment(speech.start, speech.end, best.text, *scores, nbest)
             is_noise = segment.speech_score is not None and segment.speech_score < self.min_speech_score
             (one.noise if is_noise else one.segments).append(segment)
 

@@ -174,7 +174,7 @@ def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) ->
         raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
     if not config.length_reward:
         return ngram, config
-    if not config.ngram_weight:
+    if ngram is None or not config.ngram_weight:
         ngram, config = torch.zeros(1, V, device=device), dataclasses.replace(config, ngram_weight=1.0)
     reward = torch.full((V,), config.length_reward / config.ngram_weight, device=device)
     reward[EOS] = 0.0
@@ -319,7 +319,7 @@ class _Search:
     def step(self, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         """Take one step; its tensors are (B, K)."""
         config, backend, attention, ctc = self.config, self.backend, beams.attention, beams.ctc
-        memory, limits, frames = inputs
+        (memory, limits, frames), states = inputs, beams.ngram_states
         logits, attended, state = self.model.step(
             beams.tokens, beams.state, memory, weights=attention is not None, backend=backend
         )
@@ -336,13 +336,13 @@ class _Search:
             length_penalty=config.length_penalty,
             eos_threshold=config.eos_threshold,
             coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
-            ngram=None if self.ngram is None else Ngram(self.ngram, beams.ngram_states, config.ngram_weight),
+            ngram=None if self.ngram is None or states is None else Ngram(self.ngram, states, config.ngram_weight),
             ctc=None if ctc is None else Ctc(ctc.gains, config.ctc_weight),
             backend=backend,
         )
         if attention is not None:
             (attention,) = beam_gather((attention,), best.parents, backend=backend)
-        if ctc is not None:
+        if ctc is not None and frames is not None:
             ctc = ctc_prefix(frames, ctc, beams.tokens, best.parents, best.tokens, eos=EOS, backend=backend)
         state = state.gather(best.parents, backend=backend)
         after = Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, attention, ctc, state)
@@ -377,7 +377,8 @@ def collect(chunks: Iterator[tuple[Steps, Tensor]], most: int, ahead: int) -> St
 
     Chunk i + ahead is not asked for before chunk i has been looked at.
     """
-    taken, looks = [], deque()
+    taken: list[Steps] = []
+    looks: deque[Look] = deque()
     for _ in range(most):
         if len(looks) == ahead and looks.popleft().read():
             break
@@ -394,10 +395,10 @@ def _read_off(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, 
     normalised = scores / (lengths + 1).float() ** config.length_penalty
     finished = lengths < limits.maximum[:, None]
     columns = [x.tolist() for x in (tokens, scores, normalised, frames, token_scores, finished, lengths)]
-    return [_hypotheses(*utterance, nbest) for utterance in zip(*columns, strict=True)]
+    return [_hypotheses(nbest, *utterance) for utterance in zip(*columns, strict=True)]
 
 
-def _hypotheses(tokens, scores, normalised, frames, each, finished, lengths, nbest: int) -> list[Hypothesis]:
+def _hypotheses(nbest: int, tokens, scores, normalised, frames, each, finished, lengths) -> list[Hypothesis]:
     """Return the real hypotheses of one utterance, of lists over its beams."""
     found = []
     for k, n in enumerate(lengths):
@@ -431,7 +432,7 @@ def decode_dataset(
     """
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
     packed = packed_weights(model, config, device) if packed is None else packed
-    options = {"nbest": nbest, "ngram": ngram, "packed": packed}
+    options: dict[str, Any] = {"nbest": nbest, "ngram": ngram, "packed": packed}
     decode = partial(_decode, model=model, config=config, device=device, scored=speech_scores, **options)
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     limit = math.inf  # padded frames that are known to be too many
@@ -484,7 +485,7 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
         B scores; None where there is no CTC head or the text is empty, -inf where it has more tokens than the head has
         frames.
     """
-    if memory.ctc_logits is None:
+    if memory.ctc_logits is None or memory.ctc_lengths is None:
         return [None] * len(texts)
     device, lengths = memory.ctc_logits.device, memory.ctc_lengths
     counts = torch.tensor([len(text) for text in texts], device=device)

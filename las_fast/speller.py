@@ -5,9 +5,9 @@ Training takes all tokens at once, by ops.speller_unroll; a search takes one aft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +87,14 @@ class Speller(nn.Module):
     """Decoder. Cell 1 reads the token before and the context before; the last cell asks the attention for the next
     context; state and context together give the logits."""
 
+    never: Tensor  # (V,) NEVER for <pad> and <sos>, else 0
+
     def __init__(self, config: SpellerConfig, listener_size: int, vocabulary_size: int):
         super().__init__()
         inputs = (config.embedding_size + config.value_size, *config.lstm_sizes[:-1])
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size)
-        self.cells = nn.ModuleList(LSTMCell(i, size) for i, size in zip(inputs, config.lstm_sizes, strict=True))
+        cells = nn.ModuleList(LSTMCell(i, size) for i, size in zip(inputs, config.lstm_sizes, strict=True))
+        self.cells = cast("Sequence[LSTMCell]", cells)
         self.attention = Attention(listener_size, config.lstm_sizes[-1], config.key_size, config.value_size)
         self.project = nn.Linear(config.lstm_sizes[-1] + config.value_size, config.embedding_size)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
@@ -118,7 +121,8 @@ class Speller(nn.Module):
 
     def start(self, memory: Memory, beam: int = 1) -> SpellerState:
         """Return the state before the first token, with what all steps after it share."""
-        batch, token_gates, zeros = memory.keys.shape[0], None, ()
+        batch, token_gates = memory.keys.shape[0], None
+        zeros: tuple[Tensor, ...] = ()
         if self._fuses(memory):
             first = self.cells[0].gates.weight.narrow(1, 0, self.embedding.embedding_dim)
             token_gates = F.linear(self.embedding.weight, first)
@@ -141,7 +145,7 @@ class Speller(nn.Module):
         """
         prepared, hiddens, cells = state.prepared, [], []
         table = self.embedding.weight if prepared.token_gates is None else prepared.token_gates
-        inputs = (F.embedding(tokens, table).float(), state.context.float())
+        inputs: tuple[Tensor, ...] = (F.embedding(tokens, table).float(), state.context.float())
         for i, layer in enumerate(self._layers(prepared)):
             hidden, cell = layer(inputs, state.hidden[i], state.cell[i])
             hiddens.append(hidden)

@@ -211,12 +211,12 @@ def describe(trainer: Trainer) -> None:
 
 def warn_of_hasty(name: str, data: SpeechDataset) -> None:
     """Print a warning where transcripts have more characters than anyone can say in their time."""
-    hasty = [i for i, text in enumerate(data.texts) if len(text) > SPELLED + FASTEST * data.seconds[i]]
+    hasty = [i for i, text in enumerate(data.texts) if len(text or "") > SPELLED + FASTEST * data.seconds[i]]
     if hasty:
         first, seconds = hasty[0], data.seconds[hasty[0]]
         print(
             f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a "
-            f"second, the first that of {data.ids[first]}: {len(data.texts[first])} in {seconds:.2f} s; "
+            f"second, the first that of {data.ids[first]}: {len(data.texts[first] or '')} in {seconds:.2f} s; "
             "see whether they belong to these recordings"
         )
 
@@ -224,7 +224,7 @@ def warn_of_hasty(name: str, data: SpeechDataset) -> None:
 def warn_of_crowded(data: SpeechDataset, model: ModelConfig) -> None:
     """Print a warning where the CTC head has fewer frames than a transcript needs: a blank parts equal neighbours."""
     reduction = model.listener.reduction_at(model.ctc_layer)
-    needed = [len(text) + sum(map(eq, text, text[1:])) for text in data.texts]
+    needed = [len(text) + sum(map(eq, text, text[1:])) for text in (known or "" for known in data.texts)]
     there = [-(-frames // reduction) for frames in data.frames.tolist()]
     crowded = [i for i, frames in enumerate(there) if needed[i] > frames]
     if crowded:

@@ -9,9 +9,10 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError, Stopped, from_outside, lacks_memory
 from las_fast.losses import training_loss
+from las_fast.model import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.runlog import RunLog
 from las_fast.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
@@ -163,7 +165,7 @@ class Trainer:
     def _train_epoch(self, bar: ProgressBar) -> None:
         with contextlib.closing(self._timed_batches()) as batches:
             for batch in batches:
-                self.batch_size = tuple(batch.features.shape[:2])
+                self.batch_size = (batch.features.shape[0], batch.features.shape[1])
                 parts = self.train_step(batch.to(self.device))
                 self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
                 self._show(bar, parts)
@@ -212,14 +214,13 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = training.learning_rate * share
         self.model.train()
+        tokens, token_lengths = batch.targets
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            output = self.model(
-                batch.features, batch.feature_lengths, batch.tokens, teacher_forcing_rate(training, epoch)
-            )
+            output = self.model(batch.features, batch.feature_lengths, tokens, teacher_forcing_rate(training, epoch))
         loss, parts = training_loss(
             output,
-            batch.tokens,
-            batch.token_lengths,
+            tokens,
+            token_lengths,
             label_smoothing=training.label_smoothing,
             ctc_weight=ctc_weight(training, epoch),
             guided_weight=guided_weight(training, epoch),
@@ -260,6 +261,7 @@ class Trainer:
 
     def _average(self) -> None:
         """averaged = decay * averaged + (1 - decay) * weights, with a shorter memory at the start."""
+        assert self.averaged is not None
         self.progress.averaged_steps += 1
         n = self.progress.averaged_steps
         decay = min(self.config.training.ema_decay, (1 + n) / (10 + n))
@@ -274,7 +276,7 @@ class Trainer:
         """Return the hours that one core would have worked for this training so far, loader processes not counted."""
         return (self.earlier_core_seconds + time.process_time()) / 3600
 
-    def _timed_batches(self) -> Iterator[Batch]:
+    def _timed_batches(self) -> Generator[Batch, None, None]:
         """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
         batches = iter(self._rest_of_epoch())
         while (batch := self.pace.next_of(batches)) is not None:
@@ -332,7 +334,7 @@ class Trainer:
         )
         self.pace = Pace()
 
-    def _validate(self, model: nn.Module) -> Validation:
+    def _validate(self, model: LAS) -> Validation:
         try:
             where = (self.config, self.device, self.out, self.epoch, self.check_stop)
             return validate(model, self.dev_data, self.vocabulary, *where)
@@ -468,7 +470,8 @@ def fingerprint(*datasets: SpeechDataset) -> str:
 
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW in one pass over the weights (fused); biases, gains and the tied embedding are not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
     decay = config.training.weight_decay
@@ -533,7 +536,7 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {how}")
 
 
-def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, object]]:
+def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted name and the value of each setting of a tree."""
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from las_fast.cli import choose_device, give_large_blocks_back, need_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.out:
         need_stdout("--out FILE.csv")
     else:
-        kind = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
+        kind: dict[str, Any] = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
         make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model, write_text_atomically
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     table = language_table(options.lm, heaviest, loaded, device)
     dataset = open_split(options, loaded)
     texts = decode_grid(loaded, dataset, settings, table, device)
-    order, rows = ranked(names, settings, dataset.texts, texts)
+    order, rows = ranked(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
     best = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in zip(names, rows[1], strict=False)]
     if options.lm and settings[order[0]].ngram_weight:

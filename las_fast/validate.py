@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,21 +69,23 @@ def validate(
         look_up()
         batch = batch.to(device)
         memory = model.listen(batch.features, batch.feature_lengths)
-        logits, weights = model.speller(memory, batch.tokens)
-        total += float(token_loss(logits, batch.tokens))
-        count += int(batch.token_lengths.sum())
-        alignments.append(monitor.measure(weights, batch.token_lengths, memory.lengths))
+        tokens, token_lengths = batch.targets
+        logits, weights = model.speller(memory, tokens)
+        total += float(token_loss(logits, tokens))
+        count += int(token_lengths.sum())
+        alignments.append(monitor.measure(weights, token_lengths, memory.lengths))
         if len(batch.indices) > 1:
-            other, _ = model.speller(of_the_next(memory), batch.tokens)
-            confused += float(token_loss(other, batch.tokens) - token_loss(logits, batch.tokens))
-            compared += int(batch.token_lengths.sum())
-        pictured.collect(batch.indices, weights, batch.token_lengths, memory.lengths)
+            other, _ = model.speller(of_the_next(memory), tokens)
+            confused += float(token_loss(other, tokens) - token_loss(logits, tokens))
+            compared += int(token_lengths.sum())
+        pictured.collect(batch.indices, weights, token_lengths, memory.lengths)
         for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, alone), strict=True):
             hypotheses[i] = vocabulary.decode(best[0].text_tokens)
     pictured.save(out / "attention", epoch)
     heard = confused / compared if compared else None
     alignment = replace(monitor.combine(alignments), heard=heard)
-    return Validation(total / count, score(data.texts, hypotheses), alignment, hypotheses)
+    references = [text or "" for text in data.texts]
+    return Validation(total / count, score(references, hypotheses), alignment, hypotheses)
 
 
 def of_the_next(memory: Memory) -> Memory:
@@ -98,7 +101,8 @@ class PictureBook:
         by_length = np.argsort(data.frames, kind="stable")
         middle = len(by_length) // 2
         self.wanted = [int(i) for i in by_length[middle : middle + pictures]]
-        self.data, self.weights = data, {}
+        self.data = data
+        self.weights: dict[int, np.ndarray] = {}
 
     def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
         for row, i in enumerate(indices.tolist()):
@@ -116,9 +120,8 @@ class PictureBook:
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.data.ids[i])
             safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
             title = f"{show(self.data.ids[i])}, epoch {epoch:g}"
-            write_atomically(
-                folder / f"{name}-{safe}.png", lambda p, w=weights, t=text, h=title: attention_picture(p, w, t, h)
-            )
+            picture = partial(attention_picture, weights=weights, text=text or "", title=title)
+            write_atomically(folder / f"{name}-{safe}.png", picture)
         write_atomically(folder / f"{name}.npz", lambda path: save_npz(path, arrays))
 
 

@@ -6,8 +6,9 @@ Everything random follows from (seed, epoch, utterance), so a place in training 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
 CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)  # longest to shortest in a length class
+Lengths = Sequence[int] | np.ndarray  # frames of each utterance
 PADDING_AIM = 0.08  # share of padding up to which length classes are made wider, for better mixing
 
 
@@ -33,7 +35,14 @@ class Batch:
 
     def to(self, device: str | torch.device) -> Batch:
         fields = vars(self).items()
-        return Batch(**{name: None if x is None else x.to(device, non_blocking=True) for name, x in fields})
+        moved: dict[str, Any] = {name: None if x is None else x.to(device, non_blocking=True) for name, x in fields}
+        return Batch(**moved)
+
+    @property
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens and their lengths, of a batch whose texts are known."""
+        assert self.tokens is not None and self.token_lengths is not None
+        return self.tokens, self.token_lengths
 
 
 class BucketBatches:
@@ -46,7 +55,7 @@ class BucketBatches:
     """
 
     def __init__(
-        self, frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0,
+        self, frames: Lengths, *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0,
         members: np.ndarray | None = None,
     ):  # fmt: skip
         """
@@ -155,13 +164,14 @@ class Course:
         return self.stages[-1][1]
 
 
-def plan_course(frames: Sequence[int], config: Config) -> Course:
+def plan_course(frames: Lengths, config: Config) -> Course:
     """Return the course of a training on utterances of `frames` feature frames each.
 
     Raises:
         InputError: data.short_epochs is set, and no utterance is as short as data.short_seconds.
     """
     data, epochs = config.data, config.training.epochs
+    options: dict[str, Any]
     options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch,
                "seed": config.training.seed, "speed": config.augment.speed}  # fmt: skip
     everything = BucketBatches(frames, **options)
@@ -178,18 +188,18 @@ def plan_course(frames: Sequence[int], config: Config) -> Course:
     return Course([(first, BucketBatches(frames, **options, members=short)), (epochs - first, everything)])
 
 
-def padding_share(frames: Sequence[int], batches: list[list[int]]) -> float:
+def padding_share(frames: Lengths, batches: list[list[int]]) -> float:
     """Return the share of the batches' padded frames that are padding."""
-    frames = np.asarray(frames)
-    padded = sum(len(batch) * int(frames[batch].max()) for batch in batches)
-    return 1 - sum(int(frames[batch].sum()) for batch in batches) / padded if padded else 0.0
+    lengths = np.asarray(frames)
+    padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - sum(int(lengths[batch].sum()) for batch in batches) / padded if padded else 0.0
 
 
-def sorted_batches(frames: Sequence[int], *, frames_per_batch: int, utterances_per_batch: int) -> list[list[int]]:
+def sorted_batches(frames: Lengths, *, frames_per_batch: int, utterances_per_batch: int) -> list[list[int]]:
     """Return batches of utterance indices, the longest first, each under the budget or of one utterance."""
-    frames = np.asarray(frames, np.int64)
-    order = np.argsort(-frames, kind="stable")
-    cuts = _cut(frames[order], frames_per_batch, utterances_per_batch)
+    lengths = np.asarray(frames, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    cuts = _cut(lengths[order], frames_per_batch, utterances_per_batch)
     return [order[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
@@ -224,12 +234,22 @@ def make_loader(
     batch is waited for; it may raise.
     """
     made = _Batches(dataset, batches, vocabulary, augment, seed, epoch)
-    return _Loader(made, range(start, len(batches)), workers=workers, look_up=look_up, pin=torch.cuda.is_available())
+    order, pin = range(start, len(batches)), torch.cuda.is_available()
+    return _Loader(Loader(made, order, workers=workers, look_up=look_up, pin=pin))
 
 
-class _Loader(Loader):
+class _Loader:
+    """What a Loader gives, as batches."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def __iter__(self) -> Iterator[Batch]:
-        with contextlib.closing(super().__iter__()) as made:
+        made: Generator[dict[str, Any], None, None] = iter(self.loader)
+        with contextlib.closing(made):
             for fields in made:
                 yield Batch(**fields)
 

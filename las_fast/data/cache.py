@@ -23,11 +23,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -164,7 +165,7 @@ def open_cache(
 
 def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig) -> str:
     """Hash what the entry depends on: the files by path, size and time, the texts, and the settings that matter."""
-    settings = [VERSION, corpus.kind, corpus.transposed, corpus.feature_size]
+    settings: list[Any] = [VERSION, corpus.kind, corpus.transposed, corpus.feature_size]
     settings.append(features.shift_ms)
     if corpus.kind == "audio":
         settings += [features.kind, features.size, features.sample_rate, features.window_ms]
@@ -289,7 +290,9 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Iterator[Item]:
+def _process(
+    corpus, utterances, features: FeatureConfig, scratch: Path, workers: int
+) -> Generator[Item, None, None]:
     """Yield an Item an utterance, in order, from this process or from `workers` others."""
     chunks = [list(utterances[i : i + CHUNK]) for i in range(0, len(utterances), CHUNK)]
     task = (corpus.kind, corpus.feature_size, corpus.transposed, features)
@@ -300,7 +303,7 @@ def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers
     workers = min(workers, len(chunks))
     children: list[subprocess.Popen] = []
     try:
-        queues = []
+        queues: list[queue.Queue] = []
         for k in range(workers):
             (scratch / f"task-{k}.pickle").write_bytes(pickle.dumps((task, chunks[k::workers])))
             children.append(_start_worker(scratch / f"task-{k}.pickle"))
@@ -335,9 +338,10 @@ def _start_worker(task: Path) -> subprocess.Popen:
 
 def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
     """Move a worker's answers to a short queue; a text in it says that the worker has ended."""
+    stdout: Any = child.stdout  # a pipe
     try:
         while True:
-            answers.put(pickle.load(child.stdout))
+            answers.put(pickle.load(stdout))
     except Exception as error:  # whatever it was, the reader of the queue must hear of it or it waits for ever
         answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
 
@@ -361,7 +365,8 @@ def work() -> None:
 
 def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
     """Yield the items in lists of at most ANSWER_BYTES of frames, or of one item."""
-    group, size = [], 0
+    group: list[Item] = []
+    size = 0
     for item in items:
         own = 0 if item.frames is None else item.frames.nbytes
         if group and size + own > ANSWER_BYTES:
@@ -383,7 +388,7 @@ def _checked(item: Item, utterance: Utterance) -> Item:
     """Add the transcript, or turn the item into a problem: nothing bad passes here."""
     if item.problem:
         return item
-    if not len(item.frames):
+    if item.frames is None or not len(item.frames):
         return Item(item.id, problem=f"{utterance.path} has no frames; remove it or make it again")
     if not np.isfinite(item.frames).all():
         return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; make it again")
@@ -422,7 +427,9 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
 
 def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[Item]:
     """Yield items in order, holding little audio at a time: recordings can be hours long."""
-    waveforms, items, held = [], [], 0.0
+    waveforms: list[np.ndarray] = []
+    items: list[Item] = []
+    held = 0.0
     for u in chunk:
         waveform, item = _read_recording(u, features.sample_rate)
         if items and held + item.seconds > GROUP_SECONDS:

@@ -118,7 +118,7 @@ def role_of(split: str) -> str | None:
     plain = _plain(split)
     if plain.startswith("train"):
         return "train"
-    first = re.match(r"[^-\d]*", plain)[0]
+    first = re.split(r"[-\d]", plain, maxsplit=1)[0]
     return next((role for role, names in ROLES.items() if first in names), None)
 
 

@@ -355,7 +355,7 @@ class _TextCheck:
         if not self.needed:
             return ""
         raw, text = text, self.text(text)
-        if text is None:
+        if raw is None or text is None:
             return f"{utterance.path} has no transcript; add it or remove the recording"
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
         if are_phonemes(raw.split()):

@@ -60,7 +60,7 @@ def find_archives(root: Path) -> list[Path]:
 def open_archive(root: Path) -> Corpus:
     """Return the corpus of an archive root; InputError when no feature file can be read."""
     splits = [path.name for path in subfolders(root) if _feature_folder(path)]
-    size, transposed = _frame_layout([_feature_folder(root / split) for split in splits])
+    size, transposed = _frame_layout([_features_of(root / split) for split in splits])
     edition = _edition(root, splits, size)
     roles = assign_roles(splits)
     if edition is S24 and "train-clean-100" in splits:  # its train-clean-50 is the smaller choice, not more data
@@ -126,6 +126,11 @@ def _feature_folder(split: Path) -> Path | None:
     return next((split / name for name in FEATURE_FOLDERS if (split / name).is_dir()), None)
 
 
+def _features_of(split: Path) -> Path:
+    """Return the folder that holds the features of a split, or should."""
+    return _feature_folder(split) or split / FEATURE_FOLDERS[0]
+
+
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
     """Return the frame size and whether files hold (F, T): the side that several files share is the frame."""
     names = [path for folder in folders for _, path in sorted(_arrays(folder).items())[:PEEK]]
@@ -143,7 +148,7 @@ def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
 
 
 def _edition(root: Path, splits: list[str], size: int) -> Edition:
-    if _feature_folder(root / splits[0]).name == "fbank" and size == 80:
+    if _features_of(root / splits[0]).name == "fbank" and size == 80:
         symbols = any((folder / "char_set.txt").is_file() for folder in (root, root.parent))
         is_s25 = symbols or root.name == "hw4p2_data"
         return S25 if is_s25 and not (root / "text-for-LM").exists() else F24
@@ -156,7 +161,7 @@ def _edition(root: Path, splits: list[str], size: int) -> Edition:
 
 def _list_split(split: Path) -> list[Utterance]:
     """Pair features and transcripts by name; one without the other is kept, so that loading can report it."""
-    folder = _feature_folder(split)
+    folder = _features_of(split)
     features = _arrays(folder)
     texts = _transcripts(split)
     names = sorted(features.keys() | texts.keys())

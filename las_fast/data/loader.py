@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import queue
@@ -18,8 +19,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class Loader:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __iter__(self) -> Iterator[Fields]:
+    def __iter__(self) -> Generator[Fields, None, None]:
         ahead: _Workers | None = None
         try:
             ahead = self._start()
@@ -189,6 +190,7 @@ class _Child:
         """Return what ended the process, whose pipe is closed; leave it to be waited for."""
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None  # as it may be with WNOHANG alone
             if ended.si_code == os.CLD_EXITED:
                 return f"exit status {ended.si_status}"
             name = signal.Signals(ended.si_status).name
@@ -196,7 +198,7 @@ class _Child:
         return "unknown exit status"
 
 
-def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, BinaryIO]:
+def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, io.FileIO]:
     """Start a worker; return its number and the pipe that its batches come from."""
     reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):
@@ -250,7 +252,7 @@ def _send(batches: Batches, b: int, pipe: int) -> None:
             _write(pipe, _bytes_of(x))
 
 
-def _read(pipe: BinaryIO, pin: bool) -> Fields | None:
+def _read(pipe: io.FileIO, pin: bool) -> Fields | None:
     """Read what _send wrote; raise EOFError where it ends too early."""
     (length,) = LENGTH.unpack(_read_bytes(pipe, LENGTH.size))
     if length == FAILED:
@@ -261,8 +263,8 @@ def _read(pipe: BinaryIO, pin: bool) -> Fields | None:
             fields[name] = None
             continue
         kind, *shape = described
-        fields[name] = torch.empty(shape, dtype=getattr(torch, kind), pin_memory=pin)
-        _fill(pipe, _bytes_of(fields[name]))
+        fields[name] = x = torch.empty(shape, dtype=getattr(torch, kind), pin_memory=pin)
+        _fill(pipe, _bytes_of(x))
     return fields
 
 
@@ -276,13 +278,13 @@ def _write(pipe: int, content: memoryview) -> None:
         content = content[os.write(pipe, content) :]
 
 
-def _read_bytes(pipe: BinaryIO, count: int) -> bytes:
+def _read_bytes(pipe: io.FileIO, count: int) -> bytes:
     content = bytearray(count)
     _fill(pipe, memoryview(content))
     return bytes(content)
 
 
-def _fill(pipe: BinaryIO, content: memoryview) -> None:
+def _fill(pipe: io.FileIO, content: memoryview) -> None:
     while content:
         count = pipe.readinto(content)
         if not count:

@@ -143,8 +143,11 @@ def open_tables(tables: list[Table]) -> Corpus:
 
     A manifest that is all of one split is read when that is asked for.
     """
+    listings: dict[str, Callable[[], list[Utterance]]]
     if len(tables) > 1 and not any("split" in _claims(tuple(columns(table.path))) for table in tables):
-        listings = {_plain_split(table.split): lru_cache(maxsize=1)(partial(_of_one_split, table)) for table in tables}
+        listings = {
+            _plain_split(table.split) or "": lru_cache(maxsize=1)(partial(_of_one_split, table)) for table in tables
+        }
         first = _first(listings.values())
     else:
         splits = _splits(tables)

@@ -25,9 +25,10 @@ import shutil
 import signal
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -401,7 +402,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     return seconds
 
 
-def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Iterator:
+def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Generator[Any, None, None]:
     """Yield function(task) of each task as it comes, by so many processes at once and a fresh one for each task.
 
     What eSpeak NG said before can then not depend on who takes which block.
@@ -413,7 +414,8 @@ def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Iterator
     context.set_forkserver_preload(["las_fast.data.spoken"])
     with _ignoring(signal.SIGINT, signal.SIGHUP):  # which all processes inherit: this one answers, and ends them
         multiprocessing.forkserver.ensure_running()
-    waiting, running = list(reversed(tasks)), {}  # pipe: the process that answers through it
+    waiting = list(reversed(tasks))
+    running: dict[Any, Any] = {}  # pipe: the process that answers through it
     try:
         while waiting or running:
             while waiting and len(running) < workers:

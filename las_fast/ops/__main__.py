@@ -16,7 +16,7 @@ def table() -> str:
     """
     reasons: list[str] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [("op", *backends.BACKENDS)]
+    rows: list[tuple[str, ...]] = [("op", *backends.BACKENDS)]
     for op in backends.IMPLEMENTED:
         rows.append((op, *(_cell(op, backend, device, reasons) for backend in backends.BACKENDS)))
     lines = ["".join(f"{cell:<{11 if i else 18}}" for i, cell in enumerate(row)).rstrip() for row in rows]

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,11 +94,12 @@ def beam_topk(
     excess = {"triton": _too_many(*logits.shape[1:])}
     chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, excess)
     table, states, weight = ngram or (None, None, 0.0)
-    op = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
-    options = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
+    op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
+    options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
     options += (None, 0.0) if ctc is None else (backends.detached(ctc.gains), ctc.weight)
     found = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
-    return BeamStep(*found[:5], None if ngram is None else found[5])
+    best: tuple[Any, ...] = (*found[:5], None if ngram is None else found[5])
+    return BeamStep(*best)
 
 
 def _too_many(K: int, V: int) -> str | None:
@@ -159,6 +160,7 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
     if logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B, K, V) of a float type; got {tuple(logits.shape)} {logits.dtype}")
     B, K, V = logits.shape
+    expected: list[tuple[str, Any, tuple[int, ...], torch.dtype]]
     expected = [("scores", scores, (B, K), torch.float32), ("finished", finished, (B, K), torch.bool)]
     expected += [("lengths", lengths, (B, K), torch.int64), ("coverage", coverage, (B, K), torch.float32)]
     expected += [("minimum", minimum, (B,), torch.int64), ("maximum", maximum, (B,), torch.int64)]

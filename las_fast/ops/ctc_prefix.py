@@ -17,7 +17,7 @@ The gains of a hypothesis are log psi(g.v) - log psi(g): log-probabilities of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def ctc_prefix(
     """
     _check(frames, state, tokens, parents, chosen, eos)
     picked = backends.choose("ctc_prefix", backend, frames.device, frames.dtype)
-    op = _reference if picked == "reference" else getattr(torch.ops.las_fast, f"ctc_prefix_{picked}")
+    op: Any = _reference if picked == "reference" else getattr(torch.ops.las_fast, f"ctc_prefix_{picked}")
     return CtcState(*op(backends.detached(frames), *map(backends.detached, state), tokens, parents, chosen, eos))
 
 
@@ -133,6 +133,7 @@ def _check(frames: Tensor, state: CtcState, tokens: Tensor, parents: Tensor, cho
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (B, K) int64; got {tuple(tokens.shape)} {tokens.dtype}")
     (B, T, V), K = frames.shape, tokens.shape[1]
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]
     expected = [(name, x, (B, K), torch.int64) for name, x in
                 (("tokens", tokens), ("parents", parents), ("chosen", chosen))]  # fmt: skip
     shapes = ((B, K, T + 1), (B, K), (B, K, V))

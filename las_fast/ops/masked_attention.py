@@ -13,6 +13,7 @@ W the weights, S the scores and dX the gradient of X:
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def masked_attention(
     peaks: bool = False,
     padding: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Average each utterance's values by softmax(scale * query . keys), ignoring padding.
 
     Differentiable once in query, keys and values. Computes in float32 (float64 for float64). On Triton, float32

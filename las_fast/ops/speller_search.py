@@ -187,7 +187,7 @@ def _reference(weights: SpellerWeights, keys, values, lengths, options: Options,
     beams, state = _begin(weights, keys, values, options)
     padding = padding_mask(lengths, keys.shape[1])[:, None]  # (B, 1, T)
     attention = padding.expand(-1, options.beam, -1).float()  # padding counts as covered
-    steps = []
+    steps: list[tuple[Tensor, ...]] = []
     while not steps or bool((~beams.finished & ~beams.scores.isneginf()).any()):
         logits, attended, peaks, state = step(weights, keys, values, lengths, beams.tokens, state, int8=int8)
         attention = torch.where(beams.finished[..., None], attention, attention + attended)
@@ -285,7 +285,7 @@ def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
     ngram = None
-    if options.table is not None:
+    if options.table is not None and beams.ngram_states is not None:
         ngram = Ngram(options.table, beams.ngram_states, options.ngram_weight)
     return beam_topk(
         logits,
@@ -305,7 +305,7 @@ def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
 
 
 def _ctc(before: _Beams, found: BeamStep, options: Options) -> CtcState | None:
-    if before.ctc is None:
+    if before.ctc is None or options.frames is None:
         return None
     arguments = before.ctc, before.tokens, found.parents, found.tokens
     return ctc_prefix(options.frames, *arguments, eos=options.eos, backend="reference")

@@ -91,7 +91,9 @@ def speller_unroll(
 
 
 def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks) -> tuple[Tensor, Tensor]:
-    state, logits, attention = silence(weights, values, 1), [], []
+    state = silence(weights, values, 1)
+    logits: list[Tensor] = []
+    attention: list[Tensor] = []
     masks = None if masks is None else [mask[:, None] for mask in masks]
     for u in range(tokens.shape[1]):
         token = tokens[:, u : u + 1]
@@ -115,14 +117,15 @@ def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     attend = _DeferredAttention(keys, values, lengths, steps)
     any_sampled = sampled.any(0).tolist()  # one wait for the device instead of one a step
     hidden, cell, context = ([x[:, 0] for x in state[0]], [x[:, 0] for x in state[1]], state[2][:, 0])
-    spoken, contexts, attention = [], [], []
+    spoken: list[Tensor] = []
+    contexts, attention = [], []
     for u in range(steps):
         token = tokens[:, u]
         if u > 0 and any_sampled[u]:
             with torch.no_grad():
                 best = _logits(weights, spoken[-1], context, dtype).argmax(-1)
             token = torch.where(sampled[:, u], best, token)
-        inputs = (F.embedding(token, weights.embedding), context)
+        inputs: tuple[Tensor, ...] = (F.embedding(token, weights.embedding), context)
         for n, layer in enumerate(cells):
             i, f, g, o = layer(torch.cat((*inputs, hidden[n]), -1)).chunk(4, -1)
             cell[n] = torch.sigmoid(f) * cell[n] + torch.sigmoid(i) * torch.tanh(g)
@@ -176,7 +179,8 @@ class _DeferredAttention:
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, steps: int):
         self.memory, self.padding = (keys.detach(), values.detach(), lengths), padding_mask(lengths, keys.shape[1])
-        self.queries, self.weights = [], []
+        self.queries: list[Tensor] = []
+        self.weights: list[Tensor] = []
         context, weights = _AttentionOffsets.apply(keys, values, self.queries, self.weights, steps)
         self.offsets = zip(context.unbind(1), weights.unbind(1), strict=True)
 
