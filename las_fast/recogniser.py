@@ -194,7 +194,14 @@ class Recogniser:
         self, features: Sequence[Array], *, beam: int | None = None, lm: LanguageModel = None, nbest: int = 1
     ) -> list[list[Hypothesis]]: ...
 
-    def decode(self, features, *, beam=None, lm=None, nbest=1):
+    def decode(
+        self,
+        features: Array | Sequence[Array],
+        *,
+        beam: int | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
+    ) -> list[Hypothesis] | list[list[Hypothesis]]:
         """Return the hypotheses of an utterance given as features, best first, or those of each utterance of a list.
 
         Args:

@@ -110,7 +110,7 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
     modules -= {"las_fast/kernels/__init__.py"}  # it points a checkout to kernels/; a wheel has the files themselves
     modules |= {f"las_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     released = {f"las_fast/checkpoints/{path.name}" for path in (ROOT / "las_fast" / "checkpoints").iterdir()}
-    assert presets and released and presets | modules | released <= set(names)
+    assert presets and released and presets | modules | released | {"las_fast/py.typed"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)
@@ -128,6 +128,7 @@ def make(*words):
     ("test", "-m pytest"),
     ("bench", "-m pytest benchmarks"),
     ("lint", "ruff check"),
+    ("lint", "/mypy"),
     ("gpu-check", "-m benchmarks.gpu_check"),
 ])  # fmt: skip
 def test_each_make_target_sets_up_everything_before_its_job(target, job):
