@@ -268,16 +268,22 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _language_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return what las_fast.search.with_reward makes of the language model; that of the last call is kept."""
+        """Return what las_fast.search.with_reward makes of the language model; the last one is kept."""
+
+        def make() -> tuple[Tensor | None, DecodingConfig]:
+            table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
+            return search.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
+
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
-        status = os.stat(path) if path else None
-        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status else None
-        key = (lm, stamp, decoding.ngram_weight, decoding.length_reward)
+        if path is None:
+            return make()
+        status = os.stat(path)
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        key = (stamp, decoding.ngram_weight, decoding.length_reward)
         if self._table is None or self._table[0] != key:
             self._table = None  # its memory is free before the next takes its own
-            table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
-            made = search.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
-            self._table = (key, *made)
+            ngram, rewarded = make()
+            self._table = key, ngram, rewarded
         return self._table[1:]
 
     def decode_dataset(
@@ -318,7 +324,7 @@ class _Heard:
     name: str = ""
     segments: list[Segment] = field(default_factory=list)
     noise: list[Segment] = field(default_factory=list)
-    waiting: int = 0  # segments that are not decoded yet
+    undecoded: int = 0  # segments
     is_read: bool = False
     error: InputError | None = None  # why it cannot be read
 
@@ -340,20 +346,20 @@ class _Job:
     heard: Callable[[float], None]
     pool: list[tuple[_Heard, Speech]] = field(default_factory=list)
     seconds: float = 0.0  # in the pool
-    waiting: deque[_Heard] = field(default_factory=deque)  # recordings that are not yielded yet
+    begun: deque[_Heard] = field(default_factory=deque)  # recordings that are not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
         """Yield each recording with its transcript, in order."""
         for recording in recordings:
             one = _Heard(recording)
-            self.waiting.append(one)
+            self.begun.append(one)
             for speech in self._listen(one, sample_rate):
                 self._add(one, speech)
                 if self.seconds >= self.pool_seconds:
                     self._decode()
                     yield from self._finished()
             if one.error is not None:
-                self.waiting.pop()
+                self.begun.pop()
                 self._decode()
                 yield from self._finished()
                 if not self.skip_bad:
@@ -395,7 +401,7 @@ class _Job:
     def _add(self, one: _Heard, speech: Speech) -> None:
         self.pool.append((one, speech))
         self.seconds += speech.end - speech.start
-        one.waiting += 1
+        one.undecoded += 1
 
     def _decode(self) -> None:
         """Decode what is in the pool; raises InputError where memory does not suffice for one segment."""
@@ -407,7 +413,7 @@ class _Job:
         options: dict[str, Any] = {"nbest": self.nbest, "speech_scores": True, "progress": False}
         found = self.model.decode_dataset(data, self.decoder, **options)
         for (one, speech), hypotheses in zip(pool, found, strict=True):
-            one.waiting -= 1
+            one.undecoded -= 1
             nbest = tuple(map(self.model.hypothesis, hypotheses))
             best = nbest[0]
             scores = best.score, best.mean_score, best.speech_score
@@ -417,8 +423,8 @@ class _Job:
 
     def _finished(self) -> Iterator[tuple[Any, Transcript]]:
         """Take the recordings off the front that are decoded, and yield them."""
-        while self.waiting and self.waiting[0].is_read and not self.waiting[0].waiting:
-            done = self.waiting.popleft()
+        while self.begun and self.begun[0].is_read and not self.begun[0].undecoded:
+            done = self.begun.popleft()
             yield done.recording, done.transcript()
 
 
