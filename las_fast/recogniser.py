@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 Array = np.ndarray | Tensor
 LanguageModel = StrPath | Literal[False] | None
+Item = TypeVar("Item")  # a recording, of whatever type
 
 
 def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogniser:
@@ -142,7 +143,7 @@ class Recogniser:
 
     def transcribe_all(
         self,
-        recordings: Iterable[Any],
+        recordings: Iterable[Item],
         sample_rate: int | None = None,
         *,
         beam: int | None = None,
@@ -153,7 +154,7 @@ class Recogniser:
         pool_seconds: float = POOL_SECONDS,
         warn: Callable[[str], None] = warnings.warn,
         heard: Callable[[float], None] = lambda seconds: None,
-    ) -> Iterator[tuple[Any, Transcript]]:
+    ) -> Iterator[tuple[Item, Transcript]]:
         """Return an iterator of each recording with its transcript, in order, as soon as all of it is decoded.
 
         Segments of many recordings are decoded together, which is faster than calling `transcribe` for each.
