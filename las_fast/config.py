@@ -20,6 +20,34 @@ from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
 
 PRESETS = Path(__file__).parent / "configs"
+MOST = 10**9  # what no number may exceed where its field says nothing
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of a number, or of each number in a tuple."""
+
+    at_least: float = 0
+    above: float = -math.inf
+    at_most: float = MOST
+    below: float = math.inf
+
+    def broken(self, value: int | float) -> str:
+        """Return what the value must be, such as "at least 1", where it is not, else ""."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "a finite number"
+        if value <= self.above:
+            return f"more than {self.above:g}"
+        if value < self.at_least:
+            return f"at least {self.at_least:g}"
+        if value > self.at_most:
+            return f"at most {self.at_most:g}"
+        return f"below {self.below:g}" if value >= self.below else ""
+
+
+def number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """A field that holds a number, or several, within `Bounds(**bounds)`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 @dataclass(frozen=True)
@@ -27,11 +55,12 @@ class FeatureConfig:
     """What a frame is."""
 
     kind: Literal["logmel", "mfcc"] = "logmel"  # computed from audio; archives of features bring their own
-    size: int = 80  # values per frame before deltas: mel bins, cepstral coefficients, or the archive's own
-    mel_bins: int = 80  # filters under the MFCC
-    sample_rate: int = 16000  # Hz; audio at another rate is resampled
-    window_ms: float = 25.0
-    shift_ms: float = 10.0
+    # values per frame before deltas: mel bins, cepstral coefficients, or the archive's own
+    size: int = number(80, at_least=1, at_most=10_000)
+    mel_bins: int = number(80, at_least=1, at_most=10_000)  # filters under the MFCC
+    sample_rate: int = number(16000, at_least=1, at_most=768_000)  # Hz; audio at another rate is resampled
+    window_ms: float = number(25.0, above=0, at_most=1000)
+    shift_ms: float = number(10.0, above=0, at_most=1000)
     normalisation: Literal["utterance", "global", "none"] = "utterance"
     trim_silence: bool = True  # of recordings: long silence is left out, and what is kept of it has one level
     deltas: int = 0  # 0, 1 (speed) or 2 (speed and acceleration)
@@ -51,14 +80,14 @@ class DataConfig:
     characters: str = CHARACTERS
     normalise_text: bool = False  # map transcripts onto the characters instead of refusing them
     on_bad: Literal["error", "skip"] = "error"
-    frames_per_batch: int = 20000  # feature frames, padding included
-    utterances_per_batch: int = 64  # at most
+    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # feature frames, padding included
+    utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # at most
     max_seconds: float = 0.0  # longer training utterances are left out and counted; 0: no limit
     hours: float = 0.0  # train on this much, drawn once: what is in 1 hour is in 3 too; 0: on all
     short_epochs: int = 0  # at the start, on utterances of at most short_seconds: attention forms on them sooner
     short_seconds: float = 4.0
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
-    workers: int = 1  # loader processes; 0 loads in the training process
+    workers: int = number(1, at_most=256)  # loader processes; 0 loads in the training process
 
     def whole(self) -> DataConfig:
         """Return the settings for data to be scored: nothing is left out of it."""
@@ -70,27 +99,28 @@ class AugmentConfig:
     """SpecAugment (Park et al. 2019) and speed, on features, in training only."""
 
     start_epoch: float = 0.0  # epochs before masks and joins begin: attention forms sooner on whole utterances
-    time_masks: int = 2
+    time_masks: int = number(2, at_most=1000)
     time_width: int = 40  # frames at most
-    time_share: float = 0.2  # of an utterance that all time masks together may take
-    frequency_masks: int = 2
+    time_share: float = number(0.2, at_most=1)  # of an utterance that all time masks together may take
+    frequency_masks: int = number(2, at_most=1000)
     frequency_width: int = 10  # bins at most
-    frequency_share: float = 0.5  # of the bins that all frequency masks together may take
-    speed: float = 0.0  # 0.1: each utterance is played between 0.9 and 1.1 times its speed
-    join: float = 0.0  # share of batches whose utterances are joined in pairs: new texts, twice as long
+    frequency_share: float = number(0.5, at_most=1)  # of the bins that all frequency masks together may take
+    speed: float = number(0.0, below=1)  # 0.1: each utterance is played between 0.9 and 1.1 times its speed
+    # share of batches whose utterances are joined in pairs: new texts, twice as long
+    join: float = number(0.0, at_most=1)
 
 
 @dataclass(frozen=True)
 class ListenerConfig:
     """Encoder: convolution, one BiLSTM, then BiLSTMs that each halve the time, then some that keep it."""
 
-    conv_channels: tuple[int, ...] = (256,)
-    conv_kernels: tuple[int, ...] = (5,)  # odd, one a layer
-    conv_strides: tuple[int, ...] = (1,)  # one a layer
-    lstm_size: int = 256  # a direction
-    pyramids: int = 3
-    top_layers: int = 0  # BiLSTMs after the pyramids
-    dropout: float = 0.2  # locked: one mask an utterance, the same in every frame
+    conv_channels: tuple[int, ...] = number((256,), at_least=1, at_most=10_000)
+    conv_kernels: tuple[int, ...] = number((5,), at_least=1, at_most=101)  # odd, one per layer
+    conv_strides: tuple[int, ...] = number((1,), at_least=1, at_most=16)  # one per layer
+    lstm_size: int = number(256, at_least=1, at_most=10_000)  # per direction
+    pyramids: int = number(3, at_most=8)
+    top_layers: int = number(0, at_most=100)  # BiLSTMs after the pyramids
+    dropout: float = number(0.2, below=1)  # locked: one mask per utterance, the same in every frame
 
     @property
     def time_reduction(self) -> int:
@@ -106,18 +136,19 @@ class ListenerConfig:
 class SpellerConfig:
     """Decoder: embedding tied to the output, LSTM cells, masked dot-product attention."""
 
-    key_size: int = 256
-    value_size: int = 256
-    embedding_size: int = 256
-    lstm_sizes: tuple[int, ...] = (512, 256)
-    dropout: float = 0.2
+    key_size: int = number(256, at_least=1, at_most=10_000)
+    value_size: int = number(256, at_least=1, at_most=10_000)
+    embedding_size: int = number(256, at_least=1, at_most=10_000)
+    lstm_sizes: tuple[int, ...] = number((512, 256), at_least=1, at_most=10_000)
+    dropout: float = number(0.2, below=1)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     listener: ListenerConfig = field(default_factory=ListenerConfig)
     speller: SpellerConfig = field(default_factory=SpellerConfig)
-    ctc_layer: int = -1  # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top ones; -1 none
+    # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top ones; -1 none
+    ctc_layer: int = number(-1, at_least=-1)
 
 
 @dataclass(frozen=True)
@@ -126,27 +157,29 @@ class TeacherForcingStage:
 
     start: float
     end: float
-    first: float
-    last: float
+    first: float = number(at_most=1)
+    last: float = number(at_most=1)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    epochs: int = 60
-    learning_rate: float = 1e-3
+    epochs: int = number(60, at_least=1, at_most=1_000_000)
+    learning_rate: float = number(1e-3, above=0, at_most=100)
     weight_decay: float = 1e-2
     warmup_steps: int = 200
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    final_share: float = 0.02  # of the learning rate at the end of the cosine
-    restarts: tuple[int, ...] = ()  # epochs after which the cosine begins again, warm-up and all (warm restarts)
+    final_share: float = number(0.02, at_most=1)  # of the learning rate at the end of the cosine
+    # epochs after which the cosine begins again, warm-up and all (warm restarts)
+    restarts: tuple[int, ...] = number((), at_least=1)
     plateau_patience: int = 4  # validations without a better dev CER
-    plateau_factor: float = 0.5
-    clip_norm: float = 5.0
-    label_smoothing: float = 0.1
-    ctc_weight: float = 0.0  # needs model.ctc_layer
+    plateau_factor: float = number(0.5, above=0, at_most=1)
+    clip_norm: float = number(5.0, above=0)
+    label_smoothing: float = number(0.1, below=1)
+    ctc_weight: float = number(0.0, at_most=1e6)  # needs model.ctc_layer
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
-    guided_weight: float = 0.0  # soft prior on the attention: along the diagonal, or along CTC's alignment
-    guided_width: float = 0.15  # of the diagonal, as a share of the utterance
+    # soft prior on the attention: along the diagonal, or along CTC's alignment
+    guided_weight: float = number(0.0, at_most=1e6)
+    guided_width: float = number(0.15, above=0)  # of the diagonal, as a share of the utterance
     guided_frames: float = 0.0  # how near to CTC's alignment the prior wants it, in encoder frames; 0: diagonal
     guided_until: float = 10.0  # epoch at which the prior has faded to nothing
     teacher_forcing: tuple[TeacherForcingStage, ...] = (
@@ -154,30 +187,34 @@ class TrainingConfig:
         TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.8),
         TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the machine multiplies it faster
-    threads: int = 0  # of the CPU, in each product; 0: torch's choice, all cores. Tiny models gain nothing from more
-    ema_decay: float = 0.999  # averaged weights; 0: none
-    seed: int = 1
-    validate_every: float = 1.0  # epochs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where its matmuls are faster
+    # CPU threads per op; 0: all cores. Tiny models gain nothing from more than one
+    threads: int = number(0, at_most=1024)
+    ema_decay: float = number(0.999, below=1)  # averaged weights; 0: none
+    seed: int = number(1, at_most=10**12)  # times a million it must still be a seed
+    validate_every: float = number(1.0, above=0)  # epochs
     checkpoint_minutes: float = 5.0  # between saves inside an epoch
-    pictures: int = 2  # dev utterances whose attention is drawn at each validation
+    pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
     monitor_epoch: float = 10.0  # by when the attention should have formed
     wandb: bool = False
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    beam: int = 8
-    length_penalty: float = 1.0  # scores are ranked by score / length ** length_penalty
+    beam: int = number(8, at_least=1, at_most=1000)
+    length_penalty: float = number(1.0, at_most=100)  # scores are ranked by score / length ** length_penalty
     eos_threshold: float = 0.0  # eos only where its log-probability > threshold * best other; 0: always
     minimum_share: float = 0.0  # tokens per feature frame, at least
-    maximum_share: float = 0.3  # tokens per feature frame, at most; fast speech has 25 characters a second
-    maximum_extra: int = 10  # tokens allowed besides the maximum share
+    # tokens per feature frame, at most; fast speech has 25 characters per second
+    maximum_share: float = number(0.3, at_most=1000)
+    maximum_extra: int = number(10, at_most=1_000_000)  # tokens allowed besides the maximum share
     coverage_weight: float = 0.0  # of the mean log of the attention that a frame got, at most 1; 0: none, 0.1 is much
-    ctc_weight: float = 0.0  # of the CTC head's prefix scores, up to 1; the speller's have the rest. 0 needs no head
+    # of the CTC head's prefix scores, up to 1; the speller's have the rest. 0 needs no head
+    ctc_weight: float = number(0.0, at_most=1)
     ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
-    length_reward: float = 0.0  # added to a score for each character, natural log units; weighs against an n-gram model
-    frames_per_batch: int = 30000  # feature frames, padding included
+    # added to a score for each character, natural log units; weighs against an n-gram model
+    length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
+    frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # feature frames, padding included
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # in decoding on a CPU; int8: the speller's; auto: fp32
 
 
@@ -303,81 +340,11 @@ def _required(f: dataclasses.Field) -> bool:
 
 NO_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
-# Numbers that must be more than 0, at least 1 where they are whole. All others may be 0 but not negative.
-POSITIVE = {
-    "features": ("size", "mel_bins", "sample_rate", "window_ms", "shift_ms"),
-    "data": ("frames_per_batch", "utterances_per_batch"),
-    "model.listener": ("conv_channels", "conv_kernels", "conv_strides", "lstm_size"),
-    "model.speller": ("key_size", "value_size", "embedding_size", "lstm_sizes"),
-    "training": (
-        *("epochs", "restarts", "learning_rate", "plateau_factor"),
-        *("clip_norm", "guided_width", "validate_every"),
-    ),
-    "decoding": ("beam", "frames_per_batch"),
-}
-MAY_BE_NEGATIVE = ("model.ctc_layer", "decoding.length_reward")  # -1: none; below 0 it is a price
-AT_MOST_ONE = (
-    "augment.time_share",
-    "augment.frequency_share",
-    "augment.join",
-    "training.final_share",
-    "training.plateau_factor",
-    "training.teacher_forcing.first",
-    "training.teacher_forcing.last",
-    "decoding.ctc_weight",
-)
-# Where more is a slip that would hang, overflow or take all memory; all other numbers may be up to 1e9.
-AT_MOST = {
-    "features.size": 10_000,
-    "features.mel_bins": 10_000,
-    "features.sample_rate": 768_000,
-    "features.window_ms": 1000,
-    "features.shift_ms": 1000,
-    "data.frames_per_batch": 10_000_000,
-    "data.utterances_per_batch": 10_000,
-    "data.workers": 256,
-    "augment.time_masks": 1000,
-    "augment.frequency_masks": 1000,
-    "model.listener.conv_channels": 10_000,
-    "model.listener.conv_kernels": 101,
-    "model.listener.conv_strides": 16,
-    "model.listener.lstm_size": 10_000,
-    "model.listener.pyramids": 8,
-    "model.listener.top_layers": 100,
-    "model.speller.lstm_sizes": 10_000,
-    "model.speller.key_size": 10_000,
-    "model.speller.value_size": 10_000,
-    "model.speller.embedding_size": 10_000,
-    "training.epochs": 1_000_000,
-    "training.learning_rate": 100,
-    "training.guided_weight": 1e6,
-    "training.ctc_weight": 1e6,
-    "training.threads": 1024,
-    "training.pictures": 1000,
-    "training.seed": 10**12,  # times a million it still is a seed
-    "decoding.beam": 1000,
-    "decoding.frames_per_batch": 10_000_000,
-    "decoding.length_penalty": 100,
-    "decoding.maximum_share": 1000,
-    "decoding.maximum_extra": 1_000_000,
-    "decoding.length_reward": 1e6,
-    **dict.fromkeys(AT_MOST_ONE, 1),
-}
-MOST = 10**9
-BELOW_ONE = (
-    "augment.speed",
-    "model.listener.dropout",
-    "model.speller.dropout",
-    "training.label_smoothing",
-    "training.ema_decay",
-)
-
-
 def check(config: Config) -> Config:
     """Return config if its values make sense, alone and together; raise InputError naming the field if not."""
     Vocabulary(config.data.characters)
-    for name, value in _numbers(config):
-        if wrong := _out_of_range(name, value):
+    for name, value, bounds in _numbers(config):
+        if wrong := bounds.broken(value):
             raise InputError(f"settings: {name} must be {wrong}; got {value}")
     listener, training, model = config.model.listener, config.training, config.model
     layers = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
@@ -412,28 +379,14 @@ def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:
     return check(dataclasses.replace(config, decoding=decoding)).decoding
 
 
-def _numbers(config: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the dotted name and the value of each number; items of a list go by the list's name."""
+def _numbers(config: Any, name: str = "", bounds: Bounds = Bounds()) -> Iterator[tuple[str, int | float, Bounds]]:
+    """Yield the dotted name, the value and the bounds of each number; items of a tuple go by the tuple's name."""
     if dataclasses.is_dataclass(config):
         for f in dataclasses.fields(config):
-            yield from _numbers(getattr(config, f.name), f"{name}.{f.name}".lstrip("."))
+            inner = f.metadata.get("bounds", Bounds())
+            yield from _numbers(getattr(config, f.name), f"{name}.{f.name}".lstrip("."), inner)
     elif isinstance(config, tuple):
         for item in config:
-            yield from _numbers(item, name)
+            yield from _numbers(item, name, bounds)
     elif isinstance(config, (int, float)) and not isinstance(config, bool):
-        yield name, config
-
-
-def _out_of_range(name: str, value: int | float) -> str:
-    """Return what the setting must be where its value is not, else ""."""
-    section, _, field_name = name.rpartition(".")
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    if field_name in POSITIVE.get(section, ()) and value <= 0:
-        return "at least 1" if isinstance(value, int) else "more than 0"
-    most = AT_MOST.get(name, MOST)
-    if value < (-most if name in MAY_BE_NEGATIVE else 0):
-        return f"at least {-most:g}" if name in MAY_BE_NEGATIVE else "at least 0"
-    if value > most:
-        return f"at most {most:g}"
-    return "below 1" if name in BELOW_ONE and value >= 1 else ""
+        yield name, config, bounds
