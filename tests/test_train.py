@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -506,16 +505,6 @@ def test_transcripts_that_ctc_cannot_align_are_named(capsys):
     assert "nothing from 1 of 3 transcripts" in said and "the first is that of b, 12 of 11" in said
     train.warn_of_crowded(data, ModelConfig(listener, ctc_layer=0))
     assert capsys.readouterr().out == ""
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", re.findall(r"^python -m las_fast.train (.*)$", README, re.MULTILINE))
-def test_settings_of_the_readmes_trainings_go_together(command):
-    words = shlex.split(command.replace("runs/mine/config.yaml", "tiny"))
-    options, config = train.parse(words)
-    assert config.training.epochs > 0 and options.out
 
 
 def test_two_trainings_do_not_share_a_folder(archive, tmp_path):

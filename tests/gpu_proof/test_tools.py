@@ -290,6 +290,6 @@ def test_a_sector_counts_whole_where_one_element_of_it_is_touched():
 
 
 def test_the_readme_states_what_is_covered():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     for line in coverage():
         assert line in readme
