@@ -240,6 +240,32 @@ def test_the_transcript_in_the_readme_is_what_transcribe_prints(talk, capsys):
     assert capsys.readouterr().out.strip() == printed.strip()
 
 
+EXAMPLES = [
+    (name(page), *example)
+    for page in PAGES
+    for example in re.findall(
+        r"^```python\n(.*?)```\n\n```text\n(.*?)```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "python", "printed"), EXAMPLES, ids=[page for page, *_ in EXAMPLES])
+def test_python_prints_what_stands_below_it(page, python, printed, talk, shared, capsys):
+    recording = re.search(r"transcribe\(\"(.*?)\"", python)[1]
+    if recording != "talk.flac":
+        (found,) = (shared / "speech" / "audio").rglob(recording)
+        Path(recording).write_bytes(found.read_bytes())
+    names = {}
+    exec(python, names)
+    assert capsys.readouterr().out == printed
+    if page == "README.md":
+        assert f"{names['result'].text}\n" in fences(README, "console")[0]
+
+
+def test_python_examples_are_found():
+    assert [page for page, *_ in EXAMPLES] == ["README.md", "las_fast/search/README.md"]
+
+
 def test_the_readmes_demo_ends_as_the_demo_does(capsys):
     (block,) = [block for block in fences(README, "console") if "make demo" in block]
     printed = block.partition("\n")[2]
