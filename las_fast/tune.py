@@ -137,7 +137,7 @@ def ranked(
     from las_fast.metrics import score
 
     scores = [score(references, own) for own in texts]
-    order = sorted(range(len(settings)), key=lambda i: (scores[i].cer, scores[i].ld, i))
+    order = sorted(range(len(settings)), key=lambda i: scores[i].cer)
     rows = [[f"{getattr(settings[i], name):g}" for name in names] for i in order]
     for row, i in zip(rows, order, strict=True):
         row += [f"{x:.3f}" for x in (scores[i].cer, scores[i].wer, scores[i].ld)]

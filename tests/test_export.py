@@ -6,7 +6,7 @@ from checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
-from las_fast.lm import beside
+from las_fast.lm import LanguageModel, beside, count, save_lm
 
 
 def exported(path, *words):
@@ -72,3 +72,89 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
     with pytest.raises(InputError, match="speller.bias holds 100000, more than float16 can"):
         export.export(loaded, export.Settings(loaded.config.decoding), tmp_path / "small.safetensors")
     assert not (tmp_path / "small.safetensors").exists()
+
+
+@pytest.mark.parametrize("missing", ["--checkpoint", "--out"])
+def test_a_checkpoint_and_a_file_must_be_given(missing, capsys):
+    given = {"--checkpoint": "x", "--out": "y.safetensors"}
+    del given[missing]
+    with pytest.raises(SystemExit):
+        export.main([word for pair in given.items() for word in pair])
+    assert f"{missing} must be given" in capsys.readouterr().err
+
+
+def test_a_slash_at_the_end_is_no_name_for_a_file(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["--checkpoint", "x", "--out", "model/"])
+    assert "model/ is a folder; give the name of a file to write" in capsys.readouterr().err
+
+
+def test_help_lists_the_settings_of_decoding_and_no_others(capsys):
+    with pytest.raises(SystemExit) as end:
+        export.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "--decoding.beam" in out and "--training.epochs" not in out
+
+
+def test_a_weight_that_is_not_a_number_is_refused(tmp_path):
+    loaded = checkpoint.load_model(make_checkpoint(tmp_path))
+    with torch.no_grad():
+        loaded.model.speller.bias[3] = torch.inf  # one of many
+    with pytest.raises(InputError, match="speller.bias holds inf, more than float16 can"):
+        export.export(loaded, export.Settings(loaded.config.decoding), tmp_path / "small.safetensors")
+
+
+def test_settings_given_to_export_are_checked(tmp_path):
+    loaded = checkpoint.load_model(make_checkpoint(tmp_path))
+    settings = export.Settings(loaded.config.decoding.__class__(ctc_weight=0.5))
+    with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
+        export.export(loaded, settings, tmp_path / "small.safetensors")
+    assert not (tmp_path / "small.safetensors").exists()
+
+
+def test_an_earlier_export_is_replaced_with_its_language_model(tmp_path):
+    path = make_checkpoint(tmp_path)
+    save_lm(beside(path), LanguageModel(1, "AB", *count(["AB"], "AB", 1)))
+    for text in ("AB", "ABBA"):
+        save_lm(beside(path), LanguageModel(1, "AB", *count([text], "AB", 1)))
+        out = exported(path, "--decoding.ngram-weight", "0.2")
+        assert beside(out).read_bytes() == beside(path).read_bytes()
+
+
+def test_names_of_a_trainings_weights_are_free_elsewhere(tmp_path):
+    path = make_checkpoint(tmp_path)
+    for name in ("best.safetensors", "averaged.safetensors"):
+        export.main(["--checkpoint", str(path), "--out", str(tmp_path / "new" / name)])
+    (tmp_path / "last.pt").touch()
+    assert exported(path).exists()  # another name beside a training's state
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
+def test_weights_of_a_training_are_not_replaced(tmp_path, name):
+    path, run = make_checkpoint(tmp_path), tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").touch()
+    with pytest.raises(InputError, match=f"{name} belongs to the training in .*run; give another name"):
+        export.main(["--checkpoint", str(path), "--out", str(run / name)])
+
+
+@pytest.mark.parametrize("name", ["small.pt", "small.csv"])
+def test_an_exported_model_is_called_safetensors(tmp_path, name):
+    with pytest.raises(InputError, match=r"a model is written there; give a name that ends in .safetensors"):
+        export.main(["--checkpoint", str(make_checkpoint(tmp_path)), "--out", str(tmp_path / name)])
+
+
+def test_the_language_model_of_the_checkpoint_itself_is_not_written_over(tmp_path):
+    path = make_checkpoint(tmp_path)
+    save_lm(beside(path), LanguageModel(1, "AB", *count(["AB"], "AB", 1)))
+    before, alias = beside(path).read_bytes(), tmp_path / "alias.lm.safetensors"
+    alias.symlink_to(beside(path))
+    with pytest.raises(InputError, match="alias.lm.safetensors is read by this command"):
+        export.main(["--checkpoint", str(path), "--out", str(tmp_path / "alias.safetensors")])
+    assert beside(path).read_bytes() == before
+
+
+def test_a_language_model_of_the_user_stays_where_the_checkpoint_has_none(tmp_path):
+    path = make_checkpoint(tmp_path)
+    beside(tmp_path / "small.safetensors").write_text("mine")
+    assert beside(exported(path)).read_text() == "mine"

@@ -1,0 +1,220 @@
+"""The tune command: the grid, what is printed and written, and what is refused."""
+
+import csv
+from argparse import Namespace
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from archives import make_archive, make_manifest
+from checkpoints import MODEL, make_checkpoint
+
+from las_fast import lm, tune
+from las_fast.checkpoint import load_model
+from las_fast.config import DataConfig, DecodingConfig
+from las_fast.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with recordings, a checkpoint for them that has a CTC head, and a language model."""
+    folder = tmp_path_factory.mktemp("tune")
+    make_manifest(folder / "data", utterances=3)
+    make_checkpoint(folder, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0)})
+    lm.main([str(folder / "data"), "--out", str(folder / "lm.safetensors"), "--order", "2"])
+    return folder
+
+
+def words(here, *more):
+    return ["--checkpoint", str(here / "untrained-20.safetensors"), "--data", str(here / "data"), "--device", "cpu",
+            *map(str, more)]  # fmt: skip
+
+
+def test_the_grid_holds_every_combination_and_keeps_the_other_settings():
+    start = DecodingConfig(beam=3, maximum_extra=7)
+    options = Namespace(beam=[1, 2], length_penalty=[0.5, 1.0, 2.0])
+    found = tune.grid(options, ["beam", "length_penalty"], start)
+    expected = [(beam, penalty) for beam in (1, 2) for penalty in (0.5, 1.0, 2.0)]
+    assert [(x.beam, x.length_penalty) for x in found] == expected
+    assert {x.maximum_extra for x in found} == {7}
+
+
+def test_a_grid_has_at_most_ten_thousand_combinations():
+    names = ["beam", "length_penalty"]
+    found = tune.grid(Namespace(beam=range(1, 101), length_penalty=range(100)), names, DecodingConfig())
+    assert len(found) == 10_000
+    with pytest.raises(InputError, match="make 10100 combinations; give values for at most 10000"):
+        tune.grid(Namespace(beam=range(1, 102), length_penalty=range(100)), names, DecodingConfig())
+
+
+def test_options_are_of_their_kind_and_each_setting_of_the_grid_has_one():
+    given = ["--checkpoint", "x", "--data", "y"]
+    values = [f"--{name.replace('_', '-')}={i}" for i, name in enumerate(tune.GRID, 1)]
+    found = tune.parser().parse_args([*given, *values])
+    assert [getattr(found, name) for name in tune.GRID] == [[1], [2.0], [3.0], [4.0], [5.0], [6.0], [7.0]]
+    assert [type(getattr(found, name)[0]) for name in tune.GRID] == [int, *[float] * 6]
+    assert tune.parser().parse_args([*given, "--beam", "1", "2"]).beam == [1, 2]
+    plain = tune.parser().parse_args(given)
+    assert (plain.split, plain.device, plain.lm, plain.out) == ("dev", "auto", None, None)
+    assert not any(getattr(plain, name) for name in tune.GRID)
+
+
+@pytest.mark.parametrize("missing", ["--checkpoint", "--data"])
+def test_a_checkpoint_and_data_must_be_given(missing, capsys):
+    given = {"--checkpoint": "x", "--data": "y"}
+    del given[missing]
+    with pytest.raises(SystemExit):
+        tune.parser().parse_args([word for pair in given.items() for word in pair])
+    assert f"{missing} must be given" in capsys.readouterr().err
+
+
+def test_a_slash_at_the_end_is_no_name_for_the_table(capsys):
+    with pytest.raises(SystemExit):
+        tune.parser().parse_args(["--checkpoint", "x", "--data", "y", "--out", "table/"])
+    assert "table/ is a folder; give the name of a file to write" in capsys.readouterr().err
+
+
+def test_settings_are_ranked_by_cer_and_equal_ones_stay_in_order():
+    settings = [DecodingConfig(beam=beam) for beam in (1, 2, 3, 4)]
+    texts = [["AB X", "C"], ["AB", "C"], ["AB X", "C"], ["AB CD", "C"]]
+    order, rows = tune.ranked(["beam"], settings, ["AB CD", "C"], texts)
+    assert order == [3, 0, 2, 1]
+    assert rows == [
+        ["beam", "cer", "wer", "ld"],
+        ["4", "0.000", "0.000", "0.000"],
+        ["1", "33.333", "33.333", "1.000"],
+        ["3", "33.333", "33.333", "1.000"],
+        ["2", "50.000", "33.333", "1.500"],
+    ]
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """Let the settings be ranked in the order that the test puts into the list."""
+    order = []
+
+    def rank(names, settings, references, texts):
+        rows = [[f"{getattr(settings[i], name):g}" for name in names] + ["1.000", "2.000", "3.000"] for i in order]
+        return order, [[*names, "cer", "wer", "ld"], *rows]
+
+    monkeypatch.setattr(tune, "ranked", rank)
+    return order
+
+
+def test_the_table_is_printed_and_the_last_line_holds_the_words_for_decode(here, ranked, capsys, tmp_path):
+    ranked += [1, 0]
+    file = ["--lm", here / "lm.safetensors"]
+    tune.main(words(here, "--beam", 2, "--ngram-weight", 0, 0.5, *file, "--out", tmp_path / "grid.csv"))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [["beam", "ngram_weight", "cer", "wer", "ld"], ["2", "0.5", "1.000", "2.000", "3.000"],
+            ["2", "0", "1.000", "2.000", "3.000"]]  # fmt: skip
+    assert lines[0] == "3 utterances of dev"
+    assert lines[1:4] == ["".join(f"{cell:>16}" for cell in row) for row in rows]
+    assert lines[4:] == [f"best: --decoding.beam 2 --decoding.ngram-weight 0.5 --lm {here / 'lm.safetensors'}"]
+    assert (tmp_path / "grid.csv").read_bytes() == "".join(",".join(row) + "\n" for row in rows).encode()
+
+
+def test_the_words_name_a_language_model_only_where_it_has_a_weight(here, ranked, capsys):
+    ranked += [0, 1]
+    tune.main(words(here, "--ngram-weight", 0, 0.5, "--lm", here / "lm.safetensors"))
+    assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.ngram-weight 0"
+    del ranked[1]
+    tune.main(words(here, "--beam", 2))
+    assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.beam 2"
+
+
+def test_a_language_model_has_its_usual_weight_where_none_is_chosen(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3])
+    tune.main(words(here, "--beam", 2, "--lm", here / "lm.safetensors"))
+    assert [point.ngram_weight for point in seen] == [lm.WEIGHT]
+
+
+def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tmp_path):
+    ranked += [0]
+    out = tmp_path / "grid.txt"
+    for _ in range(2):
+        tune.main(words(here, "--beam", 2, "--out", out))
+    out.write_text("my notes\n")
+    with pytest.raises(InputError, match="grid.txt is there and is not a table of settings in CSV"):
+        tune.main(words(here, "--beam", 2, "--out", out))
+    with pytest.raises(InputError, match=r"a table of settings in CSV is written there; .* ends in .csv"):
+        tune.main(words(here, "--beam", 2, "--out", tmp_path / "grid.json"))
+
+
+@pytest.mark.parametrize("name", ["--data", "--checkpoint", "--lm"])
+def test_what_is_read_is_not_replaced_by_the_table(here, tmp_path, name):
+    file = tmp_path / "x"
+    file.write_text("beam,cer,wer,ld\n")
+    more = ["--beam", 2, name, file, "--out", file]
+    with pytest.raises(InputError, match="--out .*x is read by this command"):
+        tune.main(words(here, *more))
+
+
+def test_without_a_file_the_table_needs_somewhere_to_go(here, ranked, monkeypatch, tmp_path):
+    ranked += [0]
+    monkeypatch.setattr("sys.__stdout__", None)
+    with pytest.raises(InputError, match="the results cannot be printed; give --out FILE.csv"):
+        tune.main(words(here, "--beam", 2))
+    tune.main(words(here, "--beam", 2, "--out", tmp_path / "grid.csv"))
+
+
+def test_every_setting_of_the_grid_is_checked_before_the_work(here, monkeypatch):
+    monkeypatch.setattr(tune, "open_split", lambda *_: pytest.fail("the settings were not checked"))
+    with pytest.raises(InputError, match="decoding.ctc_weight must be"):
+        tune.main(words(here, "--ctc-weight", 0.5, 1.5))
+
+
+def test_the_heaviest_weight_decides_whether_a_language_model_is_needed(here):
+    for weights in ((0, 0.5), (0.5, 0)):
+        with pytest.raises(InputError, match="decoding.ngram_weight is 0.5 and there is no language model"):
+            tune.main(words(here, "--ngram-weight", *weights))
+
+
+def test_every_utterance_needs_a_transcript(here, tmp_path):
+    manifest = make_manifest(tmp_path / "data", utterances=2)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines[:-1], lines[-1].rpartition("\t")[0] + "\t"]) + "\n")
+    with pytest.raises(InputError, match="transcript"):
+        tune.main([*words(here, "--beam", 1), "--data", str(tmp_path / "data")])
+
+
+def test_a_checkpoint_is_not_tuned_on_data_that_it_does_not_fit(here, tmp_path):
+    archive = make_archive(tmp_path, "F23")
+    with pytest.raises(InputError, match="has 28 values a frame"):
+        tune.main([*words(here, "--beam", 1), "--data", str(archive)])
+
+
+def test_the_split_is_whole_and_as_the_checkpoint_has_it(tmp_path):
+    make_manifest(tmp_path / "data", utterances=3)
+    manifest = tmp_path / "data" / "manifest.tsv"
+    manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
+    sections = {"data": DataConfig(max_seconds=0.1, normalise_text=True)}
+    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
+    options = Namespace(data=tmp_path / "data", split="train+dev")
+    dataset = tune.open_split(options, load_model(path))
+    assert len(dataset) == 6 and all(text.startswith("A A ") for text in dataset.texts)
+
+
+def test_progress_counts_each_utterance_once_for_each_setting(here, monkeypatch):
+    counted, totals = [], []
+
+    @contextmanager
+    def progress(total, *_):
+        totals.append(total)
+        yield Namespace(update=counted.append)
+
+    monkeypatch.setattr(tune, "progress", progress)
+    tune.main(words(here, "--beam", 1, 2))
+    assert totals == [6] and sum(counted) == 6
+
+
+def test_the_grid_is_searched_as_it_would_be_one_by_one(here, tmp_path, capsys):
+    """Of two settings each has the scores that it has alone."""
+    alone = {}
+    for penalty in ("0", "2"):
+        tune.main(words(here, "--beam", 4, "--length-penalty", penalty, "--out", tmp_path / "one.csv"))
+        alone[penalty] = list(csv.reader((tmp_path / "one.csv").open()))[1]
+    tune.main(words(here, "--beam", 4, "--length-penalty", 0, 2, "--out", tmp_path / "two.csv"))
+    both = {row[1]: row for row in list(csv.reader((tmp_path / "two.csv").open()))[1:]}
+    assert both == alone
