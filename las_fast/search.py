@@ -493,7 +493,7 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
     losses = ctc_loss(memory.ctc_logits, lengths, tokens.to(device), counts)
     blanks = torch.log_softmax(memory.ctc_logits.float(), -1)[..., PAD]
     valid = torch.arange(blanks.shape[1], device=device) < lengths[:, None]
-    ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts.clamp(min=1)
+    ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts
     repeated = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=device)  # a blank parts these
     ratios = ratios.masked_fill(counts + repeated > lengths, -math.inf)  # the loss of what cannot be aligned is 0
     return [ratio if text else None for ratio, text in zip(ratios.tolist(), texts, strict=True)]

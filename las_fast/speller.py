@@ -145,7 +145,7 @@ class Speller(nn.Module):
         """
         prepared, hiddens, cells = state.prepared, [], []
         table = self.embedding.weight if prepared.token_gates is None else prepared.token_gates
-        inputs: tuple[Tensor, ...] = (F.embedding(tokens, table).float(), state.context.float())
+        inputs: tuple[Tensor, ...] = (F.embedding(tokens, table), state.context)
         for i, layer in enumerate(self._layers(prepared)):
             hidden, cell = layer(inputs, state.hidden[i], state.cell[i])
             hiddens.append(hidden)
@@ -153,7 +153,7 @@ class Speller(nn.Module):
             inputs = (hidden,)
         query = self.attention.query(hidden)
         context, attended = self.attention(query, memory, weights=weights, backend=backend)
-        features = F.gelu(self.project(torch.cat((hidden.float(), context.float()), -1)))
+        features = F.gelu(self.project(torch.cat((hidden, context), -1)))
         logits = F.linear(features, self.embedding.weight, prepared.bias)
         return logits, attended, SpellerState(tuple(hiddens), tuple(cells), context, prepared)
 

@@ -159,11 +159,81 @@ def test_a_step_gives_weights_only_where_asked_for_and_always_their_peaks(spelle
 
 
 def test_gather_makes_each_hypothesis_continue_its_parent():
-    numbers = torch.arange(6.0).view(2, 3, 1)
-    state = SpellerState((numbers,), (numbers.clone(),), torch.zeros(2, 3, 4), None)
+    numbers, prepared = torch.arange(6.0).view(2, 3, 1), object()
+    state = SpellerState((numbers, numbers + 10), (numbers + 20, numbers + 30), numbers + 40, prepared)
     gathered = state.gather(torch.tensor([[2, 2, 0], [1, 0, 1]]))
-    assert gathered.hidden[0].flatten().tolist() == [2, 2, 0, 4, 3, 4]
-    assert torch.equal(gathered.hidden[0], gathered.cell[0])
+    assert (len(gathered.hidden), len(gathered.cell)) == (2, 2) and gathered.prepared is prepared
+    for i, part in enumerate((*gathered.hidden, *gathered.cell, gathered.context)):
+        assert part.flatten().tolist() == [10 * i + k for k in (2, 2, 0, 4, 3, 4)]
+
+
+def test_every_op_of_the_speller_runs_on_the_backend_that_is_asked_for(speller):
+    memory, tokens = make_memory(speller), torch.full((2, 1), SOS)
+    state = speller.start(memory)
+    for run in (
+        lambda: speller.step(tokens, state, memory, backend="abacus"),
+        lambda: state.gather(torch.zeros(2, 1, dtype=torch.int64), backend="abacus"),
+        lambda: speller(memory, tokens, backend="abacus"),
+    ):
+        with pytest.raises(ValueError, match="backend must be one of .*; got 'abacus'"):
+            run()
+
+
+def test_the_first_state_is_silence_for_one_hypothesis_unless_more_are_asked_for(speller):
+    memory = make_memory(speller)._replace(keys=torch.zeros(2, 6, 7, dtype=torch.float16))
+    for beam, state in ((1, speller.start(memory)), (3, speller.start(memory, 3))):
+        assert [x.shape for x in state.hidden] == [x.shape for x in state.cell] == [(2, beam, 8), (2, beam, 9)]
+        assert state.context.shape == (2, beam, 5)
+        assert {x.dtype for x in (*state.hidden, *state.cell)} == {torch.float32}
+        assert not any(x.any() for x in (*state.hidden, *state.cell, state.context))
+
+
+def test_a_speller_begins_like_a_listener_and_with_logits_of_about_unit_variance():
+    torch.manual_seed(0)
+    speller = Speller(SpellerConfig(embedding_size=64, value_size=32, lstm_sizes=(48, 40), key_size=16), 10, 31)
+    for cell, inputs, size in zip(speller.cells, (96, 48), (48, 40), strict=True):
+        weight_ih, weight_hh = cell.gates.weight.split((inputs, size), 1)
+        bound = (6 / (inputs + size)) ** 0.5
+        for gate in weight_ih.split(size):
+            assert 0.95 * bound < gate.abs().max() <= bound
+        for gate in weight_hh.split(size):
+            torch.testing.assert_close(gate @ gate.T, torch.eye(size), atol=1e-5, rtol=0)
+        assert cell.gates.bias.tolist() == [0.0] * size + [1.0] * size + [0.0] * (2 * size)
+    assert float(speller.embedding.weight.std()) == pytest.approx(1 / 8, rel=0.05)
+    assert not speller.bias.any()
+
+
+def test_a_checkpoint_of_a_speller_holds_nothing_that_its_settings_say(speller):
+    assert {name for name in speller.state_dict() if "." not in name} == {"bias"}
+
+
+def test_with_no_teacher_forcing_every_token_is_sampled_whatever_is_drawn(speller, unrolled, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the least that may be drawn
+    speller(make_memory(speller), torch.full((2, 4), 3), 0.0)
+    assert unrolled["sampled"].all()
+    speller(make_memory(speller), torch.full((2, 4), 3))
+    assert not unrolled["sampled"].any()
+
+
+def test_a_speller_in_training_without_dropout_has_no_masks(speller, unrolled):
+    speller.train()(make_memory(speller), torch.full((2, 4), 3))
+    assert unrolled["masks"] is None
+
+
+def test_fused_steps_under_autocast_keep_states_in_float32(speller, monkeypatch):
+    kinds = []
+
+    def fused_gates(gates, others, cell, bias, zeros):
+        kinds.extend(x.dtype for x in (gates, others, cell))
+        hidden = torch.tanh(cell)
+        return hidden, cell, None
+
+    monkeypatch.setattr("las_fast.speller.fused_gates", fused_gates)
+    monkeypatch.setattr(Speller, "_fuses", staticmethod(lambda memory: True))
+    memory = make_memory(speller)
+    with torch.autocast("cpu", torch.bfloat16):
+        speller.step(torch.full((2, 1), SOS), speller.start(memory), memory)
+    assert set(kinds) == {torch.float32}
 
 
 def test_the_padding_mask_is_built_once_for_all_tokens(speller, monkeypatch):
