@@ -199,10 +199,10 @@ def _captures(device: torch.device, backend: str) -> bool:
 
 
 def _is_native(model, backend: str, device: torch.device) -> bool:
-    """Say whether one op makes the whole search of float32 memory: that of LAS itself, in float32, by C++."""
+    """Say whether one op makes the whole search: that of LAS itself, in float32, by C++."""
     if type(model) is not LAS or backend not in ("auto", "cpp") or torch.is_autocast_enabled("cpu"):
         return False
-    return model.speller.bias.dtype == torch.float32 and backends.choose("speller_search", "auto", device) == "cpp"
+    return backends.choose("speller_search", "auto", device) == "cpp"
 
 
 def _native_precision(config: DecodingConfig) -> str:
@@ -222,7 +222,7 @@ class _Search:
     def steps(self, memory, limits: Limits, capture: bool | None) -> Steps:
         """Return all steps of the search, (L, B, K), the fastest way there is; see beam_search."""
         if capture is None:
-            if _is_native(self.model, self.backend, memory.lengths.device) and memory.keys.dtype == torch.float32:
+            if _is_native(self.model, self.backend, memory.lengths.device):
                 return self.native(memory, limits)
             capture = _captures(memory.lengths.device, self.backend)
         if (precision := self.config.precision) in REDUCED:
@@ -442,11 +442,11 @@ def decode_dataset(
             while waiting:
                 part = waiting.pop()
                 size = part.features.shape[0] * part.features.shape[1]
-                worth_trying = size < limit or len(part.indices) == 1
-                found = _try(decode, part) if worth_trying else None
+                # The longest utterances come first, so that a single one is always below a limit that a batch has set.
+                found = _try(decode, part) if size < limit else None
                 if found is None:
                     limit = min(limit, size)
-                    waiting += reversed(_halves(part, dataset))
+                    waiting += _halves(part, dataset)
                     continue
                 for i, hypotheses in zip(part.indices.tolist(), found, strict=True):
                     results[i] = _checked(hypotheses, dataset.ids[i])

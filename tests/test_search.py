@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast import search
+from las_fast.attention import Memory
 from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
 from las_fast.data.batching import Batch, make_loader, sorted_batches
@@ -24,7 +25,15 @@ from las_fast.errors import InputError
 from las_fast.model import LAS
 from las_fast.ops import backends
 from las_fast.ops.speller_search import UNSEEN
-from las_fast.search import beam_search, decode_dataset, greedy_search, length_limits, packed_weights
+from las_fast.search import (
+    Hypothesis,
+    beam_search,
+    decode_dataset,
+    greedy_search,
+    length_limits,
+    packed_weights,
+    speech_scores,
+)
 from las_fast.text import EOS, SOS, Vocabulary
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
@@ -305,6 +314,96 @@ def test_a_chunk_is_looked_at_only_when_the_next_ones_are_enqueued(ahead, expect
     assert len(search.collect(chunks(), 2, ahead).tokens) == 2
 
 
+@pytest.mark.parametrize(
+    ("frames", "fields", "expected"),
+    [
+        (7, {}, 8),
+        (7, {"maximum_extra": 3}, 11),
+        (7, {"maximum_share": 0.0}, 2),
+        (100, {"maximum_share": 0.29}, 30),  # 28.999999999999996 in float64, but 29 in float32
+    ],
+)
+def test_there_are_as_many_steps_as_the_longest_text_and_its_end_need(frames, fields, expected, monkeypatch):
+    monkeypatch.setattr(search, "LOOK_EVERY", 1)
+    model = FakeModel(eos=-40.0)
+    ((found,),) = beam_search(model, memory([1], [frames]), config(beam=1, **fields))
+    assert model.steps == expected and len(found.text_tokens) == expected - 1 and not found.finished
+
+
+def test_a_chunk_has_sixteen_steps_and_no_more_chunks_are_begun_than_the_longest_needs():
+    for frames, expected in ((15, 16), (16, 32), (31, 32), (32, 48)):
+        model = FakeModel(eos=-40.0)
+        beam_search(model, memory([1], [frames]), config(beam=1))
+        assert model.steps == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"coverage_weight": 0.1}, {"ctc_weight": 0.4}])
+@pytest.mark.parametrize("backend", HERE)
+def test_every_op_of_a_search_runs_on_the_backend_that_is_asked_for(fields, backend, monkeypatch):
+    asked = []
+
+    def watched(name, op):
+        def call(*arguments, **options):
+            asked.append((name, options.get("backend")))
+            return op(*arguments, **options)
+
+        return call
+
+    model = with_ctc_head()
+    for name in ("beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack"):
+        monkeypatch.setattr(search, name, watched(name, getattr(search, name)))
+    for owner, name in ((type(model), "step"), (type(model.start(listened_to(model, [5]), 1)), "gather")):
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+    beam_search(model, listened_to(model, [5, 3]), config(**fields), backend=backend, capture=False)
+    names = {"step", "gather", "beam_topk", "beam_backtrack"}
+    names |= {"ctc_prefix"} if "ctc_weight" in fields else set()
+    names |= {"beam_gather"} if "coverage_weight" in fields else set()
+    assert {name for name, _ in asked} == names and {given for _, given in asked} == {backend}
+
+
+def test_a_step_is_asked_for_weights_only_where_coverage_counts(monkeypatch):
+    class Watched(FakeModel):
+        def step(self, tokens, state, memory, *, weights=False, backend="auto"):
+            asked.add(weights)
+            return super().step(tokens, state, memory, weights=weights, backend=backend)
+
+    for weight, expected in ((0.0, {False}), (0.1, {True})):
+        asked: set[bool] = set()
+        beam_search(Watched(), memory([1], [4]), config(coverage_weight=weight))
+        assert asked == expected
+
+
+def test_what_a_chunk_reads_holds_no_logits_of_ctc():
+    """A graph would copy them for nothing: it reads their log-probabilities."""
+    model = with_ctc_head()
+    whole = search._Search(model, config(ctc_weight=0.3), None, "auto")
+    inputs, _ = whole.begin(listened_to(model, [5, 3]))
+    assert inputs.memory.ctc_logits is None and inputs.memory.ctc_lengths is None
+    assert inputs.frames.shape == (2, 5, V)
+
+
+def test_a_search_of_less_precision_needs_an_op_that_has_it():
+    with pytest.raises(InputError, match=r"decoding.precision bf16 needs the C\+\+ search of a LAS on a CPU"):
+        beam_search(FakeModel(), memory([1], [4]), config(precision="bf16"))
+    found = beam_search(FakeModel(), memory([1], [4]), config(precision="fp32"))
+    assert found == beam_search(FakeModel(), memory([1], [4]), config())
+
+
+def test_the_reward_for_length_is_for_every_token_but_the_end():
+    one, model = memory([1], [4]), FakeModel()
+    table = torch.randn(1, V, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    for weight in (0.0, 0.5):
+        expected = []
+        for _, score, text in all_readings(model, one, 4, 0.0):
+            known = sum(float(table[0, token]) for token in (*text, EOS))
+            expected.append((score + weight * known + 0.7 * len(text), text))
+        expected = sorted(expected, reverse=True)[:5]
+        settings = config(beam=64, ngram_weight=weight, length_reward=0.7)
+        found = beam_search(model, one, settings, nbest=5, ngram=table)[0]
+        assert [tuple(h.text_tokens) for h in found] == [text for _, text in expected]
+        assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
 def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
     short, long = memory([5], [40]), memory([5, 6], [40, 40])
     model = FakeModel(eos=3.0)
@@ -395,7 +494,7 @@ def test_outputs_that_are_not_numbers_give_an_empty_hypothesis():
             return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), attended, state
 
     found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
-    assert found[0][0].text_tokens == [] and found[0][0].score == -math.inf
+    assert found[0] == [Hypothesis([], -math.inf, -math.inf, [], [], finished=False)]
     assert found[1] == beam_search(FakeModel(), memory([2], [5]), config())[0]
 
 
@@ -495,6 +594,111 @@ def test_all_batches_read_what_was_packed_once(monkeypatch):
     monkeypatch.setattr(search, "packed_weights", lambda *arguments: asked.append(arguments) or packed)
     found = decode(model, dataset, 40)
     assert len(asked) == 1 and all(a != b for a, b in zip(found, expected, strict=True))
+
+
+def test_a_batch_holds_at_most_its_frames_and_128_utterances_and_the_longest_come_first():
+    def sizes(frames, most):
+        dataset = FakeDataset(np.array(frames), ["?"] * len(frames))
+        batches = search.batches_to_decode(dataset, Vocabulary(), config(frames_per_batch=most))
+        return [tuple(batch.features.shape[:2]) for batch in batches]
+
+    assert sizes([1] * 257, 10_000) == [(128, 1), (128, 1), (1, 1)]
+    assert sizes([3, 9, 5, 4, 9], 18) == [(2, 9), (3, 5)]
+
+
+class Spoken(FakeDataset):
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.randn(int(self.frames[i]), 4, generator=torch.Generator().manual_seed(i))
+
+
+def test_a_dataset_is_decoded_as_its_utterances_are_one_by_one():
+    model, dataset = with_ctc_head(len(Vocabulary())), Spoken(np.array([30, 12, 25]), [None] * 3)
+    table = torch.randn(31, 31, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    settings = config(beam=3, ngram_weight=0.5, length_reward=0.2, maximum_share=0.3)
+    options = {"progress": False, "device": "cpu"}
+    found = decode_dataset(model, dataset, Vocabulary(), settings, nbest=2, ngram=table, speech_scores=True, **options)
+    plain = decode_dataset(model, dataset, Vocabulary(), settings, ngram=table, **options)
+    for i, frames in enumerate([30, 12, 25]):
+        with torch.inference_mode():
+            heard = model.listen(dataset[i][None], torch.tensor([frames]))
+        (first, second), = beam_search(model, heard, settings, nbest=2, ngram=table)
+        (score,) = speech_scores(heard, [first.text_tokens])
+        assert found[i][1:] == [second] and plain[i] == [first]
+        assert replace(found[i][0], speech_score=None) == first
+        assert found[i][0].speech_score == pytest.approx(score, abs=1e-4)
+
+
+def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
+    counted, made = [], []
+
+    class Counting:
+        def __init__(self, *arguments, **options):
+            made.append((arguments, options))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n):
+            counted.append(n)
+
+    monkeypatch.setattr(search, "Progress", Counting)
+    dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
+    decode(Listening(), dataset, 40)
+    decode_dataset(Listening(), dataset, Vocabulary(), config(frames_per_batch=999), device="cpu")
+    assert made == [((pytest.approx(0.71), "decoding", "s of audio"), {"show": show}) for show in (False, True)]
+    assert counted == pytest.approx([0.30, 0.29, 0.12, 0.71])
+
+
+def test_a_size_that_did_not_fit_is_not_tried_again():
+    tried = []
+
+    class Watched(Listening):
+        def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
+            tried.append(features.shape[0] * features.shape[1])
+            return super().listen(features, feature_lengths)
+
+    decode(Watched(10), FakeDataset(np.array([8] * 4 + [4] * 6), [None] * 10), 32)
+    assert tried == [32, 16, 8, 8, 8, 8, 12, 8, 4, 8, 4]
+
+
+def test_where_memory_lacks_what_is_kept_for_speed_is_given_back(monkeypatch):
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+    monkeypatch.setattr(search, "forget", lambda: freed.append("graphs"))
+    decode(Listening(21), FakeDataset(np.array([9, 10, 8]), [None] * 3))
+    assert freed == ["graphs", "cache"]
+
+
+def read_by_ctc(rows: list[list[int]], lengths: list[int], logits: Tensor) -> list[float | None]:
+    memory = Memory(None, None, None, None, logits, torch.tensor(lengths))
+    return speech_scores(memory, rows)
+
+
+def test_a_speech_score_is_the_ratio_to_silence_per_token_by_brute_force():
+    texts, lengths = [[3, 4], [3, 3], [3, 3], [], [4, 3, 4], [3]], [4, 3, 2, 4, 3, 1]
+    logits = 3 * torch.randn(6, 4, V, generator=torch.Generator().manual_seed(3))
+    found = read_by_ctc(texts, lengths, logits)
+    for text, frames, rows, score in zip(texts, lengths, logits, found, strict=True):
+        rows = rows[:frames].log_softmax(-1)
+        if not text:
+            assert score is None
+        elif (exact := ctc_readings(rows).get(tuple(text))) is None:
+            assert score == -math.inf
+        else:
+            assert score == pytest.approx((exact - float(rows[:, 0].sum())) / len(text), abs=1e-4)
+    assert [score for score in found if score is not None and not math.isfinite(score)] == [-math.inf]
+
+
+def test_speech_scores_are_computed_in_float32():
+    logits = (3 * torch.randn(1, 60, V, generator=torch.Generator().manual_seed(3))).bfloat16()
+    assert read_by_ctc([[3, 4]], [60], logits) == pytest.approx(read_by_ctc([[3, 4]], [60], logits.float()), abs=1e-4)
+
+
+def test_without_a_ctc_head_there_are_no_speech_scores():
+    assert speech_scores(Memory(None, None, None, None), [[3], []]) == [None, None]
 
 
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
