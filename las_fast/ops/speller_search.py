@@ -115,7 +115,7 @@ def speller_search(
         table, ngram_weight: of a language model as in beam_topk's Ngram, which begins after sos throughout.
         frames:  (B, T', V) float32 log-probabilities of ctc_log_probabilities, by which CTC's prefix scores are mixed
             in, on every path in float32; None: they are not.
-        ctc_weight: as in beam_topk's Ctc.
+        ctc_weight: as in beam_topk's Ctc; with 0 the frames are not read.
         precision: of the products in C++: "fp32", "bf16" with float32 sums and cell states, or "int8", which is bf16
             but for the products of context and hidden states with weights of the gates: these are of whole numbers of
             8 bits (linear_int8). The reference computes all else in float32.
@@ -132,6 +132,8 @@ def speller_search(
         ctc_weight,
     )  # fmt: skip
     _check(weights, keys, values, lengths, options, precision)
+    if not ctc_weight:
+        options = options._replace(frames=None)  # 0 times what CTC rules out would be NaN
     if backends.choose("speller_search", backend, keys.device, keys.dtype) == "reference":
         return _reference(weights, keys, values, lengths, options, int8=precision == "int8")
     found = torch.ops.las_fast.speller_search_cpp(weights.flat(), keys, values, lengths, *options, precision, packed)

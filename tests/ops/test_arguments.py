@@ -1,7 +1,8 @@
-"""Every tensor that a C++ op takes is looked at: its dimensions, each of its sizes, and its type."""
+"""Every tensor that an op takes is looked at: its dimensions, each of its sizes, its type and its device."""
 
 from __future__ import annotations
 
+import pytest
 import test_beam_backtrack
 import test_beam_gather
 import test_beam_topk
@@ -13,6 +14,23 @@ import test_speller_search
 import test_speller_unroll
 import torch
 from torch import Tensor
+
+from las_fast.ops import (
+    Ctc,
+    CtcState,
+    Ngram,
+    beam_backtrack,
+    beam_gather,
+    beam_topk,
+    bilstm,
+    ctc_loss,
+    ctc_places,
+    ctc_prefix,
+    masked_attention,
+    padding_mask,
+    speller_search,
+    speller_unroll,
+)
 
 OTHER = {torch.float32: torch.float64, torch.int64: torch.int32, torch.bool: torch.uint8, torch.uint8: torch.int8}
 
@@ -30,7 +48,7 @@ def changes(x: Tensor):
     yield "another type", x.to(OTHER[x.dtype])
 
 
-def bilstm():
+def of_bilstm():
     x, *weights = test_bilstm.inputs()
     lengths = torch.tensor([7, 3, 1])
     output, kept = torch.ops.las_fast.bilstm_cpp(x, lengths, weights, True)
@@ -39,7 +57,7 @@ def bilstm():
     yield "bilstm_backward_cpp", {"gradient": output, **names, "output": output, "kept": kept, "inputs": True}, set()
 
 
-def masked_attention():
+def of_masked_attention():
     query, keys, values = test_masked_attention.inputs()
     names = {"query": query, "keys": keys, "values": values, "lengths": torch.tensor([7, 3, 1])}
     free = {("query", "1 shorter"), ("values", "2 shorter")}
@@ -52,7 +70,7 @@ def masked_attention():
     yield "masked_attention_backward_cpp", arguments, {(name, None) for name in ("context", "logsumexp")}
 
 
-def beam():
+def of_beams():
     tokens, parents, scores, frames = test_beam_backtrack.random(6, 2, 3)
     names = {"tokens": tokens, "parents": parents, "scores": scores, "frames": frames, "eos": 2}
     yield "beam_backtrack_cpp", names, set()
@@ -65,7 +83,7 @@ def beam():
     yield "beam_topk_cpp", given, set()
 
 
-def ctc():
+def of_ctc():
     yield "ctc_prefix_cpp", test_ctc_prefix.changed(), set()
     logits, lengths, tokens, token_lengths = test_ctc_loss.inputs()
     names = {"logits": logits, "lengths": lengths, "tokens": tokens, "token_lengths": token_lengths}
@@ -74,7 +92,7 @@ def ctc():
     yield "ctc_places_cpp", names, set()
 
 
-def speller():
+def of_speller():
     weights, keys, values, lengths, tokens, sampled, masks = test_speller_unroll.inputs(*test_speller_unroll.SIZES[2])
     memory = {"keys": keys, "values": values, "lengths": lengths}
     given = {"weights": list(weights.flat()), **memory, "tokens": tokens, "sampled": sampled, "masks": masks}
@@ -97,7 +115,7 @@ def speller():
 
 
 def calls():
-    for make in (bilstm, masked_attention, beam, ctc, speller):
+    for make in (of_bilstm, of_masked_attention, of_beams, of_ctc, of_speller):
         yield from make()
 
 
@@ -129,3 +147,93 @@ def test_a_tensor_of_another_shape_or_type_is_refused_with_a_sentence(cpp):
             else:
                 accepted.append(f"{op} {what}")
     assert not accepted and not unexplained, "\n".join([*accepted, *unexplained])
+
+
+# ------------------------------------------------------------------------------------------ what is called in Python
+
+LENGTHS = torch.tensor([7, 3, 1])
+
+
+def attending():
+    query, keys, values = test_masked_attention.inputs()
+    names = {"query": query, "keys": keys, "values": values, "lengths": LENGTHS, "padding": padding_mask(LENGTHS, 7)}
+    free = {("query", "1 shorter"), ("values", "2 shorter"), ("padding", "another device")}
+    yield masked_attention, names, free
+
+
+def searching():
+    names = dict(zip(("tokens", "parents", "scores", "frames"), test_beam_backtrack.random(6, 2, 3), strict=True))
+    yield lambda **given: beam_backtrack(**given, eos=2, backend="reference"), names, set()
+    states, parents = test_beam_gather.make(2, 3, (5, 4))
+    free = {("states", "2 shorter"), ("states", "another type")}
+    yield lambda **given: beam_gather(**given, backend="reference"), {"states": states, "parents": parents}, free
+    names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
+    names += ["coverage", "table", "states", "weight", "gains", "ctc_weight"]
+    given = dict(zip(names, test_beam_topk.arguments(), strict=True))
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+
+    def step(table, states, gains, **others):
+        return beam_topk(**others, eos=2, ngram=Ngram(table, states, 0.3), ctc=Ctc(gains, 0.3), backend="reference")
+
+    yield step, tensors, {("logits", "another type")}
+
+
+def hearing():
+    x, *weights = test_bilstm.inputs()
+    names = {"x": x, "lengths": LENGTHS, "forwards": weights[:4], "backwards": weights[4:]}
+    free = {("x", "1 shorter"), ("x", "another type")}
+    free |= {(name, "another type") for name in ("forwards", "backwards")}  # taken to that of x
+    yield lambda **given: bilstm(**given, backend="reference"), names, free
+    names = dict(zip(("logits", "lengths", "tokens", "token_lengths"), test_ctc_loss.inputs(), strict=True))
+    free = {("logits", what) for what in ("another type", "1 shorter", "2 shorter")} | {("tokens", "1 shorter")}
+    for op in (ctc_loss, ctc_places):
+        yield lambda op=op, **given: op(**given, backend="reference"), names, free
+    names = test_ctc_prefix.changed()
+    del names["eos"]
+
+    def step(frames, alphas, prefixes, gains, **others):
+        return ctc_prefix(frames, CtcState(alphas, prefixes, gains), **others, eos=2, backend="reference")
+
+    yield step, names, set()
+
+
+def spelling():
+    weights, keys, values, lengths, tokens, sampled, masks = test_speller_unroll.inputs(*test_speller_unroll.SIZES[2])
+    memory = {"keys": keys, "values": values, "lengths": lengths}
+    B, V = len(lengths), len(weights.bias)
+    free = {(name, "another device") for name in ("tokens", "sampled", "masks", *memory)} | {("masks", "another type")}
+    given = {**memory, "tokens": tokens, "sampled": sampled, "masks": masks}
+    yield lambda **given: speller_unroll(weights, **given, backend="reference"), given, free
+    limit, frames = torch.full((B,), 3), test_speller_search.hear(B, 9, V)
+    given = {**memory, "minimum": limit, "maximum": limit, "table": torch.zeros(V, V), "frames": frames}
+    fixed = {"beam": 3, "sos": 1, "eos": 2, "ctc_weight": 0.3, "backend": "reference"}
+    free = {(name, "another device") for name in given} | {("table", "0 shorter"), ("frames", "1 shorter")}
+    yield lambda **given: speller_search(weights, **given, **fixed), given, free
+
+
+@pytest.mark.parametrize("make", [attending, searching, hearing, spelling])
+def test_what_disagrees_is_a_value_error_before_anything_is_computed(make):
+    accepted, unexplained = [], []
+    for number, (op, arguments, free) in enumerate(make()):
+        op(**arguments)
+        wrong = [*wrong_calls(arguments, free), *on_another_device(arguments, free)]
+        assert len(wrong) > 10
+        for what, given in wrong:
+            try:
+                op(**given)
+            except ValueError as error:
+                if "must" not in str(error):
+                    unexplained.append(f"{number} {what}: {str(error).splitlines()[0]}")
+            except (RuntimeError, IndexError, NotImplementedError, AssertionError) as error:
+                unexplained.append(f"{number} {what}: {type(error).__name__} {str(error).splitlines()[0]}")
+            else:
+                accepted.append(f"{number} {what}")
+    assert not accepted and not unexplained, "\n".join([*accepted, "--", *unexplained])
+
+
+def on_another_device(arguments, free):
+    for name, value in arguments.items():
+        several = value if isinstance(value, (list, tuple)) else [value]
+        for i, x in enumerate(several if (name, "another device") not in free else ()):
+            new = [x.to("meta") if i == j else y for j, y in enumerate(several)]
+            yield f"{name}[{i}]: another device", {**arguments, name: new if several is value else new[0]}

@@ -143,6 +143,14 @@ def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, opt
     assert_equals_the_reference(sizes, options)
 
 
+def test_frames_of_ctc_without_a_weight_change_nothing(cpp):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
+    for backend in (cpp, "reference"):
+        found = search(weights, memory, beam=3, backend=backend, frames=hear(4, 9, 7), ctc_weight=0.0)
+        expected = search(weights, memory, beam=3, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_each_utterance_has_a_minimum_of_its_own(cpp):
     weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
     weights.bias[EOS] += 4.0  # ends at once where it may
