@@ -4,18 +4,25 @@ import csv
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from archives import EDITIONS, make_archive, make_manifest
 from checkpoints import MODEL, make_checkpoint
 
+from las_fast import decode as command
 from las_fast.checkpoint import build_model
 from las_fast.cli import run
 from las_fast.config import Config, FeatureConfig
 from las_fast.data.dataset import open_corpus
 from las_fast.decode import main
+from las_fast.errors import InputError
 from las_fast.metrics import score
+from las_fast.search import Hypothesis
+from las_fast.text import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +301,180 @@ def test_a_full_disk_leaves_no_half_written_file(here, capsys, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         run(lambda _: decode(here, out=tmp_path / "out.csv"))
     assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == ["warm.csv"]
+
+
+@pytest.mark.parametrize("missing", ["--checkpoint", "--data", "--split", "--out"])
+def test_options_that_must_be_given_are_named(missing, capsys):
+    given = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": "z.csv"}
+    del given[missing]
+    with pytest.raises(SystemExit):
+        main([word for pair in given.items() for word in pair])
+    assert f"{missing} must be given" in capsys.readouterr().err
+
+
+def test_options_have_their_kinds_and_defaults():
+    given = ["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv"]
+    plain = command.parser().parse_args(given)
+    assert (plain.data, plain.out, plain.beam, plain.nbest, plain.jsonl) == (Path("y"), Path("z.csv"), None, 1, None)
+    assert (plain.lm, plain.on_bad, plain.device) == (None, "error", "auto")
+    assert not plain.normalise_text and not plain.any_features
+    given += ["--beam", "3", "--nbest", "2", "--jsonl", "r.jsonl", "--normalise-text", "--any-features"]
+    found = command.parser().parse_args(given)
+    assert (found.beam, found.nbest, found.jsonl) == (3, 2, Path("r.jsonl"))
+    assert found.normalise_text and found.any_features
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--on-bad", "ignore"], "--on-bad must be one of error, skip; got 'ignore'"),
+        (["--nbest", "x"], "--nbest must be a whole number; got 'x'"),
+        (["--beam", "1.5"], "--beam must be a whole number; got '1.5'"),
+        (["--jsonl", "folder/"], "folder/ is a folder; give the name of a file to write"),
+        (["--out", "folder/"], "folder/ is a folder; give the name of a file to write"),
+    ],
+)
+def test_values_of_another_kind_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv", *words])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("id,label", True), ("Index,Label", True), ("ID,x", True), ("id", False), ("name,label", False),
+     ("id,label,more", False), ("", False)],
+)  # fmt: skip
+def test_a_submission_is_known_by_its_two_columns(tmp_path, line, expected):
+    path = tmp_path / "s.csv"
+    path.write_text(f"{line}\nu0,TEXT\n")
+    assert command.is_submission(path) is expected
+
+
+def test_json_lines_are_known_by_how_they_begin(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for text, expected in (('{"id": "u0"}\n', True), ('{"name": "u0"}\n', False), ('[{"id": 1}]', False)):
+        path.write_text(text)
+        assert command.is_jsonl(path) is expected
+
+
+@pytest.mark.parametrize("name", ["--out", "--jsonl"])
+@pytest.mark.parametrize("given", ["--data", "--checkpoint", "--lm"])
+def test_what_is_read_is_not_written_over(tmp_path, name, given):
+    file = tmp_path / "x"
+    file.write_text('{"id": ' if name == "--jsonl" else "id,label\n")
+    words = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": str(tmp_path / "z.csv")}
+    words |= {given: str(file), name: str(file)}
+    with pytest.raises(InputError, match=f"{name} .*x is read by this command"):
+        main([word for pair in words.items() for word in pair])
+
+
+def test_json_lines_have_a_name_that_fits_and_replace_only_their_own(here, tmp_path):
+    for name in ("rows.csv", "rows.wav"):
+        with pytest.raises(InputError, match=r"JSON, a line each, is written there; .* ends in .jsonl"):
+            decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
+    for name in ("rows.json", "rows.txt", "rows"):
+        for _ in range(2):
+            decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
+    (tmp_path / "mine.jsonl").write_text("notes")
+    with pytest.raises(InputError, match=r"mine.jsonl is there and is not JSON, a line each,; give another name"):
+        decode(here, "--jsonl", str(tmp_path / "mine.jsonl"), out=tmp_path / "out.csv")
+
+
+def fake_dataset(texts, **fields):
+    plain = {"texts": texts, "ids": [f"u{i}" for i in range(len(texts))], "skipped": []}
+    kind = type("Dataset", (SimpleNamespace,), {"__len__": lambda self: len(self.texts)})
+    return kind(**(plain | fields))
+
+
+@pytest.mark.parametrize("count", [20, 21, 23])
+def test_no_more_than_twenty_unknown_characters_are_listed(count):
+    text = "".join(chr(ord("a") + i) for i in range(count))
+    with pytest.raises(InputError) as caught:
+        command.check_references(fake_dataset([text]), SimpleNamespace(vocabulary=Vocabulary()), normalised=False)
+    listed = " ".join(map(repr, text[:20]))
+    more = {20: "", 21: " and 1 more", 23: " and 3 more"}[count]
+    assert f"vocabulary: {listed}{more}; add --normalise-text" in str(caught.value)
+
+
+def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():
+    def recording_frame(i, frame):
+        return 100 * i + 2 * frame
+
+    dataset = fake_dataset(["A", " "], recording_frame=recording_frame)
+    loaded = SimpleNamespace(vocabulary=Vocabulary(), model=SimpleNamespace(time_reduction=4))
+    several = [Hypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True), Hypothesis([5], -2.00004, -1.0, [9], [], True)]
+    row = command.describe(dataset, 1, several, loaded)
+    best, other = {"text": "AB", "score": -1.2346}, {"text": "C", "score": -2.0}
+    frames = [(100 + 2 * 2) // 4, (100 + 2 * 14) // 4]
+    assert row == {"id": "u1", **best, "frames": frames, "nbest": [best, other]}
+    assert list(row) == ["id", "text", "score", "frames", "nbest"]
+    assert command.describe(dataset, 0, several, loaded)["reference"] == "A"
+
+
+def test_the_summary_holds_what_there_is():
+    rows = [{"text": "AB", "reference": "AC"}, {"text": "A B"}, {"text": "C D", "reference": "C D E"}]
+    dataset = fake_dataset([None] * 3, seconds=np.array([1.0, 2.0, 0.56789]), skipped=["u3"])
+    scores = {"ld": 1.5, "cer": round(300 / 7, 4), "wer": 50.0}
+    times = {"seconds": 2.346, "audio_seconds": 3.568, "rtfx": round(3.56789 / 2.34567, 3)}
+    found = command.summarise(dataset, rows, 2.34567)
+    assert found == {"utterances": 3, "skipped": 1, "scored": 2, **scores, **times}
+    assert list(found)[:3] == ["utterances", "skipped", "scored"]
+    dataset.skipped = []
+    found = command.summarise(dataset, rows[::2], 2.34567)
+    assert found == {"utterances": 2, **scores, **times}
+    assert command.summarise(dataset, rows[1:2], 0.0)["rtfx"] > 1e9
+
+
+def test_the_summary_is_printed_in_words():
+    times = {"seconds": 12.34, "audio_seconds": 150.6, "rtfx": 12.2}
+    whole = {"utterances": 5, "skipped": 2, "scored": 3, "ld": 1.234, "cer": 10.126, "wer": 33.333, **times}
+    speed, written = "speed       151 s of audio in 12.3 s, 12 x real time", "written     a/out.csv"
+    assert command.table(whole, Path("a/out.csv")).splitlines() == [
+        "utterances  5",
+        "left out    2 that could not be used; their rows in out.csv are empty",
+        "scored      3; the other 2 have no transcript",
+        "LD          1.23 characters an utterance",
+        "CER         10.13 %",
+        "WER         33.33 %",
+        speed,
+        written,
+    ]
+    assert command.table({"utterances": 5, **times}, Path("a/out.csv")).splitlines() == [
+        "utterances  5", speed, written,
+    ]  # fmt: skip
+
+
+def test_a_device_is_one_that_is_there_and_works(monkeypatch):
+    assert command.choose_device(" CPU ") == torch.device("cpu") == command.choose_device("auto")
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: made.append(device) or torch.ones(n))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, device in (("auto", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert command.choose_device(name) == torch.device(device)
+    assert made == ["cuda", "cuda:1", "cpu"]
+    with pytest.raises(InputError, match="--device cuda:2: .*; this machine has cpu, cuda, cuda:0, cuda:1$"):
+        command.choose_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert command.choose_device("mps") == torch.device("mps") and command.choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("device is busy\nmore", r"--device cpu cannot be used \(device is busy\); wait for it"),
+        ("CUDA out of memory. Tried to allocate", r"--device cpu cannot be used \(its memory is full\); wait for it"),
+    ],
+)
+def test_a_device_that_is_of_no_use_is_one_sentence(monkeypatch, message, said):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError(message) if "memory" in message else RuntimeError(message)
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(InputError, match=said):
+        command.choose_device("cpu")
 
 
 def test_the_real_model_gives_the_same_answer_alone_and_in_a_batch():

@@ -133,6 +133,13 @@ def test_what_has_no_path_counts_nothing(backend):
     torch.testing.assert_close(places[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
 
 
+def test_places_are_finite_where_the_logits_rule_the_transcript_out(backend):
+    logits, lengths, tokens, token_lengths = inputs()
+    logits[-1, :, int(tokens[-1, 0])] = -torch.inf
+    found = call(ctc_places, logits, lengths, tokens, token_lengths, backend=backend)
+    assert found.isfinite().all()
+
+
 def test_an_empty_transcript_is_all_blanks(backend):
     logits, lengths = torch.randn(2, 6, 4), torch.tensor([6, 2])
     losses, gradient, places = everything(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),

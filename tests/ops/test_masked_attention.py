@@ -487,6 +487,18 @@ def test_keys_and_values_without_numbers_are_refused(D, E):
         masked_attention(*inputs(D=D, E=E), torch.tensor([7, 3, 1]))
 
 
+def test_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match="must share one float dtype; got torch.int64, torch.int64, torch.int64"):
+        masked_attention(*(x.long() for x in inputs()), torch.tensor([7, 3, 1]))
+
+
+def test_without_frames_there_is_no_context_and_the_peak_is_0(backend):
+    tensors, lengths = inputs(T=0), torch.zeros(3, dtype=torch.int64)
+    context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
+    assert context.shape == (3, 2, 6) and not context.any() and weights.shape == (3, 2, 0)
+    assert peaks.dtype == torch.int64 and peaks.tolist() == [[0, 0]] * 3
+
+
 def test_what_is_too_wide_for_the_kernels_takes_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     monkeypatch.setitem(backends.DEVICES, "triton", "cpu")

@@ -696,8 +696,8 @@ def test_older_processors_are_served_as_well(cpp):
 
 
 def test_the_first_state_of_a_language_model_is_sos_all_through():
-    for V, order in ((5, 1), (5, 2), (5, 4), (31, 3), (1, 3)):
-        table, sos = torch.zeros(V ** (order - 1), V), 1 if V > 1 else 0
+    for V, order, sos in ((5, 1, 1), (5, 2, 4), (5, 4, 4), (31, 3, 1), (2, 4, 1), (1, 3, 0)):
+        table = torch.zeros(V ** (order - 1), V)
         state = 0
         for _ in range(order - 1):
             state = state * V + sos
