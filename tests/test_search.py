@@ -621,7 +621,7 @@ def test_a_dataset_is_decoded_as_its_utterances_are_one_by_one():
     for i, frames in enumerate([30, 12, 25]):
         with torch.inference_mode():
             heard = model.listen(dataset[i][None], torch.tensor([frames]))
-        (first, second), = beam_search(model, heard, settings, nbest=2, ngram=table)
+        ((first, second),) = beam_search(model, heard, settings, nbest=2, ngram=table)
         (score,) = speech_scores(heard, [first.text_tokens])
         assert found[i][1:] == [second] and plain[i] == [first]
         assert replace(found[i][0], speech_score=None) == first

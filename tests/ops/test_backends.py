@@ -76,6 +76,39 @@ def test_auto_takes_triton_or_what_is_fused_on_cuda_and_cpp_on_a_cpu(gpu, op):
     assert backends.choose(op, "auto", CPU, torch.float32) == "cpp"
 
 
+def test_each_op_has_the_backends_that_it_had():
+    """Tests of a backend skip what an op has not, so that one which is gone by mistake would be noticed nowhere."""
+    native, everywhere = ("reference", "cpp"), ("reference", "cpp", "triton")
+    assert {op: tuple(has) for op, has in backends.IMPLEMENTED.items()} == {
+        "bilstm": native, "ctc_loss": native, "masked_attention": everywhere, "beam_topk": everywhere,
+        "beam_gather": everywhere, "ctc_prefix": everywhere, "beam_backtrack": everywhere,
+        "speller_unroll": ("reference", "fused", "cpp"), "speller_search": native,
+    }  # fmt: skip
+    assert backends.choose("speller_unroll", "auto", CUDA, torch.float32) == "fused"
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "dtypes"),
+    [
+        ("bilstm", "cpp", "float32 bfloat16"),
+        ("ctc_loss", "cpp", "float32"),
+        ("masked_attention", "cpp", "float32 bfloat16"),
+        ("masked_attention", "triton", "float32 float16 bfloat16"),
+        ("beam_topk", "cpp", "float32 float16 bfloat16"),
+        ("beam_topk", "triton", "float32 float16 bfloat16"),
+        ("ctc_prefix", "cpp", "float32"),
+        ("ctc_prefix", "triton", "float32"),
+        ("speller_unroll", "cpp", "float32"),
+        ("speller_search", "cpp", "float32"),
+        ("beam_gather", "cpp", "float64 float32 float16 bfloat16"),
+    ],
+)
+def test_a_backend_takes_these_types_and_no_others(op, backend, dtypes):
+    every = ("float64", "float32", "float16", "bfloat16")
+    assert [x for x in every if backends.takes(op, backend, getattr(torch, x))] == dtypes.split()
+    assert backends.takes(op, backend, None)
+
+
 def test_triton_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.unavailable("beam_topk", "triton").startswith("there is no CUDA device here")
