@@ -131,6 +131,33 @@ def test_other_settings_are_another_graph(graphs):
     assert len(graphs) == 4
 
 
+def test_another_language_model_is_another_graph(graphs):
+    own, heard = FakeModel(9), memory([1, 2], [9, 7])
+    tables = [torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
+    options = {"nbest": 4, "capture": True}
+    found = [beam_search(own, heard, config(ngram_weight=0.5), ngram=table, **options) for table in (*tables, *tables)]
+    assert len(graphs) == 2 and found[:2] == found[2:] and found[0] != found[1]
+
+
+def test_another_precision_of_products_is_another_graph(graphs):
+    own, heard = FakeModel(9), memory([1, 2], [9, 7])
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            beam_search(own, heard, config(), capture=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(graphs) == 2
+
+
+def test_the_graph_that_goes_is_the_one_that_was_used_least_lately(graphs):
+    own = FakeModel(9)
+    for size in (1, 2, 4, 8, 1, 16, 1):
+        beam_search(own, memory([1] * size, [9] * size), config(), capture=True)
+    assert len(graphs) == 5
+
+
 def test_only_the_last_few_graphs_are_kept(graphs):
     own = FakeModel(9)
     sizes = [1, 2, 4, 8, 16]

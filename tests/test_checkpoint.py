@@ -126,6 +126,17 @@ def test_weights_of_another_size_are_named(tmp_path):
         load_model(tmp_path / "m.safetensors")
 
 
+def test_weights_that_are_missing_or_too_many_are_named(tmp_path):
+    weights = build_model(CONFIG).state_dict()
+    more = {**weights, "speller.more": torch.zeros(2)}
+    del weights["speller.bias"]
+    for given, said in ((weights, r"speller.bias should be \(31,\), the file has none"),
+                        (more, r"speller.more should be none, the file has \(2,\)")):  # fmt: skip
+        save_model(tmp_path / "m.safetensors", given, CONFIG, None, {})
+        with pytest.raises(InputError, match=said):
+            load_model(tmp_path / "m.safetensors")
+
+
 def test_a_training_state_with_code_in_it_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -224,6 +235,15 @@ def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, err
     with pytest.raises(InputError) as end:
         write_atomically(tmp_path / "file", fail)
     assert said in str(end.value) and list(tmp_path.iterdir()) == []
+
+
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        kept = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, kept=kept: done.append(name) or kept(*given))
+    write_atomically(tmp_path / "file", write_text)
+    assert done == ["fsync", "replace"]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

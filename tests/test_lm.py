@@ -17,9 +17,10 @@ import torch
 from archives import EDITIONS, make_archive, make_librispeech, make_manifest, make_speech, write_audio
 from checkpoints import MODEL, make_checkpoint
 from fakes import FakeModel, config, memory
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from las_fast import checkpoint, decode, lm, transcribe, tune
+from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batching import make_loader, sorted_batches
@@ -162,6 +163,26 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_a_file_says_what_it_is_and_takes_no_more_bytes_than_its_numbers_need(tmp_path):
+    path = tmp_path / "m.safetensors"
+
+    def saved(model):
+        save_lm(path, model)
+        with safe_open(path, framework="np") as file:
+            return file.metadata(), [str(file.get_tensor(name).dtype) for name in ("ngrams", "counts")]
+
+    model = train(TEXT, order=3, characters=AB)
+    tokens = sum(len(text) + 1 for text in TEXT)
+    assert saved(model) == (
+        {"format": "las_fast lm 1", "order": "3", "characters": AB, "smoothing": lm.SMOOTHING,
+         "sentences": str(len(TEXT)), "tokens": str(tokens), "las_fast": __version__},
+        ["int32", "int32"],
+    )  # fmt: skip
+    for order, most, dtypes in ((6, 2**31 - 1, ["int32", "int32"]), (7, 2**31, ["int64", "int64"])):
+        counts = np.array([1, most])
+        assert saved(lm.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
+
+
 def test_numbers_beyond_32_bits_come_back_as_they_were_saved(tmp_path):
     order, tokens = 7, len(Vocabulary(lm.CHARACTERS))  # n-grams up to 2e10
     ngrams = np.array([EOS, tokens**6 + EOS, tokens**7 - 1])
@@ -246,6 +267,22 @@ def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
         train([], order=0)
 
 
+def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch):
+    for order in (1, 12):
+        lm.check_order(order, 4)
+    for order in (0, 13):
+        with pytest.raises(InputError, match=f"--order must be from 1 to 12; got {order}"):
+            lm.check_order(order, 4)
+    pages = 8 * 4**5 // 16  # of 16 bytes: twice a table of order 5
+    monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages}.get)
+    lm.check_order(5, 4)
+    monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages - 1}.get)
+    with pytest.raises(InputError, match="order 5 over 4 tokens makes a table of 0.0 GiB, .* --order 4 or less"):
+        lm.check_order(5, 4)
+    with pytest.raises(InputError, match="order 12 over 31 tokens makes a table of [0-9.]+ GiB"):
+        lm.check_order(12, 31)
+
+
 def test_a_table_that_no_machine_holds_is_refused_before_it_is_made():
     model = lm.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
     with pytest.raises(InputError, match="order 12 over .* tokens makes a table of"):
@@ -270,6 +307,29 @@ def test_every_kind_of_text_is_read(tmp_path):
     assert list(read_texts(make_manifest(tmp_path / "json", suffix=".jsonl"))) == told["train"]
     speech = list(read_texts(make_librispeech(tmp_path / "speech")))
     assert len(speech) == 12 and all(text.startswith("A") for text in speech)  # two splits of two speakers
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    (tmp_path / "1.TRANS.TXT").write_text("1-0 HELLO THERE\n")
+    assert list(read_texts(tmp_path / "1.TRANS.TXT")) == ["HELLO THERE"]
+    manifest = make_manifest(tmp_path)
+    expected = list(read_texts(manifest))
+    assert list(read_texts(manifest.rename(tmp_path / "MANIFEST.TSV"))) == expected
+
+
+def test_options_have_their_kinds_and_defaults(capsys):
+    plain = lm.parser().parse_args(["a", "b", "--out", "c.safetensors"])
+    assert (plain.texts, plain.out) == ([Path("a"), Path("b")], Path("c.safetensors"))
+    assert (plain.order, plain.characters, plain.split) == (5, lm.CHARACTERS, "")
+    for words, said in (
+        (["a"], "--out must be given"),
+        (["--out", "c.safetensors"], "TEXT must be given"),
+        (["a", "--out", "c/"], "c/ is a folder; give the name of a file to write"),
+        (["a", "--out", "c.safetensors", "--order", "x"], "--order must be a whole number; got 'x'"),
+    ):
+        with pytest.raises(SystemExit):
+            lm.parser().parse_args(words)
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
