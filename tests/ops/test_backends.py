@@ -1,15 +1,22 @@
 import importlib
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
+import test_bilstm
+import test_ctc_loss
+import test_masked_attention
+import test_speller_unroll
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast.ops import __main__ as command
-from las_fast.ops import backends, beam_gather
+from las_fast.ops import backends, beam_gather, bilstm, ctc_loss, masked_attention, speller_unroll
 
+LENGTHS = torch.tensor([7, 3, 1])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -225,3 +232,57 @@ def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
             limit(3)
     finally:
         assert limit(before) == 4
+
+
+def keeps_for_gradients(op: str, function) -> bool:
+    """Return the flag by which the C++ op keeps what its backward pass needs, its last argument."""
+    flags = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name == f"las_fast::{op}":
+                flags.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    (flag,) = flags
+    return flag
+
+
+def differentiable():
+    """Yield (op, function, tensors that may need a gradient, other arguments)."""
+    x, *weights = test_bilstm.inputs()
+    yield "bilstm_cpp", lambda x, *w: bilstm(x, LENGTHS, w[:4], w[4:]), [x, *weights]
+    logits, *rest = test_ctc_loss.inputs()
+    yield "ctc_loss_cpp", lambda x: ctc_loss(x, *rest), [logits]
+    weights, keys, values, *rest = test_speller_unroll.inputs(*test_speller_unroll.SIZES[2])
+    flat = list(weights.flat())
+
+    def unroll(keys, values, *flat):
+        return speller_unroll(test_speller_unroll.rebuilt(flat), keys, values, *rest)
+
+    yield "speller_unroll_cpp", unroll, [keys, values, *flat]
+
+
+def test_what_gradients_need_is_kept_where_there_will_be_some(cpp):
+    for op, function, tensors in differentiable():
+        assert not keeps_for_gradients(op, partial(function, *tensors))
+        for i in range(len(tensors)):
+            given = [x.detach().requires_grad_() if i == j else x for j, x in enumerate(tensors)]
+            assert keeps_for_gradients(op, partial(function, *given))
+            with torch.no_grad():
+                assert not keeps_for_gradients(op, partial(function, *given))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_attention_gives_each_gradient_alone(cpp, wanted):
+    tensors = test_masked_attention.inputs()
+    every = [x.clone().requires_grad_() for x in tensors]
+    context, weights = masked_attention(*every, LENGTHS)
+    loss = context.square().sum() + weights.square().sum()
+    expected = torch.autograd.grad(loss, every)[wanted]
+    alone = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
+    context, weights = masked_attention(*alone, LENGTHS)
+    loss = context.square().sum() + weights.square().sum()
+    assert torch.equal(torch.autograd.grad(loss, alone[wanted])[0], expected)
