@@ -697,6 +697,12 @@ def test_speech_scores_are_computed_in_float32():
     assert read_by_ctc([[3, 4]], [60], logits) == pytest.approx(read_by_ctc([[3, 4]], [60], logits.float()), abs=1e-4)
 
 
+def test_texts_without_tokens_have_no_speech_score_wherever_they_stand():
+    logits = torch.randn(2, 4, V, generator=torch.Generator().manual_seed(3))
+    assert read_by_ctc([[], []], [4, 3], logits) == [None, None]
+    assert read_by_ctc([[], [3]], [4, 3], logits)[1] == pytest.approx(read_by_ctc([[3]], [3], logits[1:])[0], abs=1e-5)
+
+
 def test_without_a_ctc_head_there_are_no_speech_scores():
     assert speech_scores(Memory(None, None, None, None), [[3], []]) == [None, None]
 
