@@ -312,6 +312,14 @@ def test_options_that_must_be_given_are_named(missing, capsys):
     assert f"{missing} must be given" in capsys.readouterr().err
 
 
+def test_help_lists_options_and_the_settings_of_decoding_once(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.count("-h, --help") == 1 and "--any-features" in out
+    assert "--decoding.length-penalty" in out and "--training.epochs" not in out
+
+
 def test_options_have_their_kinds_and_defaults():
     given = ["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv"]
     plain = command.parser().parse_args(given)

@@ -94,6 +94,7 @@ def test_help_lists_the_settings_of_decoding_and_no_others(capsys):
         export.main(["--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0 and "--decoding.beam" in out and "--training.epochs" not in out
+    assert out.count("-h, --help") == 1  # of the options and of the settings together
 
 
 def test_a_weight_that_is_not_a_number_is_refused(tmp_path):
