@@ -32,7 +32,7 @@ class Memory(NamedTuple):
         if self.ctc_logits is None or self.ctc_lengths is None:
             return padded
         heard = self.ctc_logits.shape[1]
-        more = frames * -(-heard // max(self.keys.shape[1], 1)) - heard
+        more = frames * -(-heard // self.keys.shape[1]) - heard
         logits = F.pad(self.ctc_logits, (0, 0, 0, more, 0, rows))
         return padded._replace(ctc_logits=logits, ctc_lengths=F.pad(self.ctc_lengths, (0, rows)))
 

@@ -113,11 +113,12 @@ def _peaks(weights: Tensor) -> Tensor:
 def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, padding: Tensor | None) -> None:
     if query.ndim != 3:
         raise ValueError(f"query must be (B, K, D); got {tuple(query.shape)}")
-    (B, _, D), T = query.shape, keys.shape[1] if keys.ndim == 3 else -1
+    B, _, D = query.shape
     if D == 0 or values.shape[-1:] == (0,):
         raise ValueError(f"keys and values must have at least 1 number a frame; got D={D}, E={values.shape[-1]}")
     if keys.ndim != 3 or keys.shape[0] != B or keys.shape[2] != D:
         raise ValueError(f"keys must be (B, T, D) with B={B}, D={D} like query; got {tuple(keys.shape)}")
+    T = keys.shape[1]
     if values.ndim != 3 or values.shape[:2] != keys.shape[:2]:
         raise ValueError(f"values must be (B, T, E) with B={B}, T={T} like keys; got {tuple(values.shape)}")
     if lengths.shape != (B,) or lengths.dtype != torch.int64:

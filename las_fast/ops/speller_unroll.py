@@ -163,7 +163,7 @@ class _LinearOffsets(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, inputs, shape, dtype):
         ctx.inputs, ctx.dtype = inputs, dtype
-        return bias.detach().expand(*shape, -1).clone()  # (U, B, out)
+        return bias.expand(*shape, -1).clone()  # (U, B, out)
 
     @staticmethod
     @once_differentiable

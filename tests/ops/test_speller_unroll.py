@@ -1,4 +1,5 @@
 import hashlib
+import sys
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_the_first_of_equally_good_tokens_is_sampled(backend):
         return speller_unroll(weights, *others, read, own & False, backend=backend)[0]
 
     assert torch.equal(found, told(5)) and not torch.equal(found, told(9))
+
+
+def test_the_fused_form_spells_a_token_of_its_own_only_at_steps_that_read_one(monkeypatch):
+    weights, *memory, tokens, sampled, masks = inputs(*SIZES[2])
+    module, spelled = sys.modules["las_fast.ops.speller_unroll"], []
+    own = module._logits
+    monkeypatch.setattr(module, "_logits", lambda *given: spelled.append(1) or own(*given))
+    for steps, expected in (([], 1), ([0], 1), ([2], 2), ([1, 3], 3)):
+        spelled.clear()
+        read = sampled & False
+        read[1, steps] = True
+        speller_unroll(weights, *memory, tokens, read, masks, backend="fused")
+        assert len(spelled) == expected  # one of them is that of all steps, for the results
 
 
 def test_a_length_of_none_or_all_gives_weights_of_zero_or_one(fast):
