@@ -1,6 +1,7 @@
 """The tune command: the grid, what is printed and written, and what is refused."""
 
 import csv
+import shutil
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
@@ -121,6 +122,14 @@ def test_the_words_name_a_language_model_only_where_it_has_a_weight(here, ranked
     del ranked[1]
     tune.main(words(here, "--beam", 2))
     assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.beam 2"
+
+
+def test_the_words_do_not_name_the_checkpoints_own_language_model(here, ranked, tmp_path, capsys):
+    ranked += [0]
+    shutil.copy(here / "untrained-20.safetensors", tmp_path / "own.safetensors")
+    shutil.copy(here / "lm.safetensors", tmp_path / "own.lm.safetensors")
+    tune.main([*words(here, "--ngram-weight", 0.5), "--checkpoint", str(tmp_path / "own.safetensors")])
+    assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.ngram-weight 0.5"
 
 
 def test_a_language_model_has_its_usual_weight_where_none_is_chosen(here, monkeypatch):
