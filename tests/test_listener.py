@@ -6,10 +6,11 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from las_fast.config import ListenerConfig
-from las_fast.listener import BiLSTM, ConvFrontEnd, Listener, halve_time, locked_dropout
+from las_fast.listener import BiLSTM, ConvFrontEnd, Listener, convolve, halve_time, locked_dropout
 from las_fast.ops import backends
 
 SMALL = ListenerConfig(conv_channels=(8,), conv_kernels=(3,), conv_strides=(2,), lstm_size=6, pyramids=2, dropout=0.0)
@@ -53,6 +54,20 @@ def test_the_lstms_of_a_listener_are_the_op_in_both_directions(monkeypatch, prec
     for op in ("las_fast::bilstm_cpp", "las_fast::bilstm_backward_cpp"):
         assert called.count(op) == len(listener.layers) == 3
     assert "aten::lstm" not in called
+
+
+def test_on_cuda_a_convolution_has_the_shape_that_it_has_on_a_cpu():
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode():
+            conv = nn.Conv1d(3, 5, 3, 2, padding=1, device=device)
+            assert convolve(conv, torch.empty(2, 8, 3, device=device)).shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 2, 2, 1), (2, 0, 1, 2), (3, 1, 1, 4)])
+def test_a_convolution_on_a_cpu_is_torchs_own(stride, padding, dilation, groups):
+    conv = nn.Conv1d(4, 8, 3, stride, padding, dilation, groups)
+    x = torch.randn(2, 11, 4)
+    torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
 
 
 @pytest.mark.parametrize("kernel,stride", [(3, 1), (5, 2), (7, 3), (1, 2)])

@@ -7,6 +7,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -402,6 +403,54 @@ def test_the_reward_for_length_is_for_every_token_but_the_end():
         found = beam_search(model, one, settings, nbest=5, ngram=table)[0]
         assert [tuple(h.text_tokens) for h in found] == [text for _, text in expected]
         assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_a_search_is_captured_on_cuda_where_all_its_ops_are_tritons(monkeypatch):
+    chosen = {"masked_attention": "triton", "beam_topk": "triton"}
+    monkeypatch.setattr(search.backends, "choose", lambda op, backend, device: chosen[op])
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert search._captures(cuda, "auto") and search._captures(cpu, "auto") is False
+    for op in chosen:
+        monkeypatch.setitem(chosen, op, "reference")
+        assert search._captures(cuda, "auto") is False
+        monkeypatch.setitem(chosen, op, "triton")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert search._captures(cuda, "auto") is False
+
+
+def test_on_cuda_a_chunk_runs_while_the_host_looks_at_the_one_before():
+    for is_cuda, expected in ((True, 2), (False, 1)):
+        assert search._ahead(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
+    assert isinstance(search._on(torch.device("cuda", 0)), torch.cuda.device)
+    with search._on(torch.device("cpu")):
+        pass
+
+
+def test_a_look_at_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
+    log, empty = [], torch.empty
+
+    class OnCuda(Tensor):
+        is_cuda = True
+
+    class Event:
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+    def without_pins(*sizes, pin_memory, **options):
+        log.append(f"pinned {pin_memory}")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", without_pins)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for value in (True, False):
+        log.clear()
+        look = search.Look(torch.tensor(value).as_subclass(OnCuda))
+        assert log == ["pinned True", "record"] and look.read() is value and log[2:] == ["wait"]
+        log.clear()
+        assert search.Look(torch.tensor(value)).read() is value and log == ["pinned False"]
 
 
 def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():

@@ -1,6 +1,7 @@
 """The speller: teacher forcing, locked dropout, shared memory, gradients."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,14 @@ def test_a_speller_begins_like_a_listener_and_with_logits_of_about_unit_variance
         assert cell.gates.bias.tolist() == [0.0] * size + [1.0] * size + [0.0] * (2 * size)
     assert float(speller.embedding.weight.std()) == pytest.approx(1 / 8, rel=0.05)
     assert not speller.bias.any()
+
+
+def test_steps_are_fused_on_cuda_where_no_gradient_is_wanted():
+    for is_cuda in (True, False):
+        memory = SimpleNamespace(keys=SimpleNamespace(is_cuda=is_cuda))
+        assert Speller._fuses(memory) is False
+        with torch.no_grad():
+            assert Speller._fuses(memory) is is_cuda
 
 
 def test_a_checkpoint_of_a_speller_holds_nothing_that_its_settings_say(speller):
