@@ -5,8 +5,7 @@ import importlib
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from las_fast.config import ListenerConfig
@@ -56,11 +55,26 @@ def test_the_lstms_of_a_listener_are_the_op_in_both_directions(monkeypatch, prec
     assert "aten::lstm" not in called
 
 
-def test_on_cuda_a_convolution_has_the_shape_that_it_has_on_a_cpu():
-    for device in ("cpu", "cuda"):
-        with FakeTensorMode():
-            conv = nn.Conv1d(3, 5, 3, 2, padding=1, device=device)
-            assert convolve(conv, torch.empty(2, 8, 3, device=device)).shape == (2, 4, 5)
+class OnCuda(Tensor):
+    """A tensor on the CPU that says it is on CUDA."""
+
+    device = torch.device("cuda")
+
+
+def test_what_is_called_on_cuda_computes_the_same():
+    conv, x = nn.Conv1d(3, 5, 3, 2, padding=1), torch.randn(2, 9, 3)
+    torch.testing.assert_close(convolve(conv, x.as_subclass(OnCuda)).as_subclass(Tensor), convolve(conv, x))
+    layer, lengths, packed = BiLSTM(3, 4), torch.tensor([9, 4]), []
+
+    def pack(x, lengths):
+        packed.append(1)
+        return BiLSTM._packed(layer, x.as_subclass(Tensor), lengths)
+
+    layer._packed = pack
+    found = layer(x.as_subclass(OnCuda), lengths)
+    assert packed == [1]
+    torch.testing.assert_close(found, layer(x, lengths))
+    assert packed == [1]
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 2, 2, 1), (2, 0, 1, 2), (3, 1, 1, 4)])
