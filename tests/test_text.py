@@ -15,11 +15,23 @@ def test_decoding_undoes_encoding_and_stops_at_eos():
     vocabulary = Vocabulary()
     assert vocabulary.decode([SOS, *vocabulary.encode("IT'S HERE"), EOS, 5, 5]) == "IT'S HERE"
     assert vocabulary.decode([PAD, EOS]) == ""
+    assert vocabulary.decode([PAD, 3, SOS, 30]) == "A "
 
 
 def test_unknown_characters_are_listed_with_the_remedy():
     with pytest.raises(InputError, match=r"'1' 'é'; use --data.normalise-text"):
         Vocabulary().encode("CAFé 1")
+
+
+def test_a_long_transcript_is_quoted_by_its_first_40_characters():
+    text = "".join(chr(ord("A") + i % 26) for i in range(60)) + "?"
+    with pytest.raises(InputError) as caught:
+        Vocabulary().encode(text)
+    assert str(caught.value).startswith(f"transcript {text[:40]!r} has characters outside the vocabulary: '?'; use")
+
+
+def test_unknown_characters_are_each_named_once_in_order():
+    assert Vocabulary().unknown("zA?z!") == ["!", "?", "z"] and Vocabulary().unknown("A B'") == []
 
 
 def test_a_vocabulary_needs_distinct_characters():
