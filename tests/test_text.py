@@ -45,6 +45,10 @@ def test_normalising_maps_case_accents_quotes_and_the_rest():
     assert normalise_text("ABC d", "abcd ") == "abc d"
 
 
+def test_case_stays_where_the_vocabulary_has_both():
+    assert normalise_text("Ab bA, C", "ABab ") == "Ab bA" and normalise_text("aB", "AB ") == "AB"
+
+
 def test_letters_that_unicode_does_not_take_apart_are_written_out():
     assert normalise_text("C\u0153ur, \u00c6on, Stra\u00dfe, Sm\u00f8r\u01ff") == "COEUR AEON STRASSE SMORO"
     assert normalise_text("\u0152uvre, stra\u00dfe", "abcdefghijklmnopqrstuvwxyz ") == "oeuvre strasse"
