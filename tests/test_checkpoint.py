@@ -135,6 +135,10 @@ def test_weights_that_are_missing_or_too_many_are_named(tmp_path):
         save_model(tmp_path / "m.safetensors", given, CONFIG, None, {})
         with pytest.raises(InputError, match=said):
             load_model(tmp_path / "m.safetensors")
+    first = min(more)  # of many
+    save_model(tmp_path / "m.safetensors", {"z": torch.zeros(2)}, CONFIG, None, {})
+    with pytest.raises(InputError, match=f"{first} should be .*, the file has none"):
+        load_model(tmp_path / "m.safetensors")
 
 
 def test_a_training_state_with_code_in_it_is_refused(tmp_path):

@@ -326,6 +326,17 @@ def test_auto_leaves_bfloat16_to_processors_with_tiles(cpp, monkeypatch, tiles, 
     assert "las_fast::bilstm_cpp" in called
 
 
+def test_autocast_to_another_type_than_bfloat16_changes_nothing(cpp):
+    x, *weights = inputs()
+    lengths, expected = torch.tensor([7, 3, 1]), None
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            found = bilstm(x, lengths, weights[:4], weights[4:])
+        assert found.dtype == torch.float32
+        expected = found if expected is None else expected
+    assert torch.equal(found, expected)
+
+
 def test_what_cpp_does_not_take_goes_to_the_reference(cpp):
     tensors, lengths = [x.double() for x in inputs()], torch.tensor([7, 3, 1])
     assert bilstm(tensors[0], lengths, tensors[1:5], tensors[5:]).dtype == torch.float64
