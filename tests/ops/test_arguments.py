@@ -231,6 +231,21 @@ def test_what_disagrees_is_a_value_error_before_anything_is_computed(make):
     assert not accepted and not unexplained, "\n".join([*accepted, "--", *unexplained])
 
 
+def whole(value):
+    if isinstance(value, (list, tuple)):
+        return [whole(x) for x in value]
+    return value.long() if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("make", [attending, searching, hearing, spelling])
+def test_whole_numbers_in_place_of_floats_are_refused(make):
+    for op, arguments, _ in make():
+        if "states" in arguments and "parents" in arguments:
+            continue  # beam_gather moves what it is given
+        with pytest.raises(ValueError, match="must"):
+            op(**{name: whole(value) for name, value in arguments.items()})
+
+
 def on_another_device(arguments, free):
     for name, value in arguments.items():
         several = value if isinstance(value, (list, tuple)) else [value]
