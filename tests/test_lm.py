@@ -127,10 +127,11 @@ def test_sentences_begin_in_the_state_that_the_search_begins_in(order):
 
 def test_perplexity_is_of_the_characters_and_the_end():
     model, p = train(TEXT, order=3, characters=AB), brute_force(TEXT, AB, 3)
-    logs = [math.log(p(g[-1], g[:-1])) for g in windows(["ABA", "B"], AB, 3)]
-    assert len(logs) == 6
-    held = lm.count(["ABA", "B"], AB, 3)
-    assert perplexity(model.table(), held) == pytest.approx(math.exp(-sum(logs) / 6), rel=1e-5)
+    for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
+        logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
+        assert len(logs) == count
+        found = perplexity(model.table(), lm.count(text, AB, 3))
+        assert found == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
 
 
 def test_counting_in_parts_changes_nothing(monkeypatch):
@@ -568,6 +569,13 @@ def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh
     assert decoded(here, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
     with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released: NAME"):
         lm.find_lm("OTHER", Path("x.safetensors"))
+
+
+def test_where_no_language_model_is_released_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
+    with pytest.raises(InputError, match="^--lm gone is not a file; make one with python -m las_fast.lm$"):
+        lm.find_lm("gone", tmp_path / "x.safetensors")
+    assert lm.find_lm(None, tmp_path / "x.safetensors") is None
 
 
 def test_transcribe_takes_a_language_model(here, tmp_path, capsys):

@@ -5,6 +5,7 @@ import shutil
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from archives import make_archive, make_manifest
@@ -56,7 +57,7 @@ def test_options_are_of_their_kind_and_each_setting_of_the_grid_has_one():
     assert [type(getattr(found, name)[0]) for name in tune.GRID] == [int, *[float] * 6]
     assert tune.parser().parse_args([*given, "--beam", "1", "2"]).beam == [1, 2]
     plain = tune.parser().parse_args(given)
-    assert (plain.split, plain.device, plain.lm, plain.out) == ("dev", "auto", None, None)
+    assert (plain.data, plain.split, plain.device, plain.lm, plain.out) == (Path("y"), "dev", "auto", None, None)
     assert not any(getattr(plain, name) for name in tune.GRID)
 
 

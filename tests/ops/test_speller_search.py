@@ -151,6 +151,12 @@ def test_frames_of_ctc_without_a_weight_change_nothing(cpp):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_the_reference_calls_no_op_of_ours(cpp):
+    weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
+    called = ops_called(lambda: search(weights, memory, beam=3, backend="reference", **EVERY))
+    assert called and not [name for name in called if name.startswith("las_fast::")]
+
+
 def test_each_utterance_has_a_minimum_of_its_own(cpp):
     weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
     weights.bias[EOS] += 4.0  # ends at once where it may
