@@ -56,6 +56,14 @@ def test_a_missing_checkpoint_is_an_error_and_never_random_weights(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_where_no_model_is_released_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
+    with pytest.raises(InputError) as caught:
+        find_checkpoint("gone")
+    assert str(caught.value).startswith("checkpoint gone is neither a training folder nor a file")
+    assert "released" not in str(caught.value)
+
+
 def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
     save_state(tmp_path / "last.pt", {"x": torch.zeros(3)})
     with pytest.raises(InputError, match="is what --resume reads; to decode, give the folder"):
