@@ -92,7 +92,7 @@ def _interpolate(below: np.ndarray, ngrams: np.ndarray, counts: np.ndarray) -> n
     total = np.bincount(contexts, counts, size)
     share = np.bincount(contexts, removed, size) / np.maximum(total, 1)
     below *= np.where(total > 0, share, 1.0)[:, None].astype(np.float32)
-    below.reshape(-1)[ngrams] += ((counts - removed) / total[contexts]).astype(np.float32)
+    below.ravel()[ngrams] += ((counts - removed) / total[contexts]).astype(np.float32)
     return below
 
 
@@ -152,7 +152,7 @@ def merge(a: Counts, b: Counts) -> Counts:
 def perplexity(table: np.ndarray, counts: Counts) -> float:
     """Return exp of the mean negative log-probability of the counted n-grams: per character, <eos> being one."""
     ngrams, times = counts
-    return float(np.exp(-(table.reshape(-1)[ngrams].astype(np.float64) * times).sum() / times.sum()))
+    return float(np.exp(-(table.ravel()[ngrams].astype(np.float64) * times).sum() / times.sum()))
 
 
 def train(sentences: Iterable[str], *, order: int = ORDER, characters: str = CHARACTERS) -> LanguageModel:

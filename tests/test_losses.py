@@ -103,6 +103,16 @@ def test_the_loss_along_ctc_is_the_sum_of_its_formula():
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+def test_parts_carry_no_graph_and_the_loss_does():
+    tokens = torch.tensor([[3, 4, EOS]])
+    logits = torch.randn(1, 3, 31, requires_grad=True)
+    output = Output(logits, torch.rand(1, 3, 5, requires_grad=True), torch.tensor([5]), None, None)
+    loss, parts = training_loss(output, tokens, torch.tensor([3]), label_smoothing=0.0, ctc_weight=0.0,
+                                guided_weight=1.0, guided_width=0.1)  # fmt: skip
+    assert set(parts) == {"attention", "guided"} and loss.requires_grad
+    assert not any(part.requires_grad for part in parts.values())
+
+
 def test_parts_are_reported_and_summed_with_their_weights():
     options = PLAIN | {"guided_weight": 2.0, "ctc_weight": 0.5}
     loss, parts = training_loss(make_output(), TOKENS, LENGTHS, **options)

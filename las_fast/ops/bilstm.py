@@ -129,8 +129,6 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient, kept_gradient):
-    if gradient is None:
-        return None, None, None, None
     x, lengths, *weights, output, kept = ctx.saved_tensors
     inputs = ctx.needs_input_grad[0]
     op = torch.ops.las_fast.bilstm_backward_cpp

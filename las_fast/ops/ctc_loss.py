@@ -125,8 +125,6 @@ def _save(ctx, inputs, output) -> None:
 
 @once_differentiable
 def _backward(ctx, losses_gradient, gradient_gradient):
-    if losses_gradient is None:
-        return (None,) * 5
     (gradient,) = ctx.saved_tensors
     return gradient * losses_gradient[:, None, None], None, None, None, None
 

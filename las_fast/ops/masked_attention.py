@@ -175,8 +175,6 @@ def _make_backward(op):
     @once_differentiable
     def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
         weights_gradient = weights_gradient if ctx.weights else None  # of an empty tensor otherwise
-        if context_gradient is None and weights_gradient is None:
-            return (None,) * 6
         memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         found = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
         return found[0], found[1] if memory else None, found[2] if memory else None, None, None, None

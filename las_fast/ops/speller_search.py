@@ -282,7 +282,7 @@ def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return float64 numbers from -127 to 127, whose products and sums are exact, and the scales (..., 1)."""
     most = x.float().abs().amax(-1, keepdim=True)
     factor = torch.where(most > LEAST, 127 / most, 0.0)
-    return (x.float() * factor).round().double(), most.double() / 127
+    return (x * factor).round().double(), most.double() / 127  # factor is float32
 
 
 def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):

@@ -111,7 +111,7 @@ def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, 
 def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, dtype) -> tuple[Tensor, Tensor]:
     """The loop with each weight, keys and values detached: what is added at every step, zeros and the bias, has the
     gradients of all steps, and gives that of the weight in one product."""
-    state, steps = silence(weights, values[:, None, 0], 1), tokens.shape[1]
+    state, steps = silence(weights, values, 1), tokens.shape[1]
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)
     *cells, query = (_DeferredLinear(*layer, steps, len(tokens), dtype) for layer in layers)
     attend = _DeferredAttention(keys, values, lengths, steps)
@@ -156,7 +156,7 @@ class _DeferredLinear:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         self.inputs.append(x.detach())
-        return torch.mm(x, self.weight).float() + next(self.offsets)
+        return torch.mm(x, self.weight) + next(self.offsets)  # which are float32
 
 
 class _LinearOffsets(torch.autograd.Function):
@@ -280,8 +280,6 @@ def _backward(ctx, logits_gradient, attention_gradient, *others):
     saved, n = ctx.saved_tensors, ctx.count
     weights, masks, (keys, values, lengths, *kept) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
     nothing = (None, None, None, [None] * ctx.masks, None, None)
-    if logits_gradient is None and attention_gradient is None:
-        return ([None] * n, None, None, *nothing)
     found = torch.ops.las_fast.speller_unroll_backward_cpp(
         logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *kept, ctx.bf16
     )

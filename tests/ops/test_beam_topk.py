@@ -237,6 +237,12 @@ def test_one_token_is_enough(backend, V):
     assert (found.tokens == 0).all() and found.finished.all()
 
 
+def test_a_table_over_one_token_has_one_row():
+    model = Ngram(torch.zeros(2, 1), torch.zeros(1, 1, dtype=torch.int64), 0.5)
+    with pytest.raises(ValueError, match=r"ngram.table must be \(1, 1\) .* got \(2, 1\)"):
+        step(torch.zeros(1, 1, 1), ngram=model, eos=0, backend="reference")
+
+
 @pytest.mark.parametrize(("B", "K"), [(0, 3), (2, 0)])
 def test_nothing_gives_nothing(backend, B, K):
     found = step(torch.zeros(B, K, 5), backend=backend)
