@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 @contextlib.contextmanager
 def stage(number: int, name: str) -> Iterator[None]:
     """Say what is going on, and how long it took."""
-    print(f"\n[{number}/4] {name}", flush=True)
+    print(f"\n[{number}/4] {name}")
     started = time.perf_counter()
     yield
-    print(f"[{number}/4] took {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"[{number}/4] took {time.perf_counter() - started:.0f} s")
 
 
 def make_corpus(root: Path, sizes: dict, *, fresh: bool) -> Path:

@@ -38,7 +38,7 @@ class Progress:
         self.total, self.what, self.unit = total, what, unit
         self.n = self._start = self._shown_at = done
         self._began = self._last = time.monotonic()
-        self._gap, self._lines, self._note = SECONDS, 0, ""
+        self._gap, self._has_spoken, self._note = SECONDS, False, ""
         self._stream = sys.stderr if show else None
         self._bar = self._make_bar() if show and _is_terminal(sys.stderr) else None
         _open.append(self)
@@ -70,7 +70,7 @@ class Progress:
         if self._bar is not None:
             with self._giving_up():
                 self._bar.close()
-        elif self._lines and self.n == self.total:
+        elif self._has_spoken and self.n == self.total:
             self._say(f"{self._count()} in {_duration(time.monotonic() - self._began)}")
 
     def __enter__(self) -> Progress:
@@ -100,17 +100,17 @@ class Progress:
             self._gap *= 2
             return f"{self._count()}{note}"
         spent = time.monotonic() - self._began
-        left = spent * (self.total - self.n) / max(self.n - self._start, 1e-9)
+        left = spent * (self.total - self.n) / (self.n - self._start)  # at least SHARE of the total is done
         return f"{self._count()}, {_duration(left)} left{note}"
 
     def _count(self) -> str:
         if self.total is None:
             return f"{self.what}: {self.n:.0f} {self.unit}"
-        share = 100 * self.n / self.total if self.total else 100
+        share = 100 * self.n / self.total
         return f"{self.what}: {int(share)}% ({self.n:.0f} of {self.total:.0f} {self.unit})"
 
     def _say(self, line: str) -> None:
-        self._last, self._shown_at, self._lines = time.monotonic(), self.n, self._lines + 1
+        self._last, self._shown_at, self._has_spoken = time.monotonic(), self.n, True
         with self._giving_up():
             print(line, file=self._stream, flush=True)
 

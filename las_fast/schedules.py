@@ -37,7 +37,7 @@ def cosine_share(config: TrainingConfig, step: int, steps: int) -> float:
         return (step + 1) / config.warmup_steps
     if config.schedule != "cosine":
         return 1.0
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / (steps - config.warmup_steps)
     return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

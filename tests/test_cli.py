@@ -1,5 +1,6 @@
 import ctypes
 import errno
+import io
 import json
 import os
 import signal
@@ -8,14 +9,15 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from las_fast import __version__, cli, decode, transcribe, tune
+from las_fast import __version__, cli, decode, progress, transcribe, tune
 from las_fast.config import Config, DecodingConfig
-from las_fast.errors import InputError
+from las_fast.errors import JSON_ESCAPES, InputError, Stopped
 from las_fast.options import Parser, parse_settings
 from las_fast.outputs import make_room
 
@@ -44,10 +46,110 @@ def signals():
         signal.signal(s, handler)
 
 
-def test_an_interrupt_ends_with_130(signals):
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (Stopped(signal.SIGHUP), 129, "stopped by SIGHUP"),
+    ],
+)
+def test_a_stop_ends_with_the_number_of_its_signal_and_a_second_one_changes_nothing(
+    signals, capsys, stop, status, said
+):
     with pytest.raises(SystemExit) as end:
-        cli.run(raising(KeyboardInterrupt()))
-    assert end.value.code == 130
+        cli.run(raising(stop))
+    assert end.value.code == status and capsys.readouterr().err == f"{said}\n"
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    assert [signal.getsignal(s) for s in numbers] == [signal.SIG_IGN] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_raised_as_an_exception_and_a_second_one_is_ignored(signals, number):
+    interrupt = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped) as stop, cli.stop_signals():
+        assert signal.getsignal(signal.SIGINT) is interrupt
+        try:
+            signal.raise_signal(number)
+        finally:
+            assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)] == [signal.SIG_IGN] * 2
+    assert stop.value.signum == number
+
+
+def test_signals_are_answered_as_before_once_a_command_has_ended(signals):
+    def own(signum, frame):
+        pass
+
+    signal.signal(signal.SIGTERM, own)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with cli.stop_signals():
+        assert signal.getsignal(signal.SIGTERM) is not own and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is own and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    with cli.stop_signals():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the command itself has set stays
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Output(io.StringIO):
+    """A standard output whose flush fails."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.error = error
+
+    def flush(self):
+        if self.error is not None:
+            raise self.error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+GONE = BrokenPipeError(errno.EPIPE, "Broken pipe")
+SENTENCE = "error: standard output cannot be written (No space left on device); send it elsewhere\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "error", "status", "said", "muted"),
+    [
+        (lambda argv: None, None, None, "", 0),
+        (lambda argv: None, FULL, 2, SENTENCE, 1),
+        (lambda argv: None, GONE, 141, "", 1),
+        (raising(SystemExit(0)), None, 0, "", 0),
+        (raising(SystemExit(0)), FULL, 2, SENTENCE, 1),
+        (raising(SystemExit(0)), GONE, 141, "", 1),
+        (raising(SystemExit(3)), None, 3, "", 0),
+        (raising(SystemExit(3)), FULL, 3, SENTENCE, 1),
+        (raising(InputError("no")), None, 2, "error: no\n", 0),
+        (raising(InputError("no")), GONE, 141, "error: no\n", 1),
+        (raising(GONE), None, 141, "", 2),
+    ],
+)
+def test_the_status_tells_whether_the_output_was_written(monkeypatch, capsys, main, error, status, said, muted):
+    streams = []
+    monkeypatch.setattr(sys, "stdout", Output(error))
+    monkeypatch.setattr(cli, "mute", streams.append)
+    if status is None:
+        assert cli.run(main) is None
+    else:
+        with pytest.raises(SystemExit) as end:
+            cli.run(main)
+        assert end.value.code == status
+    assert capsys.readouterr().err == said
+    assert streams == [sys.stdout, sys.stderr][:muted]
+
+
+def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr(cli, "tune_memory", lambda: order.append("memory"))
+    monkeypatch.setattr(cli, "prepare_streams", lambda: order.append("streams"))
+
+    def main(argv):
+        order.append(argv)
+        progress.progress(3, "reading", "files")
+        raise InputError("x is empty")
+
+    with pytest.raises(SystemExit):
+        cli.run(main, ["a", "b"])
+    assert order == ["memory", "streams", ["a", "b"]] and not progress._open
 
 
 @pytest.mark.parametrize(
@@ -211,6 +313,126 @@ def start(code: str, *before: str, **options) -> subprocess.Popen:
     return subprocess.Popen([*before, sys.executable, "-c", program], **pipes, **options)
 
 
+def test_printing_never_fails_for_an_encoding_and_a_log_gets_each_line_at_once(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    out, err = sys.stdout, sys.stderr
+    cli.prepare_streams()
+    assert (sys.stdout, sys.stderr) == (out, err) and out.errors == err.errors == JSON_ESCAPES
+    print("é")
+    print("é", file=err, flush=True)
+    assert out.buffer.getvalue() == err.buffer.getvalue() == b"\\u00e9\n"
+
+
+def test_streams_that_are_missing_or_not_of_the_system_are_no_error(monkeypatch):
+    own = io.StringIO()
+    for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
+        monkeypatch.setattr(sys, name, None)
+        monkeypatch.setattr(sys, other, own)
+        cli.prepare_streams()
+        assert getattr(sys, other) is own
+        print("x", file=getattr(sys, name))  # goes nowhere
+        getattr(sys, name).close()
+
+
+@pytest.mark.parametrize(("closed", "opened"), [((), 0), ((0,), 1), ((1,), 1), ((2,), 1), ((0, 1, 2), 3), ((3,), 0)])
+def test_numbers_of_closed_streams_are_taken_before_a_file_gets_them(monkeypatch, closed, opened):
+    def fstat(number):
+        if number in closed:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+
+    made = []
+    system = SimpleNamespace(fstat=fstat, open=lambda *given: made.append(given), devnull="/dev/null", O_RDWR=os.O_RDWR)
+    monkeypatch.setattr(cli, "os", system)
+    cli.prepare_streams()
+    assert made == [("/dev/null", os.O_RDWR)] * opened
+
+
+def test_only_a_command_without_an_output_is_told_to_name_a_file(monkeypatch):
+    cli.need_stdout("--out")
+    monkeypatch.setattr(sys, "__stdout__", None)
+    with pytest.raises(InputError, match="standard output is closed, .*; give --out"):
+        cli.need_stdout("--out")
+
+
+def test_memory_is_kept_in_training_and_given_back_in_decoding_by_the_numbers_of_malloc_h(monkeypatch):
+    told = []
+    monkeypatch.setattr(cli, "_mallopt", lambda *given: told.append(given))
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    cli.tune_memory()
+    cli.give_large_blocks_back()
+    mmap_threshold, trim_threshold, never = -3, -1, -1
+    assert told == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    cli.tune_memory()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "the user's own choice stays"
+
+
+@pytest.mark.parametrize(
+    ("platform", "library", "expected"),
+    [
+        ("linux", lambda told: SimpleNamespace(mallopt=lambda *given: told.append(given)), [(-3, 7)]),
+        ("linux", lambda told: SimpleNamespace(), []),  # musl has no mallopt
+        ("darwin", lambda told: SimpleNamespace(mallopt=lambda *given: told.append(given)), []),
+    ],
+)
+def test_the_c_library_is_told_where_it_listens(monkeypatch, platform, library, expected):
+    told = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library(told))
+    cli._mallopt(-3, 7)
+    assert told == expected
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {2, 5, 7}}[pid], raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert cli.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cli.cores() == 16
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cli.cores() == 1
+
+
+def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cli.expand("~/run") == Path("/home/someone/run") and cli.expand("run/~") == Path("run/~")
+
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    for path, who in (("~/run", "this user"), ("~nobody/run", "nobody")):
+        with pytest.raises(InputError, match=f"{path}: the home folder of {who} is not known; write the path without"):
+            cli.expand(path)
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_reason(tmp_path, monkeypatch):
+    cli.make_folder(tmp_path / "a" / "b", "--out")
+    cli.make_folder(tmp_path / "a" / "b", "--out")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        said = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
+        with pytest.raises(InputError, match=said):
+            cli.make_folder(path, "--out")
+
+    def refused(self, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
+        cli.make_folder(tmp_path / "new", "--out")
+
+
+@pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
+def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
+    with pytest.raises(InputError, match=f"--out: nothing can be written into {tmp_path}; choose another folder"):
+        cli.make_folder(tmp_path, "--out")
+
+
 def test_a_reader_that_has_gone_is_no_traceback():
     command = f"{sys.executable} -c 'from las_fast.cli import run; run(lambda _: print(\"x\\n\" * 99999))' | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
@@ -250,25 +472,47 @@ def test_commands_that_decode_ask_for_it(module, monkeypatch, capsys):
     assert asked == [module]
 
 
-def test_every_subcommand_leads_to_a_module_with_help(capsys):
-    for name in ("train", "decode", "transcribe", "lm", "tune", "ops"):
-        with pytest.raises(SystemExit) as end:
-            cli.main([name, "--help"])
-        assert end.value.code == 0 and "usage" in capsys.readouterr().out
+NAMES = ("train", "decode", "transcribe", "lm", "tune", "export", "ops", "demo")
 
 
-def test_without_a_command_the_commands_are_listed(capsys):
-    cli.main([])
-    out = capsys.readouterr().out
-    assert all(name in out for name in cli.COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_subcommand_leads_to_a_module_with_help(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["--help", "train"]])
+def test_without_a_command_the_commands_are_listed(capsys, words):
+    cli.main(words)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "usage: las-fast COMMAND [options]" and lines[-1].startswith("las-fast COMMAND --help lists")
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert tuple(listed) == NAMES == tuple(cli.COMMANDS) and all(len(text.split()) > 3 for text in listed.values())
+
+
+def test_the_version_is_printed(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"las_fast {__version__}\n"
 
 
-def test_an_unknown_command_is_named_with_those_there_are(capsys):
+def test_a_command_gets_the_words_after_its_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda w: seen.append((name, w)))
+    )
+    cli.dispatch(["lm", "a.txt", "--out", "x"])
+    monkeypatch.setattr(sys, "argv", ["las-fast", "ops", "decode", "--help"])
+    cli.dispatch()
+    assert seen == [("las_fast.lm", ["a.txt", "--out", "x"]), ("las_fast.ops.__main__", ["decode", "--help"])]
+
+
+@pytest.mark.parametrize(("word", "advice"), [("transscribe", "; the nearest is transcribe"), ("xyz", "")])
+def test_an_unknown_command_is_named_with_those_there_are(capsys, word, advice):
     with pytest.raises(SystemExit) as end:
-        cli.main(["transscribe"])
-    assert end.value.code == 2 and "'transscribe'; it has train, decode, transcribe" in capsys.readouterr().err
+        cli.main([word])
+    said = f"error: las-fast has no command '{word}'; it has {', '.join(NAMES)}{advice}\n"
+    assert end.value.code == 2 and capsys.readouterr().err == said
 
 
 def parse(words, default=None):
