@@ -1,12 +1,15 @@
 """The demo's stages, with training and decoding replaced by quick ones."""
 
 import csv
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from las_fast import decode, demo, train
+from las_fast.config import load_config
 from las_fast.data import spoken
 from las_fast.errors import InputError
 
@@ -39,7 +42,7 @@ class Stages:
         truth = spoken.read_test_transcripts(self.out / "data")
         texts = [truth[name][0] for name in sorted(truth)]
         texts[0] = texts[0][1:]  # one character is missed
-        with open(options["--out"], "w", newline="") as file:
+        with open(options["--out"], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("index", "label"), *enumerate(texts)])
         print("data: something")
         print(json.dumps({"utterances": 4, "seconds": 0.5, "audio_seconds": 8.0, "rtfx": 16.0}))
@@ -48,7 +51,7 @@ class Stages:
 @pytest.fixture
 def stages(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    stages = Stages(tmp_path / "demo")
+    stages = Stages(tmp_path / "new" / "demo")
     monkeypatch.setattr(train, "main", stages.train)
     monkeypatch.setattr(decode, "main", stages.decode)
     return stages
@@ -65,14 +68,26 @@ def test_one_command_makes_corpus_submission_result_and_report(stages, capsys):
     assert list(result) == ["utterances", "ld", "cer", "wer", "seconds", "audio_seconds", "rtfx"]
     characters = sum(len(text) for text, _ in spoken.read_test_transcripts(out / "data").values())
     assert result["utterances"] == 4 and result["ld"] == 0.25
-    assert result["cer"] == pytest.approx(100 / characters, abs=1e-3)
+    assert result["cer"] == round(100 / characters, 4)
+    assert (out / "result.json").read_text() == json.dumps(result, indent=1) + "\n"
     assert (result["seconds"], result["audio_seconds"], result["rtfx"]) == (0.5, 8.0, 16.0)
-    assert "3 of 4 have no error" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "3 of 4 have no error" in page and "<h1>las_fast demo: a spoken corpus</h1>" in page
+    assert f"<b>{result['cer']:.2f} %</b><span>CER</span>" in page
     printed = capsys.readouterr().out
     for wanted in ("[1/4]", "[4/4] took", "said", "heard", str(out / "report.html"), "CER", "data: something"):
         assert wanted in printed
-    assert stages.decoded[0][-2:] == ["--beam", "8"]
-    assert "test-clean" in stages.decoded[0]
+    archive = ["--data", str(out / "data" / spoken.ARCHIVE)]
+    folders = ["--out", str(out / "run"), "--data.cache", str(out / "cache")]
+    assert stages.trained == [["--config", "tiny", *archive, *folders]]
+    submission = ["--split", "test-clean", "--out", str(out / "submission.csv"), "--beam", "8"]
+    assert stages.decoded == [["--checkpoint", str(out / "run"), *archive, *submission]]
+    headings = [line for line in printed.splitlines() if line.startswith("[")]
+    assert [h for h in headings if "took" not in h] == [
+        "[1/4] speaking the corpus", "[2/4] training, preset tiny", "[3/4] decoding test-clean, beam 8",
+        "[4/4] scoring and reporting",
+    ]  # fmt: skip
+    assert [h[:10] for h in headings if "took" in h] == [f"[{n}/4] took" for n in (1, 2, 3, 4)]
 
 
 def test_a_second_run_keeps_corpus_and_training(stages, capsys):
@@ -133,6 +148,103 @@ def test_a_training_of_someone_else_is_left_alone(stages):
     assert (stages.out / "run" / "last.pt").read_bytes() == b"precious"
 
 
+def test_a_complete_training_is_trained_again_where_its_state_or_its_stamp_is_gone(stages):
+    run_demo(stages)
+    (stages.out / "run" / "last.pt").unlink()
+    (stages.out / "run" / "old").touch()
+    run_demo(stages)
+    assert len(stages.trained) == 2 and "--resume" not in stages.trained[1]
+    assert not (stages.out / "run" / "old").exists(), "the old training is removed"
+    (stages.out / "training.json").unlink()
+    with pytest.raises(InputError, match="did not make"):
+        run_demo(stages)
+    for path in (stages.out / "run" / "attention").iterdir():
+        path.unlink()
+    (stages.out / "run" / "attention").rmdir()
+    for path in (stages.out / "run").iterdir():
+        path.unlink()
+    run_demo(stages)  # an empty folder is nobody's
+    assert len(stages.trained) == 3
+
+
+def test_the_stamp_of_a_training_says_what_it_is_of_and_whether_it_is_complete(stages):
+    stages.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(stages, "--training.epochs", "2")
+    stamp = json.loads((stages.out / "training.json").read_text())
+    assert stamp["complete"] is False and stamp["settings"].keys() == {"config", "options", "corpus"}
+    assert stamp["settings"]["options"] == ["--training.epochs", "2"]
+    assert stamp["settings"]["config"]["training"]["epochs"] == load_config("tiny").training.epochs
+    assert stamp["settings"]["corpus"] == spoken.settings(train=3, dev=1, test=4, seed=1)
+    stages.interrupt = False
+    run_demo(stages, "--training.epochs", "2")
+    assert json.loads((stages.out / "training.json").read_text()) == stamp | {"complete": True}
+
+
+def test_fresh_starts_an_interrupted_training_over(stages):
+    stages.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(stages)
+    stages.interrupt = False
+    run_demo(stages, "--fresh")
+    assert "--resume" not in stages.trained[1]
+
+
+def test_options_have_the_defaults_that_are_written_here(capsys):
+    options, rest = demo.parse(["--training.epochs", "3"])
+    assert (options.out, options.beam, options.fresh, rest) == (Path("runs/demo"), 8, False, ["--training.epochs", "3"])
+    options, _ = demo.parse(["--beam", "3", "--fresh", "--train", "7", "--seed", "2"])
+    assert (options.beam, options.fresh, options.train, options.seed) == (3, True, 7, 2)
+    for words in (["--fres"], ["--training.epochs", "x"], ["--beam", "x"]):
+        with pytest.raises(SystemExit):
+            demo.parse(words)
+
+
+def test_a_stage_says_how_long_it_took(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+    with demo.stage(2, "training"):
+        now[0] = 107.4
+        print("inside")
+    assert capsys.readouterr().out == "\n[2/4] training\ninside\n[2/4] took 7 s\n"
+
+
+@pytest.mark.parametrize(("count", "shown"), [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (12, [0, 2, 4, 6, 8])])
+def test_the_end_shows_scores_five_examples_and_where_everything_is(tmp_path, capsys, count, shown):
+    rows = [(f"u-{i:02}", f"SAID {i}", f"HEARD {i}") for i in range(count)]
+    result = {"utterances": count, "cer": 12.345, "wer": 23.456, "ld": 3.456, "rtfx": 45.6}
+    demo.show(tmp_path, result, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "",
+        f"test-clean, {count} utterances in unseen voices: CER 12.35%, WER 23.46%, LD 3.46; "
+        "decoded 46 times faster than real time",
+        "",
+    ]
+    examples = [line for i in shown for line in (f"u-{i:02}  said   SAID {i}", f"      heard  HEARD {i}")]
+    names = {"report": "report.html", "scores": "result.json", "submission": "submission.csv", "training": "run",
+             "corpus": "data"}  # fmt: skip
+    assert lines[3:] == [*examples, "", *(f"{what:<12}{tmp_path / name}" for what, name in names.items())]
+
+
+def test_what_the_decoder_prints_is_kept_and_passed_on_at_once():
+    through = io.StringIO()
+    flushed = []
+    through.flush = lambda: flushed.append(through.getvalue())
+    tee = demo.Tee(through)
+    assert print("a", file=tee, flush=True) is None and tee.write("bc") == 2
+    assert tee.getvalue() == through.getvalue() == "a\nbc" and flushed == ["a\n"]
+
+
+def test_a_stamp_that_is_missing_or_broken_is_none(tmp_path):
+    assert demo.read_json(tmp_path / "x.json") is None
+    for content in (b"", b"{", b"\xff"):
+        (tmp_path / "x.json").write_bytes(content)
+        assert demo.read_json(tmp_path / "x.json") is None
+    demo.write_json(tmp_path / "x.json", {"a": ["é"]})
+    assert demo.read_json(tmp_path / "x.json") == {"a": ["é"]}
+
+
 def test_a_submission_that_does_not_match_is_refused(tmp_path):
     path = tmp_path / "submission.csv"
     path.write_text("index,label\n0,A\n")
@@ -141,6 +253,11 @@ def test_a_submission_that_does_not_match_is_refused(tmp_path):
         demo.read_submission(path, truth)
     path.write_text("index,label\n0,X\n1,Y\n")
     assert demo.read_submission(path, truth) == [("a", "A", "X"), ("b", "B", "Y")]
+    path.write_text("id,label\na,X\nb,Y\n")  # as editions with names have it
+    unsorted = dict(reversed(truth.items()))
+    assert demo.read_submission(path, unsorted) == [("a", "A", "X"), ("b", "B", "Y")]
+    path.write_bytes(b'id,label\na,"X\r\nX"\nb,Y\n')
+    assert demo.read_submission(path, truth)[0] == ("a", "A", "X\r\nX")
 
 
 def test_out_must_be_a_folder(tmp_path):
