@@ -12,6 +12,7 @@ import termios
 from pathlib import Path
 
 import pytest
+import tqdm
 
 from las_fast import progress as module
 from las_fast.progress import close_all, progress, track
@@ -38,11 +39,78 @@ def test_a_log_gets_a_line_each_tenth_and_a_last_one(clock, capsys):
     assert len(lines) == 10 and lines[-1] == "reading dev: 100% (40 of 40 utterances) in 40 s"
 
 
+@pytest.mark.parametrize("total", [None, 4])
+def test_track_counts_what_it_is_told_or_what_there_is(clock, capsys, total):
+    for _ in track([7, 8], "reading", "files", total=total):
+        clock[0] += 5
+    share = "50% (1 of 2 files)" if total is None else "25% (1 of 4 files)"
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"reading: {share}")
+    assert list(track([7, 8], "reading", "files", show=False)) == [7, 8] and capsys.readouterr().err == ""
+
+
 def test_lines_are_two_seconds_apart(clock, capsys):
     for _ in track(range(100), "reading", "files"):
         clock[0] += 0.0625
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[2][:4] for line in lines] == [" 32%", " 64%", " 96%", " 100"]
+
+
+def test_a_line_comes_at_exactly_two_seconds_and_a_tenth(clock, capsys):
+    with progress(20, "reading", "files") as shown:
+        for _ in range(4):
+            clock[0] += 1
+            shown.update()
+    assert (
+        capsys.readouterr().err == "reading: 10% (2 of 20 files), 18 s left\nreading: 20% (4 of 20 files), 16 s left\n"
+    )
+
+
+def test_what_was_done_before_is_neither_shown_nor_timed(clock, capsys):
+    clock[0] = 1000.0
+    with progress(40, "training", "steps", done=20) as shown:
+        clock[0] += 10
+        shown.update(3)
+        assert capsys.readouterr().err == ""
+        shown.update()
+    assert capsys.readouterr().err == "training: 60% (24 of 40 steps), 40 s left\n"
+
+
+def test_only_a_loop_that_came_to_its_end_says_how_long_it_took(clock, capsys):
+    clock[0] = 1000.0
+    for count, last in ((9, "90% (9 of 10 files), 3 s left"), (10, "100% (10 of 10 files) in 30 s")):
+        with progress(10, "reading", "files") as shown:
+            for _ in range(count):
+                clock[0] += 3
+                shown.update()
+        shown.close()  # once more changes nothing
+        assert capsys.readouterr().err.splitlines()[-1] == f"reading: {last}" and shown not in module._open
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (99.4, "99 s"), (99.5, "2 min"), (120, "2 min"), (5969, "99 min"), (5970, "1.7 h"), (7200, "2.0 h")],
+)
+def test_durations_are_in_seconds_minutes_or_hours(seconds, text):
+    assert module._duration(seconds) == text
+
+
+def test_a_line_is_in_the_log_as_soon_as_it_is_said(clock, tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w") as log, progress(4, "reading", "files", show=False) as hidden:
+        monkeypatch.setattr(sys, "stderr", log)
+        with progress(4, "reading", "files") as shown:
+            clock[0] += 4
+            shown.update()
+            assert (tmp_path / "log").read_text() == "reading: 25% (1 of 4 files), 12 s left\n"
+            hidden.write("a line", file=log)
+            assert (tmp_path / "log").read_text().endswith("left\na line\n")
+
+
+def test_lines_go_to_the_stream_that_is_named(capsys):
+    module.write("a", end="")
+    module.write("b", file=sys.stderr, end="!")
+    progress(4, "reading", "files", show=False).write("c")
+    close_all()
+    assert capsys.readouterr() == ("ac\n", "b!")
 
 
 def test_a_short_loop_leaves_nothing_in_a_log(clock, capsys):
@@ -55,7 +123,7 @@ def test_a_count_without_a_total_is_said_ever_more_rarely(clock, capsys):
     for _ in track(itertools.islice(itertools.count(), 100), "counting", "sentences"):
         clock[0] += 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "counting: 2 sentences" and len(lines) == 5
+    assert lines == [f"counting: {n} sentences" for n in (2, 6, 14, 30, 62)]
 
 
 def test_time_left_is_judged_by_what_this_process_has_done(clock, capsys):
@@ -121,15 +189,86 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
     return text
 
 
+class Bar:
+    """Stands in for tqdm, and remembers what it was told."""
+
+    made: list = []
+
+    def __init__(self, **options):
+        self.options, self.n, self.told, self.open = options, options["initial"], [], True
+        Bar.made = [*Bar.made, self]
+
+    def update(self, n):
+        self.n += n
+
+    def set_postfix_str(self, text, refresh):
+        self.told.append((text, refresh))
+
+    def close(self):
+        self.open = False
+
+    @staticmethod
+    def write(line, file, end):
+        file.write(f"above the bar: {line}{end}")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Call it to make stderr a terminal of so many columns, with Bar for tqdm."""
+    ours, theirs = pty.openpty()
+
+    def appear(columns):
+        monkeypatch.setattr(sys, "stderr", stream)
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    with os.fdopen(theirs, "w") as stream:
+        yield appear
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(80, {"dynamic_ncols": True}), (1, {"dynamic_ncols": True}), (0, {"ncols": 80})]
+)
+@pytest.mark.parametrize(("total", "form"), [(9, module.BAR), (None, module.ENDLESS)], ids=["bar", "endless"])
+def test_the_bar_is_as_wide_as_the_terminal_or_as_most_are(terminal, columns, width, total, form):
+    terminal(columns)
+    with progress(total, "reading dev", "utterances", done=3) as shown:
+        shown.note("loss 2.5")
+        shown.update(2)
+        assert (shown.n, Bar.made[0].n, Bar.made[0].open) == (5, 5, True)
+    (bar,) = Bar.made
+    assert bar.options == {
+        "total": total, "desc": "reading dev", "initial": 3, "unit": "utterances", "bar_format": form,
+        "file": sys.stderr, "leave": False, **width,
+    }  # fmt: skip
+    assert bar.told == [("loss 2.5", False)] and not bar.open and not module._open
+
+
+def test_lines_are_written_above_a_bar_while_there_is_one(terminal, clock, capsys):
+    terminal(80)
+    with progress(9, "reading", "files", show=False):
+        with progress(9, "reading", "files") as shown:
+            shown.write("a")
+            module.write("b", end="!\n")
+        module.write("c")
+    assert len(Bar.made) == 1
+    assert capsys.readouterr().out == "above the bar: a\nabove the bar: b!\nc\n"
+
+
 @pytest.mark.parametrize("columns", [80, 0])
 def test_a_terminal_gets_a_bar_which_lines_do_not_touch(columns):
-    text = on_a_terminal("""
+    text = on_a_terminal(
+        """
 from las_fast.progress import progress
 with progress(4, "reading dev", "utterances") as shown:
     shown.update(2)
     shown.write("a line")
 print("the end")
-""", columns)
+""",
+        columns,
+    )
     assert "reading dev:   0%|" in text and "/4 utterances [" in text
     lines = text.replace("\r\n", "\n").split("\n")
     assert any(line.endswith("\ra line") or line == "a line" for line in lines), lines
@@ -151,11 +290,13 @@ run(main)
     assert before.endswith("\r") and before.rstrip("\r").endswith(" ")
 
 
-def test_close_all_ends_what_an_exception_left_open(clock, capsys):
-    iterator = track(range(3), "reading", "files")
-    next(iterator)
+def test_close_all_ends_what_an_exception_left_open(clock, monkeypatch):
+    first, second = track(range(3), "reading", "files"), track(range(3), "counting", "files")
+    assert (next(first), next(second)) == (0, 0)
+    order, close = [], module.Progress.close
+    monkeypatch.setattr(module.Progress, "close", lambda self: order.append(self.what) or close(self))
     close_all()
-    assert not module._open
+    assert not module._open and order == ["counting", "reading"], "the last first, as they lie on the screen"
 
 
 SOURCES = sorted((Path(module.__file__).parent).rglob("*.py"))
