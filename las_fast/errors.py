@@ -25,7 +25,6 @@ class Stopped(KeyboardInterrupt):
     """A signal other than Ctrl-C asked the program to end; `signum` is its number."""
 
     def __init__(self, signum: int = signal.SIGINT):
-        super().__init__()
         self.signum = signum
 
 

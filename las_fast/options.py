@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         return flag in self._option_string_actions or field in self.fields
 
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "Path": "a path"}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
 def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
@@ -135,7 +135,7 @@ def _print_help(parser: Parser, kind: type) -> None:
 
     parser.print_help()
     print("\nand any of these settings:\n")
-    tyro.cli(kind, default=kind(), args=["--help"], prog=parser.prog, config=(tyro.conf.FlagConversionOff,))
+    tyro.cli(kind, args=["--help"], prog=parser.prog, config=(tyro.conf.FlagConversionOff,))
 
 
 def field_names(tree: Any, name: str = "") -> Iterator[str]:

@@ -1,13 +1,17 @@
 """Errors from outside the program: each is one sentence, and faults of the program stay what they are."""
 
 import errno
+import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
 import yaml
 
 from las_fast import plain_yaml
-from las_fast.errors import ADVICE, InputError, from_outside, lacks_memory, show
+from las_fast.errors import ADVICE, JSON_ESCAPES, InputError, Stopped, from_outside, lacks_memory, mute, say_error, show
 from las_fast.plain_yaml import Plain
 
 
@@ -40,6 +44,8 @@ def test_a_system_error_without_a_file_and_one_with_two():
     assert from_outside(both) == r"a and b\xe0: Invalid cross-device link; check the path"
     assert from_outside(OSError("what a library says")) == "a system call failed (what a library says); run again"
     assert from_outside(OSError()) == "a system call failed (OSError); run again"
+    open_file = OSError(errno.EIO, "Input/output error", 7)  # a number in place of a name
+    assert from_outside(open_file) == "a system call failed (Input/output error); run again"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,13 @@ def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
         yaml.safe_load("[" * 100_000)
     assert from_outside(raised.value) == "a file is nested too deeply to be read; give the file that was meant"
 
+    def ours(found):
+        raise RecursionError("maximum recursion depth exceeded")
+
+    with pytest.raises(RecursionError) as raised:
+        json.loads("{}", object_hook=ours)
+    assert from_outside(raised.value) is None
+
 
 @pytest.mark.parametrize(
     ("error", "lacks"),
@@ -78,6 +91,9 @@ def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
         (OSError("Cannot allocate memory"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a memory object"), True),
         (ValueError("out of memory"), False),
         (OSError(errno.ENOSPC, "x"), False),
         (RuntimeError("memory"), False),
@@ -95,6 +111,40 @@ def test_messages_of_libraries_are_cut_and_put_on_one_line():
 
 def test_names_are_shown_on_one_line_of_characters_that_can_be_printed():
     assert show(b"caf\xe0.wav") == r"caf\xe0.wav" and show("a\nb\x1b") == r"a\nb\x1b" and show("é 한") == "é 한"
+
+
+def test_what_an_encoding_lacks_is_escaped_as_in_json():
+    assert "aé한😀\udce0b".encode("ascii", JSON_ESCAPES) == rb"a\u00e9\ud55c\ud83d\ude00\udce0b"
+    assert json.loads('"' + "é😀".encode("ascii", JSON_ESCAPES).decode() + '"') == "é😀"
+    with pytest.raises(UnicodeDecodeError):
+        b"\xff".decode("utf-8", JSON_ESCAPES)
+
+
+def test_a_stop_knows_its_signal():
+    assert (Stopped().signum, Stopped(signal.SIGHUP).signum) == (signal.SIGINT, signal.SIGHUP)
+
+
+def test_a_muted_stream_writes_nothing_any_more_and_takes_no_file(tmp_path):
+    stream = (tmp_path / "log").open("w")
+    stream.write("pending")
+    before = len(os.listdir("/proc/self/fd"))
+    mute(stream)
+    assert len(os.listdir("/proc/self/fd")) == before
+    stream.close()
+    assert (tmp_path / "log").read_text() == ""
+    mute(stream)
+    mute(None)
+
+
+def test_an_error_is_said_at_once_and_where_it_cannot_be_nothing_more_is(tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        say_error("error: x")
+        assert (tmp_path / "log").read_text() == "error: x\n"
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        say_error("error: x")
+        full.write("more")  # and closing it is no error
 
 
 # -------------------------------------------------------------------------------------------------------------- YAML
@@ -149,6 +199,7 @@ def test_values_keep_their_text_and_their_line():
     assert isinstance(found["a"], Plain) and not isinstance(found["b"], Plain)
     assert (found["a"].line, [item.line for item in found["e"]]) == (1, [5, 5])
     assert plain_yaml.load("", "x.yaml") is None
+    assert plain_yaml.load("[Null, NULL, ~, null, ]", "x.yaml") == [None] * 4 and Plain("x").line == 0
 
 
 @pytest.mark.parametrize(
@@ -170,4 +221,10 @@ def test_what_came_is_shown_shortly_with_its_line():
     assert plain_yaml.got(Plain("010", 4)) == "010 (line 4)" and plain_yaml.got("010") == "'010'"
     assert plain_yaml.got(Plain("word", 2)) == "'word' (line 2)" and plain_yaml.got(None) == "None"
     assert plain_yaml.got(Plain("x" * 80)) == f"'{'x' * 80}'" and len(plain_yaml.got(Plain("x" * 81))) <= 80
-    assert plain_yaml.got([1, 2, 3, 4, 5]) == "[1, 2, 3, 4, ...]"
+    assert plain_yaml.got([1, 2, 3, 4]) == "[1, 2, 3, 4]" and plain_yaml.got([1, 2, 3, 4, 5]) == "[1, 2, 3, 4, ...]"
+    assert plain_yaml.got(dict.fromkeys("abcd")) == "{'a': None, 'b': None, 'c': None, 'd': None}"
+    assert plain_yaml.got(dict.fromkeys("abcde")) == "{'a': None, 'b': None, 'c': None, 'd': None, ...}"
+    assert plain_yaml.got([[[1]]]) == "[[[...]]]" and plain_yaml.got([[]]) == "[[]]"
+    assert [len(plain_yaml.got(long)) for long in ("x" * 78, "x" * 79, b"x" * 77, b"x" * 78)] == [80] * 4
+    assert "..." not in plain_yaml.got("x" * 78) + plain_yaml.got(b"x" * 77)
+    assert Plain.__repr__(Plain("0x1F")) == "0x1F" and repr(Plain("ten")) == "'ten'"

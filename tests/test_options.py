@@ -1,6 +1,7 @@
 """Words of the command line: a wrong one is one sentence that names the nearest right one."""
 
 import importlib
+import re
 
 import pytest
 
@@ -44,6 +45,8 @@ def test_every_command_says_what_must_be_given(capsys, name):
     [
         ("decode", ["--chekpoint", "x"], "there is no option --chekpoint; the nearest is --checkpoint"),
         ("decode", ["--on-bad", "skpi"], "--on-bad must be one of error, skip; got 'skpi'; the nearest is skip"),
+        ("decode", ["--on-bad", "SKIP"], "--on-bad must be one of error, skip; got 'SKIP'; the nearest is skip"),
+        ("decode", ["--on-bad", "x"], "--on-bad must be one of error, skip; got 'x'"),
         ("decode", ["--beam", "two"], "--beam must be a whole number; got 'two'"),
         ("decode", ["--beam", "2.5"], "--beam must be a whole number; got '2.5'"),
         ("decode", ["--beam"], "--beam needs a value (expected one value); see --help"),
@@ -58,6 +61,11 @@ def test_every_command_says_what_must_be_given(capsys, name):
         ("tune", ["--length-reward", "x"], "--length-reward must be a number; got 'x'"),
         ("tune", ["--length_reward", "1"], "there is no option --length_reward; the nearest is --length-reward"),
         ("lm", ["a.txt", "--out", "x", "--ordr", "3"], "there is no option --ordr; the nearest is --order"),
+        ("decode", ["--beam", "3"], "--checkpoint, --data, --split, --out must be given; see --help"),
+        ("train", ["--dropout", "3"], "there is no option --dropout; the nearest is --model.listener.dropout"),
+        ("train", ["--model.dropout=3"], "there is no option --model.dropout; the nearest is --model.listener.dropout"),
+        ("train", ["x", "--lern\x1b=3"], r"there is no option --lern\x1b; the nearest is --init"),
+        ("transcribe", ["--bem"], "there is no option --bem; the nearest is --beam"),
         ("train", ["--epochs", "3"], "there is no option --epochs; the nearest is --training.epochs"),
         ("train", ["--train.epochs", "3"], "there is no option --train.epochs; the nearest is --training.epochs"),
         ("demo", ["--training.epohcs", "3"], "there is no option --training.epohcs; the nearest is --training.epochs"),
@@ -122,6 +130,43 @@ def test_settings_are_read_in_every_form():
     assert config.data.dev == "460" and config.data.cache == "" and config.training.precision == "bf16"
     assert config.training.teacher_forcing[1] == TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.5)
     assert config.model.speller == SpellerConfig(lstm_sizes=(5, 7))
+
+
+def test_words_are_those_of_the_process_where_none_are_given(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["job", "--data", "here", "--training.epochs", "7"])
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--data", required=True)
+    options, config = parse_settings(parser, None, lambda options: Config())
+    assert (options.data, config.training.epochs) == ("here", 7)
+    monkeypatch.setattr("sys.argv", ["job", "--dta=x"])
+    for read in (parser.parse_args, parser.parse_known_args):
+        assert error_of(capsys, read) == "there is no option --dta; the nearest is --data"
+
+
+def test_a_word_that_is_left_over_is_refused(capsys):
+    parser = Parser(prog="job")
+    parser.add_argument("file")
+    assert parser.parse_args(["a"]).file == "a"
+    assert error_of(capsys, parser.parse_args, ["a", "b", "c"]) == "'b' belongs to no option; see --help"
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_names_own_options_then_settings_with_their_values_and_defaults(capsys, word):
+    with pytest.raises(SystemExit) as end:
+        settings_of("--data", "x", word)
+    own, _, settings = capsys.readouterr().out.partition("\nand any of these settings:\n\n")
+    assert end.value.code == 0 and own.startswith("usage: job") and "--data" in own and "job" in settings
+    assert re.search(r"--training.wandb \{True,False\}.*?default: False", settings, re.DOTALL)
+    assert re.search(r"--training.epochs INT.*?default: 60", settings, re.DOTALL)
+
+
+def test_options_are_not_abbreviated_since_settings_may_begin_like_them(capsys):
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--decode")
+    _, config = parse_settings(parser, ["--decoding.beam", "3"], lambda options: Config())
+    assert config.decoding.beam == 3
+    said = error_of(capsys, parse_settings, parser, ["--deco", "3"], lambda options: Config())
+    assert said == "there is no option --deco; the nearest is --decode"
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):

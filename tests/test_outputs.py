@@ -1,8 +1,10 @@
 """What commands write never replaces what they read, nor what they did not write themselves."""
 
+import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from archives import make_archive
@@ -13,7 +15,7 @@ from las_fast.cli import prepare_streams
 from las_fast.config import Config, load_config, to_yaml
 from las_fast.errors import InputError
 from las_fast.lm import LanguageModel, beside, save_lm
-from las_fast.outputs import make_room, safetensors_format
+from las_fast.outputs import first_line, is_utf8, make_room, nearest_path, safetensors_format, utf8_path
 from las_fast.submission import write_submission
 
 USERS = "my own notes\n"
@@ -202,6 +204,84 @@ def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
     with pytest.raises(InputError, match="a.csv may not be written; give another name"):
         make_room(tmp_path / "a.csv", "--out")
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_file_that_is_there_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
+    asked, path = [], tmp_path / "a.csv"
+    path.write_text("x")
+    make_room(path, "--out")  # without a rule anything may be replaced
+    with contextlib.nullcontext() if ours else pytest.raises(InputError, match="a.csv is there and is not a table"):
+        make_room(path, "--out", what="a table", ours=lambda path: asked.append(path) or ours)
+    assert asked == [path]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(InputError, match=f"--out {tmp_path} is a folder; give the name of a file to write"):
+        make_room(tmp_path, "--out")
+
+
+def test_inputs_that_are_missing_or_not_given_are_not_written_over(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("x")
+    make_room(path, "--out", inputs=[None, tmp_path / "none", "a\0b"])
+    with pytest.raises(InputError, match="is read by this command"):
+        make_room(path, "--out", inputs=[tmp_path / "none", str(path)])
+
+
+@pytest.mark.parametrize(("name", "refused"), [("a.CSV", True), ("a.csv", True), ("a.xyz", False), ("a.LM", False)])
+def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refused):
+    with pytest.raises(InputError, match="give a name that ends in .lm") if refused else contextlib.nullcontext():
+        make_room(tmp_path / name, "--out", suffixes=(".lm", ".model"))
+    make_room(tmp_path / name, "--out")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("there/x", "; the nearest is {}/there/x1"),
+        ("there/x1/y/z", ""),
+        ("thre/x/y", "; the nearest is {}/there"),
+        ("there/q/y", "; {}/there is there, q in it is not"),
+        ("there/q", ""),
+        ("hid/y", "; {} is there, hid in it is not"),
+    ],
+)
+def test_a_path_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, path, said):
+    (tmp_path / "there" / "x1" / "y").mkdir(parents=True)
+    (tmp_path / ".hid").mkdir()
+    assert nearest_path(tmp_path / path) == said.format(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert nearest_path(Path(path)) == said.format(tmp_path)
+    assert nearest_path(Path("/nothing/of/it")) == nearest_path(Path("/nothing")) == ""
+
+
+def test_the_first_line_of_a_file_is_what_it_begins_with(tmp_path):
+    path = tmp_path / "x"
+    for content, line in ((b"\xef\xbb\xbfid,label\r\n1,2\n", "id,label"), (b" a \xff", " a \ufffd"), (b"", ""),
+                          (b"a" * 5000, "a" * 4096)):  # fmt: skip
+        path.write_bytes(content)
+        assert first_line(path) == line
+    assert first_line(tmp_path) == first_line(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize("name", ["plain", os.fsdecode(b"mod\xe0")])
+def test_a_file_of_any_name_has_one_in_utf8_for_a_while(tmp_path, name):
+    (tmp_path / name).write_text("content")
+    before = len(os.listdir("/proc/self/fd"))
+    with utf8_path(tmp_path / name) as path:
+        assert path.encode("utf-8") and Path(path).read_text() == "content"
+        assert (path == str(tmp_path / name)) == is_utf8(tmp_path / name) == (name == "plain")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_head_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+    content = b'{"__metadata__": {"format": "mine"}}'
+    (tmp_path / "x").write_bytes(len(content).to_bytes(8, "little") + content + b"weights")
+    assert safetensors_format(tmp_path / "x") == "mine" and safetensors_format(tmp_path / "none") is None
+    for most, known in ((len(content), "mine"), (len(content) - 1, None)):
+        monkeypatch.setattr("las_fast.outputs.HEADER_MAX", most)
+        assert safetensors_format(tmp_path / "x") == known
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What changes over training."""
 
+import math
+
 import pytest
 
 from las_fast.config import TeacherForcingStage, TrainingConfig
@@ -42,6 +44,7 @@ def test_plateau_halves_after_patience_and_only_when_asked():
         shares.append(plateau.share)
     assert shares == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
     constant = Plateau()
+    assert constant == Plateau(share=1.0, best=math.inf, waited=0)
     for _ in range(9):
         constant.update(50, TrainingConfig(schedule="cosine"))
     assert constant.share == 1
