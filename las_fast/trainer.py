@@ -122,7 +122,7 @@ class Trainer:
         self.stop_signal = 0  # number of the signal that asked to stop
         self.saving = False
         self.whole = True  # the state is that after a step, not in the middle of an update
-        self.batch_size = (0, 0)  # utterances and padded frames of the latest batch
+        self.batch_size = (0, 0)  # utterances and padded frames of the latest batch; 0 before the first
         self.pace = Pace()
 
     # The loop
@@ -181,7 +181,7 @@ class Trainer:
             return True
         if not self.whole or not self.progress.step or isinstance(problem, Diverged):
             return False
-        self.optimiser.zero_grad(set_to_none=True)  # memory for the saving
+        self.optimiser.zero_grad()  # the gradients are freed: memory for the saving
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
@@ -196,8 +196,8 @@ class Trainer:
         if not lacks_memory(problem):
             return problem
         utterances, frames = self.batch_size
-        what, advice = f"a batch of {utterances} utterances, {utterances * frames} frames,", "--data.frames-per-batch"
-        more = f"{advice} less than {self.config.data.frames_per_batch}"
+        what = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
+        more = f"--data.frames-per-batch less than {self.config.data.frames_per_batch}"
         if utterances == 1:
             what, more = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
         state = f"step {self.progress.step} is saved, go on with --resume and {more}"
@@ -227,7 +227,7 @@ class Trainer:
             guided_width=training.guided_width,
             guided_frames=training.guided_frames,
         )
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimiser)  # clipping must see the true gradients
         norm = self._clip()

@@ -1,4 +1,4 @@
-"""Untrained checkpoints for tests of everything around the recognition."""
+"""Untrained checkpoints and trainers for tests of everything around the recognition."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from pathlib import Path
 
 import torch
 
+from las_fast import train
 from las_fast.checkpoint import build_model, save_model
-from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.config import (
+    Config,
+    DataConfig,
+    FeatureConfig,
+    ListenerConfig,
+    ModelConfig,
+    SpellerConfig,
+    TrainingConfig,
+)
+from las_fast.data.dataset import open_corpus
+from las_fast.trainer import Trainer
 
 MODEL = ModelConfig(
     ListenerConfig(conv_channels=(8,), conv_kernels=(3,), conv_strides=(1,), lstm_size=8, pyramids=1),
@@ -26,3 +37,20 @@ def make_checkpoint(
     path = folder / f"untrained-{size}.safetensors"
     save_model(path, build_model(config).state_dict(), config, None, info or {})
     return path
+
+
+def small(**sections) -> Config:
+    """Settings of a tiny model for an archive of F23; sections as Config has them."""
+    plain = {
+        "features": FeatureConfig(size=28),
+        "data": DataConfig(train=("train-clean-100",), dev="dev-clean", utterances_per_batch=2, workers=0),
+        "model": MODEL,
+        "training": TrainingConfig(epochs=2, warmup_steps=0, precision="fp32", pictures=0),
+    }
+    return Config(**(plain | sections))
+
+
+def make_trainer(archive: Path, out: Path, config: Config) -> Trainer:
+    out.mkdir(parents=True, exist_ok=True)
+    data = train.load_data(config, open_corpus(archive))
+    return Trainer(config, *data, out, torch.device("cpu"), {"kind": "features", "name": "HW4P2 F23"})

@@ -526,7 +526,7 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_pa
 def test_a_resumed_training_needs_no_room_for_what_it_replaces(archive, tmp_path, monkeypatch):
     made = make_trainer(archive, tmp_path)
     numbers = sum(p.numel() for p in made.model.parameters())
-    whole = 4 * numbers * train.COPIES + train.ROOM
+    whole = 40 * numbers + 2**20  # ten copies in float32, and room for log and pictures
     for name, size in ((train.LAST, 3000), (train.BEST, 200), ("other", 10**6)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
@@ -563,13 +563,21 @@ def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda dots=dots: dots)
         assert trainer.choose_precision("auto", cpu) == getattr(torch, chosen)
-    assert trainer.choose_precision("fp32", cpu) == torch.float32
+    for name, chosen in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert trainer.choose_precision(name, cpu) == chosen
+    cuda, asked = torch.device("cuda"), []
+    for native, chosen in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **own: asked.append(own) or native)
+        assert trainer.choose_precision("auto", cuda) == chosen
+    assert asked == [{"including_emulation": False}] * 2  # emulated products are slow
 
 
 def test_biases_gains_and_the_tied_embedding_are_not_decayed():
     model = checkpoint.build_model(load_config("tiny"))
     decayed, free = (group["params"] for group in trainer.make_optimiser(model, Config()).param_groups)
-    assert all(p.dim() >= 2 for p in decayed) and any(p is model.speller.embedding.weight for p in free)
+    embedding = model.speller.embedding.weight
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and p is not embedding]
+    assert [id(p) for p in decayed] == [id(p) for p in matrices] and any(p is embedding for p in free)
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from archives import make_archive
-from checkpoints import MODEL
+from checkpoints import MODEL, make_trainer, small
 
-from las_fast import train, trainer, validate
-from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig
-from las_fast.data.dataset import open_corpus
+from las_fast import validate
+from las_fast.config import DecodingConfig, TrainingConfig
 from las_fast.errors import Stopped
 from las_fast.search import greedy_search
 from las_fast.validate import LONGEST_NAME, PictureBook
@@ -22,16 +21,13 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A trainer that has learned nothing, of a model with a CTC head, on five dev utterances in batches of two."""
-    config = Config(
-        features=FeatureConfig(size=28),
-        data=DataConfig(train=("train-clean-100",), dev="dev-clean", utterances_per_batch=2, workers=0),
+    config = small(
         model=replace(MODEL, ctc_layer=0),
         training=TrainingConfig(epochs=2, precision="fp32", pictures=1),
         decoding=DecodingConfig(ctc_weight=0.3, ngram_weight=0.2, length_reward=0.1, maximum_extra=2),
     )
     archive = make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=5)
-    data = train.load_data(config, open_corpus(archive))
-    made = trainer.Trainer(config, *data, tmp_path_factory.mktemp("out"), CPU, {"kind": "features", "name": "F23"})
+    made = make_trainer(archive, tmp_path_factory.mktemp("out"), config)
     with torch.no_grad():  # so that it hears a difference
         for parameter in made.model.parameters():
             parameter *= 3.0
