@@ -1,0 +1,338 @@
+"""The command that trains: its words, the folder it writes into, and what it prints around the training itself."""
+
+import contextlib
+import fcntl
+import os
+import resource
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive
+from checkpoints import make_checkpoint, small
+
+from las_fast import train
+from las_fast.config import Config, to_yaml
+from las_fast.data import dataset
+from las_fast.errors import InputError, Stopped
+from las_fast.trainer import Diverged, Trainer
+
+WORDS = ["--config", "tiny", "--data", "here", "--out", "run"]
+
+
+def raising(error):
+    def happening(*_, **__):
+        raise error
+
+    return happening
+
+
+def test_words_become_options_and_settings():
+    options, config = train.parse(WORDS)
+    assert (options.config, options.data, options.out) == ("tiny", Path("here"), Path("run"))
+    assert (options.resume, options.init, options.on_bad, options.device) == (False, None, None, "auto")
+    assert config == train.load_config("tiny")
+    options, config = train.parse([*WORDS, "--resume", "--init", "x", "--device", "cpu", "--training.epochs", "3"])
+    assert (options.resume, options.init, options.device, config.training.epochs) == (True, "x", "cpu", 3)
+    for on_bad in ("error", "skip"):
+        assert train.parse([*WORDS, "--on-bad", on_bad])[1].data.on_bad == on_bad
+    with pytest.raises(InputError, match="training.epochs must be at least 1"):
+        train.parse([*WORDS, "--training.epochs", "0"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--config, --data, --out must be given; see --help"),
+        ([*WORDS, "--on-bad", "x"], "--on-bad must be one of error, skip; got 'x'"),
+        ([*WORDS, "--resum"], "there is no option --resum; the nearest is --resume"),
+    ],
+)
+def test_words_that_are_wrong_or_missing_are_named(capsys, words, said):
+    with pytest.raises(SystemExit):
+        train.parse(words)
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_a_training_begins_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "last.pt").touch()
+    for out in (tmp_path, tmp_path / "new" / "deep"):
+        train.check_out(out, resume=False)
+        with pytest.raises(InputError, match="last.pt does not exist, so there is nothing to resume"):
+            train.check_out(out, resume=True)
+    (old / "best.safetensors").touch()
+    train.check_out(old, resume=True)
+    with pytest.raises(InputError, match="already holds a training; add --resume"):
+        train.check_out(old, resume=False)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(InputError, match=f"--out {out}: {tmp_path}/file is a file; give a folder"):
+            train.check_out(out, resume=False)
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and path == tmp_path))
+    with pytest.raises(InputError, match=f"--out {tmp_path}/a/b: {tmp_path} may not be written; give another folder"):
+        train.check_out(tmp_path / "a" / "b", resume=False)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
+def test_weights_of_another_training_are_not_replaced(tmp_path, name):
+    (tmp_path / "last.pt.d").mkdir()
+    train.check_nothing_is_replaced(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=f"--out {tmp_path} holds {name} of another training; choose another"):
+        train.check_nothing_is_replaced(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["training: {epochs: 3}\n", "x: [", to_yaml(Config()) + "# mine\n", "\xff"])
+def test_settings_of_someone_else_are_not_replaced(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match="config.yaml would be replaced by the training's own"):
+        train.check_nothing_is_replaced(tmp_path)
+
+
+def test_a_folder_is_held_by_one_training_at_a_time(tmp_path, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    with train.held(tmp_path / "a" / "b"):
+        with pytest.raises(InputError, match="another training is writing into"), train.held(tmp_path / "a" / "b"):
+            pytest.fail("two hold it")
+        with train.held(tmp_path / "a"):
+            pass
+    with pytest.raises(InputError), train.held(tmp_path):
+        raise InputError("in the middle")
+    with train.held(tmp_path):
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(37, "No locks available")))
+    with train.held(tmp_path):
+        pass
+
+
+def test_a_folder_for_temporary_files_is_left_as_it_is_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    train.find_temporary_folder(tmp_path)
+    assert tempfile.gettempdir() != str(tmp_path)
+
+
+def test_room_is_needed_for_ten_copies_of_the_weights(tmp_path, monkeypatch):
+    made = SimpleNamespace(model=torch.nn.Linear(100, 1000))
+    needed = 40 * 101_000 + 2**20
+    for free, enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        said = r"a training of this model needs 5 MiB and 5 are free there; free some space"
+        with contextlib.nullcontext() if enough else pytest.raises(InputError, match=said):
+            train.check_room(tmp_path, made)
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def utterances(count=2, **fields):
+    plain = {"ids": [f"u{i}" for i in range(count)], "texts": ["ABC"] * count, "seconds": np.full(count, 1800.0),
+             "frames": np.full(count, 100), "skipped": [], "statistics": "statistics"}  # fmt: skip
+    return Utterances(**plain | fields)
+
+
+class Utterances(SimpleNamespace):
+    def __len__(self):
+        return len(self.ids)
+
+
+class Splits:
+    """A corpus whose splits are their own names."""
+
+    name = "the corpus"
+
+    def resolve(self, split):
+        return {"train": ("train-a", "train-b"), "dev": ("dev-a",)}.get(split, (split,))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What load_dataset was asked for; each answer is the next of loaded.answers."""
+    loaded = SimpleNamespace(asked=[], answers=[], shared=0, divided=0, warned=[])
+
+    def load_dataset(corpus, splits, **options):
+        loaded.asked.append((splits, options))
+        return loaded.answers[len(loaded.asked) - 1]
+
+    monkeypatch.setattr(dataset, "load_dataset", load_dataset)
+    monkeypatch.setattr(dataset, "shared_recordings", lambda ours, dev: loaded.shared)
+    monkeypatch.setattr(dataset, "divided_recordings", lambda ours, dev: loaded.divided)
+    monkeypatch.setattr(train, "warn_of_hasty", lambda name, data: loaded.warned.append((name, data)))
+    monkeypatch.setattr(train, "warn_of_crowded", lambda data, model: loaded.warned.append(("crowded", data)))
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        ({"train": (), "dev": ""}, [("train-a", "train-b"), ("dev-a",)]),
+        ({"train": ("x", "y"), "dev": "z"}, [("x", "y"), ("z",)]),
+    ],
+)
+def test_both_sets_are_loaded_with_their_transcripts_and_counted(loaded, capsys, splits, expected):
+    data = replace(small().data, max_seconds=9.0, **splits)
+    config = small(data=data)
+    loaded.answers = ours, dev = [utterances(3), utterances(2, skipped=[("a", "b")])]
+    assert train.load_data(config, Splits()) == (ours, dev)
+    common = {"features": config.features, "need_text": True}
+    assert loaded.asked == [
+        (expected[0], {**common, "data": data}),
+        (expected[1], {**common, "data": data.whole(), "statistics": "statistics"}),
+    ]
+    names = ["+".join(names) for names in expected]
+    assert capsys.readouterr().out == (
+        f"{names[0]}: 3 utterances, 1.50 hours\n{names[1]}: 2 utterances, 1.00 hours, 1 left out\n"
+    )
+    assert loaded.warned == [(names[0], ours), (names[1], dev)]
+
+
+@pytest.mark.parametrize(("layer", "warns"), [(-1, False), (0, True), (1, True)])
+def test_room_for_ctc_is_judged_where_there_is_a_head(loaded, layer, warns):
+    loaded.answers = [utterances(1), utterances(1)]
+    train.load_data(small(model=replace(small().model, ctc_layer=layer)), Splits())
+    assert (("crowded", loaded.answers[0]) in loaded.warned) == warns
+
+
+@pytest.mark.parametrize(("counts", "name"), [((0, 1), "train-clean-100"), ((1, 0), "dev-clean"), ((1, 1), None)])
+def test_a_set_without_a_usable_utterance_is_refused(loaded, counts, name):
+    loaded.answers = [utterances(count) for count in counts]
+    said = f"{name} of the corpus has no usable utterance; give another split or root"
+    with pytest.raises(InputError, match=said) if name else contextlib.nullcontext():
+        train.load_data(small(), Splits())
+
+
+@pytest.mark.parametrize(
+    ("shared", "divided", "said"),
+    [(0, 0, ""), (4, 3, "4 dev utterances are trained on too"), (0, 3, "3 recordings have parts in both")],
+)
+def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divided, said):
+    loaded.answers, loaded.shared, loaded.divided = [utterances(1), utterances(1)], shared, divided
+    train.load_data(small(), Splits())
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(said) and all(line.startswith(f"warning: {said}") for line in warnings)
+
+
+# --------------------------------------------------------------------------------------------------- around a training
+
+
+@pytest.mark.parametrize(
+    ("error", "saved_step", "said"),
+    [
+        (Stopped(15), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (Stopped(15), None, "stopped before anything was saved; start again with the same command"),
+        (KeyboardInterrupt(), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (InputError("bad"), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (OSError(5, "bad"), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (InputError("bad"), None, ""),
+        (Diverged("bad"), 7, ""),
+        (Diverged("bad"), None, ""),
+    ],
+)
+def test_a_training_that_ends_early_says_how_to_go_on_where_that_is_of_use(
+    monkeypatch, capsys, error, saved_step, said
+):
+    monkeypatch.setattr(train, "check_room", lambda out, trainer: None)
+    made = SimpleNamespace(run=raising(error), saved_step=saved_step)
+    with pytest.raises(type(error)):
+        train.train(made, SimpleNamespace(out=Path("run")), ["a"])
+    out, err = capsys.readouterr()
+    assert err == (f"\n{said}\n" if said else "") and out == ""
+
+
+def test_a_training_that_came_to_its_end_says_how_good_it_is_and_how_to_decode(monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr(train, "check_room", lambda out, trainer: order.append(out))
+    monkeypatch.setattr(
+        resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={resource.RUSAGE_SELF: 3 * 2**20}[who])
+    )
+    made = SimpleNamespace(run=lambda: order.append("run"), progress=SimpleNamespace(best_cer=12.345))
+    train.train(made, SimpleNamespace(out=Path("a b"), data=Path("data")), [])
+    assert order == [Path("a b"), "run"]
+    assert capsys.readouterr().out == (
+        "best dev CER 12.35%; peak memory 3.0 GiB\n"
+        "decode with: python -m las_fast.decode --checkpoint 'a b' --data data --split dev --out dev.csv\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("command"), "F23", utterances=2)
+
+
+@pytest.fixture
+def began(monkeypatch):
+    """What train.train was given, in place of a training."""
+    began = []
+    monkeypatch.setattr(train, "train", lambda trainer, options, words: began.append((trainer, words)))
+    return began
+
+
+def command(archive, out, *more):
+    return ["--config", "tiny", "--data", str(archive), "--out", str(out), "--device", "cpu", *more]
+
+
+def test_the_command_says_what_it_trains_on_and_keeps_its_settings(archive, tmp_path, capsys, monkeypatch, began):
+    out = tmp_path / "run"
+    words = command(archive, out, "--training.epochs", "3")
+    monkeypatch.setattr("sys.argv", ["las_fast.train", *words])
+    train.main()
+    train.main([*words, "--data.workers", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "data: HW4P2 F23" and any(line.startswith("model: ") for line in said)
+    (made, given), (again, other) = began
+    assert given == words and other == [*words, "--data.workers", "0"]
+    assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
+    assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
+    for weird in (words, [*words, "--resume"]):
+        with train.held(out), pytest.raises(InputError):
+            train.main(weird)
+
+
+def test_only_a_training_that_owes_nothing_is_finished(archive, tmp_path, capsys, monkeypatch, began):
+    places = []
+
+    def resume(self):
+        self.progress.step, self.progress.validated = (where(self) for where in places[0])
+
+    monkeypatch.setattr(Trainer, "resume", resume)
+    (tmp_path / "last.pt").touch()
+    end, before = (lambda made: made.steps), (lambda made: made.steps - 1)
+    for place, finished in (((end, end), True), ((end, before), False), ((before, before), False)):
+        places[:] = [place]
+        began.clear()
+        capsys.readouterr()
+        train.main(command(archive, tmp_path, "--resume"))
+        said = "this training is finished already; nothing is left to do" in capsys.readouterr().out
+        assert said == finished and len(began) == (not finished)
+
+
+def test_a_training_begins_with_a_checkpoint_only_at_its_beginning(archive, tmp_path, monkeypatch, began):
+    taken = []
+    monkeypatch.setattr(Trainer, "begin_with", lambda self, model, path: taken.append(path))
+    monkeypatch.setattr(Trainer, "resume", lambda self: taken.append("resumed"))
+    path = make_checkpoint(tmp_path, sections={"features": train.load_config("tiny").features})
+    train.main(command(archive, tmp_path / "a", "--init", str(path)))
+    assert taken == [path]
+    (tmp_path / "a" / "last.pt").touch()
+    train.main(command(archive, tmp_path / "a", "--init", str(path), "--resume"))
+    assert taken == [path, "resumed"]
+    train.main(command(archive, tmp_path / "b"))
+    assert taken == [path, "resumed"] and len(began) == 3
+    with pytest.raises(InputError, match=f"--init {path} was trained with features.deltas 0, not 1; use its settings"):
+        train.main(command(archive, tmp_path / "c", "--init", str(path), "--features.deltas", "1"))
+    with pytest.raises(InputError, match="was trained with data.characters ABC.*, not AB ; use its settings"):
+        train.main(command(archive, tmp_path / "c", "--init", str(path), "--data.characters", "AB "))
+    assert not (tmp_path / "c").exists()
