@@ -186,8 +186,7 @@ def read_log(run: str | Path) -> list[dict]:
 
 def formed_epoch(log: list[dict]) -> float | None:
     """Return the epoch of the first validation at which the attention had formed, or None."""
-    validations = (row for row in log if row["kind"] == "valid")
-    return next((row["epoch"] for row in validations if row.get("monitor", {}).get("formed")), None)
+    return next((row["epoch"] for row in log if row.get("monitor", {}).get("formed")), None)
 
 
 def _read_config(run: Path) -> tuple[Config, str] | None:
@@ -305,7 +304,7 @@ def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> 
     if not files:
         return ""
     first, last = files[0], files[-1]
-    between = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.01]
+    between = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005]  # two decimals
     figures, said = [], ""
     for path in dict.fromkeys([first, *between[:1], last]):
         epoch, pictures = attention_of(path)

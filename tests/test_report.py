@@ -9,9 +9,13 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from las_fast import report
 from las_fast.config import Config, to_yaml
@@ -32,12 +36,14 @@ def write_run(run, *, epochs=4, formed=3, pictures=True):
     for epoch in range(1, epochs + 1):
         train = {"loss": 3 / epoch, "attention": 2 / epoch}
         lines.append({"kind": "train", "step": 10 * epoch, "epoch": epoch - 0.5, **train})
+        line = f"attention: {epoch}"
         monitor = {"diagonal": 0.5, "sharp": 0.5, "monotonic": 0.9, "coverage": 0.9, "formed": epoch >= formed}
         lines.append({"kind": "valid", "step": 10 * epoch, "epoch": float(epoch), "loss": 2 / epoch, "ld": 9 / epoch,
-                      "cer": 90 / epoch, "wer": 99 / epoch, "monitor": monitor, "line": "attention: ..."})  # fmt: skip
+                      "cer": 90 / epoch, "wer": 99 / epoch, "monitor": monitor, "line": line})  # fmt: skip
         if pictures:
-            arrays = {"weights_0": np.eye(4, 12, dtype=np.float32), "text_0": np.array("A B")}
-            np.savez(run / "attention" / f"epoch-{epoch:07.2f}.npz", ids=np.array(["dev-1"]), **arrays)
+            arrays = {f"weights_{n}": np.eye(4, 12, dtype=np.float32) for n in range(2)}
+            arrays |= {"text_0": np.array("A B"), "text_1": np.array("C D")}
+            np.savez(run / "attention" / f"epoch-{epoch:07.2f}.npz", ids=np.array(["dev-1", "dev-2"]), **arrays)
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     return run
 
@@ -102,22 +108,54 @@ def test_a_picture_is_as_high_as_its_text_is_long(tmp_path, tokens, height):
 @pytest.mark.parametrize(("frame_seconds", "end", "label"), [(None, 12.0, "encoder frame"), (0.04, 0.48, "seconds")])
 def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, monkeypatch, frame_seconds, end, label):
     seen = {}
-    for name in ("imshow", "set_xlabel", "set_title"):
-        method = getattr(Axes, name)
+    for kind, name in ((Axes, "imshow"), (Axes, "set_xlabel"), (Axes, "set_title"), (Axes, "set_yticks"),
+                       (Figure, "colorbar")):  # fmt: skip
+        method = getattr(kind, name)
 
         def watching(self, *given, method=method, name=name, **options):
-            seen[name] = (given, options)
+            seen[name], seen["figure"] = (given, options), self.get_figure()
             return method(self, *given, **options)
 
-        monkeypatch.setattr(Axes, name, watching)
+        monkeypatch.setattr(kind, name, watching)
     weights = np.full((4, 12), 0.5, np.float32)
     report.attention_picture(tmp_path / "a.png", weights, "A B", "a title", frame_seconds=frame_seconds)
     options = seen["imshow"][1]
     assert options["extent"] == pytest.approx((0.0, end, 3.5, -0.5)) and (options["vmin"], options["vmax"]) == (0, 0.5)
-    assert options["aspect"] == "auto" and options["interpolation"] == "nearest"
-    assert seen["set_xlabel"][0] == (label,) and seen["set_title"][0] == ("a title",)
+    assert (options["aspect"], options["interpolation"], options["cmap"]) == ("auto", "nearest", "magma")
+    assert seen["set_xlabel"][0] == (label,) and seen["set_title"] == (("a title",), {"fontsize": 9})
+    assert seen["set_yticks"][1] == {"fontsize": 7, "family": "monospace"}
+    assert seen["colorbar"][1] == {"ax": seen["figure"].axes[0], "pad": 0.01}
+    assert isinstance(seen["figure"].get_layout_engine(), ConstrainedLayoutEngine)
     report.attention_picture(tmp_path / "a.png", 0 * weights, "A B", "", frame_seconds=frame_seconds)
     assert seen["imshow"][1]["vmax"] == 1e-6
+
+
+def pixels(draw):
+    buffer = io.BytesIO()
+    draw(buffer)
+    buffer.seek(0)
+    return imread(buffer)  # (height, width, 4) from 0 to 1
+
+
+def test_a_picture_of_the_page_lies_on_the_page_in_grey_and_others_on_white():
+    bright = np.full((4, 12), 0.5, np.float32)
+    page = pixels(lambda f: report._draw_attention(f, bright, "A B", "title", frame_seconds=0.1, in_page=True))
+    opaque = page[page[..., 3] > 0.9][:, :3]
+    assert page[0, 0, 3] == 0 and page[-1, -1, 3] == 0
+    assert opaque.max(1).min() > 0.45, "nothing is too dark for a dark page"
+    grey = (np.abs(page[..., :3] - 128 / 255).max(-1) < 0.01) & (page[..., 3] > 0.9)
+    rows, columns = np.nonzero(grey)
+    assert rows.max() > 0.9 * page.shape[0] and columns.min() < 0.1 * page.shape[1], "ticks and label are grey"
+    alone = pixels(lambda f: report._draw_attention(f, bright, "A B", "title", frame_seconds=0.1))
+    assert alone[0, 0].tolist() == [1, 1, 1, 1] and alone[..., :3].max(-1).min() < 0.1
+
+
+def test_a_picture_is_the_same_whatever_the_users_settings_of_matplotlib_are(tmp_path):
+    weights = np.eye(4, 12, dtype=np.float32)
+    report.attention_picture(tmp_path / "a.png", weights, "A B", "title")
+    with matplotlib.rc_context({"savefig.format": "pdf", "savefig.facecolor": "red", "savefig.dpi": 30}):
+        report.attention_picture(tmp_path / "b.png", weights.tolist(), "A B", "title")
+    assert np.array_equal(imread(tmp_path / "a.png"), imread(tmp_path / "b.png"))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +223,76 @@ def test_the_report_is_well_formed_html_with_text_escaped(tmp_path):
 
 def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
     page = make(tmp_path)
-    names = re.findall(r'<td class="name">(.*?)</td>', page)
-    assert names == ["a-4", "a-3", "a-2", "a-1"]
+    rows = re.findall(r'<td class="name">(.*?)</td><td class="rate">(.*?)</td><td class="said">(.*?)</td>', page)
+    assert [row[:2] for row in rows] == [("a-4", "500 %"), ("a-3", "100 %"), ("a-2", "37 %"), ("a-1", "0 %")]
+    assert rows[0][2] == '&nbsp;<br><span class="insert">SEVEN</span>' and rows[3][2] == "TEN PAST TWO"
+    assert rows[1][2] == '<span class="delete">SEVEN</span><br>&nbsp;' and rows[2][2].count("<br>") == 1
+    assert page.count("<h3>Worst</h3>") == page.count("<h3>Best</h3>") == 1
+
+
+@pytest.mark.parametrize(("heard", "there", "absent"), [("A", "Best", "Worst"), ("B", "Worst", "Best")])
+def test_only_a_table_with_rows_is_shown(tmp_path, heard, there, absent):
+    page = make(tmp_path, rows=[("x", "A", heard)])
+    assert f"<h3>{there}</h3>" in page and f"<h3>{absent}</h3>" not in page
+
+
+def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path):
+    full, empty = make(tmp_path / "a"), make(tmp_path / "b", rows=[], pictures=False)
+    for heading in ("<h2>Attention before and after</h2>", "<h2>Utterances</h2>"):
+        assert heading in full and heading not in empty
+    for name in ("config.yaml", "log.jsonl"):
+        assert "<summary>Settings</summary>" in full and "<summary>Validations</summary>" in full
+        path = tmp_path / "b" / "run" / name
+        path.unlink() if name == "config.yaml" else path.write_text("")
+    report.write_report(tmp_path / "b" / "run", tmp_path / "r.html", results={}, rows=[], title="x")
+    bare = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<summary>" not in bare and bare.count("No values were logged") == 2 and "None" not in full + empty + bare
+
+
+def test_the_curves_are_of_all_parts_of_the_speller_and_of_dev(tmp_path):
+    page = make(tmp_path, epochs=4)
+    named = re.findall(
+        r'<path class="curve (line\d)" d="M\d+ 14H\d+"/><text class="tick" x="\d+" y="18">(.*?)</text>', page
+    )
+    assert named == [("line3", "training, all parts"), ("line1", "training, speller"), ("line2", "dev, speller"),
+                     ("line1", "dev CER"), ("line2", "dev WER")]  # fmt: skip
+    assert re.findall(r'<circle class="dot (line\d)"', page) == [
+        line for line in ("line3", "line1", "line2", "line1", "line2") for _ in range(4)
+    ]
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(re.sub(r', "attention": [\d.]+', "", log.read_text()))
+    report.write_report(tmp_path / "run", tmp_path / "r.html", results={}, rows=[], title="x")
+    assert "training, speller" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_pictures_show_seconds_where_the_settings_are_known(tmp_path, monkeypatch, config):
+    run = write_run(tmp_path / "run", epochs=1)
+    seen, draw = [], report._draw_attention
+    monkeypatch.setattr(
+        report, "_draw_attention", lambda *given, **own: seen.append((given[2], own)) or draw(*given, **own)
+    )
+    if not config:
+        (run / "config.yaml").unlink()
+    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    seconds = pytest.approx(0.08) if config else None
+    assert seen == [("A B", {"frame_seconds": seconds, "in_page": True})]
+
+
+def test_the_picture_of_the_validation_that_formed_is_found_among_near_ones(tmp_path):
+    run = write_run(tmp_path / "run", epochs=5, formed=3)
+    (run / "attention" / "epoch-0003.00.npz").rename(run / "attention" / "epoch-0003.01.npz")
+    (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
+    (run / "attention" / "epoch-0004.00.npz").unlink()
+    for formed, shown in ((3.0133, ["1", "3.01, formed", "3.02"]), (3.0, ["1", "3.02"]), (None, ["1", "3.02"])):
+        page = report._attention(run, formed, None)
+        assert re.findall(r"<figcaption>epoch (.*?)</figcaption>", page) == shown
+
+
+def test_numbers_of_attention_are_read_without_pickle(tmp_path):
+    np.savez(tmp_path / "epoch-0001.00.npz", ids=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        report.attention_of(tmp_path / "epoch-0001.00.npz")
 
 
 def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
@@ -209,7 +315,7 @@ def test_the_page_lists_every_validation(tmp_path):
     numbers = ["0.50", "0.50", "0.90", "0.90", ""]
     assert cells == [*heads, "1", "2.00", "9.00", "90.00", "99.00", *numbers, "2", "1.00", "4.50", "45.00", "49.50",
                      *numbers]  # fmt: skip
-    assert "<p>attention: ...</p>" in table
+    assert "<p>attention: 2</p>" in table and page.count("attention: 1") == 0
 
 
 def test_the_headline_has_what_is_known(tmp_path):
@@ -258,6 +364,7 @@ def test_ticks_are_few_and_reach_the_largest_value(most):
         (7, [0, 2, 4, 6, 8]),
         (12, [0, 2.5, 5, 7.5, 10, 12.5]),
         (21, [0, 5, 10, 15, 20, 25]),
+        (30, [0, 10, 20, 30]),
         (100, [0, 20, 40, 60, 80, 100]),
         (12345, [0, 2500, 5000, 7500, 10000, 12500]),
     ],
