@@ -252,6 +252,8 @@ def test_a_number_may_be_from_its_least_to_its_most(name):
         ("model.ctc_layer", -2, "model.ctc_layer must be at least -1"),
         ("model.ctc_layer", 4, "model.ctc_layer must be from -1"),
         ("features.deltas", 3, "features.deltas must be 0, 1 or 2"),
+        ("training.teacher_forcing.first", 1.1, "training.teacher_forcing.first must be at most 1; got 1.1"),
+        ("training.teacher_forcing.last", 1.1, "training.teacher_forcing.last must be at most 1; got 1.1"),
         ("data.characters", "AAB", "distinct characters"),
         ("data.characters", "", "distinct characters"),
     ],
@@ -274,6 +276,11 @@ def layers(channels=1, kernels=1, strides=1):
         (
             {"model": ModelConfig(ListenerConfig(conv_kernels=(1,)))},
             {"model": ModelConfig(ListenerConfig(conv_kernels=(2,)))},
+            "conv_kernels must be odd",
+        ),
+        (
+            {"model": ModelConfig(replace(layers(2, 2, 2), conv_kernels=(3, 7)))},
+            {"model": ModelConfig(replace(layers(2, 2, 2), conv_kernels=(3, 4)))},
             "conv_kernels must be odd",
         ),
         (
@@ -314,7 +321,11 @@ def layers(channels=1, kernels=1, strides=1):
         ),
         (
             {"training": TrainingConfig(teacher_forcing=(TeacherForcingStage(2, 2, 1, 1),))},
-            {"training": TrainingConfig(teacher_forcing=(TeacherForcingStage(2, 1, 1, 1),))},
+            {
+                "training": TrainingConfig(
+                    teacher_forcing=(TeacherForcingStage(0, 9, 1, 1), TeacherForcingStage(2, 1, 1, 1))
+                )
+            },
             "stages need start <= end",
         ),
     ],
@@ -324,6 +335,15 @@ def test_settings_must_go_together_and_do_at_their_limits(good, bad, said):
     assert check(replace(Config(), **good)) == replace(Config(), **good)
     with pytest.raises(InputError, match=said):
         check(replace(Config(), **bad))
+
+
+def test_every_number_is_looked_at_and_nothing_else():
+    stages = {f"training.teacher_forcing.{name}" for name in ("start", "end", "first", "last")}
+    assert {name for name, _ in module._numbers(Config())} | {"training.restarts"} == stages | {
+        name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3
+    }
+    values = [value for name, value in module._numbers(Config()) if name == "model.speller.lstm_sizes"]
+    assert values == [512, 256]
 
 
 def test_what_a_number_must_be_is_said():
