@@ -5,6 +5,11 @@ In a checkout this package only points to that folder; an installed package hold
 
 from pathlib import Path
 
-_checkout = Path(__file__).resolve().parents[2] / "kernels"
-if _checkout.is_dir():
-    __path__.append(str(_checkout))
+
+def folders(file: Path) -> list[str]:
+    """Return the folder of kernels in the checkout that this package's file is in; [] where there is no such folder."""
+    kernels = file.resolve().parents[2] / "kernels"
+    return [str(kernels)] if kernels.is_dir() else []
+
+
+__path__ += folders(Path(__file__))
