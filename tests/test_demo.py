@@ -200,6 +200,44 @@ def test_options_have_the_defaults_that_are_written_here(capsys):
             demo.parse(words)
 
 
+def test_the_stages_come_in_order_and_get_what_they_need(tmp_path, monkeypatch, capsys):
+    calls = []
+    for name, result in (("make_corpus", "archive"), ("train", None), ("decode", "printed"),
+                         ("summarise", ("result", "rows")), ("show", None)):  # fmt: skip
+
+        def stage(*given, name=name, result=result, **own):
+            calls.append((name, *given, own))
+            return result
+
+        monkeypatch.setattr(demo, name, stage)
+    out, sizes = tmp_path / "a" / "b", {"train": 3, "dev": 2, "test": 1, "seed": 4}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    for more, fresh in (((), False), (("--fresh",), True)):
+        calls.clear()
+        demo.main(["--out", str(out), *words, "--beam", "3", "--training.epochs", "5", *more])
+        assert out.is_dir() and calls == [
+            ("make_corpus", out / "data", sizes, {"fresh": fresh}),
+            ("train", out, "archive", sizes, ["--training.epochs", "5"], {"fresh": fresh}),
+            ("decode", out, "archive", 3, {}),
+            ("summarise", out, "printed", {}),
+            ("show", out, "result", "rows", {}),
+        ]
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1::3] == ["[1/4] speaking the corpus", "[2/4] training, preset tiny",
+                               "[3/4] decoding test-clean, beam 3", "[4/4] scoring and reporting"]  # fmt: skip
+
+
+def test_a_corpus_is_kept_or_made(tmp_path, monkeypatch, capsys):
+    sizes, made = {"train": 3, "dev": 2, "test": 1, "seed": 4}, []
+    monkeypatch.setattr(spoken, "generate", lambda root, **own: made.append((root, own)) or "new")
+    for current, fresh, found in ((True, False, tmp_path / spoken.ARCHIVE), (True, True, "new"), (False, False, "new")):
+        monkeypatch.setattr(spoken, "is_current", lambda root, current=current, **own: current and own == sizes)
+        assert demo.make_corpus(tmp_path, sizes, fresh=fresh) == found
+        said = "was made with the same settings: kept" in capsys.readouterr().out
+        assert said == (found != "new")
+    assert made == [(tmp_path, sizes)] * 2
+
+
 def test_a_stage_says_how_long_it_took(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
