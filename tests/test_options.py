@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from las_fast import options
 from las_fast.config import Config, SpellerConfig, TeacherForcingStage
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path, parse_settings
@@ -148,6 +149,21 @@ def test_a_word_that_is_left_over_is_refused(capsys):
     parser.add_argument("file")
     assert parser.parse_args(["a"]).file == "a"
     assert error_of(capsys, parser.parse_args, ["a", "b", "c"]) == "'b' belongs to no option; see --help"
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_given_wherever_it_is_asked_for(monkeypatch, word):
+    shown = []
+
+    def show(parser, kind):
+        shown.append((parser.prog, kind))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(options, "_print_help", show)
+    with pytest.raises(SystemExit):
+        settings_of("--data", "x", word)
+    settings_of("--data", "x", "--training.epochs", "3")
+    assert shown == [("job", Config)]
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

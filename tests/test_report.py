@@ -55,6 +55,19 @@ def make(tmp_path, rows=ROWS, title="A title", **options):
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Have pictures be a few bytes in place of drawings; what they are drawn of, in order."""
+    drawn = []
+
+    def draw(file, weights, text, title, **options):
+        drawn.append((text, options))
+        file.write(b"a picture")
+
+    monkeypatch.setattr(report, "_draw_attention", draw)
+    return drawn
+
+
 def spans(text):
     return re.findall(r'<span class="(\w+)">(.*?)</span>', text)
 
@@ -169,12 +182,12 @@ def test_a_picture_is_the_same_whatever_the_users_settings_of_matplotlib_are(tmp
 )
 def test_rows_of_a_picture_are_named_and_of_long_texts_only_some(text, tokens, ticks, labels):
     found = []
-    axes = SimpleNamespace(set_yticks=lambda *given, **options: found.append((list(given[0]), given[1])))
+    axes = SimpleNamespace(set_yticks=lambda *given, **options: found.append((list(given[0]), given[1], options)))
     report.label_tokens(axes, text, tokens, fontsize=7)
-    assert found == [(ticks, labels)]
+    assert found == [(ticks, labels, {"fontsize": 7, "family": "monospace"})]
 
 
-def test_the_report_needs_nothing_from_outside(tmp_path):
+def test_the_report_needs_nothing_from_outside(tmp_path, undrawn):
     page = make(tmp_path)
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
     assert "http" not in page and "<script" not in page and "@import" not in page
@@ -193,13 +206,13 @@ def test_the_report_shows_scores_curves_attention_and_settings(tmp_path):
     assert "1 of 4 have no error" in page
 
 
-def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path):
+def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path, undrawn):
     page = make(tmp_path, formed=99)
     assert page.count("data:image/png;base64,") == 2
     assert "The attention has not formed" in page and "attention formed" not in page
 
 
-def test_the_report_is_well_formed_html_with_text_escaped(tmp_path):
+def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, undrawn):
     page = make(tmp_path, title="<i>hostile</i>", rows=[("<u>", "<s>A", "<s>B")])
     assert "<i>hostile" not in page and "<u>" not in page and "<s>" not in page
 
@@ -222,7 +235,7 @@ def test_the_report_is_well_formed_html_with_text_escaped(tmp_path):
 
 
 def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
-    page = make(tmp_path)
+    page = make(tmp_path, pictures=False)
     rows = re.findall(r'<td class="name">(.*?)</td><td class="rate">(.*?)</td><td class="said">(.*?)</td>', page)
     assert [row[:2] for row in rows] == [("a-4", "500 %"), ("a-3", "100 %"), ("a-2", "37 %"), ("a-1", "0 %")]
     assert rows[0][2] == '&nbsp;<br><span class="insert">SEVEN</span>' and rows[3][2] == "TEN PAST TWO"
@@ -232,11 +245,11 @@ def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
 
 @pytest.mark.parametrize(("heard", "there", "absent"), [("A", "Best", "Worst"), ("B", "Worst", "Best")])
 def test_only_a_table_with_rows_is_shown(tmp_path, heard, there, absent):
-    page = make(tmp_path, rows=[("x", "A", heard)])
+    page = make(tmp_path, rows=[("x", "A", heard)], pictures=False)
     assert f"<h3>{there}</h3>" in page and f"<h3>{absent}</h3>" not in page
 
 
-def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path):
+def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path, undrawn):
     full, empty = make(tmp_path / "a"), make(tmp_path / "b", rows=[], pictures=False)
     for heading in ("<h2>Attention before and after</h2>", "<h2>Utterances</h2>"):
         assert heading in full and heading not in empty
@@ -250,7 +263,7 @@ def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path):
 
 
 def test_the_curves_are_of_all_parts_of_the_speller_and_of_dev(tmp_path):
-    page = make(tmp_path, epochs=4)
+    page = make(tmp_path, epochs=4, pictures=False)
     named = re.findall(
         r'<path class="curve (line\d)" d="M\d+ 14H\d+"/><text class="tick" x="\d+" y="18">(.*?)</text>', page
     )
@@ -266,20 +279,16 @@ def test_the_curves_are_of_all_parts_of_the_speller_and_of_dev(tmp_path):
 
 
 @pytest.mark.parametrize("config", [True, False])
-def test_pictures_show_seconds_where_the_settings_are_known(tmp_path, monkeypatch, config):
+def test_pictures_show_seconds_where_the_settings_are_known(tmp_path, undrawn, config):
     run = write_run(tmp_path / "run", epochs=1)
-    seen, draw = [], report._draw_attention
-    monkeypatch.setattr(
-        report, "_draw_attention", lambda *given, **own: seen.append((given[2], own)) or draw(*given, **own)
-    )
     if not config:
         (run / "config.yaml").unlink()
     report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
     seconds = pytest.approx(0.08) if config else None
-    assert seen == [("A B", {"frame_seconds": seconds, "in_page": True})]
+    assert undrawn == [("A B", {"frame_seconds": seconds, "in_page": True})]
 
 
-def test_the_picture_of_the_validation_that_formed_is_found_among_near_ones(tmp_path):
+def test_the_picture_of_the_validation_that_formed_is_found_among_near_ones(tmp_path, undrawn):
     run = write_run(tmp_path / "run", epochs=5, formed=3)
     (run / "attention" / "epoch-0003.00.npz").rename(run / "attention" / "epoch-0003.01.npz")
     (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
@@ -298,7 +307,7 @@ def test_numbers_of_attention_are_read_without_pickle(tmp_path):
 def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
     rows = [(f"w-{n:02}", "ABCDEFGHIJ", "ABCDEFGHIJ"[n % 10 + 1 :]) for n in range(13)]
     rows += [(f"b-{n:02}", "A" * (n + 1), "A" * (n + 1)) for n in range(13)]
-    page = make(tmp_path, rows=rows)
+    page = make(tmp_path, rows=rows, pictures=False)
     names, rates = (re.findall(rf'<td class="{kind}">(.*?)</td>', page) for kind in ("name", "rate"))
     assert "13 of 26 have no error" in page
     assert names[:12] == [f"w-{n:02}" for n in (9, 8, 7, 6, 5, 4, 3, 12, 2, 11, 1, 10)]
@@ -308,7 +317,7 @@ def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
 
 
 def test_the_page_lists_every_validation(tmp_path):
-    page = make(tmp_path, epochs=2, formed=9)
+    page = make(tmp_path, epochs=2, formed=9, pictures=False)
     table = page[page.index("<summary>Validations") :]
     cells = re.findall(r"<t[hd] class=\"rate\">(.*?)</t[hd]>", table)
     heads = ["epoch", "loss", "LD", "CER", "WER", "diagonal", "sharp", "monotonic", "coverage", "heard"]
@@ -319,12 +328,12 @@ def test_the_page_lists_every_validation(tmp_path):
 
 
 def test_the_headline_has_what_is_known(tmp_path):
-    tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", make(tmp_path))
+    tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", make(tmp_path, pictures=False))
     assert tiles == [("12.35 %", "CER"), ("20.00 %", "WER"), ("1.25", "LD"), ("4", "utterances"), ("123 ×", "speed")]
     assert "tile" not in report._headline({"cer": None}).replace('class="tiles"', "")
 
 
-def test_pictures_of_the_page_are_of_the_first_the_formed_and_the_last_validation(tmp_path):
+def test_pictures_of_the_page_are_of_the_first_the_formed_and_the_last_validation(tmp_path, undrawn):
     page = make(tmp_path, epochs=5, formed=3)
     assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
     assert '<p class="said">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
