@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch imports it with the first optimiser, and the log TensorBoard: here no test waits for them
+import torch.utils.tensorboard  # noqa: F401
 
 from las_fast import train
 from las_fast.checkpoint import build_model, save_model
