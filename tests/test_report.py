@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -130,6 +131,7 @@ def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, 
             return method(self, *given, **options)
 
         monkeypatch.setattr(kind, name, watching)
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda self, file, **options: seen.update(printed=options))
     weights = np.full((4, 12), 0.5, np.float32)
     report.attention_picture(tmp_path / "a.png", weights, "A B", "a title", frame_seconds=frame_seconds)
     options = seen["imshow"][1]
@@ -139,6 +141,7 @@ def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, 
     assert seen["set_yticks"][1] == {"fontsize": 7, "family": "monospace"}
     assert seen["colorbar"][1] == {"ax": seen["figure"].axes[0], "pad": 0.01}
     assert isinstance(seen["figure"].get_layout_engine(), ConstrainedLayoutEngine)
+    assert (seen["printed"]["format"], seen["printed"]["dpi"]) == ("png", 110)
     report.attention_picture(tmp_path / "a.png", 0 * weights, "A B", "", frame_seconds=frame_seconds)
     assert seen["imshow"][1]["vmax"] == 1e-6
 
