@@ -144,6 +144,17 @@ def test_words_are_those_of_the_process_where_none_are_given(capsys, monkeypatch
         assert error_of(capsys, read) == "there is no option --dta; the nearest is --data"
 
 
+def test_a_kind_of_value_without_words_of_its_own_is_named_as_it_is(capsys):
+    def date(word):
+        raise ValueError
+
+    parser = Parser(prog="job")
+    parser.add_argument("--on", type=date)
+    parser.add_argument("--share", type=float)
+    assert error_of(capsys, parser.parse_args, ["--on", "a b"]) == "--on must be date; got 'a b'"
+    assert error_of(capsys, parser.parse_args, ["--share", "x"]) == "--share must be a number; got 'x'"
+
+
 def test_a_word_that_is_left_over_is_refused(capsys):
     parser = Parser(prog="job")
     parser.add_argument("file")
