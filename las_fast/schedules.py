@@ -32,7 +32,7 @@ def ctc_weight(config: TrainingConfig, epoch: float) -> float:
 
 
 def cosine_share(config: TrainingConfig, step: int, steps: int) -> float:
-    """Learning rate at `step` of `steps`, as a share of its peak: straight warm-up, then the schedule's shape."""
+    """Learning rate at `step` (from 0) of `steps`, as a share of its peak: warm-up, then the schedule's shape."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule != "cosine":
