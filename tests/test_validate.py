@@ -102,7 +102,12 @@ def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
 def test_a_picture_is_named_after_its_utterance_as_far_as_a_file_can_be(tmp_path, monkeypatch, name, safe):
     titles = []
     picture = validate.attention_picture
-    monkeypatch.setattr(validate, "attention_picture", lambda *given: titles.append(given[2:]) or picture(*given))
+
+    def watching(path, **given):
+        titles.append((given["text"], given["title"]))
+        picture(path, **given)
+
+    monkeypatch.setattr(validate, "attention_picture", watching)
     found = book([name], [5], 1)
     found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     for epoch in (1.5, 12.0):
@@ -118,7 +123,7 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_a_file_can_be(tmp_path
 
 def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(validate, "attention_picture", lambda *given: titles.append(given[3]) or given[0].touch())
+    monkeypatch.setattr(validate, "attention_picture", lambda path, **own: titles.append(own["title"]) or path.touch())
     found = book(["a\nb"], [5], 1)
     found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     found.save(tmp_path / "attention", 2.0)
