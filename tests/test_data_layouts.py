@@ -23,6 +23,7 @@ from archives import (
 
 from las_fast.audio import load_audio
 from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data import manifest as manifests
 from las_fast.data import tables
 from las_fast.data.cache import open_cache
 from las_fast.data.corpus import assign_roles
@@ -92,6 +93,24 @@ def test_a_part_without_an_end_goes_to_the_end(tmp_path, long):
 
 
 @pytest.mark.parametrize(
+    ("part", "start", "seconds"),
+    [
+        ({"end": 1.5}, 0.0, 1.5),
+        ({"end": 1.5, "duration": 1.45}, 0.0, 1.5),
+        ({"start": 0, "end": 0.2, "duration": 0.1}, 0.0, 0.2),  # 0.1 s is how far they may be apart
+        ({"start": 1, "end": 2, "duration": 0}, 1.0, 1.0),
+        ({"start": 1, "end": 2.5}, 1.0, 1.5),
+        ({"start": 1, "num_samples": 8000, "sample_rate": 0}, 1.0, None),
+        ({"end_time": 500, "begin": None}, 0.0, 500.0),
+        ({"duration_ms": 3000}, 0.0, 3.0),
+    ],
+)
+def test_the_times_of_a_line_say_where_its_part_lies(tmp_path, long, part, start, seconds):
+    (u,) = open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **part}])).utterances("all")
+    assert (u.id, u.start, u.seconds, u.is_part) == ("long", start, seconds, "duration_ms" not in part)
+
+
+@pytest.mark.parametrize(
     ("part", "said"),
     [
         ({"offset": 4.0, "duration": 0.5}, r"lasts 3\.00 s; a part of it from 4 to 4\.5 s"),
@@ -114,6 +133,12 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"offset": -1, "duration": 2}, "line 1: offset must be a number; got -1"),
         ({"offset": "inf"}, "line 1: offset must be a number; got 'inf'"),
         ({"offset": "soon"}, "line 1: offset must be a number; got 'soon'"),
+        ({"offset": True}, "line 1: offset must be a number; got True"),
+        ({"offset": [1]}, r"line 1: offset must be a number; got \[1\]"),
+        ({"offset": 10**400}, "line 1: offset must be a number; got 1000"),
+        ({"id": 1.5}, "line 1: id must be text; got 1.5"),
+        ({"start": 0, "end": 2, "duration": 1.85}, "line 1: from start to end are 2 s, its duration is 1.85 s"),
+        ({"audio_channel": "left"}, "column 'audio_channel' names channels"),
         ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
         ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
@@ -162,16 +187,33 @@ def test_columns_that_choose_lines_are_refused_where_they_differ(tmp_path, long,
     assert len(open_corpus(write_table(tmp_path / "m.tsv", rows)).utterances("all")) == 2
 
 
+def test_of_the_values_of_a_column_that_is_refused_the_first_three_are_named(tmp_path, long):
+    rows = [{"path": "long.wav", "fold": value} for value in "edcbaedc"]
+    with pytest.raises(InputError, match=r"column 'fold' has different values \(a, b, c\)"):
+        open_corpus(write_table(tmp_path / "m.jsonl", rows))
+
+
+def test_blank_and_missing_values_of_json_say_nothing(tmp_path, long):
+    blanks = {"id": None, "split": None, "seconds": None, "start": "  ", "end": None, "num_samples": " ", "stop": None,
+              "onset": " ", "lang": " en", "text": " HI "}  # fmt: skip
+    rows = [{"path": " long.wav ", **blanks}, {"path": "other.wav", "lang": "en", "num_samples": "", "seconds": " "}]
+    corpus = open_corpus(write_table(tmp_path / "m.jsonl", rows))
+    first, second = corpus.utterances("all")
+    assert (first.id, first.path, first.transcript, first.seconds) == ("long", long, "HI", None)
+    assert (first.start, first.is_part, first.span) == (0.0, False, (0.0, np.inf))
+    assert (second.id, second.transcript, second.seconds) == ("other", None, None)
+
+
 def test_columns_that_say_other_things_are_allowed(tmp_path, long):
     row = {"path": "long.wav", "text": "HI", "speaker": "s", "age": 7, "gender": "f", "channels": 1, "trend": "up",
            "stop_": "", "sample_rate": 16000, "lang": "en"}  # fmt: skip
     assert len(load(write_table(tmp_path / "m.tsv", [row]))) == 1
 
 
-def test_a_part_of_a_feature_file_is_refused(tmp_path):
-    np.save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
-    with pytest.raises(InputError, match="a part of x.npy cannot be read"):
-        open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "x.npy", "offset": 1, "text": "HI"}]))
+@pytest.mark.parametrize("name", ["x.npy", "x.NPY"])
+def test_a_part_of_a_feature_file_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=f"a part of {name} cannot be read"):
+        open_corpus(write_table(tmp_path / "m.jsonl", [{"path": name, "offset": 1, "text": "HI"}]))
 
 
 def test_the_cache_knows_parts_apart(tmp_path, long):
@@ -219,6 +261,12 @@ def test_a_recording_that_is_gone_is_known_by_its_path():
 def test_a_manifest_may_have_a_capital_ending(tmp_path, long):
     write_table(tmp_path / "m.tsv", [{"path": "long.wav", "text": "HI"}]).rename(tmp_path / "M.TSV")
     assert len(load(tmp_path / "M.TSV")) == len(load(tmp_path)) == 1
+
+
+def test_an_id_that_a_line_brings_stays_beside_one_that_is_made(tmp_path, long):
+    rows = [{"path": "long.wav"}, {"path": "other.wav", "id": "long"}, {"path": "a/long.wav"}]
+    utterances = open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")
+    assert [u.id for u in utterances] == [f"{tmp_path.name}/long", "long", "a/long"]
 
 
 def test_lines_without_ids_get_distinct_ones(tmp_path, long):
@@ -285,6 +333,9 @@ def test_a_count_of_samples_is_a_duration(tmp_path, long, rate):
         ("m.tsv", ' path \ttext\n long.wav \tWELL, "HI"\n\t\n\n'),
         ("m.tsv", 'path\ttext\tn\t\nlong.wav\tWELL, "HI"\t1\t\n'),
         ("m.tsv", 'path\ttext\t\t\n"long.wav" \t "WELL, ""HI""" \n'),
+        ("m.csv", '"path";"text"\n"long.wav";" WELL, ""HI"" "\n'),
+        ("M.CSV", '"path","text"\nlong.wav,"WELL, ""HI"""\n'),
+        ("M.JSONL", '\n{"path": "long.wav", "text": "WELL, \\"HI\\""}\n  \n'),
         ("M.JSON", ' [{"path": "long.wav", "text": "WELL, \\"HI\\""}]\n'),
         ("m.json", '[{"path": "long.wav",\n  "text": "WELL, \\"HI\\""}]\n'),
     ],
@@ -295,7 +346,7 @@ def test_quotes_spaces_and_empty_columns_of_tables(tmp_path, long, name, text):
     assert (u.path, u.transcript) == (long, 'WELL, "HI"')
 
 
-@pytest.mark.parametrize("text", ['"', '"A" B "C"', '"A', 'A"', '""', "A ' B"])
+@pytest.mark.parametrize("text", ['"', '"A" B "C"', '"A', 'A"', '""', "A ' B", '""A"', '"A""'])
 @pytest.mark.parametrize("name", ["m.tsv", "m.csv"])
 def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, text):
     (tmp_path / name).write_text(f"path{'|' if name == 'm.csv' else chr(9)}text\nlong.wav{chr(9)}{text}\n")
@@ -315,7 +366,14 @@ def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, tex
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
         ("m.tsv", "path\tpath\na\tb\n", "two columns 'path'"),
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
-        ("m.csv", 'path,text\na.wav,"A\n', "line 2"),
+        ("m.csv", 'path,text\na.wav,"A\n', "line 2 has a field of several lines"),
+        ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field of several lines"),
+        ("m.csv", 'path,text\na.wav,A\n\nb.wav\n', "line 4 has 1 columns; its header has 2"),
+        ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is no row of a table"),
+        ("M.CSV", "a,b\n1,2\n", "header line that has a column 'path'"),
+        ("m.jsonl", '[{"path": "a.wav"}]', r"line 1 must be a JSON object with a key 'path'; got \[{"),
+        ("m.jsonl", '{"path": \n', "line 1 is not JSON: Expecting value; write one"),
+        ("m.tsv", "text\tpath\tpath\na\tb\tc\n", "two columns 'path'"),
         ("m.json", "[1]", "line 1 must be a JSON object"),
         ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("m.tsv", "path\nhttps://x.org/a.wav\n", "line 2: .* is an address"),
@@ -347,10 +405,13 @@ def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, m
     names = [{"path": "50%25.wav"}, {"path": "a\\b.wav"}]  # as they are where such files exist
     utterances = open_corpus(write_table(tmp_path / "sub" / "odd.jsonl", names)).utterances("all")
     assert all(u.path.exists() for u in utterances)
-    paths = [str(long), "~/long.wav", ".\\..\\long.wav", "..\\long.wav", f"file://{long}"]
+    gone = open_corpus(write_table(tmp_path / "gone.jsonl", [{"path": "~/gone.wav"}])).utterances("all")
+    assert gone[0].path == tmp_path / "gone.wav"
+    (tmp_path / "a b.wav").symlink_to(long)
+    paths = [(tmp_path / "a b.wav").as_uri(), str(long), "~/long.wav", ".\\..\\long.wav", "..\\long.wav", f"file://{long}"]
     rows = [{"id": i, "path": path, "text": "HI"} for i, path in enumerate(paths)]
     dataset = load(write_table(tmp_path / "sub" / "m.tsv", rows))
-    assert len(dataset) == 5 and all(os.path.samefile(path, long) for path in dataset.paths)
+    assert len(dataset) == 6 and all(os.path.samefile(path, long) for path in dataset.paths)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +438,10 @@ def test_splits_have_many_names(tmp_path, long, name):
     assert corpus.resolve("dev") == corpus.resolve(name) == corpus.resolve("validation") == (name.lower(),)
     with pytest.raises(InputError, match="no split 'test'; it has .*--data.dev.*column 'split'"):
         corpus.resolve("test")
+
+
+def test_a_split_may_be_named_with_space_around_it():
+    assert assign_roles((" Dev ", "train")) == {"train": ("train",), "dev": (" Dev ",)}
 
 
 def test_roles_that_no_split_plays_are_left_out():
@@ -419,10 +484,70 @@ def test_a_manifest_for_each_split_makes_one_corpus(tmp_path, long):
         open_corpus(tmp_path)
 
 
+def test_a_lone_manifest_plays_every_role_whatever_its_name(tmp_path, long):
+    write_table(tmp_path / "train.tsv", [{"path": "long.wav", "text": "HI"}])
+    assert open_corpus(tmp_path).splits == ("all",)
+    write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
+    corpus = open_corpus(tmp_path)
+    assert (corpus.splits, corpus.name) == (("dev", "train"), "manifest dev.tsv, train.tsv")
+
+
+def test_two_manifests_of_one_split_are_not_chosen_between(tmp_path, long):
+    for name in ("train.tsv", "train_manifest.csv"):
+        write_table(tmp_path / name, [{"path": "long.wav", "text": "HI"}])
+    with pytest.raises(InputError, match=r"has 2 manifests \(train.tsv, train_manifest.csv\)"):
+        open_corpus(tmp_path)
+
+
+def test_a_folder_called_like_a_manifest_is_none(tmp_path):
+    (tmp_path / "x.tsv").mkdir()
+    with pytest.raises(InputError, match="no layout that is known"):
+        open_corpus(tmp_path)
+    (tmp_path / "A.TSV").touch()
+    with pytest.raises(InputError, match="A.TSV must begin with a header line"):
+        open_corpus(tmp_path)
+
+
+def test_so_many_files_are_looked_at_whether_they_are_manifests(tmp_path, long, monkeypatch):
+    monkeypatch.setattr(manifests, "MANY", 2)
+    for name in ("dev.tsv", "train.tsv", "zzz.tsv"):
+        write_table(tmp_path / name, [{"path": "long.wav", "text": "HI"}])
+    assert open_corpus(tmp_path).splits == ("dev", "train")
+
+
+def test_each_manifest_of_a_split_is_read_once_and_when_it_is_asked_for(tmp_path, long, monkeypatch):
+    write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
+    (tmp_path / "train.tsv").write_text("path\ttext\nlong.wav\n")
+    read, rows = [], manifests.read_rows
+    monkeypatch.setattr(manifests, "read_rows", lambda path: read.append(path.name) or rows(path))
+    corpus = open_corpus(tmp_path)
+    assert corpus.utterances("dev") == corpus.utterances("dev") and read == ["dev.tsv"]
+    with pytest.raises(InputError, match="train.tsv line 2 has 1 columns"):
+        corpus.utterances("train")
+
+
+def test_of_manifests_that_all_have_a_mistake_the_first_one_is_named(tmp_path):
+    for name in ("dev.tsv", "train.tsv"):
+        (tmp_path / name).write_text("path\ttext\nlong.wav\n")
+    with pytest.raises(InputError, match="dev.tsv line 2 has 1 columns"):
+        open_corpus(tmp_path)
+
+
+def test_a_split_of_audio_and_features_is_refused_when_it_is_asked_for(tmp_path, long):
+    write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
+    write_table(tmp_path / "train.tsv", [{"path": name, "text": "HI"} for name in ("long.wav", "x.npy")])
+    corpus = open_corpus(tmp_path)
+    with pytest.raises(InputError, match="train.tsv names both audio and .npy files"):
+        corpus.utterances("train")
+
+
 def test_the_split_in_a_manifests_name():
     names = {"train_manifest": "train", "manifest.dev": "dev", "train-clean-100": "train-clean-100", "Test": "test",
-             "librispeech_train": "train", "cv-valid-train": "train", "speakers": None, "metadata": None}  # fmt: skip
+             "librispeech_train": "train", "cv-valid-train": "train", "speakers": None, "metadata": None,
+             "train_dev": "dev", "train-a-train-b": "train-a-train-b"}  # fmt: skip
     assert {name: split_of(name) for name in names} == names
+    for word in ("manifest", "metadata", "audio", "asr", "cv", "data", "set"):
+        assert split_of(f"{word}_train_100") == "train-100", word
 
 
 # --------------------------------------------------------------------------------------- Common Voice, Kaldi and others
@@ -464,6 +589,13 @@ def test_a_folder_that_is_called_clips_is_not_always_common_voice(tmp_path):
     corpus = open_corpus(tmp_path / "clips")
     assert (corpus.root, corpus.splits) == (tmp_path / "clips" / "m.tsv", ("all",))
     assert corpus.utterances("all")[0].path == tmp_path / "clips" / "a"
+
+
+def test_a_folder_beside_the_clips_of_common_voice_is_not_common_voice(tmp_path):
+    make_common_voice(tmp_path)
+    (tmp_path / "mine").mkdir()
+    write_table(tmp_path / "mine" / "m.tsv", [{"path": "a.wav", "text": "HI"}])
+    assert open_corpus(tmp_path / "mine").root == tmp_path / "mine" / "m.tsv"
 
 
 def test_other_tables_in_a_common_voice_folder_are_left_alone(tmp_path):
@@ -621,6 +753,31 @@ def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path)
     assert load(tmp_path, "dev").ids == ["validation-0"]
 
 
+def test_folders_on_the_way_to_a_recording_are_splits_in_metadata_alone(tmp_path):
+    rows = [{"file_name": f"data/{split}/x/a.wav", "text": "HI"} for split in ("train", "dev")]
+    write_table(tmp_path / "list.csv", rows)
+    assert open_corpus(tmp_path).splits == ("all",)
+    (tmp_path / "list.csv").rename(tmp_path / "metadata.csv")
+    assert open_corpus(tmp_path).splits == ("train", "dev")
+    write_table(tmp_path / "metadata.csv", [{"file_name": "/elsewhere/train/a.wav", "text": "HI"}])
+    assert open_corpus(tmp_path).splits == ("all",)
+
+
+def test_a_split_in_the_metadata_counts_more_than_folders(tmp_path):
+    rows = [{"file_name": "train/a.wav", "split": "test"}, {"file_name": "dev/b.wav"}]
+    assert open_corpus(write_table(tmp_path / "metadata.jsonl", rows)).splits == ("test", "all")
+
+
+def test_folders_of_which_some_hold_other_manifests_are_no_audio_folder(tmp_path):
+    make_audio_folder(tmp_path / "a", splits=("train", "dev", "test"))
+    write_table(tmp_path / "a" / "train" / "more.csv", [{"path": "train-0.wav", "text": "HI"}])
+    with pytest.raises(InputError, match=r"has 2 manifests \(metadata.csv, more.csv\)"):
+        open_corpus(tmp_path / "a" / "train")
+    make_audio_folder(tmp_path / "b", splits=("train", "dev"))
+    (tmp_path / "b" / "dev" / "metadata.csv").rename(tmp_path / "b" / "dev" / "list.csv")
+    assert open_corpus(tmp_path / "b" / "train").splits == ("all",)
+
+
 def test_files_named_for_splits_are_no_splits_of_an_audio_folder(tmp_path):
     for name in ("train.wav", "dev.wav"):
         write_audio(tmp_path / name, make_waveform(np.random.default_rng(0), 0.5))
@@ -651,13 +808,25 @@ def test_a_column_of_splits_counts_more_than_the_names_of_manifests(tmp_path, lo
         write_table(tmp_path / f"{name}.tsv", [{"path": "long.wav", "text": "HI", "split": split}])
     corpus = open_corpus(tmp_path)
     assert set(corpus.splits) == {"dev", "test"} and corpus.root == tmp_path
+    write_table(tmp_path / "train.tsv", [{"path": "long.wav", "text": "HI"}])  # only one has the column
+    assert set(open_corpus(tmp_path).splits) == {"test", "train"}
 
 
-def test_the_size_of_frames_is_that_of_the_first_array_that_can_be_read(tmp_path):
-    for name, array in (("a", np.ones(3)), ("b", np.ones((30, 17)))):
-        np.save(tmp_path / f"{name}.npy", array)
-    manifest = write_table(tmp_path / "m.tsv", [{"path": f"{name}.npy", "text": "HI"} for name in "ab"])
-    assert open_corpus(manifest).feature_size == 17
+@pytest.mark.parametrize("names", [("m",), ("dev", "train")], ids=len)
+def test_the_size_of_frames_is_that_of_the_first_array_of_eight_that_can_be_read(tmp_path, names):
+    np.save(tmp_path / "0.npy", np.ones(3))
+    (tmp_path / "1.npy").write_bytes(b"no array")
+    np.save(tmp_path / "7.NPY", np.ones((30, 17)))
+    (tmp_path / "7.NPY.npy").rename(tmp_path / "7.NPY")
+    paths = [*(f"{i}.npy" for i in range(7)), "7.NPY"]
+    for name in names:
+        write_table(tmp_path / f"{name}.tsv", [{"path": path, "text": "HI"} for path in paths])
+    corpus = open_corpus(tmp_path)
+    assert (corpus.kind, corpus.feature_size) == ("features", 17)
+    for name in names:
+        write_table(tmp_path / f"{name}.tsv", [{"path": path, "text": "HI"} for path in ["gone.npy", *paths]])
+    with pytest.raises(InputError, match=f"{names[0]}.tsv: none of its first .npy files is a readable array"):
+        open_corpus(tmp_path)
 
 
 @pytest.mark.parametrize("layout", [make_librispeech, make_kaldi, make_common_voice, make_audio_folder])
@@ -716,6 +885,12 @@ def test_quotes_and_commas_within_a_tsv_are_text(tmp_path):
     (tmp_path / "x.csv").write_text('id,text\na,"SAY ""A"", B"\nb,WHOLE\n')
     assert [row["text"] for _, row in tables.read_rows(tmp_path / "x.tsv")] == ['SAY "A", B', "WHOLE, QUOTED"]
     assert [row["text"] for _, row in tables.read_rows(tmp_path / "x.csv")] == ['SAY "A", B', "WHOLE"]
+
+
+def test_a_column_without_a_name_is_called_by_its_number(tmp_path):
+    (tmp_path / "x.csv").write_text(",id,,text\n0,a,1,HI\n")
+    ((line, row),) = tables.read_rows(tmp_path / "x.csv")
+    assert line == 2 and row == {"column 1": "0", "id": "a", "column 3": "1", "text": "HI"}
 
 
 def test_null_in_json_is_no_transcript_and_a_number_is_refused(tmp_path):

@@ -254,11 +254,11 @@ def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, 
 
 def _remove_abandoned(cache: Path) -> None:
     """Remove what builders that no longer run have left."""
+    ours = re.compile(rf"\.building-.*-{re.escape(socket.gethostname())}-(\d+)-[^-]*")
     for path in cache.glob(".building-*"):
         dead = False
-        host, pid, _ = path.name.rsplit("-", 2) if path.name.count("-") >= 3 else ("", "", "")
-        if host.endswith(f"-{socket.gethostname()}") and pid.isdigit():
-            dead = not _is_running(int(pid))
+        if found := ours.fullmatch(path.name):
+            dead = not _is_running(int(found[1]))
         else:
             with suppress(OSError):
                 dead = time.time() - path.stat().st_mtime > ABANDONED
@@ -324,7 +324,7 @@ def _process(
         for k, child in enumerate(children):
             child.kill()
             child.wait()
-            (scratch / f"task-{k}.pickle").unlink(missing_ok=True)
+            (scratch / f"task-{k}.pickle").unlink()
 
 
 def _start_worker(task: Path) -> subprocess.Popen:

@@ -81,7 +81,7 @@ def find_tables(root: Path) -> list[Table]:
     found = _manifests(root)
     if voices := [path for path in found if _is_common_voice(path)]:
         return [Table(path, path.stem) for path in voices]
-    if len(found) == 1 and found[0].stem == "metadata" and is_role(root.name):  # perhaps one split of an audio folder
+    if len(found) == 1 and is_role(root.name):  # perhaps one split of an audio folder
         beside = _tables_of_splits(root.parent)
         if len(beside) > 1 and all(table.path.stem == "metadata" for table in beside):
             return beside
