@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import pickle
 import re
 import socket
 import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import make_archive, make_manifest, make_waveform, save, text_array, write_audio
+import torch
+from archives import RATE, make_archive, make_manifest, make_speech, make_waveform, save, text_array, write_audio
 
 from las_fast import features as features_module
 from las_fast import progress
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import cache as cache_module
 from las_fast.data.cache import cache_folder, open_cache
+from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 
@@ -54,6 +61,30 @@ def test_frames_in_the_cache_are_those_of_the_files(corpus, folder):
     entry = fill(corpus, folder)
     for i, u in enumerate(corpus.utterances("dev-clean")):
         assert np.array_equal(entry.frames(i), np.load(u.path))
+
+
+def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
+    entry = fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=12.5))
+    assert entry.seconds.tolist() == pytest.approx((entry.lengths * 0.0125).tolist())
+    assert entry.spans == [[]] * 4 and entry.places.tolist() == [0, 1, 2, 3] and entry.bad == []
+
+
+def test_features_of_whole_numbers_are_read(corpus, folder):
+    path = corpus.utterances("dev-clean")[1].path
+    np.save(path, np.arange(56, dtype=np.int16).reshape(2, 28))
+    assert np.array_equal(fill(corpus, folder).frames(1), np.arange(56).reshape(2, 28))
+
+
+def test_the_parts_of_a_recording_that_are_kept_are_known(tmp_path, folder):
+    quiet, speech = np.zeros(4 * RATE, np.float32), make_speech(2.0)
+    rows = {"plain": [speech], "late": [quiet, speech], "early": [speech, quiet], "twice": [speech, quiet, speech]}
+    for name, waves in rows.items():
+        write_audio(tmp_path / f"{name}.wav", np.concatenate(waves))
+    (tmp_path / "m.tsv").write_text("path\n" + "".join(f"{name}.wav\n" for name in rows))
+    plain, late, early, twice = fill(open_corpus(tmp_path / "m.tsv"), folder, "all", FeatureConfig()).spans
+    assert plain == early == []  # their first frames
+    assert len(late) == 1 and 340 < late[0][0] < 400 < 500 < late[0][1]
+    assert len(twice) == 2 and twice[0][0] == 0
 
 
 def test_transposed_archives_are_turned(tmp_path, folder):
@@ -93,6 +124,69 @@ def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
     assert second.folder != first.folder
 
 
+def test_an_entry_depends_on_everything_that_its_frames_come_from(corpus, tmp_path, monkeypatch):
+    utterances = corpus.utterances("dev-clean")
+
+    def key(corpus=corpus, features=F23, **changes):
+        return cache_module._key(corpus, [replace(utterances[0], **changes), *utterances[1:]], features)
+
+    copy, empty = tmp_path / "copy.npy", tmp_path / "empty.npy"
+    copy.write_bytes(utterances[0].path.read_bytes())
+    facts = utterances[0].path.stat()
+    os.utime(copy, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    first = key()
+    before = [key(path=empty), key(transcript=empty)]
+    empty.touch()
+    os.utime(empty, ns=(0, 0))
+    keys = [
+        first, key(id="x"), key(problem="bad"), key(path=copy), key(transcript="A"), key(transcript="B"),
+        key(path=tmp_path / "a.npy"), key(path=tmp_path / "b.npy"), *before, key(path=empty), key(transcript=empty),
+        key(replace(corpus, transposed=True)), key(replace(corpus, feature_size=29)),
+        key(features=replace(F23, shift_ms=8.0)),
+    ]  # fmt: skip
+    monkeypatch.setattr(cache_module, "VERSION", 99)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    same = [key(seconds=1.0), key(start=1.0), key(is_part=True)]  # which are of recordings
+    assert set(same) == {keys[-1]}
+
+
+def test_the_folder_of_an_entry_is_named_for_its_split(tmp_path, folder, corpus):
+    split = "Ä / " + "x" * 60
+    entry = open_cache(corpus, split, corpus.utterances("dev-clean"), F23, folder=str(folder), progress=False)
+    assert re.fullmatch(rf"-{'x' * 39}-[0-9a-f]{{20}}", entry.folder.name)
+
+
+@pytest.mark.parametrize(("days", "kept"), [(29.9, True), (30.1, False)])
+def test_an_entry_may_be_unused_for_thirty_days(corpus, folder, days, kept):
+    old, damaged = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
+    (damaged.folder / "index.json").write_text("{")
+    for entry in (old, damaged):
+        os.utime(entry.folder / "index.json", (1, time.time() - days * 86400))
+    fill(corpus, folder)
+    assert old.folder.exists() == kept and damaged.folder.exists()
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(47.9, True), (48.1, False)])
+def test_a_build_of_another_host_may_take_two_days(corpus, folder, hours, kept):
+    for name in ("x", "dev-clean-abc-another.host-1-12345678", f"dev-{socket.gethostname()}-none-1"):
+        (folder / f".building-{name}").mkdir(parents=True)
+    (folder / ".building-file").touch()  # that is none of ours, and in nobody's way
+    for path in folder.iterdir():
+        os.utime(path, (1, time.time() - hours * 3600))
+    fill(corpus, folder)
+    assert len(entries(folder)) == (5 if kept else 2)
+
+
+def test_a_process_of_another_user_is_running(monkeypatch):
+    def kill(pid, number):
+        raise PermissionError(f"{pid} {number}")
+
+    assert cache_module._is_running(os.getpid()) is True
+    monkeypatch.setattr(os, "kill", kill)
+    assert cache_module._is_running(1) is True
+
+
 def test_a_new_entry_removes_those_of_its_split_that_are_long_unused(corpus, tmp_path, folder):
     other = open_corpus(make_archive(tmp_path / "other", "F23"))
     old, recent = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
@@ -110,6 +204,109 @@ def test_a_new_entry_tells_its_place_and_size_once(corpus, folder, capsys):
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
         assert len(told) == expected
         assert all(str(folder) in line and line.endswith("MB)") for line in told)
+
+
+def test_the_size_that_is_told_is_in_megabytes(corpus, folder, capsys):
+    np.save(corpus.utterances("dev-clean")[0].path, np.ones((30_000, 28), np.float32))
+    entry = open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
+    size = (entry.folder / "features.f32").stat().st_size
+    assert capsys.readouterr().err == f"feature cache of dev-clean: {entry.folder} ({size / 1e6:.1f} MB)\n"
+
+
+def test_without_progress_nothing_is_said(corpus, folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    fill(corpus, folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_entry_that_is_gone_at_once_is_an_input_error(corpus, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "_read_entry", lambda target: None)
+    with pytest.raises(InputError, match="was removed or damaged while it was opened; run again"):
+        fill(corpus, folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "processes"), [(64, 2, 0), (65, 1, 0), (65, 2, 2), (65, 20, 5), (80, 5, 5), (81, 20, 6)]
+)
+def test_many_utterances_are_read_by_so_many_processes(corpus, tmp_path, monkeypatch, count, workers, processes):
+    children, start = [], cache_module._start_worker
+    monkeypatch.setattr(cache_module, "_start_worker", lambda task: children.append(start(task)) or children[-1])
+    monkeypatch.setattr(cache_module.sys, "executable", "false")  # they end at once
+    utterances = [Utterance(str(i), Path("x.npy"), None, problem="bad") for i in range(count)]
+    items = cache_module._process(corpus, utterances, F23, tmp_path, workers)
+    if processes:
+        with pytest.raises(InputError, match=r"ended early \(exit status 1, EOFError .*near x.npy"):
+            next(items)
+    else:
+        assert [item.id for item in items] == [u.id for u in utterances]
+    assert len(children) == processes and all(child.returncode is not None for child in children)
+    assert list(tmp_path.glob("*.pickle")) == []
+
+
+def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder, monkeypatch):
+    asked, process = [], cache_module._process
+    monkeypatch.setattr(cache_module, "cores", lambda: 7)
+    monkeypatch.setattr(cache_module, "_process", lambda *words: asked.append(words[-1]) or process(*words))
+    fill(corpus, folder / "1")
+    fill(corpus, folder / "2", workers=3)
+    assert asked == [7, 3]
+
+
+def test_a_worker_finds_the_package_and_is_apart_from_the_terminal(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cache_module.subprocess, "Popen", lambda command, **options: asked.append((command, options)))
+    monkeypatch.setattr(cache_module.sys, "path", ["", "/some/where"])
+    monkeypatch.setenv("OF_OURS", "1")
+    cache_module._start_worker(tmp_path / "task")
+    ((command, options),) = asked
+    assert command == [sys.executable, "-c", "from las_fast.data.cache import work; work()", str(tmp_path / "task")]
+    root = str(Path(cache_module.__file__).parents[2])
+    expected = {"PYTHONPATH": f"{root}:/some/where", "OMP_NUM_THREADS": "1", "OF_OURS": "1"}
+    assert options["env"] | expected == options["env"]
+    assert (options["stdout"], options["start_new_session"]) == (subprocess.PIPE, True)
+
+
+@pytest.mark.parametrize("kind", ["audio", "features"])
+def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monkeypatch, kind):
+    def process(task, chunk):
+        os.write(1, b"noise of a library")
+        yield from (cache_module.Item(f"{task[0]} {u}", frames=np.ones((2, 2), np.float32)) for u in chunk)
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(cache_module, "_process_chunk", process)
+    monkeypatch.setattr(cache_module.sys, "argv", ["-c", str(tmp_path / "task")])
+    (tmp_path / "task").write_bytes(pickle.dumps(((kind,), [["a", "b"], ["c"]])))
+    with (tmp_path / "out").open("w+b") as out:
+        kept = os.dup(1)
+        os.dup2(out.fileno(), 1)
+        try:
+            cache_module.work()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        out.seek(0)
+        answers = [pickle.load(out), pickle.load(out)]
+        assert out.read() == b""
+    assert [[item.id for item in answer] for answer in answers] == [[f"{kind} a", f"{kind} b"], [f"{kind} c"]]
+    assert threads == ([1] if kind == "audio" else [])
+
+
+@pytest.mark.parametrize(
+    ("said", "held", "problem"),
+    [
+        (None, 9.0, ""), (0.0, 9.0, ""), (2.0, 2.0, ""),
+        (2.0, 1.91, ""), (2.0, 1.85, "copy it again"), (0.2, 0.1, ""),  # shorter by 0.1 s
+        (10.0, 9.81, ""), (10.0, 9.7, "copy it again"),  # or by 2%, whichever is more
+        (2.0, 3.0, ""), (2.0, 3.5, "say in a column 'offset'"),  # longer by 1 s
+        (10.0, 11.9, ""), (10.0, 12.5, "say in a column 'offset'"),  # or by 20%
+    ],
+)  # fmt: skip
+def test_a_recording_may_differ_a_little_from_what_is_said_of_its_length(said, held, problem):
+    u = Utterance("x", Path("x.wav"), None, seconds=said)
+    found = cache_module._wrong_length(u, held)
+    assert (problem in found and f"x.wav holds {held:.2f} s" in found) if problem else found == ""
+    assert cache_module._wrong_length(replace(u, is_part=True), held) == ""
 
 
 @pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
@@ -178,6 +375,7 @@ def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypa
         alone = fill(corpus, folder / "1", split, features, workers=1)
         many = fill(corpus, folder / "2", split, features, workers=2)
         assert (alone.ids, alone.texts) == (many.ids, many.texts)
+        assert sorted(path.name for path in many.folder.iterdir()) == ["features.f32", "index.json"]
         for i in range(len(alone.ids)):
             np.testing.assert_allclose(alone.frames(i), many.frames(i), atol=1e-3)
 
@@ -262,6 +460,9 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(corpus, tmp_path, folder
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
         fill(corpus, folder)
     assert entries(folder) == []
+    monkeypatch.setattr(cache_module, "_write_features", lambda *_: (_ for _ in ()).throw(TimeoutError()))
+    with pytest.raises(InputError, match=r"cannot be written \(TimeoutError\)"):
+        fill(corpus, folder)
 
 
 def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch):
@@ -295,6 +496,24 @@ def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
     assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
 
 
+def test_pages_of_the_map_are_let_go_after_so_many_bytes(corpus, folder, monkeypatch):
+    class Map(mmap.mmap):
+        def madvise(self, option):
+            assert option == mmap.MADV_DONTNEED
+            let_go.append(len(read))
+
+    let_go, read = [], []
+    for u in corpus.utterances("dev-clean"):
+        np.save(u.path, np.ones((10, 28), np.float32))
+    monkeypatch.setattr(cache_module.mmap, "mmap", Map)
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 2 * 10 * 28 * 4)
+    entry = fill(corpus, folder)
+    for i in (0, 1, 2, 3, 0, 1, 2):
+        read.append(i)
+        assert np.array_equal(entry.frames(i), np.ones((10, 28)))
+    assert let_go == [3, 6]
+
+
 def broken(path, kind):
     """Damage a feature file."""
     good = np.load(path)
@@ -324,6 +543,7 @@ def broken(path, kind):
      ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"), ("letters", "must hold numbers"),
      ("narrow", r"got \(\d+, 5\)")],
 )
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
     bad = corpus.utterances("dev-clean")[1]
     broken(bad.path, kind)
@@ -358,6 +578,24 @@ def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder,
         else:
             kept = load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
             assert lost.id not in kept.ids and len(kept.skipped) == 1
+
+
+def test_a_feature_file_of_a_manifest_that_is_missing_is_no_lost_counterpart(tmp_path, folder):
+    save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
+    (tmp_path / "m.tsv").write_text("path\ttext\nx.npy\tHI\ny.npy\tHI\n")
+    entry = fill(open_corpus(tmp_path), folder, "all", FeatureConfig(size=17))
+    assert entry.bad == [("y", f"{tmp_path}/y.npy is not a feature file: it does not exist; copy it again or remove "
+                               "its counterpart", 1)]  # fmt: skip
+
+
+def test_the_shape_of_a_transposed_archive_is_told_as_it_is(tmp_path, folder):
+    corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
+    first, second = (u.path for u in corpus.utterances("dev-clean")[:2])
+    np.save(first, np.load(first)[:70])
+    np.save(second, np.ones((1, 2, 3)))
+    one, other = (problem for _, problem, _ in fill(corpus, folder, features=FeatureConfig()).bad)
+    assert f"{first} must have shape (80, frames) like its neighbours; got (70, " in one
+    assert other == f"{second} must hold numbers of shape (80, frames); got float64 (1, 2, 3); make it again"
 
 
 def test_a_damaged_transcript_is_named(corpus, folder):

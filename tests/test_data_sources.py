@@ -146,7 +146,8 @@ def test_a_recording_shorter_than_its_manifest_says_is_bad(tmp_path):
     rows = [f"{name}.flac\t5.00\tHI" for name in ("near", "longer")]
     manifest = tmp_path / "m.tsv"
     manifest.write_text("\n".join(["path\tseconds\ttranscript", *rows]))
-    assert len(load(open_corpus(manifest), "train")) == 2
+    dataset = load(open_corpus(manifest), "train")
+    assert dataset.seconds.tolist() == pytest.approx([4.95, 6.0]) and dataset.spans == [(0.0, np.inf)] * 2
     manifest.write_text("\n".join(["path\tseconds\ttranscript", "short.flac\t5.00\tHI", *rows]))
     with pytest.raises(InputError, match=r"short.flac holds 1\.96 s, the manifest says 5\.00 s"):
         load(open_corpus(manifest), "train")
