@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from archives import make_archive
 
 from las_fast.augment import Augment
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
-from las_fast.data.batching import BucketBatches, make_loader, padding_share, plan_course, sorted_batches
+from las_fast.data.batching import CLASS_RATIOS, BucketBatches, make_loader, padding_share, plan_course, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
@@ -60,6 +62,7 @@ def test_at_most_a_tenth_is_padding():
     batches = bucketed()
     assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
     assert padding_share([2, 4], [[0, 1]]) == 0.25
+    assert padding_share([2, 4, 3], [[0, 1], [2]]) == pytest.approx(2 / 11) and padding_share([], []) == 0.0
 
 
 @pytest.mark.parametrize("speed", [0.0, 0.1])
@@ -93,6 +96,32 @@ def test_batches_follow_from_seed_and_epoch_alone():
     assert bucketed(seed=2).epoch(3) != batches.epoch(3)
 
 
+@pytest.mark.parametrize(
+    ("count", "frames", "utterances", "speed", "digest"),
+    [
+        (4000, 20000, 64, 0.0, "0689bd412539c6e9"),
+        (4000, 20000, 64, 0.1, "3becff5cb0f89842"),
+        (200, 5000, 16, 0.1, "ea785b4714eb3b45"),
+        (200, 3000, 4, 0.1, "4d780ce97eb57d08"),
+        (60, 5000, 16, 0.0, "a5fa6494f126962a"),
+    ],
+)
+def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utterances, speed, digest):
+    """A training that is resumed goes on where it was, also with a later version."""
+    batches = BucketBatches(
+        LENGTHS[:count], frames_per_batch=frames, utterances_per_batch=utterances, seed=1, speed=speed
+    )
+    formed = json.dumps([batches.epoch(epoch) for epoch in range(6)])
+    assert hashlib.sha256(formed.encode()).hexdigest()[:16] == digest
+
+
+def test_classes_are_as_wide_as_eight_percent_of_padding_allow():
+    batches = bucketed()
+    assert batches.padding_share(0) <= 0.08
+    batches._ratio = CLASS_RATIOS[CLASS_RATIOS.index(batches._ratio) - 1]
+    assert batches.padding_share(0) > 0.08
+
+
 def test_company_changes_from_epoch_to_epoch():
     batches = bucketed()
     first = {frozenset(batch) for batch in batches.epoch(0)}
@@ -110,6 +139,33 @@ def test_sorted_batches_begin_with_the_longest_and_cover_everything():
     assert sorted(order) == list(range(len(LENGTHS)))
     assert (np.diff(LENGTHS[order]) <= 0).all()
     assert padding_share(LENGTHS, batches) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("frames", "utterances", "batches"),
+    [
+        (10, 9, [[2], [0, 1], [3, 4], [5]]),
+        (9, 9, [[2], [0], [1], [3], [4, 5]]),
+        (15, 3, [[2, 0], [1, 3, 4], [5]]),
+        (99, 2, [[2, 0], [1, 3], [4, 5]]),
+        (99, 99, [[2, 0, 1, 3, 4, 5]]),
+    ],
+)
+def test_sorted_batches_fill_their_limits_and_keep_the_order_of_equals(frames, utterances, batches):
+    lengths = [5, 5, 7, 5, 4, 4]
+    assert sorted_batches(lengths, frames_per_batch=frames, utterances_per_batch=utterances) == batches
+    assert sorted_batches([], frames_per_batch=frames, utterances_per_batch=utterances) == []
+
+
+def test_a_loader_has_the_workers_that_it_is_told_and_pins_for_a_gpu(dataset, monkeypatch):
+    def look_up():
+        raise LookupError
+
+    for is_available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
+        loader = make_loader(dataset, [[0], [1], [2]], Vocabulary(), augment=None, seed=0, epoch=0, workers=2,
+                             look_up=look_up)  # fmt: skip
+        assert (loader.workers, loader.look_up, loader.pin) == (2, look_up, is_available) and len(loader) == 3
 
 
 def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
@@ -228,6 +284,19 @@ def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
         covered = sorted(sum(course.of(epoch).epoch(epoch), []))
         assert covered == (short if epoch < 3 else list(range(len(LENGTHS))))
     assert course.steps == 3 * len(course.of(0)) + 2 * len(course.of(3))
+
+
+def test_a_course_has_the_settings_of_its_configuration():
+    config = Config(
+        data=DataConfig(short_epochs=1, short_seconds=9.0, frames_per_batch=4000, utterances_per_batch=7),
+        training=TrainingConfig(epochs=3, seed=5),
+        augment=AugmentConfig(speed=0.1),
+        features=FeatureConfig(shift_ms=12.5),
+    )
+    lengths, options = LENGTHS[:300], {"frames_per_batch": 4000, "utterances_per_batch": 7, "seed": 5, "speed": 0.1}
+    course, short = plan_course(lengths, config), np.flatnonzero(lengths <= 720)
+    assert course.of(1).epoch(1) == BucketBatches(lengths, **options).epoch(1)
+    assert course.of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
 
 
 def test_a_course_knows_the_place_of_every_step():

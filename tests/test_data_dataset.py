@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,7 +157,8 @@ def test_recordings_in_two_datasets_are_counted(tmp_path):
 def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):
     manifest = make_manifest(tmp_path)
     manifest.write_text(manifest.read_text() + "train-0\taudio/dev-0.wav\t1\ts\tmade\ttrain\tAGAIN\n")
-    with pytest.raises(InputError, match="the id 'train-0' is there twice"):
+    both = rf"\({tmp_path}/audio/train-0.wav, {tmp_path}/audio/dev-0.wav\); ids must differ"
+    with pytest.raises(InputError, match=rf"the id 'train-0' is there twice {both}"):
         load(manifest, "train", size=80)
     dataset = load(manifest, "train", size=80, on_bad="skip")
     assert len(dataset) == 4 and dataset.texts[0] != "AGAIN"
@@ -234,6 +236,40 @@ def test_a_dataset_can_be_sent_to_a_worker(archive):
     assert torch.equal(copy[2], dataset[2])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a" * 50, "has characters outside"), ("1" * 50, "holds digits"), ("AA0 " * 20, "holds phonemes")],
+)
+def test_long_transcripts_are_told_by_their_first_forty_characters(tmp_path, text, said):
+    (tmp_path / "m.tsv").write_text(f"path\ttext\nx.wav\t{text}\n")
+    with pytest.raises(InputError, match=f"x.wav: transcript '{text[:40]}' {said}"):
+        load(tmp_path, "train", size=80, normalise_text="1" in text)
+
+
+def test_a_bad_text_is_the_reason_also_where_the_recording_is_long(archive):
+    path = open_corpus(archive).utterances("dev-clean")[0].transcript
+    save(path, text_array("é", True))
+    with pytest.raises(InputError, match="can be used; the first reason: .*outside the vocabulary"):
+        load(archive, "dev", on_bad="skip", max_seconds=0.01)
+
+
+def test_names_that_are_not_utf8_are_reported(archive, capsys):
+    name = os.fsencode(archive / "dev-clean" / "mfcc") + b"/mod\xe0.npy"
+    with open(name, "wb") as file:
+        file.write(b"no array")
+    assert len(load(archive, "dev", on_bad="skip", need_text=False)) == 6
+    assert "left out 1 of 7 utterances" in capsys.readouterr().err
+
+
+def test_hours_are_filled_to_the_last_second(archive):
+    for u in open_corpus(archive).utterances("dev-clean"):
+        save(u.path, np.random.default_rng(0).normal(size=(25, 28)).astype(np.float32))
+    for count in range(1, 7):
+        assert len(load(archive, "dev", hours=0.25 * count / 3600)) == count
+    with pytest.raises(InputError, match=r"data.hours is 0.000486\d*, but dev-clean has 0.000417; lower it"):
+        load(archive, "dev", hours=1.75 / 3600)
+
+
 def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
     archive = make_archive(tmp_path, "S23", utterances=15)
     for u in open_corpus(archive).utterances("dev-clean")[:12]:
@@ -256,6 +292,10 @@ def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
         ((0.0, 0.4), (0.2, 0.6), 1),
         ((2.0, 3.0), (0.0, 9.0), 1),
         ((0.0, 9.0), (2.0, 3.0), 1),
+        ((4.0, 8.0), (0.0, 4.25), 0),  # a quarter of a second is not more
+        ((0.0, 4.0), (3.75, 8.0), 0),
+        ((0.0, 0.4), (0.31, 0.71), 0),  # a quarter of its length is 0.1
+        ((0.0, 0.4), (0.28, 0.68), 1),
     ],
 )
 def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, first, second, shared):
@@ -263,6 +303,16 @@ def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, fi
     ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
     theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
     assert shared_recordings(ours, theirs) == shared and divided_recordings(ours, theirs) == 1
+
+
+def test_parts_are_shared_whatever_their_order_and_whichever_is_longest(tmp_path):
+    path = tmp_path / "a.wav"
+    for spans in ([(5.0, 8.0), (0.0, 4.0)], [(0.0, 9.0), (1.0, 2.0)]):
+        ours = SimpleNamespace(paths=[path, path], spans=spans)
+        theirs = [SimpleNamespace(paths=[path], spans=[span]) for span in ((3, 4), (6, 7), (9, 10))]
+        assert [shared_recordings(ours, other) for other in theirs] == [1, 1, 0]
+
+
 def test_frames_are_found_again_in_a_recording_whose_silence_was_left_out(tmp_path):
     quiet = np.zeros(4 * RATE, np.float32)
     speech = [make_speech(2.0, seed=seed) for seed in (1, 2)]

@@ -14,7 +14,7 @@ from archives import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
-from las_fast.data.hw4p2 import peek_shape, read_transcript
+from las_fast.data.hw4p2 import load_problem, peek_shape, read_transcript
 from las_fast.errors import InputError
 
 
@@ -51,7 +51,8 @@ def test_an_archive_without_a_test_split_is_s22_still(tmp_path):
     shutil.rmtree(archive / "test")
     corpus = open_corpus(tmp_path / "hw4p2_student_data")
     assert (corpus.name, corpus.splits) == ("HW4P2 S22", ("dev", "train"))
-    with pytest.raises(InputError, match="no split 'test'; it has dev, train"):
+    remedy = r"give one of these \(--split, in training --data.train and --data.dev\), or name one of its folders so"
+    with pytest.raises(InputError, match=rf"no split 'test'; it has dev, train; {remedy}$"):
         corpus.resolve("test")
 
 
@@ -102,6 +103,16 @@ def test_order_file_and_recordings_must_agree(tmp_path):
     order.write_text("\n".join([*lines, lines[1]]))
     with pytest.raises(InputError, match="twice"):
         open_corpus(archive).utterances("test")
+    names = [line.removesuffix(".npy") for line in lines[1:]]
+    rows = [f"1, test/mfcc/{names[0]}.npy", *(f"1, {name}" for name in names[1:])]
+    order.write_text("\n".join(["number, file", *rows]))
+    assert [u.id for u in open_corpus(archive).utterances("test")] == names
+    order.write_text("\n".join(["number, file", *rows[1:], "1"]))  # a short row
+    with pytest.raises(InputError, match=f"does not name {names[0]}.npy \\(1 such"):
+        open_corpus(archive).utterances("test")
+    order.write_text("file\n" + "x" * 200_000)
+    with pytest.raises(InputError, match="is not a CSV file"):
+        open_corpus(archive).utterances("test")
     order.write_text("name\nx.npy\n")
     with pytest.raises(InputError, match="column 'file'"):
         open_corpus(archive).utterances("test")
@@ -139,6 +150,91 @@ def test_s24_trains_on_100_hours_unless_50_are_asked_for(tmp_path):
     corpus = open_corpus(make_archive(tmp_path, "S24"))
     assert corpus.resolve("train") == ("train-clean-100",)
     assert corpus.resolve("train-clean-50") == ("train-clean-50",)
+    shutil.rmtree(corpus.root / "train-clean-100")
+    assert open_corpus(tmp_path).resolve("train") == ("train-clean-50",)
+    other = make_archive(tmp_path / "other", "F23", utterances=1)
+    shutil.copytree(other / "train-clean-100", other / "train-clean-50")
+    assert len(open_corpus(other).resolve("train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "symbols", "sentences", "edition"),
+    [
+        ("hw4p2_data", None, False, "HW4P2 S25/F25"),
+        ("x", ".", False, "HW4P2 S25/F25"),
+        ("x", "..", False, "HW4P2 S25/F25"),
+        ("x", None, False, "HW4P2 F24"),
+        ("hw4p2_data", ".", True, "HW4P2 F24"),
+    ],
+)
+def test_fbank_archives_are_told_apart_by_what_lies_beside_them(tmp_path, name, symbols, sentences, edition):
+    archive = tmp_path / name
+    for i in range(2):
+        save(archive / "dev-clean" / "fbank" / f"{i}.npy", np.ones((80, 20 + i), np.float32))
+    if symbols:
+        (archive / symbols / "char_set.txt").touch()
+    if sentences:
+        (archive / "text-for-LM").mkdir()
+    assert open_corpus(archive).name == edition
+
+
+@pytest.mark.parametrize(
+    ("split", "folder", "shape", "name"),
+    [
+        ("train", "mfcc", (20, 13), "HW4P2 S22"),
+        ("train-x", "mfcc", (20, 13), "HW4P2 layout, 13 features"),
+        ("dev-x", "mfcc", (20, 13), "HW4P2 layout, 13 features"),
+        ("test-x", "mfcc", (20, 13), "HW4P2 layout, 13 features"),
+        ("train", "mfcc", (20, 80), "HW4P2 layout, 80 features"),
+        ("train", "fbank", (40, 20), "HW4P2 layout, 40 features"),
+    ],
+)
+def test_an_archive_of_one_recording_is_known_by_its_folders(tmp_path, split, folder, shape, name):
+    save(tmp_path / split / folder / "x.npy", np.ones(shape, np.float32))
+    save(tmp_path / "other" / folder / "x.npy", np.ones(shape, np.float32))
+    assert open_corpus(tmp_path).name == name
+
+
+def test_the_size_of_frames_is_that_of_most_files(tmp_path):
+    for i, size in enumerate((28, 40, 28)):
+        save(tmp_path / "dev" / "mfcc" / f"{i}.npy", np.ones((20 + i, size), np.float32))
+    assert open_corpus(tmp_path).feature_size == 28
+    (tmp_path / "dev" / "mfcc" / "2.npy").unlink()
+    assert open_corpus(tmp_path).feature_size == 28  # the smaller, where none is more common
+
+
+def test_eight_files_of_a_split_are_looked_at(tmp_path):
+    for i in range(7):
+        save(tmp_path / "dev" / "mfcc" / f"{i}.npy", np.ones(3))
+    save(tmp_path / "dev" / "mfcc" / "8.npy", np.ones((20, 28)))
+    assert open_corpus(tmp_path).feature_size == 28
+    save(tmp_path / "dev" / "mfcc" / "7.npy", np.ones(3))
+    with pytest.raises(InputError, match="0.npy and its neighbours are no two-dimensional .npy arrays"):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["transcript/raw", "transcripts/raw", "transcripts", "transcript", "text"])
+def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
+    save(tmp_path / "dev" / "mfcc" / "x.npy", np.ones((20, 28), np.float32))
+    path = save(tmp_path / "dev" / folder / "x.npy", text_array("A", True))
+    (tmp_path / "dev" / "transcript" / "raw").mkdir(parents=True, exist_ok=True)  # which may be empty
+    assert [u.transcript for u in open_corpus(tmp_path).utterances("dev")] == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file"), "it does not exist; copy it again or remove its counterpart"),
+        (PermissionError(13, "Permission denied"), "it cannot be read (Permission denied); check its name and permis"),
+        (OSError("Too few bytes"), "it is truncated or damaged (Too few bytes); copy it again"),
+        (ValueError(" Object  arrays cannot be loaded"), "it holds pickled objects or is no .npy file; save it as a "),
+        (ValueError("allow_PICKLE=False"), "it holds pickled objects or is no .npy file; save it as a plain "),
+        (EOFError(), "it is truncated or damaged (EOFError); copy it again"),
+        (ValueError("cut\noff"), "it is truncated or damaged (cut off); copy it again"),
+    ],
+)
+def test_why_an_array_is_not_read_is_said_in_a_few_words(error, said):
+    assert load_problem(error).startswith(said)
 
 
 def test_splits_that_share_names_keep_distinct_ids(tmp_path):
@@ -217,7 +313,10 @@ def test_phonemes_in_a_manifest_are_refused_with_the_reason(tmp_path):
 def test_an_archive_without_transcripts_says_where_they_are_looked_for(tmp_path):
     archive = make_archive(tmp_path, "F23")
     (archive / "dev-clean" / "transcripts").rename(archive / "dev-clean" / "labels")
-    with pytest.raises(InputError, match="'dev-clean' has no transcripts; expected them in SPLIT/transcripts"):
+    names = r"\(or in text, transcript, transcript/raw, transcripts, transcripts/raw\)$"
+    with pytest.raises(
+        InputError, match=rf"'dev-clean' has no transcripts; expected them in SPLIT/transcripts/NAME.npy {names}"
+    ):
         load(open_corpus(archive), "dev")
 
 
@@ -237,12 +336,16 @@ def make_old_archive(folder):
 
 def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
     make_old_archive(tmp_path / "data")
-    for root in (tmp_path, tmp_path / "data", tmp_path / "data" / "train.npy"):
+    shutil.copy(tmp_path / "data" / "train.npy", tmp_path / "data" / "X.NPY")
+    for root in (tmp_path, tmp_path / "data", tmp_path / "data" / "train.npy", tmp_path / "data" / "X.NPY"):
         with pytest.raises(
-            InputError, match=r"holds dev.npy, dev_transcripts.npy, .* before 2022.* python -c"
+            InputError, match=r"holds X.NPY, dev.npy, dev_transcripts.npy, .* before 2022.* python -c"
         ) as error:
             open_corpus(root)
         assert "\n" not in str(error.value)
+    (tmp_path / "data" / "notes.txt").touch()
+    with pytest.raises(InputError, match="notes.txt is a file"):
+        open_corpus(tmp_path / "data" / "notes.txt")
     code = re.search(r'python -c "(.*)"', str(error.value))[1]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "data", check=True)
     dataset = load(open_corpus(tmp_path / "data" / "new"), "dev")
@@ -267,7 +370,14 @@ def test_a_transcript_that_is_none_is_named(tmp_path):
     numbers = save(tmp_path / "numbers.npy", np.arange(3))
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array(["A", None], object), allow_pickle=True)
-    for path, reason in ((numbers, "array of strings"), (pickled, "pickle"), (tmp_path / "gone.npy", "does not exist")):
+    bytes_of_latin1 = save(tmp_path / "bytes.npy", np.array([b"caf\xe9"]))
+    np.savez(tmp_path / "many", np.array(["A"]))
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
+    assert peek_shape(pickled) is None
+    for path, reason in (
+        (numbers, "array of strings, got int64; copy"), (pickled, "pickle"), (tmp_path / "gone.npy", "does not exist"),
+        (bytes_of_latin1, "its bytes are not UTF-8"), (tmp_path / "many.npy", "expected an array of strings, got Npz"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=reason) as error:
             read_transcript(path)
         assert str(path) in str(error.value)
@@ -333,7 +443,7 @@ def test_an_archive_without_files_is_refused(tmp_path):
 def test_two_archives_under_one_root_are_told_apart_by_the_user(tmp_path):
     make_archive(tmp_path, "S23")
     make_archive(tmp_path, "F23")
-    with pytest.raises(InputError, match="several archives"):
+    with pytest.raises(InputError, match="several archives .*give one of .*/11-785-f23-hw4p2, .*/data$"):
         open_corpus(tmp_path)
 
 

@@ -138,6 +138,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"offset": 10**400}, "line 1: offset must be a number; got 1000"),
         ({"id": 1.5}, "line 1: id must be text; got 1.5"),
         ({"start": 0, "end": 2, "duration": 1.85}, "line 1: from start to end are 2 s, its duration is 1.85 s"),
+        ({"start": 0, "end": 1, "duration": 2}, "line 1: from start to end are 1 s, its duration is 2 s"),
         ({"audio_channel": "left"}, "column 'audio_channel' names channels"),
         ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
@@ -449,6 +450,9 @@ def test_roles_that_no_split_plays_are_left_out():
     assert assign_roles(("dev-a", "dev-b", "train-a", "train-b")) == {"train": ("train-a", "train-b")}
     assert assign_roles(("train", "train-b", "test_clean")) == {"train": ("train",), "test": ("test_clean",)}
     assert assign_roles(("eval", "dev", "val")) == {"dev": ("dev",)}
+    assert assign_roles(("training", "train-b")) == {"train": ("training",)}
+    assert assign_roles(("test-other", "test-clean", "test-a")) == {"test": ("test-clean",)}
+    assert assign_roles(("testing", "test-a")) == {"test": ("testing",)}
 
 
 def test_hours_of_librispeech_name_its_folders(tmp_path):
@@ -574,7 +578,8 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
         assert len(load(tmp_path / layout.__name__, "dev")) == len(load(root, "dev"))
     write_table(tmp_path / "make_common_voice" / "corpus" / "log.jsonl", [{"step": 1}])
     (tmp_path / "make_common_voice" / "corpus" / "newest").symlink_to("en")
-    assert open_corpus(tmp_path / "make_common_voice").name == "Common Voice"
+    corpus = open_corpus(tmp_path / "make_common_voice")
+    assert (corpus.name, corpus.root.name) == ("Common Voice", "en")
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
     with pytest.raises(InputError, match="no layout that is known"):  # three folders below
         open_corpus(tmp_path)
@@ -719,6 +724,20 @@ def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, said):
         load(tmp_path)
 
 
+def test_a_kaldi_folder_of_commands_alone_says_so(tmp_path):
+    data = make_kaldi(tmp_path, splits=("train",))
+    for name in ("text", "segments"):
+        (data / "train" / name).unlink()
+    (data / "train" / "wav.scp").write_text("a cat a.wav |\nb cat b.wav |\n")
+    with pytest.raises(InputError, match="line 1: a is a command"):
+        load(data)
+
+
+def test_other_files_of_a_kaldi_folder_are_not_taken_for_it(tmp_path):
+    with pytest.raises(InputError, match="utt2spk is a file; expected a folder, or a manifest ending in .tsv"):
+        open_corpus(make_kaldi(tmp_path) / "train" / "utt2spk")
+
+
 def test_a_kaldi_segment_may_end_with_its_recording(tmp_path):
     data = make_kaldi(tmp_path)
     (data / "train" / "segments").write_text("train0-0 train0 0.5 -1\n")
@@ -812,6 +831,29 @@ def test_a_column_of_splits_counts_more_than_the_names_of_manifests(tmp_path, lo
     assert set(open_corpus(tmp_path).splits) == {"test", "train"}
 
 
+def test_two_manifests_are_not_passed_over_for_what_lies_below(tmp_path):
+    for name in "ab":
+        write_table(tmp_path / f"{name}.tsv", [{"path": "x.wav"}])
+    make_manifest(tmp_path / "inside")
+    with pytest.raises(InputError, match=r"has 2 manifests \(a.tsv, b.tsv\)"):
+        open_corpus(tmp_path)
+    for name in "cdef":
+        write_table(tmp_path / f"{name}.tsv", [{"path": "x.wav"}])
+    with pytest.raises(InputError, match=r"has 6 manifests \(a.tsv, b.tsv, c.tsv, d.tsv, e.tsv\); give"):
+        open_corpus(tmp_path)
+
+
+def test_so_many_folders_are_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setattr("las_fast.data.dataset.MANY", 2)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    make_kaldi(tmp_path / "b", splits=("dev",))
+    assert open_corpus(tmp_path).root == tmp_path / "b" / "data"
+    (tmp_path / "a2").mkdir()
+    with pytest.raises(InputError, match="no layout that is known"):
+        open_corpus(tmp_path)
+
+
 @pytest.mark.parametrize("names", [("m",), ("dev", "train")], ids=len)
 def test_the_size_of_frames_is_that_of_the_first_array_of_eight_that_can_be_read(tmp_path, names):
     np.save(tmp_path / "0.npy", np.ones(3))
@@ -839,7 +881,7 @@ def test_data_are_never_written_to(tmp_path, layout):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("X.ZIP", r"\.zip files, which must"),
+    [("X.ZIP", r"\.zip files, which must"), ("x.arrow", r"\.arrow files; write"),
      ("x.zip", r"\.zip files, which must be unpacked"), ("x.parquet", r"\.parquet files; write their recordings"),
      ("x.wav", "recordings but nothing that names their transcripts")],
 )  # fmt: skip
@@ -847,9 +889,34 @@ def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, sai
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=said):
         open_corpus(tmp_path)
-    (tmp_path / "metadata.csv").write_text("LJ001|Printing|Printing\n")
-    with pytest.raises(InputError, match=r"metadata.csv has no column 'path' \(or audio, "):
+    (tmp_path / "METADATA.CSV").write_text("LJ001|Printing|Printing\n")
+    names = r"\(or audio, audio_filepath, audio_path, audio_file, file_name\)$"
+    with pytest.raises(InputError, match=rf"METADATA.CSV has no column 'path' {names}"):
         open_corpus(tmp_path)
+
+
+def test_all_kinds_of_packed_files_are_named_in_order(tmp_path):
+    for name in ("a.zip", "b.tar", "c.7z"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"it has \.7z, \.tar, \.zip files, which must be unpacked first"):
+        open_corpus(tmp_path)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def access(path, mode):
+        asked.append((Path(path).name, mode))
+        return Path(path).name not in ("closed", "x.csv")
+
+    asked = []
+    monkeypatch.setattr("las_fast.data.dataset.os.access", access)
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(InputError, match="x.csv cannot be read; check its permissions"):
+        open_corpus(tmp_path)
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"/closed cannot be listed: Permission denied; check its permissions"):
+        open_corpus(tmp_path)
+    assert asked == [("x.csv", os.R_OK), ("closed", os.R_OK | os.X_OK)]
 
 
 def test_other_folders_beside_the_splits_of_librispeech_are_none(tmp_path):

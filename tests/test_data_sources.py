@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,9 +163,21 @@ def test_librispeech_does_not_take_raw_samples_for_recordings(tmp_path):
 
 
 def test_a_root_with_an_impossible_name_is_refused():
-    for root in ("x" * 5000, "a\0b"):
-        with pytest.raises(InputError, match="cannot be opened"):
+    for root, why in (("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")):
+        with pytest.raises(InputError, match=rf"cannot be opened \({why}\); give the folder that holds the data$"):
             open_corpus(root)
+
+
+def test_a_root_that_is_neither_a_folder_nor_a_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is neither a folder nor a file"):
+        open_corpus(tmp_path / "pipe")
+
+
+def test_a_relative_root_stays_relative(tmp_path, monkeypatch):
+    make_archive(tmp_path, "F23")
+    monkeypatch.chdir(tmp_path)
+    assert open_corpus("11-785-f23-hw4p2").root == Path("11-785-f23-hw4p2")
 
 
 def test_a_root_that_is_nothing_known_says_what_was_looked_for(tmp_path):
@@ -173,7 +187,8 @@ def test_a_root_that_is_nothing_known_says_what_was_looked_for(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match="no layout that is known") as error:
         open_corpus(tmp_path)
-    assert all(word in str(error.value) for word in ("HW4P2", "LibriSpeech", "manifest"))
+    assert all(word in str(error.value) for word in ("HW4P2", "LibriSpeech", "Kaldi", "manifest"))
+    assert str(error.value).endswith("(also Common Voice, audiofolder)")  # there is no more to say
     with pytest.raises(InputError, match="is a file"):
         open_corpus(tmp_path / "notes.txt")
     (tmp_path / "a.tsv").touch()
@@ -188,6 +203,14 @@ def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
         corpus.resolve("dev-clean+dev-other")
     with pytest.raises(InputError, match="no split 'x'"):
         corpus.utterances("x")
+    there = r"it has dev-clean, test-clean, train-clean-100, train-clean-360, train \(train-clean-100, train-.*-360\)"
+    remedy = r"give one of these \(--split, in training --data.train and --data.dev\)"
+    with pytest.raises(InputError, match=rf"'tset'; {there}, .*the nearest is test\); {remedy}$"):
+        corpus.resolve("tset")
+    assert "listings" not in repr(corpus)
+    names = {"train": ("train", "training", "TRAIN"), "dev": ("valid", "eval"), "test": ("test", "testing")}
+    for role, own in names.items():
+        assert {corpus.resolve(name) for name in own} == {corpus.roles[role]}
     assert corpus.resolve("dev, test") == ("dev-clean", "test-clean")
 
 

@@ -30,6 +30,7 @@ OTHERS = {
     "talk.txt": ("WEBVTT\n\n00:01.000 --> 00:02.000\nHELLO\n", "subtitles"),
     "tabs.txt": ("".join(f"{a}\t{b}\t{c}\n" for a, b, c in ROWS), "a table of columns between tabs"),
     "commas.txt": ("id,text\n" + "".join(f'{a},"{b}"\n' for a, b, _ in ROWS), "a table of columns between commas"),
+    "semicolons.txt": ('Id ; "Text"\n' + "".join(f"{a};{b}\n" for a, b, _ in ROWS), "a table of columns between semi"),
     "bars.txt": ("path|text\n" + "".join(f"{a}|{b}\n" for a, b, _ in ROWS), "a table of columns between bars"),
 }
 
@@ -49,6 +50,10 @@ PACKED = {
     "text.txt": (gzip.compress(b"HELLO THERE\n"), "a gzip file whose name does not end in .gz"),
     "text.zst": (b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd file"),
     "text.xz": (b"\xfd7zXZ\0" + bytes(20), "an xz file"),
+    "text.bz2": (b"BZh91AY" + bytes(20), "a bzip2 file"),
+    "text.7z": (b"7z\xbc\xaf" + bytes(20), "a 7z archive"),
+    "text.rar": (b"Rar!" + bytes(20), "a rar archive"),
+    "text.gz": (b"PK\x03\x04" + bytes(20), r"a zip archive \(or an office document\)"),
     "text.tar": (b"text".ljust(257, b"\0") + b"ustar" + bytes(250), "a tar archive"),
     "book.pdf": (b"%PDF-1.7\nHELLO\n", "a PDF document"),
     "book.rtf": (b"{\\rtf1 HELLO}\n", "an RTF document"),
@@ -69,6 +74,22 @@ def test_a_zip_that_is_called_a_text_is_refused(tmp_path):
         file.writestr("a.txt", "HELLO")
     with pytest.raises(InputError, match=r"is a zip archive \(or an office document\), .*; unpack it"):
         list(read_texts(tmp_path / "text.txt"))
+
+
+def test_a_text_is_judged_by_its_first_two_hundred_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("HELLO\n" * 199 + "A --> B\n")
+    with pytest.raises(InputError, match="is subtitles, not text"):
+        list(read_texts(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").write_text("HELLO\n" * 200 + "A --> B\n")
+    assert list(read_texts(tmp_path / "a.txt"))[200] == "A --> B"
+
+
+def test_a_packed_text_may_have_a_capital_ending_and_a_text_blank_lines(tmp_path):
+    (tmp_path / "A.GZ").write_bytes(gzip.compress(b"HELLO\n  \nYES\n"))
+    assert [line for line in read_texts(tmp_path / "A.GZ") if line.strip()] == ["HELLO", "YES"]
+    (tmp_path / "a.txt").write_text("  \n[1]\n".replace("1", '"A"'))
+    with pytest.raises(InputError, match="is JSON, not text"):
+        list(read_texts(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -100,7 +121,21 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
         (["HELLO", '{"text": 1}', '{"text": 2}'], "JSON"),
         (["HELLO", "THERE", '{"text": 2}', '{"text": 2}'], None),  # half of them is not more than half
         (["\ufeff[{"], "JSON"),
+        (["HELLO", ' {"text": 1}', ' {"text": 2}'], "JSON"),
+        (["\ufeff {"], "JSON"),
         (["a"] * 10 + ["</p>"], None),
+        (["a"] * 9 + ["</p>"], None),  # a tenth is not more than a tenth
+        (["WEBVTT", "HELLO"], "subtitles"),
+        (["ngram 1=5"], "an n-gram model (ARPA)"),
+        ([" \\data\\ "], "an n-gram model (ARPA)"),
+        (["a\tb", "c\td"], "a table of columns between tabs"),
+        (["a\tb", "a\tb\tc"], None),
+        (["a\tb"], None),
+        (["a", "b"], None),
+        (["a, b", "c, d"], None),
+        (["id,text", "a, b"], "a table of columns between commas"),
+        (["id,text", "hello"], None),
+        (["text, and", "a, b"], None),
         (["a"] * 8 + ["b</p>"], "HTML or XML"),
         (["HELLO", "0:01 --> 0:02"], "subtitles"),
         (["\\DATA\\"], "an n-gram model (ARPA)"),
