@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import pickle
@@ -13,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,24 +160,27 @@ def test_the_folder_of_an_entry_is_named_for_its_split(tmp_path, folder, corpus)
 
 
 @pytest.mark.parametrize(("days", "kept"), [(29.9, True), (30.1, False)])
-def test_an_entry_may_be_unused_for_thirty_days(corpus, folder, days, kept):
-    old, damaged = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
-    (damaged.folder / "index.json").write_text("{")
-    for entry in (old, damaged):
-        os.utime(entry.folder / "index.json", (1, time.time() - days * 86400))
-    fill(corpus, folder)
-    assert old.folder.exists() == kept and damaged.folder.exists()
+def test_an_entry_may_be_unused_for_thirty_days(tmp_path, days, kept):
+    index = json.dumps({"root": str(tmp_path), "split": "dev"})
+    folders = [tmp_path / f"dev-{name}" for name in ("damaged", "new", "old", "other")]
+    for folder, text in zip(folders, ("{", index, index, index.replace("dev", "test")), strict=True):
+        folder.mkdir()
+        (folder / "index.json").write_text(text)
+        os.utime(folder / "index.json", (1, time.time() - days * 86400))
+    damaged, new, old, other = folders
+    cache_module._remove_unused(new, SimpleNamespace(root=tmp_path), "dev")
+    assert old.exists() == kept and all(folder.exists() for folder in (damaged, new, other))
 
 
 @pytest.mark.parametrize(("hours", "kept"), [(47.9, True), (48.1, False)])
-def test_a_build_of_another_host_may_take_two_days(corpus, folder, hours, kept):
+def test_a_build_of_another_host_may_take_two_days(folder, hours, kept):
     for name in ("x", "dev-clean-abc-another.host-1-12345678", f"dev-{socket.gethostname()}-none-1"):
         (folder / f".building-{name}").mkdir(parents=True)
     (folder / ".building-file").touch()  # that is none of ours, and in nobody's way
     for path in folder.iterdir():
         os.utime(path, (1, time.time() - hours * 3600))
-    fill(corpus, folder)
-    assert len(entries(folder)) == (5 if kept else 2)
+    cache_module._remove_abandoned(folder)
+    assert len(entries(folder)) == (4 if kept else 1)
 
 
 def test_a_process_of_another_user_is_running(monkeypatch):

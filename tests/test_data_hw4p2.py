@@ -280,6 +280,9 @@ def test_transcripts_of_every_kind_are_read(tmp_path, array):
         (np.array("A  B"), "A  B"),
         (np.array(["<sos>", "A  B", "<eos>"]), "A  B"),
         (np.array(["UH", "HER"]), "UH HER"),
+        (np.array(["AT", "IT"]), "AT IT"),
+        (np.array(["B", "K", "T"]), "BKT"),  # phonemes, but of a letter each
+        (np.array(["I ", "O "]), "I O "),
     ],
 )
 def test_words_are_joined_with_spaces_and_letters_are_not(tmp_path, array, text):
@@ -298,6 +301,11 @@ def test_phonemes_are_refused_with_the_reason(tmp_path, symbols):
     for array in (np.array(symbols.split()), np.array(symbols.encode().split()), np.array(symbols)):
         with pytest.raises(InputError, match=r"t\.npy holds phonemes .*, not letters; give"):
             read_transcript(save(tmp_path / "t.npy", array))
+
+
+def test_some_of_the_phonemes_are_told(tmp_path):
+    with pytest.raises(InputError, match=rf"holds phonemes \({'AA ' * 10}\), not letters"):
+        read_transcript(save(tmp_path / "t.npy", np.array(["AA "] * 20)))
 
 
 def test_phonemes_in_a_manifest_are_refused_with_the_reason(tmp_path):
@@ -336,11 +344,11 @@ def make_old_archive(folder):
 
 def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
     make_old_archive(tmp_path / "data")
-    shutil.copy(tmp_path / "data" / "train.npy", tmp_path / "data" / "X.NPY")
+    for name in ("X.NPY", "Y.npy"):
+        shutil.copy(tmp_path / "data" / "train.npy", tmp_path / "data" / name)
     for root in (tmp_path, tmp_path / "data", tmp_path / "data" / "train.npy", tmp_path / "data" / "X.NPY"):
-        with pytest.raises(
-            InputError, match=r"holds X.NPY, dev.npy, dev_transcripts.npy, .* before 2022.* python -c"
-        ) as error:
+        some = "X.NPY, Y.npy, dev.npy, dev_transcripts.npy, test.npy, train.npy"
+        with pytest.raises(InputError, match=rf"holds {some}, arrays .* before 2022.* python -c") as error:
             open_corpus(root)
         assert "\n" not in str(error.value)
     (tmp_path / "data" / "notes.txt").touch()
@@ -356,6 +364,17 @@ def test_an_older_archive_is_known_by_any_version_of_its_files(tmp_path):
     with (tmp_path / "train.npy").open("wb") as file:
         np.lib.format.write_array(file, np.array([None, "x"]), version=(2, 0))
     with pytest.raises(InputError, match="before 2022"):
+        open_corpus(tmp_path)
+
+
+def test_twenty_files_are_looked_at_for_an_older_archive(tmp_path):
+    for i in range(19):
+        (tmp_path / f"{i:02}.npy").touch()
+    np.save(tmp_path / "train.npy", np.array([None]), allow_pickle=True)
+    with pytest.raises(InputError, match="holds train.npy, arrays of Python objects"):
+        open_corpus(tmp_path)
+    (tmp_path / "19.npy").touch()
+    with pytest.raises(InputError, match="no layout that is known"):
         open_corpus(tmp_path)
 
 

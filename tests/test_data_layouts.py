@@ -642,7 +642,9 @@ def test_old_common_voice_names_clips_without_an_ending(tmp_path):
 
 def test_kaldi_folders_are_recognised_from_each_of_their_folders(tmp_path):
     data = make_kaldi(tmp_path)
-    for place in (tmp_path, data, data / "train", data / "train" / "wav.scp"):
+    (data / "lang").mkdir()
+    files = [data / "train" / name for name in ("wav.scp", "text", "segments")]
+    for place in (tmp_path, data, data / "train", *files):
         corpus = open_corpus(place)
         assert (corpus.name, corpus.root, corpus.splits) == ("Kaldi", data, ("dev", "train"))
         assert (corpus.header, corpus.numbered, corpus.transposed) == (("id", "label"), False, False)
@@ -667,6 +669,7 @@ def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
         ("train0", "HI", False), ("train1", "GOOD  DAY", False),
     ]  # fmt: skip
     assert load(data / "mine", "dev").ids == ["train0", "train1"]
+    assert corpus.roles == {"train": ("all",), "dev": ("all",), "test": ("all",)}
 
 
 def test_the_data_of_a_kaldi_recipe_come_before_what_else_its_folder_holds(tmp_path):
@@ -712,6 +715,11 @@ def test_what_a_kaldi_folder_cannot_give_is_said_or_left_out(tmp_path, name, lin
         ("segments", "train0-0 train0 0.5", "must be an id, a recording, and start and end"),
         ("segments", "train0-0 train0 0.5 0.2", "must be an id"),
         ("segments", "train0-0 train0 inf -1", "must be an id"),
+        ("segments", "train0-0 train0 0.5 inf", "must be an id"),
+        ("segments", "train0-0 train0 -0.5 0.5", "must be an id"),
+        ("segments", "train0-0 train0 0.5 0.5", "must be an id"),
+        ("segments", "train0-0 train0 0.5 -2", "must be an id"),
+        ("segments", "train0-0", "must be an id"),
         ("segments", "train0-0 train0 0.5 0.9 A", "must be an id"),
         ("text", "train0-1 HELLO", "line 2 has train0-1 a second time"),
     ],
@@ -722,6 +730,42 @@ def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, said):
     (data / "train" / name).write_text("\n".join([line, *lines[1:]]))
     with pytest.raises(InputError, match=f"{name} line . ?{said.removeprefix('line 2 ')}"):
         load(tmp_path)
+
+
+def test_lines_of_kaldi_may_be_blank_or_end_in_space_and_are_counted(tmp_path):
+    data = make_kaldi(tmp_path, splits=("train",))
+    (data / "train" / "text").write_text("train0-0 A  B \t\n \n\ntrain0-1\n")
+    (data / "train" / "segments").write_text("train0-0 train0 0 0.4\ntrain0-1 train0 0.5 -1\n")
+    first, second = open_corpus(data).utterances("train")
+    assert (first.transcript, first.start, first.seconds, first.is_part) == ("A  B", 0.0, 0.4, True)
+    assert (second.transcript, second.start, second.seconds, second.is_part) == ("", 0.5, None, True)
+    (data / "train" / "text").write_text("train0-0 A\n\ntrain0-0 B\n")
+    with pytest.raises(InputError, match="text line 3 has train0-0 a second time"):
+        open_corpus(data).utterances("train")
+
+
+@pytest.mark.parametrize(("folder", "found"), [("p", True), ("p/q/r", True), ("p/q/r/s", False)])
+def test_recordings_of_kaldi_are_looked_for_up_to_three_folders_above(tmp_path, folder, found):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "x.wav").touch()
+    (tmp_path / folder / "wav.scp").write_text("x x.wav\n")
+    (u,) = open_corpus(tmp_path / folder).utterances("all")
+    assert u.path == (tmp_path if found else tmp_path / folder) / "x.wav"
+
+
+def test_a_file_called_text_is_of_kaldi_only_beside_its_recordings(tmp_path):
+    train = make_kaldi(tmp_path) / "train"
+    for path in (tmp_path / "text", train / "notes.txt"):
+        path.write_text("GOOD DAY\n")
+        assert list(read_texts(path)) == ["GOOD DAY"]
+
+
+def test_a_long_command_of_kaldi_is_told_by_its_first_forty_characters(tmp_path):
+    data = make_kaldi(tmp_path, splits=("train",))
+    (data / "train" / "wav.scp").write_text(f"train0 {'x' * 50} |\n")
+    (data / "train" / "segments").unlink()
+    with pytest.raises(InputError, match=rf"train0 is a command \({'x' * 40}\.\.\.\)"):
+        load(data / "train")
 
 
 def test_a_kaldi_folder_of_commands_alone_says_so(tmp_path):

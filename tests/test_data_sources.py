@@ -13,6 +13,7 @@ from archives import make_archive, make_librispeech, make_manifest, make_wavefor
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.librispeech import read_transcripts
 from las_fast.errors import InputError
 
 LOGMEL = FeatureConfig()
@@ -41,6 +42,32 @@ def test_librispeech_utterances_are_sorted_and_paired_by_name(tmp_path):
     lines = [line for path in root.rglob("*.trans.txt") for line in path.read_text().splitlines()]
     assert dict(zip(dataset.ids, dataset.texts, strict=True)) == dict(line.split(" ", 1) for line in lines)
     assert dataset[0].shape == (dataset.frames[0], 80)
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".wav", ".opus", ".oga", ".aif", ".MP3"])
+def test_recordings_in_the_folders_of_librispeech_may_be_of_any_format(tmp_path, suffix):
+    chapter = tmp_path / "LibriSpeech" / "dev-clean" / "1" / "2"
+    chapter.mkdir(parents=True)
+    for name in (f"1-2-0001{suffix}", f"1-2-0000{suffix}", "notes.txt"):
+        (chapter / name).touch()
+    (chapter / "1-2.trans.txt").write_text("1-2-0001 A\n")
+    utterances = open_corpus(tmp_path).utterances("dev-clean")
+    assert [(u.id, u.path.suffix, u.transcript) for u in utterances] == [
+        ("1-2-0000", suffix, None), ("1-2-0001", suffix, "A"),
+    ]  # fmt: skip
+    other = tmp_path / "LibriSpeech" / "test-clean" / "1" / "2"
+    shutil.copytree(chapter, other)
+    (other / "1-2.trans.txt").unlink()
+    assert open_corpus(tmp_path).splits == ("dev-clean", "test-clean")
+    (chapter / "3.trans.txt").write_text("1-2-0001 B\n")
+    with pytest.raises(InputError, match="3.trans.txt has a second transcript of 1-2-0001"):
+        open_corpus(tmp_path).utterances("dev-clean")
+
+
+def test_space_around_the_transcripts_of_librispeech_is_none_of_them(tmp_path):
+    (tmp_path / "x.trans.txt").write_text("a  HELLO  THERE \n\nb\t YES\nc \n", encoding="utf-8")
+    found = read_transcripts(tmp_path / "x.trans.txt")
+    assert found == [("a", "HELLO  THERE"), ("b", "YES"), ("c", "")]
 
 
 def test_librispeech_without_a_recording_or_a_transcript_is_named(tmp_path):

@@ -119,7 +119,7 @@ def peek_shape(path: Path) -> tuple[int, ...] | None:
 
 
 def _is_archive(path: Path) -> bool:
-    return path.is_dir() and any(_feature_folder(child) for child in subfolders(path))
+    return any(_feature_folder(child) for child in subfolders(path))
 
 
 def _feature_folder(split: Path) -> Path | None:
@@ -133,7 +133,7 @@ def _features_of(split: Path) -> Path:
 
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
     """Return the frame size and whether files hold (F, T): the side that several files share is the frame."""
-    names = [path for folder in folders for _, path in sorted(_arrays(folder).items())[:PEEK]]
+    names = [path for folder in folders for path in list(_arrays(folder).values())[:PEEK]]
     if not names:
         raise InputError(f"{folders[0]} holds no .npy files; expected one a recording")
     shapes = [shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]

@@ -51,7 +51,7 @@ def sentences(path: Path, lines: Iterable[str]) -> Iterator[str]:
     """
     lines = iter(lines)
     head = list(itertools.islice(lines, HEAD))
-    if found := other_format([line.strip("\r\n") for line in head if line.strip()]):
+    if found := other_format([line for line in head if line.strip()]):
         what, advice = found
         raise InputError(f"{show(path)} is {what}, not text with a sentence a line; {advice}")
     for line in itertools.chain(head, lines):
