@@ -71,6 +71,10 @@ def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
     assert entry.spans == [[]] * 4 and entry.places.tolist() == [0, 1, 2, 3] and entry.bad == []
 
 
+def test_frames_have_the_size_of_the_archive_whatever_the_settings_say(corpus, folder):
+    assert fill(corpus, folder, features=FeatureConfig(size=80)).frames(0).shape[1] == 28
+
+
 def test_features_of_whole_numbers_are_read(corpus, folder):
     path = corpus.utterances("dev-clean")[1].path
     np.save(path, np.arange(56, dtype=np.int16).reshape(2, 28))

@@ -13,8 +13,11 @@ import torch
 from archives import RATE, make_archive, make_manifest, make_speech, save, text_array, write_audio
 
 from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import (
     Statistics,
+    _safe,
+    _TextCheck,
     divided_recordings,
     load_dataset,
     normalise,
@@ -23,6 +26,7 @@ from las_fast.data.dataset import (
 )
 from las_fast.errors import InputError
 from las_fast.features import compute_features
+from las_fast.text import Vocabulary
 
 
 @pytest.fixture
@@ -59,6 +63,49 @@ def test_a_constant_coefficient_becomes_zero(value):
 def test_small_coefficients_are_not_taken_for_constant():
     frames = torch.randn(500, 2) * 1e-3
     torch.testing.assert_close(normalise(frames, FeatureConfig(size=2)).std(0, correction=0), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "constant"),
+    [(0.0, 3e-7, True), (0.0, 1.7e-6, False), (1e3, 5e-4, True), (1e3, 5e-3, False), (-1e3, 5e-4, True)],
+)
+def test_deviations_of_a_millionth_are_taken_for_rounding(mean, std, constant):
+    found = _safe(torch.tensor([std]), torch.tensor([mean]))
+    assert found.item() == pytest.approx(np.inf if constant else std)
+
+
+def checked(text, *, normalise=False, needed=True, transcript=None):
+    check = _TextCheck(Vocabulary(), normalise, needed)
+    utterance = Utterance("x", Path("x.wav"), transcript)
+    return check(utterance, text), check.text(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "problem", "used"),
+    [
+        ("GOOD DAY", {}, "", "GOOD DAY"),
+        ("GOOD DAY", {"normalise": True}, "", "GOOD DAY"),
+        ("Good, day!", {"normalise": True}, "", "GOOD DAY"),
+        ("Good, A!", {}, "x.wav: transcript 'Good, A!' has characters outside the vocabulary: '!' ','", "Good, A!"),
+        ("DAY 4", {}, "x.wav: transcript 'DAY 4' has characters outside the vocabulary: '4'; map them", "DAY 4"),
+        ("Day 4", {"normalise": True}, "x.wav: transcript 'Day 4' holds digits", "DAY"),
+        ("Day 4", {"normalise": True, "needed": False}, "", "DAY 4"),
+        ("Day 4", {"needed": False}, "", "Day 4"),
+        ("HH AH0", {}, "x.wav: transcript 'HH AH0' holds phonemes", "HH AH0"),
+        (None, {}, "x.wav has no transcript; add it or remove the recording", None),
+        (None, {"normalise": True}, "x.wav has no transcript", None),
+        (None, {"needed": False}, "", None),
+        ("", {}, "x.wav has an empty transcript", ""),
+        (" ", {"transcript": Path("x.txt")}, "x.txt has an empty transcript", " "),
+        (" ", {"needed": False}, "", None),
+        ("!", {"normalise": True}, "x.wav has an empty transcript", ""),
+        ("!", {"normalise": True, "needed": False}, "", None),
+        ("é", {"transcript": Path("x.txt")}, "x.txt: transcript 'é' has characters", "é"),
+    ],
+)
+def test_what_is_wrong_with_a_text_and_what_is_used_of_it(text, options, problem, used):
+    found, kept = checked(text, **options)
+    assert found.startswith(problem) and bool(found) == bool(problem) and kept == used
 
 
 def test_global_statistics_come_from_training_and_serve_the_others(archive):

@@ -180,7 +180,7 @@ class Library:
         for chunk in self.chunks:
             self.answers.append(self.callback((ctypes.c_short * len(chunk))(*chunk), len(chunk), None))
         some = (ctypes.c_short * 1)(99)
-        self.answers += [self.callback(None, 0, None), self.callback(None, 3, None), self.callback(some, 0, None)]
+        self.answers += [self.callback(None, 0, None), self.callback(some, 0, None)]
 
     def espeak_Terminate(self):  # noqa: N802
         self.calls.append(("end",))
@@ -210,7 +210,7 @@ def test_espeak_is_told_what_to_say_and_how(library, tmp_path):
     set_all = [("set", 1, 170, 0), ("set", 3, 40, 0), ("set", 4, 60, 0)]  # espeakRATE, espeakPITCH, espeakRANGE
     say = ("say", b"us", 3, 0, 0, 0, 1, None, None)  # with the NUL at its end; no position, in UTF-8
     assert library.calls == 2 * [("voice", b"en-us+m1"), *set_all, say]
-    assert set(library.answers) == {0} and synthesiser._collect(None, 0, None) == 0  # 1 would end the speech
+    assert set(library.answers) == {0} and synthesiser._collect(None, 3, None) == 0  # 1 would end the speech
     synthesiser.close()
     assert library.calls[-1] == ("end",)
 
@@ -635,6 +635,14 @@ def test_processes_that_speak_inherit_that_signals_are_ignored():
                                capture_output=True, text=True)  # fmt: skip
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "SIG_IGN" in child.stdout
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def ignores(task):
+    return [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]
+
+
+def test_processes_that_speak_leave_interrupts_to_the_one_that_started_them():
+    assert list(spoken._in_processes(ignores, [0], 1)) == [[True, True]]
 
 
 def test_a_signal_while_a_process_is_started_comes_when_it_is_known(monkeypatch):
