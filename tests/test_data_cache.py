@@ -93,6 +93,19 @@ def test_the_parts_of_a_recording_that_are_kept_are_known(tmp_path, folder):
     assert len(twice) == 2 and twice[0][0] == 0
 
 
+@pytest.mark.parametrize(
+    ("spans", "kept"),
+    [([(0, 5)], ()), ([(0, 9)], ()), ([(1, 5)], ((1, 5),)), ([(0, 2), (3, 5)], ((0, 2), (3, 5)))],
+)
+def test_the_first_frames_of_a_recording_need_no_spans(monkeypatch, spans, kept):
+    good, bad = cache_module.Item("good", seconds=1.0), cache_module.Item("bad", problem="bad")
+    waveforms = [np.zeros(800, np.float32)]
+    monkeypatch.setattr(features_module, "speech_features", lambda waves, _: [(torch.ones(5, 2), spans) for _ in waves])
+    first, second = cache_module._with_frames([bad, good], waveforms, FeatureConfig())
+    assert first is bad and waveforms == []
+    assert (second.id, second.seconds, second.spans) == ("good", 1.0, kept) and second.frames.shape == (5, 2)
+
+
 def test_transposed_archives_are_turned(tmp_path, folder):
     corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
     entry = fill(corpus, folder, features=FeatureConfig())
@@ -355,6 +368,46 @@ def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
         assert entry.ids == plain.ids
         for i in range(20):
             np.testing.assert_allclose(entry.frames(i), plain.frames(i), atol=1e-3)
+
+
+def test_recordings_are_turned_into_frames_in_groups_of_so_many_seconds(monkeypatch):
+    def with_frames(items, waveforms, features):
+        groups.append(([item.seconds for item in items], len(waveforms)))
+        waveforms.clear()
+        yield from items
+
+    groups, seconds = [], [4.0, 0.0, 6.0, 0.5, 12.0, 3.0, 3.0, 3.0, 2.0]
+    monkeypatch.setattr(cache_module, "GROUP_SECONDS", 10.0)
+    monkeypatch.setattr(cache_module, "_with_frames", with_frames)
+    monkeypatch.setattr(
+        cache_module, "_read_recording", lambda s, _: (np.ones(1) if s else None, cache_module.Item("x", seconds=s))
+    )
+    assert [item.seconds for item in cache_module._read_audio(seconds, 80, False, FeatureConfig())] == seconds
+    assert groups == [([4.0, 0.0, 6.0], 2), ([0.5], 1), ([12.0], 1), ([3.0, 3.0, 3.0], 3), ([2.0], 1)]
+
+
+def test_what_is_read_is_stored_in_order_and_the_bad_beside_it(tmp_path, monkeypatch):
+    def written(refuse=None):
+        notes, counted = [], []
+        bar = SimpleNamespace(note=notes.append, update=lambda: counted.append(1))
+        times = iter((0.0, 0.0, 0.0, 0.25))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+            index = cache_module._write_features(tmp_path / "x", iter(items), "uvw", refuse, bar)
+        assert notes == [f"{rate} x real time" for rate in (0, 1000, 4)] and len(counted) == 3
+        return index
+
+    frames = np.arange(9, dtype=np.float32).reshape(3, 3)
+    bad = cache_module.Item("b", problem="is bad")
+    items = [cache_module.Item("a", "A", 1.0, frames[:2]), bad, cache_module.Item("c", "C", 2.0, frames[2:], ((1, 2),))]
+    assert written() == {
+        "ids": ["a", "c"], "texts": ["A", "C"], "frames": [2, 1], "seconds": [1.0, 2.0], "places": [0, 2],
+        "spans": [(), ((1, 2),)], "bad": [("b", "is bad", 1)],
+    }  # fmt: skip
+    assert np.array_equal(np.fromfile(tmp_path / "x", np.float32), np.arange(9))
+    for answer, said in (("", "is bad; or leave"), ("no", "no u A; or leave")):
+        with pytest.raises(InputError, match=f"^{said} such utterances out with --on-bad skip$"):
+            written(lambda u, text, answer=answer: answer and f"{answer} {u} {text}")
 
 
 def test_answers_of_a_worker_are_bounded(monkeypatch):

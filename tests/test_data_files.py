@@ -24,7 +24,10 @@ from archives import (
 from las_fast.data import files as files_module
 from las_fast.data.dataset import open_corpus
 from las_fast.data.files import at_depth, is_hidden, listed, read_lines
-from las_fast.data.hw4p2 import read_transcript
+from las_fast.data.hw4p2 import _test_order, read_transcript
+from las_fast.data.kaldi import open_kaldi
+from las_fast.data.librispeech import read_transcripts
+from las_fast.data.manifest import open_manifest
 from las_fast.errors import InputError
 from las_fast.lm import read_texts
 
@@ -227,6 +230,22 @@ def test_names_in_texts_are_found_where_the_system_does_not_speak_utf8(tmp_path)
     }  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.stdout.strip() == f"ascii {[True] * 7} {[False] + [True] * 6}", out.stderr
+
+
+def test_names_in_texts_are_looked_for_as_the_system_writes_them(tmp_path, monkeypatch):
+    there = "ü".encode().decode("latin-1")
+    (tmp_path / f"{there}.wav").touch()
+    (tmp_path / "m.tsv").write_text("path\nü.wav\n", encoding="utf-8")
+    (tmp_path / "order.csv").write_text("file\nü.npy\n", encoding="utf-8")
+    (tmp_path / "x.trans.txt").write_text("ü A\n", encoding="utf-8")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "wav.scp").write_text("x ü.wav\n", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsdecode", lambda name: name.decode("latin-1"))
+        paths = [u.path for u in (*open_manifest(tmp_path / "m.tsv").utterances("all"),
+                                  *open_kaldi(tmp_path / "dev").utterances("all"))]  # fmt: skip
+        names = [*_test_order(tmp_path / "order.csv", [there]), read_transcripts(tmp_path / "x.trans.txt")[0][0]]
+    assert paths == [tmp_path / f"{there}.wav"] * 2 and names == [there] * 2
 
 
 def test_names_that_are_not_utf8_and_long_ones_are_read(tmp_path):
