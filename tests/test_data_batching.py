@@ -115,11 +115,20 @@ def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utte
     assert hashlib.sha256(formed.encode()).hexdigest()[:16] == digest
 
 
-def test_classes_are_as_wide_as_eight_percent_of_padding_allow():
-    batches = bucketed()
-    assert batches.padding_share(0) <= 0.08
-    batches._ratio = CLASS_RATIOS[CLASS_RATIOS.index(batches._ratio) - 1]
-    assert batches.padding_share(0) > 0.08
+@pytest.mark.parametrize(
+    ("count", "frames", "utterances", "ratio"),
+    [
+        (80, 3000, 4, 1.5), (500, 8000, 4, 1.35), (80, 8000, 4, 1.25), (300, 8000, 16, 1.2), (120, 8000, 8, 1.15),
+        (120, 12000, 8, 1.1), (80, 8000, 8, 1.07), (120, 8000, 16, 1.05), (120, 12000, 16, 1.03), (80, 12000, 8, 1.02),
+        (80, 8000, 16, 1.01),
+    ],
+)  # fmt: skip
+def test_classes_are_as_wide_as_eight_percent_of_padding_allow(count, frames, utterances, ratio):
+    batches = bucketed(LENGTHS[:count], frames=frames, utterances=utterances)
+    assert batches._ratio == ratio and (batches.padding_share(0) <= 0.08 or ratio == min(CLASS_RATIOS))
+    if wider := [r for r in CLASS_RATIOS if r > ratio]:
+        batches._ratio = min(wider)
+        assert batches.padding_share(0) > 0.08
 
 
 def test_company_changes_from_epoch_to_epoch():
