@@ -558,21 +558,23 @@ def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
     assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
 
 
-def test_pages_of_the_map_are_let_go_after_so_many_bytes(corpus, folder, monkeypatch):
+def test_pages_of_the_map_are_let_go_after_so_many_bytes(tmp_path, monkeypatch):
     class Map(mmap.mmap):
         def madvise(self, option):
             assert option == mmap.MADV_DONTNEED
             let_go.append(len(read))
 
-    let_go, read = [], []
-    for u in corpus.utterances("dev-clean"):
-        np.save(u.path, np.ones((10, 28), np.float32))
+    let_go, read, stored = [], [], np.arange(40 * 28, dtype=np.float32).reshape(40, 28)
+    stored.tofile(tmp_path / "features.f32")
+    entry = cache_module.CacheEntry(
+        folder=tmp_path, size=28, ids=list("abcd"), texts=[None] * 4, lengths=np.array([10, 10, 5, 15]),
+        seconds=np.ones(4), places=np.arange(4), spans=[[]] * 4, bad=[],
+    )  # fmt: skip
     monkeypatch.setattr(cache_module.mmap, "mmap", Map)
-    monkeypatch.setattr(cache_module, "DROP_BYTES", 2 * 10 * 28 * 4)
-    entry = fill(corpus, folder)
-    for i in (0, 1, 2, 3, 0, 1, 2):
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 20 * 28 * 4)
+    for i, first, end in ((0, 0, 10), (1, 10, 20), (2, 20, 25), (3, 25, 40), (2, 20, 25), (0, 0, 10), (1, 10, 20)):
         read.append(i)
-        assert np.array_equal(entry.frames(i), np.ones((10, 28)))
+        assert np.array_equal(entry.frames(i), stored[first:end])
     assert let_go == [3, 6]
 
 

@@ -189,6 +189,20 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         listed(tmp_path / "gone")
 
 
+@pytest.mark.parametrize(("closed", "said"), [(".", "data cannot be listed: Perm"), ("a", "no layout that is known")])
+def test_a_folder_that_holds_nothing_but_what_cannot_be_listed_is_refused(tmp_path, monkeypatch, closed, said):
+    def scandir(path):
+        if Path(path) == tmp_path / "data" / closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return known(path)
+
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    known = os.scandir
+    monkeypatch.setattr(files_module.os, "scandir", scandir)
+    with pytest.raises(InputError, match=said):
+        open_corpus(tmp_path / "data")
+
+
 def test_links_in_circles_end(tmp_path):
     speech = make_librispeech(tmp_path, utterances=1, splits=("train-clean-100", "dev-clean")) / "LibriSpeech"
     before = everything(open_corpus(tmp_path))

@@ -530,6 +530,13 @@ def test_each_manifest_of_a_split_is_read_once_and_when_it_is_asked_for(tmp_path
         corpus.utterances("train")
 
 
+def test_manifests_that_are_all_empty_name_no_recordings(tmp_path):
+    for name in ("dev.tsv", "train.tsv"):
+        (tmp_path / name).write_text("path\ttext\n")
+    with pytest.raises(InputError, match="dev.tsv names no recordings; expected a line for each"):
+        open_corpus(tmp_path)
+
+
 def test_of_manifests_that_all_have_a_mistake_the_first_one_is_named(tmp_path):
     for name in ("dev.tsv", "train.tsv"):
         (tmp_path / name).write_text("path\ttext\nlong.wav\n")

@@ -96,6 +96,64 @@ def test_a_worker_that_dies_is_made_up_for(name, capsys):
     assert err.endswith("; from here on batches are made in the training process\n") and err.count("\n") == 1
 
 
+def sent_through(batches, b):
+    """Return what comes out of a pipe into which batch b was written."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        module._send(batches, b, writing)
+        os.close(writing)
+        fields = module._read(pipe, False)
+        assert pipe.read() == b""
+    return fields
+
+
+def test_a_batch_comes_out_of_a_pipe_as_it_was_put_in(monkeypatch):
+    made = {"x": torch.arange(6, dtype=torch.int64).reshape(2, 3), "none": None, "empty": torch.zeros(0, 3),
+            "half": torch.ones(2, dtype=torch.float16)}  # fmt: skip
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda pipe, content: write(pipe, content[:7]))  # as where the pipe is full
+    fields = sent_through([made], 0)
+    assert list(fields) == list(made) and fields["none"] is None
+    for name in ("x", "empty", "half"):
+        assert torch.equal(fields[name], made[name]) and fields[name].dtype == made[name].dtype
+    assert sent_through([], 0) is None  # it could not be made
+
+
+@pytest.mark.parametrize(("fault", "status"), [(None, 0), (BrokenPipeError, 0), (OSError, 1)])
+def test_a_worker_ends_by_itself_and_never_returns(monkeypatch, fault, status):
+    class Ended(BaseException):
+        pass
+
+    def send(batches, b, pipe):
+        did.append((batches, b, pipe))
+        if b == 5 and fault:
+            raise fault
+
+    def end(status):
+        raise Ended(status)
+
+    did, ignored, masks, threads = [], [], [], []
+    monkeypatch.setattr(module, "_send", send)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda *words: masks.append(words))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with pytest.raises(Ended) as error:
+        module._work("batches", [4, 5], 7, {signal.SIGUSR1})
+    monkeypatch.undo()
+    assert error.value.args == (status,) and did == [("batches", 4, 7), ("batches", 5, 7)]
+    assert ignored == [(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert masks == [(signal.SIG_SETMASK, {signal.SIGUSR1})] and threads == [1]
+
+
+def test_how_a_worker_ended_that_another_has_waited_for_is_not_known():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    child = module._Child.__new__(module._Child)
+    child._pid = process.pid
+    assert child._how_it_ended() == "unknown exit status"
+
+
 def test_a_worker_that_exits_is_made_up_for(capsys):
     assert taken(Made(lambda b: b == 4 and os._exit(3)), workers=2) == 5
     assert "ended early (exit status 3)" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from las_fast import progress
 from las_fast.config import FeatureConfig
@@ -369,7 +370,8 @@ def test_missing_data_is_said_before_the_library_ends_the_process(tmp_path, monk
 
 
 def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
-    ended = []
+    ended, threads = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(spoken, "Synthesiser", Tone)
     monkeypatch.setattr(Tone, "close", lambda self: ended.append(self), raising=False)
     utterances = [u for u in spoken.plan(**SIZES) if u.split in ("dev-clean", "test-clean")][4:6]
@@ -380,7 +382,7 @@ def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
     waves = [spoken.record(Tone(), u, seed=3) for u in utterances]
     assert rows == [(u.name, len(wave) / 16000) for u, wave in zip(utterances, waves, strict=True)]
     f23 = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
-    assert f23 == spoken.FEATURES and len(ended) == 1
+    assert f23 == spoken.FEATURES and len(ended) == 1 and threads == [1]
     for u, frames in zip(utterances, compute_features(waves, f23), strict=True):
         stored = np.load(tmp_path / u.split / "mfcc" / f"{u.name}.npy")
         assert stored.dtype == np.float32
@@ -622,6 +624,12 @@ def test_signals_that_are_put_off_come_once_or_stay_ignored(ignored):
         assert came == ([] if ignored else [0]) and signal.getsignal(signal.SIGUSR1) == own
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_a_process_has_made_is_sent():
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    spoken._send(theirs, str, 5)
+    assert ours.recv() == "5"
 
 
 def test_every_task_is_answered_once():
