@@ -75,6 +75,14 @@ def test_the_number_of_batches_is_the_same_in_every_epoch(count, speed):
         assert sorted(sum(formed, [])) == list(range(count))
 
 
+@pytest.mark.parametrize(("seed", "count", "batches"), [(3, 100, 54), (1, 200, 119)])
+def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(seed, count, batches):
+    made = BucketBatches(LENGTHS[:count], frames_per_batch=3000, utterances_per_batch=4, seed=seed, speed=0.1)
+    first = [len(made._form(epoch)) for epoch in range(5)]
+    assert len(made) == max(first[:4]) == batches
+    assert first.index(batches) == 3 or first[4] > batches  # the fourth counts, and the fifth does not
+
+
 def test_batches_know_the_lengths_that_speed_makes(dataset):
     augment = Augment(AugmentConfig(speed=0.3))
     batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
