@@ -263,9 +263,6 @@ class _Batches:
         speed = augment.config.speed if augment else 0.0
         self.factors = speed_factors(speed, seed=seed, epoch=epoch, count=len(dataset)) if speed else None
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
     def __getitem__(self, b: int) -> dict[str, torch.Tensor | None]:
         indices = self.batches[b]
         epoch = self.epoch + b / len(self.batches)
