@@ -143,6 +143,15 @@ def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
     assert second.folder != first.folder
 
 
+def test_a_file_is_known_by_its_path_size_and_time(tmp_path):
+    path, found = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
+    for content, time_ns in ((b"", 0), (b"ab", 0), (b"cd", 1), (b"c", 1)):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, time_ns))
+        found.append(cache_module._stamp(path))
+    assert found[-1] == [str(path), 1, 1] and len(set(map(tuple, found))) == len(found)
+
+
 def test_an_entry_depends_on_everything_that_its_frames_come_from(corpus, tmp_path, monkeypatch):
     utterances = corpus.utterances("dev-clean")
 
