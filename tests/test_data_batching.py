@@ -182,7 +182,8 @@ def test_a_loader_has_the_workers_that_it_is_told_and_pins_for_a_gpu(dataset, mo
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
         loader = make_loader(dataset, [[0], [1], [2]], Vocabulary(), augment=None, seed=0, epoch=0, workers=2,
                              look_up=look_up)  # fmt: skip
-        assert (loader.workers, loader.look_up, loader.pin) == (2, look_up, is_available) and len(loader) == 3
+        made = loader.loader
+        assert (made.workers, made.look_up, made.pin) == (2, look_up, is_available) and len(loader) == 3
 
 
 def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
