@@ -22,6 +22,7 @@ bench: build
 lint: $(STAMP)
 	@echo "== lint"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
 
 gpu-check: build

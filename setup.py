@@ -29,18 +29,24 @@ def extension() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("las_fast: torch is not importable, so the C++ extension is not built. "
-              "For the fast paths: pip install torch setuptools, then pip install --no-build-isolation .")
+        print(
+            "las_fast: torch is not importable, so the C++ extension is not built. "
+            "For the fast paths: pip install torch setuptools, then pip install --no-build-isolation ."
+        )
         return {}
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        print(f"las_fast: no C++ compiler ({compiler}), so the extension is not built; "
-              "the reference paths will be used. To get it, install g++ and run: python setup.py build_ext")
+        print(
+            f"las_fast: no C++ compiler ({compiler}), so the extension is not built; "
+            "the reference paths will be used. To get it, install g++ and run: python setup.py build_ext"
+        )
         return {}
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():
-        print(f"las_fast: Python's headers are missing ({header}), so the extension is not built; the reference paths "
-              "will be used. To get it, install python3-dev (python3-devel) and run: python setup.py build_ext")
+        print(
+            f"las_fast: Python's headers are missing ({header}), so the extension is not built; the reference paths "
+            "will be used. To get it, install python3-dev (python3-devel) and run: python setup.py build_ext"
+        )
         return {}
     module = CppExtension(
         "las_fast._C",

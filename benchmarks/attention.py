@@ -1,6 +1,6 @@
 """The attention of one utterance at several epochs of trainings, side by side in one picture.
 
-    python -m benchmarks.attention runs/a@1 runs/a@15 runs/b@200 --out attention.png [--utterance 1]
+python -m benchmarks.attention runs/a@1 runs/a@15 runs/b@200 --out attention.png [--utterance 1]
 """
 
 from __future__ import annotations

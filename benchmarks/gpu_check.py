@@ -95,9 +95,7 @@ def prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
     def run(backend: str) -> tuple:
         return ctc_prefix(frames, state, torch.full_like(chosen, EOS), parents, chosen, eos=EOS, backend=backend)
 
-    return Measurement(
-        "ctc_prefix", f"B{B} K{K} T{T} V{V}", torch.float32, run, size(frames) + 2 * size(*state)
-    )
+    return Measurement("ctc_prefix", f"B{B} K{K} T{T} V{V}", torch.float32, run, size(frames) + 2 * size(*state))
 
 
 def backtracking(L: int, B: int, K: int, device: str) -> Measurement:
@@ -186,8 +184,10 @@ def rows(
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print(f"make gpu-check needs a CUDA device, and torch {torch.__version__} sees none. `make test` proves the "
-              "kernels without one, as far as that goes.")
+        print(
+            f"make gpu-check needs a CUDA device, and torch {torch.__version__} sees none. `make test` proves the "
+            "kernels without one, as far as that goes."
+        )
         return 1
     print(f"== proofs on {torch.cuda.get_device_name()}", flush=True)
     proofs = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PROOFS], cwd=ROOT)

@@ -1,6 +1,6 @@
 """What the machine can do at most: its rate of matrix products and its memory bandwidth, measured.
 
-    python -m benchmarks.machine [--record]
+python -m benchmarks.machine [--record]
 """
 
 from __future__ import annotations

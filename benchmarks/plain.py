@@ -134,8 +134,14 @@ class Usual(Baseline):
         inputs = cell.gates.in_features - cell.size
         new = nn.LSTMCell(inputs, cell.size)
         weight_ih, weight_hh = cell.gates.weight.detach().split((inputs, cell.size), 1)
-        new.load_state_dict({"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": cell.gates.bias.detach(),
-                             "bias_hh": torch.zeros_like(cell.gates.bias)})
+        new.load_state_dict(
+            {
+                "weight_ih": weight_ih,
+                "weight_hh": weight_hh,
+                "bias_ih": cell.gates.bias.detach(),
+                "bias_hh": torch.zeros_like(cell.gates.bias),
+            }
+        )
         new.bias_hh.requires_grad_(False)
         return new
 

@@ -67,6 +67,4 @@ def test_masked_attention_with_gradients(measure, name, path, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for found, expected in zip(gradients(run), gradients(reference), strict=True):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    measure(
-        lambda: gradients(run), op="masked_attention gradients", backend=path, shape=shape_of(name), dtype=dtype
-    )
+    measure(lambda: gradients(run), op="masked_attention gradients", backend=path, shape=shape_of(name), dtype=dtype)

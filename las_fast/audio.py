@@ -65,9 +65,7 @@ def load_audio(
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def open_recording(
-    path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None
-) -> Recording:
+def open_recording(path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None) -> Recording:
     """Open a recording of any length for reading block by block; arguments and errors are those of load_audio.
 
     path may also be a binary file object, which is read from where it stands to its end, or Samples.

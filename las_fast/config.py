@@ -340,6 +340,7 @@ def _required(f: dataclasses.Field) -> bool:
 
 NO_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
+
 def check(config: Config) -> Config:
     """Return config if its values make sense, alone and together; raise InputError naming the field if not."""
     Vocabulary(config.data.characters)

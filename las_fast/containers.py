@@ -679,9 +679,7 @@ def _codec(packet: bytes) -> str:
     return "-a stream of an unknown kind"
 
 
-def _append_link(
-    source: Source, link: dict[bytes, _Logical], layout: Layout, *, broken: bool, endless: bool
-) -> None:
+def _append_link(source: Source, link: dict[bytes, _Logical], layout: Layout, *, broken: bool, endless: bool) -> None:
     """Add a link of a chain; broken: its last page is incomplete; endless: it may lack the mark of its end."""
     readable = [logical for logical in link.values() if not logical.codec.startswith("-")]
     if not readable:

@@ -93,6 +93,7 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     """Train in out/run: from the start, from where it was interrupted, or not at all where it is complete."""
     from las_fast import train as training
     from las_fast.checkpoint import LAST
+
     folder, stamp = out / "run", out / "training.json"
     wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
     before = read_json(stamp)

@@ -1,7 +1,7 @@
 """A trained model as an object: recordings into transcripts, features into hypotheses. The commands use it too.
 
-    model = las_fast.load("speech13h")
-    print(model.transcribe("talk.mp3").text)
+model = las_fast.load("speech13h")
+print(model.transcribe("talk.mp3").text)
 """
 
 from __future__ import annotations

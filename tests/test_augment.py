@@ -14,8 +14,9 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-HARSH = AugmentConfig(time_masks=20, time_width=1000, time_share=1.0, frequency_masks=20, frequency_width=1000,
-                      frequency_share=1.0)
+HARSH = AugmentConfig(
+    time_masks=20, time_width=1000, time_share=1.0, frequency_masks=20, frequency_width=1000, frequency_share=1.0
+)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 80), (80, 1), (2, 2), (37, 13)])
@@ -27,8 +28,9 @@ def test_masks_never_wipe_an_utterance(shape):
 
 
 def test_masks_together_stay_under_their_shares():
-    config = AugmentConfig(time_masks=10, time_width=40, time_share=0.2, frequency_masks=10, frequency_width=10,
-                           frequency_share=0.5)
+    config = AugmentConfig(
+        time_masks=10, time_width=40, time_share=0.2, frequency_masks=10, frequency_width=10, frequency_share=0.5
+    )
     for seed in range(50):
         out = Augment(config)(torch.ones(100, 40), 0.0, generator(seed))
         assert (out == 0).all(1).sum() <= 20

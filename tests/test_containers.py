@@ -228,7 +228,7 @@ def test_tags_behind_the_sound_are_no_sound(tmp_path, tags):
         (b"ID3\x04\0\0\0\0\0\x05" + bytes(5), 15),
         (b"ID3\x04\0\x10\0\0\0\x05" + bytes(15), 25),
         (b"ID3\x04\0\0\0\0\x02\x01" + bytes(257), 267),
-        (b"ID3\x04\0\0\x81\x80\x80\x80" , 10 + (1 << 21)),
+        (b"ID3\x04\0\0\x81\x80\x80\x80", 10 + (1 << 21)),
         ((b"ID3\x04\0\0\0\0\0\x05" + bytes(5)) * 2, 30),
         (b"ID3\x04", 0),
     ],

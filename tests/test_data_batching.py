@@ -28,8 +28,14 @@ def bucketed(lengths=LENGTHS, *, frames=20000, utterances=64, seed=1):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     corpus = open_corpus(make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=11))
-    return load_dataset(corpus, ("train-clean-100",), features=FeatureConfig(size=28, deltas=1), data=DataConfig(),
-                        need_text=True, progress=False)
+    return load_dataset(
+        corpus,
+        ("train-clean-100",),
+        features=FeatureConfig(size=28, deltas=1),
+        data=DataConfig(),
+        need_text=True,
+        progress=False,
+    )
 
 
 def load(dataset, batches, **options):

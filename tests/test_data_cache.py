@@ -604,17 +604,31 @@ def broken(path, kind):
         with path.open("wb") as file:
             np.savez(file, good)
     else:
-        changed = {"no frames": good[:0], "one-dimensional": good[0], "letters": good.astype(str),
-                   "narrow": good[:, :5], "too large": good.astype(np.float64) * 1e300}
+        changed = {
+            "no frames": good[:0],
+            "one-dimensional": good[0],
+            "letters": good.astype(str),
+            "narrow": good[:, :5],
+            "too large": good.astype(np.float64) * 1e300,
+        }
         np.save(path, changed.get(kind, good))
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("nan", "NaN"), ("infinite", "infinite"), ("too large", "infinite"), ("truncated", "truncated"),
-     ("empty file", "truncated"), ("pickled", "pickle"), ("zipped", "archive of arrays"), ("no frames", "no frames"),
-     ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"), ("letters", "must hold numbers"),
-     ("narrow", r"got \(\d+, 5\)")],
+    [
+        ("nan", "NaN"),
+        ("infinite", "infinite"),
+        ("too large", "infinite"),
+        ("truncated", "truncated"),
+        ("empty file", "truncated"),
+        ("pickled", "pickle"),
+        ("zipped", "archive of arrays"),
+        ("no frames", "no frames"),
+        ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"),
+        ("letters", "must hold numbers"),
+        ("narrow", r"got \(\d+, 5\)"),
+    ],
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
@@ -695,16 +709,23 @@ def test_a_bad_text_is_refused_before_any_recording_is_read(tmp_path, folder, mo
     manifest.write_text(manifest.read_text() + "x\taudio/x.wav\t1\ts\tmade\ttrain\tHÉLLO\n")
     monkeypatch.setattr(cache_module, "_process", lambda *_: pytest.fail("recordings were read"))
     with pytest.raises(InputError, match="vocabulary: 'É'; map them with --data.normalise-text True"):
-        load_dataset(open_corpus(manifest), ("train",), features=FeatureConfig(), data=DataConfig(cache=str(folder)),
-                     need_text=True, progress=False)
+        load_dataset(
+            open_corpus(manifest),
+            ("train",),
+            features=FeatureConfig(),
+            data=DataConfig(cache=str(folder)),
+            need_text=True,
+            progress=False,
+        )
 
 
 def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
     path = corpus.utterances("dev-clean")[1].transcript
     save(path, text_array("lower", True))
     with pytest.raises(InputError, match="outside the vocabulary") as error:
-        load_dataset(corpus, ("dev-clean",), features=F23, data=DataConfig(cache=str(folder)), need_text=True,
-                     progress=False)
+        load_dataset(
+            corpus, ("dev-clean",), features=F23, data=DataConfig(cache=str(folder)), need_text=True, progress=False
+        )
     assert str(path) in str(error.value)
     assert entries(folder) == []
 

@@ -37,8 +37,15 @@ def archive(tmp_path):
 def load(root, split, *, need_text=True, statistics=None, deltas=0, normalisation="utterance", size=28, **options):
     corpus = open_corpus(root)
     features = FeatureConfig(size=size, deltas=deltas, normalisation=normalisation)
-    return load_dataset(corpus, (split,), features=features, data=DataConfig(**options), statistics=statistics,
-                        need_text=need_text, progress=False)
+    return load_dataset(
+        corpus,
+        (split,),
+        features=features,
+        data=DataConfig(**options),
+        statistics=statistics,
+        need_text=need_text,
+        progress=False,
+    )
 
 
 def test_frames_are_normalised_per_utterance_and_coefficient(archive):

@@ -369,7 +369,7 @@ def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, tex
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
         ("m.csv", 'path,text\na.wav,"A\n', "line 2 has a field of several lines"),
         ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field of several lines"),
-        ("m.csv", 'path,text\na.wav,A\n\nb.wav\n', "line 4 has 1 columns; its header has 2"),
+        ("m.csv", "path,text\na.wav,A\n\nb.wav\n", "line 4 has 1 columns; its header has 2"),
         ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is no row of a table"),
         ("M.CSV", "a,b\n1,2\n", "header line that has a column 'path'"),
         ("m.jsonl", '[{"path": "a.wav"}]', r"line 1 must be a JSON object with a key 'path'; got \[{"),
@@ -409,7 +409,14 @@ def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, m
     gone = open_corpus(write_table(tmp_path / "gone.jsonl", [{"path": "~/gone.wav"}])).utterances("all")
     assert gone[0].path == tmp_path / "gone.wav"
     (tmp_path / "a b.wav").symlink_to(long)
-    paths = [(tmp_path / "a b.wav").as_uri(), str(long), "~/long.wav", ".\\..\\long.wav", "..\\long.wav", f"file://{long}"]
+    paths = [
+        (tmp_path / "a b.wav").as_uri(),
+        str(long),
+        "~/long.wav",
+        ".\\..\\long.wav",
+        "..\\long.wav",
+        f"file://{long}",
+    ]
     rows = [{"id": i, "path": path, "text": "HI"} for i, path in enumerate(paths)]
     dataset = load(write_table(tmp_path / "sub" / "m.tsv", rows))
     assert len(dataset) == 6 and all(os.path.samefile(path, long) for path in dataset.paths)

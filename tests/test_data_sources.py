@@ -30,7 +30,9 @@ def test_librispeech_is_recognised_from_each_of_its_folders(tmp_path):
         corpus = open_corpus(place)
         assert (corpus.name, corpus.kind, corpus.root) == ("LibriSpeech", "audio", root / "LibriSpeech")
     assert corpus.roles == {
-        "train": ("train-clean-100", "train-clean-360"), "dev": ("dev-clean",), "test": ("test-clean",),
+        "train": ("train-clean-100", "train-clean-360"),
+        "dev": ("dev-clean",),
+        "test": ("test-clean",),
     }
     assert (corpus.header, corpus.numbered) == (("id", "label"), False)
 
@@ -163,8 +165,12 @@ def test_a_manifest_that_is_not_text_is_refused(tmp_path):
 
 
 def test_seconds_may_be_missing_and_have_another_name(tmp_path):
-    rows = [{"path": "a.wav", "duration": 2}, {"path": "b.wav", "seconds": "1.5"}, {"path": "c.wav"},
-            {"path": "d.wav", "seconds": ""}]
+    rows = [
+        {"path": "a.wav", "duration": 2},
+        {"path": "b.wav", "seconds": "1.5"},
+        {"path": "c.wav"},
+        {"path": "d.wav", "seconds": ""},
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert [u.seconds for u in open_corpus(tmp_path).utterances("all")] == [2.0, 1.5, None, None]
 

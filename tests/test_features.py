@@ -38,8 +38,13 @@ def kaldi(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "config",
-    [LOGMEL, FeatureConfig(size=40), FeatureConfig(size=23, sample_rate=8000), MFCC,
-     FeatureConfig(kind="mfcc", size=13, mel_bins=23)],
+    [
+        LOGMEL,
+        FeatureConfig(size=40),
+        FeatureConfig(size=23, sample_rate=8000),
+        MFCC,
+        FeatureConfig(kind="mfcc", size=13, mel_bins=23),
+    ],
     ids=["80 bins", "40 bins", "8 kHz", "28 MFCC", "13 MFCC"],
 )
 @pytest.mark.parametrize("offset", [0.0, 0.1], ids=["centred", "with an offset"])

@@ -139,8 +139,14 @@ def test_every_part_is_per_token(guided_frames):
 def test_ctc_of_a_padded_batch_is_the_sum_of_its_utterances():
     output = make_output()
     alone = [
-        F.ctc_loss(output.ctc_logits[b, :t].log_softmax(-1), TOKENS[b, :n], torch.tensor(t), torch.tensor(n), PAD,
-                   reduction="sum")
+        F.ctc_loss(
+            output.ctc_logits[b, :t].log_softmax(-1),
+            TOKENS[b, :n],
+            torch.tensor(t),
+            torch.tensor(n),
+            PAD,
+            reduction="sum",
+        )
         for b, (t, n) in enumerate(((12, 3), (6, 1)))
     ]
     torch.testing.assert_close(ctc_loss(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS), sum(alone))

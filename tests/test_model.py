@@ -150,8 +150,13 @@ def test_a_few_utterances_can_be_learnt_by_heart(model):
     model.eval()
     for _ in range(120):
         loss, _ = training_loss(
-            model(features, lengths, tokens), tokens, torch.tensor([4, 3]),
-            label_smoothing=0.0, ctc_weight=0.0, guided_weight=0.0, guided_width=0.1,
+            model(features, lengths, tokens),
+            tokens,
+            torch.tensor([4, 3]),
+            label_smoothing=0.0,
+            ctc_weight=0.0,
+            guided_weight=0.0,
+            guided_width=0.1,
         )
         optimiser.zero_grad()
         loss.backward()

@@ -250,7 +250,7 @@ def test_an_utterance_alone_and_in_a_batch_get_the_same_answer():
 def test_a_beam_of_one_is_greedy():
     many = memory([1, 2, 3], [12, 5, 8])
     for seed, length, found in zip([1, 2, 3], [12, 5, 8], greedy_search(FakeModel(9), many, config()), strict=True):
-        (score, text), = plain_beam(FakeModel(9), memory([seed], [length]), 1, length, 0.0)
+        ((score, text),) = plain_beam(FakeModel(9), memory([seed], [length]), 1, length, 0.0)
         assert (*found[0].text_tokens, EOS) == text and len(found) == 1
         assert found[0].score == pytest.approx(score, abs=1e-4)
     assert beam_search(FakeModel(9), many, config(beam=1)) == greedy_search(FakeModel(9), many, config())

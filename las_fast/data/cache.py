@@ -290,9 +290,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _process(
-    corpus, utterances, features: FeatureConfig, scratch: Path, workers: int
-) -> Generator[Item, None, None]:
+def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Generator[Item, None, None]:
     """Yield an Item an utterance, in order, from this process or from `workers` others."""
     chunks = [list(utterances[i : i + CHUNK]) for i in range(0, len(utterances), CHUNK)]
     task = (corpus.kind, corpus.feature_size, corpus.transposed, features)

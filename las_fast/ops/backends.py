@@ -108,9 +108,9 @@ def choose(
         raise RuntimeError(f'{op}: backend "{backend}" takes {DEVICES[backend]} tensors; got {device.type} tensors')
     if not takes(op, backend, dtype):
         types = " or ".join(str(x) for x in IMPLEMENTED[op][backend] or ())
-        raise RuntimeError(f'{op}: backend "{backend}" takes {types}; got {dtype}. Use backend=\'auto\'')
+        raise RuntimeError(f"{op}: backend \"{backend}\" takes {types}; got {dtype}. Use backend='auto'")
     if excess and (reason := excess.get(backend)):
-        raise RuntimeError(f'{op}: backend "{backend}" {reason}. Use backend=\'auto\'')
+        raise RuntimeError(f"{op}: backend \"{backend}\" {reason}. Use backend='auto'")
     return backend
 
 

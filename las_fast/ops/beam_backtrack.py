@@ -1,8 +1,8 @@
 """Hypotheses from back-pointers, so that a search never copies a hypothesis from step to step.
 
-    beam at step L-1 is k; token = tokens[t, beam]; beam at step t-1 is parents[t, beam]
-    log-probability of that token = scores[t, beam] - scores[t-1, parents[t, beam]]
-    frame it attended to          = frames[t, parents[t, beam]]
+beam at step L-1 is k; token = tokens[t, beam]; beam at step t-1 is parents[t, beam]
+log-probability of that token = scores[t, beam] - scores[t-1, parents[t, beam]]
+frame it attended to          = frames[t, parents[t, beam]]
 """
 
 from __future__ import annotations

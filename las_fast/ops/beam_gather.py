@@ -1,6 +1,6 @@
 """Recurrent states follow their parents after a pruning step of beam search, all of them in one call.
 
-    gathered[b, k] = state[b, parents[b, k]]
+gathered[b, k] = state[b, parents[b, k]]
 """
 
 from __future__ import annotations

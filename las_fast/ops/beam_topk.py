@@ -1,11 +1,11 @@
 """One step of beam search: the K best continuations of each utterance's K hypotheses.
 
-    step[k, v]      = log_softmax(logits[k])[v] + weight * table[state[k], v]    (the second only with an n-gram model)
-    with CTC, instead of the first: (1 - weight) * log_softmax(logits[k])[v] + weight * gains[k, v]
-    candidate[k, v] = scores[k] + step[k, v]
-    a finished beam has one candidate: eos at an unchanged score
-    rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
-    the K highest ranks; equal ranks go to the lower flat index k * V + v
+step[k, v]      = log_softmax(logits[k])[v] + weight * table[state[k], v]    (the second only with an n-gram model)
+with CTC, instead of the first: (1 - weight) * log_softmax(logits[k])[v] + weight * gains[k, v]
+candidate[k, v] = scores[k] + step[k, v]
+a finished beam has one candidate: eos at an unchanged score
+rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
+the K highest ranks; equal ranks go to the lower flat index k * V + v
 """
 
 from __future__ import annotations

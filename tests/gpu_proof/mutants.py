@@ -430,8 +430,13 @@ CODE = [
         (LONG_ROWS, "smallest-key", r"max\.s64", "min.s64", -1),
         (("beam_backtrack", "backtrack_kernel", "wild-parents"), "unclamped", r"min\.s64", "max.s64", 0),
         (("ctc_prefix", "prefix_kernel", "characters"), "no-barriers", r"bar\.sync\s+0;", "", None),
-        (("ctc_prefix", "prefix_kernel", "characters"), "scan-from-another-lane",
-         r"(shfl\.sync\.up\.b32\s+%r\d+, %r\d+), 2,", r"\1, 4,", 0),
+        (
+            ("ctc_prefix", "prefix_kernel", "characters"),
+            "scan-from-another-lane",
+            r"(shfl\.sync\.up\.b32\s+%r\d+, %r\d+), 2,",
+            r"\1, 4,",
+            0,
+        ),
         (("beam_gather", "gather_kernel", "wild-parents"), "unclamped", r"max\.s64", "min.s64", 0),
     )
 ]

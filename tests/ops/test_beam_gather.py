@@ -10,9 +10,7 @@ DTYPES += [torch.complex64, torch.complex128]
 
 def make(B, K, sizes=(5,), dtypes=(torch.float32,), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    states = [
-        torch.randint(-100, 100, (B, K, N), generator=generator).to(dtype) for N in sizes for dtype in dtypes
-    ]
+    states = [torch.randint(-100, 100, (B, K, N), generator=generator).to(dtype) for N in sizes for dtype in dtypes]
     return states, torch.randint(0, max(K, 1), (B, K), generator=generator)
 
 

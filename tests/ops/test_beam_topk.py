@@ -406,9 +406,7 @@ def test_inputs_need_not_be_contiguous(backend):
     options["coverage"] = options["coverage"].t().contiguous().t()
     options["ctc"] = options["ctc"]._replace(gains=options["ctc"].gains.transpose(0, 1).contiguous().transpose(0, 1))
     model = options["ngram"]
-    options["ngram"] = model._replace(
-        table=model.table.t().contiguous().t(), states=model.states.t().contiguous().t()
-    )
+    options["ngram"] = model._replace(table=model.table.t().contiguous().t(), states=model.states.t().contiguous().t())
     assert not any(x.is_contiguous() for x in turned)
     assert_same(step(*turned, backend=backend, **options), step(*inputs, backend="reference", **options))
 
@@ -506,9 +504,7 @@ def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
 def test_it_compiles_into_one_graph(cpp, name):
     logits, scores, finished, lengths = random()
     options = options_for(name, 3, 4, 7)
-    compiled, graphs = compile_and_count(
-        lambda *x: beam_topk(*x[:3], eos=EOS, lengths=x[3], **options)
-    )
+    compiled, graphs = compile_and_count(lambda *x: beam_topk(*x[:3], eos=EOS, lengths=x[3], **options))
     found = compiled(logits, scores, finished, lengths)
     assert_same(found, beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, **options))
     assert len(graphs) == 1

@@ -211,8 +211,10 @@ def test_tokens_that_never_come_leave_their_probability_to_the_others():
 
 def test_inputs_need_not_be_contiguous_and_are_left_alone(backend):
     frames, state, *tokens = random_step(3, 4, 10, 7)
+
     def turned(x):
         return x.transpose(0, 1).contiguous().transpose(0, 1)
+
     given = turned(frames), CtcState(*map(turned, state)), *map(turned, tokens)
     found = call(ctc_prefix, *given, eos=EOS, backend=backend)
     assert_same(found, ctc_prefix(frames, state, *tokens, eos=EOS, backend="reference"))
