@@ -13,6 +13,7 @@ import re
 import struct
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -51,13 +52,16 @@ class Source:
             return b""
 
 
+def _length(span: Span) -> int:
+    return len(span) if isinstance(span, bytes) else span[1] - span[0]
+
+
 class View:
     """Spans one after another as the file that libsndfile is given; no call raises."""
 
     def __init__(self, source: Source, spans: tuple[Span, ...]):
         self.source, self.spans = source, spans
-        lengths = [len(s) if isinstance(s, bytes) else s[1] - s[0] for s in spans]
-        self.starts = [0, *accumulate(lengths)]
+        self.starts = [0, *accumulate(map(_length, spans))]
         self.place = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -74,20 +78,13 @@ class View:
             number = bisect_right(self.starts, self.place) - 1
             span, offset = self.spans[number], self.place - self.starts[number]
             count = min(room - done, self.starts[number + 1] - self.place)
-            made_up = isinstance(span, bytes)
-            data = span[offset : offset + count] if made_up else self.source.read(span[0] + offset, count)
+            in_memory = isinstance(span, bytes)
+            data = span[offset : offset + count] if in_memory else self.source.read(span[0] + offset, count)
             if not data:
                 break
             buffer[done : done + len(data)] = data
             done, self.place = done + len(data), self.place + len(data)
         return done
-
-    def read(self, count: int = -1) -> bytes:
-        buffer = bytearray(count if count >= 0 else max(0, self.starts[-1] - self.place))
-        return bytes(buffer[: self.readinto(buffer)])
-
-    def write(self, data) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ class Stream:
 
     @property
     def length(self) -> int:
-        return sum(len(s) if isinstance(s, bytes) else s[1] - s[0] for s in self.spans)
+        return sum(map(_length, self.spans))
 
 
 @dataclass
@@ -194,8 +191,6 @@ def _walker(head: bytes):
     walkers = {b"OggS": _walk_ogg, b"fLaC": _walk_flac, b".snd": _walk_au, b"caff": _walk_caf, b"riff": _walk_w64}
     if head[:4] in walkers:
         return walkers[head[:4]]
-    if head[:7] == b"NIST_1A":
-        return _walk_nist
     for magic, claimed_end in CLAIMS.items():
         if head.startswith(magic):
             return lambda source, start, layout: _walk_claimed(source, start, layout, claimed_end)
@@ -234,7 +229,7 @@ def _is_chunk(source: Source, place: int, order: str) -> bool:
     head = source.read(place, 8)
     if len(head) < 8 or not all(32 <= byte < 127 for byte in head[:4]):
         return False
-    length = struct.unpack(order + "I", head[4:])[0]
+    (length,) = struct.unpack(order + "I", head[4:])
     return head[:4] in (b"data", b"SSND", b"BODY") or place + 8 + length <= source.size + 1
 
 
@@ -270,20 +265,26 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
         return source.size
     place, claimed = chunks[b"data"]
     if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
-        claimed = struct.unpack("<Q", source.read(chunks[b"ds64"][0] + 16, 8).ljust(8, b"\0"))[0]
+        (claimed,) = _numbers(source, chunks[b"ds64"][0] + 16, "<Q")
     begin, there = place + 8, source.size - place - 8
     length = _true_length(source, begin, claimed, order)
-    end = begin + min(length, there)
+    more, after = _chunks_behind(source, place, length, order)
     format_place, format_length = chunks[b"fmt "]
     content = source.read(format_place + 8, min(format_length, 4096))
     if content[:2] in (b"\x55\0", b"\x50\0") and order == "<":
-        _walk_mpeg(source, begin, end, layout)
+        _walk_mpeg(source, begin, begin + min(length, there), layout)
     elif regular and length == claimed <= there and form != b"BW64":
-        layout.streams.append(Stream(((start, _behind_chunks(source, end, order)),)))
+        layout.streams.append(Stream(((start, more[0][0] if more else after),)))
     else:
-        header = _riff_header(order, content, end - begin)
-        layout.streams.append(Stream((header, (begin, end)), lacking=max(0, length - there)))
-    return _rest_of_riff(source, end, order, content, layout)
+        layout.streams.append(_bare_riff(source, place, length, order, content))
+    layout.streams += [_bare_riff(source, place, length, order, content) for place, length in more]
+    return after
+
+
+def _bare_riff(source: Source, place: int, length: int, order: str, content: bytes) -> Stream:
+    """Return the stream of a chunk of sound under a header of its own."""
+    begin, end = place + 8, min(place + 8 + length, source.size)
+    return Stream((_riff_header(order, content, end - begin), (begin, end)), lacking=begin + length - end)
 
 
 def _true_length(source: Source, begin: int, claimed: int, order: str) -> int:
@@ -311,33 +312,22 @@ def _riff_header(order: str, content: bytes, length: int) -> bytes:
     return struct.pack("<4sI4s", b"RF64", 0xFFFFFFFF, b"WAVE") + sizes + head + tail
 
 
-def _behind_chunks(source: Source, end: int, order: str) -> int:
-    """Return the end of the chunks behind the sound."""
-    place, count = end + end % 2, 0
-    while place + 8 <= source.size and _is_chunk(source, place, order) and count < CHUNKS:
-        if _walker(source.read(place, 16)) or source.read(place, 4) == b"data":
-            return place
-        length = struct.unpack(order + "I", source.read(place + 4, 4))[0]
-        place, count = _behind_chunk(source, place, length, order)[0], count + 1
-    return min(max(place, end), source.size)
+def _chunks_behind(source: Source, place: int, length: int, order: str) -> tuple[list[tuple[int, int]], int]:
+    """Return (place, length) of the data chunks behind a chunk of sound, and where the chunks end.
 
-
-def _rest_of_riff(source: Source, end: int, order: str, content: bytes, layout: Layout) -> int:
-    """Return where another file may begin that was appended; more data chunks, which are rare, are streams."""
-    for place in (end, end + 1):
-        if _walker(source.read(place, 16)):
-            return place
-    place = end + end % 2
+    They end where another file begins, which may have been appended without the pad byte, or with one too many.
+    """
+    found, end = [], min(place + 8 + length, source.size)
+    following = next((p for p in (end, end + 1) if _walker(source.read(p, 16))), None)
+    place = _behind_chunk(source, place, length, order)[0] if following is None else following
     for _ in range(CHUNKS):
-        if place + 8 > source.size or not _is_chunk(source, place, order) or _walker(source.read(place, 16)):
+        if not _is_chunk(source, place, order) or _walker(source.read(place, 16)):
             break
         name, length = _numbers(source, place, order + "4sI")
         if name == b"data" and length:
-            last = min(place + 8 + length, source.size)
-            header = _riff_header(order, content, last - place - 8)
-            layout.streams.append(Stream((header, (place + 8, last)), lacking=place + 8 + length - last))
+            found.append((place, length))
         place = _behind_chunk(source, place, length, order)[0]
-    return min(max(place, end), source.size)
+    return found, min(place, source.size)
 
 
 def _walk_form(source: Source, start: int, layout: Layout) -> int:
@@ -352,7 +342,7 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
     length = _true_length(source, begin, claimed, ">")
     end = min(begin + length, source.size)
     if length == claimed <= source.size - begin:
-        after = _behind_chunks(source, end, ">")
+        after = _chunks_behind(source, place, length, ">")[1]
         layout.streams.append(Stream(((start, after),)))
         return after
     head = bytearray(source.read(start, begin - start))
@@ -386,7 +376,7 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
 
 
 def _walk_au(source: Source, start: int, layout: Layout) -> int:
-    offset, claimed = struct.unpack(">II", source.read(start + 4, 8).ljust(8, b"\0"))
+    offset, claimed = _numbers(source, start + 4, ">II")
     known = None if _is_unknown(claimed) and start + offset + claimed > source.size else claimed
     return _append_plain(source, layout, start, start + max(24, offset), known, (start + 8, ">I"))
 
@@ -448,26 +438,11 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
     return source.size
 
 
-def _walk_nist(source: Source, start: int, layout: Layout) -> int:
-    """NIST SPHERE: a header of text."""
-    text = source.read(start, 1024).decode("latin-1")
-    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
-    length = re.match(r" *([0-9]{1,7})\n", text[8:16])
-    header = int(length[1]) if length else 1024
-    size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
-    end = start + header + numbers.get("sample_count", 0) * size
-    layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
-    if _walker(source.read(end, 16)):
-        layout.streams[-1] = Stream(((start, end),))
-        return end
-    return source.size
-
-
 def _walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
     """A rare format, whose header tells its length."""
     end = claimed_end(source, start)
     layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
-    if start < end < source.size and _walker(source.read(end, 16)):
+    if end > start and _walker(source.read(end, 16)):
         layout.streams[-1] = Stream(((start, end),))
         return end
     return source.size
@@ -476,6 +451,15 @@ def _walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> in
 def _numbers(source: Source, start: int, form: str) -> tuple:
     size = struct.calcsize(form)
     return struct.unpack(form, source.read(start, size).ljust(size, b"\0"))
+
+
+def _nist_end(source: Source, start: int) -> int:
+    """NIST SPHERE: a header of text."""
+    text = source.read(start, 1024).decode("latin-1")
+    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
+    length = re.match(r" *([0-9]{1,7})\n", text[8:16])
+    size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
+    return start + (int(length[1]) if length else 1024) + numbers.get("sample_count", 0) * size
 
 
 def _avr_end(source: Source, start: int) -> int:
@@ -528,6 +512,7 @@ def _mat5_end(source: Source, start: int) -> int:
 
 
 CLAIMS = {
+    b"NIST_1A": _nist_end,
     b"2BIT": _avr_end,
     b"\x01\x04": _mpc_end,
     b"ALawSoundFile**": _wve_end,
@@ -570,13 +555,12 @@ def _flac_frames(source: Source, start: int) -> int | None:
     return int.from_bytes(source.read(start + 21, 5), "big") & (1 << 36) - 1 or None
 
 
-def _find(source: Source, pattern: re.Pattern, place: int, *, overlap: int = 16) -> int:
-    """Return where the pattern is found from place on, or the size of the file."""
-    step = WINDOW - overlap
+def _find(source: Source, pattern: re.Pattern, place: int) -> int:
+    """Return where the pattern, of 16 bytes at most, is found from place on, or the size of the file."""
     while place < source.size:
-        if match := pattern.search(source.read(place, step + overlap)):
+        if match := pattern.search(source.read(place, WINDOW)):
             return place + match.start()
-        place += step
+        place += WINDOW - 15
     return source.size
 
 
@@ -704,13 +688,13 @@ def _append_link(source: Source, link: dict[bytes, _Logical], layout: Layout, *,
 
 # -------------------------------------------------------------------------------------------------------------- MPEG
 
-KBPS = {
-    (1, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+KBPS = {  # by version 1 or 2, and layer: of index 1 to 14
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # in samples, as LAME notes it; no padding at the end
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
@@ -724,19 +708,12 @@ class _Frame:
     info: int  # offset of a Xing header, if this frame is one
 
 
-_known_frames: dict[bytes, _Frame | None] = {}
-
-
 def _mpeg_frame(head: bytes) -> _Frame | None:
     """Return what the header of an MPEG audio frame says, or None where it is none."""
-    key = head[:4]
-    if key not in _known_frames:
-        if len(_known_frames) > 4096:
-            _known_frames.clear()
-        _known_frames[key] = _parse_frame(key)
-    return _known_frames[key]
+    return _parse_frame(head[:4])
 
 
+@lru_cache(maxsize=4096)
 def _parse_frame(head: bytes) -> _Frame | None:
     if len(head) < 4 or head[0] != 255 or head[1] & 0xE0 != 0xE0:
         return None
@@ -744,7 +721,7 @@ def _parse_frame(head: bytes) -> _Frame | None:
     rate_index, kbps_index, pad = head[2] >> 2 & 3, head[2] >> 4, head[2] >> 1 & 1
     if version == 1 or layer == 4 or rate_index == 3 or kbps_index in (0, 15) or head[3] & 3 == 2:
         return None
-    rate, bits = MPEG_RATES[version][rate_index], KBPS[1 if version == 3 else 2, layer][kbps_index] * 1000
+    rate, bits = MPEG_RATES[version][rate_index], KBPS[1 if version == 3 else 2, layer][kbps_index - 1] * 1000
     mono = head[3] >> 6 == 3
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
@@ -777,21 +754,19 @@ def _walk_mpeg(source: Source, start: int, end: int, layout: Layout) -> int:
     """mp3 and its elders. Frames are counted one by one, since headers that count them are missing or wrong."""
     end = _without_tags_behind(source, start, end)
     runs: list[_Mpeg] = []
-    place = _first_frame(source, start, min(end, start + (1 << 20)), end)
-    skipped = 0
-    while place is not None and place < end:
+    place, skipped = _first_frame(source, start, min(end, start + (1 << 20)), end), 0
+    while place < end:
         head = source.read(place, 4)
         frame = _mpeg_frame(head)
         if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, place, end, 2)):
-            tagged = _skip_tags(source, place)
-            after = tagged if tagged > place else _first_frame(source, place + 1, end, end)
-            if after is None:
-                break
-            skipped, place = (skipped, after) if tagged > place else (skipped + after - place, after)
+            after = _skip_tags(source, place)
+            if after == place:
+                after = _first_frame(source, place + 1, end, end)
+                skipped += after - place
+            place = after
             continue
         if place + frame.length > end:
-            if runs:
-                runs[-1].cut = True
+            runs[-1].cut = True
             break
         _add_frame(source, runs, place, head, frame, skipped)
         skipped, place = 0, place + frame.length
@@ -802,18 +777,16 @@ def _walk_mpeg(source: Source, start: int, end: int, layout: Layout) -> int:
 def _add_frame(source: Source, runs: list[_Mpeg], place: int, head: bytes, frame: _Frame, skipped: int) -> None:
     counts = _counting_frame(source, place, frame)
     if counts or not runs or frame.kind != runs[-1].kind:
-        if counts:
-            runs.append(_Mpeg(place, head, frame.kind, [], source.read(place, frame.length)))
-            return
-        runs.append(_Mpeg(place, head, frame.kind, []))
+        info = source.read(place, frame.length) if counts else b""
+        runs.append(_Mpeg(place, head, frame.kind, [], info))
+    if counts:
+        return
     run = runs[-1]
     if run.spans and run.spans[-1][1] == place:
         run.spans[-1][1] = place + frame.length
     else:
         run.lost += skipped if run.spans else 0
         run.spans.append([place, place + frame.length])
-    if not run.frames and run.info:
-        run.kind = frame.kind
     run.frames += 1
 
 
@@ -840,15 +813,15 @@ def _chain(source: Source, place: int, end: int, count: int) -> bool:
 SYNC = re.compile(rb"\xff[\xe2-\xff]")
 
 
-def _first_frame(source: Source, place: int, until: int, end: int) -> int | None:
-    """Return where frames begin between place and until, or None."""
+def _first_frame(source: Source, place: int, until: int, end: int) -> int:
+    """Return where frames begin between place and until, or end."""
     while place < until:
         window = source.read(place, WINDOW)
         for match in SYNC.finditer(window[: until - place]):
             if _chain(source, place + match.start(), end, 4):
                 return place + match.start()
         place += max(1, len(window) - 1)
-    return None
+    return end
 
 
 def _mpeg_stream(run: _Mpeg) -> Stream:

@@ -93,22 +93,27 @@ def test_a_source_remembers_that_the_disk_failed(tmp_path):
     assert source.read(0, 2) == b"" and isinstance(source.error, OSError)
 
 
+def taken(view: View, count: int) -> bytes:
+    buffer = bytearray(count)
+    return bytes(buffer[: view.readinto(buffer)])
+
+
 def test_a_view_is_its_spans_as_one_file(tmp_path):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     with (tmp_path / "x").open("rb") as file:
         view = View(Source(file.fileno()), (b"head", (10, 20), b"", (50, 53)))
         whole = b"head" + bytes(range(10, 20)) + bytes(range(50, 53))
-        assert view.read() == whole and view.read() == view.read(5) == b"" and view.tell() == 17
+        assert view.starts == [0, 4, 14, 14, 17] and view.tell() == 0
+        assert taken(view, 17) == whole and taken(view, 5) == b"" and view.tell() == 17
         for start in range(18):
             for count in (0, 1, 4, 30):
                 assert view.seek(start) == start
-                assert view.read(count) == whole[start : start + count]
+                assert taken(view, count) == whole[start : start + count]
                 assert view.tell() == min(17, start + count)
         assert view.seek(-3, os.SEEK_END) == 14 and view.seek(2, os.SEEK_CUR) == 16
-        assert view.seek(-99, os.SEEK_CUR) == 0 and view.seek(99) == 99 and view.read() == b""
-        assert view.write(b"x") == 0
+        assert view.seek(-99, os.SEEK_CUR) == 0 and view.seek(99) == 99 and taken(view, 1) == b""
         short = View(Source(file.fileno()), ((90, 120),))  # the file is shorter than its header says
-        assert short.read() == bytes(range(90, 100))
+        assert taken(short, 30) == bytes(range(90, 100))
 
 
 # ---------------------------------------------------------------------------------------------------------- MPEG
