@@ -46,7 +46,7 @@ class Source:
 
     def _pread(self, start: int, count: int) -> bytes:
         try:
-            return os.pread(self.descriptor, count, start) if 0 <= start < self.size else b""
+            return os.pread(self.descriptor, min(count, self.size - start), start) if 0 <= start < self.size else b""
         except OSError as error:
             self.error = error
             return b""
@@ -74,7 +74,7 @@ class View:
 
     def readinto(self, buffer) -> int:
         done, room = 0, len(buffer)
-        while done < room and self.place < self.starts[-1]:
+        while self.place < self.starts[-1]:
             number = bisect_right(self.starts, self.place) - 1
             span, offset = self.spans[number], self.place - self.starts[number]
             count = min(room - done, self.starts[number + 1] - self.place)
@@ -277,7 +277,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
         layout.streams.append(Stream(((start, more[0][0] if more else after),)))
     else:
         layout.streams.append(_bare_riff(source, place, length, order, content))
-    layout.streams += [_bare_riff(source, place, length, order, content) for place, length in more]
+    layout.streams += [_bare_riff(source, place, length, order, content) for place, length in more if length]
     return after
 
 
@@ -306,7 +306,8 @@ def _riff_header(order: str, content: bytes, length: int) -> bytes:
     if length < 0xFFFFFF00 or order == ">":
         size = min(4 + len(head) + 8 + length, 0xFFFFFFFF)
         name = b"RIFX" if order == ">" else b"RIFF"
-        return struct.pack(order + "4sI4s", name, size, b"WAVE") + head + struct.pack(order + "4sI", b"data", length)
+        tail = struct.pack(order + "4sI", b"data", min(length, 0xFFFFFFFF))
+        return struct.pack(order + "4sI4s", name, size, b"WAVE") + head + tail
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, 4 + 36 + len(head) + 8 + length, length, 0, 0)
     tail = struct.pack("<4sI", b"data", 0xFFFFFFFF)
     return struct.pack("<4sI4s", b"RF64", 0xFFFFFFFF, b"WAVE") + sizes + head + tail
@@ -324,7 +325,7 @@ def _chunks_behind(source: Source, place: int, length: int, order: str) -> tuple
         if not _is_chunk(source, place, order) or _walker(source.read(place, 16)):
             break
         name, length = _numbers(source, place, order + "4sI")
-        if name == b"data" and length:
+        if name == b"data":
             found.append((place, length))
         place = _behind_chunk(source, place, length, order)[0]
     return found, min(place, source.size)
@@ -354,10 +355,10 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
 # ------------------------------------------------------------------------- plain containers: one header, then samples
 
 
-def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, field_: tuple) -> int:
+def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, count: range) -> int:
     """Add the stream whose samples begin at `begin`; claimed is the header's count of bytes (None: unknown).
 
-    field_ is (place, packed length) of that count in the header, to be put right where it is wrong.
+    count is the places of that count in the header, to be put right where it is wrong.
     """
     there = max(0, source.size - begin)
     if claimed is not None and claimed <= 0 and there:  # it was never filled in
@@ -366,19 +367,16 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
     if claimed is not None and claimed <= there:
         layout.streams.append(Stream(((start, end),)))
         return end
-    head = bytearray(source.read(start, begin - start))
-    place, form = field_
-    size = struct.calcsize(form)
-    head[place - start : place - start + size] = struct.pack(form, min(end - begin, 2 ** (8 * size - 1) - 1))
-    lacking = 0 if claimed is None else max(0, claimed - there)
-    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=lacking))
+    number = struct.pack(">q", end - begin) if len(count) == 8 else b"\xff" * 4  # in 4 bytes: all that there is
+    header = source.read(start, count.start - start) + number + source.read(count.stop, begin - count.stop)
+    layout.streams.append(Stream((header, (begin, end)), lacking=claimed - there if known else 0))
     return end
 
 
 def _walk_au(source: Source, start: int, layout: Layout) -> int:
     offset, claimed = _numbers(source, start + 4, ">II")
     known = None if _is_unknown(claimed) and start + offset + claimed > source.size else claimed
-    return _append_plain(source, layout, start, start + max(24, offset), known, (start + 8, ">I"))
+    return _append_plain(source, layout, start, start + max(24, offset), known, range(start + 8, start + 12))
 
 
 def _walk_caf(source: Source, start: int, layout: Layout) -> int:
@@ -398,7 +396,7 @@ def _walk_caf(source: Source, start: int, layout: Layout) -> int:
 
 def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed: int | None) -> int:
     begin = place + 12
-    end = _append_plain(source, layout, start, begin, claimed, (place + 4, ">q"))
+    end = _append_plain(source, layout, start, begin, claimed, range(place + 4, place + 12))
     following = end
     while following + 12 <= source.size:
         name, length = _numbers(source, following, ">4sq")

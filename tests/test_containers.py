@@ -94,7 +94,7 @@ def test_a_source_remembers_that_the_disk_failed(tmp_path):
 
 
 def taken(view: View, count: int) -> bytes:
-    buffer = bytearray(count)
+    buffer = memoryview(bytearray(count))
     return bytes(buffer[: view.readinto(buffer)])
 
 
