@@ -121,7 +121,7 @@ def find_streams(source: Source) -> Layout:
     place = 0
     while place < source.size:
         place = _skip_tags(source, place)
-        walk = _walker(source.read(place, 16))
+        walk = _walker(source, place)
         if walk is None:
             if layout.streams and not layout.streams[-1].padding:
                 _note_behind(source, place, layout)
@@ -182,8 +182,9 @@ def foreign_format(source: Source) -> str:
     return "Ogg without Vorbis, Opus or FLAC" if head.startswith(b"OggS") else ""
 
 
-def _walker(head: bytes):
-    """Return the function that walks the container which begins with these bytes, or None."""
+def _walker(source: Source, place: int):
+    """Return the function that walks the container which begins here, or None."""
+    head = source.read(place, 16)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return _walk_riff
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
@@ -219,6 +220,12 @@ def _without_tags_behind(source: Source, start: int, end: int) -> int:
             end -= min(size + (32 if flags & 1 << 31 else 0), end - start)
         if end == before:
             return end
+
+
+def _headless(source: Source, start: int, layout: Layout) -> int:
+    """Add the rest of the file as a stream that ends within its header."""
+    layout.streams.append(Stream(((start, source.size),), headless=True))
+    return source.size
 
 
 # ------------------------------------------------------------------------------------------------- chunks: wav, AIFF
@@ -261,8 +268,7 @@ def _walk_riff(source: Source, start: int, layout: Layout) -> int:
     order = ">" if form == b"RIFX" else "<"
     chunks, regular = _chunks(source, start, order, b"data")
     if b"data" not in chunks or b"fmt " not in chunks:
-        layout.streams.append(Stream(((start, source.size),), headless=True))
-        return source.size
+        return _headless(source, start, layout)
     place, claimed = chunks[b"data"]
     if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
         (claimed,) = _numbers(source, chunks[b"ds64"][0] + 16, "<Q")
@@ -319,10 +325,10 @@ def _chunks_behind(source: Source, place: int, length: int, order: str) -> tuple
     They end where another file begins, which may have been appended without the pad byte, or with one too many.
     """
     found, end = [], min(place + 8 + length, source.size)
-    following = next((p for p in (end, end + 1) if _walker(source.read(p, 16))), None)
+    following = next((p for p in (end, end + 1) if _walker(source, p)), None)
     place = _behind_chunk(source, place, length, order)[0] if following is None else following
     for _ in range(CHUNKS):
-        if not _is_chunk(source, place, order) or _walker(source.read(place, 16)):
+        if not _is_chunk(source, place, order) or _walker(source, place):
             break
         name, length = _numbers(source, place, order + "4sI")
         if name == b"data":
@@ -336,8 +342,7 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
     sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
     chunks, _ = _chunks(source, start, ">", sound)
     if sound not in chunks:
-        layout.streams.append(Stream(((start, source.size),), headless=True))
-        return source.size
+        return _headless(source, start, layout)
     place, claimed = chunks[sound]
     begin = place + 8
     length = _true_length(source, begin, claimed, ">")
@@ -390,8 +395,7 @@ def _walk_caf(source: Source, start: int, layout: Layout) -> int:
         if length < 0 or place > source.size:
             break
         place += 12 + length
-    layout.streams.append(Stream(((start, source.size),), headless=True))
-    return source.size
+    return _headless(source, start, layout)
 
 
 def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed: int | None) -> int:
@@ -400,9 +404,9 @@ def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed:
     following = end
     while following + 12 <= source.size:
         name, length = _numbers(source, following, ">4sq")
-        if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following:
+        if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following - 12:
             break
-        if _walker(source.read(following, 16)):
+        if _walker(source, following):
             return following
         following += 12 + length
     if following > end:  # chunks behind the sound, as ALAC's packet table
@@ -422,7 +426,7 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
             there = source.size - place - 24
             if claimed is not None and claimed <= there:
                 end = place + 24 + claimed + -claimed % 8
-                end = end if _walker(source.read(end, 16)) else source.size
+                end = end if _walker(source, end) else source.size
                 layout.streams.append(Stream(((start, end),)))
                 return end
             header = source.read(start, place - start + 16) + struct.pack("<q", 24 + there)
@@ -432,15 +436,14 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
         if length < 24 or place > source.size:
             break
         place += length + -length % 8
-    layout.streams.append(Stream(((start, source.size),), headless=True))
-    return source.size
+    return _headless(source, start, layout)
 
 
 def _walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
     """A rare format, whose header tells its length."""
     end = claimed_end(source, start)
     layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
-    if end > start and _walker(source.read(end, 16)):
+    if end > start and _walker(source, end):
         layout.streams[-1] = Stream(((start, end),))
         return end
     return source.size

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import soxr
 from archives import make_waveform, write_audio
+from layouts import chunk, riff
 
 from las_fast import audio, containers
 from las_fast.audio import load_audio, loudness, open_recording
@@ -116,16 +117,6 @@ def test_a_long_recording_needs_little_memory(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- wav headers
-
-
-def riff(*chunks: bytes, size: int | None = None, name: bytes = b"RIFF") -> bytes:
-    content = b"WAVE" + b"".join(chunks)
-    return name + struct.pack("<I", len(content) if size is None else size) + content
-
-
-def chunk(name: bytes, content: bytes, size: int | None = None, *, pad: bool = True) -> bytes:
-    odd = b"\0" if pad and len(content) % 2 else b""
-    return name + struct.pack("<I", len(content) if size is None else size) + content + odd
 
 
 FORMAT = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16))

@@ -1,0 +1,38 @@
+"""Files of sound made by hand, byte by byte, and the streams that las_fast.containers finds in them."""
+
+from __future__ import annotations
+
+import struct
+
+from las_fast.containers import Layout, Stream, find_streams
+
+
+class Bytes:
+    """A Source in memory. size: of the file, if it is larger than these bytes."""
+
+    def __init__(self, data: bytes, size: int | None = None):
+        self.data, self.size = data, len(data) if size is None else size
+
+    def read(self, start: int, count: int) -> bytes:
+        return self.data[start : start + count] if start >= 0 else b""
+
+
+def layout_of(data: bytes, size: int | None = None) -> Layout:
+    return find_streams(Bytes(data, size))
+
+
+def streams_of(data: bytes, size: int | None = None) -> list[Stream]:
+    """Return the streams of a file of which everything is read."""
+    layout = layout_of(data, size)
+    assert layout.unread == []
+    return layout.streams
+
+
+def chunk(name: bytes, content: bytes = b"", size: int | None = None, *, pad: bool = True, order: str = "<") -> bytes:
+    odd = b"\0" if pad and len(content) % 2 else b""
+    return name + struct.pack(order + "I", len(content) if size is None else size) + content + odd
+
+
+def riff(*chunks: bytes, size: int | None = None, name: bytes = b"RIFF", form: bytes = b"WAVE", order: str = "<"):
+    content = form + b"".join(chunks)
+    return name + struct.pack(order + "I", len(content) if size is None else size) + content
