@@ -243,9 +243,9 @@ def _is_chunk(source: Source, place: int, order: str) -> bool:
 def _behind_chunk(source: Source, place: int, length: int, order: str) -> tuple[int, bool]:
     """Return where the next chunk begins, and whether that is where it should: a pad byte may have been forgotten."""
     end = place + 8 + length
-    if length % 2 == 0 or end + 1 >= source.size or _is_chunk(source, end + 1, order):
-        return end + length % 2, True
-    return (end, False) if _is_chunk(source, end, order) else (end + 1, True)
+    if length % 2 and _is_chunk(source, end, order) and not _is_chunk(source, end + 1, order):
+        return end, False
+    return end + length % 2, True
 
 
 def _chunks(source: Source, start: int, order: str, wanted: bytes):
@@ -546,8 +546,8 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
         place += 4 + int.from_bytes(block[1:], "big")
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
-    frames = _flac_frames(source, start)
-    layout.streams.append(Stream(((start, sound_end),), frames, headless=place >= source.size, resumable=True))
+    options = {"frames": _flac_frames(source, start), "headless": not last or place >= source.size, "resumable": True}
+    layout.streams.append(Stream(((start, sound_end),), **options))
     return end
 
 
@@ -726,8 +726,8 @@ def _parse_frame(head: bytes) -> _Frame | None:
     mono = head[3] >> 6 == 3
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
-    side = ((17 if mono else 32) if version == 3 else (9 if mono else 17)) + 4
-    return _Frame(length, samples, (version, layer, rate, mono), side + (0 if head[1] & 1 else 2))
+    side = (17 if mono else 32) if version == 3 else (9 if mono else 17)
+    return _Frame(length, samples, (version, layer, rate, mono), 4 + side)  # a checksum moves no Xing header
 
 
 def _frame_at(head: bytes) -> _Frame:
@@ -811,7 +811,7 @@ def _chain(source: Source, place: int, end: int, count: int) -> bool:
     return True
 
 
-SYNC = re.compile(rb"\xff[\xe2-\xff]")
+SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # three bytes that may begin a frame
 
 
 def _first_frame(source: Source, place: int, until: int, end: int) -> int:
@@ -821,7 +821,7 @@ def _first_frame(source: Source, place: int, until: int, end: int) -> int:
         for match in SYNC.finditer(window[: until - place]):
             if _chain(source, place + match.start(), end, 4):
                 return place + match.start()
-        place += max(1, len(window) - 1)
+        place += max(1, len(window) - 2)
     return end
 
 

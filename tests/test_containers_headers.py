@@ -83,6 +83,31 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
 
 
 @pytest.mark.parametrize(
+    ("claimed", "there", "true"),
+    [
+        (1000, 1000, 1000),
+        (1000, 2000, 1000),
+        (2000, 1000, 2000),
+        (0, 1000, 1000),
+        (1 << 31, 1000, 1000),
+        ((1 << 31) - 65536, 1000, 1000),
+        ((1 << 31) - 65537, 1000, (1 << 31) - 65537),
+        ((1 << 31) + 65537, 1000, (1 << 31) + 65537),
+        ((1 << 32) - 1, 1000, 1000),
+        (1 << 62, 1000, 1000),
+        ((1 << 62) - 1, 1000, (1 << 62) - 1),
+        (1000, (1 << 32) + 1000, (1 << 32) + 1000),
+        (1000, (1 << 32) + 1000 - 65536, (1 << 32) + 1000 - 65536),
+        (1000, (1 << 32) + 1000 - 65537, 1000),
+        (1000, 1 << 31, 1000),
+    ],
+)
+def test_a_length_that_no_recorder_means_is_not_believed(claimed, there, true):
+    source = Bytes(b"", 44 + there)
+    assert containers._true_length(source, 44, claimed, "<") == true
+
+
+@pytest.mark.parametrize(
     "data",
     [
         WAV,
@@ -94,6 +119,7 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
         riff(FORMAT, chunk(b"data", SOUND), name=b"RF64"),
         riff(FORMAT, chunk(b"data")),
         riff(FORMAT, chunk(b"data"), NOTE),
+        riff(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
         riff(FORMAT, chunk(b"data", SOUND)) + b"\0",
     ],
 )  # fmt: skip
@@ -196,6 +222,8 @@ def test_mpeg_within_a_wav_is_taken_out_of_it(code):
     assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
     assert streams_of(riff(form, chunk(b"data", frame * 5, 9999))) == expected
     assert streams_of(riff(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].frames == 3 * 1152
+    (cut,) = streams_of(data[: 44 + 5 * 522 - 1])
+    assert cut.frames == 4 * 1152 and cut.cut
     big = chunk(b"fmt ", form[8:], order=">")
     other = riff(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
     assert streams_of(other) == whole(len(other))
