@@ -195,7 +195,7 @@ def _walker(source: Source, place: int):
     for magic, claimed_end in CLAIMS.items():
         if head.startswith(magic):
             return lambda source, start, layout: _walk_claimed(source, start, layout, claimed_end)
-    if _mpeg_frame(head):
+    if _mpeg_frame(head[:4]):
         return lambda source, start, layout: _walk_mpeg(source, start, source.size, layout)
     return None
 
@@ -215,7 +215,7 @@ def _without_tags_behind(source: Source, start: int, end: int) -> int:
         if source.read(end - 128, 3) == b"TAG" and end - 128 >= start:
             end -= 128
         footer = source.read(end - 32, 32)
-        if footer[:8] == b"APETAGEX" and len(footer) == 32:
+        if footer[:8] == b"APETAGEX":
             size, flags = struct.unpack("<I", footer[12:16])[0], struct.unpack("<I", footer[20:24])[0]
             end -= min(size + (32 if flags & 1 << 31 else 0), end - start)
         if end == before:
@@ -324,7 +324,7 @@ def _chunks_behind(source: Source, place: int, length: int, order: str) -> tuple
 
     They end where another file begins, which may have been appended without the pad byte, or with one too many.
     """
-    found, end = [], min(place + 8 + length, source.size)
+    found, end = [], place + 8 + length
     following = next((p for p in (end, end + 1) if _walker(source, p)), None)
     place = _behind_chunk(source, place, length, order)[0] if following is None else following
     for _ in range(CHUNKS):
@@ -351,9 +351,8 @@ def _walk_form(source: Source, start: int, layout: Layout) -> int:
         after = _chunks_behind(source, place, length, ">")[1]
         layout.streams.append(Stream(((start, after),)))
         return after
-    head = bytearray(source.read(start, begin - start))
-    head[-4:] = struct.pack(">I", min(end - begin, 0xFFFFFFFF))
-    layout.streams.append(Stream((bytes(head), (begin, end)), lacking=max(0, begin + length - source.size)))
+    header = source.read(start, begin - 4 - start) + struct.pack(">I", min(end - begin, 0xFFFFFFFF))
+    layout.streams.append(Stream((header, (begin, end)), lacking=begin + length - end))
     return end
 
 
@@ -392,8 +391,6 @@ def _walk_caf(source: Source, start: int, layout: Layout) -> int:
             claimed = None if length < 4 else length
             # The count of edits, four bytes, belongs to the chunk
             return _append_caf(source, layout, start, place, claimed)
-        if length < 0 or place > source.size:
-            break
         place += 12 + length
     return _headless(source, start, layout)
 
@@ -406,8 +403,6 @@ def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed:
         name, length = _numbers(source, following, ">4sq")
         if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following - 12:
             break
-        if _walker(source, following):
-            return following
         following += 12 + length
     if following > end:  # chunks behind the sound, as ALAC's packet table
         layout.streams[-1] = replace(layout.streams[-1], spans=((start, following),))
@@ -433,8 +428,6 @@ def _walk_w64(source: Source, start: int, layout: Layout) -> int:
             lacking = claimed - there if claimed is not None else 0
             layout.streams.append(Stream((header, (place + 24, source.size)), lacking=lacking))
             return source.size
-        if length < 24 or place > source.size:
-            break
         place += length + -length % 8
     return _headless(source, start, layout)
 
@@ -709,13 +702,9 @@ class _Frame:
     info: int  # offset of a Xing header, if this frame is one
 
 
-def _mpeg_frame(head: bytes) -> _Frame | None:
-    """Return what the header of an MPEG audio frame says, or None where it is none."""
-    return _parse_frame(head[:4])
-
-
 @lru_cache(maxsize=4096)
-def _parse_frame(head: bytes) -> _Frame | None:
+def _mpeg_frame(head: bytes) -> _Frame | None:
+    """Return what the header of an MPEG audio frame says, or None where these four bytes are none."""
     if len(head) < 4 or head[0] != 255 or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
@@ -762,7 +751,7 @@ def _walk_mpeg(source: Source, start: int, end: int, layout: Layout) -> int:
         if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, place, end, 2)):
             after = _skip_tags(source, place)
             if after == place:
-                after = _first_frame(source, place + 1, end, end)
+                after = _first_frame(source, place, end, end)
                 skipped += after - place
             place = after
             continue
@@ -821,16 +810,15 @@ def _first_frame(source: Source, place: int, until: int, end: int) -> int:
         for match in SYNC.finditer(window[: until - place]):
             if _chain(source, place + match.start(), end, 4):
                 return place + match.start()
-        place += max(1, len(window) - 2)
+        place += WINDOW - 2
     return end
 
 
 def _mpeg_stream(run: _Mpeg) -> Stream:
-    frame = _frame_at(run.first)
-    claimed, size = _counted(run.info, frame)
-    spans = [(a, b) for a, b in run.spans]
-    sound: tuple[Span, ...] = tuple(spans)
-    length = sum(b - a for a, b in spans)
+    samples = _mpeg_frame(run.first).samples
+    claimed, size = _counted(run.info, _mpeg_frame(run.first))
+    sound = tuple((a, b) for a, b in run.spans)
+    length = sum(b - a for a, b in sound)
     if size and size <= length + len(run.info) + 256:  # all bytes are there: the count lies
         claimed = min(claimed, run.frames)
     frames = max(run.frames, claimed) * frame.samples
@@ -839,9 +827,9 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
     options: dict[str, Any] = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
-    if run.info and claimed == run.frames and abs(size - length - len(run.info)) <= length // 100:
-        whole = (run.start, spans[0][1]) if spans and run.start + len(run.info) == spans[0][0] else None
-        sound = (whole, *spans[1:]) if whole else (run.info, *spans)
+    if run.info and claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
+        whole = (run.start, sound[0][1]) if sound and run.start + len(run.info) == sound[0][0] else None
+        sound = (whole, *sound[1:]) if whole else (run.info, *sound)
         return Stream(sound, **options, padding=_padding(run))
     info = _info_frame(run, length)
     return Stream((info, *sound), **options, padding=_padding(run))
@@ -849,19 +837,19 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
 
 def _padding(run: _Mpeg) -> int:
     """Return the samples that a decoder may take off at both ends, by the encoder's note, or a frame without one."""
-    place = _frame_at(run.first).info + 120 + 21
+    place = _mpeg_frame(run.first).info + 120 + 21
     numbers = int.from_bytes(run.info[place : place + 3], "big") if len(run.info) >= place + 3 else 0
     return (numbers >> 12) + (numbers & 0xFFF) + 1152
 
 
 def _counted(info: bytes, frame: _Frame) -> tuple[int, int]:
-    """Return the frames and bytes that a counting frame gives, or 0."""
+    """Return the frames and bytes that a counting frame gives, or 0; info is b"" where there is none."""
     xing = info[frame.info : frame.info + 16].ljust(16, b"\0")
     if xing[:4] in (b"Xing", b"Info"):
         flags, *numbers = struct.unpack(">III", xing[4:])
         found = [numbers.pop(0) if flags & bit else 0 for bit in (1, 2)]
         return found[0] if found[0] < 1 << 28 else 0, found[1]
-    if info[36:40] == b"VBRI" and len(info) >= 54:
+    if len(info) >= 54:  # VBRI
         size, frames = struct.unpack(">II", info[46:54])
         return frames if frames < 1 << 28 else 0, size
     return 0, 0
@@ -877,12 +865,12 @@ def _info_frame(run: _Mpeg, length: int) -> bytes:
     head[1] |= 1  # no checksum
     for index in range(1, 15):
         head[2] = index << 4 | head[2] & 0x0D
-        frame = _frame_at(bytes(head))
+        frame = _mpeg_frame(bytes(head))
         if frame.length >= frame.info + 16 + 140:
             break
-    info, at = run.info, _frame_at(run.first).info
+    info, at = run.info, _mpeg_frame(run.first).info
     flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 156 else 0
     noted = flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc")
-    notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY + bytes(12)
+    notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
     body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + notes
     return bytes(head) + bytes(frame.info - 4) + (body + bytes(frame.length))[: frame.length - frame.info]

@@ -72,6 +72,7 @@ def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is
         (b"\0", 5, (14, True)),
         (b"\0?", 5, (14, True)),
         (b"LIST", 5, (14, True)),
+        (b"x" + NOTE + bytes(2000), 5, (14, True)),  # where it is, its name would be xLIS
     ],
 )
 def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
@@ -378,7 +379,7 @@ def test_the_sound_of_caf_is_counted_by_its_chunk(before):
 
 @pytest.mark.parametrize(
     "junk",
-    [b"a\x1f~b" + bytes(8), b"a \x7fb" + bytes(8), b"note" + struct.pack(">q", 2), b"note" + struct.pack(">q", -1),
+    [b"a\x1f~b" + bytes(8), b"a \x7fb" + bytes(8), b"note" + struct.pack(">q", 1), b"note" + struct.pack(">q", -1),
      b"note" + bytes(7)],
 )  # fmt: skip
 def test_what_is_no_chunk_of_caf_behind_the_sound_is_left_out(junk):
@@ -388,7 +389,9 @@ def test_what_is_no_chunk_of_caf_behind_the_sound_is_left_out(junk):
     assert streams_of(data + note) == streams_of(data + note + junk) == whole(len(data) + len(note))
 
 
-@pytest.mark.parametrize("data", [caf(DESC), caf((b"desc", -1, bytes(32)), (b"data", 4, SOUND)), caf(), caf(DESC)[:30]])
+@pytest.mark.parametrize(
+    "data", [caf(DESC), caf((b"desc", -12, bytes(32)), (b"data", 4, SOUND)), caf(), caf(DESC)[:30]]
+)
 def test_a_caf_without_sound_ends_within_its_header(data):
     assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
     assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
@@ -442,7 +445,7 @@ def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
     assert streams_of(least) == [Stream(((at, len(least)),))]
 
 
-@pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 23, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])
+@pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 0, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])
 def test_a_w64_without_sound_ends_within_its_header(data):
     assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
     assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
@@ -521,7 +524,7 @@ def test_the_blocks_of_a_voc_are_walked(monkeypatch):
     assert ends(containers._voc_end, head + block * 5) == 26 + 3 * 304
 
 
-@pytest.mark.parametrize(("kind", "size"), [(0, 8), (10, 4), (20, 4), (30, 2), (40, 2), (50, 1), (90, 1)])
+@pytest.mark.parametrize(("kind", "size"), [(0, 8), (9, 8), (10, 4), (20, 4), (30, 2), (40, 2), (50, 1), (90, 1)])
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("imaginary", [0, 1])
 def test_a_mat4_is_two_matrices(kind, size, order, imaginary):
