@@ -173,11 +173,11 @@ FOREIGN = (
 
 def foreign_format(source: Source) -> str:
     """Return the name of a format of sound or video that is known but not read here, or ""."""
-    head = source.read(_skip_tags(source, 0), 1024)
+    head = source.read(_skip_tags(source, 0), 377)
     for place, magic, what in FOREIGN:
         if head[place:].startswith(magic):
             return what
-    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
+    if len(head) == 377 and head[0] == head[188] == head[376] == 0x47:
         return "an MPEG transport stream"
     return "Ogg without Vorbis, Opus or FLAC" if head.startswith(b"OggS") else ""
 
@@ -203,7 +203,7 @@ def _walker(source: Source, place: int):
 def _skip_tags(source: Source, place: int) -> int:
     """Return where the sound begins behind ID3v2 tags."""
     while (head := source.read(place, 10))[:3] == b"ID3" and len(head) == 10:
-        size = sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        size = sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
         place += 10 + size + (10 if head[5] & 16 else 0)
     return place
 
@@ -399,7 +399,7 @@ def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed:
     begin = place + 12
     end = _append_plain(source, layout, start, begin, claimed, range(place + 4, place + 12))
     following = end
-    while following + 12 <= source.size:
+    for _ in range(CHUNKS):
         name, length = _numbers(source, following, ">4sq")
         if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following - 12:
             break
@@ -593,7 +593,7 @@ class _Page:
 def _ogg_page(source: Source, place: int) -> _Page | None:
     """Return the page that begins here, or None where there is none or not all of it."""
     head = source.read(place, 27 + 255)
-    if head[:5] != b"OggS\0" or len(head) < 27 or len(head) < 27 + head[26]:
+    if head[:5] != b"OggS\0" or len(head) < 27:
         return None
     body = place + 27 + head[26]
     after = body + sum(head[27 : 27 + head[26]])
@@ -632,7 +632,7 @@ def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -
         # First pages come before all others of their link
         if not links or page.serial in links[-1] or any(logical.begun for logical in links[-1].values()):
             links.append({})
-        links[-1][page.serial] = _Logical(_codec(source.read(page.body, 8)), [], page.sequence - 1)
+        links[-1][page.serial] = _Logical(_codec(source.read(page.body, 8)), [], page.sequence)
     logical = links[-1].get(page.serial) if links else None
     if logical is None:
         return
@@ -690,6 +690,7 @@ KBPS = {  # by version 1 or 2, and layer: of index 1 to 14
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
+ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # that note their delay behind the count
 ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # in samples, as LAME notes it; no padding at the end
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 
@@ -869,8 +870,7 @@ def _info_frame(run: _Mpeg, length: int) -> bytes:
         if frame.length >= frame.info + 16 + 140:
             break
     info, at = run.info, _mpeg_frame(run.first).info
-    flags = struct.unpack(">I", info[at + 4 : at + 8])[0] if len(info) >= at + 156 else 0
-    noted = flags & 15 == 15 and info[at + 120 : at + 124] in (b"LAME", b"Lavf", b"Lavc")
+    noted = len(info) >= at + 156 and info[at + 7] & 15 == 15 and info[at + 120 : at + 124] in ENCODERS
     notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
     body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + notes
     return bytes(head) + bytes(frame.info - 4) + (body + bytes(frame.length))[: frame.length - frame.info]

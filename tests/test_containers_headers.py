@@ -361,7 +361,7 @@ DESC = (b"desc", 32, bytes(32))
 @pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
 def test_the_sound_of_caf_is_counted_by_its_chunk(before):
     at, begin = len(before), len(before) + 64
-    for behind in ([], [(b"pakt", 5, bytes(5))], [(b"a ~b", 0, b""), (b"info", 1, b"\0")]):
+    for behind in ([], [(b"note", 0, b"")], [(b"pakt", 5, bytes(5))], [(b"a ~b", 0, b""), (b"info", 1, b"\0")]):
         data = before + caf(DESC, (b"data", 100, SOUND), *behind)
         assert streams_of(data) == [Stream(((at, len(data)),))]
         assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]

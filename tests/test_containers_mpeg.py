@@ -271,6 +271,9 @@ def test_the_end_of_the_frames_is_where_another_file_begins():
         found = layout_of(data + wav).streams
         assert found[0].frames == 9 * 1152 and found[0].spans[-1][1] == len(data)
         assert found[1:] == [Stream(((len(data), len(data) + len(wav)),))]
+    for data in (frames(9) + frames(9, rate=1), frames(9) + bytes(700) + frames(9), counting(9) * 2 + frames(9)):
+        assert layout_of(data + wav).streams[-1] == Stream(((len(data), len(data) + len(wav)),))
+        assert len(layout_of(data + wav).streams) == len(layout_of(data).streams) + 1
     layout = Layout()
     data = frames(9) + b"TAG" + bytes(125)
     assert containers._walk_mpeg(Bytes(data), 0, len(data), layout) == 9 * SIZE
