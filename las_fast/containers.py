@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from bisect import bisect_right
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -214,9 +214,8 @@ def _without_tags_behind(source: Source, start: int, end: int) -> int:
         before = end
         if source.read(end - 128, 3) == b"TAG" and end - 128 >= start:
             end -= 128
-        footer = source.read(end - 32, 32)
-        if footer[:8] == b"APETAGEX":
-            size, flags = struct.unpack("<I", footer[12:16])[0], struct.unpack("<I", footer[20:24])[0]
+        name, size, flags = _numbers(source, end - 32, "<8s4xI4xI")
+        if name == b"APETAGEX":
             end -= min(size + (32 if flags & 1 << 31 else 0), end - start)
         if end == before:
             return end
@@ -405,7 +404,7 @@ def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed:
             break
         following += 12 + length
     if following > end:  # chunks behind the sound, as ALAC's packet table
-        layout.streams[-1] = replace(layout.streams[-1], spans=((start, following),))
+        layout.streams[-1] = Stream(((start, following),))
     return following
 
 
@@ -451,7 +450,7 @@ def _nist_end(source: Source, start: int) -> int:
     """NIST SPHERE: a header of text."""
     text = source.read(start, 1024).decode("latin-1")
     numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
-    length = re.match(r" *([0-9]{1,7})\n", text[8:16])
+    length = re.match(r" *([0-9]{1,7})\n", text[8:])
     size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
     return start + (int(length[1]) if length else 1024) + numbers.get("sample_count", 0) * size
 
@@ -785,7 +784,7 @@ def _counting_frame(source: Source, place: int, frame: _Frame) -> bool:
     if frame.kind[1] != 3:
         return False
     head = source.read(place, 40)
-    return head[frame.info : frame.info + 4] in (b"Xing", b"Info") or head[36:40] == b"VBRI"
+    return head[frame.info : frame.info + 4] in (b"Xing", b"Info") or head[36:] == b"VBRI"
 
 
 def _chain(source: Source, place: int, end: int, count: int) -> bool:

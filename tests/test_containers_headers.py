@@ -255,8 +255,8 @@ def test_a_wav_may_follow_another_at_once_or_behind_a_pad_byte(length, behind):
     end = len(data)
     first = bare((44, 143)) if length == 99 and behind[:1] != b"\0" else Stream(((0, end),))
     assert streams_of(data + WAV) == [first, Stream(((end, end + len(WAV)),))]
-    unknown = riff(FORMAT, chunk(b"data", b"\xff" + SOUND, 0))
-    assert streams_of(data + unknown) == [first, bare((end + 44, end + 146))]
+    unknown = riff(FORMAT, chunk(b"data", b"\xff" + SOUND, 0), size=0xFFFFFFFF)
+    assert streams_of(data + unknown)[1:] == [bare((end + 44, end + 146))]
 
 
 def test_a_wav_of_no_length_that_another_follows_is_empty():
@@ -338,6 +338,7 @@ def test_the_sound_of_au_is_counted_by_its_header(offset, before):
         lacks = [Stream((head, (begin, begin + 100 - cut)), lacking=cut)]
         assert streams_of(before + au(SOUND, 100, offset)[:-cut]) == lacks
     assert streams_of(before + au(b"", 0, offset)) == [Stream(((at, begin),))]
+    assert streams_of(before + au(b"\1", 1, offset)) == [Stream(((at, begin + 1),))]
     assert streams_of(before + au(b"", 7, offset)) == [Stream((head, (begin, begin)), lacking=7)]
 
 
@@ -524,7 +525,9 @@ def test_the_blocks_of_a_voc_are_walked(monkeypatch):
     assert ends(containers._voc_end, head + block * 5) == 26 + 3 * 304
 
 
-@pytest.mark.parametrize(("kind", "size"), [(0, 8), (9, 8), (10, 4), (20, 4), (30, 2), (40, 2), (50, 1), (90, 1)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [(0, 8), (9, 8), (10, 4), (20, 4), (30, 2), (40, 2), (50, 1), (90, 1), (110, 4)]
+)
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("imaginary", [0, 1])
 def test_a_mat4_is_two_matrices(kind, size, order, imaginary):

@@ -56,6 +56,9 @@ def test_bytes_between_pages_part_the_spans():
     last = page(b"x" * 300, sequence=1, flags=4)
     (stream,) = streams_of(first + b"junk" + last)
     assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(last))) and not stream.hole
+    middle = page(b"x" * 300, sequence=1)
+    (stream,) = streams_of(first + b"junk" + middle + last)
+    assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(middle + last)))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,8 @@ def test_a_stream_lies_in_its_pages():
     assert streams_of(HEAD + LAST) == [vorbis((0, len(HEAD + LAST)))]
     assert streams_of(b"ID3\4\0\0\0\0\0\1." + HEAD + LAST) == [vorbis((11, 11 + len(HEAD + LAST)))]
     assert streams_of(page(b"\1vorbis", flags=2) + LAST)[0].preroll == 0.5
-    assert streams_of(page(b"OpusHead", flags=6)) == [vorbis((0, len(page(b"OpusHead"))))]  # begin and end in one
+    one = page(b"OpusHead", flags=6)  # begin and end in one
+    assert streams_of(one + one) == [vorbis((0, len(one))), vorbis((len(one), 2 * len(one)))]
 
 
 def test_pages_without_a_first_page_are_no_stream():
