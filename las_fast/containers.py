@@ -827,7 +827,7 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
     options: dict[str, Any] = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
-    if run.info and claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
+    if claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
         whole = (run.start, sound[0][1]) if sound and run.start + len(run.info) == sound[0][0] else None
         sound = (whole, *sound[1:]) if whole else (run.info, *sound)
         return Stream(sound, **options, padding=_padding(run))

@@ -183,6 +183,7 @@ def test_formats_that_are_not_read_are_known_by_name(tmp_path, data, name):
 
 WAV = riff(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)), chunk(b"data", bytes(100)))
 END = len(WAV)
+MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 
 
 def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
@@ -211,7 +212,8 @@ def test_many_bytes_behind_the_sound_are_told_unless_they_are_zeros_or_tags():
     told = "has 65537 bytes behind its sound, of an unknown kind; if they are sound, its header is wrong"
     assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [told])
     assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [told]
-    assert layout_of(WAV + WAV + many).unread == [told]
+    assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [told]
+    assert layout_of(WAV + MP3 + many).unread == layout_of(MP3 + many).unread == []  # mp3 may hold anything
     for behind in (few, few + tag(), few + tag(50, ape=True), bytes(65537), bytes(65537) + tag(), b""):
         assert layout_of(WAV + behind) == Layout([Stream(((0, END),))])
     assert layout_of(many) == Layout([Stream(((0, 65537),))])
@@ -222,6 +224,10 @@ def test_sound_is_looked_for_behind_tags_and_behind_other_sound():
     assert streams_of(id3 + WAV + id3 + WAV + tag()) == [Stream(((15, 15 + END),)), Stream(((30 + END, 30 + 2 * END),))]
     assert streams_of(id3 + WAV + b"junk" + WAV) == [Stream(((15, 15 + END),))]
     assert streams_of(id3) == [Stream(((0, 15),))]
+
+
+def test_a_header_of_htk_before_an_mp3_is_none():
+    assert len(streams_of(struct.pack(">IIHH", 1_000_000, 625, 2, 0) + MP3)) == 1
 
 
 def test_a_walker_that_stays_where_it_is_ends_the_search(monkeypatch):

@@ -57,6 +57,7 @@ def test_bytes_between_pages_part_the_spans():
     (stream,) = streams_of(first + b"junk" + last)
     assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(last))) and not stream.hole
     middle = page(b"x" * 300, sequence=1)
+    assert streams_of(first + b"." + last)[0].spans[1] == (len(first) + 1, len(first) + 1 + len(last))
     (stream,) = streams_of(first + b"junk" + middle + last)
     assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(middle + last)))
 
@@ -228,7 +229,7 @@ def test_a_link_may_hold_several_streams_whose_pages_are_mixed():
 def test_a_first_page_behind_others_begins_a_link():
     late = page(b"OpusHead" + bytes(11), serial=5, flags=2)
     rest = page(bytes(9), serial=5, sequence=1, flags=4)
-    middle = page(bytes(9), sequence=1)
+    middle = page(bytes(9), sequence=1, flags=1)
     begin = len(HEAD + middle)
     assert streams_of(HEAD + middle + late + rest) == [vorbis((0, begin)), vorbis((begin, begin + len(late + rest)))]
     beside = page(b"\x80theora" + bytes(9), 1, flags=2) + page(b"\1vorbis", 2, flags=2) + page(b"s", 2, 1, flags=4)
