@@ -137,7 +137,16 @@ def find_streams(source: Source) -> Layout:
         _walk_htk(source, layout)
     if not layout.streams:
         layout.streams.append(Stream(((0, source.size),)))
+    _note_uncounted(layout)
     return layout
+
+
+def _note_uncounted(layout: Layout) -> None:
+    """Note sound beyond the 4 GiB that a format can count; only streams of unknown length have it."""
+    for stream in layout.streams:
+        head, size = stream.spans[0], _length(stream.spans[-1])
+        if size > 0xFFFFFFFF and isinstance(head, bytes) and head[:4] in (b"FORM", b"RIFX", b".snd"):
+            layout.unread.append(f"holds {size} bytes of sound, of which no more than 4 GiB can be read in its format")
 
 
 def _note_behind(source: Source, place: int, layout: Layout) -> None:

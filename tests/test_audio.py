@@ -177,6 +177,17 @@ def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
     assert "lasts" in refusal(path, start=(claimed + 2**32) / 2 / RATE, seconds=1.0)
 
 
+@pytest.mark.parametrize("form, size", [("AU", 24), ("AIFF", 54)])
+def test_a_long_recording_of_unknown_length_is_read_beyond_2_gib(tmp_path, form, size):
+    data = bytearray(encoded(waveform(2.0), format=form))
+    place = 8 if form == "AU" else data.index(b"SSND") + 4
+    data[place : place + 4] = bytes(4)
+    path = put(tmp_path, bytes(data))
+    with path.open("r+b") as file:
+        file.truncate(size + 3 * 2**30)  # a sparse file
+    assert len(load_audio(path, RATE, start=3 * 2**30 / 2 / RATE - 1, seconds=1.0, whole=True)) == RATE
+
+
 def test_a_second_data_chunk_is_read(tmp_path):
     path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm()), chunk(b"LIST", b"note"), chunk(b"data", pcm(1.0))))
     assert len(load_audio(path, RATE, whole=True)) == 3 * RATE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from layouts import Bytes, chunk, riff, streams_of
+from layouts import Bytes, chunk, layout_of, riff, streams_of
 
 from las_fast import containers
 from las_fast.containers import Layout, Stream
@@ -203,7 +203,7 @@ def test_a_big_endian_wav_of_any_length_gets_a_header(length):
     data = riff(BIG_FORMAT, chunk(b"data", b"\xff", 0, pad=False, order=">"), name=b"RIFX", order=">")
     size, claimed = (struct.pack(">I", min(n, 0xFFFFFFFF)) for n in (36 + length, length))
     head = b"RIFX" + size + b"WAVE" + BIG_FORMAT + b"data" + claimed
-    assert streams_of(data, 44 + length) == [Stream((head, (44, 44 + length)))]
+    assert layout_of(data, 44 + length).streams == [Stream((head, (44, 44 + length)))]
 
 
 def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
@@ -306,7 +306,7 @@ def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
         head = data[: start - 4] + struct.pack(">I", 101)
         assert streams_of(data) == [Stream((head, (start, start + 101)))]
         head = data[: start - 4] + b"\xff" * 4
-        assert streams_of(data, 1 << 33) == [Stream((head, (start, 1 << 33)))]
+        assert layout_of(data, 1 << 33).streams == [Stream((head, (start, 1 << 33)))]
     for data in (form(COMM, kind=kind), form(COMM, big(b"BODY" if sound == b"SSND" else b"SSND", SOUND), kind=kind)):
         assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
         assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
@@ -349,6 +349,17 @@ def test_an_au_of_2_gib_whose_length_is_right_is_whole():
         assert known == [Stream((au(b"", 0xFFFFFFFF), (24, 23 + claimed)))]
 
 
+def test_sound_beyond_what_a_format_can_count_is_told():
+    aiff = form(COMM, big(b"SSND", b"", 0))
+    rifx = riff(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
+    for data in (aiff, rifx, au(b"", 0)):
+        assert layout_of(data + b"\xff", len(data) + 0xFFFFFFFF).unread == []
+        told = "holds 4294967296 bytes of sound, of which no more than 4 GiB can be read in its format"
+        assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [told]
+    for data in (riff(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
+        assert layout_of(data + b"\xff", len(data) + (1 << 33)).unread == []
+
+
 # --------------------------------------------------------------------------------------------------------------- CAF
 
 
@@ -366,6 +377,8 @@ def test_the_sound_of_caf_is_counted_by_its_chunk(before):
         data = before + caf(DESC, (b"data", 100, SOUND), *behind)
         assert streams_of(data) == [Stream(((at, len(data)),))]
         assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
+        assert streams_of(WAV + data)[1:] == [Stream(((at + len(WAV), len(WAV + data)),))]
+        assert streams_of(WAV + data)[0] == Stream(((0, len(WAV)),))
         assert streams_of(data + b"\xff" * 20) == [Stream(((at, len(data)),))]
     free = before + caf(DESC, (b"free", 0, b""), (b"data", 4, SOUND[:4]))
     assert streams_of(free) == [Stream(((at, begin + 16),))]
