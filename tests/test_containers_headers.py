@@ -55,10 +55,9 @@ def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Strea
     ],
 )
 def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is_one):
-    assert bool(containers._is_chunk(Bytes(data + b"\xff" * 9, size), 0, "<")) == is_one or len(data) < 8
     assert bool(containers._is_chunk(Bytes(data, size), 0, "<")) == is_one
-    big = data[:4] + data[:3:-1]
-    assert bool(containers._is_chunk(Bytes(b"..." + big, 3 + size), 3, ">")) == is_one
+    turned = data[:4] + data[:3:-1]
+    assert bool(containers._is_chunk(Bytes(b"..." + turned, 3 + size), 3, ">")) == is_one
 
 
 @pytest.mark.parametrize(
@@ -121,17 +120,16 @@ def test_a_length_that_no_recorder_means_is_not_believed(claimed, there, true):
         riff(FORMAT, chunk(b"data")),
         riff(FORMAT, chunk(b"data"), NOTE),
         riff(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
-        riff(FORMAT, chunk(b"data", SOUND)) + b"\0",
     ],
 )  # fmt: skip
 def test_a_wav_whose_header_is_right_is_taken_as_it_is(data):
-    length = len(data) - data.endswith(b"d\0")
-    assert streams_of(data) == whole(length)
-    assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + length),))]  # from an odd place on
+    assert streams_of(data) == whole(len(data))
+    assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + len(data)),))]  # from an odd place on
 
 
 def test_bytes_behind_a_wav_that_are_no_chunks_are_left_out():
-    assert streams_of(WAV + b"junk") == streams_of(WAV + NOTE[:7]) == whole(len(WAV))
+    for behind in (b"\0", b"junk", NOTE[:7]):
+        assert streams_of(WAV + behind) == whole(len(WAV))
     assert streams_of(WAV + NOTE + b"junk") == whole(len(WAV) + len(NOTE))
 
 
@@ -439,7 +437,6 @@ def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
     at, sound = len(before), SOUND[:length]
     data = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 24 + length, sound))
     begin = len(before) + 40 + 40 + 32 + 24
-    assert streams_of(data) == streams_of(data[: begin + length])[:1] or length % 8
     assert streams_of(data) == [Stream(((at, len(data)),))]
     assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
     assert streams_of(data[: begin + length]) == [Stream(((at, begin + length),))]
