@@ -381,7 +381,7 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
         return end
     number = struct.pack(">q", end - begin) if len(count) == 8 else b"\xff" * 4  # in 4 bytes: all that there is
     header = source.read(start, count.start - start) + number + source.read(count.stop, begin - count.stop)
-    layout.streams.append(Stream((header, (begin, end)), lacking=claimed - there if known else 0))
+    layout.streams.append(Stream((header, (begin, end)), lacking=0 if claimed is None else claimed - there))
     return end
 
 
@@ -547,8 +547,8 @@ def _walk_flac(source: Source, start: int, layout: Layout) -> int:
         place += 4 + int.from_bytes(block[1:], "big")
     end = _find(source, NEXT_START, place)
     sound_end = end if end < source.size else _without_tags_behind(source, start, source.size)
-    options = {"frames": _flac_frames(source, start), "headless": not last or place >= source.size, "resumable": True}
-    layout.streams.append(Stream(((start, sound_end),), **options))
+    frames, headless = _flac_frames(source, start), not last or place >= source.size
+    layout.streams.append(Stream(((start, sound_end),), frames, headless=headless, resumable=True))
     return end
 
 
@@ -730,7 +730,7 @@ def _mpeg_frame(head: bytes) -> _Frame | None:
 
 def _frame_at(head: bytes) -> _Frame:
     """Return the frame of a header that is known to be one."""
-    frame = _parse_frame(head)
+    frame = _mpeg_frame(head)
     assert frame is not None
     return frame
 
@@ -824,10 +824,11 @@ def _first_frame(source: Source, place: int, until: int, end: int) -> int:
 
 
 def _mpeg_stream(run: _Mpeg) -> Stream:
-    samples = _mpeg_frame(run.first).samples
-    claimed, size = _counted(run.info, _mpeg_frame(run.first))
-    sound = tuple((a, b) for a, b in run.spans)
-    length = sum(b - a for a, b in sound)
+    frame = _frame_at(run.first)
+    claimed, size = _counted(run.info, frame)
+    spans = [(a, b) for a, b in run.spans]
+    sound: tuple[Span, ...] = tuple(spans)
+    length = sum(b - a for a, b in spans)
     if size and size <= length + len(run.info) + 256:  # all bytes are there: the count lies
         claimed = min(claimed, run.frames)
     frames = max(run.frames, claimed) * frame.samples
@@ -837,8 +838,8 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
     if run.kind[1] != 3:
         return Stream(sound, **options)
     if claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
-        whole = (run.start, sound[0][1]) if sound and run.start + len(run.info) == sound[0][0] else None
-        sound = (whole, *sound[1:]) if whole else (run.info, *sound)
+        whole = (run.start, spans[0][1]) if spans and run.start + len(run.info) == spans[0][0] else None
+        sound = (whole, *spans[1:]) if whole else (run.info, *spans)
         return Stream(sound, **options, padding=_padding(run))
     info = _info_frame(run, length)
     return Stream((info, *sound), **options, padding=_padding(run))
@@ -846,7 +847,7 @@ def _mpeg_stream(run: _Mpeg) -> Stream:
 
 def _padding(run: _Mpeg) -> int:
     """Return the samples that a decoder may take off at both ends, by the encoder's note, or a frame without one."""
-    place = _mpeg_frame(run.first).info + 120 + 21
+    place = _frame_at(run.first).info + 120 + 21
     numbers = int.from_bytes(run.info[place : place + 3], "big") if len(run.info) >= place + 3 else 0
     return (numbers >> 12) + (numbers & 0xFFF) + 1152
 
@@ -874,10 +875,10 @@ def _info_frame(run: _Mpeg, length: int) -> bytes:
     head[1] |= 1  # no checksum
     for index in range(1, 15):
         head[2] = index << 4 | head[2] & 0x0D
-        frame = _mpeg_frame(bytes(head))
+        frame = _frame_at(bytes(head))
         if frame.length >= frame.info + 16 + 140:
             break
-    info, at = run.info, _mpeg_frame(run.first).info
+    info, at = run.info, _frame_at(run.first).info
     noted = len(info) >= at + 156 and info[at + 7] & 15 == 15 and info[at + 120 : at + 124] in ENCODERS
     notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
     body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + notes
