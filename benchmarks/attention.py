@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from las_fast.checkpoint import write_atomically
 from las_fast.cli import run
 from las_fast.errors import InputError
-from las_fast.report import attention_of, epoch_of, label_tokens
+from las_fast.files import write_atomically
+from las_fast.output.figures import label_tokens
+from las_fast.training.report import attention_of, epoch_of
 
 
 def panel(words: str, utterance: int) -> tuple[float, str, np.ndarray]:

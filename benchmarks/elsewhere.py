@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from unittest.mock import patch
 
 from benchmarks.paired import Clocked, clocked
-from las_fast.cli import tune_memory
+from las_fast.system import tune_memory
 
 
 class Elsewhere:

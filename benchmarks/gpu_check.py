@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks import record
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.model import LAS
+from las_fast.model.las import LAS
 from las_fast.ops import (
     beam_backtrack,
     beam_gather,
@@ -31,7 +31,7 @@ from las_fast.ops import (
     masked_attention,
     padding_mask,
 )
-from las_fast.search import beam_search
+from las_fast.search.beam import beam_search
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = record.RESULTS / "gpu.csv"

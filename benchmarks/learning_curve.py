@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import record
-from las_fast.checkpoint import Loaded, load_model, write_atomically
+from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.data.dataset import Corpus, open_corpus
 from las_fast.errors import InputError
-from las_fast.lm import language_table
-from las_fast.metrics import score
+from las_fast.files import write_atomically
+from las_fast.output.metrics import score
+from las_fast.search.ngram import language_table
 from las_fast.tune import decode_grid, open_split
 
 FILE = record.RESULTS / "learning_curve.csv"

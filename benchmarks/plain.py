@@ -7,7 +7,7 @@
             the beam, one output projection for all tokens, back-pointers. In bfloat16: under torch.autocast in
             training, all weights in decoding.
 
-Both are made from a las_fast.model.LAS and hold copies of its weights; logits, losses and hypotheses are the same.
+Both are made from a las_fast.model.las.LAS and hold copies of its weights; logits, losses and hypotheses are the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from las_fast.listener import convolve
-from las_fast.model import LAS, Output
+from las_fast.model.las import LAS, Output
+from las_fast.model.listener import convolve
 from las_fast.text import EOS, SOS
 
 # What both share

@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks import record
 from las_fast import checkpoint
-from las_fast.checkpoint import write_atomically
 from las_fast.cli import run
 from las_fast.config import from_yaml
 from las_fast.errors import InputError
-from las_fast.monitor import THRESHOLDS
+from las_fast.files import write_atomically
+from las_fast.training.monitor import THRESHOLDS
 
 FILE = record.RESULTS / "recognition.csv"
 VALIDATIONS = record.RESULTS / "validations.csv"

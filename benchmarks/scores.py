@@ -21,8 +21,8 @@ from las_fast.config import DecodingConfig
 from las_fast.data.dataset import SpeechDataset, open_corpus
 from las_fast.data.manifest import further_columns
 from las_fast.errors import InputError
-from las_fast.lm import default_weight, language_table
-from las_fast.metrics import score
+from las_fast.output.metrics import score
+from las_fast.search.ngram import default_weight, language_table
 from las_fast.tune import decode_grid, open_split
 
 FILE = record.RESULTS / "scores.csv"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.plain import Plain, Usual
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.model import LAS
+from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.search import REDUCED, beam_search, packed_weights
+from las_fast.search.beam import REDUCED, beam_search, packed_weights
 
 STEPS = 64
 CLOSE = 1e-4  # relative, of scores in float32
@@ -44,7 +44,7 @@ class Searches:
         self.listened = torch.randn(shape.B, shape.T, 512)
         self.lengths = torch.full((shape.B,), shape.T)
         self.halves = Plain(self.model).eval().bfloat16(), self.listened.bfloat16()
-        # As the baselines' weights, converted once for all searches: so las_fast.search.decode_dataset does it.
+        # As the baselines' weights, converted once for all searches: so las_fast.search.dataset.decode_dataset does it.
         self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), "cpu") for p in ("fp32", *REDUCED)}
         self.whole = {"usual": Usual(self.model).eval(), "plain": Plain(self.model).eval()}
 
@@ -71,7 +71,7 @@ class Searches:
         config = DecodingConfig(
             beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as las_fast.search.listen
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as las_fast.search.dataset.listen
             memory = self.model.speller.attention.remember(self.listened, self.lengths)
         packed = self.packed[precision]
         found = beam_search(self.model, memory, config, packed=packed, backend=backend, capture=capture)

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from benchmarks import record
-from las_fast.audio import load_audio
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
+from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import normalise, open_corpus
-from las_fast.features import add_deltas, speech_features
-from las_fast.lm import language_table
-from las_fast.metrics import score
+from las_fast.data.features import add_deltas, speech_features
+from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.recogniser import Utterances
-from las_fast.search import decode_dataset
+from las_fast.search.dataset import decode_dataset
+from las_fast.search.ngram import language_table
 
 FILE = record.RESULTS / "silence.csv"
 COLUMNS = (*record.WHERE, "checkpoint", "split", "part", "seconds", "db", "trimmed", "way", "utterances", "cer")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks.made import frame_counts
-from las_fast.cli import tune_memory
 from las_fast.ops import backends, bilstm
+from las_fast.system import tune_memory
 
 LAYERS = {"bilstm": (312, 256), "pyramid 1": (156, 1024), "pyramid 2": (78, 1024)}  # frames, inputs
 H = 256

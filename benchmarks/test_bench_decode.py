@@ -19,11 +19,12 @@ from benchmarks.elsewhere import Elsewhere, each_elsewhere
 from benchmarks.made import frame_counts, manifest, untrained
 from benchmarks.searches import Shape, timed
 from las_fast import checkpoint, decode
-from las_fast.audio import load_audio
+from las_fast.data.audio import load_audio
 from las_fast.data.batching import sorted_batches
 from las_fast.data.dataset import normalise
-from las_fast.features import compute_features
-from las_fast.search import UTTERANCES_PER_BATCH, beam_search
+from las_fast.data.features import compute_features
+from las_fast.search.beam import beam_search
+from las_fast.search.dataset import UTTERANCES_PER_BATCH
 
 
 def test_beam_search(compare):

@@ -11,9 +11,9 @@ import soundfile
 import torch
 
 from benchmarks.made import FORMATS, RATE, frame_counts, recordings
-from las_fast.audio import load_audio
 from las_fast.config import FeatureConfig
-from las_fast.features import FLOOR, PREEMPHASIS, _fft_size, _tables, compute_features, frame_sizes
+from las_fast.data.audio import load_audio
+from las_fast.data.features import FLOOR, PREEMPHASIS, _fft_size, _tables, compute_features, frame_sizes
 
 COUNT = 24
 CONFIGS = {

@@ -19,7 +19,7 @@ from benchmarks.made import LETTERS_PER_FRAME
 from benchmarks.operations import BACKWARD, listener_operations, speller_operations
 from benchmarks.test_bench_train import make_batch, preset, shape_of
 from las_fast import checkpoint
-from las_fast.search import beam_search
+from las_fast.search.beam import beam_search
 
 COLUMNS = (*record.WHERE, "part", "task", "dtype", "shape", "seconds", "gflop", "gflop_s", "machine_gflop_s", "share")
 ROUNDS = 5

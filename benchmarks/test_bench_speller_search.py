@@ -6,11 +6,11 @@ Every utterance takes the same number of steps: <eos> is barred until the last, 
 import pytest
 import torch
 
-from las_fast.attention import Memory
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.model import LAS
+from las_fast.model.attention import Memory
+from las_fast.model.las import LAS
 from las_fast.ops import backends, beam_backtrack, padding_mask, speller_search
-from las_fast.search import beam_search
+from las_fast.search.beam import beam_search
 from las_fast.text import EOS, SOS
 
 STEPS = 32

@@ -10,7 +10,7 @@ import torch
 from benchmarks.plain import Plain
 from benchmarks.test_bench_train import dtype_of, preset
 from las_fast import checkpoint
-from las_fast.model import LAS
+from las_fast.model.las import LAS
 from las_fast.ops import backends
 
 B, U, T = 31, 73, 79

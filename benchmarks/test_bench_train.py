@@ -22,7 +22,7 @@ from las_fast import checkpoint
 from las_fast.config import Config, load_config
 from las_fast.data.batching import Batch, BucketBatches
 from las_fast.text import EOS, PAD, Vocabulary
-from las_fast.trainer import Trainer, make_optimiser
+from las_fast.training.trainer import Trainer, make_optimiser
 
 PATHS = {  # model, precision
     "usual": (Usual, "fp32"),

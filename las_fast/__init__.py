@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
     from las_fast import ops
     from las_fast.errors import InputError
-    from las_fast.model import LAS
+    from las_fast.model.las import LAS
+    from las_fast.output.transcripts import Hypothesis, Segment, Transcript
     from las_fast.recogniser import Recogniser, load
-    from las_fast.transcripts import Hypothesis, Segment, Transcript
 
 __version__ = "0.2.0"
 __all__ = ["LAS", "Hypothesis", "InputError", "Recogniser", "Segment", "Transcript", "__version__", "load", "ops"]
 
 _MODULES = {
     "LAS": "model",
-    "Hypothesis": "transcripts",
+    "Hypothesis": "output.transcripts",
     "InputError": "errors",
     "Recogniser": "recogniser",
-    "Segment": "transcripts",
-    "Transcript": "transcripts",
+    "Segment": "output.transcripts",
+    "Transcript": "output.transcripts",
     "load": "recogniser",
 }
 

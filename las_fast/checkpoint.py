@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
-import hashlib
 import json
-import os
-import shutil
-import stat
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -21,9 +15,9 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
-from las_fast.errors import JSON_ESCAPES, InputError, lacks_memory
-from las_fast.model import LAS
-from las_fast.outputs import AVERAGED, BEST, LAST, NAME_MAX, is_utf8, nearest_path, utf8_path
+from las_fast.errors import InputError, lacks_memory
+from las_fast.files import AVERAGED, BEST, LAST, nearest_path, utf8_path, write_atomically, write_tensors
+from las_fast.model.las import LAS
 from las_fast.text import Vocabulary
 
 FORMAT = "las_fast 1"  # of the files with weights
@@ -40,88 +34,6 @@ class Loaded(NamedTuple):
     statistics: Statistics | None
     path: Path
     info: dict[str, Any]
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path) and rename the result to path, so that path is never half-written.
-
-    Raises InputError when the disk is full or the folder cannot be written; the old file then stays as it was.
-    """
-    path = Path(os.path.realpath(path))  # a link stays, and the file that it leads to is replaced
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path} is not a regular file; give another name")
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content
-        temporary.chmod(_mode(path))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        _remove(temporary)
-        if lacks_memory(error):
-            raise
-        raise InputError(f"{path} could not be written ({_reason(error, path.parent)}") from None
-    except BaseException:  # an interrupt leaves nothing half-written either
-        _remove(temporary)
-        raise
-
-
-def write_text_atomically(path: str | Path, text: str) -> None:
-    r"""Write text to path in UTF-8 as write_atomically does; newlines stay as they are.
-
-    A byte of a file's name that is not UTF-8, which Python keeps as a lone surrogate, is written as \udce0. In JSON
-    this is an escape, so that readers get the same name.
-    """
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", JSON_ESCAPES)))
-
-
-def write_tensors(path: str | Path, save_file: Callable[[str], None], save: Callable[[], bytes]) -> None:
-    """Write a safetensors file as write_atomically does, whatever its name: save_file takes names in UTF-8 only."""
-
-    def write(temporary: Path) -> None:
-        if is_utf8(temporary):
-            save_file(str(temporary))
-        else:
-            temporary.write_bytes(save())
-
-    write_atomically(path, write)
-
-
-def _temporary(path: Path) -> Path:
-    """Return a hidden name beside path, no longer than a name may be; what a killed process leaves is written over."""
-    name = f".{path.name}.partial"
-    if len(os.fsencode(name)) > NAME_MAX:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.partial"
-    return path.with_name(name)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file if it is there; what stands in the way must not hide the error that is under way."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _mode(path: Path) -> int:
-    """Return the permissions of the file that is replaced, or of a new one; safetensors' own let nobody else read."""
-    with contextlib.suppress(OSError):
-        return stat.S_IMODE(path.stat().st_mode)
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    """Return why a file could not be written into folder, and what to do."""
-    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, None):
-        return f"{error.strerror}); choose another name or folder"
-    # torch.save and safetensors report a full disk as errors of their own that do not say so.
-    reason = getattr(error, "strerror", None) or "the file system took no more"
-    try:
-        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
-    except OSError:
-        free = "the folder is gone"
-    return f"{reason}; {free}); free some space or choose another folder"
 
 
 def build_model(config: Config) -> LAS:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -18,6 +18,10 @@ from las_fast import plain_yaml
 from las_fast.errors import InputError
 from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
+
+if TYPE_CHECKING:  # these import torch, which --help need not wait for
+    pass
+
 
 PRESETS = Path(__file__).parent / "configs"
 MOST = 10**9  # what no number may exceed where its field says nothing
@@ -391,3 +395,10 @@ def _numbers(config: Any, name: str = "", bounds: Bounds = Bounds()) -> Iterator
             yield from _numbers(item, name, bounds)
     elif isinstance(config, (int, float)) and not isinstance(config, bool):
         yield name, config, bounds
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """What the command line of a decoding command may change of the checkpoint's settings."""
+
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)

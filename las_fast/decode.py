@@ -7,31 +7,25 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from las_fast.cli import choose_device, give_large_blocks_back, run
-from las_fast.config import DecodingConfig, check_decoding
+from las_fast.cli import run
+from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
 from las_fast.errors import InputError
-from las_fast.lm import default_weight
+from las_fast.files import first_line, make_room
 from las_fast.options import Parser, as_file, as_path, parse_settings
-from las_fast.outputs import first_line, make_room
+from las_fast.search.ngram import default_weight
+from las_fast.system import choose_device, give_large_blocks_back
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
-    from las_fast.metrics import Scores
-    from las_fast.search import Hypothesis
+    from las_fast.output.metrics import Scores
+    from las_fast.search.beam import Hypothesis
 
 LISTED = 20  # characters named in an error
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line may change of the checkpoint's settings."""
-
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
 
 def parser() -> Parser:
@@ -56,15 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     give_large_blocks_back()
     loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
 
-    def defaults(options: argparse.Namespace) -> Settings:
+    def defaults(options: argparse.Namespace) -> DecodingSettings:
         from las_fast.checkpoint import load_model
 
         check_options(options)
         loaded.append(load_model(options.checkpoint, choose_device(options.device)))
         decoding = default_weight(loaded[0].config.decoding, options.lm)
-        return Settings(decoding if options.beam is None else replace(decoding, beam=options.beam))
+        return DecodingSettings(decoding if options.beam is None else replace(decoding, beam=options.beam))
 
-    options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
+    options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     check_decoding(loaded[0].config, settings.decoding)
     if options.beam not in (None, settings.decoding.beam):
         beams = f"--beam {options.beam} and --decoding.beam {settings.decoding.beam}"
@@ -196,8 +190,8 @@ def write_results(
     options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset, rows: list[dict]
 ) -> None:
     """Write the submission, with an empty text where an utterance was left out, and the JSON lines."""
-    from las_fast.checkpoint import write_text_atomically
-    from las_fast.submission import write_submission
+    from las_fast.files import write_text_atomically
+    from las_fast.output.submission import write_submission
 
     ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
     texts = [""] * len(ids)
@@ -214,7 +208,7 @@ def write_results(
 
 def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
     """Return the JSON of the last line: scores are there only where transcripts are."""
-    from las_fast.metrics import score
+    from las_fast.output.metrics import score
 
     audio_seconds = math.fsum(dataset.seconds)
     told = [row for row in rows if "reference" in row]

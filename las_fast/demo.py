@@ -146,8 +146,8 @@ def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]
     """Score the submission against what was said; write result.json and report.html; return result and rows."""
     from dataclasses import asdict
 
-    from las_fast.metrics import score
-    from las_fast.report import write_report
+    from las_fast.output.metrics import score
+    from las_fast.training.report import write_report
 
     rows = read_submission(out / "submission.csv", spoken.read_test_transcripts(out / "data"))
     scores = asdict(score([reference for _, reference, _ in rows], [hypothesis for *_, hypothesis in rows]))
@@ -193,7 +193,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    from las_fast.checkpoint import write_text_atomically
+    from las_fast.files import write_text_atomically
 
     write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import run
-from las_fast.config import check
-from las_fast.decode import Settings
+from las_fast.config import DecodingSettings, check
 from las_fast.errors import InputError
-from las_fast.lm import beside
+from las_fast.files import make_room, safetensors_format
 from las_fast.options import Parser, as_file, parse_settings
-from las_fast.outputs import make_room, safetensors_format
+from las_fast.search.ngram import beside
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from torch import Tensor
@@ -39,14 +38,14 @@ def main(argv: list[str] | None = None) -> None:
     """Export; see --help."""
     loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
 
-    def defaults(options: argparse.Namespace) -> Settings:
+    def defaults(options: argparse.Namespace) -> DecodingSettings:
         from las_fast.checkpoint import load_model
 
         loaded.append(load_model(options.checkpoint))
         check_out(options.out, loaded[0].path)
-        return Settings(loaded[0].config.decoding)
+        return DecodingSettings(loaded[0].config.decoding)
 
-    options, settings = parse_settings(parser(), argv, defaults, kind=Settings)
+    options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
     written = export(loaded[0], settings, options.out)
     for path in written:
         print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_out(out: Path, checkpoint: Path) -> None:
     """Raise InputError where the file must not be written: over the checkpoint, a training's own or something else."""
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
-    from las_fast.lm import is_lm
+    from las_fast.search.ngram import is_lm
 
     make_room(
         out,
@@ -71,12 +70,13 @@ def check_out(out: Path, checkpoint: Path) -> None:
         make_room(beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), ours=is_lm)
 
 
-def export(loaded: Loaded, settings: Settings, out: Path) -> list[Path]:
+def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     """Write the model with float16 weights and these decoding settings, and its language model where they use it.
 
     Returns the files written.
     """
-    from las_fast.checkpoint import save_model, write_atomically
+    from las_fast.checkpoint import save_model
+    from las_fast.files import write_atomically
 
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}

@@ -224,7 +224,7 @@ def _value(kind: Any, word: str, option: str) -> Any:
 
 def as_path(word: str) -> Path:
     """Return a path of the command line, with ~ replaced where the shell has not done it, as in --out=~/run."""
-    from las_fast.cli import expand
+    from las_fast.files import expand
 
     if not word:
         raise argparse.ArgumentTypeError("the path is empty; give one")

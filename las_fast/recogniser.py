@@ -18,19 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from las_fast import search
-from las_fast.audio import Audio, name_of, open_recording
 from las_fast.checkpoint import Loaded, load_model
-from las_fast.cli import choose_device
 from las_fast.config import DecodingConfig, check_decoding
+from las_fast.data.audio import Audio, name_of, open_recording
 from las_fast.data.dataset import normalise
+from las_fast.data.features import add_deltas
+from las_fast.data.samples import Samples, is_array, to_numpy, to_samples
+from las_fast.data.segments import Speech, segments
 from las_fast.errors import InputError, show
-from las_fast.features import add_deltas
-from las_fast.lm import default_weight, find_lm, language_table
-from las_fast.outputs import BEST
-from las_fast.samples import Samples, is_array, to_numpy, to_samples
-from las_fast.segments import Speech, segments
-from las_fast.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Segment, Transcript, joined, noise_warning
+from las_fast.files import BEST
+from las_fast.output.transcripts import (
+    MIN_SPEECH_SCORE,
+    POOL_SECONDS,
+    Hypothesis,
+    Segment,
+    Transcript,
+    joined,
+    noise_warning,
+)
+from las_fast.search import beam, dataset
+from las_fast.search.ngram import default_weight, find_lm, language_table
+from las_fast.system import choose_device
 
 if TYPE_CHECKING:
     from las_fast.data.dataset import SpeechDataset
@@ -61,12 +69,12 @@ class Decoder(NamedTuple):
     """What a search needs besides the model."""
 
     config: DecodingConfig
-    ngram: Tensor | None  # as in las_fast.search.beam_search
+    ngram: Tensor | None  # as in las_fast.search.beam.beam_search
     packed: Tensor | None
 
 
 class Utterances:
-    """Features (T, input_size) as the model takes them, as las_fast.search.decode_dataset wants a data set."""
+    """Features (T, input_size) as the model takes them, as las_fast.search.dataset.decode_dataset wants a data set."""
 
     def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
         self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
@@ -261,7 +269,7 @@ class Recogniser:
         """Return what searches with these settings need; for lm see `transcribe`."""
         with self._lock:
             if decoding.precision not in self._packed:
-                packed = search.packed_weights(self.loaded.model, decoding, self.device)
+                packed = beam.packed_weights(self.loaded.model, decoding, self.device)
                 self._packed[decoding.precision] = packed
             ngram, rewarded = self._language_table(decoding, None if lm is None or lm is False else os.fspath(lm))
             weight, reward = rewarded.ngram_weight, rewarded.length_reward
@@ -269,11 +277,11 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _language_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return what las_fast.search.with_reward makes of the language model; the last one is kept."""
+        """Return what las_fast.search.beam.with_reward makes of the language model; the last one is kept."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
             table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
-            return search.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
+            return beam.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
 
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
         if path is None:
@@ -295,10 +303,10 @@ class Recogniser:
         nbest: int = 1,
         speech_scores: bool = False,
         progress: bool = True,
-    ) -> list[list[search.Hypothesis]]:
-        """Return the hypotheses of each utterance; see las_fast.search.decode_dataset."""
+    ) -> list[list[beam.Hypothesis]]:
+        """Return the hypotheses of each utterance; see las_fast.search.dataset.decode_dataset."""
         config, ngram, packed = decoder
-        return search.decode_dataset(
+        return dataset.decode_dataset(
             self.loaded.model,
             data,
             self.loaded.vocabulary,
@@ -311,7 +319,7 @@ class Recogniser:
             device=self.device,
         )
 
-    def hypothesis(self, found: search.Hypothesis) -> Hypothesis:
+    def hypothesis(self, found: beam.Hypothesis) -> Hypothesis:
         """Return what a search has found, with its text."""
         text = self.loaded.vocabulary.decode(found.text_tokens)
         return Hypothesis(text, found.score, found.score / (len(found.text_tokens) + 1), found.speech_score)
@@ -430,7 +438,7 @@ class _Job:
 
 
 def to_audio(recording: Any, sample_rate: int | None) -> Audio:
-    """Return what las_fast.audio.open_recording takes; raise InputError where it is no recording."""
+    """Return what las_fast.data.audio.open_recording takes; raise InputError where it is no recording."""
     if is_array(recording):
         return to_samples(recording, sample_rate)
     if isinstance(recording, Samples):

@@ -88,3 +88,6 @@ def _map(character: str, characters: str) -> str:
     parts = "".join(PLAIN.get(c, c) for c in parts)  # an accent may have hidden one: an o with a stroke and an acute
     kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
     return "".join(kept)
+
+
+BLANK = 0

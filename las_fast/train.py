@@ -18,16 +18,17 @@ from operator import attrgetter, eq
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import choose_device, cores, make_folder, run
+from las_fast.cli import run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
 from las_fast.errors import InputError, say_error
+from las_fast.files import AVERAGED, BEST, LAST, make_folder
 from las_fast.options import Parser, as_path, parse_settings
-from las_fast.outputs import AVERAGED, BEST, LAST
+from las_fast.system import choose_device, cores
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
-    from las_fast.trainer import Trainer
+    from las_fast.training.trainer import Trainer
 
 COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
 FASTEST, SPELLED = 40, 10  # characters a second that nobody reaches, but for so many: a short cut may lose its start
@@ -54,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     options, config = parse(argv)
     import torch
 
-    from las_fast.checkpoint import write_text_atomically
     from las_fast.data.dataset import open_corpus
-    from las_fast.trainer import Trainer
+    from las_fast.files import write_text_atomically
+    from las_fast.training.trainer import Trainer
 
     check_out(options.out, options.resume)
     init = load_init(options, config)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> None:
     """Run the training to its end, and say what came of it; `words` are the command's, to go on with."""
-    from las_fast.trainer import Diverged
+    from las_fast.training.trainer import Diverged
 
     check_room(options.out, trainer)
     try:

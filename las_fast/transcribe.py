@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import choose_device, give_large_blocks_back, make_folder, need_stdout, run
+from las_fast.cli import need_stdout, run
 from las_fast.errors import InputError, show
+from las_fast.files import make_folder
 from las_fast.options import Parser, as_path
-from las_fast.progress import Progress, write
-from las_fast.transcripts import (
+from las_fast.output.transcripts import (
     FORMATS,
     MIN_SPEECH_SCORE,
     POOL_SECONDS,
@@ -27,6 +27,8 @@ from las_fast.transcripts import (
     noise_warning,
     output_files,
 )
+from las_fast.progress import Progress, write
+from las_fast.system import choose_device, give_large_blocks_back
 
 if TYPE_CHECKING:  # this imports torch, which --help need not wait for
     from las_fast.recogniser import Recogniser
@@ -151,7 +153,7 @@ def check_there(paths: list[Path]) -> None:
 
 
 def save(target: Path, text: str) -> None:
-    from las_fast.checkpoint import write_text_atomically
+    from las_fast.files import write_text_atomically
 
     write_text_atomically(target, text)
     write(show(target))

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from las_fast.cli import choose_device, give_large_blocks_back, need_stdout, run
+from las_fast.cli import need_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
-from las_fast.lm import default_weight, language_table
+from las_fast.files import first_line, make_room
 from las_fast.options import Parser, as_file, as_path
-from las_fast.outputs import first_line, make_room
 from las_fast.progress import progress
+from las_fast.search.ngram import default_weight, language_table
+from las_fast.system import choose_device, give_large_blocks_back
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         kind: dict[str, Any] = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
         make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
-    from las_fast.checkpoint import load_model, write_text_atomically
+    from las_fast.checkpoint import load_model
+    from las_fast.files import write_text_atomically
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint, device)
@@ -115,7 +117,8 @@ def decode_grid(
 
     `backend` is that of beam_search.
     """
-    from las_fast.search import batches_to_decode, beam_search, listen, packed_weights
+    from las_fast.search.beam import beam_search, packed_weights
+    from las_fast.search.dataset import batches_to_decode, listen
 
     texts = [[""] * len(dataset) for _ in settings]
     packed = packed_weights(loaded.model, settings[0], device, backend)
@@ -134,7 +137,7 @@ def ranked(
     names: list[str], settings: list[DecodingConfig], references: list[str], texts: list[list[str]]
 ) -> tuple[list[int], list[list[str]]]:
     """Return the settings' indices, lowest CER first, and a table: a header, and a row for each of them."""
-    from las_fast.metrics import score
+    from las_fast.output.metrics import score
 
     scores = [score(references, own) for own in texts]
     order = sorted(range(len(settings)), key=lambda i: scores[i].cer)

@@ -20,7 +20,7 @@ from las_fast.config import (
     TrainingConfig,
 )
 from las_fast.data.dataset import open_corpus
-from las_fast.trainer import Trainer
+from las_fast.training.trainer import Trainer
 
 MODEL = ModelConfig(
     ListenerConfig(conv_channels=(8,), conv_kernels=(3,), conv_strides=(1,), lstm_size=8, pyramids=1),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from las_fast.attention import Attended
 from las_fast.config import DecodingConfig
+from las_fast.model.attention import Attended
 from las_fast.ops import padding_mask
 from las_fast.text import EOS, PAD, SOS
 

@@ -1,10 +1,10 @@
-"""Files of sound made by hand, byte by byte, and the streams that las_fast.containers finds in them."""
+"""Files of sound made by hand, byte by byte, and the streams that las_fast.data.containers finds in them."""
 
 from __future__ import annotations
 
 import struct
 
-from las_fast.containers import Layout, Stream, find_streams
+from las_fast.data.containers import Layout, Stream, find_streams
 
 
 class Bytes:

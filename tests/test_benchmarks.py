@@ -34,14 +34,14 @@ from benchmarks.operations import listener_operations, speller_operations
 from benchmarks.plain import Plain, Usual
 from benchmarks.test_bench_shares import COLUMNS
 from las_fast import decode, lm
-from las_fast.audio import load_audio
 from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
+from las_fast.data.audio import load_audio
 from las_fast.errors import InputError
-from las_fast.losses import training_loss
-from las_fast.model import LAS
-from las_fast.monitor import THRESHOLDS
-from las_fast.search import beam_search
+from las_fast.model.las import LAS
+from las_fast.search.beam import beam_search
 from las_fast.text import EOS, PAD
+from las_fast.training.losses import training_loss
+from las_fast.training.monitor import THRESHOLDS
 
 V = 9
 LENGTHS = torch.tensor([30, 21, 3])

@@ -10,18 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from las_fast.checkpoint import (
-    build_model,
-    find_checkpoint,
-    load_model,
-    load_state,
-    save_model,
-    save_state,
-    write_atomically,
-)
+from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError
+from las_fast.files import write_atomically
 
 CONFIG = Config(
     features=FeatureConfig(size=5, normalisation="global"),

@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from las_fast import __version__, cli, decode, progress, transcribe, tune
+from las_fast import __version__, cli, decode, files, progress, system, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import JSON_ESCAPES, InputError, Stopped
+from las_fast.files import make_room
 from las_fast.options import Parser, parse_settings
-from las_fast.outputs import make_room
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,7 +139,7 @@ def test_the_status_tells_whether_the_output_was_written(monkeypatch, capsys, ma
 
 def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(monkeypatch, capsys):
     order = []
-    monkeypatch.setattr(cli, "tune_memory", lambda: order.append("memory"))
+    monkeypatch.setattr(system, "tune_memory", lambda: order.append("memory"))
     monkeypatch.setattr(cli, "prepare_streams", lambda: order.append("streams"))
 
     def main(argv):
@@ -357,15 +357,15 @@ def test_only_a_command_without_an_output_is_told_to_name_a_file(monkeypatch):
 
 def test_memory_is_kept_in_training_and_given_back_in_decoding_by_the_numbers_of_malloc_h(monkeypatch):
     told = []
-    monkeypatch.setattr(cli, "_mallopt", lambda *given: told.append(given))
+    monkeypatch.setattr(system, "_mallopt", lambda *given: told.append(given))
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    cli.tune_memory()
-    cli.give_large_blocks_back()
+    system.tune_memory()
+    system.give_large_blocks_back()
     mmap_threshold, trim_threshold, never = -3, -1, -1
     assert told == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    cli.tune_memory()
+    system.tune_memory()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "the user's own choice stays"
 
 
@@ -381,23 +381,23 @@ def test_the_c_library_is_told_where_it_listens(monkeypatch, platform, library, 
     told = []
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library(told))
-    cli._mallopt(-3, 7)
+    system._mallopt(-3, 7)
     assert told == expected
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {2, 5, 7}}[pid], raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert cli.cores() == 3
+    assert system.cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert cli.cores() == 16
+    assert system.cores() == 16
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cli.cores() == 1
+    assert system.cores() == 1
 
 
 def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert cli.expand("~/run") == Path("/home/someone/run") and cli.expand("run/~") == Path("run/~")
+    assert files.expand("~/run") == Path("/home/someone/run") and files.expand("run/~") == Path("run/~")
 
     def unknown(self):
         raise RuntimeError("Could not determine home directory.")
@@ -405,32 +405,32 @@ def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", unknown)
     for path, who in (("~/run", "this user"), ("~nobody/run", "nobody")):
         with pytest.raises(InputError, match=f"{path}: the home folder of {who} is not known; write the path without"):
-            cli.expand(path)
+            files.expand(path)
 
 
 def test_a_folder_that_cannot_be_made_is_told_with_the_reason(tmp_path, monkeypatch):
-    cli.make_folder(tmp_path / "a" / "b", "--out")
-    cli.make_folder(tmp_path / "a" / "b", "--out")
+    files.make_folder(tmp_path / "a" / "b", "--out")
+    files.make_folder(tmp_path / "a" / "b", "--out")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         said = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
         with pytest.raises(InputError, match=said):
-            cli.make_folder(path, "--out")
+            files.make_folder(path, "--out")
 
     def refused(self, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refused)
     with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
-        cli.make_folder(tmp_path / "new", "--out")
+        files.make_folder(tmp_path / "new", "--out")
 
 
 @pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
 def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
     with pytest.raises(InputError, match=f"--out: nothing can be written into {tmp_path}; choose another folder"):
-        cli.make_folder(tmp_path, "--out")
+        files.make_folder(tmp_path, "--out")
 
 
 def test_a_reader_that_has_gone_is_no_traceback():
@@ -444,7 +444,7 @@ def test_decoding_gives_large_blocks_back_and_training_keeps_them():
     """Said in a process of its own, which counts its blocks that have pages of their own."""
     script = """
 import ctypes
-from las_fast import cli
+from las_fast import system
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 class Counts(ctypes.Structure):
@@ -452,11 +452,11 @@ class Counts(ctypes.Structure):
 libc.mallinfo2.restype = Counts
 def own_pages():
     before = getattr(libc.mallinfo2(), "3")
-    libc.malloc(ctypes.c_size_t(2 * cli.LARGE_OF_BATCHES))
+    libc.malloc(ctypes.c_size_t(2 * system.LARGE_OF_BATCHES))
     return getattr(libc.mallinfo2(), "3") - before
-cli.tune_memory()
+system.tune_memory()
 print(own_pages())
-cli.give_large_blocks_back()
+system.give_large_blocks_back()
 print(own_pages())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 from las_fast.config import Config, DecodingConfig, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.config import TrainingConfig as T
 from las_fast.data.batching import Batch
-from las_fast.model import LAS
+from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.search import LOOK_EVERY, beam_search, decode_dataset
+from las_fast.search.beam import LOOK_EVERY, beam_search
+from las_fast.search.dataset import decode_dataset
 from las_fast.text import EOS, Vocabulary
-from las_fast.trainer import Trainer
+from las_fast.training.trainer import Trainer
 
 TORCH = "2.13"  # that the table was counted with: others take their calls apart in other ways
 TABLE = Path(__file__).with_name("counts.csv")

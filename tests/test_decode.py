@@ -20,8 +20,8 @@ from las_fast.config import Config, FeatureConfig
 from las_fast.data.dataset import open_corpus
 from las_fast.decode import main
 from las_fast.errors import InputError
-from las_fast.metrics import score
-from las_fast.search import Hypothesis
+from las_fast.output.metrics import score
+from las_fast.search.beam import Hypothesis
 from las_fast.text import Vocabulary
 
 
@@ -486,7 +486,7 @@ def test_a_device_that_is_of_no_use_is_one_sentence(monkeypatch, message, said):
 
 
 def test_the_real_model_gives_the_same_answer_alone_and_in_a_batch():
-    from las_fast.search import beam_search
+    from las_fast.search.beam import beam_search
 
     config = Config(features=FeatureConfig(size=28), model=MODEL)
     torch.manual_seed(2)

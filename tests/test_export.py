@@ -6,7 +6,7 @@ from checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
-from las_fast.lm import LanguageModel, beside, count, save_lm
+from las_fast.search.ngram import LanguageModel, beside, count, save_lm
 
 
 def exported(path, *words):
@@ -54,7 +54,7 @@ def test_a_checkpoint_may_be_exported_onto_itself_with_its_language_model(tmp_pa
     (tmp_path / "link").symlink_to(tmp_path)
     out = tmp_path / "link" / path.name
     loaded = checkpoint.load_model(path)
-    settings = export.Settings(loaded.config.decoding.__class__(ngram_weight=0.2))
+    settings = export.DecodingSettings(loaded.config.decoding.__class__(ngram_weight=0.2))
     assert export.export(loaded, settings, out) == [out]
     assert beside(path).read_bytes() == b"counts"
 
@@ -70,7 +70,7 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
     with torch.no_grad():
         loaded.model.speller.bias[3] = 1e5
     with pytest.raises(InputError, match="speller.bias holds 100000, more than float16 can"):
-        export.export(loaded, export.Settings(loaded.config.decoding), tmp_path / "small.safetensors")
+        export.export(loaded, export.DecodingSettings(loaded.config.decoding), tmp_path / "small.safetensors")
     assert not (tmp_path / "small.safetensors").exists()
 
 
@@ -102,12 +102,12 @@ def test_a_weight_that_is_not_a_number_is_refused(tmp_path):
     with torch.no_grad():
         loaded.model.speller.bias[3] = torch.inf  # one of many
     with pytest.raises(InputError, match="speller.bias holds inf, more than float16 can"):
-        export.export(loaded, export.Settings(loaded.config.decoding), tmp_path / "small.safetensors")
+        export.export(loaded, export.DecodingSettings(loaded.config.decoding), tmp_path / "small.safetensors")
 
 
 def test_settings_given_to_export_are_checked(tmp_path):
     loaded = checkpoint.load_model(make_checkpoint(tmp_path))
-    settings = export.Settings(loaded.config.decoding.__class__(ctc_weight=0.5))
+    settings = export.DecodingSettings(loaded.config.decoding.__class__(ctc_weight=0.5))
     with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
         export.export(loaded, settings, tmp_path / "small.safetensors")
     assert not (tmp_path / "small.safetensors").exists()

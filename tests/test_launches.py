@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from las_fast import search
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.model import LAS
+from las_fast.model.las import LAS
 from las_fast.ops import backends
+from las_fast.search import beam
 
 V, MOST = 31, 16
 WITH_CTC = 17
@@ -73,16 +73,16 @@ def pretend(tree):
 def trace_chunk(monkeypatch):
     """A function that runs one chunk of a model with two LSTM cells and checks that all steps are the same."""
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
-    step = search._Search.step
+    step = beam._Search.step
 
     def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
         speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=(24, 20))
         sizes = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller, ctc_layer=0)
         model = kind(sizes, input_size=4, vocabulary_size=V)
-        one, trace = search._Search(model.eval(), config(**fields), ngram, "auto"), Trace()
+        one, trace = beam._Search(model.eval(), config(**fields), ngram, "auto"), Trace()
         with torch.no_grad():
             inputs, beams = one.begin(model.listen(torch.randn(3, 200, 4), torch.tensor([200, 100, 7])))
-        monkeypatch.setattr(search._Search, "step", trace.around(step))
+        monkeypatch.setattr(beam._Search, "step", trace.around(step))
         with torch.no_grad(), FakeTensorMode():
             for module in model.modules():
                 module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
@@ -90,7 +90,7 @@ def trace_chunk(monkeypatch):
             beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
             with trace:
                 replace(one, ngram=pretend(ngram)).advance(inputs, beams)
-        assert len(trace.steps) == search.LOOK_EVERY
+        assert len(trace.steps) == beam.LOOK_EVERY
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "a step differs from the one before"
         return trace

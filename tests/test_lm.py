@@ -26,12 +26,14 @@ from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
-from las_fast.lm import NEVER, USUAL, load_lm, perplexity, read_texts, save_lm, train
+from las_fast.lm import read_texts, train
 from las_fast.ops import backends
 from las_fast.ops.speller_search import first_ngram_state
-from las_fast.search import beam_search, greedy_search
+from las_fast.search import ngram
+from las_fast.search.beam import beam_search, greedy_search
+from las_fast.search.ngram import NEVER, USUAL, load_lm, perplexity, save_lm
 from las_fast.text import EOS, PAD, SOS, Vocabulary
-from las_fast.validate import validate
+from las_fast.training.validate import validate
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
 AB = "AB "
@@ -92,9 +94,9 @@ def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
     counts = np.repeat([1, 2, 3, 4, 9], [8, 4, 2, 1, 3])
     y = 8 / 16
     formulas = [0, 1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2]
-    assert lm._discounts(counts) == pytest.approx(formulas)
-    assert lm._discounts(counts[counts != 4]).tolist() == [0, *USUAL]
-    assert lm._discounts(np.repeat([1, 2, 3, 4], [1, 1, 5, 1])).tolist() == [0, *USUAL]  # one would be below 0
+    assert ngram._discounts(counts) == pytest.approx(formulas)
+    assert ngram._discounts(counts[counts != 4]).tolist() == [0, *USUAL]
+    assert ngram._discounts(np.repeat([1, 2, 3, 4], [1, 1, 5, 1])).tolist() == [0, *USUAL]  # one would be below 0
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -130,17 +132,17 @@ def test_perplexity_is_of_the_characters_and_the_end():
     for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
         logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
         assert len(logs) == count
-        found = perplexity(model.table(), lm.count(text, AB, 3))
+        found = perplexity(model.table(), ngram.count(text, AB, 3))
         assert found == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
 
 
 def test_counting_in_parts_changes_nothing(monkeypatch):
     whole = train(TEXT, order=3, characters=AB)
-    monkeypatch.setattr(lm, "SENTENCES", 2)
+    monkeypatch.setattr(ngram, "SENTENCES", 2)
     parts = train(TEXT, order=3, characters=AB)
     assert parts.ngrams.tolist() == whole.ngrams.tolist() and parts.counts.tolist() == whole.counts.tolist()
     most, held = lm.count_apart(TEXT * 30, AB, 3)
-    assert [x.tolist() for x in lm.merge(most, held)] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
+    assert [x.tolist() for x in ngram.merge(most, held)] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
 
 
 def test_what_is_held_out_does_not_depend_on_what_stands_around_it():
@@ -148,7 +150,7 @@ def test_what_is_held_out_does_not_depend_on_what_stands_around_it():
     held = lm.count_apart(texts, AB, 12)[1][0]
     fewer = lm.count_apart(sorted(set(texts)), AB, 12)[1][0]
     distinct = [t for t in set(texts) if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
-    assert held.tolist() == fewer.tolist() == lm.count(distinct, AB, 12)[0].tolist()
+    assert held.tolist() == fewer.tolist() == ngram.count(distinct, AB, 12)[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -175,20 +177,20 @@ def test_a_file_says_what_it_is_and_takes_no_more_bytes_than_its_numbers_need(tm
     model = train(TEXT, order=3, characters=AB)
     tokens = sum(len(text) + 1 for text in TEXT)
     assert saved(model) == (
-        {"format": "las_fast lm 1", "order": "3", "characters": AB, "smoothing": lm.SMOOTHING,
+        {"format": "las_fast lm 1", "order": "3", "characters": AB, "smoothing": ngram.SMOOTHING,
          "sentences": str(len(TEXT)), "tokens": str(tokens), "las_fast": __version__},
         ["int32", "int32"],
     )  # fmt: skip
     for order, most, dtypes in ((6, 2**31 - 1, ["int32", "int32"]), (7, 2**31, ["int64", "int64"])):
         counts = np.array([1, most])
-        assert saved(lm.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
+        assert saved(ngram.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
 
 
 def test_numbers_beyond_32_bits_come_back_as_they_were_saved(tmp_path):
     order, tokens = 7, len(Vocabulary(lm.CHARACTERS))  # n-grams up to 2e10
     ngrams = np.array([EOS, tokens**6 + EOS, tokens**7 - 1])
     for counts in (np.array([1, 2, 3]), np.array([1, 2**31, 2**40])):
-        save_lm(tmp_path / "m.safetensors", lm.LanguageModel(order, lm.CHARACTERS, ngrams, counts, sentences=5))
+        save_lm(tmp_path / "m.safetensors", ngram.LanguageModel(order, lm.CHARACTERS, ngrams, counts, sentences=5))
         back = load_lm(tmp_path / "m.safetensors")
         assert np.array_equal(back.ngrams, ngrams) and np.array_equal(back.counts, counts)
 
@@ -201,8 +203,8 @@ def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
 
 def test_a_language_model_that_is_named_weighs_something_and_a_weight_that_is_set_stays():
     plain, set_ = DecodingConfig(), DecodingConfig(ngram_weight=0.3)
-    assert lm.default_weight(plain, "x") == replace(plain, ngram_weight=lm.WEIGHT) and lm.WEIGHT > 0
-    assert lm.default_weight(set_, "x") == set_ and lm.default_weight(plain, None) == plain
+    assert ngram.default_weight(plain, "x") == replace(plain, ngram_weight=ngram.WEIGHT) and ngram.WEIGHT > 0
+    assert ngram.default_weight(set_, "x") == set_ and ngram.default_weight(plain, None) == plain
 
 
 def damaged(model, **changes):
@@ -224,7 +226,7 @@ def damaged(model, **changes):
 )
 def test_a_file_whose_numbers_make_no_model_is_damaged(tmp_path, change):
     model, path = train(TEXT, order=3, characters=AB), tmp_path / "m.safetensors"
-    metadata = {"format": lm.FORMAT, "order": "3", "characters": AB, "sentences": "7"}
+    metadata = {"format": ngram.FORMAT, "order": "3", "characters": AB, "sentences": "7"}
     save_file(damaged(model), path, metadata)
     load_lm(path)
     save_file(change(model), path, metadata)
@@ -270,22 +272,22 @@ def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
 
 def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch):
     for order in (1, 12):
-        lm.check_order(order, 4)
+        ngram.check_order(order, 4)
     for order in (0, 13):
         with pytest.raises(InputError, match=f"--order must be from 1 to 12; got {order}"):
-            lm.check_order(order, 4)
+            ngram.check_order(order, 4)
     pages = 8 * 4**5 // 16  # of 16 bytes: twice a table of order 5
     monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages}.get)
-    lm.check_order(5, 4)
+    ngram.check_order(5, 4)
     monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages - 1}.get)
     with pytest.raises(InputError, match="order 5 over 4 tokens makes a table of 0.0 GiB, .* --order 4 or less"):
-        lm.check_order(5, 4)
+        ngram.check_order(5, 4)
     with pytest.raises(InputError, match="order 12 over 31 tokens makes a table of [0-9.]+ GiB"):
-        lm.check_order(12, 31)
+        ngram.check_order(12, 31)
 
 
 def test_a_table_that_no_machine_holds_is_refused_before_it_is_made():
-    model = lm.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
+    model = ngram.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
     with pytest.raises(InputError, match="order 12 over .* tokens makes a table of"):
         model.table()
 
@@ -367,7 +369,7 @@ def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
     held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
     rest = train([t for t in text if t not in held], order=3)
     assert 0 < len(held) < len(text)
-    assert f"perplexity  {perplexity(rest.table(), lm.count(held, lm.CHARACTERS, 3)):.3f} a character" in said
+    assert f"perplexity  {perplexity(rest.table(), ngram.count(held, lm.CHARACTERS, 3)):.3f} a character" in said
     assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
     make(tmp_path, "--order", "4", text="\n".join(text))
     size = (tmp_path / "lm.safetensors").stat().st_size / 1e6
@@ -525,9 +527,9 @@ def make_text(folder, text):
 def test_a_language_model_comes_with_a_weight_that_can_be_changed(here, tmp_path):
     file = ["--lm", str(here / "lm.safetensors")]
     usual = decoded(here, tmp_path, *file)
-    expected = searched(here, {"beam": 4, "ngram_weight": lm.WEIGHT}, ngram=table(here))
+    expected = searched(here, {"beam": 4, "ngram_weight": ngram.WEIGHT}, ngram=table(here))
     assert sorted(row["score"] for row in usual) == pytest.approx(sorted(h[0].score for h in expected), abs=1e-3)
-    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(lm.WEIGHT)) == usual
+    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(ngram.WEIGHT)) == usual
     assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", "0.9") != usual != decoded(here, tmp_path)
 
 
@@ -568,14 +570,14 @@ def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh
     assert decoded(here, tmp_path, "--lm", "NAME", "--decoding.ngram-weight", "0.7") == expected
     assert decoded(here, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
     with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released: NAME"):
-        lm.find_lm("OTHER", Path("x.safetensors"))
+        ngram.find_lm("OTHER", Path("x.safetensors"))
 
 
 def test_where_no_language_model_is_released_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
     with pytest.raises(InputError, match="^--lm gone is not a file; make one with python -m las_fast.lm$"):
-        lm.find_lm("gone", tmp_path / "x.safetensors")
-    assert lm.find_lm(None, tmp_path / "x.safetensors") is None
+        ngram.find_lm("gone", tmp_path / "x.safetensors")
+    assert ngram.find_lm(None, tmp_path / "x.safetensors") is None
 
 
 def test_transcribe_takes_a_language_model(here, tmp_path, capsys):

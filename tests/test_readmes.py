@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from las_fast import __version__, decode, demo, export, options, train, transcribe
+from las_fast import __version__, config, decode, demo, export, options, train, transcribe
 from las_fast.config import Config, load_config, to_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def parse_settings(module, words):
     if module == "las_fast.train":
         return train.parse([word.replace("runs/mine/config.yaml", "tiny") for word in words])
     command = {"las_fast.decode": decode, "las_fast.export": export}[module]
-    return options.parse_settings(command.parser(), words, lambda _: decode.Settings(), kind=decode.Settings)
+    return options.parse_settings(command.parser(), words, lambda _: config.DecodingSettings(), kind=config.Settings)
 
 
 def check_pytest(words):
@@ -202,7 +202,7 @@ def test_the_readme_is_short_and_of_this_version():
 
 
 def test_presets_and_sizes_are_those_of_the_readme():
-    from las_fast.model import LAS
+    from las_fast.model.las import LAS
     from las_fast.text import Vocabulary
 
     config = load_config("speech13h")

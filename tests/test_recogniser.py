@@ -19,9 +19,10 @@ from archives import make_archive, make_speech
 from checkpoints import MODEL, make_checkpoint
 
 import las_fast
-from las_fast import decode, lm, recogniser, search, transcribe
+from las_fast import decode, lm, recogniser, transcribe
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
+from las_fast.search import beam, ngram
 
 RATE = 16000
 BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, rate=22050, seed=3)], 1)
@@ -37,8 +38,8 @@ def here(tmp_path_factory):
     (folder / "lm").mkdir()
     own = {"decoding": DecodingConfig(beam=3, ngram_weight=2.0)}
     make_checkpoint(folder / "lm", 20, mel_bins=23, sections=own)
-    lm.save_lm(folder / "lm" / "untrained-20.lm.safetensors", lm.train(["HELLO THERE", "HELLO"], order=2))
-    lm.save_lm(folder / "other.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
+    ngram.save_lm(folder / "lm" / "untrained-20.lm.safetensors", lm.train(["HELLO THERE", "HELLO"], order=2))
+    ngram.save_lm(folder / "other.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
     soundfile.write(folder / "short.wav", make_speech(0.6), RATE)
     soundfile.write(folder / "stereo.wav", BOTH, 22050, subtype="FLOAT")
     soundfile.write(folder / "high.wav", make_speech(0.8, rate=48000, seed=4), 48000)
@@ -277,15 +278,15 @@ def test_a_beam_of_1_is_greedy(here, model):
     (narrow,) = model.transcribe(here / "short.wav", beam=1).segments
     features = features_of(model, here / "short.wav")
     memory = model.loaded.model.listen(features[None], torch.tensor([len(features)]))
-    ((greedy,),) = search.greedy_search(model.loaded.model, memory, model.loaded.config.decoding)
+    ((greedy,),) = beam.greedy_search(model.loaded.model, memory, model.loaded.config.decoding)
     assert narrow.text == model.loaded.vocabulary.decode(greedy.text_tokens)
     (wide,) = model.transcribe(here / "short.wav", beam=8).segments
     assert wide.score > narrow.score
 
 
 def features_of(model, path):
-    from las_fast.audio import open_recording
-    from las_fast.segments import segments
+    from las_fast.data.audio import open_recording
+    from las_fast.data.segments import segments
 
     config = model.loaded.config.features
     (speech,) = segments(open_recording(path, config.sample_rate), config)
@@ -309,8 +310,8 @@ def test_the_language_model_is_the_checkpoints_another_or_none(here, capsys):
 
 def test_a_second_call_makes_neither_table_nor_weights_again(here, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(lm.LanguageModel, "table", counted(lm.LanguageModel.table, made, "table"))
-    monkeypatch.setattr(search, "speller_pack", counted(search.speller_pack, made, "weights"))
+    monkeypatch.setattr(ngram.LanguageModel, "table", counted(ngram.LanguageModel.table, made, "table"))
+    monkeypatch.setattr(beam, "speller_pack", counted(beam.speller_pack, made, "weights"))
     for name in ("untrained-20.safetensors", "untrained-20.lm.safetensors"):
         (tmp_path / name).write_bytes((here / "lm" / name).read_bytes())
     own = las_fast.load(tmp_path / "untrained-20.safetensors", device="cpu")
@@ -319,7 +320,7 @@ def test_a_second_call_makes_neither_table_nor_weights_again(here, tmp_path, mon
     assert once.count("table") == 1 and once.count("weights") <= 1  # 0 where the search is not in C++
     assert own.transcribe(here / "short.wav", lm=False) != first and own.transcribe(here / "short.wav", beam=2).text
     assert own.transcribe(here / "short.wav") == first and made == once
-    lm.save_lm(tmp_path / "untrained-20.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
+    ngram.save_lm(tmp_path / "untrained-20.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
     assert own.transcribe(here / "short.wav").text != first.text and made == [*once, "table"]
 
 

@@ -11,10 +11,11 @@ import torch
 
 from las_fast.checkpoint import RELEASED, find_checkpoint, load_model, released_models
 from las_fast.data.batching import make_loader
-from las_fast.lm import language_table
-from las_fast.metrics import score
 from las_fast.ops import backends
-from las_fast.search import beam_search, listen
+from las_fast.output.metrics import score
+from las_fast.search.beam import beam_search
+from las_fast.search.dataset import listen
+from las_fast.search.ngram import language_table
 from las_fast.tune import decode_grid, open_split
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]

@@ -14,21 +14,23 @@ import torch
 from archives import make_archive, make_manifest, make_speech, write_audio
 from checkpoints import MODEL, make_checkpoint, make_trainer, small
 
-from las_fast import checkpoint, decode, export, lm, train, trainer, transcribe, tune
+from las_fast import checkpoint, decode, export, lm, train, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
 from las_fast.data.batching import sorted_batches
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import Statistics, load_dataset, open_corpus
+from las_fast.data.features import add_deltas
 from las_fast.errors import InputError
-from las_fast.features import add_deltas
-from las_fast.losses import token_loss
-from las_fast.metrics import Scores
-from las_fast.model import LAS
-from las_fast.monitor import Alignment
-from las_fast.runlog import RunLog
+from las_fast.model.las import LAS
+from las_fast.output.metrics import Scores
+from las_fast.search import ngram
 from las_fast.text import EOS
-from las_fast.trainer import Trainer, check_same_settings
-from las_fast.validate import Validation, validate
+from las_fast.training import trainer
+from las_fast.training.losses import token_loss
+from las_fast.training.monitor import Alignment
+from las_fast.training.runlog import RunLog
+from las_fast.training.trainer import Trainer, check_same_settings
+from las_fast.training.validate import Validation, validate
 
 CPU = torch.device("cpu")
 
@@ -392,7 +394,7 @@ def test_pictures_are_of_middling_utterances_and_show_all_of_them(archive, tmp_p
 
 
 def test_validation_leaves_out_what_is_not_attention(archive, tmp_path, monkeypatch):
-    import las_fast.validate as module
+    import las_fast.training.validate as module
 
     seen, search = [], module.greedy_search
     monkeypatch.setattr(module, "greedy_search", lambda m, memory, c: seen.append(c) or search(m, memory, c))
@@ -508,7 +510,7 @@ def test_the_normalise_text_of_a_checkpoint_is_that_of_decoding(tmp_path):
 
 def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path, archive, monkeypatch, recording):
     """decode, transcribe and tune search with what the checkpoint says, and with what the command line changes."""
-    import las_fast.search as search
+    import las_fast.search.beam as search
 
     own = DecodingConfig(
         beam=3, length_penalty=0.7, eos_threshold=0.1, minimum_share=0.01, maximum_share=0.2, maximum_extra=4,
@@ -521,6 +523,7 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
         return beam_search(model, memory, config, **options)
 
     monkeypatch.setattr(search, "beam_search", watching)
+    monkeypatch.setattr("las_fast.search.dataset.beam_search", watching)
     path = make_checkpoint(tmp_path, 28, sections={"decoding": own})
     decoded(path, archive, tmp_path / "out.csv", split="dev-clean")
     decoded(path, archive, tmp_path / "out.csv", "--decoding.beam", "2", split="dev-clean")
@@ -639,9 +642,9 @@ def test_the_language_model_that_is_written_counts_all_text(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(sentences) + "\n")
     out = tmp_path / "x.safetensors"
     lm.main([str(tmp_path / "text.txt"), "--out", str(out), "--order", "3", "--characters", "AB "])
-    model = lm.load_lm(out)
+    model = ngram.load_lm(out)
     assert int(model.counts.sum()) == sum(len(text) + 1 for text in sentences) and model.sentences == 200
-    ngrams, counts = lm.count(sentences, "AB ", 3)
+    ngrams, counts = ngram.count(sentences, "AB ", 3)
     assert np.array_equal(model.ngrams, ngrams) and np.array_equal(model.counts, counts)
     most, held = lm.count_apart(sentences, "AB ", 3)
     assert len(most[0]) and len(held[0]), "some are held out, some are not"

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from las_fast import checkpoint, schedules, train, trainer
-from las_fast.attention import Memory
+from las_fast import checkpoint, train
 from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
 from las_fast.data.dataset import open_corpus
 from las_fast.errors import InputError
-from las_fast.validate import of_the_next, validate
+from las_fast.model.attention import Memory
+from las_fast.training import schedules, trainer
+from las_fast.training.validate import of_the_next, validate
 from tests.archives import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from las_fast import checkpoint, train, trainer
+from las_fast import checkpoint, train
 from las_fast.data import batching
 from las_fast.data.loader import can_fork
 from las_fast.errors import InputError, Stopped
-from las_fast.runlog import read_rows
+from las_fast.training import trainer
+from las_fast.training.runlog import read_rows
 from tests.archives import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,11 +13,11 @@ import soundfile
 from archives import RATE, make_speech
 from checkpoints import make_checkpoint
 
-from las_fast import search
 from las_fast import transcribe as module
 from las_fast.cli import run
 from las_fast.errors import InputError
-from las_fast.metrics import score
+from las_fast.output.metrics import score
+from las_fast.search import dataset
 from las_fast.transcribe import main
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_decoded_is_an_error_of_its_own(here, tmp_path, monkeypat
     def failing(*arguments, **options):
         raise InputError("no memory")
 
-    monkeypatch.setattr(search, "decode_dataset", failing)
+    monkeypatch.setattr(dataset, "decode_dataset", failing)
     with pytest.raises(InputError, match="no memory"):
         transcribe(here, "--on-bad", "skip", "--out", str(tmp_path), files=["short.wav", "other.flac"])
 
@@ -217,13 +217,13 @@ def read(path):
 
 def test_text_out_of_noise_is_left_out_and_said(here, capsys, monkeypatch):
     scores = iter([0.5, 3.0, 0.5, 3.0])
-    whole = search.decode_dataset
+    whole = dataset.decode_dataset
 
     def scored(*arguments, **options):
         found = whole(*arguments, **options)
         return [[replace(best, speech_score=next(scores)), *rest] for best, *rest in found]
 
-    monkeypatch.setattr(search, "decode_dataset", scored)
+    monkeypatch.setattr(dataset, "decode_dataset", scored)
     transcribe(here, "--format", "json", files=["long.wav"])
     out, err = capsys.readouterr()
     (piece,) = json.loads(out)["pieces"]

@@ -15,6 +15,7 @@ from las_fast import lm, tune
 from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.errors import InputError
+from las_fast.search import ngram
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_language_model_has_its_usual_weight_where_none_is_chosen(here, monkey
     seen = []
     monkeypatch.setattr(tune, "decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3])
     tune.main(words(here, "--beam", 2, "--lm", here / "lm.safetensors"))
-    assert [point.ngram_weight for point in seen] == [lm.WEIGHT]
+    assert [point.ngram_weight for point in seen] == [ngram.WEIGHT]
 
 
 def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tmp_path):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from las_fast.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.config import Config
+from las_fast.data.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.loader import Loader
 from las_fast.errors import InputError

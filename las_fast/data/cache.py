@@ -13,55 +13,33 @@ import hashlib
 import json
 import mmap
 import os
-import pickle
-import queue
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from las_fast.cli import cores, expand
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
+from las_fast.data.readers import OR_SKIP, process
 from las_fast.errors import InputError
+from las_fast.files import expand
 from las_fast.progress import Progress
+from las_fast.system import cores
 
 VERSION = 2  # raise it when the meaning of the stored frames or of the index changes
-CHUNK = 16  # utterances that a worker takes at a time
-ANSWER_BYTES = 8 << 20  # frames in one answer of a worker, or one utterance
-GROUP_SECONDS = 120.0  # of audio that are turned into frames at once, or one recording
-SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02  # a recording may be so much shorter than the manifest says, whichever is more
-LONG_SECONDS, LONG_SHARE = 1.0, 0.2  # and so much longer
 UNUSED = 30 * 24 * 3600  # seconds after which an earlier entry of the same split goes, when a new one is built
-SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
 ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
-OR_SKIP = "; or leave such utterances out with --on-bad skip"
 DROP_BYTES = 32 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
-
-
-@dataclass(frozen=True)
-class Item:
-    """What one utterance became: frames (T, F) float32, or the reason why there are none."""
-
-    id: str
-    text: str | None = None
-    seconds: float = 0.0
-    frames: np.ndarray | None = None
-    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of the recording's frames that these are; none: its first
-    problem: str = ""
 
 
 @dataclass
@@ -214,7 +192,7 @@ def _build(target, corpus, split, utterances, features, refuse, progress, worker
     scratch = target.parent / f".building-{target.name}-{unique}"
     scratch.mkdir()
     try:
-        items = _process(corpus, utterances, features, scratch, workers or cores())
+        items = process(corpus, utterances, features, scratch, workers or cores())
         bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
         with closing(items), bar:  # closing ends the workers, whatever happens
             index = _write_features(scratch / "features.f32", items, utterances, refuse, bar)
@@ -288,195 +266,3 @@ def _is_running(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Generator[Item, None, None]:
-    """Yield an Item an utterance, in order, from this process or from `workers` others."""
-    chunks = [list(utterances[i : i + CHUNK]) for i in range(0, len(utterances), CHUNK)]
-    task = (corpus.kind, corpus.feature_size, corpus.transposed, features)
-    if workers <= 1 or len(utterances) <= SMALL:
-        for chunk in chunks:
-            yield from _process_chunk(task, chunk)
-        return
-    workers = min(workers, len(chunks))
-    children: list[subprocess.Popen] = []
-    try:
-        queues: list[queue.Queue] = []
-        for k in range(workers):
-            (scratch / f"task-{k}.pickle").write_bytes(pickle.dumps((task, chunks[k::workers])))
-            children.append(_start_worker(scratch / f"task-{k}.pickle"))
-            queues.append(queue.Queue(maxsize=2))
-            threading.Thread(target=_receive, args=(children[-1], queues[-1]), daemon=True).start()
-        for i, chunk in enumerate(chunks):
-            missing = len(chunk)
-            while missing:
-                answer = queues[i % workers].get()
-                if isinstance(answer, str):
-                    raise InputError(
-                        f"a process that reads recordings ended early ({answer}), near {chunk[-missing].path}; "
-                        "free some memory and run again, or leave that recording out"
-                    )
-                yield from answer
-                missing -= len(answer)
-    finally:
-        for k, child in enumerate(children):
-            child.kill()
-            child.wait()
-            (scratch / f"task-{k}.pickle").unlink()
-
-
-def _start_worker(task: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([package_root, environment["PYTHONPATH"]])
-    command = [sys.executable, "-c", "from las_fast.data.cache import work; work()", str(task)]
-    # A session of its own: an interrupt reaches the parent alone, which ends its workers without a noise of tracebacks.
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-
-
-def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
-    """Move a worker's answers to a short queue; a text in it says that the worker has ended."""
-    stdout: Any = child.stdout  # a pipe
-    try:
-        while True:
-            answers.put(pickle.load(stdout))
-    except Exception as error:  # whatever it was, the reader of the queue must hear of it or it waits for ever
-        answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
-
-
-def work() -> None:
-    """Be a worker: write the Items of each chunk of the task file, some at a time, to standard output; a closed pipe
-    ends it."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library might print must not get between the answers
-    task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
-    if task[0] == "audio":
-        import torch  # only here: it takes longer to import than many a feature archive to read
-
-        torch.set_num_threads(1)
-    with suppress(BrokenPipeError), answers:
-        for chunk in chunks:
-            for answer in _groups(_process_chunk(task, chunk)):
-                answers.write(pickle.dumps(answer, protocol=5))
-                answers.flush()
-
-
-def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists of at most ANSWER_BYTES of frames, or of one item."""
-    group: list[Item] = []
-    size = 0
-    for item in items:
-        own = 0 if item.frames is None else item.frames.nbytes
-        if group and size + own > ANSWER_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += own
-    if group:
-        yield group
-
-
-def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
-    kind, size, transposed, features = task
-    read = _read_audio if kind == "audio" else _read_arrays
-    yield from (_checked(item, chunk[i]) for i, item in enumerate(read(chunk, size, transposed, features)))
-
-
-def _checked(item: Item, utterance: Utterance) -> Item:
-    """Add the transcript, or turn the item into a problem: nothing bad passes here."""
-    if item.problem:
-        return item
-    if item.frames is None or not len(item.frames):
-        return Item(item.id, problem=f"{utterance.path} has no frames; remove it or make it again")
-    if not np.isfinite(item.frames).all():
-        return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; make it again")
-    try:
-        source = utterance.transcript
-        text = read_transcript(source) if isinstance(source, Path) else source
-    except InputError as error:
-        return Item(item.id, problem=str(error))
-    return replace(item, text=text)
-
-
-def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) -> Iterator[Item]:
-    for u in chunk:
-        if u.problem:
-            yield Item(u.id, problem=u.problem)
-            continue
-        try:
-            array = np.load(u.path, allow_pickle=False)
-        except LOAD_ERRORS as error:
-            missing = isinstance(error, FileNotFoundError) and isinstance(u.transcript, Path)
-            what = f"{u.transcript} has no features: {u.path} is missing; add it or remove the transcript"
-            yield Item(u.id, problem=what if missing else f"{u.path} is not a feature file: {load_problem(error)}")
-            continue
-        shape = f"({size}, frames)" if transposed else f"(frames, {size})"
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 2:
-            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
-            yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; make it again")
-        elif array.shape[0 if transposed else 1] != size:
-            got = f"got {array.shape}; make it again"
-            yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; {got}")
-        else:
-            with np.errstate(over="ignore"):
-                frames = np.ascontiguousarray(array.T if transposed else array, np.float32)
-            yield Item(u.id, None, len(frames) * features.shift_ms / 1000, frames)
-
-
-def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[Item]:
-    """Yield items in order, holding little audio at a time: recordings can be hours long."""
-    waveforms: list[np.ndarray] = []
-    items: list[Item] = []
-    held = 0.0
-    for u in chunk:
-        waveform, item = _read_recording(u, features.sample_rate)
-        if items and held + item.seconds > GROUP_SECONDS:
-            yield from _with_frames(items, waveforms, features)
-            waveforms, items, held = [], [], 0.0
-        items.append(item)
-        if waveform is not None:
-            waveforms.append(waveform)
-        held += item.seconds
-    yield from _with_frames(items, waveforms, features)
-
-
-def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
-    from las_fast.audio import load_audio
-
-    if u.problem:
-        return None, Item(u.id, problem=u.problem)
-    try:
-        waveform = load_audio(u.path, rate, start=u.start, seconds=u.seconds if u.is_part else None, whole=True)
-    except InputError as error:
-        return None, Item(u.id, problem=str(error))
-    seconds = len(waveform) / rate
-    if problem := _wrong_length(u, seconds):
-        return None, Item(u.id, problem=problem)
-    return waveform, Item(u.id, None, seconds)
-
-
-def _wrong_length(u: Utterance, seconds: float) -> str:
-    """Say how the length of a recording differs from what the data say, or ""; load_audio judges parts."""
-    if u.is_part or not u.seconds:
-        return ""
-    held = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
-    if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
-        return f"{held}; copy it again or correct that"
-    if seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
-        return f"{held}; correct that, or say in a column 'offset' which part is meant (0 for the first seconds)"
-    return ""
-
-
-def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:
-    """Yield the items, the good ones with their frames; empties the waveforms."""
-    from las_fast.features import speech_features
-
-    found = iter(speech_features(waveforms, features))
-    waveforms.clear()
-    for item in items:
-        if item.problem:
-            yield item
-            continue
-        frames, spans = next(found)
-        moved = len(spans) > 1 or spans[0][0] > 0
-        yield replace(item, frames=frames.numpy(), spans=tuple(spans) if moved else ())

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from las_fast.cli import expand
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
-from las_fast.data.cache import OR_SKIP, CacheEntry, open_cache
+from las_fast.data.cache import CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance, role_of
-from las_fast.data.files import listed, subfolders
+from las_fast.data.features import add_deltas, check_settings
+from las_fast.data.folders import listed, subfolders
+from las_fast.data.readers import OR_SKIP
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
-from las_fast.features import add_deltas, check_settings
-from las_fast.outputs import nearest_path
+from las_fast.files import expand, nearest_path
 from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
 

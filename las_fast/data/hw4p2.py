@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.files import files, read_lines, subfolders, system_name
+from las_fast.data.folders import files, read_lines, subfolders, system_name
 from las_fast.data.symbols import join_symbols
 from las_fast.errors import InputError
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
-from las_fast.data.files import read_lines, subfolders, system_name
+from las_fast.data.folders import read_lines, subfolders, system_name
 from las_fast.errors import InputError
 
 LAYOUT = "[data/][SPLIT/]wav.scp with text and segments (Kaldi)"

@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.files import at_depth, listed, read_lines, subfolders, system_name
+from las_fast.data.folders import at_depth, listed, read_lines, subfolders, system_name
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
-from las_fast.data.files import files, subfolders, system_name
+from las_fast.data.folders import files, subfolders, system_name
 from las_fast.data.hw4p2 import PEEK, peek_shape
 from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
 from las_fast.errors import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from las_fast.data.files import files, subfolders
+from las_fast.data.folders import files, subfolders
 from las_fast.data.hw4p2 import LOAD_ERRORS
 from las_fast.errors import InputError
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +23,6 @@ import os
 import shutil
 import signal
 import tempfile
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,12 +31,14 @@ from typing import Any
 import numpy as np
 import soxr
 
-from las_fast.cli import cores
 from las_fast.config import FeatureConfig
+from las_fast.data.espeak import ACCENTS, Synthesiser, espeak_library
+from las_fast.data.features import compute_features
+from las_fast.data.sentences import sentence
 from las_fast.errors import InputError
-from las_fast.features import compute_features
 from las_fast.options import Parser
 from las_fast.progress import Progress
+from las_fast.system import cores
 
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
@@ -46,7 +46,6 @@ MOST_WORKERS = 256
 SILENT = 600.0  # seconds after which a speaking process is given up
 BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
 
-ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
 SPEAKERS = {  # eSpeak NG voice variants: other formants, pitch and timbre. No speaker serves two kinds of split.
     "train": (
         "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f4", "klatt2", "klatt4", "Andy", "Annie", "Denis", "Gene",
@@ -71,124 +70,6 @@ class Utterance:
 
 # ---------------------------------------------------------------------------------------------------------- sentences
 
-WORDS = {  # alternatives are parted by commas
-    "one": "ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT, NINE, TEN, ELEVEN, TWELVE, THIRTEEN, FOURTEEN, "
-           "FIFTEEN, SIXTEEN, SEVENTEEN, EIGHTEEN, NINETEEN",
-    "ten": "TWENTY, THIRTY, FORTY, FIFTY, SIXTY, SEVENTY, EIGHTY, NINETY",
-    "nth": "FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH, TENTH, ELEVENTH, TWELFTH, THIRTEENTH, "
-           "FOURTEENTH, FIFTEENTH, SIXTEENTH, SEVENTEENTH, EIGHTEENTH, NINETEENTH, TWENTIETH",
-    "weekday": "MONDAY, TUESDAY, WEDNESDAY, THURSDAY, FRIDAY, SATURDAY, SUNDAY",
-    "month": "JANUARY, FEBRUARY, MARCH, APRIL, MAY, JUNE, JULY, AUGUST, SEPTEMBER, OCTOBER, NOVEMBER, DECEMBER",
-    "part": "IN THE MORNING, IN THE EVENING, AT NIGHT, TODAY, TOMORROW",
-    "switch": "TURN ON, TURN OFF, SWITCH ON, SWITCH OFF",
-    "device": "LIGHT, LAMP, HEATING, RADIO, FAN, TELEVISION, ALARM",
-    "room": "KITCHEN, BEDROOM, GARAGE, OFFICE, GARDEN, HALL",
-    "opening": "DOOR, WINDOW, GATE, BOX, CURTAIN",
-    "move": "OPEN, CLOSE, LOCK, CHECK",
-    "kin": "MOTHER, FATHER, SISTER, BROTHER, UNCLE, DOCTOR, TEACHER, FRIEND",
-    "whose": "MY, YOUR, HIS, THE",
-    "verb": "WANTS, LIKES, FOUND, LOST, BOUGHT, BROUGHT, KEPT, PAINTED",
-    "colour": "RED, BLUE, GREEN, YELLOW, BLACK, WHITE, BROWN",
-    "size": "BIG, SMALL, LONG, OLD, HEAVY, EMPTY",
-    "thing": "BOOK, TABLE, CAR, BOTTLE, HOUSE, LETTER, JACKET, CAMERA, PICTURE, BICYCLE",
-    "animal": "DOG, CAT, HORSE, BIRD, RABBIT, SHEEP",
-    "act": "SLEEPS, RUNS, WAITS, SITS, HIDES, PLAYS",
-    "place": "UNDER THE TREE, BY THE RIVER, NEAR THE BRIDGE, IN THE FOREST, ON THE ROAD, BEHIND THE WALL",
-    "food": "BREAD, CHEESE, SOUP, RICE, FRUIT, COFFEE, WATER, SUGAR, CHOCOLATE",
-    "town": "LONDON, PARIS, DUBLIN, BOSTON, CHICAGO, BERLIN",
-    "sky": "SUNNY, CLOUDY, WINDY, COLD, WARM, RAINY",
-    "media": "THE NEWS, SOME MUSIC, A SONG, THE MESSAGE, A STORY",
-    "play": "PLAY, STOP, REPEAT, FIND",
-    "name": "ANNA, PETER, MARY, THOMAS, LAURA, GEORGE, OLIVER",
-    "ask": "WHERE IS, HERE IS, I CAN'T FIND, PLEASE BRING, DON'T FORGET, WE NEED",
-    "vehicle": "TRAIN, BUS, PLANE, BOAT",
-    "leave": "LEAVES, ARRIVES, STOPS",
-    "please": "PLEASE, NOW, AGAIN, QUICKLY",
-    "unit": "MINUTES, HOURS, DAYS, WEEKS, MILES, METRES, DOLLARS, PEOPLE",
-}  # fmt: skip
-ALTERNATIVES = {kind: text.split(", ") for kind, text in WORDS.items()}
-ONES, TENS, ORDINALS = ALTERNATIVES["one"], ALTERNATIVES["ten"], ALTERNATIVES["nth"]
-
-TEMPLATES = (
-    "{number}", "{number} {unit}", "{digits}", "{digits}", "IT COSTS {number} DOLLARS", "IN {number} {unit}",
-    "{weekday} THE {ordinal} OF {month}", "{weekday} {month} THE {ordinal}", "ON {weekday} {part}",
-    "THE {ordinal} OF {month}", "{month} THE {ordinal}", "THE {ordinal} OF {month} {part}", "{ordinal} OF {month}",
-    "{time}", "{time} {part}", "{weekday} AT {time}", "WAKE ME AT {time}", "IT'S {time}", "MEET {name} AT {time}",
-    "{switch} THE {room} {device}", "{switch} THE {device} {please}", "{move} THE {opening} {please}",
-    "{move} THE {room} {opening}", "{move} THE {colour} {opening}", "SET THE {device} TO {small}",
-    "{play} {media} {please}", "CALL {whose} {kin} {please}", "CALL {name} AT {time}", "WAIT {small} MINUTES {please}",
-    "{whose} {kin} {verb} THE {thing}", "{name} {verb} A {colour} {thing}", "{whose} {kin} {verb} THE {size} {thing}",
-    "THE {colour} {animal} {act} {place}", "THE {size} {animal} {act}", "{ask} THE {colour} {thing}",
-    "{ask} {whose} {size} {thing}", "{ask} THE {food}", "{name} {verb} THE {food}", "WE NEED {small} {unit}",
-    "WHAT'S THE WEATHER IN {town}", "IT'S {sky} IN {town} {part}", "IT WAS {sky} ON {weekday}",
-    "THE {vehicle} TO {town} {leave} AT {time}", "THE {vehicle} {leave} IN {small} MINUTES", "A {vehicle} TO {town}",
-    "{name} IS IN THE {room}", "I'M GOING TO {town} ON {weekday}", "{name} AND {name} {part}",
-)  # fmt: skip
-LONGEST = 40  # characters
-
-
-def say_number(number: int) -> str:
-    """Return 0 to 999 in words."""
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
-    return f"{ONES[number // 100]} HUNDRED" + (f" AND {say_number(number % 100)}" if number % 100 else "")
-
-
-def say_ordinal(number: int) -> str:
-    """Return 1 to 31 as an ordinal in words."""
-    if number <= 20:
-        return ORDINALS[number - 1]
-    return f"{TENS[number // 10 - 2]} {ORDINALS[number % 10 - 1]}" if number % 10 else "THIRTIETH"
-
-
-def _say_time(rng: np.random.Generator) -> str:
-    hour = ONES[rng.integers(1, 13)]
-    style = rng.integers(4)
-    if style == 0:
-        return f"{hour} O'CLOCK"
-    if style == 1:
-        return f"{rng.choice(['HALF PAST', 'QUARTER PAST', 'QUARTER TO'])} {hour}"
-    if style == 2:
-        return f"{say_number(int(rng.choice([5, 10, 20, 25])))} {rng.choice(['PAST', 'TO'])} {hour}"
-    return f"{hour} {say_number(int(rng.integers(10, 60)))}"
-
-
-def _some_number(rng: np.random.Generator, end: int) -> int:
-    """2 to end-1, with the teens, which have a word each, as often as they need to be heard."""
-    return int(rng.integers(10, 20) if rng.random() < 0.25 else rng.integers(2, end))
-
-
-def _fill(kind: str, rng: np.random.Generator) -> str:
-    if kind == "number":
-        return say_number(_some_number(rng, 1000))
-    if kind == "small":
-        return say_number(_some_number(rng, 100))
-    if kind == "ordinal":
-        return say_ordinal(int(rng.integers(1, 32)))
-    if kind == "digits":
-        return " ".join(ONES[d] for d in rng.integers(0, 10, size=rng.integers(3, 7)))
-    if kind == "time":
-        return _say_time(rng)
-    return str(rng.choice(ALTERNATIVES[kind]))
-
-
-def sentence(rng: np.random.Generator, role: str) -> str:
-    """Return a random sentence of 6 to 40 characters that belongs to `role` ("train", "dev" or "test").
-
-    A hash of its letters decides to whom a sentence belongs, so that no sentence is ever in two of them.
-    """
-    while True:
-        parts = TEMPLATES[rng.integers(len(TEMPLATES))].split("{")
-        text = parts[0]
-        for part in parts[1:]:
-            kind, rest = part.split("}")
-            text += _fill(kind, rng) + rest
-        owner = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 8, "train")
-        if owner == role and 6 <= len(text) <= LONGEST:
-            return text
-
 
 def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
     """Return every utterance of the corpus. Sentences within dev and within test are distinct."""
@@ -212,87 +93,6 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
 
 
 # ------------------------------------------------------------------------------------------------------------- speech
-
-
-def _loader():
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise InputError("the spoken corpus needs eSpeak NG; install it with: pip install espeakng-loader") from None
-    return espeakng_loader
-
-
-class Synthesiser:
-    """eSpeak NG through ctypes; one a process, since the library keeps global state.
-
-    A recording also depends a little on what the process said before it (phases of the oscillators live on).
-    """
-
-    RATE, PITCH, RANGE = 1, 3, 4  # espeak_PARAMETER
-    CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-
-    def __init__(self):
-        loader = _loader()
-        try:
-            self._library = ctypes.CDLL(loader.get_library_path())
-        except OSError as error:
-            raise InputError(f"eSpeak NG does not load ({error}); reinstall it: pip install --force-reinstall "
-                             "espeakng-loader") from None  # fmt: skip
-        self._link = None
-        self._data = self._short_path(Path(loader.get_data_path()))
-        if not (self._data / "phontab").is_file():  # the library would end the process
-            raise InputError(f"{self._data} holds no eSpeak NG data; reinstall espeakng-loader")
-        synchronous = 2
-        self.sample_rate = self._library.espeak_Initialize(synchronous, 0, str(self._data).encode(), 0)
-        if self.sample_rate <= 0:
-            raise InputError(f"{self._data}: eSpeak NG finds no usable data there; reinstall espeakng-loader")
-        self._chunks: list[np.ndarray] = []
-        self._callback = self.CALLBACK(self._collect)  # kept: the library holds a bare pointer to it
-        self._library.espeak_SetSynthCallback(self._callback)
-        # eSpeak NG would seed the noise of breathy voices with the time of day
-        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
-
-    def _short_path(self, data: Path) -> Path:
-        """eSpeak NG cuts paths at 160 bytes: reach a deep installation through a link."""
-        if len(str(data).encode()) < 120:
-            return data
-        self._link = tempfile.TemporaryDirectory(prefix="espeak")
-        link = Path(self._link.name) / "data"
-        link.symlink_to(data)
-        return link
-
-    def close(self) -> None:
-        self._library.espeak_Terminate()
-        if self._link is not None:
-            self._link.cleanup()
-
-    def _collect(self, wave, count, _events):
-        if wave and count > 0:
-            self._chunks.append(np.ctypeslib.as_array(wave, (count,)).copy())
-        return 0
-
-    def speak(self, text: str, voice: str, *, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Return text as float32 samples in -1..1 at self.sample_rate.
-
-        Args:
-            voice: accent+speaker.
-            rate: words per minute, 80 to 450.
-            pitch, pitch_range: 0 to 100, 50 is usual.
-        """
-        # an unknown variant would silently give the plain voice
-        if not (self._data / "voices" / "!v" / voice.partition("+")[2]).is_file():
-            raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
-        if self._library.espeak_SetVoiceByName(voice.encode()):
-            raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
-        for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.RANGE, pitch_range)):
-            self._library.espeak_SetParameter(parameter, value, 0)
-        self._chunks.clear()
-        data = text.lower().encode()  # capitals such as US would be spelt out
-        utf8 = 1
-        self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
-        if not self._chunks:
-            raise InputError(f"eSpeak NG said nothing for {text!r} in voice {voice}; reinstall espeakng-loader")
-        return np.concatenate(self._chunks).astype(np.float32) / 32768
 
 
 def record(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.ndarray:
@@ -332,8 +132,8 @@ def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, floa
 
 def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
     """Return everything the corpus depends on, as plain data; two equal ones mean equal files."""
-    _loader()
-    sources = (Path(__file__), Path(__file__).parents[1] / "features.py")
+    espeak_library()
+    sources = [Path(__file__).with_name(f"{name}.py") for name in ("spoken", "sentences", "espeak", "features")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     espeak = importlib.metadata.version("espeakng-loader")
     return {"train": train, "dev": dev, "test": test, "seed": seed, "code": code, "espeakng_loader": espeak,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from las_fast.data.files import read_lines
+from las_fast.data.folders import read_lines
 from las_fast.errors import InputError
 
 SUFFIXES = (".tsv", ".jsonl", ".csv", ".json")

@@ -9,8 +9,10 @@ from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.bilstm import bilstm
 from las_fast.ops.ctc_loss import ctc_loss, ctc_places
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
-from las_fast.ops.masked_attention import masked_attention, padding_mask
-from las_fast.ops.speller_search import SpellerWeights, Steps, speller_pack, speller_search
+from las_fast.ops.masked_attention import masked_attention
+from las_fast.ops.masks import padding_mask
+from las_fast.ops.speller import SpellerWeights
+from las_fast.ops.speller_search import Steps, speller_pack, speller_search
 from las_fast.ops.speller_unroll import speller_unroll
 
 __all__ = [

@@ -25,7 +25,10 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the flo
     "ctc_prefix": {"reference": None, "cpp": WIDE, "triton": WIDE},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
     "speller_unroll": {"reference": None, "fused": None, "cpp": WIDE},
-    "speller_search": {"reference": None, "cpp": WIDE},  # on CUDA las_fast.search goes step by step with the ops above
+    "speller_search": {
+        "reference": None,
+        "cpp": WIDE,
+    },  # on CUDA las_fast.search.beam goes step by step with the ops above
 }
 COMPANIONS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes

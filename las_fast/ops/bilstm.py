@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from las_fast.ops import backends
-from las_fast.ops.masked_attention import padding_mask
+from las_fast.ops.masks import padding_mask
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 HAS_TILES = torch.cpu._is_amx_tile_supported()

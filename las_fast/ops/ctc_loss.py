@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from las_fast.ops import backends
-from las_fast.ops.ctc_prefix import BLANK
-from las_fast.ops.masked_attention import padding_mask
+from las_fast.ops.masks import padding_mask
+from las_fast.text import BLANK
 
 
 def ctc_loss(

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from las_fast.ops import backends
-from las_fast.ops.masked_attention import padding_mask
-
-BLANK = 0
+from las_fast.ops.masks import padding_mask
+from las_fast.text import BLANK
 
 
 class CtcState(NamedTuple):

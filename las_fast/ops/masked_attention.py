@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from las_fast.ops import backends
+from las_fast.ops.masks import padding_mask
 
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a row without valid frames must not give NaN
 
@@ -77,11 +78,6 @@ def masked_attention(
         context, attended, peak, _ = op(query, keys, values, lengths, scale, weights)
     results = (context, attended if weights else None)
     return (*results, peak) if peaks else results
-
-
-def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """Return (B, frames) bool, True from each length on; lengths is (B,) int64."""
-    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
 
 
 def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, scale: float) -> tuple[Tensor, Tensor]:

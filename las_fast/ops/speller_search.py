@@ -1,6 +1,6 @@
 """A whole beam search of the speller, from encoder memory to back-pointers.
 
-At each step, for every beam of every utterance (las_fast.speller says it in modules, this op in formulas):
+At each step, for every beam of every utterance (las_fast.model.speller says it in modules, this op in formulas):
 
     gates_1   = W_1 [embedding[token], context, hidden_1] + b_1         of the token and the state before
     gates_i   = W_i [hidden_(i-1), hidden_i] + b_i                      for each later cell, hidden_(i-1) the new one
@@ -12,39 +12,20 @@ At each step, for every beam of every utterance (las_fast.speller says it in mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from las_fast.ops import backends
 from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.ctc_prefix import CtcState, ctc_prefix, ctc_start
-from las_fast.ops.masked_attention import masked_attention, padding_mask
+from las_fast.ops.masks import padding_mask
+from las_fast.ops.speller import SpellerWeights, State, check_memory, silence, step
 
 PRECISIONS = ("fp32", "bf16", "int8")
-LEAST = 1e-30  # a row of int8 with no larger magnitude counts as zeros: 127 / largest has to be finite
 UNSEEN = 0.01  # least attention that a frame counts as having got, for a finite logarithm
-
-
-class SpellerWeights(NamedTuple):
-    """What the formulas read; all float32. M is the embedding's size, H_i that of cell i."""
-
-    embedding: Tensor  # (V, M)
-    query: Tensor  # (D, H_last)
-    query_bias: Tensor  # (D,)
-    project: Tensor  # (M, H_last + E)
-    project_bias: Tensor  # (M,)
-    bias: Tensor  # (V,)
-    gates: tuple[Tensor, ...]  # (4 * H_1, M + E + H_1), then (4 * H_i, H_(i-1) + H_i); input, forget, cell, output
-    gate_biases: tuple[Tensor, ...]  # (4 * H_i,)
-
-    def flat(self) -> list[Tensor]:
-        """Return all in the order of the C++ op."""
-        return [*self[:6], *(x for cell in zip(self.gates, self.gate_biases, strict=True) for x in cell)]
 
 
 class Steps(NamedTuple):
@@ -166,14 +147,6 @@ def speller_pack(
 # ----------------------------------------------------------------------------------------------------------- reference
 
 
-class State(NamedTuple):
-    """What the speller carries from token to token."""
-
-    hidden: tuple[Tensor, ...]  # (B, K, H) a cell
-    cell: tuple[Tensor, ...]
-    context: Tensor  # (B, K, E)
-
-
 class _Beams(NamedTuple):
     """All (B, K)."""
 
@@ -216,12 +189,6 @@ def _begin(weights: SpellerWeights, keys: Tensor, values: Tensor, options: Optio
     return beams, silence(weights, values, K)
 
 
-def silence(weights: SpellerWeights, values: Tensor, beam: int) -> State:
-    """Return the state before the first token."""
-    zeros = tuple(values.new_zeros(values.shape[0], beam, bias.shape[0] // 4) for bias in weights.gate_biases)
-    return State(zeros, zeros, values.new_zeros(values.shape[0], beam, values.shape[2]))
-
-
 def coverage(attention: Tensor, lengths: Tensor) -> Tensor:
     """Return (B, K), 0 where every frame got its attention and less the more frames were left out.
 
@@ -235,54 +202,6 @@ def first_ngram_state(table: Tensor, sos: int) -> int:
     """Return the state before the first token of a table (V ** (order-1), V): sos all through."""
     states, V = table.shape
     return sos * (states - 1) // (V - 1) if V > 1 else 0
-
-
-def step(
-    weights: SpellerWeights, keys, values, lengths, tokens: Tensor, state: State,
-    masks: Sequence[Tensor] | None = None, *, int8: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
-    """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state.
-
-    masks (B, 1, H) are factors on what each cell shows to what is above it. int8: as the precision of that name.
-    """
-    below, hiddens, cells = weights.embedding[tokens], [], []
-    for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
-        parts = [below, torch.cat((state.context, state.hidden[0]), -1) if n == 0 else state.hidden[n]]
-        i, f, g, o = (_gates_int8 if int8 else _gates)(n, parts, gates, bias).chunk(4, -1)
-        cells.append(torch.sigmoid(f) * state.cell[n] + torch.sigmoid(i) * torch.tanh(g))
-        hiddens.append(torch.sigmoid(o) * torch.tanh(cells[-1]))
-        below = hiddens[-1] if masks is None else hiddens[-1] * masks[n]
-    query = F.linear(below, weights.query, weights.query_bias)
-    context, attended, peaks = masked_attention(query, keys, values, lengths, peaks=True, backend="reference")
-    features = F.gelu(F.linear(torch.cat((below, context), -1), weights.project, weights.project_bias))
-    logits = F.linear(features, weights.embedding, weights.bias)
-    return logits, attended, peaks, State(tuple(hiddens), tuple(cells), context)
-
-
-def _gates(_cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(torch.cat(parts, -1), weights, bias)
-
-
-def _gates_int8(cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
-    first, second = weights.split([part.shape[-1] for part in parts], 1)
-    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)  # what a token adds is looked up
-    return below + linear_int8(parts[1], second) + bias
-
-
-def linear_int8(x: Tensor, weights: Tensor) -> Tensor:
-    """Return x weights^T, (..., N), of whole numbers: x (..., M) and weights (N, M), a scale for each row of both.
-
-    The largest magnitude of a row is 127 (symmetric, dynamic: the rows of x are scaled as they come).
-    """
-    (rows, scale), (columns, column_scale) = _whole_numbers(x), _whole_numbers(weights)
-    return (F.linear(rows, columns) * (scale * column_scale[..., 0])).to(x.dtype)
-
-
-def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float64 numbers from -127 to 127, whose products and sums are exact, and the scales (..., 1)."""
-    most = x.float().abs().amax(-1, keepdim=True)
-    factor = torch.where(most > LEAST, 127 / most, 0.0)
-    return (x * factor).round().double(), most.double() / 127  # factor is float32
 
 
 def _prune(logits: Tensor, beams: _Beams, gained: Tensor, options: Options):
@@ -329,19 +248,6 @@ def _check(weights: SpellerWeights, keys, values, lengths, options: Options, pre
         if x is not None and (x.shape != (B,) or x.dtype != torch.int64):
             raise ValueError(f"{name} must be ({B},) int64; got {tuple(x.shape)} {x.dtype}")
     _check_options(options, B, weights.bias.shape[0])
-
-
-def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
-    """Raise ValueError where keys and values are not what a speller of these weights reads."""
-    for name, x in (("keys", keys), ("values", values)):
-        if x.ndim != 3 or x.dtype != torch.float32:
-            raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")
-    (B, T, _), D = keys.shape, weights.query.shape[0]
-    if keys.shape[2] != D:
-        raise ValueError(f"keys must be (B, T, D) with D={D} like query; got {tuple(keys.shape)}")
-    E = weights.project.shape[1] - weights.query.shape[1]
-    if values.shape != (B, T, E):
-        raise ValueError(f"values must be (B, T, E) with B={B}, T={T}, E={E}; got {tuple(values.shape)}")
 
 
 def _check_options(options: Options, B: int, V: int) -> None:

@@ -29,8 +29,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from las_fast.ops import backends
-from las_fast.ops.masked_attention import masked_attention, padding_mask
-from las_fast.ops.speller_search import SpellerWeights, check_memory, silence, step
+from las_fast.ops.masked_attention import masked_attention
+from las_fast.ops.masks import padding_mask
+from las_fast.ops.speller import SpellerWeights, check_memory, silence, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PANEL = 32  # columns of packed weights in csrc/product.h, to which rows of what is kept are padded

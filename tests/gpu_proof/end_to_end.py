@@ -13,7 +13,7 @@ from las_fast.checkpoint import load_model
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.ops import backends
-from las_fast.search import beam_search
+from las_fast.search.beam import beam_search
 
 CHECKPOINT = Path(__file__).parents[1] / "an4-small.safetensors"
 BEAM = 4

@@ -9,7 +9,7 @@ from gpu_proof.cases import CASES
 from gpu_proof.end_to_end import CHECKPOINT
 from gpu_proof.interpreter import poisoned
 from las_fast.checkpoint import load_model
-from las_fast.search import beam_search
+from las_fast.search.beam import beam_search
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -60,9 +60,9 @@ def test_a_search_waits_for_the_device_only_to_learn_that_all_have_finished(hear
     beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        from las_fast import search
+        from las_fast.search import beam
 
-        found = search._Search(model, settings, None, "triton")
+        found = beam._Search(model, settings, None, "triton")
         with torch.inference_mode():
             inputs, beams = found.begin(memory)
             for _ in range(3):

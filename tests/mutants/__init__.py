@@ -1,6 +1,6 @@
 """Mutation testing: seed small faults by rule, run the tests that could notice them, list what nobody noticed.
 
-    python -m tests.mutants las_fast/losses.py           judge every mutant of one file
+    python -m tests.mutants las_fast/training/losses.py           judge every mutant of one file
     python -m tests.mutants las_fast --sample 200        judge a random sample, spread over the files
     python -m tests.mutants las_fast --list              list the mutants and judge none
     python -m tests.mutants las_fast --sample 200 --again --budget 60

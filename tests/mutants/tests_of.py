@@ -28,7 +28,7 @@ UNKNOWN = 1.0  # seconds of a fixture that no record has timed
 
 def files_of(root: Path) -> list[Path]:
     """Return the files of tests that judge mutants, relative to the root of their repository."""
-    found = [*root.glob("tests/test_*.py"), *root.glob("tests/ops/test_*.py")]
+    found = [path for path in root.glob("tests/**/test_*.py") if path.parent.name != "gpu_proof"]
     return sorted(path.relative_to(root) for path in found if path.stem not in LEFT_OUT)
 
 

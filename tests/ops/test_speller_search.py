@@ -7,13 +7,13 @@ import pytest
 import torch
 from calls import COVERED, digests, ops_called, threads
 
-from las_fast.attention import Memory
 from las_fast.checkpoint import load_model
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
-from las_fast.model import LAS
+from las_fast.model.attention import Memory
+from las_fast.model.las import LAS
 from las_fast.ops import (
     SpellerWeights,
     beam_backtrack,
@@ -22,9 +22,10 @@ from las_fast.ops import (
     speller_pack,
     speller_search,
 )
+from las_fast.ops.speller import linear_int8, step
 from las_fast.ops.speller_search import Options as SearchOptions
-from las_fast.ops.speller_search import _begin, first_ngram_state, linear_int8, step
-from las_fast.search import beam_search, packed_weights
+from las_fast.ops.speller_search import _begin, first_ngram_state
+from las_fast.search.beam import beam_search, packed_weights
 
 SOS, EOS, NAN = 1, 2, torch.nan
 CHECKPOINT = Path(__file__).parents[1] / "an4-small.safetensors"

@@ -1,0 +1,215 @@
+"""Waveforms to log-mel or MFCC frames, on torch.stft, with Kaldi's definitions.
+
+A frame holds window_ms of samples (scaled to 16-bit range) every shift_ms, whole windows only. Its mean is removed, it
+is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and padded with zeros to a power of two. Filters are
+triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power spectrum. Log-mel is
+the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
+
+One stft does all of that because these steps are linear. With e the whole signal pre-emphasised and w the window,
+    window(preemphasis(frame - mean)) = w * e - (1 - 0.97) * mean * w
+(the first sample of a frame would differ, but the window is 0 there), so the spectrum of a frame is the stft of e minus
+0.03 * mean * FFT(w).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from las_fast.config import FeatureConfig
+from las_fast.errors import InputError
+
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+LIFTER = 22.0
+FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of a filter's energy
+BLOCK_FRAMES = 256  # frames in one stft: its spectrum stays in the processor's cache
+
+
+def compute_features(
+    waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
+) -> list[torch.Tensor]:
+    """Turn waveforms into frames; a waveform's frames do not depend on the others.
+
+    Args:
+        waveforms: (B, N) float32, or a list of B one-dimensional tensors or arrays, samples from -1 to 1 at
+                   config.sample_rate. One shorter than a window is padded with zeros to one frame.
+        config:    kind, size, mel_bins, sample_rate, window_ms and shift_ms are used.
+
+    Returns:
+        B tensors (T, config.size) float32 with T = 1 + (N - window) // shift.
+
+    Raises:
+        InputError: a waveform has no samples, or the settings make no sense together.
+    """
+    window, shift = frame_sizes(config)
+    check_settings(config)
+    signals = [torch.as_tensor(w, dtype=torch.float32) for w in waveforms]
+    for signal in signals:
+        if signal.ndim != 1 or not len(signal):
+            shape = tuple(signal.shape)
+            raise InputError(f"a waveform must hold at least one sample in one channel; got shape {shape}")
+    if not signals:
+        return []
+    pad = torch.nn.functional.pad
+    signals = [pad(signal, (0, window - len(signal))) if len(signal) < window else signal for signal in signals]
+    counts = [1 + (len(signal) - window) // shift for signal in signals]
+    # Every signal starts on a multiple of the shift in one long stream, so that one stft serves all without padding to
+    # the longest; frames that reach over a border are dropped.
+    slots = [count - 1 + -(-_fft_size(window) // shift) for count in counts]
+    stream = torch.zeros(sum(slots) * shift)
+    starts = np.cumsum([0, *slots[:-1]]).tolist()
+    for signal, start, count in zip(signals, starts, counts, strict=True):
+        kept = signal[: (count - 1) * shift + window]
+        stream[start * shift : start * shift + len(kept)] = _preemphasised(kept)
+    frames = _frames(stream, signals, starts, counts, config)
+    return [frames[start : start + count].clone() for start, count in zip(starts, counts, strict=True)]
+
+
+def speech_features(
+    waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
+) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
+    """Turn waveforms into the frames that training and decoding use: with config.trim_silence, those near speech.
+
+    Args, Raises: as compute_features.
+
+    Returns:
+        For each waveform its frames (T, config.size) float32, and the (start, end) of the frames of compute_features
+        that they are.
+    """
+    from las_fast.data.silence import without_silence
+
+    if not config.trim_silence:
+        return [(frames, [(0, len(frames))]) for frames in compute_features(waveforms, config)]
+    check_settings(config)
+    found = [without_silence(frames, config) for frames in compute_features(waveforms, logmel_config(config))]
+    return [(cepstra(frames, config), spans) for frames, spans in found]
+
+
+def logmel_config(config: FeatureConfig) -> FeatureConfig:
+    """Return the settings of the log-mel frames that features of `config` are made from."""
+    return config if config.kind == "logmel" else replace(config, kind="logmel", size=config.mel_bins)
+
+
+def cepstra(logmel: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
+    """Return features of config.kind from log-mel frames (T, bins): the same, or MFCC (T, config.size)."""
+    return logmel if config.kind == "logmel" else logmel @ _cepstrum(config.mel_bins, config.size).float()
+
+
+def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
+    """Append `order` (0, 1 or 2) rounds of slopes over time to features (T, F); returns (T, F * (1 + order)).
+
+    The slope is the regression over two frames to either side, sum n (x[t+n] - x[t-n]) / 10; edge frames are repeated.
+    """
+    blocks = [features]
+    for _ in range(order):
+        x = torch.cat([blocks[-1][:1].expand(2, -1), blocks[-1], blocks[-1][-1:].expand(2, -1)])
+        blocks.append((x[3:-1] - x[1:-3] + 2 * (x[4:] - x[:-4])) / 10)
+    return torch.cat(blocks, dim=1) if order else features
+
+
+def frame_sizes(config: FeatureConfig) -> tuple[int, int]:
+    """Return window and shift in samples."""
+    return round(config.sample_rate * config.window_ms / 1000), round(config.sample_rate * config.shift_ms / 1000)
+
+
+def check_settings(config: FeatureConfig) -> None:
+    """Raise InputError when frames cannot be computed with these settings."""
+    window, shift = frame_sizes(config)
+    if window < 2 or shift < 1:
+        raise InputError(
+            f"features.window_ms {config.window_ms} and shift_ms {config.shift_ms} at {config.sample_rate} Hz make "
+            f"a window of {window} samples every {shift}; give at least 2 and 1"
+        )
+    if config.kind == "mfcc" and config.size > config.mel_bins:
+        raise InputError(
+            f"features.size {config.size} MFCC need at least as many mel filters; "
+            f"features.mel_bins is {config.mel_bins}"
+        )
+
+
+def _preemphasised(signal: torch.Tensor) -> torch.Tensor:
+    out = signal * 32768.0
+    out[1:] -= (PREEMPHASIS * 32768.0) * signal[:-1]
+    return out
+
+
+def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Tensor:
+    """Return the frames (slots, size) of a stream of pre-emphasised signals, block by block."""
+    window, shift = frame_sizes(config)
+    size = _fft_size(window)
+    taper, spectrum_of_taper, filters, transform = _tables(config)
+    means = torch.zeros(len(stream) // shift)
+    for signal, start, count in zip(signals, starts, counts, strict=True):
+        means[start : start + count] = signal.unfold(0, window, shift).mean(1) * 32768.0
+    total = (len(stream) - size) // shift + 1
+    out = torch.empty(total, config.size)
+    for first in range(0, total, BLOCK_FRAMES):
+        count = min(BLOCK_FRAMES, total - first)
+        piece = stream[first * shift : (first + count - 1) * shift + size]
+        spectrum = torch.stft(piece, size, shift, size, taper, center=False, return_complex=True).T  # (count, bins)
+        mean = means[first : first + count, None]
+        real = torch.addcmul(spectrum.real, mean, spectrum_of_taper.real, value=PREEMPHASIS - 1)
+        imaginary = torch.addcmul(spectrum.imag, mean, spectrum_of_taper.imag, value=PREEMPHASIS - 1)
+        power = real.square_().addcmul_(imaginary, imaginary)
+        logs = (power @ filters).clamp_(min=FLOOR).log_()
+        out[first : first + count] = logs if transform is None else logs @ transform
+    return out
+
+
+def _fft_size(window: int) -> int:
+    return 1 << (window - 1).bit_length()
+
+
+@lru_cache(maxsize=8)
+def _tables(config: FeatureConfig):
+    """Return the padded window, its spectrum, the filters (bins, mel) and the MFCC matrix (mel, size) or None."""
+    window, _ = frame_sizes(config)
+    size = _fft_size(window)
+    n = torch.arange(window, dtype=torch.float64)
+    taper = torch.zeros(size, dtype=torch.float64)
+    taper[:window] = (0.5 - 0.5 * torch.cos(2 * math.pi * n / (window - 1))).pow(0.85)
+    bins = config.size if config.kind == "logmel" else config.mel_bins
+    transform = _cepstrum(bins, config.size).float() if config.kind == "mfcc" else None
+    spectrum = torch.fft.rfft(taper).to(torch.complex64)
+    return taper.float(), spectrum, _mel_filters(bins, size, config.sample_rate).float(), transform
+
+
+def filter_centres(count: int, sample_rate: int) -> torch.Tensor:
+    """Return the centres of `count` mel filters in Hz, (count,) float64."""
+    return 700.0 * torch.expm1(_filter_edges(count, sample_rate)[1:-1] / 1127.0)
+
+
+def _filter_edges(count: int, sample_rate: int) -> torch.Tensor:
+    """Return the edges and centres (count + 2,) of `count` mel filters, in mel."""
+    low, high = _mel(LOW_HZ).item(), _mel(sample_rate / 2).item()
+    return torch.linspace(low, high, count + 2, dtype=torch.float64)
+
+
+def _mel(hertz) -> torch.Tensor:
+    return 1127.0 * torch.log1p(torch.as_tensor(hertz, dtype=torch.float64) / 700.0)
+
+
+def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
+    """Return (fft_size // 2 + 1, count) triangles of height 1, evenly spaced in mel; the Nyquist bin is unused."""
+
+    edges = _filter_edges(count, sample_rate)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    x = _mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * (sample_rate / fft_size))[:, None]
+    filters = torch.minimum((x - left) / (centre - left), (right - x) / (right - centre)).clamp_(min=0)
+    filters[-1] = 0
+    return filters
+
+
+def _cepstrum(bins: int, count: int) -> torch.Tensor:
+    """Return (bins, count): orthonormal DCT-II times the lifter 1 + 11 sin(pi k / 22)."""
+    k = torch.arange(count, dtype=torch.float64)
+    n = torch.arange(bins, dtype=torch.float64)[:, None]
+    dct = math.sqrt(2.0 / bins) * torch.cos(math.pi / bins * (n + 0.5) * k)
+    dct[:, 0] = math.sqrt(1.0 / bins)
+    return dct * (1 + LIFTER / 2 * torch.sin(math.pi * k / LIFTER))

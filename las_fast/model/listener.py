@@ -1,0 +1,127 @@
+"""Listener: Conv1d front end, a BiLSTM, then pyramidal BiLSTMs that each halve the time (Chan et al. 2016), and
+BiLSTMs on top that keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from las_fast.config import ListenerConfig
+from las_fast.model.layers import initialise_lstm, locked_dropout
+from las_fast.ops import bilstm
+
+
+def valid_frames(lengths: Tensor, frames: int) -> Tensor:
+    """Return (B, frames) bool: True at the first lengths[b] frames of each row."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """Return conv, which pads with zeros, over the frames of x (B, T, C), channels last before and after.
+
+    On the CPU it is written as a convolution in two dimensions, of which one is 1: only that leaves channels last, and
+    a front end that turns each layer's input, output and their gradients around takes 1.4 times as long to train.
+    """
+    if x.device.type == "cuda":
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    pixels, kernel = x.transpose(1, 2)[:, :, None], conv.weight[:, :, None]
+    sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
+    output = nn.functional.conv2d(pixels, kernel, conv.bias, *sizes, conv.groups)
+    return output[:, :, 0].transpose(1, 2)
+
+
+class ConvFrontEnd(nn.Module):
+    """Conv1d, LayerNorm over channels and GELU, layer after layer; a stride of s leaves ceil(T / s) frames."""
+
+    def __init__(self, config: ListenerConfig, input_size: int):
+        super().__init__()
+        sizes = (input_size, *config.conv_channels)
+        convs = nn.ModuleList(
+            nn.Conv1d(sizes[i], sizes[i + 1], kernel, stride, padding=kernel // 2)
+            for i, (kernel, stride) in enumerate(zip(config.conv_kernels, config.conv_strides, strict=True))
+        )
+        self.convs = cast("Sequence[nn.Conv1d]", convs)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in config.conv_channels)
+        self.output_size = sizes[-1]
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, ceil(T / stride), C) with zeros past the new lengths, and those lengths."""
+        x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            lengths = torch.div(lengths - 1, conv.stride[0], rounding_mode="floor") + 1
+            x = nn.functional.gelu(norm(convolve(conv, x)))
+            # A convolution sees over the edge: padding must be zero again, as it is beyond an utterance on its own.
+            x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+        return x, lengths
+
+
+class BiLSTM(nn.Module):
+    """One bidirectional LSTM layer over utterances of different lengths, zeros past each length.
+
+    On CUDA it packs, which is cuDNN's own fast path. On the CPU, where packing would miss oneDNN, it is ops.bilstm.
+    """
+
+    def __init__(self, input_size: int, size: int):
+        super().__init__()
+        self.lstm = nn.LSTM(input_size, size, batch_first=True, bidirectional=True)
+        self.output_size = 2 * size
+        for name, parameter in self.lstm.named_parameters():
+            initialise_lstm(name, parameter)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if x.device.type == "cuda":
+            return self._packed(x, lengths)
+        forwards, backwards = self.lstm.all_weights
+        return bilstm(x, lengths, forwards, backwards)
+
+    def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        output, _ = self.lstm(packed)
+        return nn.utils.rnn.pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
+
+
+def halve_time(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Join neighbouring frames: (B, T, F) -> (B, ceil(T / 2), 2 F); an odd last frame is joined with zeros."""
+    if x.shape[1] % 2:
+        x = nn.functional.pad(x, (0, 0, 0, 1))
+    return x.reshape(x.shape[0], -1, 2 * x.shape[2]), torch.div(lengths + 1, 2, rounding_mode="floor")
+
+
+class Listener(nn.Module):
+    """Features (B, T, F) to encoder frames; every layer's lengths are exact and at least 1."""
+
+    def __init__(self, config: ListenerConfig, input_size: int):
+        super().__init__()
+        self.front = ConvFrontEnd(config, input_size)
+        pyramids, above = [4 * config.lstm_size] * config.pyramids, [2 * config.lstm_size] * config.top_layers
+        inputs = (self.front.output_size, *pyramids, *above)
+        self.pyramids = config.pyramids
+        self.layers = nn.ModuleList(BiLSTM(size, config.lstm_size) for size in inputs)
+        self.norms = nn.ModuleList(nn.LayerNorm(2 * config.lstm_size) for _ in inputs)
+        self.output_size = 2 * config.lstm_size
+        self.dropout = config.dropout
+
+    def forward(self, features: Tensor, lengths: Tensor, tap: int = -1) -> tuple[Tensor, Tensor, tuple | None]:
+        """Encode.
+
+        Args:
+            features: (B, T, F) float32.
+            lengths: (B,) int64, each at least 1.
+            tap: also return this layer's output: 0 the BiLSTM, i the i-th pyramid, then the top ones; -1 none.
+
+        Returns:
+            output (B, T', 2 H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap` or None.
+        """
+        x, lengths = self.front(features, lengths)
+        tapped = None
+        for i, layer in enumerate(self.layers):
+            if 1 <= i <= self.pyramids:
+                x, lengths = halve_time(x, lengths)
+            x = self.norms[i](layer(locked_dropout(x, self.dropout, self.training), lengths))
+            x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+            if i == tap:
+                tapped = (x, lengths)
+        return locked_dropout(x, self.dropout, self.training), lengths, tapped

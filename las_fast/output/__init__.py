@@ -1,0 +1,1 @@
+"""What is made of hypotheses: scores, submissions, transcripts, pictures."""

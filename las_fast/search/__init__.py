@@ -1,0 +1,20 @@
+"""From encoder memory to text: beam search, n-gram models, decoding of whole data sets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from las_fast.search.beam import Hypothesis, beam_search, greedy_search
+    from las_fast.search.dataset import decode_dataset
+
+__all__ = ["Hypothesis", "beam_search", "decode_dataset", "greedy_search"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the search, and torch with it, at first use: n-gram models need neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from las_fast.search import beam, dataset
+
+    return getattr(dataset if name == "decode_dataset" else beam, name)

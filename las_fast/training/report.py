@@ -1,0 +1,302 @@
+"""Pictures of the attention, and a report of a run: one HTML file that needs nothing else, in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from Levenshtein import distance, opcodes
+
+from las_fast.config import Config, from_yaml
+from las_fast.errors import InputError
+from las_fast.files import write_text_atomically
+from las_fast.output.figures import Curve, curves_svg, draw_attention
+from las_fast.training.monitor import THRESHOLDS
+from las_fast.training.runlog import read_rows
+
+SHOWN = 12  # best and worst utterances
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+# --------------------------------------------------------------------------------------------------------- differences
+
+
+def differences(reference: str, hypothesis: str) -> tuple[str, str]:
+    """Return reference and hypothesis as HTML in which spans mark what was deleted, inserted and substituted."""
+    first, second = [], []
+    for kind, a, b, c, d in opcodes(reference, hypothesis):
+        first.append(_span(kind, reference[a:b]))
+        second.append(_span(kind, hypothesis[c:d]))
+    return "".join(first), "".join(second)
+
+
+def _span(kind: str, text: str) -> str:
+    escaped = html.escape(text)
+    return escaped if kind == "equal" or not text else f'<span class="{kind}">{escaped}</span>'
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def read_log(run: str | Path) -> list[dict]:
+    """Return the rows of run/log.jsonl; what is no row is left out."""
+    path = Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; give the --out folder of a training")
+    return read_rows(path)
+
+
+def formed_epoch(log: list[dict]) -> float | None:
+    """Return the epoch of the first validation at which the attention had formed, or None."""
+    return next((row["epoch"] for row in log if row.get("monitor", {}).get("formed")), None)
+
+
+def _read_config(run: Path) -> tuple[Config, str] | None:
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return from_yaml(text, str(path)), text
+
+
+def _frame_seconds(config: Config) -> float:
+    return config.features.shift_ms / 1000 * config.model.listener.time_reduction
+
+
+def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
+    """Return the epoch and (id, text, weights) of each utterance in a run's attention/epoch-*.npz."""
+    with np.load(path, allow_pickle=False) as data:
+        ids = [str(i) for i in data["ids"]]
+        pictures = [(i, str(data[f"text_{n}"]), data[f"weights_{n}"]) for n, i in enumerate(ids)]
+    return epoch_of(path), pictures
+
+
+def epoch_of(path: Path) -> float:
+    """Return the epoch in the name of a run's attention/epoch-*.npz."""
+    return float(path.stem.removeprefix("epoch-"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def write_report(
+    run: str | Path,
+    out: str | Path,
+    *,
+    results: dict,
+    rows: Sequence[tuple[str, str, str]],
+    title: str,
+) -> None:
+    """Write a report of a training and of what it decoded as one HTML file.
+
+    Args:
+        run:     folder that las_fast.train wrote: log.jsonl, config.yaml, attention/.
+        out:     the HTML file.
+        results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds.
+        rows:    (id, reference, hypothesis) of every decoded utterance.
+
+    Raises:
+        InputError: run is not a training folder, or out cannot be written.
+    """
+    run = Path(run)
+    log, config = read_log(run), _read_config(run)
+    formed = formed_epoch(log)
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        _headline(results),
+        _training(log, formed),
+        _attention(run, formed, _frame_seconds(config[0]) if config else None),
+        _utterances(rows),
+        _validations(log),
+        f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
+    ]
+    page = PAGE.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
+    write_text_atomically(out, page)
+
+
+def _headline(results: dict) -> str:
+    known = [
+        ("cer", "CER", "{:.2f} %", "character edits per reference character"),
+        ("wer", "WER", "{:.2f} %", "word edits per reference word"),
+        ("ld", "LD", "{:.2f}", "character edits per utterance"),
+        ("utterances", "utterances", "{:,}", "decoded"),
+        ("rtfx", "speed", "{:,.0f} ×", "faster than real time, decoding"),
+    ]
+    tiles = [
+        f'<div class="tile"><b>{form.format(results[key])}</b><span>{name}</span><small>{what}</small></div>'
+        for key, name, form, what in known
+        if results.get(key) is not None
+    ]
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _training(log: list[dict], formed: float | None) -> str:
+    train = [r for r in log if r["kind"] == "train"]
+    valid = [r for r in log if r["kind"] == "valid"]
+    mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
+    said = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
+    losses = [
+        _smooth("training, all parts", "line3", train, "loss"),
+        _smooth("training, speller", "line1", train, "attention"),
+        _points("dev, speller", "line2", valid, "loss"),
+    ]
+    rates = [_points("dev CER", "line1", valid, "cer"), _points("dev WER", "line2", valid, "wer")]
+    figures = ""
+    for name, curves in (("Loss, nats a token", losses), ("Dev error, percent, greedy", rates)):
+        svg = curves_svg([c for c in curves if c.x], x_label="epoch", y_label=name, mark=mark)
+        figures += f"<figure><figcaption>{name}</figcaption>{svg}</figure>"
+    return f'<h2>Training</h2><p>The attention {said}.</p><div class="pair">{figures}</div>'
+
+
+def _points(name: str, style: str, rows: list[dict], key: str) -> Curve:
+    found = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
+    return Curve(name, style, [x for x, _ in found], [y for _, y in found])
+
+
+def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120) -> Curve:
+    """Means over equal pieces of the training, at most `points` of them."""
+    raw = _points(name, style, [r for r in rows if r.get(key) is not None and math.isfinite(r[key])], key)
+    pieces = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
+    x, y = np.array(raw.x), np.array(raw.y)
+    return Curve(name, style, [float(x[p].mean()) for p in pieces], [float(y[p].mean()) for p in pieces])
+
+
+def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> str:
+    files = sorted((run / "attention").glob("epoch-*.npz"))
+    if not files:
+        return ""
+    first, last = files[0], files[-1]
+    between = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005]  # two decimals
+    figures, said = [], ""
+    for path in dict.fromkeys([first, *between[:1], last]):
+        epoch, pictures = attention_of(path)
+        for name, text, weights in pictures[:1]:
+            when = f"epoch {epoch:g}" + (", formed" if path in between else "")
+            figures.append(_attention_figure(name, text, weights, when, frame_seconds))
+            said = html.escape(f"{name}: {text}")
+    return (
+        "<h2>Attention before and after</h2><p>Where the speller looks (across; brighter is more weight) for each "
+        "character (down), given the true characters before it.</p>"
+        f'<p class="said">{said}</p><div class="trio">{"".join(figures)}</div>'
+    )
+
+
+def _attention_figure(name: str, text: str, weights: np.ndarray, when: str, frame_seconds: float | None) -> str:
+    buffer = io.BytesIO()
+    draw_attention(buffer, weights, text, "", frame_seconds=frame_seconds, in_page=True)
+    image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    alt = html.escape(f"attention of {name} at {when}")
+    return f'<figure><figcaption>{when}</figcaption><img alt="{alt}" src="{image}"></figure>'
+
+
+def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
+    if not rows:
+        return ""
+    scored = sorted((100 * distance(r, h) / max(1, len(r)), name, r, h) for name, r, h in rows)
+    right = sum(1 for rate, *_ in scored if rate == 0)
+    worst = [row for row in reversed(scored) if row[0] > 0][:SHOWN]
+    kept = scored[: len(scored) - len(worst)]
+    best = sorted(kept, key=lambda row: (row[0], -len(row[2])))[:SHOWN]  # of equally good ones the longer says more
+    legend = (
+        '<p>Each utterance: what was said, and below it what was heard. <span class="said"><span class="delete">missed'
+        '</span> <span class="insert">added</span> <span class="replace">replaced</span></span></p>'
+    )
+    tables = "".join(f"<h3>{name}</h3>{_table(part)}" for name, part in (("Worst", worst), ("Best", best)) if part)
+    return f"<h2>Utterances</h2><p>{right:,} of {len(scored):,} have no error.</p>{legend}{tables}"
+
+
+def _table(rows: Sequence[tuple[float, str, str, str]]) -> str:
+    lines = []
+    for rate, name, reference, hypothesis in rows:
+        said, heard = differences(reference, hypothesis)
+        both = said if reference == hypothesis else f"{said or '&nbsp;'}<br>{heard or '&nbsp;'}"
+        lines.append(
+            f'<tr><td class="name">{html.escape(name)}</td><td class="rate">{rate:.0f} %</td>'
+            f'<td class="said">{both}</td></tr>'
+        )
+    head = '<tr><th>utterance</th><th class="rate">CER</th><th>said / heard</th></tr>'
+    return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
+
+
+def _validations(log: list[dict]) -> str:
+    rows = [r for r in log if r["kind"] == "valid"]
+    if not rows:
+        return ""
+    names = list(THRESHOLDS)
+    cells = ["epoch", "loss", "LD", "CER", "WER", *names]
+    lines = ["<tr>" + "".join(f'<th class="rate">{c}</th>' for c in cells) + "</tr>"]
+    for row in rows:
+        monitor = row.get("monitor", {})
+        values = [f"{row['epoch']:g}", *(_number(row.get(key)) for key in ("loss", "ld", "cer", "wer"))]
+        values += [_number(monitor.get(name)) for name in names]
+        lines.append("<tr>" + "".join(f'<td class="rate">{v}</td>' for v in values) + "</tr>")
+    last = html.escape(str(rows[-1].get("line", "")))
+    table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    return f"<details><summary>Validations</summary><p>{last}</p>{table}</details>"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@title@</title><style>
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5c6570; --rule: #d9dee4; --card: #f5f7f9;
+  --one: #1f6feb; --two: #c2570c; --three: #9aa4af; --bad: #ffd7d5; --new: #cfe3ff; --other: #ffe5b4; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e6e9ed; --paper: #14171a; --soft: #9aa4af; --rule: #333a42; --card: #1d2126;
+  --one: #6cb0ff; --two: #f0a35e; --three: #66707b; --bad: #6b2423; --new: #1c4478; --other: #6a4a0c; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1180px;
+  margin: 0 auto; padding: 24px; }
+h1 { font-size: 28px; margin: 8px 0 20px; }
+h2 { font-size: 20px; margin: 40px 0 8px; }
+h3 { font-size: 16px; margin: 24px 0 4px; }
+p { margin: 4px 0 12px; }
+small, figcaption, th, .name { color: var(--soft); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
+.tile { background: var(--card); border-radius: 8px; padding: 14px 16px; display: flex; flex-direction: column; }
+.tile b { font-size: 28px; line-height: 1.2; }
+.tile small { font-size: 13px; }
+.pair, .trio { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.trio { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 14px; margin-bottom: 4px; }
+svg, img { width: 100%; height: auto; }
+.trio img { max-width: 480px; }
+.grid { stroke: var(--rule); }
+.tick { font-size: 12px; fill: var(--soft); }
+.mark { stroke: var(--soft); stroke-dasharray: 4 4; }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.line1 { stroke: var(--one); } .line2 { stroke: var(--two); } .line3 { stroke: var(--three); }
+.dot.line1 { fill: var(--one); } .dot.line2 { fill: var(--two); } .dot.line3 { fill: var(--three); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th { font-weight: 500; font-size: 14px; }
+.rate { text-align: right; white-space: nowrap; min-width: 52px; font-variant-numeric: tabular-nums; }
+.said, .name { font-family: ui-monospace, monospace; font-size: 14px; }
+.said { white-space: pre-wrap; }
+td.said { width: 100%; }
+.name { white-space: nowrap; min-width: 84px; }
+.delete, .insert, .replace { border-radius: 3px; }
+.delete { background: var(--bad); text-decoration: line-through; }
+.insert { background: var(--new); text-decoration: underline; }
+.replace { background: var(--other); }
+details { margin-top: 28px; }
+summary { cursor: pointer; font-size: 20px; font-weight: 600; }
+pre { overflow-x: auto; }
+</style></head><body>
+@body@
+</body></html>
+"""

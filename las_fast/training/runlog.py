@@ -1,0 +1,93 @@
+"""What a training says as it goes: log.jsonl, TensorBoard, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from las_fast.config import Config, to_tree
+from las_fast.errors import InputError
+from las_fast.files import utf8_path, write_text_atomically
+
+if TYPE_CHECKING:
+    from las_fast.training.validate import Validation
+
+
+class RunLog:
+    """log.jsonl, TensorBoard, and W&B when asked; on resume, lines after the resumed step are dropped."""
+
+    def __init__(self, out: Path, config: Config, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = out / "log.jsonl"
+        kept = [row for row in read_rows(self.path) if row["step"] <= step]
+        write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = self.path.open("a", buffering=1)
+        self._open = contextlib.ExitStack()
+        folder = self._open.enter_context(utf8_path(out))
+        self.board = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
+        self.wandb = start_wandb(out, config) if config.training.wandb else None
+
+    def training(self, step: int, epoch: float, values: dict, lr: float) -> None:
+        self._write({"kind": "train", "step": step, "epoch": epoch, "lr": lr, **values})
+
+    def validation(self, step: int, epoch: float, result: Validation, line: str, core_hours: float) -> None:
+        row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}
+        row["core_hours"] = round(core_hours, 4)
+        self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
+
+    def _write(self, row: dict) -> None:
+        try:
+            self.file.write(json.dumps(without_nan(row)) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
+        scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
+        scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        self._open.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a log.jsonl, each with a kind and a step; [] where there is no file.
+
+    What is no row is left out: a line that a full disk or a power cut has torn, zeros, or another program's.
+    """
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # of bytes that are not UTF-8 too
+            continue
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+            rows.append(row)
+    return rows
+
+
+def without_nan(value):
+    """Return plain data with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def start_wandb(out: Path, config: Config):
+    """Start Weights & Biases: online where an account is set up, else offline into the run's folder."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--training.wandb needs the package wandb; run: pip install wandb") from None
+    mode = "online" if wandb.api.api_key else "offline"
+    return wandb.init(project="las_fast", dir=str(out), mode=mode, config=to_tree(config), resume="allow")

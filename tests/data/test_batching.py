@@ -1,0 +1,351 @@
+"""Batches and the loader: everything is covered, little is padding, and a place in training is two numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive
+
+from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
+from las_fast.data.augment import Augment
+from las_fast.data.batching import CLASS_RATIOS, BucketBatches, make_loader, padding_share, plan_course, sorted_batches
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+from las_fast.text import EOS, PAD, Vocabulary
+
+LENGTHS = np.random.default_rng(0).integers(20, 1600, 4000)
+
+
+def bucketed(lengths=LENGTHS, *, frames=20000, utterances=64, seed=1):
+    return BucketBatches(lengths, frames_per_batch=frames, utterances_per_batch=utterances, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    corpus = open_corpus(make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=11))
+    return load_dataset(
+        corpus,
+        ("train-clean-100",),
+        features=FeatureConfig(size=28, deltas=1),
+        data=DataConfig(),
+        need_text=True,
+        progress=False,
+    )
+
+
+def load(dataset, batches, **options):
+    options = {"augment": Augment(AugmentConfig(speed=0.1)), "seed": 1, "epoch": 0, "workers": 0} | options
+    return list(make_loader(dataset, batches, Vocabulary(), **options))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[:7], np.full(100, 30), np.array([5])], ids=len)
+def test_every_epoch_covers_every_utterance_once(lengths):
+    batches = bucketed(lengths)
+    for epoch in range(3):
+        assert sorted(sum(batches.epoch(epoch), [])) == list(range(len(lengths)))
+
+
+def test_batches_keep_their_budgets():
+    for batch in bucketed(frames=8000, utterances=32).epoch(3):
+        assert len(batch) <= 32
+        assert len(batch) * LENGTHS[batch].max() <= 8000
+
+
+def test_an_utterance_over_the_budget_is_alone():
+    lengths = np.array([10, 500, 12, 11, 700])
+    batches = bucketed(lengths, frames=100).epoch(0)
+    assert [1] in batches and [4] in batches
+    assert sorted(map(len, batches)) == [1, 1, 3]
+    assert sorted_batches(lengths, frames_per_batch=100, utterances_per_batch=9) == [[4], [1], [2, 3, 0]]
+
+
+def test_at_most_a_tenth_is_padding():
+    batches = bucketed()
+    assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
+    assert padding_share([2, 4], [[0, 1]]) == 0.25
+    assert padding_share([2, 4, 3], [[0, 1], [2]]) == pytest.approx(2 / 11) and padding_share([], []) == 0.0
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.1])
+@pytest.mark.parametrize("count", [1, 2, 50, 4000])
+def test_the_number_of_batches_is_the_same_in_every_epoch(count, speed):
+    batches = BucketBatches(LENGTHS[:count], frames_per_batch=5000, utterances_per_batch=16, seed=1, speed=speed)
+    for epoch in range(8):
+        formed = batches.epoch(epoch)
+        assert len(formed) == len(batches)
+        assert sorted(sum(formed, [])) == list(range(count))
+
+
+@pytest.mark.parametrize(("seed", "count", "batches"), [(3, 100, 54), (1, 200, 119)])
+def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(seed, count, batches):
+    made = BucketBatches(LENGTHS[:count], frames_per_batch=3000, utterances_per_batch=4, seed=seed, speed=0.1)
+    first = [len(made._form(epoch)) for epoch in range(5)]
+    assert len(made) == max(first[:4]) == batches
+    assert first.index(batches) == 3 or first[4] > batches  # the fourth counts, and the fifth does not
+
+
+def test_batches_know_the_lengths_that_speed_makes(dataset):
+    augment = Augment(AugmentConfig(speed=0.3))
+    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
+    for epoch in range(2):
+        for batch in load(dataset, batches.epoch(epoch), augment=augment, seed=5, epoch=epoch):
+            assert batch.feature_lengths.tolist() == batches.lengths(epoch)[batch.indices.numpy()].tolist()
+    assert (batches.lengths(0) != dataset.frames).any()
+
+
+def test_at_most_a_tenth_is_padding_with_speed_too():
+    batches = BucketBatches(LENGTHS, frames_per_batch=20000, utterances_per_batch=64, seed=1, speed=0.1)
+    assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
+
+
+def test_batches_follow_from_seed_and_epoch_alone():
+    batches = bucketed()
+    assert bucketed().epoch(3) == batches.epoch(3)
+    assert batches.epoch(3) != batches.epoch(4)
+    assert bucketed(seed=2).epoch(3) != batches.epoch(3)
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "utterances", "speed", "digest"),
+    [
+        (4000, 20000, 64, 0.0, "0689bd412539c6e9"),
+        (4000, 20000, 64, 0.1, "3becff5cb0f89842"),
+        (200, 5000, 16, 0.1, "ea785b4714eb3b45"),
+        (200, 3000, 4, 0.1, "4d780ce97eb57d08"),
+        (60, 5000, 16, 0.0, "a5fa6494f126962a"),
+    ],
+)
+def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utterances, speed, digest):
+    """A training that is resumed goes on where it was, also with a later version."""
+    batches = BucketBatches(
+        LENGTHS[:count], frames_per_batch=frames, utterances_per_batch=utterances, seed=1, speed=speed
+    )
+    formed = json.dumps([batches.epoch(epoch) for epoch in range(6)])
+    assert hashlib.sha256(formed.encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "utterances", "ratio"),
+    [
+        (80, 3000, 4, 1.5), (500, 8000, 4, 1.35), (80, 8000, 4, 1.25), (300, 8000, 16, 1.2), (120, 8000, 8, 1.15),
+        (120, 12000, 8, 1.1), (80, 8000, 8, 1.07), (120, 8000, 16, 1.05), (120, 12000, 16, 1.03), (80, 12000, 8, 1.02),
+        (80, 8000, 16, 1.01),
+    ],
+)  # fmt: skip
+def test_classes_are_as_wide_as_eight_percent_of_padding_allow(count, frames, utterances, ratio):
+    batches = bucketed(LENGTHS[:count], frames=frames, utterances=utterances)
+    assert batches._ratio == ratio and (batches.padding_share(0) <= 0.08 or ratio == min(CLASS_RATIOS))
+    if wider := [r for r in CLASS_RATIOS if r > ratio]:
+        batches._ratio = min(wider)
+        assert batches.padding_share(0) > 0.08
+
+
+def test_company_changes_from_epoch_to_epoch():
+    batches = bucketed()
+    first = {frozenset(batch) for batch in batches.epoch(0)}
+    assert len(first & {frozenset(batch) for batch in batches.epoch(1)}) < len(batches) / 10
+
+
+def test_lengths_are_not_in_order_within_an_epoch():
+    longest = [LENGTHS[batch].max() for batch in bucketed().epoch(0)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_sorted_batches_begin_with_the_longest_and_cover_everything():
+    batches = sorted_batches(LENGTHS, frames_per_batch=20000, utterances_per_batch=64)
+    order = sum(batches, [])
+    assert sorted(order) == list(range(len(LENGTHS)))
+    assert (np.diff(LENGTHS[order]) <= 0).all()
+    assert padding_share(LENGTHS, batches) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("frames", "utterances", "batches"),
+    [
+        (10, 9, [[2], [0, 1], [3, 4], [5]]),
+        (9, 9, [[2], [0], [1], [3], [4, 5]]),
+        (15, 3, [[2, 0], [1, 3, 4], [5]]),
+        (99, 2, [[2, 0], [1, 3], [4, 5]]),
+        (99, 99, [[2, 0, 1, 3, 4, 5]]),
+    ],
+)
+def test_sorted_batches_fill_their_limits_and_keep_the_order_of_equals(frames, utterances, batches):
+    lengths = [5, 5, 7, 5, 4, 4]
+    assert sorted_batches(lengths, frames_per_batch=frames, utterances_per_batch=utterances) == batches
+    assert sorted_batches([], frames_per_batch=frames, utterances_per_batch=utterances) == []
+
+
+def test_a_loader_has_the_workers_that_it_is_told_and_pins_for_a_gpu(dataset, monkeypatch):
+    def look_up():
+        raise LookupError
+
+    for is_available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
+        loader = make_loader(dataset, [[0], [1], [2]], Vocabulary(), augment=None, seed=0, epoch=0, workers=2,
+                             look_up=look_up)  # fmt: skip
+        made = loader.loader
+        assert (made.workers, made.look_up, made.pin) == (2, look_up, is_available) and len(loader) == 3
+
+
+def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
+    batches = sorted_batches(dataset.frames, frames_per_batch=10**6, utterances_per_batch=4)
+    assert [len(b) for b in batches] == [4, 4, 3]
+    loaded = load(dataset, batches, augment=None)
+    assert sorted(torch.cat([b.indices for b in loaded]).tolist()) == list(range(11))
+    assert len(make_loader(dataset, batches, Vocabulary(), augment=None, seed=0, epoch=0, start=1, workers=0)) == 2
+
+
+def test_a_batch_holds_what_the_dataset_holds(dataset):
+    vocabulary = Vocabulary()
+    batch = load(dataset, [[3, 0, 7]], augment=None)[0]
+    assert batch.indices.tolist() == [3, 0, 7]
+    for row, i in enumerate([3, 0, 7]):
+        n, u = int(batch.feature_lengths[row]), int(batch.token_lengths[row])
+        assert torch.equal(batch.features[row, :n], dataset[i])
+        assert (batch.features[row, n:] == 0).all() and (batch.tokens[row, u:] == PAD).all()
+        assert batch.tokens[row, u - 1] == EOS
+        assert vocabulary.decode(batch.tokens[row]) == dataset.texts[i]
+    assert batch.features.dtype == torch.float32
+    assert {t.dtype for t in (batch.tokens, batch.token_lengths, batch.feature_lengths, batch.indices)} == {torch.int64}
+    assert batch.to("cpu").tokens is not None
+
+
+def test_unknown_texts_give_no_tokens(dataset, monkeypatch):
+    monkeypatch.setattr(dataset, "texts", [None, "é", *dataset.texts[2:]])
+    for first in (0, 1):
+        batch = load(dataset, [[first, 2]])[0]
+        assert batch.tokens is None and batch.token_lengths is None
+        assert batch.to("cpu").tokens is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 2])
+def test_workers_and_start_change_nothing(dataset, workers, start):
+    batches = BucketBatches(dataset.frames, frames_per_batch=120, utterances_per_batch=3, seed=1).epoch(2)
+    whole = load(dataset, batches, epoch=2)
+    rest = load(dataset, batches, epoch=2, start=start, workers=workers)
+    assert len(rest) == len(batches) - start
+    for a, b in zip(whole[start:], rest, strict=True):
+        assert torch.equal(a.features, b.features) and torch.equal(a.tokens, b.tokens)
+
+
+class Twins(SimpleNamespace):
+    """Two utterances of the same frames."""
+
+    def __getitem__(self, i):
+        return torch.ones(100, 28)
+
+    def __len__(self):
+        return 2
+
+
+def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
+    def features(i, company, **options):
+        batch = load(dataset, [[*company, i]], **options)[0]
+        return batch.features[-1, : batch.feature_lengths[-1]]
+
+    assert torch.equal(features(3, [0, 1]), features(3, [5]))
+    assert not torch.equal(features(3, [], epoch=1), features(3, [], epoch=0))
+    assert not torch.equal(features(3, [], seed=2), features(3, []))
+    twins = Twins(frames=np.array([100, 100]), blocks=1, texts=["A", "B"])
+    for config in (AugmentConfig(), AugmentConfig(time_masks=0, frequency_masks=0, speed=0.3)):
+        (batch,) = load(twins, [[0, 1]], augment=Augment(config))
+        one, other = (x[:n] for x, n in zip(batch.features, batch.feature_lengths.tolist(), strict=True))
+        assert one.shape != other.shape or not torch.equal(one, other)
+
+
+def test_the_loader_leaves_the_random_state_of_training_alone(dataset):
+    before = torch.get_rng_state()
+    load(dataset, [[0], [1]])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_may_begin_within_an_epoch(dataset):
+    augment = Augment(AugmentConfig(start_epoch=1.5, frequency_width=20))
+    batches = [[0], [1], [2], [3]]
+    loaded = load(dataset, batches, augment=augment, epoch=1)
+    same = [torch.equal(batch.features[0], dataset[i]) for i, batch in enumerate(loaded)]
+    assert same[:2] == [True, True] and not all(same[2:])
+
+
+def test_joined_batches_hold_every_two_neighbours_as_one(dataset):
+    vocabulary = Vocabulary()
+    augment = Augment(AugmentConfig(join=1.0, time_masks=0, frequency_masks=0))
+    batch = load(dataset, [[3, 0, 7, 5, 1]], augment=augment)[0]
+    assert batch.indices.tolist() == [3, 7, 1]
+    for row, pair in enumerate([(3, 0), (7, 5), (1,)]):
+        n = int(batch.feature_lengths[row])
+        assert torch.equal(batch.features[row, :n], torch.cat([dataset[i] for i in pair]))
+        assert vocabulary.decode(batch.tokens[row]) == " ".join(dataset.texts[i] for i in pair)
+
+
+def test_joins_come_at_their_share_after_their_epoch_whatever_the_start(dataset):
+    batches = [[i, i + 1] for i in range(10)] * 20
+    augment = Augment(AugmentConfig(join=0.5, start_epoch=1.5))
+    joined = [len(batch.indices) == 1 for batch in load(dataset, batches, augment=augment, epoch=1)]
+    assert not any(joined[:100])
+    assert 30 < sum(joined[100:]) < 70
+    rest = load(dataset, batches, augment=augment, epoch=1, start=120)
+    assert [len(batch.indices) == 1 for batch in rest] == joined[120:]
+    other = load(dataset, batches, augment=augment, epoch=1, seed=2)
+    assert [len(batch.indices) == 1 for batch in other] != joined
+
+
+def course_of(frames, **options):
+    options = {"short_epochs": 3, "short_seconds": 2.0, "frames_per_batch": 5000} | options
+    return plan_course(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
+
+
+def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
+    course = course_of(LENGTHS)
+    short = np.flatnonzero(LENGTHS <= 200).tolist()
+    for epoch in range(7):
+        covered = sorted(sum(course.of(epoch).epoch(epoch), []))
+        assert covered == (short if epoch < 3 else list(range(len(LENGTHS))))
+    assert course.steps == 3 * len(course.of(0)) + 2 * len(course.of(3))
+
+
+def test_a_course_has_the_settings_of_its_configuration():
+    config = Config(
+        data=DataConfig(short_epochs=1, short_seconds=9.0, frames_per_batch=4000, utterances_per_batch=7),
+        training=TrainingConfig(epochs=3, seed=5),
+        augment=AugmentConfig(speed=0.1),
+        features=FeatureConfig(shift_ms=12.5),
+    )
+    lengths, options = LENGTHS[:300], {"frames_per_batch": 4000, "utterances_per_batch": 7, "seed": 5, "speed": 0.1}
+    course, short = plan_course(lengths, config), np.flatnonzero(lengths <= 720)
+    assert course.of(1).epoch(1) == BucketBatches(lengths, **options).epoch(1)
+    assert course.of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
+
+
+def test_a_course_knows_the_place_of_every_step():
+    course = course_of(LENGTHS[:200])
+    places = [course.place(step) for step in range(course.steps + 1)]
+    assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(course.of(epoch)))]
+    assert places[-1] == (5, 0)
+    assert [course.place(course.steps_before(epoch)) for epoch in range(6)] == [(epoch, 0) for epoch in range(6)]
+    epochs = [course.epochs(step) for step in range(course.steps + 1)]
+    assert (np.diff(epochs) > 0).all() and {0, 1, 2, 3, 4, 5} <= set(epochs)
+
+
+def test_a_course_without_short_epochs_or_of_nothing_else():
+    whole = course_of(LENGTHS, short_epochs=0)
+    assert len(whole.stages) == 1 and whole.steps == 5 * len(whole.of(0))
+    short = course_of(LENGTHS, short_epochs=9)
+    assert short.steps == 5 * len(short.of(0)) and len(sum(short.of(4).epoch(4), [])) < len(LENGTHS)
+    with pytest.raises(InputError, match="shortest training utterance has 3.0 seconds, more than .* 2; raise"):
+        course_of(np.array([300, 400]))
+
+
+def test_short_utterances_are_played_at_the_speed_that_their_batches_know(dataset):
+    augment, members = Augment(AugmentConfig(speed=0.3)), np.array([2, 5, 6, 9])
+    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
+                            members=members)  # fmt: skip
+    assert sorted(sum(batches.epoch(1), [])) == members.tolist()
+    for batch in load(dataset, batches.epoch(1), augment=augment, seed=5, epoch=1):
+        assert batch.feature_lengths.tolist() == batches.lengths(1)[batch.indices.numpy()].tolist()

@@ -1,0 +1,749 @@
+"""The feature cache: built once, for exactly what it depends on, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from archives import RATE, make_archive, make_manifest, make_speech, make_waveform, save, text_array, write_audio
+
+from las_fast import progress
+from las_fast.config import DataConfig, FeatureConfig
+from las_fast.data import cache as cache_module
+from las_fast.data import features as features_module
+from las_fast.data import readers
+from las_fast.data.cache import cache_folder, open_cache
+from las_fast.data.corpus import Utterance
+from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.errors import InputError
+
+F23 = FeatureConfig(size=28)
+
+
+def fill(corpus, folder, split="dev-clean", features=F23, **options):
+    return open_cache(corpus, split, corpus.utterances(split), features, folder=str(folder), progress=False, **options)
+
+
+def entries(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return open_corpus(make_archive(tmp_path / "data", "F23"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_a_second_opening_reads_no_recordings(corpus, folder, monkeypatch):
+    first = fill(corpus, folder)
+    monkeypatch.setattr(cache_module, "process", lambda *_: pytest.fail("built again"))
+    second = fill(corpus, folder)
+    assert first.ids == second.ids
+    assert np.array_equal(first.frames(2), second.frames(2))
+
+
+def test_frames_in_the_cache_are_those_of_the_files(corpus, folder):
+    entry = fill(corpus, folder)
+    for i, u in enumerate(corpus.utterances("dev-clean")):
+        assert np.array_equal(entry.frames(i), np.load(u.path))
+
+
+def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
+    entry = fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=12.5))
+    assert entry.seconds.tolist() == pytest.approx((entry.lengths * 0.0125).tolist())
+    assert entry.spans == [[]] * 4 and entry.places.tolist() == [0, 1, 2, 3] and entry.bad == []
+
+
+def test_frames_have_the_size_of_the_archive_whatever_the_settings_say(corpus, folder):
+    assert fill(corpus, folder, features=FeatureConfig(size=80)).frames(0).shape[1] == 28
+
+
+def test_features_of_whole_numbers_are_read(corpus, folder):
+    path = corpus.utterances("dev-clean")[1].path
+    np.save(path, np.arange(56, dtype=np.int16).reshape(2, 28))
+    assert np.array_equal(fill(corpus, folder).frames(1), np.arange(56).reshape(2, 28))
+
+
+def test_the_parts_of_a_recording_that_are_kept_are_known(tmp_path, folder):
+    quiet, speech = np.zeros(4 * RATE, np.float32), make_speech(2.0)
+    rows = {"plain": [speech], "late": [quiet, speech], "early": [speech, quiet], "twice": [speech, quiet, speech]}
+    for name, waves in rows.items():
+        write_audio(tmp_path / f"{name}.wav", np.concatenate(waves))
+    (tmp_path / "m.tsv").write_text("path\n" + "".join(f"{name}.wav\n" for name in rows))
+    plain, late, early, twice = fill(open_corpus(tmp_path / "m.tsv"), folder, "all", FeatureConfig()).spans
+    assert plain == early == []  # their first frames
+    assert len(late) == 1 and 340 < late[0][0] < 400 < 500 < late[0][1]
+    assert len(twice) == 2 and twice[0][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("spans", "kept"),
+    [([(0, 5)], ()), ([(0, 9)], ()), ([(1, 5)], ((1, 5),)), ([(0, 2), (3, 5)], ((0, 2), (3, 5)))],
+)
+def test_the_first_frames_of_a_recording_need_no_spans(monkeypatch, spans, kept):
+    good, bad = readers.Item("good", seconds=1.0), readers.Item("bad", problem="bad")
+    waveforms = [np.zeros(800, np.float32)]
+    monkeypatch.setattr(features_module, "speech_features", lambda waves, _: [(torch.ones(5, 2), spans) for _ in waves])
+    first, second = readers._with_frames([bad, good], waveforms, FeatureConfig())
+    assert first is bad and waveforms == []
+    assert (second.id, second.seconds, second.spans) == ("good", 1.0, kept) and second.frames.shape == (5, 2)
+
+
+def test_transposed_archives_are_turned(tmp_path, folder):
+    corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
+    entry = fill(corpus, folder, features=FeatureConfig())
+    for i, u in enumerate(corpus.utterances("dev-clean")):
+        assert np.array_equal(entry.frames(i), np.load(u.path).T)
+
+
+def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
+    corpus = open_corpus(make_manifest(tmp_path / "data"))
+    for features in (FeatureConfig(), FeatureConfig(size=40), FeatureConfig(shift_ms=12.5)):
+        fill(corpus, folder, "dev", features)
+    assert len(entries(folder)) == 3
+    fill(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # what comes after the cache
+    assert len(entries(folder)) == 3
+    os.utime(corpus.utterances("dev")[0].path, ns=(1, 1))
+    fill(corpus, folder, "dev")
+    assert len(entries(folder)) == 4
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
+    path = corpus.utterances("dev-clean")[1].transcript
+    before = path.stat()
+    first = fill(corpus, folder)
+    text = first.texts[1]
+    new = text[::-1] if change == "time" else text + " MORE"
+    save(path, text_array(new, True))
+    if change == "time":
+        assert path.stat().st_size == before.st_size
+        os.utime(path, ns=(1, 1))
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = fill(corpus, folder)
+    assert second.texts[1] == new
+    assert second.folder != first.folder
+
+
+def test_a_file_is_known_by_its_path_size_and_time(tmp_path):
+    path, found = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
+    for content, time_ns in ((b"", 0), (b"ab", 0), (b"cd", 1), (b"c", 1)):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, time_ns))
+        found.append(cache_module._stamp(path))
+    assert found[-1] == [str(path), 1, 1] and len(set(map(tuple, found))) == len(found)
+
+
+def test_an_entry_depends_on_everything_that_its_frames_come_from(corpus, tmp_path, monkeypatch):
+    utterances = corpus.utterances("dev-clean")
+
+    def key(corpus=corpus, features=F23, **changes):
+        return cache_module._key(corpus, [replace(utterances[0], **changes), *utterances[1:]], features)
+
+    copy, empty = tmp_path / "copy.npy", tmp_path / "empty.npy"
+    copy.write_bytes(utterances[0].path.read_bytes())
+    facts = utterances[0].path.stat()
+    os.utime(copy, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    first = key()
+    before = [key(path=empty), key(transcript=empty)]
+    empty.touch()
+    os.utime(empty, ns=(0, 0))
+    keys = [
+        first, key(id="x"), key(problem="bad"), key(path=copy), key(transcript="A"), key(transcript="B"),
+        key(path=tmp_path / "a.npy"), key(path=tmp_path / "b.npy"), *before, key(path=empty), key(transcript=empty),
+        key(replace(corpus, transposed=True)), key(replace(corpus, feature_size=29)),
+        key(features=replace(F23, shift_ms=8.0)),
+    ]  # fmt: skip
+    monkeypatch.setattr(cache_module, "VERSION", 99)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    same = [key(seconds=1.0), key(start=1.0), key(is_part=True)]  # which are of recordings
+    assert set(same) == {keys[-1]}
+
+
+def test_the_folder_of_an_entry_is_named_for_its_split(tmp_path, folder, corpus):
+    split = "Ä / " + "x" * 60
+    entry = open_cache(corpus, split, corpus.utterances("dev-clean"), F23, folder=str(folder), progress=False)
+    assert re.fullmatch(rf"-{'x' * 39}-[0-9a-f]{{20}}", entry.folder.name)
+
+
+@pytest.mark.parametrize(("days", "kept"), [(29.9, True), (30.1, False)])
+def test_an_entry_may_be_unused_for_thirty_days(tmp_path, days, kept):
+    index = json.dumps({"root": str(tmp_path), "split": "dev"})
+    folders = [tmp_path / f"dev-{name}" for name in ("damaged", "new", "old", "other")]
+    for folder, text in zip(folders, ("{", index, index, index.replace("dev", "test")), strict=True):
+        folder.mkdir()
+        (folder / "index.json").write_text(text)
+        os.utime(folder / "index.json", (1, time.time() - days * 86400))
+    damaged, new, old, other = folders
+    cache_module._remove_unused(new, SimpleNamespace(root=tmp_path), "dev")
+    assert old.exists() == kept and all(folder.exists() for folder in (damaged, new, other))
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(47.9, True), (48.1, False)])
+def test_a_build_of_another_host_may_take_two_days(folder, hours, kept):
+    for name in ("x", "dev-clean-abc-another.host-1-12345678", f"dev-{socket.gethostname()}-none-1"):
+        (folder / f".building-{name}").mkdir(parents=True)
+    (folder / ".building-file").touch()  # that is none of ours, and in nobody's way
+    for path in folder.iterdir():
+        os.utime(path, (1, time.time() - hours * 3600))
+    cache_module._remove_abandoned(folder)
+    assert len(entries(folder)) == (4 if kept else 1)
+
+
+def test_a_process_of_another_user_is_running(monkeypatch):
+    def kill(pid, number):
+        raise PermissionError(f"{pid} {number}")
+
+    assert cache_module._is_running(os.getpid()) is True
+    monkeypatch.setattr(os, "kill", kill)
+    assert cache_module._is_running(1) is True
+
+
+def test_a_new_entry_removes_those_of_its_split_that_are_long_unused(corpus, tmp_path, folder):
+    other = open_corpus(make_archive(tmp_path / "other", "F23"))
+    old, recent = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
+    elsewhere, split = fill(other, folder), fill(corpus, folder, "test-clean")
+    for entry in (old, recent, elsewhere, split):
+        os.utime(entry.folder / "index.json", (1, 1))
+    fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=9.0))  # a use
+    new = fill(corpus, folder)
+    assert entries(folder) == sorted(entry.folder.name for entry in (recent, elsewhere, split, new))
+
+
+def test_a_new_entry_tells_its_place_and_size_once(corpus, folder, capsys):
+    for expected in (1, 0):
+        open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
+        assert len(told) == expected
+        assert all(str(folder) in line and line.endswith("MB)") for line in told)
+
+
+def test_the_size_that_is_told_is_in_megabytes(corpus, folder, capsys):
+    np.save(corpus.utterances("dev-clean")[0].path, np.ones((30_000, 28), np.float32))
+    entry = open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
+    size = (entry.folder / "features.f32").stat().st_size
+    assert capsys.readouterr().err == f"feature cache of dev-clean: {entry.folder} ({size / 1e6:.1f} MB)\n"
+
+
+def test_without_progress_nothing_is_said(corpus, folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    fill(corpus, folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_entry_that_is_gone_at_once_is_an_input_error(corpus, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "_read_entry", lambda target: None)
+    with pytest.raises(InputError, match="was removed or damaged while it was opened; run again"):
+        fill(corpus, folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "processes"), [(64, 2, 0), (65, 1, 0), (65, 2, 2), (65, 20, 5), (80, 5, 5), (81, 20, 6)]
+)
+def test_many_utterances_are_read_by_so_many_processes(corpus, tmp_path, monkeypatch, count, workers, processes):
+    children, start = [], readers._start_worker
+    monkeypatch.setattr(readers, "_start_worker", lambda task: children.append(start(task)) or children[-1])
+    monkeypatch.setattr(cache_module.sys, "executable", "false")  # they end at once
+    utterances = [Utterance(str(i), Path("x.npy"), None, problem="bad") for i in range(count)]
+    items = cache_module.process(corpus, utterances, F23, tmp_path, workers)
+    if processes:
+        with pytest.raises(InputError, match=r"ended early \(exit status 1, EOFError .*near x.npy"):
+            next(items)
+    else:
+        assert [item.id for item in items] == [u.id for u in utterances]
+    assert len(children) == processes and all(child.returncode is not None for child in children)
+    assert list(tmp_path.glob("*.pickle")) == []
+
+
+def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder, monkeypatch):
+    asked, process = [], cache_module.process
+    monkeypatch.setattr(cache_module, "cores", lambda: 7)
+    monkeypatch.setattr(cache_module, "process", lambda *words: asked.append(words[-1]) or process(*words))
+    fill(corpus, folder / "1")
+    fill(corpus, folder / "2", workers=3)
+    assert asked == [7, 3]
+
+
+def test_a_worker_finds_the_package_and_is_apart_from_the_terminal(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(readers.subprocess, "Popen", lambda command, **options: asked.append((command, options)))
+    monkeypatch.setattr(cache_module.sys, "path", ["", "/some/where"])
+    monkeypatch.setenv("OF_OURS", "1")
+    readers._start_worker(tmp_path / "task")
+    ((command, options),) = asked
+    assert command == [sys.executable, "-c", "from las_fast.data.cache import work; work()", str(tmp_path / "task")]
+    root = str(Path(cache_module.__file__).parents[2])
+    expected = {"PYTHONPATH": f"{root}:/some/where", "OMP_NUM_THREADS": "1", "OF_OURS": "1"}
+    assert options["env"] | expected == options["env"]
+    assert (options["stdout"], options["start_new_session"]) == (subprocess.PIPE, True)
+
+
+@pytest.mark.parametrize("kind", ["audio", "features"])
+def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monkeypatch, kind):
+    def process(task, chunk):
+        os.write(1, b"noise of a library")
+        yield from (readers.Item(f"{task[0]} {u}", frames=np.ones((2, 2), np.float32)) for u in chunk)
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(readers, "_process_chunk", process)
+    monkeypatch.setattr(cache_module.sys, "argv", ["-c", str(tmp_path / "task")])
+    (tmp_path / "task").write_bytes(pickle.dumps(((kind,), [["a", "b"], ["c"]])))
+    with (tmp_path / "out").open("w+b") as out:
+        kept = os.dup(1)
+        os.dup2(out.fileno(), 1)
+        try:
+            readers.work()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        out.seek(0)
+        answers = [pickle.load(out), pickle.load(out)]
+        assert out.read() == b""
+    assert [[item.id for item in answer] for answer in answers] == [[f"{kind} a", f"{kind} b"], [f"{kind} c"]]
+    assert threads == ([1] if kind == "audio" else [])
+
+
+@pytest.mark.parametrize(
+    ("said", "held", "problem"),
+    [
+        (None, 9.0, ""), (0.0, 9.0, ""), (2.0, 2.0, ""),
+        (2.0, 1.91, ""), (2.0, 1.85, "copy it again"), (0.2, 0.1, ""),  # shorter by 0.1 s
+        (10.0, 9.81, ""), (10.0, 9.7, "copy it again"),  # or by 2%, whichever is more
+        (2.0, 3.0, ""), (2.0, 3.5, "say in a column 'offset'"),  # longer by 1 s
+        (10.0, 11.9, ""), (10.0, 12.5, "say in a column 'offset'"),  # or by 20%
+    ],
+)  # fmt: skip
+def test_a_recording_may_differ_a_little_from_what_is_said_of_its_length(said, held, problem):
+    u = Utterance("x", Path("x.wav"), None, seconds=said)
+    found = readers._wrong_length(u, held)
+    assert (problem in found and f"x.wav holds {held:.2f} s" in found) if problem else found == ""
+    assert readers._wrong_length(replace(u, is_part=True), held) == ""
+
+
+@pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
+def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch, damage):
+    monkeypatch.setattr(readers, "SMALL", 0)
+    corpus = open_corpus(make_archive(tmp_path / "data", "F23", utterances=20))
+    utterances = corpus.utterances("dev-clean")
+    for path in (utterances[3].path, utterances[17].transcript):
+        path.write_bytes(damage)
+    assert [place for *_, place in fill(corpus, folder, workers=2).bad] == [3, 17]
+
+
+def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(readers, "SMALL", 0)
+    manifest = make_manifest(tmp_path / "data", utterances=20)
+    write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
+    manifest.write_text(manifest.read_text().replace("train-5.wav\t0.4", "train-5.wav\t3.0"))
+    corpus = open_corpus(manifest)
+    plain = fill(corpus, folder / "1", "train", FeatureConfig(), workers=1)
+    held = []
+    whole = features_module.compute_features
+
+    def watched(waveforms, config):
+        held.append(sum(map(len, waveforms)) / 16000)
+        return whole(waveforms, config)
+
+    monkeypatch.setattr(features_module, "compute_features", watched)
+    monkeypatch.setattr(readers, "GROUP_SECONDS", 1.5)
+    grouped = fill(corpus, folder / "2", "train", FeatureConfig(), workers=1)
+    assert sorted(held)[-1] == pytest.approx(3.0) and sorted(held)[-2] <= 1.5 and len(held) < 20
+    start = subprocess.Popen
+    small_answers = "import las_fast.data.readers as readers; readers.ANSWER_BYTES = 1; readers.work()"
+    monkeypatch.setattr(
+        readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
+    )
+    for entry in (grouped, fill(corpus, folder / "3", "train", FeatureConfig(), workers=2)):
+        assert entry.ids == plain.ids
+        for i in range(20):
+            np.testing.assert_allclose(entry.frames(i), plain.frames(i), atol=1e-3)
+
+
+def test_recordings_are_turned_into_frames_in_groups_of_so_many_seconds(monkeypatch):
+    def with_frames(items, waveforms, features):
+        groups.append(([item.seconds for item in items], len(waveforms)))
+        waveforms.clear()
+        yield from items
+
+    groups, seconds = [], [4.0, 0.0, 6.0, 0.5, 12.0, 3.0, 3.0, 3.0, 2.0]
+    monkeypatch.setattr(readers, "GROUP_SECONDS", 10.0)
+    monkeypatch.setattr(readers, "_with_frames", with_frames)
+    monkeypatch.setattr(
+        readers, "_read_recording", lambda s, _: (np.ones(1) if s else None, readers.Item("x", seconds=s))
+    )
+    assert [item.seconds for item in readers._read_audio(seconds, 80, False, FeatureConfig())] == seconds
+    assert groups == [([4.0, 0.0, 6.0], 2), ([0.5], 1), ([12.0], 1), ([3.0, 3.0, 3.0], 3), ([2.0], 1)]
+
+
+def test_what_is_read_is_stored_in_order_and_the_bad_beside_it(tmp_path, monkeypatch):
+    def written(refuse=None):
+        notes, counted = [], []
+        bar = SimpleNamespace(note=notes.append, update=lambda: counted.append(1))
+        times = iter((0.0, 0.0, 0.0, 0.25))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+            index = cache_module._write_features(tmp_path / "x", iter(items), "uvw", refuse, bar)
+        assert notes == [f"{rate} x real time" for rate in (0, 1000, 4)] and len(counted) == 3
+        return index
+
+    frames = np.arange(9, dtype=np.float32).reshape(3, 3)
+    bad = readers.Item("b", problem="is bad")
+    items = [readers.Item("a", "A", 1.0, frames[:2]), bad, readers.Item("c", "C", 2.0, frames[2:], ((1, 2),))]
+    assert written() == {
+        "ids": ["a", "c"], "texts": ["A", "C"], "frames": [2, 1], "seconds": [1.0, 2.0], "places": [0, 2],
+        "spans": [(), ((1, 2),)], "bad": [("b", "is bad", 1)],
+    }  # fmt: skip
+    assert np.array_equal(np.fromfile(tmp_path / "x", np.float32), np.arange(9))
+    for answer, said in (("", "is bad; or leave"), ("no", "no u A; or leave")):
+        with pytest.raises(InputError, match=f"^{said} such utterances out with --on-bad skip$"):
+            written(lambda u, text, answer=answer: answer and f"{answer} {u} {text}")
+
+
+def test_answers_of_a_worker_are_bounded(monkeypatch):
+    monkeypatch.setattr(readers, "ANSWER_BYTES", 100)
+    items = [readers.Item(str(i), frames=np.zeros((n, 1), np.float32)) for i, n in enumerate((10, 10, 50, 10, 20))]
+    items.insert(1, readers.Item("bad", problem="bad"))
+    groups = list(readers._groups(iter(items)))
+    assert [[item.id for item in group] for group in groups] == [["0", "bad", "1"], ["2"], ["3"], ["4"]]
+
+
+def test_a_name_that_the_system_refuses_is_not_blamed_on_the_cache(tmp_path, folder):
+    name = f"audio/{'x' * 300}.wav"
+    manifest = make_manifest(tmp_path / "data")
+    manifest.write_text(manifest.read_text() + f"x\t{name}\t1\ts\tmade\ttrain\tHI\n")
+    corpus = open_corpus(manifest)
+    with pytest.raises(InputError, match=r"cannot be opened \(File name too long\)") as error:
+        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+    assert name in str(error.value) and "cache" not in str(error.value)
+    assert [bad for bad, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["x"]
+
+
+def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(readers, "SMALL", 0)
+    archive = open_corpus(make_archive(tmp_path / "archive", "F23", utterances=40))
+    audio = open_corpus(make_manifest(tmp_path / "audio", utterances=20))
+    for corpus, split, features in ((archive, "dev-clean", F23), (audio, "train", FeatureConfig())):
+        alone = fill(corpus, folder / "1", split, features, workers=1)
+        many = fill(corpus, folder / "2", split, features, workers=2)
+        assert (alone.ids, alone.texts) == (many.ids, many.texts)
+        assert sorted(path.name for path in many.folder.iterdir()) == ["features.f32", "index.json"]
+        for i in range(len(alone.ids)):
+            np.testing.assert_allclose(alone.frames(i), many.frames(i), atol=1e-3)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
+    monkeypatch.setattr(readers, "SMALL", 0)
+    start = subprocess.Popen
+
+    def doomed(command, **options):
+        return start([command[0], "-c", "raise SystemExit(3)"], **options)
+
+    monkeypatch.setattr(readers.subprocess, "Popen", doomed)
+    with pytest.raises(InputError, match=r"ended early \(exit status 3.*run again"):
+        fill(corpus, folder, workers=2)
+    assert entries(folder) == []
+
+
+def test_an_interrupt_leaves_no_half_cache(corpus, folder, monkeypatch):
+    whole = cache_module.process
+
+    def interrupted(*arguments):
+        yield next(iter(whole(*arguments)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "process", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(corpus, folder)
+    assert entries(folder) == []
+    assert len(fill(corpus, folder).ids) == 4
+
+
+def test_a_killed_build_is_swept_up_and_a_running_one_is_not(corpus, folder):
+    child = subprocess.Popen(["true"])
+    child.wait()
+    folder.mkdir()
+    dead = folder / f".building-dev-clean-abc-{socket.gethostname()}-{child.pid}-12345678"
+    alive = folder / f".building-dev-clean-abc-{socket.gethostname()}-{os.getpid()}-12345678"
+    elsewhere = folder / ".building-dev-clean-abc-another.host-1-12345678"
+    for path in (dead, alive, elsewhere):
+        path.mkdir()
+        (path / "features.f32").write_bytes(b"half")
+    fill(corpus, folder)
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
+    os.utime(elsewhere, (1, 1))
+    fill(corpus, folder, "test-clean")
+    assert not elsewhere.exists()
+
+
+def test_builders_of_the_same_entry_do_not_break_each_other(corpus, folder, monkeypatch):
+    whole = cache_module.process
+
+    def with_a_rival(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "process", whole)
+            fill(corpus, folder)  # finishes first
+        yield from whole(*arguments)
+
+    monkeypatch.setattr(cache_module, "process", with_a_rival)
+    assert len(fill(corpus, folder).ids) == 4
+    assert len(entries(folder)) == 1
+
+
+def test_a_damaged_entry_is_built_again(corpus, folder):
+    fill(corpus, folder)
+    (folder / entries(folder)[0] / "features.f32").write_bytes(b"short")
+    entry = fill(corpus, folder)
+    assert np.array_equal(entry.frames(0), np.load(corpus.utterances("dev-clean")[0].path))
+    assert entries(folder) == [entry.folder.name]
+    assert sorted(path.name for path in entry.folder.iterdir()) == ["features.f32", "index.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(corpus, tmp_path, folder, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written \(Not a directory\).*XDG_CACHE_HOME.*--data.cache"):
+        fill(corpus, tmp_path / "file" / "cache")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "_write_features", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        fill(corpus, folder)
+    assert entries(folder) == []
+    monkeypatch.setattr(cache_module, "_write_features", lambda *_: (_ for _ in ()).throw(TimeoutError()))
+    with pytest.raises(InputError, match=r"cannot be written \(TimeoutError\)"):
+        fill(corpus, folder)
+
+
+def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("") == tmp_path / "las_fast"
+    assert cache_folder("/elsewhere").as_posix() == "/elsewhere"
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/.other")
+    assert cache_folder("").as_posix() == "/home/someone/.other/las_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("") == tmp_path / ".cache" / "las_fast"
+
+
+def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without HOME and without an entry
+    with pytest.raises(InputError, match="no home folder is known, .* set XDG_CACHE_HOME to a folder"):
+        cache_folder("")
+    with pytest.raises(InputError, match="~/x: the home folder of this user is not known; write the path without ~"):
+        cache_folder("~/x")
+    with pytest.raises(InputError, match="~nosuch/x: the home folder of nosuch is not known"):
+        open_corpus("~nosuch/x")
+
+
+def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 1)  # let go of the map's pages after every read
+    entry = fill(corpus, folder)
+    entry.frames(0)
+    copy = pickle.loads(pickle.dumps(entry))
+    assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
+
+
+def test_pages_of_the_map_are_let_go_after_so_many_bytes(tmp_path, monkeypatch):
+    class Map(mmap.mmap):
+        def madvise(self, option):
+            assert option == mmap.MADV_DONTNEED
+            let_go.append(len(read))
+
+    let_go, read, stored = [], [], np.arange(40 * 28, dtype=np.float32).reshape(40, 28)
+    stored.tofile(tmp_path / "features.f32")
+    entry = cache_module.CacheEntry(
+        folder=tmp_path, size=28, ids=list("abcd"), texts=[None] * 4, lengths=np.array([10, 10, 5, 15]),
+        seconds=np.ones(4), places=np.arange(4), spans=[[]] * 4, bad=[],
+    )  # fmt: skip
+    monkeypatch.setattr(cache_module.mmap, "mmap", Map)
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 20 * 28 * 4)
+    for i, first, end in ((0, 0, 10), (1, 10, 20), (2, 20, 25), (3, 25, 40), (2, 20, 25), (0, 0, 10), (1, 10, 20)):
+        read.append(i)
+        assert np.array_equal(entry.frames(i), stored[first:end])
+    assert let_go == [3, 6]
+
+
+def broken(path, kind):
+    """Damage a feature file."""
+    good = np.load(path)
+    if kind == "nan":
+        good[3, 4] = np.nan
+    elif kind == "infinite":
+        good[0, 0] = -np.inf
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "pickled":
+        np.save(path, np.array([good, None], object), allow_pickle=True)
+    elif kind == "zipped":
+        with path.open("wb") as file:
+            np.savez(file, good)
+    else:
+        changed = {
+            "no frames": good[:0],
+            "one-dimensional": good[0],
+            "letters": good.astype(str),
+            "narrow": good[:, :5],
+            "too large": good.astype(np.float64) * 1e300,
+        }
+        np.save(path, changed.get(kind, good))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", "NaN"),
+        ("infinite", "infinite"),
+        ("too large", "infinite"),
+        ("truncated", "truncated"),
+        ("empty file", "truncated"),
+        ("pickled", "pickle"),
+        ("zipped", "archive of arrays"),
+        ("no frames", "no frames"),
+        ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"),
+        ("letters", "must hold numbers"),
+        ("narrow", r"got \(\d+, 5\)"),
+    ],
+)
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
+    bad = corpus.utterances("dev-clean")[1]
+    broken(bad.path, kind)
+
+    def load(on_bad):
+        data = DataConfig(cache=str(folder), on_bad=on_bad)
+        return load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+
+    with pytest.raises(InputError, match=reason) as error:
+        load("error")
+    assert str(bad.path) in str(error.value) and "\n" not in str(error.value)
+    assert entries(folder) == []
+    dataset = load("skip")
+    assert len(dataset) == 3 and bad.id not in dataset.ids
+    assert [name for name, _ in dataset.skipped] == [bad.id]
+    assert dataset.positions.tolist() == [0, 2, 3]
+    assert "left out 1 of 4" in capsys.readouterr().err
+    with pytest.raises(InputError, match=reason):  # from the cache, too
+        load("error")
+
+
+@pytest.mark.parametrize("missing", ["features", "transcript"])
+def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder, missing):
+    lost = corpus.utterances("dev-clean")[2]
+    (lost.path if missing == "features" else lost.transcript).unlink()
+    for on_bad in ("error", "skip"):
+        data = DataConfig(cache=str(folder), on_bad=on_bad)
+        if on_bad == "error":
+            with pytest.raises(InputError, match=f"has no {missing}") as error:
+                load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+            assert str(lost.path) in str(error.value)
+        else:
+            kept = load_dataset(corpus, ("dev-clean",), features=F23, data=data, need_text=True, progress=False)
+            assert lost.id not in kept.ids and len(kept.skipped) == 1
+
+
+def test_a_feature_file_of_a_manifest_that_is_missing_is_no_lost_counterpart(tmp_path, folder):
+    save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
+    (tmp_path / "m.tsv").write_text("path\ttext\nx.npy\tHI\ny.npy\tHI\n")
+    entry = fill(open_corpus(tmp_path), folder, "all", FeatureConfig(size=17))
+    assert entry.bad == [("y", f"{tmp_path}/y.npy is not a feature file: it does not exist; copy it again or remove "
+                               "its counterpart", 1)]  # fmt: skip
+
+
+def test_the_shape_of_a_transposed_archive_is_told_as_it_is(tmp_path, folder):
+    corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
+    first, second = (u.path for u in corpus.utterances("dev-clean")[:2])
+    np.save(first, np.load(first)[:70])
+    np.save(second, np.ones((1, 2, 3)))
+    one, other = (problem for _, problem, _ in fill(corpus, folder, features=FeatureConfig()).bad)
+    assert f"{first} must have shape (80, frames) like its neighbours; got (70, " in one
+    assert other == f"{second} must hold numbers of shape (80, frames); got float64 (1, 2, 3); make it again"
+
+
+def test_a_damaged_transcript_is_named(corpus, folder):
+    path = corpus.utterances("dev-clean")[0].transcript
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(InputError, match="truncated") as error:
+        fill(corpus, folder, refuse=lambda *_: "")
+    assert str(path) in str(error.value)
+
+
+def test_bad_recordings_are_named_or_skipped(tmp_path, folder):
+    manifest = make_manifest(tmp_path / "data")
+    corpus = open_corpus(manifest)
+    bad = corpus.utterances("train")[1].path
+    bad.write_bytes(b"no audio at all")
+    with pytest.raises(InputError, match="cannot be read as audio") as error:
+        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+    assert str(bad) in str(error.value)
+    assert [name for name, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["train-1"]
+
+
+def test_a_bad_text_is_refused_before_any_recording_is_read(tmp_path, folder, monkeypatch):
+    manifest = make_manifest(tmp_path / "data")
+    manifest.write_text(manifest.read_text() + "x\taudio/x.wav\t1\ts\tmade\ttrain\tHÉLLO\n")
+    monkeypatch.setattr(cache_module, "process", lambda *_: pytest.fail("recordings were read"))
+    with pytest.raises(InputError, match="vocabulary: 'É'; map them with --data.normalise-text True"):
+        load_dataset(
+            open_corpus(manifest),
+            ("train",),
+            features=FeatureConfig(),
+            data=DataConfig(cache=str(folder)),
+            need_text=True,
+            progress=False,
+        )
+
+
+def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
+    path = corpus.utterances("dev-clean")[1].transcript
+    save(path, text_array("lower", True))
+    with pytest.raises(InputError, match="outside the vocabulary") as error:
+        load_dataset(
+            corpus, ("dev-clean",), features=F23, data=DataConfig(cache=str(folder)), need_text=True, progress=False
+        )
+    assert str(path) in str(error.value)
+    assert entries(folder) == []
+
+
+def test_progress_is_shown_with_its_rate(corpus, folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    utterances = corpus.utterances("dev-clean")
+    open_cache(corpus, "dev-clean", utterances, F23, folder=str(folder), progress=True)
+    line = capsys.readouterr().err.splitlines()[1]
+    assert line.startswith(f"reading dev-clean: 50% (2 of {len(utterances)} utterances), ")
+    assert re.search(r"; [1-9]\d* x real time$", line)
+
+
+def test_answers_of_a_worker_hold_as_many_utterances_as_fit(monkeypatch):
+    monkeypatch.setattr(readers, "ANSWER_BYTES", 100)
+    sizes = [40, 60, 1, 100, 101, 0, 100, 0, 1]
+    items = [readers.Item(str(n), frames=np.zeros(n, np.int8) if n else None) for n in sizes]
+    groups = [[int(item.id) for item in group] for group in readers._groups(iter(items))]
+    assert groups == [[40, 60], [1], [100], [101], [0, 100, 0], [1]]
+    assert list(readers._groups(iter([]))) == []

@@ -1,0 +1,591 @@
+"""Where the sound lies by the headers of wav, AIFF, AU, CAF, W64, NIST and rarer formats, byte by byte."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from layouts import Bytes, chunk, layout_of, riff, streams_of
+
+from las_fast.data import containers
+from las_fast.data.containers import Layout, Stream
+
+
+def big(name: bytes, content: bytes = b"", size: int | None = None) -> bytes:
+    return chunk(name, content, size, order=">")
+
+
+FORMAT = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16))
+BIG_FORMAT = big(b"fmt ", struct.pack(">HHIIHH", 1, 1, 16000, 32000, 2, 16))
+SOUND = bytes(range(1, 101))
+NOTE = chunk(b"LIST", b"INFO")
+WAV = riff(FORMAT, chunk(b"data", SOUND))
+
+
+def whole(*ends: int) -> list[Stream]:
+    """Return streams that are taken as they lie in the file, one behind another."""
+    return [Stream(((start, end),)) for start, end in zip((0, *ends), ends, strict=False)]
+
+
+def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Stream:
+    """Return the stream of bytes of sound under a wav header of its own."""
+    length = sound[1] - sound[0]
+    size = 20 + len(content) + len(content) % 2 + length
+    return Stream((riff(chunk(b"fmt ", content), b"data" + struct.pack("<I", length), size=size), sound), **fields)
+
+
+# ------------------------------------------------------------------------------------------------------------ chunks
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "is_one"),
+    [
+        (b"LIST\4\0\0\0", 12, True),
+        (b"LIST\5\0\0\0", 12, True),  # a pad byte that is not there
+        (b"LIST\6\0\0\0", 12, False),
+        (b"data\6\0\0\0", 12, True),
+        (b"SSND\6\0\0\0", 12, True),
+        (b"BODY\6\0\0\0", 12, True),
+        (b"LIST\4\0\0", 12, False),
+        (b"a ~b\4\0\0\0", 12, True),
+        (b"a\x1f~b\4\0\0\0", 12, False),
+        (b"a \x7fb\4\0\0\0", 12, False),
+        (b"abc\x80\4\0\0\0", 12, False),
+        (b"abcd\x80\0\0\0", 136, True),
+    ],
+)
+def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is_one):
+    assert bool(containers._is_chunk(Bytes(data, size), 0, "<")) == is_one
+    turned = data[:4] + data[:3:-1]
+    assert bool(containers._is_chunk(Bytes(b"..." + turned, 3 + size), 3, ">")) == is_one
+
+
+@pytest.mark.parametrize(
+    ("behind", "length", "expected"),
+    [
+        (NOTE, 6, (14, True)),
+        (b"\0" + NOTE, 5, (14, True)),
+        (NOTE, 5, (13, False)),
+        (b"??" + NOTE, 5, (14, True)),
+        (b"", 5, (14, True)),
+        (b"\0", 5, (14, True)),
+        (b"\0?", 5, (14, True)),
+        (b"LIST", 5, (14, True)),
+        (b"x" + NOTE + bytes(2000), 5, (14, True)),  # where it is, its name would be xLIS
+    ],
+)
+def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
+    source = Bytes(chunk(b"abcd", bytes(length), pad=False) + behind)
+    assert containers._behind_chunk(source, 0, length, "<") == expected
+
+
+# --------------------------------------------------------------------------------------------------------------- wav
+
+
+@pytest.mark.parametrize(
+    ("claimed", "there", "true"),
+    [
+        (1000, 1000, 1000),
+        (1000, 2000, 1000),
+        (2000, 1000, 2000),
+        (0, 1000, 1000),
+        (1 << 31, 1000, 1000),
+        ((1 << 31) - 65536, 1000, 1000),
+        ((1 << 31) - 65537, 1000, (1 << 31) - 65537),
+        ((1 << 31) + 65537, 1000, (1 << 31) + 65537),
+        ((1 << 32) - 1, 1000, 1000),
+        (1 << 62, 1000, 1000),
+        ((1 << 62) - 1, 1000, (1 << 62) - 1),
+        (1000, (1 << 32) + 1000, (1 << 32) + 1000),
+        (1000, (1 << 32) + 1000 - 65536, (1 << 32) + 1000 - 65536),
+        (1000, (1 << 32) + 1000 - 65537, 1000),
+        (1000, 1 << 31, 1000),
+    ],
+)
+def test_a_length_that_no_recorder_means_is_not_believed(claimed, there, true):
+    source = Bytes(b"", 44 + there)
+    assert containers._true_length(source, 44, claimed, "<") == true
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        WAV,
+        riff(NOTE, FORMAT, NOTE, chunk(b"data", SOUND), NOTE, NOTE),
+        riff(FORMAT, chunk(b"data", SOUND[:99])),
+        riff(FORMAT, chunk(b"data", SOUND[:99], pad=False)),
+        riff(FORMAT, chunk(b"note", b"odd"), chunk(b"data", SOUND[:99]), NOTE),
+        riff(BIG_FORMAT, big(b"data", SOUND), big(b"LIST", b"I" * 6), name=b"RIFX", order=">"),
+        riff(FORMAT, chunk(b"data", SOUND), name=b"RF64"),
+        riff(FORMAT, chunk(b"data")),
+        riff(FORMAT, chunk(b"data"), NOTE),
+        riff(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
+    ],
+)  # fmt: skip
+def test_a_wav_whose_header_is_right_is_taken_as_it_is(data):
+    assert streams_of(data) == whole(len(data))
+    assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + len(data)),))]  # from an odd place on
+
+
+def test_bytes_behind_a_wav_that_are_no_chunks_are_left_out():
+    for behind in (b"\0", b"junk", NOTE[:7]):
+        assert streams_of(WAV + behind) == whole(len(WAV))
+    assert streams_of(WAV + NOTE + b"junk") == whole(len(WAV) + len(NOTE))
+
+
+@pytest.mark.parametrize("lacking", [1, 2, 50, 99])
+def test_a_wav_that_is_cut_gets_a_header_of_what_there_is(lacking):
+    assert streams_of(WAV[:-lacking]) == [bare((44, 144 - lacking), lacking=lacking)]
+    odd = FORMAT[8:] + b"\0\0\7"
+    data = riff(NOTE, chunk(b"fmt ", odd), chunk(b"data", SOUND))
+    place = data.index(SOUND)
+    assert streams_of(data[:-lacking]) == [bare((place, place + 100 - lacking), odd, lacking=lacking)]
+
+
+def test_a_wav_of_unknown_length_ends_with_the_file():
+    for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
+        assert streams_of(riff(FORMAT, chunk(b"data", b"\xff" + SOUND, size))) == [bare((44, 146))]
+
+
+def test_a_wav_whose_chunks_are_out_of_step_gets_a_header_of_its_own():
+    data = riff(FORMAT, chunk(b"note", b"odd", pad=False), chunk(b"data", SOUND), NOTE)
+    assert streams_of(data) == [bare((55, 155))]
+
+
+def test_a_wav_that_holds_no_sound_ends_within_its_header():
+    for data in (riff(FORMAT), riff(FORMAT, NOTE), riff(chunk(b"data", SOUND)), riff(), riff(FORMAT, b"data\0\0\0")):
+        assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
+        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+
+
+def test_a_form_of_riff_that_is_no_sound_is_left_to_libsndfile():
+    data = riff(FORMAT, chunk(b"data", SOUND), NOTE, form=b"AVI ")
+    assert streams_of(data) == whole(len(data)) and containers._walker(Bytes(data), 0) is None
+    assert containers._walker(Bytes(b"LIST" + data[4:8] + b"WAVE"), 0) is None
+
+
+@pytest.mark.parametrize("name", [b"RF64", b"BW64"])
+def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
+    def file(claimed, sound=SOUND, size=0xFFFFFFFF, sizes=b"ds64"):
+        sizes = chunk(sizes, struct.pack("<QQQI", 7, claimed, 9, 0))
+        return riff(sizes, FORMAT, chunk(b"data", sound, size), name=name, size=0xFFFFFFFF)
+
+    place = len(file(0)) - 100
+    taken = [bare((place, place + 100))]
+    assert streams_of(file(100)) == (taken if name == b"BW64" else whole(place + 100))
+    assert streams_of(file(100, SOUND[:60])) == [bare((place, place + 60), lacking=40)]
+    assert streams_of(file(60, size=100)) == (taken if name == b"BW64" else whole(place + 100))  # ds64 is for -1
+    assert streams_of(file(60, sizes=b"note")) == taken
+    plain = riff(chunk(b"ds64", struct.pack("<QQQI", 7, 60, 9, 0)), FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF))
+    assert streams_of(plain) == taken
+    short = riff(FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF), name=name)
+    assert streams_of(short) == [bare((44, 144))]
+
+
+def test_the_header_of_a_wav_is_that_of_an_rf64_from_4_gib_on():
+    content = FORMAT[8:]
+    for length in (0, 1, 0xFFFFFEFF):
+        size = struct.pack("<I", 36 + length)
+        head = b"RIFF" + size + b"WAVE" + FORMAT + b"data" + struct.pack("<I", length)
+        assert containers._riff_header("<", content, length) == head
+    for length in (0xFFFFFF00, 1 << 33):
+        sizes = chunk(b"ds64", struct.pack("<QQQI", 72 + length, length, 0, 0))
+        head = riff(sizes, FORMAT, b"data\xff\xff\xff\xff", name=b"RF64", size=0xFFFFFFFF)
+        assert containers._riff_header("<", content, length) == head
+    size = containers._riff_header("<", bytes(65000), 0xFFFFFEFF)[4:8]
+    assert size == b"\xff\xff\xff\xff"
+
+
+@pytest.mark.parametrize("length", [100, 0xFFFFFF00, 0xFFFFFFFF, 1 << 33])
+def test_a_big_endian_wav_of_any_length_gets_a_header(length):
+    data = riff(BIG_FORMAT, chunk(b"data", b"\xff", 0, pad=False, order=">"), name=b"RIFX", order=">")
+    size, claimed = (struct.pack(">I", min(n, 0xFFFFFFFF)) for n in (36 + length, length))
+    head = b"RIFX" + size + b"WAVE" + BIG_FORMAT + b"data" + claimed
+    assert layout_of(data, 44 + length).streams == [Stream((head, (44, 44 + length)))]
+
+
+def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
+    for length in (18, 4096, 5000):
+        data = riff(chunk(b"fmt ", FORMAT[8:] + bytes(length - 16)), chunk(b"data", SOUND))[:-1]
+        start = 28 + length
+        assert streams_of(data) == [bare((start, start + 99), FORMAT[8:] + bytes(min(length, 4096) - 16), lacking=1)]
+
+
+@pytest.mark.parametrize("code", [0x50, 0x55])
+def test_mpeg_within_a_wav_is_taken_out_of_it(code):
+    frame = bytes([255, 0xFD, 0x90, 0]) + bytes(518)  # layer II, 160 kbit/s, 44.1 kHz
+    form = chunk(b"fmt ", struct.pack("<HHIIHH", code, 1, 44100, 20000, 1, 0))
+    data = riff(form, chunk(b"data", frame * 5), NOTE)
+    expected = [Stream(((44, 44 + 5 * 522),), frames=5 * 1152, preroll=0.5)]
+    assert streams_of(data) == expected
+    assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
+    assert streams_of(riff(form, chunk(b"data", frame * 5, 9999))) == expected
+    assert streams_of(riff(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].frames == 3 * 1152
+    (cut,) = streams_of(data[: 44 + 5 * 522 - 1])
+    assert cut.frames == 4 * 1152 and cut.cut
+    big = chunk(b"fmt ", form[8:], order=">")
+    other = riff(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
+    assert streams_of(other) == whole(len(other))
+    for near in (code + 1, code + 256):
+        other = riff(chunk(b"fmt ", struct.pack("<H", near) + form[10:]), chunk(b"data", frame * 5))
+        assert streams_of(other) == whole(len(other))
+
+
+@pytest.mark.parametrize("first", [SOUND, SOUND[:99]])
+@pytest.mark.parametrize("note", [b"", NOTE])
+def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note):
+    head = riff(FORMAT, chunk(b"data", first), note)
+    data = head + chunk(b"data", SOUND[:7]) + chunk(b"data") + NOTE + chunk(b"data", SOUND) + NOTE
+    second, third = len(head) + 8, len(data) - len(NOTE) - 100
+    expected = [*whole(len(head)), bare((second, second + 7)), bare((third, third + 100))]
+    assert streams_of(data) == expected
+    assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
+    cut = data[: third + 30]
+    assert streams_of(cut) == [*expected[:2], bare((third, third + 30), lacking=70)]
+
+
+@pytest.mark.parametrize(
+    ("length", "behind"),
+    [(100, b""), (100, b"\0"), (99, b""), (99, b"\0"), (100, NOTE), (99, NOTE), (99, b"\0" + NOTE)],
+)
+def test_a_wav_may_follow_another_at_once_or_behind_a_pad_byte(length, behind):
+    data = riff(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + behind
+    end = len(data)
+    first = bare((44, 143)) if length == 99 and behind[:1] != b"\0" else Stream(((0, end),))
+    assert streams_of(data + WAV) == [first, Stream(((end, end + len(WAV)),))]
+    unknown = riff(FORMAT, chunk(b"data", b"\xff" + SOUND, 0), size=0xFFFFFFFF)
+    assert streams_of(data + unknown)[1:] == [bare((end + 44, end + 146))]
+
+
+def test_a_wav_of_no_length_that_another_follows_is_empty():
+    empty = riff(FORMAT, chunk(b"data"))
+    assert streams_of(empty + WAV) == whole(44, 44 + len(WAV))
+
+
+def test_no_more_chunks_are_looked_at_than_a_file_may_have(monkeypatch):
+    monkeypatch.setattr(containers, "CHUNKS", 4)
+    few = riff(NOTE, NOTE, FORMAT, chunk(b"data", SOUND), NOTE, NOTE, NOTE, NOTE)
+    assert streams_of(few) == whole(len(few))
+    assert streams_of(few + NOTE) == whole(len(few))
+    many = riff(NOTE, NOTE, NOTE, FORMAT, chunk(b"data", SOUND))
+    assert streams_of(many) == [Stream(((0, len(many)),), headless=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------- AIFF
+
+
+def form(*chunks: bytes, kind: bytes = b"AIFF") -> bytes:
+    return riff(*chunks, name=b"FORM", form=kind, order=">")
+
+
+COMM = big(b"COMM", bytes(18))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sound"), [(b"AIFF", b"SSND"), (b"AIFC", b"SSND"), (b"8SVX", b"BODY"), (b"16SV", b"BODY")]
+)
+def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
+    def file(content, size=None, *behind):
+        return form(COMM, big(sound, content, size), *behind, kind=kind)
+
+    start = len(file(b""))
+    for data in (file(SOUND), file(SOUND[:99]), file(SOUND, None, big(b"NAME", b"a")), file(b"", None, big(b"NAME"))):
+        assert streams_of(data) == whole(len(data))
+        twice = [Stream(((len(data), 2 * len(data)),))]
+        assert streams_of(data + data) == whole(len(data)) + twice
+        assert streams_of(data + b"junk") == whole(len(data))
+    for cut in (1, 99):
+        head = file(SOUND, 100 - cut)[:start]
+        assert streams_of(file(SOUND)[:-cut]) == [Stream((head, (start, start + 100 - cut)), lacking=cut)]
+        behind = b"ID3\4\0\0\0\0\0\0" + file(SOUND)[:-cut]
+        assert streams_of(behind) == [Stream((head, (start + 10, start + 110 - cut)), lacking=cut)]
+    for unknown in (0, 0xFFFFFFFF):
+        data = file(b"\xff" + SOUND, unknown)[:-1]
+        head = data[: start - 4] + struct.pack(">I", 101)
+        assert streams_of(data) == [Stream((head, (start, start + 101)))]
+        head = data[: start - 4] + b"\xff" * 4
+        assert layout_of(data, 1 << 33).streams == [Stream((head, (start, 1 << 33)))]
+    for data in (form(COMM, kind=kind), form(COMM, big(b"BODY" if sound == b"SSND" else b"SSND", SOUND), kind=kind)):
+        assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
+        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+
+
+def test_a_form_of_iff_that_is_no_sound_is_left_to_libsndfile():
+    assert containers._walker(Bytes(form(COMM, kind=b"ILBM")), 0) is None
+    assert containers._walker(Bytes(b"LIST" + form(COMM)[4:]), 0) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- AU
+
+
+def au(sound: bytes, claimed: int, offset: int = 24) -> bytes:
+    return b".snd" + struct.pack(">IIIII", offset, claimed, 3, 16000, 1) + bytes(max(0, offset - 24)) + sound
+
+
+@pytest.mark.parametrize("offset", [0, 24, 28])
+@pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
+def test_the_sound_of_au_is_counted_by_its_header(offset, before):
+    at, begin = len(before), len(before) + max(24, offset)
+    assert streams_of(before + au(SOUND, 100, offset)) == [Stream(((at, begin + 100),))]
+    twice = before + au(SOUND, 100, offset) + WAV
+    assert streams_of(twice)[1] == Stream(((begin + 100, begin + 100 + len(WAV)),))
+    head = au(b"", 0xFFFFFFFF, offset)
+    for unknown in (0, 0xFFFFFFFF, 0x7FFFFFFF):
+        assert streams_of(before + au(SOUND, unknown, offset)) == [Stream((head, (begin, begin + 100)))]
+    for cut in (1, 99):
+        lacks = [Stream((head, (begin, begin + 100 - cut)), lacking=cut)]
+        assert streams_of(before + au(SOUND, 100, offset)[:-cut]) == lacks
+    assert streams_of(before + au(b"", 0, offset)) == [Stream(((at, begin),))]
+    assert streams_of(before + au(b"\1", 1, offset)) == [Stream(((at, begin + 1),))]
+    assert streams_of(before + au(b"", 7, offset)) == [Stream((head, (begin, begin)), lacking=7)]
+
+
+def test_an_au_of_2_gib_whose_length_is_right_is_whole():
+    for claimed in ((1 << 31) - 65536, 1 << 31, 0xFFFFFFFF):
+        assert streams_of(au(SOUND, claimed), 24 + claimed) == whole(24 + claimed)
+        known = streams_of(au(SOUND, claimed), 23 + claimed)
+        assert known == [Stream((au(b"", 0xFFFFFFFF), (24, 23 + claimed)))]
+
+
+def test_sound_beyond_what_a_format_can_count_is_told():
+    aiff = form(COMM, big(b"SSND", b"", 0))
+    rifx = riff(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
+    for data in (aiff, rifx, au(b"", 0)):
+        assert layout_of(data + b"\xff", len(data) + 0xFFFFFFFF).unread == []
+        told = "holds 4294967296 bytes of sound, of which no more than 4 GiB can be read in its format"
+        assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [told]
+    for data in (riff(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
+        assert layout_of(data + b"\xff", len(data) + (1 << 33)).unread == []
+
+
+# --------------------------------------------------------------------------------------------------------------- CAF
+
+
+def caf(*chunks: tuple[bytes, int, bytes]) -> bytes:
+    return b"caff\0\1\0\0" + b"".join(name + struct.pack(">q", size) + content for name, size, content in chunks)
+
+
+DESC = (b"desc", 32, bytes(32))
+
+
+@pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
+def test_the_sound_of_caf_is_counted_by_its_chunk(before):
+    at, begin = len(before), len(before) + 64
+    for behind in ([], [(b"note", 0, b"")], [(b"pakt", 5, bytes(5))], [(b"a ~b", 0, b""), (b"info", 1, b"\0")]):
+        data = before + caf(DESC, (b"data", 100, SOUND), *behind)
+        assert streams_of(data) == [Stream(((at, len(data)),))]
+        assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
+        assert streams_of(WAV + data)[1:] == [Stream(((at + len(WAV), len(WAV + data)),))]
+        assert streams_of(WAV + data)[0] == Stream(((0, len(WAV)),))
+        assert streams_of(data + b"\xff" * 20) == [Stream(((at, len(data)),))]
+    free = before + caf(DESC, (b"free", 0, b""), (b"data", 4, SOUND[:4]))
+    assert streams_of(free) == [Stream(((at, begin + 16),))]
+    for unknown in (-1, 0, 3):
+        head = caf(DESC, (b"data", 100, b""))
+        assert streams_of(before + caf(DESC, (b"data", unknown, SOUND))) == [Stream((head, (begin, begin + 100)))]
+    for cut in (1, 99):
+        head = caf(DESC, (b"data", 100 - cut, b""))
+        lacks = [Stream((head, (begin, begin + 100 - cut)), lacking=cut)]
+        assert streams_of(before + caf(DESC, (b"data", 100, SOUND))[:-cut]) == lacks
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"a\x1f~b" + bytes(8), b"a \x7fb" + bytes(8), b"note" + struct.pack(">q", 1), b"note" + struct.pack(">q", -1),
+     b"note" + bytes(7)],
+)  # fmt: skip
+def test_what_is_no_chunk_of_caf_behind_the_sound_is_left_out(junk):
+    data = caf(DESC, (b"data", 100, SOUND))
+    assert streams_of(data + junk) == whole(len(data))
+    note = b"note" + struct.pack(">q", 1) + b"."
+    assert streams_of(data + note) == streams_of(data + note + junk) == whole(len(data) + len(note))
+
+
+@pytest.mark.parametrize(
+    "data", [caf(DESC), caf((b"desc", -12, bytes(32)), (b"data", 4, SOUND)), caf(), caf(DESC)[:30]]
+)
+def test_a_caf_without_sound_ends_within_its_header(data):
+    assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
+    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+
+
+def test_a_caf_of_too_many_chunks_is_damaged(monkeypatch):
+    monkeypatch.setattr(containers, "CHUNKS", 3)
+    sound = (b"data", 100, SOUND)
+    assert not streams_of(caf(DESC, DESC, sound))[0].headless
+    assert streams_of(caf(DESC, DESC, DESC, sound))[0].headless
+
+
+# --------------------------------------------------------------------------------------------------------------- W64
+
+GUID = bytes.fromhex("f3acd3118cd100c04f8edb8a")
+
+
+def w64(*chunks: tuple[bytes, int, bytes], pad: bool = True) -> bytes:
+    data = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000") + bytes(8) + b"wave" + GUID
+    for name, size, content in chunks:
+        data += name + GUID + struct.pack("<q", size) + content + bytes(-len(content) % 8 if pad else 0)
+    return data
+
+
+FMT = (b"fmt ", 40, FORMAT[8:])
+
+
+@pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
+@pytest.mark.parametrize("length", [96, 97, 100])
+def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
+    at, sound = len(before), SOUND[:length]
+    data = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 24 + length, sound))
+    begin = len(before) + 40 + 40 + 32 + 24
+    assert streams_of(data) == [Stream(((at, len(data)),))]
+    assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
+    assert streams_of(data[: begin + length]) == [Stream(((at, begin + length),))]
+    behind = data + b"note" + GUID + bytes(20)
+    assert streams_of(behind) == [Stream(((at, len(behind)),))]
+    for cut in (1, 90):
+        head = data[at : begin - 8] + struct.pack("<q", 24 + length - cut)
+        lacks = [Stream((head, (begin, begin + length - cut)), lacking=cut)]
+        assert streams_of(data[: begin + length - cut]) == lacks
+    for unknown in (0, -1, 24, 1 << 62):
+        given = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", unknown, sound), pad=True)[: begin - at] + sound
+        head = data[at : begin - 8] + struct.pack("<q", 24 + length)
+        assert streams_of(given) == [Stream((head, (begin, begin + length)))]
+    huge = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", (1 << 62) - 1, b"")) + sound
+    assert streams_of(huge)[0].lacking == (1 << 62) - 25 - length
+    least = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 25, b"")) + sound
+    assert streams_of(least) == [Stream(((at, len(least)),))]
+
+
+@pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 0, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])
+def test_a_w64_without_sound_ends_within_its_header(data):
+    assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
+    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+
+
+def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
+    monkeypatch.setattr(containers, "CHUNKS", 3)
+    empty, sound = (b"note", 24, b""), (b"data", 124, SOUND)
+    assert not streams_of(w64(empty, empty, sound))[0].headless
+    assert streams_of(w64(empty, empty, empty, sound))[0].headless
+
+
+# ------------------------------------------------------------------------------------------------------ rare formats
+
+
+def ends(claimed_end, data: bytes, size: int | None = None) -> int:
+    """Return the end that a header claims, which must be the same wherever it lies in a file."""
+    found = claimed_end(Bytes(data, size), 0)
+    for before in (1, 1000):
+        assert claimed_end(Bytes(b"\7" * before + data, size and size + before), before) == found + before
+    return found
+
+
+def sphere(**numbers) -> bytes:
+    lines = "".join(f"{name} -i {value}\n" for name, value in numbers.items())
+    return b"NIST_1A\n   1024\n" + lines.encode() + b"end_head\n"
+
+
+def test_a_nist_header_says_how_long_it_and_the_sound_are():
+    data = sphere(channel_count=3, sample_n_bytes=4, sample_count=50)
+    assert ends(containers._nist_end, data) == 1024 + 600
+    assert ends(containers._nist_end, data.replace(b"   1024", b"   2048")) == 2048 + 600
+    assert ends(containers._nist_end, data.replace(b"   1024", b"1234567")) == 1234567 + 600
+    assert ends(containers._nist_end, data.replace(b"   1024", b"   102x")) == 1024 + 600
+    assert ends(containers._nist_end, sphere(sample_count=50)) == 1024 + 100  # one channel of 16 bits
+    assert ends(containers._nist_end, sphere(channel_count=3)) == 1024
+    late = sphere(channel_count=2).ljust(1001, b" ") + b"\nsample_count -i 9\n"
+    assert len(late) == 1020 and ends(containers._nist_end, late) == 1024 + 36
+    assert ends(containers._nist_end, sphere() + bytes(1000) + b"\nsample_count -i 9\n") == 1024
+
+
+@pytest.mark.parametrize(("stereo", "bits", "size"), [(0, 8, 1), (0, 16, 2), (0xFFFF, 8, 2), (0xFFFF, 16, 4)])
+def test_an_avr_header_counts_frames(stereo, bits, size):
+    assert ends(containers._avr_end, b"2BIT" + bytes(8) + struct.pack(">HH10xI", stereo, bits, 50)) == 128 + 50 * size
+
+
+def test_an_mpc_header_counts_frames():
+    for stereo in (0, 1):
+        head = b"\1\4" + bytes(19) + struct.pack("<B8xI", stereo, 1000)
+        assert ends(containers._mpc_end, head) == 42 + 2000 * (1 + stereo)
+
+
+def test_a_psion_header_counts_bytes():
+    assert ends(containers._wve_end, b"ALawSoundFile**\0\x0f\x10" + struct.pack(">I", 1234)) == 32 + 1234
+
+
+@pytest.mark.parametrize(("bits", "a_packet"), [(1, 120), (7, 120), (8, 60), (14, 60), (15, 40), (21, 40), (0, 120)])
+def test_a_midi_sample_dump_is_full_packets(bits, a_packet):
+    for packets in (1, 2, 400):
+        for frames in (packets * a_packet, (packets - 1) * a_packet + 1):
+            length = bytes([frames & 127, frames >> 7 & 127, frames >> 14])
+            head = b"\xf0\x7e" + bytes(4) + bytes([bits, 0, 0, 0]) + length
+            assert ends(containers._sds_end, head) == 21 + 127 * packets
+
+
+def test_the_blocks_of_a_voc_are_walked(monkeypatch):
+    head = b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x10A, 0x1129)
+    block = b"\1" + (300).to_bytes(3, "little") + bytes(300)
+    assert ends(containers._voc_end, head + block * 2 + b"\0") == 26 + 608 + 1
+    assert ends(containers._voc_end, head + block * 2) == 26 + 608
+    assert ends(containers._voc_end, head + block * 2 + b"\0more") == 26 + 608 + 1
+    assert ends(containers._voc_end, head + b"\1" + (70000).to_bytes(3, "little")) == 26 + 4 + 70000
+    assert ends(containers._voc_end, head + block + b"\1\1\1") == 26 + 304
+    assert ends(containers._voc_end, head.replace(b"\x1a\0", b"\x20\0") + bytes(6) + block) == 32 + 304
+    monkeypatch.setattr(containers, "CHUNKS", 3)
+    assert ends(containers._voc_end, head + block * 5) == 26 + 3 * 304
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [(0, 8), (9, 8), (10, 4), (20, 4), (30, 2), (40, 2), (50, 1), (90, 1), (110, 4)]
+)
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("imaginary", [0, 1])
+def test_a_mat4_is_two_matrices(kind, size, order, imaginary):
+    thousand = 1000 * (order == ">")
+    data = struct.pack(order + "5I", thousand, 1, 1, 0, 11) + b"samplerate\0" + bytes(8)
+    data += struct.pack(order + "5I", thousand + kind, 2, 300, imaginary, 9) + b"wavedata\0"
+    assert ends(containers._mat4_end, data) == len(data) + 600 * size * (1 + imaginary)
+
+
+def test_a_mat5_is_elements_to_the_end_of_the_file(monkeypatch):
+    for order, mark in (("<", b"IM"), (">", b"MI")):
+        head = b"MATLAB 5.0 MAT".ljust(126) + mark
+        element = struct.pack(order + "II", 14, 300) + bytes(300)
+        assert ends(containers._mat5_end, head) == 128
+        assert ends(containers._mat5_end, head + element * 2) == 128 + 616
+        assert ends(containers._mat5_end, head + element * 2 + bytes(7)) == 128 + 616
+        assert ends(containers._mat5_end, head + element * 2 + bytes(8)) == 128 + 624
+        assert ends(containers._mat5_end, (head + element)[:-299]) == 128 + 308
+    monkeypatch.setattr(containers, "CHUNKS", 1)
+    assert ends(containers._mat5_end, head + element * 2) == 128 + 308
+
+
+def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
+    def walk(size, end, start=2):
+        layout = Layout()
+        source = Bytes(b"..." + bytes(40) + WAV, size)
+        return containers._walk_claimed(source, start, layout, lambda *_: end), layout.streams
+
+    assert walk(300, 43) == (43, [Stream(((2, 43),))])  # where a wav begins
+    assert walk(300, 42) == (300, [Stream(((2, 300),))])
+    assert walk(300, 300) == (300, [Stream(((2, 300),))])
+    assert walk(300, 301) == (300, [Stream(((2, 300),), lacking=1)])
+    assert walk(300, 43, start=43) == (300, [Stream(((43, 300),))])
+    layout = Layout([Stream(((0, 2),))])
+    containers._walk_claimed(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
+    assert layout.streams == [Stream(((0, 2),)), Stream(((2, 43),))]
+
+
+def htk(frames: int, period: int = 625, size: int = 2, kind: int = 0) -> bytes:
+    return struct.pack(">IIHH", frames, period, size, kind) + SOUND
+
+
+def test_an_htk_waveform_that_is_cut_is_known_by_its_plausible_header():
+    for period in (10, 625, 10_000):
+        for frames in (51, 90):
+            there = Stream((htk(50, period)[:12], (12, 112)), lacking=2 * frames - 100)
+            assert streams_of(htk(frames, period)) == [there]
+    assert streams_of(htk(51)[:-1]) == [Stream((htk(49)[:12], (12, 110)), lacking=3)]
+    assert streams_of(htk(51)[:13]) == [Stream((htk(0)[:12], (12, 12)), lacking=101)]
+    for data in (htk(50), htk(49), htk(51, 9), htk(51, 10_001), htk(51, size=4), htk(51, kind=1), htk(51)[:12]):
+        assert streams_of(data) == whole(len(data))

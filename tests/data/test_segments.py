@@ -1,0 +1,125 @@
+"""Recordings of any length into segments of speech, whatever the blocks that they come in."""
+
+import numpy as np
+import pytest
+import torch
+from archives import RATE, make_speech
+
+from las_fast.config import FeatureConfig
+from las_fast.data.dataset import Statistics, normalise
+from las_fast.data.features import add_deltas, compute_features, speech_features
+from las_fast.data.segments import LONGEST, chunks, log_mel, segments
+
+CONFIG = FeatureConfig(kind="logmel", size=23)
+
+
+def blocks(samples, size):
+    return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+def hiss(seconds, seed=9):
+    return 1e-3 * np.random.default_rng(seed).normal(size=int(seconds * RATE)).astype(np.float32)
+
+
+def joined(*parts):
+    return np.concatenate(parts).astype(np.float32)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.024, 0.025, 3.0, 20.02, 41.0])
+@pytest.mark.parametrize("size", [160, 16_000, 10**9])
+def test_frames_of_blocks_are_those_of_the_whole(seconds, size):
+    samples = make_speech(seconds)
+    if not len(samples):
+        samples = make_speech(0.01)[:16]
+    frames = torch.cat(list(log_mel(blocks(samples, size), CONFIG)))
+    torch.testing.assert_close(frames, compute_features([samples], CONFIG)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seconds", [19.99, 20.0, 20.1, 20.5, 39.9, 61.0, 130.0])
+def test_chunks_are_short_enough_and_nothing_is_lost(seconds):
+    frames = torch.randn(int(100 * seconds), 23)
+    found = list(chunks([frames], CONFIG))
+    assert torch.equal(torch.cat([chunk for _, chunk in found]), frames)
+    assert [first for first, _ in found] == np.cumsum([0, *(len(chunk) for _, chunk in found[:-1])]).tolist()
+    assert all(10 <= len(chunk) <= 100 * LONGEST for _, chunk in found)
+
+
+def test_chunks_do_not_depend_on_the_blocks_that_frames_come_in():
+    frames = torch.randn(7000, 23)
+    whole = [first for first, _ in chunks([frames], CONFIG)]
+    for size in (1, 999, 2001):
+        assert [first for first, _ in chunks(frames.split(size), CONFIG)] == whole
+
+
+@pytest.mark.parametrize("at", [12.0, 17.3])
+def test_a_chunk_ends_in_the_middle_of_a_pause(at):
+    frames = torch.zeros(3000, 23)
+    frames[round(100 * at) - 12 : round(100 * at) + 12] = -9
+    assert [first / 100 for first, _ in chunks([frames], CONFIG)] == [0, pytest.approx(at, abs=0.02)]
+
+
+def test_segments_are_where_speech_is():
+    parts = [hiss(8), make_speech(4), hiss(9), make_speech(3, seed=1), hiss(25), make_speech(2, seed=2)]
+    samples, at = joined(*parts), np.cumsum([0, *(len(part) / RATE for part in parts)])
+    found = list(segments(blocks(samples, 5000), CONFIG))
+    assert len(found) == 3
+    for segment, start, end in zip(found, at[1::2], at[2::2], strict=True):
+        assert segment.start == pytest.approx(start, abs=0.3) and segment.end == pytest.approx(end, abs=0.4)
+        assert len(segment.features) == pytest.approx(100 * (end - start) + 100, abs=60)
+
+
+@pytest.mark.parametrize("rate", [11_025, 16_000, 22_050])
+def test_times_do_not_drift_and_stay_within_the_recording(rate):
+    speech = [make_speech(3, rate=rate, seed=seed) for seed in (1, 2)]
+    samples = np.concatenate([speech[0], np.zeros(120 * rate, np.float32), speech[1]])
+    first, last = segments(blocks(samples, rate), FeatureConfig(size=23, sample_rate=rate))
+    assert last.start == pytest.approx(123, abs=0.3) and 125.7 < last.end <= 126.01
+    assert 0 <= first.start < 0.3
+
+
+def test_segments_of_unbroken_speech_do_not_overlap():
+    found = list(segments([make_speech(50)], CONFIG))
+    assert len(found) > 2 and all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+
+
+def test_a_short_pause_ends_no_segment():
+    for pause, count in ((0.6, 1), (2.0, 2)):
+        assert len(list(segments([joined(make_speech(3), hiss(pause), make_speech(3))], CONFIG))) == count
+
+
+def test_segments_do_not_depend_on_blocks():
+    samples = joined(*(part for k in range(6) for part in (make_speech(6, seed=k), hiss(1.5))))
+    whole = list(segments([samples], CONFIG))
+    for size in (777, 48_000):
+        found = list(segments(blocks(samples, size), CONFIG))
+        assert [(s.start, s.end) for s in found] == [(s.start, s.end) for s in whole]
+        for a, b in zip(found, whole, strict=True):
+            torch.testing.assert_close(a.features, b.features, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "samples", [np.zeros(RATE), hiss(5), 0.3 + hiss(5), np.full(300, 0.5)], ids=["zeros", "noise", "offset", "click"]
+)
+def test_what_is_no_speech_has_no_segments(samples):
+    assert list(segments([samples.astype(np.float32)], CONFIG)) == []
+
+
+@pytest.mark.parametrize("deltas", [0, 2])
+@pytest.mark.parametrize("normalisation", ["utterance", "global", "none"])
+@pytest.mark.parametrize("kind", [{"kind": "logmel", "size": 23}, {"kind": "mfcc", "size": 13, "mel_bins": 40}])
+def test_a_short_recording_has_the_frames_of_training(deltas, normalisation, kind):
+    config = FeatureConfig(deltas=deltas, normalisation=normalisation, **kind)
+    statistics = Statistics(torch.randn(config.size), torch.rand(config.size) + 1)
+    samples = joined(hiss(0.4), make_speech(3), hiss(0.6))
+    (segment,) = segments(blocks(samples, 4000), config, statistics)
+    frames = add_deltas(normalise(speech_features([samples], config)[0][0], config, statistics), deltas)
+    torch.testing.assert_close(segment.features, frames, rtol=1e-3, atol=1e-3)
+
+
+def test_without_trimming_silence_keeps_its_level():
+    samples = joined(np.zeros(RATE // 2), make_speech(3), np.zeros(RATE // 2))
+    least = [
+        next(segments([samples], FeatureConfig(size=23, normalisation="none", trim_silence=trim))).features.min()
+        for trim in (False, True)
+    ]
+    assert least[0] == pytest.approx(np.log(2**-23), abs=1e-3) and least[1] > least[0] + 5

@@ -1,0 +1,159 @@
+"""Speech is found among silence and noise, and silence changes neither frames nor what comes of them."""
+
+import numpy as np
+import pytest
+import torch
+from archives import RATE, make_speech
+
+from las_fast.config import FeatureConfig
+from las_fast.data.dataset import normalise
+from las_fast.data.features import compute_features, speech_features
+from las_fast.data.silence import (
+    MARGIN,
+    band_energy,
+    find_speech,
+    is_usual,
+    level_silence,
+    near,
+    spans,
+    without_silence,
+)
+
+CONFIG = FeatureConfig()
+SPEECH = make_speech(2.0)
+
+
+def log_mel(samples, config=CONFIG):
+    return compute_features([np.asarray(samples, np.float32)], config)[0]
+
+
+def noise(seconds, level, seed=0):
+    return level * np.random.default_rng(seed).normal(size=int(seconds * RATE))
+
+
+def padded(before, after):
+    return np.concatenate([before, SPEECH, after])
+
+
+@pytest.mark.parametrize("level", [0.0, 2e-4, 2e-3])
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 60.0])
+def test_speech_is_found_where_it_is(level, seconds):
+    speech = find_speech(log_mel(padded(noise(seconds, level), noise(seconds, level, 1))), CONFIG)
+    found = speech.nonzero()[:, 0]
+    assert found[0] == pytest.approx(100 * seconds, abs=20) and found[-1] == pytest.approx(100 * seconds + 200, abs=20)
+
+
+@pytest.mark.parametrize("db", [-60, -40, -20])
+@pytest.mark.parametrize("kind", ["white", "tone", "hum", "zeros", "offset"])
+def test_there_is_no_speech_in_steady_sound(kind, db):
+    t = np.arange(5 * RATE) / RATE
+    sounds = {
+        "white": np.random.default_rng(3).normal(size=len(t)),
+        "tone": np.sin(2 * np.pi * 1000 * t),
+        "hum": sum(np.sin(2 * np.pi * 50 * k * t) / k for k in range(1, 20)),
+        "zeros": np.zeros(len(t)),
+        "offset": np.ones(len(t)),
+    }
+    assert not find_speech(log_mel(10 ** (db / 20) * sounds[kind]), CONFIG).any()
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.025, 0.03, 0.1])
+def test_recordings_of_a_few_frames_have_a_mask_of_their_length(seconds):
+    frames = log_mel(SPEECH[: int(seconds * RATE)])
+    assert find_speech(frames, CONFIG).shape == (len(frames),)
+    kept, where = without_silence(frames, CONFIG)
+    assert len(kept) == sum(end - start for start, end in where) >= 1
+
+
+def test_an_offset_changes_nothing():
+    speech, lifted = (find_speech(log_mel(SPEECH + offset), CONFIG) for offset in (0.0, 0.3))
+    assert (speech == lifted).float().mean() > 0.99
+
+
+def test_a_louder_recording_has_the_same_speech():
+    quiet, loud = (find_speech(log_mel(SPEECH * gain), CONFIG) for gain in (0.05, 2.0))
+    assert (quiet == loud).float().mean() > 0.99
+
+
+def test_the_energy_is_of_the_voice_band_alone():
+    t = np.arange(RATE) / RATE
+    low, inside, high = (band_energy(log_mel(0.1 * np.sin(2 * np.pi * f * t)), CONFIG).mean() for f in (60, 1000, 7000))
+    assert inside > low + 20 and inside > high + 20
+
+
+def test_frames_near_speech_are_kept_and_no_others():
+    speech = torch.zeros(200, dtype=torch.bool)
+    speech[[60, 170]] = True
+    reach = round(100 * MARGIN)
+    expected = [(60 - reach, 61 + reach), (170 - reach, 200)]
+    assert spans(near(speech, CONFIG)) == expected
+    assert spans(near(speech, CONFIG, 1.5)) == [(0, 200)]
+
+
+@pytest.mark.parametrize(("silent", "usual"), [(39, True), (40, True), (41, False)])
+def test_a_usual_share_of_silence_is_kept(silent, usual):
+    speech = torch.zeros(100, dtype=torch.bool)
+    speech[: 100 - silent - round(100 * MARGIN)] = True
+    frames = torch.where(speech[:, None], 9.0, 0.0).expand(-1, 23)
+    assert is_usual(frames, speech, CONFIG) == usual
+
+
+@pytest.mark.parametrize(("zeros", "usual"), [(0, True), (2, True), (20, False)])
+def test_digital_zeros_are_not_usual(zeros, usual):
+    speech = torch.arange(300) < 280
+    frames = torch.where(speech[:, None], 9.0, 0.0).repeat(1, 23)
+    frames[len(frames) - zeros :] = -15.9
+    assert is_usual(frames, speech, CONFIG) == usual
+
+
+def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():
+    frames = torch.tensor([[0.0, 9.0], [5.0, 6.0], [7.0, 4.0]])
+    speech = torch.tensor([False, True, True])
+    assert level_silence(frames, speech).tolist() == [[5.0, 9.0], [5.0, 6.0], [7.0, 4.0]]
+    assert level_silence(frames, torch.zeros(3, dtype=torch.bool)) is frames
+
+
+def normalised_speech(samples, start, **settings):
+    """Return the normalised frames of SPEECH, which starts at `start` seconds of the samples."""
+    config = FeatureConfig(**settings)
+    ((frames, where),) = speech_features([samples.astype(np.float32)], config)
+    places = torch.cat([torch.arange(first, last) for first, last in where])
+    inside = (places >= 100 * start) & (places < 100 * start + 195)
+    return normalise(frames, config)[inside]
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "mfcc", "size": 13, "mel_bins": 40}])
+@pytest.mark.parametrize(("seconds", "level"), [(0.5, 0.0), (4.0, 0.0), (4.0, 2e-4)])
+def test_silence_around_speech_changes_little_of_its_frames(settings, seconds, level):
+    bare = normalised_speech(padded(noise(0.4, 1e-3), noise(0.4, 1e-3, 1)), 0.4, **settings)
+    quiet = padded(noise(seconds, level), noise(seconds, level, 1))
+    apart, untrimmed = (
+        float((normalised_speech(quiet, seconds, trim_silence=trim, **settings) - bare).abs().mean())
+        for trim in (True, False)
+    )
+    assert untrimmed > 1.5 * apart
+
+
+def test_without_trimming_all_frames_are_kept():
+    samples = padded(np.zeros(RATE), np.zeros(RATE)).astype(np.float32)
+    ((frames, where),) = speech_features([samples], FeatureConfig(trim_silence=False))
+    assert where == [(0, len(frames))] and torch.equal(frames, log_mel(samples))
+
+
+def test_the_frames_that_are_kept_are_named():
+    samples = padded(np.zeros(4 * RATE), np.zeros(4 * RATE)).astype(np.float32)
+    ((frames, where),) = speech_features([samples], CONFIG)
+    whole = log_mel(samples)
+    kept = torch.cat([whole[start:end] for start, end in where])
+    assert len(where) == 1 and 340 < where[0][0] < 370 and len(kept) == len(frames)
+    assert torch.equal(torch.maximum(kept, whole[find_speech(whole, CONFIG)].amin(0)), frames)
+
+
+def test_mfcc_of_trimmed_frames_are_those_of_the_log_mel():
+    settings = {"kind": "mfcc", "size": 13, "mel_bins": 40}
+    ((frames, _),) = speech_features([SPEECH], FeatureConfig(**settings))
+    untrimmed = compute_features([SPEECH], FeatureConfig(**settings))[0]
+    assert frames.shape[1] == 13 and len(frames) <= len(untrimmed)
+    ((same, _),) = speech_features([noise(1, 0.1).astype(np.float32)], FeatureConfig(**settings))
+    torch.testing.assert_close(same, compute_features([noise(1, 0.1).astype(np.float32)], FeatureConfig(**settings))[0],
+                               rtol=1e-4, atol=1e-4)  # fmt: skip

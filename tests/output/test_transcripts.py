@@ -1,0 +1,74 @@
+"""Segments into text, JSON and subtitles, and the files that they go to."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from las_fast.output.transcripts import Segment, as_json, as_srt, as_text, as_vtt, clock, output_files
+
+SEGMENTS = [
+    Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
+    Segment(1.5, 2.0, "", -0.1, -0.1, None),
+    Segment(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0),
+]
+
+
+def test_texts_of_the_segments_are_joined(tmp_path):
+    assert as_text(tmp_path, SEGMENTS) == "HELLO THERE\n"
+
+
+def test_json_holds_times_and_scores():
+    row = json.loads(as_json(Path("a/b.wav"), SEGMENTS))
+    assert row["file"] == "a/b.wav" and row["text"] == "HELLO THERE" and len(row["pieces"]) == 3
+    assert row["pieces"][2] == {
+        "start": 3661.0425, "end": 3662.0, "text": "THERE", "score": -2.0, "mean_score": -0.3333, "speech_score": 4.0,
+    }  # fmt: skip
+    assert row["pieces"][1]["speech_score"] is None
+
+
+def test_subtitles_have_the_times_of_the_segments(tmp_path):
+    assert as_srt(tmp_path, SEGMENTS) == (
+        "1\n00:00:00,000 --> 00:00:01,500\nHELLO\n\n2\n01:01:01,042 --> 01:01:02,000\nTHERE\n"
+    )
+    assert as_vtt(tmp_path, SEGMENTS[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
+
+
+def test_clock_carries_rounding_over():
+    assert clock(59.9996, ".") == "00:01:00.000"
+    assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"
+
+
+@pytest.mark.parametrize(
+    ("paths", "files"),
+    [
+        (["in/a.wav", "in/b.flac"], ["a.srt", "b.srt"]),
+        (["-"], ["stdin.srt"]),
+        (["x/a.wav", "x/a.mp3"], ["a.wav.srt", "a.mp3.srt"]),
+        (["x/talk.wav", "y/talk.wav", "y/other.wav"], ["talk.wav.srt", "talk.wav-2.srt", "other.srt"]),
+        (["x/A.wav", "x/a.wav"], ["A.wav.srt", "a.wav-2.srt"]),  # some disks do not tell case apart
+        (["/s/1.wav", "../t/1.wav", "1.wav"], ["1.wav.srt", "1.wav-2.srt", "1.wav-3.srt"]),
+        (["-", "stdin.wav"], ["stdin.srt", "stdin.wav.srt"]),
+        (["..wav", "/"], ["..srt", "recording.srt"]),
+        (["v1.2.wav"], ["v1.2.srt"]),
+    ],
+)
+def test_each_recording_has_a_file_of_its_own(paths, files):
+    paths = [Path(path) for path in paths]
+    assert output_files(paths, Path("out"), ".srt") == {
+        path: Path("out") / file for path, file in zip(paths, files, strict=True)
+    }
+
+
+def test_long_names_that_are_cut_stay_apart():
+    paths = [Path(f"{'a' * 250}{number}.wav") for number in (1, 2)]
+    names = [path.name for path in output_files(paths, Path("out"), ".json").values()]
+    assert len(set(names)) == 2 and all(len(name) <= 255 for name in names)
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "\u00e9" * 125, "\uac15" * 83])
+def test_a_long_name_is_cut_to_what_a_file_system_takes(stem, tmp_path):
+    (file,) = output_files([Path(f"{stem}.wav")], tmp_path, ".json").values()
+    file.write_text("")
+    assert file.suffix == ".json" and 200 < len(os.fsencode(file.name)) <= 255

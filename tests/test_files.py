@@ -1,0 +1,294 @@
+"""What commands write never replaces what they read, nor what they did not write themselves."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from archives import make_archive
+from checkpoints import make_checkpoint
+
+from las_fast import decode, export, lm, train, tune
+from las_fast.cli import prepare_streams
+from las_fast.config import Config, load_config, to_yaml
+from las_fast.errors import InputError
+from las_fast.files import first_line, is_utf8, make_room, nearest_path, safetensors_format, utf8_path
+from las_fast.output.submission import write_submission
+from las_fast.search import ngram
+from las_fast.search.ngram import LanguageModel, beside, save_lm
+
+USERS = "my own notes\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("HELLO THERE\n" * 30)
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return make_archive(tmp_path / "data", "F23")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_checkpoint(tmp_path)
+
+
+def run_lm(text, out):
+    lm.main([str(text), "--order", "2", "--out", str(out)])
+
+
+def run_decode(archive, model, out, *words):
+    decode.main(["--checkpoint", str(model), "--data", str(archive), "--split", "dev", "--beam", "1", "--out", str(out),
+                 *map(str, words)])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["talk.srt", "talk.wav", "text.txt", "lm.arpa", "lm.json", "best.pt", "x.YAML"])
+def test_a_name_that_speaks_of_another_kind_of_file_is_refused(text, tmp_path, name):
+    with pytest.raises(InputError, match=r"a language model is written there; give a name that ends in .safetensors"):
+        run_lm(text, tmp_path / name)
+    assert text.read_text().startswith("HELLO")
+
+
+@pytest.mark.parametrize("name", ["dev.srt", "dev.jsonl", "dev.wav", "run.safetensors"])
+def test_a_submission_is_a_csv(archive, model, tmp_path, name):
+    with pytest.raises(InputError, match=r"a submission in CSV is written there; give a name that ends in .csv"):
+        run_decode(archive, model, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["dev.csv", "dev.txt", "dev", "dev.2024", "dev.lm"])
+def test_other_names_are_free(archive, model, tmp_path, name):
+    for _ in range(2):  # and its own results may be replaced
+        run_decode(archive, model, tmp_path / name, "--jsonl", tmp_path / f"{name}.jsonl")
+    assert (tmp_path / name).read_text().startswith("index,label\n")
+
+
+def test_files_of_the_user_are_left_alone(archive, model, text, tmp_path):
+    for name, run in (
+        ("a.csv", lambda out: run_decode(archive, model, out)),
+        ("a.jsonl", lambda out: run_decode(archive, model, tmp_path / "new.csv", "--jsonl", out)),
+        ("a.safetensors", lambda out: run_lm(text, out)),
+        ("b.safetensors", lambda out: export.main(["--checkpoint", str(model), "--out", str(out)])),
+        ("b.csv", lambda out: tune.main(["--checkpoint", str(model), "--data", str(archive), "--beam", "1",
+                                         "--out", str(out)])),
+    ):  # fmt: skip
+        out = tmp_path / name
+        out.write_text(USERS)
+        with pytest.raises(InputError, match=f"{name} is there and is not .*; give another name, or remove it first"):
+            run(out)
+        assert out.read_text() == USERS
+
+
+def test_an_empty_file_may_be_filled(text, tmp_path):
+    out = tmp_path / "made by mktemp"
+    out.touch()
+    run_lm(text, out)
+    run_lm(text, out)
+    assert safetensors_format(out) == "las_fast lm 1"
+
+
+def test_a_checkpoint_is_no_language_model_and_the_other_way_round(model, text, tmp_path):
+    before = model.read_bytes()
+    with pytest.raises(InputError, match="is there and is not a language model"):
+        run_lm(text, model)
+    run_lm(text, tmp_path / "lm.safetensors")
+    with pytest.raises(InputError, match="is there and is not a model"):
+        export.main(["--checkpoint", str(model), "--out", str(tmp_path / "lm.safetensors")])
+    assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_read_is_not_written_over(model, text, tmp_path, link):
+    out = model
+    if link:
+        out = tmp_path / "link.safetensors"
+        out.symlink_to(model)
+    with pytest.raises(InputError, match="is read by this command, and would be replaced; give another name"):
+        export.main(["--checkpoint", str(model), "--out", str(out)])
+    plain = tmp_path / "text"
+    shutil.copy(text, plain)
+    with pytest.raises(InputError, match="is read by this command"):
+        run_lm(plain, plain)
+
+
+def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").touch()
+    shutil.copy(model, run / "best.safetensors")
+    with pytest.raises(InputError, match="best.safetensors belongs to the training in"):
+        export.main(["--checkpoint", str(model), "--out", str(run / "best.safetensors")])
+
+
+def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model, tmp_path):
+    save_lm(beside(model), LanguageModel(1, "AB", *ngram.count(["AB"], "AB", 1)))
+    beside(tmp_path / "small.safetensors").write_text(USERS)
+    with pytest.raises(InputError, match="small.lm.safetensors is there and is not a language model"):
+        export.main(["--checkpoint", str(model), "--out", str(tmp_path / "small.safetensors")])
+
+
+@pytest.mark.parametrize(
+    "there,message",
+    [
+        ("best.safetensors", "holds best.safetensors of another training"),
+        ("config.yaml", "config.yaml would be replaced by the training's own"),
+    ],
+)
+def test_a_training_replaces_neither_weights_nor_settings(archive, tmp_path, there, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / there).write_text("# mine\ntraining:\n  epochs: 1\n")
+    with pytest.raises(InputError, match=message):
+        train.main(["--config", str(run / "config.yaml") if there == "config.yaml" else "tiny", "--data", str(archive),
+                    "--out", str(run)])  # fmt: skip
+    assert (run / there).read_text().startswith("# mine")
+
+
+@pytest.mark.parametrize("text", ["", to_yaml(Config()), to_yaml(load_config("an4"))], ids=["empty", "default", "an4"])
+def test_settings_that_a_stopped_training_left_may_be_replaced(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    train.check_out(tmp_path, resume=False)
+
+
+def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"the name xxxxxxxxxxxxxxxxxxxx... has 300 bytes; give one of at most 255"):
+        make_room(tmp_path / ("x" * 300), "--out")
+    make_room(tmp_path / ("x" * 255), "--out")
+
+
+def test_folders_and_files_may_have_names_that_are_not_utf8(archive, text, tmp_path, capsys):
+    prepare_streams()
+    folder = tmp_path / os.fsdecode(b"mod\xe0")
+    shutil.move(archive, folder / "data")
+    shutil.copy(make_checkpoint(tmp_path), folder / "m.safetensors")
+    sizes = [f"--model.{name}=6" for name in ("listener.conv-channels", "listener.lstm-size", "speller.key-size",
+                                              "speller.value-size", "speller.embedding-size")]  # fmt: skip
+    train.main(["--config", "tiny", "--data", str(folder / "data"), "--out", str(folder / "run"), *sizes,
+                "--model.speller.lstm-sizes", "9", "8", "--training.epochs", "1"])  # fmt: skip
+    assert {"best.safetensors", "last.pt", "tensorboard", "attention"} <= set(os.listdir(folder / "run"))
+    export.main(["--checkpoint", str(folder / "run"), "--out", str(folder / os.fsdecode(b"\xff.safetensors"))])
+    run_lm(text, folder / os.fsdecode(b"lm\xff"))
+    run_decode(folder / "data", folder / os.fsdecode(b"\xff.safetensors"), folder / os.fsdecode(b"\xff.csv"), "--lm",
+               folder / os.fsdecode(b"lm\xff"), "--jsonl", folder / os.fsdecode(b"\xff.jsonl"))  # fmt: skip
+    assert (folder / os.fsdecode(b"\xff.jsonl")).read_text().count("\n") == 4
+
+
+def test_ids_that_are_not_utf8_are_written_and_read_back(archive, model, tmp_path):
+    name = os.fsdecode(b"mod\xe0")
+    for folder, old in ((archive / "dev-clean" / kind, None) for kind in ("mfcc", "transcripts")):
+        old = sorted(folder.iterdir())[0]
+        old.rename(folder / f"{name}.npy")
+    run_decode(archive, model, tmp_path / "dev.csv", "--jsonl", tmp_path / "dev.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert name in [row["id"] for row in rows]
+
+
+def test_an_id_that_is_not_utf8_is_escaped_in_a_submission(tmp_path):
+    write_submission(tmp_path / "s.csv", [os.fsdecode(b"mod\xe0"), "한"], ["a", "b"])
+    assert (tmp_path / "s.csv").read_text(encoding="utf-8") == "id,label\nmod\\udce0,A\n한,B\n"
+
+
+def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_path):
+    longest = model.rename(tmp_path / ("x" * 243 + ".safetensors"))
+    assert len(longest.name) == 255
+    run_decode(archive, longest, tmp_path / ("y" * 251 + ".csv"))
+    export.main(["--checkpoint", str(longest), "--out", str(tmp_path / ("z" * 243 + ".safetensors"))])
+
+
+def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
+    with pytest.raises(InputError, match="a.csv may not be written; give another name"):
+        make_room(tmp_path / "a.csv", "--out")
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_file_that_is_there_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
+    asked, path = [], tmp_path / "a.csv"
+    path.write_text("x")
+    make_room(path, "--out")  # without a rule anything may be replaced
+    with contextlib.nullcontext() if ours else pytest.raises(InputError, match="a.csv is there and is not a table"):
+        make_room(path, "--out", what="a table", ours=lambda path: asked.append(path) or ours)
+    assert asked == [path]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(InputError, match=f"--out {tmp_path} is a folder; give the name of a file to write"):
+        make_room(tmp_path, "--out")
+
+
+def test_inputs_that_are_missing_or_not_given_are_not_written_over(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("x")
+    make_room(path, "--out", inputs=[None, tmp_path / "none", "a\0b"])
+    with pytest.raises(InputError, match="is read by this command"):
+        make_room(path, "--out", inputs=[tmp_path / "none", str(path)])
+
+
+@pytest.mark.parametrize(("name", "refused"), [("a.CSV", True), ("a.csv", True), ("a.xyz", False), ("a.LM", False)])
+def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refused):
+    with pytest.raises(InputError, match="give a name that ends in .lm") if refused else contextlib.nullcontext():
+        make_room(tmp_path / name, "--out", suffixes=(".lm", ".model"))
+    make_room(tmp_path / name, "--out")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("there/x", "; the nearest is {}/there/x1"),
+        ("there/x1/y/z", ""),
+        ("thre/x/y", "; the nearest is {}/there"),
+        ("there/q/y", "; {}/there is there, q in it is not"),
+        ("there/q", ""),
+        ("hid/y", "; {} is there, hid in it is not"),
+    ],
+)
+def test_a_path_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, path, said):
+    (tmp_path / "there" / "x1" / "y").mkdir(parents=True)
+    (tmp_path / ".hid").mkdir()
+    assert nearest_path(tmp_path / path) == said.format(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert nearest_path(Path(path)) == said.format(tmp_path)
+    assert nearest_path(Path("/nothing/of/it")) == nearest_path(Path("/nothing")) == ""
+
+
+def test_the_first_line_of_a_file_is_what_it_begins_with(tmp_path):
+    path = tmp_path / "x"
+    for content, line in ((b"\xef\xbb\xbfid,label\r\n1,2\n", "id,label"), (b" a \xff", " a \ufffd"), (b"", ""),
+                          (b"a" * 5000, "a" * 4096)):  # fmt: skip
+        path.write_bytes(content)
+        assert first_line(path) == line
+    assert first_line(tmp_path) == first_line(tmp_path / "none") == ""
+
+
+@pytest.mark.parametrize("name", ["plain", os.fsdecode(b"mod\xe0")])
+def test_a_file_of_any_name_has_one_in_utf8_for_a_while(tmp_path, name):
+    (tmp_path / name).write_text("content")
+    before = len(os.listdir("/proc/self/fd"))
+    with utf8_path(tmp_path / name) as path:
+        assert path.encode("utf-8") and Path(path).read_text() == "content"
+        assert (path == str(tmp_path / name)) == is_utf8(tmp_path / name) == (name == "plain")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_head_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+    content = b'{"__metadata__": {"format": "mine"}}'
+    (tmp_path / "x").write_bytes(len(content).to_bytes(8, "little") + content + b"weights")
+    assert safetensors_format(tmp_path / "x") == "mine" and safetensors_format(tmp_path / "none") is None
+    for most, known in ((len(content), "mine"), (len(content) - 1, None)):
+        monkeypatch.setattr("las_fast.files.HEADER_MAX", most)
+        assert safetensors_format(tmp_path / "x") == known
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short", b"\xff" * 100, b"\xff" * 7 + b"\x7f{}", b"\2" + bytes(7) + b"[]", b"\4" + bytes(7) + b"null"],
+)
+def test_any_file_can_be_asked_whether_it_is_a_model(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    assert safetensors_format(tmp_path / "x") is None

@@ -1,0 +1,104 @@
+"""What a training logs: to Weights & Biases, in folders of any name, and on a full disk."""
+
+import errno
+import json
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import small
+
+from las_fast.config import to_tree
+from las_fast.errors import InputError
+from las_fast.output.metrics import Scores
+from las_fast.training.monitor import Alignment
+from las_fast.training.runlog import RunLog, read_rows, without_nan
+from las_fast.training.validate import Validation
+
+
+class Wandb:
+    """Stands in for the package wandb, and for the run that it starts."""
+
+    def __init__(self, key):
+        self.api, self.began, self.logged, self.ended = SimpleNamespace(api_key=key), [], [], 0
+
+    def init(self, **options):
+        self.began.append(options)
+        return self
+
+    def log(self, scalars, step):
+        self.logged.append((step, scalars))
+
+    def finish(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize(("key", "mode"), [(None, "offline"), ("secret", "online")])
+def test_weights_and_biases_gets_the_settings_and_every_number(tmp_path, monkeypatch, key, mode):
+    wandb = Wandb(key)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = small(training=replace(small().training, wandb=True))
+    log = RunLog(tmp_path, config, 0)
+    assert wandb.began == [
+        {"project": "las_fast", "dir": str(tmp_path), "mode": mode, "config": to_tree(config), "resume": "allow"}
+    ]
+    log.training(5, 0.5, {"loss": 2.0, "count": 3}, 0.01)
+    log.validation(6, 1.0, Validation(1.5, Scores(3, 4.0, 50.0, 60.0), Alignment(0.9, 0.8, 0.78, 0.6, 3), []), "", 0.5)
+    first, second = wandb.logged
+    assert first == (5, {"train/loss": 2.0, "train/lr": 0.01})
+    assert second[0] == 6 and second[1]["valid/cer"] == 50.0 and second[1]["monitor/formed"] == 1.0
+    assert "monitor/heard" not in second[1] and wandb.ended == 0
+    log.close()
+    assert wandb.ended == 1
+
+
+def test_without_the_wish_nothing_is_started(tmp_path, monkeypatch):
+    wandb = Wandb(None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = RunLog(tmp_path, small(), 0)
+    log.training(1, 0.1, {"loss": 2.0}, 0.01)
+    log.close()
+    assert wandb.began == [] and log.wandb is None and wandb.ended == 0
+
+
+def test_a_folder_of_any_name_is_held_open_until_the_log_is_closed(tmp_path):
+    out = tmp_path / os.fsdecode(b"mod\xe0")
+    out.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    log = RunLog(out, small(), 0)
+    log.training(1, 0.1, {"loss": 2.0}, 0.01)
+    log.close()
+    assert len(os.listdir("/proc/self/fd")) == before and log.file.closed
+    assert read_rows(out / "log.jsonl")[0]["step"] == 1 and os.listdir(out / "tensorboard")
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    log = RunLog(tmp_path, small(), 0)
+    log.file.close()
+
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.file = SimpleNamespace(write=write, close=lambda: None)
+    with pytest.raises(InputError, match=r"log.jsonl cannot be written \(No space left on device\); free some space"):
+        log.training(1, 0.1, {"loss": 2.0}, 0.01)
+    log.close()
+
+
+def test_numbers_that_json_lacks_become_null():
+    row = {"a": float("nan"), "b": {"c": float("inf"), "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
+    found = without_nan(row)
+    assert found == {"a": None, "b": {"c": None, "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_rows_are_read_whatever_stands_between_them(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_rows(path) == []
+    good = [{"kind": "train", "step": step} for step in (1, 2)]
+    bad = ["", "[1]", "7", "null", "{", '{"kind": 1, "step": 1}', '{"kind": "train", "step": true}',
+           '{"kind": "train", "step": 1.0}', '{"step": 3}', '{"kind": "train"}']  # fmt: skip
+    path.write_text("\n".join([json.dumps(good[0]), *bad, json.dumps(good[1]), *bad]))
+    assert read_rows(path) == good

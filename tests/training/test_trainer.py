@@ -1,0 +1,651 @@
+"""The trainer piece by piece: what each part of a step, a validation, a save and a stop does, at its borders."""
+
+import contextlib
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from archives import make_archive
+from checkpoints import make_trainer, small
+
+from las_fast.config import Config, to_tree
+from las_fast.errors import InputError, Stopped
+from las_fast.output.metrics import Scores
+from las_fast.training import monitor, trainer
+from las_fast.training.monitor import Alignment
+from las_fast.training.schedules import Plateau
+from las_fast.training.trainer import Progress, Trainer, check_same_settings
+from las_fast.training.validate import Validation
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return make_archive(tmp_path_factory.mktemp("trainer"), "F23", utterances=5)
+
+
+@pytest.fixture
+def made(archive, tmp_path):
+    """A new trainer: three batches an epoch, two epochs."""
+    return make_trainer(archive, tmp_path, small())
+
+
+def bare(**fields) -> Trainer:
+    """A trainer that has nothing but these fields."""
+    own = Trainer.__new__(Trainer)
+    vars(own).update(progress=Progress(), config=small(), **fields)
+    return own
+
+
+def raising(error):
+    def happening(*_, **__):
+        raise error
+
+    return happening
+
+
+def test_a_new_training_stands_at_its_beginning(made, archive, tmp_path, monkeypatch):
+    assert made.progress == Progress(
+        step=0, best_cer=math.inf, plateau=Plateau(), averaged_steps=0, skipped_in_a_row=0, validated=0
+    )
+    monkeypatch.setattr(trainer.time, "process_time", lambda: 0.0)
+    assert made.core_hours() == 0.0 and made.saved_step is None and made.batch_size == (0, 0)
+    assert made.whole and not made.saving and not made.scaler.is_enabled() and made.precision == torch.float32
+    made.check_stop()
+    weights = dict(made.model.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in made.averaged.named_parameters())
+    again, other = (
+        make_trainer(archive, tmp_path, small(training=replace(small().training, seed=seed, ema_decay=0.0)))
+        for seed in (1, 2)
+    )
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.named_parameters())
+    assert not all(torch.equal(value, weights[name]) for name, value in other.model.named_parameters())
+    assert other.averaged is None and not made.averaged.training
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_products_are_in_the_precision_and_draws_in_the_seed_that_the_settings_say(made, monkeypatch, precision, dtype):
+    training = replace(made.config.training, precision=precision, seed=7)
+    made = Trainer(
+        replace(made.config, training=training), made.train_data, made.dev_data, made.out, made.device, made.source
+    )
+    assert made.scaler.is_enabled() == (precision == "fp16")
+    seeds, casts = [], []
+    seed, autocast = torch.manual_seed, torch.autocast
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+
+    def watching(kind, dtype=None, enabled=True):
+        casts.append((kind, dtype if enabled else None))
+        return autocast(kind, dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", watching)
+    made.progress.step = 2
+    made.train_step(next(iter(made._rest_of_epoch())))
+    assert seeds == [7 * 1_000_003 + 2] and casts[0] == ("cpu", dtype)
+    assert made.model.training and made.progress.step == 3
+
+
+# ----------------------------------------------------------------------------------------------------------- updates
+
+
+class Scaler:
+    """Stands in for torch's GradScaler, and remembers what was asked of it."""
+
+    def __init__(self, made):
+        self.made, self.asked = made, []
+
+    def step(self, optimiser):
+        self.asked.append(("step", self.made.whole))
+
+    def update(self):
+        self.asked.append(("update", self.made.whole))
+
+
+def test_an_update_steps_where_the_gradient_is_finite_and_counts_either_way():
+    averaged = []
+    made = bare(optimiser=None, averaged=object(), whole=True, _average=lambda: averaged.append(made.progress.step))
+    made.scaler = Scaler(made)
+    made._update(torch.tensor(1.0))
+    assert made.scaler.asked == [("step", False), ("update", False)] and made.whole, "torn in between"
+    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (1, 0, [1])
+    for norm in (math.inf, math.nan):
+        made._update(torch.tensor(norm))
+    assert made.scaler.asked[2:] == [("update", False)] * 2
+    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (3, 2, [1])
+    made._update(torch.tensor(2.0))
+    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (4, 0, [1, 4])
+    made.averaged = None
+    made._update(torch.tensor(2.0))
+    assert averaged == [1, 4]
+
+
+def test_fifty_skipped_steps_in_a_row_are_the_end():
+    made = bare(optimiser=None, averaged=None, whole=True)
+    made.scaler = Scaler(made)
+    made.progress.skipped_in_a_row = 48
+    made._update(torch.tensor(math.nan))
+    assert made.progress.skipped_in_a_row == 49 and made.whole
+    with pytest.raises(
+        trainer.Diverged, match="50 steps in a row had gradients that are not finite; lower .*now 0.001"
+    ):
+        made._update(torch.tensor(math.nan))
+    assert not made.whole
+
+
+def test_the_average_follows_closely_at_first_and_then_as_its_decay_says():
+    made = bare(averaged=torch.nn.Linear(1, 1), model=torch.nn.Linear(1, 1))
+    for taken, decay in ((0, 2 / 11), (1, 3 / 12), (9989, 9991 / 10000), (9990, 0.9991)):
+        made.config = small(training=replace(small().training, ema_decay=0.9991))
+        made.progress.averaged_steps = taken
+        with torch.no_grad():
+            made.averaged.weight.fill_(1.0)
+            made.model.weight.fill_(3.0)
+        made._average()
+        assert float(made.averaged.weight.detach()) == pytest.approx(decay + 3 * (1 - decay), abs=1e-6)
+        assert made.progress.averaged_steps == taken + 1
+
+
+def test_the_optimiser_takes_one_pass_over_the_weights(made):
+    assert made.optimiser.defaults["fused"] is True
+
+
+def test_parameters_without_a_gradient_are_left_out_of_the_norm(made):
+    made.optimiser.zero_grad()
+    assert all(p.grad is None for p in made.model.parameters())
+    made.model.speller.bias.grad = torch.full_like(made.model.speller.bias, 0.5)
+    assert made._clip() == pytest.approx(0.5 * math.sqrt(made.model.speller.bias.numel()))
+
+
+# ------------------------------------------------------------------------------------------------------------ course
+
+
+class Course:
+    """A course of four batches an epoch."""
+
+    steps = 40
+
+    def place(self, step):
+        return divmod(step, 4)
+
+    def steps_before(self, epoch):
+        return 4 * epoch
+
+    def epochs(self, step):
+        return step / 4
+
+    def of(self, epoch):
+        return range(4)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "step", "place"),
+    [
+        ((), 0, (0, 40)), ((), 39, (39, 40)),
+        ((2, 5), 0, (0, 8)), ((2, 5), 7, (7, 8)), ((2, 5), 8, (0, 12)), ((2, 5), 19, (11, 12)), ((2, 5), 20, (0, 20)),
+        ((1,), 3, (3, 4)), ((1,), 4, (0, 36)), ((1,), 39, (35, 36)),
+    ],
+)  # fmt: skip
+def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place):
+    made = bare(course=Course())
+    made.config = small(training=replace(small().training, epochs=10, restarts=restarts))
+    made.progress.step = step
+    assert made._in_cycle() == place
+
+
+def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
+    monkeypatch.setattr(made, "_show", lambda bar, parts: None)
+    monkeypatch.setattr(made, "_validate_and_save", lambda bar: None)
+    sizes = []
+    step = made.train_step
+    monkeypatch.setattr(made, "train_step", lambda batch: sizes.append(tuple(batch.features.shape[:2])) or step(batch))
+    made._saved_at = math.inf
+    made._train_epoch(None)
+    assert made.pace.audio == pytest.approx(int(made.train_data.frames.sum()) * 0.01)
+    assert made.batch_size == sizes[-1] and len(sizes) == 3
+
+
+def test_a_stop_is_looked_for_while_a_batch_is_waited_for(made, monkeypatch):
+    given = {}
+    monkeypatch.setattr(trainer, "make_loader", lambda *_, **options: given.update(options))
+    made._rest_of_epoch()
+    made.stop_signal = signal.SIGTERM
+    with pytest.raises(Stopped) as stop:
+        given["look_up"]()
+    assert stop.value.signum == signal.SIGTERM
+
+
+class Bar:
+    """Stands in for the progress bar."""
+
+    def __init__(self):
+        self.lines, self.notes, self.count = [], [], 0
+
+    def update(self):
+        self.count += 1
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def write(self, line):
+        self.lines.append(line)
+
+
+def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
+    pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.25)
+    rows, bar = [], Bar()
+    optimiser = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.25}])
+    log = SimpleNamespace(training=lambda *row: rows.append(row))
+    made = bare(course=Course(), steps=23, pace=pace, optimiser=optimiser, log=log)
+    for step in range(1, 24):
+        made.progress.step = step
+        made._show(bar, {"loss": torch.tensor(step / 2)})
+    assert bar.count == 23
+    assert rows == [(step, step / 4, {"loss": step / 2, "speed": 12.6, "waiting": 0.25}, 0.5) for step in (10, 20, 23)]
+    assert bar.notes == [f"epoch {epoch}, loss {loss}, 13 x real time" for epoch, loss in
+                         (("2.5", "5.000"), ("5.0", "10.000"), ("5.8", "11.500"))]  # fmt: skip
+
+
+def test_the_bar_begins_where_the_training_stands(monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "ProgressBar", lambda *given, **options: seen.append((given, options)) or "the bar")
+    made = bare(steps=40)
+    made.progress.step = 7
+    assert made._progress_bar() == "the bar" and seen == [((40, "training", "steps"), {"done": 7})]
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+
+def validation(cer=50.0, loss=1.25):
+    return Validation(loss, Scores(5, 3.456, cer, 60.0), Alignment(0.9, 0.8, 0.9, 0.6, 5), [])
+
+
+def test_a_validation_is_of_the_averaged_model_where_there_is_one_and_ends_the_pace():
+    first, second = object(), object()
+    for averaged, expected in ((first, first), (None, second)):
+        seen, bar = [], Bar()
+        made = bare(course=Course(), averaged=averaged, model=second, saving=False)
+        made.progress.step = 6
+        made.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
+        made._validate = lambda model, seen=seen: seen.append(model) or validation()
+        made._check_alive = lambda loss, seen=seen: seen.append(loss)
+        made._keep = lambda result, model, seen=seen, made=made: seen.append((model, made.saving)) or "attention: x"
+        made._validate_and_save(bar)
+        assert seen == [expected, 1.25, (expected, True)] and not made.saving and made.pace is not pace
+        assert bar.lines == [
+            "epoch 1.5: dev loss 1.250 a token, LD 3.46, CER 50.00%, WER 60.00%; "
+            "trained at 13 x real time, 25.6% of it waiting for data\n  attention: x"
+        ]
+
+
+def test_a_validation_looks_at_dev_and_its_own_faults_stay_faults(monkeypatch):
+    seen = []
+    made = bare(course=Course(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
+    monkeypatch.setattr(trainer, "validate", lambda *given: seen.append(given) or "result")
+    assert made._validate("model") == "result"
+    assert seen == [("model", "dev", "ABC", made.config, "cpu", Path("run"), 0.0, made.check_stop)]
+    monkeypatch.setattr(trainer, "validate", raising(RuntimeError("shapes disagree")))
+    with pytest.raises(RuntimeError, match="shapes disagree"):
+        made._validate("model")
+    monkeypatch.setattr(trainer, "validate", raising(MemoryError()))
+    said = r"a validation does not fit in memory; lower --decoding.frames-per-batch \(now 30000\) and go on with"
+    with pytest.raises(InputError, match=said):
+        made._validate("model")
+
+
+def test_what_is_kept_of_a_validation(monkeypatch):
+    kept, logged, saves = [], [], []
+    made = bare(course=Course(), source={"kind": "features"}, save=lambda: saves.append(made.progress.validated))
+    made.core_hours = lambda: 1.23456
+    made._save_weights = lambda model, info, best: kept.append((model, info, best))
+    made.log = SimpleNamespace(validation=lambda *row: logged.append(row))
+    made.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
+    monkeypatch.setattr(monitor, "line", lambda alignment, epoch, config: f"{alignment.diagonal} at {epoch:g}")
+    for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0)):
+        made.progress.step = step
+        assert made._keep(validation(cer), "model") == f"0.9 at {step // 4}"
+    infos = [
+        {
+            "epoch": step / 4,
+            "step": step,
+            "dev": {"utterances": 5, "ld": 3.456, "cer": cer, "wer": 60.0},
+            "data": {"kind": "features"},
+            "core_hours": 1.235,
+        }
+        for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0))
+    ]
+    bests = [True, False, True]  # an equal one is no better
+    assert kept == [("model", info, best) for info, best in zip(infos, bests, strict=True)]
+    assert logged[0] == (4, 1.0, validation(50.0), "0.9 at 1", 1.23456) and saves == [4, 8, 12]
+    assert (made.progress.best_cer, made.progress.validated, made.progress.plateau.share) == (40.0, 12, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "skipped", "scaled", "sentence"),
+    [
+        (1.0, 0, False, None),
+        (1.0, 5, False, None),
+        (
+            1.0,
+            6,
+            False,
+            "none of the 6 steps so far had finite gradients, .* lower --training.learning-rate .now 0.001",
+        ),
+        (1.0, 6, True, None),  # half precision begins by skipping
+        (math.nan, 0, False, "the dev loss is nan after 6 steps: .* lower --training.learning-rate .now 0.001"),
+        (math.inf, 0, True, "the dev loss is inf after 6 steps"),
+    ],
+)
+def test_only_a_training_that_learns_nothing_has_diverged(loss, skipped, scaled, sentence):
+    made = bare(scaler=SimpleNamespace(is_enabled=lambda: scaled))
+    made.progress.step, made.progress.skipped_in_a_row = 6, skipped
+    with contextlib.nullcontext() if sentence is None else pytest.raises(trainer.Diverged, match=sentence):
+        made._check_alive(loss)
+
+
+@pytest.mark.parametrize("normalisation", ["global", "utterance", "none"])
+@pytest.mark.parametrize(
+    ("averaged", "best", "names"),
+    [(True, True, ["best", "averaged"]), (True, False, ["averaged"]), (None, True, ["best"]), (None, False, [])],
+)
+def test_weights_are_saved_as_best_and_as_averaged(monkeypatch, normalisation, averaged, best, names):
+    saved = []
+    monkeypatch.setattr(trainer.checkpoint, "save_model", lambda *given: saved.append(given))
+    made = bare(out=Path("run"), averaged=averaged, train_data=SimpleNamespace(statistics="statistics"))
+    made.config = replace(small(), features=replace(small().features, normalisation=normalisation))
+    made._save_weights(SimpleNamespace(state_dict=lambda: "weights"), {"step": 1}, best)
+    statistics = "statistics" if normalisation == "global" else None
+    assert saved == [(Path("run") / f"{n}.safetensors", "weights", made.config, statistics, {"step": 1}) for n in names]
+
+
+# ------------------------------------------------------------------------------------------------ the end of a training
+
+
+def fake_run(made, monkeypatch, *, problem, close=None):
+    """Have run() end with `problem`; close is what closing the log raises."""
+    closed = []
+
+    def closing():
+        closed.append(1)
+        if close is not None:
+            raise close
+
+    monkeypatch.setattr(trainer, "RunLog", lambda out, config, step: SimpleNamespace(close=closing, at=(out, step)))
+    made._train, made._rescue = (lambda bar: problem), (lambda error: True)
+    made._progress_bar = contextlib.nullcontext
+    return closed
+
+
+@pytest.mark.parametrize(
+    ("problem", "close", "raised"),
+    [
+        (None, None, None),
+        (None, OSError(28, "full"), OSError),
+        (InputError("bad"), None, InputError),
+        (InputError("bad"), OSError(28, "full"), InputError),  # which matters more
+    ],
+)
+def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, problem, close, raised):
+    made = bare(out=Path("run"), stop_signal=0, saving=False)
+    made.progress.step = 5
+    closed = fake_run(made, monkeypatch, problem=problem, close=close)
+    with contextlib.nullcontext() if raised is None else pytest.raises(raised):
+        made.run()
+    assert closed == [1] and made.log.at == (Path("run"), 5)
+
+
+def test_all_steps_are_taken_and_a_validation_that_is_owed_comes_first():
+    order = []
+    made = bare(course=Course(), steps=40)
+    made.config = small(training=replace(small().training, epochs=10))
+
+    def epoch(bar):
+        order.append(made.progress.step)
+        made.progress.step += 8
+
+    def validated(bar):
+        order.append("validation")
+        made.progress.validated = made.progress.step
+
+    made._train_epoch, made._validate_and_save = epoch, validated
+    made.progress.step, made.progress.validated = 16, 16
+    assert made._train("bar") is None and order == [16, 24, 32]
+    order.clear()
+    made.progress.step, made.progress.validated = 32, 28
+    assert made._train("bar") is None and order == ["validation", 32]
+    for error in (InputError("bad"), KeyboardInterrupt(), MemoryError()):
+        made.progress.step, made._train_epoch = 33, raising(error)
+        assert made._train("bar") is error and error.__traceback__ is None
+    made._train_epoch = raising(TypeError("a fault"))
+    with pytest.raises(TypeError):
+        made._train("bar")
+
+
+@pytest.mark.parametrize(
+    ("step", "saved_step", "whole", "problem", "saves", "saved"),
+    [
+        (5, 5, True, None, 0, True),
+        (5, 5, False, InputError("bad"), 0, True),
+        (5, 4, True, None, 1, True),
+        (5, None, True, InputError("bad"), 1, True),
+        (5, 4, False, InputError("bad"), 0, False),
+        (0, None, True, InputError("bad"), 0, False),
+        (5, 4, True, trainer.Diverged("worthless"), 0, False),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_was_learned_is_saved_unless_it_is_torn_or_worthless(
+    monkeypatch, step, saved_step, whole, problem, saves, saved, device
+):
+    weight, freed = torch.nn.Parameter(torch.zeros(1)), []
+    weight.grad = torch.zeros(1)
+    made = bare(saved_step=saved_step, whole=whole, device=torch.device(device), optimiser=torch.optim.SGD([weight]))
+    made.progress.step = step
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+
+    def save():
+        freed.append("gradients" if weight.grad is None else "")
+        made.saved_step = made.progress.step
+
+    made.save = save
+    assert made._rescue(problem) is saved
+    assert freed == [*(["cache"] if device == "cuda" else []), "gradients"] * saves
+
+
+@pytest.mark.parametrize("error", [InputError("the disk is full"), RuntimeError("x"), MemoryError()])
+def test_a_save_that_fails_is_told_unless_there_is_a_problem_already(error):
+    made = bare(saved_step=None, whole=True, device=torch.device("cpu"), save=raising(error))
+    made.optimiser = SimpleNamespace(zero_grad=lambda: None)
+    made.progress.step = 3
+    assert made._rescue(InputError("bad data")) is False
+    with pytest.raises(type(error)):
+        made._rescue(None)
+
+
+@pytest.mark.parametrize(
+    ("size", "saved", "sentence"),
+    [
+        ((4, 500), True, "a batch of 4 utterances, 2000 frames, does not fit in memory; step 7 is saved, go on with "
+         "--resume and --data.frames-per-batch less than 20000"),
+        ((4, 500), False, "a batch of 4 utterances, 2000 frames, does not fit in memory; start again with "
+         "--data.frames-per-batch less than 20000"),
+        ((2, 500), True, "a batch of 2 utterances, 1000 frames, does not fit in memory; step 7 is saved, go on with "
+         "--resume and --data.frames-per-batch less than 20000"),
+        ((1, 500), True, "an utterance of 500 frames does not fit in memory; start again with --data.max-seconds, "
+         "which leaves out the longest"),
+        ((0, 0), False, "the first batch does not fit in memory; start again with --data.frames-per-batch less than "
+         "20000"),
+    ],
+)  # fmt: skip
+def test_for_lack_of_memory_the_right_setting_is_named(size, saved, sentence):
+    made = bare(batch_size=size)
+    made.progress.step = 7
+    found = made._explained(MemoryError(), saved)
+    assert isinstance(found, InputError) and str(found) == f"training on {sentence}"
+    other = InputError("x.npy is damaged")
+    assert made._explained(other, saved) is other
+
+
+class Clock:
+    now = 100.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: Clock.now)
+    Clock.now = 100.0
+    return Clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "saving", "ends"), [(0.0, False, False), (2.0, False, False), (2.1, False, True), (2.1, True, False)]
+)
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_after_two_seconds_ends_a_step_but_no_save(clock, seconds, saving, ends, second):
+    made = SimpleNamespace(stop_signal=0, saving=saving)
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with trainer.catch_stop_signals(made):
+        signal.raise_signal(signal.SIGTERM)
+        assert made.stop_signal == signal.SIGTERM
+        clock.now += seconds
+        with pytest.raises(Stopped) if ends else contextlib.nullcontext() as stop:
+            signal.raise_signal(second)
+        assert made.stop_signal == signal.SIGTERM, "the first counts"
+        assert not ends or stop.value.signum == second
+        clock.now += 0.5
+        with pytest.raises(Stopped) if ends or (seconds == 2.0 and not saving) else contextlib.nullcontext():
+            signal.raise_signal(second)  # time counts from the first
+    assert {s: signal.getsignal(s) for s in kept} == kept
+
+
+def test_what_was_set_to_be_ignored_stays_so_but_for_an_interrupt():
+    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        made = SimpleNamespace(stop_signal=0, saving=False)
+        with trainer.catch_stop_signals(made):
+            signal.raise_signal(signal.SIGHUP)
+            assert made.stop_signal == 0
+            signal.raise_signal(signal.SIGINT)
+            assert made.stop_signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_files_are_written_undisturbed_within_each_other(clock, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer.checkpoint, "save_state", lambda path, state: seen.append((path, state, made.saving)))
+    made = bare(out=Path("run"), saving=False, state=lambda: "state")
+    made.progress.step = 9
+    with made.undisturbed():
+        assert made.saving
+        made.save()
+        assert made.saving
+    assert not made.saving and (made.saved_step, made._saved_at) == (9, 100.0)
+    assert seen == [(Path("run") / "last.pt", "state", True)]
+    with pytest.raises(InputError), made.undisturbed():
+        raise InputError("full")
+    assert not made.saving
+
+
+def test_all_of_a_training_is_in_its_state(archive, tmp_path):
+    config = small(training=replace(small().training, precision="fp16", schedule="plateau"))
+    made = make_trainer(archive, tmp_path, config)
+    for batch in made._rest_of_epoch():
+        made.train_step(batch)
+    made.progress.best_cer, made.progress.plateau = 12.5, Plateau(0.25, 12.5, 2)
+    made.save()
+    again = make_trainer(archive, tmp_path, config)
+    again.resume()
+    assert again.progress == made.progress and again.saved_step == again.progress.step == 3
+    assert again.scaler.state_dict() == made.scaler.state_dict()
+    for ours, theirs in ((made.model, again.model), (made.averaged, again.averaged)):
+        values = theirs.state_dict()
+        assert all(torch.equal(value, values[name]) for name, value in ours.state_dict().items())
+    assert not all(map(torch.equal, again.model.parameters(), again.averaged.parameters()))
+    ours, theirs = (t.optimiser.state_dict()["state"] for t in (made, again))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k]["exp_avg"], theirs[k]["exp_avg"]) for k in ours)
+    assert again.earlier_core_seconds > 0
+
+
+def test_weights_to_begin_with_are_taken_by_both_models(made, archive, tmp_path):
+    other = make_trainer(archive, tmp_path / "other", small(training=replace(small().training, seed=5)))
+    made.begin_with(other.model, Path("there/best.safetensors"))
+    for model in (made.model, made.averaged):
+        assert all(map(torch.equal, model.parameters(), other.model.parameters()))
+    assert made.source == {"kind": "features", "name": "HW4P2 F23", "init": "best.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("now", "validated", "step", "moved"),
+    [
+        ({}, 9, 9, 9),
+        ({"utterances_per_batch": 1}, 9, 18, 18),
+        ({"utterances_per_batch": 1}, 4, 18, 0),  # the place of the last validation is passed
+        ({"frames_per_batch": 50}, 9, 18, 18),
+    ],
+)
+def test_smaller_batches_go_on_from_as_far_in_the_epoch(monkeypatch, capsys, now, validated, step, moved):
+    class Twice(Course):
+        """Eight batches an epoch."""
+
+        def steps_before(self, epoch):
+            return 8 * epoch
+
+        def of(self, epoch):
+            return range(8)
+
+    planned = []
+    data = replace(small().data, frames_per_batch=100, utterances_per_batch=2)
+    made = bare(course=Twice(), train_data=SimpleNamespace(frames="frames"), saved_step=9)
+    made.config = small(data=replace(data, **now))
+    made.progress = Progress(step=9, validated=validated)
+    monkeypatch.setattr(trainer, "plan_course", lambda frames, config: planned.append((frames, config)) or Course())
+    made._move(to_tree(data))
+    assert (made.progress.step, made.progress.validated, made.saved_step) == (step, moved, step)
+    assert planned == ([("frames", small(data=data))] if now else [])
+    said = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
+    assert capsys.readouterr().out == said
+
+
+def settings(**training):
+    return to_tree(small(training=replace(small().training, **training)))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"),
+    [
+        ({"epochs": 2}, {"epochs": 3, "restarts": (2,)}, ""),
+        ({"epochs": 2}, {"epochs": 5, "restarts": (2, 3)}, ""),
+        ({"epochs": 3, "restarts": (2,)}, {"epochs": 5, "restarts": (2, 3)}, ""),
+        ({"epochs": 2}, {"epochs": 3}, "epochs = 2, not 3; .*, or lengthen it: --training.epochs more "
+         "--training.restarts 2$"),
+        ({"epochs": 4, "restarts": (2,)}, {"epochs": 4, "restarts": (3,)}, r"restarts = \[2\], not \[3\]; .* "
+         "--training.epochs more --training.restarts 2 4$"),
+        ({"epochs": 3, "restarts": (2,)}, {"epochs": 4, "restarts": (1, 3)}, "lengthen it: .* 2 3$"),
+        ({"epochs": 3, "restarts": (2,)}, {"epochs": 2}, "epochs = 3, not 2"),
+        ({"seed": 1}, {"seed": 2}, "training.seed = 1, not 2; resume with the same settings$"),
+    ],
+)  # fmt: skip
+def test_a_training_may_be_lengthened_by_a_restart_where_it_ended(then, now, refused):
+    with pytest.raises(InputError, match=refused) if refused else contextlib.nullcontext():
+        check_same_settings(settings(**then), settings(**now), Path("last.pt"))
+
+
+def test_only_batches_may_become_smaller():
+    then, smaller = to_tree(Config()), set()
+    for section, part in then.items():
+        for name, value in part.items():
+            if not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0:
+                now = {**then, section: {**part, name: value / 2 if isinstance(value, float) else value - 1}}
+                with contextlib.suppress(InputError):
+                    check_same_settings(then, now, Path("last.pt"))
+                    smaller.add(f"{section}.{name}")
+    assert smaller - set(trainer.FREE_TO_CHANGE) == {"data.frames_per_batch", "data.utterances_per_batch"}

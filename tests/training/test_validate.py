@@ -1,0 +1,130 @@
+"""Validation: which utterances are pictured, what the files hold and are called, and what a look at dev is made of."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from archives import make_archive
+from checkpoints import MODEL, make_trainer, small
+
+from las_fast.config import DecodingConfig, TrainingConfig
+from las_fast.errors import Stopped
+from las_fast.search.beam import greedy_search
+from las_fast.training import validate
+from las_fast.training.validate import LONGEST_NAME, PictureBook
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trainer that has learned nothing, of a model with a CTC head, on five dev utterances in batches of two."""
+    config = small(
+        model=replace(MODEL, ctc_layer=0),
+        training=TrainingConfig(epochs=2, precision="fp32", pictures=1),
+        decoding=DecodingConfig(ctc_weight=0.3, ngram_weight=0.2, length_reward=0.1, maximum_extra=2),
+    )
+    archive = make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=5)
+    made = make_trainer(archive, tmp_path_factory.mktemp("out"), config)
+    with torch.no_grad():  # so that it hears a difference
+        for parameter in made.model.parameters():
+            parameter *= 3.0
+    return made
+
+
+def look(made, out, **options):
+    return validate.validate(made.model, made.dev_data, made.vocabulary, made.config, CPU, out, 1.0, **options)
+
+
+def test_each_transcript_is_that_of_its_own_utterance_by_the_attention_alone(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fork", lambda: pytest.fail("a dev set is loaded in this process"))
+    made.model.train()
+    found = look(made, tmp_path)
+    alone = replace(made.config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    expected = []
+    with torch.inference_mode():
+        for features in (made.dev_data[i] for i in range(5)):
+            memory = made.model.listen(features[None], torch.tensor([len(features)]))
+            expected.append(made.vocabulary.decode(greedy_search(made.model, memory, alone)[0][0].text_tokens))
+    assert found.hypotheses == expected and len(set(expected)) > 1 and not made.model.training
+    assert found.scores.utterances == found.alignment.utterances == 5
+
+
+def test_a_validation_can_be_stopped_before_each_batch(made, tmp_path):
+    calls = []
+    look(made, tmp_path, look_up=lambda: calls.append(1))
+    assert len(calls) == 3  # of two, two and one utterance
+
+    def stop():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        look(made, tmp_path, look_up=stop)
+
+
+def book(ids, frames, pictures):
+    return PictureBook(SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frames=np.array(frames)), pictures)
+
+
+@pytest.mark.parametrize(
+    ("frames", "pictures", "wanted"),
+    [
+        ([50, 10, 30, 20, 40], 2, [2, 4]),
+        ([50, 10, 30, 20, 40], 9, [2, 4, 0]),
+        ([50, 10, 30, 20, 40], 0, []),
+        ([20, 10], 1, [0]),
+        ([7] * 99, 3, [49, 50, 51]),  # equally long ones in their order
+    ],
+)
+def test_pictured_are_the_first_from_the_middle_of_the_lengths(frames, pictures, wanted):
+    assert book([str(i) for i in range(len(frames))], frames, pictures).wanted == wanted
+
+
+def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
+    found = book(["a", "b", "c"], [3, 4, 5], 2)
+    weights = torch.arange(24).reshape(2, 3, 4).to(torch.bfloat16)
+    found.collect(torch.tensor([1, 0]), weights, torch.tensor([2, 3]), torch.tensor([3, 4]))
+    assert list(found.weights) == [1] and found.weights[1].dtype == np.float32
+    assert found.weights[1].tolist() == [[0.0, 1.0, 2.0], [4.0, 5.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("a-B_7.x", "a-B_7.x"),
+        ("speaker one/../é", "speaker_one_.._é"),
+        ("x" * (LONGEST_NAME + 1), "x" * 120),
+        ("x" + "é" * 60, "x" + "é" * 59),  # 121 bytes; no letter is cut in two
+    ],
+)
+def test_a_picture_is_named_after_its_utterance_as_far_as_a_file_can_be(tmp_path, monkeypatch, name, safe):
+    titles = []
+    picture = validate.attention_picture
+
+    def watching(path, **given):
+        titles.append((given["text"], given["title"]))
+        picture(path, **given)
+
+    monkeypatch.setattr(validate, "attention_picture", watching)
+    found = book([name], [5], 1)
+    found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
+    for epoch in (1.5, 12.0):
+        found.save(tmp_path / "attention", epoch)
+    files = sorted(path.name for path in (tmp_path / "attention").iterdir())
+    assert files == ["epoch-0001.50-" + safe + ".png", "epoch-0001.50.npz", "epoch-0012.00-" + safe + ".png",
+                     "epoch-0012.00.npz"]  # fmt: skip
+    assert titles == [("A B", f"{name}, epoch 1.5"), ("A B", f"{name}, epoch 12")]
+    with np.load(tmp_path / "attention" / "epoch-0001.50.npz") as data:
+        assert data["ids"].tolist() == [name] and data["text_0"] == "A B"
+        assert data["weights_0"].tolist() == np.eye(4).tolist() and set(data) == {"ids", "text_0", "weights_0"}
+
+
+def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(validate, "attention_picture", lambda path, **own: titles.append(own["title"]) or path.touch())
+    found = book(["a\nb"], [5], 1)
+    found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
+    found.save(tmp_path / "attention", 2.0)
+    assert titles == [r"a\nb, epoch 2"]
