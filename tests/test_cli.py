@@ -139,7 +139,7 @@ def test_the_status_tells_whether_the_output_was_written(monkeypatch, capsys, ma
 
 def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(monkeypatch, capsys):
     order = []
-    monkeypatch.setattr(system, "tune_memory", lambda: order.append("memory"))
+    monkeypatch.setattr(cli, "tune_memory", lambda: order.append("memory"))
     monkeypatch.setattr(cli, "prepare_streams", lambda: order.append("streams"))
 
     def main(argv):

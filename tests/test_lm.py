@@ -277,9 +277,9 @@ def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch
         with pytest.raises(InputError, match=f"--order must be from 1 to 12; got {order}"):
             ngram.check_order(order, 4)
     pages = 8 * 4**5 // 16  # of 16 bytes: twice a table of order 5
-    monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages}.get)
+    monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages}.get)
     ngram.check_order(5, 4)
-    monkeypatch.setattr(lm.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages - 1}.get)
+    monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages - 1}.get)
     with pytest.raises(InputError, match="order 5 over 4 tokens makes a table of 0.0 GiB, .* --order 4 or less"):
         ngram.check_order(5, 4)
     with pytest.raises(InputError, match="order 12 over 31 tokens makes a table of [0-9.]+ GiB"):

@@ -87,7 +87,9 @@ def parse_settings(module, words):
     if module == "las_fast.train":
         return train.parse([word.replace("runs/mine/config.yaml", "tiny") for word in words])
     command = {"las_fast.decode": decode, "las_fast.export": export}[module]
-    return options.parse_settings(command.parser(), words, lambda _: config.DecodingSettings(), kind=config.Settings)
+    return options.parse_settings(
+        command.parser(), words, lambda _: config.DecodingSettings(), kind=config.DecodingSettings
+    )
 
 
 def check_pytest(words):

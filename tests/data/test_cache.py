@@ -291,7 +291,7 @@ def test_a_worker_finds_the_package_and_is_apart_from_the_terminal(tmp_path, mon
     monkeypatch.setenv("OF_OURS", "1")
     readers._start_worker(tmp_path / "task")
     ((command, options),) = asked
-    assert command == [sys.executable, "-c", "from las_fast.data.cache import work; work()", str(tmp_path / "task")]
+    assert command == [sys.executable, "-c", "from las_fast.data.readers import work; work()", str(tmp_path / "task")]
     root = str(Path(cache_module.__file__).parents[2])
     expected = {"PYTHONPATH": f"{root}:/some/where", "OMP_NUM_THREADS": "1", "OF_OURS": "1"}
     assert options["env"] | expected == options["env"]

@@ -195,8 +195,8 @@ def library(tmp_path, monkeypatch):
     for name in ("phontab", "voices/!v/m1"):
         (tmp_path / name).touch()
     loader = type("Loader", (), {"get_library_path": lambda: "lib.so", "get_data_path": lambda: str(tmp_path)})
-    monkeypatch.setattr(espeak, "_loader", lambda: loader)
-    monkeypatch.setattr(spoken.ctypes, "CDLL", {"lib.so": library}.__getitem__)
+    monkeypatch.setattr(espeak, "espeak_library", lambda: loader)
+    monkeypatch.setattr(espeak.ctypes, "CDLL", {"lib.so": library}.__getitem__)
     return library
 
 
@@ -249,7 +249,7 @@ def test_a_library_that_does_not_load_is_an_input_error(library, monkeypatch):
     def fails(path):
         raise OSError("wrong machine")
 
-    monkeypatch.setattr(spoken.ctypes, "CDLL", fails)
+    monkeypatch.setattr(espeak.ctypes, "CDLL", fails)
     with pytest.raises(InputError, match=r"eSpeak NG does not load \(wrong machine\)"):
         espeak.Synthesiser()
 
@@ -372,7 +372,7 @@ def test_missing_data_is_said_before_the_library_ends_the_process(tmp_path, monk
 def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
     ended, threads = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(espeak, "Synthesiser", Tone)
+    monkeypatch.setattr(spoken, "Synthesiser", Tone)
     monkeypatch.setattr(Tone, "close", lambda self: ended.append(self), raising=False)
     utterances = [u for u in spoken.plan(**SIZES) if u.split in ("dev-clean", "test-clean")][4:6]
     for split in ("dev-clean", "test-clean"):

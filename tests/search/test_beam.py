@@ -25,7 +25,7 @@ from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
 from las_fast.ops import backends
 from las_fast.ops.speller_search import UNSEEN
-from las_fast.search import beam, dataset
+from las_fast.search import beam
 from las_fast.search import dataset as dataset_module
 from las_fast.search.beam import Hypothesis, beam_search, greedy_search, length_limits, packed_weights
 from las_fast.search.dataset import decode_dataset, speech_scores
@@ -642,7 +642,7 @@ def test_all_batches_read_what_was_packed_once(monkeypatch):
 def test_a_batch_holds_at_most_its_frames_and_128_utterances_and_the_longest_come_first():
     def sizes(frames, most):
         dataset = FakeDataset(np.array(frames), ["?"] * len(frames))
-        batches = dataset.batches_to_decode(dataset, Vocabulary(), config(frames_per_batch=most))
+        batches = dataset_module.batches_to_decode(dataset, Vocabulary(), config(frames_per_batch=most))
         return [tuple(batch.features.shape[:2]) for batch in batches]
 
     assert sizes([1] * 257, 10_000) == [(128, 1), (128, 1), (1, 1)]
@@ -687,7 +687,7 @@ def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
         def update(self, n):
             counted.append(n)
 
-    monkeypatch.setattr(beam, "Progress", Counting)
+    monkeypatch.setattr(dataset_module, "Progress", Counting)
     dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
     decode(Listening(), dataset, 40)
     decode_dataset(Listening(), dataset, Vocabulary(), config(frames_per_batch=999), device="cpu")
@@ -710,7 +710,7 @@ def test_a_size_that_did_not_fit_is_not_tried_again():
 def test_where_memory_lacks_what_is_kept_for_speed_is_given_back(monkeypatch):
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
-    monkeypatch.setattr(beam, "forget", lambda: freed.append("graphs"))
+    monkeypatch.setattr(dataset_module, "forget", lambda: freed.append("graphs"))
     decode(Listening(21), FakeDataset(np.array([9, 10, 8]), [None] * 3))
     assert freed == ["graphs", "cache"]
 
@@ -764,7 +764,7 @@ def test_the_listener_computes_in_the_precision_of_decoding_and_gives_float32(pr
     seen = []
     model.listener.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
     batch = Batch(torch.randn(2, 20, 4), torch.tensor([20, 7]), None, None, torch.arange(2))
-    found = dataset.listen(model, batch, config(precision=precision))
+    found = dataset_module.listen(model, batch, config(precision=precision))
     assert seen == [dtype] and found.keys.dtype == found.values.dtype == torch.float32
 
 

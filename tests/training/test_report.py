@@ -66,7 +66,7 @@ def undrawn(monkeypatch):
         drawn.append((text, options))
         file.write(b"a picture")
 
-    monkeypatch.setattr(figures, "draw_attention", draw)
+    monkeypatch.setattr(report, "draw_attention", draw)
     return drawn
 
 
