@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cell.h"
+#include "lstm.h"
 #include "product.h"
 #include "vector.h"
 
@@ -201,23 +201,17 @@ class Forward {
   }
 
   template <int W>
-  LAS_INLINE void cell(const float* gates, float* state, T* hidden, T* output, T* kept) const {
+  LAS_INLINE void cell(const float* sums, float* state, T* hidden, T* output, T* kept) const {
     const int64_t H = shape_.H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const auto gate = [&](int64_t g) __attribute__((always_inline)) { return get<W>(gates + g * H + j, lanes, 0.0f); };
-      const Float<W> in = las::sigmoid<W>(gate(0)), forget = las::sigmoid<W>(gate(1));
-      const Float<W> fresh = las::tanh<W>(gate(2)), open = las::sigmoid<W>(gate(3));
-      const Float<W> now = forget * get<W>(state + j, lanes, 0.0f) + in * fresh;
-      const Float<W> out = open * las::tanh<W>(now);
-      put<W>(state + j, now, lanes);
-      put<W>(hidden + j, out, lanes);
-      put<W>(output + j, out, lanes);
+      const las::LstmGates<W> gates = las::activate_gates<W>(sums + j, H, lanes);
+      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * get<W>(state + j, lanes, 0.0f));
+      put<W>(state + j, after.cell, lanes);
+      put<W>(hidden + j, after.hidden, lanes);
+      put<W>(output + j, after.hidden, lanes);
       if (!kept) return;
-      put<W>(kept + j, in, lanes);
-      put<W>(kept + H + j, forget, lanes);
-      put<W>(kept + 2 * H + j, fresh, lanes);
-      put<W>(kept + 3 * H + j, open, lanes);
-      put<W>(kept + 4 * H + j, now, lanes);
+      las::put_gates<W>(kept + j, H, gates, lanes);
+      put<W>(kept + 4 * H + j, after.cell, lanes);
     });
   }
 
@@ -335,18 +329,15 @@ class Backward {
     const T* kept_later = kept(direction, later);
     const T* above_later = gradient_ + (frames_.places[later] * DIRECTIONS + direction) * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      const auto get_kept = [&](int64_t i) __attribute__((always_inline)) { return get<W>(now + i * H + j, lanes, 0.0f); };
       for (int64_t i = 0; i < KEPT; ++i) las::fetch(kept_later + i * H + j);
       las::fetch(above_later + j);
-      const Float<W> in = get_kept(0), forget = get_kept(1), fresh = get_kept(2), open = get_kept(3);
-      const Float<W> bent = las::tanh<W>(get_kept(4));
+      const las::LstmGates<W> gates = las::get_gates<W>(now + j, H, lanes);
+      const Float<W> tanh_cell = las::tanh<W>(get<W>(now + 4 * H + j, lanes, 0.0f));
       const Float<W> dh = get<W>(above + j, lanes, 0.0f) + get<W>(hidden + j, lanes, 0.0f);
-      const Float<W> dc = dh * open * (1.0f - bent * bent) + get<W>(cell + j, lanes, 0.0f);
-      put<W>(row + j, dc * fresh * in * (1.0f - in), lanes);
-      put<W>(row + H + j, dc * get<W>(before + j, lanes, 0.0f) * forget * (1.0f - forget), lanes);
-      put<W>(row + 2 * H + j, dc * in * (1.0f - fresh * fresh), lanes);
-      put<W>(row + 3 * H + j, dh * bent * open * (1.0f - open), lanes);
-      put<W>(cell + j, dc * forget, lanes);
+      const Float<W> dc = las::lstm_cell_gradient<W>(gates, tanh_cell, dh) + get<W>(cell + j, lanes, 0.0f);
+      const Float<W> cell_before = get<W>(before + j, lanes, 0.0f);
+      las::put_gates<W>(row + j, H, las::lstm_gate_gradients<W>(gates, tanh_cell, cell_before, dh, dc), lanes);
+      put<W>(cell + j, dc * gates.forget, lanes);
     });
     std::copy_n(row, 4 * H, gates_.at(index) + direction * 4 * H);
   }

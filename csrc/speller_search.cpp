@@ -23,8 +23,8 @@
 #include <vector>
 
 #include "beam_topk.h"
-#include "cell.h"
 #include "ctc_prefix.h"
+#include "lstm.h"
 #include "product.h"
 #include "softmax.h"
 #include "speller.h"
@@ -387,7 +387,7 @@ class Worker {
           const Float<W> sum = get<W>(gates + g * size + j, lanes, 0.0f);
           return token ? sum + get<W>(token + g * size + j, lanes, 0.0f) : sum;
         };
-        las::lstm<W>(size, before_.cell[c].at(rows_[i].before), after_.cell[c].at(i), hidden(c, i), gate);
+        las::lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].before), after_.cell[c].at(i), hidden(c, i), gate);
       }
     });
   }

@@ -27,7 +27,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "cell.h"
+#include "lstm.h"
 #include "product.h"
 #include "softmax.h"
 #include "speller.h"
@@ -265,19 +265,13 @@ struct Forward {
         const float* sums = part.sums.at(r);
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (begin + r) * size;
         each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> input = las::sigmoid<W>(get<W>(sums + j, lanes, 0.0f));
-          const Float<W> forget = las::sigmoid<W>(get<W>(sums + size + j, lanes, 0.0f));
-          const Float<W> change = las::tanh<W>(get<W>(sums + 2 * size + j, lanes, 0.0f));
-          const Float<W> output = las::sigmoid<W>(get<W>(sums + 3 * size + j, lanes, 0.0f));
-          const Float<W> held = u > 0 ? forget * get<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
-          const Float<W> now = held + input * change, shown = output * las::tanh<W>(now);
-          put<W>(gates.at(r, j), input, lanes);
-          put<W>(gates.at(r, size + j), forget, lanes);
-          put<W>(gates.at(r, 2 * size + j), change, lanes);
-          put<W>(gates.at(r, 3 * size + j), output, lanes);
-          put<W>(cell.at(r, j), now, lanes);
-          if (u + 1 < shape.U) put<W>(hidden.at(r, j), shown, lanes);
-          put<W>(above.at(r, j), mask ? shown * get<W>(mask + j, lanes, 0.0f) : shown, lanes);
+          const las::LstmGates<W> activated = las::activate_gates<W>(sums + j, size, lanes);
+          const Float<W> retained = u > 0 ? activated.forget * get<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
+          const las::LstmState<W> after = las::lstm_step<W>(activated, retained);
+          las::put_gates<W>(gates.at(r, j), size, activated, lanes);
+          put<W>(cell.at(r, j), after.cell, lanes);
+          if (u + 1 < shape.U) put<W>(hidden.at(r, j), after.hidden, lanes);
+          put<W>(above.at(r, j), mask ? after.hidden * get<W>(mask + j, lanes, 0.0f) : after.hidden, lanes);
         });
       }
     });
@@ -536,21 +530,17 @@ struct Backward {
       for (int64_t r = 0; r < n; ++r) {
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (b + r) * size;
         each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const auto gate = [&](int64_t g) __attribute__((always_inline)) {
-            return get<W>(gates.at(r, g * size + j), lanes, 0.0f);
-          };
-          const Float<W> input = gate(0), forget = gate(1), change = gate(2), output = gate(3);
-          const Float<W> bent = las::tanh<W>(get<W>(cell.at(r, j), lanes, 0.0f));
+          const las::LstmGates<W> activated = las::get_gates<W>(gates.at(r, j), size, lanes);
+          const Float<W> tanh_cell = las::tanh<W>(get<W>(cell.at(r, j), lanes, 0.0f));
           const Float<W> before = u > 0 ? get<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
           Float<W> dh = get<W>(shown.at(r, j), lanes, 0.0f);
           if (mask) dh *= get<W>(mask + j, lanes, 0.0f);
           dh += get<W>(hidden.at(r, below + j), lanes, 0.0f);
-          const Float<W> dc = get<W>(carried.at(r, j), lanes, 0.0f) + dh * output * (1.0f - bent * bent);
-          put<W>(out.at(r, j), dc * change * input * (1.0f - input), lanes);
-          put<W>(out.at(r, size + j), dc * before * forget * (1.0f - forget), lanes);
-          put<W>(out.at(r, 2 * size + j), dc * input * (1.0f - change * change), lanes);
-          put<W>(out.at(r, 3 * size + j), dh * bent * output * (1.0f - output), lanes);
-          put<W>(carried.at(r, j), dc * forget, lanes);
+          const Float<W> dc =
+              get<W>(carried.at(r, j), lanes, 0.0f) + las::lstm_cell_gradient<W>(activated, tanh_cell, dh);
+          const auto found = las::lstm_gate_gradients<W>(activated, tanh_cell, before, dh, dc);
+          las::put_gates<W>(out.at(r, j), size, found, lanes);
+          put<W>(carried.at(r, j), dc * activated.forget, lanes);
         });
       }
     });

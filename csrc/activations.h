@@ -1,4 +1,4 @@
-// What an LSTM cell and the output layer do with the sums of their products: sigmoid, tanh and GELU, to some ulp.
+// The activations of the LSTM cells and of the output layer: sigmoid, tanh and GELU, accurate to a few ulp.
 
 #pragma once
 
@@ -92,29 +92,6 @@ template <int W>
 LAS_INLINE Float<W> gelu_slope(Float<W> x) {
   const Float<W> density = 0.398942280f * las::exp<W>(-0.5f * x * x);
   return 0.5f * (1.0f + erf<W>(0.707106781f * x)) + x * density;
-}
-
-// The state of a cell after a step, of `size` values each. gate(i, j, lanes) gives `lanes` values from j on of gate i:
-// input, forget, cell or output.
-//
-// One division serves all gates of a state, whose divisors are multiplied; and the two states are made in loops of their
-// own: in one, every vector would wait for the longer chain.
-template <int W, class T, class Gate>
-LAS_INLINE void lstm(int64_t size, const float* cell_before, float* cell, T* hidden, Gate gate) {
-  constexpr float MOST = 40.0f;  // two such divisors and one of tanh stay below 1e38
-  each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> input = sigmoid_divisor<W>(gate(0, j, lanes), MOST);
-    const Float<W> forget = sigmoid_divisor<W>(gate(1, j, lanes), MOST);
-    const Ratio<W> change = tanh_ratio<W>(gate(2, j, lanes));
-    const Float<W> below = input * change.below;
-    const Float<W> above = get<W>(cell_before + j, lanes, 0.0f) * below + change.above * forget;
-    put<W>(cell + j, above / (below * forget), lanes);
-  });
-  each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> output = sigmoid_divisor<W>(gate(3, j, lanes), MOST);
-    const Ratio<W> bent = tanh_ratio<W>(get<W>(cell + j, lanes, 0.0f));
-    put<W>(hidden + j, bent.above / (bent.below * output), lanes);
-  });
 }
 
 }  // namespace las
