@@ -20,7 +20,9 @@
 #include <vector>
 
 #include "lstm.h"
-#include "product.h"
+#include "matmul.h"
+#include "memory.h"
+#include "packing.h"
 #include "vector.h"
 
 namespace {

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "ctc_prefix.h"
-#include "product.h"
+#include "memory.h"
 #include "softmax.h"
 #include "vector.h"
 

@@ -11,7 +11,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "product.h"
+#include "matmul.h"
+#include "memory.h"
+#include "packing.h"
 #include "softmax.h"
 #include "vector.h"
 

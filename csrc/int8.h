@@ -11,7 +11,10 @@
 
 #include <cstdint>
 
-#include "product.h"
+#include "matmul.h"
+#include "memory.h"
+#include "softmax.h"
+#include "vector.h"
 
 namespace las {
 

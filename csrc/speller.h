@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "int8.h"
-#include "product.h"
+#include "matmul.h"
+#include "memory.h"
+#include "packing.h"
 
 namespace las {
 

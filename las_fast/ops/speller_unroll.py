@@ -34,7 +34,7 @@ from las_fast.ops.masks import padding_mask
 from las_fast.ops.speller import SpellerWeights, check_memory, silence, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PANEL = 32  # columns of packed weights in csrc/product.h, to which rows of what is kept are padded
+PANEL = 32  # columns of packed weights in csrc/memory.h, to which rows of what is kept are padded
 
 
 def speller_unroll(

@@ -1,0 +1,73 @@
+// Memory for rows of numbers: aligned to cache lines, on large pages where it is large, rows padded to whole panels.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
+namespace las {
+
+constexpr int64_t COLUMNS = 32;  // of a panel
+
+inline int64_t padded(int64_t n, int64_t multiple = COLUMNS) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory that begins at a cache line and is not filled. Where it is large the system is asked for large pages: they are
+// had at once instead of one small one after another, and fewer addresses need looking up.
+template <class T>
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t count) {
+    const size_t large = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1), align = bytes < large ? 64 : large;
+    const size_t whole = (bytes + align - 1) / align * align;
+    data_.reset(static_cast<T*>(std::aligned_alloc(align, whole)));
+    if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (align == large) madvise(data_.get(), whole, MADV_HUGEPAGE);
+#endif
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+// `count` rows, `stride` apart.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride, count;
+
+  T* at(int64_t row, int64_t k = 0) const { return data + row * stride + k; }
+  operator Matrix<const T>() const { return {data, stride, count}; }
+};
+
+// Memory of rows with room for whole panels. Rows are an odd number of pairs of cache lines apart: at a power of two what
+// a tile reads and writes of its rows would all claim the same few places in the caches.
+template <class T = float>
+struct Buffer {
+  static constexpr int64_t PAIR = 128 / sizeof(T);
+
+  Buffer() = default;
+  Buffer(int64_t rows, int64_t size)
+      : count(rows), stride((padded(size, PAIR) / PAIR | 1) * PAIR), memory(rows * stride) {}
+
+  T* at(int64_t row) const { return memory.data() + row * stride; }
+  Matrix<T> rows(int64_t count, int64_t from = 0) const { return {at(from), stride, count}; }
+  void clear() const { std::fill_n(memory.data(), count * stride, T(0.0f)); }
+
+  int64_t count = 0, stride = 0;
+  Memory<T> memory;
+};
+
+}  // namespace las
