@@ -91,9 +91,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_backtrack(const 
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("beam_backtrack_cpp(Tensor tokens, Tensor parents, Tensor scores, Tensor frames, int eos)"
-        " -> (Tensor tokens, Tensor lengths, Tensor token_scores, Tensor frames)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("beam_backtrack_cpp", &beam_backtrack); }

@@ -62,6 +62,4 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) { m.def("beam_gather_cpp(Tensor[] states, Tensor parents) -> Tensor[]"); }
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("beam_gather_cpp", &beam_gather); }

@@ -105,11 +105,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("beam_topk_cpp(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum,"
-        " Tensor? maximum, float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states,"
-        " float weight, Tensor? gains, float ctc_weight)"
-        " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor states)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("beam_topk_cpp", &beam_topk); }

@@ -515,12 +515,6 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("bilstm_cpp(Tensor x, Tensor lengths, Tensor[] weights, bool gradients) -> (Tensor output, Tensor kept)");
-  m.def("bilstm_backward_cpp(Tensor gradient, Tensor x, Tensor lengths, Tensor[] weights, Tensor output, Tensor kept,"
-        " bool inputs) -> (Tensor x_gradient, Tensor[] weight_gradients)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("bilstm_cpp", &forward);
   m.impl("bilstm_backward_cpp", &backward);

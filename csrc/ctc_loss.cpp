@@ -282,12 +282,6 @@ at::Tensor ctc_places(const at::Tensor& logits, const at::Tensor& lengths, const
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("ctc_loss_cpp(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths, bool gradients)"
-        " -> (Tensor losses, Tensor gradient)");
-  m.def("ctc_places_cpp(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("ctc_loss_cpp", &ctc_loss);
   m.impl("ctc_places_cpp", &ctc_places);

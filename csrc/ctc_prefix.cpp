@@ -76,9 +76,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("ctc_prefix_cpp(Tensor frames, Tensor alphas, Tensor prefixes, Tensor gains, Tensor tokens, Tensor parents,"
-        " Tensor chosen, int eos) -> (Tensor alphas, Tensor prefixes, Tensor gains)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) { m.impl("ctc_prefix_cpp", &ctc_prefix); }

@@ -276,14 +276,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("masked_attention_cpp(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, bool weights)"
-        " -> (Tensor context, Tensor weights, Tensor peaks, Tensor logsumexp)");
-  m.def("masked_attention_backward_cpp(Tensor? context_gradient, Tensor? weights_gradient, Tensor query, Tensor keys,"
-        " Tensor values, Tensor lengths, Tensor context, Tensor weights, Tensor logsumexp, float scale, bool memory)"
-        " -> (Tensor query_gradient, Tensor keys_gradient, Tensor values_gradient)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("masked_attention_cpp", &forward);
   m.impl("masked_attention_backward_cpp", &backward);

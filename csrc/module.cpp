@@ -1,4 +1,5 @@
-// The Python module las_fast._C: empty, since importing it is what registers the ops of the other files with torch.
+// The Python module las_fast._C. It is empty: importing it registers the kernels of the other files with torch, under the
+// schemas that las_fast/ops defines.
 
 #include <Python.h>
 

@@ -209,14 +209,6 @@ at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("speller_search_cpp(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, int beam, int sos, int eos,"
-        " Tensor? minimum, Tensor maximum, float length_penalty, float eos_threshold, float coverage_weight,"
-        " Tensor? table, float ngram_weight, Tensor? frames, float ctc_weight, str precision, Tensor? packed)"
-        " -> (Tensor tokens, Tensor parents, Tensor scores, Tensor frames)");
-  m.def("speller_pack_cpp(Tensor[] weights, str precision) -> Tensor packed");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("speller_search_cpp", &speller_search);
   m.impl("speller_pack_cpp", &speller_pack);

@@ -201,16 +201,6 @@ Gradients backward(const std::optional<at::Tensor>& logits_gradient, const std::
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(las_fast, m) {
-  m.def("speller_unroll_cpp(Tensor[] weights, Tensor keys, Tensor values, Tensor lengths, Tensor tokens,"
-        " Tensor sampled, Tensor[] masks, bool bf16, bool gradients)"
-        " -> (Tensor logits, Tensor attention, Tensor read, Tensor operands, Tensor states)");
-  m.def("speller_unroll_backward_cpp(Tensor? logits_gradient, Tensor? attention_gradient, Tensor[] weights,"
-        " Tensor keys, Tensor values, Tensor lengths, Tensor[] masks, Tensor attention, Tensor read, Tensor operands,"
-        " Tensor states, bool bf16)"
-        " -> (Tensor[] weights_gradients, Tensor keys_gradient, Tensor values_gradient)");
-}
-
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("speller_unroll_cpp", &forward);
   m.impl("speller_unroll_backward_cpp", &backward);

@@ -1,7 +1,8 @@
 """Which backends each op has, which of them work here, and which one "auto" takes.
 
-A fast backend of an op is one torch op, las_fast::<op>_cpp or las_fast::<op>_triton, with the same schema; the op's
-own module chooses between them in plain Python, so that torch.compile sees one call and two backends can be compared.
+A fast backend of an op is one torch op, las_fast::<op>_cpp or las_fast::<op>_triton. Both have one schema, which the
+op's module gives to `register`; the C++ extension only brings kernels. The module chooses between them in plain Python,
+so that torch.compile sees one call and two backends can be compared.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ _said: set[str] = set()
 
 
 def _load_extension() -> str | None:
-    """Load las_fast._C, which registers the C++ ops with torch; return why it cannot be had, or None."""
+    """Load las_fast._C, which registers the C++ kernels with torch; return why it cannot be used, or None."""
     try:
         importlib.import_module("las_fast._C")
     except ModuleNotFoundError:
         return f"the extension is not built. {BUILD}"
     except ImportError as error:  # built against another torch, or a broken file
         return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD} --force"
-    lacks = [op for op in (*IMPLEMENTED, *COMPANIONS) if not hasattr(torch.ops.las_fast, f"{op}_cpp")]
-    if lacks:
-        return f"the extension is from another version (it lacks {', '.join(lacks)}). {BUILD} --force"
-    return None
+    lacks = [op for op in (*IMPLEMENTED, *COMPANIONS) if not torch._C._dispatch_has_kernel(f"las_fast::{op}_cpp")]
+    return _other_version(f"it lacks {', '.join(lacks)}") if lacks else None
+
+
+def _other_version(difference: str) -> str:
+    return f"the extension is from another version ({difference}). {BUILD} --force"
 
 
 EXTENSION_PROBLEM = _load_extension()
@@ -148,11 +151,11 @@ def _say_once(reason: str) -> None:
 
 
 def register(name: str, schema: str, fake: Callable, *, module: str | None = None) -> list[str]:
-    """Register las_fast::<name>_triton, if the op has it, and fakes of that and las_fast::<name>_cpp; return the names.
+    """Define las_fast::<name>_cpp and, if the op has it, las_fast::<name>_triton; return the names of those that exist.
 
     Args:
-        name:   of the op, and of its launcher in las_fast/kernels/<module>.py.
-        schema: arguments and results, as in csrc/<module>.cpp.
+        name:   of the op, of its launcher in las_fast/kernels/<module>.py and of its kernel in csrc/<module>.cpp.
+        schema: arguments and results of both.
         fake:   returns empty results of the right shapes and dtypes for the same arguments.
         module: file of the op; default `name`.
     """
@@ -170,11 +173,22 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
         # For every device: `choose` keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
         torch.library.impl(f"las_fast::{name}_triton", "CompositeExplicitAutograd", launch)
         names.append(f"las_fast::{name}_triton")
-    if EXTENSION_PROBLEM is None:
+    if _define_cpp(name, schema):
         names.append(f"las_fast::{name}_cpp")
     for full in names:
         torch.library.register_fake(full, fake)
     return names
+
+
+def _define_cpp(name: str, schema: str) -> bool:
+    """Define the op whose kernel the extension has registered; return whether the extension can be used."""
+    global EXTENSION_PROBLEM
+    if EXTENSION_PROBLEM is None:
+        try:
+            torch.library.define(f"las_fast::{name}_cpp", schema)
+        except RuntimeError:  # the kernel takes other arguments, or the extension has defined a schema itself
+            EXTENSION_PROBLEM = _other_version(f"it has another {name}")
+    return EXTENSION_PROBLEM is None
 
 
 def _device_of(arguments: tuple) -> torch.device:

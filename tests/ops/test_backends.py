@@ -136,6 +136,13 @@ def test_an_extension_of_another_version_is_explained(monkeypatch):
     assert "beam_wish). Run: python setup.py build_ext --force" in reason and "it lacks" in reason
 
 
+def test_an_extension_with_another_schema_of_an_op_is_explained(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
+    torch.library.define("las_fast::beam_wish_cpp", "(Tensor x, int older) -> Tensor")
+    assert not backends._define_cpp("beam_wish", "(Tensor x) -> Tensor")
+    assert "another version (it has another beam_wish). Run: " in backends.unavailable("beam_topk", "cpp")
+
+
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
 def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
     command.main([])
@@ -221,6 +228,12 @@ def test_an_extension_without_some_op_that_is_registered_is_from_another_version
     files = Path(backends.__file__).parent.glob("*.py")
     registered = {name for file in files for name in re.findall(r'backends\.register\(\s*"(\w+)"', file.read_text())}
     assert registered - set(backends.IMPLEMENTED) == set(backends.COMPANIONS)
+
+
+def test_every_kernel_of_the_extension_is_that_of_a_registered_op():
+    sources = [file.read_text() for file in (Path(__file__).parents[2] / "csrc").glob("*.cpp")]
+    kernels = [name for text in sources for name in re.findall(r'm\.impl\("(\w+)_cpp"', text)]
+    assert sorted(kernels) == sorted({*backends.IMPLEMENTED, *backends.COMPANIONS})
 
 
 def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
