@@ -1,11 +1,12 @@
-// The three products of attention over the frames of one utterance, with A of one row a query and one column a frame:
+// The three matrix products of attention over the frames of one utterance. A has one row per query and one column per
+// frame:
 //
 //   dots     A = rows . frames^T      scores from queries and keys; the gradient of weights from values
 //   average  rows = A . frames        context from values; the gradient of queries from keys
 //   spread   frames = A^T . rows      the gradients of keys and values
 //
-// Frames are taken in tiles, and each tile meets all queries of its utterance while it is in the cache. Rows are padded
-// to whole vectors: with zeros for dots, with anything for spread.
+// Frames are taken in tiles. Each tile is used by all queries of its utterance while it is in the cache. Rows are
+// padded to whole vectors: with zeros for dots, with anything for spread.
 
 #pragma once
 
@@ -17,25 +18,25 @@
 
 namespace las {
 
-constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames
+constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames in a tile
 
-// Accumulators that fit beside what they are made of: AVX-512 has 32 registers, the others 16.
+// Accumulators that fit into the registers, with the vectors they are made of: AVX-512 has 32 registers, the others 16.
 template <int W>
 constexpr int REGISTERS = W == 16 ? 16 : 8;
 template <int W>
-constexpr int QUERIES = W == 16 ? 8 : 4;  // taken together at most
+constexpr int QUERIES = W == 16 ? 8 : 4;  // at a time, at most
 
-// The frames of one utterance: `count` rows of `size` values, `stride` apart.
+// The frames of one utterance, (count, size), `stride` apart: its keys or its values.
 template <class T>
-struct Frames {
+struct EncoderFrames {
   T* data;
   int64_t stride, count, size;
 
   T* at(int64_t t) const { return data + t * stride; }
 };
 
-// `count` rows of float32, one a query, `stride` apart.
-struct Rows {
+// `count` rows of float32, one per query, `stride` apart.
+struct QueryRows {
   float* data;
   int64_t stride, count;
 
@@ -44,7 +45,8 @@ struct Rows {
 
 // out[k, t] = rows[k] . frames[t] for M rows from k and R frames from t.
 template <int W, int M, int R, class T>
-LAS_INLINE void dot_block(const Rows& rows, int64_t k, const Frames<const T>& frames, int64_t t, const Rows& out) {
+LAS_INLINE void dot_block(const QueryRows& rows, int64_t k, const EncoderFrames<const T>& frames, int64_t t,
+                          const QueryRows& out) {
   constexpr int N = (M * R + 3) / 4 * 4;
   Float<W> sum[N] = {};
   const auto add = [&](int64_t d, auto read) __attribute__((always_inline)) {
@@ -71,8 +73,8 @@ LAS_INLINE void dot_block(const Rows& rows, int64_t k, const Frames<const T>& fr
 }
 
 template <int W, int M, class T>
-LAS_INLINE void dot_tile(const Rows& rows, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                         const Rows& out) {
+LAS_INLINE void dot_tile(const QueryRows& rows, int64_t k, const EncoderFrames<const T>& frames, int64_t begin,
+                         int64_t end, const QueryRows& out) {
   constexpr int R = std::min(8, REGISTERS<W> / M);
   for (; k + M <= rows.count; k += M) {
     int64_t t = begin;
@@ -83,15 +85,15 @@ LAS_INLINE void dot_tile(const Rows& rows, int64_t k, const Frames<const T>& fra
 }
 
 template <int W, class T>
-LAS_INLINE void dots(const Rows& rows, const Frames<const T>& frames, const Rows& out) {
+LAS_INLINE void dots(const QueryRows& rows, const EncoderFrames<const T>& frames, const QueryRows& out) {
   for (int64_t t = 0; t < frames.count; t += DOT_TILE)
     dot_tile<W, QUERIES<W>>(rows, 0, frames, t, std::min(t + DOT_TILE, frames.count), out);
 }
 
 // out[k, i] += sum over frames from begin to end of weights[k, t] * frames[t, i], for M rows and C vectors of columns.
 template <int W, int M, int C, class Read, class T>
-LAS_INLINE void average_block(const Rows& weights, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                              int64_t column, const Rows& out, Read read) {
+LAS_INLINE void average_block(const QueryRows& weights, int64_t k, const EncoderFrames<const T>& frames, int64_t begin,
+                              int64_t end, int64_t column, const QueryRows& out, Read read) {
   Float<W> sum[M][C] = {};
   for (int64_t t = begin; t < end; ++t) {
     Float<W> frame[C];
@@ -114,8 +116,8 @@ LAS_INLINE void average_block(const Rows& weights, int64_t k, const Frames<const
 }
 
 template <int W, int M, class T>
-LAS_INLINE void average_tile(const Rows& weights, int64_t k, const Frames<const T>& frames, int64_t begin, int64_t end,
-                             const Rows& out) {
+LAS_INLINE void average_tile(const QueryRows& weights, int64_t k, const EncoderFrames<const T>& frames, int64_t begin,
+                             int64_t end, const QueryRows& out) {
   constexpr int C = std::min(8, REGISTERS<W> / M);
   const auto whole = [](const T* p) __attribute__((always_inline)) { return las::load<W>(p); };
   for (; k + M <= weights.count; k += M) {
@@ -128,17 +130,17 @@ LAS_INLINE void average_tile(const Rows& weights, int64_t k, const Frames<const 
   if constexpr (M > 1) average_tile<W, M / 2>(weights, k, frames, begin, end, out);
 }
 
-// out must be zeros. A tile is added up by itself first: shorter sums lose less.
+// out (queries, size) must be zeros. Each tile is summed by itself first: shorter sums lose less precision.
 template <int W, class T>
-LAS_INLINE void average(const Rows& weights, const Frames<const T>& frames, const Rows& out) {
+LAS_INLINE void average(const QueryRows& weights, const EncoderFrames<const T>& frames, const QueryRows& out) {
   for (int64_t t = 0; t < frames.count; t += AVERAGE_TILE)
     average_tile<W, QUERIES<W>>(weights, 0, frames, t, std::min(t + AVERAGE_TILE, frames.count), out);
 }
 
 // frames[t, i] = sum over k of weights[k, t] * rows[k, i] for R frames and C vectors of columns, or `lanes` of one.
 template <int W, int R, int C, class T>
-LAS_INLINE void spread_block(const Rows& weights, const Rows& rows, int64_t t, int64_t column, int64_t lanes,
-                             const Frames<T>& frames) {
+LAS_INLINE void spread_block(const QueryRows& weights, const QueryRows& rows, int64_t t, int64_t column, int64_t lanes,
+                             const EncoderFrames<T>& frames) {
   Float<W> sum[R][C] = {};
   for (int64_t k = 0; k < rows.count; ++k) {
     Float<W> row[C];
@@ -162,7 +164,8 @@ LAS_INLINE void spread_block(const Rows& weights, const Rows& rows, int64_t t, i
 }
 
 template <int W, int R, class T>
-LAS_INLINE void spread_tile(const Rows& weights, const Rows& rows, int64_t t, const Frames<T>& frames) {
+LAS_INLINE void spread_tile(const QueryRows& weights, const QueryRows& rows, int64_t t,
+                            const EncoderFrames<T>& frames) {
   int64_t i = 0;
   for (; i + 2 * W <= frames.size; i += 2 * W) spread_block<W, R, 2>(weights, rows, t, i, W, frames);
   for (; i < frames.size; i += W)
@@ -170,16 +173,16 @@ LAS_INLINE void spread_tile(const Rows& weights, const Rows& rows, int64_t t, co
 }
 
 template <int W, class T>
-LAS_INLINE void spread(const Rows& weights, const Rows& rows, const Frames<T>& frames) {
+LAS_INLINE void spread(const QueryRows& weights, const QueryRows& rows, const EncoderFrames<T>& frames) {
   constexpr int R = REGISTERS<W> / 2;
   int64_t t = 0;
   for (; t + R <= frames.count; t += R) spread_tile<W, R>(weights, rows, t, frames);
   for (; t < frames.count; ++t) spread_tile<W, 1>(weights, rows, t, frames);
 }
 
-// Turn the gradients of the n weights of a query into those of its scores before the scale.
+// Turn the gradients of the n weights of a query into those of its scores, times `scale`; in place.
 template <int W>
-LAS_INLINE void through_softmax(const float* weight, float* gradient, int64_t n, float scale) {
+LAS_INLINE void softmax_backward(const float* weight, float* gradient, int64_t n, float scale) {
   const float mean = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
     return get<W>(weight + t, lanes, 0.0f) * get<W>(gradient + t, lanes, 0.0f);
   });

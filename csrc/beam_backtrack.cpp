@@ -1,7 +1,7 @@
 // Hypotheses from back-pointers: the C++ twin of las_fast/ops/beam_backtrack.py, which says what it means.
 //
-// All hypotheses of an utterance are followed side by side, from the last step to the first: what a step kept of an
-// utterance lies together in memory, and threads share nothing.
+// All hypotheses of an utterance are followed side by side, from the last step to the first: the values of one step of
+// an utterance are contiguous, and threads share nothing.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,9 +15,10 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 16384;  // pointers a thread should follow to be worth starting
+constexpr int64_t GRAIN = 16384;  // pointers to follow that make a thread worth starting
 
-void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores, const at::Tensor& frames) {
+void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
+           const at::Tensor& attended_frames) {
   TORCH_CHECK(tokens.dim() == 3 && tokens.scalar_type() == at::kLong,
               "tokens must be (L, B, K) int64; got ", tokens.sizes(), " ", tokens.scalar_type());
   const auto like = [&](const char* name, const at::Tensor& x, at::ScalarType dtype) {
@@ -26,26 +27,27 @@ void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor
   };
   like("parents", parents, at::kLong);
   like("scores", scores, at::kFloat);
-  like("frames", frames, at::kLong);
+  like("frames", attended_frames, at::kLong);
 }
 
-// What a search kept, (L, B, K) each.
-struct History {
+// The steps of a search, (L, B, K) each.
+struct SearchSteps {
   const int64_t *tokens, *parents;
   const float* scores;
-  const int64_t* frames;
+  const int64_t* attended_frames;
   int64_t L, B, K;
 };
 
-// What its hypotheses were: (B, K, L) each, lengths (B, K).
-struct Hypotheses {
+// Its hypotheses, (B, K, L) each; lengths (B, K).
+struct BacktrackedHypotheses {
   int64_t *tokens, *lengths;
   float* scores;
-  int64_t* frames;
+  int64_t* attended_frames;
 };
 
-// Follow the hypotheses of utterance b. `beams` is room for K: where each one is at the step.
-void follow(const History& from, int64_t b, int64_t eos, const Hypotheses& to, std::vector<int64_t>& beams) {
+// Follow the hypotheses of utterance b. `beams` is scratch memory for K: the beam of each at the current step.
+void follow(const SearchSteps& from, int64_t b, int64_t eos, const BacktrackedHypotheses& to,
+            std::vector<int64_t>& beams) {
   const int64_t L = from.L, K = from.K;
   std::iota(beams.begin(), beams.end(), 0);
   std::fill_n(to.lengths + b * K, K, L);
@@ -58,7 +60,7 @@ void follow(const History& from, int64_t b, int64_t eos, const Hypotheses& to, s
       const float score = from.scores[at], before = t > 0 ? from.scores[step_before + parent] : 0.0f;
       to.scores[out] = score == before ? 0.0f : score - before;  // 0 also where both are -inf
       to.tokens[out] = from.tokens[at];
-      to.frames[out] = from.frames[step + parent];
+      to.attended_frames[out] = from.attended_frames[step + parent];
       if (from.tokens[at] == eos) to.lengths[b * K + k] = t;
       beams[k] = parent;
     }
@@ -67,26 +69,30 @@ void follow(const History& from, int64_t b, int64_t eos, const Hypotheses& to, s
     std::fill(to.tokens + row * L + to.lengths[row], to.tokens + (row + 1) * L, eos);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_backtrack(const at::Tensor& tokens_in,
-                                                                          const at::Tensor& parents_in,
-                                                                          const at::Tensor& scores_in,
-                                                                          const at::Tensor& frames_in, int64_t eos) {
-  check(tokens_in, parents_in, scores_in, frames_in);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_backtrack(
+    const at::Tensor& tokens_in, const at::Tensor& parents_in, const at::Tensor& scores_in,
+    const at::Tensor& attended_frames_in, int64_t eos) {
+  check(tokens_in, parents_in, scores_in, attended_frames_in);
   const at::Tensor tokens = tokens_in.contiguous(), parents = parents_in.contiguous();
-  const at::Tensor scores = scores_in.contiguous(), frames = frames_in.contiguous();
+  const at::Tensor scores = scores_in.contiguous(), attended_frames = attended_frames_in.contiguous();
   const int64_t L = tokens.size(0), B = tokens.size(1), K = tokens.size(2);
   at::Tensor hypotheses = at::empty({B, K, L}, tokens.options()), lengths = at::empty({B, K}, tokens.options());
   at::Tensor token_scores = at::empty({B, K, L}, scores.options());
-  at::Tensor attended = at::empty({B, K, L}, tokens.options());
-  const History from{tokens.const_data_ptr<int64_t>(), parents.const_data_ptr<int64_t>(),
-                     scores.const_data_ptr<float>(),   frames.const_data_ptr<int64_t>(), L, B, K};
-  const Hypotheses to{hypotheses.mutable_data_ptr<int64_t>(), lengths.mutable_data_ptr<int64_t>(),
-                      token_scores.mutable_data_ptr<float>(), attended.mutable_data_ptr<int64_t>()};
+  at::Tensor hypothesis_frames = at::empty({B, K, L}, tokens.options());
+  const SearchSteps from{tokens.const_data_ptr<int64_t>(),
+                         parents.const_data_ptr<int64_t>(),
+                         scores.const_data_ptr<float>(),
+                         attended_frames.const_data_ptr<int64_t>(),
+                         L,
+                         B,
+                         K};
+  const BacktrackedHypotheses to{hypotheses.mutable_data_ptr<int64_t>(), lengths.mutable_data_ptr<int64_t>(),
+                                 token_scores.mutable_data_ptr<float>(), hypothesis_frames.mutable_data_ptr<int64_t>()};
   at::parallel_for(0, B, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, K * L)), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> beams(K);
     for (int64_t b = begin; b < end; ++b) follow(from, b, eos, to, beams);
   });
-  return {hypotheses, lengths, token_scores, attended};
+  return {hypotheses, lengths, token_scores, hypothesis_frames};
 }
 
 }  // namespace

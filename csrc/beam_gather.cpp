@@ -1,6 +1,6 @@
 // Recurrent states follow their parents: the C++ twin of las_fast/ops/beam_gather.py, which says what it means.
 //
-// A row is copied as bytes, so any dtype will do. All states of some hypotheses are copied by one thread.
+// Rows are copied as bytes, so every dtype works. One thread copies all states of some hypotheses.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t GRAIN = 1 << 16;  // bytes that make a thread worth starting
 
-// Where the rows of a state are, in bytes, and where they go.
-struct State {
+// Where the rows of a state are and where they go; strides and row size in bytes.
+struct StateRows {
   const char* from;
   char* to;
   int64_t utterance_stride, beam_stride, row;
@@ -37,12 +37,12 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
   const at::Tensor parents = parents_in.contiguous();
   const int64_t B = parents.size(0), K = parents.size(1);
   std::vector<at::Tensor> sources, gathered;
-  std::vector<State> rows;
+  std::vector<StateRows> rows;
   int64_t bytes = 1;
   for (const at::Tensor& state : states) {
     const at::Tensor& x = sources.emplace_back(state.stride(2) == 1 || state.size(2) < 2 ? state : state.contiguous());
     at::Tensor& y = gathered.emplace_back(at::empty(x.sizes(), x.options()));
-    if (x.numel() == 0) continue;  // no memory: pointers may be null, which memcpy does not take
+    if (x.numel() == 0) continue;  // its pointers may be null, which memcpy forbids
     const int64_t size = x.element_size();
     rows.push_back({static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()),
                     x.stride(0) * size, x.stride(1) * size, x.size(2) * size});
@@ -53,7 +53,7 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
     for (int64_t i = begin; i < end; ++i)
       TORCH_CHECK(parent[i] >= 0 && parent[i] < K, "parents must be from 0 to ", K - 1, "; got ", parent[i],
                   " in utterance ", i / K);
-    for (const State& x : rows)
+    for (const StateRows& x : rows)
       for (int64_t i = begin; i < end; ++i)
         std::memcpy(x.to + i * x.row, x.from + i / K * x.utterance_stride + parent[i] * x.beam_stride, x.row);
   });

@@ -56,27 +56,36 @@ const T* pointer(const Optional& x) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk(
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
-    const at::Tensor& lengths_in, int64_t eos, const Optional& minimum_in, const Optional& maximum_in,
-    double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& table_in,
-    const Optional& states_in, double weight, const Optional& gains_in, double ctc_weight) {
-  check(logits_in, scores_in, finished_in, lengths_in, eos, minimum_in, maximum_in, coverage_in, table_in, states_in,
-        gains_in);
+    const at::Tensor& lengths_in, int64_t eos, const Optional& min_lengths_in, const Optional& max_lengths_in,
+    double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_table_in,
+    const Optional& ngram_states_in, double ngram_weight, const Optional& ctc_gains_in, double ctc_weight) {
+  check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in, ngram_table_in,
+        ngram_states_in, ctc_gains_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
   const at::Tensor finished = finished_in.contiguous(), lengths = lengths_in.contiguous();
-  const Optional minimum = contiguous(minimum_in), maximum = contiguous(maximum_in);
-  const Optional coverage = contiguous(coverage_in), table = contiguous(table_in), states = contiguous(states_in);
-  const Optional gains = contiguous(gains_in);
+  const Optional min_lengths = contiguous(min_lengths_in), max_lengths = contiguous(max_lengths_in);
+  const Optional coverage = contiguous(coverage_in), ctc_gains = contiguous(ctc_gains_in);
+  const Optional ngram_table = contiguous(ngram_table_in), ngram_states = contiguous(ngram_states_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
                   lengths.const_data_ptr<int64_t>(), B, K, V, (V + BLOCK - 1) / BLOCK};
-  const Options options{eos, pointer<int64_t>(minimum), pointer<int64_t>(maximum), length_penalty, float(eos_threshold),
-                        pointer<float>(coverage), pointer<float>(table), pointer<int64_t>(states),
-                        table ? table->size(0) : 0, float(weight), pointer<float>(gains), float(ctc_weight)};
-  for (int64_t i = 0; table && i < B * K; ++i)
-    TORCH_CHECK(options.states[i] >= 0 && options.states[i] < options.state_count, "states must be from 0 to ",
-                options.state_count - 1, "; got ", options.states[i]);
+  const Options options{eos,
+                        pointer<int64_t>(min_lengths),
+                        pointer<int64_t>(max_lengths),
+                        length_penalty,
+                        float(eos_threshold),
+                        pointer<float>(coverage),
+                        pointer<float>(ngram_table),
+                        pointer<int64_t>(ngram_states),
+                        ngram_table ? ngram_table->size(0) : 0,
+                        float(ngram_weight),
+                        pointer<float>(ctc_gains),
+                        float(ctc_weight)};
+  for (int64_t i = 0; ngram_table && i < B * K; ++i)
+    TORCH_CHECK(options.ngram_states[i] >= 0 && options.ngram_states[i] < options.ngram_state_count,
+                "states must be from 0 to ", options.ngram_state_count - 1, "; got ", options.ngram_states[i]);
 
-  std::vector<Row> rows(B * K);
+  std::vector<RowSummary> rows(B * K);
   std::vector<float> block_maxima(B * K * in.blocks);
   at::parallel_for(0, B * K, std::max<int64_t>(1, GRAIN / V), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -84,15 +93,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   });
 
   const at::IntArrayRef shape = scores.sizes();
-  const at::Tensor total = at::empty(shape, scores.options()), ended = at::empty(shape, finished.options());
+  const at::Tensor scores_after = at::empty(shape, scores.options());
+  const at::Tensor finished_after = at::empty(shape, finished.options());
   const at::Tensor tokens = at::empty(shape, lengths.options()), parents = at::empty(shape, lengths.options());
-  const at::Tensor after = at::empty(shape, lengths.options());
-  const at::Tensor led = table ? at::empty(shape, lengths.options()) : at::empty({0, 0}, lengths.options());
-  const Outputs out{total.mutable_data_ptr<float>(),     tokens.mutable_data_ptr<int64_t>(),
-                    parents.mutable_data_ptr<int64_t>(), ended.mutable_data_ptr<bool>(),
-                    after.mutable_data_ptr<int64_t>(),   led.mutable_data_ptr<int64_t>()};
+  const at::Tensor lengths_after = at::empty(shape, lengths.options());
+  const at::Tensor ngram_states_after =
+      ngram_table ? at::empty(shape, lengths.options()) : at::empty({0, 0}, lengths.options());
+  const Outputs out{scores_after.mutable_data_ptr<float>(),    tokens.mutable_data_ptr<int64_t>(),
+                    parents.mutable_data_ptr<int64_t>(),       finished_after.mutable_data_ptr<bool>(),
+                    lengths_after.mutable_data_ptr<int64_t>(), ngram_states_after.mutable_data_ptr<int64_t>()};
   at::parallel_for(0, B, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, K * V)), [&](int64_t begin, int64_t end) {
-    Best best(K);
+    BestCandidates best(K);
     for (int64_t b = begin; b < end; ++b) {
       best.clear();
       for (int64_t k = 0; k < K; ++k) offer_beam(in, options, rows.data(), block_maxima.data(), b, k, best);
@@ -100,7 +111,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       write(in, options, b, best, out);
     }
   });
-  return {total, tokens, parents, ended, after, led};
+  return {scores_after, tokens, parents, finished_after, lengths_after, ngram_states_after};
 }
 
 }  // namespace

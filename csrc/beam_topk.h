@@ -1,8 +1,8 @@
-// The pruning of one step of beam search, for whatever makes the logits.
+// The pruning of one step of beam search, for beam_topk.cpp and the search of the speller.
 //
 // First every row of logits is summarised, by threads that share nothing: its maximum, the log of its sum, and the
-// maximum of each block. Then each utterance takes its best candidates. A rank only grows with the logit, so a block
-// whose maximum would not enter is passed over: with thousands of tokens that is nearly all of them, and it is exact.
+// maximum of each block. Then each utterance takes its best candidates. A rank grows with the logit, so a block whose
+// maximum would not enter is skipped. With thousands of tokens that is nearly all of them, and the result is exact.
 
 #pragma once
 
@@ -17,9 +17,9 @@ namespace las::topk {
 
 constexpr int64_t BLOCK = 64;  // tokens
 
-// What a row of logits comes to. With NaN or +inf among them, or nothing but -inf, log_sum is NaN, and so are the ranks
-// of all its candidates: Best takes none of them.
-struct Row {
+// The summary of a row of logits. If the row holds NaN or +inf, or nothing but -inf, log_sum is NaN, and so are the
+// ranks of all its candidates: BestCandidates takes none of them.
+struct RowSummary {
   float maximum, log_sum;
 
   float log_probability(float logit) const { return (logit - maximum) - log_sum; }
@@ -40,7 +40,7 @@ template <int W>
 LAS_INLINE float block_maximum(const float* row, int64_t begin, int64_t V) {
   Float<W> most = broadcast<W>(-INFINITE);
   for (int64_t v = begin; v < std::min(begin + BLOCK, V); v += W)
-    most = larger<W>(most, load_logits<W>(row, v, V));
+    most = max<W>(most, load_logits<W>(row, v, V));
   return largest<W>(most);
 }
 
@@ -52,8 +52,8 @@ LAS_INLINE float block_sum(const float* row, int64_t begin, int64_t V, float max
   return las::sum<W>(total);
 }
 
-inline Row summarise(const float* logits, int64_t V, float* block_maxima) {
-  Row row{-INFINITE, 0.0f};
+inline RowSummary summarise(const float* logits, int64_t V, float* block_maxima) {
+  RowSummary row{-INFINITE, 0.0f};
   widest([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t v = 0; v < V; v += BLOCK) {
@@ -73,16 +73,16 @@ struct Candidate {
   int64_t index;  // k * V + v
 };
 
-// The best candidates so far, best first. Equal ranks go to the lower index.
-class Best {
+// The best candidates so far, best first. Of equal ranks the lower index comes first.
+class BestCandidates {
  public:
-  explicit Best(int64_t size) : found_(size), size_(size) {}
+  explicit BestCandidates(int64_t size) : found_(size), size_(size) {}
 
   void clear() { count_ = 0; }
   int64_t count() const { return count_; }
   const Candidate& operator[](int64_t i) const { return found_[i]; }
 
-  // Whether a candidate of that rank and an index above all others so far would enter; one of NaN never does.
+  // Whether a candidate of that rank would enter, if its index is above all others so far. NaN never does.
   bool takes(float rank) const { return count_ < size_ ? rank > -INFINITE : rank > found_[size_ - 1].rank; }
 
   void offer(const Candidate& candidate) {
@@ -92,7 +92,7 @@ class Best {
     found_[i] = candidate;
   }
 
-  // Candidates of rank -inf come last, by index: those not yet taken, from the lowest.
+  // Fill up with candidates of rank -inf: those not yet taken, from the lowest index.
   void fill() {
     const int64_t taken = count_;
     for (int64_t index = 0; count_ < size_; ++index) {
@@ -108,47 +108,47 @@ class Best {
 
 struct Options {
   int64_t eos;
-  const int64_t *minimum, *maximum;  // (B,) or null
+  const int64_t *min_lengths, *max_lengths;  // (B,) or null
   double length_penalty;
   float eos_threshold;
-  const float *coverage, *table;  // (B, K) and (states, V), or null
-  const int64_t* states;
-  int64_t state_count;
-  float weight;
-  const float* gains;  // (B, K, V), or null
+  const float *coverage, *ngram_table;  // (B, K) and (states, V), or null
+  const int64_t* ngram_states;          // (B, K), or null
+  int64_t ngram_state_count;
+  float ngram_weight;
+  const float* ctc_gains;  // (B, K, V), or null
   float ctc_weight;
 };
 
 struct Inputs {
-  const float *logits, *scores;
-  const bool* finished;
-  const int64_t* lengths;
+  const float *logits, *scores;  // (B, K, V), (B, K)
+  const bool* finished;          // (B, K)
+  const int64_t* lengths;        // (B, K)
   int64_t B, K, V, blocks;
 };
 
 // How the candidates of one beam are ranked.
-struct Beam {
-  const float* logits;
-  const float* block_maxima;
-  Row row;
+struct BeamRanking {
+  const float* logits;        // (V,)
+  const float* block_maxima;  // (blocks,)
+  RowSummary row;
   float score, factor, coverage;  // rank = score of the candidate * factor + coverage
-  const float* ngram;  // its row of the table, or null
-  float weight;
-  const float* gains;  // those of its continuations, or null
+  const float* ngram;  // (V,): its row of the table, or null
+  float ngram_weight;
+  const float* ctc_gains;  // (V,): those of its continuations, or null
   float ctc_weight;
 
   // What token v adds to the score.
   float step(int64_t v) const {
     float model = row.log_probability(logits[v]);
-    if (gains && model != -INFINITE) model = (1.0f - ctc_weight) * model + ctc_weight * gains[v];
-    return ngram ? model + weight * ngram[v] : model;
+    if (ctc_gains && model != -INFINITE) model = (1.0f - ctc_weight) * model + ctc_weight * ctc_gains[v];
+    return ngram ? model + ngram_weight * ngram[v] : model;
   }
   float rank(float total) const { return total * factor + coverage; }
   Candidate candidate(float step, int64_t index) const { return {rank(score + step), score + step, index}; }
 };
 
-// Whether eos is too improbable beside the best other token.
-inline bool below_threshold(const Beam& beam, const Inputs& in, int64_t eos, float threshold) {
+// Whether eos is too improbable in comparison with the best other token.
+inline bool below_threshold(const BeamRanking& beam, const Inputs& in, int64_t eos, float threshold) {
   float other = -INFINITE;
   for (int64_t block = 0; block < in.blocks; ++block) {
     if (block != eos / BLOCK) {
@@ -161,10 +161,11 @@ inline bool below_threshold(const Beam& beam, const Inputs& in, int64_t eos, flo
   return beam.row.log_probability(beam.logits[eos]) <= threshold * beam.row.log_probability(other);
 }
 
-inline void offer_all(const Beam& beam, int64_t first, const Inputs& in, int64_t excluded, Best& best) {
+inline void offer_all(const BeamRanking& beam, int64_t first, const Inputs& in, int64_t excluded,
+                      BestCandidates& best) {
   for (int64_t block = 0; block < in.blocks; ++block) {
     const float most = beam.score + beam.row.log_probability(beam.block_maxima[block]);
-    if (!beam.ngram && !beam.gains && !best.takes(beam.rank(most))) continue;
+    if (!beam.ngram && !beam.ctc_gains && !best.takes(beam.rank(most))) continue;
     const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.V - begin);
     float totals[BLOCK], ranks[BLOCK];
     for (int64_t i = 0; i < n; ++i) totals[i] = beam.score + beam.step(begin + i);
@@ -175,39 +176,40 @@ inline void offer_all(const Beam& beam, int64_t first, const Inputs& in, int64_t
 }
 
 // Offer the candidates of beam k of utterance b, in the order of their indices.
-inline void offer_beam(const Inputs& in, const Options& options, const Row* rows, const float* block_maxima,
-                       int64_t b, int64_t k, Best& best) {
+inline void offer_beam(const Inputs& in, const Options& options, const RowSummary* rows, const float* block_maxima,
+                       int64_t b, int64_t k, BestCandidates& best) {
   const int64_t at = b * in.K + k, first = k * in.V, eos = options.eos;
   const bool finished = in.finished[at];
   const float tokens = float(std::max<int64_t>(1, in.lengths[at] + !finished));
-  const Beam beam{in.logits + at * in.V,
-                  block_maxima + at * in.blocks,
-                  rows[at],
-                  in.scores[at],
-                  options.length_penalty == 0.0 ? 1.0f : 1.0f / std::pow(tokens, float(options.length_penalty)),
-                  options.coverage ? options.coverage[at] : 0.0f,
-                  options.table ? options.table + options.states[at] * in.V : nullptr,
-                  options.weight,
-                  options.gains ? options.gains + at * in.V : nullptr,
-                  options.ctc_weight};
+  const BeamRanking beam{in.logits + at * in.V,
+                         block_maxima + at * in.blocks,
+                         rows[at],
+                         in.scores[at],
+                         options.length_penalty == 0.0 ? 1.0f : 1.0f / std::pow(tokens, float(options.length_penalty)),
+                         options.coverage ? options.coverage[at] : 0.0f,
+                         options.ngram_table ? options.ngram_table + options.ngram_states[at] * in.V : nullptr,
+                         options.ngram_weight,
+                         options.ctc_gains ? options.ctc_gains + at * in.V : nullptr,
+                         options.ctc_weight};
   if (finished) return best.offer(beam.candidate(0.0f, first + eos));
   if (beam.score == -INFINITE) return;
-  if (options.maximum && in.lengths[at] >= options.maximum[b])
+  if (options.max_lengths && in.lengths[at] >= options.max_lengths[b])
     return best.offer(beam.candidate(beam.step(eos), first + eos));
   const bool denied =
       (options.eos_threshold != 0.0f && below_threshold(beam, in, eos, options.eos_threshold)) ||
-      (options.minimum && in.lengths[at] < options.minimum[b]);
+      (options.min_lengths && in.lengths[at] < options.min_lengths[b]);
   offer_all(beam, first, in, denied ? eos : -1, best);
 }
 
+// (B, K) each.
 struct Outputs {
   float* scores;
   int64_t *tokens, *parents;
   bool* finished;
-  int64_t *lengths, *states;
+  int64_t *lengths, *ngram_states;
 };
 
-inline void write(const Inputs& in, const Options& options, int64_t b, const Best& best, const Outputs& out) {
+inline void write(const Inputs& in, const Options& options, int64_t b, const BestCandidates& best, const Outputs& out) {
   for (int64_t k = 0; k < in.K; ++k) {
     const int64_t to = b * in.K + k, parent = best[k].index / in.V, token = best[k].index % in.V;
     const int64_t from = b * in.K + parent;
@@ -217,9 +219,9 @@ inline void write(const Inputs& in, const Options& options, int64_t b, const Bes
     out.parents[to] = parent;
     out.finished[to] = ended || token == options.eos;
     out.lengths[to] = in.lengths[from] + !ended;
-    if (options.table == nullptr) continue;
-    const int64_t state = options.states[from];
-    out.states[to] = ended ? state : (state * in.V + token) % options.state_count;
+    if (options.ngram_table == nullptr) continue;
+    const int64_t state = options.ngram_states[from];
+    out.ngram_states[to] = ended ? state : (state * in.V + token) % options.ngram_state_count;
   }
 }
 

@@ -1,12 +1,12 @@
-// A bidirectional LSTM layer over utterances of different lengths and its gradients: the C++ twin of
+// A bidirectional LSTM layer over utterances of different lengths, and its gradients: the C++ twin of
 // las_fast/ops/bilstm.py, which says what it means.
 //
-// Utterances are taken from the longest to the shortest. At step s those longer than s are rows of the products, in
+// Utterances are taken from the longest to the shortest. At step s, those longer than s are the rows of the matmuls, in
 // both directions: the backward one reads frame length - 1 - s. So nothing is reversed, and no padding is computed. The
-// inputs of some steps are multiplied at once, what the state adds step by step, both with weights packed beforehand.
+// inputs of several steps are multiplied at once, the states step by step, both with weights packed beforehand.
 //
-// A row's sums do not depend on the rows beside it (product.h), so an utterance has one answer alone and in any batch,
-// and gradients add up in the order of the frames, for any number of threads.
+// A row's sums do not depend on the other rows (matmul.h): an utterance has one answer, alone and in any batch.
+// Gradients are summed in the order of the frames, for any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -27,7 +27,6 @@
 
 namespace {
 
-using las::Buffer;
 using las::COLUMNS;
 using las::Float;
 using las::get;
@@ -35,29 +34,30 @@ using las::Matrix;
 using las::padded;
 using las::Panels;
 using las::put;
+using las::RowBuffer;
 
 constexpr int64_t DIRECTIONS = 2;
-constexpr int64_t KEPT = 5;      // values a frame, direction and unit: the four gates, and the cell
-constexpr int64_t CHUNK = 128;   // rows of an input product: their gates stay in the second-level cache
-constexpr int64_t BLOCK = 2048;  // frames of a product that gives gradients of weights: each adds to all of them
-constexpr int64_t LEAST = 8;     // utterances to a group: with fewer rows, reading the weights takes the time
+constexpr int64_t SAVED = 5;      // values per frame, direction and unit: the four gates, and the cell
+constexpr int64_t CHUNK = 128;    // rows of a matmul of inputs: their gates stay in the second-level cache
+constexpr int64_t BLOCK = 2048;   // frames per matmul of a weight's gradient, each of which reads and writes all of it
+constexpr int64_t MIN_GROUP = 8;  // utterances in a group: with fewer rows, reading the weights takes most of the time
 
-struct Shape {
+struct BiLstmShape {
   int64_t B, T, I, H;
 };
 
-// Frames are counted in two ways: `place` is b * T + t in tensors, `index` leaves padding out.
-struct Frames {
-  Frames(const at::Tensor& given, int64_t B, int64_t T) : lengths(B), first(B + 1, 0) {
+// The valid frames. They are numbered in two ways: a position is b * T + t, as in tensors; an index leaves padding out.
+struct ValidFrames {
+  ValidFrames(const at::Tensor& lengths_in, int64_t B, int64_t T) : lengths(B), first(B + 1, 0) {
     for (int64_t b = 0; b < B; ++b) {
-      lengths[b] = std::clamp<int64_t>(given.const_data_ptr<int64_t>()[b], 0, T);
+      lengths[b] = std::clamp<int64_t>(lengths_in.const_data_ptr<int64_t>()[b], 0, T);
       first[b + 1] = first[b] + lengths[b];
-      for (int64_t t = 0; t < lengths[b]; ++t) places.push_back(b * T + t);
+      for (int64_t t = 0; t < lengths[b]; ++t) positions.push_back(b * T + t);
     }
   }
-  int64_t count() const { return int64_t(places.size()); }
+  int64_t count() const { return int64_t(positions.size()); }
 
-  // Utterances from the longest to the shortest, dealt to `groups`.
+  // The utterances of each group, from the longest to the shortest: they are dealt to the groups in turn.
   std::vector<std::vector<int64_t>> grouped(int64_t groups) const {
     std::vector<int64_t> order(lengths.size());
     std::iota(order.begin(), order.end(), 0);
@@ -66,12 +66,14 @@ struct Frames {
     for (size_t i = 0; i < order.size(); ++i) dealt[i % groups].push_back(order[i]);
     return dealt;
   }
-  // The frame of utterance b, by index, that a direction reads at a step.
+  // Index of the frame of utterance b that a direction reads at a step.
   int64_t index(int64_t direction, int64_t b, int64_t step) const {
     return first[b] + (direction == 0 ? step : lengths[b] - 1 - step);
   }
 
-  std::vector<int64_t> lengths, first, places;
+  std::vector<int64_t> lengths;    // (B,)
+  std::vector<int64_t> first;      // (B + 1,): index of the first frame of each utterance
+  std::vector<int64_t> positions;  // (frames,)
 };
 
 template <class Each>
@@ -82,12 +84,12 @@ void each_direction(const Each& each) {
 }
 
 int64_t groups_of(int64_t B) {
-  return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / LEAST));
+  return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / MIN_GROUP));
 }
 
-// In the order of the op: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) of each direction.
-struct Weights {
-  explicit Weights(at::TensorList list) {
+// In the order of the schema: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) of each direction.
+struct BiLstmWeights {
+  explicit BiLstmWeights(at::TensorList list) {
     for (const at::Tensor& x : list) tensors.push_back(x.contiguous());
   }
   const float* input(int64_t direction) const { return tensors[4 * direction].const_data_ptr<float>(); }
@@ -99,21 +101,22 @@ struct Weights {
   std::vector<at::Tensor> tensors;
 };
 
-// Weights of one direction, packed.
+// The weights of one direction, packed.
 template <class T>
-struct Packed {
-  Panels<T> input, recurrent;
-  std::vector<float> bias;
-  las::Memory<T> input_memory, recurrent_memory;
+struct PackedDirection {
+  Panels<T> input, recurrent;  // (4 * H, I), (4 * H, H)
+  std::vector<float> bias;     // (padded 4 * H,)
+  las::AlignedArray<T> input_memory, recurrent_memory;
 };
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
 template <class T>
-class Forward {
+class BiLstmForward {
  public:
-  Forward(const Shape& shape, const Frames& frames, const Weights& weights, const T* x, T* output, T* kept)
-      : shape_(shape), frames_(frames), x_(x), output_(output), kept_(kept) {
+  BiLstmForward(const BiLstmShape& shape, const ValidFrames& frames, const BiLstmWeights& weights, const T* x,
+                T* output, T* saved)
+      : shape_(shape), frames_(frames), x_(x), output_(output), saved_(saved) {
     each_direction([&](int64_t d) { pack(weights, d); });
   }
 
@@ -122,30 +125,30 @@ class Forward {
     at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run(i % DIRECTIONS, groups[i / DIRECTIONS]);
     });
-    at::parallel_for(0, shape_.B, LEAST, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, shape_.B, MIN_GROUP, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) clear_padding(b);
     });
   }
 
  private:
-  struct Row {
+  struct FrameRow {
     int64_t utterance, index;
   };
 
   struct Scratch {
-    Scratch(const Shape& s, int64_t utterances, int64_t rows)
-        : inputs(rows, s.I), hidden(utterances, s.H), gates(rows, 4 * s.H), cell(utterances, s.H), starts(rows) {
+    Scratch(const BiLstmShape& s, int64_t utterances, int64_t rows)
+        : inputs(rows, s.I), hidden(utterances, s.H), gates(rows, 4 * s.H), cell(utterances, s.H), initial(rows) {
       inputs.clear(), hidden.clear(), cell.clear();
     }
-    Buffer<T> inputs, hidden;
-    Buffer<float> gates, cell;
-    std::vector<const float*> starts;
-    std::vector<Row> rows;
+    RowBuffer<T> inputs, hidden;        // (rows, I), (utterances, H)
+    RowBuffer<float> gates, cell;       // (rows, 4 * H), (utterances, H)
+    std::vector<const float*> initial;  // (rows,)
+    std::vector<FrameRow> rows;
   };
 
-  void pack(const Weights& weights, int64_t d) {
+  void pack(const BiLstmWeights& weights, int64_t d) {
     const auto [B, _, I, H] = shape_;
-    Packed<T>& to = packed_[d];
+    PackedDirection<T>& to = packed_[d];
     to.input = las::pack<T>(weights.input(d), I, 1, 4 * H, I, to.input_memory);
     to.recurrent = las::pack<T>(weights.recurrent(d), H, 1, 4 * H, H, to.recurrent_memory);
     to.bias.resize(padded(4 * H));
@@ -166,54 +169,54 @@ class Forward {
           scratch.rows.push_back({utterances[r], frames_.index(direction, utterances[r], step)});
         counts.push_back(active);
       } while (++step < longest && int64_t(scratch.rows.size()) + active <= CHUNK);
-      project(direction, scratch);
+      input_gates(direction, scratch);
       int64_t row = 0;
       for (const int64_t count : counts) {
-        advance(direction, scratch, row, count, row == 0 && step == int64_t(counts.size()));
+        step_rows(direction, scratch, row, count, row == 0 && step == int64_t(counts.size()));
         row += count;
       }
     }
   }
 
-  // What the inputs of all listed rows add to their gates.
-  void project(int64_t direction, Scratch& scratch) {
+  // Compute what the inputs of all listed rows add to their gates.
+  void input_gates(int64_t direction, Scratch& scratch) {
     const int64_t n = int64_t(scratch.rows.size()), I = shape_.I;
     for (int64_t i = 0; i < n; ++i)
-      std::copy_n(x_ + frames_.places[scratch.rows[i].index] * I, I, scratch.inputs.at(i));
-    std::fill_n(scratch.starts.begin(), n, packed_[direction].bias.data());
-    las::product(scratch.inputs.rows(n), packed_[direction].input, scratch.starts.data(), scratch.gates.rows(n));
+      std::copy_n(x_ + frames_.positions[scratch.rows[i].index] * I, I, scratch.inputs.at(i));
+    std::fill_n(scratch.initial.begin(), n, packed_[direction].bias.data());
+    las::matmul(scratch.inputs.rows(n), packed_[direction].input, scratch.initial.data(), scratch.gates.rows(n));
   }
 
-  // One step of `count` listed rows from `row` on; states are zero before the `first`.
-  void advance(int64_t direction, Scratch& scratch, int64_t row, int64_t count, bool first) {
+  // One step of `count` listed rows from `row` on. States are zero before the first step.
+  void step_rows(int64_t direction, Scratch& scratch, int64_t row, int64_t count, bool first) {
     const int64_t H = shape_.H;
     const Matrix<float> gates = scratch.gates.rows(count, row);
     if (!first) {
-      for (int64_t i = 0; i < count; ++i) scratch.starts[i] = gates.at(i);
-      las::product(scratch.hidden.rows(count), packed_[direction].recurrent, scratch.starts.data(), gates);
+      for (int64_t i = 0; i < count; ++i) scratch.initial[i] = gates.at(i);
+      las::matmul(scratch.hidden.rows(count), packed_[direction].recurrent, scratch.initial.data(), gates);
     }
     las::widest([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t place = frames_.places[scratch.rows[row + i].index];
-        T* out = output_ + (place * DIRECTIONS + direction) * H;
-        T* kept = kept_ ? kept_ + (place * DIRECTIONS + direction) * KEPT * H : nullptr;
-        cell<width>(gates.at(i), scratch.cell.at(i), scratch.hidden.at(i), out, kept);
+        const int64_t position = frames_.positions[scratch.rows[row + i].index];
+        T* out = output_ + (position * DIRECTIONS + direction) * H;
+        T* saved = saved_ ? saved_ + (position * DIRECTIONS + direction) * SAVED * H : nullptr;
+        step_cell<width>(gates.at(i), scratch.cell.at(i), scratch.hidden.at(i), out, saved);
       }
     });
   }
 
   template <int W>
-  LAS_INLINE void cell(const float* sums, float* state, T* hidden, T* output, T* kept) const {
+  LAS_INLINE void step_cell(const float* sums, float* cell, T* hidden, T* output, T* saved) const {
     const int64_t H = shape_.H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const las::LstmGates<W> gates = las::activate_gates<W>(sums + j, H, lanes);
-      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * get<W>(state + j, lanes, 0.0f));
-      put<W>(state + j, after.cell, lanes);
+      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * get<W>(cell + j, lanes, 0.0f));
+      put<W>(cell + j, after.cell, lanes);
       put<W>(hidden + j, after.hidden, lanes);
       put<W>(output + j, after.hidden, lanes);
-      if (!kept) return;
-      las::put_gates<W>(kept + j, H, gates, lanes);
-      put<W>(kept + 4 * H + j, after.cell, lanes);
+      if (!saved) return;
+      las::put_gates<W>(saved + j, H, gates, lanes);
+      put<W>(saved + 4 * H + j, after.cell, lanes);
     });
   }
 
@@ -222,59 +225,61 @@ class Forward {
     std::fill_n(output_ + (b * shape_.T + valid) * frame, (shape_.T - valid) * frame, T(0.0f));
   }
 
-  const Shape& shape_;
-  const Frames& frames_;
+  const BiLstmShape& shape_;
+  const ValidFrames& frames_;
   const T* x_;
-  T *output_, *kept_;  // kept (B, T, 2, KEPT, H) for the gradients, or null
-  Packed<T> packed_[DIRECTIONS];
+  T *output_, *saved_;  // (B, T, 2 * H) and (B, T, 2, SAVED, H); saved may be null
+  PackedDirection<T> packed_[DIRECTIONS];
 };
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// With dX the gradient of X, c' the cell before and c the cell after a step, from the last step to the first:
-//   dh += W_hh^T dgates of the step after;   dc = dh * o * (1 - tanh(c)^2) + dc of the step after * f of that step
-//   di = dc * g * i (1 - i);   df = dc * c' * f (1 - f);   dg = dc * i * (1 - g^2);   do = dh * tanh(c) * o (1 - o)
-// and then, over all frames:
+// From the last step to the first, lstm.h gives the gradients of the gates, where dX is the gradient of X:
+//   dh += W_hh^T dgates of the step after
+// and then, over all frames, with h' the hidden state before:
 //   dx = sum of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
-struct Gradients {  // of the weights of one direction: weight_ih, weight_hh, with whole panels in a row, and each bias
-  Matrix<float> input, recurrent;
-  float* bias;
+
+// The gradients of the weights of one direction.
+struct DirectionGradients {
+  Matrix<float> input, recurrent;  // (4 * H, padded I), (4 * H, padded H)
+  float* bias;                     // (4 * H,): of either bias
 };
 
 template <class T>
-class Backward {
+class BiLstmBackward {
  public:
-  Backward(const Shape& shape, const Frames& frames, const Weights& weights, const T* gradient, const T* x,
-           const T* output, const T* kept)
-      : shape_(shape), frames_(frames), weights_(weights), gradient_(gradient), x_(x), output_(output), kept_(kept),
-        gates_(frames.count(), DIRECTIONS * 4 * shape.H), none_(std::max(shape.I, shape.H), T(0.0f)) {}
+  BiLstmBackward(const BiLstmShape& shape, const ValidFrames& frames, const BiLstmWeights& weights, const T* gradient,
+                 const T* x, const T* output, const T* saved)
+      : shape_(shape), frames_(frames), weights_(weights), gradient_(gradient), x_(x), output_(output), saved_(saved),
+        gates_(frames.count(), DIRECTIONS * 4 * shape.H), zeros_(std::max(shape.I, shape.H), T(0.0f)) {}
 
-  void recur() {
+  void through_time() {
     const auto groups = frames_.grouped(groups_of(shape_.B));
     const int64_t H = shape_.H;
-    las::Memory<T> memory[DIRECTIONS];
+    las::AlignedArray<T> memory[DIRECTIONS];
     Panels<T> recurrent[DIRECTIONS];
     each_direction([&](int64_t d) {
       recurrent[d] = las::pack<T>(weights_.recurrent(d), 1, H, H, 4 * H, memory[d]);
     });
     at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) recur(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
+      for (int64_t i = begin; i < end; ++i)
+        through_time(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
     });
   }
 
   // The gradient of x (B, T, I), zero past the lengths.
-  void to_inputs(T* x_gradient) {
-    las::Memory<T> memory[DIRECTIONS];
+  void input_gradients(T* x_gradient) {
+    las::AlignedArray<T> memory[DIRECTIONS];
     Panels<T> input[DIRECTIONS];
     each_direction([&](int64_t d) {
       input[d] = las::pack<T>(weights_.input(d), 1, shape_.I, shape_.I, 4 * shape_.H, memory[d]);
     });
     at::parallel_for(0, frames_.count(), CHUNK, [&](int64_t begin, int64_t end) {
-      const Buffer<float> sums(CHUNK, shape_.I);
-      std::vector<const float*> starts(CHUNK);
-      for (int64_t i = 0; i < CHUNK; ++i) starts[i] = sums.at(i);
+      const RowBuffer<float> sums(CHUNK, shape_.I);
+      std::vector<const float*> initial(CHUNK);
+      for (int64_t i = 0; i < CHUNK; ++i) initial[i] = sums.at(i);
       for (int64_t from = begin; from < end; from += CHUNK)
-        to_inputs(input, from, std::min(CHUNK, end - from), sums, starts.data(), x_gradient);
+        input_gradients(input, from, std::min(CHUNK, end - from), sums, initial.data(), x_gradient);
     });
     for (int64_t b = 0; b < shape_.B; ++b) {
       const int64_t valid = frames_.lengths[b];
@@ -282,56 +287,56 @@ class Backward {
     }
   }
 
-  // The gradients of the weights, whatever is there before, and of the biases, where there are zeros.
-  void to_weights(const Gradients (&to)[DIRECTIONS]) const {
-    for (const Gradients& one : to)
+  // The gradients of the weights, which are overwritten, and of the biases, which are added to zeros.
+  void weight_gradients(const DirectionGradients (&to)[DIRECTIONS]) const {
+    for (const DirectionGradients& one : to)
       for (const Matrix<float>& rows : {one.input, one.recurrent})
         if (frames_.count() == 0) std::fill_n(rows.data, rows.count * rows.stride, 0.0f);
-    const int64_t most = padded(std::min(BLOCK, frames_.count()), las::NEIGHBOURS<T>);
-    const las::Memory<T> x(padded(shape_.I) * most), h(padded(shape_.H) * most);
+    const int64_t depth = padded(std::min(BLOCK, frames_.count()), las::DEPTH_INTERLEAVE<T>);
+    const las::AlignedArray<T> x(padded(shape_.I) * depth), h(padded(shape_.H) * depth);
     for (int64_t from = 0; from < frames_.count(); from += BLOCK) {
       const int64_t count = std::min(BLOCK, frames_.count() - from);
       const Panels<T> inputs = pack(rows_of_inputs(from, count), shape_.I, x);
       for (int64_t d = 0; d < DIRECTIONS; ++d)
-        to_weights(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h), from > 0,
-                   to[d]);
+        weight_gradients(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h),
+                         from > 0, to[d]);
     }
   }
 
  private:
-  void recur(int64_t direction, const std::vector<int64_t>& utterances, const Panels<T>& recurrent) {
+  void through_time(int64_t direction, const std::vector<int64_t>& utterances, const Panels<T>& recurrent) {
     const int64_t H = shape_.H, all = int64_t(utterances.size());
-    Buffer<float> hidden(all, H), cell(all, H);
-    Buffer<T> gates(all, 4 * H);
-    hidden.clear(), cell.clear();  // an utterance begins with its last frame, from zero
+    RowBuffer<float> hidden(all, H), cell(all, H);
+    RowBuffer<T> gates(all, 4 * H);
+    hidden.clear(), cell.clear();  // zero after the last frame of an utterance
     int64_t active = 0;
     for (int64_t step = all ? frames_.lengths[utterances[0]] - 1 : -1; step >= 0; --step) {
       while (active < all && frames_.lengths[utterances[active]] > step) ++active;
       las::widest([&](auto width) __attribute__((always_inline)) {
         for (int64_t r = 0; r < active; ++r)
-          through_cell<width>(direction, utterances[r], step, hidden.at(r), cell.at(r), gates.at(r));
+          cell_backward<width>(direction, utterances[r], step, hidden.at(r), cell.at(r), gates.at(r));
       });
-      if (step > 0) las::product(gates.rows(active), recurrent, nullptr, hidden.rows(active));
+      if (step > 0) las::matmul(gates.rows(active), recurrent, nullptr, hidden.rows(active));
     }
   }
 
-  const T* kept(int64_t direction, int64_t index) const {
-    return kept_ + (frames_.places[index] * DIRECTIONS + direction) * KEPT * shape_.H;
+  const T* saved(int64_t direction, int64_t index) const {
+    return saved_ + (frames_.positions[index] * DIRECTIONS + direction) * SAVED * shape_.H;
   }
 
   template <int W>
-  LAS_INLINE void through_cell(int64_t direction, int64_t b, int64_t step, const float* hidden, float* cell,
-                               T* row) const {
+  LAS_INLINE void cell_backward(int64_t direction, int64_t b, int64_t step, const float* hidden, float* cell,
+                                T* row) const {
     const int64_t H = shape_.H, index = frames_.index(direction, b, step);
-    const T* now = kept(direction, index);
-    const T* before = step > 0 ? kept(direction, frames_.index(direction, b, step - 1)) + 4 * H : none_.data();
-    const T* above = gradient_ + (frames_.places[index] * DIRECTIONS + direction) * H;
-    // What was kept is far away by now: it is fetched two steps early, as a step reads the cell before its own, too.
+    const T* now = saved(direction, index);
+    const T* before = step > 0 ? saved(direction, frames_.index(direction, b, step - 1)) + 4 * H : zeros_.data();
+    const T* above = gradient_ + (frames_.positions[index] * DIRECTIONS + direction) * H;
+    // What was saved has left the cache. Prefetch it two steps early, since a step also reads the cell before its own.
     const int64_t later = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
-    const T* kept_later = kept(direction, later);
-    const T* above_later = gradient_ + (frames_.places[later] * DIRECTIONS + direction) * H;
+    const T* saved_later = saved(direction, later);
+    const T* above_later = gradient_ + (frames_.positions[later] * DIRECTIONS + direction) * H;
     las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < KEPT; ++i) las::fetch(kept_later + i * H + j);
+      for (int64_t i = 0; i < SAVED; ++i) las::fetch(saved_later + i * H + j);
       las::fetch(above_later + j);
       const las::LstmGates<W> gates = las::get_gates<W>(now + j, H, lanes);
       const Float<W> tanh_cell = las::tanh<W>(get<W>(now + 4 * H + j, lanes, 0.0f));
@@ -344,22 +349,22 @@ class Backward {
     std::copy_n(row, 4 * H, gates_.at(index) + direction * 4 * H);
   }
 
-  void to_inputs(const Panels<T> (&input)[DIRECTIONS], int64_t from, int64_t count, const Buffer<float>& sums,
-                 las::Starts starts, T* x_gradient) const {
+  void input_gradients(const Panels<T> (&input)[DIRECTIONS], int64_t from, int64_t count, const RowBuffer<float>& sums,
+                       las::InitialSums initial, T* x_gradient) const {
     for (int64_t d = 0; d < DIRECTIONS; ++d) {
       Matrix<T> rows = gates_.rows(count, from);
       rows.data += d * 4 * shape_.H;
-      las::product(rows, input[d], d == 0 ? nullptr : starts, sums.rows(count));
+      las::matmul(rows, input[d], d == 0 ? nullptr : initial, sums.rows(count));
     }
     las::widest([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i)
-        las::convert<width>(sums.at(i), shape_.I, x_gradient + frames_.places[from + i] * shape_.I);
+        las::convert<width>(sums.at(i), shape_.I, x_gradient + frames_.positions[from + i] * shape_.I);
     });
   }
 
   std::vector<const T*> rows_of_inputs(int64_t from, int64_t count) const {
     std::vector<const T*> rows(count);
-    for (int64_t k = 0; k < count; ++k) rows[k] = x_ + frames_.places[from + k] * shape_.I;
+    for (int64_t k = 0; k < count; ++k) rows[k] = x_ + frames_.positions[from + k] * shape_.I;
     return rows;
   }
 
@@ -369,31 +374,31 @@ class Backward {
     return rows;
   }
 
-  // The states that the frames found: of the frame before them, or after them.
+  // The hidden states before the frames: those of the frame before, or after, in the order of time.
   std::vector<const T*> rows_of_states(int64_t direction, int64_t from, int64_t count) const {
     std::vector<const T*> rows(count);
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t place = frames_.places[from + k], b = place / shape_.T, t = place % shape_.T;
-      const bool starts = direction == 0 ? t == 0 : t == frames_.lengths[b] - 1;
-      const int64_t source = direction == 0 ? place - 1 : place + 1;
-      rows[k] = starts ? none_.data() : output_ + (source * DIRECTIONS + direction) * shape_.H;
+      const int64_t position = frames_.positions[from + k], b = position / shape_.T, t = position % shape_.T;
+      const bool first = direction == 0 ? t == 0 : t == frames_.lengths[b] - 1;
+      const int64_t source = direction == 0 ? position - 1 : position + 1;
+      rows[k] = first ? zeros_.data() : output_ + (source * DIRECTIONS + direction) * shape_.H;
     }
     return rows;
   }
 
-  // Of some frames of one direction, added to what is there if there is `more`.
-  void to_weights(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states, bool more,
-                  const Gradients& to) const {
+  // The gradients of the weights of one direction, from some frames; added to `to` if `accumulate`.
+  void weight_gradients(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states,
+                        bool accumulate, const DirectionGradients& to) const {
     const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-      const las::Memory<T> panel(COLUMNS * inputs.depth);
+      const las::AlignedArray<T> panel(COLUMNS * inputs.depth);
       for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, 4 * H); column += COLUMNS) {
         const int64_t count = std::min(COLUMNS, 4 * H - column);
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
         const auto rows = [&](const Matrix<float>& all) { return Matrix<float>{all.at(column), all.stride, count}; };
-        las::transposed_product({panel.data(), count}, inputs, more, rows(to.input));
-        las::transposed_product({panel.data(), count}, states, more, rows(to.recurrent));
+        las::transposed_matmul({panel.data(), count}, inputs, accumulate, rows(to.input));
+        las::transposed_matmul({panel.data(), count}, states, accumulate, rows(to.recurrent));
       }
     });
   }
@@ -404,8 +409,8 @@ class Backward {
     });
   }
 
-  static Panels<T> pack(const std::vector<const T*>& rows, int64_t columns, const las::Memory<T>& memory) {
-    const int64_t depth = padded(int64_t(rows.size()), las::NEIGHBOURS<T>);
+  static Panels<T> pack(const std::vector<const T*>& rows, int64_t columns, const las::AlignedArray<T>& memory) {
+    const int64_t depth = padded(int64_t(rows.size()), las::DEPTH_INTERLEAVE<T>);
     at::parallel_for(0, padded(columns) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
       for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, columns); column += COLUMNS)
         pack_panel(rows, column, std::min(COLUMNS, columns - column), memory.data() + column * depth);
@@ -424,17 +429,17 @@ class Backward {
     });
   }
 
-  const Shape& shape_;
-  const Frames& frames_;
-  const Weights& weights_;
-  const T *gradient_, *x_, *output_, *kept_;
-  Buffer<T> gates_;  // their gradients, (frames, 2, 4, H)
-  std::vector<T> none_;
+  const BiLstmShape& shape_;
+  const ValidFrames& frames_;
+  const BiLstmWeights& weights_;
+  const T *gradient_, *x_, *output_, *saved_;  // as outputs and inputs of the op
+  RowBuffer<T> gates_;    // (frames, 2, 4, H): gradients
+  std::vector<T> zeros_;  // (the larger of I and H,)
 };
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
-Shape check(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights) {
+BiLstmShape check(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights) {
   TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
               "x must be (B, T, I) float32 or bfloat16; got ", x.sizes(), " ", x.scalar_type());
   const int64_t B = x.size(0), I = x.size(2);
@@ -452,54 +457,54 @@ Shape check(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weigh
 }
 
 template <class T>
-void run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,
-                 at::Tensor& output, at::Tensor& kept) {
-  const Frames frames(lengths, shape.B, shape.T);
+void run_forward(const BiLstmShape& shape, const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,
+                 at::Tensor& output, at::Tensor& saved) {
+  const ValidFrames frames(lengths, shape.B, shape.T);
   const at::Tensor inputs = x.contiguous();
-  Forward<T>(shape, frames, Weights(weights), inputs.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
-             kept.numel() ? kept.mutable_data_ptr<T>() : nullptr).run();
+  BiLstmForward<T>(shape, frames, BiLstmWeights(weights), inputs.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
+                   saved.numel() ? saved.mutable_data_ptr<T>() : nullptr).run();
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,
                                            bool gradients) {
-  const Shape shape = check(x, lengths, weights);
+  const BiLstmShape shape = check(x, lengths, weights);
   const auto [B, T, I, H] = shape;
   at::Tensor output = at::empty({B, T, DIRECTIONS * H}, x.options());
-  at::Tensor kept = at::empty({gradients ? B : 0, T, DIRECTIONS, KEPT, H}, x.options());
-  if (x.scalar_type() == at::kFloat) run_forward<float>(shape, x, lengths.contiguous(), weights, output, kept);
-  else run_forward<at::BFloat16>(shape, x, lengths.contiguous(), weights, output, kept);
-  return {output, kept};
+  at::Tensor saved = at::empty({gradients ? B : 0, T, DIRECTIONS, SAVED, H}, x.options());
+  if (x.scalar_type() == at::kFloat) run_forward<float>(shape, x, lengths.contiguous(), weights, output, saved);
+  else run_forward<at::BFloat16>(shape, x, lengths.contiguous(), weights, output, saved);
+  return {output, saved};
 }
 
 template <class T>
-void run_backward(const Shape& shape, const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& lengths,
-                  at::TensorList list, const at::Tensor& output, const at::Tensor& kept, at::Tensor& x_gradient,
+void run_backward(const BiLstmShape& shape, const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& lengths,
+                  at::TensorList list, const at::Tensor& output, const at::Tensor& saved, at::Tensor& x_gradient,
                   std::vector<at::Tensor>& gradients) {
-  const Frames frames(lengths, shape.B, shape.T);
-  const Weights weights(list);
+  const ValidFrames frames(lengths, shape.B, shape.T);
+  const BiLstmWeights weights(list);
   const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
-  Backward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
-                  output.const_data_ptr<T>(), kept.const_data_ptr<T>());
-  job.recur();
-  if (x_gradient.numel()) job.to_inputs(x_gradient.mutable_data_ptr<T>());
+  BiLstmBackward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
+                        output.const_data_ptr<T>(), saved.const_data_ptr<T>());
+  job.through_time();
+  if (x_gradient.numel()) job.input_gradients(x_gradient.mutable_data_ptr<T>());
   const auto rows = [&](int64_t i) {
     return Matrix<float>{gradients[i].mutable_data_ptr<float>(), gradients[i].stride(0), gradients[i].size(0)};
   };
-  job.to_weights({{rows(0), rows(1), rows(2).data}, {rows(3), rows(4), rows(5).data}});
+  job.weight_gradients({{rows(0), rows(1), rows(2).data}, {rows(3), rows(4), rows(5).data}});
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradient, const at::Tensor& x,
                                                          const at::Tensor& lengths, at::TensorList weights,
-                                                         const at::Tensor& output, const at::Tensor& kept,
+                                                         const at::Tensor& output, const at::Tensor& saved,
                                                          bool inputs) {
-  const Shape shape = check(x, lengths, weights);
+  const BiLstmShape shape = check(x, lengths, weights);
   const auto [B, T, I, H] = shape;
   for (const auto& [name, tensor] : {std::pair("gradient", gradient), std::pair("output", output)})
     TORCH_CHECK(tensor.sizes() == at::IntArrayRef({B, T, DIRECTIONS * H}) && tensor.scalar_type() == x.scalar_type(),
                 name, " must be (B, T, 2H) with B=", B, ", T=", T, ", H=", H, " and the dtype of x; got ",
                 tensor.sizes(), " ", tensor.scalar_type());
-  TORCH_CHECK(kept.sizes() == at::IntArrayRef({B, T, DIRECTIONS, KEPT, H}) && kept.scalar_type() == x.scalar_type(),
-              "kept must be what the forward op kept of these inputs; got ", kept.sizes(), " ", kept.scalar_type());
+  TORCH_CHECK(saved.sizes() == at::IntArrayRef({B, T, DIRECTIONS, SAVED, H}) && saved.scalar_type() == x.scalar_type(),
+              "kept must be what the forward op kept of these inputs; got ", saved.sizes(), " ", saved.scalar_type());
   at::Tensor x_gradient = at::empty({inputs ? B : 0, T, I}, x.options());
   std::vector<at::Tensor> gradients;
   for (int64_t d = 0; d < DIRECTIONS; ++d)
@@ -507,7 +512,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
       gradients.push_back(sizes.size() == 2 ? at::empty(sizes, weights[0].options())
                                             : at::zeros(sizes, weights[0].options()));
   const auto run = x.scalar_type() == at::kFloat ? run_backward<float> : run_backward<at::BFloat16>;
-  run(shape, gradient, x, lengths.contiguous(), weights, output.contiguous(), kept.contiguous(), x_gradient, gradients);
+  run(shape, gradient, x, lengths.contiguous(), weights, output.contiguous(), saved.contiguous(), x_gradient,
+      gradients);
   for (size_t i = 0; i < gradients.size(); ++i)
     if (gradients[i].dim() == 2) gradients[i] = gradients[i].narrow(1, 0, i % 3 == 0 ? I : H).contiguous();
   return {x_gradient, gradients};

@@ -1,11 +1,11 @@
-// The CTC loss, its gradient, and where its posterior has each token: the C++ twin of las_fast/ops/ctc_loss.py.
+// The CTC loss, its gradient, and the time of each token in its posterior: the C++ twin of las_fast/ops/ctc_loss.py.
 //
-// States of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th token
-// or a blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is
-// 1e-40 as likely as another one may be the only one that reaches the end. The largest of each frame is kept apart,
-// in float64: so the likeliest states are near 0, where a float32 is fine, however long the utterance.
+// The states of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th
+// token or a blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is
+// 1e-40 times as likely as another may be the only one that reaches the end. The largest value of each frame is kept
+// apart, in float64, so that the likeliest states are near 0, where float32 is precise, however long the utterance.
 //
-// A sum never depends on the utterances beside it: there is one answer alone and in any batch.
+// A sum never depends on the other utterances: an utterance has one answer, alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -24,14 +24,14 @@
 
 namespace {
 
-using las::add_logs;
+using las::logaddexp;
 using las::Float;
 using las::INFINITE;
 using las::load;
 using las::store;
 using las::ctc::BLANK;
 
-constexpr int64_t EDGE = 16;  // never reached states before and after each row, so that neighbours can be loaded
+constexpr int64_t EDGE = 16;  // unreachable states before and after each row, so that neighbours can be loaded
 
 struct Utterance {
   const float* logits;  // (T, V)
@@ -40,8 +40,8 @@ struct Utterance {
   int64_t S;
 };
 
-// Rows of values for u = 0 to S, and for as many more as make whole vectors.
-class Rows {
+// (count, S + 1) values for u = 0 to S of each row, padded to whole vectors.
+class LatticeRows {
  public:
   void begin(int64_t count, int64_t S) {
     size_ = las::padded(S + 1, EDGE);
@@ -55,62 +55,64 @@ class Rows {
   std::vector<float> values_;
 };
 
-// Forward and backward over one utterance. Log-probabilities: `token` and `blank` of the frames alone, the others of
-// paths that are in that state.
+// The forward and backward recursion over one utterance, in log-probabilities: `token` and `blank` are of the frames
+// alone, the others of all paths in that state.
 class Lattice {
  public:
-  // Log-probability of the transcript. Unless `apart`, a repeated token needs a blank before it.
+  // Log-probability of the transcript. Unless `repeats_need_no_blank`, a repeated token needs a blank before it.
   template <int W>
-  LAS_INLINE double forward(const Utterance& given, bool apart) {
-    emit<W>(given);
-    largest_.assign(given.T + 1, 0.0);
-    step_over_.begin(1, given.S);
-    for (int64_t u = 1; u <= given.S; ++u)
-      if (u == 1 || apart || given.tokens[u - 1] != given.tokens[u - 2]) step_over_.at()[u] = 0.0f;
-    in_token_.begin(given.T + 1, given.S), in_blank_.begin(given.T + 1, given.S);
+  LAS_INLINE double forward(const Utterance& utterance, bool repeats_need_no_blank) {
+    emit<W>(utterance);
+    largest_.assign(utterance.T + 1, 0.0);
+    step_over_.begin(1, utterance.S);
+    for (int64_t u = 1; u <= utterance.S; ++u)
+      if (u == 1 || repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2])
+        step_over_.at()[u] = 0.0f;
+    in_token_.begin(utterance.T + 1, utterance.S), in_blank_.begin(utterance.T + 1, utterance.S);
     in_blank_.at(0)[0] = 0.0f;
-    for (int64_t t = 0; t < given.T; ++t) {
+    for (int64_t t = 0; t < utterance.T; ++t) {
       const float *token = in_token_.at(t), *blank = in_blank_.at(t);
       for (int64_t u = 0; u < in_token_.size(); u += W) {
         const Float<W> stay = load<W>(token + u), stay_blank = load<W>(blank + u);
         const Float<W> over = load<W>(token + u - 1) + load<W>(step_over_.at() + u);
-        const Float<W> next = add_logs<W>(over, load<W>(blank + u - 1));
-        store<W>(in_token_.at(t + 1) + u, add_logs<W>(stay, next) + load<W>(token_.at(t) + u));
-        store<W>(in_blank_.at(t + 1) + u, add_logs<W>(stay, stay_blank) + blank_[t]);
+        const Float<W> next = logaddexp<W>(over, load<W>(blank + u - 1));
+        store<W>(in_token_.at(t + 1) + u, logaddexp<W>(stay, next) + load<W>(token_.at(t) + u));
+        store<W>(in_blank_.at(t + 1) + u, logaddexp<W>(stay, stay_blank) + blank_[t]);
       }
-      largest_[t + 1] = largest_[t] + take_out_largest<W>(in_token_.at(t + 1), in_blank_.at(t + 1), in_token_.size());
+      largest_[t + 1] = largest_[t] + subtract_largest<W>(in_token_.at(t + 1), in_blank_.at(t + 1), in_token_.size());
     }
-    const Float<W> ends = add_logs<W>(las::broadcast<W>(in_token_.at(given.T)[given.S]),
-                                      las::broadcast<W>(in_blank_.at(given.T)[given.S]));
-    return largest_[given.T] + ends[0];
+    const Float<W> ends = logaddexp<W>(las::broadcast<W>(in_token_.at(utterance.T)[utterance.S]),
+                                       las::broadcast<W>(in_blank_.at(utterance.T)[utterance.S]));
+    return largest_[utterance.T] + ends[0];
   }
 
   // Call each(t, token, blank) from the last frame to the first, with the posteriors of the states, `size()` of each;
   // `total` is the log-probability of the transcript.
   template <int W, class Each>
-  LAS_INLINE void backward(const Utterance& given, double total, Each each) {
-    after_token_.begin(1, given.S), after_blank_.begin(1, given.S);  // of what follows, the frame itself included
-    posterior_token_.begin(1, given.S), posterior_blank_.begin(1, given.S);
+  LAS_INLINE void backward(const Utterance& utterance, double total, Each each) {
+    // Of what follows and the frame itself.
+    after_token_.begin(1, utterance.S), after_blank_.begin(1, utterance.S);
+    posterior_token_.begin(1, utterance.S), posterior_blank_.begin(1, utterance.S);
     float *token = after_token_.at(), *blank = after_blank_.at();
     double largest = 0.0;
-    for (int64_t t = given.T - 1; t >= 0; --t) {
+    for (int64_t t = utterance.T - 1; t >= 0; --t) {
       const float scale = float(largest_[t + 1] + largest - total);
       for (int64_t u = 0; u < after_token_.size(); u += W) {
         Float<W> now, now_blank;
-        if (t == given.T - 1) {
-          now = now_blank = at_end<W>(given.S, u);
+        if (t == utterance.T - 1) {
+          now = now_blank = at_end<W>(utterance.S, u);
         } else {
           const Float<W> next = load<W>(token + u + 1), stay_blank = load<W>(blank + u);
           const Float<W> over = next + load<W>(step_over_.at() + u + 1);
-          now = add_logs<W>(add_logs<W>(load<W>(token + u), stay_blank), over);
-          now_blank = add_logs<W>(stay_blank, next);
+          now = logaddexp<W>(logaddexp<W>(load<W>(token + u), stay_blank), over);
+          now_blank = logaddexp<W>(stay_blank, next);
         }
-        store<W>(posterior_token_.at() + u, share<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
-        store<W>(posterior_blank_.at() + u, share<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
+        store<W>(posterior_token_.at() + u, probability<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
+        store<W>(posterior_blank_.at() + u, probability<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
         store<W>(token + u, now + load<W>(token_.at(t) + u));
         store<W>(blank + u, now_blank + blank_[t]);
       }
-      largest += take_out_largest<W>(token, blank, after_token_.size());
+      largest += subtract_largest<W>(token, blank, after_token_.size());
       each(t, posterior_token_.at(), posterior_blank_.at());
     }
   }
@@ -121,20 +123,20 @@ class Lattice {
  private:
   // The softmax of each frame, and the log-probabilities of the blank and of the transcript's tokens.
   template <int W>
-  LAS_INLINE void emit(const Utterance& given) {
-    const auto [logits, T, V, tokens, S] = given;
+  LAS_INLINE void emit(const Utterance& utterance) {
+    const auto [logits, T, V, tokens, S] = utterance;
     probabilities_.assign(logits, logits + T * V);
     token_.begin(T, S);
     blank_.resize(T);
     for (int64_t t = 0; t < T; ++t) {
       const float* frame = logits + t * V;
-      const las::Summary all = las::softmax<W>(probabilities_.data() + t * V, V);
-      blank_[t] = frame[BLANK] - all.maximum - all.log_sum;  // one after another: their sum would be rounded
+      const las::SoftmaxSummary all = las::softmax<W>(probabilities_.data() + t * V, V);
+      blank_[t] = frame[BLANK] - all.maximum - all.log_sum;  // subtract one by one: their sum would be rounded
       for (int64_t u = 1; u <= S; ++u) token_.at(t)[u] = frame[tokens[u - 1]] - all.maximum - all.log_sum;
     }
   }
 
-  // Certain that nothing follows: after S tokens, and never after fewer.
+  // The log-probability that nothing follows: 0 after S tokens, -inf after fewer.
   template <int W>
   static LAS_INLINE Float<W> at_end(int64_t S, int64_t u) {
     Float<W> x;
@@ -143,16 +145,16 @@ class Lattice {
   }
 
   template <int W>
-  static LAS_INLINE Float<W> share(Float<W> log) {
-    return las::exp<W>(log > 0.0f ? Float<W>{} : log);  // rounding may have made it more than certain
+  static LAS_INLINE Float<W> probability(Float<W> log) {
+    return las::exp<W>(log > 0.0f ? Float<W>{} : log);  // rounding may have made it exceed 1
   }
 
-  // Subtract the largest of two rows from both and return it, unless no state can be reached.
+  // Subtract the largest value of two rows from both and return it; 0 if no state can be reached.
   template <int W>
-  static LAS_INLINE float take_out_largest(float* token, float* blank, int64_t size) {
+  static LAS_INLINE float subtract_largest(float* token, float* blank, int64_t size) {
     Float<W> most = las::broadcast<W>(-INFINITE);
     for (int64_t u = 0; u < size; u += W)
-      most = las::larger<W>(most, las::larger<W>(load<W>(token + u), load<W>(blank + u)));
+      most = las::max<W>(most, las::max<W>(load<W>(token + u), load<W>(blank + u)));
     const float largest = las::largest<W>(most);
     if (largest == -INFINITE) return 0.0f;
     for (float* row : {token, blank})
@@ -160,49 +162,54 @@ class Lattice {
     return largest;
   }
 
-  Rows token_, step_over_, in_token_, in_blank_, after_token_, after_blank_, posterior_token_, posterior_blank_;
-  std::vector<float> probabilities_, blank_;
-  std::vector<double> largest_;  // taken out of in_token_ and in_blank_, up to each row
+  LatticeRows token_;                              // (T, S + 1)
+  LatticeRows step_over_;                          // (1, S + 1): 0 where the blank before the token may be left out
+  LatticeRows in_token_, in_blank_;                // (T + 1, S + 1): of the paths up to each frame
+  LatticeRows after_token_, after_blank_;          // (1, S + 1)
+  LatticeRows posterior_token_, posterior_blank_;  // (1, S + 1)
+  std::vector<float> probabilities_, blank_;       // (T, V) and (T,)
+  std::vector<double> largest_;                    // (T + 1,): subtracted from in_token_ and in_blank_, up to each row
 };
 
 // ---------------------------------------------------------------------------------------------------------------- loss
 
-// Minus the log-probability, and its gradient (T, V) unless null: what is said of each token, less its posterior.
+// Minus the log-probability, and its gradient (T, V) unless null: the softmax minus the posterior of each token.
 template <int W>
-LAS_INLINE float loss(Lattice& lattice, const Utterance& given, float* gradient) {
-  const double total = lattice.forward<W>(given, false);
+LAS_INLINE float loss(Lattice& lattice, const Utterance& utterance, float* gradient) {
+  const double total = lattice.forward<W>(utterance, false);
   if (total == -INFINITE) return 0.0f;
   if (gradient)
-    lattice.backward<W>(given, total, [&](int64_t t, const float* token, const float* blank)
-                                          __attribute__((always_inline)) {
-      float* to = gradient + t * given.V;
-      std::copy_n(lattice.probabilities(t, given.V), given.V, to);
+    lattice.backward<W>(utterance, total, [&](int64_t t, const float* token, const float* blank)
+                                              __attribute__((always_inline)) {
+      float* to = gradient + t * utterance.V;
+      std::copy_n(lattice.probabilities(t, utterance.V), utterance.V, to);
       Float<W> sum = {};
       for (int64_t u = 0; u < lattice.size(); u += W) sum += load<W>(blank + u);
       to[BLANK] -= las::sum<W>(sum);
-      for (int64_t u = 1; u <= given.S; ++u) to[given.tokens[u - 1]] -= token[u];
+      for (int64_t u = 1; u <= utterance.S; ++u) to[utterance.tokens[u - 1]] -= token[u];
     });
   return float(-total);
 }
 
-// -------------------------------------------------------------------------------------------------------------- places
+// --------------------------------------------------------------------------------------------------------- token times
 
-// The mean frame of each token's posterior, of a transcript whose tokens need no blank between them.
+// The mean frame of each token's posterior, (S,), where repeated tokens need no blank between them.
 template <int W>
-LAS_INLINE void places(Lattice& lattice, const Utterance& given, float* to) {
-  const double total = lattice.forward<W>(given, true);
+LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float* to) {
+  const double total = lattice.forward<W>(utterance, true);
   if (total == -INFINITE) return;
-  Rows sums;
-  sums.begin(2, given.S);
+  LatticeRows sums;
+  sums.begin(2, utterance.S);
   float *mass = sums.at(0), *moment = sums.at(1);
   std::fill_n(mass, sums.size(), 0.0f), std::fill_n(moment, sums.size(), 0.0f);
-  lattice.backward<W>(given, total, [&](int64_t t, const float* token, const float*) __attribute__((always_inline)) {
+  lattice.backward<W>(utterance, total, [&](int64_t t, const float* token, const float*)
+                                            __attribute__((always_inline)) {
     for (int64_t u = 0; u < sums.size(); u += W) {
       store<W>(mass + u, load<W>(mass + u) + load<W>(token + u));
       store<W>(moment + u, load<W>(moment + u) + float(t) * load<W>(token + u));
     }
   });
-  for (int64_t u = 1; u <= given.S; ++u) to[u - 1] = moment[u] / std::max(mass[u], 1e-6f);
+  for (int64_t u = 1; u <= utterance.S; ++u) to[u - 1] = moment[u] / std::max(mass[u], 1e-6f);
 }
 
 // ----------------------------------------------------------------------------------------------------------- arguments
@@ -255,11 +262,11 @@ struct Arguments {
 std::tuple<at::Tensor, at::Tensor> ctc_loss(const at::Tensor& logits, const at::Tensor& lengths,
                                             const at::Tensor& tokens, const at::Tensor& token_lengths,
                                             bool gradients) {
-  const Arguments given(logits, lengths, tokens, token_lengths);
+  const Arguments arguments(logits, lengths, tokens, token_lengths);
   const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
-  const at::Tensor losses = at::empty({B}, given.logits.options());
-  const at::Tensor gradient = at::zeros({gradients ? B : 0, T, V}, given.logits.options());
-  given.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
+  const at::Tensor losses = at::empty({B}, arguments.logits.options());
+  const at::Tensor gradient = at::zeros({gradients ? B : 0, T, V}, arguments.logits.options());
+  arguments.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
     las::widest([&](auto width) __attribute__((always_inline)) {
       losses.mutable_data_ptr<float>()[b] =
           loss<width>(lattice, utterance, gradients ? gradient.mutable_data_ptr<float>() + b * T * V : nullptr);
@@ -270,14 +277,14 @@ std::tuple<at::Tensor, at::Tensor> ctc_loss(const at::Tensor& logits, const at::
 
 at::Tensor ctc_places(const at::Tensor& logits, const at::Tensor& lengths, const at::Tensor& tokens,
                       const at::Tensor& token_lengths) {
-  const Arguments given(logits, lengths, tokens, token_lengths);
-  const at::Tensor found = at::zeros(tokens.sizes(), given.logits.options());
-  given.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
+  const Arguments arguments(logits, lengths, tokens, token_lengths);
+  const at::Tensor times = at::zeros(tokens.sizes(), arguments.logits.options());
+  arguments.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
     las::widest([&](auto width) __attribute__((always_inline)) {
-      places<width>(lattice, utterance, found.mutable_data_ptr<float>() + b * found.size(1));
+      token_times<width>(lattice, utterance, times.mutable_data_ptr<float>() + b * times.size(1));
     });
   });
-  return found;
+  return times;
 }
 
 }  // namespace

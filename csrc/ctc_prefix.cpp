@@ -13,8 +13,8 @@
 
 namespace {
 
-using las::ctc::Frames;
-using las::ctc::Hypothesis;
+using las::ctc::CtcLogProbs;
+using las::ctc::CtcHypothesis;
 using las::ctc::Scorer;
 
 void check_like(const char* name, const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
@@ -29,49 +29,54 @@ void check_range(const char* name, const at::Tensor& x, int64_t end) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
-    const at::Tensor& frames_in, const at::Tensor& alphas_in, const at::Tensor& prefixes_in, const at::Tensor& gains_in,
-    const at::Tensor& tokens_in, const at::Tensor& parents_in, const at::Tensor& chosen_in, int64_t eos) {
-  TORCH_CHECK(frames_in.dim() == 3 && frames_in.scalar_type() == at::kFloat, "frames must be (B, T, V) float32; got ",
-              frames_in.sizes(), " ", frames_in.scalar_type());
+    const at::Tensor& ctc_log_probs_in, const at::Tensor& forward_in, const at::Tensor& prefix_log_probs_in,
+    const at::Tensor& gains_in, const at::Tensor& tokens_in, const at::Tensor& parents_in, const at::Tensor& chosen_in,
+    int64_t eos) {
+  // Names in messages are those of the op's schema.
+  TORCH_CHECK(ctc_log_probs_in.dim() == 3 && ctc_log_probs_in.scalar_type() == at::kFloat,
+              "frames must be (B, T, V) float32; got ", ctc_log_probs_in.sizes(), " ", ctc_log_probs_in.scalar_type());
   TORCH_CHECK(tokens_in.dim() == 2, "tokens must be (B, K) int64; got ", tokens_in.sizes());
-  const int64_t B = frames_in.size(0), T = frames_in.size(1), V = frames_in.size(2), K = tokens_in.size(1);
-  check_like("alphas", alphas_in, {B, K, T + 1}, at::kFloat);
-  check_like("prefixes", prefixes_in, {B, K}, at::kFloat);
+  const int64_t B = ctc_log_probs_in.size(0), T = ctc_log_probs_in.size(1), V = ctc_log_probs_in.size(2);
+  const int64_t K = tokens_in.size(1);
+  check_like("alphas", forward_in, {B, K, T + 1}, at::kFloat);
+  check_like("prefixes", prefix_log_probs_in, {B, K}, at::kFloat);
   check_like("gains", gains_in, {B, K, V}, at::kFloat);
   check_like("tokens", tokens_in, {B, K}, at::kLong);
   check_like("parents", parents_in, {B, K}, at::kLong);
   check_like("chosen", chosen_in, {B, K}, at::kLong);
   TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
-  const at::Tensor frames = frames_in.contiguous(), before = alphas_in.contiguous();
-  const at::Tensor prefixes = prefixes_in.contiguous(), gains = gains_in.contiguous();
+  const at::Tensor ctc_log_probs = ctc_log_probs_in.contiguous(), forward = forward_in.contiguous();
+  const at::Tensor prefix_log_probs = prefix_log_probs_in.contiguous(), gains = gains_in.contiguous();
   const at::Tensor tokens = tokens_in.contiguous(), parents = parents_in.contiguous(), chosen = chosen_in.contiguous();
   check_range("parents", parents, K);
   check_range("chosen", chosen, V);
 
-  const at::Tensor alphas_out = at::empty_like(before), prefixes_out = at::empty_like(prefixes);
+  const at::Tensor forward_out = at::empty_like(forward), prefix_log_probs_out = at::empty_like(prefix_log_probs);
   const at::Tensor gains_out = at::empty_like(gains);
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     Scorer scorer;
-    std::vector<Hypothesis> all(K);
+    std::vector<CtcHypothesis> all(K);
     for (int64_t b = begin; b < end; ++b) {
-      const Frames utterance(frames.const_data_ptr<float>() + b * T * V, T, V);
+      const CtcLogProbs utterance(ctc_log_probs.const_data_ptr<float>() + b * T * V, T, V);
       for (int64_t k = 0; k < K; ++k) {
         const int64_t to = b * K + k, from = b * K + parents.const_data_ptr<int64_t>()[to];
         const int64_t token = chosen.const_data_ptr<int64_t>()[to];
-        float& prefix = prefixes_out.mutable_data_ptr<float>()[to];
-        prefix = prefixes.const_data_ptr<float>()[from] + gains.const_data_ptr<float>()[from * V + token];
-        all[k] = {before.const_data_ptr<float>() + from * (T + 1),
-                  alphas_out.mutable_data_ptr<float>() + to * (T + 1),
+        float& prefix_log_prob = prefix_log_probs_out.mutable_data_ptr<float>()[to];
+        prefix_log_prob =
+            prefix_log_probs.const_data_ptr<float>()[from] + gains.const_data_ptr<float>()[from * V + token];
+        all[k] = {forward.const_data_ptr<float>() + from * (T + 1),
+                  forward_out.mutable_data_ptr<float>() + to * (T + 1),
                   tokens.const_data_ptr<int64_t>()[from],
                   token,
-                  prefix,
+                  prefix_log_prob,
                   gains_out.mutable_data_ptr<float>() + to * V};
       }
       scorer.advance(utterance, all, eos);
-      for (const Hypothesis& one : all) std::fill(one.after + utterance.T, one.after + T + 1, one.after[utterance.T]);
+      for (const CtcHypothesis& one : all)
+        std::fill(one.forward + utterance.T, one.forward + T + 1, one.forward[utterance.T]);
     }
   });
-  return {alphas_out, prefixes_out, gains_out};
+  return {forward_out, prefix_log_probs_out, gains_out};
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// Products of rows with packed weights in whole numbers of 8 bits; what product.h is for float32 and bfloat16.
+// Matrix products in 8-bit integers of rows with packed weights; matmul.h is the same for float32 and bfloat16:
 //
-//   out[m, n] = start[m][n] + scale[m] * scale[n] * sum over k of rows[m, k] * weights[n, k]
+//   out[m, n] = initial[m][n] + scale[m] * scale[n] * sum over k of rows[m, k] * weights[n, k]
 //
-// Each row and each column has a scale of its own: its largest magnitude is 127. Sums are exact, so a row has one result
-// alone and in any company. Rows are kept 128 higher, without a sign, as the processor's dot product takes them; what
-// that adds to a sum is known from the weights and taken off before it begins. A row or column that holds infinity or
-// NaN has the scale NaN.
+// Each row and each column has its own scale, so that its largest magnitude becomes 127. The sums are exact: a row has
+// one result, alone and in any batch. The processor's dot product takes rows without a sign, so they are stored with
+// 128 added. What that adds to a sum is known from the weights, and subtracted beforehand. The scale of a row or column
+// that holds infinity or NaN is NaN.
 
 #pragma once
 
@@ -19,28 +19,29 @@
 namespace las {
 
 template <>
-inline constexpr int64_t NEIGHBOURS<int8_t> = 4;
+inline constexpr int64_t DEPTH_INTERLEAVE<int8_t> = 4;
 
-constexpr int32_t ZERO = 128;  // what stands for 0 in a row
+constexpr int32_t ZERO = 128;  // stands for 0 in a row
 
-// Weights (columns, depth) as [panel][k / 4][column][k % 4], with one scale and one first sum a column.
+// Weights (columns, depth) as [panel][k / 4][column][k % 4], and for each column a scale and its initial sum.
 struct Int8Panels {
   const int8_t* data;
   int64_t columns, depth;
-  const float* scales;
-  const int32_t* sums;  // -ZERO times the sum of the column
+  const float* scales;   // (padded columns,)
+  const int32_t* sums;  // (padded columns,): -ZERO times the sum of the column
 
   const int8_t* at(int64_t column) const { return data + column * depth; }
 };
 
+// Rows (count, depth), quantised.
 struct Int8Rows {
   const uint8_t* data;
   int64_t stride, count;
-  const float* scales;
+  const float* scales;  // (count,)
 };
 
 template <int M>
-LAS_INLINE Turn<M, uint8_t> turn(const Int8Rows& rows, int64_t row) {
+LAS_INLINE RowCursor<M, uint8_t> cursor(const Int8Rows& rows, int64_t row) {
   return {rows.data + row * rows.stride, rows.stride};
 }
 
@@ -50,34 +51,34 @@ LAS_INLINE float largest_of(const float* x, int64_t n) {
   Float<W> most{}, none{};
   each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     const Float<W> value = get<W>(x + i, lanes, 0.0f);
-    most = larger<W>(most, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
+    most = max<W>(most, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
     none += value * 0.0f;
   });
   return largest<W>(most) + sum<W>(none);
 }
 
-// x times a factor as the nearest whole numbers, for magnitudes to 2^22.
+// x times a factor, rounded to the nearest integer; for magnitudes up to 2^22.
 template <int W>
-LAS_INLINE Int<W> whole(Float<W> x, float factor) {
+LAS_INLINE Int<W> to_int(Float<W> x, float factor) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   return bits_as<Int<W>>(x * factor + ROUND) - 0x4B400000;
 }
 
-constexpr float LEAST = 1e-30f;  // a row with no larger magnitude counts as zeros: 127 / largest has to be finite
+constexpr float TINY = 1e-30f;  // a row whose magnitudes are smaller counts as zeros: 127 / largest must be finite
 
-inline float factor_of(float largest) { return largest > LEAST ? 127.0f / largest : 0.0f; }
+inline float factor_of(float largest) { return largest > TINY ? 127.0f / largest : 0.0f; }
 
-// Write n values as whole numbers, then zeros up to `depth`; return the scale.
+// Write n values as integers, then zeros up to `depth`; return the scale.
 template <int W>
 LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* to) {
   const float most = largest_of<W>(from, n), factor = factor_of(most);
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    const Bytes<W> bytes = __builtin_convertvector(whole<W>(load<W>(from + i), factor) + ZERO, Bytes<W>);
+    const Bytes<W> bytes = __builtin_convertvector(to_int<W>(load<W>(from + i), factor) + ZERO, Bytes<W>);
     std::memcpy(to + i, &bytes, sizeof bytes);
   }
   if (i < n) {
-    const Bytes<W> bytes = __builtin_convertvector(whole<W>(load_part<W>(from + i, n - i), factor) + ZERO, Bytes<W>);
+    const Bytes<W> bytes = __builtin_convertvector(to_int<W>(load_part<W>(from + i, n - i), factor) + ZERO, Bytes<W>);
     std::memcpy(to + i, &bytes, n - i);
   }
   std::fill(to + n, to + depth, uint8_t(ZERO));
@@ -85,28 +86,28 @@ LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* 
 }
 
 template <int W, int M>
-LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel, Starts starts,
+LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel, InitialSums initial,
                      const Matrix<float>& out) {
   for (int64_t i = 0; i < COLUMNS; i += W) {
     Int<W> sum[M];
-    const int8_t* from = weights.at(panel) + i * NEIGHBOURS<int8_t>;
+    const int8_t* from = weights.at(panel) + i * DEPTH_INTERLEAVE<int8_t>;
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) std::memcpy(&sum[m], weights.sums + panel + i, sizeof sum[m]);
-    auto here = turn<M>(rows, row);
-    for (int64_t k = 0; k < weights.depth; k += 4, here.pass(4)) {
+    auto position = cursor<M>(rows, row);
+    for (int64_t k = 0; k < weights.depth; k += 4, position.advance(4)) {
       Bits<W> four;
       std::memcpy(&four, from + k * COLUMNS, sizeof four);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const Int<W> weight = bits_as<Int<W>>(four << (24 - 8 * j)) >> 24;
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sum[m] += int32_t(here[m][j]) * weight;
+        for (int m = 0; m < M; ++m) sum[m] += int32_t(position[m][j]) * weight;
       }
     }
     const Float<W> scale = load<W>(weights.scales + panel + i);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Float<W> first = starts ? load<W>(starts[row + m] + panel + i) : Float<W>{};
+      const Float<W> first = initial ? load<W>(initial[row + m] + panel + i) : Float<W>{};
       const Float<W> all = __builtin_convertvector(sum[m], Float<W>);
       store<W>(out.at(row + m) + panel + i, first + all * (scale * rows.scales[row + m]));
     }
@@ -116,28 +117,28 @@ LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weight
 #ifdef LAS_BF16_DOTS
 #define LAS_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
 
-inline bool has_int8_dots() { return most_lanes >= 16 && __builtin_cpu_supports("avx512vnni"); }
+inline bool has_int8_dots() { return max_lanes >= 16 && __builtin_cpu_supports("avx512vnni"); }
 
 template <int M>
 LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
-                               Starts starts, const Matrix<float>& out) {
+                               InitialSums initial, const Matrix<float>& out) {
   __m512i sum[M][2];
   const int8_t* from = weights.at(panel);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) sum[m][i] = _mm512_loadu_si512(weights.sums + panel + 16 * i);
-  auto here = turn<M>(rows, row);
-  for (int64_t k = 0; k < weights.depth; k += 4, here.pass(4)) {
+  auto position = cursor<M>(rows, row);
+  for (int64_t k = 0; k < weights.depth; k += 4, position.advance(4)) {
     fetch_ahead<M>(from + (k + weights.depth) * COLUMNS, 128);
     const __m512i first = _mm512_loadu_si512(from + k * COLUMNS);
     const __m512i second = _mm512_loadu_si512(from + k * COLUMNS + 64);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       int32_t four;
-      std::memcpy(&four, here[m], sizeof four);
+      std::memcpy(&four, position[m], sizeof four);
       const __m512i x = _mm512_set1_epi32(four);
-      // By the intrinsic GCC 12 copies and spills the sums, which takes two and a half times as long.
+      // Not the intrinsic: with it GCC 12 copies and spills the sums, which takes 2.5 times as long.
       asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][0]) : "v"(x), "v"(first));
       asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][1]) : "v"(x), "v"(second));
     }
@@ -149,20 +150,20 @@ LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Pane
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const __m512 one = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[row + m]));
-      const __m512 begin = starts ? _mm512_loadu_ps(starts[row + m] + column) : _mm512_setzero_ps();
+      const __m512 begin = initial ? _mm512_loadu_ps(initial[row + m] + column) : _mm512_setzero_ps();
       _mm512_storeu_ps(out.at(row + m) + column, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][i]), one, begin));
     }
   }
 }
 #endif
 
-// out must have room for whole panels in each row; rows are as deep as the panels.
-inline void product(const Int8Rows& rows, const Int8Panels& weights, Starts starts, const Matrix<float>& out) {
+// out must have room for padded_columns panels in each row; rows are as padded_depth as the panels.
+inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums initial, const Matrix<float>& out) {
 #ifdef LAS_BF16_DOTS
   if (has_int8_dots()) {
     for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
       each_tile<TILE<16>>(rows.count,
-                          [&](int64_t row, auto size) { int8_tile<size>(rows, row, weights, panel, starts, out); });
+                          [&](int64_t row, auto size) { int8_tile<size>(rows, row, weights, panel, initial, out); });
     return;
   }
 #endif
@@ -170,18 +171,18 @@ inline void product(const Int8Rows& rows, const Int8Panels& weights, Starts star
     constexpr int W = width;
     for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
       each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
-        tile<W, size>(rows, row, weights, panel, starts, out);
+        tile<W, size>(rows, row, weights, panel, initial, out);
       });
   });
 }
 
-// One column as whole numbers at `to`, where groups of 4 lie COLUMNS * 4 apart; return its sum.
+// Write one column as integers at `to`, in groups of 4 that are COLUMNS * 4 apart; return its sum.
 template <int W>
 LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, int8_t* to) {
   int32_t sum = 0;
   for (int64_t k = 0; k < depth; k += W) {
     const Float<W> values = depth - k < W ? load_part<W>(from + k, depth - k) : load<W>(from + k);
-    const Int<W> numbers = whole<W>(values, factor);
+    const Int<W> numbers = to_int<W>(values, factor);
     int8_t bytes[W];
     for (int j = 0; j < W; ++j) bytes[j] = int8_t(numbers[j]), sum += bytes[j];
     for (int j = 0; j < W && k + j < depth; j += 4) std::memcpy(to + (k + j) * COLUMNS, bytes + j, 4);
@@ -189,31 +190,33 @@ LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, i
   return sum;
 }
 
-// Bytes of such panels: the numbers, then the scales and the first sums.
+// Bytes of packed panels: the integers, then the scales and the initial sums.
 inline int64_t int8_bytes(int64_t columns, int64_t depth) {
-  return padded(columns) * (padded(depth, NEIGHBOURS<int8_t>) + int64_t(sizeof(float) + sizeof(int32_t)));
+  return padded(columns) * (padded(depth, DEPTH_INTERLEAVE<int8_t>) + int64_t(sizeof(float) + sizeof(int32_t)));
 }
 
 // The panels that were packed into the int8_bytes at `from`.
 inline Int8Panels int8_panels(const uint8_t* from, int64_t columns, int64_t depth) {
-  const int64_t deep = padded(depth, NEIGHBOURS<int8_t>), whole = padded(columns);
-  const float* scales = reinterpret_cast<const float*>(from + whole * deep);
-  return {reinterpret_cast<const int8_t*>(from), columns, deep, scales, reinterpret_cast<const int32_t*>(scales + whole)};
+  const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<int8_t>), padded_columns = padded(columns);
+  const float* scales = reinterpret_cast<const float*>(from + padded_columns * padded_depth);
+  const int32_t* sums = reinterpret_cast<const int32_t*>(scales + padded_columns);
+  return {reinterpret_cast<const int8_t*>(from), columns, padded_depth, scales, sums};
 }
 
 // Pack the columns source[column * stride + k].
 inline void pack(const float* source, int64_t stride, int64_t columns, int64_t depth, uint8_t* to) {
-  const int64_t deep = padded(depth, NEIGHBOURS<int8_t>), whole = padded(columns);
-  std::fill(to + (whole - COLUMNS) * deep, to + int8_bytes(columns, depth), uint8_t(0));  // the last has few columns
+  const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<int8_t>), padded_columns = padded(columns);
+  // The last panel may have fewer columns.
+  std::fill(to + (padded_columns - COLUMNS) * padded_depth, to + int8_bytes(columns, depth), uint8_t(0));
   int8_t* numbers = reinterpret_cast<int8_t*>(to);
-  float* scales = reinterpret_cast<float*>(to + whole * deep);
-  int32_t* sums = reinterpret_cast<int32_t*>(scales + whole);
+  float* scales = reinterpret_cast<float*>(to + padded_columns * padded_depth);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + padded_columns);
   widest([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t n = 0; n < columns; ++n) {
       const float* from = source + n * stride;
       const float most = largest_of<W>(from, depth);
-      int8_t* column = numbers + n / COLUMNS * COLUMNS * deep + n % COLUMNS * NEIGHBOURS<int8_t>;
+      int8_t* column = numbers + n / COLUMNS * COLUMNS * padded_depth + n % COLUMNS * DEPTH_INTERLEAVE<int8_t>;
       sums[n] = -ZERO * pack_column<W>(from, depth, factor_of(most), column);
       scales[n] = most / 127.0f;
     }

@@ -44,14 +44,14 @@ LAS_INLINE void put_gates(T* row, int64_t units, const LstmGates<W>& gates, int6
   put<W>(row + 3 * units, gates.output, lanes);
 }
 
-// The same from the sums of the gates.
+// The gates of some units from their sums, (4, units).
 template <int W>
 LAS_INLINE LstmGates<W> activate_gates(const float* sums, int64_t units, int64_t lanes) {
   return {sigmoid<W>(get<W>(sums, lanes, 0.0f)), sigmoid<W>(get<W>(sums + units, lanes, 0.0f)),
           tanh<W>(get<W>(sums + 2 * units, lanes, 0.0f)), sigmoid<W>(get<W>(sums + 3 * units, lanes, 0.0f))};
 }
 
-// The step of some units, for training, where the activated gates are kept. `retained` is f * c'.
+// The step of some units, for training, which saves the gates. `retained` is f * c', or 0 before the first step.
 template <int W>
 LAS_INLINE LstmState<W> lstm_step(const LstmGates<W>& gates, Float<W> retained) {
   const Float<W> cell = retained + gates.input * gates.candidate;
@@ -73,26 +73,26 @@ LAS_INLINE LstmGates<W> lstm_gate_gradients(const LstmGates<W>& gates, Float<W> 
           dc * input * (1.0f - candidate * candidate), dh * tanh_cell * output * (1.0f - output)};
 }
 
-// The step of all units of a cell where no gate is kept, for the search. sum(i, j, lanes) gives the sums of units j to
+// The step of all units of a cell for the search, which saves no gates. sum(i, j, lanes) gives the sums of units j to
 // j + lanes of gate i.
 //
 // There is one division per state: the gates' denominators are multiplied first. Cell and hidden state have separate
 // loops, or each vector would wait for the longer of the two dependency chains.
 template <int W, class T, class Sum>
 LAS_INLINE void lstm_step_unsaved(int64_t units, const float* cell_before, float* cell, T* hidden, Sum sum) {
-  constexpr float MOST = 40.0f;  // the product of two sigmoid denominators and one of tanh stays below 1e38
+  constexpr float LIMIT = 40.0f;  // the product of two sigmoid denominators and one of tanh stays below 1e38
   each_vector<W>(units, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> input = sigmoid_divisor<W>(sum(0, j, lanes), MOST);
-    const Float<W> forget = sigmoid_divisor<W>(sum(1, j, lanes), MOST);
+    const Float<W> input = sigmoid_denominator<W>(sum(0, j, lanes), LIMIT);
+    const Float<W> forget = sigmoid_denominator<W>(sum(1, j, lanes), LIMIT);
     const Ratio<W> candidate = tanh_ratio<W>(sum(2, j, lanes));
-    const Float<W> below = input * candidate.below;
-    const Float<W> above = get<W>(cell_before + j, lanes, 0.0f) * below + candidate.above * forget;
-    put<W>(cell + j, above / (below * forget), lanes);
+    const Float<W> denominator = input * candidate.denominator;
+    const Float<W> numerator = get<W>(cell_before + j, lanes, 0.0f) * denominator + candidate.numerator * forget;
+    put<W>(cell + j, numerator / (denominator * forget), lanes);
   });
   each_vector<W>(units, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> output = sigmoid_divisor<W>(sum(3, j, lanes), MOST);
+    const Float<W> output = sigmoid_denominator<W>(sum(3, j, lanes), LIMIT);
     const Ratio<W> tanh_cell = tanh_ratio<W>(get<W>(cell + j, lanes, 0.0f));
-    put<W>(hidden + j, tanh_cell.above / (tanh_cell.below * output), lanes);
+    put<W>(hidden + j, tanh_cell.numerator / (tanh_cell.denominator * output), lanes);
   });
 }
 

@@ -1,7 +1,7 @@
 // Dot-product attention over valid frames: the C++ twin of las_fast/ops/masked_attention.py, which says what it means.
 //
-// A row of A (attention.h) is added up in the same order whatever stands beside it, and padding is never read: an
-// utterance has one answer, alone or in any batch.
+// A row of A (attention.h) is summed in the same order whatever the other rows are, and padding is never read: an
+// utterance has one answer, alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -22,25 +22,25 @@ namespace {
 
 using las::average;
 using las::dots;
-using las::Frames;
-using las::Rows;
+using las::EncoderFrames;
+using las::QueryRows;
 using las::softmax;
 using las::spread;
-using las::Summary;
+using las::SoftmaxSummary;
 
 constexpr int64_t GRAIN = 1 << 16;  // multiplications that make a thread worth starting
 
-// Memory for up to `most` rows of up to `size` values, each padded with zeros to whole vectors.
-struct Buffer {
-  Buffer(int64_t most, int64_t size) : stride((size + 15) / 16 * 16), memory(most * stride) {}
+// Memory for `count` rows of `size` values, (count, stride), padded with zeros to whole vectors.
+struct PaddedRows {
+  PaddedRows(int64_t count, int64_t size) : stride((size + 15) / 16 * 16), memory(count * stride) {}
 
-  Rows rows(int64_t count) { return {memory.data(), stride, count}; }
-  Rows zeros(int64_t count) {
+  QueryRows rows(int64_t count) { return {memory.data(), stride, count}; }
+  QueryRows zeros(int64_t count) {
     std::fill(memory.begin(), memory.end(), 0.0f);
     return rows(count);
   }
   template <class T>
-  Rows fill(const T* source, int64_t source_stride, int64_t count, int64_t size, float factor) {
+  QueryRows fill(const T* source, int64_t source_stride, int64_t count, int64_t size, float factor) {
     for (int64_t k = 0; k < count; ++k)
       for (int64_t i = 0; i < size; ++i) memory[k * stride + i] = float(source[k * source_stride + i]) * factor;
     return rows(count);
@@ -51,7 +51,7 @@ struct Buffer {
 };
 
 template <class T>
-void copy(const Rows& rows, int64_t size, T* out) {
+void copy(const QueryRows& rows, int64_t size, T* out) {
   for (int64_t k = 0; k < rows.count; ++k)
     for (int64_t i = 0; i < size; ++i) out[k * size + i] = T(rows.at(k)[i]);
 }
@@ -79,70 +79,72 @@ void check_like(const char* name, const std::optional<at::Tensor>& x, at::IntArr
               x->sizes(), " ", x->scalar_type());
 }
 
-at::Tensor with_whole_rows(const at::Tensor& x) { return x.stride(2) == 1 || x.size(2) < 2 ? x : x.contiguous(); }
+at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(2) == 1 || x.size(2) < 2 ? x : x.contiguous(); }
 
 template <class T>
-Frames<const T> frames_of(const at::Tensor& x, int64_t b, int64_t count) {
+EncoderFrames<const T> encoder_frames(const at::Tensor& x, int64_t b, int64_t count) {
   return {x.const_data_ptr<T>() + b * x.stride(0), x.stride(1), count, x.size(2)};
 }
 
 template <class T>
-Frames<T> writable(at::Tensor& x, int64_t b, int64_t count) {
+EncoderFrames<T> writable(at::Tensor& x, int64_t b, int64_t count) {
   return {x.mutable_data_ptr<T>() + b * x.stride(0), x.stride(1), count, x.size(2)};
 }
 
 template <class T>
-void clear_after(const Frames<T>& frames, int64_t all) {  // those past the length
-  std::fill_n(frames.at(frames.count), (all - frames.count) * frames.size, T(0.0f));  // whole rows: strides may lie
+void clear_padding(const EncoderFrames<T>& frames, int64_t all) {
+  // Rows are dense. The stride is not used: that of an axis of size 1 may be anything.
+  std::fill_n(frames.at(frames.count), (all - frames.count) * frames.size, T(0.0f));
 }
 
-struct Shape {
+struct AttentionShape {
   int64_t B, K, T, D, E;
 
-  Shape(const at::Tensor& query, const at::Tensor& values)
+  AttentionShape(const at::Tensor& query, const at::Tensor& values)
       : B(query.size(0)), K(query.size(1)), T(values.size(1)), D(query.size(2)), E(values.size(2)) {}
   int64_t grain(int64_t queries) const {
     return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, queries * T * (D + E)));
   }
 };
 
-struct Forward {
+struct AttentionForward {
   at::Tensor query, keys, values, lengths;
   float scale;
   at::Tensor context, weights, peaks, logsumexp;
-  Shape shape;
+  AttentionShape shape;
 
   // Queries first to first + count of utterance b.
   template <class T>
-  void attend(int64_t b, int64_t first, int64_t count, Buffer& queries, Buffer& scores, Buffer& contexts) {
+  void attend(int64_t b, int64_t first, int64_t count, PaddedRows& queries, PaddedRows& scores, PaddedRows& contexts) {
     const int64_t n = std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, shape.T);
     const int64_t row = b * shape.K + first;
     const T* source = query.const_data_ptr<T>() + b * query.stride(0) + first * query.stride(1);
-    const Rows q = queries.fill(source, query.stride(1), count, shape.D, scale);
-    const bool kept = weights.numel() > 0;
-    const Rows w = kept ? Rows{weights.mutable_data_ptr<float>() + row * shape.T, shape.T, count} : scores.rows(count);
-    const Rows c = contexts.zeros(count);
+    const QueryRows q = queries.fill(source, query.stride(1), count, shape.D, scale);
+    const bool keep_weights = weights.numel() > 0;
+    const QueryRows w = keep_weights ? QueryRows{weights.mutable_data_ptr<float>() + row * shape.T, shape.T, count}
+                                     : scores.rows(count);
+    const QueryRows c = contexts.zeros(count);
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
-      dots<W>(q, frames_of<T>(keys, b, n), w);
+      dots<W>(q, encoder_frames<T>(keys, b, n), w);
       for (int64_t k = 0; k < count; ++k) {
-        const Summary found = softmax<W>(w.at(k), n);
-        peaks.mutable_data_ptr<int64_t>()[row + k] = found.peak;
-        logsumexp.mutable_data_ptr<float>()[row + k] = found.logsumexp();
+        const SoftmaxSummary summary = softmax<W>(w.at(k), n);
+        peaks.mutable_data_ptr<int64_t>()[row + k] = summary.peak;
+        logsumexp.mutable_data_ptr<float>()[row + k] = summary.logsumexp();
       }
-      average<W>(w, frames_of<T>(values, b, n), c);
+      average<W>(w, encoder_frames<T>(values, b, n), c);
     });
-    for (int64_t k = 0; kept && k < count; ++k) std::fill(w.at(k) + n, w.at(k) + shape.T, 0.0f);
+    for (int64_t k = 0; keep_weights && k < count; ++k) std::fill(w.at(k) + n, w.at(k) + shape.T, 0.0f);
     copy(c, shape.E, context.mutable_data_ptr<T>() + row * shape.E);
   }
 
-  // Where there are fewer utterances than threads, the queries of one are shared out too.
+  // With fewer utterances than threads, the queries of an utterance are shared between threads, too.
   template <class T>
   void run() {
     const int64_t parts = shape.B < at::get_num_threads() ? std::max<int64_t>(1, shape.K / 8) : 1;
     const int64_t each = (shape.K + parts - 1) / parts;
     at::parallel_for(0, shape.B * parts, shape.grain(each), [&](int64_t begin, int64_t end) {
-      Buffer queries(each, shape.D), scores(weights.numel() ? 0 : each, shape.T), contexts(each, shape.E);
+      PaddedRows queries(each, shape.D), scores(weights.numel() ? 0 : each, shape.T), contexts(each, shape.E);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = std::min(task % parts * each, shape.K);
         attend<T>(task / parts, first, std::min(each, shape.K - first), queries, scores, contexts);
@@ -155,19 +157,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
                                                                    const at::Tensor& values, const at::Tensor& lengths,
                                                                    double scale, bool weights) {
   check_inputs(query, keys, values, lengths);
-  const Shape shape(query, values);
+  const AttentionShape shape(query, values);
   const auto [B, K, T, D, E] = std::tuple(shape.B, shape.K, shape.T, shape.D, shape.E);
   const auto wide = query.options().dtype(at::kFloat);
-  Forward job{with_whole_rows(query),
-              with_whole_rows(keys),
-              with_whole_rows(values),
-              lengths.contiguous(),
-              float(scale),
-              at::empty({B, K, E}, values.options()),
-              weights ? at::empty({B, K, T}, wide) : at::empty({0, 0, 0}, wide),
-              at::empty({B, K}, lengths.options()),
-              at::empty({B, K}, wide),
-              shape};
+  AttentionForward job{with_dense_rows(query),
+                       with_dense_rows(keys),
+                       with_dense_rows(values),
+                       lengths.contiguous(),
+                       float(scale),
+                       at::empty({B, K, E}, values.options()),
+                       weights ? at::empty({B, K, T}, wide) : at::empty({0, 0, 0}, wide),
+                       at::empty({B, K}, lengths.options()),
+                       at::empty({B, K}, wide),
+                       shape};
   if (query.scalar_type() == at::kFloat) job.run<float>();
   else job.run<at::BFloat16>();
   return {job.context, job.weights, job.peaks, job.logsumexp};
@@ -175,34 +177,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
 
 // With W the weights, S the scores and dX the gradient of X:
 //   dV = W^T dC;   dW' = dW + dC V^T;   dS = W * (dW' - rowsum(W * dW'));   dQ = scale dS K;   dK = scale dS^T Q
-struct Backward {
+struct AttentionBackward {
   at::Tensor context_gradient, weights_gradient;  // undefined: none
   at::Tensor query, keys, values, lengths, weights;
   float scale;
   bool memory;
   at::Tensor query_gradient, keys_gradient, values_gradient;
-  Shape shape;
+  AttentionShape shape;
 
   template <class T>
-  Rows rows_of(const at::Tensor& x, int64_t b, Buffer& buffer, float factor = 1.0f) const {
+  QueryRows rows_of(const at::Tensor& x, int64_t b, PaddedRows& buffer, float factor = 1.0f) const {
     return buffer.fill(x.const_data_ptr<T>() + b * x.stride(0), x.stride(1), shape.K, x.size(2), factor);
   }
 
   struct Scratch {
-    explicit Scratch(const Shape& s) : query(s.K, s.D), summed(s.K, s.D), context(s.K, s.E), weights(s.K, s.T),
+    explicit Scratch(const AttentionShape& s) : query(s.K, s.D), summed(s.K, s.D), context(s.K, s.E), weights(s.K, s.T),
                                        scores(s.K, s.T) {}
-    Buffer query, summed, context, weights, scores;
+    PaddedRows query, summed, context, weights, scores;
   };
 
   template <class T>
   void utterance(int64_t b, Scratch& scratch) {
     const int64_t K = shape.K, n = std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, shape.T);
-    const Frames<const T> key = frames_of<T>(keys, b, n), value = frames_of<T>(values, b, n);
+    const EncoderFrames<const T> key = encoder_frames<T>(keys, b, n), value = encoder_frames<T>(values, b, n);
     const bool through_context = context_gradient.defined(), kept = weights.numel() > 0;
-    const Rows w = kept ? rows_of<float>(weights, b, scratch.weights) : scratch.weights.rows(K);
-    const Rows q = rows_of<T>(query, b, scratch.query, kept ? 1.0f : scale), dq = scratch.summed.zeros(K);
-    const Rows dc = through_context ? rows_of<T>(context_gradient, b, scratch.context) : scratch.context.zeros(K);
-    const Rows dw = scratch.scores.zeros(K);
+    const QueryRows w = kept ? rows_of<float>(weights, b, scratch.weights) : scratch.weights.rows(K);
+    const QueryRows q = rows_of<T>(query, b, scratch.query, kept ? 1.0f : scale), dq = scratch.summed.zeros(K);
+    const QueryRows dc = through_context ? rows_of<T>(context_gradient, b, scratch.context) : scratch.context.zeros(K);
+    const QueryRows dw = scratch.scores.zeros(K);
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       if (!kept) {
@@ -212,21 +214,21 @@ struct Backward {
       if (through_context) dots<W>(dc, value, dw);
       for (int64_t k = 0; k < K; ++k) {
         if (weights_gradient.defined()) add_weights_gradient(b, k, n, dw.at(k));
-        las::through_softmax<W>(w.at(k), dw.at(k), n, scale);
+        las::softmax_backward<W>(w.at(k), dw.at(k), n, scale);
       }
       average<W>(dw, key, dq);
     });
     copy(dq, shape.D, query_gradient.mutable_data_ptr<T>() + b * K * shape.D);
     if (!memory) return;
-    const Frames<T> dk = writable<T>(keys_gradient, b, n), dv = writable<T>(values_gradient, b, n);
-    const Rows unscaled = rows_of<T>(query, b, scratch.query);
+    const EncoderFrames<T> dk = writable<T>(keys_gradient, b, n), dv = writable<T>(values_gradient, b, n);
+    const QueryRows unscaled = rows_of<T>(query, b, scratch.query);
     las::widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       spread<W>(dw, unscaled, dk);
       spread<W>(w, dc, dv);
     });
-    clear_after(dk, shape.T);
-    clear_after(dv, shape.T);
+    clear_padding(dk, shape.T);
+    clear_padding(dv, shape.T);
   }
 
   LAS_INLINE void add_weights_gradient(int64_t b, int64_t k, int64_t n, float* gradient) const {
@@ -249,26 +251,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
     const at::Tensor& context, const at::Tensor& weights, const at::Tensor& logsumexp, double scale, bool memory) {
   check_inputs(query, keys, values, lengths);
-  const Shape shape(query, values);
+  const AttentionShape shape(query, values);
   const auto [B, K, T, D, E] = std::tuple(shape.B, shape.K, shape.T, shape.D, shape.E);
   check_like("context_gradient", context_gradient, {B, K, E}, values.scalar_type());
   check_like("weights_gradient", weights_gradient, {B, K, T}, at::kFloat);
   if (weights.numel()) check_like("weights", weights, {B, K, T}, at::kFloat);
-  const auto given = [](const std::optional<at::Tensor>& x) { return x ? with_whole_rows(*x) : at::Tensor(); };
+  const auto given = [](const std::optional<at::Tensor>& x) { return x ? with_dense_rows(*x) : at::Tensor(); };
   const auto frames = [&](int64_t size) { return memory ? std::vector<int64_t>{B, T, size} : std::vector<int64_t>(3); };
-  Backward job{given(context_gradient),
-               given(weights_gradient),
-               with_whole_rows(query),
-               with_whole_rows(keys),
-               with_whole_rows(values),
-               lengths.contiguous(),
-               with_whole_rows(weights),
-               float(scale),
-               memory,
-               at::empty({B, K, D}, query.options()),
-               at::empty(frames(D), keys.options()),
-               at::empty(frames(E), values.options()),
-               shape};
+  AttentionBackward job{given(context_gradient),
+                        given(weights_gradient),
+                        with_dense_rows(query),
+                        with_dense_rows(keys),
+                        with_dense_rows(values),
+                        lengths.contiguous(),
+                        with_dense_rows(weights),
+                        float(scale),
+                        memory,
+                        at::empty({B, K, D}, query.options()),
+                        at::empty(frames(D), keys.options()),
+                        at::empty(frames(E), values.options()),
+                        shape};
   if (query.scalar_type() == at::kFloat) job.run<float>();
   else job.run<at::BFloat16>();
   return {job.query_gradient, job.keys_gradient, job.values_gradient};

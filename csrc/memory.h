@@ -1,4 +1,4 @@
-// Memory for rows of numbers: aligned to cache lines, on large pages where it is large, rows padded to whole panels.
+// Memory for rows of numbers: aligned to cache lines, on large pages if it is large, with rows padded to whole panels.
 
 #pragma once
 
@@ -14,17 +14,17 @@
 
 namespace las {
 
-constexpr int64_t COLUMNS = 32;  // of a panel
+constexpr int64_t COLUMNS = 32;  // of a panel of packed weights, see matmul.h
 
 inline int64_t padded(int64_t n, int64_t multiple = COLUMNS) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory that begins at a cache line and is not filled. Where it is large the system is asked for large pages: they are
-// had at once instead of one small one after another, and fewer addresses need looking up.
+// An uninitialised array, aligned to a cache line. A large one asks the system for large pages: they come with one page
+// fault each instead of hundreds, and take fewer entries of the TLB.
 template <class T>
-class Memory {
+class AlignedArray {
  public:
-  Memory() = default;
-  explicit Memory(int64_t count) {
+  AlignedArray() = default;
+  explicit AlignedArray(int64_t count) {
     const size_t large = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1), align = bytes < large ? 64 : large;
     const size_t whole = (bytes + align - 1) / align * align;
     data_.reset(static_cast<T*>(std::aligned_alloc(align, whole)));
@@ -42,7 +42,7 @@ class Memory {
   std::unique_ptr<T[], Free> data_;
 };
 
-// `count` rows, `stride` apart.
+// A view of `count` rows, `stride` values apart.
 template <class T>
 struct Matrix {
   T* data;
@@ -52,14 +52,14 @@ struct Matrix {
   operator Matrix<const T>() const { return {data, stride, count}; }
 };
 
-// Memory of rows with room for whole panels. Rows are an odd number of pairs of cache lines apart: at a power of two what
-// a tile reads and writes of its rows would all claim the same few places in the caches.
+// (count, stride) values of their own, with room for whole panels in each row. The stride is an odd number of pairs of
+// cache lines: at a power of two, the rows of a tile would all fall into the same few sets of the caches.
 template <class T = float>
-struct Buffer {
+struct RowBuffer {
   static constexpr int64_t PAIR = 128 / sizeof(T);
 
-  Buffer() = default;
-  Buffer(int64_t rows, int64_t size)
+  RowBuffer() = default;
+  RowBuffer(int64_t rows, int64_t size)
       : count(rows), stride((padded(size, PAIR) / PAIR | 1) * PAIR), memory(rows * stride) {}
 
   T* at(int64_t row) const { return memory.data() + row * stride; }
@@ -67,7 +67,7 @@ struct Buffer {
   void clear() const { std::fill_n(memory.data(), count * stride, T(0.0f)); }
 
   int64_t count = 0, stride = 0;
-  Memory<T> memory;
+  AlignedArray<T> memory;
 };
 
 }  // namespace las

@@ -17,6 +17,7 @@
 
 namespace las {
 
+// Write `factor` times n values as another float type.
 template <int W, class S, class T>
 LAS_INLINE void convert(const S* from, int64_t n, T* to, float factor = 1.0f) {
   each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
@@ -24,9 +25,9 @@ LAS_INLINE void convert(const S* from, int64_t n, T* to, float factor = 1.0f) {
   });
 }
 
-// COLUMNS of one row and of the next, side by side.
+// Interleave COLUMNS values of one row and of the next.
 template <int W>
-LAS_INLINE void beside(const c10::BFloat16* row, const c10::BFloat16* next, c10::BFloat16* to) {
+LAS_INLINE void interleave_pairs(const c10::BFloat16* row, const c10::BFloat16* next, c10::BFloat16* to) {
   for (int64_t i = 0; i < COLUMNS; i += W) {
     Short<W> low, high;
     std::memcpy(&low, row + i, sizeof low);
@@ -36,7 +37,7 @@ LAS_INLINE void beside(const c10::BFloat16* row, const c10::BFloat16* next, c10:
   }
 }
 
-// The lanes of a and b by turns: of their first halves (PART 0), or of their second.
+// The lanes of a and b in turn: of their first halves (PART 0), or of their second halves (PART 1).
 template <int W, int PART, int... i>
 LAS_INLINE Float<W> zip(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
   return pick<W>(a, b, std::integer_sequence<int, (i / 2 + PART * W / 2 + i % 2 * W)...>{});
@@ -58,69 +59,73 @@ LAS_INLINE void transpose(Float<W> (&x)[W]) {
   }
 }
 
+// Write W columns of DEPTH_INTERLEAVE values of k.
 template <int W>
-LAS_INLINE void put_neighbours(float* to, const Float<W>* rows) {
+LAS_INLINE void store_interleaved(float* to, const Float<W>* rows) {
   store<W>(to, rows[0]);
 }
 
 template <int W>
-LAS_INLINE void put_neighbours(c10::BFloat16* to, const Float<W>* rows) {  // each pair of them is one 32-bit lane
+LAS_INLINE void store_interleaved(c10::BFloat16* to, const Float<W>* rows) {  // a pair is one 32-bit lane
   const Bits<W> first = rounded_to_upper_half<W>(rows[0]) >> 16;
   const Bits<W> pairs = first | (rounded_to_upper_half<W>(rows[1]) & 0xFFFF0000u);
   std::memcpy(to, &pairs, sizeof pairs);
 }
 
-// One panel of `factor` times the values source[column * column_stride + k * k_stride], one of whose strides is 1.
+// Pack one panel of `factor` times source[column * column_stride + k * k_stride]. One of the strides is 1.
 template <int W, class S, class T>
 LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
                            float factor, T* to) {
-  constexpr int64_t N = NEIGHBOURS<T>;
-  const bool turned = k_stride == 1;
-  const int64_t stride = turned ? column_stride : k_stride;
+  constexpr int64_t N = DEPTH_INTERLEAVE<T>;
+  const bool depth_contiguous = k_stride == 1;
+  const int64_t stride = depth_contiguous ? column_stride : k_stride;
   int64_t k = 0;
   if constexpr (std::is_same_v<S, T> && N == 2)
-    if (!turned && columns == COLUMNS && factor == 1.0f)
-      for (; k + 1 < depth; k += 2) beside<W>(source + k * stride, source + (k + 1) * stride, to + k * COLUMNS);
+    if (!depth_contiguous && columns == COLUMNS && factor == 1.0f)
+      for (; k + 1 < depth; k += 2)
+        interleave_pairs<W>(source + k * stride, source + (k + 1) * stride, to + k * COLUMNS);
   for (; k < depth; k += W)
     for (int64_t i = 0; i < COLUMNS; i += W) {
-      Float<W> rows[W];  // of W columns and W values of k
-      const int64_t wide = std::clamp<int64_t>(columns - i, 0, W), deep = std::min<int64_t>(depth - k, W);
+      Float<W> rows[W];  // (W values of k, W columns), or transposed
+      const int64_t column_count = std::clamp<int64_t>(columns - i, 0, W);
+      const int64_t depth_count = std::min<int64_t>(depth - k, W);
       const S* from = source + i * column_stride + k * k_stride;
-      if (wide == W && deep == W) {
+      if (column_count == W && depth_count == W) {
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
-          fetch(from + j * stride + COLUMNS * column_stride);  // the next panel: its rows are far apart
+          fetch(from + j * stride + COLUMNS * column_stride);  // of the next panel, whose rows are far apart
           rows[j] = load<W>(from + j * stride) * factor;
         }
       } else {
         for (int64_t j = 0; j < W; ++j) {
-          const bool there = j < (turned ? wide : deep);
-          rows[j] = there ? load_part<W>(from + j * stride, turned ? deep : wide) * factor : Float<W>{};
+          const bool exists = j < (depth_contiguous ? column_count : depth_count);
+          const int64_t count = depth_contiguous ? depth_count : column_count;
+          rows[j] = exists ? load_part<W>(from + j * stride, count) * factor : Float<W>{};
         }
       }
-      if (turned) transpose<W>(rows);
+      if (depth_contiguous) transpose<W>(rows);
 #pragma GCC unroll 16
       for (int j = 0; j < W; j += N)
-        if (j < deep) put_neighbours<W>(to + (k + j) * COLUMNS + i * N, rows + j);
+        if (j < depth_count) store_interleaved<W>(to + (k + j) * COLUMNS + i * N, rows + j);
     }
 }
 
 #ifdef LAS_BF16_DOTS
-// Two vectors rounded by the processor, which makes zeros of the tiniest numbers, as its dot product does.
+// Round two vectors to bfloat16 with the processor's instruction. Like its dot product, it flushes subnormals to zero.
 LAS_AVX512_BF16 inline __m512i rounded(const float* low, const float* high, __m512 factor) {
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(high) * factor, _mm512_loadu_ps(low) * factor);
 }
 
-// Round n values, a multiple of 32.
+// Round n values; n is a multiple of 32.
 LAS_AVX512_BF16 inline void round_natively(const float* from, int64_t n, c10::BFloat16* to) {
   for (int64_t i = 0; i < n; i += 32)
     _mm512_storeu_si512(to + i, rounded(from + i, from + i + 16, _mm512_set1_ps(1.0f)));
 }
 
-// Whole panels of columns that lie one after another in memory, for k to `depth`, a multiple of 32. Memory is read in
-// its order, which decides the time: so rounded rows wait in the first-level cache to be turned.
-LAS_AVX512_BF16 inline void pack_columns(const float* source, int64_t stride, int64_t columns, int64_t depth,
-                                         int64_t deep, float factor, c10::BFloat16* to) {
+// Pack the whole panels where the values of a column are contiguous, for k up to `depth`, a multiple of 32. Memory is
+// read front to back, which decides the time. Rounded rows wait in the first-level cache to be transposed.
+LAS_AVX512_BF16 inline void pack_depth_contiguous(const float* source, int64_t stride, int64_t columns, int64_t depth,
+                                                  int64_t padded_depth, float factor, c10::BFloat16* to) {
   constexpr int64_t CHUNK = 512, STRIDE = CHUNK + 32;
   alignas(64) c10::BFloat16 rows[COLUMNS * STRIDE];
   for (int64_t panel = 0; panel + COLUMNS <= columns; panel += COLUMNS)
@@ -136,45 +141,46 @@ LAS_AVX512_BF16 inline void pack_columns(const float* source, int64_t stride, in
           Float<16> pairs[16];
           for (int64_t j = 0; j < 16; ++j) std::memcpy(&pairs[j], rows + (i + j) * STRIDE + k, sizeof pairs[j]);
           transpose<16>(pairs);
-          c10::BFloat16* out = to + panel * deep + (begin + k) * COLUMNS + 2 * i;
+          c10::BFloat16* out = to + panel * padded_depth + (begin + k) * COLUMNS + 2 * i;
           for (int64_t j = 0; j < 16; ++j) std::memcpy(out + 2 * j * COLUMNS, &pairs[j], sizeof pairs[j]);
         }
     }
 }
 
-// The same where the columns of one k lie beside each other, for k to `depth`, a multiple of 2: some k of all panels at
-// a time.
-LAS_AVX512_BF16 inline void pack_beside(const float* source, int64_t stride, int64_t columns, int64_t depth,
-                                        int64_t deep, float factor, c10::BFloat16* to) {
+// The same where the columns of one k are contiguous, for k up to `depth`, a multiple of 2. A few k of all panels are
+// packed at a time.
+LAS_AVX512_BF16 inline void pack_column_contiguous(const float* source, int64_t stride, int64_t columns, int64_t depth,
+                                                   int64_t padded_depth, float factor, c10::BFloat16* to) {
   constexpr int64_t CHUNK = 16;
-  alignas(64) uint16_t turns[32];  // halves of the lower and the upper 16, by turns
-  for (int i = 0; i < 32; ++i) turns[i] = uint16_t(i / 2 + i % 2 * 16);
+  alignas(64) uint16_t order[32];  // interleaves the lower and the upper 16
+  for (int i = 0; i < 32; ++i) order[i] = uint16_t(i / 2 + i % 2 * 16);
   for (int64_t begin = 0; begin < depth; begin += CHUNK)
     for (int64_t panel = 0; panel + COLUMNS <= columns; panel += COLUMNS)
       for (int64_t k = begin; k < std::min(begin + CHUNK, depth); k += 2)
         for (int64_t i = 0; i < COLUMNS; i += 16) {
           const float* from = source + panel + i + k * stride;
           const __m512i both = rounded(from, from + stride, _mm512_set1_ps(factor));
-          _mm512_storeu_si512(to + panel * deep + k * COLUMNS + 2 * i,
-                              _mm512_permutexvar_epi16(_mm512_load_si512(turns), both));
+          _mm512_storeu_si512(to + panel * padded_depth + k * COLUMNS + 2 * i,
+                              _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
         }
 }
 
-// Pack what of whole panels can be had so, and return up to which k; the rest is for pack_panel.
+// Pack what the functions above can of the whole panels. Return up to which k; pack_panel does the rest.
 inline int64_t pack_natively(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns,
-                             int64_t depth, int64_t deep, float factor, c10::BFloat16* to) {
+                             int64_t depth, int64_t padded_depth, float factor, c10::BFloat16* to) {
   if (!has_bf16_dots()) return 0;
-  const bool turned = k_stride == 1;
-  const int64_t done = turned ? depth / 32 * 32 : depth / 2 * 2;
-  (turned ? pack_columns : pack_beside)(source, turned ? column_stride : k_stride, columns, done, deep, factor, to);
+  const bool depth_contiguous = k_stride == 1;
+  const int64_t done = depth_contiguous ? depth / 32 * 32 : depth / 2 * 2;
+  if (depth_contiguous) pack_depth_contiguous(source, column_stride, columns, done, padded_depth, factor, to);
+  else pack_column_contiguous(source, k_stride, columns, done, padded_depth, factor, to);
   return done;
 }
 #endif
 
-// One panel of columns `column` to column + columns of `count` rows, which lie anywhere.
+// Pack one panel of columns `column` to column + columns of `count` rows, given by pointers. Rows are values of k.
 template <int W, class T>
 LAS_INLINE void pack_rows(const T* const* rows, int64_t count, int64_t column, int64_t columns, T* to) {
-  constexpr int64_t N = NEIGHBOURS<T>;
+  constexpr int64_t N = DEPTH_INTERLEAVE<T>;
   if (columns < COLUMNS || count % N) std::fill_n(to, padded(count, N) * COLUMNS, T(0.0f));
   for (int64_t k = 0; k < count; k += N, to += N * COLUMNS) {
     if (columns < COLUMNS || k + N > count) {
@@ -183,42 +189,43 @@ LAS_INLINE void pack_rows(const T* const* rows, int64_t count, int64_t column, i
     } else if constexpr (N == 1) {
       std::copy_n(rows[k] + column, COLUMNS, to);
     } else {
-      beside<W>(rows[k] + column, rows[k + 1] + column, to);
+      interleave_pairs<W>(rows[k] + column, rows[k + 1] + column, to);
     }
   }
 }
 
+// Values in the panels of (columns, depth).
 template <class T>
 int64_t packed_size(int64_t columns, int64_t depth) {
-  return padded(columns) * padded(depth, NEIGHBOURS<T>);
+  return padded(columns) * padded(depth, DEPTH_INTERLEAVE<T>);
 }
 
-// Panels of such values in the packed_size of memory at `to`.
+// Pack `factor` times source[column * column_stride + k * k_stride] into the packed_size values at `to`.
 template <class S, class T>
 Panels<T> pack(const S* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth, T* to,
                float factor = 1.0f) {
-  const int64_t deep = padded(depth, NEIGHBOURS<T>);
+  const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<T>);
   int64_t done = 0;
 #ifdef LAS_BF16_DOTS
   if constexpr (std::is_same_v<S, float> && !std::is_same_v<T, float>)
-    done = pack_natively(source, column_stride, k_stride, columns, depth, deep, factor, to);
+    done = pack_natively(source, column_stride, k_stride, columns, depth, padded_depth, factor, to);
 #endif
   widest([&](auto width) __attribute__((always_inline)) {
     for (int64_t panel = 0; panel < columns; panel += COLUMNS) {
-      const int64_t here = std::min(COLUMNS, columns - panel);
-      const int64_t k = here == COLUMNS ? done : 0;
-      pack_panel<width>(source + panel * column_stride + k * k_stride, column_stride, k_stride, here, depth - k, factor,
-                        to + panel * deep + k * COLUMNS);
+      const int64_t panel_columns = std::min(COLUMNS, columns - panel);
+      const int64_t k = panel_columns == COLUMNS ? done : 0;
+      pack_panel<width>(source + panel * column_stride + k * k_stride, column_stride, k_stride, panel_columns,
+                        depth - k, factor, to + panel * padded_depth + k * COLUMNS);
     }
   });
-  return {to, columns, deep};
+  return {to, columns, padded_depth};
 }
 
-// Panels with memory of their own, which becomes `memory`.
+// The same into memory of its own, which becomes `memory`.
 template <class T>
 Panels<T> pack(const float* source, int64_t column_stride, int64_t k_stride, int64_t columns, int64_t depth,
-               Memory<T>& memory, float factor = 1.0f) {
-  memory = Memory<T>(packed_size<T>(columns, depth));
+               AlignedArray<T>& memory, float factor = 1.0f) {
+  memory = AlignedArray<T>(packed_size<T>(columns, depth));
   return pack(source, column_stride, k_stride, columns, depth, memory.data(), factor);
 }
 

@@ -21,7 +21,7 @@
 
 namespace las::search {
 
-// ------------------------------------------------------------------------------------------------------- what is read
+// ------------------------------------------------------------------------------------------------------------- inputs
 
 template <class G>
 struct LaterCell {
@@ -29,13 +29,13 @@ struct LaterCell {
   Layer<G> input, recurrent;  // the bias is in `recurrent`
 };
 
-// Weights of the gates are of type G, all others and the memory of the utterances of type T.
+// The packed weights. Those of the gates are of type G; all others, and the memory of the utterances, are of type T.
 template <class T, class G>
-struct Speller {
-  int64_t V, M, D, E, H;  // M of the embedding, H of the first cell
-  const float* embedding;
-  Layer<T> token;  // from the embedding to the gates of the first cell
-  Layer<G> first;  // from [context, hidden]
+struct PackedSpeller {
+  int64_t V, M, D, E, H;   // M of the embedding, H of the first cell
+  const float* embedding;  // (V, M)
+  Layer<T> token;          // from the embedding to the gates of the first cell: (4 * H, M)
+  Layer<G> first;          // from [context, hidden] to the same: (4 * H, E + H)
   std::vector<LaterCell<G>> later;
   Layer<T> query, project, output;
 
@@ -43,123 +43,131 @@ struct Speller {
   int64_t size(int64_t cell) const { return cell == 0 ? H : later[cell - 1].size; }
 };
 
-struct Job {
-  at::Tensor keys, values, lengths;
-  std::optional<at::Tensor> minimum, table, frames_of_ctc;
-  at::Tensor maximum;
+struct SearchArguments {
+  at::Tensor keys, values, lengths;                      // (B, T, D), (B, T, E), (B,)
+  std::optional<at::Tensor> min_lengths;                 // (B,)
+  std::optional<at::Tensor> ngram_table, ctc_log_probs;  // (states, V), (B, T', V)
+  at::Tensor max_lengths;                                // (B,)
   int64_t B, T, K, sos, eos;
   float length_penalty, eos_threshold, coverage_weight, ngram_weight, ctc_weight;
 
-  int64_t frames(int64_t b) const { return std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, T); }
+  int64_t valid_frames(int64_t b) const { return std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, T); }
 };
 
-// ------------------------------------------------------------------------------------------------------- what is kept
+// ------------------------------------------------------------------------------------------------------------- states
 
-// All beams of one utterance.
-struct Beams {
-  explicit Beams(int64_t K) : scores(K), tokens(K), parents(K), lengths(K), ngram_states(K), ended(new bool[K]) {}
+// All beams of one utterance, (K,) each.
+struct UtteranceBeams {
+  explicit UtteranceBeams(int64_t K)
+      : scores(K), tokens(K), parents(K), lengths(K), ngram_states(K), ended(new bool[K]) {}
 
   topk::Outputs outputs() {
     return {scores.data(), tokens.data(), parents.data(), ended.get(), lengths.data(), ngram_states.data()};
   }
-  bool living(int64_t k) const { return !ended[k] && scores[k] > -las::INFINITE; }
+  bool live(int64_t k) const { return !ended[k] && scores[k] > -INFINITE; }
 
   std::vector<float> scores;
   std::vector<int64_t> tokens, parents, lengths, ngram_states;
   std::unique_ptr<bool[]> ended;
 };
 
-// All steps of one utterance, K values each.
-struct History {
-  void add(const Beams& beams, const std::vector<int64_t>& peaks) {
+// All steps of one utterance, (steps, K) each.
+struct StepHistory {
+  void add(const UtteranceBeams& beams, const std::vector<int64_t>& attended) {
     tokens.insert(tokens.end(), beams.tokens.begin(), beams.tokens.end());
     parents.insert(parents.end(), beams.parents.begin(), beams.parents.end());
     scores.insert(scores.end(), beams.scores.begin(), beams.scores.end());
-    frames.insert(frames.end(), peaks.begin(), peaks.end());
+    attended_frames.insert(attended_frames.end(), attended.begin(), attended.end());
   }
 
-  std::vector<int64_t> tokens, parents, frames;
+  std::vector<int64_t> tokens, parents, attended_frames;
   std::vector<float> scores;
 };
 
-// What hidden states and contexts are kept as: as products take them, where those do not need more of them.
+// The storage type of hidden states and contexts: the input type of the matmuls, or float32 where gates are int8, which
+// quantise them at each step.
 template <class T, class G>
-using Kept = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
+using StateType = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
 
 // The states of all rows between two steps.
 template <class S>
 struct States {
   template <class T, class G>
-  States(const Speller<T, G>& speller, int64_t rows) : first(rows, speller.E + speller.H + 1) {  // 1: what follows is 0
+  States(const PackedSpeller<T, G>& speller, int64_t rows)
+      : first(rows, speller.E + speller.H + 1) {  // + 1: a 0 follows, see SearchWorker::hidden_rows
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
       hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i) + 1);
     }
   }
 
-  Zeros<S> first;  // the context, and the hidden state of the first cell
-  std::vector<Zeros<S>> hidden;
-  std::vector<Zeros<>> cell;
+  ZeroedBuffer<S> first;                // (rows, E + H + 1): the context, and the hidden state of the first cell
+  std::vector<ZeroedBuffer<S>> hidden;  // (rows, H_i + 1) of each later cell
+  std::vector<ZeroedBuffer<>> cell;     // (rows, H_i) of each cell
 };
 
-// One living beam.
-struct Living {
+// One live beam: a row of the matmuls.
+struct LiveBeam {
   int64_t slot, beam, token;
   int64_t before;  // row of the state that it continues
-  int64_t source;  // that state's index among those that are continued
+  int64_t source;  // index of that row among those that are continued
 };
 
-// What CTC says of the beams of one utterance.
-struct Prefixes {
-  void begin(const Job& job, int64_t b, int64_t V) {
-    const int64_t T = job.frames_of_ctc->size(1), K = job.K;
-    heard = std::make_unique<ctc::Frames>(job.frames_of_ctc->const_data_ptr<float>() + b * T * V, T, V);
-    alphas.resize(K * stride());
-    next_alphas.resize(K * stride());
+// The CTC prefix scores of the beams of one utterance.
+struct CtcPrefixes {
+  void begin(const SearchArguments& arguments, int64_t b, int64_t V) {
+    const int64_t T = arguments.ctc_log_probs->size(1), K = arguments.K;
+    log_probs = std::make_unique<ctc::CtcLogProbs>(arguments.ctc_log_probs->const_data_ptr<float>() + b * T * V, T, V);
+    forward.resize(K * stride());
+    next_forward.resize(K * stride());
     gains.resize(K * V);
     next_gains.resize(K * V);
-    prefixes.assign(K, 0.0f);
-    scorer.start(*heard, {nullptr, alphas.data(), job.sos, job.sos, 0.0f, gains.data()}, job.eos);
+    prefix_log_probs.assign(K, 0.0f);
+    scorer.start(*log_probs, {nullptr, forward.data(), arguments.sos, arguments.sos, 0.0f, gains.data()},
+                 arguments.eos);
   }
 
-  int64_t stride() const { return heard->T + 1; }
+  int64_t stride() const { return log_probs->T + 1; }
 
-  // Let the living beams of `after` continue those of `before`.
-  void follow(const Beams& before, const Beams& after, int64_t eos) {
-    const std::vector<float> old = prefixes;
-    living.clear();
+  // Let the live beams of `after` continue those of `before`.
+  void follow_parents(const UtteranceBeams& before, const UtteranceBeams& after, int64_t eos) {
+    const std::vector<float> old = prefix_log_probs;
+    live.clear();
     for (int64_t k = 0; k < int64_t(old.size()); ++k) {
-      if (!after.living(k)) continue;
-      const int64_t parent = after.parents[k], token = after.tokens[k], V = heard->V;
-      prefixes[k] = old[parent] + gains[parent * V + token];
-      living.push_back({alphas.data() + parent * stride(), next_alphas.data() + k * stride(), before.tokens[parent],
-                        token, prefixes[k], next_gains.data() + k * V});
+      if (!after.live(k)) continue;
+      const int64_t parent = after.parents[k], token = after.tokens[k], V = log_probs->V;
+      prefix_log_probs[k] = old[parent] + gains[parent * V + token];
+      live.push_back({forward.data() + parent * stride(), next_forward.data() + k * stride(), before.tokens[parent],
+                      token, prefix_log_probs[k], next_gains.data() + k * V});
     }
-    scorer.advance(*heard, living, eos);
-    std::swap(alphas, next_alphas);
+    scorer.advance(*log_probs, live, eos);
+    std::swap(forward, next_forward);
     std::swap(gains, next_gains);
   }
 
-  std::unique_ptr<ctc::Frames> heard;
-  std::vector<float> alphas, next_alphas, gains, next_gains, prefixes;  // (K, T' + 1), (K, V) and (K,)
-  std::vector<ctc::Hypothesis> living;
+  std::unique_ptr<ctc::CtcLogProbs> log_probs;  // (T', V)
+  std::vector<float> forward, next_forward;     // (K, T' + 1): forward log-probabilities
+  std::vector<float> gains, next_gains;         // (K, V)
+  std::vector<float> prefix_log_probs;          // (K,)
+  std::vector<ctc::CtcHypothesis> live;
   ctc::Scorer scorer;
 };
 
-// An utterance that is being searched.
+// A place in which one utterance after another is searched.
 template <class T>
-struct Slot {
-  explicit Slot(int64_t K) : beams(K), next(K), rows(K), peaks(K), coverage(K) {}
+struct SearchSlot {
+  explicit SearchSlot(int64_t K) : beams(K), next(K), rows(K), attended_frames(K), coverage(K) {}
 
-  int64_t b = -1;  // -1: none
+  int64_t b = -1;  // the utterance; -1: none
   int64_t frames = 0;
-  las::Memory<T> key_memory, value_memory;
-  Panels<T> keys, values;
-  Beams beams, next;
-  std::vector<int64_t> rows;  // of the state that each beam continues
-  std::vector<int64_t> peaks;
-  std::vector<float> coverage, attention;  // attention (K, frames): got by each frame from all tokens
-  Prefixes prefixes;
+  AlignedArray<T> key_memory, value_memory;
+  Panels<T> keys, values;  // (frames, D) and (E, frames)
+  UtteranceBeams beams, next;
+  std::vector<int64_t> rows;             // (K,): of the state that each beam continues
+  std::vector<int64_t> attended_frames;  // (K,)
+  std::vector<float> coverage;           // (K,)
+  std::vector<float> attention;          // (K, frames): what each frame got from all tokens
+  CtcPrefixes prefixes;
 };
 
 }  // namespace las::search

@@ -1,4 +1,4 @@
-// One thread of the beam search of the speller; speller_search.cpp says how the threads share the utterances.
+// What one thread of the beam search does; speller_search.cpp says how the threads share the utterances.
 
 #pragma once
 
@@ -24,174 +24,177 @@
 
 namespace las::search {
 
-constexpr float UNSEEN = 0.01f;  // least attention that a frame counts as having got, for a finite logarithm
+constexpr float COVERAGE_FLOOR = 0.01f;  // the least attention a frame counts with, so that its logarithm is finite
 
 template <class T, class G>
-class Worker {
-  using S = Kept<T, G>;
+class SearchWorker {
+  using S = StateType<T, G>;
 
  public:
-  Worker(const Speller<T, G>& speller, const Job& job, int64_t slots)
-      : speller_(speller), job_(job), most_(slots * job.K), before_(speller, most_ + 1), after_(speller, most_ + 1),
-        best_(job.K), index_(most_ + 1), token_gates_(speller.V) {
-    for (int64_t i = 0; i < slots; ++i) slots_.emplace_back(job.K);
-    make_room();
+  SearchWorker(const PackedSpeller<T, G>& speller, const SearchArguments& arguments, int64_t slots)
+      : speller_(speller), arguments_(arguments), max_rows_(slots * arguments.K), before_(speller, max_rows_ + 1),
+        after_(speller, max_rows_ + 1), best_(arguments.K), source_index_(max_rows_ + 1), token_gates_(speller.V) {
+    for (int64_t i = 0; i < slots; ++i) slots_.emplace_back(arguments.K);
+    allocate();
   }
 
-  // Search utterances until the queue, whose next is `queue`, is empty.
-  void run(std::atomic<int64_t>& queue, std::vector<History>& found) {
+  // Search utterances until none is left: `queue` is the next one, `histories` (B,) takes their steps.
+  void run(std::atomic<int64_t>& queue, std::vector<StepHistory>& histories) {
     for (;;) {
-      for (Slot<T>& slot : slots_)
+      for (SearchSlot<T>& slot : slots_)
         if (slot.b < 0) {
           const int64_t b = queue++;
-          if (b >= job_.B) break;
+          if (b >= arguments_.B) break;
           begin(slot, b);
         }
-      list();
+      list_live_beams();
       if (rows_.empty()) return;
-      meet();
-      recur();
-      for (int64_t i = 0; i < speller_.cells(); ++i) advance(i);
+      embed_new_tokens();
+      recurrent_gates();
+      for (int64_t i = 0; i < speller_.cells(); ++i) step_cell(i);
       attend();
-      spell();
+      compute_logits();
       for (size_t i = 0; i < slots_.size(); ++i)
-        if (slots_[i].b >= 0) prune(int64_t(i), found[slots_[i].b]);
+        if (slots_[i].b >= 0) take_best(int64_t(i), histories[slots_[i].b]);
       std::swap(before_, after_);
     }
   }
 
  private:
-  int64_t silence() const { return most_; }  // row of the state before the first token: always zeros
+  int64_t initial_state() const { return max_rows_; }  // row of the state before the first token: always zeros
 
-  void make_room() {
-    int64_t widest = speller_.E + speller_.H, gates = 0;
+  void allocate() {
+    int64_t deepest = speller_.E + speller_.H, gates = 0;
     for (int64_t i = 0; i < speller_.cells(); ++i) {
-      widest = std::max(widest, speller_.size(i) + speller_.E);
+      deepest = std::max(deepest, speller_.size(i) + speller_.E);
       gates = std::max(gates, 4 * speller_.size(i));
-      recurrent_.emplace_back(most_ + 1, 4 * speller_.size(i));
+      recurrent_.emplace_back(max_rows_ + 1, 4 * speller_.size(i));
     }
-    widest = std::max({widest, speller_.D, speller_.E, job_.T, speller_.M});
-    operand_ = Zeros<T>(most_ + 1, widest);
-    if constexpr (std::is_same_v<G, int8_t>) numbers_ = Zeros<uint8_t>(most_ + 1, widest);
-    scales_.resize(most_ + 1);
-    sums_ = Zeros<>(most_ + 1, std::max({gates, speller_.M, speller_.V}));
-    queries_ = Zeros<>(most_ + 1, speller_.D);
-    weights_ = Zeros<>(job_.K, job_.T);
-    contexts_ = Zeros<>(job_.K, speller_.E);
-    logits_.resize(job_.K * speller_.V);
-    summaries_.resize(job_.K);
-    block_maxima_.resize(job_.K * blocks());
-    starts_.resize(most_ + 1);
+    deepest = std::max({deepest, speller_.D, speller_.E, arguments_.T, speller_.M});
+    inputs_ = ZeroedBuffer<T>(max_rows_ + 1, deepest);
+    if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_ + 1, deepest);
+    scales_.resize(max_rows_ + 1);
+    sums_ = ZeroedBuffer<>(max_rows_ + 1, std::max({gates, speller_.M, speller_.V}));
+    queries_ = ZeroedBuffer<>(max_rows_ + 1, speller_.D);
+    weights_ = ZeroedBuffer<>(arguments_.K, arguments_.T);
+    contexts_ = ZeroedBuffer<>(arguments_.K, speller_.E);
+    logits_.resize(arguments_.K * speller_.V);
+    summaries_.resize(arguments_.K);
+    block_maxima_.resize(arguments_.K * blocks());
+    initial_.resize(max_rows_ + 1);
   }
 
   int64_t blocks() const { return (speller_.V + topk::BLOCK - 1) / topk::BLOCK; }
 
-  void begin(Slot<T>& slot, int64_t b) {
-    const int64_t n = job_.frames(b), K = job_.K, D = speller_.D, E = speller_.E;
+  void begin(SearchSlot<T>& slot, int64_t b) {
+    const int64_t n = arguments_.valid_frames(b), K = arguments_.K, D = speller_.D, E = speller_.E;
     slot.b = b;
     slot.frames = n;
-    slot.keys = las::pack<T>(job_.keys.const_data_ptr<float>() + b * job_.T * D, D, 1, n, D, slot.key_memory);
-    slot.values = las::pack<T>(job_.values.const_data_ptr<float>() + b * job_.T * E, 1, E, E, n, slot.value_memory);
-    Beams& beams = slot.beams;
-    std::fill_n(beams.scores.begin(), K, -las::INFINITE);  // only one beam exists so far
+    const float* keys = arguments_.keys.const_data_ptr<float>() + b * arguments_.T * D;
+    const float* values = arguments_.values.const_data_ptr<float>() + b * arguments_.T * E;
+    slot.keys = las::pack<T>(keys, D, 1, n, D, slot.key_memory);
+    slot.values = las::pack<T>(values, 1, E, E, n, slot.value_memory);
+    UtteranceBeams& beams = slot.beams;
+    std::fill_n(beams.scores.begin(), K, -INFINITE);  // only one beam exists so far
     beams.scores[0] = 0.0f;
-    std::fill_n(beams.tokens.begin(), K, job_.sos);
+    std::fill_n(beams.tokens.begin(), K, arguments_.sos);
     std::fill_n(beams.lengths.begin(), K, 0);
     std::fill_n(beams.ended.get(), K, false);
-    std::fill_n(beams.ngram_states.begin(), K, job_.table ? first_ngram_state() : 0);
-    std::fill_n(slot.rows.begin(), K, silence());
-    if (job_.coverage_weight != 0.0f) slot.attention.assign(K * n, 0.0f);
-    if (job_.frames_of_ctc) slot.prefixes.begin(job_, b, speller_.V);
+    std::fill_n(beams.ngram_states.begin(), K, arguments_.ngram_table ? first_ngram_state() : 0);
+    std::fill_n(slot.rows.begin(), K, initial_state());
+    if (arguments_.coverage_weight != 0.0f) slot.attention.assign(K * n, 0.0f);
+    if (arguments_.ctc_log_probs) slot.prefixes.begin(arguments_, b, speller_.V);
   }
 
-  // <sos> all through, as digits to the base V.
+  // A history of <sos> alone; tokens are digits to the base V.
   int64_t first_ngram_state() const {
-    const int64_t states = job_.table->size(0);
-    return speller_.V > 1 ? job_.sos * (states - 1) / (speller_.V - 1) : 0;
+    const int64_t states = arguments_.ngram_table->size(0);
+    return speller_.V > 1 ? arguments_.sos * (states - 1) / (speller_.V - 1) : 0;
   }
 
-  // List the living beams and the states that they continue.
-  void list() {
+  // List the live beams and the states that they continue.
+  void list_live_beams() {
     rows_.clear();
-    sources_.clear();
-    std::fill(index_.begin(), index_.end(), -1);
+    source_rows_.clear();
+    std::fill(source_index_.begin(), source_index_.end(), -1);
     for (size_t s = 0; s < slots_.size(); ++s) {
-      const Slot<T>& slot = slots_[s];
-      for (int64_t k = 0; slot.b >= 0 && k < job_.K; ++k) {
-        if (!slot.beams.living(k)) continue;
+      const SearchSlot<T>& slot = slots_[s];
+      for (int64_t k = 0; slot.b >= 0 && k < arguments_.K; ++k) {
+        if (!slot.beams.live(k)) continue;
         const int64_t before = slot.rows[k];
-        if (index_[before] < 0) {
-          index_[before] = int64_t(sources_.size());
-          sources_.push_back(before);
+        if (source_index_[before] < 0) {
+          source_index_[before] = int64_t(source_rows_.size());
+          source_rows_.push_back(before);
         }
-        rows_.push_back({int64_t(s), k, slot.beams.tokens[k], before, index_[before]});
+        rows_.push_back({int64_t(s), k, slot.beams.tokens[k], before, source_index_[before]});
       }
     }
   }
 
   int64_t count() const { return int64_t(rows_.size()); }
 
-  // The first `n` values of rows from(i) as operands of the next product.
+  // The first `n` values of rows from(i), as (count, depth) inputs of a matmul.
   template <class From>
-  Matrix<const T> operand(int64_t count, int64_t depth, int64_t n, From from) {
+  Matrix<const T> converted(int64_t count, int64_t depth, int64_t n, From from) {
     for (int64_t i = 0; i < count; ++i) {
-      T* to = operand_.at(i);
+      T* to = inputs_.at(i);
       convert(from(i), n, to);
       std::fill(to + n, to + depth, T(0.0f));
     }
-    return operand_.rows(count);
+    return inputs_.rows(count);
   }
 
-  // The same as whole numbers.
+  // The same, quantised.
   template <class From>
-  las::Int8Rows numbers(int64_t count, int64_t depth, int64_t n, From from) {
-    las::widest([&](auto width) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i) scales_[i] = las::quantise<width>(from(i), n, depth, numbers_.at(i));
+  Int8Rows quantised(int64_t count, int64_t depth, int64_t n, From from) {
+    widest([&](auto width) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) scales_[i] = las::quantise<width>(from(i), n, depth, quantised_.at(i));
     });
-    return {numbers_.at(0), numbers_.stride, count, scales_.data()};
+    return {quantised_.at(0), quantised_.stride, count, scales_.data()};
   }
 
-  // What the first `n` values of rows from(i) add to gates.
+  // The matmul of a layer of gates and the first `n` values of rows from(i).
   template <class From>
-  void gates(const Layer<G>& layer, int64_t count, int64_t n, From from, las::Starts starts, const Matrix<float>& out) {
+  void gates(const Layer<G>& layer, int64_t count, int64_t n, From from, InitialSums initial,
+             const Matrix<float>& out) {
     const int64_t depth = layer.weights.depth;
     if constexpr (std::is_same_v<G, int8_t>)
-      las::product(numbers(count, depth, n, from), layer.weights, starts, out);
+      matmul(quantised(count, depth, n, from), layer.weights, initial, out);
     else
-      las::product(operand(count, depth, n, from), layer.weights, starts, out);
+      matmul(converted(count, depth, n, from), layer.weights, initial, out);
   }
 
-  las::Starts same(const std::vector<float>& bias, int64_t count) {
-    std::fill_n(starts_.begin(), count, bias.data());
-    return starts_.data();
+  InitialSums broadcast_bias(const std::vector<float>& bias, int64_t count) {
+    std::fill_n(initial_.begin(), count, bias.data());
+    return initial_.data();
   }
 
-  // Compute what tokens that have not been met yet add to the gates of the first cell.
-  void meet() {
-    std::vector<int64_t> fresh;
-    for (const Living& row : rows_) {
-      las::Memory<float>& gates = token_gates_[row.token];
+  // Compute what tokens add to the gates of the first cell, for those that are new.
+  void embed_new_tokens() {
+    std::vector<int64_t> new_tokens;
+    for (const LiveBeam& row : rows_) {
+      AlignedArray<float>& gates = token_gates_[row.token];
       if (gates.data()) continue;
-      gates = las::Memory<float>(4 * speller_.H);
-      fresh.push_back(row.token);
+      gates = AlignedArray<float>(4 * speller_.H);
+      new_tokens.push_back(row.token);
     }
-    const int64_t n = int64_t(fresh.size());
+    const int64_t n = int64_t(new_tokens.size());
     const Layer<T>& layer = speller_.token;
-    const auto embedded = [&](int64_t i) { return speller_.embedding + fresh[i] * speller_.M; };
-    las::product(operand(n, layer.weights.depth, speller_.M, embedded), layer.weights, same(layer.bias, n),
-                 sums_.rows(n));
-    for (int64_t i = 0; i < n; ++i) std::copy_n(sums_.at(i), 4 * speller_.H, token_gates_[fresh[i]].data());
+    const auto embedded = [&](int64_t i) { return speller_.embedding + new_tokens[i] * speller_.M; };
+    matmul(converted(n, layer.weights.depth, speller_.M, embedded), layer.weights, broadcast_bias(layer.bias, n),
+           sums_.rows(n));
+    for (int64_t i = 0; i < n; ++i) std::copy_n(sums_.at(i), 4 * speller_.H, token_gates_[new_tokens[i]].data());
   }
 
-  // What the gates gain from the states before, once for each state.
-  void recur() {
-    const int64_t n = int64_t(sources_.size());
-    const auto first = [&](int64_t i) { return before_.first.at(sources_[i]); };
+  // Compute what the states before add to the gates, once per state.
+  void recurrent_gates() {
+    const int64_t n = int64_t(source_rows_.size());
+    const auto first = [&](int64_t i) { return before_.first.at(source_rows_[i]); };
     gates(speller_.first, n, speller_.E + speller_.H, first, nullptr, recurrent_[0].rows(n));
     for (int64_t c = 1; c < speller_.cells(); ++c) {
       const Layer<G>& layer = speller_.later[c - 1].recurrent;
-      const auto hidden = [&](int64_t i) { return before_.hidden[c].at(sources_[i]); };
-      gates(layer, n, speller_.size(c), hidden, same(layer.bias, n), recurrent_[c].rows(n));
+      const auto hidden = [&](int64_t i) { return before_.hidden[c].at(source_rows_[i]); };
+      gates(layer, n, speller_.size(c), hidden, broadcast_bias(layer.bias, n), recurrent_[c].rows(n));
     }
   }
 
@@ -199,48 +202,49 @@ class Worker {
     return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell].at(row);
   }
 
-  // The `n` new hidden values of all rows as operands, as they lie if they can: a 0 follows them in their buffers.
-  Matrix<const T> state(int64_t cell, int64_t depth, int64_t n) {
+  // The `n` new hidden values of all rows as inputs of a matmul; in place if their type allows it. A matmul of bfloat16
+  // reads one value more where n is odd: a 0 follows them.
+  Matrix<const T> hidden_rows(int64_t cell, int64_t depth, int64_t n) {
     if constexpr (std::is_same_v<S, T>)
       return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell]).stride, count()};
     else
-      return operand(count(), depth, n, [&](int64_t i) { return hidden(cell, i); });
+      return converted(count(), depth, n, [&](int64_t i) { return hidden(cell, i); });
   }
 
-  // Take cell c to its next state.
-  void advance(int64_t c) {
+  // Compute the next state of cell c.
+  void step_cell(int64_t c) {
     const int64_t size = speller_.size(c);
-    if (c > 0) input(c, speller_.later[c - 1].input);
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    if (c > 0) add_input(c, speller_.later[c - 1].input);
+    widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i) {
         const float* gates = c == 0 ? recurrent_[0].at(rows_[i].source) : sums_.at(i);
         const float* token = c == 0 ? token_gates_[rows_[i].token].data() : nullptr;
-        const auto gate = [&](int64_t g, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> sum = get<W>(gates + g * size + j, lanes, 0.0f);
-          return token ? sum + get<W>(token + g * size + j, lanes, 0.0f) : sum;
+        const auto sum = [&](int64_t g, int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          const Float<W> gate = get<W>(gates + g * size + j, lanes, 0.0f);
+          return token ? gate + get<W>(token + g * size + j, lanes, 0.0f) : gate;
         };
-        las::lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].before), after_.cell[c].at(i), hidden(c, i), gate);
+        lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].before), after_.cell[c].at(i), hidden(c, i), sum);
       }
     });
   }
 
-  // Add to the gates of cell c what the new values of the cell below say.
-  void input(int64_t c, const Layer<G>& layer) {
+  // Add the new hidden values of the cell below to the gates of cell c, in sums_.
+  void add_input(int64_t c, const Layer<G>& layer) {
     const int64_t n = speller_.size(c - 1);
-    for (int64_t i = 0; i < count(); ++i) starts_[i] = recurrent_[c].at(rows_[i].source);
-    const las::Starts starts = starts_.data();
+    for (int64_t i = 0; i < count(); ++i) initial_[i] = recurrent_[c].at(rows_[i].source);
+    const InitialSums initial = initial_.data();
     if constexpr (std::is_same_v<G, int8_t>)
-      gates(layer, count(), n, [&](int64_t i) { return hidden(c - 1, i); }, starts, sums_.rows(count()));
+      gates(layer, count(), n, [&](int64_t i) { return hidden(c - 1, i); }, initial, sums_.rows(count()));
     else
-      las::product(state(c - 1, layer.weights.depth, n), layer.weights, starts, sums_.rows(count()));
+      matmul(hidden_rows(c - 1, layer.weights.depth, n), layer.weights, initial, sums_.rows(count()));
   }
 
   void attend() {
     const int64_t last = speller_.cells() - 1;
     const Layer<T>& query = speller_.query;
-    las::product(state(last, query.weights.depth, speller_.size(last)), query.weights, same(query.bias, count()),
-                 queries_.rows(count()));
+    matmul(hidden_rows(last, query.weights.depth, speller_.size(last)), query.weights,
+           broadcast_bias(query.bias, count()), queries_.rows(count()));
     for (int64_t i = 0; i < count();) {
       int64_t end = i;
       while (end < count() && rows_[end].slot == rows_[i].slot) ++end;
@@ -249,73 +253,74 @@ class Worker {
     }
   }
 
-  // Rows first to first + n, which are those of one utterance.
-  void attend(Slot<T>& slot, int64_t first, int64_t n) {
+  // Rows first to first + n, all of one utterance.
+  void attend(SearchSlot<T>& slot, int64_t first, int64_t n) {
     const auto query = [&](int64_t i) { return queries_.at(first + i); };
-    las::product(operand(n, slot.keys.depth, speller_.D, query), slot.keys, nullptr, weights_.rows(n));
-    std::fill(slot.peaks.begin(), slot.peaks.end(), 0);
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    matmul(converted(n, slot.keys.depth, speller_.D, query), slot.keys, nullptr, weights_.rows(n));
+    std::fill(slot.attended_frames.begin(), slot.attended_frames.end(), 0);
+    widest([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < n; ++i)
-        slot.peaks[rows_[first + i].beam] = las::softmax<width>(weights_.at(i), slot.frames).peak;
+        slot.attended_frames[rows_[first + i].beam] = las::softmax<width>(weights_.at(i), slot.frames).peak;
     });
-    if (job_.coverage_weight != 0.0f) cover(slot, first, n);
+    if (arguments_.coverage_weight != 0.0f) update_coverage(slot, first, n);
     const auto weights = [&](int64_t i) { return weights_.at(i); };
-    las::product(operand(n, slot.values.depth, slot.frames, weights), slot.values, nullptr, contexts_.rows(n));
+    matmul(converted(n, slot.values.depth, slot.frames, weights), slot.values, nullptr, contexts_.rows(n));
     for (int64_t i = 0; i < n; ++i) convert(contexts_.at(i), speller_.E, after_.first.at(first + i));
   }
 
-  void cover(Slot<T>& slot, int64_t first, int64_t n) {
+  void update_coverage(SearchSlot<T>& slot, int64_t first, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       float* got = slot.attention.data() + rows_[first + i].beam * slot.frames;
       double sum = 0.0;
       for (int64_t t = 0; t < slot.frames; ++t) {
         got[t] += weights_.at(i)[t];
-        sum += std::log(std::clamp(got[t], UNSEEN, 1.0f));
+        sum += std::log(std::clamp(got[t], COVERAGE_FLOOR, 1.0f));
       }
-      slot.coverage[rows_[first + i].beam] = job_.coverage_weight * float(sum / std::max<int64_t>(1, slot.frames));
+      const float mean = float(sum / std::max<int64_t>(1, slot.frames));
+      slot.coverage[rows_[first + i].beam] = arguments_.coverage_weight * mean;
     }
   }
 
-  // The logits of every row, in sums_.
-  void spell() {
+  // Compute the logits of every row, in sums_.
+  void compute_logits() {
     const int64_t last = speller_.cells() - 1, n = count();
     const Layer<T>& project = speller_.project;
     const int64_t H = speller_.size(last), E = speller_.E;
     for (int64_t i = 0; i < n; ++i) {
-      T* to = operand_.at(i);
+      T* to = inputs_.at(i);
       convert(hidden(last, i), H, to);
       convert(after_.first.at(i), E, to + H);
       std::fill(to + H + E, to + project.weights.depth, T(0.0f));
     }
-    las::product(Matrix<const T>(operand_.rows(n)), project.weights, same(project.bias, n), sums_.rows(n));
-    bend();
+    matmul(Matrix<const T>(inputs_.rows(n)), project.weights, broadcast_bias(project.bias, n), sums_.rows(n));
+    apply_gelu();
     const Layer<T>& output = speller_.output;
     const auto features = [&](int64_t i) { return sums_.at(i); };
-    const Matrix<const T> rows = operand(n, output.weights.depth, speller_.M, features);
-    las::product(rows, output.weights, same(output.bias, n), sums_.rows(n));
+    const Matrix<const T> rows = converted(n, output.weights.depth, speller_.M, features);
+    matmul(rows, output.weights, broadcast_bias(output.bias, n), sums_.rows(n));
   }
 
-  void bend() {
-    las::widest([&](auto width) __attribute__((always_inline)) {
+  void apply_gelu() {
+    widest([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i)
-        las::each_vector<W>(speller_.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          put<W>(sums_.at(i) + j, las::gelu<W>(get<W>(sums_.at(i) + j, lanes, 0.0f)), lanes);
+        each_vector<W>(speller_.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          put<W>(sums_.at(i) + j, gelu<W>(get<W>(sums_.at(i) + j, lanes, 0.0f)), lanes);
         });
     });
   }
 
-  // Replace the beams of an utterance by the best continuations; keep the step in `history`.
-  void prune(int64_t s, History& history) {
-    Slot<T>& slot = slots_[s];
-    const int64_t K = job_.K, V = speller_.V;
+  // Replace the beams of an utterance by their best continuations, and add the step to `history`.
+  void take_best(int64_t s, StepHistory& history) {
+    SearchSlot<T>& slot = slots_[s];
+    const int64_t K = arguments_.K, V = speller_.V;
     for (int64_t i = first_row(s); i < count() && rows_[i].slot == s; ++i) {
       const int64_t k = rows_[i].beam;
       std::copy_n(sums_.at(i), V, logits_.data() + k * V);
       summaries_[k] = topk::summarise(logits_.data() + k * V, V, block_maxima_.data() + k * blocks());
       slot.rows[k] = i;
     }
-    const Beams& beams = slot.beams;
+    const UtteranceBeams& beams = slot.beams;
     const topk::Inputs in{logits_.data(),       beams.scores.data(), beams.ended.get(),
                           beams.lengths.data(), 1, K, V, blocks()};
     const topk::Options options = options_of(slot);
@@ -324,71 +329,73 @@ class Worker {
       topk::offer_beam(in, options, summaries_.data(), block_maxima_.data(), 0, k, best_);
     best_.fill();
     topk::write(in, options, 0, best_, slot.next.outputs());
-    follow(slot, history);
+    follow_parents(slot, history);
   }
 
   int64_t first_row(int64_t s) const {
-    const auto before = [](const Living& row, int64_t s) { return row.slot < s; };
+    const auto before = [](const LiveBeam& row, int64_t s) { return row.slot < s; };
     return std::lower_bound(rows_.begin(), rows_.end(), s, before) - rows_.begin();
   }
 
-  topk::Options options_of(const Slot<T>& slot) const {
+  topk::Options options_of(const SearchSlot<T>& slot) const {
     const auto limit = [&](const at::Tensor& x) { return x.const_data_ptr<int64_t>() + slot.b; };
-    return {job_.eos,
-            job_.minimum ? limit(*job_.minimum) : nullptr,
-            limit(job_.maximum),
-            job_.length_penalty,
-            job_.eos_threshold,
-            job_.coverage_weight != 0.0f ? slot.coverage.data() : nullptr,
-            job_.table ? job_.table->const_data_ptr<float>() : nullptr,
+    return {arguments_.eos,
+            arguments_.min_lengths ? limit(*arguments_.min_lengths) : nullptr,
+            limit(arguments_.max_lengths),
+            arguments_.length_penalty,
+            arguments_.eos_threshold,
+            arguments_.coverage_weight != 0.0f ? slot.coverage.data() : nullptr,
+            arguments_.ngram_table ? arguments_.ngram_table->const_data_ptr<float>() : nullptr,
             slot.beams.ngram_states.data(),
-            job_.table ? job_.table->size(0) : 0,
-            job_.ngram_weight,
-            job_.frames_of_ctc ? slot.prefixes.gains.data() : nullptr,
-            job_.ctc_weight};
+            arguments_.ngram_table ? arguments_.ngram_table->size(0) : 0,
+            arguments_.ngram_weight,
+            arguments_.ctc_log_probs ? slot.prefixes.gains.data() : nullptr,
+            arguments_.ctc_weight};
   }
 
-  // Let everything else of the beams follow their parents, and give the slot free if all have ended.
-  void follow(Slot<T>& slot, History& history) {
+  // Move everything else that belongs to the beams from their parents, and free the slot if all have ended.
+  void follow_parents(SearchSlot<T>& slot, StepHistory& history) {
     const std::vector<int64_t>& parents = slot.next.parents;
-    history.add(slot.next, slot.peaks);
+    history.add(slot.next, slot.attended_frames);
     const std::vector<int64_t> rows = slot.rows;
-    for (int64_t k = 0; k < job_.K; ++k) slot.rows[k] = rows[parents[k]];
-    if (job_.coverage_weight != 0.0f) move_attention(slot, parents);
-    if (job_.frames_of_ctc) slot.prefixes.follow(slot.beams, slot.next, job_.eos);
+    for (int64_t k = 0; k < arguments_.K; ++k) slot.rows[k] = rows[parents[k]];
+    if (arguments_.coverage_weight != 0.0f) move_attention(slot, parents);
+    if (arguments_.ctc_log_probs) slot.prefixes.follow_parents(slot.beams, slot.next, arguments_.eos);
     std::swap(slot.beams, slot.next);
-    bool living = false;
-    for (int64_t k = 0; k < job_.K; ++k) living |= slot.beams.living(k);
-    if (!living) slot.b = -1;
+    bool live = false;
+    for (int64_t k = 0; k < arguments_.K; ++k) live |= slot.beams.live(k);
+    if (!live) slot.b = -1;
   }
 
-  void move_attention(Slot<T>& slot, const std::vector<int64_t>& parents) {
+  void move_attention(SearchSlot<T>& slot, const std::vector<int64_t>& parents) {
     const int64_t n = slot.frames;
     const std::vector<float> attention = slot.attention, coverage = slot.coverage;
-    for (int64_t k = 0; k < job_.K; ++k) {
+    for (int64_t k = 0; k < arguments_.K; ++k) {
       std::copy_n(attention.begin() + parents[k] * n, n, slot.attention.begin() + k * n);
       slot.coverage[k] = coverage[parents[k]];
     }
   }
 
-  const Speller<T, G>& speller_;
-  const Job& job_;
-  int64_t most_;  // living beams
-  std::vector<Slot<T>> slots_;
-  States<S> before_, after_;
-  std::vector<Living> rows_;
-  std::vector<int64_t> sources_;  // rows of the states that are continued
-  Zeros<T> operand_;
-  Zeros<uint8_t> numbers_;    // rows of products in whole numbers
-  std::vector<float> scales_;  // of them
-  std::vector<Zeros<>> recurrent_;
-  Zeros<> sums_, queries_, weights_, contexts_;
-  std::vector<const float*> starts_;
-  std::vector<float> logits_, block_maxima_;
-  std::vector<topk::Row> summaries_;
-  topk::Best best_;
-  std::vector<int64_t> index_;  // of each row before among sources_, or -1
-  std::vector<las::Memory<float>> token_gates_;  // (4 * H) of each token met so far
+  const PackedSpeller<T, G>& speller_;
+  const SearchArguments& arguments_;
+  int64_t max_rows_;  // slots * K; the row after them is the initial state
+  std::vector<SearchSlot<T>> slots_;
+  States<S> before_, after_;                      // max_rows_ + 1 rows, as all buffers of rows below
+  std::vector<LiveBeam> rows_;                    // the live beams of all slots
+  std::vector<int64_t> source_rows_;              // rows of the states that they continue, each once
+  std::vector<ZeroedBuffer<>> recurrent_;         // (rows, 4 * H_i) of each cell: gates from the state before
+  ZeroedBuffer<T> inputs_;                        // (rows, the deepest input): of the next matmul
+  ZeroedBuffer<uint8_t> quantised_;               // the same, of a matmul in int8
+  std::vector<float> scales_;                     // (rows,): of quantised_
+  std::vector<const float*> initial_;             // (rows,): initial sums of the next matmul
+  ZeroedBuffer<> sums_;                           // (rows, the most of 4 * H_i, M and V): gates, features, then logits
+  ZeroedBuffer<> queries_;                        // (rows, D)
+  ZeroedBuffer<> weights_, contexts_;             // (K, T) and (K, E), of one utterance
+  std::vector<float> logits_, block_maxima_;      // (K, V) and (K, blocks), of one utterance
+  std::vector<topk::RowSummary> summaries_;       // (K,)
+  topk::BestCandidates best_;
+  std::vector<int64_t> source_index_;             // of each row among source_rows_, or -1
+  std::vector<AlignedArray<float>> token_gates_;  // (V,): (4 * H) of each token met so far
 };
 
 }  // namespace las::search

@@ -1,4 +1,4 @@
-// Loops over rows of any length, and the softmax of one.
+// Loops over rows of any length, and the softmax of a row.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace las {
 
-// Call step(t, lanes) for every vector of n values; lanes is less than W for the last, if it is not whole.
+// Call step(t, lanes) for every vector of n values. lanes is W, or less for a last vector that is not whole.
 template <int W, class Step>
 LAS_INLINE void each_vector(int64_t n, Step step) {
   int64_t t = 0;
@@ -29,7 +29,7 @@ LAS_INLINE void put(T* p, Float<W> x, int64_t lanes) {
   else store_part<W>(p, x, lanes);
 }
 
-// The sum of value(t, lanes) over every vector of n values, in blocks: shorter sums lose less.
+// The sum of value(t, lanes) over every vector of n values, in blocks: shorter sums lose less precision.
 template <int W, class Value>
 LAS_INLINE float total(int64_t n, Value value) {
   constexpr int64_t BLOCK = 32 * W;
@@ -44,20 +44,20 @@ LAS_INLINE float total(int64_t n, Value value) {
   return las::sum<W>(sum);
 }
 
-struct Summary {
+struct SoftmaxSummary {
   int64_t peak = 0;
-  float maximum = -INFINITE, log_sum = 0.0f;  // log_sum of exponents relative to the maximum
+  float maximum = -INFINITE, log_sum = 0.0f;  // log_sum: log of the sum of exp(score - maximum)
 
   float logsumexp() const { return maximum + log_sum; }
 };
 
-// Turn n scores into weights.
+// Turn n scores into weights, in place.
 template <int W>
-LAS_INLINE Summary softmax(float* x, int64_t n) {
+LAS_INLINE SoftmaxSummary softmax(float* x, int64_t n) {
   if (n == 0) return {};
   Float<W> most = broadcast<W>(-INFINITE);
   each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    most = larger<W>(most, get<W>(x + t, lanes, -INFINITE));
+    most = max<W>(most, get<W>(x + t, lanes, -INFINITE));
   });
   const float maximum = largest<W>(most);
   const float denominator = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
@@ -65,7 +65,7 @@ LAS_INLINE Summary softmax(float* x, int64_t n) {
     put<W>(x + t, power, lanes);
     return power;
   });
-  // The peak is sought among the weights: scores that differ in the last bit can have the same weight.
+  // Search the peak among the weights: scores that differ in the last bit can have equal weights.
   const float factor = 1.0f / denominator;
   Float<W> best = broadcast<W>(-1.0f);
   Int<W> where = {}, lane = {};
@@ -73,13 +73,13 @@ LAS_INLINE Summary softmax(float* x, int64_t n) {
   each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
     const Float<W> weight = get<W>(x + t, lanes, 0.0f) * factor;
     where = weight > best ? lane + int32_t(t) : where;
-    best = larger<W>(best, weight);
+    best = max<W>(best, weight);
     put<W>(x + t, weight, lanes);
   });
-  int found = 0;
+  int peak = 0;  // the lane of the largest weight, of equal ones the first
   for (int i = 1; i < W; ++i)
-    if (best[i] > best[found] || (best[i] == best[found] && where[i] < where[found])) found = i;
-  return {where[found], maximum, std::log(denominator)};
+    if (best[i] > best[peak] || (best[i] == best[peak] && where[i] < where[peak])) peak = i;
+  return {where[peak], maximum, std::log(denominator)};
 }
 
 }  // namespace las

@@ -1,4 +1,4 @@
-// The speller's weights, as ops/speller_search.py lists them, and their layers packed for products.
+// The speller's weights, as las_fast/ops/speller_search.py lists them, and layers packed for matmuls.
 
 #pragma once
 
@@ -14,13 +14,14 @@
 
 namespace las {
 
-// A buffer that begins as zeros.
+// A RowBuffer that begins as zeros.
 template <class T = float>
-struct Zeros : Buffer<T> {
-  Zeros() = default;
-  Zeros(int64_t rows, int64_t size) : Buffer<T>(rows, size) { this->clear(); }
+struct ZeroedBuffer : RowBuffer<T> {
+  ZeroedBuffer() = default;
+  ZeroedBuffer(int64_t rows, int64_t size) : RowBuffer<T>(rows, size) { this->clear(); }
 };
 
+// Write n values as another float type, with the processor's own rounding where it has that.
 template <class T>
 void convert(const float* from, int64_t n, T* to) {
   int64_t done = 0;
@@ -33,16 +34,16 @@ void convert(const float* from, int64_t n, T* to) {
 
 inline void convert(const c10::BFloat16* from, int64_t n, c10::BFloat16* to) { std::copy_n(from, n, to); }
 
-// A layer, or a part of one, packed.
+// A packed layer, or a part of one: weights (outputs, inputs).
 template <class T>
 struct Layer {
   std::conditional_t<std::is_same_v<T, int8_t>, Int8Panels, Panels<T>> weights;
-  std::vector<float> bias;  // padded to whole panels
+  std::vector<float> bias;  // (padded outputs,)
 };
 
-// Memory for packed layers, one after another. Without `data` it only counts what they take; where it is `full` they
-// are there already.
-struct Shelf {
+// Memory for packed layers, one after another. Without `data` it only counts the bytes they take. If `already_packed`,
+// they are in `data` and nothing is written.
+struct PackBuffer {
   uint8_t* take(int64_t bytes) {
     uint8_t* place = data ? data + used : nullptr;
     used += padded(bytes, 64);
@@ -50,16 +51,16 @@ struct Shelf {
   }
 
   uint8_t* data = nullptr;
-  bool full = false;
+  bool already_packed = false;
   int64_t used = 0;
 };
 
-// In the order of las_fast/ops/speller_search.py: SpellerWeights.
-struct Weights {
+// Shapes and order are those of SpellerWeights in las_fast/ops/speller_search.py.
+struct SpellerWeights {
   at::Tensor embedding, query, query_bias, project, project_bias, bias;
   std::vector<at::Tensor> gates, gate_biases;
 
-  explicit Weights(at::TensorList list) {
+  explicit SpellerWeights(at::TensorList list) {
     TORCH_CHECK(list.size() >= 8 && list.size() % 2 == 0,
                 "weights must be 6 tensors and 2 more for each cell; got ", list.size());
     for (const at::Tensor& x : list)
@@ -77,7 +78,7 @@ inline void check_shape(const char* name, const at::Tensor& x, at::IntArrayRef s
   TORCH_CHECK(x.sizes() == shape, "weights: ", name, " must be ", shape, "; got ", x.sizes());
 }
 
-inline void check_weights(const Weights& w, int64_t D, int64_t E) {
+inline void check_weights(const SpellerWeights& w, int64_t D, int64_t E) {
   TORCH_CHECK(w.embedding.dim() == 2 && w.embedding.numel() > 0, "weights: embedding must be (V, M); got ",
               w.embedding.sizes());
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1);
@@ -96,7 +97,7 @@ inline void check_weights(const Weights& w, int64_t D, int64_t E) {
   check_shape("bias", w.bias, {V});
 }
 
-// What is read of the utterances: keys, values and the lengths of both.
+// The memory of the utterances: keys, values and the lengths of both.
 inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths) {
   TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
               keys.sizes(), " ", keys.scalar_type());
@@ -111,36 +112,37 @@ inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const
               ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
 }
 
-// Columns from to from + depth of a matrix of weights (N, .), in the next place of the shelf.
+// Pack columns from to from + depth of a matrix of weights (outputs, .), times `factor`, into the next part of the
+// buffer.
 template <class T>
-Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, Shelf& shelf,
+Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, PackBuffer& buffer,
                float factor = 1.0f) {
   const int64_t n = weights.size(0), stride = weights.size(1);
   const float* source = weights.const_data_ptr<float>() + from;
   Layer<T> made{{}, std::vector<float>(padded(n), 0.0f)};
   for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
   if constexpr (std::is_same_v<T, int8_t>) {
-    uint8_t* to = shelf.take(int8_bytes(n, depth));
+    uint8_t* to = buffer.take(int8_bytes(n, depth));
     if (!to) return made;
-    if (!shelf.full) las::pack(source, stride, n, depth, to);
+    if (!buffer.already_packed) las::pack(source, stride, n, depth, to);
     made.weights = int8_panels(to, n, depth);
   } else {
-    T* to = reinterpret_cast<T*>(shelf.take(packed_size<T>(n, depth) * sizeof(T)));
+    T* to = reinterpret_cast<T*>(buffer.take(packed_size<T>(n, depth) * sizeof(T)));
     if (!to) return made;
-    if (!shelf.full) las::pack(source, stride, 1, n, depth, to, factor);
-    made.weights = {to, n, padded(depth, NEIGHBOURS<T>)};
+    if (!buffer.already_packed) las::pack(source, stride, 1, n, depth, to, factor);
+    made.weights = {to, n, padded(depth, DEPTH_INTERLEAVE<T>)};
   }
   return made;
 }
 
-// What make(shelf) makes of layers, packed into `memory`, which is made for it.
+// Return make(buffer) with a buffer of the size that it takes, in `memory`.
 template <class Make>
-auto shelved(Memory<uint8_t>& memory, const Make& make) {
-  Shelf shelf;
-  make(shelf);
-  memory = Memory<uint8_t>(shelf.used);
-  shelf = {memory.data()};
-  return make(shelf);
+auto packed_in(AlignedArray<uint8_t>& memory, const Make& make) {
+  PackBuffer buffer;
+  make(buffer);
+  memory = AlignedArray<uint8_t>(buffer.used);
+  buffer = {memory.data()};
+  return make(buffer);
 }
 
 }  // namespace las

@@ -1,12 +1,12 @@
 // A whole beam search of the speller: the C++ twin of las_fast/ops/speller_search.py, which says what it means.
 //
-// Each thread searches some utterances side by side and takes the next one from a common queue when one has ended. Only
-// living beams take part, as rows of the products. Where several continue one beam, what follows from the state before
-// alone is computed once: the first cell's product with context and state, the later ones' with their states. What a
-// token adds to the gates of the first cell is computed when it is first met.
+// Each thread searches some utterances side by side, and takes the next one from a common queue when one has ended.
+// Only live beams take part, as rows of the matmuls. Where several beams continue one, everything that depends on the
+// state before alone is computed once: the first cell's matmul with context and state, the later cells' with their
+// states. What a token adds to the gates of the first cell is computed when the token first occurs.
 //
-// A row's sums do not depend on the rows beside it (product.h), so an utterance has one answer, alone and in any batch,
-// for any number of threads.
+// A row's sums do not depend on the other rows (matmul.h): an utterance has one answer, alone and in any batch, for any
+// number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -32,104 +32,107 @@ namespace {
 
 using las::check_weights;
 using las::layer;
-using las::Weights;
-using las::search::History;
-using las::search::Job;
+using las::PackBuffer;
+using las::SpellerWeights;
 using las::search::LaterCell;
-using las::search::Speller;
-using las::search::Worker;
+using las::search::PackedSpeller;
+using las::search::SearchArguments;
+using las::search::SearchWorker;
+using las::search::StepHistory;
 
-constexpr int64_t ROWS = 128;  // living beams of one thread, if one utterance has no more: beyond that nothing gains
+constexpr int64_t MAX_ROWS = 128;  // live beams per thread (one utterance may exceed it): more are no faster
 
 using Steps = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Lay the steps of all utterances side by side, (L, B, K): those that ended sooner go on as they are.
-Steps stack(const std::vector<History>& found, int64_t K, int64_t eos, const at::TensorOptions& integers) {
-  const int64_t B = int64_t(found.size());
+// Stack the steps of all utterances, (L, B, K). Those that ended sooner are continued unchanged.
+Steps stack(const std::vector<StepHistory>& histories, int64_t K, int64_t eos, const at::TensorOptions& integers) {
+  const int64_t B = int64_t(histories.size());
   int64_t L = 1;
-  for (const History& history : found) L = std::max(L, int64_t(history.tokens.size()) / K);
+  for (const StepHistory& history : histories) L = std::max(L, int64_t(history.tokens.size()) / K);
   const at::Tensor tokens = at::empty({L, B, K}, integers), parents = at::empty({L, B, K}, integers);
-  const at::Tensor frames = at::empty({L, B, K}, integers);
+  const at::Tensor attended_frames = at::empty({L, B, K}, integers);
   const at::Tensor scores = at::empty({L, B, K}, integers.dtype(at::kFloat));
   int64_t *token = tokens.mutable_data_ptr<int64_t>(), *parent = parents.mutable_data_ptr<int64_t>();
-  int64_t* frame = frames.mutable_data_ptr<int64_t>();
+  int64_t* frame = attended_frames.mutable_data_ptr<int64_t>();
   float* score = scores.mutable_data_ptr<float>();
   for (int64_t i = 0, t = 0; t < L; ++t)
-    for (const History& from : found) {
+    for (const StepHistory& from : histories) {
       const int64_t steps = int64_t(from.tokens.size()) / K;
       for (int64_t k = 0; k < K; ++k, ++i) {
         const int64_t at = std::min(t, steps - 1) * K + k;
         token[i] = t < steps ? from.tokens[at] : eos;
         parent[i] = t < steps ? from.parents[at] : k;
-        frame[i] = t < steps ? from.frames[at] : 0;
+        frame[i] = t < steps ? from.attended_frames[at] : 0;
         score[i] = from.scores[at];
       }
     }
-  return {tokens, parents, scores, frames};
+  return {tokens, parents, scores, attended_frames};
 }
 
 template <class T, class G>
-Steps search(const Speller<T, G>& speller, const Job& job) {
-  std::vector<History> found(job.B);
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), job.B));
-  const int64_t slots = std::min((job.B + workers - 1) / workers, std::max<int64_t>(1, ROWS / job.K));
+Steps search(const PackedSpeller<T, G>& speller, const SearchArguments& arguments) {
+  std::vector<StepHistory> histories(arguments.B);
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), arguments.B));
+  const int64_t slots = std::min((arguments.B + workers - 1) / workers, std::max<int64_t>(1, MAX_ROWS / arguments.K));
   std::atomic<int64_t> queue{0};
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Worker<T, G>(speller, job, slots).run(queue, found);
+    for (int64_t i = begin; i < end; ++i) SearchWorker<T, G>(speller, arguments, slots).run(queue, histories);
   });
-  return stack(found, job.K, job.eos, job.lengths.options());
+  return stack(histories, arguments.K, arguments.eos, arguments.lengths.options());
 }
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
 constexpr char NOT_PACKED[] = "packed must be what speller_pack makes of weights of these sizes in this precision";
 
-// What weights are on the shelf: bytes of others, or of these in another precision, can be as many.
-void label(las::Shelf& shelf, const std::vector<int64_t>& kind) {
-  int64_t* place = reinterpret_cast<int64_t*>(shelf.take(int64_t(kind.size() * sizeof(int64_t))));
-  if (place && !shelf.full) std::copy(kind.begin(), kind.end(), place);
+// Begin the buffer with a label of what it holds: the bytes of other weights, or of these in another precision, can be
+// as many.
+void label(PackBuffer& buffer, const std::vector<int64_t>& kind) {
+  int64_t* place = reinterpret_cast<int64_t*>(buffer.take(int64_t(kind.size() * sizeof(int64_t))));
+  if (place && !buffer.already_packed) std::copy(kind.begin(), kind.end(), place);
   TORCH_CHECK(!place || std::equal(kind.begin(), kind.end(), place), NOT_PACKED);
 }
 
 template <class T, class G = T>
-Speller<T, G> speller_of(const Weights& w, int64_t D, int64_t E, las::Shelf& shelf) {
+PackedSpeller<T, G> speller_of(const SpellerWeights& w, int64_t D, int64_t E, PackBuffer& buffer) {
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1), H = w.gate_biases[0].numel() / 4;
   const at::Tensor none;
-  Speller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
+  PackedSpeller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
   std::vector<int64_t> kind{sizeof(T), sizeof(G), V, M, D, E};
   for (const at::Tensor& bias : w.gate_biases) kind.push_back(bias.numel());
-  label(shelf, kind);
-  speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0], shelf);
-  speller.first = layer<G>(w.gates[0], M, E + H, none, shelf);
+  label(buffer, kind);
+  speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0], buffer);
+  speller.first = layer<G>(w.gates[0], M, E + H, none, buffer);
   int64_t below = H;
   for (size_t i = 1; i < w.gates.size(); ++i) {
     const int64_t size = w.gate_biases[i].numel() / 4;
-    LaterCell<G> cell{size, layer<G>(w.gates[i], 0, below, none, shelf),
-                      layer<G>(w.gates[i], below, size, w.gate_biases[i], shelf)};
+    LaterCell<G> cell{size, layer<G>(w.gates[i], 0, below, none, buffer),
+                      layer<G>(w.gates[i], below, size, w.gate_biases[i], buffer)};
     speller.later.push_back(std::move(cell));
     below = size;
   }
   // The attention's scale is in its query.
-  speller.query = layer<T>(w.query, 0, below, w.query_bias, shelf, 1.0f / std::sqrt(float(D)));
-  speller.project = layer<T>(w.project, 0, below + E, w.project_bias, shelf);
-  speller.output = layer<T>(w.embedding, 0, M, w.bias, shelf);
+  speller.query = layer<T>(w.query, 0, below, w.query_bias, buffer, 1.0f / std::sqrt(float(D)));
+  speller.project = layer<T>(w.project, 0, below + E, w.project_bias, buffer);
+  speller.output = layer<T>(w.embedding, 0, M, w.bias, buffer);
   return speller;
 }
 
 template <class T, class G>
-Steps search_packed(const Weights& w, int64_t D, int64_t E, const std::optional<at::Tensor>& packed, const Job& job) {
-  const auto make = [&](las::Shelf& shelf) { return speller_of<T, G>(w, D, E, shelf); };
-  las::Memory<uint8_t> memory;
-  if (!packed) return search(las::shelved(memory, make), job);
-  las::Shelf counted;
+Steps search_packed(const SpellerWeights& w, int64_t D, int64_t E, const std::optional<at::Tensor>& packed,
+                    const SearchArguments& arguments) {
+  const auto make = [&](PackBuffer& buffer) { return speller_of<T, G>(w, D, E, buffer); };
+  las::AlignedArray<uint8_t> memory;
+  if (!packed) return search(las::packed_in(memory, make), arguments);
+  PackBuffer counted;
   make(counted);
   TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == counted.used,
               NOT_PACKED, "; got ", packed->sizes(), " ", packed->scalar_type(), " instead of ", counted.used, " bytes");
-  las::Shelf full{const_cast<uint8_t*>(packed->const_data_ptr<uint8_t>()), true};  // nothing is written where it is full
-  return search(make(full), job);
+  PackBuffer buffer{const_cast<uint8_t*>(packed->const_data_ptr<uint8_t>()), true};  // nothing is written to it
+  return search(make(buffer), arguments);
 }
 
-// body(T, G) with values of the types that the precision names; see Speller.
+// Call body(T, G) with values of the types of a precision; see PackedSpeller.
 template <class Body>
 auto in_precision(c10::string_view precision, const Body& body) {
   if (precision == "int8") return body(at::BFloat16(), int8_t());
@@ -143,51 +146,66 @@ void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B
               ",) int64; got ", x->sizes(), " ", x->scalar_type());
 }
 
-void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
-           int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& minimum, const at::Tensor& maximum,
-           const std::optional<at::Tensor>& table, const std::optional<at::Tensor>& frames) {
+// Names in messages are those of the op's schema.
+void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths, int64_t beam,
+           int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths, const at::Tensor& max_lengths,
+           const std::optional<at::Tensor>& ngram_table, const std::optional<at::Tensor>& ctc_log_probs) {
   las::check_memory(keys, values, lengths);
   const int64_t B = keys.size(0);
-  check_limit("minimum", minimum, B);
-  check_limit("maximum", maximum, B);
+  check_limit("minimum", min_lengths, B);
+  check_limit("maximum", max_lengths, B);
   TORCH_CHECK(beam >= 1, "beam must be at least 1; got ", beam);
   TORCH_CHECK(sos >= 0 && sos < V, "sos must be a token from 0 to ", V - 1, "; got ", sos);
   TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
-  TORCH_CHECK(!table || (table->dim() == 2 && table->size(0) > 0 && table->size(1) == V &&
-                         table->scalar_type() == at::kFloat),
-              "table must be (states, V) float32 with V=", V, "; got ", table->sizes(), " ", table->scalar_type());
-  TORCH_CHECK(!frames || (frames->dim() == 3 && frames->size(0) == B && frames->size(2) == V &&
-                          frames->scalar_type() == at::kFloat),
-              "frames must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", frames->sizes(), " ",
-              frames->scalar_type());
+  TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
+                               ngram_table->scalar_type() == at::kFloat),
+              "table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
+              ngram_table->scalar_type());
+  TORCH_CHECK(!ctc_log_probs || (ctc_log_probs->dim() == 3 && ctc_log_probs->size(0) == B &&
+                                 ctc_log_probs->size(2) == V && ctc_log_probs->scalar_type() == at::kFloat),
+              "frames must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", ctc_log_probs->sizes(), " ",
+              ctc_log_probs->scalar_type());
 }
 
 Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths,
-                     int64_t beam, int64_t sos, int64_t eos,
-                     const std::optional<at::Tensor>& minimum, const at::Tensor& maximum, double length_penalty,
-                     double eos_threshold, double coverage_weight, const std::optional<at::Tensor>& table,
-                     double ngram_weight, const std::optional<at::Tensor>& frames, double ctc_weight,
-                     c10::string_view precision, const std::optional<at::Tensor>& packed) {
-  const Weights weights(list);
-  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, minimum, maximum, table, frames);
+                     int64_t beam, int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths,
+                     const at::Tensor& max_lengths, double length_penalty, double eos_threshold,
+                     double coverage_weight, const std::optional<at::Tensor>& ngram_table, double ngram_weight,
+                     const std::optional<at::Tensor>& ctc_log_probs, double ctc_weight, c10::string_view precision,
+                     const std::optional<at::Tensor>& packed) {
+  const SpellerWeights weights(list);
+  check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_table,
+        ctc_log_probs);
   const auto contiguous = [](const std::optional<at::Tensor>& x) {
     return x ? std::optional(x->contiguous()) : std::nullopt;
   };
-  const Job job{keys.contiguous(),   values.contiguous(),  lengths.contiguous(),   contiguous(minimum),
-                contiguous(table),   contiguous(frames),   maximum.contiguous(),   keys.size(0),
-                keys.size(1),        beam,                 sos,                    eos,
-                float(length_penalty), float(eos_threshold), float(coverage_weight), float(ngram_weight),
-                float(ctc_weight)};
+  const SearchArguments arguments{keys.contiguous(),
+                                  values.contiguous(),
+                                  lengths.contiguous(),
+                                  contiguous(min_lengths),
+                                  contiguous(ngram_table),
+                                  contiguous(ctc_log_probs),
+                                  max_lengths.contiguous(),
+                                  keys.size(0),
+                                  keys.size(1),
+                                  beam,
+                                  sos,
+                                  eos,
+                                  float(length_penalty),
+                                  float(eos_threshold),
+                                  float(coverage_weight),
+                                  float(ngram_weight),
+                                  float(ctc_weight)};
   const int64_t D = keys.size(2), E = values.size(2);
   check_weights(weights, D, E);
   return in_precision(precision, [&](auto T, auto G) {
-    return search_packed<decltype(T), decltype(G)>(weights, D, E, packed, job);
+    return search_packed<decltype(T), decltype(G)>(weights, D, E, packed, arguments);
   });
 }
 
-// The matrices of the weights, packed: for many searches, which would each do it.
+// The matrices of the weights, packed once for many searches.
 at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
-  const Weights weights(list);
+  const SpellerWeights weights(list);
   TORCH_CHECK(weights.query.dim() == 2 && weights.project.dim() == 2,
               "weights: query must be (D, H) and project (M, H + E); got ", weights.query.sizes(), " and ",
               weights.project.sizes());
@@ -196,11 +214,11 @@ at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
               weights.query.sizes(), " and ", weights.project.sizes());
   check_weights(weights, D, E);
   return in_precision(precision, [&](auto T, auto G) {
-    const auto memory = std::make_shared<las::Memory<uint8_t>>();
+    const auto memory = std::make_shared<las::AlignedArray<uint8_t>>();
     int64_t bytes = 0;
-    las::shelved(*memory, [&](las::Shelf& shelf) {
-      auto speller = speller_of<decltype(T), decltype(G)>(weights, D, E, shelf);
-      bytes = shelf.used;
+    las::packed_in(*memory, [&](PackBuffer& buffer) {
+      auto speller = speller_of<decltype(T), decltype(G)>(weights, D, E, buffer);
+      bytes = buffer.used;
       return speller;
     });
     return at::from_blob(memory->data(), {bytes}, [memory](void*) {}, at::kByte);

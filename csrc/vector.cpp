@@ -1,4 +1,4 @@
-// How wide the vectors of all loops are: one switch, for tests of what older processors run.
+// The switch for the width of all vectors, for tests of what older processors run.
 
 #include "vector.h"
 
@@ -9,10 +9,10 @@
 
 namespace {
 
-// Let vectors have at most `most` lanes from now on; return how many they had at most before.
+// Limit vectors to `most` lanes from now on; return the limit before.
 int64_t limit_lanes(int64_t most) {
   TORCH_CHECK(most >= 4, "most must be at least 4; got ", most);
-  return std::exchange(las::most_lanes, int(std::min<int64_t>(most, las::width_of_processor())));
+  return std::exchange(las::max_lanes, int(std::min<int64_t>(most, las::processor_lanes())));
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // Vectors of W floats, and a way to compile a loop for the widest ones that the processor has.
 //
-// A loop is a template over W. 64-byte vectors compiled for a processor that lacks them are about ten times slower than
-// vectors of its own width, so each width is compiled for the instructions that go with it and chosen when called.
+// A loop is a template over W. Vectors of 64 bytes, compiled for a processor that lacks them, are about ten times
+// slower than vectors of its own width. So each width is compiled for the instructions that go with it, and chosen when
+// called.
 
 #pragma once
 
@@ -71,7 +72,7 @@ LAS_INLINE void store(float* p, Float<W> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// The bfloat16 nearest to x, ties to even, in the upper half of each lane; NaN stays NaN. The lower half is anything.
+// The bfloat16 nearest to x, ties to even, in the upper half of each lane. NaN stays NaN. The lower half is arbitrary.
 template <int W>
 LAS_INLINE Bits<W> rounded_to_upper_half(Float<W> x) {
   const Bits<W> bits = bits_as<Bits<W>>(x);
@@ -84,7 +85,7 @@ LAS_INLINE void store(c10::BFloat16* p, Float<W> x) {
   std::memcpy(p, &y, sizeof y);
 }
 
-// The first n < W lanes; the others are `fill`, and nothing past p + n is read.
+// The first n < W lanes; the others are `fill`. Nothing past p + n is read.
 template <int W, class T>
 LAS_INLINE Float<W> load_part(const T* p, int64_t n, float fill = 0.0f) {
   T x[W];
@@ -101,7 +102,7 @@ LAS_INLINE void store_part(T* p, Float<W> x, int64_t n) {
 }
 
 template <int W>
-LAS_INLINE Float<W> larger(Float<W> a, Float<W> b) {
+LAS_INLINE Float<W> max(Float<W> a, Float<W> b) {
   return a > b ? a : b;
 }
 
@@ -110,14 +111,14 @@ LAS_INLINE float largest(Float<W> x) {
   if constexpr (W > 4) {
     Float<W / 2> half[2];
     std::memcpy(half, &x, sizeof x);
-    return largest<W / 2>(larger<W / 2>(half[0], half[1]));
+    return largest<W / 2>(max<W / 2>(half[0], half[1]));
   } else {
     const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
     return a > b ? a : b;
   }
 }
 
-// Lanes of a (from 0) and b (from W) in the given order.
+// Lanes of a (numbered from 0) and b (from W) in the given order.
 template <int W, int... lane>
 LAS_INLINE Float<W> pick(Float<W> a, Float<W> b, std::integer_sequence<int, lane...>) {
 #ifdef __clang__
@@ -140,7 +141,7 @@ LAS_INLINE Float<W> pairs(Float<W> a, Float<W> b, std::integer_sequence<int, i..
 }
 
 template <int W>
-LAS_INLINE Float<4> fold(Float<W> x) {  // the sum of each of four lanes with those 4, 8, ... after it
+LAS_INLINE Float<4> fold(Float<W> x) {  // lane i is the sum of lanes i, i + 4, i + 8, ...
   if constexpr (W == 4) {
     return x;
   } else {
@@ -150,7 +151,7 @@ LAS_INLINE Float<4> fold(Float<W> x) {  // the sum of each of four lanes with th
   }
 }
 
-// The sums of the lanes of four vectors; each is added up in the same order wherever it stands.
+// The sums of the lanes of four vectors. Each is made in the same order, whichever of the four it is.
 template <int W>
 LAS_INLINE Float<4> sums(Float<W> a, Float<W> b, Float<W> c, Float<W> d) {
   constexpr auto all = std::make_integer_sequence<int, W>{};
@@ -184,9 +185,9 @@ LAS_INLINE Float<W> exp(Float<W> x) {
 
 // log(1 + x) for x from 0 to 1, to about 1e-7 (Cephes).
 template <int W>
-LAS_INLINE Float<W> log_of_one_and(Float<W> x) {
+LAS_INLINE Float<W> log1p(Float<W> x) {
   const auto large = x > 0.41421356f;
-  const Float<W> z = large ? (x - 1.0f) * 0.5f : x, square = z * z;  // of half of 1 + x
+  const Float<W> z = large ? (x - 1.0f) * 0.5f : x, square = z * z;  // z + 1 is 1 + x, or half of it
   Float<W> p = broadcast<W>(7.0376836292e-2f);
   p = p * z - 1.1514610310e-1f;
   p = p * z + 1.1676998740e-1f;
@@ -196,17 +197,17 @@ LAS_INLINE Float<W> log_of_one_and(Float<W> x) {
   p = p * z + 2.0000714765e-1f;
   p = p * z - 2.4999993993e-1f;
   p = p * z + 3.3333331174e-1f;
-  const Float<W> found = z + (p * z * square - 0.5f * square);
-  return large ? found + 0.69314718f : found;
+  const Float<W> log = z + (p * z * square - 0.5f * square);
+  return large ? log + 0.69314718f : log;
 }
 
 // log(exp(a) + exp(b)); -inf is fine, +inf is not.
 template <int W>
-LAS_INLINE Float<W> add_logs(Float<W> a, Float<W> b) {
+LAS_INLINE Float<W> logaddexp(Float<W> a, Float<W> b) {
   const auto first = a > b;
-  const Float<W> more = first ? a : b, less = first ? b : a;
-  const Float<W> difference = less == more ? Float<W>{} : less - more;  // -inf less itself would be NaN
-  return more + log_of_one_and<W>(exp<W>(difference));
+  const Float<W> upper = first ? a : b, lower = first ? b : a;
+  const Float<W> difference = lower == upper ? Float<W>{} : lower - upper;  // -inf minus itself would be NaN
+  return upper + log1p<W>(exp<W>(difference));
 }
 
 template <int W>
@@ -223,27 +224,27 @@ __attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
   body(Width<8>{});
 }
 
-inline int width_of_processor() {
+inline int processor_lanes() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx2 && avx512 ? 16 : avx2 ? 8 : 4;
 }
 
-// Lanes of the widest vectors in use: this processor's, or fewer where a test asks for those of an older one.
-inline int most_lanes = width_of_processor();
+// Lanes of the widest vectors in use: this processor's, or fewer where a test asks for an older one's.
+inline int max_lanes = processor_lanes();
 
-// Call body(Width<W>{}) for the widest W in use. Body and all that it calls must be LAS_INLINE.
+// Call body(Width<W>{}) for the widest W in use. Body and everything it calls must be LAS_INLINE.
 template <class Body>
 void widest(const Body& body) {
-  if (most_lanes >= 16) return with_avx512(body);
-  if (most_lanes >= 8) return with_avx2(body);
+  if (max_lanes >= 16) return with_avx512(body);
+  if (max_lanes >= 8) return with_avx2(body);
   body(Width<4>{});
 }
 #else
-inline int width_of_processor() { return 4; }
+inline int processor_lanes() { return 4; }
 
-inline int most_lanes = width_of_processor();
+inline int max_lanes = processor_lanes();
 
 template <class Body>
 void widest(const Body& body) {
