@@ -1,4 +1,4 @@
-"""The attention of one utterance at several epochs of trainings, side by side in one picture.
+"""Draw the attention of one dev utterance at several epochs, side by side in one picture.
 
 python -m benchmarks.attention runs/a@1 runs/a@15 runs/b@200 --out attention.png [--utterance 1]
 """
@@ -17,20 +17,31 @@ from las_fast.output.figures import label_tokens
 from las_fast.training.report import attention_of, epoch_of
 
 
-def panel(words: str, utterance: int) -> tuple[float, str, np.ndarray]:
-    """Return (epoch, text, weights) of the dev utterance that RUN@EPOCH drew as its `utterance`-th."""
-    run, _, epoch = words.rpartition("@")
+def load_panel(name: str, utterance: int) -> tuple[float, str, np.ndarray]:
+    """Load the attention that a training saved at one epoch.
+
+    Args:
+        name:      RUN@EPOCH: a training folder and the epoch of one of its validations.
+        utterance: index among the dev utterances whose attention was saved.
+
+    Returns:
+        epoch, text, and attention weights (U, T).
+
+    Raises:
+        InputError: the training has no attention of that epoch.
+    """
+    run, _, epoch = name.rpartition("@")
     paths = {epoch_of(path): path for path in Path(run, "attention").glob("epoch-*.npz")}
     if not epoch or float(epoch) not in paths:
         known = ", ".join(f"{e:g}" for e in sorted(paths)) or "none"
-        raise InputError(f"{words}: expected RUN@EPOCH of a validation; the epochs drawn there are {known}")
-    _, drawn = attention_of(paths[float(epoch)])
-    _, text, weights = drawn[utterance]
+        raise InputError(f"{name}: expected RUN@EPOCH with the epoch of a validation; available epochs: {known}")
+    _, saved = attention_of(paths[float(epoch)])
+    _, text, weights = saved[utterance]
     return float(epoch), text, weights
 
 
 def draw(path: Path, panels: list[tuple[float, str, np.ndarray]]) -> None:
-    """Write a PNG: characters from top to bottom, encoder frames from left to right, an epoch a panel."""
+    """Write a PNG with one panel per epoch: characters from top to bottom, encoder frames from left to right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,14 +57,14 @@ def draw(path: Path, panels: list[tuple[float, str, np.ndarray]]) -> None:
     FigureCanvasAgg(figure).print_figure(path, format="png", dpi=110)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.split("\n")[0])
-    parser.add_argument("panels", nargs="+", metavar="RUN@EPOCH")
-    parser.add_argument("--utterance", type=int, default=0, help="which of the utterances drawn (default: the first)")
+    parser.add_argument("panels", nargs="+", metavar="RUN@EPOCH", help="training folder and epoch of a validation")
+    parser.add_argument("--utterance", type=int, default=0, help="index among the saved utterances (default: 0)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    options = parser.parse_args(words)
-    found = [panel(words, options.utterance) for words in options.panels]
-    write_atomically(options.out, lambda path: draw(path, found))
+    options = parser.parse_args(argv)
+    panels = [load_panel(name, options.utterance) for name in options.panels]
+    write_atomically(options.out, lambda path: draw(path, panels))
 
 
 if __name__ == "__main__":

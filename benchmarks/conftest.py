@@ -1,25 +1,26 @@
-"""One row a measurement: `pytest benchmarks --record` appends them to benchmarks/results/*.csv."""
+"""Fixtures that time functions; `pytest benchmarks --record` appends a row per result to benchmarks/results/*.csv."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import paired, record
+from benchmarks import interleaved
+from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 
-OPS = record.RESULTS / "ops.csv"
-COLUMNS = (*record.WHERE, "op", "backend", "shape", "dtype", "rounds", "median_us", "iqr_us")
+OPS = RESULTS / "ops.csv"
+COLUMNS = (*CONTEXT, "op", "backend", "shape", "dtype", "rounds", "median_us", "iqr_us")
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="append the measurements to benchmarks/results/*.csv")
-    parser.addoption("--rounds", type=int, default=0, help="of paired measurements, instead of each suite's own number")
-    parser.addoption("--long", action="store_true", help="also the scaling curves and the 50 steps of training")
+    parser.addoption("--rounds", type=int, default=0, help="rounds of timing (default: set by each benchmark)")
+    parser.addoption("--long", action="store_true", help="also run the scaling curves and the 50 training steps")
 
 
 @pytest.fixture(params=[1], ids=lambda n: f"{n}thread", autouse=True)
 def threads(request):
-    """Measure on one thread, whatever else the machine is doing."""
+    """Run on one thread, so that load from other programs matters less."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -28,7 +29,7 @@ def threads(request):
 
 @pytest.fixture
 def measure(benchmark, request, threads):
-    """measure(function, op=, backend=, shape=, dtype=): time it, and keep the row if asked for."""
+    """measure(function, op=, backend=, shape=, dtype=): time a function; with --record, append its row to ops.csv."""
 
     def run(function, *, op: str, backend: str, shape: str, dtype: torch.dtype) -> None:
         benchmark.group = f"{op} {shape} {dtype}"
@@ -37,25 +38,28 @@ def measure(benchmark, request, threads):
         if request.config.getoption("--record") and benchmark.stats:
             stats = benchmark.stats.stats
             times = (stats.rounds, round(stats.median * 1e6, 2), round(stats.iqr * 1e6, 2))
-            kind = str(dtype).removeprefix("torch.")
-            record.append(OPS, COLUMNS, [(*record.where(), op, backend, shape, kind, *times)])
+            dtype_name = str(dtype).removeprefix("torch.")
+            append_rows(OPS, COLUMNS, [(*context(), op, backend, shape, dtype_name, *times)])
 
     return run
 
 
 @pytest.fixture
 def compare(request, capsys):
-    """compare(file, functions, what=, shape=, dtypes=, baseline=, rounds=, per=, unit=): time functions by turns, print
-    the table, and add its rows to results/<file>.csv if asked for; see benchmarks.paired. Returns the timings."""
+    """compare(file, functions, what=, shape=, dtypes=, baseline=, rounds=, per=, unit=): time functions in alternation.
 
-    def run(file: str, functions: dict, *, baseline: str, rounds: int = 5, **about) -> dict[str, paired.Timing]:
+    Prints the table of benchmarks.interleaved and returns the timings. With --record, the rows are appended to
+    results/<file>.csv.
+    """
+
+    def run(file: str, functions: dict, *, baseline: str, rounds: int = 5, **labels) -> dict[str, interleaved.Timing]:
         rounds = request.config.getoption("--rounds") or rounds
-        timings = paired.paired(functions, baseline=baseline, rounds=rounds)
-        found = paired.table(timings, baseline=baseline, **about)
+        timings = interleaved.time_interleaved(functions, baseline=baseline, rounds=rounds)
+        rows = interleaved.timing_rows(timings, baseline=baseline, **labels)
         with capsys.disabled():
-            print(paired.told(found))
+            print(interleaved.format_rows(rows))
         if request.config.getoption("--record"):
-            record.append(record.RESULTS / f"{file}.csv", paired.COLUMNS, found)
+            append_rows(RESULTS / f"{file}.csv", interleaved.COLUMNS, rows)
         return timings
 
     return run
@@ -63,6 +67,6 @@ def compare(request, capsys):
 
 @pytest.fixture
 def long(request):
-    """Skips unless --long was given."""
+    """Skip the test unless --long is given."""
     if not request.config.getoption("--long"):
-        pytest.skip("takes minutes: give --long")
+        pytest.skip("takes minutes; run it with --long")

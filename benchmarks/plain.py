@@ -1,13 +1,13 @@
-"""The model of las_fast in PyTorch alone, written twice: what its speed is compared with.
+"""Two implementations of the model in PyTorch alone: the baselines that las_fast's speed is compared with.
 
-    Usual   as LAS is mostly written: packed bidirectional nn.LSTM, nn.LSTMCell and an output a token, the mask made at
-            every token, everything of an utterance repeated over the beam, hypotheses copied at every step.
-    Plain   the fastest that PyTorch's own calls allow: convolutions with channels last, padded LSTMs, the backward one
-            over reversed utterances, one product for the gates of a cell, mask and scaled keys made once and shared by
-            the beam, one output projection for all tokens, back-pointers. In bfloat16: under torch.autocast in
-            training, all weights in decoding.
+    Usual   LAS as most repositories write it: packed bidirectional nn.LSTM; per token an nn.LSTMCell, a mask and an
+            output projection; encoder outputs repeated over the beam; hypotheses copied at every step.
+    Plain   as fast as PyTorch's own calls allow: channels-last convolutions; padded LSTMs, the backward direction on
+            reversed utterances; one matmul for the gates of a cell; mask and scaled keys computed once and shared by
+            the beam; one output projection for all tokens; back-pointers. In bfloat16 it trains under torch.autocast
+            and decodes with bfloat16 weights.
 
-Both are made from a las_fast.model.las.LAS and hold copies of its weights; logits, losses and hypotheses are the same.
+Both copy the weights of a las_fast.model.LAS. Their logits, losses and hypotheses equal those of las_fast.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from las_fast.model.las import LAS, Output
 from las_fast.model.listener import convolve
 from las_fast.text import EOS, SOS
 
-# What both share
+# Shared by both
 
 
 class Baseline(nn.Module):
-    """LAS with the weights of `model`; a subclass brings convolutions, LSTM layers, the decoder's loop and search."""
+    """LAS with a copy of the weights of `model`.
+
+    Subclasses define the convolutions, the LSTM layers, the decoder loop and the search.
+    """
 
     def __init__(self, model: LAS):
         super().__init__()
@@ -38,50 +41,50 @@ class Baseline(nn.Module):
         self.norms = copy.deepcopy(listener.norms)
         self.pyramids = listener.pyramids
         self.ctc_layer, self.ctc = model.ctc_layer, copy.deepcopy(model.ctc)
-        self.embedding = copy.deepcopy(speller.embedding)  # also the output's weight
+        self.embedding = copy.deepcopy(speller.embedding)  # tied to the output layer
         self.cells = nn.ModuleList(self.lstm_cell(cell) for cell in speller.cells)
         attention = speller.attention
         self.key, self.value, self.query = map(copy.deepcopy, (attention.key, attention.value, attention.query))
         self.project, self.bias = copy.deepcopy(speller.project), copy.deepcopy(speller.bias)
-        self.register_buffer("never", speller.never.clone())
+        self.register_buffer("forbidden", speller.never.clone())  # (V,), added to the logits
         self.sizes = [cell.size for cell in speller.cells]
         self.listener_dropout, self.speller_dropout = listener.dropout, speller.dropout
 
     def forward(self, features: Tensor, lengths: Tensor, tokens: Tensor, teacher_forcing: float = 1.0) -> Output:
-        """Spell tokens (B, U) with the true token before each; it can do no other."""
+        """Return the outputs for features (B, T, F) and tokens (B, U), with full teacher forcing only."""
         assert teacher_forcing == 1.0
-        listened, lengths, tapped = self.listen(features, lengths)
+        listened, lengths, ctc_input = self.listen(features, lengths)
         logits, weights = self.spell(listened, lengths, tokens)
-        if tapped is None:
+        if ctc_input is None:
             return Output(logits, weights, lengths, None, None)
-        return Output(logits, weights, lengths, self.ctc(tapped[0]), tapped[1])
+        return Output(logits, weights, lengths, self.ctc(ctc_input[0]), ctc_input[1])
 
     def listen(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, tuple | None]:
-        """Return the encoder's output, its lengths, and (output, lengths) of the layer with the CTC head."""
-        x, tapped = x * valid(lengths, x), None
+        """Return the encoder output, its lengths, and (output, lengths) of the layer with the CTC head, or None."""
+        x, ctc_input = x * valid(lengths, x), None
         for conv, norm in zip(self.convs, self.conv_norms, strict=True):
             lengths = (lengths - 1) // conv.stride[0] + 1
             x = F.gelu(norm(self.convolve(conv, x)))
             x = x * valid(lengths, x)
         for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            if 1 <= i <= self.pyramids:  # the pyramid: neighbouring frames become one
+            if 1 <= i <= self.pyramids:  # concatenate pairs of frames
                 x = F.pad(x, (0, 0, 0, x.shape[1] % 2))
                 x = x.reshape(x.shape[0], x.shape[1] // 2, 2 * x.shape[2])
                 lengths = (lengths + 1) // 2
             x = norm(layer(self.locked_dropout(x), lengths))
             x = x * valid(lengths, x)
             if i == self.ctc_layer:
-                tapped = (x, lengths)
-        return self.locked_dropout(x), lengths, tapped
+                ctc_input = (x, lengths)
+        return self.locked_dropout(x), lengths, ctc_input
 
     def locked_dropout(self, x: Tensor) -> Tensor:
-        """One mask for all frames of an utterance."""
+        """Apply dropout with one mask per utterance, shared by all its frames."""
         if not self.training or not self.listener_dropout:
             return x
         return x * F.dropout(torch.ones_like(x[:, :1]), self.listener_dropout)
 
     def masks(self, like: Tensor) -> list[Tensor | None]:
-        """One mask a cell for all tokens of an utterance, (B, H)."""
+        """Return a dropout mask (B, H) per cell, shared by all tokens; None without dropout."""
         if not self.training or not self.speller_dropout:
             return [None] * len(self.sizes)
         return [F.dropout(like.new_ones(like.shape[0], size), self.speller_dropout) for size in self.sizes]
@@ -89,25 +92,25 @@ class Baseline(nn.Module):
     def output(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Return logits (..., V)."""
         features = F.gelu(self.project(torch.cat((hidden, context), -1)))
-        return F.linear(features, self.embedding.weight, self.bias) + self.never
+        return F.linear(features, self.embedding.weight, self.bias) + self.forbidden
 
-    def barred(self, *, last: bool) -> Tensor:
-        """Return (V,) with -inf where a token may not follow: <eos> is the last one and no other."""
+    def eos_mask(self, *, last: bool) -> Tensor:
+        """Return (V,) to add to log-probabilities: it forces <eos> at the last step and forbids it before."""
         is_eos = torch.arange(len(self.bias)) == EOS
         return torch.zeros(len(self.bias)).masked_fill(~is_eos if last else is_eos, -torch.inf)
 
 
 def valid(lengths: Tensor, like: Tensor) -> Tensor:
-    """Return (B, T, 1) bool, False past the lengths."""
+    """Return (B, T, 1) bool, True for the frames within each length."""
     return (torch.arange(like.shape[1]) < lengths[:, None])[:, :, None]
 
 
-def before(tokens: Tensor) -> Tensor:
-    """Return the token before each of tokens (B, U)."""
+def shift_right(tokens: Tensor) -> Tensor:
+    """Return the previous token of each of tokens (B, U); <sos> comes first."""
     return F.pad(tokens[:, :-1], (1, 0), value=SOS)
 
 
-# As it is mostly written
+# As most repositories write it
 
 
 class PackedBiLSTM(nn.Module):
@@ -130,7 +133,7 @@ class Usual(Baseline):
 
     @staticmethod
     def lstm_cell(cell: nn.Module) -> nn.LSTMCell:
-        """Return the las_fast cell as torch's, whose second bias stays 0: two would learn twice as fast as one."""
+        """Copy a las_fast cell to nn.LSTMCell; freeze the second bias at 0, or the bias would learn twice as fast."""
         inputs = cell.gates.in_features - cell.size
         new = nn.LSTMCell(inputs, cell.size)
         weight_ih, weight_hh = cell.gates.weight.detach().split((inputs, cell.size), 1)
@@ -147,7 +150,7 @@ class Usual(Baseline):
 
     def spell(self, listened: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.key(listened), self.value(listened)
-        state, masks, previous = self.silence(values), self.masks(values), before(tokens)
+        state, masks, previous = self.initial_state(values), self.masks(values), shift_right(tokens)
         logits, weights = [], []
         for u in range(tokens.shape[1]):
             token_logits, token_weights, state = self.step(previous[:, u], state, keys, values, lengths, masks)
@@ -155,12 +158,12 @@ class Usual(Baseline):
             weights.append(token_weights)
         return torch.stack(logits, 1), torch.stack(weights, 1)
 
-    def silence(self, values: Tensor) -> tuple:
+    def initial_state(self, values: Tensor) -> tuple:
         zeros = [values.new_zeros(values.shape[0], size) for size in self.sizes]
         return zeros, zeros, values.new_zeros(values.shape[0], values.shape[2])
 
     def step(self, token, state, keys, values, lengths, masks) -> tuple[Tensor, Tensor, tuple]:
-        """Read (B,) tokens; return logits (B, V), attention weights (B, T) and the new state."""
+        """Return logits (B, V), attention weights (B, T) and the new state, after the tokens (B,)."""
         hidden, cells, context = list(state[0]), list(state[1]), state[2]
         x = torch.cat((self.embedding(token), context), 1)
         for i, cell in enumerate(self.cells):
@@ -177,17 +180,17 @@ class Usual(Baseline):
         """Return tokens (B, K, steps), best first, and scores (B, K); only the last token is <eos>."""
         B = listened.shape[0]
         keys, values = (layer(listened).repeat_interleave(beam, 0) for layer in (self.key, self.value))
-        lengths, state = lengths.repeat_interleave(beam), self.silence(values)
+        lengths, state = lengths.repeat_interleave(beam), self.initial_state(values)
         first = (torch.arange(B) * beam)[:, None]  # beam 0 of each utterance
         tokens = torch.full((B * beam, 1), SOS)
         scores = torch.full((B, beam), -torch.inf)
         scores[:, 0] = 0.0
         for u in range(steps):
             logits, _, state = self.step(tokens[:, -1], state, keys, values, lengths, self.masks(values))
-            logs = F.log_softmax(logits.float(), -1) + self.barred(last=u == steps - 1)
-            scores, best = (scores.view(-1, 1) + logs).view(B, -1).topk(beam)
-            parents = (first + best // logs.shape[1]).flatten()
-            tokens = torch.cat((tokens[parents], (best % logs.shape[1]).view(-1, 1)), 1)
+            log_probs = F.log_softmax(logits.float(), -1) + self.eos_mask(last=u == steps - 1)
+            scores, best = (scores.view(-1, 1) + log_probs).view(B, -1).topk(beam)
+            parents = (first + best // log_probs.shape[1]).flatten()
+            tokens = torch.cat((tokens[parents], (best % log_probs.shape[1]).view(-1, 1)), 1)
             hidden, cells, context = state
             state = [x[parents] for x in hidden], [x[parents] for x in cells], context[parents]
         return tokens[:, 1:].view(B, beam, -1), scores
@@ -197,7 +200,7 @@ class Usual(Baseline):
 
 
 class ReversedBiLSTM(nn.Module):
-    """Two LSTMs over padded sequences, the second over each utterance reversed within its own length."""
+    """A bidirectional LSTM of two LSTMs on padded sequences; the second reads each utterance reversed."""
 
     def __init__(self, lstm: nn.LSTM):
         super().__init__()
@@ -224,68 +227,71 @@ class Plain(Baseline):
 
     @staticmethod
     def lstm_cell(cell: nn.Module) -> nn.Linear:
-        return copy.deepcopy(cell.gates)  # of input and state together
+        return copy.deepcopy(cell.gates)  # on input and hidden state, concatenated
 
-    def remember(self, listened: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what all tokens share: scaled keys (B, D, T), values (B, T, E) and the mask to add (B, 1, T)."""
+    def project_memory(self, listened: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scaled keys (B, D, T), values (B, T, E) and a mask (B, 1, T) to add to the scores, for all tokens."""
         keys, values = self.key(listened), self.value(listened)
-        past = torch.zeros(keys.shape[0], 1, keys.shape[1], dtype=keys.dtype)
-        past.masked_fill_(torch.arange(keys.shape[1]) >= lengths[:, None, None], -torch.inf)
-        return (keys / math.sqrt(keys.shape[2])).transpose(1, 2).contiguous(), values, past
+        mask = torch.zeros(keys.shape[0], 1, keys.shape[1], dtype=keys.dtype)
+        mask.masked_fill_(torch.arange(keys.shape[1]) >= lengths[:, None, None], -torch.inf)
+        return (keys / math.sqrt(keys.shape[2])).transpose(1, 2).contiguous(), values, mask
 
     def spell(self, listened: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        memory = self.remember(listened, lengths)
-        values, embedded = memory[1], self.embedding(before(tokens))
-        state = self.silence(values, 1)
-        masks = [None if mask is None else mask[:, None] for mask in self.masks(values)]
+        memory = self.project_memory(listened, lengths)
+        values, embedded = memory[1], self.embedding(shift_right(tokens))
+        state = self.initial_state(values, 1)
+        dropout = [None if mask is None else mask[:, None] for mask in self.masks(values)]
         hidden, contexts, weights = [], [], []
         for u in range(tokens.shape[1]):
-            last, attended, state = self.step(embedded[:, u : u + 1], state, memory, masks)
-            hidden.append(last)
+            last_hidden, token_weights, state = self.step(embedded[:, u : u + 1], state, memory, dropout)
+            hidden.append(last_hidden)
             contexts.append(state[2])
-            weights.append(attended)
+            weights.append(token_weights)
         return self.output(torch.cat(hidden, 1), torch.cat(contexts, 1)), torch.cat(weights, 1)
 
-    def silence(self, values: Tensor, beam: int) -> tuple:
+    def initial_state(self, values: Tensor, beam: int) -> tuple:
         zeros = [values.new_zeros(values.shape[0], beam, size) for size in self.sizes]
         return zeros, zeros, values.new_zeros(values.shape[0], beam, values.shape[2])
 
-    def step(self, embedded: Tensor, state: tuple, memory: tuple, masks: list) -> tuple[Tensor, Tensor, tuple]:
-        """Read (B, K, N) embedded tokens; return the last hidden state, attention weights (B, K, T), the new state."""
-        (keys, values, past), (hidden, cells, context) = memory, state
+    def step(self, embedded: Tensor, state: tuple, memory: tuple, dropout: list) -> tuple[Tensor, Tensor, tuple]:
+        """Return the last cell's hidden state (B, K, H), attention weights (B, K, T) and the new state.
+
+        `embedded` are the embeddings (B, K, M) of the previous tokens.
+        """
+        (keys, values, mask), (hidden, cells, context) = memory, state
         x, new_hidden, new_cells = torch.cat((embedded, context), 2), [], []
-        for gates, h, c, mask in zip(self.cells, hidden, cells, masks, strict=True):
+        for gates, h, c, drop in zip(self.cells, hidden, cells, dropout, strict=True):
             i, f, g, o = gates(torch.cat((x, h), 2)).chunk(4, 2)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
             new_hidden.append(h)
             new_cells.append(c)
-            x = h if mask is None else h * mask
-        weights = F.softmax(torch.bmm(self.query(x), keys) + past, -1)
+            x = h if drop is None else h * drop
+        weights = F.softmax(torch.bmm(self.query(x), keys) + mask, -1)
         return x, weights, (new_hidden, new_cells, torch.bmm(weights, values))
 
     @torch.inference_mode()
     def search(self, listened: Tensor, lengths: Tensor, beam: int, steps: int) -> tuple[Tensor, Tensor]:
         """Return tokens (B, K, steps), best first, and scores (B, K); only the last token is <eos>."""
         B, V = listened.shape[0], len(self.bias)
-        memory, masks = self.remember(listened, lengths), self.masks(listened)
-        state = self.silence(memory[1], beam)
+        memory, dropout = self.project_memory(listened, lengths), self.masks(listened)
+        state = self.initial_state(memory[1], beam)
         row = torch.arange(B)[:, None]
         tokens = torch.full((B, beam), SOS)
         scores = torch.full((B, beam), -torch.inf)
         scores[:, 0] = 0.0
-        barred = self.barred(last=False), self.barred(last=True)
-        spelled, pointers = [], []
+        eos_masks = self.eos_mask(last=False), self.eos_mask(last=True)
+        token_steps, parent_steps = [], []
         for u in range(steps):
-            hidden, _, (h, c, context) = self.step(self.embedding(tokens), state, memory, masks)
-            logs = F.log_softmax(self.output(hidden, context).float(), -1) + barred[u == steps - 1]
-            scores, best = (scores[:, :, None] + logs).view(B, -1).topk(beam)
+            hidden, _, (h, c, context) = self.step(self.embedding(tokens), state, memory, dropout)
+            log_probs = F.log_softmax(self.output(hidden, context).float(), -1) + eos_masks[u == steps - 1]
+            scores, best = (scores[:, :, None] + log_probs).view(B, -1).topk(beam)
             parents, tokens = best // V, best % V
             state = [x[row, parents] for x in h], [x[row, parents] for x in c], context[row, parents]
-            spelled.append(tokens)
-            pointers.append(parents)
-        beams, found = torch.arange(beam).expand(B, -1), []
-        for tokens, parents in zip(reversed(spelled), reversed(pointers), strict=True):
-            found.append(tokens.gather(1, beams))
+            token_steps.append(tokens)
+            parent_steps.append(parents)
+        beams, path = torch.arange(beam).expand(B, -1), []
+        for tokens, parents in zip(reversed(token_steps), reversed(parent_steps), strict=True):
+            path.append(tokens.gather(1, beams))
             beams = parents.gather(1, beams)
-        return torch.stack(found[::-1], 2), scores
+        return torch.stack(path[::-1], 2), scores

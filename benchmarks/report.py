@@ -1,11 +1,11 @@
-"""The rows of benchmarks/results/*.csv as a table for the README and as pictures.
+"""Turn the rows of benchmarks/results/*.csv into Markdown tables and pictures.
 
     python -m benchmarks.report [--machine NAME]
 
-prints the table and draws, into benchmarks/results/plots, bars against the baselines and other libraries, curves over
-batch, beam, frames, vocabulary, hidden size and threads, and what the decode command takes in time and memory. Beside
-the curves stands the time that the plain search's operations and bytes would take at the machine's own rate of matrix
-products and memory bandwidth (benchmarks.machine). Of several rows of one thing the last counts.
+Pictures go to benchmarks/results/plots: bars that compare las_fast with the baselines and other libraries; curves over
+batch, beam, frames, vocabulary, hidden size and threads; and the time and memory of the decode command. The curves also
+show a lower bound for the plain search: its operations and bytes at the machine's matmul throughput and memory
+bandwidth (benchmarks.machine). If the same thing was measured several times, the last row counts.
 """
 
 from __future__ import annotations
@@ -19,160 +19,164 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402 (the backend comes first)
+from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 from matplotlib.ticker import LogLocator  # noqa: E402
 
-from benchmarks import machine, record  # noqa: E402
+from benchmarks import machine  # noqa: E402
+from benchmarks.rows import RESULTS, machine_name, read_rows  # noqa: E402
 
-PLOTS = record.RESULTS / "plots"
-THING = ("what", "shape", "dtype", "path", "threads")
+PLOTS = RESULTS / "plots"
+KEY = ("what", "shape", "dtype", "path", "threads")
 FILES = ("train", "bilstm", "ctc", "decode", "features", "peers")
-AXES = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
-NAMES = {"frames": "encoder frames", "batch": "utterances in a batch"}
-KEYS = 256  # size of a key in the suites' shapes
+AXIS_LETTERS = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
+AXIS_LABELS = {"frames": "encoder frames", "batch": "utterances per batch"}
+KEY_SIZE = 256  # in all benchmarks of the search
 COLOURS = {
     "las_fast": "#0b6e4f", "las_fast cpp": "#0b6e4f", "las_fast bf16": "#2fbf71",
     "las_fast int8": "#8fdcae",
     "las_fast steps": "#5e8c61", "las_fast reference": "#9bc1bc",
     "plain": "#b5651d", "plain bf16": "#e9a15b", "usual": "#8d8d8d",
 }  # fmt: skip
-OTHER = "#4f6d9a"  # other libraries, and stages
+OTHER_COLOUR = "#4f6d9a"  # other libraries, and stages
 Row = dict[str, str]
 
 
-def latest(rows: list[Row], name: str, thing: tuple[str, ...] = THING) -> list[Row]:
-    """Return the last row of each thing that was measured on that machine; `thing`: the columns that tell one."""
-    return list({tuple(row[k] for k in thing): row for row in rows if row["machine"] == name}.values())
+def latest(rows: list[Row], machine: str, key: tuple[str, ...] = KEY) -> list[Row]:
+    """Return the last row of one machine for each combination of the columns `key`."""
+    return list({tuple(row[k] for k in key): row for row in rows if row["machine"] == machine}.values())
 
 
-def last_growth(rows: list[Row], name: str) -> list[Row]:
-    """Return the last row of each size on one thread of that machine, small to large."""
-    kept = latest(rows, name, ("over", "size", "threads"))
-    return sorted((row for row in kept if row["threads"] == "1"), key=lambda row: float(row["size"]))
+def latest_growth(rows: list[Row], machine: str) -> list[Row]:
+    """Return the last single-threaded row of one machine for each size, from small to large."""
+    last = latest(rows, machine, ("over", "size", "threads"))
+    return sorted((row for row in last if row["threads"] == "1"), key=lambda row: float(row["size"]))
 
 
-def groups(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Return the rows by (what, shape, threads): what one run compared."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def group(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Group rows by (what, shape, threads): the paths that one run compared."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["what"], row["shape"], row["threads"]), []).append(row)
-    return found
+        groups.setdefault((row["what"], row["shape"], row["threads"]), []).append(row)
+    return groups
 
 
 def table(rows: list[Row]) -> str:
-    """Return Markdown: one line a path of everything but the curves."""
-    lines = ["| what | path | dtype | median | spread | faster by the clock | by own time | others' load | commit |",
+    """Return a Markdown table with a line per path; rows of curves are left out."""
+    lines = ["| what | path | dtype | median | spread | speed by wall clock | by CPU time | other load | commit |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (what, shape, _), members in groups([row for row in rows if not axis_of(row["what"])]).items():
+    for (what, shape, _), members in group([row for row in rows if not axis_of(row["what"])]).items():
         for i, row in enumerate(members):
-            ratios = [compared(row, kind) for kind in ("ratio", "cpu_ratio")]
+            ratios = [compare(row, column) for column in ("ratio", "cpu_ratio")]
             cells = (f"{what}, {shape}" if i == 0 else "", row["path"], row["dtype"],
-                     f"{shown(float(row['median']))} {row['unit']}", shown(float(row["spread"])), *ratios,
+                     f"{format_number(row['median'])} {row['unit']}", format_number(row["spread"]), *ratios,
                      f"{float(row['load']):.1f} cores", row["commit"])  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shares(rows: list[Row]) -> str:
-    """Return Markdown: what share of the machine's rate of matrix products each half of the model reaches."""
-    lines = ["| part | task | dtype | GFLOP | seconds | GFLOP/s | machine's | share |", f"|{8 * '---|'}"]
+def share_table(rows: list[Row]) -> str:
+    """Return a Markdown table of the fraction of peak matmul throughput that encoder and decoder reach."""
+    lines = ["| part | task | dtype | GFLOP | seconds | GFLOP/s | peak GFLOP/s | share |", f"|{8 * '---|'}"]
     for row in rows:
-        numbers = [shown(float(row[k])) for k in ("gflop", "seconds", "gflop_s", "machine_gflop_s")]
+        numbers = [format_number(row[k]) for k in ("gflop", "seconds", "gflop_s", "machine_gflop_s")]
         cells = (row["part"], row["task"], row["dtype"], *numbers, f"{float(row['share']):.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def compared(row: Row, kind: str) -> str:
-    """Return how many times faster than the baseline a row is, or what share of it where it is a stage of it."""
+def compare(row: Row, column: str) -> str:
+    """Return the speed relative to the baseline by one ratio column; for a stage, its share of the whole time."""
     if row["path"] == row["baseline"]:
         return ""
     if row["what"].endswith("by stages"):
-        return f"{100 / float(row[kind]):.0f}% of {row['baseline']}"
-    return f"{float(row[kind]):.2f} x {row['baseline']}"
+        return f"{100 / float(row[column]):.0f}% of {row['baseline']}"
+    return f"{float(row[column]):.2f} x {row['baseline']}"
 
 
 def time_of(row: Row) -> float:
-    """Return what the pictures show: on one thread the process's own time, which other programs hardly change."""
+    """Return the time to draw: CPU time on one thread, as other programs hardly change it; else wall-clock time."""
     return float(row["cpu"] if row["threads"] == "1" else row["median"])
 
 
-def shown(value: float) -> str:
+def format_number(value: float | str) -> str:
+    value = float(value)
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def axis_of(what: str) -> str:
-    """Return what a scaling curve is over, "" for anything else."""
+    """Return the axis of a scaling curve, such as "batch"; "" for anything else."""
     axis = what.rpartition(" by ")[2] if " by " in what else ""
-    return axis if axis in AXES else ""
+    return axis if axis in AXIS_LETTERS else ""
 
 
 # Pictures
 
 
 def bars(rows: list[Row], title: str, path: Path) -> None:
-    """Draw one bar a path, the fastest at the top, with how it compares to the baseline, and a tick for the clock."""
+    """Draw a bar per path, the fastest on top, with its speed relative to the baseline and its wall-clock time."""
     rows = sorted(rows, key=time_of, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 1.5), layout="constrained")
     times = [time_of(row) for row in rows]
-    twice = len({row["path"] for row in rows}) < len(rows)  # then the type tells them apart
-    names = [f"{row['path']}, {row['dtype']}" if twice else row["path"] for row in rows]
-    axes.barh(names, times, color=[COLOURS.get(row["path"], OTHER) for row in rows])
-    clock = [float(row["median"]) for row in rows]
-    axes.plot(clock, range(len(rows)), "|", color="#222222", markersize=14, label="median by the clock")
-    kind = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
+    repeated = len({row["path"] for row in rows}) < len(rows)  # add the dtype to distinguish them
+    names = [f"{row['path']}, {row['dtype']}" if repeated else row["path"] for row in rows]
+    axes.barh(names, times, color=[COLOURS.get(row["path"], OTHER_COLOUR) for row in rows])
+    wall_times = [float(row["median"]) for row in rows]
+    axes.plot(wall_times, range(len(rows)), "|", color="#222222", markersize=14, label="wall-clock median")
+    column = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
     for i, row in enumerate(rows):
-        said = compared(row, kind)
-        text = f"{shown(times[i])}  ({said})" if said else shown(times[i])
-        axes.annotate(text, (max(times[i], clock[i]), i), xytext=(6, 0), textcoords="offset points", va="center",
+        comparison = compare(row, column)
+        text = f"{format_number(times[i])}  ({comparison})" if comparison else format_number(times[i])
+        axes.annotate(text, (max(times[i], wall_times[i]), i), xytext=(6, 0), textcoords="offset points", va="center",
                       fontsize=9)  # fmt: skip
-    axes.set_xlim(0, 1.45 * max(times + clock))
-    axes.set_xlabel(f"{rows[0]['unit']}, {measure(rows[0])}")
+    axes.set_xlim(0, 1.45 * max(times + wall_times))
+    axes.set_xlabel(f"{rows[0]['unit']}, {clock_of(rows[0])}")
     axes.legend(fontsize=8, loc="upper right")
     finish(figure, title, rows, path)
 
 
-def measure(row: Row) -> str:
-    return "own time of the process" if row["threads"] == "1" else "by the clock"
+def clock_of(row: Row) -> str:
+    """Return which clock time_of() reads."""
+    return "CPU time" if row["threads"] == "1" else "wall-clock time"
 
 
 def curves(rows: list[Row], axis: str, limits: dict[tuple[str, str], float], path: Path) -> None:
-    """Draw each path over one axis of the shape, with the least time that the machine allows."""
+    """Draw the time of each path over one axis of the shape, with the lower bound that the machine's limits set."""
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-    clock = axis == "threads"
+    wall_clock = axis == "threads"
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        time = float(row["median"]) if clock else time_of(row)
-        lines.setdefault(row["path"], []).append((place(row, axis), time))
+        time = float(row["median"]) if wall_clock else time_of(row)
+        lines.setdefault(row["path"], []).append((position(row, axis), time))
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, color=COLOURS.get(name, OTHER))
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, color=COLOURS.get(name, OTHER_COLOUR))
     for dtype, style in (("float32", "--"), ("bfloat16", ":")):
-        points = sorted({(place(row, axis), least(row, dtype, limits)) for row in rows if row["dtype"] == dtype})
+        members = [row for row in rows if row["dtype"] == dtype]
+        points = sorted({(position(row, axis), lower_bound(row, dtype, limits)) for row in members})
         if points and not any(math.isnan(y) for _, y in points):
-            axes.plot(*zip(*points, strict=True), style, color="#222222", label=f"plain at the machine's rate, {dtype}")
+            axes.plot(*zip(*points, strict=True), style, color="#222222", label=f"lower bound for plain, {dtype}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    ticks = sorted({place(row, axis) for row in rows})
+    ticks = sorted({position(row, axis) for row in rows})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(axis="y", color="#e5e5e5")
-    axes.set_xlabel(NAMES.get(axis, axis))
-    axes.set_ylabel(f"{rows[0]['unit']}, {'by the clock' if clock else measure(rows[0])}")
+    axes.set_xlabel(AXIS_LABELS.get(axis, axis))
+    axes.set_ylabel(f"{rows[0]['unit']}, {'wall-clock time' if wall_clock else clock_of(rows[0])}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     finish(figure, rows[0]["what"], rows, path)
 
 
 def growth(rows: list[Row], path: Path) -> None:
-    """Draw what the decode command took in time and memory, beside time in proportion to the size."""
-    kinds = {over: [row for row in rows if row["over"] == over] for over in dict.fromkeys(row["over"] for row in rows)}
-    figure, panels = plt.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 5.4), layout="constrained", squeeze=False)
-    for (over, members), (above, below) in zip(kinds.items(), panels.T, strict=True):
+    """Draw the time and peak memory of the decode command over the size of its input, beside proportional time."""
+    series = {over: [row for row in rows if row["over"] == over] for over in dict.fromkeys(row["over"] for row in rows)}
+    figure, panels = plt.subplots(2, len(series), figsize=(4.6 * len(series), 5.4), layout="constrained", squeeze=False)
+    for (over, members), (above, below) in zip(series.items(), panels.T, strict=True):
         x, seconds, peaks = ([float(row[k]) for row in members] for k in ("size", "seconds", "peak_mib"))
         above.plot(x, seconds, "o-", color=COLOURS["las_fast"], label="decode, seconds")
-        above.plot(x, [seconds[0] * size / x[0] for size in x], ":", color="#222222", label="in proportion")
-        below.plot(x, peaks, "o-", color=OTHER, label="peak memory, MiB")
+        above.plot(x, [seconds[0] * size / x[0] for size in x], ":", color="#222222", label="proportional to size")
+        below.plot(x, peaks, "o-", color=OTHER_COLOUR, label="peak memory, MiB")
         above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter("{x:g}")
@@ -183,43 +187,46 @@ def growth(rows: list[Row], path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [f"{size:g}" for size in x])
             axes.legend(fontsize=8, loc="upper left" if axes is above else "lower right")
-    finish(figure, "decode, by the untrained preset speech13h with its beam and CTC", rows, path)
+    finish(figure, "decode with the beam and CTC of preset speech13h, untrained", rows, path)
 
 
-def place(row: Row, axis: str) -> float:
-    """Return where a row lies on an axis."""
-    return float(row["threads"]) if axis == "threads" else float(sizes(row["shape"])[AXES[axis]])
+def position(row: Row, axis: str) -> float:
+    """Return the value of a row on an axis."""
+    return float(row["threads"]) if axis == "threads" else float(sizes(row["shape"])[AXIS_LETTERS[axis]])
 
 
 def sizes(shape: str) -> dict[str, int]:
+    """Parse a shape such as "B16 K8 T200" into sizes by letter."""
     return {letter: int(number) for letter, number in re.findall(r"\b([A-Z])(\d+)\b", shape)}
 
 
-def least(row: Row, dtype: str, limits: dict[tuple[str, str], float]) -> float:
-    """Return the unit's least value for a beam search step of an utterance; nan for anything else.
+def lower_bound(row: Row, dtype: str, limits: dict[tuple[str, str], float]) -> float:
+    """Return a lower bound in us for one beam search step of one utterance; nan for other rows or unknown limits.
 
-    Its products at the machine's best rate, or reading its keys and values once, whichever takes longer.
+    It is the longer of two times: the matmuls at peak throughput, and reading keys and values once.
     """
     n = sizes(row["shape"])
-    rates = [limits.get((what, dtype), 0.0) for what in ("matrix products", "matrix products by oneDNN")]
+    peaks = [limits.get((what, dtype), 0.0) for what in ("matrix products", "matrix products by oneDNN")]
     bandwidth = limits.get(("memory bandwidth", "float32"), 0.0)
-    if not row["what"].startswith("beam search") or not max(rates) or not bandwidth:
+    if not row["what"].startswith("beam search") or not max(peaks) or not bandwidth:
         return math.nan
     H, T = n["H"], n["T"]
-    products = 12 * H * H + 8 * H * H + KEYS * H + 2 * H * H + H * n["V"] + T * (KEYS + H)
-    operations = 2 * n["K"] * products / int(row["threads"])
-    bytes_read = T * (KEYS + H) * (2 if dtype == "bfloat16" else 4)
-    return max(operations / max(rates), bytes_read / bandwidth) * 1e-3  # of giga and of micro
+    # first cell, second cell, query, projection, logits, attention
+    multiplies = 12 * H * H + 8 * H * H + KEY_SIZE * H + 2 * H * H + H * n["V"] + T * (KEY_SIZE + H)
+    operations = 2 * n["K"] * multiplies / int(row["threads"])
+    bytes_read = T * (KEY_SIZE + H) * (2 if dtype == "bfloat16" else 4)
+    return max(operations / max(peaks), bytes_read / bandwidth) * 1e-3  # limits are per ns, the unit is us
 
 
 def finish(figure, title: str, rows: list[Row], path: Path) -> None:
+    """Add the title and a caption with machine, commit and load, and write the picture."""
     loads = [float(row["load"]) for row in rows]
     row = rows[0]
     threads = "/".join(sorted({r["threads"] for r in rows}))
-    about = f"{row['machine']}, torch {row['torch']}, {threads} thread(s), commit {row['commit']}"
-    busy = f"other programs kept {min(loads):.1f} to {max(loads):.1f} cores busy"
+    context = f"{row['machine']}, torch {row['torch']}, {threads} thread(s), commit {row['commit']}"
+    load = f"other programs kept {min(loads):.1f} to {max(loads):.1f} cores busy"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.supxlabel(f"{about}\n{busy}", fontsize=7, x=0.01, ha="left", color="#555555")
+    figure.supxlabel(f"{context}\n{load}", fontsize=7, x=0.01, ha="left", color="#555555")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,41 +235,41 @@ def finish(figure, title: str, rows: list[Row], path: Path) -> None:
 
 
 def draw(rows: list[Row], limits: dict[tuple[str, str], float], folder: Path) -> list[Path]:
-    """Draw every picture that the rows allow; return the files."""
-    found = []
-    for (what, shape, threads), members in groups([row for row in rows if not axis_of(row["what"])]).items():
-        found.append(folder / f"{named(what)}-{named(shape)}-{threads}.png")
-        bars(members, f"{what}, {shape}", found[-1])
+    """Draw bars for each comparison and curves for each axis; return the paths of the pictures."""
+    paths = []
+    for (what, shape, threads), members in group([row for row in rows if not axis_of(row["what"])]).items():
+        paths.append(folder / f"{slug(what)}-{slug(shape)}-{threads}.png")
+        bars(members, f"{what}, {shape}", paths[-1])
     for what in dict.fromkeys(row["what"] for row in rows if axis_of(row["what"])):
-        found.append(folder / f"{named(what)}.png")
-        curves([row for row in rows if row["what"] == what], axis_of(what), limits, found[-1])
-    return found
+        paths.append(folder / f"{slug(what)}.png")
+        curves([row for row in rows if row["what"] == what], axis_of(what), limits, paths[-1])
+    return paths
 
 
-def named(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--machine", default=record.machine(), help="whose rows (default: this one)")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the CSV files")
+    parser.add_argument("--machine", default=machine_name(), help="machine to report (default: this one)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the pictures")
-    options = parser.parse_args(words)
-    rows = [row for file in FILES for row in record.read(options.results / f"{file}.csv")]
+    options = parser.parse_args(argv)
+    rows = [row for file in FILES for row in read_rows(options.results / f"{file}.csv")]
     rows = latest(rows, options.machine)
     if not rows:
-        print(f"{options.results} has no rows of {options.machine}; run: pytest benchmarks --record")
+        print(f"{options.results} has no rows of machine {options.machine}; run: pytest benchmarks --record")
         return
     print(table(rows))
-    reached = record.read(options.results / "shares.csv")
-    if found := latest(reached, options.machine, ("part", "task", "dtype", "shape")):
-        print(f"\n{shares(found)}")
-    limits = machine.limits(record.read(options.results / "machine.csv"), options.machine)
+    shares = read_rows(options.results / "shares.csv")
+    if shares := latest(shares, options.machine, ("part", "task", "dtype", "shape")):
+        print(f"\n{share_table(shares)}")
+    limits = machine.best_values(read_rows(options.results / "machine.csv"), options.machine)
     pictures = draw(rows, limits, options.plots)
-    if grown := last_growth(record.read(options.results / "growth.csv"), options.machine):
+    if growth_rows := latest_growth(read_rows(options.results / "growth.csv"), options.machine):
         pictures.append(options.plots / "growth.png")
-        growth(grown, pictures[-1])
+        growth(growth_rows, pictures[-1])
     print("\n".join(map(str, pictures)))
 
 

@@ -1,9 +1,10 @@
-"""What a checkpoint scores by each way of decoding, on each part of a dev split, and alone as well as in a batch.
+"""Score a checkpoint with several decoding settings, on each part of a split, batched and one utterance at a time.
 
     python -m benchmarks.scores --checkpoint RUN --data ROOT [--lm FILE] [--by source] [--record]
 
-The checkpoint's own decoding settings are the last way; the others leave parts of them out. --by names a column of the
-manifest, such as source, that parts the split. Every utterance is also decoded alone, and the texts are compared.
+The settings range from greedy search to the checkpoint's own; those between leave out CTC or the language model. --by
+divides the split by a column of its manifest, such as source. Every utterance is also decoded alone, to check that the
+text does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks.rows import RESULTS, append_rows, context
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
@@ -25,61 +26,70 @@ from las_fast.output.metrics import score
 from las_fast.search.ngram import default_weight, language_table
 from las_fast.tune import decode_grid, open_split
 
-FILE = record.RESULTS / "scores.csv"
+FILE = RESULTS / "scores.csv"
 COLUMNS = ("date", "commit", "checkpoint", "data", "split", "part", "way", "utterances", "ld", "cer", "wer",
            "other_alone")  # fmt: skip
 
 
-def ways(own: DecodingConfig, beam: int) -> dict[str, DecodingConfig]:
-    """Return the ways of decoding by name, as far as the checkpoint's own settings use CTC and a language model."""
-    attention = replace(own, beam=beam, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
-    found = {"greedy": replace(attention, beam=1), "beam": attention}
-    if own.ctc_weight:
-        found["beam, CTC"] = replace(attention, ctc_weight=own.ctc_weight)
-    if own.ngram_weight:
-        language = {"ngram_weight": own.ngram_weight, "length_reward": own.length_reward}
-        found |= {f"{name}, language model": replace(found[name], **language) for name in list(found)[1:]}
-    return found
+def decodings(base: DecodingConfig, beam: int) -> dict[str, DecodingConfig]:
+    """Return decoding settings by name: greedy, beam, and with CTC and a language model if `base` uses them."""
+    attention = replace(base, beam=beam, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    settings = {"greedy": replace(attention, beam=1), "beam": attention}
+    if base.ctc_weight:
+        settings["beam, CTC"] = replace(attention, ctc_weight=base.ctc_weight)
+    if base.ngram_weight:
+        language = {"ngram_weight": base.ngram_weight, "length_reward": base.length_reward}
+        settings |= {f"{name}, language model": replace(settings[name], **language) for name in list(settings)[1:]}
+    return settings
 
 
-def chosen(settings: dict[str, DecodingConfig], options: argparse.Namespace) -> dict[str, DecodingConfig]:
-    """Return the ways that --ways asks for, named with their backend where it is not the usual one."""
-    places = range(len(settings)) if options.ways is None else options.ways
-    if not set(places) <= set(range(len(settings))) or not places:
-        raise InputError(f"--ways takes places from 0 to {len(settings) - 1} ({', '.join(settings)}); got {places}")
+def select(settings: dict[str, DecodingConfig], options: argparse.Namespace) -> dict[str, DecodingConfig]:
+    """Return the settings that --ways selects; a backend other than auto is added to their names.
+
+    Raises:
+        InputError: an index of --ways is out of range, or there is none.
+    """
+    indices = range(len(settings)) if options.ways is None else options.ways
+    if not set(indices) <= set(range(len(settings))) or not indices:
+        raise InputError(f"--ways takes indices from 0 to {len(settings) - 1} ({', '.join(settings)}); got {indices}")
     suffix = "" if options.backend == "auto" else f", {options.backend}"
-    return {f"{name}{suffix}": settings[name] for i, name in enumerate(settings) if i in places}
+    return {f"{name}{suffix}": settings[name] for i, name in enumerate(settings) if i in indices}
 
 
 def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
-    """Return the indices of the utterances of each part, "all" first; `root` is that of the corpus."""
-    found = defaultdict(list, {"all": list(range(len(ids)))})
+    """Group utterance indices by a column of the manifest `root`, after a group "all" of every utterance.
+
+    Raises:
+        InputError: `root` is not a manifest, or a line has no such column.
+    """
+    groups = defaultdict(list, {"all": list(range(len(ids)))})
     if column:
         if not root.is_file():
-            raise InputError(f"{root} is no manifest, so it has no column {column!r}; leave --by out")
+            raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
         rows = further_columns(root)
         if any(column not in row for row in rows.values()):
-            raise InputError(f"{root} has no column {column!r} on every line; give one that it has, or leave --by out")
+            raise InputError(f"{root} lacks column {column!r} on some lines; choose another column or leave out --by")
         for i, name in enumerate(ids):
-            found[str(rows[name][column])].append(i)
-    return dict(found)
+            groups[str(rows[name][column])].append(i)
+    return dict(groups)
 
 
-def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], table,
-            split: dict[str, list[int]], backend: str) -> Iterator[tuple]:  # fmt: skip
+def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], ngram_table,
+            groups: dict[str, list[int]], backend: str) -> Iterator[tuple]:  # fmt: skip
     """Yield (part, way, utterances, LD, CER, WER, texts that differ when each utterance is decoded alone)."""
-    together = decode_grid(loaded, dataset, list(settings.values()), table, "cpu", backend)
-    single = [replace(point, frames_per_batch=1) for point in settings.values()]
-    apart = decode_grid(loaded, dataset, single, table, "cpu", backend)
-    for way, texts, alone in zip(settings, together, apart, strict=True):
-        for part, members in split.items():
-            found = score([dataset.texts[i] for i in members], [texts[i] for i in members])
-            other = sum(texts[i] != alone[i] for i in members)
-            yield part, way, found.utterances, *(round(asdict(found)[name], 3) for name in ("ld", "cer", "wer")), other
+    batched = decode_grid(loaded, dataset, list(settings.values()), ngram_table, "cpu", backend)
+    one_by_one = [replace(decoding, frames_per_batch=1) for decoding in settings.values()]
+    single = decode_grid(loaded, dataset, one_by_one, ngram_table, "cpu", backend)
+    for way, texts, texts_alone in zip(settings, batched, single, strict=True):
+        for part, members in groups.items():
+            scores = score([dataset.texts[i] for i in members], [texts[i] for i in members])
+            different = sum(texts[i] != texts_alone[i] for i in members)
+            values = (round(asdict(scores)[name], 3) for name in ("ld", "cer", "wer"))
+            yield part, way, scores.utterances, *values, different
 
 
 def markdown(rows: list[tuple]) -> str:
-    """Return a table: a row for each way, CER and LD of each part."""
+    """Return a Markdown table of CER and LD, with a line per decoding and a column per part."""
     names = list(dict.fromkeys(part for part, *_ in rows))
     cells = {(part, way): f"{cer:.2f} / {ld:.2f}" for part, way, _, ld, cer, *_ in rows}
     lines = [f"| CER, % / LD | {' | '.join(names)} |", f"|{'---|' * (len(names) + 1)}"]
@@ -88,31 +98,30 @@ def markdown(rows: list[tuple]) -> str:
     return "\n".join(lines)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scores", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="training folder, file or name")
-    parser.add_argument("--data", required=True, help="as for las_fast.decode")
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint file or released name")
+    parser.add_argument("--data", required=True, help="corpus, as for las_fast.decode")
     parser.add_argument("--split", default="dev")
-    parser.add_argument("--lm", help="language model (default: the checkpoint's, if any)")
+    parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
     parser.add_argument("--beam", type=int, default=8)
-    parser.add_argument("--by", default="", help="column of the manifest that parts the split")
-    parser.add_argument("--ways", type=int, nargs="*", help="only the ways in these places, from 0")
-    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="of the search")
+    parser.add_argument("--by", default="", help="manifest column to divide the split by")
+    parser.add_argument("--ways", type=int, nargs="*", help="indices of the settings to use, from 0 (default: all)")
+    parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="backend of the search")
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
-    own = default_weight(loaded.config.decoding, options.lm)
-    table = language_table(options.lm, own, loaded, "cpu")
+    decoding = default_weight(loaded.config.decoding, options.lm)
+    ngram_table = language_table(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
-    split = parts(dataset.ids, open_corpus(options.data).root, options.by)
-    settings = chosen(ways(own, options.beam), options)
-    rows = list(measure(loaded, dataset, settings, table, split, options.backend))
+    groups = parts(dataset.ids, open_corpus(options.data).root, options.by)
+    settings = select(decodings(decoding, options.beam), options)
+    rows = list(measure(loaded, dataset, settings, ngram_table, groups, options.backend))
     print(markdown(rows))
     print(f"texts that differ when an utterance is decoded alone: {sum(row[-1] for row in rows if row[0] == 'all')}")
     if options.record:
-        date, commit = record.where()[:2]
-        about = (date, commit, loaded.path.stem, Path(options.data).resolve().name, options.split)
-        record.append(FILE, COLUMNS, [(*about, *row) for row in rows])
+        labels = (*context()[:2], loaded.path.stem, Path(options.data).resolve().name, options.split)
+        append_rows(FILE, COLUMNS, [(*labels, *row) for row in rows])
 
 
 if __name__ == "__main__":

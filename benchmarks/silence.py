@@ -1,9 +1,9 @@
-"""What silence around each utterance of a split does to a checkpoint's scores.
+"""Measure how silence around each utterance of a split changes a checkpoint's CER.
 
     python -m benchmarks.silence --checkpoint RUN|NAME --data MANIFEST [--split dev] [--untrimmed] [--record]
 
-Every recording is decoded as it is, and with SECONDS of digital zeros, or of white noise of some dB of full scale,
-before and after it, greedily and as the checkpoint's own settings say.
+Every recording is decoded as it is, and with digital zeros or white noise before and after it (PADDING), greedily and
+with the checkpoint's own settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from benchmarks import record
+from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
@@ -29,49 +29,51 @@ from las_fast.recogniser import Utterances
 from las_fast.search.dataset import decode_dataset
 from las_fast.search.ngram import language_table
 
-FILE = record.RESULTS / "silence.csv"
-COLUMNS = (*record.WHERE, "checkpoint", "split", "part", "seconds", "db", "trimmed", "way", "utterances", "cer")
-AROUND = ((0, None), (0.5, None), (1, None), (4, None), (1, -74), (4, -74), (1, -54), (4, -54))  # seconds, dB or zeros
+FILE = RESULTS / "silence.csv"
+COLUMNS = (*CONTEXT, "checkpoint", "split", "part", "seconds", "db", "trimmed", "way", "utterances", "cer")
+# (seconds, dBFS); None: digital zeros
+PADDING = ((0, None), (0.5, None), (1, None), (4, None), (1, -74), (4, -74), (1, -54), (4, -54))
 
 
-def surrounded(samples: np.ndarray, rate: int, seconds: float, db: float | None, seed: int) -> np.ndarray:
-    """Return samples (N,) float32 with silence before and after: zeros, or white noise of db of full scale."""
+def pad(samples: np.ndarray, rate: int, seconds: float, db: float | None, seed: int) -> np.ndarray:
+    """Return samples (N,) float32 with `seconds` of silence on either side: zeros, or white noise at `db` dBFS."""
     count = int(seconds * rate)
     level = 0.0 if db is None else 10 ** (db / 20)
     silence = (level * np.random.default_rng(seed).standard_normal((2, count))).astype(np.float32)
     return np.concatenate([silence[0], samples, silence[1]])
 
 
-def hear(
+def padded_features(
     loaded: Loaded, utterances: list[Utterance], seconds: float, db: float | None
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield the features and the seconds of each utterance with silence around it, as decoding makes them."""
+    """Yield the features (T, F) and the duration in seconds of each utterance with silence around it."""
     config = loaded.config.features
     for seed, utterance in enumerate(track(utterances, f"{seconds} s of {db} dB", "utterances")):
-        samples = surrounded(load_audio(utterance.path, config.sample_rate), config.sample_rate, seconds, db, seed)
+        samples = pad(load_audio(utterance.path, config.sample_rate), config.sample_rate, seconds, db, seed)
         ((frames, _),) = speech_features([samples], config)
         features = add_deltas(normalise(frames, config, loaded.statistics), config.deltas)
         yield features, len(samples) / config.sample_rate
 
 
 def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[str]:
-    ngram = language_table(None, decoding, loaded, "cpu")
-    found = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram, device="cpu")
-    return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in found]
+    """Return the best text of each utterance."""
+    ngram_table = language_table(None, decoding, loaded, "cpu")
+    hypotheses = decode_dataset(loaded.model, data, loaded.vocabulary, decoding, ngram=ngram_table, device="cpu")
+    return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in hypotheses]
 
 
-def ways(own: DecodingConfig) -> dict[str, DecodingConfig]:
+def decodings(own: DecodingConfig) -> dict[str, DecodingConfig]:
     return {"greedy": replace(own, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0), "own settings": own}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.silence", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint file or released name")
+    parser.add_argument("--data", required=True, help="manifest of the recordings")
     parser.add_argument("--split", default="dev")
-    parser.add_argument("--every", type=int, default=1, help="take one utterance in so many (default: all)")
-    parser.add_argument("--untrimmed", action="store_true", help="with features.trim_silence off")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th utterance (default: 1)")
+    parser.add_argument("--untrimmed", action="store_true", help="turn features.trim_silence off")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results/silence.csv")
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
@@ -79,26 +81,26 @@ def main(argv: list[str] | None = None) -> None:
     utterances = [u for name in corpus.resolve(options.split) for u in corpus.utterances(name)][:: options.every]
     features = replace(loaded.config.features, trim_silence=not options.untrimmed)
     loaded = loaded._replace(config=replace(loaded.config, features=features))
-    for seconds, db in AROUND:
+    for seconds, db in PADDING:
         with torch.inference_mode():
             measure(loaded, utterances, options, seconds, db)
 
 
 def measure(loaded: Loaded, utterances: list[Utterance], options, seconds: float, db: float | None) -> None:
-    """Print and record the rows of one kind of silence."""
-    features, lengths = zip(*hear(loaded, utterances, seconds, db), strict=True)
-    data = Utterances(list(features), [u.id for u in utterances], lengths)
+    """Print the CER with one kind of silence, and append it to FILE if --record is given."""
+    features, durations = zip(*padded_features(loaded, utterances, seconds, db), strict=True)
+    data = Utterances(list(features), [u.id for u in utterances], durations)
     sources = sorted({u.path.parts[-3] for u in utterances})
-    for way, decoding in ways(loaded.config.decoding).items():
+    for way, decoding in decodings(loaded.config.decoding).items():
         texts = decode(loaded, data, decoding)
         for part in ("all", *sources):
-            rows = [i for i, u in enumerate(utterances) if part in ("all", u.path.parts[-3])]
-            cer = score([utterances[i].transcript for i in rows], [texts[i] for i in rows]).cer
+            members = [i for i, u in enumerate(utterances) if part in ("all", u.path.parts[-3])]
+            cer = score([utterances[i].transcript for i in members], [texts[i] for i in members]).cer
             silence = (seconds, "zeros" if db is None else db, "no" if options.untrimmed else "yes")
             print(f"{seconds} s of {silence[1]}, trimmed: {silence[2]}, {way}, {part}: CER {cer:.2f}%")
-            row = (options.checkpoint, options.split, part, *silence, way, len(rows), f"{cer:.2f}")
+            row = (options.checkpoint, options.split, part, *silence, way, len(members), f"{cer:.2f}")
             if options.record:
-                record.append(FILE, COLUMNS, [(*record.where(), *row)])
+                append_rows(FILE, COLUMNS, [(*context(), *row)])
 
 
 if __name__ == "__main__":

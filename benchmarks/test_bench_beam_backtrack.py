@@ -1,4 +1,4 @@
-"""Hypotheses from back-pointers at the end of a search."""
+"""Benchmark beam_backtrack: read the hypotheses from the back-pointers of a finished search."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ def test_beam_backtrack(measure, name, backend):
     tokens = torch.randint(3, 31, (L, B, K), generator=generator)
     parents = torch.randint(0, K, (L, B, K), generator=generator)
     scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
-    frames = torch.randint(0, 400, (L, B, K), generator=generator)
+    attended_frames = torch.randint(0, 400, (L, B, K), generator=generator)
 
-    def run(path=backend):
-        return beam_backtrack(tokens, parents, scores, frames, eos=EOS, backend=path)
+    def run(backend=backend):
+        return beam_backtrack(tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
 
-    for found, expected in zip(run(), run("reference"), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(run(), run("reference"), strict=True):
+        assert torch.equal(actual, expected)
     measure(run, op="beam_backtrack", backend=backend, shape=f"L{L} B{B} K{K}", dtype=torch.int64)

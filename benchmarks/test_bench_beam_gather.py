@@ -1,4 +1,4 @@
-"""The states of two LSTM cells and a context follow their parents after a pruning step."""
+"""Benchmark beam_gather: reorder the states of two LSTM cells and a context by parents after a pruning step."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ STATES = 5
 
 
 def plain(states, parents):
-    """Flat rows and index_select: what a plain search does."""
+    """Flatten the beams and call index_select, as a plain search does."""
     B, K = parents.shape
     rows = (torch.arange(B)[:, None] * K + parents).flatten()
     return [x.flatten(0, 1).index_select(0, rows).view_as(x) for x in states]
@@ -32,6 +32,6 @@ def test_beam_gather(measure, name, path, dtype):
             return plain(states, parents)
         return beam_gather(states, parents, backend=backend)
 
-    for found, expected in zip(run(), run("reference"), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(run(), run("reference"), strict=True):
+        assert torch.equal(actual, expected)
     measure(run, op="beam_gather", backend=path, shape=f"B{B} K{K} N{N} x{STATES}", dtype=dtype)

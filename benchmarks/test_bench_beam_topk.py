@@ -1,4 +1,4 @@
-"""One pruning step of beam search, beside the few calls that a plain search makes."""
+"""Benchmark beam_topk, one pruning step of beam search, against the calls of a plain search."""
 
 import pytest
 import torch
@@ -21,21 +21,21 @@ def make(B, K, V):
     return logits, scores, finished, torch.full((B, K), 5)
 
 
-def every_option(B, K, V):
+def all_options(B, K, V):
     generator = torch.Generator().manual_seed(1)
-    table = torch.randn(V**2, V, generator=generator).log_softmax(-1)
+    ngram_table = torch.randn(V**2, V, generator=generator).log_softmax(-1)
     limit = torch.full((B,), 3)
     options = {"minimum": limit, "maximum": limit + 20, "length_penalty": 0.7, "eos_threshold": 1.5}
     options["coverage"] = torch.randn(B, K, generator=generator)
-    return options | {"ngram": Ngram(table, torch.randint(0, V**2, (B, K), generator=generator), 0.3)}
+    return options | {"ngram": Ngram(ngram_table, torch.randint(0, V**2, (B, K), generator=generator), 0.3)}
 
 
 def plain(logits, scores, finished):
-    """Log-softmax, mask, torch.topk: no end rules, no order among ties."""
+    """Log-softmax, mask and torch.topk; no end-of-sentence rules, no tie-breaking."""
     frozen = torch.full((logits.shape[2],), -torch.inf)
     frozen[EOS] = 0.0
-    steps = torch.where(finished[..., None], frozen, logits.log_softmax(-1))
-    best = (scores[..., None] + steps).flatten(1).topk(scores.shape[1])
+    log_probs = torch.where(finished[..., None], frozen, logits.log_softmax(-1))
+    best = (scores[..., None] + log_probs).flatten(1).topk(scores.shape[1])
     return best.values, best.indices % logits.shape[2], best.indices // logits.shape[2]
 
 
@@ -43,9 +43,9 @@ def shape_of(name):
     return " ".join(f"{letter}{size}" for letter, size in zip("BKV", SHAPES[name], strict=True))
 
 
-def check(found, expected):
-    torch.testing.assert_close(found[0], expected[0])
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+def check(actual, expected):
+    torch.testing.assert_close(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1]) and torch.equal(actual[2], expected[2])
 
 
 @pytest.mark.parametrize("path", ["reference", "cpp", "plain torch.topk"])
@@ -66,14 +66,14 @@ def test_beam_topk(measure, name, path):
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("name", ["characters", "one utterance"])
-def test_beam_topk_with_every_option(measure, name, backend):
+def test_beam_topk_with_all_options(measure, name, backend):
     if reason := backends.unavailable("beam_topk", backend):
         pytest.skip(reason)
     logits, scores, finished, lengths = make(*SHAPES[name])
-    options = every_option(*SHAPES[name])
+    options = all_options(*SHAPES[name])
 
-    def run(path=backend):
-        return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=path, **options)
+    def run(backend=backend):
+        return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=backend, **options)
 
     check(run(), run("reference"))
     measure(run, op="beam_topk every option", backend=backend, shape=shape_of(name), dtype=torch.float32)

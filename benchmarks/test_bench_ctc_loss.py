@@ -1,11 +1,11 @@
-"""The CTC loss of a training batch and its gradient, and where CTC hears each token, beside torch's ctc_loss."""
+"""Benchmark ctc_loss with its gradient, and the alignment of tokens to frames, against torch's ctc_loss."""
 
 import pytest
 import torch
 
 from las_fast.ops import backends, ctc_loss, ctc_places
 
-SHAPES = {  # B, T, V, S, about 13 characters a second; and how far two float32 sums of so many may lie apart
+SHAPES = {  # (B, T, V, S) with about 13 characters per second, and the absolute tolerance of float32 sums over T
     "batch": ((9, 158, 31, 73), 1e-3),
     "large batch": ((31, 312, 31, 150), 5e-3),
     "long": ((1, 3000, 31, 1400), 5e-2),
@@ -13,7 +13,7 @@ SHAPES = {  # B, T, V, S, about 13 characters a second; and how far two float32 
 }
 
 
-def made(B, T, V, S):
+def make(B, T, V, S):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(B, T, V, generator=generator)
     lengths = torch.randint(4 * T // 5, T + 1, (B,), generator=generator)
@@ -27,24 +27,27 @@ def loss_and_gradient(logits, *rest, backend):
     return [losses.detach(), *torch.autograd.grad(losses.sum(), leaf)]
 
 
-def places(*given, backend):
-    return [ctc_places(*given, backend=backend)]
+def token_times(*inputs, backend):
+    return [ctc_places(*inputs, backend=backend)]
 
 
-@pytest.mark.parametrize("what", [loss_and_gradient, places], ids=lambda what: what.__name__)
+TASKS = {"ctc loss and gradient": loss_and_gradient, "ctc places": token_times}
+
+
+@pytest.mark.parametrize("what", TASKS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_ctc_loss(compare, name, what):
     if reason := backends.unavailable("ctc_loss", "cpp"):
         pytest.skip(reason)
-    sizes, close = SHAPES[name]
-    given = made(*sizes)
-    runs = {path: lambda path=path: what(*given, backend=path) for path in ("reference", "cpp")}
-    for x, y in zip(runs["cpp"](), runs["reference"](), strict=True):
-        torch.testing.assert_close(x, y, atol=close, rtol=1e-5)
+    sizes, atol = SHAPES[name]
+    inputs = make(*sizes)
+    runs = {path: lambda path=path: TASKS[what](*inputs, backend=path) for path in ("reference", "cpp")}
+    for actual, expected in zip(runs["cpp"](), runs["reference"](), strict=True):
+        torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
     compare(
         "ctc",
         runs,
-        what=f"ctc {what.__name__.replace('_', ' ')}",
+        what=what,
         shape=" ".join(f"{letter}{size}" for letter, size in zip("BTVS", sizes, strict=True)),
         dtypes=dict.fromkeys(runs, "float32"),
         baseline="reference",

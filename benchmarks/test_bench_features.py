@@ -1,7 +1,6 @@
-"""From a file to frames: reading recordings and computing log-mel and MFCC.
+"""Benchmark reading recordings and computing log-mel and MFCC features.
 
-The baseline reads the same files with soundfile, and makes the frames of each recording by the formula: cut, window,
-transform, filter, logarithm.
+The baselines are soundfile, and the feature formula in plain PyTorch: frame, window, FFT, filter, logarithm.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks.made import FORMATS, RATE, frame_counts, recordings
+from benchmarks.synthetic_speech import FORMATS, RATE, frame_counts, write_recordings
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_audio
 from las_fast.data.features import FLOOR, PREEMPHASIS, _fft_size, _tables, compute_features, frame_sizes
@@ -24,47 +23,49 @@ CONFIGS = {
 
 @pytest.fixture(scope="module", params=FORMATS)
 def files(request, tmp_path_factory):
-    return request.param, recordings(tmp_path_factory.mktemp(request.param), request.param, frame_counts(COUNT))
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, write_recordings(folder, request.param, frame_counts(COUNT))
 
 
 def plain_features(wave: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
-    """Frame by frame as the formula says, of one recording."""
+    """Return the features (T, F) of one recording, by the formula."""
     window, shift = frame_sizes(config)
     taper, _, filters, transform = _tables(config)
     frames = (wave * 32768.0).unfold(0, window, shift)
     frames = frames - frames.mean(1, keepdim=True)
-    before = torch.nn.functional.pad(frames, (1, 0), mode="replicate")[:, :-1]
-    frames = (frames - PREEMPHASIS * before) * taper[:window]
+    previous = torch.nn.functional.pad(frames, (1, 0), mode="replicate")[:, :-1]
+    frames = (frames - PREEMPHASIS * previous) * taper[:window]
     power = torch.fft.rfft(frames, _fft_size(window)).abs().square()
     logs = (power @ filters).clamp(min=FLOOR).log()
     return logs if transform is None else logs @ transform
 
 
 def test_reading(compare, files):
-    kind, paths = files
+    suffix, paths = files
     seconds = sum(soundfile.info(path).frames for path in paths) / RATE
     assert len(load_audio(paths[0], RATE)) == soundfile.info(paths[0]).frames
     functions = {
         "soundfile": lambda: [soundfile.read(path, dtype="float32") for path in paths],
         "las_fast": lambda: [load_audio(path, RATE, whole=True) for path in paths],
     }
-    timed(compare, functions, f"reading {kind}", seconds, "soundfile")
+    compare_features(compare, functions, f"reading {suffix}", seconds, "soundfile")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_features(compare, tmp_path, name):
     config = CONFIGS[name]
-    waves = [torch.from_numpy(load_audio(path, RATE)) for path in recordings(tmp_path, "wav", frame_counts(COUNT))]
+    paths = write_recordings(tmp_path, "wav", frame_counts(COUNT))
+    waves = [torch.from_numpy(load_audio(path, RATE)) for path in paths]
     functions = {
         "plain": lambda: [plain_features(wave, config) for wave in waves],
         "las_fast": lambda: compute_features(waves, config),
     }
-    for found, expected in zip(*(run() for run in functions.values()), strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-3)
-    timed(compare, functions, f"features {name}", sum(map(len, waves)) / RATE, "plain")
+    for actual, expected in zip(*(run() for run in functions.values()), strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-2, rtol=1e-3)
+    compare_features(compare, functions, f"features {name}", sum(map(len, waves)) / RATE, "plain")
 
 
-def timed(compare, functions: dict, what: str, seconds: float, baseline: str) -> None:
+def compare_features(compare, functions: dict, what: str, seconds: float, baseline: str) -> None:
     compare(
         "features",
         functions,

@@ -1,4 +1,4 @@
-"""Attention of one decoder step and its gradients, beside torch's fused attention, which returns no weights."""
+"""Benchmark masked_attention, one decoder step with gradients, against torch's SDPA, which returns no weights."""
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ def make(name, dtype):
     return *tensors, torch.linspace(T, T // 2, B).long()
 
 
-def attention(path, lengths, frames, weights=False):
-    """Return context of (query, keys, values) by that path, what depends on lengths alone made before."""
-    padding = padding_mask(lengths, frames)
+def attention(path, lengths, T, weights=False):
+    """Return a function (query, keys, values) -> context; the masks are computed once, outside of it."""
+    padding = padding_mask(lengths, T)
     valid = ~padding[:, None]
     if path == "torch sdpa":
         return lambda *x: F.scaled_dot_product_attention(*x, attn_mask=valid)
@@ -65,6 +65,6 @@ def test_masked_attention_with_gradients(measure, name, path, dtype):
 
     run, reference = (attention(x, lengths, T, weights=True) for x in (path, "reference"))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for found, expected in zip(gradients(run), gradients(reference), strict=True):
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    for actual, expected in zip(gradients(run), gradients(reference), strict=True):
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     measure(lambda: gradients(run), op="masked_attention gradients", backend=path, shape=shape_of(name), dtype=dtype)

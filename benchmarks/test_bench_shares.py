@@ -1,7 +1,7 @@
-"""What share of the machine's rate of matrix products the encoder and the decoder reach, in training and decoding.
+"""Measure the fraction of peak matmul throughput that encoder and decoder reach, in training and decoding.
 
-One batch of preset speech13h on one thread. Operations are those of the products alone, without padding; the rate is
-the best that this machine's products of large matrices reach in the same type, measured in the same minute.
+The input is one batch of preset speech13h, on one thread. Only matmul operations count, without padding. The peak is
+the throughput of large matmuls in the same dtype, measured just before.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import machine, record
-from benchmarks.made import LETTERS_PER_FRAME
-from benchmarks.operations import BACKWARD, listener_operations, speller_operations
+from benchmarks import machine
+from benchmarks.flops import BACKWARD, listener_flops, speller_flops
+from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
+from benchmarks.synthetic_speech import LETTERS_PER_FRAME
 from benchmarks.test_bench_train import make_batch, preset, shape_of
 from las_fast import checkpoint
 from las_fast.search.beam import beam_search
 
-COLUMNS = (*record.WHERE, "part", "task", "dtype", "shape", "seconds", "gflop", "gflop_s", "machine_gflop_s", "share")
+COLUMNS = (*CONTEXT, "part", "task", "dtype", "shape", "seconds", "gflop", "gflop_s", "machine_gflop_s", "share")
 ROUNDS = 5
 BEAM = 8
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def fastest(run: Callable[[], object]) -> float:
-    """Return the seconds of the fastest of some calls, as those of the machine's own rate are."""
+    """Return the shortest time of ROUNDS calls in seconds; peak throughput is measured the same way."""
     times = []
     for _ in range(1 + ROUNDS):
         started = time.perf_counter()
@@ -38,7 +39,7 @@ def fastest(run: Callable[[], object]) -> float:
 
 
 class Parts:
-    """The two halves of a model on one batch, each by itself."""
+    """Encoder and decoder of a model on one batch, to run separately."""
 
     def __init__(self, precision: str):
         torch.manual_seed(0)
@@ -73,40 +74,42 @@ class Parts:
         config = dataclasses.replace(self.config.decoding, beam=BEAM, precision=self.precision, **share)
         beam_search(self.model.eval(), self.memory, config)
 
-    def operations(self, part: str, task: str) -> float:
+    def flops(self, part: str, task: str) -> float:
+        """Return the matmul operations of one part in one task."""
         listener, speller = self.config.model.listener, self.config.model.speller
         passes = 1 + BACKWARD if task == "training" else 1
-        frames, encoder_frames = self.batch.feature_lengths, self.memory.lengths
+        frame_counts = self.batch.feature_lengths
         if part == "encoder":
-            return passes * listener_operations(listener, speller, self.batch.features.shape[2], int(frames.sum()))
+            input_size = self.batch.features.shape[2]
+            return passes * listener_flops(listener, speller, input_size, int(frame_counts.sum()))
         hypotheses = BEAM if task == "decoding" else 1
-        tokens = (frames * LETTERS_PER_FRAME).long() + 1
+        tokens = (frame_counts * LETTERS_PER_FRAME).long() + 1
         vocabulary = self.model.vocabulary_size
-        each = zip(tokens.tolist(), encoder_frames.tolist(), strict=True)
-        one = functools.partial(speller_operations, speller, vocabulary, looked_up=task == "decoding")
-        return passes * hypotheses * sum(n * one(t) for n, t in each)
+        step_flops = functools.partial(speller_flops, speller, vocabulary, embedding_table=task == "decoding")
+        utterances = zip(tokens.tolist(), self.memory.lengths.tolist(), strict=True)
+        return passes * hypotheses * sum(count * step_flops(T) for count, T in utterances)
 
 
-def rate(dtype: torch.dtype) -> float:
-    """Return the best operations a second of large products, by whichever library is faster."""
-    best = machine.product_rate(dtype)
-    return max(best, machine.onednn_rate()) if dtype == torch.float32 else best
+def peak_flops(dtype: torch.dtype) -> float:
+    """Return the operations per second of large matmuls, by the faster library."""
+    peak = machine.matmul_flops(dtype)
+    return max(peak, machine.onednn_flops()) if dtype == torch.float32 else peak
 
 
-@pytest.mark.parametrize("precision", TYPES)
-def test_share_of_the_machines_rate(request, capsys, precision):
+@pytest.mark.parametrize("precision", DTYPES)
+def test_share_of_peak_throughput(request, capsys, precision):
     parts, rows = Parts(precision), []
-    most = rate(TYPES[precision])
+    peak = peak_flops(DTYPES[precision])
     for task in ("training", "decoding"):
         for part in ("encoder", "decoder"):
             seconds = fastest(getattr(parts, f"{part}_{task}"))
-            done = parts.operations(part, task)
-            assert 0 < done / seconds < 1.2 * most, "more than the machine can do: the count is wrong"
-            numbers = (seconds, done / 1e9, done / seconds / 1e9, most / 1e9, done / seconds / most)
-            kind = str(TYPES[precision]).removeprefix("torch.")
-            rows.append((*record.where(), part, task, kind, shape_of(parts.batch), *(f"{x:.4g}" for x in numbers)))
+            flops = parts.flops(part, task)
+            assert 0 < flops / seconds < 1.2 * peak, "above peak throughput: the operations are miscounted"
+            numbers = (seconds, flops / 1e9, flops / seconds / 1e9, peak / 1e9, flops / seconds / peak)
+            dtype = str(DTYPES[precision]).removeprefix("torch.")
+            rows.append((*context(), part, task, dtype, shape_of(parts.batch), *(f"{x:.4g}" for x in numbers)))
     with capsys.disabled():
         for row in rows:
-            print("\n" + "  ".join(map(str, row[len(record.WHERE) :])), end="")
+            print("\n" + "  ".join(map(str, row[len(CONTEXT) :])), end="")
     if request.config.getoption("--record"):
-        record.append(record.RESULTS / "shares.csv", COLUMNS, rows)
+        append_rows(RESULTS / "shares.csv", COLUMNS, rows)

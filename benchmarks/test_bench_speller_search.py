@@ -1,6 +1,6 @@
-"""A whole beam search of the speller as one op, beside the same search step by step on the C++ ops.
+"""Benchmark speller_search, a whole beam search as one op, against the same search step by step on the C++ ops.
 
-Every utterance takes the same number of steps: <eos> is barred until the last, where it is forced.
+Every utterance takes the same number of steps: <eos> is forbidden before the last step and forced there.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from las_fast.search.beam import beam_search
 from las_fast.text import EOS, SOS
 
 STEPS = 32
-SHAPES = {  # B, K, T, V, H of both cells, of the embedding and of the values, D
+SHAPES = {  # B, K, T, V, H, D; H is the size of both cells, the embedding and the values
     "16 utterances": (16, 8, 200, 31, 512, 256),
     "one utterance": (1, 8, 200, 31, 512, 256),
     "greedy": (16, 1, 200, 31, 512, 256),
@@ -33,12 +33,12 @@ def make(B, K, T, V, H, D) -> tuple[LAS, Memory]:
 
 
 def search(path, model, memory, K) -> tuple[list, torch.Tensor]:
-    """Return the best tokens of each utterance and their scores."""
+    """Return the best tokens of each utterance and their scores (B,)."""
     if path == "step by step":
         limits = {"minimum_share": 1.0, "maximum_share": 0.0, "maximum_extra": STEPS - 1}
         config = DecodingConfig(beam=K, length_penalty=0.0, **limits)
-        found = beam_search(model, memory, config, backend="cpp", capture=False)
-        return [h[0].text_tokens for h in found], torch.tensor([h[0].score for h in found])
+        hypotheses = beam_search(model, memory, config, backend="cpp", capture=False)
+        return [h[0].text_tokens for h in hypotheses], torch.tensor([h[0].score for h in hypotheses])
     limit = torch.full_like(memory.lengths, STEPS - 1)
     steps = speller_search(
         model.speller.weights(), *memory[:3], beam=K, sos=SOS, eos=EOS, minimum=limit, maximum=limit,

@@ -1,7 +1,7 @@
-"""The decoder pass of a training step, forward and backward, from the listener's output on.
+"""Benchmark speller_unroll: the decoder's forward and backward pass in a training step.
 
-Sizes are those of preset speech13h on the batch of test_bench_train.py. Paths: the loop of plain.py, and the op's
-backends in Speller.forward.
+Model and batch sizes are those of preset speech13h in test_bench_train.py. Paths: the loop of plain.py, and the
+backends of the op in Speller.forward.
 """
 
 import pytest
@@ -14,7 +14,7 @@ from las_fast.model.las import LAS
 from las_fast.ops import backends
 
 B, U, T = 31, 73, 79
-PATHS = {  # backend, None: the plain loop; precision
+PATHS = {  # backend (None: the loop of plain.py), precision
     "plain": (None, "fp32"),
     "plain bf16": (None, "bf16"),
     "reference": ("reference", "fp32"),
@@ -23,11 +23,11 @@ PATHS = {  # backend, None: the plain loop; precision
     "cpp": ("cpp", "fp32"),
     "cpp bf16": ("cpp", "bf16"),
 }
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}  # relative, of logits and of the gradient of the listener's output
+TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}  # relative, of logits and of the gradient with respect to the encoder output
 
 
 def decoder(model: LAS, backend: str | None):
-    """Return the module to train, and what takes (listened, lengths, tokens) to logits and attention weights."""
+    """Return the module and a function (listened, lengths, tokens) -> (logits, attention weights)."""
     if backend is None:
         plain = Plain(model)
         return plain, plain.spell
@@ -36,7 +36,7 @@ def decoder(model: LAS, backend: str | None):
 
 
 def make_pass(path: str, model: LAS, training: bool):
-    """Return a function that takes one pass forward and backward and returns logits and the gradient of its input."""
+    """Return a function that runs forward and backward, and returns the logits and the gradient of the input."""
     backend, precision = PATHS[path]
     module, spell = decoder(model, backend)
     module.train(training)
@@ -45,15 +45,15 @@ def make_pass(path: str, model: LAS, training: bool):
     listened = torch.randn(B, T, size, generator=generator).requires_grad_()
     tokens = torch.randint(3, 31, (B, U), generator=generator)
     lengths = torch.linspace(5 * T // 6, T, B).long()
-    factors = torch.randn(B, U, 31, generator=generator), torch.randn(B, U, T, generator=generator)
+    cotangents = torch.randn(B, U, 31, generator=generator), torch.randn(B, U, T, generator=generator)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         module.zero_grad(set_to_none=True)
         listened.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            found = spell(listened, lengths, tokens)
-        sum((x * factor).sum() for x, factor in zip(found, factors, strict=True)).backward()
-        return found[0].detach(), listened.grad
+            outputs = spell(listened, lengths, tokens)
+        sum((x * cotangent).sum() for x, cotangent in zip(outputs, cotangents, strict=True)).backward()
+        return outputs[0].detach(), listened.grad
 
     return run
 
@@ -65,8 +65,8 @@ def test_speller_unroll(compare):
     model = checkpoint.build_model(preset())
     expected = make_pass("plain", model, training=False)()
     for path, (_, precision) in PATHS.items():
-        for a, b in zip(make_pass(path, model, training=False)(), expected, strict=True):
-            assert (a - b).norm() <= TOLERANCES[precision] * b.norm(), path
+        for x, y in zip(make_pass(path, model, training=False)(), expected, strict=True):
+            assert (x - y).norm() <= TOLERANCES[precision] * y.norm(), path
     compare(
         "train",
         {path: make_pass(path, model, training=True) for path in PATHS},

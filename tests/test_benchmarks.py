@@ -1,4 +1,4 @@
-"""What the benchmarks stand on: baselines that give las_fast's own answers, ratios by turns, a report of the rows."""
+"""Test the tools of the benchmarks: baselines equal las_fast, timing is interleaved, reports show the recorded rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import (
     attention,
     cost,
+    interleaved,
     learning_curve,
     machine,
-    paired,
     recognition,
-    record,
     report,
     scores,
     test_bench_growth,
 )
-from benchmarks.elsewhere import Elsewhere
-from benchmarks.made import LETTERS_PER_FRAME, recordings
-from benchmarks.operations import listener_operations, speller_operations
+from benchmarks.flops import listener_flops, speller_flops
 from benchmarks.plain import Plain, Usual
+from benchmarks.rows import append_rows, context, machine_name, read_rows
+from benchmarks.subprocess_timer import SubprocessTimer
+from benchmarks.synthetic_speech import LETTERS_PER_FRAME, write_recordings
 from benchmarks.test_bench_shares import COLUMNS
 from las_fast import decode, lm
 from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
@@ -45,7 +45,7 @@ from las_fast.training.monitor import THRESHOLDS
 
 V = 9
 LENGTHS = torch.tensor([30, 21, 3])
-SUITES = sorted(path.stem for path in Path(record.__file__).parent.glob("test_bench_*.py"))
+SUITES = sorted(path.stem for path in Path(report.__file__).parent.glob("test_bench_*.py"))
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -105,8 +105,8 @@ def test_dropout_masks_of_a_baseline_are_locked_and_scaled(model):
     assert all(value in (0.0, pytest.approx(1 / (1 - baseline.listener_dropout))) for value in x.unique().tolist())
 
 
-def memory_of_a_process():
-    """Return a function that fails where the process was not told how to treat its memory."""
+def check_memory_settings():
+    """Return a function that fails in a process without the memory settings of las_fast."""
 
     def function():
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
@@ -114,18 +114,18 @@ def memory_of_a_process():
     return function
 
 
-def test_a_function_can_be_timed_in_a_process_of_its_own():
-    elsewhere = Elsewhere(memory_of_a_process, tuned=True)
-    timings = paired.paired({"there": elsewhere, "here": lambda: None}, baseline="here", rounds=2)
-    elsewhere.close()
-    assert timings["there"].rounds == 2 and timings["there"].median > 0
-    assert elsewhere.process.exitcode == 0
+def test_a_function_can_be_timed_in_a_subprocess():
+    timer = SubprocessTimer(check_memory_settings, tuned=True)
+    timings = interleaved.time_interleaved({"subprocess": timer, "here": lambda: None}, baseline="here", rounds=2)
+    timer.close()
+    assert timings["subprocess"].rounds == 2 and timings["subprocess"].median > 0
+    assert timer.process.exitcode == 0
 
 
-def test_ratios_are_taken_by_turns_and_say_how_many_times_faster():
+def test_functions_alternate_and_ratios_are_speeds_relative_to_the_baseline():
     calls = []
 
-    def waits(name, seconds):
+    def busy_loop(name, seconds):
         def run():
             calls.append(name)
             end = time.process_time() + seconds
@@ -134,7 +134,8 @@ def test_ratios_are_taken_by_turns_and_say_how_many_times_faster():
 
         return run
 
-    timings = paired.paired({"slow": waits("slow", 0.03), "fast": waits("fast", 0.01)}, baseline="slow", rounds=3)
+    functions = {"slow": busy_loop("slow", 0.03), "fast": busy_loop("fast", 0.01)}
+    timings = interleaved.time_interleaved(functions, baseline="slow", rounds=3)
     assert calls == ["slow", "fast", *["slow", "fast"], *["fast", "slow"], *["slow", "fast"]]
     assert timings["slow"].ratio == timings["slow"].cpu_ratio == 1.0
     assert timings["fast"].cpu_ratio == pytest.approx(3.0, rel=0.2)
@@ -142,21 +143,22 @@ def test_ratios_are_taken_by_turns_and_say_how_many_times_faster():
 
 
 def row(path, median, *, what="beam search", shape="B16 K8 T200 V31 H512 D256 64 steps", commit="abc"):
-    timing = {path: paired.Timing(3, median, median / 10, median, 2.0, 2.0, 0.5)}
-    made = paired.table(timing, what=what, shape=shape, dtypes={path: "float32"}, baseline="plain", unit="us")
-    return [(x[0], commit, *x[2:]) for x in made]
+    timing = {path: interleaved.Timing(3, median, median / 10, median, 2.0, 2.0, 0.5)}
+    labels = {"what": what, "shape": shape, "dtypes": {path: "float32"}, "baseline": "plain", "unit": "us"}
+    rows = interleaved.timing_rows(timing, **labels)
+    return [(x[0], commit, *x[2:]) for x in rows]
 
 
 def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_path, capsys):
     rows = row("plain", 9.0, commit="old") + row("plain", 2.0) + row("las_fast cpp", 1.0)
     for B in (1, 2, 4):
         rows += row("plain", B, what="beam search by batch", shape=f"B{B} K8 T200 V31 H512 D256 32 steps")
-    record.append(tmp_path / "decode.csv", paired.COLUMNS, rows[:2])
-    record.append(tmp_path / "decode.csv", paired.COLUMNS, rows[2:])
-    here = (*record.where()[:4], 1)
+    append_rows(tmp_path / "decode.csv", interleaved.COLUMNS, rows[:2])
+    append_rows(tmp_path / "decode.csv", interleaved.COLUMNS, rows[2:])
+    here = (*context()[:4], 1)
     limits = [(*here, "matrix products", "float32", "9", 100.0, "GFLOP/s"),
               (*here, "memory bandwidth", "float32", "9", 30.0, "GB/s")]  # fmt: skip
-    record.append(tmp_path / "machine.csv", machine.COLUMNS, limits)
+    append_rows(tmp_path / "machine.csv", machine.COLUMNS, limits)
     threads = torch.get_num_threads()
     report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
     out = capsys.readouterr().out
@@ -168,32 +170,32 @@ def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_
     assert all(p.stat().st_size > 5000 for p in pictures)
 
 
-def test_a_report_draws_what_decoding_more_takes(tmp_path):
-    record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
+def test_a_report_draws_the_growth_of_decoding(tmp_path):
+    append_rows(tmp_path / "train.csv", interleaved.COLUMNS, row("plain", 2.0))
     sizes = [(over, n, 10 * n, n / 10, 500.0, 0.0) for over in ("utterances", "seconds") for n in (9, 1, 2, 4)]
-    here = (*record.where()[:4], 1)
+    here = (*context()[:4], 1)
     rows = [(*here, *size) for size in (*sizes, ("utterances", 9, 90, 0.9, 400.0, 0.0))]
-    rows.append((*record.where()[:4], 2, *sizes[0]))
-    record.append(tmp_path / "growth.csv", test_bench_growth.COLUMNS, rows)
+    rows.append((*context()[:4], 2, *sizes[0]))
+    append_rows(tmp_path / "growth.csv", test_bench_growth.COLUMNS, rows)
     report.main(["--results", str(tmp_path), "--plots", str(tmp_path)])
     assert (tmp_path / "growth.png").stat().st_size > 5000
-    found = report.last_growth(record.read(tmp_path / "growth.csv"), record.machine())
-    assert [row["size"] for row in found] == ["1", "1", "2", "2", "4", "4", "9", "9"]
-    assert [row["peak_mib"] for row in found[-2:]] == ["400.0", "500.0"]
+    latest = report.latest_growth(read_rows(tmp_path / "growth.csv"), machine_name())
+    assert [row["size"] for row in latest] == ["1", "1", "2", "2", "4", "4", "9", "9"]
+    assert [row["peak_mib"] for row in latest[-2:]] == ["400.0", "500.0"]
 
 
 def test_a_report_shows_the_last_share_of_each_part_of_the_model(tmp_path, capsys):
-    record.append(tmp_path / "train.csv", paired.COLUMNS, row("plain", 2.0))
+    append_rows(tmp_path / "train.csv", interleaved.COLUMNS, row("plain", 2.0))
     measured = (2, 50, 25, 100, 0.25), (1, 50, 50, 100, 0.5)
     parts = [("encoder", "training", "float32", "B1", *numbers) for numbers in measured]
-    record.append(tmp_path / "shares.csv", COLUMNS, [(*record.where(), *part) for part in parts])
+    append_rows(tmp_path / "shares.csv", COLUMNS, [(*context(), *part) for part in parts])
     report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
     lines = [line for line in capsys.readouterr().out.splitlines() if "encoder" in line]
     assert lines == ["| encoder | training | float32 | 50 | 1 | 50 | 100 | 50% |"]
 
 
-def test_counted_operations_are_those_that_torch_counts():
-    """Of everything but LSTM layers, which torch counts not at all: they are made of products here."""
+def test_flops_equal_the_count_of_torch():
+    """torch does not count LSTM layers; their operations are added by formula."""
     listener = ListenerConfig((6, 8), (3, 5), (2, 1), lstm_size=5, pyramids=1, top_layers=1)
     speller, T, U = SpellerConfig(8, 7, 6, (10, 9)), 24, 4
     model = LAS(ModelConfig(listener, speller), input_size=4, vocabulary_size=V).eval()
@@ -201,14 +203,14 @@ def test_counted_operations_are_those_that_torch_counts():
         memory = model.listen(torch.randn(1, T, 4), torch.tensor([T]))
     layers = zip(model.listener.layers, (T // 2, T // 4, T // 4), strict=True)
     lstms = sum(2 * 2 * 4 * 5 * (layer.lstm.input_size + 5) * frames for layer, frames in layers)
-    assert listener_operations(listener, speller, 4, T) == counter.get_total_flops() + lstms
+    assert listener_flops(listener, speller, 4, T) == counter.get_total_flops() + lstms
     state = model.start(memory, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for _ in range(U):
             _, _, state = model.step(torch.full((1, 1), EOS), state, memory, backend="reference")
-    one = speller_operations(speller, V, T / 4, looked_up=False)
-    assert U * one == counter.get_total_flops()
-    assert one - speller_operations(speller, V, T / 4, looked_up=True) == 2 * 4 * 10 * 6
+    step = speller_flops(speller, V, T / 4, embedding_table=False)
+    assert U * step == counter.get_total_flops()
+    assert step - speller_flops(speller, V, T / 4, embedding_table=True) == 2 * 4 * 10 * 6
 
 
 def validation(epoch, cer, formed):
@@ -219,16 +221,16 @@ def validation(epoch, cer, formed):
 @pytest.mark.parametrize(
     ("formed", "expected"),
     [
-        ([False, True, False, True, True], ("4", "40.00", "20.00")),  # a word that was taken back does not count
+        ([False, True, False, True, True], ("4", "40.00", "20.00")),  # formed at epoch 2, but not at 3
         ([True] * 5, ("1", "", "90.00")),
         ([True] * 4 + [False], ("", "30.00", "")),
     ],
 )
-def test_a_training_has_formed_where_the_monitor_says_so_for_good(tmp_path, formed, expected):
+def test_the_attention_counts_as_formed_once_it_stays_formed(tmp_path, formed, expected):
     (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny")))
     scores = zip(range(1, 6), [90.0, 60.0, 40.0, 20.0, 30.0], formed, strict=True)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(validation(*x)) + "\n" for x in scores))
-    row = dict(zip(recognition.COLUMNS, recognition.row_of(tmp_path, what="a", data="b"), strict=True))
+    row = dict(zip(recognition.COLUMNS, recognition.summary_row(tmp_path, what="a", data="b"), strict=True))
     assert (row["formed"], row["cer_before_formed"], row["cer_when_formed"]) == expected
     assert (row["cer_best"], row["cer_last"], row["epochs"], row["core_hours"]) == ("20.00", "30.00", "5", "0.50")
 
@@ -243,7 +245,7 @@ def test_recorded_trainings_are_a_table_and_a_picture(tmp_path, monkeypatch, cap
     out = capsys.readouterr().out
     assert "| not formed | 1 | 1.00, 1.00, 1.00 | 90% |" in out and "| formed | 2 | 1.00, 1.00, 1.00 | 45% |" in out
     assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
-    assert [row["epoch"] for row in record.read(tmp_path / "validations")] == ["1", "2", "3"]
+    assert [row["epoch"] for row in read_rows(tmp_path / "validations")] == ["1", "2", "3"]
 
 
 def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
@@ -251,23 +253,23 @@ def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
     assert "pytest benchmarks --record" in capsys.readouterr().out
 
 
-def test_the_least_time_of_a_step_is_that_of_its_products_or_of_its_keys():
+def test_the_lower_bound_of_a_step_is_set_by_its_matmuls_or_its_keys():
     step = {"what": "beam search", "shape": "B1 K1 T1 V31 H512 D256 32 steps", "threads": "1"}
-    rates = {("matrix products", "float32"): 100.0, ("memory bandwidth", "float32"): 1e9}
+    limits = {("matrix products", "float32"): 100.0, ("memory bandwidth", "float32"): 1e9}
     operations = 2 * (22 * 512 * 512 + 256 * 512 + 512 * 31 + 768)
-    assert report.least(step, "float32", rates) == pytest.approx(operations / 100e9 * 1e6)
-    rates = {("matrix products", "float32"): 1e9, ("memory bandwidth", "float32"): 10.0}
-    assert report.least(step, "float32", rates) == pytest.approx(768 * 4 / 10e9 * 1e6)
+    assert report.lower_bound(step, "float32", limits) == pytest.approx(operations / 100e9 * 1e6)
+    limits = {("matrix products", "float32"): 1e9, ("memory bandwidth", "float32"): 10.0}
+    assert report.lower_bound(step, "float32", limits) == pytest.approx(768 * 4 / 10e9 * 1e6)
 
 
 def test_the_machine_is_measured(monkeypatch):
     monkeypatch.setattr(machine, "SECONDS", 0.05)
-    assert machine.product_rate(torch.float32, 64) > 1e8
+    assert machine.matmul_flops(torch.float32, 64) > 1e8
     assert machine.bandwidth(2**16) > 1e7
-    assert 0 < machine.call_cost() < 1e-2
+    assert 0 < machine.call_overhead() < 1e-2
 
 
-def test_what_a_training_costs(tmp_path, monkeypatch, capsys):
+def test_the_cost_of_a_training_follows_from_its_hours_and_prices(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "FILE", tmp_path / "cost.csv")
     (tmp_path / "small.yaml").write_text(
         "features: {kind: mfcc, size: 8, mel_bins: 8}\ndata: {frames_per_batch: 2000}\ntraining: {epochs: 10}\nmodel:\n"
@@ -277,20 +279,20 @@ def test_what_a_training_costs(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     cost.main(["--config", str(tmp_path / "small.yaml"), "--hours", "50", "--rounds", "1", "--record"])
     torch.set_num_threads(threads)
-    (row,) = record.read(tmp_path / "cost.csv")
+    (row,) = read_rows(tmp_path / "cost.csv")
     assert float(row["core_hours"]) == pytest.approx(500 / float(row["times_real_time"]), rel=1e-2)
     assert float(row["cpu_cost"]) == pytest.approx(0.04 * float(row["core_hours"]), rel=1e-2)
     assert 0 < float(row["gpu_products_hours"]) < float(row["gpu_hours"])
     config, frames = load_config(tmp_path / "small.yaml"), torch.tensor([400, 1000])
     tokens = 1000 * LETTERS_PER_FRAME + 1
     assert cost.dependent_steps(config, frames) == pytest.approx(2 * (500 + 250 + 250 + 3 * tokens))
-    one = cost.operations(config, frames[:1])
-    assert cost.operations(config, frames) > one + cost.operations(config, frames[:1])
+    one = cost.step_flops(config, frames[:1])
+    assert cost.step_flops(config, frames) > 2 * one
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
-def test_made_recordings_can_be_read(tmp_path, suffix):
-    paths = recordings(tmp_path, suffix, [300, 450])
+def test_synthetic_recordings_can_be_read(tmp_path, suffix):
+    paths = write_recordings(tmp_path, suffix, [300, 450])
     assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
 
 
@@ -302,11 +304,11 @@ def test_attention_of_several_epochs_is_one_picture(tmp_path):
     out = tmp_path / "out.png"
     attention.main([f"{tmp_path}/run@1", f"{tmp_path}/run@12", "--out", str(out)])
     assert out.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(InputError, match="run@3: expected RUN@EPOCH .* drawn there are 1, 12"):
+    with pytest.raises(InputError, match="run@3: expected RUN@EPOCH .* available epochs: 1, 12"):
         attention.main([f"{tmp_path}/run@3", "--out", str(out)])
 
 
-def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monkeypatch, capsys):
+def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_path, monkeypatch, capsys):
     manifest = make_manifest(tmp_path / "data", utterances=5)
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join(line.replace("made", f"part-{i % 2}") for i, line in enumerate(lines)) + "\n")
@@ -317,7 +319,7 @@ def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monk
     data = ["--checkpoint", str(path), "--data", str(tmp_path / "data")]
     scores.main([*data, "--by", "source", "--beam", "3", "--record"])
     assert "when an utterance is decoded alone: 0" in capsys.readouterr().out
-    rows = record.read(tmp_path / "scores.csv")
+    rows = read_rows(tmp_path / "scores.csv")
     names = ["greedy", "beam", "beam, CTC", "beam, language model", "beam, CTC, language model"]
     assert list(dict.fromkeys(row["way"] for row in rows)) == names
     assert {row["part"] for row in rows} == {"all", "part-0", "part-1"} and len(rows) == 15
@@ -329,13 +331,13 @@ def test_scores_are_of_every_part_by_every_way_and_the_same_alone(tmp_path, monk
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert float(whole["beam, CTC, language model"]) == pytest.approx(last["cer"], abs=1e-3)
     scores.main([*data, "--beam", "3", "--record", "--backend", "reference", "--ways", "0", "2"])
-    again = {row["way"]: row["cer"] for row in record.read(tmp_path / "scores.csv")[15:]}
+    again = {row["way"]: row["cer"] for row in read_rows(tmp_path / "scores.csv")[15:]}
     assert again == {f"{name}, reference": whole[name] for name in ("greedy", "beam, CTC")}
-    with pytest.raises(InputError, match="--ways takes places from 0 to 4 .*; got .5."):
+    with pytest.raises(InputError, match="--ways takes indices from 0 to 4 .*; got .5."):
         scores.main([*data, "--ways", "5"])
 
 
-def test_a_learning_curve_is_fitted_and_says_how_sure_its_predictions_are(tmp_path, monkeypatch, capsys):
+def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learning_curve, "FILE", tmp_path / "curve.csv")
     monkeypatch.setattr(learning_curve, "PICTURE", tmp_path / "curve.png")
     hours = np.array([1.0, 3.0, 6.0, 13.0])
@@ -351,7 +353,7 @@ def test_a_learning_curve_is_fitted_and_says_how_sure_its_predictions_are(tmp_pa
         (tmp_path / str(i)).mkdir()
         names.append(str(make_checkpoint(tmp_path / str(i), 20, mel_bins=23, sections=sections)))
     learning_curve.main([*names, "--data", str(tmp_path / "data"), "--record"])
-    rows = record.read(tmp_path / "curve.csv")
+    rows = read_rows(tmp_path / "curve.csv")
     assert [row["way"] for row in rows] == ["greedy", "beam and CTC"] * 2
     assert rows[0]["hours"] == "0.0001" and float(rows[2]["hours"]) > 0.0001
     out = capsys.readouterr().out
@@ -360,18 +362,18 @@ def test_a_learning_curve_is_fitted_and_says_how_sure_its_predictions_are(tmp_pa
     learning_curve.main([])
     assert capsys.readouterr().out == out
     (tmp_path / "curve.csv").unlink()
-    with pytest.raises(InputError, match="a curve needs trainings on two different amounts"):
+    with pytest.raises(InputError, match="two different amounts of speech, but curve.csv .* have 0; add"):
         learning_curve.main([])
 
 
-def test_scores_by_a_column_that_is_not_there_is_an_error(tmp_path):
+def test_scores_by_a_missing_column_are_an_error(tmp_path):
     make_manifest(tmp_path / "data", utterances=2)
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
-    with pytest.raises(InputError, match="no column 'dialect'"):
+    with pytest.raises(InputError, match="lacks column 'dialect' on some lines; choose another"):
         scores.main(["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--by", "dialect"])
     archive = make_archive(tmp_path, "F23", utterances=2)
     path = make_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="is no manifest, so it has no column 'source'"):
+    with pytest.raises(InputError, match="is not a manifest, so it has no column 'source'"):
         scores.main(["--checkpoint", str(path), "--data", str(archive), "--split", "dev-clean", "--by", "source"])
 
 
@@ -383,20 +385,20 @@ def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "words", "sentence"),
+    ("module", "argv", "sentence"),
     [
-        (recognition, ["nowhere"], "nowhere/log.jsonl does not exist; give the folder of a training"),
+        (recognition, ["nowhere"], "nowhere/log.jsonl does not exist; give a run folder"),
         (cost, ["--rounds", "0"], "--rounds at least 1; got 460, 0"),
         (cost, ["--hours", "-1"], "--hours must be above 0 .*; got -1, 3"),
     ],
 )
-def test_what_a_command_cannot_use_is_one_sentence(module, words, sentence):
+def test_bad_arguments_are_an_error_of_one_sentence(module, argv, sentence):
     with pytest.raises(InputError, match=sentence):
-        module.main(words)
+        module.main(argv)
 
 
-@pytest.mark.parametrize(("module", "words"), [(recognition, []), (machine, ["--records"]), (machine, ["--help"])])
-def test_a_command_does_nothing_that_was_not_asked_for(module, words, monkeypatch):
-    monkeypatch.setattr(machine, "measured", lambda: pytest.fail("it was measured"))
+@pytest.mark.parametrize(("module", "argv"), [(recognition, []), (machine, ["--records"]), (machine, ["--help"])])
+def test_bad_options_and_help_measure_nothing(module, argv, monkeypatch):
+    monkeypatch.setattr(machine, "measure", lambda: pytest.fail("the machine was measured"))
     with pytest.raises(SystemExit):
-        module.main(words)
+        module.main(argv)

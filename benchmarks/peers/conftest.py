@@ -1,4 +1,4 @@
-"""Other libraries are optional: their suites are skipped where they are not installed."""
+"""Skip the benchmarks of libraries that are not installed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 @pytest.fixture
 def installed():
-    """installed(name, remedy): import a library, or skip and say how to get it."""
+    """installed(name, remedy): import a library, or skip the test and say how to install it."""
 
-    def find(name: str, remedy: str):
+    def import_or_skip(name: str, remedy: str):
         try:
             return importlib.import_module(name)
-        except (ImportError, OSError) as error:  # OSError: torchaudio beside a torch built otherwise
+        except (ImportError, OSError) as error:  # OSError: torchaudio was built for another torch
             pytest.skip(f"{name} cannot be imported ({str(error).splitlines()[0]}): {remedy}")
 
-    return find
+    return import_or_skip

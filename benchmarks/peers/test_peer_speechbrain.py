@@ -1,27 +1,29 @@
-"""SpeechBrain's beam search for an attention LSTM decoder, at the same sizes and steps, with weights of its own.
+"""Compare with SpeechBrain's beam search for an LSTM decoder with attention, at the same sizes and steps.
 
-SpeechBrain's decoder feeds the context before to the first cell and has no projection before its output; "location" is
-the attention of its LibriSpeech recipe, "keyvalue" the dot product.
+Its weights are random and its own, so only the times are compared. SpeechBrain's decoder feeds the previous context to
+the first cell and has no projection before its output. "location" is the attention of its LibriSpeech recipe,
+"keyvalue" the dot product.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.searches import Shape, timed
+from benchmarks.search_paths import Shape, compare_searches
 
-INSTALL = "pip install 'las_fast[peers]'; beside a CPU build of torch also: rm .../site-packages/torchaudio/lib/*.so"
-KINDS = {"keyvalue": {}, "location": {"channels": 10, "kernel_size": 100}}
+INSTALL = "pip install 'las_fast[peers]'; with a CPU build of torch, also run: rm .../site-packages/torchaudio/lib/*.so"
+ATTENTIONS = {"keyvalue": {}, "location": {"channels": 10, "kernel_size": 100}}
 
 
 def speechbrain_search(shape: Shape, kind: str):
-    """Return a function that searches made-up encoder outputs."""
+    """Return a function that searches random encoder outputs."""
     from speechbrain.decoders.seq2seq import S2SRNNBeamSearcher
     from speechbrain.nnet.linear import Linear
     from speechbrain.nnet.RNN import AttentionalRNNDecoder
 
     torch.manual_seed(0)
-    decoder = AttentionalRNNDecoder("lstm", kind, shape.H, 256, 2, enc_dim=shape.H, input_size=shape.H, **KINDS[kind])
+    options = ATTENTIONS[kind]
+    decoder = AttentionalRNNDecoder("lstm", kind, shape.H, 256, 2, enc_dim=shape.H, input_size=shape.H, **options)
     searcher = S2SRNNBeamSearcher(
         embedding=torch.nn.Embedding(shape.V, shape.H),
         decoder=decoder,
@@ -50,8 +52,8 @@ def speechbrain_search(shape: Shape, kind: str):
 def test_speechbrain(compare, installed):
     version = installed("speechbrain", INSTALL).__version__
     shape = Shape()
-    others = {f"SpeechBrain {version} {kind}": speechbrain_search(shape, kind) for kind in KINDS}
-    timed(
+    others = {f"SpeechBrain {version} {kind}": speechbrain_search(shape, kind) for kind in ATTENTIONS}
+    compare_searches(
         compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8",
         others=others, file="peers", what="beam search and SpeechBrain's", rounds=3,
     )  # fmt: skip

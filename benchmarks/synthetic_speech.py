@@ -1,4 +1,4 @@
-"""Made-up utterances as long as those of mixed read speech, for suites that need no words."""
+"""Synthetic recordings and lengths, distributed like read speech, for benchmarks that need no real words."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 from las_fast import checkpoint
 from las_fast.config import load_config
 
-RATE = 16000
-LETTERS_PER_FRAME = 0.116  # 11.6 characters a second
+RATE = 16000  # Hz
+LETTERS_PER_FRAME = 0.116  # 11.6 characters per second
 FORMATS = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "ogg": ("OGG", "OPUS")}
 
 
 def frame_counts(count: int, seed: int = 0) -> np.ndarray:
-    """Return feature frames (count,) int64: 4.3 s in the middle, 1 to 17 s."""
+    """Return `count` lengths in feature frames of 10 ms, (count,) int64: median 4.3 s, from 1 to 17 s."""
     generator = np.random.default_rng(seed)
     return np.clip(generator.lognormal(np.log(430), 0.55, count), 100, 1700).astype(np.int64)
 
 
-def book_frame_counts(count: int) -> np.ndarray:
-    """Return feature frames (count,) int64 about as LibriSpeech has them: 11 s in mean, most near 15."""
+def audiobook_frame_counts(count: int) -> np.ndarray:
+    """Return `count` lengths in feature frames, (count,) int64, roughly like LibriSpeech: mean 11 s, mode 15 s."""
     return np.random.default_rng(0).triangular(140, 1500, 1650, count).astype(np.int64)
 
 
-def recordings(folder: Path, suffix: str, frames: Sequence[int]) -> list[Path]:
-    """Write noise of so many frames, about as speech in spectrum and syllables; return the files."""
+def write_recordings(folder: Path, suffix: str, frame_counts: Sequence[int]) -> list[Path]:
+    """Write one recording of noise per frame count, with the spectrum and syllable rate of speech; return the paths."""
     generator = np.random.default_rng(1)
     paths = []
-    for i, count in enumerate(frames):
+    for i, count in enumerate(frame_counts):
         samples = int(count) * RATE // 100 + 240
         noise = np.convolve(generator.normal(size=samples), np.exp(-np.arange(64) / 8), "same")
         syllables = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(samples) / RATE)
@@ -44,18 +44,18 @@ def recordings(folder: Path, suffix: str, frames: Sequence[int]) -> list[Path]:
     return paths
 
 
-def manifest(folder: Path, suffix: str, frames: Sequence[int]) -> Path:
-    """Write such recordings and a manifest of them; return the manifest."""
+def write_manifest(folder: Path, suffix: str, frame_counts: Sequence[int]) -> Path:
+    """Write recordings and their manifest, all in split dev; return the manifest's path."""
     (folder / "audio").mkdir(parents=True)
-    lines = ["id\tpath\tsplit\ttranscript"]
-    lines += [f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in recordings(folder / "audio", suffix, frames)]
-    path = folder / "manifest.tsv"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    paths = write_recordings(folder / "audio", suffix, frame_counts)
+    lines = ["id\tpath\tsplit\ttranscript", *(f"{p.stem}\taudio/{p.name}\tdev\tMADE UP" for p in paths)]
+    manifest = folder / "manifest.tsv"
+    manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return manifest
 
 
-def untrained(path: Path) -> Path:
-    """Write an untrained checkpoint of preset speech13h that spells as many letters as speech has; return the file."""
+def write_untrained_checkpoint(path: Path) -> Path:
+    """Write an untrained checkpoint of preset speech13h whose hypotheses are as long as speech's; return its path."""
     config = load_config("speech13h")
     share = {"minimum_share": LETTERS_PER_FRAME, "maximum_share": LETTERS_PER_FRAME, "maximum_extra": 0}
     config = dataclasses.replace(config, decoding=dataclasses.replace(config.decoding, **share))

@@ -1,0 +1,55 @@
+"""Read and write the rows of benchmarks/results/*.csv, each with its date, commit and machine."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+CONTEXT = ("date", "commit", "machine", "torch", "threads")  # the first columns of most files
+
+
+def context() -> tuple:
+    """Return the current values of CONTEXT."""
+    date = datetime.date.today().isoformat()
+    return date, current_commit(), machine_name(), torch.__version__, torch.get_num_threads()
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Append rows to a CSV file; a new file starts with the column names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([*([columns] if new else []), *rows])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file by column name; [] if the file does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def current_commit() -> str:
+    """Return the abbreviated commit, followed by + if tracked files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
+    return done.stdout.strip() or "unknown"
+
+
+def machine_name() -> str:
+    """Return the processor's name, with its CPU family and model if the name is too short to identify it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if len(name.split()) < 3 and "cpu family" in facts:  # a virtual machine may hide which EPYC it is
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
