@@ -68,7 +68,7 @@ def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
             raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
         rows = further_columns(root)
         if any(column not in row for row in rows.values()):
-            raise InputError(f"{root} lacks column {column!r} on some lines; choose another column or leave out --by")
+            raise InputError(f"{root} does not have column {column!r} on every line; choose another or leave out --by")
         for i, name in enumerate(ids):
             groups[str(rows[name][column])].append(i)
     return dict(groups)

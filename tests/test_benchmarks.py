@@ -369,7 +369,7 @@ def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, m
 def test_scores_by_a_missing_column_are_an_error(tmp_path):
     make_manifest(tmp_path / "data", utterances=2)
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
-    with pytest.raises(InputError, match="lacks column 'dialect' on some lines; choose another"):
+    with pytest.raises(InputError, match="does not have column 'dialect' on every line; choose another"):
         scores.main(["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--by", "dialect"])
     archive = make_archive(tmp_path, "F23", utterances=2)
     path = make_checkpoint(tmp_path)
