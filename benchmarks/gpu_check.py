@@ -35,6 +35,7 @@ from las_fast.search.beam import beam_search
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = RESULTS / "gpu.csv"
+# least_us is the lower bound
 COLUMNS = ("date", "commit", "device", "torch", "what", "shape", "dtype", "backend", "median_us", "least_us")
 PROOFS = ("tests/gpu_proof/test_rung7_gpu.py", "tests/ops")
 EOS = 2
