@@ -61,8 +61,7 @@ def load_audio(
             more than 0.1 s before the part does.
     """
     with Recording(path, sample_rate, start=start, seconds=seconds, whole=whole, judge=False) as recording:
-        blocks = list(recording)
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return np.concatenate(list(recording))
 
 
 def open_recording(path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None) -> Recording:
@@ -83,17 +82,14 @@ def name_of(recording: Audio) -> str:
     return show(name) if isinstance(name, str) and name else "the file object"
 
 
-def loudness(samples: np.ndarray) -> float:
-    """Return the root mean square of samples (N,) about their mean, so that an offset counts for nothing."""
-    return float(samples.std(dtype=np.float64)) if len(samples) else 0.0
-
-
 class Recording:
     """A recording that is iterated over once, in blocks (n,) float32 of about a second, n >= 1.
 
     warnings holds sentences on what is wrong with it, complete when the iteration has ended. The file is open from the
     start to the end of the iteration, or to `close`.
     """
+
+    _descriptor: int | None = None  # of the open file
 
     def __init__(
         self,
@@ -116,7 +112,7 @@ class Recording:
         if not start >= 0 or not (seconds is None or seconds > 0) or start == float("inf"):
             raise InputError(f"a part of {self.name} must start at 0 s or later and last longer than 0 s; "
                              f"got {start} and {seconds} s")  # fmt: skip
-        self._descriptor: int | None = _open(path, self.name, pipes=not whole)
+        self._descriptor = _open(path, self.name, pipes=not whole)
 
     def __enter__(self) -> Recording:
         return self
@@ -130,8 +126,7 @@ class Recording:
             self._descriptor = None
 
     def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            self.close()
+        self.close()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._descriptor is None:
@@ -311,13 +306,12 @@ class _Sound(soundfile.SoundFile):
             self.raised = error
 
         def callback(name: str, function):
-            return ffi.callback(f"sf_vio_{name}", function, error=0, onerror=keep)
+            return ffi.callback(f"sf_vio_{name}", function, onerror=keep)
 
         self._virtual_io = {
             "get_filelen": callback("get_filelen", lambda _: file.starts[-1]),
             "seek": callback("seek", lambda offset, whence, _: file.seek(offset, whence)),
             "read": callback("read", lambda buffer, count, _: file.readinto(ffi.buffer(buffer, count))),
-            "write": callback("write", lambda buffer, count, _: 0),
             "tell": callback("tell", lambda _: file.tell()),
         }
         return ffi.new("SF_VIRTUAL_IO*", self._virtual_io)
@@ -548,7 +542,8 @@ def _open(path: Audio, name: str, *, pipes: bool) -> int:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISREG(mode):
             return descriptor
-        copy = _spool(descriptor, name, mode)
+        _check_kind(name, mode)
+        copy = _spool(descriptor, name)
     except BaseException:
         os.close(descriptor)
         raise
@@ -562,14 +557,19 @@ def _look(path: str | os.PathLike[str], name: str, *, pipes: bool) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         raise InputError(f"{name} {_system_says(error)}") from None
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
+    _check_kind(name, mode)
     if stat.S_ISSOCK(mode):
         raise InputError(f"{name} is a socket; give a wav, flac, ogg or mp3 file")
     if not stat.S_ISREG(mode) and not pipes:
         raise InputError(f"{name} is a pipe, which can be read only once; give a wav, flac, ogg or mp3 file")
+
+
+KINDS = {stat.S_IFDIR: "folder", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}  # that hold no recording
+
+
+def _check_kind(name: str, mode: int) -> None:
+    if kind := KINDS.get(stat.S_IFMT(mode)):
+        raise InputError(f"{name} is a {kind}; give a wav, flac, ogg or mp3 file")
 
 
 def _standard_input() -> int:
@@ -583,12 +583,8 @@ def _standard_input() -> int:
     return descriptor
 
 
-def _spool(descriptor: int, name: str, mode: int) -> int:
+def _spool(descriptor: int, name: str) -> int:
     """Copy what a pipe or socket gives into a file without a name, and return its descriptor."""
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        raise InputError(f"{name} is a device; give a wav, flac, ogg or mp3 file")
-    if stat.S_ISDIR(mode):
-        raise InputError(f"{name} is a folder; give a wav, flac, ogg or mp3 file")
     return _filled(partial(_copy, partial(os.read, descriptor), name), name)
 
 
