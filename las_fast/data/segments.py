@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -78,16 +79,13 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
     """
     most, span = frames_in(LONGEST, config), frames_in(QUIET_SPAN, config)
     held, first = torch.empty(0), 0
-    for more in frames:
-        held = torch.cat([held, more]) if len(held) else more
-        while len(held) >= most + span:
-            cut = _quietest(held, most // 2, most, span, config)
+    for more in chain(frames, [None]):  # None: no more will come
+        enough = most + 1 if more is None else most + span
+        held = held if more is None else torch.cat([held, more])
+        while len(held) >= enough:
+            cut = _quietest(held, most // 2, min(most, len(held) - span), span, config)  # leave no crumb at the end
             yield first, held[:cut]
             held, first = held[cut:], first + cut
-    while len(held) > most:
-        cut = _quietest(held, most // 2, len(held) - span, span, config)  # leave no crumb at the end
-        yield first, held[:cut]
-        held, first = held[cut:], first + cut
     if len(held):
         yield first, held
 
