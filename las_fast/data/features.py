@@ -118,6 +118,11 @@ def frame_sizes(config: FeatureConfig) -> tuple[int, int]:
     return round(config.sample_rate * config.window_ms / 1000), round(config.sample_rate * config.shift_ms / 1000)
 
 
+def shift_seconds(config: FeatureConfig) -> float:
+    """Return the seconds from one frame to the next: a whole number of samples, which may differ from shift_ms."""
+    return frame_sizes(config)[1] / config.sample_rate
+
+
 def check_settings(config: FeatureConfig) -> None:
     """Raise InputError when frames cannot be computed with these settings."""
     window, shift = frame_sizes(config)

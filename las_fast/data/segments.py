@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import Statistics, normalise
-from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config
+from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, shift_seconds
 from las_fast.data.silence import band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
 
 LONGEST = 20.0  # seconds of a chunk
@@ -44,7 +44,7 @@ def segments(
     Segments do not depend on where the blocks end. statistics are those of the training data, for normalisation
     "global". A recording without speech yields nothing.
     """
-    seconds = frame_sizes(config)[1] / config.sample_rate
+    seconds = shift_seconds(config)
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
         for speech, frames in _parts(chunk, config):
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
@@ -100,15 +100,17 @@ def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureC
 
 def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Yield ((first, last + 1) frame of speech, frames to hear) of each segment of a chunk of log-mel frames."""
-    speech = find_speech(chunk, config)
+    energy = band_energy(chunk, config)
+    speech = find_speech(energy, config)
     if not speech.any():
         return
-    usual = not config.trim_silence or is_usual(chunk, speech, config)
-    found = spans(near(speech, config))
+    kept = near(speech, config)
+    usual = not config.trim_silence or is_usual(energy, speech, kept, config)
+    found = spans(kept)
     if usual and len(found) == 1:
         found = [(0, len(chunk))]
     level = chunk if usual else level_silence(chunk, speech)
     for start, end in found:
         places = speech[start:end].nonzero()[:, 0]
-        if len(places) * config.shift_ms >= SHORTEST * 1000:
+        if len(places) >= frames_in(SHORTEST, config):
             yield (start + int(places[0]), start + int(places[-1]) + 1), level[start:end]

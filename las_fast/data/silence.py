@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from las_fast.config import FeatureConfig
-from las_fast.data.features import filter_centres
+from las_fast.data.features import filter_centres, frame_sizes
 
 BAND = (150.0, 4000.0)  # Hz
 SMOOTH = 0.05  # seconds over which an energy is averaged
@@ -35,12 +35,11 @@ USUAL_DEPTH = 70.0  # dB that silence lies below the speech level, at most, in a
 DECIBEL = 10 / math.log(10)  # of natural log energies
 
 
-def find_speech(logmel: Tensor, config: FeatureConfig) -> Tensor:
-    """Return which of the frames (T, bins) are speech, (T,) bool; none is where no frame rises above the noise floor.
+def find_speech(energy: Tensor, config: FeatureConfig) -> Tensor:
+    """Return which frames are speech, (T,) bool, given their band_energy (T,) in dB.
 
-    logmel must not be normalised. config gives sample_rate and shift_ms.
+    No frame is speech if none rises above the noise floor. config gives sample_rate and shift_ms.
     """
-    energy = band_energy(logmel, config)
     rising = energy > noise_floor(energy, config) + RISE
     if int(rising.sum()) < frames_in(SHORTEST, config):
         return torch.zeros_like(rising)
@@ -59,7 +58,10 @@ def noise_floor(energy: Tensor, config: FeatureConfig) -> Tensor:
 
 
 def band_energy(logmel: Tensor, config: FeatureConfig) -> Tensor:
-    """Return the smoothed energy of frames (T, bins) within BAND, (T,) float32 in dB."""
+    """Return the smoothed energy of log-mel frames (T, bins) within BAND, (T,) float32 in dB.
+
+    logmel must not be normalised.
+    """
     centres = filter_centres(logmel.shape[1], config.sample_rate)
     inside = (centres >= BAND[0]) & (centres <= BAND[1])
     energy = torch.logsumexp(logmel[:, inside] if inside.any() else logmel, dim=1) * DECIBEL
@@ -87,25 +89,31 @@ def without_silence(logmel: Tensor, config: FeatureConfig) -> tuple[Tensor, list
 
     All frames are returned as they are where silence is usual, or where there is no speech.
     """
-    speech = find_speech(logmel, config)
-    if not speech.any() or is_usual(logmel, speech, config):
-        return logmel, [(0, len(logmel))]
+    energy = band_energy(logmel, config)
+    speech = find_speech(energy, config)
     kept = near(speech, config)
+    if not speech.any() or is_usual(energy, speech, kept, config):
+        return logmel, [(0, len(logmel))]
     return level_silence(logmel, speech)[kept], spans(kept)
 
 
-def is_usual(logmel: Tensor, speech: Tensor, config: FeatureConfig) -> bool:
-    """Return whether the silence in frames (T, bins) is like that in training data: not much, and not digital zeros."""
-    if float(near(speech, config).float().mean()) < 1 - USUAL_SHARE:
+def is_usual(energy: Tensor, speech: Tensor, kept: Tensor, config: FeatureConfig) -> bool:
+    """Return whether silence is like that in training data: not much, and not digital zeros.
+
+    Args:
+        energy: (T,) band_energy of the frames, in dB.
+        speech: (T,) bool, which of them are speech; at least one.
+        kept:   (T,) bool, which of them are near speech.
+    """
+    if float(kept.float().mean()) < 1 - USUAL_SHARE:
         return False
-    energy = band_energy(logmel, config)
     depth = torch.quantile(energy[speech], LEVEL_SHARE) - energy
     return int((depth > USUAL_DEPTH).sum()) < frames_in(SHORTEST, config)
 
 
 def frames_in(seconds: float, config: FeatureConfig) -> int:
     """Return the number of frames in some seconds, at least 1."""
-    return max(1, round(seconds * 1000 / config.shift_ms))
+    return max(1, round(seconds * config.sample_rate / frame_sizes(config)[1]))
 
 
 def _pool(pool, values: Tensor, reach: int, **options) -> Tensor:

@@ -70,7 +70,9 @@ def _read_config(run: Path) -> tuple[Config, str] | None:
 
 
 def _frame_seconds(config: Config) -> float:
-    return config.features.shift_ms / 1000 * config.model.listener.time_reduction
+    from las_fast.data.features import shift_seconds  # imports torch
+
+    return shift_seconds(config.features) * config.model.listener.time_reduction
 
 
 def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:

@@ -11,7 +11,7 @@ from archives import make_waveform
 
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_audio
-from las_fast.data.features import add_deltas, check_settings, compute_features, frame_sizes
+from las_fast.data.features import add_deltas, check_settings, compute_features, frame_sizes, shift_seconds
 from las_fast.errors import InputError
 
 LOGMEL = FeatureConfig()
@@ -90,6 +90,12 @@ def test_only_whole_windows_are_frames(extra):
     assert (window, shift) == (400, 160)
     frames = compute_features([waveform(1.0)[: window + extra]], LOGMEL)[0]
     assert len(frames) == 1 + extra // shift
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(16_000, 160), (11_025, 110), (22_050, 220)])
+def test_a_shift_is_a_whole_number_of_samples(rate, samples):
+    config = FeatureConfig(sample_rate=rate)
+    assert frame_sizes(config)[1] == samples and shift_seconds(config) == samples / rate
 
 
 @pytest.mark.parametrize("samples", [1, 100, 399])

@@ -12,6 +12,7 @@ from las_fast.data.silence import (
     MARGIN,
     band_energy,
     find_speech,
+    frames_in,
     is_usual,
     level_silence,
     near,
@@ -27,6 +28,10 @@ def log_mel(samples, config=CONFIG):
     return compute_features([np.asarray(samples, np.float32)], config)[0]
 
 
+def speech_in(samples):
+    return find_speech(band_energy(log_mel(samples), CONFIG), CONFIG)
+
+
 def noise(seconds, level, seed=0):
     return level * np.random.default_rng(seed).normal(size=int(seconds * RATE))
 
@@ -38,7 +43,7 @@ def padded(before, after):
 @pytest.mark.parametrize("level", [0.0, 2e-4, 2e-3])
 @pytest.mark.parametrize("seconds", [0.5, 4.0, 60.0])
 def test_speech_is_found_where_it_is(level, seconds):
-    speech = find_speech(log_mel(padded(noise(seconds, level), noise(seconds, level, 1))), CONFIG)
+    speech = speech_in(padded(noise(seconds, level), noise(seconds, level, 1)))
     found = speech.nonzero()[:, 0]
     assert found[0] == pytest.approx(100 * seconds, abs=20) and found[-1] == pytest.approx(100 * seconds + 200, abs=20)
 
@@ -54,24 +59,24 @@ def test_there_is_no_speech_in_steady_sound(kind, db):
         "zeros": np.zeros(len(t)),
         "offset": np.ones(len(t)),
     }
-    assert not find_speech(log_mel(10 ** (db / 20) * sounds[kind]), CONFIG).any()
+    assert not speech_in(10 ** (db / 20) * sounds[kind]).any()
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.025, 0.03, 0.1])
 def test_recordings_of_a_few_frames_have_a_mask_of_their_length(seconds):
     frames = log_mel(SPEECH[: int(seconds * RATE)])
-    assert find_speech(frames, CONFIG).shape == (len(frames),)
+    assert speech_in(SPEECH[: int(seconds * RATE)]).shape == (len(frames),)
     kept, where = without_silence(frames, CONFIG)
     assert len(kept) == sum(end - start for start, end in where) >= 1
 
 
 def test_an_offset_changes_nothing():
-    speech, lifted = (find_speech(log_mel(SPEECH + offset), CONFIG) for offset in (0.0, 0.3))
+    speech, lifted = (speech_in(SPEECH + offset) for offset in (0.0, 0.3))
     assert (speech == lifted).float().mean() > 0.99
 
 
 def test_a_louder_recording_has_the_same_speech():
-    quiet, loud = (find_speech(log_mel(SPEECH * gain), CONFIG) for gain in (0.05, 2.0))
+    quiet, loud = (speech_in(SPEECH * gain) for gain in (0.05, 2.0))
     assert (quiet == loud).float().mean() > 0.99
 
 
@@ -90,12 +95,19 @@ def test_frames_near_speech_are_kept_and_no_others():
     assert spans(near(speech, CONFIG, 1.5)) == [(0, 200)]
 
 
+@pytest.mark.parametrize(("rate", "frames"), [(16_000, 2000), (11_025, 2005), (22_050, 2005)])
+def test_frames_in_some_seconds_are_counted_by_whole_samples(rate, frames):
+    config = FeatureConfig(sample_rate=rate)
+    assert frames_in(20.0, config) == frames
+    assert frames_in(0.001, config) == 1
+
+
 @pytest.mark.parametrize(("silent", "usual"), [(39, True), (40, True), (41, False)])
 def test_a_usual_share_of_silence_is_kept(silent, usual):
     speech = torch.zeros(100, dtype=torch.bool)
     speech[: 100 - silent - round(100 * MARGIN)] = True
     frames = torch.where(speech[:, None], 9.0, 0.0).expand(-1, 23)
-    assert is_usual(frames, speech, CONFIG) == usual
+    assert is_usual(band_energy(frames, CONFIG), speech, near(speech, CONFIG), CONFIG) == usual
 
 
 @pytest.mark.parametrize(("zeros", "usual"), [(0, True), (2, True), (20, False)])
@@ -103,7 +115,7 @@ def test_digital_zeros_are_not_usual(zeros, usual):
     speech = torch.arange(300) < 280
     frames = torch.where(speech[:, None], 9.0, 0.0).repeat(1, 23)
     frames[len(frames) - zeros :] = -15.9
-    assert is_usual(frames, speech, CONFIG) == usual
+    assert is_usual(band_energy(frames, CONFIG), speech, near(speech, CONFIG), CONFIG) == usual
 
 
 def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():
@@ -146,7 +158,7 @@ def test_the_frames_that_are_kept_are_named():
     whole = log_mel(samples)
     kept = torch.cat([whole[start:end] for start, end in where])
     assert len(where) == 1 and 340 < where[0][0] < 370 and len(kept) == len(frames)
-    assert torch.equal(torch.maximum(kept, whole[find_speech(whole, CONFIG)].amin(0)), frames)
+    assert torch.equal(torch.maximum(kept, whole[speech_in(samples)].amin(0)), frames)
 
 
 def test_mfcc_of_trimmed_frames_are_those_of_the_log_mel():

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from las_fast.config import Config, to_yaml
+from las_fast.config import Config, FeatureConfig, to_yaml
 from las_fast.errors import InputError
 from las_fast.output import figures
 from las_fast.training import report
@@ -342,8 +342,13 @@ def test_pictures_of_the_page_are_of_the_first_the_formed_and_the_last_validatio
     assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
     assert '<p class="said">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
     assert "The attention had formed by epoch 3" in page
-    settings = Config()
-    assert report._frame_seconds(settings) == pytest.approx(0.01 * settings.model.listener.time_reduction)
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(16_000, 160), (11_025, 110)])
+def test_time_in_a_picture_is_counted_in_whole_samples(rate, samples):
+    settings = Config(features=FeatureConfig(sample_rate=rate))
+    seconds = samples / rate * settings.model.listener.time_reduction
+    assert report._frame_seconds(settings) == pytest.approx(seconds, rel=1e-9)
 
 
 def test_a_run_without_validations_or_pictures_still_reports(tmp_path):
