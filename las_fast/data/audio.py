@@ -36,8 +36,10 @@ TOGETHER = 0.5  # and above which they do not
 AUDIBLE = 1e-5  # root mean square, of full scale, below which channels are not compared
 VERY_QUIET = 0.004  # peak of a recording
 CLIPPED = 0.002  # share of samples that repeat their neighbour at the top of the scale
-NARROW = 10**-5.4  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
-NARROW_AT_FLOOR = 10**-4.2  # the same where there is no more than the rounding to 16 bits leaves
+NARROW = 4e-6  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
+NARROW_AT_FLOOR = 6.3e-5  # the same where there is no more than the rounding to 16 bits leaves
+LONGEST = 1e12  # samples; libsndfile claims more where it does not know the length
+LOOK = 4096  # samples per channel at each place where a file is searched for whole numbers
 
 
 def load_audio(
@@ -187,7 +189,7 @@ class Recording:
         self._note(decoded, stream, rate, number, streams)
         told = [f"{self.name}: {sentence}" for sentence in mixer.sentences()]
         self.warnings += [sentence for sentence in told if sentence not in self.warnings]
-        if self._judge and decoded.given and rate < self.sample_rate:
+        if self._judge and decoded.given:
             self._judge.lowest_rate = min(rate, self._judge.lowest_rate)
 
     def _decoder(self, source: Source, stream: Stream, number: int, streams: int) -> _Sound | None:
@@ -221,9 +223,9 @@ class Recording:
         if stream.frames is not None:
             missing = (stream.frames - decoded.place - stream.padding) / rate
         elif stream.lacking:
-            missing = have * stream.lacking / max(1, stream.length)
+            missing = have * stream.lacking / stream.length
             empty = not have
-        elif stream.counted and decoded.sound.frames < 1 << 40:
+        elif stream.counted and decoded.sound.frames < LONGEST:
             missing = (decoded.sound.frames - decoded.place) / rate
         if decoded.error and (stream.frames is None or missing > TOLERANCE):
             total = f" of {have + missing:.2f} s" if stream.frames else ""
@@ -242,9 +244,9 @@ class Recording:
         part = self._seconds is not None
         end = self._start + (self._seconds or 0)
         if (part and self._elapsed < end - TOLERANCE) or (self._start and not count):
-            until = f" to {end:g} s" if part else ""
+            until = f" to {end:g}" if part else ""
             raise InputError(
-                f"{self.name} lasts {self._elapsed:.2f} s; a part of it from {self._start:g}{until} was asked for"
+                f"{self.name} lasts {self._elapsed:.2f} s; a part of it from {self._start:g}{until} s was asked for"
             )
         problems = self._holes + ([] if part else self._cut)
         if problems and (self._whole or not count):
@@ -321,15 +323,15 @@ class _Decoded:
     """The blocks (n, channels) float32 of a stream from sample `skip` to sample `last` (None: to its end).
 
     Damage within FLAC is replaced by zeros. After the iteration: place is the number of samples per channel that were
-    passed, given those that were given out, lost those that were replaced, stopped whether it was `last` that ended it,
-    error what the decoder said.
+    passed, given whether any were given out, lost the number of those that were replaced, stopped whether it was `last`
+    that ended it, error what the decoder said.
     """
 
     def __init__(self, source: Source, stream: Stream, sound: _Sound, skip: int, last: int | None):
         self.source, self.sound, self.stream, self.skip, self.last = source, sound, stream, skip, last
-        self.place = self.given = self.lost = 0
-        self.stopped, self.error = False, ""
-        self.block = max(1, min(sound.samplerate, BLOCK // sound.channels))
+        self.place = self.lost = 0
+        self.given, self.stopped, self.error = False, False, ""
+        self.block = min(sound.samplerate, BLOCK // sound.channels)
 
     def blocks(self) -> Iterator[np.ndarray]:
         try:
@@ -351,14 +353,14 @@ class _Decoded:
             first = min(len(block), max(0, self.skip - self.place))
             self.place += len(block)
             if first < len(block):
-                self.given += len(block) - first
+                self.given = True
                 yield block[first:]
             if not failed and len(block) == 0:
                 return
 
     def _wind(self) -> None:
         """Seek to the first sample, or before it where the decoder needs the past; to 0 if the length is unknown."""
-        known = self.sound.frames < 1 << 40
+        known = self.sound.frames < LONGEST
         before = round(self.stream.preroll * self.sound.samplerate)
         place = max(0, min(self.skip, self.sound.frames) - before) if known else 0
         with contextlib.suppress(*READ_ERRORS):
@@ -392,7 +394,7 @@ class _Decoded:
 
 
 def _check_sound(name: str, samples: np.ndarray) -> None:
-    if not np.maximum(-samples.min(initial=0), samples.max(initial=0)) <= LOUDEST:  # NaN is not
+    if not np.maximum(-samples.min(), samples.max()) <= LOUDEST:  # NaN is not
         raise InputError(f"{name} holds NaN, infinite or enormous samples, not numbers from -1 to 1; make it again")
 
 
@@ -403,12 +405,11 @@ def _integer_bits(sound: _Sound) -> int:
     """
     if sound.subtype not in ("FLOAT", "DOUBLE"):
         return 0
-    count = max(1, min(sound.samplerate, BLOCK // sound.channels) // 4)
     over, total, peak = 0, 0, 0.0
     with contextlib.suppress(*READ_ERRORS):
-        for place in range(0, sound.frames, max(count, sound.frames // 256)):
+        for place in range(0, sound.frames, max(LOOK, sound.frames // 256)):
             sound.seek(place)
-            block = np.abs(sound.read(count, dtype="float32", always_2d=True))
+            block = np.abs(sound.read(LOOK))
             over += int((block > WHOLE_NUMBERS).sum())
             total += int(np.count_nonzero(block))
             peak = max(peak, float(block.max(initial=0)))
@@ -448,13 +449,13 @@ class _Mixer:
         if self.channels == 1:
             return np.ascontiguousarray(block[:, 0])
         self._choose(block)
-        return block.mean(axis=1, dtype=np.float32) if self.chosen is None else block[:, self.chosen].copy()
+        return block.mean(axis=1) if self.chosen is None else block[:, self.chosen].copy()
 
     def _choose(self, block: np.ndarray) -> None:
         count = len(block) // self.stride
         low = block[: count * self.stride].reshape(count, self.stride, self.channels).mean(axis=1)
         slopes = np.diff(low, axis=0)
-        energies = np.einsum("nc,nc->c", slopes, slopes, dtype=np.float64)
+        energies = np.einsum("nc,nc->c", slopes, slopes)
         unrelated = energies.sum() / self.channels**2
         if unrelated <= count * AUDIBLE**2:
             return
@@ -496,10 +497,9 @@ class _Judge:
         self.floor += len(frames) * self.rounding
 
     def count_clipped(self, block: np.ndarray) -> None:
-        first, second = block[:-1, 0], block[1:, 0]
-        height = np.abs(first)
+        first, second, height = block[:-1, 0], block[1:, 0], np.abs(block[:, 0])
         self.samples += len(block)
-        self.flat += int(((first == second) & (height > max(0.5, 0.97 * height.max(initial=0)))).sum())
+        self.flat += int(((first == second) & (height[1:] > max(0.5, 0.97 * height.max()))).sum())
 
     def sentences(self) -> list[str]:
         found = []
@@ -535,7 +535,7 @@ def _open(path: Audio, name: str, *, pipes: bool) -> int:
     else:
         _look(path, name, pipes=pipes)
         try:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(path, os.O_RDONLY)
         except (OSError, ValueError) as error:
             raise InputError(f"{name} {_system_says(error)}") from None
     try:
@@ -621,7 +621,7 @@ def _filled(write: Callable[[int], None], name: str) -> int:
 def _temporary() -> int:
     """Return the descriptor of a new file without a name: in the folder for temporary files, or in memory."""
     try:
-        with tempfile.TemporaryFile(buffering=0) as file:
+        with tempfile.TemporaryFile() as file:
             return os.dup(file.fileno())
     except OSError:
         return os.memfd_create("recording")
@@ -668,9 +668,9 @@ def _refusal(source: Source, stream: Stream, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, soundfile.LibsndfileError):
-        said = error.error_string.removeprefix("Error : ").strip().rstrip(".")
+        said = error.error_string.removeprefix("Error : ").rstrip(".")
         return "no frame can be decoded" if said.startswith("File does not exist") else said  # what mpg123 fails with
-    return str(error).split(": ", 1)[-1].strip().rstrip(".") or type(error).__name__
+    return str(error).split(": ", 1)[-1].rstrip(".") or type(error).__name__
 
 
 def _system_says(error: OSError | ValueError) -> str:

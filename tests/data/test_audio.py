@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import struct
@@ -14,48 +13,27 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from archives import make_waveform, write_audio
+from archives import write_audio
 from layouts import chunk, riff
+from recordings import (
+    FLAC,
+    FORMAT,
+    MP3,
+    OPUS,
+    RATE,
+    VORBIS,
+    WAV,
+    encoded,
+    pcm,
+    put,
+    read,
+    refusal,
+    waveform,
+)
 
 from las_fast.data import audio, containers
 from las_fast.data.audio import load_audio, open_recording
 from las_fast.errors import InputError, show
-
-RATE = 16000
-VORBIS = {"format": "OGG", "subtype": "VORBIS"}
-OPUS = {"format": "OGG", "subtype": "OPUS"}
-FLAC, MP3 = {"format": "FLAC"}, {"format": "MP3"}
-WAV = {"format": "WAV"}
-
-
-def waveform(seconds: float = 0.7, seed: int = 0) -> np.ndarray:
-    return make_waveform(np.random.default_rng(seed), seconds)
-
-
-def encoded(samples: np.ndarray, rate: int = RATE, **options) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, **options)
-    return buffer.getvalue()
-
-
-def put(folder, data: bytes, name: str = "x.audio"):
-    path = folder / name
-    path.write_bytes(data)
-    return path
-
-
-def read(path, **options) -> tuple[np.ndarray, list[str]]:
-    recording = open_recording(path, RATE, **options)
-    blocks = list(recording)
-    return np.concatenate(blocks), recording.warnings
-
-
-def refusal(path, **options) -> str:
-    with pytest.raises(InputError) as error:
-        load_audio(path, RATE, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
 
 # ------------------------------------------------------------------------------------------------------ plain reading
 
@@ -117,13 +95,6 @@ def test_a_long_recording_needs_little_memory(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- wav headers
-
-
-FORMAT = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16))
-
-
-def pcm(seconds: float = 2.0) -> bytes:
-    return (waveform(seconds) * 32767).astype("<i2").tobytes()
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FFFF000])
@@ -508,149 +479,6 @@ def test_bytes_within_an_mp3_that_are_no_frames_are_told(tmp_path):
     samples, warnings = read(path)
     assert len(samples) == 3 * RATE
     assert "6000 bytes" in warnings[0]
-
-
-# --------------------------------------------------------------------------------------------------------- channels
-
-
-def stereo_file(folder, *channels: np.ndarray, rate: int = RATE, **options):
-    return put(folder, encoded(np.stack(channels, 1), rate, **(options or WAV)))
-
-
-def test_channels_are_averaged(tmp_path):
-    left = waveform(0.2)
-    samples, warnings = read(stereo_file(tmp_path, left, np.zeros_like(left)))
-    np.testing.assert_allclose(samples, left / 2, atol=1e-4)
-    assert not warnings
-
-
-@pytest.mark.parametrize("factor", [-1.0, -0.97, -1.1])
-@pytest.mark.parametrize("options", [WAV, FLAC, VORBIS], ids=lambda o: "-".join(o.values()))
-def test_channels_of_opposite_phase_are_heard(tmp_path, factor, options):
-    left = waveform(3.0)
-    path = stereo_file(tmp_path, left, factor * left, **options)
-    samples, warnings = read(path)
-    assert abs(np.corrcoef(samples, left)[0, 1]) > 0.98
-    assert np.std(samples) > 0.9 * np.std(left)
-    assert "channels cancel each other out" in warnings[0]
-    np.testing.assert_array_equal(samples, load_audio(path, RATE, whole=True))
-
-
-def test_channels_that_turn_round_in_the_middle_are_heard_throughout(tmp_path):
-    left = waveform(8.0)
-    sign = np.where(np.arange(len(left)) < 4 * RATE, 1, -1)
-    samples, _ = read(stereo_file(tmp_path, left, sign * left))
-    for half in (slice(0, 4 * RATE), slice(4 * RATE, None)):
-        assert np.std(samples[half]) > 0.9 * np.std(left[half])
-
-
-def test_hum_of_opposite_phase_does_not_count(tmp_path):
-    speech = waveform(3.0)
-    hum = 0.5 * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE).astype(np.float32)
-    samples, warnings = read(stereo_file(tmp_path, 0.5 * speech + hum, 0.5 * speech - hum))
-    np.testing.assert_allclose(samples, 0.5 * speech, atol=1e-4)
-    assert not warnings
-
-
-def test_quiet_channels_of_opposite_phase_are_heard(tmp_path):
-    left = waveform(3.0) / 500
-    samples, warnings = read(stereo_file(tmp_path, left, -left, format="WAV", subtype="FLOAT"))
-    np.testing.assert_allclose(samples, left, atol=1e-6)
-    assert any("channels cancel" in sentence for sentence in warnings)
-
-
-@pytest.mark.parametrize("speaking", [0, 2, 5])
-def test_speech_in_one_of_six_channels_is_heard(tmp_path, speaking):
-    speech, silence = waveform(2.0), np.zeros(2 * RATE, np.float32)
-    samples, _ = read(stereo_file(tmp_path, *(speech if k == speaking else silence for k in range(6))))
-    assert np.std(samples) > 0.16 * np.std(speech)
-
-
-def test_unrelated_channels_are_averaged_without_a_word(tmp_path):
-    samples, warnings = read(stereo_file(tmp_path, *(channels := [waveform(3.0, k) for k in range(2)])))
-    np.testing.assert_allclose(samples, np.mean(channels, axis=0), atol=1e-4)
-    assert not warnings
-
-
-# ------------------------------------------------------------------------------------------------- what the signal is
-
-
-@pytest.mark.parametrize("rate", [8000, 11025])
-def test_a_rate_below_the_models_is_a_warning(tmp_path, rate):
-    warnings = read(put(tmp_path, encoded(waveform(2.0), rate, **WAV)))[1]
-    assert len(warnings) == 1 and f"{rate} Hz" in warnings[0] and "16000 Hz" in warnings[0]
-
-
-@pytest.mark.parametrize("options", [WAV, FLAC, OPUS, MP3], ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize("level", [1.0, 0.05])
-def test_telephone_speech_that_was_sampled_up_is_a_warning(tmp_path, options, level):
-    narrow = soxr.resample(level * waveform(4.0), 8000, RATE)  # 8 s with nothing above 4 kHz
-    warnings = read(put(tmp_path, encoded(narrow, **options)))[1]
-    assert len(warnings) == 1 and "nothing above 4 kHz" in warnings[0] and "8000 Hz" in warnings[0]
-
-
-def test_ordinary_recordings_are_read_without_a_warning(shared):
-    paths = sorted((shared / "speech" / "audio").rglob("*.ogg"))[::400]
-    if not paths:
-        pytest.skip("../shared has no recordings")
-    told = [read(path)[1] for path in paths]
-    assert sum(map(bool, told)) <= len(paths) // 50
-    assert [path for path in paths if len(load_audio(path, RATE, whole=True)) < 1000] == []
-
-
-@pytest.mark.parametrize("bits", [16, 24, 32])
-@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-def test_whole_numbers_in_floating_point_are_scaled(tmp_path, bits, subtype):
-    samples = waveform(5.0)
-    samples[: 2 * RATE] *= 1e-4  # the first block alone would not tell
-    path = tmp_path / "x.wav"
-    soundfile.write(path, samples * 2.0 ** (bits - 1), RATE, subtype=subtype)
-    loaded, warnings = read(path)
-    np.testing.assert_allclose(loaded, samples, rtol=1e-6)
-    assert f"{bits}-bit numbers" in warnings[0]
-    np.testing.assert_array_equal(loaded, load_audio(path, RATE, whole=True))
-    np.testing.assert_array_equal(loaded[RATE : 2 * RATE], load_audio(path, RATE, start=1.0, seconds=1.0))
-
-
-def test_a_loud_mix_in_floating_point_keeps_its_scale(tmp_path):
-    soundfile.write(tmp_path / "x.wav", 30 * waveform(2.0), RATE, subtype="FLOAT")
-    np.testing.assert_array_equal(load_audio(tmp_path / "x.wav", RATE), 30 * waveform(2.0))
-
-
-def test_a_few_loud_samples_are_not_another_scale(tmp_path):
-    samples = waveform(2.0)
-    samples[100] = 7.0
-    path = tmp_path / "x.wav"
-    soundfile.write(path, samples, RATE, subtype="FLOAT")
-    np.testing.assert_array_equal(load_audio(path, RATE), samples)
-
-
-@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
-def test_a_very_quiet_recording_is_a_warning(tmp_path, subtype):
-    soundfile.write(tmp_path / "x.wav", waveform() / 400, RATE, subtype=subtype)
-    assert "very quiet" in read(tmp_path / "x.wav")[1][0]
-
-
-def test_a_clipped_recording_is_a_warning(tmp_path):
-    path = put(tmp_path, encoded(np.clip(20 * waveform(), -0.99, 0.99), **WAV))
-    assert "is clipped" in read(path)[1][0]
-
-
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e30])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_samples_that_are_no_sound_are_refused(tmp_path, wrong, channels):
-    samples = np.stack([waveform(3.0)] * channels, 1)
-    samples[-100, -1] = wrong
-    soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(InputError, match="x.wav holds NaN, infinite or enormous samples"):
-        load_audio(tmp_path / "x.wav", RATE)
-
-
-@pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
-def test_a_rate_that_no_recording_has_is_refused(tmp_path, rate):
-    soundfile.write(tmp_path / "x.wav", waveform(), rate)
-    with pytest.raises(InputError, match=f"x.wav has {rate} samples per second by its header, not 1000 to 768000"):
-        load_audio(tmp_path / "x.wav", RATE)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
