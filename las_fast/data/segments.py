@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, shift_seconds
-from las_fast.data.silence import band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
+from las_fast.data.silence import DECIBEL, band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
 
 LONGEST = 20.0  # seconds of a chunk
 QUIET_SPAN = 0.2  # seconds over which energy is averaged to find a place to cut
@@ -92,7 +92,7 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
 
 def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureConfig) -> int:
     """Return the frame from first to last around which `span` frames hold the least energy."""
-    energy = torch.pow(10, band_energy(frames[first - span // 2 : last + span], config).double() / 10)
+    energy = torch.exp(band_energy(frames[first - span // 2 : last + span], config).double() / DECIBEL)
     total = F.pad(energy.cumsum(0), (1, 0))
     sums = total[span:] - total[:-span]
     return first + int(sums[: last - first + 1].argmin())

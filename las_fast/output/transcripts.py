@@ -118,7 +118,7 @@ def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Pat
     It has the recording's name with the suffix instead of its own. Recordings whose files would be the same keep their
     own suffix, and then get a number.
     """
-    stems = {path: "stdin" if str(path) == "-" else path.stem or path.name for path in paths}
+    stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
     counts = Counter(_folded(stem, suffix) for stem in stems.values())
     taken: set[str] = set()
     files = {}

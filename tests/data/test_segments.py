@@ -6,9 +6,11 @@ import torch
 from archives import RATE, make_speech
 
 from las_fast.config import FeatureConfig
+from las_fast.data import segments as module
 from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, compute_features, speech_features
-from las_fast.data.segments import LONGEST, chunks, log_mel, segments
+from las_fast.data.segments import _parts, chunks, log_mel, segments
+from las_fast.data.silence import band_energy, find_speech
 
 CONFIG = FeatureConfig(kind="logmel", size=23)
 
@@ -25,8 +27,8 @@ def joined(*parts):
     return np.concatenate(parts).astype(np.float32)
 
 
-@pytest.mark.parametrize("seconds", [0.001, 0.024, 0.025, 3.0, 20.02, 41.0])
-@pytest.mark.parametrize("size", [160, 16_000, 10**9])
+@pytest.mark.parametrize("seconds", [0.001, 0.024, 0.025, 3.0, 20.02, 20.025, 20.035, 41.0])
+@pytest.mark.parametrize("size", [160, 16_000, 320_400, 10**9])
 def test_frames_of_blocks_are_those_of_the_whole(seconds, size):
     samples = make_speech(seconds)
     if not len(samples):
@@ -35,13 +37,25 @@ def test_frames_of_blocks_are_those_of_the_whole(seconds, size):
     torch.testing.assert_close(frames, compute_features([samples], CONFIG)[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("seconds", [19.99, 20.0, 20.1, 20.5, 39.9, 61.0, 130.0])
+def test_no_blocks_have_no_frames():
+    assert list(log_mel([], CONFIG)) == []
+
+
+def test_frames_come_as_soon_as_there_are_twenty_seconds():
+    taken = []
+    frames = log_mel((taken.append(len(block)) or block for block in blocks(make_speech(45), 400)), CONFIG)
+    assert len(next(frames)) == 2001 and sum(taken) == 20 * RATE + 400
+    assert len(next(frames)) == 2002 and sum(taken) == 40 * RATE + 800
+
+
+@pytest.mark.parametrize("seconds", [19.99, 20.0, 20.01, 20.1, 20.5, 39.9, 61.0, 130.0])
 def test_chunks_are_short_enough_and_nothing_is_lost(seconds):
     frames = torch.randn(int(100 * seconds), 23)
     found = list(chunks([frames], CONFIG))
     assert torch.equal(torch.cat([chunk for _, chunk in found]), frames)
     assert [first for first, _ in found] == np.cumsum([0, *(len(chunk) for _, chunk in found[:-1])]).tolist()
-    assert all(10 <= len(chunk) <= 100 * LONGEST for _, chunk in found)
+    assert all(10 <= len(chunk) <= 2000 for _, chunk in found) and len(found) >= seconds / 20
+    assert len(found) == 1 or seconds > 20
 
 
 def test_chunks_do_not_depend_on_the_blocks_that_frames_come_in():
@@ -56,6 +70,53 @@ def test_a_chunk_ends_in_the_middle_of_a_pause(at):
     frames = torch.zeros(3000, 23)
     frames[round(100 * at) - 12 : round(100 * at) + 12] = -9
     assert [first / 100 for first, _ in chunks([frames], CONFIG)] == [0, pytest.approx(at, abs=0.02)]
+
+
+def with_dips(length: int, *places: int, depth: float = 9.0, level: float = 0.0):
+    frames = torch.full((length, 23), level)
+    for place in places:
+        frames[place - 10 : place + 10] -= depth
+    return frames
+
+
+@pytest.mark.parametrize(("length", "dip", "cut"), [
+    (5000, 1460, 1460), (5000, 1000, 1000), (5000, 995, 1000), (5000, 2000, 2000), (5000, 2005, 2000),
+    (2020, 2000, 2000), (2010, 1990, 1990), (2010, 1995, 1990), (2001, 1981, 1981), (2001, 1000, 1000),
+])  # fmt: skip
+def test_a_cut_is_in_the_second_half_of_a_chunk_and_leaves_no_crumb(length, dip, cut):
+    assert [first for first, _ in chunks([with_dips(length, dip)], CONFIG)][1] == cut
+
+
+def test_the_quieter_of_two_pauses_is_cut_in_though_speech_is_loud():
+    frames = with_dips(5000, 1200, 1700, depth=12.0, level=21.0)
+    frames[1690:1710] -= 4.0
+    assert [first for first, _ in chunks([frames], CONFIG)][1] == 1700
+
+
+def test_chunks_at_other_rates_have_twenty_seconds_too():
+    config = FeatureConfig(size=23, sample_rate=11_025)  # 110 samples a frame
+    assert [first for first, _ in chunks([with_dips(5000, 2005)], config)][1] == 2005
+
+
+@pytest.mark.parametrize(("rate", "least"), [(16_000, 10), (11_025, 10), (8000, 10)])
+def test_a_tenth_of_a_second_of_speech_makes_a_segment(monkeypatch, rate, least):
+    speech = torch.zeros(1000, dtype=torch.bool)
+    speech[100 : 100 + least - 1] = speech[500 : 500 + least] = True
+    monkeypatch.setattr(module, "find_speech", lambda energy, config: speech)
+    frames, config = torch.randn(1000, 23), FeatureConfig(size=23, sample_rate=rate, trim_silence=False)
+    ((times, heard),) = _parts(frames, config)
+    reach = round(0.5 * rate / round(0.01 * rate))
+    assert times == (500, 500 + least) and torch.equal(heard, frames[500 - reach : 500 + least + reach])
+
+
+def test_times_are_those_of_speech_and_a_tenth_of_a_second_around_it():
+    for before, after in ((2.0, 2.0), (0.0, 2.0), (2.0, 0.0)):
+        samples = joined(hiss(before), make_speech(3), hiss(after, seed=8))
+        frames = compute_features([samples], CONFIG)[0]
+        places = find_speech(band_energy(frames, CONFIG), CONFIG).nonzero()[:, 0].tolist()
+        (segment,) = segments(blocks(samples, 4000), CONFIG)
+        assert segment.start == pytest.approx(max(0.0, places[0] / 100 - 0.1))
+        assert segment.end == pytest.approx(min(places[-1] / 100 + 0.11, len(frames) / 100))
 
 
 def test_segments_are_where_speech_is():

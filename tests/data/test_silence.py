@@ -16,6 +16,7 @@ from las_fast.data.silence import (
     is_usual,
     level_silence,
     near,
+    noise_floor,
     spans,
     without_silence,
 )
@@ -100,6 +101,74 @@ def test_frames_in_some_seconds_are_counted_by_whole_samples(rate, frames):
     config = FeatureConfig(sample_rate=rate)
     assert frames_in(20.0, config) == frames
     assert frames_in(0.001, config) == 1
+
+
+ONE_BIN = FeatureConfig(size=1, sample_rate=96_000)  # centred above the voice band, which leaves all bins to count
+
+
+def test_energy_is_in_decibels_averaged_over_two_frames_to_either_side():
+    frames = torch.zeros(11, 1)
+    frames[5] = 1.0
+    expected = torch.zeros(11)
+    expected[3:8] = 10 / np.log(10) / 5
+    torch.testing.assert_close(band_energy(frames, ONE_BIN), expected)
+    torch.testing.assert_close(band_energy(torch.full((4, 1), 2.0), ONE_BIN), torch.full((4,), 20 / np.log(10)))
+
+
+def test_energy_is_the_sum_of_the_bins_from_150_to_4000_hz():
+    low, high = (1127 * np.log1p(f / 700) for f in (20, 8000))
+    centres = 700 * np.expm1(np.linspace(low, high, 82)[1:-1] / 1127)
+    inside = torch.from_numpy((centres > 150) & (centres < 4000))
+    frames = torch.where(inside, 1.0, 9.0).expand(3, -1)
+    expected = 10 * np.log10(np.e * int(inside.sum()))
+    torch.testing.assert_close(band_energy(frames, CONFIG), torch.full((3,), expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("count", [1, 10, 25, 26, 777])
+def test_the_floor_of_a_steady_sound_is_its_energy(count):
+    assert noise_floor(torch.full((count,), 7.0), CONFIG).tolist() == pytest.approx([7.0] * count)
+
+
+def test_the_floor_is_a_low_percentile_of_the_quiet_moments_around():
+    rising = torch.arange(25.0)
+    assert noise_floor(rising, CONFIG).tolist() == pytest.approx([4.8] * 25)
+    both = torch.cat([rising, 100 + rising.flip(0)])
+    assert noise_floor(both, CONFIG).tolist() == pytest.approx([4.8] * 25 + [84.8] * 25)
+    assert noise_floor(both[:26], CONFIG).tolist() == pytest.approx([4.8] * 25 + [4.8 + 0.8 * 119.2])
+
+
+def test_the_floor_follows_three_seconds_to_either_side():
+    energy = torch.where(torch.arange(60 * 25) < 30 * 25, 0.0, 100.0)
+    floor = noise_floor(energy, CONFIG)
+    assert floor[::25].tolist() == pytest.approx([0.0] * 32 + [60.0] + [100.0] * 27)
+    assert floor.shape == energy.shape and (floor.view(60, 25) == floor[::25, None]).all()
+
+
+@pytest.mark.parametrize(("frames", "height", "found"), [(4, 60.0, 0), (5, 60.0, 5), (5, 4.0, 0), (5, 4.5, 5)])
+def test_five_frames_4_db_above_the_floor_are_speech(frames, height, found):
+    energy = torch.zeros(1000)
+    energy[500 : 500 + frames] = height
+    speech = find_speech(energy, CONFIG)
+    assert speech.dtype == torch.bool and speech.sum() == speech[500 : 500 + frames].sum() == found
+
+
+def test_speech_is_at_most_50_db_below_its_level():
+    energy = torch.zeros(2000)
+    energy[500:600], energy[700:720], energy[800:820] = 60.0, 10.0, 10.5
+    assert spans(find_speech(energy, CONFIG)) == [(500, 600), (800, 820)]
+
+
+def test_spans_are_the_runs_of_a_mask():
+    assert spans(torch.tensor([True, False, True, True])) == [(0, 1), (2, 4)]
+    assert spans(torch.tensor([False, True, False])) == [(1, 2)] and spans(torch.zeros(3, dtype=torch.bool)) == []
+
+
+@pytest.mark.parametrize(("depth", "frames", "usual"), [(70.5, 4, True), (70.5, 5, False), (70.0, 50, True)])
+def test_five_frames_more_than_70_db_below_speech_are_not_usual(depth, frames, usual):
+    speech = torch.arange(300) < 250
+    energy = torch.where(speech, 100.0, 60.0)
+    energy[300 - frames :] = 100.0 - depth
+    assert is_usual(energy, speech, near(speech, CONFIG), CONFIG) is usual
 
 
 @pytest.mark.parametrize(("silent", "usual"), [(39, True), (40, True), (41, False)])
