@@ -1,23 +1,32 @@
 """Recordings into text, from the command line."""
 
+import contextlib
 import csv
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from archives import RATE, make_speech
 from checkpoints import make_checkpoint
 
+from las_fast import recogniser
 from las_fast import transcribe as module
 from las_fast.cli import run
-from las_fast.errors import InputError
+from las_fast.config import DecodingConfig
+from las_fast.data.segments import Speech
+from las_fast.errors import InputError, show
 from las_fast.output.metrics import score
-from las_fast.search import dataset
+from las_fast.output.transcripts import Hypothesis, Segment, Transcript
+from las_fast.recogniser import Decoder, Recogniser
+from las_fast.search import beam, dataset
 from las_fast.transcribe import main
 
 
@@ -236,9 +245,281 @@ def test_text_out_of_noise_is_left_out_and_said(here, capsys, monkeypatch):
 def test_the_length_of_a_recording_is_estimated(here, tmp_path):
     assert module.estimated_seconds(here / "long.wav") == pytest.approx(25)
     assert module.estimated_seconds(here / "gone.wav") == module.estimated_seconds(Path("-")) == 0
-    header = (here / "long.wav").read_bytes()[:40] + b"\xff\xff\xff\x7f"
-    (tmp_path / "lies.wav").write_bytes(header + bytes(1000))
-    assert module.estimated_seconds(tmp_path / "lies.wav") <= 1044 / module.LEAST_BYTES
+    soundfile.write(tmp_path / "lies.flac", make_speech(0.5), RATE)
+    data = bytearray((tmp_path / "lies.flac").read_bytes())
+    data[22:26] = b"\xff" * 4  # the number of samples
+    (tmp_path / "lies.flac").write_bytes(data)
+    assert module.estimated_seconds(tmp_path / "lies.flac") == len(data) / 500
+
+
+def test_what_has_no_length_is_not_estimated_and_not_waited_for(here, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("not audio")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "text"):
+        assert module.estimated_seconds(path) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").write_bytes((here / "short.wav").read_bytes())
+    assert module.estimated_seconds(Path("-")) == 0  # it is standard input, not this file
+
+
+# ------------------------------------------------------------------------------------------- the order of the work
+
+
+class Work:
+    """Recordings that are made up of segments, decoded by a stand-in for the search; says what happens in what order.
+
+    recordings: the seconds of the segments of each, or an error.
+    """
+
+    def __init__(self, monkeypatch, recordings: dict[str, list[float] | InputError], scores=()):
+        self.recordings, self.log, self.data, self.asked = recordings, [], [], []
+        self.scores = iter(scores)
+        self.shown, self.updates = None, []
+        self.loaded = SimpleNamespace(
+            config=SimpleNamespace(features=SimpleNamespace(sample_rate=10)), statistics=None, model="model", info={},
+            vocabulary=SimpleNamespace(decode=lambda tokens: "".join(map(chr, tokens))),
+        )  # fmt: skip
+        self.decoder = Decoder(DecodingConfig(beam=2), "table", "packed")
+        self.model = Recogniser(self.loaded, torch.device("cpu"))
+        monkeypatch.setattr(self.model, "settings", lambda **given: self.asked.append(given) or "settings")
+        monkeypatch.setattr(self.model, "decoder", lambda *given: self.asked.append(given) or self.decoder)
+        monkeypatch.setattr(recogniser, "open_recording", self.open)
+        monkeypatch.setattr(recogniser, "segments", self.segments)
+        monkeypatch.setattr(dataset, "decode_dataset", self.decode)
+        monkeypatch.setattr(module, "Progress", self.progress)
+        monkeypatch.setattr(module, "POOL_SECONDS", 10.0)
+
+    @contextlib.contextmanager
+    def progress(self, *given, **options):
+        self.shown = given, options
+        yield SimpleNamespace(update=self.updates.append)
+
+    @contextlib.contextmanager
+    def open(self, path, sample_rate):
+        assert sample_rate == 10
+        found = self.recordings[str(path)]
+        if isinstance(found, InputError):
+            raise found
+
+        class Recording(list):
+            name = show(path)
+            warnings = [f"{path} is odd"] if str(path) == "odd" else []
+
+        yield Recording([np.zeros(15)] * 2 if not found else [np.zeros(int(10 * s)) for s in found])
+
+    def segments(self, blocks, features, statistics):
+        assert features is self.loaded.config.features and statistics is None
+        start = 0.0
+        for block in blocks:
+            if len(block) != 15:
+                yield Speech(start, start + len(block) / 10, torch.zeros(len(block), 2))
+            start += len(block) / 10
+
+    def decode(self, model, data, vocabulary, config, *, nbest, **options):
+        assert (model, vocabulary, config) == ("model", self.loaded.vocabulary, self.decoder.config)
+        self.log.append(f"decode {len(data)}")
+        self.data.append((data, options))
+        worse = beam.Hypothesis([90], -8.0, -4.0, [0], [-8.0], True)
+        return [[beam.Hypothesis([65 + i, 66], -6.0, -2.0, [0, 0], [-3.0, -1.0], True, next(self.scores, None)),
+                 worse][:nbest] for i in range(len(data))]  # fmt: skip
+
+    def run(self, *words) -> list[tuple[Segment, ...]]:
+        """Return the segments of each recording as the command transcribes it."""
+        options = module.parser().parse_args([*self.recordings, *words])
+        return self.listed(module.transcribe(options.files, self.model, options))
+
+    def listed(self, transcripts) -> list[tuple[Segment, ...]]:
+        found = []
+        for path, transcript in transcripts:
+            self.log.append(str(path))
+            found.append(transcript.segments)
+        return found
+
+
+def test_recordings_come_in_their_order_as_soon_as_all_of_each_is_decoded(monkeypatch, capsys):
+    work = Work(monkeypatch, {"a": [3.0, 4.0], "b": [3.0, 2.0], "c": [], "odd": [2.0, 2.0]})
+    found = work.run()
+    assert work.log == ["decode 3", "a", "decode 3", "b", "c", "odd"]
+    times = [[(segment.start, segment.end) for segment in segments] for segments in found]
+    assert times == [[(0, 3), (3, 7)], [(0, 3), (3, 5)], [], [(0, 2), (2, 4)]]
+    best = Hypothesis("CB", -6.0, -2.0, None)
+    assert found[1][0] == Segment(0.0, 3.0, "CB", -6.0, -2.0, None, (best,))
+    data, options = work.data[0]
+    expected = {"ngram": "table", "packed": "packed", "device": torch.device("cpu")}
+    assert options == {**expected, "speech_scores": True, "progress": False}
+    assert data.ids == ["a from 0 s", "a from 3 s", "b from 0 s"] and data.seconds.tolist() == [3, 4, 3]
+    assert data.frames.tolist() == [30, 40, 30] and len(data) == 3 and data[1].shape == (40, 2)
+    assert capsys.readouterr().err == ("warning: c: no speech was found in its 3.00 seconds\nwarning: odd is odd\n")
+    assert work.shown == ((None, "transcribing", "s of audio"), {}) and sum(work.updates) == 19
+
+
+def test_python_callers_are_told_what_was_heard_and_shown_nothing(monkeypatch, capsys):
+    work = Work(monkeypatch, {"a": [3.0, 4.0], "odd": [3.0, 2.0], "c": []})
+    said, heard = [], []
+    options = {"nbest": 2, "pool_seconds": 10, "warn": said.append, "heard": heard.append}
+    found = work.listed(work.model.transcribe_all(work.recordings, **options))
+    assert work.log == ["decode 3", "a", "decode 1", "odd", "c"]
+    assert said == ["odd is odd", "c: no speech was found in its 3.00 seconds"] and sum(heard) == 15
+    best, worse = Hypothesis("AB", -6.0, -2.0, None), Hypothesis("Z", -8.0, -4.0, None)
+    assert found[0][0] == Segment(0.0, 3.0, "AB", -6.0, -2.0, None, (best, worse))
+    assert work.shown is None and capsys.readouterr() == ("", "")
+
+
+def test_recordings_before_one_that_cannot_be_read_come_first(monkeypatch, capsys):
+    recordings = {"a": [1.0], "bad": InputError("bad is no audio"), "b": [2.0]}
+    work = Work(monkeypatch, recordings)
+    with pytest.raises(InputError, match="bad is no audio"):
+        work.run()
+    assert work.log == ["decode 1", "a"]
+    work = Work(monkeypatch, recordings)
+    assert len(work.run("--on-bad", "skip")) == 2 and work.log == ["decode 1", "a", "decode 1", "b"]
+    assert capsys.readouterr().err == "warning: left out: bad is no audio\n"
+
+
+def test_nothing_is_decoded_where_nothing_was_said(monkeypatch):
+    work = Work(monkeypatch, {"a": []})
+    assert work.run() == [()] and work.log == ["a"]
+
+
+def test_pieces_below_the_least_speech_score_are_left_out_and_counted(monkeypatch, capsys):
+    work = Work(monkeypatch, {"two\nlines": [1.0, 2.0, 3.0], "b": [1.0]}, scores=(0.99, 0.5, 1.0, 0.7))
+    assert [[segment.start for segment in segments] for segments in work.run()] == [[3.0], []]
+    assert capsys.readouterr().err == (
+        "warning: two\\nlines: left out 2 pieces that may be noise, the first at 0.0 s (speech score 0.99); "
+        "--min-speech-score sets the limit\n"
+        "warning: b: left out 1 piece that may be noise, the first at 0.0 s (speech score 0.70); "
+        "--min-speech-score sets the limit\n"
+    )
+    work = Work(monkeypatch, {"a": [1.0]}, scores=(0.5,))
+    assert len(work.run("--min-speech-score", "0.5")[0]) == 1
+
+
+def test_the_length_of_all_recordings_is_what_progress_goes_towards(here, monkeypatch):
+    work = Work(monkeypatch, {str(here / "short.wav"): [1.0], str(here / "long.wav"): []})
+    work.run()
+    assert work.shown[0][0] == pytest.approx(25.6)
+
+
+def test_a_beam_and_a_language_model_are_those_of_the_search(monkeypatch):
+    work = Work(monkeypatch, {"a": [1.0]})
+    work.run()
+    work.run("--beam", "7", "--lm", "text.arpa")
+    asked = {"beam": None, "lm": None}, {"beam": 7, "lm": "text.arpa"}
+    assert work.asked == [asked[0], ("settings", None), asked[1], ("settings", "text.arpa")]
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Give what main asks of a model, of which one segment comes for each recording."""
+    calls = []
+
+    def answer(model, paths, **options):
+        calls.append({"paths": [path.name for path in paths], "model": model, **options})
+        return ((path, Transcript("HELLO", (Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),))) for path in paths)
+
+    monkeypatch.setattr(Recogniser, "transcribe_all", answer)
+    return calls
+
+
+def ask(here, *words, files=("short.wav",)):
+    main([*(f"{here}/{name}" for name in files), "--checkpoint", str(here / "untrained-20.safetensors"), *words])
+
+
+def test_options_reach_the_work(here, asked, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(module, "give_large_blocks_back", lambda: given_back.append(True))
+    ask(here)
+    assert given_back == [True]
+    assert str(asked[0]["model"].device) in ("cpu", "cuda") and asked[0]["beam"] is asked[0]["lm"] is None
+    assert asked[0]["min_speech_score"] == 1.0 and asked[0]["skip_bad"] is False
+    assert asked[0]["pool_seconds"] == module.POOL_SECONDS and asked[0]["warn"] is module.warn
+    words = ["--beam", "1", "--lm", "text.arpa", "--min-speech-score=-inf", "--on-bad", "skip", "--device", "cpu"]
+    ask(here, *words, files=["short.wav", "gone.wav"])
+    assert asked[1]["paths"] == ["short.wav", "gone.wav"]
+    assert (asked[1]["beam"], asked[1]["lm"], str(asked[1]["model"].device)) == (1, "text.arpa", "cpu")
+    assert asked[1]["min_speech_score"] == -np.inf and asked[1]["skip_bad"] is True
+
+
+def test_the_search_has_the_checkpoints_settings_but_for_what_is_asked(here, asked, tmp_path, monkeypatch):
+    ask(here, "--device", "cpu")
+    model = asked[0]["model"]
+    own = model.loaded.config.decoding
+    assert model.settings() == own and model.decoder(own)[:2] == (own, None)
+    path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
+    path.touch()
+    monkeypatch.setattr(recogniser, "default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
+    monkeypatch.setattr(recogniser, "language_table", lambda *given: calls.append(given) or table)
+    expected = replace(own, beam=1, ngram_weight=0.7)
+    assert model.settings(beam=1, lm=str(path)) == expected
+    config, ngram, _ = model.decoder(expected, str(path))
+    assert config == expected and ngram is table
+    assert calls == [(str(path), expected, model.loaded, torch.device("cpu"), "--lm ")]
+
+
+@pytest.mark.parametrize(("form", "suffix", "first"), [("text", "txt", "HELLO"), ("json", "json", '{"file": '),
+                                                       ("srt", "srt", "1"), ("vtt", "vtt", "WEBVTT")])  # fmt: skip
+def test_each_format_goes_to_stdout_or_to_files_of_its_name(here, asked, tmp_path, capsys, form, suffix, first):
+    ask(here, "--format", form)
+    assert capsys.readouterr().out.splitlines()[0].startswith(first)
+    out = tmp_path / "two\nlines"
+    ask(here, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
+    assert sorted(path.name for path in out.iterdir()) == [f"long.{suffix}", f"short.{suffix}"]
+    assert (out / f"long.{suffix}").read_text().startswith(first)
+    shown = f"{tmp_path}/two\\nlines/"
+    assert capsys.readouterr().out == f"{shown}short.{suffix}\n{shown}long.{suffix}\n"
+    with pytest.raises(InputError, match=rf"^2 of 2 files to write exist already, the first is \S+short.{suffix}; add"):
+        ask(here, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
+    ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "long.wav"])
+    assert capsys.readouterr().out == f"nothing is left to do: all 2 are in {shown[:-1]} already\n"
+    ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
+    assert asked[-1]["paths"] == ["silent.wav"]
+
+
+def test_text_of_several_files_is_told_apart_by_names_in_one_line(here, asked, capsys):
+    (here / "odd\nname.wav").write_bytes(b"")
+    ask(here, files=["odd\nname.wav", "short.wav"])
+    assert capsys.readouterr().out == f"{here}/odd\\nname.wav: HELLO\n{here}/short.wav: HELLO\n"
+    ask(here, "--format", "json", files=["odd\nname.wav", "short.wav"])
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["HELLO", "HELLO"]
+
+
+@pytest.mark.parametrize("form", ["srt", "vtt"])
+def test_subtitles_of_several_files_need_a_folder(here, asked, form):
+    with pytest.raises(InputError, match=f"^2 files make as many {form} files; say where with --out FOLDER$"):
+        ask(here, "--format", form, files=["short.wav", "long.wav"])
+
+
+@pytest.mark.parametrize("option", ["--format", "--existing", "--on-bad", "--beam", "--min-speech-score"])
+def test_an_option_takes_none_but_its_own_words(here, asked, capsys, option):
+    with pytest.raises(SystemExit):
+        run(lambda _: ask(here, option, "otherwise"))
+    assert option in capsys.readouterr().err and not asked
+
+
+def test_stdout_is_needed_where_no_folder_is_given(here, asked, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(module, "need_stdout", needed.append)
+    ask(here, "--out", str(tmp_path))
+    assert needed == []
+    ask(here)
+    assert needed == ["--out FOLDER"]
+
+
+def test_standard_input_needs_not_exist_and_other_files_must(here, asked, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    main(["-", "--checkpoint", str(here / "untrained-20.safetensors")])
+    assert asked[0]["paths"] == ["-"]
+    with pytest.raises(InputError, match="gone.wav does not exist; check the path"):
+        ask(here, files=["gone.wav"])
+
+
+def test_the_released_model_is_taken_where_none_is_named(here, asked, monkeypatch):
+    monkeypatch.setattr(module, "released_model", lambda: str(here / "untrained-20.safetensors"))
+    main([str(here / "short.wav")])
+    assert asked[0]["model"].loaded.path == here / "untrained-20.safetensors"
 
 
 SILENT = {"zeros": 0.0, "noise of -74 dB": 2e-4, "noise of -54 dB": 2e-3}

@@ -11,7 +11,15 @@ from archives import make_waveform
 
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_audio
-from las_fast.data.features import add_deltas, check_settings, compute_features, frame_sizes, shift_seconds
+from las_fast.data.features import (
+    add_deltas,
+    check_settings,
+    compute_features,
+    filter_centres,
+    frame_sizes,
+    shift_seconds,
+    speech_features,
+)
 from las_fast.errors import InputError
 
 LOGMEL = FeatureConfig()
@@ -119,9 +127,48 @@ def test_no_samples_are_refused():
 
 
 @pytest.mark.parametrize("config", [FeatureConfig(kind="mfcc", size=81), FeatureConfig(window_ms=0.0)])
-def test_settings_that_make_no_frames_are_refused(config):
+@pytest.mark.parametrize("trim", [True, False])
+def test_settings_that_make_no_frames_are_refused(config, trim):
     with pytest.raises(InputError, match="features"):
         compute_features([waveform()], config)
+    with pytest.raises(InputError, match="features"):
+        speech_features([waveform()], replace(config, trim_silence=trim))
+
+
+def test_a_waveform_has_one_channel():
+    for shape in ((2, 4000), ()):
+        with pytest.raises(InputError, match="in one channel; got shape"):
+            compute_features([np.zeros(shape, np.float32)], LOGMEL)
+
+
+@pytest.mark.parametrize("config", [LOGMEL, MFCC])
+def test_samples_of_any_type_give_frames_in_float32(config):
+    samples = waveform()
+    expected = compute_features([samples], config)[0]
+    for kind in (np.float64, np.float16):
+        frames = compute_features([samples.astype(np.float16).astype(kind)], config)[0]
+        assert frames.dtype == torch.float32 and (frames - expected).abs().mean() < 0.5
+
+
+def test_filters_are_centred_evenly_in_mel_from_20_hz_to_half_the_rate():
+    low, high = (1127 * np.log1p(f / 700) for f in (20, 4000))
+    expected = 700 * np.expm1(np.linspace(low, high, 25)[1:-1] / 1127)
+    centres = filter_centres(23, 8000)
+    assert centres.dtype == torch.float64
+    np.testing.assert_allclose(centres.numpy(), expected, rtol=1e-9)
+
+
+def test_frames_that_follow_each_other_over_a_block_of_them_are_those_of_the_samples():
+    samples = waveform(4.0)
+    together = compute_features([samples], LOGMEL)[0]
+    for frame in (0, 254, 255, 256, 257, len(together) - 1):
+        alone = compute_features([samples[160 * frame : 160 * frame + 400]], LOGMEL)[0]
+        torch.testing.assert_close(alone, together[frame : frame + 1], rtol=0, atol=1e-3)
+
+
+def test_without_trimming_all_frames_are_kept_of_each_waveform():
+    found = speech_features([waveform(0.5), waveform(0.3)], replace(LOGMEL, trim_silence=False))
+    assert [where for _, where in found] == [[(0, 48)], [(0, 28)]] and [len(frames) for frames, _ in found] == [48, 28]
 
 
 def test_deltas_are_the_slope_of_a_line():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from las_fast.output.transcripts import Segment, as_json, as_srt, as_text, as_vtt, clock, output_files
+from las_fast.output.transcripts import Segment, _shortened, as_json, as_srt, as_text, as_vtt, clock, output_files
 
 SEGMENTS = [
     Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
@@ -35,6 +35,17 @@ def test_subtitles_have_the_times_of_the_segments(tmp_path):
     assert as_vtt(tmp_path, SEGMENTS[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
 
 
+def test_segments_without_a_text_are_no_subtitles(tmp_path):
+    assert as_vtt(tmp_path, SEGMENTS) == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n\n01:01:01.042 --> 01:01:02.000\nTHERE\n"
+    )
+
+
+def test_json_keeps_letters_as_they_are():
+    row = as_json(Path("a.wav"), [Segment(0.0, 1.0, "\uac15 \u00e9", -1.0, -1.0, None)])
+    assert "\uac15 \u00e9" in row and row.endswith("}\n") and row.count("\n") == 1
+
+
 def test_clock_carries_rounding_over():
     assert clock(59.9996, ".") == "00:01:00.000"
     assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"
@@ -59,6 +70,22 @@ def test_each_recording_has_a_file_of_its_own(paths, files):
     assert output_files(paths, Path("out"), ".srt") == {
         path: Path("out") / file for path, file in zip(paths, files, strict=True)
     }
+
+
+def test_of_long_names_that_are_the_same_the_second_is_cut_to_half_and_numbered():
+    paths = [Path(folder) / f"{'a' * 240}.wav" for folder in "xyz"]
+    names = [path.name for path in output_files(paths, Path("out"), ".srt").values()]
+    assert names == [f"{'a' * 240}.wav.srt", f"{'a' * 127}-2.srt", f"{'a' * 127}-3.srt"]
+
+
+@pytest.mark.parametrize(("length", "kept"), [(250, 250), (251, 251), (252, 251)])
+def test_a_name_may_have_255_bytes_with_its_suffix(length, kept):
+    assert _shortened("x" * length, ".srt") == "x" * kept + ".srt"
+
+
+def test_a_name_that_is_not_utf_8_is_kept():
+    path = Path(os.fsdecode(b"mod\xe0.wav"))
+    assert output_files([path], Path("out"), ".srt") == {path: Path("out") / os.fsdecode(b"mod\xe0.srt")}
 
 
 def test_long_names_that_are_cut_stay_apart():
