@@ -22,7 +22,7 @@ from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.audio import Audio, name_of, open_recording
 from las_fast.data.dataset import normalise
-from las_fast.data.features import add_deltas
+from las_fast.data.features import add_deltas, seconds_of
 from las_fast.data.samples import Samples, is_array, to_numpy, to_samples
 from las_fast.data.segments import Speech, segments
 from las_fast.errors import InputError, show
@@ -230,8 +230,8 @@ class Recogniser:
 
     def _decode(self, features: dict[str, Any], decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
         frames = [self._frames(array, name) for name, array in features.items()]
-        shift = self.loaded.config.features.shift_ms / 1000
-        data = Utterances(frames, list(features), [len(x) * shift for x in frames])
+        config = self.loaded.config.features
+        data = Utterances(frames, list(features), [seconds_of(len(x), config) for x in frames])
         found = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
         return [[self.hypothesis(one) for one in each] for each in found]
 

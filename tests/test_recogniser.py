@@ -22,7 +22,7 @@ import las_fast
 from las_fast import decode, lm, recogniser, transcribe
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
-from las_fast.search import beam, ngram
+from las_fast.search import beam, dataset, ngram
 
 RATE = 16000
 BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, rate=22050, seed=3)], 1)
@@ -405,6 +405,15 @@ def test_features_say_what_the_decode_command_reads_in_an_archive(here, archive)
     alone = own.decode(torch.from_numpy(arrays[1]), beam=4)
     assert [h.text for h in alone] == [rows[1]["text"]] and alone[0].score == pytest.approx(found[1][0].score, abs=1e-4)
     assert own.decode([]) == []
+
+
+def test_features_last_as_long_as_their_frames_of_whole_samples(tmp_path, monkeypatch):
+    own = las_fast.load(make_checkpoint(tmp_path, 20, mel_bins=23, sample_rate=22_050), device="cpu")
+    given = []
+    decode_dataset = dataset.decode_dataset
+    monkeypatch.setattr(dataset, "decode_dataset", lambda *x, **y: given.append(x[1]) or decode_dataset(*x, **y))
+    own.decode([np.ones((frames, 20)) for frames in (57, 30)], beam=1)
+    assert given[0].seconds.tolist() == [57 * 220 / 22_050, 30 * 220 / 22_050]  # 220 samples a frame, of 220.5
 
 
 F28 = np.ones((30, 28), np.float32)

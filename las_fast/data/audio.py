@@ -183,7 +183,7 @@ class Recording:
                 self._judge.count_clipped(block)
             mono = mixer(block)
             yield resampler.resample_chunk(mono) if resampler else mono
-        if resampler and decoded.given:
+        if resampler:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
         self._elapsed = begin + decoded.place / rate
         self._note(decoded, stream, rate, number, streams)

@@ -16,6 +16,7 @@ import torch
 from las_fast.config import Config
 from las_fast.data.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.data.dataset import SpeechDataset
+from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
@@ -178,7 +179,7 @@ def plan_course(frames: Lengths, config: Config) -> Course:
     first = min(data.short_epochs, epochs)
     if not first:
         return Course([(epochs, everything)])
-    seconds = np.asarray(frames) * config.features.shift_ms / 1000
+    seconds = seconds_of(np.asarray(frames), config.features)
     short = np.flatnonzero(seconds <= data.short_seconds)
     if not len(short):
         raise InputError(

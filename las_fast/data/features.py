@@ -118,9 +118,12 @@ def frame_sizes(config: FeatureConfig) -> tuple[int, int]:
     return round(config.sample_rate * config.window_ms / 1000), round(config.sample_rate * config.shift_ms / 1000)
 
 
-def shift_seconds(config: FeatureConfig) -> float:
-    """Return the seconds from one frame to the next: a whole number of samples, which may differ from shift_ms."""
-    return frame_sizes(config)[1] / config.sample_rate
+def seconds_of(frames, config: FeatureConfig):
+    """Return how many seconds a number or an array of frames lasts.
+
+    The shift is a whole number of samples, which may differ from shift_ms: at 22050 Hz 10 ms are 220.
+    """
+    return frames * frame_sizes(config)[1] / config.sample_rate
 
 
 def check_settings(config: FeatureConfig) -> None:

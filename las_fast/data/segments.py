@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import Statistics, normalise
-from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, shift_seconds
+from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, seconds_of
 from las_fast.data.silence import DECIBEL, band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
 
 LONGEST = 20.0  # seconds of a chunk
@@ -44,13 +44,12 @@ def segments(
     Segments do not depend on where the blocks end. statistics are those of the training data, for normalisation
     "global". A recording without speech yields nothing.
     """
-    seconds = shift_seconds(config)
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
+        begin, last = (seconds_of(first + frame, config) for frame in (0, len(chunk)))
         for speech, frames in _parts(chunk, config):
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
-            start, end = (frame * seconds for frame in speech)
-            last = len(chunk) * seconds
-            yield Speech(first * seconds + max(0.0, start - EDGE), first * seconds + min(end + EDGE, last), features)
+            start, end = (seconds_of(first + frame, config) for frame in speech)
+            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), features)
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:

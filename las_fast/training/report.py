@@ -70,9 +70,9 @@ def _read_config(run: Path) -> tuple[Config, str] | None:
 
 
 def _frame_seconds(config: Config) -> float:
-    from las_fast.data.features import shift_seconds  # imports torch
+    from las_fast.data.features import seconds_of  # imports torch
 
-    return shift_seconds(config.features) * config.model.listener.time_reduction
+    return seconds_of(config.model.listener.time_reduction, config.features)
 
 
 def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:

@@ -24,6 +24,7 @@ from las_fast.config import Config, to_tree
 from las_fast.data.augment import Augment
 from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
+from las_fast.data.features import seconds_of
 from las_fast.errors import InputError, Stopped, from_outside, lacks_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
@@ -168,7 +169,7 @@ class Trainer:
             for batch in batches:
                 self.batch_size = (batch.features.shape[0], batch.features.shape[1])
                 parts = self.train_step(batch.to(self.device))
-                self.pace.count(float(batch.feature_lengths.sum()) * self.config.features.shift_ms / 1000)
+                self.pace.count(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
                 self._show(bar, parts)
                 self.check_stop()
                 if self.owes_validation:

@@ -155,7 +155,7 @@ def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
     failing.from_here = size // 2
     assert f"{show(path)} cannot be read to its end (Input/output error)" in read(path)[1]
     failing.from_here = 0
-    refused(path, "X cannot be read (Input/output error)")
+    refused(put(tmp_path, JUNK), "X cannot be read (Input/output error)")
 
 
 class Failing:

@@ -365,6 +365,8 @@ def test_the_bands_that_are_compared_are_of_speech_and_above_a_telephones():
     hertz = np.fft.rfftfreq(512, 1 / RATE)
     assert hertz[judge.speech][[0, -1]].tolist() == [312.5, 3375.0] and judge.speech.sum() == 99
     assert hertz[judge.above][[0, -1]].tolist() == [4406.25, 7593.75] and judge.above.sum() == 103
+    judge, hertz = audio._Judge(25_600), np.fft.rfftfreq(512, 1 / 25_600)  # bins of 50 Hz
+    assert hertz[judge.speech][[0, -1]].tolist() == [350, 3350] and hertz[judge.above][[0, -1]].tolist() == [4450, 7550]
 
 
 def test_a_recording_is_wide_if_any_of_its_blocks_are():

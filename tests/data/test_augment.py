@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from las_fast.config import AugmentConfig
-from las_fast.data.augment import USES, Augment, change_speed, random_stream, speed_factors
+from las_fast.data.augment import Augment, change_speed, frames_at_speed, join_pairs, random_stream, speed_factors
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -119,9 +119,27 @@ def test_a_speed_that_was_drawn_before_is_taken_as_it_is():
 
 
 def test_no_two_uses_of_chance_share_random_numbers():
-    places = [(use, epoch, utterance) for use in USES for epoch in range(5) for utterance in range(5)]
+    uses = ("speed", "classes", "order", "masks", "joins")
+    places = [(use, epoch, utterance) for use in uses for epoch in range(5) for utterance in range(5)]
     draws = [random_stream(u, seed=1, epoch=e, utterance=i).integers(1 << 62) for u, e, i in places]
     assert len(set(draws)) == len(places)
+    for use in uses:
+        streams = random_stream(use, seed=1, epoch=2), random_stream(use, seed=1, epoch=2, utterance=0)
+        assert len({stream.integers(1 << 62) for stream in streams}) == 1
+        assert random_stream(use, seed=2, epoch=2).integers(1 << 62) not in draws
+
+
+def test_every_two_neighbours_are_joined_and_a_last_one_stays():
+    features = [torch.full((n, 2), float(n)) for n in range(1, 6)]
+    joined, texts = join_pairs(features, ["A", "B", "C", "D", "E"])
+    assert texts == ["A B", "C D", "E"]
+    assert [frames[:, 0].tolist() for frames in joined] == [[1] + 2 * [2], 3 * [3] + 4 * [4], 5 * [5]]
+
+
+@pytest.mark.parametrize(("frames", "factor", "left"), [(100, 0.8, 125), (100, 3.0, 33), (100, 1.5, 67), (2, 9.0, 1)])
+def test_frames_at_a_speed_are_rounded_and_one_at_least(frames, factor, left):
+    assert frames_at_speed(frames, factor) == left == len(change_speed(torch.ones(frames, 1), factor))
+    assert frames_at_speed(np.array([frames, 1]), factor).tolist() == [left, 1]
 
 
 def test_speed_is_linear_in_time_and_keeps_bins_apart():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -321,6 +322,15 @@ def test_a_course_has_the_settings_of_its_configuration():
     course, short = plan_course(lengths, config), np.flatnonzero(lengths <= 720)
     assert course.of(1).epoch(1) == BucketBatches(lengths, **options).epoch(1)
     assert course.of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
+
+
+def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
+    data = DataConfig(short_epochs=1, short_seconds=4.0)
+    config = Config(data=data, features=FeatureConfig(sample_rate=22_050))  # 220 samples a frame, of 220.5
+    course = plan_course(np.array([400, 401]), config)
+    assert course.of(0).epoch(0) == [[0]]
+    course = plan_course(np.array([400, 401]), replace(config, data=replace(data, short_seconds=4.002)))
+    assert sorted(sum(course.of(0).epoch(0), [])) == [0, 1]
 
 
 def test_a_course_knows_the_place_of_every_step():

@@ -17,7 +17,7 @@ from las_fast.data.features import (
     compute_features,
     filter_centres,
     frame_sizes,
-    shift_seconds,
+    seconds_of,
     speech_features,
 )
 from las_fast.errors import InputError
@@ -103,7 +103,8 @@ def test_only_whole_windows_are_frames(extra):
 @pytest.mark.parametrize(("rate", "samples"), [(16_000, 160), (11_025, 110), (22_050, 220)])
 def test_a_shift_is_a_whole_number_of_samples(rate, samples):
     config = FeatureConfig(sample_rate=rate)
-    assert frame_sizes(config)[1] == samples and shift_seconds(config) == samples / rate
+    assert frame_sizes(config)[1] == samples and seconds_of(1, config) == samples / rate
+    assert seconds_of(np.array([0, 57]), config).tolist() == [0, 57 * samples / rate]
 
 
 @pytest.mark.parametrize("samples", [1, 100, 399])
