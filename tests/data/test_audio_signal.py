@@ -241,6 +241,12 @@ def test_channels_that_cancel_for_a_hundredth_of_the_sound_are_told():
     assert mixer.sentences() == ["its channels cancel each other out (opposite phase); only the loudest is used there"]
 
 
+def test_channels_that_cancel_where_it_is_quiet_are_not_told(tmp_path):
+    left = waveform(1.0)
+    halves = [np.concatenate([0.01 * sign * left, left]) for sign in (1, -1)]
+    assert read(stereo_file(tmp_path, *halves))[1] == []
+
+
 def test_what_is_said_of_channels_is_said_once(tmp_path):
     left = waveform(1.0)
     data = encoded(np.stack([left, -left], 1), **WAV)
