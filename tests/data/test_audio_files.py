@@ -239,6 +239,11 @@ def test_a_file_that_begins_with_zeros_alone_is_no_silence(tmp_path):
             "copy it again")  # fmt: skip
 
 
+@pytest.mark.parametrize(("zeros", "said"), [(63, "give a wav, flac, ogg or mp3 file"), (64, "nothing but zeros")])
+def test_64_zeros_are_a_broken_copy(tmp_path, zeros, said):
+    assert said in refusal(put(tmp_path, bytes(zeros) + b"text " * 300))
+
+
 def test_a_format_that_ffmpeg_reads_is_named_with_the_command(tmp_path):
     refused(put(tmp_path, b"#!AMR\n" + bytes(100)), "X is AMR, which cannot be read; convert it: "
             "ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav")  # fmt: skip
