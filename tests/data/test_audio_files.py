@@ -99,15 +99,25 @@ def test_gaps_and_damage_are_told_by_the_part_that_has_them(tmp_path):
     told(put(tmp_path, GOOD + hurt), "part 2 of 2 of X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
 
 
-def test_damage_that_lasts_too_long_ends_the_recording(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "LONGEST_DAMAGE", 0.2)
+@pytest.mark.parametrize(("longest", "ends"), [(0.2, True), (4096 / RATE, False)])
+def test_damage_that_lasts_too_long_ends_the_recording(tmp_path, monkeypatch, longest, ends):
+    monkeypatch.setattr(audio, "LONGEST_DAMAGE", longest)
     flac = encoded(waveform(4.0), **FLAC)
     twice = bytearray(flac)
     for share in (0.3, 0.6):
         twice[int(share * len(flac)) : int(share * len(flac)) + 200] = bytes(200)
     samples, warnings = read(put(tmp_path, bytes(twice)))
-    assert 2 * RATE < len(samples) < 3 * RATE and len(warnings) == 2
-    assert "is damaged: 0.26 s" in warnings[0] and "cut off or damaged: after" in warnings[1]
+    if ends:
+        assert 2 * RATE < len(samples) < 3 * RATE and len(warnings) == 2
+        assert "is damaged: 0.26 s" in warnings[0] and "cut off or damaged: after" in warnings[1]
+    else:
+        assert len(samples) == 4 * RATE and len(warnings) == 1 and "is damaged: 0.51 s" in warnings[0]
+
+
+def test_damage_of_the_last_samples_is_a_missing_end(tmp_path):
+    flac = encoded(waveform(6 * 4096 / RATE), **FLAC)  # six blocks
+    told(put(tmp_path, flac[:-2000] + bytes(2000)),
+         "X is cut off or damaged: after 1.28 s of 1.54 s it cannot be read (flac decoder lost sync)")  # fmt: skip
 
 
 def test_a_part_reaches_over_damage_without_holding_more_than_it(tmp_path):
