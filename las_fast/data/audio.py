@@ -390,7 +390,7 @@ class _Decoded:
                     return np.zeros((length, self.sound.channels), np.float32)
                 finally:
                     again.close()
-        return np.zeros((0, self.sound.channels), np.float32)
+        return np.zeros(0, np.float32)
 
 
 def _check_sound(name: str, samples: np.ndarray) -> None:
