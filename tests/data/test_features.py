@@ -100,6 +100,16 @@ def test_only_whole_windows_are_frames(extra):
     assert len(frames) == 1 + extra // shift
 
 
+def test_samples_behind_the_last_whole_window_change_nothing():
+    config = FeatureConfig(window_ms=32.0)  # 512 samples, as many as are transformed
+    samples = waveform(0.1)
+    expected = compute_features([samples[:512], samples[512:1024]], config)
+    found = compute_features([samples[:671], samples[512:1024]], config)
+    assert [len(frames) for frames in found] == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(compute_features([samples[:671]], config)[0], expected[0])
+
+
 @pytest.mark.parametrize(("rate", "samples"), [(16_000, 160), (11_025, 110), (22_050, 220)])
 def test_a_shift_is_a_whole_number_of_samples(rate, samples):
     config = FeatureConfig(sample_rate=rate)
