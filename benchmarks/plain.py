@@ -46,7 +46,7 @@ class Baseline(nn.Module):
         attention = speller.attention
         self.key, self.value, self.query = map(copy.deepcopy, (attention.key, attention.value, attention.query))
         self.project, self.bias = copy.deepcopy(speller.project), copy.deepcopy(speller.bias)
-        self.register_buffer("forbidden", speller.never.clone())  # (V,), added to the logits
+        self.register_buffer("forbidden", speller.forbidden.clone())  # (V,), added to the logits
         self.sizes = [cell.size for cell in speller.cells]
         self.listener_dropout, self.speller_dropout = listener.dropout, speller.dropout
 

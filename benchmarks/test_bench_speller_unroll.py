@@ -32,7 +32,7 @@ def decoder(model: LAS, backend: str | None):
         plain = Plain(model)
         return plain, plain.spell
     speller = model.speller
-    return speller, lambda x, lengths, tokens: speller(speller.attention.remember(x, lengths), tokens, backend=backend)
+    return speller, lambda x, lengths, tokens: speller(speller.attention.project_memory(x, lengths), tokens, backend=backend)
 
 
 def make_pass(path: str, model: LAS, training: bool):

@@ -1,18 +1,18 @@
-"""las_fast: Listen, Attend and Spell, fast and proven.
+"""las_fast: Listen, Attend and Spell speech recognition.
 
     import las_fast
 
     model = las_fast.load("speech13h")
     print(model.transcribe("talk.mp3").text)
 
-Importing it is instant: torch is imported when a name that needs it is first used.
+The import is fast: torch is imported when a name that needs it is first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers take it for True; the module typing would be most of the time of the import
+TYPE_CHECKING = False  # True for type checkers; importing typing would take most of the import's time
 if TYPE_CHECKING:
     from typing import Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from las_fast.output.transcripts import Hypothesis, Segment, Transcript
     from las_fast.recogniser import Recogniser, load
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["LAS", "Hypothesis", "InputError", "Recogniser", "Segment", "Transcript", "__version__", "load", "ops"]
 
 _MODULES = {
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("las_fast.ops")
     value = getattr(import_module(f"las_fast.{_MODULES[name]}"), name)
-    globals()[name] = value  # the next use does not come here
+    globals()[name] = value  # so that the next use does not come here
     return value
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints: released weights as one safetensors file, training state as one file read without pickle's freedom."""
+"""Checkpoints, which are weights and settings in a safetensors file, and training states, which torch.load reads with
+weights_only."""
 
 from __future__ import annotations
 
@@ -15,39 +16,43 @@ from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
 from las_fast.data.dataset import Statistics
-from las_fast.errors import InputError, lacks_memory
-from las_fast.files import AVERAGED, BEST, LAST, nearest_path, utf8_path, write_atomically, write_tensors
+from las_fast.errors import InputError, is_out_of_memory
+from las_fast.files import AVERAGED, BEST, LAST, nearest_path_hint, utf8_path, write_atomically, write_tensors
 from las_fast.model.las import LAS
 from las_fast.text import Vocabulary
 
-FORMAT = "las_fast 1"  # of the files with weights
+FORMAT = "las_fast 1"  # of checkpoints, in their metadata
 RELEASED = Path(__file__).parent / "checkpoints"
-STATE = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # of last.pt
+STATE_KEYS = {"settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"}  # in last.pt
 
 
 class Loaded(NamedTuple):
-    """A model ready to decode, and what it was made with."""
+    """A model in eval mode with its settings and origin."""
 
     model: LAS
     config: Config
     vocabulary: Vocabulary
     statistics: Statistics | None
     path: Path
-    info: dict[str, Any]
+    info: dict[str, Any]  # from save_model
 
 
 def build_model(config: Config) -> LAS:
-    """Return a freshly initialised model for config."""
+    """Create a model with random weights."""
     vocabulary = Vocabulary(config.data.characters)
     return LAS(config.model, input_size=config.features.input_size, vocabulary_size=len(vocabulary))
 
 
 def save_model(path: str | Path, weights: dict, config: Config, statistics: Statistics | None, info: dict) -> None:
-    """Write weights (a state_dict) and everything needed to use them to one safetensors file.
+    """Write weights and everything needed to use them to one safetensors file, atomically.
 
     Args:
-        statistics: feature mean and std for normalisation "global", else None.
-        info: plain values worth keeping, such as epoch and dev scores.
+        weights: a state_dict.
+        statistics: feature mean and standard deviation for normalisation "global", else None.
+        info: JSON values to keep, such as the epoch and dev scores.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     tensors = {f"model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     if statistics is not None:
@@ -57,12 +62,16 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
 
 
 def released_models() -> list[str]:
-    """Return the names of the checkpoints in the package; NAME.lm.safetensors is the language model of one."""
+    """Return the names of the checkpoints in the package, without language models (NAME.lm.safetensors)."""
     return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Return the file that --checkpoint names: a file, a training folder's best, or a released model."""
+    """Return the checkpoint file for a --checkpoint value: a file, a run folder (its best), or a released model.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
     path = Path(name)
     if path.is_dir():
         for candidate in (BEST, AVERAGED):
@@ -70,7 +79,9 @@ def find_checkpoint(name: str | Path) -> Path:
                 return path / candidate
         raise InputError(f"{path} has no {BEST}; train it first, or wait for its first validation")
     if path.name == LAST:
-        raise InputError(f"{path} is what --resume reads; to decode, give the folder {path.parent} or {BEST} in it")
+        raise InputError(
+            f"{path} is a training state, for --resume; to decode, give the folder {path.parent} or {BEST} in it"
+        )
     if path.is_file():
         return path
     released = released_models()
@@ -78,17 +89,17 @@ def find_checkpoint(name: str | Path) -> Path:
         return RELEASED / f"{name}.safetensors"
     known = f"; released models: {', '.join(released)}" if released else ""
     near = difflib.get_close_matches(str(name), released, 1)
-    advice = f"; the nearest is {near[0]}" if near else nearest_path(path)
+    advice = f"; the nearest is {near[0]}" if near else nearest_path_hint(path)
     raise InputError(f"checkpoint {name} is neither a training folder nor a file{known}{advice}")
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:
-    """Load a model for decoding, in eval mode; raises InputError when it is missing, corrupt or made otherwise."""
+    """Load a model for decoding; raise InputError if it is missing, corrupt or not a las_fast checkpoint."""
     path = find_checkpoint(name)
     try:
         with utf8_path(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
@@ -110,43 +121,42 @@ def _info(text: str, path: Path) -> dict:
         info = json.loads(text)
         if isinstance(info, dict):
             return info
-    raise InputError(f"{path} is damaged: what it says of its training is not JSON; train again or copy it again")
+    raise InputError(f"{path} is damaged: its record of the training is not JSON; train again or copy it again")
 
 
 def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
-    """Copy weights into model; raises InputError naming the first that does not fit."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        ours, theirs = own.get(name), weights.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            sizes = [tuple(x.shape) if x is not None else "none" for x in (ours, theirs)]
+    """Copy a state_dict into the model; raise InputError naming the first tensor that does not fit."""
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        shapes = [tuple(x[name].shape) if name in x else "none" for x in (expected, weights)]
+        if shapes[0] != shapes[1]:
             raise InputError(
-                f"{path} does not fit the settings: {name} should be {sizes[0]}, the file has {sizes[1]}; "
-                "use the config.yaml that lies beside it"
+                f"{path} does not fit the settings: {name} should be {shapes[0]}, the file has {shapes[1]}; "
+                "use the config.yaml in the same folder"
             )
     model.load_state_dict(weights)
 
 
 def save_state(path: str | Path, state: dict) -> None:
-    """Write a training state (tensors, numbers, text and containers of them) to one file, atomically."""
+    """Write a training state (tensors, numbers, text and containers of them) to a file, atomically."""
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def load_state(path: str | Path) -> dict:
-    """Read what save_state wrote, on the CPU; raises InputError when it is missing or corrupt."""
+    """Read a training state from save_state onto the CPU; raise InputError if it is missing or corrupt."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist, so there is nothing to resume; start without --resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a damaged file in a dozen ways
-        if lacks_memory(error):
+    except Exception as error:  # torch raises a dozen types for damaged files
+        if is_out_of_memory(error):
             raise
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         reason = " ".join(str(error).split())[:80] or "it is cut off"
-        if isinstance(error, UnpicklingError):  # torch's own words are about how to load it all the same
+        if isinstance(error, UnpicklingError):  # torch's message suggests loading it unsafely
             reason = "it is another kind of file, or holds more than numbers and text"
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
-    if not isinstance(state, dict) or not state.keys() >= STATE:
+    if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
         raise InputError(f"{path} was not written by this version of las_fast; start again into a new folder")
     return state

@@ -1,4 +1,4 @@
-"""The console script `las-fast`, and what all commands share: settings on the command line, errors, exit statuses."""
+"""The console script `las-fast`, and the entry point of every command: errors, exit statuses, signals and streams."""
 
 from __future__ import annotations
 
@@ -9,36 +9,32 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from las_fast.errors import JSON_ESCAPES, InputError, Stopped, from_outside, mute, say_error, show
+from las_fast.errors import JSON_ESCAPES, InputError, Stopped, explain_error, mute, print_error, show
 from las_fast.progress import close_all
 from las_fast.system import tune_memory
 
-if TYPE_CHECKING:
-    pass
-
-
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 COMMANDS = {
-    "train": ("las_fast.train", "train a model on an archive, LibriSpeech or a manifest"),
+    "train": ("las_fast.train", "train a model"),
     "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
-    "transcribe": ("las_fast.transcribe", "write down what audio files say"),
-    "lm": ("las_fast.lm", "make a language model of text, for --lm of decode and transcribe"),
-    "tune": ("las_fast.tune", "find the best settings of the search on a development split"),
-    "export": ("las_fast.export", "a trained model as one small file, with the settings to decode with"),
-    "ops": ("las_fast.ops.__main__", "which fast paths work on this machine, and why not the others"),
-    "demo": ("las_fast.demo", "from nothing to a report: a spoken corpus, training, decoding"),
+    "transcribe": ("las_fast.transcribe", "transcribe audio files into text, JSON or subtitles"),
+    "lm": ("las_fast.lm", "estimate a language model from text, for --lm of decode and transcribe"),
+    "tune": ("las_fast.tune", "find the best search settings on a development split"),
+    "export": ("las_fast.export", "write a trained model and its decoding settings to one small file"),
+    "ops": ("las_fast.ops.__main__", "list the fast paths that work on this machine, and why others do not"),
+    "demo": ("las_fast.demo", "speak a corpus, train on it, decode it and write a report"),
 }
 
 
 def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
-    """Call main(argv) and end the process as all commands do.
+    """Call main(argv), and exit with an error status if it fails.
 
-    Bad input, and everything else that something outside the program causes, is one sentence after "error: " and
-    status 2. Ctrl-C ends with status 130, SIGTERM with 143, SIGHUP with 129, a reader of the output that has gone with
-    141. Faults of the program keep their traceback.
+    Bad input, and any other error from outside the program, prints one sentence after "error: " and exits with
+    status 2. Ctrl-C exits with 130, SIGTERM with 143, SIGHUP with 129, a closed output pipe with 141. Bugs keep their
+    traceback.
     """
     tune_memory()
     prepare_streams()
@@ -55,31 +51,31 @@ def _status(main: Callable[..., Any], argv: list[str] | None) -> int:
         finally:
             close_all()
         return _flush()
-    except SystemExit as end:  # of --help, or of a wrong option
+    except SystemExit as end:  # from --help or a wrong option
         status = _flush()
         if end.code == 0 and status:
             return status
         raise
     except KeyboardInterrupt as stop:
-        for s in STOPPING:  # another one must not disturb the end of the process
+        for s in STOP_SIGNALS:  # a second signal must not disturb the exit
             signal.signal(s, signal.SIG_IGN)
         signum = getattr(stop, "signum", signal.SIGINT)
-        say_error("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
+        print_error("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
         return 128 + signum
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of our output has exited, as in `| head`
         mute(sys.stdout)
         mute(sys.stderr)
         return 128 + signal.SIGPIPE
     except Exception as error:
-        sentence = from_outside(error)
+        sentence = explain_error(error)
         if sentence is None:
             raise
-        say_error(f"error: {show(sentence)}")
+        print_error(f"error: {show(sentence)}")
         return _flush() or 2
 
 
 def _flush() -> int:
-    """Flush stdout; return the exit status: 2, with a sentence, where it takes no more."""
+    """Flush stdout and return the exit status: 2, after printing an error, if stdout cannot be written."""
     try:
         sys.stdout.flush()
         return 0
@@ -87,49 +83,50 @@ def _flush() -> int:
         mute(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
-        mute(sys.stdout)  # or Python would try again at its end
-        say_error(f"error: standard output cannot be written ({error.strerror}); send it elsewhere")
+        mute(sys.stdout)  # or Python would flush again at exit, and fail
+        print_error(f"error: standard output cannot be written ({error.strerror}); send it elsewhere")
         return 2
 
 
 def prepare_streams() -> None:
-    """Have every print succeed: in any encoding, and where the standard streams were closed by the caller.
+    """Make print succeed in any encoding, and if the caller has closed the standard streams.
 
-    What an encoding lacks, and bytes of names that are not UTF-8, are escaped as in JSON: printed JSON stays JSON.
+    Characters that the encoding lacks, and bytes of names that are not UTF-8, are written as JSON escapes, so that
+    printed JSON stays valid.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets this number, which else the next file would get
+            os.open(os.devnull, os.O_RDWR)  # takes this number, or the next opened file would
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=JSON_ESCAPES)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows a line when it is printed, not pages later
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each line at once
 
 
-def need_stdout(instead: str) -> None:
-    """Raise InputError where standard output is closed, for a command that prints its results; `instead`: an option."""
+def require_stdout(instead: str) -> None:
+    """Raise InputError if standard output is closed; `instead` is the option that writes the results to a file."""
     if sys.__stdout__ is None:
         raise InputError(f"standard output is closed, so the results cannot be printed; give {instead}")
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within it, SIGTERM and SIGHUP raise Stopped, as Ctrl-C raises KeyboardInterrupt, so that cleaning up is done.
+    """Inside the `with` block, SIGTERM and SIGHUP raise Stopped, so that cleanup runs as after Ctrl-C.
 
-    What the caller has set to be ignored stays so: SIGHUP under nohup.
+    Signals that the caller ignores stay ignored, such as SIGHUP under nohup.
     """
 
     def stop(signum: int, frame: Any) -> None:
         for s in caught:
-            signal.signal(s, signal.SIG_IGN)  # a second one must not end the cleaning up
+            signal.signal(s, signal.SIG_IGN)  # a second signal must not end the cleanup
         raise Stopped(signum)
 
-    caught = {s: signal.getsignal(s) for s in STOPPING if s != signal.SIGINT}
+    caught = {s: signal.getsignal(s) for s in STOP_SIGNALS if s != signal.SIGINT}
     caught = {s: handler for s, handler in caught.items() if handler != signal.SIG_IGN}
     for s in caught:
         signal.signal(s, stop)
@@ -142,10 +139,10 @@ def stop_signals() -> Iterator[None]:
 
 
 def dispatch(argv: list[str] | None = None) -> None:
-    """Run the command that the first word names on the rest of them."""
+    """Run the command named by the first argument with the remaining arguments."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: las-fast COMMAND [options]\n\nListen, Attend and Spell: speech in, characters out.\n")
+        print("usage: las-fast COMMAND [options]\n\nListen, Attend and Spell speech recognition.\n")
         print("\n".join(f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()))
         print("\nlas-fast COMMAND --help lists a command's options.")
         return
@@ -162,5 +159,5 @@ def dispatch(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `las-fast` and of `python -m las_fast`."""
+    """Entry point of `las-fast` and `python -m las_fast`."""
     run(dispatch, argv)

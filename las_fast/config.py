@@ -308,9 +308,9 @@ def _from_plain(kind: type, text: plain_yaml.Plain) -> Any:
     if kind is str:
         value = str(text)
     elif kind is bool:
-        value = plain_yaml.truth(text)
+        value = plain_yaml.parse_bool(text)
     elif kind in (int, float):
-        value = plain_yaml.number(text, kind)
+        value = plain_yaml.parse_number(text, kind)
     return text if value is None else value
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from las_fast.cli import run
 from las_fast.config import DecodingConfig, DecodingSettings, check_decoding
 from las_fast.errors import InputError
-from las_fast.files import first_line, make_room
+from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.search.ngram import default_weight
 from las_fast.system import choose_device, give_large_blocks_back
@@ -75,11 +75,11 @@ def check_options(options: argparse.Namespace) -> None:
     if options.jsonl and options.jsonl.absolute() == options.out.absolute():
         raise InputError(f"--out and --jsonl are both {options.out}; give each a file of its own")
     inputs = (options.data, options.checkpoint, options.lm)
-    kind: dict[str, Any] = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "ours": is_submission}
-    make_room(options.out, "--out", inputs=inputs, **kind)
+    kind: dict[str, Any] = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "may_replace": is_submission}
+    prepare_output_file(options.out, "--out", inputs=inputs, **kind)
     if options.jsonl:
-        kind = {"what": "JSON, a line each,", "suffixes": (".jsonl", ".json", ".txt"), "ours": is_jsonl}
-        make_room(options.jsonl, "--jsonl", inputs=inputs, **kind)
+        kind = {"what": "JSON, a line each,", "suffixes": (".jsonl", ".json", ".txt"), "may_replace": is_jsonl}
+        prepare_output_file(options.jsonl, "--jsonl", inputs=inputs, **kind)
 
 
 def is_submission(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a person, not a programmer, is meant to read: bad input, and whatever else goes wrong outside the program."""
+"""Errors for the user rather than the programmer: bad input, and failures outside the program."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import signal
 import sys
 import traceback
 
-JSON_ESCAPES = "las_fast.json"  # error handler of encodings: \u00e9, which JSON reads too, for what cannot be encoded
-SHOWN = 120  # characters of a library's own message
+JSON_ESCAPES = "las_fast.json"  # encoding error handler: writes \u00e9, which JSON reads, for what cannot be encoded
+MAX_MESSAGE = 120  # characters quoted of another library's message
 
 
 class InputError(Exception):
-    """Bad data, settings or files; its text is one sentence: what was expected, what came, what to do.
+    """Bad data, settings or files. The message is one sentence: what was expected, what came, what to do.
 
     The commands print it after "error: " and end with exit status 2, without a traceback.
     """
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal other than Ctrl-C asked the program to end; `signum` is its number."""
+    """The program received a stop signal other than Ctrl-C; `signum` is its number."""
 
     def __init__(self, signum: int = signal.SIGINT):
         self.signum = signum
 
 
 def show(text: str | bytes | os.PathLike) -> str:
-    r"""Return a path, or text with paths in it, on one line of characters that can be printed.
+    r"""Return a path, or text with paths in it, as one line of printable characters.
 
-    A byte of a name that is not UTF-8 becomes \xe0, a control character \n or \x1b.
+    Bytes of names that are not UTF-8 become \xe0; control characters become \n or \x1b.
     """
     text = os.fsdecode(text)
-    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte is no printable character
+    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte is escaped below
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _json_escapes(error: UnicodeError) -> tuple[str, int]:
-    """Return the characters that cannot be encoded as JSON escapes them, and where to go on."""
+    """Return JSON escapes for the characters that cannot be encoded, and the position after them."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
@@ -50,8 +50,13 @@ def _json_escapes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(JSON_ESCAPES, _json_escapes)
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory does not suffice, on the CPU or the GPU."""
+# Phrases of torch's CPU allocator, CUDA outside torch, cuBLAS, C++ and oneDNN.
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed", "bad_alloc",
+             "could not create a primitive", "could not create a memory")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports that CPU or GPU memory ran out."""
     if isinstance(error, MemoryError):  # numpy's too
         return True
     text = str(error).lower()
@@ -62,44 +67,18 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
-# As the CPU's allocator says it, CUDA outside torch's own, libraries of products on a GPU, C++ and oneDNN.
-NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed", "bad_alloc",
-             "could not create a primitive", "could not create a memory")  # fmt: skip
-
-
-def from_outside(error: BaseException) -> str | None:
-    """Return the sentence for an error that something outside the program caused; None for one of its own faults.
-
-    This is the last resort: places that know more (which option, which file) raise InputError.
-    """
-    if isinstance(error, InputError):
-        return str(error)
-    if lacks_memory(error):
-        return "memory does not suffice; give smaller input, or run on a machine with more memory"
-    if isinstance(error, OSError):
-        return _system_error(error)
-    if isinstance(error, UnicodeError):
-        return f"a text or a name is not UTF-8 ({_short(error)}); save it as UTF-8 or rename the file"
-    if isinstance(error, RecursionError) and _raised_in(error, "yaml", "json"):
-        return "a file is nested too deeply to be read; give the file that was meant"
-    for kind, phrase, sentence in PHRASES:
-        if isinstance(error, kind) and phrase in str(error):
-            return sentence
-    return None
-
-
-# Errors of the standard library that are no OSError: type, what their text holds, sentence.
+# Errors of the standard library that are not OSErrors: type, phrase in the message, our sentence.
 PHRASES = (
     (RuntimeError, "home directory", "no home folder is known; set HOME, or write paths without ~"),
     (RuntimeError, "can't start new thread", "the system allows no more threads; raise ulimit -u"),
-    (ValueError, "embedded null", "a path holds a character of code 0; correct the settings or the manifest"),
+    (ValueError, "embedded null", "a path contains a NUL character; correct the settings or the manifest"),
 )
 
-# What to do about a system error; "{}" is the file, or what else is known of the place.
+# Sentences by errno; "{}" is the file name if known, else "input or output".
 ADVICE = {
     errno.ENOSPC: "no space is left on the disk ({}); free some",
     errno.EDQUOT: "the disk quota is used up ({}); free some space or write to another disk",
-    errno.EFBIG: "{} would be larger than a file may be here; write to another disk, or raise ulimit -f",
+    errno.EFBIG: "{} would exceed the file size limit; write to another disk, or raise ulimit -f",
     errno.EACCES: "{}: permission denied; change its permissions or give another path",
     errno.EPERM: "{}: operation not permitted; change its permissions or give another path",
     errno.EROFS: "{} lies on a read-only file system; give another path",
@@ -112,18 +91,39 @@ ADVICE = {
 }
 
 
-def _system_error(error: OSError) -> str:
+def explain_error(error: BaseException) -> str | None:
+    """Return one sentence for an error caused outside the program; None for a bug of the program.
+
+    This is the last resort: code that knows more (which option, which file) raises InputError.
+    """
+    if isinstance(error, InputError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "there is not enough memory; give smaller input, or run on a machine with more memory"
+    if isinstance(error, OSError):
+        return _explain_system_error(error)
+    if isinstance(error, UnicodeError):
+        return f"a text or a name is not UTF-8 ({_shorten(error)}); save it as UTF-8 or rename the file"
+    if isinstance(error, RecursionError) and _raised_in(error, "yaml", "json"):
+        return "a file is nested too deeply to be read; check that it is the intended file"
+    for kind, phrase, sentence in PHRASES:
+        if isinstance(error, kind) and phrase in str(error):
+            return sentence
+    return None
+
+
+def _explain_system_error(error: OSError) -> str:
     names = [show(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
     place = " and ".join(names)
     if error.errno in ADVICE and (place or not ADVICE[error.errno].startswith("{}")):
         return ADVICE[error.errno].format(place or "input or output")
-    reason = error.strerror or _short(error) or type(error).__name__
+    reason = error.strerror or _shorten(error) or type(error).__name__
     return f"{place}: {reason}; check the path" if place else f"a system call failed ({reason}); run again"
 
 
-def _short(error: BaseException) -> str:
+def _shorten(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:
@@ -132,7 +132,7 @@ def _raised_in(error: BaseException, *packages: str) -> bool:
 
 
 def mute(stream) -> None:
-    """Send what a standard stream still holds to the null device: it can no longer be written to."""
+    """Redirect a standard stream that cannot be written to the null device, pending output included."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -141,8 +141,8 @@ def mute(stream) -> None:
         pass
 
 
-def say_error(line: str) -> None:
-    """Print a line to stderr; where that cannot be written either, the exit status has to do."""
+def print_error(line: str) -> None:
+    """Print a line to stderr; if stderr cannot be written, mute it: the exit status still reports the error."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):

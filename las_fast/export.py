@@ -1,8 +1,7 @@
-"""python -m las_fast.export: a trained model as one small file to pass on, with the settings to decode with.
+"""python -m las_fast.export: write a trained model and its decoding settings to one small file.
 
-Weights are stored in float16 and computed with in float32 as before. Decoding settings given here become the file's
-own, which --checkpoint FILE then decodes with where nothing else is said. A language model that these settings use and
-that lies beside the checkpoint is copied beside the file.
+Weights are stored in float16; decoding still computes in float32. Decoding settings given here become the file's
+defaults. If they use a language model, and the checkpoint has one in its folder, it is copied along.
 """
 
 from __future__ import annotations
@@ -17,26 +16,28 @@ from typing import TYPE_CHECKING
 from las_fast.cli import run
 from las_fast.config import DecodingSettings, check
 from las_fast.errors import InputError
-from las_fast.files import make_room, safetensors_format
+from las_fast.files import prepare_output_file, safetensors_format
 from las_fast.options import Parser, as_file, parse_settings
 from las_fast.search.ngram import beside
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
+if TYPE_CHECKING:  # importing torch would slow down --help
     from torch import Tensor
 
     from las_fast.checkpoint import Loaded
 
 
 def parser() -> Parser:
-    own = Parser(prog="python -m las_fast.export", description=__doc__, add_help=False)
-    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--out", required=True, type=as_file, metavar="FILE.safetensors", help="the file to write")
-    return own
+    parser = Parser(prog="python -m las_fast.export", description=__doc__, add_help=False)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
+    )
+    parser.add_argument("--out", required=True, type=as_file, metavar="FILE.safetensors", help="file to write")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export; see --help."""
-    loaded: list[Loaded] = []  # made while parsing: the checkpoint brings the default settings
+    """Run the command; see --help."""
+    loaded: list[Loaded] = []  # filled while parsing: the default settings are the checkpoint's
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:
         from las_fast.checkpoint import load_model
@@ -52,44 +53,50 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_out(out: Path, checkpoint: Path) -> None:
-    """Raise InputError where the file must not be written: over the checkpoint, a training's own or something else."""
+    """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file."""
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
     from las_fast.search.ngram import is_lm
 
-    make_room(
+    prepare_output_file(
         out,
         "--out",
         inputs=(checkpoint,),
         what="a model",
         suffixes=(".safetensors",),
-        ours=lambda path: safetensors_format(path) == FORMAT,
+        may_replace=lambda path: safetensors_format(path) == FORMAT,
     )
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
     if os.path.isfile(beside(checkpoint)):
-        make_room(beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), ours=is_lm)
+        prepare_output_file(
+            beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), may_replace=is_lm
+        )
 
 
 def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
-    """Write the model with float16 weights and these decoding settings, and its language model where they use it.
+    """Write the model with float16 weights and these decoding settings, and the language model if they use one.
 
-    Returns the files written.
+    Returns:
+        the paths written.
+
+    Raises:
+        InputError: the settings do not fit the model, a weight exceeds float16, or a file cannot be written.
     """
     from las_fast.checkpoint import save_model
     from las_fast.files import write_atomically
 
     config = check(replace(loaded.config, decoding=settings.decoding))
-    weights = {name: in_half(name, value) for name, value in loaded.model.state_dict().items()}
+    weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
-    theirs, ours = beside(loaded.path), beside(out)
-    if not settings.decoding.ngram_weight or not os.path.isfile(theirs) or theirs.resolve() == ours.resolve():
+    lm, lm_out = beside(loaded.path), beside(out)
+    if not settings.decoding.ngram_weight or not os.path.isfile(lm) or lm.resolve() == lm_out.resolve():
         return [out]
-    write_atomically(ours, lambda path: shutil.copyfile(theirs, path))
-    return [out, ours]
+    write_atomically(lm_out, lambda path: shutil.copyfile(lm, path))
+    return [out, lm_out]
 
 
-def in_half(name: str, value: Tensor) -> Tensor:
-    """Return a tensor in float16; raise InputError where that cannot hold it."""
+def to_float16(name: str, value: Tensor) -> Tensor:
+    """Convert a weight to float16; raise InputError if it overflows. `name` is for the error."""
     half = value.half()
     if not half.isfinite().all():
         raise InputError(f"{name} holds {float(value.abs().max()):g}, more than float16 can; the model has diverged")

@@ -28,7 +28,7 @@ import numpy as np
 
 from las_fast.cli import run
 from las_fast.errors import InputError
-from las_fast.files import make_room
+from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import track
 from las_fast.search.ngram import (
@@ -43,7 +43,7 @@ from las_fast.search.ngram import (
     perplexity,
     save_lm,
 )
-from las_fast.text import CHARACTERS, Vocabulary, lost_digits, normalise_text
+from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     pass
@@ -108,7 +108,7 @@ class Sentences:
         texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
         for text in track(texts, "counting", "sentences"):
             text = text.strip()
-            if lost_digits(text, self.characters):  # how they are read aloud is not known
+            if has_lost_digits(text, self.characters):  # how they are read aloud is not known
                 self.with_digits += 1
                 continue
             if not allowed.issuperset(text):
@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_order(options.order, V)
-    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "ours": is_lm}
-    make_room(options.out, "--out", inputs=options.texts, **kind)
+    kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
+    prepare_output_file(options.out, "--out", inputs=options.texts, **kind)
     sentences = Sentences(options.texts, options.characters, options.split)
     most, held = count_apart(sentences, options.characters, options.order)
     if not sentences.kept:

@@ -1,6 +1,6 @@
-"""Words of the command line: a command's own options, and any field of the settings, such as --training.epochs 3.
+"""The command line: a command's own options, and any field of the settings, such as --training.epochs 3.
 
-A wrong word ends the command with status 2 and one sentence after "error: " that names the nearest right one.
+A wrong argument ends the command with status 2 and one sentence after "error: " that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from las_fast.config import Config, from_tree, to_tree
 from las_fast.errors import InputError, show
-from las_fast.plain_yaml import Plain, number, truth
+from las_fast.plain_yaml import Plain, parse_bool, parse_number
 
 Settings = TypeVar("Settings")
 
+TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse.ArgumentParser whose errors are sentences; `fields` are the settings that a command also takes."""
+    """argparse.ArgumentParser with errors in one sentence; `fields` are the settings that the command also takes."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -38,69 +40,66 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         options, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(self.unknown(rest[0]))
+            self.error(self.unknown_option(rest[0]))
         return options
 
     def error(self, message: str) -> NoReturn:
-        """Print the sentence and end with status 2; what argparse says is put in the words of this program."""
+        """Print the error, with argparse's messages rewritten, and exit with status 2."""
         self.exit(2, f"error: {show(self._sentence(message))}\n")
 
-    def unknown(self, word: str) -> str:
-        """Return the sentence about a word that is no option."""
+    def unknown_option(self, word: str) -> str:
+        """Return the error message for an argument that is not an option."""
         if not word.startswith("-"):
             return f"{word!r} belongs to no option; see --help"
         name = word.partition("=")[0]
-        return f"there is no option {name}; the nearest is {nearest_option(name, self.names())}"
+        return f"there is no option {name}; the nearest is {nearest_option(name, self.option_names())}"
 
-    def names(self) -> list[str]:
-        """Return all options, the command's own first."""
+    def option_names(self) -> list[str]:
+        """Return the names of all options, the command's own before the settings."""
         return [*self._option_string_actions, *(f"--{field}" for field in self.fields)]
 
     def _sentence(self, message: str) -> str:
-        if found := re.match(r"the following arguments are required: (.*)", message):
+        if match := re.match(r"the following arguments are required: (.*)", message):
             if wrong := self._misspelt():
-                return self.unknown(wrong)
-            return f"{found[1]} must be given; see --help"
-        if found := re.match(r"argument (\S+?)(?:/\S+)?: (.*)", message, re.DOTALL):
-            return self._value_sentence(found[1], found[2])
+                return self.unknown_option(wrong)
+            return f"{match[1]} must be given; see --help"
+        if match := re.match(r"argument (\S+?)(?:/\S+)?: (.*)", message, re.DOTALL):
+            return self._value_sentence(match[1], match[2])
         return message
 
     def _value_sentence(self, option: str, problem: str) -> str:
-        if found := re.match(r"invalid (\w+) value: (.*)", problem, re.DOTALL):
-            return f"{option} must be {KINDS.get(found[1], found[1])}; got {found[2]}"
-        if found := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", problem, re.DOTALL):
-            choices = [choice.strip("'") for choice in found[2].split(", ")]
-            return wrong_choice(option, found[1], choices)
+        if match := re.match(r"invalid (\w+) value: (.*)", problem, re.DOTALL):
+            return f"{option} must be {TYPE_NAMES.get(match[1], match[1])}; got {match[2]}"
+        if match := re.match(r"invalid choice: '(.*)' \(choose from (.*)\)", problem, re.DOTALL):
+            choices = [choice.strip("'") for choice in match[2].split(", ")]
+            return wrong_choice(option, match[1], choices)
         if problem.startswith("expected"):
             return f"{option} needs a value ({problem.replace('argument', 'value')}); see --help"
         return f"{option}: {problem}"
 
     def _misspelt(self) -> str:
-        """Return the first word that looks like an option and is none, or ""."""
+        """Return the first argument that looks like an option but is not one, or ""."""
         flags = (word.partition("=")[0] for word in self._words if _is_name(word))
         return next((flag for flag in flags if not self.knows(flag)), "")
 
     def knows(self, flag: str) -> bool:
-        """Return whether there is an option or a field of that name; items of a list are counted by numbers."""
+        """Return whether an option or setting has that name; any index of a list matches."""
         field = re.sub(r"\.\d+\.", ".0.", flag[2:].replace("_", "-"))
         return flag in self._option_string_actions or field in self.fields
 
 
-KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False"}
-
-
 def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
-    """Return the sentence about a value that is none of the choices."""
+    """Return the error message for a value that is not one of the choices."""
     near = difflib.get_close_matches(value.lower(), [*choices], 1)
     advice = f"; the nearest is {near[0]}" if near else ""
     return f"{option} must be one of {', '.join(choices)}; got {value!r}{advice}"
 
 
 def nearest_option(name: str, names: Iterable[str]) -> str:
-    """Return the name that is most like an unknown one; a field's own name, without its section, is enough."""
-    names, plain = [*names], name.replace("_", "-")
-    fields = [known for known in names if known.rpartition(".")[2] == plain.lstrip("-").rpartition(".")[2]]
-    return fields[0] if fields else difflib.get_close_matches(plain, names, 1, cutoff=0.0)[0]
+    """Return the known name most similar to an unknown one; a field's name without its section counts as a match."""
+    names, dashed = [*names], name.replace("_", "-")
+    fields = [known for known in names if known.rpartition(".")[2] == dashed.lstrip("-").rpartition(".")[2]]
+    return fields[0] if fields else difflib.get_close_matches(dashed, names, 1, cutoff=0.0)[0]
 
 
 def parse_settings(
@@ -110,23 +109,23 @@ def parse_settings(
     *,
     kind: type = Config,
 ) -> tuple[argparse.Namespace, Settings]:
-    """Read parser's own options, then any field of the settings, such as --training.epochs 3.
+    """Parse the parser's own options, then any field of the settings, such as --training.epochs 3.
 
     Args:
-        parser:   made with add_help=False; without positional arguments.
-        argv:     words after the command; None takes the process's.
-        defaults: called with parser's options; returns the settings that the remaining words change.
+        parser:   created with add_help=False; without positional arguments.
+        argv:     arguments after the command; by default those of the process.
+        defaults: takes the parsed options and returns the settings that the remaining arguments change.
         kind:     dataclass whose fields --help lists.
 
-    Exits with status 2 after naming the nearest option or field where a word is none.
+    Exits with status 2 if an argument is unknown, after naming the nearest option or field.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser.allow_abbrev = False  # an abbreviation could be the beginning of a field
+    parser.allow_abbrev = False  # an abbreviation could be the start of a field name
     parser.fields = tuple(field_names(to_tree(kind())))
     if {"-h", "--help"} & set(argv):
         _print_help(parser, kind)
     options, rest = parser.parse_known_args(argv)
-    check_names(parser, rest)  # before a model is loaded for the defaults
+    check_names(parser, rest)  # before `defaults` loads a model
     return options, change(parser, defaults(options), rest)
 
 
@@ -139,7 +138,7 @@ def _print_help(parser: Parser, kind: type) -> None:
 
 
 def field_names(tree: Any, name: str = "") -> Iterator[str]:
-    """Yield the names of all settings as options have them, such as training.teacher-forcing.0.end."""
+    """Yield the names of all settings in option form, such as training.teacher-forcing.0.end."""
     if isinstance(tree, list) and tree and isinstance(tree[0], dict):
         tree = {str(i): item for i, item in enumerate(tree)}
     if not isinstance(tree, dict):
@@ -150,16 +149,16 @@ def field_names(tree: Any, name: str = "") -> Iterator[str]:
 
 
 def check_names(parser: Parser, words: list[str]) -> None:
-    """End with status 2 at the first word that is neither the name of a setting nor a value of one."""
+    """Exit with status 2 at the first argument that is neither the name of a setting nor a value of one."""
     if words and not _is_name(words[0]):
-        parser.error(parser.unknown(words[0]))
+        parser.error(parser.unknown_option(words[0]))
     for word in filter(_is_name, words):
         if not parser.knows(word.partition("=")[0]):
-            parser.error(parser.unknown(word))
+            parser.error(parser.unknown_option(word))
 
 
 def change(parser: Parser, start: Settings, words: list[str]) -> Settings:
-    """Return the settings with the fields changed that words name; end with status 2 where a value is none."""
+    """Return `start` with the fields changed that `words` set; exit with status 2 on an invalid value."""
     tree = to_tree(start)
     names = set(field_names(tree))
     words = [*words]
@@ -189,7 +188,7 @@ def _missing_item(field: str, tree: Any) -> str:
 
 
 def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) -> None:
-    """Change the field at path of a tree of `kind` to what the words `values` say."""
+    """Set the field at `path` in `tree`, the plain form of dataclass `kind`, to the arguments `values`."""
     first: Any = path[0]
     rest = path[1:]
     if dataclasses.is_dataclass(kind):
@@ -208,7 +207,7 @@ def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) 
 
 
 def _value(kind: Any, word: str, option: str) -> Any:
-    """Return a word as a value of `kind`, as a settings file would have it."""
+    """Convert an argument to `kind` by the rules of settings files."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if word not in choices:
@@ -216,14 +215,14 @@ def _value(kind: Any, word: str, option: str) -> Any:
         return word
     if kind is str:
         return word
-    value = truth(Plain(word)) if kind is bool else number(Plain(word), kind)
+    value = parse_bool(Plain(word)) if kind is bool else parse_number(Plain(word), kind)
     if value is None:
-        raise InputError(f"{option} must be {KINDS[kind.__name__]}; got {word!r}")
+        raise InputError(f"{option} must be {TYPE_NAMES[kind.__name__]}; got {word!r}")
     return value
 
 
 def as_path(word: str) -> Path:
-    """Return a path of the command line, with ~ replaced where the shell has not done it, as in --out=~/run."""
+    """Convert an argument to a path, and expand ~ where the shell does not, as in --out=~/run."""
     from las_fast.files import expand
 
     if not word:
@@ -235,7 +234,7 @@ def as_path(word: str) -> Path:
 
 
 def as_file(word: str) -> Path:
-    """Return a path of the command line that names a file to write; one that ends in a slash names a folder."""
+    """Convert an argument to the path of an output file; a trailing slash is an error, since it names a folder."""
     if word.endswith(os.sep):
         raise argparse.ArgumentTypeError(f"{word} is a folder; give the name of a file to write")
     return as_path(word)

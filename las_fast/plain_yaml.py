@@ -1,7 +1,7 @@
-"""YAML as people mean it: a plain word or number keeps its text, and the setting that it is for says what it means.
+"""YAML without guessed types: an unquoted value keeps its text until its setting's type is known.
 
-YAML 1.1, which PyYAML reads, takes 010 for 8, 1:30 for 90, no for False and 2020-01-01 for a date. Here each plain
-value is a `Plain`, which `number` and `truth` turn into what a setting wants, or refuse. A key may be there once.
+YAML 1.1, which PyYAML reads, turns 010 into 8, 1:30 into 90, no into False and 2020-01-01 into a date. Here every
+unquoted value is a `Plain` string, which `parse_number` and `parse_bool` convert or reject. Duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from las_fast.errors import InputError
 
 
 class Plain(str):
-    """A value that is written without quotes, as it is written; `line` is where."""
+    """An unquoted value as written; `line` is its line number, or 0 if unknown."""
 
     line: int
 
@@ -26,22 +26,24 @@ class Plain(str):
         return self
 
     def __repr__(self) -> str:
-        return str(self) if TYPED.fullmatch(self) else super().__repr__()
+        return str(self) if NOT_TEXT.fullmatch(self) else super().__repr__()
 
 
-TYPED = re.compile(r"[-+.\d][-+.\d_:eExXobaAinfNF]*|true|false|yes|no|on|off", re.IGNORECASE)  # shown without quotes
-WHOLE = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-REAL = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
-SPECIAL = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
-TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-EMPTY = ("", "~", "null", "Null", "NULL")
+NOT_TEXT = re.compile(
+    r"[-+.\d][-+.\d_:eExXobaAinfNF]*|true|false|yes|no|on|off", re.IGNORECASE
+)  # printed without quotes
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+FLOAT = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NULLS = ("", "~", "null", "Null", "NULL")
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring, _short.maxother = 2, 4, 4, 80, 80
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own name): nothing is guessed from its looks
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's name): no guessed types
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: dict[str, int] = {}
@@ -57,17 +59,20 @@ def _plain(loader: _Loader, node: yaml.ScalarNode) -> Any:
     text = loader.construct_scalar(node)
     if node.style is not None:  # it is quoted
         return text
-    return None if text in EMPTY else Plain(text, node.start_mark.line + 1)
+    return None if text in NULLS else Plain(text, node.start_mark.line + 1)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _plain)
 
 
 def load(text: str, where: str) -> Any:
-    """Return the dicts, lists, texts and Plain values of a YAML document, None where it is empty.
+    """Parse a YAML document into dicts, lists, strings and Plain values; an empty one is None.
+
+    Args:
+        where: name of the document, for errors.
 
     Raises:
-        InputError: it is not YAML, sets a key twice, or is nested too deeply; `where` names it.
+        InputError: the text is not YAML, sets a key twice, or is nested too deeply.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader  # noqa: S506
@@ -75,15 +80,21 @@ def load(text: str, where: str) -> Any:
         raise InputError(f"{where}: {error}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deeply; give a file of settings") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:  # of explicit tags too
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # explicit tags raise any of these
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def number(text: Plain, kind: type) -> int | float | None:
-    """Return a plain value as a number of `kind`, None where it is none or could mean several."""
-    if kind is float and text.lower() in SPECIAL:
-        return float(SPECIAL[text.lower()])
-    if not (WHOLE if kind is int else REAL).fullmatch(text):
+def parse_number(text: Plain, kind: type) -> int | float | None:
+    """Convert an unquoted value to int or float (`kind`); None if it is not one, or ambiguous like 010."""
+    if kind is float and text.lower() in SPECIAL_FLOATS:
+        return float(SPECIAL_FLOATS[text.lower()])
+    if not (INTEGER if kind is int else FLOAT).fullmatch(text):
         return None
     try:
         return kind(text)
@@ -91,13 +102,13 @@ def number(text: Plain, kind: type) -> int | float | None:
         return None
 
 
-def truth(text: Plain) -> bool | None:
-    """Return a plain value as true or false, None where it is neither."""
-    return TRUTHS.get(text.lower())
+def parse_bool(text: Plain) -> bool | None:
+    """Convert an unquoted value to True or False; None if it is neither."""
+    return BOOLS.get(text.lower())
 
 
 def got(value: Any) -> str:
-    """Return a value for an error, short whatever it is, with its line where that is known."""
+    """Format a value for an error: short, and with its line number if known."""
     shown = repr(value) if isinstance(value, Plain) and len(value) <= 80 else _short.repr(value)
     line = getattr(value, "line", 0)
     return f"{shown} (line {line})" if line else shown

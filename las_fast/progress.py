@@ -1,15 +1,15 @@
-"""Progress of long loops: a bar where stderr is a terminal, a plain line now and then where it is a file or a pipe.
+"""Progress of long loops: a bar if stderr is a terminal, occasional plain lines if it is a file or a pipe.
 
-    with progress(len(files), "reading", "files") as shown:
+    with progress(len(files), "reading", "files") as bar:
         for file in files:
             ...
-            shown.update()
+            bar.update()
 
     for file in track(files, "reading", "files"):
         ...
 
-A plain line reads "reading: 45% (54 of 120 files), 12 s left" and comes at most once in 10% and in 2 seconds, so that
-short loops leave nothing in a log. Lines never hold a carriage return.
+A plain line reads "reading: 45% (54 of 120 files), 12 s left". Lines are at least 10% and 2 seconds apart, so that
+short loops leave nothing in a log, and never contain a carriage return.
 """
 
 from __future__ import annotations
@@ -23,37 +23,39 @@ from typing import Any, TextIO, TypeVar
 
 Item = TypeVar("Item")
 
-SHARE = 0.1  # of the total between two plain lines
-SECONDS = 2.0  # between two plain lines; they are twice as far apart each time where the total is unknown
+MIN_SHARE = 0.1  # of the total between two plain lines
+MIN_SECONDS = 2.0  # between two plain lines; doubles after each line if the total is unknown
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
-ENDLESS = "{desc}: {n:.0f} {unit} [{elapsed}{postfix}]"
+BAR_WITHOUT_TOTAL = "{desc}: {n:.0f} {unit} [{elapsed}{postfix}]"
 
-_open: list[Progress] = []  # bars and counts that are on the screen now
+_open: list[Progress] = []  # not closed yet
 
 
 class Progress:
-    """What `progress` returns: a count that is shown. Close it, or use it in a `with` statement."""
+    """A displayed count, made by `progress`. Close it, or use it in a `with` statement."""
 
     def __init__(self, total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True):
         self.total, self.what, self.unit = total, what, unit
         self.n = self._start = self._shown_at = done
         self._began = self._last = time.monotonic()
-        self._gap, self._has_spoken, self._note = SECONDS, False, ""
+        self._min_gap, self._has_printed, self._note = MIN_SECONDS, False, ""
         self._stream = sys.stderr if show else None
         self._bar = self._make_bar() if show and _is_terminal(sys.stderr) else None
         _open.append(self)
 
     def update(self, n: float = 1) -> None:
-        """Count n more."""
-        self.n = self.n + n if self.total is None else min(self.n + n, self.total)  # sums of floats may pass the total
+        """Add n to the count."""
+        self.n = (
+            self.n + n if self.total is None else min(self.n + n, self.total)
+        )  # a sum of floats may exceed the total
         if self._bar is not None:
-            with self._giving_up():
+            with self._ignoring_errors():
                 self._bar.update(self.n - self._bar.n)
         elif self._stream is not None and self._is_due():
-            self._say(self._line())
+            self._print(self._line())
 
     def note(self, text: str) -> None:
-        """Show `text` behind the count, as of the next time it is drawn."""
+        """Show `text` after the count from the next redraw on."""
         self._note = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -63,15 +65,15 @@ class Progress:
         write(line, file=file)
 
     def close(self) -> None:
-        """Take the bar off the screen; end the plain lines, where there were any, with the whole time."""
+        """Remove the bar; if plain lines were printed, print a last one with the total time."""
         if self not in _open:
             return
         _open.remove(self)
         if self._bar is not None:
-            with self._giving_up():
+            with self._ignoring_errors():
                 self._bar.close()
-        elif self._has_spoken and self.n == self.total:
-            self._say(f"{self._count()} in {_duration(time.monotonic() - self._began)}")
+        elif self._has_printed and self.n == self.total:
+            self._print(f"{self._count()} in {_duration(time.monotonic() - self._began)}")
 
     def __enter__(self) -> Progress:
         return self
@@ -82,25 +84,25 @@ class Progress:
     def _make_bar(self) -> Any:
         from tqdm import tqdm
 
-        form = ENDLESS if self.total is None else BAR
+        form = BAR_WITHOUT_TOTAL if self.total is None else BAR
         assert self._stream is not None
-        known = os.get_terminal_size(self._stream.fileno()).columns > 0  # some terminals do not know their width
-        width = {"dynamic_ncols": True} if known else {"ncols": 80}
+        has_width = os.get_terminal_size(self._stream.fileno()).columns > 0  # some terminals report 0
+        width = {"dynamic_ncols": True} if has_width else {"ncols": 80}
         return tqdm(total=self.total, desc=self.what, initial=self.n, unit=self.unit, bar_format=form,
                     file=self._stream, leave=False, **width)  # fmt: skip
 
     def _is_due(self) -> bool:
-        if time.monotonic() - self._last < self._gap or self.n == self.total:
+        if time.monotonic() - self._last < self._min_gap or self.n == self.total:
             return False
-        return self.total is None or self.n - self._shown_at >= SHARE * self.total
+        return self.total is None or self.n - self._shown_at >= MIN_SHARE * self.total
 
     def _line(self) -> str:
         note = f"; {self._note}" if self._note else ""
         if self.total is None:
-            self._gap *= 2
+            self._min_gap *= 2
             return f"{self._count()}{note}"
-        spent = time.monotonic() - self._began
-        left = spent * (self.total - self.n) / (self.n - self._start)  # at least SHARE of the total is done
+        elapsed = time.monotonic() - self._began
+        left = elapsed * (self.total - self.n) / (self.n - self._start)  # at least MIN_SHARE of the total is done
         return f"{self._count()}, {_duration(left)} left{note}"
 
     def _count(self) -> str:
@@ -109,14 +111,14 @@ class Progress:
         share = 100 * self.n / self.total
         return f"{self.what}: {int(share)}% ({self.n:.0f} of {self.total:.0f} {self.unit})"
 
-    def _say(self, line: str) -> None:
-        self._last, self._shown_at, self._has_spoken = time.monotonic(), self.n, True
-        with self._giving_up():
+    def _print(self, line: str) -> None:
+        self._last, self._shown_at, self._has_printed = time.monotonic(), self.n, True
+        with self._ignoring_errors():
             print(line, file=self._stream, flush=True)
 
     @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """Show nothing more where that fails: a full disk or a terminal that was closed must not end the work."""
+    def _ignoring_errors(self) -> Iterator[None]:
+        """Stop showing progress if printing fails: a full disk or a closed terminal must not end the work."""
         try:
             yield
         except (OSError, ValueError):
@@ -124,14 +126,14 @@ class Progress:
 
 
 def progress(total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True) -> Progress:
-    """Return a count towards `total`, shown on stderr until it is closed.
+    """Show a count towards `total` on stderr until it is closed.
 
     Args:
-        total: how many there will be, done ones counted; None where that is not known.
-        what:  what is being done, such as "reading dev".
-        unit:  what is counted, in the plural.
-        done:  how many were done before.
-        show:  False shows nothing.
+        total: final count, `done` included; None if unknown.
+        what:  the activity, such as "reading dev".
+        unit:  the items counted, in the plural.
+        done:  count at the start.
+        show:  whether to show anything.
     """
     return Progress(total, what, unit, done=done, show=show)
 
@@ -139,18 +141,18 @@ def progress(total: float | None, what: str, unit: str, *, done: float = 0, show
 def track(
     items: Iterable[Item], what: str, unit: str, *, total: float | None = None, show: bool = True
 ) -> Iterator[Item]:
-    """Yield the items and show how many were taken; total: how many there are, where len(items) does not say it."""
+    """Yield the items and show how many were taken; `total` is their number if len(items) is not available."""
     total = len(items) if total is None and isinstance(items, Sized) else total
-    with progress(total, what, unit, show=show) as shown:
+    with progress(total, what, unit, show=show) as bar:
         for item in items:
             yield item
-            shown.update()
+            bar.update()
 
 
 def write(line: str, *, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print a line to `file` (default stdout) above whatever bars are shown."""
+    """Print a line to `file` (default stdout) above the bars."""
     file = file or sys.stdout
-    if any(shown._bar is not None for shown in _open):
+    if any(bar._bar is not None for bar in _open):
         from tqdm import tqdm
 
         tqdm.write(line, file=file, end=end)
@@ -159,15 +161,15 @@ def write(line: str, *, file: TextIO | None = None, end: str = "\n") -> None:
 
 
 def close_all() -> None:
-    """Close every count that is still open, so that what is printed next begins its own line."""
-    for shown in reversed(tuple(_open)):
-        shown.close()
+    """Close all open bars, so that the next print starts on its own line."""
+    for bar in reversed(tuple(_open)):
+        bar.close()
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
     try:
         return stream is not None and stream.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # closed
         return False
 
 

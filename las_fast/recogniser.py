@@ -1,4 +1,4 @@
-"""A trained model as an object: recordings into transcripts, features into hypotheses. The commands use it too.
+"""The Python API: a trained model that transcribes recordings and decodes features. The commands use it too.
 
 model = las_fast.load("speech13h")
 print(model.transcribe("talk.mp3").text)
@@ -33,7 +33,7 @@ from las_fast.output.transcripts import (
     Hypothesis,
     Segment,
     Transcript,
-    joined,
+    join_texts,
     noise_warning,
 )
 from las_fast.search import beam, dataset
@@ -46,35 +46,35 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 Array = np.ndarray | Tensor
 LanguageModel = StrPath | Literal[False] | None
-Item = TypeVar("Item")  # a recording, of whatever type
+Item = TypeVar("Item")  # a recording
 
 
 def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogniser:
     """Load a trained model.
 
     Args:
-        checkpoint: name of a released model ("speech13h", "an4"), folder of a training, or a file that one wrote.
-        device:     "cpu", "cuda", "cuda:1"; "auto" is CUDA where there is one.
+        checkpoint: released model ("speech13h", "an4"), run folder, or checkpoint file.
+        device:     "cpu", "cuda", "cuda:1", or "auto": CUDA if available, else the CPU.
 
     Raises:
-        InputError: there is no such model or device, or the file is damaged.
+        InputError: the model or the device does not exist, or the file is damaged.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise InputError(f"a checkpoint is the name of a released model or a path; got {_kind(checkpoint)}")
-    where = choose_device(str(device), "device=")
-    return Recogniser(load_model(os.fspath(checkpoint), where), where)
+    chosen = choose_device(str(device), "device=")
+    return Recogniser(load_model(os.fspath(checkpoint), chosen), chosen)
 
 
 class Decoder(NamedTuple):
-    """What a search needs besides the model."""
+    """Settings and tensors of a search besides the model; see las_fast.search.beam.beam_search."""
 
     config: DecodingConfig
-    ngram: Tensor | None  # as in las_fast.search.beam.beam_search
-    packed: Tensor | None
+    ngram: Tensor | None  # (V ** (order - 1), V) n-gram table
+    packed: Tensor | None  # weights in the layout of the C++ search
 
 
 class Utterances:
-    """Features (T, input_size) as the model takes them, as las_fast.search.dataset.decode_dataset wants a data set."""
+    """Model inputs (T, input_size) in memory, with the interface that las_fast.search.dataset.decode_dataset needs."""
 
     def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
         self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
@@ -90,21 +90,20 @@ class Utterances:
 class Recogniser:
     """A trained model that transcribes recordings and decodes features; `las_fast.load` makes one.
 
-    Threads may share it. What a search needs besides the weights (the table of the language model, and the weights in
-    the order in which C++ reads them) is made by the first call and kept, so the weights must not be changed.
+    Threads may share it. The first call caches the n-gram table and a copy of the weights for the C++ search, so the
+    weights must not be changed afterwards.
 
-    Attributes:
-        loaded: the network, its settings and its vocabulary.
-        device: that it runs on.
-
-    lm_option stands before the name of a language model in errors.
+    Args:
+        loaded:    the network, its settings and its vocabulary.
+        device:    where the network is.
+        lm_option: text before the name of a language model in errors.
     """
 
     def __init__(self, loaded: Loaded, device: torch.device, *, lm_option: str = "lm="):
         self.loaded, self.device, self._lm_option = loaded, device, lm_option
         self._lock = threading.Lock()
-        self._table: tuple[Any, Tensor | None, DecodingConfig] | None = None  # of the last language model, and its key
-        self._packed: dict[str, Tensor | None] = {}  # by precision
+        self._ngram_cache: tuple[Any, Tensor | None, DecodingConfig] | None = None  # key, n-gram table, settings
+        self._packed: dict[str, Tensor | None] = {}  # precision -> weights for the C++ search
 
     def __repr__(self) -> str:
         path = self.loaded.path
@@ -121,31 +120,32 @@ class Recogniser:
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
     ) -> Transcript:
-        """Return what is said in a recording of any length, which is cut at its pauses into segments of speech.
+        """Transcribe a recording of any length; it is cut at pauses into segments of speech.
 
-        What makes a recording hard to recognise (telephone band, clipping, a missing end) is a UserWarning.
+        Problems that make recognition worse (telephone band, clipping, a missing end) are reported as UserWarning.
 
         Args:
-            recording:        a path ("-" is standard input); a binary file object, read from where it stands; or an
-                              array or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
-            sample_rate:      of an array, in Hz; files know their own.
-            beam:             hypotheses followed, 1 is greedy; None: as the checkpoint's settings say.
-            lm:               file of a language model or name of a released one, of weight 0.1 unless the settings have
-                              another; None: as the settings say; False: none.
-            nbest:            hypotheses kept of each segment, at most the beam.
-            min_speech_score: segments below it are left out as noise; -inf keeps all. It needs a model with a CTC head.
+            recording:        path ("-" is standard input); binary file object, read from its current position; or array
+                              or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
+            sample_rate:      in Hz, for arrays only.
+            beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
+            lm:               language model file or name of a released one, with weight 0.1 unless the settings have
+                              one. None uses the settings, False uses no language model.
+            nbest:            hypotheses returned per segment, at most the beam.
+            min_speech_score: segments with a lower score are left out as noise; -inf keeps all. Has no effect without a
+                              CTC head.
 
         Raises:
-            InputError: the recording or an option cannot be used.
+            InputError: the recording or an option is invalid.
         """
         audio = to_audio(recording, sample_rate)
-        said: list[str] = []
+        messages: list[str] = []
         options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
-        ((_, transcript),) = self.transcribe_all([audio], **options, warn=said.append)
+        ((_, transcript),) = self.transcribe_all([audio], **options, warn=messages.append)
         if transcript.noise:
-            said.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
-        for sentence in said:
-            warnings.warn(sentence, stacklevel=2)
+            messages.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
         return transcript
 
     def transcribe_all(
@@ -160,22 +160,22 @@ class Recogniser:
         skip_bad: bool = False,
         pool_seconds: float = POOL_SECONDS,
         warn: Callable[[str], None] = warnings.warn,
-        heard: Callable[[float], None] = lambda seconds: None,
+        on_audio: Callable[[float], None] = lambda seconds: None,
     ) -> Iterator[tuple[Item, Transcript]]:
-        """Return an iterator of each recording with its transcript, in order, as soon as all of it is decoded.
+        """Transcribe many recordings; yield each one with its transcript, in order, as soon as it is decoded.
 
-        Segments of many recordings are decoded together, which is faster than calling `transcribe` for each.
+        Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   as in `transcribe`, and the other arguments that have the same names.
-            skip_bad:     a recording that cannot be read is a warning and not an error.
-            pool_seconds: of speech that are decoded together.
-            warn:         called with a sentence for whatever is wrong with a recording.
-            heard:        called with the seconds of sound that were read, block by block.
+            recordings:   each as in `transcribe`, like the other arguments of the same names.
+            skip_bad:     warn about a recording that cannot be read, and leave it out, instead of raising.
+            pool_seconds: seconds of speech decoded together.
+            warn:         called with a message for each problem of a recording.
+            on_audio:     called with the seconds of each block of audio read, for progress bars.
 
         Raises:
-            InputError: an option or a recording cannot be used, or one segment does not fit in memory. The recordings
-                before it have been yielded by then.
+            InputError: an option or a recording is invalid, or a segment does not fit in memory. Earlier recordings
+                have been yielded by then.
         """
         if isinstance(recordings, (str, os.PathLike)) or is_array(recordings):
             raise InputError("recordings must be a list of paths, files or arrays; for one call transcribe")
@@ -184,12 +184,12 @@ class Recogniser:
         data = self.loaded.info.get("data", {})
         if data.get("kind") == "features":
             warn(
-                f"checkpoint {self.loaded.path} was trained on the frames of {data['name']}; "
+                f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
                 "those that las_fast computes from audio may differ from them"
             )
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
-        job = _Job(self, decoder, nbest, min_speech_score, skip_bad, pool_seconds, warn, heard)
+        job = _Transcription(self, decoder, nbest, min_speech_score, skip_bad, pool_seconds, warn, on_audio)
         return job.run(recordings, sample_rate)
 
     @overload
@@ -210,33 +210,36 @@ class Recogniser:
         lm: LanguageModel = None,
         nbest: int = 1,
     ) -> list[Hypothesis] | list[list[Hypothesis]]:
-        """Return the hypotheses of an utterance given as features, best first, or those of each utterance of a list.
+        """Decode features of an utterance, or of a list of utterances in batches.
 
         Args:
-            features: array or tensor (T, F) of frames as the archives of features hold them, before normalisation and
-                      deltas, F as the model was trained; or a list of such arrays, which are decoded together.
+            features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
+                      list of them.
             beam, lm: as in `transcribe`.
-            nbest:    hypotheses of each utterance, at most the beam.
+            nbest:    hypotheses returned per utterance, at most the beam.
+
+        Returns:
+            hypotheses, best first; for a list of utterances, a list of these.
 
         Raises:
-            InputError: the features or an option cannot be used, or an utterance does not fit in memory.
+            InputError: the features or an option are invalid, or an utterance does not fit in memory.
         """
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
         if not isinstance(features, (list, tuple)):
             return self._decode({"features": features}, decoder, nbest)[0]
-        named = {f"features[{i}]": x for i, x in enumerate(features)}
-        return self._decode(named, decoder, nbest) if named else []
+        by_name = {f"features[{i}]": x for i, x in enumerate(features)}
+        return self._decode(by_name, decoder, nbest) if by_name else []
 
     def _decode(self, features: dict[str, Any], decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
-        frames = [self._frames(array, name) for name, array in features.items()]
+        inputs = [self._model_input(array, name) for name, array in features.items()]
         config = self.loaded.config.features
-        data = Utterances(frames, list(features), [seconds_of(len(x), config) for x in frames])
-        found = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
-        return [[self.hypothesis(one) for one in each] for each in found]
+        data = Utterances(inputs, list(features), [seconds_of(len(x), config) for x in inputs])
+        results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
+        return [[self.hypothesis(one) for one in hypotheses] for hypotheses in results]
 
-    def _frames(self, array: Any, name: str) -> Tensor:
-        """Return an array of frames as the model takes them; raise InputError where it is none."""
+    def _model_input(self, array: Any, name: str) -> Tensor:
+        """Convert features (T, F) to the model's input; raise InputError if they are invalid."""
         config = self.loaded.config.features
         if not is_array(array):
             raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_kind(array)}")
@@ -249,34 +252,34 @@ class Recogniser:
         with np.errstate(over="ignore"):
             frames = torch.tensor(np.ascontiguousarray(array, np.float32))
         if not frames.isfinite().all():
-            raise InputError(f"{name} holds NaN or infinite values; make it again")
+            raise InputError(f"{name} contains NaN or infinite values; compute it again")
         return add_deltas(normalise(frames, config, self.loaded.statistics), config.deltas)
 
-    # What the commands call besides.
+    # The rest is for the commands.
 
     def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
-        """Return the checkpoint's settings of the search with these changes; see `transcribe`."""
+        """Return the checkpoint's decoding settings with these changes; see `transcribe`."""
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {_kind(lm)}")
-        own = self.loaded.config.decoding
-        decoding = replace(own, ngram_weight=0.0) if lm is False else default_weight(own, lm)
+        decoding = self.loaded.config.decoding
+        decoding = replace(decoding, ngram_weight=0.0) if lm is False else default_weight(decoding, lm)
         return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
 
     def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
-        """Return what searches with these settings need; for lm see `transcribe`."""
+        """Prepare searches with these settings; for lm see `transcribe`."""
         with self._lock:
             if decoding.precision not in self._packed:
                 packed = beam.packed_weights(self.loaded.model, decoding, self.device)
                 self._packed[decoding.precision] = packed
-            ngram, rewarded = self._language_table(decoding, None if lm is None or lm is False else os.fspath(lm))
+            ngram, rewarded = self._ngram_table(decoding, None if lm is None or lm is False else os.fspath(lm))
             weight, reward = rewarded.ngram_weight, rewarded.length_reward
             config = replace(decoding, ngram_weight=weight, length_reward=reward)
             return Decoder(config, ngram, self._packed[decoding.precision])
 
-    def _language_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return what las_fast.search.beam.with_reward makes of the language model; the last one is kept."""
+    def _ngram_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
+        """Return the result of las_fast.search.beam.with_reward; that of the last language model is cached."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
             table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
@@ -288,11 +291,11 @@ class Recogniser:
         status = os.stat(path)
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         key = (stamp, decoding.ngram_weight, decoding.length_reward)
-        if self._table is None or self._table[0] != key:
-            self._table = None  # its memory is free before the next takes its own
+        if self._ngram_cache is None or self._ngram_cache[0] != key:
+            self._ngram_cache = None  # frees its memory before the next table is allocated
             ngram, rewarded = make()
-            self._table = key, ngram, rewarded
-        return self._table[1:]
+            self._ngram_cache = key, ngram, rewarded
+        return self._ngram_cache[1:]
 
     def decode_dataset(
         self,
@@ -303,7 +306,7 @@ class Recogniser:
         speech_scores: bool = False,
         progress: bool = True,
     ) -> list[list[beam.Hypothesis]]:
-        """Return the hypotheses of each utterance; see las_fast.search.dataset.decode_dataset."""
+        """Decode a data set; see las_fast.search.dataset.decode_dataset."""
         config, ngram, packed = decoder
         return dataset.decode_dataset(
             self.loaded.model,
@@ -318,31 +321,31 @@ class Recogniser:
             device=self.device,
         )
 
-    def hypothesis(self, found: beam.Hypothesis) -> Hypothesis:
-        """Return what a search has found, with its text."""
-        text = self.loaded.vocabulary.decode(found.text_tokens)
-        return Hypothesis(text, found.score, found.score / (len(found.text_tokens) + 1), found.speech_score)
+    def hypothesis(self, result: beam.Hypothesis) -> Hypothesis:
+        """Convert a hypothesis of the search, which has tokens, to one with text."""
+        text = self.loaded.vocabulary.decode(result.text_tokens)
+        return Hypothesis(text, result.score, result.score / (len(result.text_tokens) + 1), result.speech_score)
 
 
 @dataclass
-class _Heard:
-    """What is known of one recording so far."""
+class _Progress:
+    """The state of one recording during transcribe_all."""
 
     recording: Any
     name: str = ""
     segments: list[Segment] = field(default_factory=list)
     noise: list[Segment] = field(default_factory=list)
-    undecoded: int = 0  # segments
+    undecoded: int = 0  # segments in the pool
     is_read: bool = False
     error: InputError | None = None  # why it cannot be read
 
     def transcript(self) -> Transcript:
-        return Transcript(joined(self.segments).strip(), tuple(self.segments), tuple(self.noise))
+        return Transcript(join_texts(self.segments).strip(), tuple(self.segments), tuple(self.noise))
 
 
 @dataclass
-class _Job:
-    """One call of Recogniser.transcribe_all; its arguments, and the segments that are to be decoded together."""
+class _Transcription:
+    """One call of Recogniser.transcribe_all: its arguments, and a pool of segments to decode together."""
 
     model: Recogniser
     decoder: Decoder
@@ -351,17 +354,17 @@ class _Job:
     skip_bad: bool
     pool_seconds: float
     warn: Callable[[str], None]
-    heard: Callable[[float], None]
-    pool: list[tuple[_Heard, Speech]] = field(default_factory=list)
-    seconds: float = 0.0  # in the pool
-    begun: deque[_Heard] = field(default_factory=deque)  # recordings that are not yielded yet
+    on_audio: Callable[[float], None]
+    pool: list[tuple[_Progress, Speech]] = field(default_factory=list)
+    seconds: float = 0.0  # of speech in the pool
+    begun: deque[_Progress] = field(default_factory=deque)  # recordings not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
         """Yield each recording with its transcript, in order."""
         for recording in recordings:
-            one = _Heard(recording)
+            one = _Progress(recording)
             self.begun.append(one)
-            for speech in self._listen(one, sample_rate):
+            for speech in self._read(one, sample_rate):
                 self._add(one, speech)
                 if self.seconds >= self.pool_seconds:
                     self._decode()
@@ -376,51 +379,51 @@ class _Job:
         self._decode()
         yield from self._finished()
 
-    def _listen(self, one: _Heard, sample_rate: int | None) -> Iterator[Speech]:
-        """Yield the segments of a recording; warn of what is wrong with it, and where it has no speech.
+    def _read(self, one: _Progress, sample_rate: int | None) -> Iterator[Speech]:
+        """Yield the segments of a recording, and warn about its problems, such as having no speech.
 
-        Where it cannot be read, one.error says why.
+        If the recording cannot be read, one.error is set.
         """
         features = self.model.loaded.config.features
-        seconds, found = 0.0, False
+        seconds, has_speech = 0.0, False
 
         def blocks() -> Iterator[np.ndarray]:
             nonlocal seconds
             for block in recording:
                 yield block
                 seconds += len(block) / features.sample_rate
-                self.heard(len(block) / features.sample_rate)
+                self.on_audio(len(block) / features.sample_rate)
 
         try:
             with open_recording(to_audio(one.recording, sample_rate), features.sample_rate) as recording:
                 one.name = recording.name
                 for speech in segments(blocks(), features, self.model.loaded.statistics):
-                    found = True
+                    has_speech = True
                     yield speech
         except InputError as error:
             one.error = error
             return
-        for sentence in recording.warnings:
-            self.warn(sentence)
-        if not found:
+        for message in recording.warnings:
+            self.warn(message)
+        if not has_speech:
             self.warn(f"{one.name}: no speech was found in its {seconds:.2f} seconds")
         one.is_read = True
 
-    def _add(self, one: _Heard, speech: Speech) -> None:
+    def _add(self, one: _Progress, speech: Speech) -> None:
         self.pool.append((one, speech))
         self.seconds += speech.end - speech.start
         one.undecoded += 1
 
     def _decode(self) -> None:
-        """Decode what is in the pool; raises InputError where memory does not suffice for one segment."""
+        """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
         pool, self.pool, self.seconds = self.pool, [], 0.0
         if not pool:
             return
         ids = [f"{one.name} from {speech.start:.0f} s" for one, speech in pool]
         data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
         options: dict[str, Any] = {"nbest": self.nbest, "speech_scores": True, "progress": False}
-        found = self.model.decode_dataset(data, self.decoder, **options)
-        for (one, speech), hypotheses in zip(pool, found, strict=True):
+        results = self.model.decode_dataset(data, self.decoder, **options)
+        for (one, speech), hypotheses in zip(pool, results, strict=True):
             one.undecoded -= 1
             nbest = tuple(map(self.model.hypothesis, hypotheses))
             best = nbest[0]
@@ -430,14 +433,14 @@ class _Job:
             (one.noise if is_noise else one.segments).append(segment)
 
     def _finished(self) -> Iterator[tuple[Any, Transcript]]:
-        """Take the recordings off the front that are decoded, and yield them."""
+        """Yield and remove the first recordings that are fully decoded."""
         while self.begun and self.begun[0].is_read and not self.begun[0].undecoded:
             done = self.begun.popleft()
             yield done.recording, done.transcript()
 
 
 def to_audio(recording: Any, sample_rate: int | None) -> Audio:
-    """Return what las_fast.data.audio.open_recording takes; raise InputError where it is no recording."""
+    """Convert a recording to the types that las_fast.data.audio.open_recording takes, or raise InputError."""
     if is_array(recording):
         return to_samples(recording, sample_rate)
     if isinstance(recording, Samples):
@@ -445,12 +448,12 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
     if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
         raise InputError(f"a recording is a path, a binary file object or an array; got {_kind(recording)}")
     if sample_rate is not None:
-        raise InputError(f"sample_rate is for arrays, and {name_of(recording)} has a rate of its own; leave it out")
+        raise InputError(f"sample_rate is for arrays, but {name_of(recording)} has a rate of its own; leave it out")
     return recording
 
 
 def check_nbest(nbest: int, beam: int) -> None:
-    """Raise InputError where a search of that beam does not have so many hypotheses."""
+    """Raise InputError if nbest is not a whole number from 1 to the beam."""
     if isinstance(nbest, bool) or not isinstance(nbest, (int, np.integer)) or nbest < 1:
         raise InputError(f"nbest must be a whole number of at least 1; got {nbest!r}")
     if nbest > beam:

@@ -1,4 +1,4 @@
-"""The machine that the program runs on: cores, devices, and how the C library keeps memory."""
+"""The machine: CPU cores, torch devices, and the settings of the memory allocator."""
 
 from __future__ import annotations
 
@@ -7,65 +7,69 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from las_fast.errors import InputError, lacks_memory
+from las_fast.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-LARGE, LARGE_OF_BATCHES = 2**25, 2**20  # bytes of blocks that have pages of their own, in training and in decoding
+TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks from this size on are mapped, and unmapped when freed
 
 
 def cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str, option: str = "--device ") -> torch.device:
-    """Return the torch.device of that name; "auto" is CUDA where there is one. option stands before the name in errors.
+    """Return the torch.device called `name` after a test allocation on it.
+
+    Args:
+        name:   "cpu", "cuda", "cuda:1", "mps", or "auto": CUDA if available, else the CPU.
+        option: text before the name in errors.
 
     Raises:
-        InputError: there is no such device here, or it cannot be used.
+        InputError: this machine has no such device, or the device cannot be used.
     """
     import torch
 
-    there = ["cpu"]
+    available = ["cpu"]
     if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        there.append("mps")
-    plain = name.strip().lower()
-    if plain == "auto":
-        plain = "cuda" if "cuda" in there else "cpu"
-    if plain not in there:
-        raise InputError(f"{option}{name}: there is no such device here; this machine has {', '.join(there)}")
+        available.append("mps")
+    device = name.strip().lower()
+    if device == "auto":
+        device = "cuda" if "cuda" in available else "cpu"
+    if device not in available:
+        raise InputError(f"{option}{name}: there is no such device here; this machine has {', '.join(available)}")
     try:
-        torch.zeros(1, device=plain).item()
+        torch.zeros(1, device=device).item()
     except RuntimeError as error:
-        reason = "its memory is full" if lacks_memory(error) else str(error).strip().partition("\n")[0]
-        raise InputError(f"{option}{plain} cannot be used ({reason}); wait for it, or give {option}cpu") from None
-    return torch.device(plain)
+        reason = "its memory is full" if is_out_of_memory(error) else str(error).strip().partition("\n")[0]
+        raise InputError(f"{option}{device} cannot be used ({reason}); wait for it, or give {option}cpu") from None
+    return torch.device(device)
 
 
 def tune_memory() -> None:
-    """Have PyTorch take large blocks in huge pages and glibc keep small ones for the next call, on Linux.
+    """On Linux, make PyTorch use huge pages for large blocks, and make glibc keep freed blocks below 32 MiB.
 
-    A training step frees and takes back more than a GiB. Each page of 4 KiB that comes back from the system costs a
-    fault, together an eighth of the step. Must be called before the first tensor is made.
+    A training step frees and allocates more than 1 GiB. Page faults on memory returned to the system would take an
+    eighth of the step. Call this before the first tensor is allocated.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch offers no other way to say so
-    _mallopt(M_MMAP_THRESHOLD, LARGE)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch has no other switch for this
+    _mallopt(M_MMAP_THRESHOLD, TRAINING_MMAP_BYTES)
     _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def give_large_blocks_back() -> None:
-    """Have glibc give the large blocks of a batch back when they are freed, as decoding wants it.
+    """Make glibc return freed blocks of 1 MiB or more to the system; for decoding.
 
-    Each batch has other sizes, and between its blocks lie hypotheses that stay. Blocks kept for the next call would fit
-    it ever worse: after 1600 utterances of a model of 9.4 M parameters the process was half as large again. New pages
-    cost up to 4% of the time.
+    Each batch needs blocks of other sizes, and hypotheses that stay allocated lie between them. Reused blocks would
+    fragment the heap: after 1600 utterances with a model of 9.4 M parameters, the process was half as large again. New
+    pages cost up to 4% of the time.
     """
-    _mallopt(M_MMAP_THRESHOLD, LARGE_OF_BATCHES)
+    _mallopt(M_MMAP_THRESHOLD, DECODING_MMAP_BYTES)
 
 
 def _mallopt(parameter: int, value: int) -> None:

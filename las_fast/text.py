@@ -1,4 +1,4 @@
-"""Characters and token ids."""
+"""The vocabulary: characters and their token ids, and mapping of text onto the vocabulary's characters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import cached_property
 from las_fast.errors import InputError
 
 PAD, SOS, EOS = 0, 1, 2
+BLANK = PAD  # of CTC
 SPECIAL = ("<pad>", "<sos>", "<eos>")
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ' "
 DIGITS = "0123456789"
-PLAIN = {  # what Unicode does not take apart
+TRANSLITERATIONS = {  # characters without a Unicode decomposition
     "\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00df": "ss", "\u1e9e": "SS", "\u0131": "i",
     "\u00c6": "AE", "\u00e6": "ae", "\u0152": "OE", "\u0153": "oe", "\u00d8": "O", "\u00f8": "o",
     "\u0141": "L", "\u0142": "l", "\u0110": "D", "\u0111": "d", "\u00d0": "D", "\u00f0": "d",
@@ -22,9 +23,12 @@ PLAIN = {  # what Unicode does not take apart
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids 0, 1 and 2 are <pad>, <sos> and <eos>; the characters follow in their order.
+    """Token ids 0, 1 and 2 are <pad>, <sos> and <eos>, then the characters in order.
 
-    The default is the order of the HW4P2 editions from S23 on (31 tokens). <pad> also serves as the CTC blank.
+    The default is that of the HW4P2 editions since S23 (31 tokens). <pad> is also the CTC blank.
+
+    Raises:
+        InputError: the characters are empty or not distinct.
     """
 
     characters: str = CHARACTERS
@@ -41,11 +45,11 @@ class Vocabulary:
         return {character: i for i, character in enumerate(self.characters, len(SPECIAL))}
 
     def unknown(self, text: str) -> list[str]:
-        """Return the distinct characters of text that have no token, sorted."""
+        """Return the distinct characters of text that are not in the vocabulary, sorted."""
         return sorted(set(text) - self._ids.keys())
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of text's characters, without <sos> or <eos>; raise InputError on an unknown character."""
+        """Convert text to token ids, without <sos> or <eos>; raise InputError on an unknown character."""
         if unknown := self.unknown(text):
             raise InputError(
                 f"transcript {text[:40]!r} has characters outside the vocabulary: {' '.join(map(repr, unknown))}; "
@@ -54,7 +58,7 @@ class Vocabulary:
         return [self._ids[character] for character in text]
 
     def decode(self, ids) -> str:
-        """Return the text of ids up to the first <eos>; <pad> and <sos> are left out."""
+        """Convert token ids up to the first <eos> to text, leaving out <pad> and <sos>."""
         characters = []
         for token in map(int, ids):
             if token == EOS:
@@ -65,14 +69,17 @@ class Vocabulary:
 
 
 def normalise_text(text: str, characters: str = CHARACTERS) -> str:
-    """Map text onto characters: the vocabulary's case, accents removed, ligatures written out, typographic apostrophes
-    made plain, everything else turned into a space; runs of spaces become one. Digits are lost: see lost_digits."""
+    """Map text onto a vocabulary's characters.
+
+    Letters take the vocabulary's case, accents are removed, ligatures are written out, and typographic apostrophes
+    become plain. Everything else becomes a space, digits included (see has_lost_digits). Runs of spaces become one.
+    """
     text = _to_case(unicodedata.normalize("NFC", text), characters)
     return " ".join("".join(c if c in characters else _map(c, characters) for c in text).split())
 
 
-def lost_digits(text: str, characters: str = CHARACTERS) -> bool:
-    """Say whether text holds digits, or signs made of them such as a half, that are not among characters."""
+def has_lost_digits(text: str, characters: str = CHARACTERS) -> bool:
+    """Return whether text contains digits, or characters made of digits such as one half, that `characters` lacks."""
     return any(c.isdecimal() and c not in characters for c in unicodedata.normalize("NFKD", text))
 
 
@@ -83,11 +90,8 @@ def _to_case(text: str, characters: str) -> str:
 
 
 def _map(character: str, characters: str) -> str:
-    """Return what characters have for one that they lack."""
-    parts = unicodedata.normalize("NFKD", PLAIN.get(character, character))
-    parts = "".join(PLAIN.get(c, c) for c in parts)  # an accent may have hidden one: an o with a stroke and an acute
+    """Return the replacement for a character that the vocabulary lacks."""
+    parts = unicodedata.normalize("NFKD", TRANSLITERATIONS.get(character, character))
+    parts = "".join(TRANSLITERATIONS.get(c, c) for c in parts)  # removing an accent may uncover one, as in U+01FF
     kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
     return "".join(kept)
-
-
-BLANK = 0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from las_fast.cli import run
 from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
-from las_fast.errors import InputError, say_error
+from las_fast.errors import InputError, print_error
 from las_fast.files import AVERAGED, BEST, LAST, make_folder
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.system import choose_device, cores
@@ -91,11 +91,11 @@ def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> No
     try:
         trainer.run()
     except KeyboardInterrupt:
-        say_error(how_to_go_on(trainer, words))
+        print_error(how_to_go_on(trainer, words))
         raise
     except (InputError, OSError) as error:
         if trainer.saved_step and not isinstance(error, Diverged):
-            say_error(how_to_go_on(trainer, words))
+            print_error(how_to_go_on(trainer, words))
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")

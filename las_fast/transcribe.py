@@ -1,7 +1,7 @@
-"""python -m las_fast.transcribe: what audio files say, as text, JSON or subtitles.
+"""python -m las_fast.transcribe: transcribe audio files into text, JSON or subtitles.
 
-A recording of any length is cut at its pauses into segments of speech. Segments are decoded together, and the texts of
-a recording are joined. Each file is written as soon as all of it is decoded.
+Recordings of any length are cut at pauses into segments of speech, which are decoded in batches. Each output is written
+as soon as the recording is decoded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.cli import need_stdout, run
+from las_fast.cli import require_stdout, run
 from las_fast.errors import InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, as_path
@@ -30,20 +30,20 @@ from las_fast.output.transcripts import (
 from las_fast.progress import Progress, write
 from las_fast.system import choose_device, give_large_blocks_back
 
-if TYPE_CHECKING:  # this imports torch, which --help need not wait for
+if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.recogniser import Recogniser
 
-LEAST_BYTES = 500  # per second of a recording, for an estimate of its length
+MIN_BYTES_PER_SECOND = 500  # of a recording; a header that claims a longer duration is not believed
 
 
 def estimated_seconds(path: Path) -> float:
-    """Return about how long a recording is, for a bar; 0 where its header does not say it."""
+    """Estimate the length of a recording for the progress bar; 0 if its header does not state it."""
     import soundfile
 
-    if str(path) == "-" or not os.path.isfile(path):  # libsndfile would read standard input, and close it
+    if str(path) == "-" or not os.path.isfile(path):  # libsndfile would consume standard input
         return 0.0
     try:
-        return min(soundfile.info(os.fsencode(path)).duration, os.path.getsize(path) / LEAST_BYTES)
+        return min(soundfile.info(os.fsencode(path)).duration, os.path.getsize(path) / MIN_BYTES_PER_SECOND)
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError):
         return 0.0
 
@@ -52,31 +52,40 @@ def warn(message: str) -> None:
     write(f"warning: {message}", file=sys.stderr)
 
 
-def parser() -> argparse.ArgumentParser:
-    own = Parser(
+def parser() -> Parser:
+    parser = Parser(
         prog="python -m las_fast.transcribe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = own.add_argument
+    add = parser.add_argument
     add("files", nargs="+", type=as_path, metavar="FILE", help="wav, flac, ogg, mp3...; - is standard input")
-    add("--checkpoint", metavar="RUN|FILE|NAME", help="training folder, file, or released model")
-    add("--format", choices=FORMATS, default="text", help="json is one object per file (default: text)")
-    add("--out", type=as_path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there, not here")
+    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model")
+    add("--format", choices=FORMATS, default="text", help="json writes one object per file (default: text)")
+    add("--out", type=as_path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there instead of printing")
     add("--existing", choices=("error", "skip", "replace"), default="error",
-        help="for files that are in --out already; skip leaves their recordings out (default: error)")  # fmt: skip
-    add("--beam", type=int, help="hypotheses followed (default: the checkpoint's)")
-    add("--lm", metavar="FILE", help="language model, of weight 0.1 unless set (default: its own)")
+        help="what to do if an output file exists; skip leaves the recording out (default: error)")  # fmt: skip
+    add("--beam", type=int, help="beam width (default: the checkpoint's)")
+    add(
+        "--lm",
+        metavar="FILE",
+        help="language model; its weight is 0.1 unless the checkpoint sets one (default: the checkpoint's)",
+    )
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
-        help="leave out pieces with a lower speech score: texts made out of noise. Needs a model with a CTC head "
+        help="leave out segments with a lower speech score, which are mostly noise; needs a model with a CTC head "
         f"(default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
-    add("--on-bad", choices=("error", "skip"), default="error", help="skip leaves out what cannot be read")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    return own
+    add(
+        "--on-bad",
+        choices=("error", "skip"),
+        default="error",
+        help="skip leaves out files that cannot be read (default: error)",
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Transcribe; see --help."""
+    """Run the command; see --help."""
     give_large_blocks_back()
     options = parser().parse_args(argv)
     if options.beam is not None and options.beam < 1:
@@ -85,14 +94,16 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--min-speech-score must be a number; got nan")
     paths = list(dict.fromkeys(options.files))
     if options.format in ("srt", "vtt") and len(paths) > 1 and options.out is None:
-        raise InputError(f"{len(paths)} files make as many {options.format} files; say where with --out FOLDER")
+        raise InputError(
+            f"{len(paths)} recordings make as many {options.format} files; give a folder for them with --out FOLDER"
+        )
     targets = choose_targets(paths, options)
     if options.out and not targets:
-        print(f"nothing is left to do: all {len(paths)} are in {show(options.out)} already")
+        print(f"nothing to do: all {len(paths)} transcripts exist in {show(options.out)}")
         return
     paths = list(targets) or paths
     if options.on_bad == "error":
-        check_there(paths)
+        check_existence(paths)
     from las_fast.checkpoint import load_model
     from las_fast.recogniser import Recogniser
 
@@ -108,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace) -> Iterator[tuple[Path, Transcript]]:
-    """Yield each recording with its transcript; show how far it is, and warn of what is wrong."""
-    with Progress(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as shown:
+    """Yield each recording with its transcript; show progress and print warnings."""
+    with Progress(sum(map(estimated_seconds, paths)) or None, "transcribing", "s of audio") as bar:
         for path, transcript in model.transcribe_all(
             paths,
             beam=options.beam,
@@ -118,7 +129,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
             skip_bad=options.on_bad == "skip",
             pool_seconds=POOL_SECONDS,
             warn=warn,
-            heard=shown.update,
+            on_audio=bar.update,
         ):
             if transcript.noise:
                 warn(noise_warning(show(path), transcript, "--min-speech-score"))
@@ -126,30 +137,34 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
 
 
 def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
-    """Return the file of each recording that is to be written into --out; none without --out."""
+    """Return the output file of each recording to transcribe; empty without --out.
+
+    Raises:
+        InputError: a file would replace a recording, or exists and --existing is "error".
+    """
     if not options.out:
-        need_stdout("--out FOLDER")
+        require_stdout("--out FOLDER")
         return {}
     make_folder(options.out, "--out")
     targets = output_files(paths, options.out, SUFFIXES[options.format])
     recordings = {os.path.realpath(path): path for path in paths}
     if twin := next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None):
         raise InputError(f"--out: the transcript of {show(twin)} would replace a recording; give another folder")
-    there = {path: file for path, file in targets.items() if os.path.lexists(file)}
-    if there and options.existing == "error":
-        first = show(next(iter(there.values())))
+    existing = {path: file for path, file in targets.items() if os.path.lexists(file)}
+    if existing and options.existing == "error":
+        first = show(next(iter(existing.values())))
         raise InputError(
-            f"{len(there)} of {len(targets)} files to write exist already, the first is {first}; "
+            f"{len(existing)} of {len(targets)} output files exist already, the first is {first}; "
             "add --existing replace or --existing skip, or give another --out"
         )
-    return targets if options.existing == "replace" else {p: f for p, f in targets.items() if p not in there}
+    return targets if options.existing == "replace" else {p: f for p, f in targets.items() if p not in existing}
 
 
-def check_there(paths: list[Path]) -> None:
-    """Raise InputError for the first recording that does not exist, before the work begins."""
+def check_existence(paths: list[Path]) -> None:
+    """Raise InputError for the first recording that does not exist."""
     for path in paths:
         if str(path) != "-" and not os.path.exists(path):
-            raise InputError(f"{show(path)} does not exist; check the path, or leave such files out with --on-bad skip")
+            raise InputError(f"{show(path)} does not exist; check the path, or leave out such files with --on-bad skip")
 
 
 def save(target: Path, text: str) -> None:
@@ -160,12 +175,12 @@ def save(target: Path, text: str) -> None:
 
 
 def released_model() -> str:
-    """Return the released model to use where none is named: the one of general speech, or the only one."""
+    """Return the name of the default released model."""
     from las_fast.checkpoint import released_models
 
     names = released_models()
     if not names:
-        raise InputError("this version brings no released model; give --checkpoint and the folder of a training")
+        raise InputError("this installation has no released model; give --checkpoint and a run folder")
     return "speech13h" if "speech13h" in names else names[0]
 
 

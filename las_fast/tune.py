@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from las_fast.cli import need_stdout, run
+from las_fast.cli import require_stdout, run
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.errors import InputError
-from las_fast.files import first_line, make_room
+from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import progress
 from las_fast.search.ngram import default_weight, language_table
@@ -65,10 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
     if not options.out:
-        need_stdout("--out FILE.csv")
+        require_stdout("--out FILE.csv")
     else:
-        kind: dict[str, Any] = {"what": "a table of settings in CSV", "suffixes": (".csv", ".txt"), "ours": is_table}
-        make_room(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
+        kind: dict[str, Any] = {
+            "what": "a table of settings in CSV",
+            "suffixes": (".csv", ".txt"),
+            "may_replace": is_table,
+        }
+        prepare_output_file(options.out, "--out", inputs=(options.data, options.checkpoint, options.lm), **kind)
     from las_fast.checkpoint import load_model
     from las_fast.files import write_text_atomically
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from las_fast.config import DecodingConfig
-from las_fast.model.attention import Attended
+from las_fast.model.attention import AttentionRead
 from las_fast.ops import padding_mask
 from las_fast.text import EOS, PAD, SOS
 
@@ -58,7 +58,7 @@ class FakeModel:
         logits[..., EOS] += self.eos
         peaks = history % memory.lengths.clamp(min=1)[:, None]
         spikes = F.one_hot(peaks, memory.frames).float() if weights else None
-        return logits, Attended(spikes, peaks), FakeState(history)
+        return logits, AttentionRead(spikes, peaks), FakeState(history)
 
 
 def memory(seeds: list[int], lengths: list[int], frames: int | None = None) -> FakeMemory:

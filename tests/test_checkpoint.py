@@ -59,7 +59,7 @@ def test_where_no_model_is_released_none_is_named(tmp_path, monkeypatch):
 
 def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
     save_state(tmp_path / "last.pt", {"x": torch.zeros(3)})
-    with pytest.raises(InputError, match="is what --resume reads; to decode, give the folder"):
+    with pytest.raises(InputError, match="is a training state, for --resume; to decode, give the folder"):
         load_model(tmp_path / "last.pt")
 
 
@@ -73,7 +73,7 @@ def test_weights_may_be_read_by_whom_other_files_may(saved):
     [
         ("an5", "; the nearest is an4"),
         ("runs/beste.safetensors", "; the nearest is {}/runs/best.safetensors"),
-        ("runs/x/y", "; {}/runs is there, x in it is not"),
+        ("runs/x/y", "; {}/runs exists, but has no x"),
         ("runz", "; the nearest is {}/runs"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_checkpoint_whose_record_is_damaged_is_one_sentence(saved, info):
     with safe_open(saved[1], framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, saved[1], metadata | {"info": info})
-    with pytest.raises(InputError, match="is damaged: what it says of its training is not JSON"):
+    with pytest.raises(InputError, match="is damaged: its record of the training is not JSON"):
         load_model(saved[1])
 
 

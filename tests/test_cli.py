@@ -18,7 +18,7 @@ import yaml
 from las_fast import __version__, cli, decode, files, progress, system, transcribe, tune
 from las_fast.config import Config, DecodingConfig
 from las_fast.errors import JSON_ESCAPES, InputError, Stopped
-from las_fast.files import make_room
+from las_fast.files import prepare_output_file
 from las_fast.options import Parser, parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_bad_input_is_one_sentence_and_status_2(capsys):
 @pytest.fixture
 def signals():
     """Keep this process's own answers to signals: a stopped command ignores them to its end."""
-    kept = {s: signal.getsignal(s) for s in cli.STOPPING}
+    kept = {s: signal.getsignal(s) for s in cli.STOP_SIGNALS}
     yield
     for s, handler in kept.items():
         signal.signal(s, handler)
@@ -170,13 +170,13 @@ def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(m
         (UnicodeDecodeError("utf-8", b"\xe0", 0, 1, "unexpected end"), "is not UTF-8 ('utf-8' codec"),
         (RuntimeError("Could not determine home directory."), "no home folder is known; set HOME"),
         (RuntimeError("can't start new thread"), "no more threads; raise ulimit -u"),
-        (ValueError("embedded null byte"), "a path holds a character of code 0"),
-        (MemoryError(), "memory does not suffice"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory does not suffice"),
-        (RuntimeError("[enforce] can't allocate memory: you tried to allocate 9"), "memory does not suffice"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory does not suffice"),
-        (RuntimeError("could not create a primitive"), "memory does not suffice"),
-        (RuntimeError("std::bad_alloc"), "memory does not suffice"),
+        (ValueError("embedded null byte"), "a path contains a NUL character"),
+        (MemoryError(), "there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "there is not enough memory"),
+        (RuntimeError("[enforce] can't allocate memory: you tried to allocate 9"), "there is not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory"),
+        (RuntimeError("could not create a primitive"), "there is not enough memory"),
+        (RuntimeError("std::bad_alloc"), "there is not enough memory"),
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
 )
@@ -258,7 +258,7 @@ def test_closed_streams_do_not_disturb_the_work(tmp_path, closed):
 
 
 def test_a_command_that_only_prints_needs_an_output():
-    done = in_a_shell("need_stdout('--out FOLDER')", '"$PY" -c "$RUN" >&-')
+    done = in_a_shell("require_stdout('--out FOLDER')", '"$PY" -c "$RUN" >&-')
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed, so the results cannot be printed; give --out FOLDER\n"
 
@@ -349,10 +349,10 @@ def test_numbers_of_closed_streams_are_taken_before_a_file_gets_them(monkeypatch
 
 
 def test_only_a_command_without_an_output_is_told_to_name_a_file(monkeypatch):
-    cli.need_stdout("--out")
+    cli.require_stdout("--out")
     monkeypatch.setattr(sys, "__stdout__", None)
     with pytest.raises(InputError, match="standard output is closed, .*; give --out"):
-        cli.need_stdout("--out")
+        cli.require_stdout("--out")
 
 
 def test_memory_is_kept_in_training_and_given_back_in_decoding_by_the_numbers_of_malloc_h(monkeypatch):
@@ -429,7 +429,7 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_reason(tmp_path, monkeypa
 @pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
 def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
-    with pytest.raises(InputError, match=f"--out: nothing can be written into {tmp_path}; choose another folder"):
+    with pytest.raises(InputError, match=f"--out: the folder {tmp_path} is not writable; choose another"):
         files.make_folder(tmp_path, "--out")
 
 
@@ -452,7 +452,7 @@ class Counts(ctypes.Structure):
 libc.mallinfo2.restype = Counts
 def own_pages():
     before = getattr(libc.mallinfo2(), "3")
-    libc.malloc(ctypes.c_size_t(2 * system.LARGE_OF_BATCHES))
+    libc.malloc(ctypes.c_size_t(2 * system.DECODING_MMAP_BYTES))
     return getattr(libc.mallinfo2(), "3") - before
 system.tune_memory()
 print(own_pages())
@@ -568,8 +568,8 @@ def test_help_and_wrong_options_do_not_wait_for_torch(name):
 def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
-        make_room(tmp_path / "pipe", "--out")
-    make_room(tmp_path / "new" / "out.csv", "--out")
+        prepare_output_file(tmp_path / "pipe", "--out")
+    prepare_output_file(tmp_path / "new" / "out.csv", "--out")
     assert (tmp_path / "new").is_dir()
 
 

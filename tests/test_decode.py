@@ -373,7 +373,7 @@ def test_what_is_read_is_not_written_over(tmp_path, name, given):
     file.write_text('{"id": ' if name == "--jsonl" else "id,label\n")
     words = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": str(tmp_path / "z.csv")}
     words |= {given: str(file), name: str(file)}
-    with pytest.raises(InputError, match=f"{name} .*x is read by this command"):
+    with pytest.raises(InputError, match=f"{name} .*x is an input of this command"):
         main([word for pair in words.items() for word in pair])
 
 
@@ -385,7 +385,7 @@ def test_json_lines_have_a_name_that_fits_and_replace_only_their_own(here, tmp_p
         for _ in range(2):
             decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
     (tmp_path / "mine.jsonl").write_text("notes")
-    with pytest.raises(InputError, match=r"mine.jsonl is there and is not JSON, a line each,; give another name"):
+    with pytest.raises(InputError, match=r"mine.jsonl exists and is not JSON, a line each,; give another name"):
         decode(here, "--jsonl", str(tmp_path / "mine.jsonl"), out=tmp_path / "out.csv")
 
 

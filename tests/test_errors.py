@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from las_fast import plain_yaml
-from las_fast.errors import ADVICE, JSON_ESCAPES, InputError, Stopped, from_outside, lacks_memory, mute, say_error, show
+from las_fast.errors import ADVICE, JSON_ESCAPES, InputError, Stopped, explain_error, is_out_of_memory, mute, print_error, show
 from las_fast.plain_yaml import Plain
 
 
@@ -20,7 +20,7 @@ from las_fast.plain_yaml import Plain
     [
         (errno.ENOSPC, "no space is left on the disk (x.wav); free some"),
         (errno.EDQUOT, "the disk quota is used up (x.wav); free some space or write to another disk"),
-        (errno.EFBIG, "x.wav would be larger than a file may be here; write to another disk, or raise ulimit -f"),
+        (errno.EFBIG, "x.wav would exceed the file size limit; write to another disk, or raise ulimit -f"),
         (errno.EACCES, "x.wav: permission denied; change its permissions or give another path"),
         (errno.EPERM, "x.wav: operation not permitted; change its permissions or give another path"),
         (errno.EROFS, "x.wav lies on a read-only file system; give another path"),
@@ -34,28 +34,28 @@ from las_fast.plain_yaml import Plain
     ],
 )
 def test_what_the_system_says_is_a_sentence_with_the_file(code, sentence):
-    assert from_outside(OSError(code, "Not a directory", "x.wav")) == sentence
+    assert explain_error(OSError(code, "Not a directory", "x.wav")) == sentence
     assert code in ADVICE or code == errno.ENOTDIR
 
 
 def test_a_system_error_without_a_file_and_one_with_two():
-    assert from_outside(OSError(errno.ENOSPC, "full")) == "no space is left on the disk (input or output); free some"
+    assert explain_error(OSError(errno.ENOSPC, "full")) == "no space is left on the disk (input or output); free some"
     both = OSError(errno.EXDEV, "Invalid cross-device link", "a", None, b"b\xe0")
-    assert from_outside(both) == r"a and b\xe0: Invalid cross-device link; check the path"
-    assert from_outside(OSError("what a library says")) == "a system call failed (what a library says); run again"
-    assert from_outside(OSError()) == "a system call failed (OSError); run again"
+    assert explain_error(both) == r"a and b\xe0: Invalid cross-device link; check the path"
+    assert explain_error(OSError("what a library says")) == "a system call failed (what a library says); run again"
+    assert explain_error(OSError()) == "a system call failed (OSError); run again"
     open_file = OSError(errno.EIO, "Input/output error", 7)  # a number in place of a name
-    assert from_outside(open_file) == "a system call failed (Input/output error); run again"
+    assert explain_error(open_file) == "a system call failed (Input/output error); run again"
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
         (InputError("as it is"), "as it is"),
-        (MemoryError(), "memory does not suffice; give smaller input, or run on a machine with more memory"),
+        (MemoryError(), "there is not enough memory; give smaller input, or run on a machine with more memory"),
         (RuntimeError("Could not determine home directory."), "no home folder is known; set HOME, or write paths"),
         (RuntimeError("can't start new thread"), "the system allows no more threads; raise ulimit -u"),
-        (ValueError("embedded null byte"), "a path holds a character of code 0; correct the settings or the manifest"),
+        (ValueError("embedded null byte"), "a path contains a NUL character; correct the settings or the manifest"),
         (UnicodeError("odd"), "a text or a name is not UTF-8 (odd); save it as UTF-8 or rename the file"),
         (RuntimeError("shapes disagree"), None),
         (ValueError("home directory"), None),
@@ -64,21 +64,21 @@ def test_a_system_error_without_a_file_and_one_with_two():
     ],
 )
 def test_only_what_comes_from_outside_is_a_sentence(error, sentence):
-    found = from_outside(error)
+    found = explain_error(error)
     assert found is None if sentence is None else found.startswith(sentence)
 
 
 def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
     with pytest.raises(RecursionError) as raised:
         yaml.safe_load("[" * 100_000)
-    assert from_outside(raised.value) == "a file is nested too deeply to be read; give the file that was meant"
+    assert explain_error(raised.value) == "a file is nested too deeply to be read; check that it is the intended file"
 
     def ours(found):
         raise RecursionError("maximum recursion depth exceeded")
 
     with pytest.raises(RecursionError) as raised:
         json.loads("{}", object_hook=ours)
-    assert from_outside(raised.value) is None
+    assert explain_error(raised.value) is None
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
     ],
 )
 def test_lack_of_memory_is_known_by_type_number_and_words(error, lacks):
-    assert lacks_memory(error) is lacks
+    assert is_out_of_memory(error) is lacks
 
 
 def test_messages_of_libraries_are_cut_and_put_on_one_line():
     short, long = "a\n b" + "x" * 117, "y" * 121
-    assert from_outside(OSError(short)) == f"a system call failed (a b{'x' * 117}); run again"
-    assert from_outside(OSError(long)) == f"a system call failed ({'y' * 120}...); run again"
+    assert explain_error(OSError(short)) == f"a system call failed (a b{'x' * 117}); run again"
+    assert explain_error(OSError(long)) == f"a system call failed ({'y' * 120}...); run again"
 
 
 def test_names_are_shown_on_one_line_of_characters_that_can_be_printed():
@@ -139,11 +139,11 @@ def test_a_muted_stream_writes_nothing_any_more_and_takes_no_file(tmp_path):
 def test_an_error_is_said_at_once_and_where_it_cannot_be_nothing_more_is(tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as log:
         monkeypatch.setattr(sys, "stderr", log)
-        say_error("error: x")
+        print_error("error: x")
         assert (tmp_path / "log").read_text() == "error: x\n"
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
-        say_error("error: x")
+        print_error("error: x")
         full.write("more")  # and closing it is no error
 
 
@@ -161,7 +161,7 @@ def test_an_error_is_said_at_once_and_where_it_cannot_be_nothing_more_is(tmp_pat
     ],
 )  # fmt: skip
 def test_a_plain_number_is_what_it_says_or_none(text, whole, real):
-    assert plain_yaml.number(Plain(text), int) == whole and plain_yaml.number(Plain(text), float) == real
+    assert plain_yaml.parse_number(Plain(text), int) == whole and plain_yaml.parse_number(Plain(text), float) == real
 
 
 @pytest.mark.parametrize(
@@ -182,15 +182,15 @@ def test_a_number_that_yaml_reads_otherwise_comes_with_a_hint(text, hint):
 
 
 def test_not_a_number_is_a_float_and_no_whole_number():
-    found = plain_yaml.number(Plain(".NaN"), float)
-    assert found != found and plain_yaml.number(Plain(".nan"), int) is None
-    assert plain_yaml.number(Plain("9" * 5000), int) is None  # more digits than Python converts
+    found = plain_yaml.parse_number(Plain(".NaN"), float)
+    assert found != found and plain_yaml.parse_number(Plain(".nan"), int) is None
+    assert plain_yaml.parse_number(Plain("9" * 5000), int) is None  # more digits than Python converts
 
 
 def test_truths_are_six_words():
     for word, value in {"true": True, "Yes": True, "ON": True, "false": False, "No": False, "off": False}.items():
-        assert plain_yaml.truth(Plain(word)) is value
-    assert all(plain_yaml.truth(Plain(word)) is None for word in ("1", "0", "y", "n", "t", ""))
+        assert plain_yaml.parse_bool(Plain(word)) is value
+    assert all(plain_yaml.parse_bool(Plain(word)) is None for word in ("1", "0", "y", "n", "t", ""))
 
 
 def test_values_keep_their_text_and_their_line():

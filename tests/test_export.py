@@ -150,7 +150,7 @@ def test_the_language_model_of_the_checkpoint_itself_is_not_written_over(tmp_pat
     save_lm(beside(path), LanguageModel(1, "AB", *count(["AB"], "AB", 1)))
     before, alias = beside(path).read_bytes(), tmp_path / "alias.lm.safetensors"
     alias.symlink_to(beside(path))
-    with pytest.raises(InputError, match="alias.lm.safetensors is read by this command"):
+    with pytest.raises(InputError, match="alias.lm.safetensors is an input of this command"):
         export.main(["--checkpoint", str(path), "--out", str(tmp_path / "alias.safetensors")])
     assert beside(path).read_bytes() == before
 

@@ -14,7 +14,7 @@ from las_fast import decode, export, lm, train, tune
 from las_fast.cli import prepare_streams
 from las_fast.config import Config, load_config, to_yaml
 from las_fast.errors import InputError
-from las_fast.files import first_line, is_utf8, make_room, nearest_path, safetensors_format, utf8_path
+from las_fast.files import first_line, is_utf8, prepare_output_file, nearest_path_hint, safetensors_format, utf8_path
 from las_fast.output.submission import write_submission
 from las_fast.search import ngram
 from las_fast.search.ngram import LanguageModel, beside, save_lm
@@ -79,7 +79,7 @@ def test_files_of_the_user_are_left_alone(archive, model, text, tmp_path):
     ):  # fmt: skip
         out = tmp_path / name
         out.write_text(USERS)
-        with pytest.raises(InputError, match=f"{name} is there and is not .*; give another name, or remove it first"):
+        with pytest.raises(InputError, match=f"{name} exists and is not .*; give another name, or remove it first"):
             run(out)
         assert out.read_text() == USERS
 
@@ -94,10 +94,10 @@ def test_an_empty_file_may_be_filled(text, tmp_path):
 
 def test_a_checkpoint_is_no_language_model_and_the_other_way_round(model, text, tmp_path):
     before = model.read_bytes()
-    with pytest.raises(InputError, match="is there and is not a language model"):
+    with pytest.raises(InputError, match="exists and is not a language model"):
         run_lm(text, model)
     run_lm(text, tmp_path / "lm.safetensors")
-    with pytest.raises(InputError, match="is there and is not a model"):
+    with pytest.raises(InputError, match="exists and is not a model"):
         export.main(["--checkpoint", str(model), "--out", str(tmp_path / "lm.safetensors")])
     assert model.read_bytes() == before
 
@@ -108,11 +108,11 @@ def test_what_is_read_is_not_written_over(model, text, tmp_path, link):
     if link:
         out = tmp_path / "link.safetensors"
         out.symlink_to(model)
-    with pytest.raises(InputError, match="is read by this command, and would be replaced; give another name"):
+    with pytest.raises(InputError, match="is an input of this command and would be replaced; give another name"):
         export.main(["--checkpoint", str(model), "--out", str(out)])
     plain = tmp_path / "text"
     shutil.copy(text, plain)
-    with pytest.raises(InputError, match="is read by this command"):
+    with pytest.raises(InputError, match="is an input of this command"):
         run_lm(plain, plain)
 
 
@@ -128,7 +128,7 @@ def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
 def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model, tmp_path):
     save_lm(beside(model), LanguageModel(1, "AB", *ngram.count(["AB"], "AB", 1)))
     beside(tmp_path / "small.safetensors").write_text(USERS)
-    with pytest.raises(InputError, match="small.lm.safetensors is there and is not a language model"):
+    with pytest.raises(InputError, match="small.lm.safetensors exists and is not a language model"):
         export.main(["--checkpoint", str(model), "--out", str(tmp_path / "small.safetensors")])
 
 
@@ -157,8 +157,8 @@ def test_settings_that_a_stopped_training_left_may_be_replaced(tmp_path, text):
 
 def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"the name xxxxxxxxxxxxxxxxxxxx... has 300 bytes; give one of at most 255"):
-        make_room(tmp_path / ("x" * 300), "--out")
-    make_room(tmp_path / ("x" * 255), "--out")
+        prepare_output_file(tmp_path / ("x" * 300), "--out")
+    prepare_output_file(tmp_path / ("x" * 255), "--out")
 
 
 def test_folders_and_files_may_have_names_that_are_not_utf8(archive, text, tmp_path, capsys):
@@ -203,38 +203,38 @@ def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_pat
 def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.csv").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
-    with pytest.raises(InputError, match="a.csv may not be written; give another name"):
-        make_room(tmp_path / "a.csv", "--out")
+    with pytest.raises(InputError, match="a.csv is write-protected; give another name"):
+        prepare_output_file(tmp_path / "a.csv", "--out")
 
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_file_that_is_there_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
     asked, path = [], tmp_path / "a.csv"
     path.write_text("x")
-    make_room(path, "--out")  # without a rule anything may be replaced
-    with contextlib.nullcontext() if ours else pytest.raises(InputError, match="a.csv is there and is not a table"):
-        make_room(path, "--out", what="a table", ours=lambda path: asked.append(path) or ours)
+    prepare_output_file(path, "--out")  # without a rule anything may be replaced
+    with contextlib.nullcontext() if ours else pytest.raises(InputError, match="a.csv exists and is not a table"):
+        prepare_output_file(path, "--out", what="a table", may_replace=lambda path: asked.append(path) or ours)
     assert asked == [path]
 
 
 def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(InputError, match=f"--out {tmp_path} is a folder; give the name of a file to write"):
-        make_room(tmp_path, "--out")
+        prepare_output_file(tmp_path, "--out")
 
 
 def test_inputs_that_are_missing_or_not_given_are_not_written_over(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("x")
-    make_room(path, "--out", inputs=[None, tmp_path / "none", "a\0b"])
-    with pytest.raises(InputError, match="is read by this command"):
-        make_room(path, "--out", inputs=[tmp_path / "none", str(path)])
+    prepare_output_file(path, "--out", inputs=[None, tmp_path / "none", "a\0b"])
+    with pytest.raises(InputError, match="is an input of this command"):
+        prepare_output_file(path, "--out", inputs=[tmp_path / "none", str(path)])
 
 
 @pytest.mark.parametrize(("name", "refused"), [("a.CSV", True), ("a.csv", True), ("a.xyz", False), ("a.LM", False)])
 def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refused):
     with pytest.raises(InputError, match="give a name that ends in .lm") if refused else contextlib.nullcontext():
-        make_room(tmp_path / name, "--out", suffixes=(".lm", ".model"))
-    make_room(tmp_path / name, "--out")
+        prepare_output_file(tmp_path / name, "--out", suffixes=(".lm", ".model"))
+    prepare_output_file(tmp_path / name, "--out")
 
 
 @pytest.mark.parametrize(
@@ -243,18 +243,18 @@ def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refu
         ("there/x", "; the nearest is {}/there/x1"),
         ("there/x1/y/z", ""),
         ("thre/x/y", "; the nearest is {}/there"),
-        ("there/q/y", "; {}/there is there, q in it is not"),
+        ("there/q/y", "; {}/there exists, but has no q"),
         ("there/q", ""),
-        ("hid/y", "; {} is there, hid in it is not"),
+        ("hid/y", "; {} exists, but has no hid"),
     ],
 )
 def test_a_path_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, path, said):
     (tmp_path / "there" / "x1" / "y").mkdir(parents=True)
     (tmp_path / ".hid").mkdir()
-    assert nearest_path(tmp_path / path) == said.format(tmp_path)
+    assert nearest_path_hint(tmp_path / path) == said.format(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert nearest_path(Path(path)) == said.format(tmp_path)
-    assert nearest_path(Path("/nothing/of/it")) == nearest_path(Path("/nothing")) == ""
+    assert nearest_path_hint(Path(path)) == said.format(tmp_path)
+    assert nearest_path_hint(Path("/nothing/of/it")) == nearest_path_hint(Path("/nothing")) == ""
 
 
 def test_the_first_line_of_a_file_is_what_it_begins_with(tmp_path):
@@ -281,7 +281,7 @@ def test_a_head_that_is_too_long_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(len(content).to_bytes(8, "little") + content + b"weights")
     assert safetensors_format(tmp_path / "x") == "mine" and safetensors_format(tmp_path / "none") is None
     for most, known in ((len(content), "mine"), (len(content) - 1, None)):
-        monkeypatch.setattr("las_fast.files.HEADER_MAX", most)
+        monkeypatch.setattr("las_fast.files.MAX_HEADER_BYTES", most)
         assert safetensors_format(tmp_path / "x") == known
 
 

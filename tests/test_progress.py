@@ -231,7 +231,7 @@ def terminal(monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "width"), [(80, {"dynamic_ncols": True}), (1, {"dynamic_ncols": True}), (0, {"ncols": 80})]
 )
-@pytest.mark.parametrize(("total", "form"), [(9, module.BAR), (None, module.ENDLESS)], ids=["bar", "endless"])
+@pytest.mark.parametrize(("total", "form"), [(9, module.BAR), (None, module.BAR_WITHOUT_TOTAL)], ids=["bar", "endless"])
 def test_the_bar_is_as_wide_as_the_terminal_or_as_most_are(terminal, columns, width, total, form):
     terminal(columns)
     with progress(total, "reading dev", "utterances", done=3) as shown:

@@ -349,7 +349,7 @@ def test_texts_out_of_noise_are_left_out_with_a_warning(here, tmp_path):
     nothing, said = quietly(scored.transcribe, here / "short.wav", min_speech_score=segment.speech_score + 1)
     assert nothing.text == "" and nothing.noise == everything.segments and "1 left out" in repr(nothing)
     assert said == [
-        f"{here / 'short.wav'}: left out 1 piece that may be noise, the first at {segment.start:.1f} s (speech score "
+        f"{here / 'short.wav'}: left out 1 segment that may be noise, the first at {segment.start:.1f} s (speech score "
         f"{segment.speech_score:.2f}); min_speech_score sets the limit"
     ]
 

@@ -147,7 +147,7 @@ def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tm
     for _ in range(2):
         tune.main(words(here, "--beam", 2, "--out", out))
     out.write_text("my notes\n")
-    with pytest.raises(InputError, match="grid.txt is there and is not a table of settings in CSV"):
+    with pytest.raises(InputError, match="grid.txt exists and is not a table of settings in CSV"):
         tune.main(words(here, "--beam", 2, "--out", out))
     with pytest.raises(InputError, match=r"a table of settings in CSV is written there; .* ends in .csv"):
         tune.main(words(here, "--beam", 2, "--out", tmp_path / "grid.json"))
@@ -158,7 +158,7 @@ def test_what_is_read_is_not_replaced_by_the_table(here, tmp_path, name):
     file = tmp_path / "x"
     file.write_text("beam,cer,wer,ld\n")
     more = ["--beam", 2, name, file, "--out", file]
-    with pytest.raises(InputError, match="--out .*x is read by this command"):
+    with pytest.raises(InputError, match="--out .*x is an input of this command"):
         tune.main(words(here, *more))
 
 

@@ -24,9 +24,9 @@ from las_fast.data.folders import listed, subfolders
 from las_fast.data.readers import OR_SKIP
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
-from las_fast.files import expand, nearest_path
+from las_fast.files import expand, nearest_path_hint
 from las_fast.progress import track
-from las_fast.text import DIGITS, Vocabulary, lost_digits, normalise_text
+from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text
 
 __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
            "divided_recordings", "shared_recordings"]  # fmt: skip
@@ -129,7 +129,7 @@ def _no_root(root: Path, error: Exception) -> str:
             )
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     what = "does not exist" if missing else f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    return f"{root} {what}; give the folder that holds the data{nearest_path(root) if missing else ''}"
+    return f"{root} {what}; give the folder that holds the data{nearest_path_hint(root) if missing else ''}"
 
 
 def _unknown(root: Path) -> str:
@@ -360,7 +360,7 @@ class _TextCheck:
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
         if are_phonemes(raw.split()):
             return f"{source}: transcript {raw[:40]!r} holds phonemes, not letters; give data with spelled transcripts"
-        if self.normalise and lost_digits(raw, self.vocabulary.characters):
+        if self.normalise and has_lost_digits(raw, self.vocabulary.characters):
             return f"{source}: transcript {raw[:40]!r} holds digits, which have no letters; write them as words"
         if not text.strip():
             return f"{source} has an empty transcript; fill it in or remove it"

@@ -1,4 +1,4 @@
-"""The network: listener, attention and speller, and the LAS model that they make up."""
+"""The network: listener, attention and speller, combined in the LAS model."""
 
 from las_fast.model.las import LAS, Output
 

@@ -1,4 +1,4 @@
-"""Masked dot-product attention: projections around ops.masked_attention."""
+"""Masked dot-product attention: the projections around ops.masked_attention."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from las_fast.ops.masks import padding_mask
 
 
 class Memory(NamedTuple):
-    """What the speller reads of an utterance: made once, shared by every token and every beam."""
+    """Encoded utterances: computed once, read by the speller at every token for every beam."""
 
-    keys: Tensor  # (B, T, D)
-    values: Tensor  # (B, T, E)
-    lengths: Tensor  # (B,) encoder frames
-    padding: Tensor  # (B, T) bool, True past the length: made once, not at every token
+    keys: Tensor  # (B, T, D) float32
+    values: Tensor  # (B, T, E) float32
+    lengths: Tensor  # (B,) int64 encoder frames
+    padding: Tensor  # (B, T) bool, True past the length; stored, because building it at every token is slow
     ctc_logits: Tensor | None = None  # (B, T', V)
-    ctc_lengths: Tensor | None = None  # (B,)
+    ctc_lengths: Tensor | None = None  # (B,) int64 CTC frames
 
     def padded(self, batch: int, frames: int) -> Memory:
-        """Return it with utterances of length 0 and padded frames added up to that size.
+        """Pad to `batch` utterances, the new ones of length 0, and to `frames` encoder frames.
 
-        Frames of the CTC part stay as many times those of the rest as they are now, rounded up.
+        The CTC part keeps its ratio of CTC frames to encoder frames, rounded up.
         """
-        rows, later = batch - self.keys.shape[0], frames - self.keys.shape[1]
-        keys, values = (F.pad(x, (0, 0, 0, later, 0, rows)) for x in (self.keys, self.values))
-        padding = F.pad(self.padding, (0, later, 0, rows), value=True)
-        padded = Memory(keys, values, F.pad(self.lengths, (0, rows)), padding)
+        new_rows, new_frames = batch - self.keys.shape[0], frames - self.keys.shape[1]
+        keys, values = (F.pad(x, (0, 0, 0, new_frames, 0, new_rows)) for x in (self.keys, self.values))
+        padding = F.pad(self.padding, (0, new_frames, 0, new_rows), value=True)
+        padded = Memory(keys, values, F.pad(self.lengths, (0, new_rows)), padding)
         if self.ctc_logits is None or self.ctc_lengths is None:
             return padded
-        heard = self.ctc_logits.shape[1]
-        more = frames * -(-heard // self.keys.shape[1]) - heard
-        logits = F.pad(self.ctc_logits, (0, 0, 0, more, 0, rows))
-        return padded._replace(ctc_logits=logits, ctc_lengths=F.pad(self.ctc_lengths, (0, rows)))
+        ctc_frames = self.ctc_logits.shape[1]
+        ratio = -(-ctc_frames // self.keys.shape[1])
+        logits = F.pad(self.ctc_logits, (0, 0, 0, frames * ratio - ctc_frames, 0, new_rows))
+        return padded._replace(ctc_logits=logits, ctc_lengths=F.pad(self.ctc_lengths, (0, new_rows)))
 
 
-class Attended(NamedTuple):
-    """Where each hypothesis listened at one step."""
+class AttentionRead(NamedTuple):
+    """The frames that each hypothesis attended to at one step."""
 
-    weights: Tensor | None  # (B, K, T) float32, where asked for
-    peaks: Tensor  # (B, K) int64, the frame of the largest weight
+    weights: Tensor | None  # (B, K, T) float32, if requested
+    peaks: Tensor  # (B, K) int64, frame of the largest weight
 
 
 class Attention(nn.Module):
@@ -56,18 +56,26 @@ class Attention(nn.Module):
         for layer in (self.key, self.value, self.query):
             nn.init.xavier_uniform_(layer.weight)
 
-    def remember(self, listened: Tensor, lengths: Tensor) -> Memory:
-        """Project listener outputs (B, T, F) to keys and values, once for the whole utterance."""
-        # float32, since the attention computes in it: otherwise every token would convert them again.
-        keys, values = self.key(listened).float(), self.value(listened).float()
+    def project_memory(self, encoded: Tensor, lengths: Tensor) -> Memory:
+        """Project listener output (B, T, 2H) with lengths (B,) to keys and values, once per utterance."""
+        # float32, as the attention computes in it: converting again at every token is slow.
+        keys, values = self.key(encoded).float(), self.value(encoded).float()
         return Memory(keys, values, lengths, padding_mask(lengths, keys.shape[1]))
 
     def forward(
         self, query: Tensor, memory: Memory, *, weights: bool = True, backend: str = "auto"
-    ) -> tuple[Tensor, Attended]:
-        """Return the context (B, K, E) of projected queries (B, K, D), and where it is from."""
+    ) -> tuple[Tensor, AttentionRead]:
+        """Attend with projected queries (B, K, D).
+
+        Args:
+            weights: whether to return the attention weights.
+            backend: of ops.masked_attention.
+
+        Returns:
+            context (B, K, E), and the frames attended to.
+        """
         query, keys, values, lengths, padding = query.to(memory.keys.dtype), *memory[:4]
-        context, *attended = masked_attention(
+        context, *read = masked_attention(
             query, keys, values, lengths, weights=weights, peaks=True, padding=padding, backend=backend
         )
-        return context, Attended(*attended)
+        return context, AttentionRead(*read)

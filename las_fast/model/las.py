@@ -7,72 +7,84 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from las_fast.config import ModelConfig
-from las_fast.model.attention import Attended, Memory
+from las_fast.model.attention import AttentionRead, Memory
 from las_fast.model.listener import Listener
 from las_fast.model.speller import Speller, SpellerState
 
 
 class Output(NamedTuple):
-    """What training needs of one pass."""
+    """The result of a training pass."""
 
     logits: Tensor  # (B, U, V)
-    weights: Tensor  # (B, U, T) float32
-    lengths: Tensor  # (B,) encoder frames
+    weights: Tensor  # (B, U, T) float32 attention weights
+    lengths: Tensor  # (B,) int64 encoder frames
     ctc_logits: Tensor | None  # (B, T', V)
-    ctc_lengths: Tensor | None  # (B,)
+    ctc_lengths: Tensor | None  # (B,) int64 CTC frames
 
     @property
     def ctc(self) -> tuple[Tensor, Tensor]:
-        """The logits and lengths of CTC, of a model with that head."""
+        """CTC logits and lengths; only for a model with a CTC head."""
         assert self.ctc_logits is not None and self.ctc_lengths is not None
         return self.ctc_logits, self.ctc_lengths
 
 
 class LAS(nn.Module):
-    """Listen, Attend and Spell.
+    """Listen, Attend and Spell (Chan et al. 2016).
 
     Args:
-        config: sizes.
+        config: layer sizes.
         input_size: feature values per frame, deltas included.
-        vocabulary_size: V, with <pad> (also the CTC blank), <sos> and <eos> as tokens 0, 1 and 2.
+        vocabulary_size: V; tokens 0, 1 and 2 are <pad> (also the CTC blank), <sos> and <eos>.
     """
 
     def __init__(self, config: ModelConfig, *, input_size: int, vocabulary_size: int):
         super().__init__()
         self.input_size, self.vocabulary_size, self.ctc_layer = input_size, vocabulary_size, config.ctc_layer
-        self.time_reduction = config.listener.time_reduction  # feature frames in one encoder frame
+        self.time_reduction = config.listener.time_reduction  # feature frames per encoder frame
         self.listener = Listener(config.listener, input_size)
         self.speller = Speller(config.speller, self.listener.output_size, vocabulary_size)
         self.ctc = nn.Linear(self.listener.output_size, vocabulary_size) if config.ctc_layer >= 0 else None
 
     def listen(self, features: Tensor, feature_lengths: Tensor) -> Memory:
-        """Encode features (B, T, F) of feature_lengths (B,) int64 frames, each at least 1."""
-        listened, lengths, tapped = self.listener(features, feature_lengths, tap=self.ctc_layer)
-        memory = self.speller.attention.remember(listened, lengths)
+        """Encode features (B, T, F) float32 with feature_lengths (B,) int64, each at least 1."""
+        encoded, lengths, tapped = self.listener(features, feature_lengths, tap=self.ctc_layer)
+        memory = self.speller.attention.project_memory(encoded, lengths)
         if tapped is None or self.ctc is None:
             return memory
         return memory._replace(ctc_logits=self.ctc(tapped[0]), ctc_lengths=tapped[1])
 
     def start(self, memory: Memory, beam: int) -> SpellerState:
-        """Return the state before the first token, for `beam` hypotheses an utterance."""
+        """Return the state before the first token, for `beam` hypotheses per utterance."""
         return self.speller.start(memory, beam)
 
     def step(
         self, tokens: Tensor, state: SpellerState, memory: Memory, *, weights: bool = False, backend: str = "auto"
-    ) -> tuple[Tensor, Attended, SpellerState]:
-        """Read tokens (B, K); return logits (B, K, V) of the next, where each listened, and the new state.
+    ) -> tuple[Tensor, AttentionRead, SpellerState]:
+        """Advance every hypothesis by one token.
 
-        weights False leaves out the attention weights, and keeps the frames of the largest; backend is of the ops.
+        Args:
+            tokens: (B, K) int64, the last token of each hypothesis.
+            state: from `start` or the previous step.
+            memory: from `listen`.
+            weights: whether to return the attention weights; peaks are always returned.
+            backend: of the ops.
+
+        Returns:
+            logits (B, K, V) of the next token, the frames attended to, and the new state.
         """
         return self.speller.step(tokens, state, memory, weights=weights, backend=backend)
 
     def forward(
         self, features: Tensor, feature_lengths: Tensor, tokens: Tensor, teacher_forcing: float = 1.0
     ) -> Output:
-        """Spell tokens (B, U), each row ended by <eos> and padded by <pad>.
+        """Run a training pass.
 
-        teacher_forcing is the probability, drawn for every utterance and step, that the token before is the true one
-        and not the model's own best.
+        Args:
+            features: (B, T, F) float32.
+            feature_lengths: (B,) int64, each at least 1.
+            tokens: (B, U) int64 targets, each row ended by <eos> and padded with <pad>.
+            teacher_forcing: probability, per utterance and step, that the speller reads the true previous token rather
+                than its own best.
         """
         memory = self.listen(features, feature_lengths)
         logits, weights = self.speller(memory, tokens, teacher_forcing)

@@ -1,4 +1,4 @@
-"""What listener and speller share: dropout masks and the initialisation of LSTMs."""
+"""Building blocks that the listener and the speller share: LSTM initialisation and dropout."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
-def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout with one mask an utterance, the same in every frame of x (B, T, F) (Gal and Ghahramani 2016)."""
-    if not training or p == 0:
-        return x
-    return x * dropout_mask(x[:, :1], p)
-
-
-def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Return a mask shaped like `like`: 0 with probability p, else 1 / (1 - p)."""
-    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
-
-
 def initialise_lstm(name: str, parameter: Tensor) -> None:
-    """Orthogonal recurrence and Xavier inputs, gate by gate; biases 0, the forget gate's 1 (Jozefowicz 2015)."""
+    """Initialise an LSTM parameter gate by gate.
+
+    Recurrent weights are orthogonal and input weights Xavier-uniform. Biases are 0, except that the forget gate's
+    input bias is 1 (Jozefowicz et al. 2015).
+
+    Args:
+        name: name in nn.LSTM, such as weight_ih_l0 or bias_hh_l0.
+        parameter: (4H, ...), changed in place.
+    """
     size = parameter.shape[0] // 4
     with torch.no_grad():
         if "weight_hh" in name:
@@ -32,3 +28,15 @@ def initialise_lstm(name: str, parameter: Tensor) -> None:
             parameter.zero_()
             if "bias_ih" in name:
                 parameter[size : 2 * size] = 1.0
+
+
+def dropout_mask(like: Tensor, p: float) -> Tensor:
+    """Draw a mask with the shape of `like`: 0 with probability p, otherwise 1 / (1 - p)."""
+    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+
+
+def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Drop values of x (B, T, F) with one mask per utterance, the same in every frame (Gal and Ghahramani 2016)."""
+    if not training or p == 0:
+        return x
+    return x * dropout_mask(x[:, :1], p)

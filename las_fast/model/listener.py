@@ -1,5 +1,5 @@
-"""Listener: Conv1d front end, a BiLSTM, then pyramidal BiLSTMs that each halve the time (Chan et al. 2016), and
-BiLSTMs on top that keep it."""
+"""Listener: a Conv1d front end, a BiLSTM, pyramidal BiLSTMs that each halve the time (Chan et al. 2016), and further
+BiLSTMs that keep it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from las_fast.ops import bilstm
 
 
 def valid_frames(lengths: Tensor, frames: int) -> Tensor:
-    """Return (B, frames) bool: True at the first lengths[b] frames of each row."""
+    """Return a (B, frames) bool mask, True at the first lengths[b] frames of row b."""
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Return conv, which pads with zeros, over the frames of x (B, T, C), channels last before and after.
+    """Apply a zero-padded Conv1d over the frames of x (B, T, C_in); return (B, T_out, C_out).
 
-    On the CPU it is written as a convolution in two dimensions, of which one is 1: only that leaves channels last, and
-    a front end that turns each layer's input, output and their gradients around takes 1.4 times as long to train.
+    On the CPU it runs as a conv2d of height 1, the only form that keeps channels last. Transposing the inputs, outputs
+    and gradients of each layer instead makes training the front end 1.4 times as slow.
     """
     if x.device.type == "cuda":
         return conv(x.transpose(1, 2)).transpose(1, 2)
@@ -34,7 +34,7 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 class ConvFrontEnd(nn.Module):
-    """Conv1d, LayerNorm over channels and GELU, layer after layer; a stride of s leaves ceil(T / s) frames."""
+    """Layers of Conv1d, LayerNorm over channels and GELU; each turns T frames into ceil(T / stride)."""
 
     def __init__(self, config: ListenerConfig, input_size: int):
         super().__init__()
@@ -48,20 +48,20 @@ class ConvFrontEnd(nn.Module):
         self.output_size = sizes[-1]
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, ceil(T / stride), C) with zeros past the new lengths, and those lengths."""
+        """Encode x (B, T, F); return (B, T_out, C) with zeros past the new lengths, and those lengths (B,)."""
         x = x * valid_frames(lengths, x.shape[1])[:, :, None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             lengths = torch.div(lengths - 1, conv.stride[0], rounding_mode="floor") + 1
             x = nn.functional.gelu(norm(convolve(conv, x)))
-            # A convolution sees over the edge: padding must be zero again, as it is beyond an utterance on its own.
+            # Zero the padding again: the next convolution reads past the end, where an unpadded utterance has zeros.
             x = x * valid_frames(lengths, x.shape[1])[:, :, None]
         return x, lengths
 
 
 class BiLSTM(nn.Module):
-    """One bidirectional LSTM layer over utterances of different lengths, zeros past each length.
+    """One bidirectional LSTM layer: (B, T, F) to (B, T, 2H), with zeros past each utterance's length.
 
-    On CUDA it packs, which is cuDNN's own fast path. On the CPU, where packing would miss oneDNN, it is ops.bilstm.
+    On CUDA it uses packed sequences, cuDNN's fast path. On the CPU it is ops.bilstm.
     """
 
     def __init__(self, input_size: int, size: int):
@@ -84,20 +84,20 @@ class BiLSTM(nn.Module):
 
 
 def halve_time(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Join neighbouring frames: (B, T, F) -> (B, ceil(T / 2), 2 F); an odd last frame is joined with zeros."""
+    """Concatenate pairs of frames: (B, T, F) to (B, ceil(T / 2), 2F); an odd last frame is paired with zeros."""
     if x.shape[1] % 2:
         x = nn.functional.pad(x, (0, 0, 0, 1))
     return x.reshape(x.shape[0], -1, 2 * x.shape[2]), torch.div(lengths + 1, 2, rounding_mode="floor")
 
 
 class Listener(nn.Module):
-    """Features (B, T, F) to encoder frames; every layer's lengths are exact and at least 1."""
+    """Encoder from feature frames to encoder frames; lengths are exact after every layer, and at least 1."""
 
     def __init__(self, config: ListenerConfig, input_size: int):
         super().__init__()
         self.front = ConvFrontEnd(config, input_size)
-        pyramids, above = [4 * config.lstm_size] * config.pyramids, [2 * config.lstm_size] * config.top_layers
-        inputs = (self.front.output_size, *pyramids, *above)
+        pyramids, top = [4 * config.lstm_size] * config.pyramids, [2 * config.lstm_size] * config.top_layers
+        inputs = (self.front.output_size, *pyramids, *top)
         self.pyramids = config.pyramids
         self.layers = nn.ModuleList(BiLSTM(size, config.lstm_size) for size in inputs)
         self.norms = nn.ModuleList(nn.LayerNorm(2 * config.lstm_size) for _ in inputs)
@@ -105,15 +105,17 @@ class Listener(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, features: Tensor, lengths: Tensor, tap: int = -1) -> tuple[Tensor, Tensor, tuple | None]:
-        """Encode.
+        """Encode features.
 
         Args:
             features: (B, T, F) float32.
             lengths: (B,) int64, each at least 1.
-            tap: also return this layer's output: 0 the BiLSTM, i the i-th pyramid, then the top ones; -1 none.
+            tap: index of a layer whose output is also returned: 0 is the BiLSTM, then the pyramids, then the top
+                layers; -1 is none.
 
         Returns:
-            output (B, T', 2 H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap` or None.
+            output (B, T_out, 2H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap`
+            or None.
         """
         x, lengths = self.front(features, lengths)
         tapped = None

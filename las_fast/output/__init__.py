@@ -1,1 +1,1 @@
-"""What is made of hypotheses: scores, submissions, transcripts, pictures."""
+"""Outputs made from hypotheses: scores, submissions, transcripts, pictures."""

@@ -1,4 +1,4 @@
-"""Scores of transcripts: Levenshtein distance as Kaggle takes it, character and word error rates."""
+"""Scores of transcripts: mean Levenshtein distance as on Kaggle, character and word error rates."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from Levenshtein import distance
 @dataclass(frozen=True)
 class Scores:
     utterances: int
-    ld: float  # characters per utterance: the mean of the utterances' edit distances
-    cer: float  # percent: all character edits over all reference characters
-    wer: float  # percent: all word edits over all reference words
+    ld: float  # mean edit distance, in characters per utterance
+    cer: float  # percent: total character edits / total reference characters
+    wer: float  # percent: total word edits / total reference words
 
 
 def score(references: Sequence[str], hypotheses: Sequence[str]) -> Scores:
-    """Compare transcripts pair by pair; words are what white space parts.
+    """Score hypotheses against their references; words are separated by white space.
 
-    An empty reference counts every hypothesised character or word as an edit. Where all references are empty, the rates
-    are taken over one character or word.
+    With an empty reference, every character or word of the hypothesis is an edit. If all references are empty, the
+    rates are relative to one character or word.
 
     Raises:
-        ValueError: there are not as many hypotheses as references.
+        ValueError: the numbers of hypotheses and references differ.
     """
     pairs = list(zip(references, hypotheses, strict=True))
     characters = [distance(reference, hypothesis) for reference, hypothesis in pairs]

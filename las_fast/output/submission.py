@@ -1,4 +1,4 @@
-"""Submission files: what Kaggle takes, one row an utterance in the edition's own order."""
+"""Kaggle submission files: one row per utterance, in the edition's order."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def write_submission(
     header: tuple[str, str] = ("id", "label"),
     numbered: bool = False,
 ) -> None:
-    """Write a CSV of texts in upper case, whole or not at all; ids are written as write_text_atomically has it.
+    """Write texts in upper case to a CSV file, atomically.
 
     Args:
-        path:     the file; its folder is made.
-        ids:      of the utterances, in submission order.
-        texts:    their transcripts, without <sos> or <eos>.
-        header:   of the two columns.
-        numbered: the first column counts rows from 0 instead of giving ids.
+        path:     output file; its folder is created. Ids that are not UTF-8 are escaped as in write_text_atomically.
+        ids:      utterance ids, in submission order.
+        texts:    transcripts, without <sos> or <eos>.
+        header:   names of the two columns.
+        numbered: write row numbers from 0 in the first column, instead of ids.
 
     Raises:
         InputError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What was said in a recording, as text, JSON or subtitles, and the files that it is written to."""
+"""Transcripts of recordings, their formats (text, JSON, subtitles), and the names of their files."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from pathlib import Path
 
 from las_fast.files import NAME_MAX
 
-MIN_SPEECH_SCORE = 1.0  # of a text; below it lie texts made out of noise
-POOL_SECONDS = 600.0  # of speech that are decoded together
-SHOWN = 60  # characters of a text in a repr
+MIN_SPEECH_SCORE = 1.0  # segments with a lower score are mostly noise
+POOL_SECONDS = 600.0  # of speech per batch of segments
+MAX_REPR = 60  # characters of the text in a repr
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One reading of a stretch of speech."""
+    """A candidate text for a segment of speech or an utterance."""
 
     text: str
-    score: float  # sum of what each token adds: natural log-probabilities, see las_fast.search.beam.beam_search
-    mean_score: float  # per token, the end counted
-    speech_score: (
-        float | None
-    )  # see las_fast.search.dataset.speech_scores; None without a CTC head, and but for the best
+    score: float  # sum of the tokens' log-probabilities and weighted bonuses; see las_fast.search.beam.beam_search
+    mean_score: float  # score per token, <eos> included
+    speech_score: float | None  # see las_fast.search.dataset.speech_scores; None without a CTC head or if not the best
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a recording and what was said in it; times in seconds. The scores are as in Hypothesis."""
+    """A part of a recording with its text; times in seconds, scores as in Hypothesis."""
 
     start: float
     end: float
@@ -38,52 +36,53 @@ class Segment:
     score: float
     mean_score: float
     speech_score: float | None
-    nbest: tuple[Hypothesis, ...] = field(default=(), repr=False)  # best first; the text is that of the first
+    nbest: tuple[Hypothesis, ...] = field(default=(), repr=False)  # best first; the first has the segment's text
 
 
 @dataclass(frozen=True, repr=False)
 class Transcript:
-    """What was said in a recording."""
+    """The text of a recording."""
 
     text: str  # of all segments
     segments: tuple[Segment, ...]  # in order
-    noise: tuple[Segment, ...] = ()  # left out because of a low speech score: texts that may be made out of noise
+    noise: tuple[Segment, ...] = ()  # left out because of a low speech score
 
     def __str__(self) -> str:
         return self.text
 
     def __repr__(self) -> str:
-        text = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}..."
+        text = self.text if len(self.text) <= MAX_REPR else f"{self.text[:MAX_REPR]}..."
         noise = f", {len(self.noise)} left out" if self.noise else ""
         return f"Transcript({text!r}, {count(len(self.segments), 'segment')}{noise})"
 
 
-def joined(segments: Iterable[Segment]) -> str:
-    """Return the text of all segments."""
+def join_texts(segments: Iterable[Segment]) -> str:
+    """Join the texts of segments with spaces."""
     return " ".join(segment.text for segment in segments if segment.text)
 
 
 def count(number: int, what: str) -> str:
+    """Return a count with its noun, such as "2 segments"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def noise_warning(name: str, transcript: Transcript, option: str) -> str:
-    """Return the sentence on what was left out of a transcript as noise; option: sets the limit."""
+    """Return a warning about the segments left out of a transcript as noise; `option` sets the limit."""
     first = transcript.noise[0]
     return (
-        f"{name}: left out {count(len(transcript.noise), 'piece')} that may be noise, the first at "
+        f"{name}: left out {count(len(transcript.noise), 'segment')} that may be noise, the first at "
         f"{first.start:.1f} s (speech score {first.speech_score:.2f}); {option} sets the limit"
     )
 
 
 def as_text(path: Path, segments: Sequence[Segment]) -> str:
-    return joined(segments) + "\n"
+    return join_texts(segments) + "\n"
 
 
 def as_json(path: Path, segments: Sequence[Segment]) -> str:
     names = [f.name for f in fields(Segment) if f.name != "nbest"]
     rows = [{name: _rounded(getattr(segment, name)) for name in names} for segment in segments]
-    whole = {"file": os.fspath(path), "text": joined(segments).strip(), "pieces": rows}
+    whole = {"file": os.fspath(path), "text": join_texts(segments).strip(), "pieces": rows}
     return json.dumps(whole, ensure_ascii=False) + "\n"
 
 
@@ -92,17 +91,17 @@ def _rounded(value):
 
 
 def as_srt(path: Path, segments: Sequence[Segment]) -> str:
-    told = enumerate((segment for segment in segments if segment.text), 1)
-    return "\n".join(f"{n}\n{clock(s.start, ',')} --> {clock(s.end, ',')}\n{s.text}\n" for n, s in told)
+    with_text = enumerate((segment for segment in segments if segment.text), 1)
+    return "\n".join(f"{n}\n{clock(s.start, ',')} --> {clock(s.end, ',')}\n{s.text}\n" for n, s in with_text)
 
 
 def as_vtt(path: Path, segments: Sequence[Segment]) -> str:
-    told = [segment for segment in segments if segment.text]
-    return "WEBVTT\n" + "".join(f"\n{clock(s.start, '.')} --> {clock(s.end, '.')}\n{s.text}\n" for s in told)
+    with_text = [segment for segment in segments if segment.text]
+    return "WEBVTT\n" + "".join(f"\n{clock(s.start, '.')} --> {clock(s.end, '.')}\n{s.text}\n" for s in with_text)
 
 
 def clock(seconds: float, point: str) -> str:
-    """Return seconds as hours:minutes:seconds and milliseconds."""
+    """Format seconds as HH:MM:SS, `point` and milliseconds."""
     milliseconds = round(seconds * 1000)
     minutes, rest = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
@@ -113,10 +112,10 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
 
 def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:
-    """Return the file in `folder` that each of the distinct paths is written to.
+    """Return a distinct output file in `folder` for each of the distinct paths.
 
-    It has the recording's name with the suffix instead of its own. Recordings whose files would be the same keep their
-    own suffix, and then get a number.
+    The file has the recording's name with its suffix replaced. If two files would have the same name, the recordings
+    keep their suffixes, and names that are still equal are numbered.
     """
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
     counts = Counter(_folded(stem, suffix) for stem in stems.values())
@@ -135,12 +134,12 @@ def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Pat
 
 
 def _folded(name: str, suffix: str) -> str:
-    """Return what two names share that are one file: some disks do not tell case apart."""
+    """Return a key that is equal for names of the same file, on file systems that ignore case too."""
     return _shortened(name, suffix).casefold()
 
 
 def _shortened(name: str, suffix: str) -> str:
-    """Return name + suffix, the name cut to what a file system takes."""
-    room = NAME_MAX - len(suffix)
+    """Return name + suffix, with the name cut so that both fit in NAME_MAX bytes."""
+    max_bytes = NAME_MAX - len(suffix)
     data = os.fsencode(name or "recording")
-    return (data[:room].decode("utf-8", "ignore") if len(data) > room else name or "recording") + suffix
+    return (data[:max_bytes].decode("utf-8", "ignore") if len(data) > max_bytes else name or "recording") + suffix

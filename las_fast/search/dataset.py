@@ -15,7 +15,7 @@ from torch import Tensor
 
 from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
-from las_fast.errors import InputError, lacks_memory
+from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import (
     ctc_loss,
@@ -134,7 +134,7 @@ def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> lis
     try:
         return decode(batch)
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+        if not is_out_of_memory(error):
             raise
     forget()
     torch.cuda.empty_cache()

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST
-from las_fast.cli import STOPPING
+from las_fast.cli import STOP_SIGNALS
 from las_fast.config import Config, to_tree
 from las_fast.data.augment import Augment
 from las_fast.data.batching import Batch, make_loader, plan_course
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
-from las_fast.errors import InputError, Stopped, from_outside, lacks_memory
+from las_fast.errors import InputError, Stopped, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.text import Vocabulary
@@ -159,7 +159,7 @@ class Trainer:
             while self.progress.step < self.steps:
                 self._train_epoch(bar)
         except (Exception, KeyboardInterrupt) as error:
-            if from_outside(error) is None and not isinstance(error, KeyboardInterrupt):
+            if explain_error(error) is None and not isinstance(error, KeyboardInterrupt):
                 raise
             return error.with_traceback(None)
         return None
@@ -195,7 +195,7 @@ class Trainer:
 
     def _explained(self, problem: BaseException, saved: bool) -> BaseException:
         """Return the exception to end with: for lack of memory, one that says what to lower."""
-        if not lacks_memory(problem):
+        if not is_out_of_memory(problem):
             return problem
         utterances, frames = self.batch_size
         what = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
@@ -341,7 +341,7 @@ class Trainer:
             where = (self.config, self.device, self.out, self.epoch, self.check_stop)
             return validate(model, self.dev_data, self.vocabulary, *where)
         except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
+            if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
         advice = f"lower --decoding.frames-per-batch (now {now}) and go on with --resume"
@@ -508,7 +508,7 @@ def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
         if again and not trainer.saving:
             raise Stopped(signum)
 
-    numbers = [s for s in STOPPING if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    numbers = [s for s in STOP_SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
     old = {number: signal.signal(number, request) for number in numbers}
     try:
         yield

@@ -277,5 +277,5 @@ def test_a_split_or_root_that_is_not_there_is_answered_with_the_nearest(tmp_path
         open_corpus(root).resolve("dev-claen")
     with pytest.raises(InputError, match=rf"daat does not exist; give the folder .*; the nearest is {tmp_path}/data$"):
         open_corpus(tmp_path / "daat")
-    with pytest.raises(InputError, match=rf"does not exist; .*; {tmp_path} is there, other in it is not$"):
+    with pytest.raises(InputError, match=rf"does not exist; .*; {tmp_path} exists, but has no other$"):
         open_corpus(tmp_path / "other" / "deeper")

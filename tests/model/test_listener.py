@@ -57,12 +57,12 @@ def test_the_lstms_of_a_listener_are_the_op_in_both_directions(monkeypatch, prec
 
 
 class OnCuda(Tensor):
-    """A tensor on the CPU that says it is on CUDA."""
+    """A CPU tensor whose device is reported as CUDA."""
 
     device = torch.device("cuda")
 
 
-def test_what_is_called_on_cuda_computes_the_same():
+def test_the_cuda_path_computes_the_same():
     conv, x = nn.Conv1d(3, 5, 3, 2, padding=1), torch.randn(2, 9, 3)
     torch.testing.assert_close(convolve(conv, x.as_subclass(OnCuda)).as_subclass(Tensor), convolve(conv, x))
     layer, lengths, packed = BiLSTM(3, 4), torch.tensor([9, 4]), []
@@ -169,7 +169,7 @@ def test_a_listener_in_training_drops_its_inputs_and_its_output():
     assert torch.equal(output, tapped[0])
 
 
-def test_gates_begin_within_xaviers_bound_each_on_its_own():
+def test_each_gate_is_initialised_within_its_own_xavier_bound():
     torch.manual_seed(0)
     lstm = BiLSTM(5, 6).lstm
     bound = (6 / (5 + 6)) ** 0.5
@@ -177,7 +177,7 @@ def test_gates_begin_within_xaviers_bound_each_on_its_own():
         assert 0.8 * bound < gate.abs().max() <= bound
 
 
-def test_forget_gates_start_open_and_recurrence_orthogonal():
+def test_forget_biases_start_at_1_and_recurrence_orthogonal():
     lstm = BiLSTM(5, 6).lstm
     assert (lstm.bias_ih_l0[6:12] == 1).all() and lstm.bias_hh_l0_reverse.eq(0).all()
     gate = lstm.weight_hh_l0[:6]

@@ -24,7 +24,7 @@ def model():
     return LAS(SMALL, input_size=4, vocabulary_size=31)
 
 
-def test_padding_and_company_change_nothing(model):
+def test_padding_and_other_utterances_change_nothing(model):
     model.eval()
     torch.manual_seed(1)
     features, lengths = torch.randn(3, 50, 4), torch.tensor([50, 31, 1])
@@ -63,13 +63,13 @@ def test_embedding_and_output_share_their_weights(model):
     assert [n for n, p in model.named_parameters() if p.shape == (31, 6)] == ["speller.embedding.weight"]
 
 
-def test_a_model_has_a_ctc_head_only_where_it_is_asked_for(model):
+def test_a_model_has_a_ctc_head_only_on_request(model):
     plain = LAS(replace(SMALL, ctc_layer=-1), input_size=4, vocabulary_size=31)
     assert [name for name in model.state_dict() if name.startswith("ctc")] == ["ctc.weight", "ctc.bias"]
     assert plain.ctc is None and not [name for name in plain.state_dict() if name.startswith("ctc")]
 
 
-def test_the_projections_of_the_attention_begin_as_wide_as_their_inputs_allow(model):
+def test_attention_projections_are_xavier_initialised(model):
     attention = model.speller.attention
     for layer in (attention.key, attention.value, attention.query):
         rows, columns = layer.weight.shape
@@ -78,11 +78,11 @@ def test_the_projections_of_the_attention_begin_as_wide_as_their_inputs_allow(mo
 
 
 @pytest.mark.parametrize("ctc", [False, True])
-def test_a_memory_is_padded_with_silence_that_nobody_attends_to(model, ctc):
+def test_a_memory_is_padded_with_frames_that_are_masked(model, ctc):
     model.eval()
     kind = model if ctc else LAS(replace(SMALL, ctc_layer=-1), input_size=4, vocabulary_size=31).eval()
     memory = kind.listen(torch.randn(2, 30, 4), torch.tensor([30, 13]))
-    frames, heard = memory.keys.shape[1], None if memory.ctc_logits is None else memory.ctc_logits.shape[1]
+    frames, ctc_frames = memory.keys.shape[1], None if memory.ctc_logits is None else memory.ctc_logits.shape[1]
     padded = memory.padded(3, frames + 2)
     assert padded.keys.shape[:2] == padded.values.shape[:2] == padded.padding.shape == (3, frames + 2)
     for name in ("keys", "values"):
@@ -93,9 +93,9 @@ def test_a_memory_is_padded_with_silence_that_nobody_attends_to(model, ctc):
     assert torch.equal(padded.padding[:2, :frames], memory.padding)
     assert padded.padding[2].all() and padded.padding[:, frames:].all()
     if ctc:
-        times = -(-heard // frames)
+        times = -(-ctc_frames // frames)
         assert padded.ctc_logits.shape[:2] == (3, times * (frames + 2)) and times == 2
-        assert torch.equal(padded.ctc_logits[:2, :heard], memory.ctc_logits)
+        assert torch.equal(padded.ctc_logits[:2, :ctc_frames], memory.ctc_logits)
         assert padded.ctc_lengths.tolist() == [*memory.ctc_lengths.tolist(), 0]
     else:
         assert padded.ctc_logits is None and padded.ctc_lengths is None
@@ -107,7 +107,7 @@ def test_a_memory_of_one_frame_is_padded_like_a_longer_one(model):
     assert memory.padded(2, 3).ctc_logits.shape[:2] == (2, 3)
 
 
-def test_attention_runs_on_the_backend_that_is_asked_for_and_gives_weights_unless_told_not_to(model, monkeypatch):
+def test_attention_runs_on_the_requested_backend_and_returns_weights_by_default(model, monkeypatch):
     attention, asked = model.speller.attention, []
     module = importlib.import_module("las_fast.model.attention")
     masked = module.masked_attention
@@ -124,7 +124,7 @@ def test_attention_runs_on_the_backend_that_is_asked_for_and_gives_weights_unles
     assert attention(torch.randn(1, 2, 7), memory, weights=False)[1].weights is None
 
 
-def test_ctc_head_sits_on_the_layer_asked_for(model):
+def test_the_ctc_head_is_on_the_configured_layer(model):
     memory = model.listen(torch.randn(1, 64, 4), torch.tensor([64]))
     assert memory.ctc_lengths.tolist() == [16] and memory.lengths.tolist() == [8]
     plain = LAS(ModelConfig(listener=SMALL.listener, speller=SMALL.speller), input_size=4, vocabulary_size=31)

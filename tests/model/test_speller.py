@@ -19,7 +19,7 @@ SMALL = SpellerConfig(key_size=7, value_size=5, embedding_size=6, lstm_sizes=(8,
 def make_memory(speller, lengths=(6, 3), seed=0):
     torch.manual_seed(seed)
     lengths = torch.tensor(lengths)
-    return speller.attention.remember(torch.randn(len(lengths), int(lengths.max()), 10), lengths)
+    return speller.attention.project_memory(torch.randn(len(lengths), int(lengths.max()), 10), lengths)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_training_pass_equals_the_plain_loop_in_value_and_every_gradient(speller
 
 
 @pytest.mark.parametrize("steps", [1, 20])
-def test_weight_gradients_are_taken_once_and_not_once_a_step(speller, steps):
+def test_weight_gradients_are_computed_once_and_not_once_per_step(speller, steps):
     logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, steps)), backend="fused")
     with torch.profiler.profile() as profile:
         logits.sum().backward()
@@ -121,14 +121,14 @@ def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utteranc
     torch.manual_seed(0)
     speller = Speller(SpellerConfig(lstm_sizes=(64, 32), dropout=0.5), 10, 31).train()
     speller(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
-    masks = unrolled["masks"]  # of an utterance: all its tokens
+    masks = unrolled["masks"]  # per utterance, shared by its tokens
     assert [mask.shape for mask in masks] == [(2, 64), (2, 32)]
     assert all(set(mask.unique().tolist()) == {0.0, 2.0} and not torch.equal(*mask) for mask in masks)
     speller.eval()(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
     assert unrolled["masks"] is None
 
 
-def test_the_fused_cell_and_what_is_prepared_change_nothing(speller, monkeypatch):
+def test_fused_cells_and_precomputed_constants_change_no_result(speller, monkeypatch):
     def fused_gates(gates, others, cell, bias, other_bias):  # as torch.lstm_cell has it
         i, f, g, o = (gates + others + bias + other_bias).chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
@@ -145,12 +145,12 @@ def test_the_fused_cell_and_what_is_prepared_change_nothing(speller, monkeypatch
             state = state.gather(torch.tensor([[0, 0, 2], [2, 1, 0]]))
             steps += [logits, attended.weights, *state.hidden, *state.cell, state.context]
         found.append(steps)
-    assert state.prepared.token_gates.shape == (31, 32)
+    assert state.constants.token_gates.shape == (31, 32)
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_gives_weights_only_where_asked_for_and_always_their_peaks(speller):
+def test_a_step_returns_weights_only_on_request_and_always_their_peaks(speller):
     memory = make_memory(speller)
     before, state = torch.full((2, 3), SOS), speller.start(memory, 3)
     _, bare, _ = speller.step(before, state, memory)
@@ -160,15 +160,15 @@ def test_a_step_gives_weights_only_where_asked_for_and_always_their_peaks(spelle
 
 
 def test_gather_makes_each_hypothesis_continue_its_parent():
-    numbers, prepared = torch.arange(6.0).view(2, 3, 1), object()
-    state = SpellerState((numbers, numbers + 10), (numbers + 20, numbers + 30), numbers + 40, prepared)
+    numbers, constants = torch.arange(6.0).view(2, 3, 1), object()
+    state = SpellerState((numbers, numbers + 10), (numbers + 20, numbers + 30), numbers + 40, constants)
     gathered = state.gather(torch.tensor([[2, 2, 0], [1, 0, 1]]))
-    assert (len(gathered.hidden), len(gathered.cell)) == (2, 2) and gathered.prepared is prepared
+    assert (len(gathered.hidden), len(gathered.cell)) == (2, 2) and gathered.constants is constants
     for i, part in enumerate((*gathered.hidden, *gathered.cell, gathered.context)):
         assert part.flatten().tolist() == [10 * i + k for k in (2, 2, 0, 4, 3, 4)]
 
 
-def test_every_op_of_the_speller_runs_on_the_backend_that_is_asked_for(speller):
+def test_every_op_of_the_speller_runs_on_the_requested_backend(speller):
     memory, tokens = make_memory(speller), torch.full((2, 1), SOS)
     state = speller.start(memory)
     for run in (
@@ -180,7 +180,7 @@ def test_every_op_of_the_speller_runs_on_the_backend_that_is_asked_for(speller):
             run()
 
 
-def test_the_first_state_is_silence_for_one_hypothesis_unless_more_are_asked_for(speller):
+def test_the_initial_state_is_zeros_for_one_hypothesis_by_default(speller):
     memory = make_memory(speller)._replace(keys=torch.zeros(2, 6, 7, dtype=torch.float16))
     for beam, state in ((1, speller.start(memory)), (3, speller.start(memory, 3))):
         assert [x.shape for x in state.hidden] == [x.shape for x in state.cell] == [(2, beam, 8), (2, beam, 9)]
@@ -189,7 +189,7 @@ def test_the_first_state_is_silence_for_one_hypothesis_unless_more_are_asked_for
         assert not any(x.any() for x in (*state.hidden, *state.cell, state.context))
 
 
-def test_a_speller_begins_like_a_listener_and_with_logits_of_about_unit_variance():
+def test_initial_weights_follow_the_listener_and_initial_logits_have_about_unit_variance():
     torch.manual_seed(0)
     speller = Speller(SpellerConfig(embedding_size=64, value_size=32, lstm_sizes=(48, 40), key_size=16), 10, 31)
     for cell, inputs, size in zip(speller.cells, (96, 48), (48, 40), strict=True):
@@ -204,7 +204,7 @@ def test_a_speller_begins_like_a_listener_and_with_logits_of_about_unit_variance
     assert not speller.bias.any()
 
 
-def test_steps_are_fused_on_cuda_where_no_gradient_is_wanted():
+def test_steps_are_fused_on_cuda_without_gradients():
     for is_cuda in (True, False):
         memory = SimpleNamespace(keys=SimpleNamespace(is_cuda=is_cuda))
         assert Speller._fuses(memory) is False
@@ -212,12 +212,12 @@ def test_steps_are_fused_on_cuda_where_no_gradient_is_wanted():
             assert Speller._fuses(memory) is is_cuda
 
 
-def test_a_checkpoint_of_a_speller_holds_nothing_that_its_settings_say(speller):
+def test_a_checkpoint_holds_no_buffer_of_the_speller(speller):
     assert {name for name in speller.state_dict() if "." not in name} == {"bias"}
 
 
-def test_with_no_teacher_forcing_every_token_is_sampled_whatever_is_drawn(speller, unrolled, monkeypatch):
-    monkeypatch.setattr(torch, "rand", torch.zeros)  # the least that may be drawn
+def test_without_teacher_forcing_every_token_is_sampled_even_for_a_draw_of_0(speller, unrolled, monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the smallest draw
     speller(make_memory(speller), torch.full((2, 4), 3), 0.0)
     assert unrolled["sampled"].all()
     speller(make_memory(speller), torch.full((2, 4), 3))
@@ -253,7 +253,7 @@ def test_the_padding_mask_is_built_once_for_all_tokens(speller, monkeypatch):
         monkeypatch.setattr(module, "padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
     memory = make_memory(speller)
     speller(memory, torch.randint(3, 31, (2, 9)), backend="fused")
-    assert len(calls) == 2  # the memory's own, and the pass's
+    assert len(calls) == 2  # one for the memory, one for the pass
 
 
 def test_bfloat16_training_pass_keeps_states_in_float32(speller):
