@@ -18,7 +18,7 @@ from las_fast.system import tune_memory
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 COMMANDS = {
-    "train": ("las_fast.train", "train a model"),
+    "train": ("las_fast.train", "train a model on recordings with transcripts"),
     "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
     "transcribe": ("las_fast.transcribe", "transcribe audio files into text, JSON or subtitles"),
     "lm": ("las_fast.lm", "estimate a language model from text, for --lm of decode and transcribe"),

@@ -33,7 +33,7 @@ def saved(tmp_path):
     return model, path
 
 
-def test_a_model_comes_back_with_settings_statistics_and_scores(saved):
+def test_a_model_is_loaded_with_settings_statistics_and_scores(saved):
     model, path = saved
     loaded = load_model(path.parent)
     assert loaded.config == CONFIG and loaded.info == {"epoch": 3}
@@ -49,7 +49,7 @@ def test_a_missing_checkpoint_is_an_error_and_never_random_weights(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_where_no_model_is_released_none_is_named(tmp_path, monkeypatch):
+def test_without_released_models_the_error_names_none(tmp_path, monkeypatch):
     monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
     with pytest.raises(InputError) as caught:
         find_checkpoint("gone")
@@ -63,7 +63,7 @@ def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
         load_model(tmp_path / "last.pt")
 
 
-def test_weights_may_be_read_by_whom_other_files_may(saved):
+def test_weights_have_the_permissions_of_other_files(saved):
     (saved[1].parent / "plain").write_text("")
     assert saved[1].stat().st_mode == (saved[1].parent / "plain").stat().st_mode
 
@@ -77,7 +77,7 @@ def test_weights_may_be_read_by_whom_other_files_may(saved):
         ("runz", "; the nearest is {}/runs"),
     ],
 )
-def test_a_checkpoint_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, name, advice):
+def test_a_missing_checkpoint_has_a_hint_to_the_nearest(tmp_path, monkeypatch, name, advice):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "best.safetensors").touch()
@@ -131,10 +131,10 @@ def test_weights_that_are_missing_or_too_many_are_named(tmp_path):
     weights = build_model(CONFIG).state_dict()
     more = {**weights, "speller.more": torch.zeros(2)}
     del weights["speller.bias"]
-    for given, said in ((weights, r"speller.bias should be \(31,\), the file has none"),
+    for given, message in ((weights, r"speller.bias should be \(31,\), the file has none"),
                         (more, r"speller.more should be none, the file has \(2,\)")):  # fmt: skip
         save_model(tmp_path / "m.safetensors", given, CONFIG, None, {})
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_model(tmp_path / "m.safetensors")
     first = min(more)  # of many
     save_model(tmp_path / "m.safetensors", {"z": torch.zeros(2)}, CONFIG, None, {})
@@ -181,7 +181,7 @@ def write_text(path):
 
 
 @pytest.mark.parametrize("name", [b"x" * 255, b"\xe0" * 255, "한".encode() * 85, b"mod\xe0.csv", b"-rf", b"a\nb"])
-def test_any_name_that_a_file_may_have_can_be_written(tmp_path, name):
+def test_files_of_any_valid_name_can_be_written(tmp_path, name):
     path = tmp_path / os.fsdecode(name)
     for _ in range(2):
         write_atomically(path, write_text)
@@ -194,7 +194,7 @@ def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_error_of_a_write_is_not_hidden_by_the_cleaning_up(tmp_path):
+def test_the_error_of_a_write_is_not_hidden_by_cleanup(tmp_path):
     def remove_folder(temporary):
         temporary.parent.rmdir()
         temporary.write_text("x")
@@ -205,7 +205,7 @@ def test_the_error_of_a_write_is_not_hidden_by_the_cleaning_up(tmp_path):
         write_atomically(folder / "x", remove_folder)
 
 
-def test_lack_of_memory_is_not_taken_for_a_full_disk(tmp_path):
+def test_out_of_memory_is_not_reported_as_a_full_disk(tmp_path):
     def fail(temporary):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -223,14 +223,14 @@ def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (RuntimeError("iostream"), "(the file system took no more; 3 MiB are free there)"),
         (OSError(28, "No space left"), "(No space left; 3 MiB are free there); free some space"),
         (OSError(5, "I/O error"), "(I/O error); choose another name or folder"),
     ],
 )
-def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, said):
+def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, message):
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
@@ -239,7 +239,7 @@ def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, err
 
     with pytest.raises(InputError) as end:
         write_atomically(tmp_path / "file", fail)
-    assert said in str(end.value) and list(tmp_path.iterdir()) == []
+    assert message in str(end.value) and list(tmp_path.iterdir()) == []
 
 
 def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):

@@ -47,25 +47,23 @@ def signals():
 
 
 @pytest.mark.parametrize(
-    ("stop", "status", "said"),
+    ("stop", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
         (Stopped(signal.SIGHUP), 129, "stopped by SIGHUP"),
     ],
 )
-def test_a_stop_ends_with_the_number_of_its_signal_and_a_second_one_changes_nothing(
-    signals, capsys, stop, status, said
-):
+def test_a_signal_sets_the_exit_status_and_a_second_one_is_ignored(signals, capsys, stop, status, message):
     with pytest.raises(SystemExit) as end:
         cli.run(raising(stop))
-    assert end.value.code == status and capsys.readouterr().err == f"{said}\n"
+    assert end.value.code == status and capsys.readouterr().err == f"{message}\n"
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     assert [signal.getsignal(s) for s in numbers] == [signal.SIG_IGN] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_raised_as_an_exception_and_a_second_one_is_ignored(signals, number):
+def test_a_signal_raises_an_exception_and_a_second_one_is_ignored(signals, number):
     interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped) as stop, cli.stop_signals():
         assert signal.getsignal(signal.SIGINT) is interrupt
@@ -76,7 +74,7 @@ def test_a_signal_is_raised_as_an_exception_and_a_second_one_is_ignored(signals,
     assert stop.value.signum == number
 
 
-def test_signals_are_answered_as_before_once_a_command_has_ended(signals):
+def test_signal_handlers_are_restored_after_a_command(signals):
     def own(signum, frame):
         pass
 
@@ -108,7 +106,7 @@ SENTENCE = "error: standard output cannot be written (No space left on device); 
 
 
 @pytest.mark.parametrize(
-    ("main", "error", "status", "said", "muted"),
+    ("main", "error", "status", "message", "muted"),
     [
         (lambda argv: None, None, None, "", 0),
         (lambda argv: None, FULL, 2, SENTENCE, 1),
@@ -123,7 +121,9 @@ SENTENCE = "error: standard output cannot be written (No space left on device); 
         (raising(GONE), None, 141, "", 2),
     ],
 )
-def test_the_status_tells_whether_the_output_was_written(monkeypatch, capsys, main, error, status, said, muted):
+def test_the_exit_status_reports_output_that_cannot_be_written(
+    monkeypatch, capsys, main, error, status, message, muted
+):
     streams = []
     monkeypatch.setattr(sys, "stdout", Output(error))
     monkeypatch.setattr(cli, "mute", streams.append)
@@ -133,11 +133,11 @@ def test_the_status_tells_whether_the_output_was_written(monkeypatch, capsys, ma
         with pytest.raises(SystemExit) as end:
             cli.run(main)
         assert end.value.code == status
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
     assert streams == [sys.stdout, sys.stderr][:muted]
 
 
-def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(monkeypatch, capsys):
+def test_run_prepares_memory_and_streams_passes_arguments_and_closes_bars(monkeypatch, capsys):
     order = []
     monkeypatch.setattr(cli, "tune_memory", lambda: order.append("memory"))
     monkeypatch.setattr(cli, "prepare_streams", lambda: order.append("streams"))
@@ -180,7 +180,7 @@ def test_a_command_gets_its_words_its_streams_and_its_memory_and_leaves_no_bar(m
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
 )
-def test_what_comes_from_outside_is_one_sentence(capsys, error, sentence):
+def test_errors_from_outside_the_program_are_one_sentence(capsys, error, sentence):
     with pytest.raises(SystemExit) as end:
         cli.run(raising(error))
     err = capsys.readouterr().err
@@ -214,12 +214,12 @@ def add(argv):
         (add, TypeError),
     ],
 )
-def test_faults_of_the_program_keep_their_traceback(fault, kind):
+def test_bugs_keep_their_traceback(fault, kind):
     with pytest.raises(kind):
         cli.run(fault)
 
 
-def test_a_sentence_stays_on_one_line_whatever_is_in_a_name(capsys):
+def test_an_error_stays_on_one_line_for_any_file_name(capsys):
     with pytest.raises(SystemExit):
         cli.run(raising(InputError(f"{Path(os.fsdecode(b'mod' + bytes([0xE0, 10, 27]) + b'.wav'))} is empty")))
     assert capsys.readouterr().err == "error: mod\\xe0\\n\\x1b.wav is empty\n"
@@ -247,7 +247,7 @@ def test_an_output_that_is_full_only_at_the_end_is_one_sentence(code):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"])
-def test_closed_streams_do_not_disturb_the_work(tmp_path, closed):
+def test_closed_streams_do_not_disturb_a_command(tmp_path, closed):
     code = f"print('x', file=sys.stderr); print('y'); open(r'{tmp_path}/out', 'w').write('z')"
     done = in_a_shell(code, f'"$PY" -c "$RUN" {closed}')
     expected = 2 if "full" in closed else 0  # a warning that is lost is an error, a stream closed on purpose is none
@@ -257,7 +257,7 @@ def test_closed_streams_do_not_disturb_the_work(tmp_path, closed):
         assert done.stdout == ("" if "1" in closed or closed.startswith(">") else "y\n")
 
 
-def test_a_command_that_only_prints_needs_an_output():
+def test_a_command_that_only_prints_needs_standard_output():
     done = in_a_shell("require_stdout('--out FOLDER')", '"$PY" -c "$RUN" >&-')
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed, so the results cannot be printed; give --out FOLDER\n"
@@ -296,8 +296,8 @@ def test_a_signal_lets_the_command_clean_up(tmp_path, signal_name, status):
         time.sleep(0.1)
         child.send_signal(number)  # a second one does not end the cleaning up
     _, err = child.communicate()
-    said = "interrupted" if signal_name == "INT" else f"stopped by SIG{signal_name}"
-    assert (child.returncode, err) == (status, f"{said}\n") and (tmp_path / "cleaned").exists()
+    message = "interrupted" if signal_name == "INT" else f"stopped by SIG{signal_name}"
+    assert (child.returncode, err) == (status, f"{message}\n") and (tmp_path / "cleaned").exists()
 
 
 def test_nohup_is_obeyed():
@@ -313,7 +313,7 @@ def start(code: str, *before: str, **options) -> subprocess.Popen:
     return subprocess.Popen([*before, sys.executable, "-c", program], **pipes, **options)
 
 
-def test_printing_never_fails_for_an_encoding_and_a_log_gets_each_line_at_once(monkeypatch):
+def test_printing_works_in_any_encoding_and_flushes_each_line(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     out, err = sys.stdout, sys.stderr
@@ -324,7 +324,7 @@ def test_printing_never_fails_for_an_encoding_and_a_log_gets_each_line_at_once(m
     assert out.buffer.getvalue() == err.buffer.getvalue() == b"\\u00e9\n"
 
 
-def test_streams_that_are_missing_or_not_of_the_system_are_no_error(monkeypatch):
+def test_missing_or_replaced_streams_are_no_error(monkeypatch):
     own = io.StringIO()
     for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
         monkeypatch.setattr(sys, name, None)
@@ -336,7 +336,7 @@ def test_streams_that_are_missing_or_not_of_the_system_are_no_error(monkeypatch)
 
 
 @pytest.mark.parametrize(("closed", "opened"), [((), 0), ((0,), 1), ((1,), 1), ((2,), 1), ((0, 1, 2), 3), ((3,), 0)])
-def test_numbers_of_closed_streams_are_taken_before_a_file_gets_them(monkeypatch, closed, opened):
+def test_descriptors_of_closed_streams_are_not_reused_for_files(monkeypatch, closed, opened):
     def fstat(number):
         if number in closed:
             raise OSError(errno.EBADF, "Bad file descriptor")
@@ -348,21 +348,21 @@ def test_numbers_of_closed_streams_are_taken_before_a_file_gets_them(monkeypatch
     assert made == [("/dev/null", os.O_RDWR)] * opened
 
 
-def test_only_a_command_without_an_output_is_told_to_name_a_file(monkeypatch):
+def test_require_stdout_raises_only_if_standard_output_is_closed(monkeypatch):
     cli.require_stdout("--out")
     monkeypatch.setattr(sys, "__stdout__", None)
     with pytest.raises(InputError, match="standard output is closed, .*; give --out"):
         cli.require_stdout("--out")
 
 
-def test_memory_is_kept_in_training_and_given_back_in_decoding_by_the_numbers_of_malloc_h(monkeypatch):
-    told = []
-    monkeypatch.setattr(system, "_mallopt", lambda *given: told.append(given))
+def test_mallopt_gets_the_parameters_of_malloc_h(monkeypatch):
+    calls = []
+    monkeypatch.setattr(system, "_mallopt", lambda *arguments: calls.append(arguments))
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     system.tune_memory()
     system.give_large_blocks_back()
     mmap_threshold, trim_threshold, never = -3, -1, -1
-    assert told == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
+    assert calls == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     system.tune_memory()
@@ -372,17 +372,17 @@ def test_memory_is_kept_in_training_and_given_back_in_decoding_by_the_numbers_of
 @pytest.mark.parametrize(
     ("platform", "library", "expected"),
     [
-        ("linux", lambda told: SimpleNamespace(mallopt=lambda *given: told.append(given)), [(-3, 7)]),
-        ("linux", lambda told: SimpleNamespace(), []),  # musl has no mallopt
-        ("darwin", lambda told: SimpleNamespace(mallopt=lambda *given: told.append(given)), []),
+        ("linux", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), [(-3, 7)]),
+        ("linux", lambda calls: SimpleNamespace(), []),  # musl has no mallopt
+        ("darwin", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), []),
     ],
 )
-def test_the_c_library_is_told_where_it_listens(monkeypatch, platform, library, expected):
-    told = []
+def test_mallopt_is_called_only_if_the_c_library_has_it(monkeypatch, platform, library, expected):
+    calls = []
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library(told))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library(calls))
     system._mallopt(-3, 7)
-    assert told == expected
+    assert calls == expected
 
 
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
@@ -395,7 +395,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert system.cores() == 1
 
 
-def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
+def test_an_unknown_home_folder_is_one_sentence(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert files.expand("~/run") == Path("/home/someone/run") and files.expand("run/~") == Path("run/~")
 
@@ -408,14 +408,14 @@ def test_a_home_folder_that_is_not_known_is_one_sentence(monkeypatch):
             files.expand(path)
 
 
-def test_a_folder_that_cannot_be_made_is_told_with_the_reason(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monkeypatch):
     files.make_folder(tmp_path / "a" / "b", "--out")
     files.make_folder(tmp_path / "a" / "b", "--out")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        said = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
-        with pytest.raises(InputError, match=said):
+        message = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
+        with pytest.raises(InputError, match=message):
             files.make_folder(path, "--out")
 
     def refused(self, **options):
@@ -433,7 +433,7 @@ def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkey
         files.make_folder(tmp_path, "--out")
 
 
-def test_a_reader_that_has_gone_is_no_traceback():
+def test_a_closed_output_pipe_is_no_traceback():
     command = f"{sys.executable} -c 'from las_fast.cli import run; run(lambda _: print(\"x\\n\" * 99999))' | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
@@ -441,7 +441,7 @@ def test_a_reader_that_has_gone_is_no_traceback():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
 def test_decoding_gives_large_blocks_back_and_training_keeps_them():
-    """Said in a process of its own, which counts its blocks that have pages of their own."""
+    """Runs in a new process, which counts its mapped blocks."""
     script = """
 import ctypes
 from las_fast import system
@@ -450,21 +450,21 @@ libc.malloc.restype = ctypes.c_void_p
 class Counts(ctypes.Structure):
     _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
 libc.mallinfo2.restype = Counts
-def own_pages():
+def mapped_blocks():
     before = getattr(libc.mallinfo2(), "3")
     libc.malloc(ctypes.c_size_t(2 * system.DECODING_MMAP_BYTES))
     return getattr(libc.mallinfo2(), "3") - before
 system.tune_memory()
-print(own_pages())
+print(mapped_blocks())
 system.give_large_blocks_back()
-print(own_pages())
+print(mapped_blocks())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
 
 
 @pytest.mark.parametrize("module", [decode, transcribe, tune])
-def test_commands_that_decode_ask_for_it(module, monkeypatch, capsys):
+def test_decoding_commands_give_large_blocks_back(module, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(module, "give_large_blocks_back", lambda: asked.append(module))
     with pytest.raises(SystemExit):
@@ -508,11 +508,11 @@ def test_a_command_gets_the_words_after_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize(("word", "advice"), [("transscribe", "; the nearest is transcribe"), ("xyz", "")])
-def test_an_unknown_command_is_named_with_those_there_are(capsys, word, advice):
+def test_an_unknown_command_is_reported_with_the_known_ones(capsys, word, advice):
     with pytest.raises(SystemExit) as end:
         cli.main([word])
-    said = f"error: las-fast has no command '{word}'; it has {', '.join(NAMES)}{advice}\n"
-    assert end.value.code == 2 and capsys.readouterr().err == said
+    message = f"error: las-fast has no command '{word}'; it has {', '.join(NAMES)}{advice}\n"
+    assert end.value.code == 2 and capsys.readouterr().err == message
 
 
 def parse(words, default=None):
@@ -527,7 +527,7 @@ def test_options_and_settings_may_be_mixed():
     assert config.training.epochs == 3 and config.decoding.length_penalty == 0.8
 
 
-def test_what_is_not_given_stays_as_the_defaults_have_it():
+def test_settings_that_are_not_given_keep_their_defaults():
     default = Config(decoding=DecodingConfig(beam=3))
     assert parse(["--data", "here"], default)[1] == default
 
@@ -565,7 +565,7 @@ def test_help_and_wrong_options_do_not_wait_for_torch(name):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
 
 
-def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
+def test_an_output_that_is_not_a_file_is_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
         prepare_output_file(tmp_path / "pipe", "--out")
@@ -573,7 +573,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_work(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
-def test_every_command_ends_in_the_one_place_for_errors():
+def test_every_command_is_run_by_cli_run():
     commands = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "las_fast").rglob("*.py"))}
     mains = {path.name: text for path, text in commands.items() if '__name__ == "__main__"' in text}
     assert len(mains) >= 8

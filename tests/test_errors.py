@@ -11,7 +11,17 @@ import torch
 import yaml
 
 from las_fast import plain_yaml
-from las_fast.errors import ADVICE, JSON_ESCAPES, InputError, Stopped, explain_error, is_out_of_memory, mute, print_error, show
+from las_fast.errors import (
+    ADVICE,
+    JSON_ESCAPES,
+    InputError,
+    Stopped,
+    explain_error,
+    is_out_of_memory,
+    mute,
+    print_error,
+    show,
+)
 from las_fast.plain_yaml import Plain
 
 
@@ -33,7 +43,7 @@ from las_fast.plain_yaml import Plain
         (errno.ENOTDIR, "x.wav: Not a directory; check the path"),
     ],
 )
-def test_what_the_system_says_is_a_sentence_with_the_file(code, sentence):
+def test_system_errors_are_one_sentence_with_the_file(code, sentence):
     assert explain_error(OSError(code, "Not a directory", "x.wav")) == sentence
     assert code in ADVICE or code == errno.ENOTDIR
 
@@ -63,12 +73,12 @@ def test_a_system_error_without_a_file_and_one_with_two():
         (KeyError("x"), None),
     ],
 )
-def test_only_what_comes_from_outside_is_a_sentence(error, sentence):
+def test_only_errors_from_outside_have_a_sentence(error, sentence):
     found = explain_error(error)
     assert found is None if sentence is None else found.startswith(sentence)
 
 
-def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
+def test_a_deeply_nested_file_is_not_a_bug():
     with pytest.raises(RecursionError) as raised:
         yaml.safe_load("[" * 100_000)
     assert explain_error(raised.value) == "a file is nested too deeply to be read; check that it is the intended file"
@@ -99,32 +109,32 @@ def test_a_file_that_is_nested_too_deeply_is_told_from_a_fault():
         (RuntimeError("memory"), False),
     ],
 )
-def test_lack_of_memory_is_known_by_type_number_and_words(error, lacks):
+def test_out_of_memory_is_recognised_by_type_errno_and_message(error, lacks):
     assert is_out_of_memory(error) is lacks
 
 
-def test_messages_of_libraries_are_cut_and_put_on_one_line():
+def test_messages_of_libraries_are_shortened_to_one_line():
     short, long = "a\n b" + "x" * 117, "y" * 121
     assert explain_error(OSError(short)) == f"a system call failed (a b{'x' * 117}); run again"
     assert explain_error(OSError(long)) == f"a system call failed ({'y' * 120}...); run again"
 
 
-def test_names_are_shown_on_one_line_of_characters_that_can_be_printed():
+def test_names_are_shown_on_one_line_of_printable_characters():
     assert show(b"caf\xe0.wav") == r"caf\xe0.wav" and show("a\nb\x1b") == r"a\nb\x1b" and show("é 한") == "é 한"
 
 
-def test_what_an_encoding_lacks_is_escaped_as_in_json():
+def test_characters_that_an_encoding_lacks_become_json_escapes():
     assert "aé한😀\udce0b".encode("ascii", JSON_ESCAPES) == rb"a\u00e9\ud55c\ud83d\ude00\udce0b"
     assert json.loads('"' + "é😀".encode("ascii", JSON_ESCAPES).decode() + '"') == "é😀"
     with pytest.raises(UnicodeDecodeError):
         b"\xff".decode("utf-8", JSON_ESCAPES)
 
 
-def test_a_stop_knows_its_signal():
+def test_stopped_knows_its_signal():
     assert (Stopped().signum, Stopped(signal.SIGHUP).signum) == (signal.SIGINT, signal.SIGHUP)
 
 
-def test_a_muted_stream_writes_nothing_any_more_and_takes_no_file(tmp_path):
+def test_a_muted_stream_writes_nothing_and_leaks_no_descriptor(tmp_path):
     stream = (tmp_path / "log").open("w")
     stream.write("pending")
     before = len(os.listdir("/proc/self/fd"))
@@ -136,7 +146,7 @@ def test_a_muted_stream_writes_nothing_any_more_and_takes_no_file(tmp_path):
     mute(None)
 
 
-def test_an_error_is_said_at_once_and_where_it_cannot_be_nothing_more_is(tmp_path, monkeypatch):
+def test_errors_are_flushed_and_a_full_stderr_is_muted(tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as log:
         monkeypatch.setattr(sys, "stderr", log)
         print_error("error: x")
@@ -160,7 +170,7 @@ def test_an_error_is_said_at_once_and_where_it_cannot_be_nothing_more_is(tmp_pat
         ("inf", None, None), ("1e", None, None), ("", None, None), ("1 0", None, None),
     ],
 )  # fmt: skip
-def test_a_plain_number_is_what_it_says_or_none(text, whole, real):
+def test_unquoted_numbers_are_parsed_or_rejected(text, whole, real):
     assert plain_yaml.parse_number(Plain(text), int) == whole and plain_yaml.parse_number(Plain(text), float) == real
 
 
@@ -174,20 +184,20 @@ def test_a_plain_number_is_what_it_says_or_none(text, whole, real):
         ("ten", ""),
     ],
 )
-def test_a_number_that_yaml_reads_otherwise_comes_with_a_hint(text, hint):
+def test_a_number_that_yaml_would_misread_has_a_hint(text, hint):
     from las_fast import config
 
     assert config._hint(int, Plain(text)) == config._hint(float, Plain(text)) == hint
     assert config._hint(str, Plain(text)) == config._hint(int, text) == ""
 
 
-def test_not_a_number_is_a_float_and_no_whole_number():
+def test_nan_is_a_float_and_not_an_int():
     found = plain_yaml.parse_number(Plain(".NaN"), float)
     assert found != found and plain_yaml.parse_number(Plain(".nan"), int) is None
     assert plain_yaml.parse_number(Plain("9" * 5000), int) is None  # more digits than Python converts
 
 
-def test_truths_are_six_words():
+def test_booleans_are_six_words():
     for word, value in {"true": True, "Yes": True, "ON": True, "false": False, "No": False, "off": False}.items():
         assert plain_yaml.parse_bool(Plain(word)) is value
     assert all(plain_yaml.parse_bool(Plain(word)) is None for word in ("1", "0", "y", "n", "t", ""))
@@ -211,13 +221,13 @@ def test_values_keep_their_text_and_their_line():
         ("a: !!int x\n", "x.yaml is not YAML: "),
     ],
 )
-def test_a_document_that_cannot_be_meant_is_one_sentence(text, message):
+def test_an_invalid_document_is_one_sentence(text, message):
     with pytest.raises(InputError) as raised:
         plain_yaml.load(text, "x.yaml")
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 
-def test_what_came_is_shown_shortly_with_its_line():
+def test_values_in_errors_are_short_and_have_their_line():
     assert plain_yaml.got(Plain("010", 4)) == "010 (line 4)" and plain_yaml.got("010") == "'010'"
     assert plain_yaml.got(Plain("word", 2)) == "'word' (line 2)" and plain_yaml.got(None) == "None"
     assert plain_yaml.got(Plain("x" * 80)) == f"'{'x' * 80}'" and len(plain_yaml.got(Plain("x" * 81))) <= 80

@@ -27,7 +27,7 @@ def test_an_exported_model_is_half_as_large_and_computes_in_float32_with_weights
         torch.testing.assert_close(value, theirs[name], rtol=2**-11, atol=2**-24)
 
 
-def test_decoding_settings_become_the_files_own(tmp_path):
+def test_decoding_settings_become_the_defaults_of_the_file(tmp_path):
     out = exported(make_checkpoint(tmp_path), "--decoding.beam", "3", "--decoding.length-penalty", "0.5")
     decoding = checkpoint.load_model(out).config.decoding
     assert (decoding.beam, decoding.length_penalty) == (3, 0.5)
@@ -83,7 +83,7 @@ def test_a_checkpoint_and_a_file_must_be_given(missing, capsys):
     assert f"{missing} must be given" in capsys.readouterr().err
 
 
-def test_a_slash_at_the_end_is_no_name_for_a_file(capsys):
+def test_a_name_with_a_trailing_slash_is_not_a_file(capsys):
     with pytest.raises(SystemExit):
         export.main(["--checkpoint", "x", "--out", "model/"])
     assert "model/ is a folder; give the name of a file to write" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def run_decode(archive, model, out, *words):
 
 
 @pytest.mark.parametrize("name", ["talk.srt", "talk.wav", "text.txt", "lm.arpa", "lm.json", "best.pt", "x.YAML"])
-def test_a_name_that_speaks_of_another_kind_of_file_is_refused(text, tmp_path, name):
+def test_a_suffix_of_another_kind_of_file_is_refused(text, tmp_path, name):
     with pytest.raises(InputError, match=r"a language model is written there; give a name that ends in .safetensors"):
         run_lm(text, tmp_path / name)
     assert text.read_text().startswith("HELLO")
@@ -92,7 +92,7 @@ def test_an_empty_file_may_be_filled(text, tmp_path):
     assert safetensors_format(out) == "las_fast lm 1"
 
 
-def test_a_checkpoint_is_no_language_model_and_the_other_way_round(model, text, tmp_path):
+def test_checkpoints_and_language_models_do_not_replace_each_other(model, text, tmp_path):
     before = model.read_bytes()
     with pytest.raises(InputError, match="exists and is not a language model"):
         run_lm(text, model)
@@ -103,7 +103,7 @@ def test_a_checkpoint_is_no_language_model_and_the_other_way_round(model, text, 
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_what_is_read_is_not_written_over(model, text, tmp_path, link):
+def test_inputs_are_not_overwritten(model, text, tmp_path, link):
     out = model
     if link:
         out = tmp_path / "link.safetensors"
@@ -155,7 +155,7 @@ def test_settings_that_a_stopped_training_left_may_be_replaced(tmp_path, text):
     train.check_out(tmp_path, resume=False)
 
 
-def test_a_name_that_is_too_long_is_told_before_the_work(tmp_path):
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"the name xxxxxxxxxxxxxxxxxxxx... has 300 bytes; give one of at most 255"):
         prepare_output_file(tmp_path / ("x" * 300), "--out")
     prepare_output_file(tmp_path / ("x" * 255), "--out")
@@ -200,7 +200,7 @@ def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_pat
     export.main(["--checkpoint", str(longest), "--out", str(tmp_path / ("z" * 243 + ".safetensors"))])
 
 
-def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.csv").touch()
     monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
     with pytest.raises(InputError, match="a.csv is write-protected; give another name"):
@@ -208,7 +208,7 @@ def test_a_file_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_file_that_is_there_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
+def test_an_existing_file_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
     asked, path = [], tmp_path / "a.csv"
     path.write_text("x")
     prepare_output_file(path, "--out")  # without a rule anything may be replaced
@@ -217,12 +217,12 @@ def test_a_file_that_is_there_is_replaced_if_an_earlier_run_wrote_it(tmp_path, o
     assert asked == [path]
 
 
-def test_a_folder_is_no_file_to_write(tmp_path):
+def test_a_folder_is_not_an_output_file(tmp_path):
     with pytest.raises(InputError, match=f"--out {tmp_path} is a folder; give the name of a file to write"):
         prepare_output_file(tmp_path, "--out")
 
 
-def test_inputs_that_are_missing_or_not_given_are_not_written_over(tmp_path):
+def test_missing_inputs_are_ignored_and_existing_ones_protected(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("x")
     prepare_output_file(path, "--out", inputs=[None, tmp_path / "none", "a\0b"])
@@ -231,14 +231,14 @@ def test_inputs_that_are_missing_or_not_given_are_not_written_over(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "refused"), [("a.CSV", True), ("a.csv", True), ("a.xyz", False), ("a.LM", False)])
-def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refused):
+def test_only_known_suffixes_are_refused(tmp_path, name, refused):
     with pytest.raises(InputError, match="give a name that ends in .lm") if refused else contextlib.nullcontext():
         prepare_output_file(tmp_path / name, "--out", suffixes=(".lm", ".model"))
     prepare_output_file(tmp_path / name, "--out")
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("there/x", "; the nearest is {}/there/x1"),
         ("there/x1/y/z", ""),
@@ -248,16 +248,16 @@ def test_only_an_ending_whose_meaning_is_settled_is_refused(tmp_path, name, refu
         ("hid/y", "; {} exists, but has no hid"),
     ],
 )
-def test_a_path_that_is_not_there_is_answered_with_the_nearest(tmp_path, monkeypatch, path, said):
+def test_a_missing_path_has_a_hint_to_the_nearest_one(tmp_path, monkeypatch, path, message):
     (tmp_path / "there" / "x1" / "y").mkdir(parents=True)
     (tmp_path / ".hid").mkdir()
-    assert nearest_path_hint(tmp_path / path) == said.format(tmp_path)
+    assert nearest_path_hint(tmp_path / path) == message.format(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert nearest_path_hint(Path(path)) == said.format(tmp_path)
+    assert nearest_path_hint(Path(path)) == message.format(tmp_path)
     assert nearest_path_hint(Path("/nothing/of/it")) == nearest_path_hint(Path("/nothing")) == ""
 
 
-def test_the_first_line_of_a_file_is_what_it_begins_with(tmp_path):
+def test_first_line_of_any_file(tmp_path):
     path = tmp_path / "x"
     for content, line in ((b"\xef\xbb\xbfid,label\r\n1,2\n", "id,label"), (b" a \xff", " a \ufffd"), (b"", ""),
                           (b"a" * 5000, "a" * 4096)):  # fmt: skip
@@ -267,7 +267,7 @@ def test_the_first_line_of_a_file_is_what_it_begins_with(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", os.fsdecode(b"mod\xe0")])
-def test_a_file_of_any_name_has_one_in_utf8_for_a_while(tmp_path, name):
+def test_a_file_of_any_name_can_be_opened_by_a_utf8_name(tmp_path, name):
     (tmp_path / name).write_text("content")
     before = len(os.listdir("/proc/self/fd"))
     with utf8_path(tmp_path / name) as path:
@@ -276,7 +276,7 @@ def test_a_file_of_any_name_has_one_in_utf8_for_a_while(tmp_path, name):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_head_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
     content = b'{"__metadata__": {"format": "mine"}}'
     (tmp_path / "x").write_bytes(len(content).to_bytes(8, "little") + content + b"weights")
     assert safetensors_format(tmp_path / "x") == "mine" and safetensors_format(tmp_path / "none") is None
@@ -289,6 +289,6 @@ def test_a_head_that_is_too_long_is_not_read(tmp_path, monkeypatch):
     "content",
     [b"", b"short", b"\xff" * 100, b"\xff" * 7 + b"\x7f{}", b"\2" + bytes(7) + b"[]", b"\4" + bytes(7) + b"null"],
 )
-def test_any_file_can_be_asked_whether_it_is_a_model(tmp_path, content):
+def test_any_other_file_has_no_safetensors_format(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     assert safetensors_format(tmp_path / "x") is None

@@ -36,7 +36,7 @@ def test_every_command_names_the_nearest_option(capsys, name, words):
 
 
 @pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken"])
-def test_every_command_says_what_must_be_given(capsys, name):
+def test_every_command_names_missing_options(capsys, name):
     main = importlib.import_module(f"las_fast.{name}").main
     assert error_of(capsys, main, []).endswith(" must be given; see --help")
 
@@ -73,7 +73,7 @@ def test_every_command_says_what_must_be_given(capsys, name):
         ("demo", ["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
     ],
 )  # fmt: skip
-def test_a_wrong_word_is_one_sentence(capsys, name, words, sentence):
+def test_a_wrong_argument_is_one_sentence(capsys, name, words, sentence):
     assert error_of(capsys, importlib.import_module(f"las_fast.{name}").main, words) == sentence
 
 
@@ -112,11 +112,11 @@ def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_sentence(capsys, words, sentence):
-    said = error_of(capsys, settings_of, *words)
+    message = error_of(capsys, settings_of, *words)
     if "nearest is" in sentence and ("--training;" in sentence or "-x;" in sentence):
-        assert said.startswith(sentence.partition("the nearest")[0])
+        assert message.startswith(sentence.partition("the nearest")[0])
     else:
-        assert said == sentence
+        assert message == sentence
 
 
 def test_settings_are_read_in_every_form():
@@ -133,7 +133,7 @@ def test_settings_are_read_in_every_form():
     assert config.model.speller == SpellerConfig(lstm_sizes=(5, 7))
 
 
-def test_words_are_those_of_the_process_where_none_are_given(capsys, monkeypatch):
+def test_arguments_default_to_those_of_the_process(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["job", "--data", "here", "--training.epochs", "7"])
     parser = Parser(prog="job", add_help=False)
     parser.add_argument("--data", required=True)
@@ -144,7 +144,7 @@ def test_words_are_those_of_the_process_where_none_are_given(capsys, monkeypatch
         assert error_of(capsys, read) == "there is no option --dta; the nearest is --data"
 
 
-def test_a_kind_of_value_without_words_of_its_own_is_named_as_it_is(capsys):
+def test_a_type_without_a_description_is_named_by_its_function(capsys):
     def date(word):
         raise ValueError
 
@@ -155,7 +155,7 @@ def test_a_kind_of_value_without_words_of_its_own_is_named_as_it_is(capsys):
     assert error_of(capsys, parser.parse_args, ["--share", "x"]) == "--share must be a number; got 'x'"
 
 
-def test_a_word_that_is_left_over_is_refused(capsys):
+def test_an_extra_argument_is_refused(capsys):
     parser = Parser(prog="job")
     parser.add_argument("file")
     assert parser.parse_args(["a"]).file == "a"
@@ -163,7 +163,7 @@ def test_a_word_that_is_left_over_is_refused(capsys):
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
-def test_help_is_given_wherever_it_is_asked_for(monkeypatch, word):
+def test_help_is_shown_wherever_the_option_stands(monkeypatch, word):
     shown = []
 
     def show(parser, kind):
@@ -178,7 +178,7 @@ def test_help_is_given_wherever_it_is_asked_for(monkeypatch, word):
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
-def test_help_names_own_options_then_settings_with_their_values_and_defaults(capsys, word):
+def test_help_lists_options_then_settings_with_values_and_defaults(capsys, word):
     with pytest.raises(SystemExit) as end:
         settings_of("--data", "x", word)
     own, _, settings = capsys.readouterr().out.partition("\nand any of these settings:\n\n")
@@ -187,13 +187,13 @@ def test_help_names_own_options_then_settings_with_their_values_and_defaults(cap
     assert re.search(r"--training.epochs INT.*?default: 60", settings, re.DOTALL)
 
 
-def test_options_are_not_abbreviated_since_settings_may_begin_like_them(capsys):
+def test_options_cannot_be_abbreviated(capsys):
     parser = Parser(prog="job", add_help=False)
     parser.add_argument("--decode")
     _, config = parse_settings(parser, ["--decoding.beam", "3"], lambda options: Config())
     assert config.decoding.beam == 3
-    said = error_of(capsys, parse_settings, parser, ["--deco", "3"], lambda options: Config())
-    assert said == "there is no option --deco; the nearest is --decode"
+    message = error_of(capsys, parse_settings, parser, ["--deco", "3"], lambda options: Config())
+    assert message == "there is no option --deco; the nearest is --decode"
 
 
 def test_paths_may_begin_with_the_home_folder(monkeypatch):

@@ -27,7 +27,7 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_pin_satisfies_what_the_package_asks_for():
+def test_every_pin_satisfies_the_requirements_of_the_package():
     pins = {canonical(pin.name): next(iter(pin.specifier)) for pin in requirement_lines(ROOT / "requirements.txt")}
     extras = PROJECT["optional-dependencies"]
     for wanted in map(Requirement, [*PROJECT["dependencies"], *extras["dev"], *extras["demo"]]):
@@ -36,7 +36,7 @@ def test_every_pin_satisfies_what_the_package_asks_for():
     assert set(pins) == {"setuptools"}  # builds the extension
 
 
-def test_every_dependency_says_why():
+def test_every_dependency_has_a_reason():
     block = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("\n]")[0]
     assert all(re.search(r'",\s+# \S+', line) for line in block.strip().splitlines())
 

@@ -40,7 +40,7 @@ def test_a_log_gets_a_line_each_tenth_and_a_last_one(clock, capsys):
 
 
 @pytest.mark.parametrize("total", [None, 4])
-def test_track_counts_what_it_is_told_or_what_there_is(clock, capsys, total):
+def test_track_uses_the_total_or_the_length(clock, capsys, total):
     for _ in track([7, 8], "reading", "files", total=total):
         clock[0] += 5
     share = "50% (1 of 2 files)" if total is None else "25% (1 of 4 files)"
@@ -55,7 +55,7 @@ def test_lines_are_two_seconds_apart(clock, capsys):
     assert [line.partition(":")[2][:4] for line in lines] == [" 32%", " 64%", " 96%", " 100"]
 
 
-def test_a_line_comes_at_exactly_two_seconds_and_a_tenth(clock, capsys):
+def test_a_line_is_due_at_exactly_two_seconds_and_a_tenth(clock, capsys):
     with progress(20, "reading", "files") as shown:
         for _ in range(4):
             clock[0] += 1
@@ -65,7 +65,7 @@ def test_a_line_comes_at_exactly_two_seconds_and_a_tenth(clock, capsys):
     )
 
 
-def test_what_was_done_before_is_neither_shown_nor_timed(clock, capsys):
+def test_earlier_work_is_neither_shown_nor_timed(clock, capsys):
     clock[0] = 1000.0
     with progress(40, "training", "steps", done=20) as shown:
         clock[0] += 10
@@ -75,7 +75,7 @@ def test_what_was_done_before_is_neither_shown_nor_timed(clock, capsys):
     assert capsys.readouterr().err == "training: 60% (24 of 40 steps), 40 s left\n"
 
 
-def test_only_a_loop_that_came_to_its_end_says_how_long_it_took(clock, capsys):
+def test_only_a_complete_loop_reports_its_time(clock, capsys):
     clock[0] = 1000.0
     for count, last in ((9, "90% (9 of 10 files), 3 s left"), (10, "100% (10 of 10 files) in 30 s")):
         with progress(10, "reading", "files") as shown:
@@ -94,7 +94,7 @@ def test_durations_are_in_seconds_minutes_or_hours(seconds, text):
     assert module._duration(seconds) == text
 
 
-def test_a_line_is_in_the_log_as_soon_as_it_is_said(clock, tmp_path, monkeypatch):
+def test_lines_are_flushed_at_once(clock, tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as log, progress(4, "reading", "files", show=False) as hidden:
         monkeypatch.setattr(sys, "stderr", log)
         with progress(4, "reading", "files") as shown:
@@ -119,14 +119,14 @@ def test_a_short_loop_leaves_nothing_in_a_log(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_count_without_a_total_is_said_ever_more_rarely(clock, capsys):
+def test_lines_without_a_total_double_their_distance(clock, capsys):
     for _ in track(itertools.islice(itertools.count(), 100), "counting", "sentences"):
         clock[0] += 1
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"counting: {n} sentences" for n in (2, 6, 14, 30, 62)]
 
 
-def test_time_left_is_judged_by_what_this_process_has_done(clock, capsys):
+def test_time_left_is_estimated_from_this_process_alone(clock, capsys):
     with progress(100, "training", "steps", done=50) as shown:
         clock[0] = 100.0
         shown.note("loss 2.5")
@@ -150,7 +150,7 @@ def test_nothing_to_do_is_no_division_by_zero(clock, capsys, total):
     assert capsys.readouterr().err == ""
 
 
-def test_hidden_progress_says_nothing_and_counts_all_the_same(clock, capsys):
+def test_hidden_progress_prints_nothing_and_still_counts(clock, capsys):
     with progress(4, "reading", "files", show=False) as shown:
         clock[0] = 9.0
         shown.update(2)
@@ -158,7 +158,7 @@ def test_hidden_progress_says_nothing_and_counts_all_the_same(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_stream_that_takes_no_more_does_not_end_the_loop(clock, monkeypatch):
+def test_a_full_stream_does_not_end_the_loop(clock, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         for _ in track(range(10), "reading", "files"):
@@ -190,19 +190,19 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
 
 
 class Bar:
-    """Stands in for tqdm, and remembers what it was told."""
+    """Replaces tqdm and records its calls."""
 
     made: list = []
 
     def __init__(self, **options):
-        self.options, self.n, self.told, self.open = options, options["initial"], [], True
+        self.options, self.n, self.notes, self.open = options, options["initial"], [], True
         Bar.made = [*Bar.made, self]
 
     def update(self, n):
         self.n += n
 
     def set_postfix_str(self, text, refresh):
-        self.told.append((text, refresh))
+        self.notes.append((text, refresh))
 
     def close(self):
         self.open = False
@@ -232,7 +232,7 @@ def terminal(monkeypatch):
     ("columns", "width"), [(80, {"dynamic_ncols": True}), (1, {"dynamic_ncols": True}), (0, {"ncols": 80})]
 )
 @pytest.mark.parametrize(("total", "form"), [(9, module.BAR), (None, module.BAR_WITHOUT_TOTAL)], ids=["bar", "endless"])
-def test_the_bar_is_as_wide_as_the_terminal_or_as_most_are(terminal, columns, width, total, form):
+def test_the_bar_is_as_wide_as_the_terminal_or_80_columns(terminal, columns, width, total, form):
     terminal(columns)
     with progress(total, "reading dev", "utterances", done=3) as shown:
         shown.note("loss 2.5")
@@ -243,7 +243,7 @@ def test_the_bar_is_as_wide_as_the_terminal_or_as_most_are(terminal, columns, wi
         "total": total, "desc": "reading dev", "initial": 3, "unit": "utterances", "bar_format": form,
         "file": sys.stderr, "leave": False, **width,
     }  # fmt: skip
-    assert bar.told == [("loss 2.5", False)] and not bar.open and not module._open
+    assert bar.notes == [("loss 2.5", False)] and not bar.open and not module._open
 
 
 def test_lines_are_written_above_a_bar_while_there_is_one(terminal, clock, capsys):

@@ -53,7 +53,7 @@ def model(here):
     return las_fast.load(here / "untrained-20.safetensors", device="cpu")
 
 
-def said_by_the_command(capsys, checkpoint, recording, *words):
+def output_of_the_command(capsys, checkpoint, recording, *words):
     """Return the row and the warnings of the transcribe command."""
     model = ["--checkpoint", str(checkpoint), "--device", "cpu", "--format", "json"]
     transcribe.main([str(recording), *model, *words])
@@ -111,8 +111,8 @@ SAME = {
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_every_kind_of_recording_says_what_the_command_reads_in_the_file(here, model, capsys, kind):
-    row, _ = said_by_the_command(capsys, here / "untrained-20.safetensors", here / "short.wav")
+def test_every_kind_of_recording_has_the_transcript_of_the_command(here, model, capsys, kind):
+    row, _ = output_of_the_command(capsys, here / "untrained-20.safetensors", here / "short.wav")
     found = model.transcribe(*SAME[kind](here))
     assert found.text == str(found) == row["text"] and len(row["text"]) > 3
     names = ("start", "end", "text", "score", "mean_score", "speech_score")
@@ -125,14 +125,14 @@ def rounded(value):
 
 
 @pytest.mark.parametrize("name", ["stereo.wav", "high.wav", "long.wav"])
-def test_arrays_of_any_rate_and_channels_say_what_the_file_does(here, model, capsys, name):
-    row, _ = said_by_the_command(capsys, here / "untrained-20.safetensors", here / name, "--beam", "2")
+def test_arrays_of_any_rate_and_channels_match_the_file(here, model, capsys, name):
+    row, _ = output_of_the_command(capsys, here / "untrained-20.safetensors", here / name, "--beam", "2")
     found = model.transcribe(*in_memory(name)(here), beam=2)
     assert found.text == row["text"] and len(found.segments) == len(row["pieces"]) == (2 if name == "long.wav" else 1)
     assert found == model.transcribe(here / name, beam=2)
 
 
-def test_half_precision_and_rows_of_another_order_are_read(here, model):
+def test_half_precision_and_other_memory_layouts_are_read(here, model):
     samples, rate = soundfile.read(here / "stereo.wav", dtype="float32")
     expected = model.transcribe(samples.astype(np.float16), rate, beam=1)
     assert model.transcribe(torch.from_numpy(samples).half(), rate, beam=1) == expected
@@ -142,7 +142,7 @@ def test_half_precision_and_rows_of_another_order_are_read(here, model):
     assert model.transcribe(torch.from_numpy(samples).bfloat16(), rate, beam=1).segments
 
 
-def test_a_file_object_is_read_from_where_it_stands(here, model):
+def test_a_file_object_is_read_from_its_position(here, model):
     file = io.BytesIO(b"garbage" + (here / "short.wav").read_bytes())
     file.seek(7)
     assert model.transcribe(file, beam=1) == model.transcribe(here / "short.wav", beam=1)
@@ -150,7 +150,7 @@ def test_a_file_object_is_read_from_where_it_stands(here, model):
 
 
 def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
-    _, expected = said_by_the_command(capsys, here / "untrained-20.safetensors", here / "phone.wav", "--beam", "1")
+    _, expected = output_of_the_command(capsys, here / "untrained-20.safetensors", here / "phone.wav", "--beam", "1")
     assert [
         f"{here / 'phone.wav'} is sampled at 8000 Hz and the model was trained at 16000 Hz; expect more errors"
     ] == (expected)
@@ -164,16 +164,16 @@ def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
     assert caught[0].filename == __file__
 
 
-def test_whole_numbers_in_floats_are_divided_as_in_a_file(here, model):
+def test_16_bit_samples_in_floats_are_rescaled(here, model):
     samples, rate = soundfile.read(here / "short.wav", dtype="int16")
-    found, said = quietly(model.transcribe, samples.astype(np.float32), rate, beam=1)
+    found, messages = quietly(model.transcribe, samples.astype(np.float32), rate, beam=1)
     assert found == model.transcribe(samples, rate, beam=1)
-    assert said == ["the array: its samples are 16-bit numbers in floating point; they were divided by 32768"]
+    assert messages == ["the array: its samples are 16-bit numbers in floating point; they were divided by 32768"]
 
 
 def test_silence_is_an_empty_transcript_with_a_warning(model):
-    found, said = quietly(model.transcribe, np.zeros(RATE), RATE)
-    assert found == las_fast.Transcript("", ()) and said == ["the array: no speech was found in its 1.00 seconds"]
+    found, messages = quietly(model.transcribe, np.zeros(RATE), RATE)
+    assert found == las_fast.Transcript("", ()) and messages == ["the array: no speech was found in its 1.00 seconds"]
 
 
 SPEECH = make_speech(0.3)
@@ -221,10 +221,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_used_is_one_sentence(here, model, monkeypatch, case):
+def test_invalid_arguments_are_one_sentence(here, model, monkeypatch, case):
     monkeypatch.chdir(here)
-    recording, rate, options, said = WRONG[case]
-    with pytest.raises(InputError, match=said) as caught:
+    recording, rate, options, message = WRONG[case]
+    with pytest.raises(InputError, match=message) as caught:
         model.transcribe(recording, rate, **options)
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
 
@@ -237,16 +237,16 @@ def test_a_closed_file_is_one_sentence(here, model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("speech13",), "checkpoint speech13 is neither a training folder nor a file; .*; the nearest is speech13h"),
         ((None,), "a checkpoint is the name of a released model or a path; got None"),
         (("an4", "cuda:77"), "device=cuda:77: there is no such device here; this machine has cpu"),
     ],
 )
-def test_a_model_or_device_that_is_not_there_is_one_sentence(arguments, said):
+def test_a_missing_model_or_device_is_one_sentence(arguments, message):
     name, device = (*arguments, "cpu")[:2]
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         las_fast.load(name, device=device)
 
 
@@ -266,7 +266,7 @@ def test_a_run_folder_is_a_model_with_the_folders_name(here, tmp_path):
     assert "mine on cpu" in repr(las_fast.load(tmp_path / "mine", device=torch.device("cpu")))
 
 
-def test_the_best_of_n_is_the_text_and_the_others_score_less(here, model):
+def test_nbest_starts_with_the_text_and_is_sorted(here, model):
     (segment,) = model.transcribe(here / "short.wav", beam=4, nbest=3).segments
     best, *others = segment.nbest
     assert (best.text, best.score, best.mean_score) == (segment.text, segment.score, segment.mean_score)
@@ -293,22 +293,22 @@ def features_of(model, path):
     return speech.features
 
 
-def test_the_language_model_is_the_checkpoints_another_or_none(here, capsys):
+def test_the_language_model_is_that_of_the_checkpoint_another_or_none(here, capsys):
     own = las_fast.load(here / "lm" / "untrained-20.safetensors", device="cpu")
-    row, _ = said_by_the_command(capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav")
+    row, _ = output_of_the_command(capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav")
     texts = {name: own.transcribe(here / "short.wav", lm=value).text
              for name, value in (("own", None), ("none", False), ("other", here / "other.lm.safetensors"))}  # fmt: skip
     assert texts["own"] == row["text"] and len(set(texts.values())) == 3
     bare = las_fast.load(here / "untrained-20.safetensors", device="cpu")
     assert texts["none"] == bare.transcribe(here / "short.wav", beam=3).text
-    row, _ = said_by_the_command(
+    row, _ = output_of_the_command(
         capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav", "--lm", str(here / "other.lm.safetensors")
     )
     assert texts["other"] == row["text"]
     assert own.transcribe(here / "short.wav").text == texts["own"]  # after another was used
 
 
-def test_a_second_call_makes_neither_table_nor_weights_again(here, tmp_path, monkeypatch):
+def test_a_second_call_reuses_the_ngram_table_and_the_packed_weights(here, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(ngram.LanguageModel, "table", counted(ngram.LanguageModel.table, made, "table"))
     monkeypatch.setattr(beam, "speller_pack", counted(beam.speller_pack, made, "weights"))
@@ -340,15 +340,15 @@ def test_threads_may_share_a_model(here):
     assert together == [own.transcribe(here / name, lm=value) for name, value in jobs]
 
 
-def test_texts_out_of_noise_are_left_out_with_a_warning(here, tmp_path):
+def test_noise_segments_are_left_out_with_a_warning(here, tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0)})
     scored = las_fast.load(path, device="cpu")
     everything = scored.transcribe(here / "short.wav", min_speech_score=-np.inf)
     (segment,) = everything.segments
     assert segment.speech_score is not None and not everything.noise
-    nothing, said = quietly(scored.transcribe, here / "short.wav", min_speech_score=segment.speech_score + 1)
+    nothing, messages = quietly(scored.transcribe, here / "short.wav", min_speech_score=segment.speech_score + 1)
     assert nothing.text == "" and nothing.noise == everything.segments and "1 left out" in repr(nothing)
-    assert said == [
+    assert messages == [
         f"{here / 'short.wav'}: left out 1 segment that may be noise, the first at {segment.start:.1f} s (speech score "
         f"{segment.speech_score:.2f}); min_speech_score sets the limit"
     ]
@@ -362,25 +362,27 @@ def test_many_recordings_are_decoded_together_and_come_in_order(here, model):
     assert [t for _, t in model.transcribe_all([array, array], RATE, beam=2)] == [found[recordings[0]]] * 2
 
 
-def test_what_cannot_be_read_ends_the_row_or_is_left_out(here, model):
+def test_an_unreadable_recording_raises_or_is_left_out(here, model):
     recordings = [here / "short.wav", here / "gone.wav", here / "stereo.wav"]
     found = model.transcribe_all(recordings, beam=1)
     assert next(found)[0] == recordings[0]
     with pytest.raises(InputError, match="gone.wav does not exist"):
         next(found)
-    said = []
-    left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=said.append)
-    assert [x for x, _ in left] == recordings[::2] and said == [f"left out: {recordings[1]} does not exist"]
+    messages = []
+    left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=messages.append)
+    assert [x for x, _ in left] == recordings[::2] and messages == [f"left out: {recordings[1]} does not exist"]
     with pytest.raises(
         InputError, match="recordings must be a list of paths, files or arrays; for one call transcribe"
     ):
         model.transcribe_all(str(here / "short.wav"))
 
 
-def test_a_model_of_an_archives_frames_warns_of_recordings(here, tmp_path):
+def test_a_model_trained_on_archive_features_warns_about_recordings(here, tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": "features", "name": "HW4P2 F23"}})
-    _, said = quietly(las_fast.load(path, device="cpu").transcribe, here / "short.wav", beam=1)
-    assert len(said) == 1 and "was trained on the frames of HW4P2 F23; those that las_fast computes" in said[0]
+    _, messages = quietly(las_fast.load(path, device="cpu").transcribe, here / "short.wav", beam=1)
+    assert (
+        len(messages) == 1 and "was trained on the features of HW4P2 F23; those that las_fast computes" in messages[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +396,7 @@ def archive(here):
     return rows, [np.load(folder / f"{row['id']}.npy") for row in rows]
 
 
-def test_features_say_what_the_decode_command_reads_in_an_archive(here, archive):
+def test_features_have_the_texts_of_the_decode_command(here, archive):
     rows, arrays = archive
     own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
     found = own.decode(arrays, beam=4, nbest=2)
@@ -420,15 +422,15 @@ F28 = np.ones((30, 28), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("features", "options", "said"),
+    ("features", "options", "message"),
     [
         (F28.T, {}, r"features must have shape \(T, 28\), as in training; got \(28, 30\); give its .T"),
         (np.ones((30, 13)), {}, r"features must have shape \(T, 28\), as in training; got \(30, 13\)$"),
         (F28[0], {}, r"features must have shape \(T, 28\), as in training; got \(28,\)"),
         (F28[None], {}, r"features must have shape \(T, 28\), as in training; got \(1, 30, 28\)"),
         (F28[:0], {}, r"features must have shape \(T, 28\), as in training; got \(0, 28\)"),
-        ([F28, F28 * np.nan], {}, r"features\[1\] holds NaN or infinite values"),
-        (F28.astype("f8") * 1e300, {}, "features holds NaN or infinite values"),
+        ([F28, F28 * np.nan], {}, r"features\[1\] contains NaN or infinite values"),
+        (F28.astype("f8") * 1e300, {}, "features contains NaN or infinite values"),
         (F28 > 0, {}, "features must hold numbers; got an array of bool"),
         ([F28, [1.0]], {}, r"features\[1\] must be an array of shape \(T, 28\); got a value of type list"),
         ("dev.npy", {}, r"features must be an array of shape \(T, 28\); got a value of type str"),
@@ -436,7 +438,7 @@ F28 = np.ones((30, 28), np.float32)
         (F28, {"nbest": 9}, "nbest=9 needs a beam at least as wide; give beam=9"),
     ],
 )
-def test_features_that_cannot_be_used_are_one_sentence(here, features, options, said):
+def test_invalid_features_are_one_sentence(here, features, options, message):
     own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         own.decode(features, **options)

@@ -27,7 +27,7 @@ def test_every_released_model_is_known_here():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_released_model_is_small_and_its_card_says_what_matters(name):
+def test_a_released_model_is_small_and_its_card_complete(name):
     assert find_checkpoint(name).stat().st_size <= 25e6
     card = (RELEASED / f"{name}.md").read_text(encoding="utf-8")
     for heading in ("What it does", "Data", "Scores", "Limits", "Licence", "How it was made"):
@@ -45,7 +45,7 @@ def dev_of(name, shared):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_released_model_scores_what_its_card_says(name, shared):
+def test_a_released_model_has_the_scores_of_its_card(name, shared):
     loaded, data = dev_of(name, shared)
     own = loaded.config.decoding
     table = language_table(None, own, loaded, "cpu")
@@ -59,7 +59,7 @@ def test_a_released_model_scores_what_its_card_says(name, shared):
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_released_model_reads_an_utterance_alone_as_in_a_batch_of_64(name, backend, shared):
+def test_a_released_model_decodes_an_utterance_alone_as_in_a_batch_of_64(name, backend, shared):
     loaded, data = dev_of(name, shared)
     own = replace(loaded.config.decoding, beam=4, ngram_weight=0.0, length_reward=0.0)
     batches = [list(range(64)), *([i] for i in range(0, 64, 3))]

@@ -32,7 +32,7 @@ def test_spaces_count_as_characters():
     assert score(["A B"], ["AB"]).ld == 1
 
 
-def test_empty_references_count_what_was_put_there():
+def test_with_empty_references_every_character_is_an_edit():
     assert score(["", "AB"], ["XY", "AB"]).cer == 100
     assert score([""], ["X Y"]).wer == 200
 

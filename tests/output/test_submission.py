@@ -33,7 +33,7 @@ def test_the_folder_is_made(tmp_path):
     assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["s.csv"]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "s.csv"
     path.write_text("old")
 
