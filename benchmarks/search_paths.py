@@ -74,7 +74,7 @@ class SearchPaths:
             beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as in decode_dataset
-            memory = self.model.speller.attention.remember(self.listened, self.lengths)
+            memory = self.model.speller.attention.project_memory(self.listened, self.lengths)
         packed = self.packed[precision]
         hypotheses = beam_search(self.model, memory, config, packed=packed, backend=backend, capture=capture)
         return [h[0].text_tokens for h in hypotheses], torch.tensor([h[0].score for h in hypotheses])

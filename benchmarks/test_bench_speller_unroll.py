@@ -32,7 +32,8 @@ def decoder(model: LAS, backend: str | None):
         plain = Plain(model)
         return plain, plain.spell
     speller = model.speller
-    return speller, lambda x, lengths, tokens: speller(speller.attention.project_memory(x, lengths), tokens, backend=backend)
+    project = speller.attention.project_memory
+    return speller, lambda x, lengths, tokens: speller(project(x, lengths), tokens, backend=backend)
 
 
 def make_pass(path: str, model: LAS, training: bool):

@@ -14,7 +14,7 @@ from las_fast import decode, export, lm, train, tune
 from las_fast.cli import prepare_streams
 from las_fast.config import Config, load_config, to_yaml
 from las_fast.errors import InputError
-from las_fast.files import first_line, is_utf8, prepare_output_file, nearest_path_hint, safetensors_format, utf8_path
+from las_fast.files import first_line, is_utf8, nearest_path_hint, prepare_output_file, safetensors_format, utf8_path
 from las_fast.output.submission import write_submission
 from las_fast.search import ngram
 from las_fast.search.ngram import LanguageModel, beside, save_lm

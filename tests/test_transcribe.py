@@ -46,7 +46,7 @@ def transcribe(here, *words, files=("short.wav",)):
     main([*(f"{here}/{name}" for name in files), *model, *words])
 
 
-def test_a_long_recording_is_decoded_in_pieces(here, capsys):
+def test_a_long_recording_is_decoded_in_segments(here, capsys):
     transcribe(here, "--format", "json", files=["long.wav"])
     row = json.loads(capsys.readouterr().out)
     assert len(row["pieces"]) == 2 and row["text"] == " ".join(piece["text"] for piece in row["pieces"])
@@ -56,7 +56,7 @@ def test_a_long_recording_is_decoded_in_pieces(here, capsys):
     assert first["mean_score"] < 0 and first["speech_score"] is None  # this model has no CTC head
 
 
-def test_a_piece_reads_as_if_it_were_a_file_of_its_own(here, capsys):
+def test_recordings_have_the_same_text_alone_and_together(here, capsys):
     transcribe(here, "--format", "json", files=["short.wav", "other.flac", "long.wav"])
     together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for name, row in zip(["short.wav", "other.flac", "long.wav"], together, strict=True):
@@ -65,7 +65,7 @@ def test_a_piece_reads_as_if_it_were_a_file_of_its_own(here, capsys):
         assert alone["text"] == row["text"] and row["file"].endswith(name)
 
 
-def test_several_files_are_told_apart(here, capsys):
+def test_texts_of_several_files_have_their_names(here, capsys):
     transcribe(here, files=["short.wav", "other.flac"])
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()] == [
         "short.wav",
@@ -78,16 +78,16 @@ def test_a_checkpoint_of_an_archive_is_a_warning(here, tmp_path, capsys):
         make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": kind, "name": "HW4P2 F23"}})
         transcribe(here, "--checkpoint", str(tmp_path / "untrained-20.safetensors"))
         err = capsys.readouterr().err
-        assert err.count("was trained on the frames of HW4P2 F23; those that las_fast computes") == warnings
+        assert err.count("was trained on the features of HW4P2 F23; those that las_fast computes") == warnings
 
 
-def test_silence_says_nothing(here, capsys):
+def test_silence_has_no_text(here, capsys):
     transcribe(here, files=["silent.wav"])
     out, err = capsys.readouterr()
     assert out == "\n" and "silent.wav: no speech was found in its 1.00 seconds" in err
 
 
-def test_a_click_says_nothing(here, capsys):
+def test_a_click_has_no_text(here, capsys):
     soundfile.write(here / "click.wav", np.full(500, 0.5), 16000)
     transcribe(here, files=["click.wav"])
     out, err = capsys.readouterr()
@@ -109,7 +109,7 @@ def test_files_can_go_to_a_folder(here, tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "deep", "deep/er"])
-def test_a_file_where_the_folder_should_be_is_named_before_any_work(here, capsys, tmp_path, below):
+def test_an_output_folder_that_is_a_file_is_refused_before_the_work(here, capsys, tmp_path, below):
     (tmp_path / "taken").write_text("")
     with pytest.raises(SystemExit) as end:
         run(lambda _: transcribe(here, "--out", str(tmp_path / "taken" / below), files=["gone.wav"]))
@@ -119,23 +119,23 @@ def test_a_file_where_the_folder_should_be_is_named_before_any_work(here, capsys
 
 
 @pytest.mark.parametrize(
-    ("files", "words", "said"),
+    ("files", "words", "message"),
     [
         (["gone.wav"], [], "gone.wav"),
-        (["short.wav", "other.flac"], ["--format", "srt"], "say where with --out FOLDER"),
+        (["short.wav", "other.flac"], ["--format", "srt"], "give a folder for them with --out FOLDER"),
         (["short.wav"], ["--beam", "100000"], "decoding.beam must be at most"),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),
     ],
 )
-def test_bad_input_is_one_sentence(here, capsys, files, words, said):
+def test_bad_input_is_one_sentence(here, capsys, files, words, message):
     with pytest.raises(SystemExit) as end:
         run(lambda _: transcribe(here, *words, files=files))
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_audio_is_named(here, capsys):
+def test_a_file_that_is_not_audio_is_named(here, capsys):
     (here / "noise.wav").write_bytes(b"not audio")
     with pytest.raises(SystemExit):
         run(lambda _: transcribe(here, files=["noise.wav"]))
@@ -145,9 +145,12 @@ def test_a_file_that_is_no_audio_is_named(here, capsys):
 def test_files_that_cannot_be_read_may_be_left_out(here, capsys):
     (here / "noise.wav").write_bytes(b"not audio")
     transcribe(here, "--on-bad", "skip", "--format", "json", files=["short.wav", "noise.wav", "gone.wav", "other.flac"])
-    said = capsys.readouterr()
-    assert [json.loads(line)["file"].rsplit("/", 1)[1] for line in said.out.splitlines()] == ["short.wav", "other.flac"]
-    assert "left out" in said.err and "noise.wav" in said.err and "gone.wav does not exist" in said.err
+    captured = capsys.readouterr()
+    assert [json.loads(line)["file"].rsplit("/", 1)[1] for line in captured.out.splitlines()] == [
+        "short.wav",
+        "other.flac",
+    ]
+    assert "left out" in captured.err and "noise.wav" in captured.err and "gone.wav does not exist" in captured.err
     transcribe(here, "--on-bad", "skip", files=["noise.wav"])
     assert capsys.readouterr().out == ""
 
@@ -161,7 +164,7 @@ def test_each_file_is_written_when_it_is_decoded(here, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pool", [0.1, 5.0, 1e9])
-def test_texts_do_not_depend_on_what_is_decoded_together(here, capsys, monkeypatch, pool):
+def test_texts_do_not_depend_on_the_pool(here, capsys, monkeypatch, pool):
     transcribe(here, "--format", "json", files=["long.wav", "short.wav"])
     expected = capsys.readouterr().out
     monkeypatch.setattr(module, "POOL_SECONDS", pool)
@@ -169,7 +172,7 @@ def test_texts_do_not_depend_on_what_is_decoded_together(here, capsys, monkeypat
     assert capsys.readouterr().out == expected
 
 
-def test_what_cannot_be_decoded_is_an_error_of_its_own(here, tmp_path, monkeypatch):
+def test_an_error_in_decoding_is_not_skipped(here, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "POOL_SECONDS", 0.1)
 
     def failing(*arguments, **options):
@@ -181,27 +184,27 @@ def test_what_cannot_be_decoded_is_an_error_of_its_own(here, tmp_path, monkeypat
 
 
 def test_a_recording_is_never_replaced_by_a_transcript(here, tmp_path):
-    (tmp_path / "said.txt").write_bytes((here / "short.wav").read_bytes())
+    (tmp_path / "talk.txt").write_bytes((here / "short.wav").read_bytes())
     words = ["--checkpoint", str(here / "untrained-20.safetensors"), "--out", str(tmp_path), "--existing", "replace"]
-    with pytest.raises(InputError, match="said.txt would replace a recording"):
-        main([str(tmp_path / "said.txt"), *words])
+    with pytest.raises(InputError, match="talk.txt would replace a recording"):
+        main([str(tmp_path / "talk.txt"), *words])
 
 
-def test_a_missing_file_is_said_before_the_work(here, tmp_path):
+def test_a_missing_file_is_reported_before_the_work(here, tmp_path):
     with pytest.raises(InputError, match="gone.wav does not exist"):
         transcribe(here, "--out", str(tmp_path), files=["short.wav", "gone.wav"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_there_is_replaced_only_when_told_so(here, tmp_path, capsys):
+def test_existing_files_are_replaced_only_on_request(here, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("my own notes")
-    with pytest.raises(InputError, match="1 of 2 files to write exist already, the first is .*short.txt"):
+    with pytest.raises(InputError, match="1 of 2 output files exist already, the first is .*short.txt"):
         transcribe(here, "--out", str(tmp_path), files=["short.wav", "other.flac"])
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
     transcribe(here, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
     assert (tmp_path / "short.txt").read_text() == "my own notes" and (tmp_path / "other.txt").exists()
     transcribe(here, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
-    assert "nothing is left to do: all 2" in capsys.readouterr().out
+    assert "nothing to do: all 2" in capsys.readouterr().out
     transcribe(here, "--out", str(tmp_path), "--existing", "replace", files=["short.wav"])
     assert (tmp_path / "short.txt").read_text() != "my own notes"
 
@@ -224,7 +227,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_text_out_of_noise_is_left_out_and_said(here, capsys, monkeypatch):
+def test_noise_is_left_out_with_a_warning(here, capsys, monkeypatch):
     scores = iter([0.5, 3.0, 0.5, 3.0])
     whole = dataset.decode_dataset
 
@@ -236,7 +239,7 @@ def test_text_out_of_noise_is_left_out_and_said(here, capsys, monkeypatch):
     transcribe(here, "--format", "json", files=["long.wav"])
     out, err = capsys.readouterr()
     (piece,) = json.loads(out)["pieces"]
-    assert piece["speech_score"] == 3.0 and "left out 1 piece that may be noise, the first at 0.0 s" in err
+    assert piece["speech_score"] == 3.0 and "left out 1 segment that may be noise, the first at 0.0 s" in err
     transcribe(here, "--format", "json", "--min-speech-score", "0.5", files=["long.wav"])
     out, err = capsys.readouterr()
     assert len(json.loads(out)["pieces"]) == 2 and "noise" not in err
@@ -252,7 +255,7 @@ def test_the_length_of_a_recording_is_estimated(here, tmp_path):
     assert module.estimated_seconds(tmp_path / "lies.flac") == len(data) / 500
 
 
-def test_what_has_no_length_is_not_estimated_and_not_waited_for(here, tmp_path, monkeypatch):
+def test_a_recording_without_a_length_is_not_read_to_estimate_it(here, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text").write_text("not audio")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "text"):
@@ -355,11 +358,11 @@ def test_recordings_come_in_their_order_as_soon_as_all_of_each_is_decoded(monkey
 
 def test_python_callers_are_told_what_was_heard_and_shown_nothing(monkeypatch, capsys):
     work = Work(monkeypatch, {"a": [3.0, 4.0], "odd": [3.0, 2.0], "c": []})
-    said, heard = [], []
-    options = {"nbest": 2, "pool_seconds": 10, "warn": said.append, "heard": heard.append}
+    messages, seconds = [], []
+    options = {"nbest": 2, "pool_seconds": 10, "warn": messages.append, "on_audio": seconds.append}
     found = work.listed(work.model.transcribe_all(work.recordings, **options))
     assert work.log == ["decode 3", "a", "decode 1", "odd", "c"]
-    assert said == ["odd is odd", "c: no speech was found in its 3.00 seconds"] and sum(heard) == 15
+    assert messages == ["odd is odd", "c: no speech was found in its 3.00 seconds"] and sum(seconds) == 15
     best, worse = Hypothesis("AB", -6.0, -2.0, None), Hypothesis("Z", -8.0, -4.0, None)
     assert found[0][0] == Segment(0.0, 3.0, "AB", -6.0, -2.0, None, (best, worse))
     assert work.shown is None and capsys.readouterr() == ("", "")
@@ -376,31 +379,31 @@ def test_recordings_before_one_that_cannot_be_read_come_first(monkeypatch, capsy
     assert capsys.readouterr().err == "warning: left out: bad is no audio\n"
 
 
-def test_nothing_is_decoded_where_nothing_was_said(monkeypatch):
+def test_a_recording_without_speech_is_not_decoded(monkeypatch):
     work = Work(monkeypatch, {"a": []})
     assert work.run() == [()] and work.log == ["a"]
 
 
-def test_pieces_below_the_least_speech_score_are_left_out_and_counted(monkeypatch, capsys):
+def test_segments_below_the_minimum_speech_score_are_left_out_and_counted(monkeypatch, capsys):
     work = Work(monkeypatch, {"two\nlines": [1.0, 2.0, 3.0], "b": [1.0]}, scores=(0.99, 0.5, 1.0, 0.7))
     assert [[segment.start for segment in segments] for segments in work.run()] == [[3.0], []]
     assert capsys.readouterr().err == (
-        "warning: two\\nlines: left out 2 pieces that may be noise, the first at 0.0 s (speech score 0.99); "
+        "warning: two\\nlines: left out 2 segments that may be noise, the first at 0.0 s (speech score 0.99); "
         "--min-speech-score sets the limit\n"
-        "warning: b: left out 1 piece that may be noise, the first at 0.0 s (speech score 0.70); "
+        "warning: b: left out 1 segment that may be noise, the first at 0.0 s (speech score 0.70); "
         "--min-speech-score sets the limit\n"
     )
     work = Work(monkeypatch, {"a": [1.0]}, scores=(0.5,))
     assert len(work.run("--min-speech-score", "0.5")[0]) == 1
 
 
-def test_the_length_of_all_recordings_is_what_progress_goes_towards(here, monkeypatch):
+def test_progress_has_the_total_length_of_all_recordings(here, monkeypatch):
     work = Work(monkeypatch, {str(here / "short.wav"): [1.0], str(here / "long.wav"): []})
     work.run()
     assert work.shown[0][0] == pytest.approx(25.6)
 
 
-def test_a_beam_and_a_language_model_are_those_of_the_search(monkeypatch):
+def test_beam_and_language_model_reach_the_search(monkeypatch):
     work = Work(monkeypatch, {"a": [1.0]})
     work.run()
     work.run("--beam", "7", "--lm", "text.arpa")
@@ -443,7 +446,7 @@ def test_options_reach_the_work(here, asked, monkeypatch):
     assert asked[1]["min_speech_score"] == -np.inf and asked[1]["skip_bad"] is True
 
 
-def test_the_search_has_the_checkpoints_settings_but_for_what_is_asked(here, asked, tmp_path, monkeypatch):
+def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(here, asked, tmp_path, monkeypatch):
     ask(here, "--device", "cpu")
     model = asked[0]["model"]
     own = model.loaded.config.decoding
@@ -470,15 +473,15 @@ def test_each_format_goes_to_stdout_or_to_files_of_its_name(here, asked, tmp_pat
     assert (out / f"long.{suffix}").read_text().startswith(first)
     shown = f"{tmp_path}/two\\nlines/"
     assert capsys.readouterr().out == f"{shown}short.{suffix}\n{shown}long.{suffix}\n"
-    with pytest.raises(InputError, match=rf"^2 of 2 files to write exist already, the first is \S+short.{suffix}; add"):
+    with pytest.raises(InputError, match=rf"^2 of 2 output files exist already, the first is \S+short.{suffix}; add"):
         ask(here, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
     ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "long.wav"])
-    assert capsys.readouterr().out == f"nothing is left to do: all 2 are in {shown[:-1]} already\n"
+    assert capsys.readouterr().out == f"nothing to do: all 2 transcripts exist in {shown[:-1]}\n"
     ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
     assert asked[-1]["paths"] == ["silent.wav"]
 
 
-def test_text_of_several_files_is_told_apart_by_names_in_one_line(here, asked, capsys):
+def test_texts_of_several_files_have_their_names_on_one_line(here, asked, capsys):
     (here / "odd\nname.wav").write_bytes(b"")
     ask(here, files=["odd\nname.wav", "short.wav"])
     assert capsys.readouterr().out == f"{here}/odd\\nname.wav: HELLO\n{here}/short.wav: HELLO\n"
@@ -488,27 +491,29 @@ def test_text_of_several_files_is_told_apart_by_names_in_one_line(here, asked, c
 
 @pytest.mark.parametrize("form", ["srt", "vtt"])
 def test_subtitles_of_several_files_need_a_folder(here, asked, form):
-    with pytest.raises(InputError, match=f"^2 files make as many {form} files; say where with --out FOLDER$"):
+    with pytest.raises(
+        InputError, match=f"^2 recordings make as many {form} files; give a folder for them with --out FOLDER$"
+    ):
         ask(here, "--format", form, files=["short.wav", "long.wav"])
 
 
 @pytest.mark.parametrize("option", ["--format", "--existing", "--on-bad", "--beam", "--min-speech-score"])
-def test_an_option_takes_none_but_its_own_words(here, asked, capsys, option):
+def test_an_option_rejects_other_values(here, asked, capsys, option):
     with pytest.raises(SystemExit):
         run(lambda _: ask(here, option, "otherwise"))
     assert option in capsys.readouterr().err and not asked
 
 
-def test_stdout_is_needed_where_no_folder_is_given(here, asked, tmp_path, monkeypatch):
+def test_stdout_is_required_without_a_folder(here, asked, tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr(module, "need_stdout", needed.append)
+    monkeypatch.setattr(module, "require_stdout", needed.append)
     ask(here, "--out", str(tmp_path))
     assert needed == []
     ask(here)
     assert needed == ["--out FOLDER"]
 
 
-def test_standard_input_needs_not_exist_and_other_files_must(here, asked, monkeypatch, tmp_path):
+def test_files_must_exist_except_for_standard_input(here, asked, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     main(["-", "--checkpoint", str(here / "untrained-20.safetensors")])
     assert asked[0]["paths"] == ["-"]
@@ -516,7 +521,7 @@ def test_standard_input_needs_not_exist_and_other_files_must(here, asked, monkey
         ask(here, files=["gone.wav"])
 
 
-def test_the_released_model_is_taken_where_none_is_named(here, asked, monkeypatch):
+def test_the_released_model_is_the_default(here, asked, monkeypatch):
     monkeypatch.setattr(module, "released_model", lambda: str(here / "untrained-20.safetensors"))
     main([str(here / "short.wav")])
     assert asked[0]["model"].loaded.path == here / "untrained-20.safetensors"
@@ -539,13 +544,13 @@ def test_silence_around_speech_costs_the_released_model_little(shared, capsys, t
         soundfile.write(tmp_path / f"{k}-bare.wav", speech, RATE)
         soundfile.write(tmp_path / f"{k}-silent.wav", np.concatenate([silence[0], speech, silence[1]]), RATE)
     main([*map(str, tmp_path.iterdir()), "--checkpoint", "speech13h", "--format", "json", "--device", "cpu"])
-    said = {Path(row["file"]).stem: row["text"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
-    texts = [[said[f"{k}-{kind}"] for k in range(len(rows))] for kind in ("bare", "silent")]
+    recognised = {Path(row["file"]).stem: row["text"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    texts = [[recognised[f"{k}-{kind}"] for k in range(len(rows))] for kind in ("bare", "silent")]
     bare, silent = (score([row["transcript"] for row in rows], found).cer for found in texts)
     assert silent < 1.25 * bare
 
 
-def test_the_released_model_writes_nothing_out_of_noise(capsys, tmp_path):
+def test_the_released_model_has_no_text_for_noise(capsys, tmp_path):
     t = np.arange(4 * RATE) / RATE
     white = np.random.default_rng(0).normal(size=len(t))
     sounds = {"white": white, "tone": np.sin(2 * np.pi * 1000 * t), "hum": np.sin(2 * np.pi * 50 * t)}
@@ -558,7 +563,7 @@ def test_the_released_model_writes_nothing_out_of_noise(capsys, tmp_path):
     assert len(rows) == 8 and not any(row["text"] for row in rows)
 
 
-def test_the_released_model_is_taken_or_its_absence_explained(tmp_path, monkeypatch, capsys):
+def test_the_default_model_is_speech13h_or_the_only_one(tmp_path, monkeypatch, capsys):
     from las_fast import checkpoint
 
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)

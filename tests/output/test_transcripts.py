@@ -35,13 +35,13 @@ def test_subtitles_have_the_times_of_the_segments(tmp_path):
     assert as_vtt(tmp_path, SEGMENTS[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
 
 
-def test_segments_without_a_text_are_no_subtitles(tmp_path):
+def test_segments_without_text_have_no_subtitle(tmp_path):
     assert as_vtt(tmp_path, SEGMENTS) == (
         "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n\n01:01:01.042 --> 01:01:02.000\nTHERE\n"
     )
 
 
-def test_json_keeps_letters_as_they_are():
+def test_json_does_not_escape_letters():
     row = as_json(Path("a.wav"), [Segment(0.0, 1.0, "\uac15 \u00e9", -1.0, -1.0, None)])
     assert "\uac15 \u00e9" in row and row.endswith("}\n") and row.count("\n") == 1
 
@@ -58,21 +58,21 @@ def test_clock_carries_rounding_over():
         (["-"], ["stdin.srt"]),
         (["x/a.wav", "x/a.mp3"], ["a.wav.srt", "a.mp3.srt"]),
         (["x/talk.wav", "y/talk.wav", "y/other.wav"], ["talk.wav.srt", "talk.wav-2.srt", "other.srt"]),
-        (["x/A.wav", "x/a.wav"], ["A.wav.srt", "a.wav-2.srt"]),  # some disks do not tell case apart
+        (["x/A.wav", "x/a.wav"], ["A.wav.srt", "a.wav-2.srt"]),  # some file systems ignore case
         (["/s/1.wav", "../t/1.wav", "1.wav"], ["1.wav.srt", "1.wav-2.srt", "1.wav-3.srt"]),
         (["-", "stdin.wav"], ["stdin.srt", "stdin.wav.srt"]),
         (["..wav", "/"], ["..srt", "recording.srt"]),
         (["v1.2.wav"], ["v1.2.srt"]),
     ],
 )
-def test_each_recording_has_a_file_of_its_own(paths, files):
+def test_each_recording_has_its_own_file(paths, files):
     paths = [Path(path) for path in paths]
     assert output_files(paths, Path("out"), ".srt") == {
         path: Path("out") / file for path, file in zip(paths, files, strict=True)
     }
 
 
-def test_of_long_names_that_are_the_same_the_second_is_cut_to_half_and_numbered():
+def test_equal_long_names_are_shortened_and_numbered():
     paths = [Path(folder) / f"{'a' * 240}.wav" for folder in "xyz"]
     names = [path.name for path in output_files(paths, Path("out"), ".srt").values()]
     assert names == [f"{'a' * 240}.wav.srt", f"{'a' * 127}-2.srt", f"{'a' * 127}-3.srt"]
@@ -83,19 +83,19 @@ def test_a_name_may_have_255_bytes_with_its_suffix(length, kept):
     assert _shortened("x" * length, ".srt") == "x" * kept + ".srt"
 
 
-def test_a_name_that_is_not_utf_8_is_kept():
+def test_a_name_that_is_not_utf8_is_kept():
     path = Path(os.fsdecode(b"mod\xe0.wav"))
     assert output_files([path], Path("out"), ".srt") == {path: Path("out") / os.fsdecode(b"mod\xe0.srt")}
 
 
-def test_long_names_that_are_cut_stay_apart():
+def test_shortened_names_stay_distinct():
     paths = [Path(f"{'a' * 250}{number}.wav") for number in (1, 2)]
     names = [path.name for path in output_files(paths, Path("out"), ".json").values()]
     assert len(set(names)) == 2 and all(len(name) <= 255 for name in names)
 
 
 @pytest.mark.parametrize("stem", ["x" * 251, "\u00e9" * 125, "\uac15" * 83])
-def test_a_long_name_is_cut_to_what_a_file_system_takes(stem, tmp_path):
+def test_a_long_name_is_cut_to_255_bytes(stem, tmp_path):
     (file,) = output_files([Path(f"{stem}.wav")], tmp_path, ".json").values()
     file.write_text("")
     assert file.suffix == ".json" and 200 < len(os.fsencode(file.name)) <= 255
