@@ -1,4 +1,4 @@
-# Each target does everything it needs, from nothing: the environment, the extension, then the job.
+# Each target works in a fresh clone: it creates the environment and builds the extension first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 .PHONY: demo test bench lint gpu-check build
 
 demo: build
-	@echo "== demo: a spoken corpus, training, decoding, a report (runs/demo)"
+	@echo "== demo: speech corpus, training, decoding, report (runs/demo)"
 	@$(BIN)/python -m las_fast.demo --out runs/demo
 
 test: build
@@ -28,19 +28,19 @@ lint: $(STAMP)
 gpu-check: build
 	@$(BIN)/python -m benchmarks.gpu_check
 
-# setup.py prints one line and succeeds where there is no compiler: the reference paths serve then.
+# Without a compiler, setup.py prints one line and succeeds; the reference paths are used.
 build: $(STAMP)
-	@echo "== build of the C++ extension"
+	@echo "== C++ extension"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext > $(VENV)/build.log 2>&1 || \
 	    { cat $(VENV)/build.log; exit 1; }
 	@grep "^las_fast:" $(VENV)/build.log || true
 
 $(STAMP): requirements.txt
 	@echo "== environment in $(VENV)"
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; try make PYTHON=python3.11')"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'las_fast needs Python 3.11 or newer; try make PYTHON=python3.11')"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== torch"
 	@$(BIN)/pip install -qq --disable-pip-version-check $$(grep '^torch==' requirements.txt)
-	@echo "== the other packages"
+	@echo "== other packages"
 	@$(BIN)/pip install -qq --disable-pip-version-check -r requirements.txt
 	@touch $@

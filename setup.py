@@ -1,7 +1,7 @@
-"""Build the package and its C++ extension, las_fast._C (`python setup.py build_ext` puts it into las_fast/).
+"""Build the package and its C++ extension las_fast._C; `python setup.py build_ext` writes it to las_fast/.
 
-The extension is optional: without a C++ compiler, Python's headers, or torch at build time, one line says so, nothing
-is built, and the package runs on its reference paths. With all of them, a failing build is an error.
+The extension is optional. Without a C++ compiler, Python's headers, or torch at build time, setup prints one line and
+skips it, and the package runs on its slower reference paths. With all of them, a failed build is an error.
 """
 
 import os
@@ -16,38 +16,37 @@ FLAGS = [
     "-O3", "-g0", "-std=c++20",
     "-fopenmp",  # without it at::parallel_for silently runs on one thread
     "-fno-math-errno", "-fno-trapping-math",  # no effect on results, unlike -ffast-math: NaN and infinity stay
-    "-Wno-psabi",  # a note about passing vectors to functions; ours are all inlined
+    "-Wno-psabi",  # GCC notes an ABI change for vector arguments; ours are all inlined
 ]  # fmt: skip
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 
+def skip(reason: str, remedy: str) -> dict:
+    """Print why the extension is not built; return no arguments for setup()."""
+    print(
+        f"las_fast: {reason}, so the C++ extension is not built and the slower reference paths are used. "
+        f"To build it, {remedy}"
+    )
+    return {}
+
+
 def extension() -> dict:
-    """Return setup's arguments for the extension, or none of them where it cannot be built."""
+    """Return the arguments of setup() for the extension; empty if it cannot or need not be built."""
     if "build_ext" not in sys.argv and not {"bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print(
-            "las_fast: torch is not importable, so the C++ extension is not built. "
-            "For the fast paths: pip install torch setuptools, then pip install --no-build-isolation ."
-        )
-        return {}
+        remedy = "run: pip install torch setuptools, then pip install --no-build-isolation ."
+        return skip("torch is not importable", remedy)
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        print(
-            f"las_fast: no C++ compiler ({compiler}), so the extension is not built; "
-            "the reference paths will be used. To get it, install g++ and run: python setup.py build_ext"
-        )
-        return {}
+        return skip(f"no C++ compiler ({compiler})", "install g++ and run: python setup.py build_ext")
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.is_file():
-        print(
-            f"las_fast: Python's headers are missing ({header}), so the extension is not built; the reference paths "
-            "will be used. To get it, install python3-dev (python3-devel) and run: python setup.py build_ext"
-        )
-        return {}
+        remedy = "install python3-dev (python3-devel) and run: python setup.py build_ext"
+        return skip(f"Python's headers are missing ({header})", remedy)
     module = CppExtension(
         "las_fast._C",
         SOURCES,
