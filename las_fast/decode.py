@@ -78,7 +78,7 @@ def check_options(options: argparse.Namespace) -> None:
     kind: dict[str, Any] = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "may_replace": is_submission}
     prepare_output_file(options.out, "--out", inputs=inputs, **kind)
     if options.jsonl:
-        kind = {"what": "JSON, a line each,", "suffixes": (".jsonl", ".json", ".txt"), "may_replace": is_jsonl}
+        kind = {"what": "JSON Lines", "suffixes": (".jsonl", ".json", ".txt"), "may_replace": is_jsonl}
         prepare_output_file(options.jsonl, "--jsonl", inputs=inputs, **kind)
 
 

@@ -138,7 +138,7 @@ def prepare_output_file(
     """
     suffix = path.suffix.lower()
     if suffixes and suffix in KNOWN_SUFFIXES and suffix not in suffixes:
-        raise InputError(f"{option} {path}: {what} is written there; give a name that ends in {suffixes[0]}")
+        raise InputError(f"{option} {path}: the output is {what}; give a name that ends in {suffixes[0]}")
     length = len(os.fsencode(path.name))
     if length > NAME_MAX:
         raise InputError(f"{option}: the name {path.name[:20]}... has {length} bytes; give one of at most {NAME_MAX}")

@@ -60,7 +60,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
         InputError: the model or the device does not exist, or the file is damaged.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise InputError(f"a checkpoint is the name of a released model or a path; got {_kind(checkpoint)}")
+        raise InputError(f"a checkpoint is the name of a released model or a path; got {_type_name(checkpoint)}")
     chosen = choose_device(str(device), "device=")
     return Recogniser(load_model(os.fspath(checkpoint), chosen), chosen)
 
@@ -242,7 +242,7 @@ class Recogniser:
         """Convert features (T, F) to the model's input; raise InputError if they are invalid."""
         config = self.loaded.config.features
         if not is_array(array):
-            raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_kind(array)}")
+            raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_type_name(array)}")
         array = to_numpy(array)
         if array.dtype.kind not in "fiu":
             raise InputError(f"{name} must hold numbers; got an array of {array.dtype}")
@@ -262,7 +262,7 @@ class Recogniser:
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
-            raise InputError(f"lm must be a path, the name of a released model, None or False; got {_kind(lm)}")
+            raise InputError(f"lm must be a path, the name of a released model, None or False; got {_type_name(lm)}")
         decoding = self.loaded.config.decoding
         decoding = replace(decoding, ngram_weight=0.0) if lm is False else default_weight(decoding, lm)
         return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
@@ -328,14 +328,14 @@ class Recogniser:
 
 
 @dataclass
-class _Progress:
-    """The state of one recording during transcribe_all."""
+class _RecordingState:
+    """A recording during transcribe_all."""
 
     recording: Any
     name: str = ""
     segments: list[Segment] = field(default_factory=list)
     noise: list[Segment] = field(default_factory=list)
-    undecoded: int = 0  # segments in the pool
+    undecoded: int = 0  # its segments in the pool
     is_read: bool = False
     error: InputError | None = None  # why it cannot be read
 
@@ -355,34 +355,34 @@ class _Transcription:
     pool_seconds: float
     warn: Callable[[str], None]
     on_audio: Callable[[float], None]
-    pool: list[tuple[_Progress, Speech]] = field(default_factory=list)
+    pool: list[tuple[_RecordingState, Speech]] = field(default_factory=list)
     seconds: float = 0.0  # of speech in the pool
-    begun: deque[_Progress] = field(default_factory=deque)  # recordings not yielded yet
+    pending: deque[_RecordingState] = field(default_factory=deque)  # recordings not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
         """Yield each recording with its transcript, in order."""
         for recording in recordings:
-            one = _Progress(recording)
-            self.begun.append(one)
-            for speech in self._read(one, sample_rate):
-                self._add(one, speech)
+            state = _RecordingState(recording)
+            self.pending.append(state)
+            for speech in self._read(state, sample_rate):
+                self._add(state, speech)
                 if self.seconds >= self.pool_seconds:
                     self._decode()
                     yield from self._finished()
-            if one.error is not None:
-                self.begun.pop()
+            if state.error is not None:
+                self.pending.pop()
                 self._decode()
                 yield from self._finished()
                 if not self.skip_bad:
-                    raise one.error
-                self.warn(f"left out: {one.error}")
+                    raise state.error
+                self.warn(f"left out: {state.error}")
         self._decode()
         yield from self._finished()
 
-    def _read(self, one: _Progress, sample_rate: int | None) -> Iterator[Speech]:
+    def _read(self, state: _RecordingState, sample_rate: int | None) -> Iterator[Speech]:
         """Yield the segments of a recording, and warn about its problems, such as having no speech.
 
-        If the recording cannot be read, one.error is set.
+        If the recording cannot be read, state.error is set.
         """
         features = self.model.loaded.config.features
         seconds, has_speech = 0.0, False
@@ -395,47 +395,47 @@ class _Transcription:
                 self.on_audio(len(block) / features.sample_rate)
 
         try:
-            with open_recording(to_audio(one.recording, sample_rate), features.sample_rate) as recording:
-                one.name = recording.name
+            with open_recording(to_audio(state.recording, sample_rate), features.sample_rate) as recording:
+                state.name = recording.name
                 for speech in segments(blocks(), features, self.model.loaded.statistics):
                     has_speech = True
                     yield speech
         except InputError as error:
-            one.error = error
+            state.error = error
             return
         for message in recording.warnings:
             self.warn(message)
         if not has_speech:
-            self.warn(f"{one.name}: no speech was found in its {seconds:.2f} seconds")
-        one.is_read = True
+            self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
+        state.is_read = True
 
-    def _add(self, one: _Progress, speech: Speech) -> None:
-        self.pool.append((one, speech))
+    def _add(self, state: _RecordingState, speech: Speech) -> None:
+        self.pool.append((state, speech))
         self.seconds += speech.end - speech.start
-        one.undecoded += 1
+        state.undecoded += 1
 
     def _decode(self) -> None:
         """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
         pool, self.pool, self.seconds = self.pool, [], 0.0
         if not pool:
             return
-        ids = [f"{one.name} from {speech.start:.0f} s" for one, speech in pool]
+        ids = [f"{state.name} from {speech.start:.0f} s" for state, speech in pool]
         data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
         options: dict[str, Any] = {"nbest": self.nbest, "speech_scores": True, "progress": False}
         results = self.model.decode_dataset(data, self.decoder, **options)
-        for (one, speech), hypotheses in zip(pool, results, strict=True):
-            one.undecoded -= 1
+        for (state, speech), hypotheses in zip(pool, results, strict=True):
+            state.undecoded -= 1
             nbest = tuple(map(self.model.hypothesis, hypotheses))
             best = nbest[0]
             scores = best.score, best.mean_score, best.speech_score
             segment = Segment(speech.start, speech.end, best.text, *scores, nbest)
             is_noise = segment.speech_score is not None and segment.speech_score < self.min_speech_score
-            (one.noise if is_noise else one.segments).append(segment)
+            (state.noise if is_noise else state.segments).append(segment)
 
     def _finished(self) -> Iterator[tuple[Any, Transcript]]:
         """Yield and remove the first recordings that are fully decoded."""
-        while self.begun and self.begun[0].is_read and not self.begun[0].undecoded:
-            done = self.begun.popleft()
+        while self.pending and self.pending[0].is_read and not self.pending[0].undecoded:
+            done = self.pending.popleft()
             yield done.recording, done.transcript()
 
 
@@ -446,7 +446,7 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
     if isinstance(recording, Samples):
         return recording
     if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
-        raise InputError(f"a recording is a path, a binary file object or an array; got {_kind(recording)}")
+        raise InputError(f"a recording is a path, a binary file object or an array; got {_type_name(recording)}")
     if sample_rate is not None:
         raise InputError(f"sample_rate is for arrays, but {name_of(recording)} has a rate of its own; leave it out")
     return recording
@@ -460,5 +460,5 @@ def check_nbest(nbest: int, beam: int) -> None:
         raise InputError(f"nbest={nbest} needs a beam at least as wide; give beam={nbest}")
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "None" if value is None else f"a value of type {type(value).__name__}"

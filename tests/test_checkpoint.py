@@ -1,9 +1,7 @@
 """Checkpoints: no pickle, no half-written file, no silent mismatch."""
 
-import os
 import pickle
 import re
-import shutil
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_s
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.dataset import Statistics
 from las_fast.errors import InputError
-from las_fast.files import write_atomically
 
 CONFIG = Config(
     features=FeatureConfig(size=5, normalisation="global"),
@@ -161,104 +158,6 @@ def test_a_truncated_training_state_is_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="last.pt is damaged"):
         load_state(path)
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(InputError, match=r"No space left on device; \d+ MiB are free there\); free some space"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def write_text(path):
-    path.write_text("new")
-
-
-@pytest.mark.parametrize("name", [b"x" * 255, b"\xe0" * 255, "한".encode() * 85, b"mod\xe0.csv", b"-rf", b"a\nb"])
-def test_files_of_any_valid_name_can_be_written(tmp_path, name):
-    path = tmp_path / os.fsdecode(name)
-    for _ in range(2):
-        write_atomically(path, write_text)
-    assert os.listdir(os.fsencode(tmp_path)) == [name]
-
-
-def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match=r"x could not be written \(File name too long\); choose another name"):
-        write_atomically(tmp_path / ("x" * 256), write_text)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_error_of_a_write_is_not_hidden_by_cleanup(tmp_path):
-    def remove_folder(temporary):
-        temporary.parent.rmdir()
-        temporary.write_text("x")
-
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    with pytest.raises(InputError, match=r"No such file or directory\); choose another name or folder"):
-        write_atomically(folder / "x", remove_folder)
-
-
-def test_out_of_memory_is_not_reported_as_a_full_disk(tmp_path):
-    def fail(temporary):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        write_atomically(tmp_path / "x", fail)
-
-
-def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
-    real, link = tmp_path / "real", tmp_path / "link"
-    real.write_text("old")
-    real.chmod(0o600)
-    link.symlink_to(real)
-    write_atomically(link, write_text)
-    assert link.is_symlink() and real.read_text() == "new" and real.stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (RuntimeError("iostream"), "(the file system took no more; 3 MiB are free there)"),
-        (OSError(28, "No space left"), "(No space left; 3 MiB are free there); free some space"),
-        (OSError(5, "I/O error"), "(I/O error); choose another name or folder"),
-    ],
-)
-def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, message):
-    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-
-    def fail(temporary):
-        raise error
-
-    with pytest.raises(InputError) as end:
-        write_atomically(tmp_path / "file", fail)
-    assert message in str(end.value) and list(tmp_path.iterdir()) == []
-
-
-def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
-    done = []
-    for name in ("fsync", "replace"):
-        kept = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, kept=kept: done.append(name) or kept(*given))
-    write_atomically(tmp_path / "file", write_text)
-    assert done == ["fsync", "replace"]
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path):
-    def interrupted(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "file", interrupted)
-    assert list(tmp_path.iterdir()) == []
 
 
 STATE = ["settings", "model", "averaged", "optimiser", "scaler", "progress", "core_seconds", "data"]

@@ -1,4 +1,5 @@
-import ctypes
+"""The entry point of all commands: errors, exit statuses, signals, streams and subcommands."""
+
 import errno
 import io
 import json
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +15,8 @@ import pytest
 import torch
 import yaml
 
-from las_fast import __version__, cli, decode, files, progress, system, transcribe, tune
-from las_fast.config import Config, DecodingConfig
+from las_fast import __version__, cli, progress
 from las_fast.errors import JSON_ESCAPES, InputError, Stopped
-from las_fast.files import prepare_output_file
-from las_fast.options import Parser, parse_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -355,121 +352,10 @@ def test_require_stdout_raises_only_if_standard_output_is_closed(monkeypatch):
         cli.require_stdout("--out")
 
 
-def test_mallopt_gets_the_parameters_of_malloc_h(monkeypatch):
-    calls = []
-    monkeypatch.setattr(system, "_mallopt", lambda *arguments: calls.append(arguments))
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    system.tune_memory()
-    system.give_large_blocks_back()
-    mmap_threshold, trim_threshold, never = -3, -1, -1
-    assert calls == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    system.tune_memory()
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "the user's own choice stays"
-
-
-@pytest.mark.parametrize(
-    ("platform", "library", "expected"),
-    [
-        ("linux", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), [(-3, 7)]),
-        ("linux", lambda calls: SimpleNamespace(), []),  # musl has no mallopt
-        ("darwin", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), []),
-    ],
-)
-def test_mallopt_is_called_only_if_the_c_library_has_it(monkeypatch, platform, library, expected):
-    calls = []
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: library(calls))
-    system._mallopt(-3, 7)
-    assert calls == expected
-
-
-def test_cores_are_those_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {2, 5, 7}}[pid], raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert system.cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert system.cores() == 16
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert system.cores() == 1
-
-
-def test_an_unknown_home_folder_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert files.expand("~/run") == Path("/home/someone/run") and files.expand("run/~") == Path("run/~")
-
-    def unknown(self):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", unknown)
-    for path, who in (("~/run", "this user"), ("~nobody/run", "nobody")):
-        with pytest.raises(InputError, match=f"{path}: the home folder of {who} is not known; write the path without"):
-            files.expand(path)
-
-
-def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monkeypatch):
-    files.make_folder(tmp_path / "a" / "b", "--out")
-    files.make_folder(tmp_path / "a" / "b", "--out")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        message = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
-        with pytest.raises(InputError, match=message):
-            files.make_folder(path, "--out")
-
-    def refused(self, **options):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
-        files.make_folder(tmp_path / "new", "--out")
-
-
-@pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
-def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
-    with pytest.raises(InputError, match=f"--out: the folder {tmp_path} is not writable; choose another"):
-        files.make_folder(tmp_path, "--out")
-
-
 def test_a_closed_output_pipe_is_no_traceback():
     command = f"{sys.executable} -c 'from las_fast.cli import run; run(lambda _: print(\"x\\n\" * 99999))' | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
-def test_decoding_gives_large_blocks_back_and_training_keeps_them():
-    """Runs in a new process, which counts its mapped blocks."""
-    script = """
-import ctypes
-from las_fast import system
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-class Counts(ctypes.Structure):
-    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
-libc.mallinfo2.restype = Counts
-def mapped_blocks():
-    before = getattr(libc.mallinfo2(), "3")
-    libc.malloc(ctypes.c_size_t(2 * system.DECODING_MMAP_BYTES))
-    return getattr(libc.mallinfo2(), "3") - before
-system.tune_memory()
-print(mapped_blocks())
-system.give_large_blocks_back()
-print(mapped_blocks())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "1"]
-
-
-@pytest.mark.parametrize("module", [decode, transcribe, tune])
-def test_decoding_commands_give_large_blocks_back(module, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(module, "give_large_blocks_back", lambda: asked.append(module))
-    with pytest.raises(SystemExit):
-        module.main(["--help"])
-    assert asked == [module]
 
 
 NAMES = ("train", "decode", "transcribe", "lm", "tune", "export", "ops", "demo")
@@ -515,47 +401,6 @@ def test_an_unknown_command_is_reported_with_the_known_ones(capsys, word, advice
     assert end.value.code == 2 and capsys.readouterr().err == message
 
 
-def parse(words, default=None):
-    parser = Parser(prog="job", add_help=False)
-    parser.add_argument("--data", required=True)
-    return parse_settings(parser, words, lambda options: default or Config())
-
-
-def test_options_and_settings_may_be_mixed():
-    options, config = parse(["--training.epochs", "3", "--data", "here", "--decoding.length-penalty", "0.8"])
-    assert options.data == "here"
-    assert config.training.epochs == 3 and config.decoding.length_penalty == 0.8
-
-
-def test_settings_that_are_not_given_keep_their_defaults():
-    default = Config(decoding=DecodingConfig(beam=3))
-    assert parse(["--data", "here"], default)[1] == default
-
-
-def test_switches_and_lists_are_given_by_value():
-    _, config = parse(["--data", "x", "--data.normalise-text", "True", "--model.speller.lstm-sizes", "5", "7"])
-    assert config.data.normalise_text and config.model.speller.lstm_sizes == (5, 7)
-
-
-def test_a_misspelt_setting_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(["--data", "x", "--training.epoch", "3"])
-    assert end.value.code == 2 and "--training.epochs" in capsys.readouterr().err
-
-
-def test_help_lists_options_and_settings(capsys):
-    @dataclass(frozen=True)
-    class Some:
-        decoding: DecodingConfig = field(default_factory=DecodingConfig)
-
-    parser = Parser(prog="job", add_help=False)
-    parser.add_argument("--data", required=True)
-    with pytest.raises(SystemExit) as end:
-        parse_settings(parser, ["--help"], lambda options: Some(), kind=Some)
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and "--data" in out and "--decoding.length-penalty" in out
-
-
 @pytest.mark.parametrize("name", ["train", "decode", "transcribe", "lm", "tune", "export"])
 def test_help_and_wrong_options_do_not_wait_for_torch(name):
     code = f"import sys, las_fast.{name} as command\n"
@@ -563,14 +408,6 @@ def test_help_and_wrong_options_do_not_wait_for_torch(name):
         code += f"try: command.main({words})\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
-
-
-def test_an_output_that_is_not_a_file_is_refused_before_the_work(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
-        prepare_output_file(tmp_path / "pipe", "--out")
-    prepare_output_file(tmp_path / "new" / "out.csv", "--out")
-    assert (tmp_path / "new").is_dir()
 
 
 def test_every_command_is_run_by_cli_run():

@@ -379,13 +379,13 @@ def test_what_is_read_is_not_written_over(tmp_path, name, given):
 
 def test_json_lines_have_a_name_that_fits_and_replace_only_their_own(here, tmp_path):
     for name in ("rows.csv", "rows.wav"):
-        with pytest.raises(InputError, match=r"JSON, a line each, is written there; .* ends in .jsonl"):
+        with pytest.raises(InputError, match=r"the output is JSON Lines; .* ends in .jsonl"):
             decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
     for name in ("rows.json", "rows.txt", "rows"):
         for _ in range(2):
             decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
     (tmp_path / "mine.jsonl").write_text("notes")
-    with pytest.raises(InputError, match=r"mine.jsonl exists and is not JSON, a line each,; give another name"):
+    with pytest.raises(InputError, match=r"mine.jsonl exists and is not JSON Lines; give another name"):
         decode(here, "--jsonl", str(tmp_path / "mine.jsonl"), out=tmp_path / "out.csv")
 
 

@@ -141,7 +141,7 @@ def test_weights_of_a_training_are_not_replaced(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["small.pt", "small.csv"])
 def test_an_exported_model_is_called_safetensors(tmp_path, name):
-    with pytest.raises(InputError, match=r"a model is written there; give a name that ends in .safetensors"):
+    with pytest.raises(InputError, match=r"the output is a model; give a name that ends in .safetensors"):
         export.main(["--checkpoint", str(make_checkpoint(tmp_path)), "--out", str(tmp_path / name)])
 
 

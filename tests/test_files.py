@@ -1,6 +1,7 @@
-"""What commands write never replaces what they read, nor what they did not write themselves."""
+"""Output files replace neither inputs nor files of others, and are written atomically; paths of any name work."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,17 @@ from las_fast import decode, export, lm, train, tune
 from las_fast.cli import prepare_streams
 from las_fast.config import Config, load_config, to_yaml
 from las_fast.errors import InputError
-from las_fast.files import first_line, is_utf8, nearest_path_hint, prepare_output_file, safetensors_format, utf8_path
+from las_fast.files import (
+    expand,
+    first_line,
+    is_utf8,
+    make_folder,
+    nearest_path_hint,
+    prepare_output_file,
+    safetensors_format,
+    utf8_path,
+    write_atomically,
+)
 from las_fast.output.submission import write_submission
 from las_fast.search import ngram
 from las_fast.search.ngram import LanguageModel, beside, save_lm
@@ -50,14 +61,14 @@ def run_decode(archive, model, out, *words):
 
 @pytest.mark.parametrize("name", ["talk.srt", "talk.wav", "text.txt", "lm.arpa", "lm.json", "best.pt", "x.YAML"])
 def test_a_suffix_of_another_kind_of_file_is_refused(text, tmp_path, name):
-    with pytest.raises(InputError, match=r"a language model is written there; give a name that ends in .safetensors"):
+    with pytest.raises(InputError, match=r"the output is a language model; give a name that ends in .safetensors"):
         run_lm(text, tmp_path / name)
     assert text.read_text().startswith("HELLO")
 
 
 @pytest.mark.parametrize("name", ["dev.srt", "dev.jsonl", "dev.wav", "run.safetensors"])
 def test_a_submission_is_a_csv(archive, model, tmp_path, name):
-    with pytest.raises(InputError, match=r"a submission in CSV is written there; give a name that ends in .csv"):
+    with pytest.raises(InputError, match=r"the output is a submission in CSV; give a name that ends in .csv"):
         run_decode(archive, model, tmp_path / name)
 
 
@@ -292,3 +303,153 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
 def test_any_other_file_has_no_safetensors_format(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     assert safetensors_format(tmp_path / "x") is None
+
+
+# ----------------------------------------------------------------------------------------------- folders and names
+
+
+def test_an_unknown_home_folder_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert expand("~/run") == Path("/home/someone/run") and expand("run/~") == Path("run/~")
+
+    def unknown(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    for path, who in (("~/run", "this user"), ("~nobody/run", "nobody")):
+        with pytest.raises(InputError, match=f"{path}: the home folder of {who} is not known; write the path without"):
+            expand(path)
+
+
+def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a" / "b", "--out")
+    make_folder(tmp_path / "a" / "b", "--out")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        message = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
+        with pytest.raises(InputError, match=message):
+            make_folder(path, "--out")
+
+    def refused(self, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
+        make_folder(tmp_path / "new", "--out")
+
+
+@pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
+def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
+    with pytest.raises(InputError, match=f"--out: the folder {tmp_path} is not writable; choose another"):
+        make_folder(tmp_path, "--out")
+
+
+def test_an_output_that_is_not_a_file_is_refused_before_the_work(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="--out .*pipe is not a regular file; give another name"):
+        prepare_output_file(tmp_path / "pipe", "--out")
+    prepare_output_file(tmp_path / "new" / "out.csv", "--out")
+    assert (tmp_path / "new").is_dir()
+
+
+# --------------------------------------------------------------------------------------------------- atomic writing
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"No space left on device; \d+ MiB are free there\); free some space"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def write_text(path):
+    path.write_text("new")
+
+
+@pytest.mark.parametrize("name", [b"x" * 255, b"\xe0" * 255, "한".encode() * 85, b"mod\xe0.csv", b"-rf", b"a\nb"])
+def test_files_of_any_valid_name_can_be_written(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    for _ in range(2):
+        write_atomically(path, write_text)
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"x could not be written \(File name too long\); choose another name"):
+        write_atomically(tmp_path / ("x" * 256), write_text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_a_write_is_not_hidden_by_cleanup(tmp_path):
+    def remove_folder(temporary):
+        temporary.parent.rmdir()
+        temporary.write_text("x")
+
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"No such file or directory\); choose another name or folder"):
+        write_atomically(folder / "x", remove_folder)
+
+
+def test_out_of_memory_is_not_reported_as_a_full_disk(tmp_path):
+    def fail(temporary):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        write_atomically(tmp_path / "x", fail)
+
+
+def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_atomically(link, write_text)
+    assert link.is_symlink() and real.read_text() == "new" and real.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("iostream"), "(the file system took no more; 3 MiB are free there)"),
+        (OSError(28, "No space left"), "(No space left; 3 MiB are free there); free some space"),
+        (OSError(5, "I/O error"), "(I/O error); choose another name or folder"),
+    ],
+)
+def test_a_failed_write_says_why_and_how_much_is_free(tmp_path, monkeypatch, error, message):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    def fail(temporary):
+        raise error
+
+    with pytest.raises(InputError) as end:
+        write_atomically(tmp_path / "file", fail)
+    assert message in str(end.value) and list(tmp_path.iterdir()) == []
+
+
+def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        kept = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, kept=kept: done.append(name) or kept(*given))
+    write_atomically(tmp_path / "file", write_text)
+    assert done == ["fsync", "replace"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", interrupted)
+    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,12 @@
 
 import importlib
 import re
+from dataclasses import dataclass, field
 
 import pytest
 
 from las_fast import options
-from las_fast.config import Config, SpellerConfig, TeacherForcingStage
+from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path, parse_settings
 
@@ -199,3 +200,44 @@ def test_options_cannot_be_abbreviated(capsys):
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(as_path("~/run")) == "/home/someone/run"
+
+
+def parse(words, default=None):
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--data", required=True)
+    return parse_settings(parser, words, lambda options: default or Config())
+
+
+def test_options_and_settings_may_be_mixed():
+    options, config = parse(["--training.epochs", "3", "--data", "here", "--decoding.length-penalty", "0.8"])
+    assert options.data == "here"
+    assert config.training.epochs == 3 and config.decoding.length_penalty == 0.8
+
+
+def test_settings_that_are_not_given_keep_their_defaults():
+    default = Config(decoding=DecodingConfig(beam=3))
+    assert parse(["--data", "here"], default)[1] == default
+
+
+def test_switches_and_lists_are_given_by_value():
+    _, config = parse(["--data", "x", "--data.normalise-text", "True", "--model.speller.lstm-sizes", "5", "7"])
+    assert config.data.normalise_text and config.model.speller.lstm_sizes == (5, 7)
+
+
+def test_a_misspelt_setting_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--data", "x", "--training.epoch", "3"])
+    assert end.value.code == 2 and "--training.epochs" in capsys.readouterr().err
+
+
+def test_help_lists_options_and_settings(capsys):
+    @dataclass(frozen=True)
+    class Some:
+        decoding: DecodingConfig = field(default_factory=DecodingConfig)
+
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--data", required=True)
+    with pytest.raises(SystemExit) as end:
+        parse_settings(parser, ["--help"], lambda options: Some(), kind=Some)
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "--data" in out and "--decoding.length-penalty" in out

@@ -149,7 +149,7 @@ def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tm
     out.write_text("my notes\n")
     with pytest.raises(InputError, match="grid.txt exists and is not a table of settings in CSV"):
         tune.main(words(here, "--beam", 2, "--out", out))
-    with pytest.raises(InputError, match=r"a table of settings in CSV is written there; .* ends in .csv"):
+    with pytest.raises(InputError, match=r"the output is a table of settings in CSV; .* ends in .csv"):
         tune.main(words(here, "--beam", 2, "--out", tmp_path / "grid.json"))
 
 

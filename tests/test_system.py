@@ -1,0 +1,84 @@
+"""Cores and the memory allocator; devices are tested with the commands that use them."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from las_fast import decode, system, transcribe, tune
+
+
+def test_mallopt_gets_the_parameters_of_malloc_h(monkeypatch):
+    calls = []
+    monkeypatch.setattr(system, "_mallopt", lambda *arguments: calls.append(arguments))
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    system.tune_memory()
+    system.give_large_blocks_back()
+    mmap_threshold, trim_threshold, never = -3, -1, -1
+    assert calls == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    system.tune_memory()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0", "the user's own choice stays"
+
+
+@pytest.mark.parametrize(
+    ("platform", "library", "expected"),
+    [
+        ("linux", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), [(-3, 7)]),
+        ("linux", lambda calls: SimpleNamespace(), []),  # musl has no mallopt
+        ("darwin", lambda calls: SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments)), []),
+    ],
+)
+def test_mallopt_is_called_only_if_the_c_library_has_it(monkeypatch, platform, library, expected):
+    calls = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library(calls))
+    system._mallopt(-3, 7)
+    assert calls == expected
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0: {2, 5, 7}}[pid], raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert system.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert system.cores() == 16
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert system.cores() == 1
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_decoding_gives_large_blocks_back_and_training_keeps_them():
+    """Runs in a new process, which counts its mapped blocks."""
+    script = """
+import ctypes
+from las_fast import system
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+class Counts(ctypes.Structure):
+    _fields_ = [(str(i), ctypes.c_size_t) for i in range(10)]
+libc.mallinfo2.restype = Counts
+def mapped_blocks():
+    before = getattr(libc.mallinfo2(), "3")
+    libc.malloc(ctypes.c_size_t(2 * system.DECODING_MMAP_BYTES))
+    return getattr(libc.mallinfo2(), "3") - before
+system.tune_memory()
+print(mapped_blocks())
+system.give_large_blocks_back()
+print(mapped_blocks())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("module", [decode, transcribe, tune])
+def test_decoding_commands_give_large_blocks_back(module, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(module, "give_large_blocks_back", lambda: asked.append(module))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert asked == [module]
