@@ -1,5 +1,8 @@
-"""Checkpoints, which are weights and settings in a safetensors file, and training states, which torch.load reads with
-weights_only."""
+"""Checkpoints and training states.
+
+A checkpoint is a safetensors file with weights and settings. A training state, last.pt, is written by torch.save and
+read with weights_only, so that it cannot run code.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def find_checkpoint(name: str | Path) -> Path:
     known = f"; released models: {', '.join(released)}" if released else ""
     near = difflib.get_close_matches(str(name), released, 1)
     advice = f"; the nearest is {near[0]}" if near else nearest_path_hint(path)
-    raise InputError(f"checkpoint {name} is neither a training folder nor a file{known}{advice}")
+    raise InputError(f"checkpoint {name} is neither a run folder nor a file{known}{advice}")
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Loaded:

@@ -45,9 +45,9 @@ class Progress:
 
     def update(self, n: float = 1) -> None:
         """Add n to the count."""
-        self.n = (
-            self.n + n if self.total is None else min(self.n + n, self.total)
-        )  # a sum of floats may exceed the total
+        self.n += n
+        if self.total is not None:
+            self.n = min(self.n, self.total)  # a sum of floats may exceed the total
         if self._bar is not None:
             with self._ignoring_errors():
                 self._bar.update(self.n - self._bar.n)

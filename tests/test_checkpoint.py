@@ -40,7 +40,7 @@ def test_a_model_is_loaded_with_settings_statistics_and_scores(saved):
 
 
 def test_a_missing_checkpoint_is_an_error_and_never_random_weights(tmp_path):
-    with pytest.raises(InputError, match="neither a training folder nor a file"):
+    with pytest.raises(InputError, match="neither a run folder nor a file"):
         load_model(tmp_path / "nothing")
     with pytest.raises(InputError, match="has no best.safetensors; train it first"):
         find_checkpoint(tmp_path)
@@ -50,7 +50,7 @@ def test_without_released_models_the_error_names_none(tmp_path, monkeypatch):
     monkeypatch.setattr("las_fast.checkpoint.RELEASED", tmp_path)
     with pytest.raises(InputError) as caught:
         find_checkpoint("gone")
-    assert str(caught.value).startswith("checkpoint gone is neither a training folder nor a file")
+    assert str(caught.value).startswith("checkpoint gone is neither a run folder nor a file")
     assert "released" not in str(caught.value)
 
 

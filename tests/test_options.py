@@ -1,4 +1,4 @@
-"""Words of the command line: a wrong one is one sentence that names the nearest right one."""
+"""Options and settings on the command line: a wrong one is one sentence that names the nearest valid one."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The Python interface: the same texts as the commands, from whatever people hold a recording in."""
+"""The Python API: the same texts as the commands, for every kind of recording."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_closed_file_is_one_sentence(here, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("speech13",), "checkpoint speech13 is neither a training folder nor a file; .*; the nearest is speech13h"),
+        (("speech13",), "checkpoint speech13 is neither a run folder nor a file; .*; the nearest is speech13h"),
         ((None,), "a checkpoint is the name of a released model or a path; got None"),
         (("an4", "cuda:77"), "device=cuda:77: there is no such device here; this machine has cpu"),
     ],

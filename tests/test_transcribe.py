@@ -1,4 +1,4 @@
-"""Recordings into text, from the command line."""
+"""The transcribe command."""
 
 import contextlib
 import csv
