@@ -30,7 +30,7 @@ STATE_KEYS = {"settings", "model", "averaged", "optimiser", "scaler", "progress"
 
 
 class Loaded(NamedTuple):
-    """A model in eval mode with its settings and origin."""
+    """A model loaded from a checkpoint, in eval mode, with its settings."""
 
     model: LAS
     config: Config

@@ -60,7 +60,7 @@ def parser() -> Parser:
     )
     add = parser.add_argument
     add("files", nargs="+", type=as_path, metavar="FILE", help="wav, flac, ogg, mp3...; - is standard input")
-    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model")
+    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
     add("--format", choices=FORMATS, default="text", help="json writes one object per file (default: text)")
     add("--out", type=as_path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there instead of printing")
     add("--existing", choices=("error", "skip", "replace"), default="error",
