@@ -33,6 +33,6 @@ def chunk(name: bytes, content: bytes = b"", size: int | None = None, *, pad: bo
     return name + struct.pack(order + "I", len(content) if size is None else size) + content + odd
 
 
-def riff(*chunks: bytes, size: int | None = None, name: bytes = b"RIFF", form: bytes = b"WAVE", order: str = "<"):
+def riff_file(*chunks: bytes, size: int | None = None, name: bytes = b"RIFF", form: bytes = b"WAVE", order: str = "<"):
     content = form + b"".join(chunks)
     return name + struct.pack(order + "I", len(content) if size is None else size) + content

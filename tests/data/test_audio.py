@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import soxr
 from archives import write_audio
-from layouts import chunk, riff
+from layouts import chunk, riff_file
 from recordings import (
     FLAC,
     FORMAT,
@@ -31,8 +31,9 @@ from recordings import (
     waveform,
 )
 
-from las_fast.data import audio, containers
+from las_fast.data import audio
 from las_fast.data.audio import load_audio, open_recording
+from las_fast.data.containers import View
 from las_fast.errors import InputError, show
 
 # ------------------------------------------------------------------------------------------------------ plain reading
@@ -100,27 +101,27 @@ def test_a_long_recording_needs_little_memory(tmp_path):
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FFFF000])
 @pytest.mark.parametrize("note", [b"", chunk(b"LIST", b"INFOISFT\x0e\0\0\0Lavf58.29.100\0")], ids=["bare", "noted"])
 def test_a_wav_of_unknown_length_is_read_to_its_end(tmp_path, size, note):
-    path = put(tmp_path, riff(FORMAT, note, chunk(b"data", pcm(), size), size=size))
+    path = put(tmp_path, riff_file(FORMAT, note, chunk(b"data", pcm(), size), size=size))
     samples, warnings = read(path)
     assert len(samples) == len(load_audio(path, RATE, whole=True)) == 2 * RATE
     assert not warnings
 
 
 def test_an_empty_wav_with_a_chunk_behind_holds_no_samples(tmp_path):
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", b""), chunk(b"LIST", b"INFO" + bytes(4000))))
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", b""), chunk(b"LIST", b"INFO" + bytes(4000))))
     assert "holds no samples" in refusal(path)
 
 
 @pytest.mark.parametrize("size", [0, 2**64 - 1], ids=["zero", "largest"])
 def test_an_rf64_of_unknown_length_is_read_to_its_end(tmp_path, size):
     sizes = chunk(b"ds64", struct.pack("<QQQI", size, size, 0, 0))
-    path = put(tmp_path, riff(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"RF64", size=0xFFFFFFFF))
+    path = put(tmp_path, riff_file(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"RF64", size=0xFFFFFFFF))
     assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
 
 
 @pytest.mark.parametrize("bytes_short", [1, 16, 44, 3000])
 def test_a_few_bytes_that_are_missing_are_no_missing_end(tmp_path, bytes_short):
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm(), 4 * RATE + bytes_short)))
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + bytes_short)))
     samples, warnings = read(path)
     assert len(samples) == len(load_audio(path, RATE, whole=True)) == 2 * RATE
     assert not warnings
@@ -132,7 +133,7 @@ def test_chunks_of_odd_size_put_nothing_out_of_step(tmp_path, pad, where):
     note = chunk(b"LIST", b"INFOICMT\x07\0\0\0a note\0", pad=pad)
     chunks = [*([note] if where != "after" else []), FORMAT, *([note] if where != "after" else []),
               chunk(b"data", pcm()), *([note] if where != "before" else [])]  # fmt: skip
-    samples, warnings = read(put(tmp_path, riff(*chunks)))
+    samples, warnings = read(put(tmp_path, riff_file(*chunks)))
     np.testing.assert_array_equal(samples, np.frombuffer(pcm(), "<i2") / np.float32(32768))
     assert not warnings
     assert len(load_audio(tmp_path / "x.audio", RATE, whole=True)) == 2 * RATE
@@ -140,7 +141,7 @@ def test_chunks_of_odd_size_put_nothing_out_of_step(tmp_path, pad, where):
 
 def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
     claimed = 4 * RATE
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm(), claimed)))
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), claimed)))
     with path.open("r+b") as file:
         file.truncate(44 + claimed + 2**32)  # a sparse file
     samples = load_audio(path, RATE, start=(claimed + 2**32) / 2 / RATE - 1, seconds=1.0, whole=True)
@@ -160,13 +161,13 @@ def test_a_long_recording_of_unknown_length_is_read_beyond_2_gib(tmp_path, form,
 
 
 def test_a_second_data_chunk_is_read(tmp_path):
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm()), chunk(b"LIST", b"note"), chunk(b"data", pcm(1.0))))
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm()), chunk(b"LIST", b"note"), chunk(b"data", pcm(1.0))))
     assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
 
 
 def test_bw64_is_read_as_rf64(tmp_path):
     sizes = chunk(b"ds64", struct.pack("<QQQI", 4 * RATE + 72, 4 * RATE, 2 * RATE, 0))
-    path = put(tmp_path, riff(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"BW64", size=0xFFFFFFFF))
+    path = put(tmp_path, riff_file(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"BW64", size=0xFFFFFFFF))
     assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
 
 
@@ -192,18 +193,18 @@ def test_other_containers_of_unknown_length_are_read_to_the_end(tmp_path, form, 
 
 
 def test_a_wav_of_2_gib_that_is_cut_off_is_told(tmp_path):
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm(), 3 << 30)))
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 3 << 30)))
     assert "is cut off" in read(path)[1][0]
 
 
 def test_an_mp3_in_a_wav_is_read(tmp_path):
     form = chunk(b"fmt ", struct.pack("<HHIIHHH", 0x55, 1, RATE, 4000, 1, 0, 0))
-    path = put(tmp_path, riff(form, chunk(b"data", encoded(waveform(2.0), **MP3))))
+    path = put(tmp_path, riff_file(form, chunk(b"data", encoded(waveform(2.0), **MP3))))
     assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
 
 
 def test_many_unknown_bytes_behind_the_sound_are_told(tmp_path):
-    path = put(tmp_path, riff(FORMAT, chunk(b"data", pcm())) + b"\x07" * 100_000)
+    path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm())) + b"\x07" * 100_000)
     samples, warnings = read(path)
     assert len(samples) == 2 * RATE
     assert "100000 bytes behind its sound" in warnings[0]
@@ -709,7 +710,7 @@ def test_a_pipe_is_read_where_temporary_files_cannot_be_made(tmp_path, monkeypat
 @pytest.mark.parametrize("calls", [0, 3, 9])
 def test_ctrl_c_while_libsndfile_reads_is_not_lost(tmp_path, monkeypatch, calls, capfd):
     path = put(tmp_path, b"".join(encoded(waveform(4.0, k), **VORBIS) for k in range(2)))
-    done, readinto = [], containers.View.readinto
+    done, readinto = [], View.readinto
 
     def interrupted(self, buffer):
         done.append(1)
@@ -717,7 +718,7 @@ def test_ctrl_c_while_libsndfile_reads_is_not_lost(tmp_path, monkeypatch, calls,
             raise KeyboardInterrupt
         return readinto(self, buffer)
 
-    monkeypatch.setattr(containers.View, "readinto", interrupted)
+    monkeypatch.setattr(View, "readinto", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_audio(path, RATE)
     assert capfd.readouterr().err == ""

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import soundfile
-from layouts import chunk, riff
+from layouts import chunk, riff_file
 from recordings import (
     FLAC,
     FORMAT,
@@ -27,12 +27,12 @@ from recordings import (
     waveform,
 )
 
-from las_fast.data import audio, containers
+from las_fast.data import audio
 from las_fast.data.audio import load_audio, open_recording
 from las_fast.errors import InputError, show
 
 GOOD = encoded(waveform(2.0), **WAV)
-HEADLESS = riff(chunk(b"data", pcm()))  # without the chunk that says what the samples are
+HEADLESS = riff_file(chunk(b"data", pcm()))  # without the chunk that says what the samples are
 
 
 def told(path, sentence: str, **options) -> None:
@@ -48,7 +48,7 @@ def refused(path, sentence: str, **options) -> None:
 
 
 def test_a_tenth_of_a_second_may_be_missing(tmp_path):
-    told(put(tmp_path, riff(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
+    told(put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
          "X is cut off: it holds 2.00 of the 2.10 s that its header gives")  # fmt: skip
     assert not read(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10)))[1]
     told(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10 + 1)),
@@ -76,7 +76,7 @@ def test_what_a_part_of_joined_recordings_lacks_is_told_by_its_number(tmp_path):
     told(put(tmp_path, GOOD + HEADLESS), "X: part 2 of 2 is cut off or damaged within its header, before any sound; "
          "copy it again")  # fmt: skip
     unknown = chunk(b"fmt ", struct_format(0x9999))
-    told(put(tmp_path, riff(unknown, chunk(b"data", pcm())) + GOOD),
+    told(put(tmp_path, riff_file(unknown, chunk(b"data", pcm())) + GOOD),
          "X: part 1 of 2 cannot be read as audio (Error in WAV/W64/RF64 file. Malformed 'fmt ' chunk): its header is "
          "damaged, or its coding is not known; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
     told(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it holds 1.00 of the 2.00 s that "
@@ -161,7 +161,7 @@ def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return pread(descriptor, count, start)
 
-    monkeypatch.setattr(containers.os, "pread", failing)
+    monkeypatch.setattr(os, "pread", failing)
     failing.from_here = size // 2
     assert f"{show(path)} cannot be read to its end (Input/output error)" in read(path)[1]
     failing.from_here = 0

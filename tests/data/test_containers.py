@@ -8,10 +8,12 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from layouts import Bytes, chunk, layout_of, riff, streams_of
+from layouts import Bytes, chunk, layout_of, riff_file, streams_of
 
 from las_fast.data import containers
-from las_fast.data.containers import Layout, Source, Stream, View, find_streams
+from las_fast.data.containers import Layout, Source, Stream, View, find_streams, flac, streams
+from las_fast.data.containers.magic import RARE, container_at, foreign_format
+from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
 # Format, subtype, channels, and by how many bytes less than is cut off a file is known to lack.
 FORMS = [
@@ -34,7 +36,7 @@ def written(path, form, subtype, channels, frames=1001):
     return path.read_bytes()
 
 
-def streams(path, data):
+def streams_in(path, data):
     path.write_bytes(data)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -47,7 +49,7 @@ def streams(path, data):
 def test_what_a_file_lacks_is_counted_in_bytes(tmp_path, form, subtype, channels, less):
     data = written(tmp_path / "x", form, subtype, channels)
     for cut in (0, 1, 3, 100, 1000):
-        (stream,) = (layout := streams(tmp_path / "x", data[: len(data) - cut])).streams
+        (stream,) = (layout := streams_in(tmp_path / "x", data[: len(data) - cut])).streams
         assert stream.lacking == max(0, cut - less) and not layout.unread
         assert not stream.cut and not stream.hole and stream.frames is None
         assert stream.spans[-1][1] in (len(data) - cut, len(data) - cut - 1)
@@ -56,17 +58,17 @@ def test_what_a_file_lacks_is_counted_in_bytes(tmp_path, form, subtype, channels
 @pytest.mark.parametrize(("form", "subtype", "channels", "less"), CLAIMED)
 def test_files_that_were_joined_are_two_streams(tmp_path, form, subtype, channels, less):
     first, second = (written(tmp_path / "x", form, subtype, channels, frames=n) for n in (1001, 700))
-    whole = streams(tmp_path / "x", first + second).streams
+    whole = streams_in(tmp_path / "x", first + second).streams
     end = len(first) + len(second)
     assert [stream.spans for stream in whole] == [((0, len(first)),), ((len(first), end),)]
-    cut = streams(tmp_path / "x", (first + second)[: end - 200]).streams
+    cut = streams_in(tmp_path / "x", (first + second)[: end - 200]).streams
     assert [stream.lacking for stream in cut] == [0, 200 - less]
 
 
 def test_a_file_of_no_known_kind_is_one_stream(tmp_path):
-    (stream,) = streams(tmp_path / "x", b"no sound at all").streams
+    (stream,) = streams_in(tmp_path / "x", b"no sound at all").streams
     assert stream.spans == ((0, 15),) and stream.length == 15 and stream.lacking == 0
-    assert streams(tmp_path / "x", b"").streams[0].spans == ((0, 0),)
+    assert streams_in(tmp_path / "x", b"").streams[0].spans == ((0, 0),)
 
 
 # --------------------------------------------------------------------------------------------------------- bytes
@@ -75,7 +77,7 @@ def test_a_file_of_no_known_kind_is_one_stream(tmp_path):
 def test_a_source_gives_the_bytes_that_are_there(tmp_path, monkeypatch):
     data = bytes(range(256)) * 40
     (tmp_path / "x").write_bytes(data)
-    monkeypatch.setattr(containers, "WINDOW", 100)
+    monkeypatch.setattr(streams, "WINDOW", 100)
     with (tmp_path / "x").open("rb") as file:
         source = Source(file.fileno())
         assert source.size == len(data)
@@ -130,8 +132,8 @@ def test_tags_behind_the_sound_are_no_sound(tmp_path, tags):
     (tmp_path / "x").write_bytes(begin + tags)
     with (tmp_path / "x").open("rb") as file:
         source = Source(file.fileno())
-        assert containers._without_tags_behind(source, 0, source.size) == 300
-        assert containers._without_tags_behind(source, 290, source.size) >= 290
+        assert without_trailing_tags(source, 0, source.size) == 300
+        assert without_trailing_tags(source, 290, source.size) >= 290
 
 
 @pytest.mark.parametrize(
@@ -149,17 +151,17 @@ def test_tags_behind_the_sound_are_no_sound(tmp_path, tags):
 def test_tags_before_the_sound_are_skipped(tmp_path, tags, begin):
     (tmp_path / "x").write_bytes(tags + b"sound" * 9 if len(tags) != 4 else tags)
     with (tmp_path / "x").open("rb") as file:
-        assert containers._skip_tags(Source(file.fileno()), 0) == begin
+        assert skip_tags(Source(file.fileno()), 0) == begin
 
 
 def test_flac_ends_where_another_begins_or_before_its_tags(tmp_path):
     soundfile.write(tmp_path / "a.flac", np.zeros(3000), 16000)
     one = (tmp_path / "a.flac").read_bytes()
-    whole = streams(tmp_path / "x", one + tag()).streams
+    whole = streams_in(tmp_path / "x", one + tag()).streams
     assert [(s.spans, s.frames, s.cut) for s in whole] == [(((0, len(one)),), 3000, False)]
-    both = streams(tmp_path / "x", one + one + tag()).streams
+    both = streams_in(tmp_path / "x", one + one + tag()).streams
     assert [s.spans for s in both] == [((0, len(one)),), ((len(one), 2 * len(one)),)]
-    assert streams(tmp_path / "x", one + tag() + one).streams[0].spans == ((0, len(one) + 128),)
+    assert streams_in(tmp_path / "x", one + tag() + one).streams[0].spans == ((0, len(one) + 128),)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +195,12 @@ def test_flac_ends_where_another_begins_or_before_its_tags(tmp_path):
 def test_formats_that_are_not_read_are_known_by_name(tmp_path, data, name):
     (tmp_path / "x").write_bytes(data)
     with (tmp_path / "x").open("rb") as file:
-        assert containers.foreign_format(Source(file.fileno())) == name
+        assert foreign_format(Source(file.fileno())) == name
 
 
 # -------------------------------------------------------------------------------------- what lies before and behind
 
-WAV = riff(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)), chunk(b"data", bytes(100)))
+WAV = riff_file(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)), chunk(b"data", bytes(100)))
 END = len(WAV)
 MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 
@@ -213,7 +215,7 @@ def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
 def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
     data = bytes(range(256)) * 2
     (tmp_path / "x").write_bytes(data)
-    monkeypatch.setattr(containers, "WINDOW", 100)
+    monkeypatch.setattr(streams, "WINDOW", 100)
     asked, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda fd, count, start: asked.append((start, count)) or pread(fd, count, start))
     with (tmp_path / "x").open("rb") as file:
@@ -254,7 +256,7 @@ def test_a_walker_that_stays_where_it_is_ends_the_search(monkeypatch):
             layout.streams.append(Stream(((place, place + 1),)))
         return 0
 
-    monkeypatch.setattr(containers, "_walker", lambda source, place: walk)
+    monkeypatch.setattr(containers, "_walker_at", lambda source, place: walk)
     for most, expected in ((3, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [0])):
         places = []
         found = streams_of(b"12345")
@@ -274,37 +276,37 @@ def test_an_mp3_within_an_archive_is_no_sound(archive):
 def test_a_transport_stream_has_three_packets_or_two_and_a_byte():
     packets = (b"\x47" + bytes(187)) * 3
     for data, name in ((packets[:377], "an MPEG transport stream"), (packets[:376], ""), (packets[1:] + b"\x47", "")):
-        assert containers.foreign_format(Bytes(data)) == name
+        assert foreign_format(Bytes(data)) == name
     for place in (0, 188, 376):
-        assert containers.foreign_format(Bytes(packets[:place] + b"?" + packets[place + 1 :])) == ""
+        assert foreign_format(Bytes(packets[:place] + b"?" + packets[place + 1 :])) == ""
 
 
 @pytest.mark.parametrize("magic", ["52494646 00000000 57415645", "464f524d 00000000 38535658", "ffe31800", "fffd9000"])
 def test_a_container_is_known_by_its_first_bytes(magic):
     data = bytes.fromhex(magic)
-    assert containers._walker(Bytes(b"." + data), 1) is not None
+    assert container_at(Bytes(b"." + data), 1) is not None
     for cut in range(1, len(data)):
-        assert containers._walker(Bytes(data[:-cut]), 0) is None
-    assert containers._walker(Bytes(b"\0" + data[1:]), 0) is None
+        assert container_at(Bytes(data[:-cut]), 0) is None
+    assert container_at(Bytes(b"\0" + data[1:]), 0) is None
 
 
-@pytest.mark.parametrize("magic", containers.CLAIMS)
+@pytest.mark.parametrize("magic", RARE)
 def test_a_rare_format_is_known_by_all_of_its_magic(magic):
-    assert containers._walker(Bytes(magic), 0) is not None
-    assert containers._walker(Bytes(magic[:-1] + bytes([magic[-1] ^ 1])), 0) is None
+    assert container_at(Bytes(magic), 0) is not None
+    assert container_at(Bytes(magic[:-1] + bytes([magic[-1] ^ 1])), 0) is None
 
 
 def test_tags_before_the_sound_are_as_long_as_they_say():
     for digits, size in ((b"\1\0\0\0", 1 << 21), (b"\0\1\0\0", 1 << 14), (b"\0\0\1\0", 128), (b"\0\0\0\x7f", 127)):
         for flags, footer in ((0, 0), (16, 10), (239, 0)):
             head = b"ID3\4\0" + bytes([flags]) + digits
-            assert containers._skip_tags(Bytes(b"..." + head), 3) == 13 + size + footer
-            assert containers._skip_tags(Bytes(head[:-1]), 0) == 0
+            assert skip_tags(Bytes(b"..." + head), 3) == 13 + size + footer
+            assert skip_tags(Bytes(head[:-1]), 0) == 0
 
 
 def test_no_tag_behind_the_sound_begins_before_it():
     def end(data, start, behind=b""):
-        return containers._without_tags_behind(Bytes(data + behind), start, len(data))
+        return without_trailing_tags(Bytes(data + behind), start, len(data))
 
     sound = b"x" * 300
     assert end(sound + tag(), 300) == end(sound + tag(), 0, b"more") == 300 and end(sound + tag(), 301) == 428
@@ -322,7 +324,7 @@ def test_no_tag_behind_the_sound_begins_before_it():
 # -------------------------------------------------------------------------------------------------------------- FLAC
 
 
-def flac(*blocks: bytes, count: int = 0) -> bytes:
+def flac_file(*blocks: bytes, count: int = 0) -> bytes:
     """Return a FLAC file of metadata blocks alone, of which the first gives the count of samples."""
     blocks = (bytes(13) + count.to_bytes(5, "big") + bytes(16), *blocks)
     heads = [(bytes([128 * (n == len(blocks) - 1) + n]) + len(b).to_bytes(3, "big")) for n, b in enumerate(blocks)]
@@ -335,24 +337,24 @@ def whole(start: int, end: int, frames: int | None = None, **fields) -> Stream:
 
 def test_the_count_of_a_flac_has_36_bits():
     for count in (1, 777, (1 << 35) + 1, (1 << 36) - 1):
-        data = flac(count=count | 0xF << 36) + b"sound"
+        data = flac_file(count=count | 0xF << 36) + b"sound"
         assert streams_of(data) == [whole(0, len(data), count)]
         assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [whole(11, 11 + len(data), count)]
-    assert streams_of(flac(count=0xF << 36) + b"sound")[0].frames is None
+    assert streams_of(flac_file(count=0xF << 36) + b"sound")[0].frames is None
 
 
 def test_what_looks_like_a_start_within_a_block_of_flac_is_none():
-    start = flac()[:42]
+    start = flac_file()[:42]
     for inside in (start, b"RIFF....WAVEfmt ", b"OggS\0\2" + bytes(8)):
-        data = flac(b"cover" + inside, bytes(66000) + inside + bytes(4000)) + b"sound"
+        data = flac_file(b"cover" + inside, bytes(66000) + inside + bytes(4000)) + b"sound"
         assert streams_of(data) == [whole(0, len(data))]
         assert streams_of(data + tag()) == [whole(0, len(data))]
-    assert streams_of(flac(b"note") + b"sound" + WAV) == [whole(0, 55), Stream(((55, 55 + END),))]
-    assert streams_of(flac() + b"sound" + flac() + b"more") == [whole(0, 47), whole(47, 93)]
+    assert streams_of(flac_file(b"note") + b"sound" + WAV) == [whole(0, 55), Stream(((55, 55 + END),))]
+    assert streams_of(flac_file() + b"sound" + flac_file() + b"more") == [whole(0, 47), whole(47, 93)]
 
 
 def test_a_flac_that_ends_within_its_blocks_is_told():
-    data = flac(b"note", bytes(1000))
+    data = flac_file(b"note", bytes(1000))
     assert streams_of(data + b"s") == [whole(0, len(data) + 1)]
     for cut in (0, 1, 1000, 1001, 1004):
         assert streams_of(data[: len(data) - cut]) == [whole(0, len(data) - cut, headless=True)]
@@ -360,11 +362,11 @@ def test_a_flac_that_ends_within_its_blocks_is_told():
 
 
 def test_a_pattern_is_found_wherever_a_window_ends(monkeypatch):
-    monkeypatch.setattr(containers, "WINDOW", 40)
+    monkeypatch.setattr(streams, "WINDOW", 40)
     for before in range(100):
         source = Bytes(b"." * before + b"RIFF....WAVEfmt " + b"." * 50)
         for start in (0, before // 2, before):
-            assert containers._find(source, containers.NEXT_START, start) == before
-        assert containers._find(source, containers.NEXT_START, before + 1) == source.size
+            assert streams.find_pattern(source, flac.NEXT_START, start) == before
+        assert streams.find_pattern(source, flac.NEXT_START, before + 1) == source.size
         short = Bytes(b"." * before + b"RIFF....WAVEfmt")
-        assert containers._find(short, containers.NEXT_START, 0) == short.size
+        assert streams.find_pattern(short, flac.NEXT_START, 0) == short.size

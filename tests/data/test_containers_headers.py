@@ -5,10 +5,9 @@ from __future__ import annotations
 import struct
 
 import pytest
-from layouts import Bytes, chunk, layout_of, riff, streams_of
+from layouts import Bytes, chunk, layout_of, riff_file, streams_of
 
-from las_fast.data import containers
-from las_fast.data.containers import Layout, Stream
+from las_fast.data.containers import Layout, Stream, magic, plain, rare, riff
 
 
 def big(name: bytes, content: bytes = b"", size: int | None = None) -> bytes:
@@ -19,7 +18,7 @@ FORMAT = chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16))
 BIG_FORMAT = big(b"fmt ", struct.pack(">HHIIHH", 1, 1, 16000, 32000, 2, 16))
 SOUND = bytes(range(1, 101))
 NOTE = chunk(b"LIST", b"INFO")
-WAV = riff(FORMAT, chunk(b"data", SOUND))
+WAV = riff_file(FORMAT, chunk(b"data", SOUND))
 
 
 def whole(*ends: int) -> list[Stream]:
@@ -31,7 +30,7 @@ def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Strea
     """Return the stream of bytes of sound under a wav header of its own."""
     length = sound[1] - sound[0]
     size = 20 + len(content) + len(content) % 2 + length
-    return Stream((riff(chunk(b"fmt ", content), b"data" + struct.pack("<I", length), size=size), sound), **fields)
+    return Stream((riff_file(chunk(b"fmt ", content), b"data" + struct.pack("<I", length), size=size), sound), **fields)
 
 
 # ------------------------------------------------------------------------------------------------------------ chunks
@@ -55,9 +54,9 @@ def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Strea
     ],
 )
 def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is_one):
-    assert bool(containers._is_chunk(Bytes(data, size), 0, "<")) == is_one
+    assert bool(riff._is_chunk(Bytes(data, size), 0, "<")) == is_one
     turned = data[:4] + data[:3:-1]
-    assert bool(containers._is_chunk(Bytes(b"..." + turned, 3 + size), 3, ">")) == is_one
+    assert bool(riff._is_chunk(Bytes(b"..." + turned, 3 + size), 3, ">")) == is_one
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is
 )
 def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
     source = Bytes(chunk(b"abcd", bytes(length), pad=False) + behind)
-    assert containers._behind_chunk(source, 0, length, "<") == expected
+    assert riff._behind_chunk(source, 0, length, "<") == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- wav
@@ -104,22 +103,22 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
 )
 def test_a_length_that_no_recorder_means_is_not_believed(claimed, there, true):
     source = Bytes(b"", 44 + there)
-    assert containers._true_length(source, 44, claimed, "<") == true
+    assert riff.true_length(source, 44, claimed, "<") == true
 
 
 @pytest.mark.parametrize(
     "data",
     [
         WAV,
-        riff(NOTE, FORMAT, NOTE, chunk(b"data", SOUND), NOTE, NOTE),
-        riff(FORMAT, chunk(b"data", SOUND[:99])),
-        riff(FORMAT, chunk(b"data", SOUND[:99], pad=False)),
-        riff(FORMAT, chunk(b"note", b"odd"), chunk(b"data", SOUND[:99]), NOTE),
-        riff(BIG_FORMAT, big(b"data", SOUND), big(b"LIST", b"I" * 6), name=b"RIFX", order=">"),
-        riff(FORMAT, chunk(b"data", SOUND), name=b"RF64"),
-        riff(FORMAT, chunk(b"data")),
-        riff(FORMAT, chunk(b"data"), NOTE),
-        riff(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
+        riff_file(NOTE, FORMAT, NOTE, chunk(b"data", SOUND), NOTE, NOTE),
+        riff_file(FORMAT, chunk(b"data", SOUND[:99])),
+        riff_file(FORMAT, chunk(b"data", SOUND[:99], pad=False)),
+        riff_file(FORMAT, chunk(b"note", b"odd"), chunk(b"data", SOUND[:99]), NOTE),
+        riff_file(BIG_FORMAT, big(b"data", SOUND), big(b"LIST", b"I" * 6), name=b"RIFX", order=">"),
+        riff_file(FORMAT, chunk(b"data", SOUND), name=b"RF64"),
+        riff_file(FORMAT, chunk(b"data")),
+        riff_file(FORMAT, chunk(b"data"), NOTE),
+        riff_file(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
     ],
 )  # fmt: skip
 def test_a_wav_whose_header_is_right_is_taken_as_it_is(data):
@@ -137,38 +136,39 @@ def test_bytes_behind_a_wav_that_are_no_chunks_are_left_out():
 def test_a_wav_that_is_cut_gets_a_header_of_what_there_is(lacking):
     assert streams_of(WAV[:-lacking]) == [bare((44, 144 - lacking), lacking=lacking)]
     odd = FORMAT[8:] + b"\0\0\7"
-    data = riff(NOTE, chunk(b"fmt ", odd), chunk(b"data", SOUND))
+    data = riff_file(NOTE, chunk(b"fmt ", odd), chunk(b"data", SOUND))
     place = data.index(SOUND)
     assert streams_of(data[:-lacking]) == [bare((place, place + 100 - lacking), odd, lacking=lacking)]
 
 
 def test_a_wav_of_unknown_length_ends_with_the_file():
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
-        assert streams_of(riff(FORMAT, chunk(b"data", b"\xff" + SOUND, size))) == [bare((44, 146))]
+        assert streams_of(riff_file(FORMAT, chunk(b"data", b"\xff" + SOUND, size))) == [bare((44, 146))]
 
 
 def test_a_wav_whose_chunks_are_out_of_step_gets_a_header_of_its_own():
-    data = riff(FORMAT, chunk(b"note", b"odd", pad=False), chunk(b"data", SOUND), NOTE)
+    data = riff_file(FORMAT, chunk(b"note", b"odd", pad=False), chunk(b"data", SOUND), NOTE)
     assert streams_of(data) == [bare((55, 155))]
 
 
 def test_a_wav_that_holds_no_sound_ends_within_its_header():
-    for data in (riff(FORMAT), riff(FORMAT, NOTE), riff(chunk(b"data", SOUND)), riff(), riff(FORMAT, b"data\0\0\0")):
+    headers = [riff_file(FORMAT), riff_file(FORMAT, NOTE), riff_file(chunk(b"data", SOUND)), riff_file()]
+    for data in (*headers, riff_file(FORMAT, b"data\0\0\0")):
         assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
         assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
 
 
 def test_a_form_of_riff_that_is_no_sound_is_left_to_libsndfile():
-    data = riff(FORMAT, chunk(b"data", SOUND), NOTE, form=b"AVI ")
-    assert streams_of(data) == whole(len(data)) and containers._walker(Bytes(data), 0) is None
-    assert containers._walker(Bytes(b"LIST" + data[4:8] + b"WAVE"), 0) is None
+    data = riff_file(FORMAT, chunk(b"data", SOUND), NOTE, form=b"AVI ")
+    assert streams_of(data) == whole(len(data)) and magic.container_at(Bytes(data), 0) is None
+    assert magic.container_at(Bytes(b"LIST" + data[4:8] + b"WAVE"), 0) is None
 
 
 @pytest.mark.parametrize("name", [b"RF64", b"BW64"])
 def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
     def file(claimed, sound=SOUND, size=0xFFFFFFFF, sizes=b"ds64"):
         sizes = chunk(sizes, struct.pack("<QQQI", 7, claimed, 9, 0))
-        return riff(sizes, FORMAT, chunk(b"data", sound, size), name=name, size=0xFFFFFFFF)
+        return riff_file(sizes, FORMAT, chunk(b"data", sound, size), name=name, size=0xFFFFFFFF)
 
     place = len(file(0)) - 100
     taken = [bare((place, place + 100))]
@@ -176,9 +176,9 @@ def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
     assert streams_of(file(100, SOUND[:60])) == [bare((place, place + 60), lacking=40)]
     assert streams_of(file(60, size=100)) == (taken if name == b"BW64" else whole(place + 100))  # ds64 is for -1
     assert streams_of(file(60, sizes=b"note")) == taken
-    plain = riff(chunk(b"ds64", struct.pack("<QQQI", 7, 60, 9, 0)), FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF))
+    plain = riff_file(chunk(b"ds64", struct.pack("<QQQI", 7, 60, 9, 0)), FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF))
     assert streams_of(plain) == taken
-    short = riff(FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF), name=name)
+    short = riff_file(FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF), name=name)
     assert streams_of(short) == [bare((44, 144))]
 
 
@@ -187,18 +187,18 @@ def test_the_header_of_a_wav_is_that_of_an_rf64_from_4_gib_on():
     for length in (0, 1, 0xFFFFFEFF):
         size = struct.pack("<I", 36 + length)
         head = b"RIFF" + size + b"WAVE" + FORMAT + b"data" + struct.pack("<I", length)
-        assert containers._riff_header("<", content, length) == head
+        assert riff._riff_header("<", content, length) == head
     for length in (0xFFFFFF00, 1 << 33):
         sizes = chunk(b"ds64", struct.pack("<QQQI", 72 + length, length, 0, 0))
-        head = riff(sizes, FORMAT, b"data\xff\xff\xff\xff", name=b"RF64", size=0xFFFFFFFF)
-        assert containers._riff_header("<", content, length) == head
-    size = containers._riff_header("<", bytes(65000), 0xFFFFFEFF)[4:8]
+        head = riff_file(sizes, FORMAT, b"data\xff\xff\xff\xff", name=b"RF64", size=0xFFFFFFFF)
+        assert riff._riff_header("<", content, length) == head
+    size = riff._riff_header("<", bytes(65000), 0xFFFFFEFF)[4:8]
     assert size == b"\xff\xff\xff\xff"
 
 
 @pytest.mark.parametrize("length", [100, 0xFFFFFF00, 0xFFFFFFFF, 1 << 33])
 def test_a_big_endian_wav_of_any_length_gets_a_header(length):
-    data = riff(BIG_FORMAT, chunk(b"data", b"\xff", 0, pad=False, order=">"), name=b"RIFX", order=">")
+    data = riff_file(BIG_FORMAT, chunk(b"data", b"\xff", 0, pad=False, order=">"), name=b"RIFX", order=">")
     size, claimed = (struct.pack(">I", min(n, 0xFFFFFFFF)) for n in (36 + length, length))
     head = b"RIFX" + size + b"WAVE" + BIG_FORMAT + b"data" + claimed
     assert layout_of(data, 44 + length).streams == [Stream((head, (44, 44 + length)))]
@@ -206,7 +206,7 @@ def test_a_big_endian_wav_of_any_length_gets_a_header(length):
 
 def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
     for length in (18, 4096, 5000):
-        data = riff(chunk(b"fmt ", FORMAT[8:] + bytes(length - 16)), chunk(b"data", SOUND))[:-1]
+        data = riff_file(chunk(b"fmt ", FORMAT[8:] + bytes(length - 16)), chunk(b"data", SOUND))[:-1]
         start = 28 + length
         assert streams_of(data) == [bare((start, start + 99), FORMAT[8:] + bytes(min(length, 4096) - 16), lacking=1)]
 
@@ -215,26 +215,26 @@ def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
 def test_mpeg_within_a_wav_is_taken_out_of_it(code):
     frame = bytes([255, 0xFD, 0x90, 0]) + bytes(518)  # layer II, 160 kbit/s, 44.1 kHz
     form = chunk(b"fmt ", struct.pack("<HHIIHH", code, 1, 44100, 20000, 1, 0))
-    data = riff(form, chunk(b"data", frame * 5), NOTE)
+    data = riff_file(form, chunk(b"data", frame * 5), NOTE)
     expected = [Stream(((44, 44 + 5 * 522),), frames=5 * 1152, preroll=0.5)]
     assert streams_of(data) == expected
     assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
-    assert streams_of(riff(form, chunk(b"data", frame * 5, 9999))) == expected
-    assert streams_of(riff(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].frames == 3 * 1152
+    assert streams_of(riff_file(form, chunk(b"data", frame * 5, 9999))) == expected
+    assert streams_of(riff_file(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].frames == 3 * 1152
     (cut,) = streams_of(data[: 44 + 5 * 522 - 1])
     assert cut.frames == 4 * 1152 and cut.cut
     big = chunk(b"fmt ", form[8:], order=">")
-    other = riff(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
+    other = riff_file(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
     assert streams_of(other) == whole(len(other))
     for near in (code + 1, code + 256):
-        other = riff(chunk(b"fmt ", struct.pack("<H", near) + form[10:]), chunk(b"data", frame * 5))
+        other = riff_file(chunk(b"fmt ", struct.pack("<H", near) + form[10:]), chunk(b"data", frame * 5))
         assert streams_of(other) == whole(len(other))
 
 
 @pytest.mark.parametrize("first", [SOUND, SOUND[:99]])
 @pytest.mark.parametrize("note", [b"", NOTE])
 def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note):
-    head = riff(FORMAT, chunk(b"data", first), note)
+    head = riff_file(FORMAT, chunk(b"data", first), note)
     data = head + chunk(b"data", SOUND[:7]) + chunk(b"data") + NOTE + chunk(b"data", SOUND) + NOTE
     second, third = len(head) + 8, len(data) - len(NOTE) - 100
     expected = [*whole(len(head)), bare((second, second + 7)), bare((third, third + 100))]
@@ -249,25 +249,25 @@ def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note
     [(100, b""), (100, b"\0"), (99, b""), (99, b"\0"), (100, NOTE), (99, NOTE), (99, b"\0" + NOTE)],
 )
 def test_a_wav_may_follow_another_at_once_or_behind_a_pad_byte(length, behind):
-    data = riff(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + behind
+    data = riff_file(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + behind
     end = len(data)
     first = bare((44, 143)) if length == 99 and behind[:1] != b"\0" else Stream(((0, end),))
     assert streams_of(data + WAV) == [first, Stream(((end, end + len(WAV)),))]
-    unknown = riff(FORMAT, chunk(b"data", b"\xff" + SOUND, 0), size=0xFFFFFFFF)
+    unknown = riff_file(FORMAT, chunk(b"data", b"\xff" + SOUND, 0), size=0xFFFFFFFF)
     assert streams_of(data + unknown)[1:] == [bare((end + 44, end + 146))]
 
 
 def test_a_wav_of_no_length_that_another_follows_is_empty():
-    empty = riff(FORMAT, chunk(b"data"))
+    empty = riff_file(FORMAT, chunk(b"data"))
     assert streams_of(empty + WAV) == whole(44, 44 + len(WAV))
 
 
 def test_no_more_chunks_are_looked_at_than_a_file_may_have(monkeypatch):
-    monkeypatch.setattr(containers, "CHUNKS", 4)
-    few = riff(NOTE, NOTE, FORMAT, chunk(b"data", SOUND), NOTE, NOTE, NOTE, NOTE)
+    monkeypatch.setattr(riff, "MAX_CHUNKS", 4)
+    few = riff_file(NOTE, NOTE, FORMAT, chunk(b"data", SOUND), NOTE, NOTE, NOTE, NOTE)
     assert streams_of(few) == whole(len(few))
     assert streams_of(few + NOTE) == whole(len(few))
-    many = riff(NOTE, NOTE, NOTE, FORMAT, chunk(b"data", SOUND))
+    many = riff_file(NOTE, NOTE, NOTE, FORMAT, chunk(b"data", SOUND))
     assert streams_of(many) == [Stream(((0, len(many)),), headless=True)]
 
 
@@ -275,7 +275,7 @@ def test_no_more_chunks_are_looked_at_than_a_file_may_have(monkeypatch):
 
 
 def form(*chunks: bytes, kind: bytes = b"AIFF") -> bytes:
-    return riff(*chunks, name=b"FORM", form=kind, order=">")
+    return riff_file(*chunks, name=b"FORM", form=kind, order=">")
 
 
 COMM = big(b"COMM", bytes(18))
@@ -311,8 +311,8 @@ def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
 
 
 def test_a_form_of_iff_that_is_no_sound_is_left_to_libsndfile():
-    assert containers._walker(Bytes(form(COMM, kind=b"ILBM")), 0) is None
-    assert containers._walker(Bytes(b"LIST" + form(COMM)[4:]), 0) is None
+    assert magic.container_at(Bytes(form(COMM, kind=b"ILBM")), 0) is None
+    assert magic.container_at(Bytes(b"LIST" + form(COMM)[4:]), 0) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- AU
@@ -349,12 +349,12 @@ def test_an_au_of_2_gib_whose_length_is_right_is_whole():
 
 def test_sound_beyond_what_a_format_can_count_is_told():
     aiff = form(COMM, big(b"SSND", b"", 0))
-    rifx = riff(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
+    rifx = riff_file(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
     for data in (aiff, rifx, au(b"", 0)):
         assert layout_of(data + b"\xff", len(data) + 0xFFFFFFFF).unread == []
         told = "holds 4294967296 bytes of sound, of which no more than 4 GiB can be read in its format"
         assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [told]
-    for data in (riff(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
+    for data in (riff_file(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
         assert layout_of(data + b"\xff", len(data) + (1 << 33)).unread == []
 
 
@@ -410,7 +410,7 @@ def test_a_caf_without_sound_ends_within_its_header(data):
 
 
 def test_a_caf_of_too_many_chunks_is_damaged(monkeypatch):
-    monkeypatch.setattr(containers, "CHUNKS", 3)
+    monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     sound = (b"data", 100, SOUND)
     assert not streams_of(caf(DESC, DESC, sound))[0].headless
     assert streams_of(caf(DESC, DESC, DESC, sound))[0].headless
@@ -463,7 +463,7 @@ def test_a_w64_without_sound_ends_within_its_header(data):
 
 
 def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
-    monkeypatch.setattr(containers, "CHUNKS", 3)
+    monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     empty, sound = (b"note", 24, b""), (b"data", 124, SOUND)
     assert not streams_of(w64(empty, empty, sound))[0].headless
     assert streams_of(w64(empty, empty, empty, sound))[0].headless
@@ -487,30 +487,30 @@ def sphere(**numbers) -> bytes:
 
 def test_a_nist_header_says_how_long_it_and_the_sound_are():
     data = sphere(channel_count=3, sample_n_bytes=4, sample_count=50)
-    assert ends(containers._nist_end, data) == 1024 + 600
-    assert ends(containers._nist_end, data.replace(b"   1024", b"   2048")) == 2048 + 600
-    assert ends(containers._nist_end, data.replace(b"   1024", b"1234567")) == 1234567 + 600
-    assert ends(containers._nist_end, data.replace(b"   1024", b"   102x")) == 1024 + 600
-    assert ends(containers._nist_end, sphere(sample_count=50)) == 1024 + 100  # one channel of 16 bits
-    assert ends(containers._nist_end, sphere(channel_count=3)) == 1024
+    assert ends(rare._nist_end, data) == 1024 + 600
+    assert ends(rare._nist_end, data.replace(b"   1024", b"   2048")) == 2048 + 600
+    assert ends(rare._nist_end, data.replace(b"   1024", b"1234567")) == 1234567 + 600
+    assert ends(rare._nist_end, data.replace(b"   1024", b"   102x")) == 1024 + 600
+    assert ends(rare._nist_end, sphere(sample_count=50)) == 1024 + 100  # one channel of 16 bits
+    assert ends(rare._nist_end, sphere(channel_count=3)) == 1024
     late = sphere(channel_count=2).ljust(1001, b" ") + b"\nsample_count -i 9\n"
-    assert len(late) == 1020 and ends(containers._nist_end, late) == 1024 + 36
-    assert ends(containers._nist_end, sphere() + bytes(1000) + b"\nsample_count -i 9\n") == 1024
+    assert len(late) == 1020 and ends(rare._nist_end, late) == 1024 + 36
+    assert ends(rare._nist_end, sphere() + bytes(1000) + b"\nsample_count -i 9\n") == 1024
 
 
 @pytest.mark.parametrize(("stereo", "bits", "size"), [(0, 8, 1), (0, 16, 2), (0xFFFF, 8, 2), (0xFFFF, 16, 4)])
 def test_an_avr_header_counts_frames(stereo, bits, size):
-    assert ends(containers._avr_end, b"2BIT" + bytes(8) + struct.pack(">HH10xI", stereo, bits, 50)) == 128 + 50 * size
+    assert ends(rare._avr_end, b"2BIT" + bytes(8) + struct.pack(">HH10xI", stereo, bits, 50)) == 128 + 50 * size
 
 
 def test_an_mpc_header_counts_frames():
     for stereo in (0, 1):
         head = b"\1\4" + bytes(19) + struct.pack("<B8xI", stereo, 1000)
-        assert ends(containers._mpc_end, head) == 42 + 2000 * (1 + stereo)
+        assert ends(rare._mpc_end, head) == 42 + 2000 * (1 + stereo)
 
 
 def test_a_psion_header_counts_bytes():
-    assert ends(containers._wve_end, b"ALawSoundFile**\0\x0f\x10" + struct.pack(">I", 1234)) == 32 + 1234
+    assert ends(rare._wve_end, b"ALawSoundFile**\0\x0f\x10" + struct.pack(">I", 1234)) == 32 + 1234
 
 
 @pytest.mark.parametrize(("bits", "a_packet"), [(1, 120), (7, 120), (8, 60), (14, 60), (15, 40), (21, 40), (0, 120)])
@@ -519,20 +519,20 @@ def test_a_midi_sample_dump_is_full_packets(bits, a_packet):
         for frames in (packets * a_packet, (packets - 1) * a_packet + 1):
             length = bytes([frames & 127, frames >> 7 & 127, frames >> 14])
             head = b"\xf0\x7e" + bytes(4) + bytes([bits, 0, 0, 0]) + length
-            assert ends(containers._sds_end, head) == 21 + 127 * packets
+            assert ends(rare._sds_end, head) == 21 + 127 * packets
 
 
 def test_the_blocks_of_a_voc_are_walked(monkeypatch):
     head = b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x10A, 0x1129)
     block = b"\1" + (300).to_bytes(3, "little") + bytes(300)
-    assert ends(containers._voc_end, head + block * 2 + b"\0") == 26 + 608 + 1
-    assert ends(containers._voc_end, head + block * 2) == 26 + 608
-    assert ends(containers._voc_end, head + block * 2 + b"\0more") == 26 + 608 + 1
-    assert ends(containers._voc_end, head + b"\1" + (70000).to_bytes(3, "little")) == 26 + 4 + 70000
-    assert ends(containers._voc_end, head + block + b"\1\1\1") == 26 + 304
-    assert ends(containers._voc_end, head.replace(b"\x1a\0", b"\x20\0") + bytes(6) + block) == 32 + 304
-    monkeypatch.setattr(containers, "CHUNKS", 3)
-    assert ends(containers._voc_end, head + block * 5) == 26 + 3 * 304
+    assert ends(rare._voc_end, head + block * 2 + b"\0") == 26 + 608 + 1
+    assert ends(rare._voc_end, head + block * 2) == 26 + 608
+    assert ends(rare._voc_end, head + block * 2 + b"\0more") == 26 + 608 + 1
+    assert ends(rare._voc_end, head + b"\1" + (70000).to_bytes(3, "little")) == 26 + 4 + 70000
+    assert ends(rare._voc_end, head + block + b"\1\1\1") == 26 + 304
+    assert ends(rare._voc_end, head.replace(b"\x1a\0", b"\x20\0") + bytes(6) + block) == 32 + 304
+    monkeypatch.setattr(rare, "MAX_CHUNKS", 3)
+    assert ends(rare._voc_end, head + block * 5) == 26 + 3 * 304
 
 
 @pytest.mark.parametrize(
@@ -544,27 +544,27 @@ def test_a_mat4_is_two_matrices(kind, size, order, imaginary):
     thousand = 1000 * (order == ">")
     data = struct.pack(order + "5I", thousand, 1, 1, 0, 11) + b"samplerate\0" + bytes(8)
     data += struct.pack(order + "5I", thousand + kind, 2, 300, imaginary, 9) + b"wavedata\0"
-    assert ends(containers._mat4_end, data) == len(data) + 600 * size * (1 + imaginary)
+    assert ends(rare._mat4_end, data) == len(data) + 600 * size * (1 + imaginary)
 
 
 def test_a_mat5_is_elements_to_the_end_of_the_file(monkeypatch):
     for order, mark in (("<", b"IM"), (">", b"MI")):
         head = b"MATLAB 5.0 MAT".ljust(126) + mark
         element = struct.pack(order + "II", 14, 300) + bytes(300)
-        assert ends(containers._mat5_end, head) == 128
-        assert ends(containers._mat5_end, head + element * 2) == 128 + 616
-        assert ends(containers._mat5_end, head + element * 2 + bytes(7)) == 128 + 616
-        assert ends(containers._mat5_end, head + element * 2 + bytes(8)) == 128 + 624
-        assert ends(containers._mat5_end, (head + element)[:-299]) == 128 + 308
-    monkeypatch.setattr(containers, "CHUNKS", 1)
-    assert ends(containers._mat5_end, head + element * 2) == 128 + 308
+        assert ends(rare._mat5_end, head) == 128
+        assert ends(rare._mat5_end, head + element * 2) == 128 + 616
+        assert ends(rare._mat5_end, head + element * 2 + bytes(7)) == 128 + 616
+        assert ends(rare._mat5_end, head + element * 2 + bytes(8)) == 128 + 624
+        assert ends(rare._mat5_end, (head + element)[:-299]) == 128 + 308
+    monkeypatch.setattr(rare, "MAX_CHUNKS", 1)
+    assert ends(rare._mat5_end, head + element * 2) == 128 + 308
 
 
 def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
     def walk(size, end, start=2):
         layout = Layout()
         source = Bytes(b"..." + bytes(40) + WAV, size)
-        return containers._walk_claimed(source, start, layout, lambda *_: end), layout.streams
+        return rare.walk_claimed(source, start, layout, lambda *_: end), layout.streams
 
     assert walk(300, 43) == (43, [Stream(((2, 43),))])  # where a wav begins
     assert walk(300, 42) == (300, [Stream(((2, 300),))])
@@ -572,7 +572,7 @@ def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
     assert walk(300, 301) == (300, [Stream(((2, 300),), lacking=1)])
     assert walk(300, 43, start=43) == (300, [Stream(((43, 300),))])
     layout = Layout([Stream(((0, 2),))])
-    containers._walk_claimed(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
+    rare.walk_claimed(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
     assert layout.streams == [Stream(((0, 2),)), Stream(((2, 43),))]
 
 

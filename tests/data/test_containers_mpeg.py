@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 from layouts import Bytes, layout_of, streams_of
 
-from las_fast.data import containers
-from las_fast.data.containers import Layout, Stream
+from las_fast.data.containers import Layout, Stream, mpeg
 
 KBPS = {  # by version 1 or else, and layer: of index 1 to 14
     (True, 1): "32 64 96 128 160 192 224 256 288 320 352 384 416 448",
@@ -41,7 +40,7 @@ def test_frames_of_mpeg_are_as_long_as_the_standard_says(version, layer):
         length = (samples // 8 * int(kbps) * 1000 // hertz // slot + pad) * slot
         if layer == 1:
             length = (12 * int(kbps) * 1000 // hertz + pad) * 4
-        frame = containers._mpeg_frame(header(version, layer, index, rate, pad, mode, crc))
+        frame = mpeg.frame_header(header(version, layer, index, rate, pad, mode, crc))
         assert (frame.length, frame.samples) == (length, samples)
         assert frame.kind == (version, layer, hertz, mode == 3)
         side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[first, mode == 3]
@@ -56,20 +55,20 @@ def test_frames_of_mpeg_are_as_long_as_the_standard_says(version, layer):
     ],
 )  # fmt: skip
 def test_what_is_no_frame_of_mpeg_is_none(head):
-    assert containers._mpeg_frame(head) is None
-    assert containers._mpeg_frame(header(emphasis=3)) is not None
+    assert mpeg.frame_header(head) is None
+    assert mpeg.frame_header(header(emphasis=3)) is not None
 
 
 def frames(count, **fields):
     """Return so many frames, which nobody decodes."""
     head = header(**fields)
-    return head.ljust(containers._mpeg_frame(head).length, b"\1") * count
+    return head.ljust(mpeg.frame_header(head).length, b"\1") * count
 
 
 def counting(frames=None, size=None, *, tag=b"Info", note=b"", **fields):
     """Return a frame that counts the others."""
     head = header(**fields)
-    frame = containers._mpeg_frame(head)
+    frame = mpeg.frame_header(head)
     flags = (frames is not None) | 2 * (size is not None)
     body = tag + struct.pack(">I", flags) + b"".join(struct.pack(">I", n) for n in (frames, size) if n is not None)
     return (head + bytes(frame.info - 4) + body + note).ljust(frame.length, b"\0")
@@ -77,7 +76,7 @@ def counting(frames=None, size=None, *, tag=b"Info", note=b"", **fields):
 
 @pytest.mark.parametrize("fields", [{}, {"mode": 3}, {"version": 2}, {"version": 0, "mode": 3}, {"layer": 2}], ids=str)
 def test_frames_of_mpeg_are_counted_one_by_one(fields):
-    samples = containers._mpeg_frame(header(**fields)).samples
+    samples = mpeg.frame_header(header(**fields)).samples
     data = frames(20, **fields)
     (stream,) = streams_of(data)
     assert stream.frames == 20 * samples and not stream.cut and not stream.hole and stream.preroll == 0.5
@@ -129,12 +128,12 @@ def test_a_count_that_is_wrong_is_replaced_by_a_true_one():
     size = len(frames(1))
     (stream,) = streams_of(frames(20))
     info = stream.spans[0]
-    frame = containers._mpeg_frame(info[:4])
+    frame = mpeg.frame_header(info[:4])
     assert frame.kind == (3, 3, 44100, False) and len(info) == frame.length
     found = struct.unpack(">4sIII", info[frame.info : frame.info + 16])
     assert found == (b"Xing", 15, 20, 20 * size + len(info))
     assert info[frame.info + 120 :][:24] == b"LAME".ljust(21, b"\0") + (576 << 12).to_bytes(3, "big")
-    assert containers._counted(info, frame) == (20, 20 * size + len(info))
+    assert mpeg._counted(info, frame) == (20, 20 * size + len(info))
 
 
 def test_the_delay_and_padding_of_an_encoder_are_kept():
@@ -145,20 +144,20 @@ def test_the_delay_and_padding_of_an_encoder_are_kept():
     assert stream.padding == delay + padding + 1152 and stream.spans == ((0, 21 * size),)
     wrong = head.replace(struct.pack(">I", 20), struct.pack(">I", 9), 1)
     (stream,) = streams_of(wrong + frames(20))
-    at = containers._mpeg_frame(head[:4]).info
+    at = mpeg.frame_header(head[:4]).info
     assert stream.spans[0][at : at + 16] == struct.pack(">4sIII", b"Xing", 15, 20, 20 * size + len(stream.spans[0]))
     assert stream.spans[0][at + 16 : at + 156] == head[at + 16 : at + 156]
 
 
 def test_vbri_counts_too():
     head = header()
-    frame = containers._mpeg_frame(head)
+    frame = mpeg.frame_header(head)
     info = (head + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8340, 20)).ljust(frame.length, b"\0")
-    assert containers._counted(info, frame) == (20, 8340)
-    assert containers._counted(b"", frame) == (0, 0)
-    assert containers._counted(counting(1 << 28, 5), frame) == (0, 5)
-    assert containers._counted(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
-    assert containers._counted(counting(None, 7), frame) == (0, 7)
+    assert mpeg._counted(info, frame) == (20, 8340)
+    assert mpeg._counted(b"", frame) == (0, 0)
+    assert mpeg._counted(counting(1 << 28, 5), frame) == (0, 5)
+    assert mpeg._counted(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
+    assert mpeg._counted(counting(None, 7), frame) == (0, 7)
 
 
 def test_joined_mpeg_of_other_kinds_are_streams_of_their_own():
@@ -208,18 +207,18 @@ def test_frames_within_a_file_of_another_kind_are_no_sound(magic):
 
 @pytest.mark.parametrize("window", [8, 9, 31])
 def test_the_first_frame_is_found_wherever_a_window_ends(monkeypatch, window):
-    monkeypatch.setattr(containers, "WINDOW", window)
+    monkeypatch.setattr(mpeg, "WINDOW", window)
     for before in range(40):
         source = Bytes(b"\xff" * before + frames(4))
-        assert containers._first_frame(source, 0, source.size, source.size) == before
-        assert containers._first_frame(source, 0, before + 3, source.size) == before
-        assert containers._first_frame(source, 0, before + 2, source.size) == source.size
-    assert containers._first_frame(Bytes(b""), 0, 5, 9) == 9
+        assert mpeg._first_frame(source, 0, source.size, source.size) == before
+        assert mpeg._first_frame(source, 0, before + 3, source.size) == before
+        assert mpeg._first_frame(source, 0, before + 2, source.size) == source.size
+    assert mpeg._first_frame(Bytes(b""), 0, 5, 9) == 9
 
 
 def test_four_frames_of_one_kind_or_all_to_the_end_are_a_chain():
     def chain(data, count=4, end=None):
-        return containers._chain(Bytes(b"." + data), 1, 1 + (len(data) if end is None else end), count)
+        return mpeg._chain(Bytes(b"." + data), 1, 1 + (len(data) if end is None else end), count)
 
     other = frames(1, rate=1)
     assert chain(frames(9)) and chain(frames(4)) and chain(frames(3)) and chain(frames(1))
@@ -246,7 +245,7 @@ def test_what_lies_between_frames_is_counted_and_tags_are_not():
 
 def test_a_gap_of_a_tenth_of_a_second_is_told_by_the_rate_of_the_bytes_around_it():
     for fields in ({}, {"kbps": 14}, {"rate": 2}, {"version": 2}):
-        frame = containers._mpeg_frame(header(**fields))
+        frame = mpeg.frame_header(header(**fields))
         most = frame.length * frame.kind[2] // (10 * frame.samples)
         for junk in (most, most + 1):
             (stream,) = sound(frames(8, **fields) + bytes(junk) + frames(8, **fields))
@@ -286,10 +285,10 @@ def test_the_end_of_the_frames_is_where_another_file_begins():
         assert len(layout_of(data + wav).streams) == len(layout_of(data).streams) + 1
     layout = Layout()
     data = frames(9) + b"TAG" + bytes(125)
-    assert containers._walk_mpeg(Bytes(data), 0, len(data), layout) == 9 * SIZE
-    assert containers._walk_mpeg(Bytes(bytes(100)), 0, 90, layout) == 90
-    assert containers._walk_mpeg(Bytes(counting(9, 9)), 0, INFO, layout) == INFO
-    assert containers._walk_mpeg(Bytes(b"." + frames(9)), 1, 1 + 5 * SIZE, layout) == 1 + 5 * SIZE
+    assert mpeg.walk_mpeg(Bytes(data), 0, layout) == 9 * SIZE
+    assert mpeg.walk_mpeg(Bytes(bytes(100)), 0, layout, 90) == 90
+    assert mpeg.walk_mpeg(Bytes(counting(9, 9)), 0, layout, INFO) == INFO
+    assert mpeg.walk_mpeg(Bytes(b"." + frames(9)), 1, layout, 1 + 5 * SIZE) == 1 + 5 * SIZE
 
 
 def test_bytes_behind_frames_are_not_told():
@@ -351,10 +350,10 @@ def test_the_padding_is_noted_behind_the_count(fields):
     assert streams_of(head + frames(20, **fields))[0].padding == 4096 + 1152
     head = counting(20, info + 20 * size, note=note(1, 4095), **fields)
     assert streams_of(head + frames(20, **fields))[0].padding == 4096 + 1152
-    run = containers._Mpeg(0, head[:4], (), [], b"")
-    end = containers._mpeg_frame(head[:4]).info + 144
-    assert containers._padding(replace(run, info=head[:end])) == 4096 + 1152
-    assert containers._padding(replace(run, info=head[: end - 1])) == containers._padding(run) == 1152
+    run = mpeg._Run(0, head[:4], (), [], b"")
+    end = mpeg.frame_header(head[:4]).info + 144
+    assert mpeg._padding(replace(run, info=head[:end])) == 4096 + 1152
+    assert mpeg._padding(replace(run, info=head[: end - 1])) == mpeg._padding(run) == 1152
 
 
 FIELDS = [{}, {"mode": 3}, {"crc": 1}, {"version": 2}, {"version": 2, "mode": 3, "crc": 1}, {"version": 0, "rate": 2},
@@ -400,29 +399,29 @@ def test_the_notes_of_an_encoder_are_kept_where_its_count_is_replaced(by, fields
         head[place] ^= 1
         assert notes() == made_up
         head[place] ^= 1
-    short = containers._Mpeg(0, bytes(head[:4]), (), [], bytes(head[: at + 156]), 20)
+    short = mpeg._Run(0, bytes(head[:4]), (), [], bytes(head[: at + 156]), 20)
     begin = side(**fields) + 16
-    assert containers._info_frame(short, 1)[begin:].rstrip(b"\0") == note(500, 600, by)[:140]
+    assert mpeg._info_frame(short, 1)[begin:].rstrip(b"\0") == note(500, 600, by)[:140]
     short.info = short.info[:-1]
-    assert containers._info_frame(short, 1)[begin:].rstrip(b"\0") == made_up
+    assert mpeg._info_frame(short, 1)[begin:].rstrip(b"\0") == made_up
 
 
 def test_a_count_is_read_where_its_flags_say():
-    frame = containers._mpeg_frame(header())
+    frame = mpeg.frame_header(header())
 
     def counted(flags, *numbers, tag=b"Xing"):
         info = header() + bytes(32) + tag + struct.pack(f">I{len(numbers)}I", flags, *numbers)
-        return containers._counted(info, frame)
+        return mpeg._counted(info, frame)
 
     assert counted(3, 7, 8) == counted(15, 7, 8) == counted(3, 7, 8, tag=b"Info") == (7, 8)
     assert counted(1, 7, 8) == (7, 0) and counted(2, 7, 8) == (0, 7) and counted(0, 7, 8) == counted(12, 7, 8) == (0, 0)
     assert counted(3, 7) == (7, 0) and counted(3, 7, 8, tag=b"Xinf") == (0, 0)
     assert counted(3, 1 << 28, 8) == (0, 8) and counted(3, (1 << 28) - 1, 8) == ((1 << 28) - 1, 8)
     vbri = header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8, 7)
-    assert containers._counted(vbri, frame) == containers._counted(vbri + b"...", frame) == (7, 8)
-    assert containers._counted(vbri[:-1], frame) == (0, 0)
+    assert mpeg._counted(vbri, frame) == mpeg._counted(vbri + b"...", frame) == (7, 8)
+    assert mpeg._counted(vbri[:-1], frame) == (0, 0)
     for most, told in (((1 << 28) - 1, (1 << 28) - 1), (1 << 28, 0)):
-        assert containers._counted(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
+        assert mpeg._counted(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
 
 
 def test_a_frame_that_counts_by_vbri_is_no_sound():

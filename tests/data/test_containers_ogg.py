@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from layouts import Bytes, layout_of, streams_of
 
-from las_fast.data import containers
-from las_fast.data.containers import Layout, Stream
+from las_fast.data.containers import Layout, Stream, ogg
 
 
 def page(body, serial=1, sequence=0, flags=0):
@@ -98,9 +97,9 @@ def test_a_page_of_ogg_needs_all_of_its_header():
     whole = page(b"OpusHead" + bytes(11), flags=2)
     for cut in range(1, len(whole)):
         source = SimpleNamespace(size=len(whole) - cut, read=lambda a, n, cut=cut: whole[: len(whole) - cut][a : a + n])
-        assert containers._ogg_page(source, 0) is None
+        assert ogg._ogg_page(source, 0) is None
     source = SimpleNamespace(size=len(whole), read=lambda a, n: whole[a : a + n])
-    found = containers._ogg_page(source, 0)
+    found = ogg._ogg_page(source, 0)
     assert (found.place, found.body, found.after, found.flags) == (0, 28, 47, 2)
     assert (found.serial, found.sequence) == (b"\1\0\0\0", 0)
 
@@ -121,19 +120,19 @@ LAST = page(bytes(50), sequence=1, flags=4)
 def test_a_page_is_as_long_as_its_lacing_says():
     for body in (b"", bytes(254), bytes(255), bytes(255 * 255 - 1)):
         data = page(body, serial=0x04030201, sequence=0x08070605, flags=5)
-        found = containers._ogg_page(Bytes(b".." + data + b"OggS"), 2)
+        found = ogg._ogg_page(Bytes(b".." + data + b"OggS"), 2)
         assert (found.place, found.body, found.after) == (2, 2 + len(data) - len(body), 2 + len(data))
         assert (found.flags, found.serial, found.sequence) == (5, b"\1\2\3\4", 0x08070605)
-    assert containers._ogg_page(Bytes(b"OggS\1" + LAST[5:]), 0) is None
-    assert containers._ogg_page(Bytes(b"OggS\0" + bytes(21) + b"\0"), 0).after == 27
+    assert ogg._ogg_page(Bytes(b"OggS\1" + LAST[5:]), 0) is None
+    assert ogg._ogg_page(Bytes(b"OggS\0" + bytes(21) + b"\0"), 0).after == 27
 
 
 def test_a_page_in_which_another_begins_is_cut():
     inner = page(b"OggS\0" + bytes(40))
     behinds = {b"": True, b"OggS": True, b"OggS\0": True, b"OggX": False, b"Ogg": False, b"x": False}
     for behind, is_page in behinds.items():
-        assert (containers._ogg_page(Bytes(inner + behind), 0) is not None) == is_page
-        assert containers._ogg_page(Bytes(page(b"OggX\0" + bytes(40)) + behind), 0) is not None
+        assert (ogg._ogg_page(Bytes(inner + behind), 0) is not None) == is_page
+        assert ogg._ogg_page(Bytes(page(b"OggX\0" + bytes(40)) + behind), 0) is not None
 
 
 def test_a_stream_lies_in_its_pages():
@@ -193,9 +192,9 @@ def test_bytes_behind_the_last_page_are_no_part_of_it():
     wav = b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0data\0\0\0\0"
     assert streams_of(data + wav) == [vorbis((0, len(data))), Stream(((len(data), len(data) + len(wav)),))]
     layout = Layout()
-    assert containers._walk_ogg(Bytes(data + b"junk"), 0, layout) == len(data)
-    assert containers._walk_ogg(Bytes(data + LAST[:-1]), 0, layout) == len(data + LAST) - 1
-    assert containers._walk_ogg(Bytes(b"." + LAST), 1, layout) == 1
+    assert ogg.walk_ogg(Bytes(data + b"junk"), 0, layout) == len(data)
+    assert ogg.walk_ogg(Bytes(data + LAST[:-1]), 0, layout) == len(data + LAST) - 1
+    assert ogg.walk_ogg(Bytes(b"." + LAST), 1, layout) == 1
 
 
 def test_pages_are_counted_by_their_numbers():

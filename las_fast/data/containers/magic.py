@@ -1,0 +1,67 @@
+"""Formats told by their first bytes: those that are read, and those that are known by name alone."""
+
+from __future__ import annotations
+
+from las_fast.data.containers.mpeg import frame_header
+from las_fast.data.containers.streams import Source
+from las_fast.data.containers.tags import skip_tags
+
+ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # that may hold an mp3 as it is
+MAGIC = {b"OggS": "ogg", b"fLaC": "flac", b".snd": "au", b"caff": "caf", b"riff": "w64"}
+RARE = {
+    b"NIST_1A": "nist",
+    b"2BIT": "avr",
+    b"\x01\x04": "mpc",
+    b"ALawSoundFile**": "wve",
+    b"\xf0\x7e": "sds",
+    b"Creative Voice": "voc",
+    b"\0\0\0\0\1\0\0\0\1\0\0\0": "mat4",
+    b"\0\0\x03\xe8\0\0\0\1\0\0\0\1": "mat4",
+    b"MATLAB 5.0 MAT": "mat5",
+}
+FOREIGN = (
+    (4, b"ftyp", "MPEG-4 (m4a, mp4, mov)"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska (webm, mkv)"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (wma, asf)"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"\xff\xf1", "AAC"),
+    (0, b"\xff\xf9", "AAC"),
+    (0, b"\x0b\x77", "AC-3"),
+    (8, b"AVI ", "AVI"),
+    (0, b"FLV\x01", "Flash video"),
+    (0, b"wvpk", "WavPack"),
+    (0, b"MAC ", "Monkey's Audio"),
+    (0, b"TTA1", "True Audio"),
+    (0, b"MPCK", "Musepack"),
+    (0, b"MP+", "Musepack"),
+    (0, b".RMF", "RealMedia"),
+    (0, b"DSD ", "DSD"),
+    (0, b"\x00\x00\x01\xba", "MPEG video"),
+    (0, b"\x00\x00\x01\xb3", "MPEG video"),
+)
+
+
+def container_at(source: Source, place: int) -> str | None:
+    """Return the format of the container that begins here, or None."""
+    head = source.read(place, 16)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        return "wav"
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        return "aiff"
+    if head[:4] in MAGIC:
+        return MAGIC[head[:4]]
+    for magic, name in RARE.items():
+        if head.startswith(magic):
+            return name
+    return "mpeg" if frame_header(head[:4]) else None
+
+
+def foreign_format(source: Source) -> str:
+    """Return the name of a format of sound or video that is known but not read here, or ""."""
+    head = source.read(skip_tags(source, 0), 377)
+    for place, magic, what in FOREIGN:
+        if head[place:].startswith(magic):
+            return what
+    if len(head) == 377 and head[0] == head[188] == head[376] == 0x47:
+        return "an MPEG transport stream"
+    return "Ogg without Vorbis, Opus or FLAC" if head.startswith(b"OggS") else ""

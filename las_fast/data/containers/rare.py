@@ -1,0 +1,98 @@
+"""Rare formats, whose headers tell their length."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+from las_fast.data.containers.magic import container_at
+from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, read_struct
+
+
+def walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
+    """A rare format, whose header tells its length."""
+    end = claimed_end(source, start)
+    layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
+    if end > start and container_at(source, end):
+        layout.streams[-1] = Stream(((start, end),))
+        return end
+    return source.size
+
+
+def _nist_end(source: Source, start: int) -> int:
+    """NIST SPHERE: a header of text."""
+    text = source.read(start, 1024).decode("latin-1")
+    numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
+    length = re.match(r" *([0-9]{1,7})\n", text[8:])
+    size = numbers.get("channel_count", 1) * numbers.get("sample_n_bytes", 2)
+    return start + (int(length[1]) if length else 1024) + numbers.get("sample_count", 0) * size
+
+
+def _avr_end(source: Source, start: int) -> int:
+    stereo, bits, frames = read_struct(source, start + 12, ">HH10xI")
+    return start + 128 + frames * (2 if stereo else 1) * bits // 8
+
+
+def _mpc_end(source: Source, start: int) -> int:
+    stereo, frames = read_struct(source, start + 21, "<B8xI")
+    return start + 42 + frames * (1 + stereo) * 2
+
+
+def _wve_end(source: Source, start: int) -> int:
+    return start + 32 + read_struct(source, start + 18, ">I")[0]
+
+
+def _sds_end(source: Source, start: int) -> int:
+    """MIDI sample dump: packets of 127 bytes, 120 of them samples of 7 bits a byte."""
+    bits, *length = read_struct(source, start + 6, "<B3xBBB")
+    frames = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
+    return start + 21 + -(-frames // (120 // max(1, (bits + 6) // 7))) * 127
+
+
+def _voc_end(source: Source, start: int) -> int:
+    place = start + read_struct(source, start + 20, "<H")[0]
+    for _ in range(MAX_CHUNKS):
+        head = source.read(place, 4)
+        if len(head) < 4 or not head[0]:
+            break
+        place += 4 + int.from_bytes(head[1:], "little")
+    return place + 1 if source.read(place, 1) == b"\0" else place
+
+
+def _mat4_end(source: Source, start: int) -> int:
+    place, order = start, ">" if source.read(start, 4) == b"\0\0\x03\xe8" else "<"
+    for _ in range(2):  # the sample rate, the samples
+        kind, rows, columns, imaginary, name = read_struct(source, place, order + "5I")
+        size = (8, 4, 4, 2, 2, 1)[min(kind % 100 // 10, 5)]
+        place += 20 + name + rows * columns * size * (1 + imaginary)
+    return place
+
+
+def _mat5_end(source: Source, start: int) -> int:
+    place, order = start + 128, "<" if source.read(start + 126, 2) == b"IM" else ">"
+    for _ in range(MAX_CHUNKS):
+        if place + 8 > source.size:
+            break
+        place += 8 + read_struct(source, place, order + "4xI")[0]
+    return place
+
+
+CLAIMED_ENDS = {
+    "nist": _nist_end,
+    "avr": _avr_end,
+    "mpc": _mpc_end,
+    "wve": _wve_end,
+    "sds": _sds_end,
+    "voc": _voc_end,
+    "mat4": _mat4_end,
+    "mat5": _mat5_end,
+}
+
+
+def walk_htk(source: Source, layout: Layout) -> None:
+    """HTK waveforms have no magic number, and libsndfile wants the length to be right."""
+    frames, period, size, kind = read_struct(source, 0, ">IIHH")
+    if kind == 0 and size == 2 and 10 <= period <= 10_000 and frames * 2 + 12 > source.size > 12:
+        header = struct.pack(">IIHH", (source.size - 12) // 2, period, size, kind)
+        end = 12 + (source.size - 12) // 2 * 2
+        layout.streams.append(Stream((header, (12, end)), lacking=frames * 2 + 12 - source.size))
