@@ -168,7 +168,8 @@ def test_16_bit_samples_in_floats_are_rescaled(here, model):
     samples, rate = soundfile.read(here / "short.wav", dtype="int16")
     found, messages = quietly(model.transcribe, samples.astype(np.float32), rate, beam=1)
     assert found == model.transcribe(samples, rate, beam=1)
-    assert messages == ["the array: its samples are 16-bit numbers in floating point; they were divided by 32768"]
+    sentence = "its samples are 16-bit numbers stored as floating point; they were divided by 32768"
+    assert messages == [f"the array: {sentence}"]
 
 
 def test_silence_is_an_empty_transcript_with_a_warning(model):
@@ -193,8 +194,8 @@ WRONG = {
     "int64": (np.zeros(9, np.int64), RATE, {}, "must be float, int16 or int32; got int64; convert them"),
     "uint8": (np.zeros(9, np.uint8), RATE, {}, "must be float, int16 or int32; got uint8"),
     "complex": (torch.zeros(9, dtype=torch.complex64), RATE, {}, "must be float, int16 or int32; got complex64"),
-    "NaN": (np.full(4000, np.nan), RATE, {}, "the array holds NaN, infinite or enormous samples"),
-    "too large for float32": (np.full(4000, 1e300), RATE, {}, "the array holds NaN, infinite or enormous samples"),
+    "NaN": (np.full(4000, np.nan), RATE, {}, "the array contains NaN, infinite or enormous samples"),
+    "too large for float32": (np.full(4000, 1e300), RATE, {}, "the array contains NaN, infinite or enormous samples"),
     "a list": (
         [0.0, 0.1],
         RATE,

@@ -31,9 +31,10 @@ from recordings import (
     waveform,
 )
 
-from las_fast.data import audio
+from las_fast.data import audio, opening
 from las_fast.data.audio import load_audio, open_recording
 from las_fast.data.containers import View
+from las_fast.data.decoder import SoundStream
 from las_fast.errors import InputError, show
 
 # ------------------------------------------------------------------------------------------------------ plain reading
@@ -236,7 +237,7 @@ def test_what_a_cut_recording_lacks_is_told_in_every_format(tmp_path, form, shar
 def test_an_ogg_file_without_its_last_page_is_cut_off(tmp_path):
     data = encoded(waveform(5.0), **OPUS)
     path = put(tmp_path, data[: data.rindex(b"OggS")])
-    assert "without the mark of its end" in refusal(path, whole=True)
+    assert "without an end-of-stream mark" in refusal(path, whole=True)
 
 
 def test_lost_pages_of_ogg_are_told(tmp_path):
@@ -453,8 +454,8 @@ def test_an_mp3_whose_count_lies_is_read_whole(tmp_path, claimed):
 def test_an_mp3_without_a_count_that_ends_within_a_frame_is_cut_off(tmp_path):
     data = b"".join(mp3_frames(encoded(waveform(3.0), **MP3))[1:])
     path = put(tmp_path, data[: len(data) // 2 + 11])
-    assert "without the mark of its end" in read(path)[1][0]
-    assert "without the mark of its end" in refusal(path, whole=True)
+    assert "without an end-of-stream mark" in read(path)[1][0]
+    assert "without an end-of-stream mark" in refusal(path, whole=True)
 
 
 def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
@@ -502,8 +503,8 @@ def test_a_part_of_a_long_recording_is_found_without_reading_the_rest(tmp_path, 
     path = put(tmp_path, encoded(waveform(30.0), **options))
     whole = load_audio(path, RATE)
     load_audio(path, RATE, start=1.0, seconds=1.0)
-    decoded, read_sound = [], audio._Sound.read
-    monkeypatch.setattr(audio._Sound, "read", lambda self, out: decoded.append(len(out)) or read_sound(self, out=out))
+    decoded, read_sound = [], SoundStream.read
+    monkeypatch.setattr(SoundStream, "read", lambda self, out: decoded.append(len(out)) or read_sound(self, out=out))
     monkeypatch.setattr(audio, "find_streams", None)  # what the first part found is remembered
     part = load_audio(path, RATE, start=25.0, seconds=1.0)
     assert sum(decoded) <= 1.5 * RATE
@@ -698,7 +699,7 @@ def test_a_pipe_is_read_where_temporary_files_cannot_be_made(tmp_path, monkeypat
     def refuse(*_, **__):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr(audio.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(opening.tempfile, "TemporaryFile", refuse)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_bytes, args=(encoded(waveform(3.0), **WAV),))

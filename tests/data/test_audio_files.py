@@ -27,8 +27,9 @@ from recordings import (
     waveform,
 )
 
-from las_fast.data import audio
+from las_fast.data import audio, decoder, opening
 from las_fast.data.audio import load_audio, open_recording
+from las_fast.data.decoder import SoundStream, decoder_message
 from las_fast.errors import InputError, show
 
 GOOD = encoded(waveform(2.0), **WAV)
@@ -49,10 +50,10 @@ def refused(path, sentence: str, **options) -> None:
 
 def test_a_tenth_of_a_second_may_be_missing(tmp_path):
     told(put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
-         "X is cut off: it holds 2.00 of the 2.10 s that its header gives")  # fmt: skip
+         "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
     assert not read(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10)))[1]
     told(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10 + 1)),
-         "X is cut off: it holds 2.00 of the 2.10 s that its header gives")  # fmt: skip
+         "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
 
 
 def claiming(flac: bytes, more: int) -> bytes:
@@ -62,13 +63,15 @@ def claiming(flac: bytes, more: int) -> bytes:
 
 
 def test_how_much_a_cut_recording_holds_is_told(tmp_path):
-    told(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header gives")
+    told(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header promises")
     flac = encoded(waveform(4.0), **FLAC)
     told(put(tmp_path, flac[: len(flac) // 2]),
          "X is cut off or damaged: after 1.79 s of 4.00 s it cannot be read (flac decoder lost sync)")  # fmt: skip
     opus = encoded(waveform(4.0), **OPUS)
-    told(put(tmp_path, opus[: opus.rindex(b"OggS")]), "X is cut off: it ends after 2.97 s without the mark of its end")
-    refused(put(tmp_path, GOOD[:44]), "X is cut off: none of the sound that its header gives is there; "
+    told(
+        put(tmp_path, opus[: opus.rindex(b"OggS")]), "X is cut off: it ends after 2.97 s without an end-of-stream mark"
+    )
+    refused(put(tmp_path, GOOD[:44]), "X is cut off: its header promises audio, but none follows; "
             "copy it again, repair it or remove it")  # fmt: skip
 
 
@@ -78,9 +81,9 @@ def test_what_a_part_of_joined_recordings_lacks_is_told_by_its_number(tmp_path):
     unknown = chunk(b"fmt ", struct_format(0x9999))
     told(put(tmp_path, riff_file(unknown, chunk(b"data", pcm())) + GOOD),
          "X: part 1 of 2 cannot be read as audio (Error in WAV/W64/RF64 file. Malformed 'fmt ' chunk): its header is "
-         "damaged, or its coding is not known; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
+         "damaged, or its codec is unknown; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
     told(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it holds 1.00 of the 2.00 s that "
-         "its header gives")  # fmt: skip
+         "its header promises")  # fmt: skip
 
 
 def struct_format(coding: int) -> bytes:
@@ -101,7 +104,7 @@ def test_gaps_and_damage_are_told_by_the_part_that_has_them(tmp_path):
 
 @pytest.mark.parametrize(("longest", "ends"), [(0.2, True), (4096 / RATE, False)])
 def test_damage_that_lasts_too_long_ends_the_recording(tmp_path, monkeypatch, longest, ends):
-    monkeypatch.setattr(audio, "LONGEST_DAMAGE", longest)
+    monkeypatch.setattr(decoder, "MAX_DAMAGE", longest)
     flac = encoded(waveform(4.0), **FLAC)
     twice = bytearray(flac)
     for share in (0.3, 0.6):
@@ -172,8 +175,8 @@ class Failing:
     """A decoder that fails in some of its calls, having decoded `some` samples in each of them."""
 
     def __init__(self, monkeypatch, calls: set[int], some: int = 0):
-        self.calls, self.some, self.count, self.read = calls, some, 0, audio._Sound.read
-        monkeypatch.setattr(audio._Sound, "read", lambda sound, out: self(sound, out))
+        self.calls, self.some, self.count, self.read = calls, some, 0, SoundStream.read
+        monkeypatch.setattr(SoundStream, "read", lambda sound, out: self(sound, out))
 
     def __call__(self, sound, out):
         self.count += 1
@@ -209,7 +212,7 @@ JUNK = bytes(range(1, 255)) * 8
     (b"Rar!", "a rar archive; unpack it"), (b"7z\xbc\xaf", "a 7z archive; unpack it"),
     (b"<HTML>", "a web page, perhaps an error page of a download; download it again"),
     (b"<!doctype html>", "a web page, perhaps an error page of a download; download it again"),
-    (b"ID3\x04\0\0\0\0\0\x0a" + bytes(10), "a tag with no sound that is known behind it; copy it again"),
+    (b"ID3\x04\0\0\0\0\0\x0a" + bytes(10), "an ID3 tag without any known audio after it; copy it again"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
 ])  # fmt: skip
 def test_files_of_another_kind_are_named(tmp_path, magic, what):
@@ -219,7 +222,7 @@ def test_files_of_another_kind_are_named(tmp_path, magic, what):
 @pytest.mark.parametrize("magic", [b"RIFF", b"RIFX", b"RF64", b"FORM"])
 def test_a_header_that_is_damaged_is_told_from_no_audio(tmp_path, magic):
     refused(put(tmp_path, magic + JUNK),
-            "X cannot be read as audio (Format not recognised): its header is damaged, or its coding is not known; "
+            "X cannot be read as audio (Format not recognised): its header is damaged, or its codec is unknown; "
             "convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
     refused(put(tmp_path, magic[:3] + JUNK),
             "X cannot be read as audio (Format not recognised); give a wav, flac, ogg or mp3 file")  # fmt: skip
@@ -231,7 +234,7 @@ def test_a_damaged_header_of_other_formats_is_told(tmp_path, form, place, value)
     data = bytearray(encoded(waveform(0.5), format=form))
     data[place : place + len(value)] = value
     said = refusal(put(tmp_path, bytes(data)))
-    assert "): its header is damaged, or its coding is not known; convert it: ffmpeg" in said
+    assert "): its header is damaged, or its codec is unknown; convert it: ffmpeg" in said
 
 
 def test_an_ogg_whose_first_pages_are_damaged_is_told(tmp_path):
@@ -264,13 +267,13 @@ def test_a_format_that_ffmpeg_reads_is_named_with_the_command(tmp_path):
     (ValueError("Error in x.wav: a: b."), "a: b"), (ValueError("alone"), "alone"), (TypeError(), "TypeError"),
 ])  # fmt: skip
 def test_the_reason_of_an_error_is_short(error, reason):
-    assert audio._reason(error) == reason
+    assert decoder_message(error) == reason
 
 
 def test_an_mp3_without_any_frame_that_decodes_is_told(tmp_path, monkeypatch):
     error = soundfile.LibsndfileError(2)
     monkeypatch.setattr(type(error), "error_string", "Error : File does not exist or is not a regular file.")
-    assert audio._reason(error) == "no frame can be decoded"
+    assert decoder_message(error) == "no frame can be decoded"
 
 
 # ------------------------------------------------------------------------------------------- parts, found once
@@ -315,12 +318,12 @@ def test_what_was_found_is_remembered_of_the_last_eight_files(tmp_path, monkeypa
 
 
 def test_what_is_read_whole_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_known_streams", None)
+    monkeypatch.setattr(audio, "_remembered_streams", None)
     assert len(load_audio(put(tmp_path, GOOD), RATE)) == 2 * RATE
 
 
 def test_a_file_of_one_stream_is_read_by_libsndfile_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "View", None)
+    monkeypatch.setattr(decoder, "View", None)
     assert len(load_audio(put(tmp_path, GOOD), RATE)) == 2 * RATE
 
 
@@ -349,8 +352,8 @@ def test_a_file_is_closed_at_the_end_of_the_iteration_of_the_block_and_of_the_ob
                                             (stat.S_IFBLK, "device")])  # fmt: skip
 def test_kinds_of_file_that_hold_no_recording_are_named(kind, what):
     with pytest.raises(InputError, match=f"^X is a {what}; give a wav, flac, ogg or mp3 file$"):
-        audio._check_kind("X", kind | 0o644)
-    audio._check_kind("X", stat.S_IFREG | 0o644)
+        opening._check_kind("X", kind | 0o644)
+    opening._check_kind("X", stat.S_IFREG | 0o644)
 
 
 @pytest.fixture

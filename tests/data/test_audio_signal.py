@@ -8,8 +8,10 @@ import soundfile
 import soxr
 from recordings import FLAC, MP3, OPUS, RATE, VORBIS, WAV, encoded, put, read, refusal, stereo_file, waveform
 
-from las_fast.data import audio
 from las_fast.data.audio import load_audio, open_recording
+from las_fast.data.channels import Mixer
+from las_fast.data.decoder import SoundStream
+from las_fast.data.quality import SignalQuality
 from las_fast.errors import InputError
 
 # --------------------------------------------------------------------------------------------------------- channels
@@ -140,14 +142,16 @@ def test_samples_that_are_no_sound_are_refused(tmp_path, wrong, channels):
     samples = np.stack([waveform(3.0)] * channels, 1)
     samples[-100, -1] = wrong
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(InputError, match="x.wav holds NaN, infinite or enormous samples"):
+    with pytest.raises(InputError, match="x.wav contains NaN, infinite or enormous samples"):
         load_audio(tmp_path / "x.wav", RATE)
 
 
 @pytest.mark.parametrize("rate", [1, 999, 768_001, 2**31 - 1])
 def test_a_rate_that_no_recording_has_is_refused(tmp_path, rate):
     soundfile.write(tmp_path / "x.wav", waveform(), rate)
-    with pytest.raises(InputError, match=f"x.wav has {rate} samples per second by its header, not 1000 to 768000"):
+    with pytest.raises(
+        InputError, match=f"x.wav has a sample rate of {rate} Hz in its header; expected 1000 to 768000 Hz"
+    ):
         load_audio(tmp_path / "x.wav", RATE)
 
 
@@ -234,11 +238,11 @@ def test_channels_of_nothing_are_averaged_without_a_word(tmp_path):
 
 
 def test_channels_that_cancel_for_a_hundredth_of_the_sound_are_told():
-    mixer = audio._Mixer(2, RATE, 0)
+    mixer = Mixer(2, RATE, 0)
     mixer.cancelled, mixer.total = 1.0, 100.0
-    assert mixer.sentences() == []
+    assert mixer.warnings() == []
     mixer.cancelled = 1.5
-    assert mixer.sentences() == ["its channels cancel each other out (opposite phase); only the loudest is used there"]
+    assert mixer.warnings() == ["its channels cancel each other out (opposite phase); only the loudest is used there"]
 
 
 def test_channels_that_cancel_where_it_is_quiet_are_not_told(tmp_path):
@@ -278,7 +282,7 @@ def test_zeros_do_not_count_among_whole_numbers(tmp_path):
                                             (2.0**33, 32)])  # fmt: skip
 def test_whole_numbers_are_divided_by_the_full_scale_of_their_bits(tmp_path, peak, bits):
     samples, warnings = read(whole_numbers(tmp_path, 200 * [peak]))
-    assert warnings[0].endswith(f": its samples are {bits}-bit numbers in floating point; "
+    assert warnings[0].endswith(f": its samples are {bits}-bit numbers stored as floating point; "
                                 f"they were divided by {2 ** (bits - 1)}")  # fmt: skip
     assert samples[:200].tolist() == 200 * [np.float32(peak) / 2 ** (bits - 1)]
 
@@ -361,43 +365,46 @@ def test_a_recording_of_one_window_can_be_narrow(tmp_path, count, told):
 
 @pytest.mark.parametrize(("rate", "compared"), [(8000, False), (14_999, False), (15_000, True)])
 def test_the_band_is_judged_for_models_that_hear_more_than_telephone_speech(rate, compared):
-    judge = audio._Judge(rate)
-    judge.add(narrow(1024))
-    assert (judge.low > 0) == compared
+    quality = SignalQuality(rate)
+    quality.add(narrow(1024))
+    assert (quality.low > 0) == compared
 
 
 def test_the_bands_that_are_compared_are_of_speech_and_above_a_telephones():
-    judge = audio._Judge(RATE)
+    quality = SignalQuality(RATE)
     hertz = np.fft.rfftfreq(512, 1 / RATE)
-    assert hertz[judge.speech][[0, -1]].tolist() == [312.5, 3375.0] and judge.speech.sum() == 99
-    assert hertz[judge.above][[0, -1]].tolist() == [4406.25, 7593.75] and judge.above.sum() == 103
-    judge, hertz = audio._Judge(25_600), np.fft.rfftfreq(512, 1 / 25_600)  # bins of 50 Hz
-    assert hertz[judge.speech][[0, -1]].tolist() == [350, 3350] and hertz[judge.above][[0, -1]].tolist() == [4450, 7550]
+    assert hertz[quality.speech][[0, -1]].tolist() == [312.5, 3375.0] and quality.speech.sum() == 99
+    assert hertz[quality.above][[0, -1]].tolist() == [4406.25, 7593.75] and quality.above.sum() == 103
+    quality, hertz = SignalQuality(25_600), np.fft.rfftfreq(512, 1 / 25_600)  # bins of 50 Hz
+    assert hertz[quality.speech][[0, -1]].tolist() == [350, 3350] and hertz[quality.above][[0, -1]].tolist() == [
+        4450,
+        7550,
+    ]
 
 
 def test_a_recording_is_wide_if_any_of_its_blocks_are():
-    judge = audio._Judge(RATE)
+    quality = SignalQuality(RATE)
     for block in (narrow(RATE), noise(1.0, 0), narrow(RATE)):
-        judge.add(block)
-    assert judge.sentences() == []
-    alone = audio._Judge(RATE)
+        quality.add(block)
+    assert quality.warnings() == []
+    alone = SignalQuality(RATE)
     alone.add(noise(1.0, 0))
-    assert judge.high == pytest.approx(alone.high, rel=1e-3) and judge.low > 10 * alone.low
+    assert quality.high == pytest.approx(alone.high, rel=1e-3) and quality.low > 10 * alone.low
 
 
 @pytest.mark.parametrize(("share", "floor", "told"), [(3.5e-6, 0.0, True), (4.5e-6, 0.0, False), (5.5e-5, 1.0, True),
                                                       (7e-5, 1.0, False), (4.5e-6, 4.5e-6, False)])  # fmt: skip
 def test_a_narrow_band_has_a_millionth_of_its_energy_above(share, floor, told):
-    judge = audio._Judge(RATE)
-    judge.low, judge.high, judge.floor = 1.0, share, floor
-    assert bool(judge.sentences()) == told
+    quality = SignalQuality(RATE)
+    quality.low, quality.high, quality.floor = 1.0, share, floor
+    assert bool(quality.warnings()) == told
 
 
 def test_the_floor_is_three_times_the_energy_of_rounding_to_16_bits():
-    judge = audio._Judge(RATE)
+    quality = SignalQuality(RATE)
     for seed in range(20):
-        judge.add(np.random.default_rng(seed).uniform(-0.5, 0.5, RATE) / 32768)
-    assert judge.floor / judge.high == pytest.approx(3, rel=0.03)
+        quality.add(np.random.default_rng(seed).uniform(-0.5, 0.5, RATE) / 32768)
+    assert quality.floor / quality.high == pytest.approx(3, rel=0.03)
 
 
 def test_the_lowest_rate_of_what_is_given_out_is_told(tmp_path):
@@ -417,7 +424,7 @@ def test_blocks_hold_a_second_and_none_is_empty(tmp_path, rate):
 
 
 def test_blocks_of_many_channels_hold_a_quarter_of_a_million_numbers(tmp_path, monkeypatch):
-    sizes, read_sound = [], audio._Sound.read
-    monkeypatch.setattr(audio._Sound, "read", lambda self, out: sizes.append(out.size) or read_sound(self, out=out))
+    sizes, read_sound = [], SoundStream.read
+    monkeypatch.setattr(SoundStream, "read", lambda self, out: sizes.append(out.size) or read_sound(self, out=out))
     load_audio(stereo_file(tmp_path, *np.zeros((16, 20_000), np.float32), rate=48_000), RATE)
     assert 2**17 < max(sizes) <= 2**18

@@ -1,0 +1,152 @@
+"""Decode one stream of a recording with libsndfile, block by block, and go on after damage where the codec allows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import soundfile
+
+from las_fast.data.containers import Source, Stream, View
+
+BLOCK = 1 << 18  # samples per block at most, over all channels
+MAX_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
+MAX_FAILURES = 3  # reads in a row that fail without giving any samples
+UNKNOWN_COUNT = 1e12  # samples; libsndfile reports more where it does not know the length
+READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
+
+
+class SoundStream(soundfile.SoundFile):
+    """A stream that libsndfile decodes. soundfile does not seek back after each block."""
+
+    def __init__(self, source: Source, spans: tuple):
+        self.raised: BaseException | None = None
+        if spans == ((0, source.size),):
+            os.lseek(source.descriptor, 0, os.SEEK_SET)
+            super().__init__(os.dup(source.descriptor))
+            return
+        with self._callbacks():
+            super().__init__(View(source, spans))
+
+    def seekable(self) -> bool:
+        return False
+
+    def read(self, *arguments, **options) -> np.ndarray:
+        with self._callbacks():
+            return super().read(*arguments, **options)
+
+    @contextlib.contextmanager
+    def _callbacks(self):
+        """Raise here what was raised within a callback, for example by Ctrl-C."""
+        try:
+            yield
+        finally:
+            if self.raised is not None:
+                raise self.raised
+
+    def _init_virtual_io(self, file: View):
+        """Make soundfile's callbacks, but keep their exceptions: cffi would print and drop them."""
+        ffi = soundfile._ffi
+
+        def keep(kind, error, trace) -> None:
+            self.raised = error
+
+        def callback(name: str, function):
+            return ffi.callback(f"sf_vio_{name}", function, onerror=keep)
+
+        self._virtual_io = {
+            "get_filelen": callback("get_filelen", lambda _: file.starts[-1]),
+            "seek": callback("seek", lambda offset, whence, _: file.seek(offset, whence)),
+            "read": callback("read", lambda buffer, count, _: file.readinto(ffi.buffer(buffer, count))),
+            "tell": callback("tell", lambda _: file.tell()),
+        }
+        return ffi.new("SF_VIRTUAL_IO*", self._virtual_io)
+
+
+class Decoder:
+    """The blocks (n, channels) float32 of a stream, from sample `skip` to sample `stop` (None: to the end).
+
+    Damage within FLAC is replaced by zeros. The attributes are final after the iteration:
+        position: samples per channel decoded or skipped so far.
+        yielded:  whether any block was yielded.
+        lost:     samples per channel replaced by zeros.
+        stopped:  whether the iteration ended at `stop`.
+        error:    the decoder's last error, or "".
+    """
+
+    def __init__(self, source: Source, stream: Stream, sound: SoundStream, skip: int, stop: int | None):
+        self.source, self.sound, self.stream, self.skip, self.stop = source, sound, stream, skip, stop
+        self.position = self.lost = 0
+        self.yielded, self.stopped, self.error = False, False, ""
+        self.block = min(sound.samplerate, BLOCK // sound.channels)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        try:
+            yield from self._blocks()
+        finally:
+            self.sound.close()
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        self._seek()
+        failures = 0
+        while failures < MAX_FAILURES:
+            if self.stop is not None and self.position >= self.stop:
+                self.stopped = True
+                return
+            block, failed = self._next()
+            if not len(block) and self.error and self.stream.resumable and self.stream.frames:
+                block = self._skip_damage()
+            failures = failures + 1 if failed and not len(block) else 0
+            first = min(len(block), max(0, self.skip - self.position))
+            self.position += len(block)
+            if first < len(block):
+                self.yielded = True
+                yield block[first:]
+            if not failed and len(block) == 0:
+                return
+
+    def _seek(self) -> None:
+        """Seek to sample `skip` less the preroll, or to 0 where the length is unknown."""
+        known = self.sound.frames < UNKNOWN_COUNT
+        preroll = round(self.stream.preroll * self.sound.samplerate)
+        position = max(0, min(self.skip, self.sound.frames) - preroll) if known else 0
+        with contextlib.suppress(*READ_ERRORS):
+            self.position = self.sound.seek(position)
+
+    def _next(self) -> tuple[np.ndarray, bool]:
+        """Return the next block, and whether the decoder failed after it."""
+        count = self.block if self.stop is None else min(self.block, self.stop - self.position)
+        out = np.full((count, self.sound.channels), np.nan, np.float32)
+        try:
+            return self.sound.read(out=out), False
+        except READ_ERRORS as error:  # out holds the samples decoded before it
+            self.error = decoder_message(error)
+            return out[: len(out) - int(np.isnan(out[:, 0]).sum())], True
+
+    def _skip_damage(self) -> np.ndarray:
+        """Return zeros up to where decoding works again, or an empty block where it does not."""
+        frames = self.stream.frames or 0
+        for length in (4096 << k for k in range(8)):
+            if self.position + length >= frames or self.lost > MAX_DAMAGE * self.sound.samplerate:
+                break
+            with contextlib.suppress(*READ_ERRORS):
+                reopened = SoundStream(self.source, self.stream.spans)
+                try:
+                    reopened.seek(self.position + length)
+                    self.lost += length
+                    self.sound, reopened = reopened, self.sound
+                    return np.zeros((length, self.sound.channels), np.float32)
+                finally:
+                    reopened.close()
+        return np.zeros(0, np.float32)
+
+
+def decoder_message(error: Exception) -> str:
+    """Return the message of a decoder's error without its prefix and full stop."""
+    if isinstance(error, soundfile.LibsndfileError):
+        message = error.error_string.removeprefix("Error : ").rstrip(".")
+        # libsndfile's text for a failure in mpg123 speaks of a missing file
+        return "no frame can be decoded" if message.startswith("File does not exist") else message
+    return str(error).split(": ", 1)[-1].rstrip(".") or type(error).__name__
