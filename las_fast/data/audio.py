@@ -199,22 +199,22 @@ class Recording:
         """Note the missing and the damaged audio of a stream, after it is decoded."""
         decoded = decoder.position / rate  # seconds
         name = f"part {number + 1} of {streams} of {self.name}" if streams > 1 else self.name
-        if stream.hole:
-            self._damage.append(f"{name} has a gap: {stream.hole}")
+        if stream.gap:
+            self._damage.append(f"{name} has a gap: {stream.gap}")
         if decoder.lost:
             self._damage.append(f"{name} is damaged: {decoder.lost / rate:.2f} s cannot be read ({decoder.error})")
         if decoder.stopped:
             return
         missing, empty = 0.0, False
-        if stream.frames is not None:
-            missing = (stream.frames - decoder.position - stream.padding) / rate
-        elif stream.lacking:
-            missing = decoded * stream.lacking / stream.length
+        if stream.sample_count is not None:
+            missing = (stream.sample_count - decoder.position - stream.padding) / rate
+        elif stream.missing_bytes:
+            missing = decoded * stream.missing_bytes / stream.length
             empty = not decoded
-        elif stream.counted and decoder.sound.frames < UNKNOWN_COUNT:
+        elif stream.length_known and decoder.sound.frames < UNKNOWN_COUNT:
             missing = (decoder.sound.frames - decoder.position) / rate
-        if decoder.error and (stream.frames is None or missing > TOLERANCE):
-            total = f" of {decoded + missing:.2f} s" if stream.frames else ""
+        if decoder.error and (stream.sample_count is None or missing > TOLERANCE):
+            total = f" of {decoded + missing:.2f} s" if stream.sample_count else ""
             self._cut.append(
                 f"{name} is cut off or damaged: after {decoded:.2f} s{total} it cannot be read ({decoder.error})"
             )

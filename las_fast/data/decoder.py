@@ -96,7 +96,7 @@ class Decoder:
                 self.stopped = True
                 return
             block, failed = self._next()
-            if not len(block) and self.error and self.stream.resumable and self.stream.frames:
+            if not len(block) and self.error and self.stream.resumable and self.stream.sample_count:
                 block = self._skip_damage()
             failures = failures + 1 if failed and not len(block) else 0
             first = min(len(block), max(0, self.skip - self.position))
@@ -127,7 +127,7 @@ class Decoder:
 
     def _skip_damage(self) -> np.ndarray:
         """Return zeros up to where decoding works again, or an empty block where it does not."""
-        frames = self.stream.frames or 0
+        frames = self.stream.sample_count or 0
         for length in (4096 << k for k in range(8)):
             if self.position + length >= frames or self.lost > MAX_DAMAGE * self.sound.samplerate:
                 break

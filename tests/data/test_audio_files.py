@@ -94,12 +94,33 @@ def test_gaps_and_damage_are_told_by_the_part_that_has_them(tmp_path):
     data = encoded(waveform(6.0), **OPUS)
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     lossy = b"".join(pages[:3] + pages[4:])
-    told(put(tmp_path, lossy), "X has a gap: pages of Ogg are missing or damaged (1)")
-    told(put(tmp_path, lossy + GOOD), "part 1 of 2 of X has a gap: pages of Ogg are missing or damaged (1)")
+    told(put(tmp_path, lossy), "X has a gap: Ogg pages are missing or damaged (1)")
+    told(put(tmp_path, lossy + GOOD), "part 1 of 2 of X has a gap: Ogg pages are missing or damaged (1)")
     flac = encoded(waveform(3.0), **FLAC)
     hurt = flac[: len(flac) // 2] + bytes(200) + flac[len(flac) // 2 + 200 :]
     told(put(tmp_path, hurt), "X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
     told(put(tmp_path, GOOD + hurt), "part 2 of 2 of X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
+
+
+@pytest.mark.parametrize("magic", ["AU", "AIFF", "RIFX"])
+def test_audio_beyond_4_gib_of_its_format_is_refused_with_a_format_that_holds_it(tmp_path, magic):
+    unknown = (0xFFFFFFFF).to_bytes(4, "big")
+    options = {"format": "WAV", "endian": "BIG"} if magic == "RIFX" else {"format": magic}
+    data = encoded(waveform(1.0), subtype="PCM_16", **options)
+    length = len(pcm(1.0)) + 8 * (magic == "AIFF")  # AIFF counts eight bytes before the samples, too
+    place = data.rindex(length.to_bytes(4, "big"), 0, 80)
+    path = put(tmp_path, data[:place] + unknown + data[place + 4 :])
+    os.truncate(path, len(data) - len(pcm(1.0)) + (5 << 30))
+    size = (5 << 30) + 8 * (magic == "AIFF")
+    refused(path, f"X contains {size} bytes of audio, of which only 4 GiB can be read in its format; "
+            "convert it to FLAC or W64", seconds=0.5, whole=True)  # fmt: skip
+    assert len(read(path, seconds=0.5)[0]) == RATE // 2
+
+
+def test_audio_that_is_not_read_is_refused_with_its_own_advice(tmp_path):
+    speex = b"OggS\0\2" + bytes(20) + b"\1\x08Speex   "
+    refused(put(tmp_path, encoded(waveform(1.0), **VORBIS) + speex), "X contains an Ogg part (Speex) that cannot be "
+            "read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav", whole=True)  # fmt: skip
 
 
 @pytest.mark.parametrize(("longest", "ends"), [(0.2, True), (4096 / RATE, False)])

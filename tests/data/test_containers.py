@@ -50,8 +50,8 @@ def test_what_a_file_lacks_is_counted_in_bytes(tmp_path, form, subtype, channels
     data = written(tmp_path / "x", form, subtype, channels)
     for cut in (0, 1, 3, 100, 1000):
         (stream,) = (layout := streams_in(tmp_path / "x", data[: len(data) - cut])).streams
-        assert stream.lacking == max(0, cut - less) and not layout.unread
-        assert not stream.cut and not stream.hole and stream.frames is None
+        assert stream.missing_bytes == max(0, cut - less) and not layout.unread
+        assert not stream.cut and not stream.gap and stream.sample_count is None
         assert stream.spans[-1][1] in (len(data) - cut, len(data) - cut - 1)
 
 
@@ -62,12 +62,12 @@ def test_files_that_were_joined_are_two_streams(tmp_path, form, subtype, channel
     end = len(first) + len(second)
     assert [stream.spans for stream in whole] == [((0, len(first)),), ((len(first), end),)]
     cut = streams_in(tmp_path / "x", (first + second)[: end - 200]).streams
-    assert [stream.lacking for stream in cut] == [0, 200 - less]
+    assert [stream.missing_bytes for stream in cut] == [0, 200 - less]
 
 
 def test_a_file_of_no_known_kind_is_one_stream(tmp_path):
     (stream,) = streams_in(tmp_path / "x", b"no sound at all").streams
-    assert stream.spans == ((0, 15),) and stream.length == 15 and stream.lacking == 0
+    assert stream.spans == ((0, 15),) and stream.length == 15 and stream.missing_bytes == 0
     assert streams_in(tmp_path / "x", b"").streams[0].spans == ((0, 0),)
 
 
@@ -158,7 +158,7 @@ def test_flac_ends_where_another_begins_or_before_its_tags(tmp_path):
     soundfile.write(tmp_path / "a.flac", np.zeros(3000), 16000)
     one = (tmp_path / "a.flac").read_bytes()
     whole = streams_in(tmp_path / "x", one + tag()).streams
-    assert [(s.spans, s.frames, s.cut) for s in whole] == [(((0, len(one)),), 3000, False)]
+    assert [(s.spans, s.sample_count, s.cut) for s in whole] == [(((0, len(one)),), 3000, False)]
     both = streams_in(tmp_path / "x", one + one + tag()).streams
     assert [s.spans for s in both] == [((0, len(one)),), ((len(one), 2 * len(one)),)]
     assert streams_in(tmp_path / "x", one + tag() + one).streams[0].spans == ((0, len(one) + 128),)
@@ -207,8 +207,16 @@ MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 
 def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
     plain = Stream(((0, 1),))
-    told = (plain.frames, plain.lacking, plain.cut, plain.headless, plain.hole, plain.preroll, plain.resumable)
-    assert told == (None, 0, False, False, "", 0.0, False) and plain.counted is True and plain.padding == 0
+    told = (
+        plain.sample_count,
+        plain.missing_bytes,
+        plain.cut,
+        plain.headless,
+        plain.gap,
+        plain.preroll,
+        plain.resumable,
+    )
+    assert told == (None, 0, False, False, "", 0.0, False) and plain.length_known is True and plain.padding == 0
     assert Stream((b"head", (3, 10), b"")).length == 11
 
 
@@ -228,7 +236,7 @@ def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
 
 def test_many_bytes_behind_the_sound_are_told_unless_they_are_zeros_or_tags():
     many, few = b"\7" * 65537, b"\7" * 65536
-    told = "has 65537 bytes behind its sound, of an unknown kind; if they are sound, its header is wrong"
+    told = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
     assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [told])
     assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [told]
     assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [told]
@@ -267,10 +275,10 @@ def test_a_walker_that_stays_where_it_is_ends_the_search(monkeypatch):
 def test_an_mp3_within_an_archive_is_no_sound(archive):
     frames = (b"\xff\xfd\x90\0" + bytes(518)) * 5  # layer II
     (found,) = streams_of(b"1234" + frames)
-    assert found.spans == ((4, 4 + len(frames)),) and found.frames == 5 * 1152
+    assert found.spans == ((4, 4 + len(frames)),) and found.sample_count == 5 * 1152
     assert streams_of(archive + frames) == [Stream(((0, 4 + len(frames)),))]
-    assert streams_of(archive[:3] + b"?" + frames)[0].frames == 5 * 1152
-    assert streams_of(b"?" + archive[:3] + frames)[0].frames == 5 * 1152
+    assert streams_of(archive[:3] + b"?" + frames)[0].sample_count == 5 * 1152
+    assert streams_of(b"?" + archive[:3] + frames)[0].sample_count == 5 * 1152
 
 
 def test_a_transport_stream_has_three_packets_or_two_and_a_byte():
@@ -332,7 +340,7 @@ def flac_file(*blocks: bytes, count: int = 0) -> bytes:
 
 
 def whole(start: int, end: int, frames: int | None = None, **fields) -> Stream:
-    return Stream(((start, end),), frames=frames, resumable=True, **fields)
+    return Stream(((start, end),), sample_count=frames, resumable=True, **fields)
 
 
 def test_the_count_of_a_flac_has_36_bits():
@@ -340,7 +348,7 @@ def test_the_count_of_a_flac_has_36_bits():
         data = flac_file(count=count | 0xF << 36) + b"sound"
         assert streams_of(data) == [whole(0, len(data), count)]
         assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [whole(11, 11 + len(data), count)]
-    assert streams_of(flac_file(count=0xF << 36) + b"sound")[0].frames is None
+    assert streams_of(flac_file(count=0xF << 36) + b"sound")[0].sample_count is None
 
 
 def test_what_looks_like_a_start_within_a_block_of_flac_is_none():

@@ -75,7 +75,7 @@ def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is
 )
 def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
     source = Bytes(chunk(b"abcd", bytes(length), pad=False) + behind)
-    assert riff._behind_chunk(source, 0, length, "<") == expected
+    assert riff._after_chunk(source, 0, length, "<") == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- wav
@@ -93,6 +93,8 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
         ((1 << 31) - 65537, 1000, (1 << 31) - 65537),
         ((1 << 31) + 65537, 1000, (1 << 31) + 65537),
         ((1 << 32) - 1, 1000, 1000),
+        ((1 << 32) - 1, 5 << 30, 5 << 30),
+        ((1 << 32) - 2, 5 << 30, (1 << 32) - 2),
         (1 << 62, 1000, 1000),
         ((1 << 62) - 1, 1000, (1 << 62) - 1),
         (1000, (1 << 32) + 1000, (1 << 32) + 1000),
@@ -134,11 +136,11 @@ def test_bytes_behind_a_wav_that_are_no_chunks_are_left_out():
 
 @pytest.mark.parametrize("lacking", [1, 2, 50, 99])
 def test_a_wav_that_is_cut_gets_a_header_of_what_there_is(lacking):
-    assert streams_of(WAV[:-lacking]) == [bare((44, 144 - lacking), lacking=lacking)]
+    assert streams_of(WAV[:-lacking]) == [bare((44, 144 - lacking), missing_bytes=lacking)]
     odd = FORMAT[8:] + b"\0\0\7"
     data = riff_file(NOTE, chunk(b"fmt ", odd), chunk(b"data", SOUND))
     place = data.index(SOUND)
-    assert streams_of(data[:-lacking]) == [bare((place, place + 100 - lacking), odd, lacking=lacking)]
+    assert streams_of(data[:-lacking]) == [bare((place, place + 100 - lacking), odd, missing_bytes=lacking)]
 
 
 def test_a_wav_of_unknown_length_ends_with_the_file():
@@ -173,7 +175,7 @@ def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
     place = len(file(0)) - 100
     taken = [bare((place, place + 100))]
     assert streams_of(file(100)) == (taken if name == b"BW64" else whole(place + 100))
-    assert streams_of(file(100, SOUND[:60])) == [bare((place, place + 60), lacking=40)]
+    assert streams_of(file(100, SOUND[:60])) == [bare((place, place + 60), missing_bytes=40)]
     assert streams_of(file(60, size=100)) == (taken if name == b"BW64" else whole(place + 100))  # ds64 is for -1
     assert streams_of(file(60, sizes=b"note")) == taken
     plain = riff_file(chunk(b"ds64", struct.pack("<QQQI", 7, 60, 9, 0)), FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF))
@@ -208,7 +210,9 @@ def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
     for length in (18, 4096, 5000):
         data = riff_file(chunk(b"fmt ", FORMAT[8:] + bytes(length - 16)), chunk(b"data", SOUND))[:-1]
         start = 28 + length
-        assert streams_of(data) == [bare((start, start + 99), FORMAT[8:] + bytes(min(length, 4096) - 16), lacking=1)]
+        assert streams_of(data) == [
+            bare((start, start + 99), FORMAT[8:] + bytes(min(length, 4096) - 16), missing_bytes=1)
+        ]
 
 
 @pytest.mark.parametrize("code", [0x50, 0x55])
@@ -216,13 +220,13 @@ def test_mpeg_within_a_wav_is_taken_out_of_it(code):
     frame = bytes([255, 0xFD, 0x90, 0]) + bytes(518)  # layer II, 160 kbit/s, 44.1 kHz
     form = chunk(b"fmt ", struct.pack("<HHIIHH", code, 1, 44100, 20000, 1, 0))
     data = riff_file(form, chunk(b"data", frame * 5), NOTE)
-    expected = [Stream(((44, 44 + 5 * 522),), frames=5 * 1152, preroll=0.5)]
+    expected = [Stream(((44, 44 + 5 * 522),), sample_count=5 * 1152, preroll=0.5)]
     assert streams_of(data) == expected
     assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
     assert streams_of(riff_file(form, chunk(b"data", frame * 5, 9999))) == expected
-    assert streams_of(riff_file(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].frames == 3 * 1152
+    assert streams_of(riff_file(form, chunk(b"data", frame * 5, 522 * 3), NOTE))[0].sample_count == 3 * 1152
     (cut,) = streams_of(data[: 44 + 5 * 522 - 1])
-    assert cut.frames == 4 * 1152 and cut.cut
+    assert cut.sample_count == 4 * 1152 and cut.cut
     big = chunk(b"fmt ", form[8:], order=">")
     other = riff_file(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
     assert streams_of(other) == whole(len(other))
@@ -241,7 +245,7 @@ def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note
     assert streams_of(data) == expected
     assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
     cut = data[: third + 30]
-    assert streams_of(cut) == [*expected[:2], bare((third, third + 30), lacking=70)]
+    assert streams_of(cut) == [*expected[:2], bare((third, third + 30), missing_bytes=70)]
 
 
 @pytest.mark.parametrize(
@@ -296,9 +300,9 @@ def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
         assert streams_of(data + b"junk") == whole(len(data))
     for cut in (1, 99):
         head = file(SOUND, 100 - cut)[:start]
-        assert streams_of(file(SOUND)[:-cut]) == [Stream((head, (start, start + 100 - cut)), lacking=cut)]
+        assert streams_of(file(SOUND)[:-cut]) == [Stream((head, (start, start + 100 - cut)), missing_bytes=cut)]
         behind = b"ID3\4\0\0\0\0\0\0" + file(SOUND)[:-cut]
-        assert streams_of(behind) == [Stream((head, (start + 10, start + 110 - cut)), lacking=cut)]
+        assert streams_of(behind) == [Stream((head, (start + 10, start + 110 - cut)), missing_bytes=cut)]
     for unknown in (0, 0xFFFFFFFF):
         data = file(b"\xff" + SOUND, unknown)[:-1]
         head = data[: start - 4] + struct.pack(">I", 101)
@@ -333,11 +337,11 @@ def test_the_sound_of_au_is_counted_by_its_header(offset, before):
     for unknown in (0, 0xFFFFFFFF, 0x7FFFFFFF):
         assert streams_of(before + au(SOUND, unknown, offset)) == [Stream((head, (begin, begin + 100)))]
     for cut in (1, 99):
-        lacks = [Stream((head, (begin, begin + 100 - cut)), lacking=cut)]
+        lacks = [Stream((head, (begin, begin + 100 - cut)), missing_bytes=cut)]
         assert streams_of(before + au(SOUND, 100, offset)[:-cut]) == lacks
     assert streams_of(before + au(b"", 0, offset)) == [Stream(((at, begin),))]
     assert streams_of(before + au(b"\1", 1, offset)) == [Stream(((at, begin + 1),))]
-    assert streams_of(before + au(b"", 7, offset)) == [Stream((head, (begin, begin)), lacking=7)]
+    assert streams_of(before + au(b"", 7, offset)) == [Stream((head, (begin, begin)), missing_bytes=7)]
 
 
 def test_an_au_of_2_gib_whose_length_is_right_is_whole():
@@ -345,6 +349,12 @@ def test_an_au_of_2_gib_whose_length_is_right_is_whole():
         assert streams_of(au(SOUND, claimed), 24 + claimed) == whole(24 + claimed)
         known = streams_of(au(SOUND, claimed), 23 + claimed)
         assert known == [Stream((au(b"", 0xFFFFFFFF), (24, 23 + claimed)))]
+    longer = streams_of(au(SOUND, 0x80000000), 25 + 0x80000000)
+    assert longer == whole(24 + 0x80000000)
+
+
+def test_an_au_of_more_than_4_gib_whose_length_is_unknown_ends_with_the_file():
+    assert layout_of(au(SOUND, 0xFFFFFFFF), 5 << 30).streams == [Stream((au(b"", 0xFFFFFFFF), (24, 5 << 30)))]
 
 
 def test_sound_beyond_what_a_format_can_count_is_told():
@@ -352,7 +362,8 @@ def test_sound_beyond_what_a_format_can_count_is_told():
     rifx = riff_file(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
     for data in (aiff, rifx, au(b"", 0)):
         assert layout_of(data + b"\xff", len(data) + 0xFFFFFFFF).unread == []
-        told = "holds 4294967296 bytes of sound, of which no more than 4 GiB can be read in its format"
+        sentence = "contains 4294967296 bytes of audio, of which only 4 GiB can be read in its format; "
+        told = sentence + "convert it to FLAC or W64"
         assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [told]
     for data in (riff_file(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
         assert layout_of(data + b"\xff", len(data) + (1 << 33)).unread == []
@@ -385,7 +396,7 @@ def test_the_sound_of_caf_is_counted_by_its_chunk(before):
         assert streams_of(before + caf(DESC, (b"data", unknown, SOUND))) == [Stream((head, (begin, begin + 100)))]
     for cut in (1, 99):
         head = caf(DESC, (b"data", 100 - cut, b""))
-        lacks = [Stream((head, (begin, begin + 100 - cut)), lacking=cut)]
+        lacks = [Stream((head, (begin, begin + 100 - cut)), missing_bytes=cut)]
         assert streams_of(before + caf(DESC, (b"data", 100, SOUND))[:-cut]) == lacks
 
 
@@ -444,14 +455,14 @@ def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
     assert streams_of(behind) == [Stream(((at, len(behind)),))]
     for cut in (1, 90):
         head = data[at : begin - 8] + struct.pack("<q", 24 + length - cut)
-        lacks = [Stream((head, (begin, begin + length - cut)), lacking=cut)]
+        lacks = [Stream((head, (begin, begin + length - cut)), missing_bytes=cut)]
         assert streams_of(data[: begin + length - cut]) == lacks
     for unknown in (0, -1, 24, 1 << 62):
         given = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", unknown, sound), pad=True)[: begin - at] + sound
         head = data[at : begin - 8] + struct.pack("<q", 24 + length)
         assert streams_of(given) == [Stream((head, (begin, begin + length)))]
     huge = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", (1 << 62) - 1, b"")) + sound
-    assert streams_of(huge)[0].lacking == (1 << 62) - 25 - length
+    assert streams_of(huge)[0].missing_bytes == (1 << 62) - 25 - length
     least = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 25, b"")) + sound
     assert streams_of(least) == [Stream(((at, len(least)),))]
 
@@ -569,7 +580,7 @@ def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
     assert walk(300, 43) == (43, [Stream(((2, 43),))])  # where a wav begins
     assert walk(300, 42) == (300, [Stream(((2, 300),))])
     assert walk(300, 300) == (300, [Stream(((2, 300),))])
-    assert walk(300, 301) == (300, [Stream(((2, 300),), lacking=1)])
+    assert walk(300, 301) == (300, [Stream(((2, 300),), missing_bytes=1)])
     assert walk(300, 43, start=43) == (300, [Stream(((43, 300),))])
     layout = Layout([Stream(((0, 2),))])
     rare.walk_claimed(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
@@ -583,9 +594,9 @@ def htk(frames: int, period: int = 625, size: int = 2, kind: int = 0) -> bytes:
 def test_an_htk_waveform_that_is_cut_is_known_by_its_plausible_header():
     for period in (10, 625, 10_000):
         for frames in (51, 90):
-            there = Stream((htk(50, period)[:12], (12, 112)), lacking=2 * frames - 100)
+            there = Stream((htk(50, period)[:12], (12, 112)), missing_bytes=2 * frames - 100)
             assert streams_of(htk(frames, period)) == [there]
-    assert streams_of(htk(51)[:-1]) == [Stream((htk(49)[:12], (12, 110)), lacking=3)]
-    assert streams_of(htk(51)[:13]) == [Stream((htk(0)[:12], (12, 12)), lacking=101)]
+    assert streams_of(htk(51)[:-1]) == [Stream((htk(49)[:12], (12, 110)), missing_bytes=3)]
+    assert streams_of(htk(51)[:13]) == [Stream((htk(0)[:12], (12, 12)), missing_bytes=101)]
     for data in (htk(50), htk(49), htk(51, 9), htk(51, 10_001), htk(51, size=4), htk(51, kind=1), htk(51)[:12]):
         assert streams_of(data) == whole(len(data))

@@ -79,23 +79,23 @@ def test_frames_of_mpeg_are_counted_one_by_one(fields):
     samples = mpeg.frame_header(header(**fields)).samples
     data = frames(20, **fields)
     (stream,) = streams_of(data)
-    assert stream.frames == 20 * samples and not stream.cut and not stream.hole and stream.preroll == 0.5
+    assert stream.sample_count == 20 * samples and not stream.cut and not stream.gap and stream.preroll == 0.5
     assert stream.spans[-1] == (0, len(data))
     (stream,) = streams_of(data[:-1])
-    assert stream.frames == 19 * samples and stream.cut
+    assert stream.sample_count == 19 * samples and stream.cut
     size = len(data) // 20
     assert stream.spans[-1] == (0, 19 * size)
 
 
 def test_tags_and_what_is_no_frame_lie_between_spans():
     size, gap = len(frames(1)), 5000
-    for junk, hole in ((gap, f"{gap} bytes in the middle are no sound"), (1596, ""), (1597, "1597 bytes")):  # 0.1 s
+    for junk, hole in ((gap, f"{gap} bytes in the middle are not audio"), (1596, ""), (1597, "1597 bytes")):  # 0.1 s
         data = frames(8) + b"\0" * junk + frames(6)
         (stream,) = streams_of(data)
         assert stream.spans[-2:] == ((0, 8 * size), (8 * size + junk, 14 * size + junk))
-        assert stream.frames == 14 * 1152 and stream.hole.startswith(hole) and bool(stream.hole) == bool(hole)
+        assert stream.sample_count == 14 * 1152 and stream.gap.startswith(hole) and bool(stream.gap) == bool(hole)
     (stream,) = streams_of(b"ID3\x04\0\0\0\0\x01\x00" + bytes(128) + frames(6))
-    assert stream.spans[-1] == (138, 138 + 6 * size) and stream.frames == 6 * 1152
+    assert stream.spans[-1] == (138, 138 + 6 * size) and stream.sample_count == 6 * 1152
     (stream,) = streams_of(frames(6) + b"TAG" + bytes(125))
     assert stream.spans[-1] == (0, 6 * size) and not stream.cut
 
@@ -105,7 +105,7 @@ def test_a_frame_of_another_kind_within_a_stream_is_damage():
     size, odd = len(frames(1)), frames(1, rate=1)
     data = frames(8) + odd + frames(8)
     found = streams_of(data)
-    assert [stream.frames for stream in found] == [16 * 1152]
+    assert [stream.sample_count for stream in found] == [16 * 1152]
     assert found[0].spans[1:] == ((0, 8 * size), (8 * size + len(odd), 16 * size + len(odd)))
 
 
@@ -116,9 +116,9 @@ def test_a_count_of_frames_is_believed_where_bytes_lack_and_not_where_all_are_th
     for claimed, total, count, cut in ((20, 21 * size, 20, False), (30, 21 * size, 20, False), (10, None, 20, False)):
         data = counting(claimed, total, tag=tag, mode=mode) + frames(20, mode=mode)
         (stream,) = streams_of(data)
-        assert (stream.frames, stream.cut) == (count * 1152, cut)
+        assert (stream.sample_count, stream.cut) == (count * 1152, cut)
     (stream,) = streams_of(counting(40, 41 * size, tag=tag, mode=mode) + frames(20, mode=mode))
-    assert stream.frames == 40 * 1152 and not stream.cut  # told by the frames that are there
+    assert stream.sample_count == 40 * 1152 and not stream.cut  # told by the frames that are there
     good = counting(20, 21 * size, tag=tag, mode=mode)
     (stream,) = streams_of(good + frames(20, mode=mode))
     assert stream.spans == ((0, 21 * size),) and stream.padding == 1152
@@ -133,7 +133,7 @@ def test_a_count_that_is_wrong_is_replaced_by_a_true_one():
     found = struct.unpack(">4sIII", info[frame.info : frame.info + 16])
     assert found == (b"Xing", 15, 20, 20 * size + len(info))
     assert info[frame.info + 120 :][:24] == b"LAME".ljust(21, b"\0") + (576 << 12).to_bytes(3, "big")
-    assert mpeg._counted(info, frame) == (20, 20 * size + len(info))
+    assert mpeg._read_count(info, frame) == (20, 20 * size + len(info))
 
 
 def test_the_delay_and_padding_of_an_encoder_are_kept():
@@ -153,21 +153,21 @@ def test_vbri_counts_too():
     head = header()
     frame = mpeg.frame_header(head)
     info = (head + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8340, 20)).ljust(frame.length, b"\0")
-    assert mpeg._counted(info, frame) == (20, 8340)
-    assert mpeg._counted(b"", frame) == (0, 0)
-    assert mpeg._counted(counting(1 << 28, 5), frame) == (0, 5)
-    assert mpeg._counted(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
-    assert mpeg._counted(counting(None, 7), frame) == (0, 7)
+    assert mpeg._read_count(info, frame) == (20, 8340)
+    assert mpeg._read_count(b"", frame) == (0, 0)
+    assert mpeg._read_count(counting(1 << 28, 5), frame) == (0, 5)
+    assert mpeg._read_count(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
+    assert mpeg._read_count(counting(None, 7), frame) == (0, 7)
 
 
 def test_joined_mpeg_of_other_kinds_are_streams_of_their_own():
     data = frames(10) + frames(12, rate=1) + frames(9, rate=1, mode=3)
     found = streams_of(data)
-    assert [stream.frames for stream in found] == [1152 * n for n in (10, 12, 9)]
+    assert [stream.sample_count for stream in found] == [1152 * n for n in (10, 12, 9)]
     ends = [len(frames(10)), len(frames(10) + frames(12, rate=1)), len(data)]
     assert [stream.spans[-1] for stream in found] == list(zip([0, *ends], ends, strict=False))
     twice = (counting(5, None) + frames(5)) * 2  # each begins with a count of its own
-    assert [stream.frames for stream in streams_of(twice)] == [5 * 1152] * 2
+    assert [stream.sample_count for stream in streams_of(twice)] == [5 * 1152] * 2
 
 
 SIZE = len(frames(1))  # of a frame at 128 kbit/s and 44.1 kHz
@@ -189,20 +189,22 @@ def sound(data: bytes, size: int | None = None) -> list[Stream]:
 def test_frames_are_looked_for_in_the_first_mib():
     for before in (0, 1, 4, (1 << 20) - 3):
         begin, end = before, before + 4 * SIZE
-        assert sound(bytes(before) + frames(4)) == [mp3((begin, end), frames=4 * 1152)]
-    assert sound(b"\0" + frames(3) + bytes(9) + frames(4)) == [mp3((10 + 3 * SIZE, 10 + 7 * SIZE), frames=4 * 1152)]
+        assert sound(bytes(before) + frames(4)) == [mp3((begin, end), sample_count=4 * 1152)]
+    assert sound(b"\0" + frames(3) + bytes(9) + frames(4)) == [
+        mp3((10 + 3 * SIZE, 10 + 7 * SIZE), sample_count=4 * 1152)
+    ]
     for before in (1 << 20, (1 << 20) + 1):
         data = bytes(before) + frames(4)
         assert streams_of(data) == [Stream(((0, len(data)),))]
     tagged = b"ID3\4\0\0\0\0\0\1." + bytes((1 << 20) - 3) + frames(4)
-    assert sound(tagged) == [mp3((8 + (1 << 20), len(tagged)), frames=4 * 1152)]
+    assert sound(tagged) == [mp3((8 + (1 << 20), len(tagged)), sample_count=4 * 1152)]
 
 
 @pytest.mark.parametrize("magic", [b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"wvpk", b"FLV\1", b"OggS"])
 def test_frames_within_a_file_of_another_kind_are_no_sound(magic):
     data = magic + frames(9)
     assert streams_of(data) == [Stream(((0, len(data)),))]
-    assert sound(b"????" + frames(9)) == [mp3((4, 4 + 9 * SIZE), frames=9 * 1152)]
+    assert sound(b"????" + frames(9)) == [mp3((4, 4 + 9 * SIZE), sample_count=9 * 1152)]
 
 
 @pytest.mark.parametrize("window", [8, 9, 31])
@@ -231,16 +233,16 @@ def test_four_frames_of_one_kind_or_all_to_the_end_are_a_chain():
 def test_what_lies_between_frames_is_counted_and_tags_are_not():
     def gap(junk, before=8, behind=8):
         (stream,) = sound(frames(before) + junk + frames(behind))
-        assert stream.frames == (before + behind) * 1152 and not stream.cut
+        assert stream.sample_count == (before + behind) * 1152 and not stream.cut
         begin = before * SIZE + len(junk)
         assert stream.spans == ((0, before * SIZE), (begin, begin + behind * SIZE))
-        return stream.hole
+        return stream.gap
 
     tag = b"ID3\4\0\0\0\0\x27\x08" + bytes(5000)
-    assert gap(bytes(5000)) == "5000 bytes in the middle are no sound"
+    assert gap(bytes(5000)) == "5000 bytes in the middle are not audio"
     assert gap(tag) == ""
-    assert gap(tag + bytes(5000)) == gap(tag + tag + bytes(5000)) == "5000 bytes in the middle are no sound"
-    assert gap(frames(1, rate=1) + bytes(5000)) == f"{len(frames(1, rate=1)) + 5000} bytes in the middle are no sound"
+    assert gap(tag + bytes(5000)) == gap(tag + tag + bytes(5000)) == "5000 bytes in the middle are not audio"
+    assert gap(frames(1, rate=1) + bytes(5000)) == f"{len(frames(1, rate=1)) + 5000} bytes in the middle are not audio"
 
 
 def test_a_gap_of_a_tenth_of_a_second_is_told_by_the_rate_of_the_bytes_around_it():
@@ -249,36 +251,36 @@ def test_a_gap_of_a_tenth_of_a_second_is_told_by_the_rate_of_the_bytes_around_it
         most = frame.length * frame.kind[2] // (10 * frame.samples)
         for junk in (most, most + 1):
             (stream,) = sound(frames(8, **fields) + bytes(junk) + frames(8, **fields))
-            assert bool(stream.hole) == (junk > most)
+            assert bool(stream.gap) == (junk > most)
 
 
 def test_what_follows_a_count_before_the_first_frame_is_no_gap():
     count = counting(8, INFO + 8 * SIZE)
     data = frames(4) + count + bytes(5000) + frames(8)
     begin = 4 * SIZE + INFO + 5000
-    assert streams_of(data)[1:] == [mp3(count, (begin, begin + 8 * SIZE), frames=8 * 1152)]
+    assert streams_of(data)[1:] == [mp3(count, (begin, begin + 8 * SIZE), sample_count=8 * 1152)]
 
 
 def test_two_frames_of_another_kind_are_a_stream_of_their_own():
     data = frames(8) + frames(2, rate=1) + frames(8)
-    assert [stream.frames for stream in sound(data)] == [8 * 1152, 2 * 1152, 8 * 1152]
+    assert [stream.sample_count for stream in sound(data)] == [8 * 1152, 2 * 1152, 8 * 1152]
 
 
 def test_a_count_of_no_frames_is_all_that_some_files_hold():
     empty = counting(0, INFO)
-    assert streams_of(empty) == [mp3(empty, frames=0)]
+    assert streams_of(empty) == [mp3(empty, sample_count=0)]
 
 
 def test_two_gaps_add_up():
     data = frames(8) + bytes(3000) + frames(8) + bytes(2000) + frames(8)
-    assert sound(data)[0].hole == "5000 bytes in the middle are no sound"
+    assert sound(data)[0].gap == "5000 bytes in the middle are not audio"
 
 
 def test_the_end_of_the_frames_is_where_another_file_begins():
     wav = b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0data\0\0\0\0"
     for data in (frames(9), counting(9, 10 * SIZE) + frames(9)):
         found = layout_of(data + wav).streams
-        assert found[0].frames == 9 * 1152 and found[0].spans[-1][1] == len(data)
+        assert found[0].sample_count == 9 * 1152 and found[0].spans[-1][1] == len(data)
         assert found[1:] == [Stream(((len(data), len(data) + len(wav)),))]
     for data in (frames(9) + frames(9, rate=1), frames(9) + bytes(700) + frames(9), counting(9) * 2 + frames(9)):
         assert layout_of(data + wav).streams[-1] == Stream(((len(data), len(data) + len(wav)),))
@@ -297,11 +299,11 @@ def test_bytes_behind_frames_are_not_told():
 
 def test_a_frame_that_is_cut_is_told_unless_a_count_tells_more():
     for cut in (1, SIZE - 4):
-        assert sound(frames(9)[:-cut]) == [mp3((0, 8 * SIZE), frames=8 * 1152, cut=True)]
+        assert sound(frames(9)[:-cut]) == [mp3((0, 8 * SIZE), sample_count=8 * 1152, cut=True)]
         counted = (counting(9, 10 * SIZE) + frames(9))[:-cut]
-        assert sound(counted)[0].frames == 9 * 1152 and not sound(counted)[0].cut
+        assert sound(counted)[0].sample_count == 9 * 1152 and not sound(counted)[0].cut
         uncounted = (counting(None, 10 * SIZE) + frames(9))[:-cut]
-        assert sound(uncounted)[0].frames == 8 * 1152 and sound(uncounted)[0].cut
+        assert sound(uncounted)[0].sample_count == 8 * 1152 and sound(uncounted)[0].cut
     data = frames(9) + frames(9, rate=1)
     assert [stream.cut for stream in sound(data[:-1])] == [False, True]
 
@@ -309,9 +311,9 @@ def test_a_frame_that_is_cut_is_told_unless_a_count_tells_more():
 def test_frames_of_elder_layers_are_taken_as_they_lie():
     for layer, samples in ((1, 384), (2, 1152)):
         data = frames(9, layer=layer)
-        assert streams_of(data) == [Stream(((0, len(data)),), frames=9 * samples, preroll=0.5)]
+        assert streams_of(data) == [Stream(((0, len(data)),), sample_count=9 * samples, preroll=0.5)]
         tagged = counting(7, 7, layer=layer) + data  # a count is a thing of layer III
-        assert streams_of(tagged)[0].frames == 10 * samples
+        assert streams_of(tagged)[0].sample_count == 10 * samples
 
 
 @pytest.mark.parametrize("near, whole", [(0, True), (1, True), (-1, True), (2, False), (-2, False)])
@@ -322,21 +324,23 @@ def test_a_frame_that_counts_right_is_given_to_the_decoder_as_it_is(near, whole)
     good = counting(100, INFO + length + off)
     (stream,) = streams_of(good + frames(100))
     if whole:
-        assert stream == mp3((0, INFO + length), frames=100 * 1152)
+        assert stream == mp3((0, INFO + length), sample_count=100 * 1152)
         (parted,) = streams_of(good + frames(40) + b"\0" + frames(60))
         first = INFO + 40 * SIZE
-        assert parted == mp3((0, first), (first + 1, first + 1 + 60 * SIZE), frames=100 * 1152)
+        assert parted == mp3((0, first), (first + 1, first + 1 + 60 * SIZE), sample_count=100 * 1152)
     else:
-        assert stream.spans[0] != good and stream == mp3(stream.spans[0], (INFO, INFO + length), frames=100 * 1152)
+        assert stream.spans[0] != good and stream == mp3(
+            stream.spans[0], (INFO, INFO + length), sample_count=100 * 1152
+        )
 
 
 def test_a_count_is_believed_where_more_bytes_are_missing_than_a_frame_or_so():
     length = 20 * SIZE
     for beyond, frames_told in ((256, 20), (257, 23)):
         (stream,) = streams_of(counting(23, INFO + length + beyond) + frames(20))
-        assert stream.frames == frames_told * 1152
-    assert streams_of(counting(23, None) + frames(20))[0].frames == 23 * 1152
-    assert streams_of(counting(3, INFO + length + 999) + frames(20))[0].frames == 20 * 1152
+        assert stream.sample_count == frames_told * 1152
+    assert streams_of(counting(23, None) + frames(20))[0].sample_count == 23 * 1152
+    assert streams_of(counting(3, INFO + length + 999) + frames(20))[0].sample_count == 20 * 1152
 
 
 def note(delay: int, padding: int, by: bytes = b"LAME") -> bytes:
@@ -411,21 +415,21 @@ def test_a_count_is_read_where_its_flags_say():
 
     def counted(flags, *numbers, tag=b"Xing"):
         info = header() + bytes(32) + tag + struct.pack(f">I{len(numbers)}I", flags, *numbers)
-        return mpeg._counted(info, frame)
+        return mpeg._read_count(info, frame)
 
     assert counted(3, 7, 8) == counted(15, 7, 8) == counted(3, 7, 8, tag=b"Info") == (7, 8)
     assert counted(1, 7, 8) == (7, 0) and counted(2, 7, 8) == (0, 7) and counted(0, 7, 8) == counted(12, 7, 8) == (0, 0)
     assert counted(3, 7) == (7, 0) and counted(3, 7, 8, tag=b"Xinf") == (0, 0)
     assert counted(3, 1 << 28, 8) == (0, 8) and counted(3, (1 << 28) - 1, 8) == ((1 << 28) - 1, 8)
     vbri = header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8, 7)
-    assert mpeg._counted(vbri, frame) == mpeg._counted(vbri + b"...", frame) == (7, 8)
-    assert mpeg._counted(vbri[:-1], frame) == (0, 0)
+    assert mpeg._read_count(vbri, frame) == mpeg._read_count(vbri + b"...", frame) == (7, 8)
+    assert mpeg._read_count(vbri[:-1], frame) == (0, 0)
     for most, told in (((1 << 28) - 1, (1 << 28) - 1), (1 << 28, 0)):
-        assert mpeg._counted(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
+        assert mpeg._read_count(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
 
 
 def test_a_frame_that_counts_by_vbri_is_no_sound():
     vbri = (header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 9 * SIZE + SIZE, 9)).ljust(SIZE, b"\0")
-    assert streams_of(vbri + frames(9)) == [mp3((0, 10 * SIZE), frames=9 * 1152)]
+    assert streams_of(vbri + frames(9)) == [mp3((0, 10 * SIZE), sample_count=9 * 1152)]
     later = header() + bytes(33) + b"VBRI" + bytes(SIZE - 41)
-    assert sound(later + frames(9)) == [mp3((0, 10 * SIZE), frames=10 * 1152)]
+    assert sound(later + frames(9)) == [mp3((0, 10 * SIZE), sample_count=10 * 1152)]

@@ -10,6 +10,11 @@ from layouts import Bytes, layout_of, streams_of
 
 from las_fast.data.containers import Layout, Stream, ogg
 
+OTHER = "contains an Ogg part ({}) that cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+PARALLEL = (
+    "contains {} parallel audio streams, of which only the first is read; keep one: ffmpeg -i FILE -map 0:a:0 FILE.wav"
+)
+
 
 def page(body, serial=1, sequence=0, flags=0):
     lacing = [255] * (len(body) // 255) + [len(body) % 255]
@@ -28,7 +33,7 @@ def test_each_link_of_a_chain_is_a_stream():
     first, second = link(3), link(2, serial=2, codec=b"\x01vorbis")
     found = layout_of(first + second)
     assert [s.spans for s in found.streams] == [((0, len(first)),), ((len(first), len(first) + len(second)),)]
-    assert [(s.cut, s.hole) for s in found.streams] == [(False, "")] * 2 and not found.unread
+    assert [(s.cut, s.gap) for s in found.streams] == [(False, "")] * 2 and not found.unread
     again = streams_of(first + first)  # of the same number
     assert [s.spans for s in again] == [((0, len(first)),), ((len(first), 2 * len(first)),)]
 
@@ -45,16 +50,16 @@ def test_an_ogg_file_that_ends_within_a_page_or_before_its_last_is_cut(cut):
 
 def test_lost_pages_are_counted():
     (stream,) = streams_of(link(3, lost=4))
-    assert stream.hole == "pages of Ogg are missing or damaged (4)" and not stream.cut
+    assert stream.gap == "Ogg pages are missing or damaged (4)" and not stream.cut
     (stream,) = streams_of(link(3, lost=1 << 20))
-    assert stream.hole == ""
+    assert stream.gap == ""
 
 
 def test_bytes_between_pages_part_the_spans():
     first = page(b"OpusHead" + bytes(11), flags=2)
     last = page(b"x" * 300, sequence=1, flags=4)
     (stream,) = streams_of(first + b"junk" + last)
-    assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(last))) and not stream.hole
+    assert stream.spans == ((0, len(first)), (len(first) + 4, len(first) + 4 + len(last))) and not stream.gap
     middle = page(b"x" * 300, sequence=1)
     assert streams_of(first + b"." + last)[0].spans[1] == (len(first) + 1, len(first) + 1 + len(last))
     (stream,) = streams_of(first + b"junk" + middle + last)
@@ -63,11 +68,17 @@ def test_bytes_between_pages_part_the_spans():
 
 @pytest.mark.parametrize(
     ("codec", "name"),
-    [(b"Speex   ", "Speex"), (b"\x80theora", "Theora"), (b"BBCD", "Dirac"), (b"OVP80", "VP8"), (b"????", "a stream")],
+    [
+        (b"Speex   ", "Speex"),
+        (b"\x80theora", "Theora"),
+        (b"BBCD", "Dirac"),
+        (b"OVP80", "VP8"),
+        (b"????", "unknown codec"),
+    ],
 )
 def test_streams_of_ogg_that_are_not_read_are_named(codec, name):
     found = layout_of(link() + link(serial=2, codec=codec))
-    assert len(found.streams) == 1 and found.unread[0].startswith(f"holds a part in Ogg of {name}")
+    assert len(found.streams) == 1 and found.unread[0].startswith(f"contains an Ogg part ({name})")
     beside = page(codec + bytes(9), 7, 0, flags=2) + link()
     found = layout_of(beside)
     assert len(found.streams) == 1 and not found.unread and found.streams[0].spans == ((len(beside) - len(link()),
@@ -78,7 +89,7 @@ def test_of_two_sounds_side_by_side_the_first_is_read():
     heads = page(b"\x01vorbis" + bytes(9), 1, 0, flags=2) + page(b"OpusHead" + bytes(9), 2, 0, flags=2)
     body = page(b"a" * 40, 1, 1, flags=4) + page(b"b" * 40, 2, 1, flags=4)
     found = layout_of(heads + body)
-    assert found.unread == ["holds 2 streams of sound side by side, of which only the first is read"]
+    assert found.unread == [PARALLEL.format(2)]
     one = len(page(b"\x01vorbis" + bytes(9)))
     assert found.streams[0].spans == ((0, one), (len(heads), len(heads) + len(page(b"a" * 40))))
 
@@ -90,7 +101,7 @@ def test_flac_is_taken_out_of_its_pages():
     (stream,) = streams_of(first + second)
     begin = len(first) - len(head) + 9
     assert stream.spans == ((begin, len(first)), (len(first) + len(second) - 300, len(first) + len(second)))
-    assert stream.frames == 777 and stream.preroll == 0.0 and not stream.cut
+    assert stream.sample_count == 777 and stream.preroll == 0.0 and not stream.cut
 
 
 def test_a_page_of_ogg_needs_all_of_its_header():
@@ -100,17 +111,17 @@ def test_a_page_of_ogg_needs_all_of_its_header():
         assert ogg._ogg_page(source, 0) is None
     source = SimpleNamespace(size=len(whole), read=lambda a, n: whole[a : a + n])
     found = ogg._ogg_page(source, 0)
-    assert (found.place, found.body, found.after, found.flags) == (0, 28, 47, 2)
+    assert (found.position, found.body, found.after, found.flags) == (0, 28, 47, 2)
     assert (found.serial, found.sequence) == (b"\1\0\0\0", 0)
 
 
 def vorbis(*spans, **fields) -> Stream:
     """Return the stream of Vorbis or Opus in these bytes."""
-    return Stream(spans, preroll=0.5, counted=False, **fields)
+    return Stream(spans, preroll=0.5, length_known=False, **fields)
 
 
 def flac(*spans, **fields) -> Stream:
-    return Stream(spans, counted=False, resumable=True, **fields)
+    return Stream(spans, length_known=False, resumable=True, **fields)
 
 
 HEAD = page(b"OpusHead" + b"\7" * 40, flags=2)
@@ -121,7 +132,7 @@ def test_a_page_is_as_long_as_its_lacing_says():
     for body in (b"", bytes(254), bytes(255), bytes(255 * 255 - 1)):
         data = page(body, serial=0x04030201, sequence=0x08070605, flags=5)
         found = ogg._ogg_page(Bytes(b".." + data + b"OggS"), 2)
-        assert (found.place, found.body, found.after) == (2, 2 + len(data) - len(body), 2 + len(data))
+        assert (found.position, found.body, found.after) == (2, 2 + len(data) - len(body), 2 + len(data))
         assert (found.flags, found.serial, found.sequence) == (5, b"\1\2\3\4", 0x08070605)
     assert ogg._ogg_page(Bytes(b"OggS\1" + LAST[5:]), 0) is None
     assert ogg._ogg_page(Bytes(b"OggS\0" + bytes(21) + b"\0"), 0).after == 27
@@ -200,12 +211,12 @@ def test_bytes_behind_the_last_page_are_no_part_of_it():
 def test_pages_are_counted_by_their_numbers():
     def hole(*numbers):
         pages = [page(bytes(9), sequence=n, flags=4 * (n == numbers[-1])) for n in numbers]
-        return streams_of(page(b"OpusHead", sequence=7, flags=2) + b"".join(pages))[0].hole
+        return streams_of(page(b"OpusHead", sequence=7, flags=2) + b"".join(pages))[0].gap
 
     assert hole(8, 9, 10) == hole(8, 8, 9) == ""
-    assert hole(9, 10) == "pages of Ogg are missing or damaged (1)"
-    assert hole(9, 12) == hole(11, 12) == hole(8, 12) == "pages of Ogg are missing or damaged (3)"
-    assert hole(7 + (1 << 20)) == f"pages of Ogg are missing or damaged ({(1 << 20) - 1})"
+    assert hole(9, 10) == "Ogg pages are missing or damaged (1)"
+    assert hole(9, 12) == hole(11, 12) == hole(8, 12) == "Ogg pages are missing or damaged (3)"
+    assert hole(7 + (1 << 20)) == f"Ogg pages are missing or damaged ({(1 << 20) - 1})"
     assert hole(8 + (1 << 20)) == ""
 
 
@@ -238,12 +249,12 @@ def test_what_an_unread_part_holds_is_named():
     def unread(*codecs):
         return layout_of(b"".join(page(codec, n, flags=2) for n, codec in enumerate(codecs))).unread[0]
 
-    assert unread(b"Speex   ") == "holds a part in Ogg of Speex, which is not read"
-    assert unread(b"fishead\0") == "holds a part in Ogg of an unknown kind, which is not read"
-    assert unread(b"????") == "holds a part in Ogg of a stream of an unknown kind, which is not read"
-    assert unread(b"fishead\0", b"\x80theora", b"Speex   ") == "holds a part in Ogg of Theora, Speex, which is not read"
+    assert unread(b"Speex   ") == OTHER.format("Speex")
+    assert unread(b"fishead\0") == OTHER.format("unknown codec")
+    assert unread(b"????") == OTHER.format("unknown codec")
+    assert unread(b"fishead\0", b"\x80theora", b"Speex   ") == OTHER.format("Theora, Speex")
     both = layout_of(page(b"OpusHead", 1, flags=2) + page(b"OpusHead", 2, flags=2) + page(b"\1vorbis", 3, flags=6))
-    assert both.unread == ["holds 3 streams of sound side by side, of which only the first is read"]
+    assert both.unread == [PARALLEL.format(3)]
 
 
 def test_flac_in_pages_is_a_stream_of_its_packets():
@@ -252,9 +263,9 @@ def test_flac_in_pages_is_a_stream_of_its_packets():
     third = page(b"s" * 40, sequence=2, flags=4)
     begin, ends = len(first) - len(body) + 9, [len(first), len(first + second), len(first + second + third)]
     spans = [(begin, ends[0]), (ends[1] - 40, ends[1]), (ends[2] - 40, ends[2])]
-    assert streams_of(first + second + third) == [flac(*spans, frames=(3 << 32) + 777)]
-    assert streams_of(first + second) == [flac(*spans[:2], frames=(3 << 32) + 777, cut=True)]
+    assert streams_of(first + second + third) == [flac(*spans, sample_count=(3 << 32) + 777)]
+    assert streams_of(first + second) == [flac(*spans[:2], sample_count=(3 << 32) + 777, cut=True)]
     assert streams_of(first + third) == [
-        flac(spans[0], (ends[1] - 40, ends[1]), frames=(3 << 32) + 777,
-             hole="pages of Ogg are missing or damaged (1)")
+        flac(spans[0], (ends[1] - 40, ends[1]), sample_count=(3 << 32) + 777,
+             gap="Ogg pages are missing or damaged (1)")
     ]  # fmt: skip

@@ -1,9 +1,11 @@
-"""Where the sound lies in a file: the streams of a container, told from its bytes before anything is decoded.
+"""Find the audio streams of a file by parsing its container, before anything is decoded.
 
-libsndfile reads the first stream of a file and believes its header. Real files have several streams (chained Ogg,
-joined mp3 or FLAC), headers that were written before the length was known, and ends that are missing. `find_streams`
-walks the container, and says for each stream which bytes to decode, with a header that is right, and how much ought to
-be there.
+libsndfile reads the first stream of a file and trusts its header. Real files have several streams (chained Ogg, joined
+mp3 or FLAC), headers written before the length was known, and missing ends. `find_streams` returns for each stream the
+bytes to decode, under a corrected header where needed, and its expected length.
+
+Each format family has a module with a walk_FORMAT function, which adds the streams of the container at a position to a
+Layout and returns the container's end.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
 __all__ = ["OGG_CODECS", "Layout", "Source", "Stream", "View", "find_streams", "foreign_format"]
 
-BEHIND = 1 << 16  # bytes behind the sound that may be anything
-Walker = Callable[[Source, int, Layout], int]  # adds the streams of the container at a place, returns its end
+MAX_TRAILING = 1 << 16  # bytes after the audio that are ignored, whatever they are
+Walker = Callable[[Source, int, Layout], int]
 WALKERS: dict[str, Walker] = {
     "wav": walk_wav,
     "aiff": walk_aiff,
@@ -40,18 +42,18 @@ WALKERS: dict[str, Walker] = {
 
 
 def find_streams(source: Source) -> Layout:
-    """Return the streams of a file. A file of no known kind is one stream, for libsndfile to judge."""
+    """Return the streams of a file. A file of unknown format is one stream, for libsndfile to accept or refuse."""
     layout = Layout()
-    place = 0
-    while place < source.size:
-        place = skip_tags(source, place)
-        walk = _walker_at(source, place)
+    position = 0
+    while position < source.size:
+        position = skip_tags(source, position)
+        walk = _walker_at(source, position)
         if walk is None:
             if layout.streams and not layout.streams[-1].padding:
-                _note_behind(source, place, layout)
+                _note_trailing_bytes(source, position, layout)
             break
         before = len(layout.streams)
-        place = max(walk(source, place, layout), place + 1)
+        position = max(walk(source, position, layout), position + 1)
         if len(layout.streams) == before:
             break
     if not layout.streams and not foreign_format(source) and source.read(0, 4) not in ARCHIVES:
@@ -61,27 +63,31 @@ def find_streams(source: Source) -> Layout:
         walk_htk(source, layout)
     if not layout.streams:
         layout.streams.append(Stream(((0, source.size),)))
-    _note_uncounted(layout)
+    _note_oversized(layout)
     return layout
 
 
-def _walker_at(source: Source, place: int) -> Walker | None:
-    name = container_at(source, place)
+def _walker_at(source: Source, position: int) -> Walker | None:
+    name = container_at(source, position)
     return WALKERS[name] if name else None
 
 
-def _note_uncounted(layout: Layout) -> None:
-    """Note sound beyond the 4 GiB that a format can count; only streams of unknown length have it."""
+def _note_oversized(layout: Layout) -> None:
+    """Note streams of more than 4 GiB in formats that cannot count so many bytes; their headers give no length."""
     for stream in layout.streams:
         head, size = stream.spans[0], span_length(stream.spans[-1])
         if size > 0xFFFFFFFF and isinstance(head, bytes) and head[:4] in (b"FORM", b"RIFX", b".snd"):
-            layout.unread.append(f"holds {size} bytes of sound, of which no more than 4 GiB can be read in its format")
+            layout.unread.append(
+                f"contains {size} bytes of audio, of which only 4 GiB can be read in its format; "
+                "convert it to FLAC or W64"
+            )
 
 
-def _note_behind(source: Source, place: int, layout: Layout) -> None:
-    """Note many bytes behind the sound that are neither tags nor zeros."""
-    end = without_trailing_tags(source, place, source.size)
-    if end - place > BEHIND and find_pattern(source, re.compile(rb"[^\x00]"), place) < end:
+def _note_trailing_bytes(source: Source, position: int, layout: Layout) -> None:
+    """Note more than MAX_TRAILING bytes after the audio that are neither tags nor zeros."""
+    end = without_trailing_tags(source, position, source.size)
+    if end - position > MAX_TRAILING and find_pattern(source, re.compile(rb"[^\x00]"), position) < end:
         layout.unread.append(
-            f"has {end - place} bytes behind its sound, of an unknown kind; if they are sound, its header is wrong"
+            f"has {end - position} bytes of unknown data after its audio; "
+            "remove them, or repair the header if they are audio"
         )

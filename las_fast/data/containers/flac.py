@@ -1,4 +1,4 @@
-"""FLAC."""
+"""FLAC: metadata blocks, then frames up to the end of the file or the start of another one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ NEXT_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|RIFF....WAVEfmt |OggS\x00\
 
 
 def walk_flac(source: Source, start: int, layout: Layout) -> int:
-    place, last = start + 4, False
-    while not last and len(block := source.read(place, 4)) == 4:
+    """Add the stream of a FLAC file; return its end."""
+    position, last = start + 4, False
+    while not last and len(block := source.read(position, 4)) == 4:
         last = block[0] >= 128
-        place += 4 + int.from_bytes(block[1:], "big")
-    end = find_pattern(source, NEXT_START, place)
-    sound_end = end if end < source.size else without_trailing_tags(source, start, source.size)
-    frames, headless = flac_sample_count(source, start), not last or place >= source.size
-    layout.streams.append(Stream(((start, sound_end),), frames, headless=headless, resumable=True))
+        position += 4 + int.from_bytes(block[1:], "big")
+    end = find_pattern(source, NEXT_START, position)
+    audio_end = end if end < source.size else without_trailing_tags(source, start, source.size)
+    samples, headless = flac_sample_count(source, start), not last or position >= source.size
+    layout.streams.append(Stream(((start, audio_end),), samples, headless=headless, resumable=True))
     return end
 
 
 def flac_sample_count(source: Source, start: int) -> int | None:
-    """Return the number of samples per channel that a FLAC stream claims, if it does."""
+    """Return the number of samples per channel by the header of a FLAC stream, or None where it gives none."""
     return int.from_bytes(source.read(start + 21, 5), "big") & (1 << 36) - 1 or None

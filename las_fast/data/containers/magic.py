@@ -1,4 +1,4 @@
-"""Formats told by their first bytes: those that are read, and those that are known by name alone."""
+"""Recognise formats by their first bytes: those that are read, and those that are only named in errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from las_fast.data.containers.mpeg import frame_header
 from las_fast.data.containers.streams import Source
 from las_fast.data.containers.tags import skip_tags
 
-ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # that may hold an mp3 as it is
+ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # may contain an uncompressed mp3, which is not to be read
 MAGIC = {b"OggS": "ogg", b"fLaC": "flac", b".snd": "au", b"caff": "caf", b"riff": "w64"}
-RARE = {
+RARE = {  # formats whose length is computed in rare.py
     b"NIST_1A": "nist",
     b"2BIT": "avr",
     b"\x01\x04": "mpc",
@@ -19,7 +19,7 @@ RARE = {
     b"\0\0\x03\xe8\0\0\0\1\0\0\0\1": "mat4",
     b"MATLAB 5.0 MAT": "mat5",
 }
-FOREIGN = (
+FOREIGN = (  # (position, magic number, name)
     (4, b"ftyp", "MPEG-4 (m4a, mp4, mov)"),
     (0, b"\x1a\x45\xdf\xa3", "Matroska (webm, mkv)"),
     (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media (wma, asf)"),
@@ -41,9 +41,9 @@ FOREIGN = (
 )
 
 
-def container_at(source: Source, place: int) -> str | None:
-    """Return the format of the container that begins here, or None."""
-    head = source.read(place, 16)
+def container_at(source: Source, position: int) -> str | None:
+    """Return the format of the container that begins at a position, or None."""
+    head = source.read(position, 16)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return "wav"
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
@@ -57,11 +57,11 @@ def container_at(source: Source, place: int) -> str | None:
 
 
 def foreign_format(source: Source) -> str:
-    """Return the name of a format of sound or video that is known but not read here, or ""."""
+    """Return the name of a known but unsupported format of audio or video, or ""."""
     head = source.read(skip_tags(source, 0), 377)
-    for place, magic, what in FOREIGN:
-        if head[place:].startswith(magic):
-            return what
+    for position, magic, name in FOREIGN:
+        if head[position:].startswith(magic):
+            return name
     if len(head) == 377 and head[0] == head[188] == head[376] == 0x47:
         return "an MPEG transport stream"
     return "Ogg without Vorbis, Opus or FLAC" if head.startswith(b"OggS") else ""

@@ -1,4 +1,7 @@
-"""MPEG audio: mp3 and its elders."""
+"""MPEG audio: mp3 and layers I and II.
+
+Frames are counted one by one, because headers with a count (Xing, Info, VBRI) are often missing or wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 from las_fast.data.containers.streams import PREROLL, WINDOW, Layout, Source, Span, Stream
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
-KBPS = {  # by version 1 or 2, and layer: of index 1 to 14
+KBPS = {  # (version 1 or 2, layer): bit rates of index 1 to 14
     (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
     (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -19,23 +22,23 @@ KBPS = {  # by version 1 or 2, and layer: of index 1 to 14
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # that note their delay behind the count
-ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # in samples, as LAME notes it; no padding at the end
+ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # write their delay after the count
+ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # samples, in LAME's encoding; no padding at the end
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # three bytes that may begin a frame
+SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # matches where three bytes may begin a frame
 
 
 @dataclass(frozen=True)
 class FrameHeader:
     length: int  # bytes
-    samples: int
-    kind: tuple  # version, layer, rate, whether mono: what stays the same within a stream
-    info: int  # offset of a Xing header, if this frame is one
+    samples: int  # per channel
+    kind: tuple  # version, layer, rate and whether mono: constant within a stream
+    info: int  # offset of the Xing header, in a frame that has one
 
 
 @lru_cache(maxsize=4096)
 def frame_header(head: bytes) -> FrameHeader | None:
-    """Return what the header of an MPEG audio frame says, or None where these four bytes are none."""
+    """Parse the four bytes of an MPEG audio frame header; return None for other bytes."""
     if len(head) < 4 or head[0] != 255 or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, 4 - (head[1] >> 1 & 3)
@@ -47,11 +50,11 @@ def frame_header(head: bytes) -> FrameHeader | None:
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
     side = (17 if mono else 32) if version == 3 else (9 if mono else 17)
-    return FrameHeader(length, samples, (version, layer, rate, mono), 4 + side)  # a checksum moves no Xing header
+    return FrameHeader(length, samples, (version, layer, rate, mono), 4 + side)  # the same with a checksum
 
 
 def _frame_at(head: bytes) -> FrameHeader:
-    """Return the frame of a header that is known to be one."""
+    """Parse a frame header that is known to be valid."""
     frame = frame_header(head)
     assert frame is not None
     return frame
@@ -65,95 +68,98 @@ class _Run:
     first: bytes  # header of the first frame
     kind: tuple
     spans: list[list[int]]
-    info: bytes = b""  # the frame that counts the others, if there is one
+    info: bytes = b""  # the frame with the encoder's count of frames (Xing, Info or VBRI), if present
     frames: int = 0
-    lost: int = 0  # bytes in the middle that are no frames
+    lost: int = 0  # bytes between frames
     cut: bool = False
 
 
 def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None) -> int:
-    """mp3 and its elders. Frames are counted one by one, since headers that count them are missing or wrong."""
+    """Add a stream per run of MPEG frames; return the end of the last frame."""
     end = without_trailing_tags(source, start, source.size if end is None else end)
     runs: list[_Run] = []
-    place, skipped = _first_frame(source, start, min(end, start + (1 << 20)), end), 0
-    while place < end:
-        head = source.read(place, 4)
+    position, skipped = _first_frame(source, start, min(end, start + (1 << 20)), end), 0
+    while position < end:
+        head = source.read(position, 4)
         frame = frame_header(head)
-        if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, place, end, 2)):
-            after = skip_tags(source, place)
-            if after == place:
-                after = _first_frame(source, place, end, end)
-                skipped += after - place
-            place = after
+        if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, position, end, 2)):
+            after = skip_tags(source, position)
+            if after == position:
+                after = _first_frame(source, position, end, end)
+                skipped += after - position
+            position = after
             continue
-        if place + frame.length > end:
+        if position + frame.length > end:
             runs[-1].cut = True
             break
-        _add_frame(source, runs, place, head, frame, skipped)
-        skipped, place = 0, place + frame.length
+        _add_frame(source, runs, position, head, frame, skipped)
+        skipped, position = 0, position + frame.length
     layout.streams += [_mpeg_stream(run) for run in runs]
     return runs[-1].spans[-1][1] if runs and runs[-1].spans else end
 
 
-def _add_frame(source: Source, runs: list[_Run], place: int, head: bytes, frame: FrameHeader, skipped: int) -> None:
-    counts = _counting_frame(source, place, frame)
+def _add_frame(source: Source, runs: list[_Run], position: int, head: bytes, frame: FrameHeader, skipped: int) -> None:
+    """Add a frame to the last run, or begin a run; skipped is the number of bytes before the frame that are none."""
+    counts = _is_counting_frame(source, position, frame)
     if counts or not runs or frame.kind != runs[-1].kind:
-        info = source.read(place, frame.length) if counts else b""
-        runs.append(_Run(place, head, frame.kind, [], info))
+        info = source.read(position, frame.length) if counts else b""
+        runs.append(_Run(position, head, frame.kind, [], info))
     if counts:
         return
     run = runs[-1]
-    if run.spans and run.spans[-1][1] == place:
-        run.spans[-1][1] = place + frame.length
+    if run.spans and run.spans[-1][1] == position:
+        run.spans[-1][1] = position + frame.length
     else:
         run.lost += skipped if run.spans else 0
-        run.spans.append([place, place + frame.length])
+        run.spans.append([position, position + frame.length])
     run.frames += 1
 
 
-def _counting_frame(source: Source, place: int, frame: FrameHeader) -> bool:
+def _is_counting_frame(source: Source, position: int, frame: FrameHeader) -> bool:
+    """Return whether a frame has a count of frames (Xing, Info or VBRI) and no audio."""
     if frame.kind[1] != 3:
         return False
-    head = source.read(place, 40)
+    head = source.read(position, 40)
     return head[frame.info : frame.info + 4] in (b"Xing", b"Info") or head[36:] == b"VBRI"
 
 
-def _chain(source: Source, place: int, end: int, count: int) -> bool:
-    """Return whether `count` frames of one kind follow each other here, or fewer that end with the file."""
+def _chain(source: Source, position: int, end: int, count: int) -> bool:
+    """Return whether `count` frames of one kind follow each other here, or fewer up to the end of the file."""
     kind = None
     for _ in range(count):
-        frame = frame_header(source.read(place, 4))
+        frame = frame_header(source.read(position, 4))
         if frame is None or kind not in (None, frame.kind):
             return False
-        kind, place = frame.kind, place + frame.length
-        if place >= end:
-            return place == end
+        kind, position = frame.kind, position + frame.length
+        if position >= end:
+            return position == end
     return True
 
 
-def _first_frame(source: Source, place: int, until: int, end: int) -> int:
-    """Return where frames begin between place and until, or end."""
-    while place < until:
-        window = source.read(place, WINDOW)
-        for match in SYNC.finditer(window[: until - place]):
-            if _chain(source, place + match.start(), end, 4):
-                return place + match.start()
-        place += WINDOW - 2
+def _first_frame(source: Source, position: int, until: int, end: int) -> int:
+    """Return the first position in [position, until) where frames begin, or `end`."""
+    while position < until:
+        window = source.read(position, WINDOW)
+        for match in SYNC.finditer(window[: until - position]):
+            if _chain(source, position + match.start(), end, 4):
+                return position + match.start()
+        position += WINDOW - 2
     return end
 
 
 def _mpeg_stream(run: _Run) -> Stream:
+    """Return the stream of a run, with a correct counting frame before mp3."""
     frame = _frame_at(run.first)
-    claimed, size = _counted(run.info, frame)
+    claimed, size = _read_count(run.info, frame)
     spans = [(a, b) for a, b in run.spans]
     sound: tuple[Span, ...] = tuple(spans)
     length = sum(b - a for a, b in spans)
-    if size and size <= length + len(run.info) + 256:  # all bytes are there: the count lies
+    if size and size <= length + len(run.info) + 256:  # no bytes are missing: the count is wrong
         claimed = min(claimed, run.frames)
-    frames = max(run.frames, claimed) * frame.samples
+    samples = max(run.frames, claimed) * frame.samples
     lost_seconds = run.lost / max(1, length) * run.frames * frame.samples / run.kind[2]
-    hole = f"{run.lost} bytes in the middle are no sound" if lost_seconds > 0.1 else ""
-    options: dict[str, Any] = {"frames": frames, "cut": run.cut and not claimed, "hole": hole, "preroll": PREROLL}
+    gap = f"{run.lost} bytes in the middle are not audio" if lost_seconds > 0.1 else ""
+    options: dict[str, Any] = {"sample_count": samples, "cut": run.cut and not claimed, "gap": gap, "preroll": PREROLL}
     if run.kind[1] != 3:
         return Stream(sound, **options)
     if claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
@@ -165,19 +171,19 @@ def _mpeg_stream(run: _Run) -> Stream:
 
 
 def _padding(run: _Run) -> int:
-    """Return the samples that a decoder may take off at both ends, by the encoder's note, or a frame without one."""
-    place = _frame_at(run.first).info + 120 + 21
-    numbers = int.from_bytes(run.info[place : place + 3], "big") if len(run.info) >= place + 3 else 0
+    """Return the samples per channel that a decoder may remove at both ends: one frame, and what LAME's tag gives."""
+    position = _frame_at(run.first).info + 120 + 21
+    numbers = int.from_bytes(run.info[position : position + 3], "big") if len(run.info) >= position + 3 else 0
     return (numbers >> 12) + (numbers & 0xFFF) + 1152
 
 
-def _counted(info: bytes, frame: FrameHeader) -> tuple[int, int]:
-    """Return the frames and bytes that a counting frame gives, or 0; info is b"" where there is none."""
+def _read_count(info: bytes, frame: FrameHeader) -> tuple[int, int]:
+    """Return the number of frames and of bytes in a counting frame; 0 where unknown or where info is b""."""
     xing = info[frame.info : frame.info + 16].ljust(16, b"\0")
     if xing[:4] in (b"Xing", b"Info"):
         flags, *numbers = struct.unpack(">III", xing[4:])
-        found = [numbers.pop(0) if flags & bit else 0 for bit in (1, 2)]
-        return found[0] if found[0] < 1 << 28 else 0, found[1]
+        frames, size = (numbers.pop(0) if flags & bit else 0 for bit in (1, 2))
+        return frames if frames < 1 << 28 else 0, size
     if len(info) >= 54:  # VBRI
         size, frames = struct.unpack(">II", info[46:54])
         return frames if frames < 1 << 28 else 0, size
@@ -185,10 +191,10 @@ def _counted(info: bytes, frame: FrameHeader) -> tuple[int, int]:
 
 
 def _info_frame(run: _Run, length: int) -> bytes:
-    """Return a frame that gives the true count, so that the decoder neither guesses nor stops early.
+    """Return a Xing frame with the true count, so that the decoder neither guesses nor stops early.
 
-    Where the encoder left no note of its delay, that of LAME and most others is given, so that the sound begins where
-    it would have begun with the note.
+    It keeps the encoder's delay. Where none is given, it gives that of LAME and most others, so that the audio begins
+    at the same sample.
     """
     head = bytearray(run.first)
     head[1] |= 1  # no checksum

@@ -12,70 +12,76 @@ W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 
 def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, count: range) -> int:
-    """Add the stream whose samples begin at `begin`; claimed is the header's count of bytes (None: unknown).
+    """Add the stream whose samples begin at `begin`; return its end.
 
-    count is the places of that count in the header, to be put right where it is wrong.
+    Args:
+        claimed: length of the samples in bytes by the header; None: unknown.
+        count:   positions of that length in the header, where it is corrected if it is wrong.
     """
-    there = max(0, source.size - begin)
-    if claimed is not None and claimed <= 0 and there:  # it was never filled in
+    available = max(0, source.size - begin)
+    if claimed is not None and claimed <= 0 and available:  # never filled in
         claimed = None
-    end = begin + (there if claimed is None else min(claimed, there))
-    if claimed is not None and claimed <= there:
+    end = begin + (available if claimed is None else min(claimed, available))
+    if claimed is not None and claimed <= available:
         layout.streams.append(Stream(((start, end),)))
         return end
-    number = struct.pack(">q", end - begin) if len(count) == 8 else b"\xff" * 4  # in 4 bytes: all that there is
+    number = struct.pack(">q", end - begin) if len(count) == 8 else b"\xff" * 4  # AU: to the end of the file
     header = source.read(start, count.start - start) + number + source.read(count.stop, begin - count.stop)
-    layout.streams.append(Stream((header, (begin, end)), lacking=0 if claimed is None else claimed - there))
+    layout.streams.append(Stream((header, (begin, end)), missing_bytes=0 if claimed is None else claimed - available))
     return end
 
 
 def walk_au(source: Source, start: int, layout: Layout) -> int:
+    """Add the stream of an AU file; return its end."""
     offset, claimed = read_struct(source, start + 4, ">II")
-    known = None if is_unknown(claimed) and start + offset + claimed > source.size else claimed
-    return _append_plain(source, layout, start, start + max(24, offset), known, range(start + 8, start + 12))
+    end = start + offset + claimed
+    unknown = end > source.size if claimed != 0xFFFFFFFF else end != source.size
+    length = None if unknown and is_unknown(claimed) else claimed
+    return _append_plain(source, layout, start, start + max(24, offset), length, range(start + 8, start + 12))
 
 
 def walk_caf(source: Source, start: int, layout: Layout) -> int:
-    place = start + 8
+    """Add the stream of a Core Audio file; return its end."""
+    position = start + 8
     for _ in range(MAX_CHUNKS):
-        name, length = read_struct(source, place, ">4sq")
+        name, length = read_struct(source, position, ">4sq")
         if name == b"data":
-            claimed = None if length < 4 else length
-            # The count of edits, four bytes, belongs to the chunk
-            return _append_caf(source, layout, start, place, claimed)
-        place += 12 + length
+            claimed = None if length < 4 else length  # the chunk includes an edit count of 4 bytes
+            return _append_caf(source, layout, start, position, claimed)
+        position += 12 + length
     return add_headless(source, start, layout)
 
 
-def _append_caf(source: Source, layout: Layout, start: int, place: int, claimed: int | None) -> int:
-    begin = place + 12
-    end = _append_plain(source, layout, start, begin, claimed, range(place + 4, place + 12))
+def _append_caf(source: Source, layout: Layout, start: int, position: int, claimed: int | None) -> int:
+    begin = position + 12
+    end = _append_plain(source, layout, start, begin, claimed, range(position + 4, position + 12))
     following = end
     for _ in range(MAX_CHUNKS):
         name, length = read_struct(source, following, ">4sq")
         if not all(32 <= byte < 127 for byte in name) or not 0 <= length <= source.size - following - 12:
             break
         following += 12 + length
-    if following > end:  # chunks behind the sound, as ALAC's packet table
+    if following > end:  # chunks after the audio, such as ALAC's packet table
         layout.streams[-1] = Stream(((start, following),))
     return following
 
 
 def walk_w64(source: Source, start: int, layout: Layout) -> int:
-    place = start + 40
+    """Add the stream of a Sony Wave64 file; return its end."""
+    position = start + 40
     for _ in range(MAX_CHUNKS):
-        name, length = read_struct(source, place, "<16sq")
+        name, length = read_struct(source, position, "<16sq")
         if name == W64_DATA:
             claimed = length - 24 if 24 < length < 2**62 else None
-            there = source.size - place - 24
-            if claimed is not None and claimed <= there:
-                end = place + 24 + claimed + -claimed % 8
+            available = source.size - position - 24
+            if claimed is not None and claimed <= available:
+                end = position + 24 + claimed + -claimed % 8
                 end = end if container_at(source, end) else source.size
                 layout.streams.append(Stream(((start, end),)))
                 return end
-            header = source.read(start, place - start + 16) + struct.pack("<q", 24 + there)
-            lacking = claimed - there if claimed is not None else 0
-            layout.streams.append(Stream((header, (place + 24, source.size)), lacking=lacking))
+            header = source.read(start, position - start + 16) + struct.pack("<q", 24 + available)
+            missing_bytes = claimed - available if claimed is not None else 0
+            layout.streams.append(Stream((header, (position + 24, source.size)), missing_bytes=missing_bytes))
             return source.size
-        place += length + -length % 8
+        position += length + -length % 8
     return add_headless(source, start, layout)

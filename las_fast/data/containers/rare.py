@@ -1,4 +1,4 @@
-"""Rare formats, whose headers tell their length."""
+"""Rare formats whose end can be computed from the header, so that joined and truncated files are noticed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream,
 
 
 def walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
-    """A rare format, whose header tells its length."""
+    """Add the stream of a file that ends at claimed_end(source, start) by its header; return its end."""
     end = claimed_end(source, start)
-    layout.streams.append(Stream(((start, source.size),), lacking=max(0, end - source.size)))
+    layout.streams.append(Stream(((start, source.size),), missing_bytes=max(0, end - source.size)))
     if end > start and container_at(source, end):
         layout.streams[-1] = Stream(((start, end),))
         return end
@@ -20,7 +20,7 @@ def walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int
 
 
 def _nist_end(source: Source, start: int) -> int:
-    """NIST SPHERE: a header of text."""
+    """NIST SPHERE: a text header."""
     text = source.read(start, 1024).decode("latin-1")
     numbers = {name: int(value) for name, value in re.findall(r"^(\w+) -i ([0-9]{1,15})\s*$", text, re.MULTILINE)}
     length = re.match(r" *([0-9]{1,7})\n", text[8:])
@@ -29,52 +29,58 @@ def _nist_end(source: Source, start: int) -> int:
 
 
 def _avr_end(source: Source, start: int) -> int:
+    """Audio Visual Research."""
     stereo, bits, frames = read_struct(source, start + 12, ">HH10xI")
     return start + 128 + frames * (2 if stereo else 1) * bits // 8
 
 
 def _mpc_end(source: Source, start: int) -> int:
+    """Akai MPC 2000."""
     stereo, frames = read_struct(source, start + 21, "<B8xI")
     return start + 42 + frames * (1 + stereo) * 2
 
 
 def _wve_end(source: Source, start: int) -> int:
+    """Psion."""
     return start + 32 + read_struct(source, start + 18, ">I")[0]
 
 
 def _sds_end(source: Source, start: int) -> int:
-    """MIDI sample dump: packets of 127 bytes, 120 of them samples of 7 bits a byte."""
+    """MIDI sample dump: packets of 127 bytes, of which 120 hold samples, 7 bits per byte."""
     bits, *length = read_struct(source, start + 6, "<B3xBBB")
     frames = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
     return start + 21 + -(-frames // (120 // max(1, (bits + 6) // 7))) * 127
 
 
 def _voc_end(source: Source, start: int) -> int:
-    place = start + read_struct(source, start + 20, "<H")[0]
+    """Creative Voice: blocks up to one of type 0."""
+    position = start + read_struct(source, start + 20, "<H")[0]
     for _ in range(MAX_CHUNKS):
-        head = source.read(place, 4)
+        head = source.read(position, 4)
         if len(head) < 4 or not head[0]:
             break
-        place += 4 + int.from_bytes(head[1:], "little")
-    return place + 1 if source.read(place, 1) == b"\0" else place
+        position += 4 + int.from_bytes(head[1:], "little")
+    return position + 1 if source.read(position, 1) == b"\0" else position
 
 
 def _mat4_end(source: Source, start: int) -> int:
-    place, order = start, ">" if source.read(start, 4) == b"\0\0\x03\xe8" else "<"
-    for _ in range(2):  # the sample rate, the samples
-        kind, rows, columns, imaginary, name = read_struct(source, place, order + "5I")
+    """MATLAB 4: two matrices, the sample rate and the samples."""
+    position, order = start, ">" if source.read(start, 4) == b"\0\0\x03\xe8" else "<"
+    for _ in range(2):
+        kind, rows, columns, imaginary, name = read_struct(source, position, order + "5I")
         size = (8, 4, 4, 2, 2, 1)[min(kind % 100 // 10, 5)]
-        place += 20 + name + rows * columns * size * (1 + imaginary)
-    return place
+        position += 20 + name + rows * columns * size * (1 + imaginary)
+    return position
 
 
 def _mat5_end(source: Source, start: int) -> int:
-    place, order = start + 128, "<" if source.read(start + 126, 2) == b"IM" else ">"
+    """MATLAB 5: elements up to the end of the file."""
+    position, order = start + 128, "<" if source.read(start + 126, 2) == b"IM" else ">"
     for _ in range(MAX_CHUNKS):
-        if place + 8 > source.size:
+        if position + 8 > source.size:
             break
-        place += 8 + read_struct(source, place, order + "4xI")[0]
-    return place
+        position += 8 + read_struct(source, position, order + "4xI")[0]
+    return position
 
 
 CLAIMED_ENDS = {
@@ -90,9 +96,12 @@ CLAIMED_ENDS = {
 
 
 def walk_htk(source: Source, layout: Layout) -> None:
-    """HTK waveforms have no magic number, and libsndfile wants the length to be right."""
+    """Add the stream of a truncated HTK waveform, with a correct length, without which libsndfile refuses it.
+
+    HTK has no magic number: the header must be plausible.
+    """
     frames, period, size, kind = read_struct(source, 0, ">IIHH")
     if kind == 0 and size == 2 and 10 <= period <= 10_000 and frames * 2 + 12 > source.size > 12:
         header = struct.pack(">IIHH", (source.size - 12) // 2, period, size, kind)
         end = 12 + (source.size - 12) // 2 * 2
-        layout.streams.append(Stream((header, (12, end)), lacking=frames * 2 + 12 - source.size))
+        layout.streams.append(Stream((header, (12, end)), missing_bytes=frames * 2 + 12 - source.size))

@@ -1,20 +1,20 @@
-"""Tags before and behind the sound: ID3v2, ID3v1 and APE."""
+"""Tags before the audio (ID3v2) and after it (ID3v1, APE)."""
 
 from __future__ import annotations
 
 from las_fast.data.containers.streams import Source, read_struct
 
 
-def skip_tags(source: Source, place: int) -> int:
-    """Return where the sound begins behind ID3v2 tags."""
-    while (head := source.read(place, 10))[:3] == b"ID3" and len(head) == 10:
+def skip_tags(source: Source, position: int) -> int:
+    """Return the position after any ID3v2 tags."""
+    while (head := source.read(position, 10))[:3] == b"ID3" and len(head) == 10:
         size = sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        place += 10 + size + (10 if head[5] & 16 else 0)
-    return place
+        position += 10 + size + (10 if head[5] & 16 else 0)
+    return position
 
 
 def without_trailing_tags(source: Source, start: int, end: int) -> int:
-    """Return the end of the sound before ID3v1 and APE tags."""
+    """Return the end of the audio in [start, end), without ID3v1 and APE tags after it."""
     while True:
         before = end
         if source.read(end - 128, 3) == b"TAG" and end - 128 >= start:
