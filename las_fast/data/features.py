@@ -1,11 +1,11 @@
-"""Waveforms to log-mel or MFCC frames, on torch.stft, with Kaldi's definitions.
+"""Compute log-mel or MFCC frames of waveforms by torch.stft, as Kaldi defines them.
 
-A frame holds window_ms of samples (scaled to 16-bit range) every shift_ms, whole windows only. Its mean is removed, it
-is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and padded with zeros to a power of two. Filters are
-triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power spectrum. Log-mel is
-the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
+There is a frame of window_ms of samples (scaled to 16-bit range) every shift_ms; windows are never partial. The mean of
+a frame is subtracted; it is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and zero-padded to a power of
+two. The filters are triangles on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sample rate, over the power
+spectrum. Log-mel is the natural logarithm of their energies; MFCC is its orthonormal DCT-II, liftered with 22.
 
-One stft does all of that because these steps are linear. With e the whole signal pre-emphasised and w the window,
+These steps are linear, so one stft computes them for all frames. With e the pre-emphasised signal and w the window,
     window(preemphasis(frame - mean)) = w * e - (1 - 0.97) * mean * w
 (the first sample of a frame would differ, but the window is 0 there), so the spectrum of a frame is the stft of e minus
 0.03 * mean * FFT(w).
@@ -27,25 +27,25 @@ from las_fast.errors import InputError
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
 LIFTER = 22.0
-FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor of a filter's energy
-BLOCK_FRAMES = 256  # frames in one stft: its spectrum stays in the processor's cache
+FLOOR = torch.finfo(torch.float32).eps  # Kaldi's minimum of a filter's energy
+BLOCK_FRAMES = 256  # frames per stft, so that the spectrum fits into the CPU cache
 
 
 def compute_features(
     waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
 ) -> list[torch.Tensor]:
-    """Turn waveforms into frames; a waveform's frames do not depend on the others.
+    """Compute the frames of each waveform, independently of the others.
 
     Args:
         waveforms: (B, N) float32, or a list of B one-dimensional tensors or arrays, samples from -1 to 1 at
-                   config.sample_rate. One shorter than a window is padded with zeros to one frame.
+                   config.sample_rate. A waveform shorter than a window is zero-padded to one frame.
         config:    kind, size, mel_bins, sample_rate, window_ms and shift_ms are used.
 
     Returns:
         B tensors (T, config.size) float32 with T = 1 + (N - window) // shift.
 
     Raises:
-        InputError: a waveform has no samples, or the settings make no sense together.
+        InputError: a waveform has no samples or several channels, or the settings do not fit together.
     """
     window, shift = frame_sizes(config)
     check_settings(config)
@@ -59,8 +59,8 @@ def compute_features(
     pad = torch.nn.functional.pad
     signals = [pad(signal, (0, window - len(signal))) if len(signal) < window else signal for signal in signals]
     counts = [1 + (len(signal) - window) // shift for signal in signals]
-    # Every signal starts on a multiple of the shift in one long stream, so that one stft serves all without padding to
-    # the longest; frames that reach over a border are dropped.
+    # Concatenate all signals, each starting at a multiple of the shift, so that one stft serves all without padding to
+    # the longest. Frames that cross from one signal to the next are dropped.
     slots = [count - 1 + -(-_fft_size(window) // shift) for count in counts]
     stream = torch.zeros(sum(slots) * shift)
     starts = np.cumsum([0, *slots[:-1]]).tolist()
@@ -74,37 +74,38 @@ def compute_features(
 def speech_features(
     waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
 ) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
-    """Turn waveforms into the frames that training and decoding use: with config.trim_silence, those near speech.
+    """Compute the frames for training and decoding: with config.trim_silence only those near speech.
 
     Args, Raises: as compute_features.
 
     Returns:
-        For each waveform its frames (T, config.size) float32, and the (start, end) of the frames of compute_features
-        that they are.
+        For each waveform its frames (T, config.size) float32, and the (start, end) of their runs in the frames of
+        compute_features.
     """
-    from las_fast.data.silence import without_silence
+    from las_fast.data.silence import trim_silence
 
     if not config.trim_silence:
         return [(frames, [(0, len(frames))]) for frames in compute_features(waveforms, config)]
     check_settings(config)
-    found = [without_silence(frames, config) for frames in compute_features(waveforms, logmel_config(config))]
-    return [(cepstra(frames, config), spans) for frames, spans in found]
+    trimmed = [trim_silence(frames, config) for frames in compute_features(waveforms, logmel_config(config))]
+    return [(cepstra(frames, config), spans) for frames, spans in trimmed]
 
 
 def logmel_config(config: FeatureConfig) -> FeatureConfig:
-    """Return the settings of the log-mel frames that features of `config` are made from."""
+    """Return the config of the log-mel frames from which the features of `config` are computed."""
     return config if config.kind == "logmel" else replace(config, kind="logmel", size=config.mel_bins)
 
 
 def cepstra(logmel: torch.Tensor, config: FeatureConfig) -> torch.Tensor:
-    """Return features of config.kind from log-mel frames (T, bins): the same, or MFCC (T, config.size)."""
+    """Convert log-mel frames (T, bins) to config.kind: unchanged, or MFCC (T, config.size)."""
     return logmel if config.kind == "logmel" else logmel @ _cepstrum(config.mel_bins, config.size).float()
 
 
 def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
-    """Append `order` (0, 1 or 2) rounds of slopes over time to features (T, F); returns (T, F * (1 + order)).
+    """Append deltas up to an order of 0, 1 or 2 to features (T, F); returns (T, F * (1 + order)).
 
-    The slope is the regression over two frames to either side, sum n (x[t+n] - x[t-n]) / 10; edge frames are repeated.
+    A delta is the regression slope over two frames on either side, sum n (x[t+n] - x[t-n]) / 10, with edge frames
+    repeated.
     """
     blocks = [features]
     for _ in range(order):
@@ -114,30 +115,30 @@ def add_deltas(features: torch.Tensor, order: int) -> torch.Tensor:
 
 
 def frame_sizes(config: FeatureConfig) -> tuple[int, int]:
-    """Return window and shift in samples."""
+    """Return (window, shift) in samples."""
     return round(config.sample_rate * config.window_ms / 1000), round(config.sample_rate * config.shift_ms / 1000)
 
 
 def seconds_of(frames, config: FeatureConfig):
-    """Return how many seconds a number or an array of frames lasts.
+    """Return the duration in seconds of a number of frames, or of an array of numbers.
 
-    The shift is a whole number of samples, which may differ from shift_ms: at 22050 Hz 10 ms are 220.
+    The shift is a whole number of samples, which may differ from shift_ms: at 22050 Hz, 10 ms are 220 samples.
     """
     return frames * frame_sizes(config)[1] / config.sample_rate
 
 
 def check_settings(config: FeatureConfig) -> None:
-    """Raise InputError when frames cannot be computed with these settings."""
+    """Raise InputError if frames cannot be computed with these settings."""
     window, shift = frame_sizes(config)
     if window < 2 or shift < 1:
         raise InputError(
             f"features.window_ms {config.window_ms} and shift_ms {config.shift_ms} at {config.sample_rate} Hz make "
-            f"a window of {window} samples every {shift}; give at least 2 and 1"
+            f"a window of {window} and a shift of {shift} samples; give at least 2 and 1"
         )
     if config.kind == "mfcc" and config.size > config.mel_bins:
         raise InputError(
-            f"features.size {config.size} MFCC need at least as many mel filters; "
-            f"features.mel_bins is {config.mel_bins}"
+            f"features.size {config.size} must be at most features.mel_bins {config.mel_bins} for MFCC; "
+            "lower the size or raise mel_bins"
         )
 
 
@@ -148,7 +149,7 @@ def _preemphasised(signal: torch.Tensor) -> torch.Tensor:
 
 
 def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Tensor:
-    """Return the frames (slots, size) of a stream of pre-emphasised signals, block by block."""
+    """Compute the frames (total, size) of a stream of pre-emphasised signals, block by block."""
     window, shift = frame_sizes(config)
     size = _fft_size(window)
     taper, spectrum_of_taper, filters, transform = _tables(config)
@@ -176,7 +177,7 @@ def _fft_size(window: int) -> int:
 
 @lru_cache(maxsize=8)
 def _tables(config: FeatureConfig):
-    """Return the padded window, its spectrum, the filters (bins, mel) and the MFCC matrix (mel, size) or None."""
+    """Return the padded window, its spectrum, the filters (fft bins, mel) and the MFCC matrix (mel, size) or None."""
     window, _ = frame_sizes(config)
     size = _fft_size(window)
     n = torch.arange(window, dtype=torch.float64)
@@ -189,12 +190,12 @@ def _tables(config: FeatureConfig):
 
 
 def filter_centres(count: int, sample_rate: int) -> torch.Tensor:
-    """Return the centres of `count` mel filters in Hz, (count,) float64."""
+    """Return the centre frequencies of `count` mel filters in Hz, (count,) float64."""
     return 700.0 * torch.expm1(_filter_edges(count, sample_rate)[1:-1] / 1127.0)
 
 
 def _filter_edges(count: int, sample_rate: int) -> torch.Tensor:
-    """Return the edges and centres (count + 2,) of `count` mel filters, in mel."""
+    """Return the edges of `count` mel filters in mel, (count + 2,); the inner ones are also centres."""
     low, high = _mel(LOW_HZ).item(), _mel(sample_rate / 2).item()
     return torch.linspace(low, high, count + 2, dtype=torch.float64)
 
@@ -204,8 +205,7 @@ def _mel(hertz) -> torch.Tensor:
 
 
 def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
-    """Return (fft_size // 2 + 1, count) triangles of height 1, evenly spaced in mel; the Nyquist bin is unused."""
-
+    """Return triangles of height 1, evenly spaced in mel, (fft_size // 2 + 1, count); the Nyquist bin is 0."""
     edges = _filter_edges(count, sample_rate)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     x = _mel(torch.arange(fft_size // 2 + 1, dtype=torch.float64) * (sample_rate / fft_size))[:, None]
@@ -215,7 +215,7 @@ def _mel_filters(count: int, fft_size: int, sample_rate: int) -> torch.Tensor:
 
 
 def _cepstrum(bins: int, count: int) -> torch.Tensor:
-    """Return (bins, count): orthonormal DCT-II times the lifter 1 + 11 sin(pi k / 22)."""
+    """Return the orthonormal DCT-II times the lifter 1 + 11 sin(pi k / 22), (bins, count)."""
     k = torch.arange(count, dtype=torch.float64)
     n = torch.arange(bins, dtype=torch.float64)[:, None]
     dct = math.sqrt(2.0 / bins) * torch.cos(math.pi / bins * (n + 0.5) * k)

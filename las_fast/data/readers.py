@@ -172,6 +172,8 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
         else:
             with np.errstate(over="ignore"):
                 frames = np.ascontiguousarray(array.T if transposed else array, np.float32)
+            # Not features.seconds_of: it rounds the shift to whole samples at features.sample_rate, but these frames
+            # were computed elsewhere, at an unknown sample rate.
             yield Item(u.id, None, len(frames) * features.shift_ms / 1000, frames)
 
 

@@ -1,4 +1,4 @@
-"""Samples in memory: checked, and written to a file without a name, which is then read as any recording is."""
+"""Recordings in memory: check an array, and write it to a temporary file that is read like any recording."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import soundfile
 
 from las_fast.errors import InputError
 
-RATES = (1000, 768_000)  # Hz of a recording; others are a damaged header
-CHANNELS = 64  # more are no recording, but features perhaps
-BLOCK = 1 << 20  # numbers converted at once
-SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT"}  # in which libsndfile keeps each dtype exactly
+RATES = (1000, 768_000)  # Hz; other rates mean a damaged header
+MAX_CHANNELS = 64  # more columns are probably features
+BLOCK = 1 << 20  # samples per channel converted at a time
+SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT"}  # libsndfile's exact subtype of each dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """A recording as an array: (N, C) float, int16 or int32, N >= 1; floats are from -1 to 1, rate is in Hz."""
+    """A recording in memory: array (N, C) of float from -1 to 1, int16 or int32, N >= 1; rate in Hz."""
 
     array: np.ndarray
     rate: int
 
     def write(self, descriptor: int) -> None:
-        """Write the samples to a file, as float32 where they are of another float type."""
+        """Write the samples to a file; other floats are converted to float32."""
         count, channels = self.array.shape
         dtype = self.array.dtype.name if self.array.dtype.name in SUBTYPES else "float32"
         options = {"format": "W64", "subtype": SUBTYPES[dtype]}
         with soundfile.SoundFile(os.dup(descriptor), "w", self.rate, channels, **options) as file:
             for place in range(0, count, BLOCK):
-                with np.errstate(over="ignore"):  # what float32 cannot hold is refused when it is read
+                with np.errstate(over="ignore"):  # overflows become infinite, which reading refuses
                     file.write(np.ascontiguousarray(self.array[place : place + BLOCK], dtype))
 
 
 def to_samples(array: Any, rate: Any) -> Samples:
-    """Return Samples of a numpy array or torch tensor of one channel, (N,), or several, (N, C).
+    """Make Samples from a numpy array or torch tensor: (N,) for one channel, (N, C) for several.
 
     Raises:
-        InputError: the shape, the dtype or the rate is none of a recording, or there are no samples.
+        InputError: the shape, dtype or rate is not that of a recording, or the array is empty.
     """
     if rate is None:
         raise InputError("an array does not say its sample rate; give sample_rate=16000 or whatever it is")
@@ -52,14 +52,14 @@ def to_samples(array: Any, rate: Any) -> Samples:
     if not array.size:
         raise InputError(f"the array holds no samples: its shape is {array.shape}")
     columns = array.reshape(len(array), -1)
-    if columns.shape[1] > min(len(columns), CHANNELS):
-        advice = "give array.T" if columns.shape[1] > len(columns) else f"give at most {CHANNELS} channels"
+    if columns.shape[1] > min(len(columns), MAX_CHANNELS):
+        advice = "give array.T" if columns.shape[1] > len(columns) else f"give at most {MAX_CHANNELS} channels"
         raise InputError(f"the samples must have shape (N,) or (N, channels); got {array.shape}; {advice}")
     return Samples(columns, to_rate(rate))
 
 
 def to_rate(rate: Any) -> int:
-    """Return a sample rate in Hz as an int; raise InputError where it is none."""
+    """Return a sample rate in Hz as an int; raise InputError if it is not a whole number in RATES."""
     low, high = RATES
     try:
         whole = operator.index(int(rate) if isinstance(rate, float) and rate.is_integer() else rate)
@@ -76,7 +76,7 @@ def is_array(value: Any) -> bool:
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """Return a numpy array or a torch tensor, on whatever device and of whatever float type, as a numpy array."""
+    """Convert a torch tensor on any device and of any float type to a numpy array; return numpy arrays as they are."""
     if not _is_tensor(array):
         return array
     array = array.detach().cpu()

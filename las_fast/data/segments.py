@@ -1,8 +1,8 @@
 """Cut a recording into segments of speech, block by block, in bounded memory.
 
-A model learns from single utterances. So a recording is cut at its quietest places into chunks of at most 20 seconds,
-each chunk at its pauses of a second or more into segments with half a second of silence around them, and each segment
-is normalised by itself. A short recording without such pauses has the frames that training and decoding use.
+A model learns from single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
+seconds. Each chunk is cut at pauses of a second or more into segments, with half a second of silence around them, and
+each segment is normalised on its own. A short recording without such pauses has the same frames as in training.
 """
 
 from __future__ import annotations
@@ -19,17 +19,26 @@ from torch.nn import functional as F
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, seconds_of
-from las_fast.data.silence import DECIBEL, band_energy, find_speech, frames_in, is_usual, level_silence, near, spans
+from las_fast.data.silence import (
+    DECIBEL,
+    band_energy,
+    find_speech,
+    frames_in,
+    has_usual_silence,
+    level_silence,
+    near_speech,
+    true_runs,
+)
 
-LONGEST = 20.0  # seconds of a chunk
-QUIET_SPAN = 0.2  # seconds over which energy is averaged to find a place to cut
-SHORTEST = 0.1  # seconds of speech in a segment
-EDGE = 0.1  # seconds added before and after speech in the times of a segment
+MAX_CHUNK = 20.0  # seconds
+QUIET_SPAN = 0.2  # seconds over which energy is summed to find the quietest point
+MIN_SPEECH = 0.1  # seconds of speech in a segment
+EDGE = 0.1  # seconds that the times of a segment include before and after its speech
 
 
 @dataclass(frozen=True)
 class Speech:
-    """A segment: its times in seconds, and its features (T, input_size) as the model takes them."""
+    """A segment of speech: start and end in seconds, and the model's input features (T, input_size)."""
 
     start: float
     end: float
@@ -39,10 +48,12 @@ class Speech:
 def segments(
     blocks: Iterable[np.ndarray], config: FeatureConfig, statistics: Statistics | None = None
 ) -> Iterator[Speech]:
-    """Yield the segments of a recording that comes in blocks (n,) float32 at config.sample_rate.
+    """Yield the segments of a recording, which is given in blocks (n,) float32 at config.sample_rate.
 
-    Segments do not depend on where the blocks end. statistics are those of the training data, for normalisation
-    "global". A recording without speech yields nothing.
+    Segments do not depend on the sizes of the blocks. A recording without speech yields nothing.
+
+    Args:
+        statistics: of the training data, for normalisation "global".
     """
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
         begin, last = (seconds_of(first + frame, config) for frame in (0, len(chunk)))
@@ -53,9 +64,9 @@ def segments(
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:
-    """Yield the frames of a recording, (T, bins) float32 some seconds at a time, as compute_features gives them."""
+    """Compute the frames of a recording in blocks as compute_features does; yield (T, bins) float32 every MAX_CHUNK."""
     window, shift = frame_sizes(config)
-    enough = window + round(LONGEST * config.sample_rate)
+    enough = window + round(MAX_CHUNK * config.sample_rate)
     held: list[np.ndarray] = []
     count, begun = 0, False
     for block in blocks:
@@ -72,17 +83,18 @@ def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Ten
 
 
 def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first frame, frames) of consecutive chunks of at most LONGEST seconds, which hold all of the frames.
+    """Cut all frames into consecutive chunks of at most MAX_CHUNK seconds; yield (first frame, frames) of each.
 
-    A cut is made where the recording is quietest in the second half of what a chunk may hold.
+    Each cut is at the quietest point of the second half of MAX_CHUNK.
     """
-    most, span = frames_in(LONGEST, config), frames_in(QUIET_SPAN, config)
+    longest, span = frames_in(MAX_CHUNK, config), frames_in(QUIET_SPAN, config)
     held, first = torch.empty(0), 0
-    for more in chain(frames, [None]):  # None: no more will come
-        enough = most + 1 if more is None else most + span
+    for more in chain(frames, [None]):  # None: the end
+        enough = longest + 1 if more is None else longest + span
         held = held if more is None else torch.cat([held, more])
         while len(held) >= enough:
-            cut = _quietest(held, most // 2, min(most, len(held) - span), span, config)  # leave no crumb at the end
+            last = min(longest, len(held) - span)  # leave at least `span` frames
+            cut = _quietest(held, longest // 2, last, span, config)
             yield first, held[:cut]
             held, first = held[cut:], first + cut
     if len(held):
@@ -90,7 +102,7 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
 
 
 def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureConfig) -> int:
-    """Return the frame from first to last around which `span` frames hold the least energy."""
+    """Return the frame in [first, last] around which `span` frames have the least energy."""
     energy = torch.exp(band_energy(frames[first - span // 2 : last + span], config).double() / DECIBEL)
     total = F.pad(energy.cumsum(0), (1, 0))
     sums = total[span:] - total[:-span]
@@ -98,18 +110,18 @@ def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureC
 
 
 def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield ((first, last + 1) frame of speech, frames to hear) of each segment of a chunk of log-mel frames."""
+    """Yield ((start, end) of the speech, frames to recognise) of each segment of a chunk of log-mel frames."""
     energy = band_energy(chunk, config)
     speech = find_speech(energy, config)
     if not speech.any():
         return
-    kept = near(speech, config)
-    usual = not config.trim_silence or is_usual(energy, speech, kept, config)
-    found = spans(kept)
-    if usual and len(found) == 1:
-        found = [(0, len(chunk))]
-    level = chunk if usual else level_silence(chunk, speech)
-    for start, end in found:
-        places = speech[start:end].nonzero()[:, 0]
-        if len(places) >= frames_in(SHORTEST, config):
-            yield (start + int(places[0]), start + int(places[-1]) + 1), level[start:end]
+    kept = near_speech(speech, config)
+    usual = not config.trim_silence or has_usual_silence(energy, speech, kept, config)
+    runs = true_runs(kept)
+    if usual and len(runs) == 1:
+        runs = [(0, len(chunk))]
+    frames = chunk if usual else level_silence(chunk, speech)
+    for start, end in runs:
+        indices = speech[start:end].nonzero()[:, 0]
+        if len(indices) >= frames_in(MIN_SPEECH, config):
+            yield (start + int(indices[0]), start + int(indices[-1]) + 1), frames[start:end]

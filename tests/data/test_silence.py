@@ -13,12 +13,12 @@ from las_fast.data.silence import (
     band_energy,
     find_speech,
     frames_in,
-    is_usual,
+    has_usual_silence,
     level_silence,
-    near,
+    near_speech,
     noise_floor,
-    spans,
-    without_silence,
+    trim_silence,
+    true_runs,
 )
 
 CONFIG = FeatureConfig()
@@ -67,7 +67,7 @@ def test_there_is_no_speech_in_steady_sound(kind, db):
 def test_recordings_of_a_few_frames_have_a_mask_of_their_length(seconds):
     frames = log_mel(SPEECH[: int(seconds * RATE)])
     assert speech_in(SPEECH[: int(seconds * RATE)]).shape == (len(frames),)
-    kept, where = without_silence(frames, CONFIG)
+    kept, where = trim_silence(frames, CONFIG)
     assert len(kept) == sum(end - start for start, end in where) >= 1
 
 
@@ -92,8 +92,8 @@ def test_frames_near_speech_are_kept_and_no_others():
     speech[[60, 170]] = True
     reach = round(100 * MARGIN)
     expected = [(60 - reach, 61 + reach), (170 - reach, 200)]
-    assert spans(near(speech, CONFIG)) == expected
-    assert spans(near(speech, CONFIG, 1.5)) == [(0, 200)]
+    assert true_runs(near_speech(speech, CONFIG)) == expected
+    assert true_runs(near_speech(speech, CONFIG, 1.5)) == [(0, 200)]
 
 
 @pytest.mark.parametrize(("rate", "frames"), [(16_000, 2000), (11_025, 2005), (22_050, 2005)])
@@ -155,12 +155,13 @@ def test_five_frames_4_db_above_the_floor_are_speech(frames, height, found):
 def test_speech_is_at_most_50_db_below_its_level():
     energy = torch.zeros(2000)
     energy[500:600], energy[700:720], energy[800:820] = 60.0, 10.0, 10.5
-    assert spans(find_speech(energy, CONFIG)) == [(500, 600), (800, 820)]
+    assert true_runs(find_speech(energy, CONFIG)) == [(500, 600), (800, 820)]
 
 
 def test_spans_are_the_runs_of_a_mask():
-    assert spans(torch.tensor([True, False, True, True])) == [(0, 1), (2, 4)]
-    assert spans(torch.tensor([False, True, False])) == [(1, 2)] and spans(torch.zeros(3, dtype=torch.bool)) == []
+    assert true_runs(torch.tensor([True, False, True, True])) == [(0, 1), (2, 4)]
+    assert true_runs(torch.tensor([False, True, False])) == [(1, 2)]
+    assert true_runs(torch.zeros(3, dtype=torch.bool)) == []
 
 
 @pytest.mark.parametrize(("depth", "frames", "usual"), [(70.5, 4, True), (70.5, 5, False), (70.0, 50, True)])
@@ -168,7 +169,7 @@ def test_five_frames_more_than_70_db_below_speech_are_not_usual(depth, frames, u
     speech = torch.arange(300) < 250
     energy = torch.where(speech, 100.0, 60.0)
     energy[300 - frames :] = 100.0 - depth
-    assert is_usual(energy, speech, near(speech, CONFIG), CONFIG) is usual
+    assert has_usual_silence(energy, speech, near_speech(speech, CONFIG), CONFIG) is usual
 
 
 @pytest.mark.parametrize(("silent", "usual"), [(39, True), (40, True), (41, False)])
@@ -176,7 +177,7 @@ def test_a_usual_share_of_silence_is_kept(silent, usual):
     speech = torch.zeros(100, dtype=torch.bool)
     speech[: 100 - silent - round(100 * MARGIN)] = True
     frames = torch.where(speech[:, None], 9.0, 0.0).expand(-1, 23)
-    assert is_usual(band_energy(frames, CONFIG), speech, near(speech, CONFIG), CONFIG) == usual
+    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == usual
 
 
 @pytest.mark.parametrize(("zeros", "usual"), [(0, True), (2, True), (20, False)])
@@ -184,7 +185,7 @@ def test_digital_zeros_are_not_usual(zeros, usual):
     speech = torch.arange(300) < 280
     frames = torch.where(speech[:, None], 9.0, 0.0).repeat(1, 23)
     frames[len(frames) - zeros :] = -15.9
-    assert is_usual(band_energy(frames, CONFIG), speech, near(speech, CONFIG), CONFIG) == usual
+    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == usual
 
 
 def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():

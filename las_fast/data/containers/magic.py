@@ -6,7 +6,11 @@ from las_fast.data.containers.mpeg import frame_header
 from las_fast.data.containers.streams import Source
 from las_fast.data.containers.tags import skip_tags
 
-ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")  # may contain an uncompressed mp3, which is not to be read
+ARCHIVES = (
+    b"PK\x03\x04",
+    b"Rar!",
+    b"7z\xbc\xaf",
+)  # may store an mp3 uncompressed, which is not to be read
 MAGIC = {b"OggS": "ogg", b"fLaC": "flac", b".snd": "au", b"caff": "caf", b"riff": "w64"}
 RARE = {  # formats whose length is computed in rare.py
     b"NIST_1A": "nist",

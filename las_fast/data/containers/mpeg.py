@@ -30,6 +30,8 @@ SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # matches where three by
 
 @dataclass(frozen=True)
 class FrameHeader:
+    """What the header of an MPEG audio frame gives."""
+
     length: int  # bytes
     samples: int  # per channel
     kind: tuple  # version, layer, rate and whether mono: constant within a stream
@@ -99,7 +101,7 @@ def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None
 
 
 def _add_frame(source: Source, runs: list[_Run], position: int, head: bytes, frame: FrameHeader, skipped: int) -> None:
-    """Add a frame to the last run, or begin a run; skipped is the number of bytes before the frame that are none."""
+    """Add a frame to the last run, or begin a run. skipped: bytes before it that belong to no frame."""
     counts = _is_counting_frame(source, position, frame)
     if counts or not runs or frame.kind != runs[-1].kind:
         info = source.read(position, frame.length) if counts else b""
@@ -152,7 +154,7 @@ def _mpeg_stream(run: _Run) -> Stream:
     frame = _frame_at(run.first)
     claimed, size = _read_count(run.info, frame)
     spans = [(a, b) for a, b in run.spans]
-    sound: tuple[Span, ...] = tuple(spans)
+    audio: tuple[Span, ...] = tuple(spans)
     length = sum(b - a for a, b in spans)
     if size and size <= length + len(run.info) + 256:  # no bytes are missing: the count is wrong
         claimed = min(claimed, run.frames)
@@ -161,13 +163,13 @@ def _mpeg_stream(run: _Run) -> Stream:
     gap = f"{run.lost} bytes in the middle are not audio" if lost_seconds > 0.1 else ""
     options: dict[str, Any] = {"sample_count": samples, "cut": run.cut and not claimed, "gap": gap, "preroll": PREROLL}
     if run.kind[1] != 3:
-        return Stream(sound, **options)
+        return Stream(audio, **options)
     if claimed == run.frames and 100 * abs(size - length - len(run.info)) <= length:
         whole = (run.start, spans[0][1]) if spans and run.start + len(run.info) == spans[0][0] else None
-        sound = (whole, *spans[1:]) if whole else (run.info, *spans)
-        return Stream(sound, **options, padding=_padding(run))
+        audio = (whole, *spans[1:]) if whole else (run.info, *spans)
+        return Stream(audio, **options, padding=_padding(run))
     info = _info_frame(run, length)
-    return Stream((info, *sound), **options, padding=_padding(run))
+    return Stream((info, *audio), **options, padding=_padding(run))
 
 
 def _padding(run: _Run) -> int:
@@ -204,7 +206,7 @@ def _info_frame(run: _Run, length: int) -> bytes:
         if frame.length >= frame.info + 16 + 140:
             break
     info, at = run.info, _frame_at(run.first).info
-    noted = len(info) >= at + 156 and info[at + 7] & 15 == 15 and info[at + 120 : at + 124] in ENCODERS
-    notes = info[at + 16 : at + 156] if noted else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
-    body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + notes
+    has_delay = len(info) >= at + 156 and info[at + 7] & 15 == 15 and info[at + 120 : at + 124] in ENCODERS
+    lame_tag = info[at + 16 : at + 156] if has_delay else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
+    body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + lame_tag
     return bytes(head) + bytes(frame.info - 4) + (body + bytes(frame.length))[: frame.length - frame.info]

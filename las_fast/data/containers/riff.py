@@ -56,8 +56,8 @@ def walk_wav(source: Source, start: int, layout: Layout) -> int:
     begin, available = position + 8, source.size - position - 8
     length = true_length(source, begin, claimed, order)
     more, after = _chunks_after(source, position, length, order)
-    format_place, format_length = chunks[b"fmt "]
-    content = source.read(format_place + 8, min(format_length, 4096))
+    format_position, format_length = chunks[b"fmt "]
+    content = source.read(format_position + 8, min(format_length, 4096))
     if content[:2] in (b"\x55\0", b"\x50\0") and order == "<":
         walk_mpeg(source, begin, layout, begin + min(length, available))
     elif regular and length == claimed <= available and form != b"BW64":
