@@ -108,7 +108,7 @@ def test_a_wav_of_unknown_length_is_read_to_its_end(tmp_path, size, note):
     assert not warnings
 
 
-def test_an_empty_wav_with_a_chunk_behind_holds_no_samples(tmp_path):
+def test_an_empty_wav_with_a_chunk_after_holds_no_samples(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", b""), chunk(b"LIST", b"INFO" + bytes(4000))))
     assert "holds no samples" in refusal(path)
 
@@ -130,7 +130,7 @@ def test_a_few_bytes_that_are_missing_are_no_missing_end(tmp_path, bytes_short):
 
 @pytest.mark.parametrize("pad", [True, False], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("where", ["before", "after", "both"])
-def test_chunks_of_odd_size_put_nothing_out_of_step(tmp_path, pad, where):
+def test_chunks_of_odd_size_are_padded(tmp_path, pad, where):
     note = chunk(b"LIST", b"INFOICMT\x07\0\0\0a note\0", pad=pad)
     chunks = [*([note] if where != "after" else []), FORMAT, *([note] if where != "after" else []),
               chunk(b"data", pcm()), *([note] if where != "before" else [])]  # fmt: skip
@@ -193,7 +193,7 @@ def test_other_containers_of_unknown_length_are_read_to_the_end(tmp_path, form, 
     assert not warnings
 
 
-def test_a_wav_of_2_gib_that_is_cut_off_is_told(tmp_path):
+def test_a_wav_of_2_gib_that_is_cut_off_is_reported(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 3 << 30)))
     assert "is cut off" in read(path)[1][0]
 
@@ -204,7 +204,7 @@ def test_an_mp3_in_a_wav_is_read(tmp_path):
     assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
 
 
-def test_many_unknown_bytes_behind_the_sound_are_told(tmp_path):
+def test_many_unknown_bytes_after_the_sound_are_reported(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm())) + b"\x07" * 100_000)
     samples, warnings = read(path)
     assert len(samples) == 2 * RATE
@@ -219,7 +219,7 @@ COUNTED = ["WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "MP3", "N
 
 @pytest.mark.parametrize("form", [*COUNTED, "OGG", "OPUS"])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
-def test_what_a_cut_recording_lacks_is_told_in_every_format(tmp_path, form, share):
+def test_the_missing_end_of_a_recording_is_reported_in_every_format(tmp_path, form, share):
     options = OPUS if form == "OPUS" else {"format": form}
     data = encoded(waveform(8.0), **options)
     path = put(tmp_path, data)
@@ -240,7 +240,7 @@ def test_an_ogg_file_without_its_last_page_is_cut_off(tmp_path):
     assert "without an end-of-stream mark" in refusal(path, whole=True)
 
 
-def test_lost_pages_of_ogg_are_told(tmp_path):
+def test_lost_pages_of_ogg_are_reported(tmp_path):
     data = encoded(waveform(20.0), **OPUS)
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     path = put(tmp_path, b"".join(pages[:4] + pages[6:]))
@@ -248,7 +248,7 @@ def test_lost_pages_of_ogg_are_told(tmp_path):
     assert "Ogg pages are missing or damaged (2)" in refusal(path, whole=True)
 
 
-def test_a_damaged_flac_is_read_on_behind_the_damage(tmp_path):
+def test_a_damaged_flac_is_read_on_after_the_damage(tmp_path):
     data = bytearray(encoded(waveform(5.0), **FLAC))
     whole = load_audio(put(tmp_path, bytes(data)), RATE)
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
@@ -293,7 +293,7 @@ def test_recordings_of_different_formats_that_were_joined_are_read(tmp_path, fir
     np.testing.assert_array_equal(load_audio(path, RATE, whole=True), np.concatenate(alone))
 
 
-def test_a_link_that_is_cut_before_the_next_is_told(tmp_path):
+def test_a_link_that_is_cut_before_the_next_is_reported(tmp_path):
     first = encoded(waveform(8.0), **OPUS)
     path = put(tmp_path, first[: len(first) // 2] + encoded(waveform(1.0), **OPUS))
     samples, warnings = read(path)
@@ -309,7 +309,7 @@ def test_joined_streams_may_differ_in_codec_rate_and_channels(tmp_path):
     assert abs(len(samples) - seconds * RATE) < 4
 
 
-def test_the_end_of_a_chain_that_is_cut_is_told(tmp_path):
+def test_the_end_of_a_chain_that_is_cut_is_reported(tmp_path):
     data = encoded(waveform(1.0), **OPUS) + encoded(waveform(8.0), **OPUS)[:-8000]
     samples, warnings = read(put(tmp_path, data))
     assert len(samples) > 3 * RATE
@@ -326,7 +326,7 @@ def muxed(first: bytes, second: bytes) -> bytes:
     return b"".join(mixed)
 
 
-def test_of_streams_side_by_side_the_first_is_read_and_the_second_told(tmp_path):
+def test_of_parallel_streams_the_first_is_read_and_the_second_reported(tmp_path):
     first, second = encoded(waveform(3.0, 1), **VORBIS), encoded(waveform(3.0, 2), **VORBIS)
     alone = load_audio(put(tmp_path, first), RATE)
     samples, warnings = read(put(tmp_path, muxed(first, second)))
@@ -417,7 +417,7 @@ TAGS = (b"", id3(300_000), id3(100) + id3(200))
     [*((MP3, tag) for tag in (*TAGS, bytes(700))), *((FLAC, tag) for tag in TAGS)],
     ids=lambda value: f"{len(value)}" if isinstance(value, bytes) else value["format"],
 )
-def test_tags_are_no_sound(tmp_path, before, behind, options):
+def test_tags_are_not_audio(tmp_path, before, behind, options):
     data = encoded(waveform(3.0), **options)
     alone = load_audio(put(tmp_path, data), RATE)
     samples, warnings = read(put(tmp_path, before + data + behind))
@@ -444,7 +444,7 @@ def test_an_mp3_without_a_count_of_its_frames_is_read_whole(tmp_path, mode):
 
 
 @pytest.mark.parametrize("claimed", [0, 5, 100_000])
-def test_an_mp3_whose_count_lies_is_read_whole(tmp_path, claimed):
+def test_an_mp3_with_a_wrong_count_is_read_whole(tmp_path, claimed):
     data = bytearray(encoded(waveform(3.0), **MP3))
     place = max(data.find(b"Xing"), data.find(b"Info"))
     struct.pack_into(">I", data, place + 8, claimed)
@@ -475,7 +475,7 @@ def test_an_mp3_whose_count_is_right_may_end_in_part_of_a_frame(tmp_path):
     assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
 
 
-def test_bytes_within_an_mp3_that_are_no_frames_are_told(tmp_path):
+def test_bytes_within_an_mp3_that_are_no_frames_are_reported(tmp_path):
     frames = mp3_frames(encoded(waveform(3.0), **MP3))
     path = put(tmp_path, b"".join(frames[:40]) + bytes(6000) + b"".join(frames[40:]))
     samples, warnings = read(path)
@@ -551,7 +551,7 @@ def test_a_part_before_a_missing_end_is_whole(tmp_path):
 
 @pytest.mark.parametrize("start, seconds", [(-1.0, 1.0), (0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0),
                                             (float("inf"), None), (0.0, float("nan"))])  # fmt: skip
-def test_a_part_that_is_none_is_refused(tmp_path, start, seconds):
+def test_an_impossible_part_is_refused(tmp_path, start, seconds):
     path = put(tmp_path, encoded(waveform(2.0), **WAV))
     assert "a part of" in refusal(path, start=start, seconds=seconds)
 
@@ -611,13 +611,13 @@ def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
 @pytest.mark.parametrize("data, what", [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
                                         (b"<!DOCTYPE html><html>", "web page"),
                                         (bytes(3200), "nothing but zeros")])  # fmt: skip
-def test_what_is_no_audio_is_recognised(tmp_path, data, what):
+def test_other_data_than_audio_is_recognised(tmp_path, data, what):
     assert what in refusal(put(tmp_path, data, "x.wav"))
 
 
 @pytest.mark.parametrize("form, keep", [("WAV", 30), ("WAV", 44), ("AIFF", 40), ("FLAC", 60), ("OGG", 60), ("CAF", 40),
                                         ("W64", 60)])  # fmt: skip
-def test_a_recording_that_is_cut_within_its_header_is_told(tmp_path, form, keep):
+def test_a_recording_that_is_cut_within_its_header_is_reported(tmp_path, form, keep):
     told = refusal(put(tmp_path, encoded(waveform(2.0), format=form)[:keep]))
     assert "is cut off" in told and "copy it again" in told
 

@@ -62,7 +62,7 @@ def claiming(flac: bytes, more: int) -> bytes:
     return flac[:21] + total.to_bytes(5, "big") + flac[26:]
 
 
-def test_how_much_a_cut_recording_holds_is_told(tmp_path):
+def test_how_much_a_cut_recording_holds_is_reported(tmp_path):
     told(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header promises")
     flac = encoded(waveform(4.0), **FLAC)
     told(put(tmp_path, flac[: len(flac) // 2]),
@@ -75,7 +75,7 @@ def test_how_much_a_cut_recording_holds_is_told(tmp_path):
             "copy it again, repair it or remove it")  # fmt: skip
 
 
-def test_what_a_part_of_joined_recordings_lacks_is_told_by_its_number(tmp_path):
+def test_a_missing_end_is_reported_with_the_number_of_the_part(tmp_path):
     told(put(tmp_path, GOOD + HEADLESS), "X: part 2 of 2 is cut off or damaged within its header, before any sound; "
          "copy it again")  # fmt: skip
     unknown = chunk(b"fmt ", struct_format(0x9999))
@@ -90,7 +90,7 @@ def struct_format(coding: int) -> bytes:
     return coding.to_bytes(2, "little") + FORMAT[10:]
 
 
-def test_gaps_and_damage_are_told_by_the_part_that_has_them(tmp_path):
+def test_gaps_and_damage_are_reported_by_the_part_that_has_them(tmp_path):
     data = encoded(waveform(6.0), **OPUS)
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     lossy = b"".join(pages[:3] + pages[4:])
@@ -156,7 +156,7 @@ def test_a_part_reaches_over_damage_without_holding_more_than_it(tmp_path):
                                   whole[round(start * RATE) : round((start + 0.5) * RATE)])  # fmt: skip
 
 
-def test_a_part_that_is_not_there_is_told_with_what_was_asked(tmp_path):
+def test_a_part_that_is_not_there_is_refused_with_the_part_asked_for(tmp_path):
     path = put(tmp_path, GOOD)
     refused(path, "X lasts 2.00 s; a part of it from 2.5 s was asked for", start=2.5)
     refused(path, "X lasts 2.00 s; a part of it from 1.5 to 2.5 s was asked for", start=1.5, seconds=1.0)
@@ -176,7 +176,7 @@ def test_the_lowest_and_the_highest_rate_are_read(tmp_path, rate):
     assert len(load_audio(tmp_path / "x.wav", RATE)) == pytest.approx(1600 * RATE / rate, abs=1)
 
 
-def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
+def test_a_disk_that_fails_is_reported(tmp_path, monkeypatch):
     path = put(tmp_path, 4 * GOOD)
     size, pread = path.stat().st_size, os.pread
 
@@ -217,7 +217,7 @@ def test_a_decoder_may_fail_twice_in_a_row_and_not_three_times(tmp_path, monkeyp
         told(path, "X is cut off or damaged: after 1.00 s it cannot be read (System error)")
 
 
-def test_what_a_failing_decoder_gave_is_kept(tmp_path, monkeypatch):
+def test_samples_before_a_failure_of_the_decoder_are_kept(tmp_path, monkeypatch):
     whole = load_audio(put(tmp_path, GOOD), RATE)
     Failing(monkeypatch, {1, 2, 3, 4}, some=1000)
     np.testing.assert_array_equal(load_audio(put(tmp_path, GOOD), RATE), whole)
@@ -241,7 +241,7 @@ def test_files_of_another_kind_are_named(tmp_path, magic, what):
 
 
 @pytest.mark.parametrize("magic", [b"RIFF", b"RIFX", b"RF64", b"FORM"])
-def test_a_header_that_is_damaged_is_told_from_no_audio(tmp_path, magic):
+def test_a_header_that_is_damaged_is_distinguished_from_other_data(tmp_path, magic):
     refused(put(tmp_path, magic + JUNK),
             "X cannot be read as audio (Format not recognised): its header is damaged, or its codec is unknown; "
             "convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
@@ -251,14 +251,14 @@ def test_a_header_that_is_damaged_is_told_from_no_audio(tmp_path, magic):
 
 @pytest.mark.parametrize(("form", "place", "value"), [("NIST", 0, b"NIST_1A\n   9999\nx"), ("CAF", 28, b"none"),
                                                       ("FLAC", 18, bytes(2))])  # fmt: skip
-def test_a_damaged_header_of_other_formats_is_told(tmp_path, form, place, value):
+def test_a_damaged_header_of_other_formats_is_reported(tmp_path, form, place, value):
     data = bytearray(encoded(waveform(0.5), format=form))
     data[place : place + len(value)] = value
     said = refusal(put(tmp_path, bytes(data)))
     assert "): its header is damaged, or its codec is unknown; convert it: ffmpeg" in said
 
 
-def test_an_ogg_whose_first_pages_are_damaged_is_told(tmp_path):
+def test_an_ogg_whose_first_pages_are_damaged_is_reported(tmp_path):
     data = bytearray(encoded(waveform(1.0), **VORBIS))
     data[60:200] = bytes(140)
     said = refusal(put(tmp_path, bytes(data)))
@@ -291,7 +291,7 @@ def test_the_reason_of_an_error_is_short(error, reason):
     assert decoder_message(error) == reason
 
 
-def test_an_mp3_without_any_frame_that_decodes_is_told(tmp_path, monkeypatch):
+def test_an_mp3_without_any_frame_that_decodes_is_reported(tmp_path, monkeypatch):
     error = soundfile.LibsndfileError(2)
     monkeypatch.setattr(type(error), "error_string", "Error : File does not exist or is not a regular file.")
     assert decoder_message(error) == "no frame can be decoded"
@@ -307,7 +307,7 @@ def seen_twice(path, other) -> None:
     np.testing.assert_array_equal(load_audio(other, RATE, start=1.2, seconds=0.1), expected)
 
 
-def test_what_was_found_in_a_file_is_not_taken_for_another(tmp_path):
+def test_the_layout_of_a_file_is_not_used_for_another(tmp_path):
     one, two = encoded(waveform(1.0, 1), **WAV), encoded(waveform(1.0, 2), **WAV)
     joined = one + two
     whole = encoded(waveform(2.0, 3), **WAV)
@@ -327,7 +327,7 @@ def test_what_was_found_in_a_file_is_not_taken_for_another(tmp_path):
     assert len(load_audio(b, RATE, start=2.2, seconds=0.5)) == RATE // 2  # by its size
 
 
-def test_what_was_found_is_remembered_of_the_last_eight_files(tmp_path, monkeypatch):
+def test_the_layouts_of_the_last_eight_files_are_remembered(tmp_path, monkeypatch):
     paths = [put(tmp_path, GOOD, f"{k}") for k in range(12)]
     for path in paths:
         load_audio(path, RATE, start=0.5)
@@ -338,7 +338,7 @@ def test_what_was_found_is_remembered_of_the_last_eight_files(tmp_path, monkeypa
         assert len(load_audio(path, RATE, seconds=0.5)) == 0.5 * RATE
 
 
-def test_what_is_read_whole_is_not_remembered(tmp_path, monkeypatch):
+def test_the_layout_of_a_whole_recording_is_not_remembered(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_remembered_streams", None)
     assert len(load_audio(put(tmp_path, GOOD), RATE)) == 2 * RATE
 
@@ -428,7 +428,7 @@ def test_a_pipe_is_copied_whole_though_the_disk_takes_little_at_once(tmp_path, m
 
 @pytest.mark.parametrize(("error", "raised"), [(OSError(errno.ENOSPC, "No space left on device"), InputError),
                                                (KeyboardInterrupt(), KeyboardInterrupt)])  # fmt: skip
-def test_a_pipe_that_cannot_be_copied_is_told_and_leaves_nothing_open(tmp_path, monkeypatch, error, raised):
+def test_a_pipe_that_cannot_be_copied_is_reported_and_leaves_nothing_open(tmp_path, monkeypatch, error, raised):
     def failing(descriptor, data):
         raise error
 
@@ -444,7 +444,7 @@ def test_a_pipe_that_cannot_be_copied_is_told_and_leaves_nothing_open(tmp_path, 
         )
 
 
-def test_what_the_system_says_is_told(tmp_path):
+def test_errors_of_the_system_are_reported(tmp_path):
     for path, said in (
         (tmp_path / "gone.wav", "X does not exist"),
         (f"{tmp_path}/a\0b", "X cannot be opened (embedded null byte)"),

@@ -26,7 +26,7 @@ def test_channels_are_averaged(tmp_path):
 
 @pytest.mark.parametrize("factor", [-1.0, -0.97, -1.1])
 @pytest.mark.parametrize("options", [WAV, FLAC, VORBIS], ids=lambda o: "-".join(o.values()))
-def test_channels_of_opposite_phase_are_heard(tmp_path, factor, options):
+def test_channels_of_opposite_phase_do_not_cancel(tmp_path, factor, options):
     left = waveform(3.0)
     path = stereo_file(tmp_path, left, factor * left, **options)
     samples, warnings = read(path)
@@ -36,7 +36,7 @@ def test_channels_of_opposite_phase_are_heard(tmp_path, factor, options):
     np.testing.assert_array_equal(samples, load_audio(path, RATE, whole=True))
 
 
-def test_channels_that_turn_round_in_the_middle_are_heard_throughout(tmp_path):
+def test_channels_that_turn_round_in_the_middle_do_not_cancel(tmp_path):
     left = waveform(8.0)
     sign = np.where(np.arange(len(left)) < 4 * RATE, 1, -1)
     samples, _ = read(stereo_file(tmp_path, left, sign * left))
@@ -52,7 +52,7 @@ def test_hum_of_opposite_phase_does_not_count(tmp_path):
     assert not warnings
 
 
-def test_quiet_channels_of_opposite_phase_are_heard(tmp_path):
+def test_quiet_channels_of_opposite_phase_do_not_cancel(tmp_path):
     left = waveform(3.0) / 500
     samples, warnings = read(stereo_file(tmp_path, left, -left, format="WAV", subtype="FLOAT"))
     np.testing.assert_allclose(samples, left, atol=1e-6)
@@ -60,13 +60,13 @@ def test_quiet_channels_of_opposite_phase_are_heard(tmp_path):
 
 
 @pytest.mark.parametrize("speaking", [0, 2, 5])
-def test_speech_in_one_of_six_channels_is_heard(tmp_path, speaking):
+def test_speech_in_one_of_six_channels_is_kept(tmp_path, speaking):
     speech, silence = waveform(2.0), np.zeros(2 * RATE, np.float32)
     samples, _ = read(stereo_file(tmp_path, *(speech if k == speaking else silence for k in range(6))))
     assert np.std(samples) > 0.16 * np.std(speech)
 
 
-def test_unrelated_channels_are_averaged_without_a_word(tmp_path):
+def test_unrelated_channels_are_averaged_without_a_warning(tmp_path):
     samples, warnings = read(stereo_file(tmp_path, *(channels := [waveform(3.0, k) for k in range(2)])))
     np.testing.assert_allclose(samples, np.mean(channels, axis=0), atol=1e-4)
     assert not warnings
@@ -138,7 +138,7 @@ def test_a_clipped_recording_is_a_warning(tmp_path):
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_samples_that_are_no_sound_are_refused(tmp_path, wrong, channels):
+def test_samples_that_are_not_audio_are_refused(tmp_path, wrong, channels):
     samples = np.stack([waveform(3.0)] * channels, 1)
     samples[-100, -1] = wrong
     soundfile.write(tmp_path / "x.wav", samples, RATE, subtype="FLOAT")
@@ -210,7 +210,7 @@ def test_of_channels_that_cancel_the_first_of_the_loudest_is_taken_and_kept(tmp_
     np.testing.assert_array_equal(samples, quieter)
 
 
-def test_what_is_opposite_above_2_khz_alone_does_not_cancel(tmp_path):
+def test_opposite_phase_above_2_khz_does_not_count(tmp_path):
     t = np.arange(RATE) / RATE
     speech, high = 0.1 * np.sin(2 * np.pi * 500 * t), 0.8 * np.sin(2 * np.pi * 4000 * t)
     samples, warnings = read(stereo_file(tmp_path, speech + high, speech - high))
@@ -224,20 +224,20 @@ def test_channels_at_a_low_rate_are_compared(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "heard"), [(6.5e-6, False), (7.6e-6, True)])
-def test_channels_are_compared_where_they_can_be_heard(tmp_path, height, heard):
+def test_channels_are_compared_where_they_are_audible(tmp_path, height, heard):
     left = np.tile(np.repeat(np.float32([height, -height]), 4), RATE // 8)  # neighbours at 4 kHz differ by 2 heights
     samples, _ = read(stereo_file(tmp_path, left, -left, **FLOAT))
     np.testing.assert_array_equal(samples, left if heard else 0 * left)
 
 
 @pytest.mark.filterwarnings("error")
-def test_channels_of_nothing_are_averaged_without_a_word(tmp_path):
+def test_channels_of_nothing_are_averaged_without_a_warning(tmp_path):
     for count in (3, RATE):
         samples, warnings = read(stereo_file(tmp_path, *np.zeros((2, count), np.float32)))
         assert not samples.any() and len(samples) == count and not warnings
 
 
-def test_channels_that_cancel_for_a_hundredth_of_the_sound_are_told():
+def test_channels_that_cancel_for_a_hundredth_of_the_sound_are_reported():
     mixer = Mixer(2, RATE, 0)
     mixer.cancelled, mixer.total = 1.0, 100.0
     assert mixer.warnings() == []
@@ -245,13 +245,13 @@ def test_channels_that_cancel_for_a_hundredth_of_the_sound_are_told():
     assert mixer.warnings() == ["its channels cancel each other out (opposite phase); only the loudest is used there"]
 
 
-def test_channels_that_cancel_where_it_is_quiet_are_not_told(tmp_path):
+def test_channels_that_cancel_where_it_is_quiet_are_not_reported(tmp_path):
     left = waveform(1.0)
     halves = [np.concatenate([0.01 * sign * left, left]) for sign in (1, -1)]
     assert read(stereo_file(tmp_path, *halves))[1] == []
 
 
-def test_what_is_said_of_channels_is_said_once(tmp_path):
+def test_a_warning_on_channels_is_given_once(tmp_path):
     left = waveform(1.0)
     data = encoded(np.stack([left, -left], 1), **WAV)
     assert len(read(put(tmp_path, data + data))[1]) == 1
@@ -287,7 +287,7 @@ def test_whole_numbers_are_divided_by_the_full_scale_of_their_bits(tmp_path, pea
     assert samples[:200].tolist() == 200 * [np.float32(peak) / 2 ** (bits - 1)]
 
 
-def test_larger_numbers_than_of_32_bits_are_no_sound(tmp_path):
+def test_larger_numbers_than_of_32_bits_are_not_audio(tmp_path):
     assert "enormous" in refusal(whole_numbers(tmp_path, 200 * [2.1**33]))
 
 
@@ -347,7 +347,7 @@ def test_a_recording_is_very_quiet_below_four_thousandths(tmp_path, peak, said):
 
 
 @pytest.mark.filterwarnings("error")
-def test_of_silence_nothing_is_said(tmp_path):
+def test_silence_gives_no_warning(tmp_path):
     for count in (300, RATE):
         assert read(put(tmp_path, encoded(np.zeros(count, np.float32), **WAV)))[1] == []
 
@@ -364,7 +364,7 @@ def test_a_recording_of_one_window_can_be_narrow(tmp_path, count, told):
 
 
 @pytest.mark.parametrize(("rate", "compared"), [(8000, False), (14_999, False), (15_000, True)])
-def test_the_band_is_judged_for_models_that_hear_more_than_telephone_speech(rate, compared):
+def test_the_band_is_judged_for_models_of_more_than_telephone_bandwidth(rate, compared):
     quality = SignalQuality(rate)
     quality.add(narrow(1024))
     assert (quality.low > 0) == compared
@@ -407,7 +407,7 @@ def test_the_floor_is_three_times_the_energy_of_rounding_to_16_bits():
     assert quality.floor / quality.high == pytest.approx(3, rel=0.03)
 
 
-def test_the_lowest_rate_of_what_is_given_out_is_told(tmp_path):
+def test_the_lowest_rate_of_what_is_given_out_is_reported(tmp_path):
     parts = [encoded(waveform(1.0, seed), rate, **WAV) for seed, rate in enumerate((11_025, 8000, 44_100, 16_000))]
     path = put(tmp_path, b"".join(parts))
     low = read(path)[1]

@@ -46,7 +46,7 @@ def streams_in(path, data):
 
 
 @pytest.mark.parametrize(("form", "subtype", "channels", "less"), FORMS)
-def test_what_a_file_lacks_is_counted_in_bytes(tmp_path, form, subtype, channels, less):
+def test_missing_bytes_are_counted(tmp_path, form, subtype, channels, less):
     data = written(tmp_path / "x", form, subtype, channels)
     for cut in (0, 1, 3, 100, 1000):
         (stream,) = (layout := streams_in(tmp_path / "x", data[: len(data) - cut])).streams
@@ -127,7 +127,7 @@ def tag(size=125, *, ape=False, header=False):
 @pytest.mark.parametrize(
     "tags", [b"", tag(), tag(50, ape=True), tag(50, ape=True, header=True), tag(9, ape=True) + tag(), tag() + tag()]
 )
-def test_tags_behind_the_sound_are_no_sound(tmp_path, tags):
+def test_tags_after_the_sound_are_not_audio(tmp_path, tags):
     begin = b"x" * 300
     (tmp_path / "x").write_bytes(begin + tags)
     with (tmp_path / "x").open("rb") as file:
@@ -234,7 +234,7 @@ def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
         assert source.read(512, 1) == source.read(-5, 9) == b"" and len(asked) == 4
 
 
-def test_many_bytes_behind_the_sound_are_told_unless_they_are_zeros_or_tags():
+def test_many_bytes_after_the_sound_are_reported_unless_they_are_zeros_or_tags():
     many, few = b"\7" * 65537, b"\7" * 65536
     told = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
     assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [told])
@@ -246,14 +246,14 @@ def test_many_bytes_behind_the_sound_are_told_unless_they_are_zeros_or_tags():
     assert layout_of(many) == Layout([Stream(((0, 65537),))])
 
 
-def test_sound_is_looked_for_behind_tags_and_behind_other_sound():
+def test_sound_is_looked_for_after_tags_and_after_other_sound():
     id3 = b"ID3\4\0\0\0\0\0\5" + bytes(5)
     assert streams_of(id3 + WAV + id3 + WAV + tag()) == [Stream(((15, 15 + END),)), Stream(((30 + END, 30 + 2 * END),))]
     assert streams_of(id3 + WAV + b"junk" + WAV) == [Stream(((15, 15 + END),))]
     assert streams_of(id3) == [Stream(((0, 15),))]
 
 
-def test_a_header_of_htk_before_an_mp3_is_none():
+def test_an_mp3_after_an_htk_header_is_an_mp3():
     assert len(streams_of(struct.pack(">IIHH", 1_000_000, 625, 2, 0) + MP3)) == 1
 
 
@@ -272,7 +272,7 @@ def test_a_walker_that_stays_where_it_is_ends_the_search(monkeypatch):
 
 
 @pytest.mark.parametrize("archive", [b"PK\3\4", b"Rar!", b"7z\xbc\xaf"])
-def test_an_mp3_within_an_archive_is_no_sound(archive):
+def test_an_mp3_within_an_archive_is_not_audio(archive):
     frames = (b"\xff\xfd\x90\0" + bytes(518)) * 5  # layer II
     (found,) = streams_of(b"1234" + frames)
     assert found.spans == ((4, 4 + len(frames)),) and found.sample_count == 5 * 1152
@@ -312,7 +312,7 @@ def test_tags_before_the_sound_are_as_long_as_they_say():
             assert skip_tags(Bytes(head[:-1]), 0) == 0
 
 
-def test_no_tag_behind_the_sound_begins_before_it():
+def test_no_tag_after_the_sound_begins_before_it():
     def end(data, start, behind=b""):
         return without_trailing_tags(Bytes(data + behind), start, len(data))
 
@@ -351,7 +351,7 @@ def test_the_count_of_a_flac_has_36_bits():
     assert streams_of(flac_file(count=0xF << 36) + b"sound")[0].sample_count is None
 
 
-def test_what_looks_like_a_start_within_a_block_of_flac_is_none():
+def test_no_stream_starts_within_a_metadata_block_of_flac():
     start = flac_file()[:42]
     for inside in (start, b"RIFF....WAVEfmt ", b"OggS\0\2" + bytes(8)):
         data = flac_file(b"cover" + inside, bytes(66000) + inside + bytes(4000)) + b"sound"
@@ -361,7 +361,7 @@ def test_what_looks_like_a_start_within_a_block_of_flac_is_none():
     assert streams_of(flac_file() + b"sound" + flac_file() + b"more") == [whole(0, 47), whole(47, 93)]
 
 
-def test_a_flac_that_ends_within_its_blocks_is_told():
+def test_a_flac_that_ends_within_its_blocks_is_reported():
     data = flac_file(b"note", bytes(1000))
     assert streams_of(data + b"s") == [whole(0, len(data) + 1)]
     for cut in (0, 1, 1000, 1001, 1004):

@@ -103,7 +103,7 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
         (1000, 1 << 31, 1000),
     ],
 )
-def test_a_length_that_no_recorder_means_is_not_believed(claimed, there, true):
+def test_an_implausible_length_is_not_believed(claimed, there, true):
     source = Bytes(b"", 44 + there)
     assert riff.true_length(source, 44, claimed, "<") == true
 
@@ -128,7 +128,7 @@ def test_a_wav_whose_header_is_right_is_taken_as_it_is(data):
     assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + len(data)),))]  # from an odd place on
 
 
-def test_bytes_behind_a_wav_that_are_no_chunks_are_left_out():
+def test_bytes_after_a_wav_that_are_no_chunks_are_left_out():
     for behind in (b"\0", b"junk", NOTE[:7]):
         assert streams_of(WAV + behind) == whole(len(WAV))
     assert streams_of(WAV + NOTE + b"junk") == whole(len(WAV) + len(NOTE))
@@ -160,7 +160,7 @@ def test_a_wav_that_holds_no_sound_ends_within_its_header():
         assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
 
 
-def test_a_form_of_riff_that_is_no_sound_is_left_to_libsndfile():
+def test_a_form_of_riff_that_is_not_audio_is_left_to_libsndfile():
     data = riff_file(FORMAT, chunk(b"data", SOUND), NOTE, form=b"AVI ")
     assert streams_of(data) == whole(len(data)) and magic.container_at(Bytes(data), 0) is None
     assert magic.container_at(Bytes(b"LIST" + data[4:8] + b"WAVE"), 0) is None
@@ -252,7 +252,7 @@ def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note
     ("length", "behind"),
     [(100, b""), (100, b"\0"), (99, b""), (99, b"\0"), (100, NOTE), (99, NOTE), (99, b"\0" + NOTE)],
 )
-def test_a_wav_may_follow_another_at_once_or_behind_a_pad_byte(length, behind):
+def test_a_wav_may_follow_another_at_once_or_after_a_pad_byte(length, behind):
     data = riff_file(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + behind
     end = len(data)
     first = bare((44, 143)) if length == 99 and behind[:1] != b"\0" else Stream(((0, end),))
@@ -314,7 +314,7 @@ def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
         assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
 
 
-def test_a_form_of_iff_that_is_no_sound_is_left_to_libsndfile():
+def test_a_form_of_iff_that_is_not_audio_is_left_to_libsndfile():
     assert magic.container_at(Bytes(form(COMM, kind=b"ILBM")), 0) is None
     assert magic.container_at(Bytes(b"LIST" + form(COMM)[4:]), 0) is None
 
@@ -357,7 +357,7 @@ def test_an_au_of_more_than_4_gib_whose_length_is_unknown_ends_with_the_file():
     assert layout_of(au(SOUND, 0xFFFFFFFF), 5 << 30).streams == [Stream((au(b"", 0xFFFFFFFF), (24, 5 << 30)))]
 
 
-def test_sound_beyond_what_a_format_can_count_is_told():
+def test_sound_beyond_what_a_format_can_count_is_reported():
     aiff = form(COMM, big(b"SSND", b"", 0))
     rifx = riff_file(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
     for data in (aiff, rifx, au(b"", 0)):
@@ -405,7 +405,7 @@ def test_the_sound_of_caf_is_counted_by_its_chunk(before):
     [b"a\x1f~b" + bytes(8), b"a \x7fb" + bytes(8), b"note" + struct.pack(">q", 1), b"note" + struct.pack(">q", -1),
      b"note" + bytes(7)],
 )  # fmt: skip
-def test_what_is_no_chunk_of_caf_behind_the_sound_is_left_out(junk):
+def test_what_is_no_chunk_of_caf_after_the_sound_is_left_out(junk):
     data = caf(DESC, (b"data", 100, SOUND))
     assert streams_of(data + junk) == whole(len(data))
     note = b"note" + struct.pack(">q", 1) + b"."

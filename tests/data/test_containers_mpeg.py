@@ -54,7 +54,7 @@ def test_frames_of_mpeg_are_as_long_as_the_standard_says(version, layer):
         b"\xfe" + header()[1:], b"\xff\xdb" + header()[2:], header()[:3], b"",
     ],
 )  # fmt: skip
-def test_what_is_no_frame_of_mpeg_is_none(head):
+def test_invalid_frame_headers_are_refused(head):
     assert mpeg.frame_header(head) is None
     assert mpeg.frame_header(header(emphasis=3)) is not None
 
@@ -201,7 +201,7 @@ def test_frames_are_looked_for_in_the_first_mib():
 
 
 @pytest.mark.parametrize("magic", [b"PK\3\4", b"Rar!", b"7z\xbc\xaf", b"wvpk", b"FLV\1", b"OggS"])
-def test_frames_within_a_file_of_another_kind_are_no_sound(magic):
+def test_frames_within_a_file_of_another_kind_are_not_audio(magic):
     data = magic + frames(9)
     assert streams_of(data) == [Stream(((0, len(data)),))]
     assert sound(b"????" + frames(9)) == [mp3((4, 4 + 9 * SIZE), sample_count=9 * 1152)]
@@ -245,7 +245,7 @@ def test_what_lies_between_frames_is_counted_and_tags_are_not():
     assert gap(frames(1, rate=1) + bytes(5000)) == f"{len(frames(1, rate=1)) + 5000} bytes in the middle are not audio"
 
 
-def test_a_gap_of_a_tenth_of_a_second_is_told_by_the_rate_of_the_bytes_around_it():
+def test_a_gap_of_a_tenth_of_a_second_is_reported_by_the_rate_of_the_bytes_around_it():
     for fields in ({}, {"kbps": 14}, {"rate": 2}, {"version": 2}):
         frame = mpeg.frame_header(header(**fields))
         most = frame.length * frame.kind[2] // (10 * frame.samples)
@@ -293,11 +293,11 @@ def test_the_end_of_the_frames_is_where_another_file_begins():
     assert mpeg.walk_mpeg(Bytes(b"." + frames(9)), 1, layout, 1 + 5 * SIZE) == 1 + 5 * SIZE
 
 
-def test_bytes_behind_frames_are_not_told():
+def test_bytes_after_frames_are_not_reported():
     assert layout_of(frames(9) + b"\7" * 100_000).unread == []
 
 
-def test_a_frame_that_is_cut_is_told_unless_a_count_tells_more():
+def test_a_frame_that_is_cut_is_reported_unless_a_count_tells_more():
     for cut in (1, SIZE - 4):
         assert sound(frames(9)[:-cut]) == [mp3((0, 8 * SIZE), sample_count=8 * 1152, cut=True)]
         counted = (counting(9, 10 * SIZE) + frames(9))[:-cut]
@@ -348,7 +348,7 @@ def note(delay: int, padding: int, by: bytes = b"LAME") -> bytes:
 
 
 @pytest.mark.parametrize("fields", [{}, {"mode": 3}, {"version": 2}, {"version": 2, "mode": 3}, {"crc": 1}], ids=str)
-def test_the_padding_is_noted_behind_the_count(fields):
+def test_the_padding_is_noted_after_the_count(fields):
     size, info = len(frames(1, **fields)), len(counting(**fields))
     head = counting(20, info + 20 * size, note=note(4095, 1), **fields)
     assert streams_of(head + frames(20, **fields))[0].padding == 4096 + 1152
@@ -428,7 +428,7 @@ def test_a_count_is_read_where_its_flags_say():
         assert mpeg._read_count(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
 
 
-def test_a_frame_that_counts_by_vbri_is_no_sound():
+def test_a_frame_that_counts_by_vbri_is_not_audio():
     vbri = (header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 9 * SIZE + SIZE, 9)).ljust(SIZE, b"\0")
     assert streams_of(vbri + frames(9)) == [mp3((0, 10 * SIZE), sample_count=9 * 1152)]
     later = header() + bytes(33) + b"VBRI" + bytes(SIZE - 41)

@@ -76,7 +76,7 @@ def test_bytes_between_pages_part_the_spans():
         (b"????", "unknown codec"),
     ],
 )
-def test_streams_of_ogg_that_are_not_read_are_named(codec, name):
+def test_unsupported_ogg_streams_are_named(codec, name):
     found = layout_of(link() + link(serial=2, codec=codec))
     assert len(found.streams) == 1 and found.unread[0].startswith(f"contains an Ogg part ({name})")
     beside = page(codec + bytes(9), 7, 0, flags=2) + link()
@@ -85,7 +85,7 @@ def test_streams_of_ogg_that_are_not_read_are_named(codec, name):
                                                                                        len(beside)),)  # fmt: skip
 
 
-def test_of_two_sounds_side_by_side_the_first_is_read():
+def test_of_two_parallel_streams_the_first_is_read():
     heads = page(b"\x01vorbis" + bytes(9), 1, 0, flags=2) + page(b"OpusHead" + bytes(9), 2, 0, flags=2)
     body = page(b"a" * 40, 1, 1, flags=4) + page(b"b" * 40, 2, 1, flags=4)
     found = layout_of(heads + body)
@@ -196,7 +196,7 @@ def test_a_page_that_is_cut_cuts_the_last_link_alone():
         assert [s.cut for s in streams_of(first + tail[:-cut])] == [True]  # though it was marked as ended
 
 
-def test_bytes_behind_the_last_page_are_no_part_of_it():
+def test_bytes_after_the_last_page_are_no_part_of_it():
     data = HEAD + LAST
     assert streams_of(data + b"Ogg") == [vorbis((0, len(data)))]
     assert streams_of(data + b"junk" * 9) == [vorbis((0, len(data)))]
@@ -234,7 +234,7 @@ def test_a_link_may_hold_several_streams_whose_pages_are_mixed():
     assert streams_of(data + data) == [vorbis(*spans, last), vorbis(*moved[0])]  # of the same numbers
 
 
-def test_a_first_page_behind_others_begins_a_link():
+def test_a_first_page_after_others_begins_a_link():
     late = page(b"OpusHead" + bytes(11), serial=5, flags=2)
     rest = page(bytes(9), serial=5, sequence=1, flags=4)
     middle = page(bytes(9), sequence=1, flags=1)
@@ -245,7 +245,7 @@ def test_a_first_page_behind_others_begins_a_link():
     assert len(again) == 2 and again[1] == vorbis((len(beside), len(beside + late + rest)))
 
 
-def test_what_an_unread_part_holds_is_named():
+def test_unread_ogg_parts_are_named_by_codec():
     def unread(*codecs):
         return layout_of(b"".join(page(codec, n, flags=2) for n, codec in enumerate(codecs))).unread[0]
 

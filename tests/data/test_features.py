@@ -100,7 +100,7 @@ def test_only_whole_windows_are_frames(extra):
     assert len(frames) == 1 + extra // shift
 
 
-def test_samples_behind_the_last_whole_window_change_nothing():
+def test_samples_after_the_last_whole_window_change_nothing():
     config = FeatureConfig(window_ms=32.0)  # 512 samples, as many as are transformed
     samples = waveform(0.1)
     expected = compute_features([samples[:512], samples[512:1024]], config)

@@ -161,7 +161,7 @@ def test_segments_do_not_depend_on_blocks():
 @pytest.mark.parametrize(
     "samples", [np.zeros(RATE), hiss(5), 0.3 + hiss(5), np.full(300, 0.5)], ids=["zeros", "noise", "offset", "click"]
 )
-def test_what_is_no_speech_has_no_segments(samples):
+def test_noise_has_no_segments(samples):
     assert list(segments([samples.astype(np.float32)], CONFIG)) == []
 
 

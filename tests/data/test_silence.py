@@ -222,7 +222,7 @@ def test_without_trimming_all_frames_are_kept():
     assert where == [(0, len(frames))] and torch.equal(frames, log_mel(samples))
 
 
-def test_the_frames_that_are_kept_are_named():
+def test_the_runs_of_kept_frames_are_returned():
     samples = padded(np.zeros(4 * RATE), np.zeros(4 * RATE)).astype(np.float32)
     ((frames, where),) = speech_features([samples], CONFIG)
     whole = log_mel(samples)
