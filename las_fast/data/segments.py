@@ -67,19 +67,19 @@ def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Ten
     """Compute the frames of a recording in blocks as compute_features does; yield (T, bins) float32 every MAX_CHUNK."""
     window, shift = frame_sizes(config)
     enough = window + round(MAX_CHUNK * config.sample_rate)
-    held: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
     count, begun = 0, False
     for block in blocks:
-        held.append(block)
+        pending.append(block)
         count += len(block)
         if count >= enough:
-            samples = np.concatenate(held)
+            samples = np.concatenate(pending)
             frames = 1 + (count - window) // shift
             yield compute_features([samples[: (frames - 1) * shift + window]], config)[0]
-            held, begun = [samples[frames * shift :]], True
-            count = len(held[0])
+            pending, begun = [samples[frames * shift :]], True
+            count = len(pending[0])
     if count >= window or (count and not begun):
-        yield compute_features([np.concatenate(held)], config)[0]
+        yield compute_features([np.concatenate(pending)], config)[0]
 
 
 def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[int, Tensor]]:
@@ -88,17 +88,17 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
     Each cut is at the quietest point of the second half of MAX_CHUNK.
     """
     longest, span = frames_in(MAX_CHUNK, config), frames_in(QUIET_SPAN, config)
-    held, first = torch.empty(0), 0
-    for more in chain(frames, [None]):  # None: the end
-        enough = longest + 1 if more is None else longest + span
-        held = held if more is None else torch.cat([held, more])
-        while len(held) >= enough:
-            last = min(longest, len(held) - span)  # leave at least `span` frames
-            cut = _quietest(held, longest // 2, last, span, config)
-            yield first, held[:cut]
-            held, first = held[cut:], first + cut
-    if len(held):
-        yield first, held
+    pending, first = torch.empty(0), 0
+    for new in chain(frames, [None]):  # None: the end
+        enough = longest + 1 if new is None else longest + span
+        pending = pending if new is None else torch.cat([pending, new])
+        while len(pending) >= enough:
+            last = min(longest, len(pending) - span)  # leave at least `span` frames
+            cut = _quietest(pending, longest // 2, last, span, config)
+            yield first, pending[:cut]
+            pending, first = pending[cut:], first + cut
+    if len(pending):
+        yield first, pending
 
 
 def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureConfig) -> int:

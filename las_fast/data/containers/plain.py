@@ -35,7 +35,8 @@ def walk_au(source: Source, start: int, layout: Layout) -> int:
     """Add the stream of an AU file; return its end."""
     offset, claimed = read_struct(source, start + 4, ">II")
     end = start + offset + claimed
-    unknown = end > source.size if claimed != 0xFFFFFFFF else end != source.size
+    # By the standard 0xFFFFFFFF is an unknown length; other lengths near 2 or 4 GiB only if the file is shorter
+    unknown = end != source.size if claimed == 0xFFFFFFFF else end > source.size
     length = None if unknown and is_unknown(claimed) else claimed
     return _append_plain(source, layout, start, start + max(24, offset), length, range(start + 8, start + 12))
 

@@ -30,14 +30,14 @@ def _nist_end(source: Source, start: int) -> int:
 
 def _avr_end(source: Source, start: int) -> int:
     """Audio Visual Research."""
-    stereo, bits, frames = read_struct(source, start + 12, ">HH10xI")
-    return start + 128 + frames * (2 if stereo else 1) * bits // 8
+    stereo, bits, samples = read_struct(source, start + 12, ">HH10xI")
+    return start + 128 + samples * (2 if stereo else 1) * bits // 8
 
 
 def _mpc_end(source: Source, start: int) -> int:
     """Akai MPC 2000."""
-    stereo, frames = read_struct(source, start + 21, "<B8xI")
-    return start + 42 + frames * (1 + stereo) * 2
+    stereo, samples = read_struct(source, start + 21, "<B8xI")
+    return start + 42 + samples * (1 + stereo) * 2
 
 
 def _wve_end(source: Source, start: int) -> int:
@@ -48,8 +48,8 @@ def _wve_end(source: Source, start: int) -> int:
 def _sds_end(source: Source, start: int) -> int:
     """MIDI sample dump: packets of 127 bytes, of which 120 hold samples, 7 bits per byte."""
     bits, *length = read_struct(source, start + 6, "<B3xBBB")
-    frames = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
-    return start + 21 + -(-frames // (120 // max(1, (bits + 6) // 7))) * 127
+    samples = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
+    return start + 21 + -(-samples // (120 // max(1, (bits + 6) // 7))) * 127
 
 
 def _voc_end(source: Source, start: int) -> int:
@@ -100,8 +100,8 @@ def walk_htk(source: Source, layout: Layout) -> None:
 
     HTK has no magic number: the header must be plausible.
     """
-    frames, period, size, kind = read_struct(source, 0, ">IIHH")
-    if kind == 0 and size == 2 and 10 <= period <= 10_000 and frames * 2 + 12 > source.size > 12:
+    samples, period, size, kind = read_struct(source, 0, ">IIHH")
+    if kind == 0 and size == 2 and 10 <= period <= 10_000 and samples * 2 + 12 > source.size > 12:
         header = struct.pack(">IIHH", (source.size - 12) // 2, period, size, kind)
         end = 12 + (source.size - 12) // 2 * 2
-        layout.streams.append(Stream((header, (12, end)), missing_bytes=frames * 2 + 12 - source.size))
+        layout.streams.append(Stream((header, (12, end)), missing_bytes=samples * 2 + 12 - source.size))
