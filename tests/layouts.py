@@ -1,4 +1,4 @@
-"""Files of sound made by hand, byte by byte, and the streams that las_fast.data.containers finds in them."""
+"""Audio files made byte by byte, and the streams that las_fast.data.containers finds in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from las_fast.data.containers import Layout, Stream, find_streams
 
 
 class Bytes:
-    """A Source in memory. size: of the file, if it is larger than these bytes."""
+    """A Source in memory. size: of the file, if larger than data."""
 
     def __init__(self, data: bytes, size: int | None = None):
         self.data, self.size = data, len(data) if size is None else size
@@ -22,7 +22,7 @@ def layout_of(data: bytes, size: int | None = None) -> Layout:
 
 
 def streams_of(data: bytes, size: int | None = None) -> list[Stream]:
-    """Return the streams of a file of which everything is read."""
+    """Return the streams of a file; assert that all of it is read."""
     layout = layout_of(data, size)
     assert layout.unread == []
     return layout.streams

@@ -1,4 +1,4 @@
-"""Recordings for tests: made, encoded, put into files, and read."""
+"""Make, encode, write and read recordings for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings as people have them: all of one is read, or a sentence says what is not."""
+"""Real recordings are read whole, or a warning or an error says what is missing."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def test_the_end_of_a_chain_that_is_cut_is_reported(tmp_path):
 
 
 def muxed(first: bytes, second: bytes) -> bytes:
-    """Return two Ogg streams side by side, page by page, the first pages first. Each has a serial number of its own."""
+    """Interleave the pages of two Ogg streams, their first pages first, each with its own serial number."""
     a, b = ([b"OggS" + page for page in data.split(b"OggS")[1:]] for data in (first, second))
     assert a[0][14:18] != b[0][14:18]
     mixed = [a[0], b[0]]
@@ -345,7 +345,7 @@ def test_the_sound_of_a_video_in_ogg_is_read(tmp_path):
 
 
 def in_ogg(flac: bytes, serial: int = 7) -> bytes:
-    """Return a FLAC stream in pages of Ogg (whose checksums are left out)."""
+    """Wrap a FLAC stream in Ogg pages, without their checksums."""
     bodies = [b"\x7fFLAC\1\0\0\1" + flac[:42], *(flac[k : k + 20_000] for k in range(42, len(flac), 20_000))]
     pages = b""
     for sequence, body in enumerate(bodies):
@@ -398,7 +398,7 @@ APE = b"".join(
 
 
 def mp3_frames(data: bytes) -> list[bytes]:
-    """Return the frames of an MPEG-2 layer III file at 16 kHz."""
+    """Split an MPEG-2 layer III file at 16 kHz into its frames."""
     kbps = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
     frames = []
     while data:
@@ -533,8 +533,8 @@ def test_a_part_of_a_recording_at_another_rate_has_its_length(tmp_path):
 @pytest.mark.parametrize("start, seconds", [(0.0, 2.2), (1.5, 1.0), (2.5, None), (2.5, 1.0), (1e9, 1.0)])
 def test_a_part_past_the_end_is_refused_with_the_numbers(tmp_path, start, seconds, whole):
     path = put(tmp_path, encoded(waveform(2.0), **WAV))
-    told = refusal(path, start=start, seconds=seconds, whole=whole)
-    assert "lasts 2.00 s" in told and f"from {start:g}" in told
+    message = refusal(path, start=start, seconds=seconds, whole=whole)
+    assert "lasts 2.00 s" in message and f"from {start:g}" in message
 
 
 def test_a_part_that_ends_a_little_past_the_end_is_taken(tmp_path):
@@ -566,9 +566,9 @@ def test_any_name_is_read_and_shown_in_one_line(tmp_path, name):
     with open(path, "wb") as file:
         file.write(encoded(waveform(), **WAV)[:-8000])
     assert len(load_audio(path, RATE)) > 1000
-    told = refusal(path, whole=True)
-    assert show(path) in told
-    told.encode("utf-8")
+    message = refusal(path, whole=True)
+    assert show(path) in message
+    message.encode("utf-8")
 
 
 def test_show_writes_whatever_a_name_holds():
@@ -585,7 +585,7 @@ def test_unreadable_audio_is_named(tmp_path):
     empty = put(tmp_path, b"")
     for path, reason in ((text, "cannot be read"), (none, "no samples"), (tmp_path / "gone.wav", "does not exist"),
                          (empty, "is empty")):  # fmt: skip
-        assert reason in (told := refusal(path)) and show(path) in told
+        assert reason in (message := refusal(path)) and show(path) in message
 
 
 FOREIGN = {
@@ -604,8 +604,8 @@ def test_formats_that_ffmpeg_reads_are_refused_with_the_command(tmp_path, suffix
 
 @pytest.mark.parametrize("magic", [b"PK\x03\x04", b"RIFF\0\1\0\0AVI LIST", b"\0\0\0\x20ftypmp42", b"\x1a\x45\xdf\xa3"])
 def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
-    told = refusal(put(tmp_path, magic + bytes(50) + encoded(waveform(2.0), **MP3)))
-    assert "unpack it" in told or "ffmpeg" in told
+    message = refusal(put(tmp_path, magic + bytes(50) + encoded(waveform(2.0), **MP3)))
+    assert "unpack it" in message or "ffmpeg" in message
 
 
 @pytest.mark.parametrize("data, what", [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -618,8 +618,8 @@ def test_other_data_than_audio_is_recognised(tmp_path, data, what):
 @pytest.mark.parametrize("form, keep", [("WAV", 30), ("WAV", 44), ("AIFF", 40), ("FLAC", 60), ("OGG", 60), ("CAF", 40),
                                         ("W64", 60)])  # fmt: skip
 def test_a_recording_that_is_cut_within_its_header_is_reported(tmp_path, form, keep):
-    told = refusal(put(tmp_path, encoded(waveform(2.0), format=form)[:keep]))
-    assert "is cut off" in told and "copy it again" in told
+    message = refusal(put(tmp_path, encoded(waveform(2.0), format=form)[:keep]))
+    assert "is cut off" in message and "copy it again" in message
 
 
 def test_what_the_system_refuses_is_named(tmp_path):
@@ -629,7 +629,7 @@ def test_what_the_system_refuses_is_named(tmp_path):
     for path, reason in ((folder, "is a folder"), (too_long, "too long"), (f"{tmp_path}/a\0b.wav", "cannot be opened"),
                          (f"{tmp_path}/\ud800.wav", "cannot be opened"), ("/dev/zero", "is a device"),
                          ("/dev/null", "is a device")):  # fmt: skip
-        assert reason in (told := refusal(path)) and show(path) in told
+        assert reason in (message := refusal(path)) and show(path) in message
 
 
 NOBODY = 65534

@@ -1,4 +1,4 @@
-"""Opening recordings, and the whole sentence on what is wrong with one: what, where, how much, and what to do."""
+"""Opening recordings, and the exact texts of warnings and errors."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ GOOD = encoded(waveform(2.0), **WAV)
 HEADLESS = riff_file(chunk(b"data", pcm()))  # without the chunk that says what the samples are
 
 
-def told(path, sentence: str, **options) -> None:
-    """Check that reading a file gives one warning, which says `sentence` of it."""
+def warned(path, sentence: str, **options) -> None:
+    """Assert that reading a file gives one warning, `sentence`; X stands for its name."""
     assert [warning.replace(show(path), "X") for warning in read(path, **options)[1]] == [sentence]
 
 
@@ -49,26 +49,26 @@ def refused(path, sentence: str, **options) -> None:
 
 
 def test_a_tenth_of_a_second_may_be_missing(tmp_path):
-    told(put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
+    warned(put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
          "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
     assert not read(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10)))[1]
-    told(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10 + 1)),
+    warned(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10 + 1)),
          "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
 
 
 def claiming(flac: bytes, more: int) -> bytes:
-    """Return a FLAC file whose header claims so many more samples."""
+    """Raise the number of samples in the header of a FLAC file by `more`."""
     total = int.from_bytes(flac[21:26], "big") + more
     return flac[:21] + total.to_bytes(5, "big") + flac[26:]
 
 
 def test_how_much_a_cut_recording_holds_is_reported(tmp_path):
-    told(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header promises")
+    warned(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header promises")
     flac = encoded(waveform(4.0), **FLAC)
-    told(put(tmp_path, flac[: len(flac) // 2]),
+    warned(put(tmp_path, flac[: len(flac) // 2]),
          "X is cut off or damaged: after 1.79 s of 4.00 s it cannot be read (flac decoder lost sync)")  # fmt: skip
     opus = encoded(waveform(4.0), **OPUS)
-    told(
+    warned(
         put(tmp_path, opus[: opus.rindex(b"OggS")]), "X is cut off: it ends after 2.97 s without an end-of-stream mark"
     )
     refused(put(tmp_path, GOOD[:44]), "X is cut off: its header promises audio, but none follows; "
@@ -76,13 +76,13 @@ def test_how_much_a_cut_recording_holds_is_reported(tmp_path):
 
 
 def test_a_missing_end_is_reported_with_the_number_of_the_part(tmp_path):
-    told(put(tmp_path, GOOD + HEADLESS), "X: part 2 of 2 is cut off or damaged within its header, before any sound; "
+    warned(put(tmp_path, GOOD + HEADLESS), "X: part 2 of 2 is cut off or damaged within its header, before any sound; "
          "copy it again")  # fmt: skip
     unknown = chunk(b"fmt ", struct_format(0x9999))
-    told(put(tmp_path, riff_file(unknown, chunk(b"data", pcm())) + GOOD),
+    warned(put(tmp_path, riff_file(unknown, chunk(b"data", pcm())) + GOOD),
          "X: part 1 of 2 cannot be read as audio (Error in WAV/W64/RF64 file. Malformed 'fmt ' chunk): its header is "
          "damaged, or its codec is unknown; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
-    told(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it holds 1.00 of the 2.00 s that "
+    warned(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it holds 1.00 of the 2.00 s that "
          "its header promises")  # fmt: skip
 
 
@@ -94,12 +94,12 @@ def test_gaps_and_damage_are_reported_by_the_part_that_has_them(tmp_path):
     data = encoded(waveform(6.0), **OPUS)
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     lossy = b"".join(pages[:3] + pages[4:])
-    told(put(tmp_path, lossy), "X has a gap: Ogg pages are missing or damaged (1)")
-    told(put(tmp_path, lossy + GOOD), "part 1 of 2 of X has a gap: Ogg pages are missing or damaged (1)")
+    warned(put(tmp_path, lossy), "X has a gap: Ogg pages are missing or damaged (1)")
+    warned(put(tmp_path, lossy + GOOD), "part 1 of 2 of X has a gap: Ogg pages are missing or damaged (1)")
     flac = encoded(waveform(3.0), **FLAC)
     hurt = flac[: len(flac) // 2] + bytes(200) + flac[len(flac) // 2 + 200 :]
-    told(put(tmp_path, hurt), "X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
-    told(put(tmp_path, GOOD + hurt), "part 2 of 2 of X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
+    warned(put(tmp_path, hurt), "X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
+    warned(put(tmp_path, GOOD + hurt), "part 2 of 2 of X is damaged: 0.26 s cannot be read (flac decoder lost sync)")
 
 
 @pytest.mark.parametrize("magic", ["AU", "AIFF", "RIFX"])
@@ -140,7 +140,7 @@ def test_damage_that_lasts_too_long_ends_the_recording(tmp_path, monkeypatch, lo
 
 def test_damage_of_the_last_samples_is_a_missing_end(tmp_path):
     flac = encoded(waveform(6 * 4096 / RATE), **FLAC)  # six blocks
-    told(put(tmp_path, flac[:-2000] + bytes(2000)),
+    warned(put(tmp_path, flac[:-2000] + bytes(2000)),
          "X is cut off or damaged: after 1.28 s of 1.54 s it cannot be read (flac decoder lost sync)")  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_a_disk_that_fails_is_reported(tmp_path, monkeypatch):
 
 
 class Failing:
-    """A decoder that fails in some of its calls, having decoded `some` samples in each of them."""
+    """A decoder that fails in the given calls, each after decoding `some` samples."""
 
     def __init__(self, monkeypatch, calls: set[int], some: int = 0):
         self.calls, self.some, self.count, self.read = calls, some, 0, SoundStream.read
@@ -211,10 +211,10 @@ def test_a_decoder_may_fail_twice_in_a_row_and_not_three_times(tmp_path, monkeyp
     path = put(tmp_path, GOOD)
     with monkeypatch.context() as patch:
         Failing(patch, {1, 2, 4, 5})
-        told(path, "X is cut off or damaged: after 2.00 s it cannot be read (System error)")
+        warned(path, "X is cut off or damaged: after 2.00 s it cannot be read (System error)")
     with monkeypatch.context() as patch:
         Failing(patch, {2, 3, 4})
-        told(path, "X is cut off or damaged: after 1.00 s it cannot be read (System error)")
+        warned(path, "X is cut off or damaged: after 1.00 s it cannot be read (System error)")
 
 
 def test_samples_before_a_failure_of_the_decoder_are_kept(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_an_mp3_without_any_frame_that_decodes_is_reported(tmp_path, monkeypatch
 
 
 def seen_twice(path, other) -> None:
-    """Read a part of one file, then the same part of another, and check that it is that of the other."""
+    """Read a part of one file, then the same part of another; assert that each is right."""
     load_audio(path, RATE, start=1.2, seconds=0.1)
     expected = load_audio(other, RATE)[round(1.2 * RATE) : round(1.3 * RATE)]
     np.testing.assert_array_equal(load_audio(other, RATE, start=1.2, seconds=0.1), expected)
@@ -379,7 +379,7 @@ def test_kinds_of_file_that_hold_no_recording_are_named(kind, what):
 
 @pytest.fixture
 def standard_input():
-    """Give a function that makes a descriptor standard input; what it was is put back at the end."""
+    """Yield a function that makes a descriptor standard input; restore it at the end."""
     kept = os.dup(0)
     yield lambda descriptor: (os.dup2(descriptor, 0), os.close(descriptor))
     os.dup2(kept, 0)

@@ -1,4 +1,4 @@
-"""What becomes of a recording's channels and scale, and what is said of its signal."""
+"""Mixing of channels, scale of samples, and warnings on the signal."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_ordinary_recordings_are_read_without_a_warning(shared):
     paths = sorted((shared / "speech" / "audio").rglob("*.ogg"))[::400]
     if not paths:
         pytest.skip("../shared has no recordings")
-    told = [read(path)[1] for path in paths]
-    assert sum(map(bool, told)) <= len(paths) // 50
+    warnings = [read(path)[1] for path in paths]
+    assert sum(map(bool, warnings)) <= len(paths) // 50
     assert [path for path in paths if len(load_audio(path, RATE, whole=True)) < 1000] == []
 
 
@@ -166,7 +166,7 @@ FLOAT = {"format": "WAV", "subtype": "FLOAT"}
 
 
 def related(correlation: float, seconds: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return two channels of noise: the energy of their mean is 1 + correlation of that of unrelated channels."""
+    """Make two channels of noise. The energy of their mean is 1 + correlation times that of unrelated channels."""
     left, other = noise(seconds, 1), noise(seconds, 2)
     return left, (correlation * left + np.sqrt(1 - correlation**2) * other).astype(np.float32)
 
@@ -258,7 +258,7 @@ def test_a_warning_on_channels_is_given_once(tmp_path):
 
 
 def whole_numbers(folder, loud: list[float], count: int = 10_000, quiet: float = 4.0):
-    """Return a file of `count` numbers in floating point: those of `loud`, and the rest `quiet`."""
+    """Write a file of `count` floating-point samples: `loud`, then `quiet`."""
     samples = np.full(count, quiet, np.float32)
     samples[::2] *= -1
     samples[: len(loud)] = loud
@@ -310,20 +310,20 @@ def test_the_loudest_sample_that_is_sound_is_a_million(tmp_path, sign):
     assert "enormous" in refusal(put(tmp_path, encoded(samples, **FLOAT)))
 
 
-@pytest.mark.parametrize(("flats", "told"), [(20, False), (21, True)])
-def test_a_recording_is_clipped_where_2_of_1000_samples_repeat_the_top(tmp_path, flats, told):
-    assert clipping(tmp_path, 0.9, flats) == ([f"{flats / 100:.1f}% of its samples"] if told else [])
+@pytest.mark.parametrize(("flats", "warned"), [(20, False), (21, True)])
+def test_a_recording_is_clipped_where_2_of_1000_samples_repeat_the_top(tmp_path, flats, warned):
+    assert clipping(tmp_path, 0.9, flats) == ([f"{flats / 100:.1f}% of its samples"] if warned else [])
     assert clipping(tmp_path, -0.9, 50) == ["0.5% of its samples"]
 
 
-@pytest.mark.parametrize(("height", "peak", "told"), [(0.5, 0.5, False), (0.51, 0.51, True), (0.6, 0.7, False),
+@pytest.mark.parametrize(("height", "peak", "warned"), [(0.5, 0.5, False), (0.51, 0.51, True), (0.6, 0.7, False),
                                                       (0.89, 0.9, True)])  # fmt: skip
-def test_samples_are_clipped_near_the_peak_and_above_half_of_the_scale(tmp_path, height, peak, told):
-    assert bool(clipping(tmp_path, height, 50, peak)) == told
+def test_samples_are_clipped_near_the_peak_and_above_half_of_the_scale(tmp_path, height, peak, warned):
+    assert bool(clipping(tmp_path, height, 50, peak)) == warned
 
 
 def clipping(folder, height: float, flats: int, peak: float = 0.0) -> list[str]:
-    """Return what is said of 10,000 samples, of which `flats` repeat their neighbour at a height."""
+    """Return the warnings on 10,000 samples, of which `flats` repeat their neighbour at a height."""
     samples = 0.4 * np.tile(np.float32([1, -1]), 5000)
     samples[10 : 11 + flats] = height
     samples[9000] = peak
@@ -357,10 +357,10 @@ def narrow(count: int) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * 1000 * t) + 0.3 * np.sin(2 * np.pi * 1700 * t)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("count", "told"), [(511, False), (512, True), (1000, True)])
-def test_a_recording_of_one_window_can_be_narrow(tmp_path, count, told):
+@pytest.mark.parametrize(("count", "warned"), [(511, False), (512, True), (1000, True)])
+def test_a_recording_of_one_window_can_be_narrow(tmp_path, count, warned):
     warnings = read(put(tmp_path, encoded(narrow(count), **FLOAT)))[1]
-    assert [sentence.split("; ")[1] for sentence in warnings] == ["the model was trained on a band of 8 kHz"] * told
+    assert [sentence.split("; ")[1] for sentence in warnings] == ["the model was trained on a band of 8 kHz"] * warned
 
 
 @pytest.mark.parametrize(("rate", "compared"), [(8000, False), (14_999, False), (15_000, True)])
@@ -392,12 +392,12 @@ def test_a_recording_is_wide_if_any_of_its_blocks_are():
     assert quality.high == pytest.approx(alone.high, rel=1e-3) and quality.low > 10 * alone.low
 
 
-@pytest.mark.parametrize(("share", "floor", "told"), [(3.5e-6, 0.0, True), (4.5e-6, 0.0, False), (5.5e-5, 1.0, True),
+@pytest.mark.parametrize(("share", "floor", "warned"), [(3.5e-6, 0.0, True), (4.5e-6, 0.0, False), (5.5e-5, 1.0, True),
                                                       (7e-5, 1.0, False), (4.5e-6, 4.5e-6, False)])  # fmt: skip
-def test_a_narrow_band_has_a_millionth_of_its_energy_above(share, floor, told):
+def test_a_narrow_band_has_a_millionth_of_its_energy_above(share, floor, warned):
     quality = SignalQuality(RATE)
     quality.low, quality.high, quality.floor = 1.0, share, floor
-    assert bool(quality.warnings()) == told
+    assert bool(quality.warnings()) == warned
 
 
 def test_the_floor_is_three_times_the_energy_of_rounding_to_16_bits():

@@ -1,4 +1,4 @@
-"""What a file holds by its bytes: lengths of every format, frames of MPEG, pages of Ogg, joined and cut files."""
+"""Streams found in files of every format: lengths, joined and truncated files, tags, FLAC."""
 
 from __future__ import annotations
 
@@ -207,16 +207,8 @@ MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 
 def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
     plain = Stream(((0, 1),))
-    told = (
-        plain.sample_count,
-        plain.missing_bytes,
-        plain.cut,
-        plain.headless,
-        plain.gap,
-        plain.preroll,
-        plain.resumable,
-    )
-    assert told == (None, 0, False, False, "", 0.0, False) and plain.length_known is True and plain.padding == 0
+    assert (plain.sample_count, plain.missing_bytes, plain.padding, plain.preroll, plain.gap) == (None, 0, 0, 0.0, "")
+    assert (plain.cut, plain.headless, plain.resumable, plain.length_known) == (False, False, False, True)
     assert Stream((b"head", (3, 10), b"")).length == 11
 
 
@@ -236,10 +228,10 @@ def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
 
 def test_many_bytes_after_the_sound_are_reported_unless_they_are_zeros_or_tags():
     many, few = b"\7" * 65537, b"\7" * 65536
-    told = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
-    assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [told])
-    assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [told]
-    assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [told]
+    message = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
+    assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [message])
+    assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [message]
+    assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [message]
     assert layout_of(WAV + MP3 + many).unread == layout_of(MP3 + many).unread == []  # mp3 may hold anything
     for behind in (few, few + tag(), few + tag(50, ape=True), bytes(65537), bytes(65537) + tag(), b""):
         assert layout_of(WAV + behind) == Layout([Stream(((0, END),))])
@@ -333,7 +325,7 @@ def test_no_tag_after_the_sound_begins_before_it():
 
 
 def flac_file(*blocks: bytes, count: int = 0) -> bytes:
-    """Return a FLAC file of metadata blocks alone, of which the first gives the count of samples."""
+    """Make a FLAC file of metadata blocks only; the first gives the number of samples."""
     blocks = (bytes(13) + count.to_bytes(5, "big") + bytes(16), *blocks)
     heads = [(bytes([128 * (n == len(blocks) - 1) + n]) + len(b).to_bytes(3, "big")) for n, b in enumerate(blocks)]
     return b"fLaC" + b"".join(head + block for head, block in zip(heads, blocks, strict=True))

@@ -1,4 +1,4 @@
-"""Where the sound lies by the headers of wav, AIFF, AU, CAF, W64, NIST and rarer formats, byte by byte."""
+"""Streams by the headers of wav, AIFF, AU, CAF, W64, NIST and rarer formats."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WAV = riff_file(FORMAT, chunk(b"data", SOUND))
 
 
 def whole(*ends: int) -> list[Stream]:
-    """Return streams that are taken as they lie in the file, one behind another."""
+    """Return consecutive streams with unchanged headers, given the end of each."""
     return [Stream(((start, end),)) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Stream:
-    """Return the stream of bytes of sound under a wav header of its own."""
+    """Return the stream of (start, end) in the file under a new wav header."""
     length = sound[1] - sound[0]
     size = 20 + len(content) + len(content) % 2 + length
     return Stream((riff_file(chunk(b"fmt ", content), b"data" + struct.pack("<I", length), size=size), sound), **fields)
@@ -363,8 +363,8 @@ def test_sound_beyond_what_a_format_can_count_is_reported():
     for data in (aiff, rifx, au(b"", 0)):
         assert layout_of(data + b"\xff", len(data) + 0xFFFFFFFF).unread == []
         sentence = "contains 4294967296 bytes of audio, of which only 4 GiB can be read in its format; "
-        told = sentence + "convert it to FLAC or W64"
-        assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [told]
+        message = sentence + "convert it to FLAC or W64"
+        assert layout_of(data + b"\xff", len(data) + (1 << 32)).unread == [message]
     for data in (riff_file(FORMAT, chunk(b"data")), caf(DESC, (b"data", 0, b"")), w64(FMT, (b"data", 0, b""))):
         assert layout_of(data + b"\xff", len(data) + (1 << 33)).unread == []
 
@@ -484,7 +484,7 @@ def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
 
 
 def ends(claimed_end, data: bytes, size: int | None = None) -> int:
-    """Return the end that a header claims, which must be the same wherever it lies in a file."""
+    """Return the end that a header claims; assert that it moves with the header."""
     found = claimed_end(Bytes(data, size), 0)
     for before in (1, 1000):
         assert claimed_end(Bytes(b"\7" * before + data, size and size + before), before) == found + before

@@ -1,4 +1,4 @@
-"""mp3 and its elders: frames, their count, and what lies between them."""
+"""MPEG audio: frames, their count, and the bytes between them."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_invalid_frame_headers_are_refused(head):
 
 
 def frames(count, **fields):
-    """Return so many frames, which nobody decodes."""
+    """Make `count` frames with content that cannot be decoded."""
     head = header(**fields)
     return head.ljust(mpeg.frame_header(head).length, b"\1") * count
 
 
 def counting(frames=None, size=None, *, tag=b"Info", note=b"", **fields):
-    """Return a frame that counts the others."""
+    """Make a counting frame."""
     head = header(**fields)
     frame = mpeg.frame_header(head)
     flags = (frames is not None) | 2 * (size is not None)
@@ -101,7 +101,7 @@ def test_tags_and_what_is_no_frame_lie_between_spans():
 
 
 def test_a_frame_of_another_kind_within_a_stream_is_damage():
-    """One frame of another rate that no frame follows ends no stream."""
+    """A single frame of another rate does not end a stream."""
     size, odd = len(frames(1)), frames(1, rate=1)
     data = frames(8) + odd + frames(8)
     found = streams_of(data)
@@ -118,7 +118,7 @@ def test_a_count_of_frames_is_believed_where_bytes_lack_and_not_where_all_are_th
         (stream,) = streams_of(data)
         assert (stream.sample_count, stream.cut) == (count * 1152, cut)
     (stream,) = streams_of(counting(40, 41 * size, tag=tag, mode=mode) + frames(20, mode=mode))
-    assert stream.sample_count == 40 * 1152 and not stream.cut  # told by the frames that are there
+    assert stream.sample_count == 40 * 1152 and not stream.cut  # by the frames that are there
     good = counting(20, 21 * size, tag=tag, mode=mode)
     (stream,) = streams_of(good + frames(20, mode=mode))
     assert stream.spans == ((0, 21 * size),) and stream.padding == 1152
@@ -175,12 +175,12 @@ INFO = len(counting())
 
 
 def mp3(*spans, **fields) -> Stream:
-    """Return a stream of layer III in these spans, of whose count of frames its encoder noted no padding."""
+    """Return a layer III stream of these spans whose encoder gave no padding."""
     return Stream(spans, **{"preroll": 0.5, "padding": 1152} | fields)
 
 
 def sound(data: bytes, size: int | None = None) -> list[Stream]:
-    """Return the streams of a file whose frames of counts, made up in memory, are left out of their spans."""
+    """Return the streams of a file without the counting frames that were made in memory."""
     found = layout_of(data, size).streams
     assert all(isinstance(stream.spans[0], bytes) for stream in found)
     return [replace(stream, spans=stream.spans[1:]) for stream in found]
@@ -318,7 +318,7 @@ def test_frames_of_elder_layers_are_taken_as_they_lie():
 
 @pytest.mark.parametrize("near, whole", [(0, True), (1, True), (-1, True), (2, False), (-2, False)])
 def test_a_frame_that_counts_right_is_given_to_the_decoder_as_it_is(near, whole):
-    """The count of bytes may differ by a hundredth."""
+    """The number of bytes may differ by 1%."""
     length = 100 * SIZE
     off = {0: 0, 1: length // 100, 2: length // 100 + 1}[abs(near)] * (1 if near > 0 else -1)
     good = counting(100, INFO + length + off)
@@ -336,9 +336,9 @@ def test_a_frame_that_counts_right_is_given_to_the_decoder_as_it_is(near, whole)
 
 def test_a_count_is_believed_where_more_bytes_are_missing_than_a_frame_or_so():
     length = 20 * SIZE
-    for beyond, frames_told in ((256, 20), (257, 23)):
+    for beyond, frame_count in ((256, 20), (257, 23)):
         (stream,) = streams_of(counting(23, INFO + length + beyond) + frames(20))
-        assert stream.sample_count == frames_told * 1152
+        assert stream.sample_count == frame_count * 1152
     assert streams_of(counting(23, None) + frames(20))[0].sample_count == 23 * 1152
     assert streams_of(counting(3, INFO + length + 999) + frames(20))[0].sample_count == 20 * 1152
 
@@ -378,7 +378,7 @@ def test_frames_without_a_count_get_one_in_the_least_frame_that_holds_it(fields)
 
 
 def side(version=3, mode=0, **_) -> int:
-    """Return where a count lies in its frame: as if there were no checksum."""
+    """Return the offset of a count in its frame, the same with a checksum."""
     return 4 + {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[version == 3, mode == 3]
 
 
@@ -424,8 +424,8 @@ def test_a_count_is_read_where_its_flags_say():
     vbri = header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8, 7)
     assert mpeg._read_count(vbri, frame) == mpeg._read_count(vbri + b"...", frame) == (7, 8)
     assert mpeg._read_count(vbri[:-1], frame) == (0, 0)
-    for most, told in (((1 << 28) - 1, (1 << 28) - 1), (1 << 28, 0)):
-        assert mpeg._read_count(vbri[:50] + struct.pack(">I", most), frame) == (told, 8)
+    for count, expected in (((1 << 28) - 1, (1 << 28) - 1), (1 << 28, 0)):
+        assert mpeg._read_count(vbri[:50] + struct.pack(">I", count), frame) == (expected, 8)
 
 
 def test_a_frame_that_counts_by_vbri_is_not_audio():

@@ -1,4 +1,4 @@
-"""Pages of Ogg, links of chains, and streams side by side."""
+"""Ogg pages, chained links and parallel streams."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_of_two_parallel_streams_the_first_is_read():
 
 
 def test_flac_is_taken_out_of_its_pages():
-    """A FLAC stream in Ogg is given without pages and without the nine bytes before its own beginning."""
+    """The pages of FLAC in Ogg are removed, and the nine bytes before its own header."""
     head = b"\x7fFLAC\x01\0\0\x01fLaC\0\0\0\x22" + bytes(13) + (777).to_bytes(5, "big") + bytes(16)
     first, second = page(head, flags=2), page(b"s" * 300, sequence=1, flags=4)
     (stream,) = streams_of(first + second)
@@ -116,7 +116,7 @@ def test_a_page_of_ogg_needs_all_of_its_header():
 
 
 def vorbis(*spans, **fields) -> Stream:
-    """Return the stream of Vorbis or Opus in these bytes."""
+    """Return the Vorbis or Opus stream of these spans."""
     return Stream(spans, preroll=0.5, length_known=False, **fields)
 
 

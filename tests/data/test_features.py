@@ -1,4 +1,4 @@
-"""Features: what a frame is, judged by kaldi-native-fbank."""
+"""Features agree with kaldi-native-fbank."""
 
 from __future__ import annotations
 

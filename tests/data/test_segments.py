@@ -1,4 +1,4 @@
-"""Recordings of any length into segments of speech, whatever the blocks that they come in."""
+"""Cutting recordings of any length into segments of speech, whatever the sizes of their blocks."""
 
 import numpy as np
 import pytest

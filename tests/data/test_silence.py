@@ -1,4 +1,4 @@
-"""Speech is found among silence and noise, and silence changes neither frames nor what comes of them."""
+"""Finding speech in silence and noise, and trimming silence."""
 
 import numpy as np
 import pytest
@@ -196,7 +196,7 @@ def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():
 
 
 def normalised_speech(samples, start, **settings):
-    """Return the normalised frames of SPEECH, which starts at `start` seconds of the samples."""
+    """Return the normalised frames of SPEECH within samples; it starts at `start` seconds."""
     config = FeatureConfig(**settings)
     ((frames, where),) = speech_features([samples.astype(np.float32)], config)
     places = torch.cat([torch.arange(first, last) for first, last in where])
