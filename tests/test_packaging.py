@@ -110,7 +110,8 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
     modules -= {"las_fast/kernels/__init__.py"}  # it points a checkout to kernels/; a wheel has the files themselves
     modules |= {f"las_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     released = {f"las_fast/checkpoints/{path.name}" for path in (ROOT / "las_fast" / "checkpoints").iterdir()}
-    assert presets and released and presets | modules | released | {"las_fast/py.typed"} <= set(names)
+    files = {"las_fast/py.typed", "las_fast/training/report.html"}
+    assert presets and released and presets | modules | released | files <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)

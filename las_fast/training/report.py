@@ -1,4 +1,4 @@
-"""Pictures of the attention, and a report of a run: one HTML file that needs nothing else, in light and dark."""
+"""The report of a run: one HTML file that needs nothing else, in light and dark."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from las_fast.output.figures import Curve, curves_svg, draw_attention
 from las_fast.training.monitor import THRESHOLDS
 from las_fast.training.runlog import read_rows
 
+TEMPLATE = Path(__file__).with_name("report.html")  # with @title@ and @body@
 SHOWN = 12  # best and worst utterances
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
 
 
 # --------------------------------------------------------------------------------------------------------- differences
@@ -40,9 +38,6 @@ def differences(reference: str, hypothesis: str) -> tuple[str, str]:
 def _span(kind: str, text: str) -> str:
     escaped = html.escape(text)
     return escaped if kind == "equal" or not text else f'<span class="{kind}">{escaped}</span>'
-
-
-# -------------------------------------------------------------------------------------------------------------- curves
 
 
 # ----------------------------------------------------------------------------------------------------------------- run
@@ -122,7 +117,8 @@ def write_report(
         _validations(log),
         f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
     ]
-    page = PAGE.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
+    template = TEMPLATE.read_text(encoding="utf-8")
+    page = template.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
     write_text_atomically(out, page)
 
 
@@ -249,56 +245,3 @@ def _validations(log: list[dict]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@title@</title><style>
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5c6570; --rule: #d9dee4; --card: #f5f7f9;
-  --one: #1f6feb; --two: #c2570c; --three: #9aa4af; --bad: #ffd7d5; --new: #cfe3ff; --other: #ffe5b4; }
-@media (prefers-color-scheme: dark) { :root {
-  --ink: #e6e9ed; --paper: #14171a; --soft: #9aa4af; --rule: #333a42; --card: #1d2126;
-  --one: #6cb0ff; --two: #f0a35e; --three: #66707b; --bad: #6b2423; --new: #1c4478; --other: #6a4a0c; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1180px;
-  margin: 0 auto; padding: 24px; }
-h1 { font-size: 28px; margin: 8px 0 20px; }
-h2 { font-size: 20px; margin: 40px 0 8px; }
-h3 { font-size: 16px; margin: 24px 0 4px; }
-p { margin: 4px 0 12px; }
-small, figcaption, th, .name { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
-.tile { background: var(--card); border-radius: 8px; padding: 14px 16px; display: flex; flex-direction: column; }
-.tile b { font-size: 28px; line-height: 1.2; }
-.tile small { font-size: 13px; }
-.pair, .trio { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-.trio { grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-figure { margin: 0; min-width: 0; }
-figcaption { font-size: 14px; margin-bottom: 4px; }
-svg, img { width: 100%; height: auto; }
-.trio img { max-width: 480px; }
-.grid { stroke: var(--rule); }
-.tick { font-size: 12px; fill: var(--soft); }
-.mark { stroke: var(--soft); stroke-dasharray: 4 4; }
-.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.line1 { stroke: var(--one); } .line2 { stroke: var(--two); } .line3 { stroke: var(--three); }
-.dot.line1 { fill: var(--one); } .dot.line2 { fill: var(--two); } .dot.line3 { fill: var(--three); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 500; font-size: 14px; }
-.rate { text-align: right; white-space: nowrap; min-width: 52px; font-variant-numeric: tabular-nums; }
-.said, .name { font-family: ui-monospace, monospace; font-size: 14px; }
-.said { white-space: pre-wrap; }
-td.said { width: 100%; }
-.name { white-space: nowrap; min-width: 84px; }
-.delete, .insert, .replace { border-radius: 3px; }
-.delete { background: var(--bad); text-decoration: line-through; }
-.insert { background: var(--new); text-decoration: underline; }
-.replace { background: var(--other); }
-details { margin-top: 28px; }
-summary { cursor: pointer; font-size: 20px; font-weight: 600; }
-pre { overflow-x: auto; }
-</style></head><body>
-@body@
-</body></html>
-"""
