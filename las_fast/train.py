@@ -25,25 +25,30 @@ from las_fast.files import AVERAGED, BEST, LAST, make_folder
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.system import choose_device, cores
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
+if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
     from las_fast.training.trainer import Trainer
 
-COPIES = 10  # of the weights: four in last.pt, one each in best and averaged, and those in the making beside them
-FASTEST, SPELLED = 40, 10  # characters a second that nobody reaches, but for so many: a short cut may lose its start
-ROOM = 2**20  # bytes for log, curves and pictures, at least
+WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is replaced
+LOG_BYTES = 2**20  # at least, for log, curves and pictures
+MAX_CHARS_PER_SECOND = 40  # faster than anyone speaks
+GRACE_CHARS = 10  # allowance for short clips that are cut at the start
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser = Parser(prog="python -m las_fast.train", description=__doc__, add_help=False)
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help=f"preset ({', '.join(presets())}) or YAML")
     parser.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, LibriSpeech or manifest")
-    parser.add_argument("--out", required=True, type=as_path, metavar="RUN", help="folder for all that training writes")
+    parser.add_argument(
+        "--out", required=True, type=as_path, metavar="RUN", help="run folder, for all that training writes"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
-    parser.add_argument("--init", metavar="RUN|FILE|NAME", help="begin with a checkpoint's weights, not random ones")
-    parser.add_argument("--on-bad", choices=("error", "skip"), help="what to do with an unusable utterance")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--init", metavar="RUN|FILE|NAME", help="start from the weights of a checkpoint instead of random ones"
+    )
+    parser.add_argument("--on-bad", choices=("error", "skip"), help="stop at an unusable utterance, or leave it out")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     options, config = parse_settings(parser, argv, lambda options: load_config(options.config))
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
@@ -68,34 +73,34 @@ def main(argv: list[str] | None = None) -> None:
     print(f"data: {corpus.name}")
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}
-    with held(options.out):
-        find_temporary_folder(options.out)
+    with lock_run_folder(options.out):
+        ensure_temporary_folder(options.out)
         trainer = Trainer(config, train_data, dev_data, options.out, device, source)
         if options.resume:
             trainer.resume()
         elif init:
-            trainer.begin_with(init.model, init.path)
+            trainer.load_initial_weights(init.model, init.path)
         write_text_atomically(options.out / "config.yaml", to_yaml(config))
         describe(trainer)
-        if trainer.progress.step == trainer.steps and not trainer.owes_validation:
-            print("this training is finished already; nothing is left to do")
+        if trainer.progress.step == trainer.steps and not trainer.validation_due:
+            print("this training is complete; nothing is left to do")
         else:
             train(trainer, options, sys.argv[1:] if argv is None else argv)
 
 
-def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> None:
-    """Run the training to its end, and say what came of it; `words` are the command's, to go on with."""
+def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -> None:
+    """Run the training and print its result; `arguments` are the command's, for the hint how to resume."""
     from las_fast.training.trainer import Diverged
 
-    check_room(options.out, trainer)
+    check_disk_space(options.out, trainer)
     try:
         trainer.run()
     except KeyboardInterrupt:
-        print_error(how_to_go_on(trainer, words))
+        print_error(resume_hint(trainer, arguments))
         raise
     except (InputError, OSError) as error:
         if trainer.saved_step and not isinstance(error, Diverged):
-            print_error(how_to_go_on(trainer, words))
+            print_error(resume_hint(trainer, arguments))
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
@@ -104,22 +109,22 @@ def train(trainer: Trainer, options: argparse.Namespace, words: list[str]) -> No
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raise InputError where training cannot write into the folder `out`, or must not."""
+    """Raise InputError if training cannot write into the folder `out`, or must not."""
     if resume and not (out / LAST).exists():
         raise InputError(f"{out / LAST} does not exist, so there is nothing to resume; start without --resume")
     if not resume and (out / LAST).exists():
         raise InputError(f"{out} already holds a training; add --resume to continue it or choose another --out")
     if not resume:
         check_nothing_is_replaced(out)
-    standing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not standing.is_dir():
-        raise InputError(f"--out {out}: {standing} is a file; give a folder")
-    if not os.access(standing, os.W_OK):
-        raise InputError(f"--out {out}: {standing} may not be written; give another folder")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"--out {out}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"--out {out}: {existing} is not writable; give another folder")
 
 
 def check_nothing_is_replaced(out: Path) -> None:
-    """Raise InputError where a folder without a training's state holds files that a training would write over."""
+    """Raise InputError if a folder without last.pt holds files that a training would overwrite."""
     weights = [name for name in (BEST, AVERAGED) if os.path.isfile(out / name)]
     if weights:
         raise InputError(f"--out {out} holds {weights[0]} of another training; choose another --out or remove it")
@@ -128,14 +133,16 @@ def check_nothing_is_replaced(out: Path) -> None:
         return
     with contextlib.suppress(InputError, OSError, UnicodeDecodeError):
         text = settings.read_text(encoding="utf-8")
-        if not text or to_yaml(from_yaml(text, str(settings))) == text:  # of a training that was stopped at its start
+        if (
+            not text or to_yaml(from_yaml(text, str(settings))) == text
+        ):  # of a training that was stopped before its first save
             return
-    raise InputError(f"--out {out}: {settings} would be replaced by the training's own; choose another --out")
+    raise InputError(f"--out {out}: {settings} would be overwritten; choose another --out")
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Make the folder `out` and keep other trainings out of it meanwhile; raise InputError where one is in it."""
+def lock_run_folder(out: Path) -> Iterator[None]:
+    """Make the folder `out` and lock it; raise InputError if another training holds the lock."""
     make_folder(out, "--out")
     folder = os.open(out, os.O_RDONLY)
     try:
@@ -143,7 +150,7 @@ def held(out: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(folder)
         raise InputError(f"another training is writing into {out}; wait for it or choose another --out") from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         pass
     try:
         yield
@@ -151,93 +158,100 @@ def held(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def find_temporary_folder(out: Path) -> None:
-    """Have Python make temporary files in `out` where it can make them nowhere else: torch wants a place for them."""
+def ensure_temporary_folder(out: Path) -> None:
+    """Use `out` for temporary files if the system has no place for them; torch needs one."""
     try:
         tempfile.gettempdir()
-    except FileNotFoundError:  # a container whose system is read-only
+    except FileNotFoundError:  # a read-only container
         tempfile.tempdir = os.path.abspath(out)
 
 
-def check_room(out: Path, trainer: Trainer) -> None:
-    """Raise InputError where the disk cannot hold what the training will write beside what is there already."""
-    numbers = sum(p.numel() for p in trainer.model.parameters())
-    there = sum(path.stat().st_size for path in (out / BEST, out / AVERAGED, out / LAST) if path.exists())
-    needed, free = 4 * numbers * COPIES + ROOM - there, shutil.disk_usage(out).free
+def check_disk_space(out: Path, trainer: Trainer) -> None:
+    """Raise InputError if the disk is too small for what the training will write beyond its present files."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    present = sum(path.stat().st_size for path in (out / BEST, out / AVERAGED, out / LAST) if path.exists())
+    needed, free = 4 * parameters * WEIGHT_COPIES + LOG_BYTES - present, shutil.disk_usage(out).free
     if free < needed:
         raise InputError(
-            f"--out {out}: a training of this model needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} are free "
-            "there; free some space or choose another folder"
+            f"--out {out}: a training of this model needs {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB "
+            "are free; free some space or choose another folder"
         )
 
 
 def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
-    """Return the model of --init, whose characters and features must be those of config; None where there is none."""
+    """Load the checkpoint of --init, or None without one or on --resume.
+
+    Raises:
+        InputError: its characters or features differ from those of config.
+    """
     if not options.init or options.resume:
         return None
     from las_fast.checkpoint import load_model
 
     init = load_model(options.init)
     for name in ("data.characters", *(f"features.{f.name}" for f in dataclasses.fields(config.features))):
-        theirs, ours = (attrgetter(name)(c) for c in (init.config, config))
-        if theirs != ours:
-            raise InputError(f"--init {init.path} was trained with {name} {theirs}, not {ours}; use its settings")
+        before, now = (attrgetter(name)(c) for c in (init.config, config))
+        if before != now:
+            raise InputError(f"--init {init.path} was trained with {name} {before}, not {now}; use its settings")
     return init
 
 
-def how_to_go_on(trainer: Trainer, arguments: list[str]) -> str:
-    """Return the lines that an interrupted training ends with."""
+def resume_hint(trainer: Trainer, arguments: list[str]) -> str:
+    """Last lines of an interrupted training: what is saved, and the command that continues."""
     if trainer.saved_step is None:
         return "\nstopped before anything was saved; start again with the same command"
-    words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-    return f"\nstopped; step {trainer.saved_step} is saved. To go on: python -m las_fast.train {shlex.join(words)}"
+    again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return f"\nstopped; step {trainer.saved_step} is saved. To continue: python -m las_fast.train {shlex.join(again)}"
 
 
 def describe(trainer: Trainer) -> None:
+    """Print the size of the model, the batches and the threads."""
     import torch
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     last = trainer.course.of(trainer.config.training.epochs - 1)
-    share = 100 * last.padding_share(0)
+    padding = 100 * last.padding_share(0)
     precision = str(trainer.precision).removeprefix("torch.")
     print(
         f"model: {parameters / 1e6:.1f} M parameters, {precision} on {trainer.device}; "
-        f"{len(last)} batches an epoch, {share:.1f}% padding; "
+        f"{len(last)} batches per epoch, {padding:.1f}% padding; "
         f"from step {trainer.progress.step} to {trainer.steps}"
     )
     threads = torch.get_num_threads()
     if trainer.device.type == "cpu" and threads < cores():
-        print(f"threads: {threads} of {cores()}; where the other cores are idle, more --training.threads may be faster")
+        print(f"threads: {threads} of {cores()} cores; if the others are idle, more --training.threads may be faster")
 
 
-def warn_of_hasty(name: str, data: SpeechDataset) -> None:
-    """Print a warning where transcripts have more characters than anyone can say in their time."""
-    hasty = [i for i, text in enumerate(data.texts) if len(text or "") > SPELLED + FASTEST * data.seconds[i]]
-    if hasty:
-        first, seconds = hasty[0], data.seconds[hasty[0]]
+def warn_too_fast(name: str, data: SpeechDataset) -> None:
+    """Warn of transcripts with more characters than anyone can say in the time of their recording."""
+    too_fast = [
+        i for i, text in enumerate(data.texts) if len(text or "") > GRACE_CHARS + MAX_CHARS_PER_SECOND * data.seconds[i]
+    ]
+    if too_fast:
+        first, seconds = too_fast[0], data.seconds[too_fast[0]]
         print(
-            f"warning: {len(hasty)} of {len(data.texts)} transcripts of {name} have more than {FASTEST} characters a "
-            f"second, the first that of {data.ids[first]}: {len(data.texts[first] or '')} in {seconds:.2f} s; "
-            "see whether they belong to these recordings"
+            f"warning: {len(too_fast)} of {len(data.texts)} transcripts of {name} have more than "
+            f"{MAX_CHARS_PER_SECOND} characters per second; the first is {data.ids[first]}, with "
+            f"{len(data.texts[first] or '')} in {seconds:.2f} s; check that they belong to these recordings"
         )
 
 
-def warn_of_crowded(data: SpeechDataset, model: ModelConfig) -> None:
-    """Print a warning where the CTC head has fewer frames than a transcript needs: a blank parts equal neighbours."""
+def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
+    """Warn of transcripts that need more frames than the CTC head has: one per character, one between equal ones."""
     reduction = model.listener.reduction_at(model.ctc_layer)
     needed = [len(text) + sum(map(eq, text, text[1:])) for text in (known or "" for known in data.texts)]
-    there = [-(-frames // reduction) for frames in data.frames.tolist()]
-    crowded = [i for i, frames in enumerate(there) if needed[i] > frames]
-    if crowded:
-        i = crowded[0]
+    available = [-(-count // reduction) for count in data.frames.tolist()]
+    too_long = [i for i, count in enumerate(available) if needed[i] > count]
+    if too_long:
+        i = too_long[0]
         print(
-            f"warning: CTC learns nothing from {len(crowded)} of {len(data.texts)} transcripts, which need more frames "
-            f"than its head has; the first is that of {data.ids[i]}, {needed[i]} of {there[i]}"
+            f"warning: CTC learns nothing from {len(too_long)} of {len(data.texts)} transcripts, which need more "
+            f"frames than its head has; the first is {data.ids[i]}, which needs {needed[i]} and has {available[i]}"
         )
 
 
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
-    """Return the training and dev sets, their features cached and checked."""
+    """Load the training and dev sets, compute or read their features, and warn of doubtful data."""
     from las_fast.data.dataset import divided_recordings, load_dataset, shared_recordings
 
     train_splits = config.data.train or corpus.resolve("train")
@@ -249,21 +263,21 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
     )  # fmt: skip
     for name, data in (("+".join(train_splits), train), ("+".join(dev_splits), dev)):
         if len(data) == 0:
-            raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or root")
+            raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or --data")
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
         print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
-        warn_of_hasty(name, data)
+        warn_too_fast(name, data)
     if config.model.ctc_layer >= 0:
-        warn_of_crowded(train, config.model)
+        warn_too_long_for_ctc(train, config.model)
     if shared := shared_recordings(train, dev):
         print(
-            f"warning: {shared} dev utterances are trained on too; the dev scores say nothing about new speech; "
-            "name other utterances with --data.dev, or in the manifest's column split"
+            f"warning: {shared} dev utterances are in the training set too, so dev scores say nothing about new "
+            "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
     elif divided := divided_recordings(train, dev):
         print(
-            f"warning: {divided} recordings have parts in both the training and the dev splits; the dev scores are for "
-            "voices and rooms that are trained on; put all parts of a recording into one split"
+            f"warning: {divided} recordings have parts in both the training and the dev set, so dev scores are for "
+            "known voices and rooms; put all parts of a recording into one split"
         )
     return train, dev
 

@@ -1,4 +1,4 @@
-"""Settings are read without forgiveness."""
+"""Settings are read strictly."""
 
 import dataclasses
 import errno
@@ -68,7 +68,7 @@ def test_f23_preset_takes_28_coefficients():
         ("just text", r"must be a mapping"),
     ],
 )
-def test_a_mistake_is_named_with_where_it_stands(tmp_path, text, message):
+def test_a_mistake_is_named_with_its_section(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
@@ -93,7 +93,7 @@ def with_setting(name, value):
 
 @pytest.mark.parametrize("name", [name for name, value in SETTINGS.items() if type(value) is float])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_no_number_may_be_endless_or_none(name, value):
+def test_no_number_may_be_infinite_or_nan(name, value):
     with pytest.raises(InputError, match=f"settings: {name} must be a finite number"):
         check(with_setting(name, value))
 
@@ -105,13 +105,13 @@ def test_no_number_may_be_negative(name):
 
 
 @pytest.mark.parametrize("name", [name for name, b in BOUNDS.items() if max(b.at_least - 1, b.above) >= 0])
-def test_sizes_and_rates_may_not_be_nothing(name):
+def test_sizes_and_rates_may_not_be_0(name):
     with pytest.raises(InputError, match=f"settings: {name} must be (at least 1|more than 0); got 0"):
         check(with_setting(name, 0))
 
 
 @pytest.mark.parametrize("name", [name for name, bounds in BOUNDS.items() if min(bounds.at_most, bounds.below) == 1])
-def test_shares_are_no_more_than_the_whole(name):
+def test_shares_are_at_most_1(name):
     with pytest.raises(InputError, match=f"settings: {name} must be (at most|below) 1; got 1.5"):
         check(with_setting(name, 1.5))
 
@@ -226,7 +226,7 @@ def test_every_setting_has_the_default_that_is_written_here():
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3])
-def test_a_number_may_be_from_its_least_to_its_most(name):
+def test_a_number_may_be_anything_within_its_bounds(name):
     default, least, most = TABLE[name]
     kind = type(default[0] if default else 1) if isinstance(default, tuple) else type(default)
     good = [1e-9 if least == "more than 0" else kind(least), 1 - 1e-9 if most == "below 1" else kind(most)]
@@ -258,7 +258,7 @@ def test_a_number_may_be_from_its_least_to_its_most(name):
         ("data.characters", "", "distinct characters"),
     ],
 )
-def test_values_that_make_no_sense_are_named(name, value, message):
+def test_values_out_of_bounds_are_named(name, value, message):
     with pytest.raises(InputError, match=message):
         check(with_setting(name, value))
 
@@ -268,7 +268,7 @@ def layers(channels=1, kernels=1, strides=1):
 
 
 @pytest.mark.parametrize(
-    ("good", "bad", "said"),
+    ("good", "bad", "message"),
     [
         ({"model": ModelConfig(layers(2, 2, 2))}, {"model": ModelConfig(layers(2, 1, 1))}, "must be equally long"),
         ({"model": ModelConfig(layers())}, {"model": ModelConfig(layers(1, 2, 1))}, "must be equally long"),
@@ -331,13 +331,13 @@ def layers(channels=1, kernels=1, strides=1):
     ],
     ids=str,
 )
-def test_settings_must_go_together_and_do_at_their_limits(good, bad, said):
+def test_settings_must_agree_and_may_reach_their_limits(good, bad, message):
     assert check(replace(Config(), **good)) == replace(Config(), **good)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         check(replace(Config(), **bad))
 
 
-def test_every_number_is_looked_at_and_nothing_else():
+def test_every_number_is_checked_and_nothing_else():
     stages = {f"training.teacher_forcing.{name}" for name in ("start", "end", "first", "last")}
     assert {name for name, *_ in module._numbers(Config())} | {"training.restarts"} == stages | {
         name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3
@@ -346,12 +346,12 @@ def test_every_number_is_looked_at_and_nothing_else():
     assert values == [512, 256]
 
 
-def test_what_a_number_must_be_is_said():
-    said = {("features.size", 0): "at least 1", ("features.window_ms", 0.0): "more than 0",
+def test_the_broken_bound_is_named():
+    bounds = {("features.size", 0): "at least 1", ("features.window_ms", 0.0): "more than 0",
             ("training.warmup_steps", -1): "at least 0", ("decoding.length_reward", -2e6): "at least -1e+06",
             ("augment.speed", 1.0): "below 1", ("decoding.length_penalty", 101.0): "at most 100",
             ("training.ctc_until", float("nan")): "a finite number", ("training.warmup_steps", 5): ""}  # fmt: skip
-    assert {(name, value): BOUNDS[name].broken(value) for name, value in said} == said
+    assert {(name, value): BOUNDS[name].broken(value) for name, value in bounds} == bounds
 
 
 def test_a_speller_needs_a_cell():
@@ -366,7 +366,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest():
         load_config("speech14h")
 
 
-def test_exponents_and_whole_numbers_are_floats_where_floats_are_meant(tmp_path):
+def test_exponents_and_integers_are_read_as_floats_for_float_settings(tmp_path):
     (tmp_path / "c.yaml").write_text("training: {learning_rate: 1e-3, clip_norm: 5}")
     config = load_config(tmp_path / "c.yaml")
     assert config.training.learning_rate == 1e-3 and config.training.clip_norm == 5.0
@@ -377,7 +377,7 @@ def test_an_empty_file_means_the_defaults(tmp_path):
     assert load_config(tmp_path / "c.yaml") == Config()
 
 
-def test_settings_from_before_a_field_existed_take_its_default():
+def test_a_field_that_old_settings_lack_takes_its_default():
     settings = replace(Config(), decoding=replace(Config().decoding, beam=3))
     tree = to_tree(settings)
     del tree["decoding"]["coverage_weight"], tree["decoding"]["ngram_weight"]
@@ -440,13 +440,13 @@ def read(tmp_path, text):
         ("a: " * 3 + "b", r"is not YAML"),
     ],
 )
-def test_yaml_that_could_mean_something_else_is_refused_by_name(tmp_path, text, message):
+def test_ambiguous_yaml_is_refused(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, text)
     assert len(str(error.value)) < 600
 
 
-def test_a_bomb_of_anchors_is_refused_at_once(tmp_path):
+def test_a_yaml_bomb_is_refused_at_once(tmp_path):
     names = "abcdefghijklmnopqrstuvwxyz"
     lists = "".join(f"  - &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip(names, names[1:], strict=False))
     with pytest.raises(InputError, match=r"train\[0\] must be str"):
@@ -478,7 +478,7 @@ def test_a_bomb_of_anchors_is_refused_at_once(tmp_path):
         ("--- # settings\ntraining: {epochs: 3}\n...\n", "training.epochs", 3),
     ],
 )
-def test_yaml_is_read_as_its_setting_means_it(tmp_path, text, name, value):
+def test_yaml_is_read_by_the_type_of_the_setting(tmp_path, text, name, value):
     found = attrgetter(name)(read(tmp_path, text))
     assert found == value and type(found) is type(value)
 
@@ -490,7 +490,7 @@ def test_settings_with_any_text_in_them_survive_a_round_trip():
 
 
 @pytest.mark.parametrize("end,advice", [("", "did you mean an4"), (".yaml", "give .*an44.yaml")])
-def test_a_settings_file_that_is_not_there_is_answered_with_what_is(tmp_path, monkeypatch, end, advice):
+def test_a_missing_settings_file_is_answered_with_the_nearest(tmp_path, monkeypatch, end, advice):
     monkeypatch.chdir(tmp_path)
     if end:
         (tmp_path / "an44.yaml").touch()
@@ -507,7 +507,7 @@ def test_a_folder_is_no_settings_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfet\0", b"training: \xe9", b"PK\x03\x04\x14\0\0\0\x89"])
-def test_a_settings_file_that_is_no_text_is_one_sentence(tmp_path, content):
+def test_a_binary_settings_file_is_one_sentence(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(InputError, match="c.yaml is not YAML"):
         load_config(tmp_path / "c.yaml")

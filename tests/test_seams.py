@@ -1,4 +1,4 @@
-"""Where modules meet: what one gives to the next, and that every setting arrives where it counts."""
+"""Between modules: what each passes to the next, and that every setting arrives where it is used."""
 
 import csv
 import json
@@ -83,7 +83,7 @@ def test_each_step_draws_its_own_dropout(archive, tmp_path):
     assert again[0] == again[1] == second
 
 
-def test_the_gradient_of_a_step_is_its_own(archive, tmp_path):
+def test_gradients_do_not_accumulate_over_steps(archive, tmp_path):
     made = make_trainer(archive, tmp_path, small())
     batch, weights = first_batch(made), {k: v.clone() for k, v in made.model.state_dict().items()}
     norms = []
@@ -133,7 +133,7 @@ def test_every_setting_of_the_losses_arrives_at_each_step(archive, tmp_path, mon
     assert forcing == [0.75] * 3 and per_epoch == 3
 
 
-def test_the_loader_of_an_epoch_gets_the_place_of_the_step(archive, tmp_path, monkeypatch):
+def test_the_loader_of_an_epoch_starts_at_the_step(archive, tmp_path, monkeypatch):
     config = small(data=replace(small().data, workers=3), training=replace(small().training, seed=7))
     made, seen = make_trainer(archive, tmp_path, config), []
     monkeypatch.setattr(trainer, "make_loader", lambda *given, **options: seen.append((given, options)))
@@ -148,15 +148,15 @@ def test_the_loader_of_an_epoch_gets_the_place_of_the_step(archive, tmp_path, mo
 
 
 @pytest.mark.parametrize(("every", "due"), [(1.0, [3, 6]), (0.5, [2, 3, 5, 6]), (2.0, [6]), (5.0, [6]), (1.5, [5, 6])])
-def test_a_validation_is_due_each_time_that_its_share_of_an_epoch_is_done(archive, tmp_path, every, due):
+def test_a_validation_is_due_every_validate_every_epochs(archive, tmp_path, every, due):
     made = make_trainer(archive, tmp_path, small(training=replace(small().training, validate_every=every)))
     found = []
     for step in range(1, made.steps + 1):
         made.progress.step = step
-        if made.owes_validation:
+        if made.validation_due:
             found.append(step)
             made.progress.validated = step
-            assert not made.owes_validation
+            assert not made.validation_due
     assert made.steps == 6 and found == due
 
 
@@ -179,7 +179,7 @@ def test_core_hours_are_those_of_this_process_and_of_the_runs_before(archive, tm
     assert again.earlier_core_seconds == 9000.0 and again.core_hours() == 3.0
 
 
-def test_a_training_from_before_silence_was_trimmed_goes_on_without(tmp_path):
+def test_a_training_from_before_silence_was_trimmed_resumes_without_trimming(tmp_path):
     now = to_tree(small())
     then = {**now, "features": {key: value for key, value in now["features"].items() if key != "trim_silence"}}
     with pytest.raises(InputError, match="trained with features.trim_silence = False, not True"):
@@ -246,24 +246,24 @@ def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path,
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         capsys.readouterr()
         train.describe(made)
-        said = capsys.readouterr().out
+        printed = capsys.readouterr().out
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
-        batches = f"3 batches an epoch, {100 * made.course.of(1).padding_share(0):.1f}% padding"
-        assert said.startswith(f"{size}; {batches}; from step 2 to 6\n")
-        assert ("threads: 3 of 4; where the other cores are idle" in said) == more
+        batches = f"3 batches per epoch, {100 * made.course.of(1).padding_share(0):.1f}% padding"
+        assert printed.startswith(f"{size}; {batches}; from step 2 to 6\n")
+        assert ("threads: 3 of 4 cores; if the others are idle" in printed) == more
     made.device = torch.device("cuda")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     train.describe(made)
     assert "threads" not in capsys.readouterr().out
 
 
-def test_a_stopped_training_says_how_to_go_on_or_to_start_again(archive, tmp_path):
+def test_a_stopped_training_says_how_to_continue_or_to_start_again(archive, tmp_path):
     made = make_trainer(archive, tmp_path, small())
-    assert "before anything was saved; start again" in train.how_to_go_on(made, ["--out", "x"])
+    assert "before anything was saved; start again" in train.resume_hint(made, ["--out", "x"])
     made.saved_step = 7
     for words in (["--out", "a b"], ["--out", "a b", "--resume"]):
-        said = train.how_to_go_on(made, words)
-        assert "step 7 is saved" in said and said.endswith("python -m las_fast.train --out 'a b' --resume")
+        printed = train.resume_hint(made, words)
+        assert "step 7 is saved" in printed and printed.endswith("python -m las_fast.train --out 'a b' --resume")
 
 
 def train_stage(rate: float):
@@ -322,7 +322,7 @@ def settings_of(tree, name=""):
         yield from settings_of(value, f"{name}{key}.") if isinstance(value, dict) else [(name + key, value)]
 
 
-def test_every_setting_that_is_learned_by_must_be_the_same_on_resume(tmp_path):
+def test_every_setting_that_changes_the_result_must_be_the_same_on_resume(tmp_path):
     then, refused = to_tree(Config()), set()
     for name, value in settings_of(then):
         now = to_tree(Config())
@@ -362,7 +362,7 @@ def losses_by_hand(made, audio_of) -> tuple[list[float], list[int]]:
     return losses, counts
 
 
-def test_what_is_heard_is_measured_in_batches_of_more_than_one(archive, tmp_path):
+def test_the_audio_gain_is_measured_in_batches_of_more_than_one(archive, tmp_path):
     config = small(data=replace(small().data, utterances_per_batch=4))
     made = make_trainer(archive, tmp_path, config)
     found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
@@ -372,12 +372,12 @@ def test_what_is_heard_is_measured_in_batches_of_more_than_one(archive, tmp_path
     own, counts = losses_by_hand(made, lambda i: i)
     others, _ = losses_by_hand(made, following.get)
     risen, tokens = sum(others[i] - own[i] for i in first), sum(counts[i] for i in first)
-    assert found.alignment.heard == pytest.approx(risen / tokens, abs=1e-5)
+    assert found.alignment.audio_gain == pytest.approx(risen / tokens, abs=1e-5)
     single = replace(config, data=replace(config.data, utterances_per_batch=1))
-    assert validate(made.model, made.dev_data, made.vocabulary, single, CPU, tmp_path, 1.0).alignment.heard is None
+    assert validate(made.model, made.dev_data, made.vocabulary, single, CPU, tmp_path, 1.0).alignment.audio_gain is None
 
 
-def test_pictures_are_of_middling_utterances_and_show_all_of_them(archive, tmp_path):
+def test_pictures_show_utterances_of_median_length_without_padding(archive, tmp_path):
     config = small(training=replace(small().training, pictures=2))
     made = make_trainer(archive, tmp_path, config)
     validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 2.5)
@@ -393,7 +393,7 @@ def test_pictures_are_of_middling_utterances_and_show_all_of_them(archive, tmp_p
         assert (tmp_path / "attention" / f"epoch-0002.50-{name}.png").is_file()
 
 
-def test_validation_leaves_out_what_is_not_attention(archive, tmp_path, monkeypatch):
+def test_validation_searches_with_attention_alone(archive, tmp_path, monkeypatch):
     import las_fast.training.validate as module
 
     seen, search = [], module.greedy_search
@@ -409,7 +409,7 @@ def test_validation_leaves_out_what_is_not_attention(archive, tmp_path, monkeypa
 
 
 @pytest.fixture
-def heard(monkeypatch):
+def seen_features(monkeypatch):
     """The features that any command gives to a model, one utterance after another."""
     seen, listen = [], LAS.listen
 
@@ -436,9 +436,9 @@ def recording(tmp_path):
 
 
 @pytest.mark.parametrize("deltas", [0, 1, 2])
-def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path, recording, heard, deltas):
+def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path, recording, seen_features, deltas):
     transcribed(make_checkpoint(tmp_path, 20, mel_bins=23, deltas=deltas), recording)
-    (frames,) = heard
+    (frames,) = seen_features
     assert frames.shape[1] == 20 * (1 + deltas)
     torch.testing.assert_close(frames, add_deltas(frames[:, :20], deltas))
 
@@ -452,13 +452,15 @@ def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path
     ],
     ids=lambda features: "-".join(map(str, features.values())),
 )
-def test_transcribing_and_decoding_give_the_model_the_same_frames(tmp_path, recording, heard, monkeypatch, features):
+def test_transcribing_and_decoding_give_the_model_the_same_frames(
+    tmp_path, recording, seen_features, monkeypatch, features
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "list.tsv").write_text("id\tpath\tsplit\ttranscript\nsaid\tsaid.wav\tdev\tA\n")
     path = make_sound_checkpoint(tmp_path, **features)
     transcribed(path, recording)
     decoded(path, tmp_path / "list.tsv", tmp_path / "out.csv")
-    ours, theirs = heard
+    ours, theirs = seen_features
     assert len(ours) == pytest.approx(900 / FeatureConfig(**features).shift_ms, abs=4)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -478,7 +480,9 @@ def with_statistics(path, mean: float, std: float):
 
 
 @pytest.mark.parametrize("command", ["transcribe", "decode", "tune"])
-def test_each_command_normalises_by_the_statistics_of_the_checkpoint(tmp_path, recording, heard, command, monkeypatch):
+def test_each_command_normalises_by_the_statistics_of_the_checkpoint(
+    tmp_path, recording, seen_features, command, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     make_manifest(tmp_path / "data", utterances=1)
     for mean, std in ((0.0, 1.0), (30.0, 2.0)):
@@ -491,7 +495,7 @@ def test_each_command_normalises_by_the_statistics_of_the_checkpoint(tmp_path, r
         else:
             words = ["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--beam", "1"]
             tune.main(words)
-    plain, scaled = heard
+    plain, scaled = seen_features
     torch.testing.assert_close(scaled, (plain - 30) / 2)
 
 
@@ -667,7 +671,7 @@ def test_the_log_of_a_new_training_is_empty(tmp_path):
 
 
 class Board:
-    """What TensorBoard was told."""
+    """Stands in for TensorBoard; records its scalars."""
 
     made: list = []
 
@@ -696,17 +700,17 @@ def test_the_log_and_the_board_hold_the_same_numbers(tmp_path, monkeypatch):
         {"kind": "train", "step": 5, "epoch": 0.5, "lr": 0.01, "loss": 2.0, "attention": None, "speed": 9.0},
         {"kind": "valid", "step": 6, "epoch": 1.0, "loss": 1.5, "utterances": 3, "ld": 4.0, "cer": 50.0, "wer": 60.0,
          "monitor": {"diagonal": 0.9, "sharp": 0.8, "monotonic": 0.78, "coverage": 0.6, "formed": True,
-                     "utterances": 3, "heard": None}, "line": "a line", "core_hours": 0.1235},
+                     "utterances": 3, "audio_gain": None}, "line": "a line", "core_hours": 0.1235},
     ]  # fmt: skip
-    told = {(name, step): value for name, value, step in board.scalars[:-1]}
-    assert board.scalars[-1] == "closed" and len(told) == len(board.scalars) - 1
+    scalars = {(name, step): value for name, value, step in board.scalars[:-1]}
+    assert board.scalars[-1] == "closed" and len(scalars) == len(board.scalars) - 1
     for row in rows:
         numbers = {k: v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
         for name, value in numbers.items():
-            assert told.pop((f"{row['kind']}/{name}", row["step"])) == value
-    assert math.isnan(told.pop(("train/attention", 5)))
+            assert scalars.pop((f"{row['kind']}/{name}", row["step"])) == value
+    assert math.isnan(scalars.pop(("train/attention", 5)))
     expected = {"diagonal": 0.9, "sharp": 0.8, "monotonic": 0.78, "coverage": 0.6, "formed": 1.0, "utterances": 3.0}
-    assert told == {(f"monitor/{name}", 6): value for name, value in expected.items()}
+    assert scalars == {(f"monitor/{name}", 6): value for name, value in expected.items()}
 
 
 def test_each_line_of_the_log_is_there_at_once(tmp_path):

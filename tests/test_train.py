@@ -1,4 +1,4 @@
-"""Training: exact resume, whole validation, honest files."""
+"""Training end to end: exact resume, validation of the whole dev set, and files that are complete or absent."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from las_fast.data.dataset import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.training import schedules, trainer
-from las_fast.training.validate import of_the_next, validate
+from las_fast.training.validate import swap_audio, validate
 from tests.archives import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def rows(out, kind):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
-def test_a_training_leaves_everything_that_is_promised(whole):
+def test_a_training_writes_every_documented_file(whole):
     names = {p.name for p in whole.iterdir()}
     assert {"config.yaml", "log.jsonl", "last.pt", "best.safetensors", "averaged.safetensors", "tensorboard"} <= names
     assert list((whole / "tensorboard").glob("events*"))
@@ -134,7 +134,7 @@ def stop_after(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_cut_in_mid_epoch_and_resumed_equals_never_cut_bit_for_bit(archive, whole, tmp_path, monkeypatch, workers):
+def test_a_training_cut_in_mid_epoch_resumes_bit_for_bit(archive, whole, tmp_path, monkeypatch, workers):
     extra = {"training__checkpoint_minutes": 0.0, "data__workers": workers}
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
@@ -196,7 +196,7 @@ def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatc
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_every_setting_of_training_reaches_the_weights(archive, one_epoch, tmp_path, settings):
+def test_every_training_setting_changes_the_weights(archive, one_epoch, tmp_path, settings):
     train.main(arguments(archive, tmp_path, **{"training__epochs": 1, **settings}))
     plain, changed = (checkpoint.load_state(path / "last.pt")["model"] for path in (one_epoch, tmp_path))
     assert any(not torch.equal(plain[name], changed[name]) for name in plain)
@@ -243,14 +243,14 @@ def test_the_same_dev_utterances_are_pictured_each_time(whole):
     assert len(shown) == 3 and shown[0] == shown[1] == shown[2] and len(shown[0]) == 1
 
 
-def test_the_monitor_hears_by_giving_each_utterance_the_next_ones_audio(whole):
+def test_the_audio_gain_gives_each_utterance_the_audio_of_the_next(whole):
     parts = [torch.arange(3.0)[:, None, None], torch.arange(3.0)[:, None, None], torch.arange(3), torch.zeros(3, 1)]
-    assert of_the_next(Memory(*parts)).keys.flatten().tolist() == [1, 2, 0]
-    assert of_the_next(Memory(*parts)).lengths.tolist() == [1, 2, 0]
-    assert all(r["monitor"]["heard"] != 0 for r in rows(whole, "valid"))
+    assert swap_audio(Memory(*parts)).keys.flatten().tolist() == [1, 2, 0]
+    assert swap_audio(Memory(*parts)).lengths.tolist() == [1, 2, 0]
+    assert all(r["monitor"]["audio_gain"] != 0 for r in rows(whole, "valid"))
 
 
-def test_killed_at_three_random_moments_and_resumed_equals_never_killed(archive, tmp_path):
+def test_a_training_killed_at_three_random_moments_resumes_bit_for_bit(archive, tmp_path):
     settings = {"training__checkpoint_minutes": 0.0, "training__epochs": 40, "training__validate_every": 20.0}
     train.main(arguments(archive, tmp_path / "whole", **settings))
     seed = time.time_ns()
@@ -282,7 +282,7 @@ def wait_for_first_save(out, child):
         time.sleep(0.02)
 
 
-def test_interrupt_ends_after_the_step_and_says_how_to_go_on(archive, whole, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_ends_after_the_step_and_prints_the_resume_command(archive, whole, tmp_path, monkeypatch, capsys):
     step = trainer.Trainer.train_step
 
     def interrupting(self, batch):
@@ -294,13 +294,13 @@ def test_interrupt_ends_after_the_step_and_says_how_to_go_on(archive, whole, tmp
         patch.setattr(trainer.Trainer, "train_step", interrupting)
         with pytest.raises(KeyboardInterrupt):
             train.main(arguments(archive, tmp_path))
-    said = capsys.readouterr().err
-    assert "step 5 is saved" in said and re.search(r"python -m las_fast.train .*--resume", said)
+    printed = capsys.readouterr().err
+    assert "step 5 is saved" in printed and re.search(r"python -m las_fast.train .*--resume", printed)
     train.main(arguments(archive, tmp_path, "--resume"))
     assert_same_weights(whole, tmp_path)
 
 
-def test_core_hours_go_on_counting_after_a_resume(archive, tmp_path):
+def test_core_hours_continue_after_a_resume(archive, tmp_path):
     made = make_trainer(archive, tmp_path)
     made.earlier_core_seconds = 7200.0
     made.save()
@@ -338,13 +338,13 @@ def test_a_run_is_neither_overwritten_nor_continued_differently(archive, whole, 
     assert (whole / "last.pt").read_bytes() == before
 
 
-def test_validating_on_what_was_trained_on_is_said(archive, tmp_path, capsys):
+def test_a_dev_set_inside_the_training_set_is_warned_of(archive, tmp_path, capsys):
     extra = {"training__epochs": 1, "data__dev": "train-clean-360"}
     train.main(arguments(archive, tmp_path, **extra))
-    assert "warning: 4 dev utterances are trained on too" in capsys.readouterr().out
+    assert "warning: 4 dev utterances are in the training set too" in capsys.readouterr().out
 
 
-def test_a_training_can_begin_with_the_weights_of_another(archive, whole, tmp_path, monkeypatch):
+def test_a_training_can_start_from_the_weights_of_another(archive, whole, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: seen.append(self))
     train.main([*arguments(archive, tmp_path), "--init", str(whole)])
@@ -377,13 +377,13 @@ def test_a_finished_training_is_lengthened_by_a_restart(archive, tmp_path, monke
     twice = once | {"training__epochs": 3, "training__restarts": 2}
     places = []
 
-    def cosine_share(training, step, steps):
+    def learning_rate_factor(training, step, steps):
         places.append((step, steps))
-        return schedules.cosine_share(training, step, steps)
+        return schedules.learning_rate_factor(training, step, steps)
 
     train.main(arguments(archive, tmp_path / "longer", **once))
     train.main(arguments(archive, tmp_path / "longer", "--resume", **twice))
-    monkeypatch.setattr(trainer, "cosine_share", cosine_share)
+    monkeypatch.setattr(trainer, "learning_rate_factor", learning_rate_factor)
     train.main(arguments(archive, tmp_path / "whole", **twice))
     (_, first), (_, second) = places[0], places[-1]
     assert places == [(step, steps) for steps in (first, second) for step in range(steps)] and first != second
@@ -400,13 +400,13 @@ def test_resuming_with_other_settings_is_refused(archive, whole):
         train.main([*arguments(archive, whole, "--resume", model__listener__dropout=0.5)])
 
 
-def test_a_state_from_before_a_setting_was_there_has_its_default(archive, whole, tmp_path, capsys):
+def test_a_setting_that_an_old_state_lacks_counts_as_its_default(archive, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     state = checkpoint.load_state(tmp_path / "last.pt")
     del state["settings"]["data"]["hours"], state["settings"]["model"]["listener"]["top_layers"]
     checkpoint.save_state(tmp_path / "last.pt", state)
     train.main(arguments(archive, tmp_path, "--resume"))
-    assert "finished already" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"data.hours = 0.0, not 1e-06"):
         train.main(arguments(archive, tmp_path, "--resume", data__hours=1e-6))
 
@@ -475,7 +475,7 @@ def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_p
         (1.0, math.inf, "none of the 6 steps so far had finite gradients, so nothing was learned"),
     ],
 )
-def test_a_training_that_leads_nowhere_ends_and_leaves_no_best(archive, tmp_path, monkeypatch, loss, norm, sentence):
+def test_a_diverged_training_ends_without_a_best_model(archive, tmp_path, monkeypatch, loss, norm, sentence):
     honest, clip = trainer.validate, trainer.Trainer._clip
     monkeypatch.setattr(trainer, "validate", lambda *given: replace(honest(*given), loss=loss))
     monkeypatch.setattr(trainer.Trainer, "_clip", lambda made: clip(made) * norm)
@@ -486,14 +486,17 @@ def test_a_training_that_leads_nowhere_ends_and_leaves_no_best(archive, tmp_path
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_transcripts_that_nobody_could_say_in_their_time_are_named(capsys):
+def test_transcripts_too_long_for_their_recordings_are_named(capsys):
     texts, seconds = ["X" * 90, "X" * 91, "X" * 10], np.array([2.0, 2.0, 0.01])
     data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, seconds=seconds)
-    train.warn_of_hasty("dev", data)
-    said = capsys.readouterr().out
-    assert "1 of 3 transcripts of dev have more than 40 characters a second, the first that of b: 91 in 2.00 s" in said
+    train.warn_too_fast("dev", data)
+    printed = capsys.readouterr().out
+    assert (
+        "1 of 3 transcripts of dev have more than 40 characters per second; the first is b, with 91 in 2.00 s"
+        in printed
+    )
     data.texts[1] = "X"
-    train.warn_of_hasty("dev", data)
+    train.warn_too_fast("dev", data)
     assert capsys.readouterr().out == ""
 
 
@@ -501,30 +504,33 @@ def test_transcripts_that_ctc_cannot_align_are_named(capsys):
     listener = ListenerConfig(conv_strides=(2,), pyramids=2)
     frames, texts = np.array([41, 41, 40]), ["ABCDEFGHIJK", "ABCDEFGHIJJ", "ABCDEFGHIJ"]  # 11, 11 and 10 frames of four
     data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, frames=frames)
-    train.warn_of_crowded(data, ModelConfig(listener, ctc_layer=1))
-    said = capsys.readouterr().out
-    assert "nothing from 1 of 3 transcripts" in said and "the first is that of b, 12 of 11" in said
-    train.warn_of_crowded(data, ModelConfig(listener, ctc_layer=0))
+    train.warn_too_long_for_ctc(data, ModelConfig(listener, ctc_layer=1))
+    printed = capsys.readouterr().out
+    assert "nothing from 1 of 3 transcripts" in printed and "the first is b, which needs 12 and has 11" in printed
+    train.warn_too_long_for_ctc(data, ModelConfig(listener, ctc_layer=0))
     assert capsys.readouterr().out == ""
 
 
 def test_two_trainings_do_not_share_a_folder(archive, tmp_path):
-    with train.held(tmp_path), pytest.raises(InputError, match="another training is writing into .*; wait for it"):
+    with (
+        train.lock_run_folder(tmp_path),
+        pytest.raises(InputError, match="another training is writing into .*; wait for it"),
+    ):
         train.main(arguments(archive, tmp_path))
     assert list(tmp_path.iterdir()) == []
-    with train.held(tmp_path):
+    with train.lock_run_folder(tmp_path):
         pass
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"a training of this model needs \d+ MiB and 1 are free there"):
+    with pytest.raises(InputError, match=r"a training of this model needs \d+ MiB, and 1 MiB are free"):
         train.main(arguments(archive, tmp_path))
     assert not (tmp_path / "log.jsonl").exists()
 
 
-def test_a_resumed_training_needs_no_room_for_what_it_replaces(archive, tmp_path, monkeypatch):
+def test_a_resumed_training_needs_no_space_for_files_that_it_replaces(archive, tmp_path, monkeypatch):
     made = make_trainer(archive, tmp_path)
     numbers = sum(p.numel() for p in made.model.parameters())
     whole = 40 * numbers + 2**20  # ten copies in float32, and room for log and pictures
@@ -535,7 +541,7 @@ def test_a_resumed_training_needs_no_room_for_what_it_replaces(archive, tmp_path
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(train.shutil, "disk_usage", lambda _, usage=usage: usage)
         with contextlib.nullcontext() if enough else pytest.raises(InputError, match="free some space"):
-            train.check_room(tmp_path, made)
+            train.check_disk_space(tmp_path, made)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
@@ -548,13 +554,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
 
 
-def test_time_spent_waiting_for_data_is_told_apart(monkeypatch):
+def test_time_waiting_for_data_is_counted_apart(monkeypatch):
     clock = iter(range(0, 100, 2))  # each look at it comes 2 seconds after the one before
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
     pace = trainer.Pace()  # 0
-    assert pace.next_of(iter(["batch"])) == "batch"  # from 2 to 4
-    assert pace.next_of(iter([])) is None  # from 6 to 8
-    pace.count(50.0)
+    assert pace.next_batch(iter(["batch"])) == "batch"  # from 2 to 4
+    assert pace.next_batch(iter([])) is None  # from 6 to 8
+    pace.add_audio(50.0)
     assert (pace.speed(), pace.waiting()) == (50 / 10, 4 / 12)
 
 
@@ -582,13 +588,13 @@ def test_biases_gains_and_the_tied_embedding_are_not_decayed():
     assert len(decayed) + len(free) == len(list(model.parameters()))
 
 
-def test_a_read_only_system_has_its_temporary_files_in_the_run(tmp_path, monkeypatch):
+def test_on_a_read_only_system_temporary_files_go_into_the_run_folder(tmp_path, monkeypatch):
     def nowhere():
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
-    train.find_temporary_folder(tmp_path)
+    train.ensure_temporary_folder(tmp_path)
     assert tempfile.gettempdir() == str(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The command that trains: its words, the folder it writes into, and what it prints around the training itself."""
+"""The train command: its arguments, its run folder, and what it prints around the training itself."""
 
 import contextlib
 import fcntl
@@ -46,23 +46,23 @@ def test_words_become_options_and_settings():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "--config, --data, --out must be given; see --help"),
         ([*WORDS, "--on-bad", "x"], "--on-bad must be one of error, skip; got 'x'"),
         ([*WORDS, "--resum"], "there is no option --resum; the nearest is --resume"),
     ],
 )
-def test_words_that_are_wrong_or_missing_are_named(capsys, words, said):
+def test_words_that_are_wrong_or_missing_are_named(capsys, words, message):
     with pytest.raises(SystemExit):
         train.parse(words)
-    assert capsys.readouterr().err == f"error: {said}\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def test_a_training_begins_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
+def test_a_training_starts_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     (old / "last.pt").touch()
@@ -82,12 +82,12 @@ def test_a_training_begins_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
 
 def test_a_folder_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and path == tmp_path))
-    with pytest.raises(InputError, match=f"--out {tmp_path}/a/b: {tmp_path} may not be written; give another folder"):
+    with pytest.raises(InputError, match=f"--out {tmp_path}/a/b: {tmp_path} is not writable; give another folder"):
         train.check_out(tmp_path / "a" / "b", resume=False)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
-def test_weights_of_another_training_are_not_replaced(tmp_path, name):
+def test_weights_of_another_training_are_not_overwritten(tmp_path, name):
     (tmp_path / "last.pt.d").mkdir()
     train.check_nothing_is_replaced(tmp_path)
     (tmp_path / name).touch()
@@ -96,43 +96,46 @@ def test_weights_of_another_training_are_not_replaced(tmp_path, name):
 
 
 @pytest.mark.parametrize("content", ["training: {epochs: 3}\n", "x: [", to_yaml(Config()) + "# mine\n", "\xff"])
-def test_settings_of_someone_else_are_not_replaced(tmp_path, content):
+def test_other_settings_files_are_not_overwritten(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match="config.yaml would be replaced by the training's own"):
+    with pytest.raises(InputError, match="config.yaml would be overwritten"):
         train.check_nothing_is_replaced(tmp_path)
 
 
-def test_a_folder_is_held_by_one_training_at_a_time(tmp_path, monkeypatch):
+def test_a_run_folder_is_locked_by_one_training_at_a_time(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
-    with train.held(tmp_path / "a" / "b"):
-        with pytest.raises(InputError, match="another training is writing into"), train.held(tmp_path / "a" / "b"):
+    with train.lock_run_folder(tmp_path / "a" / "b"):
+        with (
+            pytest.raises(InputError, match="another training is writing into"),
+            train.lock_run_folder(tmp_path / "a" / "b"),
+        ):
             pytest.fail("two hold it")
-        with train.held(tmp_path / "a"):
+        with train.lock_run_folder(tmp_path / "a"):
             pass
-    with pytest.raises(InputError), train.held(tmp_path):
+    with pytest.raises(InputError), train.lock_run_folder(tmp_path):
         raise InputError("in the middle")
-    with train.held(tmp_path):
+    with train.lock_run_folder(tmp_path):
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.setattr(fcntl, "flock", raising(OSError(37, "No locks available")))
-    with train.held(tmp_path):
+    with train.lock_run_folder(tmp_path):
         pass
 
 
-def test_a_folder_for_temporary_files_is_left_as_it_is_where_there_is_one(tmp_path, monkeypatch):
+def test_an_existing_folder_for_temporary_files_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
-    train.find_temporary_folder(tmp_path)
+    train.ensure_temporary_folder(tmp_path)
     assert tempfile.gettempdir() != str(tmp_path)
 
 
-def test_room_is_needed_for_ten_copies_of_the_weights(tmp_path, monkeypatch):
+def test_the_disk_needs_space_for_ten_copies_of_the_weights(tmp_path, monkeypatch):
     made = SimpleNamespace(model=torch.nn.Linear(100, 1000))
     needed = 40 * 101_000 + 2**20
     for free, enough in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        said = r"a training of this model needs 5 MiB and 5 are free there; free some space"
-        with contextlib.nullcontext() if enough else pytest.raises(InputError, match=said):
-            train.check_room(tmp_path, made)
+        message = r"a training of this model needs 5 MiB, and 5 MiB are free; free some space"
+        with contextlib.nullcontext() if enough else pytest.raises(InputError, match=message):
+            train.check_disk_space(tmp_path, made)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -170,8 +173,8 @@ def loaded(monkeypatch):
     monkeypatch.setattr(dataset, "load_dataset", load_dataset)
     monkeypatch.setattr(dataset, "shared_recordings", lambda ours, dev: loaded.shared)
     monkeypatch.setattr(dataset, "divided_recordings", lambda ours, dev: loaded.divided)
-    monkeypatch.setattr(train, "warn_of_hasty", lambda name, data: loaded.warned.append((name, data)))
-    monkeypatch.setattr(train, "warn_of_crowded", lambda data, model: loaded.warned.append(("crowded", data)))
+    monkeypatch.setattr(train, "warn_too_fast", lambda name, data: loaded.warned.append((name, data)))
+    monkeypatch.setattr(train, "warn_too_long_for_ctc", lambda data, model: loaded.warned.append(("crowded", data)))
     return loaded
 
 
@@ -200,7 +203,7 @@ def test_both_sets_are_loaded_with_their_transcripts_and_counted(loaded, capsys,
 
 
 @pytest.mark.parametrize(("layer", "warns"), [(-1, False), (0, True), (1, True)])
-def test_room_for_ctc_is_judged_where_there_is_a_head(loaded, layer, warns):
+def test_transcript_lengths_are_checked_only_with_a_ctc_head(loaded, layer, warns):
     loaded.answers = [utterances(1), utterances(1)]
     train.load_data(small(model=replace(small().model, ctc_layer=layer)), Splits())
     assert (("crowded", loaded.answers[0]) in loaded.warned) == warns
@@ -209,52 +212,50 @@ def test_room_for_ctc_is_judged_where_there_is_a_head(loaded, layer, warns):
 @pytest.mark.parametrize(("counts", "name"), [((0, 1), "train-clean-100"), ((1, 0), "dev-clean"), ((1, 1), None)])
 def test_a_set_without_a_usable_utterance_is_refused(loaded, counts, name):
     loaded.answers = [utterances(count) for count in counts]
-    said = f"{name} of the corpus has no usable utterance; give another split or root"
-    with pytest.raises(InputError, match=said) if name else contextlib.nullcontext():
+    message = f"{name} of the corpus has no usable utterance; give another split or --data"
+    with pytest.raises(InputError, match=message) if name else contextlib.nullcontext():
         train.load_data(small(), Splits())
 
 
 @pytest.mark.parametrize(
-    ("shared", "divided", "said"),
-    [(0, 0, ""), (4, 3, "4 dev utterances are trained on too"), (0, 3, "3 recordings have parts in both")],
+    ("shared", "divided", "message"),
+    [(0, 0, ""), (4, 3, "4 dev utterances are in the training set too"), (0, 3, "3 recordings have parts in both")],
 )
-def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divided, said):
+def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divided, message):
     loaded.answers, loaded.shared, loaded.divided = [utterances(1), utterances(1)], shared, divided
     train.load_data(small(), Splits())
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == bool(said) and all(line.startswith(f"warning: {said}") for line in warnings)
+    assert len(warnings) == bool(message) and all(line.startswith(f"warning: {message}") for line in warnings)
 
 
 # --------------------------------------------------------------------------------------------------- around a training
 
 
 @pytest.mark.parametrize(
-    ("error", "saved_step", "said"),
+    ("error", "saved_step", "message"),
     [
-        (Stopped(15), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (Stopped(15), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
         (Stopped(15), None, "stopped before anything was saved; start again with the same command"),
-        (KeyboardInterrupt(), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
-        (InputError("bad"), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
-        (OSError(5, "bad"), 7, "stopped; step 7 is saved. To go on: python -m las_fast.train a --resume"),
+        (KeyboardInterrupt(), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
+        (InputError("bad"), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
+        (OSError(5, "bad"), 7, "stopped; step 7 is saved. To continue: python -m las_fast.train a --resume"),
         (InputError("bad"), None, ""),
         (Diverged("bad"), 7, ""),
         (Diverged("bad"), None, ""),
     ],
 )
-def test_a_training_that_ends_early_says_how_to_go_on_where_that_is_of_use(
-    monkeypatch, capsys, error, saved_step, said
-):
-    monkeypatch.setattr(train, "check_room", lambda out, trainer: None)
+def test_a_training_that_ends_early_prints_how_to_continue_if_it_can(monkeypatch, capsys, error, saved_step, message):
+    monkeypatch.setattr(train, "check_disk_space", lambda out, trainer: None)
     made = SimpleNamespace(run=raising(error), saved_step=saved_step)
     with pytest.raises(type(error)):
         train.train(made, SimpleNamespace(out=Path("run")), ["a"])
     out, err = capsys.readouterr()
-    assert err == (f"\n{said}\n" if said else "") and out == ""
+    assert err == (f"\n{message}\n" if message else "") and out == ""
 
 
-def test_a_training_that_came_to_its_end_says_how_good_it_is_and_how_to_decode(monkeypatch, capsys):
+def test_a_completed_training_prints_its_best_score_and_how_to_decode(monkeypatch, capsys):
     order = []
-    monkeypatch.setattr(train, "check_room", lambda out, trainer: order.append(out))
+    monkeypatch.setattr(train, "check_disk_space", lambda out, trainer: order.append(out))
     monkeypatch.setattr(
         resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={resource.RUSAGE_SELF: 3 * 2**20}[who])
     )
@@ -284,24 +285,24 @@ def command(archive, out, *more):
     return ["--config", "tiny", "--data", str(archive), "--out", str(out), "--device", "cpu", *more]
 
 
-def test_the_command_says_what_it_trains_on_and_keeps_its_settings(archive, tmp_path, capsys, monkeypatch, began):
+def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, capsys, monkeypatch, began):
     out = tmp_path / "run"
     words = command(archive, out, "--training.epochs", "3")
     monkeypatch.setattr("sys.argv", ["las_fast.train", *words])
     train.main()
     train.main([*words, "--data.workers", "0"])
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "data: HW4P2 F23" and any(line.startswith("model: ") for line in said)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "data: HW4P2 F23" and any(line.startswith("model: ") for line in printed)
     (made, given), (again, other) = began
     assert given == words and other == [*words, "--data.workers", "0"]
     assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
     assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
     for weird in (words, [*words, "--resume"]):
-        with train.held(out), pytest.raises(InputError):
+        with train.lock_run_folder(out), pytest.raises(InputError):
             train.main(weird)
 
 
-def test_only_a_training_that_owes_nothing_is_finished(archive, tmp_path, capsys, monkeypatch, began):
+def test_a_training_is_complete_only_after_its_last_validation(archive, tmp_path, capsys, monkeypatch, began):
     places = []
 
     def resume(self):
@@ -315,13 +316,13 @@ def test_only_a_training_that_owes_nothing_is_finished(archive, tmp_path, capsys
         began.clear()
         capsys.readouterr()
         train.main(command(archive, tmp_path, "--resume"))
-        said = "this training is finished already; nothing is left to do" in capsys.readouterr().out
-        assert said == finished and len(began) == (not finished)
+        printed = "this training is complete; nothing is left to do" in capsys.readouterr().out
+        assert printed == finished and len(began) == (not finished)
 
 
-def test_a_training_begins_with_a_checkpoint_only_at_its_beginning(archive, tmp_path, monkeypatch, began):
+def test_initial_weights_are_loaded_only_by_a_new_training(archive, tmp_path, monkeypatch, began):
     taken = []
-    monkeypatch.setattr(Trainer, "begin_with", lambda self, model, path: taken.append(path))
+    monkeypatch.setattr(Trainer, "load_initial_weights", lambda self, model, path: taken.append(path))
     monkeypatch.setattr(Trainer, "resume", lambda self: taken.append("resumed"))
     path = make_checkpoint(tmp_path, sections={"features": train.load_config("tiny").features})
     train.main(command(archive, tmp_path / "a", "--init", str(path)))

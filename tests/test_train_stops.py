@@ -1,4 +1,4 @@
-"""Whatever ends a training too early: its state is saved, and it goes on as if nothing had been."""
+"""A training that ends early saves its state and resumes as if it had not been interrupted."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def progress_of(out):
     return checkpoint.load_state(out / "last.pt")["progress"]
 
 
-def assert_goes_on_like(whole, archive, out, **settings):
+def assert_resumes_like(whole, archive, out, **settings):
     """Resume the training in out, and compare all that it leaves with the one that was never interrupted."""
     train.main(words(archive, out, "--resume", **settings))
     ours, theirs = (checkpoint.load_state(folder / "last.pt") for folder in (out, whole))
@@ -98,11 +98,11 @@ def test_a_signal_ends_a_training_after_the_step(archive, whole, tmp_path, monke
         with pytest.raises(Stopped) as stop:
             train.main(words(archive, tmp_path))
     assert stop.value.signum == number and progress_of(tmp_path)["step"] == step + 1
-    assert f"step {step + 1} is saved. To go on: python -m las_fast.train" in capsys.readouterr().err
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert f"step {step + 1} is saved. To continue: python -m las_fast.train" in capsys.readouterr().err
+    assert_resumes_like(whole, archive, tmp_path)
 
 
-def test_the_same_signal_twice_in_a_moment_is_one(archive, tmp_path, monkeypatch):
+def test_two_signals_within_a_moment_count_as_one(archive, tmp_path, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -119,15 +119,15 @@ def test_a_second_signal_ends_the_step_and_saves_the_one_before(archive, whole, 
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
         at_step(patch, 4, twice)
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 4
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
-def test_a_second_signal_in_the_middle_of_an_update_saves_nothing_torn(archive, whole, tmp_path, monkeypatch):
+def test_a_second_signal_in_the_middle_of_an_update_saves_no_inconsistent_state(archive, whole, tmp_path, monkeypatch):
     def twice(self):
         if self.progress.averaged_steps == 7:
             signal.raise_signal(signal.SIGINT)
@@ -136,12 +136,12 @@ def test_a_second_signal_in_the_middle_of_an_update_saves_nothing_torn(archive, 
 
     average = trainer.Trainer._average
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
         patch.setattr(trainer.Trainer, "_average", twice)
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 6  # that of the validation
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["save_state", "save_model"])
@@ -154,15 +154,15 @@ def test_signals_while_files_are_written_do_not_harm_them(archive, whole, tmp_pa
 
     write = getattr(checkpoint, where)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SAME_SIGNAL", -1.0)
+        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
         patch.setattr(checkpoint, where, disturbed)
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["validated"] == 6
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
-def test_a_signal_ends_a_validation_at_once_which_is_made_up_for(archive, whole, tmp_path, monkeypatch):
+def test_a_validation_ended_by_a_signal_is_repeated_on_resume(archive, whole, tmp_path, monkeypatch):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGTERM)
         validation(*arguments)
@@ -174,10 +174,10 @@ def test_a_signal_ends_a_validation_at_once_which_is_made_up_for(archive, whole,
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path))
     assert (progress_of(tmp_path)["step"], progress_of(tmp_path)["validated"]) == (6, 0)
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
-def test_a_last_validation_that_is_missing_is_made_up_for(archive, whole, tmp_path, monkeypatch):
+def test_a_missing_last_validation_is_done_on_resume(archive, whole, tmp_path, monkeypatch):
     seen = []
 
     def validate(*arguments):
@@ -192,11 +192,11 @@ def test_a_last_validation_that_is_missing_is_made_up_for(archive, whole, tmp_pa
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == STEPS
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
 @pytest.mark.skipif(not can_fork(), reason="workers are forks, on Linux only")
-def test_a_signal_ends_the_waiting_for_data_at_once(archive, whole, tmp_path, monkeypatch):
+def test_a_signal_ends_a_wait_for_data_at_once(archive, whole, tmp_path, monkeypatch):
     def hanging(self, b):
         if os.getpid() != parent and b == 2 and self.epoch == 1:
             os.kill(parent, signal.SIGTERM)
@@ -209,7 +209,7 @@ def test_a_signal_ends_the_waiting_for_data_at_once(archive, whole, tmp_path, mo
         with pytest.raises(Stopped):
             train.main(words(archive, tmp_path, data__workers=1))
     assert progress_of(tmp_path)["step"] in (6, 7, 8)  # the worker is ahead
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
 @pytest.mark.skipif(not can_fork(), reason="workers are forks, on Linux only")
@@ -225,7 +225,7 @@ def test_a_worker_that_dies_changes_nothing(archive, whole, tmp_path, monkeypatc
         patch.setattr(batching._Batches, "__getitem__", dying)
         train.main(words(archive, tmp_path, data__workers=2))
     assert "warning: a loader process ended early" in capsys.readouterr().err
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert_resumes_like(whole, archive, tmp_path)
 
 
 @pytest.mark.parametrize("error", [InputError("x.npy is damaged"), OSError(5, "Input/output error", "x.npy")])
@@ -235,44 +235,48 @@ def test_bad_data_in_the_middle_saves_what_was_learned(archive, whole, tmp_path,
         with pytest.raises(type(error), match="x.npy"):
             train.main(words(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 4
-    assert "stopped; step 4 is saved. To go on: python -m las_fast.train" in capsys.readouterr().err
-    assert_goes_on_like(whole, archive, tmp_path)
+    assert "stopped; step 4 is saved. To continue: python -m las_fast.train" in capsys.readouterr().err
+    assert_resumes_like(whole, archive, tmp_path)
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA")]
 )
-def test_lack_of_memory_names_what_to_lower_and_saves(archive, whole, tmp_path, monkeypatch, error):
+def test_out_of_memory_names_the_setting_to_lower_and_saves(archive, whole, tmp_path, monkeypatch, error):
     with monkeypatch.context() as patch:
         at_step(patch, 3, raising(error))
-        said = r"training on a batch of 2 utterances, \d+ frames, does not fit in memory; step 3 is saved, go on with "
-        with pytest.raises(InputError, match=said + "--resume and --data.frames-per-batch less than 8000"):
+        message = (
+            r"training on a batch of 2 utterances, \d+ frames, does not fit in memory; step 3 is saved, continue with "
+        )
+        with pytest.raises(InputError, match=message + "--resume and --data.frames-per-batch below 8000"):
             train.main(words(archive, tmp_path, data__frames_per_batch=8000))
     assert progress_of(tmp_path)["step"] == 3
 
 
-def test_lack_of_memory_at_the_first_step_saves_nothing(archive, tmp_path, monkeypatch):
+def test_out_of_memory_at_the_first_step_saves_nothing(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 0, raising(MemoryError()))
-    with pytest.raises(InputError, match="start again with --data.frames-per-batch less than"):
+    with pytest.raises(InputError, match="start again with --data.frames-per-batch below"):
         train.main(words(archive, tmp_path))
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_an_utterance_that_does_not_fit_alone_is_told_apart(archive, tmp_path, monkeypatch):
+def test_an_utterance_that_does_not_fit_on_its_own_gets_other_advice(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 4, raising(MemoryError()))
     with pytest.raises(InputError, match=r"an utterance of \d+ frames does not fit .* --data.max-seconds"):
         train.main(words(archive, tmp_path, data__utterances_per_batch=1))
 
 
-def test_lack_of_memory_in_a_validation_names_its_own_setting(archive, whole, tmp_path, monkeypatch):
+def test_out_of_memory_in_a_validation_names_the_decoding_setting(archive, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validate", raising(MemoryError()))
-        with pytest.raises(InputError, match=r"lower --decoding.frames-per-batch \(now \d+\) and go on with --resume"):
+        with pytest.raises(
+            InputError, match=r"lower --decoding.frames-per-batch \(now \d+\) and continue with --resume"
+        ):
             train.main(words(archive, tmp_path))
-    assert_goes_on_like(whole, archive, tmp_path, decoding__frames_per_batch=200)
+    assert_resumes_like(whole, archive, tmp_path, decoding__frames_per_batch=200)
 
 
-def test_smaller_batches_go_on_from_as_far(archive, tmp_path, monkeypatch, capsys):
+def test_with_smaller_batches_a_training_resumes_at_the_same_share_of_the_epoch(archive, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at_step(patch, 9, raising(MemoryError()))
         with pytest.raises(InputError):
@@ -294,13 +298,13 @@ def test_a_state_that_has_diverged_is_not_saved(archive, tmp_path, monkeypatch):
     assert progress_of(tmp_path)["step"] == 6  # of the validation
 
 
-def test_faults_of_the_program_keep_their_traceback(archive, tmp_path, monkeypatch):
+def test_bugs_keep_their_traceback(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 4, raising(TypeError("a fault")))
     with pytest.raises(TypeError, match="a fault"):
         train.main(words(archive, tmp_path))
 
 
-def test_a_disk_that_is_full_when_saving_is_the_error_that_is_told(archive, tmp_path, monkeypatch):
+def test_the_first_error_is_reported_when_saving_fails_too(archive, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 4, raising(OSError(28, "No space left on device", "events.out")))
         patch.setattr(checkpoint, "save_state", raising(InputError("last.pt could not be written")))
@@ -308,12 +312,12 @@ def test_a_disk_that_is_full_when_saving_is_the_error_that_is_told(archive, tmp_
             train.main(words(archive, tmp_path))
 
 
-def test_a_state_of_an_older_version_owes_no_validation(archive, whole, tmp_path, capsys):
+def test_a_state_of_an_older_version_needs_no_validation(archive, whole, tmp_path, capsys):
     state = checkpoint.load_state(whole / "last.pt")
     del state["progress"]["validated"]
     checkpoint.save_state(tmp_path / "last.pt", state)
     train.main(words(archive, tmp_path, "--resume"))
-    assert "finished already" in capsys.readouterr().out
+    assert "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.7])
@@ -373,13 +377,13 @@ TORN = {
 
 
 @pytest.mark.parametrize("end", TORN.values(), ids=TORN.keys())
-def test_a_torn_log_does_not_keep_a_training_from_going_on(whole, tmp_path, end):
+def test_a_torn_log_can_be_resumed(whole, tmp_path, end):
     lines = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "valid", "step": 2, "line": "{}"}]
     (tmp_path / "log.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in lines).encode() + end)
     assert read_rows(tmp_path / "log.jsonl") == lines
 
 
-def test_a_log_that_is_cut_anywhere_gives_its_whole_lines(whole, tmp_path):
+def test_a_log_cut_at_any_byte_gives_its_complete_lines(whole, tmp_path):
     content = (whole / "log.jsonl").read_bytes()
     path = tmp_path / "log.jsonl"
     for end in range(0, len(content), 7):
@@ -387,7 +391,7 @@ def test_a_log_that_is_cut_anywhere_gives_its_whole_lines(whole, tmp_path):
         assert len(read_rows(path)) in (content[:end].count(b"\n"), content[:end].count(b"\n") + 1)
 
 
-def test_resuming_drops_what_is_no_line_of_the_log(archive, whole, tmp_path):
+def test_resuming_drops_lines_that_are_not_log_rows(archive, whole, tmp_path):
     out = tmp_path / "run"
     train.main(words(archive, out, training__epochs=1))
     with (out / "log.jsonl").open("ab") as log:

@@ -1,4 +1,4 @@
-"""Training losses; all are sums over real tokens, never over padding."""
+"""Training losses, each summed over real tokens; padding never counts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from las_fast.text import EOS, PAD
 
 
 def token_loss(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of cross-entropies of tokens (B, U) under logits (B, U, V); <pad> rows count nothing.
+    """Cross-entropy of tokens (B, U) under logits (B, U, V), summed over all tokens but <pad>.
 
-    Label smoothing spreads over the tokens that can be spelled: <eos> and the characters.
+    Label smoothing covers only tokens that the speller may emit: <eos> and the characters.
     """
-    spelled = logits[..., EOS:].flatten(0, 1).float()
+    emitted = logits[..., EOS:].flatten(0, 1).float()  # (B * U, V - EOS)
     targets = torch.where(tokens == PAD, -100, tokens - EOS).flatten()
-    return F.cross_entropy(spelled, targets, label_smoothing=label_smoothing, reduction="sum")
+    return F.cross_entropy(emitted, targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 def ctc_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """Sum over utterances of the CTC loss of the characters (tokens without <eos>); the blank is <pad>.
+    """CTC loss of the characters (tokens without <eos>), summed over utterances; the blank is <pad>.
 
-    An utterance with fewer frames than its characters need has no CTC path and counts 0.
+    An utterance with too few frames for its characters has no CTC path and adds 0.
     """
     return ops.ctc_loss(logits, lengths, tokens, token_lengths - 1).sum()
 
 
 def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, width: float) -> Tensor:
-    """Sum over tokens of the attention that lies off a soft diagonal (Tachibana et al. 2018).
+    """Penalise attention off a soft diagonal (Tachibana et al. 2018), summed over tokens.
 
     loss = sum_u sum_t weights[u, t] * (1 - exp(-(u / U - t / T)^2 / (2 width^2)))
 
@@ -39,64 +39,71 @@ def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tenso
         weights: (B, U, T) attention weights.
         lengths: (B,) encoder frames.
         token_lengths: (B,) tokens, <eos> included.
-        width: standard deviation of the diagonal, as a share of the utterance.
+        width: standard deviation of the diagonal, as a fraction of the utterance.
     """
-    off = _distance(_diagonal(token_lengths, weights.shape[1]), lengths, weights.shape[2])
-    near = torch.exp(-(off**2) / (2 * width**2))
-    return (weights * (1 - near) * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
+    distance = _distance(_diagonal_times(token_lengths, weights.shape[1]), lengths, weights.shape[2])
+    prior = torch.exp(-(distance**2) / (2 * width**2))
+    return (weights * (1 - prior) * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
 
 
-def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, places: Tensor,
-                           frames: float) -> Tensor:  # fmt: skip
-    """Sum over tokens of the surprise at how little attention is near where each token is expected.
+def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, token_times: Tensor,
+                           window: float) -> Tensor:  # fmt: skip
+    """Negative log of the attention mass near each token's expected time, summed over tokens.
 
-    loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((places[u] T - t) / frames)^2)
+    loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((token_times[u] T - t) / window)^2)
 
-    A supervised attention (Mi et al. 2016). Unlike that of guided_attention_loss its gradient does not vanish where
-    the attention is sharp and wrong; no tail of the window may reach there, or it would again.
+    A supervised attention (Mi et al. 2016). Unlike guided_attention_loss, it keeps its gradient where the attention
+    is sharp and wrong. For that the window has a hard edge: with a tail at the wrong peak the gradient would vanish.
 
     Args:
         weights, lengths, token_lengths: as for guided_attention_loss.
-        places: (B, U) where each token is expected, as a share of the utterance.
-        frames: half the width of the window, in encoder frames.
+        token_times: (B, U) expected time of each token, as a fraction of the utterance.
+        window: half width, in encoder frames.
     """
-    off = _distance(places, lengths, weights.shape[2]) * (lengths / frames)[:, None, None]
-    near = (1 - off**2).clamp_min(0)
-    found = (weights * near).sum(2).clamp_min(1e-20)
-    return -(found.log() * valid_frames(token_lengths, weights.shape[1])).sum()
+    distance = _distance(token_times, lengths, weights.shape[2]) * (lengths / window)[:, None, None]
+    prior = (1 - distance**2).clamp_min(0)
+    mass = (weights * prior).sum(2).clamp_min(1e-20)  # (B, U)
+    return -(mass.log() * valid_frames(token_lengths, weights.shape[1])).sum()
 
 
-def _distance(places: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """Return (B, U, T) how far each token's place is from each frame, as a share of the utterance."""
-    return places[:, :, None] - (torch.arange(count, device=places.device) / lengths[:, None])[:, None, :]
+def _distance(token_times: Tensor, lengths: Tensor, frames: int) -> Tensor:
+    """Signed distance (B, U, T) from each frame to each token's time, as a fraction of the utterance."""
+    frame_times = torch.arange(frames, device=token_times.device) / lengths[:, None]  # (B, T)
+    return token_times[:, :, None] - frame_times[:, None, :]
 
 
-def _diagonal(token_lengths: Tensor, count: int) -> Tensor:
+def _diagonal_times(token_lengths: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=token_lengths.device) / token_lengths[:, None]
 
 
-def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """Return where CTC hears each token, (B, U), as a share of the utterance; no gradient flows through it.
+def relative_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """Time of each token according to CTC, (B, U), as a fraction of the utterance; carries no gradient.
 
-    It is the mean frame of the character's posterior given the transcript (ops.ctc_places); for attention that is to
-    follow CTC see Inaguma and Kawahara 2021. <eos> is at the end. Utterances with more characters than frames get the
+    A character's time is the mean frame of its posterior given the transcript (ops.ctc_places); Inaguma and Kawahara
+    2021 let attention follow CTC in this way. <eos> is at 1. An utterance with more characters than frames gets the
     diagonal.
 
-    Args: as ctc_loss.
+    Args: as for ctc_loss.
     """
-    places = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
-    places = places.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
+    times = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
+    times = times.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
     possible = (lengths >= token_lengths - 1)[:, None]
-    return torch.where(possible, places, _diagonal(token_lengths, tokens.shape[1]))
+    return torch.where(possible, times, _diagonal_times(token_lengths, tokens.shape[1]))
 
 
 def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, label_smoothing: float,
                   ctc_weight: float, guided_weight: float, guided_width: float, guided_frames: float = 0.0,
                   ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Return the loss per token and its parts, each per token and detached.
+    """The loss per token, and its unweighted parts by name, each per token and detached.
 
-    Attention is guided along the diagonal, guided_width wide (a share of the utterance), or, where guided_frames is
-    more than 0, to within that many encoder frames of where CTC hears the token.
+    Args:
+        output: of the model, teacher-forced on tokens.
+        tokens: (B, U) int64, <pad> past token_lengths.
+        token_lengths: (B,) int64, <eos> included.
+        label_smoothing: as for token_loss.
+        ctc_weight, guided_weight: factors of the two added losses; 0 leaves a loss out.
+        guided_width: width of guided_attention_loss.
+        guided_frames: window of aligned_attention_loss around CTC's token times; 0 guides along the diagonal instead.
     """
     count = token_lengths.sum()
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}
@@ -105,12 +112,12 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
         parts["ctc"] = ctc_loss(*output.ctc, tokens, token_lengths) / count
         loss = loss + ctc_weight * parts["ctc"]
     if guided_weight:
-        memory = output.weights, output.lengths, token_lengths
+        attention = output.weights, output.lengths, token_lengths
         if guided_frames:
-            places = ctc_places(*output.ctc, tokens, token_lengths)
-            guided = aligned_attention_loss(*memory, places, guided_frames)
+            token_times = relative_token_times(*output.ctc, tokens, token_lengths)
+            guided = aligned_attention_loss(*attention, token_times, guided_frames)
         else:
-            guided = guided_attention_loss(*memory, guided_width)
+            guided = guided_attention_loss(*attention, guided_width)
         parts["guided"] = guided / count
         loss = loss + guided_weight * parts["guided"]
     return loss, {name: value.detach() for name, value in parts.items()}

@@ -20,19 +20,19 @@ from las_fast.training.monitor import THRESHOLDS
 from las_fast.training.runlog import read_rows
 
 TEMPLATE = Path(__file__).with_name("report.html")  # with @title@ and @body@
-SHOWN = 12  # best and worst utterances
+MAX_ROWS = 12  # in each of the tables of best and worst utterances
 
 
 # --------------------------------------------------------------------------------------------------------- differences
 
 
 def differences(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Return reference and hypothesis as HTML in which spans mark what was deleted, inserted and substituted."""
-    first, second = [], []
+    """Reference and hypothesis as HTML, with deleted, inserted and replaced text in spans of these classes."""
+    reference_parts, hypothesis_parts = [], []
     for kind, a, b, c, d in opcodes(reference, hypothesis):
-        first.append(_span(kind, reference[a:b]))
-        second.append(_span(kind, hypothesis[c:d]))
-    return "".join(first), "".join(second)
+        reference_parts.append(_span(kind, reference[a:b]))
+        hypothesis_parts.append(_span(kind, hypothesis[c:d]))
+    return "".join(reference_parts), "".join(hypothesis_parts)
 
 
 def _span(kind: str, text: str) -> str:
@@ -44,7 +44,11 @@ def _span(kind: str, text: str) -> str:
 
 
 def read_log(run: str | Path) -> list[dict]:
-    """Return the rows of run/log.jsonl; what is no row is left out."""
+    """Rows of run/log.jsonl.
+
+    Raises:
+        InputError: the run folder has no log.
+    """
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is missing; give the --out folder of a training")
@@ -52,7 +56,7 @@ def read_log(run: str | Path) -> list[dict]:
 
 
 def formed_epoch(log: list[dict]) -> float | None:
-    """Return the epoch of the first validation at which the attention had formed, or None."""
+    """Epoch of the first validation whose attention has formed, or None."""
     return next((row["epoch"] for row in log if row.get("monitor", {}).get("formed")), None)
 
 
@@ -71,7 +75,7 @@ def _frame_seconds(config: Config) -> float:
 
 
 def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
-    """Return the epoch and (id, text, weights) of each utterance in a run's attention/epoch-*.npz."""
+    """Read attention/epoch-*.npz of a run: its epoch, and (id, text, weights) of each utterance."""
     with np.load(path, allow_pickle=False) as data:
         ids = [str(i) for i in data["ids"]]
         pictures = [(i, str(data[f"text_{n}"]), data[f"weights_{n}"]) for n, i in enumerate(ids)]
@@ -79,7 +83,7 @@ def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
 
 
 def epoch_of(path: Path) -> float:
-    """Return the epoch in the name of a run's attention/epoch-*.npz."""
+    """Epoch in the name of an attention/epoch-*.npz."""
     return float(path.stem.removeprefix("epoch-"))
 
 
@@ -94,16 +98,16 @@ def write_report(
     rows: Sequence[tuple[str, str, str]],
     title: str,
 ) -> None:
-    """Write a report of a training and of what it decoded as one HTML file.
+    """Write the report of a training and its decoded utterances as one HTML file.
 
     Args:
-        run:     folder that las_fast.train wrote: log.jsonl, config.yaml, attention/.
+        run:     run folder, with log.jsonl and perhaps config.yaml and attention/.
         out:     the HTML file.
         results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds.
-        rows:    (id, reference, hypothesis) of every decoded utterance.
+        rows:    (id, reference, hypothesis) of each decoded utterance.
 
     Raises:
-        InputError: run is not a training folder, or out cannot be written.
+        InputError: run is not a run folder, or out cannot be written.
     """
     run = Path(run)
     log, config = read_log(run), _read_config(run)
@@ -142,7 +146,7 @@ def _training(log: list[dict], formed: float | None) -> str:
     train = [r for r in log if r["kind"] == "train"]
     valid = [r for r in log if r["kind"] == "valid"]
     mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
-    said = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
+    verdict = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
     losses = [
         _smooth("training, all parts", "line3", train, "loss"),
         _smooth("training, speller", "line1", train, "attention"),
@@ -150,19 +154,19 @@ def _training(log: list[dict], formed: float | None) -> str:
     ]
     rates = [_points("dev CER", "line1", valid, "cer"), _points("dev WER", "line2", valid, "wer")]
     figures = ""
-    for name, curves in (("Loss, nats a token", losses), ("Dev error, percent, greedy", rates)):
+    for name, curves in (("Loss, nats per token", losses), ("Dev error, percent, greedy", rates)):
         svg = curves_svg([c for c in curves if c.x], x_label="epoch", y_label=name, mark=mark)
         figures += f"<figure><figcaption>{name}</figcaption>{svg}</figure>"
-    return f'<h2>Training</h2><p>The attention {said}.</p><div class="pair">{figures}</div>'
+    return f'<h2>Training</h2><p>The attention {verdict}.</p><div class="pair">{figures}</div>'
 
 
 def _points(name: str, style: str, rows: list[dict], key: str) -> Curve:
-    found = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
-    return Curve(name, style, [x for x, _ in found], [y for _, y in found])
+    points = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
+    return Curve(name, style, [x for x, _ in points], [y for _, y in points])
 
 
 def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120) -> Curve:
-    """Means over equal pieces of the training, at most `points` of them."""
+    """The curve averaged over equal parts of the training, at most `points` of them."""
     raw = _points(name, style, [r for r in rows if r.get(key) is not None and math.isfinite(r[key])], key)
     pieces = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
     x, y = np.array(raw.x), np.array(raw.y)
@@ -174,18 +178,20 @@ def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> 
     if not files:
         return ""
     first, last = files[0], files[-1]
-    between = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005]  # two decimals
-    figures, said = [], ""
-    for path in dict.fromkeys([first, *between[:1], last]):
+    at_formed = [
+        p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005
+    ]  # file names have 2 decimals
+    figures, caption = [], ""
+    for path in dict.fromkeys([first, *at_formed[:1], last]):
         epoch, pictures = attention_of(path)
         for name, text, weights in pictures[:1]:
-            when = f"epoch {epoch:g}" + (", formed" if path in between else "")
+            when = f"epoch {epoch:g}" + (", formed" if path in at_formed else "")
             figures.append(_attention_figure(name, text, weights, when, frame_seconds))
-            said = html.escape(f"{name}: {text}")
+            caption = html.escape(f"{name}: {text}")
     return (
         "<h2>Attention before and after</h2><p>Where the speller looks (across; brighter is more weight) for each "
         "character (down), given the true characters before it.</p>"
-        f'<p class="said">{said}</p><div class="trio">{"".join(figures)}</div>'
+        f'<p class="said">{caption}</p><div class="trio">{"".join(figures)}</div>'
     )
 
 
@@ -201,26 +207,28 @@ def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
     if not rows:
         return ""
     scored = sorted((100 * distance(r, h) / max(1, len(r)), name, r, h) for name, r, h in rows)
-    right = sum(1 for rate, *_ in scored if rate == 0)
-    worst = [row for row in reversed(scored) if row[0] > 0][:SHOWN]
-    kept = scored[: len(scored) - len(worst)]
-    best = sorted(kept, key=lambda row: (row[0], -len(row[2])))[:SHOWN]  # of equally good ones the longer says more
+    correct = sum(1 for rate, *_ in scored if rate == 0)
+    worst = [row for row in reversed(scored) if row[0] > 0][:MAX_ROWS]
+    others = scored[: len(scored) - len(worst)]
+    best = sorted(others, key=lambda row: (row[0], -len(row[2])))[:MAX_ROWS]  # of equal rates, the longer texts first
     legend = (
         '<p>Each utterance: what was said, and below it what was heard. <span class="said"><span class="delete">missed'
         '</span> <span class="insert">added</span> <span class="replace">replaced</span></span></p>'
     )
     tables = "".join(f"<h3>{name}</h3>{_table(part)}" for name, part in (("Worst", worst), ("Best", best)) if part)
-    return f"<h2>Utterances</h2><p>{right:,} of {len(scored):,} have no error.</p>{legend}{tables}"
+    return f"<h2>Utterances</h2><p>{correct:,} of {len(scored):,} have no error.</p>{legend}{tables}"
 
 
 def _table(rows: Sequence[tuple[float, str, str, str]]) -> str:
     lines = []
     for rate, name, reference, hypothesis in rows:
-        said, heard = differences(reference, hypothesis)
-        both = said if reference == hypothesis else f"{said or '&nbsp;'}<br>{heard or '&nbsp;'}"
+        marked_reference, marked_hypothesis = differences(reference, hypothesis)
+        texts = f"{marked_reference or '&nbsp;'}<br>{marked_hypothesis or '&nbsp;'}"
+        if reference == hypothesis:
+            texts = marked_reference
         lines.append(
             f'<tr><td class="name">{html.escape(name)}</td><td class="rate">{rate:.0f} %</td>'
-            f'<td class="said">{both}</td></tr>'
+            f'<td class="said">{texts}</td></tr>'
         )
     head = '<tr><th>utterance</th><th class="rate">CER</th><th>said / heard</th></tr>'
     return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
@@ -231,7 +239,7 @@ def _validations(log: list[dict]) -> str:
     if not rows:
         return ""
     names = list(THRESHOLDS)
-    cells = ["epoch", "loss", "LD", "CER", "WER", *names]
+    cells = ["epoch", "loss", "LD", "CER", "WER", *(name.replace("_", " ") for name in names)]
     lines = ["<tr>" + "".join(f'<th class="rate">{c}</th>' for c in cells) + "</tr>"]
     for row in rows:
         monitor = row.get("monitor", {})

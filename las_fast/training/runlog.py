@@ -1,4 +1,4 @@
-"""What a training says as it goes: log.jsonl, TensorBoard, and Weights & Biases when asked."""
+"""Logs of a training: log.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from las_fast.files import utf8_path, write_text_atomically
 if TYPE_CHECKING:
     from las_fast.training.validate import Validation
 
+RENAMED = {"heard": "audio_gain"}  # keys of `monitor` in logs of earlier versions
+
 
 class RunLog:
-    """log.jsonl, TensorBoard, and W&B when asked; on resume, lines after the resumed step are dropped."""
+    """Write rows to log.jsonl, TensorBoard and W&B. On resume, rows after the resumed step are dropped."""
 
     def __init__(self, out: Path, config: Config, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -27,8 +29,8 @@ class RunLog:
         kept = [row for row in read_rows(self.path) if row["step"] <= step]
         write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
-        self._open = contextlib.ExitStack()
-        folder = self._open.enter_context(utf8_path(out))
+        self._resources = contextlib.ExitStack()
+        folder = self._resources.enter_context(utf8_path(out))
         self.board = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
         self.wandb = start_wandb(out, config) if config.training.wandb else None
 
@@ -55,36 +57,44 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
-        self._open.close()
+        self._resources.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Return the rows of a log.jsonl, each with a kind and a step; [] where there is no file.
+    """Rows of a log.jsonl, each with a kind and a step; [] if the file does not exist.
 
-    What is no row is left out: a line that a full disk or a power cut has torn, zeros, or another program's.
+    Lines that are not such rows are skipped: torn by a full disk or a power cut, zeros, or written by another program.
+    Keys of earlier versions get their present names.
     """
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # of bytes that are not UTF-8 too
+        except (ValueError, RecursionError):  # ValueError also covers bytes that are not UTF-8
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
-            rows.append(row)
+            rows.append(_with_present_names(row))
     return rows
 
 
+def _with_present_names(row: dict) -> dict:
+    monitor = row.get("monitor")
+    if not isinstance(monitor, dict):
+        return row
+    return {**row, "monitor": {RENAMED.get(name, name): value for name, value in monitor.items()}}
+
+
 def without_nan(value):
-    """Return plain data with null for numbers that JSON does not have."""
+    """Replace NaN and infinity, which JSON lacks, by None in nested dicts."""
     if isinstance(value, dict):
         return {key: without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(out: Path, config: Config):
-    """Start Weights & Biases: online where an account is set up, else offline into the run's folder."""
+    """Start a Weights & Biases run: online if an account is set up, else offline in the run folder."""
     try:
         import wandb
     except ImportError:

@@ -1,4 +1,4 @@
-"""What changes over training, as functions of the step or the epoch alone, so that resuming needs no memory of them."""
+"""Schedules: functions of the step or epoch alone, so that resuming needs no state. Only Plateau keeps some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from las_fast.config import TrainingConfig
 
 
 def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
-    """Share of true previous tokens at `epoch` (fractions count): the last stage that has begun decides."""
+    """Share of previous tokens that are true ones, at a fractional epoch; the latest stage that has begun decides."""
     rate = 1.0
     for stage in sorted(config.teacher_forcing, key=lambda s: s.start):
         if epoch >= stage.start:
@@ -20,19 +20,19 @@ def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
 
 
 def guided_weight(config: TrainingConfig, epoch: float) -> float:
-    """Weight of the prior on the attention: falls in a straight line to 0 at guided_until."""
+    """Weight of the guided attention loss: falls linearly to 0 at guided_until."""
     if config.guided_until <= 0:
         return 0.0
     return config.guided_weight * max(0.0, 1 - epoch / config.guided_until)
 
 
 def ctc_weight(config: TrainingConfig, epoch: float) -> float:
-    """Weight of the CTC loss: constant, and 0 from ctc_until on where that is set."""
+    """Weight of the CTC loss: constant, then 0 from ctc_until on; ctc_until 0 means never."""
     return 0.0 if config.ctc_until and epoch >= config.ctc_until else config.ctc_weight
 
 
-def cosine_share(config: TrainingConfig, step: int, steps: int) -> float:
-    """Learning rate at `step` (from 0) of `steps`, as a share of its peak: warm-up, then the schedule's shape."""
+def learning_rate_factor(config: TrainingConfig, step: int, steps: int) -> float:
+    """Factor on the peak learning rate at step 0 to `steps` - 1: linear warm-up, then cosine decay or constant."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule != "cosine":
@@ -45,9 +45,9 @@ def cosine_share(config: TrainingConfig, step: int, steps: int) -> float:
 class Plateau:
     """Lower the learning rate when dev CER has not improved for plateau_patience validations."""
 
-    share: float = 1.0
-    best: float = math.inf
-    waited: int = 0
+    share: float = 1.0  # factor on the learning rate
+    best: float = math.inf  # lowest dev CER so far
+    waited: int = 0  # validations since then, or since the last cut
 
     def update(self, cer: float, config: TrainingConfig) -> None:
         if config.schedule != "plateau":

@@ -1,4 +1,4 @@
-"""The training loop: data, model, optimiser, steps, validations and the state on disk."""
+"""The training loop: optimiser steps, validations, and the state on disk."""
 
 from __future__ import annotations
 
@@ -32,12 +32,18 @@ from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.losses import training_loss
 from las_fast.training.runlog import RunLog
-from las_fast.training.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
+from las_fast.training.schedules import (
+    Plateau,
+    ctc_weight,
+    guided_weight,
+    learning_rate_factor,
+    teacher_forcing_rate,
+)
 from las_fast.training.validate import Validation, validate
 
-# Settings that may differ when resuming: they change where and how fast, not what is learned.
-FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in any case
-    "training.threads",
+# Settings that may differ when resuming: they change where and how fast the model learns, not what.
+FREE_TO_CHANGE = (
+    "training.threads",  # changes rounding, but rounding differs between machines anyway
     "data.workers",
     "data.cache",
     "training.checkpoint_minutes",
@@ -45,57 +51,57 @@ FREE_TO_CHANGE = (  # threads: a machine with other cores rounds otherwise in an
     "training.monitor_epoch",
     "decoding.frames_per_batch",
 )
-SIZES = ("frames_per_batch", "utterances_per_batch")  # of data
-SAME_SIGNAL = 2.0  # seconds in which further signals to stop count as the first
-BEFORE = {"features.trim_silence": False}  # what versions did that did not have the setting
-SKIPPED_IN_A_ROW = 50  # half precision's scale needs some twenty to come down
+BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConfig; may become smaller on resume
+SIGNAL_GRACE_SECONDS = 2.0  # further stop signals within this time count as the first
+LEGACY_SETTINGS = {"features.trim_silence": False}  # behaviour before the setting existed, where not its default
+MAX_SKIPPED_STEPS = 50  # in a row; the fp16 loss scale needs about twenty to come down
 
 
 @dataclass
 class Progress:
-    """Where training stands; saved in every checkpoint."""
+    """Position of a training; saved in last.pt, so field names stay."""
 
     step: int = 0  # optimiser steps taken
-    best_cer: float = float("inf")
+    best_cer: float = float("inf")  # dev, percent
     plateau: Plateau = field(default_factory=Plateau)
-    averaged_steps: int = 0
-    skipped_in_a_row: int = 0  # latest steps whose gradient was not finite: they change no weight
+    averaged_steps: int = 0  # updates of the averaged weights
+    skipped_in_a_row: int = 0  # latest steps that changed no weight, because their gradient was not finite
     validated: int = 0  # step of the latest validation
 
 
 class Diverged(InputError):
-    """The training leads nowhere; its state is not worth saving."""
+    """The training has diverged; its state is not worth saving."""
 
 
 class Pace:
-    """How fast training goes, since it was made, and how much of the time it waits for data."""
+    """Training throughput and the share of time spent waiting for data, both since construction."""
 
     def __init__(self):
-        self.began, self.audio, self.waited = time.perf_counter(), 0.0, 0.0
+        self.started, self.audio_seconds, self.wait_seconds = time.perf_counter(), 0.0, 0.0
 
-    def count(self, audio_seconds: float) -> None:
-        self.audio += audio_seconds
+    def add_audio(self, seconds: float) -> None:
+        self.audio_seconds += seconds
 
-    def next_of(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, None after the last, and count the time that it is waited for."""
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, or None after the last, and add the waiting time."""
         asked = time.perf_counter()
         batch = next(batches, None)
-        self.waited += time.perf_counter() - asked
+        self.wait_seconds += time.perf_counter() - asked
         return batch
 
     def speed(self) -> float:
-        """Return the seconds of audio trained on in a second."""
-        return self.audio / (time.perf_counter() - self.began)
+        """Seconds of audio per second."""
+        return self.audio_seconds / (time.perf_counter() - self.started)
 
     def waiting(self) -> float:
-        """Return the share of the time that was spent waiting for data."""
-        return self.waited / (time.perf_counter() - self.began)
+        """Share of the time spent waiting for data."""
+        return self.wait_seconds / (time.perf_counter() - self.started)
 
 
 class Trainer:
-    """One training run in the folder `out`: data, model, optimiser, and the loop over steps.
+    """One training in the run folder `out`: data, model, optimiser, and the loop over steps.
 
-    source: what the data is (kind and name of the corpus), kept in every checkpoint.
+    source: kind and name of the corpus; kept in every checkpoint.
     """
 
     def __init__(
@@ -119,12 +125,12 @@ class Trainer:
         self.precision = choose_precision(config.training.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.progress = Progress()
-        self.saved_step: int | None = None  # that last.pt holds
-        self.earlier_core_seconds = 0.0  # of the process's own time, before this run was resumed
-        self.stop_signal = 0  # number of the signal that asked to stop
+        self.saved_step: int | None = None  # step in last.pt
+        self.earlier_core_seconds = 0.0  # CPU time of the processes before this resume
+        self.stop_signal = 0  # number of the first signal that asked to stop; 0: none
         self.saving = False
-        self.whole = True  # the state is that after a step, not in the middle of an update
-        self.batch_size = (0, 0)  # utterances and padded frames of the latest batch; 0 before the first
+        self.consistent = True  # False in the middle of an update
+        self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
 
     # The loop
@@ -132,29 +138,29 @@ class Trainer:
     def run(self) -> None:
         """Train to the last epoch.
 
-        A signal to stop, or an error from outside the program, ends it with its state saved.
+        On a stop signal or an error from outside the program, the state is saved first.
 
         Raises:
-            Stopped: a signal asked for it.
-            InputError: memory or disk do not suffice, or the training has diverged.
+            Stopped: a signal asked to stop.
+            InputError: memory or disk ran out, or the training has diverged.
         """
         self.log = RunLog(self.out, self.config, self.progress.step)
         with catch_stop_signals(self), self._progress_bar() as bar:
             problem = self._train(bar)
             saved = self._rescue(problem)
-        with contextlib.suppress(*([] if problem is None else [OSError])):  # the problem matters more
+        with contextlib.suppress(*([] if problem is None else [OSError])):  # an earlier problem matters more
             self.log.close()
         if problem is not None:
-            raise self._explained(problem, saved)
+            raise self._explain(problem, saved)
 
     def _train(self, bar: ProgressBar) -> BaseException | None:
-        """Take all steps; return what ended them too early.
+        """Take the remaining steps; return the exception that ended them early, or None.
 
-        It is returned, not raised: its traceback would keep alive all that the step had in memory.
+        It is returned without its traceback, which would keep the step's tensors alive while the state is saved.
         """
         try:
             self.pace, self._saved_at = Pace(), time.monotonic()
-            if self.owes_validation:
+            if self.validation_due:
                 self._validate_and_save(bar)
             while self.progress.step < self.steps:
                 self._train_epoch(bar)
@@ -169,21 +175,21 @@ class Trainer:
             for batch in batches:
                 self.batch_size = (batch.features.shape[0], batch.features.shape[1])
                 parts = self.train_step(batch.to(self.device))
-                self.pace.count(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
+                self.pace.add_audio(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
                 self._show(bar, parts)
                 self.check_stop()
-                if self.owes_validation:
+                if self.validation_due:
                     self._validate_and_save(bar)
                 elif time.monotonic() - self._saved_at > 60 * self.config.training.checkpoint_minutes:
                     self.save()
 
     def _rescue(self, problem: BaseException | None) -> bool:
-        """Save the state unless it is saved, torn or worthless; return whether it is on the disk."""
+        """Save the state, unless it is inconsistent or has diverged; return whether last.pt holds this step."""
         if self.saved_step == self.progress.step:
             return True
-        if not self.whole or not self.progress.step or isinstance(problem, Diverged):
+        if not self.consistent or not self.progress.step or isinstance(problem, Diverged):
             return False
-        self.optimiser.zero_grad()  # the gradients are freed: memory for the saving
+        self.optimiser.zero_grad()  # frees the gradients: saving needs memory
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
@@ -193,28 +199,28 @@ class Trainer:
                 raise
         return self.saved_step == self.progress.step
 
-    def _explained(self, problem: BaseException, saved: bool) -> BaseException:
-        """Return the exception to end with: for lack of memory, one that says what to lower."""
+    def _explain(self, problem: BaseException, saved: bool) -> BaseException:
+        """Replace an out-of-memory error by an InputError that names the setting to lower; return others unchanged."""
         if not is_out_of_memory(problem):
             return problem
         utterances, frames = self.batch_size
         what = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
-        more = f"--data.frames-per-batch less than {self.config.data.frames_per_batch}"
+        remedy = f"--data.frames-per-batch below {self.config.data.frames_per_batch}"
         if utterances == 1:
-            what, more = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
-        state = f"step {self.progress.step} is saved, go on with --resume and {more}"
+            what, remedy = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
+        advice = f"step {self.progress.step} is saved, continue with --resume and {remedy}"
         if utterances == 1 or not saved:
-            state = f"start again with {more}"
-        return InputError(f"training on {what} does not fit in memory; {state}")
+            advice = f"start again with {remedy}"
+        return InputError(f"training on {what} does not fit in memory; {advice}")
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one optimiser step; return the loss parts per token, detached."""
+        """Take one optimiser step; return the loss, its parts (per token) and the gradient norm, detached."""
         training, epoch = self.config.training, self.epoch
-        # Dropout and teacher forcing draw from a seed of their own at each step: resuming needs no random state.
+        # Seed dropout and teacher forcing anew at each step: resuming needs no random state.
         torch.manual_seed(training.seed * 1_000_003 + self.progress.step)
-        share = cosine_share(training, *self._in_cycle()) * self.progress.plateau.share
+        factor = learning_rate_factor(training, *self._cycle_position()) * self.progress.plateau.share
         for group in self.optimiser.param_groups:
-            group["lr"] = training.learning_rate * share
+            group["lr"] = training.learning_rate * factor
         self.model.train()
         tokens, token_lengths = batch.targets
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -237,32 +243,33 @@ class Trainer:
         return {"loss": loss.detach(), **parts, "gradient_norm": norm}
 
     def _clip(self) -> Tensor:
-        """Scale the gradients down to clip_norm where they are more; return the norm that they had."""
-        parameters, most = list(self.model.parameters()), self.config.training.clip_norm
+        """Clip the norm of the gradients to clip_norm; return the norm before clipping."""
+        parameters, max_norm = list(self.model.parameters()), self.config.training.clip_norm
         norm = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-        if norm > most:
-            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        if norm > max_norm:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     def _update(self, norm: Tensor) -> None:
+        """Update the weights, or skip the step if the gradient norm is not finite."""
         finite = bool(norm.isfinite())
-        self.whole = False
+        self.consistent = False
         if finite:
             self.scaler.step(self.optimiser)
         self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
-        if self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise Diverged(
-                f"{SKIPPED_IN_A_ROW} steps in a row had gradients that are not finite; "
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite; "
                 f"lower --training.learning-rate (now {self.config.training.learning_rate:g}) and start again"
             )
-        self.scaler.update()  # lowers its scale where unscale_ met what is not finite
+        self.scaler.update()  # lowers the scale if unscale_ found a value that is not finite
         self.progress.step += 1
         if finite and self.averaged is not None:
             self._average()
-        self.whole = True
+        self.consistent = True
 
     def _average(self) -> None:
-        """averaged = decay * averaged + (1 - decay) * weights, with a shorter memory at the start."""
+        """averaged = decay * averaged + (1 - decay) * weights; the decay is smaller during the first updates."""
         assert self.averaged is not None
         self.progress.averaged_steps += 1
         n = self.progress.averaged_steps
@@ -274,18 +281,25 @@ class Trainer:
     def epoch(self) -> float:
         return self.course.epochs(self.progress.step)
 
+    def _cycle_position(self) -> tuple[int, int]:
+        """Steps done and steps in all, of the present cycle of the learning rate (Loshchilov and Hutter 2017)."""
+        bounds = (0, *self.config.training.restarts, self.config.training.epochs)
+        cycle = bisect.bisect_right(bounds, self.course.place(self.progress.step)[0]) - 1
+        begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
+        return self.progress.step - begin, end - begin
+
     def core_hours(self) -> float:
-        """Return the hours that one core would have worked for this training so far, loader processes not counted."""
+        """CPU time of this training in hours, earlier runs included, loader processes excluded."""
         return (self.earlier_core_seconds + time.process_time()) / 3600
 
     def _timed_batches(self) -> Generator[Batch, None, None]:
-        """Yield the rest of the epoch's batches; the waiting counts in whatever pace is running then."""
+        """Yield the remaining batches of the epoch and add the waiting time to the current pace."""
         batches = iter(self._rest_of_epoch())
-        while (batch := self.pace.next_of(batches)) is not None:
+        while (batch := self.pace.next_batch(batches)) is not None:
             yield batch
 
     def check_stop(self) -> None:
-        """Raise Stopped where a signal has asked for it; called where nothing that is saved is being changed."""
+        """Raise Stopped if a signal has asked to stop; called only where the state is consistent."""
         if self.stop_signal:
             raise Stopped(self.stop_signal)
 
@@ -304,18 +318,11 @@ class Trainer:
             look_up=self.check_stop,
         )
 
-    # Validation and what is shown
-
-    def _in_cycle(self) -> tuple[int, int]:
-        """Return how many steps of the learning rate's cycle are done, of how many (Loshchilov and Hutter 2017)."""
-        bounds = (0, *self.config.training.restarts, self.config.training.epochs)
-        cycle = bisect.bisect_right(bounds, self.course.place(self.progress.step)[0]) - 1
-        begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
-        return self.progress.step - begin, end - begin
+    # Validation, logs and messages
 
     @property
-    def owes_validation(self) -> bool:
-        """Whether the model of this step is to be validated and has not been."""
+    def validation_due(self) -> bool:
+        """Whether this step is due for validation and has not been validated."""
         every, step = self.config.training.validate_every, self.progress.step
         if step == self.progress.validated:
             return False
@@ -324,14 +331,14 @@ class Trainer:
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
         model, pace = self.averaged or self.model, self.pace
-        speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of it waiting for data"
+        speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of the time waiting for data"
         result = self._validate(model)
-        self._check_alive(result.loss)
-        with self.undisturbed():
-            line = self._keep(result, model)
+        self._check_diverged(result.loss)
+        with self.deferring_signals():
+            line = self._record(result, model)
         scores = result.scores
         bar.write(
-            f"epoch {self.epoch:g}: dev loss {result.loss:.3f} a token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
+            f"epoch {self.epoch:g}: dev loss {result.loss:.3f} per token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
             f"WER {scores.wer:.2f}%; {speed}\n  {line}"
         )
         self.pace = Pace()
@@ -344,10 +351,10 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             now = self.config.decoding.frames_per_batch
-        advice = f"lower --decoding.frames-per-batch (now {now}) and go on with --resume"
+        advice = f"lower --decoding.frames-per-batch (now {now}) and continue with --resume"
         raise InputError(f"a validation does not fit in memory; {advice}")
 
-    def _keep(self, result: Validation, model: nn.Module) -> str:
+    def _record(self, result: Validation, model: nn.Module) -> str:
         """Write weights, log and state after a validation; return the monitor's line."""
         cer, progress = result.scores.cer, self.progress
         info = {"epoch": self.epoch, "step": progress.step, "dev": asdict(result.scores), "data": self.source}
@@ -355,20 +362,20 @@ class Trainer:
         self._save_weights(model, info, best=cer < progress.best_cer)
         progress.plateau.update(cer, self.config.training)
         progress.best_cer, progress.validated = min(progress.best_cer, cer), progress.step
-        line = monitor.line(result.alignment, self.epoch, self.config)
+        line = monitor.status_line(result.alignment, self.epoch, self.config)
         self.log.validation(progress.step, self.epoch, result, line, self.core_hours())
         self.save()
         return line
 
-    def _check_alive(self, loss: float) -> None:
-        """Raise InputError where this training leads nowhere, before anything of it is kept as the best."""
+    def _check_diverged(self, loss: float) -> None:
+        """Raise Diverged if nothing is learned any more; called before weights are saved as the best."""
         rate, progress = self.config.training.learning_rate, self.progress
         if not math.isfinite(loss):
             raise Diverged(
                 f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
                 f"lower --training.learning-rate (now {rate:g}) and start again"
             )
-        if progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # which starts by skipping
+        if progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # fp16 starts with skips
             raise Diverged(
                 f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
                 f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
@@ -394,17 +401,17 @@ class Trainer:
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
             bar.note(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time")
 
-    def begin_with(self, model: nn.Module, path: Path) -> None:
-        """Take the weights of another model of the same sizes; `path` names it in errors and in the checkpoints."""
-        for own in filter(None, (self.model, self.averaged)):
-            checkpoint.load_weights(own, model.state_dict(), path)
+    def load_initial_weights(self, model: nn.Module, path: Path) -> None:
+        """Start from the weights of a model of the same sizes; `path` names it in errors and checkpoints."""
+        for target in filter(None, (self.model, self.averaged)):
+            checkpoint.load_weights(target, model.state_dict(), path)
         self.source = {**self.source, "init": path.name}
 
     # State on disk
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Within it no signal stops the training: files are written."""
+    def deferring_signals(self) -> Iterator[None]:
+        """Defer stop signals while files are written."""
         before, self.saving = self.saving, True
         try:
             yield
@@ -412,13 +419,13 @@ class Trainer:
             self.saving = before
 
     def save(self) -> None:
-        """Write last.pt: everything that resuming needs."""
-        with self.undisturbed():
+        """Write last.pt, all that resuming needs."""
+        with self.deferring_signals():
             checkpoint.save_state(self.out / LAST, self.state())
             self.saved_step, self._saved_at = self.progress.step, time.monotonic()
 
     def state(self) -> dict:
-        """Return what last.pt holds."""
+        """Contents of last.pt."""
         return {
             "settings": to_tree(self.config),
             "model": self.model.state_dict(),
@@ -431,26 +438,30 @@ class Trainer:
         }
 
     def resume(self) -> None:
-        """Continue from last.pt; raises InputError when it was made with other settings or other data."""
+        """Continue from last.pt.
+
+        Raises:
+            InputError: last.pt is of other settings or other data.
+        """
         path = self.out / LAST
         state = checkpoint.load_state(path)
         check_same_settings(state["settings"], to_tree(self.config), path)
         if state["data"] != fingerprint(self.train_data, self.dev_data):
-            raise InputError(f"{path} was trained on other utterances; resume with the data it began with")
+            raise InputError(f"{path} was trained on other utterances; resume with the data that it began with")
         checkpoint.load_weights(self.model, state["model"], path)
         if self.averaged is not None:
             checkpoint.load_weights(self.averaged, state["averaged"], path)
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        progress = {"validated": state["progress"]["step"], **state["progress"]}  # an older version saved no such step
+        progress = {"validated": state["progress"]["step"], **state["progress"]}  # earlier versions did not save it
         self.progress = Progress(**{**progress, "plateau": Plateau(**progress["plateau"])})
         self.saved_step = self.progress.step
         self.earlier_core_seconds = state["core_seconds"]
-        self._move(state["settings"]["data"])
+        self._convert_step(state["settings"]["data"])
 
-    def _move(self, then: dict) -> None:
-        """Go to the step of this course that is as far as that of the course with the earlier sizes of batches."""
-        sizes = {name: then[name] for name in SIZES}
+    def _convert_step(self, then: dict) -> None:
+        """Convert the step from the earlier batch sizes to the present ones: same epoch, same share of its batches."""
+        sizes = {name: then[name] for name in BATCH_SIZES}
         data, progress = self.config.data, self.progress
         if all(getattr(data, name) == size for name, size in sizes.items()):
             return
@@ -463,7 +474,7 @@ class Trainer:
 
 
 def fingerprint(*datasets: SpeechDataset) -> str:
-    """Return a hash of the ids, lengths and transcripts of datasets, in their order."""
+    """SHA-256 of the ids, lengths and transcripts of datasets, in order."""
     digest = hashlib.sha256()
     for data in datasets:
         digest.update(repr((data.ids, data.frames.tolist(), data.texts)).encode())
@@ -471,18 +482,18 @@ def fingerprint(*datasets: SpeechDataset) -> str:
 
 
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW in one pass over the weights (fused); biases, gains and the tied embedding are not decayed."""
+    """Fused AdamW; biases, gains and the tied embedding have no weight decay."""
     decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
+        (undecayed if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
     decay = config.training.weight_decay
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": undecayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.training.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" is bfloat16 where the machine has instructions to multiply it."""
+    """Dtype of matmuls; "auto" is bfloat16 if the machine has bfloat16 instructions, else float16 (CUDA) or float32."""
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
@@ -493,19 +504,19 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
-    """Within it SIGINT, SIGTERM and SIGHUP ask the trainer to stop after the step, or while it waits or validates.
+    """Let SIGINT, SIGTERM and SIGHUP stop the trainer after the step, or while it waits for data or validates.
 
-    A second one raises Stopped in the middle of a step, but not of a save. Those of the first seconds count as one: a
-    process group and the programs around a training pass the same signal on. SIGHUP stays ignored under nohup.
+    A second signal raises Stopped in the middle of a step, but not of a save. Signals within SIGNAL_GRACE_SECONDS count
+    as one, because process groups and launchers pass the same signal on. SIGHUP stays ignored under nohup.
     """
     first = 0.0
 
     def request(signum: int, frame: object) -> None:
         nonlocal first
-        again = trainer.stop_signal and time.monotonic() - first > SAME_SIGNAL
+        second = trainer.stop_signal and time.monotonic() - first > SIGNAL_GRACE_SECONDS
         first = first if trainer.stop_signal else time.monotonic()
         trainer.stop_signal = trainer.stop_signal or signum
-        if again and not trainer.saving:
+        if second and not trainer.saving:
             raise Stopped(signum)
 
     numbers = [s for s in STOP_SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
@@ -520,26 +531,30 @@ def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
-    One that the checkpoint does not know is newer; it was trained with its default, or with what BEFORE says. A restart
-    of the learning rate where the training ended lengthens it and changes nothing of what was. Batches may become
-    smaller, for lack of memory.
+    A setting that the checkpoint lacks is newer: it counts as its default, or as in LEGACY_SETTINGS. Two differences
+    are allowed. A restart of the learning rate at the end of the training lengthens it without changing what was done.
+    Batches may become smaller, in case memory ran out.
     """
-    before, after = dict(_flat(to_tree(Config()))) | BEFORE | dict(_flat(then)), dict(_flat(now))
-    was, ahead = ([*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after))
-    longer = ahead[: len(was)] == was
+    before, after = dict(_flat(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flat(then)), dict(_flat(now))
+    then_ends, now_ends = (
+        [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
+    )
+    longer = now_ends[: len(then_ends)] == then_ends  # the epochs at which cycles end
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
     for key, value in after.items():
         section, _, name = key.rpartition(".")
-        smaller = section == "data" and name in SIZES and value < before[key]
+        smaller = section == "data" and name in BATCH_SIZES and value < before[key]
         if before[key] != value and key not in free and not smaller:
-            how = "resume with the same settings"
+            advice = "resume with the same settings"
             if key in ("training.epochs", "training.restarts"):
-                how += f", or lengthen it: --training.epochs more --training.restarts {' '.join(map(str, was))}"
-            raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {how}")
+                advice += (
+                    f", or lengthen it: --training.epochs more --training.restarts {' '.join(map(str, then_ends))}"
+                )
+            raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
 
 
 def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and the value of each setting of a tree."""
+    """Yield (dotted name, value) of each setting in a tree."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{name}{key}.")

@@ -1,4 +1,4 @@
-"""Validation: the whole dev set's loss, greedy transcripts and scores, attention monitor and pictures."""
+"""Validation: loss, greedy transcripts and scores of the whole dev set, the attention monitor and its pictures."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.losses import token_loss
 
-LONGEST_NAME = 120  # bytes of an utterance's id in the name of a picture
+MAX_ID_BYTES = 120  # of an utterance's id in the file name of its picture
 
 
 @dataclass(frozen=True)
 class Validation:
-    """One look at the dev set."""
+    """Results of one validation."""
 
-    loss: float  # cross-entropy in nats a token, true token before each
+    loss: float  # cross-entropy, nats per token, teacher-forced
     scores: Scores  # of the greedy transcripts, over all utterances
     alignment: monitor.Alignment
     hypotheses: list[str]  # in dataset order
@@ -47,11 +47,11 @@ def validate(
     device: torch.device,
     out: Path,
     epoch: float,
-    look_up: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Validation:
-    """Score model on every utterance of data, and draw the attention of the first few into out/attention.
+    """Score the model on every utterance of data; draw the attention of a few into out/attention.
 
-    look_up is called before each batch; it may raise.
+    check_stop is called before each batch and may raise.
     """
     model.eval()
     batches = sorted_batches(
@@ -60,13 +60,13 @@ def validate(
         utterances_per_batch=config.data.utterances_per_batch,
     )
     total, count, alignments = 0.0, 0, []
-    confused, compared = 0.0, 0
+    swapped_rise, swapped_count = 0.0, 0
     hypotheses: list[str] = [""] * len(data)
-    # Attention alone: what the monitor watches, and what scores of other trainings can be compared with.
-    alone = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
-    pictured = PictureBook(data, config.training.pictures)
+    # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
+    attention_only = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    pictures = AttentionPictures(data, config.training.pictures)
     for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
-        look_up()
+        check_stop()
         batch = batch.to(device)
         memory = model.listen(batch.features, batch.feature_lengths)
         tokens, token_lengths = batch.targets
@@ -75,42 +75,43 @@ def validate(
         count += int(token_lengths.sum())
         alignments.append(monitor.measure(weights, token_lengths, memory.lengths))
         if len(batch.indices) > 1:
-            other, _ = model.speller(of_the_next(memory), tokens)
-            confused += float(token_loss(other, tokens) - token_loss(logits, tokens))
-            compared += int(token_lengths.sum())
-        pictured.collect(batch.indices, weights, token_lengths, memory.lengths)
-        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, alone), strict=True):
+            swapped, _ = model.speller(swap_audio(memory), tokens)
+            swapped_rise += float(token_loss(swapped, tokens) - token_loss(logits, tokens))
+            swapped_count += int(token_lengths.sum())
+        pictures.collect(batch.indices, weights, token_lengths, memory.lengths)
+        for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, attention_only), strict=True):
             hypotheses[i] = vocabulary.decode(best[0].text_tokens)
-    pictured.save(out / "attention", epoch)
-    heard = confused / compared if compared else None
-    alignment = replace(monitor.combine(alignments), heard=heard)
+    pictures.save(out / "attention", epoch)
+    audio_gain = swapped_rise / swapped_count if swapped_count else None
+    alignment = replace(monitor.combine(alignments), audio_gain=audio_gain)
     references = [text or "" for text in data.texts]
     return Validation(total / count, score(references, hypotheses), alignment, hypotheses)
 
 
-def of_the_next(memory: Memory) -> Memory:
-    """Give each utterance the memory of the next in the batch, the last that of the first."""
+def swap_audio(memory: Memory) -> Memory:
+    """Give each utterance of a batch the memory of the next one, and the last that of the first."""
     rolled = (part.roll(-1, 0) for part in (memory.keys, memory.values, memory.lengths, memory.padding))
     return Memory(*rolled)
 
 
-class PictureBook:
-    """Keeps the attention of the same few dev utterances at each validation, of middling length."""
+class AttentionPictures:
+    """The attention of the same few dev utterances at each validation, starting from the median length."""
 
-    def __init__(self, data: SpeechDataset, pictures: int):
+    def __init__(self, data: SpeechDataset, count: int):
         by_length = np.argsort(data.frames, kind="stable")
         middle = len(by_length) // 2
-        self.wanted = [int(i) for i in by_length[middle : middle + pictures]]
+        self.wanted = [int(i) for i in by_length[middle : middle + count]]
         self.data = data
-        self.weights: dict[int, np.ndarray] = {}
+        self.weights: dict[int, np.ndarray] = {}  # by utterance: (U, T) without padding
 
     def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
+        """Keep the wanted utterances of a batch; weights are (B, U, T)."""
         for row, i in enumerate(indices.tolist()):
             if i in self.wanted:
                 self.weights[i] = weights[row, : token_lengths[row], : lengths[row]].float().cpu().numpy()
 
     def save(self, folder: Path, epoch: float) -> None:
-        """Write epoch-EPOCH-ID.png for each utterance, and their numbers to epoch-EPOCH.npz."""
+        """Write epoch-EPOCH-ID.png for each utterance, and the weights of all to epoch-EPOCH.npz."""
         folder.mkdir(exist_ok=True)
         name = f"epoch-{epoch:07.2f}"
         arrays = {"ids": np.array([self.data.ids[i] for i in self.weights])}
@@ -118,7 +119,7 @@ class PictureBook:
             text = self.data.texts[i]
             arrays |= {f"weights_{n}": weights, f"text_{n}": np.array(text)}
             safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.data.ids[i])
-            safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
+            safe = safe.encode()[:MAX_ID_BYTES].decode(errors="ignore")
             title = f"{show(self.data.ids[i])}, epoch {epoch:g}"
             picture = partial(attention_picture, weights=weights, text=text or "", title=title)
             write_atomically(folder / f"{name}-{safe}.png", picture)

@@ -12,8 +12,8 @@ from las_fast.text import EOS, PAD
 from las_fast.training.losses import (
     aligned_attention_loss,
     ctc_loss,
-    ctc_places,
     guided_attention_loss,
+    relative_token_times,
     token_loss,
     training_loss,
 )
@@ -54,7 +54,7 @@ def test_loss_is_per_token_and_not_per_utterance_or_padded_cell():
     torch.testing.assert_close(loss, sum(by_hand) / 6)
 
 
-def test_label_smoothing_spreads_over_spelled_tokens_only():
+def test_label_smoothing_covers_only_tokens_that_can_be_emitted():
     logits = torch.zeros(1, 1, 31)
     logits[..., :EOS] = -1e4
     assert token_loss(logits, torch.tensor([[5]]), 0.1).item() == pytest.approx(math.log(29), abs=1e-5)
@@ -93,17 +93,17 @@ def test_guided_loss_is_the_sum_of_its_formula():
 
 def test_the_loss_along_ctc_is_the_sum_of_its_formula():
     torch.manual_seed(4)
-    weights, lengths, counts, frames = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 2.5
-    places = torch.rand(2, 4)
+    weights, lengths, counts, window = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 2.5
+    times = torch.rand(2, 4)
     expected = 0.0
     for b, u in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)):
-        off = [(float(places[b, u]) * lengths[b] - t) / frames for t in range(9)]
+        off = [(float(times[b, u]) * lengths[b] - t) / window for t in range(9)]
         expected -= math.log(sum(float(weights[b, u, t]) * max(0, 1 - off[t] ** 2) for t in range(9)))
-    found = aligned_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), places, frames)
+    found = aligned_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), times, window)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-def test_parts_carry_no_graph_and_the_loss_does():
+def test_the_loss_carries_a_graph_and_its_parts_do_not():
     tokens = torch.tensor([[3, 4, EOS]])
     logits = torch.randn(1, 3, 31, requires_grad=True)
     output = Output(logits, torch.rand(1, 3, 5, requires_grad=True), torch.tensor([5]), None, None)
@@ -127,8 +127,8 @@ def test_every_part_is_per_token(guided_frames):
     ctc = ctc_loss(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS)
     memory = output.weights, output.lengths, LENGTHS
     if guided_frames:
-        places = ctc_places(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS)
-        guided = aligned_attention_loss(*memory, places, guided_frames)
+        times = relative_token_times(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS)
+        guided = aligned_attention_loss(*memory, times, guided_frames)
     else:
         guided = guided_attention_loss(*memory, 0.1)
     torch.testing.assert_close(parts["attention"], token_loss(output.logits, TOKENS, 0.1) / count)
@@ -152,21 +152,21 @@ def test_ctc_of_a_padded_batch_is_the_sum_of_its_utterances():
     torch.testing.assert_close(ctc_loss(output.ctc_logits, output.ctc_lengths, TOKENS, LENGTHS), sum(alone))
 
 
-def test_ctc_hears_a_token_at_the_mean_of_its_posterior():
+def test_the_time_of_a_token_is_the_mean_of_its_posterior():
     logits = torch.zeros(2, 6, 31)
     logits[..., PAD] = 20
     logits[0, 1, 5], logits[0, 2, 6], logits[0, 5, 7], logits[1, 2, 8] = 40, 40, 40, 40
-    places = ctc_places(logits, torch.tensor([6, 4]), TOKENS, LENGTHS)
-    assert not places.requires_grad
-    torch.testing.assert_close(places[0], torch.tensor([1 / 6, 2 / 6, 5 / 6, 1]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(places[1, :2], torch.tensor([2 / 4, 1]), atol=1e-4, rtol=0)
+    times = relative_token_times(logits, torch.tensor([6, 4]), TOKENS, LENGTHS)
+    assert not times.requires_grad
+    torch.testing.assert_close(times[0], torch.tensor([1 / 6, 2 / 6, 5 / 6, 1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(times[1, :2], torch.tensor([2 / 4, 1]), atol=1e-4, rtol=0)
 
 
-def test_ctc_places_are_the_posterior_of_all_alignments():
+def test_token_times_are_those_of_all_alignments_together():
     torch.manual_seed(4)
     logits = 2 * torch.randn(1, 5, 31)
     text = [5, 6]
-    places = ctc_places(logits, torch.tensor([5]), torch.tensor([[*text, EOS]]), torch.tensor([3]))
+    times = relative_token_times(logits, torch.tensor([5]), torch.tensor([[*text, EOS]]), torch.tensor([3]))
     # Weighted by how many frames a labelling gives the character, as a posterior over frames is.
     log_p, total, sums = logits[0].log_softmax(-1), [0.0, 0.0], [0.0, 0.0]
     for labels in itertools.product([PAD, *text], repeat=5):
@@ -176,38 +176,38 @@ def test_ctc_places_are_the_posterior_of_all_alignments():
                 total[u] += p * labels.count(c)
                 sums[u] += p * sum(t for t, label in enumerate(labels) if label == c)
     expected = torch.tensor([s / n / 5 for s, n in zip(sums, total, strict=True)])
-    torch.testing.assert_close(places[0, :2], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(times[0, :2], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_ctc_places_of_a_padded_batch_are_those_alone_and_fall_back_to_the_diagonal():
+def test_token_times_ignore_padding_and_fall_back_to_the_diagonal():
     torch.manual_seed(5)
     logits, lengths = torch.randn(3, 9, 31), torch.tensor([9, 5, 2])
     tokens = torch.tensor([[5, 5, 7, EOS], [8, EOS, PAD, PAD], [6, 7, 9, EOS]])
     counts = torch.tensor([4, 2, 4])
-    places = ctc_places(logits, lengths, tokens, counts)
-    assert places.isfinite().all()
-    alone = ctc_places(logits[1:2, :5], lengths[1:2], tokens[1:2, :2], counts[1:2])
-    torch.testing.assert_close(places[1:2, :2], alone)
-    torch.testing.assert_close(places[2], torch.arange(4) / 4)  # three characters in two frames
-    assert (places[0].diff() > 0).all()
+    times = relative_token_times(logits, lengths, tokens, counts)
+    assert times.isfinite().all()
+    alone = relative_token_times(logits[1:2, :5], lengths[1:2], tokens[1:2, :2], counts[1:2])
+    torch.testing.assert_close(times[1:2, :2], alone)
+    torch.testing.assert_close(times[2], torch.arange(4) / 4)  # three characters in two frames
+    assert (times[0].diff() > 0).all()
 
 
-def test_a_transcript_of_as_many_characters_as_frames_is_still_placed_by_ctc():
+def test_a_transcript_of_as_many_characters_as_frames_still_has_ctc_times():
     torch.manual_seed(6)
     logits, tokens = torch.randn(1, 3, 31), torch.tensor([[5, 6, 7, EOS]])
-    places = ctc_places(logits, torch.tensor([3]), tokens, torch.tensor([4]))
-    torch.testing.assert_close(places, torch.tensor([[0 / 3, 1 / 3, 2 / 3, 1]]))
-    diagonal = ctc_places(logits[:, :2], torch.tensor([2]), tokens, torch.tensor([4]))
+    times = relative_token_times(logits, torch.tensor([3]), tokens, torch.tensor([4]))
+    torch.testing.assert_close(times, torch.tensor([[0 / 3, 1 / 3, 2 / 3, 1]]))
+    diagonal = relative_token_times(logits[:, :2], torch.tensor([2]), tokens, torch.tensor([4]))
     torch.testing.assert_close(diagonal, torch.arange(4)[None] / 4)
 
 
-def test_attention_where_ctc_hears_costs_nothing_and_elsewhere_it_does():
-    places, lengths, counts = torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([10]), torch.tensor([3])
+def test_attention_at_the_token_times_is_cheap_and_elsewhere_costly():
+    times, lengths, counts = torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([10]), torch.tensor([3])
     weights = torch.zeros(1, 3, 10)
     weights[0, 0, 0] = weights[0, 1, 5] = weights[0, 2, 9] = 1
-    near = aligned_attention_loss(weights, lengths, counts, places, 2.0)
+    near = aligned_attention_loss(weights, lengths, counts, times, 2.0)
     assert near == pytest.approx(-math.log(0.75))  # <eos> is expected one frame after the last
-    far = aligned_attention_loss(weights.flip(2), lengths, counts, places, 2.0)
+    far = aligned_attention_loss(weights.flip(2), lengths, counts, times, 2.0)
     assert far > 90
 
 

@@ -1,4 +1,4 @@
-"""What counts as an alignment, and what is advised when there is none."""
+"""The attention monitor: which attention counts as an alignment, and the advice when there is none."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def test_a_diagonal_over_a_third_of_the_utterance_is_not_formed():
 
 
 def by_hand(weights, tokens, frames):
-    """Return the four numbers of one utterance, straight from the module's definitions."""
+    """The four numbers of one utterance, computed from the definitions in the module's docstring."""
     w = weights[:tokens, :frames] / weights[:tokens, :frames].sum(1, keepdim=True)
     attended, index = w @ torch.arange(float(frames)), torch.arange(float(tokens))
     attended, index = attended - attended.mean(), index - index.mean()
@@ -92,26 +92,26 @@ def by_hand(weights, tokens, frames):
         near = (t - peaks[u]).abs() <= 2
         chance = float(near.float().mean())
         sharp.append((float(w[u][near].sum()) - chance) / (1 - chance))
-    furthest = max(frames / 4, 2 * frames / tokens, 5)
+    max_step = max(frames / 4, 2 * frames / tokens, 5)
     moves = peaks.diff().tolist()
     reach = max(0.75 * frames / tokens, 2)
     seen = [min(abs(int(p) - i) for p in peaks) <= reach for i in range(frames)]
     return (
         float((attended * index).sum()) / math.sqrt(spread * float(index.square().sum())),
         sum(sharp) / tokens,
-        sum(-2 <= move <= furthest for move in moves) / (tokens - 1),
+        sum(-2 <= move <= max_step for move in moves) / (tokens - 1),
         sum(seen) / frames,
     )
 
 
-# Characters and frames; the peaks of the last two lie as far apart as is just allowed, and one frame further.
+# (characters, frames) of each utterance; the last two are too short to be measured
 SIZES = [(12, 40), (3, 8), (25, 60), (4, 57), (3, 60), (7, 9), (2, 60), (12, 7)]
 
 
 def utterances_of_many_kinds(seed):
     torch.manual_seed(seed)
     longest = max(n for n, _ in SIZES) + 1, max(t for _, t in SIZES)
-    weights = torch.rand(len(SIZES), *longest) * 5  # what lies past the lengths is not looked at
+    weights = torch.rand(len(SIZES), *longest) * 5  # values past the lengths are ignored
     for row, (tokens, frames) in enumerate(SIZES):
         centres = torch.linspace(0, frames - 1, tokens) + 4 * torch.randn(tokens) * (row % 3)
         weights[row, : tokens + 1, :frames] = bumps(centres.clamp(0, frames - 1), frames, width=0.8 + row / 4)[0]
@@ -128,7 +128,7 @@ def test_the_numbers_of_a_padded_batch_are_those_of_their_definitions(seed):
         assert getattr(found, name) == pytest.approx(sum(values) / len(values), abs=1e-5), name
 
 
-def test_steps_are_judged_at_their_very_limits():
+def test_steps_count_up_to_their_exact_limits():
     slow = torch.arange(20.0, 31.0)  # eleven characters of one frame each, and a twelfth after a step of its own
     for move, good in ((-2, 11), (-3, 10), (15, 11), (16, 10)):  # over 60 frames: 2 back, a quarter forward
         found = judge(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
@@ -181,63 +181,71 @@ def test_padding_is_ignored():
     assert found.utterances == 2
 
 
-def test_utterances_too_short_to_judge_are_not_counted():
+def test_utterances_too_short_to_measure_are_not_counted():
     weights = torch.cat([bumps(diagonal(), 60), torch.full((3, 26, 60), 1 / 60)])
     found = monitor.measure(weights, torch.tensor([26, 2, 3, 1]), torch.full((4,), 60))
     assert found.utterances == 1 and found.formed
     none = monitor.measure(weights, torch.tensor([1, 2, 3, 0]), torch.tensor([60, 60, 60, 0]))
     assert none.utterances == 0 and not none.formed
-    assert "not judged" in monitor.line(none, 3, Config())
+    assert "not measured" in monitor.status_line(none, 3, Config())
     assert monitor.combine([none, none]) == none
     assert monitor.combine([none, found]) == found
 
 
 def test_the_line_says_formed_with_the_numbers():
-    line = monitor.line(judge(bumps(diagonal(), 60)), 2, Config())
+    line = monitor.status_line(judge(bumps(diagonal(), 60)), 2, Config())
     assert line.startswith("attention: formed (diagonal 1.00, sharp 1.00")
     assert "\n" not in line
 
 
-def test_a_diagonal_that_carries_no_sound_is_not_formed():
+def test_a_diagonal_that_ignores_the_audio_is_not_formed():
     shape = judge(bumps(diagonal(), 60))
-    deaf, hearing = (dataclasses.replace(shape, heard=heard) for heard in (0.02, 2.0))
-    assert shape.formed and not deaf.formed and hearing.formed
-    line = monitor.line(deaf, 4, Config())
-    assert "heard 0.02 below 0.5" in line and "not formed yet" in line
-    assert "heard 2.00" in monitor.line(hearing, 4, Config())
+    deaf, listening = (dataclasses.replace(shape, audio_gain=gain) for gain in (0.02, 2.0))
+    assert shape.formed and not deaf.formed and listening.formed
+    line = monitor.status_line(deaf, 4, Config())
+    assert "audio gain 0.02 below 0.5" in line and "not formed yet" in line
+    assert "audio gain 2.00" in monitor.status_line(listening, 4, Config())
 
 
 @pytest.mark.parametrize("name", monitor.THRESHOLDS)
-def test_what_is_no_number_is_not_formed(name):
-    good = dataclasses.replace(judge(bumps(diagonal(), 60)), heard=2.0)
+def test_nan_is_below_every_threshold(name):
+    good = dataclasses.replace(judge(bumps(diagonal(), 60)), audio_gain=2.0)
     wrong = dataclasses.replace(good, **{name: float("nan")})
-    assert good.formed and not wrong.formed and f"{name} nan below" in monitor.line(wrong, 4, Config())
+    assert (
+        good.formed
+        and not wrong.formed
+        and f"{name.replace('_', ' ')} nan below" in monitor.status_line(wrong, 4, Config())
+    )
 
 
-def test_a_number_just_below_is_not_shown_as_enough():
+def test_a_number_just_below_its_threshold_is_rounded_down():
     short = dataclasses.replace(judge(bumps(diagonal(), 60)), diagonal=0.7999)
-    assert "diagonal 0.79 below 0.8" in monitor.line(short, 4, Config())
+    assert "diagonal 0.79 below 0.8" in monitor.status_line(short, 4, Config())
 
 
 def test_before_the_deadline_the_line_gives_no_advice():
-    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
+    line = monitor.status_line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
     assert "not formed yet" in line and "epoch 10" in line and "--" not in line
     assert "sharp 0.00 below 0.5" in line
 
 
 def test_the_line_is_exactly_this():
-    good = monitor.Alignment(0.9, 0.85, 0.8, 0.75, 4, heard=1.5)
+    good = monitor.Alignment(0.9, 0.85, 0.8, 0.75, 4, audio_gain=1.5)
     weak, config = dataclasses.replace(good, sharp=0.4567), Config(training=TrainingConfig(monitor_epoch=6.0))
     numbers = "diagonal 0.90, sharp 0.85, monotonic 0.80, coverage 0.75"
-    assert monitor.line(good, 2, config) == f"attention: formed ({numbers}, heard 1.50)"
-    assert monitor.line(dataclasses.replace(good, heard=None), 2, config) == f"attention: formed ({numbers})"
-    numbers = "diagonal 0.90, sharp 0.45 below 0.5, monotonic 0.80, coverage 0.75, heard 1.50"
-    assert monitor.line(weak, 5.9, config) == f"attention: not formed yet ({numbers}); it should be by epoch 6"
-    late = monitor.line(weak, 6.0, config)
+    assert monitor.status_line(good, 2, config) == f"attention: formed ({numbers}, audio gain 1.50)"
+    assert (
+        monitor.status_line(dataclasses.replace(good, audio_gain=None), 2, config) == f"attention: formed ({numbers})"
+    )
+    numbers = "diagonal 0.90, sharp 0.45 below 0.5, monotonic 0.80, coverage 0.75, audio gain 1.50"
+    assert monitor.status_line(weak, 5.9, config) == f"attention: not formed yet ({numbers}); expected by epoch 6"
+    late = monitor.status_line(weak, 6.0, config)
     assert late.startswith(f"attention: not formed by epoch 6 ({numbers}). Try in new runs, in this order: 1. ")
     assert "; 2. " in late and late.endswith("longer training: --training.epochs 120")
     none = monitor.Alignment(0.0, 0.0, 0.0, 0.0, 0)
-    assert monitor.line(none, 9, config).startswith("attention: not judged; no dev utterance has 3 characters and 8")
+    assert monitor.status_line(none, 9, config).startswith(
+        "attention: not measured, since no dev utterance has 3 characters and 8"
+    )
 
 
 def training(**fields) -> Config:
@@ -250,7 +258,7 @@ def listener(pyramids, strides=(1,)) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("step", "epoch", "config", "said"),
+    ("step", "epoch", "config", "message"),
     [
         ("guided", 4, training(guided_weight=3, guided_until=7), "for longer: --training.guided-until 10 (now 7)"),
         ("guided", 6, training(guided_weight=3, guided_until=11), "for longer: --training.guided-until 12 (now 11)"),
@@ -278,21 +286,26 @@ def listener(pyramids, strides=(1,)) -> Config:
         ("masks", 3.9, Config(augment=AugmentConfig(start_epoch=4)), None),
         ("masks", 6, Config(augment=AugmentConfig(time_masks=0, frequency_masks=0)), None),
         ("masks", 6, Config(augment=AugmentConfig(time_masks=0, frequency_masks=1)), "(now 0)"),
-        ("reduction", 5, listener(3), "--model.listener.pyramids 2 (now 3, 8 frames become one)"),
+        ("reduction", 5, listener(3), "--model.listener.pyramids 2 (now 3, 8 feature frames per encoder frame)"),
         ("reduction", 5, listener(2), None),
-        ("reduction", 5, listener(1, (2, 2)), "--model.listener.pyramids 0 (now 1, 8 frames become one)"),
+        (
+            "reduction",
+            5,
+            listener(1, (2, 2)),
+            "--model.listener.pyramids 0 (now 1, 8 feature frames per encoder frame)",
+        ),
         ("reduction", 5, listener(0, (2, 4)), None),
         ("batch", 5, Config(data=DataConfig(utterances_per_batch=16)), "--data.utterances-per-batch 8 (now 16)"),
         ("batch", 5, Config(data=DataConfig(utterances_per_batch=15)), None),
     ],
 )
-def test_each_advice_is_given_where_it_applies_and_only_there(step, epoch, config, said):
+def test_each_advice_is_given_where_it_applies_and_only_there(step, epoch, config, message):
     found = getattr(monitor, f"_{step}")(epoch, config)
-    assert found is None if said is None else found.endswith(said), found
+    assert found is None if message is None else found.endswith(message), found
 
 
 def test_after_the_deadline_the_advice_comes_in_order():
-    line = monitor.line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
+    line = monitor.status_line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
     wanted = ["guided-weight 3", "ctc-layer 2", "short-epochs 10", "teacher_forcing", "augment.start-epoch 50",
               "pyramids 2", "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
     places = [line.index(word) for word in wanted]
@@ -300,7 +313,7 @@ def test_after_the_deadline_the_advice_comes_in_order():
     assert "now 0.95" in line  # teacher forcing at epoch 25 of the default stages
 
 
-def test_what_is_on_already_is_not_advised():
+def test_settings_that_are_on_already_are_not_advised():
     config = Config(
         data=DataConfig(utterances_per_batch=8, short_epochs=5),
         augment=AugmentConfig(start_epoch=90),
@@ -311,7 +324,7 @@ def test_what_is_on_already_is_not_advised():
     assert monitor.advice(10, config) == ["longer training: --training.epochs 60"]
 
 
-def test_what_is_on_weakly_is_advised_stronger_or_longer():
+def test_weak_or_short_settings_are_advised_stronger_or_longer():
     stage = TeacherForcingStage(start=5, end=10, first=1, last=0.5)
     config = Config(
         model=ModelConfig(ctc_layer=1),
@@ -328,7 +341,7 @@ def test_what_is_on_weakly_is_advised_stronger_or_longer():
 
 
 @pytest.mark.parametrize(("weight", "now"), [(0.0, "now 0"), (3.0, "now along the diagonal")])
-def test_where_there_is_ctc_it_is_to_lead_the_attention(weight, now):
+def test_with_a_ctc_loss_the_first_advice_is_to_guide_the_attention_by_it(weight, now):
     config = Config(model=ModelConfig(ctc_layer=1), training=TrainingConfig(guided_weight=weight, ctc_weight=1.0))
     first = monitor.advice(12, config)[0]
     assert "--training.guided-frames 8 --training.guided-weight 1 --training.guided-until 24" in first and now in first

@@ -1,4 +1,4 @@
-"""The report: its pictures, its differences, and that it stands alone."""
+"""The report: pictures, differences and curves in one self-contained file."""
 
 import io
 import json
@@ -58,8 +58,8 @@ def make(tmp_path, rows=ROWS, title="A title", **options):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Have pictures be a few bytes in place of drawings; what they are drawn of, in order."""
+def fake_drawing(monkeypatch):
+    """Replace the drawing of attention by a few bytes; return (text, options) of each picture, in order."""
     drawn = []
 
     def draw(file, weights, text, title, **options):
@@ -75,22 +75,22 @@ def spans(text):
 
 
 def test_differences_mark_what_was_missed_added_and_replaced():
-    said, heard = report.differences("WE NEED THE CAR", "WE THE BARS")
-    assert ("delete", "NEED ") in spans(said)
-    assert ("replace", "C") in spans(said) and ("replace", "B") in spans(heard)
-    assert ("insert", "S") in spans(heard)
+    reference, hypothesis = report.differences("WE NEED THE CAR", "WE THE BARS")
+    assert ("delete", "NEED ") in spans(reference)
+    assert ("replace", "C") in spans(reference) and ("replace", "B") in spans(hypothesis)
+    assert ("insert", "S") in spans(hypothesis)
     assert report.differences("SAME", "SAME") == ("SAME", "SAME")
 
 
-def test_the_unmarked_and_marked_text_together_are_the_text():
+def test_marked_and_unmarked_text_together_are_the_whole_text():
     for reference, hypothesis in (("KITTEN", "SITTING"), ("", "ABC"), ("ABC", ""), ("A B", "B A")):
         plain = [re.sub(r"<[^>]+>", "", part) for part in report.differences(reference, hypothesis)]
         assert plain == [reference, hypothesis]
 
 
 def test_differences_escape_markup():
-    said, heard = report.differences("<A> & B", "<A> B")
-    assert "<A>" not in said + heard and "&lt;A&gt;" in said and "&amp;" in said
+    reference, hypothesis = report.differences("<A> & B", "<A> B")
+    assert "<A>" not in reference + hypothesis and "&lt;A&gt;" in reference and "&amp;" in reference
 
 
 def test_an_attention_picture_is_a_png_whatever_the_suffix(tmp_path):
@@ -154,7 +154,7 @@ def pixels(draw):
     return imread(buffer)  # (height, width, 4) from 0 to 1
 
 
-def test_a_picture_of_the_page_lies_on_the_page_in_grey_and_others_on_white():
+def test_pictures_in_the_page_are_transparent_and_grey_and_others_white():
     bright = np.full((4, 12), 0.5, np.float32)
     page = pixels(lambda f: figures.draw_attention(f, bright, "A B", "title", frame_seconds=0.1, in_page=True))
     opaque = page[page[..., 3] > 0.9][:, :3]
@@ -184,14 +184,14 @@ def test_a_picture_is_the_same_whatever_the_users_settings_of_matplotlib_are(tmp
         ("AB" * 40, 81, [*range(0, 81, 2)], ["A"] * 40 + ["<eos>"]),
     ],
 )
-def test_rows_of_a_picture_are_named_and_of_long_texts_only_some(text, tokens, ticks, labels):
+def test_rows_are_labelled_and_of_long_texts_only_every_nth(text, tokens, ticks, labels):
     found = []
     axes = SimpleNamespace(set_yticks=lambda *given, **options: found.append((list(given[0]), given[1], options)))
     figures.label_tokens(axes, text, tokens, fontsize=7)
     assert found == [(ticks, labels, {"fontsize": 7, "family": "monospace"})]
 
 
-def test_the_report_needs_nothing_from_outside(tmp_path, undrawn):
+def test_the_report_needs_nothing_from_outside(tmp_path, fake_drawing):
     page = make(tmp_path)
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
     assert "http" not in page and "<script" not in page and "@import" not in page
@@ -210,13 +210,13 @@ def test_the_report_shows_scores_curves_attention_and_settings(tmp_path):
     assert "1 of 4 have no error" in page
 
 
-def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path, undrawn):
+def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path, fake_drawing):
     page = make(tmp_path, formed=99)
     assert page.count("data:image/png;base64,") == 2
     assert "The attention has not formed" in page and "attention formed" not in page
 
 
-def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, undrawn):
+def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, fake_drawing):
     page = make(tmp_path, title="<i>hostile</i>", rows=[("<u>", "<s>A", "<s>B")])
     assert "<i>hostile" not in page and "<u>" not in page and "<s>" not in page
 
@@ -247,13 +247,13 @@ def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
     assert page.count("<h3>Worst</h3>") == page.count("<h3>Best</h3>") == 1
 
 
-@pytest.mark.parametrize(("heard", "there", "absent"), [("A", "Best", "Worst"), ("B", "Worst", "Best")])
-def test_only_a_table_with_rows_is_shown(tmp_path, heard, there, absent):
-    page = make(tmp_path, rows=[("x", "A", heard)], pictures=False)
-    assert f"<h3>{there}</h3>" in page and f"<h3>{absent}</h3>" not in page
+@pytest.mark.parametrize(("hypothesis", "present", "absent"), [("A", "Best", "Worst"), ("B", "Worst", "Best")])
+def test_only_a_table_with_rows_is_shown(tmp_path, hypothesis, present, absent):
+    page = make(tmp_path, rows=[("x", "A", hypothesis)], pictures=False)
+    assert f"<h3>{present}</h3>" in page and f"<h3>{absent}</h3>" not in page
 
 
-def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path, undrawn):
+def test_empty_sections_are_left_out(tmp_path, fake_drawing):
     full, empty = make(tmp_path / "a"), make(tmp_path / "b", rows=[], pictures=False)
     for heading in ("<h2>Attention before and after</h2>", "<h2>Utterances</h2>"):
         assert heading in full and heading not in empty
@@ -266,7 +266,7 @@ def test_parts_of_the_page_that_have_nothing_to_show_are_not_there(tmp_path, und
     assert "<summary>" not in bare and bare.count("No values were logged") == 2 and "None" not in full + empty + bare
 
 
-def test_the_curves_are_of_all_parts_of_the_speller_and_of_dev(tmp_path):
+def test_the_curves_show_total_speller_and_dev_loss_and_dev_error(tmp_path):
     page = make(tmp_path, epochs=4, pictures=False)
     named = re.findall(
         r'<path class="curve (line\d)" d="M\d+ 14H\d+"/><text class="tick" x="\d+" y="18">(.*?)</text>', page
@@ -283,16 +283,16 @@ def test_the_curves_are_of_all_parts_of_the_speller_and_of_dev(tmp_path):
 
 
 @pytest.mark.parametrize("config", [True, False])
-def test_pictures_show_seconds_where_the_settings_are_known(tmp_path, undrawn, config):
+def test_pictures_show_seconds_if_the_settings_are_known(tmp_path, fake_drawing, config):
     run = write_run(tmp_path / "run", epochs=1)
     if not config:
         (run / "config.yaml").unlink()
     report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
     seconds = pytest.approx(0.08) if config else None
-    assert undrawn == [("A B", {"frame_seconds": seconds, "in_page": True})]
+    assert fake_drawing == [("A B", {"frame_seconds": seconds, "in_page": True})]
 
 
-def test_the_picture_of_the_validation_that_formed_is_found_among_near_ones(tmp_path, undrawn):
+def test_the_validation_that_formed_is_told_from_its_neighbours(tmp_path, fake_drawing):
     run = write_run(tmp_path / "run", epochs=5, formed=3)
     (run / "attention" / "epoch-0003.00.npz").rename(run / "attention" / "epoch-0003.01.npz")
     (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
@@ -302,7 +302,7 @@ def test_the_picture_of_the_validation_that_formed_is_found_among_near_ones(tmp_
         assert re.findall(r"<figcaption>epoch (.*?)</figcaption>", page) == shown
 
 
-def test_numbers_of_attention_are_read_without_pickle(tmp_path):
+def test_attention_is_read_without_pickle(tmp_path):
     np.savez(tmp_path / "epoch-0001.00.npz", ids=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
         report.attention_of(tmp_path / "epoch-0001.00.npz")
@@ -324,20 +324,28 @@ def test_the_page_lists_every_validation(tmp_path):
     page = make(tmp_path, epochs=2, formed=9, pictures=False)
     table = page[page.index("<summary>Validations") :]
     cells = re.findall(r"<t[hd] class=\"rate\">(.*?)</t[hd]>", table)
-    heads = ["epoch", "loss", "LD", "CER", "WER", "diagonal", "sharp", "monotonic", "coverage", "heard"]
+    heads = ["epoch", "loss", "LD", "CER", "WER", "diagonal", "sharp", "monotonic", "coverage", "audio gain"]
     numbers = ["0.50", "0.50", "0.90", "0.90", ""]
     assert cells == [*heads, "1", "2.00", "9.00", "90.00", "99.00", *numbers, "2", "1.00", "4.50", "45.00", "49.50",
                      *numbers]  # fmt: skip
     assert "<p>attention: 2</p>" in table and page.count("attention: 1") == 0
 
 
-def test_the_headline_has_what_is_known(tmp_path):
+def test_a_log_of_an_earlier_version_shows_its_audio_gain(tmp_path):
+    run = write_run(tmp_path / "run", epochs=1, pictures=False)
+    log = run / "log.jsonl"
+    log.write_text(log.read_text().replace('"diagonal": 0.5', '"heard": 1.25, "diagonal": 0.5'))
+    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").count('<td class="rate">1.25</td>') == 1
+
+
+def test_the_headline_shows_known_scores_only(tmp_path):
     tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", make(tmp_path, pictures=False))
     assert tiles == [("12.35 %", "CER"), ("20.00 %", "WER"), ("1.25", "LD"), ("4", "utterances"), ("123 ×", "speed")]
     assert "tile" not in report._headline({"cer": None}).replace('class="tiles"', "")
 
 
-def test_pictures_of_the_page_are_of_the_first_the_formed_and_the_last_validation(tmp_path, undrawn):
+def test_the_page_shows_attention_at_the_first_the_formed_and_the_last_validation(tmp_path, fake_drawing):
     page = make(tmp_path, epochs=5, formed=3)
     assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
     assert '<p class="said">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
@@ -398,7 +406,7 @@ def drawn(svg, tag, kind):
 LINE = figures.Curve("dev & co", "line1", [0, 5, 10], [0.0, 2.0, 4.0])
 
 
-def test_points_lie_where_the_axes_say():
+def test_points_match_the_axes():
     """The plot is 560 by 300 with margins of 48, 34, 12 and 40: x from 48 to 548, y from 260 up to 34."""
     other = figures.Curve("x", "line2", [10], [4.0])
     svg = figures.curves_svg([LINE, other], x_label="epoch", y_label="loss < 5", mark=(5.0, "formed"))
@@ -424,7 +432,7 @@ def test_points_lie_where_the_axes_say():
     assert legend == ["M48 14H66", "M144 14H162"]
 
 
-def test_a_mark_on_the_right_is_named_on_its_left():
+def test_a_mark_on_the_right_has_its_label_on_the_left():
     for at, anchor, x in ((6.0, "start", 353.0), (6.1, "end", 348.0), (99.0, "end", 543.0)):
         svg = figures.curves_svg([LINE], x_label="x", y_label="y", mark=(at, "formed"))
         (name,) = [t for t in drawn(svg, "text", "tick") if t["text"] == "formed"]
@@ -450,7 +458,7 @@ def test_long_curves_are_means_over_equal_pieces():
     assert report._smooth("loss", "line1", [], "loss").x == []
 
 
-def test_a_folder_that_is_no_training_is_an_input_error(tmp_path):
+def test_a_folder_without_a_log_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="log.jsonl is missing"):
         report.write_report(tmp_path, tmp_path / "r.html", results={}, rows=[], title="x")
     assert not (tmp_path / "r.html").exists()

@@ -49,12 +49,12 @@ def test_weights_and_biases_gets_the_settings_and_every_number(tmp_path, monkeyp
     first, second = wandb.logged
     assert first == (5, {"train/loss": 2.0, "train/lr": 0.01})
     assert second[0] == 6 and second[1]["valid/cer"] == 50.0 and second[1]["monitor/formed"] == 1.0
-    assert "monitor/heard" not in second[1] and wandb.ended == 0
+    assert "monitor/audio_gain" not in second[1] and wandb.ended == 0
     log.close()
     assert wandb.ended == 1
 
 
-def test_without_the_wish_nothing_is_started(tmp_path, monkeypatch):
+def test_wandb_is_not_started_unless_asked_for(tmp_path, monkeypatch):
     wandb = Wandb(None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = RunLog(tmp_path, small(), 0)
@@ -63,7 +63,7 @@ def test_without_the_wish_nothing_is_started(tmp_path, monkeypatch):
     assert wandb.began == [] and log.wandb is None and wandb.ended == 0
 
 
-def test_a_folder_of_any_name_is_held_open_until_the_log_is_closed(tmp_path):
+def test_a_folder_of_any_name_stays_open_until_the_log_is_closed(tmp_path):
     out = tmp_path / os.fsdecode(b"mod\xe0")
     out.mkdir()
     before = len(os.listdir("/proc/self/fd"))
@@ -94,7 +94,7 @@ def test_numbers_that_json_lacks_become_null():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_rows_are_read_whatever_stands_between_them(tmp_path):
+def test_lines_that_are_not_rows_are_skipped(tmp_path):
     path = tmp_path / "log.jsonl"
     assert read_rows(path) == []
     good = [{"kind": "train", "step": step} for step in (1, 2)]
@@ -102,3 +102,13 @@ def test_rows_are_read_whatever_stands_between_them(tmp_path):
            '{"kind": "train", "step": 1.0}', '{"step": 3}', '{"kind": "train"}']  # fmt: skip
     path.write_text("\n".join([json.dumps(good[0]), *bad, json.dumps(good[1]), *bad]))
     assert read_rows(path) == good
+
+
+def test_logs_of_earlier_versions_are_read_under_the_present_names(tmp_path):
+    old = {"kind": "valid", "step": 3, "monitor": {"diagonal": 0.9, "heard": 0.7}}
+    odd = {"kind": "valid", "step": 4, "monitor": None}
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(old)}\n{json.dumps(odd)}\n")
+    expected = [{"kind": "valid", "step": 3, "monitor": {"diagonal": 0.9, "audio_gain": 0.7}}, odd]
+    assert read_rows(tmp_path / "log.jsonl") == expected
+    RunLog(tmp_path, small(), 4).close()
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == expected

@@ -1,11 +1,11 @@
-"""What changes over training."""
+"""Schedules of teacher forcing, loss weights and the learning rate."""
 
 import math
 
 import pytest
 
 from las_fast.config import TeacherForcingStage, TrainingConfig
-from las_fast.training.schedules import Plateau, cosine_share, ctc_weight, guided_weight, teacher_forcing_rate
+from las_fast.training.schedules import Plateau, ctc_weight, guided_weight, learning_rate_factor, teacher_forcing_rate
 
 
 def test_default_teacher_forcing_is_whole_then_decays_in_two_stages():
@@ -21,7 +21,7 @@ def test_any_list_of_stages_is_followed_in_order_of_start():
     assert teacher_forcing_rate(TrainingConfig(teacher_forcing=()), 7) == 1
 
 
-def test_guided_prior_fades_to_nothing_and_ctc_ends_when_told():
+def test_the_guided_weight_fades_to_0_and_ctc_ends_at_ctc_until():
     config = TrainingConfig(guided_weight=3.0, guided_until=10.0, ctc_weight=0.5, ctc_until=4.0)
     assert [guided_weight(config, e) for e in (0, 5, 10, 20)] == pytest.approx([3, 1.5, 0, 0])
     assert [ctc_weight(config, e) for e in (0, 3.9, 4)] == [0.5, 0.5, 0.0]
@@ -30,9 +30,9 @@ def test_guided_prior_fades_to_nothing_and_ctc_ends_when_told():
 
 def test_learning_rate_warms_up_then_follows_the_cosine_down():
     config = TrainingConfig(warmup_steps=10, final_share=0.1)
-    shares = [cosine_share(config, s, 110) for s in (0, 9, 10, 60, 110, 500)]
+    shares = [learning_rate_factor(config, s, 110) for s in (0, 9, 10, 60, 110, 500)]
     assert shares == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1])
-    assert cosine_share(TrainingConfig(warmup_steps=0, schedule="constant"), 50, 100) == 1
+    assert learning_rate_factor(TrainingConfig(warmup_steps=0, schedule="constant"), 50, 100) == 1
 
 
 def test_plateau_halves_after_patience_and_only_when_asked():
@@ -60,15 +60,14 @@ def test_a_plateau_waits_again_after_each_cut_and_never_goes_below_the_final_sha
     assert (plateau.best, plateau.waited) == (50, 1)
 
 
-def test_borders_of_the_schedules():
+def test_schedules_at_their_limits():
     stages = (TeacherForcingStage(2, 4, 1.0, 0.6), TeacherForcingStage(4, 4, 0.5, 0.2))
     rates = [teacher_forcing_rate(TrainingConfig(teacher_forcing=stages), e) for e in (0, 2, 3.999, 4, 5)]
     assert rates == pytest.approx([1, 1, 0.6, 0.5, 0.2], abs=1e-3)
     config = TrainingConfig(warmup_steps=4, final_share=0.0)
-    assert [cosine_share(config, s, 4) for s in (0, 2, 3)] == pytest.approx([0.25, 0.75, 1.0])
-    assert cosine_share(config, 4, 5) == 1 and cosine_share(config, 5, 5) == pytest.approx(0, abs=1e-12)
+    assert [learning_rate_factor(config, s, 4) for s in (0, 2, 3)] == pytest.approx([0.25, 0.75, 1.0])
+    assert learning_rate_factor(config, 4, 5) == 1 and learning_rate_factor(config, 5, 5) == pytest.approx(0, abs=1e-12)
     assert ctc_weight(TrainingConfig(ctc_weight=0.5, ctc_until=0.0), 1e9) == 0.5
     for schedule in ("constant", "plateau"):
-        assert [cosine_share(TrainingConfig(warmup_steps=2, schedule=schedule), s, 9) for s in (0, 1, 2, 9)] == [
-            0.5, 1, 1, 1
-        ]  # fmt: skip
+        config = TrainingConfig(warmup_steps=2, schedule=schedule)
+        assert [learning_rate_factor(config, s, 9) for s in (0, 1, 2, 9)] == [0.5, 1, 1, 1]

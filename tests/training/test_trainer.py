@@ -1,4 +1,4 @@
-"""The trainer piece by piece: what each part of a step, a validation, a save and a stop does, at its borders."""
+"""The trainer piece by piece: each part of a step, a validation, a save and a stop, at its limits."""
 
 import contextlib
 import math
@@ -47,13 +47,13 @@ def raising(error):
     return happening
 
 
-def test_a_new_training_stands_at_its_beginning(made, archive, tmp_path, monkeypatch):
+def test_a_new_trainer_starts_at_step_0(made, archive, tmp_path, monkeypatch):
     assert made.progress == Progress(
         step=0, best_cer=math.inf, plateau=Plateau(), averaged_steps=0, skipped_in_a_row=0, validated=0
     )
     monkeypatch.setattr(trainer.time, "process_time", lambda: 0.0)
     assert made.core_hours() == 0.0 and made.saved_step is None and made.batch_size == (0, 0)
-    assert made.whole and not made.saving and not made.scaler.is_enabled() and made.precision == torch.float32
+    assert made.consistent and not made.saving and not made.scaler.is_enabled() and made.precision == torch.float32
     made.check_stop()
     weights = dict(made.model.named_parameters())
     assert all(torch.equal(value, weights[name]) for name, value in made.averaged.named_parameters())
@@ -67,7 +67,7 @@ def test_a_new_training_stands_at_its_beginning(made, archive, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_products_are_in_the_precision_and_draws_in_the_seed_that_the_settings_say(made, monkeypatch, precision, dtype):
+def test_matmuls_use_the_precision_and_draws_the_seed_of_the_settings(made, monkeypatch, precision, dtype):
     training = replace(made.config.training, precision=precision, seed=7)
     made = Trainer(
         replace(made.config, training=training), made.train_data, made.dev_data, made.out, made.device, made.source
@@ -98,18 +98,20 @@ class Scaler:
         self.made, self.asked = made, []
 
     def step(self, optimiser):
-        self.asked.append(("step", self.made.whole))
+        self.asked.append(("step", self.made.consistent))
 
     def update(self):
-        self.asked.append(("update", self.made.whole))
+        self.asked.append(("update", self.made.consistent))
 
 
-def test_an_update_steps_where_the_gradient_is_finite_and_counts_either_way():
+def test_an_update_changes_weights_only_if_the_gradient_is_finite_but_always_counts():
     averaged = []
-    made = bare(optimiser=None, averaged=object(), whole=True, _average=lambda: averaged.append(made.progress.step))
+    made = bare(
+        optimiser=None, averaged=object(), consistent=True, _average=lambda: averaged.append(made.progress.step)
+    )
     made.scaler = Scaler(made)
     made._update(torch.tensor(1.0))
-    assert made.scaler.asked == [("step", False), ("update", False)] and made.whole, "torn in between"
+    assert made.scaler.asked == [("step", False), ("update", False)] and made.consistent, "torn in between"
     assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (1, 0, [1])
     for norm in (math.inf, math.nan):
         made._update(torch.tensor(norm))
@@ -122,20 +124,20 @@ def test_an_update_steps_where_the_gradient_is_finite_and_counts_either_way():
     assert averaged == [1, 4]
 
 
-def test_fifty_skipped_steps_in_a_row_are_the_end():
-    made = bare(optimiser=None, averaged=None, whole=True)
+def test_fifty_skipped_steps_in_a_row_end_the_training():
+    made = bare(optimiser=None, averaged=None, consistent=True)
     made.scaler = Scaler(made)
     made.progress.skipped_in_a_row = 48
     made._update(torch.tensor(math.nan))
-    assert made.progress.skipped_in_a_row == 49 and made.whole
+    assert made.progress.skipped_in_a_row == 49 and made.consistent
     with pytest.raises(
         trainer.Diverged, match="50 steps in a row had gradients that are not finite; lower .*now 0.001"
     ):
         made._update(torch.tensor(math.nan))
-    assert not made.whole
+    assert not made.consistent
 
 
-def test_the_average_follows_closely_at_first_and_then_as_its_decay_says():
+def test_the_decay_of_the_average_grows_to_its_setting():
     made = bare(averaged=torch.nn.Linear(1, 1), model=torch.nn.Linear(1, 1))
     for taken, decay in ((0, 2 / 11), (1, 3 / 12), (9989, 9991 / 10000), (9990, 0.9991)):
         made.config = small(training=replace(small().training, ema_decay=0.9991))
@@ -192,7 +194,7 @@ def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place
     made = bare(course=Course())
     made.config = small(training=replace(small().training, epochs=10, restarts=restarts))
     made.progress.step = step
-    assert made._in_cycle() == place
+    assert made._cycle_position() == place
 
 
 def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
@@ -203,11 +205,11 @@ def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
     monkeypatch.setattr(made, "train_step", lambda batch: sizes.append(tuple(batch.features.shape[:2])) or step(batch))
     made._saved_at = math.inf
     made._train_epoch(None)
-    assert made.pace.audio == pytest.approx(int(made.train_data.frames.sum()) * 0.01)
+    assert made.pace.audio_seconds == pytest.approx(int(made.train_data.frames.sum()) * 0.01)
     assert made.batch_size == sizes[-1] and len(sizes) == 3
 
 
-def test_a_stop_is_looked_for_while_a_batch_is_waited_for(made, monkeypatch):
+def test_the_loader_polls_for_a_stop_signal_while_it_waits(made, monkeypatch):
     given = {}
     monkeypatch.setattr(trainer, "make_loader", lambda *_, **options: given.update(options))
     made._rest_of_epoch()
@@ -271,17 +273,17 @@ def test_a_validation_is_of_the_averaged_model_where_there_is_one_and_ends_the_p
         made.progress.step = 6
         made.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
         made._validate = lambda model, seen=seen: seen.append(model) or validation()
-        made._check_alive = lambda loss, seen=seen: seen.append(loss)
-        made._keep = lambda result, model, seen=seen, made=made: seen.append((model, made.saving)) or "attention: x"
+        made._check_diverged = lambda loss, seen=seen: seen.append(loss)
+        made._record = lambda result, model, seen=seen, made=made: seen.append((model, made.saving)) or "attention: x"
         made._validate_and_save(bar)
         assert seen == [expected, 1.25, (expected, True)] and not made.saving and made.pace is not pace
         assert bar.lines == [
-            "epoch 1.5: dev loss 1.250 a token, LD 3.46, CER 50.00%, WER 60.00%; "
-            "trained at 13 x real time, 25.6% of it waiting for data\n  attention: x"
+            "epoch 1.5: dev loss 1.250 per token, LD 3.46, CER 50.00%, WER 60.00%; "
+            "trained at 13 x real time, 25.6% of the time waiting for data\n  attention: x"
         ]
 
 
-def test_a_validation_looks_at_dev_and_its_own_faults_stay_faults(monkeypatch):
+def test_a_validation_covers_dev_and_rewords_only_out_of_memory(monkeypatch):
     seen = []
     made = bare(course=Course(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
     monkeypatch.setattr(trainer, "validate", lambda *given: seen.append(given) or "result")
@@ -291,22 +293,22 @@ def test_a_validation_looks_at_dev_and_its_own_faults_stay_faults(monkeypatch):
     with pytest.raises(RuntimeError, match="shapes disagree"):
         made._validate("model")
     monkeypatch.setattr(trainer, "validate", raising(MemoryError()))
-    said = r"a validation does not fit in memory; lower --decoding.frames-per-batch \(now 30000\) and go on with"
-    with pytest.raises(InputError, match=said):
+    message = r"a validation does not fit in memory; lower --decoding.frames-per-batch \(now 30000\) and continue with"
+    with pytest.raises(InputError, match=message):
         made._validate("model")
 
 
-def test_what_is_kept_of_a_validation(monkeypatch):
+def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
     kept, logged, saves = [], [], []
     made = bare(course=Course(), source={"kind": "features"}, save=lambda: saves.append(made.progress.validated))
     made.core_hours = lambda: 1.23456
     made._save_weights = lambda model, info, best: kept.append((model, info, best))
     made.log = SimpleNamespace(validation=lambda *row: logged.append(row))
     made.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
-    monkeypatch.setattr(monitor, "line", lambda alignment, epoch, config: f"{alignment.diagonal} at {epoch:g}")
+    monkeypatch.setattr(monitor, "status_line", lambda alignment, epoch, config: f"{alignment.diagonal} at {epoch:g}")
     for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0)):
         made.progress.step = step
-        assert made._keep(validation(cer), "model") == f"0.9 at {step // 4}"
+        assert made._record(validation(cer), "model") == f"0.9 at {step // 4}"
     infos = [
         {
             "epoch": step / 4,
@@ -343,7 +345,7 @@ def test_only_a_training_that_learns_nothing_has_diverged(loss, skipped, scaled,
     made = bare(scaler=SimpleNamespace(is_enabled=lambda: scaled))
     made.progress.step, made.progress.skipped_in_a_row = 6, skipped
     with contextlib.nullcontext() if sentence is None else pytest.raises(trainer.Diverged, match=sentence):
-        made._check_alive(loss)
+        made._check_diverged(loss)
 
 
 @pytest.mark.parametrize("normalisation", ["global", "utterance", "none"])
@@ -397,7 +399,7 @@ def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, proble
     assert closed == [1] and made.log.at == (Path("run"), 5)
 
 
-def test_all_steps_are_taken_and_a_validation_that_is_owed_comes_first():
+def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
     order = []
     made = bare(course=Course(), steps=40)
     made.config = small(training=replace(small().training, epochs=10))
@@ -425,7 +427,7 @@ def test_all_steps_are_taken_and_a_validation_that_is_owed_comes_first():
 
 
 @pytest.mark.parametrize(
-    ("step", "saved_step", "whole", "problem", "saves", "saved"),
+    ("step", "saved_step", "consistent", "problem", "saves", "saved"),
     [
         (5, 5, True, None, 0, True),
         (5, 5, False, InputError("bad"), 0, True),
@@ -437,12 +439,14 @@ def test_all_steps_are_taken_and_a_validation_that_is_owed_comes_first():
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_was_learned_is_saved_unless_it_is_torn_or_worthless(
-    monkeypatch, step, saved_step, whole, problem, saves, saved, device
+def test_the_state_is_saved_unless_inconsistent_or_diverged(
+    monkeypatch, step, saved_step, consistent, problem, saves, saved, device
 ):
     weight, freed = torch.nn.Parameter(torch.zeros(1)), []
     weight.grad = torch.zeros(1)
-    made = bare(saved_step=saved_step, whole=whole, device=torch.device(device), optimiser=torch.optim.SGD([weight]))
+    made = bare(
+        saved_step=saved_step, consistent=consistent, device=torch.device(device), optimiser=torch.optim.SGD([weight])
+    )
     made.progress.step = step
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
 
@@ -456,8 +460,8 @@ def test_what_was_learned_is_saved_unless_it_is_torn_or_worthless(
 
 
 @pytest.mark.parametrize("error", [InputError("the disk is full"), RuntimeError("x"), MemoryError()])
-def test_a_save_that_fails_is_told_unless_there_is_a_problem_already(error):
-    made = bare(saved_step=None, whole=True, device=torch.device("cpu"), save=raising(error))
+def test_a_failed_save_raises_unless_an_error_came_first(error):
+    made = bare(saved_step=None, consistent=True, device=torch.device("cpu"), save=raising(error))
     made.optimiser = SimpleNamespace(zero_grad=lambda: None)
     made.progress.step = 3
     assert made._rescue(InputError("bad data")) is False
@@ -468,25 +472,25 @@ def test_a_save_that_fails_is_told_unless_there_is_a_problem_already(error):
 @pytest.mark.parametrize(
     ("size", "saved", "sentence"),
     [
-        ((4, 500), True, "a batch of 4 utterances, 2000 frames, does not fit in memory; step 7 is saved, go on with "
-         "--resume and --data.frames-per-batch less than 20000"),
+        ((4, 500), True, "a batch of 4 utterances, 2000 frames, does not fit in memory; step 7 is saved, continue with "
+         "--resume and --data.frames-per-batch below 20000"),
         ((4, 500), False, "a batch of 4 utterances, 2000 frames, does not fit in memory; start again with "
-         "--data.frames-per-batch less than 20000"),
-        ((2, 500), True, "a batch of 2 utterances, 1000 frames, does not fit in memory; step 7 is saved, go on with "
-         "--resume and --data.frames-per-batch less than 20000"),
+         "--data.frames-per-batch below 20000"),
+        ((2, 500), True, "a batch of 2 utterances, 1000 frames, does not fit in memory; step 7 is saved, continue with "
+         "--resume and --data.frames-per-batch below 20000"),
         ((1, 500), True, "an utterance of 500 frames does not fit in memory; start again with --data.max-seconds, "
          "which leaves out the longest"),
-        ((0, 0), False, "the first batch does not fit in memory; start again with --data.frames-per-batch less than "
+        ((0, 0), False, "the first batch does not fit in memory; start again with --data.frames-per-batch below "
          "20000"),
     ],
 )  # fmt: skip
-def test_for_lack_of_memory_the_right_setting_is_named(size, saved, sentence):
+def test_out_of_memory_names_the_right_setting(size, saved, sentence):
     made = bare(batch_size=size)
     made.progress.step = 7
-    found = made._explained(MemoryError(), saved)
+    found = made._explain(MemoryError(), saved)
     assert isinstance(found, InputError) and str(found) == f"training on {sentence}"
     other = InputError("x.npy is damaged")
-    assert made._explained(other, saved) is other
+    assert made._explain(other, saved) is other
 
 
 class Clock:
@@ -521,7 +525,7 @@ def test_a_second_signal_after_two_seconds_ends_a_step_but_no_save(clock, second
     assert {s: signal.getsignal(s) for s in kept} == kept
 
 
-def test_what_was_set_to_be_ignored_stays_so_but_for_an_interrupt():
+def test_ignored_signals_stay_ignored_except_sigint():
     kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
     try:
         made = SimpleNamespace(stop_signal=0, saving=False)
@@ -539,18 +543,18 @@ def test_what_was_set_to_be_ignored_stays_so_but_for_an_interrupt():
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_files_are_written_undisturbed_within_each_other(clock, monkeypatch):
+def test_deferring_signals_nests(clock, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer.checkpoint, "save_state", lambda path, state: seen.append((path, state, made.saving)))
     made = bare(out=Path("run"), saving=False, state=lambda: "state")
     made.progress.step = 9
-    with made.undisturbed():
+    with made.deferring_signals():
         assert made.saving
         made.save()
         assert made.saving
     assert not made.saving and (made.saved_step, made._saved_at) == (9, 100.0)
     assert seen == [(Path("run") / "last.pt", "state", True)]
-    with pytest.raises(InputError), made.undisturbed():
+    with pytest.raises(InputError), made.deferring_signals():
         raise InputError("full")
     assert not made.saving
 
@@ -575,9 +579,9 @@ def test_all_of_a_training_is_in_its_state(archive, tmp_path):
     assert again.earlier_core_seconds > 0
 
 
-def test_weights_to_begin_with_are_taken_by_both_models(made, archive, tmp_path):
+def test_initial_weights_go_into_both_models(made, archive, tmp_path):
     other = make_trainer(archive, tmp_path / "other", small(training=replace(small().training, seed=5)))
-    made.begin_with(other.model, Path("there/best.safetensors"))
+    made.load_initial_weights(other.model, Path("there/best.safetensors"))
     for model in (made.model, made.averaged):
         assert all(map(torch.equal, model.parameters(), other.model.parameters()))
     assert made.source == {"kind": "features", "name": "HW4P2 F23", "init": "best.safetensors"}
@@ -592,7 +596,7 @@ def test_weights_to_begin_with_are_taken_by_both_models(made, archive, tmp_path)
         ({"frames_per_batch": 50}, 9, 18, 18),
     ],
 )
-def test_smaller_batches_go_on_from_as_far_in_the_epoch(monkeypatch, capsys, now, validated, step, moved):
+def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, capsys, now, validated, step, moved):
     class Twice(Course):
         """Eight batches an epoch."""
 
@@ -608,11 +612,11 @@ def test_smaller_batches_go_on_from_as_far_in_the_epoch(monkeypatch, capsys, now
     made.config = small(data=replace(data, **now))
     made.progress = Progress(step=9, validated=validated)
     monkeypatch.setattr(trainer, "plan_course", lambda frames, config: planned.append((frames, config)) or Course())
-    made._move(to_tree(data))
+    made._convert_step(to_tree(data))
     assert (made.progress.step, made.progress.validated, made.saved_step) == (step, moved, step)
     assert planned == ([("frames", small(data=data))] if now else [])
-    said = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
-    assert capsys.readouterr().out == said
+    printed = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
+    assert capsys.readouterr().out == printed
 
 
 def settings(**training):
@@ -639,7 +643,7 @@ def test_a_training_may_be_lengthened_by_a_restart_where_it_ended(then, now, ref
         check_same_settings(settings(**then), settings(**now), Path("last.pt"))
 
 
-def test_only_batches_may_become_smaller():
+def test_only_batch_sizes_may_become_smaller():
     then, smaller = to_tree(Config()), set()
     for section, part in then.items():
         for name, value in part.items():

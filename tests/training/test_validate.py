@@ -1,4 +1,4 @@
-"""Validation: which utterances are pictured, what the files hold and are called, and what a look at dev is made of."""
+"""Validation: transcripts, stops, and the choice, content and names of the attention pictures."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from las_fast.config import DecodingConfig, TrainingConfig
 from las_fast.errors import Stopped
 from las_fast.search.beam import greedy_search
 from las_fast.training import validate
-from las_fast.training.validate import LONGEST_NAME, PictureBook
+from las_fast.training.validate import MAX_ID_BYTES, AttentionPictures
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     )
     archive = make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=5)
     made = make_trainer(archive, tmp_path_factory.mktemp("out"), config)
-    with torch.no_grad():  # so that it hears a difference
+    with torch.no_grad():  # larger weights, so that transcripts differ
         for parameter in made.model.parameters():
             parameter *= 3.0
     return made
@@ -38,7 +38,7 @@ def look(made, out, **options):
     return validate.validate(made.model, made.dev_data, made.vocabulary, made.config, CPU, out, 1.0, **options)
 
 
-def test_each_transcript_is_that_of_its_own_utterance_by_the_attention_alone(made, tmp_path, monkeypatch):
+def test_each_utterance_gets_its_own_transcript_by_attention_alone(made, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fork", lambda: pytest.fail("a dev set is loaded in this process"))
     made.model.train()
     found = look(made, tmp_path)
@@ -54,18 +54,18 @@ def test_each_transcript_is_that_of_its_own_utterance_by_the_attention_alone(mad
 
 def test_a_validation_can_be_stopped_before_each_batch(made, tmp_path):
     calls = []
-    look(made, tmp_path, look_up=lambda: calls.append(1))
+    look(made, tmp_path, check_stop=lambda: calls.append(1))
     assert len(calls) == 3  # of two, two and one utterance
 
     def stop():
         raise Stopped
 
     with pytest.raises(Stopped):
-        look(made, tmp_path, look_up=stop)
+        look(made, tmp_path, check_stop=stop)
 
 
 def book(ids, frames, pictures):
-    return PictureBook(SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frames=np.array(frames)), pictures)
+    return AttentionPictures(SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frames=np.array(frames)), pictures)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def book(ids, frames, pictures):
         ([7] * 99, 3, [49, 50, 51]),  # equally long ones in their order
     ],
 )
-def test_pictured_are_the_first_from_the_middle_of_the_lengths(frames, pictures, wanted):
+def test_pictures_start_at_the_median_length(frames, pictures, wanted):
     assert book([str(i) for i in range(len(frames))], frames, pictures).wanted == wanted
 
 
@@ -95,11 +95,11 @@ def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
     [
         ("a-B_7.x", "a-B_7.x"),
         ("speaker one/../é", "speaker_one_.._é"),
-        ("x" * (LONGEST_NAME + 1), "x" * 120),
+        ("x" * (MAX_ID_BYTES + 1), "x" * 120),
         ("x" + "é" * 60, "x" + "é" * 59),  # 121 bytes; no letter is cut in two
     ],
 )
-def test_a_picture_is_named_after_its_utterance_as_far_as_a_file_can_be(tmp_path, monkeypatch, name, safe):
+def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_path, monkeypatch, name, safe):
     titles = []
     picture = validate.attention_picture
 
