@@ -1,4 +1,7 @@
-"""Settings as frozen dataclasses, read from YAML without forgiveness: a misspelt key or a wrong type is an error."""
+"""Settings: frozen dataclasses, read strictly from YAML. A misspelt key or a wrong type is an error.
+
+The comment of each field is its text in --help: meaning and unit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -19,25 +22,21 @@ from las_fast.errors import InputError
 from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
-    pass
-
-
 PRESETS = Path(__file__).parent / "configs"
-MOST = 10**9  # what no number may exceed where its field says nothing
+MAX_NUMBER = 10**9  # upper bound of numbers without their own
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a number, or of each number in a tuple."""
+    """Bounds of a number, or of each number in a tuple."""
 
     at_least: float = 0
     above: float = -math.inf
-    at_most: float = MOST
+    at_most: float = MAX_NUMBER
     below: float = math.inf
 
     def broken(self, value: int | float) -> str:
-        """Return what the value must be, such as "at least 1", where it is not, else ""."""
+        """The bound that value breaks, such as "at least 1", or ""."""
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         if value <= self.above:
@@ -50,89 +49,99 @@ class Bounds:
 
 
 def number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field that holds a number, or several, within `Bounds(**bounds)`."""
+    """A field for a number, or a tuple of numbers, within Bounds(**bounds)."""
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """What a frame is."""
+    """Acoustic features: one frame of values per shift_ms."""
 
-    kind: Literal["logmel", "mfcc"] = "logmel"  # computed from audio; archives of features bring their own
-    # values per frame before deltas: mel bins, cepstral coefficients, or the archive's own
+    # kind of features computed from audio; archives of features bring their own
+    kind: Literal["logmel", "mfcc"] = "logmel"
+    # values per frame, without deltas: mel bins, cepstral coefficients, or the size of the archive's frames
     size: int = number(80, at_least=1, at_most=10_000)
-    mel_bins: int = number(80, at_least=1, at_most=10_000)  # filters under the MFCC
+    mel_bins: int = number(80, at_least=1, at_most=10_000)  # mel filters that MFCC are computed from
     sample_rate: int = number(16000, at_least=1, at_most=768_000)  # Hz; audio at another rate is resampled
-    window_ms: float = number(25.0, above=0, at_most=1000)
-    shift_ms: float = number(10.0, above=0, at_most=1000)
+    window_ms: float = number(25.0, above=0, at_most=1000)  # length of the analysis window, milliseconds
+    shift_ms: float = number(10.0, above=0, at_most=1000)  # time from one frame to the next, milliseconds
+    # statistics that features are normalised by: the utterance's, the training set's, or none
     normalisation: Literal["utterance", "global", "none"] = "utterance"
-    trim_silence: bool = True  # of recordings: long silence is left out, and what is kept of it has one level
-    deltas: int = 0  # 0, 1 (speed) or 2 (speed and acceleration)
+    # of recordings: remove long silence, and bring the silence that stays to one level
+    trim_silence: bool = True
+    deltas: int = 0  # orders of time derivatives to append: 0, 1 (speed) or 2 (speed and acceleration)
 
     @property
     def input_size(self) -> int:
-        """Values per frame that the model sees."""
+        """Values per frame, deltas included."""
         return self.size * (1 + self.deltas)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which utterances, and how they are batched."""
+    """Choice of utterances, and batches."""
 
-    train: tuple[str, ...] = ()  # split names; empty: every training split the data has
-    dev: str = ""  # split name; empty: the development split the data has
-    characters: str = CHARACTERS
-    normalise_text: bool = False  # map transcripts onto the characters instead of refusing them
-    on_bad: Literal["error", "skip"] = "error"
-    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # feature frames, padding included
-    utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # at most
-    max_seconds: float = 0.0  # longer training utterances are left out and counted; 0: no limit
-    hours: float = 0.0  # train on this much, drawn once: what is in 1 hour is in 3 too; 0: on all
-    short_epochs: int = 0  # at the start, on utterances of at most short_seconds: attention forms on them sooner
-    short_seconds: float = 4.0
+    train: tuple[str, ...] = ()  # names of the training splits; empty: all that the data has
+    dev: str = ""  # name of the development split; empty: that of the data
+    characters: str = CHARACTERS  # the vocabulary, besides <eos>
+    normalise_text: bool = False  # map transcripts onto the vocabulary instead of refusing other characters
+    on_bad: Literal["error", "skip"] = "error"  # stop at an unusable utterance, or leave it out
+    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # feature frames at most, padding included
+    utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # utterances at most
+    max_seconds: float = 0.0  # leave out longer training utterances, seconds; 0: no limit
+    # hours of training data to draw, once for all epochs; a larger value includes a smaller one; 0: all
+    hours: float = 0.0
+    # epochs at the start with short utterances only: attention forms on them sooner; 0: none
+    short_epochs: int = 0
+    short_seconds: float = 4.0  # longest utterance in those epochs, seconds
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
-    workers: int = number(1, at_most=256)  # loader processes; 0 loads in the training process
+    workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
 
     def whole(self) -> DataConfig:
-        """Return the settings for data to be scored: nothing is left out of it."""
+        """The settings for data to be scored, of which nothing is left out."""
         return dataclasses.replace(self, max_seconds=0.0, hours=0.0)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al. 2019) and speed, on features, in training only."""
+    """SpecAugment (Park et al. 2019), speed and joins, on features, in training only."""
 
-    start_epoch: float = 0.0  # epochs before masks and joins begin: attention forms sooner on whole utterances
-    time_masks: int = number(2, at_most=1000)
-    time_width: int = 40  # frames at most
-    time_share: float = number(0.2, at_most=1)  # of an utterance that all time masks together may take
-    frequency_masks: int = number(2, at_most=1000)
-    frequency_width: int = 10  # bins at most
-    frequency_share: float = number(0.5, at_most=1)  # of the bins that all frequency masks together may take
-    speed: float = number(0.0, below=1)  # 0.1: each utterance is played between 0.9 and 1.1 times its speed
+    # epochs before masks and joins start: attention forms sooner on whole utterances
+    start_epoch: float = 0.0
+    time_masks: int = number(2, at_most=1000)  # masks per utterance over spans of time
+    time_width: int = 40  # widest time mask, feature frames
+    time_share: float = number(0.2, at_most=1)  # largest share of an utterance under all its time masks
+    frequency_masks: int = number(2, at_most=1000)  # masks per utterance over bands of frequency
+    frequency_width: int = 10  # widest frequency mask, bins
+    frequency_share: float = number(0.5, at_most=1)  # largest share of the bins under all frequency masks
+    # largest relative change of speed, drawn per utterance: 0.1 gives 0.9 to 1.1 times the speed
+    speed: float = number(0.0, below=1)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
 
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """Encoder: convolution, one BiLSTM, then BiLSTMs that each halve the time, then some that keep it."""
+    """Encoder: convolutions, one BiLSTM, pyramids (BiLSTMs that each halve time), then BiLSTMs that keep it."""
 
+    # output channels of each convolution
     conv_channels: tuple[int, ...] = number((256,), at_least=1, at_most=10_000)
-    conv_kernels: tuple[int, ...] = number((5,), at_least=1, at_most=101)  # odd, one per layer
-    conv_strides: tuple[int, ...] = number((1,), at_least=1, at_most=16)  # one per layer
-    lstm_size: int = number(256, at_least=1, at_most=10_000)  # per direction
-    pyramids: int = number(3, at_most=8)
+    # width of each convolution in frames, odd
+    conv_kernels: tuple[int, ...] = number((5,), at_least=1, at_most=101)
+    # time reduction of each convolution
+    conv_strides: tuple[int, ...] = number((1,), at_least=1, at_most=16)
+    lstm_size: int = number(256, at_least=1, at_most=10_000)  # units of each BiLSTM, per direction
+    pyramids: int = number(3, at_most=8)  # BiLSTMs that halve time
     top_layers: int = number(0, at_most=100)  # BiLSTMs after the pyramids
-    dropout: float = number(0.2, below=1)  # locked: one mask per utterance, the same in every frame
+    dropout: float = number(0.2, below=1)  # rate; locked: one mask per utterance, the same in every frame
 
     @property
     def time_reduction(self) -> int:
-        """Feature frames in one encoder frame."""
+        """Feature frames per encoder frame."""
         return self.reduction_at(self.pyramids)
 
     def reduction_at(self, layer: int) -> int:
-        """Feature frames in one frame of BiLSTM `layer`, counted as ModelConfig.ctc_layer counts."""
+        """Feature frames per output frame of BiLSTM `layer`, numbered as in ModelConfig.ctc_layer."""
         return math.prod(self.conv_strides) * 2 ** min(layer, self.pyramids)
 
 
@@ -140,86 +149,95 @@ class ListenerConfig:
 class SpellerConfig:
     """Decoder: embedding tied to the output, LSTM cells, masked dot-product attention."""
 
-    key_size: int = number(256, at_least=1, at_most=10_000)
-    value_size: int = number(256, at_least=1, at_most=10_000)
-    embedding_size: int = number(256, at_least=1, at_most=10_000)
+    key_size: int = number(256, at_least=1, at_most=10_000)  # size of queries and keys
+    value_size: int = number(256, at_least=1, at_most=10_000)  # size of values and contexts
+    embedding_size: int = number(256, at_least=1, at_most=10_000)  # size of token embeddings
+    # units of each LSTM cell, from the first to the last
     lstm_sizes: tuple[int, ...] = number((512, 256), at_least=1, at_most=10_000)
-    dropout: float = number(0.2, below=1)
+    dropout: float = number(0.2, below=1)  # rate; locked: one mask per utterance, the same at every step
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     listener: ListenerConfig = field(default_factory=ListenerConfig)
     speller: SpellerConfig = field(default_factory=SpellerConfig)
-    # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top ones; -1 none
+    # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top layers; -1: no head
     ctc_layer: int = number(-1, at_least=-1)
 
 
 @dataclass(frozen=True)
 class TeacherForcingStage:
-    """From `start` to `end` (epochs) the share of true previous tokens goes straight from `first` to `last`."""
+    """From epoch `start` to `end`, the share of true previous tokens goes linearly from `first` to `last`."""
 
-    start: float
-    end: float
-    first: float = number(at_most=1)
-    last: float = number(at_most=1)
+    start: float  # epoch
+    end: float  # epoch
+    first: float = number(at_most=1)  # share of true previous tokens at `start`
+    last: float = number(at_most=1)  # share of true previous tokens at `end`
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    epochs: int = number(60, at_least=1, at_most=1_000_000)
-    learning_rate: float = number(1e-3, above=0, at_most=100)
-    weight_decay: float = 1e-2
-    warmup_steps: int = 200
-    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
-    final_share: float = number(0.02, at_most=1)  # of the learning rate at the end of the cosine
-    # epochs after which the cosine begins again, warm-up and all (warm restarts)
+    epochs: int = number(60, at_least=1, at_most=1_000_000)  # passes over the training data
+    learning_rate: float = number(1e-3, above=0, at_most=100)  # peak, of AdamW
+    weight_decay: float = 1e-2  # of AdamW; biases, gains and the embedding have none
+    warmup_steps: int = 200  # steps of linear warm-up to the peak learning rate
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # course of the learning rate after warm-up
+    # lowest learning rate of cosine and plateau, as a share of the peak
+    final_share: float = number(0.02, at_most=1)
+    # epochs after which the cosine starts again, warm-up included (warm restarts)
     restarts: tuple[int, ...] = number((), at_least=1)
-    plateau_patience: int = 4  # validations without a better dev CER
-    plateau_factor: float = number(0.5, above=0, at_most=1)
-    clip_norm: float = number(5.0, above=0)
-    label_smoothing: float = number(0.1, below=1)
-    ctc_weight: float = number(0.0, at_most=1e6)  # needs model.ctc_layer
+    plateau_patience: int = 4  # validations without a better dev CER before the learning rate is lowered
+    plateau_factor: float = number(0.5, above=0, at_most=1)  # factor on the learning rate at each lowering
+    clip_norm: float = number(5.0, above=0)  # largest norm of the gradient
+    label_smoothing: float = number(0.1, below=1)  # share of probability spread over all tokens
+    ctc_weight: float = number(0.0, at_most=1e6)  # weight of the CTC loss; needs model.ctc_layer
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
-    # soft prior on the attention: along the diagonal, or along CTC's alignment
+    # initial weight of the guided attention loss, a prior along the diagonal or along CTC's alignment
     guided_weight: float = number(0.0, at_most=1e6)
-    guided_width: float = number(0.15, above=0)  # of the diagonal, as a share of the utterance
-    guided_frames: float = 0.0  # how near to CTC's alignment the prior wants it, in encoder frames; 0: diagonal
-    guided_until: float = 10.0  # epoch at which the prior has faded to nothing
+    # standard deviation of the diagonal prior, as a share of the utterance
+    guided_width: float = number(0.15, above=0)
+    # half width of the prior's window around CTC's alignment, encoder frames; 0: diagonal prior
+    guided_frames: float = 0.0
+    guided_until: float = 10.0  # epoch at which the guided weight has faded to 0
     teacher_forcing: tuple[TeacherForcingStage, ...] = (
         TeacherForcingStage(start=0.0, end=20.0, first=1.0, last=1.0),
         TeacherForcingStage(start=20.0, end=40.0, first=1.0, last=0.8),
         TeacherForcingStage(start=40.0, end=60.0, first=0.8, last=0.6),
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where its matmuls are faster
+    # dtype of matmuls; auto: bf16 where its matmuls are faster
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # CPU threads per op; 0: all cores. Tiny models gain nothing from more than one
     threads: int = number(0, at_most=1024)
-    ema_decay: float = number(0.999, below=1)  # averaged weights; 0: none
-    seed: int = number(1, at_most=10**12)  # times a million it must still be a seed
-    validate_every: float = number(1.0, above=0)  # epochs
-    checkpoint_minutes: float = 5.0  # between saves inside an epoch
+    # decay per step of the averaged weights, which are validated and saved; 0: no average
+    ema_decay: float = number(0.999, below=1)
+    seed: int = number(1, at_most=10**12)  # of weights, batches, dropout and augmentation
+    validate_every: float = number(1.0, above=0)  # epochs between validations
+    checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
-    monitor_epoch: float = 10.0  # by when the attention should have formed
-    wandb: bool = False
+    monitor_epoch: float = 10.0  # epoch by which the attention should have formed; then the monitor gives advice
+    wandb: bool = False  # log to Weights & Biases too
 
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    beam: int = number(8, at_least=1, at_most=1000)
-    length_penalty: float = number(1.0, at_most=100)  # scores are ranked by score / length ** length_penalty
-    eos_threshold: float = 0.0  # eos only where its log-probability > threshold * best other; 0: always
-    minimum_share: float = 0.0  # tokens per feature frame, at least
-    # tokens per feature frame, at most; fast speech has 25 characters per second
+    beam: int = number(8, at_least=1, at_most=1000)  # hypotheses kept at each step; 1: greedy
+    length_penalty: float = number(1.0, at_most=100)  # hypotheses are ranked by score / length ** length_penalty
+    # allow <eos> only if its log-probability exceeds this times that of the best other token; 0: always
+    eos_threshold: float = 0.0
+    minimum_share: float = 0.0  # fewest tokens per feature frame
+    # most tokens per feature frame; fast speech has 25 characters per second
     maximum_share: float = number(0.3, at_most=1000)
-    maximum_extra: int = number(10, at_most=1_000_000)  # tokens allowed besides the maximum share
-    coverage_weight: float = 0.0  # of the mean log of the attention that a frame got, at most 1; 0: none, 0.1 is much
-    # of the CTC head's prefix scores, up to 1; the speller's have the rest. 0 needs no head
+    maximum_extra: int = number(10, at_most=1_000_000)  # tokens allowed beyond maximum_share
+    # weight of coverage: mean over frames of log(min(1, attention summed over tokens)); 0: none, 0.1 is much
+    coverage_weight: float = 0.0
+    # share of the CTC head's prefix scores, up to 1; the speller's scores have the rest. 0 needs no head
     ctc_weight: float = number(0.0, at_most=1)
-    ngram_weight: float = 0.0  # of an n-gram model's log-probabilities, where the search is given one
-    # added to a score for each character, natural log units; weighs against an n-gram model
+    ngram_weight: float = 0.0  # weight of the n-gram model's log-probabilities, if the search has one
+    # added to the score per character, natural log units; balances an n-gram model
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
-    frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # feature frames, padding included
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # in decoding on a CPU; int8: the speller's; auto: fp32
+    frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # feature frames at most, padding included
+    # matmuls of decoding on a CPU; int8: in the speller, with bf16 in the listener; auto: fp32
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -233,12 +251,12 @@ class Config:
 
 
 def presets() -> list[str]:
-    """Names that --config takes besides a file."""
+    """Names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_config(name: str | Path) -> Config:
-    """Return the preset of that name, or the YAML file at that path; raise InputError on any mistake in it."""
+    """Load a preset by name or a YAML file by path; raise InputError on any mistake in it."""
     path = PRESETS / f"{name}.yaml" if str(name) in presets() else Path(name)
     tree = plain_yaml.load(_read(path), str(path))
     return check(from_tree(Config, {} if tree is None else tree, str(path)))
@@ -249,9 +267,9 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(str(path), presets(), 1) or presets()
-        what = f"--config {path}: no such preset or file; did you mean {' or '.join(near)}?"
-        beside = [file for file in (Path(f"{path}.yaml"), Path(f"{path}.yml")) if file.is_file()]
-        raise InputError(f"--config {path}: no such preset or file; give {beside[0]}" if beside else what) from None
+        files = [str(file) for file in (Path(f"{path}.yaml"), Path(f"{path}.yml")) if file.is_file()]
+        advice = f"give {files[0]}" if files else f"did you mean {' or '.join(near)}?"
+        raise InputError(f"--config {path}: no such preset or file; {advice}") from None
     except IsADirectoryError:
         inside = path / "config.yaml"
         advice = f"give {inside}" if inside.is_file() else "give a YAML file in it, or a preset"
@@ -263,7 +281,7 @@ def _read(path: Path) -> str:
 
 
 def to_tree(config: Any) -> Any:
-    """Return a dataclass as plain dicts, lists and scalars, ready for YAML."""
+    """Convert a dataclass to plain dicts, lists and scalars, ready for YAML."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [to_tree(item) for item in config] if isinstance(config, tuple) else config
@@ -274,14 +292,20 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str, where: str) -> Config:
-    """Return the Config that to_yaml wrote; `where` names it in errors."""
+    """Parse what to_yaml wrote; `where` names the text in errors."""
     return check(from_tree(Config, plain_yaml.load(text, where), where))
 
 
 def from_tree(kind: Any, tree: Any, where: str) -> Any:
-    """Build `kind` from plain data, strictly: unknown keys and ill-typed values raise InputError naming `where`.
+    """Build a value of type `kind` from plain data.
 
-    Values are as to_tree gives them, or Plain texts that a file holds without quotes.
+    Args:
+        kind: a dataclass, tuple, Literal or scalar type.
+        tree: plain data as to_tree gives it, or Plain texts (unquoted scalars of a file).
+        where: names the data in errors.
+
+    Raises:
+        InputError: a key is unknown, or a value has the wrong type.
     """
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_tree(kind, tree, where)
@@ -303,7 +327,7 @@ def from_tree(kind: Any, tree: Any, where: str) -> Any:
 
 
 def _from_plain(kind: type, text: plain_yaml.Plain) -> Any:
-    """Return what a text without quotes means where a value of `kind` is wanted, the text where that is nothing."""
+    """Convert an unquoted text to `kind`; return the text itself if that is not possible."""
     value: Any = text
     if kind is str:
         value = str(text)
@@ -323,7 +347,7 @@ def _hint(kind: type, tree: Any) -> str:
 
 
 def _dataclass_from_tree(kind: Any, tree: Any, where: str) -> Any:
-    if tree is None:  # a section all of whose lines are commented out
+    if tree is None:  # every line of the section is commented out
         tree = {}
     if not isinstance(tree, dict):
         raise InputError(f"{where} must be a mapping of settings; got {got(tree)}")
@@ -342,36 +366,39 @@ def _required(f: dataclasses.Field) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
-NO_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
+NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
 
 def check(config: Config) -> Config:
-    """Return config if its values make sense, alone and together; raise InputError naming the field if not."""
+    """Return config if every value is within its bounds and they agree; else raise InputError naming the field."""
     Vocabulary(config.data.characters)
     for name, value, bounds in _numbers(config):
-        if wrong := bounds.broken(value):
-            raise InputError(f"settings: {name} must be {wrong}; got {value}")
+        if bound := bounds.broken(value):
+            raise InputError(f"settings: {name} must be {bound}; got {value}")
     listener, training, model = config.model.listener, config.training, config.model
-    layers = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
+    conv_lengths = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}
     rules = [
-        (len(layers) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
+        (len(conv_lengths) == 1, "model.listener.conv_channels, conv_kernels and conv_strides must be equally long"),
         (all(k % 2 for k in listener.conv_kernels), "model.listener.conv_kernels must be odd"),
         (
             -1 <= model.ctc_layer <= listener.pyramids + listener.top_layers,
             "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
         ),
-        (training.ctc_weight == 0 or model.ctc_layer >= 0, "training.ctc_weight needs model.ctc_layer of 0 or more"),
-        (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NO_HEAD}"),
-        (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NO_HEAD}"),
+        (training.ctc_weight == 0 or model.ctc_layer >= 0, f"training.ctc_weight {NEEDS_CTC_HEAD}"),
+        (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
+        (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
-        (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must name at least one cell"),
+        (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
         (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
         (
             all(a < b for a, b in pairwise((*training.restarts, training.epochs))),
-            f"training.restarts must rise and end below training.epochs; got {[*training.restarts]} and "
-            f"{training.epochs}; --training.restarts with nothing after it is none",
+            f"training.restarts must increase and stay below training.epochs; got {[*training.restarts]} and "
+            f"{training.epochs}; --training.restarts without a value means none",
         ),
-        (all(s.start <= s.end for s in training.teacher_forcing), "training.teacher_forcing stages need start <= end"),
+        (
+            all(s.start <= s.end for s in training.teacher_forcing),
+            "each stage of training.teacher_forcing must have start <= end",
+        ),
     ]
     for holds, message in rules:
         if not holds:
@@ -380,12 +407,12 @@ def check(config: Config) -> Config:
 
 
 def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:
-    """Return the settings of a search if they make sense for a checkpoint's config; raise InputError if not."""
+    """Return the search settings if they agree with a checkpoint's config; else raise InputError naming the field."""
     return check(dataclasses.replace(config, decoding=decoding)).decoding
 
 
 def _numbers(config: Any, name: str = "", bounds: Bounds = Bounds()) -> Iterator[tuple[str, int | float, Bounds]]:
-    """Yield the dotted name, the value and the bounds of each number; items of a tuple go by the tuple's name."""
+    """Yield (dotted name, value, bounds) of each number; the items of a tuple share its name."""
     if dataclasses.is_dataclass(config):
         for f in dataclasses.fields(config):
             inner = f.metadata.get("bounds", Bounds())
@@ -399,6 +426,6 @@ def _numbers(config: Any, name: str = "", bounds: Bounds = Bounds()) -> Iterator
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    """What the command line of a decoding command may change of the checkpoint's settings."""
+    """The settings of a checkpoint that the command line of a decoding command may change."""
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import threading
 from dataclasses import replace
 from operator import attrgetter
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from las_fast import config as module
+from las_fast import options
 from las_fast.config import (
     Config,
     DataConfig,
@@ -56,12 +58,12 @@ def test_f23_preset_takes_28_coefficients():
         ("model: {listener: {conv_channels: 4}}", r"must be a list; got 4"),
         ("model: {listener: [4]}", r"must be a mapping"),
         ("training: {teacher_forcing: [{start: 0}]}", r"lacks end, first, last"),
-        ("training: {ctc_weight: 0.3}", r"ctc_weight needs model.ctc_layer"),
+        ("training: {ctc_weight: 0.3}", r"training.ctc_weight needs a model with a CTC head"),
         ("decoding: {ctc_weight: 0.3}", r"decoding.ctc_weight needs a model with a CTC head"),
         ("decoding: {ctc_weight: 1.3}", r"decoding.ctc_weight must be at most 1"),
         ("model: {listener: {conv_kernels: [4]}}", r"must be odd"),
-        ("training: {restarts: [40, 30]}", r"training.restarts must rise and end below training.epochs"),
-        ("training: {epochs: 9, restarts: [9]}", r"training.restarts must rise and end below training.epochs"),
+        ("training: {restarts: [40, 30]}", r"training.restarts must increase and stay below training.epochs"),
+        ("training: {epochs: 9, restarts: [9]}", r"training.restarts must increase and stay below training.epochs"),
         ("training: {restarts: [0]}", r"training.restarts must be at least 1; got 0"),
         ("training: {restarts: [9], schedule: plateau}", r"training.restarts needs training.schedule cosine"),
         ("training: [", r"is not YAML"),
@@ -116,7 +118,7 @@ def test_shares_are_at_most_1(name):
         check(with_setting(name, 1.5))
 
 
-# Each setting: its default, and of a number the least and the most that it may be.
+# The default of each setting; of a number also its smallest and largest value.
 TABLE = {
     "features.kind": "logmel",
     "features.size": (80, 1, 10_000),
@@ -203,6 +205,15 @@ TABLE = {
 }
 
 
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        options.parse_settings(options.Parser(prog="job", add_help=False), ["--help"], lambda _: Config())
+    plain = re.sub(r"\x1b\[[0-9;]*m|[^ -~\n]", "", capsys.readouterr().out)  # without colours and boxes
+    meanings = dict(re.findall(r"^ *--([a-z]+\.\S+)[^\n]*\n(.*?)\(default:", plain, re.MULTILINE | re.DOTALL))
+    assert {name.replace("-", "_") for name in meanings} >= set(TABLE)
+    assert [name for name, meaning in meanings.items() if not meaning.strip()] == []
+
+
 def settings(config, name=""):
     """Yield the dotted name and the value of each setting."""
     for field in dataclasses.fields(config):
@@ -227,11 +238,11 @@ def test_every_setting_has_the_default_that_is_written_here():
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3])
 def test_a_number_may_be_anything_within_its_bounds(name):
-    default, least, most = TABLE[name]
+    default, low, high = TABLE[name]
     kind = type(default[0] if default else 1) if isinstance(default, tuple) else type(default)
-    good = [1e-9 if least == "more than 0" else kind(least), 1 - 1e-9 if most == "below 1" else kind(most)]
-    bad = [0.0 if least == "more than 0" else least - 1 if kind is int else least - 1e-9 * max(1, abs(least))]
-    bad += [1.0 if most == "below 1" else most + 1 if kind is int else most * (1 + 1e-9)]
+    good = [1e-9 if low == "more than 0" else kind(low), 1 - 1e-9 if high == "below 1" else kind(high)]
+    bad = [0.0 if low == "more than 0" else low - 1 if kind is int else low - 1e-9 * max(1, abs(low))]
+    bad += [1.0 if high == "below 1" else high + 1 if kind is int else high * (1 + 1e-9)]
     assert [BOUNDS[name].broken(value) for value in good] == ["", ""]
     assert all(BOUNDS[name].broken(value) for value in bad), bad
 
@@ -292,7 +303,7 @@ def layers(channels=1, kernels=1, strides=1):
         (
             {"training": TrainingConfig(ctc_weight=1.0), "model": ModelConfig(ctc_layer=0)},
             {"training": TrainingConfig(ctc_weight=1.0)},
-            "training.ctc_weight needs model.ctc_layer",
+            "training.ctc_weight needs a model with a CTC head",
         ),
         (
             {"training": TrainingConfig(guided_frames=1.0), "model": ModelConfig(ctc_layer=0)},
@@ -312,12 +323,12 @@ def layers(channels=1, kernels=1, strides=1):
         (
             {"training": TrainingConfig(restarts=(59,))},
             {"training": TrainingConfig(restarts=(60,))},
-            "training.restarts must rise and end below training.epochs",
+            "training.restarts must increase and stay below training.epochs",
         ),
         (
             {"training": TrainingConfig(restarts=(4, 5))},
             {"training": TrainingConfig(restarts=(5, 5))},
-            "training.restarts must rise",
+            "training.restarts must increase",
         ),
         (
             {"training": TrainingConfig(teacher_forcing=(TeacherForcingStage(2, 2, 1, 1),))},
@@ -326,7 +337,7 @@ def layers(channels=1, kernels=1, strides=1):
                     teacher_forcing=(TeacherForcingStage(0, 9, 1, 1), TeacherForcingStage(2, 1, 1, 1))
                 )
             },
-            "stages need start <= end",
+            "must have start <= end",
         ),
     ],
     ids=str,
@@ -357,7 +368,7 @@ def test_the_broken_bound_is_named():
 def test_a_speller_needs_a_cell():
     config = Config()
     speller = replace(config.model.speller, lstm_sizes=())
-    with pytest.raises(InputError, match="lstm_sizes must name at least one cell"):
+    with pytest.raises(InputError, match="lstm_sizes must have at least one cell"):
         check(replace(config, model=replace(config.model, speller=speller)))
 
 

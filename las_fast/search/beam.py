@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from las_fast.config import NO_HEAD, DecodingConfig
+from las_fast.config import NEEDS_CTC_HEAD, DecodingConfig
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
@@ -138,7 +138,7 @@ def beam_search(
     """
     ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
-        raise InputError(f"decoding.ctc_weight {NO_HEAD}")
+        raise InputError(f"decoding.ctc_weight {NEEDS_CTC_HEAD}")
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = _Search(model, config, ngram if config.ngram_weight else None, backend, packed)
     with _on(memory.lengths.device):
