@@ -1,12 +1,12 @@
-"""python -m las_fast.demo: from nothing to a report. Speaks a corpus, trains on it, decodes its test split, scores.
+"""python -m las_fast.demo: speak a corpus, train on it, decode its test split, score it and write a report.
 
     OUT/data             the spoken corpus, an HW4P2 F23 archive
     OUT/run              the training
-    OUT/submission.csv   the decoded test split, in the edition's own form
-    OUT/result.json      utterances, ld, cer, wer, seconds, audio_seconds, rtfx (seconds: of decoding)
+    OUT/submission.csv   the decoded test split, in the format of that edition
+    OUT/result.json      utterances, ld, cer, wer, seconds, audio_seconds, rtfx (seconds: decoding time)
     OUT/report.html      curves, attention, best and worst utterances
 
-Run again, it keeps what was made with the same settings and goes on with a training that was interrupted.
+Run again with the same settings, it keeps what is complete and resumes an interrupted training.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ from las_fast.errors import InputError
 from las_fast.options import Parser, as_path, change, check_names, field_names
 
 PRESET = "tiny"
-EXAMPLES = 5  # utterances that are printed at the end
+EXAMPLES = 5  # utterances printed at the end
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the demo's own options and the settings that it hands on to the training."""
+    """Return the demo's own options and the words that it passes on to the training."""
     parser = Parser(
         prog="python -m las_fast.demo",
-        description="From nothing to a report: a spoken corpus, training, decoding, scores.",
+        description="Speak a corpus, train on it, decode its test split, score it and write a report.",
         epilog="Any setting of the training can follow, such as --training.epochs 5.",
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=as_path, default=Path("runs/demo"), help="folder of all results (runs/demo)")
+    parser.add_argument(
+        "--out", type=as_path, default=Path("runs/demo"), help="folder for all results (default runs/demo)"
+    )
     spoken.add_sizes(parser)
     parser.add_argument("--beam", type=int, default=8, help="hypotheses kept in decoding (default 8)")
-    parser.add_argument("--fresh", action="store_true", help="make everything again, whatever is there")
+    parser.add_argument("--fresh", action="store_true", help="make everything again, even if it exists")
     parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)
-    config = change(parser, load_config(PRESET), rest)  # wrong settings are told before a corpus is spoken
+    config = change(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is spoken
     check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
 
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def stage(number: int, name: str) -> Iterator[None]:
-    """Say what is going on, and how long it took."""
+    """Print the name of a stage, and its duration at the end."""
     print(f"\n[{number}/4] {name}")
     started = time.perf_counter()
     yield
@@ -82,15 +84,15 @@ def stage(number: int, name: str) -> Iterator[None]:
 
 
 def make_corpus(root: Path, sizes: dict, *, fresh: bool) -> Path:
-    """Return the archive under root, generated unless it is there with the same settings."""
+    """Generate the archive under root, unless it exists with the same settings; return its path."""
     if spoken.is_current(root, **sizes) and not fresh:
-        print(f"{root} was made with the same settings: kept")
+        print(f"{root} was made with the same settings and is kept")
         return root / spoken.ARCHIVE
     return spoken.generate(root, **sizes)
 
 
 def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool) -> None:
-    """Train in out/run: from the start, from where it was interrupted, or not at all where it is complete."""
+    """Train in out/run: from the start, from the last save, or not at all if it is complete."""
     from las_fast import train as training
     from las_fast.checkpoint import LAST
 
@@ -98,10 +100,10 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
     before = read_json(stamp)
     if before is None and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds something that this demo did not make; give --out another folder")
+        raise InputError(f"{folder} holds files that this demo did not make; give --out another folder")
     same = before is not None and before["settings"] == json.loads(json.dumps(wanted)) and (folder / LAST).is_file()
     if before is not None and same and before["complete"] and not fresh:
-        print(f"{folder} was trained with the same settings: kept (--fresh trains again)")
+        print(f"{folder} was trained with the same settings and is kept; --fresh trains again")
         return
     resume = same and not fresh
     if not resume:
@@ -111,13 +113,13 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     try:
         training.main([*arguments, *rest, *(["--resume"] if resume else [])])
     except KeyboardInterrupt:
-        print("\ninterrupted; the same demo command goes on from here", file=sys.stderr)
+        print("\ninterrupted; run the same demo command to continue", file=sys.stderr)
         raise
     write_json(stamp, {"settings": wanted, "complete": True})
 
 
 def decode(out: Path, archive: Path, beam: int) -> dict:
-    """Decode the test split into out/submission.csv; return the JSON that the decoder ends with."""
+    """Decode the test split into out/submission.csv; return the JSON in the last line of the decoder's output."""
     from las_fast import decode as decoding
 
     tee = Tee(sys.stdout)
@@ -128,7 +130,7 @@ def decode(out: Path, archive: Path, beam: int) -> dict:
 
 
 class Tee(io.StringIO):
-    """Keeps what is written and passes it on."""
+    """Keep what is written, and pass it on."""
 
     def __init__(self, through):
         super().__init__()
@@ -143,7 +145,7 @@ class Tee(io.StringIO):
 
 
 def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]]]:
-    """Score the submission against what was said; write result.json and report.html; return result and rows."""
+    """Score the submission, write result.json and report.html; return the result and read_submission's rows."""
     from dataclasses import asdict
 
     from las_fast.output.metrics import score
@@ -159,19 +161,24 @@ def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]
 
 
 def read_submission(path: Path, truth: dict[str, tuple[str, float]]) -> list[tuple[str, str, str]]:
-    """Return (file name, what was said, what was heard) of each row; rows follow the sorted file names."""
+    """Read (file name, reference, hypothesis) of each row; rows are in order of file names.
+
+    Raises:
+        InputError: the rows are not those of the test utterances.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     names = sorted(truth)
     numbers = [str(i) for i in range(len(names))]
     if [first for first, _ in rows] not in (numbers, names):
-        expected = f"do not match the {len(names)} test utterances; decode again"
-        raise InputError(f"{path} has {len(rows)} rows that {expected}")
-    return [(name, truth[name][0], heard) for name, (_, heard) in zip(names, rows, strict=True)]
+        raise InputError(
+            f"{path} has {len(rows)} rows that do not match the {len(names)} test utterances; decode again"
+        )
+    return [(name, truth[name][0], hypothesis) for name, (_, hypothesis) in zip(names, rows, strict=True)]
 
 
 def show(out: Path, result: dict, rows: list[tuple[str, str, str]]) -> None:
-    """Print the scores, a few examples, and where everything is."""
+    """Print the scores, a few examples and the paths of the results."""
     print(
         f"\ntest-clean, {result['utterances']} utterances in unseen voices: CER {result['cer']:.2f}%, "
         f"WER {result['wer']:.2f}%, LD {result['ld']:.2f}; decoded {result['rtfx']:.0f} times faster than real time\n"
@@ -180,9 +187,9 @@ def show(out: Path, result: dict, rows: list[tuple[str, str, str]]) -> None:
     for name, reference, hypothesis in rows[::step][:EXAMPLES]:
         print(f"{name}  said   {reference}\n{'':{len(name)}}  heard  {hypothesis}")
     print()
-    for what, name in (("report", "report.html"), ("scores", "result.json"), ("submission", "submission.csv"),
+    for label, name in (("report", "report.html"), ("scores", "result.json"), ("submission", "submission.csv"),
                        ("training", "run"), ("corpus", "data")):  # fmt: skip
-        print(f"{what:<12}{out / name}")
+        print(f"{label:<12}{out / name}")
 
 
 def read_json(path: Path) -> dict | None:

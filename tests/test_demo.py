@@ -1,4 +1,4 @@
-"""The demo's stages, with training and decoding replaced by quick ones."""
+"""The demo, with training and decoding replaced by quick stand-ins."""
 
 import csv
 import io
@@ -96,7 +96,7 @@ def test_a_second_run_keeps_corpus_and_training(stages, capsys):
     run_demo(stages)
     assert len(stages.trained) == 1 and len(stages.decoded) == 2
     assert (stages.out / "data" / "corpus.json").stat().st_mtime_ns == made
-    assert capsys.readouterr().out.count("kept") == 2
+    assert capsys.readouterr().out.count("is kept") == 2
 
 
 def test_other_sizes_make_corpus_and_training_again(stages):
@@ -107,7 +107,7 @@ def test_other_sizes_make_corpus_and_training_again(stages):
     assert spoken.is_current(stages.out / "data", train=4, dev=1, test=4, seed=1)
 
 
-def test_other_settings_train_again_and_are_handed_on(stages):
+def test_other_settings_train_again_and_are_passed_on(stages):
     run_demo(stages)
     run_demo(stages, "--training.epochs", "2")
     assert stages.trained[1][-2:] == ["--training.epochs", "2"]
@@ -117,7 +117,7 @@ def test_an_interrupted_training_is_resumed(stages, capsys):
     stages.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         run_demo(stages)
-    assert "goes on from here" in capsys.readouterr().err
+    assert "run the same demo command to continue" in capsys.readouterr().err
     stages.interrupt = False
     run_demo(stages)
     assert stages.trained[1] == [*stages.trained[0], "--resume"]
@@ -140,7 +140,7 @@ def test_fresh_makes_everything_again(stages):
     assert len(stages.trained) == 2 and "--resume" not in stages.trained[1]
 
 
-def test_a_training_of_someone_else_is_left_alone(stages):
+def test_a_training_that_the_demo_did_not_make_is_left_alone(stages):
     (stages.out / "run").mkdir(parents=True)
     (stages.out / "run" / "last.pt").write_bytes(b"precious")
     with pytest.raises(InputError, match="did not make"):
@@ -148,7 +148,7 @@ def test_a_training_of_someone_else_is_left_alone(stages):
     assert (stages.out / "run" / "last.pt").read_bytes() == b"precious"
 
 
-def test_a_complete_training_is_trained_again_where_its_state_or_its_stamp_is_gone(stages):
+def test_a_complete_training_is_repeated_if_its_state_or_its_stamp_is_gone(stages):
     run_demo(stages)
     (stages.out / "run" / "last.pt").unlink()
     (stages.out / "run" / "old").touch()
@@ -167,7 +167,7 @@ def test_a_complete_training_is_trained_again_where_its_state_or_its_stamp_is_go
     assert len(stages.trained) == 3
 
 
-def test_the_stamp_of_a_training_says_what_it_is_of_and_whether_it_is_complete(stages):
+def test_the_stamp_of_a_training_holds_its_settings_and_whether_it_is_complete(stages):
     stages.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         run_demo(stages, "--training.epochs", "2")
@@ -190,7 +190,7 @@ def test_fresh_starts_an_interrupted_training_over(stages):
     assert "--resume" not in stages.trained[1]
 
 
-def test_options_have_the_defaults_that_are_written_here(capsys):
+def test_the_defaults_of_the_options(capsys):
     options, rest = demo.parse(["--training.epochs", "3"])
     assert (options.out, options.beam, options.fresh, rest) == (Path("runs/demo"), 8, False, ["--training.epochs", "3"])
     options, _ = demo.parse(["--beam", "3", "--fresh", "--train", "7", "--seed", "2"])
@@ -233,8 +233,8 @@ def test_a_corpus_is_kept_or_made(tmp_path, monkeypatch, capsys):
     for current, fresh, found in ((True, False, tmp_path / spoken.ARCHIVE), (True, True, "new"), (False, False, "new")):
         monkeypatch.setattr(spoken, "is_current", lambda root, current=current, **own: current and own == sizes)
         assert demo.make_corpus(tmp_path, sizes, fresh=fresh) == found
-        said = "was made with the same settings: kept" in capsys.readouterr().out
-        assert said == (found != "new")
+        kept = "was made with the same settings and is kept" in capsys.readouterr().out
+        assert kept == (found != "new")
     assert made == [(tmp_path, sizes)] * 2
 
 
@@ -248,7 +248,7 @@ def test_a_stage_says_how_long_it_took(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("count", "shown"), [(3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (12, [0, 2, 4, 6, 8])])
-def test_the_end_shows_scores_five_examples_and_where_everything_is(tmp_path, capsys, count, shown):
+def test_the_end_shows_scores_five_examples_and_the_paths_of_results(tmp_path, capsys, count, shown):
     rows = [(f"u-{i:02}", f"SAID {i}", f"HEARD {i}") for i in range(count)]
     result = {"utterances": count, "cer": 12.345, "wer": 23.456, "ld": 3.456, "rtfx": 45.6}
     demo.show(tmp_path, result, rows)
@@ -265,7 +265,7 @@ def test_the_end_shows_scores_five_examples_and_where_everything_is(tmp_path, ca
     assert lines[3:] == [*examples, "", *(f"{what:<12}{tmp_path / name}" for what, name in names.items())]
 
 
-def test_what_the_decoder_prints_is_kept_and_passed_on_at_once():
+def test_the_output_of_the_decoder_is_kept_and_passed_on_at_once():
     through = io.StringIO()
     flushed = []
     through.flush = lambda: flushed.append(through.getvalue())

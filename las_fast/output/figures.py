@@ -17,12 +17,12 @@ GREY = "#808080"  # readable on white and on black
 def attention_picture(
     path: str | Path, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None = None
 ) -> None:
-    """Write a PNG of attention weights: characters from top to bottom, encoder frames from left to right.
+    """Write a PNG of attention weights: characters top to bottom, encoder frames left to right.
 
     Args:
-        path:    the file, whatever its suffix.
+        path:    of the file; any suffix.
         weights: (U, T) float32; U is len(text), or one more with <eos>.
-        frame_seconds: seconds of speech in an encoder frame; the axis then shows time.
+        frame_seconds: duration of an encoder frame in seconds; the axis then shows seconds instead of frames.
     """
     with open(path, "wb") as file:
         draw_attention(file, weights, text, title, frame_seconds=frame_seconds)
@@ -31,6 +31,7 @@ def attention_picture(
 def draw_attention(
     file: BinaryIO, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None, in_page: bool = False
 ) -> None:
+    """Write the PNG of attention_picture to an open file; in_page: smaller, transparent and without title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def draw_attention(
     label_tokens(axes, text, tokens, fontsize=7)
     axes.set_xlabel("seconds" if frame_seconds else "encoder frame")
     if in_page:
-        _make_see_through(figure, axes)
+        _make_transparent(figure, axes)
     else:
         figure.colorbar(image, ax=axes, pad=0.01)
         axes.set_title(title, fontsize=9)
@@ -55,13 +56,13 @@ def draw_attention(
 
 
 def label_tokens(axes, text: str, tokens: int, *, fontsize: float) -> None:
-    """Write the characters of text and <eos>, `tokens` of them, beside the rows of a picture of attention."""
+    """Label the rows of an attention picture with the first `tokens` of the characters of text and <eos>."""
     labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
-    every = -(-tokens // 80)  # of long transcripts every second, third, ... character is written
+    every = -(-tokens // 80)  # long transcripts: label only every second, third, ... row
     axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=fontsize, family="monospace")
 
 
-def _make_see_through(figure, axes) -> None:
+def _make_transparent(figure, axes) -> None:
     figure.set_facecolor("none")
     axes.tick_params(colors=GREY)
     axes.xaxis.label.set_color(GREY)
@@ -71,7 +72,7 @@ def _make_see_through(figure, axes) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of points; `style` is one of the classes line1, line2, line3 of the report."""
+    """A named line through points; `style` is a CSS class of the report: line1, line2 or line3."""
 
     name: str
     style: str
@@ -80,32 +81,32 @@ class Curve:
 
 
 def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> str:
-    """Return the curves as SVG in the page's own colours, with an optional named vertical line at mark."""
+    """Draw curves as SVG in the colours of the report; mark: (x, name) of a vertical line."""
     points = [(x, y) for c in curves for x, y in zip(c.x, c.y, strict=True) if math.isfinite(y)]
     if not points:
         return "<p>No values were logged.</p>"
     width, height, left, bottom, top, right = 560, 300, 48, 40, 34, 12
-    x_most = max(x for x, _ in points) or 1.0
+    x_max = max(x for x, _ in points) or 1.0
     y_ticks = _ticks(max(y for _, y in points))
-    y_most = y_ticks[-1]
+    y_max = y_ticks[-1]
 
-    def across(x: float) -> float:
-        return left + (width - left - right) * x / x_most
+    def to_x(x: float) -> float:
+        return left + (width - left - right) * x / x_max
 
-    def down(y: float) -> float:
-        return height - bottom - (height - bottom - top) * y / y_most
+    def to_y(y: float) -> float:
+        return height - bottom - (height - bottom - top) * y / y_max
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)}">']
     for y in y_ticks:
-        parts.append(f'<path class="grid" d="M{left} {down(y):.1f}H{width - right}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    floor = height - bottom + 16
-    for x in (t for t in _ticks(x_most) if t <= x_most):
-        parts.append(f'<text class="tick" x="{across(x):.1f}" y="{floor}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<path class="grid" d="M{left} {to_y(y):.1f}H{width - right}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{to_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    tick_y = height - bottom + 16
+    for x in (t for t in _ticks(x_max) if t <= x_max):
+        parts.append(f'<text class="tick" x="{to_x(x):.1f}" y="{tick_y}" text-anchor="middle">{x:g}</text>')
     if mark:
-        parts += _mark(across(min(mark[0], x_most)), mark[1], top, height - bottom, flip=mark[0] > 0.6 * x_most)
+        parts += _mark(to_x(min(mark[0], x_max)), mark[1], top, height - bottom, flip=mark[0] > 0.6 * x_max)
     for curve in curves:
-        line = [(across(x), down(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        line = [(to_x(x), to_y(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
         parts.append(f'<path class="curve {curve.style}" d="M{path}"/>')
         if len(line) <= 60:
@@ -132,9 +133,9 @@ def _legend(curves: Sequence[Curve], left: int) -> list[str]:
     return parts
 
 
-def _ticks(most: float) -> list[float]:
-    """Return about five round numbers from 0 to at least most."""
-    most = max(most, 1e-9)
-    magnitude = 10.0 ** math.floor(math.log10(most / 4))
-    step = next(m for m in (magnitude * f for f in (1, 2, 2.5, 5, 10)) if most / m <= 5)
-    return [round(i * step, 12) for i in range(math.ceil(most / step - 1e-9) + 1)]
+def _ticks(maximum: float) -> list[float]:
+    """About five round numbers from 0 to at least maximum."""
+    maximum = max(maximum, 1e-9)
+    magnitude = 10.0 ** math.floor(math.log10(maximum / 4))
+    step = next(m for m in (magnitude * f for f in (1, 2, 2.5, 5, 10)) if maximum / m <= 5)
+    return [round(i * step, 12) for i in range(math.ceil(maximum / step - 1e-9) + 1)]

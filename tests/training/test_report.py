@@ -375,14 +375,14 @@ def test_values_that_are_not_finite_do_not_break_the_curves():
     assert "No values" in only
 
 
-@pytest.mark.parametrize("most", [1e-6, 0.3, 1, 7, 99.9, 100, 12345])
-def test_ticks_are_few_and_reach_the_largest_value(most):
-    ticks = figures._ticks(most)
-    assert 3 <= len(ticks) <= 7 and ticks[0] == 0 and ticks[-1] >= most * (1 - 1e-9)
+@pytest.mark.parametrize("maximum", [1e-6, 0.3, 1, 7, 99.9, 100, 12345])
+def test_ticks_are_few_and_reach_the_largest_value(maximum):
+    ticks = figures._ticks(maximum)
+    assert 3 <= len(ticks) <= 7 and ticks[0] == 0 and ticks[-1] >= maximum * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
-    ("most", "ticks"),
+    ("maximum", "ticks"),
     [
         (0, [0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9]),
         (0.3, [0, 0.1, 0.2, 0.3]),
@@ -395,8 +395,8 @@ def test_ticks_are_few_and_reach_the_largest_value(most):
         (12345, [0, 2500, 5000, 7500, 10000, 12500]),
     ],
 )
-def test_ticks_are_round_numbers(most, ticks):
-    assert figures._ticks(most) == ticks
+def test_ticks_are_round_numbers(maximum, ticks):
+    assert figures._ticks(maximum) == ticks
 
 
 def drawn(svg, tag, kind):
