@@ -11,7 +11,6 @@ values, to benchmarks/results/validations.csv. --table also draws them all to be
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from las_fast.cli import run
 from las_fast.config import from_yaml
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
+from las_fast.training import runlog
 from las_fast.training.monitor import THRESHOLDS
 
 FILE = RESULTS / "recognition.csv"
@@ -56,8 +56,7 @@ def read_validations(run: Path) -> list[dict]:
     log = run / "log.jsonl"
     if not log.is_file():
         raise InputError(f"{log} does not exist; give a run folder")
-    lines = log.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "valid"]
+    rows = [row for row in runlog.read_rows(log) if row["kind"] == "valid"]
     if not rows:
         raise InputError(f"{run} has no validation yet; wait for the first one")
     return rows

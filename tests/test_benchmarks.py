@@ -214,7 +214,7 @@ def test_flops_equal_the_count_of_torch():
 
 
 def validation(epoch, cer, formed):
-    row = {"kind": "valid", "epoch": epoch, "cer": cer, "ld": cer / 10, "core_hours": 0.5, "loss": 1.0}
+    row = {"kind": "valid", "step": epoch, "epoch": epoch, "cer": cer, "ld": cer / 10, "core_hours": 0.5, "loss": 1.0}
     return row | {"monitor": dict.fromkeys(THRESHOLDS, 0.9 if formed else 0.3)}
 
 
