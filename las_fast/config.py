@@ -23,7 +23,7 @@ from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
 
 PRESETS = Path(__file__).parent / "configs"
-MAX_NUMBER = 10**9  # upper bound of numbers without their own
+MAX_NUMBER = 10**9  # upper bound of a number whose field sets none
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
 class FeatureConfig:
     """Acoustic features: one frame of values per shift_ms."""
 
-    # kind of features computed from audio; archives of features bring their own
+    # kind of features to compute from audio; archives of features are used as they are
     kind: Literal["logmel", "mfcc"] = "logmel"
     # values per frame, without deltas: mel bins, cepstral coefficients, or the size of the archive's frames
     size: int = number(80, at_least=1, at_most=10_000)
@@ -98,7 +98,7 @@ class DataConfig:
     workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
 
     def whole(self) -> DataConfig:
-        """The settings for data to be scored, of which nothing is left out."""
+        """The settings without max_seconds and hours, which must not leave out data to be scored."""
         return dataclasses.replace(self, max_seconds=0.0, hours=0.0)
 
 
@@ -214,7 +214,7 @@ class TrainingConfig:
     validate_every: float = number(1.0, above=0)  # epochs between validations
     checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
-    monitor_epoch: float = 10.0  # epoch by which the attention should have formed; then the monitor gives advice
+    monitor_epoch: float = 10.0  # epoch by which the attention should have formed; then the monitor advises
     wandb: bool = False  # log to Weights & Biases too
 
 

@@ -40,7 +40,7 @@ class Alignment:
     monotonic: float
     coverage: float
     formed: bool = field(init=False)  # every number that was measured reaches its threshold
-    utterances: int  # long enough to be measured
+    utterances: int  # how many were long enough to be measured
     audio_gain: float | None = None  # None: not measured
 
     def __post_init__(self):

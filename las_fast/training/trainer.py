@@ -176,7 +176,7 @@ class Trainer:
                 self.batch_size = (batch.features.shape[0], batch.features.shape[1])
                 parts = self.train_step(batch.to(self.device))
                 self.pace.add_audio(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
-                self._show(bar, parts)
+                self._log_step(bar, parts)
                 self.check_stop()
                 if self.validation_due:
                     self._validate_and_save(bar)
@@ -279,10 +279,11 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
+        """Epochs done, a fraction within an epoch."""
         return self.course.epochs(self.progress.step)
 
     def _cycle_position(self) -> tuple[int, int]:
-        """Steps done and steps in all, of the present cycle of the learning rate (Loshchilov and Hutter 2017)."""
+        """(steps done, steps in all) of the current learning rate cycle (Loshchilov and Hutter 2017)."""
         bounds = (0, *self.config.training.restarts, self.config.training.epochs)
         cycle = bisect.bisect_right(bounds, self.course.place(self.progress.step)[0]) - 1
         begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
@@ -392,7 +393,8 @@ class Trainer:
     def _progress_bar(self) -> ProgressBar:
         return ProgressBar(self.steps, "training", "steps", done=self.progress.step)
 
-    def _show(self, bar: ProgressBar, parts: dict[str, Tensor]) -> None:
+    def _log_step(self, bar: ProgressBar, parts: dict[str, Tensor]) -> None:
+        """Advance the bar; log the losses of every tenth step and of the last one."""
         step = self.progress.step
         bar.update()
         if step % 10 == 0 or step == self.steps:

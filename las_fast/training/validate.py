@@ -102,7 +102,7 @@ class AttentionPictures:
         middle = len(by_length) // 2
         self.wanted = [int(i) for i in by_length[middle : middle + count]]
         self.data = data
-        self.weights: dict[int, np.ndarray] = {}  # by utterance: (U, T) without padding
+        self.weights: dict[int, np.ndarray] = {}  # (U, T) per utterance index, without padding
 
     def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
         """Keep the wanted utterances of a batch; weights are (B, U, T)."""

@@ -198,7 +198,7 @@ def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place
 
 
 def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
-    monkeypatch.setattr(made, "_show", lambda bar, parts: None)
+    monkeypatch.setattr(made, "_log_step", lambda bar, parts: None)
     monkeypatch.setattr(made, "_validate_and_save", lambda bar: None)
     sizes = []
     step = made.train_step
@@ -243,7 +243,7 @@ def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
     made = bare(course=Course(), steps=23, pace=pace, optimiser=optimiser, log=log)
     for step in range(1, 24):
         made.progress.step = step
-        made._show(bar, {"loss": torch.tensor(step / 2)})
+        made._log_step(bar, {"loss": torch.tensor(step / 2)})
     assert bar.count == 23
     assert rows == [(step, step / 4, {"loss": step / 2, "speed": 12.6, "waiting": 0.25}, 0.5) for step in (10, 20, 23)]
     assert bar.notes == [f"epoch {epoch}, loss {loss}, 13 x real time" for epoch, loss in
