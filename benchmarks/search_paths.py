@@ -12,7 +12,8 @@ from benchmarks.plain import Plain, Usual
 from las_fast.config import DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.search.beam import REDUCED, beam_search, packed_weights
+from las_fast.search.beam import beam_search, packed_weights
+from las_fast.search.native import LOW_PRECISIONS
 
 STEPS = 64
 SCORE_RTOL = 1e-4  # float32
@@ -46,7 +47,8 @@ class SearchPaths:
         self.baselines = {"usual": Usual(self.model).eval(), "plain": Plain(self.model).eval()}
         self.plain_bf16 = Plain(self.model).eval().bfloat16(), self.listened.bfloat16()
         # Packed once for all searches, as decode_dataset does; the baselines' weights are converted once too.
-        self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), "cpu") for p in ("fp32", *REDUCED)}
+        precisions = ("fp32", *LOW_PRECISIONS)
+        self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), "cpu") for p in precisions}
 
     def paths(self, *names: str) -> dict[str, Callable[[], tuple]]:
         """Return the named paths that can run here; all of them if no name is given."""
@@ -73,7 +75,7 @@ class SearchPaths:
         config = DecodingConfig(
             beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision in REDUCED):  # as in decode_dataset
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision in LOW_PRECISIONS):  # as in decode_dataset
             memory = self.model.speller.attention.project_memory(self.listened, self.lengths)
         packed = self.packed[precision]
         hypotheses = beam_search(self.model, memory, config, packed=packed, backend=backend, capture=capture)

@@ -26,8 +26,9 @@ from las_fast.config import TrainingConfig as T
 from las_fast.data.batching import Batch
 from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.search.beam import LOOK_EVERY, beam_search
+from las_fast.search.beam import beam_search
 from las_fast.search.dataset import decode_dataset
+from las_fast.search.steps import STEPS_PER_CHUNK
 from las_fast.text import EOS, Vocabulary
 from las_fast.training.trainer import Trainer
 
@@ -113,9 +114,9 @@ def found() -> dict[tuple[str, str], Callable[[], dict[str, int]]]:
         ),
     }
     for path in ("reference", "cpp steps", "cpp"):
-        counted["search of 16 steps", path] = lambda path=path: search(path, LOOK_EVERY)
+        counted["search of 16 steps", path] = lambda path=path: search(path, STEPS_PER_CHUNK)
         counted["16 steps more of a search", path] = lambda path=path: difference(
-            search(path, 2 * LOOK_EVERY), search(path, LOOK_EVERY)
+            search(path, 2 * STEPS_PER_CHUNK), search(path, STEPS_PER_CHUNK)
         )
     return counted
 
@@ -154,7 +155,7 @@ def test_the_table_has_every_count_and_no_other():
 
 def test_counts_are_the_same_every_time():
     assert training_step(12) == training_step(12)
-    assert search("reference", LOOK_EVERY) == search("reference", LOOK_EVERY)
+    assert search("reference", STEPS_PER_CHUNK) == search("reference", STEPS_PER_CHUNK)
 
 
 def test_a_copy_and_an_allocation_too_many_are_counted():

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.search import beam
+from las_fast.search import steps
+from las_fast.search.beam import length_limits
 
 V, MOST = 31, 16
 WITH_CTC = 17
@@ -73,24 +74,26 @@ def pretend(tree):
 def trace_chunk(monkeypatch):
     """A function that runs one chunk of a model with two LSTM cells and checks that all steps are the same."""
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
-    step = beam._Search.step
+    step = steps.step
 
     def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
         speller = SpellerConfig(key_size=16, value_size=8, embedding_size=12, lstm_sizes=(24, 20))
         sizes = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), speller, ctc_layer=0)
         model = kind(sizes, input_size=4, vocabulary_size=V)
-        one, trace = beam._Search(model.eval(), config(**fields), ngram, "auto"), Trace()
+        one, trace = steps.Search(model.eval(), config(**fields), ngram, "auto"), Trace()
         with torch.no_grad():
-            inputs, beams = one.begin(model.listen(torch.randn(3, 200, 4), torch.tensor([200, 100, 7])))
-        monkeypatch.setattr(beam._Search, "step", trace.around(step))
+            memory = model.listen(torch.randn(3, 200, 4), torch.tensor([200, 100, 7]))
+            limits = length_limits(memory.lengths * model.time_reduction, one.config)
+            inputs, beams = steps.begin(one, memory, limits)
+        monkeypatch.setattr(steps, "step", trace.around(step))
         with torch.no_grad(), FakeTensorMode():
             for module in model.modules():
                 module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
             inputs, beams = pretend(inputs), pretend(beams)
             beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
             with trace:
-                replace(one, ngram=pretend(ngram)).advance(inputs, beams)
-        assert len(trace.steps) == beam.LOOK_EVERY
+                steps.advance(replace(one, ngram=pretend(ngram)), inputs, beams)
+        assert len(trace.steps) == steps.STEPS_PER_CHUNK
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "a step differs from the one before"
         return trace

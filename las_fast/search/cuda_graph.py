@@ -1,8 +1,8 @@
-"""A chunk of a search as a CUDA graph: what the host would enqueue call by call is recorded once and then replayed.
+"""Beam search by CUDA graphs: a chunk of steps is captured once and then replayed, instead of launched op by op.
 
-Memory is padded to a few sizes, so that batches share graphs. A graph reads and writes fixed buffers: a search copies
-its memory and its first beams in, each replay leaves the beams as the next one takes them up, and what a chunk found is
-copied out before the next replay writes over it.
+Memory is padded to a few sizes, so that batches share graphs. A graph reads and writes fixed buffers. A search copies
+its inputs and first beams into them. Each replay leaves the beams where the next one reads them, and the steps of a
+chunk are copied out before the next replay overwrites them.
 """
 
 from __future__ import annotations
@@ -11,37 +11,72 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-GRAPHS = 4  # kept for a model; each holds a copy of a batch's keys and values
-FRAMES = 64  # encoder frames are padded to a multiple of it
+from las_fast.ops import Steps, backends
+from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
 
-_kept: WeakKeyDictionary[Any, OrderedDict[Hashable, Captured]] = WeakKeyDictionary()
+MAX_GRAPHS = 4  # per model; each holds a copy of a batch's keys and values
+FRAMES_MULTIPLE = 64  # encoder frames are padded to a multiple of it
+
+_graphs: WeakKeyDictionary[Any, OrderedDict[Hashable, GraphedChunk]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
+def can_capture(device: torch.device, backend: str) -> bool:
+    """Return whether a search can be captured: on CUDA, with the Triton ops, without autocast."""
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # a graph would outlive autocast's cached weights
+        return False
+    return all(backends.choose(op, backend, device) == "triton" for op in ("masked_attention", "beam_topk"))
+
+
+def search_by_graph(search: Search, memory, limits: Limits) -> Steps:
+    """Run the search by replaying CUDA graphs; (L, B, K)."""
+    B = memory.lengths.shape[0]
+    memory = memory.padded(*bucket(*memory.padding.shape))
+    added = memory.lengths.shape[0] - B
+    inputs, beams = begin(search, memory, Limits(*(F.pad(x, (0, added)) for x in limits)))
+    beams.finished[B:] = True  # utterances added as padding have ended, so their limits have no effect
+    # The graph reads the n-gram table in place. As part of the key, the table lives as long as the graph.
+    settings = (search.config, search.ngram, search.backend, torch.backends.cuda.matmul.fp32_precision)
+    with graphed_chunks(search.model, settings, partial(advance, search), inputs, beams) as chunks:
+        steps = run_chunks(chunks, max_chunks(search, memory), chunks_in_flight(memory))
+    return Steps(*(x[:, :B].contiguous() for x in steps))
+
+
 def bucket(batch: int, frames: int) -> tuple[int, int]:
-    """Return the size that memory of (batch, frames) is padded to."""
-    return 1 << max(batch - 1, 0).bit_length(), -(-frames // FRAMES) * FRAMES
+    """Return the (utterances, encoder frames) that a memory of this size is padded to."""
+    return 1 << max(batch - 1, 0).bit_length(), -(-frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
+
+
+def forget() -> None:
+    """Free the memory of all graphs."""
+    with _lock:
+        _graphs.clear()
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
 
 
 class CudaGraph:
-    """torch.cuda.CUDAGraph behind the two calls that are needed of it."""
+    """torch.cuda.CUDAGraph, reduced to capture and replay."""
 
     def capture(self, function: Callable[[], Any]) -> Any:
-        """Record what function enqueues; return its results, which each replay writes again."""
+        """Record the work that function enqueues; return its results, which each replay overwrites."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # once for real: a capture must not compile kernels or make workspaces
+            function()  # warm-up: kernels must not compile, nor workspaces be allocated, during a capture
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, such as pinning a batch, must not spoil the capture.
+        # thread_local: other threads, such as one that pins a batch, must not invalidate the capture.
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             return function()
 
@@ -49,43 +84,69 @@ class CudaGraph:
         self.graph.replay()
 
 
-class Captured:
-    """One chunk over buffers of its own.
+class GraphedChunk:
+    """One chunk, captured over its own buffers.
 
     Args:
-        advance: (inputs, beams) -> (beams, found): enqueues a chunk; not kept. All are nested tuples of tensors.
-        inputs:  what a chunk only reads; copied.
-        beams:   what it takes up and hands on; copied.
+        advance: (inputs, beams) -> (beams, chunk): enqueues a chunk; not kept. All are nested tuples of tensors.
+        inputs:  tensors that a chunk only reads; copied.
+        beams:   tensors that a chunk reads and updates; copied.
     """
 
     def __init__(self, advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any, beams: Any):
-        # Clones: tensors that are one and the same before the first step part ways after it.
+        # Clones: before the first step some tensors are the same object, but each needs its own buffer.
         self.inputs, self.beams = tree_map_only(Tensor, torch.clone, (inputs, beams))
 
-        def chunk() -> Any:
-            after, found = advance(self.inputs, self.beams)
+        def advance_in_place() -> Any:
+            after, chunk = advance(self.inputs, self.beams)
             _copy(self.beams, after)
-            return found
+            return chunk
 
         self.graph = CudaGraph()
-        self.found = self.graph.capture(chunk)
-        self.used: torch.cuda.Event | None = None  # comes after everything enqueued so far that touches the buffers
+        self.chunk = self.graph.capture(advance_in_place)
+        self.last_use: torch.cuda.Event | None = None  # recorded after all enqueued work that touches the buffers
 
     def run(self, inputs: Any, beams: Any) -> Iterator[Any]:
-        """Yield what each chunk finds, endlessly; a chunk is enqueued when it is asked for."""
-        if self.used is not None:
-            self.used.wait()  # the current stream may be another than the last user's
+        """Yield chunks without end. Each is enqueued when it is requested."""
+        if self.last_use is not None:
+            self.last_use.wait()  # the last search may have used another stream
         _copy(self.inputs, inputs)
         _copy(self.beams, beams)
         while True:
             self.graph.replay()
-            yield tree_map_only(Tensor, torch.clone, self.found)
+            yield tree_map_only(Tensor, torch.clone, self.chunk)
 
-    def leave(self) -> None:
-        """Let whoever comes next wait until all that is enqueued has run."""
+    def release(self) -> None:
+        """Record an event, so that the next user of the buffers waits for this one."""
         if any(x.is_cuda for x in tree_leaves(self.beams) if isinstance(x, Tensor)):
-            self.used = torch.cuda.Event()
-            self.used.record()
+            self.last_use = torch.cuda.Event()
+            self.last_use.record()
+
+
+@contextmanager
+def graphed_chunks(
+    model: Any, settings: Hashable, advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any, beams: Any
+) -> Iterator[Iterator[Any]]:
+    """Yield the chunks of a search (see GraphedChunk.run), from a graph of the same sizes and settings if there is one.
+
+    One thread at a time: searches of the same sizes share buffers.
+
+    Args:
+        model:    the model that advance calls; its graphs are freed with it.
+        settings: everything that advance depends on besides model, inputs and beams; kept alive with the graph.
+    """
+    with _lock:
+        graphs = _graphs.setdefault(model, OrderedDict())
+        key = (settings, _addresses(model), _sizes(inputs), _sizes(beams))
+        if key not in graphs:
+            if len(graphs) == MAX_GRAPHS:
+                graphs.popitem(last=False)  # the least recently used one, before the new one needs its memory
+            graphs[key] = GraphedChunk(advance, inputs, beams)
+        graphs.move_to_end(key)
+        try:
+            yield graphs[key].run(inputs, beams)
+        finally:
+            graphs[key].release()
 
 
 def _copy(buffers: Any, tensors: Any) -> None:
@@ -94,45 +155,13 @@ def _copy(buffers: Any, tensors: Any) -> None:
             buffer.copy_(tensor)
 
 
-@contextmanager
-def captured(
-    model: Any, settings: Hashable, advance: Callable[[Any, Any], tuple[Any, Any]], inputs: Any, beams: Any
-) -> Iterator[Iterator[Any]]:
-    """Give the chunks of a search (Captured.run) by a graph of its sizes and settings, captured if it is a new one.
-
-    Until the block ends, no other thread gets one: they share buffers.
-
-    Args:
-        model:    what advance calls; its graphs end with it.
-        settings: all that advance depends on besides model, inputs and beams. They are kept alive with the graph.
-    """
-    with _lock:
-        graphs = _kept.setdefault(model, OrderedDict())
-        key = (settings, _places(model), _sizes(inputs), _sizes(beams))
-        if key not in graphs:
-            if len(graphs) == GRAPHS:
-                graphs.popitem(last=False)  # before the new one takes its memory
-            graphs[key] = Captured(advance, inputs, beams)
-        graphs.move_to_end(key)
-        try:
-            yield graphs[key].run(inputs, beams)
-        finally:
-            graphs[key].leave()
-
-
-def forget() -> None:
-    """Free the memory of all graphs."""
-    with _lock:
-        _kept.clear()
-
-
-def _places(model: Any) -> Hashable:
-    """Return where the weights lie: a graph reads them there."""
+def _addresses(model: Any) -> Hashable:
+    """Return where the weights are in memory: a graph reads them there."""
     if not isinstance(model, torch.nn.Module):
         return ()
     return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (*model.parameters(), *model.buffers()))
 
 
 def _sizes(tree: Any) -> Hashable:
-    """Return what copying into a graph's buffers takes for granted."""
+    """Return the shape, dtype and device of each tensor, which must equal those of the graph's buffers."""
     return tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in tree_leaves(tree))

@@ -21,8 +21,9 @@ from las_fast.ops import (
     ctc_loss,
 )
 from las_fast.progress import Progress
-from las_fast.search.beam import REDUCED, Hypothesis, beam_search, packed_weights, with_reward
+from las_fast.search.beam import Hypothesis, beam_search, packed_weights, with_reward
 from las_fast.search.cuda_graph import forget
+from las_fast.search.native import LOW_PRECISIONS
 from las_fast.text import PAD, Vocabulary
 
 UTTERANCES_PER_BATCH = 128  # at most, however short they are
@@ -87,7 +88,7 @@ def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -
 @torch.inference_mode()
 def listen(model, batch: Batch, config: DecodingConfig):
     """Return the encoder memory of a batch, in float32, by products in bfloat16 where config.precision is reduced."""
-    with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision in REDUCED):
+    with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision in LOW_PRECISIONS):
         return model.listen(batch.features, batch.feature_lengths)
 
 

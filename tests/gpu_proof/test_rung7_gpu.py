@@ -60,12 +60,13 @@ def test_a_search_waits_for_the_device_only_to_learn_that_all_have_finished(hear
     beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        from las_fast.search import beam
+        from las_fast.search import beam, steps
 
-        found = beam._Search(model, settings, None, "triton")
+        search = steps.Search(model, settings, None, "triton")
         with torch.inference_mode():
-            inputs, beams = found.begin(memory)
+            limits = beam.length_limits(memory.lengths * model.time_reduction, settings)
+            inputs, beams = steps.begin(search, memory, limits)
             for _ in range(3):
-                beams, _ = found.advance(inputs, beams)
+                beams, _ = steps.advance(search, inputs, beams)
     finally:
         torch.cuda.set_sync_debug_mode("default")

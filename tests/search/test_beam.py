@@ -25,7 +25,7 @@ from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
 from las_fast.ops import backends
 from las_fast.ops.speller_search import UNSEEN
-from las_fast.search import beam
+from las_fast.search import beam, cuda_graph, steps
 from las_fast.search import dataset as dataset_module
 from las_fast.search.beam import Hypothesis, beam_search, greedy_search, length_limits, packed_weights
 from las_fast.search.dataset import decode_dataset, speech_scores
@@ -273,23 +273,23 @@ def test_scores_come_best_first():
 def test_the_search_stops_when_all_have_finished():
     model = FakeModel(eos=50.0)
     found = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
-    assert model.steps == beam.LOOK_EVERY and found[0][0].text_tokens == [] and found[0][0].finished
+    assert model.steps == steps.STEPS_PER_CHUNK and found[0][0].text_tokens == [] and found[0][0].finished
 
 
-@pytest.mark.parametrize("steps", [1, 5, 70])
-def test_the_steps_in_a_chunk_change_nothing(steps, monkeypatch):
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_the_steps_in_a_chunk_change_nothing(count, monkeypatch):
     settings = config(length_penalty=1.0, coverage_weight=0.1)
     many = memory([3, 1, 4], [9, 25, 14])
     expected = beam_search(FakeModel(9), many, settings, nbest=4)
-    monkeypatch.setattr(beam, "LOOK_EVERY", steps)
+    monkeypatch.setattr(steps, "STEPS_PER_CHUNK", count)
     assert beam_search(FakeModel(9), many, settings, nbest=4) == expected
 
 
-@pytest.mark.parametrize(("ahead", "expected"), [(1, "+0 ?0 +1 ?1 +2 ?2"), (2, "+0 +1 ?0 +2 ?1 +3 ?2")])
-def test_a_chunk_is_looked_at_only_when_the_next_ones_are_enqueued(ahead, expected, monkeypatch):
+@pytest.mark.parametrize(("in_flight", "expected"), [(1, "+0 ?0 +1 ?1 +2 ?2"), (2, "+0 +1 ?0 +2 ?1 +3 ?2")])
+def test_a_flag_is_read_only_after_the_next_chunks_are_enqueued(in_flight, expected, monkeypatch):
     log = []
 
-    class Look:
+    class Flag:
         def __init__(self, flag):
             self.number = flag
 
@@ -300,13 +300,13 @@ def test_a_chunk_is_looked_at_only_when_the_next_ones_are_enqueued(ahead, expect
     def chunks():
         for i in itertools.count():
             log.append(f"+{i}")
-            yield beam.Steps(*[torch.full((1, 1, 1), i)] * 4), i
+            yield steps.Steps(*[torch.full((1, 1, 1), i)] * 4), i
 
-    monkeypatch.setattr(beam, "Look", Look)
-    steps = beam.collect(chunks(), 99, ahead)
+    monkeypatch.setattr(steps, "PendingFlag", Flag)
+    taken = steps.run_chunks(chunks(), 99, in_flight)
     assert " ".join(log) == expected
-    assert steps.tokens.flatten().tolist() == list(range(2 + ahead))
-    assert len(beam.collect(chunks(), 2, ahead).tokens) == 2
+    assert taken.tokens.flatten().tolist() == list(range(2 + in_flight))
+    assert len(steps.run_chunks(chunks(), 2, in_flight).tokens) == 2
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_a_chunk_is_looked_at_only_when_the_next_ones_are_enqueued(ahead, expect
     ],
 )
 def test_there_are_as_many_steps_as_the_longest_text_and_its_end_need(frames, fields, expected, monkeypatch):
-    monkeypatch.setattr(beam, "LOOK_EVERY", 1)
+    monkeypatch.setattr(steps, "STEPS_PER_CHUNK", 1)
     model = FakeModel(eos=-40.0)
     ((found,),) = beam_search(model, memory([1], [frames]), config(beam=1, **fields))
     assert model.steps == expected and len(found.text_tokens) == expected - 1 and not found.finished
@@ -345,8 +345,9 @@ def test_every_op_of_a_search_runs_on_the_backend_that_is_asked_for(fields, back
         return call
 
     model = with_ctc_head()
-    for name in ("beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack"):
-        monkeypatch.setattr(beam, name, watched(name, getattr(beam, name)))
+    owners = {name: steps for name in ("beam_topk", "beam_gather", "ctc_prefix")} | {"beam_backtrack": beam}
+    for name, owner in owners.items():
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     for owner, name in ((type(model), "step"), (type(model.start(listened_to(model, [5]), 1)), "gather")):
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     beam_search(model, listened_to(model, [5, 3]), config(**fields), backend=backend, capture=False)
@@ -371,10 +372,10 @@ def test_a_step_is_asked_for_weights_only_where_coverage_counts(monkeypatch):
 def test_what_a_chunk_reads_holds_no_logits_of_ctc():
     """A graph would copy them for nothing: it reads their log-probabilities."""
     model = with_ctc_head()
-    whole = beam._Search(model, config(ctc_weight=0.3), None, "auto")
-    inputs, _ = whole.begin(listened_to(model, [5, 3]))
+    search, heard = steps.Search(model, config(ctc_weight=0.3), None, "auto"), listened_to(model, [5, 3])
+    inputs, _ = steps.begin(search, heard, length_limits(heard.lengths, search.config))
     assert inputs.memory.ctc_logits is None and inputs.memory.ctc_lengths is None
-    assert inputs.frames.shape == (2, 5, V)
+    assert inputs.ctc_log_probs.shape == (2, 5, V)
 
 
 def test_a_search_of_less_precision_needs_an_op_that_has_it():
@@ -401,22 +402,22 @@ def test_the_reward_for_length_is_for_every_token_but_the_end():
 
 def test_a_search_is_captured_on_cuda_where_all_its_ops_are_tritons(monkeypatch):
     chosen = {"masked_attention": "triton", "beam_topk": "triton"}
-    monkeypatch.setattr(beam.backends, "choose", lambda op, backend, device: chosen[op])
+    monkeypatch.setattr(backends, "choose", lambda op, backend, device: chosen[op])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert beam._captures(cuda, "auto") and beam._captures(cpu, "auto") is False
+    assert cuda_graph.can_capture(cuda, "auto") and cuda_graph.can_capture(cpu, "auto") is False
     for op in chosen:
         monkeypatch.setitem(chosen, op, "reference")
-        assert beam._captures(cuda, "auto") is False
+        assert cuda_graph.can_capture(cuda, "auto") is False
         monkeypatch.setitem(chosen, op, "triton")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    assert beam._captures(cuda, "auto") is False
+    assert cuda_graph.can_capture(cuda, "auto") is False
 
 
 def test_on_cuda_a_chunk_runs_while_the_host_looks_at_the_one_before():
     for is_cuda, expected in ((True, 2), (False, 1)):
-        assert beam._ahead(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
-    assert isinstance(beam._on(torch.device("cuda", 0)), torch.cuda.device)
-    with beam._on(torch.device("cpu")):
+        assert steps.chunks_in_flight(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
+    assert isinstance(beam._current(torch.device("cuda", 0)), torch.cuda.device)
+    with beam._current(torch.device("cpu")):
         pass
 
 
@@ -441,10 +442,10 @@ def test_a_look_at_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for value in (True, False):
         log.clear()
-        look = beam.Look(torch.tensor(value).as_subclass(OnCuda))
-        assert log == ["pinned True", "record"] and look.read() is value and log[2:] == ["wait"]
+        flag = steps.PendingFlag(torch.tensor(value).as_subclass(OnCuda))
+        assert log == ["pinned True", "record"] and flag.read() is value and log[2:] == ["wait"]
         log.clear()
-        assert beam.Look(torch.tensor(value)).read() is value and log == ["pinned False"]
+        assert steps.PendingFlag(torch.tensor(value)).read() is value and log == ["pinned False"]
 
 
 def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():

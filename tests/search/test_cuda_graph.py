@@ -163,7 +163,7 @@ def test_only_the_last_few_graphs_are_kept(graphs):
     sizes = [1, 2, 4, 8, 16]
     for size in (*sizes, 16, 8, 1):  # the smallest has gone by then
         beam_search(own, memory([1] * size, [9] * size), config(), capture=True)
-    assert len(graphs) == len(sizes) + 1 and len(cuda_graph._kept[own]) == cuda_graph.GRAPHS
+    assert len(graphs) == len(sizes) + 1 and len(cuda_graph._graphs[own]) == cuda_graph.MAX_GRAPHS
 
 
 def test_utterances_that_only_pad_are_not_waited_for(graphs):
@@ -190,17 +190,17 @@ def test_graphs_end_with_their_model_and_on_demand(monkeypatch, graphs):
     monkeypatch.setattr(cuda_graph, "CudaGraph", Forgetful)
     own = FakeModel(9)
     beam_search(own, memory([1], [9]), config(), capture=True)
-    graph, gone = weakref.ref(cuda_graph._kept[own].popitem()[1]), weakref.ref(own)
+    graph, gone = weakref.ref(cuda_graph._graphs[own].popitem()[1]), weakref.ref(own)
     assert graph() is None
     beam_search(own, memory([1], [9]), config(), capture=True)
-    graph = weakref.ref(next(iter(cuda_graph._kept[own].values())))
+    graph = weakref.ref(next(iter(cuda_graph._graphs[own].values())))
     del own
     gc.collect()
     assert gone() is None and graph() is None
     other = FakeModel(9)
     beam_search(other, memory([1], [9]), config(), capture=True)
     cuda_graph.forget()
-    assert other not in cuda_graph._kept
+    assert other not in cuda_graph._graphs
 
 
 def test_on_a_cpu_nothing_is_captured_unasked(graphs):
