@@ -23,7 +23,7 @@ from las_fast.data.dataset import SpeechDataset, open_corpus
 from las_fast.data.manifest import further_columns
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
-from las_fast.search.ngram import default_weight, language_table
+from las_fast.search.ngram import language_table, with_default_weight
 from las_fast.tune import decode_grid, open_split
 
 FILE = RESULTS / "scores.csv"
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
-    decoding = default_weight(loaded.config.decoding, options.lm)
+    decoding = with_default_weight(loaded.config.decoding, options.lm)
     ngram_table = language_table(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
     groups = parts(dataset.ids, open_corpus(options.data).root, options.by)

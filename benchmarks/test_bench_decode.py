@@ -24,7 +24,7 @@ from las_fast.data.batching import sorted_batches
 from las_fast.data.dataset import normalise
 from las_fast.data.features import compute_features
 from las_fast.search.beam import beam_search
-from las_fast.search.dataset import UTTERANCES_PER_BATCH
+from las_fast.search.dataset import MAX_UTTERANCES_PER_BATCH
 
 
 def test_beam_search(compare):
@@ -80,7 +80,7 @@ class Pipeline:
 
     def make_batches(self, features: list) -> list:
         options = {"frames_per_batch": self.config.decoding.frames_per_batch}
-        order = sorted_batches([len(x) for x in features], utterances_per_batch=UTTERANCES_PER_BATCH, **options)
+        order = sorted_batches([len(x) for x in features], utterances_per_batch=MAX_UTTERANCES_PER_BATCH, **options)
         pad = torch.nn.utils.rnn.pad_sequence
         return [(pad([features[i] for i in b], True), torch.tensor([len(features[i]) for i in b])) for b in order]
 

@@ -18,7 +18,7 @@ from las_fast.config import DecodingSettings, check
 from las_fast.errors import InputError
 from las_fast.files import prepare_output_file, safetensors_format
 from las_fast.options import Parser, as_file, parse_settings
-from las_fast.search.ngram import beside
+from las_fast.search.ngram import lm_path_for
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from torch import Tensor
@@ -67,9 +67,9 @@ def check_out(out: Path, checkpoint: Path) -> None:
     )
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
-    if os.path.isfile(beside(checkpoint)):
+    if os.path.isfile(lm_path_for(checkpoint)):
         prepare_output_file(
-            beside(out), "--out", what="a language model", inputs=(beside(checkpoint),), may_replace=is_lm
+            lm_path_for(out), "--out", what="a language model", inputs=(lm_path_for(checkpoint),), may_replace=is_lm
         )
 
 
@@ -88,7 +88,7 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
-    lm, lm_out = beside(loaded.path), beside(out)
+    lm, lm_out = lm_path_for(loaded.path), lm_path_for(out)
     if not settings.decoding.ngram_weight or not os.path.isfile(lm) or lm.resolve() == lm_out.resolve():
         return [out]
     write_atomically(lm_out, lambda path: shutil.copyfile(lm, path))

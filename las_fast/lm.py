@@ -1,18 +1,18 @@
 """python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
 
-Texts are plain files with a sentence a line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, whatever --data of the
-other commands takes (the transcripts of a split), or folders of transcripts as .npy. A file holds counts; the dense
-table of log-probabilities that the search looks up is made of them when it is read.
+Texts are plain files with one sentence per line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, anything that
+--data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file holds
+counts; the dense table of log-probabilities that the search looks up is made from them on loading.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
 language modeling", section 3). With h' the context h without its oldest token, w the next token:
 
     p(w | h) = max(c(h w) - D(c(h w)), 0) / c(h .) + share(h) p(w | h')      share(h) = sum over w of D(c(h w)) / c(h .)
-    p(w | h) = p(w | h')  where h was never seen;    the last p is uniform over <eos> and the characters
+    p(w | h) = p(w | h')  if h never occurs;    the p of order 0 is uniform over <eos> and the characters
     D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
 
-c counts in the text at the highest order, and below it the distinct tokens that come before; n_i is how many n-grams
-of an order have the count i. Before a sentence comes <sos> order-1 times, after it <eos>.
+At the highest order c counts occurrences in the text; below it c counts the distinct tokens that precede. n_i is the
+number of n-grams of an order with count i. A sentence begins with order-1 times <sos> and ends with <eos>.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,42 +32,42 @@ from las_fast.files import prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import track
 from las_fast.search.ngram import (
-    ORDER,
-    SENTENCES,
+    DEFAULT_ORDER,
+    SENTENCES_PER_PASS,
     Counts,
     LanguageModel,
     check_order,
-    count,
+    count_ngrams,
     is_lm,
-    merge,
+    merge_counts,
     perplexity,
     save_lm,
 )
 from las_fast.text import CHARACTERS, Vocabulary, has_lost_digits, normalise_text
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
-    pass
-
-HELD_OUT = 20  # one sentence in as many measures the perplexity
+HELD_OUT_ONE_IN = 20  # one sentence in 20 is held out to measure the perplexity
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
 
 
-def train(sentences: Iterable[str], *, order: int = ORDER, characters: str = CHARACTERS) -> LanguageModel:
-    """Return the model of sentences that hold only these characters; an empty text gives a uniform one."""
+def train(sentences: Iterable[str], *, order: int = DEFAULT_ORDER, characters: str = CHARACTERS) -> LanguageModel:
+    """Train a model on sentences that contain only these characters; without sentences it is uniform.
+
+    Raises InputError for an order that is out of range or too large for this machine.
+    """
     check_order(order, len(Vocabulary(characters)))
     texts = list(sentences)
-    return LanguageModel(order, characters, *count(texts, characters, order), sentences=len(texts))
+    return LanguageModel(order, characters, *count_ngrams(texts, characters, order), sentences=len(texts))
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
 def read_texts(source: Path, split: str = "") -> Iterator[str]:
-    """Yield the sentences of a source as they are written there; see the module.
+    """Yield the sentences of a file or folder as they are written there; the module lists the layouts.
 
-    split: of an archive, a LibriSpeech folder or a manifest; empty: every training split it has.
+    split: of an archive, a LibriSpeech folder or a manifest; empty: all of its training splits.
     """
     from las_fast.data import folders, hw4p2, kaldi, librispeech, manifest, plain_text
 
@@ -97,7 +97,7 @@ def _read_corpus(root: Path, split: str) -> Iterator[str]:
 
 
 class Sentences:
-    """The sentences of several sources on the characters; counts what came and what was left out for its digits."""
+    """The sentences of several sources, mapped onto the characters. Counts those kept and those skipped for digits."""
 
     def __init__(self, sources: list[Path], characters: str, split: str):
         self.sources, self.characters, self.split = sources, characters, split
@@ -108,7 +108,7 @@ class Sentences:
         texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
         for text in track(texts, "counting", "sentences"):
             text = text.strip()
-            if has_lost_digits(text, self.characters):  # how they are read aloud is not known
+            if has_lost_digits(text, self.characters):  # how to read them aloud is unknown
                 self.with_digits += 1
                 continue
             if not allowed.issuperset(text):
@@ -118,58 +118,60 @@ class Sentences:
                 yield text
 
 
-def count_apart(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
-    """Return the n-grams of most sentences, and of those held out: always the same, and each repetition with them."""
+def count_held_out(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
+    """Count the n-grams of training sentences and of held-out sentences.
+
+    A hash of its text holds a sentence out, so the choice is reproducible and repeats stay on one side.
+    """
     kept: Counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    apart = kept
+    held_out = kept
     sentences = iter(sentences)
-    while some := list(itertools.islice(sentences, SENTENCES)):
-        held = [zlib.crc32(text.encode()) % HELD_OUT == 0 for text in some]
-        most, few = (list(itertools.compress(some, (h == part for h in held))) for part in (False, True))
-        kept = merge(kept, count(most, characters, order))
-        apart = merge(apart, count(few, characters, order))
-    return kept, apart
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-# ------------------------------------------------------------------------------------------------------- for decoding
+    while batch := list(itertools.islice(sentences, SENTENCES_PER_PASS)):
+        held = [zlib.crc32(text.encode()) % HELD_OUT_ONE_IN == 0 for text in batch]
+        kept_texts, held_texts = (list(itertools.compress(batch, (h == part for h in held))) for part in (False, True))
+        kept = merge_counts(kept, count_ngrams(kept_texts, characters, order))
+        held_out = merge_counts(held_out, count_ngrams(held_texts, characters, order))
+    return kept, held_out
 
 
 # -------------------------------------------------------------------------------------------------------------- command
 
 
 def parser() -> Parser:
-    own = Parser(
+    parser = Parser(
         prog="python -m las_fast.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    own.add_argument("texts", nargs="+", type=as_path, metavar="TEXT", help="files or folders with text, see above")
-    own.add_argument("--out", required=True, type=as_file, metavar="LM.safetensors", help="the model")
-    own.add_argument("--order", type=int, default=ORDER, help=f"of the n-grams (default: {ORDER})")
-    own.add_argument("--characters", default=CHARACTERS, help="those of the checkpoint (default: A-Z ' space)")
-    own.add_argument("--split", default="", help="of archives, folders and manifests (default: all for training)")
-    return own
+    parser.add_argument("texts", nargs="+", type=as_path, metavar="TEXT", help="files or folders of text, see above")
+    parser.add_argument("--out", required=True, type=as_file, metavar="LM.safetensors", help="model file to write")
+    parser.add_argument(
+        "--order", type=int, default=DEFAULT_ORDER, help=f"length of the n-grams (default: {DEFAULT_ORDER})"
+    )
+    parser.add_argument("--characters", default=CHARACTERS, help="the checkpoint's (default: A-Z ' space)")
+    parser.add_argument("--split", default="", help="of archives, folders and manifests (default: all training splits)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train; see --help."""
+    """Run the command; see --help."""
     options = parser().parse_args(argv)
     V = len(Vocabulary(options.characters))
     check_order(options.order, V)
     kind: dict[str, Any] = {"what": "a language model", "suffixes": (".safetensors",), "may_replace": is_lm}
     prepare_output_file(options.out, "--out", inputs=options.texts, **kind)
     sentences = Sentences(options.texts, options.characters, options.split)
-    most, held = count_apart(sentences, options.characters, options.order)
+    kept, held_out = count_held_out(sentences, options.characters, options.order)
     if not sentences.kept:
-        raise InputError(f"there is no sentence in {', '.join(map(str, options.texts))}; give text, a sentence a line")
+        sources = ", ".join(map(str, options.texts))
+        raise InputError(f"there is no sentence in {sources}; give text with one sentence per line")
     lines = [("text", f"{sentences.kept} sentences, {sentences.letters} characters")]
     if sentences.with_digits:
         lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
-    if len(most[0]) and len(held[0]):
-        found = perplexity(LanguageModel(options.order, options.characters, *most).table(), held)
-        lines.append(("perplexity", f"{found:.3f} a character on one sentence in {HELD_OUT}, by a model of the others"))
-    model = LanguageModel(options.order, options.characters, *merge(most, held), sentences=sentences.kept)
+    if len(kept[0]) and len(held_out[0]):
+        value = perplexity(LanguageModel(options.order, options.characters, *kept).table(), held_out)
+        without = f"1 sentence in {HELD_OUT_ONE_IN}, for a model trained without them"
+        lines.append(("perplexity", f"{value:.3f} per character on {without}"))
+    counts = merge_counts(kept, held_out)
+    model = LanguageModel(options.order, options.characters, *counts, sentences=sentences.kept)
     save_lm(options.out, model)
     size = 4 * V**options.order / 1e6
     lines += [

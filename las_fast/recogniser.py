@@ -37,7 +37,7 @@ from las_fast.output.transcripts import (
     noise_warning,
 )
 from las_fast.search import beam, dataset
-from las_fast.search.ngram import default_weight, find_lm, language_table
+from las_fast.search.ngram import find_lm, language_table, with_default_weight
 from las_fast.system import choose_device
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class Recogniser:
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
             raise InputError(f"lm must be a path, the name of a released model, None or False; got {_type_name(lm)}")
         decoding = self.loaded.config.decoding
-        decoding = replace(decoding, ngram_weight=0.0) if lm is False else default_weight(decoding, lm)
+        decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(decoding, lm)
         return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
 
     def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:

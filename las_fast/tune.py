@@ -1,7 +1,7 @@
-"""python -m las_fast.tune: the best settings of the search on a development split.
+"""python -m las_fast.tune: find the best settings of the search on a development split.
 
-Each batch is listened to once and then searched with every combination of the values given. The table comes best CER
-first; its last line holds the words to add to las_fast.decode. Use another split than the one that is reported.
+Each batch is encoded once and searched with every combination of the values given. The table is sorted by CER, best
+first. The last line printed holds the options to add to las_fast.decode. Do not tune on the split that you report.
 """
 
 from __future__ import annotations
@@ -21,49 +21,55 @@ from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import progress
-from las_fast.search.ngram import default_weight, language_table
+from las_fast.search.ngram import language_table, with_default_weight
 from las_fast.system import choose_device, give_large_blocks_back
 
 if TYPE_CHECKING:  # these import torch, which --help need not wait for
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import SpeechDataset
 
-MOST = 10_000  # combinations
+MAX_COMBINATIONS = 10_000
 GRID = ("beam", "ctc_weight", "length_penalty", "ngram_weight", "length_reward", "eos_threshold", "coverage_weight")
 
 
 def parser() -> Parser:
-    own = Parser(
+    parser = Parser(
         prog="python -m las_fast.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    own.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
-    own.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest")
-    own.add_argument("--split", default="dev", help="split name or dev (default)")
-    own.add_argument("--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)")
-    own.add_argument("--out", type=as_file, metavar="FILE.csv", help="also write the table there")
-    own.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
+    parser.add_argument(
+        "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
+    )
+    parser.add_argument("--split", default="dev", help="split name or dev (default)")
+    parser.add_argument(
+        "--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)"
+    )
+    parser.add_argument("--out", type=as_file, metavar="FILE.csv", help="also write the table to this file")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     for name in GRID:
-        kind = int if name == "beam" else float
-        own.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs="+", help="values (default: the checkpoint's)")
-    return own
+        number = int if name == "beam" else float
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=number, nargs="+", help="values (default: the checkpoint's)"
+        )
+    return parser
 
 
 def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
-    """Return every combination of the values given of the settings `names`; the others stay."""
+    """Return `start` with every combination of the values in options for the settings `names`."""
     count = math.prod(len(getattr(options, name)) for name in names)
-    if count > MOST:
-        raise InputError(f"the values given make {count} combinations; give values for at most {MOST}")
+    if count > MAX_COMBINATIONS:
+        raise InputError(f"the values make {count} combinations; give values for at most {MAX_COMBINATIONS}")
     points = itertools.product(*(getattr(options, name) for name in names))
     return [replace(start, **dict(zip(names, point, strict=True))) for point in points]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Search the grid; see --help."""
+    """Run the command; see --help."""
     give_large_blocks_back()
     options = parser().parse_args(argv)
     names = [name for name in GRID if getattr(options, name)]
     if not names:
-        raise InputError("there is nothing to choose from; give values, such as --ngram-weight 0 0.1 0.2")
+        raise InputError("there is nothing to tune; give values, such as --ngram-weight 0 0.1 0.2")
     if not options.out:
         require_stdout("--out FILE.csv")
     else:
@@ -78,14 +84,14 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint, device)
-    settings = grid(options, names, default_weight(loaded.config.decoding, options.lm))
+    settings = grid(options, names, with_default_weight(loaded.config.decoding, options.lm))
     for point in settings:
         check_decoding(loaded.config, point)
     heaviest = max(settings, key=lambda point: point.ngram_weight)
     table = language_table(options.lm, heaviest, loaded, device)
     dataset = open_split(options, loaded)
     texts = decode_grid(loaded, dataset, settings, table, device)
-    order, rows = ranked(names, settings, [text or "" for text in dataset.texts], texts)
+    order, rows = rank(names, settings, [text or "" for text in dataset.texts], texts)
     print(f"{len(dataset)} utterances of {options.split}\n" + "\n".join("".join(map("{:>16}".format, r)) for r in rows))
     best = [f"--decoding.{name.replace('_', '-')} {value}" for name, value in zip(names, rows[1], strict=False)]
     if options.lm and settings[order[0]].ngram_weight:
@@ -98,12 +104,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether an earlier run may have written a file."""
+    """Return whether a file looks like a table of this command, from its header."""
     return first_line(path).endswith("cer,wer,ld")
 
 
 def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
-    """Return the split, every utterance with a transcript."""
+    """Load options.split; raise InputError if an utterance has no transcript."""
     from las_fast.data.dataset import load_dataset, open_corpus
     from las_fast.decode import check_fits
 
@@ -117,9 +123,9 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
 def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], table, device, backend: str = "auto"
 ) -> list[list[str]]:
-    """Return the texts of the dataset's utterances by each of the settings, all of one precision.
+    """Decode a dataset with each of the settings, which have one precision; return the texts (settings, utterances).
 
-    `backend` is that of beam_search.
+    table is as in language_table, backend as in beam_search.
     """
     from las_fast.search.beam import beam_search, packed_weights
     from las_fast.search.dataset import batches_to_decode, listen
@@ -129,21 +135,21 @@ def decode_grid(
     with progress(len(dataset) * len(settings), "tuning", "utterances") as bar:
         for batch in batches_to_decode(dataset, loaded.vocabulary, settings[0]):
             memory = listen(loaded.model, batch.to(device), settings[0])
-            for own, point in zip(texts, settings, strict=True):
-                found = beam_search(loaded.model, memory, point, ngram=table, packed=packed, backend=backend)
-                for i, best in zip(batch.indices.tolist(), found, strict=True):
-                    own[i] = loaded.vocabulary.decode(best[0].text_tokens)
+            for texts_of_point, point in zip(texts, settings, strict=True):
+                hypotheses = beam_search(loaded.model, memory, point, ngram=table, packed=packed, backend=backend)
+                for i, (best, *_) in zip(batch.indices.tolist(), hypotheses, strict=True):
+                    texts_of_point[i] = loaded.vocabulary.decode(best.text_tokens)
                 bar.update(len(batch.indices))
     return texts
 
 
-def ranked(
+def rank(
     names: list[str], settings: list[DecodingConfig], references: list[str], texts: list[list[str]]
 ) -> tuple[list[int], list[list[str]]]:
-    """Return the settings' indices, lowest CER first, and a table: a header, and a row for each of them."""
+    """Return the indices of the settings, lowest CER first, and the table: a header and one row per setting."""
     from las_fast.output.metrics import score
 
-    scores = [score(references, own) for own in texts]
+    scores = [score(references, hypotheses) for hypotheses in texts]
     order = sorted(range(len(settings)), key=lambda i: scores[i].cer)
     rows = [[f"{getattr(settings[i], name):g}" for name in names] for i in order]
     for row, i in zip(rows, order, strict=True):

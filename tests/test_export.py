@@ -6,7 +6,7 @@ from checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
-from las_fast.search.ngram import LanguageModel, beside, count, save_lm
+from las_fast.search.ngram import LanguageModel, count_ngrams, lm_path_for, save_lm
 
 
 def exported(path, *words):
@@ -35,28 +35,29 @@ def test_decoding_settings_become_the_defaults_of_the_file(tmp_path):
 
 def test_a_language_model_that_the_settings_use_goes_with_the_file(tmp_path):
     path = make_checkpoint(tmp_path)
-    beside(path).write_bytes(b"counts")
-    assert not beside(exported(path)).exists()
-    assert beside(exported(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
+    lm_path_for(path).write_bytes(b"counts")
+    assert not lm_path_for(exported(path)).exists()
+    assert lm_path_for(exported(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
 
 
 def test_each_file_written_is_named_with_its_size(tmp_path, capsys):
     path = make_checkpoint(tmp_path)
-    beside(path).write_bytes(b"x" * 2_340_000)
+    lm_path_for(path).write_bytes(b"x" * 2_340_000)
     out = exported(path, "--decoding.ngram-weight", "0.2")
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"written     {out} ({out.stat().st_size / 1e6:.1f} MB)", f"written     {beside(out)} (2.3 MB)"]
+    sizes = {out: f"{out.stat().st_size / 1e6:.1f}", lm_path_for(out): "2.3"}
+    assert lines == [f"written     {file} ({size} MB)" for file, size in sizes.items()]
 
 
 def test_a_checkpoint_may_be_exported_onto_itself_with_its_language_model(tmp_path):
     path = make_checkpoint(tmp_path)
-    beside(path).write_bytes(b"counts")
+    lm_path_for(path).write_bytes(b"counts")
     (tmp_path / "link").symlink_to(tmp_path)
     out = tmp_path / "link" / path.name
     loaded = checkpoint.load_model(path)
     settings = export.DecodingSettings(loaded.config.decoding.__class__(ngram_weight=0.2))
     assert export.export(loaded, settings, out) == [out]
-    assert beside(path).read_bytes() == b"counts"
+    assert lm_path_for(path).read_bytes() == b"counts"
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path):
@@ -115,11 +116,11 @@ def test_settings_given_to_export_are_checked(tmp_path):
 
 def test_an_earlier_export_is_replaced_with_its_language_model(tmp_path):
     path = make_checkpoint(tmp_path)
-    save_lm(beside(path), LanguageModel(1, "AB", *count(["AB"], "AB", 1)))
+    save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
     for text in ("AB", "ABBA"):
-        save_lm(beside(path), LanguageModel(1, "AB", *count([text], "AB", 1)))
+        save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams([text], "AB", 1)))
         out = exported(path, "--decoding.ngram-weight", "0.2")
-        assert beside(out).read_bytes() == beside(path).read_bytes()
+        assert lm_path_for(out).read_bytes() == lm_path_for(path).read_bytes()
 
 
 def test_names_of_a_trainings_weights_are_free_elsewhere(tmp_path):
@@ -147,15 +148,15 @@ def test_an_exported_model_is_called_safetensors(tmp_path, name):
 
 def test_the_language_model_of_the_checkpoint_itself_is_not_written_over(tmp_path):
     path = make_checkpoint(tmp_path)
-    save_lm(beside(path), LanguageModel(1, "AB", *count(["AB"], "AB", 1)))
-    before, alias = beside(path).read_bytes(), tmp_path / "alias.lm.safetensors"
-    alias.symlink_to(beside(path))
+    save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
+    before, alias = lm_path_for(path).read_bytes(), tmp_path / "alias.lm.safetensors"
+    alias.symlink_to(lm_path_for(path))
     with pytest.raises(InputError, match="alias.lm.safetensors is an input of this command"):
         export.main(["--checkpoint", str(path), "--out", str(tmp_path / "alias.safetensors")])
-    assert beside(path).read_bytes() == before
+    assert lm_path_for(path).read_bytes() == before
 
 
 def test_a_language_model_of_the_user_stays_where_the_checkpoint_has_none(tmp_path):
     path = make_checkpoint(tmp_path)
-    beside(tmp_path / "small.safetensors").write_text("mine")
-    assert beside(exported(path)).read_text() == "mine"
+    lm_path_for(tmp_path / "small.safetensors").write_text("mine")
+    assert lm_path_for(exported(path)).read_text() == "mine"

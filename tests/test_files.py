@@ -28,7 +28,7 @@ from las_fast.files import (
 )
 from las_fast.output.submission import write_submission
 from las_fast.search import ngram
-from las_fast.search.ngram import LanguageModel, beside, save_lm
+from las_fast.search.ngram import LanguageModel, lm_path_for, save_lm
 
 USERS = "my own notes\n"
 
@@ -137,8 +137,8 @@ def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
 
 
 def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model, tmp_path):
-    save_lm(beside(model), LanguageModel(1, "AB", *ngram.count(["AB"], "AB", 1)))
-    beside(tmp_path / "small.safetensors").write_text(USERS)
+    save_lm(lm_path_for(model), LanguageModel(1, "AB", *ngram.count_ngrams(["AB"], "AB", 1)))
+    lm_path_for(tmp_path / "small.safetensors").write_text(USERS)
     with pytest.raises(InputError, match="small.lm.safetensors exists and is not a language model"):
         export.main(["--checkpoint", str(model), "--out", str(tmp_path / "small.safetensors")])
 

@@ -31,7 +31,7 @@ from las_fast.ops import backends
 from las_fast.ops.speller_search import first_ngram_state
 from las_fast.search import ngram
 from las_fast.search.beam import beam_search, greedy_search
-from las_fast.search.ngram import NEVER, USUAL, load_lm, perplexity, save_lm
+from las_fast.search.ngram import DEFAULT_DISCOUNTS, FORBIDDEN_LOG_PROB, load_lm, perplexity, save_lm
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 from las_fast.training.validate import validate
 
@@ -62,7 +62,7 @@ def brute_force(sentences, characters, order):
             found = [i - (i + 1) * y * n[i + 1] / n[i] for i in (1, 2, 3)]
             if min(found) > 0:
                 return found[min(times, 3) - 1]
-        return USUAL[min(times, 3) - 1]
+        return DEFAULT_DISCOUNTS[min(times, 3) - 1]
 
     def p(token, context, k=order):
         if k == 0:
@@ -95,8 +95,9 @@ def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
     y = 8 / 16
     formulas = [0, 1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2]
     assert ngram._discounts(counts) == pytest.approx(formulas)
-    assert ngram._discounts(counts[counts != 4]).tolist() == [0, *USUAL]
-    assert ngram._discounts(np.repeat([1, 2, 3, 4], [1, 1, 5, 1])).tolist() == [0, *USUAL]  # one would be below 0
+    assert ngram._discounts(counts[counts != 4]).tolist() == [0, *DEFAULT_DISCOUNTS]
+    negative = np.repeat([1, 2, 3, 4], [1, 1, 5, 1])  # the formula of one discount is below 0
+    assert ngram._discounts(negative).tolist() == [0, *DEFAULT_DISCOUNTS]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -104,8 +105,8 @@ def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
 def test_every_row_is_a_distribution_that_never_begins_or_pads(order, sentences):
     table = train(sentences, order=order, characters=AB).table()
     assert np.exp(table.astype(np.float64)).sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
-    assert (table[:, [PAD, SOS]] == NEVER).all() and math.exp(NEVER) == 0.0
-    assert (table[:, EOS:] > NEVER).all() and np.isfinite(table).all()
+    assert (table[:, [PAD, SOS]] == FORBIDDEN_LOG_PROB).all() and math.exp(FORBIDDEN_LOG_PROB) == 0.0
+    assert (table[:, EOS:] > FORBIDDEN_LOG_PROB).all() and np.isfinite(table).all()
 
 
 def test_no_text_at_all_is_a_uniform_model():
@@ -132,25 +133,25 @@ def test_perplexity_is_of_the_characters_and_the_end():
     for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
         logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
         assert len(logs) == count
-        found = perplexity(model.table(), ngram.count(text, AB, 3))
+        found = perplexity(model.table(), ngram.count_ngrams(text, AB, 3))
         assert found == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
 
 
 def test_counting_in_parts_changes_nothing(monkeypatch):
     whole = train(TEXT, order=3, characters=AB)
-    monkeypatch.setattr(ngram, "SENTENCES", 2)
+    monkeypatch.setattr(ngram, "SENTENCES_PER_PASS", 2)
     parts = train(TEXT, order=3, characters=AB)
     assert parts.ngrams.tolist() == whole.ngrams.tolist() and parts.counts.tolist() == whole.counts.tolist()
-    most, held = lm.count_apart(TEXT * 30, AB, 3)
-    assert [x.tolist() for x in ngram.merge(most, held)] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
+    both = ngram.merge_counts(*lm.count_held_out(TEXT * 30, AB, 3))
+    assert [x.tolist() for x in both] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
 
 
 def test_what_is_held_out_does_not_depend_on_what_stands_around_it():
     texts = [a + b + c for a in AB[:2] * 20 for b in "ABBABBAAB" for c in "AB"]
-    held = lm.count_apart(texts, AB, 12)[1][0]
-    fewer = lm.count_apart(sorted(set(texts)), AB, 12)[1][0]
-    distinct = [t for t in set(texts) if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
-    assert held.tolist() == fewer.tolist() == ngram.count(distinct, AB, 12)[0].tolist()
+    held = lm.count_held_out(texts, AB, 12)[1][0]
+    fewer = lm.count_held_out(sorted(set(texts)), AB, 12)[1][0]
+    distinct = [t for t in set(texts) if lm.zlib.crc32(t.encode()) % lm.HELD_OUT_ONE_IN == 0]
+    assert held.tolist() == fewer.tolist() == ngram.count_ngrams(distinct, AB, 12)[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -203,8 +204,9 @@ def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
 
 def test_a_language_model_that_is_named_weighs_something_and_a_weight_that_is_set_stays():
     plain, set_ = DecodingConfig(), DecodingConfig(ngram_weight=0.3)
-    assert ngram.default_weight(plain, "x") == replace(plain, ngram_weight=ngram.WEIGHT) and ngram.WEIGHT > 0
-    assert ngram.default_weight(set_, "x") == set_ and ngram.default_weight(plain, None) == plain
+    assert ngram.DEFAULT_WEIGHT > 0
+    assert ngram.with_default_weight(plain, "x") == replace(plain, ngram_weight=ngram.DEFAULT_WEIGHT)
+    assert ngram.with_default_weight(set_, "x") == set_ and ngram.with_default_weight(plain, None) == plain
 
 
 def damaged(model, **changes):
@@ -264,7 +266,7 @@ def test_a_checkpoint_is_no_language_model_and_a_missing_file_is_named(tmp_path)
 
 
 def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
-    with pytest.raises(InputError, match=r"order 9 over 31 tokens makes a table of [0-9.]+ GiB, .* --order 8 or less"):
+    with pytest.raises(InputError, match=r"order 9 over 31 tokens needs a table of [0-9.]+ GiB, .* --order 8 or less"):
         train([], order=9)
     with pytest.raises(InputError, match="--order must be from 1 to 12; got 0"):
         train([], order=0)
@@ -280,15 +282,15 @@ def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch
     monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages}.get)
     ngram.check_order(5, 4)
     monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": pages - 1}.get)
-    with pytest.raises(InputError, match="order 5 over 4 tokens makes a table of 0.0 GiB, .* --order 4 or less"):
+    with pytest.raises(InputError, match="order 5 over 4 tokens needs a table of 0.0 GiB, .* --order 4 or less"):
         ngram.check_order(5, 4)
-    with pytest.raises(InputError, match="order 12 over 31 tokens makes a table of [0-9.]+ GiB"):
+    with pytest.raises(InputError, match="order 12 over 31 tokens needs a table of [0-9.]+ GiB"):
         ngram.check_order(12, 31)
 
 
 def test_a_table_that_no_machine_holds_is_refused_before_it_is_made():
     model = ngram.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
-    with pytest.raises(InputError, match="order 12 over .* tokens makes a table of"):
+    with pytest.raises(InputError, match="order 12 over .* tokens needs a table of"):
         model.table()
 
 
@@ -366,10 +368,11 @@ def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
     text = [f"{a}{b} {c}" for a in "ABCDE" for b in "EFGH" for c in "IJKL"]
     make(tmp_path, "--order", "3", text="\n".join(text))
     said = capsys.readouterr().out
-    held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT == 0]
+    held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT_ONE_IN == 0]
     rest = train([t for t in text if t not in held], order=3)
     assert 0 < len(held) < len(text)
-    assert f"perplexity  {perplexity(rest.table(), ngram.count(held, lm.CHARACTERS, 3)):.3f} a character" in said
+    expected = perplexity(rest.table(), ngram.count_ngrams(held, lm.CHARACTERS, 3))
+    assert f"perplexity  {expected:.3f} per character" in said
     assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
     make(tmp_path, "--order", "4", text="\n".join(text))
     size = (tmp_path / "lm.safetensors").stat().st_size / 1e6
@@ -527,9 +530,9 @@ def make_text(folder, text):
 def test_a_language_model_comes_with_a_weight_that_can_be_changed(here, tmp_path):
     file = ["--lm", str(here / "lm.safetensors")]
     usual = decoded(here, tmp_path, *file)
-    expected = searched(here, {"beam": 4, "ngram_weight": ngram.WEIGHT}, ngram=table(here))
+    expected = searched(here, {"beam": 4, "ngram_weight": ngram.DEFAULT_WEIGHT}, ngram=table(here))
     assert sorted(row["score"] for row in usual) == pytest.approx(sorted(h[0].score for h in expected), abs=1e-3)
-    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(ngram.WEIGHT)) == usual
+    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(ngram.DEFAULT_WEIGHT)) == usual
     assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", "0.9") != usual != decoded(here, tmp_path)
 
 
@@ -546,11 +549,11 @@ def test_a_weight_without_a_model_and_a_model_without_a_weight_are_errors(here, 
     assert "ngram_weight is 0.3 and there is no language model; give --lm FILE" in said
     assert "untrained-20.lm.safetensors" in said
     none = ["--lm", str(here / "lm.safetensors"), "--decoding.ngram-weight", "0"]
-    assert "has no effect where decoding.ngram_weight is 0" in fails(capsys, lambda: decoded(here, tmp_path, *none))
+    assert "has no effect while decoding.ngram_weight is 0" in fails(capsys, lambda: decoded(here, tmp_path, *none))
     assert "--lm gone is not a file" in fails(capsys, lambda: decoded(here, tmp_path, "--lm", "gone"))
     save_lm(tmp_path / "other.safetensors", train(TEXT, order=2, characters=AB))
     said = fails(capsys, lambda: decoded(here, tmp_path, "--lm", str(tmp_path / "other.safetensors")))
-    assert "is of the characters 'AB '" in said and "--characters" in said
+    assert "has the characters 'AB '" in said and "--characters" in said
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -569,7 +572,7 @@ def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh
     assert decoded(here, tmp_path, "--checkpoint", "NAME") == expected != plain
     assert decoded(here, tmp_path, "--lm", "NAME", "--decoding.ngram-weight", "0.7") == expected
     assert decoded(here, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
-    with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released: NAME"):
+    with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released models: NAME"):
         ngram.find_lm("OTHER", Path("x.safetensors"))
 
 
@@ -642,7 +645,7 @@ def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
 
 
 def test_tuning_needs_something_to_choose_from(here, capsys):
-    assert "nothing to choose from" in fails(capsys, lambda: tune.main(words(here)))
+    assert "there is nothing to tune" in fails(capsys, lambda: tune.main(words(here)))
     assert "beam must be at least 1" in fails(capsys, lambda: tune.main(words(here, "--beam", "0")))
     said = fails(capsys, lambda: tune.main(words(here, "--ctc-weight", "0.3")))
     assert "decoding.ctc_weight needs a model with a CTC head" in said

@@ -648,10 +648,10 @@ def test_the_language_model_that_is_written_counts_all_text(tmp_path):
     lm.main([str(tmp_path / "text.txt"), "--out", str(out), "--order", "3", "--characters", "AB "])
     model = ngram.load_lm(out)
     assert int(model.counts.sum()) == sum(len(text) + 1 for text in sentences) and model.sentences == 200
-    ngrams, counts = ngram.count(sentences, "AB ", 3)
+    ngrams, counts = ngram.count_ngrams(sentences, "AB ", 3)
     assert np.array_equal(model.ngrams, ngrams) and np.array_equal(model.counts, counts)
-    most, held = lm.count_apart(sentences, "AB ", 3)
-    assert len(most[0]) and len(held[0]), "some are held out, some are not"
+    kept, held = lm.count_held_out(sentences, "AB ", 3)
+    assert len(kept[0]) and len(held[0]), "some are held out, some are not"
 
 
 # ------------------------------------------------------------------------------------------------------------- logs

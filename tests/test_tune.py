@@ -80,7 +80,7 @@ def test_a_slash_at_the_end_is_no_name_for_the_table(capsys):
 def test_settings_are_ranked_by_cer_and_equal_ones_stay_in_order():
     settings = [DecodingConfig(beam=beam) for beam in (1, 2, 3, 4)]
     texts = [["AB X", "C"], ["AB", "C"], ["AB X", "C"], ["AB CD", "C"]]
-    order, rows = tune.ranked(["beam"], settings, ["AB CD", "C"], texts)
+    order, rows = tune.rank(["beam"], settings, ["AB CD", "C"], texts)
     assert order == [3, 0, 2, 1]
     assert rows == [
         ["beam", "cer", "wer", "ld"],
@@ -100,7 +100,7 @@ def ranked(monkeypatch):
         rows = [[f"{getattr(settings[i], name):g}" for name in names] + ["1.000", "2.000", "3.000"] for i in order]
         return order, [[*names, "cer", "wer", "ld"], *rows]
 
-    monkeypatch.setattr(tune, "ranked", rank)
+    monkeypatch.setattr(tune, "rank", rank)
     return order
 
 
@@ -138,7 +138,7 @@ def test_a_language_model_has_its_usual_weight_where_none_is_chosen(here, monkey
     seen = []
     monkeypatch.setattr(tune, "decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3])
     tune.main(words(here, "--beam", 2, "--lm", here / "lm.safetensors"))
-    assert [point.ngram_weight for point in seen] == [ngram.WEIGHT]
+    assert [point.ngram_weight for point in seen] == [ngram.DEFAULT_WEIGHT]
 
 
 def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tmp_path):
@@ -192,7 +192,7 @@ def test_every_utterance_needs_a_transcript(here, tmp_path):
 
 def test_a_checkpoint_is_not_tuned_on_data_that_it_does_not_fit(here, tmp_path):
     archive = make_archive(tmp_path, "F23")
-    with pytest.raises(InputError, match="has 28 values a frame"):
+    with pytest.raises(InputError, match="has 28 values per frame"):
         tune.main([*words(here, "--beam", 1), "--data", str(archive)])
 
 

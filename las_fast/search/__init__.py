@@ -1,4 +1,4 @@
-"""From encoder memory to text: beam search, n-gram models, decoding of whole data sets."""
+"""From encoder memory to hypotheses: beam search, n-gram models, decoding of whole data sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Hypothesis", "beam_search", "decode_dataset", "greedy_search"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the search, and torch with it, at first use: n-gram models need neither."""
+    """Import the search at first use: it needs torch, and n-gram models do not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from las_fast.search import beam, dataset

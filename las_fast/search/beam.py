@@ -27,19 +27,19 @@ from las_fast.text import EOS, PAD, SOS
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One reading of an utterance."""
+    """One candidate text of an utterance."""
 
-    text_tokens: list[int]  # without <sos> or <eos>
-    score: float  # sum of what each token adds, <eos> included: see beam_search
-    normalised: float  # score / tokens ** length_penalty, <eos> counted: the rank, but for the coverage
-    frames: list[int]  # the encoder frame that each token attended to most
-    token_scores: list[float]  # what each token adds to the score
-    finished: bool  # False where <eos> came only because the maximum length was reached
-    speech_score: float | None = None  # see speech_scores; None where it was not asked for
+    text_tokens: list[int]  # without <sos> and <eos>
+    score: float  # sum of the token scores, <eos> included; see beam_search
+    normalised: float  # score / tokens ** length_penalty, <eos> counted; the rank is this plus the coverage term
+    attended_frames: list[int]  # the encoder frame that each token attended to most
+    token_scores: list[float]  # the score of each token in text_tokens
+    finished: bool  # False if <eos> was forced at the maximum length
+    speech_score: float | None = None  # see las_fast.search.dataset.speech_scores; None if it was not requested
 
 
 def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis]]:
-    """Take the most probable token at each step; a list of one hypothesis an utterance. See beam_search."""
+    """Take the most probable token at each step; a list of one hypothesis per utterance. See beam_search."""
     return beam_search(model, memory, dataclasses.replace(config, beam=1))
 
 
@@ -55,34 +55,36 @@ def beam_search(
     backend: str = "auto",
     capture: bool | None = None,
 ) -> list[list[Hypothesis]]:
-    """Return up to `nbest` hypotheses an utterance, best first.
+    """Search each utterance with a beam of config.beam hypotheses.
 
-    Hypotheses do not depend on the batch that an utterance is in. At the maximum length they take <eos>. To the score
-    of a hypothesis each token adds (natural logarithms; length_reward is not for <eos>)
+    The hypotheses of an utterance do not depend on the rest of its batch. At the maximum length <eos> is forced. The
+    score of a token is (natural logarithms; no length_reward for <eos>)
 
         log p_model(token) + ngram_weight * log p_ngram(token) + length_reward
 
-    where with config.ctc_weight the model is the weighted mean of attention and CTC: see ops.beam_topk.
+    With config.ctc_weight, log p_model is the weighted mean of attention and CTC; see ops.beam_topk.
 
     Args:
         model:   has start, step, time_reduction and vocabulary_size as las_fast.model.las.LAS; its state has gather as
             SpellerState.
-        memory:  what model.listen returned; lengths (B,) int64 encoder frames. With config.ctc_weight its ctc_logits
-            (B, T', V), whose blank is <pad>, and ctc_lengths (B,) are read too.
+        memory:  from model.listen; lengths (B,) int64 encoder frames. config.ctc_weight also needs ctc_logits
+            (B, T', V), whose blank is <pad>, and ctc_lengths (B,).
         config:  beam, length limits, penalties and weights.
-        nbest:   hypotheses to return; no more than config.beam exist.
-        ngram:   table of a language model as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
-        packed:  what packed_weights made of this model, as it is, for this config and backend; None: the C++ search
-            packs them itself.
+        nbest:   hypotheses to return per utterance; there are at most config.beam.
+        ngram:   n-gram table as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
+        packed:  from packed_weights, for this config and backend, with the model's weights unchanged since; None: the
+            C++ search packs them itself.
         backend: of the ops.
-        capture: replay a CUDA graph instead of launching kernels one by one; None: on CUDA with the Triton ops, and on
-            a CPU the whole search of a LAS is one C++ op instead of steps.
+        capture: True: replay CUDA graphs. False: run op by op. None: choose: one C++ op for a LAS on a CPU, CUDA
+            graphs on CUDA with the Triton ops, or else op by op.
 
-    Where the model's outputs are not numbers, an utterance's one hypothesis is empty with score -inf.
+    Returns:
+        Up to nbest hypotheses per utterance, best first. If the model's outputs are NaN, the only hypothesis of the
+        utterance is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram model, config.ctc_weight without a CTC head;
-            precision bf16 or int8 where the search is not that in C++.
+        InputError: config.ngram_weight without an n-gram table, config.ctc_weight without a CTC head, or precision bf16
+            or int8 where the C++ search is not used.
     """
     ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
@@ -96,9 +98,9 @@ def beam_search(
 
 @torch.inference_mode()
 def packed_weights(model, config: DecodingConfig, device: str | torch.device, backend: str = "auto") -> Tensor | None:
-    """Return the model's matrices as beam_search reads them in C++, for whoever searches many batches; else None.
+    """Pack the weights for the C++ search, to share between batches; None if that search is not used.
 
-    They do not follow weights that change later.
+    The copy does not track later weight updates.
     """
     if not is_native(model, backend, torch.device(device)):
         return None
@@ -106,14 +108,14 @@ def packed_weights(model, config: DecodingConfig, device: str | torch.device, ba
 
 
 def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) -> tuple[Tensor | None, DecodingConfig]:
-    """Return a table that also holds config.length_reward, and the settings to use with it.
+    """Fold config.length_reward into the n-gram table; return the table and the settings to use with it.
 
     weight * (log-probability + length_reward / weight) adds the reward to every token but <eos>. Without an n-gram
-    model the table is one of order 1 that holds nothing else. Whoever searches many batches does this once. Raises
-    InputError for config.ngram_weight without an n-gram model.
+    table, the result is a table of order 1 with nothing but the reward. beam_search does this itself, but to search
+    many batches it is cheaper to do it once. Raises InputError for config.ngram_weight without an n-gram table.
     """
     if config.ngram_weight and ngram is None:
-        raise InputError("decoding.ngram_weight needs an n-gram model, and there is none; set it to 0")
+        raise InputError("decoding.ngram_weight needs an n-gram model, but there is none; set it to 0")
     if not config.length_reward:
         return ngram, config
     if ngram is None or not config.ngram_weight:
@@ -124,13 +126,13 @@ def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) ->
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
-    """Return the tokens allowed for (B,) int64 feature frames; the maximum is at least 1 and the minimum no more."""
+    """Return the limits for utterances of (B,) int64 feature frames; the maximum is at least 1 and the minimum."""
     maximum = (lengths * config.maximum_share).long().add(config.maximum_extra).clamp(min=1)
     return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make a CUDA device the current one, for events, streams and Triton."""
+    """Make a CUDA device the current device, for events, streams and Triton."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -151,20 +153,20 @@ def choose_search(
 
 
 def backtrack(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str) -> list[list[Hypothesis]]:
-    """Follow the back-pointers and bring everything to the host."""
-    tokens, lengths, token_scores, frames = beam_backtrack(*steps, eos=EOS, backend=backend)
+    """Follow the back-pointers, copy the result to the host, and return the hypotheses of each utterance."""
+    tokens, lengths, token_scores, attended = beam_backtrack(*steps, eos=EOS, backend=backend)
     scores = steps.scores[-1]
     normalised = scores / (lengths + 1).float() ** config.length_penalty
     finished = lengths < limits.maximum[:, None]
-    columns = [x.tolist() for x in (tokens, scores, normalised, frames, token_scores, finished, lengths)]
+    columns = [x.tolist() for x in (tokens, scores, normalised, attended, token_scores, finished, lengths)]
     return [_hypotheses(nbest, *utterance) for utterance in zip(*columns, strict=True)]
 
 
-def _hypotheses(nbest: int, tokens, scores, normalised, frames, each, finished, lengths) -> list[Hypothesis]:
-    """Return the real hypotheses of one utterance, of lists over its beams."""
-    found = []
-    for k, n in enumerate(lengths):
-        # Where there are fewer readings than beams, impossible ones fill up: score -inf, or special tokens in the text.
-        if math.isfinite(scores[k]) and not {PAD, SOS} & set(tokens[k][:n]):
-            found.append(Hypothesis(tokens[k][:n], scores[k], normalised[k], frames[k][:n], each[k][:n], finished[k]))
-    return found[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]
+def _hypotheses(nbest: int, *columns: list) -> list[Hypothesis]:
+    """Return the best hypotheses of one utterance, from lists over its K beams (see backtrack)."""
+    hypotheses = []
+    for tokens, score, normalised, attended, token_scores, finished, n in zip(*columns, strict=True):
+        # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
+        if math.isfinite(score) and not {PAD, SOS} & set(tokens[:n]):
+            hypotheses.append(Hypothesis(tokens[:n], score, normalised, attended[:n], token_scores[:n], finished))
+    return hypotheses[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]

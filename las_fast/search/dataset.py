@@ -1,4 +1,4 @@
-"""Decode a data set in batches, halving a batch that does not fit in memory."""
+"""Decode a data set in batches; halve a batch that does not fit in memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from las_fast.config import DecodingConfig
 from las_fast.data.batching import Batch, make_loader, sorted_batches
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.attention import Memory
-from las_fast.ops import (
-    ctc_loss,
-)
+from las_fast.ops import ctc_loss
 from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, packed_weights, with_reward
 from las_fast.search.cuda_graph import forget
 from las_fast.search.native import LOW_PRECISIONS
 from las_fast.text import PAD, Vocabulary
 
-UTTERANCES_PER_BATCH = 128  # at most, however short they are
+MAX_UTTERANCES_PER_BATCH = 128  # however short they are
 
 
 def decode_dataset(
@@ -42,69 +40,85 @@ def decode_dataset(
     progress: bool = True,
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
-    """Beam-search every utterance; return their hypotheses in the dataset's order.
+    """Run beam_search on every utterance.
 
-    nbest, ngram and packed are as in beam_search. With speech_scores each utterance's best hypothesis has its score.
-    Utterances are batched by length under config.frames_per_batch. A batch that does not fit in memory is halved and
-    tried again, and those after it are kept as small.
+    Utterances are batched by length, up to config.frames_per_batch padded frames. A batch that does not fit in memory
+    is halved and tried again, and later batches of that size are halved at once.
+
+    Args:
+        model:         see beam_search; it also has listen as las_fast.model.las.LAS.
+        dataset:       see las_fast.data.dataset.SpeechDataset.
+        vocabulary:    of the model.
+        config:        see beam_search.
+        nbest:         hypotheses per utterance.
+        ngram, packed: see beam_search.
+        speech_scores: whether to give the best hypothesis of each utterance its speech_score.
+        progress:      whether to show a progress bar.
+        device:        of the model.
+
+    Returns:
+        The hypotheses of each utterance, best first, in the order of the dataset.
 
     Raises:
-        InputError: one utterance alone does not fit in memory, or the model's outputs are not numbers.
+        InputError: one utterance alone does not fit in memory, or the model's outputs are not finite.
     """
     ngram, config = with_reward(ngram, config, len(vocabulary), device)
     packed = packed_weights(model, config, device) if packed is None else packed
     options: dict[str, Any] = {"nbest": nbest, "ngram": ngram, "packed": packed}
-    decode = partial(_decode, model=model, config=config, device=device, scored=speech_scores, **options)
+    decode = partial(
+        _decode_batch, model=model, config=config, device=device, with_speech_scores=speech_scores, **options
+    )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
-    limit = math.inf  # padded frames that are known to be too many
+    too_many = math.inf  # padded frames per batch that did not fit
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for batch in batches_to_decode(dataset, vocabulary, config):
             waiting = [batch]
             while waiting:
                 part = waiting.pop()
                 size = part.features.shape[0] * part.features.shape[1]
-                # The longest utterances come first, so that a single one is always below a limit that a batch has set.
-                found = _try(decode, part) if size < limit else None
-                if found is None:
-                    limit = min(limit, size)
-                    waiting += _halves(part, dataset)
+                # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
+                decoded = _decode_if_it_fits(decode, part) if size < too_many else None
+                if decoded is None:
+                    too_many = min(too_many, size)
+                    waiting += _split_in_half(part, dataset)
                     continue
-                for i, hypotheses in zip(part.indices.tolist(), found, strict=True):
-                    results[i] = _checked(hypotheses, dataset.ids[i])
+                for i, hypotheses in zip(part.indices.tolist(), decoded, strict=True):
+                    _check_finite(hypotheses, dataset.ids[i])
+                    results[i] = hypotheses
                 bar.update(float(dataset.seconds[part.indices.numpy()].sum()))
     return results
 
 
 def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
-    """Return the dataset's batches by length, the longest utterances first, without their transcripts."""
+    """Return batches by length, longest utterances first, without transcripts."""
     batches = sorted_batches(
-        dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=UTTERANCES_PER_BATCH
+        dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
     )
-    untold = copy.copy(dataset)
-    untold.texts = [None] * len(dataset)  # transcripts may hold characters that the vocabulary lacks
-    return make_loader(untold, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    without_text = copy.copy(dataset)
+    without_text.texts = [None] * len(dataset)  # transcripts may have characters outside the vocabulary
+    return make_loader(without_text, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
 
 
 @torch.inference_mode()
 def listen(model, batch: Batch, config: DecodingConfig):
-    """Return the encoder memory of a batch, in float32, by products in bfloat16 where config.precision is reduced."""
+    """Encode a batch; return the float32 memory. Matmuls are in bfloat16 if config.precision is in LOW_PRECISIONS."""
     with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=config.precision in LOW_PRECISIONS):
         return model.listen(batch.features, batch.feature_lengths)
 
 
 @torch.inference_mode()
 def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
-    """Return how much likelier each text is than silence by the CTC head, in nats per token.
+    """Return how much more likely each text is than silence under the CTC head, in nats per token.
 
-    This is (log p(text) - log p(only blanks)) / tokens. Speech has 2 to 9; below 1 lie texts made out of noise.
+    The score is (log p(text) - log p(only blanks)) / tokens. Speech scores 2 to 9; texts made up from noise score
+    below 1.
 
     Args:
-        memory: of a batch of B utterances, as model.listen returned it.
+        memory: of a batch of B utterances, from model.listen.
         texts:  B lists of tokens without <sos> and <eos>.
 
     Returns:
-        B scores; None where there is no CTC head or the text is empty, -inf where it has more tokens than the head has
-        frames.
+        B scores: None without a CTC head or for an empty text, -inf for a text too long for the frames of the head.
     """
     if memory.ctc_logits is None or memory.ctc_lengths is None:
         return [None] * len(texts)
@@ -115,23 +129,30 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
     blanks = torch.log_softmax(memory.ctc_logits.float(), -1)[..., PAD]
     valid = torch.arange(blanks.shape[1], device=device) < lengths[:, None]
     ratios = (-losses - blanks.masked_fill(~valid, 0).sum(1)) / counts
-    repeated = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=device)  # a blank parts these
-    ratios = ratios.masked_fill(counts + repeated > lengths, -math.inf)  # the loss of what cannot be aligned is 0
+    repeated = torch.tensor([sum(map(eq, text, text[1:])) for text in texts], device=device)
+    # CTC needs a blank between equal tokens. Where no alignment exists, ctc_loss is 0 instead of infinite.
+    ratios = ratios.masked_fill(counts + repeated > lengths, -math.inf)
     return [ratio if text else None for ratio, text in zip(ratios.tolist(), texts, strict=True)]
 
 
-def _decode(batch: Batch, *, model, config: DecodingConfig, device, scored: bool, **options) -> list[list[Hypothesis]]:
+def _decode_batch(
+    batch: Batch, *, model, config: DecodingConfig, device, with_speech_scores: bool, **options
+) -> list[list[Hypothesis]]:
     memory = listen(model, batch.to(device), config)
-    found = beam_search(model, memory, config, **options)
-    if not scored:
-        return found
-    scores = speech_scores(memory, [best.text_tokens for best, *_ in found])
-    best = [dataclasses.replace(best, speech_score=x) for (best, *_), x in zip(found, scores, strict=True)]
-    return [[first, *others] for first, (_, *others) in zip(best, found, strict=True)]
+    hypotheses = beam_search(model, memory, config, **options)
+    if not with_speech_scores:
+        return hypotheses
+    scores = speech_scores(memory, [best.text_tokens for best, *_ in hypotheses])
+    return [
+        [dataclasses.replace(best, speech_score=score), *others]
+        for (best, *others), score in zip(hypotheses, scores, strict=True)
+    ]
 
 
-def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> list[list[Hypothesis]] | None:
-    """Decode one batch; return None if memory does not suffice."""
+def _decode_if_it_fits(
+    decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch
+) -> list[list[Hypothesis]] | None:
+    """Decode one batch; on lack of memory, free caches and return None."""
     try:
         return decode(batch)
     except (MemoryError, RuntimeError) as error:
@@ -142,8 +163,11 @@ def _try(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> lis
     return None
 
 
-def _halves(batch: Batch, dataset) -> list[Batch]:
-    """Return the two halves of a batch that is too big, each padded no further than it needs."""
+def _split_in_half(batch: Batch, dataset) -> list[Batch]:
+    """Return the two halves of a batch, each padded to its own longest utterance.
+
+    Raises InputError for a batch of one utterance.
+    """
     count = batch.features.shape[0]
     if count == 1:
         i = int(batch.indices[0])
@@ -159,10 +183,9 @@ def _halves(batch: Batch, dataset) -> list[Batch]:
     return halves
 
 
-def _checked(hypotheses: list[Hypothesis], name: str) -> list[Hypothesis]:
+def _check_finite(hypotheses: list[Hypothesis], name: str) -> None:
     if not math.isfinite(hypotheses[0].score):
         raise InputError(
-            f"no hypothesis for {name} has a finite score: the model's outputs are not numbers (use a checkpoint from "
-            "before it diverged), or a setting under --decoding is beyond all measure"
+            f"no hypothesis for {name} has a finite score: the model's outputs are NaN or infinite (use a checkpoint "
+            "from before it diverged), or a --decoding setting is far out of range"
         )
-    return hypotheses

@@ -43,7 +43,7 @@ def decode(archive, backend, utterances=None):
             memory = loaded.model.listen(batch.features, batch.feature_lengths)
         hypotheses = beam_search(loaded.model, memory, settings, nbest=BEAM, backend=backend, capture=False)
         for i, several in zip(batch.indices.tolist(), hypotheses, strict=True):
-            found.append((dev.ids[i], [(h.text_tokens, h.score, h.frames) for h in several]))
+            found.append((dev.ids[i], [(h.text_tokens, h.score, h.attended_frames) for h in several]))
         if utterances:
             break
     return found

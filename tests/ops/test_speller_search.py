@@ -272,7 +272,7 @@ def test_the_reference_is_the_search_step_by_step(lstm_sizes):
     )  # fmt: skip
     for utterance, wanted in zip(hypotheses(steps), stepwise, strict=True):
         assert [h[0] for h in utterance] == [h.text_tokens for h in wanted]
-        assert [h[3] for h in utterance] == [h.frames for h in wanted]
+        assert [h[3] for h in utterance] == [h.attended_frames for h in wanted]
         assert [h[1] for h in utterance] == pytest.approx([h.score for h in wanted], abs=1e-5)
 
 
@@ -585,8 +585,8 @@ def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam
             for capture in (None, False)
         )
         for several, wanted in zip(found, expected, strict=True):
-            assert [(h.text_tokens, h.frames, h.finished) for h in several] == [
-                (h.text_tokens, h.frames, h.finished) for h in wanted
+            assert [(h.text_tokens, h.attended_frames, h.finished) for h in several] == [
+                (h.text_tokens, h.attended_frames, h.finished) for h in wanted
             ]
             assert [h.score for h in several] == pytest.approx([h.score for h in wanted], abs=1e-4)
 

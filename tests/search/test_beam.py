@@ -177,7 +177,7 @@ def test_every_path_finds_the_same_with_ctc(weight):
     first, *others = (beam_search(model, heard, settings, nbest=6, **path) for path in paths)
     for found in others:
         for ours, theirs in zip(itertools.chain(*found), itertools.chain(*first), strict=True):
-            assert (ours.text_tokens, ours.frames) == (theirs.text_tokens, theirs.frames)
+            assert (ours.text_tokens, ours.attended_frames) == (theirs.text_tokens, theirs.attended_frames)
             assert ours.finished == theirs.finished and ours.score == pytest.approx(theirs.score, rel=1e-5)
 
 
@@ -261,7 +261,7 @@ def test_token_scores_and_frames_belong_to_the_tokens():
             _, attended, state = FakeModel(7).step(torch.tensor([[before]]), state, one)
             frames.append(int(attended.peaks))
             before = token
-        assert found.frames == frames
+        assert found.attended_frames == frames
 
 
 def test_scores_come_best_first():
@@ -812,7 +812,7 @@ def test_a_diverged_model_is_named_as_such():
             logits, attended, state = super().step(tokens, state, memory, **options)
             return logits * torch.nan, attended, state
 
-    with pytest.raises(InputError, match="not numbers"):
+    with pytest.raises(InputError, match="NaN or infinite"):
         decode(Broken(), FakeDataset(np.array([4]), [None]))
 
 

@@ -70,7 +70,7 @@ def hear(model, lengths):
 
 def assert_same(found, expected):
     for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
-        assert ours.text_tokens == theirs.text_tokens and ours.frames == theirs.frames
+        assert ours.text_tokens == theirs.text_tokens and ours.attended_frames == theirs.attended_frames
         assert ours.finished == theirs.finished
         assert ours.score == pytest.approx(theirs.score, abs=1e-4)
         assert ours.token_scores == pytest.approx(theirs.token_scores, abs=1e-4)
