@@ -142,7 +142,7 @@ def test_audio_is_decoded_with_the_checkpoints_own_features(tmp_path, capsys):
     assert rows(tmp_path / "out.csv")[0] == ["id", "label"] and last_line(capsys)["utterances"] == 4
 
 
-def test_frames_of_another_size_are_refused_by_name(here, capsys):
+def test_features_of_another_size_are_an_error_that_names_both(here, capsys):
     make_checkpoint(here, 13)
     message = fails(here, capsys, checkpoint="untrained-13.safetensors")
     assert "HW4P2 F23 has 28 values per frame" in message and "untrained-13.safetensors was trained on 13" in message
@@ -202,7 +202,7 @@ def references(path):
     return [json.loads(line).get("reference") for line in path.read_text().splitlines()]
 
 
-def test_transcripts_that_the_model_cannot_write_are_refused_or_mapped(tmp_path, capsys):
+def test_transcripts_outside_the_vocabulary_are_refused_or_mapped(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", "well, yes", "A-B")
     message = fails(tmp_path, capsys, **options)
     assert "2 of 3 transcripts, first u1, have characters outside" in message
@@ -211,13 +211,13 @@ def test_transcripts_that_the_model_cannot_write_are_refused_or_mapped(tmp_path,
     assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]
 
 
-def test_digits_cannot_be_mapped_and_the_remedy_is_to_write_words(tmp_path, capsys):
+def test_digits_cannot_be_mapped_and_the_error_says_to_write_words(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", "AT 42")
     message = fails(tmp_path, capsys, "--normalise-text", **options)
     assert "'2' '4'; write digits as words in the transcripts" in message and "add --normalise-text" not in message
 
 
-def test_scores_of_a_part_say_of_how_many(tmp_path, capsys):
+def test_scores_say_how_many_utterances_have_transcripts(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", None, "", " ", "YES")
     decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
     printed = capsys.readouterr().out
@@ -232,7 +232,7 @@ def test_blank_transcripts_alone_give_no_scores(tmp_path, capsys):
     assert list(last_line(capsys)) == ["utterances", "seconds", "audio_seconds", "rtfx"]
 
 
-def test_ids_that_two_splits_share_are_told_apart_in_both_results(tmp_path, capsys):
+def test_ids_shared_by_two_splits_get_the_split_as_a_prefix_in_both_files(tmp_path, capsys):
     options = write_manifest(tmp_path, "ONE", "TWO", "THREE", "FOUR", splits=["train", "train", "dev", "dev"])
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"u2"', '"u0"'))
@@ -278,7 +278,7 @@ def test_a_folder_is_no_output_file(here, capsys, tmp_path):
     assert f"{tmp_path} is a folder" in fails(here, capsys, out=tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_made_is_found_before_decoding(here, capsys, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_an_error_before_decoding(here, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out.csv", tmp_path / "file" / "deep" / "out.csv"):
         assert f"--out: the folder {out.parent} cannot be made ({tmp_path / 'file'} is a file)" in fails(
@@ -369,7 +369,7 @@ def test_json_lines_are_known_by_how_they_begin(tmp_path):
 
 @pytest.mark.parametrize("name", ["--out", "--jsonl"])
 @pytest.mark.parametrize("given", ["--data", "--checkpoint", "--lm"])
-def test_what_is_read_is_not_written_over(tmp_path, name, given):
+def test_input_files_are_not_overwritten(tmp_path, name, given):
     file = tmp_path / "x"
     file.write_text('{"id": ' if name == "--jsonl" else "id,label\n")
     words = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": str(tmp_path / "z.csv")}
@@ -421,7 +421,7 @@ def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():
     assert command.describe(dataset, 0, several, loaded)["reference"] == "A"
 
 
-def test_the_summary_holds_what_there_is():
+def test_the_summary_has_only_the_scores_that_exist():
     rows = [{"text": "AB", "reference": "AC"}, {"text": "A B"}, {"text": "C D", "reference": "C D E"}]
     dataset = fake_dataset([None] * 3, seconds=np.array([1.0, 2.0, 0.56789]), skipped=["u3"])
     scores = {"ld": 1.5, "cer": round(300 / 7, 4), "wer": 50.0}
@@ -454,7 +454,7 @@ def test_the_summary_is_printed_in_words():
     ]  # fmt: skip
 
 
-def test_a_device_is_one_that_is_there_and_works(monkeypatch):
+def test_a_device_must_exist_and_work(monkeypatch):
     assert command.choose_device(" CPU ") == torch.device("cpu") == command.choose_device("auto")
     made = []
     monkeypatch.setattr(torch, "zeros", lambda n, device: made.append(device) or torch.ones(n))
@@ -477,7 +477,7 @@ def test_a_device_is_one_that_is_there_and_works(monkeypatch):
         ("CUDA out of memory. Tried to allocate", r"--device cpu cannot be used \(its memory is full\); wait for it"),
     ],
 )
-def test_a_device_that_is_of_no_use_is_one_sentence(monkeypatch, message, said):
+def test_an_unusable_device_is_one_sentence(monkeypatch, message, said):
     def fail(*_, **__):
         raise torch.OutOfMemoryError(message) if "memory" in message else RuntimeError(message)
 

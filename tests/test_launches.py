@@ -1,7 +1,7 @@
-"""What a chunk of the search asks of a GPU, by tensors that only pretend to be on one: no waiting, few launches.
+"""A chunk of the search on fake CUDA tensors: it never waits for the device and launches few kernels.
 
-The real search runs with the Triton ops' shapes. Reading a number raises, as there is none; the trace of its calls
-tells of leaving the device, of changing a shape from step to step and of launching too much.
+The real search runs with the shapes of the Triton ops. Fake tensors hold no numbers, so reading one raises. The trace
+of calls shows tensors that leave the device, shapes that change between steps, and launches beyond the limit.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import config
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from toy_model import config
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
@@ -22,51 +22,51 @@ from las_fast.ops import backends
 from las_fast.search import steps
 from las_fast.search.beam import length_limits
 
-V, MOST = 31, 16
-WITH_CTC = 17
-NO_LAUNCH = {  # views, and questions that the host answers alone
+V, MAX_LAUNCHES = 31, 16
+MAX_LAUNCHES_WITH_CTC = 17
+NO_LAUNCH = {  # views, and queries that the host answers itself
     "_unsafe_view", "alias", "detach", "device", "expand", "slice", "split_with_sizes", "t", "transpose", "unsqueeze",
     "view",
 }  # fmt: skip
-SEVERAL = {"masked_attention_triton": 2}  # where the frames are split: parts, and their sum
+LAUNCHES = {"masked_attention_triton": 2}  # with split frames: one for the parts, one for their sum
 
 
 class Trace(TorchDispatchMode):
-    """Keeps what each step calls: (name, shapes taken, shapes made)."""
+    """Keeps the calls of each step: (name, input shapes, output shapes)."""
 
     def __init__(self):
         super().__init__()
-        self.between: list[tuple] = []
+        self.outside: list[tuple] = []  # calls of no step
         self.steps: list[list[tuple]] = []
-        self.now = self.between
+        self.current = self.outside
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
         tensors = [[x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((arguments, named), result)]
         assert all(x.is_cuda for x in sum(tensors, [])), f"{function.name()} leaves the device"
         name = function.name().split("::")[1].split(".")[0]
-        self.now.append((name, *([tuple(x.shape) for x in part] for part in tensors)))
+        self.current.append((name, *([tuple(x.shape) for x in part] for part in tensors)))
         return result
 
     def around(self, step):
-        """Return step with what it calls kept as one step's."""
+        """Wrap step, so that its calls are kept as those of one step."""
 
         def traced(*arguments):
-            self.now = []
-            self.steps.append(self.now)
+            self.current = []
+            self.steps.append(self.current)
             result = step(*arguments)
-            self.now = self.between
+            self.current = self.outside
             return result
 
         return traced
 
     def launches(self) -> list[str]:
-        """The kernels of the last step, in order."""
-        return [name for name, *_ in self.steps[-1] for _ in range(SEVERAL.get(name, name not in NO_LAUNCH))]
+        """Return the kernels of the last step, in order."""
+        return [name for name, *_ in self.steps[-1] for _ in range(LAUNCHES.get(name, name not in NO_LAUNCH))]
 
 
-def pretend(tree):
-    """Return the tree with each tensor on a GPU that is not there."""
+def to_fake_cuda(tree):
+    """Return the tree with each tensor replaced by an empty CUDA tensor."""
     return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), tree)
 
 
@@ -88,14 +88,14 @@ def trace_chunk(monkeypatch):
         monkeypatch.setattr(steps, "step", trace.around(step))
         with torch.no_grad(), FakeTensorMode():
             for module in model.modules():
-                module._parameters, module._buffers = pretend(module._parameters), pretend(module._buffers)
-            inputs, beams = pretend(inputs), pretend(beams)
+                module._parameters, module._buffers = to_fake_cuda(module._parameters), to_fake_cuda(module._buffers)
+            inputs, beams = to_fake_cuda(inputs), to_fake_cuda(beams)
             beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
             with trace:
-                steps.advance(replace(one, ngram=pretend(ngram)), inputs, beams)
+                steps.advance(replace(one, ngram=to_fake_cuda(ngram)), inputs, beams)
         assert len(trace.steps) == steps.STEPS_PER_CHUNK
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
-            assert before == after, "a step differs from the one before"
+            assert before == after, "two steps make different calls"
         return trace
 
     return trace_chunk
@@ -103,19 +103,19 @@ def trace_chunk(monkeypatch):
 
 def test_a_step_launches_at_most_sixteen_kernels(trace_chunk):
     launched = trace_chunk().launches()
-    assert len(launched) <= MOST, launched
+    assert len(launched) <= MAX_LAUNCHES, launched
     assert {f"{op}_triton" for op in ("masked_attention", "beam_topk", "beam_gather")} < set(launched)
     assert launched.count("_thnn_fused_lstm_cell") == 2
 
 
 def test_with_ctc_a_step_launches_one_kernel_more(trace_chunk):
     launched = trace_chunk(ctc_weight=0.3).launches()
-    assert len(launched) <= WITH_CTC and launched.count("ctc_prefix_triton") == 1, launched
+    assert len(launched) <= MAX_LAUNCHES_WITH_CTC and launched.count("ctc_prefix_triton") == 1, launched
     assert "ctc_prefix_triton" not in trace_chunk().launches()
 
 
-def test_between_its_steps_a_chunk_only_stacks_and_tells_whether_all_have_finished(trace_chunk):
-    names = [name for name, *_ in trace_chunk().between if name not in NO_LAUNCH]
+def test_besides_its_steps_a_chunk_only_stacks_and_computes_the_flag(trace_chunk):
+    names = [name for name, *_ in trace_chunk().outside if name not in NO_LAUNCH]
     assert names == [*["stack"] * 4, "isneginf", "bitwise_or", "all"]
 
 
@@ -134,7 +134,7 @@ def test_no_option_waits_for_the_host_or_changes_a_shape(trace_chunk, fields):
     assert trace_chunk(**fields).steps
 
 
-def test_attention_weights_are_asked_for_only_for_coverage(trace_chunk):
+def test_attention_weights_are_computed_only_for_coverage(trace_chunk):
     made = {}
     for weight in (0.0, 0.1):
         calls = trace_chunk(coverage_weight=weight).steps[-1]
@@ -189,4 +189,4 @@ def test_one_kernel_too_many_is_caught(trace_chunk):
         def step(self, tokens, *arguments, **options):
             return super().step(tokens + 0, *arguments, **options)
 
-    assert len(trace_chunk(Wasteful).launches()) == MOST + 1
+    assert len(trace_chunk(Wasteful).launches()) == MAX_LAUNCHES + 1

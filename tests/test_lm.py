@@ -16,9 +16,9 @@ import pytest
 import torch
 from archives import EDITIONS, make_archive, make_librispeech, make_manifest, make_speech, write_audio
 from checkpoints import MODEL, make_checkpoint
-from fakes import FakeModel, config, memory
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from toy_model import ToyModel, config, memory
 
 from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
@@ -90,7 +90,7 @@ def test_probabilities_are_those_of_a_brute_force_model(order, copies):
         assert np.exp(table[state]) == pytest.approx(expected, abs=1e-6), context
 
 
-def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
+def test_discounts_follow_the_formulas_or_else_the_defaults():
     counts = np.repeat([1, 2, 3, 4, 9], [8, 4, 2, 1, 3])
     y = 8 / 16
     formulas = [0, 1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2]
@@ -102,19 +102,19 @@ def test_the_discounts_of_the_formulas_and_the_usual_ones_both_occur():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("sentences", [TEXT, ["A"], []])
-def test_every_row_is_a_distribution_that_never_begins_or_pads(order, sentences):
+def test_every_row_is_a_distribution_without_sos_and_pad(order, sentences):
     table = train(sentences, order=order, characters=AB).table()
     assert np.exp(table.astype(np.float64)).sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
     assert (table[:, [PAD, SOS]] == FORBIDDEN_LOG_PROB).all() and math.exp(FORBIDDEN_LOG_PROB) == 0.0
     assert (table[:, EOS:] > FORBIDDEN_LOG_PROB).all() and np.isfinite(table).all()
 
 
-def test_no_text_at_all_is_a_uniform_model():
+def test_a_model_without_text_is_uniform():
     table = train([], order=3, characters=AB).table()
     assert np.exp(table[:, EOS:]) == pytest.approx(np.full((V * V, V - 2), 1 / (V - 2)))
 
 
-def test_an_unseen_context_is_that_of_a_shorter_one():
+def test_an_unseen_context_backs_off_to_a_shorter_one():
     table = train(["AAAA", "AB"], order=3, characters=AB).table()
     a, b = Vocabulary(AB).encode("AB")
     below = brute_force(["AAAA", "AB"], AB, 3)
@@ -122,13 +122,13 @@ def test_an_unseen_context_is_that_of_a_shorter_one():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_sentences_begin_in_the_state_that_the_search_begins_in(order):
+def test_sentences_start_in_the_state_where_the_search_starts(order):
     table = train(["BA"] * 50, order=order, characters=AB).table()
     first = np.exp(table[first_ngram_state(torch.from_numpy(table), SOS)])
     assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
 
 
-def test_perplexity_is_of_the_characters_and_the_end():
+def test_perplexity_counts_characters_and_eos():
     model, p = train(TEXT, order=3, characters=AB), brute_force(TEXT, AB, 3)
     for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
         logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
@@ -146,7 +146,7 @@ def test_counting_in_parts_changes_nothing(monkeypatch):
     assert [x.tolist() for x in both] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
 
 
-def test_what_is_held_out_does_not_depend_on_what_stands_around_it():
+def test_holding_out_a_sentence_depends_on_its_text_alone():
     texts = [a + b + c for a in AB[:2] * 20 for b in "ABBABBAAB" for c in "AB"]
     held = lm.count_held_out(texts, AB, 12)[1][0]
     fewer = lm.count_held_out(sorted(set(texts)), AB, 12)[1][0]
@@ -167,7 +167,7 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-def test_a_file_says_what_it_is_and_takes_no_more_bytes_than_its_numbers_need(tmp_path):
+def test_a_file_has_metadata_and_the_smallest_integers_that_fit(tmp_path):
     path = tmp_path / "m.safetensors"
 
     def saved(model):
@@ -202,7 +202,7 @@ def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
         load_lm(tmp_path / "m.safetensors")
 
 
-def test_a_language_model_that_is_named_weighs_something_and_a_weight_that_is_set_stays():
+def test_a_named_language_model_gets_the_default_weight_unless_one_is_set():
     plain, set_ = DecodingConfig(), DecodingConfig(ngram_weight=0.3)
     assert ngram.DEFAULT_WEIGHT > 0
     assert ngram.with_default_weight(plain, "x") == replace(plain, ngram_weight=ngram.DEFAULT_WEIGHT)
@@ -226,7 +226,7 @@ def damaged(model, **changes):
         lambda m: damaged(m, ngrams=np.append(-1, m.ngrams[1:])),
     ],
 )
-def test_a_file_whose_numbers_make_no_model_is_damaged(tmp_path, change):
+def test_a_file_with_inconsistent_numbers_is_damaged(tmp_path, change):
     model, path = train(TEXT, order=3, characters=AB), tmp_path / "m.safetensors"
     metadata = {"format": ngram.FORMAT, "order": "3", "characters": AB, "sentences": "7"}
     save_file(damaged(model), path, metadata)
@@ -265,7 +265,7 @@ def test_a_checkpoint_is_no_language_model_and_a_missing_file_is_named(tmp_path)
         load_lm(tmp_path / "gone.safetensors")
 
 
-def test_an_order_that_no_machine_holds_is_refused_with_a_smaller_one():
+def test_an_order_too_large_for_the_machine_is_an_error_with_a_smaller_order():
     with pytest.raises(InputError, match=r"order 9 over 31 tokens needs a table of [0-9.]+ GiB, .* --order 8 or less"):
         train([], order=9)
     with pytest.raises(InputError, match="--order must be from 1 to 12; got 0"):
@@ -288,7 +288,7 @@ def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch
         ngram.check_order(12, 31)
 
 
-def test_a_table_that_no_machine_holds_is_refused_before_it_is_made():
+def test_a_table_too_large_for_the_machine_is_refused_before_it_is_made():
     model = ngram.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
     with pytest.raises(InputError, match="order 12 over .* tokens needs a table of"):
         model.table()
@@ -403,7 +403,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, words, text, said):
     assert not (tmp_path / "lm.safetensors").exists()
 
 
-def test_files_that_are_no_text_are_named(tmp_path):
+def test_files_that_are_not_text_are_named(tmp_path):
     (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "noise.gz").write_bytes(b"no gzip")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
@@ -449,9 +449,9 @@ def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
     batches = sorted_batches(data.frames, frames_per_batch=30000, utterances_per_batch=128)
     (batch,) = make_loader(data, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with torch.inference_mode():
-        heard = loaded.model.listen(batch.features, batch.feature_lengths)
+        encoded = loaded.model.listen(batch.features, batch.feature_lengths)
     decoding = replace(loaded.config.decoding, **decoding)
-    return beam_search(loaded.model, heard, decoding, ngram=ngram, backend=backend, nbest=nbest)
+    return beam_search(loaded.model, encoded, decoding, ngram=ngram, backend=backend, nbest=nbest)
 
 
 def table(here):
@@ -471,13 +471,13 @@ def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(here, beam, 
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_a_reward_adds_itself_for_each_character_and_nothing_for_the_end(weight, backend):
+def test_a_length_reward_is_added_per_character_and_not_for_eos(weight, backend):
     """Wide enough to hold every text there is, the beam finds the same texts with scores that differ by the reward."""
     many = memory([1, 5], [4, 3])
     ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").table())
     options = {"ngram": ngram if weight else None, "nbest": 64, "backend": backend}
-    plain = beam_search(FakeModel(), many, config(beam=64, ngram_weight=weight), **options)
-    rewarded = beam_search(FakeModel(), many, config(beam=64, ngram_weight=weight, length_reward=0.7), **options)
+    plain = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight), **options)
+    rewarded = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight, length_reward=0.7), **options)
     for before, after in zip(plain, rewarded, strict=True):
         scores = {tuple(h.text_tokens): h.score for h in before}
         assert len(scores) == len(after) > 10 and after[0].score > before[0].score
@@ -486,16 +486,16 @@ def test_a_reward_adds_itself_for_each_character_and_nothing_for_the_end(weight,
         assert len(after[0].text_tokens) >= len(before[0].text_tokens)
 
 
-def test_a_price_shortens_what_a_reward_lengthens():
+def test_a_negative_reward_shortens_texts_and_a_positive_one_lengthens_them():
     many = memory(list(range(8)), [9] * 8)
-    found = [beam_search(FakeModel(eos=2.0), many, config(length_reward=reward)) for reward in (-2.0, 0.0, 2.0)]
+    found = [beam_search(ToyModel(eos=2.0), many, config(length_reward=reward)) for reward in (-2.0, 0.0, 2.0)]
     lengths = [sum(len(best.text_tokens) for (best,) in each) for each in found]
     assert lengths[0] < lengths[1] < lengths[2]
 
 
 @pytest.mark.parametrize("backend", HERE)
 def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
-    model, weight = FakeModel(eos=1.0), 0.8
+    model, weight = ToyModel(eos=1.0), 0.8
     ngram = torch.from_numpy(train(["ABAB", "B"], order=2, characters="AB").table())
     finished = 0
     for seed in range(6):
@@ -514,7 +514,7 @@ def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
     assert finished > 0
 
 
-def test_a_heavy_language_model_writes_what_it_has_read(here, tmp_path):
+def test_a_heavily_weighted_language_model_writes_its_own_text(here, tmp_path):
     lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
     settings = ["--decoding.ngram-weight", "9", "--decoding.maximum-extra", "20", "--decoding.length-penalty", "0"]
     rows = decoded(here, tmp_path, "--lm", str(tmp_path / "hello.safetensors"), *settings)
@@ -557,7 +557,7 @@ def test_a_weight_without_a_model_and_a_model_without_a_weight_are_errors(here, 
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh_it(here, tmp_path, monkeypatch):
+def test_the_language_model_beside_a_checkpoint_is_used_if_its_settings_have_a_weight(here, tmp_path, monkeypatch):
     loaded = checkpoint.load_model(here / "untrained-20.safetensors")
     weighing = replace(loaded.config, decoding=replace(loaded.config.decoding, ngram_weight=0.7))
     checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighing, None, {})
@@ -576,7 +576,7 @@ def test_the_language_model_beside_a_checkpoint_is_used_where_its_settings_weigh
         ngram.find_lm("OTHER", Path("x.safetensors"))
 
 
-def test_where_no_language_model_is_released_none_is_named(tmp_path, monkeypatch):
+def test_without_released_language_models_the_error_names_none(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
     with pytest.raises(InputError, match="^--lm gone is not a file; make one with python -m las_fast.lm$"):
         ngram.find_lm("gone", tmp_path / "x.safetensors")
@@ -597,7 +597,7 @@ def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
     assert "--lm gone is not a file" in fails(capsys, lambda: transcribe.main([*arguments, "--lm", "gone"]))
 
 
-def test_validation_in_training_is_of_attention_alone(here, tmp_path):
+def test_validation_in_training_uses_attention_alone(here, tmp_path):
     loaded, data = listened(here)
     cpu, found = torch.device("cpu"), []
     for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}, {"ctc_weight": 1.0}):  # which has no head
@@ -605,7 +605,7 @@ def test_validation_in_training_is_of_attention_alone(here, tmp_path):
         found.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
     assert found[0] == found[1] == found[2] and len(found[0]) == 6
     with pytest.raises(InputError, match="needs an n-gram model"):
-        greedy_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
+        greedy_search(ToyModel(), memory([1], [4]), config(ngram_weight=0.5))
 
 
 # --------------------------------------------------------------------------------------------------------------- tuning
@@ -630,7 +630,7 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
     assert out.splitlines()[-1].startswith(f"best: {best}")
 
 
-def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
+def test_tuning_can_vary_the_ctc_weight(tmp_path, capsys):
     make_manifest(tmp_path / "data", utterances=3)
     of_training = DataConfig(max_seconds=0.1, hours=9.0)
     sections = {"model": replace(MODEL, ctc_layer=0), "data": of_training}
@@ -644,7 +644,7 @@ def test_tuning_weighs_a_ctc_head(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["cer"] == pytest.approx(cer, abs=1e-3)
 
 
-def test_tuning_needs_something_to_choose_from(here, capsys):
+def test_tuning_needs_values_to_try(here, capsys):
     assert "there is nothing to tune" in fails(capsys, lambda: tune.main(words(here)))
     assert "beam must be at least 1" in fails(capsys, lambda: tune.main(words(here, "--beam", "0")))
     said = fails(capsys, lambda: tune.main(words(here, "--ctc-weight", "0.3")))

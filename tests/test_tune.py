@@ -50,7 +50,7 @@ def test_a_grid_has_at_most_ten_thousand_combinations():
         tune.grid(Namespace(beam=range(1, 102), length_penalty=range(100)), names, DecodingConfig())
 
 
-def test_options_are_of_their_kind_and_each_setting_of_the_grid_has_one():
+def test_options_have_their_types_and_each_setting_of_the_grid_has_one():
     given = ["--checkpoint", "x", "--data", "y"]
     values = [f"--{name.replace('_', '-')}={i}" for i, name in enumerate(tune.GRID, 1)]
     found = tune.parser().parse_args([*given, *values])
@@ -104,7 +104,7 @@ def ranked(monkeypatch):
     return order
 
 
-def test_the_table_is_printed_and_the_last_line_holds_the_words_for_decode(here, ranked, capsys, tmp_path):
+def test_the_table_is_printed_and_the_last_line_has_the_options_for_decode(here, ranked, capsys, tmp_path):
     ranked += [1, 0]
     file = ["--lm", here / "lm.safetensors"]
     tune.main(words(here, "--beam", 2, "--ngram-weight", 0, 0.5, *file, "--out", tmp_path / "grid.csv"))
@@ -117,7 +117,7 @@ def test_the_table_is_printed_and_the_last_line_holds_the_words_for_decode(here,
     assert (tmp_path / "grid.csv").read_bytes() == "".join(",".join(row) + "\n" for row in rows).encode()
 
 
-def test_the_words_name_a_language_model_only_where_it_has_a_weight(here, ranked, capsys):
+def test_the_last_line_names_a_language_model_only_if_it_has_a_weight(here, ranked, capsys):
     ranked += [0, 1]
     tune.main(words(here, "--ngram-weight", 0, 0.5, "--lm", here / "lm.safetensors"))
     assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.ngram-weight 0"
@@ -126,7 +126,7 @@ def test_the_words_name_a_language_model_only_where_it_has_a_weight(here, ranked
     assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.beam 2"
 
 
-def test_the_words_do_not_name_the_checkpoints_own_language_model(here, ranked, tmp_path, capsys):
+def test_the_last_line_does_not_name_the_checkpoints_own_language_model(here, ranked, tmp_path, capsys):
     ranked += [0]
     shutil.copy(here / "untrained-20.safetensors", tmp_path / "own.safetensors")
     shutil.copy(here / "lm.safetensors", tmp_path / "own.lm.safetensors")
@@ -134,7 +134,7 @@ def test_the_words_do_not_name_the_checkpoints_own_language_model(here, ranked, 
     assert capsys.readouterr().out.splitlines()[-1] == "best: --decoding.ngram-weight 0.5"
 
 
-def test_a_language_model_has_its_usual_weight_where_none_is_chosen(here, monkeypatch):
+def test_a_language_model_has_the_default_weight_if_none_is_tuned(here, monkeypatch):
     seen = []
     monkeypatch.setattr(tune, "decode_grid", lambda loaded, data, settings, *_: seen.extend(settings) or [["A"] * 3])
     tune.main(words(here, "--beam", 2, "--lm", here / "lm.safetensors"))
@@ -154,7 +154,7 @@ def test_a_table_of_an_earlier_run_is_replaced_and_nothing_else(here, ranked, tm
 
 
 @pytest.mark.parametrize("name", ["--data", "--checkpoint", "--lm"])
-def test_what_is_read_is_not_replaced_by_the_table(here, tmp_path, name):
+def test_input_files_are_not_replaced_by_the_table(here, tmp_path, name):
     file = tmp_path / "x"
     file.write_text("beam,cer,wer,ld\n")
     more = ["--beam", 2, name, file, "--out", file]
@@ -162,7 +162,7 @@ def test_what_is_read_is_not_replaced_by_the_table(here, tmp_path, name):
         tune.main(words(here, *more))
 
 
-def test_without_a_file_the_table_needs_somewhere_to_go(here, ranked, monkeypatch, tmp_path):
+def test_without_stdout_the_table_needs_a_file(here, ranked, monkeypatch, tmp_path):
     ranked += [0]
     monkeypatch.setattr("sys.__stdout__", None)
     with pytest.raises(InputError, match="the results cannot be printed; give --out FILE.csv"):
@@ -170,13 +170,13 @@ def test_without_a_file_the_table_needs_somewhere_to_go(here, ranked, monkeypatc
     tune.main(words(here, "--beam", 2, "--out", tmp_path / "grid.csv"))
 
 
-def test_every_setting_of_the_grid_is_checked_before_the_work(here, monkeypatch):
+def test_every_setting_of_the_grid_is_checked_before_decoding(here, monkeypatch):
     monkeypatch.setattr(tune, "open_split", lambda *_: pytest.fail("the settings were not checked"))
     with pytest.raises(InputError, match="decoding.ctc_weight must be"):
         tune.main(words(here, "--ctc-weight", 0.5, 1.5))
 
 
-def test_the_heaviest_weight_decides_whether_a_language_model_is_needed(here):
+def test_the_largest_weight_decides_whether_a_language_model_is_needed(here):
     for weights in ((0, 0.5), (0.5, 0)):
         with pytest.raises(InputError, match="decoding.ngram_weight is 0.5 and there is no language model"):
             tune.main(words(here, "--ngram-weight", *weights))
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_not_tuned_on_data_that_it_does_not_fit(here, tmp_path):
         tune.main([*words(here, "--beam", 1), "--data", str(archive)])
 
 
-def test_the_split_is_whole_and_as_the_checkpoint_has_it(tmp_path):
+def test_the_whole_split_is_loaded_with_the_checkpoints_settings(tmp_path):
     make_manifest(tmp_path / "data", utterances=3)
     manifest = tmp_path / "data" / "manifest.tsv"
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
@@ -220,7 +220,7 @@ def test_progress_counts_each_utterance_once_for_each_setting(here, monkeypatch)
     assert totals == [6] and sum(counted) == 6
 
 
-def test_the_grid_is_searched_as_it_would_be_one_by_one(here, tmp_path, capsys):
+def test_a_grid_gives_the_scores_of_its_settings_one_by_one(here, tmp_path, capsys):
     """Of two settings each has the scores that it has alone."""
     alone = {}
     for penalty in ("0", "2"):

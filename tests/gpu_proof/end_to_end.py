@@ -59,13 +59,13 @@ def executed_decode(archive, arch, utterances=None):
 
 
 def executed_small_search(arch, seed, **settings):
-    """Return (tokens, score) of the best readings of a small made-up model, searched on compiled PTX."""
-    from fakes import FakeModel, config, memory
+    """Return (tokens, score) of the best hypotheses of the toy model, searched on compiled PTX."""
+    from toy_model import ToyModel, config, memory
 
     from gpu_proof.emulator import executed
 
     with triton_on_the_cpu(), executed(arch=arch):
         found = beam_search(
-            FakeModel(), memory([seed], [4]), config(**settings), nbest=5, backend="triton", capture=False
+            ToyModel(), memory([seed], [4]), config(**settings), nbest=5, backend="triton", capture=False
         )
     return [(tuple(h.text_tokens), h.score) for h in found[0]]

@@ -4,8 +4,7 @@ import functools
 from collections import Counter
 
 import pytest
-from fakes import FakeModel, memory
-from test_search import all_readings
+from toy_model import ToyModel, all_texts, memory
 
 from gpu_proof.end_to_end import decode, executed_decode, executed_small_search
 from gpu_proof.process import compiled
@@ -47,7 +46,7 @@ def test_every_dev_utterance_comes_out_the_same_on_all_three_backends(archive):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_wide_beam_of_executed_ptx_finds_what_brute_force_finds(seed):
-    expected = all_readings(FakeModel(), memory([seed], [4]), 4, 0.0)[:5]
+    expected = all_texts(ToyModel(), memory([seed], [4]), 4, 0.0)[:5]
     found = compiled(functools.partial(executed_small_search, beam=64), 90, seed)
     assert [tokens for tokens, _ in found] == [text for _, _, text in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)

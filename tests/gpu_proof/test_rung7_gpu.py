@@ -22,8 +22,8 @@ def test_a_case_holds_on_the_gpu(case):
 
 
 @pytest.fixture(scope="module")
-def heard():
-    """A trained model, and what it heard of 70 utterances of noise, each of a length of its own."""
+def encoded():
+    """A trained model, and its memory of 70 utterances of noise with different lengths."""
     model = load_model(CHECKPOINT, torch.device("cuda")).model
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 600, (70,), generator=generator)
@@ -43,20 +43,20 @@ def assert_same(found, expected):
         assert ours.score == pytest.approx(theirs.score, abs=1e-3)
 
 
-def test_a_captured_search_finds_what_an_eager_one_finds(heard, settings):
-    eager = beam_search(*heard, settings, nbest=8, backend="triton", capture=False)
+def test_a_captured_search_equals_a_search_by_steps(encoded, settings):
+    eager = beam_search(*encoded, settings, nbest=8, backend="triton", capture=False)
     for _ in range(2):  # captured, then replayed
-        assert_same(beam_search(*heard, settings, nbest=8, backend="triton", capture=True), eager)
+        assert_same(beam_search(*encoded, settings, nbest=8, backend="triton", capture=True), eager)
 
 
-def test_a_search_on_triton_finds_what_the_reference_finds(heard, settings):
-    found = beam_search(*heard, settings, nbest=8, backend="triton")
-    assert_same(found, beam_search(*heard, settings, nbest=8, backend="reference"))
+def test_a_search_on_triton_equals_one_on_the_reference(encoded, settings):
+    found = beam_search(*encoded, settings, nbest=8, backend="triton")
+    assert_same(found, beam_search(*encoded, settings, nbest=8, backend="reference"))
 
 
-def test_a_search_waits_for_the_device_only_to_learn_that_all_have_finished(heard, settings):
-    """torch reports each synchronisation that it makes; the search's own look at the flag is an event, and is not."""
-    model, memory = heard
+def test_a_search_waits_for_the_device_only_to_read_the_flag_of_a_chunk(encoded, settings):
+    """torch reports its own synchronisations; the search reads the flag after an event, which is not among them."""
+    model, memory = encoded
     beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:

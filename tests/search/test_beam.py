@@ -1,4 +1,4 @@
-"""Beam and greedy search on a small made-up language model, against searches written the slow and obvious way."""
+"""Beam and greedy search on a toy model, against slow and obvious searches, and decoding of whole data sets."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakes import FakeMemory, FakeModel, V, config, memory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_model import ToyMemory, ToyModel, V, all_texts, config, log_probability, memory
 
 from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
@@ -34,32 +34,12 @@ from las_fast.text import EOS, SOS, Vocabulary
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
 
 
-def log_probability(model: FakeModel, one: FakeMemory, tokens: tuple[int, ...]) -> list[float]:
-    """Log-probability of each token given those before it."""
-    state, before, result = model.start(one, 1), SOS, []
-    for token in tokens:
-        logits, _, state = model.step(torch.tensor([[before]]), state, one)
-        result.append(float(logits.log_softmax(-1)[0, 0, token]))
-        before = token
-    return result
-
-
-def all_readings(model: FakeModel, one: FakeMemory, longest: int, penalty: float) -> list[tuple[float, float, tuple]]:
-    """Every text up to the maximum length with its rank and score, best first."""
-    found = []
-    for n in range(longest + 1):
-        for text in itertools.product(range(3, model.vocabulary), repeat=n):
-            score = sum(log_probability(model, one, (*text, EOS)))
-            found.append((score / (n + 1) ** penalty, score, text))
-    return sorted(found, reverse=True)
-
-
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("seed", range(4))
 def test_a_wide_beam_finds_what_brute_force_finds(seed, backend):
     one = memory([seed], [4])
-    expected = all_readings(FakeModel(), one, 4, 0.0)[:5]
-    found = beam_search(FakeModel(), one, config(beam=64), nbest=5, backend=backend)[0]
+    expected = all_texts(ToyModel(), one, 4, 0.0)[:5]
+    found = beam_search(ToyModel(), one, config(beam=64), nbest=5, backend=backend)[0]
     assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
     assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
@@ -67,17 +47,17 @@ def test_a_wide_beam_finds_what_brute_force_finds(seed, backend):
 @pytest.mark.parametrize("backend", HERE)
 def test_length_normalisation_ranks_by_score_per_token(backend):
     one = memory([3], [4])
-    expected = all_readings(FakeModel(), one, 4, 1.0)[:5]
-    found = beam_search(FakeModel(), one, config(beam=64, length_penalty=1.0), nbest=5, backend=backend)[0]
+    expected = all_texts(ToyModel(), one, 4, 1.0)[:5]
+    found = beam_search(ToyModel(), one, config(beam=64, length_penalty=1.0), nbest=5, backend=backend)[0]
     assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
     assert [h.normalised for h in found] == pytest.approx([rank for rank, _, _ in expected], abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_coverage_ranks_readings_that_attend_to_every_frame_higher(backend):
-    one, model, weight = memory([2], [4]), FakeModel(), 0.5
+def test_coverage_favours_texts_that_attend_to_every_frame(backend):
+    one, model, weight = memory([2], [4]), ToyModel(), 0.5
     expected = []
-    for rank, score, text in all_readings(model, one, 4, 1.0):
+    for rank, score, text in all_texts(model, one, 4, 1.0):
         state, seen = model.start(one, 1), torch.zeros(4)
         for before in (SOS, *text):
             _, attended, state = model.step(torch.tensor([[before]]), state, one, weights=True)
@@ -96,10 +76,10 @@ def test_coverage_ranks_readings_that_attend_to_every_frame_higher(backend):
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
-    one, model = memory([1], [4]), FakeModel()
+    one, model = memory([1], [4]), ToyModel()
     table = torch.randn(V ** (order - 1), V, generator=torch.Generator().manual_seed(order)).log_softmax(-1)
     expected = []
-    for _, score, text in all_readings(model, one, 4, 0.0):
+    for _, score, text in all_texts(model, one, 4, 0.0):
         history = [SOS] * (order - 1)
         for token in (*text, EOS):
             state = sum(v * V**i for i, v in enumerate(reversed(history)))
@@ -113,13 +93,13 @@ def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
     assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
-def test_a_weight_for_an_ngram_model_that_is_not_there_is_an_error():
+def test_an_ngram_weight_without_an_ngram_model_is_an_error():
     with pytest.raises(InputError, match="decoding.ngram_weight needs an n-gram model"):
-        beam_search(FakeModel(), memory([1], [4]), config(ngram_weight=0.5))
+        beam_search(ToyModel(), memory([1], [4]), config(ngram_weight=0.5))
 
 
 def with_ctc_head(vocabulary: int = V, strides: int = 1, scale: float = 2.0) -> LAS:
-    """An untrained LAS whose CTC head and speller have opinions."""
+    """Return an untrained LAS with a CTC head and weights scaled up, so that its outputs are far from uniform."""
     torch.manual_seed(5)
     speller = SpellerConfig(key_size=8, value_size=8, embedding_size=8, lstm_sizes=(12, 8))
     listener = ListenerConfig((8,), (3,), (strides,), 8, 1)
@@ -130,19 +110,20 @@ def with_ctc_head(vocabulary: int = V, strides: int = 1, scale: float = 2.0) -> 
     return model
 
 
-def listened_to(model: LAS, lengths: list[int], seed: int = 0):
+def encode(model: LAS, lengths: list[int], seed: int = 0):
     features = torch.randn(len(lengths), max(lengths), 4, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         return model.listen(features, torch.tensor(lengths))
 
 
-def ctc_readings(frames: Tensor) -> dict[tuple, float]:
-    """Log-probabilities of all that frames (T, V) can read, summed over all paths."""
-    found: dict[tuple, float] = {}
-    for path in itertools.product([v for v in range(frames.shape[1]) if v not in (SOS, EOS)], repeat=len(frames)):
+def ctc_texts(log_probs: Tensor) -> dict[tuple, float]:
+    """Return the log-probability of each text under CTC log-probabilities (T, V), summed over all paths."""
+    totals: dict[tuple, float] = {}
+    tokens = [v for v in range(log_probs.shape[1]) if v not in (SOS, EOS)]
+    for path in itertools.product(tokens, repeat=len(log_probs)):
         text = tuple(v for v, _ in itertools.groupby(path) if v)
-        found[text] = found.get(text, 0.0) + math.exp(sum(float(frames[t, v]) for t, v in enumerate(path)))
-    return {text: math.log(p) for text, p in found.items()}
+        totals[text] = totals.get(text, 0.0) + math.exp(sum(float(log_probs[t, v]) for t, v in enumerate(path)))
+    return {text: math.log(p) for text, p in totals.items()}
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -150,14 +131,14 @@ def ctc_readings(frames: Tensor) -> dict[tuple, float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_wide_beam_finds_the_best_of_speller_and_ctc_by_brute_force(seed, weight, backend):
     model = with_ctc_head()
-    heard = listened_to(model, [5, 3], seed)
+    encoded = encode(model, [5, 3], seed)
     settings = config(beam=64, ctc_weight=weight)
-    many = beam_search(model, heard, settings, nbest=5, backend=backend)
+    many = beam_search(model, encoded, settings, nbest=5, backend=backend)
     for b, frames in enumerate([5, 3]):
-        logits = heard.ctc_logits[b, :frames].index_fill(1, torch.tensor([SOS, EOS]), -math.inf)
+        logits = encoded.ctc_logits[b, :frames].index_fill(1, torch.tensor([SOS, EOS]), -math.inf)
         expected = []
-        for text, score in ctc_readings(logits.log_softmax(-1)).items():
-            one = type(heard)(*(x[b : b + 1] for x in heard))
+        for text, score in ctc_texts(logits.log_softmax(-1)).items():
+            one = type(encoded)(*(x[b : b + 1] for x in encoded))
             with torch.inference_mode():
                 attended = sum(log_probability(model, one, (*text, EOS)))
             expected.append(((1 - weight) * attended + weight * score, text))
@@ -167,14 +148,14 @@ def test_a_wide_beam_finds_the_best_of_speller_and_ctc_by_brute_force(seed, weig
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_every_path_finds_the_same_with_ctc(weight):
+def test_all_searches_agree_with_ctc(weight):
     model = with_ctc_head(31, strides=2)
-    heard = listened_to(model, [150, 90, 31, 1])
+    encoded = encode(model, [150, 90, 31, 1])
     settings = config(beam=6, ctc_weight=weight, length_penalty=0.7, maximum_share=0.2, maximum_extra=3)
     paths = [{"backend": "reference"}]
     if "cpp" in HERE:
         paths += [{"backend": "cpp"}, {"backend": "cpp", "capture": False}]
-    first, *others = (beam_search(model, heard, settings, nbest=6, **path) for path in paths)
+    first, *others = (beam_search(model, encoded, settings, nbest=6, **path) for path in paths)
     for found in others:
         for ours, theirs in zip(itertools.chain(*found), itertools.chain(*first), strict=True):
             assert (ours.text_tokens, ours.attended_frames) == (theirs.text_tokens, theirs.attended_frames)
@@ -182,31 +163,31 @@ def test_every_path_finds_the_same_with_ctc(weight):
 
 
 @pytest.mark.parametrize("capture", [None, False])
-def test_without_a_weight_the_head_is_not_heard(capture):
+def test_at_weight_0_the_ctc_head_has_no_effect(capture):
     model = with_ctc_head(31)
-    heard = listened_to(model, [60, 41])
-    bare = heard._replace(ctc_logits=None, ctc_lengths=None)
-    found, expected = (beam_search(model, x, config(), nbest=4, capture=capture) for x in (heard, bare))
+    encoded = encode(model, [60, 41])
+    bare = encoded._replace(ctc_logits=None, ctc_lengths=None)
+    found, expected = (beam_search(model, x, config(), nbest=4, capture=capture) for x in (encoded, bare))
     assert found == expected
 
 
 def test_with_ctc_an_utterance_alone_and_in_a_batch_get_the_same_answer():
     model = with_ctc_head(31, strides=2)
-    heard = listened_to(model, [120, 77, 9])
+    encoded = encode(model, [120, 77, 9])
     settings = config(ctc_weight=0.4, maximum_share=0.2)
-    together = beam_search(model, heard, settings, nbest=4)
+    together = beam_search(model, encoded, settings, nbest=4)
     for b, expected in enumerate(together):
-        alone = type(heard)(*(x[b : b + 1] for x in heard))
+        alone = type(encoded)(*(x[b : b + 1] for x in encoded))
         assert beam_search(model, alone, settings, nbest=4) == [expected]
 
 
-def test_a_weight_for_a_ctc_head_that_is_not_there_is_an_error():
+def test_a_ctc_weight_without_a_ctc_head_is_an_error():
     with pytest.raises(InputError, match="decoding.ctc_weight needs a model with a CTC head"):
-        beam_search(FakeModel(), memory([1], [4]), config(ctc_weight=0.5))
+        beam_search(ToyModel(), memory([1], [4]), config(ctc_weight=0.5))
 
 
-def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
-    """Beam search over lists: what the batched search must equal for a beam that prunes."""
+def plain_beam(model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
+    """Run beam search over lists; the batched search must equal it, also with a beam that prunes."""
     alive = [(0.0, ())]
     for step in range(longest + 1):
         grown = []
@@ -223,66 +204,66 @@ def plain_beam(model: FakeModel, one: FakeMemory, beam: int, longest: int, penal
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("beam", [1, 2, 3, 8])
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_a_pruning_beam_equals_a_plain_one(beam, penalty, backend):
+def test_a_pruning_beam_equals_beam_search_over_lists(beam, penalty, backend):
     for seed in range(6):
         one = memory([seed], [7])
-        expected = plain_beam(FakeModel(8), one, beam, 7, penalty)
+        expected = plain_beam(ToyModel(8), one, beam, 7, penalty)
         settings = config(beam=beam, length_penalty=penalty)
-        found = beam_search(FakeModel(8), one, settings, nbest=beam, backend=backend)[0]
+        found = beam_search(ToyModel(8), one, settings, nbest=beam, backend=backend)[0]
         assert [(*h.text_tokens, EOS) for h in found] == [text for _, text in expected]
         assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
 def test_an_utterance_alone_and_in_a_batch_get_the_same_answer():
     seeds, lengths = [3, 1, 4, 1, 5], [9, 2, 25, 14, 1]
-    together = beam_search(FakeModel(9), memory(seeds, lengths), config(), nbest=4)
+    together = beam_search(ToyModel(9), memory(seeds, lengths), config(), nbest=4)
     for seed, length, found in zip(seeds, lengths, together, strict=True):
-        assert beam_search(FakeModel(9), memory([seed], [length]), config(), nbest=4)[0] == found
-    assert beam_search(FakeModel(9), memory(seeds, lengths, frames=40), config(), nbest=4) == together
+        assert beam_search(ToyModel(9), memory([seed], [length]), config(), nbest=4)[0] == found
+    assert beam_search(ToyModel(9), memory(seeds, lengths, frames=40), config(), nbest=4) == together
 
 
 def test_a_beam_of_one_is_greedy():
     many = memory([1, 2, 3], [12, 5, 8])
-    for seed, length, found in zip([1, 2, 3], [12, 5, 8], greedy_search(FakeModel(9), many, config()), strict=True):
-        ((score, text),) = plain_beam(FakeModel(9), memory([seed], [length]), 1, length, 0.0)
+    for seed, length, found in zip([1, 2, 3], [12, 5, 8], greedy_search(ToyModel(9), many, config()), strict=True):
+        ((score, text),) = plain_beam(ToyModel(9), memory([seed], [length]), 1, length, 0.0)
         assert (*found[0].text_tokens, EOS) == text and len(found) == 1
         assert found[0].score == pytest.approx(score, abs=1e-4)
-    assert beam_search(FakeModel(9), many, config(beam=1)) == greedy_search(FakeModel(9), many, config())
+    assert beam_search(ToyModel(9), many, config(beam=1)) == greedy_search(ToyModel(9), many, config())
 
 
-def test_token_scores_and_frames_belong_to_the_tokens():
+def test_token_scores_and_attended_frames_belong_to_the_tokens():
     one = memory([2], [11])
-    for found in beam_search(FakeModel(7), one, config(), nbest=4)[0]:
-        each = log_probability(FakeModel(7), one, (*found.text_tokens, EOS))
+    for found in beam_search(ToyModel(7), one, config(), nbest=4)[0]:
+        each = log_probability(ToyModel(7), one, (*found.text_tokens, EOS))
         assert found.token_scores == pytest.approx(each[:-1], abs=1e-4)
         assert found.score == pytest.approx(sum(each), abs=1e-4)
-        state, before, frames = FakeModel(7).start(one, 1), SOS, []
+        state, before, frames = ToyModel(7).start(one, 1), SOS, []
         for token in found.text_tokens:
-            _, attended, state = FakeModel(7).step(torch.tensor([[before]]), state, one)
+            _, attended, state = ToyModel(7).step(torch.tensor([[before]]), state, one)
             frames.append(int(attended.peaks))
             before = token
         assert found.attended_frames == frames
 
 
-def test_scores_come_best_first():
-    for found in beam_search(FakeModel(9), memory([1, 2], [9, 9]), config(length_penalty=0.7, beam=6), nbest=6):
+def test_hypotheses_come_best_first():
+    for found in beam_search(ToyModel(9), memory([1, 2], [9, 9]), config(length_penalty=0.7, beam=6), nbest=6):
         ranks = [h.normalised for h in found]
         assert ranks == sorted(ranks, reverse=True) and len(found) == 6
 
 
-def test_the_search_stops_when_all_have_finished():
-    model = FakeModel(eos=50.0)
+def test_the_search_stops_when_all_beams_have_finished():
+    model = ToyModel(eos=50.0)
     found = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
     assert model.steps == steps.STEPS_PER_CHUNK and found[0][0].text_tokens == [] and found[0][0].finished
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
-def test_the_steps_in_a_chunk_change_nothing(count, monkeypatch):
+def test_the_number_of_steps_in_a_chunk_changes_nothing(count, monkeypatch):
     settings = config(length_penalty=1.0, coverage_weight=0.1)
     many = memory([3, 1, 4], [9, 25, 14])
-    expected = beam_search(FakeModel(9), many, settings, nbest=4)
+    expected = beam_search(ToyModel(9), many, settings, nbest=4)
     monkeypatch.setattr(steps, "STEPS_PER_CHUNK", count)
-    assert beam_search(FakeModel(9), many, settings, nbest=4) == expected
+    assert beam_search(ToyModel(9), many, settings, nbest=4) == expected
 
 
 @pytest.mark.parametrize(("in_flight", "expected"), [(1, "+0 ?0 +1 ?1 +2 ?2"), (2, "+0 +1 ?0 +2 ?1 +3 ?2")])
@@ -318,23 +299,23 @@ def test_a_flag_is_read_only_after_the_next_chunks_are_enqueued(in_flight, expec
         (100, {"maximum_share": 0.29}, 30),  # 28.999999999999996 in float64, but 29 in float32
     ],
 )
-def test_there_are_as_many_steps_as_the_longest_text_and_its_end_need(frames, fields, expected, monkeypatch):
+def test_the_search_takes_the_steps_of_the_longest_text_and_its_eos(frames, fields, expected, monkeypatch):
     monkeypatch.setattr(steps, "STEPS_PER_CHUNK", 1)
-    model = FakeModel(eos=-40.0)
+    model = ToyModel(eos=-40.0)
     ((found,),) = beam_search(model, memory([1], [frames]), config(beam=1, **fields))
     assert model.steps == expected and len(found.text_tokens) == expected - 1 and not found.finished
 
 
-def test_a_chunk_has_sixteen_steps_and_no_more_chunks_are_begun_than_the_longest_needs():
+def test_a_chunk_has_sixteen_steps_and_no_chunk_runs_that_the_longest_text_does_not_need():
     for frames, expected in ((15, 16), (16, 32), (31, 32), (32, 48)):
-        model = FakeModel(eos=-40.0)
+        model = ToyModel(eos=-40.0)
         beam_search(model, memory([1], [frames]), config(beam=1))
         assert model.steps == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"coverage_weight": 0.1}, {"ctc_weight": 0.4}])
 @pytest.mark.parametrize("backend", HERE)
-def test_every_op_of_a_search_runs_on_the_backend_that_is_asked_for(fields, backend, monkeypatch):
+def test_every_op_of_a_search_runs_on_the_requested_backend(fields, backend, monkeypatch):
     asked = []
 
     def watched(name, op):
@@ -348,17 +329,17 @@ def test_every_op_of_a_search_runs_on_the_backend_that_is_asked_for(fields, back
     owners = {name: steps for name in ("beam_topk", "beam_gather", "ctc_prefix")} | {"beam_backtrack": beam}
     for name, owner in owners.items():
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
-    for owner, name in ((type(model), "step"), (type(model.start(listened_to(model, [5]), 1)), "gather")):
+    for owner, name in ((type(model), "step"), (type(model.start(encode(model, [5]), 1)), "gather")):
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
-    beam_search(model, listened_to(model, [5, 3]), config(**fields), backend=backend, capture=False)
+    beam_search(model, encode(model, [5, 3]), config(**fields), backend=backend, capture=False)
     names = {"step", "gather", "beam_topk", "beam_backtrack"}
     names |= {"ctc_prefix"} if "ctc_weight" in fields else set()
     names |= {"beam_gather"} if "coverage_weight" in fields else set()
     assert {name for name, _ in asked} == names and {given for _, given in asked} == {backend}
 
 
-def test_a_step_is_asked_for_weights_only_where_coverage_counts(monkeypatch):
-    class Watched(FakeModel):
+def test_attention_weights_are_requested_only_for_coverage(monkeypatch):
+    class Watched(ToyModel):
         def step(self, tokens, state, memory, *, weights=False, backend="auto"):
             asked.add(weights)
             return super().step(tokens, state, memory, weights=weights, backend=backend)
@@ -369,28 +350,28 @@ def test_a_step_is_asked_for_weights_only_where_coverage_counts(monkeypatch):
         assert asked == expected
 
 
-def test_what_a_chunk_reads_holds_no_logits_of_ctc():
-    """A graph would copy them for nothing: it reads their log-probabilities."""
+def test_the_inputs_of_a_chunk_have_no_ctc_logits():
+    """Steps read the log-probabilities only, and a graph would copy the logits in vain."""
     model = with_ctc_head()
-    search, heard = steps.Search(model, config(ctc_weight=0.3), None, "auto"), listened_to(model, [5, 3])
-    inputs, _ = steps.begin(search, heard, length_limits(heard.lengths, search.config))
+    search, encoded = steps.Search(model, config(ctc_weight=0.3), None, "auto"), encode(model, [5, 3])
+    inputs, _ = steps.begin(search, encoded, length_limits(encoded.lengths, search.config))
     assert inputs.memory.ctc_logits is None and inputs.memory.ctc_lengths is None
     assert inputs.ctc_log_probs.shape == (2, 5, V)
 
 
-def test_a_search_of_less_precision_needs_an_op_that_has_it():
+def test_low_precision_needs_the_native_search():
     with pytest.raises(InputError, match=r"decoding.precision bf16 needs the C\+\+ search of a LAS on a CPU"):
-        beam_search(FakeModel(), memory([1], [4]), config(precision="bf16"))
-    found = beam_search(FakeModel(), memory([1], [4]), config(precision="fp32"))
-    assert found == beam_search(FakeModel(), memory([1], [4]), config())
+        beam_search(ToyModel(), memory([1], [4]), config(precision="bf16"))
+    found = beam_search(ToyModel(), memory([1], [4]), config(precision="fp32"))
+    assert found == beam_search(ToyModel(), memory([1], [4]), config())
 
 
-def test_the_reward_for_length_is_for_every_token_but_the_end():
-    one, model = memory([1], [4]), FakeModel()
+def test_the_length_reward_is_for_every_token_but_eos():
+    one, model = memory([1], [4]), ToyModel()
     table = torch.randn(1, V, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     for weight in (0.0, 0.5):
         expected = []
-        for _, score, text in all_readings(model, one, 4, 0.0):
+        for _, score, text in all_texts(model, one, 4, 0.0):
             known = sum(float(table[0, token]) for token in (*text, EOS))
             expected.append((score + weight * known + 0.7 * len(text), text))
         expected = sorted(expected, reverse=True)[:5]
@@ -400,7 +381,7 @@ def test_the_reward_for_length_is_for_every_token_but_the_end():
         assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
-def test_a_search_is_captured_on_cuda_where_all_its_ops_are_tritons(monkeypatch):
+def test_a_search_can_be_captured_on_cuda_if_all_its_ops_are_triton(monkeypatch):
     chosen = {"masked_attention": "triton", "beam_topk": "triton"}
     monkeypatch.setattr(backends, "choose", lambda op, backend, device: chosen[op])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
@@ -413,7 +394,23 @@ def test_a_search_is_captured_on_cuda_where_all_its_ops_are_tritons(monkeypatch)
     assert cuda_graph.can_capture(cuda, "auto") is False
 
 
-def test_on_cuda_a_chunk_runs_while_the_host_looks_at_the_one_before():
+def test_a_las_with_the_native_op_is_searched_natively_and_all_else_by_steps_or_graph(monkeypatch):
+    cpu, las = torch.device("cpu"), with_ctc_head()
+    native = beam.search_natively if "cpp" in HERE else beam.search_by_steps
+
+    def chosen(model, backend="auto", capture=None):
+        return beam.choose_search(steps.Search(model, config(), None, backend), cpu, capture=capture)
+
+    assert chosen(las) is native
+    assert chosen(las, capture=False) is chosen(las, "reference") is chosen(ToyModel()) is beam.search_by_steps
+    assert chosen(las, capture=True) is chosen(ToyModel(), capture=True) is beam.search_by_graph
+    monkeypatch.setattr(beam, "can_capture", lambda device, backend: True)
+    assert chosen(las) is native
+    assert chosen(las, "reference") is chosen(ToyModel()) is beam.search_by_graph
+    assert chosen(ToyModel(), capture=False) is beam.search_by_steps
+
+
+def test_on_cuda_one_chunk_runs_while_the_host_reads_the_flag_of_the_last():
     for is_cuda, expected in ((True, 2), (False, 1)):
         assert steps.chunks_in_flight(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
     assert isinstance(beam._current(torch.device("cuda", 0)), torch.cuda.device)
@@ -421,7 +418,7 @@ def test_on_cuda_a_chunk_runs_while_the_host_looks_at_the_one_before():
         pass
 
 
-def test_a_look_at_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
+def test_reading_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
     log, empty = [], torch.empty
 
     class OnCuda(Tensor):
@@ -450,20 +447,20 @@ def test_a_look_at_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
 
 def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
     short, long = memory([5], [40]), memory([5, 6], [40, 40])
-    model = FakeModel(eos=3.0)
+    model = ToyModel(eos=3.0)
     assert beam_search(model, short, config(), nbest=4)[0] == beam_search(model, long, config(), nbest=4)[0]
     best = beam_search(model, short, config())[0][0]
     assert best.score == pytest.approx(sum(log_probability(model, short, (*best.text_tokens, EOS))), abs=1e-4)
 
 
-def test_at_the_maximum_length_what_there_is_comes_back_as_unfinished():
-    found = beam_search(FakeModel(eos=-40.0), memory([1, 2], [6, 3]), config(maximum_extra=1), nbest=2)
+def test_at_the_maximum_length_hypotheses_are_returned_as_unfinished():
+    found = beam_search(ToyModel(eos=-40.0), memory([1, 2], [6, 3]), config(maximum_extra=1), nbest=2)
     assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[7, 7], [4, 4]]
     assert not any(h.finished for hypotheses in found for h in hypotheses)
 
 
 def test_no_text_is_shorter_than_the_minimum():
-    found = beam_search(FakeModel(eos=20.0), memory([1, 2], [8, 4]), config(minimum_share=0.5), nbest=4)
+    found = beam_search(ToyModel(eos=20.0), memory([1, 2], [8, 4]), config(minimum_share=0.5), nbest=4)
     assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[4] * 4, [2] * 4]
 
 
@@ -472,8 +469,8 @@ def test_lengths_are_limited_by_feature_frames():
     assert limits.maximum.tolist() == [1, 1, 5] and limits.minimum.tolist() == [0, 0, 3]
 
 
-def test_an_encoder_frame_counts_as_the_feature_frames_in_it():
-    model = FakeModel(eos=-40.0)
+def test_an_encoder_frame_counts_as_time_reduction_feature_frames():
+    model = ToyModel(eos=-40.0)
     model.time_reduction = 8
     settings = config(maximum_share=0.25, maximum_extra=1)
     assert [len(h[0].text_tokens) for h in beam_search(model, memory([1, 2], [5, 2]), settings)] == [11, 5]
@@ -485,13 +482,13 @@ def test_time_reduction_is_that_of_the_listener():
     model = LAS(ModelConfig(listener, speller), input_size=4, vocabulary_size=9).eval()
     lengths = torch.arange(1, 40)
     with torch.inference_mode():
-        heard = model.listen(torch.randn(39, 39, 4), lengths).lengths
+        encoded = model.listen(torch.randn(39, 39, 4), lengths).lengths
     assert model.time_reduction == 12
-    assert heard.tolist() == [math.ceil(n / 12) for n in range(1, 40)]
+    assert encoded.tolist() == [math.ceil(n / 12) for n in range(1, 40)]
 
 
 def allowed_characters(name: str, seconds: Tensor) -> Tensor:
-    """Characters that a preset may spell in recordings of (N,) seconds."""
+    """Return the maximum number of characters that a preset allows for recordings of (N,) seconds."""
     preset = load_config(name)
     window, shift, reduction = preset.features.window_ms, preset.features.shift_ms, preset.model.listener.time_reduction
     frames = 1 + ((1000 * seconds - window) / shift).long()
@@ -513,33 +510,33 @@ def test_no_preset_cuts_an_utterance_of_the_shared_recordings(name, shared):
     assert (allowed_characters(name, seconds) >= characters).all()
 
 
-def test_a_beam_wider_than_the_alternatives_lists_each_reading_once():
-    found = beam_search(FakeModel(), memory([1], [1]), config(beam=12, maximum_extra=0), nbest=12)[0]
+def test_a_beam_wider_than_the_number_of_texts_lists_each_text_once():
+    found = beam_search(ToyModel(), memory([1], [1]), config(beam=12, maximum_extra=0), nbest=12)[0]
     assert sorted(tuple(h.text_tokens) for h in found) == [(), (3,), (4,)]
     assert all(math.isfinite(h.score) and math.isfinite(h.normalised) for h in found)
 
 
 def test_equal_scores_keep_the_lower_token():
-    found = beam_search(FakeModel(ties=True), memory([1], [3]), config(beam=2, minimum_share=1.0), nbest=2)[0]
+    found = beam_search(ToyModel(ties=True), memory([1], [3]), config(beam=2, minimum_share=1.0), nbest=2)[0]
     assert [h.text_tokens for h in found] == [[3, 3, 3], [3, 3, 4]]
 
 
 def test_the_eos_threshold_delays_the_end():
     many = memory(list(range(8)), [12] * 8)
-    free = greedy_search(FakeModel(eos=1.0), many, config())
-    held = greedy_search(FakeModel(eos=1.0), many, config(eos_threshold=0.05))
+    free = greedy_search(ToyModel(eos=1.0), many, config())
+    held = greedy_search(ToyModel(eos=1.0), many, config(eos_threshold=0.05))
     assert sum(len(h[0].text_tokens) for h in held) > sum(len(h[0].text_tokens) for h in free)
 
 
-def test_outputs_that_are_not_numbers_give_an_empty_hypothesis():
-    class Broken(FakeModel):
+def test_nan_outputs_give_an_empty_hypothesis():
+    class Broken(ToyModel):
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
             return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), attended, state
 
     found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
     assert found[0] == [Hypothesis([], -math.inf, -math.inf, [], [], finished=False)]
-    assert found[1] == beam_search(FakeModel(), memory([2], [5]), config())[0]
+    assert found[1] == beam_search(ToyModel(), memory([2], [5]), config())[0]
 
 
 aten = torch.ops.aten
@@ -547,7 +544,7 @@ WAITING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, a
 
 
 class Watch(TorchDispatchMode):
-    """Records the calls that make the host wait for a number, and the sizes of what is computed."""
+    """Records calls that make the host wait for the device, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()
@@ -562,8 +559,8 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_the_host_reads_no_number_before_the_end():
-    model = FakeModel(eos=-40.0)  # never ends by itself
+def test_the_host_reads_no_number_during_the_search():
+    model = ToyModel(eos=-40.0)  # never ends by itself
     with Watch() as watch:
         beam_search(model, memory([1, 2], [70, 50]), config())
     assert model.steps == 80 and watch.waits == []
@@ -598,18 +595,18 @@ class FakeDataset:
         return torch.full((int(self.frames[i]), 1), float(i))
 
 
-class Listening(FakeModel):
-    """Hears the utterance's number; refuses batches of more than `most` padded frames."""
+class ListeningModel(ToyModel):
+    """Takes the number of the utterance from its features; fails for more than `max_frames` padded frames."""
 
-    def __init__(self, most: int = 10**9, error: type[BaseException] = MemoryError, message: str = ""):
+    def __init__(self, max_frames: int = 10**9, error: type[BaseException] = MemoryError, message: str = ""):
         super().__init__(8)
-        self.most, self.error, self.message, self.batches = most, error, message, []
+        self.max_frames, self.error, self.message, self.batches = max_frames, error, message, []
 
-    def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
-        if features.shape[0] * features.shape[1] > self.most:
+    def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
+        if features.shape[0] * features.shape[1] > self.max_frames:
             raise self.error(self.message)
         self.batches.append(features.shape[:2])
-        return FakeMemory(features[:, 0, 0].long(), (feature_lengths + 1) // 2, (features.shape[1] + 1) // 2)
+        return ToyMemory(features[:, 0, 0].long(), (feature_lengths + 1) // 2, (features.shape[1] + 1) // 2)
 
 
 def decode(model, dataset: FakeDataset, frames_per_batch: int = 100):
@@ -619,15 +616,15 @@ def decode(model, dataset: FakeDataset, frames_per_batch: int = 100):
 
 def test_hypotheses_come_in_the_order_of_the_dataset():
     dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
-    model = Listening()
+    model = ListeningModel()
     found = decode(model, dataset, 40)
     assert len(model.batches) > 1
     for i, frames in enumerate(dataset.frames):
-        one = FakeMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
-        assert found[i] == beam_search(FakeModel(8), one, config())[0]
+        one = ToyMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
+        assert found[i] == beam_search(ToyModel(8), one, config())[0]
 
 
-def test_all_batches_read_what_was_packed_once(monkeypatch):
+def test_weights_are_packed_once_for_all_batches(monkeypatch):
     if reason := backends.unavailable("speller_search", "cpp"):
         pytest.skip(reason)
     settings = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)))
@@ -641,22 +638,22 @@ def test_all_batches_read_what_was_packed_once(monkeypatch):
 
 
 def test_a_batch_holds_at_most_its_frames_and_128_utterances_and_the_longest_come_first():
-    def sizes(frames, most):
+    def sizes(frames, frames_per_batch):
         dataset = FakeDataset(np.array(frames), ["?"] * len(frames))
-        batches = dataset_module.batches_to_decode(dataset, Vocabulary(), config(frames_per_batch=most))
+        batches = dataset_module.batches_to_decode(dataset, Vocabulary(), config(frames_per_batch=frames_per_batch))
         return [tuple(batch.features.shape[:2]) for batch in batches]
 
     assert sizes([1] * 257, 10_000) == [(128, 1), (128, 1), (1, 1)]
     assert sizes([3, 9, 5, 4, 9], 18) == [(2, 9), (3, 5)]
 
 
-class Spoken(FakeDataset):
+class RandomFeatures(FakeDataset):
     def __getitem__(self, i: int) -> Tensor:
         return torch.randn(int(self.frames[i]), 4, generator=torch.Generator().manual_seed(i))
 
 
-def test_a_dataset_is_decoded_as_its_utterances_are_one_by_one():
-    model, dataset = with_ctc_head(len(Vocabulary())), Spoken(np.array([30, 12, 25]), [None] * 3)
+def test_a_dataset_is_decoded_like_its_utterances_one_by_one():
+    model, dataset = with_ctc_head(len(Vocabulary())), RandomFeatures(np.array([30, 12, 25]), [None] * 3)
     table = torch.randn(31, 31, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     settings = config(beam=3, ngram_weight=0.5, length_reward=0.2, maximum_share=0.3)
     options = {"progress": False, "device": "cpu"}
@@ -664,9 +661,9 @@ def test_a_dataset_is_decoded_as_its_utterances_are_one_by_one():
     plain = decode_dataset(model, dataset, Vocabulary(), settings, ngram=table, **options)
     for i, frames in enumerate([30, 12, 25]):
         with torch.inference_mode():
-            heard = model.listen(dataset[i][None], torch.tensor([frames]))
-        ((first, second),) = beam_search(model, heard, settings, nbest=2, ngram=table)
-        (score,) = speech_scores(heard, [first.text_tokens])
+            encoded = model.listen(dataset[i][None], torch.tensor([frames]))
+        ((first, second),) = beam_search(model, encoded, settings, nbest=2, ngram=table)
+        (score,) = speech_scores(encoded, [first.text_tokens])
         assert found[i][1:] == [second] and plain[i] == [first]
         assert replace(found[i][0], speech_score=None) == first
         assert found[i][0].speech_score == pytest.approx(score, abs=1e-4)
@@ -690,8 +687,8 @@ def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
 
     monkeypatch.setattr(dataset_module, "Progress", Counting)
     dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
-    decode(Listening(), dataset, 40)
-    decode_dataset(Listening(), dataset, Vocabulary(), config(frames_per_batch=999), device="cpu")
+    decode(ListeningModel(), dataset, 40)
+    decode_dataset(ListeningModel(), dataset, Vocabulary(), config(frames_per_batch=999), device="cpu")
     assert made == [((pytest.approx(0.71), "decoding", "s of audio"), {"show": show}) for show in (False, True)]
     assert counted == pytest.approx([0.30, 0.29, 0.12, 0.71])
 
@@ -699,8 +696,8 @@ def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
 def test_a_size_that_did_not_fit_is_not_tried_again():
     tried = []
 
-    class Watched(Listening):
-        def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
+    class Watched(ListeningModel):
+        def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
             tried.append(features.shape[0] * features.shape[1])
             return super().listen(features, feature_lengths)
 
@@ -708,15 +705,15 @@ def test_a_size_that_did_not_fit_is_not_tried_again():
     assert tried == [32, 16, 8, 8, 8, 8, 12, 8, 4, 8, 4]
 
 
-def test_where_memory_lacks_what_is_kept_for_speed_is_given_back(monkeypatch):
+def test_on_lack_of_memory_graphs_and_caches_are_freed(monkeypatch):
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
     monkeypatch.setattr(dataset_module, "forget", lambda: freed.append("graphs"))
-    decode(Listening(21), FakeDataset(np.array([9, 10, 8]), [None] * 3))
+    decode(ListeningModel(21), FakeDataset(np.array([9, 10, 8]), [None] * 3))
     assert freed == ["graphs", "cache"]
 
 
-def read_by_ctc(rows: list[list[int]], lengths: list[int], logits: Tensor) -> list[float | None]:
+def score_texts(rows: list[list[int]], lengths: list[int], logits: Tensor) -> list[float | None]:
     memory = Memory(None, None, None, None, logits, torch.tensor(lengths))
     return speech_scores(memory, rows)
 
@@ -724,12 +721,12 @@ def read_by_ctc(rows: list[list[int]], lengths: list[int], logits: Tensor) -> li
 def test_a_speech_score_is_the_ratio_to_silence_per_token_by_brute_force():
     texts, lengths = [[3, 4], [3, 3], [3, 3], [], [4, 3, 4], [3]], [4, 3, 2, 4, 3, 1]
     logits = 3 * torch.randn(6, 4, V, generator=torch.Generator().manual_seed(3))
-    found = read_by_ctc(texts, lengths, logits)
+    found = score_texts(texts, lengths, logits)
     for text, frames, rows, score in zip(texts, lengths, logits, found, strict=True):
         rows = rows[:frames].log_softmax(-1)
         if not text:
             assert score is None
-        elif (exact := ctc_readings(rows).get(tuple(text))) is None:
+        elif (exact := ctc_texts(rows).get(tuple(text))) is None:
             assert score == -math.inf
         else:
             assert score == pytest.approx((exact - float(rows[:, 0].sum())) / len(text), abs=1e-4)
@@ -738,13 +735,13 @@ def test_a_speech_score_is_the_ratio_to_silence_per_token_by_brute_force():
 
 def test_speech_scores_are_computed_in_float32():
     logits = (3 * torch.randn(1, 60, V, generator=torch.Generator().manual_seed(3))).bfloat16()
-    assert read_by_ctc([[3, 4]], [60], logits) == pytest.approx(read_by_ctc([[3, 4]], [60], logits.float()), abs=1e-4)
+    assert score_texts([[3, 4]], [60], logits) == pytest.approx(score_texts([[3, 4]], [60], logits.float()), abs=1e-4)
 
 
-def test_texts_without_tokens_have_no_speech_score_wherever_they_stand():
+def test_empty_texts_have_no_speech_score_anywhere_in_a_batch():
     logits = torch.randn(2, 4, V, generator=torch.Generator().manual_seed(3))
-    assert read_by_ctc([[], []], [4, 3], logits) == [None, None]
-    assert read_by_ctc([[], [3]], [4, 3], logits)[1] == pytest.approx(read_by_ctc([[3]], [3], logits[1:])[0], abs=1e-5)
+    assert score_texts([[], []], [4, 3], logits) == [None, None]
+    assert score_texts([[], [3]], [4, 3], logits)[1] == pytest.approx(score_texts([[3]], [3], logits[1:])[0], abs=1e-5)
 
 
 def test_without_a_ctc_head_there_are_no_speech_scores():
@@ -753,13 +750,13 @@ def test_without_a_ctc_head_there_are_no_speech_scores():
 
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
     dataset = FakeDataset(np.array([6, 4]), ["HÉ?", "ok"])
-    assert decode(Listening(), dataset) == decode(Listening(), FakeDataset(dataset.frames, [None, None]))
+    assert decode(ListeningModel(), dataset) == decode(ListeningModel(), FakeDataset(dataset.frames, [None, None]))
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)]
 )
-def test_the_listener_computes_in_the_precision_of_decoding_and_gives_float32(precision, dtype):
+def test_the_listener_computes_in_the_decoding_precision_and_returns_float32(precision, dtype):
     settings = ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), SpellerConfig(8, 8, 8, (8, 8)))
     model = LAS(settings, input_size=4, vocabulary_size=V).eval()
     seen = []
@@ -777,18 +774,18 @@ def test_the_listener_computes_in_the_precision_of_decoding_and_gives_float32(pr
         (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(error, message):
+def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(error, message):
     dataset = FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7)
-    model = Listening(21, error, message)
-    assert decode(model, dataset) == decode(Listening(), dataset)
+    model = ListeningModel(21, error, message)
+    assert decode(model, dataset) == decode(ListeningModel(), dataset)
     assert all(rows * frames <= 21 for rows, frames in model.batches)
 
 
 def test_halves_are_no_longer_than_their_longest_utterance():
     seen = []
 
-    class Watched(Listening):
-        def listen(self, features: Tensor, feature_lengths: Tensor) -> FakeMemory:
+    class Watched(ListeningModel):
+        def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
             seen.append((features.shape[1], int(feature_lengths.max())))
             return super().listen(features, feature_lengths)
 
@@ -798,16 +795,16 @@ def test_halves_are_no_longer_than_their_longest_utterance():
 
 def test_one_utterance_too_big_for_memory_is_named():
     with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower --decoding.beam"):
-        decode(Listening(15), FakeDataset(np.array([4, 20]), [None, None]))
+        decode(ListeningModel(15), FakeDataset(np.array([4, 20]), [None, None]))
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
-        decode(Listening(0, RuntimeError, "shapes disagree"), FakeDataset(np.array([4]), [None]))
+        decode(ListeningModel(0, RuntimeError, "shapes disagree"), FakeDataset(np.array([4]), [None]))
 
 
-def test_a_diverged_model_is_named_as_such():
-    class Broken(Listening):
+def test_a_diverged_model_is_an_error():
+    class Broken(ListeningModel):
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
             return logits * torch.nan, attended, state
@@ -829,8 +826,8 @@ def test_a_trained_model_spells_the_same_on_reference_and_cpp(shared):
     settings = replace(loaded.config.decoding, beam=4)
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
         with torch.inference_mode():
-            heard = loaded.model.listen(batch.features, batch.feature_lengths)
-        found = [beam_search(loaded.model, heard, settings, nbest=4, backend=name) for name in ("reference", "cpp")]
+            encoded = loaded.model.listen(batch.features, batch.feature_lengths)
+        found = [beam_search(loaded.model, encoded, settings, nbest=4, backend=name) for name in ("reference", "cpp")]
         for ours, theirs in zip(*(itertools.chain(*hypotheses) for hypotheses in found), strict=True):
             assert ours.text_tokens == theirs.text_tokens
             assert ours.score == pytest.approx(theirs.score, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Replaying chunks from fixed buffers, on a CPU: a stand-in for the graph calls again what it was given to record."""
+"""Replaying chunks from fixed buffers, on a CPU: a stand-in for a CUDA graph runs the captured function again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
-from fakes import FakeModel, config, memory
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from toy_model import ToyModel, config, memory
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
@@ -20,7 +20,7 @@ from las_fast.text import EOS
 
 
 class Recorded:
-    """Like a graph, it writes every replay's results over those of the one before, wherever its caller has them."""
+    """Like a CUDA graph, it writes the results of each replay into the tensors of the first."""
 
     made: list[Recorded] = []
 
@@ -30,7 +30,7 @@ class Recorded:
 
     def capture(self, function):
         self.function = function
-        self.results = function()  # a graph computes nothing yet: what is in there must not be used
+        self.results = function()  # a capture computes nothing, so its results must not be used
         for result in tensors(self.results):
             result.fill_(True if result.dtype == torch.bool else 77)
         return self.results
@@ -47,7 +47,7 @@ def tensors(tree) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
-    """The graphs made in the test."""
+    """The graphs that the test has made."""
     cuda_graph.forget()
     monkeypatch.setattr(cuda_graph, "CudaGraph", Recorded)
     monkeypatch.setattr(Recorded, "made", [])
@@ -63,7 +63,7 @@ def model():
     return LAS(sizes, input_size=4, vocabulary_size=9).eval()
 
 
-def hear(model, lengths):
+def encode(model, lengths):
     with torch.inference_mode():
         return model.listen(torch.randn(len(lengths), max(lengths), 4), torch.tensor(lengths))
 
@@ -87,88 +87,93 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=lambda fields: "-".join(fields) or "plain")
-def test_a_captured_search_finds_what_the_plain_one_finds(fields, model, graphs):
+def test_a_captured_search_equals_a_search_by_steps(fields, model, graphs):
     torch.manual_seed(1)
     table = torch.randn(9, 9).log_softmax(-1)
     options = {"nbest": 4, "ngram": table if "ngram_weight" in fields else None}
     searches = [
-        (FakeModel(9), memory([3, 1, 4, 1, 5], [9, 2, 25, 14, 1])),
-        (model, hear(model, [120, 40, 77])),
-        (model, hear(model, [8])),
+        (ToyModel(9), memory([3, 1, 4, 1, 5], [9, 2, 25, 14, 1])),
+        (model, encode(model, [120, 40, 77])),
+        (model, encode(model, [8])),
     ]
     searches = searches["ctc_weight" in fields :]  # the fake model has no CTC head
-    for own, heard in searches:
-        expected = beam_search(own, heard, config(**fields), capture=False, **options)
-        assert_same(beam_search(own, heard, config(**fields), capture=True, **options), expected)
+    for searched, encoded in searches:
+        expected = beam_search(searched, encoded, config(**fields), capture=False, **options)
+        assert_same(beam_search(searched, encoded, config(**fields), capture=True, **options), expected)
     assert len(graphs) == len(searches) and all(graph.replays for graph in graphs)
 
 
-def test_a_search_of_known_sizes_replays_and_takes_nothing_from_the_one_before(model, graphs):
-    first, second, third = hear(model, [120, 90, 77]), hear(model, [101, 99, 15, 60]), hear(model, [30, 90, 9])
-    expected = [beam_search(model, heard, config(), nbest=4, capture=False) for heard in (first, second, third)]
-    for heard, plain in zip((first, second, third, first), (*expected, expected[0]), strict=True):
-        assert_same(beam_search(model, heard, config(), nbest=4, capture=True), plain)
+def test_a_search_of_known_sizes_replays_a_graph_without_traces_of_the_last_search(model, graphs):
+    first, second, third = encode(model, [120, 90, 77]), encode(model, [101, 99, 15, 60]), encode(model, [30, 90, 9])
+    expected = [beam_search(model, encoded, config(), nbest=4, capture=False) for encoded in (first, second, third)]
+    for encoded, plain in zip((first, second, third, first), (*expected, expected[0]), strict=True):
+        assert_same(beam_search(model, encoded, config(), nbest=4, capture=True), plain)
     assert len(graphs) == 1
 
 
-def test_new_weights_in_the_same_place_are_read_and_moved_ones_are_noticed(model, graphs):
-    heard = hear(model, [120, 90])
-    beam_search(model, heard, config(), capture=True)
+def test_a_graph_reads_updated_weights_and_moved_weights_need_a_new_graph(model, graphs):
+    def assert_captured_equals_steps(encoded):
+        by_steps = beam_search(model, encoded, config(), capture=False)
+        assert_same(beam_search(model, encoded, config(), capture=True), by_steps)
+
+    encoded = encode(model, [120, 90])
+    beam_search(model, encoded, config(), capture=True)
     with torch.no_grad():
         model.speller.project.weight.mul_(-2)
-    assert_same(beam_search(model, heard, config(), capture=True), beam_search(model, heard, config(), capture=False))
+    assert_captured_equals_steps(encoded)
     assert len(graphs) == 1
     model.speller.project.weight = torch.nn.Parameter(model.speller.project.weight * -0.7)
-    assert_same(beam_search(model, heard, config(), capture=True), beam_search(model, heard, config(), capture=False))
+    assert_captured_equals_steps(encoded)
     assert len(graphs) == 2
 
 
 def test_other_settings_are_another_graph(graphs):
-    own, heard = FakeModel(9), memory([1, 2], [9, 7])
+    searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     for fields in ({}, {"beam": 2}, {"length_penalty": 0.5}, {}):
-        beam_search(own, heard, config(**fields), capture=True)
-    beam_search(own, heard, config(), capture=True, backend="reference")
+        beam_search(searched, encoded, config(**fields), capture=True)
+    beam_search(searched, encoded, config(), capture=True, backend="reference")
     assert len(graphs) == 4
 
 
 def test_another_language_model_is_another_graph(graphs):
-    own, heard = FakeModel(9), memory([1, 2], [9, 7])
+    searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     tables = [torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
     options = {"nbest": 4, "capture": True}
-    found = [beam_search(own, heard, config(ngram_weight=0.5), ngram=table, **options) for table in (*tables, *tables)]
+    settings = config(ngram_weight=0.5)
+    found = [beam_search(searched, encoded, settings, ngram=table, **options) for table in (*tables, *tables)]
     assert len(graphs) == 2 and found[:2] == found[2:] and found[0] != found[1]
 
 
-def test_another_precision_of_products_is_another_graph(graphs):
-    own, heard = FakeModel(9), memory([1, 2], [9, 7])
+def test_another_matmul_precision_is_another_graph(graphs):
+    searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     before = torch.get_float32_matmul_precision()
     try:
         for precision in ("highest", "high", "highest"):
             torch.set_float32_matmul_precision(precision)
-            beam_search(own, heard, config(), capture=True)
+            beam_search(searched, encoded, config(), capture=True)
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(graphs) == 2
 
 
-def test_the_graph_that_goes_is_the_one_that_was_used_least_lately(graphs):
-    own = FakeModel(9)
+def test_the_least_recently_used_graph_is_dropped(graphs):
+    searched = ToyModel(9)
     for size in (1, 2, 4, 8, 1, 16, 1):
-        beam_search(own, memory([1] * size, [9] * size), config(), capture=True)
+        beam_search(searched, memory([1] * size, [9] * size), config(), capture=True)
     assert len(graphs) == 5
 
 
 def test_only_the_last_few_graphs_are_kept(graphs):
-    own = FakeModel(9)
+    searched = ToyModel(9)
     sizes = [1, 2, 4, 8, 16]
     for size in (*sizes, 16, 8, 1):  # the smallest has gone by then
-        beam_search(own, memory([1] * size, [9] * size), config(), capture=True)
-    assert len(graphs) == len(sizes) + 1 and len(cuda_graph._graphs[own]) == cuda_graph.MAX_GRAPHS
+        beam_search(searched, memory([1] * size, [9] * size), config(), capture=True)
+    assert len(graphs) == len(sizes) + 1 and len(cuda_graph._graphs[searched]) == cuda_graph.MAX_GRAPHS
 
 
-def test_utterances_that_only_pad_are_not_waited_for(graphs):
-    class Ends(FakeModel):
-        """Ends at once what has a seed other than 0, which padding has."""
+def test_the_search_does_not_wait_for_utterances_added_as_padding(graphs):
+    class Ends(ToyModel):
+        """Ends an utterance at once unless its seed is 0, as in padding."""
 
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
@@ -179,7 +184,7 @@ def test_utterances_that_only_pad_are_not_waited_for(graphs):
     assert graphs[0].replays == 1
 
 
-def test_graphs_end_with_their_model_and_on_demand(monkeypatch, graphs):
+def test_graphs_are_freed_with_their_model_and_by_forget(monkeypatch, graphs):
     class Forgetful(Recorded):
         def capture(self, function):  # a CUDA graph keeps no function
             return function()
@@ -188,41 +193,41 @@ def test_graphs_end_with_their_model_and_on_demand(monkeypatch, graphs):
             pass
 
     monkeypatch.setattr(cuda_graph, "CudaGraph", Forgetful)
-    own = FakeModel(9)
-    beam_search(own, memory([1], [9]), config(), capture=True)
-    graph, gone = weakref.ref(cuda_graph._graphs[own].popitem()[1]), weakref.ref(own)
+    searched = ToyModel(9)
+    beam_search(searched, memory([1], [9]), config(), capture=True)
+    graph, gone = weakref.ref(cuda_graph._graphs[searched].popitem()[1]), weakref.ref(searched)
     assert graph() is None
-    beam_search(own, memory([1], [9]), config(), capture=True)
-    graph = weakref.ref(next(iter(cuda_graph._graphs[own].values())))
-    del own
+    beam_search(searched, memory([1], [9]), config(), capture=True)
+    graph = weakref.ref(next(iter(cuda_graph._graphs[searched].values())))
+    del searched
     gc.collect()
     assert gone() is None and graph() is None
-    other = FakeModel(9)
+    other = ToyModel(9)
     beam_search(other, memory([1], [9]), config(), capture=True)
     cuda_graph.forget()
     assert other not in cuda_graph._graphs
 
 
-def test_on_a_cpu_nothing_is_captured_unasked(graphs):
-    beam_search(FakeModel(9), memory([1], [9]), config())
+def test_on_a_cpu_nothing_is_captured_by_default(graphs):
+    beam_search(ToyModel(9), memory([1], [9]), config())
     assert not graphs
 
 
-def test_sizes_are_rounded_up_to_few():
+def test_sizes_are_rounded_up_to_a_few():
     assert [bucket(batch, 1)[0] for batch in (1, 2, 3, 8, 9, 128)] == [1, 2, 4, 8, 16, 128]
     assert [bucket(1, frames)[1] for frames in (1, 64, 65, 640)] == [64, 64, 128, 640]
 
 
 def test_padding_a_memory_changes_no_utterance(model):
-    heard = hear(model, [120, 40, 77])
-    padded = heard.padded(4, 64)
+    encoded = encode(model, [120, 40, 77])
+    padded = encoded.padded(4, 64)
     assert [tuple(x.shape) for x in padded[:4]] == [(4, 64, 7), (4, 64, 5), (4,), (4, 64)]
     assert padded.ctc_logits.shape == (4, 128, 9) and padded.ctc_lengths.tolist() == [30, 10, 20, 0]
     tokens = torch.full((4, 2), 3)
     with torch.inference_mode():
         logits, attended, after = model.step(tokens, model.start(padded, 2), padded, weights=True)
-        expected, plain, _ = model.step(tokens[:3], model.start(heard, 2), heard, weights=True)
+        expected, plain, _ = model.step(tokens[:3], model.start(encoded, 2), encoded, weights=True)
     torch.testing.assert_close(logits[:3], expected)
-    torch.testing.assert_close(attended.weights[:3, :, : heard.keys.shape[1]], plain.weights)
+    torch.testing.assert_close(attended.weights[:3, :, : encoded.keys.shape[1]], plain.weights)
     assert padded.lengths[3] == 0 and padded.padding[3].all()
     assert (attended.weights[3] == 0).all() and (after.context[3] == 0).all()
