@@ -24,7 +24,7 @@ from las_fast.data.dataset import Corpus, open_corpus
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score
-from las_fast.search.ngram import language_table
+from las_fast.search.ngram import load_ngram_table
 from las_fast.tune import decode_grid, open_split
 
 FILE = RESULTS / "learning_curve.csv"
@@ -57,7 +57,7 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     ways = {"greedy": replace(decoding, beam=1, ctc_weight=0.0, ngram_weight=0.0), "beam and CTC": decoding}
     options.split = "dev"
     dataset = open_split(options, loaded)
-    ngram_table = language_table(None, decoding, loaded, "cpu")
+    ngram_table = load_ngram_table(None, decoding, loaded, "cpu")
     rows = []
     for way, texts in zip(ways, decode_grid(loaded, dataset, list(ways.values()), ngram_table, "cpu"), strict=True):
         scores = score(dataset.texts, texts)

@@ -23,7 +23,7 @@ from las_fast.data.dataset import SpeechDataset, open_corpus
 from las_fast.data.manifest import further_columns
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
-from las_fast.search.ngram import language_table, with_default_weight
+from las_fast.search.ngram import load_ngram_table, with_default_weight
 from las_fast.tune import decode_grid, open_split
 
 FILE = RESULTS / "scores.csv"
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
     decoding = with_default_weight(loaded.config.decoding, options.lm)
-    ngram_table = language_table(options.lm, decoding, loaded, "cpu")
+    ngram_table = load_ngram_table(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
     groups = parts(dataset.ids, open_corpus(options.data).root, options.by)
     settings = select(decodings(decoding, options.beam), options)

@@ -134,9 +134,9 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     seconds = time.perf_counter() - started
     rows = [describe(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, splits, dataset, rows)
-    result = summarise(dataset, rows, seconds)
-    print(table(result, options.out))
-    print(json.dumps(result))
+    summary = summarise(dataset, rows, seconds)
+    print(format_summary(summary, options.out))
+    print(json.dumps(summary))
 
 
 def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:
@@ -240,7 +240,7 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
     return result | {name: round(value, 3) for name, value in times.items()}
 
 
-def table(result: dict, out: Path) -> str:
+def format_summary(result: dict, out: Path) -> str:
     """Format the result for people."""
     lines = [("utterances", f"{result['utterances']}")]
     if "skipped" in result:

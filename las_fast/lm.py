@@ -65,7 +65,7 @@ def train(sentences: Iterable[str], *, order: int = DEFAULT_ORDER, characters: s
 
 
 def read_texts(source: Path, split: str = "") -> Iterator[str]:
-    """Yield the sentences of a file or folder as they are written there; the module lists the layouts.
+    """Yield the unmodified sentences of a file or folder; the module docstring lists the layouts.
 
     split: of an archive, a LibriSpeech folder or a manifest; empty: all of its training splits.
     """
@@ -121,7 +121,7 @@ class Sentences:
 def count_held_out(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
     """Count the n-grams of training sentences and of held-out sentences.
 
-    A hash of its text holds a sentence out, so the choice is reproducible and repeats stay on one side.
+    A hash of the text decides, so the choice is reproducible and repeated sentences stay together.
     """
     kept: Counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     held_out = kept
@@ -146,8 +146,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--order", type=int, default=DEFAULT_ORDER, help=f"length of the n-grams (default: {DEFAULT_ORDER})"
     )
-    parser.add_argument("--characters", default=CHARACTERS, help="the checkpoint's (default: A-Z ' space)")
-    parser.add_argument("--split", default="", help="of archives, folders and manifests (default: all training splits)")
+    parser.add_argument("--characters", default=CHARACTERS, help="characters of the checkpoint (default: A-Z ' space)")
+    parser.add_argument("--split", default="", help="split of each corpus (default: all of its training splits)")
     return parser
 
 

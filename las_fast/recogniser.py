@@ -37,7 +37,7 @@ from las_fast.output.transcripts import (
     noise_warning,
 )
 from las_fast.search import beam, dataset
-from las_fast.search.ngram import find_lm, language_table, with_default_weight
+from las_fast.search.ngram import find_lm, load_ngram_table, with_default_weight
 from las_fast.system import choose_device
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class Recogniser:
         """Return the result of las_fast.search.beam.with_reward; that of the last language model is cached."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
-            table = language_table(lm, decoding, self.loaded, self.device, self._lm_option)
+            table = load_ngram_table(lm, decoding, self.loaded, self.device, self._lm_option)
             return beam.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
 
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None

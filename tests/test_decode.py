@@ -439,7 +439,7 @@ def test_the_summary_is_printed_in_words():
     times = {"seconds": 12.34, "audio_seconds": 150.6, "rtfx": 12.2}
     whole = {"utterances": 5, "skipped": 2, "scored": 3, "ld": 1.234, "cer": 10.126, "wer": 33.333, **times}
     speed, written = "speed       151 s of audio in 12.3 s, 12 x real time", "written     a/out.csv"
-    assert command.table(whole, Path("a/out.csv")).splitlines() == [
+    assert command.format_summary(whole, Path("a/out.csv")).splitlines() == [
         "utterances  5",
         "left out    2 that could not be used; their rows in out.csv are empty",
         "scored      3; the other 2 have no transcript",
@@ -449,7 +449,7 @@ def test_the_summary_is_printed_in_words():
         speed,
         written,
     ]
-    assert command.table({"utterances": 5, **times}, Path("a/out.csv")).splitlines() == [
+    assert command.format_summary({"utterances": 5, **times}, Path("a/out.csv")).splitlines() == [
         "utterances  5", speed, written,
     ]  # fmt: skip
 

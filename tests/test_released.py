@@ -15,7 +15,7 @@ from las_fast.ops import backends
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import listen
-from las_fast.search.ngram import language_table
+from las_fast.search.ngram import load_ngram_table
 from las_fast.tune import decode_grid, open_split
 
 HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
@@ -48,7 +48,7 @@ def dev_of(name, shared):
 def test_a_released_model_has_the_scores_of_its_card(name, shared):
     loaded, data = dev_of(name, shared)
     own = loaded.config.decoding
-    table = language_table(None, own, loaded, "cpu")
+    table = load_ngram_table(None, own, loaded, "cpu")
     greedy = replace(own, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     found = [score(data.texts, texts).cer for texts in decode_grid(loaded, data, [greedy, own], table, "cpu")]
     card = (RELEASED / f"{name}.md").read_text(encoding="utf-8")

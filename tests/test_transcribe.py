@@ -454,7 +454,7 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(here, 
     path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
     path.touch()
     monkeypatch.setattr(recogniser, "with_default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
-    monkeypatch.setattr(recogniser, "language_table", lambda *given: calls.append(given) or table)
+    monkeypatch.setattr(recogniser, "load_ngram_table", lambda *given: calls.append(given) or table)
     expected = replace(own, beam=1, ngram_weight=0.7)
     assert model.settings(beam=1, lm=str(path)) == expected
     config, ngram, _ = model.decoder(expected, str(path))

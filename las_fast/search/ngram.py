@@ -206,7 +206,7 @@ def with_default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | N
     return replace(decoding, ngram_weight=DEFAULT_WEIGHT) if lm and not decoding.ngram_weight else decoding
 
 
-def language_table(
+def load_ngram_table(
     lm: str | None, decoding: DecodingConfig, loaded: Loaded, device: torch.device | str, option: str = "--lm "
 ) -> torch.Tensor | None:
     """Return the n-gram table of the model that lm names, or else of the checkpoint's own; None at weight 0.
