@@ -98,9 +98,10 @@ def check_order(order: int, V: int) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = 4 * V**order
     if 2 * size > memory:
+        fits = max((k for k in range(1, order) if 2 * 4 * V**k <= memory), default=1)
         raise InputError(
             f"order {order} over {V} tokens needs a table of {size / 2**30:.1f} GiB, and this machine has "
-            f"{memory / 2**30:.1f} GiB of memory; train with --order {order - 1} or less"
+            f"{memory / 2**30:.1f} GiB of memory; train with --order {fits} or less"
         )
 
 
