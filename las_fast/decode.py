@@ -19,7 +19,7 @@ from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.search.ngram import with_default_weight
 from las_fast.system import choose_device, give_large_blocks_back
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
+if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import Corpus, SpeechDataset
     from las_fast.output.metrics import Scores

@@ -24,7 +24,7 @@ from las_fast.progress import progress
 from las_fast.search.ngram import load_ngram_table, with_default_weight
 from las_fast.system import choose_device, give_large_blocks_back
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
+if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
     from las_fast.data.dataset import SpeechDataset
 

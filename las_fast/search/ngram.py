@@ -19,7 +19,7 @@ from las_fast.errors import InputError
 from las_fast.files import safetensors_format, utf8_path
 from las_fast.text import EOS, PAD, SOS, Vocabulary
 
-if TYPE_CHECKING:  # these import torch, which --help need not wait for
+if TYPE_CHECKING:  # importing torch would slow down --help
     import torch
 
     from las_fast.checkpoint import Loaded
