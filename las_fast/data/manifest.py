@@ -327,7 +327,7 @@ def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, f
     blank = None
     for column, _ in claims:
         value = row[column]
-        if isinstance(value, int) and name == "id":
+        if name == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if value is not None and not isinstance(value, str):
             raise InputError(f"{path} line {line}: {column} must be text; got {value!r}")

@@ -137,6 +137,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"offset": [1]}, r"line 1: offset must be a number; got \[1\]"),
         ({"offset": 10**400}, "line 1: offset must be a number; got 1000"),
         ({"id": 1.5}, "line 1: id must be text; got 1.5"),
+        ({"id": True}, "line 1: id must be text; got True"),
         ({"start": 0, "end": 2, "duration": 1.85}, "line 1: from start to end are 2 s, its duration is 1.85 s"),
         ({"start": 0, "end": 1, "duration": 2}, "line 1: from start to end are 1 s, its duration is 2 s"),
         ({"audio_channel": "left"}, "column 'audio_channel' names channels"),
