@@ -13,7 +13,7 @@ from las_fast.errors import InputError
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
 
 
-def espeak_library():
+def load_espeak():
     try:
         import espeakng_loader
     except ImportError:
@@ -31,7 +31,7 @@ class Synthesiser:
     CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     def __init__(self):
-        loader = espeak_library()
+        loader = load_espeak()
         try:
             self._library = ctypes.CDLL(loader.get_library_path())
         except OSError as error:

@@ -32,7 +32,7 @@ import numpy as np
 import soxr
 
 from las_fast.config import FeatureConfig
-from las_fast.data.espeak import ACCENTS, Synthesiser, espeak_library
+from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
 from las_fast.data.features import compute_features
 from las_fast.data.sentences import sentence
 from las_fast.errors import InputError
@@ -132,7 +132,7 @@ def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, floa
 
 def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
     """Return everything the corpus depends on, as plain data; two equal ones mean equal files."""
-    espeak_library()
+    load_espeak()
     sources = [Path(__file__).with_name(f"{name}.py") for name in ("spoken", "sentences", "espeak", "features")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     espeak = importlib.metadata.version("espeakng-loader")

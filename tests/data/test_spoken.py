@@ -195,7 +195,7 @@ def library(tmp_path, monkeypatch):
     for name in ("phontab", "voices/!v/m1"):
         (tmp_path / name).touch()
     loader = type("Loader", (), {"get_library_path": lambda: "lib.so", "get_data_path": lambda: str(tmp_path)})
-    monkeypatch.setattr(espeak, "espeak_library", lambda: loader)
+    monkeypatch.setattr(espeak, "load_espeak", lambda: loader)
     monkeypatch.setattr(espeak.ctypes, "CDLL", {"lib.so": library}.__getitem__)
     return library
 
