@@ -20,7 +20,7 @@ from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.data.dataset import SpeechDataset, open_corpus
-from las_fast.data.manifest import further_columns
+from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
 from las_fast.search.ngram import load_ngram_table, with_default_weight
@@ -66,7 +66,7 @@ def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
     if column:
         if not root.is_file():
             raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
-        rows = further_columns(root)
+        rows = rows_by_id(root)
         if any(column not in row for row in rows.values()):
             raise InputError(f"{root} does not have column {column!r} on every line; choose another or leave out --by")
         for i, name in enumerate(ids):

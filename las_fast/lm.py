@@ -71,7 +71,7 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
     """
     from las_fast.data import folders, hw4p2, kaldi, librispeech, manifest, plain_text
 
-    if source.is_dir() and (arrays := folders.files(source, {".npy"})):
+    if source.is_dir() and (arrays := folders.list_files(source, {".npy"})):
         yield from map(hw4p2.read_transcript, arrays)
     elif kaldi.is_text(source):
         yield from (text for _, _, text in kaldi.read_table(source))
@@ -80,7 +80,7 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
     elif source.name.lower().endswith(".trans.txt"):
         yield from (text for _, text in librispeech.read_transcripts(source))
     else:
-        plain_text.check_beginning(source)
+        plain_text.check_signature(source)
         yield from plain_text.sentences(source, folders.read_lines(source))
 
 

@@ -78,7 +78,7 @@ class Utterances:
 
     def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
         self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
-        self.frames = np.array([len(x) for x in features], np.int64)
+        self.frame_counts = np.array([len(x) for x in features], np.int64)
 
     def __len__(self) -> int:
         return len(self.features)

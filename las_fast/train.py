@@ -209,7 +209,7 @@ def describe(trainer: Trainer) -> None:
     import torch
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    last = trainer.course.of(trainer.config.training.epochs - 1)
+    last = trainer.curriculum.batches_of(trainer.config.training.epochs - 1)
     padding = 100 * last.padding_share(0)
     precision = str(trainer.precision).removeprefix("torch.")
     print(
@@ -240,7 +240,7 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
     """Warn of transcripts that need more frames than the CTC head has: one per character, one between equal ones."""
     reduction = model.listener.reduction_at(model.ctc_layer)
     needed = [len(text) + sum(map(eq, text, text[1:])) for text in (known or "" for known in data.texts)]
-    available = [-(-count // reduction) for count in data.frames.tolist()]
+    available = [-(-count // reduction) for count in data.frame_counts.tolist()]
     too_long = [i for i, count in enumerate(available) if needed[i] > count]
     if too_long:
         i = too_long[0]
@@ -252,7 +252,7 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
 
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
     """Load the training and dev sets, compute or read their features, and warn of doubtful data."""
-    from las_fast.data.dataset import divided_recordings, load_dataset, shared_recordings
+    from las_fast.data.dataset import count_overlapping, count_shared_recordings, load_dataset
 
     train_splits = config.data.train or corpus.resolve("train")
     dev_splits = corpus.resolve(config.data.dev or "dev")
@@ -269,12 +269,12 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         warn_too_fast(name, data)
     if config.model.ctc_layer >= 0:
         warn_too_long_for_ctc(train, config.model)
-    if shared := shared_recordings(train, dev):
+    if shared := count_overlapping(train, dev):
         print(
             f"warning: {shared} dev utterances are in the training set too, so dev scores say nothing about new "
             "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
-    elif divided := divided_recordings(train, dev):
+    elif divided := count_shared_recordings(train, dev):
         print(
             f"warning: {divided} recordings have parts in both the training and the dev set, so dev scores are for "
             "known voices and rooms; put all parts of a recording into one split"

@@ -172,7 +172,7 @@ class Utterances:
 
     def __init__(self, count: int):
         self.ids, self.texts = [str(i) for i in range(count)], [None] * count
-        self.frames, self.seconds, self.blocks = np.full(count, FRAMES), np.full(count, FRAMES / 100), 1
+        self.frame_counts, self.seconds, self.blocks = np.full(count, FRAMES), np.full(count, FRAMES / 100), 1
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -447,7 +447,7 @@ def listened(here):
 
 def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
     loaded, data = listened(here)
-    batches = sorted_batches(data.frames, frames_per_batch=30000, utterances_per_batch=128)
+    batches = sorted_batches(data.frame_counts, frames_per_batch=30000, utterances_per_batch=128)
     (batch,) = make_loader(data, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with torch.inference_mode():
         encoded = loaded.model.listen(batch.features, batch.feature_lengths)

@@ -123,7 +123,7 @@ def test_every_setting_of_the_losses_arrives_at_each_step(archive, tmp_path, mon
     losses, forcing, loss, forward = [], [], trainer.training_loss, LAS.forward
     monkeypatch.setattr(trainer, "training_loss", lambda *given, **own: losses.append(own) or loss(*given, **own))
     monkeypatch.setattr(LAS, "forward", lambda self, *given: forcing.append(given[3]) or forward(self, *given))
-    batch, per_epoch = first_batch(made), made.course.steps_before(1)
+    batch, per_epoch = first_batch(made), made.curriculum.steps_before(1)
     for step, ctc, guided, rate in ((0, 0.4, 2.0, 0.125), (per_epoch, 0.4, 1.5, 0.5), (2 * per_epoch, 0.0, 1.0, None)):
         made.progress.step = step
         made.train_step(batch)
@@ -137,10 +137,12 @@ def test_the_loader_of_an_epoch_starts_at_the_step(archive, tmp_path, monkeypatc
     config = small(data=replace(small().data, workers=3), training=replace(small().training, seed=7))
     made, seen = make_trainer(archive, tmp_path, config), []
     monkeypatch.setattr(trainer, "make_loader", lambda *given, **options: seen.append((given, options)))
-    made.progress.step = made.course.steps_before(1) + 2
+    made.progress.step = made.curriculum.steps_before(1) + 2
     made._rest_of_epoch()
     ((data, batches, vocabulary), options) = seen[0]
-    assert data is made.train_data and vocabulary is made.vocabulary and batches == made.course.of(1).epoch(1)
+    assert (
+        data is made.train_data and vocabulary is made.vocabulary and batches == made.curriculum.batches_of(1).epoch(1)
+    )
     assert options.pop("augment").config == config.augment
     assert {name: options[name] for name in ("seed", "epoch", "start", "workers")} == {
         "seed": 7, "epoch": 1, "start": 2, "workers": 3
@@ -189,7 +191,7 @@ def test_a_training_from_before_silence_was_trimmed_resumes_without_trimming(tmp
 
 def test_the_fingerprint_of_data_is_that_of_ids_lengths_texts_and_their_order():
     def data(ids="ab", frames=(5, 6), texts="XY"):
-        return SimpleNamespace(ids=[*ids], frames=np.array(frames), texts=[*texts])
+        return SimpleNamespace(ids=[*ids], frame_counts=np.array(frames), texts=[*texts])
 
     both = [(data(), data()), (data("ac"), data()), (data(frames=(5, 7)), data()), (data(texts="XZ"), data()),
             (data("ba"), data()), (data(), data("ac"))]  # fmt: skip
@@ -248,7 +250,7 @@ def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path,
         train.describe(made)
         printed = capsys.readouterr().out
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
-        batches = f"3 batches per epoch, {100 * made.course.of(1).padding_share(0):.1f}% padding"
+        batches = f"3 batches per epoch, {100 * made.curriculum.batches_of(1).padding_share(0):.1f}% padding"
         assert printed.startswith(f"{size}; {batches}; from step 2 to 6\n")
         assert ("threads: 3 of 4 cores; if the others are idle" in printed) == more
     made.device = torch.device("cuda")
@@ -366,7 +368,7 @@ def test_the_audio_gain_is_measured_in_batches_of_more_than_one(archive, tmp_pat
     config = small(data=replace(small().data, utterances_per_batch=4))
     made = make_trainer(archive, tmp_path, config)
     found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
-    first, alone = sorted_batches(made.dev_data.frames, frames_per_batch=30000, utterances_per_batch=4)
+    first, alone = sorted_batches(made.dev_data.frame_counts, frames_per_batch=30000, utterances_per_batch=4)
     assert (len(first), len(alone)) == (4, 1)
     following = {i: first[(n + 1) % 4] for n, i in enumerate(first)} | {alone[0]: alone[0]}
     own, counts = losses_by_hand(made, lambda i: i)
@@ -383,11 +385,11 @@ def test_pictures_show_utterances_of_median_length_without_padding(archive, tmp_
     validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 2.5)
     with np.load(tmp_path / "attention" / "epoch-0002.50.npz") as data:
         ids, arrays = data["ids"].tolist(), {name: data[name] for name in data.files}
-    by_length = np.argsort(made.dev_data.frames, kind="stable")
+    by_length = np.argsort(made.dev_data.frame_counts, kind="stable")
     assert sorted(ids) == sorted(made.dev_data.ids[i] for i in by_length[2:4])
     for n, name in enumerate(ids):
         i = made.dev_data.ids.index(name)
-        frames = -(-int(made.dev_data.frames[i]) // made.model.time_reduction)
+        frames = -(-int(made.dev_data.frame_counts[i]) // made.model.time_reduction)
         assert arrays[f"weights_{n}"].shape == (len(made.dev_data.texts[i]) + 1, frames)
         assert arrays[f"text_{n}"] == made.dev_data.texts[i]
         assert (tmp_path / "attention" / f"epoch-0002.50-{name}.png").is_file()

@@ -158,7 +158,7 @@ def test_a_training_cut_in_mid_epoch_resumes_bit_for_bit(archive, whole, tmp_pat
         {"augment__join": 0.5, "data__short_epochs": 1, "data__short_seconds": 0.5},
         {"features__normalisation": "global", "training__ema_decay": 0.0},
     ],
-    ids=["sampled", "plateau", "fp16", "bf16", "speed", "course", "global"],
+    ids=["sampled", "plateau", "fp16", "bf16", "speed", "curriculum", "global"],
 )
 def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatch, settings):
     settings = settings | {"training__checkpoint_minutes": 0.0, "training__epochs": 2}
@@ -503,7 +503,7 @@ def test_transcripts_too_long_for_their_recordings_are_named(capsys):
 def test_transcripts_that_ctc_cannot_align_are_named(capsys):
     listener = ListenerConfig(conv_strides=(2,), pyramids=2)
     frames, texts = np.array([41, 41, 40]), ["ABCDEFGHIJK", "ABCDEFGHIJJ", "ABCDEFGHIJ"]  # 11, 11 and 10 frames of four
-    data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, frames=frames)
+    data = SimpleNamespace(ids=["a", "b", "c"], texts=texts, frame_counts=frames)
     train.warn_too_long_for_ctc(data, ModelConfig(listener, ctc_layer=1))
     printed = capsys.readouterr().out
     assert "nothing from 1 of 3 transcripts" in printed and "the first is b, which needs 12 and has 11" in printed

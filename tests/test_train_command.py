@@ -171,8 +171,8 @@ def loaded(monkeypatch):
         return loaded.answers[len(loaded.asked) - 1]
 
     monkeypatch.setattr(dataset, "load_dataset", load_dataset)
-    monkeypatch.setattr(dataset, "shared_recordings", lambda ours, dev: loaded.shared)
-    monkeypatch.setattr(dataset, "divided_recordings", lambda ours, dev: loaded.divided)
+    monkeypatch.setattr(dataset, "count_overlapping", lambda ours, dev: loaded.shared)
+    monkeypatch.setattr(dataset, "count_shared_recordings", lambda ours, dev: loaded.divided)
     monkeypatch.setattr(train, "warn_too_fast", lambda name, data: loaded.warned.append((name, data)))
     monkeypatch.setattr(train, "warn_too_long_for_ctc", lambda data, model: loaded.warned.append(("crowded", data)))
     return loaded

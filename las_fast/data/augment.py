@@ -1,4 +1,4 @@
-"""SpecAugment (Park et al. 2019), speed and joins on normalised features, bounded so that something is always left."""
+"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features; never masks everything."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 from las_fast.config import AugmentConfig
 
-USES = ("speed", "classes", "order", "masks", "joins")
+STREAMS = ("speed", "classes", "order", "masks", "joins")
 
 
-def random_stream(use: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
-    """Return the generator of one use of chance (of USES) in an epoch; no two uses share random numbers."""
-    # The use comes before the epoch and is never 0: numpy takes [seed, epoch] and [seed, epoch, 0] for the same.
-    return np.random.default_rng([seed, 1 + USES.index(use), epoch, utterance])
+def random_stream(name: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
+    """Random generator of one purpose (of STREAMS), epoch and utterance, independent of all others."""
+    # The stream comes before the epoch and is never 0: to NumPy the seeds [seed, epoch] and [seed, epoch, 0] are equal.
+    return np.random.default_rng([seed, 1 + STREAMS.index(name), epoch, utterance])
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Change features (T, F) as the settings say; equal generators give equal results."""
+    """Augments features (T, F) as config says; deterministic given the generator."""
 
     config: AugmentConfig
 
@@ -33,14 +33,14 @@ class Augment:
         blocks: int = 1,
         factor: float | None = None,
     ) -> torch.Tensor:
-        """Return the features at another speed and then masked, (T', F); the input stays as it was.
+        """Change the speed, then mask; returns new features (T', F).
 
         Args:
-            features:  (T, F) float32, T >= 1, normalised: a masked value becomes 0, the mean.
-            epoch:     epochs done so far; masks begin at config.start_epoch, speed at once.
+            features:  (T, F) float32, T >= 1, normalised, so that masked values become the mean, 0.
+            epoch:     epochs done so far; masks start at config.start_epoch, speed changes at once.
             generator: source of every random choice.
-            blocks:    equal parts of F that show the same bins (features, then deltas); a mask covers a bin in all.
-            factor:    of the speed, where it was drawn before (speed_factors); None draws it here.
+            blocks:    equal parts of F for the same bins (features, then deltas); a mask covers a bin in each.
+            factor:    speed, if already drawn by speed_factors; None: draw it here.
         """
         if self.config.speed > 0:
             drawn = generator.uniform(1 - self.config.speed, 1 + self.config.speed) if factor is None else factor
@@ -48,7 +48,7 @@ class Augment:
         return self.mask(features, generator, blocks=blocks) if epoch >= self.config.start_epoch else features
 
     def mask(self, features: torch.Tensor, generator: np.random.Generator, *, blocks: int = 1) -> torch.Tensor:
-        """Return a copy of features (T, F) in which spans of frames and of bins are 0."""
+        """Copy features (T, F) with random spans of frames and of bins set to 0."""
         c = self.config
         features = features.clone()
         frames, bins = len(features), features.shape[1] // blocks
@@ -61,34 +61,34 @@ class Augment:
 
 
 def join_pairs(features: list[torch.Tensor], texts: list[str]) -> tuple[list[torch.Tensor], list[str]]:
-    """Return every two neighbours as one utterance: frames (T + T', F), texts with a space between; a last one stays.
+    """Concatenate each pair of neighbours: frames (T + T', F), texts with a space between; an odd last one stays alone.
 
-    A batch keeps its frames; a speller that has learned the training texts by heart must listen again.
+    The frames of a batch stay the same, but a speller that has memorised the training texts must listen again.
     """
     pairs = range(0, len(features), 2)
     return [torch.cat(features[i : i + 2]) for i in pairs], [" ".join(texts[i : i + 2]) for i in pairs]
 
 
 def speed_factors(speed: float, *, seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the speed (count,) at which each utterance is played in an epoch; the i-th does not depend on count."""
+    """Draw the speed (count,) of each utterance in an epoch; the i-th does not depend on count."""
     return random_stream("speed", seed=seed, epoch=epoch).uniform(1 - speed, 1 + speed, count)
 
 
-def frames_at_speed(frames, factor):
-    """Return how many frames change_speed leaves of `frames` (numbers or arrays)."""
-    return np.maximum(1, np.rint(frames / factor)).astype(np.int64)
+def frame_counts_at_speed(frame_counts, factor):
+    """Frame counts after change_speed; frame_counts and factor are numbers or arrays."""
+    return np.maximum(1, np.rint(frame_counts / factor)).astype(np.int64)
 
 
 def change_speed(features: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return features (T, F) played `factor` times as fast: about T / factor frames, at least 1, linear in between."""
-    frames = int(frames_at_speed(len(features), factor))
+    """Play features (T, F) `factor` times as fast, by linear interpolation to about T / factor frames, at least 1."""
+    frames = int(frame_counts_at_speed(len(features), factor))
     if frames == len(features):
         return features
     return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear")[0].T.contiguous()
 
 
 def _spans(size: int, count: int, width: int, share: float, generator: np.random.Generator) -> list[tuple[int, int]]:
-    """Draw `count` spans in range(size), each at most `width`, together at most `share` of it and never all of it."""
+    """Draw `count` spans in range(size), each at most `width`, in total at most `share` of size and less than size."""
     left = min(int(size * share), size - 1)
     spans = []
     for _ in range(count):

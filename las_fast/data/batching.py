@@ -1,6 +1,6 @@
-"""Batches of similar length under a budget of padded frames, and the loader that makes them.
+"""Batches of utterances of similar length under a budget of padded frames, and the loader that makes them.
 
-Everything random follows from (seed, epoch, utterance), so a place in training is just an epoch and a batch number.
+Everything random is a function of (seed, epoch, utterance), so an epoch and a batch number suffice to resume training.
 """
 
 from __future__ import annotations
@@ -14,25 +14,37 @@ import numpy as np
 import torch
 
 from las_fast.config import Config
-from las_fast.data.augment import Augment, frames_at_speed, join_pairs, random_stream, speed_factors
+from las_fast.data.augment import Augment, frame_counts_at_speed, join_pairs, random_stream, speed_factors
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
-CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)  # longest to shortest in a length class
-Lengths = Sequence[int] | np.ndarray  # frames of each utterance
-PADDING_AIM = 0.08  # share of padding up to which length classes are made wider, for better mixing
+CLASS_RATIOS = (
+    1.5,
+    1.35,
+    1.25,
+    1.2,
+    1.15,
+    1.1,
+    1.07,
+    1.05,
+    1.03,
+    1.02,
+    1.01,
+)  # longest over shortest utterance of a length class
+FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utterance
+PADDING_TARGET = 0.08  # wider length classes shuffle better; the widest whose padding stays below this share is taken
 
 
 @dataclass
 class Batch:
     features: torch.Tensor  # (B, T, F) float32, 0 past the length
     feature_lengths: torch.Tensor  # (B,) int64
-    tokens: torch.Tensor | None  # (B, U) int64, characters then EOS, PAD past the length; None where texts are unknown
-    token_lengths: torch.Tensor | None  # (B,) int64, EOS counted
-    indices: torch.Tensor  # (B,) int64 into the dataset; of two that were joined, the first
+    tokens: torch.Tensor | None  # (B, U) int64: characters, EOS, then PAD; None if a transcript is unknown
+    token_lengths: torch.Tensor | None  # (B,) int64, including EOS
+    indices: torch.Tensor  # (B,) int64 into the dataset; the first of two joined utterances
 
     def to(self, device: str | torch.device) -> Batch:
         fields = vars(self).items()
@@ -41,40 +53,46 @@ class Batch:
 
     @property
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens and their lengths, of a batch whose texts are known."""
+        """Tokens and their lengths; the batch must have transcripts."""
         assert self.tokens is not None and self.token_lengths is not None
         return self.tokens, self.token_lengths
 
 
 class BucketBatches:
-    """Batches for training, new in every epoch, the same number in each.
+    """Batches for training: different in every epoch, but always the same number.
 
-    Utterances fall into classes of similar length, are shuffled within them, and batches are cut from the classes in
-    order, as if every utterance had the longest length of its class; then the order of the batches is shuffled. The
-    classes are as wide as a padding share of 8% allows. With speed, lengths differ from epoch to epoch: an epoch that
-    comes to fewer batches than others has its largest ones halved, one that comes to more gets a little more budget.
+    Each epoch sorts utterances into classes of similar length and shuffles within each class. It cuts batches in that
+    order, as if every utterance were as long as the longest of its class, and shuffles the batches. The classes are as
+    wide as a padding share of PADDING_TARGET allows. With speed, lengths change from epoch to epoch: an epoch with too
+    few batches halves its largest ones, and an epoch with too many gets a slightly larger budget.
     """
 
     def __init__(
-        self, frames: Lengths, *, frames_per_batch: int, utterances_per_batch: int, seed: int, speed: float = 0.0,
+        self,
+        frame_counts: FrameCounts,
+        *,
+        frames_per_batch: int,
+        utterances_per_batch: int,
+        seed: int,
+        speed: float = 0.0,
         members: np.ndarray | None = None,
-    ):  # fmt: skip
+    ):
         """
         Args:
-            frames:               of each utterance.
-            frames_per_batch:     limit of a batch's size times its longest utterance; one longer than that is alone.
-            utterances_per_batch: limit of a batch's size.
-            seed, speed:          as the loader gets them (speed: augment.speed), to know the lengths that it will make.
-            members:              indices of the utterances that take part, at least one; None: all.
+            frame_counts:         (N,) feature frames of each utterance.
+            frames_per_batch:     maximum of batch size times longest utterance; a longer utterance is a batch alone.
+            utterances_per_batch: maximum batch size.
+            seed, speed:          as for the loader (speed: augment.speed), to predict lengths after augmentation.
+            members:              indices of the utterances to use, at least one; None: all.
         """
-        self._frames = np.asarray(frames, np.int64)
-        self._members = np.arange(len(self._frames)) if members is None else members
+        self._frame_counts = np.asarray(frame_counts, np.int64)
+        self._members = np.arange(len(self._frame_counts)) if members is None else members
         self._seed, self._speed = seed, speed
         self._limits = (frames_per_batch, utterances_per_batch)
         for ratio in CLASS_RATIOS:
             self._ratio = ratio
             self._count = len(self._form(0))
-            if self.padding_share(0) <= PADDING_AIM:
+            if self.padding_share(0) <= PADDING_TARGET:
                 break
         if speed:
             self._count = max(len(self._form(epoch)) for epoch in range(4))
@@ -83,14 +101,14 @@ class BucketBatches:
         return self._count
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Return the batches of an epoch as lists of utterance indices."""
+        """Batches of an epoch, as lists of utterance indices."""
         batches = self._form(epoch)
         slack = 1.0
         while len(batches) > self._count:
             slack *= 1.01
             batches = self._form(epoch, slack)
         lengths = self.lengths(epoch)
-        while len(batches) < self._count:  # there is one to halve: more batches were cut from as many utterances
+        while len(batches) < self._count:  # always possible: another epoch cut the same utterances into more batches
             sizes = [len(batch) > 1 and len(batch) * lengths[batch].max() for batch in batches]
             largest = batches.pop(int(np.argmax(sizes)))
             batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
@@ -98,14 +116,14 @@ class BucketBatches:
         return [batches[i] for i in order]
 
     def lengths(self, epoch: int) -> np.ndarray:
-        """Return the frames (N,) int64 of the utterances as they are played in an epoch."""
+        """Frame counts (N,) int64 in an epoch, after the change of speed."""
         if not self._speed:
-            return self._frames
-        factors = speed_factors(self._speed, seed=self._seed, epoch=epoch, count=len(self._frames))
-        return frames_at_speed(self._frames, factors)
+            return self._frame_counts
+        factors = speed_factors(self._speed, seed=self._seed, epoch=epoch, count=len(self._frame_counts))
+        return frame_counts_at_speed(self._frame_counts, factors)
 
     def padding_share(self, epoch: int) -> float:
-        """Return the share of an epoch's padded frames that are padding."""
+        """Share of padding among all frames of an epoch's padded batches."""
         return padding_share(self.lengths(epoch), self.epoch(epoch))
 
     def _form(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
@@ -125,39 +143,39 @@ class BucketBatches:
 
 
 @dataclass
-class Course:
-    """The batches of a whole training: for some epochs of its short utterances alone, then of all.
+class Curriculum:
+    """Batches of a whole training: some epochs on short utterances only, then on all (Bengio et al. 2009).
 
-    Attention forms sooner where it has little to choose from (a curriculum, Bengio et al. 2009).
+    Attention forms sooner on short utterances, where it has fewer frames to choose from.
     """
 
-    stages: list[tuple[int, BucketBatches]]  # epochs, and the batches of each
+    stages: list[tuple[int, BucketBatches]]  # number of epochs, batches of each
 
     @property
     def steps(self) -> int:
         return sum(epochs * len(batches) for epochs, batches in self.stages)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Return the epoch that a step is in, and the number of its batch there."""
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and the number of its batch in that epoch."""
         before = 0
         for epochs, batches in self.stages:
             if step < epochs * len(batches):
                 break
             step, before = step - epochs * len(batches), before + epochs
-        epoch, batch = divmod(step, len(batches))  # after the last stage its epochs go on
+        epoch, batch = divmod(step, len(batches))  # steps past the end continue the last stage
         return before + epoch, batch
 
     def steps_before(self, epoch: int) -> int:
-        """Return the number of steps before an epoch."""
-        return sum(len(self.of(e)) for e in range(epoch))
+        """Number of steps before an epoch."""
+        return sum(len(self.batches_of(e)) for e in range(epoch))
 
     def epochs(self, step: int) -> float:
-        """Return how many epochs are done before a step."""
-        epoch, batch = self.place(step)
-        return epoch + batch / len(self.of(epoch))
+        """Epochs done before a step, as a fraction."""
+        epoch, batch = self.locate(step)
+        return epoch + batch / len(self.batches_of(epoch))
 
-    def of(self, epoch: int) -> BucketBatches:
-        """Return what makes the batches of an epoch."""
+    def batches_of(self, epoch: int) -> BucketBatches:
+        """BucketBatches of an epoch."""
         for epochs, batches in self.stages:
             if epoch < epochs:
                 return batches
@@ -165,55 +183,55 @@ class Course:
         return self.stages[-1][1]
 
 
-def plan_course(frames: Lengths, config: Config) -> Course:
-    """Return the course of a training on utterances of `frames` feature frames each.
+def plan_curriculum(frame_counts: FrameCounts, config: Config) -> Curriculum:
+    """Plan the batches of a training on utterances of `frame_counts` feature frames.
 
     Raises:
-        InputError: data.short_epochs is set, and no utterance is as short as data.short_seconds.
+        InputError: data.short_epochs is set, but no utterance is as short as data.short_seconds.
     """
     data, epochs = config.data, config.training.epochs
     options: dict[str, Any]
     options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch,
                "seed": config.training.seed, "speed": config.augment.speed}  # fmt: skip
-    everything = BucketBatches(frames, **options)
+    everything = BucketBatches(frame_counts, **options)
     first = min(data.short_epochs, epochs)
     if not first:
-        return Course([(epochs, everything)])
-    seconds = seconds_of(np.asarray(frames), config.features)
+        return Curriculum([(epochs, everything)])
+    seconds = seconds_of(np.asarray(frame_counts), config.features)
     short = np.flatnonzero(seconds <= data.short_seconds)
     if not len(short):
         raise InputError(
-            f"data.short_epochs is {data.short_epochs}, but the shortest training utterance has {seconds.min():.1f} "
-            f"seconds, more than data.short_seconds {data.short_seconds:g}; raise that, or set short_epochs to 0"
+            f"data.short_epochs is {data.short_epochs}, but the shortest training utterance lasts {seconds.min():.1f} "
+            f"s, longer than data.short_seconds {data.short_seconds:g}; raise it, or set data.short_epochs to 0"
         )
-    return Course([(first, BucketBatches(frames, **options, members=short)), (epochs - first, everything)])
+    return Curriculum([(first, BucketBatches(frame_counts, **options, members=short)), (epochs - first, everything)])
 
 
-def padding_share(frames: Lengths, batches: list[list[int]]) -> float:
-    """Return the share of the batches' padded frames that are padding."""
-    lengths = np.asarray(frames)
+def padding_share(frame_counts: FrameCounts, batches: list[list[int]]) -> float:
+    """Share of padding among all frames of the padded batches."""
+    lengths = np.asarray(frame_counts)
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / padded if padded else 0.0
 
 
-def sorted_batches(frames: Lengths, *, frames_per_batch: int, utterances_per_batch: int) -> list[list[int]]:
-    """Return batches of utterance indices, the longest first, each under the budget or of one utterance."""
-    lengths = np.asarray(frames, np.int64)
+def sorted_batches(frame_counts: FrameCounts, *, frames_per_batch: int, utterances_per_batch: int) -> list[list[int]]:
+    """Cut utterances into batches of indices, longest first; each fits the budget or is a single utterance."""
+    lengths = np.asarray(frame_counts, np.int64)
     order = np.argsort(-lengths, kind="stable")
     cuts = _cut(lengths[order], frames_per_batch, utterances_per_batch)
     return [order[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def _cut(frames: np.ndarray, frames_per_batch: int, utterances_per_batch: int) -> list[int]:
-    """Return where to cut a monotone sequence of lengths into batches: 0, ..., len(frames)."""
+def _cut(frame_counts: np.ndarray, frames_per_batch: int, utterances_per_batch: int) -> list[int]:
+    """Boundaries of batches in a sequence of monotone lengths: 0, ..., len(frame_counts)."""
     cuts, longest = [0], 0
-    for i, length in enumerate(frames):
+    for i, length in enumerate(frame_counts):
         count = i - cuts[-1] + 1
         longest = max(longest, length)
         if count > 1 and (count > utterances_per_batch or count * longest > frames_per_batch):
             cuts.append(i)
             longest = length
-    return cuts + [len(frames)] if len(frames) else cuts
+    return cuts + [len(frame_counts)] if len(frame_counts) else cuts
 
 
 def make_loader(
@@ -226,21 +244,21 @@ def make_loader(
     epoch: int,
     start: int = 0,
     workers: int,
-    look_up: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterable[Batch]:
-    """Return a sized iterable of Batch over batches[start:], in that order, none dropped.
+    """Sized iterable of a Batch for each of batches[start:], in that order.
 
-    The features of a batch do not depend on workers or start: augmentation is random in (seed, epoch, utterance) only.
-    A worker that dies or hangs costs time alone; see las_fast.data.loader. look_up is called again and again while a
-    batch is waited for; it may raise.
+    Batches do not depend on workers or start: augmentation is random in (seed, epoch, utterance) only. A worker that
+    dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
+    raise.
     """
-    made = _Batches(dataset, batches, vocabulary, augment, seed, epoch)
+    items = _Batches(dataset, batches, vocabulary, augment, seed, epoch)
     order, pin = range(start, len(batches)), torch.cuda.is_available()
-    return _Loader(Loader(made, order, workers=workers, look_up=look_up, pin=pin))
+    return _Loader(Loader(items, order, workers=workers, poll=poll, pin=pin))
 
 
 class _Loader:
-    """What a Loader gives, as batches."""
+    """A Loader whose items are Batches."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -249,14 +267,14 @@ class _Loader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        made: Generator[dict[str, Any], None, None] = iter(self.loader)
-        with contextlib.closing(made):
-            for fields in made:
+        items: Generator[dict[str, Any], None, None] = iter(self.loader)
+        with contextlib.closing(items):
+            for fields in items:
                 yield Batch(**fields)
 
 
 class _Batches:
-    """Item b is batch b, as the fields of a Batch."""
+    """Item b is batch b, as a dict of the fields of Batch."""
 
     def __init__(self, dataset, batches, vocabulary, augment, seed, epoch):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary

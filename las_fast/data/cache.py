@@ -1,10 +1,8 @@
-"""The feature cache: every split is read, checked and turned into frames once, then mapped into memory.
+"""The feature cache: each split is read, checked and converted to frames once, then memory-mapped.
 
-An entry is a folder with features.f32 (the raw frames of all good utterances, one after another, float32) and
-index.json (ids, texts, frames, seconds, and the bad utterances with the reason). Its name holds a hash of all that it
-depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves nothing that could be
-taken for one. Workers are plain child processes that run work(): they need neither fork nor a guarded main module, and
-end with their parent.
+An entry is a folder with features.f32 (the raw frames of all good utterances, concatenated, float32) and index.json
+(ids, texts, frame counts, seconds, and the bad utterances with reasons). Its name holds a hash of everything that it
+depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves no incomplete entry.
 """
 
 from __future__ import annotations
@@ -30,34 +28,34 @@ import numpy as np
 
 from las_fast.config import FeatureConfig
 from las_fast.data.corpus import Corpus, Utterance
-from las_fast.data.readers import OR_SKIP, process
+from las_fast.data.readers import SKIP_HINT, read_utterances
 from las_fast.errors import InputError
 from las_fast.files import expand
 from las_fast.progress import Progress
 from las_fast.system import cores
 
-VERSION = 2  # raise it when the meaning of the stored frames or of the index changes
-UNUSED = 30 * 24 * 3600  # seconds after which an earlier entry of the same split goes, when a new one is built
-ABANDONED = 48 * 3600  # seconds after which a build by another host is taken for dead
-DROP_BYTES = 32 << 20  # mapped pages are let go after so many bytes read, or they count as this process's memory
+VERSION = 2  # increment when the meaning of the stored frames or of the index changes
+UNUSED_SECONDS = 30 * 24 * 3600  # age at which building an entry removes older ones of the same split
+ABANDONED_SECONDS = 48 * 3600  # age at which an unfinished build of another host counts as dead
+DROP_BYTES = 32 << 20  # bytes read between releases of mapped pages, which count as memory of this process
 
 
 @dataclass
 class CacheEntry:
-    """A finished entry; frames(i) are read from the map when asked for."""
+    """A complete entry; frames(i) reads from the memory map on demand."""
 
     folder: Path
-    size: int  # values per frame
+    size: int  # F, values per frame
     ids: list[str]
     texts: list[str | None]
-    lengths: np.ndarray  # (N,) int64 frames
+    frame_counts: np.ndarray  # (N,) int64
     seconds: np.ndarray  # (N,) float64
-    places: np.ndarray  # (N,) int64 place in the split, bad utterances counted
-    spans: list[list[tuple[int, int]]]  # (start, end) of the recording's frames that were kept; empty: its first ones
-    bad: list[tuple[str, str, int]]  # id, reason, place
+    positions: np.ndarray  # (N,) int64 index in the split, bad utterances counted
+    spans: list[list[tuple[int, int]]]  # (start, end) of the frames kept from the recording; empty if none were trimmed
+    bad: list[tuple[str, str, int]]  # id, reason, position
 
     def __post_init__(self):
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._starts = np.concatenate([[0], np.cumsum(self.frame_counts)])
         self._read = 0
 
     @cached_property
@@ -66,8 +64,8 @@ class CacheEntry:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def frames(self, i: int) -> np.ndarray:
-        """Return a copy of the frames (T, F) float32 of utterance i."""
-        count = int(self.lengths[i]) * self.size
+        """Copy of the frames (T, F) float32 of utterance i."""
+        count = int(self.frame_counts[i]) * self.size
         frames = np.frombuffer(self._map, np.float32, count, int(self._starts[i]) * self.size * 4).copy()
         self._read += count * 4
         if self._read > DROP_BYTES and hasattr(mmap, "MADV_DONTNEED"):
@@ -80,15 +78,15 @@ class CacheEntry:
 
 
 def cache_folder(setting: str) -> Path:
-    """Return the folder of the cache: the setting, or las_fast in the user's cache folder."""
+    """Folder of the cache: the setting, or las_fast in the user's cache folder."""
     if setting:
         return expand(setting)
     try:
         return expand(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "las_fast"
-    except RuntimeError:  # no HOME, and no entry in the list of users
+    except RuntimeError:  # neither HOME nor an entry in the user database
         raise InputError(
-            "no home folder is known, so the feature cache has no place; set XDG_CACHE_HOME to a folder that may be "
-            "written (in training also --data.cache)"
+            "the feature cache needs a folder, but no home folder is known; set XDG_CACHE_HOME to a writable folder "
+            "(in training also --data.cache)"
         ) from None
 
 
@@ -99,50 +97,50 @@ def open_cache(
     features: FeatureConfig,
     *,
     folder: str = "",
-    refuse: Callable[[Utterance, str | None], str] | None = None,
+    check: Callable[[Utterance, str | None], str] | None = None,
     progress: bool = True,
     workers: int | None = None,
 ) -> CacheEntry:
-    """Return the cache entry of a split, building it where there is none.
+    """Open the cache entry of a split; build it if there is none.
 
     Args:
-        utterances: of the split, as corpus.utterances gives them.
-        folder:     of the cache; empty: the user's.
-        refuse:     with it the first bad utterance is an error; it is also asked what is wrong with an utterance and
-                    its text ("" when nothing is). Without it bad utterances are recorded.
-        workers:    processes that build; default one a core.
+        utterances: of the split, from corpus.utterances.
+        folder:     of the cache; empty: the user's cache folder.
+        check:      function of an utterance and its text that returns a problem or "". If given, the first bad
+                    utterance raises; if None, bad utterances are recorded in the entry.
+        workers:    processes that build; default: one per core.
 
     Raises:
-        InputError: a bad utterance, or the cache cannot be written.
+        InputError: an utterance is bad and check is given, or the cache cannot be written.
     """
     cache = cache_folder(folder)
     target = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', split)[:40]}-{_key(corpus, utterances, features)}"
     entry = _read_entry(target)
     if entry is None:
         try:
-            _build(target, corpus, split, utterances, features, refuse, progress, workers)
+            _build(target, corpus, split, utterances, features, check, progress, workers)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise InputError(
-                f"the feature cache {cache} cannot be written ({reason}); make room there, or set XDG_CACHE_HOME to "
+                f"the feature cache {cache} cannot be written ({reason}); free some space, or set XDG_CACHE_HOME to "
                 "another folder (in training also --data.cache)"
             ) from None
         entry = _read_entry(target)
         if entry is None:
-            raise InputError(f"the feature cache {target} was removed or damaged while it was opened; run again")
+            raise InputError(f"the feature cache {target} was removed or damaged while in use; run again")
         _remove_unused(target, corpus, split)
         if progress:
             size = (target / "features.f32").stat().st_size / 1e6
             print(f"feature cache of {split}: {target} ({size:.1f} MB)", file=sys.stderr)
     with suppress(OSError):  # a cache may be read-only
-        os.utime(target / "index.json")  # when it was last used
-    if refuse and entry.bad:
-        raise InputError(f"{entry.bad[0][1]}{OR_SKIP}")
+        os.utime(target / "index.json")  # time of last use
+    if check and entry.bad:
+        raise InputError(f"{entry.bad[0][1]}{SKIP_HINT}")
     return entry
 
 
 def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig) -> str:
-    """Hash what the entry depends on: the files by path, size and time, the texts, and the settings that matter."""
+    """Hash what an entry depends on: path, size and mtime of each file, the texts, and the relevant settings."""
     settings: list[Any] = [VERSION, corpus.kind, corpus.transposed, corpus.feature_size]
     settings.append(features.shift_ms)
     if corpus.kind == "audio":
@@ -151,8 +149,8 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
     digest = hashlib.sha256(json.dumps(settings).encode())
     for u in utterances:
         text = [u.transcript] if not isinstance(u.transcript, Path) else _stamp(u.transcript)
-        what = [u.seconds, u.start, u.is_part] if corpus.kind == "audio" else []
-        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *what, u.problem]).encode())
+        span = [u.seconds, u.start, u.is_part] if corpus.kind == "audio" else []
+        digest.update(json.dumps([u.id, *_stamp(u.path), *text, *span, u.problem]).encode())
     return digest.hexdigest()[:20]
 
 
@@ -165,65 +163,65 @@ def _stamp(path: Path) -> list:
 
 
 def _read_entry(target: Path) -> CacheEntry | None:
-    """Return the entry, or None when it is not there or its parts do not fit together."""
+    """Read an entry; None if it is missing, damaged or inconsistent."""
     try:
         index = json.loads((target / "index.json").read_text(encoding="utf-8"))
-        stored = (target / "features.f32").stat().st_size
+        size = (target / "features.f32").stat().st_size
         entry = CacheEntry(
             folder=target,
             size=index["size"],
             ids=index["ids"],
             texts=index["texts"],
-            lengths=np.array(index["frames"], np.int64),
+            frame_counts=np.array(index["frames"], np.int64),
             seconds=np.array(index["seconds"], np.float64),
-            places=np.array(index["places"], np.int64),
+            positions=np.array(index["places"], np.int64),
             spans=[[tuple(span) for span in row] for row in index["spans"]],
             bad=[tuple(row) for row in index["bad"]],
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return entry if stored == int(entry.lengths.sum()) * entry.size * 4 else None
+    return entry if size == int(entry.frame_counts.sum()) * entry.size * 4 else None
 
 
-def _build(target, corpus, split, utterances, features, refuse, progress, workers) -> None:
+def _build(target, corpus, split, utterances, features, check, progress, workers) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
     unique = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     scratch = target.parent / f".building-{target.name}-{unique}"
     scratch.mkdir()
     try:
-        items = process(corpus, utterances, features, scratch, workers or cores())
+        items = read_utterances(corpus, utterances, features, scratch, workers or cores())
         bar = Progress(len(utterances), f"reading {split}", "utterances", show=progress)
-        with closing(items), bar:  # closing ends the workers, whatever happens
-            index = _write_features(scratch / "features.f32", items, utterances, refuse, bar)
+        with closing(items), bar:  # closing items ends the workers
+            index = _write_features(scratch / "features.f32", items, utterances, check, bar)
         size = features.size if corpus.kind == "audio" else corpus.feature_size
         index = {"root": os.path.abspath(corpus.root), "split": split, "size": size, **index}
         (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if target.exists() and _read_entry(target) is None:
             target.rename(scratch / "damaged")
-        with suppress(OSError):  # another process may have finished the same entry first: theirs serves as well
+        with suppress(OSError):  # another process may have finished the same entry first; then use that
             scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(target / "damaged", ignore_errors=True)
 
 
-def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, bar: Progress) -> dict:
+def _write_features(path: Path, items, utterances: Sequence[Utterance], check, bar: Progress) -> dict:
     index: dict[str, list] = {name: [] for name in ("ids", "texts", "frames", "seconds", "places", "spans", "bad")}
     seconds = 0.0
     started = time.monotonic()
     with path.open("wb") as file:
-        for place, item in enumerate(items):
+        for position, item in enumerate(items):
             bar.note(f"{seconds / max(time.monotonic() - started, 1e-3):.0f} x real time")
             bar.update()
-            problem = item.problem or (refuse(utterances[place], item.text) if refuse else "")
+            problem = item.problem or (check(utterances[position], item.text) if check else "")
             if problem:
-                if refuse:
-                    raise InputError(f"{problem}{OR_SKIP}")
-                index["bad"].append((item.id, problem, place))
+                if check:
+                    raise InputError(f"{problem}{SKIP_HINT}")
+                index["bad"].append((item.id, problem, position))
                 continue
             file.write(np.ascontiguousarray(item.frames, np.float32).data)
-            row = (item.id, item.text, len(item.frames), item.seconds, place, item.spans)
+            row = (item.id, item.text, len(item.frames), item.seconds, position, item.spans)
             for name, value in zip(("ids", "texts", "frames", "seconds", "places", "spans"), row, strict=True):
                 index[name].append(value)
             seconds += item.seconds
@@ -231,30 +229,30 @@ def _write_features(path: Path, items, utterances: Sequence[Utterance], refuse, 
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what builders that no longer run have left."""
-    ours = re.compile(rf"\.building-.*-{re.escape(socket.gethostname())}-(\d+)-[^-]*")
+    """Remove unfinished builds whose process no longer runs."""
+    local = re.compile(rf"\.building-.*-{re.escape(socket.gethostname())}-(\d+)-[^-]*")
     for path in cache.glob(".building-*"):
         dead = False
-        if found := ours.fullmatch(path.name):
-            dead = not _is_running(int(found[1]))
+        if match := local.fullmatch(path.name):
+            dead = not _is_running(int(match[1]))
         else:
             with suppress(OSError):
-                dead = time.time() - path.stat().st_mtime > ABANDONED
+                dead = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
         if dead:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_unused(target: Path, corpus: Corpus, split: str) -> None:
-    """Remove entries of the same root and split that nothing has opened for long: their files or settings are past."""
+    """Remove entries of the same root and split that were not used for long: their files or settings have changed."""
     for path in target.parent.glob(f"{target.name.rpartition('-')[0]}-*/index.json"):
         try:
-            if path.parent == target or time.time() - path.stat().st_mtime < UNUSED:
+            if path.parent == target or time.time() - path.stat().st_mtime < UNUSED_SECONDS:
                 continue
             index = json.loads(path.read_text(encoding="utf-8"))
-            ours = (index["root"], index["split"]) == (os.path.abspath(corpus.root), split)
+            same_split = (index["root"], index["split"]) == (os.path.abspath(corpus.root), split)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if ours:
+        if same_split:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What every kind of data looks like to the rest of the package: named splits of utterances, in submission order."""
+"""The common form of every data layout: a Corpus of named splits, each a list of Utterances in submission order."""
 
 from __future__ import annotations
 
@@ -13,66 +13,62 @@ from typing import Literal
 
 from las_fast.errors import InputError
 
-ROLES = {  # what splits that play a role are called, the first choice first; more may follow after a hyphen
+ROLES = {  # role -> names of splits that play it, preferred first; a split may append more after a hyphen
     "train": ("train", "training"),
     "dev": ("dev", "dev-clean", "valid", "validation", "val", "development", "devel", "eval", "evaluation"),
     "test": ("test", "test-clean", "testing"),
 }
-UNIONS = {"460": ("100", "360"), "960": ("100", "360", "500")}  # hours of LibriSpeech training folders that go together
+HOURS = {"460": ("100", "360"), "960": ("100", "360", "500")}  # usual unions of LibriSpeech training folders, in hours
 
 
 @dataclass(frozen=True)
 class Utterance:
     id: str
-    path: Path  # features (.npy) or audio; it may be missing, which loading reports
-    transcript: str | Path | None  # the text, the .npy that holds it, or None where there is none
-    seconds: float | None = None  # how long the recording should be, or the part is, where the data say so
+    path: Path  # features (.npy) or audio; loading reports a missing file
+    transcript: str | Path | None  # the text, the .npy that holds it, or None
+    seconds: float | None = None  # duration according to the data: expected for a recording, exact for a part
     start: float = 0.0  # seconds into the recording
-    is_part: bool = False  # only `seconds` from `start` are meant, or all from there without them
-    problem: str = ""  # why it cannot be used, where that is known before the file is read
+    is_part: bool = False  # read only `seconds` from `start` on, or up to the end if seconds is None
+    problem: str = ""  # why it is unusable, if known before reading the file
 
     @property
     def span(self) -> tuple[float, float]:
-        """Start and end of what is read, in seconds; the end is infinite where nothing ends it before the recording."""
+        """Start and end in seconds of what is read; the end is infinite if reading goes to the end of the recording."""
         return self.start, self.start + self.seconds if self.is_part and self.seconds else math.inf
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A recognised data root.
+    """A recognised data root."""
 
-    `name` says what it was recognised as, `header` and `numbered` what its submission file looks like (numbered: the
-    first column counts rows from 0, otherwise it holds the utterance id), `roles` which splits train, dev and test are.
-    """
-
-    name: str
+    name: str  # of the layout
     root: Path
     kind: Literal["features", "audio"]
-    listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split name -> reads its utterances
-    roles: Mapping[str, tuple[str, ...]]
-    feature_size: int | None = None
-    transposed: bool = False  # files hold (F, T)
-    header: tuple[str, str] = ("id", "label")
-    numbered: bool = False
-    texts: str = "a text for each recording"  # where transcripts are looked for
-    naming: str = "name one of its folders so"  # what gives the data a split that they lack
+    listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split -> function that lists it
+    roles: Mapping[str, tuple[str, ...]]  # train, dev, test -> splits
+    feature_size: int | None = None  # F of feature files; None for audio
+    transposed: bool = False  # feature files hold (F, T) instead of (T, F)
+    header: tuple[str, str] = ("id", "label")  # of the submission file
+    numbered: bool = False  # the submission's first column counts rows from 0 instead of naming the utterance
+    expected_texts: str = "one text per recording"  # for errors: where the transcripts should be
+    split_remedy: str = "name one of its folders after it"  # for errors: how to add a missing split
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.listings)
 
     def utterances(self, split: str) -> list[Utterance]:
-        """Return the utterances of a split in submission order; InputError if there is no such split."""
+        """List the utterances of a split in submission order; InputError if there is no such split."""
         if split not in self.listings:
             raise InputError(self._missing(split))
         return self.listings[split]()
 
     def resolve(self, split: str) -> tuple[str, ...]:
-        """Return the split names that `split` means.
+        """Expand `split` into names of splits.
 
         `split` is a split name, a role (train, dev, test), the hours of LibriSpeech training folders ("460" is
-        both train-clean-100 and train-clean-360), or several of these joined by "+" or ",". Raises InputError with
-        what there is otherwise.
+        train-clean-100 with train-clean-360), or several of these joined by "+" or ",". Raises InputError, which
+        lists the splits, if there is none of that name.
         """
         if split in self.listings:
             return (split,)
@@ -91,12 +87,12 @@ class Corpus:
         role = next((role for role, names in ROLES.items() if part.casefold() in names), part)
         if role in self.roles:
             return self.roles[role]
-        return self._of_hours(part)
+        return self._resolve_hours(part)
 
-    def _of_hours(self, part: str) -> tuple[str, ...]:
+    def _resolve_hours(self, part: str) -> tuple[str, ...]:
         hours = part.removeprefix("train-").removeprefix("clean-")
         named = {re.sub(r"^train-(clean|other)-", "", name): name for name in self.listings}
-        wanted = UNIONS.get(hours, (hours,))
+        wanted = HOURS.get(hours, (hours,))
         if not part or any(h not in named for h in wanted):
             raise InputError(self._missing(part))
         return tuple(named[h] for h in wanted)
@@ -106,7 +102,7 @@ class Corpus:
         there = ", ".join([*self.listings, *roles])
         remedy = "give one of these (--split, in training --data.train and --data.dev)"
         if part in ROLES:
-            remedy += f", or {self.naming}"
+            remedy += f", or {self.split_remedy}"
         near = difflib.get_close_matches(part, [*self.listings, *self.roles], 1)
         nearest = f" (the nearest is {near[0]})" if near else ""
         return f"{self.root} has no split {part!r}; it has {there}{nearest}; {remedy}"
@@ -114,7 +110,7 @@ class Corpus:
 
 @lru_cache(maxsize=1024)
 def role_of(split: str) -> str | None:
-    """Return which role (train, dev, test) a split's name speaks of, or None."""
+    """Role (train, dev, test) that a split's name indicates, or None."""
     plain = _plain(split)
     if plain.startswith("train"):
         return "train"
@@ -123,12 +119,12 @@ def role_of(split: str) -> str | None:
 
 
 def is_role(split: str) -> bool:
-    """Say whether a split's name is nothing but that of a role."""
+    """Whether a split's name is exactly the name of a role."""
     return any(_plain(split) in names for names in ROLES.values())
 
 
 def assign_roles(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return which splits are train, dev and test, by their names; a role that no split plays is left out."""
+    """Map the roles train, dev and test to splits, by name; a role without a split is left out."""
     plain = {split: _plain(split) for split in splits}
     roles: dict[str, tuple[str, ...]] = {}
     for role, names in ROLES.items():

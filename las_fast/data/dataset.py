@@ -1,4 +1,4 @@
-"""One interface to every kind of data: open_corpus recognises a root, load_dataset gives frames and texts."""
+"""One interface to every data layout: open_corpus recognises a root, load_dataset loads frames and transcripts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from las_fast.data import hw4p2, kaldi, librispeech, manifest, old_editions
 from las_fast.data.cache import CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance, role_of
 from las_fast.data.features import add_deltas, check_settings
-from las_fast.data.folders import listed, subfolders
-from las_fast.data.readers import OR_SKIP
+from las_fast.data.folders import list_folder, subfolders
+from las_fast.data.readers import SKIP_HINT
 from las_fast.data.symbols import are_phonemes
 from las_fast.errors import InputError, show
 from las_fast.files import expand, nearest_path_hint
@@ -29,36 +29,36 @@ from las_fast.progress import track
 from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text
 
 __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
-           "divided_recordings", "shared_recordings"]  # fmt: skip
+           "count_shared_recordings", "count_overlapping"]  # fmt: skip
 
-OVERLAP = 0.25  # seconds at either end that parts of a recording may share
-PACKED = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
-MANY = 100  # folders that are looked into for data
-LISTED = 10  # skipped utterances that are named; the rest are counted
+OVERLAP_TOLERANCE = 0.25  # seconds that neighbouring parts of a recording may share
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
+MAX_FOLDERS = 100  # folders per level that are searched for data
+MAX_SHOWN = 10  # skipped utterances that are listed; the rest are counted
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the training split's raw frames, for normalisation "global"."""
+    """Statistics of the training split's raw frames, for normalisation "global"."""
 
     mean: torch.Tensor  # (F,) float32
     std: torch.Tensor  # (F,) float32
 
 
 def open_corpus(root: str | Path) -> Corpus:
-    """Recognise a data root: an HW4P2 archive of any edition, a folder of LibriSpeech, Kaldi or Common Voice, an audio
-    folder, or a manifest or a folder with one.
+    """Recognise a data root.
 
-    It may also lie up to two folders below the root, or the root may be one split of what is known. Raises InputError
-    when the root is missing or empty, or when nothing or more than one thing is found.
+    Known layouts: an HW4P2 archive of any edition, LibriSpeech, Kaldi, Common Voice and Hugging Face audio folders, and
+    manifests. The data may lie up to two folders below the root, and the root may be a single split. Raises InputError
+    if the root is missing or empty, or holds no known layout or several.
     """
     root = expand(root)
-    if root.name in ("", ".."):  # its name and its parent matter
+    if root.name in ("", ".."):  # the layouts need the folder's name and parent
         root = Path(os.path.abspath(root))
     try:
         root.stat()
     except (OSError, ValueError) as error:
-        raise InputError(_no_root(root, error)) from None
+        raise InputError(_root_problem(root, error)) from None
     if root.is_file():
         return _open_file(root)
     if not root.is_dir():
@@ -69,14 +69,14 @@ def open_corpus(root: str | Path) -> Corpus:
     if len(found) > 1:
         raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(found)}")
     if not found:
-        raise InputError(_unknown(root))
+        raise InputError(_unrecognised(root))
     return next(iter(found.values()))()
 
 
 def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], Corpus]]:
-    """Return what a folder holds: its place -> opens it; more than one only for archives.
+    """Map the path of each layout in a folder to a function that opens it; only archives can be several.
 
-    certain: a .tsv or .jsonl must have the columns of a manifest; otherwise opening it says what is missing.
+    certain: accept a .tsv or .jsonl only with the columns of a manifest; without it, opening reports what is missing.
     """
     if archives := hw4p2.find_archives(root):
         return {str(archive): partial(hw4p2.open_archive, archive) for archive in archives}
@@ -85,7 +85,7 @@ def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], C
     if folder := kaldi.find_kaldi(root):
         return {str(folder): partial(kaldi.open_kaldi, folder)}
     tables = manifest.find_tables(root)
-    if certain and not all(manifest.names_files(table.path) for table in tables):
+    if certain and not all(manifest.has_path_column(table.path) for table in tables):
         return {}
     if len(tables) == 1 or (tables and all(table.split for table in tables)):
         return {str(tables[0].path.parent): partial(manifest.open_tables, tables)}
@@ -93,11 +93,11 @@ def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], C
 
 
 def _recognise_below(root: Path) -> dict[str, Callable[[], Corpus]]:
-    """Return what the folders in a folder hold, or else the folders in these."""
+    """Recognise the subfolders of a folder or, if none is a known layout, their subfolders."""
     level = [root]
     for _ in range(2):
-        children = [child for folder in level for child in subfolders(folder)][:MANY]
-        once = {os.path.realpath(child): child for child in reversed(children)}  # a link is its folder
+        children = [child for folder in level for child in subfolders(folder)][:MAX_FOLDERS]
+        once = {os.path.realpath(child): child for child in reversed(children)}  # count a link and its target once
         level = list(once.values())[::-1]
         found: dict[str, Callable[[], Corpus]] = {}
         for folder in level:
@@ -118,8 +118,8 @@ def _open_file(path: Path) -> Corpus:
     raise InputError(f"{path} is a file; expected a folder, or a manifest ending in {endings}")
 
 
-def _no_root(root: Path, error: Exception) -> str:
-    """Say why a root cannot be opened; one that names a split of the data beside it is common."""
+def _root_problem(root: Path, error: Exception) -> str:
+    """Why a root cannot be opened; the common mistake is the name of a split that is not a folder."""
     if role_of(root.name) and isinstance(error, (FileNotFoundError, NotADirectoryError)):
         with suppress(InputError):
             splits = "+".join(open_corpus(root.parent).resolve(root.name))
@@ -132,51 +132,58 @@ def _no_root(root: Path, error: Exception) -> str:
     return f"{root} {what}; give the folder that holds the data{nearest_path_hint(root) if missing else ''}"
 
 
-def _unknown(root: Path) -> str:
-    """Say what was looked for in a folder, and what of it is there."""
-    there, tables = listed(root), manifest.find_tables(root)
+def _unrecognised(root: Path) -> str:
+    """Error for a folder of no known layout: what was expected and what is there."""
+    there, tables = list_folder(root), manifest.find_tables(root)
     if advice := old_editions.advice(root):
         return advice
     looked = ", ".join((hw4p2.LAYOUT, librispeech.LAYOUT, kaldi.LAYOUT))
     if len(tables) > 1:
         names = ", ".join(table.path.name for table in tables[:5])
         return (
-            f"{root} has {len(tables)} manifests ({names}); give one of them, or name each for its split, such as "
+            f"{root} has {len(tables)} manifests ({names}); give one of them, or name each after its split, such as "
             "train.tsv and dev.tsv"
         )
     closed = next((path for path in there if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None)
     if closed is not None:
         return f"{closed} cannot be listed: Permission denied; check its permissions"
-    what = "has no layout that is known" if there else "is empty"
-    return f"{root} {what}; looked for {looked}, and {manifest.LAYOUT}{_hint(there)}"
+    what = "has no known layout" if there else "is empty"
+    return f"{root} {what}; expected {looked}, or {manifest.LAYOUT}{_hint(there)}"
 
 
 def _hint(there: list[Path]) -> str:
-    """Say what to do with files that hold data in a form that is not read."""
+    """Advice for files that hold data in an unsupported form, as a clause that starts with "; ", or ""."""
     if table := next((path for path in there if path.suffix.lower() in manifest.SUFFIXES), None):
         if not os.access(table, os.R_OK):
             return f"; {table.name} cannot be read; check its permissions"
         return f"; {table.name} has no column 'path' (or {', '.join(manifest.NAMES['path'][1:6])})"
     kinds = {path.suffix.lower() for path in there}
-    if found := sorted(kinds & PACKED):
-        return f"; it has {', '.join(found)} files, which must be unpacked first"
+    if found := sorted(kinds & ARCHIVE_SUFFIXES):
+        return f"; it has {', '.join(found)} files; unpack them first"
     if found := sorted(kinds & {".parquet", ".arrow"}):
-        return f"; it has {', '.join(found)} files; write their recordings to files, with metadata.csv beside them"
+        return f"; it has {', '.join(found)} files; extract the recordings to files, with a metadata.csv beside them"
     if kinds & librispeech.AUDIO_SUFFIXES:
-        return "; it has recordings but nothing that names their transcripts: write a manifest"
+        return "; it has recordings but no transcripts; write a manifest"
     return ""
 
 
 class SpeechDataset(torch.utils.data.Dataset):
     """Utterances of one or more splits, in the corpus's order; item i is (T, features.input_size) float32.
 
-    ids: names; paths: their files; spans: start and end in these in seconds; texts: transcripts or None; frames: (N,)
-    int64 raw frames; seconds: (N,) float64; skipped: (id, reason) of what was left out; positions: (N,) int64 row of
-    each utterance, counting what was left out; statistics: for normalisation "global", else None.
+    Attributes:
+        ids:          names.
+        paths:        feature files or recordings.
+        spans:        (start, end) in the recording, in seconds.
+        texts:        transcripts, or None.
+        frame_counts: (N,) int64 feature frames of each utterance, before augmentation.
+        seconds:      (N,) float64 durations.
+        positions:    (N,) int64 position of each utterance in the splits, skipped ones counted.
+        skipped:      (id, reason) of utterances that were left out.
+        statistics:   for normalisation "global", else None.
     """
 
     def __init__(self, parts: list[tuple[CacheEntry, np.ndarray]], features: FeatureConfig):
-        """parts: cache entries, each with the indices in it that take part."""
+        """parts: cache entries, each with the indices of the utterances to keep."""
         self.features = features
         self.ids: list[str] = []
         self.paths: list[Path] = []
@@ -187,10 +194,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._entries = [entry for entry, _ in parts]
         self._part = np.concatenate([np.full(len(kept), k) for k, (_, kept) in enumerate(parts)])
         self._index = np.concatenate([kept for _, kept in parts]).astype(np.int64)
-        self.frames = np.concatenate([entry.lengths[kept] for entry, kept in parts])
+        self.frame_counts = np.concatenate([entry.frame_counts[kept] for entry, kept in parts])
         self.seconds = np.concatenate([entry.seconds[kept] for entry, kept in parts])
         before = np.cumsum([0, *(len(entry.ids) + len(entry.bad) for entry, _ in parts)])
-        self.positions = np.concatenate([entry.places[kept] + before[k] for k, (entry, kept) in enumerate(parts)])
+        self.positions = np.concatenate([entry.positions[kept] + before[k] for k, (entry, kept) in enumerate(parts)])
 
     @property
     def feature_size(self) -> int:
@@ -199,18 +206,18 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     @property
     def blocks(self) -> int:
-        """Equal blocks in a frame: the features, then each order of deltas."""
+        """Equal blocks of a frame: the features, then each order of deltas."""
         return 1 + self.features.deltas
 
     def __len__(self) -> int:
         return len(self._index)
 
     def raw(self, i: int) -> torch.Tensor:
-        """Return the frames (T, feature_size) float32 of utterance i before normalisation."""
+        """Load the frames (T, feature_size) float32 of utterance i before normalisation and deltas."""
         return torch.from_numpy(self._entries[self._part[i]].frames(int(self._index[i])))
 
     def recording_frame(self, i: int, frame: int) -> int:
-        """Return which frame of the recording, silence counted, is frame `frame` of utterance i."""
+        """Map frame `frame` of utterance i to a frame of the recording, in which trimmed silence counts."""
         spans = self._entries[self._part[i]].spans[int(self._index[i])]
         for start, end in spans:
             if frame < end - start:
@@ -231,14 +238,14 @@ def normalise(frames: torch.Tensor, features: FeatureConfig, statistics: Statist
         return frames
     if features.normalisation == "global":
         if statistics is None:
-            raise InputError("features.normalisation global needs the statistics of the training data; none were given")
+            raise InputError("features.normalisation global needs statistics of the training data; got none")
         return (frames - statistics.mean) / statistics.std
     std, mean = torch.std_mean(frames, dim=0, correction=0)
-    return (frames - mean) / _safe(std, mean)
+    return (frames - mean) / _safe_std(std, mean)
 
 
-def _safe(std: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Replace deviations that are only rounding by infinity: dividing by it gives 0."""
+def _safe_std(std: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Replace standard deviations that are rounding error by infinity, so that dividing by them gives 0."""
     return torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.inf)
 
 
@@ -255,19 +262,19 @@ def load_dataset(
     """Load splits through the feature cache, building it where needed.
 
     Args:
-        splits:     names, or whatever corpus.resolve takes.
-        features:   a frame; size must be that of the corpus where the corpus brings features.
+        splits:     names, or anything else that corpus.resolve takes.
+        features:   how to compute frames; if the corpus holds features, their size must equal features.size.
         data:       characters, normalise_text, on_bad, max_seconds, hours and cache are used.
-        statistics: of the training data, for normalisation "global"; None computes them from these splits.
-        need_text:  every utterance must have a transcript that the vocabulary covers; max_seconds and hours apply.
+        statistics: of the training data, for normalisation "global"; None: compute them from these splits.
+        need_text:  require a transcript within the vocabulary for every utterance; apply max_seconds and hours.
 
     Raises:
-        InputError: bad data with data.on_bad "error" (the first bad file is named), nothing left, wrong frame size,
-                    fewer hours than data.hours.
+        InputError: an utterance is bad and data.on_bad is "error" (names the first bad file), none is left, the frame
+                    size is wrong, or there are fewer hours than data.hours.
     """
     _check_size(corpus, features)
     if not splits:
-        raise InputError(f"{corpus.root}: no split was named; it has {', '.join(corpus.splits)}")
+        raise InputError(f"{corpus.root}: expected at least one split; it has {', '.join(corpus.splits)}")
     splits = tuple(dict.fromkeys(name for split in splits for name in corpus.resolve(split)))
     check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
     parts, skipped, listed = [], [], []
@@ -278,25 +285,25 @@ def load_dataset(
         skipped.append(left_out)
     names = _unique_names(splits, parts)
     if need_text and data.hours:
-        parts = _draw(parts, data.hours, "+".join(splits))
+        parts = _draw_hours(parts, data.hours, "+".join(splits))
     dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
     for k, ((entry, kept), utterances) in enumerate(zip(parts, listed, strict=True)):
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
-        dataset.paths += [utterances[place].path for place in entry.places[kept].tolist()]
-        dataset.spans += [utterances[place].span for place in entry.places[kept].tolist()]
+        dataset.paths += [utterances[place].path for place in entry.positions[kept].tolist()]
+        dataset.spans += [utterances[place].span for place in entry.positions[kept].tolist()]
         dataset.texts += [check.text(entry.texts[i]) for i in kept]
         dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
-    _report(corpus, splits, dataset)
+    _report_skipped(corpus, splits, dataset)
     if features.normalisation == "global":
         dataset.statistics = statistics or _statistics(dataset, progress)
     return dataset
 
 
-def shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Return how many utterances of the second are recordings, or overlap with parts of recordings, of the first."""
+def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
+    """Count the utterances of the second dataset that overlap in time with one of the first in the same recording."""
     spans: dict[tuple, list[tuple[float, float]]] = {}
     for path, span in zip(first.paths, first.spans, strict=True):
-        spans.setdefault(_identity(path), []).append(span)
+        spans.setdefault(_file_identity(path), []).append(span)
     starts, ends = {}, {}
     for file, found in spans.items():
         found.sort()
@@ -304,20 +311,20 @@ def shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
         ends[file] = list(accumulate((end for _, end in found), max))
     shared = 0
     for path, (start, end) in zip(second.paths, second.spans, strict=True):
-        file = _identity(path)
-        margin = min(OVERLAP, (end - start) / 4)  # parts may touch
+        file = _file_identity(path)
+        margin = min(OVERLAP_TOLERANCE, (end - start) / 4)  # neighbouring parts may touch
         before = bisect_left(starts.get(file, []), end - margin)
         shared += before > 0 and ends[file][before - 1] > start + margin
     return shared
 
 
-def divided_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Return how many recordings have parts in both."""
-    return len(set(map(_identity, first.paths)) & set(map(_identity, second.paths)))
+def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
+    """Count the recordings that both datasets have utterances of."""
+    return len(set(map(_file_identity, first.paths)) & set(map(_file_identity, second.paths)))
 
 
-def _identity(path: Path) -> tuple:
-    """Return what a file and all links to it share."""
+def _file_identity(path: Path) -> tuple:
+    """Key that is equal for a file and all links to it."""
     try:
         facts = os.stat(path)
     except (OSError, ValueError):
@@ -330,24 +337,24 @@ def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
         check_settings(features)
     elif corpus.feature_size != features.size:
         raise InputError(
-            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features a frame, the settings say "
-            f"{features.size}; give --features.size {corpus.feature_size}, or the data that the checkpoint knows"
+            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features per frame, the settings say "
+            f"{features.size}; give --features.size {corpus.feature_size}, or data like those of the checkpoint"
         )
 
 
 @dataclass(frozen=True)
 class _TextCheck:
-    """What is wrong with an utterance's text, as a sentence that names the file, or ""."""
+    """Checks a transcript: returns the problem as a sentence that names the file, or ""."""
 
     vocabulary: Vocabulary
     normalise: bool
-    needed: bool
+    needed: bool  # whether a bad transcript makes the utterance unusable
 
     def text(self, text: str | None) -> str | None:
-        """Return the text that training or scoring uses; one that says nothing is no reference."""
+        """Normalise a transcript for training or scoring; None if there is no text to score against."""
         if text is None or not self.normalise:
             return text if self.needed or (text and text.strip()) else None
-        # A model without digits has failed to write a reference with digits: they stay in it.
+        # Keep digits in references: a model that cannot write them must be charged for them.
         characters = self.vocabulary.characters + ("" if self.needed else DIGITS)
         return normalise_text(text, characters) or ("" if self.needed else None)
 
@@ -359,9 +366,9 @@ class _TextCheck:
             return f"{utterance.path} has no transcript; add it or remove the recording"
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
         if are_phonemes(raw.split()):
-            return f"{source}: transcript {raw[:40]!r} holds phonemes, not letters; give data with spelled transcripts"
+            return f"{source}: transcript {raw[:40]!r} holds phonemes, not letters; give data with spelled words"
         if self.normalise and has_lost_digits(raw, self.vocabulary.characters):
-            return f"{source}: transcript {raw[:40]!r} holds digits, which have no letters; write them as words"
+            return f"{source}: transcript {raw[:40]!r} contains digits, which are not in the vocabulary; spell them out"
         if not text.strip():
             return f"{source} has an empty transcript; fill it in or remove it"
         if unknown := self.vocabulary.unknown(text):
@@ -381,28 +388,29 @@ def _load_split(
     check: _TextCheck,
     progress: bool,
 ) -> tuple[tuple[CacheEntry, np.ndarray], list[tuple[str, str]]]:
-    """Return the cache entry of a split with the indices that are kept, and (id, reason) of the others."""
+    """Load a split: its cache entry with the indices that are kept, and (id, reason) of the others."""
     if not utterances:
         raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
     if check.needed and not any(u.transcript or u.problem for u in utterances):
-        raise InputError(f"{corpus.root}: split {split!r} has no transcripts; expected {corpus.texts}")
+        raise InputError(f"{corpus.root}: split {split!r} has no transcripts; expected {corpus.expected_texts}")
     stop = data.on_bad == "error"
-    twice = _repeated(utterances)
-    if stop:  # what is known before any file is read is said before hours of reading
+    twice = _duplicates(utterances)
+    if stop:  # report known problems first: reading may take hours
         for place, u in enumerate(utterances):
             problem = u.problem or twice.get(place)
             problem = problem or ("" if isinstance(u.transcript, Path) else check(u, u.transcript))
             if problem:
-                raise InputError(f"{problem}{OR_SKIP}")
-    refuse = check if stop else None
-    entry = open_cache(corpus, split, utterances, features, folder=data.cache, refuse=refuse, progress=progress)
+                raise InputError(f"{problem}{SKIP_HINT}")
+    entry = open_cache(
+        corpus, split, utterances, features, folder=data.cache, check=check if stop else None, progress=progress
+    )
     kept, skipped = [], [(name, reason) for name, reason, _ in entry.bad]
-    for i, place in enumerate(entry.places.tolist()):
+    for i, place in enumerate(entry.positions.tolist()):
         problem = twice.get(place) or check(utterances[place], entry.texts[i])
         if problem and stop:
-            raise InputError(f"{problem}{OR_SKIP}")
+            raise InputError(f"{problem}{SKIP_HINT}")
         if not problem and check.needed and 0 < data.max_seconds < entry.seconds[i]:
-            problem = f"{entry.seconds[i]:.1f} seconds are more than data.max_seconds {data.max_seconds:g}"
+            problem = f"lasts {entry.seconds[i]:.1f} s, longer than data.max_seconds {data.max_seconds:g}"
         if problem:
             skipped.append((entry.ids[i], problem))
         else:
@@ -410,8 +418,10 @@ def _load_split(
     return (entry, np.array(kept, np.int64)), skipped
 
 
-def _draw(parts: list[tuple[CacheEntry, np.ndarray]], hours: float, what: str) -> list[tuple[CacheEntry, np.ndarray]]:
-    """Return the parts with as many of their utterances as fit in `hours`, at least one; more hours hold the same."""
+def _draw_hours(
+    parts: list[tuple[CacheEntry, np.ndarray]], hours: float, what: str
+) -> list[tuple[CacheEntry, np.ndarray]]:
+    """Draw utterances at random until `hours` are full, at least one; a larger subset contains every smaller one."""
     seconds = np.concatenate([entry.seconds[kept] for entry, kept in parts])
     if hours * 3600 > seconds.sum():
         raise InputError(f"data.hours is {hours:g}, but {what} has {seconds.sum() / 3600:.3g}; lower it, or 0 for all")
@@ -422,47 +432,47 @@ def _draw(parts: list[tuple[CacheEntry, np.ndarray]], hours: float, what: str) -
     return [(entry, kept[mask]) for (entry, kept), mask in zip(parts, np.split(drawn, ends), strict=True)]
 
 
-def _repeated(utterances: list[Utterance]) -> dict[int, str]:
-    """Return place -> problem of each utterance whose id an earlier one has."""
+def _duplicates(utterances: list[Utterance]) -> dict[int, str]:
+    """Map the position of each utterance that repeats an earlier id to its problem."""
     first: dict[str, Utterance] = {}
     found = {}
     for place, u in enumerate(utterances):
         if first.setdefault(u.id, u) is not u:
-            both = dict.fromkeys((first[u.id].path, u.path))  # the same recording twice is named once
-            found[place] = f"the id {u.id!r} is there twice ({', '.join(map(str, both))}); ids must differ"
+            both = dict.fromkeys((first[u.id].path, u.path))  # name a path once if both are the same
+            found[place] = f"the id {u.id!r} occurs twice ({', '.join(map(str, both))}); make ids distinct"
     return found
 
 
 def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndarray]]) -> Callable[[int, str], str]:
-    """Return a function of (number of the split, id): the id, or split/id where two splits share ids."""
+    """Return a function of (split index, id) that gives the id, or split/id if the splits share ids."""
     everything = [name for entry, _ in parts for name in {*entry.ids, *(name for name, _, _ in entry.bad)}]
     shared = len(set(everything)) < len(everything)
     return lambda k, name: f"{splits[k]}/{name}" if shared else name
 
 
-def _report(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset) -> None:
+def _report_skipped(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset) -> None:
     skipped = dataset.skipped
     if skipped:
         total = len(dataset) + len(skipped)
         print(f"{'+'.join(splits)}: left out {len(skipped)} of {total} utterances", file=sys.stderr)
-        for name, reason in skipped[:LISTED]:
+        for name, reason in skipped[:MAX_SHOWN]:
             print(f"  {show(name)}: {show(reason)}", file=sys.stderr)
-        if len(skipped) > LISTED:
-            print(f"  and {len(skipped) - LISTED} more", file=sys.stderr)
+        if len(skipped) > MAX_SHOWN:
+            print(f"  and {len(skipped) - MAX_SHOWN} more", file=sys.stderr)
     if not len(dataset):
         first = f"; the first reason: {skipped[0][1]}" if skipped else ""
-        raise InputError(f"{corpus.root}: no utterance of {'+'.join(splits)} can be used{first}")
+        raise InputError(f"{corpus.root}: no utterance of {'+'.join(splits)} is usable{first}")
 
 
 def _statistics(dataset: SpeechDataset, progress: bool) -> Statistics:
-    """Return mean and deviation over all frames; sums are float64, around the first frame so that they stay exact."""
+    """Mean and standard deviation over all frames, summed in float64 around the first frame to keep precision."""
     origin = dataset.raw(0)[0].double()
     total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
     for i in track(range(len(dataset)), "statistics", "utterances", show=progress):
         frames = dataset.raw(i).double() - origin
         total += frames.sum(0)
         squares += frames.square().sum(0)
-    count = int(dataset.frames.sum())
+    count = int(dataset.frame_counts.sum())
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return Statistics((mean + origin).float(), _safe(std, mean + origin).float())
+    return Statistics((mean + origin).float(), _safe_std(std, mean + origin).float())

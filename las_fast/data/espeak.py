@@ -1,4 +1,4 @@
-"""eSpeak NG as a speech synthesiser."""
+"""Speech synthesis with eSpeak NG, through ctypes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from las_fast.errors import InputError
 
-ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
+ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")  # eSpeak NG names of English accents
+MAX_PATH_BYTES = 120  # eSpeak NG cuts paths at 160 bytes; the rest is for file names in its data folder
 
 
 def load_espeak():
+    """Import espeakng_loader, which knows where the library and its data are; InputError if it is not installed."""
     try:
         import espeakng_loader
     except ImportError:
@@ -22,12 +24,12 @@ def load_espeak():
 
 
 class Synthesiser:
-    """eSpeak NG through ctypes; one a process, since the library keeps global state.
+    """An eSpeak NG voice; only one per process, because the library keeps global state.
 
-    A recording also depends a little on what the process said before it (phases of the oscillators live on).
+    A recording depends slightly on what the process spoke before, because the phases of the oscillators persist.
     """
 
-    RATE, PITCH, RANGE = 1, 3, 4  # espeak_PARAMETER
+    RATE, PITCH, RANGE = 1, 3, 4  # of the enum espeak_PARAMETER
     CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
     def __init__(self):
@@ -39,21 +41,21 @@ class Synthesiser:
                              "espeakng-loader") from None  # fmt: skip
         self._link = None
         self._data = self._short_path(Path(loader.get_data_path()))
-        if not (self._data / "phontab").is_file():  # the library would end the process
+        if not (self._data / "phontab").is_file():  # the library would exit the process
             raise InputError(f"{self._data} holds no eSpeak NG data; reinstall espeakng-loader")
         synchronous = 2
         self.sample_rate = self._library.espeak_Initialize(synchronous, 0, str(self._data).encode(), 0)
         if self.sample_rate <= 0:
-            raise InputError(f"{self._data}: eSpeak NG finds no usable data there; reinstall espeakng-loader")
+            raise InputError(f"{self._data}: eSpeak NG cannot use the data there; reinstall espeakng-loader")
         self._chunks: list[np.ndarray] = []
-        self._callback = self.CALLBACK(self._collect)  # kept: the library holds a bare pointer to it
+        self._callback = self.CALLBACK(self._collect)  # keep a reference: the library holds a bare pointer
         self._library.espeak_SetSynthCallback(self._callback)
-        # eSpeak NG would seed the noise of breathy voices with the time of day
+        # by default the time of day seeds the noise of breathy voices
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     def _short_path(self, data: Path) -> Path:
-        """eSpeak NG cuts paths at 160 bytes: reach a deep installation through a link."""
-        if len(str(data).encode()) < 120:
+        """Path to the data folder of less than MAX_PATH_BYTES, through a temporary link if needed."""
+        if len(str(data).encode()) < MAX_PATH_BYTES:
             return data
         self._link = tempfile.TemporaryDirectory(prefix="espeak")
         link = Path(self._link.name) / "data"
@@ -61,6 +63,7 @@ class Synthesiser:
         return link
 
     def close(self) -> None:
+        """Release the library and the link."""
         self._library.espeak_Terminate()
         if self._link is not None:
             self._link.cleanup()
@@ -71,14 +74,17 @@ class Synthesiser:
         return 0
 
     def speak(self, text: str, voice: str, *, rate: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """Return text as float32 samples in -1..1 at self.sample_rate.
+        """Speak text; returns (N,) float32 samples from -1 to 1 at self.sample_rate.
 
         Args:
-            voice: accent+speaker.
-            rate: words per minute, 80 to 450.
-            pitch, pitch_range: 0 to 100, 50 is usual.
+            voice:              ACCENT+SPEAKER.
+            rate:               words per minute, 80 to 450.
+            pitch, pitch_range: 0 to 100; eSpeak NG's default is 50.
+
+        Raises:
+            InputError: the voice is missing, or eSpeak NG gives no sound.
         """
-        # an unknown variant would silently give the plain voice
+        # eSpeak NG would silently replace an unknown speaker by its default voice
         if not (self._data / "voices" / "!v" / voice.partition("+")[2]).is_file():
             raise InputError(f"{self._data} lacks the eSpeak NG voice {voice}; reinstall espeakng-loader")
         if self._library.espeak_SetVoiceByName(voice.encode()):
@@ -86,9 +92,9 @@ class Synthesiser:
         for parameter, value in ((self.RATE, rate), (self.PITCH, pitch), (self.RANGE, pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
         self._chunks.clear()
-        data = text.lower().encode()  # capitals such as US would be spelt out
+        data = text.lower().encode()  # upper-case words such as US would be spelled out
         utf8 = 1
         self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
         if not self._chunks:
-            raise InputError(f"eSpeak NG said nothing for {text!r} in voice {voice}; reinstall espeakng-loader")
+            raise InputError(f"eSpeak NG gave no sound for {text!r} in voice {voice}; reinstall espeakng-loader")
         return np.concatenate(self._chunks).astype(np.float32) / 32768

@@ -1,4 +1,4 @@
-"""What all readers of folders share: which files count, and how the lines of a text file are read."""
+"""Folder listings without hidden files, and text files as lines: shared by all data layouts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from las_fast.errors import InputError
 
-SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "lost+found",
+SYSTEM_FILES = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "lost+found",
           "$recycle.bin", "system volume information"}  # fmt: skip
-MARKS = (  # byte order marks; those of UTF-32 begin like those of UTF-16
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-BLOCK = 1 << 20  # bytes of a text file that are decoded at once
+BLOCK_BYTES = 1 << 20  # bytes of a text file decoded at once
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a file or folder name is hidden or belongs to a system, an editor or an office program."""
-    return name.startswith((".", "~$")) or name.casefold() in SYSTEM
+    """Whether a name is hidden or belongs to the system, an editor or an office program."""
+    return name.startswith((".", "~$")) or name.casefold() in SYSTEM_FILES
 
 
-def listed(folder: Path) -> list[Path]:
-    """Return what a folder holds, sorted by name, without what is_hidden; InputError if it cannot be listed."""
+def list_folder(folder: Path) -> list[Path]:
+    """List a folder, sorted by name, without hidden names; InputError if it cannot be listed."""
     return [folder / entry.name for entry in _scan(folder)]
 
 
@@ -39,13 +39,13 @@ def _scan(folder: Path) -> list[os.DirEntry]:
         raise InputError(f"{folder} cannot be listed: {error.strerror}; check the path and its permissions") from None
 
 
-def files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
-    """Return what a folder holds with one of these lower-case suffixes; upper case counts as lower case."""
-    return [path for path in listed(folder) if path.suffix.lower() in suffixes]
+def list_files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
+    """List the entries of a folder with one of these lower-case suffixes, in any case."""
+    return [path for path in list_folder(folder) if path.suffix.lower() in suffixes]
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted; none where it cannot be listed."""
+    """List the subfolders of a folder, sorted by name; empty if it cannot be listed."""
     try:
         return [folder / entry.name for entry in _scan(folder) if _is_folder(entry)]
     except InputError:
@@ -53,32 +53,32 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Say whether an entry is a folder or a link to one; only links cost a look at the disk."""
+    """Whether an entry is a folder or a link to one; only a link costs a stat."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
-def at_depth(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield what lies `depth` folders below a folder, sorted; InputError if one of the folders cannot be listed."""
+def list_at_depth(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the entries `depth` folders below a folder, sorted; InputError if a folder on the way cannot be listed."""
     for entry in _scan(folder):
         if depth == 0:
             yield folder / entry.name
         elif _is_folder(entry):
-            yield from at_depth(folder / entry.name, depth - 1)
+            yield from list_at_depth(folder / entry.name, depth - 1)
 
 
-def system_name(text: str) -> str:
-    """Return a file's name that a text holds as the system's functions take it, also where that is not UTF-8."""
+def to_filename(text: str) -> str:
+    """Convert a file name read from a text to the form that os functions take, even if it is not UTF-8."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""Yield the lines of a text file without their ends; a .gz is unpacked on the way.
+    r"""Yield the lines of a text file without their line ends; a .gz is decompressed.
 
-    A line ends with \n or \r\n, or with \r where the file has no \n; no other character ends one. The text is UTF-8,
+    A line ends with \n or \r\n, or with \r if the file has no \n; no other character ends one. The encoding is UTF-8,
     or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        InputError: the file cannot be read, is not such a text, or holds NUL characters; the line is named.
+        InputError: the file cannot be read, is in another encoding, or holds NUL; the message names the line.
     """
     end, rest = "", ""
     for text in _decoded(path):
@@ -94,11 +94,11 @@ def _without_returns(line: str) -> str:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks; a mistake is an error when all before it has been given out."""
+    """Yield the text of a file in blocks; a decoding error is raised after all text before it was yielded."""
     line, decoder, problem = 1, None, ""
     for data in _blocks(path):
         if decoder is None:
-            encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+            encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
             decoder = codecs.getincrementaldecoder(encoding)()
         try:
             text = decoder.decode(data, final=not data)
@@ -107,7 +107,7 @@ def _decoded(path: Path) -> Iterator[str]:
             text = good.decode(encoding) if encoding.startswith("utf-8") else "\n" * good.count(b"\n")
             problem = "is not UTF-8 text"
         if "\0" in text:
-            text, problem = text[: text.index("\0")], "holds a NUL character, which no text has"
+            text, problem = text[: text.index("\0")], "holds a NUL character"
         line += text.count("\n")
         yield text
         if problem:
@@ -115,12 +115,12 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file in blocks, the last of them empty."""
+    """Yield the bytes of a file in blocks; the last block is empty."""
     data = b"more"
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             while data:
-                data = file.read(BLOCK)
+                data = file.read(BLOCK_BYTES)
                 yield data
     except (OSError, EOFError, zlib.error, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

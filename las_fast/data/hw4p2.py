@@ -1,6 +1,6 @@
-"""Archives of CMU 11-785 HW4P2, every edition: SPLIT/{mfcc,fbank}/NAME.npy with SPLIT/{transcripts,...}/NAME.npy.
+"""Archives of every edition of CMU 11-785 HW4P2: SPLIT/{mfcc,fbank}/NAME.npy and SPLIT/{transcripts,...}/NAME.npy.
 
-An edition is recognised by its folders and by the size of a frame, and decides the header and order of a submission.
+The edition follows from the folders and the frame size. It decides the header and the order of a submission.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.folders import files, read_lines, subfolders, system_name
-from las_fast.data.symbols import join_symbols
+from las_fast.data.folders import list_files, read_lines, subfolders, to_filename
+from las_fast.data.symbols import symbols_to_text
 from las_fast.errors import InputError
 
 FEATURE_FOLDERS = ("mfcc", "fbank")
 TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
 LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
-PEEK = 8  # files looked at to learn the size of a frame
-# What np.load raises on damaged files; a damaged header can ask for any shape, or be no Python
+PEEK = 8  # files per folder whose header is read to learn the frame size
+# What np.load raises on damaged files, whose header can name any shape or be invalid Python
 LOAD_ERRORS = (ValueError, TypeError, EOFError, OSError, MemoryError, OverflowError, SyntaxError, RecursionError,
                NotImplementedError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
@@ -32,7 +32,7 @@ LOAD_ERRORS = (ValueError, TypeError, EOFError, OSError, MemoryError, OverflowEr
 @dataclass(frozen=True)
 class Edition:
     name: str
-    header: tuple[str, str]
+    header: tuple[str, str]  # of the submission file
 
 
 S22 = Edition("HW4P2 S22", ("id", "predictions"))
@@ -45,7 +45,7 @@ S25 = Edition("HW4P2 S25/F25", ("id", "transcription"))
 
 
 def find_archives(root: Path) -> list[Path]:
-    """Return the archive roots at `root`, above it (where root is a split or its feature folder) or up to two below."""
+    """Find archives at `root`, above it (if root is a split or its feature folder), or up to two folders below."""
     if _is_archive(root):
         return [root]
     for inside in (root, root.parent):  # a split, or its feature folder
@@ -53,17 +53,19 @@ def find_archives(root: Path) -> list[Path]:
             return [inside.parent]
     children = subfolders(root)
     found = [child for child in children if _is_archive(child)]
-    found = found or [deep for child in children for deep in subfolders(child) if _is_archive(deep)]
-    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # a link is its folder
+    found = found or [below for child in children for below in subfolders(child) if _is_archive(below)]
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[
+        ::-1
+    ]  # count a link and its target once
 
 
 def open_archive(root: Path) -> Corpus:
-    """Return the corpus of an archive root; InputError when no feature file can be read."""
+    """Open an archive as a corpus; InputError if no feature file is readable."""
     splits = [path.name for path in subfolders(root) if _feature_folder(path)]
     size, transposed = _frame_layout([_features_of(root / split) for split in splits])
     edition = _edition(root, splits, size)
     roles = assign_roles(splits)
-    if edition is S24 and "train-clean-100" in splits:  # its train-clean-50 is the smaller choice, not more data
+    if edition is S24 and "train-clean-100" in splits:  # train-clean-50 is a smaller alternative, not more data
         roles["train"] = tuple(name for name in roles["train"] if name != "train-clean-50")
     return Corpus(
         name=edition.name,
@@ -75,12 +77,12 @@ def open_archive(root: Path) -> Corpus:
         transposed=transposed,
         header=edition.header,
         numbered=True,
-        texts=f"them in SPLIT/{TRANSCRIPT_FOLDERS[2]}/NAME.npy (or in {', '.join(sorted(TRANSCRIPT_FOLDERS))})",
+        expected_texts=f"SPLIT/{TRANSCRIPT_FOLDERS[2]}/NAME.npy (or in {', '.join(sorted(TRANSCRIPT_FOLDERS))})",
     )
 
 
 def read_transcript(path: Path) -> str:
-    """Return the text of a transcript .npy: an array of letters or words, or one string; see join_symbols."""
+    """Read the text of a transcript .npy: an array of letters or words, or one string; see symbols_to_text."""
     try:
         symbols = np.load(path, allow_pickle=False)
     except LOAD_ERRORS as error:
@@ -93,25 +95,25 @@ def read_transcript(path: Path) -> str:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a transcript: its bytes are not UTF-8; copy it again") from None
     try:
-        return join_symbols(items)
+        return symbols_to_text(items)
     except InputError as error:
         raise InputError(f"{path} {error}") from None
 
 
 def load_problem(error: Exception) -> str:
-    """Say in a few words why np.load refused a file, and what to do."""
+    """Why np.load failed, and what to do, as a clause."""
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "it does not exist; copy it again or remove its counterpart"
     if isinstance(error, OSError) and error.strerror:
         return f"it cannot be read ({error.strerror}); check its name and permissions"
     if "pickle" in text.lower() or "Object arrays" in text:
-        return "it holds pickled objects or is no .npy file; save it as a plain numeric or string array"
+        return "it holds pickled objects or is not a .npy file; save it as a plain array of numbers or strings"
     return f"it is truncated or damaged ({text or type(error).__name__}); copy it again"
 
 
 def peek_shape(path: Path) -> tuple[int, ...] | None:
-    """Return the shape of a .npy by its header, or None when it cannot be read."""
+    """Shape of a .npy according to its header, or None if it is unreadable."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).shape
     except (*LOAD_ERRORS, AttributeError):
@@ -127,18 +129,18 @@ def _feature_folder(split: Path) -> Path | None:
 
 
 def _features_of(split: Path) -> Path:
-    """Return the folder that holds the features of a split, or should."""
+    """Folder of a split's features, or where it should be."""
     return _feature_folder(split) or split / FEATURE_FOLDERS[0]
 
 
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
-    """Return the frame size and whether files hold (F, T): the side that several files share is the frame."""
+    """Frame size F, and whether files hold (F, T): F is the dimension with the fewer distinct sizes over files."""
     names = [path for folder in folders for path in list(_arrays(folder).values())[:PEEK]]
     if not names:
-        raise InputError(f"{folders[0]} holds no .npy files; expected one a recording")
+        raise InputError(f"{folders[0]} holds no .npy files; expected one per recording")
     shapes = [shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]
     if not shapes:
-        raise InputError(f"{names[0]} and its neighbours are no two-dimensional .npy arrays; copy them again")
+        raise InputError(f"{names[0]} and its neighbours are not two-dimensional .npy arrays; copy them again")
     rows, columns = ([shape[side] for shape in shapes] for side in (0, 1))
     transposed = folders[0].name == "fbank"
     if len(set(rows)) != len(set(columns)):
@@ -160,7 +162,7 @@ def _edition(root: Path, splits: list[str], size: int) -> Edition:
 
 
 def _list_split(split: Path) -> list[Utterance]:
-    """Pair features and transcripts by name; one without the other is kept, so that loading can report it."""
+    """Pair features and transcripts by name; keep unpaired ones, which loading reports."""
     folder = _features_of(split)
     features = _arrays(folder)
     texts = _transcripts(split)
@@ -178,22 +180,22 @@ def _transcripts(split: Path) -> dict[str, Path]:
 
 
 def _arrays(folder: Path) -> dict[str, Path]:
-    """Map the name of each .npy in a folder to its path."""
-    return {path.stem: path for path in files(folder, {".npy"})}
+    """Map the name of each .npy in a folder, without suffix, to its path."""
+    return {path.stem: path for path in list_files(folder, {".npy"})}
 
 
 def _test_order(path: Path, names: list[str]) -> list[str]:
-    """Return the names in the order of column `file`; they must be exactly the split's names."""
+    """Names in the order of test_order.csv, which must list every file of the split."""
     try:
         rows = list(csv.DictReader(read_lines(path), skipinitialspace=True))
     except csv.Error as error:
         raise InputError(f"{path} is not a CSV file ({error}); copy it again") from None
     if not rows or "file" not in rows[0]:
         raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
-    order = [Path(system_name((row["file"] or "").strip())).name.removesuffix(".npy") for row in rows]
+    order = [Path(to_filename((row["file"] or "").strip())).name.removesuffix(".npy") for row in rows]
     if len(set(order)) != len(order):
         twice = next(name for i, name in enumerate(order) if name in order[:i])
-        raise InputError(f"{path} names {twice!r} twice; each recording has one row")
+        raise InputError(f"{path} names {twice!r} twice; keep one row")
     if extra := sorted(set(names) - set(order)):
-        raise InputError(f"{path} does not name {extra[0]}.npy ({len(extra)} such files); list it or remove it")
+        raise InputError(f"{path} does not name {extra[0]}.npy ({len(extra)} such files); add it or remove the file")
     return order

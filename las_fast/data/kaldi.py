@@ -1,7 +1,7 @@
-"""Kaldi's data folders: wav.scp, text and segments, in one folder or in one for each split (data/train, data/dev).
+"""Kaldi data folders: wav.scp, text and segments, in one folder or in one per split (data/train, data/dev).
 
-Each line of these files begins with an id. wav.scp gives the file of a recording, segments the part of a recording
-that an utterance is (recording, start and end in seconds), text the words of an utterance. Other files are not used.
+Each line of these files begins with an id. wav.scp maps recordings to files, segments maps utterances to parts of
+recordings (recording, start and end in seconds), and text maps utterances to words. Other files are not used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, role_of
-from las_fast.data.folders import read_lines, subfolders, system_name
+from las_fast.data.folders import read_lines, subfolders, to_filename
 from las_fast.errors import InputError
 
 LAYOUT = "[data/][SPLIT/]wav.scp with text and segments (Kaldi)"
@@ -22,7 +22,7 @@ RECORDINGS, TEXTS, SEGMENTS = FILES = ("wav.scp", "text", "segments")
 
 
 def find_kaldi(root: Path) -> Path | None:
-    """Return the folder whose children are data folders (root, root/data, or the parent of a split), or a lone one."""
+    """Find the folder whose children are data folders (root, root/data, or root's parent), or a single data folder."""
     if _is_data(root):
         splits = [path for path in subfolders(root.parent) if _is_data(path)]
         return root.parent if role_of(root.name) and len(splits) > 1 else root
@@ -30,28 +30,28 @@ def find_kaldi(root: Path) -> Path | None:
 
 
 def open_kaldi(root: Path) -> Corpus:
-    """Return the corpus of a folder that find_kaldi found."""
+    """Open a folder that find_kaldi returned."""
     splits = {path.name: path for path in subfolders(root) if _is_data(path)}
     roles = assign_roles(splits)
     if _is_data(root):
         splits, roles = {"all": root}, dict.fromkeys(("train", "dev", "test"), ("all",))
     listings = {name: partial(_list_split, path) for name, path in splits.items()}
     texts = "a file 'text' beside wav.scp"
-    return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles, texts=texts)
+    return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles, expected_texts=texts)
 
 
 def is_text(path: Path) -> bool:
-    """Say whether a file is the text of a Kaldi folder."""
+    """Whether a file is the transcript file of a Kaldi folder."""
     return path.name == TEXTS and _is_data(path.parent)
 
 
 def read_table(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, id and the rest of each line; InputError for an id that comes twice."""
+    """Yield line number, id and rest of each line; InputError for a repeated id."""
     seen = set()
     for number, line in enumerate(read_lines(path), 1):
         name, *rest = line.split(maxsplit=1) or [""]
         if name in seen:
-            raise InputError(f"{path} line {number} has {name} a second time; keep one")
+            raise InputError(f"{path} line {number} repeats the id {name}; keep one line")
         if name:
             seen.add(name)
             yield number, name, rest[0].strip() if rest else ""
@@ -62,7 +62,7 @@ def _is_data(folder: Path) -> bool:
 
 
 def _list_split(folder: Path) -> list[Utterance]:
-    """Return the utterances in the order of segments or wav.scp, then those that have only a text."""
+    """List utterances in the order of segments or wav.scp, then those that only have a text."""
     recordings = _recordings(folder / RECORDINGS)
     texts = {name: text for _, name, text in read_table(folder / TEXTS)} if (folder / TEXTS).exists() else {}
     if (folder / SEGMENTS).exists():
@@ -74,22 +74,22 @@ def _list_split(folder: Path) -> list[Utterance]:
     known = {u.id for u in utterances}
     for name in texts:
         if name not in known:
-            problem = f"{folder / TEXTS} has a text of {name}, which {source} lacks; add it or remove the text"
+            problem = f"{folder / TEXTS} has a text of {name}, which {source} lacks; add it there or remove the text"
             utterances.append(Utterance(name, folder, None, problem=problem))
     return [replace(u, transcript=texts.get(u.id)) for u in utterances]
 
 
 def _recordings(path: Path) -> dict[str, Utterance]:
-    """Return the recordings of a wav.scp by id, as utterances without a transcript."""
+    """Read a wav.scp: map ids of recordings to utterances without a transcript."""
     lines = [(name, file, _problem(path, number, name, file)) for number, name, file in read_table(path)]
-    base = _base(path.parent, next((file for _, file, problem in lines if not problem), ""))
-    return {name: Utterance(name, base / system_name(file), None, problem=problem) for name, file, problem in lines}
+    base = _base_folder(path.parent, next((file for _, file, problem in lines if not problem), ""))
+    return {name: Utterance(name, base / to_filename(file), None, problem=problem) for name, file, problem in lines}
 
 
-def _base(folder: Path, file: str) -> Path:
-    """Return what relative paths are relative to: the folder that Kaldi's scripts were run in, often data's parent."""
+def _base_folder(folder: Path, file: str) -> Path:
+    """Find the folder that paths are relative to: where Kaldi's scripts ran, often the parent of data."""
     return next(
-        (base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / system_name(file)).exists()),
+        (base for base in (folder, *folder.absolute().parents[:3], Path()) if (base / to_filename(file)).exists()),
         folder,
     )
 
@@ -98,13 +98,13 @@ def _problem(path: Path, number: int, name: str, file: str) -> str:
     where = f"{path} line {number}: {name}"
     if file.endswith("|"):
         return (
-            f"{where} is a command ({file[:40]}...), which is not run; write the recordings to files and name these: "
+            f"{where} is a command ({file[:40]}...), which is never run; write the recordings to files and list these: "
             'mkdir wav; while read -r id command; do bash -c "${command%|}" < /dev/null > wav/$id.wav; '
             f"done < {path.name}"
         )
     if re.search(r"\.ark:\d+$", file):
-        return f"{where} lies in an archive ({file}); write it to a file of its own with wav-copy, and name that"
-    return "" if file else f"{where} has no file; add it or remove the line"
+        return f"{where} lies in an archive ({file}); extract it with wav-copy and give that file"
+    return "" if file else f"{where} names no file; add one or remove the line"
 
 
 def _segment(folder: Path, recordings: dict[str, Utterance], number: int, name: str, rest: str) -> Utterance:
@@ -112,11 +112,11 @@ def _segment(folder: Path, recordings: dict[str, Utterance], number: int, name: 
     words = rest.split()
     try:
         recording, start, end = words[0], *map(float, words[1:])
-        good = 0 <= start < math.inf and (start < end < math.inf or end == -1)  # -1 is the recording's end
+        good = 0 <= start < math.inf and (start < end < math.inf or end == -1)  # -1: to the end of the recording
     except (ValueError, IndexError):
         good = False
     if not good:
-        raise InputError(f"{where} must be an id, a recording, and start and end in seconds; got {name} {rest}")
+        raise InputError(f"{where} must hold an id, a recording, and start and end in seconds; got {name} {rest}")
     if recording not in recordings:
         problem = f"{where}: {RECORDINGS} has no {recording}; add it or remove the line"
         return Utterance(name, folder, None, problem=problem)

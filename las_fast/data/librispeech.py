@@ -1,4 +1,4 @@
-"""LibriSpeech folders: ROOT[/LibriSpeech]/SPLIT/SPEAKER/CHAPTER/ID.flac with SPEAKER-CHAPTER.trans.txt beside them."""
+"""LibriSpeech folders: ROOT[/LibriSpeech]/SPLIT/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pathlib import Path
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
-from las_fast.data.folders import at_depth, listed, read_lines, subfolders, system_name
+from las_fast.data.folders import list_at_depth, list_folder, read_lines, subfolders, to_filename
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
-FORMATS = soundfile.available_formats().keys() - {"RAW"}  # which says neither its rate nor its channels
+FORMATS = soundfile.available_formats().keys() - {"RAW"}  # RAW has no header
 AUDIO_SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".opus", ".oga", ".aif"}
 
 
 def find_librispeech(root: Path) -> Path | None:
-    """Return the folder whose children are splits: root, its folder LibriSpeech, or root's parent."""
+    """Find the folder whose children are splits: root, root/LibriSpeech, or root's parent."""
     candidates = (root, root / "LibriSpeech")
     found = next((path for path in candidates if any(map(_is_split, subfolders(path)))), None)
     return root.parent if found is None and _is_split(root) else found
 
 
 def open_librispeech(root: Path) -> Corpus:
+    """Open a folder that find_librispeech returned."""
     splits = [path.name for path in subfolders(root) if _is_split(path) or _has_audio(path)]
     return Corpus(
         name="LibriSpeech",
@@ -33,25 +34,25 @@ def open_librispeech(root: Path) -> Corpus:
         kind="audio",
         listings={split: partial(_list_split, root / split) for split in splits},
         roles=assign_roles(splits),
-        texts="SPEAKER-CHAPTER.trans.txt beside the recordings",
+        expected_texts="SPEAKER-CHAPTER.trans.txt beside the recordings",
     )
 
 
 def _is_split(path: Path) -> bool:
-    return any(_is_transcript(file) for file in _look(path))
+    return any(_is_transcript(file) for file in _files(path))
 
 
 def _has_audio(path: Path) -> bool:
-    """Say whether a split without transcripts has recordings (a test set may)."""
-    return any(file.suffix.lower() in AUDIO_SUFFIXES for file in _look(path))
+    """Whether a split has recordings; a test set may lack transcripts."""
+    return any(file.suffix.lower() in AUDIO_SUFFIXES for file in _files(path))
 
 
-def _look(split: Path) -> Iterator[Path]:
-    """Yield the files of a split as far as its folders can be listed; reading the split says what cannot."""
+def _files(split: Path) -> Iterator[Path]:
+    """Yield the files of a split, skipping unreadable folders, which listing the split reports."""
     for speaker in subfolders(split):
         for chapter in subfolders(speaker):
             with suppress(InputError):
-                yield from listed(chapter)
+                yield from list_folder(chapter)
 
 
 def _is_transcript(path: Path) -> bool:
@@ -60,23 +61,23 @@ def _is_transcript(path: Path) -> bool:
 
 def _list_split(split: Path) -> list[Utterance]:
     texts: dict[str, str] = {}
-    sound: dict[str, Path] = {}
-    paths = list(at_depth(split, 2))
+    recordings: dict[str, Path] = {}
+    paths = list(list_at_depth(split, 2))
     for path in filter(_is_transcript, paths):
         for name, text in read_transcripts(path):
             if name in texts:
-                raise InputError(f"{path} has a second transcript of {name}; keep one")
+                raise InputError(f"{path} has a second transcript of {name}; keep only one")
             texts[name] = text
-            sound.setdefault(name, path.parent / f"{name}.flac")
+            recordings.setdefault(name, path.parent / f"{name}.flac")
     for path in paths:
         if path.suffix.lower() in AUDIO_SUFFIXES:
-            if sound.get(path.stem, path) != path and sound[path.stem].exists():
-                raise InputError(f"{path} and {sound[path.stem]} are recordings of the same name; keep one")
-            sound[path.stem] = path
-    return [Utterance(name, sound[name], texts.get(name)) for name in sorted(sound)]
+            if recordings.get(path.stem, path) != path and recordings[path.stem].exists():
+                raise InputError(f"{path} and {recordings[path.stem]} are recordings with the same name; keep only one")
+            recordings[path.stem] = path
+    return [Utterance(name, recordings[name], texts.get(name)) for name in sorted(recordings)]
 
 
 def read_transcripts(path: Path) -> list[tuple[str, str]]:
-    """Return (id, text) of each line of a *.trans.txt; any white space parts the id from the text."""
+    """Read (id, text) from each line of a *.trans.txt; any white space separates them."""
     words = (line.split(maxsplit=1) for line in read_lines(path))
-    return [(system_name(name), text[0].strip() if text else "") for name, *text in filter(None, words)]
+    return [(to_filename(name), text[0].strip() if text else "") for name, *text in filter(None, words)]

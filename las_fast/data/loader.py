@@ -1,8 +1,8 @@
-"""Batches made ahead of their use by worker processes, which may die, hang or run out of memory without harm.
+"""Prefetch batches in worker processes, which may die, hang or run out of memory without harm.
 
-A worker is a fork of this process that writes its batches as plain bytes into a pipe; a thread here reads them. Shared
-memory is not used: containers often have little of it. What a worker fails to deliver is made in this process instead,
-so that the batches are the same in any case.
+A worker is a fork of this process that writes its batches as raw bytes to a pipe, from which a thread here reads.
+Shared memory is not used, because containers often have little of it. Batches that a worker fails to deliver are made
+in this process, so that the result is always the same.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch import Tensor
 
 from las_fast.progress import write
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the parent answers them, and then ends its workers
-AHEAD = 4  # batches of each worker that wait for their use
-SILENT = 300.0  # seconds after which a worker that delivers nothing is given up
-LOOK_EVERY = 0.3  # seconds between two looks up while a batch is waited for
-PIPE_BYTES = 1 << 20  # of a pipe's buffer, where the system allows it: few switches between the processes
-LENGTH = struct.Struct("<i")
-FAILED = -1  # length of a head that is not there: the batch could not be made
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the parent, which ends its workers
+QUEUE_SIZE = 4  # finished batches per worker
+TIMEOUT = 300.0  # seconds without a batch after which a worker is given up
+POLL_SECONDS = 0.3  # seconds between calls of poll while waiting for a batch
+PIPE_BYTES = 1 << 20  # buffer of a pipe, if the system allows it: fewer context switches
+HEAD_LENGTH = struct.Struct("<i")  # bytes of the head that follows
+FAILED = -1  # in position of that length: the worker could not make the batch
 
 Fields = dict[str, "Tensor | None"]
 
 
 class Batches(Protocol):
-    """What a loader takes its batches from: item b as named tensors, on the CPU and contiguous."""
+    """Source of a loader: item b is batch b, as named contiguous tensors on the CPU."""
 
     def __getitem__(self, b: int) -> Fields: ...
 
@@ -48,11 +48,11 @@ class Loader:
     """Sized iterable over batches[b] for b in order, each a dict of tensors.
 
     Args:
-        batches: makes a batch, the same one in whatever process and whenever it is asked.
-        order:   numbers of the batches.
-        workers: processes that make them ahead; 0 makes each when it is asked for, in this process.
+        batches: source; must give the same batch b in any process and at any time.
+        order:   the numbers b.
+        workers: processes that prefetch; 0 makes each batch on demand in this process.
         pin:     copy the tensors to pinned memory.
-        look_up: called again and again while a batch is waited for; it may raise.
+        poll:    called repeatedly while waiting for a batch; it may raise.
     """
 
     def __init__(
@@ -62,39 +62,39 @@ class Loader:
         *,
         workers: int,
         pin: bool = False,
-        look_up: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
     ):
-        self.batches, self.order, self.pin, self.look_up = batches, order, pin, look_up
+        self.batches, self.order, self.pin, self.poll = batches, order, pin, poll
         self.workers = min(workers, len(order)) if can_fork() else 0
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Generator[Fields, None, None]:
-        ahead: _Workers | None = None
+        prefetch: _Workers | None = None
         try:
-            ahead = self._start()
-            for place, b in enumerate(self.order):
+            prefetch = self._start()
+            for position, b in enumerate(self.order):
                 fields = None
-                if ahead is not None:
+                if prefetch is not None:
                     try:
-                        fields = ahead.take(place, self.look_up)
+                        fields = prefetch.take(position, self.poll)
                     except WorkerLost as error:
-                        _tell(f"{error}; from here on batches are made in the training process")
-                        ahead.close()
-                        ahead = None
+                        _warn(f"{error}; from here on batches are made in the training process")
+                        prefetch.close()
+                        prefetch = None
                 yield fields if fields is not None else self._make(b)
         finally:
-            if ahead is not None:
-                ahead.close()
+            if prefetch is not None:
+                prefetch.close()
 
     def _start(self) -> _Workers | None:
         if not self.workers:
             return None
         try:
             return _Workers(self.batches, self.order, self.workers, self.pin)
-        except OSError as error:  # no process or no file handle is to be had
-            _tell(f"no loader process could be started ({error.strerror}); batches are made in the training process")
+        except OSError as error:  # out of processes or file handles
+            _warn(f"no loader process could be started ({error.strerror}); batches are made in the training process")
             return None
 
     def _make(self, b: int) -> Fields:
@@ -103,20 +103,20 @@ class Loader:
 
 
 def can_fork() -> bool:
-    """Return whether a process may be forked safely after libraries have started threads."""
+    """Whether forking is safe after libraries have started threads."""
     return sys.platform == "linux"
 
 
-def _tell(what: str) -> None:
-    write(f"warning: {what}", file=sys.stderr)
+def _warn(message: str) -> None:
+    write(f"warning: {message}", file=sys.stderr)
 
 
 class WorkerLost(Exception):
-    """A worker has ended or is silent; the text says what happened."""
+    """A worker has ended or hangs; the message says which."""
 
 
 class _Workers:
-    """Worker k makes the batches at places k, k + workers, ... of the order."""
+    """The worker processes; worker k makes batches order[k], order[k + workers], ..."""
 
     def __init__(self, batches: Batches, order: Sequence[int], workers: int, pin: bool):
         self._children: list[_Child] = []
@@ -127,12 +127,12 @@ class _Workers:
             self.close()
             raise
 
-    def take(self, place: int, look_up: Callable[[], None]) -> Fields | None:
-        """Return the batch at a place, asked for in order; None where its worker could not make it."""
-        return self._children[place % len(self._children)].take(look_up)
+    def take(self, position: int, poll: Callable[[], None]) -> Fields | None:
+        """Batch order[position], for positions in order; None if its worker could not make it."""
+        return self._children[position % len(self._children)].take(poll)
 
     def close(self) -> None:
-        """End the workers and the threads that read from them."""
+        """Kill the workers and join the threads that read from them."""
         for child in self._children:
             child.kill()
         for child in self._children:
@@ -141,38 +141,38 @@ class _Workers:
 
 
 class _Child:
-    """A worker process, and the thread that moves its batches to a short queue."""
+    """A worker process, and the thread that moves its batches into a short queue."""
 
     def __init__(self, batches: Batches, order: Sequence[int], pin: bool):
-        self._ready: queue.Queue[Fields | Exception | None] = queue.Queue(maxsize=AHEAD)
+        self._ready: queue.Queue[Fields | Exception | None] = queue.Queue(maxsize=QUEUE_SIZE)
         self._pid, self._pipe = _fork(batches, order)
         self._thread = threading.Thread(target=self._receive, args=(len(order), pin), daemon=True)
         self._thread.start()
 
-    def take(self, look_up: Callable[[], None]) -> Fields | None:
-        answer = self._wait(look_up)
-        if isinstance(answer, EOFError):
-            raise WorkerLost(f"a loader process ended early ({self._how_it_ended()})")
-        if isinstance(answer, Exception):
-            raise WorkerLost(f"a loader process cannot be understood ({type(answer).__name__}: {answer})")
-        return answer
+    def take(self, poll: Callable[[], None]) -> Fields | None:
+        item = self._wait(poll)
+        if isinstance(item, EOFError):
+            raise WorkerLost(f"a loader process ended early ({self._exit_reason()})")
+        if isinstance(item, Exception):
+            raise WorkerLost(f"a loader process sent invalid data ({type(item).__name__}: {item})")
+        return item
 
-    def _wait(self, look_up: Callable[[], None]) -> Fields | Exception | None:
-        deadline = time.monotonic() + SILENT
+    def _wait(self, poll: Callable[[], None]) -> Fields | Exception | None:
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
-            look_up()
+            poll()
             with contextlib.suppress(queue.Empty):
-                return self._ready.get(timeout=LOOK_EVERY)
-        raise WorkerLost(f"a loader process was silent for {SILENT:.0f} s and is given up")
+                return self._ready.get(timeout=POLL_SECONDS)
+        raise WorkerLost(f"a loader process sent nothing for {TIMEOUT:.0f} s")
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
 
     def join(self) -> None:
-        """Wait for the end of the killed process and of the thread."""
+        """Wait until the killed process and the thread have ended."""
         while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):  # it may wait for room
+            with contextlib.suppress(queue.Empty):  # the thread may be blocked on a full queue
                 self._ready.get_nowait()
             self._thread.join(0.01)
         self._pipe.close()
@@ -183,45 +183,45 @@ class _Child:
         try:
             for _ in range(count):
                 self._ready.put(_read(self._pipe, pin))
-        except Exception as error:  # whatever it was, the reader of the queue must hear of it
+        except Exception as error:  # of any kind: the consumer would wait forever
             self._ready.put(error)
 
-    def _how_it_ended(self) -> str:
-        """Return what ended the process, whose pipe is closed; leave it to be waited for."""
+    def _exit_reason(self) -> str:
+        """Why the process ended, after its pipe was closed; join still reaps it."""
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
-            assert ended is not None  # as it may be with WNOHANG alone
+            assert ended is not None  # only WNOHANG gives None
             if ended.si_code == os.CLD_EXITED:
                 return f"exit status {ended.si_status}"
             name = signal.Signals(ended.si_status).name
-            return f"{name}, as where memory does not suffice" if name == "SIGKILL" else name
+            return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
         return "unknown exit status"
 
 
 def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, io.FileIO]:
-    """Start a worker; return its number and the pipe that its batches come from."""
+    """Start a worker; returns its pid and the pipe to read from."""
     reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a handler of this process must not run in the worker
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # our handlers must not run in the worker
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: none is used in the worker
+            warnings.simplefilter("ignore", DeprecationWarning)  # about threads, which the worker does not use
             pid = os.fork()
         if pid == 0:
             os.close(reading)
-            _work(batches, order, writing, before)
+            _work(batches, order, writing, mask)
     except OSError:
         os.close(reading)
         raise
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(writing)
     return pid, os.fdopen(reading, "rb", buffering=0)
 
 
 def _work(batches: Batches, order: Sequence[int], pipe: int, mask: set) -> None:
-    """Be a worker: write the batches into the pipe, and never return."""
+    """Run in the worker: write the batches to the pipe, then exit; never returns."""
     status = 1
     try:
         for s in STOPPING:
@@ -231,45 +231,45 @@ def _work(batches: Batches, order: Sequence[int], pipe: int, mask: set) -> None:
         for b in order:
             _send(batches, b, pipe)
         status = 0
-    except BrokenPipeError:  # the parent has ended, or wants no more
+    except BrokenPipeError:  # the parent has ended or closed the pipe
         status = 0
     finally:
-        os._exit(status)  # nothing of the parent's may be cleaned up here
+        os._exit(status)  # skip the parent's cleanup
 
 
 def _send(batches: Batches, b: int, pipe: int) -> None:
-    """Write batch b as a length, a head of names, types and shapes, and the numbers; or that it cannot be made."""
+    """Write batch b: length of the head, head (JSON of names, dtypes, shapes), raw data; or FAILED."""
     try:
         fields = batches[b]
-    except Exception:  # the parent makes it again and meets the same error, or none
-        _write(pipe, memoryview(LENGTH.pack(FAILED)))
+    except Exception:  # the parent makes the batch and raises the error, if it persists
+        _write(pipe, memoryview(HEAD_LENGTH.pack(FAILED)))
         return
     head = {name: None if x is None else [str(x.dtype).removeprefix("torch."), *x.shape] for name, x in fields.items()}
     text = json.dumps(head).encode()
-    _write(pipe, memoryview(LENGTH.pack(len(text)) + text))
+    _write(pipe, memoryview(HEAD_LENGTH.pack(len(text)) + text))
     for x in fields.values():
         if x is not None:
             _write(pipe, _bytes_of(x))
 
 
 def _read(pipe: io.FileIO, pin: bool) -> Fields | None:
-    """Read what _send wrote; raise EOFError where it ends too early."""
-    (length,) = LENGTH.unpack(_read_bytes(pipe, LENGTH.size))
+    """Read a batch that _send wrote, None for FAILED; EOFError if the pipe ends inside it."""
+    (length,) = HEAD_LENGTH.unpack(_read_bytes(pipe, HEAD_LENGTH.size))
     if length == FAILED:
         return None
     fields: Fields = {}
-    for name, described in json.loads(_read_bytes(pipe, length)).items():
-        if described is None:
+    for name, description in json.loads(_read_bytes(pipe, length)).items():
+        if description is None:
             fields[name] = None
             continue
-        kind, *shape = described
-        fields[name] = x = torch.empty(shape, dtype=getattr(torch, kind), pin_memory=pin)
+        dtype, *shape = description
+        fields[name] = x = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=pin)
         _fill(pipe, _bytes_of(x))
     return fields
 
 
 def _bytes_of(x: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
+    """View a contiguous tensor as bytes."""
     return x.numpy().reshape(-1).view("uint8").data
 
 

@@ -1,13 +1,17 @@
-"""Manifests: tables that name recordings or feature files, one by itself or one for each split.
+"""Manifests: tables that name recordings or feature files, either a single one or one per split.
 
-Columns, by any of their NAMES: path, relative to the manifest; transcript, needed for training; id (otherwise the
-file's name without its ending); split (otherwise the manifest's own name or folder, or one split, "all", that plays
-every role); seconds, against which recordings are checked; start or offset, and end: with one of them only that part
-of the recording is read, to its end or for `seconds`. Times are in seconds, or milliseconds where the column's name
-ends in ms. Other columns are not used; one that would change what is read is an error.
+Columns (NAMES lists their other names):
+    path        relative to the manifest
+    transcript  needed for training
+    id          default: the file's name without its suffix
+    split       default: taken from the manifest's name or folder; failing that, one split "all" that plays every role
+    seconds     checked against the recording
+    start, end  read only this part of the recording; without end, up to `seconds` or to the end of the recording
+Times are in seconds, or in milliseconds if the column's name ends in ms. Other columns are ignored, except that a
+column that would change what is read in an unknown way is an error.
 
-Also here: Common Voice (train.tsv, dev.tsv, ... whose paths lie in clips) and Hugging Face's audio folders
-(metadata.csv or metadata.jsonl, also one for each split).
+Common Voice (train.tsv, dev.tsv, ... with paths inside clips) and Hugging Face audio folders (metadata.csv or
+metadata.jsonl, also one per split) are manifests too.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ from urllib.parse import unquote
 import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
-from las_fast.data.folders import files, subfolders, system_name
+from las_fast.data.folders import list_files, subfolders, to_filename
 from las_fast.data.hw4p2 import PEEK, peek_shape
-from las_fast.data.tables import SUFFIXES, columns, normal, read_rows
+from las_fast.data.tables import SUFFIXES, columns, normalise_column, read_rows
 from las_fast.errors import InputError
 
-LAYOUT = "a manifest (.tsv, .csv, .jsonl or .json), or one named for each split (also Common Voice, audiofolder)"
+LAYOUT = "a manifest (.tsv, .csv, .jsonl or .json), or one per split (also Common Voice, audiofolder)"
 NAMES = {
     "path": ("path", "audio", "audio_filepath", "audio_path", "audio_file", "file_name", "filename", "wav_filename",
              "wav"),
@@ -40,25 +44,33 @@ NAMES = {
     "start": ("start", "offset", "begin"),
     "end": ("end",),
 }  # fmt: skip
-TIME = re.compile(r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
+TIME_COLUMN = re.compile(r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
                   r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?")  # fmt: skip
-SAMPLES = ("num_samples", "n_samples")
-RATES = ("sample_rate", "sampling_rate", "samplerate")
-CHANGING = {"start", "begin", "end", "offset", "onset", "stop"}  # words in names of columns for other tools
-SELECTING = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip", "ignore",
-             "include", "exclude", "discard"}  # fmt: skip
-CLIPS = "clips"  # where Common Voice keeps its recordings
-EXTRA = {"manifest", "metadata", "audio", "asr", "cv", "data", "set"}  # beside a split's name in that of its manifest
-DIFFERENCE = 0.1  # seconds between end - start and the duration on the same line
-MANY = 200  # files that are looked at whether they are manifests
+SAMPLE_COUNTS = ("num_samples", "n_samples")
+SAMPLE_RATES = ("sample_rate", "sampling_rate", "samplerate")
+TIME_WORDS = {"start", "begin", "end", "offset", "onset", "stop"}  # in the names of other tools' columns
+SELECTION_COLUMNS = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip",
+                     "ignore", "include", "exclude", "discard"}  # fmt: skip
+CLIPS_FOLDER = "clips"  # where Common Voice keeps its recordings
+FILLER_WORDS = {
+    "manifest",
+    "metadata",
+    "audio",
+    "asr",
+    "cv",
+    "data",
+    "set",
+}  # words beside the split in a manifest's name
+DURATION_TOLERANCE = 0.1  # seconds between end - start and the duration on the same line
+MAX_FILES = 200  # tables per folder whose header is read
 
 
 @dataclass(frozen=True)
 class Table:
-    """A manifest, and the split of its lines that name none."""
+    """A manifest file."""
 
     path: Path
-    split: str | None = None
+    split: str | None = None  # of lines that name no split
 
 
 @dataclass(frozen=True)
@@ -68,15 +80,15 @@ class Entry:
     utterance: Utterance
     split: str | None
     row: dict
-    own_id: bool  # it came with one
+    has_id: bool  # the line names an id; otherwise the file's name serves
 
 
-# ----------------------------------------------------------------------------------------------------- recognising them
+# ----------------------------------------------------------------------------------------------------- recognition
 
 
 def find_tables(root: Path) -> list[Table]:
-    """Return the manifests that a folder holds: one, one for each split, or several that no split is known of."""
-    if root.name == CLIPS and any(map(_is_common_voice, _manifests(root.parent))):
+    """Find the manifests of a folder: a single one, one per split, or several whose splits are unknown."""
+    if root.name == CLIPS_FOLDER and any(map(_is_common_voice, _manifests(root.parent))):
         root = root.parent
     found = _manifests(root)
     if voices := [path for path in found if _is_common_voice(path)]:
@@ -95,34 +107,34 @@ def find_tables(root: Path) -> list[Table]:
 
 
 def _tables_of_splits(root: Path) -> list[Table]:
-    """Return the manifests of folders that are named for splits and hold one each."""
+    """Find the manifests in subfolders that are named after a split and hold exactly one each."""
     inside = {folder.name: _manifests(folder) for folder in subfolders(root) if is_role(folder.name)}
     return [Table(found[0], name) for name, found in inside.items() if len(found) == 1]
 
 
 def _manifests(root: Path) -> list[Path]:
-    """Return the files that are manifests by their columns; where none is, those that are by their names."""
+    """Find the tables with a path column; if there are none, all .tsv and .jsonl files."""
     try:
-        found = [path for path in files(root, SUFFIXES) if path.is_file()][:MANY]
+        found = [path for path in list_files(root, SUFFIXES) if path.is_file()][:MAX_FILES]
     except InputError:
         return []
-    return [path for path in found if names_files(path)] or [
+    return [path for path in found if has_path_column(path)] or [
         path for path in found if path.suffix.lower() in (".tsv", ".jsonl")
     ]
 
 
-def names_files(path: Path) -> bool:
-    """Say whether a table has a column that names files."""
-    return "path" in _claims(tuple(columns(path)))
+def has_path_column(path: Path) -> bool:
+    """Whether a table has a column that names files."""
+    return "path" in _columns_by_meaning(tuple(columns(path)))
 
 
 def _is_common_voice(path: Path) -> bool:
-    return (path.parent / CLIPS).is_dir() and "sentence" in columns(path)
+    return (path.parent / CLIPS_FOLDER).is_dir() and "sentence" in columns(path)
 
 
 def split_of(stem: str) -> str | None:
-    """Return the split that a manifest's name speaks of: train_manifest is of train; None where it speaks of none."""
-    words = [word for word in re.split(r"[^a-z0-9]+", stem.lower()) if word not in EXTRA]
+    """Guess the split from a manifest's name: "train" for train_manifest; None if no word names a split."""
+    words = [word for word in re.split(r"[^a-z0-9]+", stem.lower()) if word not in FILLER_WORDS]
     roles = [word for word in words if role_of(word)]
     if not roles:
         return None
@@ -130,31 +142,31 @@ def split_of(stem: str) -> str | None:
     return "-".join(words) if one_role and words[0] == roles[0] else roles[-1]
 
 
-# --------------------------------------------------------------------------------------------------------- reading them
+# --------------------------------------------------------------------------------------------------------- reading
 
 
 def open_manifest(path: Path) -> Corpus:
-    """Return the corpus of a manifest; InputError naming the line of its first mistake."""
+    """Open one manifest as a corpus; InputError names the line of the first mistake."""
     return open_tables([Table(path)])
 
 
 def open_tables(tables: list[Table]) -> Corpus:
-    """Return the corpus of the manifests that find_tables gave; InputError naming the first mistake.
+    """Open the manifests that find_tables returned as a corpus; InputError names the line of the first mistake.
 
-    A manifest that is all of one split is read when that is asked for.
+    With one manifest per split, each is read only when its split is requested.
     """
     listings: dict[str, Callable[[], list[Utterance]]]
-    if len(tables) > 1 and not any("split" in _claims(tuple(columns(table.path))) for table in tables):
+    if len(tables) > 1 and not any("split" in _columns_by_meaning(tuple(columns(table.path))) for table in tables):
         listings = {
-            _plain_split(table.split) or "": lru_cache(maxsize=1)(partial(_of_one_split, table)) for table in tables
+            _canonical_split(table.split) or "": lru_cache(maxsize=1)(partial(_list_table, table)) for table in tables
         }
-        first = _first(listings.values())
+        first = _first_utterances(listings.values())
     else:
         splits = _splits(tables)
         listings = {split: partial(list, utterances) for split, utterances in splits.items()}
         first = [u for utterances in splits.values() for u in utterances]
     if not first:
-        raise InputError(f"{tables[0].path} names no recordings; expected a line for each")
+        raise InputError(f"{tables[0].path} names no recordings; expected one line per recording")
     is_features = _are_features(tables[0].path, first)
     return Corpus(
         name="Common Voice" if _is_common_voice(tables[0].path) else _name(tables),
@@ -163,13 +175,13 @@ def open_tables(tables: list[Table]) -> Corpus:
         listings=listings,
         roles=assign_roles(listings) if set(listings) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
         feature_size=_frame_size(tables[0].path, first) if is_features else None,
-        texts=f"a column 'transcript' (or {', '.join(NAMES['transcript'][1:])})",
-        naming="name some lines so in a column 'split'",
+        expected_texts=f"a column 'transcript' (or {', '.join(NAMES['transcript'][1:])})",
+        split_remedy="assign some lines to it in a column 'split'",
     )
 
 
-def _first(listings: Iterable[Callable[[], list[Utterance]]]) -> list[Utterance]:
-    """Return utterances of the first split that has any; a mistake in one only counts where all have one."""
+def _first_utterances(listings: Iterable[Callable[[], list[Utterance]]]) -> list[Utterance]:
+    """First utterances of the first split that has any; raise a split's error only if every split is bad or empty."""
     problem = None
     for listing in listings:
         try:
@@ -189,11 +201,11 @@ def _name(tables: list[Table]) -> str:
 def _are_features(path: Path, utterances: list[Utterance]) -> bool:
     kinds = {u.path.suffix.lower() == ".npy" for u in utterances}
     if len(kinds) > 1:
-        raise InputError(f"{path} names both audio and .npy files; make a manifest of each")
+        raise InputError(f"{path} names both audio and .npy files; write one manifest for each kind")
     return kinds.pop()
 
 
-def _of_one_split(table: Table) -> list[Utterance]:
+def _list_table(table: Table) -> list[Utterance]:
     utterances = [entry.utterance for entry in _entries([table])]
     if utterances:
         _are_features(table.path, utterances)
@@ -207,19 +219,19 @@ def _splits(tables: list[Table]) -> dict[str, list[Utterance]]:
     return splits
 
 
-def further_columns(path: Path) -> dict[str, dict]:
-    """Return id -> all columns of its line, of a manifest that open_manifest takes."""
+def rows_by_id(path: Path) -> dict[str, dict]:
+    """Map each utterance id of a manifest to all columns of its line."""
     return {entry.utterance.id: entry.row for entry in _entries([Table(path)])}
 
 
 def _entries(tables: list[Table]) -> list[Entry]:
-    """Return the lines of manifests; each split's utterances have ids that differ, but for those given twice."""
+    """Read the lines of all manifests; ids that come from file names are made distinct within each split."""
     entries = [entry for table in tables for entry in _lines(table)]
     by_split: dict[str | None, list[int]] = {}
     for i, entry in enumerate(entries):
         by_split.setdefault(entry.split, []).append(i)
     for places in by_split.values():
-        for i, entry in zip(places, _with_ids([entries[i] for i in places]), strict=True):
+        for i, entry in zip(places, _with_distinct_ids([entries[i] for i in places]), strict=True):
             entries[i] = entry
     return entries
 
@@ -229,15 +241,15 @@ def _lines(table: Table) -> list[Entry]:
     rows = list(read_rows(path))
     if not rows:
         return []
-    if path.suffix.lower() in (".tsv", ".csv") and "path" not in _claims(tuple(rows[0][1])):
+    if path.suffix.lower() in (".tsv", ".csv") and "path" not in _columns_by_meaning(tuple(rows[0][1])):
         raise InputError(
             f"{path} must begin with a header line that has a column 'path' (or {', '.join(NAMES['path'][1:6])}); "
             f"got {list(rows[0][1])!r}"
         )
     _check_columns(path, rows)
-    folder = path.parent / CLIPS if _is_common_voice(path) else path.parent
+    folder = path.parent / CLIPS_FOLDER if _is_common_voice(path) else path.parent
     entries = [_entry(table, folder, line, row) for line, row in rows]
-    if path.stem == "metadata" and all(entry.split is None for entry in entries):  # of an audio folder
+    if path.stem == "metadata" and all(entry.split is None for entry in entries):  # an audio folder
         inside = [_split_above(entry.utterance.path, path.parent) for entry in entries]
         if None not in inside:
             return [replace(entry, split=split) for entry, split in zip(entries, inside, strict=True)]
@@ -245,51 +257,51 @@ def _lines(table: Table) -> list[Entry]:
 
 
 def _split_above(file: Path, folder: Path) -> str | None:
-    """Return the first folder on the way from a folder to a file that is named for a split."""
+    """Name of the first folder between `folder` and `file` that is named after a split; None if there is none."""
     inside = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
     return next((name for name in inside if role_of(name)), None)
 
 
 def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
-    """Refuse columns that would change what is read, or which lines are meant, in a way that is not known here."""
+    """Raise InputError for a column that may change what is read, or which lines are meant, in an unknown way."""
     values: dict[str, set] = {}
     for _, row in rows:
         for name, value in row.items():
-            if _problem(name) and value is not None and str(value).strip():
+            if _column_problem(name) and value is not None and str(value).strip():
                 values.setdefault(name, set()).add(str(value).strip())
     for name, found in values.items():
-        if normal(name) not in SELECTING or len(found) > 1:
+        if normalise_column(name) not in SELECTION_COLUMNS or len(found) > 1:
             some = ", ".join(sorted(found)[:3])
-            raise InputError(f"{path}: column {name!r} {_problem(name).format(some)}, or remove the column")
+            raise InputError(f"{path}: column {name!r} {_column_problem(name).format(some)}, or remove the column")
 
 
 @lru_cache(maxsize=1024)
-def _problem(name: str) -> str:
-    """Return why values of a column that is not known matter and what to do, or ""; "{}" is some of them."""
-    plain = normal(name)
+def _column_problem(name: str) -> str:
+    """Why an unknown column matters and what to do, with "{}" for some of its values; "" if it does not matter."""
+    plain = normalise_column(name)
     words = plain.split("_")
-    if plain in SELECTING:
-        return "has different values ({}), and lines are not chosen by them; remove the lines that are not meant"
+    if plain in SELECTION_COLUMNS:
+        return "has different values ({}), but lines are not selected by them; delete the lines that you do not want"
     if "channel" in words:
         return (
-            "names channels ({}), but all channels of a recording are averaged; write the channel that is meant to a "
+            "names channels ({}), but all channels of a recording are averaged; write the channel that you want to a "
             "file of its own (sox in.wav out.wav remix 1)"
         )
-    if plain in ("from", "to") or (CHANGING.intersection(words) and not _claims((name,))):
+    if plain in ("from", "to") or (TIME_WORDS.intersection(words) and not _columns_by_meaning((name,))):
         return (
-            "({}) is not known, and may say which part of a recording is meant; give that in seconds in columns "
+            "({}) is unknown, but may select a part of a recording; give the part in seconds in columns "
             "'start' and 'end'"
         )
     return ""
 
 
 @lru_cache(maxsize=256)
-def _claims(names: tuple[str, ...]) -> dict[str, list[tuple[str, float]]]:
-    """Return, for what a line may say, the columns that say it, the first choice first, each with its unit."""
+def _columns_by_meaning(names: tuple[str, ...]) -> dict[str, list[tuple[str, float]]]:
+    """Map each key of NAMES to the columns that hold it, preferred name first, each with its unit in seconds."""
     found: dict[str, list[tuple[int, str, float]]] = {}
     for name in names:
-        plain, unit = normal(name), 1.0
-        if time := TIME.fullmatch(plain):
+        plain, unit = normalise_column(name), 1.0
+        if time := TIME_COLUMN.fullmatch(plain):
             plain, unit = time[1], 0.001 if (time[2] or "s").startswith("m") else 1.0
         for meaning, known in NAMES.items():
             if plain in known:
@@ -299,14 +311,14 @@ def _claims(names: tuple[str, ...]) -> dict[str, list[tuple[str, float]]]:
 
 def _entry(table: Table, folder: Path, line: int, row: dict) -> Entry:
     path = table.path
-    claims = _claims(tuple(row))
+    claims = _columns_by_meaning(tuple(row))
     found = {name: _text(path, line, name, row, claims.get(name, [])) for name in ("path", "transcript", "id", "split")}
     if not found["path"]:
-        raise InputError(f"{path} line {line} has no path; name the recording")
+        raise InputError(f"{path} line {line} has no path; add the path of the recording")
     if found["split"] == "":
         raise InputError(f"{path} line {line} has an empty split; give train, dev or test, or leave the column out")
-    file = _locate(path, line, found["path"], folder)
-    start, seconds = _part(path, line, row, claims, file)
+    file = _resolve_path(path, line, found["path"], folder)
+    start, seconds = _times_of_part(path, line, row, claims, file)
     utterance = Utterance(
         id=found["id"] or file.stem,
         path=file,
@@ -315,15 +327,15 @@ def _entry(table: Table, folder: Path, line: int, row: dict) -> Entry:
         start=start or 0.0,
         is_part=start is not None,
     )
-    return Entry(utterance, _plain_split(found["split"] or table.split), row, bool(found["id"]))
+    return Entry(utterance, _canonical_split(found["split"] or table.split), row, bool(found["id"]))
 
 
-def _plain_split(split: str | None) -> str | None:
+def _canonical_split(split: str | None) -> str | None:
     return split.casefold() if split and role_of(split) else split
 
 
 def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> str | None:
-    """Return the first value that is not blank, "" where all are, and None where there is none."""
+    """First value that is not blank; "" if all are blank, None if there is no value."""
     blank = None
     for column, _ in claims:
         value = row[column]
@@ -332,60 +344,66 @@ def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, f
         if value is not None and not isinstance(value, str):
             raise InputError(f"{path} line {line}: {column} must be text; got {value!r}")
         if value and value.strip():
-            if not _is_writable(value):
-                raise InputError(f"{path} line {line}: {column} holds characters that no file can; write it again")
+            if not _is_encodable(value):
+                raise InputError(
+                    f"{path} line {line}: {column} contains NUL or a lone surrogate; save the manifest again as UTF-8"
+                )
             return value.strip()
         blank = blank if value is None else ""
     return blank
 
 
-def _is_writable(text: str) -> bool:
-    """Say whether text has no NUL, which ends a file's name, and no half of a character, which JSON can write."""
+def _is_encodable(text: str) -> bool:
+    """Whether text has no NUL, which ends a file name, and no lone surrogate, which JSON can express."""
     try:
         return "\0" not in text and bool(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
         return False
 
 
-def _locate(path: Path, line: int, text: str, folder: Path) -> Path:
-    """Return the file that a manifest's path means."""
+def _resolve_path(path: Path, line: int, text: str, folder: Path) -> Path:
+    """Turn a path of a manifest into the path of the file."""
     if text.startswith("file://"):
         text = unquote(text.removeprefix("file://"))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise InputError(f"{path} line {line}: {text} is an address; download the recording and name its file")
+        raise InputError(f"{path} line {line}: {text} is a URL; download the recording and give its file")
     if os.name == "posix" and re.match(r"[A-Za-z]:[\\/]", text):
-        raise InputError(f"{path} line {line}: {text} is a path of Windows; write it relative to the manifest")
-    text = system_name(text)
+        raise InputError(f"{path} line {line}: {text} is a Windows path; write it relative to the manifest")
+    text = to_filename(text)
     file = folder / os.path.expanduser(text)  # an absolute path stays as it is
     if "\\" in text and not os.path.lexists(file):
         file = folder / text.replace("\\", "/")
     if folder != path.parent:  # Common Voice
-        file = folder.parent / text if text.startswith(f"{CLIPS}/") else file
+        file = folder.parent / text if text.startswith(f"{CLIPS_FOLDER}/") else file
         file = file if file.suffix else file.with_suffix(".mp3")
     return file
 
 
-def _part(path: Path, line: int, row: dict, claims: dict, file: Path) -> tuple[float | None, float | None]:
-    """Return where the part begins that is meant, None if that is the whole recording, and how long it is or None."""
+def _times_of_part(path: Path, line: int, row: dict, claims: dict, file: Path) -> tuple[float | None, float | None]:
+    """Start of the part in seconds, None for a whole recording, and its duration in seconds, None if unknown."""
     start, end, seconds = (_time(path, line, name, row, claims.get(name, [])) for name in ("start", "end", "seconds"))
     if start is None and end is None:
-        return None, seconds or _by_samples(path, line, row, file)
+        return None, seconds or _seconds_by_samples(path, line, row, file)
     if file.suffix.lower() == ".npy":
-        raise InputError(f"{path} line {line}: a part of {file.name} cannot be read; store its frames in a file")
+        raise InputError(
+            f"{path} line {line}: a part of {file.name} cannot be read; save the frames of the part as a file"
+        )
     if end is not None:
         length = end - (start or 0.0)
-        if seconds and abs(length - seconds) > DIFFERENCE:
-            raise InputError(f"{path} line {line}: from start to end are {length:g} s, its duration is {seconds:g} s")
+        if seconds and abs(length - seconds) > DURATION_TOLERANCE:
+            raise InputError(
+                f"{path} line {line}: start to end is {length:g} s, but the duration is {seconds:g} s; correct one"
+            )
         seconds = length
     elif seconds is None:
-        seconds = _by_samples(path, line, row, file)
+        seconds = _seconds_by_samples(path, line, row, file)
     if seconds is not None and seconds <= 0:
-        raise InputError(f"{path} line {line}: the part has {seconds:g} seconds; give it an end after its start")
+        raise InputError(f"{path} line {line}: the part lasts {seconds:g} seconds; its end must come after its start")
     return start or 0.0, seconds
 
 
 def _time(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> float | None:
-    """Return seconds, or None where no column has any."""
+    """First time that is not blank, in seconds; None if there is none."""
     for column, unit in claims:
         if (value := row[column]) is not None and str(value).strip():
             return _number(path, line, column, value) * unit
@@ -402,26 +420,28 @@ def _number(path: Path, line: int, column: str, value) -> float:
     return number
 
 
-def _by_samples(path: Path, line: int, row: dict, file: Path) -> float | None:
-    """Return the seconds that a count of samples means, by the line's rate or the recording's; None without a count."""
-    plain = {normal(name): (name, value) for name, value in row.items() if value is not None and str(value).strip()}
-    name, count = next((plain[name] for name in SAMPLES if name in plain), ("", None))
+def _seconds_by_samples(path: Path, line: int, row: dict, file: Path) -> float | None:
+    """Duration in seconds from a sample count and the sample rate of the line or of the file; None without a count."""
+    plain = {
+        normalise_column(name): (name, value) for name, value in row.items() if value is not None and str(value).strip()
+    }
+    name, count = next((plain[name] for name in SAMPLE_COUNTS if name in plain), ("", None))
     if count is None:
         return None
-    column, rate = next((plain[name] for name in RATES if name in plain), ("", None))
-    rate = _number(path, line, column, rate) if column else _rate_of(file)
+    column, rate = next((plain[name] for name in SAMPLE_RATES if name in plain), ("", None))
+    rate = _number(path, line, column, rate) if column else _sample_rate(file)
     return _number(path, line, name, count) / rate if rate else None
 
 
-def _rate_of(file: Path) -> int | None:
+def _sample_rate(file: Path) -> int | None:
     try:
         return soundfile.info(os.fsencode(file)).samplerate
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError):
         return None
 
 
-def _with_ids(entries: list[Entry]) -> list[Entry]:
-    """Make the ids of lines that brought none distinct: by the file's folder, the start of the part, or a number."""
+def _with_distinct_ids(entries: list[Entry]) -> list[Entry]:
+    """Make ids that come from file names distinct: add the folder, then the start of the part, then a number."""
     for rename in (_by_folder, _by_start, lambda name, group: [f"{name}-{i:04d}" for i in range(1, len(group) + 1)]):
         groups: dict[str, list[int]] = {}
         for i, entry in enumerate(entries):
@@ -430,7 +450,7 @@ def _with_ids(entries: list[Entry]) -> list[Entry]:
             if len(places) > 1:
                 names = rename(name, [entries[i].utterance for i in places])
                 for i, new in zip(places, names, strict=True):
-                    if not entries[i].own_id:
+                    if not entries[i].has_id:
                         entries[i] = replace(entries[i], utterance=replace(entries[i].utterance, id=new))
     return entries
 
@@ -448,4 +468,6 @@ def _frame_size(path: Path, utterances: list[Utterance]) -> int:
         shape = peek_shape(utterance.path)
         if shape is not None and len(shape) == 2:
             return shape[1]
-    raise InputError(f"{path}: none of its first .npy files is a readable array (frames, features); check the paths")
+    raise InputError(
+        f"{path}: none of its first .npy files is a readable array of shape (frames, features); check the paths"
+    )

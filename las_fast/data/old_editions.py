@@ -1,6 +1,7 @@
-"""HW4P2 archives from before 2022: train.npy, train_transcripts.npy and so on, each an array of objects.
+"""HW4P2 archives from before 2022: train.npy, train_transcripts.npy and so on, each an array of Python objects.
 
-They are not read: np.load runs whatever code such a file holds. Who trusts a file can convert it.
+They are refused, because np.load would run any code that such a file holds. The error tells how to convert a trusted
+file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from las_fast.data.folders import files, subfolders
+from las_fast.data.folders import list_files, subfolders
 from las_fast.data.hw4p2 import LOAD_ERRORS
 from las_fast.errors import InputError
 
@@ -22,27 +23,27 @@ CONVERT = (
 
 
 def advice(root: Path) -> str:
-    """Say what to do with a folder that holds arrays of objects, itself or one below; "" where there are none."""
+    """Error for a folder that holds arrays of Python objects, directly or one folder below; "" if there are none."""
     for folder in (root, *subfolders(root)):
         found = [path.name for path in _arrays(folder) if _holds_objects(path)]
         if found:
             return (
-                f"{folder} holds {', '.join(found[:6])}, arrays of Python objects as HW4P2 had before 2022, which are "
-                "not read because loading them can run code; if you trust them, make the folder 'new' of them there "
-                f'with: python -c "{CONVERT}", and give that'
+                f"{folder} holds {', '.join(found[:6])}, arrays of Python objects as in HW4P2 before 2022, which are "
+                "refused because loading them can run code; if you trust them, convert them to a folder 'new' there "
+                f'with: python -c "{CONVERT}", and give that folder'
             )
     return ""
 
 
 def _arrays(folder: Path) -> list[Path]:
     try:
-        return files(folder, {".npy"})[:20]
+        return list_files(folder, {".npy"})[:20]
     except InputError:
         return []
 
 
 def _holds_objects(path: Path) -> bool:
-    """Say whether a .npy holds objects, by its header alone."""
+    """Whether a .npy holds Python objects, according to its header."""
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)

@@ -1,6 +1,6 @@
-"""Sentences of a plain text file; files of other formats that are given as text are refused by name.
+"""Sentences of a plain text file; a file in another format is an error that names the format.
 
-A model of the letters of markup would look like any other: it must not come about without a word.
+Without these checks, a language model trained on markup would go unnoticed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from las_fast.errors import InputError, show
 
-HEAD = 200  # lines by which a file is judged
-PACKED = {  # how files begin
+HEAD_LINES = 200  # lines that decide the format
+ARCHIVES = {  # first bytes -> format
     b"PK\x03\x04": "a zip archive (or an office document)",
     b"\x1f\x8b": "a gzip file whose name does not end in .gz",
     b"BZh": "a bzip2 file",
@@ -23,7 +23,7 @@ PACKED = {  # how files begin
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a rar archive",
 }
-OTHERS = {
+DOCUMENTS = {
     b"%PDF-": "a PDF document",
     b"%!PS": "a PostScript document",
     b"{\\rtf": "an RTF document",
@@ -35,48 +35,48 @@ OTHERS = {
     b"ID3": "a recording",
     b"\x93NUMPY": "an array of NumPy",
 }
-ENDS = re.compile(r"^\s*<s>\s|\s</s>\s*$")  # marks of beginning and end around a sentence
-CLOSING = re.compile(r"</(?!s>)[A-Za-z][^<>]*>")
+SENTENCE_MARKS = re.compile(r"^\s*<s>\s|\s</s>\s*$")  # start and end of a sentence
+CLOSING_TAG = re.compile(r"</(?!s>)[A-Za-z][^<>]*>")
 DOCUMENT = re.compile(r"<(!doctype|\?xml|!--|html|head|body|svg|tei|rss|xml)\b", re.IGNORECASE)
 JSON = re.compile(r'[\[{]\s*(["\[{]|$)')
-COLUMNS = {"id", "path", "file", "filename", "audio", "wav", "text", "transcript", "sentence", "label", "duration",
+COLUMN_NAMES = {"id", "path", "file", "filename", "audio", "wav", "text", "transcript", "sentence", "label", "duration",
            "speaker", "client_id", "split"}  # fmt: skip
 
 
 def sentences(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a text file, without <s> and </s> around them.
+    """Yield the sentences of a text file, one per line, without <s> and </s>.
 
     Raises:
-        InputError: they are of another format: an n-gram model, markup, JSON, subtitles or a table.
+        InputError: the lines are an n-gram model, markup, JSON, subtitles or a table.
     """
     lines = iter(lines)
-    head = list(itertools.islice(lines, HEAD))
-    if found := other_format([line for line in head if line.strip()]):
+    head = list(itertools.islice(lines, HEAD_LINES))
+    if found := foreign_format([line for line in head if line.strip()]):
         what, advice = found
-        raise InputError(f"{show(path)} is {what}, not text with a sentence a line; {advice}")
+        raise InputError(f"{show(path)} is {what}, not text with one sentence per line; {advice}")
     for line in itertools.chain(head, lines):
-        yield ENDS.sub("", line)
+        yield SENTENCE_MARKS.sub("", line)
 
 
-def check_beginning(path: Path) -> None:
-    """Raise InputError where the first bytes of a file are those of a packed file or of a document."""
-    if not path.is_file():  # what comes through a pipe can be read once; what is missing, the reader says
+def check_signature(path: Path) -> None:
+    """Raise InputError if the first bytes of a file are those of an archive, a document or a recording."""
+    if not path.is_file():  # a pipe can be read only once; a missing file is reported on reading
         return
     with path.open("rb") as file:
-        begin = file.read(512)
-    for kinds, advice in ((PACKED, "unpack it and give the text in it"), (OTHERS, "give plain text")):
+        start = file.read(512)
+    for kinds, advice in ((ARCHIVES, "unpack it and give the text inside"), (DOCUMENTS, "give plain text")):
         for mark, what in kinds.items():
-            if begin.startswith(mark) and not (what.startswith("a gzip") and path.suffix.lower() == ".gz"):
-                raise InputError(f"{show(path)} is {what}, not text with a sentence a line; {advice}")
-    if begin[257:262] == b"ustar":
-        raise InputError(f"{show(path)} is a tar archive, not text with a sentence a line; unpack it")
+            if start.startswith(mark) and not (what.startswith("a gzip") and path.suffix.lower() == ".gz"):
+                raise InputError(f"{show(path)} is {what}, not text with one sentence per line; {advice}")
+    if start[257:262] == b"ustar":
+        raise InputError(f"{show(path)} is a tar archive, not text with one sentence per line; unpack it")
 
 
-def is_other_model(path: Path) -> bool:
-    """Return whether a file is an ARPA file or a model of KenLM, by its beginning."""
+def is_arpa_or_kenlm(path: Path) -> bool:
+    """Whether a file begins like an ARPA file or a KenLM model."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        begin = file.read(4096)
-        return begin.startswith(b"mmap lm") or _is_arpa(begin.decode("utf-8", "replace").splitlines())
+        start = file.read(4096)
+        return start.startswith(b"mmap lm") or _is_arpa(start.decode("utf-8", "replace").splitlines())
     return False
 
 
@@ -84,28 +84,31 @@ def _is_arpa(lines: list[str]) -> bool:
     return any(line.strip().lower() == "\\data\\" or line.startswith("ngram 1=") for line in lines)
 
 
-def other_format(lines: list[str]) -> tuple[str, str] | None:
-    """Return what the first lines of a file (without blank ones) are, if not text, and what to do."""
+def foreign_format(lines: list[str]) -> tuple[str, str] | None:
+    """Format of a file's first lines, blank ones left out, and what to do; None for plain text."""
     if not lines:
         return None
     first = lines[0].lstrip("\ufeff").strip()
     if _is_arpa(lines):
-        return "an n-gram model (ARPA)", "give the text that it was made of: models of other programs are not read"
-    if DOCUMENT.match(first) or 10 * sum(bool(CLOSING.search(line)) for line in lines) > len(lines):
-        return "HTML or XML", "take the markup out first"
+        return (
+            "an n-gram model (ARPA)",
+            "give the text that it was trained on; models of other programs are not supported",
+        )
+    if DOCUMENT.match(first) or 10 * sum(bool(CLOSING_TAG.search(line)) for line in lines) > len(lines):
+        return "HTML or XML", "remove the markup first"
     if JSON.match(first) or 2 * sum(line.lstrip().startswith('{"') for line in lines) > len(lines):
-        return "JSON", "give the texts alone, or a manifest that ends in .jsonl"
+        return "JSON", "give only the texts, or a manifest that ends in .jsonl"
     if first.startswith("WEBVTT") or any(" --> " in line for line in lines):
-        return "subtitles", "give the texts alone"
+        return "subtitles", "give only the texts"
     return _table(lines)
 
 
 def _table(lines: list[str]) -> tuple[str, str] | None:
-    advice = "give the column of the texts alone, or a manifest that ends in .tsv or .csv with a header line"
-    for separator, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons"), ("|", "bars")):
+    advice = "give only the column of texts, or a manifest that ends in .tsv or .csv with a header line"
+    for separator, name in (("\t", "tabs"), (",", "commas"), (";", "semicolons"), ("|", "vertical bars")):
         counts = {line.count(separator) for line in lines}
         header = {field.strip(' "').lower() for field in lines[0].split(separator)}
         same = len(counts) == 1 and min(counts) > 0
-        if (separator == "\t" and same and len(lines) > 1) or (min(counts) > 0 and len(header & COLUMNS) > 1):
-            return f"a table of columns between {name}", advice
+        if (separator == "\t" and same and len(lines) > 1) or (min(counts) > 0 and len(header & COLUMN_NAMES) > 1):
+            return f"a table with columns separated by {name}", advice
     return None

@@ -1,4 +1,8 @@
-"""Turn utterances into frames, in worker processes, for the feature cache."""
+"""Read utterances and convert them to frames for the feature cache, in worker processes.
+
+Workers are plain child processes that run run_worker(): they need neither fork nor a guarded main module, and end with
+their parent.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +25,39 @@ from las_fast.data.corpus import Utterance
 from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 
-CHUNK = 16  # utterances that a worker takes at a time
-ANSWER_BYTES = 8 << 20  # frames in one answer of a worker, or one utterance
-GROUP_SECONDS = 120.0  # of audio that are turned into frames at once, or one recording
-SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02  # a recording may be so much shorter than the manifest says, whichever is more
-LONG_SECONDS, LONG_SHARE = 1.0, 0.2  # and so much longer
-SMALL = 64  # a split of so few utterances is done in this process: workers take a second to start
-OR_SKIP = "; or leave such utterances out with --on-bad skip"
+CHUNK_SIZE = 16  # utterances per unit of work
+ANSWER_BYTES = 8 << 20  # maximum frames in one answer of a worker; a larger utterance is an answer alone
+GROUP_SECONDS = 120.0  # maximum audio converted to frames at once; a longer recording is converted alone
+# How far a recording may deviate from the manifest's duration: the larger of seconds and a share of the duration.
+SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02
+LONG_SECONDS, LONG_SHARE = 1.0, 0.2
+MAX_UTTERANCES_IN_PROCESS = 64  # smaller splits need no workers, which take a second to start
+SKIP_HINT = "; or leave such utterances out with --on-bad skip"  # appended to the problem of an utterance
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one utterance became: frames (T, F) float32, or the reason why there are none."""
+    """Result of reading one utterance: its frames, or the problem with it."""
 
     id: str
     text: str | None = None
     seconds: float = 0.0
-    frames: np.ndarray | None = None
-    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of the recording's frames that these are; none: its first
+    frames: np.ndarray | None = None  # (T, F) float32
+    spans: tuple[tuple[int, int], ...] = ()  # (start, end) of the frames kept from the recording; empty: untrimmed
     problem: str = ""
 
 
-def process(corpus, utterances, features: FeatureConfig, scratch: Path, workers: int) -> Generator[Item, None, None]:
-    """Yield an Item an utterance, in order, from this process or from `workers` others."""
-    chunks = [list(utterances[i : i + CHUNK]) for i in range(0, len(utterances), CHUNK)]
+def read_utterances(
+    corpus, utterances, features: FeatureConfig, scratch: Path, workers: int
+) -> Generator[Item, None, None]:
+    """Yield one Item per utterance, in order; large splits are read by `workers` processes.
+
+    Raises:
+        InputError: a worker ended early, for example for lack of memory.
+    """
+    chunks = [list(utterances[i : i + CHUNK_SIZE]) for i in range(0, len(utterances), CHUNK_SIZE)]
     task = (corpus.kind, corpus.feature_size, corpus.transposed, features)
-    if workers <= 1 or len(utterances) <= SMALL:
+    if workers <= 1 or len(utterances) <= MAX_UTTERANCES_IN_PROCESS:
         for chunk in chunks:
             yield from _process_chunk(task, chunk)
         return
@@ -65,8 +76,8 @@ def process(corpus, utterances, features: FeatureConfig, scratch: Path, workers:
                 answer = queues[i % workers].get()
                 if isinstance(answer, str):
                     raise InputError(
-                        f"a process that reads recordings ended early ({answer}), near {chunk[-missing].path}; "
-                        "free some memory and run again, or leave that recording out"
+                        f"a process that reads recordings ended early ({answer}) near {chunk[-missing].path}; "
+                        "free some memory and run again, or remove that recording"
                     )
                 yield from answer
                 missing -= len(answer)
@@ -81,29 +92,31 @@ def _start_worker(task: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     package_root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package_root, environment["PYTHONPATH"]])
-    command = [sys.executable, "-c", "from las_fast.data.readers import work; work()", str(task)]
-    # A session of its own: an interrupt reaches the parent alone, which ends its workers without a noise of tracebacks.
+    command = [sys.executable, "-c", "from las_fast.data.readers import run_worker; run_worker()", str(task)]
+    # In a new session an interrupt reaches only the parent, which ends the workers without tracebacks from each.
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
 
 
 def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
-    """Move a worker's answers to a short queue; a text in it says that the worker has ended."""
+    """Move a worker's answers into a short queue; a str in it says how the worker ended."""
     stdout: Any = child.stdout  # a pipe
     try:
         while True:
             answers.put(pickle.load(stdout))
-    except Exception as error:  # whatever it was, the reader of the queue must hear of it or it waits for ever
+    except Exception as error:  # of any kind: the consumer would wait forever
         answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
 
 
-def work() -> None:
-    """Be a worker: write the Items of each chunk of the task file, some at a time, to standard output; a closed pipe
-    ends it."""
+def run_worker() -> None:
+    """Run in a worker: read the task file, write the Items of its chunks to standard output in pickled lists.
+
+    Ends when the parent closes the pipe.
+    """
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library might print must not get between the answers
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
     if task[0] == "audio":
-        import torch  # only here: it takes longer to import than many a feature archive to read
+        import torch  # imported only for audio: it takes longer than reading many a feature archive
 
         torch.set_num_threads(1)
     with suppress(BrokenPipeError), answers:
@@ -114,16 +127,16 @@ def work() -> None:
 
 
 def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists of at most ANSWER_BYTES of frames, or of one item."""
+    """Group items into lists of at most ANSWER_BYTES of frames, or of one item."""
     group: list[Item] = []
     size = 0
     for item in items:
-        own = 0 if item.frames is None else item.frames.nbytes
-        if group and size + own > ANSWER_BYTES:
+        nbytes = 0 if item.frames is None else item.frames.nbytes
+        if group and size + nbytes > ANSWER_BYTES:
             yield group
             group, size = [], 0
         group.append(item)
-        size += own
+        size += nbytes
     if group:
         yield group
 
@@ -135,13 +148,13 @@ def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
 
 
 def _checked(item: Item, utterance: Utterance) -> Item:
-    """Add the transcript, or turn the item into a problem: nothing bad passes here."""
+    """Check the frames and add the transcript; returns an Item with a problem if either is bad."""
     if item.problem:
         return item
     if item.frames is None or not len(item.frames):
-        return Item(item.id, problem=f"{utterance.path} has no frames; remove it or make it again")
+        return Item(item.id, problem=f"{utterance.path} has no frames; remove it or create it again")
     if not np.isfinite(item.frames).all():
-        return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; make it again")
+        return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; create it again")
     try:
         source = utterance.transcript
         text = read_transcript(source) if isinstance(source, Path) else source
@@ -159,15 +172,15 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
             array = np.load(u.path, allow_pickle=False)
         except LOAD_ERRORS as error:
             missing = isinstance(error, FileNotFoundError) and isinstance(u.transcript, Path)
-            what = f"{u.transcript} has no features: {u.path} is missing; add it or remove the transcript"
-            yield Item(u.id, problem=what if missing else f"{u.path} is not a feature file: {load_problem(error)}")
+            problem = f"{u.transcript} has no features: {u.path} is missing; add it or remove the transcript"
+            yield Item(u.id, problem=problem if missing else f"{u.path} is not a feature file: {load_problem(error)}")
             continue
         shape = f"({size}, frames)" if transposed else f"(frames, {size})"
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 2:
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
-            yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; make it again")
+            yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; create it again")
         elif array.shape[0 if transposed else 1] != size:
-            got = f"got {array.shape}; make it again"
+            got = f"got {array.shape}; create it again"
             yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; {got}")
         else:
             with np.errstate(over="ignore"):
@@ -178,19 +191,19 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
 
 
 def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[Item]:
-    """Yield items in order, holding little audio at a time: recordings can be hours long."""
+    """Yield items in order, with at most GROUP_SECONDS of audio in memory: recordings can be hours long."""
     waveforms: list[np.ndarray] = []
     items: list[Item] = []
-    held = 0.0
+    seconds = 0.0
     for u in chunk:
         waveform, item = _read_recording(u, features.sample_rate)
-        if items and held + item.seconds > GROUP_SECONDS:
+        if items and seconds + item.seconds > GROUP_SECONDS:
             yield from _with_frames(items, waveforms, features)
-            waveforms, items, held = [], [], 0.0
+            waveforms, items, seconds = [], [], 0.0
         items.append(item)
         if waveform is not None:
             waveforms.append(waveform)
-        held += item.seconds
+        seconds += item.seconds
     yield from _with_frames(items, waveforms, features)
 
 
@@ -210,27 +223,27 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
 
 
 def _wrong_length(u: Utterance, seconds: float) -> str:
-    """Say how the length of a recording differs from what the data say, or ""; load_audio judges parts."""
+    """Problem with the duration of a whole recording, or ""; load_audio checks parts."""
     if u.is_part or not u.seconds:
         return ""
-    held = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
+    message = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
     if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
-        return f"{held}; copy it again or correct that"
+        return f"{message}; copy it again or correct the manifest"
     if seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
-        return f"{held}; correct that, or say in a column 'offset' which part is meant (0 for the first seconds)"
+        return f"{message}; correct the manifest, or add a column 'offset' to read a part (0 for the first seconds)"
     return ""
 
 
 def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:
-    """Yield the items, the good ones with their frames; empties the waveforms."""
+    """Yield the items, with frames for the good ones; clears `waveforms`, which hold most of the memory."""
     from las_fast.data.features import speech_features
 
-    found = iter(speech_features(waveforms, features))
+    results = iter(speech_features(waveforms, features))
     waveforms.clear()
     for item in items:
         if item.problem:
             yield item
             continue
-        frames, spans = next(found)
-        moved = len(spans) > 1 or spans[0][0] > 0
-        yield replace(item, frames=frames.numpy(), spans=tuple(spans) if moved else ())
+        frames, spans = next(results)
+        trimmed = len(spans) > 1 or spans[0][0] > 0
+        yield replace(item, frames=frames.numpy(), spans=tuple(spans) if trimmed else ())

@@ -1,4 +1,4 @@
-"""The grammar of the spoken corpus: short English sentences."""
+"""Random short English sentences for the spoken corpus, from templates and word lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-WORDS = {  # alternatives are parted by commas
+_WORDS = {  # placeholder -> words that fill it
     "one": "ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX, SEVEN, EIGHT, NINE, TEN, ELEVEN, TWELVE, THIRTEEN, FOURTEEN, "
            "FIFTEEN, SIXTEEN, SEVENTEEN, EIGHTEEN, NINETEEN",
     "ten": "TWENTY, THIRTY, FORTY, FIFTY, SIXTY, SEVENTY, EIGHTY, NINETY",
@@ -42,10 +42,10 @@ WORDS = {  # alternatives are parted by commas
     "unit": "MINUTES, HOURS, DAYS, WEEKS, MILES, METRES, DOLLARS, PEOPLE",
 }  # fmt: skip
 
-ALTERNATIVES = {kind: text.split(", ") for kind, text in WORDS.items()}
-ONES, TENS, ORDINALS = ALTERNATIVES["one"], ALTERNATIVES["ten"], ALTERNATIVES["nth"]
+WORDS = {placeholder: text.split(", ") for placeholder, text in _WORDS.items()}
+ONES, TENS, ORDINALS = WORDS["one"], WORDS["ten"], WORDS["nth"]
 
-
+# {number}, {small}, {ordinal}, {digits} and {time} are generated; the other placeholders are keys of WORDS.
 TEMPLATES = (
     "{number}", "{number} {unit}", "{digits}", "{digits}", "IT COSTS {number} DOLLARS", "IN {number} {unit}",
     "{weekday} THE {ordinal} OF {month}", "{weekday} {month} THE {ordinal}", "ON {weekday} {part}",
@@ -62,26 +62,26 @@ TEMPLATES = (
     "{name} IS IN THE {room}", "I'M GOING TO {town} ON {weekday}", "{name} AND {name} {part}",
 )  # fmt: skip
 
-LONGEST = 40  # characters
+MIN_LENGTH, MAX_LENGTH = 6, 40  # characters of a sentence
 
 
-def say_number(number: int) -> str:
-    """Return 0 to 999 in words."""
+def number_in_words(number: int) -> str:
+    """Spell out 0 to 999."""
     if number < 20:
         return ONES[number]
     if number < 100:
         return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
-    return f"{ONES[number // 100]} HUNDRED" + (f" AND {say_number(number % 100)}" if number % 100 else "")
+    return f"{ONES[number // 100]} HUNDRED" + (f" AND {number_in_words(number % 100)}" if number % 100 else "")
 
 
-def say_ordinal(number: int) -> str:
-    """Return 1 to 31 as an ordinal in words."""
+def ordinal_in_words(number: int) -> str:
+    """Spell out 1 to 31 as an ordinal."""
     if number <= 20:
         return ORDINALS[number - 1]
     return f"{TENS[number // 10 - 2]} {ORDINALS[number % 10 - 1]}" if number % 10 else "THIRTIETH"
 
 
-def _say_time(rng: np.random.Generator) -> str:
+def _random_time(rng: np.random.Generator) -> str:
     hour = ONES[rng.integers(1, 13)]
     style = rng.integers(4)
     if style == 0:
@@ -89,40 +89,40 @@ def _say_time(rng: np.random.Generator) -> str:
     if style == 1:
         return f"{rng.choice(['HALF PAST', 'QUARTER PAST', 'QUARTER TO'])} {hour}"
     if style == 2:
-        return f"{say_number(int(rng.choice([5, 10, 20, 25])))} {rng.choice(['PAST', 'TO'])} {hour}"
-    return f"{hour} {say_number(int(rng.integers(10, 60)))}"
+        return f"{number_in_words(int(rng.choice([5, 10, 20, 25])))} {rng.choice(['PAST', 'TO'])} {hour}"
+    return f"{hour} {number_in_words(int(rng.integers(10, 60)))}"
 
 
-def _some_number(rng: np.random.Generator, end: int) -> int:
-    """2 to end-1, with the teens, which have a word each, as often as they need to be heard."""
+def _random_number(rng: np.random.Generator, end: int) -> int:
+    """A number in [2, end); one in four is a teen, because each teen is a word of its own."""
     return int(rng.integers(10, 20) if rng.random() < 0.25 else rng.integers(2, end))
 
 
-def _fill(kind: str, rng: np.random.Generator) -> str:
-    if kind == "number":
-        return say_number(_some_number(rng, 1000))
-    if kind == "small":
-        return say_number(_some_number(rng, 100))
-    if kind == "ordinal":
-        return say_ordinal(int(rng.integers(1, 32)))
-    if kind == "digits":
+def _random_words(placeholder: str, rng: np.random.Generator) -> str:
+    if placeholder == "number":
+        return number_in_words(_random_number(rng, 1000))
+    if placeholder == "small":
+        return number_in_words(_random_number(rng, 100))
+    if placeholder == "ordinal":
+        return ordinal_in_words(int(rng.integers(1, 32)))
+    if placeholder == "digits":
         return " ".join(ONES[d] for d in rng.integers(0, 10, size=rng.integers(3, 7)))
-    if kind == "time":
-        return _say_time(rng)
-    return str(rng.choice(ALTERNATIVES[kind]))
+    if placeholder == "time":
+        return _random_time(rng)
+    return str(rng.choice(WORDS[placeholder]))
 
 
-def sentence(rng: np.random.Generator, role: str) -> str:
-    """Return a random sentence of 6 to 40 characters that belongs to `role` ("train", "dev" or "test").
+def random_sentence(rng: np.random.Generator, role: str) -> str:
+    """Draw a sentence of MIN_LENGTH to MAX_LENGTH characters for `role` ("train", "dev" or "test").
 
-    A hash of its letters decides to whom a sentence belongs, so that no sentence is ever in two of them.
+    A hash of the text decides the role, so no sentence occurs in two of them.
     """
     while True:
         parts = TEMPLATES[rng.integers(len(TEMPLATES))].split("{")
         text = parts[0]
         for part in parts[1:]:
-            kind, rest = part.split("}")
-            text += _fill(kind, rng) + rest
+            placeholder, rest = part.split("}")
+            text += _random_words(placeholder, rng) + rest
         owner = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 8, "train")
-        if owner == role and 6 <= len(text) <= LONGEST:
+        if owner == role and MIN_LENGTH <= len(text) <= MAX_LENGTH:
             return text

@@ -1,12 +1,12 @@
-"""A spoken corpus out of nothing: short English sentences said by eSpeak NG, written in the HW4P2 F23 layout.
+"""Generate a speech corpus: short English sentences spoken by eSpeak NG, in the HW4P2 F23 layout.
 
     ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean,test-clean}/mfcc/*.npy    (T, 28) float32
     ROOT/11-785-f23-hw4p2/{train-clean-100,train-clean-360,dev-clean}/transcripts/*.npy        <sos>, characters, <eos>
-    ROOT/test-clean.tsv    what the test split says, of which the archive has features only: file, voice, seconds, text
-    ROOT/corpus.json       how it was made
+    ROOT/test-clean.tsv    transcripts of the test split, which the archive lacks: file, voice, seconds, text
+    ROOT/corpus.json       settings, hours and voices
 
-Dev and test voices and dev and test sentences never occur in training. The same arguments give the same files, whatever
-the number of processes.
+No voice and no sentence of dev or test occurs in training. The same arguments give the same files, for any number of
+processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import soxr
 from las_fast.config import FeatureConfig
 from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
 from las_fast.data.features import compute_features
-from las_fast.data.sentences import sentence
+from las_fast.data.sentences import random_sentence
 from las_fast.errors import InputError
 from las_fast.options import Parser
 from las_fast.progress import Progress
@@ -42,11 +42,11 @@ from las_fast.system import cores
 
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
-MOST_WORKERS = 256
-SILENT = 600.0  # seconds after which a speaking process is given up
-BLOCK = 40  # utterances that one process speaks before it is replaced; part of what makes the files reproducible
+MAX_WORKERS = 256
+TIMEOUT = 600.0  # seconds without an answer after which a process is given up
+BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on what was spoken before
 
-SPEAKERS = {  # eSpeak NG voice variants: other formants, pitch and timbre. No speaker serves two kinds of split.
+SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; roles share none
     "train": (
         "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f4", "klatt2", "klatt4", "Andy", "Annie", "Denis", "Gene",
         "Hugo", "Jacky", "Lee", "Marco", "Michael", "adam", "anika", "belinda", "boris", "david", "ian", "john",
@@ -59,21 +59,21 @@ SPEAKERS = {  # eSpeak NG voice variants: other formants, pitch and timbre. No s
 
 @dataclass(frozen=True)
 class Utterance:
-    """One thing to say: where it goes, what, in which voice (accent+speaker)."""
+    """One recording to synthesise."""
 
     split: str
     name: str
     text: str
-    voice: str
-    number: int  # counts through the corpus; seeds rate, pitch, volume and noise
+    voice: str  # ACCENT+SPEAKER
+    number: int  # index in the corpus; seeds rate, pitch, volume and noise
 
 
 # ---------------------------------------------------------------------------------------------------------- sentences
 
 
 def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
-    """Return every utterance of the corpus. Sentences within dev and within test are distinct."""
-    first = train * 100 // 460  # the two training folders keep the proportion of the real archive
+    """List all utterances of the corpus; sentences are distinct within dev and within test."""
+    first = train * 100 // 460  # the same proportion of the two training folders as in the real archive
     splits = [
         ("train-clean-100", "train", first), ("train-clean-360", "train", train - first),
         ("dev-clean", "dev", dev), ("test-clean", "test", test),
@@ -84,8 +84,8 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
         voices = [f"{accent}+{speaker}" for speaker in SPEAKERS[role] for accent in ACCENTS]
         texts: dict[str, None] = {}
         while role != "train" and len(texts) < count:
-            texts[sentence(rng, role)] = None
-        for i, text in enumerate(texts or (sentence(rng, role) for _ in range(count))):
+            texts[random_sentence(rng, role)] = None
+        for i, text in enumerate(texts or (random_sentence(rng, role) for _ in range(count))):
             voice = voices[int(rng.integers(len(voices)))]
             name = f"{100 * index + voices.index(voice) // len(ACCENTS):03d}-{i:05d}"
             utterances.append(Utterance(split, name, text, voice, len(utterances)))
@@ -95,8 +95,8 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
 # ------------------------------------------------------------------------------------------------------------- speech
 
 
-def record(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.ndarray:
-    """Return the utterance at 16 kHz, float32, with its own rate, pitch, volume, silences and a little noise."""
+def synthesise(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.ndarray:
+    """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, end silences and faint noise."""
     rng = np.random.default_rng([seed, 1000, utterance.number])
     rate, pitch, pitch_range = rng.integers(130, 191), rng.integers(35, 66), rng.integers(30, 71)
     wave = synthesiser.speak(
@@ -105,19 +105,21 @@ def record(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.n
     wave = soxr.resample(wave, synthesiser.sample_rate, FEATURES.sample_rate)
     silences = rng.integers(0, FEATURES.sample_rate // 5, size=2)
     wave = np.pad(wave, tuple(map(int, silences)))
-    wave *= 10 ** (rng.uniform(-25, -12) / 20) / max(float(np.abs(wave).max()), 1e-3)  # peak in dB of full scale
+    wave *= 10 ** (rng.uniform(-25, -12) / 20) / max(
+        float(np.abs(wave).max()), 1e-3
+    )  # peak in dB relative to full scale
     noise = 10 ** (rng.uniform(-75, -50) / 20)
     return (wave + noise * rng.standard_normal(len(wave))).astype(np.float32)
 
 
 def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, float]]:
-    """Speak the utterances of one task in order, write their files, return (name, seconds) of each."""
+    """Synthesise the utterances of one task in order and write their files; returns (name, seconds) of each."""
     import torch
 
     utterances, seed, archive = task
     torch.set_num_threads(1)
     with contextlib.closing(Synthesiser()) as synthesiser:
-        waves = [record(synthesiser, utterance, seed=seed) for utterance in utterances]
+        waves = [synthesise(synthesiser, utterance, seed=seed) for utterance in utterances]
     for utterance, features in zip(utterances, compute_features(waves, FEATURES), strict=True):
         folder = Path(archive) / utterance.split
         np.save(folder / "mfcc" / f"{utterance.name}.npy", np.asarray(features, dtype=np.float32))
@@ -131,7 +133,7 @@ def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, floa
 
 
 def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
-    """Return everything the corpus depends on, as plain data; two equal ones mean equal files."""
+    """Everything that the corpus depends on, for JSON; equal settings mean equal files."""
     load_espeak()
     sources = [Path(__file__).with_name(f"{name}.py") for name in ("spoken", "sentences", "espeak", "features")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -141,7 +143,7 @@ def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
 
 
 def is_current(root: str | Path, **arguments) -> bool:
-    """Say whether root holds the complete corpus that generate would write with these arguments."""
+    """Whether root holds the complete corpus that generate would write with these arguments."""
     try:
         return json.loads((Path(root) / "corpus.json").read_text(encoding="utf-8"))["settings"] == settings(**arguments)
     except (OSError, ValueError, KeyError):
@@ -158,15 +160,16 @@ def generate(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the corpus under root and return its archive, root/11-785-f23-hw4p2.
+    """Write the corpus under root; returns the path of its archive, root/11-785-f23-hw4p2.
 
     Args:
-        root:  folder that does not exist, is empty, or holds an earlier corpus of this kind (which is replaced).
-        train, dev, test: utterances, about 2 seconds each.
-        workers: processes; default one a core that this process may use. They change nothing in the files.
+        root:             folder that is missing, empty, or holds an earlier spoken corpus, which is replaced.
+        train, dev, test: number of utterances, about 2 seconds each.
+        seed:             of sentences, voices and noise.
+        workers:          processes; default: one per core available to this process. The files do not depend on it.
 
     Raises:
-        InputError: root holds something else, a size is not positive, or eSpeak NG is not installed.
+        InputError: root holds something else, a size is out of range, or eSpeak NG is not installed.
     """
     root = Path(root)
     for name, size in (("train", train), ("dev", dev), ("test", test)):
@@ -174,13 +177,13 @@ def generate(
             raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
     if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{root} holds something that is not a spoken corpus; give --out a new folder")
-    made = settings(train=train, dev=dev, test=test, seed=seed)
+    corpus_settings = settings(train=train, dev=dev, test=test, seed=seed)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
         new = Path(temporary) / "corpus"
         utterances = plan(train=train, dev=dev, test=test, seed=seed)
         seconds = _speak(utterances, new / ARCHIVE, seed=seed, workers=workers, progress=progress)
-        _write_tables(new, utterances, seconds, made)
+        _write_tables(new, utterances, seconds, corpus_settings)
         if root.exists():
             shutil.rmtree(root)
         os.replace(new, root)
@@ -192,9 +195,9 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
         (archive / split / "mfcc").mkdir(parents=True)
         if split != "test-clean":
             (archive / split / "transcripts").mkdir()
-    tasks = [(utterances[i : i + BLOCK], seed, str(archive)) for i in range(0, len(utterances), BLOCK)]
+    tasks = [(utterances[i : i + BLOCK_SIZE], seed, str(archive)) for i in range(0, len(utterances), BLOCK_SIZE)]
     seconds: dict[str, float] = {}
-    blocks = _in_processes(_speak_block, tasks, workers or cores())
+    blocks = _map_in_processes(_speak_block, tasks, workers or cores())
     with Progress(len(utterances), "speaking", "utterances", show=progress) as bar, contextlib.closing(blocks):
         for rows in blocks:
             seconds.update(rows)
@@ -202,31 +205,35 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     return seconds
 
 
-def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Generator[Any, None, None]:
-    """Yield function(task) of each task as it comes, by so many processes at once and a fresh one for each task.
+def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Generator[Any, None, None]:
+    """Yield function(task) for each task as it completes, in `workers` processes at a time.
 
-    What eSpeak NG said before can then not depend on who takes which block.
+    Each task gets a new process, because eSpeak NG's output depends on what its process spoke before.
 
     Raises:
-        InputError: a process ends early, or is silent for long.
+        InputError: a process ended early or sent no answer for TIMEOUT seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
-    with _ignoring(signal.SIGINT, signal.SIGHUP):  # which all processes inherit: this one answers, and ends them
+    with _ignore_signals(
+        signal.SIGINT, signal.SIGHUP
+    ):  # inherited by all children; this process handles signals and ends them
         multiprocessing.forkserver.ensure_running()
     waiting = list(reversed(tasks))
-    running: dict[Any, Any] = {}  # pipe: the process that answers through it
+    running: dict[Any, Any] = {}  # pipe -> process that sends its answer there
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                with _deferring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # each process is known, or not there
+                with _defer_signals(
+                    signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+                ):  # a signal must not fall between start and registration
                     pipe, process = _start(context, function, waiting.pop())
                     running[pipe] = process
-            ready = multiprocessing.connection.wait(running, SILENT)
+            ready = multiprocessing.connection.wait(running, TIMEOUT)
             if not ready:
-                raise InputError(f"a speaking process was silent for {SILENT:.0f} s; free some memory and start again")
+                raise InputError(f"a speech process sent nothing for {TIMEOUT:.0f} s; free some memory and run again")
             for pipe in ready:
-                yield _answer(pipe, running.pop(pipe))
+                yield _receive(pipe, running.pop(pipe))
     finally:
         for process in running.values():
             process.kill()
@@ -234,7 +241,7 @@ def _in_processes(function: Callable, tasks: Sequence, workers: int) -> Generato
 
 
 def _start(context, function: Callable, task) -> tuple:
-    """Start a process that sends function(task); return the pipe that it comes through and the process."""
+    """Start a process that sends function(task) through a pipe; returns the pipe and the process."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, function, task))
     process.start()
@@ -246,14 +253,14 @@ def _send(pipe, function: Callable, task) -> None:
     pipe.send(function(task))
 
 
-def _answer(pipe, process):
-    """Return what a process has sent; raise InputError where it has ended without."""
+def _receive(pipe, process):
+    """Receive the answer of a process; InputError if it ended without one."""
     try:
         answer = pipe.recv()
     except EOFError:
         process.join()
         raise InputError(
-            f"a speaking process ended early (exit status {process.exitcode}); free some memory and start again"
+            f"a speech process ended early (exit status {process.exitcode}); free some memory and run again"
         ) from None
     finally:
         pipe.close()
@@ -262,48 +269,50 @@ def _answer(pipe, process):
 
 
 @contextlib.contextmanager
-def _ignoring(*numbers: int) -> Iterator[None]:
-    """Ignore signals for a moment."""
-    with _answering(numbers, signal.SIG_IGN):
+def _ignore_signals(*numbers: int) -> Iterator[None]:
+    """Ignore signals inside the block."""
+    with _with_handler(numbers, signal.SIG_IGN):
         yield
 
 
 @contextlib.contextmanager
-def _deferring(*numbers: int) -> Iterator[None]:
-    """Have signals come when the block has ended."""
-    came: list[int] = []
-    with _answering(numbers, lambda number, _: came.append(number)):
+def _defer_signals(*numbers: int) -> Iterator[None]:
+    """Hold signals back until the block has ended."""
+    pending: list[int] = []
+    with _with_handler(numbers, lambda number, _: pending.append(number)):
         yield
-    for number in came[:1]:
+    for number in pending[:1]:
         signal.raise_signal(number)
 
 
 @contextlib.contextmanager
-def _answering(numbers: Sequence[int], handler) -> Iterator[None]:
+def _with_handler(numbers: Sequence[int], handler) -> Iterator[None]:
     old = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, own in old.items():
-            signal.signal(number, own)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
-def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], made: dict) -> None:
+def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], corpus_settings: dict) -> None:
     rows = [f"{u.name}\t{u.voice}\t{seconds[u.name]:.3f}\t{u.text}" for u in utterances if u.split == "test-clean"]
     table = "\n".join(["file\tvoice\tseconds\ttext", *sorted(rows)])
     (root / "test-clean.tsv").write_text(table + "\n", encoding="utf-8")
     splits = dict.fromkeys(u.split for u in utterances)
     hours = {s: round(sum(seconds[u.name] for u in utterances if u.split == s) / 3600, 4) for s in splits}
     voices = {s: len({u.voice for u in utterances if u.split == s}) for s in splits}
-    info = {"settings": made, "hours": hours, "voices": voices}
+    info = {"settings": corpus_settings, "hours": hours, "voices": voices}
     (root / "corpus.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
 def read_test_transcripts(root: str | Path) -> dict[str, tuple[str, float]]:
-    """Return file name -> (text, seconds) of the test split, from root/test-clean.tsv."""
+    """Read root/test-clean.tsv: file name -> (text, seconds) of the test split."""
     path = Path(root) / "test-clean.tsv"
     if not path.is_file():
-        raise InputError(f"{path} is missing; make the corpus again with: python -m las_fast.data.spoken --out {root}")
+        raise InputError(
+            f"{path} is missing; generate the corpus again with: python -m las_fast.data.spoken --out {root}"
+        )
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     return {name: (text, float(seconds)) for name, _voice, seconds, text in rows}
 
@@ -321,10 +330,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m las_fast.data.spoken", description="Generate a spoken corpus.")
     parser.add_argument("--out", required=True, help="folder for the corpus")
     add_sizes(parser)
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     options = parser.parse_args(argv)
-    if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
-        raise InputError(f"--workers must be from 1 to {MOST_WORKERS}; got {options.workers}")
+    if options.workers is not None and not 1 <= options.workers <= MAX_WORKERS:
+        raise InputError(f"--workers must be from 1 to {MAX_WORKERS}; got {options.workers}")
     archive = generate(options.out, train=options.train, dev=options.dev, test=options.test, seed=options.seed,
                        workers=options.workers)  # fmt: skip
     hours = json.loads((Path(options.out) / "corpus.json").read_text(encoding="utf-8"))["hours"]

@@ -1,4 +1,4 @@
-"""Tables of recordings: .tsv and .csv with a header line, and .jsonl or .json with an object a line, row by row."""
+"""Read tables row by row: .tsv and .csv with a header line, .jsonl and .json with one object per line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from las_fast.data.folders import read_lines
 from las_fast.errors import InputError
 
 SUFFIXES = (".tsv", ".jsonl", ".csv", ".json")
-DELIMITERS = ",;\t|"  # of a .csv; which one, its header line tells
+DELIMITERS = ",;\t|"  # of a .csv; the most frequent in the header line is taken
 
-Row = tuple[int, dict]  # the number of its line, column -> value
+Row = tuple[int, dict]  # line number, column -> value
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a table; blank lines are skipped.
 
-    Values of a .tsv or .csv are text without the space around them and without the quotes around the whole of them.
+    Values of a .tsv or .csv are strings, without surrounding white space and quotes.
 
     Raises:
-        InputError: the file cannot be read, or a line does not fit the header or is not JSON; the line is named.
+        InputError: the file cannot be read, or a line does not fit the header or is not JSON; it names the line.
     """
     if path.suffix.lower() in (".jsonl", ".json"):
         return _json_rows(path, read_lines(path))
@@ -33,7 +33,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def columns(path: Path) -> list[str]:
-    """Return the column names of a table, or of its first object; none where it cannot be read as one."""
+    """Column names of a table, or keys of its first object; empty if it cannot be read as a table."""
     try:
         if path.suffix.lower() in (".jsonl", ".json"):
             return next((list(row) for _, row in read_rows(path)), [])
@@ -43,8 +43,8 @@ def columns(path: Path) -> list[str]:
     return [_unquoted(name) for name in header.split(_delimiter(header) if path.suffix.lower() == ".csv" else "\t")]
 
 
-def normal(column: str) -> str:
-    """Return a column's name in lower case, with one underscore for each run of other signs: Start [ms] is start_ms."""
+def normalise_column(column: str) -> str:
+    """Lower-case a column's name and join its words with underscores: "Start [ms]" becomes "start_ms"."""
     letters = "".join(c if c.isalnum() else " " for c in column.lower())
     return "_".join(letters.split())
 
@@ -53,7 +53,7 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
     lines = iter(lines)
     header = next(lines, "")
     delimiter = _delimiter(header)
-    if delimiter in "\t|":  # by which nobody quotes
+    if delimiter in "\t|":  # such tables do not quote
         yield from enumerate((line.split(delimiter) for line in chain([header], lines)), 1)
         return
     yield 1, next(csv.reader([header], delimiter=delimiter), [])
@@ -63,12 +63,12 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
         for values in reader:
             if any("\n" in value for value in values):
                 raise InputError(
-                    f"{path} line {before + 1} has a field of several lines; close its quotes, or join them"
+                    f"{path} line {before + 1} has a field that spans several lines; close its quotes or join the lines"
                 )
             before = 1 + reader.line_num
             yield before, values
     except csv.Error as error:
-        raise InputError(f"{path} line {1 + reader.line_num} is no row of a table ({error}); write it again") from None
+        raise InputError(f"{path} line {1 + reader.line_num} is not valid CSV ({error}); correct it") from None
 
 
 def _delimiter(header: str) -> str:
@@ -76,25 +76,25 @@ def _delimiter(header: str) -> str:
 
 
 def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
-    header = _filled(map(_unquoted, next(lines, (1, []))[1]))
-    header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas writes its index without a name
+    header = _without_trailing_blanks(map(_unquoted, next(lines, (1, []))[1]))
+    header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas leaves the name of its index empty
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(f"{path} has two columns {twice!r}; rename or remove one")
+        raise InputError(f"{path} has two columns named {twice!r}; rename or remove one")
     if not header:
-        raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
+        raise InputError(f"{path} must begin with a header line with a column 'path'; got an empty line")
     for line, values in lines:
         values = [_unquoted(value) for value in values]
         if not any(values):
             continue
-        values = values[: len(header)] + _filled(values[len(header) :])
+        values = values[: len(header)] + _without_trailing_blanks(values[len(header) :])
         if len(values) != len(header):
             raise InputError(f"{path} line {line} has {len(values)} columns; its header has {len(header)}")
         yield line, dict(zip(header, values, strict=True))
 
 
-def _filled(values: Iterable[str]) -> list[str]:
-    """Return values without the empty ones at the end, which spreadsheets add."""
+def _without_trailing_blanks(values: Iterable[str]) -> list[str]:
+    """Drop empty values at the end, which spreadsheets add."""
     values = list(values)
     while values and not values[-1]:
         values.pop()
@@ -125,7 +125,7 @@ def _parsed(path: Path, line: int, text: str):
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", None) or str(error)
-        raise InputError(f"{path} line {line} is not JSON: {reason}; write one object a line") from None
+        raise InputError(f"{path} line {line} is not JSON: {reason}; write one object per line") from None
 
 
 def _object(path: Path, line: int, row) -> dict:

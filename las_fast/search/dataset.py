@@ -92,7 +92,7 @@ def decode_dataset(
 def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
     """Return batches by length, longest utterances first, without transcripts."""
     batches = sorted_batches(
-        dataset.frames, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
+        dataset.frame_counts, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
     )
     without_text = copy.copy(dataset)
     without_text.texts = [None] * len(dataset)  # transcripts may have characters outside the vocabulary

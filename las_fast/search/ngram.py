@@ -178,7 +178,7 @@ def load_lm(path: Path) -> LanguageModel:
             int(metadata["order"]), metadata["characters"], ngrams, counts, int(metadata["sentences"])
         )
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if plain_text.is_other_model(path):
+        if plain_text.is_arpa_or_kenlm(path):
             problem = f"{path} is an n-gram model of another program, which las_fast cannot read"
             raise InputError(f"{problem}; train one on its text with python -m las_fast.lm") from None
         reason = " ".join(str(error).split())

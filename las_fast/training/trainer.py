@@ -22,7 +22,7 @@ from las_fast.checkpoint import AVERAGED, BEST, LAST
 from las_fast.cli import STOP_SIGNALS
 from las_fast.config import Config, to_tree
 from las_fast.data.augment import Augment
-from las_fast.data.batching import Batch, make_loader, plan_course
+from las_fast.data.batching import Batch, make_loader, plan_curriculum
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.features import seconds_of
 from las_fast.errors import InputError, Stopped, explain_error, is_out_of_memory
@@ -116,8 +116,8 @@ class Trainer:
         self.config, self.out, self.device, self.source = config, out, device, source
         self.vocabulary = Vocabulary(config.data.characters)
         self.train_data, self.dev_data = train_data, dev_data
-        self.course = plan_course(self.train_data.frames, config)
-        self.steps = self.course.steps
+        self.curriculum = plan_curriculum(self.train_data.frame_counts, config)
+        self.steps = self.curriculum.steps
         torch.manual_seed(config.training.seed)
         self.model = checkpoint.build_model(config).to(device)
         self.averaged = copy.deepcopy(self.model).eval() if config.training.ema_decay else None
@@ -280,13 +280,13 @@ class Trainer:
     @property
     def epoch(self) -> float:
         """Epochs done, a fraction within an epoch."""
-        return self.course.epochs(self.progress.step)
+        return self.curriculum.epochs(self.progress.step)
 
     def _cycle_position(self) -> tuple[int, int]:
         """(steps done, steps in all) of the current learning rate cycle (Loshchilov and Hutter 2017)."""
         bounds = (0, *self.config.training.restarts, self.config.training.epochs)
-        cycle = bisect.bisect_right(bounds, self.course.place(self.progress.step)[0]) - 1
-        begin, end = (self.course.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
+        cycle = bisect.bisect_right(bounds, self.curriculum.locate(self.progress.step)[0]) - 1
+        begin, end = (self.curriculum.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
         return self.progress.step - begin, end - begin
 
     def core_hours(self) -> float:
@@ -305,18 +305,18 @@ class Trainer:
             raise Stopped(self.stop_signal)
 
     def _rest_of_epoch(self):
-        epoch, start = self.course.place(self.progress.step)
+        epoch, start = self.curriculum.locate(self.progress.step)
         augment = Augment(self.config.augment)
         return make_loader(
             self.train_data,
-            self.course.of(epoch).epoch(epoch),
+            self.curriculum.batches_of(epoch).epoch(epoch),
             self.vocabulary,
             augment=augment,
             seed=self.config.training.seed,
             epoch=epoch,
             start=start,
             workers=self.config.data.workers,
-            look_up=self.check_stop,
+            poll=self.check_stop,
         )
 
     # Validation, logs and messages
@@ -327,7 +327,7 @@ class Trainer:
         every, step = self.config.training.validate_every, self.progress.step
         if step == self.progress.validated:
             return False
-        before, now = (int(self.course.epochs(s) / every) for s in (step - 1, step))
+        before, now = (int(self.curriculum.epochs(s) / every) for s in (step - 1, step))
         return step == self.steps or now > before
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
@@ -467,9 +467,11 @@ class Trainer:
         data, progress = self.config.data, self.progress
         if all(getattr(data, name) == size for name, size in sizes.items()):
             return
-        before = plan_course(self.train_data.frames, replace(self.config, data=replace(data, **sizes)))
-        epoch, batch = before.place(progress.step)
-        step = self.course.steps_before(epoch) + batch * len(self.course.of(epoch)) // len(before.of(epoch))
+        before = plan_curriculum(self.train_data.frame_counts, replace(self.config, data=replace(data, **sizes)))
+        epoch, batch = before.locate(progress.step)
+        step = self.curriculum.steps_before(epoch) + batch * len(self.curriculum.batches_of(epoch)) // len(
+            before.batches_of(epoch)
+        )
         print(f"batches are smaller than before: step {progress.step} is step {step} now")
         progress.validated = step if progress.validated == progress.step else 0
         progress.step = self.saved_step = step
@@ -479,7 +481,7 @@ def fingerprint(*datasets: SpeechDataset) -> str:
     """SHA-256 of the ids, lengths and transcripts of datasets, in order."""
     digest = hashlib.sha256()
     for data in datasets:
-        digest.update(repr((data.ids, data.frames.tolist(), data.texts)).encode())
+        digest.update(repr((data.ids, data.frame_counts.tolist(), data.texts)).encode())
     return digest.hexdigest()
 
 

@@ -55,7 +55,7 @@ def validate(
     """
     model.eval()
     batches = sorted_batches(
-        data.frames,
+        data.frame_counts,
         frames_per_batch=config.decoding.frames_per_batch,
         utterances_per_batch=config.data.utterances_per_batch,
     )
@@ -98,7 +98,7 @@ class AttentionPictures:
     """The attention of the same few dev utterances at each validation, starting from the median length."""
 
     def __init__(self, data: SpeechDataset, count: int):
-        by_length = np.argsort(data.frames, kind="stable")
+        by_length = np.argsort(data.frame_counts, kind="stable")
         middle = len(by_length) // 2
         self.wanted = [int(i) for i in by_length[middle : middle + count]]
         self.data = data

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from las_fast.config import AugmentConfig
-from las_fast.data.augment import Augment, change_speed, frames_at_speed, join_pairs, random_stream, speed_factors
+from las_fast.data.augment import Augment, change_speed, frame_counts_at_speed, join_pairs, random_stream, speed_factors
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -138,8 +138,8 @@ def test_every_two_neighbours_are_joined_and_a_last_one_stays():
 
 @pytest.mark.parametrize(("frames", "factor", "left"), [(100, 0.8, 125), (100, 3.0, 33), (100, 1.5, 67), (2, 9.0, 1)])
 def test_frames_at_a_speed_are_rounded_and_one_at_least(frames, factor, left):
-    assert frames_at_speed(frames, factor) == left == len(change_speed(torch.ones(frames, 1), factor))
-    assert frames_at_speed(np.array([frames, 1]), factor).tolist() == [left, 1]
+    assert frame_counts_at_speed(frames, factor) == left == len(change_speed(torch.ones(frames, 1), factor))
+    assert frame_counts_at_speed(np.array([frames, 1]), factor).tolist() == [left, 1]
 
 
 def test_speed_is_linear_in_time_and_keeps_bins_apart():

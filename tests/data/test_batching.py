@@ -14,7 +14,14 @@ from archives import make_archive
 
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
 from las_fast.data.augment import Augment
-from las_fast.data.batching import CLASS_RATIOS, BucketBatches, make_loader, padding_share, plan_course, sorted_batches
+from las_fast.data.batching import (
+    CLASS_RATIOS,
+    BucketBatches,
+    make_loader,
+    padding_share,
+    plan_curriculum,
+    sorted_batches,
+)
 from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
@@ -92,11 +99,11 @@ def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(s
 
 def test_batches_know_the_lengths_that_speed_makes(dataset):
     augment = Augment(AugmentConfig(speed=0.3))
-    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
+    batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
     for epoch in range(2):
         for batch in load(dataset, batches.epoch(epoch), augment=augment, seed=5, epoch=epoch):
             assert batch.feature_lengths.tolist() == batches.lengths(epoch)[batch.indices.numpy()].tolist()
-    assert (batches.lengths(0) != dataset.frames).any()
+    assert (batches.lengths(0) != dataset.frame_counts).any()
 
 
 def test_at_most_a_tenth_is_padding_with_speed_too():
@@ -182,19 +189,19 @@ def test_sorted_batches_fill_their_limits_and_keep_the_order_of_equals(frames, u
 
 
 def test_a_loader_has_the_workers_that_it_is_told_and_pins_for_a_gpu(dataset, monkeypatch):
-    def look_up():
+    def poll():
         raise LookupError
 
     for is_available in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=is_available: answer)
         loader = make_loader(dataset, [[0], [1], [2]], Vocabulary(), augment=None, seed=0, epoch=0, workers=2,
-                             look_up=look_up)  # fmt: skip
+                             poll=poll)  # fmt: skip
         made = loader.loader
-        assert (made.workers, made.look_up, made.pin) == (2, look_up, is_available) and len(loader) == 3
+        assert (made.workers, made.poll, made.pin) == (2, poll, is_available) and len(loader) == 3
 
 
 def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
-    batches = sorted_batches(dataset.frames, frames_per_batch=10**6, utterances_per_batch=4)
+    batches = sorted_batches(dataset.frame_counts, frames_per_batch=10**6, utterances_per_batch=4)
     assert [len(b) for b in batches] == [4, 4, 3]
     loaded = load(dataset, batches, augment=None)
     assert sorted(torch.cat([b.indices for b in loaded]).tolist()) == list(range(11))
@@ -227,7 +234,7 @@ def test_unknown_texts_give_no_tokens(dataset, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [0, 2])
 def test_workers_and_start_change_nothing(dataset, workers, start):
-    batches = BucketBatches(dataset.frames, frames_per_batch=120, utterances_per_batch=3, seed=1).epoch(2)
+    batches = BucketBatches(dataset.frame_counts, frames_per_batch=120, utterances_per_batch=3, seed=1).epoch(2)
     whole = load(dataset, batches, epoch=2)
     rest = load(dataset, batches, epoch=2, start=start, workers=workers)
     assert len(rest) == len(batches) - start
@@ -253,7 +260,7 @@ def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
     assert torch.equal(features(3, [0, 1]), features(3, [5]))
     assert not torch.equal(features(3, [], epoch=1), features(3, [], epoch=0))
     assert not torch.equal(features(3, [], seed=2), features(3, []))
-    twins = Twins(frames=np.array([100, 100]), blocks=1, texts=["A", "B"])
+    twins = Twins(frame_counts=np.array([100, 100]), blocks=1, texts=["A", "B"])
     for config in (AugmentConfig(), AugmentConfig(time_masks=0, frequency_masks=0, speed=0.3)):
         (batch,) = load(twins, [[0, 1]], augment=Augment(config))
         one, other = (x[:n] for x, n in zip(batch.features, batch.feature_lengths.tolist(), strict=True))
@@ -297,18 +304,18 @@ def test_joins_come_at_their_share_after_their_epoch_whatever_the_start(dataset)
     assert [len(batch.indices) == 1 for batch in other] != joined
 
 
-def course_of(frames, **options):
+def curriculum_of(frames, **options):
     options = {"short_epochs": 3, "short_seconds": 2.0, "frames_per_batch": 5000} | options
-    return plan_course(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
+    return plan_curriculum(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
 
 
 def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
-    course = course_of(LENGTHS)
+    curriculum = curriculum_of(LENGTHS)
     short = np.flatnonzero(LENGTHS <= 200).tolist()
     for epoch in range(7):
-        covered = sorted(sum(course.of(epoch).epoch(epoch), []))
+        covered = sorted(sum(curriculum.batches_of(epoch).epoch(epoch), []))
         assert covered == (short if epoch < 3 else list(range(len(LENGTHS))))
-    assert course.steps == 3 * len(course.of(0)) + 2 * len(course.of(3))
+    assert curriculum.steps == 3 * len(curriculum.batches_of(0)) + 2 * len(curriculum.batches_of(3))
 
 
 def test_a_course_has_the_settings_of_its_configuration():
@@ -319,9 +326,9 @@ def test_a_course_has_the_settings_of_its_configuration():
         features=FeatureConfig(shift_ms=12.5),
     )
     lengths, options = LENGTHS[:300], {"frames_per_batch": 4000, "utterances_per_batch": 7, "seed": 5, "speed": 0.1}
-    course, short = plan_course(lengths, config), np.flatnonzero(lengths <= 720)
-    assert course.of(1).epoch(1) == BucketBatches(lengths, **options).epoch(1)
-    assert course.of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
+    curriculum, short = plan_curriculum(lengths, config), np.flatnonzero(lengths <= 720)
+    assert curriculum.batches_of(1).epoch(1) == BucketBatches(lengths, **options).epoch(1)
+    assert curriculum.batches_of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
 
 
 def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
@@ -334,27 +341,29 @@ def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
 
 
 def test_a_course_knows_the_place_of_every_step():
-    course = course_of(LENGTHS[:200])
-    places = [course.place(step) for step in range(course.steps + 1)]
-    assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(course.of(epoch)))]
+    curriculum = curriculum_of(LENGTHS[:200])
+    places = [curriculum.locate(step) for step in range(curriculum.steps + 1)]
+    assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(curriculum.batches_of(epoch)))]
     assert places[-1] == (5, 0)
-    assert [course.place(course.steps_before(epoch)) for epoch in range(6)] == [(epoch, 0) for epoch in range(6)]
-    epochs = [course.epochs(step) for step in range(course.steps + 1)]
+    assert [curriculum.locate(curriculum.steps_before(epoch)) for epoch in range(6)] == [
+        (epoch, 0) for epoch in range(6)
+    ]
+    epochs = [curriculum.epochs(step) for step in range(curriculum.steps + 1)]
     assert (np.diff(epochs) > 0).all() and {0, 1, 2, 3, 4, 5} <= set(epochs)
 
 
 def test_a_course_without_short_epochs_or_of_nothing_else():
-    whole = course_of(LENGTHS, short_epochs=0)
-    assert len(whole.stages) == 1 and whole.steps == 5 * len(whole.of(0))
-    short = course_of(LENGTHS, short_epochs=9)
-    assert short.steps == 5 * len(short.of(0)) and len(sum(short.of(4).epoch(4), [])) < len(LENGTHS)
-    with pytest.raises(InputError, match="shortest training utterance has 3.0 seconds, more than .* 2; raise"):
-        course_of(np.array([300, 400]))
+    whole = curriculum_of(LENGTHS, short_epochs=0)
+    assert len(whole.stages) == 1 and whole.steps == 5 * len(whole.batches_of(0))
+    short = curriculum_of(LENGTHS, short_epochs=9)
+    assert short.steps == 5 * len(short.batches_of(0)) and len(sum(short.batches_of(4).epoch(4), [])) < len(LENGTHS)
+    with pytest.raises(InputError, match="shortest training utterance lasts 3.0 s, longer than .* 2; raise"):
+        curriculum_of(np.array([300, 400]))
 
 
 def test_short_utterances_are_played_at_the_speed_that_their_batches_know(dataset):
     augment, members = Augment(AugmentConfig(speed=0.3)), np.array([2, 5, 6, 9])
-    batches = BucketBatches(dataset.frames, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
+    batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
                             members=members)  # fmt: skip
     assert sorted(sum(batches.epoch(1), [])) == members.tolist()
     for batch in load(dataset, batches.epoch(1), augment=augment, seed=5, epoch=1):

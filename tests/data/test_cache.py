@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 def test_a_second_opening_reads_no_recordings(corpus, folder, monkeypatch):
     first = fill(corpus, folder)
-    monkeypatch.setattr(cache_module, "process", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(cache_module, "read_utterances", lambda *_: pytest.fail("built again"))
     second = fill(corpus, folder)
     assert first.ids == second.ids
     assert np.array_equal(first.frames(2), second.frames(2))
@@ -68,8 +68,8 @@ def test_frames_in_the_cache_are_those_of_the_files(corpus, folder):
 
 def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
     entry = fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=12.5))
-    assert entry.seconds.tolist() == pytest.approx((entry.lengths * 0.0125).tolist())
-    assert entry.spans == [[]] * 4 and entry.places.tolist() == [0, 1, 2, 3] and entry.bad == []
+    assert entry.seconds.tolist() == pytest.approx((entry.frame_counts * 0.0125).tolist())
+    assert entry.spans == [[]] * 4 and entry.positions.tolist() == [0, 1, 2, 3] and entry.bad == []
 
 
 def test_frames_have_the_size_of_the_archive_whatever_the_settings_say(corpus, folder):
@@ -253,7 +253,7 @@ def test_without_progress_nothing_is_said(corpus, folder, monkeypatch, capsys):
 
 def test_an_entry_that_is_gone_at_once_is_an_input_error(corpus, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "_read_entry", lambda target: None)
-    with pytest.raises(InputError, match="was removed or damaged while it was opened; run again"):
+    with pytest.raises(InputError, match="was removed or damaged while in use; run again"):
         fill(corpus, folder)
 
 
@@ -265,7 +265,7 @@ def test_many_utterances_are_read_by_so_many_processes(corpus, tmp_path, monkeyp
     monkeypatch.setattr(readers, "_start_worker", lambda task: children.append(start(task)) or children[-1])
     monkeypatch.setattr(cache_module.sys, "executable", "false")  # they end at once
     utterances = [Utterance(str(i), Path("x.npy"), None, problem="bad") for i in range(count)]
-    items = cache_module.process(corpus, utterances, F23, tmp_path, workers)
+    items = cache_module.read_utterances(corpus, utterances, F23, tmp_path, workers)
     if processes:
         with pytest.raises(InputError, match=r"ended early \(exit status 1, EOFError .*near x.npy"):
             next(items)
@@ -276,9 +276,9 @@ def test_many_utterances_are_read_by_so_many_processes(corpus, tmp_path, monkeyp
 
 
 def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder, monkeypatch):
-    asked, process = [], cache_module.process
+    asked, process = [], cache_module.read_utterances
     monkeypatch.setattr(cache_module, "cores", lambda: 7)
-    monkeypatch.setattr(cache_module, "process", lambda *words: asked.append(words[-1]) or process(*words))
+    monkeypatch.setattr(cache_module, "read_utterances", lambda *words: asked.append(words[-1]) or process(*words))
     fill(corpus, folder / "1")
     fill(corpus, folder / "2", workers=3)
     assert asked == [7, 3]
@@ -291,7 +291,12 @@ def test_a_worker_finds_the_package_and_is_apart_from_the_terminal(tmp_path, mon
     monkeypatch.setenv("OF_OURS", "1")
     readers._start_worker(tmp_path / "task")
     ((command, options),) = asked
-    assert command == [sys.executable, "-c", "from las_fast.data.readers import work; work()", str(tmp_path / "task")]
+    assert command == [
+        sys.executable,
+        "-c",
+        "from las_fast.data.readers import run_worker; run_worker()",
+        str(tmp_path / "task"),
+    ]
     root = str(Path(cache_module.__file__).parents[2])
     expected = {"PYTHONPATH": f"{root}:/some/where", "OMP_NUM_THREADS": "1", "OF_OURS": "1"}
     assert options["env"] | expected == options["env"]
@@ -313,7 +318,7 @@ def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monk
         kept = os.dup(1)
         os.dup2(out.fileno(), 1)
         try:
-            readers.work()
+            readers.run_worker()
         finally:
             os.dup2(kept, 1)
             os.close(kept)
@@ -330,8 +335,8 @@ def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monk
         (None, 9.0, ""), (0.0, 9.0, ""), (2.0, 2.0, ""),
         (2.0, 1.91, ""), (2.0, 1.85, "copy it again"), (0.2, 0.1, ""),  # shorter by 0.1 s
         (10.0, 9.81, ""), (10.0, 9.7, "copy it again"),  # or by 2%, whichever is more
-        (2.0, 3.0, ""), (2.0, 3.5, "say in a column 'offset'"),  # longer by 1 s
-        (10.0, 11.9, ""), (10.0, 12.5, "say in a column 'offset'"),  # or by 20%
+        (2.0, 3.0, ""), (2.0, 3.5, "add a column 'offset'"),  # longer by 1 s
+        (10.0, 11.9, ""), (10.0, 12.5, "add a column 'offset'"),  # or by 20%
     ],
 )  # fmt: skip
 def test_a_recording_may_differ_a_little_from_what_is_said_of_its_length(said, held, problem):
@@ -343,7 +348,7 @@ def test_a_recording_may_differ_a_little_from_what_is_said_of_its_length(said, h
 
 @pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
 def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch, damage):
-    monkeypatch.setattr(readers, "SMALL", 0)
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     corpus = open_corpus(make_archive(tmp_path / "data", "F23", utterances=20))
     utterances = corpus.utterances("dev-clean")
     for path in (utterances[3].path, utterances[17].transcript):
@@ -352,7 +357,7 @@ def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch,
 
 
 def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(readers, "SMALL", 0)
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     manifest = make_manifest(tmp_path / "data", utterances=20)
     write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
     manifest.write_text(manifest.read_text().replace("train-5.wav\t0.4", "train-5.wav\t3.0"))
@@ -370,7 +375,7 @@ def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
     grouped = fill(corpus, folder / "2", "train", FeatureConfig(), workers=1)
     assert sorted(held)[-1] == pytest.approx(3.0) and sorted(held)[-2] <= 1.5 and len(held) < 20
     start = subprocess.Popen
-    small_answers = "import las_fast.data.readers as readers; readers.ANSWER_BYTES = 1; readers.work()"
+    small_answers = "import las_fast.data.readers as readers; readers.ANSWER_BYTES = 1; readers.run_worker()"
     monkeypatch.setattr(
         readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
     )
@@ -397,13 +402,13 @@ def test_recordings_are_turned_into_frames_in_groups_of_so_many_seconds(monkeypa
 
 
 def test_what_is_read_is_stored_in_order_and_the_bad_beside_it(tmp_path, monkeypatch):
-    def written(refuse=None):
+    def written(check=None):
         notes, counted = [], []
         bar = SimpleNamespace(note=notes.append, update=lambda: counted.append(1))
         times = iter((0.0, 0.0, 0.0, 0.25))
         with monkeypatch.context() as patch:
             patch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
-            index = cache_module._write_features(tmp_path / "x", iter(items), "uvw", refuse, bar)
+            index = cache_module._write_features(tmp_path / "x", iter(items), "uvw", check, bar)
         assert notes == [f"{rate} x real time" for rate in (0, 1000, 4)] and len(counted) == 3
         return index
 
@@ -434,13 +439,13 @@ def test_a_name_that_the_system_refuses_is_not_blamed_on_the_cache(tmp_path, fol
     manifest.write_text(manifest.read_text() + f"x\t{name}\t1\ts\tmade\ttrain\tHI\n")
     corpus = open_corpus(manifest)
     with pytest.raises(InputError, match=r"cannot be opened \(File name too long\)") as error:
-        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+        fill(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
     assert name in str(error.value) and "cache" not in str(error.value)
     assert [bad for bad, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["x"]
 
 
 def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(readers, "SMALL", 0)
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     archive = open_corpus(make_archive(tmp_path / "archive", "F23", utterances=40))
     audio = open_corpus(make_manifest(tmp_path / "audio", utterances=20))
     for corpus, split, features in ((archive, "dev-clean", F23), (audio, "train", FeatureConfig())):
@@ -453,7 +458,7 @@ def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypa
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
-    monkeypatch.setattr(readers, "SMALL", 0)
+    monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     start = subprocess.Popen
 
     def doomed(command, **options):
@@ -466,14 +471,14 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
 
 
 def test_an_interrupt_leaves_no_half_cache(corpus, folder, monkeypatch):
-    whole = cache_module.process
+    whole = cache_module.read_utterances
 
     def interrupted(*arguments):
         yield next(iter(whole(*arguments)))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "process", interrupted)
+        patch.setattr(cache_module, "read_utterances", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fill(corpus, folder)
     assert entries(folder) == []
@@ -498,15 +503,15 @@ def test_a_killed_build_is_swept_up_and_a_running_one_is_not(corpus, folder):
 
 
 def test_builders_of_the_same_entry_do_not_break_each_other(corpus, folder, monkeypatch):
-    whole = cache_module.process
+    whole = cache_module.read_utterances
 
     def with_a_rival(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(cache_module, "process", whole)
+            patch.setattr(cache_module, "read_utterances", whole)
             fill(corpus, folder)  # finishes first
         yield from whole(*arguments)
 
-    monkeypatch.setattr(cache_module, "process", with_a_rival)
+    monkeypatch.setattr(cache_module, "read_utterances", with_a_rival)
     assert len(fill(corpus, folder).ids) == 4
     assert len(entries(folder)) == 1
 
@@ -552,7 +557,7 @@ def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch
 def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without HOME and without an entry
-    with pytest.raises(InputError, match="no home folder is known, .* set XDG_CACHE_HOME to a folder"):
+    with pytest.raises(InputError, match="no home folder is known; set XDG_CACHE_HOME to a writable folder"):
         cache_folder("")
     with pytest.raises(InputError, match="~/x: the home folder of this user is not known; write the path without ~"):
         cache_folder("~/x")
@@ -577,8 +582,8 @@ def test_pages_of_the_map_are_let_go_after_so_many_bytes(tmp_path, monkeypatch):
     let_go, read, stored = [], [], np.arange(40 * 28, dtype=np.float32).reshape(40, 28)
     stored.tofile(tmp_path / "features.f32")
     entry = cache_module.CacheEntry(
-        folder=tmp_path, size=28, ids=list("abcd"), texts=[None] * 4, lengths=np.array([10, 10, 5, 15]),
-        seconds=np.ones(4), places=np.arange(4), spans=[[]] * 4, bad=[],
+        folder=tmp_path, size=28, ids=list("abcd"), texts=[None] * 4, frame_counts=np.array([10, 10, 5, 15]),
+        seconds=np.ones(4), positions=np.arange(4), spans=[[]] * 4, bad=[],
     )  # fmt: skip
     monkeypatch.setattr(cache_module.mmap, "mmap", Map)
     monkeypatch.setattr(cache_module, "DROP_BYTES", 20 * 28 * 4)
@@ -683,14 +688,14 @@ def test_the_shape_of_a_transposed_archive_is_told_as_it_is(tmp_path, folder):
     np.save(second, np.ones((1, 2, 3)))
     one, other = (problem for _, problem, _ in fill(corpus, folder, features=FeatureConfig()).bad)
     assert f"{first} must have shape (80, frames) like its neighbours; got (70, " in one
-    assert other == f"{second} must hold numbers of shape (80, frames); got float64 (1, 2, 3); make it again"
+    assert other == f"{second} must hold numbers of shape (80, frames); got float64 (1, 2, 3); create it again"
 
 
 def test_a_damaged_transcript_is_named(corpus, folder):
     path = corpus.utterances("dev-clean")[0].transcript
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="truncated") as error:
-        fill(corpus, folder, refuse=lambda *_: "")
+        fill(corpus, folder, check=lambda *_: "")
     assert str(path) in str(error.value)
 
 
@@ -700,7 +705,7 @@ def test_bad_recordings_are_named_or_skipped(tmp_path, folder):
     bad = corpus.utterances("train")[1].path
     bad.write_bytes(b"no audio at all")
     with pytest.raises(InputError, match="cannot be read as audio") as error:
-        fill(corpus, folder, "train", FeatureConfig(), refuse=lambda *_: "")
+        fill(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
     assert str(bad) in str(error.value)
     assert [name for name, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["train-1"]
 
@@ -708,7 +713,7 @@ def test_bad_recordings_are_named_or_skipped(tmp_path, folder):
 def test_a_bad_text_is_refused_before_any_recording_is_read(tmp_path, folder, monkeypatch):
     manifest = make_manifest(tmp_path / "data")
     manifest.write_text(manifest.read_text() + "x\taudio/x.wav\t1\ts\tmade\ttrain\tHÉLLO\n")
-    monkeypatch.setattr(cache_module, "process", lambda *_: pytest.fail("recordings were read"))
+    monkeypatch.setattr(cache_module, "read_utterances", lambda *_: pytest.fail("recordings were read"))
     with pytest.raises(InputError, match="vocabulary: 'É'; map them with --data.normalise-text True"):
         load_dataset(
             open_corpus(manifest),

@@ -16,13 +16,13 @@ from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.corpus import Utterance
 from las_fast.data.dataset import (
     Statistics,
-    _safe,
+    _safe_std,
     _TextCheck,
-    divided_recordings,
+    count_overlapping,
+    count_shared_recordings,
     load_dataset,
     normalise,
     open_corpus,
-    shared_recordings,
 )
 from las_fast.data.features import compute_features
 from las_fast.errors import InputError
@@ -52,7 +52,7 @@ def test_frames_are_normalised_per_utterance_and_coefficient(archive):
     dataset = load(archive, "dev")
     for i in range(len(dataset)):
         x = dataset[i]
-        assert x.dtype == torch.float32 and x.shape == (dataset.frames[i], 28)
+        assert x.dtype == torch.float32 and x.shape == (dataset.frame_counts[i], 28)
         torch.testing.assert_close(x.mean(0), torch.zeros(28), atol=1e-5, rtol=0)
         torch.testing.assert_close(x.std(0, correction=0), torch.ones(28), atol=1e-4, rtol=0)
 
@@ -77,7 +77,7 @@ def test_small_coefficients_are_not_taken_for_constant():
     [(0.0, 3e-7, True), (0.0, 1.7e-6, False), (1e3, 5e-4, True), (1e3, 5e-3, False), (-1e3, 5e-4, True)],
 )
 def test_deviations_of_a_millionth_are_taken_for_rounding(mean, std, constant):
-    found = _safe(torch.tensor([std]), torch.tensor([mean]))
+    found = _safe_std(torch.tensor([std]), torch.tensor([mean]))
     assert found.item() == pytest.approx(np.inf if constant else std)
 
 
@@ -95,7 +95,7 @@ def checked(text, *, normalise=False, needed=True, transcript=None):
         ("Good, day!", {"normalise": True}, "", "GOOD DAY"),
         ("Good, A!", {}, "x.wav: transcript 'Good, A!' has characters outside the vocabulary: '!' ','", "Good, A!"),
         ("DAY 4", {}, "x.wav: transcript 'DAY 4' has characters outside the vocabulary: '4'; map them", "DAY 4"),
-        ("Day 4", {"normalise": True}, "x.wav: transcript 'Day 4' holds digits", "DAY"),
+        ("Day 4", {"normalise": True}, "x.wav: transcript 'Day 4' contains digits", "DAY"),
         ("Day 4", {"normalise": True, "needed": False}, "", "DAY 4"),
         ("Day 4", {"needed": False}, "", "Day 4"),
         ("HH AH0", {}, "x.wav: transcript 'HH AH0' holds phonemes", "HH AH0"),
@@ -140,7 +140,7 @@ def test_deltas_are_appended_after_normalisation(archive):
 
 
 def test_a_wrong_frame_size_names_the_setting(archive):
-    with pytest.raises(InputError, match="has 28 features a frame, the settings say 80; give --features.size 28"):
+    with pytest.raises(InputError, match="has 28 features per frame, the settings say 80; give --features.size 28"):
         load(archive, "dev", size=80, on_bad="skip")
 
 
@@ -167,7 +167,7 @@ def test_unknown_characters_are_listed_mapped_or_skipped(archive):
 def test_digits_are_not_lost_in_silence(archive, text):
     path = open_corpus(archive).utterances("dev-clean")[0].transcript
     save(path, text_array(text, True))
-    with pytest.raises(InputError, match="holds digits.*write them as words") as error:
+    with pytest.raises(InputError, match="contains digits.*spell them out") as error:
         load(archive, "dev", normalise_text=True)
     assert str(path) in str(error.value)
     assert len(load(archive, "dev", normalise_text=True, on_bad="skip")) == 5
@@ -202,17 +202,17 @@ def test_a_blank_transcript_in_a_manifest_is_none(tmp_path, blank):
 def test_recordings_in_two_datasets_are_counted(tmp_path):
     manifest = make_manifest(tmp_path)
     train, dev = load(manifest, "train", size=80), load(manifest, "dev", size=80)
-    assert shared_recordings(train, dev) == 0
-    assert shared_recordings(train, train) == 4
+    assert count_overlapping(train, dev) == 0
+    assert count_overlapping(train, train) == 4
     manifest.write_text(manifest.read_text() + "again\taudio/train-1.wav\t0.2\ts\tmade\tdev\tAGAIN\n")
-    assert shared_recordings(train, load(manifest, "dev", size=80)) == 1
+    assert count_overlapping(train, load(manifest, "dev", size=80)) == 1
 
 
 def test_equal_ids_are_refused_or_the_later_is_left_out(tmp_path):
     manifest = make_manifest(tmp_path)
     manifest.write_text(manifest.read_text() + "train-0\taudio/dev-0.wav\t1\ts\tmade\ttrain\tAGAIN\n")
-    both = rf"\({tmp_path}/audio/train-0.wav, {tmp_path}/audio/dev-0.wav\); ids must differ"
-    with pytest.raises(InputError, match=rf"the id 'train-0' is there twice {both}"):
+    both = rf"\({tmp_path}/audio/train-0.wav, {tmp_path}/audio/dev-0.wav\); make ids distinct"
+    with pytest.raises(InputError, match=rf"the id 'train-0' occurs twice {both}"):
         load(manifest, "train", size=80)
     dataset = load(manifest, "train", size=80, on_bad="skip")
     assert len(dataset) == 4 and dataset.texts[0] != "AGAIN"
@@ -234,7 +234,7 @@ def test_utterances_of_exactly_the_longest_time_stay(archive):
 
 def test_no_split_is_an_error(archive):
     corpus = open_corpus(archive)
-    with pytest.raises(InputError, match="no split was named; it has dev-clean"):
+    with pytest.raises(InputError, match="expected at least one split; it has dev-clean"):
         load_dataset(corpus, (), features=FeatureConfig(size=28), data=DataConfig(), need_text=True, progress=False)
 
 
@@ -271,7 +271,7 @@ def test_training_on_fewer_hours_takes_some_of_what_more_hours_take(archive):
 
 
 def test_nothing_left_is_an_error_with_the_first_reason(archive):
-    with pytest.raises(InputError, match="no utterance of dev-clean can be used; the first reason"):
+    with pytest.raises(InputError, match="no utterance of dev-clean is usable; the first reason"):
         load(archive, "dev", max_seconds=0.01)
     for path in (archive / "dev-clean").rglob("*.npy"):
         path.unlink()
@@ -281,7 +281,7 @@ def test_nothing_left_is_an_error_with_the_first_reason(archive):
 
 def test_seconds_are_those_of_the_audio(tmp_path):
     dataset = load(make_manifest(tmp_path), "train", size=80)
-    assert (np.abs(dataset.seconds - (dataset.frames - 1) * 0.01 - 0.025) < 0.0101).all()
+    assert (np.abs(dataset.seconds - (dataset.frame_counts - 1) * 0.01 - 0.025) < 0.0101).all()
 
 
 def test_a_dataset_can_be_sent_to_a_worker(archive):
@@ -292,7 +292,7 @@ def test_a_dataset_can_be_sent_to_a_worker(archive):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a" * 50, "has characters outside"), ("1" * 50, "holds digits"), ("AA0 " * 20, "holds phonemes")],
+    [("a" * 50, "has characters outside"), ("1" * 50, "contains digits"), ("AA0 " * 20, "holds phonemes")],
 )
 def test_long_transcripts_are_told_by_their_first_forty_characters(tmp_path, text, said):
     (tmp_path / "m.tsv").write_text(f"path\ttext\nx.wav\t{text}\n")
@@ -303,7 +303,7 @@ def test_long_transcripts_are_told_by_their_first_forty_characters(tmp_path, tex
 def test_a_bad_text_is_the_reason_also_where_the_recording_is_long(archive):
     path = open_corpus(archive).utterances("dev-clean")[0].transcript
     save(path, text_array("é", True))
-    with pytest.raises(InputError, match="can be used; the first reason: .*outside the vocabulary"):
+    with pytest.raises(InputError, match="is usable; the first reason: .*outside the vocabulary"):
         load(archive, "dev", on_bad="skip", max_seconds=0.01)
 
 
@@ -356,7 +356,7 @@ def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, fi
     paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
     ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
     theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
-    assert shared_recordings(ours, theirs) == shared and divided_recordings(ours, theirs) == 1
+    assert count_overlapping(ours, theirs) == shared and count_shared_recordings(ours, theirs) == 1
 
 
 def test_parts_are_shared_whatever_their_order_and_whichever_is_longest(tmp_path):
@@ -364,7 +364,7 @@ def test_parts_are_shared_whatever_their_order_and_whichever_is_longest(tmp_path
     for spans in ([(5.0, 8.0), (0.0, 4.0)], [(0.0, 9.0), (1.0, 2.0)]):
         ours = SimpleNamespace(paths=[path, path], spans=spans)
         theirs = [SimpleNamespace(paths=[path], spans=[span]) for span in ((3, 4), (6, 7), (9, 10))]
-        assert [shared_recordings(ours, other) for other in theirs] == [1, 1, 0]
+        assert [count_overlapping(ours, other) for other in theirs] == [1, 1, 0]
 
 
 def test_frames_are_found_again_in_a_recording_whose_silence_was_left_out(tmp_path):
@@ -376,8 +376,8 @@ def test_frames_are_found_again_in_a_recording_whose_silence_was_left_out(tmp_pa
     (tmp_path / "list.tsv").write_text("path\ttranscript\tsplit\nclips/a.wav\tA\tdev\nclips/b.wav\tB\tdev\n")
     dataset = load(tmp_path, "dev", size=28)
     whole = compute_features([speech[0]], FeatureConfig(size=28))[0]
-    places = [dataset.recording_frame(0, frame) for frame in range(int(dataset.frames[0]))]
+    places = [dataset.recording_frame(0, frame) for frame in range(int(dataset.frame_counts[0]))]
     assert places == sorted(set(places)) and 340 < places[0] < 400 and 1150 < places[-1] < 1260
     assert not any(720 < place < 850 for place in places) and dataset.seconds[0] == 16.0  # 4 s of silence lie between
-    assert [dataset.recording_frame(1, frame) for frame in (0, 7)] == [0, 7] and dataset.frames[1] == len(whole)
+    assert [dataset.recording_frame(1, frame) for frame in (0, 7)] == [0, 7] and dataset.frame_counts[1] == len(whole)
     assert dataset.recording_frame(0, len(places) + 3) == places[-1] + 4  # past the end, as padded batches attend

@@ -23,7 +23,7 @@ from archives import (
 
 from las_fast.data import folders as files_module
 from las_fast.data.dataset import open_corpus
-from las_fast.data.folders import at_depth, is_hidden, listed, read_lines
+from las_fast.data.folders import is_hidden, list_at_depth, list_folder, read_lines
 from las_fast.data.hw4p2 import _test_order, read_transcript
 from las_fast.data.kaldi import open_kaldi
 from las_fast.data.librispeech import read_transcripts
@@ -116,7 +116,7 @@ def test_suffixes_count_in_upper_case(tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("block", [4, 1 << 20])
 def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, block):
-    monkeypatch.setattr(files_module, "BLOCK", block)
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", block)
     (tmp_path / "x.txt").write_bytes(data)
     for name in ("x.txt.gz", "X.GZ"):
         (tmp_path / name).write_bytes(gzip.compress(data))
@@ -133,7 +133,7 @@ def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, b
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["x.txt", "m.tsv", "m.jsonl", "m.csv", "1.trans.txt"])
 def test_what_is_no_text_is_named_with_its_line(tmp_path, monkeypatch, data, said, name):
-    monkeypatch.setattr(files_module, "BLOCK", 4)
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", 4)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=f"{name} {said}") as error:
         list(read_texts(tmp_path / name))
@@ -186,10 +186,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"dev-clean/mfcc cannot be listed: Permission denied"):
         corpus.utterances("dev-clean")
     with pytest.raises(InputError, match="cannot be listed"):
-        listed(tmp_path / "gone")
+        list_folder(tmp_path / "gone")
 
 
-@pytest.mark.parametrize(("closed", "said"), [(".", "data cannot be listed: Perm"), ("a", "no layout that is known")])
+@pytest.mark.parametrize(("closed", "said"), [(".", "data cannot be listed: Perm"), ("a", "no known layout")])
 def test_a_folder_that_holds_nothing_but_what_cannot_be_listed_is_refused(tmp_path, monkeypatch, closed, said):
     def scandir(path):
         if Path(path) == tmp_path / "data" / closed:
@@ -210,7 +210,7 @@ def test_links_in_circles_end(tmp_path):
     (speech / "dev-clean" / "1090" / "loop").symlink_to(speech / "dev-clean" / "1090")
     (speech / "dev-clean" / "self").symlink_to(speech / "dev-clean" / "self")
     assert everything(open_corpus(tmp_path)) == before
-    assert list(at_depth(speech / "dev-clean" / "1090", 0)) == [
+    assert list(list_at_depth(speech / "dev-clean" / "1090", 0)) == [
         speech / "dev-clean" / "1090" / name for name in ("134686", "loop")
     ]
 

@@ -34,7 +34,7 @@ def test_edition_is_recognised_and_loads(tmp_path, edition):
     assert set(corpus.splits) == set(layout.splits)
     train = load(corpus, "train")
     assert all(np.isin(list(text), list("ABCDEFGHIJKLMNOPQRSTUVWXYZ' ")).all() for text in train.texts)
-    assert train[0].shape == (train.frames[0], layout.size)
+    assert train[0].shape == (train.frame_counts[0], layout.size)
     assert load(corpus, "test", need_text=False).texts == [None] * 4
 
 
@@ -51,7 +51,9 @@ def test_an_archive_without_a_test_split_is_s22_still(tmp_path):
     shutil.rmtree(archive / "test")
     corpus = open_corpus(tmp_path / "hw4p2_student_data")
     assert (corpus.name, corpus.splits) == ("HW4P2 S22", ("dev", "train"))
-    remedy = r"give one of these \(--split, in training --data.train and --data.dev\), or name one of its folders so"
+    remedy = (
+        r"give one of these \(--split, in training --data.train and --data.dev\), or name one of its folders after it"
+    )
     with pytest.raises(InputError, match=rf"no split 'test'; it has dev, train; {remedy}$"):
         corpus.resolve("test")
 
@@ -209,7 +211,7 @@ def test_eight_files_of_a_split_are_looked_at(tmp_path):
     save(tmp_path / "dev" / "mfcc" / "8.npy", np.ones((20, 28)))
     assert open_corpus(tmp_path).feature_size == 28
     save(tmp_path / "dev" / "mfcc" / "7.npy", np.ones(3))
-    with pytest.raises(InputError, match="0.npy and its neighbours are no two-dimensional .npy arrays"):
+    with pytest.raises(InputError, match="0.npy and its neighbours are not two-dimensional .npy arrays"):
         open_corpus(tmp_path)
 
 
@@ -227,8 +229,11 @@ def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
         (FileNotFoundError(2, "No such file"), "it does not exist; copy it again or remove its counterpart"),
         (PermissionError(13, "Permission denied"), "it cannot be read (Permission denied); check its name and permis"),
         (OSError("Too few bytes"), "it is truncated or damaged (Too few bytes); copy it again"),
-        (ValueError(" Object  arrays cannot be loaded"), "it holds pickled objects or is no .npy file; save it as a "),
-        (ValueError("allow_PICKLE=False"), "it holds pickled objects or is no .npy file; save it as a plain "),
+        (
+            ValueError(" Object  arrays cannot be loaded"),
+            "it holds pickled objects or is not a .npy file; save it as a ",
+        ),
+        (ValueError("allow_PICKLE=False"), "it holds pickled objects or is not a .npy file; save it as a plain "),
         (EOFError(), "it is truncated or damaged (EOFError); copy it again"),
         (ValueError("cut\noff"), "it is truncated or damaged (cut off); copy it again"),
     ],
@@ -323,7 +328,7 @@ def test_an_archive_without_transcripts_says_where_they_are_looked_for(tmp_path)
     (archive / "dev-clean" / "transcripts").rename(archive / "dev-clean" / "labels")
     names = r"\(or in text, transcript, transcript/raw, transcripts, transcripts/raw\)$"
     with pytest.raises(
-        InputError, match=rf"'dev-clean' has no transcripts; expected them in SPLIT/transcripts/NAME.npy {names}"
+        InputError, match=rf"'dev-clean' has no transcripts; expected SPLIT/transcripts/NAME.npy {names}"
     ):
         load(open_corpus(archive), "dev")
 
@@ -357,7 +362,7 @@ def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
     code = re.search(r'python -c "(.*)"', str(error.value))[1]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "data", check=True)
     dataset = load(open_corpus(tmp_path / "data" / "new"), "dev")
-    assert dataset.texts == ["HELLO THERE"] * 2 and dataset.frames.tolist() == [20, 21]
+    assert dataset.texts == ["HELLO THERE"] * 2 and dataset.frame_counts.tolist() == [20, 21]
 
 
 def test_an_older_archive_is_known_by_any_version_of_its_files(tmp_path):
@@ -374,14 +379,14 @@ def test_twenty_files_are_looked_at_for_an_older_archive(tmp_path):
     with pytest.raises(InputError, match="holds train.npy, arrays of Python objects"):
         open_corpus(tmp_path)
     (tmp_path / "19.npy").touch()
-    with pytest.raises(InputError, match="no layout that is known"):
+    with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
 
 
 def test_numeric_arrays_beside_each_other_are_no_older_archive(tmp_path):
     save(tmp_path / "train.npy", np.ones((3, 4)))
     (tmp_path / "empty.npy").touch()
-    with pytest.raises(InputError, match="no layout that is known"):
+    with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
 
 

@@ -27,9 +27,9 @@ from las_fast.data import tables
 from las_fast.data.audio import load_audio
 from las_fast.data.cache import open_cache
 from las_fast.data.corpus import assign_roles
-from las_fast.data.dataset import divided_recordings, load_dataset, open_corpus, shared_recordings
+from las_fast.data.dataset import count_overlapping, count_shared_recordings, load_dataset, open_corpus
 from las_fast.data.features import compute_features
-from las_fast.data.manifest import further_columns, split_of
+from las_fast.data.manifest import rows_by_id, split_of
 from las_fast.errors import InputError, show
 from las_fast.lm import read_texts
 
@@ -138,21 +138,21 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"offset": 10**400}, "line 1: offset must be a number; got 1000"),
         ({"id": 1.5}, "line 1: id must be text; got 1.5"),
         ({"id": True}, "line 1: id must be text; got True"),
-        ({"start": 0, "end": 2, "duration": 1.85}, "line 1: from start to end are 2 s, its duration is 1.85 s"),
-        ({"start": 0, "end": 1, "duration": 2}, "line 1: from start to end are 1 s, its duration is 2 s"),
+        ({"start": 0, "end": 2, "duration": 1.85}, "line 1: start to end is 2 s, but the duration is 1.85 s"),
+        ({"start": 0, "end": 1, "duration": 2}, "line 1: start to end is 1 s, but the duration is 2 s"),
         ({"audio_channel": "left"}, "column 'audio_channel' names channels"),
-        ({"start": 2, "end": 1}, "line 1: the part has -1 seconds"),
-        ({"start": 0, "duration": 0}, "line 1: the part has 0 seconds"),
-        ({"start": 0, "end": 2, "duration": 1}, "line 1: from start to end are 2 s, its duration is 1 s"),
+        ({"start": 2, "end": 1}, "line 1: the part lasts -1 seconds"),
+        ({"start": 0, "duration": 0}, "line 1: the part lasts 0 seconds"),
+        ({"start": 0, "end": 2, "duration": 1}, "line 1: start to end is 2 s, but the duration is 1 s"),
         ({"channel": 1}, "column 'channel' names channels \\(1\\).*a file of its own"),
-        ({"stop": 16000}, "column 'stop' \\(16000\\) is not known"),
-        ({"end_frame": 5}, "column 'end_frame' \\(5\\) is not known"),
-        ({"begin_sample": 5}, "column 'begin_sample' \\(5\\) is not known"),
-        ({"frame_offset": 5}, "column 'frame_offset' \\(5\\) is not known"),
-        ({"onset": 5}, "column 'onset' \\(5\\) is not known"),
-        ({"to": 5}, "column 'to' \\(5\\) is not known"),
-        ({"start_frame": 5}, "column 'start_frame' \\(5\\) is not known"),
-        ({"from": 5}, "column 'from' \\(5\\) is not known"),
+        ({"stop": 16000}, "column 'stop' \\(16000\\) is unknown"),
+        ({"end_frame": 5}, "column 'end_frame' \\(5\\) is unknown"),
+        ({"begin_sample": 5}, "column 'begin_sample' \\(5\\) is unknown"),
+        ({"frame_offset": 5}, "column 'frame_offset' \\(5\\) is unknown"),
+        ({"onset": 5}, "column 'onset' \\(5\\) is unknown"),
+        ({"to": 5}, "column 'to' \\(5\\) is unknown"),
+        ({"start_frame": 5}, "column 'start_frame' \\(5\\) is unknown"),
+        ({"from": 5}, "column 'from' \\(5\\) is unknown"),
     ],
 )
 def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, columns, said):
@@ -248,7 +248,7 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
     rows[-1] |= dict(zip(("start", "end"), dev, strict=True)) if dev else {}
     manifest = write_table(tmp_path / "m.jsonl", rows)
     sets = load(manifest, "train"), load(manifest, "dev")
-    assert (shared_recordings(*sets), divided_recordings(*sets)) == (shared, divided)
+    assert (count_overlapping(*sets), count_shared_recordings(*sets)) == (shared, divided)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifests
@@ -256,8 +256,8 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
 
 def test_a_recording_that_is_gone_is_known_by_its_path():
     gone, other = (SimpleNamespace(paths=[Path(f"gone/{x}.wav")], spans=[(0.0, np.inf)]) for x in "ab")
-    assert (shared_recordings(gone, gone), divided_recordings(gone, gone)) == (1, 1)
-    assert (shared_recordings(gone, other), divided_recordings(gone, other)) == (0, 0)
+    assert (count_overlapping(gone, gone), count_shared_recordings(gone, gone)) == (1, 1)
+    assert (count_overlapping(gone, other), count_shared_recordings(gone, other)) == (0, 0)
 
 
 def test_a_manifest_may_have_a_capital_ending(tmp_path, long):
@@ -281,7 +281,7 @@ def test_lines_without_ids_get_distinct_ones(tmp_path, long):
     ids = [u.id for u in corpus.utterances("all")]
     folder = tmp_path.name
     assert ids == ["a/long", f"{folder}/long-0.500", f"{folder}/long-1.500", "other-0001", "other-0002"]
-    assert list(further_columns(manifest)) == ids and further_columns(manifest)["a/long"]["n"] == "1"
+    assert list(rows_by_id(manifest)) == ids and rows_by_id(manifest)["a/long"]["n"] == "1"
     assert load(manifest).ids == ids
 
 
@@ -366,20 +366,20 @@ def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, tex
         ("m.jsonl", '{"text": "HI"}\n', "line 1 has no path"),
         ("m.json", '[{"path": "a.wav"},\n 5]', "line 2 must be a JSON object"),
         ("m.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is not JSON: Exceeds"),
-        ("m.tsv", "path\tpath\na\tb\n", "two columns 'path'"),
+        ("m.tsv", "path\tpath\na\tb\n", "two columns named 'path'"),
         ("m.tsv", "path\ttext\na.wav\tA\tB\n", "line 2 has 3 columns; its header has 2"),
-        ("m.csv", 'path,text\na.wav,"A\n', "line 2 has a field of several lines"),
-        ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field of several lines"),
+        ("m.csv", 'path,text\na.wav,"A\n', "line 2 has a field that spans several lines"),
+        ("m.csv", 'path,text\na.wav,A\n\nb.wav,"A\nB"\n', "line 4 has a field that spans several lines"),
         ("m.csv", "path,text\na.wav,A\n\nb.wav\n", "line 4 has 1 columns; its header has 2"),
-        ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is no row of a table"),
+        ("m.csv", f"path,text\na.wav,{'A' * 200_000}\n", "line 2 is not valid CSV"),
         ("M.CSV", "a,b\n1,2\n", "header line that has a column 'path'"),
         ("m.jsonl", '[{"path": "a.wav"}]', r"line 1 must be a JSON object with a key 'path'; got \[{"),
         ("m.jsonl", '{"path": \n', "line 1 is not JSON: Expecting value; write one"),
-        ("m.tsv", "text\tpath\tpath\na\tb\tc\n", "two columns 'path'"),
+        ("m.tsv", "text\tpath\tpath\na\tb\tc\n", "two columns named 'path'"),
         ("m.json", "[1]", "line 1 must be a JSON object"),
         ("m.jsonl", "[" * 100_000, "line 1 is not JSON"),
-        ("m.tsv", "path\nhttps://x.org/a.wav\n", "line 2: .* is an address"),
-        ("m.tsv", "path\nC:\\data\\a.wav\n", "line 2: .* path of Windows"),
+        ("m.tsv", "path\nhttps://x.org/a.wav\n", "line 2: .* is a URL"),
+        ("m.tsv", "path\nC:\\data\\a.wav\n", "line 2: .* Windows path"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path, name, text, said):
@@ -513,7 +513,7 @@ def test_two_manifests_of_one_split_are_not_chosen_between(tmp_path, long):
 
 def test_a_folder_called_like_a_manifest_is_none(tmp_path):
     (tmp_path / "x.tsv").mkdir()
-    with pytest.raises(InputError, match="no layout that is known"):
+    with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
     (tmp_path / "A.TSV").touch()
     with pytest.raises(InputError, match="A.TSV must begin with a header line"):
@@ -521,7 +521,7 @@ def test_a_folder_called_like_a_manifest_is_none(tmp_path):
 
 
 def test_so_many_files_are_looked_at_whether_they_are_manifests(tmp_path, long, monkeypatch):
-    monkeypatch.setattr(manifests, "MANY", 2)
+    monkeypatch.setattr(manifests, "MAX_FILES", 2)
     for name in ("dev.tsv", "train.tsv", "zzz.tsv"):
         write_table(tmp_path / name, [{"path": "long.wav", "text": "HI"}])
     assert open_corpus(tmp_path).splits == ("dev", "train")
@@ -541,7 +541,7 @@ def test_each_manifest_of_a_split_is_read_once_and_when_it_is_asked_for(tmp_path
 def test_manifests_that_are_all_empty_name_no_recordings(tmp_path):
     for name in ("dev.tsv", "train.tsv"):
         (tmp_path / name).write_text("path\ttext\n")
-    with pytest.raises(InputError, match="dev.tsv names no recordings; expected a line for each"):
+    with pytest.raises(InputError, match="dev.tsv names no recordings; expected one line per recording"):
         open_corpus(tmp_path)
 
 
@@ -596,7 +596,7 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
     corpus = open_corpus(tmp_path / "make_common_voice")
     assert (corpus.name, corpus.root.name) == ("Common Voice", "en")
     make_common_voice(tmp_path / "make_common_voice" / "corpus" / "de")
-    with pytest.raises(InputError, match="no layout that is known"):  # three folders below
+    with pytest.raises(InputError, match="no known layout"):  # three folders below
         open_corpus(tmp_path)
     with pytest.raises(InputError, match="several archives or corpora; give one of .*/corpus/de, .*/corpus/en"):
         open_corpus(tmp_path / "make_common_voice")
@@ -709,7 +709,7 @@ def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
     [
         ("wav.scp", "train0 sph2pipe -f wav x.sph |", "line 1: train0 is a command .*write the recordings to files"),
         ("wav.scp", "train0 raw.ark:1234", "line 1: train0 lies in an archive"),
-        ("wav.scp", "train0", "line 1: train0 has no file"),
+        ("wav.scp", "train0", "line 1: train0 names no file"),
         ("segments", "train0-0 other 0 1", "line 1: wav.scp has no other"),
         ("text", "new-0 HELLO", "has a text of new-0, which .*segments lacks"),
     ],
@@ -727,16 +727,16 @@ def test_what_a_kaldi_folder_cannot_give_is_said_or_left_out(tmp_path, name, lin
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
-        ("segments", "train0-0 train0 0.5", "must be an id, a recording, and start and end"),
-        ("segments", "train0-0 train0 0.5 0.2", "must be an id"),
-        ("segments", "train0-0 train0 inf -1", "must be an id"),
-        ("segments", "train0-0 train0 0.5 inf", "must be an id"),
-        ("segments", "train0-0 train0 -0.5 0.5", "must be an id"),
-        ("segments", "train0-0 train0 0.5 0.5", "must be an id"),
-        ("segments", "train0-0 train0 0.5 -2", "must be an id"),
-        ("segments", "train0-0", "must be an id"),
-        ("segments", "train0-0 train0 0.5 0.9 A", "must be an id"),
-        ("text", "train0-1 HELLO", "line 2 has train0-1 a second time"),
+        ("segments", "train0-0 train0 0.5", "must hold an id, a recording, and start and end"),
+        ("segments", "train0-0 train0 0.5 0.2", "must hold an id"),
+        ("segments", "train0-0 train0 inf -1", "must hold an id"),
+        ("segments", "train0-0 train0 0.5 inf", "must hold an id"),
+        ("segments", "train0-0 train0 -0.5 0.5", "must hold an id"),
+        ("segments", "train0-0 train0 0.5 0.5", "must hold an id"),
+        ("segments", "train0-0 train0 0.5 -2", "must hold an id"),
+        ("segments", "train0-0", "must hold an id"),
+        ("segments", "train0-0 train0 0.5 0.9 A", "must hold an id"),
+        ("text", "train0-1 HELLO", "line 2 repeats the id train0-1"),
     ],
 )
 def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, said):
@@ -755,7 +755,7 @@ def test_lines_of_kaldi_may_be_blank_or_end_in_space_and_are_counted(tmp_path):
     assert (first.transcript, first.start, first.seconds, first.is_part) == ("A  B", 0.0, 0.4, True)
     assert (second.transcript, second.start, second.seconds, second.is_part) == ("", 0.5, None, True)
     (data / "train" / "text").write_text("train0-0 A\n\ntrain0-0 B\n")
-    with pytest.raises(InputError, match="text line 3 has train0-0 a second time"):
+    with pytest.raises(InputError, match="text line 3 repeats the id train0-0"):
         open_corpus(data).utterances("train")
 
 
@@ -903,13 +903,13 @@ def test_two_manifests_are_not_passed_over_for_what_lies_below(tmp_path):
 
 
 def test_so_many_folders_are_looked_into(tmp_path, monkeypatch):
-    monkeypatch.setattr("las_fast.data.dataset.MANY", 2)
+    monkeypatch.setattr("las_fast.data.dataset.MAX_FOLDERS", 2)
     for name in "ab":
         (tmp_path / name).mkdir()
     make_kaldi(tmp_path / "b", splits=("dev",))
     assert open_corpus(tmp_path).root == tmp_path / "b" / "data"
     (tmp_path / "a2").mkdir()
-    with pytest.raises(InputError, match="no layout that is known"):
+    with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
 
 
@@ -940,9 +940,9 @@ def test_data_are_never_written_to(tmp_path, layout):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("X.ZIP", r"\.zip files, which must"), ("x.arrow", r"\.arrow files; write"),
-     ("x.zip", r"\.zip files, which must be unpacked"), ("x.parquet", r"\.parquet files; write their recordings"),
-     ("x.wav", "recordings but nothing that names their transcripts")],
+    [("X.ZIP", r"\.zip files; unpack"), ("x.arrow", r"\.arrow files; extract"),
+     ("x.zip", r"\.zip files; unpack them"), ("x.parquet", r"\.parquet files; extract the recordings"),
+     ("x.wav", "recordings but no transcripts")],
 )  # fmt: skip
 def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, said):
     (tmp_path / name).touch()
@@ -957,7 +957,7 @@ def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, sai
 def test_all_kinds_of_packed_files_are_named_in_order(tmp_path):
     for name in ("a.zip", "b.tar", "c.7z"):
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"it has \.7z, \.tar, \.zip files, which must be unpacked first"):
+    with pytest.raises(InputError, match=r"it has \.7z, \.tar, \.zip files; unpack them first"):
         open_corpus(tmp_path)
 
 

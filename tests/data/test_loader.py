@@ -91,7 +91,7 @@ def test_a_worker_that_dies_is_made_up_for(name, capsys):
 
     assert taken(Made(die)) == 5
     err = capsys.readouterr().err
-    why = ", as where memory does not suffice" if name == "SIGKILL" else ""
+    why = ", perhaps out of memory" if name == "SIGKILL" else ""
     assert err.startswith(f"warning: a loader process ended early ({name}{why})")
     assert err.endswith("; from here on batches are made in the training process\n") and err.count("\n") == 1
 
@@ -151,7 +151,7 @@ def test_how_a_worker_ended_that_another_has_waited_for_is_not_known():
     process.wait()
     child = module._Child.__new__(module._Child)
     child._pid = process.pid
-    assert child._how_it_ended() == "unknown exit status"
+    assert child._exit_reason() == "unknown exit status"
 
 
 def test_a_worker_that_exits_is_made_up_for(capsys):
@@ -161,9 +161,9 @@ def test_a_worker_that_exits_is_made_up_for(capsys):
 
 @pytest.mark.parametrize("fault", [time.sleep, lambda _: os.kill(os.getpid(), signal.SIGSTOP)], ids=["sleep", "stop"])
 def test_a_silent_worker_is_given_up(fault, monkeypatch, capsys):
-    monkeypatch.setattr(module, "SILENT", 0.3)
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
     assert taken(Made(lambda b: b == 4 and fault(99))) == 5
-    assert "a loader process was silent for 0 s and is given up" in capsys.readouterr().err
+    assert "a loader process sent nothing for 0 s" in capsys.readouterr().err
 
 
 def test_a_batch_that_a_worker_cannot_make_is_made_here(capsys):

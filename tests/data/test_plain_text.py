@@ -29,10 +29,19 @@ OTHERS = {
     "object.txt": (json.dumps({"texts": [row[1] for row in ROWS]}, indent=2), "JSON"),
     "talk.srt": ("1\n00:00:01,000 --> 00:00:02,000\nHELLO\n", "subtitles"),
     "talk.txt": ("WEBVTT\n\n00:01.000 --> 00:02.000\nHELLO\n", "subtitles"),
-    "tabs.txt": ("".join(f"{a}\t{b}\t{c}\n" for a, b, c in ROWS), "a table of columns between tabs"),
-    "commas.txt": ("id,text\n" + "".join(f'{a},"{b}"\n' for a, b, _ in ROWS), "a table of columns between commas"),
-    "semicolons.txt": ('Id ; "Text"\n' + "".join(f"{a};{b}\n" for a, b, _ in ROWS), "a table of columns between semi"),
-    "bars.txt": ("path|text\n" + "".join(f"{a}|{b}\n" for a, b, _ in ROWS), "a table of columns between bars"),
+    "tabs.txt": ("".join(f"{a}\t{b}\t{c}\n" for a, b, c in ROWS), "a table with columns separated by tabs"),
+    "commas.txt": (
+        "id,text\n" + "".join(f'{a},"{b}"\n' for a, b, _ in ROWS),
+        "a table with columns separated by commas",
+    ),
+    "semicolons.txt": (
+        'Id ; "Text"\n' + "".join(f"{a};{b}\n" for a, b, _ in ROWS),
+        "a table with columns separated by semi",
+    ),
+    "bars.txt": (
+        "path|text\n" + "".join(f"{a}|{b}\n" for a, b, _ in ROWS),
+        "a table with columns separated by vertical bars",
+    ),
 }
 
 
@@ -42,7 +51,7 @@ def test_other_formats_are_refused_by_name(tmp_path, name, packed):
     text, what = OTHERS[name]
     path = tmp_path / (f"{name}.gz" if packed else name)
     path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    with pytest.raises(InputError, match=f"{path} is {what}[^;]*, not text with a sentence a line; "):
+    with pytest.raises(InputError, match=f"{path} is {what}[^;]*, not text with one sentence per line; "):
         lm.main([str(path), "--order", "2", "--out", str(tmp_path / "lm.safetensors")])
     assert not (tmp_path / "lm.safetensors").exists()
 
@@ -66,7 +75,7 @@ PACKED = {
 def test_packed_files_and_documents_are_refused_by_name(tmp_path, name):
     content, what = PACKED[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name} is {what}, not text with a sentence a line; "):
+    with pytest.raises(InputError, match=f"{name} is {what}, not text with one sentence per line; "):
         list(read_texts(tmp_path / name))
 
 
@@ -129,12 +138,12 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
         (["WEBVTT", "HELLO"], "subtitles"),
         (["ngram 1=5"], "an n-gram model (ARPA)"),
         ([" \\data\\ "], "an n-gram model (ARPA)"),
-        (["a\tb", "c\td"], "a table of columns between tabs"),
+        (["a\tb", "c\td"], "a table with columns separated by tabs"),
         (["a\tb", "a\tb\tc"], None),
         (["a\tb"], None),
         (["a", "b"], None),
         (["a, b", "c, d"], None),
-        (["id,text", "a, b"], "a table of columns between commas"),
+        (["id,text", "a, b"], "a table with columns separated by commas"),
         (["id,text", "hello"], None),
         (["text, and", "a, b"], None),
         (["a"] * 8 + ["b</p>"], "HTML or XML"),
@@ -144,5 +153,5 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
     ],
 )
 def test_a_format_is_known_by_more_than_half_of_its_lines_or_by_a_mark(lines, what):
-    found = plain_text.other_format(lines)
+    found = plain_text.foreign_format(lines)
     assert found is None if what is None else found[0] == what

@@ -89,7 +89,7 @@ def test_sentences_are_short_and_need_no_other_character(plan):
      (612, "SIX HUNDRED AND TWELVE"), (999, "NINE HUNDRED AND NINETY NINE")],
 )  # fmt: skip
 def test_numbers_are_said_in_words(number, words):
-    assert sentences.say_number(number) == words
+    assert sentences.number_in_words(number) == words
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_numbers_are_said_in_words(number, words):
     [(1, "FIRST"), (12, "TWELFTH"), (20, "TWENTIETH"), (21, "TWENTY FIRST"), (30, "THIRTIETH"), (31, "THIRTY FIRST")],
 )
 def test_ordinals_are_said_in_words(number, words):
-    assert sentences.say_ordinal(number) == words
+    assert sentences.ordinal_in_words(number) == words
 
 
 def test_the_corpus_of_a_seed_is_the_same_in_every_version():
@@ -121,7 +121,7 @@ class Tone:
 
 def test_a_recording_of_a_seed_has_its_own_voice_pace_volume_and_silences():
     tone, plan = Tone(), spoken.plan(train=400, dev=60, test=60, seed=1)
-    waves = [spoken.record(tone, plan[n], seed=3) for n in (0, 450)]
+    waves = [spoken.synthesise(tone, plan[n], seed=3) for n in (0, 450)]
     assert [words[2:] for words in tone.asked] == [(184, 57, 63), (188, 38, 62)]
     assert [words[:2] for words in tone.asked] == [(plan[n].text, plan[n].voice) for n in (0, 450)]
     assert [len(wave) for wave in waves] == [5351, 8916]
@@ -144,7 +144,7 @@ class Quiet(Tone):
 
 def test_a_recording_in_which_nearly_nothing_is_heard_is_not_made_loud():
     utterance = spoken.Utterance("dev-clean", "x", "TEN", "en+m1", 0)
-    loud, half, none = (spoken.record(Quiet(peak), utterance, seed=1) for peak in (1.0, 5e-4, 0.0))
+    loud, half, none = (spoken.synthesise(Quiet(peak), utterance, seed=1) for peak in (1.0, 5e-4, 0.0))
     assert np.abs(half).max() == pytest.approx(np.abs(loud).max() / 2, rel=0.05)
     assert np.isfinite(none).all() and 0 < np.abs(none).max() < 0.02
 
@@ -224,10 +224,10 @@ def test_what_espeak_cannot_do_is_an_input_error(library, tmp_path):
     with pytest.raises(InputError, match=r"lacks the eSpeak NG voice xx\+m1"):
         synthesiser.speak("TEN", "xx+m1", **how)
     library.unknown_voice, library.chunks = 0, ()
-    with pytest.raises(InputError, match="said nothing for 'TEN' in voice en"):
+    with pytest.raises(InputError, match="gave no sound for 'TEN' in voice en"):
         synthesiser.speak("TEN", "en+m1", **how)
     for library.rate in (0, -1):
-        with pytest.raises(InputError, match="finds no usable data there"):
+        with pytest.raises(InputError, match="cannot use the data there"):
             espeak.Synthesiser()
     (tmp_path / "phontab").unlink()
     with pytest.raises(InputError, match="holds no eSpeak NG data"):
@@ -299,7 +299,7 @@ def test_test_transcripts_are_kept_beside_the_archive(root):
 
 def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    monkeypatch.setattr(spoken, "BLOCK", 8)
+    monkeypatch.setattr(spoken, "BLOCK_SIZE", 8)
     for workers in (1, 2):
         spoken.generate(tmp_path / str(workers), **SIZES, workers=workers, progress=False)
     one, two = (sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in "12")
@@ -330,7 +330,7 @@ def test_recordings_differ_in_volume_noise_and_silence():
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     synthesiser = espeak.Synthesiser()
     waves = [
-        spoken.record(synthesiser, spoken.Utterance("dev-clean", "x", "TEN PAST TWO", "en-us+m1", i), seed=1)
+        spoken.synthesise(synthesiser, spoken.Utterance("dev-clean", "x", "TEN PAST TWO", "en-us+m1", i), seed=1)
         for i in range(4)
     ]
     assert len({len(w) for w in waves}) == 4
@@ -379,7 +379,7 @@ def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
         (tmp_path / split / "mfcc").mkdir(parents=True)
     (tmp_path / "dev-clean" / "transcripts").mkdir()
     rows = spoken._speak_block((utterances, 3, str(tmp_path)))
-    waves = [spoken.record(Tone(), u, seed=3) for u in utterances]
+    waves = [spoken.synthesise(Tone(), u, seed=3) for u in utterances]
     assert rows == [(u.name, len(wave) / 16000) for u, wave in zip(utterances, waves, strict=True)]
     f23 = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
     assert f23 == spoken.FEATURES and len(ended) == 1 and threads == [1]
@@ -479,7 +479,7 @@ def test_a_corpus_is_spoken_in_blocks_whose_seconds_are_gathered(tmp_path, monke
             yield [(u.name, float(u.number)) for u in block]
 
     asked, utterances = [], spoken.plan(train=43, dev=40, test=5, seed=1)
-    monkeypatch.setattr(spoken, "_in_processes", in_processes)
+    monkeypatch.setattr(spoken, "_map_in_processes", in_processes)
     monkeypatch.setattr(spoken, "cores", lambda: 7)
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     seconds = spoken._speak(utterances, tmp_path / "a", seed=5, workers=None, progress=True)
@@ -568,16 +568,16 @@ def sleep(task):
 
 
 def test_a_process_that_dies_is_noticed_at_once():
-    found = spoken._in_processes(die, [0, 1, 2, 3], 1)
+    found = spoken._map_in_processes(die, [0, 1, 2, 3], 1)
     assert [next(found), next(found)] == [0, 1]
-    with pytest.raises(InputError, match=r"a speaking process ended early \(exit status -9\)"):
+    with pytest.raises(InputError, match=r"a speech process ended early \(exit status -9\)"):
         next(found)
 
 
 def test_a_process_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr(spoken, "SILENT", 0.2)
-    with pytest.raises(InputError, match="was silent for 0 s"):
-        list(spoken._in_processes(sleep, [0, 1], 2))
+    monkeypatch.setattr(spoken, "TIMEOUT", 0.2)
+    with pytest.raises(InputError, match="sent nothing for 0 s"):
+        list(spoken._map_in_processes(sleep, [0, 1], 2))
 
 
 def test_no_more_processes_run_than_asked_for_and_none_is_left(monkeypatch):
@@ -600,7 +600,7 @@ def test_no_more_processes_run_than_asked_for_and_none_is_left(monkeypatch):
 
     started, pipes = [], []
     monkeypatch.setattr(spoken, "_start", start)
-    found = spoken._in_processes(str, range(7), 3)
+    found = spoken._map_in_processes(str, range(7), 3)
     next(found)
     assert len(started) == 3
     next(found)
@@ -617,7 +617,7 @@ def test_signals_that_are_put_off_come_once_or_stay_ignored(ignored):
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignored else lambda *_: came.append(len(came)))
     try:
         own = signal.getsignal(signal.SIGUSR1)
-        with spoken._deferring(signal.SIGUSR1):
+        with spoken._defer_signals(signal.SIGUSR1):
             signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGUSR1)
             assert came == []
@@ -633,12 +633,12 @@ def test_what_a_process_has_made_is_sent():
 
 
 def test_every_task_is_answered_once():
-    assert sorted(spoken._in_processes(str, range(7), 3)) == list("0123456")
+    assert sorted(spoken._map_in_processes(str, range(7), 3)) == list("0123456")
 
 
 def test_processes_that_speak_inherit_that_signals_are_ignored():
     before = signal.getsignal(signal.SIGINT)
-    with spoken._ignoring(signal.SIGINT, signal.SIGHUP):
+    with spoken._ignore_signals(signal.SIGINT, signal.SIGHUP):
         child = subprocess.run([sys.executable, "-c", "import signal; print(repr(signal.getsignal(signal.SIGINT)))"],
                                capture_output=True, text=True)  # fmt: skip
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "SIG_IGN" in child.stdout
@@ -650,7 +650,7 @@ def ignores(task):
 
 
 def test_processes_that_speak_leave_interrupts_to_the_one_that_started_them():
-    assert list(spoken._in_processes(ignores, [0], 1)) == [[True, True]]
+    assert list(spoken._map_in_processes(ignores, [0], 1)) == [[True, True]]
 
 
 def test_a_signal_while_a_process_is_started_comes_when_it_is_known(monkeypatch):
@@ -663,5 +663,5 @@ def test_a_signal_while_a_process_is_started_comes_when_it_is_known(monkeypatch)
     found, start = [], spoken._start
     monkeypatch.setattr(spoken, "_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(spoken._in_processes(sleep, [0], 1))
+        list(spoken._map_in_processes(sleep, [0], 1))
     assert found[0].exitcode == -signal.SIGKILL

@@ -36,7 +36,7 @@ def decode(archive, backend, utterances=None):
     settings = replace(loaded.config.decoding, beam=BEAM)
     options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
     dev = load_dataset(open_corpus(archive), ("dev",), **options)
-    batches = sorted_batches(dev.frames, frames_per_batch=10000, utterances_per_batch=utterances or 64)
+    batches = sorted_batches(dev.frame_counts, frames_per_batch=10000, utterances_per_batch=utterances or 64)
     found = []
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
         with torch.inference_mode():

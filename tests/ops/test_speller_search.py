@@ -568,7 +568,7 @@ def an4():
     loaded = load_model(CHECKPOINT)
     options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
     dev = load_dataset(open_corpus(path), ("dev",), **options)
-    batches = sorted_batches(dev.frames, frames_per_batch=10000, utterances_per_batch=64)
+    batches = sorted_batches(dev.frame_counts, frames_per_batch=10000, utterances_per_batch=64)
     loader = make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with torch.inference_mode():
         memories = [loaded.model.listen(batch.features, batch.feature_lengths) for batch in loader]

@@ -581,18 +581,18 @@ def test_keys_are_never_repeated_over_the_beam():
 
 @dataclass
 class FakeDataset:
-    frames: np.ndarray
+    frame_counts: np.ndarray
     texts: list
 
     def __post_init__(self):
-        self.ids = [f"u{i}" for i in range(len(self.frames))]
-        self.seconds = self.frames / 100
+        self.ids = [f"u{i}" for i in range(len(self.frame_counts))]
+        self.seconds = self.frame_counts / 100
 
     def __len__(self):
-        return len(self.frames)
+        return len(self.frame_counts)
 
     def __getitem__(self, i: int) -> Tensor:
-        return torch.full((int(self.frames[i]), 1), float(i))
+        return torch.full((int(self.frame_counts[i]), 1), float(i))
 
 
 class ListeningModel(ToyModel):
@@ -619,7 +619,7 @@ def test_hypotheses_come_in_the_order_of_the_dataset():
     model = ListeningModel()
     found = decode(model, dataset, 40)
     assert len(model.batches) > 1
-    for i, frames in enumerate(dataset.frames):
+    for i, frames in enumerate(dataset.frame_counts):
         one = ToyMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
         assert found[i] == beam_search(ToyModel(8), one, config())[0]
 
@@ -649,7 +649,7 @@ def test_a_batch_holds_at_most_its_frames_and_128_utterances_and_the_longest_com
 
 class RandomFeatures(FakeDataset):
     def __getitem__(self, i: int) -> Tensor:
-        return torch.randn(int(self.frames[i]), 4, generator=torch.Generator().manual_seed(i))
+        return torch.randn(int(self.frame_counts[i]), 4, generator=torch.Generator().manual_seed(i))
 
 
 def test_a_dataset_is_decoded_like_its_utterances_one_by_one():
@@ -750,7 +750,7 @@ def test_without_a_ctc_head_there_are_no_speech_scores():
 
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
     dataset = FakeDataset(np.array([6, 4]), ["HÉ?", "ok"])
-    assert decode(ListeningModel(), dataset) == decode(ListeningModel(), FakeDataset(dataset.frames, [None, None]))
+    assert decode(ListeningModel(), dataset) == decode(ListeningModel(), FakeDataset(dataset.frame_counts, [None, None]))
 
 
 @pytest.mark.parametrize(
@@ -822,7 +822,7 @@ def test_a_trained_model_spells_the_same_on_reference_and_cpp(shared):
     features, data = loaded.config.features, loaded.config.data
     dev = load_dataset(open_corpus(archive), ("dev",), features=features, data=data, statistics=None, need_text=False)
     assert len(dev) == 104
-    batches = sorted_batches(dev.frames, frames_per_batch=30000, utterances_per_batch=128)
+    batches = sorted_batches(dev.frame_counts, frames_per_batch=30000, utterances_per_batch=128)
     settings = replace(loaded.config.decoding, beam=4)
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
         with torch.inference_mode():

@@ -161,15 +161,15 @@ def test_parameters_without_a_gradient_are_left_out_of_the_norm(made):
     assert made._clip() == pytest.approx(0.5 * math.sqrt(made.model.speller.bias.numel()))
 
 
-# ------------------------------------------------------------------------------------------------------------ course
+# -------------------------------------------------------------------------------------------------------- curriculum
 
 
-class Course:
-    """A course of four batches an epoch."""
+class Curriculum:
+    """Four batches per epoch."""
 
     steps = 40
 
-    def place(self, step):
+    def locate(self, step):
         return divmod(step, 4)
 
     def steps_before(self, epoch):
@@ -178,7 +178,7 @@ class Course:
     def epochs(self, step):
         return step / 4
 
-    def of(self, epoch):
+    def batches_of(self, epoch):
         return range(4)
 
 
@@ -191,7 +191,7 @@ class Course:
     ],
 )  # fmt: skip
 def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place):
-    made = bare(course=Course())
+    made = bare(curriculum=Curriculum())
     made.config = small(training=replace(small().training, epochs=10, restarts=restarts))
     made.progress.step = step
     assert made._cycle_position() == place
@@ -205,7 +205,7 @@ def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
     monkeypatch.setattr(made, "train_step", lambda batch: sizes.append(tuple(batch.features.shape[:2])) or step(batch))
     made._saved_at = math.inf
     made._train_epoch(None)
-    assert made.pace.audio_seconds == pytest.approx(int(made.train_data.frames.sum()) * 0.01)
+    assert made.pace.audio_seconds == pytest.approx(int(made.train_data.frame_counts.sum()) * 0.01)
     assert made.batch_size == sizes[-1] and len(sizes) == 3
 
 
@@ -215,7 +215,7 @@ def test_the_loader_polls_for_a_stop_signal_while_it_waits(made, monkeypatch):
     made._rest_of_epoch()
     made.stop_signal = signal.SIGTERM
     with pytest.raises(Stopped) as stop:
-        given["look_up"]()
+        given["poll"]()
     assert stop.value.signum == signal.SIGTERM
 
 
@@ -240,7 +240,7 @@ def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
     rows, bar = [], Bar()
     optimiser = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.25}])
     log = SimpleNamespace(training=lambda *row: rows.append(row))
-    made = bare(course=Course(), steps=23, pace=pace, optimiser=optimiser, log=log)
+    made = bare(curriculum=Curriculum(), steps=23, pace=pace, optimiser=optimiser, log=log)
     for step in range(1, 24):
         made.progress.step = step
         made._log_step(bar, {"loss": torch.tensor(step / 2)})
@@ -269,7 +269,7 @@ def test_a_validation_is_of_the_averaged_model_where_there_is_one_and_ends_the_p
     first, second = object(), object()
     for averaged, expected in ((first, first), (None, second)):
         seen, bar = [], Bar()
-        made = bare(course=Course(), averaged=averaged, model=second, saving=False)
+        made = bare(curriculum=Curriculum(), averaged=averaged, model=second, saving=False)
         made.progress.step = 6
         made.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
         made._validate = lambda model, seen=seen: seen.append(model) or validation()
@@ -285,7 +285,7 @@ def test_a_validation_is_of_the_averaged_model_where_there_is_one_and_ends_the_p
 
 def test_a_validation_covers_dev_and_rewords_only_out_of_memory(monkeypatch):
     seen = []
-    made = bare(course=Course(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
+    made = bare(curriculum=Curriculum(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
     monkeypatch.setattr(trainer, "validate", lambda *given: seen.append(given) or "result")
     assert made._validate("model") == "result"
     assert seen == [("model", "dev", "ABC", made.config, "cpu", Path("run"), 0.0, made.check_stop)]
@@ -300,7 +300,9 @@ def test_a_validation_covers_dev_and_rewords_only_out_of_memory(monkeypatch):
 
 def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
     kept, logged, saves = [], [], []
-    made = bare(course=Course(), source={"kind": "features"}, save=lambda: saves.append(made.progress.validated))
+    made = bare(
+        curriculum=Curriculum(), source={"kind": "features"}, save=lambda: saves.append(made.progress.validated)
+    )
     made.core_hours = lambda: 1.23456
     made._save_weights = lambda model, info, best: kept.append((model, info, best))
     made.log = SimpleNamespace(validation=lambda *row: logged.append(row))
@@ -401,7 +403,7 @@ def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, proble
 
 def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
     order = []
-    made = bare(course=Course(), steps=40)
+    made = bare(curriculum=Curriculum(), steps=40)
     made.config = small(training=replace(small().training, epochs=10))
 
     def epoch(bar):
@@ -597,21 +599,23 @@ def test_initial_weights_go_into_both_models(made, archive, tmp_path):
     ],
 )
 def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, capsys, now, validated, step, moved):
-    class Twice(Course):
+    class Twice(Curriculum):
         """Eight batches an epoch."""
 
         def steps_before(self, epoch):
             return 8 * epoch
 
-        def of(self, epoch):
+        def batches_of(self, epoch):
             return range(8)
 
     planned = []
     data = replace(small().data, frames_per_batch=100, utterances_per_batch=2)
-    made = bare(course=Twice(), train_data=SimpleNamespace(frames="frames"), saved_step=9)
+    made = bare(curriculum=Twice(), train_data=SimpleNamespace(frame_counts="frames"), saved_step=9)
     made.config = small(data=replace(data, **now))
     made.progress = Progress(step=9, validated=validated)
-    monkeypatch.setattr(trainer, "plan_course", lambda frames, config: planned.append((frames, config)) or Course())
+    monkeypatch.setattr(
+        trainer, "plan_curriculum", lambda frames, config: planned.append((frames, config)) or Curriculum()
+    )
     made._convert_step(to_tree(data))
     assert (made.progress.step, made.progress.validated, made.saved_step) == (step, moved, step)
     assert planned == ([("frames", small(data=data))] if now else [])

@@ -65,7 +65,9 @@ def test_a_validation_can_be_stopped_before_each_batch(made, tmp_path):
 
 
 def book(ids, frames, pictures):
-    return AttentionPictures(SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frames=np.array(frames)), pictures)
+    return AttentionPictures(
+        SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frame_counts=np.array(frames)), pictures
+    )
 
 
 @pytest.mark.parametrize(
