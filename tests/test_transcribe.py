@@ -351,7 +351,7 @@ def test_recordings_come_in_their_order_as_soon_as_all_of_each_is_decoded(monkey
     expected = {"ngram": "table", "packed": "packed", "device": torch.device("cpu")}
     assert options == {**expected, "speech_scores": True, "progress": False}
     assert data.ids == ["a from 0 s", "a from 3 s", "b from 0 s"] and data.seconds.tolist() == [3, 4, 3]
-    assert data.frames.tolist() == [30, 40, 30] and len(data) == 3 and data[1].shape == (40, 2)
+    assert data.frame_counts.tolist() == [30, 40, 30] and len(data) == 3 and data[1].shape == (40, 2)
     assert capsys.readouterr().err == ("warning: c: no speech was found in its 3.00 seconds\nwarning: odd is odd\n")
     assert work.shown == ((None, "transcribing", "s of audio"), {}) and sum(work.updates) == 19
 

@@ -334,10 +334,10 @@ def test_a_course_has_the_settings_of_its_configuration():
 def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
     data = DataConfig(short_epochs=1, short_seconds=4.0)
     config = Config(data=data, features=FeatureConfig(sample_rate=22_050))  # 220 samples a frame, of 220.5
-    course = plan_course(np.array([400, 401]), config)
-    assert course.of(0).epoch(0) == [[0]]
-    course = plan_course(np.array([400, 401]), replace(config, data=replace(data, short_seconds=4.002)))
-    assert sorted(sum(course.of(0).epoch(0), [])) == [0, 1]
+    curriculum = plan_curriculum(np.array([400, 401]), config)
+    assert curriculum.batches_of(0).epoch(0) == [[0]]
+    curriculum = plan_curriculum(np.array([400, 401]), replace(config, data=replace(data, short_seconds=4.002)))
+    assert sorted(sum(curriculum.batches_of(0).epoch(0), [])) == [0, 1]
 
 
 def test_a_course_knows_the_place_of_every_step():
