@@ -21,21 +21,10 @@ from las_fast.data.loader import Loader
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
-CLASS_RATIOS = (
-    1.5,
-    1.35,
-    1.25,
-    1.2,
-    1.15,
-    1.1,
-    1.07,
-    1.05,
-    1.03,
-    1.02,
-    1.01,
-)  # longest over shortest utterance of a length class
+# Widths of a length class that are tried: longest over shortest utterance.
+CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)
 FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utterance
-PADDING_TARGET = 0.08  # wider length classes shuffle better; the widest whose padding stays below this share is taken
+PADDING_TARGET = 0.08  # maximum share of padding; the widest class that meets it is taken, because it shuffles best
 
 
 @dataclass

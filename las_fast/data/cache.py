@@ -156,10 +156,10 @@ def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfi
 
 def _stamp(path: Path) -> list:
     try:
-        facts = path.stat()
+        stat = path.stat()
     except (OSError, ValueError):
         return [os.path.abspath(path), -1, 0]
-    return [os.path.abspath(path), facts.st_size, facts.st_mtime_ns]
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _read_entry(target: Path) -> CacheEntry | None:

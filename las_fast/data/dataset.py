@@ -63,20 +63,20 @@ def open_corpus(root: str | Path) -> Corpus:
         return _open_file(root)
     if not root.is_dir():
         raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
-    found = _recognise(root)
-    if not found and len(manifest.find_tables(root)) < 2:
-        found = _recognise_below(root)
-    if len(found) > 1:
-        raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(found)}")
-    if not found:
+    openers = _recognise(root)
+    if not openers and len(manifest.find_tables(root)) < 2:
+        openers = _recognise_below(root)
+    if len(openers) > 1:
+        raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(openers)}")
+    if not openers:
         raise InputError(_unrecognised(root))
-    return next(iter(found.values()))()
+    return next(iter(openers.values()))()
 
 
-def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], Corpus]]:
+def _recognise(root: Path, *, strict: bool = False) -> dict[str, Callable[[], Corpus]]:
     """Map the path of each layout in a folder to a function that opens it; only archives can be several.
 
-    certain: accept a .tsv or .jsonl only with the columns of a manifest; without it, opening reports what is missing.
+    strict: accept a .tsv or .jsonl only with the columns of a manifest; otherwise opening it reports what is missing.
     """
     if archives := hw4p2.find_archives(root):
         return {str(archive): partial(hw4p2.open_archive, archive) for archive in archives}
@@ -85,7 +85,7 @@ def _recognise(root: Path, *, certain: bool = False) -> dict[str, Callable[[], C
     if folder := kaldi.find_kaldi(root):
         return {str(folder): partial(kaldi.open_kaldi, folder)}
     tables = manifest.find_tables(root)
-    if certain and not all(manifest.has_path_column(table.path) for table in tables):
+    if strict and not all(manifest.has_path_column(table.path) for table in tables):
         return {}
     if len(tables) == 1 or (tables and all(table.split for table in tables)):
         return {str(tables[0].path.parent): partial(manifest.open_tables, tables)}
@@ -97,13 +97,13 @@ def _recognise_below(root: Path) -> dict[str, Callable[[], Corpus]]:
     level = [root]
     for _ in range(2):
         children = [child for folder in level for child in subfolders(folder)][:MAX_FOLDERS]
-        once = {os.path.realpath(child): child for child in reversed(children)}  # count a link and its target once
-        level = list(once.values())[::-1]
-        found: dict[str, Callable[[], Corpus]] = {}
+        distinct = {os.path.realpath(child): child for child in reversed(children)}  # count a link and its target once
+        level = list(distinct.values())[::-1]
+        openers: dict[str, Callable[[], Corpus]] = {}
         for folder in level:
-            found |= _recognise(folder, certain=True)
-        if found:
-            return found
+            openers |= _recognise(folder, strict=True)
+        if openers:
+            return openers
     return {}
 
 
@@ -119,7 +119,7 @@ def _open_file(path: Path) -> Corpus:
 
 
 def _root_problem(root: Path, error: Exception) -> str:
-    """Why a root cannot be opened; the common mistake is the name of a split that is not a folder."""
+    """Why a root cannot be opened; if it names a split of the corpus in its parent folder, how to select that."""
     if role_of(root.name) and isinstance(error, (FileNotFoundError, NotADirectoryError)):
         with suppress(InputError):
             splits = "+".join(open_corpus(root.parent).resolve(root.name))
@@ -134,34 +134,34 @@ def _root_problem(root: Path, error: Exception) -> str:
 
 def _unrecognised(root: Path) -> str:
     """Error for a folder of no known layout: what was expected and what is there."""
-    there, tables = list_folder(root), manifest.find_tables(root)
+    entries, tables = list_folder(root), manifest.find_tables(root)
     if advice := old_editions.advice(root):
         return advice
-    looked = ", ".join((hw4p2.LAYOUT, librispeech.LAYOUT, kaldi.LAYOUT))
+    layouts = ", ".join((hw4p2.LAYOUT, librispeech.LAYOUT, kaldi.LAYOUT))
     if len(tables) > 1:
         names = ", ".join(table.path.name for table in tables[:5])
         return (
             f"{root} has {len(tables)} manifests ({names}); give one of them, or name each after its split, such as "
             "train.tsv and dev.tsv"
         )
-    closed = next((path for path in there if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None)
+    closed = next((path for path in entries if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None)
     if closed is not None:
         return f"{closed} cannot be listed: Permission denied; check its permissions"
-    what = "has no known layout" if there else "is empty"
-    return f"{root} {what}; expected {looked}, or {manifest.LAYOUT}{_hint(there)}"
+    what = "has no known layout" if entries else "is empty"
+    return f"{root} {what}; expected {layouts}, or {manifest.LAYOUT}{_hint(entries)}"
 
 
-def _hint(there: list[Path]) -> str:
+def _hint(entries: list[Path]) -> str:
     """Advice for files that hold data in an unsupported form, as a clause that starts with "; ", or ""."""
-    if table := next((path for path in there if path.suffix.lower() in manifest.SUFFIXES), None):
+    if table := next((path for path in entries if path.suffix.lower() in manifest.SUFFIXES), None):
         if not os.access(table, os.R_OK):
             return f"; {table.name} cannot be read; check its permissions"
         return f"; {table.name} has no column 'path' (or {', '.join(manifest.NAMES['path'][1:6])})"
-    kinds = {path.suffix.lower() for path in there}
-    if found := sorted(kinds & ARCHIVE_SUFFIXES):
-        return f"; it has {', '.join(found)} files; unpack them first"
-    if found := sorted(kinds & {".parquet", ".arrow"}):
-        return f"; it has {', '.join(found)} files; extract the recordings to files, with a metadata.csv beside them"
+    kinds = {path.suffix.lower() for path in entries}
+    if suffixes := sorted(kinds & ARCHIVE_SUFFIXES):
+        return f"; it has {', '.join(suffixes)} files; unpack them first"
+    if suffixes := sorted(kinds & {".parquet", ".arrow"}):
+        return f"; it has {', '.join(suffixes)} files; extract the recordings to files, with a metadata.csv beside them"
     if kinds & librispeech.AUDIO_SUFFIXES:
         return "; it has recordings but no transcripts; write a manifest"
     return ""
@@ -259,7 +259,7 @@ def load_dataset(
     need_text: bool,
     progress: bool = True,
 ) -> SpeechDataset:
-    """Load splits through the feature cache, building it where needed.
+    """Load splits through the feature cache, which is built if needed.
 
     Args:
         splits:     names, or anything else that corpus.resolve takes.
@@ -277,20 +277,20 @@ def load_dataset(
         raise InputError(f"{corpus.root}: expected at least one split; it has {', '.join(corpus.splits)}")
     splits = tuple(dict.fromkeys(name for split in splits for name in corpus.resolve(split)))
     check = _TextCheck(Vocabulary(data.characters), data.normalise_text, need_text)
-    parts, skipped, listed = [], [], []
+    parts, skipped, listings = [], [], []
     for split in splits:
-        listed.append(corpus.utterances(split))
-        part, left_out = _load_split(corpus, split, listed[-1], features, data, check, progress)
+        listings.append(corpus.utterances(split))
+        part, left_out = _load_split(corpus, split, listings[-1], features, data, check, progress)
         parts.append(part)
         skipped.append(left_out)
     names = _unique_names(splits, parts)
     if need_text and data.hours:
         parts = _draw_hours(parts, data.hours, "+".join(splits))
     dataset = SpeechDataset([(entry, kept) for entry, kept in parts], features)
-    for k, ((entry, kept), utterances) in enumerate(zip(parts, listed, strict=True)):
+    for k, ((entry, kept), utterances) in enumerate(zip(parts, listings, strict=True)):
         dataset.ids += [names(k, entry.ids[i]) for i in kept]
-        dataset.paths += [utterances[place].path for place in entry.positions[kept].tolist()]
-        dataset.spans += [utterances[place].span for place in entry.positions[kept].tolist()]
+        dataset.paths += [utterances[position].path for position in entry.positions[kept].tolist()]
+        dataset.spans += [utterances[position].span for position in entry.positions[kept].tolist()]
         dataset.texts += [check.text(entry.texts[i]) for i in kept]
         dataset.skipped += [(names(k, name), reason) for name, reason in skipped[k]]
     _report_skipped(corpus, splits, dataset)
@@ -300,15 +300,15 @@ def load_dataset(
 
 
 def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Count the utterances of the second dataset that overlap in time with one of the first in the same recording."""
+    """Count the utterances of `second` that overlap in time with an utterance of `first` from the same recording."""
     spans: dict[tuple, list[tuple[float, float]]] = {}
     for path, span in zip(first.paths, first.spans, strict=True):
         spans.setdefault(_file_identity(path), []).append(span)
     starts, ends = {}, {}
-    for file, found in spans.items():
-        found.sort()
-        starts[file] = [start for start, _ in found]
-        ends[file] = list(accumulate((end for _, end in found), max))
+    for file, intervals in spans.items():
+        intervals.sort()
+        starts[file] = [start for start, _ in intervals]
+        ends[file] = list(accumulate((end for _, end in intervals), max))
     shared = 0
     for path, (start, end) in zip(second.paths, second.spans, strict=True):
         file = _file_identity(path)
@@ -319,17 +319,17 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
 
 
 def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
-    """Count the recordings that both datasets have utterances of."""
+    """Count the recordings that have utterances in both datasets."""
     return len(set(map(_file_identity, first.paths)) & set(map(_file_identity, second.paths)))
 
 
 def _file_identity(path: Path) -> tuple:
     """Key that is equal for a file and all links to it."""
     try:
-        facts = os.stat(path)
+        stat = os.stat(path)
     except (OSError, ValueError):
         return (os.path.abspath(path),)
-    return facts.st_dev, facts.st_ino
+    return stat.st_dev, stat.st_ino
 
 
 def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
@@ -394,10 +394,10 @@ def _load_split(
     if check.needed and not any(u.transcript or u.problem for u in utterances):
         raise InputError(f"{corpus.root}: split {split!r} has no transcripts; expected {corpus.expected_texts}")
     stop = data.on_bad == "error"
-    twice = _duplicates(utterances)
+    duplicates = _duplicates(utterances)
     if stop:  # report known problems first: reading may take hours
-        for place, u in enumerate(utterances):
-            problem = u.problem or twice.get(place)
+        for position, u in enumerate(utterances):
+            problem = u.problem or duplicates.get(position)
             problem = problem or ("" if isinstance(u.transcript, Path) else check(u, u.transcript))
             if problem:
                 raise InputError(f"{problem}{SKIP_HINT}")
@@ -405,8 +405,8 @@ def _load_split(
         corpus, split, utterances, features, folder=data.cache, check=check if stop else None, progress=progress
     )
     kept, skipped = [], [(name, reason) for name, reason, _ in entry.bad]
-    for i, place in enumerate(entry.positions.tolist()):
-        problem = twice.get(place) or check(utterances[place], entry.texts[i])
+    for i, position in enumerate(entry.positions.tolist()):
+        problem = duplicates.get(position) or check(utterances[position], entry.texts[i])
         if problem and stop:
             raise InputError(f"{problem}{SKIP_HINT}")
         if not problem and check.needed and 0 < data.max_seconds < entry.seconds[i]:
@@ -419,12 +419,14 @@ def _load_split(
 
 
 def _draw_hours(
-    parts: list[tuple[CacheEntry, np.ndarray]], hours: float, what: str
+    parts: list[tuple[CacheEntry, np.ndarray]], hours: float, splits: str
 ) -> list[tuple[CacheEntry, np.ndarray]]:
     """Draw utterances at random until `hours` are full, at least one; a larger subset contains every smaller one."""
     seconds = np.concatenate([entry.seconds[kept] for entry, kept in parts])
     if hours * 3600 > seconds.sum():
-        raise InputError(f"data.hours is {hours:g}, but {what} has {seconds.sum() / 3600:.3g}; lower it, or 0 for all")
+        raise InputError(
+            f"data.hours is {hours:g}, but {splits} has {seconds.sum() / 3600:.3g}; lower it, or 0 for all"
+        )
     order = np.random.default_rng(0).permutation(len(seconds))
     drawn = np.zeros(len(seconds), bool)
     drawn[order[: max(1, np.searchsorted(np.cumsum(seconds[order]), hours * 3600, side="right"))]] = True
@@ -435,12 +437,12 @@ def _draw_hours(
 def _duplicates(utterances: list[Utterance]) -> dict[int, str]:
     """Map the position of each utterance that repeats an earlier id to its problem."""
     first: dict[str, Utterance] = {}
-    found = {}
-    for place, u in enumerate(utterances):
+    problems = {}
+    for position, u in enumerate(utterances):
         if first.setdefault(u.id, u) is not u:
             both = dict.fromkeys((first[u.id].path, u.path))  # name a path once if both are the same
-            found[place] = f"the id {u.id!r} occurs twice ({', '.join(map(str, both))}); make ids distinct"
-    return found
+            problems[position] = f"the id {u.id!r} occurs twice ({', '.join(map(str, both))}); make ids distinct"
+    return problems
 
 
 def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndarray]]) -> Callable[[int, str], str]:

@@ -33,8 +33,8 @@ def list_folder(folder: Path) -> list[Path]:
 
 def _scan(folder: Path) -> list[os.DirEntry]:
     try:
-        with os.scandir(folder) as found:
-            return sorted((entry for entry in found if not is_hidden(entry.name)), key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{folder} cannot be listed: {error.strerror}; check the path and its permissions") from None
 

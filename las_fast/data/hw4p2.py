@@ -52,9 +52,9 @@ def find_archives(root: Path) -> list[Path]:
         if _feature_folder(inside) and _is_archive(inside.parent):
             return [inside.parent]
     children = subfolders(root)
-    found = [child for child in children if _is_archive(child)]
-    found = found or [below for child in children for below in subfolders(child) if _is_archive(below)]
-    return list({os.path.realpath(path): path for path in reversed(found)}.values())[
+    archives = [child for child in children if _is_archive(child)]
+    archives = archives or [below for child in children for below in subfolders(child) if _is_archive(below)]
+    return list({os.path.realpath(path): path for path in reversed(archives)}.values())[
         ::-1
     ]  # count a link and its target once
 
@@ -174,8 +174,8 @@ def _list_split(split: Path) -> list[Utterance]:
 
 def _transcripts(split: Path) -> dict[str, Path]:
     for name in TRANSCRIPT_FOLDERS:
-        if (split / name).is_dir() and (found := _arrays(split / name)):
-            return found
+        if (split / name).is_dir() and (transcripts := _arrays(split / name)):
+            return transcripts
     return {}
 
 

@@ -21,8 +21,8 @@ AUDIO_SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".opus", ".oga", ".
 def find_librispeech(root: Path) -> Path | None:
     """Find the folder whose children are splits: root, root/LibriSpeech, or root's parent."""
     candidates = (root, root / "LibriSpeech")
-    found = next((path for path in candidates if any(map(_is_split, subfolders(path)))), None)
-    return root.parent if found is None and _is_split(root) else found
+    folder = next((path for path in candidates if any(map(_is_split, subfolders(path)))), None)
+    return root.parent if folder is None and _is_split(root) else folder
 
 
 def open_librispeech(root: Path) -> Corpus:

@@ -33,7 +33,7 @@ TIMEOUT = 300.0  # seconds without a batch after which a worker is given up
 POLL_SECONDS = 0.3  # seconds between calls of poll while waiting for a batch
 PIPE_BYTES = 1 << 20  # buffer of a pipe, if the system allows it: fewer context switches
 HEAD_LENGTH = struct.Struct("<i")  # bytes of the head that follows
-FAILED = -1  # in position of that length: the worker could not make the batch
+FAILED = -1  # in place of that length: the worker could not make the batch
 
 Fields = dict[str, "Tensor | None"]
 

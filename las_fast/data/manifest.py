@@ -44,23 +44,17 @@ NAMES = {
     "start": ("start", "offset", "begin"),
     "end": ("end",),
 }  # fmt: skip
-TIME_COLUMN = re.compile(r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
-                  r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?")  # fmt: skip
+TIME_COLUMN = re.compile(
+    r"(?:(?:audio|segment|utterance)_)?(start|offset|begin|end|duration|seconds)(?:_?time)?"
+    r"(?:_?(s|sec|secs|seconds|ms|msec|milliseconds))?"
+)
 SAMPLE_COUNTS = ("num_samples", "n_samples")
 SAMPLE_RATES = ("sample_rate", "sampling_rate", "samplerate")
 TIME_WORDS = {"start", "begin", "end", "offset", "onset", "stop"}  # in the names of other tools' columns
 SELECTION_COLUMNS = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip",
                      "ignore", "include", "exclude", "discard"}  # fmt: skip
 CLIPS_FOLDER = "clips"  # where Common Voice keeps its recordings
-FILLER_WORDS = {
-    "manifest",
-    "metadata",
-    "audio",
-    "asr",
-    "cv",
-    "data",
-    "set",
-}  # words beside the split in a manifest's name
+FILLER_WORDS = {"manifest", "metadata", "audio", "asr", "cv", "data", "set"}  # in names of manifests, beside the split
 DURATION_TOLERANCE = 0.1  # seconds between end - start and the duration on the same line
 MAX_FILES = 200  # tables per folder whose header is read
 
@@ -90,36 +84,36 @@ def find_tables(root: Path) -> list[Table]:
     """Find the manifests of a folder: a single one, one per split, or several whose splits are unknown."""
     if root.name == CLIPS_FOLDER and any(map(_is_common_voice, _manifests(root.parent))):
         root = root.parent
-    found = _manifests(root)
-    if voices := [path for path in found if _is_common_voice(path)]:
+    paths = _manifests(root)
+    if voices := [path for path in paths if _is_common_voice(path)]:
         return [Table(path, path.stem) for path in voices]
-    if len(found) == 1 and is_role(root.name):  # perhaps one split of an audio folder
-        beside = _tables_of_splits(root.parent)
-        if len(beside) > 1 and all(table.path.stem == "metadata" for table in beside):
-            return beside
-    if len(found) > 1:
-        splits = [split_of(path.stem) for path in found]
+    if len(paths) == 1 and is_role(root.name):  # perhaps one split of an audio folder
+        siblings = _tables_of_splits(root.parent)
+        if len(siblings) > 1 and all(table.path.stem == "metadata" for table in siblings):
+            return siblings
+    if len(paths) > 1:
+        splits = [split_of(path.stem) for path in paths]
         distinct = None not in splits and len(set(splits)) == len(splits)
-        return [Table(path, split if distinct else None) for path, split in zip(found, splits, strict=True)]
-    if not found:
+        return [Table(path, split if distinct else None) for path, split in zip(paths, splits, strict=True)]
+    if not paths:
         return _tables_of_splits(root)
-    return [Table(path) for path in found]
+    return [Table(path) for path in paths]
 
 
 def _tables_of_splits(root: Path) -> list[Table]:
     """Find the manifests in subfolders that are named after a split and hold exactly one each."""
-    inside = {folder.name: _manifests(folder) for folder in subfolders(root) if is_role(folder.name)}
-    return [Table(found[0], name) for name, found in inside.items() if len(found) == 1]
+    manifests = {folder.name: _manifests(folder) for folder in subfolders(root) if is_role(folder.name)}
+    return [Table(paths[0], name) for name, paths in manifests.items() if len(paths) == 1]
 
 
 def _manifests(root: Path) -> list[Path]:
     """Find the tables with a path column; if there are none, all .tsv and .jsonl files."""
     try:
-        found = [path for path in list_files(root, SUFFIXES) if path.is_file()][:MAX_FILES]
+        tables = [path for path in list_files(root, SUFFIXES) if path.is_file()][:MAX_FILES]
     except InputError:
         return []
-    return [path for path in found if has_path_column(path)] or [
-        path for path in found if path.suffix.lower() in (".tsv", ".jsonl")
+    return [path for path in tables if has_path_column(path)] or [
+        path for path in tables if path.suffix.lower() in (".tsv", ".jsonl")
     ]
 
 
@@ -170,7 +164,9 @@ def open_tables(tables: list[Table]) -> Corpus:
     is_features = _are_features(tables[0].path, first)
     return Corpus(
         name="Common Voice" if _is_common_voice(tables[0].path) else _name(tables),
-        root=Path(os.path.commonpath([table.path for table in tables])),  # one manifest, or the folder of several
+        root=Path(
+            os.path.commonpath([table.path for table in tables])
+        ),  # the manifest, or the common folder of several
         kind="features" if is_features else "audio",
         listings=listings,
         roles=assign_roles(listings) if set(listings) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
@@ -230,8 +226,8 @@ def _entries(tables: list[Table]) -> list[Entry]:
     by_split: dict[str | None, list[int]] = {}
     for i, entry in enumerate(entries):
         by_split.setdefault(entry.split, []).append(i)
-    for places in by_split.values():
-        for i, entry in zip(places, _with_distinct_ids([entries[i] for i in places]), strict=True):
+    for indices in by_split.values():
+        for i, entry in zip(indices, _with_distinct_ids([entries[i] for i in indices]), strict=True):
             entries[i] = entry
     return entries
 
@@ -250,16 +246,16 @@ def _lines(table: Table) -> list[Entry]:
     folder = path.parent / CLIPS_FOLDER if _is_common_voice(path) else path.parent
     entries = [_entry(table, folder, line, row) for line, row in rows]
     if path.stem == "metadata" and all(entry.split is None for entry in entries):  # an audio folder
-        inside = [_split_above(entry.utterance.path, path.parent) for entry in entries]
-        if None not in inside:
-            return [replace(entry, split=split) for entry, split in zip(entries, inside, strict=True)]
+        splits = [_split_above(entry.utterance.path, path.parent) for entry in entries]
+        if None not in splits:
+            return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
     return entries
 
 
 def _split_above(file: Path, folder: Path) -> str | None:
     """Name of the first folder between `folder` and `file` that is named after a split; None if there is none."""
-    inside = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
-    return next((name for name in inside if role_of(name)), None)
+    folders = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
+    return next((name for name in folders if role_of(name)), None)
 
 
 def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
@@ -269,9 +265,9 @@ def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
         for name, value in row.items():
             if _column_problem(name) and value is not None and str(value).strip():
                 values.setdefault(name, set()).add(str(value).strip())
-    for name, found in values.items():
-        if normalise_column(name) not in SELECTION_COLUMNS or len(found) > 1:
-            some = ", ".join(sorted(found)[:3])
+    for name, distinct in values.items():
+        if normalise_column(name) not in SELECTION_COLUMNS or len(distinct) > 1:
+            some = ", ".join(sorted(distinct)[:3])
             raise InputError(f"{path}: column {name!r} {_column_problem(name).format(some)}, or remove the column")
 
 
@@ -298,46 +294,48 @@ def _column_problem(name: str) -> str:
 @lru_cache(maxsize=256)
 def _columns_by_meaning(names: tuple[str, ...]) -> dict[str, list[tuple[str, float]]]:
     """Map each key of NAMES to the columns that hold it, preferred name first, each with its unit in seconds."""
-    found: dict[str, list[tuple[int, str, float]]] = {}
+    ranked: dict[str, list[tuple[int, str, float]]] = {}
     for name in names:
         plain, unit = normalise_column(name), 1.0
         if time := TIME_COLUMN.fullmatch(plain):
             plain, unit = time[1], 0.001 if (time[2] or "s").startswith("m") else 1.0
         for meaning, known in NAMES.items():
             if plain in known:
-                found.setdefault(meaning, []).append((known.index(plain), name, unit))
-    return {meaning: [(name, unit) for _, name, unit in sorted(columns)] for meaning, columns in found.items()}
+                ranked.setdefault(meaning, []).append((known.index(plain), name, unit))
+    return {meaning: [(name, unit) for _, name, unit in sorted(columns)] for meaning, columns in ranked.items()}
 
 
 def _entry(table: Table, folder: Path, line: int, row: dict) -> Entry:
     path = table.path
-    claims = _columns_by_meaning(tuple(row))
-    found = {name: _text(path, line, name, row, claims.get(name, [])) for name in ("path", "transcript", "id", "split")}
-    if not found["path"]:
+    by_meaning = _columns_by_meaning(tuple(row))
+    texts = {
+        name: _text(path, line, name, row, by_meaning.get(name, [])) for name in ("path", "transcript", "id", "split")
+    }
+    if not texts["path"]:
         raise InputError(f"{path} line {line} has no path; add the path of the recording")
-    if found["split"] == "":
+    if texts["split"] == "":
         raise InputError(f"{path} line {line} has an empty split; give train, dev or test, or leave the column out")
-    file = _resolve_path(path, line, found["path"], folder)
-    start, seconds = _times_of_part(path, line, row, claims, file)
+    file = _resolve_path(path, line, texts["path"], folder)
+    start, seconds = _times_of_part(path, line, row, by_meaning, file)
     utterance = Utterance(
-        id=found["id"] or file.stem,
+        id=texts["id"] or file.stem,
         path=file,
-        transcript=found["transcript"] or None,
+        transcript=texts["transcript"] or None,
         seconds=seconds,
         start=start or 0.0,
         is_part=start is not None,
     )
-    return Entry(utterance, _canonical_split(found["split"] or table.split), row, bool(found["id"]))
+    return Entry(utterance, _canonical_split(texts["split"] or table.split), row, bool(texts["id"]))
 
 
 def _canonical_split(split: str | None) -> str | None:
     return split.casefold() if split and role_of(split) else split
 
 
-def _text(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> str | None:
+def _text(path: Path, line: int, name: str, row: dict, candidates: list[tuple[str, float]]) -> str | None:
     """First value that is not blank; "" if all are blank, None if there is no value."""
     blank = None
-    for column, _ in claims:
+    for column, _ in candidates:
         value = row[column]
         if name == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
@@ -379,9 +377,11 @@ def _resolve_path(path: Path, line: int, text: str, folder: Path) -> Path:
     return file
 
 
-def _times_of_part(path: Path, line: int, row: dict, claims: dict, file: Path) -> tuple[float | None, float | None]:
+def _times_of_part(path: Path, line: int, row: dict, by_meaning: dict, file: Path) -> tuple[float | None, float | None]:
     """Start of the part in seconds, None for a whole recording, and its duration in seconds, None if unknown."""
-    start, end, seconds = (_time(path, line, name, row, claims.get(name, [])) for name in ("start", "end", "seconds"))
+    start, end, seconds = (
+        _time(path, line, name, row, by_meaning.get(name, [])) for name in ("start", "end", "seconds")
+    )
     if start is None and end is None:
         return None, seconds or _seconds_by_samples(path, line, row, file)
     if file.suffix.lower() == ".npy":
@@ -402,9 +402,9 @@ def _times_of_part(path: Path, line: int, row: dict, claims: dict, file: Path) -
     return start or 0.0, seconds
 
 
-def _time(path: Path, line: int, name: str, row: dict, claims: list[tuple[str, float]]) -> float | None:
+def _time(path: Path, line: int, name: str, row: dict, candidates: list[tuple[str, float]]) -> float | None:
     """First time that is not blank, in seconds; None if there is none."""
-    for column, unit in claims:
+    for column, unit in candidates:
         if (value := row[column]) is not None and str(value).strip():
             return _number(path, line, column, value) * unit
     return None
@@ -446,10 +446,10 @@ def _with_distinct_ids(entries: list[Entry]) -> list[Entry]:
         groups: dict[str, list[int]] = {}
         for i, entry in enumerate(entries):
             groups.setdefault(entry.utterance.id, []).append(i)
-        for name, places in groups.items():
-            if len(places) > 1:
-                names = rename(name, [entries[i].utterance for i in places])
-                for i, new in zip(places, names, strict=True):
+        for name, indices in groups.items():
+            if len(indices) > 1:
+                names = rename(name, [entries[i].utterance for i in indices])
+                for i, new in zip(indices, names, strict=True):
                     if not entries[i].has_id:
                         entries[i] = replace(entries[i], utterance=replace(entries[i].utterance, id=new))
     return entries

@@ -25,10 +25,10 @@ CONVERT = (
 def advice(root: Path) -> str:
     """Error for a folder that holds arrays of Python objects, directly or one folder below; "" if there are none."""
     for folder in (root, *subfolders(root)):
-        found = [path.name for path in _arrays(folder) if _holds_objects(path)]
-        if found:
+        names = [path.name for path in _arrays(folder) if _holds_objects(path)]
+        if names:
             return (
-                f"{folder} holds {', '.join(found[:6])}, arrays of Python objects as in HW4P2 before 2022, which are "
+                f"{folder} holds {', '.join(names[:6])}, arrays of Python objects as in HW4P2 before 2022, which are "
                 "refused because loading them can run code; if you trust them, convert them to a folder 'new' there "
                 f'with: python -c "{CONVERT}", and give that folder'
             )

@@ -51,9 +51,9 @@ def sentences(path: Path, lines: Iterable[str]) -> Iterator[str]:
     """
     lines = iter(lines)
     head = list(itertools.islice(lines, HEAD_LINES))
-    if found := foreign_format([line for line in head if line.strip()]):
-        what, advice = found
-        raise InputError(f"{show(path)} is {what}, not text with one sentence per line; {advice}")
+    if problem := foreign_format([line for line in head if line.strip()]):
+        name, advice = problem
+        raise InputError(f"{show(path)} is {name}, not text with one sentence per line; {advice}")
     for line in itertools.chain(head, lines):
         yield SENTENCE_MARKS.sub("", line)
 

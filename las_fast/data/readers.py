@@ -26,8 +26,8 @@ from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 
 CHUNK_SIZE = 16  # utterances per unit of work
-ANSWER_BYTES = 8 << 20  # maximum frames in one answer of a worker; a larger utterance is an answer alone
-GROUP_SECONDS = 120.0  # maximum audio converted to frames at once; a longer recording is converted alone
+ANSWER_BYTES = 8 << 20  # of frames per answer of a worker; a larger utterance is an answer alone
+GROUP_SECONDS = 120.0  # of audio converted to frames at once; a longer recording is converted alone
 # How far a recording may deviate from the manifest's duration: the larger of seconds and a share of the duration.
 SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02
 LONG_SECONDS, LONG_SHARE = 1.0, 0.2
@@ -144,10 +144,10 @@ def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
 def _process_chunk(task, chunk: Sequence[Utterance]) -> Iterator[Item]:
     kind, size, transposed, features = task
     read = _read_audio if kind == "audio" else _read_arrays
-    yield from (_checked(item, chunk[i]) for i, item in enumerate(read(chunk, size, transposed, features)))
+    yield from (_check(item, chunk[i]) for i, item in enumerate(read(chunk, size, transposed, features)))
 
 
-def _checked(item: Item, utterance: Utterance) -> Item:
+def _check(item: Item, utterance: Utterance) -> Item:
     """Check the frames and add the transcript; returns an Item with a problem if either is bad."""
     if item.problem:
         return item
@@ -217,12 +217,12 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     except InputError as error:
         return None, Item(u.id, problem=str(error))
     seconds = len(waveform) / rate
-    if problem := _wrong_length(u, seconds):
+    if problem := _duration_problem(u, seconds):
         return None, Item(u.id, problem=problem)
     return waveform, Item(u.id, None, seconds)
 
 
-def _wrong_length(u: Utterance, seconds: float) -> str:
+def _duration_problem(u: Utterance, seconds: float) -> str:
     """Problem with the duration of a whole recording, or ""; load_audio checks parts."""
     if u.is_part or not u.seconds:
         return ""

@@ -58,7 +58,7 @@ SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitc
 
 
 @dataclass(frozen=True)
-class Utterance:
+class PlannedUtterance:
     """One recording to synthesise."""
 
     split: str
@@ -68,17 +68,17 @@ class Utterance:
     number: int  # index in the corpus; seeds rate, pitch, volume and noise
 
 
-# ---------------------------------------------------------------------------------------------------------- sentences
+# ---------------------------------------------------------------------------------------------------------------- plan
 
 
-def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
+def plan(*, train: int, dev: int, test: int, seed: int) -> list[PlannedUtterance]:
     """List all utterances of the corpus; sentences are distinct within dev and within test."""
     first = train * 100 // 460  # the same proportion of the two training folders as in the real archive
     splits = [
         ("train-clean-100", "train", first), ("train-clean-360", "train", train - first),
         ("dev-clean", "dev", dev), ("test-clean", "test", test),
     ]  # fmt: skip
-    utterances: list[Utterance] = []
+    utterances: list[PlannedUtterance] = []
     for index, (split, role, count) in enumerate(splits):
         rng = np.random.default_rng([seed, index])
         voices = [f"{accent}+{speaker}" for speaker in SPEAKERS[role] for accent in ACCENTS]
@@ -88,14 +88,14 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[Utterance]:
         for i, text in enumerate(texts or (random_sentence(rng, role) for _ in range(count))):
             voice = voices[int(rng.integers(len(voices)))]
             name = f"{100 * index + voices.index(voice) // len(ACCENTS):03d}-{i:05d}"
-            utterances.append(Utterance(split, name, text, voice, len(utterances)))
+            utterances.append(PlannedUtterance(split, name, text, voice, len(utterances)))
     return utterances
 
 
 # ------------------------------------------------------------------------------------------------------------- speech
 
 
-def synthesise(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> np.ndarray:
+def synthesise(synthesiser: Synthesiser, utterance: PlannedUtterance, *, seed: int) -> np.ndarray:
     """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, end silences and faint noise."""
     rng = np.random.default_rng([seed, 1000, utterance.number])
     rate, pitch, pitch_range = rng.integers(130, 191), rng.integers(35, 66), rng.integers(30, 71)
@@ -105,14 +105,13 @@ def synthesise(synthesiser: Synthesiser, utterance: Utterance, *, seed: int) -> 
     wave = soxr.resample(wave, synthesiser.sample_rate, FEATURES.sample_rate)
     silences = rng.integers(0, FEATURES.sample_rate // 5, size=2)
     wave = np.pad(wave, tuple(map(int, silences)))
-    wave *= 10 ** (rng.uniform(-25, -12) / 20) / max(
-        float(np.abs(wave).max()), 1e-3
-    )  # peak in dB relative to full scale
+    peak = 10 ** (rng.uniform(-25, -12) / 20)  # -25 to -12 dB relative to full scale
+    wave *= peak / max(float(np.abs(wave).max()), 1e-3)
     noise = 10 ** (rng.uniform(-75, -50) / 20)
     return (wave + noise * rng.standard_normal(len(wave))).astype(np.float32)
 
 
-def _speak_block(task: tuple[list[Utterance], int, str]) -> list[tuple[str, float]]:
+def _speak_block(task: tuple[list[PlannedUtterance], int, str]) -> list[tuple[str, float]]:
     """Synthesise the utterances of one task in order and write their files; returns (name, seconds) of each."""
     import torch
 
@@ -295,7 +294,9 @@ def _with_handler(numbers: Sequence[int], handler) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _write_tables(root: Path, utterances: list[Utterance], seconds: dict[str, float], corpus_settings: dict) -> None:
+def _write_tables(
+    root: Path, utterances: list[PlannedUtterance], seconds: dict[str, float], corpus_settings: dict
+) -> None:
     rows = [f"{u.name}\t{u.voice}\t{seconds[u.name]:.3f}\t{u.text}" for u in utterances if u.split == "test-clean"]
     table = "\n".join(["file\tvoice\tseconds\ttext", *sorted(rows)])
     (root / "test-clean.tsv").write_text(table + "\n", encoding="utf-8")

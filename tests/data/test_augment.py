@@ -1,4 +1,4 @@
-"""SpecAugment and speed: something is always left, and nothing is swapped."""
+"""SpecAugment and speed: some frames always survive, and frames and bins are not swapped."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_masks_may_take_all_of_their_share_and_all_but_one_of_an_utterance():
     assert most == 9
 
 
-def test_masking_alone_takes_a_frame_for_one_block():
+def test_mask_defaults_to_one_block():
     assert Augment(AugmentConfig()).mask(torch.ones(30, 3), generator()).shape == (30, 3)
 
 
@@ -118,7 +118,7 @@ def test_a_speed_that_was_drawn_before_is_taken_as_it_is():
     assert len(still(torch.ones(100, 2), 0.0, generator(), factor=0.8)) == 100
 
 
-def test_no_two_uses_of_chance_share_random_numbers():
+def test_no_two_random_streams_share_numbers():
     uses = ("speed", "classes", "order", "masks", "joins")
     places = [(use, epoch, utterance) for use in uses for epoch in range(5) for utterance in range(5)]
     draws = [random_stream(u, seed=1, epoch=e, utterance=i).integers(1 << 62) for u, e, i in places]
@@ -129,7 +129,7 @@ def test_no_two_uses_of_chance_share_random_numbers():
         assert random_stream(use, seed=2, epoch=2).integers(1 << 62) not in draws
 
 
-def test_every_two_neighbours_are_joined_and_a_last_one_stays():
+def test_pairs_of_neighbours_are_joined_and_an_odd_last_one_stays():
     features = [torch.full((n, 2), float(n)) for n in range(1, 6)]
     joined, texts = join_pairs(features, ["A", "B", "C", "D", "E"])
     assert texts == ["A B", "C D", "E"]
@@ -137,7 +137,7 @@ def test_every_two_neighbours_are_joined_and_a_last_one_stays():
 
 
 @pytest.mark.parametrize(("frames", "factor", "left"), [(100, 0.8, 125), (100, 3.0, 33), (100, 1.5, 67), (2, 9.0, 1)])
-def test_frames_at_a_speed_are_rounded_and_one_at_least(frames, factor, left):
+def test_frame_counts_at_a_speed_are_rounded_and_at_least_one(frames, factor, left):
     assert frame_counts_at_speed(frames, factor) == left == len(change_speed(torch.ones(frames, 1), factor))
     assert frame_counts_at_speed(np.array([frames, 1]), factor).tolist() == [left, 1]
 

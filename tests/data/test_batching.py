@@ -1,4 +1,4 @@
-"""Batches and the loader: everything is covered, little is padding, and a place in training is two numbers."""
+"""Batches cover every utterance with little padding, and an epoch and a batch number locate a step."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(s
     assert first.index(batches) == 3 or first[4] > batches  # the fourth counts, and the fifth does not
 
 
-def test_batches_know_the_lengths_that_speed_makes(dataset):
+def test_batches_use_the_lengths_after_the_speed_change(dataset):
     augment = Augment(AugmentConfig(speed=0.3))
     batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=4, seed=5, speed=0.3)
     for epoch in range(2):
@@ -129,7 +129,7 @@ def test_batches_follow_from_seed_and_epoch_alone():
     ],
 )
 def test_the_batches_of_a_seed_are_the_same_in_every_version(count, frames, utterances, speed, digest):
-    """A training that is resumed goes on where it was, also with a later version."""
+    """Training resumes at the same batch, even with a later version."""
     batches = BucketBatches(
         LENGTHS[:count], frames_per_batch=frames, utterances_per_batch=utterances, seed=1, speed=speed
     )
@@ -153,7 +153,7 @@ def test_classes_are_as_wide_as_eight_percent_of_padding_allow(count, frames, ut
         assert batches.padding_share(0) > 0.08
 
 
-def test_company_changes_from_epoch_to_epoch():
+def test_batches_mix_other_utterances_in_every_epoch():
     batches = bucketed()
     first = {frozenset(batch) for batch in batches.epoch(0)}
     assert len(first & {frozenset(batch) for batch in batches.epoch(1)}) < len(batches) / 10
@@ -188,7 +188,7 @@ def test_sorted_batches_fill_their_limits_and_keep_the_order_of_equals(frames, u
     assert sorted_batches([], frames_per_batch=frames, utterances_per_batch=utterances) == []
 
 
-def test_a_loader_has_the_workers_that_it_is_told_and_pins_for_a_gpu(dataset, monkeypatch):
+def test_a_loader_has_the_requested_workers_and_pins_for_a_gpu(dataset, monkeypatch):
     def poll():
         raise LookupError
 
@@ -243,7 +243,7 @@ def test_workers_and_start_change_nothing(dataset, workers, start):
 
 
 class Twins(SimpleNamespace):
-    """Two utterances of the same frames."""
+    """Two utterances with equal frames."""
 
     def __getitem__(self, i):
         return torch.ones(100, 28)
@@ -281,7 +281,7 @@ def test_masks_may_begin_within_an_epoch(dataset):
     assert same[:2] == [True, True] and not all(same[2:])
 
 
-def test_joined_batches_hold_every_two_neighbours_as_one(dataset):
+def test_joined_batches_hold_pairs_of_neighbours(dataset):
     vocabulary = Vocabulary()
     augment = Augment(AugmentConfig(join=1.0, time_masks=0, frequency_masks=0))
     batch = load(dataset, [[3, 0, 7, 5, 1]], augment=augment)[0]
@@ -292,7 +292,7 @@ def test_joined_batches_hold_every_two_neighbours_as_one(dataset):
         assert vocabulary.decode(batch.tokens[row]) == " ".join(dataset.texts[i] for i in pair)
 
 
-def test_joins_come_at_their_share_after_their_epoch_whatever_the_start(dataset):
+def test_the_join_rate_after_its_start_epoch_does_not_depend_on_start(dataset):
     batches = [[i, i + 1] for i in range(10)] * 20
     augment = Augment(AugmentConfig(join=0.5, start_epoch=1.5))
     joined = [len(batch.indices) == 1 for batch in load(dataset, batches, augment=augment, epoch=1)]
@@ -309,7 +309,7 @@ def curriculum_of(frames, **options):
     return plan_curriculum(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
 
 
-def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
+def test_a_curriculum_begins_with_short_utterances_and_goes_on_with_all():
     curriculum = curriculum_of(LENGTHS)
     short = np.flatnonzero(LENGTHS <= 200).tolist()
     for epoch in range(7):
@@ -318,7 +318,7 @@ def test_a_course_begins_with_the_short_utterances_and_goes_on_with_all():
     assert curriculum.steps == 3 * len(curriculum.batches_of(0)) + 2 * len(curriculum.batches_of(3))
 
 
-def test_a_course_has_the_settings_of_its_configuration():
+def test_a_curriculum_uses_the_settings_of_its_configuration():
     config = Config(
         data=DataConfig(short_epochs=1, short_seconds=9.0, frames_per_batch=4000, utterances_per_batch=7),
         training=TrainingConfig(epochs=3, seed=5),
@@ -331,7 +331,7 @@ def test_a_course_has_the_settings_of_its_configuration():
     assert curriculum.batches_of(0).epoch(0) == BucketBatches(lengths, members=short, **options).epoch(0)
 
 
-def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
+def test_short_utterances_are_measured_in_frames_of_whole_samples():
     data = DataConfig(short_epochs=1, short_seconds=4.0)
     config = Config(data=data, features=FeatureConfig(sample_rate=22_050))  # 220 samples a frame, of 220.5
     curriculum = plan_curriculum(np.array([400, 401]), config)
@@ -340,7 +340,7 @@ def test_short_utterances_are_as_long_as_their_frames_of_whole_samples():
     assert sorted(sum(curriculum.batches_of(0).epoch(0), [])) == [0, 1]
 
 
-def test_a_course_knows_the_place_of_every_step():
+def test_a_curriculum_locates_every_step():
     curriculum = curriculum_of(LENGTHS[:200])
     places = [curriculum.locate(step) for step in range(curriculum.steps + 1)]
     assert places[:-1] == [(epoch, b) for epoch in range(5) for b in range(len(curriculum.batches_of(epoch)))]
@@ -352,7 +352,7 @@ def test_a_course_knows_the_place_of_every_step():
     assert (np.diff(epochs) > 0).all() and {0, 1, 2, 3, 4, 5} <= set(epochs)
 
 
-def test_a_course_without_short_epochs_or_of_nothing_else():
+def test_a_curriculum_may_have_no_short_epochs_or_only_short_epochs():
     whole = curriculum_of(LENGTHS, short_epochs=0)
     assert len(whole.stages) == 1 and whole.steps == 5 * len(whole.batches_of(0))
     short = curriculum_of(LENGTHS, short_epochs=9)
@@ -361,7 +361,7 @@ def test_a_course_without_short_epochs_or_of_nothing_else():
         curriculum_of(np.array([300, 400]))
 
 
-def test_short_utterances_are_played_at_the_speed_that_their_batches_know(dataset):
+def test_short_epochs_use_the_speeds_that_their_batches_were_cut_for(dataset):
     augment, members = Augment(AugmentConfig(speed=0.3)), np.array([2, 5, 6, 9])
     batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
                             members=members)  # fmt: skip

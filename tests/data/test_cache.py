@@ -1,4 +1,4 @@
-"""The feature cache: built once, for exactly what it depends on, whole or not at all."""
+"""The feature cache is built once per set of inputs, completely or not at all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
-def test_a_second_opening_reads_no_recordings(corpus, folder, monkeypatch):
+def test_opening_an_entry_again_reads_no_recordings(corpus, folder, monkeypatch):
     first = fill(corpus, folder)
     monkeypatch.setattr(cache_module, "read_utterances", lambda *_: pytest.fail("built again"))
     second = fill(corpus, folder)
@@ -72,7 +72,7 @@ def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
     assert entry.spans == [[]] * 4 and entry.positions.tolist() == [0, 1, 2, 3] and entry.bad == []
 
 
-def test_frames_have_the_size_of_the_archive_whatever_the_settings_say(corpus, folder):
+def test_the_archive_decides_the_frame_size_not_the_settings(corpus, folder):
     assert fill(corpus, folder, features=FeatureConfig(size=80)).frames(0).shape[1] == 28
 
 
@@ -82,7 +82,7 @@ def test_features_of_whole_numbers_are_read(corpus, folder):
     assert np.array_equal(fill(corpus, folder).frames(1), np.arange(56).reshape(2, 28))
 
 
-def test_the_parts_of_a_recording_that_are_kept_are_known(tmp_path, folder):
+def test_an_entry_records_which_frames_trimming_kept(tmp_path, folder):
     quiet, speech = np.zeros(4 * RATE, np.float32), make_speech(2.0)
     rows = {"plain": [speech], "late": [quiet, speech], "early": [speech, quiet], "twice": [speech, quiet, speech]}
     for name, waves in rows.items():
@@ -98,7 +98,7 @@ def test_the_parts_of_a_recording_that_are_kept_are_known(tmp_path, folder):
     ("spans", "kept"),
     [([(0, 5)], ()), ([(0, 9)], ()), ([(1, 5)], ((1, 5),)), ([(0, 2), (3, 5)], ((0, 2), (3, 5)))],
 )
-def test_the_first_frames_of_a_recording_need_no_spans(monkeypatch, spans, kept):
+def test_an_untrimmed_recording_needs_no_spans(monkeypatch, spans, kept):
     good, bad = readers.Item("good", seconds=1.0), readers.Item("bad", problem="bad")
     waveforms = [np.zeros(800, np.float32)]
     monkeypatch.setattr(features_module, "speech_features", lambda waves, _: [(torch.ones(5, 2), spans) for _ in waves])
@@ -107,7 +107,7 @@ def test_the_first_frames_of_a_recording_need_no_spans(monkeypatch, spans, kept)
     assert (second.id, second.seconds, second.spans) == ("good", 1.0, kept) and second.frames.shape == (5, 2)
 
 
-def test_transposed_archives_are_turned(tmp_path, folder):
+def test_transposed_archives_are_transposed_back(tmp_path, folder):
     corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
     entry = fill(corpus, folder, features=FeatureConfig())
     for i, u in enumerate(corpus.utterances("dev-clean")):
@@ -144,7 +144,7 @@ def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
     assert second.folder != first.folder
 
 
-def test_a_file_is_known_by_its_path_size_and_time(tmp_path):
+def test_a_file_is_identified_by_path_size_and_mtime(tmp_path):
     path, found = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
     for content, time_ns in ((b"", 0), (b"ab", 0), (b"cd", 1), (b"c", 1)):
         path.write_bytes(content)
@@ -230,7 +230,7 @@ def test_a_new_entry_removes_those_of_its_split_that_are_long_unused(corpus, tmp
     assert entries(folder) == sorted(entry.folder.name for entry in (recent, elsewhere, split, new))
 
 
-def test_a_new_entry_tells_its_place_and_size_once(corpus, folder, capsys):
+def test_a_new_entry_prints_its_path_and_size_once(corpus, folder, capsys):
     for expected in (1, 0):
         open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
@@ -238,20 +238,20 @@ def test_a_new_entry_tells_its_place_and_size_once(corpus, folder, capsys):
         assert all(str(folder) in line and line.endswith("MB)") for line in told)
 
 
-def test_the_size_that_is_told_is_in_megabytes(corpus, folder, capsys):
+def test_the_printed_size_is_in_megabytes(corpus, folder, capsys):
     np.save(corpus.utterances("dev-clean")[0].path, np.ones((30_000, 28), np.float32))
     entry = open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
     size = (entry.folder / "features.f32").stat().st_size
     assert capsys.readouterr().err == f"feature cache of dev-clean: {entry.folder} ({size / 1e6:.1f} MB)\n"
 
 
-def test_without_progress_nothing_is_said(corpus, folder, monkeypatch, capsys):
+def test_without_progress_nothing_is_printed(corpus, folder, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     fill(corpus, folder)
     assert capsys.readouterr().err == ""
 
 
-def test_an_entry_that_is_gone_at_once_is_an_input_error(corpus, folder, monkeypatch):
+def test_an_entry_that_vanishes_is_an_input_error(corpus, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "_read_entry", lambda target: None)
     with pytest.raises(InputError, match="was removed or damaged while in use; run again"):
         fill(corpus, folder)
@@ -260,7 +260,7 @@ def test_an_entry_that_is_gone_at_once_is_an_input_error(corpus, folder, monkeyp
 @pytest.mark.parametrize(
     ("count", "workers", "processes"), [(64, 2, 0), (65, 1, 0), (65, 2, 2), (65, 20, 5), (80, 5, 5), (81, 20, 6)]
 )
-def test_many_utterances_are_read_by_so_many_processes(corpus, tmp_path, monkeypatch, count, workers, processes):
+def test_large_splits_are_read_by_the_requested_processes(corpus, tmp_path, monkeypatch, count, workers, processes):
     children, start = [], readers._start_worker
     monkeypatch.setattr(readers, "_start_worker", lambda task: children.append(start(task)) or children[-1])
     monkeypatch.setattr(cache_module.sys, "executable", "false")  # they end at once
@@ -284,7 +284,7 @@ def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder
     assert asked == [7, 3]
 
 
-def test_a_worker_finds_the_package_and_is_apart_from_the_terminal(tmp_path, monkeypatch):
+def test_a_worker_finds_the_package_and_runs_in_its_own_session(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(readers.subprocess, "Popen", lambda command, **options: asked.append((command, options)))
     monkeypatch.setattr(cache_module.sys, "path", ["", "/some/where"])
@@ -339,11 +339,11 @@ def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monk
         (10.0, 11.9, ""), (10.0, 12.5, "add a column 'offset'"),  # or by 20%
     ],
 )  # fmt: skip
-def test_a_recording_may_differ_a_little_from_what_is_said_of_its_length(said, held, problem):
+def test_a_recording_may_differ_slightly_from_the_manifests_duration(said, held, problem):
     u = Utterance("x", Path("x.wav"), None, seconds=said)
-    found = readers._wrong_length(u, held)
+    found = readers._duration_problem(u, held)
     assert (problem in found and f"x.wav holds {held:.2f} s" in found) if problem else found == ""
-    assert readers._wrong_length(replace(u, is_part=True), held) == ""
+    assert readers._duration_problem(replace(u, is_part=True), held) == ""
 
 
 @pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
@@ -356,7 +356,7 @@ def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch,
     assert [place for *_, place in fill(corpus, folder, workers=2).bad] == [3, 17]
 
 
-def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
+def test_at_most_a_group_of_audio_is_in_memory(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     manifest = make_manifest(tmp_path / "data", utterances=20)
     write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
@@ -385,7 +385,7 @@ def test_little_audio_is_held_at_a_time(tmp_path, folder, monkeypatch):
             np.testing.assert_allclose(entry.frames(i), plain.frames(i), atol=1e-3)
 
 
-def test_recordings_are_turned_into_frames_in_groups_of_so_many_seconds(monkeypatch):
+def test_recordings_are_converted_in_groups_of_limited_seconds(monkeypatch):
     def with_frames(items, waveforms, features):
         groups.append(([item.seconds for item in items], len(waveforms)))
         waveforms.clear()
@@ -401,7 +401,7 @@ def test_recordings_are_turned_into_frames_in_groups_of_so_many_seconds(monkeypa
     assert groups == [([4.0, 0.0, 6.0], 2), ([0.5], 1), ([12.0], 1), ([3.0, 3.0, 3.0], 3), ([2.0], 1)]
 
 
-def test_what_is_read_is_stored_in_order_and_the_bad_beside_it(tmp_path, monkeypatch):
+def test_good_utterances_are_stored_in_order_and_bad_ones_listed(tmp_path, monkeypatch):
     def written(check=None):
         notes, counted = [], []
         bar = SimpleNamespace(note=notes.append, update=lambda: counted.append(1))
@@ -485,7 +485,7 @@ def test_an_interrupt_leaves_no_half_cache(corpus, folder, monkeypatch):
     assert len(fill(corpus, folder).ids) == 4
 
 
-def test_a_killed_build_is_swept_up_and_a_running_one_is_not(corpus, folder):
+def test_a_killed_build_is_removed_and_a_running_one_is_not(corpus, folder):
     child = subprocess.Popen(["true"])
     child.wait()
     folder.mkdir()
@@ -573,7 +573,7 @@ def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
     assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
 
 
-def test_pages_of_the_map_are_let_go_after_so_many_bytes(tmp_path, monkeypatch):
+def test_mapped_pages_are_released_after_drop_bytes(tmp_path, monkeypatch):
     class Map(mmap.mmap):
         def madvise(self, option):
             assert option == mmap.MADV_DONTNEED
@@ -673,7 +673,7 @@ def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder,
             assert lost.id not in kept.ids and len(kept.skipped) == 1
 
 
-def test_a_feature_file_of_a_manifest_that_is_missing_is_no_lost_counterpart(tmp_path, folder):
+def test_a_missing_feature_file_of_a_manifest_does_not_blame_a_transcript(tmp_path, folder):
     save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
     (tmp_path / "m.tsv").write_text("path\ttext\nx.npy\tHI\ny.npy\tHI\n")
     entry = fill(open_corpus(tmp_path), folder, "all", FeatureConfig(size=17))
@@ -681,7 +681,7 @@ def test_a_feature_file_of_a_manifest_that_is_missing_is_no_lost_counterpart(tmp
                                "its counterpart", 1)]  # fmt: skip
 
 
-def test_the_shape_of_a_transposed_archive_is_told_as_it_is(tmp_path, folder):
+def test_an_error_names_the_shape_of_a_transposed_archive_as_stored(tmp_path, folder):
     corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
     first, second = (u.path for u in corpus.utterances("dev-clean")[:2])
     np.save(first, np.load(first)[:70])
@@ -736,7 +736,7 @@ def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
     assert entries(folder) == []
 
 
-def test_progress_is_shown_with_its_rate(corpus, folder, monkeypatch, capsys):
+def test_progress_shows_the_real_time_factor(corpus, folder, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     utterances = corpus.utterances("dev-clean")
     open_cache(corpus, "dev-clean", utterances, F23, folder=str(folder), progress=True)
@@ -745,7 +745,7 @@ def test_progress_is_shown_with_its_rate(corpus, folder, monkeypatch, capsys):
     assert re.search(r"; [1-9]\d* x real time$", line)
 
 
-def test_answers_of_a_worker_hold_as_many_utterances_as_fit(monkeypatch):
+def test_an_answer_of_a_worker_holds_as_many_utterances_as_fit(monkeypatch):
     monkeypatch.setattr(readers, "ANSWER_BYTES", 100)
     sizes = [40, 60, 1, 100, 101, 0, 100, 0, 1]
     items = [readers.Item(str(n), frames=np.zeros(n, np.int8) if n else None) for n in sizes]

@@ -1,4 +1,4 @@
-"""The dataset: normalised frames, deltas, texts, and what is left out."""
+"""The dataset: normalised frames, deltas, texts and skipped utterances."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def checked(text, *, normalise=False, needed=True, transcript=None):
         ("é", {"transcript": Path("x.txt")}, "x.txt: transcript 'é' has characters", "é"),
     ],
 )
-def test_what_is_wrong_with_a_text_and_what_is_used_of_it(text, options, problem, used):
+def test_transcripts_are_checked_and_normalised(text, options, problem, used):
     found, kept = checked(text, **options)
     assert found.startswith(problem) and bool(found) == bool(problem) and kept == used
 
 
-def test_global_statistics_come_from_training_and_serve_the_others(archive):
+def test_global_statistics_come_from_training_and_apply_to_other_splits(archive):
     train = load(archive, "train", normalisation="global")
     raw = torch.cat([load(archive, "train", normalisation="none")[i] for i in range(len(train))])
     torch.testing.assert_close(train.statistics.mean, raw.mean(0))
@@ -164,7 +164,7 @@ def test_unknown_characters_are_listed_mapped_or_skipped(archive):
 
 
 @pytest.mark.parametrize("text", ["A 123 B", "42"])
-def test_digits_are_not_lost_in_silence(archive, text):
+def test_digits_are_not_dropped_silently(archive, text):
     path = open_corpus(archive).utterances("dev-clean")[0].transcript
     save(path, text_array(text, True))
     with pytest.raises(InputError, match="contains digits.*spell them out") as error:
@@ -238,14 +238,14 @@ def test_no_split_is_an_error(archive):
         load_dataset(corpus, (), features=FeatureConfig(size=28), data=DataConfig(), need_text=True, progress=False)
 
 
-def test_few_left_out_are_all_named(archive, capsys):
+def test_a_few_skipped_utterances_are_all_listed(archive, capsys):
     open_corpus(archive).utterances("dev-clean")[0].transcript.unlink()
     assert len(load(archive, "dev", on_bad="skip")) == 5
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "dev-clean: left out 1 of 6 utterances" and len(lines) == 2
 
 
-def test_an_id_that_is_bad_in_another_split_is_told_apart(archive):
+def test_an_id_that_is_bad_in_another_split_gets_the_splits_name(archive):
     good = open_corpus(archive).utterances("train-clean-100")[0]
     for path in (good.path, good.transcript):
         twin = Path(str(path).replace("train-clean-100", "train-clean-360"))
@@ -255,7 +255,7 @@ def test_an_id_that_is_bad_in_another_split_is_told_apart(archive):
     assert [name for name, _ in dataset.skipped] == [f"train-clean-360/{good.id}"]
 
 
-def test_training_on_fewer_hours_takes_some_of_what_more_hours_take(archive):
+def test_fewer_hours_draw_a_subset_of_more_hours(archive):
     whole = load(archive, "train")
     hours = whole.seconds.sum() / 3600
     few, more = (load(archive, "train", hours=share * hours) for share in (0.4, 0.7))
@@ -270,7 +270,7 @@ def test_training_on_fewer_hours_takes_some_of_what_more_hours_take(archive):
         load(archive, "train", hours=5)
 
 
-def test_nothing_left_is_an_error_with_the_first_reason(archive):
+def test_no_usable_utterance_is_an_error_with_the_first_reason(archive):
     with pytest.raises(InputError, match="no utterance of dev-clean is usable; the first reason"):
         load(archive, "dev", max_seconds=0.01)
     for path in (archive / "dev-clean").rglob("*.npy"):
@@ -294,13 +294,13 @@ def test_a_dataset_can_be_sent_to_a_worker(archive):
     ("text", "said"),
     [("a" * 50, "has characters outside"), ("1" * 50, "contains digits"), ("AA0 " * 20, "holds phonemes")],
 )
-def test_long_transcripts_are_told_by_their_first_forty_characters(tmp_path, text, said):
+def test_errors_quote_the_first_forty_characters_of_a_transcript(tmp_path, text, said):
     (tmp_path / "m.tsv").write_text(f"path\ttext\nx.wav\t{text}\n")
     with pytest.raises(InputError, match=f"x.wav: transcript '{text[:40]}' {said}"):
         load(tmp_path, "train", size=80, normalise_text="1" in text)
 
 
-def test_a_bad_text_is_the_reason_also_where_the_recording_is_long(archive):
+def test_a_bad_transcript_is_reported_before_a_long_recording(archive):
     path = open_corpus(archive).utterances("dev-clean")[0].transcript
     save(path, text_array("é", True))
     with pytest.raises(InputError, match="is usable; the first reason: .*outside the vocabulary"):
@@ -324,7 +324,7 @@ def test_hours_are_filled_to_the_last_second(archive):
         load(archive, "dev", hours=1.75 / 3600)
 
 
-def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
+def test_many_skipped_utterances_are_counted_and_some_are_listed(tmp_path, capsys):
     archive = make_archive(tmp_path, "S23", utterances=15)
     for u in open_corpus(archive).utterances("dev-clean")[:12]:
         u.transcript.unlink()
@@ -352,14 +352,14 @@ def test_many_left_out_are_counted_and_some_are_named(tmp_path, capsys):
         ((0.0, 0.4), (0.28, 0.68), 1),
     ],
 )
-def test_parts_are_shared_where_they_overlap_by_more_than_a_cut_may(tmp_path, first, second, shared):
+def test_parts_count_as_overlapping_beyond_the_tolerance(tmp_path, first, second, shared):
     paths = [tmp_path / "a.wav", tmp_path / "b.wav"]
     ours = SimpleNamespace(paths=[paths[0], paths[1]], spans=[first, (0.0, 1.0)])
     theirs = SimpleNamespace(paths=[paths[0], tmp_path / "c.wav"], spans=[second, (0.0, 1.0)])
     assert count_overlapping(ours, theirs) == shared and count_shared_recordings(ours, theirs) == 1
 
 
-def test_parts_are_shared_whatever_their_order_and_whichever_is_longest(tmp_path):
+def test_overlap_does_not_depend_on_the_order_or_length_of_parts(tmp_path):
     path = tmp_path / "a.wav"
     for spans in ([(5.0, 8.0), (0.0, 4.0)], [(0.0, 9.0), (1.0, 2.0)]):
         ours = SimpleNamespace(paths=[path, path], spans=spans)
@@ -367,7 +367,7 @@ def test_parts_are_shared_whatever_their_order_and_whichever_is_longest(tmp_path
         assert [count_overlapping(ours, other) for other in theirs] == [1, 1, 0]
 
 
-def test_frames_are_found_again_in_a_recording_whose_silence_was_left_out(tmp_path):
+def test_frames_map_back_to_a_recording_whose_silence_was_trimmed(tmp_path):
     quiet = np.zeros(4 * RATE, np.float32)
     speech = [make_speech(2.0, seed=seed) for seed in (1, 2)]
     (tmp_path / "clips").mkdir()

@@ -1,4 +1,4 @@
-"""Which files in a folder count, and what counts as a line of a text, for every reader alike."""
+"""Folder listings and text files: which files count, and what ends a line, in every layout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def add_clutter(root):
-    """Put what systems and editors leave into every folder, under the names of the files that are there."""
+    """Add the hidden files that systems and editors leave to every folder, named after the files in it."""
     for folder, _, names in list(os.walk(root)):
         for name in [*names, *(pattern.format(name) for pattern in CLUTTER for name in (names or ["x"]))]:
             if not os.path.exists(os.path.join(folder, name)):
@@ -115,7 +115,7 @@ def test_suffixes_count_in_upper_case(tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("block", [4, 1 << 20])
-def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, block):
+def test_lines_are_read_in_every_encoding(tmp_path, monkeypatch, data, lines, block):
     monkeypatch.setattr(files_module, "BLOCK_BYTES", block)
     (tmp_path / "x.txt").write_bytes(data)
     for name in ("x.txt.gz", "X.GZ"):
@@ -132,7 +132,7 @@ def test_the_lines_of_a_text_in_every_form(tmp_path, monkeypatch, data, lines, b
      (b"\xff\xfea", "line 1 is not UTF-8")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["x.txt", "m.tsv", "m.jsonl", "m.csv", "1.trans.txt"])
-def test_what_is_no_text_is_named_with_its_line(tmp_path, monkeypatch, data, said, name):
+def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, monkeypatch, data, said, name):
     monkeypatch.setattr(files_module, "BLOCK_BYTES", 4)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=f"{name} {said}") as error:
@@ -157,7 +157,7 @@ def test_a_text_that_cannot_be_read_says_why(tmp_path):
 
 @pytest.mark.parametrize("form", ["bom", "crlf", "cr", "utf-16"])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "archive"])
-def test_every_text_of_every_layout_is_read_in_every_form(tmp_path, layout, form):
+def test_every_text_of_every_layout_is_read_in_every_encoding(tmp_path, layout, form):
     LAYOUTS[layout](tmp_path)
     before = everything(open_corpus(tmp_path))
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("closed", "said"), [(".", "data cannot be listed: Perm"), ("a", "no known layout")])
-def test_a_folder_that_holds_nothing_but_what_cannot_be_listed_is_refused(tmp_path, monkeypatch, closed, said):
+def test_a_folder_with_only_unreadable_folders_is_refused(tmp_path, monkeypatch, closed, said):
     def scandir(path):
         if Path(path) == tmp_path / "data" / closed:
             raise PermissionError(13, "Permission denied", str(path))
@@ -222,7 +222,7 @@ def test_a_link_to_an_archive_is_no_second_archive(tmp_path):
     assert corpus.root == archive and len(corpus.utterances("dev-clean")) == 4
 
 
-def test_names_in_texts_are_found_where_the_system_does_not_speak_utf8(tmp_path):
+def test_names_in_texts_are_found_where_the_locale_is_not_utf8(tmp_path):
     make_librispeech(tmp_path / "speech", utterances=1, splits=("dev-clean",))
     for path in (tmp_path / "speech").rglob("*-0000.flac"):
         path.rename(path.with_name(path.name.replace("-0000", "-한")))
@@ -246,7 +246,7 @@ def test_names_in_texts_are_found_where_the_system_does_not_speak_utf8(tmp_path)
     assert out.stdout.strip() == f"ascii {[True] * 7} {[False] + [True] * 6}", out.stderr
 
 
-def test_names_in_texts_are_looked_for_as_the_system_writes_them(tmp_path, monkeypatch):
+def test_names_in_texts_use_the_encoding_of_the_file_system(tmp_path, monkeypatch):
     there = "ü".encode().decode("latin-1")
     (tmp_path / f"{there}.wav").touch()
     (tmp_path / "m.tsv").write_text("path\nü.wav\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""HW4P2 archives: every edition is recognised, paired by name and kept in its own order."""
+"""HW4P2 archives: each edition is recognised, its files are paired by name, and its order is kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_root_may_be_above_or_below_the_archive(tmp_path, edition):
         assert open_corpus(root).root == archive
 
 
-def test_an_archive_without_a_test_split_is_s22_still(tmp_path):
+def test_an_archive_without_a_test_split_is_still_s22(tmp_path):
     archive = make_archive(tmp_path, "S22")
     shutil.rmtree(archive / "test")
     corpus = open_corpus(tmp_path / "hw4p2_student_data")
@@ -169,7 +169,7 @@ def test_s24_trains_on_100_hours_unless_50_are_asked_for(tmp_path):
         ("hw4p2_data", ".", True, "HW4P2 F24"),
     ],
 )
-def test_fbank_archives_are_told_apart_by_what_lies_beside_them(tmp_path, name, symbols, sentences, edition):
+def test_fbank_editions_differ_by_the_files_beside_them(tmp_path, name, symbols, sentences, edition):
     archive = tmp_path / name
     for i in range(2):
         save(archive / "dev-clean" / "fbank" / f"{i}.npy", np.ones((80, 20 + i), np.float32))
@@ -205,7 +205,7 @@ def test_the_size_of_frames_is_that_of_most_files(tmp_path):
     assert open_corpus(tmp_path).feature_size == 28  # the smaller, where none is more common
 
 
-def test_eight_files_of_a_split_are_looked_at(tmp_path):
+def test_the_headers_of_eight_files_per_split_are_read(tmp_path):
     for i in range(7):
         save(tmp_path / "dev" / "mfcc" / f"{i}.npy", np.ones(3))
     save(tmp_path / "dev" / "mfcc" / "8.npy", np.ones((20, 28)))
@@ -238,7 +238,7 @@ def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
         (ValueError("cut\noff"), "it is truncated or damaged (cut off); copy it again"),
     ],
 )
-def test_why_an_array_is_not_read_is_said_in_a_few_words(error, said):
+def test_load_problems_are_explained(error, said):
     assert load_problem(error).startswith(said)
 
 
@@ -308,7 +308,7 @@ def test_phonemes_are_refused_with_the_reason(tmp_path, symbols):
             read_transcript(save(tmp_path / "t.npy", array))
 
 
-def test_some_of_the_phonemes_are_told(tmp_path):
+def test_the_error_quotes_some_phonemes(tmp_path):
     with pytest.raises(InputError, match=rf"holds phonemes \({'AA ' * 10}\), not letters"):
         read_transcript(save(tmp_path / "t.npy", np.array(["AA "] * 20)))
 
@@ -323,7 +323,7 @@ def test_phonemes_in_a_manifest_are_refused_with_the_reason(tmp_path):
             load(open_corpus(manifest), "train", features=FeatureConfig(), normalise_text=normalise_text)
 
 
-def test_an_archive_without_transcripts_says_where_they_are_looked_for(tmp_path):
+def test_an_archive_without_transcripts_says_where_they_belong(tmp_path):
     archive = make_archive(tmp_path, "F23")
     (archive / "dev-clean" / "transcripts").rename(archive / "dev-clean" / "labels")
     names = r"\(or in text, transcript, transcript/raw, transcripts, transcripts/raw\)$"
@@ -334,7 +334,7 @@ def test_an_archive_without_transcripts_says_where_they_are_looked_for(tmp_path)
 
 
 def make_old_archive(folder):
-    """Write the arrays of objects that archives before 2022 were, their transcripts as words in bytes."""
+    """Write the object arrays of an archive from before 2022, with transcripts as words in bytes."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     for split, count in (("train", 3), ("dev", 2), ("test", 2)):
@@ -372,7 +372,7 @@ def test_an_older_archive_is_known_by_any_version_of_its_files(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_twenty_files_are_looked_at_for_an_older_archive(tmp_path):
+def test_twenty_files_are_checked_for_an_older_archive(tmp_path):
     for i in range(19):
         (tmp_path / f"{i:02}.npy").touch()
     np.save(tmp_path / "train.npy", np.array([None]), allow_pickle=True)
@@ -390,7 +390,7 @@ def test_numeric_arrays_beside_each_other_are_no_older_archive(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_a_transcript_that_is_none_is_named(tmp_path):
+def test_a_file_that_is_no_transcript_is_named(tmp_path):
     numbers = save(tmp_path / "numbers.npy", np.arange(3))
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array(["A", None], object), allow_pickle=True)
@@ -418,7 +418,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_one_damaged_file_does_not_keep_an_archive_shut(tmp_path, damage):
+def test_an_archive_with_one_damaged_file_opens(tmp_path, damage):
     archive = make_archive(tmp_path, "F23")
     first = open_corpus(archive).utterances("dev-clean")[0]
     for path in (first.path, first.transcript):
@@ -464,7 +464,7 @@ def test_an_archive_without_files_is_refused(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_two_archives_under_one_root_are_told_apart_by_the_user(tmp_path):
+def test_two_archives_under_one_root_are_an_error_that_names_both(tmp_path):
     make_archive(tmp_path, "S23")
     make_archive(tmp_path, "F23")
     with pytest.raises(InputError, match="several archives .*give one of .*/11-785-f23-hw4p2, .*/data$"):

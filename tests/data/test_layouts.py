@@ -77,7 +77,7 @@ PARTS = {
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
 @pytest.mark.parametrize("names", PARTS)
-def test_a_part_of_a_recording_is_read_whatever_its_columns_are_called(tmp_path, long, names, suffix):
+def test_a_part_is_read_under_every_known_column_name(tmp_path, long, names, suffix):
     rows = [{"audio_filepath": "long.wav", **part, "text": "HI"} for part in PARTS[names]]
     dataset = load(write_table(tmp_path / f"m{suffix}", rows))
     samples = load_audio(long, RATE)
@@ -105,7 +105,7 @@ def test_a_part_without_an_end_goes_to_the_end(tmp_path, long):
         ({"duration_ms": 3000}, 0.0, 3.0),
     ],
 )
-def test_the_times_of_a_line_say_where_its_part_lies(tmp_path, long, part, start, seconds):
+def test_times_of_a_line_select_its_part(tmp_path, long, part, start, seconds):
     (u,) = open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **part}])).utterances("all")
     assert (u.id, u.start, u.seconds, u.is_part) == ("long", start, seconds, "duration_ms" not in part)
 
@@ -155,7 +155,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"from": 5}, "column 'from' \\(5\\) is unknown"),
     ],
 )
-def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, columns, said):
+def test_columns_that_change_what_is_read_are_honoured_or_refused(tmp_path, long, columns, said):
     with pytest.raises(InputError, match=f"m.jsonl:? ?{said}"):
         open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **columns, "text": "HI"}]))
 
@@ -180,7 +180,7 @@ def test_columns_that_change_what_is_read_are_honoured_or_named(tmp_path, long, 
         "discard",
     ],
 )
-def test_columns_that_choose_lines_are_refused_where_they_differ(tmp_path, long, column):
+def test_columns_that_select_lines_are_refused_if_their_values_differ(tmp_path, long, column):
     rows = [{"id": i, "path": "long.wav", column: value, "text": "HI"} for i, value in enumerate("ab")]
     with pytest.raises(InputError, match=rf"column '{column}' has different values \(a, b\)"):
         open_corpus(write_table(tmp_path / "m.tsv", rows))
@@ -189,13 +189,13 @@ def test_columns_that_choose_lines_are_refused_where_they_differ(tmp_path, long,
     assert len(open_corpus(write_table(tmp_path / "m.tsv", rows)).utterances("all")) == 2
 
 
-def test_of_the_values_of_a_column_that_is_refused_the_first_three_are_named(tmp_path, long):
+def test_the_error_quotes_three_values_of_a_refused_column(tmp_path, long):
     rows = [{"path": "long.wav", "fold": value} for value in "edcbaedc"]
     with pytest.raises(InputError, match=r"column 'fold' has different values \(a, b, c\)"):
         open_corpus(write_table(tmp_path / "m.jsonl", rows))
 
 
-def test_blank_and_missing_values_of_json_say_nothing(tmp_path, long):
+def test_blank_and_missing_values_of_json_are_ignored(tmp_path, long):
     blanks = {"id": None, "split": None, "seconds": None, "start": "  ", "end": None, "num_samples": " ", "stop": None,
               "onset": " ", "lang": " en", "text": " HI "}  # fmt: skip
     rows = [{"path": " long.wav ", **blanks}, {"path": "other.wav", "lang": "en", "num_samples": "", "seconds": " "}]
@@ -206,7 +206,7 @@ def test_blank_and_missing_values_of_json_say_nothing(tmp_path, long):
     assert (second.id, second.transcript, second.seconds) == ("other", None, None)
 
 
-def test_columns_that_say_other_things_are_allowed(tmp_path, long):
+def test_unrelated_columns_are_allowed(tmp_path, long):
     row = {"path": "long.wav", "text": "HI", "speaker": "s", "age": 7, "gender": "f", "channels": 1, "trend": "up",
            "stop_": "", "sample_rate": 16000, "lang": "en"}  # fmt: skip
     assert len(load(write_table(tmp_path / "m.tsv", [row]))) == 1
@@ -218,7 +218,7 @@ def test_a_part_of_a_feature_file_is_refused(tmp_path, name):
         open_corpus(write_table(tmp_path / "m.jsonl", [{"path": name, "offset": 1, "text": "HI"}]))
 
 
-def test_the_cache_knows_parts_apart(tmp_path, long):
+def test_parts_of_one_recording_have_their_own_cache_entries(tmp_path, long):
     folders = set()
     for part in ({}, {"offset": 0}, {"offset": 1}, {"offset": 1, "duration": 1}, {"offset": 1, "duration": 2}):
         corpus = open_corpus(write_table(tmp_path / "m.jsonl", [{"id": "x", "path": "long.wav", **part, "text": "A"}]))
@@ -254,7 +254,7 @@ def test_parts_of_one_recording_in_train_and_dev_are_counted(tmp_path, long, tra
 # ------------------------------------------------------------------------------------------------------------ manifests
 
 
-def test_a_recording_that_is_gone_is_known_by_its_path():
+def test_a_missing_recording_is_identified_by_its_path():
     gone, other = (SimpleNamespace(paths=[Path(f"gone/{x}.wav")], spans=[(0.0, np.inf)]) for x in "ab")
     assert (count_overlapping(gone, gone), count_shared_recordings(gone, gone)) == (1, 1)
     assert (count_overlapping(gone, other), count_shared_recordings(gone, other)) == (0, 0)
@@ -265,7 +265,7 @@ def test_a_manifest_may_have_a_capital_ending(tmp_path, long):
     assert len(load(tmp_path / "M.TSV")) == len(load(tmp_path)) == 1
 
 
-def test_an_id_that_a_line_brings_stays_beside_one_that_is_made(tmp_path, long):
+def test_ids_from_the_manifest_stay_beside_generated_ids(tmp_path, long):
     rows = [{"path": "long.wav"}, {"path": "other.wav", "id": "long"}, {"path": "a/long.wav"}]
     utterances = open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")
     assert [u.id for u in utterances] == [f"{tmp_path.name}/long", "long", "a/long"]
@@ -308,7 +308,7 @@ def test_the_columns_of_other_tools_are_known(tmp_path, long, suffix):
         assert (u.id, u.path, u.transcript) == ("x", long, "HELLO")
 
 
-def test_of_several_columns_the_usual_one_counts_and_blanks_do_not(tmp_path, long):
+def test_the_preferred_column_that_is_not_blank_counts(tmp_path, long):
     rows = [{"text": "B", "transcript": "A", "path": "long.wav"}, {"text": "B", "transcript": " ", "path": "long.wav"}]
     texts = [u.transcript for u in open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")]
     assert texts == ["A", "B"]
@@ -350,7 +350,7 @@ def test_quotes_spaces_and_empty_columns_of_tables(tmp_path, long, name, text):
 
 @pytest.mark.parametrize("text", ['"', '"A" B "C"', '"A', 'A"', '""', "A ' B", '""A"', '"A""'])
 @pytest.mark.parametrize("name", ["m.tsv", "m.csv"])
-def test_quotes_that_are_not_around_the_whole_are_text(tmp_path, long, name, text):
+def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
     (tmp_path / name).write_text(f"path{'|' if name == 'm.csv' else chr(9)}text\nlong.wav{chr(9)}{text}\n")
     if name == "m.csv":
         (tmp_path / name).write_text(f"path|text\nlong.wav|{text}\n")
@@ -392,7 +392,7 @@ def test_what_is_wrong_with_a_table_is_named(tmp_path, name, text, said):
 @pytest.mark.parametrize(
     "row", ['"\\ud800"', '{"path": "\\ud800"}', '{"path": "a", "lang": "\\ud800"}\n{"path": "a", "lang": "b"}']
 )
-def test_an_error_on_half_a_character_can_be_printed(tmp_path, row):
+def test_an_error_on_a_lone_surrogate_can_be_printed(tmp_path, row):
     (tmp_path / "m.jsonl").write_text(row)
     with pytest.raises(InputError) as error:
         open_corpus(tmp_path)
@@ -470,7 +470,7 @@ def test_hours_of_librispeech_name_its_folders(tmp_path):
     assert corpus.resolve("460") == splits[:2] and corpus.resolve("500") == splits[2:3]
 
 
-def test_of_splits_that_differ_in_case_the_first_is_meant(tmp_path, long):
+def test_the_first_of_splits_that_differ_in_case_is_taken(tmp_path, long):
     rows = [{"id": i, "path": "long.wav", "split": s} for i, s in enumerate(("Mine", "MINE"))]
     corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
     assert (corpus.resolve("mine"), corpus.resolve("MINE")) == (("Mine",), ("MINE",))
@@ -504,7 +504,7 @@ def test_a_lone_manifest_plays_every_role_whatever_its_name(tmp_path, long):
     assert (corpus.splits, corpus.name) == (("dev", "train"), "manifest dev.tsv, train.tsv")
 
 
-def test_two_manifests_of_one_split_are_not_chosen_between(tmp_path, long):
+def test_two_manifests_of_one_split_are_an_error(tmp_path, long):
     for name in ("train.tsv", "train_manifest.csv"):
         write_table(tmp_path / name, [{"path": "long.wav", "text": "HI"}])
     with pytest.raises(InputError, match=r"has 2 manifests \(train.tsv, train_manifest.csv\)"):
@@ -520,7 +520,7 @@ def test_a_folder_called_like_a_manifest_is_none(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_so_many_files_are_looked_at_whether_they_are_manifests(tmp_path, long, monkeypatch):
+def test_a_limited_number_of_files_is_checked_for_manifests(tmp_path, long, monkeypatch):
     monkeypatch.setattr(manifests, "MAX_FILES", 2)
     for name in ("dev.tsv", "train.tsv", "zzz.tsv"):
         write_table(tmp_path / name, [{"path": "long.wav", "text": "HI"}])
@@ -626,7 +626,7 @@ def test_other_tables_in_a_common_voice_folder_are_left_alone(tmp_path):
     )
 
 
-def test_an_empty_split_of_common_voice_is_said_when_it_is_asked_for(tmp_path):
+def test_an_empty_split_of_common_voice_is_an_error_when_requested(tmp_path):
     make_common_voice(tmp_path)
     header = (tmp_path / "dev.tsv").read_text().splitlines()[0]
     (tmp_path / "dev.tsv").write_text(header + "\n")
@@ -687,7 +687,7 @@ def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
     assert corpus.roles == {"train": ("all",), "dev": ("all",), "test": ("all",)}
 
 
-def test_the_data_of_a_kaldi_recipe_come_before_what_else_its_folder_holds(tmp_path):
+def test_kaldi_data_take_precedence_over_other_files_of_a_recipe(tmp_path):
     make_kaldi(tmp_path)
     make_kaldi(tmp_path / "old")
     assert open_corpus(tmp_path).root == tmp_path / "data"
@@ -714,7 +714,7 @@ def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
         ("text", "new-0 HELLO", "has a text of new-0, which .*segments lacks"),
     ],
 )
-def test_what_a_kaldi_folder_cannot_give_is_said_or_left_out(tmp_path, name, line, said):
+def test_unusable_lines_of_a_kaldi_folder_are_reported_or_skipped(tmp_path, name, line, said):
     data = make_kaldi(tmp_path)
     lines = (data / "train" / name).read_text().splitlines()
     (data / "train" / name).write_text("\n".join([line, *lines[name != "text" :]]))
@@ -775,7 +775,7 @@ def test_a_file_called_text_is_of_kaldi_only_beside_its_recordings(tmp_path):
         assert list(read_texts(path)) == ["GOOD DAY"]
 
 
-def test_a_long_command_of_kaldi_is_told_by_its_first_forty_characters(tmp_path):
+def test_errors_quote_the_first_forty_characters_of_a_kaldi_command(tmp_path):
     data = make_kaldi(tmp_path, splits=("train",))
     (data / "train" / "wav.scp").write_text(f"train0 {'x' * 50} |\n")
     (data / "train" / "segments").unlink()
@@ -890,7 +890,7 @@ def test_a_column_of_splits_counts_more_than_the_names_of_manifests(tmp_path, lo
     assert set(open_corpus(tmp_path).splits) == {"test", "train"}
 
 
-def test_two_manifests_are_not_passed_over_for_what_lies_below(tmp_path):
+def test_two_manifests_are_not_ignored_for_data_in_a_subfolder(tmp_path):
     for name in "ab":
         write_table(tmp_path / f"{name}.tsv", [{"path": "x.wav"}])
     make_manifest(tmp_path / "inside")
@@ -902,7 +902,7 @@ def test_two_manifests_are_not_passed_over_for_what_lies_below(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_so_many_folders_are_looked_into(tmp_path, monkeypatch):
+def test_a_limited_number_of_folders_is_searched(tmp_path, monkeypatch):
     monkeypatch.setattr("las_fast.data.dataset.MAX_FOLDERS", 2)
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -944,7 +944,7 @@ def test_data_are_never_written_to(tmp_path, layout):
      ("x.zip", r"\.zip files; unpack them"), ("x.parquet", r"\.parquet files; extract the recordings"),
      ("x.wav", "recordings but no transcripts")],
 )  # fmt: skip
-def test_data_in_a_form_that_is_not_read_are_told_what_to_do(tmp_path, name, said):
+def test_errors_on_unsupported_forms_of_data_say_what_to_do(tmp_path, name, said):
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=said):
         open_corpus(tmp_path)
@@ -961,7 +961,7 @@ def test_all_kinds_of_packed_files_are_named_in_order(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_files_without_permission_are_named(tmp_path, monkeypatch):
     def access(path, mode):
         asked.append((Path(path).name, mode))
         return Path(path).name not in ("closed", "x.csv")
@@ -978,7 +978,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert asked == [("x.csv", os.R_OK), ("closed", os.R_OK | os.X_OK)]
 
 
-def test_other_folders_beside_the_splits_of_librispeech_are_none(tmp_path):
+def test_other_folders_beside_librispeech_splits_are_ignored(tmp_path):
     root = make_librispeech(tmp_path, utterances=1, splits=("dev-clean",))
     (root / "LibriSpeech" / "notes" / "a" / "b").mkdir(parents=True)
     (root / "LibriSpeech" / "notes" / "a" / "b" / "x.txt").touch()
@@ -998,7 +998,7 @@ def test_a_manifest_without_transcripts_says_which_columns_hold_them(tmp_path, l
         load(write_table(tmp_path / "m.tsv", [{"path": "long.wav", "other": "HI"}]))
 
 
-def test_a_split_without_transcripts_says_where_they_are_looked_for(tmp_path):
+def test_a_split_without_transcripts_says_where_they_belong(tmp_path):
     data = make_kaldi(tmp_path)
     (data / "train" / "text").unlink()
     with pytest.raises(InputError, match="split 'train' has no transcripts; expected a file 'text'"):

@@ -1,4 +1,4 @@
-"""Worker processes that die, hang or fail: the same batches come all the same, and nothing waits for ever."""
+"""Worker processes may die, hang or fail: the batches stay the same, and nothing waits forever."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="workers are forks, on Li
 
 
 class Made:
-    """Batches of known numbers; in a worker `fault(b)` comes first."""
+    """Batches with known values; a worker calls `fault(b)` first."""
 
     def __init__(self, fault=lambda b: None, *, everywhere=False):
         self.fault, self.parent, self.everywhere = fault, os.getpid(), everywhere
@@ -37,7 +37,7 @@ class Made:
 
 
 def taken(made, *, workers=1, count=9):
-    """Return how many of the batches were made in this process, having checked that all came, in order."""
+    """Check that all batches came in order; returns how many were made in this process."""
     here, expected, threads = 0, Made(), threading.active_count()
     for b, fields in enumerate(Loader(made, range(count), workers=workers)):
         wanted = expected[b]
@@ -83,7 +83,7 @@ def test_nothing_to_load_is_an_empty_loader():
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGBUS", "SIGSEGV"])
-def test_a_worker_that_dies_is_made_up_for(name, capsys):
+def test_batches_of_a_worker_that_dies_are_made_here(name, capsys):
     def die(b):
         if b == 4:
             faulthandler.disable()  # pytest's
@@ -97,7 +97,7 @@ def test_a_worker_that_dies_is_made_up_for(name, capsys):
 
 
 def sent_through(batches, b):
-    """Return what comes out of a pipe into which batch b was written."""
+    """Write batch b to a pipe and read it back."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         module._send(batches, b, writing)
@@ -107,7 +107,7 @@ def sent_through(batches, b):
     return fields
 
 
-def test_a_batch_comes_out_of_a_pipe_as_it_was_put_in(monkeypatch):
+def test_a_batch_survives_the_pipe_unchanged(monkeypatch):
     made = {"x": torch.arange(6, dtype=torch.int64).reshape(2, 3), "none": None, "empty": torch.zeros(0, 3),
             "half": torch.ones(2, dtype=torch.float16)}  # fmt: skip
     write = os.write
@@ -146,7 +146,7 @@ def test_a_worker_ends_by_itself_and_never_returns(monkeypatch, fault, status):
     assert masks == [(signal.SIG_SETMASK, {signal.SIGUSR1})] and threads == [1]
 
 
-def test_how_a_worker_ended_that_another_has_waited_for_is_not_known():
+def test_the_exit_status_of_a_worker_that_was_already_reaped_is_unknown():
     process = subprocess.Popen(["true"])
     process.wait()
     child = module._Child.__new__(module._Child)
@@ -154,7 +154,7 @@ def test_how_a_worker_ended_that_another_has_waited_for_is_not_known():
     assert child._exit_reason() == "unknown exit status"
 
 
-def test_a_worker_that_exits_is_made_up_for(capsys):
+def test_batches_of_a_worker_that_exits_are_made_here(capsys):
     assert taken(Made(lambda b: b == 4 and os._exit(3)), workers=2) == 5
     assert "ended early (exit status 3)" in capsys.readouterr().err
 
@@ -174,7 +174,7 @@ def test_a_batch_that_a_worker_cannot_make_is_made_here(capsys):
     assert taken(Made(no_memory)) == 1
 
 
-def test_an_error_of_the_data_comes_as_itself():
+def test_an_error_of_the_dataset_is_raised_unchanged():
     def bad(b):
         if b == 4:
             raise InputError("x.npy is damaged")
@@ -184,7 +184,7 @@ def test_an_error_of_the_data_comes_as_itself():
     assert no_children()
 
 
-def test_where_no_process_can_be_started_batches_are_made_here(monkeypatch, capsys):
+def test_without_processes_batches_are_made_here(monkeypatch, capsys):
     def fork():
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 

@@ -1,4 +1,4 @@
-"""Files of other formats that are given as text are refused by name; a text is taken as it is."""
+"""Files in other formats are refused as text, with the name of the format; text is read as it is."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def test_a_zip_that_is_called_a_text_is_refused(tmp_path):
         list(read_texts(tmp_path / "text.txt"))
 
 
-def test_a_text_is_judged_by_its_first_two_hundred_lines(tmp_path):
+def test_the_first_two_hundred_lines_decide_the_format(tmp_path):
     (tmp_path / "a.txt").write_text("HELLO\n" * 199 + "A --> B\n")
     with pytest.raises(InputError, match="is subtitles, not text"):
         list(read_texts(tmp_path / "a.txt"))
@@ -103,7 +103,7 @@ def test_a_packed_text_may_have_a_capital_ending_and_a_text_blank_lines(tmp_path
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_texts_with_signs_of_other_formats_in_them_are_texts(tmp_path, end):
+def test_texts_with_a_few_signs_of_other_formats_are_texts(tmp_path, end):
     (tmp_path / "a.txt").write_bytes(end.join(TEXT).encode())
     assert [line.strip() for line in read_texts(tmp_path / "a.txt")] == TEXT
 

@@ -1,4 +1,4 @@
-"""LibriSpeech folders, manifests, and roots that are none of what is known."""
+"""LibriSpeech folders, manifests, and roots of no known layout."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_relative_root_stays_relative(tmp_path, monkeypatch):
     assert open_corpus("11-785-f23-hw4p2").root == Path("11-785-f23-hw4p2")
 
 
-def test_a_root_that_is_nothing_known_says_what_was_looked_for(tmp_path):
+def test_an_unknown_root_names_the_known_layouts(tmp_path):
     for root, reason in ((tmp_path / "gone", "does not exist"), (tmp_path, "is empty")):
         with pytest.raises(InputError, match=reason):
             open_corpus(root)
@@ -271,7 +271,7 @@ def test_the_shared_manifest_is_read_whole(shared):
     assert [len(corpus.utterances(split)) for split in ("train", "dev")] == [splits.count(s) for s in ("train", "dev")]
 
 
-def test_a_split_or_root_that_is_not_there_is_answered_with_the_nearest(tmp_path):
+def test_a_missing_split_or_root_suggests_the_nearest(tmp_path):
     root = make_archive(tmp_path / "data", "F23")
     with pytest.raises(InputError, match=r"has no split 'dev-claen'; .* \(the nearest is dev-clean\); give one"):
         open_corpus(root).resolve("dev-claen")

@@ -1,4 +1,4 @@
-"""The spoken corpus: who says what, what lands on disk, and that it can be made again."""
+"""The spoken corpus: its plan, its files, and that it is reproducible."""
 
 import ctypes
 import hashlib
@@ -101,13 +101,13 @@ def test_ordinals_are_said_in_words(number, words):
 
 
 def test_the_corpus_of_a_seed_is_the_same_in_every_version():
-    """Scores of the demo are told for it."""
+    """The demo quotes scores on this corpus."""
     plan = spoken.plan(train=400, dev=60, test=60, seed=1)
     assert hashlib.sha256("\n".join(map(repr, plan)).encode()).hexdigest()[:16] == "e2a52861d7e172c2"
 
 
 class Tone:
-    """Says the same tone whatever it is asked to say."""
+    """Synthesises the same tone for any text."""
 
     sample_rate = 22050
 
@@ -132,7 +132,7 @@ def test_a_recording_of_a_seed_has_its_own_voice_pace_volume_and_silences():
 
 
 class Quiet(Tone):
-    """Says a tone of another height."""
+    """Synthesises a tone of a given peak."""
 
     def __init__(self, peak):
         super().__init__()
@@ -142,8 +142,8 @@ class Quiet(Tone):
         return super().speak(*words, **settings) * np.float32(self.peak)
 
 
-def test_a_recording_in_which_nearly_nothing_is_heard_is_not_made_loud():
-    utterance = spoken.Utterance("dev-clean", "x", "TEN", "en+m1", 0)
+def test_a_nearly_silent_recording_is_not_amplified():
+    utterance = spoken.PlannedUtterance("dev-clean", "x", "TEN", "en+m1", 0)
     loud, half, none = (spoken.synthesise(Quiet(peak), utterance, seed=1) for peak in (1.0, 5e-4, 0.0))
     assert np.abs(half).max() == pytest.approx(np.abs(loud).max() / 2, rel=0.05)
     assert np.isfinite(none).all() and 0 < np.abs(none).max() < 0.02
@@ -153,7 +153,7 @@ def test_a_recording_in_which_nearly_nothing_is_heard_is_not_made_loud():
 
 
 class Library:
-    """Stands for the shared library of eSpeak NG: remembers what it is told, and says two chunks of samples."""
+    """Fake of the eSpeak NG library: records calls and synthesises two chunks of samples."""
 
     def __init__(self, rate=22050):
         self.rate, self.calls, self.answers, self.chunks = rate, [], [], ([16384, -32768], [8192])
@@ -189,7 +189,7 @@ class Library:
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """Put a Library in the place of eSpeak NG, its data in tmp_path."""
+    """Replace eSpeak NG by a Library with data in tmp_path."""
     library = Library()
     (tmp_path / "voices" / "!v").mkdir(parents=True)
     for name in ("phontab", "voices/!v/m1"):
@@ -200,7 +200,7 @@ def library(tmp_path, monkeypatch):
     return library
 
 
-def test_espeak_is_told_what_to_say_and_how(library, tmp_path):
+def test_espeak_gets_the_text_and_the_voice_settings(library, tmp_path):
     synthesiser = espeak.Synthesiser()
     assert library.calls == [("initialise", 2, 0, str(tmp_path).encode(), 0), ("seed", 1)]
     assert synthesiser.sample_rate == 22050
@@ -330,7 +330,7 @@ def test_recordings_differ_in_volume_noise_and_silence():
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     synthesiser = espeak.Synthesiser()
     waves = [
-        spoken.synthesise(synthesiser, spoken.Utterance("dev-clean", "x", "TEN PAST TWO", "en-us+m1", i), seed=1)
+        spoken.synthesise(synthesiser, spoken.PlannedUtterance("dev-clean", "x", "TEN PAST TWO", "en-us+m1", i), seed=1)
         for i in range(4)
     ]
     assert len({len(w) for w in waves}) == 4
@@ -362,7 +362,7 @@ def test_a_deep_installation_is_reached_through_a_link(tmp_path, monkeypatch):
     assert not link.exists()
 
 
-def test_missing_data_is_said_before_the_library_ends_the_process(tmp_path, monkeypatch):
+def test_missing_data_is_an_error_before_the_library_exits_the_process(tmp_path, monkeypatch):
     loader = pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     monkeypatch.setattr(loader, "get_data_path", lambda: str(tmp_path))
     with pytest.raises(InputError, match="reinstall espeakng-loader"):
@@ -394,7 +394,7 @@ def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spoken_for(monkeypatch):
-    """Have each utterance last 180 s and no file written; what _speak was asked for is in the list."""
+    """Replace _speak: each utterance lasts 180 s and no file is written; the list holds its arguments."""
     asked = []
 
     def speak(utterances, archive, **options):
@@ -612,7 +612,7 @@ def test_no_more_processes_run_than_asked_for_and_none_is_left(monkeypatch):
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_signals_that_are_put_off_come_once_or_stay_ignored(ignored):
+def test_deferred_signals_come_once_or_stay_ignored(ignored):
     came = []
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignored else lambda *_: came.append(len(came)))
     try:
@@ -636,7 +636,7 @@ def test_every_task_is_answered_once():
     assert sorted(spoken._map_in_processes(str, range(7), 3)) == list("0123456")
 
 
-def test_processes_that_speak_inherit_that_signals_are_ignored():
+def test_speech_processes_inherit_ignored_signals():
     before = signal.getsignal(signal.SIGINT)
     with spoken._ignore_signals(signal.SIGINT, signal.SIGHUP):
         child = subprocess.run([sys.executable, "-c", "import signal; print(repr(signal.getsignal(signal.SIGINT)))"],
@@ -649,11 +649,11 @@ def ignores(task):
     return [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGHUP)]
 
 
-def test_processes_that_speak_leave_interrupts_to_the_one_that_started_them():
+def test_speech_processes_leave_interrupts_to_their_parent():
     assert list(spoken._map_in_processes(ignores, [0], 1)) == [[True, True]]
 
 
-def test_a_signal_while_a_process_is_started_comes_when_it_is_known(monkeypatch):
+def test_a_signal_during_a_start_comes_after_registration(monkeypatch):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         pipe, process = start(*arguments)
