@@ -164,7 +164,7 @@ class Curriculum:
         return epoch + batch / len(self.batches_of(epoch))
 
     def batches_of(self, epoch: int) -> BucketBatches:
-        """BucketBatches of an epoch."""
+        """The stage whose batches an epoch uses."""
         for epochs, batches in self.stages:
             if epoch < epochs:
                 return batches

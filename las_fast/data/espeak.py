@@ -54,7 +54,7 @@ class Synthesiser:
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     def _short_path(self, data: Path) -> Path:
-        """Path to the data folder of less than MAX_PATH_BYTES, through a temporary link if needed."""
+        """Path to the data folder that is shorter than MAX_PATH_BYTES, through a temporary link if needed."""
         if len(str(data).encode()) < MAX_PATH_BYTES:
             return data
         self._link = tempfile.TemporaryDirectory(prefix="espeak")

@@ -23,17 +23,17 @@ RECORDINGS, TEXTS, SEGMENTS = FILES = ("wav.scp", "text", "segments")
 
 def find_kaldi(root: Path) -> Path | None:
     """Find the folder whose children are data folders (root, root/data, or root's parent), or a single data folder."""
-    if _is_data(root):
-        splits = [path for path in subfolders(root.parent) if _is_data(path)]
+    if _is_data_folder(root):
+        splits = [path for path in subfolders(root.parent) if _is_data_folder(path)]
         return root.parent if role_of(root.name) and len(splits) > 1 else root
-    return next((path for path in (root, root / "data") if any(map(_is_data, subfolders(path)))), None)
+    return next((path for path in (root, root / "data") if any(map(_is_data_folder, subfolders(path)))), None)
 
 
 def open_kaldi(root: Path) -> Corpus:
     """Open a folder that find_kaldi returned."""
-    splits = {path.name: path for path in subfolders(root) if _is_data(path)}
+    splits = {path.name: path for path in subfolders(root) if _is_data_folder(path)}
     roles = assign_roles(splits)
-    if _is_data(root):
+    if _is_data_folder(root):
         splits, roles = {"all": root}, dict.fromkeys(("train", "dev", "test"), ("all",))
     listings = {name: partial(_list_split, path) for name, path in splits.items()}
     texts = "a file 'text' beside wav.scp"
@@ -42,7 +42,7 @@ def open_kaldi(root: Path) -> Corpus:
 
 def is_text(path: Path) -> bool:
     """Whether a file is the transcript file of a Kaldi folder."""
-    return path.name == TEXTS and _is_data(path.parent)
+    return path.name == TEXTS and _is_data_folder(path.parent)
 
 
 def read_table(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -57,7 +57,7 @@ def read_table(path: Path) -> Iterator[tuple[int, str, str]]:
             yield number, name, rest[0].strip() if rest else ""
 
 
-def _is_data(folder: Path) -> bool:
+def _is_data_folder(folder: Path) -> bool:
     return (folder / RECORDINGS).is_file()
 
 

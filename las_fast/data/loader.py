@@ -183,7 +183,7 @@ class _Child:
         try:
             for _ in range(count):
                 self._ready.put(_read(self._pipe, pin))
-        except Exception as error:  # of any kind: the consumer would wait forever
+        except Exception as error:  # forward any error, or the consumer waits forever
             self._ready.put(error)
 
     def _exit_reason(self) -> str:
@@ -206,7 +206,7 @@ def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, io.FileIO]:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # our handlers must not run in the worker
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # about threads, which the worker does not use
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the worker uses none
             pid = os.fork()
         if pid == 0:
             os.close(reading)

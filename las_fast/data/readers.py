@@ -103,7 +103,7 @@ def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
     try:
         while True:
             answers.put(pickle.load(stdout))
-    except Exception as error:  # of any kind: the consumer would wait forever
+    except Exception as error:  # forward any error, or the consumer waits forever
         answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
 
 
