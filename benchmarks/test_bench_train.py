@@ -81,7 +81,7 @@ def make_trainer(path: str, config: Config, weights: dict) -> Trainer:
     """Return las_fast's trainer with the model of one path."""
     model_class, precision = PATHS[path]
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    data = SimpleNamespace(frames=frame_counts(4000))  # gives the number of steps per epoch
+    data = SimpleNamespace(frame_counts=frame_counts(4000))  # gives the number of steps per epoch
     trainer = Trainer(config, data, None, Path(), torch.device("cpu"), {})
     trainer.model.load_state_dict(weights)
     if model_class is not None:
