@@ -81,7 +81,8 @@ def difference(more: dict[str, int], less: dict[str, int]) -> dict[str, int]:
 
 def training_step(tokens: int, precision: str = "fp32") -> dict[str, int]:
     config = dataclasses.replace(CONFIG, training=dataclasses.replace(TRAINING, precision=precision))
-    trainer = Trainer(config, SimpleNamespace(frame_counts=np.array([FRAMES] * 3)), None, Path(), torch.device("cpu"), {})
+    data = SimpleNamespace(frame_counts=np.array([FRAMES] * 3))
+    trainer = Trainer(config, data, None, Path(), torch.device("cpu"), {})
     torch.manual_seed(0)
     spelled = torch.randint(EOS + 1, len(trainer.vocabulary), (3, tokens))
     spelled[:, -1] = EOS
