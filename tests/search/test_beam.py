@@ -750,7 +750,9 @@ def test_without_a_ctc_head_there_are_no_speech_scores():
 
 def test_transcripts_outside_the_vocabulary_do_not_matter_for_decoding():
     dataset = FakeDataset(np.array([6, 4]), ["HÉ?", "ok"])
-    assert decode(ListeningModel(), dataset) == decode(ListeningModel(), FakeDataset(dataset.frame_counts, [None, None]))
+    assert decode(ListeningModel(), dataset) == decode(
+        ListeningModel(), FakeDataset(dataset.frame_counts, [None, None])
+    )
 
 
 @pytest.mark.parametrize(
