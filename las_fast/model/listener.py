@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from las_fast.config import ListenerConfig
 from las_fast.model.layers import initialise_lstm, locked_dropout
-from las_fast.ops import bilstm
-
-
-def valid_frames(lengths: Tensor, frames: int) -> Tensor:
-    """Return a (B, frames) bool mask, True at the first lengths[b] frames of row b."""
-    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+from las_fast.ops import bilstm, padding_mask
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -49,12 +44,12 @@ class ConvFrontEnd(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encode x (B, T, F); return (B, T_out, C) with zeros past the new lengths, and those lengths (B,)."""
-        x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+        x = x.masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             lengths = torch.div(lengths - 1, conv.stride[0], rounding_mode="floor") + 1
             x = nn.functional.gelu(norm(convolve(conv, x)))
             # Zero the padding again: the next convolution reads past the end, where an unpadded utterance has zeros.
-            x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+            x = x.masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
         return x, lengths
 
 
@@ -123,7 +118,7 @@ class Listener(nn.Module):
             if 1 <= i <= self.pyramids:
                 x, lengths = halve_time(x, lengths)
             x = self.norms[i](layer(locked_dropout(x, self.dropout, self.training), lengths))
-            x = x * valid_frames(lengths, x.shape[1])[:, :, None]
+            x = x.masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
             if i == tap:
                 tapped = (x, lengths)
         return locked_dropout(x, self.dropout, self.training), lengths, tapped

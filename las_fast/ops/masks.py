@@ -1,4 +1,4 @@
-"""Masks of padded batches."""
+"""The mask of a padded batch, shared by the ops and the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 from torch import Tensor
 
 
-def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """Return (B, frames) bool, True from each length on; lengths is (B,) int64."""
-    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
+def padding_mask(lengths: Tensor, size: int) -> Tensor:
+    """Return (B, size) bool, True at padding: from lengths[b] on in row b. `lengths` is (B,) int64."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]

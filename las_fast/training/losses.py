@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from las_fast import ops
 from las_fast.model.las import Output
-from las_fast.model.listener import valid_frames
+from las_fast.ops import padding_mask
 from las_fast.text import EOS, PAD
 
 
@@ -43,7 +43,8 @@ def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tenso
     """
     distance = _distance(_diagonal_times(token_lengths, weights.shape[1]), lengths, weights.shape[2])
     prior = torch.exp(-(distance**2) / (2 * width**2))
-    return (weights * (1 - prior) * valid_frames(token_lengths, weights.shape[1])[:, :, None]).sum()
+    padding = padding_mask(token_lengths, weights.shape[1])[:, :, None]
+    return (weights * (1 - prior)).masked_fill(padding, 0.0).sum()
 
 
 def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, token_times: Tensor,
@@ -63,7 +64,7 @@ def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tens
     distance = _distance(token_times, lengths, weights.shape[2]) * (lengths / window)[:, None, None]
     prior = (1 - distance**2).clamp_min(0)
     mass = (weights * prior).sum(2).clamp_min(1e-20)  # (B, U)
-    return -(mass.log() * valid_frames(token_lengths, weights.shape[1])).sum()
+    return -mass.log().masked_fill(padding_mask(token_lengths, weights.shape[1]), 0.0).sum()
 
 
 def _distance(token_times: Tensor, lengths: Tensor, frames: int) -> Tensor:
