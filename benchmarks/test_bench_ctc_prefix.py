@@ -30,19 +30,20 @@ def usual(ctc_log_probs, state, tokens, parents, chosen):
     """Score every continuation with two log-probabilities per frame, as most toolkits do; return the chosen ones."""
     B, K, V = state.gains.shape
     last = tokens.gather(1, parents)
-    alphas = state.alphas.gather(1, parents[..., None].expand(-1, -1, state.alphas.shape[2]))
-    ended = torch.nn.functional.pad(alphas[..., :-1] + ctc_log_probs[:, None, :, 0], (1, 0), value=-torch.inf)
+    T = ctc_log_probs.shape[1]
+    before = state.forward_log_probs.gather(1, parents[..., None].expand(-1, -1, T + 1))
+    ended = torch.nn.functional.pad(before[..., :-1] + ctc_log_probs[:, None, :, 0], (1, 0), value=-torch.inf)
     is_last = torch.arange(V) == last[..., None]
     with_label = with_blank = prefix = ctc_log_probs.new_full((B, K, V), -torch.inf)
-    chosen_alphas = [with_blank[..., 0]]
-    for t in range(ctc_log_probs.shape[1]):
-        begun = torch.where(is_last, ended[..., t, None], alphas[..., t, None])
+    chosen_forward = [with_blank[..., 0]]
+    for t in range(T):
+        begun = torch.where(is_last, ended[..., t, None], before[..., t, None])
         label, blank = ctc_log_probs[:, None, t], ctc_log_probs[:, None, t, :1]
         prefix = torch.logaddexp(prefix, begun + label)
         total = torch.logaddexp(with_label, with_blank)
         with_label, with_blank = torch.logaddexp(with_label, begun) + label, total + blank
-        chosen_alphas.append(torch.logaddexp(with_label, with_blank).gather(2, chosen[..., None])[..., 0])
-    return torch.stack(chosen_alphas, -1), prefix.gather(2, chosen[..., None])[..., 0]
+        chosen_forward.append(torch.logaddexp(with_label, with_blank).gather(2, chosen[..., None])[..., 0])
+    return torch.stack(chosen_forward, -1), prefix.gather(2, chosen[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("path", ["reference", "cpp", "usual"])

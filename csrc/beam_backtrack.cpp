@@ -27,7 +27,7 @@ void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor
   };
   like("parents", parents, at::kLong);
   like("scores", scores, at::kFloat);
-  like("frames", attended_frames, at::kLong);
+  like("attended_frames", attended_frames, at::kLong);
 }
 
 // The steps of a search, (L, B, K) each.

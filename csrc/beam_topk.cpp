@@ -27,7 +27,7 @@ void check_like(const char* name, const Optional& x, at::IntArrayRef shape, at::
 
 void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor& finished, const at::Tensor& lengths,
            int64_t eos, const Optional& minimum, const Optional& maximum, const Optional& coverage,
-           const Optional& table, const Optional& states, const Optional& gains) {
+           const Optional& ngram_table, const Optional& ngram_states, const Optional& ctc_gains) {
   const auto type = logits.scalar_type();
   TORCH_CHECK(logits.dim() == 3 && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf),
               "logits must be (B, K, V) float32, bfloat16 or float16; got ", logits.sizes(), " ", type);
@@ -38,12 +38,14 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
   check_like("minimum", minimum, {B}, at::kLong);
   check_like("maximum", maximum, {B}, at::kLong);
   check_like("coverage", coverage, {B, K}, at::kFloat);
-  check_like("states", states, {B, K}, at::kLong);
-  check_like("gains", gains, {B, K, V}, at::kFloat);
-  TORCH_CHECK(table.has_value() == states.has_value(), "table and states must be given together");
-  TORCH_CHECK(!table || (table->dim() == 2 && table->size(0) > 0 && table->size(1) == V &&
-                         table->scalar_type() == at::kFloat),
-              "table must be (states, V) float32 with V=", V, "; got ", table->sizes(), " ", table->scalar_type());
+  check_like("ngram_states", ngram_states, {B, K}, at::kLong);
+  check_like("ctc_gains", ctc_gains, {B, K, V}, at::kFloat);
+  TORCH_CHECK(ngram_table.has_value() == ngram_states.has_value(),
+              "ngram_table and ngram_states must be given together");
+  TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
+                               ngram_table->scalar_type() == at::kFloat),
+              "ngram_table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
+              ngram_table->scalar_type());
   TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
 }
 
@@ -83,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                         float(ctc_weight)};
   for (int64_t i = 0; ngram_table && i < B * K; ++i)
     TORCH_CHECK(options.ngram_states[i] >= 0 && options.ngram_states[i] < options.ngram_state_count,
-                "states must be from 0 to ", options.ngram_state_count - 1, "; got ", options.ngram_states[i]);
+                "ngram_states must be from 0 to ", options.ngram_state_count - 1, "; got ", options.ngram_states[i]);
 
   std::vector<RowSummary> rows(B * K);
   std::vector<float> block_maxima(B * K * in.blocks);

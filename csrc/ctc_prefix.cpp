@@ -19,7 +19,7 @@ using las::ctc::Scorer;
 
 void check_like(const char* name, const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
   TORCH_CHECK(x.sizes() == shape && x.scalar_type() == dtype, name, " must be ", shape, " ", dtype,
-              " like frames; got ", x.sizes(), " ", x.scalar_type());
+              " like ctc_log_probs; got ", x.sizes(), " ", x.scalar_type());
 }
 
 void check_range(const char* name, const at::Tensor& x, int64_t end) {
@@ -34,12 +34,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
     int64_t eos) {
   // Names in messages are those of the op's schema.
   TORCH_CHECK(ctc_log_probs_in.dim() == 3 && ctc_log_probs_in.scalar_type() == at::kFloat,
-              "frames must be (B, T, V) float32; got ", ctc_log_probs_in.sizes(), " ", ctc_log_probs_in.scalar_type());
+              "ctc_log_probs must be (B, T, V) float32; got ", ctc_log_probs_in.sizes(), " ",
+              ctc_log_probs_in.scalar_type());
   TORCH_CHECK(tokens_in.dim() == 2, "tokens must be (B, K) int64; got ", tokens_in.sizes());
   const int64_t B = ctc_log_probs_in.size(0), T = ctc_log_probs_in.size(1), V = ctc_log_probs_in.size(2);
   const int64_t K = tokens_in.size(1);
-  check_like("alphas", forward_in, {B, K, T + 1}, at::kFloat);
-  check_like("prefixes", prefix_log_probs_in, {B, K}, at::kFloat);
+  check_like("forward_log_probs", forward_in, {B, K, T + 1}, at::kFloat);
+  check_like("prefix_log_probs", prefix_log_probs_in, {B, K}, at::kFloat);
   check_like("gains", gains_in, {B, K, V}, at::kFloat);
   check_like("tokens", tokens_in, {B, K}, at::kLong);
   check_like("parents", parents_in, {B, K}, at::kLong);

@@ -106,7 +106,7 @@ inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const
                   values.scalar_type() == at::kFloat,
               "values must be (B, T, E) float32 with B=", B, ", T=", keys.size(1), " like keys; got ", values.sizes(),
               " ", values.scalar_type());
-  TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number a frame; got ",
+  TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number per frame; got ",
               keys.sizes(), " and ", values.sizes());
   TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
               ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());

@@ -159,11 +159,11 @@ void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at
   TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
   TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
                                ngram_table->scalar_type() == at::kFloat),
-              "table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
+              "ngram_table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
               ngram_table->scalar_type());
   TORCH_CHECK(!ctc_log_probs || (ctc_log_probs->dim() == 3 && ctc_log_probs->size(0) == B &&
                                  ctc_log_probs->size(2) == V && ctc_log_probs->scalar_type() == at::kFloat),
-              "frames must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", ctc_log_probs->sizes(), " ",
+              "ctc_log_probs must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", ctc_log_probs->sizes(), " ",
               ctc_log_probs->scalar_type());
 }
 

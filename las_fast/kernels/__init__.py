@@ -1,13 +1,13 @@
-"""Triton kernels, one file an op, in the top-level folder kernels/; a launcher allocates its outputs and launches.
+"""Triton kernels and their launchers, one file per op.
 
-In a checkout this package only points to that folder; an installed package holds the files themselves.
+In a checkout this package points to the top-level folder kernels/; an installed package holds the files themselves.
 """
 
 from pathlib import Path
 
 
 def folders(file: Path) -> list[str]:
-    """Return the folder of kernels in the checkout that this package's file is in; [] where there is no such folder."""
+    """Return the folder kernels/ of the checkout that contains `file`, or [] if there is none."""
     kernels = file.resolve().parents[2] / "kernels"
     return [str(kernels)] if kernels.is_dir() else []
 

@@ -1,13 +1,13 @@
-"""The hot operations, each with one meaning (the reference) and as many backends as there are.
+"""The hot operations. Each has one definition, its reference, and further backends: fused PyTorch, C++, Triton.
 
-`python -m las_fast.ops` prints which backends are available here, and why not the others.
+`python -m las_fast.ops` prints which backends are available here, and why the others are not.
 """
 
 from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.bilstm import bilstm
-from las_fast.ops.ctc_loss import ctc_loss, ctc_places
+from las_fast.ops.ctc_loss import ctc_loss, token_times
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
@@ -29,7 +29,6 @@ __all__ = [
     "bilstm",
     "ctc_log_probabilities",
     "ctc_loss",
-    "ctc_places",
     "ctc_prefix",
     "ctc_start",
     "masked_attention",
@@ -37,4 +36,5 @@ __all__ = [
     "speller_pack",
     "speller_search",
     "speller_unroll",
+    "token_times",
 ]

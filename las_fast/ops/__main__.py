@@ -1,4 +1,4 @@
-"""python -m las_fast.ops: which backends are available here, and why not the others."""
+"""python -m las_fast.ops: which backends of each op are available here, and why the others are not."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from las_fast.options import Parser
 
 
 def table() -> str:
-    """Return a line an op and a column a backend, and below them each reason with its remedy, once.
+    """Return a table with one row per op and one column per backend, then each reason with its remedy, once.
 
-    A cell is "auto" (there, and what auto takes on this machine), "yes" (there), "no" and the number of the reason, or
-    "-" where the op has no such backend on any machine.
+    A cell is "auto" (available, and the choice of backend="auto" here), "yes" (available), "no [n]" (not available, for
+    reason n) or "-" (the op has no such backend).
     """
     reasons: list[str] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +25,7 @@ def table() -> str:
 
 
 def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
-    """Say whether op has backend; `reasons` grows by why not, where that is new."""
+    """Return the cell of one op and backend; add the reason to `reasons` if it is new."""
     if backend not in backends.IMPLEMENTED[op]:
         return "-"
     if reason := backends.unavailable(op, backend):
@@ -36,7 +36,7 @@ def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table and the devices; see --help."""
+    """Print the devices and the table; see --help."""
     Parser(prog="python -m las_fast.ops", description=__doc__).parse_args(argv)
     devices = f"{torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} CUDA devices"
     print(f"torch {torch.__version__}, {devices}\n\n{table()}")

@@ -1,8 +1,8 @@
-"""Which backends each op has, which of them work here, and which one "auto" takes.
+"""Which backends each op has, which of them are available here, and which one backend="auto" chooses.
 
-A fast backend of an op is one torch op, las_fast::<op>_cpp or las_fast::<op>_triton. Both have one schema, which the
-op's module gives to `register`; the C++ extension only brings kernels. The module chooses between them in plain Python,
-so that torch.compile sees one call and two backends can be compared.
+C++ and Triton backends are torch ops, las_fast::<op>_cpp and las_fast::<op>_triton, with the same schema: the op's
+module passes it to `register`, and the C++ extension only brings kernels. The op's Python function chooses the backend,
+so that torch.compile sees a single call and backends can be compared.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ from collections.abc import Callable
 
 import torch
 
-BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch's own calls again, arranged for speed
-WIDE, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
-IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {  # the float types each takes; None: any
-    "bilstm": {"reference": None, "cpp": (torch.float32, torch.bfloat16)},  # on CUDA the listener calls cuDNN
-    "ctc_loss": {"reference": None, "cpp": WIDE},  # torch has one for CUDA
-    "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": WIDE + HALF},
-    "beam_topk": {"reference": None, "cpp": WIDE + HALF, "triton": WIDE + HALF},
+BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch calls arranged for speed
+FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
+# {op: {backend: float dtypes that it takes; None: any}}
+IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
+    "bilstm": {"reference": None, "cpp": (torch.float32, torch.bfloat16)},  # on CUDA the listener uses cuDNN
+    "ctc_loss": {"reference": None, "cpp": FLOAT32},  # torch's own is used on CUDA
+    "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": FLOAT32 + HALF},
+    "beam_topk": {"reference": None, "cpp": FLOAT32 + HALF, "triton": FLOAT32 + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
-    "ctc_prefix": {"reference": None, "cpp": WIDE, "triton": WIDE},
+    "ctc_prefix": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
-    "speller_unroll": {"reference": None, "fused": None, "cpp": WIDE},
-    "speller_search": {
-        "reference": None,
-        "cpp": WIDE,
-    },  # on CUDA las_fast.search.beam goes step by step with the ops above
+    "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32},
+    "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step
 }
 COMPANIONS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
-DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the only device type that a backend takes
+DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")
 BUILD = "Run: python setup.py build_ext"
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def _load_extension() -> str | None:
@@ -59,7 +57,7 @@ EXTENSION_PROBLEM = _load_extension()
 
 
 def unavailable(op: str, backend: str) -> str | None:
-    """Return why `op` has no `backend` on this machine, and what to do about it; None where it has."""
+    """Return why `backend` of `op` is not available on this machine and what to do about it, or None."""
     if backend not in IMPLEMENTED[op]:
         language = {"fused": "fused", "cpp": "C++", "triton": "Triton"}[backend]
         return f"this version has no {language} {op}. Use backend='auto'"
@@ -74,7 +72,7 @@ def _triton_problem() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device here. Use backend='auto'"
     if torch.version.hip:
-        return "the Triton kernels are tuned for NVIDIA's GPUs alone. Use backend='auto'"
+        return "the Triton kernels are for NVIDIA GPUs only. Use backend='auto'"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed. Run: pip install triton"
     return None
@@ -85,27 +83,27 @@ def choose(
     backend: str,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    excess: dict[str, str | None] | None = None,
+    unsupported: dict[str, str | None] | None = None,
 ) -> str:
-    """Return the backend to call for `op` on tensors of `device` and, where the op is particular, of `dtype`.
+    """Return the backend to call for `op` on tensors of `device` and `dtype` (None: the op takes any).
 
-    "auto" is triton on CUDA and cpp on a CPU where they are available and take that call, else fused where the op has
-    that, else the reference. What could be faster after building the extension, or installing Triton, is said once.
+    "auto" chooses triton on CUDA or cpp on a CPU if it is available and takes this call, else fused if the op has it,
+    else the reference. If the extension or Triton is missing, it warns once.
 
-    excess: for a backend, what of this call's sizes it does not take; None or no entry where it takes them.
+    unsupported: {backend: why it does not take the sizes of this call}; None or no entry if it does.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend is not available, or does not take tensors of that device or type.
+        RuntimeError: the named backend is not available, or does not take this device, dtype or size.
     """
     if backend == "reference":
         return backend
     if backend == "auto":
         native = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
         if native in IMPLEMENTED[op] and (reason := unavailable(op, native)):
-            _say_once(reason)
+            _warn_once(reason)
         chosen = automatic(op, device.type, dtype)
-        return _portable(op) if excess and excess.get(chosen) else chosen
+        return _portable(op) if unsupported and unsupported.get(chosen) else chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if reason := unavailable(op, backend):
@@ -115,13 +113,13 @@ def choose(
     if not takes(op, backend, dtype):
         types = " or ".join(str(x) for x in IMPLEMENTED[op][backend] or ())
         raise RuntimeError(f"{op}: backend \"{backend}\" takes {types}; got {dtype}. Use backend='auto'")
-    if excess and (reason := excess.get(backend)):
+    if unsupported and (reason := unsupported.get(backend)):
         raise RuntimeError(f"{op}: backend \"{backend}\" {reason}. Use backend='auto'")
     return backend
 
 
 def automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """Return what "auto" takes for `op` on that type of device."""
+    """Return the choice of "auto" for `op` on that type of device."""
     for backend in FASTEST_FIRST:
         if DEVICES.get(backend) == device_type and unavailable(op, backend) is None and takes(op, backend, dtype):
             return backend
@@ -129,48 +127,48 @@ def automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> st
 
 
 def _portable(op: str) -> str:
-    """Return the best of what every device has."""
+    """Return the fastest backend of `op` that runs on every device."""
     return "fused" if "fused" in IMPLEMENTED[op] else "reference"
 
 
 def takes(op: str, backend: str, dtype: torch.dtype | None) -> bool:
-    """Say whether that backend of `op` takes tensors of that float type; None is any."""
+    """Return whether that backend of `op` takes tensors of `dtype`; None stands for any dtype."""
     types = IMPLEMENTED[op][backend]
     return types is None or dtype is None or dtype in types
 
 
 def detached(x: torch.Tensor) -> torch.Tensor:
-    """Return x without its gradient, for ops that have none: what the fast backends give, the reference gives too."""
+    """Detach x, so that the reference matches the fast backends, which have no gradient."""
     return x.detach() if x.requires_grad else x
 
 
-def _say_once(reason: str) -> None:
-    if reason not in _said:
-        _said.add(reason)
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
         warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def register(name: str, schema: str, fake: Callable, *, module: str | None = None) -> list[str]:
-    """Define las_fast::<name>_cpp and, if the op has it, las_fast::<name>_triton; return the names of those that exist.
+    """Define las_fast::<name>_cpp and, if the op has it, las_fast::<name>_triton; return the names defined.
 
     Args:
         name:   of the op, of its launcher in las_fast/kernels/<module>.py and of its kernel in csrc/<module>.cpp.
         schema: arguments and results of both.
-        fake:   returns empty results of the right shapes and dtypes for the same arguments.
+        fake:   shape function: returns empty results of the right shapes and dtypes for the same arguments.
         module: file of the op; default `name`.
     """
 
     def launch(*arguments):
         launcher = getattr(importlib.import_module(f"las_fast.kernels.{module or name}"), name)
         device = _device_of(arguments)
-        # Triton launches on the current device, which need not be the tensors'.
+        # Triton launches on the current device, which may not be that of the tensors.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             return launcher(*arguments)
 
     names = []
     if "triton" in IMPLEMENTED[module or name]:
         torch.library.define(f"las_fast::{name}_triton", schema)
-        # For every device: `choose` keeps all but CUDA tensors away, and proofs without a GPU run it on the CPU.
+        # For every device: `choose` admits only CUDA tensors, and tests/gpu_proof interprets the kernels on a CPU.
         torch.library.impl(f"las_fast::{name}_triton", "CompositeExplicitAutograd", launch)
         names.append(f"las_fast::{name}_triton")
     if _define_cpp(name, schema):
@@ -181,7 +179,7 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
 
 
 def _define_cpp(name: str, schema: str) -> bool:
-    """Define the op whose kernel the extension has registered; return whether the extension can be used."""
+    """Define the op whose kernel the extension has registered; return whether the extension is usable."""
     global EXTENSION_PROBLEM
     if EXTENSION_PROBLEM is None:
         try:

@@ -1,8 +1,11 @@
 """Hypotheses from back-pointers, so that a search never copies a hypothesis from step to step.
 
-beam at step L-1 is k; token = tokens[t, beam]; beam at step t-1 is parents[t, beam]
-log-probability of that token = scores[t, beam] - scores[t-1, parents[t, beam]]
-frame it attended to          = frames[t, parents[t, beam]]
+The hypothesis that ends in beam k is followed from the last step to the first, beam = k at step L-1:
+
+    token at t                    = tokens[t, beam]
+    beam at t-1                   = parents[t, beam]
+    log-probability of that token = scores[t, beam] - scores[t-1, parents[t, beam]]
+    frame that it attended to     = attended_frames[t, parents[t, beam]]
 """
 
 from __future__ import annotations
@@ -16,59 +19,64 @@ from las_fast.ops import backends
 
 
 class Backtracked(NamedTuple):
-    """What beam_backtrack returns of the hypothesis that ends in each beam."""
+    """The hypothesis that ends in each beam, token by token."""
 
-    tokens: Tensor  # (B, K, L) int64; what follows the first eos is eos too
+    tokens: Tensor  # (B, K, L) int64; eos from the first eos on
     lengths: Tensor  # (B, K) int64, without eos
-    token_scores: Tensor  # (B, K, L) float32 log-probabilities; at `lengths` that of eos, 0 after it
-    frames: Tensor  # (B, K, L) int64 encoder frames; past the length those of the frozen beam
+    token_scores: Tensor  # (B, K, L) float32 log-probabilities; that of eos at `lengths`, 0 after it
+    attended_frames: Tensor  # (B, K, L) int64 encoder frames; past the length those of the finished beam
 
 
 def beam_backtrack(
-    tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor, *, eos: int, backend: str = "auto"
+    tokens: Tensor, parents: Tensor, scores: Tensor, attended_frames: Tensor, *, eos: int, backend: str = "auto"
 ) -> Backtracked:
-    """Return the tokens of each hypothesis with their log-probabilities and the frames that they attended to.
+    """Return the tokens of each hypothesis, their log-probabilities and the frames they attended to.
 
     Args:
         tokens:  (L, B, K) int64, the token that each beam took at each step.
-        parents: (L, B, K) int64 from 0 to K-1, the beam of the step before that it continued.
+        parents: (L, B, K) int64 from 0 to K-1, the beam of the previous step that it continued.
         scores:  (L, B, K) float32, of the hypothesis so far; 0 before the first step.
-        frames:  (L, B, K) int64, the frame that each beam attended to before the step's pruning.
+        attended_frames: (L, B, K) int64, the frame that each beam attended to before the step's pruning.
         eos:     token id.
         backend: "auto", "reference", "triton" or "cpp".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or, on the CPU, a parent on the way is not from 0 to
-            K-1. Triton cannot raise without waiting for the device: there it is taken for the nearest that exists.
+        RuntimeError: the named backend is not available here; on the CPU, a parent on the path is not from 0 to K-1.
+            Triton clamps such a parent: a kernel cannot raise.
     """
-    _check(tokens, parents, scores, frames)
+    _check(tokens, parents, scores, attended_frames)
     chosen = backends.choose("beam_backtrack", backend, tokens.device)
     if chosen == "reference":
-        return _reference(tokens, parents, scores, frames, eos)
-    return Backtracked(*getattr(torch.ops.las_fast, f"beam_backtrack_{chosen}")(tokens, parents, scores, frames, eos))
+        return _reference(tokens, parents, scores, attended_frames, eos)
+    op = getattr(torch.ops.las_fast, f"beam_backtrack_{chosen}")
+    return Backtracked(*op(tokens, parents, scores, attended_frames, eos))
 
 
-def _reference(tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor, eos: int) -> Backtracked:
+def _reference(tokens: Tensor, parents: Tensor, scores: Tensor, attended_frames: Tensor, eos: int) -> Backtracked:
     L, B, K = tokens.shape
     beam = torch.arange(K, device=tokens.device).expand(B, K)
-    found, attended = tokens.new_empty(B, K, L), tokens.new_empty(B, K, L)
+    hypotheses, frames_of_tokens = tokens.new_empty(B, K, L), tokens.new_empty(B, K, L)
     running = scores.new_zeros(B, K, L + 1)
     for t in reversed(range(L)):
-        found[:, :, t] = tokens[t].gather(1, beam)
+        hypotheses[:, :, t] = tokens[t].gather(1, beam)
         running[:, :, t + 1] = scores[t].gather(1, beam)
         beam = parents[t].gather(1, beam)
-        attended[:, :, t] = frames[t].gather(1, beam)
-    ended = (found == eos).cumsum(-1) > 0
-    # Equal scores are a difference of 0 also where both are -inf.
-    each = torch.where(running[..., 1:] == running[..., :-1], 0.0, running.diff(dim=-1))
-    return Backtracked(found.masked_fill(ended, eos), (~ended).sum(-1), each, attended)
+        frames_of_tokens[:, :, t] = attended_frames[t].gather(1, beam)
+    ended = (hypotheses == eos).cumsum(-1) > 0
+    # Equal scores differ by 0 even where both are -inf.
+    token_scores = torch.where(running[..., 1:] == running[..., :-1], 0.0, running.diff(dim=-1))
+    return Backtracked(hypotheses.masked_fill(ended, eos), (~ended).sum(-1), token_scores, frames_of_tokens)
 
 
-def _check(tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor) -> None:
+def _check(tokens: Tensor, parents: Tensor, scores: Tensor, attended_frames: Tensor) -> None:
     if tokens.ndim != 3 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens must be (L, B, K) int64; got {tuple(tokens.shape)} {tokens.dtype}")
-    others = (("parents", parents, torch.int64), ("scores", scores, torch.float32), ("frames", frames, torch.int64))
+    others = (
+        ("parents", parents, torch.int64),
+        ("scores", scores, torch.float32),
+        ("attended_frames", attended_frames, torch.int64),
+    )
     for name, tensor, dtype in others:
         if tensor.shape != tokens.shape or tensor.dtype != dtype or tensor.device != tokens.device:
             raise ValueError(
@@ -77,14 +85,14 @@ def _check(tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor) -> N
             )
 
 
-def _fake(tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor, eos: int) -> tuple[Tensor, ...]:
+def _fake(tokens: Tensor, parents: Tensor, scores: Tensor, attended_frames: Tensor, eos: int) -> tuple[Tensor, ...]:
     L, B, K = tokens.shape
     return tokens.new_empty(B, K, L), tokens.new_empty(B, K), scores.new_empty(B, K, L), tokens.new_empty(B, K, L)
 
 
 backends.register(
     "beam_backtrack",
-    "(Tensor tokens, Tensor parents, Tensor scores, Tensor frames, int eos)"
-    " -> (Tensor tokens, Tensor lengths, Tensor token_scores, Tensor frames)",
+    "(Tensor tokens, Tensor parents, Tensor scores, Tensor attended_frames, int eos)"
+    " -> (Tensor tokens, Tensor lengths, Tensor token_scores, Tensor attended_frames)",
     _fake,
 )

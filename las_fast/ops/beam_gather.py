@@ -1,4 +1,4 @@
-"""Recurrent states follow their parents after a pruning step of beam search, all of them in one call.
+"""Reorder recurrent states by back-pointers after a step of beam search, all states in one call.
 
 gathered[b, k] = state[b, parents[b, k]]
 """
@@ -14,23 +14,20 @@ from las_fast.ops import backends
 
 
 def beam_gather(states: Sequence[Tensor], parents: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]:
-    """Return each state with its hypotheses reordered: hypothesis k is what hypothesis parents[b, k] was.
-
-    Not differentiable.
+    """Give each hypothesis k the state of hypothesis parents[b, k]. Not differentiable.
 
     Args:
-        states:  (B, K, N) each, of any dtype and any N; a row of N values must be contiguous on the fast backends,
-                 or is copied first.
+        states:  each (B, K, N), of any dtype and any N; the fast backends copy a state whose rows are not contiguous.
         parents: (B, K) int64 from 0 to K-1.
         backend: "auto", "reference", "triton" or "cpp".
 
     Returns:
-        A contiguous tensor like each state.
+        The gathered states, contiguous, in the order given.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or, on the CPU, a parent is not from 0 to K-1. Triton
-            cannot raise without waiting for the device: there such a parent is taken for the nearest that exists.
+        RuntimeError: the named backend is not available here; on the CPU, a parent is not from 0 to K-1. Triton
+            clamps it: a kernel cannot raise.
     """
     _check(states, parents)
     states = [backends.detached(x) for x in states]

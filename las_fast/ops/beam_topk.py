@@ -1,11 +1,12 @@
 """One step of beam search: the K best continuations of each utterance's K hypotheses.
 
-step[k, v]      = log_softmax(logits[k])[v] + weight * table[state[k], v]    (the second only with an n-gram model)
-with CTC, instead of the first: (1 - weight) * log_softmax(logits[k])[v] + weight * gains[k, v]
-candidate[k, v] = scores[k] + step[k, v]
-a finished beam has one candidate: eos at an unchanged score
-rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
-the K highest ranks; equal ranks go to the lower flat index k * V + v
+    model[k, v]     = log_softmax(logits[k])[v]
+                      with CTC: (1 - ctc.weight) * log_softmax(logits[k])[v] + ctc.weight * ctc.gains[k, v]
+    step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.table[ngram.states[k], v]
+    candidate[k, v] = scores[k] + step[k, v]; a finished beam has one candidate: eos at an unchanged score
+    rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
+
+The result is the K highest ranks; among equal ranks the lower flat index k * V + v comes first.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from las_fast.ops import backends
 
-MOST_BEAMS = 128  # whose K * K bests a Triton program holds at once
+MAX_BEAMS = 128  # a Triton program holds K * K candidates at once
 
 
 class Ngram(NamedTuple):
-    """A dense character n-gram model and where each hypothesis stands in it.
+    """A dense character n-gram model and the state of each hypothesis in it.
 
-    A state is the last order-1 tokens as digits to the base V, the newest last; taking a token v leads from state s to
-    (s * V + v) mod V ** (order-1). Order 1 has the one state 0.
+    A state is the last order-1 tokens as a number in base V, the newest token as the last digit: token v leads from
+    state s to (s * V + v) mod V ** (order-1). Order 1 has only state 0.
     """
 
     table: Tensor  # (V ** (order-1), V) float32 natural-log probabilities of the next token
@@ -33,10 +34,10 @@ class Ngram(NamedTuple):
 
 
 class Ctc(NamedTuple):
-    """What another model, that of ctc_prefix, says of each continuation."""
+    """CTC log-probabilities of the continuations, from ctc_prefix."""
 
     gains: Tensor  # (B, K, V) float32 log-probabilities; not NaN
-    weight: float  # from 0 to 1, the logits' being 1 - weight; what they rule out stays so even with 1
+    weight: float  # 0 to 1; that of the logits is 1 - weight. A token at -inf in the logits stays so, even with 1
 
 
 class BeamStep(NamedTuple):
@@ -78,51 +79,51 @@ def beam_topk(
         minimum:   (B,) int64 tokens that a beam must have before it may take eos; None: 0.
         maximum:   (B,) int64 tokens at which an unfinished beam must take eos (wins over minimum and threshold).
         length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
-        eos_threshold:  eos only where its log-probability exceeds this times the best other one, both of the logits
-                   alone; 0 sets no limit.
+        eos_threshold:  eos is allowed only if its log-probability exceeds this factor times the best other one, both
+                   from the logits alone; 0: always allowed.
         coverage:  (B, K) float32, finite: added to the ranks of all candidates of a beam (Wu et al. 2016); None: 0.
-        ngram:     a language model whose weighted log-probabilities are added to the score of each token. Its states
-                   must be rows of its table: the CPU raises RuntimeError, Triton takes the nearest that is.
-        ctc:       weighted log-probabilities of the continuations that are mixed with those of the logits.
+        ngram:     language model whose weighted log-probabilities are added to each step. A state outside the table
+                   raises RuntimeError on the CPU; Triton clamps it: a kernel cannot raise.
+        ctc:       CTC log-probabilities to interpolate with those of the logits.
         backend:   "auto", "reference", "triton" or "cpp".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or does not take K and V: Triton at most 128 beams.
+        RuntimeError: the named backend is not available here, or K or V is too large for it (Triton: 128 beams).
     """
     _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos)
-    excess = {"triton": _too_many(*logits.shape[1:])}
-    chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, excess)
+    unsupported = {"triton": _too_many(*logits.shape[1:])}
+    chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, unsupported)
     table, states, weight = ngram or (None, None, 0.0)
     op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
     options += (None, 0.0) if ctc is None else (backends.detached(ctc.gains), ctc.weight)
-    found = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
-    best: tuple[Any, ...] = (*found[:5], None if ngram is None else found[5])
+    results = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
+    best: tuple[Any, ...] = (*results[:5], None if ngram is None else results[5])
     return BeamStep(*best)
 
 
 def _too_many(K: int, V: int) -> str | None:
-    """Say why the Triton kernels do not take so many candidates; None where they do."""
-    if K <= MOST_BEAMS and K * V < 2**31:
+    """Return why the Triton kernels cannot take so many candidates, or None."""
+    if K <= MAX_BEAMS and K * V < 2**31:
         return None
-    return f"takes at most {MOST_BEAMS} beams and 2^31 candidates an utterance; got {K} beams of {V} tokens"
+    return f"takes at most {MAX_BEAMS} beams and 2^31 candidates per utterance; got {K} beams of {V} tokens"
 
 
 def _reference(
-    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
-    weight, gains, ctc_weight,
+    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
+    ngram_table, ngram_states, ngram_weight, ctc_gains, ctc_weight,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
     steps = _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold)
-    if gains is not None:
-        without = steps.isneginf()  # which 0 times it would make NaN
-        steps = ((1 - ctc_weight) * steps).masked_fill(without, -torch.inf) + ctc_weight * gains
-    if table is not None:
-        steps = steps + weight * table[states]
-    frozen = torch.full((V,), -torch.inf, device=steps.device)
-    frozen[eos] = 0.0
-    steps = torch.where(finished[..., None], frozen, steps)
+    if ctc_gains is not None:
+        impossible = steps.isneginf()  # 0 * -inf would be NaN
+        steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_gains
+    if ngram_table is not None:
+        steps = steps + ngram_weight * ngram_table[ngram_states]
+    only_eos = torch.full((V,), -torch.inf, device=steps.device)
+    only_eos[eos] = 0.0
+    steps = torch.where(finished[..., None], only_eos, steps)
     candidates = scores[..., None] + steps  # (B, K, V)
     token_counts = (lengths + ~finished).clamp(min=1).float()
     ranks = candidates * (1 / token_counts**length_penalty)[..., None]
@@ -132,17 +133,17 @@ def _reference(
     tokens, parents = best % V, best // V
     ended = finished.gather(1, parents)
     after = lengths.gather(1, parents) + ~ended
-    if table is not None:
-        states = states.gather(1, parents)
-        states = torch.where(ended, states, (states * V + tokens) % table.shape[0])
-    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), after, states
+    if ngram_table is not None:
+        ngram_states = ngram_states.gather(1, parents)
+        ngram_states = torch.where(ended, ngram_states, (ngram_states * V + tokens) % ngram_table.shape[0])
+    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), after, ngram_states
 
 
 def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) -> Tensor:
-    """Return log-softmax (B, K, V) float32 with -inf where a token may not follow."""
+    """Return the log-softmax (B, K, V) float32, -inf for tokens that are not allowed."""
     logits = logits.float()
-    without = ~logits.logsumexp(-1, keepdim=True).isfinite()  # rows of which log_softmax would be NaN
-    steps = logits.log_softmax(-1).masked_fill(without, -torch.inf)
+    undefined = ~logits.logsumexp(-1, keepdim=True).isfinite()  # log_softmax would be NaN
+    steps = logits.log_softmax(-1).masked_fill(undefined, -torch.inf)
     is_eos = torch.arange(logits.shape[2], device=logits.device) == eos
     denied = torch.zeros_like(steps[..., 0], dtype=torch.bool)  # (B, K)
     if eos_threshold != 0.0:
@@ -183,7 +184,7 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
 
 
 def _states(table: Tensor, V: int) -> int:
-    """Return the number of rows that the table should have: the power of V that is nearest above what it has."""
+    """Return the number of rows that the table must have: its own number, rounded up to a power of V."""
     states = 1
     while states < table.shape[0] and V > 1:
         states *= V
@@ -191,19 +192,19 @@ def _states(table: Tensor, V: int) -> int:
 
 
 def _fake(
-    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states,
-    weight, gains, ctc_weight,
+    logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
+    ngram_table, ngram_states, ngram_weight, ctc_gains, ctc_weight,
 ):  # fmt: skip
     new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
     new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
-    return *new, scores.new_empty((0, 0) if table is None else scores.shape, dtype=torch.int64)
+    return *new, scores.new_empty((0, 0) if ngram_table is None else scores.shape, dtype=torch.int64)
 
 
 backends.register(
     "beam_topk",
     "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
-    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? table, Tensor? states, float weight,"
-    " Tensor? gains, float ctc_weight)"
-    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor states)",
+    " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? ngram_table, Tensor? ngram_states,"
+    " float ngram_weight, Tensor? ctc_gains, float ctc_weight)"
+    " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor ngram_states)",
     _fake,
 )

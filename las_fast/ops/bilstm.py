@@ -1,11 +1,11 @@
 """One bidirectional LSTM layer over utterances of different lengths.
 
-In each direction, over the frames t of an utterance from the first to the last, or from the last to the first:
+In each direction (t ascending or descending over the valid frames of an utterance), with h = c = 0 at the start:
 
-    i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh            h and c of the frame before in that direction, 0 at first
+    i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh            h and c of the previous frame in that direction
     c          = sigmoid(f) * c + sigmoid(i) * tanh(g);     h = sigmoid(o) * tanh(c)
 
-The output of a frame is h of both directions. Gradients are those of csrc/bilstm.cpp.
+The output of a frame is h of both directions. csrc/bilstm.cpp states the gradients.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ HAS_TILES = torch.cpu._is_amx_tile_supported()
 def bilstm(
     x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor], *, backend: str = "auto"
 ) -> Tensor:
-    """Run an LSTM over each utterance from both ends; padding is neither read nor computed in C++.
+    """Run a bidirectional LSTM over each utterance. C++ neither reads nor computes padding.
 
-    Differentiable once in x and the weights. Sums and cells are float32; under CPU autocast to bfloat16, as for
-    bfloat16 x, products take bfloat16. In C++ an utterance has one answer, bit for bit, alone, in any batch, on any
-    number of threads. The reference is torch's LSTM of each direction, the second over utterances reversed within
-    their lengths: on a CPU much faster than a packed sequence; its padding must be finite.
+    Differentiable once in x and the weights. Sums and cell states are float32; matmuls are bfloat16 for bfloat16 x and
+    under CPU autocast to bfloat16. In C++ the result of an utterance is the same bits alone, in any batch, on any
+    number of threads. The reference runs torch's LSTM once per direction, for the second with each utterance reversed
+    within its length: on a CPU this is much faster than a packed sequence. Its padding must be finite.
 
     Args:
         x:         (B, T, I).
         lengths:   (B,) int64 valid frames, 0 to T.
-        forwards:  weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,) and bias_hh (4H,), as nn.LSTM has them: input,
-            forget, cell and output gate. C++ takes float32 also for bfloat16 x.
+        forwards:  weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,) and bias_hh (4H,) as in nn.LSTM: input, forget,
+            cell and output gate. For C++ they are float32, also with bfloat16 x.
         backwards: the same for the direction from the last frame to the first.
         backend:   "auto", "reference" or "cpp".
 
     Returns:
-        (B, T, 2H), the forward direction's states first, exactly 0 past the lengths; dtype of x, or autocast's.
+        (B, T, 2H) hidden states, forward direction first, exactly 0 past the lengths; dtype of x or of autocast.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take the dtype of the weights.
     """
     _check(x, lengths, forwards, backwards)
     weights = [*forwards, *backwards]
     narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     dtype = torch.bfloat16 if narrow and x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
     if backend == "auto" and dtype == torch.bfloat16 and HAS_TILES:
-        backend = "reference"  # oneDNN multiplies bfloat16 in tiles (AMX) there, which C++ does not
-    chosen = backends.choose("bilstm", backend, x.device, dtype, {"cpp": _excess(weights)})
+        backend = "reference"  # oneDNN uses AMX tiles for bfloat16; the C++ does not
+    chosen = backends.choose("bilstm", backend, x.device, dtype, {"cpp": _unsupported(weights)})
     if chosen == "reference":
         return _reference(x, lengths, forwards, backwards)
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
@@ -68,9 +68,9 @@ def reverse_within_lengths(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _reference(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> Tensor:
-    ahead = _direction(x, forwards)
-    back = reverse_within_lengths(_direction(reverse_within_lengths(x, lengths), backwards), lengths)
-    return torch.cat((ahead, back), 2).masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
+    forward = _direction(x, forwards)
+    backward = reverse_within_lengths(_direction(reverse_within_lengths(x, lengths), backwards), lengths)
+    return torch.cat((forward, backward), 2).masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
 
 
 def _direction(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -79,8 +79,8 @@ def _direction(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
 
 
-def _excess(weights: list[Tensor]) -> str | None:
-    """Say what of the weights C++ does not take; None where it takes them."""
+def _unsupported(weights: list[Tensor]) -> str | None:
+    """Return why C++ does not take these weights, or None."""
     types = {x.dtype for x in weights} - {torch.float32}
     return f"takes float32 weights; got {types.pop()}" if types else None
 
@@ -117,8 +117,8 @@ def _fake_forward(x, lengths, weights, gradients):
 
 
 def _fake_backward(gradient, x, lengths, weights, output, kept, inputs):
-    found = [weights[i].new_empty(weights[i].shape) for i in (0, 1, 2, 4, 5, 6)]  # one for both biases
-    return x.new_empty(x.shape if inputs else (0, *x.shape[1:])), found
+    gradients = [weights[i].new_empty(weights[i].shape) for i in (0, 1, 2, 4, 5, 6)]  # one for both biases
+    return x.new_empty(x.shape if inputs else (0, *x.shape[1:])), gradients
 
 
 def _save(ctx, inputs, output) -> None:
@@ -133,11 +133,11 @@ def _backward(ctx, gradient, kept_gradient):
     inputs = ctx.needs_input_grad[0]
     op = torch.ops.las_fast.bilstm_backward_cpp
     x_gradient, (ih, hh, bias, ih_back, hh_back, bias_back) = op(gradient, x, lengths, weights, output, kept, inputs)
-    found = [ih, hh, bias, bias, ih_back, hh_back, bias_back, bias_back]
-    return x_gradient if inputs else None, None, found, None
+    weight_gradients = [ih, hh, bias, bias, ih_back, hh_back, bias_back, bias_back]
+    return x_gradient if inputs else None, None, weight_gradients, None
 
 
-def _refuse(ctx, *gradients):  # torch's once_differentiable knows no lists of gradients
+def _refuse(ctx, *gradients):  # torch's once_differentiable does not support lists of gradients
     raise RuntimeError("bilstm in C++ cannot differentiate twice. Use backend='reference'")
 
 

@@ -1,12 +1,13 @@
-"""The CTC loss (Graves et al. 2006), and where CTC hears each token.
+"""The CTC loss (Graves et al. 2006), and the frame at which CTC places each token.
 
-Over all paths of a token or a blank a frame that read the transcript, repetitions merged and blanks dropped:
+A path is one token or blank per frame; it has the transcript if it collapses to it (repeats merged, blanks dropped).
+Over all paths that have the transcript:
 
-    loss       = -log sum of paths' probabilities, each the product of its frames' softmax
-    places[u]  = sum over frames t of t * P(u | t) / sum over t of P(u | t)
+    loss     = -log of the sum of the paths' probabilities, each the product of the softmax over its frames
+    times[u] = sum over frames t of t * P(u | t) / sum over t of P(u | t)
 
-with P(u | t) the posterior that frame t lies in token u, among paths that read the transcript; for places alone, paths
-in which repeated tokens have no blank between them count as well, which moves those by less than a frame.
+where P(u | t) is the posterior that frame t belongs to token u. For times only, paths without a blank between two equal
+tokens count as well; this moves those times by less than a frame.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from las_fast.text import BLANK
 def ctc_loss(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Return the loss of each utterance, (B,); 0 where no path has the transcript, as in too few frames.
+    """Return the CTC loss of each utterance, (B,); 0 where no path has the transcript, for example for want of frames.
 
-    Differentiable once in logits. Sums are float32 logarithms (float64 of such logits). The reference is torch's
-    ctc_loss, which on a CPU takes one number at a time. In C++ an utterance has one answer, bit for bit, alone, in any
+    Differentiable once in logits. Computed in log space in float32 (float64 for float64 logits). The reference is
+    torch's ctc_loss, which is scalar code on a CPU. In C++ the result of an utterance is the same bits alone, in any
     batch, on any number of threads.
 
     Args:
         logits:        (B, T, V) of floats; V includes the blank, which is token 0.
         lengths:       (B,) int64 valid frames, 0 to T.
-        tokens:        (B, S) int64 from 1 to V - 1; what lies past token_lengths is not read.
+        tokens:        (B, S) int64 from 1 to V - 1; not read past token_lengths.
         token_lengths: (B,) int64, 0 to S.
         backend:       "auto", "reference" or "cpp".
 
@@ -49,19 +50,19 @@ def ctc_loss(
     return torch.ops.las_fast.ctc_loss_cpp(logits, lengths, tokens, token_lengths, gradients)[0]
 
 
-def ctc_places(
+def token_times(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Return the frame at which CTC hears each token, (B, S); no gradient flows through it.
+    """Return the mean frame of each token's CTC posterior, (B, S) in frames, dtype of the loss; it has no gradient.
 
-    It is 0 past token_lengths, and where an utterance has more tokens than frames.
+    0 past token_lengths and in utterances that have more tokens than frames.
 
-    Args, Raises: as ctc_loss.
+    Args, Raises: as in ctc_loss.
     """
     _check(logits, lengths, tokens, token_lengths)
     logits = logits.detach().float() if logits.dtype in backends.HALF else logits.detach()
     if backends.choose("ctc_loss", backend, logits.device, logits.dtype) == "reference":
-        return _reference_places(logits, lengths, tokens, token_lengths)
+        return _reference_times(logits, lengths, tokens, token_lengths)
     return torch.ops.las_fast.ctc_places_cpp(logits, lengths, tokens, token_lengths)
 
 
@@ -70,20 +71,21 @@ def _reference(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: T
     return F.ctc_loss(by_frame, tokens, lengths, token_lengths, BLANK, reduction="none", zero_infinity=True)
 
 
-def _reference_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+def _reference_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     valid = ~padding_mask(token_lengths, tokens.shape[1])
-    classes = F.pad(tokens.masked_fill(~valid, BLANK), (1, 0), value=BLANK)  # each token is a class of its own
-    own = F.log_softmax(logits, -1).gather(2, classes[:, None].expand(-1, logits.shape[1], -1))  # (B, T, 1 + S)
+    # Each position of the transcript becomes a class of its own, so that the posterior is per position.
+    classes = F.pad(tokens.masked_fill(~valid, BLANK), (1, 0), value=BLANK)
+    log_probs = F.log_softmax(logits, -1).gather(2, classes[:, None].expand(-1, logits.shape[1], -1))  # (B, T, 1 + S)
     with torch.inference_mode(False), torch.enable_grad():
-        by_frame = own.transpose(0, 1).clone().requires_grad_()
-        targets = torch.arange(1, own.shape[2], device=tokens.device).expand_as(tokens)
+        by_frame = log_probs.transpose(0, 1).clone().requires_grad_()
+        targets = torch.arange(1, log_probs.shape[2], device=tokens.device).expand_as(tokens)
         loss = F.ctc_loss(by_frame, targets, lengths, token_lengths, BLANK, reduction="sum", zero_infinity=True)
         (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior
-    posterior = (own.exp() - gradient.transpose(0, 1))[..., 1:]
-    posterior = posterior.masked_fill(padding_mask(lengths, own.shape[1])[..., None], 0.0)
-    frames = torch.arange(own.shape[1], device=logits.device, dtype=own.dtype)
-    places = torch.einsum("btu,t->bu", posterior, frames) / posterior.sum(1).clamp_min(1e-6)
-    return places.masked_fill(~valid | (lengths < token_lengths)[:, None], 0.0)
+    posterior = (log_probs.exp() - gradient.transpose(0, 1))[..., 1:]
+    posterior = posterior.masked_fill(padding_mask(lengths, log_probs.shape[1])[..., None], 0.0)
+    frames = torch.arange(log_probs.shape[1], device=logits.device, dtype=log_probs.dtype)
+    times = torch.einsum("btu,t->bu", posterior, frames) / posterior.sum(1).clamp_min(1e-6)
+    return times.masked_fill(~valid | (lengths < token_lengths)[:, None], 0.0)
 
 
 def _check(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> None:
@@ -105,7 +107,7 @@ LOSS = (
     "(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths, bool gradients)"
     " -> (Tensor losses, Tensor gradient)"
 )
-PLACES = "(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths) -> Tensor"
+TIMES = "(Tensor logits, Tensor lengths, Tensor tokens, Tensor token_lengths) -> Tensor"
 
 
 def _fake_loss(logits, lengths, tokens, token_lengths, gradients):
@@ -113,7 +115,7 @@ def _fake_loss(logits, lengths, tokens, token_lengths, gradients):
     return logits.new_empty(B), logits.new_empty(B if gradients else 0, T, V)
 
 
-def _fake_places(logits, lengths, tokens, token_lengths):
+def _fake_times(logits, lengths, tokens, token_lengths):
     return logits.new_empty(tokens.shape)
 
 
@@ -129,6 +131,6 @@ def _backward(ctx, losses_gradient, gradient_gradient):
     return gradient * losses_gradient[:, None, None], None, None, None, None
 
 
-backends.register("ctc_places", PLACES, _fake_places, module="ctc_loss")
+backends.register("ctc_places", TIMES, _fake_times, module="ctc_loss")  # the C++ op of token_times
 for _name in backends.register("ctc_loss", LOSS, _fake_loss):
     torch.library.register_autograd(_name, _backward, setup_context=_save)

@@ -2,10 +2,10 @@
 
     weights = softmax(scale * query . keys) over frames before the length, exactly 0 after it
     context = weights . values
-    peak    = the frame of the largest weight, the first of equal ones
+    peak    = the frame of the largest weight; the first among equal ones
 
-All K queries of an utterance share its keys and values, which are never repeated over the beam. Gradients, with
-W the weights, S the scores and dX the gradient of X:
+All K queries of an utterance share its keys and values, which are never repeated over the beam. The gradients, with W
+the weights, S the scores, C the context and dX the gradient of X:
 
     dV = W^T dC;   dW' = dW + dC V^T;   dS = W * (dW' - rowsum(W * dW'));   dQ = scale dS K;   dK = scale dS^T Q
 """
@@ -39,10 +39,10 @@ def masked_attention(
 ) -> tuple[Any, ...]:
     """Average each utterance's values by softmax(scale * query . keys), ignoring padding.
 
-    Differentiable once in query, keys and values. Computes in float32 (float64 for float64). On Triton, float32
-    products use tf32 units where torch has been told to (torch.set_float32_matmul_precision), and gradients in half
-    precision pass through that precision: scale losses as for any such model.
-    Keys and values past the length must be finite for the reference; the others never read them.
+    Differentiable once in query, keys and values. Computes in float32 (float64 for float64 inputs). In Triton, float32
+    matmuls use tf32 if torch.set_float32_matmul_precision allows it; half-precision gradients need loss scaling, as in
+    any half-precision model. For the reference, keys and values past the length must be finite; the other backends
+    never read them.
 
     Args:
         query:   (B, K, D) decoder states; K is the beam, 1 in training.
@@ -50,25 +50,25 @@ def masked_attention(
         values:  (B, T, E) listener outputs, dtype of query.
         lengths: (B,) int64 valid frames, 0 to T; 0 gives zero weights, zero context and peak 0.
         scale:   factor on the scores; default 1/sqrt(D).
-        weights: False returns None in their place, and saves writing them.
-        peaks:   True also returns the frame that each query attends to most.
-        padding: padding_mask(lengths, T) where a loop has it already: the reference's; it must agree with lengths.
+        weights: whether to return the weights; False saves writing them.
+        peaks:   whether to return also the frame that each query attends to most.
+        padding: padding_mask(lengths, T), to be computed once outside a loop; only the reference uses it.
         backend: "auto", "reference", "triton" or "cpp".
 
     Returns:
         context: (B, K, E), dtype of values.
-        weights: (B, K, T) float32; rows sum to 1 and are exactly 0 past the length; or None.
-        peaks:   (B, K) int64, only if asked for.
+        weights: (B, K, T) float32, or None; rows sum to 1 and are exactly 0 past the length.
+        peaks:   (B, K) int64; only with peaks=True.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or does not take D or E: Triton at most 512,
-            and 256 in float32 with gradients.
+        RuntimeError: the named backend is not available here, or D or E is too large for it (Triton: 512, or 256 in
+            float32 with gradients).
     """
     _check(query, keys, values, lengths, padding)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    excess = {"triton": _too_wide(query, keys, values)}
-    chosen = backends.choose("masked_attention", backend, query.device, query.dtype, excess)
+    unsupported = {"triton": _too_wide(query, keys, values)}
+    chosen = backends.choose("masked_attention", backend, query.device, query.dtype, unsupported)
     if chosen == "reference":
         padding = padding_mask(lengths, keys.shape[1]) if padding is None else padding
         context, attended = _reference(query, keys, values, padding, scale)
@@ -82,7 +82,7 @@ def masked_attention(
 
 def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     device = query.device.type
-    autocast = torch.is_autocast_enabled(device)  # it would take the products back to half precision
+    autocast = torch.is_autocast_enabled(device)  # it would run the matmuls in half precision
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         wide = torch.promote_types(query.dtype, torch.float32)
         past = padding[:, None]  # (B, 1, T)
@@ -92,12 +92,12 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, sca
 
 
 def _too_wide(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
-    """Say why the Triton kernels do not take these sizes; None where they do: their tiles fit in shared memory."""
-    graded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
-    most = 256 if graded and query.dtype == torch.float32 else 512
-    if max(query.shape[2], values.shape[2]) <= most:
+    """Return why the tiles of these sizes do not fit into a GPU's shared memory, or None if they do."""
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
+    max_size = 256 if gradients and query.dtype == torch.float32 else 512
+    if max(query.shape[2], values.shape[2]) <= max_size:
         return None
-    return f"takes at most {most} numbers a key or value here; got D={query.shape[2]} and E={values.shape[2]}"
+    return f"takes at most {max_size} numbers per key or value here; got D={query.shape[2]} and E={values.shape[2]}"
 
 
 def _peaks(weights: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, padding
         raise ValueError(f"query must be (B, K, D); got {tuple(query.shape)}")
     B, _, D = query.shape
     if D == 0 or values.shape[-1:] == (0,):
-        raise ValueError(f"keys and values must have at least 1 number a frame; got D={D}, E={values.shape[-1]}")
+        raise ValueError(f"keys and values must have at least 1 number per frame; got D={D}, E={values.shape[-1]}")
     if keys.ndim != 3 or keys.shape[0] != B or keys.shape[2] != D:
         raise ValueError(f"keys must be (B, T, D) with B={B}, D={D} like query; got {tuple(keys.shape)}")
     T = keys.shape[1]
@@ -154,7 +154,7 @@ def _fake_forward(query, keys, values, lengths, scale, weights):
 def _fake_backward(
     context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale, memory
 ):
-    """memory False: nobody asks for the gradients of keys and values, which are then empty."""
+    """The gradients of keys and values are empty if `memory` is False: nobody asked for them."""
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
     return query.new_empty(query.shape), keys.new_empty(shapes[0]), values.new_empty(shapes[1])
 
@@ -170,10 +170,10 @@ def _save(ctx, inputs, output) -> None:
 def _make_backward(op):
     @once_differentiable
     def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
-        weights_gradient = weights_gradient if ctx.weights else None  # of an empty tensor otherwise
+        weights_gradient = weights_gradient if ctx.weights else None  # without weights it is that of an empty tensor
         memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        found = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
-        return found[0], found[1] if memory else None, found[2] if memory else None, None, None, None
+        query, keys, values = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
+        return query, keys if memory else None, values if memory else None, None, None, None
 
     return backward
 

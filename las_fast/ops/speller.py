@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from las_fast.ops.masked_attention import masked_attention
 
-LEAST = 1e-30  # a row of int8 with no larger magnitude counts as zeros: 127 / largest has to be finite
+TINY = 1e-30  # rows of no larger magnitude become zeros in int8: 127 / largest must be finite
 
 
 class SpellerWeights(NamedTuple):
-    """What the formulas read; all float32. M is the embedding's size, H_i that of cell i."""
+    """All weights of the speller, float32. M is the size of the embedding, H_i that of cell i."""
 
     embedding: Tensor  # (V, M)
     query: Tensor  # (D, H_last)
@@ -27,20 +27,20 @@ class SpellerWeights(NamedTuple):
     gate_biases: tuple[Tensor, ...]  # (4 * H_i,)
 
     def flat(self) -> list[Tensor]:
-        """Return all in the order of the C++ op."""
+        """Return all tensors in the order of the C++ op."""
         return [*self[:6], *(x for cell in zip(self.gates, self.gate_biases, strict=True) for x in cell)]
 
 
 class State(NamedTuple):
-    """What the speller carries from token to token."""
+    """The recurrent state of the speller between two tokens."""
 
-    hidden: tuple[Tensor, ...]  # (B, K, H) a cell
-    cell: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]  # (B, K, H_i) for each cell
+    cell: tuple[Tensor, ...]  # (B, K, H_i) for each cell
     context: Tensor  # (B, K, E)
 
 
-def silence(weights: SpellerWeights, values: Tensor, beam: int) -> State:
-    """Return the state before the first token."""
+def initial_state(weights: SpellerWeights, values: Tensor, beam: int) -> State:
+    """Return the state before the first token: zeros."""
     zeros = tuple(values.new_zeros(values.shape[0], beam, bias.shape[0] // 4) for bias in weights.gate_biases)
     return State(zeros, zeros, values.new_zeros(values.shape[0], beam, values.shape[2]))
 
@@ -51,7 +51,7 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
     """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state.
 
-    masks (B, 1, H) are factors on what each cell shows to what is above it. int8: as the precision of that name.
+    masks (B, 1, H_i) multiply the output of each cell (dropout). int8: compute as precision "int8" of speller_search.
     """
     below, hiddens, cells = weights.embedding[tokens], [], []
     for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
@@ -73,28 +73,28 @@ def _gates(_cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Te
 
 def _gates_int8(cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
     first, second = weights.split([part.shape[-1] for part in parts], 1)
-    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)  # what a token adds is looked up
+    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)  # the token's part of cell 0 is a table look-up
     return below + linear_int8(parts[1], second) + bias
 
 
 def linear_int8(x: Tensor, weights: Tensor) -> Tensor:
-    """Return x weights^T, (..., N), of whole numbers: x (..., M) and weights (N, M), a scale for each row of both.
+    """Return x @ weights^T, (..., N), with both quantised to int8: x (..., M) and weights (N, M), one scale per row.
 
-    The largest magnitude of a row is 127 (symmetric, dynamic: the rows of x are scaled as they come).
+    Symmetric and dynamic: the largest magnitude of each row becomes 127.
     """
-    (rows, scale), (columns, column_scale) = _whole_numbers(x), _whole_numbers(weights)
+    (rows, scale), (columns, column_scale) = _quantise(x), _quantise(weights)
     return (F.linear(rows, columns) * (scale * column_scale[..., 0])).to(x.dtype)
 
 
-def _whole_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float64 numbers from -127 to 127, whose products and sums are exact, and the scales (..., 1)."""
-    most = x.float().abs().amax(-1, keepdim=True)
-    factor = torch.where(most > LEAST, 127 / most, 0.0)
-    return (x * factor).round().double(), most.double() / 127  # factor is float32
+def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integers from -127 to 127 in float64, where matmuls of them are exact, and the scales (..., 1)."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    factor = torch.where(largest > TINY, 127 / largest, 0.0)
+    return (x * factor).round().double(), largest.double() / 127  # factor is float32
 
 
 def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:
-    """Raise ValueError where keys and values are not what a speller of these weights reads."""
+    """Raise ValueError unless keys and values have the shapes and dtype that these weights need."""
     for name, x in (("keys", keys), ("values", values)):
         if x.ndim != 3 or x.dtype != torch.float32:
             raise ValueError(f"{name} must be (B, T, size) float32; got {tuple(x.shape)} {x.dtype}")

@@ -1,22 +1,22 @@
 """The whole decoder pass of training, as one differentiable op.
 
-Step u of utterance b is that of speller_search with one beam, where `token` is tokens[b, u] or, if sampled[b, u], the
-best by the logits of step u - 1, and what cell i shows to what is above it is hidden_i * mask_i:
+Step u of utterance b is that of speller_search with one beam. `token` is tokens[b, u] or, if sampled[b, u], the argmax
+of the logits of step u - 1. The output of cell i is hidden_i * mask_i (dropout):
 
-    gates_1   = W_1 [embedding[token], context, hidden_1] + b_1         of the step before
+    gates_1   = W_1 [embedding[token], context, hidden_1] + b_1         context and hidden_1 of the previous step
     gates_i   = W_i [hidden_(i-1) * mask_(i-1), hidden_i] + b_i
     cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
     context   = attention of query(hidden_last * mask_last) over keys and values    see masked_attention
     logits    = embedding . gelu(project([hidden_last * mask_last, context])) + bias
 
-A weight that U steps use costs autograd U thin products and U additions to its gradient: most of the time of a plain
-loop's backward pass. The fused form and C++ run the recurrence backwards alone and take the gradient of each weight,
-and of keys and values, in products over many steps: with X a layer's inputs and dY its outputs' gradients of all steps,
-W the attention weights (B, U, T), C the contexts, Q the queries and S = scale Q K^T,
+For a weight that U steps use, autograd computes U thin matmuls and adds each to the gradient: most of the time of the
+backward pass of a plain loop. The fused form and C++ run only the recurrence backwards, and take the gradients of each
+weight and of keys and values as matmuls over many steps. With X the inputs of a layer and dY the gradients of its
+outputs in all steps, W the attention weights (B, U, T), C the contexts, Q the queries and S = scale Q K^T:
 
     dWeight = dY^T X;   dV = W^T dC;   dS = W * (dW + dC V^T - rowsum(W * (dW + dC V^T)));   dK = scale dS^T Q
 
-Values and gradients are those of the plain loop, up to the order of sums.
+Values and gradients equal those of the plain loop up to the order of summation.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from las_fast.ops import backends
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
-from las_fast.ops.speller import SpellerWeights, check_memory, silence, step
+from las_fast.ops.speller import SpellerWeights, check_memory, initial_state, step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PANEL = 32  # columns of packed weights in csrc/memory.h, to which rows of what is kept are padded
+PANEL = 32  # columns per panel of packed weights (csrc/memory.h): rows of saved tensors are padded to a multiple
 
 
 def speller_unroll(
@@ -49,39 +49,40 @@ def speller_unroll(
     precision: str = "fp32",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits of every step and where it listened.
+    """Return the logits and the attention weights of every step.
 
-    Differentiable once in weights, keys and values; the choice of a sampled token has no gradient. In C++ an
-    utterance's results are the same in any batch, and all results and gradients on any number of threads.
+    Differentiable once in weights, keys and values; the choice of a sampled token has no gradient. In C++ the results
+    of an utterance are the same bits in any batch, and all results and gradients on any number of threads.
 
     Args:
         weights: of the speller.
         keys:    (B, T, D) float32.
         values:  (B, T, E) float32.
-        lengths: (B,) int64 valid frames, 0 to T; what lies past them must be finite for all but C++.
-        tokens:  (B, U) int64, the true token before each; U is at least 1.
-        sampled: (B, U) bool, where the model's own best token, the first of equal ones, takes the place of the true
-            one; the first step reads the true one whatever it says.
-        masks:   (B, H_i) float32 of each cell, the same at every step; None: no dropout.
-        precision: "fp32", or "bf16" or "fp16" with float32 sums, cell states and attention: of the products in the
-            fused form (any) and in C++ (not fp16). The reference has fp32 only.
-        backend: "auto", "reference", "fused" or "cpp"; fused is in PyTorch's own calls, for any device.
+        lengths: (B,) int64 valid frames, 0 to T; keys and values past them must be finite, except in C++.
+        tokens:  (B, U) int64, U at least 1: the true token before each step.
+        sampled: (B, U) bool, whether a step reads the model's best token, the first among equal ones, instead of
+            the true one; ignored at the first step.
+        masks:   dropout masks (B, H_i) float32, one per cell, the same at every step; None: no dropout.
+        precision: of the matmuls: "fp32", "bf16" or "fp16", with sums, cell states and attention in float32. fused
+            takes all, C++ not fp16; the reference always computes in fp32.
+        backend: "auto", "reference", "fused" or "cpp"; "fused" is PyTorch calls, for any device.
 
     Returns:
         logits:    (B, U, V) float32.
         attention: (B, U, T) float32 weights; rows sum to 1 and are exactly 0 past the length.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; a name is unknown.
-        RuntimeError: the named backend is not available here, or does not take the precision; a token is none of V.
+        ValueError: shapes, dtypes or devices disagree; the precision or backend is unknown.
+        RuntimeError: the named backend is not available here, or does not take the precision; a token is out of range.
     """
     _check(weights, keys, values, lengths, tokens, sampled, masks, precision)
-    excess = {"cpp": "has no products in fp16" if precision == "fp16" else None}
-    chosen = backends.choose("speller_unroll", backend, keys.device, keys.dtype, excess)
+    unsupported = {"cpp": "has no fp16 matmuls" if precision == "fp16" else None}
+    chosen = backends.choose("speller_unroll", backend, keys.device, keys.dtype, unsupported)
     if chosen == "cpp":
-        given = (weights.flat(), keys, values, lengths, tokens, sampled, list(masks or ()))
-        graded = torch.is_grad_enabled() and any(x.requires_grad for x in (*given[0], keys, values))
-        return torch.ops.las_fast.speller_unroll_cpp(*given, precision == "bf16", graded)[:2]
+        flat = weights.flat()
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (*flat, keys, values))
+        arguments = (flat, keys, values, lengths, tokens, sampled, list(masks or ()), precision == "bf16", gradients)
+        return torch.ops.las_fast.speller_unroll_cpp(*arguments)[:2]
     with torch.autocast(keys.device.type, enabled=False):
         if chosen == "reference":
             return _reference(weights, keys, values, lengths, tokens, sampled, masks)
@@ -92,7 +93,7 @@ def speller_unroll(
 
 
 def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks) -> tuple[Tensor, Tensor]:
-    state = silence(weights, values, 1)
+    state = initial_state(weights, values, 1)
     logits: list[Tensor] = []
     attention: list[Tensor] = []
     masks = None if masks is None else [mask[:, None] for mask in masks]
@@ -110,21 +111,24 @@ def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, 
 
 
 def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, dtype) -> tuple[Tensor, Tensor]:
-    """The loop with each weight, keys and values detached: what is added at every step, zeros and the bias, has the
-    gradients of all steps, and gives that of the weight in one product."""
-    state, steps = silence(weights, values, 1), tokens.shape[1]
+    """Run the loop with weights, keys and values detached.
+
+    Each step adds an offset instead (zeros, or the bias), a slice of one tensor. The backward pass of that tensor
+    receives the gradients of all steps at once: the gradient of a weight, or of keys and values, is one matmul.
+    """
+    state, steps = initial_state(weights, values, 1), tokens.shape[1]
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)
     *cells, query = (_DeferredLinear(*layer, steps, len(tokens), dtype) for layer in layers)
     attend = _DeferredAttention(keys, values, lengths, steps)
-    any_sampled = sampled.any(0).tolist()  # one wait for the device instead of one a step
+    any_sampled = sampled.any(0).tolist()  # one synchronisation with the device instead of one per step
     hidden, cell, context = ([x[:, 0] for x in state[0]], [x[:, 0] for x in state[1]], state[2][:, 0])
-    spoken: list[Tensor] = []
+    outputs: list[Tensor] = []
     contexts, attention = [], []
     for u in range(steps):
         token = tokens[:, u]
         if u > 0 and any_sampled[u]:
             with torch.no_grad():
-                best = _logits(weights, spoken[-1], context, dtype).argmax(-1)
+                best = _logits(weights, outputs[-1], context, dtype).argmax(-1)
             token = torch.where(sampled[:, u], best, token)
         inputs: tuple[Tensor, ...] = (F.embedding(token, weights.embedding), context)
         for n, layer in enumerate(cells):
@@ -133,31 +137,31 @@ def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
             hidden[n] = torch.sigmoid(o) * torch.tanh(cell[n])
             inputs = (hidden[n] if masks is None else hidden[n] * masks[n],)
         context, attended = attend(query(inputs[0]))
-        spoken.append(inputs[0])
+        outputs.append(inputs[0])
         contexts.append(context)
         attention.append(attended)
-    logits = _logits(weights, torch.stack(spoken, 1), torch.stack(contexts, 1), dtype)
+    logits = _logits(weights, torch.stack(outputs, 1), torch.stack(contexts, 1), dtype)
     return logits, torch.stack(attention, 1)
 
 
-def _logits(weights: SpellerWeights, spoken: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(spoken.device.type, dtype, enabled=dtype != torch.float32):
-        features = F.gelu(F.linear(torch.cat((spoken, context), -1), weights.project, weights.project_bias))
+def _logits(weights: SpellerWeights, outputs: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(outputs.device.type, dtype, enabled=dtype != torch.float32):
+        features = F.gelu(F.linear(torch.cat((outputs, context), -1), weights.project, weights.project_bias))
         return F.linear(features, weights.embedding, weights.bias).float()
 
 
 class _DeferredLinear:
-    """A linear layer to be called once at each of `steps` steps on (B, in) inputs; returns (B, out) float32."""
+    """A linear layer, called once per step on (B, in) inputs; returns (B, out) float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor, steps: int, batch: int, dtype: torch.dtype):
         self.inputs: list[Tensor] = []
-        self.weight = weight.detach().to(dtype).t().contiguous()  # (in, out): the faster side for few rows
+        self.weight = weight.detach().to(dtype).t().contiguous()  # (in, out): faster for few rows
         self.offsets = iter(_LinearOffsets.apply(weight, bias, self.inputs, (steps, batch), dtype).unbind(0))
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         self.inputs.append(x.detach())
-        return torch.mm(x, self.weight) + next(self.offsets)  # which are float32
+        return torch.mm(x, self.weight) + next(self.offsets)  # float32
 
 
 class _LinearOffsets(torch.autograd.Function):
@@ -176,7 +180,7 @@ class _LinearOffsets(torch.autograd.Function):
 
 
 class _DeferredAttention:
-    """Masked attention to be called once at each of `steps` steps with queries (B, D) on the same memory."""
+    """Masked attention, called once per step with queries (B, D) on the same keys and values."""
 
     def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, steps: int):
         self.memory, self.padding = (keys.detach(), values.detach(), lengths), padding_mask(lengths, keys.shape[1])
@@ -186,7 +190,7 @@ class _DeferredAttention:
         self.offsets = zip(context.unbind(1), weights.unbind(1), strict=True)
 
     def __call__(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return context (B, E) and weights (B, T), both with all their gradients."""
+        """Return context (B, E) and weights (B, T), both differentiable in query, keys and values."""
         context, weights = (x[:, 0] for x in masked_attention(query[:, None], *self.memory, padding=self.padding))
         self.queries.append(query.detach())
         self.weights.append(weights.detach())
@@ -280,15 +284,15 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, logits_gradient, attention_gradient, *others):
     saved, n = ctx.saved_tensors, ctx.count
     weights, masks, (keys, values, lengths, *kept) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
-    nothing = (None, None, None, [None] * ctx.masks, None, None)
-    found = torch.ops.las_fast.speller_unroll_backward_cpp(
+    no_gradients = (None, None, None, [None] * ctx.masks, None, None)
+    gradients = torch.ops.las_fast.speller_unroll_backward_cpp(
         logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *kept, ctx.bf16
     )
-    return (*found, *nothing)
+    return (*gradients, *no_gradients)
 
 
 def _refuse(ctx, *gradients):
-    raise RuntimeError("speller_unroll is differentiable once: this is its second derivative")
+    raise RuntimeError("speller_unroll is differentiable once, not twice")
 
 
 for _name in backends.register("speller_unroll_backward", BACKWARD, _fake_backward, module="speller_unroll"):

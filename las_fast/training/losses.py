@@ -80,13 +80,13 @@ def _diagonal_times(token_lengths: Tensor, count: int) -> Tensor:
 def relative_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     """Time of each token according to CTC, (B, U), as a fraction of the utterance; carries no gradient.
 
-    A character's time is the mean frame of its posterior given the transcript (ops.ctc_places); Inaguma and Kawahara
+    A character's time is the mean frame of its posterior given the transcript (ops.token_times); Inaguma and Kawahara
     2021 let attention follow CTC in this way. <eos> is at 1. An utterance with more characters than frames gets the
     diagonal.
 
     Args: as for ctc_loss.
     """
-    times = ops.ctc_places(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
+    times = ops.token_times(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
     times = times.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
     possible = (lengths >= token_lengths - 1)[:, None]
     return torch.where(possible, times, _diagonal_times(token_lengths, tokens.shape[1]))

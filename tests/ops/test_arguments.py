@@ -24,14 +24,15 @@ from las_fast.ops import (
     beam_topk,
     bilstm,
     ctc_loss,
-    ctc_places,
     ctc_prefix,
     masked_attention,
     padding_mask,
     speller_search,
     speller_unroll,
+    token_times,
 )
 
+BACKTRACK = ("tokens", "parents", "scores", "attended_frames")
 OTHER = {torch.float32: torch.float64, torch.int64: torch.int32, torch.bool: torch.uint8, torch.uint8: torch.int8}
 
 
@@ -71,14 +72,13 @@ def of_masked_attention():
 
 
 def of_beams():
-    tokens, parents, scores, frames = test_beam_backtrack.random(6, 2, 3)
-    names = {"tokens": tokens, "parents": parents, "scores": scores, "frames": frames, "eos": 2}
-    yield "beam_backtrack_cpp", names, set()
+    names = dict(zip(BACKTRACK, test_beam_backtrack.random(6, 2, 3), strict=True))
+    yield "beam_backtrack_cpp", {**names, "eos": 2}, set()
     states, parents = test_beam_gather.make(2, 3, (5, 4))
     free = {("states", "2 shorter"), ("states", "another type")}
     yield "beam_gather_cpp", {"states": states, "parents": parents}, free
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "table", "states", "weight", "gains", "ctc_weight"]
+    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_gains", "ctc_weight"]
     given = dict(zip(names, test_beam_topk.arguments(), strict=True))
     yield "beam_topk_cpp", given, set()
 
@@ -106,10 +106,11 @@ def of_speller():
     limit = torch.full((B,), 3)
     search = {"weights": list(weights.flat()), **memory, "beam": 3, "sos": 1, "eos": 2}
     search |= {"minimum": limit, "maximum": limit}
-    search |= {"length_penalty": 0.5, "eos_threshold": 0.0, "coverage_weight": 0.0, "table": torch.zeros(V, V)}
-    search |= {"ngram_weight": 0.1, "frames": test_speller_search.hear(B, 9, V), "ctc_weight": 0.1, "precision": "fp32"}
+    search |= {"length_penalty": 0.5, "eos_threshold": 0.0, "coverage_weight": 0.0}
+    search |= {"ngram_table": torch.zeros(V, V), "ngram_weight": 0.1}
+    search |= {"ctc_log_probs": test_speller_search.hear(B, 9, V), "ctc_weight": 0.1, "precision": "fp32"}
     packed = torch.ops.las_fast.speller_pack_cpp(search["weights"], "fp32")
-    free = {("table", "0 shorter"), ("frames", "1 shorter"), ("packed", "one dimension more")}
+    free = {("ngram_table", "0 shorter"), ("ctc_log_probs", "1 shorter"), ("packed", "one dimension more")}
     free |= {("packed", "one dimension more at the end")}
     yield "speller_search_cpp", {**search, "packed": packed}, free
 
@@ -162,18 +163,19 @@ def attending():
 
 
 def searching():
-    names = dict(zip(("tokens", "parents", "scores", "frames"), test_beam_backtrack.random(6, 2, 3), strict=True))
+    names = dict(zip(BACKTRACK, test_beam_backtrack.random(6, 2, 3), strict=True))
     yield lambda **given: beam_backtrack(**given, eos=2, backend="reference"), names, set()
     states, parents = test_beam_gather.make(2, 3, (5, 4))
     free = {("states", "2 shorter"), ("states", "another type")}
     yield lambda **given: beam_gather(**given, backend="reference"), {"states": states, "parents": parents}, free
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "table", "states", "weight", "gains", "ctc_weight"]
+    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_gains", "ctc_weight"]
     given = dict(zip(names, test_beam_topk.arguments(), strict=True))
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
 
-    def step(table, states, gains, **others):
-        return beam_topk(**others, eos=2, ngram=Ngram(table, states, 0.3), ctc=Ctc(gains, 0.3), backend="reference")
+    def step(ngram_table, ngram_states, ctc_gains, **others):
+        ngram, ctc = Ngram(ngram_table, ngram_states, 0.3), Ctc(ctc_gains, 0.3)
+        return beam_topk(**others, eos=2, ngram=ngram, ctc=ctc, backend="reference")
 
     yield step, tensors, {("logits", "another type")}
 
@@ -186,13 +188,14 @@ def hearing():
     yield lambda **given: bilstm(**given, backend="reference"), names, free
     names = dict(zip(("logits", "lengths", "tokens", "token_lengths"), test_ctc_loss.inputs(), strict=True))
     free = {("logits", what) for what in ("another type", "1 shorter", "2 shorter")} | {("tokens", "1 shorter")}
-    for op in (ctc_loss, ctc_places):
+    for op in (ctc_loss, token_times):
         yield lambda op=op, **given: op(**given, backend="reference"), names, free
     names = test_ctc_prefix.changed()
     del names["eos"]
 
-    def step(frames, alphas, prefixes, gains, **others):
-        return ctc_prefix(frames, CtcState(alphas, prefixes, gains), **others, eos=2, backend="reference")
+    def step(ctc_log_probs, forward_log_probs, prefix_log_probs, gains, **others):
+        state = CtcState(forward_log_probs, prefix_log_probs, gains)
+        return ctc_prefix(ctc_log_probs, state, **others, eos=2, backend="reference")
 
     yield step, names, set()
 
@@ -204,10 +207,12 @@ def spelling():
     free = {(name, "another device") for name in ("tokens", "sampled", "masks", *memory)} | {("masks", "another type")}
     given = {**memory, "tokens": tokens, "sampled": sampled, "masks": masks}
     yield lambda **given: speller_unroll(weights, **given, backend="reference"), given, free
-    limit, frames = torch.full((B,), 3), test_speller_search.hear(B, 9, V)
-    given = {**memory, "minimum": limit, "maximum": limit, "table": torch.zeros(V, V), "frames": frames}
+    limit, ctc_log_probs = torch.full((B,), 3), test_speller_search.hear(B, 9, V)
+    given = {**memory, "minimum": limit, "maximum": limit, "ngram_table": torch.zeros(V, V)}
+    given |= {"ctc_log_probs": ctc_log_probs}
     fixed = {"beam": 3, "sos": 1, "eos": 2, "ctc_weight": 0.3, "backend": "reference"}
-    free = {(name, "another device") for name in given} | {("table", "0 shorter"), ("frames", "1 shorter")}
+    free = {(name, "another device") for name in given}
+    free |= {("ngram_table", "0 shorter"), ("ctc_log_probs", "1 shorter")}
     yield lambda **given: speller_search(weights, **given, **fixed), given, free
 
 

@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def not_built(monkeypatch):
     monkeypatch.setattr(backends, "EXTENSION_PROBLEM", f"the extension is not built. {backends.BUILD}")
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_sizes_that_a_backend_does_not_take_are_left_to_the_reference_or_refused
     ("there", "hip", "installed", "said"),
     [
         (False, None, True, "there is no CUDA device here"),
-        (True, "6.0", True, "the Triton kernels are tuned for NVIDIA"),
+        (True, "6.0", True, "the Triton kernels are for NVIDIA GPUs only"),
         (True, None, False, "triton is not installed"),
         (True, None, True, None),
     ],
@@ -194,7 +194,9 @@ def test_triton_needs_a_gpu_of_nvidia_and_its_package(monkeypatch, there, hip, i
 def test_triton_kernels_take_the_sizes_that_fit_and_say_which():
     topk, attention = (importlib.import_module(f"las_fast.ops.{name}") for name in ("beam_topk", "masked_attention"))
     assert topk._too_many(128, 1000) is None and topk._too_many(1, 2**31 - 1) is None
-    assert topk._too_many(129, 10).startswith("takes at most 128 beams and 2^31 candidates an utterance; got 129 beams")
+    assert topk._too_many(129, 10).startswith(
+        "takes at most 128 beams and 2^31 candidates per utterance; got 129 beams"
+    )
     assert topk._too_many(2, 2**30) is not None and topk._too_many(1, 2**31) is not None
 
     def wide(D, E, dtype=torch.float32, graded=False):
@@ -218,7 +220,7 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors():
 
 def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: "triton is not installed. Run: pip install triton")
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match="Run: pip install triton") as said:
         assert [backends.choose("beam_topk", "auto", CUDA) for _ in range(2)] == ["reference"] * 2
     assert len(said) == 1

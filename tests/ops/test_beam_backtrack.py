@@ -11,17 +11,17 @@ INF = torch.inf
 def random(L, B, K, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (L, B, K)
-    tokens, parents, frames = (torch.randint(0, n, shape, generator=generator) for n in (9, max(K, 1), 100))
-    return tokens, parents, -torch.rand(shape, generator=generator).cumsum(0), frames
+    tokens, parents, attended_frames = (torch.randint(0, n, shape, generator=generator) for n in (9, max(K, 1), 100))
+    return tokens, parents, -torch.rand(shape, generator=generator).cumsum(0), attended_frames
 
 
-def plain(tokens, parents, scores, frames, b, k):
+def plain(tokens, parents, scores, attended_frames, b, k):
     """Follow the pointers of one hypothesis by hand; return (token, score of the token, frame) of each step."""
     found, beam = [], k
     for t in reversed(range(tokens.shape[0])):
         token, score, parent = int(tokens[t, b, beam]), scores[t, b, beam], int(parents[t, b, beam])
         before = scores[t - 1, b, parent] if t else torch.tensor(0.0)
-        found.insert(0, (token, float(score - before), int(frames[t, b, parent])))
+        found.insert(0, (token, float(score - before), int(attended_frames[t, b, parent])))
         beam = parent
     return found
 
@@ -32,7 +32,7 @@ def plain(tokens, parents, scores, frames, b, k):
 def test_hypotheses_follow_the_pointers(backend, L, B, K):
     history = random(L, B, K)
     found = call(beam_backtrack, *history, eos=EOS, backend=backend)
-    assert found.tokens.shape == found.token_scores.shape == found.frames.shape == (B, K, L)
+    assert found.tokens.shape == found.token_scores.shape == found.attended_frames.shape == (B, K, L)
     assert found.lengths.shape == (B, K)
     for b in range(B):
         for k in range(K):
@@ -42,12 +42,12 @@ def test_hypotheses_follow_the_pointers(backend, L, B, K):
             assert found.tokens[b, k].tolist() == text[:n] + [EOS] * (L - n)
             assert int(found.lengths[b, k]) == n
             assert found.token_scores[b, k].tolist() == [score for _, score, _ in steps]
-            assert found.frames[b, k].tolist() == [frame for _, _, frame in steps]
+            assert found.attended_frames[b, k].tolist() == [frame for _, _, frame in steps]
 
 
 def test_token_scores_add_up_to_the_score_of_the_hypothesis(backend):
-    tokens, parents, scores, frames = random(40, 3, 5)
-    found = call(beam_backtrack, tokens, parents, scores, frames, eos=EOS, backend=backend)
+    tokens, parents, scores, attended_frames = random(40, 3, 5)
+    found = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
     torch.testing.assert_close(found.token_scores.double().sum(-1).float(), scores[-1])
 
 
@@ -60,16 +60,16 @@ def test_a_finished_beam_adds_nothing_and_its_eos_has_a_score(backend):
 
 
 def test_hypotheses_that_do_not_exist_have_no_nan(backend):
-    tokens, parents, scores, frames = random(6, 2, 3)
+    tokens, parents, scores, attended_frames = random(6, 2, 3)
     scores[2:, 1] = -INF
-    found = call(beam_backtrack, tokens, parents, scores, frames, eos=EOS, backend=backend)
+    found = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
     assert found.token_scores[1, :, 2].tolist() == [-INF] * 3 and (found.token_scores[1, :, 3:] == 0).all()
     assert not found.token_scores.isnan().any()
 
 
 def test_without_eos_a_hypothesis_is_as_long_as_the_search(backend):
-    tokens, parents, scores, frames = random(6, 2, 3)
-    found = call(beam_backtrack, tokens.clamp(min=EOS + 1), parents, scores, frames, eos=EOS, backend=backend)
+    tokens, parents, scores, attended_frames = random(6, 2, 3)
+    found = call(beam_backtrack, tokens.clamp(min=EOS + 1), parents, scores, attended_frames, eos=EOS, backend=backend)
     assert (found.lengths == 6).all() and (found.tokens != EOS).all()
 
 
@@ -86,22 +86,22 @@ def test_inputs_need_not_be_contiguous(backend):
 @pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_a_parent_out_of_range_is_an_error_and_not_a_crash(backend, bad, step):
-    tokens, parents, scores, frames = random(4, 2, 3)
+    tokens, parents, scores, attended_frames = random(4, 2, 3)
     parents[step, 1] = bad
     with pytest.raises(RuntimeError):
-        beam_backtrack(tokens, parents, scores, frames, eos=EOS, backend=backend)
+        beam_backtrack(tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
 
 
 def test_disagreeing_arguments_are_explained():
-    tokens, parents, scores, frames = random(3, 2, 4)
+    tokens, parents, scores, attended_frames = random(3, 2, 4)
     with pytest.raises(ValueError, match=r"tokens must be \(L, B, K\) int64; got \(2, 4\)"):
-        beam_backtrack(tokens[0], parents, scores, frames, eos=EOS)
+        beam_backtrack(tokens[0], parents, scores, attended_frames, eos=EOS)
     with pytest.raises(ValueError, match=r"parents must be \(3, 2, 4\) torch.int64 .* got .* torch.int32"):
-        beam_backtrack(tokens, parents.int(), scores, frames, eos=EOS)
+        beam_backtrack(tokens, parents.int(), scores, attended_frames, eos=EOS)
     with pytest.raises(ValueError, match=r"scores must be .* torch.float32 .* got .* torch.float64"):
-        beam_backtrack(tokens, parents, scores.double(), frames, eos=EOS)
-    with pytest.raises(ValueError, match=r"frames must be \(3, 2, 4\) .* like tokens; got \(2, 2, 4\)"):
-        beam_backtrack(tokens, parents, scores, frames[:2], eos=EOS)
+        beam_backtrack(tokens, parents, scores.double(), attended_frames, eos=EOS)
+    with pytest.raises(ValueError, match=r"attended_frames must be \(3, 2, 4\) .* like tokens; got \(2, 2, 4\)"):
+        beam_backtrack(tokens, parents, scores, attended_frames[:2], eos=EOS)
 
 
 def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
@@ -114,17 +114,17 @@ def test_the_registered_op_passes_opcheck(cpp):
 
 
 def test_the_registered_op_checks_its_own_arguments(cpp):
-    tokens, parents, scores, frames = random(6, 2, 3)
+    tokens, parents, scores, attended_frames = random(6, 2, 3)
     op = torch.ops.las_fast.beam_backtrack_cpp
     with pytest.raises(RuntimeError, match=r"tokens must be \(L, B, K\) int64; got \[6, 2, 3\] Int"):
-        op(tokens.int(), parents, scores, frames, EOS)
+        op(tokens.int(), parents, scores, attended_frames, EOS)
     with pytest.raises(RuntimeError, match=r"parents must be \[6, 2, 3\] Long like tokens; got \[3, 2, 3\]"):
-        op(tokens, parents[:3], scores, frames, EOS)
+        op(tokens, parents[:3], scores, attended_frames, EOS)
     with pytest.raises(RuntimeError, match=r"scores must be \[6, 2, 3\] Float like tokens; got .* Double"):
-        op(tokens, parents, scores.double(), frames, EOS)
+        op(tokens, parents, scores.double(), attended_frames, EOS)
     parents[4, 1] = 9
     with pytest.raises(RuntimeError, match="parents must be from 0 to 2; got 9 at step 4 of utterance 1"):
-        op(tokens, parents, scores, frames, EOS)
+        op(tokens, parents, scores, attended_frames, EOS)
 
 
 def test_it_compiles_into_one_graph(cpp):

@@ -455,8 +455,9 @@ def arguments(B=2, K=3, V=5, **change):
     model, limits = ngram(B, K, V, 2), torch.full((B,), 4)
     every = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
     every |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
-    every |= {"coverage": torch.randn(B, K), "table": model.table, "states": model.states, "weight": 0.3}
-    every |= {"gains": ctc(B, K, V).gains, "ctc_weight": 0.3}
+    every |= {"coverage": torch.randn(B, K), "ngram_table": model.table}
+    every |= {"ngram_states": model.states, "ngram_weight": 0.3}
+    every |= {"ctc_gains": ctc(B, K, V).gains, "ctc_weight": 0.3}
     return tuple((every | change).values())
 
 
@@ -470,15 +471,15 @@ def arguments(B=2, K=3, V=5, **change):
         ({"minimum": torch.zeros(2)}, r"minimum must be \[2\] Long"),
         ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
-        ({"gains": torch.zeros(2, 3)}, r"gains must be \[2, 3, 5\] Float"),
-        ({"states": None}, "table and states must be given together"),
-        ({"table": torch.zeros(5, 4)}, r"table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
-        ({"states": torch.full((2, 3), 5)}, "states must be from 0 to 4; got 5"),
-        ({"states": torch.full((2, 3), -1)}, "states must be from 0 to 4; got -1"),
+        ({"ctc_gains": torch.zeros(2, 3)}, r"ctc_gains must be \[2, 3, 5\] Float"),
+        ({"ngram_states": None}, "ngram_table and ngram_states must be given together"),
+        ({"ngram_table": torch.zeros(5, 4)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
+        ({"ngram_states": torch.full((2, 3), 5)}, "ngram_states must be from 0 to 4; got 5"),
+        ({"ngram_states": torch.full((2, 3), -1)}, "ngram_states must be from 0 to 4; got -1"),
         ({"logits": torch.zeros(3, 5)}, r"logits must be \(B, K, V\) .*; got \[3, 5\]"),
-        ({"table": torch.zeros(0, 5)}, r"table must be \(states, V\) float32 with V=5; got \[0, 5\]"),
-        ({"table": torch.zeros(5, 5).double()}, "table must be .* float32 with V=5; got .* Double"),
-        ({"table": torch.zeros(25)}, r"table must be \(states, V\) float32 with V=5; got \[25\]"),
+        ({"ngram_table": torch.zeros(0, 5)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[0, 5\]"),
+        ({"ngram_table": torch.zeros(5, 5).double()}, "ngram_table must be .* float32 with V=5; got .* Double"),
+        ({"ngram_table": torch.zeros(25)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[25\]"),
         ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
     ],
@@ -490,7 +491,7 @@ def test_the_registered_op_checks_its_own_arguments(cpp, change, message):
 
 @pytest.mark.parametrize("options", [True, False])
 def test_the_registered_op_passes_opcheck(cpp, options):
-    names = () if options else ("minimum", "maximum", "coverage", "table", "states", "gains")
+    names = () if options else ("minimum", "maximum", "coverage", "ngram_table", "ngram_states", "ctc_gains")
     torch.library.opcheck(torch.ops.las_fast.beam_topk_cpp.default, arguments(**dict.fromkeys(names)))
 
 

@@ -6,7 +6,7 @@ import torch
 from calls import LAYOUTS, call, compile_and_count, lanes, ops_called, threads
 from torch.nn import functional as F
 
-from las_fast.ops import ctc_loss, ctc_places, padding_mask
+from las_fast.ops import ctc_loss, padding_mask, token_times
 
 INF, NAN = torch.inf, torch.nan
 SIZES = [  # B, T, V, S
@@ -38,7 +38,7 @@ def everything(logits, *rest, backend, weights=None):
     leaf = logits.detach().clone().requires_grad_()
     losses = call(ctc_loss, leaf, *rest, backend=backend)
     (gradient,) = torch.autograd.grad(losses @ (torch.ones_like(losses) if weights is None else weights), leaf)
-    return losses.detach(), gradient, call(ctc_places, logits, *rest, backend=backend)
+    return losses.detach(), gradient, call(token_times, logits, *rest, backend=backend)
 
 
 def assert_same(found, expected, **tolerance):
@@ -104,8 +104,8 @@ def test_they_are_sums_over_all_paths(backend, text):
     found = everything(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
                        backend=backend)  # fmt: skip
 
-    def probability(places):
-        return math.prod(float(p[t, text[u - 1] if u else 0]) for t, u in enumerate(places))
+    def probability(times):
+        return math.prod(float(p[t, text[u - 1] if u else 0]) for t, u in enumerate(times))
 
     total = sum(map(probability, paths_that_read(text, T, V, apart=False)))
     assert found[0].item() == pytest.approx(-math.log(total) if total else 0.0, rel=1e-5)
@@ -118,35 +118,35 @@ def test_they_are_sums_over_all_paths(backend, text):
 
 def test_a_repeated_token_needs_a_blank_in_the_loss_alone(backend):
     tokens, two = torch.tensor([[1, 1]]), torch.tensor([2])
-    loss, gradient, places = everything(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
+    loss, gradient, times = everything(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
     assert loss == 0 and (gradient == 0).all()
-    torch.testing.assert_close(places, torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(times, torch.tensor([[0.0, 1.0]]))
 
 
 def test_what_has_no_path_counts_nothing(backend):
     logits, tokens = torch.randn(4, 3, 5), torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
     lengths, token_lengths = torch.tensor([3, 3, 0, 0]), torch.tensor([4, 3, 1, 0])
-    losses, gradient, places = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    losses, gradient, times = everything(logits, lengths, tokens, token_lengths, backend=backend)
     assert (losses[[0, 2, 3]] == 0).all() and losses[1] > 0
     assert (gradient[[0, 2, 3]] == 0).all() and gradient[1].abs().sum() > 0
-    assert (places[[0, 2, 3]] == 0).all()
-    torch.testing.assert_close(places[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
+    assert (times[[0, 2, 3]] == 0).all()
+    torch.testing.assert_close(times[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
 
 
 def test_places_are_finite_where_the_logits_rule_the_transcript_out(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[-1, :, int(tokens[-1, 0])] = -torch.inf
-    found = call(ctc_places, logits, lengths, tokens, token_lengths, backend=backend)
+    found = call(token_times, logits, lengths, tokens, token_lengths, backend=backend)
     assert found.isfinite().all()
 
 
 def test_an_empty_transcript_is_all_blanks(backend):
     logits, lengths = torch.randn(2, 6, 4), torch.tensor([6, 2])
-    losses, gradient, places = everything(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),
+    losses, gradient, times = everything(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),
                                           backend=backend)  # fmt: skip
     log_p = logits.log_softmax(-1)[..., 0]
     torch.testing.assert_close(losses, -torch.stack([log_p[0].sum(), log_p[1, :2].sum()]))
-    assert places.shape == (2, 0) and (gradient[1, 2:] == 0).all()
+    assert times.shape == (2, 0) and (gradient[1, 2:] == 0).all()
 
 
 def test_padding_full_of_nan_does_not_matter(cpp):
@@ -244,16 +244,16 @@ def test_each_loss_has_a_gradient_of_its_own(backend):
 def test_narrow_logits_are_widened_first(backend, dtype):
     logits, *rest = inputs()
     logits = logits.to(dtype)
-    losses, gradient, places = everything(logits, *rest, backend=backend)
+    losses, gradient, times = everything(logits, *rest, backend=backend)
     expected = everything(logits.float(), *rest, backend=backend)
-    assert losses.dtype == places.dtype == torch.float32 and gradient.dtype == dtype
-    assert torch.equal(losses, expected[0]) and torch.equal(places, expected[2])
+    assert losses.dtype == times.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(losses, expected[0]) and torch.equal(times, expected[2])
     torch.testing.assert_close(gradient, expected[1].to(dtype))
 
 
 def test_no_gradient_flows_through_places(backend):
     arguments = inputs()
-    assert not ctc_places(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
+    assert not token_times(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
 
 
 def test_without_gradients_none_is_made_and_the_loss_is_the_same(cpp):
@@ -274,12 +274,12 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
 def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
     arguments = inputs()
     assert "las_fast::ctc_loss_cpp" in ops_called(lambda: ctc_loss(*arguments))
-    assert ops_called(lambda: ctc_places(*arguments))[-1] == "las_fast::ctc_places_cpp"
+    assert ops_called(lambda: token_times(*arguments))[-1] == "las_fast::ctc_places_cpp"
 
 
 def test_what_cpp_does_not_take_goes_to_the_reference(cpp):
     logits, *rest = inputs()
-    assert ctc_loss(logits.double(), *rest).dtype == ctc_places(logits.double(), *rest).dtype == torch.float64
+    assert ctc_loss(logits.double(), *rest).dtype == token_times(logits.double(), *rest).dtype == torch.float64
     with pytest.raises(RuntimeError, match="takes torch.float32; got torch.float64"):
         ctc_loss(logits.double(), *rest, backend=cpp)
 
@@ -295,13 +295,13 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
     arguments = inputs()
 
     def run(logits, *rest):
-        return ctc_loss(logits, *rest), ctc_places(logits, *rest)
+        return ctc_loss(logits, *rest), token_times(logits, *rest)
 
     compiled, graphs = compile_and_count(run)
     leaf = arguments[0].clone().requires_grad_()
-    losses, places = compiled(leaf, *arguments[1:])
+    losses, times = compiled(leaf, *arguments[1:])
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    assert_same((losses.detach(), gradient, places), everything(*arguments, backend=cpp))
+    assert_same((losses.detach(), gradient, times), everything(*arguments, backend=cpp))
     assert len(graphs) == 1
 
 
@@ -318,7 +318,7 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
     ],
 )
 def test_disagreeing_arguments_are_explained(change, message):
-    for op in (ctc_loss, ctc_places):
+    for op in (ctc_loss, token_times):
         with pytest.raises(ValueError, match=message):
             op(*change(*inputs()))
 

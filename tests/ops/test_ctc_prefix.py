@@ -13,20 +13,20 @@ INF, NAN = torch.inf, torch.nan
 SHAPES = [(1, 1, 1, 4), (2, 3, 2, 5), (3, 4, 15, 7), (2, 8, 64, 31), (2, 17, 65, 33), (1, 2, 130, 100), (2, 1, 16, 5)]
 
 
-def listen(B=2, T=6, V=5, lengths=None, seed=0, scale=2.0, never=(NONE, EOS)):
+def listen(B=2, T=6, V=5, lengths=None, seed=0, scale=2.0, forbidden=(NONE, EOS)):
     """Log-probabilities of frames for which <sos> and <eos> are no tokens."""
     logits = scale * torch.randn(B, T, V, generator=torch.Generator().manual_seed(seed))
-    return ctc_log_probabilities(logits, torch.as_tensor(lengths or [T] * B), never)
+    return ctc_log_probabilities(logits, torch.as_tensor(lengths or [T] * B), forbidden)
 
 
-def grow(frames, texts, *, backend, eos=EOS):
+def grow(ctc_log_probs, texts, *, backend, eos=EOS):
     """The state of each text, one for each hypothesis of every utterance, token by token; texts equally long."""
-    B, K = len(frames), len(texts)
-    state, tokens = ctc_start(frames, K, eos=eos), torch.full((B, K), NONE)
+    B, K = len(ctc_log_probs), len(texts)
+    state, tokens = ctc_start(ctc_log_probs, K, eos=eos), torch.full((B, K), NONE)
     parents = torch.arange(K).expand(B, K)
     for column in zip(*texts, strict=True):
         chosen = torch.tensor(column).expand(B, K)
-        state = call(ctc_prefix, frames, state, tokens, parents, chosen, eos=eos, backend=backend)
+        state = call(ctc_prefix, ctc_log_probs, state, tokens, parents, chosen, eos=eos, backend=backend)
         tokens = chosen
     return state
 
@@ -36,11 +36,11 @@ def read(path):
     return tuple(v for v, _ in itertools.groupby(path) if v)
 
 
-def brute_force(frames):
+def brute_force(ctc_log_probs):
     """Probabilities of all readings of frames (T, V), summed over all paths."""
     found = {}
-    for path in itertools.product(range(frames.shape[1]), repeat=len(frames)):
-        probability = math.exp(sum(float(frames[t, v]) for t, v in enumerate(path)))
+    for path in itertools.product(range(ctc_log_probs.shape[1]), repeat=len(ctc_log_probs)):
+        probability = math.exp(sum(float(ctc_log_probs[t, v]) for t, v in enumerate(path)))
         found[read(path)] = found.get(read(path), 0.0) + probability
     return found
 
@@ -51,14 +51,14 @@ def log(x):
 
 def random_step(B, K, T, V, seed=0, lengths=None):
     """A step in the middle of a search: everything that ctc_prefix takes."""
-    frames = listen(B, T, V, lengths, seed)
+    ctc_log_probs = listen(B, T, V, lengths, seed)
     generator = torch.Generator().manual_seed(seed)
     texts = torch.randint(3, V, (3, B, K), generator=generator)
     texts[1, :, ::2] = texts[0, :, ::2]
-    state, tokens = ctc_start(frames, K, eos=EOS), torch.full((B, K), NONE)
+    state, tokens = ctc_start(ctc_log_probs, K, eos=EOS), torch.full((B, K), NONE)
     for chosen in texts:
         parents = torch.randint(0, K, (B, K), generator=generator)
-        arguments = frames, state, tokens, parents, chosen
+        arguments = ctc_log_probs, state, tokens, parents, chosen
         state = ctc_prefix(*arguments, eos=EOS, backend="reference")
         tokens = chosen
     return arguments
@@ -72,16 +72,16 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
 @pytest.mark.parametrize("text", [(), (3,), (4,), (3, 3), (3, 4), (3, 3, 3), (3, 4, 3), (4, 4, 3)])
 def test_scores_are_sums_over_all_paths(backend, T, text):
-    frames = listen(1, T, 5, scale=1.0)
-    state = grow(frames, [text], backend=backend)
-    every = brute_force(frames[0].double())
+    ctc_log_probs = listen(1, T, 5, scale=1.0)
+    state = grow(ctc_log_probs, [text], backend=backend)
+    every = brute_force(ctc_log_probs[0].double())
 
     def begins(prefix):
         return log(sum(p for reading, p in every.items() if reading[: len(prefix)] == prefix))
 
     prefix = begins(text)
-    assert float(state.prefixes) == pytest.approx(prefix, abs=1e-5)
-    assert float(state.alphas[0, 0, -1]) == pytest.approx(log(every.get(text, 0.0)), abs=1e-5)
+    assert float(state.prefix_log_probs) == pytest.approx(prefix, abs=1e-5)
+    assert float(state.forward_log_probs[0, 0, -1]) == pytest.approx(log(every.get(text, 0.0)), abs=1e-5)
     for v, gain in enumerate(state.gains[0, 0].tolist()):
         whole = log(every.get(text, 0.0)) if v == EOS else begins((*text, v)) if v else -INF
         assert gain == (-INF if prefix == -INF else pytest.approx(whole - prefix, abs=1e-5)), v
@@ -97,9 +97,9 @@ def test_the_step_is_that_of_the_reference(backend, B, K, T, V):
 
 def test_it_is_as_exact_as_float32_allows(backend):
     arguments = random_step(2, 4, 300, 31)
-    frames, state, *tokens = arguments
+    ctc_log_probs, state, *tokens = arguments
     state64 = CtcState(*(x.double() for x in state))
-    exact = ctc_prefix(frames.double(), state64, *tokens, eos=EOS, backend="reference")
+    exact = ctc_prefix(ctc_log_probs.double(), state64, *tokens, eos=EOS, backend="reference")
     usual = ctc_prefix(*arguments, eos=EOS, backend="reference")
     found = call(ctc_prefix, *arguments, eos=EOS, backend=backend)
     for x, y, z in zip(found, usual, exact, strict=True):
@@ -110,12 +110,12 @@ def test_it_is_as_exact_as_float32_allows(backend):
 
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_the_end_is_what_ctc_loss_is_the_negative_of(backend, length):
-    frames, text = listen(2, 20, 7, [20, 13]), [3, 3, 4, 6, 5, 5, 3, 4, 4][:length]
-    state = grow(frames, [text], backend=backend)
+    ctc_log_probs, text = listen(2, 20, 7, [20, 13]), [3, 3, 4, 6, 5, 5, 3, 4, 4][:length]
+    state = grow(ctc_log_probs, [text], backend=backend)
     targets, target_lengths = torch.tensor([text, text]), torch.tensor([length, length])
-    loss = F.ctc_loss(frames.transpose(0, 1), targets, torch.tensor([20, 13]), target_lengths, reduction="none")
-    torch.testing.assert_close(state.alphas[:, 0, -1], -loss)
-    torch.testing.assert_close(state.gains[:, 0, EOS] + state.prefixes[:, 0], -loss)
+    loss = F.ctc_loss(ctc_log_probs.transpose(0, 1), targets, torch.tensor([20, 13]), target_lengths, reduction="none")
+    torch.testing.assert_close(state.forward_log_probs[:, 0, -1], -loss)
+    torch.testing.assert_close(state.gains[:, 0, EOS] + state.prefix_log_probs[:, 0], -loss)
 
 
 @pytest.mark.parametrize("text", [(), (3,), (4, 4), (3, 4, 3, 3)])
@@ -125,46 +125,46 @@ def test_the_continuations_and_the_end_are_all_that_a_prefix_can_become(backend,
 
 
 def test_a_token_comes_twice_only_with_a_blank_between(backend):
-    frames = torch.full((1, 3, 5), -INF)
-    frames[0, :, 3] = 0.0  # certainly three frames of one token
-    state = grow(frames, [(3,)], backend=backend)
+    ctc_log_probs = torch.full((1, 3, 5), -INF)
+    ctc_log_probs[0, :, 3] = 0.0  # certainly three frames of one token
+    state = grow(ctc_log_probs, [(3,)], backend=backend)
     assert state.gains[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
-    frames[0, 1], frames[0, 1, 0] = -INF, 0.0
-    assert grow(frames, [(3,)], backend=backend).gains[0, 0].tolist() == [-INF, -INF, -INF, 0.0, -INF]
+    ctc_log_probs[0, 1], ctc_log_probs[0, 1, 0] = -INF, 0.0
+    assert grow(ctc_log_probs, [(3,)], backend=backend).gains[0, 0].tolist() == [-INF, -INF, -INF, 0.0, -INF]
 
 
 def test_what_no_frames_can_read_stays_impossible_without_nan(backend):
-    frames = listen(2, 4, 5, [4, 2])
-    state = grow(frames, [(3, 4, 3, 4, 3), (3, 3, 3, 4, 4)], backend=backend)
-    assert (state.prefixes == -INF).all() and (state.gains == -INF).all() and (state.alphas == -INF).all()
+    ctc_log_probs = listen(2, 4, 5, [4, 2])
+    state = grow(ctc_log_probs, [(3, 4, 3, 4, 3), (3, 3, 3, 4, 4)], backend=backend)
+    assert all((x == -INF).all() for x in state)
 
 
 @pytest.mark.parametrize("T", [0, 3])
 def test_no_frames_read_nothing_but_the_end(backend, T):
-    frames = listen(2, T, 5, [0, 0])
-    empty = ctc_start(frames, 2, eos=EOS)
+    ctc_log_probs = listen(2, T, 5, [0, 0])
+    empty = ctc_start(ctc_log_probs, 2, eos=EOS)
     assert empty.gains[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
-    state = grow(frames, [(3,), (4,)], backend=backend)
-    assert (state.gains == -INF).all() and (state.prefixes == -INF).all()
+    state = grow(ctc_log_probs, [(3,), (4,)], backend=backend)
+    assert (state.gains == -INF).all() and (state.prefix_log_probs == -INF).all()
 
 
 def test_padding_is_ignored(backend):
     logits = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
     logits[1, 4:] = NAN
-    frames = ctc_log_probabilities(logits, torch.tensor([9, 4]), (NONE, EOS))
+    ctc_log_probs = ctc_log_probabilities(logits, torch.tensor([9, 4]), (NONE, EOS))
     short = ctc_log_probabilities(logits[1:, :4], torch.tensor([4]), (NONE, EOS))
     texts = [(3, 4), (5, 5), (4, 3)]
-    found, expected = (grow(x, texts, backend=backend) for x in (frames, short))
-    assert_same(CtcState(found.alphas[1:, :, :5], *(x[1:] for x in found[1:])), expected)
-    assert (found.alphas[1, :, 5:] == found.alphas[1, :, 4:5]).all()
+    found, expected = (grow(x, texts, backend=backend) for x in (ctc_log_probs, short))
+    assert_same(CtcState(found.forward_log_probs[1:, :, :5], *(x[1:] for x in found[1:])), expected)
+    assert (found.forward_log_probs[1, :, 5:] == found.forward_log_probs[1, :, 4:5]).all()
 
 
 @pytest.mark.parametrize("certain", [[0], [0, 1, 2], [3], [5, 6]])
 def test_frames_that_are_certainly_blank_count_as_any_other(backend, certain):
-    frames = listen(1, 8, 9)
-    frames[:, certain] = torch.tensor([0.0] + 8 * [-INF])
-    found = grow(frames, [(3, 4), (4, 4)], backend=backend)
-    exact = grow(frames.double(), [(3, 4), (4, 4)], backend="reference")
+    ctc_log_probs = listen(1, 8, 9)
+    ctc_log_probs[:, certain] = torch.tensor([0.0] + 8 * [-INF])
+    found = grow(ctc_log_probs, [(3, 4), (4, 4)], backend=backend)
+    exact = grow(ctc_log_probs.double(), [(3, 4), (4, 4)], backend="reference")
     assert_same(found, CtcState(*(x.float() for x in exact)))
 
 
@@ -178,28 +178,28 @@ def test_a_frame_without_numbers_allows_nothing(backend):
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
 def test_probabilities_far_below_the_range_of_float32_are_kept(backend, scale):
-    frames = listen(2, 40, 6, scale=scale)
+    ctc_log_probs = listen(2, 40, 6, scale=scale)
     texts = [(3, 4, 5), (5, 5, 3), (4, 3, 4)]
-    found, expected = (grow(frames, texts, backend=name) for name in (backend, "reference"))
+    found, expected = (grow(ctc_log_probs, texts, backend=name) for name in (backend, "reference"))
     assert_same(found, expected)
     assert expected.gains.min(-1).values.isneginf().all() and (expected.gains[expected.gains.isfinite()] < -90).any()
 
 
 def test_finished_hypotheses_hold_no_nan(backend):
-    frames, state, tokens, parents, chosen = random_step(2, 4, 9, 7)
+    ctc_log_probs, state, tokens, parents, chosen = random_step(2, 4, 9, 7)
     chosen[:, 1], chosen[:, 2] = EOS, 0
-    after = call(ctc_prefix, frames, state, tokens, parents, chosen, eos=EOS, backend=backend)
-    again = call(ctc_prefix, frames, after, chosen, torch.arange(4).expand(2, 4), torch.full((2, 4), EOS), eos=EOS,
-                 backend=backend)  # fmt: skip
+    after = call(ctc_prefix, ctc_log_probs, state, tokens, parents, chosen, eos=EOS, backend=backend)
+    parents, last = torch.arange(4).expand(2, 4), torch.full((2, 4), EOS)
+    again = call(ctc_prefix, ctc_log_probs, after, chosen, parents, last, eos=EOS, backend=backend)
     assert not any(x.isnan().any() for x in (*after, *again))
 
 
 def test_a_start_has_one_state_for_every_hypothesis():
-    frames = listen(2, 5, 6)
-    state = ctc_start(frames, 3, eos=EOS)
+    ctc_log_probs = listen(2, 5, 6)
+    state = ctc_start(ctc_log_probs, 3, eos=EOS)
     assert [tuple(x.shape) for x in state] == [(2, 3, 6), (2, 3), (2, 3, 6)]
-    torch.testing.assert_close(state.alphas[:, 1, 1:], frames[..., 0].cumsum(-1))
-    assert (state.alphas[..., 0] == 0).all() and (state.prefixes == 0).all()
+    torch.testing.assert_close(state.forward_log_probs[:, 1, 1:], ctc_log_probs[..., 0].cumsum(-1))
+    assert (state.forward_log_probs[..., 0] == 0).all() and (state.prefix_log_probs == 0).all()
 
 
 def test_tokens_that_never_come_leave_their_probability_to_the_others():
@@ -210,14 +210,14 @@ def test_tokens_that_never_come_leave_their_probability_to_the_others():
 
 
 def test_inputs_need_not_be_contiguous_and_are_left_alone(backend):
-    frames, state, *tokens = random_step(3, 4, 10, 7)
+    ctc_log_probs, state, *tokens = random_step(3, 4, 10, 7)
 
     def turned(x):
         return x.transpose(0, 1).contiguous().transpose(0, 1)
 
-    given = turned(frames), CtcState(*map(turned, state)), *map(turned, tokens)
+    given = turned(ctc_log_probs), CtcState(*map(turned, state)), *map(turned, tokens)
     found = call(ctc_prefix, *given, eos=EOS, backend=backend)
-    assert_same(found, ctc_prefix(frames, state, *tokens, eos=EOS, backend="reference"))
+    assert_same(found, ctc_prefix(ctc_log_probs, state, *tokens, eos=EOS, backend="reference"))
     fresh = random_step(3, 4, 10, 7)
     assert all(torch.equal(x, y) for x, y in zip((given[0], *given[1], *given[2:]), (fresh[0], *fresh[1], *fresh[2:]),
                                                 strict=True))  # fmt: skip
@@ -225,14 +225,15 @@ def test_inputs_need_not_be_contiguous_and_are_left_alone(backend):
 
 def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
     lengths = [30, 17, 1, 0, 24]
-    frames, state, *tokens = random_step(5, 4, 30, 31, lengths=lengths)
-    whole = ctc_prefix(frames, state, *tokens, eos=EOS, backend=cpp)
+    ctc_log_probs, state, *tokens = random_step(5, 4, 30, 31, lengths=lengths)
+    whole = ctc_prefix(ctc_log_probs, state, *tokens, eos=EOS, backend=cpp)
     for b, n in enumerate(lengths):
         rows = slice(b, b + 1)
-        short = CtcState(state.alphas[rows, :, : n + 1], state.prefixes[rows], state.gains[rows])
-        alone = ctc_prefix(frames[rows, :n], short, *(x[rows] for x in tokens), eos=EOS, backend=cpp)
-        assert torch.equal(alone.alphas[0], whole.alphas[b, :, : n + 1])
-        assert torch.equal(alone.gains[0], whole.gains[b]) and torch.equal(alone.prefixes[0], whole.prefixes[b])
+        short = CtcState(state.forward_log_probs[rows, :, : n + 1], state.prefix_log_probs[rows], state.gains[rows])
+        alone = ctc_prefix(ctc_log_probs[rows, :n], short, *(x[rows] for x in tokens), eos=EOS, backend=cpp)
+        assert torch.equal(alone.forward_log_probs[0], whole.forward_log_probs[b, :, : n + 1])
+        assert torch.equal(alone.gains[0], whole.gains[b])
+        assert torch.equal(alone.prefix_log_probs[0], whole.prefix_log_probs[b])
 
 
 def test_two_threads_give_the_same_answer(cpp):
@@ -244,18 +245,20 @@ def test_two_threads_give_the_same_answer(cpp):
 
 
 def changed(**change):
-    frames, state, tokens, parents, chosen = random_step(2, 3, 6, 5)
-    good = {"frames": frames, **state._asdict(), "tokens": tokens, "parents": parents, "chosen": chosen, "eos": EOS}
+    ctc_log_probs, state, tokens, parents, chosen = random_step(2, 3, 6, 5)
+    good = {"ctc_log_probs": ctc_log_probs, **state._asdict(), "tokens": tokens, "parents": parents}
+    good |= {"chosen": chosen, "eos": EOS}
     return {**good, **change}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": torch.zeros(6, 5)}, r"frames must be \(B, T, V\)"),
+        ({"ctc_log_probs": torch.zeros(6, 5)}, r"ctc_log_probs must be \(B, T, V\)"),
         ({"tokens": torch.zeros(3).long()}, r"tokens must be \(B, K\) int64"),
-        ({"alphas": torch.zeros(2, 3, 6)}, r"state.alphas must be \(2, 3, 7\) .* like frames; got \(2, 3, 6\)"),
-        ({"prefixes": torch.zeros(2, 3).double()}, r"state.prefixes must be .* got \(2, 3\) torch.float64"),
+        ({"forward_log_probs": torch.zeros(2, 3, 6)},
+         r"state.forward_log_probs must be \(2, 3, 7\) .* like ctc_log_probs; got \(2, 3, 6\)"),
+        ({"prefix_log_probs": torch.zeros(2, 3).double()}, r"state.prefix_log_probs must be .* got .* torch.float64"),
         ({"gains": torch.zeros(2, 3, 4)}, r"state.gains must be \(2, 3, 5\)"),
         ({"parents": torch.zeros(2, 3)}, r"parents must be \(2, 3\) torch.int64"),
         ({"chosen": torch.zeros(2, 2).long()}, r"chosen must be \(2, 3\) torch.int64"),
@@ -265,16 +268,19 @@ def changed(**change):
 def test_disagreeing_arguments_are_explained(change, message):
     given = changed(**change)
     state = CtcState(*(given.pop(name) for name in CtcState._fields))
-    frames, eos = given.pop("frames"), given.pop("eos")
+    ctc_log_probs, eos = given.pop("ctc_log_probs"), given.pop("eos")
     with pytest.raises(ValueError, match=message):
-        ctc_prefix(frames, state, *given.values(), eos=eos)
+        ctc_prefix(ctc_log_probs, state, *given.values(), eos=eos)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": torch.zeros(2, 6, 5).double()}, r"frames must be \(B, T, V\) float32; got .* Double"),
-        ({"alphas": torch.zeros(2, 3, 6)}, r"alphas must be \[2, 3, 7\] Float like frames; got \[2, 3, 6\]"),
+        ({"ctc_log_probs": torch.zeros(2, 6, 5).double()}, r"ctc_log_probs must be \(B, T, V\) float32; got .* Double"),
+        (
+            {"forward_log_probs": torch.zeros(2, 3, 6)},
+            r"forward_log_probs must be \[2, 3, 7\] Float like ctc_log_probs; got \[2, 3, 6\]",
+        ),
         ({"gains": torch.zeros(2, 3, 4)}, r"gains must be \[2, 3, 5\] Float"),
         ({"parents": torch.full((2, 3), 3)}, "parents must be from 0 to 2; got 3"),
         ({"chosen": torch.full((2, 3), -1)}, "chosen must be from 0 to 4; got -1"),
@@ -296,7 +302,7 @@ def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
 
 
 def test_it_compiles_into_one_graph(cpp):
-    frames, state, *tokens = random_step(2, 3, 6, 5)
+    ctc_log_probs, state, *tokens = random_step(2, 3, 6, 5)
     compiled, graphs = compile_and_count(lambda f, a, p, g, *x: ctc_prefix(f, CtcState(a, p, g), *x, eos=EOS))
-    assert_same(compiled(frames, *state, *tokens), ctc_prefix(frames, state, *tokens, eos=EOS))
+    assert_same(compiled(ctc_log_probs, *state, *tokens), ctc_prefix(ctc_log_probs, state, *tokens, eos=EOS))
     assert len(graphs) == 1

@@ -503,11 +503,13 @@ def test_what_is_too_wide_for_the_kernels_takes_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     monkeypatch.setitem(backends.DEVICES, "triton", "cpu")
     monkeypatch.setattr(backends, "EXTENSION_PROBLEM", "not here")
-    monkeypatch.setattr(backends, "_said", {"not here"})
+    monkeypatch.setattr(backends, "_warned", {"not here"})
     tensors, lengths = inputs(D=513), torch.tensor([7, 3, 1])
     expected = masked_attention(*tensors, lengths, backend="reference")
     assert torch.equal(masked_attention(*tensors, lengths)[0], expected[0])
-    with pytest.raises(RuntimeError, match='"triton" takes at most 512 numbers a key or value here; got D=513 and E=6'):
+    with pytest.raises(
+        RuntimeError, match='"triton" takes at most 512 numbers per key or value here; got D=513 and E=6'
+    ):
         masked_attention(*tensors, lengths, backend="triton")
 
 

@@ -98,10 +98,10 @@ def search(weights, memory, *, backend="cpp", minimum=0, ngram_weight=0.0, **opt
     B, V = memory[2].shape[0], weights.bias.shape[0]
     maximum = options.pop("maximum", some_limits(B))
     table = torch.randn(V, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1) if ngram_weight else None
-    if options.get("ctc_weight") and "frames" not in options:
-        options["frames"] = hear(B, memory[0].shape[1], V)
+    if options.get("ctc_weight") and "ctc_log_probs" not in options:
+        options["ctc_log_probs"] = hear(B, memory[0].shape[1], V)
     return speller_search(
-        weights, *memory, sos=SOS, eos=EOS, backend=backend, table=table, ngram_weight=ngram_weight,
+        weights, *memory, sos=SOS, eos=EOS, backend=backend, ngram_table=table, ngram_weight=ngram_weight,
         minimum=torch.full((B,), minimum).clamp(max=maximum) if minimum else None, maximum=maximum, **options,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def hypotheses(steps):
         utterances.append(
             [
                 (found.tokens[b, k, : n[k]].tolist(), float(steps.scores[-1, b, k]),
-                 found.token_scores[b, k, : n[k] + 1].tolist(), found.frames[b, k, : n[k]].tolist())
+                 found.token_scores[b, k, : n[k] + 1].tolist(), found.attended_frames[b, k, : n[k]].tolist())
                 for k in real
             ]
         )  # fmt: skip
@@ -147,7 +147,7 @@ def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, opt
 def test_frames_of_ctc_without_a_weight_change_nothing(cpp):
     weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
     for backend in (cpp, "reference"):
-        found = search(weights, memory, beam=3, backend=backend, frames=hear(4, 9, 7), ctc_weight=0.0)
+        found = search(weights, memory, beam=3, backend=backend, ctc_log_probs=hear(4, 9, 7), ctc_weight=0.0)
         expected = search(weights, memory, beam=3, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -327,11 +327,11 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, precision, opti
     whole = search(weights, memory, beam=5, precision=precision, **options)
     for b, n in enumerate(memory[2].tolist()):
         alone = (*(x[b : b + 1, : n + 3] for x in memory[:2]), memory[2][b : b + 1])
-        heard = {"frames": hear(6, 40, 31)[b : b + 1]} if "ctc_weight" in options else {}
+        heard = {"ctc_log_probs": hear(6, 40, 31)[b : b + 1]} if "ctc_weight" in options else {}
         one = search(weights, alone, beam=5, precision=precision, maximum=limits[b : b + 1], **options, **heard)
         steps = len(one.tokens)
         assert (whole.tokens[steps:, b][whole.scores[steps:, b].isfinite()] == EOS).all()
-        assert (whole.frames[steps:, b] == 0).all() and (whole.parents[steps:, b] == torch.arange(5)).all()
+        assert (whole.attended_frames[steps:, b] == 0).all() and (whole.parents[steps:, b] == torch.arange(5)).all()
         for a, expected in zip(one, whole, strict=True):
             assert torch.equal(a[:, 0], expected[:steps, b])
 
@@ -643,8 +643,8 @@ def test_the_registered_op_passes_opcheck(cpp, precision, options):
         ({"beam": 0}, "beam must be at least 1; got 0"),
         ({"eos": 7}, "eos must be a token from 0 to 6; got 7"),
         ({"sos": -1}, "sos must be a token from 0 to 6; got -1"),
-        ({"frames": torch.ones(3, 9, 6)}, r"frames must be \(B, T', V\) float32 with B=3, V=7; got \(3, 9, 6\)"),
-        ({"table": torch.ones(7, 6)}, r"table must be \(7 \*\* n, 7\) float32; got \(7, 6\) torch.float32"),
+        ({"ctc_log_probs": torch.ones(3, 9, 6)}, r"ctc_log_probs must be \(B, T', V\) .* B=3, V=7; got \(3, 9, 6\)"),
+        ({"ngram_table": torch.ones(7, 6)}, r"ngram_table must be \(7 \*\* n, 7\) float32; got \(7, 6\) torch.float32"),
     ],
 )
 def test_arguments_that_disagree_are_named(change, message):
@@ -666,9 +666,9 @@ def test_arguments_that_disagree_are_named(change, message):
         (4, 0, "beam must be at least 1; got 0"),
         (6, 7, "eos must be a token from 0 to 6; got 7"),
         (8, torch.ones(2).long(), r"maximum must be \(3,\) int64; got \[2\] Long"),
-        (14, torch.ones(3, 9, 6), r"frames must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
+        (14, torch.ones(3, 9, 6), r"ctc_log_probs must be \(B, T', V\) float32 with B=3, V=7; got \[3, 9, 6\] Float"),
         (16, "fp16", "precision must be fp32, bf16 or int8; got fp16"),
-        (12, torch.ones(7, 6), r"table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
+        (12, torch.ones(7, 6), r"ngram_table must be \(states, V\) float32 with V=7; got \[7, 6\] Float"),
     ],
 )
 def test_the_registered_op_checks_its_arguments(cpp, place, value, message):

@@ -337,7 +337,7 @@ def test_arguments_that_disagree_are_named(change, message):
 
 
 def test_a_precision_that_a_named_backend_lacks_is_refused(cpp):
-    with pytest.raises(RuntimeError, match='speller_unroll: backend "cpp" has no products in fp16'):
+    with pytest.raises(RuntimeError, match='speller_unroll: backend "cpp" has no fp16 matmuls'):
         speller_unroll(*inputs(*SMALL), precision="fp16", backend=cpp)
     assert_close(
         results(speller_unroll, inputs(*SMALL, own=0.0), precision="fp16"),

@@ -24,7 +24,7 @@ from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
 from las_fast.ops import backends
-from las_fast.ops.speller_search import UNSEEN
+from las_fast.ops.speller_search import COVERAGE_FLOOR
 from las_fast.search import beam, cuda_graph, steps
 from las_fast.search import dataset as dataset_module
 from las_fast.search.beam import Hypothesis, beam_search, greedy_search, length_limits, packed_weights
@@ -62,7 +62,7 @@ def test_coverage_favours_texts_that_attend_to_every_frame(backend):
         for before in (SOS, *text):
             _, attended, state = model.step(torch.tensor([[before]]), state, one, weights=True)
             seen += attended.weights[0, 0]
-        covered = sum(math.log(min(max(float(share), UNSEEN), 1.0)) for share in seen)
+        covered = sum(math.log(min(max(float(share), COVERAGE_FLOOR), 1.0)) for share in seen)
         expected.append((rank + weight * covered / 4, score, text))
     assert sorted(expected, reverse=True) != expected, "coverage must change the order"
     expected = sorted(expected, reverse=True)[:8]
