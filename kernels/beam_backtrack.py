@@ -1,8 +1,8 @@
-"""Hypotheses from back-pointers on a GPU: the Triton twin of las_fast/ops/beam_backtrack.py, which says what it means.
+"""Hypotheses from back-pointers on a GPU. las_fast/ops/beam_backtrack.py defines the operation.
 
-One program follows the K hypotheses of one utterance from the last step to the first, a lane each. Bytes: each token,
-pointer, score and frame on a hypothesis is read once (a score twice), each result written once; the wait for one
-pointer after another, not their bytes, is what it costs, once a batch.
+One program follows the K hypotheses of one utterance from the last step to the first, one lane per hypothesis. Bytes:
+each token, pointer, score and frame on a hypothesis is read once (a score twice) and each result is written once. The
+time goes into the chain of dependent pointer loads, not into bytes, and is spent once per batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 @triton.jit
 def backtrack_kernel(
-    tokens, parents, scores, frames, found, lengths, token_scores, attended,
+    tokens, parents, scores, attended_frames, out_tokens, lengths, token_scores, out_frames,
     L, B, K, eos,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Follow the hypotheses of utterance b through (L, B, K) pointers into (B, K, L) rows."""
+    """Follow the hypotheses of utterance b through (L, B, K) pointers; write (B, K, L) rows."""
     b = tl.program_id(0).to(tl.int64)
+    # (BLOCK_K,), up to the loop over blocks of steps
     k = tl.arange(0, BLOCK_K)
     exists = k < K
     row = b * K + k
@@ -31,32 +32,34 @@ def backtrack_kernel(
         token = tl.load(tokens + step + beam, mask=exists, other=0)
         score = tl.load(scores + step + beam, mask=exists, other=0.0)
         beam = tl.load(parents + step + beam, mask=exists, other=0)
-        beam = tl.minimum(tl.maximum(beam, 0), K - 1)  # nobody can be told here; never read outside
+        beam = tl.minimum(tl.maximum(beam, 0), K - 1)  # a kernel cannot raise: clamp
         before = tl.load(scores + step - B * K + beam, mask=exists & (t > 0), other=0.0)
-        frame = tl.load(frames + step + beam, mask=exists, other=0)
-        each = tl.where(score == before, 0.0, score - before)  # also where both are -inf
+        frame = tl.load(attended_frames + step + beam, mask=exists, other=0)
+        token_score = tl.where(score == before, 0.0, score - before)  # 0 even where both are -inf
         length = tl.where(token == eos, t, length)
-        tl.store(found + row * L + t, token, mask=exists)
-        tl.store(token_scores + row * L + t, each, mask=exists)
-        tl.store(attended + row * L + t, frame, mask=exists)
+        tl.store(out_tokens + row * L + t, token, mask=exists)
+        tl.store(token_scores + row * L + t, token_score, mask=exists)
+        tl.store(out_frames + row * L + t, frame, mask=exists)
     tl.store(lengths + row, length, mask=exists)
-    tl.debug_barrier()  # the same elements are written again, by other threads
+    tl.debug_barrier()  # other threads overwrite the same elements below
     for start in range(0, L, BLOCK_L):
+        # (BLOCK_K, BLOCK_L)
         t = start + tl.arange(0, BLOCK_L)
         over = exists[:, None] & (t[None, :] > length[:, None]) & (t[None, :] < L)
-        tl.store(found + row[:, None] * L + t[None, :], tl.zeros([BLOCK_K, BLOCK_L], tl.int64) + eos, mask=over)
+        tl.store(out_tokens + row[:, None] * L + t[None, :], tl.zeros([BLOCK_K, BLOCK_L], tl.int64) + eos, mask=over)
 
 
 def beam_backtrack(
-    tokens: Tensor, parents: Tensor, scores: Tensor, frames: Tensor, eos: int
+    tokens: Tensor, parents: Tensor, scores: Tensor, attended_frames: Tensor, eos: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch; return tokens, lengths, token_scores and frames as las_fast::beam_backtrack_triton."""
+    """Launch the kernel; the implementation of las_fast::beam_backtrack_triton."""
     L, B, K = tokens.shape
-    found, attended = tokens.new_empty(B, K, L), tokens.new_empty(B, K, L)
+    out_tokens, out_frames = tokens.new_empty(B, K, L), tokens.new_empty(B, K, L)
     token_scores, lengths = scores.new_empty(B, K, L), tokens.new_empty(B, K)
     if B and K:
         backtrack_kernel[B,](
-            *(x.contiguous() for x in (tokens, parents, scores, frames)), found, lengths, token_scores, attended,
-            L, B, K, eos, BLOCK_K=triton.next_power_of_2(K), BLOCK_L=64, num_warps=1,
+            *(x.contiguous() for x in (tokens, parents, scores, attended_frames)),
+            out_tokens, lengths, token_scores, out_frames, L, B, K, eos,
+            BLOCK_K=triton.next_power_of_2(K), BLOCK_L=64, num_warps=1,
         )  # fmt: skip
-    return found, lengths, token_scores, attended
+    return out_tokens, lengths, token_scores, out_frames

@@ -1,7 +1,7 @@
-"""States follow their parents on a GPU: the Triton twin of las_fast/ops/beam_gather.py, which says what it means.
+"""States reordered by back-pointers on a GPU. las_fast/ops/beam_gather.py defines the operation.
 
-One launch for all states: a program copies the rows of one hypothesis, state after state. Bytes: each state is read
-and written once, and nothing else moves.
+One launch serves all states: a program copies the rows of one hypothesis, state after state. Bytes: each state is read
+and written once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 @triton.jit
 def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
-    """Copy, for hypothesis (b, k), the row of its parent from each of the states of `sizes` numbers a row."""
+    """Copy the parent's row of every state to hypothesis (b, k). `sizes` holds the numbers per row of each state."""
     row = tl.program_id(0).to(tl.int64)
     parent = tl.load(parents + row)
-    parent = tl.minimum(tl.maximum(parent, 0), K - 1)  # nobody can be told here; never read outside
+    parent = tl.minimum(tl.maximum(parent, 0), K - 1)  # a kernel cannot raise: clamp
     source = row // K * K + parent
     for i in tl.static_range(len(sizes)):
         for start in range(0, sizes[i], BLOCK):
+            # (BLOCK,)
             n = start + tl.arange(0, BLOCK)
             inside = n < sizes[i]
             x = tl.load(states[i] + source * sizes[i] + n, mask=inside, other=0)
@@ -28,7 +29,7 @@ def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
 
 
 def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
-    """Launch; return each state (B, K, N) gathered, as las_fast::beam_gather_triton."""
+    """Launch the kernel; the implementation of las_fast::beam_gather_triton."""
     rows = [x.contiguous() for x in states]
     gathered = [torch.empty_like(x) for x in rows]
     sizes = tuple(x.shape[2] for x in rows)
@@ -43,5 +44,5 @@ def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    """The same bytes as a type that Triton knows, whatever they mean."""
+    """View x as integers of the same size: Triton does not know every dtype, and a copy need not."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64))

@@ -1,19 +1,20 @@
-"""Masked dot-product attention on a GPU: the Triton twin of las_fast/ops/masked_attention.py, which says what it means.
+"""Masked dot-product attention on a GPU. las_fast/ops/masked_attention.py defines the operation.
 
-One program takes one utterance, all its K queries as the rows of one tile, and a range of its frames. It walks over
-BLOCK_T frames at a time with the online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), for row maximum m,
-sum l and average a of the frames so far:
+One program takes all K queries of one utterance, as the rows of one tile, and a range of its frames. It iterates over
+BLOCK_T frames at a time with the online softmax (Milakov and Gimelshein 2018; Dao et al. 2022), where m is the row
+maximum, l the sum and a the unnormalised average of the frames so far:
 
     s = scale * log2(e) * Q K^T;  m' = max(m, max s);  p = 2 ** (s - m');  f = 2 ** (m - m')
     l' = f l + sum p;             a' = f a + p V;      context = a / l;    logsumexp = ln 2 * (m + log2 l)
 
-Bytes: keys, values, queries and results cross once, for the whole beam; padding is never read. Long utterances are cut
-into ranges of SHORTEST frames or more, so that one utterance keeps many processors busy: each range writes its average,
-and the second kernel merges them. A range has at least 48 frames a query, so that this costs at most a twentieth more
-bytes. Ranges depend on K alone: an utterance is added up in the same order alone, in any batch and however padded. The
-second kernel also turns the scores that the first left in `weights` into weights, where they are asked for.
+Bytes: keys, values, queries and results are moved once for the whole beam; padding is never read. Long utterances are
+split into ranges of at least MIN_RANGE frames, so that one utterance occupies many multiprocessors: each range writes
+its average and finish_kernel merges them. A range has at least 48 frames per query, so that the averages add at most 5%
+to the bytes. Ranges depend on K only: an utterance is summed in the same order alone, in any batch, with any padding.
+If the weights are wanted, finish_kernel also turns the scores that forward_kernel left in `weights` into weights.
 
-The backward pass walks the same way, makes the weights again from logsumexp, and writes each frame's gradients once.
+The backward pass iterates in the same way, recomputes the weights from logsumexp, and writes the gradients of each
+frame once.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-SHORTEST = 400  # frames of a range that are worth a program of their own
-# Frames of a tile (at D, E = 256; fewer where they are more), warps and stages for each number of rows: what compiles
-# without spills and in the 99 KiB of shared memory that the smallest supported processors have. More queries than the
-# last number of rows, or than 16 where D or E is above 256, are taken in several launches.
+MIN_RANGE = 400  # frames in a range: fewer are not worth a program
+# {rows: (frames per tile, warps, stages)}, at D, E = 256; a larger D or E takes fewer frames. These compile without
+# spills into the 99 KiB of shared memory of the smallest supported GPUs. More queries than the largest number of rows,
+# or than 16 where D or E is above 256, take several launches.
 TILES = {
     "forward": {
         "half": {16: (32, 4, 3), 32: (64, 8, 2), 64: (32, 8, 2)},
@@ -44,7 +45,7 @@ TILES = {
 
 @triton.jit
 def _tile(pointer, rows, columns, stride, row_count, column_count):
-    """Load a tile of rows that are `stride` apart; zeros outside."""
+    """Load the tile (rows, columns), rows `stride` apart; zeros outside."""
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -52,42 +53,53 @@ def _tile(pointer, rows, columns, stride, row_count, column_count):
 @triton.jit
 def forward_kernel(
     query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, weights,
-    K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
+    K, T, range_frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
     D: tl.constexpr, E: tl.constexpr, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Attend to frames [split * frames, (split + 1) * frames) of utterance b; scale includes log2(e)."""
+    """Attend to frames [split * range_frames, (split + 1) * range_frames) of utterance b; scale includes log2(e)."""
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    row = (b * tl.num_programs(1) + split) * K + k  # of the results
+    row = (b * tl.num_programs(1) + split) * K + k  # (BLOCK_K,) in the results
     length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
-    begin = split * frames
-    end = tl.minimum(begin + frames, length)
+    begin = split * range_frames
+    end = tl.minimum(begin + range_frames, length)
+    # (BLOCK_K, BLOCK_D)
     q = _tile(query + b * query_b, k, d, query_k, K, D)
+    # (BLOCK_K,)
     m = tl.full([BLOCK_K], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_K], tl.float32)
     peak = tl.zeros([BLOCK_K], tl.int32)
+    # (BLOCK_K, BLOCK_E)
     a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
     for t0 in range(begin, end, BLOCK_T):
-        local = tl.arange(0, BLOCK_T)
+        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,), with t the frame
         t = t0 + local
+        # (BLOCK_T, BLOCK_D)
         first = tl.cast(t0, tl.int64)
         k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t, end - t0, D)
+        # (BLOCK_K, BLOCK_T)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
         s = tl.where(t[None, :] < end, s, -float("inf"))
         if WEIGHTS:
             tl.store(weights + (b * K + k[:, None]) * T + t[None, :], s, mask=(k[:, None] < K) & (t[None, :] < end))
+        # (BLOCK_K,)
         top = tl.max(s, 1)
         first_top = tl.min(tl.where(s == top[:, None], t[None, :], 2147483647), 1)
         peak = tl.where(top > m, first_top, peak)
         m_new = tl.maximum(m, top)
+        # (BLOCK_K, BLOCK_T)
         p = tl.exp2(s - m_new[:, None])
-        fade = tl.exp2(m - m_new)
-        l = l * fade + tl.sum(p, 1)
+        # (BLOCK_K,)
+        rescale = tl.exp2(m - m_new)
+        l = l * rescale + tl.sum(p, 1)
+        # (BLOCK_T, BLOCK_E)
         v_tile = _tile(values + b * values_b + first * values_t, local, e, values_t, end - t0, E)
-        a = a * fade[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+        # (BLOCK_K, BLOCK_E)
+        a = a * rescale[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision=PRECISION)
         m = m_new
+    # (BLOCK_K, BLOCK_E)
     average = a / tl.where(l == 0.0, 1.0, l)[:, None]
     inside = (k[:, None] < K) & (e[None, :] < E)
     tl.store(context + row[:, None] * E + e[None, :], average.to(context.dtype.element_ty), mask=inside)
@@ -101,7 +113,7 @@ def forward_kernel(
 
 @triton.jit
 def _logsumexp(m, l):
-    """Natural logarithm of l * 2 ** m; -inf where nothing was summed."""
+    """Return the natural logarithm of l * 2 ** m, (BLOCK_K,); -inf where no frame was summed."""
     return tl.where(l == 0.0, -float("inf"), (m + tl.log2(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453)
 
 
@@ -112,14 +124,15 @@ def finish_kernel(
     E: tl.constexpr, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Merge the ranges of utterance b (the first program of it), and make weights of a block of scores (each)."""
+    """Turn one block of scores of utterance b into weights; its first program also merges the ranges' averages."""
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     k, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
+    # (BLOCK_K,)
     m = tl.full([BLOCK_K], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_K], tl.float32)
     peak = tl.zeros([BLOCK_K], tl.int32)
-    for i in range(splits):  # one after another: ranges of padding change no bit
+    for i in range(splits):  # in order: ranges of padding change no bit
         part = (b * splits + i) * K + k
         part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
         if SPLIT:
@@ -132,20 +145,22 @@ def finish_kernel(
     whole = tl.where(l == 0.0, 1.0, l)
     if WEIGHTS:
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        # (BLOCK_K, BLOCK_T)
         at = weights + (b * K + k[:, None]) * T + t[None, :]
         valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
         s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
         w = tl.exp2(s - finite[:, None]) / whole[:, None]
         tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
     if SPLIT and block == 0:
+        # (BLOCK_K, BLOCK_E)
         inside = (k[:, None] < K) & (e[None, :] < E)
         a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
         for i in range(splits):
             part = (b * splits + i) * K + k
             part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
-            share = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / whole
+            fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / whole
             average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside, other=0.0)
-            a += share[:, None] * average.to(tl.float32)
+            a += fraction[:, None] * average.to(tl.float32)
         row = b * K + k
         tl.store(context + row[:, None] * E + e[None, :], a.to(context.dtype.element_ty), mask=inside)
         tl.store(logsumexp + row, _logsumexp(m, l), mask=k < K)
@@ -154,7 +169,7 @@ def finish_kernel(
 
 @triton.jit
 def _finite(m):
-    """0 where nothing was attended to: -inf - -inf would be NaN."""
+    """Return m with 0 for -inf, which marks rows without frames: -inf - -inf would be NaN."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
@@ -162,54 +177,65 @@ def _finite(m):
 def backward_kernel(
     context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp,
     query_gradient, keys_gradient, values_gradient,
-    K, T, frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
+    K, T, range_frames, scale, query_b, query_k, keys_b, keys_t, values_b, values_t,
     D: tl.constexpr, E: tl.constexpr, CONTEXT: tl.constexpr, WEIGHTS: tl.constexpr,
     MEMORY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a range of frames of utterance b, and this range's part of the query's gradient (ranges, B, K, D).
+    """Compute the gradients of a range of frames of utterance b, and its part of the query gradient (ranges, B, K, D).
 
-    CONTEXT, WEIGHTS: which of the two results has a gradient. MEMORY: whether keys' and values' are wanted.
+    CONTEXT, WEIGHTS: whether that result has a gradient. MEMORY: whether gradients of keys and values are wanted.
     """
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     row = b * K + k
     length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
-    begin = split * frames
-    end = tl.minimum(begin + frames, T)
+    begin = split * range_frames
+    end = tl.minimum(begin + range_frames, T)
+    # (BLOCK_K, BLOCK_D)
     q = _tile(query + b * query_b, k, d, query_k, K, D)
+    # (BLOCK_K,)
     lse = tl.load(logsumexp + row, mask=k < K, other=float("inf")) * 1.4426950408889634
     delta = tl.zeros([BLOCK_K], tl.float32)  # rowsum(W * dW') = rowsum(dC * C) + rowsum(W * dW)
     if CONTEXT:
+        # (BLOCK_K, BLOCK_E)
         dc = _tile(context_gradient + b * K * E, k, e, E, K, E)
         delta += tl.sum(dc.to(tl.float32) * _tile(context + b * K * E, k, e, E, K, E).to(tl.float32), 1)
     if WEIGHTS:
         for t0 in range(0, length, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
+            # (BLOCK_K, BLOCK_T)
             dw = _tile(weights_gradient + b * K * T, k, t, T, K, length)
             delta += tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)
+    # (BLOCK_K, BLOCK_D)
     dq = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for t0 in range(begin, end, BLOCK_T):
-        local = tl.arange(0, BLOCK_T)
+        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,), with t the frame
         t = t0 + local
+        # (BLOCK_T, BLOCK_D)
         first = tl.cast(t0, tl.int64)
         k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t, length - t0, D)
+        # (BLOCK_K, BLOCK_T)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
         p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.zeros([BLOCK_K, BLOCK_T], tl.float32) - delta[:, None]
         if CONTEXT:
+            # (BLOCK_T, BLOCK_E)
             v_tile = _tile(values + b * values_b + first * values_t, local, e, values_t, length - t0, E)
             dp += tl.dot(dc, tl.trans(v_tile), input_precision=PRECISION)
         if WEIGHTS:
             dp += _tile(weights_gradient + b * K * T, k, t, T, K, length)
         ds = (p * dp * scale).to(q.dtype)
+        # (BLOCK_K, BLOCK_D)
         dq += tl.dot(ds, k_tile, input_precision=PRECISION)
         if MEMORY:
-            frame = b * T + first + local
+            frame = b * T + first + local  # (BLOCK_T,)
+            # (BLOCK_T, BLOCK_D)
             dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
             inside = (t[:, None] < end) & (d[None, :] < D)
             tl.store(keys_gradient + frame[:, None] * D + d[None, :], dk.to(q.dtype), mask=inside)
+            # (BLOCK_T, BLOCK_E)
             inside = (t[:, None] < end) & (e[None, :] < E)
             at = values_gradient + frame[:, None] * E + e[None, :]
             if CONTEXT:
@@ -217,6 +243,7 @@ def backward_kernel(
                 tl.store(at, dv.to(q.dtype), mask=inside)
             else:
                 tl.store(at, tl.zeros([BLOCK_T, BLOCK_E], q.dtype), mask=inside)
+    # (BLOCK_K, BLOCK_D)
     inside = (k[:, None] < K) & (d[None, :] < D)
     part = (split * tl.num_programs(0) + b) * K + k
     tl.store(query_gradient + part[:, None] * D + d[None, :], dq.to(query_gradient.dtype.element_ty), mask=inside)
@@ -225,15 +252,15 @@ def backward_kernel(
 def masked_attention(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward pass; return context, weights, peaks and logsumexp as las_fast::masked_attention_triton."""
+    """Launch the forward pass; the implementation of las_fast::masked_attention_triton."""
     (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
-    blocks = query.split(_most_rows(query, values, "forward"), 1)
+    blocks = query.split(_max_rows(query, values, "forward"), 1)
     if len(blocks) > 1:
-        found = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
-        return tuple(torch.cat(column, 1) for column in zip(*found, strict=True))
+        results = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
+        return tuple(torch.cat(column, 1) for column in zip(*results, strict=True))
     query, keys, values = map(_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype)
-    splits, frames = _ranges(K, T, blocks["BLOCK_T"])
+    splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     attended = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
     results = (
         values.new_empty(B, K, E),
@@ -249,7 +276,7 @@ def masked_attention(
         context, peaks = values.new_empty(B, splits, K, E), query.new_empty(B, splits, K, dtype=torch.int32)
     forward_kernel[B, splits](
         query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attended,
-        K, T, frames, scale * LOG2_E, *_strides(query, keys, values),
+        K, T, range_frames, scale * LOG2_E, *_strides(query, keys, values),
         D, E, splits > 1, weights, _precision(), **blocks, **options,
     )  # fmt: skip
     if parts:
@@ -265,42 +292,43 @@ def masked_attention_backward(
     context_gradient: Tensor | None, weights_gradient: Tensor | None, query: Tensor, keys: Tensor, values: Tensor,
     lengths: Tensor, context: Tensor, weights: Tensor, logsumexp: Tensor, scale: float, memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the backward pass; return the gradients of query, keys and values (empty unless memory)."""
+    """Launch the backward pass: the gradients of query, keys and values; the last two are empty unless memory."""
     (B, K, D), T, E = query.shape, keys.shape[1], values.shape[2]
-    most = _most_rows(query, values, "backward")
-    if most < K:
+    max_rows = _max_rows(query, values, "backward")
+    if max_rows < K:
         results = (query, keys, values, lengths, context, weights, logsumexp)
-        return _backward_in_parts(most, context_gradient, weights_gradient, *results, scale, memory)
+        return _backward_in_parts(max_rows, context_gradient, weights_gradient, *results, scale, memory)
     query, keys, values = map(_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype, "backward")
-    splits, frames = _ranges(K, T, blocks["BLOCK_T"])
+    splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
     keys_gradient, values_gradient = keys.new_empty(shapes[0]), values.new_empty(shapes[1])
     if B == 0 or K == 0:
         return query.new_empty(query.shape), keys_gradient.zero_(), values_gradient.zero_()
     parts = query.new_empty(splits, B, K, D, dtype=query.dtype if splits == 1 else torch.float32)
-    given = [None if x is None else x.contiguous() for x in (context_gradient, weights_gradient)]
+    upstream = [None if x is None else x.contiguous() for x in (context_gradient, weights_gradient)]
     backward_kernel[B, splits](
-        *given, query, keys, values, lengths, context, weights, logsumexp, parts, keys_gradient, values_gradient,
-        K, T, frames, scale, *_strides(query, keys, values),
-        D, E, given[0] is not None, given[1] is not None, memory, _precision(), **blocks, **options,
+        *upstream, query, keys, values, lengths, context, weights, logsumexp, parts, keys_gradient, values_gradient,
+        K, T, range_frames, scale, *_strides(query, keys, values),
+        D, E, upstream[0] is not None, upstream[1] is not None, memory, _precision(), **blocks, **options,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(query.dtype), keys_gradient, values_gradient
 
 
 def _backward_in_parts(
-    most, context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale, memory
-) -> tuple[Tensor, Tensor, Tensor]:
-    """More queries than one launch takes: the gradients of keys and values are the sum over the blocks of queries."""
-    found = []
-    for start in range(0, query.shape[1], most):
-        rows = slice(start, start + most)
-        given = [None if x is None else x[:, rows] for x in (context_gradient, weights_gradient)]
+    max_rows, context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale,
+    memory,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch one backward pass per block of max_rows queries and sum the gradients of keys and values."""
+    gradients = []
+    for start in range(0, query.shape[1], max_rows):
+        rows = slice(start, start + max_rows)
+        upstream = [None if x is None else x[:, rows] for x in (context_gradient, weights_gradient)]
         q, c, w, total = (x[:, rows].contiguous() for x in (query, context, weights, logsumexp))
-        found.append(masked_attention_backward(*given, q, keys, values, lengths, c, w, total, scale, memory))
-    of_query, *of_memory = zip(*found, strict=True)
-    sums = [torch.stack(x).float().sum(0).to(query.dtype) for x in of_memory]
-    return torch.cat(of_query, 1), *sums
+        gradients.append(masked_attention_backward(*upstream, q, keys, values, lengths, c, w, total, scale, memory))
+    query_parts, *memory_parts = zip(*gradients, strict=True)
+    sums = [torch.stack(x).float().sum(0).to(query.dtype) for x in memory_parts]
+    return torch.cat(query_parts, 1), *sums
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -312,32 +340,32 @@ def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
 
 
 def _precision() -> str:
-    """Triton's name of the float32 products that torch has been told to use; the one setting sees all of torch's."""
+    """Return Triton's name of torch's float32 matmul precision; this setting reflects all of torch's ways to set it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
-    """Return into how many ranges to cut each utterance, and the frames of a range, a multiple of the block."""
-    frames = triton.cdiv(max(SHORTEST, 48 * K), block) * block
-    return max(1, triton.cdiv(T, frames)), frames
+    """Return the number of ranges per utterance and the frames per range, a multiple of the block."""
+    range_frames = triton.cdiv(max(MIN_RANGE, 48 * K), block) * block
+    return max(1, triton.cdiv(T, range_frames)), range_frames
 
 
 def _kind(dtype: torch.dtype) -> str:
     return _precision() if dtype == torch.float32 else "half"
 
 
-def _most_rows(query: Tensor, values: Tensor, pass_name: str) -> int:
+def _max_rows(query: Tensor, values: Tensor, pass_name: str) -> int:
     narrow = max(query.shape[2], values.shape[2]) <= 256
     return max(TILES[pass_name][_kind(query.dtype)]) if narrow else 16
 
 
 def _blocks(K: int, D: int, E: int, dtype: torch.dtype, pass_name: str = "forward") -> tuple[dict, dict]:
-    """Return the tile and the launch options for a shape, from TILES."""
-    rows = max(16, triton.next_power_of_2(K))  # a matrix unit takes 16 rows
+    """Return the block sizes and the launch options for a shape, from TILES."""
+    rows = max(16, triton.next_power_of_2(K))  # matrix units take 16 rows
     block_d, block_e = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-    widest = max(block_d, block_e)  # at most 512: las_fast.ops.masked_attention sees to it
-    frames, warps, stages = TILES[pass_name][_kind(dtype)][rows]
-    # At most 32 in the backward pass, where frames are also the rows of products.
-    frames = max(16, min(64 if pass_name == "forward" else 32, frames * 256 // widest))
-    blocks = {"BLOCK_K": rows, "BLOCK_T": frames, "BLOCK_D": block_d, "BLOCK_E": block_e}
+    widest = max(block_d, block_e)  # at most 512: las_fast.ops.masked_attention checks it
+    tile_frames, warps, stages = TILES[pass_name][_kind(dtype)][rows]
+    # At most 32 in the backward pass, where frames are also rows of matmuls.
+    tile_frames = max(16, min(64 if pass_name == "forward" else 32, tile_frames * 256 // widest))
+    blocks = {"BLOCK_K": rows, "BLOCK_T": tile_frames, "BLOCK_D": block_d, "BLOCK_E": block_e}
     return blocks, {"num_warps": warps, "num_stages": stages}

@@ -1,11 +1,11 @@
-"""Rung 3: what each kernel may take on each GPU, at the shapes of real training and decoding.
+"""Rung 3: the resource budget of each kernel on each GPU, at the shapes of real training and decoding.
 
     PYTHONPATH=tests python -m gpu_proof.budgets > budgets.csv
 
-prints the table with what is measured now.
+prints the table as measured now.
 
-The budget of registers and shared memory guards the number of programs that share a processor. Nothing may spill on
-NVIDIA's GPUs; for AMD's the kernels are only compiled, not tuned: there spills must not grow.
+The budget of registers and shared memory guards the number of programs per multiprocessor. On NVIDIA GPUs nothing may
+spill. For AMD GPUs the kernels are compiled but not tuned: spills must not grow.
 """
 
 import csv
@@ -23,27 +23,27 @@ from gpu_proof.process import compiled
 
 TABLE = pathlib.Path(__file__).with_name("budgets.csv")
 ARCHITECTURES = (80, 86, 90, 100, 120, "gfx942")
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a CTA
-REGISTERS, WARPS, CTAS = 65536, 64, 32  # of one NVIDIA processor
-GRANULE = 8  # registers of a thread are granted in multiples of this
-RESERVED = 1024  # bytes of shared memory that the system takes of each CTA
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per CTA
+REGISTERS, WARPS, CTAS = 65536, 64, 32  # per NVIDIA multiprocessor
+GRANULE = 8  # registers per thread are allocated in multiples of this
+RESERVED = 1024  # bytes of shared memory per CTA that the system reserves
 WIDE_LOAD = r"(LDG|LDGSTS)\S*\.128"
 MATRIX = r"HMMA|HGMMA|QGMMA|UTC\w*MMA"
 SPILL = r"LDL|STL"
-EXACT = ("topk_kernel", "row_kernel")  # whose divisions decide which of two equally good hypotheses is taken
+EXACT = ("topk_kernel", "row_kernel")  # their divisions decide between hypotheses of equal rank
 INEXACT = r"\b(div|rcp)\.(full|approx)"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way in which a launcher is called, and what must be seen in the code that it then launches."""
+    """A way to call a launcher, and requirements on the machine code that it launches."""
 
     op: str
     name: str
     launch: Callable  # (**options): calls the launcher on CPU tensors of the real shape
     options: dict = field(default_factory=dict)
     matrix: tuple[str, ...] = ()  # kernels that must use matrix units
-    wide: tuple[str, ...] = ()  # kernels that must load 16 bytes a lane
+    wide: tuple[str, ...] = ()  # kernels that must load 16 bytes per lane
 
     def __str__(self):
         return f"{self.op}-{self.name}"
@@ -79,20 +79,20 @@ def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_thre
 
 
 def gather(B=64, K=8, sizes=(512, 512, 512, 512, 256), dtype=FLOAT):
-    """The states of two LSTM cells and the context follow their parents."""
+    """Gather the states of two LSTM cells and the context by their parents."""
     states = [torch.zeros(B, K, n, dtype=dtype) for n in sizes]
     launcher("beam_gather")(states, torch.zeros(B, K, dtype=torch.int64))
 
 
 def prefix(B=64, K=8, T=400, V=31):
-    """The hypotheses of a search and what CTC says of their continuations."""
+    """One CTC prefix step of a search over characters or word pieces."""
     rows = torch.zeros(B, K, dtype=torch.int64)
     states = torch.zeros(B, K, T + 1), torch.zeros(B, K), torch.zeros(B, K, V)
     launcher("ctc_prefix")(torch.zeros(B, T, V), *states, rows, rows, rows, 2)
 
 
 def backtrack(L=200, B=64, K=8):
-    """The hypotheses of a search of 200 steps."""
+    """Backtrack a search of 200 steps."""
     tokens = torch.zeros(L, B, K, dtype=torch.int64)
     launcher("beam_backtrack")(tokens, tokens, torch.zeros(L, B, K), tokens, 2)
 
@@ -156,17 +156,17 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel of one variant takes on one architecture; in the table, what it may take at most or at least."""
+    """The resources of one kernel of one variant on one architecture: measured, or in the table the limits."""
 
     variant: str
     kernel: str
     arch: str
-    registers: int  # a thread, at most
-    shared: int  # bytes a CTA, at most
-    ctas: int  # that fit on one processor, at least; 0 for AMD
-    wide_loads: int  # instructions that load 16 bytes a lane, at least
+    registers: int  # per thread, at most
+    shared: int  # bytes per CTA, at most
+    ctas: int  # that fit on one multiprocessor, at least; 0 for AMD
+    wide_loads: int  # instructions that load 16 bytes per lane, at least
     matrix: int  # instructions of matrix units, at least
-    spilled: int  # bytes of a thread and instructions that move them, or registers, at most
+    spilled: int  # bytes per thread plus instructions that move them, or registers on AMD, at most
 
     @property
     def key(self):
@@ -174,7 +174,7 @@ class Row:
 
 
 def measure(variant, arch):
-    """Compile what the variant launches for an architecture; returns a Row a kernel. Called in a compiling worker."""
+    """Compile the launches of a variant for an architecture; return one Row per kernel. Runs in a compiling worker."""
     from gpu_proof.compiler import compile_launch, recorded, resources
 
     with recorded() as launches:
@@ -211,7 +211,7 @@ def _row(variant, kernel, arch, binary, resources):
 
 
 def complaints(variant, row, budget):
-    """What is wrong with a measured row: a list of sentences, empty if it keeps to the rules and to its budget."""
+    """Return what is wrong with a measured row, as sentences; empty if it keeps to the rules and its budget."""
     found = [] if row.arch == "gfx942" else _broken_rules(variant, row)
     if budget is None:
         return [*found, "has no row in budgets.csv"]
@@ -225,7 +225,7 @@ def complaints(variant, row, budget):
 
 
 def _broken_rules(variant, row):
-    """What no budget may allow on NVIDIA's GPUs."""
+    """Return violations that no budget may allow on NVIDIA GPUs."""
     limit = SHARED_LIMIT[int(row.arch)]
     rules = [
         (row.spilled, f"spills registers ({row.spilled})"),
@@ -245,7 +245,7 @@ def table():
 
 
 def main():
-    """Print the table of what is measured now."""
+    """Print the table as measured now."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
     for variant in VARIANTS:

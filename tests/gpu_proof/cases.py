@@ -1,7 +1,7 @@
-"""Small hostile cases of every op, each a claim that its Triton launcher must meet wherever the kernels run.
+"""Small hostile cases of every op: claims that its Triton launcher must meet wherever the kernels run.
 
-The same cases are run interpreted, sanitized, as executed PTX, against mutants, and on a GPU where there is one. They
-call the launchers themselves, in las_fast.kernels, as the ops would.
+The same cases run interpreted, sanitized, as executed PTX, against mutants, and on a GPU where there is one. They call
+the launchers in las_fast.kernels directly.
 """
 
 import collections
@@ -27,18 +27,18 @@ from las_fast.ops import (
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 INF = torch.inf
-ROUNDINGS = 1  # of the largest result, which an error may have besides that of the plain formula
+ROUNDINGS = 1  # roundings of the largest result that an error may exceed that of the plain formula by
 
 
 @dataclass(frozen=True)
 class Case:
-    """One claim. It pickles, so that a worker process can be asked to check it."""
+    """One claim; can be pickled for a worker process."""
 
     op: str
     name: str
     check: Callable  # (device, **options): makes inputs from a seed, launches, asserts
     options: dict = field(default_factory=dict)
-    huge: bool = False  # larger than memory: it can only be checked for bounds, and only its last program
+    huge: bool = False  # larger than memory: only the bounds of its last program are checked
 
     def run(self, device="cpu", approximate=False):
         """Raise AssertionError unless the launcher gives on this device what the reference gives in float64.
@@ -50,14 +50,14 @@ class Case:
 
     @property
     def interpretable(self):
-        """Whether triton's interpreter can judge it: its arithmetic in bfloat16 is wrong."""
+        """Whether Triton's interpreter can judge it: the interpreter computes bfloat16 wrongly."""
         return self.options.get("dtype") != BRAIN
 
     @property
     def executable(self):
-        """The architectures whose machine code of it the executor models: not wgmma and tcgen05.
+        """The architectures whose machine code the executor can run for this case.
 
-        Newer ones use those for products of 64 rows, all but those of exact float32.
+        It does not model wgmma and tcgen05, which sm_90 and sm_100 use for matmuls of 64 rows, except in exact float32.
         """
         of = self.options
         exact = of.get("dtype", FLOAT) == FLOAT and of.get("precision", "highest") == "highest"
@@ -68,13 +68,13 @@ class Case:
 
 
 def launcher(op, function=None):
-    """The launcher of an op, looked up now: a mutant may have taken the place of its module."""
+    """Return the launcher of an op, looked up at each call: a mutant may have replaced its module."""
     return getattr(importlib.import_module(f"las_fast.kernels.{op}"), function or op)
 
 
 @contextlib.contextmanager
 def matmul_precision(precision):
-    """Inside, torch.get_float32_matmul_precision() is the one given."""
+    """Set torch's float32 matmul precision inside the block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -87,7 +87,7 @@ def matmul_precision(precision):
 
 
 def laid_out(tensor, layout):
-    """The same values in another order of memory, with poison in the gaps.
+    """Copy a tensor to another memory layout, with poison in the gaps.
 
     Args:
         layout: "dense"; "turned", the first two dimensions exchanged in memory; "spaced", an odd number of elements
@@ -119,7 +119,7 @@ def same(found, expected, what):
 
 
 def near(found, exact, tolerance, what):
-    """Assert that no element is farther than the tolerance from the exact one; infinities must be the same."""
+    """Assert that every element is within the tolerance of the exact one; infinities must be equal."""
     assert found.shape == exact.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(exact.shape)}"
     found, exact = found.cpu().double(), exact.cpu().double()
     error = torch.where(found == exact, 0.0, (found - exact).abs())
@@ -148,12 +148,12 @@ def attention_inputs(B, K, T, D, E, lengths, dtype, seed, scores="random"):
 
 
 def beyond(lengths, T):
-    """Lengths that mean the same: of all frames by more than there are, of none by less than 0."""
+    """Replace lengths T by more than T and 0 by a negative number: the kernels must clamp both."""
     return torch.where(lengths == T, lengths + 70, torch.where(lengths == 0, -70, lengths))
 
 
 def with_poisoned_padding(memory, lengths):
-    """A copy of keys or values that holds NaN past each length, which must never be read."""
+    """Copy keys or values with NaN past each length: padding must never be read."""
     memory = memory.clone()
     for row, length in zip(memory, lengths.tolist(), strict=True):
         row[length:] = torch.nan
@@ -161,7 +161,7 @@ def with_poisoned_padding(memory, lengths):
 
 
 def plain(query, keys, values, lengths, scale, precision):
-    """Context and weights by the formula as anyone would write it in the inputs' own precision: the yardstick."""
+    """Compute context and weights by the plain formula in the precision of the inputs: the yardstick for errors."""
     tf32 = through_tf32 if query.dtype == FLOAT and precision != "highest" else lambda x: x
     past = (torch.arange(keys.shape[1]) >= lengths[:, None])[:, None]
     scores = (tf32(query) @ tf32(keys).transpose(1, 2)) * scale
@@ -170,7 +170,7 @@ def plain(query, keys, values, lengths, scale, precision):
 
 
 def through_tf32(x):
-    """Float32 rounded to the 11 bits that tf32 units keep, with the gradient of x."""
+    """Round float32 to the 11 bits that tf32 units keep; the gradient passes through."""
     rounded = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(FLOAT)
     return x + (rounded - x).detach()
 
@@ -193,7 +193,7 @@ def as_good_as_plain(found, exact, usual, unit, what):
 
 
 def rounding(dtype, precision):
-    """Relative error of one product of inputs of this type; all but "highest" let float32 go through tf32 units."""
+    """Return the relative rounding of a product in this dtype; precisions below "highest" use tf32 for float32."""
     return 2.0**-11 if dtype == FLOAT and precision != "highest" else torch.finfo(dtype).eps
 
 
@@ -334,7 +334,7 @@ def continues(
     device, B=2, K=4, V=31, eos=2, dtype=FLOAT, state="random", minimum=None, maximum=None, length_penalty=0.0,
     eos_threshold=0.0, coverage=False, order=None, ctc_weight=None, layout="dense", wild=False, seed=0,
 ):  # fmt: skip
-    """All results are those of the reference, indices exactly; `state` names how the beams stand.
+    """All results are those of the reference, indices exactly; `state` names the state of the beams.
 
     Every second utterance has limits that are higher by 1. wild: some n-gram states are outside the table.
     """
@@ -453,7 +453,7 @@ STATES = {
 
 
 def gathers(device, B=2, K=4, sizes=(5,), dtypes=(FLOAT,), layout="dense", parents="random", seed=0):
-    """Each state has its rows reordered, byte for byte; a parent that does not exist is taken for the nearest."""
+    """The rows of each state are reordered, byte for byte; a parent out of range is clamped."""
     generator = torch.Generator().manual_seed(seed)
     low, high = (-3, K + 3) if parents == "wild" else (0, max(K, 1))
     chosen = torch.randint(low, high, (B, K), generator=generator)
@@ -474,14 +474,15 @@ def gathers(device, B=2, K=4, sizes=(5,), dtypes=(FLOAT,), layout="dense", paren
 def backtracks(device, L=5, B=2, K=3, eos=2, vocabulary=6, layout="dense", parents="random", seed=0):
     """Tokens, lengths, log-probabilities and frames of each hypothesis are those of the reference."""
     generator = torch.Generator().manual_seed(seed)
-    tokens, frames = (torch.randint(0, n, (L, B, K), generator=generator) for n in (vocabulary, 1000))
+    tokens, attended_frames = (torch.randint(0, n, (L, B, K), generator=generator) for n in (vocabulary, 1000))
     low, high = (-2, K + 2) if parents == "wild" else (0, max(K, 1))
     chosen = torch.randint(low, high, (L, B, K), generator=generator)
     scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
     if L > 2 and K > 1:
         scores[-2:, :, -1] = -INF
-    expected = beam_backtrack(tokens, chosen.clamp(0, max(K - 1, 0)), scores, frames, eos=eos, backend="reference")
-    tensors = [laid_out(x.to(device), layout) for x in (tokens, chosen, scores, frames)]
+    nearest = chosen.clamp(0, max(K - 1, 0))
+    expected = beam_backtrack(tokens, nearest, scores, attended_frames, eos=eos, backend="reference")
+    tensors = [laid_out(x.to(device), layout) for x in (tokens, chosen, scores, attended_frames)]
     found = launcher("beam_backtrack")(*tensors, eos)
     for name, x, y in zip(expected._fields, found, expected, strict=True):
         if name == "token_scores":
@@ -505,22 +506,22 @@ def listens(
     lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
     logits = scale * torch.randn(B, T, V, generator=generator)
     logits[:, :quiet, 0] += 12.0
-    frames = ctc_log_probabilities(logits, lengths)
-    before, tokens = ctc_start(frames, K, eos=eos), torch.full((B, K), eos)
+    log_probs = ctc_log_probabilities(logits, lengths)
+    before, tokens = ctc_start(log_probs, K, eos=eos), torch.full((B, K), eos)
     for _ in range({"first": 0, "long": T + 1}.get(state, 3)):
         parents, chosen = (torch.randint(low, high, (B, K), generator=generator) for low, high in ((0, K), (1, V)))
         if state == "repeated":
             chosen = torch.where(torch.arange(K) % 2 == 0, chosen[:, :1], chosen)
-        before, tokens = ctc_prefix(frames, before, tokens, parents, chosen, eos=eos, backend="reference"), chosen
+        before, tokens = ctc_prefix(log_probs, before, tokens, parents, chosen, eos=eos, backend="reference"), chosen
     parents, chosen = (torch.randint(low, high, (B, K), generator=generator) for low, high in ((0, K), (1, V)))
     if state == "repeated":
         chosen = tokens.gather(1, parents)
     exact = CtcState(*(x.double() for x in before))
-    expected = ctc_prefix(frames.double(), exact, tokens, parents, chosen, eos=eos, backend="reference")
+    expected = ctc_prefix(log_probs.double(), exact, tokens, parents, chosen, eos=eos, backend="reference")
     if wild:
         parents, chosen = (torch.where(x == 0, -(2**40), torch.where(x == n - 1, 2**40, x))
                            for x, n in ((parents, K), (chosen, V)))  # fmt: skip
-    tensors = [laid_out(x.to(device), layout) for x in (frames, *before, tokens, parents, chosen)]
+    tensors = [laid_out(x.to(device), layout) for x in (log_probs, *before, tokens, parents, chosen)]
     found = launcher("ctc_prefix")(*tensors, eos)
     for name, x, y in zip(CtcState._fields, found, expected, strict=True):
         assert x.dtype == FLOAT
@@ -549,8 +550,8 @@ def continues_huge(device, B, K, V):
     """No index overflows, of characters with a 2-gram model or of word pieces."""
     rows = huge(B, K)
     lengths = rows.to(torch.int64)
-    table, states = (huge(V, V), lengths) if V < 100 else (None, None)
-    options = (2, None, None, 0.0, 0.0, rows, table, states, 0.3, huge(B, K, V), 0.3)
+    ngram_table, ngram_states = (huge(V, V), lengths) if V < 100 else (None, None)
+    options = (2, None, None, 0.0, 0.0, rows, ngram_table, ngram_states, 0.3, huge(B, K, V), 0.3)
     # the last kernel reads what the others wrote, and there is no memory for that
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):

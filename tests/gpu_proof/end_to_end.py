@@ -1,4 +1,4 @@
-"""Whole beam searches of real utterances in which every Triton kernel is the execution of its PTX.
+"""Whole beam searches of real utterances in which every Triton kernel runs as executed PTX.
 
 The listener and the LSTM cells stay in torch. `executed_decode` is for a compiling worker process (see process.py).
 """

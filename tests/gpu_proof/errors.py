@@ -1,8 +1,8 @@
-"""What the execution of machine code raises where the code does what a GPU does not define."""
+"""Errors of the PTX executor: the machine code did something that is undefined on a GPU."""
 
 
 class MachineError(AssertionError):
-    """The machine code did what a GPU does not define."""
+    """The machine code did something that is undefined on a GPU."""
 
 
 class OutOfBounds(MachineError):
@@ -10,15 +10,15 @@ class OutOfBounds(MachineError):
 
 
 class Misaligned(MachineError):
-    """An access whose address is no multiple of its size."""
+    """An access whose address is not a multiple of its size."""
 
 
 class BarrierRace(MachineError):
-    """Two warps touched a word of shared memory, or two threads a global element, one writing, no barrier between."""
+    """Two warps (shared memory) or two threads (global memory) touched one place, one writing, without a barrier."""
 
 
 class BrokenConvergence(MachineError):
-    """Threads that must act together came apart: part of a warp at a .sync instruction, part of a CTA at a barrier."""
+    """Threads diverged where they must not: part of a warp at a .sync instruction, part of a CTA at a barrier."""
 
 
 class Runaway(MachineError):

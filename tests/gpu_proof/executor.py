@@ -1,17 +1,17 @@
 """Execute parsed PTX on the CPU: every thread of a batch of CTAs in lockstep, one numpy operation per instruction.
 
-What it is for: the machine code's own results, bounds of every access, barrier races, counts of what a GPU would do.
+It checks the results of the machine code, the bounds of every access and barrier races, and counts instructions.
 
 - Each instruction is decoded once into a step, a function of the mask of threads that take part (True when all do).
-- A branch that splits the threads leaves groups at several places; the group that is furthest back runs first, so that
-  the others are waiting where it joins them.
-- Every tensor parameter gets addresses of its own, far from the others': a stray access never lands in a neighbour.
-- A word of shared memory remembers who wrote and read it since the CTA's last barrier. Another warp's write without a
-  barrier between is a race. Accesses of one warp count as ordered. An element of global memory remembers the thread:
-  there another thread's write without a barrier is a race, also within a warp.
-- cp.async data arrives when the thread waits for its group; until then, touching its place is a race.
+- After a branch that splits the threads, the group with the lowest position runs first, so that the others wait at the
+  point where it joins them.
+- Every tensor parameter has its own address range, far from the others: a stray access never hits a neighbour.
+- Each word of shared memory records the warps that read and wrote it since the last barrier of the CTA. A write by
+  another warp without a barrier is a race; accesses within one warp are ordered. Each element of global memory records
+  the thread: a write by another thread without a barrier is a race, even within a warp.
+- cp.async data arrives when the thread waits for its group; until then, accessing the destination is a race.
 
-Here are a kernel's blocks, branches and launches; machine.py has the state, instructions/ the steps.
+This module has blocks, branches and launches; machine.py has the state, instructions/ the steps.
 
 Not modelled: wgmma, tcgen05, TMA, mbarriers, clusters, fp8, races between CTAs. Fused multiply-adds round twice
 (to float64 first), mma sums exactly and rounds once, .approx is exact unless asked to be off.
@@ -42,7 +42,7 @@ __all__ = [
     "Runaway",
 ]
 
-THREADS_PER_BATCH = 2048  # more threads per numpy call cost less each, until the registers leave the cache
+THREADS_PER_BATCH = 2048  # amortises numpy calls while the registers still fit into the cache
 
 
 @dataclass
@@ -105,11 +105,11 @@ class Program:
         shared_bytes: dynamic shared memory per CTA.
         races: look for barrier races.
         approx_ulps: let .approx results be off by up to so many units in the last place.
-        most_blocks: basic blocks that a batch may run before it counts as endless.
+        max_blocks: basic blocks that a batch may run before it counts as an endless loop.
     """
 
-    def __init__(self, kernel, shared_bytes, *, races=True, approx_ulps=0, most_blocks=100_000):
-        self.kernel, self.most_blocks = kernel, most_blocks
+    def __init__(self, kernel, shared_bytes, *, races=True, approx_ulps=0, max_blocks=100_000):
+        self.kernel, self.max_blocks = kernel, max_blocks
 
         @functools.cache
         def prepared(ctas):
@@ -130,7 +130,7 @@ class Program:
             Counts of the whole launch.
 
         Raises:
-            MachineError: the code did what a GPU does not define.
+            MachineError: the code did something that is undefined on a GPU.
         """
         counts = Counts()
         values, buffers = _parameter_values(self.kernel, arguments, names)
@@ -164,7 +164,7 @@ class Program:
         all_warps = machine.threads // LANES
         waiting = {}  # block -> threads that wait there
         position, active = 0, True
-        for _ in range(self.most_blocks):
+        for _ in range(self.max_blocks):
             block = blocks[position]
             runs[position] += all_warps if active is True else np.count_nonzero(active.reshape(-1, LANES).any(1))
             for step in block.steps:
@@ -173,7 +173,7 @@ class Program:
             if active is None:
                 break
         else:
-            raise Runaway(f"{self.kernel.name} ran more than {self.most_blocks} basic blocks")
+            raise Runaway(f"{self.kernel.name} ran more than {self.max_blocks} basic blocks")
         _count_blocks(machine, blocks, runs)
 
 

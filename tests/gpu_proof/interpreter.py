@@ -1,4 +1,4 @@
-"""What the Triton interpreter lacks for proofs: speed, and outputs that show when nobody wrote them.
+"""Additions to the Triton interpreter: speed, and outputs that show where nothing was written.
 
 Used only in a process that interprets (see process.py).
 """
@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import triton
 
-KNOWN_VERSIONS = ("3.6", "3.7", "3.8")  # of triton, whose private parts `fast` replaces
+KNOWN_VERSIONS = ("3.6", "3.7", "3.8")  # of Triton: `fast` replaces private functions of these
 BOOL_POISON = 0x5A  # a byte that reads as True and differs from a written True
 
 

@@ -1,6 +1,6 @@
-"""Rung 5: faults put into the kernels on purpose, each of which some rung must notice.
+"""Rung 5: faults seeded into the kernels, each of which some rung must detect.
 
-A fault that nobody notices is a hole in the cases, the sanitizer, the budgets or the executor.
+A fault that no rung detects is a hole in the cases, the sanitizer, the budgets or the executor.
 
     PYTHONPATH=tests python -m gpu_proof.mutants      prints which rung notices each
 """
@@ -195,14 +195,15 @@ BACKTRACK = [
         ("parents-clamped-to-k", "tl.maximum(beam, 0), K - 1)", "tl.maximum(beam, 0), K)"),
         ("token-unmasked", "token = tl.load(tokens + step + beam, mask=exists, other=0)",
          "token = tl.load(tokens + step + beam)"),
-        ("frame-of-the-wrong-beam", "frame = tl.load(frames + step + beam", "frame = tl.load(frames + step + k"),
+        ("frame-of-the-wrong-beam", "frame = tl.load(attended_frames + step + beam",
+         "frame = tl.load(attended_frames + step + k"),
         ("score-before-the-first-step", "mask=exists & (t > 0)", "mask=exists"),
         ("difference-of-infinities", "tl.where(score == before, 0.0, score - before)", "score - before"),
         ("length-counts-eos", "length = tl.where(token == eos, t, length)",
          "length = tl.where(token == eos, t + 1, length)"),
         ("one-token-after-eos", "(t[None, :] > length[:, None])", "(t[None, :] > length[:, None] + 1)"),
         ("fill-past-the-end", " & (t[None, :] < L)", ""),
-        ("results-transposed", "tl.store(found + row * L + t", "tl.store(found + t * K + row"),
+        ("results-transposed", "tl.store(out_tokens + row * L + t, token", "tl.store(out_tokens + t * K + row, token"),
         ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)", "b = tl.program_id(0)"),
         ("step-in-32-bits", "t = tl.cast(L - 1 - i, tl.int64)", "t = L - 1 - i"),
         ("a-step-short", "for i in range(L):", "for i in range(L - 1):"),
@@ -233,15 +234,15 @@ PREFIX = [
         ("parents-unclamped", "tl.minimum(tl.maximum(tl.load(parents + row), 0), K - 1)", "tl.load(parents + row)"),
         ("tokens-unclamped", "tl.minimum(tl.maximum(tl.load(chosen + row), 0), V - 1)", "tl.load(chosen + row)"),
         ("row-in-32-bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
-        ("frame-in-32-bits", "at = frames + t.to(tl.int64) * V", "at = frames + t * V"),
+        ("frame-in-32-bits", "at = ctc_log_probs + t.to(tl.int64) * V", "at = ctc_log_probs + t * V"),
         ("utterance-dropped", "source = row // K * K + parent", "source = parent"),
-        ("frames-of-the-first-utterance", "frames += row // K * T * V", "frames += 0"),
-        ("infinity-less-infinity", "    seen = tl.where(more == -float(\"inf\"), 0.0, more)  # -inf",
-         "    seen = more  # -inf"),
-        ("sum-not-faded", "total * tl.exp(top - seen) + ", "total + "),
+        ("frames-of-the-first-utterance", "ctc_log_probs += row // K * T * V", "ctc_log_probs += 0"),
+        ("infinity-less-infinity", "    finite = tl.where(larger == -float(\"inf\"), 0.0, larger)  # -inf",
+         "    finite = larger  # -inf"),
+        ("sum-not-faded", "total * tl.exp(top - finite) + ", "total + "),
         ("factors-not-multiplied", "return factor + next_factor,", "return next_factor,"),
         ("terms-not-carried", "_add(term + next_factor, next_term)", "_add(term, next_term)"),
-        ("repeats-need-no-blank", "begun = tl.where(repeats, ended, held)", "begun = tl.where(repeats, held, held)"),
+        ("repeats-need-no-blank", "tl.where(repeats, ended, unbroken)", "tl.where(repeats, unbroken, unbroken)"),
         ("pause-without-its-blank", "ended += tl.load(at - V + BLANK, mask=paused, other=0.0)", "ended += 0.0"),
         ("pause-before-the-first-frame", "paused = inside & repeats & (t > 0)", "paused = inside & repeats"),
         ("newest-not-carried", "_add(newest + factor, term)", "term"),
@@ -256,17 +257,24 @@ PREFIX = [
         ("frame-of-the-same-time", "at[:, None] + V + v[None, :]", "at[:, None] + v[None, :]"),
         ("token-unmasked", " & (v < V)[None, :]", ""),
         ("again-one-frame-sooner", "tl.load(at + 2 * V + token", "tl.load(at + V + token"),
-        ("again-as-any-other", "tl.where(v == token, again_top", "tl.where(v == -1, again_top"),
+        ("again-as-any-other", "tl.where(v == token, repeat_top", "tl.where(v == -1, repeat_top"),
         ("blank-goes-on", 'tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))',
          "tl.where(v == eos, alpha, psi)"),
         ("end-as-any-other", "tl.where(v == eos, alpha, psi)", "psi"),
         ("impossible-prefix", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
-        ("prefix-of-the-new-row", "tl.load(prefixes + source)", "tl.load(prefixes + row)"),
-        ("gains-stored-past-the-end", "found, mask=v < V)", "found)"),
-        ("inputs-not-made-contiguous", "[x.contiguous() for x in (frames", "[x for x in (frames"),
+        ("prefix-of-the-new-row", "tl.load(prefix_log_probs + source)", "tl.load(prefix_log_probs + row)"),
+        ("gains-stored-past-the-end", "gain, mask=v < V)", "gain)"),
+        ("inputs-not-made-contiguous", "x.contiguous() for x in (ctc_log_probs", "x for x in (ctc_log_probs"),
     )
 ]  # fmt: skip
 
+FLAT_INDEX = """
+
+
+@triton.jit
+def _flat_index(key):
+    \"\"\"Return k * V + v of a key.\"\"\"
+    """
 TOPK = [
     SourceMutant("beam_topk", name, old, new)
     for name, old, new in (
@@ -276,16 +284,17 @@ TOPK = [
         ("negative-zero-below-zero", "-(bits & 0x7FFFFFFF)", "bits ^ 0x7FFFFFFF"),
         ("threshold-without-the-sum", "(eos_logit - top) - log_sum, (best_other - top) - log_sum, count",
          "eos_logit - top, best_other - top, count"),
-        ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), table_rows - 1)", "return state"),
-        ("limit-of-the-first-utterance", "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM "
-         "else 0, threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row"
-         ", ", "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0"
-         ", threshold,\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(states + row, "),
+        ("states-unclamped", "return tl.minimum(tl.maximum(state, 0), state_count - 1)", "return state"),
+        ("limit-of-the-first-utterance",
+         "tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,"
+         "\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(ngram_states + row, ",
+         "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0, threshold,"
+         "\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(ngram_states + row, "),
         ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
          "(lengths + tl.where(finished, 0, 1))"),
         ("ties-to-the-higher-index",
-         "(0x7FFFFFFF - flat).to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return 0x7FFFFFFF - (",
-         "flat.to(tl.int64)\n\n\n@triton.jit\ndef _place(key):\n    return ("),
+         f"(0x7FFFFFFF - flat).to(tl.int64){FLAT_INDEX}return 0x7FFFFFFF - (",
+         f"flat.to(tl.int64){FLAT_INDEX}return ("),
         ("forced-eos-denied", "return denied & (forced == 0), forced", "return denied, forced"),
         ("threshold-turned", "eos_score <= threshold * best_other", "eos_score > threshold * best_other"),
         ("minimum-off-by-one", "lengths < minimum", "lengths <= minimum"),
@@ -293,27 +302,27 @@ TOPK = [
         ("finished-beams-count-on", "lengths + tl.where(finished, 0, 1)", "lengths + 1"),
         ("power-of-the-penalty-dropped", "tl.exp2(length_penalty * tl.log2(tokens))", "tokens"),
         ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
-        ("ngram-weight-dropped", "steps + weight * tl.load(", "steps + tl.load("),
+        ("ngram-weight-dropped", "steps + ngram_weight * tl.load(", "steps + tl.load("),
         ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
         ("ctc-weights-exchanged", "(1.0 - ctc_weight) * steps + ctc_weight * gain",
          "ctc_weight * steps + (1.0 - ctc_weight) * gain"),
         ("ctc-row-stride", "gains + row[:, None] * V", "gains + row[:, None]"),
         ("ctc-nothing-times-infinity", 'tl.where(steps == -float("inf"), steps, mixed)', "mixed"),
-        ("ctc-gains-not-made-contiguous", "gains = (None if x is None else x.contiguous() for x in options)",
-         "gains = (x if x is None or x.ndim == 3 else x.contiguous() for x in options)"),
-        ("best-taken-twice", "keys = tl.where(keys == best, NOTHING, keys)\n        place", "place"),
-        ("parent-and-token-swapped", "parent, token = place // V, place % V", "token, parent = place // V, place % V"),
+        ("ctc-gains-not-made-contiguous", "tuple(None if x is None else x.contiguous() for x in options)",
+         "tuple(x if x is None or x.ndim == 3 else x.contiguous() for x in options)"),
+        ("best-taken-twice", "keys = tl.where(keys == best, NO_KEY, keys)\n        index", "index"),
+        ("parent-and-token-swapped", "parent, token = index // V, index % V", "token, parent = index // V, index % V"),
         ("eos-does-not-finish", "(ended | (token == eos))", "(ended | (token < 0))"),
         ("finished-beams-grow", "parent) + tl.where(ended, 0, 1))", "parent) + 1)"),
-        ("ngram-state-unwrapped", "(state * V + token) % table_rows", "state * V + token"),
+        ("ngram-state-unwrapped", "(state * V + token) % state_count", "state * V + token"),
         ("padding-counts-in-the-sum", 'v[None, :], mask=inside, other=-float("inf"))',
          "v[None, :], mask=inside, other=0.0)"),
         ("stride-of-rows", "k[:, None] * logits_k", "k[:, None] * V"),
-        ("running-sum-not-faded", "total * tl.exp(top - seen) + ", "total + "),
+        ("running-sum-not-faded", "total * tl.exp(top - finite) + ", "total + "),
         ("blocks-skipped", "if tl.max(keys, 0) > worst:", "if tl.max(keys, 0) < worst:"),
         ("merge-reads-past-the-end", "row_keys + b * K * K + i, mask=i < K * K",
          "row_keys + b * K * K + i, mask=i < BLOCK"),
-        ("row-keys-stored-too-far", "best, mask=places < K)", "best)"),
+        ("row-keys-stored-too-far", "best, mask=slots < K)", "best)"),
         ("frozen-beams-free", "tl.where(is_eos, 0.0, -float(\"inf\")), steps)", "steps, steps)"),
     )
 ]  # fmt: skip
@@ -322,6 +331,7 @@ INDICES = """    split = tl.program_id(1)
     k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
 """
 KEYS = "        k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t,"
+RANGE = "    begin = split * range_frames\n    end = tl.minimum(begin + range_frames"
 ATTENTION = [
     SourceMutant("masked_attention", name, old, new)
     for name, old, new in (
@@ -337,12 +347,10 @@ ATTENTION = [
          "b = tl.program_id(0)\n    block ="),
         ("frame-in-32-bits", f"first = tl.cast(t0, tl.int64)\n{KEYS} end", f"first = t0\n{KEYS} end"),
         ("frame-in-32-bits-backwards", f"first = tl.cast(t0, tl.int64)\n{KEYS} length", f"first = t0\n{KEYS} length"),
-        ("length-unclamped", "length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n    begin = split * frames\n"
-         "    end = tl.minimum(begin + frames, length)", "length = tl.load(lengths + b).to(tl.int32)\n"
-         "    begin = split * frames\n    end = tl.minimum(begin + frames, length)"),
-        ("length-unclamped-backwards", "length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n"
-         "    begin = split * frames\n    end = tl.minimum(begin + frames, T)", "length = tl.load(lengths + b)"
-         ".to(tl.int32)\n    begin = split * frames\n    end = tl.minimum(begin + frames, T)"),
+        ("length-unclamped", f"tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n{RANGE}, length)",
+         f"tl.load(lengths + b).to(tl.int32)\n{RANGE}, length)"),
+        ("length-unclamped-backwards", f"tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n{RANGE}, T)",
+         f"tl.load(lengths + b).to(tl.int32)\n{RANGE}, T)"),
         ("padding-attended", 's = tl.where(t[None, :] < end, s, -float("inf"))',
          's = tl.where(t[None, :] <= end, s, -float("inf"))'),
         ("scale-dropped", "input_precision=PRECISION) * scale\n", "input_precision=PRECISION)\n"),
@@ -350,15 +358,15 @@ ATTENTION = [
         ("peak-of-the-last-block", "peak = tl.where(top > m,", "peak = tl.where(top >= m,"),
         ("peak-of-the-last-frame", "tl.min(tl.where(s == top[:, None], t[None, :], 2147483647), 1)",
          "tl.max(tl.where(s == top[:, None], t[None, :], 0), 1)"),
-        ("sum-not-faded", "l = l * fade + tl.sum(p, 1)", "l = l + tl.sum(p, 1)"),
-        ("average-not-faded", "a = a * fade[:, None] + tl.dot(", "a = a + tl.dot("),
+        ("sum-not-faded", "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)"),
+        ("average-not-faded", "a = a * rescale[:, None] + tl.dot(", "a = a + tl.dot("),
         ("keys-past-the-end", "local, d, keys_t, end - t0, D)", "local, d, keys_t, BLOCK_T, D)"),
         ("values-of-padding", "local, e, values_t, end - t0, E)", "local, e, values_t, T - t0, E)"),
         ("scores-stored-past-the-end", "s, mask=(k[:, None] < K) & (t[None, :] < end))", "s, mask=(k[:, None] < K))"),
         ("nothing-divided-by-nothing", "a / tl.where(l == 0.0, 1.0, l)[:, None]", "a / l[:, None]"),
         ("ranges-write-one-result", "row = (b * tl.num_programs(1) + split) * K + k  #",
          "row = b * tl.num_programs(1) * K + k  #"),
-        ("ranges-overlap", "tl.minimum(begin + frames, length)", "tl.minimum(begin + frames + 1, length)"),
+        ("ranges-overlap", "tl.minimum(begin + range_frames, length)", "tl.minimum(begin + range_frames + 1, length)"),
         ("base-of-the-logarithm", "(tl.where(l == 0.0, 1.0, l))) * 0.6931471805599453)",
          "(tl.where(l == 0.0, 1.0, l))))"),
         ("sums-of-ranges-not-scaled", "other=0.0) * tl.exp2(part_m - finite)\n        m =", "other=0.0)\n        m ="),
@@ -367,15 +375,15 @@ ATTENTION = [
         ("padding-not-zeroed", "(t[None, :] < tl.load(lengths + b))", "(t[None, :] <= tl.load(lengths + b))"),
         ("weights-not-normalised", "w = tl.exp2(s - finite[:, None]) / whole[:, None]",
          "w = tl.exp2(s - finite[:, None])"),
-        ("ranges-share-equally", "share = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)",
-         "share = tl.exp2(part_m - finite)"),
+        ("ranges-share-equally", "fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)",
+         "fraction = tl.exp2(part_m - finite)"),
         ("peak-of-the-last-range", "tl.where(part_m > m,", "tl.where(part_m >= m,"),
         ("delta-added", "tl.float32) - delta[:, None]", "tl.float32) + delta[:, None]"),
         ("gradient-without-scale", "ds = (p * dp * scale)", "ds = (p * dp)"),
         ("gradient-to-padding", "p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)",
          "p = tl.exp2(s - lse[:, None])"),
-        ("padding-left-without-gradient", "end = tl.minimum(begin + frames, T)",
-         "end = tl.minimum(begin + frames, length)"),
+        ("padding-left-without-gradient", "end = tl.minimum(begin + range_frames, T)",
+         "end = tl.minimum(begin + range_frames, length)"),
         ("gradients-of-a-range-misplaced", "frame = b * T + first + local", "frame = b * T + local"),
         ("parts-of-the-gradient-collide", "part = (split * tl.num_programs(0) + b) * K + k", "part = b * K + k"),
         ("weights-left-out-of-delta", "tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)",

@@ -1,4 +1,4 @@
-"""Worker processes in which triton is interpreted, and others in which it compiles.
+"""Worker processes in which Triton is interpreted, and others in which it compiles.
 
 TRITON_INTERPRET is read when a kernel is decorated, and the interpreter patches triton for its whole process, so one
 process cannot do both. A test calls `interpreted(function, *args)` or `compiled(function, *args)` and stays an ordinary

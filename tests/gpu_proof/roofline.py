@@ -1,10 +1,10 @@
-"""Rung 6: what attention could reach at best on a GPU, from the bytes that its kernels ask for and their operations.
+"""Rung 6: a lower bound on the time of attention on a GPU, from the bytes and operations of its kernels.
 
     PYTHONPATH=tests python -m gpu_proof.roofline      prints the table
 
-The time of a launch is at least that of its bytes, of its operations, and of starting it. Bytes are counted in the
-interpreter, each lane of each load and store, as if no cache held any: decoding step after step finds keys and values
-of few utterances in the L2 cache, and may be faster than this table.
+A launch takes at least the time of its bytes, of its operations and of its start. Bytes are counted in the interpreter,
+for every lane of every load and store, as if there were no caches: decoding finds the keys and values of a few
+utterances in the L2 cache and may be faster than this table.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from gpu_proof.process import interpreted
 from gpu_proof.sanitizer import sanitized
 
 # NVIDIA H100 SXM, from its data sheet
-BANDWIDTH = 3.35e12  # bytes a second
-RATE = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations a second, dense
+BANDWIDTH = 3.35e12  # bytes per second
+RATE = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations per second, dense
 START = 2.5e-6  # seconds from one launch to the next, typical
-ROWS = 16  # of a matrix unit's tile: queries are padded to a multiple
+ROWS = 16  # rows of a matrix unit's tile: queries are padded to a multiple
 
 K, D = 8, 256  # beams; numbers of a key and of a value
 SHAPES = [(B, T) for B in (1, 16, 64) for T in (100, 400, 1600)]
@@ -29,7 +29,7 @@ SHAPES = [(B, T) for B in (1, 16, 64) for T in (100, 400, 1600)]
 
 @dataclass(frozen=True)
 class Bound:
-    """What one call moves and computes, and so takes at least."""
+    """Bytes and operations of one call, and the time that they take at least."""
 
     bytes: int
     ideal_bytes: int  # of keys, values, queries and results, once each
@@ -39,7 +39,7 @@ class Bound:
 
     @property
     def times(self):
-        """Seconds by what they are spent on."""
+        """Return the seconds spent on each part."""
         return {
             "memory": self.bytes / BANDWIDTH,
             "arithmetic": self.operations / self.rate,
@@ -52,7 +52,7 @@ class Bound:
 
     @property
     def limit(self):
-        """What it is spent on."""
+        """Return the slowest part."""
         return max(self.times, key=self.times.get)
 
 

@@ -1,9 +1,9 @@
 """Check and count every access to memory that interpreted Triton kernels make.
 
-Each tensor argument of a launch gets a made-up address, far from every other one, that is translated back where memory
-is really touched. So a pointer is known to belong to the argument that it was computed from, however far it strays, and
-two arguments that share memory are told apart. An argument on the meta device, which may be larger than any memory, has
-its bounds checked and nothing else: its stores are dropped, and its loads give what lanes that are masked off get.
+Each tensor argument of a launch gets a virtual address far from all others, which is translated back when memory is
+accessed. So a pointer always belongs to the argument that it was computed from, however far it strays, even if two
+arguments share memory. For an argument on the meta device, which may be larger than memory, only bounds are checked:
+its stores are dropped, and its loads return the value of masked-off lanes.
 
 Used only in a process that interprets (see process.py).
 """
@@ -19,17 +19,17 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.jit import mangle_type
 
-SECTOR = 32  # bytes that a GPU's memory moves at the least
-SPACING = 40  # bits of an argument's share of the made-up addresses
+SECTOR = 32  # bytes of the smallest transfer of a GPU's memory
+SPACING = 40  # bits of the virtual address range of one argument
 NOBODY, SEVERAL = 0, -1  # beside program number + 1, in the notes of who touched what
 
 
 class OutOfBounds(AssertionError):
-    """A lane that no mask switched off touched bytes that are no element of the argument that it points into."""
+    """An active lane accessed bytes outside the elements of the argument that it points into."""
 
 
 class ProgramRace(AssertionError):
-    """What a launch leaves in memory depends on the order of its programs, or of the lanes of one store."""
+    """The result of a launch depends on the order of its programs, or of the lanes of one store."""
 
 
 @dataclass

@@ -635,7 +635,7 @@ def test_part_of_a_cta_at_a_barrier_is_caught():
 
 def test_an_endless_loop_is_caught():
     with pytest.raises(Runaway):
-        run_body("$L_loop:\nbra.uni $L_loop;", 0, most_blocks=100)
+        run_body("$L_loop:\nbra.uni $L_loop;", 0, max_blocks=100)
 
 
 # Counts
