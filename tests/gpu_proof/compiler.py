@@ -54,7 +54,7 @@ def launches_go_to(receive):
 
 @contextlib.contextmanager
 def recorded():
-    """Inside, Triton launches are appended to the yielded list of `Launch` and do not run: outputs stay untouched."""
+    """Record Triton launches inside the block in the yielded list of `Launch`; they do not run."""
     launches = []
     with launches_go_to(launches.append):
         yield launches
@@ -106,7 +106,7 @@ def _binder(kernel, arch):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes on an NVIDIA GPU."""
+    """Resources of a kernel on an NVIDIA GPU."""
 
     registers: int  # per thread
     stack: int  # bytes per thread; spilled registers go here
@@ -127,7 +127,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class AmdResources:
-    """What a kernel takes on an AMD GPU."""
+    """Resources of a kernel on an AMD GPU."""
 
     vgprs: int  # per lane
     sgprs: int  # per wave

@@ -20,7 +20,7 @@ class Execution:
 
 @contextlib.contextmanager
 def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
-    """Inside, each Triton launch runs as its compiled PTX on the CPU tensors that it was given.
+    """Run each Triton launch inside the block as its compiled PTX, on its CPU tensors.
 
     Args:
         arch: 80, 90 or 100.
@@ -32,7 +32,7 @@ def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
         a list that gets an `Execution` for each launch.
 
     Raises:
-        executor.MachineError: at the launch whose code does what a GPU does not define.
+        executor.MachineError: the code of a launch did something that is undefined on a GPU.
         NotImplementedError: the code has an instruction that is not modelled.
     """
     executions = []
@@ -55,7 +55,7 @@ def _program(text, shared_bytes, races, approx_ulps):
 
 
 def _leaves(launch, compiled):
-    """(name, value) of what becomes a parameter: constants are folded into the code, tuples are spread out."""
+    """Yield (name, value) of each PTX parameter: constants are folded into the code, tuples are flattened."""
     for name, type in compiled.src.signature.items():
         yield from _spread(name, type, launch.arguments[name])
 

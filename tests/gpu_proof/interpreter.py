@@ -16,16 +16,16 @@ BOOL_POISON = 0x5A  # a byte that reads as True and differs from a written True
 
 @functools.cache
 def fast():
-    """Make interpreted launches up to five times faster; does nothing for versions of triton that it does not know.
+    """Make interpreted launches up to five times faster, in KNOWN_VERSIONS of Triton.
 
-    Every call of one jitted function by another patches all of triton.language anew, about 1 ms each; once in a launch
-    is enough. And a launch copies every storage to the host and back, also those that are on the host already.
+    The interpreter patches triton.language again for every call between jitted functions, about 1 ms each: once per
+    launch is enough. It also copies every storage to the host and back, even those that are on the host.
     """
     if not triton.__version__.startswith(KNOWN_VERSIONS):
         return
     from triton.runtime import interpreter
 
-    patched = set()  # functions' globals whose triton.language is patched for the launch that runs now
+    patched = set()  # globals of functions whose triton.language is patched for the current launch
     launch = interpreter.GridExecutor.__call__
     restore = interpreter.GridExecutor._restore_args_dev
 
@@ -36,7 +36,7 @@ def fast():
         return self.rewrite()(*args, **kwargs)
 
     def call_launch(self, *args, **kwargs):
-        patched.clear()  # the end of the launch before has restored triton.language
+        patched.clear()  # the previous launch has restored triton.language
         return launch(self, *args, **kwargs)
 
     def restore_unless_on_the_host(self, args_dev, args_hst, kwargs, kwargs_hst):
@@ -51,7 +51,7 @@ def fast():
 
 @contextlib.contextmanager
 def poisoned():
-    """Inside, what torch.empty and its relatives return is filled with values that no kernel writes.
+    """Fill the results of torch.empty and its relatives with values that no kernel writes, inside the block.
 
     NaN for floats, the lowest integer (the highest where the lowest is 0), and for bool a byte that is neither 0 nor 1:
     compare bools as bytes, torch.equal takes that byte for True.

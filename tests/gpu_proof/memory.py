@@ -77,7 +77,7 @@ def typed_views(data):
 
 
 class Buffer:
-    """The bytes that a kernel may reach through one parameter, by their offset from a boundary of 32 bytes."""
+    """The bytes that a kernel may access through one parameter; offsets count from a boundary of 32 bytes."""
 
     def __init__(self, name, pointer, first, end, grain=1):
         """Allow bytes `first` to `end` of the memory that starts at `pointer`; `grain` is the size of an element."""
@@ -89,7 +89,7 @@ class Buffer:
 
     @classmethod
     def of(cls, name, tensor):
-        """A tensor's own bytes; where it has gaps, all of its storage."""
+        """Allow the bytes of a tensor, or all of its storage if it is not contiguous."""
         storage = tensor.untyped_storage()
         first, end = 0, storage.nbytes()
         if tensor.is_contiguous():
@@ -98,7 +98,7 @@ class Buffer:
         return cls(name, storage.data_ptr(), first, end, min(8, tensor.element_size()))
 
     def check(self, access, size, instruction):
-        """Raise OutOfBounds for accesses of `size` bytes that are not inside."""
+        """Raise OutOfBounds for accesses of `size` bytes outside the buffer."""
         if self.first <= access.low and access.high <= self.end:
             return
         outside = access.offsets[(access.offsets < self.first) | (access.offsets + size > self.end)]
@@ -111,8 +111,8 @@ class Buffer:
 class GlobalMarks:
     """Which threads read and wrote each element of a launch's tensors, and whether a barrier came between.
 
-    A batch's threads are numbered from 0. Only threads of one CTA are compared: programs that disturb each other are
-    found by the sanitizer.
+    Threads are numbered from 0 within a batch. Only threads of one CTA are compared: the sanitizer detects races
+    between programs.
     """
 
     def __init__(self, warps, ctas):
@@ -126,7 +126,7 @@ class GlobalMarks:
         self._elements.clear()
 
     def settle(self, threads=True):
-        """The threads in a mask, or all, have met at a barrier of their CTA."""
+        """Record that the threads in a mask, or all, have met at a barrier of their CTA."""
         self.clock += 1
         self.barrier[threads] = self.clock
 

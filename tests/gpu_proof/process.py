@@ -1,8 +1,8 @@
 """Worker processes in which Triton is interpreted, and others in which it compiles.
 
-TRITON_INTERPRET is read when a kernel is decorated, and the interpreter patches triton for its whole process, so one
-process cannot do both. A test calls `interpreted(function, *args)` or `compiled(function, *args)` and stays an ordinary
-test: what the function returns or raises comes back.
+TRITON_INTERPRET is read when a kernel is decorated, and the interpreter patches Triton for its whole process, so one
+process cannot do both. A test calls `interpreted(function, *args)` or `compiled(function, *args)` and gets what the
+function returns or raises.
 """
 
 import contextlib

@@ -488,7 +488,7 @@ def test_an_instruction_does_what_ptx_says(body):
     assert torch.equal(found, expected.to(torch.int32))
 
 
-def test_apart_threads_join_again():
+def test_diverged_threads_join_again():
     """Each thread counts down from its own number; the shuffle behind the loop needs them all."""
     body = """
 	mov.u32 	%r3, 0;
@@ -698,7 +698,7 @@ def test_resources_are_read_from_the_machine_code(arch):
         assert found.registers and found.count("HMMA") and found.count("LDGSTS") and not found.stack
 
 
-def test_numpy_rounds_as_the_machine_needs():
+def test_numpy_rounds_as_the_executor_needs():
     """The executor leans on numpy for rounding float32 and float64 to half precision: to nearest, ties to even."""
     values = np.array([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-40, 2**-25], np.float64)
     assert values.astype(np.float16).tolist() == [1.0, 1 + 2**-9, 1 + 2**-10, 0.0]

@@ -20,5 +20,5 @@ def test_executed_machine_code_agrees_with_the_reference(case, arch, approximate
 
 @pytest.mark.parametrize("approximate", [True], ids=["approximate"])
 @pytest.mark.parametrize(("case", "arch"), [(x, 90) for x in CASES if 90 in x.executable], ids=str)
-def test_the_results_do_not_hang_on_exact_exponentials(case, arch, approximate, executed):
+def test_the_results_do_not_depend_on_exact_exponentials(case, arch, approximate, executed):
     executed(case=case, arch=arch, approximate=approximate)

@@ -16,7 +16,7 @@ def test_kernels_without_a_fault_pass_every_rung(mutant, judged):
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_a_fault_is_noticed(mutant, judged):
+def test_a_fault_is_detected(mutant, judged):
     verdict = judged(mutant=mutant)
     assert verdict.rung, "by no rung"
 

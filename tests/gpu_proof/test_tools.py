@@ -180,7 +180,7 @@ def test_calls_from_several_threads_run_at_once_in_workers_of_their_own():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool])
-def test_an_output_that_nobody_wrote_is_noticed(dtype):
+def test_an_unwritten_output_is_detected(dtype):
     target, _ = interpreted(outputs_written_up_to, 15, dtype)
     assert (target[:15] == 0).all()
     assert target[15].isnan() if dtype.is_floating_point else target[15] not in (0, 1)
@@ -219,7 +219,7 @@ def test_the_gaps_of_a_strided_argument_are_out_of_bounds():
         interpreted(copy_column, 3)
 
 
-def test_nothing_of_an_empty_argument_may_be_touched():
+def test_an_empty_argument_must_not_be_accessed():
     with pytest.raises(OutOfBounds, match="load of 1 of 1 lanes outside source"):
         interpreted(copy, torch.zeros(0), torch.zeros(16), 1)
 

@@ -280,7 +280,7 @@ def differentiable():
     yield "speller_unroll_cpp", unroll, [keys, values, *flat]
 
 
-def test_what_gradients_need_is_kept_where_there_will_be_some(cpp):
+def test_tensors_are_saved_only_if_gradients_are_needed(cpp):
     for op, function, tensors in differentiable():
         assert not keeps_for_gradients(op, partial(function, *tensors))
         for i in range(len(tensors)):
@@ -291,7 +291,7 @@ def test_what_gradients_need_is_kept_where_there_will_be_some(cpp):
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
-def test_attention_gives_each_gradient_alone(cpp, wanted):
+def test_attention_computes_each_gradient_on_its_own(cpp, wanted):
     tensors = test_masked_attention.inputs()
     every = [x.clone().requires_grad_() for x in tensors]
     context, weights = masked_attention(*every, LENGTHS)

@@ -135,7 +135,7 @@ def test_it_compiles_into_one_graph(cpp):
     assert len(graphs) == 1
 
 
-def test_two_threads_give_the_same_answer(cpp):
+def test_two_threads_give_the_same_bits(cpp):
     history = random(800, 64, 16)  # some milliseconds for each thread, so that both are at work at once
     with threads(2):
         found = beam_backtrack(*history, eos=EOS, backend=cpp)

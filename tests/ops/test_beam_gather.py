@@ -35,11 +35,11 @@ def test_any_dtype_and_any_number_of_states_of_different_sizes(backend):
         assert gathered.dtype == state.dtype and torch.equal(gathered, expected)
 
 
-def test_no_states_give_none(backend):
+def test_without_states_there_are_no_results(backend):
     assert call(beam_gather, [], torch.zeros(2, 3, dtype=torch.int64), backend=backend) == ()
 
 
-def test_states_are_left_alone_and_results_are_new(backend):
+def test_states_are_not_modified_and_results_are_new(backend):
     (state,), _ = make(2, 3)
     before, parents = state.clone(), torch.arange(3).expand(2, 3)
     (gathered,) = call(beam_gather, [state], parents, backend=backend)
@@ -113,7 +113,7 @@ def test_it_compiles_into_one_graph(cpp):
     assert len(graphs) == 1
 
 
-def test_two_threads_give_the_same_answer(cpp):
+def test_two_threads_give_the_same_bits(cpp):
     states, parents = make(256, 8, (512, 300))
     with threads(2):
         found = beam_gather(states, parents, backend=cpp)

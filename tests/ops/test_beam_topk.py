@@ -232,7 +232,7 @@ def test_huge_logits_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("V", [1, 2])
-def test_one_token_is_enough(backend, V):
+def test_a_vocabulary_of_one_token_works(backend, V):
     found = step(torch.zeros(2, 1, V), eos=0, backend=backend)
     assert (found.tokens == 0).all() and found.finished.all()
 
@@ -244,12 +244,12 @@ def test_a_table_over_one_token_has_one_row():
 
 
 @pytest.mark.parametrize(("B", "K"), [(0, 3), (2, 0)])
-def test_nothing_gives_nothing(backend, B, K):
+def test_empty_inputs_give_empty_results(backend, B, K):
     found = step(torch.zeros(B, K, 5), backend=backend)
     assert all(x.shape == (B, K) for x in found[:5])
 
 
-def test_eos_may_come_too_early(backend):
+def test_eos_is_denied_below_the_minimum(backend):
     logits = torch.zeros(2, 2, 4)
     logits[..., EOS] = 9.0
     found = step(logits, lengths=[[2, 2], [3, 3]], minimum=torch.tensor([3, 3]), backend=backend)
@@ -263,7 +263,7 @@ def test_each_beam_has_its_own_length(backend):
     assert (found.tokens[0, 0], found.parents[0, 0]) == (EOS, 1) and (found.tokens[0, 1:] != EOS).all()
 
 
-def test_forced_eos_is_all_there_is_and_costs_its_probability(backend):
+def test_forced_eos_is_the_only_continuation_and_costs_its_probability(backend):
     logits, scores, _, _ = random(2, 3, 6)
     limits = {"maximum": torch.tensor([4, 9]), "minimum": torch.tensor([7, 0]), "eos_threshold": 0.1}
     found = step(logits, scores, lengths=torch.full((2, 3), 4), backend=backend, **limits)
@@ -306,7 +306,7 @@ def test_eos_must_exceed_the_threshold_not_meet_it(backend, best_other):
     assert step(logits, eos_threshold=1.0, backend=backend).tokens.tolist() == [[best_other]]
 
 
-def test_the_threshold_does_not_hear_the_language_model(backend):
+def test_the_threshold_ignores_the_language_model(backend):
     logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log().expand(1, 3, 3)
     against_eos = Ngram(torch.tensor([[0.0, 0.0, -50.0]]), torch.zeros(1, 3, dtype=torch.int64), 1.0)
     found = step(logits, [[0.0, -INF, -INF]], eos_threshold=2.0, ngram=against_eos, backend=backend)
@@ -323,7 +323,7 @@ def test_the_threshold_does_not_hear_the_language_model(backend):
         {"minimum": torch.full((3,), 9), "maximum": torch.full((3,), 3)},
     ],
 )
-def test_unusual_options_mean_what_they_mean_to_the_reference(backend, options, V):
+def test_unusual_options_give_the_results_of_the_reference(backend, options, V):
     inputs = random(3, 4, V)
     assert_same(step(*inputs, backend=backend, **options), step(*inputs, backend="reference", **options))
 
@@ -354,7 +354,7 @@ def test_a_ctc_model_is_mixed_in_by_its_weight(backend, weight, V):
         assert_same(found, step(*inputs, backend="reference"))
 
 
-def test_what_the_logits_rule_out_stays_so_with_all_weight_on_ctc(backend):
+def test_what_the_logits_rule_out_stays_impossible_with_all_weight_on_ctc(backend):
     logits, gains = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
     logits[..., :3] = -INF
     limits = {"minimum": torch.tensor([9])}
@@ -362,7 +362,7 @@ def test_what_the_logits_rule_out_stays_so_with_all_weight_on_ctc(backend):
     assert found.tokens.tolist() == [[4, 4]] and found.scores.tolist() == [[0.0, 0.0]]
 
 
-def test_a_continuation_that_ctc_rules_out_is_none(backend):
+def test_a_continuation_that_ctc_rules_out_is_impossible(backend):
     gains = torch.full((1, 1, 4), -INF)
     gains[..., 3] = -1.0
     found = step(torch.zeros(1, 1, 4), ctc=Ctc(gains, 0.5), backend=backend)
@@ -411,7 +411,7 @@ def test_inputs_need_not_be_contiguous(backend):
     assert_same(step(*turned, backend=backend, **options), step(*inputs, backend="reference", **options))
 
 
-def test_inputs_are_left_alone(backend):
+def test_inputs_are_not_modified(backend):
     inputs, options = random(), options_for("all", 3, 4, 7)
     before = [x.clone() for x in inputs]
     step(*inputs, backend=backend, **options)
@@ -512,7 +512,7 @@ def test_it_compiles_into_one_graph(cpp, name):
 
 
 @pytest.mark.parametrize(("B", "K", "V"), [(2000, 8, 31), (1, 32, 50_000)])
-def test_two_threads_give_the_same_answer(cpp, B, K, V):
+def test_two_threads_give_the_same_bits(cpp, B, K, V):
     inputs, options = random(B, K, V), options_for("both limits", B, K, V)
     with threads(2):
         found = step(*inputs, backend=cpp, **options)
@@ -530,7 +530,7 @@ def test_a_sum_over_very_many_tokens_keeps_its_digits(cpp):
 
 
 @pytest.mark.parametrize("V", [31, 131])
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, V):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, V):
     inputs = random(5, 4, V)
     whole = step(*inputs, backend=cpp, length_penalty=0.7)
     for b in range(5):

@@ -122,7 +122,7 @@ def test_gradients_of_weights_add_up_over_blocks_of_2048_frames(cpp, lengths, dt
     "lengths", [[7, 7, 7], [1, 1, 1], [2, 4, 3], [3, 0, 0]], ids=["equal", "of one frame", "all shorter", "empty"]
 )
 @per_dtype
-def test_any_lengths_will_do(backend, lengths, dtype):
+def test_any_lengths_are_supported(backend, lengths, dtype):
     assert_as_good_as_plain(backend, (3, 7, 5, 6), dtype, lengths)
 
 
@@ -197,7 +197,7 @@ def test_every_kind_of_nan_in_a_gate_is_seen(backend, gate, bits):
 
 
 @pytest.mark.parametrize("sizes", [(0, 7, 5, 6), (3, 0, 5, 6)], ids=["no utterance", "no frame"])
-def test_nothing_gives_nothing(cpp, sizes):
+def test_empty_inputs_give_empty_results(cpp, sizes):
     lengths = torch.zeros(sizes[0], dtype=torch.int64)
     output, x, *weights = everything(op(cpp), inputs(*sizes), lengths, cotangent_of(sizes))
     assert output.shape == (*sizes[:2], 12) and x.shape == sizes[:3]
@@ -206,7 +206,7 @@ def test_nothing_gives_nothing(cpp, sizes):
 
 @per_dtype
 @pytest.mark.parametrize("sizes", [(5, 31, 13, 8), (37, 20, 40, 24)], ids=["few", "many"])
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, sizes, dtype):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, sizes, dtype):
     (x, *weights), lengths, cotangent = inputs(*sizes), some_lengths(*sizes[:2]), cotangent_of(sizes)
     whole = everything(op(cpp, dtype), [x, *weights], lengths, cotangent)[:2]
     for b, n in enumerate(lengths.tolist()):
@@ -218,7 +218,7 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, sizes, dtype):
 
 @per_dtype
 @pytest.mark.parametrize("number", [2, 3, 8])
-def test_any_number_of_threads_gives_the_same_answer(cpp, number, dtype):
+def test_any_number_of_threads_gives_the_same_bits(cpp, number, dtype):
     sizes = (37, 40, 33, 24)
     tensors, lengths, cotangent = inputs(*sizes), some_lengths(*sizes[:2]), cotangent_of(sizes)
     expected = everything(op(cpp, dtype), tensors, lengths, cotangent)
@@ -270,7 +270,7 @@ def test_biases_have_gradients_of_their_own(cpp):
     assert (leaves[3].grad != 0).any()
 
 
-def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(cpp):
+def test_without_gradients_nothing_is_saved_and_the_output_is_the_same(cpp):
     x, *weights = inputs()
     lengths = torch.tensor([7, 3, 1])
     output, kept = torch.ops.las_fast.bilstm_cpp(x, lengths, weights, False)
@@ -278,7 +278,7 @@ def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(cpp):
     assert kept.numel() == 0 and more.shape == (3, 7, 2, 5, 6) and torch.equal(output, again)
 
 
-def test_gradients_can_be_had_twice(cpp):
+def test_the_backward_pass_can_run_twice(cpp):
     leaves = [x.requires_grad_() for x in inputs()]
     output = op(cpp)(leaves[0], torch.tensor([7, 3, 1]), *leaves[1:])
     found = [torch.autograd.grad(output.square().sum(), leaves, retain_graph=True) for _ in range(2)]
@@ -433,7 +433,7 @@ def test_the_registered_backward_checks_what_was_kept(cpp, name, place, wrong):
         torch.ops.las_fast.bilstm_backward_cpp(kept[0], x, torch.tensor([7, 3, 1]), weights, *kept[1:], True)
 
 
-def test_lengths_out_of_range_are_taken_for_the_nearest(cpp):
+def test_lengths_out_of_range_are_clamped(cpp):
     tensors, cotangent, lengths = inputs(), cotangent_of((3, 7, 5, 6)), torch.tensor([-5, 9, 2**40])
     found = everything(op(cpp), tensors, lengths, cotangent)
     for a, b in zip(found, everything(op(cpp), tensors, lengths.clamp(0, 7), cotangent), strict=True):
@@ -448,7 +448,7 @@ def check_and_digest() -> str:
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in found)).hexdigest()
 
 
-def test_older_processors_are_served_as_well(cpp):
+def test_older_processors_are_supported(cpp):
     found = digests(check_and_digest)
     fused = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
     assert len(found) <= 1 + fused, "sums have one order in every width; only 4 lanes round products before adding"

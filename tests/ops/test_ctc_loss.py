@@ -48,7 +48,7 @@ def assert_same(found, expected, **tolerance):
 
 @per_size
 @pytest.mark.parametrize("scale", [0.5, 6.0])
-def test_values_gradients_and_places_err_no_more_than_torch_does(backend, sizes, scale):
+def test_values_gradients_and_times_err_no_more_than_torch_does(backend, sizes, scale):
     arguments = inputs(*sizes, scale=scale)
     exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
     usual = everything(*arguments, backend="reference")
@@ -97,7 +97,7 @@ def paths_that_read(text, T, V, apart):
 
 
 @pytest.mark.parametrize("text", [[1], [1, 2], [1, 1], [2, 1, 1], []])
-def test_they_are_sums_over_all_paths(backend, text):
+def test_losses_and_times_are_sums_over_all_paths(backend, text):
     T, V = 4, 3
     logits = torch.randn(1, T, V, generator=torch.Generator().manual_seed(3))
     p = logits[0].softmax(-1).double()
@@ -123,7 +123,7 @@ def test_a_repeated_token_needs_a_blank_in_the_loss_alone(backend):
     torch.testing.assert_close(times, torch.tensor([[0.0, 1.0]]))
 
 
-def test_what_has_no_path_counts_nothing(backend):
+def test_an_utterance_without_a_path_has_loss_zero(backend):
     logits, tokens = torch.randn(4, 3, 5), torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
     lengths, token_lengths = torch.tensor([3, 3, 0, 0]), torch.tensor([4, 3, 1, 0])
     losses, gradient, times = everything(logits, lengths, tokens, token_lengths, backend=backend)
@@ -133,7 +133,7 @@ def test_what_has_no_path_counts_nothing(backend):
     torch.testing.assert_close(times[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
 
 
-def test_places_are_finite_where_the_logits_rule_the_transcript_out(backend):
+def test_times_are_finite_where_the_logits_rule_the_transcript_out(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[-1, :, int(tokens[-1, 0])] = -torch.inf
     found = call(token_times, logits, lengths, tokens, token_lengths, backend=backend)
@@ -179,7 +179,7 @@ def test_hostile_logits_stay_finite(backend):
     assert backend == "reference" or found[1].abs().max() <= 1 + 1e-6  # torch's errs by more there
 
 
-def test_frames_that_can_be_nothing_but_blanks_are_no_trouble(cpp):
+def test_frames_that_must_be_blank_are_supported(cpp):
     """torch's gradient is NaN there, so the reference is given an unlikeliness that makes no difference."""
     logits, *rest = inputs(4, 30, 6, 4)
     logits[:, ::2, 1:] = -INF
@@ -188,14 +188,14 @@ def test_frames_that_can_be_nothing_but_blanks_are_no_trouble(cpp):
     assert_same(found, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_impossible_in_its_frames_counts_nothing(backend):
+def test_a_transcript_that_its_frames_rule_out_has_loss_zero(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[2, :, tokens[2, 0]] = -INF
     losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
     assert losses[2] == 0 and (gradient[2] == 0).all() and losses[:2].isfinite().all()
 
 
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
     logits, lengths, tokens, token_lengths = inputs(7, 50, 31, 24)
     whole = everything(logits, lengths, tokens, token_lengths, backend=cpp)
     for b, (n, s) in enumerate(zip(lengths.tolist(), token_lengths.tolist(), strict=True)):
@@ -213,7 +213,7 @@ def test_the_first_token_is_no_repeat_of_the_last_one_of_the_utterance_before(ba
 
 
 @pytest.mark.parametrize("number", [2, 3, 8])
-def test_any_number_of_threads_gives_the_same_answer(cpp, number):
+def test_any_number_of_threads_gives_the_same_bits(cpp, number):
     arguments = inputs(9, 50, 31, 24)
     expected = everything(*arguments, backend=cpp)
     with threads(number):
@@ -222,7 +222,7 @@ def test_any_number_of_threads_gives_the_same_answer(cpp, number):
 
 
 @pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
-def test_inputs_need_not_be_contiguous_and_are_left_alone(backend, turn):
+def test_inputs_need_not_be_contiguous_and_are_not_modified(backend, turn):
     logits, lengths, tokens, token_lengths = inputs()
     logits = turn(logits)
     tokens = torch.cat([tokens, tokens], 1)[:, : tokens.shape[1]]
@@ -251,7 +251,7 @@ def test_narrow_logits_are_widened_first(backend, dtype):
     torch.testing.assert_close(gradient, expected[1].to(dtype))
 
 
-def test_no_gradient_flows_through_places(backend):
+def test_token_times_have_no_gradient(backend):
     arguments = inputs()
     assert not token_times(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
 
@@ -352,7 +352,7 @@ def test_it_is_torchs_loss_of_log_probabilities(backend):
 
 
 @pytest.mark.parametrize("most", [4, 8])
-def test_older_processors_are_served_as_well(cpp, most):
+def test_older_processors_are_supported(cpp, most):
     with lanes(most):
         for sizes in SIZES:
             arguments = inputs(*sizes)

@@ -109,7 +109,7 @@ def test_it_is_as_exact_as_float32_allows(backend):
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_the_end_is_what_ctc_loss_is_the_negative_of(backend, length):
+def test_the_end_has_the_negative_ctc_loss(backend, length):
     ctc_log_probs, text = listen(2, 20, 7, [20, 13]), [3, 3, 4, 6, 5, 5, 3, 4, 4][:length]
     state = grow(ctc_log_probs, [text], backend=backend)
     targets, target_lengths = torch.tensor([text, text]), torch.tensor([length, length])
@@ -119,7 +119,7 @@ def test_the_end_is_what_ctc_loss_is_the_negative_of(backend, length):
 
 
 @pytest.mark.parametrize("text", [(), (3,), (4, 4), (3, 4, 3, 3)])
-def test_the_continuations_and_the_end_are_all_that_a_prefix_can_become(backend, text):
+def test_the_gains_of_all_continuations_sum_to_one(backend, text):
     state = grow(listen(3, 12, 6, [12, 7, 5]), [text, text[::-1]], backend=backend)
     torch.testing.assert_close(state.gains.logsumexp(-1), torch.zeros(3, 2), atol=2e-6, rtol=0.0)
 
@@ -133,14 +133,14 @@ def test_a_token_comes_twice_only_with_a_blank_between(backend):
     assert grow(ctc_log_probs, [(3,)], backend=backend).gains[0, 0].tolist() == [-INF, -INF, -INF, 0.0, -INF]
 
 
-def test_what_no_frames_can_read_stays_impossible_without_nan(backend):
+def test_hypotheses_too_long_for_the_frames_are_impossible_without_nan(backend):
     ctc_log_probs = listen(2, 4, 5, [4, 2])
     state = grow(ctc_log_probs, [(3, 4, 3, 4, 3), (3, 3, 3, 4, 4)], backend=backend)
     assert all((x == -INF).all() for x in state)
 
 
 @pytest.mark.parametrize("T", [0, 3])
-def test_no_frames_read_nothing_but_the_end(backend, T):
+def test_without_frames_only_the_end_is_possible(backend, T):
     ctc_log_probs = listen(2, T, 5, [0, 0])
     empty = ctc_start(ctc_log_probs, 2, eos=EOS)
     assert empty.gains[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
@@ -160,7 +160,7 @@ def test_padding_is_ignored(backend):
 
 
 @pytest.mark.parametrize("certain", [[0], [0, 1, 2], [3], [5, 6]])
-def test_frames_that_are_certainly_blank_count_as_any_other(backend, certain):
+def test_frames_that_are_certainly_blank_are_like_any_other(backend, certain):
     ctc_log_probs = listen(1, 8, 9)
     ctc_log_probs[:, certain] = torch.tensor([0.0] + 8 * [-INF])
     found = grow(ctc_log_probs, [(3, 4), (4, 4)], backend=backend)
@@ -168,7 +168,7 @@ def test_frames_that_are_certainly_blank_count_as_any_other(backend, certain):
     assert_same(found, CtcState(*(x.float() for x in exact)))
 
 
-def test_a_frame_without_numbers_allows_nothing(backend):
+def test_a_frame_of_nan_allows_no_hypothesis(backend):
     logits = torch.zeros(1, 3, 5)
     logits[0, 1, 3] = NAN
     state = grow(ctc_log_probabilities(logits, torch.tensor([3])), [(3,)], backend=backend)
@@ -202,14 +202,14 @@ def test_a_start_has_one_state_for_every_hypothesis():
     assert (state.forward_log_probs[..., 0] == 0).all() and (state.prefix_log_probs == 0).all()
 
 
-def test_tokens_that_never_come_leave_their_probability_to_the_others():
+def test_forbidden_tokens_leave_their_probability_to_the_others():
     logits = torch.randn(1, 4, 6)
     found = ctc_log_probabilities(logits, torch.tensor([4]), (1, 2))
     assert (found[..., 1:3] == -INF).all()
     torch.testing.assert_close(found.logsumexp(-1), torch.zeros(1, 4))
 
 
-def test_inputs_need_not_be_contiguous_and_are_left_alone(backend):
+def test_inputs_need_not_be_contiguous_and_are_not_modified(backend):
     ctc_log_probs, state, *tokens = random_step(3, 4, 10, 7)
 
     def turned(x):
@@ -223,7 +223,7 @@ def test_inputs_need_not_be_contiguous_and_are_left_alone(backend):
                                                 strict=True))  # fmt: skip
 
 
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
     lengths = [30, 17, 1, 0, 24]
     ctc_log_probs, state, *tokens = random_step(5, 4, 30, 31, lengths=lengths)
     whole = ctc_prefix(ctc_log_probs, state, *tokens, eos=EOS, backend=cpp)
@@ -236,7 +236,7 @@ def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp):
         assert torch.equal(alone.prefix_log_probs[0], whole.prefix_log_probs[b])
 
 
-def test_two_threads_give_the_same_answer(cpp):
+def test_two_threads_give_the_same_bits(cpp):
     arguments = random_step(7, 3, 20, 31)
     expected = ctc_prefix(*arguments, eos=EOS, backend=cpp)
     with threads(2):

@@ -164,7 +164,7 @@ def test_no_frames_at_all_give_zeros(backend):
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 7, 5, 6), (3, 0, 7, 5, 6)], ids=["no utterance", "no query"])
-def test_nothing_gives_nothing(backend, sizes):
+def test_empty_inputs_give_empty_results(backend, sizes):
     B, K, T, _, E = sizes
     lengths = torch.zeros(B, dtype=torch.int64)
     context, weights, peaks = call(masked_attention, *inputs(*sizes), lengths, peaks=True, backend=backend)
@@ -254,7 +254,7 @@ def test_queries_of_a_beam_are_independent(backend, K):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("K", [1, 5, 8])
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, K, dtype):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, K, dtype):
     tensors, lengths = inputs(4, K, 131, 33, 40, dtype), torch.tensor([77, 131, 0, 1])
     cotangents = inputs(4, K, 131, 40, 40, seed=1)[0], torch.ones(4, K, 131)
 
@@ -305,7 +305,7 @@ def test_scores_so_close_that_their_weights_are_equal_have_the_first_as_peak(bac
     assert torch.equal(peaks, weights.argmax(-1))
 
 
-def test_a_scale_and_a_mask_made_before_are_used(backend):
+def test_a_given_scale_and_mask_are_used(backend):
     query, keys, values = inputs()
     lengths = torch.tensor([7, 3, 1])
     context, nothing = call(masked_attention, query, keys, values, lengths, scale=2.0, weights=False, backend=backend)
@@ -397,7 +397,7 @@ def test_the_registered_backward_checks_the_gradients(cpp, name, context, weight
 
 
 @pytest.mark.parametrize("lengths", [[-5, 9, 2**40]])
-def test_lengths_out_of_range_are_taken_for_the_nearest(cpp, lengths):
+def test_lengths_out_of_range_are_clamped(cpp, lengths):
     tensors = inputs()
     found = masked_attention(*tensors, torch.tensor(lengths), peaks=True, backend=cpp)
     expected = masked_attention(*tensors, torch.tensor(lengths).clamp(0, 7), peaks=True, backend=cpp)
@@ -483,7 +483,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
 
 @pytest.mark.parametrize(("D", "E"), [(0, 4), (4, 0)])
 def test_keys_and_values_without_numbers_are_refused(D, E):
-    with pytest.raises(ValueError, match=f"at least 1 number a frame; got D={D}, E={E}"):
+    with pytest.raises(ValueError, match=f"at least 1 number per frame; got D={D}, E={E}"):
         masked_attention(*inputs(D=D, E=E), torch.tensor([7, 3, 1]))
 
 
@@ -514,7 +514,7 @@ def test_what_is_too_wide_for_the_kernels_takes_the_reference(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(16, 4, 129, 64, 64), (1, 43, 300, 64, 64)], ids=["utterances", "queries"])
-def test_two_threads_give_the_same_answer(cpp, sizes):
+def test_two_threads_give_the_same_bits(cpp, sizes):
     tensors = inputs(*sizes)
     lengths = torch.linspace(1, sizes[2], sizes[0]).long().flip(0)
     cotangents = torch.ones(*sizes[:2], sizes[4]), torch.ones(*sizes[:3])
@@ -537,7 +537,7 @@ def check_and_digest() -> str:
     return hashlib.sha256(context.numpy().tobytes()).hexdigest()
 
 
-def test_older_processors_are_served_as_well(cpp):
+def test_older_processors_are_supported(cpp):
     found = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(found) == widths, "each width adds up in an order of its own"

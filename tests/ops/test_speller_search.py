@@ -144,7 +144,7 @@ def test_hypotheses_scores_and_frames_are_those_of_the_reference(cpp, sizes, opt
     assert_equals_the_reference(sizes, options)
 
 
-def test_frames_of_ctc_without_a_weight_change_nothing(cpp):
+def test_ctc_log_probs_with_weight_zero_change_nothing(cpp):
     weights, memory = make(7, 5, (6,), 4, 3), remember(4, 9, 4, 3)
     for backend in (cpp, "reference"):
         found = search(weights, memory, beam=3, backend=backend, ctc_log_probs=hear(4, 9, 7), ctc_weight=0.0)
@@ -204,7 +204,7 @@ INPUT, FORGET, CHANGE, OUTPUT = range(4)
 
 @pytest.mark.parametrize("size", [13.0, 21.0, 30.0])
 @pytest.mark.parametrize("gate", [INPUT, FORGET, OUTPUT])
-def test_a_gate_that_is_nearly_shut_lets_its_share_through(cpp, gate, size):
+def test_a_gate_that_is_nearly_shut_still_passes_its_fraction(cpp, gate, size):
     """The state is multiplied until it counts: a gate that stops at another size would change the scores."""
     gates, bias = torch.zeros(4, 3 + 1 + 1), torch.tensor([0.0, 0.0, 1.0, 0.0])
     bias[gate] = -size
@@ -221,7 +221,7 @@ def test_a_gate_that_is_nearly_shut_lets_its_share_through(cpp, gate, size):
 
 
 @pytest.mark.parametrize("part", ["rows", "columns"])
-def test_products_of_whole_numbers_come_back_in_the_right_scale(cpp, part):
+def test_int8_matmuls_are_scaled_back(cpp, part):
     """All of 64 equal numbers are whole, so their product of 96 is exact; the bias leaves 0.2 of it to the gate."""
     size = 64
     gates, bias, values = torch.zeros(4, 3 + size + 1), torch.full((4,), -96.0), torch.ones(size)
@@ -237,7 +237,7 @@ def test_products_of_whole_numbers_come_back_in_the_right_scale(cpp, part):
 
 
 @pytest.mark.parametrize("scale", [10.0, 200.0, 1e4])
-def test_gates_far_beyond_what_they_tell_apart_give_what_the_reference_gives(cpp, scale):
+def test_saturated_gates_give_the_results_of_the_reference(cpp, scale):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
     weights = weights._replace(gates=tuple(scale * gates for gates in weights.gates))
     expected = search(weights, memory, beam=4, backend="reference")
@@ -308,7 +308,7 @@ def test_other_models_and_precisions_go_step_by_step(cpp):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_a_search_of_less_precision_is_that_of_the_op(cpp, precision):
+def test_a_search_in_lower_precision_is_that_of_the_op(cpp, precision):
     model = las()
     memory, config = listened(model), DecodingConfig(beam=4, precision=precision)
     steps = speller_search(
@@ -321,7 +321,7 @@ def test_a_search_of_less_precision_is_that_of_the_op(cpp, precision):
 
 @on_each_precision
 @pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
-def test_an_utterance_has_one_answer_alone_and_in_any_batch(cpp, precision, options):
+def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, precision, options):
     weights, memory = make(31, 33, (32, 31), 33, 17), remember(6, 40, 33, 17)
     limits = some_limits(6)
     whole = search(weights, memory, beam=5, precision=precision, **options)
@@ -348,7 +348,7 @@ def test_more_utterances_than_fit_side_by_side_wait_for_their_turn(cpp, precisio
 
 @on_each_precision
 @pytest.mark.parametrize("B", [1, 2, 5])
-def test_two_threads_give_the_same_answer(cpp, precision, B):
+def test_two_threads_give_the_same_bits(cpp, precision, B):
     weights, memory = make(31, 33, (32, 31), 33, 17), remember(B, 40, 33, 17)
     expected = search(weights, memory, beam=7, precision=precision, **EVERY)
     with threads(2):
@@ -369,7 +369,7 @@ def test_padding_full_of_nan_does_not_matter(cpp, precision):
 @on_each_precision
 @pytest.mark.parametrize("sizes", [(31, (33, 20)), (1, (63,)), (63, (65, 63))], ids=str)
 @pytest.mark.parametrize("bad", [NAN, torch.inf, 1e38])
-def test_an_utterance_that_is_not_numbers_changes_no_other(cpp, precision, sizes, bad):
+def test_a_nan_utterance_changes_no_other(cpp, precision, sizes, bad):
     E, H = sizes
     weights, (keys, values, lengths) = make(31, 33, H, 16, E), remember(4, 40, 16, E)
     lengths = torch.full_like(lengths, 40)
@@ -388,7 +388,7 @@ def test_there_are_no_more_steps_than_the_longest_needs(cpp, precision):
         assert len(steps.tokens) <= longest + 1 and (steps.tokens[-1][steps.scores[-1].isfinite()] == EOS).all()
 
 
-def test_outputs_that_are_not_numbers_give_no_hypothesis(cpp):
+def test_nan_outputs_give_no_hypothesis(cpp):
     model = las()
     memory = listened(model)
     expected = beam_search(model, memory, DecodingConfig(beam=3))
@@ -398,7 +398,7 @@ def test_outputs_that_are_not_numbers_give_no_hypothesis(cpp):
     assert [found[b] == expected[b] for b in range(4)] == [True, False, True, True]
 
 
-def test_weights_that_changed_are_read_anew(cpp):
+def test_updated_weights_are_used(cpp):
     model = las()
     memory, config = listened(model), DecodingConfig(beam=3)
     before = beam_search(model, memory, config)
@@ -414,7 +414,7 @@ CPU = torch.device("cpu")
 
 @on_each_precision
 @on_each_size
-def test_packed_weights_give_the_same_answer(cpp, precision, sizes):
+def test_packed_weights_give_the_same_result(cpp, precision, sizes):
     V, M, H, D, E, T, B, K = sizes
     weights, memory = make(V, M, H, D, E), remember(B, T, D, E)
     packed = speller_pack(weights, CPU, precision=precision)
@@ -528,7 +528,7 @@ def test_later_tokens_err_at_most_twice_as_much_as_by_the_plain_formula(cpp, siz
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-38, 1e-20, 1e20])
-def test_gates_of_any_size_are_searched_in_whole_numbers(cpp, factor):
+def test_int8_takes_gates_of_any_size(cpp, factor):
     weights, memory = make(31, 33, (32, 31), 33, 17), remember(5, 40, 33, 17)
     gates = [gate.clone() for gate in weights.gates]
     gates[0][:, 33:] *= factor  # what context and state add
@@ -541,14 +541,14 @@ def test_gates_of_any_size_are_searched_in_whole_numbers(cpp, factor):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_a_number_stays_so_in_whole_numbers(cpp, value):
+def test_nan_stays_nan_in_int8(cpp, value):
     weights, memory = make(31, 33, (32, 31), 33, 17), remember(2, 40, 33, 17)
     weights.gates[1][5, 3] = value
     steps = search(weights, memory, beam=4, precision="int8")
     assert not steps.scores.isfinite().any()
 
 
-def test_products_of_whole_numbers_are_those_of_the_rounded_numbers():
+def test_int8_matmuls_are_those_of_the_rounded_numbers():
     x, weights = torch.randn(5, 3, 9), torch.randn(4, 9)
     x[0, 0], weights[1] = 0.0, 0.0
     found = linear_int8(x, weights)
@@ -592,7 +592,7 @@ def test_every_utterance_of_real_speech_comes_out_as_step_by_step(cpp, an4, beam
 
 
 @on_each_precision
-def test_real_speech_has_one_answer_alone_and_in_a_batch(cpp, an4, precision):
+def test_real_speech_has_the_same_bits_alone_and_in_a_batch(cpp, an4, precision):
     model, config, memories = an4
     config, whole = replace(config, precision=precision), memories[-1]
     together = beam_search(model, whole, config, nbest=8)
@@ -680,7 +680,7 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
 
 
-def test_no_utterance_gives_nothing(cpp):
+def test_an_empty_batch_gives_empty_results(cpp):
     memory = tuple(x[:0] for x in remember(3, 9, 4, 3))
     assert search(make(7, 5, (6,), 4, 3), memory, beam=4).tokens.shape == (1, 0, 4)
 
@@ -696,13 +696,13 @@ def check_and_digest() -> str:
     return hashlib.sha256(steps.scores.numpy().tobytes()).hexdigest()
 
 
-def test_older_processors_are_served_as_well(cpp):
+def test_older_processors_are_supported(cpp):
     found = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(found) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
 
 
-def test_the_first_state_of_a_language_model_is_sos_all_through():
+def test_the_first_ngram_state_is_sos_repeated():
     for V, order, sos in ((5, 1, 1), (5, 2, 4), (5, 4, 4), (31, 3, 1), (2, 4, 1), (1, 3, 0)):
         table = torch.zeros(V ** (order - 1), V)
         state = 0

@@ -161,7 +161,7 @@ def test_the_first_of_equally_good_tokens_is_sampled(backend):
     assert torch.equal(found, told(5)) and not torch.equal(found, told(9))
 
 
-def test_the_fused_form_spells_a_token_of_its_own_only_at_steps_that_read_one(monkeypatch):
+def test_the_fused_form_computes_its_best_token_only_at_steps_that_sample(monkeypatch):
     weights, *memory, tokens, sampled, masks = inputs(*SIZES[2])
     module, spelled = sys.modules["las_fast.ops.speller_unroll"], []
     own = module._logits
@@ -252,7 +252,7 @@ def test_training_on_a_cpu_is_one_op_each_way(cpp):
         assert "las_fast::masked_attention_cpp" not in called and "aten::sigmoid" not in called
 
 
-def test_autocast_takes_products_to_its_precision(cpp):
+def test_autocast_sets_the_precision_of_the_matmuls(cpp):
     model, seen = las(), []
     memory = model.listen(torch.randn(3, 60, 4), torch.tensor([60, 41, 9]))
     tokens = torch.randint(3, 31, (3, 9))
@@ -307,7 +307,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
         first.sum().backward()
 
 
-def test_no_utterance_gives_nothing_and_gradients_of_zero(fast):
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(fast):
     weights, *others, masks = inputs(*SMALL)
     arguments = (weights, *(x[:0] for x in others), [mask[:0] for mask in masks])
     logits, attention, *gradients = results(speller_unroll, arguments, backend=fast)
@@ -378,7 +378,7 @@ def check_and_digest() -> str:
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in found)).hexdigest()
 
 
-def test_older_processors_are_served_as_well(cpp):
+def test_older_processors_are_supported(cpp):
     found = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(found) in (widths, widths - 1), "vectors with fused multiplication round otherwise than those without"
