@@ -246,7 +246,7 @@ def test_the_printed_size_is_in_megabytes(corpus, folder, capsys):
 
 
 def test_without_progress_nothing_is_printed(corpus, folder, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     fill(corpus, folder)
     assert capsys.readouterr().err == ""
 
@@ -737,7 +737,7 @@ def test_the_first_bad_text_of_an_archive_ends_the_build(corpus, folder):
 
 
 def test_progress_shows_the_real_time_factor(corpus, folder, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     utterances = corpus.utterances("dev-clean")
     open_cache(corpus, "dev-clean", utterances, F23, folder=str(folder), progress=True)
     line = capsys.readouterr().err.splitlines()[1]

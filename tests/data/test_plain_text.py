@@ -121,7 +121,7 @@ def test_a_text_of_one_line_with_a_comma_or_tab_is_a_text(tmp_path):
 @pytest.mark.parametrize("content", [ARPA.encode(), b"mmap lm http://kheafield.com/code\0"])
 def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(InputError, match="is an n-gram model of another program, which las_fast does not read"):
+    with pytest.raises(InputError, match="is an n-gram model of another program, which las_fast cannot read"):
         ngram.load_lm(tmp_path / "x")
 
 

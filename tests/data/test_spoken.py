@@ -483,7 +483,7 @@ def test_a_corpus_is_spoken_in_blocks_whose_seconds_are_gathered(tmp_path, monke
     asked, utterances = [], spoken.plan(train=43, dev=40, test=5, seed=1)
     monkeypatch.setattr(spoken, "_map_in_processes", in_processes)
     monkeypatch.setattr(spoken, "cores", lambda: 7)
-    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     seconds = spoken._speak(utterances, tmp_path / "a", seed=5, workers=None, progress=True)
     assert seconds == {u.name: float(u.number) for u in utterances}
     ((function, tasks, workers),) = asked
