@@ -46,7 +46,7 @@ void check(const SpellerWeights& w, const EncoderMemory& memory, const at::Tenso
               tokens.scalar_type());
   TORCH_CHECK(sampled.sizes() == tokens.sizes() && sampled.scalar_type() == at::kBool, "sampled must be ",
               tokens.sizes(), " bool; got ", sampled.sizes(), " ", sampled.scalar_type());
-  TORCH_CHECK(masks.empty() || masks.size() == w.gates.size(), "masks must be one a cell or none; got ", masks.size());
+  TORCH_CHECK(masks.empty() || masks.size() == w.gates.size(), "masks must be one per cell or none; got ", masks.size());
   for (size_t i = 0; i < masks.size(); ++i)
     TORCH_CHECK(masks[i].sizes() == at::IntArrayRef({B, w.gate_biases[i].numel() / 4}) &&
                     masks[i].scalar_type() == at::kFloat,

@@ -147,7 +147,7 @@ def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model
     "there,message",
     [
         ("best.safetensors", "holds best.safetensors of another training"),
-        ("config.yaml", "config.yaml would be replaced by the training's own"),
+        ("config.yaml", "config.yaml would be overwritten; choose another --out"),
     ],
 )
 def test_a_training_replaces_neither_weights_nor_settings(archive, tmp_path, there, message):

@@ -358,7 +358,7 @@ def test_a_precision_that_a_named_backend_lacks_is_refused(cpp):
         (4, torch.full((3, 4), 7), "tokens must be from 0 to 6; got 7"),
         (4, torch.full((3, 4), -1), "tokens must be from 0 to 6; got -1"),
         (5, torch.ones(3, 4), r"sampled must be \[3, 4\] bool; got \[3, 4\] Float"),
-        (6, [torch.ones(3, 6)] * 2, "masks must be one a cell or none; got 2"),
+        (6, [torch.ones(3, 6)] * 2, "masks must be one per cell or none; got 2"),
         (6, [torch.ones(3, 5)], r"masks must be \(B, H\) float32 of each cell; got \[3, 5\] Float"),
     ],
 )
