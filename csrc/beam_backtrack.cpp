@@ -1,4 +1,4 @@
-// Hypotheses from back-pointers: the C++ twin of las_fast/ops/beam_backtrack.py, which says what it means.
+// Hypotheses from back-pointers: the C++ backend of las_fast/ops/beam_backtrack.py, which defines it.
 //
 // All hypotheses of an utterance are followed side by side, from the last step to the first: the values of one step of
 // an utterance are contiguous, and threads share nothing.

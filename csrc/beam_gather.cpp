@@ -1,4 +1,4 @@
-// Recurrent states follow their parents: the C++ twin of las_fast/ops/beam_gather.py, which says what it means.
+// Recurrent states follow their parents: the C++ backend of las_fast/ops/beam_gather.py, which defines it.
 //
 // Rows are copied as bytes, so every dtype works. One thread copies all states of some hypotheses.
 

@@ -1,4 +1,4 @@
-// One step of beam search: the C++ twin of las_fast/ops/beam_topk.py, which says what it means.
+// One step of beam search: the C++ backend of las_fast/ops/beam_topk.py, which defines it.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

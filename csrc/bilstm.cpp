@@ -1,11 +1,11 @@
-// A bidirectional LSTM layer over utterances of different lengths, and its gradients: the C++ twin of
-// las_fast/ops/bilstm.py, which says what it means.
+// A bidirectional LSTM layer over utterances of different lengths, and its gradients: the C++ backend of
+// las_fast/ops/bilstm.py, which defines it.
 //
 // Utterances are taken from the longest to the shortest. At step s, those longer than s are the rows of the matmuls, in
 // both directions: the backward one reads frame length - 1 - s. So nothing is reversed, and no padding is computed. The
 // inputs of several steps are multiplied at once, the states step by step, both with weights packed beforehand.
 //
-// A row's sums do not depend on the other rows (matmul.h): an utterance has one answer, alone and in any batch.
+// A row's sums do not depend on the other rows (matmul.h): an utterance gets the same result alone and in any batch.
 // Gradients are summed in the order of the frames, for any number of threads.
 
 #include <ATen/Parallel.h>

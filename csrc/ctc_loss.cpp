@@ -1,11 +1,11 @@
-// The CTC loss, its gradient, and the time of each token in its posterior: the C++ twin of las_fast/ops/ctc_loss.py.
+// The CTC loss, its gradient, and the time of each token in its posterior: the C++ backend of las_fast/ops/ctc_loss.py.
 //
 // The states of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th
 // token or a blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is
 // 1e-40 times as likely as another may be the only one that reaches the end. The largest value of each frame is kept
 // apart, in float64, so that the likeliest states are near 0, where float32 is precise, however long the utterance.
 //
-// A sum never depends on the other utterances: an utterance has one answer, alone and in any batch.
+// A sum never depends on the other utterances: an utterance gets the same result alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// One step of CTC prefix scores: the C++ twin of las_fast/ops/ctc_prefix.py, which says what it means.
+// One step of CTC prefix scores: the C++ backend of las_fast/ops/ctc_prefix.py, which defines it.
 
 #include "ctc_prefix.h"
 

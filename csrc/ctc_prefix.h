@@ -51,9 +51,9 @@ struct CtcLogProbs {
 
 // A hypothesis, which continues another one.
 struct CtcHypothesis {
-  const float* forward_before;  // (T + 1,): a_t of the one that it continues
+  const float* forward_before;  // (T + 1,): a_t of its parent
   float* forward;               // (T + 1,): its own
-  int64_t last, chosen;         // tokens: the last of that one, and its own
+  int64_t last, chosen;         // last token of the parent; token that extends it
   float prefix_log_prob;        // its log psi
   float* gains;                 // (V,)
 };

@@ -1,7 +1,7 @@
-// Dot-product attention over valid frames: the C++ twin of las_fast/ops/masked_attention.py, which says what it means.
+// Dot-product attention over valid frames: the C++ backend of las_fast/ops/masked_attention.py, which defines it.
 //
 // A row of A (attention.h) is summed in the same order whatever the other rows are, and padding is never read: an
-// utterance has one answer, alone and in any batch.
+// utterance gets the same result alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

@@ -1,12 +1,12 @@
-// A whole beam search of the speller: the C++ twin of las_fast/ops/speller_search.py, which says what it means.
+// A whole beam search of the speller: the C++ backend of las_fast/ops/speller_search.py, which defines it.
 //
 // Each thread searches some utterances side by side, and takes the next one from a common queue when one has ended.
-// Only live beams take part, as rows of the matmuls. Where several beams continue one, everything that depends on the
-// state before alone is computed once: the first cell's matmul with context and state, the later cells' with their
-// states. What a token adds to the gates of the first cell is computed when the token first occurs.
+// Only live beams take part, as rows of the matmuls. Beams with the same parent share whatever depends only on the
+// parent's state: the first cell's matmul with context and state, and the later cells' with their states. What a token
+// adds to the gates of the first cell is computed when the token first occurs.
 //
-// A row's sums do not depend on the other rows (matmul.h): an utterance has one answer, alone and in any batch, for any
-// number of threads.
+// A row's sums do not depend on the other rows (matmul.h): an utterance gets the same result alone and in any batch,
+// for any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -85,8 +85,7 @@ Steps search(const PackedSpeller<T, G>& speller, const SearchArguments& argument
 
 constexpr char NOT_PACKED[] = "packed must be what speller_pack makes of weights of these sizes in this precision";
 
-// Begin the buffer with a label of what it holds: the bytes of other weights, or of these in another precision, can be
-// as many.
+// Label the buffer with its contents: other weights, or another precision, can have the same size in bytes.
 void label(PackBuffer& buffer, const std::vector<int64_t>& kind) {
   int64_t* place = reinterpret_cast<int64_t*>(buffer.take(int64_t(kind.size() * sizeof(int64_t))));
   if (place && !buffer.already_packed) std::copy(kind.begin(), kind.end(), place);

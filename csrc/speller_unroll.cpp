@@ -1,5 +1,5 @@
-// The whole decoder pass of training and its gradients: the C++ twin of las_fast/ops/speller_unroll.py, which says what
-// they mean.
+// The whole decoder pass of training and its gradients: the C++ backend of las_fast/ops/speller_unroll.py, which
+// defines them.
 //
 // Each thread takes some utterances through all steps, side by side as rows of the matmuls. What a matmul reads is
 // written once, to where it is saved for the gradients: rows of operands (float32 or bfloat16) and of states (float32),

@@ -283,8 +283,8 @@ struct UnrollBackward {
     });
   }
 
-  // From the table of tokens, token_gates_of, to the token's columns of the weights of the first cell, which are set,
-  // and to the embedding, to whose gradient as output weights this is added.
+  // Given the gradient of token_gates_of, set the gradient of the token columns of the first cell's weights, and add to
+  // the gradient of the embedding, which already has its share as the output weights.
   void token_table_backward(const SpellerWeights& w, const Matrix<float>& gates, const Matrix<float>& embedding) {
     const int64_t V = shape.V, M = shape.M, size = 4 * shape.H[0];
     ZeroedBuffer<T> summed(V, size), embedded(V, M);

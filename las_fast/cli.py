@@ -84,7 +84,7 @@ def _flush() -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         mute(sys.stdout)  # or Python would flush again at exit, and fail
-        print_error(f"error: standard output cannot be written ({error.strerror}); send it elsewhere")
+        print_error(f"error: standard output cannot be written ({error.strerror}); redirect it to another file")
         return 2
 
 

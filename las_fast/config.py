@@ -277,7 +277,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not YAML: {error}; give a text file in UTF-8") from None
     except OSError as error:
-        raise InputError(f"--config {path} cannot be read ({error.strerror}); give a file that can") from None
+        raise InputError(f"--config {path} cannot be read ({error.strerror}); give a readable file") from None
 
 
 def to_tree(config: Any) -> Any:

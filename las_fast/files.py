@@ -90,7 +90,7 @@ def first_line(path: Path) -> str:
 
 
 def safetensors_format(path: Path) -> str | None:
-    """Return the `format` entry of a safetensors file's metadata; None for any other file or without the entry."""
+    """Return the `format` entry of the metadata; None if it is no safetensors file or has no such entry."""
     with contextlib.suppress(OSError, ValueError, AttributeError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length <= MAX_HEADER_BYTES:

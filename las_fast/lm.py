@@ -11,7 +11,7 @@ language modeling", section 3). With h' the context h without its oldest token, 
     p(w | h) = p(w | h')  if h never occurs;    the p of order 0 is uniform over <eos> and the characters
     D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
 
-At the highest order c counts occurrences in the text; below it c counts the distinct tokens that precede. n_i is the
+At the highest order c counts occurrences in the text; at lower orders, the distinct tokens that precede. n_i is the
 number of n-grams of an order with count i. A sentence begins with order-1 times <sos> and ends with <eos>.
 """
 

@@ -178,7 +178,9 @@ class Recogniser:
                 have been yielded by then.
         """
         if isinstance(recordings, (str, os.PathLike)) or is_array(recordings):
-            raise InputError("recordings must be a list of paths, files or arrays; for one call transcribe")
+            raise InputError(
+                "recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
+            )
         if not isinstance(min_speech_score, (int, float)) or min_speech_score != min_speech_score:
             raise InputError(f"min_speech_score must be a number; got {min_speech_score!r}")
         data = self.loaded.info.get("data", {})
@@ -247,7 +249,7 @@ class Recogniser:
         if array.dtype.kind not in "fiu":
             raise InputError(f"{name} must hold numbers; got an array of {array.dtype}")
         if array.ndim != 2 or array.shape[1] != config.size or not len(array):
-            advice = "; give its .T" if array.ndim == 2 and array.shape[0] == config.size else ""
+            advice = "; transpose it" if array.ndim == 2 and array.shape[0] == config.size else ""
             raise InputError(f"{name} must have shape (T, {config.size}), as in training; got {array.shape}{advice}")
         with np.errstate(over="ignore"):
             frames = torch.tensor(np.ascontiguousarray(array, np.float32))

@@ -99,7 +99,7 @@ class Output(io.StringIO):
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 GONE = BrokenPipeError(errno.EPIPE, "Broken pipe")
-SENTENCE = "error: standard output cannot be written (No space left on device); send it elsewhere\n"
+SENTENCE = "error: standard output cannot be written (No space left on device); redirect it to another file\n"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_full_output_is_one_sentence():
 @pytest.mark.parametrize("code", ["print('x', end='')", "print('x', end=''); sys.exit(0)"])
 def test_an_output_that_is_full_only_at_the_end_is_one_sentence(code):
     done = in_a_shell(code, '"$PY" -c "$RUN" >/dev/full', PYTHONUNBUFFERED="")
-    sentence = "error: standard output cannot be written (No space left on device); send it elsewhere\n"
+    sentence = "error: standard output cannot be written (No space left on device); redirect it to another file\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 
 

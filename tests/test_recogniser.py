@@ -373,7 +373,7 @@ def test_an_unreadable_recording_raises_or_is_left_out(here, model):
     left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=messages.append)
     assert [x for x, _ in left] == recordings[::2] and messages == [f"left out: {recordings[1]} does not exist"]
     with pytest.raises(
-        InputError, match="recordings must be a list of paths, files or arrays; for one call transcribe"
+        InputError, match="recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
     ):
         model.transcribe_all(str(here / "short.wav"))
 
@@ -425,7 +425,7 @@ F28 = np.ones((30, 28), np.float32)
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        (F28.T, {}, r"features must have shape \(T, 28\), as in training; got \(28, 30\); give its .T"),
+        (F28.T, {}, r"features must have shape \(T, 28\), as in training; got \(28, 30\); transpose it"),
         (np.ones((30, 13)), {}, r"features must have shape \(T, 28\), as in training; got \(30, 13\)$"),
         (F28[0], {}, r"features must have shape \(T, 28\), as in training; got \(28,\)"),
         (F28[None], {}, r"features must have shape \(T, 28\), as in training; got \(1, 30, 28\)"),

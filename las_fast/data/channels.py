@@ -12,8 +12,8 @@ from las_fast.errors import InputError
 MAX_SAMPLE = 1e6  # absolute value; full scale is 1
 INTEGER_LEVEL = 4.0  # floating-point samples above this may be integers that nobody divided by their full scale
 PROBE = 4096  # samples per channel at each place where a file is searched for such integers
-CANCELLED = 0.1  # channels cancel where their mean has less than this share of the energy of unrelated channels
-TOGETHER = 0.5  # and no longer cancel above this share
+CANCEL_BELOW = 0.1  # channels cancel where their mean has less than this share of the energy of unrelated channels
+CANCEL_ENDS_ABOVE = 0.5  # of the same share
 AUDIBLE = 1e-5  # RMS relative to full scale, below which channels are not compared
 
 
@@ -96,9 +96,9 @@ class Mixer:
         mean = slopes.mean(axis=1)
         share = float(np.dot(mean, mean)) / unrelated
         self.total += unrelated
-        if share < CANCELLED:
+        if share < CANCEL_BELOW:
             self.cancelled += unrelated
             if self.chosen is None or energies[self.chosen] < 0.1 * energies.max():
                 self.chosen = int(np.argmax(energies > 0.9 * energies.max()))
-        elif share > TOGETHER:
+        elif share > CANCEL_ENDS_ABOVE:
             self.chosen = None

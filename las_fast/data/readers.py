@@ -27,7 +27,7 @@ from las_fast.errors import InputError
 
 CHUNK_SIZE = 16  # utterances per unit of work
 ANSWER_BYTES = 8 << 20  # of frames per answer of a worker; a larger utterance is an answer alone
-GROUP_SECONDS = 120.0  # of audio converted to frames at once; a longer recording is converted alone
+GROUP_SECONDS = 120.0  # seconds of audio converted to frames at once; a longer recording is converted by itself
 # How far a recording may deviate from the manifest's duration: the larger of seconds and a share of the duration.
 SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02
 LONG_SECONDS, LONG_SHARE = 1.0, 0.2

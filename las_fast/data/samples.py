@@ -43,7 +43,7 @@ def to_samples(array: Any, rate: Any) -> Samples:
         InputError: the shape, dtype or rate is not that of a recording, or the array is empty.
     """
     if rate is None:
-        raise InputError("an array does not say its sample rate; give sample_rate=16000 or whatever it is")
+        raise InputError("an array does not say its sample rate; give sample_rate=16000 or its actual rate")
     array = to_numpy(array)
     if array.dtype.kind != "f" and array.dtype.name not in SUBTYPES:
         raise InputError(f"the samples must be float, int16 or int32; got {array.dtype}; convert them")

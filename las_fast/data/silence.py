@@ -25,9 +25,9 @@ from las_fast.data.features import filter_centres, frame_sizes
 BAND = (150.0, 4000.0)  # Hz
 SMOOTH = 0.05  # seconds over which energies are averaged
 QUIET_SHARE, FLOOR_SHARE = 0.2, 0.4  # quantile of the energies in a block; quantile of the blocks around it
-BLOCK, AROUND = 0.25, 3.0  # seconds: of a block; of the blocks before and after that make the floor
+BLOCK, FLOOR_CONTEXT = 0.25, 3.0  # seconds of a block; seconds before and after it that give its floor
 LEVEL_SHARE = 0.95  # quantile that is the speech level
-RISE, DEPTH = 4.0, 50.0  # dB: least of speech above the floor; most below the speech level
+RISE, DEPTH = 4.0, 50.0  # dB: speech is at least RISE above the floor and at most DEPTH below the speech level
 MIN_SPEECH = 0.05  # seconds of frames above the floor; less is no speech
 MARGIN = 0.5  # seconds kept before and after speech
 USUAL_SHARE = 0.4  # share of a recording far from speech, up to which silence is usual
@@ -52,7 +52,7 @@ def noise_floor(energy: Tensor, config: FeatureConfig) -> Tensor:
     count = -(-len(energy) // size)
     padded = F.pad(energy[None, None], (0, count * size - len(energy)), mode="replicate")
     quiet = torch.quantile(padded.view(count, size), QUIET_SHARE, dim=1)
-    reach = min(round(AROUND / BLOCK), count - 1)
+    reach = min(round(FLOOR_CONTEXT / BLOCK), count - 1)
     around = F.pad(quiet[None, None], (reach, reach), mode="replicate")[0, 0].unfold(0, 2 * reach + 1, 1)
     return torch.quantile(around, FLOOR_SHARE, dim=1).repeat_interleave(size)[: len(energy)]
 

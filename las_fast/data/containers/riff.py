@@ -8,8 +8,8 @@ from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.mpeg import walk_mpeg
 from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_headless, read_struct
 
-UNKNOWN = (1 << 31, 1 << 32)  # bytes; recorders that write to a pipe claim about so many, or 0
-NEARLY = 1 << 16  # bytes of tolerance around UNKNOWN
+UNKNOWN = (1 << 31, 1 << 32)  # lengths in bytes that recorders writing to a pipe put into the header, or 0
+UNKNOWN_TOLERANCE = 1 << 16  # bytes around UNKNOWN
 
 
 def _is_chunk(source: Source, position: int, order: str) -> bool:
@@ -81,13 +81,13 @@ def true_length(source: Source, begin: int, claimed: int, order: str) -> int:
         return available if is_unknown(claimed) else claimed
     if claimed == 0xFFFFFFFF or (claimed == 0 and not _is_chunk(source, begin, order)):  # written for "unknown"
         return available
-    overflowed = available - claimed >= 2**32 - NEARLY  # a 32-bit count of more than 4 GiB
+    overflowed = available - claimed >= 2**32 - UNKNOWN_TOLERANCE  # a 32-bit count of more than 4 GiB
     return available if overflowed else claimed
 
 
 def is_unknown(claimed: int) -> bool:
     """Return whether a length in a header stands for an unknown length."""
-    return claimed >= 1 << 62 or any(abs(claimed - number) <= NEARLY for number in UNKNOWN)
+    return claimed >= 1 << 62 or any(abs(claimed - number) <= UNKNOWN_TOLERANCE for number in UNKNOWN)
 
 
 def _riff_header(order: str, content: bytes, length: int) -> bytes:
