@@ -271,7 +271,7 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         warn_too_long_for_ctc(train, config.model)
     if shared := count_overlapping(train, dev):
         print(
-            f"warning: {shared} dev utterances are in the training set too, so dev scores say nothing about new "
+            f"warning: {shared} dev utterances are trained on too, so dev scores say nothing about new "
             "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
     elif divided := count_shared_recordings(train, dev):

@@ -530,7 +530,9 @@ def test_a_settings_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypat
         raise OSError(number, os.strerror(number), str(self))
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    with pytest.raises(InputError, match=rf"--config .*c.yaml cannot be read \({os.strerror(number)}\); give a readable file"):
+    with pytest.raises(
+        InputError, match=rf"--config .*c.yaml cannot be read \({os.strerror(number)}\); give a readable file"
+    ):
         load_config(tmp_path / "c.yaml")
 
 
