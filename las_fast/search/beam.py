@@ -126,7 +126,7 @@ def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) ->
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
-    """Return the limits for utterances of (B,) int64 feature frames; the maximum is at least 1 and the minimum."""
+    """Return the limits for utterances of (B,) int64 feature frames; maximum >= 1 and maximum >= minimum."""
     maximum = (lengths * config.maximum_share).long().add(config.maximum_extra).clamp(min=1)
     return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 
