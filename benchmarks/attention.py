@@ -14,7 +14,7 @@ from las_fast.cli import run
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.figures import label_tokens
-from las_fast.training.report import attention_of, epoch_of
+from las_fast.training.report import epoch_of, read_attention
 
 
 def load_panel(name: str, utterance: int) -> tuple[float, str, np.ndarray]:
@@ -35,7 +35,7 @@ def load_panel(name: str, utterance: int) -> tuple[float, str, np.ndarray]:
     if not epoch or float(epoch) not in paths:
         known = ", ".join(f"{e:g}" for e in sorted(paths)) or "none"
         raise InputError(f"{name}: expected RUN@EPOCH with the epoch of a validation; available epochs: {known}")
-    _, saved = attention_of(paths[float(epoch)])
+    _, saved = read_attention(paths[float(epoch)])
     _, text, weights = saved[utterance]
     return float(epoch), text, weights
 

@@ -29,7 +29,7 @@ def loss_and_gradient(logits, *rest, backend):
 
 
 def token_times(*inputs, backend):
-    return [ops.token_times(*inputs, backend=backend)]
+    return [ops.ctc_token_times(*inputs, backend=backend)]
 
 
 TASKS = {"ctc loss and gradient": loss_and_gradient, "ctc places": token_times}

@@ -28,7 +28,7 @@ def make(B, K, T, V):
 
 def usual(ctc_log_probs, state, tokens, parents, chosen):
     """Score every continuation with two log-probabilities per frame, as most toolkits do; return the chosen ones."""
-    B, K, V = state.gains.shape
+    B, K, V = state.next_log_probs.shape
     last = tokens.gather(1, parents)
     T = ctc_log_probs.shape[1]
     before = state.forward_log_probs.gather(1, parents[..., None].expand(-1, -1, T + 1))

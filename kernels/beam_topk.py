@@ -75,15 +75,15 @@ def _ends(eos_score, best_other, lengths, minimum, maximum, threshold,
 
 
 @triton.jit
-def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_table, state, ngram_weight, ctc_gains,
-                ctc_weight, exists, NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
+def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_table, state, ngram_weight,
+                ctc_next_log_probs, ctc_weight, exists, NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
     """Return the scores (R, BLOCK_V) of the continuations with log-probabilities `steps`; -inf where not allowed."""
     # (R, BLOCK_V)
     is_eos = (v == eos)[None, :]
     inside = exists[:, None] & (v < V)[None, :]
     if CTC:
-        gain = tl.load(ctc_gains + row[:, None] * V + v[None, :], mask=inside, other=0.0)
-        mixed = (1.0 - ctc_weight) * steps + ctc_weight * gain
+        log_probs = tl.load(ctc_next_log_probs + row[:, None] * V + v[None, :], mask=inside, other=0.0)
+        mixed = (1.0 - ctc_weight) * steps + ctc_weight * log_probs
         steps = tl.where(steps == -float("inf"), steps, mixed)  # 0 * -inf would be NaN
     if NGRAM:
         steps = steps + ngram_weight * tl.load(ngram_table + state[:, None] * V + v[None, :], mask=inside, other=0.0)
@@ -118,7 +118,7 @@ def _take_best(
 
 @triton.jit
 def topk_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_gains,
+    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs,
     out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states,
     K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight, state_count,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
@@ -153,8 +153,8 @@ def topk_kernel(
     state = _state(ngram_states + row, state_count, exists) if NGRAM else row
     # (BLOCK_K, BLOCK_V)
     candidates = _candidates(
-        steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight, ctc_gains, ctc_weight,
-        exists, NGRAM, CTC,
+        steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight, ctc_next_log_probs,
+        ctc_weight, exists, NGRAM, CTC,
     )  # fmt: skip
     covered = tl.load(coverage + row, mask=exists, other=0.0) if COVERAGE else score
     ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
@@ -168,7 +168,7 @@ def topk_kernel(
 
 @triton.jit
 def row_kernel(
-    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_gains,
+    logits, scores, finished, lengths, minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs,
     row_keys, row_scores,
     K, V, eos, logits_b, logits_k, length_penalty, threshold, ngram_weight, ctc_weight, state_count,
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
@@ -221,8 +221,8 @@ def row_kernel(
         steps = tl.where(alive[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
         exists = one < 1
         candidates = _candidates(
-            steps, row + one, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight, ctc_gains,
-            ctc_weight, exists, NGRAM, CTC,
+            steps, row + one, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+            ctc_next_log_probs, ctc_weight, exists, NGRAM, CTC,
         )  # fmt: skip
         ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
         keys = tl.reshape(tl.where((v < V)[None, :], _keys(ranks, k * V + v[None, :]), NO_KEY), [BLOCK_V])
@@ -267,16 +267,16 @@ def merge_kernel(
 def beam_topk(
     logits: Tensor, scores: Tensor, finished: Tensor, lengths: Tensor, eos: int, minimum: Tensor | None,
     maximum: Tensor | None, length_penalty: float, eos_threshold: float, coverage: Tensor | None,
-    ngram_table: Tensor | None, ngram_states: Tensor | None, ngram_weight: float, ctc_gains: Tensor | None,
+    ngram_table: Tensor | None, ngram_states: Tensor | None, ngram_weight: float, ctc_next_log_probs: Tensor | None,
     ctc_weight: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch the kernels; the implementation of las_fast::beam_topk_triton."""
     B, K, V = logits.shape
     logits = logits if logits.stride(2) == 1 or V == 1 else logits.contiguous()
     scores, lengths, finished = scores.contiguous(), lengths.contiguous(), _bytes(finished.contiguous())
-    options = (minimum, maximum, coverage, ngram_table, ngram_states, ctc_gains)
+    options = (minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs)
     options = tuple(None if x is None else x.contiguous() for x in options)
-    minimum, maximum, coverage, ngram_table, ngram_states, ctc_gains = options
+    minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs = options
     out = [torch.empty_like(scores)]
     out += [scores.new_empty(B, K, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.int64)]
     out += [scores.new_empty((0, 0) if ngram_table is None else (B, K), dtype=torch.int64)]
@@ -293,7 +293,7 @@ def beam_topk(
         "MAXIMUM": maximum is not None,
         "COVERAGE": coverage is not None,
         "NGRAM": ngram_table is not None,
-        "CTC": ctc_gains is not None,
+        "CTC": ctc_next_log_probs is not None,
         "THRESHOLD": eos_threshold != 0.0,
         "PENALTY": {0.0: 0, 1.0: 1}.get(length_penalty, 2),
     }

@@ -45,11 +45,11 @@ def _sum(x, top, total):
 
 @triton.jit
 def prefix_kernel(
-    ctc_log_probs, forward_log_probs, prefix_log_probs, gains, tokens, parents, chosen,
-    out_forward_log_probs, out_prefix_log_probs, out_gains,
+    ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen,
+    out_forward_log_probs, out_prefix_log_probs, out_next_log_probs,
     K, T, V, eos, BLANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Compute the state of hypothesis (b, k) and its gains for BLOCK_V tokens."""
+    """Compute the state of hypothesis (b, k) and its next_log_probs for BLOCK_V tokens."""
     row = tl.program_id(0).to(tl.int64)
     writes = tl.program_id(1) == 0  # all programs of a hypothesis compute the same state: one writes it
     parent = tl.minimum(tl.maximum(tl.load(parents + row), 0), K - 1)  # a kernel cannot raise: clamp
@@ -99,22 +99,21 @@ def prefix_kernel(
         y = tl.load(at + 2 * V + token, mask=later, other=-float("inf"))
         repeat_top, repeat_total = _sum(now + pause + y, repeat_top, repeat_total)
     # (BLOCK_V,), after the scalar prefix
-    prefix = tl.load(prefix_log_probs + source) + tl.load(gains + source * V + token)
+    prefix = tl.load(prefix_log_probs + source) + tl.load(next_log_probs + source * V + token)
     psi = tl.where(v == token, repeat_top + tl.log(repeat_total), top + tl.log(total))
     psi = tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))
-    gain = tl.where(prefix == -float("inf"), prefix, psi - prefix)
-    tl.store(out_gains + row * V + v, gain, mask=v < V)
+    log_probs = tl.where(prefix == -float("inf"), prefix, psi - prefix)
+    tl.store(out_next_log_probs + row * V + v, log_probs, mask=v < V)
     tl.store(out_prefix_log_probs + row, prefix, mask=writes)
 
 
 def ctc_prefix(
-    ctc_log_probs: Tensor, forward_log_probs: Tensor, prefix_log_probs: Tensor, gains: Tensor,
+    ctc_log_probs: Tensor, forward_log_probs: Tensor, prefix_log_probs: Tensor, next_log_probs: Tensor,
     tokens: Tensor, parents: Tensor, chosen: Tensor, eos: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the kernel; the implementation of las_fast::ctc_prefix_triton."""
-    inputs = [
-        x.contiguous() for x in (ctc_log_probs, forward_log_probs, prefix_log_probs, gains, tokens, parents, chosen)
-    ]
+    inputs = (ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen)
+    inputs = [x.contiguous() for x in inputs]
     outputs = tuple(torch.empty_like(x) for x in inputs[1:4])
     (_, T, V), rows = ctc_log_probs.shape, tokens.numel()
     if rows:

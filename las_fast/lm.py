@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     if sentences.with_digits:
         lines.append(("left out", f"{sentences.with_digits} sentences with digits; write them as words"))
     if len(kept[0]) and len(held_out[0]):
-        value = perplexity(LanguageModel(options.order, options.characters, *kept).table(), held_out)
+        value = perplexity(LanguageModel(options.order, options.characters, *kept).ngram_table(), held_out)
         without = f"1 sentence in {HELD_OUT_ONE_IN}, for a model trained without them"
         lines.append(("perplexity", f"{value:.3f} per character on {without}"))
     counts = merge_counts(kept, held_out)

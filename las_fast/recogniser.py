@@ -281,11 +281,11 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _ngram_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return the result of las_fast.search.beam.with_reward; that of the last language model is cached."""
+        """Return the result of las_fast.search.beam.fold_length_reward; that of the last language model is cached."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
             table = load_ngram_table(lm, decoding, self.loaded, self.device, self._lm_option)
-            return beam.with_reward(table, decoding, len(self.loaded.vocabulary), self.device)
+            return beam.fold_length_reward(table, decoding, len(self.loaded.vocabulary), self.device)
 
         path = find_lm(lm, self.loaded.path, self._lm_option) if decoding.ngram_weight else None
         if path is None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.training.trainer import Trainer
 
 WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is replaced
-LOG_BYTES = 2**20  # at least, for log, curves and pictures
+LOG_BYTES = 2**20  # minimum for the log, curves and pictures
 MAX_CHARS_PER_SECOND = 40  # faster than anyone speaks
 GRACE_CHARS = 10  # allowance for short clips that are cut at the start
 
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help=f"preset ({', '.join(presets())}) or YAML")
     parser.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, LibriSpeech or manifest")
     parser.add_argument(
-        "--out", required=True, type=as_path, metavar="RUN", help="run folder, for all that training writes"
+        "--out", required=True, type=as_path, metavar="RUN", help="run folder, for everything that training writes"
     )
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument(
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     from las_fast.files import write_text_atomically
     from las_fast.training.trainer import Trainer
 
-    check_out(options.out, options.resume)
+    check_run_folder(options.out, options.resume)
     init = load_init(options, config)
     device = choose_device(options.device)
     if config.training.threads:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         elif init:
             trainer.load_initial_weights(init.model, init.path)
         write_text_atomically(options.out / "config.yaml", to_yaml(config))
-        describe(trainer)
+        print_summary(trainer)
         if trainer.progress.step == trainer.steps and not trainer.validation_due:
             print("this training is complete; nothing is left to do")
         else:
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -> None:
-    """Run the training and print its result; `arguments` are the command's, for the hint how to resume."""
+    """Run the training and print its result; `arguments` of the command are for the resume hint."""
     from las_fast.training.trainer import Diverged
 
     check_disk_space(options.out, trainer)
@@ -108,8 +108,8 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
     print(f"decode with: python -m las_fast.decode {shlex.join(map(str, decode))}")
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Raise InputError if training cannot write into the folder `out`, or must not."""
+def check_run_folder(out: Path, resume: bool) -> None:
+    """Raise InputError if training cannot or must not write into the folder `out`."""
     if resume and not (out / LAST).exists():
         raise InputError(f"{out / LAST} does not exist, so there is nothing to resume; start without --resume")
     if not resume and (out / LAST).exists():
@@ -133,9 +133,8 @@ def check_nothing_is_replaced(out: Path) -> None:
         return
     with contextlib.suppress(InputError, OSError, UnicodeDecodeError):
         text = settings.read_text(encoding="utf-8")
-        if (
-            not text or to_yaml(from_yaml(text, str(settings))) == text
-        ):  # of a training that was stopped before its first save
+        # Empty, or from a training that was stopped before its first save: nothing is lost.
+        if not text or to_yaml(from_yaml(text, str(settings))) == text:
             return
     raise InputError(f"--out {out}: {settings} would be overwritten; choose another --out")
 
@@ -197,14 +196,14 @@ def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
 
 
 def resume_hint(trainer: Trainer, arguments: list[str]) -> str:
-    """Last lines of an interrupted training: what is saved, and the command that continues."""
+    """Message for an interrupted training: the saved step and the command that resumes."""
     if trainer.saved_step is None:
         return "\nstopped before anything was saved; start again with the same command"
-    again = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-    return f"\nstopped; step {trainer.saved_step} is saved. To continue: python -m las_fast.train {shlex.join(again)}"
+    resume = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+    return f"\nstopped; step {trainer.saved_step} is saved. To continue: python -m las_fast.train {shlex.join(resume)}"
 
 
-def describe(trainer: Trainer) -> None:
+def print_summary(trainer: Trainer) -> None:
     """Print the size of the model, the batches and the threads."""
     import torch
 
@@ -223,7 +222,7 @@ def describe(trainer: Trainer) -> None:
 
 
 def warn_too_fast(name: str, data: SpeechDataset) -> None:
-    """Warn of transcripts with more characters than anyone can say in the time of their recording."""
+    """Warn of transcripts that are too long to be spoken within the duration of their recording."""
     too_fast = [
         i for i, text in enumerate(data.texts) if len(text or "") > GRACE_CHARS + MAX_CHARS_PER_SECOND * data.seconds[i]
     ]
@@ -239,7 +238,7 @@ def warn_too_fast(name: str, data: SpeechDataset) -> None:
 def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
     """Warn of transcripts that need more frames than the CTC head has: one per character, one between equal ones."""
     reduction = model.listener.reduction_at(model.ctc_layer)
-    needed = [len(text) + sum(map(eq, text, text[1:])) for text in (known or "" for known in data.texts)]
+    needed = [len(text) + sum(map(eq, text, text[1:])) for text in (text or "" for text in data.texts)]
     available = [-(-count // reduction) for count in data.frame_counts.tolist()]
     too_long = [i for i, count in enumerate(available) if needed[i] > count]
     if too_long:

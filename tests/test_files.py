@@ -163,7 +163,7 @@ def test_a_training_replaces_neither_weights_nor_settings(archive, tmp_path, the
 @pytest.mark.parametrize("text", ["", to_yaml(Config()), to_yaml(load_config("an4"))], ids=["empty", "default", "an4"])
 def test_settings_that_a_stopped_training_left_may_be_replaced(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    train.check_out(tmp_path, resume=False)
+    train.check_run_folder(tmp_path, resume=False)
 
 
 def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path):

@@ -83,7 +83,7 @@ def brute_force(sentences, characters, order):
 def test_probabilities_are_those_of_a_brute_force_model(order, copies):
     generator = np.random.default_rng(order)
     more = ["".join(generator.choice(list(AB), generator.integers(1, 9))).strip() or "A" for _ in range(copies)]
-    table, p = train(TEXT + more, order=order, characters=AB).table(), brute_force(TEXT + more, AB, order)
+    table, p = train(TEXT + more, order=order, characters=AB).ngram_table(), brute_force(TEXT + more, AB, order)
     assert table.shape == (V ** (order - 1), V) and table.dtype == np.float32
     for state, context in enumerate(itertools.product(range(V), repeat=order - 1)):
         expected = [p(token, context) for token in range(V)]
@@ -103,19 +103,19 @@ def test_discounts_follow_the_formulas_or_else_the_defaults():
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("sentences", [TEXT, ["A"], []])
 def test_every_row_is_a_distribution_without_sos_and_pad(order, sentences):
-    table = train(sentences, order=order, characters=AB).table()
+    table = train(sentences, order=order, characters=AB).ngram_table()
     assert np.exp(table.astype(np.float64)).sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
     assert (table[:, [PAD, SOS]] == FORBIDDEN_LOG_PROB).all() and math.exp(FORBIDDEN_LOG_PROB) == 0.0
     assert (table[:, EOS:] > FORBIDDEN_LOG_PROB).all() and np.isfinite(table).all()
 
 
 def test_a_model_without_text_is_uniform():
-    table = train([], order=3, characters=AB).table()
+    table = train([], order=3, characters=AB).ngram_table()
     assert np.exp(table[:, EOS:]) == pytest.approx(np.full((V * V, V - 2), 1 / (V - 2)))
 
 
 def test_an_unseen_context_backs_off_to_a_shorter_one():
-    table = train(["AAAA", "AB"], order=3, characters=AB).table()
+    table = train(["AAAA", "AB"], order=3, characters=AB).ngram_table()
     a, b = Vocabulary(AB).encode("AB")
     below = brute_force(["AAAA", "AB"], AB, 3)
     assert np.exp(table[b * V + a]) == pytest.approx([below(t, (a,), 2) for t in range(V)], abs=1e-6)
@@ -123,7 +123,7 @@ def test_an_unseen_context_backs_off_to_a_shorter_one():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_sentences_start_in_the_state_where_the_search_starts(order):
-    table = train(["BA"] * 50, order=order, characters=AB).table()
+    table = train(["BA"] * 50, order=order, characters=AB).ngram_table()
     first = np.exp(table[first_ngram_state(torch.from_numpy(table), SOS)])
     assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
 
@@ -133,7 +133,7 @@ def test_perplexity_counts_characters_and_eos():
     for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
         logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
         assert len(logs) == count
-        found = perplexity(model.table(), ngram.count_ngrams(text, AB, 3))
+        found = perplexity(model.ngram_table(), ngram.count_ngrams(text, AB, 3))
         assert found == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
     save_lm(tmp_path / "m.safetensors", model)
     back = load_lm(tmp_path / "m.safetensors")
     assert (back.order, back.characters, back.sentences) == (order, AB, len(TEXT))
-    assert np.array_equal(back.table(), model.table())
+    assert np.array_equal(back.ngram_table(), model.ngram_table())
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
@@ -292,7 +292,7 @@ def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch
 def test_a_table_too_large_for_the_machine_is_refused_before_it_is_made():
     model = ngram.LanguageModel(12, lm.CHARACTERS, np.zeros(0, np.int64), np.zeros(0, np.int64))
     with pytest.raises(InputError, match="order 12 over .* tokens needs a table of"):
-        model.table()
+        model.ngram_table()
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -372,7 +372,7 @@ def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
     held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT_ONE_IN == 0]
     rest = train([t for t in text if t not in held], order=3)
     assert 0 < len(held) < len(text)
-    expected = perplexity(rest.table(), ngram.count_ngrams(held, lm.CHARACTERS, 3))
+    expected = perplexity(rest.ngram_table(), ngram.count_ngrams(held, lm.CHARACTERS, 3))
     assert f"perplexity  {expected:.3f} per character" in said
     assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
     make(tmp_path, "--order", "4", text="\n".join(text))
@@ -456,7 +456,7 @@ def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
 
 
 def table(here):
-    return torch.from_numpy(load_lm(here / "lm.safetensors").table())
+    return torch.from_numpy(load_lm(here / "lm.safetensors").ngram_table())
 
 
 @pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
@@ -475,7 +475,7 @@ def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(here, beam, 
 def test_a_length_reward_is_added_per_character_and_not_for_eos(weight, backend):
     """Wide enough to hold every text there is, the beam finds the same texts with scores that differ by the reward."""
     many = memory([1, 5], [4, 3])
-    ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").table())
+    ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").ngram_table())
     options = {"ngram": ngram if weight else None, "nbest": 64, "backend": backend}
     plain = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight), **options)
     rewarded = beam_search(ToyModel(), many, config(beam=64, ngram_weight=weight, length_reward=0.7), **options)
@@ -497,7 +497,7 @@ def test_a_negative_reward_shortens_texts_and_a_positive_one_lengthens_them():
 @pytest.mark.parametrize("backend", HERE)
 def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
     model, weight = ToyModel(eos=1.0), 0.8
-    ngram = torch.from_numpy(train(["ABAB", "B"], order=2, characters="AB").table())
+    ngram = torch.from_numpy(train(["ABAB", "B"], order=2, characters="AB").ngram_table())
     finished = 0
     for seed in range(6):
         one = memory([seed], [12])

@@ -311,7 +311,7 @@ def test_the_language_model_is_that_of_the_checkpoint_another_or_none(here, caps
 
 def test_a_second_call_reuses_the_ngram_table_and_the_packed_weights(here, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(ngram.LanguageModel, "table", counted(ngram.LanguageModel.table, made, "table"))
+    monkeypatch.setattr(ngram.LanguageModel, "ngram_table", counted(ngram.LanguageModel.ngram_table, made, "table"))
     monkeypatch.setattr(beam, "speller_pack", counted(beam.speller_pack, made, "weights"))
     for name in ("untrained-20.safetensors", "untrained-20.lm.safetensors"):
         (tmp_path / name).write_bytes((here / "lm" / name).read_bytes())

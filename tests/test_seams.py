@@ -247,7 +247,7 @@ def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path,
     for threads, more in ((3, True), (4, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         capsys.readouterr()
-        train.describe(made)
+        train.print_summary(made)
         printed = capsys.readouterr().out
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
         batches = f"3 batches per epoch, {100 * made.curriculum.batches_of(1).padding_share(0):.1f}% padding"
@@ -255,7 +255,7 @@ def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path,
         assert ("threads: 3 of 4 cores; if the others are idle" in printed) == more
     made.device = torch.device("cuda")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    train.describe(made)
+    train.print_summary(made)
     assert "threads" not in capsys.readouterr().out
 
 

@@ -67,23 +67,23 @@ def test_a_training_starts_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
     old.mkdir()
     (old / "last.pt").touch()
     for out in (tmp_path, tmp_path / "new" / "deep"):
-        train.check_out(out, resume=False)
+        train.check_run_folder(out, resume=False)
         with pytest.raises(InputError, match="last.pt does not exist, so there is nothing to resume"):
-            train.check_out(out, resume=True)
+            train.check_run_folder(out, resume=True)
     (old / "best.safetensors").touch()
-    train.check_out(old, resume=True)
+    train.check_run_folder(old, resume=True)
     with pytest.raises(InputError, match="already holds a training; add --resume"):
-        train.check_out(old, resume=False)
+        train.check_run_folder(old, resume=False)
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "x" / "y"):
         with pytest.raises(InputError, match=f"--out {out}: {tmp_path}/file is a file; give a folder"):
-            train.check_out(out, resume=False)
+            train.check_run_folder(out, resume=False)
 
 
 def test_a_folder_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and path == tmp_path))
     with pytest.raises(InputError, match=f"--out {tmp_path}/a/b: {tmp_path} is not writable; give another folder"):
-        train.check_out(tmp_path / "a" / "b", resume=False)
+        train.check_run_folder(tmp_path / "a" / "b", resume=False)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])

@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 class AttentionRead(NamedTuple):
-    """The frames that each hypothesis attended to at one step."""
+    """Where each hypothesis attended at one step."""
 
     weights: Tensor | None  # (B, K, T) float32, if requested
     peaks: Tensor  # (B, K) int64, frame of the largest weight
@@ -69,10 +69,10 @@ class Attention(nn.Module):
 
         Args:
             weights: whether to return the attention weights.
-            backend: of ops.masked_attention.
+            backend: passed to ops.masked_attention.
 
         Returns:
-            context (B, K, E), and the frames attended to.
+            context (B, K, E), and the attention weights and peaks.
         """
         query, keys, values, lengths, padding = query.to(memory.keys.dtype), *memory[:4]
         context, *read = masked_attention(

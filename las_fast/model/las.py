@@ -67,10 +67,10 @@ class LAS(nn.Module):
             state: from `start` or the previous step.
             memory: from `listen`.
             weights: whether to return the attention weights; peaks are always returned.
-            backend: of the ops.
+            backend: passed to the ops.
 
         Returns:
-            logits (B, K, V) of the next token, the frames attended to, and the new state.
+            logits (B, K, V) of the next token, the attention weights and peaks, and the new state.
         """
         return self.speller.step(tokens, state, memory, weights=weights, backend=backend)
 
@@ -84,7 +84,7 @@ class LAS(nn.Module):
             feature_lengths: (B,) int64, each at least 1.
             tokens: (B, U) int64 targets, each row ended by <eos> and padded with <pad>.
             teacher_forcing: probability, per utterance and step, that the speller reads the true previous token rather
-                than its own best.
+                than its own prediction.
         """
         memory = self.listen(features, feature_lengths)
         logits, weights = self.speller(memory, tokens, teacher_forcing)

@@ -1,5 +1,5 @@
-"""Listener: a Conv1d front end, a BiLSTM, pyramidal BiLSTMs that each halve the time (Chan et al. 2016), and further
-BiLSTMs that keep it."""
+"""Listener: a Conv1d front end, a BiLSTM, pyramidal BiLSTMs that each halve the frame rate (Chan et al. 2016), and
+further BiLSTMs at the final rate."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     if x.device.type == "cuda":
         return conv(x.transpose(1, 2)).transpose(1, 2)
     pixels, kernel = x.transpose(1, 2)[:, :, None], conv.weight[:, :, None]
-    sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
-    output = nn.functional.conv2d(pixels, kernel, conv.bias, *sizes, conv.groups)
+    geometry = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
+    output = nn.functional.conv2d(pixels, kernel, conv.bias, *geometry, conv.groups)
     return output[:, :, 0].transpose(1, 2)
 
 
@@ -86,7 +86,7 @@ def halve_time(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Listener(nn.Module):
-    """Encoder from feature frames to encoder frames; lengths are exact after every layer, and at least 1."""
+    """Encode feature frames as encoder frames. Lengths are exact after every layer, and at least 1."""
 
     def __init__(self, config: ListenerConfig, input_size: int):
         super().__init__()

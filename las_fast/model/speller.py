@@ -1,6 +1,6 @@
 """Speller: the decoder. It has an embedding, LSTM cells, attention and an output layer tied to the embedding.
 
-Training computes all tokens in one call of ops.speller_unroll. A search computes one token at a time by Speller.step.
+Training computes all tokens in one call of ops.speller_unroll. A search computes one token at a time with Speller.step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepConstants(NamedTuple):
 
     bias: Tensor  # (V,) output bias, FORBIDDEN_LOGIT included
     token_gates: Tensor | None  # (V, 4H) on CUDA: contribution of each token to the gates of the first cell
-    zeros: tuple[Tensor, ...]  # (4H,) per cell on CUDA: the fused kernel takes a second bias
+    zeros: tuple[Tensor, ...]  # (4H,) per cell on CUDA: second bias of the fused kernel
 
 
 class SpellerState(NamedTuple):
@@ -42,8 +42,8 @@ class SpellerState(NamedTuple):
     def gather(self, parents: Tensor, *, backend: str = "auto") -> SpellerState:
         """Reorder the state so that hypothesis k of utterance b continues parents[b, k]; parents (B, K) int64."""
         n = len(self.hidden)
-        moved = beam_gather((*self.hidden, *self.cell, self.context), parents, backend=backend)
-        return SpellerState(moved[:n], moved[n:-1], moved[-1], self.constants)
+        gathered = beam_gather((*self.hidden, *self.cell, self.context), parents, backend=backend)
+        return SpellerState(gathered[:n], gathered[n:-1], gathered[-1], self.constants)
 
 
 class LSTMCell(nn.Module):
@@ -131,7 +131,7 @@ class Speller(nn.Module):
         """Return the state before the first token: zeros for `beam` hypotheses per utterance, and the constants."""
         batch, token_gates = memory.keys.shape[0], None
         zeros: tuple[Tensor, ...] = ()
-        if self._fuses(memory):
+        if self._uses_fused_kernel(memory):
             first = self.cells[0].gates.weight.narrow(1, 0, self.embedding.embedding_dim)
             token_gates = F.linear(self.embedding.weight, first)
             zeros = tuple(torch.zeros_like(cell.gates.bias) for cell in self.cells)
@@ -140,8 +140,8 @@ class Speller(nn.Module):
         return SpellerState(initial, initial, context, StepConstants(self.bias + self.forbidden, token_gates, zeros))
 
     @staticmethod
-    def _fuses(memory: Memory) -> bool:
-        """Return whether steps use the fused LSTM kernel; on a CPU one matmul per cell is faster."""
+    def _uses_fused_kernel(memory: Memory) -> bool:
+        """Return whether steps use the fused LSTM kernel. On a CPU, one matmul per cell is faster."""
         return memory.keys.is_cuda and not torch.is_grad_enabled()
 
     def step(
@@ -173,13 +173,13 @@ class Speller(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Run a training pass over tokens (B, U); see LAS.forward.
 
-        Matmuls use autocast's precision if it is on. `backend` is of ops.speller_unroll.
+        Matmuls use autocast's precision if it is on. `backend` is passed to ops.speller_unroll.
 
         Returns:
             logits (B, U, V) and attention weights (B, U, T) float32.
         """
         previous = F.pad(tokens[:, :-1], (1, 0), value=SOS)
-        # One draw per utterance and step; the first step reads <sos> whatever the draw.
+        # One draw per utterance and step; the first step reads <sos> in any case.
         sampled = torch.rand(previous.shape, device=previous.device) >= teacher_forcing
         return speller_unroll(
             self.weights(), *memory[:3], previous, sampled, self.dropout_masks(memory),

@@ -1,4 +1,4 @@
-"""The hot operations. Each has one definition, its reference, and further backends: fused PyTorch, C++, Triton.
+"""Performance-critical ops. The reference defines each op; faster backends are fused PyTorch, C++ and Triton.
 
 `python -m las_fast.ops` prints which backends are available here, and why the others are not.
 """
@@ -7,7 +7,7 @@ from las_fast.ops.beam_backtrack import Backtracked, beam_backtrack
 from las_fast.ops.beam_gather import beam_gather
 from las_fast.ops.beam_topk import BeamStep, Ctc, Ngram, beam_topk
 from las_fast.ops.bilstm import bilstm
-from las_fast.ops.ctc_loss import ctc_loss, token_times
+from las_fast.ops.ctc_loss import ctc_loss, ctc_token_times
 from las_fast.ops.ctc_prefix import CtcState, ctc_log_probabilities, ctc_prefix, ctc_start
 from las_fast.ops.masked_attention import masked_attention
 from las_fast.ops.masks import padding_mask
@@ -36,5 +36,5 @@ __all__ = [
     "speller_pack",
     "speller_search",
     "speller_unroll",
-    "token_times",
+    "ctc_token_times",
 ]

@@ -9,7 +9,7 @@ from las_fast.options import Parser
 
 
 def table() -> str:
-    """Return a table with one row per op and one column per backend, then each reason with its remedy, once.
+    """Return a table with one row per op and one column per backend, and below it each reason and its remedy once.
 
     A cell is "auto" (available, and the choice of backend="auto" here), "yes" (available), "no [n]" (not available, for
     reason n) or "-" (the op has no such backend).
@@ -32,7 +32,7 @@ def _cell(op: str, backend: str, device: str, reasons: list[str]) -> str:
         if reason not in reasons:
             reasons.append(reason)
         return f"no [{reasons.index(reason) + 1}]"
-    return "auto" if backend == backends.automatic(op, device) else "yes"
+    return "auto" if backend == backends.auto_backend(op, device) else "yes"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """Which backends each op has, which of them are available here, and which one backend="auto" chooses.
 
-C++ and Triton backends are torch ops, las_fast::<op>_cpp and las_fast::<op>_triton, with the same schema: the op's
-module passes it to `register`, and the C++ extension only brings kernels. The op's Python function chooses the backend,
-so that torch.compile sees a single call and backends can be compared.
+C++ and Triton backends are torch ops, las_fast::<op>_cpp and las_fast::<op>_triton, with the same schema. The op's
+module passes the schema to `register`; the C++ extension only provides kernels. The op's Python function chooses the
+backend, so that torch.compile sees a single call and backends can be compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch calls arranged for speed
 FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
-# {op: {backend: float dtypes that it takes; None: any}}
+# {op: {backend: supported float dtypes; None: any}}
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "bilstm": {"reference": None, "cpp": (torch.float32, torch.bfloat16)},  # on CUDA the listener uses cuDNN
     "ctc_loss": {"reference": None, "cpp": FLOAT32},  # torch's own is used on CUDA
@@ -29,10 +29,10 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32},
     "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step
 }
-COMPANIONS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
+HELPER_OPS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")
-BUILD = "Run: python setup.py build_ext"
+BUILD_ADVICE = "Run: python setup.py build_ext"
 
 _warned: set[str] = set()
 
@@ -42,15 +42,15 @@ def _load_extension() -> str | None:
     try:
         importlib.import_module("las_fast._C")
     except ModuleNotFoundError:
-        return f"the extension is not built. {BUILD}"
+        return f"the extension is not built. {BUILD_ADVICE}"
     except ImportError as error:  # built against another torch, or a broken file
-        return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD} --force"
-    lacks = [op for op in (*IMPLEMENTED, *COMPANIONS) if not torch._C._dispatch_has_kernel(f"las_fast::{op}_cpp")]
-    return _other_version(f"it lacks {', '.join(lacks)}") if lacks else None
+        return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD_ADVICE} --force"
+    missing = [op for op in (*IMPLEMENTED, *HELPER_OPS) if not torch._C._dispatch_has_kernel(f"las_fast::{op}_cpp")]
+    return _other_version(f"it lacks {', '.join(missing)}") if missing else None
 
 
 def _other_version(difference: str) -> str:
-    return f"the extension is from another version ({difference}). {BUILD} --force"
+    return f"the extension is from another version ({difference}). {BUILD_ADVICE} --force"
 
 
 EXTENSION_PROBLEM = _load_extension()
@@ -85,16 +85,16 @@ def choose(
     dtype: torch.dtype | None = None,
     unsupported: dict[str, str | None] | None = None,
 ) -> str:
-    """Return the backend to call for `op` on tensors of `device` and `dtype` (None: the op takes any).
+    """Return the backend to call for `op` on tensors of `device` and `dtype` (None: the dtype does not matter).
 
-    "auto" chooses triton on CUDA or cpp on a CPU if it is available and takes this call, else fused if the op has it,
-    else the reference. If the extension or Triton is missing, it warns once.
+    "auto" chooses triton on CUDA or cpp on a CPU if that is available and supports this call; otherwise fused if the op
+    has it, otherwise the reference. If the extension or Triton is missing, it warns once.
 
-    unsupported: {backend: why it does not take the sizes of this call}; None or no entry if it does.
+    unsupported: {backend: why it does not support this call}; None or no entry if it does.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend is not available, or does not take this device, dtype or size.
+        RuntimeError: the named backend is not available, or does not support this device, dtype or size.
     """
     if backend == "reference":
         return backend
@@ -102,7 +102,7 @@ def choose(
         native = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
         if native in IMPLEMENTED[op] and (reason := unavailable(op, native)):
             _warn_once(reason)
-        chosen = automatic(op, device.type, dtype)
+        chosen = auto_backend(op, device.type, dtype)
         return _portable(op) if unsupported and unsupported.get(chosen) else chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
@@ -110,7 +110,7 @@ def choose(
         raise RuntimeError(f'{op}: backend "{backend}" is not available: {reason}')
     if device.type != DEVICES.get(backend, device.type):
         raise RuntimeError(f'{op}: backend "{backend}" takes {DEVICES[backend]} tensors; got {device.type} tensors')
-    if not takes(op, backend, dtype):
+    if not supports_dtype(op, backend, dtype):
         types = " or ".join(str(x) for x in IMPLEMENTED[op][backend] or ())
         raise RuntimeError(f"{op}: backend \"{backend}\" takes {types}; got {dtype}. Use backend='auto'")
     if unsupported and (reason := unsupported.get(backend)):
@@ -118,10 +118,11 @@ def choose(
     return backend
 
 
-def automatic(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """Return the choice of "auto" for `op` on that type of device."""
+def auto_backend(op: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """Return the backend that "auto" stands for, for `op` on that type of device."""
     for backend in FASTEST_FIRST:
-        if DEVICES.get(backend) == device_type and unavailable(op, backend) is None and takes(op, backend, dtype):
+        usable = DEVICES.get(backend) == device_type and unavailable(op, backend) is None
+        if usable and supports_dtype(op, backend, dtype):
             return backend
     return _portable(op)
 
@@ -131,8 +132,8 @@ def _portable(op: str) -> str:
     return "fused" if "fused" in IMPLEMENTED[op] else "reference"
 
 
-def takes(op: str, backend: str, dtype: torch.dtype | None) -> bool:
-    """Return whether that backend of `op` takes tensors of `dtype`; None stands for any dtype."""
+def supports_dtype(op: str, backend: str, dtype: torch.dtype | None) -> bool:
+    """Return whether that backend of `op` supports tensors of `dtype`; always True for None."""
     types = IMPLEMENTED[op][backend]
     return types is None or dtype is None or dtype in types
 
@@ -154,7 +155,7 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
     Args:
         name:   of the op, of its launcher in las_fast/kernels/<module>.py and of its kernel in csrc/<module>.cpp.
         schema: arguments and results of both.
-        fake:   shape function: returns empty results of the right shapes and dtypes for the same arguments.
+        fake:   takes the same arguments and returns empty results of the right shapes and dtypes.
         module: file of the op; default `name`.
     """
 
@@ -173,8 +174,8 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
         names.append(f"las_fast::{name}_triton")
     if _define_cpp(name, schema):
         names.append(f"las_fast::{name}_cpp")
-    for full in names:
-        torch.library.register_fake(full, fake)
+    for full_name in names:
+        torch.library.register_fake(full_name, fake)
     return names
 
 

@@ -22,7 +22,7 @@ def beam_gather(states: Sequence[Tensor], parents: Tensor, *, backend: str = "au
         backend: "auto", "reference", "triton" or "cpp".
 
     Returns:
-        The gathered states, contiguous, in the order given.
+        The gathered states, contiguous, in the order of `states`.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.

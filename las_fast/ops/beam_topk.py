@@ -1,8 +1,8 @@
 """One step of beam search: the K best continuations of each utterance's K hypotheses.
 
     model[k, v]     = log_softmax(logits[k])[v]
-                      with CTC: (1 - ctc.weight) * log_softmax(logits[k])[v] + ctc.weight * ctc.gains[k, v]
-    step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.table[ngram.states[k], v]
+                      with CTC: (1 - ctc.weight) * log_softmax(logits[k])[v] + ctc.weight * ctc.next_log_probs[k, v]
+    step[k, v]      = model[k, v]; with an n-gram model + ngram.weight * ngram.log_probs[ngram.states[k], v]
     candidate[k, v] = scores[k] + step[k, v]; a finished beam has one candidate: eos at an unchanged score
     rank[k, v]      = candidate[k, v] * (1 / tokens[k] ** length_penalty) + coverage[k]
 
@@ -22,13 +22,13 @@ MAX_BEAMS = 128  # a Triton program holds K * K candidates at once
 
 
 class Ngram(NamedTuple):
-    """A dense character n-gram model and the state of each hypothesis in it.
+    """An n-gram table (a dense character language model) and the state of each hypothesis in it.
 
-    A state is the last order-1 tokens as a number in base V, the newest token as the last digit: token v leads from
-    state s to (s * V + v) mod V ** (order-1). Order 1 has only state 0.
+    A state is the last order-1 tokens as a number in base V, the newest token as the last digit: after token v, state s
+    becomes (s * V + v) mod V ** (order-1). Order 1 has only state 0.
     """
 
-    table: Tensor  # (V ** (order-1), V) float32 natural-log probabilities of the next token
+    log_probs: Tensor  # (V ** (order-1), V) float32, natural logarithms, of the next token in each state
     states: Tensor  # (B, K) int64
     weight: float
 
@@ -36,8 +36,8 @@ class Ngram(NamedTuple):
 class Ctc(NamedTuple):
     """CTC log-probabilities of the continuations, from ctc_prefix."""
 
-    gains: Tensor  # (B, K, V) float32 log-probabilities; not NaN
-    weight: float  # 0 to 1; that of the logits is 1 - weight. A token at -inf in the logits stays so, even with 1
+    next_log_probs: Tensor  # (B, K, V) float32; not NaN
+    weight: float  # 0 to 1; the logits have 1 - weight. A token at -inf in the logits stays at -inf even with 1
 
 
 class BeamStep(NamedTuple):
@@ -70,7 +70,7 @@ def beam_topk(
     """Return the K best continuations of each utterance, best first. Not differentiable.
 
     Args:
-        logits:    (B, K, V) of any float type; float32 inside. A row that holds NaN or +inf, or only -inf, has no
+        logits:    (B, K, V) of any float type; float32 inside. A row with NaN or +inf, or with only -inf, has no
                    continuation.
         scores:    (B, K) float32 sums of log-probabilities; -inf marks a beam that does not exist.
         finished:  (B, K) bool, beams that have ended with eos.
@@ -81,7 +81,7 @@ def beam_topk(
         length_penalty: candidates are ranked by score / tokens ** length_penalty; 0 ranks by score.
         eos_threshold:  eos is allowed only if its log-probability exceeds this factor times the best other one, both
                    from the logits alone; 0: always allowed.
-        coverage:  (B, K) float32, finite: added to the ranks of all candidates of a beam (Wu et al. 2016); None: 0.
+        coverage:  (B, K) float32, finite; added to the rank of every candidate of a beam (Wu et al. 2016); None: 0.
         ngram:     language model whose weighted log-probabilities are added to each step. A state outside the table
                    raises RuntimeError on the CPU; Triton clamps it: a kernel cannot raise.
         ctc:       CTC log-probabilities to interpolate with those of the logits.
@@ -97,7 +97,7 @@ def beam_topk(
     table, states, weight = ngram or (None, None, 0.0)
     op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
     options: tuple[Any, ...] = (eos, minimum, maximum, length_penalty, eos_threshold, coverage, table, states, weight)
-    options += (None, 0.0) if ctc is None else (backends.detached(ctc.gains), ctc.weight)
+    options += (None, 0.0) if ctc is None else (backends.detached(ctc.next_log_probs), ctc.weight)
     results = op(backends.detached(logits), backends.detached(scores), finished, lengths, *options)
     best: tuple[Any, ...] = (*results[:5], None if ngram is None else results[5])
     return BeamStep(*best)
@@ -112,13 +112,13 @@ def _too_many(K: int, V: int) -> str | None:
 
 def _reference(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_table, ngram_states, ngram_weight, ctc_gains, ctc_weight,
+    ngram_table, ngram_states, ngram_weight, ctc_next_log_probs, ctc_weight,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
     steps = _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold)
-    if ctc_gains is not None:
+    if ctc_next_log_probs is not None:
         impossible = steps.isneginf()  # 0 * -inf would be NaN
-        steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_gains
+        steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_next_log_probs
     if ngram_table is not None:
         steps = steps + ngram_weight * ngram_table[ngram_states]
     only_eos = torch.full((V,), -torch.inf, device=steps.device)
@@ -132,11 +132,11 @@ def _reference(
     best = ranks.flatten(1).sort(stable=True, dim=-1, descending=True).indices[:, :K]
     tokens, parents = best % V, best // V
     ended = finished.gather(1, parents)
-    after = lengths.gather(1, parents) + ~ended
+    new_lengths = lengths.gather(1, parents) + ~ended
     if ngram_table is not None:
         ngram_states = ngram_states.gather(1, parents)
         ngram_states = torch.where(ended, ngram_states, (ngram_states * V + tokens) % ngram_table.shape[0])
-    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), after, ngram_states
+    return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), new_lengths, ngram_states
 
 
 def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) -> Tensor:
@@ -167,9 +167,9 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
     expected += [("minimum", minimum, (B,), torch.int64), ("maximum", maximum, (B,), torch.int64)]
     if ngram is not None:
         expected += [("ngram.states", ngram.states, (B, K), torch.int64)]
-        expected += [("ngram.table", ngram.table, (_states(ngram.table, V), V), torch.float32)]
+        expected += [("ngram.log_probs", ngram.log_probs, (_required_rows(ngram.log_probs, V), V), torch.float32)]
     if ctc is not None:
-        expected += [("ctc.gains", ctc.gains, (B, K, V), torch.float32)]
+        expected += [("ctc.next_log_probs", ctc.next_log_probs, (B, K, V), torch.float32)]
         if not 0 <= ctc.weight <= 1:
             raise ValueError(f"ctc.weight must be from 0 to 1; got {ctc.weight}")
     for name, tensor, shape, dtype in expected:
@@ -183,17 +183,17 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
         raise ValueError(f"eos must be a token from 0 to {V - 1}; got {eos}")
 
 
-def _states(table: Tensor, V: int) -> int:
-    """Return the number of rows that the table must have: its own number, rounded up to a power of V."""
-    states = 1
-    while states < table.shape[0] and V > 1:
-        states *= V
-    return states
+def _required_rows(table: Tensor, V: int) -> int:
+    """Return the number of rows of the table, rounded up to a power of V: it must have exactly that many."""
+    rows = 1
+    while rows < table.shape[0] and V > 1:
+        rows *= V
+    return rows
 
 
 def _fake(
     logits, scores, finished, lengths, eos, minimum, maximum, length_penalty, eos_threshold, coverage,
-    ngram_table, ngram_states, ngram_weight, ctc_gains, ctc_weight,
+    ngram_table, ngram_states, ngram_weight, ctc_next_log_probs, ctc_weight,
 ):  # fmt: skip
     new = [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64)]
     new += [scores.new_empty(scores.shape, dtype=dtype) for dtype in (torch.bool, torch.int64)]
@@ -204,7 +204,7 @@ backends.register(
     "beam_topk",
     "(Tensor logits, Tensor scores, Tensor finished, Tensor lengths, int eos, Tensor? minimum, Tensor? maximum,"
     " float length_penalty, float eos_threshold, Tensor? coverage, Tensor? ngram_table, Tensor? ngram_states,"
-    " float ngram_weight, Tensor? ctc_gains, float ctc_weight)"
+    " float ngram_weight, Tensor? ctc_next_log_probs, float ctc_weight)"
     " -> (Tensor scores, Tensor tokens, Tensor parents, Tensor finished, Tensor lengths, Tensor ngram_states)",
     _fake,
 )

@@ -19,7 +19,7 @@ from las_fast.ops import backends
 from las_fast.ops.masks import padding_mask
 
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-HAS_TILES = torch.cpu._is_amx_tile_supported()
+HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 
 def bilstm(
@@ -28,15 +28,15 @@ def bilstm(
     """Run a bidirectional LSTM over each utterance. C++ neither reads nor computes padding.
 
     Differentiable once in x and the weights. Sums and cell states are float32; matmuls are bfloat16 for bfloat16 x and
-    under CPU autocast to bfloat16. In C++ the result of an utterance is the same bits alone, in any batch, on any
-    number of threads. The reference runs torch's LSTM once per direction, for the second with each utterance reversed
-    within its length: on a CPU this is much faster than a packed sequence. Its padding must be finite.
+    under CPU autocast to bfloat16. In C++ the result of an utterance is bit-identical in any batch and with any number
+    of threads. The reference runs torch's LSTM once per direction and reverses each utterance within its length for the
+    second: on a CPU this is much faster than a packed sequence. It needs finite padding.
 
     Args:
         x:         (B, T, I).
         lengths:   (B,) int64 valid frames, 0 to T.
         forwards:  weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,) and bias_hh (4H,) as in nn.LSTM: input, forget,
-            cell and output gate. For C++ they are float32, also with bfloat16 x.
+            cell and output gate. C++ needs float32 weights, even for bfloat16 x.
         backwards: the same for the direction from the last frame to the first.
         backend:   "auto", "reference" or "cpp".
 
@@ -45,13 +45,13 @@ def bilstm(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or does not take the dtype of the weights.
+        RuntimeError: the named backend is not available here, or does not support the dtype of the weights.
     """
     _check(x, lengths, forwards, backwards)
     weights = [*forwards, *backwards]
-    narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    dtype = torch.bfloat16 if narrow and x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
-    if backend == "auto" and dtype == torch.bfloat16 and HAS_TILES:
+    use_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    dtype = torch.bfloat16 if use_bf16 and x.device.type == "cpu" and x.dtype == torch.float32 else x.dtype
+    if backend == "auto" and dtype == torch.bfloat16 and HAS_AMX:
         backend = "reference"  # oneDNN uses AMX tiles for bfloat16; the C++ does not
     chosen = backends.choose("bilstm", backend, x.device, dtype, {"cpp": _unsupported(weights)})
     if chosen == "reference":
@@ -80,7 +80,7 @@ def _direction(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _unsupported(weights: list[Tensor]) -> str | None:
-    """Return why C++ does not take these weights, or None."""
+    """Return why C++ does not support these weights, or None."""
     types = {x.dtype for x in weights} - {torch.float32}
     return f"takes float32 weights; got {types.pop()}" if types else None
 

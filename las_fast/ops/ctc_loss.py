@@ -1,13 +1,13 @@
 """The CTC loss (Graves et al. 2006), and the frame at which CTC places each token.
 
-A path is one token or blank per frame; it has the transcript if it collapses to it (repeats merged, blanks dropped).
-Over all paths that have the transcript:
+A path is one token or blank per frame. It spells the transcript if merging repeats and then dropping blanks yields the
+transcript. Over all paths that spell the transcript:
 
-    loss     = -log of the sum of the paths' probabilities, each the product of the softmax over its frames
+    loss     = -log(sum over paths of P(path)); P(path) is the product over frames of the softmax of the path's token
     times[u] = sum over frames t of t * P(u | t) / sum over t of P(u | t)
 
-where P(u | t) is the posterior that frame t belongs to token u. For times only, paths without a blank between two equal
-tokens count as well; this moves those times by less than a frame.
+where P(u | t) is the posterior that frame t belongs to token u. For `times` only, paths without a blank between two
+equal tokens count as well; this moves those times by less than a frame.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from las_fast.text import BLANK
 def ctc_loss(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Return the CTC loss of each utterance, (B,); 0 where no path has the transcript, for example for want of frames.
+    """Return the CTC loss of each utterance, (B,); 0 if no path spells the transcript, as with too few frames.
 
     Differentiable once in logits. Computed in log space in float32 (float64 for float64 logits). The reference is
-    torch's ctc_loss, which is scalar code on a CPU. In C++ the result of an utterance is the same bits alone, in any
-    batch, on any number of threads.
+    torch's ctc_loss, which is scalar code on a CPU. In C++ the result of an utterance is bit-identical in any batch and
+    with any number of threads.
 
     Args:
         logits:        (B, T, V) of floats; V includes the blank, which is token 0.
@@ -50,7 +50,7 @@ def ctc_loss(
     return torch.ops.las_fast.ctc_loss_cpp(logits, lengths, tokens, token_lengths, gradients)[0]
 
 
-def token_times(
+def ctc_token_times(
     logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """Return the mean frame of each token's CTC posterior, (B, S) in frames, dtype of the loss; it has no gradient.
@@ -67,20 +67,21 @@ def token_times(
 
 
 def _reference(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    by_frame = F.log_softmax(logits, -1).transpose(0, 1)
-    return F.ctc_loss(by_frame, tokens, lengths, token_lengths, BLANK, reduction="none", zero_infinity=True)
+    time_major = F.log_softmax(logits, -1).transpose(0, 1)
+    return F.ctc_loss(time_major, tokens, lengths, token_lengths, BLANK, reduction="none", zero_infinity=True)
 
 
 def _reference_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     valid = ~padding_mask(token_lengths, tokens.shape[1])
-    # Each position of the transcript becomes a class of its own, so that the posterior is per position.
+    # Make each position of the transcript a separate class, so that the posterior is per position.
     classes = F.pad(tokens.masked_fill(~valid, BLANK), (1, 0), value=BLANK)
     log_probs = F.log_softmax(logits, -1).gather(2, classes[:, None].expand(-1, logits.shape[1], -1))  # (B, T, 1 + S)
     with torch.inference_mode(False), torch.enable_grad():
-        by_frame = log_probs.transpose(0, 1).clone().requires_grad_()
+        time_major = log_probs.transpose(0, 1).clone().requires_grad_()
         targets = torch.arange(1, log_probs.shape[2], device=tokens.device).expand_as(tokens)
-        loss = F.ctc_loss(by_frame, targets, lengths, token_lengths, BLANK, reduction="sum", zero_infinity=True)
-        (gradient,) = torch.autograd.grad(loss, by_frame)  # of the log-softmax's input: probability - posterior
+        loss = F.ctc_loss(time_major, targets, lengths, token_lengths, BLANK, reduction="sum", zero_infinity=True)
+        # torch returns the gradient of the log-softmax's input: probability - posterior.
+        (gradient,) = torch.autograd.grad(loss, time_major)
     posterior = (log_probs.exp() - gradient.transpose(0, 1))[..., 1:]
     posterior = posterior.masked_fill(padding_mask(lengths, log_probs.shape[1])[..., None], 0.0)
     frames = torch.arange(log_probs.shape[1], device=logits.device, dtype=log_probs.dtype)
@@ -131,6 +132,6 @@ def _backward(ctx, losses_gradient, gradient_gradient):
     return gradient * losses_gradient[:, None, None], None, None, None, None
 
 
-backends.register("ctc_places", TIMES, _fake_times, module="ctc_loss")  # the C++ op of token_times
+backends.register("ctc_places", TIMES, _fake_times, module="ctc_loss")  # called by ctc_token_times
 for _name in backends.register("ctc_loss", LOSS, _fake_loss):
     torch.library.register_autograd(_name, _backward, setup_context=_save)

@@ -11,7 +11,8 @@ forward variable per frame. For a hypothesis g, a token v and the probability p_
     psi(g.v) = sum over t of f_(t-1)(g,v) * p_t(v)           P(the transcript starts with g.v)
     psi(g.<eos>) = a_T(g)                                    P(the transcript is g)
 
-The gains of a hypothesis are log psi(g.v) - log psi(g), the log-probabilities of the next token; -inf for the blank.
+The log-probability of the next token, next_log_probs, is log psi(g.v) - log psi(g), and -inf for the blank. The C++
+sources call it the gain of v.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ class CtcState(NamedTuple):
 
     forward_log_probs: Tensor  # (B, K, T + 1), a_t
     prefix_log_probs: Tensor  # (B, K), psi
-    gains: Tensor  # (B, K, V)
+    next_log_probs: Tensor  # (B, K, V), log psi(g.v) - log psi(g)
 
 
 def ctc_log_probabilities(logits: Tensor, lengths: Tensor, forbidden: Sequence[int] = ()) -> Tensor:
     """Return the log-softmax of logits (B, T, V) of any float type, as float32 input for ctc_start and ctc_prefix.
 
     Frames past the lengths (B,) are blank with probability 1, which changes no hypothesis. Tokens in `forbidden` get
-    -inf before the softmax. A frame that holds NaN or +inf, or only -inf, gives every token -inf, and so every
-    hypothesis.
+    -inf before the softmax. In a frame with NaN or +inf, or with only -inf, every token gets
+    -inf, and so does every hypothesis.
     """
     logits = logits.float()
     if forbidden:
@@ -57,9 +58,8 @@ def ctc_start(ctc_log_probs: Tensor, beam: int, *, eos: int) -> CtcState:
     """Return the state of `beam` empty hypotheses per utterance; the other arguments are those of ctc_prefix."""
     forward_log_probs = torch.nn.functional.pad(ctc_log_probs[..., BLANK].cumsum(-1), (1, 0))[:, None]
     prefix_log_probs = torch.zeros_like(forward_log_probs[..., 0])
-    state = CtcState(
-        forward_log_probs, prefix_log_probs, _gains(ctc_log_probs, forward_log_probs, prefix_log_probs, None, eos)
-    )
+    next_log_probs = _next_log_probs(ctc_log_probs, forward_log_probs, prefix_log_probs, None, eos)
+    state = (forward_log_probs, prefix_log_probs, next_log_probs)
     return CtcState(*(x.repeat_interleave(beam, 1) for x in state))
 
 
@@ -75,7 +75,7 @@ def ctc_prefix(
 ) -> CtcState:
     """Return the state of the hypotheses after each has been extended by one token. Not differentiable.
 
-    In C++ the result of an utterance is the same bits alone and in any batch.
+    In C++ the result of an utterance is bit-identical in any batch.
 
     Args:
         ctc_log_probs: (B, T, V) float32 from ctc_log_probabilities; not NaN.
@@ -100,9 +100,9 @@ def ctc_prefix(
 
 
 def _reference(
-    ctc_log_probs, forward_log_probs, prefix_log_probs, gains, tokens, parents, chosen, eos
+    ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen, eos
 ) -> tuple[Tensor, ...]:
-    B, K, V = gains.shape
+    B, K, V = next_log_probs.shape
     before = forward_log_probs.gather(1, parents[..., None].expand(-1, -1, forward_log_probs.shape[2]))
     repeats = (chosen == tokens.gather(1, parents))[..., None]
     begun = torch.where(repeats, _after_blank(ctc_log_probs, before), before)  # f
@@ -114,8 +114,9 @@ def _reference(
         alpha = torch.logaddexp(newest, alpha + blank[..., t])
         after.append(alpha)
     forward_log_probs = torch.stack(after, -1)
-    prefix_log_probs = (prefix_log_probs[..., None] + gains).flatten(1).gather(1, parents * V + chosen)
-    return forward_log_probs, prefix_log_probs, _gains(ctc_log_probs, forward_log_probs, prefix_log_probs, chosen, eos)
+    prefix_log_probs = (prefix_log_probs[..., None] + next_log_probs).flatten(1).gather(1, parents * V + chosen)
+    next_log_probs = _next_log_probs(ctc_log_probs, forward_log_probs, prefix_log_probs, chosen, eos)
+    return forward_log_probs, prefix_log_probs, next_log_probs
 
 
 def _log_probs_of(ctc_log_probs: Tensor, tokens: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def _after_blank(ctc_log_probs: Tensor, forward_log_probs: Tensor) -> Tensor:
     return torch.nn.functional.pad(ended, (1, 0), value=-torch.inf)
 
 
-def _gains(
+def _next_log_probs(
     ctc_log_probs: Tensor, forward_log_probs: Tensor, prefix_log_probs: Tensor, last: Tensor | None, eos: int
 ) -> Tensor:
     psi = (forward_log_probs[..., :-1, None] + ctc_log_probs[:, None]).logsumexp(2)
@@ -164,14 +165,14 @@ def _check(ctc_log_probs: Tensor, state: CtcState, tokens: Tensor, parents: Tens
         raise ValueError(f"eos must be a token from 0 to {V - 1}; got {eos}")
 
 
-def _fake(ctc_log_probs, forward_log_probs, prefix_log_probs, gains, tokens, parents, chosen, eos):
-    return tuple(x.new_empty(x.shape) for x in (forward_log_probs, prefix_log_probs, gains))
+def _fake(ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen, eos):
+    return tuple(x.new_empty(x.shape) for x in (forward_log_probs, prefix_log_probs, next_log_probs))
 
 
 backends.register(
     "ctc_prefix",
-    "(Tensor ctc_log_probs, Tensor forward_log_probs, Tensor prefix_log_probs, Tensor gains, Tensor tokens,"
+    "(Tensor ctc_log_probs, Tensor forward_log_probs, Tensor prefix_log_probs, Tensor next_log_probs, Tensor tokens,"
     " Tensor parents, Tensor chosen, int eos)"
-    " -> (Tensor forward_log_probs, Tensor prefix_log_probs, Tensor gains)",
+    " -> (Tensor forward_log_probs, Tensor prefix_log_probs, Tensor next_log_probs)",
     _fake,
 )

@@ -51,8 +51,8 @@ def masked_attention(
         lengths: (B,) int64 valid frames, 0 to T; 0 gives zero weights, zero context and peak 0.
         scale:   factor on the scores; default 1/sqrt(D).
         weights: whether to return the weights; False saves writing them.
-        peaks:   whether to return also the frame that each query attends to most.
-        padding: padding_mask(lengths, T), to be computed once outside a loop; only the reference uses it.
+        peaks:   whether to also return the frame that each query attends to most.
+        padding: padding_mask(lengths, T), so that a loop computes it only once; only the reference uses it.
         backend: "auto", "reference", "triton" or "cpp".
 
     Returns:
@@ -62,7 +62,7 @@ def masked_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
-        RuntimeError: the named backend is not available here, or D or E is too large for it (Triton: 512, or 256 in
+        RuntimeError: the named backend is not available here, or D or E exceeds its limit (Triton: 512, or 256 in
             float32 with gradients).
     """
     _check(query, keys, values, lengths, padding)
@@ -84,11 +84,11 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, sca
     device = query.device.type
     autocast = torch.is_autocast_enabled(device)  # it would run the matmuls in half precision
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        wide = torch.promote_types(query.dtype, torch.float32)
-        past = padding[:, None]  # (B, 1, T)
-        scores = torch.bmm(query.to(wide) * scale, keys.to(wide).transpose(1, 2))  # (B, K, T)
-        weights = scores.masked_fill(past, LOWEST).softmax(-1).masked_fill(past, 0.0)
-        return torch.bmm(weights, values.to(wide)).to(values.dtype), weights
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        masked = padding[:, None]  # (B, 1, T)
+        scores = torch.bmm(query.to(dtype) * scale, keys.to(dtype).transpose(1, 2))  # (B, K, T)
+        weights = scores.masked_fill(masked, LOWEST).softmax(-1).masked_fill(masked, 0.0)
+        return torch.bmm(weights, values.to(dtype)).to(values.dtype), weights
 
 
 def _too_wide(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
@@ -154,7 +154,7 @@ def _fake_forward(query, keys, values, lengths, scale, weights):
 def _fake_backward(
     context_gradient, weights_gradient, query, keys, values, lengths, context, weights, logsumexp, scale, memory
 ):
-    """The gradients of keys and values are empty if `memory` is False: nobody asked for them."""
+    """The gradients of keys and values are empty if `memory` is False, that is, if neither is needed."""
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
     return query.new_empty(query.shape), keys.new_empty(shapes[0]), values.new_empty(shapes[1])
 
@@ -170,7 +170,7 @@ def _save(ctx, inputs, output) -> None:
 def _make_backward(op):
     @once_differentiable
     def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
-        weights_gradient = weights_gradient if ctx.weights else None  # without weights it is that of an empty tensor
+        weights_gradient = weights_gradient if ctx.weights else None  # weights=False: of an empty tensor
         memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         query, keys, values = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
         return query, keys if memory else None, values if memory else None, None, None, None

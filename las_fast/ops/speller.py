@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from las_fast.ops.masked_attention import masked_attention
 
-TINY = 1e-30  # rows of no larger magnitude become zeros in int8: 127 / largest must be finite
+TINY = 1e-30  # a row whose largest magnitude is at most this is quantised to zeros: 127 / largest could overflow
 
 
 class SpellerWeights(NamedTuple):
@@ -51,7 +51,7 @@ def step(
 ) -> tuple[Tensor, Tensor, Tensor, State]:  # fmt: skip
     """Return logits (B, K, V), attention weights (B, K, T), their peaks (B, K) and the next state.
 
-    masks (B, 1, H_i) multiply the output of each cell (dropout). int8: compute as precision "int8" of speller_search.
+    masks (B, 1, H_i) multiply the output of each cell (dropout). int8: compute as speller_search with precision "int8".
     """
     below, hiddens, cells = weights.embedding[tokens], [], []
     for n, (gates, bias) in enumerate(zip(weights.gates, weights.gate_biases, strict=True)):
@@ -73,7 +73,8 @@ def _gates(_cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Te
 
 def _gates_int8(cell: int, parts: list[Tensor], weights: Tensor, bias: Tensor) -> Tensor:
     first, second = weights.split([part.shape[-1] for part in parts], 1)
-    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)  # the token's part of cell 0 is a table look-up
+    # C++ looks up the token's part of cell 0 in a table, which is not quantised.
+    below = (F.linear if cell == 0 else linear_int8)(parts[0], first)
     return below + linear_int8(parts[1], second) + bias
 
 
@@ -90,7 +91,7 @@ def _quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127 in float64, where matmuls of them are exact, and the scales (..., 1)."""
     largest = x.float().abs().amax(-1, keepdim=True)
     factor = torch.where(largest > TINY, 127 / largest, 0.0)
-    return (x * factor).round().double(), largest.double() / 127  # factor is float32
+    return (x * factor).round().double(), largest.double() / 127  # not 1 / factor, which is rounded to float32
 
 
 def check_memory(weights: SpellerWeights, keys: Tensor, values: Tensor) -> None:

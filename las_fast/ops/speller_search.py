@@ -7,7 +7,7 @@ At each step, for every beam of every utterance (las_fast.model.speller is the s
     cell_i    = sigmoid(f) * cell_i + sigmoid(i) * tanh(g);   hidden_i = sigmoid(o) * tanh(cell_i)
     context   = attention of query(hidden_last) over keys and values    see masked_attention
     logits    = embedding . gelu(project([hidden_last, context])) + bias
-    beams     = beam_topk of the logits (with CTC, of ctc_prefix's gains too); states are gathered by parents
+    beams     = beam_topk of the logits, with CTC also of ctc_prefix; states are gathered by parents
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from las_fast.ops.masks import padding_mask
 from las_fast.ops.speller import SpellerWeights, State, check_memory, initial_state, step
 
 PRECISIONS = ("fp32", "bf16", "int8")
-COVERAGE_FLOOR = 0.01  # attention per frame is clamped to it, so that its logarithm is finite
+COVERAGE_FLOOR = 0.01  # lower clamp of a frame's attention, so that its logarithm is finite
 
 
 class Steps(NamedTuple):
@@ -34,7 +34,7 @@ class Steps(NamedTuple):
     tokens: Tensor  # int64
     parents: Tensor  # int64
     scores: Tensor  # float32, of the hypothesis so far
-    attended_frames: Tensor  # int64, the frame that each living beam attended to most, before the step's pruning
+    attended_frames: Tensor  # int64, the frame that each beam attended to most; beams as before the step's pruning
 
 
 class Options(NamedTuple):
@@ -79,8 +79,7 @@ def speller_search(
 ) -> Steps:
     """Search until every beam of every utterance has finished or does not exist; return all steps.
 
-    Not differentiable. In C++ the result of an utterance is the same bits alone, in any batch, on any number of
-    threads.
+    Not differentiable. In C++ the result of an utterance is bit-identical in any batch and with any number of threads.
 
     Args:
         weights: of the speller.
@@ -88,7 +87,7 @@ def speller_search(
         values:  (B, T, E) float32.
         lengths: (B,) int64 valid frames, 0 to T.
         beam:    K.
-        sos:     token before the first.
+        sos:     token that the first step reads.
         eos:     token that ends a hypothesis.
         maximum: (B,) int64 tokens at which an unfinished beam must take eos.
         minimum, length_penalty, eos_threshold: as in beam_topk.
@@ -100,12 +99,12 @@ def speller_search(
         precision: of the matmuls in C++. "fp32"; "bf16" with float32 accumulation and cell states; "int8", which is
             bf16 except for the matmuls of context and hidden states with the gates' weights (linear_int8). In the
             reference all but those int8 matmuls are float32.
-        packed:  result of speller_pack for these weights and this precision; None: packed in this call. The reference
-            ignores it.
+        packed:  result of speller_pack for these weights and this precision; None: pack them in this call. The
+            reference ignores it.
         backend: "auto", "reference" or "cpp".
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; a name is unknown.
+        ValueError: shapes, dtypes or devices disagree; precision or backend is unknown.
         RuntimeError: the named backend is not available here; in C++, a value is out of range or `packed` does not fit.
     """
     options = Options(
@@ -127,15 +126,15 @@ def speller_pack(
 ) -> Tensor | None:
     """Pack the weight matrices for the C++ search, to share between searches; None where the search is not in C++.
 
-    The result, (bytes,) uint8, is a copy: it does not follow later weight updates. Each search still reads the biases
-    and the embedding look-up from the weights.
+    The result, (bytes,) uint8, is a copy and does not track later weight updates. Each search still reads the biases
+    and the embedding from `weights`.
 
     Args:
         weights, precision, backend: as in speller_search.
         device: of the search.
 
     Raises:
-        ValueError: a name is unknown.
+        ValueError: precision or backend is unknown.
         RuntimeError: the named backend is not available here, or the shapes of the weights disagree.
     """
     _check_precision(precision)
@@ -169,9 +168,10 @@ def _reference(weights: SpellerWeights, keys, values, lengths, options: Options,
         best = _prune(logits, beams, options.coverage_weight * coverage(attention, lengths), options)
         ctc = _advance_ctc(beams, best, options)
         beams = _Beams(best.tokens, best.scores, best.finished, best.lengths, best.ngram_states, ctc)
-        moved = beam_gather((*state.hidden, *state.cell, state.context, attention), best.parents, backend="reference")
+        states = (*state.hidden, *state.cell, state.context, attention)
+        gathered = beam_gather(states, best.parents, backend="reference")
         n = len(state.hidden)
-        state, attention = State(tuple(moved[:n]), tuple(moved[n : 2 * n]), moved[-2]), moved[-1]
+        state, attention = State(tuple(gathered[:n]), tuple(gathered[n : 2 * n]), gathered[-2]), gathered[-1]
         steps.append((best.tokens, best.parents, best.scores, peaks))
     return Steps(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
 
@@ -202,7 +202,7 @@ def first_ngram_state(ngram_table: Tensor, sos: int) -> int:
     return sos * (states - 1) // (V - 1) if V > 1 else 0
 
 
-def _prune(logits: Tensor, beams: _Beams, bonus: Tensor, options: Options) -> BeamStep:
+def _prune(logits: Tensor, beams: _Beams, coverage_bonus: Tensor, options: Options) -> BeamStep:
     ngram = None
     if options.ngram_table is not None and beams.ngram_states is not None:
         ngram = Ngram(options.ngram_table, beams.ngram_states, options.ngram_weight)
@@ -216,9 +216,9 @@ def _prune(logits: Tensor, beams: _Beams, bonus: Tensor, options: Options) -> Be
         maximum=options.maximum,
         length_penalty=options.length_penalty,
         eos_threshold=options.eos_threshold,
-        coverage=bonus if options.coverage_weight else None,
+        coverage=coverage_bonus if options.coverage_weight else None,
         ngram=ngram,
-        ctc=None if beams.ctc is None else Ctc(beams.ctc.gains, options.ctc_weight),
+        ctc=None if beams.ctc is None else Ctc(beams.ctc.next_log_probs, options.ctc_weight),
         backend="reference",
     )
 

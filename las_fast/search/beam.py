@@ -74,9 +74,9 @@ def beam_search(
         ngram:   n-gram table as in las_fast.ops.Ngram, on the device; its weight is config.ngram_weight.
         packed:  from packed_weights, for this config and backend, with the model's weights unchanged since; None: the
             C++ search packs them itself.
-        backend: of the ops.
-        capture: True: replay CUDA graphs. False: run op by op. None: choose: one C++ op for a LAS on a CPU, CUDA
-            graphs on CUDA with the Triton ops, or else op by op.
+        backend: passed to the ops.
+        capture: True: replay CUDA graphs. False: run op by op. None: choose the fastest: one C++ op for a LAS on a CPU,
+            CUDA graphs on CUDA with the Triton ops, otherwise op by op.
 
     Returns:
         Up to nbest hypotheses per utterance, best first. If the model's outputs are NaN, the only hypothesis of the
@@ -86,12 +86,12 @@ def beam_search(
         InputError: config.ngram_weight without an n-gram table, config.ctc_weight without a CTC head, or precision bf16
             or int8 where the C++ search is not used.
     """
-    ngram, config = with_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
+    ngram, config = fold_length_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
         raise InputError(f"decoding.ctc_weight {NEEDS_CTC_HEAD}")
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = Search(model, config, ngram if config.ngram_weight else None, backend, packed)
-    with _current(memory.lengths.device):
+    with _device_context(memory.lengths.device):
         run = choose_search(search, memory.lengths.device, capture=capture)
         return backtrack(run(search, memory, limits), limits, config, nbest, backend)
 
@@ -107,12 +107,14 @@ def packed_weights(model, config: DecodingConfig, device: str | torch.device, ba
     return speller_pack(model.speller.weights(), device, precision=native_precision(config))
 
 
-def with_reward(ngram: Tensor | None, config: DecodingConfig, V: int, device) -> tuple[Tensor | None, DecodingConfig]:
+def fold_length_reward(
+    ngram: Tensor | None, config: DecodingConfig, V: int, device
+) -> tuple[Tensor | None, DecodingConfig]:
     """Fold config.length_reward into the n-gram table; return the table and the settings to use with it.
 
     weight * (log-probability + length_reward / weight) adds the reward to every token but <eos>. Without an n-gram
-    table, the result is a table of order 1 with nothing but the reward. beam_search does this itself, but to search
-    many batches it is cheaper to do it once. Raises InputError for config.ngram_weight without an n-gram table.
+    table, the result is a table of order 1 that holds only the reward. beam_search does this itself, but doing it once
+    is cheaper when many batches are searched. Raises InputError for config.ngram_weight without an n-gram table.
     """
     if config.ngram_weight and ngram is None:
         raise InputError("decoding.ngram_weight needs an n-gram model, but there is none; set it to 0")
@@ -131,7 +133,7 @@ def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
     return Limits(torch.minimum((lengths * config.minimum_share).long(), maximum), maximum)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
+def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
     """Make a CUDA device the current device, for events, streams and Triton."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -141,7 +143,7 @@ def choose_search(
 ) -> Callable[[Search, Any, Limits], Steps]:
     """Return the function that runs the search: search_natively, search_by_graph or search_by_steps.
 
-    capture is as in beam_search. Raises InputError for a precision that the search does not have.
+    capture is as in beam_search. Raises InputError for a precision that the search does not support.
     """
     if capture is None and is_native(search.model, search.backend, device):
         return search_natively

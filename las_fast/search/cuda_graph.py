@@ -52,11 +52,11 @@ def search_by_graph(search: Search, memory, limits: Limits) -> Steps:
 
 
 def bucket(batch: int, frames: int) -> tuple[int, int]:
-    """Return the (utterances, encoder frames) that a memory of this size is padded to."""
+    """Return the padded size, (utterances, encoder frames), of a memory of this size."""
     return 1 << max(batch - 1, 0).bit_length(), -(-frames // FRAMES_MULTIPLE) * FRAMES_MULTIPLE
 
 
-def forget() -> None:
+def clear_graphs() -> None:
     """Free the memory of all graphs."""
     with _lock:
         _graphs.clear()
@@ -88,7 +88,7 @@ class GraphedChunk:
     """One chunk, captured over its own buffers.
 
     Args:
-        advance: (inputs, beams) -> (beams, chunk): enqueues a chunk; not kept. All are nested tuples of tensors.
+        advance: (inputs, beams) -> (beams, chunk): enqueues a chunk; not stored. All are nested tuples of tensors.
         inputs:  tensors that a chunk only reads; copied.
         beams:   tensors that a chunk reads and updates; copied.
     """
@@ -156,12 +156,12 @@ def _copy(buffers: Any, tensors: Any) -> None:
 
 
 def _addresses(model: Any) -> Hashable:
-    """Return where the weights are in memory: a graph reads them there."""
+    """Return the addresses and layouts of the weights, which a graph reads in place."""
     if not isinstance(model, torch.nn.Module):
         return ()
     return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (*model.parameters(), *model.buffers()))
 
 
 def _sizes(tree: Any) -> Hashable:
-    """Return the shape, dtype and device of each tensor, which must equal those of the graph's buffers."""
+    """Return the shape, dtype and device of each tensor: a graph's buffers must have the same."""
     return tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in tree_leaves(tree))

@@ -19,8 +19,8 @@ from las_fast.errors import InputError, is_out_of_memory
 from las_fast.model.attention import Memory
 from las_fast.ops import ctc_loss
 from las_fast.progress import Progress
-from las_fast.search.beam import Hypothesis, beam_search, packed_weights, with_reward
-from las_fast.search.cuda_graph import forget
+from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
+from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
 from las_fast.text import PAD, Vocabulary
 
@@ -46,7 +46,7 @@ def decode_dataset(
     is halved and tried again, and later batches of that size are halved at once.
 
     Args:
-        model:         see beam_search; it also has listen as las_fast.model.las.LAS.
+        model:         see beam_search; it also has LAS.listen.
         dataset:       see las_fast.data.dataset.SpeechDataset.
         vocabulary:    of the model.
         config:        see beam_search.
@@ -62,14 +62,14 @@ def decode_dataset(
     Raises:
         InputError: one utterance alone does not fit in memory, or the model's outputs are not finite.
     """
-    ngram, config = with_reward(ngram, config, len(vocabulary), device)
+    ngram, config = fold_length_reward(ngram, config, len(vocabulary), device)
     packed = packed_weights(model, config, device) if packed is None else packed
     options: dict[str, Any] = {"nbest": nbest, "ngram": ngram, "packed": packed}
     decode = partial(
         _decode_batch, model=model, config=config, device=device, with_speech_scores=speech_scores, **options
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
-    too_many = math.inf  # padded frames per batch that did not fit
+    failed_size = math.inf  # padded frames of the smallest batch that did not fit
     with Progress(float(dataset.seconds.sum()), "decoding", "s of audio", show=progress) as bar:
         for batch in batches_to_decode(dataset, vocabulary, config):
             waiting = [batch]
@@ -77,9 +77,9 @@ def decode_dataset(
                 part = waiting.pop()
                 size = part.features.shape[0] * part.features.shape[1]
                 # The longest utterances come first, so a single utterance is always smaller than a batch that failed.
-                decoded = _decode_if_it_fits(decode, part) if size < too_many else None
+                decoded = _try_decode(decode, part) if size < failed_size else None
                 if decoded is None:
-                    too_many = min(too_many, size)
+                    failed_size = min(failed_size, size)
                     waiting += _split_in_half(part, dataset)
                     continue
                 for i, hypotheses in zip(part.indices.tolist(), decoded, strict=True):
@@ -90,7 +90,7 @@ def decode_dataset(
 
 
 def batches_to_decode(dataset, vocabulary: Vocabulary, config: DecodingConfig) -> Iterable[Batch]:
-    """Return batches by length, longest utterances first, without transcripts."""
+    """Return batches of similar lengths, longest utterances first, without transcripts."""
     batches = sorted_batches(
         dataset.frame_counts, frames_per_batch=config.frames_per_batch, utterances_per_batch=MAX_UTTERANCES_PER_BATCH
     )
@@ -110,8 +110,8 @@ def listen(model, batch: Batch, config: DecodingConfig):
 def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
     """Return how much more likely each text is than silence under the CTC head, in nats per token.
 
-    The score is (log p(text) - log p(only blanks)) / tokens. Speech scores 2 to 9; texts made up from noise score
-    below 1.
+    The score is (log p(text) - log p(only blanks)) / tokens. Speech scores 2 to 9; most texts hallucinated from noise
+    score below 1.
 
     Args:
         memory: of a batch of B utterances, from model.listen.
@@ -149,16 +149,14 @@ def _decode_batch(
     ]
 
 
-def _decode_if_it_fits(
-    decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch
-) -> list[list[Hypothesis]] | None:
-    """Decode one batch; on lack of memory, free caches and return None."""
+def _try_decode(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch) -> list[list[Hypothesis]] | None:
+    """Decode one batch; if memory runs out, free caches and return None."""
     try:
         return decode(batch)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    forget()
+    clear_graphs()
     torch.cuda.empty_cache()
     return None
 

@@ -10,11 +10,11 @@ from las_fast.ops import Steps, backends, speller_search
 from las_fast.search.steps import Limits, Search, ctc_log_probs
 from las_fast.text import EOS, SOS
 
-LOW_PRECISIONS = ("bf16", "int8")  # of decoding; only the native search has them; the listener then runs in bfloat16
+LOW_PRECISIONS = ("bf16", "int8")  # of decoding, only in the native search; with either, the listener runs in bfloat16
 
 
 def is_native(model, backend: str, device: torch.device) -> bool:
-    """Return whether the C++ op can run the whole search: a LAS itself, without autocast, on a device that has the op.
+    """Return whether the C++ op can run the whole search: for a plain LAS, without autocast, on a device with the op.
 
     A subclass of LAS may override step, which the op would not call.
     """

@@ -27,17 +27,17 @@ if TYPE_CHECKING:  # importing torch would slow down --help
 FORMAT = "las_fast lm 1"
 SMOOTHING = "interpolated modified Kneser-Ney"
 DEFAULT_ORDER = 5  # held-out perplexity on English for orders 3 to 6: 6.7, 4.9, 4.1, 3.8; order 6 needs a 3.5 GB table
-MAX_ORDER = 12  # an n-gram of 31 tokens still fits in int64
+MAX_ORDER = 12  # 31 ** 12 still fits in int64; 31 is the size of the default vocabulary
 DEFAULT_WEIGHT = 0.1  # decoding.ngram_weight with --lm if the settings have none; the best of a few on AN4's dev split
 FORBIDDEN_LOG_PROB = -1e4  # of <pad> and <sos>: exp gives 0, and times a weight of 0 it is 0, where -inf would be NaN
-DEFAULT_DISCOUNTS = (0.5, 1.0, 1.5)  # for texts too small or orders too dense for the formulas
+DEFAULT_DISCOUNTS = (0.5, 1.0, 1.5)  # where a text is too small, or an order too dense, for the formulas
 SENTENCES_PER_PASS = 20000  # counted at once, to bound memory
-Counts = tuple[np.ndarray, np.ndarray]  # (N,) int64 n-grams as numbers to the base V, ascending; (N,) int64 counts
+Counts = tuple[np.ndarray, np.ndarray]  # (N,) int64 n-grams as numbers in base V, ascending; (N,) int64 counts
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Counts of the n-grams of a text. An n-gram is a number to the base V with its newest token as the last digit."""
+    """Counts of the n-grams of a text. An n-gram is a number in base V with its newest token as the last digit."""
 
     order: int
     characters: str
@@ -45,7 +45,7 @@ class LanguageModel:
     counts: np.ndarray  # (N,) int64, at least 1
     sentences: int = 0
 
-    def table(self) -> np.ndarray:
+    def ngram_table(self) -> np.ndarray:
         """Return (V ** (order-1), V) float32 log-probabilities, as las_fast.ops.Ngram takes them.
 
         <pad> and <sos> have FORBIDDEN_LOG_PROB.
@@ -61,7 +61,7 @@ class LanguageModel:
         return p
 
     def _counts_of_order(self, k: int, V: int) -> Counts:
-        """Return the k-grams and their counts. Below the highest order, a count is of distinct preceding tokens."""
+        """Return the k-grams and their counts; below the highest order, the number of distinct tokens before each."""
         if k == self.order:
             return self.ngrams, self.counts
         longer = np.unique(self.ngrams % V ** (k + 1))
@@ -72,11 +72,11 @@ def _interpolate(lower: np.ndarray, ngrams: np.ndarray, counts: np.ndarray) -> n
     """Turn probabilities of order k-1, repeated for each context (V ** (k-1), V), into those of order k, in place."""
     size, V = lower.shape
     contexts = ngrams // V
-    removed = _discounts(counts)[np.minimum(counts, 3)]
+    discounts = _discounts(counts)[np.minimum(counts, 3)]
     total = np.bincount(contexts, counts, size)
-    share = np.bincount(contexts, removed, size) / np.maximum(total, 1)
+    share = np.bincount(contexts, discounts, size) / np.maximum(total, 1)
     lower *= np.where(total > 0, share, 1.0)[:, None].astype(np.float32)
-    lower.ravel()[ngrams] += ((counts - removed) / total[contexts]).astype(np.float32)
+    lower.ravel()[ngrams] += ((counts - discounts) / total[contexts]).astype(np.float32)
     return lower
 
 
@@ -127,14 +127,14 @@ def _encode_ngrams(sentences: list[str], characters: str, order: int) -> np.ndar
 
 def merge_counts(a: Counts, b: Counts) -> Counts:
     """Add two counts."""
-    ngrams, places = np.unique(np.concatenate((a[0], b[0])), return_inverse=True)
-    return ngrams, np.bincount(places, np.concatenate((a[1], b[1])), len(ngrams)).astype(np.int64)
+    ngrams, index = np.unique(np.concatenate((a[0], b[0])), return_inverse=True)
+    return ngrams, np.bincount(index, np.concatenate((a[1], b[1])), len(ngrams)).astype(np.int64)
 
 
 def perplexity(table: np.ndarray, counts: Counts) -> float:
     """Return exp of the mean negative log-probability of the counted n-grams: per character, with <eos> as one."""
-    ngrams, times = counts
-    return float(np.exp(-(table.ravel()[ngrams].astype(np.float64) * times).sum() / times.sum()))
+    ngrams, occurrences = counts
+    return float(np.exp(-(table.ravel()[ngrams].astype(np.float64) * occurrences).sum() / occurrences.sum()))
 
 
 def save_lm(path: Path, model: LanguageModel) -> None:
@@ -163,7 +163,7 @@ def save_lm(path: Path, model: LanguageModel) -> None:
 
 
 def load_lm(path: Path) -> LanguageModel:
-    """Read a file of save_lm. Raises InputError if it is missing, damaged or something else."""
+    """Read a file that save_lm wrote. Raises InputError if it is missing, damaged or not a language model."""
     from safetensors import SafetensorError, safe_open
 
     from las_fast.data import plain_text
@@ -203,24 +203,24 @@ def _is_valid(model: LanguageModel) -> bool:
 
 
 def with_default_weight(decoding: DecodingConfig, lm: str | os.PathLike[str] | None) -> DecodingConfig:
-    """Return the settings, with DEFAULT_WEIGHT for the model that --lm names if they have no weight."""
+    """Return the settings; if --lm names a model and ngram_weight is 0, ngram_weight is set to DEFAULT_WEIGHT."""
     return replace(decoding, ngram_weight=DEFAULT_WEIGHT) if lm and not decoding.ngram_weight else decoding
 
 
 def load_ngram_table(
     lm: str | None, decoding: DecodingConfig, loaded: Loaded, device: torch.device | str, option: str = "--lm "
 ) -> torch.Tensor | None:
-    """Return the n-gram table of the model that lm names, or else of the checkpoint's own; None at weight 0.
+    """Load the n-gram table of the language model `lm`, or by default of the checkpoint's; None if ngram_weight is 0.
 
     Args:
         lm:       file or name, see find_lm.
-        decoding: settings, of which ngram_weight is read.
+        decoding: settings; only ngram_weight is read.
         loaded:   the checkpoint.
         device:   of the table.
-        option:   text that precedes the name in errors.
+        option:   text before the name in errors.
 
     Raises:
-        InputError: a weight without a model, a model without a weight, or a model of other characters.
+        InputError: a weight without a model, a model without a weight, or a model with other characters.
     """
     import torch
 
@@ -232,7 +232,7 @@ def load_ngram_table(
     if path is None:
         raise InputError(
             f"decoding.ngram_weight is {decoding.ngram_weight:g} and there is no language model; give {option}FILE, "
-            f"put one beside the checkpoint as {lm_path_for(loaded.path)}, or set the weight to 0"
+            f"put one next to the checkpoint as {lm_path_for(loaded.path)}, or set the weight to 0"
         )
     model = load_lm(path)
     if model.characters != loaded.vocabulary.characters:
@@ -240,19 +240,19 @@ def load_ngram_table(
             f"{path} has the characters {model.characters!r}, but checkpoint {loaded.path} has "
             f"{loaded.vocabulary.characters!r}; train a language model with the checkpoint's --characters"
         )
-    return torch.from_numpy(model.table()).to(device)
+    return torch.from_numpy(model.ngram_table()).to(device)
 
 
 def lm_path_for(checkpoint: Path) -> Path:
-    """Return the path of a checkpoint's own language model: NAME.lm.safetensors beside NAME.safetensors."""
+    """Return the path of a checkpoint's language model: NAME.lm.safetensors next to NAME.safetensors."""
     return checkpoint.with_suffix(".lm.safetensors")
 
 
 def find_lm(lm: str | None, checkpoint: Path, option: str = "--lm ") -> Path | None:
-    """Return the file of a language model: lm as a path or as a released model's name, or else the checkpoint's own.
+    """Return the file of a language model: `lm` is a path or the name of a released model; None: the checkpoint's.
 
-    None if lm is None and the checkpoint has none. option precedes the name in errors. Raises InputError for an unknown
-    name.
+    Returns None if lm is None and the checkpoint has no language model. `option` is the text before the name in errors.
+    Raises InputError for an unknown name.
     """
     from las_fast.checkpoint import RELEASED
 

@@ -1,7 +1,7 @@
-"""Beam search step by step: what a step reads and changes, chunks of steps, and the loop that runs the chunks.
+"""Beam search step by step: the inputs and the state of a step, chunks of steps, and the loop over chunks.
 
 The state of B utterances times K beams stays in (B, K, ...) tensors. Keys and values stay (B, T, ...): all beams share
-them. Every step has the same shapes and needs no number from the device, so a chunk of steps can be enqueued without
+them. Every step has the same shapes and copies nothing to the host, so a chunk of steps can be enqueued without
 waiting, or captured as a CUDA graph. A finished beam is frozen: it takes <eos> at an unchanged score and is ranked with
 the others, so steps past the end change nothing.
 
@@ -46,7 +46,7 @@ class Search:
     model: Any  # see beam_search
     config: DecodingConfig
     ngram: Tensor | None  # n-gram table, see las_fast.ops.Ngram
-    backend: str  # of the ops
+    backend: str  # passed to the ops
     packed: Tensor | None = None  # weights packed for the native search, see packed_weights
 
 
@@ -118,11 +118,11 @@ def ctc_log_probs(config: DecodingConfig, memory) -> Tensor | None:
 
 
 def advance(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, tuple[Steps, Tensor]]:
-    """Take STEPS_PER_CHUNK steps; return the beams after them, the steps, and a () bool: have all beams ended?"""
+    """Take STEPS_PER_CHUNK steps; return the new beams, the steps, and a () bool: whether all beams have ended."""
     taken = []
     for _ in range(STEPS_PER_CHUNK):
-        beams, one = step(search, inputs, beams)
-        taken.append(one)
+        beams, one_step = step(search, inputs, beams)
+        taken.append(one_step)
     chunk = Steps(*(torch.stack(parts) for parts in zip(*taken, strict=True)))
     return beams, (chunk, (beams.finished | beams.scores.isneginf()).all())
 
@@ -148,7 +148,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
         eos_threshold=config.eos_threshold,
         coverage=None if attention is None else config.coverage_weight * coverage(attention, memory.lengths),
         ngram=None if search.ngram is None or states is None else Ngram(search.ngram, states, config.ngram_weight),
-        ctc=None if ctc is None else Ctc(ctc.gains, config.ctc_weight),
+        ctc=None if ctc is None else Ctc(ctc.next_log_probs, config.ctc_weight),
         backend=backend,
     )
     if attention is not None:
@@ -164,7 +164,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
 
 
 def max_chunks(search: Search, memory) -> int:
-    """Return how many chunks the longest possible text needs, from shapes alone: no number comes from the device."""
+    """Return how many chunks the longest possible text needs. Reads only shapes: reading lengths would synchronise."""
     frames = memory.padding.shape[1] * search.model.time_reduction
     longest = max(math.ceil(frames * search.config.maximum_share) + search.config.maximum_extra, 1) + 1  # 1: <eos>
     return -(-longest // STEPS_PER_CHUNK)
@@ -194,7 +194,7 @@ class PendingFlag:
 
 
 def run_chunks(chunks: Iterator[tuple[Steps, Tensor]], limit: int, in_flight: int) -> Steps:
-    """Concatenate the steps of chunks until a flag says that all beams have ended, or of `limit` chunks.
+    """Concatenate the steps of chunks until a flag says that all beams have ended, at most `limit` chunks.
 
     Chunk i + in_flight is requested only after the flag of chunk i has been read.
     """

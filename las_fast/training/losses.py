@@ -1,4 +1,4 @@
-"""Training losses, each summed over real tokens; padding never counts."""
+"""Training losses, each summed over the tokens of a batch; padding adds nothing."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tens
 
     loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((token_times[u] T - t) / window)^2)
 
-    A supervised attention (Mi et al. 2016). Unlike guided_attention_loss, it keeps its gradient where the attention
-    is sharp and wrong. For that the window has a hard edge: with a tail at the wrong peak the gradient would vanish.
+    Supervised attention (Mi et al. 2016). Unlike guided_attention_loss, it has a gradient where the attention is sharp
+    but wrong. This needs a window with a hard edge: a tail that reached the wrong peak would make the gradient vanish.
 
     Args:
         weights, lengths, token_lengths: as for guided_attention_loss.
@@ -80,22 +80,22 @@ def _diagonal_times(token_lengths: Tensor, count: int) -> Tensor:
 def relative_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     """Time of each token according to CTC, (B, U), as a fraction of the utterance; carries no gradient.
 
-    A character's time is the mean frame of its posterior given the transcript (ops.token_times); Inaguma and Kawahara
-    2021 let attention follow CTC in this way. <eos> is at 1. An utterance with more characters than frames gets the
-    diagonal.
+    A character's time is the mean frame of its posterior given the transcript (ops.ctc_token_times); Inaguma and
+    Kawahara 2021 guide attention by CTC in this way. <eos> is at 1. An utterance with more characters than frames gets
+    the diagonal.
 
     Args: as for ctc_loss.
     """
-    times = ops.token_times(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
+    times = ops.ctc_token_times(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
     times = times.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
-    possible = (lengths >= token_lengths - 1)[:, None]
-    return torch.where(possible, times, _diagonal_times(token_lengths, tokens.shape[1]))
+    enough_frames = (lengths >= token_lengths - 1)[:, None]
+    return torch.where(enough_frames, times, _diagonal_times(token_lengths, tokens.shape[1]))
 
 
 def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, label_smoothing: float,
                   ctc_weight: float, guided_weight: float, guided_width: float, guided_frames: float = 0.0,
                   ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss per token, and its unweighted parts by name, each per token and detached.
+    """Return the loss per token, and its unweighted parts by name, each per token and detached.
 
     Args:
         output: of the model, teacher-forced on tokens.

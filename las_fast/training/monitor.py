@@ -1,8 +1,8 @@
-"""Attention monitor: has the attention aligned characters with frames, and what to try when it has not.
+"""Attention monitor: whether the attention has aligned characters with frames, and advice if it has not.
 
-No single number proves an alignment: sharp attention may look at one frame, at the end, or anywhere. So the monitor
-averages four numbers over utterances and asks for all of them. The guided attention loss alone can push all four up
-while the speller only follows the prior and ignores the audio. The fifth number, audio_gain, tells the two apart.
+No single number proves an alignment: sharp attention may stay on one frame, jump to the end, or wander. So the monitor
+averages four numbers over utterances and requires all of them. The guided attention loss alone can push all four up
+while the speller only follows the prior and ignores the audio. The fifth number, audio_gain, detects that.
 
     diagonal    correlation between a token's index and its attended frame (weighted mean); 1 is a diagonal
     sharp       attention within 2 frames of the peak, corrected for chance: 0 is uniform, 1 is all of it. Entropy would
@@ -24,8 +24,8 @@ import torch
 from las_fast.config import Config
 from las_fast.training.schedules import teacher_forcing_rate
 
-SHAPE = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.75, "coverage": 0.55}
-THRESHOLDS = SHAPE | {"audio_gain": 0.5}
+SHAPE_THRESHOLDS = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.75, "coverage": 0.55}
+THRESHOLDS = SHAPE_THRESHOLDS | {"audio_gain": 0.5}
 PEAK_RADIUS = 2  # frames on either side of the peak that count as the peak
 MIN_TOKENS = 3  # shorter utterances have no order to measure
 MIN_FRAMES = 8  # in shorter ones every frame is near the peak
@@ -58,7 +58,7 @@ def measure(weights: torch.Tensor, token_lengths: torch.Tensor, lengths: torch.T
 
     Args:
         weights:       (B, U, T) float32; values past the lengths are ignored.
-        token_lengths: (B,) int64 tokens, <eos> included. <eos> itself is not measured: it may look anywhere.
+        token_lengths: (B,) int64 tokens, <eos> included. <eos> itself is not measured: it may attend anywhere.
         lengths:       (B,) int64 valid encoder frames.
 
     Returns:
@@ -91,7 +91,7 @@ def combine(alignments: list[Alignment]) -> Alignment:
     total = sum(alignment.utterances for alignment in alignments)
     if total == 0:
         return Alignment(0.0, 0.0, 0.0, 0.0, 0)
-    means = {name: sum(getattr(a, name) * a.utterances for a in alignments) / total for name in SHAPE}
+    means = {name: sum(getattr(a, name) * a.utterances for a in alignments) / total for name in SHAPE_THRESHOLDS}
     return Alignment(**means, utterances=total)
 
 
@@ -104,7 +104,7 @@ def _diagonal(weights: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         return (x - (x * token_mask).sum(-1, keepdim=True) / counts) * token_mask
 
     attended, index = centred(attended), centred(index)
-    # floor: below a tenth of a frame the movement is rounding, which has no direction
+    # floor: a movement below a tenth of a frame is rounding, which has no direction
     spread = attended.square().sum(-1).clamp_min(0.01 * counts[:, 0])
     return (attended * index).sum(-1) / (spread * index.square().sum(-1)).sqrt()
 
@@ -122,8 +122,8 @@ def _sharp(
 def _monotonic(peaks: torch.Tensor, token_mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     moves = peaks[:, 1:] - peaks[:, :-1]
     max_step = torch.maximum(lengths / 4, 2 * lengths / token_mask.sum(-1)).clamp_min(2 * PEAK_RADIUS + 1)
-    good = (moves >= -PEAK_RADIUS) & (moves <= max_step[:, None]) & token_mask[:, 1:]
-    return good.sum(-1) / (token_mask.sum(-1) - 1)
+    in_order = (moves >= -PEAK_RADIUS) & (moves <= max_step[:, None]) & token_mask[:, 1:]
+    return in_order.sum(-1) / (token_mask.sum(-1) - 1)
 
 
 def _coverage(peaks: torch.Tensor, token_mask: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
@@ -136,11 +136,11 @@ def _coverage(peaks: torch.Tensor, token_mask: torch.Tensor, frame_mask: torch.T
 
 
 def status_line(alignment: Alignment, epoch: float, config: Config) -> str:
-    """One line: formed, not formed yet, or not formed by training.monitor_epoch and what to try, in order.
+    """Describe the alignment in one line; if it has not formed by training.monitor_epoch, add advice.
 
     Args:
         epoch: epochs trained so far.
-        config: the run's settings; advice that they follow already is left out.
+        config: the run's settings; advice that they already follow is left out.
     """
     deadline = config.training.monitor_epoch
     if alignment.utterances == 0:
@@ -162,9 +162,9 @@ def _number(alignment: Alignment, name: str) -> str:
 
 
 def advice(epoch: float, config: Config) -> list[str]:
-    """What to try when the attention has not formed, most promising first; what the run does already is left out."""
-    steps = (_guided, _ctc, _short, _teacher_forcing, _masks, _reduction, _batch)
-    advised = [step(epoch, config) for step in steps]
+    """Changes to try if the attention has not formed, most promising first, without those the run already has."""
+    rules = (_guided, _ctc, _short, _teacher_forcing, _masks, _reduction, _batch)
+    advised = [rule(epoch, config) for rule in rules]
     return [*filter(None, advised), f"longer training: --training.epochs {2 * config.training.epochs}"]
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, in light and dark."""
+"""The report of a run: one self-contained HTML file with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _frame_seconds(config: Config) -> float:
     return seconds_of(config.model.listener.time_reduction, config.features)
 
 
-def attention_of(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
+def read_attention(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
     """Read attention/epoch-*.npz of a run: its epoch, and (id, text, weights) of each utterance."""
     with np.load(path, allow_pickle=False) as data:
         ids = [str(i) for i in data["ids"]]
@@ -127,7 +127,7 @@ def write_report(
 
 
 def _headline(results: dict) -> str:
-    known = [
+    metrics = [
         ("cer", "CER", "{:.2f} %", "character edits per reference character"),
         ("wer", "WER", "{:.2f} %", "word edits per reference word"),
         ("ld", "LD", "{:.2f}", "character edits per utterance"),
@@ -135,8 +135,8 @@ def _headline(results: dict) -> str:
         ("rtfx", "speed", "{:,.0f} ×", "faster than real time, decoding"),
     ]
     tiles = [
-        f'<div class="tile"><b>{form.format(results[key])}</b><span>{name}</span><small>{what}</small></div>'
-        for key, name, form, what in known
+        f'<div class="tile"><b>{form.format(results[key])}</b><span>{name}</span><small>{unit}</small></div>'
+        for key, name, form, unit in metrics
         if results.get(key) is not None
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
@@ -183,15 +183,15 @@ def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> 
     ]  # file names have 2 decimals
     figures, caption = [], ""
     for path in dict.fromkeys([first, *at_formed[:1], last]):
-        epoch, pictures = attention_of(path)
+        epoch, pictures = read_attention(path)
         for name, text, weights in pictures[:1]:
             when = f"epoch {epoch:g}" + (", formed" if path in at_formed else "")
             figures.append(_attention_figure(name, text, weights, when, frame_seconds))
             caption = html.escape(f"{name}: {text}")
     return (
-        "<h2>Attention before and after</h2><p>Where the speller looks (across; brighter is more weight) for each "
-        "character (down), given the true characters before it.</p>"
-        f'<p class="said">{caption}</p><div class="trio">{"".join(figures)}</div>'
+        "<h2>Attention before and after</h2><p>Attention weights of each character (rows) over time (columns), with "
+        "teacher forcing; brighter is more.</p>"
+        f'<p class="text">{caption}</p><div class="trio">{"".join(figures)}</div>'
     )
 
 
@@ -212,7 +212,7 @@ def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
     others = scored[: len(scored) - len(worst)]
     best = sorted(others, key=lambda row: (row[0], -len(row[2])))[:MAX_ROWS]  # of equal rates, the longer texts first
     legend = (
-        '<p>Each utterance: what was said, and below it what was heard. <span class="said"><span class="delete">missed'
+        '<p>Each utterance: the reference, and below it the hypothesis. <span class="text"><span class="delete">missed'
         '</span> <span class="insert">added</span> <span class="replace">replaced</span></span></p>'
     )
     tables = "".join(f"<h3>{name}</h3>{_table(part)}" for name, part in (("Worst", worst), ("Best", best)) if part)
@@ -228,9 +228,9 @@ def _table(rows: Sequence[tuple[float, str, str, str]]) -> str:
             texts = marked_reference
         lines.append(
             f'<tr><td class="name">{html.escape(name)}</td><td class="rate">{rate:.0f} %</td>'
-            f'<td class="said">{texts}</td></tr>'
+            f'<td class="text">{texts}</td></tr>'
         )
-    head = '<tr><th>utterance</th><th class="rate">CER</th><th>said / heard</th></tr>'
+    head = '<tr><th>utterance</th><th class="rate">CER</th><th>reference / hypothesis</th></tr>'
     return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
 
 

@@ -1,4 +1,4 @@
-"""Logs of a training: log.jsonl, TensorBoard and, on request, Weights & Biases."""
+"""Logs of a training: log.jsonl, TensorBoard and, if enabled, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunLog:
 
     def _write(self, row: dict) -> None:
         try:
-            self.file.write(json.dumps(without_nan(row)) + "\n")
+            self.file.write(json.dumps(replace_non_finite(row)) + "\n")
         except OSError as error:
             raise InputError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
         scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
@@ -65,8 +65,8 @@ class RunLog:
 def read_rows(path: Path) -> list[dict]:
     """Rows of a log.jsonl, each with a kind and a step; [] if the file does not exist.
 
-    Lines that are not such rows are skipped: torn by a full disk or a power cut, zeros, or written by another program.
-    Keys of earlier versions get their present names.
+    Other lines are skipped, such as lines torn by a full disk or a power cut, zeros, or lines of other programs. Keys
+    of earlier versions get their current names.
     """
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -75,21 +75,21 @@ def read_rows(path: Path) -> list[dict]:
         except (ValueError, RecursionError):  # ValueError also covers bytes that are not UTF-8
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
-            rows.append(_with_present_names(row))
+            rows.append(_with_current_names(row))
     return rows
 
 
-def _with_present_names(row: dict) -> dict:
+def _with_current_names(row: dict) -> dict:
     monitor = row.get("monitor")
     if not isinstance(monitor, dict):
         return row
     return {**row, "monitor": {RENAMED.get(name, name): value for name, value in monitor.items()}}
 
 
-def without_nan(value):
-    """Replace NaN and infinity, which JSON lacks, by None in nested dicts."""
+def replace_non_finite(value):
+    """Replace NaN and infinity, which JSON cannot represent, by None in nested dicts."""
     if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
+        return {key: replace_non_finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

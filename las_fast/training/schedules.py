@@ -1,4 +1,4 @@
-"""Schedules: functions of the step or epoch alone, so that resuming needs no state. Only Plateau keeps some."""
+"""Schedules: functions of the step or epoch alone, so that resuming needs no state. Only Plateau has state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from las_fast.config import TrainingConfig
 
 
 def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
-    """Share of previous tokens that are true ones, at a fractional epoch; the latest stage that has begun decides."""
+    """Probability of reading the true previous token at a fractional epoch, by the latest stage that has begun."""
     rate = 1.0
     for stage in sorted(config.teacher_forcing, key=lambda s: s.start):
         if epoch >= stage.start:
@@ -27,7 +27,7 @@ def guided_weight(config: TrainingConfig, epoch: float) -> float:
 
 
 def ctc_weight(config: TrainingConfig, epoch: float) -> float:
-    """Weight of the CTC loss: constant, then 0 from ctc_until on; ctc_until 0 means never."""
+    """Weight of the CTC loss: constant, then 0 from epoch ctc_until on; always constant if ctc_until is 0."""
     return 0.0 if config.ctc_until and epoch >= config.ctc_until else config.ctc_weight
 
 
@@ -47,7 +47,7 @@ class Plateau:
 
     share: float = 1.0  # factor on the learning rate
     best: float = math.inf  # lowest dev CER so far
-    waited: int = 0  # validations since then, or since the last cut
+    waited: int = 0  # validations since the lowest CER or the last cut
 
     def update(self, cer: float, config: TrainingConfig) -> None:
         if config.schedule != "plateau":

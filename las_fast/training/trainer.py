@@ -53,19 +53,20 @@ FREE_TO_CHANGE = (
 )
 BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConfig; may become smaller on resume
 SIGNAL_GRACE_SECONDS = 2.0  # further stop signals within this time count as the first
-LEGACY_SETTINGS = {"features.trim_silence": False}  # behaviour before the setting existed, where not its default
+# Values of settings that old checkpoints lack, where the behaviour then differed from today's default.
+LEGACY_SETTINGS = {"features.trim_silence": False}
 MAX_SKIPPED_STEPS = 50  # in a row; the fp16 loss scale needs about twenty to come down
 
 
 @dataclass
 class Progress:
-    """Position of a training; saved in last.pt, so field names stay."""
+    """Position of a training. It is saved in last.pt, so field names must not change."""
 
     step: int = 0  # optimiser steps taken
     best_cer: float = float("inf")  # dev, percent
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0  # updates of the averaged weights
-    skipped_in_a_row: int = 0  # latest steps that changed no weight, because their gradient was not finite
+    skipped_in_a_row: int = 0  # latest steps without an update, because their gradient was not finite
     validated: int = 0  # step of the latest validation
 
 
@@ -84,9 +85,9 @@ class Pace:
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, or None after the last, and add the waiting time."""
-        asked = time.perf_counter()
+        start = time.perf_counter()
         batch = next(batches, None)
-        self.wait_seconds += time.perf_counter() - asked
+        self.wait_seconds += time.perf_counter() - start
         return batch
 
     def speed(self) -> float:
@@ -101,7 +102,7 @@ class Pace:
 class Trainer:
     """One training in the run folder `out`: data, model, optimiser, and the loop over steps.
 
-    source: kind and name of the corpus; kept in every checkpoint.
+    source: kind and name of the corpus; stored in every checkpoint.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last epoch.
 
-        On a stop signal or an error from outside the program, the state is saved first.
+        On a stop signal, or an error that the machine caused (memory, disk), the state is saved first.
 
         Raises:
             Stopped: a signal asked to stop.
@@ -204,14 +205,14 @@ class Trainer:
         if not is_out_of_memory(problem):
             return problem
         utterances, frames = self.batch_size
-        what = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
+        size = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
         remedy = f"--data.frames-per-batch below {self.config.data.frames_per_batch}"
         if utterances == 1:
-            what, remedy = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
+            size, remedy = f"an utterance of {frames} frames", "--data.max-seconds, which leaves out the longest"
         advice = f"step {self.progress.step} is saved, continue with --resume and {remedy}"
         if utterances == 1 or not saved:
             advice = f"start again with {remedy}"
-        return InputError(f"training on {what} does not fit in memory; {advice}")
+        return InputError(f"training on {size} does not fit in memory; {advice}")
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimiser step; return the loss, its parts (per token) and the gradient norm, detached."""
@@ -346,8 +347,8 @@ class Trainer:
 
     def _validate(self, model: LAS) -> Validation:
         try:
-            where = (self.config, self.device, self.out, self.epoch, self.check_stop)
-            return validate(model, self.dev_data, self.vocabulary, *where)
+            options = (self.config, self.device, self.out, self.epoch, self.check_stop)
+            return validate(model, self.dev_data, self.vocabulary, *options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -369,7 +370,7 @@ class Trainer:
         return line
 
     def _check_diverged(self, loss: float) -> None:
-        """Raise Diverged if nothing is learned any more; called before weights are saved as the best."""
+        """Raise Diverged if the loss or all gradients so far are not finite; called before weights are saved."""
         rate, progress = self.config.training.learning_rate, self.progress
         if not math.isfinite(loss):
             raise Diverged(
@@ -421,7 +422,7 @@ class Trainer:
             self.saving = before
 
     def save(self) -> None:
-        """Write last.pt, all that resuming needs."""
+        """Write last.pt, which holds everything that resuming needs."""
         with self.deferring_signals():
             checkpoint.save_state(self.out / LAST, self.state())
             self.saved_step, self._saved_at = self.progress.step, time.monotonic()
@@ -443,7 +444,7 @@ class Trainer:
         """Continue from last.pt.
 
         Raises:
-            InputError: last.pt is of other settings or other data.
+            InputError: last.pt was written with other settings or other data.
         """
         path = self.out / LAST
         state = checkpoint.load_state(path)
@@ -462,7 +463,7 @@ class Trainer:
         self._convert_step(state["settings"]["data"])
 
     def _convert_step(self, then: dict) -> None:
-        """Convert the step from the earlier batch sizes to the present ones: same epoch, same share of its batches."""
+        """Convert the step from the earlier batch sizes to the current ones: same epoch, same share of its batches."""
         sizes = {name: then[name] for name in BATCH_SIZES}
         data, progress = self.config.data, self.progress
         if all(getattr(data, name) == size for name, size in sizes.items()):
@@ -486,7 +487,7 @@ def fingerprint(*datasets: SpeechDataset) -> str:
 
 
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW; biases, gains and the tied embedding have no weight decay."""
+    """Fused AdamW; biases, LayerNorm weights and the tied embedding have no weight decay."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -523,27 +524,27 @@ def catch_stop_signals(trainer: Trainer) -> Iterator[None]:
         if second and not trainer.saving:
             raise Stopped(signum)
 
-    numbers = [s for s in STOP_SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
-    old = {number: signal.signal(number, request) for number in numbers}
+    signals = [s for s in STOP_SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    old = {signum: signal.signal(signum, request) for signum in signals}
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
 
 
 def check_same_settings(then: dict, now: dict, path: Path) -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
-    A setting that the checkpoint lacks is newer: it counts as its default, or as in LEGACY_SETTINGS. Two differences
-    are allowed. A restart of the learning rate at the end of the training lengthens it without changing what was done.
-    Batches may become smaller, in case memory ran out.
+    A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
+    FREE_TO_CHANGE, two differences are allowed: a learning rate restart appended at the end, which lengthens the
+    training without changing its earlier cycles, and smaller batches, in case memory ran out.
     """
-    before, after = dict(_flat(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flat(then)), dict(_flat(now))
-    then_ends, now_ends = (
+    before, after = dict(_flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flatten(then)), dict(_flatten(now))
+    then_ends, now_ends = (  # epochs at which cycles end
         [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
     )
-    longer = now_ends[: len(then_ends)] == then_ends  # the epochs at which cycles end
+    longer = now_ends[: len(then_ends)] == then_ends
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
     for key, value in after.items():
         section, _, name = key.rpartition(".")
@@ -557,10 +558,10 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
 
 
-def _flat(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of each setting in a tree."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{name}{key}.")
+            yield from _flatten(value, f"{name}{key}.")
         else:
             yield name + key, value

@@ -49,7 +49,7 @@ def validate(
     epoch: float,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Validation:
-    """Score the model on every utterance of data; draw the attention of a few into out/attention.
+    """Score the model on every utterance of data; save attention pictures of a few in out/attention.
 
     check_stop is called before each batch and may raise.
     """
@@ -89,13 +89,13 @@ def validate(
 
 
 def swap_audio(memory: Memory) -> Memory:
-    """Give each utterance of a batch the memory of the next one, and the last that of the first."""
+    """Shift the memory of a batch by one utterance, so that each is paired with the audio of another."""
     rolled = (part.roll(-1, 0) for part in (memory.keys, memory.values, memory.lengths, memory.padding))
     return Memory(*rolled)
 
 
 class AttentionPictures:
-    """The attention of the same few dev utterances at each validation, starting from the median length."""
+    """Attention of a few dev utterances, the same at each validation: from the median length upwards."""
 
     def __init__(self, data: SpeechDataset, count: int):
         by_length = np.argsort(data.frame_counts, kind="stable")

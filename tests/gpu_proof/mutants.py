@@ -263,8 +263,8 @@ PREFIX = [
         ("end-as-any-other", "tl.where(v == eos, alpha, psi)", "psi"),
         ("impossible-prefix", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
         ("prefix-of-the-new-row", "tl.load(prefix_log_probs + source)", "tl.load(prefix_log_probs + row)"),
-        ("gains-stored-past-the-end", "gain, mask=v < V)", "gain)"),
-        ("inputs-not-made-contiguous", "x.contiguous() for x in (ctc_log_probs", "x for x in (ctc_log_probs"),
+        ("log-probs-stored-past-the-end", "log_probs, mask=v < V)", "log_probs)"),
+        ("inputs-not-made-contiguous", "[x.contiguous() for x in inputs]", "[x for x in inputs]"),
     )
 ]  # fmt: skip
 
@@ -304,11 +304,11 @@ TOPK = [
         ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
         ("ngram-weight-dropped", "steps + ngram_weight * tl.load(", "steps + tl.load("),
         ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
-        ("ctc-weights-exchanged", "(1.0 - ctc_weight) * steps + ctc_weight * gain",
-         "ctc_weight * steps + (1.0 - ctc_weight) * gain"),
-        ("ctc-row-stride", "gains + row[:, None] * V", "gains + row[:, None]"),
+        ("ctc-weights-exchanged", "(1.0 - ctc_weight) * steps + ctc_weight * log_probs",
+         "ctc_weight * steps + (1.0 - ctc_weight) * log_probs"),
+        ("ctc-row-stride", "next_log_probs + row[:, None] * V", "next_log_probs + row[:, None]"),
         ("ctc-nothing-times-infinity", 'tl.where(steps == -float("inf"), steps, mixed)', "mixed"),
-        ("ctc-gains-not-made-contiguous", "tuple(None if x is None else x.contiguous() for x in options)",
+        ("ctc-log-probs-not-made-contiguous", "tuple(None if x is None else x.contiguous() for x in options)",
          "tuple(x if x is None or x.ndim == 3 else x.contiguous() for x in options)"),
         ("best-taken-twice", "keys = tl.where(keys == best, NO_KEY, keys)\n        index", "index"),
         ("parent-and-token-swapped", "parent, token = index // V, index % V", "token, parent = index // V, index % V"),

@@ -44,7 +44,7 @@ def test_bilstm_without_packing_equals_a_packed_lstm_in_value_and_gradient(lengt
 @pytest.mark.skipif(backends.unavailable("bilstm", "cpp") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_listener_uses_the_bilstm_op_forward_and_backward(monkeypatch, precision):
-    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_TILES", False)
+    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_AMX", False)
     listener, x = Listener(SMALL, 5), ragged([40, 9, 1])
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -138,7 +138,7 @@ def test_fused_cells_and_precomputed_constants_change_no_result(speller, monkeyp
     memory = make_memory(speller)
     found = []
     for fuses in (False, True):
-        monkeypatch.setattr(Speller, "_fuses", staticmethod(lambda memory, fuses=fuses: fuses))
+        monkeypatch.setattr(Speller, "_uses_fused_kernel", staticmethod(lambda memory, fuses=fuses: fuses))
         state, steps = speller.start(memory, 3), []
         for u in range(4):
             logits, attended, state = speller.step(torch.arange(6).view(2, 3) + 3 * u, state, memory, weights=True)
@@ -207,9 +207,9 @@ def test_initial_weights_follow_the_listener_and_initial_logits_have_about_unit_
 def test_steps_are_fused_on_cuda_without_gradients():
     for is_cuda in (True, False):
         memory = SimpleNamespace(keys=SimpleNamespace(is_cuda=is_cuda))
-        assert Speller._fuses(memory) is False
+        assert Speller._uses_fused_kernel(memory) is False
         with torch.no_grad():
-            assert Speller._fuses(memory) is is_cuda
+            assert Speller._uses_fused_kernel(memory) is is_cuda
 
 
 def test_a_checkpoint_holds_no_buffer_of_the_speller(speller):
@@ -238,7 +238,7 @@ def test_fused_steps_under_autocast_keep_states_in_float32(speller, monkeypatch)
         return hidden, cell, None
 
     monkeypatch.setattr("las_fast.model.speller.fused_gates", fused_gates)
-    monkeypatch.setattr(Speller, "_fuses", staticmethod(lambda memory: True))
+    monkeypatch.setattr(Speller, "_uses_fused_kernel", staticmethod(lambda memory: True))
     memory = make_memory(speller)
     with torch.autocast("cpu", torch.bfloat16):
         speller.step(torch.full((2, 1), SOS), speller.start(memory), memory)

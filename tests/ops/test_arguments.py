@@ -25,11 +25,11 @@ from las_fast.ops import (
     bilstm,
     ctc_loss,
     ctc_prefix,
+    ctc_token_times,
     masked_attention,
     padding_mask,
     speller_search,
     speller_unroll,
-    token_times,
 )
 
 BACKTRACK = ("tokens", "parents", "scores", "attended_frames")
@@ -78,7 +78,7 @@ def of_beams():
     free = {("states", "2 shorter"), ("states", "another type")}
     yield "beam_gather_cpp", {"states": states, "parents": parents}, free
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_gains", "ctc_weight"]
+    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
     given = dict(zip(names, test_beam_topk.arguments(), strict=True))
     yield "beam_topk_cpp", given, set()
 
@@ -169,12 +169,12 @@ def searching():
     free = {("states", "2 shorter"), ("states", "another type")}
     yield lambda **given: beam_gather(**given, backend="reference"), {"states": states, "parents": parents}, free
     names = ["logits", "scores", "finished", "lengths", "eos", "minimum", "maximum", "length_penalty", "eos_threshold"]
-    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_gains", "ctc_weight"]
+    names += ["coverage", "ngram_table", "ngram_states", "ngram_weight", "ctc_next_log_probs", "ctc_weight"]
     given = dict(zip(names, test_beam_topk.arguments(), strict=True))
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
 
-    def step(ngram_table, ngram_states, ctc_gains, **others):
-        ngram, ctc = Ngram(ngram_table, ngram_states, 0.3), Ctc(ctc_gains, 0.3)
+    def step(ngram_table, ngram_states, ctc_next_log_probs, **others):
+        ngram, ctc = Ngram(ngram_table, ngram_states, 0.3), Ctc(ctc_next_log_probs, 0.3)
         return beam_topk(**others, eos=2, ngram=ngram, ctc=ctc, backend="reference")
 
     yield step, tensors, {("logits", "another type")}
@@ -188,13 +188,13 @@ def hearing():
     yield lambda **given: bilstm(**given, backend="reference"), names, free
     names = dict(zip(("logits", "lengths", "tokens", "token_lengths"), test_ctc_loss.inputs(), strict=True))
     free = {("logits", what) for what in ("another type", "1 shorter", "2 shorter")} | {("tokens", "1 shorter")}
-    for op in (ctc_loss, token_times):
+    for op in (ctc_loss, ctc_token_times):
         yield lambda op=op, **given: op(**given, backend="reference"), names, free
     names = test_ctc_prefix.changed()
     del names["eos"]
 
-    def step(ctc_log_probs, forward_log_probs, prefix_log_probs, gains, **others):
-        state = CtcState(forward_log_probs, prefix_log_probs, gains)
+    def step(ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, **others):
+        state = CtcState(forward_log_probs, prefix_log_probs, next_log_probs)
         return ctc_prefix(ctc_log_probs, state, **others, eos=2, backend="reference")
 
     yield step, names, set()

@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def not_built(monkeypatch):
-    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", f"the extension is not built. {backends.BUILD}")
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", f"the extension is not built. {backends.BUILD_ADVICE}")
     monkeypatch.setattr(backends, "_warned", set())
 
 
@@ -112,8 +112,8 @@ def test_each_op_has_the_backends_that_it_had():
 )
 def test_a_backend_takes_these_types_and_no_others(op, backend, dtypes):
     every = ("float64", "float32", "float16", "bfloat16")
-    assert [x for x in every if backends.takes(op, backend, getattr(torch, x))] == dtypes.split()
-    assert backends.takes(op, backend, None)
+    assert [x for x in every if backends.supports_dtype(op, backend, getattr(torch, x))] == dtypes.split()
+    assert backends.supports_dtype(op, backend, None)
 
 
 def test_triton_without_a_gpu_says_so(monkeypatch):
@@ -229,13 +229,13 @@ def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
 def test_an_extension_without_some_op_that_is_registered_is_from_another_version():
     files = Path(backends.__file__).parent.glob("*.py")
     registered = {name for file in files for name in re.findall(r'backends\.register\(\s*"(\w+)"', file.read_text())}
-    assert registered - set(backends.IMPLEMENTED) == set(backends.COMPANIONS)
+    assert registered - set(backends.IMPLEMENTED) == set(backends.HELPER_OPS)
 
 
 def test_every_kernel_of_the_extension_is_that_of_a_registered_op():
     sources = [file.read_text() for file in (Path(__file__).parents[2] / "csrc").glob("*.cpp")]
     kernels = [name for text in sources for name in re.findall(r'm\.impl\("(\w+)_cpp"', text)]
-    assert sorted(kernels) == sorted({*backends.IMPLEMENTED, *backends.COMPANIONS})
+    assert sorted(kernels) == sorted({*backends.IMPLEMENTED, *backends.HELPER_OPS})
 
 
 def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):

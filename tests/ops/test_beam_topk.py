@@ -82,9 +82,9 @@ def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=No
             if forced and v != eos or v == eos and not forced and (early or unlikely):
                 total = -math.inf
             if ctc is not None and total > -math.inf:
-                total = (1 - ctc.weight) * total + ctc.weight * float(ctc.gains[b, k, v])
+                total = (1 - ctc.weight) * total + ctc.weight * float(ctc.next_log_probs[b, k, v])
             if ngram is not None:
-                total += ngram.weight * float(ngram.table[ngram.states[b, k], v])
+                total += ngram.weight * float(ngram.log_probs[ngram.states[b, k], v])
             if finished[b, k]:
                 total, tokens = 0.0 if v == eos else -math.inf, int(lengths[b, k])
             total += float(scores[b, k])
@@ -239,7 +239,7 @@ def test_a_vocabulary_of_one_token_works(backend, V):
 
 def test_a_table_over_one_token_has_one_row():
     model = Ngram(torch.zeros(2, 1), torch.zeros(1, 1, dtype=torch.int64), 0.5)
-    with pytest.raises(ValueError, match=r"ngram.table must be \(1, 1\) .* got \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"ngram.log_probs must be \(1, 1\) .* got \(2, 1\)"):
         step(torch.zeros(1, 1, 1), ngram=model, eos=0, backend="reference")
 
 
@@ -347,7 +347,7 @@ def test_coverage_moves_ranks_and_leaves_scores(backend):
 def test_a_ctc_model_is_mixed_in_by_its_weight(backend, weight, V):
     inputs, model = random(3, 5, V), ctc(3, 5, V, weight=weight)
     inputs[0][0, 1], inputs[0][1, :, 4], inputs[0][2, 0, 3] = -INF, -INF, NAN
-    model = model._replace(gains=model.gains.clamp(min=-50.0)) if weight == 0 else model
+    model = model._replace(next_log_probs=model.next_log_probs.clamp(min=-50.0)) if weight == 0 else model
     found = step(*inputs, ctc=model, backend=backend)
     assert_same(found, step(*inputs, ctc=model, backend="reference"))
     if weight == 0:
@@ -404,9 +404,11 @@ def test_inputs_need_not_be_contiguous(backend):
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     turned[0] = turned[0].transpose(1, 2).contiguous().transpose(1, 2)
     options["coverage"] = options["coverage"].t().contiguous().t()
-    options["ctc"] = options["ctc"]._replace(gains=options["ctc"].gains.transpose(0, 1).contiguous().transpose(0, 1))
+    log_probs = options["ctc"].next_log_probs.transpose(0, 1).contiguous().transpose(0, 1)
+    options["ctc"] = options["ctc"]._replace(next_log_probs=log_probs)
     model = options["ngram"]
-    options["ngram"] = model._replace(table=model.table.t().contiguous().t(), states=model.states.t().contiguous().t())
+    table, states = (x.t().contiguous().t() for x in model[:2])
+    options["ngram"] = model._replace(log_probs=table, states=states)
     assert not any(x.is_contiguous() for x in turned)
     assert_same(step(*turned, backend=backend, **options), step(*inputs, backend="reference", **options))
 
@@ -429,9 +431,9 @@ def test_inputs_are_not_modified(backend):
         ({"minimum": torch.ones(3, dtype=torch.int64)}, r"minimum must be \(2,\) torch.int64"),
         ({"maximum": torch.ones(2)}, r"maximum must be \(2,\) torch.int64 like logits; got \(2,\) torch.float32"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \(2, 3\) torch.float32"),
-        ({"ngram": Ngram(torch.zeros(4, 5), torch.zeros(2, 3).long(), 1.0)}, r"ngram.table must be \(5, 5\)"),
+        ({"ngram": Ngram(torch.zeros(4, 5), torch.zeros(2, 3).long(), 1.0)}, r"ngram.log_probs must be \(5, 5\)"),
         ({"ngram": Ngram(torch.zeros(5, 5), torch.zeros(2, 3), 1.0)}, r"ngram.states must be \(2, 3\) torch.int64"),
-        ({"ctc": Ctc(torch.zeros(2, 3, 4), 0.5)}, r"ctc.gains must be \(2, 3, 5\) torch.float32"),
+        ({"ctc": Ctc(torch.zeros(2, 3, 4), 0.5)}, r"ctc.next_log_probs must be \(2, 3, 5\) torch.float32"),
         ({"ctc": Ctc(torch.zeros(2, 3, 5), 1.5)}, "ctc.weight must be from 0 to 1; got 1.5"),
         ({"scores": torch.zeros(2, 3, device="meta")}, "scores must be on cpu like logits; got meta"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
@@ -455,9 +457,9 @@ def arguments(B=2, K=3, V=5, **change):
     model, limits = ngram(B, K, V, 2), torch.full((B,), 4)
     every = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
     every |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
-    every |= {"coverage": torch.randn(B, K), "ngram_table": model.table}
+    every |= {"coverage": torch.randn(B, K), "ngram_table": model.log_probs}
     every |= {"ngram_states": model.states, "ngram_weight": 0.3}
-    every |= {"ctc_gains": ctc(B, K, V).gains, "ctc_weight": 0.3}
+    every |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3}
     return tuple((every | change).values())
 
 
@@ -471,7 +473,7 @@ def arguments(B=2, K=3, V=5, **change):
         ({"minimum": torch.zeros(2)}, r"minimum must be \[2\] Long"),
         ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
-        ({"ctc_gains": torch.zeros(2, 3)}, r"ctc_gains must be \[2, 3, 5\] Float"),
+        ({"ctc_next_log_probs": torch.zeros(2, 3)}, r"ctc_gains must be \[2, 3, 5\] Float"),
         ({"ngram_states": None}, "ngram_table and ngram_states must be given together"),
         ({"ngram_table": torch.zeros(5, 4)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
         ({"ngram_states": torch.full((2, 3), 5)}, "ngram_states must be from 0 to 4; got 5"),
@@ -491,7 +493,7 @@ def test_the_registered_op_checks_its_own_arguments(cpp, change, message):
 
 @pytest.mark.parametrize("options", [True, False])
 def test_the_registered_op_passes_opcheck(cpp, options):
-    names = () if options else ("minimum", "maximum", "coverage", "ngram_table", "ngram_states", "ctc_gains")
+    names = () if options else ("minimum", "maximum", "coverage", "ngram_table", "ngram_states", "ctc_next_log_probs")
     torch.library.opcheck(torch.ops.las_fast.beam_topk_cpp.default, arguments(**dict.fromkeys(names)))
 
 

@@ -319,7 +319,7 @@ def test_autocast_takes_bfloat16_and_gives_gradients_in_the_dtype_of_their_tenso
 
 @pytest.mark.parametrize(("tiles", "taken"), [(False, True), (True, False)])
 def test_auto_leaves_bfloat16_to_processors_with_tiles(cpp, monkeypatch, tiles, taken):
-    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_TILES", tiles)
+    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_AMX", tiles)
     assert ("las_fast::bilstm_cpp" in ops_called(lambda: under_autocast(inputs()))) == taken
     x, *weights = inputs()
     called = ops_called(lambda: bilstm(x, torch.tensor([7, 3, 1]), weights[:4], weights[4:]))

@@ -6,7 +6,7 @@ import torch
 from calls import LAYOUTS, call, compile_and_count, lanes, ops_called, threads
 from torch.nn import functional as F
 
-from las_fast.ops import ctc_loss, padding_mask, token_times
+from las_fast.ops import ctc_loss, ctc_token_times, padding_mask
 
 INF, NAN = torch.inf, torch.nan
 SIZES = [  # B, T, V, S
@@ -38,7 +38,7 @@ def everything(logits, *rest, backend, weights=None):
     leaf = logits.detach().clone().requires_grad_()
     losses = call(ctc_loss, leaf, *rest, backend=backend)
     (gradient,) = torch.autograd.grad(losses @ (torch.ones_like(losses) if weights is None else weights), leaf)
-    return losses.detach(), gradient, call(token_times, logits, *rest, backend=backend)
+    return losses.detach(), gradient, call(ctc_token_times, logits, *rest, backend=backend)
 
 
 def assert_same(found, expected, **tolerance):
@@ -136,7 +136,7 @@ def test_an_utterance_without_a_path_has_loss_zero(backend):
 def test_times_are_finite_where_the_logits_rule_the_transcript_out(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[-1, :, int(tokens[-1, 0])] = -torch.inf
-    found = call(token_times, logits, lengths, tokens, token_lengths, backend=backend)
+    found = call(ctc_token_times, logits, lengths, tokens, token_lengths, backend=backend)
     assert found.isfinite().all()
 
 
@@ -253,7 +253,7 @@ def test_narrow_logits_are_widened_first(backend, dtype):
 
 def test_token_times_have_no_gradient(backend):
     arguments = inputs()
-    assert not token_times(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
+    assert not ctc_token_times(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
 
 
 def test_without_gradients_none_is_made_and_the_loss_is_the_same(cpp):
@@ -274,12 +274,12 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
 def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
     arguments = inputs()
     assert "las_fast::ctc_loss_cpp" in ops_called(lambda: ctc_loss(*arguments))
-    assert ops_called(lambda: token_times(*arguments))[-1] == "las_fast::ctc_places_cpp"
+    assert ops_called(lambda: ctc_token_times(*arguments))[-1] == "las_fast::ctc_places_cpp"
 
 
 def test_what_cpp_does_not_take_goes_to_the_reference(cpp):
     logits, *rest = inputs()
-    assert ctc_loss(logits.double(), *rest).dtype == token_times(logits.double(), *rest).dtype == torch.float64
+    assert ctc_loss(logits.double(), *rest).dtype == ctc_token_times(logits.double(), *rest).dtype == torch.float64
     with pytest.raises(RuntimeError, match="takes torch.float32; got torch.float64"):
         ctc_loss(logits.double(), *rest, backend=cpp)
 
@@ -295,7 +295,7 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
     arguments = inputs()
 
     def run(logits, *rest):
-        return ctc_loss(logits, *rest), token_times(logits, *rest)
+        return ctc_loss(logits, *rest), ctc_token_times(logits, *rest)
 
     compiled, graphs = compile_and_count(run)
     leaf = arguments[0].clone().requires_grad_()
@@ -318,7 +318,7 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
     ],
 )
 def test_disagreeing_arguments_are_explained(change, message):
-    for op in (ctc_loss, token_times):
+    for op in (ctc_loss, ctc_token_times):
         with pytest.raises(ValueError, match=message):
             op(*change(*inputs()))
 

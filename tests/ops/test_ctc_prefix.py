@@ -82,7 +82,7 @@ def test_scores_are_sums_over_all_paths(backend, T, text):
     prefix = begins(text)
     assert float(state.prefix_log_probs) == pytest.approx(prefix, abs=1e-5)
     assert float(state.forward_log_probs[0, 0, -1]) == pytest.approx(log(every.get(text, 0.0)), abs=1e-5)
-    for v, gain in enumerate(state.gains[0, 0].tolist()):
+    for v, gain in enumerate(state.next_log_probs[0, 0].tolist()):
         whole = log(every.get(text, 0.0)) if v == EOS else begins((*text, v)) if v else -INF
         assert gain == (-INF if prefix == -INF else pytest.approx(whole - prefix, abs=1e-5)), v
 
@@ -115,22 +115,22 @@ def test_the_end_has_the_negative_ctc_loss(backend, length):
     targets, target_lengths = torch.tensor([text, text]), torch.tensor([length, length])
     loss = F.ctc_loss(ctc_log_probs.transpose(0, 1), targets, torch.tensor([20, 13]), target_lengths, reduction="none")
     torch.testing.assert_close(state.forward_log_probs[:, 0, -1], -loss)
-    torch.testing.assert_close(state.gains[:, 0, EOS] + state.prefix_log_probs[:, 0], -loss)
+    torch.testing.assert_close(state.next_log_probs[:, 0, EOS] + state.prefix_log_probs[:, 0], -loss)
 
 
 @pytest.mark.parametrize("text", [(), (3,), (4, 4), (3, 4, 3, 3)])
 def test_the_gains_of_all_continuations_sum_to_one(backend, text):
     state = grow(listen(3, 12, 6, [12, 7, 5]), [text, text[::-1]], backend=backend)
-    torch.testing.assert_close(state.gains.logsumexp(-1), torch.zeros(3, 2), atol=2e-6, rtol=0.0)
+    torch.testing.assert_close(state.next_log_probs.logsumexp(-1), torch.zeros(3, 2), atol=2e-6, rtol=0.0)
 
 
 def test_a_token_comes_twice_only_with_a_blank_between(backend):
     ctc_log_probs = torch.full((1, 3, 5), -INF)
     ctc_log_probs[0, :, 3] = 0.0  # certainly three frames of one token
     state = grow(ctc_log_probs, [(3,)], backend=backend)
-    assert state.gains[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
+    assert state.next_log_probs[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
     ctc_log_probs[0, 1], ctc_log_probs[0, 1, 0] = -INF, 0.0
-    assert grow(ctc_log_probs, [(3,)], backend=backend).gains[0, 0].tolist() == [-INF, -INF, -INF, 0.0, -INF]
+    assert grow(ctc_log_probs, [(3,)], backend=backend).next_log_probs[0, 0].tolist() == [-INF, -INF, -INF, 0.0, -INF]
 
 
 def test_hypotheses_too_long_for_the_frames_are_impossible_without_nan(backend):
@@ -143,9 +143,9 @@ def test_hypotheses_too_long_for_the_frames_are_impossible_without_nan(backend):
 def test_without_frames_only_the_end_is_possible(backend, T):
     ctc_log_probs = listen(2, T, 5, [0, 0])
     empty = ctc_start(ctc_log_probs, 2, eos=EOS)
-    assert empty.gains[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
+    assert empty.next_log_probs[0, 0].tolist() == [-INF, -INF, 0.0, -INF, -INF]
     state = grow(ctc_log_probs, [(3,), (4,)], backend=backend)
-    assert (state.gains == -INF).all() and (state.prefix_log_probs == -INF).all()
+    assert (state.next_log_probs == -INF).all() and (state.prefix_log_probs == -INF).all()
 
 
 def test_padding_is_ignored(backend):
@@ -173,7 +173,7 @@ def test_a_frame_of_nan_allows_no_hypothesis(backend):
     logits[0, 1, 3] = NAN
     state = grow(ctc_log_probabilities(logits, torch.tensor([3])), [(3,)], backend=backend)
     assert not any(x.isnan().any() for x in state)
-    assert state.gains[0, 0, EOS] == -INF
+    assert state.next_log_probs[0, 0, EOS] == -INF
 
 
 @pytest.mark.parametrize("scale", [30.0, 200.0])
@@ -182,7 +182,8 @@ def test_probabilities_far_below_the_range_of_float32_are_kept(backend, scale):
     texts = [(3, 4, 5), (5, 5, 3), (4, 3, 4)]
     found, expected = (grow(ctc_log_probs, texts, backend=name) for name in (backend, "reference"))
     assert_same(found, expected)
-    assert expected.gains.min(-1).values.isneginf().all() and (expected.gains[expected.gains.isfinite()] < -90).any()
+    log_probs = expected.next_log_probs
+    assert log_probs.min(-1).values.isneginf().all() and (log_probs[log_probs.isfinite()] < -90).any()
 
 
 def test_finished_hypotheses_hold_no_nan(backend):
@@ -229,10 +230,10 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
     whole = ctc_prefix(ctc_log_probs, state, *tokens, eos=EOS, backend=cpp)
     for b, n in enumerate(lengths):
         rows = slice(b, b + 1)
-        short = CtcState(state.forward_log_probs[rows, :, : n + 1], state.prefix_log_probs[rows], state.gains[rows])
+        short = CtcState(state.forward_log_probs[rows, :, : n + 1], *(x[rows] for x in state[1:]))
         alone = ctc_prefix(ctc_log_probs[rows, :n], short, *(x[rows] for x in tokens), eos=EOS, backend=cpp)
         assert torch.equal(alone.forward_log_probs[0], whole.forward_log_probs[b, :, : n + 1])
-        assert torch.equal(alone.gains[0], whole.gains[b])
+        assert torch.equal(alone.next_log_probs[0], whole.next_log_probs[b])
         assert torch.equal(alone.prefix_log_probs[0], whole.prefix_log_probs[b])
 
 
@@ -259,7 +260,7 @@ def changed(**change):
         ({"forward_log_probs": torch.zeros(2, 3, 6)},
          r"state.forward_log_probs must be \(2, 3, 7\) .* like ctc_log_probs; got \(2, 3, 6\)"),
         ({"prefix_log_probs": torch.zeros(2, 3).double()}, r"state.prefix_log_probs must be .* got .* torch.float64"),
-        ({"gains": torch.zeros(2, 3, 4)}, r"state.gains must be \(2, 3, 5\)"),
+        ({"next_log_probs": torch.zeros(2, 3, 4)}, r"state.next_log_probs must be \(2, 3, 5\)"),
         ({"parents": torch.zeros(2, 3)}, r"parents must be \(2, 3\) torch.int64"),
         ({"chosen": torch.zeros(2, 2).long()}, r"chosen must be \(2, 3\) torch.int64"),
         ({"eos": 5}, "eos must be a token from 0 to 4; got 5"),
@@ -281,7 +282,7 @@ def test_disagreeing_arguments_are_explained(change, message):
             {"forward_log_probs": torch.zeros(2, 3, 6)},
             r"forward_log_probs must be \[2, 3, 7\] Float like ctc_log_probs; got \[2, 3, 6\]",
         ),
-        ({"gains": torch.zeros(2, 3, 4)}, r"gains must be \[2, 3, 5\] Float"),
+        ({"next_log_probs": torch.zeros(2, 3, 4)}, r"gains must be \[2, 3, 5\] Float"),
         ({"parents": torch.full((2, 3), 3)}, "parents must be from 0 to 2; got 3"),
         ({"chosen": torch.full((2, 3), -1)}, "chosen must be from 0 to 4; got -1"),
         ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),

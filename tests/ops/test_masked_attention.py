@@ -23,7 +23,7 @@ SIZES = [  # B, K, T, D, E
     (2, 1, 8192, 8, 12),
 ]
 THROUGH = ["context", "weights", "both"]
-TAKEN = [(x, dtype) for x in COVERED for dtype in DTYPES if backends.takes("masked_attention", x, dtype)]
+TAKEN = [(x, dtype) for x in COVERED for dtype in DTYPES if backends.supports_dtype("masked_attention", x, dtype)]
 on_each_dtype = pytest.mark.parametrize(("backend", "dtype"), TAKEN, indirect=["backend"])
 on_each_half = pytest.mark.parametrize(
     ("backend", "dtype"), [x for x in TAKEN if x[1] != torch.float32], indirect=["backend"]

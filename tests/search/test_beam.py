@@ -413,8 +413,8 @@ def test_a_las_with_the_native_op_is_searched_natively_and_all_else_by_steps_or_
 def test_on_cuda_one_chunk_runs_while_the_host_reads_the_flag_of_the_last():
     for is_cuda, expected in ((True, 2), (False, 1)):
         assert steps.chunks_in_flight(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
-    assert isinstance(beam._current(torch.device("cuda", 0)), torch.cuda.device)
-    with beam._current(torch.device("cpu")):
+    assert isinstance(beam._device_context(torch.device("cuda", 0)), torch.cuda.device)
+    with beam._device_context(torch.device("cpu")):
         pass
 
 
@@ -708,7 +708,7 @@ def test_a_size_that_did_not_fit_is_not_tried_again():
 def test_on_lack_of_memory_graphs_and_caches_are_freed(monkeypatch):
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
-    monkeypatch.setattr(dataset_module, "forget", lambda: freed.append("graphs"))
+    monkeypatch.setattr(dataset_module, "clear_graphs", lambda: freed.append("graphs"))
     decode(ListeningModel(21), FakeDataset(np.array([9, 10, 8]), [None] * 3))
     assert freed == ["graphs", "cache"]
 

@@ -48,11 +48,11 @@ def tensors(tree) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
     """The graphs that the test has made."""
-    cuda_graph.forget()
+    cuda_graph.clear_graphs()
     monkeypatch.setattr(cuda_graph, "CudaGraph", Recorded)
     monkeypatch.setattr(Recorded, "made", [])
     yield Recorded.made
-    cuda_graph.forget()
+    cuda_graph.clear_graphs()
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_graphs_are_freed_with_their_model_and_by_forget(monkeypatch, graphs):
     assert gone() is None and graph() is None
     other = ToyModel(9)
     beam_search(other, memory([1], [9]), config(), capture=True)
-    cuda_graph.forget()
+    cuda_graph.clear_graphs()
     assert other not in cuda_graph._graphs
 
 

@@ -124,7 +124,7 @@ def test_the_numbers_of_a_padded_batch_are_those_of_their_definitions(seed):
     found = monitor.measure(weights, token_lengths, lengths)
     expected = [by_hand(w, n, t) for w, (n, t) in zip(weights, SIZES, strict=True) if n >= 3 and t >= 8]
     assert found.utterances == len(expected) == 6
-    for name, values in zip(monitor.SHAPE, zip(*expected, strict=True), strict=True):
+    for name, values in zip(monitor.SHAPE_THRESHOLDS, zip(*expected, strict=True), strict=True):
         assert getattr(found, name) == pytest.approx(sum(values) / len(values), abs=1e-5), name
 
 

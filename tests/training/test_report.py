@@ -240,7 +240,7 @@ def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, fake_drawing
 
 def test_worst_come_first_and_an_utterance_is_listed_once(tmp_path):
     page = make(tmp_path, pictures=False)
-    rows = re.findall(r'<td class="name">(.*?)</td><td class="rate">(.*?)</td><td class="said">(.*?)</td>', page)
+    rows = re.findall(r'<td class="name">(.*?)</td><td class="rate">(.*?)</td><td class="text">(.*?)</td>', page)
     assert [row[:2] for row in rows] == [("a-4", "500 %"), ("a-3", "100 %"), ("a-2", "37 %"), ("a-1", "0 %")]
     assert rows[0][2] == '&nbsp;<br><span class="insert">SEVEN</span>' and rows[3][2] == "TEN PAST TWO"
     assert rows[1][2] == '<span class="delete">SEVEN</span><br>&nbsp;' and rows[2][2].count("<br>") == 1
@@ -305,7 +305,7 @@ def test_the_validation_that_formed_is_told_from_its_neighbours(tmp_path, fake_d
 def test_attention_is_read_without_pickle(tmp_path):
     np.savez(tmp_path / "epoch-0001.00.npz", ids=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
-        report.attention_of(tmp_path / "epoch-0001.00.npz")
+        report.read_attention(tmp_path / "epoch-0001.00.npz")
 
 
 def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
@@ -317,7 +317,7 @@ def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
     assert names[:12] == [f"w-{n:02}" for n in (9, 8, 7, 6, 5, 4, 3, 12, 2, 11, 1, 10)]
     assert names[12:] == [f"b-{n:02}" for n in range(12, 0, -1)]
     assert rates[:3] == ["100 %", "90 %", "80 %"] and rates[12] == "0 %"
-    assert re.search(r'<td class="name">b-12</td><td class="rate">0 %</td><td class="said">A{13}</td>', page)
+    assert re.search(r'<td class="name">b-12</td><td class="rate">0 %</td><td class="text">A{13}</td>', page)
 
 
 def test_the_page_lists_every_validation(tmp_path):
@@ -348,7 +348,7 @@ def test_the_headline_shows_known_scores_only(tmp_path):
 def test_the_page_shows_attention_at_the_first_the_formed_and_the_last_validation(tmp_path, fake_drawing):
     page = make(tmp_path, epochs=5, formed=3)
     assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
-    assert '<p class="said">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
+    assert '<p class="text">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
     assert "The attention had formed by epoch 3" in page
 
 

@@ -14,7 +14,7 @@ from las_fast.config import to_tree
 from las_fast.errors import InputError
 from las_fast.output.metrics import Scores
 from las_fast.training.monitor import Alignment
-from las_fast.training.runlog import RunLog, read_rows, without_nan
+from las_fast.training.runlog import RunLog, read_rows, replace_non_finite
 from las_fast.training.validate import Validation
 
 
@@ -89,7 +89,7 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def test_numbers_that_json_lacks_become_null():
     row = {"a": float("nan"), "b": {"c": float("inf"), "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
-    found = without_nan(row)
+    found = replace_non_finite(row)
     assert found == {"a": None, "b": {"c": None, "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
     assert json.loads(json.dumps(found)) == found
 
