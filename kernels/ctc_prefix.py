@@ -112,8 +112,10 @@ def ctc_prefix(
     tokens: Tensor, parents: Tensor, chosen: Tensor, eos: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the kernel; the implementation of las_fast::ctc_prefix_triton."""
-    inputs = (ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen)
-    inputs = [x.contiguous() for x in inputs]
+    inputs = [
+        x.contiguous()
+        for x in (ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen)
+    ]
     outputs = tuple(torch.empty_like(x) for x in inputs[1:4])
     (_, T, V), rows = ctc_log_probs.shape, tokens.numel()
     if rows:

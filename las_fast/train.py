@@ -178,7 +178,7 @@ def check_disk_space(out: Path, trainer: Trainer) -> None:
 
 
 def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
-    """Load the checkpoint of --init, or None without one or on --resume.
+    """Load the checkpoint of --init; return None without --init or with --resume.
 
     Raises:
         InputError: its characters or features differ from those of config.

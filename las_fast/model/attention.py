@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     def project_memory(self, encoded: Tensor, lengths: Tensor) -> Memory:
         """Project listener output (B, T, 2H) with lengths (B,) to keys and values, once per utterance."""
-        # float32, as the attention computes in it: converting again at every token is slow.
+        # Convert here: the attention computes in float32, and converting at every token is slow.
         keys, values = self.key(encoded).float(), self.value(encoded).float()
         return Memory(keys, values, lengths, padding_mask(lengths, keys.shape[1]))
 

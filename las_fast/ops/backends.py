@@ -29,6 +29,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32},
     "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step
 }
+# C++ ops without an entry above: backward passes and helpers.
 HELPER_OPS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")

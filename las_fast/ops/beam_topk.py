@@ -184,7 +184,7 @@ def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram,
 
 
 def _required_rows(table: Tensor, V: int) -> int:
-    """Return the number of rows of the table, rounded up to a power of V: it must have exactly that many."""
+    """Return the number of rows that the table must have: its row count, rounded up to a power of V."""
     rows = 1
     while rows < table.shape[0] and V > 1:
         rows *= V

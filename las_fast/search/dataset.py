@@ -52,7 +52,7 @@ def decode_dataset(
         config:        see beam_search.
         nbest:         hypotheses per utterance.
         ngram, packed: see beam_search.
-        speech_scores: whether to give the best hypothesis of each utterance its speech_score.
+        speech_scores: whether to compute the speech_score of each utterance's best hypothesis.
         progress:      whether to show a progress bar.
         device:        of the model.
 

@@ -51,7 +51,7 @@ class Search:
 
 
 class Limits(NamedTuple):
-    """Tokens that an utterance may have, <eos> not counted; (B,) int64."""
+    """Minimum and maximum number of tokens of each utterance, without <eos>; (B,) int64."""
 
     minimum: Tensor
     maximum: Tensor

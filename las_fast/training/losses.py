@@ -82,7 +82,7 @@ def relative_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_
 
     A character's time is the mean frame of its posterior given the transcript (ops.ctc_token_times); Inaguma and
     Kawahara 2021 guide attention by CTC in this way. <eos> is at 1. An utterance with more characters than frames gets
-    the diagonal.
+    diagonal times.
 
     Args: as for ctc_loss.
     """

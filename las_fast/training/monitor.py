@@ -163,12 +163,15 @@ def _number(alignment: Alignment, name: str) -> str:
 
 def advice(epoch: float, config: Config) -> list[str]:
     """Changes to try if the attention has not formed, most promising first, without those the run already has."""
-    rules = (_guided, _ctc, _short, _teacher_forcing, _masks, _reduction, _batch)
+    rules = (
+        _advise_guided_loss, _advise_ctc, _advise_short_utterances, _advise_teacher_forcing, _advise_later_masks,
+        _advise_less_reduction, _advise_smaller_batches,
+    )  # fmt: skip
     advised = [rule(epoch, config) for rule in rules]
     return [*filter(None, advised), f"longer training: --training.epochs {2 * config.training.epochs}"]
 
 
-def _guided(epoch: float, config: Config) -> str | None:
+def _advise_guided_loss(epoch: float, config: Config) -> str | None:
     training = config.training
     weight, until = training.guided_weight, training.guided_until
     if training.ctc_weight and not training.guided_frames:
@@ -185,7 +188,7 @@ def _guided(epoch: float, config: Config) -> str | None:
     return None
 
 
-def _ctc(epoch: float, config: Config) -> str | None:
+def _advise_ctc(epoch: float, config: Config) -> str | None:
     weight, until, layer = config.training.ctc_weight, config.training.ctc_until, config.model.ctc_layer
     if layer < 0:
         inner = max(0, config.model.listener.pyramids - 1)
@@ -197,11 +200,11 @@ def _ctc(epoch: float, config: Config) -> str | None:
     return f"a stronger CTC: --training.ctc-weight 1 (now {weight:g})" if weight < 1 else None
 
 
-def _short(_epoch: float, config: Config) -> str | None:
+def _advise_short_utterances(_epoch: float, config: Config) -> str | None:
     return None if config.data.short_epochs else "short utterances first: --data.short-epochs 10 (now 0)"
 
 
-def _teacher_forcing(epoch: float, config: Config) -> str | None:
+def _advise_teacher_forcing(epoch: float, config: Config) -> str | None:
     rate = teacher_forcing_rate(config.training, epoch)
     if rate == 1:
         return None
@@ -210,14 +213,14 @@ def _teacher_forcing(epoch: float, config: Config) -> str | None:
     )
 
 
-def _masks(epoch: float, config: Config) -> str | None:
+def _advise_later_masks(epoch: float, config: Config) -> str | None:
     augment = config.augment
     if augment.start_epoch > epoch or augment.time_masks + augment.frequency_masks == 0:
         return None
     return f"SpecAugment later: --augment.start-epoch {max(2 * epoch, 10):g} (now {augment.start_epoch:g})"
 
 
-def _reduction(_epoch: float, config: Config) -> str | None:
+def _advise_less_reduction(_epoch: float, config: Config) -> str | None:
     listener = config.model.listener
     reduction = 2**listener.pyramids
     for stride in listener.conv_strides:
@@ -230,6 +233,6 @@ def _reduction(_epoch: float, config: Config) -> str | None:
     )
 
 
-def _batch(_epoch: float, config: Config) -> str | None:
+def _advise_smaller_batches(_epoch: float, config: Config) -> str | None:
     size = config.data.utterances_per_batch
     return f"smaller batches: --data.utterances-per-batch {size // 2} (now {size})" if size >= 16 else None

@@ -149,7 +149,7 @@ class Trainer:
         with catch_stop_signals(self), self._progress_bar() as bar:
             problem = self._train(bar)
             saved = self._rescue(problem)
-        with contextlib.suppress(*([] if problem is None else [OSError])):  # an earlier problem matters more
+        with contextlib.suppress(*([] if problem is None else [OSError])):  # raise the earlier problem instead
             self.log.close()
         if problem is not None:
             raise self._explain(problem, saved)

@@ -25,7 +25,7 @@ from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.losses import token_loss
 
-MAX_ID_BYTES = 120  # of an utterance's id in the file name of its picture
+MAX_ID_BYTES = 120  # longer utterance ids are cut in the file names of pictures
 
 
 @dataclass(frozen=True)

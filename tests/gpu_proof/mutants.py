@@ -264,7 +264,7 @@ PREFIX = [
         ("impossible-prefix", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
         ("prefix-of-the-new-row", "tl.load(prefix_log_probs + source)", "tl.load(prefix_log_probs + row)"),
         ("log-probs-stored-past-the-end", "log_probs, mask=v < V)", "log_probs)"),
-        ("inputs-not-made-contiguous", "[x.contiguous() for x in inputs]", "[x for x in inputs]"),
+        ("inputs-not-made-contiguous", "x.contiguous()", "x"),
     )
 ]  # fmt: skip
 
