@@ -391,7 +391,7 @@ def test_a_finished_training_is_lengthened_by_a_restart(archive, tmp_path, monke
     assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
     with pytest.raises(InputError, match="training.epochs = 3, not 2"):
         train.main(arguments(archive, tmp_path / "whole", "--resume", **once))
-    with pytest.raises(InputError, match="epochs = 3, not 6; .* --training.epochs more --training.restarts 2 3"):
+    with pytest.raises(InputError, match="epochs = 3, not 6; .* --training.epochs N --training.restarts 2 3"):
         train.main(arguments(archive, tmp_path / "whole", "--resume", **once | {"training__epochs": 6}))
 
 

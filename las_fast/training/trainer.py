@@ -552,9 +552,7 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
         if before[key] != value and key not in free and not smaller:
             advice = "resume with the same settings"
             if key in ("training.epochs", "training.restarts"):
-                advice += (
-                    f", or lengthen it: --training.epochs more --training.restarts {' '.join(map(str, then_ends))}"
-                )
+                advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, then_ends))}"
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
 
 

@@ -633,10 +633,10 @@ def settings(**training):
         ({"epochs": 2}, {"epochs": 3, "restarts": (2,)}, ""),
         ({"epochs": 2}, {"epochs": 5, "restarts": (2, 3)}, ""),
         ({"epochs": 3, "restarts": (2,)}, {"epochs": 5, "restarts": (2, 3)}, ""),
-        ({"epochs": 2}, {"epochs": 3}, "epochs = 2, not 3; .*, or lengthen it: --training.epochs more "
+        ({"epochs": 2}, {"epochs": 3}, "epochs = 2, not 3; .*, or lengthen it: --training.epochs N "
          "--training.restarts 2$"),
         ({"epochs": 4, "restarts": (2,)}, {"epochs": 4, "restarts": (3,)}, r"restarts = \[2\], not \[3\]; .* "
-         "--training.epochs more --training.restarts 2 4$"),
+         "--training.epochs N --training.restarts 2 4$"),
         ({"epochs": 3, "restarts": (2,)}, {"epochs": 4, "restarts": (1, 3)}, "lengthen it: .* 2 3$"),
         ({"epochs": 3, "restarts": (2,)}, {"epochs": 2}, "epochs = 3, not 2"),
         ({"seed": 1}, {"seed": 2}, "training.seed = 1, not 2; resume with the same settings$"),
