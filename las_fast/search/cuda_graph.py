@@ -44,7 +44,7 @@ def search_by_graph(search: Search, memory, limits: Limits) -> Steps:
     added = memory.lengths.shape[0] - B
     inputs, beams = begin(search, memory, Limits(*(F.pad(x, (0, added)) for x in limits)))
     beams.finished[B:] = True  # utterances added as padding have ended, so their limits have no effect
-    # The graph reads the n-gram table in place. As part of the key, the table lives as long as the graph.
+    # The graph reads the n-gram table in place. The key keeps the table alive as long as the graph.
     settings = (search.config, search.ngram, search.backend, torch.backends.cuda.matmul.fp32_precision)
     with graphed_chunks(search.model, settings, partial(advance, search), inputs, beams) as chunks:
         steps = run_chunks(chunks, max_chunks(search, memory), chunks_in_flight(memory))
