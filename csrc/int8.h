@@ -167,13 +167,7 @@ inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums 
     return;
   }
 #endif
-  widest([&](auto width) __attribute__((always_inline)) {
-    constexpr int W = width;
-    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
-      each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
-        tile<W, size>(rows, row, weights, panel, initial, out);
-      });
-  });
+  portable_matmul(rows, weights, initial, out);
 }
 
 // Write one column as integers at `to`, in groups of 4 that are COLUMNS * 4 apart; return its sum.

@@ -227,6 +227,18 @@ LAS_AVX512_BF16 void bf16_tile(const RowSource& rows, int64_t row, const c10::BF
 }
 #endif
 
+// The matmul without dot-product instructions: for float32, and for other types on a processor that lacks them.
+template <class RowSource, class Weights>
+void portable_matmul(const RowSource& rows, const Weights& weights, InitialSums initial, const Matrix<float>& out) {
+  widest([&](auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
+      each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
+        tile<W, size>(rows, row, weights, panel, initial, out);
+      });
+  });
+}
+
 // rows: a Matrix or PanelRows (M, depth of the panels). initial: null, or (padded columns,) per row. out: (M, padded
 // columns), which may be what `initial` points to.
 template <class RowSource, class T>
@@ -242,13 +254,7 @@ void matmul(const RowSource& rows, const Panels<T>& weights, InitialSums initial
     }
   }
 #endif
-  widest([&](auto width) __attribute__((always_inline)) {
-    constexpr int W = width;
-    for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
-      each_tile<TILE<W>>(rows.count, [&](int64_t row, auto size) __attribute__((always_inline)) {
-        tile<W, size>(rows, row, weights, panel, initial, out);
-      });
-  });
+  portable_matmul(rows, weights, initial, out);
 }
 
 // Some rows of the gradient of a weight: out (outputs, inputs) = outputs^T inputs, added to `out` if `accumulate`.
