@@ -1,12 +1,11 @@
-// The three matrix products of attention over the frames of one utterance. A has one row per query and one column per
-// frame:
+// The three matmuls of attention over the encoder frames of an utterance. A has a row per query, a column per frame:
 //
 //   dots     A = rows . frames^T      scores from queries and keys; the gradient of weights from values
 //   average  rows = A . frames        context from values; the gradient of queries from keys
 //   spread   frames = A^T . rows      the gradients of keys and values
 //
-// Frames are taken in tiles. Each tile is used by all queries of its utterance while it is in the cache. Rows are
-// padded to whole vectors: with zeros for dots, with anything for spread.
+// Frames are processed in tiles: all queries use a tile while it is in the cache. Rows are padded to whole vectors,
+// with zeros for dots and with any values for spread.
 
 #pragma once
 
@@ -18,13 +17,13 @@
 
 namespace las {
 
-constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames in a tile
+constexpr int64_t DOT_TILE = 32, AVERAGE_TILE = 64;  // frames per tile
 
-// Accumulators that fit into the registers, with the vectors they are made of: AVX-512 has 32 registers, the others 16.
+// Accumulators that fit in the registers together with their operands: AVX-512 has 32 registers, the others 16.
 template <int W>
-constexpr int REGISTERS = W == 16 ? 16 : 8;
+constexpr int ACCUMULATORS = W == 16 ? 16 : 8;
 template <int W>
-constexpr int QUERIES = W == 16 ? 8 : 4;  // at a time, at most
+constexpr int MAX_QUERIES = W == 16 ? 8 : 4;  // per block
 
 // The frames of one utterance, (count, size), `stride` apart: its keys or its values.
 template <class T>
@@ -64,7 +63,7 @@ LAS_INLINE void dot_block(const QueryRows& rows, int64_t k, const EncoderFrames<
   for (int64_t d = 0; d < whole; d += W)
     add(d, [](const T* p) __attribute__((always_inline)) { return las::load<W>(p); });
   if (whole < frames.size)
-    add(whole, [&](const T* p) __attribute__((always_inline)) { return las::load_part<W>(p, frames.size - whole); });
+    add(whole, [&](const T* p) __attribute__((always_inline)) { return las::load_partial<W>(p, frames.size - whole); });
 #pragma GCC unroll 16
   for (int i = 0; i < N; i += 4) {
     const Float<4> four = las::sums<W>(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
@@ -75,7 +74,7 @@ LAS_INLINE void dot_block(const QueryRows& rows, int64_t k, const EncoderFrames<
 template <int W, int M, class T>
 LAS_INLINE void dot_tile(const QueryRows& rows, int64_t k, const EncoderFrames<const T>& frames, int64_t begin,
                          int64_t end, const QueryRows& out) {
-  constexpr int R = std::min(8, REGISTERS<W> / M);
+  constexpr int R = std::min(8, ACCUMULATORS<W> / M);
   for (; k + M <= rows.count; k += M) {
     int64_t t = begin;
     for (; t + R <= end; t += R) dot_block<W, M, R>(rows, k, frames, t, out);
@@ -87,7 +86,7 @@ LAS_INLINE void dot_tile(const QueryRows& rows, int64_t k, const EncoderFrames<c
 template <int W, class T>
 LAS_INLINE void dots(const QueryRows& rows, const EncoderFrames<const T>& frames, const QueryRows& out) {
   for (int64_t t = 0; t < frames.count; t += DOT_TILE)
-    dot_tile<W, QUERIES<W>>(rows, 0, frames, t, std::min(t + DOT_TILE, frames.count), out);
+    dot_tile<W, MAX_QUERIES<W>>(rows, 0, frames, t, std::min(t + DOT_TILE, frames.count), out);
 }
 
 // out[k, i] += sum over frames from begin to end of weights[k, t] * frames[t, i], for M rows and C vectors of columns.
@@ -118,26 +117,27 @@ LAS_INLINE void average_block(const QueryRows& weights, int64_t k, const Encoder
 template <int W, int M, class T>
 LAS_INLINE void average_tile(const QueryRows& weights, int64_t k, const EncoderFrames<const T>& frames, int64_t begin,
                              int64_t end, const QueryRows& out) {
-  constexpr int C = std::min(8, REGISTERS<W> / M);
+  constexpr int C = std::min(8, ACCUMULATORS<W> / M);
   const auto whole = [](const T* p) __attribute__((always_inline)) { return las::load<W>(p); };
   for (; k + M <= weights.count; k += M) {
     int64_t i = 0;
     for (; i + C * W <= frames.size; i += C * W) average_block<W, M, C>(weights, k, frames, begin, end, i, out, whole);
     for (; i + W <= frames.size; i += W) average_block<W, M, 1>(weights, k, frames, begin, end, i, out, whole);
-    const auto part = [&](const T* p) __attribute__((always_inline)) { return las::load_part<W>(p, frames.size - i); };
-    if (i < frames.size) average_block<W, M, 1>(weights, k, frames, begin, end, i, out, part);
+    const int64_t rest = frames.size - i;
+    const auto part = [&](const T* p) __attribute__((always_inline)) { return las::load_partial<W>(p, rest); };
+    if (rest > 0) average_block<W, M, 1>(weights, k, frames, begin, end, i, out, part);
   }
   if constexpr (M > 1) average_tile<W, M / 2>(weights, k, frames, begin, end, out);
 }
 
-// out (queries, size) must be zeros. Each tile is summed by itself first: shorter sums lose less precision.
+// out (queries, size) must be zeros. Each tile is summed separately first: shorter sums lose less precision.
 template <int W, class T>
 LAS_INLINE void average(const QueryRows& weights, const EncoderFrames<const T>& frames, const QueryRows& out) {
   for (int64_t t = 0; t < frames.count; t += AVERAGE_TILE)
-    average_tile<W, QUERIES<W>>(weights, 0, frames, t, std::min(t + AVERAGE_TILE, frames.count), out);
+    average_tile<W, MAX_QUERIES<W>>(weights, 0, frames, t, std::min(t + AVERAGE_TILE, frames.count), out);
 }
 
-// frames[t, i] = sum over k of weights[k, t] * rows[k, i] for R frames and C vectors of columns, or `lanes` of one.
+// frames[t, i] = sum over k of weights[k, t] * rows[k, i] for R frames and C vectors of columns, of `lanes` each.
 template <int W, int R, int C, class T>
 LAS_INLINE void spread_block(const QueryRows& weights, const QueryRows& rows, int64_t t, int64_t column, int64_t lanes,
                              const EncoderFrames<T>& frames) {
@@ -159,7 +159,7 @@ LAS_INLINE void spread_block(const QueryRows& weights, const QueryRows& rows, in
     for (int c = 0; c < C; ++c) {
       T* to = frames.at(t + r) + column + c * W;
       if (lanes == W) las::store<W>(to, sum[r][c]);
-      else las::store_part<W>(to, sum[r][c], lanes);
+      else las::store_partial<W>(to, sum[r][c], lanes);
     }
 }
 
@@ -174,21 +174,21 @@ LAS_INLINE void spread_tile(const QueryRows& weights, const QueryRows& rows, int
 
 template <int W, class T>
 LAS_INLINE void spread(const QueryRows& weights, const QueryRows& rows, const EncoderFrames<T>& frames) {
-  constexpr int R = REGISTERS<W> / 2;
+  constexpr int R = ACCUMULATORS<W> / 2;
   int64_t t = 0;
   for (; t + R <= frames.count; t += R) spread_tile<W, R>(weights, rows, t, frames);
   for (; t < frames.count; ++t) spread_tile<W, 1>(weights, rows, t, frames);
 }
 
-// Turn the gradients of the n weights of a query into those of its scores, times `scale`; in place.
+// Replace the gradients of a query's n weights by those of its scores, times `scale`.
 template <int W>
 LAS_INLINE void softmax_backward(const float* weight, float* gradient, int64_t n, float scale) {
-  const float mean = total<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    return get<W>(weight + t, lanes, 0.0f) * get<W>(gradient + t, lanes, 0.0f);
+  const float mean = sum_row<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    return load<W>(weight + t, lanes, 0.0f) * load<W>(gradient + t, lanes, 0.0f);
   });
-  each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> centred = get<W>(gradient + t, lanes, 0.0f) - mean;
-    put<W>(gradient + t, get<W>(weight + t, lanes, 0.0f) * centred * scale, lanes);
+  for_each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
+    const Float<W> centred = load<W>(gradient + t, lanes, 0.0f) - mean;
+    store<W>(gradient + t, load<W>(weight + t, lanes, 0.0f) * centred * scale, lanes);
   });
 }
 

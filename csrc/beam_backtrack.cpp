@@ -1,7 +1,7 @@
 // Hypotheses from back-pointers: the C++ backend of las_fast/ops/beam_backtrack.py, which defines it.
 //
-// All hypotheses of an utterance are followed side by side, from the last step to the first: the values of one step of
-// an utterance are contiguous, and threads share nothing.
+// The hypotheses of an utterance are followed together, from the last step to the first, because the values of one step
+// of an utterance are contiguous.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 16384;  // pointers to follow that make a thread worth starting
+constexpr int64_t GRAIN = 16384;  // back-pointers per thread, at least
 
 void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
            const at::Tensor& attended_frames) {
@@ -38,14 +38,14 @@ struct SearchSteps {
   int64_t L, B, K;
 };
 
-// Its hypotheses, (B, K, L) each; lengths (B, K).
+// The hypotheses of the search, (B, K, L) each; lengths (B, K).
 struct BacktrackedHypotheses {
   int64_t *tokens, *lengths;
   float* scores;
   int64_t* attended_frames;
 };
 
-// Follow the hypotheses of utterance b. `beams` is scratch memory for K: the beam of each at the current step.
+// Follow the hypotheses of utterance b. `beams` (K,) is scratch memory for the beam of each at the current step.
 void follow(const SearchSteps& from, int64_t b, int64_t eos, const BacktrackedHypotheses& to,
             std::vector<int64_t>& beams) {
   const int64_t L = from.L, K = from.K;

@@ -1,6 +1,6 @@
-// Recurrent states follow their parents: the C++ backend of las_fast/ops/beam_gather.py, which defines it.
+// Recurrent states reordered by back-pointers: the C++ backend of las_fast/ops/beam_gather.py, which defines it.
 //
-// Rows are copied as bytes, so every dtype works. One thread copies all states of some hypotheses.
+// Rows are copied as bytes, whatever the dtype. Each thread copies all states of some hypotheses.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,9 +13,9 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 1 << 16;  // bytes that make a thread worth starting
+constexpr int64_t GRAIN = 1 << 16;  // bytes per thread, at least
 
-// Where the rows of a state are and where they go; strides and row size in bytes.
+// Source and destination of the rows of a state; strides and row size in bytes.
 struct StateRows {
   const char* from;
   char* to;
@@ -42,7 +42,7 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
   for (const at::Tensor& state : states) {
     const at::Tensor& x = sources.emplace_back(state.stride(2) == 1 || state.size(2) < 2 ? state : state.contiguous());
     at::Tensor& y = gathered.emplace_back(at::empty(x.sizes(), x.options()));
-    if (x.numel() == 0) continue;  // its pointers may be null, which memcpy forbids
+    if (x.numel() == 0) continue;  // its pointers may be null, which memcpy does not allow
     const int64_t size = x.element_size();
     rows.push_back({static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()),
                     x.stride(0) * size, x.stride(1) * size, x.size(2) * size});

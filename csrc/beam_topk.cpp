@@ -16,7 +16,7 @@ namespace {
 
 using namespace las::topk;
 
-constexpr int64_t GRAIN = 1 << 14;  // logits that make a thread worth starting
+constexpr int64_t GRAIN = 1 << 14;  // logits per thread, at least
 
 using Optional = std::optional<at::Tensor>;
 
@@ -27,7 +27,7 @@ void check_like(const char* name, const Optional& x, at::IntArrayRef shape, at::
 
 void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor& finished, const at::Tensor& lengths,
            int64_t eos, const Optional& minimum, const Optional& maximum, const Optional& coverage,
-           const Optional& ngram_table, const Optional& ngram_states, const Optional& ctc_gains) {
+           const Optional& ngram_table, const Optional& ngram_states, const Optional& ctc_next_log_probs) {
   const auto type = logits.scalar_type();
   TORCH_CHECK(logits.dim() == 3 && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf),
               "logits must be (B, K, V) float32, bfloat16 or float16; got ", logits.sizes(), " ", type);
@@ -39,7 +39,7 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
   check_like("maximum", maximum, {B}, at::kLong);
   check_like("coverage", coverage, {B, K}, at::kFloat);
   check_like("ngram_states", ngram_states, {B, K}, at::kLong);
-  check_like("ctc_gains", ctc_gains, {B, K, V}, at::kFloat);
+  check_like("ctc_next_log_probs", ctc_next_log_probs, {B, K, V}, at::kFloat);
   TORCH_CHECK(ngram_table.has_value() == ngram_states.has_value(),
               "ngram_table and ngram_states must be given together");
   TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
@@ -60,13 +60,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& logits_in, const at::Tensor& scores_in, const at::Tensor& finished_in,
     const at::Tensor& lengths_in, int64_t eos, const Optional& min_lengths_in, const Optional& max_lengths_in,
     double length_penalty, double eos_threshold, const Optional& coverage_in, const Optional& ngram_table_in,
-    const Optional& ngram_states_in, double ngram_weight, const Optional& ctc_gains_in, double ctc_weight) {
+    const Optional& ngram_states_in, double ngram_weight, const Optional& ctc_next_log_probs_in, double ctc_weight) {
   check(logits_in, scores_in, finished_in, lengths_in, eos, min_lengths_in, max_lengths_in, coverage_in, ngram_table_in,
-        ngram_states_in, ctc_gains_in);
+        ngram_states_in, ctc_next_log_probs_in);
   const at::Tensor logits = logits_in.to(at::kFloat).contiguous(), scores = scores_in.contiguous();
   const at::Tensor finished = finished_in.contiguous(), lengths = lengths_in.contiguous();
   const Optional min_lengths = contiguous(min_lengths_in), max_lengths = contiguous(max_lengths_in);
-  const Optional coverage = contiguous(coverage_in), ctc_gains = contiguous(ctc_gains_in);
+  const Optional coverage = contiguous(coverage_in), ctc_next_log_probs = contiguous(ctc_next_log_probs_in);
   const Optional ngram_table = contiguous(ngram_table_in), ngram_states = contiguous(ngram_states_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
@@ -81,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                         pointer<int64_t>(ngram_states),
                         ngram_table ? ngram_table->size(0) : 0,
                         float(ngram_weight),
-                        pointer<float>(ctc_gains),
+                        pointer<float>(ctc_next_log_probs),
                         float(ctc_weight)};
   for (int64_t i = 0; ngram_table && i < B * K; ++i)
     TORCH_CHECK(options.ngram_states[i] >= 0 && options.ngram_states[i] < options.ngram_state_count,

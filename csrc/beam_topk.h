@@ -1,8 +1,8 @@
-// The pruning of one step of beam search, for beam_topk.cpp and the search of the speller.
+// One step of beam search: the best continuations of the beams, for beam_topk.cpp and speller_search.cpp.
 //
-// First every row of logits is summarised, by threads that share nothing: its maximum, the log of its sum, and the
-// maximum of each block. Then each utterance takes its best candidates. A rank grows with the logit, so a block whose
-// maximum would not enter is skipped. With thousands of tokens that is nearly all of them, and the result is exact.
+// First each row of logits is summarised: its maximum, its log-sum-exp and the maximum of each block of tokens. Then
+// each utterance takes its best candidates. Ranks grow with logits, so a block is skipped if its maximum is not good
+// enough. With thousands of tokens nearly all blocks are skipped, and the result is still exact.
 
 #pragma once
 
@@ -15,22 +15,22 @@
 
 namespace las::topk {
 
-constexpr int64_t BLOCK = 64;  // tokens
+constexpr int64_t BLOCK = 64;  // tokens per block
 
-// The summary of a row of logits. If the row holds NaN or +inf, or nothing but -inf, log_sum is NaN, and so are the
-// ranks of all its candidates: BestCandidates takes none of them.
+// The maximum of a row of logits and the log of the sum of exp(logit - maximum). If the row holds NaN or +inf, or only
+// -inf, log_sum is NaN, and so are the ranks of all its candidates: BestCandidates accepts none of them.
 struct RowSummary {
   float maximum, log_sum;
 
   float log_probability(float logit) const { return (logit - maximum) - log_sum; }
 };
 
-// The logits from v on, W of them, with -inf past the end of the row.
+// W logits from v on, in any order; -inf past the end of the row.
 template <int W>
 LAS_INLINE Float<W> load_logits(const float* row, int64_t v, int64_t V) {
   if (v + W <= V) return load<W>(row + v);
-  if (V < W) return load_part<W>(row, V, -INFINITE);
-  // The last W of the row, without those before v: their order does not matter here.
+  if (V < W) return load_partial<W>(row, V, -INFINITE);
+  // Load the last W of the row, and replace those before v by -inf.
   Int<W> lane = {};
   for (int i = 0; i < W; ++i) lane[i] = i;
   return lane < int32_t(v + W - V) ? broadcast<W>(-INFINITE) : load<W>(row + V - W);
@@ -38,28 +38,29 @@ LAS_INLINE Float<W> load_logits(const float* row, int64_t v, int64_t V) {
 
 template <int W>
 LAS_INLINE float block_maximum(const float* row, int64_t begin, int64_t V) {
-  Float<W> most = broadcast<W>(-INFINITE);
+  Float<W> maxima = broadcast<W>(-INFINITE);
   for (int64_t v = begin; v < std::min(begin + BLOCK, V); v += W)
-    most = max<W>(most, load_logits<W>(row, v, V));
-  return largest<W>(most);
+    maxima = max<W>(maxima, load_logits<W>(row, v, V));
+  return largest<W>(maxima);
 }
 
 template <int W>
 LAS_INLINE float block_sum(const float* row, int64_t begin, int64_t V, float maximum) {
-  Float<W> total = {};
+  Float<W> sums = {};
   for (int64_t v = begin; v < std::min(begin + BLOCK, V); v += W)
-    total += las::exp<W>(load_logits<W>(row, v, V) - maximum);
-  return las::sum<W>(total);
+    sums += las::exp<W>(load_logits<W>(row, v, V) - maximum);
+  return las::sum<W>(sums);
 }
 
+// Summarise a row of V logits, and write the maximum of each block.
 inline RowSummary summarise(const float* logits, int64_t V, float* block_maxima) {
   RowSummary row{-INFINITE, 0.0f};
-  widest([&](auto width) __attribute__((always_inline)) {
+  dispatch_width([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t v = 0; v < V; v += BLOCK) {
-      const float most = block_maximum<W>(logits, v, V);
-      block_maxima[v / BLOCK] = most;
-      row.maximum = most > row.maximum ? most : row.maximum;
+      const float maximum = block_maximum<W>(logits, v, V);
+      block_maxima[v / BLOCK] = maximum;
+      row.maximum = maximum > row.maximum ? maximum : row.maximum;
     }
     double total = 0.0;
     for (int64_t v = 0; v < V; v += BLOCK) total += block_sum<W>(logits, v, V, row.maximum);
@@ -73,36 +74,37 @@ struct Candidate {
   int64_t index;  // k * V + v
 };
 
-// The best candidates so far, best first. Of equal ranks the lower index comes first.
+// The best candidates so far, best first. Among equal ranks the lower index comes first.
 class BestCandidates {
  public:
-  explicit BestCandidates(int64_t size) : found_(size), size_(size) {}
+  explicit BestCandidates(int64_t size) : candidates_(size), size_(size) {}
 
   void clear() { count_ = 0; }
   int64_t count() const { return count_; }
-  const Candidate& operator[](int64_t i) const { return found_[i]; }
+  const Candidate& operator[](int64_t i) const { return candidates_[i]; }
 
-  // Whether a candidate of that rank would enter, if its index is above all others so far. NaN never does.
-  bool takes(float rank) const { return count_ < size_ ? rank > -INFINITE : rank > found_[size_ - 1].rank; }
+  // Whether a candidate of this rank is good enough, if its index is above all others so far. NaN never is.
+  bool accepts(float rank) const { return count_ < size_ ? rank > -INFINITE : rank > candidates_[size_ - 1].rank; }
 
   void offer(const Candidate& candidate) {
-    if (!takes(candidate.rank)) return;
+    if (!accepts(candidate.rank)) return;
     int64_t i = count_ < size_ ? count_++ : size_ - 1;
-    for (; i > 0 && candidate.rank > found_[i - 1].rank; --i) found_[i] = found_[i - 1];
-    found_[i] = candidate;
+    for (; i > 0 && candidate.rank > candidates_[i - 1].rank; --i) candidates_[i] = candidates_[i - 1];
+    candidates_[i] = candidate;
   }
 
-  // Fill up with candidates of rank -inf: those not yet taken, from the lowest index.
+  // If there are too few, add candidates of rank -inf: the lowest indices that are not among them.
   void fill() {
-    const int64_t taken = count_;
+    const int64_t accepted = count_;
     for (int64_t index = 0; count_ < size_; ++index) {
       const auto same = [&](const Candidate& x) { return x.index == index; };
-      if (std::none_of(found_.begin(), found_.begin() + taken, same)) found_[count_++] = {-INFINITE, -INFINITE, index};
+      if (std::none_of(candidates_.begin(), candidates_.begin() + accepted, same))
+        candidates_[count_++] = {-INFINITE, -INFINITE, index};
     }
   }
 
  private:
-  std::vector<Candidate> found_;
+  std::vector<Candidate> candidates_;
   int64_t size_, count_ = 0;
 };
 
@@ -115,7 +117,7 @@ struct Options {
   const int64_t* ngram_states;          // (B, K), or null
   int64_t ngram_state_count;
   float ngram_weight;
-  const float* ctc_gains;  // (B, K, V), or null
+  const float* ctc_next_log_probs;  // (B, K, V), or null
   float ctc_weight;
 };
 
@@ -126,28 +128,29 @@ struct Inputs {
   int64_t B, K, V, blocks;
 };
 
-// How the candidates of one beam are ranked.
+// The values that rank the candidates of one beam.
 struct BeamRanking {
   const float* logits;        // (V,)
   const float* block_maxima;  // (blocks,)
   RowSummary row;
   float score, factor, coverage;  // rank = score of the candidate * factor + coverage
-  const float* ngram;  // (V,): its row of the table, or null
+  const float* ngram;  // (V,): the row of its state in ngram_table, or null
   float ngram_weight;
-  const float* ctc_gains;  // (V,): those of its continuations, or null
+  const float* ctc_next_log_probs;  // (V,), or null
   float ctc_weight;
 
-  // What token v adds to the score.
+  // The contribution of token v to the score.
   float step(int64_t v) const {
     float model = row.log_probability(logits[v]);
-    if (ctc_gains && model != -INFINITE) model = (1.0f - ctc_weight) * model + ctc_weight * ctc_gains[v];
+    if (ctc_next_log_probs && model != -INFINITE)
+      model = (1.0f - ctc_weight) * model + ctc_weight * ctc_next_log_probs[v];
     return ngram ? model + ngram_weight * ngram[v] : model;
   }
-  float rank(float total) const { return total * factor + coverage; }
+  float rank(float new_score) const { return new_score * factor + coverage; }
   Candidate candidate(float step, int64_t index) const { return {rank(score + step), score + step, index}; }
 };
 
-// Whether eos is too improbable in comparison with the best other token.
+// Whether eos is too improbable compared with the best other token.
 inline bool below_threshold(const BeamRanking& beam, const Inputs& in, int64_t eos, float threshold) {
   float other = -INFINITE;
   for (int64_t block = 0; block < in.blocks; ++block) {
@@ -161,17 +164,18 @@ inline bool below_threshold(const BeamRanking& beam, const Inputs& in, int64_t e
   return beam.row.log_probability(beam.logits[eos]) <= threshold * beam.row.log_probability(other);
 }
 
+// Offer the candidates of a beam, except the token `excluded`; `first` is the index of the first candidate.
 inline void offer_all(const BeamRanking& beam, int64_t first, const Inputs& in, int64_t excluded,
                       BestCandidates& best) {
   for (int64_t block = 0; block < in.blocks; ++block) {
-    const float most = beam.score + beam.row.log_probability(beam.block_maxima[block]);
-    if (!beam.ngram && !beam.ctc_gains && !best.takes(beam.rank(most))) continue;
+    const float max_score = beam.score + beam.row.log_probability(beam.block_maxima[block]);
+    if (!beam.ngram && !beam.ctc_next_log_probs && !best.accepts(beam.rank(max_score))) continue;
     const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.V - begin);
-    float totals[BLOCK], ranks[BLOCK];
-    for (int64_t i = 0; i < n; ++i) totals[i] = beam.score + beam.step(begin + i);
-    for (int64_t i = 0; i < n; ++i) ranks[i] = beam.rank(totals[i]);
+    float scores[BLOCK], ranks[BLOCK];
+    for (int64_t i = 0; i < n; ++i) scores[i] = beam.score + beam.step(begin + i);
+    for (int64_t i = 0; i < n; ++i) ranks[i] = beam.rank(scores[i]);
     for (int64_t i = 0; i < n; ++i)
-      if (best.takes(ranks[i]) && begin + i != excluded) best.offer({ranks[i], totals[i], first + begin + i});
+      if (best.accepts(ranks[i]) && begin + i != excluded) best.offer({ranks[i], scores[i], first + begin + i});
   }
 }
 
@@ -189,19 +193,19 @@ inline void offer_beam(const Inputs& in, const Options& options, const RowSummar
                          options.coverage ? options.coverage[at] : 0.0f,
                          options.ngram_table ? options.ngram_table + options.ngram_states[at] * in.V : nullptr,
                          options.ngram_weight,
-                         options.ctc_gains ? options.ctc_gains + at * in.V : nullptr,
+                         options.ctc_next_log_probs ? options.ctc_next_log_probs + at * in.V : nullptr,
                          options.ctc_weight};
   if (finished) return best.offer(beam.candidate(0.0f, first + eos));
   if (beam.score == -INFINITE) return;
   if (options.max_lengths && in.lengths[at] >= options.max_lengths[b])
     return best.offer(beam.candidate(beam.step(eos), first + eos));
-  const bool denied =
+  const bool eos_denied =
       (options.eos_threshold != 0.0f && below_threshold(beam, in, eos, options.eos_threshold)) ||
       (options.min_lengths && in.lengths[at] < options.min_lengths[b]);
-  offer_all(beam, first, in, denied ? eos : -1, best);
+  offer_all(beam, first, in, eos_denied ? eos : -1, best);
 }
 
-// (B, K) each.
+// The beams after the step, (B, K) each.
 struct Outputs {
   float* scores;
   int64_t *tokens, *parents;
@@ -209,6 +213,7 @@ struct Outputs {
   int64_t *lengths, *ngram_states;
 };
 
+// Write the beams of utterance b.
 inline void write(const Inputs& in, const Options& options, int64_t b, const BestCandidates& best, const Outputs& out) {
   for (int64_t k = 0; k < in.K; ++k) {
     const int64_t to = b * in.K + k, parent = best[k].index / in.V, token = best[k].index % in.V;

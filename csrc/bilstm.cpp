@@ -1,12 +1,13 @@
 // A bidirectional LSTM layer over utterances of different lengths, and its gradients: the C++ backend of
 // las_fast/ops/bilstm.py, which defines it.
 //
-// Utterances are taken from the longest to the shortest. At step s, those longer than s are the rows of the matmuls, in
-// both directions: the backward one reads frame length - 1 - s. So nothing is reversed, and no padding is computed. The
-// inputs of several steps are multiplied at once, the states step by step, both with weights packed beforehand.
+// Utterances are sorted from the longest to the shortest. At step s, those longer than s are the rows of the matmuls,
+// in both directions: the backward direction reads frame length - 1 - s. So nothing is reversed, and no padding is
+// computed. Inputs are multiplied for several steps at once, hidden states step by step, both by weights packed
+// beforehand.
 //
 // A row's sums do not depend on the other rows (matmul.h): an utterance gets the same result alone and in any batch.
-// Gradients are summed in the order of the frames, for any number of threads.
+// Gradients are summed in the order of the frames, with any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -29,24 +30,24 @@ namespace {
 
 using las::COLUMNS;
 using las::Float;
-using las::get;
+using las::load;
 using las::Matrix;
 using las::padded;
 using las::Panels;
-using las::put;
+using las::store;
 using las::RowBuffer;
 
 constexpr int64_t DIRECTIONS = 2;
-constexpr int64_t SAVED = 5;      // values per frame, direction and unit: the four gates, and the cell
-constexpr int64_t CHUNK = 128;    // rows of a matmul of inputs: their gates stay in the second-level cache
-constexpr int64_t BLOCK = 2048;   // frames per matmul of a weight's gradient, each of which reads and writes all of it
-constexpr int64_t MIN_GROUP = 8;  // utterances in a group: with fewer rows, reading the weights takes most of the time
+constexpr int64_t SAVED = 5;      // saved values per frame, direction and unit: the four gates and the cell state
+constexpr int64_t CHUNK = 128;    // rows per matmul of inputs: their gates stay in the second-level cache
+constexpr int64_t BLOCK = 2048;   // frames per matmul of a weight's gradient: each matmul reads and writes all of it
+constexpr int64_t MIN_GROUP = 8;  // utterances per group: with fewer rows, reading the weights takes most of the time
 
 struct BiLstmShape {
   int64_t B, T, I, H;
 };
 
-// The valid frames. They are numbered in two ways: a position is b * T + t, as in tensors; an index leaves padding out.
+// The valid frames, numbered in two ways: a position is b * T + t, as in tensors; an index does not count padding.
 struct ValidFrames {
   ValidFrames(const at::Tensor& lengths_in, int64_t B, int64_t T) : lengths(B), first(B + 1, 0) {
     for (int64_t b = 0; b < B; ++b) {
@@ -57,16 +58,17 @@ struct ValidFrames {
   }
   int64_t count() const { return int64_t(positions.size()); }
 
-  // The utterances of each group, from the longest to the shortest: they are dealt to the groups in turn.
-  std::vector<std::vector<int64_t>> grouped(int64_t groups) const {
+  // Distribute the utterances in order of length, so that the groups have about the same work. Each group is sorted
+  // from the longest to the shortest.
+  std::vector<std::vector<int64_t>> grouped(int64_t count) const {
     std::vector<int64_t> order(lengths.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    std::vector<std::vector<int64_t>> dealt(groups);
-    for (size_t i = 0; i < order.size(); ++i) dealt[i % groups].push_back(order[i]);
-    return dealt;
+    std::vector<std::vector<int64_t>> groups(count);
+    for (size_t i = 0; i < order.size(); ++i) groups[i % count].push_back(order[i]);
+    return groups;
   }
-  // Index of the frame of utterance b that a direction reads at a step.
+  // The index of the frame that a direction of utterance b reads at a step.
   int64_t index(int64_t direction, int64_t b, int64_t step) const {
     return first[b] + (direction == 0 ? step : lengths[b] - 1 - step);
   }
@@ -77,17 +79,17 @@ struct ValidFrames {
 };
 
 template <class Each>
-void each_direction(const Each& each) {
+void for_each_direction(const Each& each) {
   at::parallel_for(0, DIRECTIONS, 1, [&](int64_t begin, int64_t end) {
     for (int64_t d = begin; d < end; ++d) each(d);
   });
 }
 
-int64_t groups_of(int64_t B) {
+int64_t group_count(int64_t B) {
   return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / MIN_GROUP));
 }
 
-// In the order of the schema: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) of each direction.
+// In the order of the schema: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) per direction.
 struct BiLstmWeights {
   explicit BiLstmWeights(at::TensorList list) {
     for (const at::Tensor& x : list) tensors.push_back(x.contiguous());
@@ -95,13 +97,14 @@ struct BiLstmWeights {
   const float* input(int64_t direction) const { return tensors[4 * direction].const_data_ptr<float>(); }
   const float* recurrent(int64_t direction) const { return tensors[4 * direction + 1].const_data_ptr<float>(); }
   float bias(int64_t direction, int64_t i) const {
-    return tensors[4 * direction + 2].const_data_ptr<float>()[i] + tensors[4 * direction + 3].const_data_ptr<float>()[i];
+    const at::Tensor &bias_ih = tensors[4 * direction + 2], &bias_hh = tensors[4 * direction + 3];
+    return bias_ih.const_data_ptr<float>()[i] + bias_hh.const_data_ptr<float>()[i];
   }
 
   std::vector<at::Tensor> tensors;
 };
 
-// The weights of one direction, packed.
+// The packed weights of one direction.
 template <class T>
 struct PackedDirection {
   Panels<T> input, recurrent;  // (4 * H, I), (4 * H, H)
@@ -117,11 +120,11 @@ class BiLstmForward {
   BiLstmForward(const BiLstmShape& shape, const ValidFrames& frames, const BiLstmWeights& weights, const T* x,
                 T* output, T* saved)
       : shape_(shape), frames_(frames), x_(x), output_(output), saved_(saved) {
-    each_direction([&](int64_t d) { pack(weights, d); });
+    for_each_direction([&](int64_t d) { pack(weights, d); });
   }
 
   void run() {
-    const auto groups = frames_.grouped(groups_of(shape_.B));
+    const auto groups = frames_.grouped(group_count(shape_.B));
     at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) run(i % DIRECTIONS, groups[i / DIRECTIONS]);
     });
@@ -155,7 +158,7 @@ class BiLstmForward {
     for (int64_t i = 0; i < 4 * H; ++i) to.bias[i] = weights.bias(d, i);
   }
 
-  // One direction of some utterances, the longest first.
+  // Run one direction of a group of utterances, which are sorted from the longest to the shortest.
   void run(int64_t direction, const std::vector<int64_t>& utterances) {
     int64_t active = int64_t(utterances.size());
     Scratch scratch(shape_, active, std::max(active, CHUNK));
@@ -169,7 +172,7 @@ class BiLstmForward {
           scratch.rows.push_back({utterances[r], frames_.index(direction, utterances[r], step)});
         counts.push_back(active);
       } while (++step < longest && int64_t(scratch.rows.size()) + active <= CHUNK);
-      input_gates(direction, scratch);
+      compute_input_gates(direction, scratch);
       int64_t row = 0;
       for (const int64_t count : counts) {
         step_rows(direction, scratch, row, count, row == 0 && step == int64_t(counts.size()));
@@ -178,8 +181,8 @@ class BiLstmForward {
     }
   }
 
-  // Compute what the inputs of all listed rows add to their gates.
-  void input_gates(int64_t direction, Scratch& scratch) {
+  // Compute the contribution of the inputs to the gates of scratch.rows.
+  void compute_input_gates(int64_t direction, Scratch& scratch) {
     const int64_t n = int64_t(scratch.rows.size()), I = shape_.I;
     for (int64_t i = 0; i < n; ++i)
       std::copy_n(x_ + frames_.positions[scratch.rows[i].index] * I, I, scratch.inputs.at(i));
@@ -187,7 +190,7 @@ class BiLstmForward {
     las::matmul(scratch.inputs.rows(n), packed_[direction].input, scratch.initial.data(), scratch.gates.rows(n));
   }
 
-  // One step of `count` listed rows from `row` on. States are zero before the first step.
+  // Run one step of scratch.rows [row, row + count). States are zero before the first step.
   void step_rows(int64_t direction, Scratch& scratch, int64_t row, int64_t count, bool first) {
     const int64_t H = shape_.H;
     const Matrix<float> gates = scratch.gates.rows(count, row);
@@ -195,7 +198,7 @@ class BiLstmForward {
       for (int64_t i = 0; i < count; ++i) scratch.initial[i] = gates.at(i);
       las::matmul(scratch.hidden.rows(count), packed_[direction].recurrent, scratch.initial.data(), gates);
     }
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t position = frames_.positions[scratch.rows[row + i].index];
         T* out = output_ + (position * DIRECTIONS + direction) * H;
@@ -208,15 +211,15 @@ class BiLstmForward {
   template <int W>
   LAS_INLINE void step_cell(const float* sums, float* cell, T* hidden, T* output, T* saved) const {
     const int64_t H = shape_.H;
-    las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+    las::for_each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const las::LstmGates<W> gates = las::activate_gates<W>(sums + j, H, lanes);
-      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * get<W>(cell + j, lanes, 0.0f));
-      put<W>(cell + j, after.cell, lanes);
-      put<W>(hidden + j, after.hidden, lanes);
-      put<W>(output + j, after.hidden, lanes);
+      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * load<W>(cell + j, lanes, 0.0f));
+      store<W>(cell + j, after.cell, lanes);
+      store<W>(hidden + j, after.hidden, lanes);
+      store<W>(output + j, after.hidden, lanes);
       if (!saved) return;
-      las::put_gates<W>(saved + j, H, gates, lanes);
-      put<W>(saved + 4 * H + j, after.cell, lanes);
+      las::store_gates<W>(saved + j, H, gates, lanes);
+      store<W>(saved + 4 * H + j, after.cell, lanes);
     });
   }
 
@@ -234,15 +237,16 @@ class BiLstmForward {
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// From the last step to the first, lstm.h gives the gradients of the gates, where dX is the gradient of X:
-//   dh += W_hh^T dgates of the step after
-// and then, over all frames, with h' the hidden state before:
-//   dx = sum of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
+// lstm.h has the gradients of the gates of a step. They are computed from the last step to the first, where dX is the
+// gradient of X and dgates that of the step after:
+//   dh += W_hh^T dgates
+// Then, over all frames, with h' the previous hidden state:
+//   dx = sum over directions of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates
 
 // The gradients of the weights of one direction.
 struct DirectionGradients {
   Matrix<float> input, recurrent;  // (4 * H, padded I), (4 * H, padded H)
-  float* bias;                     // (4 * H,): of either bias
+  float* bias;                     // (4 * H,): the same for both biases
 };
 
 template <class T>
@@ -253,25 +257,26 @@ class BiLstmBackward {
       : shape_(shape), frames_(frames), weights_(weights), gradient_(gradient), x_(x), output_(output), saved_(saved),
         gates_(frames.count(), DIRECTIONS * 4 * shape.H), zeros_(std::max(shape.I, shape.H), T(0.0f)) {}
 
-  void through_time() {
-    const auto groups = frames_.grouped(groups_of(shape_.B));
+  // Compute the gradients of the gates of all frames.
+  void backpropagate() {
+    const auto groups = frames_.grouped(group_count(shape_.B));
     const int64_t H = shape_.H;
     las::AlignedArray<T> memory[DIRECTIONS];
     Panels<T> recurrent[DIRECTIONS];
-    each_direction([&](int64_t d) {
+    for_each_direction([&](int64_t d) {
       recurrent[d] = las::pack<T>(weights_.recurrent(d), 1, H, H, 4 * H, memory[d]);
     });
     at::parallel_for(0, DIRECTIONS * int64_t(groups.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        through_time(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
+        backpropagate(i % DIRECTIONS, groups[i / DIRECTIONS], recurrent[i % DIRECTIONS]);
     });
   }
 
-  // The gradient of x (B, T, I), zero past the lengths.
+  // Compute the gradient of x (B, T, I), zero past the lengths.
   void input_gradients(T* x_gradient) {
     las::AlignedArray<T> memory[DIRECTIONS];
     Panels<T> input[DIRECTIONS];
-    each_direction([&](int64_t d) {
+    for_each_direction([&](int64_t d) {
       input[d] = las::pack<T>(weights_.input(d), 1, shape_.I, shape_.I, 4 * shape_.H, memory[d]);
     });
     at::parallel_for(0, frames_.count(), CHUNK, [&](int64_t begin, int64_t end) {
@@ -287,10 +292,10 @@ class BiLstmBackward {
     }
   }
 
-  // The gradients of the weights, which are overwritten, and of the biases, which are added to zeros.
+  // Compute the gradients of the weights and biases. Those of the biases must be zeros beforehand.
   void weight_gradients(const DirectionGradients (&to)[DIRECTIONS]) const {
-    for (const DirectionGradients& one : to)
-      for (const Matrix<float>& rows : {one.input, one.recurrent})
+    for (const DirectionGradients& direction : to)
+      for (const Matrix<float>& rows : {direction.input, direction.recurrent})
         if (frames_.count() == 0) std::fill_n(rows.data, rows.count * rows.stride, 0.0f);
     const int64_t depth = padded(std::min(BLOCK, frames_.count()), las::DEPTH_INTERLEAVE<T>);
     const las::AlignedArray<T> x(padded(shape_.I) * depth), h(padded(shape_.H) * depth);
@@ -304,7 +309,7 @@ class BiLstmBackward {
   }
 
  private:
-  void through_time(int64_t direction, const std::vector<int64_t>& utterances, const Panels<T>& recurrent) {
+  void backpropagate(int64_t direction, const std::vector<int64_t>& utterances, const Panels<T>& recurrent) {
     const int64_t H = shape_.H, all = int64_t(utterances.size());
     RowBuffer<float> hidden(all, H), cell(all, H);
     RowBuffer<T> gates(all, 4 * H);
@@ -312,7 +317,7 @@ class BiLstmBackward {
     int64_t active = 0;
     for (int64_t step = all ? frames_.lengths[utterances[0]] - 1 : -1; step >= 0; --step) {
       while (active < all && frames_.lengths[utterances[active]] > step) ++active;
-      las::widest([&](auto width) __attribute__((always_inline)) {
+      las::dispatch_width([&](auto width) __attribute__((always_inline)) {
         for (int64_t r = 0; r < active; ++r)
           cell_backward<width>(direction, utterances[r], step, hidden.at(r), cell.at(r), gates.at(r));
       });
@@ -328,23 +333,23 @@ class BiLstmBackward {
   LAS_INLINE void cell_backward(int64_t direction, int64_t b, int64_t step, const float* hidden, float* cell,
                                 T* row) const {
     const int64_t H = shape_.H, index = frames_.index(direction, b, step);
-    const T* now = saved(direction, index);
-    const T* before = step > 0 ? saved(direction, frames_.index(direction, b, step - 1)) + 4 * H : zeros_.data();
-    const T* above = gradient_ + (frames_.positions[index] * DIRECTIONS + direction) * H;
-    // What was saved has left the cache. Prefetch it two steps early, since a step also reads the cell before its own.
-    const int64_t later = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
-    const T* saved_later = saved(direction, later);
-    const T* above_later = gradient_ + (frames_.positions[later] * DIRECTIONS + direction) * H;
-    las::each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < SAVED; ++i) las::fetch(saved_later + i * H + j);
-      las::fetch(above_later + j);
-      const las::LstmGates<W> gates = las::get_gates<W>(now + j, H, lanes);
-      const Float<W> tanh_cell = las::tanh<W>(get<W>(now + 4 * H + j, lanes, 0.0f));
-      const Float<W> dh = get<W>(above + j, lanes, 0.0f) + get<W>(hidden + j, lanes, 0.0f);
-      const Float<W> dc = las::lstm_cell_gradient<W>(gates, tanh_cell, dh) + get<W>(cell + j, lanes, 0.0f);
-      const Float<W> cell_before = get<W>(before + j, lanes, 0.0f);
-      las::put_gates<W>(row + j, H, las::lstm_gate_gradients<W>(gates, tanh_cell, cell_before, dh, dc), lanes);
-      put<W>(cell + j, dc * gates.forget, lanes);
+    const T* saved_now = saved(direction, index);
+    const T* saved_before = step > 0 ? saved(direction, frames_.index(direction, b, step - 1)) + 4 * H : zeros_.data();
+    const T* output_gradient = gradient_ + (frames_.positions[index] * DIRECTIONS + direction) * H;
+    // The saved values have left the cache. Prefetch two steps ahead: a step also reads the previous cell state.
+    const int64_t ahead = frames_.index(direction, b, std::max<int64_t>(step - 2, 0));
+    const T* saved_ahead = saved(direction, ahead);
+    const T* output_gradient_ahead = gradient_ + (frames_.positions[ahead] * DIRECTIONS + direction) * H;
+    las::for_each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < SAVED; ++i) las::prefetch(saved_ahead + i * H + j);
+      las::prefetch(output_gradient_ahead + j);
+      const las::LstmGates<W> gates = las::load_gates<W>(saved_now + j, H, lanes);
+      const Float<W> tanh_cell = las::tanh<W>(load<W>(saved_now + 4 * H + j, lanes, 0.0f));
+      const Float<W> dh = load<W>(output_gradient + j, lanes, 0.0f) + load<W>(hidden + j, lanes, 0.0f);
+      const Float<W> dc = las::lstm_cell_gradient<W>(gates, tanh_cell, dh) + load<W>(cell + j, lanes, 0.0f);
+      const Float<W> cell_before = load<W>(saved_before + j, lanes, 0.0f);
+      las::store_gates<W>(row + j, H, las::lstm_gate_gradients<W>(gates, tanh_cell, cell_before, dh, dc), lanes);
+      store<W>(cell + j, dc * gates.forget, lanes);
     });
     std::copy_n(row, 4 * H, gates_.at(index) + direction * 4 * H);
   }
@@ -356,7 +361,7 @@ class BiLstmBackward {
       rows.data += d * 4 * shape_.H;
       las::matmul(rows, input[d], d == 0 ? nullptr : initial, sums.rows(count));
     }
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i)
         las::convert<width>(sums.at(i), shape_.I, x_gradient + frames_.positions[from + i] * shape_.I);
     });
@@ -374,7 +379,7 @@ class BiLstmBackward {
     return rows;
   }
 
-  // The hidden states before the frames: those of the frame before, or after, in the order of time.
+  // The previous hidden states: those of the preceding frame, or of the following one in the backward direction.
   std::vector<const T*> rows_of_states(int64_t direction, int64_t from, int64_t count) const {
     std::vector<const T*> rows(count);
     for (int64_t k = 0; k < count; ++k) {
@@ -386,7 +391,7 @@ class BiLstmBackward {
     return rows;
   }
 
-  // The gradients of the weights of one direction, from some frames; added to `to` if `accumulate`.
+  // Compute the gradients of one direction from a block of frames. `accumulate`: add to the weights' gradients in `to`.
   void weight_gradients(const std::vector<const T*>& gates, const Panels<T>& inputs, const Panels<T>& states,
                         bool accumulate, const DirectionGradients& to) const {
     const int64_t H = shape_.H;
@@ -404,7 +409,7 @@ class BiLstmBackward {
   }
 
   static void pack_panel(const std::vector<const T*>& rows, int64_t column, int64_t columns, T* to) {
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       las::pack_rows<width>(rows.data(), int64_t(rows.size()), column, columns, to);
     });
   }
@@ -419,12 +424,12 @@ class BiLstmBackward {
   }
 
   static void add_bias(const std::vector<const T*>& rows, int64_t column, int64_t columns, float* bias) {
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
-      las::each_vector<W>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-        Float<W> sum = get<W>(bias + j, lanes, 0.0f);
-        for (const T* row : rows) sum += get<W>(row + column + j, lanes, 0.0f);
-        put<W>(bias + j, sum, lanes);
+      las::for_each_vector<W>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+        Float<W> sum = load<W>(bias + j, lanes, 0.0f);
+        for (const T* row : rows) sum += load<W>(row + column + j, lanes, 0.0f);
+        store<W>(bias + j, sum, lanes);
       });
     });
   }
@@ -432,9 +437,9 @@ class BiLstmBackward {
   const BiLstmShape& shape_;
   const ValidFrames& frames_;
   const BiLstmWeights& weights_;
-  const T *gradient_, *x_, *output_, *saved_;  // as outputs and inputs of the op
-  RowBuffer<T> gates_;    // (frames, 2, 4, H): gradients
-  std::vector<T> zeros_;  // (the larger of I and H,)
+  const T *gradient_, *x_, *output_, *saved_;  // tensors of the op
+  RowBuffer<T> gates_;                         // (frames, 2, 4, H): gradients of the gates
+  std::vector<T> zeros_;                       // (max of I, H,)
 };
 
 // ----------------------------------------------------------------------------------------------------------- arguments
@@ -482,10 +487,10 @@ void run_backward(const BiLstmShape& shape, const at::Tensor& gradient, const at
                   std::vector<at::Tensor>& gradients) {
   const ValidFrames frames(lengths, shape.B, shape.T);
   const BiLstmWeights weights(list);
-  const at::Tensor above = gradient.contiguous(), inputs = x.contiguous();
-  BiLstmBackward<T> job(shape, frames, weights, above.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
+  const at::Tensor output_gradient = gradient.contiguous(), inputs = x.contiguous();
+  BiLstmBackward<T> job(shape, frames, weights, output_gradient.const_data_ptr<T>(), inputs.const_data_ptr<T>(),
                         output.const_data_ptr<T>(), saved.const_data_ptr<T>());
-  job.through_time();
+  job.backpropagate();
   if (x_gradient.numel()) job.input_gradients(x_gradient.mutable_data_ptr<T>());
   const auto rows = [&](int64_t i) {
     return Matrix<float>{gradients[i].mutable_data_ptr<float>(), gradients[i].stride(0), gradients[i].size(0)};
@@ -504,7 +509,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
                 name, " must be (B, T, 2H) with B=", B, ", T=", T, ", H=", H, " and the dtype of x; got ",
                 tensor.sizes(), " ", tensor.scalar_type());
   TORCH_CHECK(saved.sizes() == at::IntArrayRef({B, T, DIRECTIONS, SAVED, H}) && saved.scalar_type() == x.scalar_type(),
-              "kept must be what the forward op kept of these inputs; got ", saved.sizes(), " ", saved.scalar_type());
+              "kept must be the second result of the forward op for these inputs; got ", saved.sizes(), " ",
+              saved.scalar_type());
   at::Tensor x_gradient = at::empty({inputs ? B : 0, T, I}, x.options());
   std::vector<at::Tensor> gradients;
   for (int64_t d = 0; d < DIRECTIONS; ++d)

@@ -1,11 +1,11 @@
-// The CTC loss, its gradient, and the time of each token in its posterior: the C++ backend of las_fast/ops/ctc_loss.py.
+// The CTC loss, its gradient and the token times: the C++ backend of las_fast/ops/ctc_loss.py, which defines them.
 //
-// The states of an utterance with S tokens are pairs: u = 0 to S counts the tokens begun, and the frame is the u-th
-// token or a blank after it. So the recursion over frames runs over vectors of u. It is in logarithms: a state that is
-// 1e-40 times as likely as another may be the only one that reaches the end. The largest value of each frame is kept
-// apart, in float64, so that the likeliest states are near 0, where float32 is precise, however long the utterance.
+// An utterance with S tokens has two states for each u from 0 to S: the frame is the u-th token, or a blank after it.
+// So the recursion over frames runs over vectors of u. It is in logarithms, because a state that is 1e-40 times as
+// likely as another may be the only one that reaches the end. The largest value of each frame is subtracted and summed
+// in float64: the likeliest states stay near 0, where float32 is precise, however long the utterance.
 //
-// A sum never depends on the other utterances: an utterance gets the same result alone and in any batch.
+// Sums do not depend on the other utterances: an utterance gets the same result alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@ using las::load;
 using las::store;
 using las::ctc::BLANK;
 
-constexpr int64_t EDGE = 16;  // unreachable states before and after each row, so that neighbours can be loaded
+constexpr int64_t EDGE = 16;  // unreachable states before and after each row, so that u - 1 and u + 1 can be loaded
 
 struct Utterance {
   const float* logits;  // (T, V)
@@ -40,10 +40,10 @@ struct Utterance {
   int64_t S;
 };
 
-// (count, S + 1) values for u = 0 to S of each row, padded to whole vectors.
+// A matrix (count, S + 1), with u from 0 to S in each row, padded to whole vectors.
 class LatticeRows {
  public:
-  void begin(int64_t count, int64_t S) {
+  void reset(int64_t count, int64_t S) {
     size_ = las::padded(S + 1, EDGE);
     values_.assign(count * (size_ + 2 * EDGE), -INFINITE);
   }
@@ -55,27 +55,26 @@ class LatticeRows {
   std::vector<float> values_;
 };
 
-// The forward and backward recursion over one utterance, in log-probabilities: `token` and `blank` are of the frames
-// alone, the others of all paths in that state.
+// The forward and backward recursion over one utterance, in log-probabilities.
 class Lattice {
  public:
-  // Log-probability of the transcript. Unless `repeats_need_no_blank`, a repeated token needs a blank before it.
+  // Return the transcript's log-probability. With `repeats_need_no_blank`, equal tokens need no blank between them.
   template <int W>
   LAS_INLINE double forward(const Utterance& utterance, bool repeats_need_no_blank) {
-    emit<W>(utterance);
+    compute_emissions<W>(utterance);
     largest_.assign(utterance.T + 1, 0.0);
-    step_over_.begin(1, utterance.S);
+    skip_blank_.reset(1, utterance.S);
     for (int64_t u = 1; u <= utterance.S; ++u)
       if (u == 1 || repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2])
-        step_over_.at()[u] = 0.0f;
-    in_token_.begin(utterance.T + 1, utterance.S), in_blank_.begin(utterance.T + 1, utterance.S);
+        skip_blank_.at()[u] = 0.0f;
+    in_token_.reset(utterance.T + 1, utterance.S), in_blank_.reset(utterance.T + 1, utterance.S);
     in_blank_.at(0)[0] = 0.0f;
     for (int64_t t = 0; t < utterance.T; ++t) {
       const float *token = in_token_.at(t), *blank = in_blank_.at(t);
       for (int64_t u = 0; u < in_token_.size(); u += W) {
         const Float<W> stay = load<W>(token + u), stay_blank = load<W>(blank + u);
-        const Float<W> over = load<W>(token + u - 1) + load<W>(step_over_.at() + u);
-        const Float<W> next = logaddexp<W>(over, load<W>(blank + u - 1));
+        const Float<W> from_token = load<W>(token + u - 1) + load<W>(skip_blank_.at() + u);
+        const Float<W> next = logaddexp<W>(from_token, load<W>(blank + u - 1));
         store<W>(in_token_.at(t + 1) + u, logaddexp<W>(stay, next) + load<W>(token_.at(t) + u));
         store<W>(in_blank_.at(t + 1) + u, logaddexp<W>(stay, stay_blank) + blank_[t]);
       }
@@ -86,29 +85,28 @@ class Lattice {
     return largest_[utterance.T] + ends[0];
   }
 
-  // Call each(t, token, blank) from the last frame to the first, with the posteriors of the states, `size()` of each;
-  // `total` is the log-probability of the transcript.
+  // Call each(t, token, blank) for each frame from the last to the first, where token and blank (size(),) are the
+  // posteriors of the states. `total` is the log-probability of the transcript.
   template <int W, class Each>
   LAS_INLINE void backward(const Utterance& utterance, double total, Each each) {
-    // Of what follows and the frame itself.
-    after_token_.begin(1, utterance.S), after_blank_.begin(1, utterance.S);
-    posterior_token_.begin(1, utterance.S), posterior_blank_.begin(1, utterance.S);
+    after_token_.reset(1, utterance.S), after_blank_.reset(1, utterance.S);
+    posterior_token_.reset(1, utterance.S), posterior_blank_.reset(1, utterance.S);
     float *token = after_token_.at(), *blank = after_blank_.at();
     double largest = 0.0;
     for (int64_t t = utterance.T - 1; t >= 0; --t) {
-      const float scale = float(largest_[t + 1] + largest - total);
+      const float offset = float(largest_[t + 1] + largest - total);
       for (int64_t u = 0; u < after_token_.size(); u += W) {
         Float<W> now, now_blank;
         if (t == utterance.T - 1) {
           now = now_blank = at_end<W>(utterance.S, u);
         } else {
           const Float<W> next = load<W>(token + u + 1), stay_blank = load<W>(blank + u);
-          const Float<W> over = next + load<W>(step_over_.at() + u + 1);
-          now = logaddexp<W>(logaddexp<W>(load<W>(token + u), stay_blank), over);
+          const Float<W> to_token = next + load<W>(skip_blank_.at() + u + 1);
+          now = logaddexp<W>(logaddexp<W>(load<W>(token + u), stay_blank), to_token);
           now_blank = logaddexp<W>(stay_blank, next);
         }
-        store<W>(posterior_token_.at() + u, probability<W>(load<W>(in_token_.at(t + 1) + u) + now + scale));
-        store<W>(posterior_blank_.at() + u, probability<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + scale));
+        store<W>(posterior_token_.at() + u, probability<W>(load<W>(in_token_.at(t + 1) + u) + now + offset));
+        store<W>(posterior_blank_.at() + u, probability<W>(load<W>(in_blank_.at(t + 1) + u) + now_blank + offset));
         store<W>(token + u, now + load<W>(token_.at(t) + u));
         store<W>(blank + u, now_blank + blank_[t]);
       }
@@ -121,22 +119,22 @@ class Lattice {
   const float* probabilities(int64_t t, int64_t V) const { return probabilities_.data() + t * V; }
 
  private:
-  // The softmax of each frame, and the log-probabilities of the blank and of the transcript's tokens.
+  // Compute the softmax of each frame, and the log-probabilities of the blank and of the transcript's tokens.
   template <int W>
-  LAS_INLINE void emit(const Utterance& utterance) {
+  LAS_INLINE void compute_emissions(const Utterance& utterance) {
     const auto [logits, T, V, tokens, S] = utterance;
     probabilities_.assign(logits, logits + T * V);
-    token_.begin(T, S);
+    token_.reset(T, S);
     blank_.resize(T);
     for (int64_t t = 0; t < T; ++t) {
       const float* frame = logits + t * V;
       const las::SoftmaxSummary all = las::softmax<W>(probabilities_.data() + t * V, V);
-      blank_[t] = frame[BLANK] - all.maximum - all.log_sum;  // subtract one by one: their sum would be rounded
+      blank_[t] = frame[BLANK] - all.maximum - all.log_sum;  // two subtractions: the sum would be rounded
       for (int64_t u = 1; u <= S; ++u) token_.at(t)[u] = frame[tokens[u - 1]] - all.maximum - all.log_sum;
     }
   }
 
-  // The log-probability that nothing follows: 0 after S tokens, -inf after fewer.
+  // The log-probability that the transcript ends in a state: 0 if u = S, otherwise -inf.
   template <int W>
   static LAS_INLINE Float<W> at_end(int64_t S, int64_t u) {
     Float<W> x;
@@ -146,34 +144,34 @@ class Lattice {
 
   template <int W>
   static LAS_INLINE Float<W> probability(Float<W> log) {
-    return las::exp<W>(log > 0.0f ? Float<W>{} : log);  // rounding may have made it exceed 1
+    return las::exp<W>(log > 0.0f ? Float<W>{} : log);  // rounding may make it exceed 1
   }
 
-  // Subtract the largest value of two rows from both and return it; 0 if no state can be reached.
+  // Subtract the largest value of two rows from both and return it; return 0 if no state can be reached.
   template <int W>
   static LAS_INLINE float subtract_largest(float* token, float* blank, int64_t size) {
-    Float<W> most = las::broadcast<W>(-INFINITE);
+    Float<W> maxima = las::broadcast<W>(-INFINITE);
     for (int64_t u = 0; u < size; u += W)
-      most = las::max<W>(most, las::max<W>(load<W>(token + u), load<W>(blank + u)));
-    const float largest = las::largest<W>(most);
+      maxima = las::max<W>(maxima, las::max<W>(load<W>(token + u), load<W>(blank + u)));
+    const float largest = las::largest<W>(maxima);
     if (largest == -INFINITE) return 0.0f;
     for (float* row : {token, blank})
       for (int64_t u = 0; u < size; u += W) store<W>(row + u, load<W>(row + u) - largest);
     return largest;
   }
 
-  LatticeRows token_;                              // (T, S + 1)
-  LatticeRows step_over_;                          // (1, S + 1): 0 where the blank before the token may be left out
-  LatticeRows in_token_, in_blank_;                // (T + 1, S + 1): of the paths up to each frame
-  LatticeRows after_token_, after_blank_;          // (1, S + 1)
-  LatticeRows posterior_token_, posterior_blank_;  // (1, S + 1)
-  std::vector<float> probabilities_, blank_;       // (T, V) and (T,)
-  std::vector<double> largest_;                    // (T + 1,): subtracted from in_token_ and in_blank_, up to each row
+  LatticeRows token_;                              // (T, S + 1): log-probability of token u in each frame
+  LatticeRows skip_blank_;                         // (1, S + 1): 0 if token u may follow without a blank, else -inf
+  LatticeRows in_token_, in_blank_;                // (T + 1, S + 1): all paths through the frames before t
+  LatticeRows after_token_, after_blank_;          // (1, S + 1): all paths from the current frame to the end
+  LatticeRows posterior_token_, posterior_blank_;  // (1, S + 1): posteriors of the current frame
+  std::vector<float> probabilities_, blank_;       // (T, V): softmax; (T,): log-probability of the blank
+  std::vector<double> largest_;                    // (T + 1,): total subtracted from in_*_ up to each row
 };
 
 // ---------------------------------------------------------------------------------------------------------------- loss
 
-// Minus the log-probability, and its gradient (T, V) unless null: the softmax minus the posterior of each token.
+// Return minus the log-probability. Set `gradient` (T, V), unless null: the softmax minus the posterior of each token.
 template <int W>
 LAS_INLINE float loss(Lattice& lattice, const Utterance& utterance, float* gradient) {
   const double total = lattice.forward<W>(utterance, false);
@@ -193,13 +191,13 @@ LAS_INLINE float loss(Lattice& lattice, const Utterance& utterance, float* gradi
 
 // --------------------------------------------------------------------------------------------------------- token times
 
-// The mean frame of each token's posterior, (S,), where repeated tokens need no blank between them.
+// Set times (S,) to the mean frame of each token's posterior, where equal tokens need no blank between them.
 template <int W>
-LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float* to) {
+LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float* times) {
   const double total = lattice.forward<W>(utterance, true);
   if (total == -INFINITE) return;
   LatticeRows sums;
-  sums.begin(2, utterance.S);
+  sums.reset(2, utterance.S);
   float *mass = sums.at(0), *moment = sums.at(1);
   std::fill_n(mass, sums.size(), 0.0f), std::fill_n(moment, sums.size(), 0.0f);
   lattice.backward<W>(utterance, total, [&](int64_t t, const float* token, const float*)
@@ -209,17 +207,17 @@ LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float*
       store<W>(moment + u, load<W>(moment + u) + float(t) * load<W>(token + u));
     }
   });
-  for (int64_t u = 1; u <= utterance.S; ++u) to[u - 1] = moment[u] / std::max(mass[u], 1e-6f);
+  for (int64_t u = 1; u <= utterance.S; ++u) times[u - 1] = moment[u] / std::max(mass[u], 1e-6f);
 }
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
-void check_lengths(const char* name, const at::Tensor& x, int64_t B, int64_t most) {
+void check_lengths(const char* name, const at::Tensor& x, int64_t B, int64_t max_length) {
   TORCH_CHECK(x.dim() == 1 && x.size(0) == B && x.scalar_type() == at::kLong, name, " must be (", B, ",) int64; got ",
               x.sizes(), " ", x.scalar_type());
   for (int64_t b = 0; b < B; ++b) {
     const int64_t length = x.const_data_ptr<int64_t>()[b];
-    TORCH_CHECK(length >= 0 && length <= most, name, " must be from 0 to ", most, "; got ", length);
+    TORCH_CHECK(length >= 0 && length <= max_length, name, " must be from 0 to ", max_length, "; got ", length);
   }
 }
 
@@ -243,14 +241,14 @@ struct Arguments {
       }
   }
 
-  // Call each(b, utterance, lattice) for all, on several threads.
-  template <class Each>
-  void each(const Each& call) const {
+  // Call body(b, utterance, lattice) for all utterances, in parallel.
+  template <class Body>
+  void for_each_utterance(const Body& body) const {
     const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2), S = tokens.size(1);
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       Lattice lattice;
       for (int64_t b = begin; b < end; ++b)
-        call(b, Utterance{logits.const_data_ptr<float>() + b * T * V, lengths.const_data_ptr<int64_t>()[b], V,
+        body(b, Utterance{logits.const_data_ptr<float>() + b * T * V, lengths.const_data_ptr<int64_t>()[b], V,
                           tokens.const_data_ptr<int64_t>() + b * S, token_lengths.const_data_ptr<int64_t>()[b]},
              lattice);
     });
@@ -266,8 +264,8 @@ std::tuple<at::Tensor, at::Tensor> ctc_loss(const at::Tensor& logits, const at::
   const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
   const at::Tensor losses = at::empty({B}, arguments.logits.options());
   const at::Tensor gradient = at::zeros({gradients ? B : 0, T, V}, arguments.logits.options());
-  arguments.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
-    las::widest([&](auto width) __attribute__((always_inline)) {
+  arguments.for_each_utterance([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       losses.mutable_data_ptr<float>()[b] =
           loss<width>(lattice, utterance, gradients ? gradient.mutable_data_ptr<float>() + b * T * V : nullptr);
     });
@@ -279,8 +277,8 @@ at::Tensor ctc_places(const at::Tensor& logits, const at::Tensor& lengths, const
                       const at::Tensor& token_lengths) {
   const Arguments arguments(logits, lengths, tokens, token_lengths);
   const at::Tensor times = at::zeros(tokens.sizes(), arguments.logits.options());
-  arguments.each([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
-    las::widest([&](auto width) __attribute__((always_inline)) {
+  arguments.for_each_utterance([&](int64_t b, const Utterance& utterance, Lattice& lattice) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       token_times<width>(lattice, utterance, times.mutable_data_ptr<float>() + b * times.size(1));
     });
   });

@@ -30,9 +30,9 @@ void check_range(const char* name, const at::Tensor& x, int64_t end) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
     const at::Tensor& ctc_log_probs_in, const at::Tensor& forward_in, const at::Tensor& prefix_log_probs_in,
-    const at::Tensor& gains_in, const at::Tensor& tokens_in, const at::Tensor& parents_in, const at::Tensor& chosen_in,
-    int64_t eos) {
-  // Names in messages are those of the op's schema.
+    const at::Tensor& next_log_probs_in, const at::Tensor& tokens_in, const at::Tensor& parents_in,
+    const at::Tensor& chosen_in, int64_t eos) {
+  // Messages use the names of the op's schema.
   TORCH_CHECK(ctc_log_probs_in.dim() == 3 && ctc_log_probs_in.scalar_type() == at::kFloat,
               "ctc_log_probs must be (B, T, V) float32; got ", ctc_log_probs_in.sizes(), " ",
               ctc_log_probs_in.scalar_type());
@@ -41,19 +41,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
   const int64_t K = tokens_in.size(1);
   check_like("forward_log_probs", forward_in, {B, K, T + 1}, at::kFloat);
   check_like("prefix_log_probs", prefix_log_probs_in, {B, K}, at::kFloat);
-  check_like("gains", gains_in, {B, K, V}, at::kFloat);
+  check_like("next_log_probs", next_log_probs_in, {B, K, V}, at::kFloat);
   check_like("tokens", tokens_in, {B, K}, at::kLong);
   check_like("parents", parents_in, {B, K}, at::kLong);
   check_like("chosen", chosen_in, {B, K}, at::kLong);
   TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
   const at::Tensor ctc_log_probs = ctc_log_probs_in.contiguous(), forward = forward_in.contiguous();
-  const at::Tensor prefix_log_probs = prefix_log_probs_in.contiguous(), gains = gains_in.contiguous();
+  const at::Tensor prefix_log_probs = prefix_log_probs_in.contiguous(), next_log_probs = next_log_probs_in.contiguous();
   const at::Tensor tokens = tokens_in.contiguous(), parents = parents_in.contiguous(), chosen = chosen_in.contiguous();
   check_range("parents", parents, K);
   check_range("chosen", chosen, V);
 
   const at::Tensor forward_out = at::empty_like(forward), prefix_log_probs_out = at::empty_like(prefix_log_probs);
-  const at::Tensor gains_out = at::empty_like(gains);
+  const at::Tensor next_log_probs_out = at::empty_like(next_log_probs);
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     Scorer scorer;
     std::vector<CtcHypothesis> all(K);
@@ -64,20 +64,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
         const int64_t token = chosen.const_data_ptr<int64_t>()[to];
         float& prefix_log_prob = prefix_log_probs_out.mutable_data_ptr<float>()[to];
         prefix_log_prob =
-            prefix_log_probs.const_data_ptr<float>()[from] + gains.const_data_ptr<float>()[from * V + token];
+            prefix_log_probs.const_data_ptr<float>()[from] + next_log_probs.const_data_ptr<float>()[from * V + token];
         all[k] = {forward.const_data_ptr<float>() + from * (T + 1),
                   forward_out.mutable_data_ptr<float>() + to * (T + 1),
                   tokens.const_data_ptr<int64_t>()[from],
                   token,
                   prefix_log_prob,
-                  gains_out.mutable_data_ptr<float>() + to * V};
+                  next_log_probs_out.mutable_data_ptr<float>() + to * V};
       }
       scorer.advance(utterance, all, eos);
-      for (const CtcHypothesis& one : all)
-        std::fill(one.forward + utterance.T, one.forward + T + 1, one.forward[utterance.T]);
+      for (const CtcHypothesis& hypothesis : all)
+        std::fill(hypothesis.forward + utterance.T, hypothesis.forward + T + 1, hypothesis.forward[utterance.T]);
     }
   });
-  return {forward_out, prefix_log_probs_out, gains_out};
+  return {forward_out, prefix_log_probs_out, next_log_probs_out};
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// Matrix products in 8-bit integers of rows with packed weights; matmul.h is the same for float32 and bfloat16:
+// The matmul of rows with packed weights, both quantised to 8 bits; matmul.h has that of float32 and bfloat16:
 //
 //   out[m, n] = initial[m][n] + scale[m] * scale[n] * sum over k of rows[m, k] * weights[n, k]
 //
-// Each row and each column has its own scale, so that its largest magnitude becomes 127. The sums are exact: a row has
-// one result, alone and in any batch. The processor's dot product takes rows without a sign, so they are stored with
-// 128 added. What that adds to a sum is known from the weights, and subtracted beforehand. The scale of a row or column
-// that holds infinity or NaN is NaN.
+// Each row and each column has its own scale, which maps its largest magnitude to 127. The sums are exact: a row has
+// the same result alone and in any batch. The processor's dot product takes unsigned rows, so rows have a zero point of
+// 128. The initial sum of each column subtracts what the zero point adds. The scale of a row or column that holds
+// infinity or NaN is NaN.
 
 #pragma once
 
@@ -21,19 +21,19 @@ namespace las {
 template <>
 inline constexpr int64_t DEPTH_INTERLEAVE<int8_t> = 4;
 
-constexpr int32_t ZERO = 128;  // stands for 0 in a row
+constexpr int32_t ZERO_POINT = 128;  // the value of a quantised row that represents 0
 
-// Weights (columns, depth) as [panel][k / 4][column][k % 4], and for each column a scale and its initial sum.
+// Quantised weights (columns, depth) as [panel][k / 4][column][k % 4], with a scale and an initial sum per column.
 struct Int8Panels {
   const int8_t* data;
   int64_t columns, depth;
-  const float* scales;   // (padded columns,)
-  const int32_t* sums;  // (padded columns,): -ZERO times the sum of the column
+  const float* scales;  // (padded columns,)
+  const int32_t* sums;  // (padded columns,): -ZERO_POINT times the sum of the column
 
   const int8_t* at(int64_t column) const { return data + column * depth; }
 };
 
-// Rows (count, depth), quantised.
+// Quantised rows (count, depth).
 struct Int8Rows {
   const uint8_t* data;
   int64_t stride, count;
@@ -41,59 +41,63 @@ struct Int8Rows {
 };
 
 template <int M>
-LAS_INLINE RowCursor<M, uint8_t> cursor(const Int8Rows& rows, int64_t row) {
+LAS_INLINE RowCursor<M, uint8_t> cursor_at(const Int8Rows& rows, int64_t row) {
   return {rows.data + row * rows.stride, rows.stride};
 }
 
 // The largest magnitude of n values; NaN if one is not finite.
 template <int W>
-LAS_INLINE float largest_of(const float* x, int64_t n) {
-  Float<W> most{}, none{};
-  each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> value = get<W>(x + i, lanes, 0.0f);
-    most = max<W>(most, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
-    none += value * 0.0f;
+LAS_INLINE float largest_magnitude(const float* x, int64_t n) {
+  Float<W> magnitudes{}, zero_or_nan{};
+  for_each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    const Float<W> value = load<W>(x + i, lanes, 0.0f);
+    magnitudes = max<W>(magnitudes, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
+    zero_or_nan += value * 0.0f;
   });
-  return largest<W>(most) + sum<W>(none);
+  return largest<W>(magnitudes) + sum<W>(zero_or_nan);
 }
 
-// x times a factor, rounded to the nearest integer; for magnitudes up to 2^22.
+// x * factor, rounded to the nearest integer. Its magnitude must be at most 2^22.
 template <int W>
 LAS_INLINE Int<W> to_int(Float<W> x, float factor) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   return bits_as<Int<W>>(x * factor + ROUND) - 0x4B400000;
 }
 
-constexpr float TINY = 1e-30f;  // a row whose magnitudes are smaller counts as zeros: 127 / largest must be finite
+// A row or column of smaller magnitudes is quantised to zeros: 127 / largest must be finite.
+constexpr float MIN_MAGNITUDE = 1e-30f;
 
-inline float factor_of(float largest) { return largest > TINY ? 127.0f / largest : 0.0f; }
+inline float quantisation_factor(float largest) { return largest > MIN_MAGNITUDE ? 127.0f / largest : 0.0f; }
 
-// Write n values as integers, then zeros up to `depth`; return the scale.
+// Quantise a row of n values and pad it with zeros to `depth`; return its scale.
 template <int W>
 LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* to) {
-  const float most = largest_of<W>(from, n), factor = factor_of(most);
+  const float largest = largest_magnitude<W>(from, n), factor = quantisation_factor(largest);
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    const Bytes<W> bytes = __builtin_convertvector(to_int<W>(load<W>(from + i), factor) + ZERO, Bytes<W>);
+    const Int<W> numbers = to_int<W>(load<W>(from + i), factor) + ZERO_POINT;
+    const Bytes<W> bytes = __builtin_convertvector(numbers, Bytes<W>);
     std::memcpy(to + i, &bytes, sizeof bytes);
   }
   if (i < n) {
-    const Bytes<W> bytes = __builtin_convertvector(to_int<W>(load_part<W>(from + i, n - i), factor) + ZERO, Bytes<W>);
+    const Int<W> numbers = to_int<W>(load_partial<W>(from + i, n - i), factor) + ZERO_POINT;
+    const Bytes<W> bytes = __builtin_convertvector(numbers, Bytes<W>);
     std::memcpy(to + i, &bytes, n - i);
   }
-  std::fill(to + n, to + depth, uint8_t(ZERO));
-  return most / 127.0f;
+  std::fill(to + n, to + depth, uint8_t(ZERO_POINT));
+  return largest / 127.0f;
 }
 
+// As in matmul.h.
 template <int W, int M>
-LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel, InitialSums initial,
-                     const Matrix<float>& out) {
+LAS_INLINE void multiply_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
+                              InitialSums initial, const Matrix<float>& out) {
   for (int64_t i = 0; i < COLUMNS; i += W) {
     Int<W> sum[M];
     const int8_t* from = weights.at(panel) + i * DEPTH_INTERLEAVE<int8_t>;
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) std::memcpy(&sum[m], weights.sums + panel + i, sizeof sum[m]);
-    auto position = cursor<M>(rows, row);
+    auto position = cursor_at<M>(rows, row);
     for (int64_t k = 0; k < weights.depth; k += 4, position.advance(4)) {
       Bits<W> four;
       std::memcpy(&four, from + k * COLUMNS, sizeof four);
@@ -108,8 +112,8 @@ LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weight
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Float<W> first = initial ? load<W>(initial[row + m] + panel + i) : Float<W>{};
-      const Float<W> all = __builtin_convertvector(sum[m], Float<W>);
-      store<W>(out.at(row + m) + panel + i, first + all * (scale * rows.scales[row + m]));
+      const Float<W> quantised_sum = __builtin_convertvector(sum[m], Float<W>);
+      store<W>(out.at(row + m) + panel + i, first + quantised_sum * (scale * rows.scales[row + m]));
     }
   }
 }
@@ -120,17 +124,17 @@ LAS_INLINE void tile(const Int8Rows& rows, int64_t row, const Int8Panels& weight
 inline bool has_int8_dots() { return max_lanes >= 16 && __builtin_cpu_supports("avx512vnni"); }
 
 template <int M>
-LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
-                               InitialSums initial, const Matrix<float>& out) {
+LAS_AVX512_VNNI void multiply_tile_int8(const Int8Rows& rows, int64_t row, const Int8Panels& weights, int64_t panel,
+                                        InitialSums initial, const Matrix<float>& out) {
   __m512i sum[M][2];
   const int8_t* from = weights.at(panel);
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) sum[m][i] = _mm512_loadu_si512(weights.sums + panel + 16 * i);
-  auto position = cursor<M>(rows, row);
+  auto position = cursor_at<M>(rows, row);
   for (int64_t k = 0; k < weights.depth; k += 4, position.advance(4)) {
-    fetch_ahead<M>(from + (k + weights.depth) * COLUMNS, 128);
+    prefetch_ahead<M>(from + (k + weights.depth) * COLUMNS, 128);
     const __m512i first = _mm512_loadu_si512(from + k * COLUMNS);
     const __m512i second = _mm512_loadu_si512(from + k * COLUMNS + 64);
 #pragma GCC unroll 16
@@ -138,7 +142,7 @@ LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Pane
       int32_t four;
       std::memcpy(&four, position[m], sizeof four);
       const __m512i x = _mm512_set1_epi32(four);
-      // Not the intrinsic: with it GCC 12 copies and spills the sums, which takes 2.5 times as long.
+      // asm, because with the intrinsic GCC 12 copies and spills the sums, which takes 2.5 times as long.
       asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][0]) : "v"(x), "v"(first));
       asm("vpdpbusd %2, %1, %0" : "+v"(sum[m][1]) : "v"(x), "v"(second));
     }
@@ -146,36 +150,37 @@ LAS_AVX512_VNNI void int8_tile(const Int8Rows& rows, int64_t row, const Int8Pane
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const int64_t column = panel + 16 * i;
-    const __m512 scale = _mm512_loadu_ps(weights.scales + column);
+    const __m512 column_scales = _mm512_loadu_ps(weights.scales + column);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const __m512 one = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[row + m]));
-      const __m512 begin = initial ? _mm512_loadu_ps(initial[row + m] + column) : _mm512_setzero_ps();
-      _mm512_storeu_ps(out.at(row + m) + column, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][i]), one, begin));
+      const __m512 scale = _mm512_mul_ps(column_scales, _mm512_set1_ps(rows.scales[row + m]));
+      const __m512 first = initial ? _mm512_loadu_ps(initial[row + m] + column) : _mm512_setzero_ps();
+      _mm512_storeu_ps(out.at(row + m) + column, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][i]), scale, first));
     }
   }
 }
 #endif
 
-// out must have room for padded_columns panels in each row; rows are as padded_depth as the panels.
+// rows: (M, depth of the panels). initial and out as in matmul.h.
 inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums initial, const Matrix<float>& out) {
 #ifdef LAS_BF16_DOTS
   if (has_int8_dots()) {
     for (int64_t panel = 0; panel < weights.columns; panel += COLUMNS)
-      each_tile<TILE<16>>(rows.count,
-                          [&](int64_t row, auto size) { int8_tile<size>(rows, row, weights, panel, initial, out); });
+      for_each_tile<TILE_ROWS<16>>(rows.count, [&](int64_t row, auto size) {
+        multiply_tile_int8<size>(rows, row, weights, panel, initial, out);
+      });
     return;
   }
 #endif
   portable_matmul(rows, weights, initial, out);
 }
 
-// Write one column as integers at `to`, in groups of 4 that are COLUMNS * 4 apart; return its sum.
+// Quantise one column and write it at `to`, in groups of 4 that are COLUMNS * 4 apart; return its sum.
 template <int W>
 LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, int8_t* to) {
   int32_t sum = 0;
   for (int64_t k = 0; k < depth; k += W) {
-    const Float<W> values = depth - k < W ? load_part<W>(from + k, depth - k) : load<W>(from + k);
+    const Float<W> values = depth - k < W ? load_partial<W>(from + k, depth - k) : load<W>(from + k);
     const Int<W> numbers = to_int<W>(values, factor);
     int8_t bytes[W];
     for (int j = 0; j < W; ++j) bytes[j] = int8_t(numbers[j]), sum += bytes[j];
@@ -184,12 +189,12 @@ LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, i
   return sum;
 }
 
-// Bytes of packed panels: the integers, then the scales and the initial sums.
+// Bytes of Int8Panels in one block: the quantised weights, then the scales and the initial sums.
 inline int64_t int8_bytes(int64_t columns, int64_t depth) {
   return padded(columns) * (padded(depth, DEPTH_INTERLEAVE<int8_t>) + int64_t(sizeof(float) + sizeof(int32_t)));
 }
 
-// The panels that were packed into the int8_bytes at `from`.
+// The panels in the int8_bytes at `from`, which `pack` wrote.
 inline Int8Panels int8_panels(const uint8_t* from, int64_t columns, int64_t depth) {
   const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<int8_t>), padded_columns = padded(columns);
   const float* scales = reinterpret_cast<const float*>(from + padded_columns * padded_depth);
@@ -197,22 +202,22 @@ inline Int8Panels int8_panels(const uint8_t* from, int64_t columns, int64_t dept
   return {reinterpret_cast<const int8_t*>(from), columns, padded_depth, scales, sums};
 }
 
-// Pack the columns source[column * stride + k].
+// Quantise and pack the columns source[column * stride + k] into the int8_bytes at `to`.
 inline void pack(const float* source, int64_t stride, int64_t columns, int64_t depth, uint8_t* to) {
   const int64_t padded_depth = padded(depth, DEPTH_INTERLEAVE<int8_t>), padded_columns = padded(columns);
-  // The last panel may have fewer columns.
+  // Zero the last panel, which may have fewer columns, and the scales and sums.
   std::fill(to + (padded_columns - COLUMNS) * padded_depth, to + int8_bytes(columns, depth), uint8_t(0));
   int8_t* numbers = reinterpret_cast<int8_t*>(to);
   float* scales = reinterpret_cast<float*>(to + padded_columns * padded_depth);
   int32_t* sums = reinterpret_cast<int32_t*>(scales + padded_columns);
-  widest([&](auto width) __attribute__((always_inline)) {
+  dispatch_width([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t n = 0; n < columns; ++n) {
       const float* from = source + n * stride;
-      const float most = largest_of<W>(from, depth);
+      const float largest = largest_magnitude<W>(from, depth);
       int8_t* column = numbers + n / COLUMNS * COLUMNS * padded_depth + n % COLUMNS * DEPTH_INTERLEAVE<int8_t>;
-      sums[n] = -ZERO * pack_column<W>(from, depth, factor_of(most), column);
-      scales[n] = most / 127.0f;
+      sums[n] = -ZERO_POINT * pack_column<W>(from, depth, quantisation_factor(largest), column);
+      scales[n] = largest / 127.0f;
     }
   });
 }

@@ -1,7 +1,7 @@
 // Dot-product attention over valid frames: the C++ backend of las_fast/ops/masked_attention.py, which defines it.
 //
-// A row of A (attention.h) is summed in the same order whatever the other rows are, and padding is never read: an
-// utterance gets the same result alone and in any batch.
+// The sums of a query do not depend on the other queries, and padding is never read: an utterance gets the same result
+// alone and in any batch.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -28,9 +28,9 @@ using las::softmax;
 using las::spread;
 using las::SoftmaxSummary;
 
-constexpr int64_t GRAIN = 1 << 16;  // multiplications that make a thread worth starting
+constexpr int64_t GRAIN = 1 << 16;  // multiplications per thread, at least
 
-// Memory for `count` rows of `size` values, (count, stride), padded with zeros to whole vectors.
+// A buffer (count, stride) for rows of `size` values, padded with zeros to whole vectors.
 struct PaddedRows {
   PaddedRows(int64_t count, int64_t size) : stride((size + 15) / 16 * 16), memory(count * stride) {}
 
@@ -92,9 +92,9 @@ EncoderFrames<T> writable(at::Tensor& x, int64_t b, int64_t count) {
 }
 
 template <class T>
-void clear_padding(const EncoderFrames<T>& frames, int64_t all) {
-  // Rows are dense. The stride is not used: that of an axis of size 1 may be anything.
-  std::fill_n(frames.at(frames.count), (all - frames.count) * frames.size, T(0.0f));
+void clear_padding(const EncoderFrames<T>& frames, int64_t T_) {
+  // The tensor is contiguous. Its stride is not used, because that of an axis of size 1 may be anything.
+  std::fill_n(frames.at(frames.count), (T_ - frames.count) * frames.size, T(0.0f));
 }
 
 struct AttentionShape {
@@ -113,7 +113,7 @@ struct AttentionForward {
   at::Tensor context, weights, peaks, logsumexp;
   AttentionShape shape;
 
-  // Queries first to first + count of utterance b.
+  // Queries [first, first + count) of utterance b.
   template <class T>
   void attend(int64_t b, int64_t first, int64_t count, PaddedRows& queries, PaddedRows& scores, PaddedRows& contexts) {
     const int64_t n = std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, shape.T);
@@ -124,7 +124,7 @@ struct AttentionForward {
     const QueryRows w = keep_weights ? QueryRows{weights.mutable_data_ptr<float>() + row * shape.T, shape.T, count}
                                      : scores.rows(count);
     const QueryRows c = contexts.zeros(count);
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       dots<W>(q, encoder_frames<T>(keys, b, n), w);
       for (int64_t k = 0; k < count; ++k) {
@@ -138,16 +138,16 @@ struct AttentionForward {
     copy(c, shape.E, context.mutable_data_ptr<T>() + row * shape.E);
   }
 
-  // With fewer utterances than threads, the queries of an utterance are shared between threads, too.
+  // With fewer utterances than threads, threads also share the queries of an utterance.
   template <class T>
   void run() {
     const int64_t parts = shape.B < at::get_num_threads() ? std::max<int64_t>(1, shape.K / 8) : 1;
-    const int64_t each = (shape.K + parts - 1) / parts;
-    at::parallel_for(0, shape.B * parts, shape.grain(each), [&](int64_t begin, int64_t end) {
-      PaddedRows queries(each, shape.D), scores(weights.numel() ? 0 : each, shape.T), contexts(each, shape.E);
+    const int64_t size = (shape.K + parts - 1) / parts;  // queries per part
+    at::parallel_for(0, shape.B * parts, shape.grain(size), [&](int64_t begin, int64_t end) {
+      PaddedRows queries(size, shape.D), scores(weights.numel() ? 0 : size, shape.T), contexts(size, shape.E);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = std::min(task % parts * each, shape.K);
-        attend<T>(task / parts, first, std::min(each, shape.K - first), queries, scores, contexts);
+        const int64_t first = std::min(task % parts * size, shape.K);
+        attend<T>(task / parts, first, std::min(size, shape.K - first), queries, scores, contexts);
       }
     });
   }
@@ -159,29 +159,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
   check_inputs(query, keys, values, lengths);
   const AttentionShape shape(query, values);
   const auto [B, K, T, D, E] = std::tuple(shape.B, shape.K, shape.T, shape.D, shape.E);
-  const auto wide = query.options().dtype(at::kFloat);
+  const auto float32 = query.options().dtype(at::kFloat);
   AttentionForward job{with_dense_rows(query),
                        with_dense_rows(keys),
                        with_dense_rows(values),
                        lengths.contiguous(),
                        float(scale),
                        at::empty({B, K, E}, values.options()),
-                       weights ? at::empty({B, K, T}, wide) : at::empty({0, 0, 0}, wide),
+                       weights ? at::empty({B, K, T}, float32) : at::empty({0, 0, 0}, float32),
                        at::empty({B, K}, lengths.options()),
-                       at::empty({B, K}, wide),
+                       at::empty({B, K}, float32),
                        shape};
   if (query.scalar_type() == at::kFloat) job.run<float>();
   else job.run<at::BFloat16>();
   return {job.context, job.weights, job.peaks, job.logsumexp};
 }
 
-// With W the weights, S the scores and dX the gradient of X:
+// With W the weights, S the scores, C the context and dX the gradient of X:
 //   dV = W^T dC;   dW' = dW + dC V^T;   dS = W * (dW' - rowsum(W * dW'));   dQ = scale dS K;   dK = scale dS^T Q
 struct AttentionBackward {
-  at::Tensor context_gradient, weights_gradient;  // undefined: none
+  at::Tensor context_gradient, weights_gradient;  // each may be undefined
   at::Tensor query, keys, values, lengths, weights;
   float scale;
-  bool memory;
+  bool memory;  // whether to compute the gradients of keys and values
   at::Tensor query_gradient, keys_gradient, values_gradient;
   AttentionShape shape;
 
@@ -191,23 +191,24 @@ struct AttentionBackward {
   }
 
   struct Scratch {
-    explicit Scratch(const AttentionShape& s) : query(s.K, s.D), summed(s.K, s.D), context(s.K, s.E), weights(s.K, s.T),
-                                       scores(s.K, s.T) {}
-    PaddedRows query, summed, context, weights, scores;
+    explicit Scratch(const AttentionShape& s)
+        : query(s.K, s.D), query_gradient(s.K, s.D), context(s.K, s.E), weights(s.K, s.T), scores(s.K, s.T) {}
+    PaddedRows query, query_gradient, context, weights, scores;
   };
 
   template <class T>
   void utterance(int64_t b, Scratch& scratch) {
     const int64_t K = shape.K, n = std::clamp<int64_t>(lengths.const_data_ptr<int64_t>()[b], 0, shape.T);
     const EncoderFrames<const T> key = encoder_frames<T>(keys, b, n), value = encoder_frames<T>(values, b, n);
-    const bool through_context = context_gradient.defined(), kept = weights.numel() > 0;
-    const QueryRows w = kept ? rows_of<float>(weights, b, scratch.weights) : scratch.weights.rows(K);
-    const QueryRows q = rows_of<T>(query, b, scratch.query, kept ? 1.0f : scale), dq = scratch.summed.zeros(K);
+    const bool through_context = context_gradient.defined(), saved = weights.numel() > 0;
+    const QueryRows w = saved ? rows_of<float>(weights, b, scratch.weights) : scratch.weights.rows(K);
+    const QueryRows q = rows_of<T>(query, b, scratch.query, saved ? 1.0f : scale);
+    const QueryRows dq = scratch.query_gradient.zeros(K);
     const QueryRows dc = through_context ? rows_of<T>(context_gradient, b, scratch.context) : scratch.context.zeros(K);
     const QueryRows dw = scratch.scores.zeros(K);
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
-      if (!kept) {
+      if (!saved) {
         dots<W>(q, key, w);
         for (int64_t k = 0; k < K; ++k) softmax<W>(w.at(k), n);
       }
@@ -222,7 +223,7 @@ struct AttentionBackward {
     if (!memory) return;
     const EncoderFrames<T> dk = writable<T>(keys_gradient, b, n), dv = writable<T>(values_gradient, b, n);
     const QueryRows unscaled = rows_of<T>(query, b, scratch.query);
-    las::widest([&](auto width) __attribute__((always_inline)) {
+    las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       spread<W>(dw, unscaled, dk);
       spread<W>(w, dc, dv);
@@ -232,9 +233,9 @@ struct AttentionBackward {
   }
 
   LAS_INLINE void add_weights_gradient(int64_t b, int64_t k, int64_t n, float* gradient) const {
-    const float* more = weights_gradient.const_data_ptr<float>() + b * weights_gradient.stride(0) +
+    const float* source = weights_gradient.const_data_ptr<float>() + b * weights_gradient.stride(0) +
                         k * weights_gradient.stride(1);
-    for (int64_t t = 0; t < n; ++t) gradient[t] += more[t];
+    for (int64_t t = 0; t < n; ++t) gradient[t] += source[t];
   }
 
   template <class T>
@@ -256,10 +257,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   check_like("context_gradient", context_gradient, {B, K, E}, values.scalar_type());
   check_like("weights_gradient", weights_gradient, {B, K, T}, at::kFloat);
   if (weights.numel()) check_like("weights", weights, {B, K, T}, at::kFloat);
-  const auto given = [](const std::optional<at::Tensor>& x) { return x ? with_dense_rows(*x) : at::Tensor(); };
-  const auto frames = [&](int64_t size) { return memory ? std::vector<int64_t>{B, T, size} : std::vector<int64_t>(3); };
-  AttentionBackward job{given(context_gradient),
-                        given(weights_gradient),
+  const auto dense = [](const std::optional<at::Tensor>& x) { return x ? with_dense_rows(*x) : at::Tensor(); };
+  const auto memory_shape = [&](int64_t size) {
+    return memory ? std::vector<int64_t>{B, T, size} : std::vector<int64_t>(3);
+  };
+  AttentionBackward job{dense(context_gradient),
+                        dense(weights_gradient),
                         with_dense_rows(query),
                         with_dense_rows(keys),
                         with_dense_rows(values),
@@ -268,8 +271,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
                         float(scale),
                         memory,
                         at::empty({B, K, D}, query.options()),
-                        at::empty(frames(D), keys.options()),
-                        at::empty(frames(E), values.options()),
+                        at::empty(memory_shape(D), keys.options()),
+                        at::empty(memory_shape(E), values.options()),
                         shape};
   if (query.scalar_type() == at::kFloat) job.run<float>();
   else job.run<at::BFloat16>();

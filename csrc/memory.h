@@ -1,4 +1,4 @@
-// Memory for rows of numbers: aligned to cache lines, on large pages if it is large, with rows padded to whole panels.
+// Memory for matrices: aligned to cache lines, on huge pages if it is large, with rows padded to whole panels.
 
 #pragma once
 
@@ -14,23 +14,25 @@
 
 namespace las {
 
-constexpr int64_t COLUMNS = 32;  // of a panel of packed weights, see matmul.h
+constexpr int64_t COLUMNS = 32;  // columns per panel of packed weights, see matmul.h
 
+// n rounded up to a multiple.
 inline int64_t padded(int64_t n, int64_t multiple = COLUMNS) { return (n + multiple - 1) / multiple * multiple; }
 
-// An uninitialised array, aligned to a cache line. A large one asks the system for large pages: they come with one page
-// fault each instead of hundreds, and take fewer entries of the TLB.
+// An uninitialised array, aligned to a cache line. A large one asks the system for huge pages, which cost one page
+// fault each instead of hundreds and take fewer entries of the TLB.
 template <class T>
 class AlignedArray {
  public:
   AlignedArray() = default;
   explicit AlignedArray(int64_t count) {
-    const size_t large = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1), align = bytes < large ? 64 : large;
+    const size_t huge_page = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1);
+    const size_t align = bytes < huge_page ? 64 : huge_page;
     const size_t whole = (bytes + align - 1) / align * align;
     data_.reset(static_cast<T*>(std::aligned_alloc(align, whole)));
     if (!data_) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (align == large) madvise(data_.get(), whole, MADV_HUGEPAGE);
+    if (align == huge_page) madvise(data_.get(), whole, MADV_HUGEPAGE);
 #endif
   }
   T* data() const { return data_.get(); }
@@ -52,11 +54,11 @@ struct Matrix {
   operator Matrix<const T>() const { return {data, stride, count}; }
 };
 
-// (count, stride) values of their own, with room for whole panels in each row. The stride is an odd number of pairs of
-// cache lines: at a power of two, the rows of a tile would all fall into the same few sets of the caches.
+// A matrix (count, stride) that owns its memory. Each row has room for whole panels. The stride is an odd multiple of
+// two cache lines: with a power of two, all rows of a tile would map to the same few sets of the cache.
 template <class T = float>
 struct RowBuffer {
-  static constexpr int64_t PAIR = 128 / sizeof(T);
+  static constexpr int64_t PAIR = 128 / sizeof(T);  // values in two cache lines
 
   RowBuffer() = default;
   RowBuffer(int64_t rows, int64_t size)

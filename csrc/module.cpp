@@ -1,5 +1,5 @@
-// The Python module las_fast._C. It is empty: importing it registers the kernels of the other files with torch. Their
-// schemas are in las_fast/ops.
+// The Python module las_fast._C. It is empty: importing it loads the library, which registers the C++ ops with torch.
+// Their schemas are in las_fast/ops.
 
 #include <Python.h>
 

@@ -1,4 +1,4 @@
-// What the beam search of the speller reads and what it keeps of each utterance between two steps.
+// The inputs of the speller's beam search, and the state of its utterances between two steps.
 
 #pragma once
 
@@ -26,16 +26,16 @@ namespace las::search {
 template <class G>
 struct LaterCell {
   int64_t size;
-  Layer<G> input, recurrent;  // the bias is in `recurrent`
+  Layer<G> input, recurrent;  // `recurrent` includes the bias
 };
 
-// The packed weights. Those of the gates are of type G; all others, and the memory of the utterances, are of type T.
+// The packed weights: of type G for the gates, of type T for the other layers. Keys and values are packed as T, too.
 template <class T, class G>
 struct PackedSpeller {
-  int64_t V, M, D, E, H;   // M of the embedding, H of the first cell
+  int64_t V, M, D, E, H;   // M: size of the embedding; H: size of the first cell
   const float* embedding;  // (V, M)
-  Layer<T> token;          // from the embedding to the gates of the first cell: (4 * H, M)
-  Layer<G> first;          // from [context, hidden] to the same: (4 * H, E + H)
+  Layer<T> token;          // from the embedding to the gates of the first cell: (4 * H, M), with the bias
+  Layer<G> first;          // from [context, hidden state] to the gates of the first cell: (4 * H, E + H)
   std::vector<LaterCell<G>> later;
   Layer<T> query, project, output;
 
@@ -56,7 +56,7 @@ struct SearchArguments {
 
 // ------------------------------------------------------------------------------------------------------------- states
 
-// All beams of one utterance, (K,) each.
+// The beams of one utterance, (K,) each.
 struct UtteranceBeams {
   explicit UtteranceBeams(int64_t K)
       : scores(K), tokens(K), parents(K), lengths(K), ngram_states(K), ended(new bool[K]) {}
@@ -71,7 +71,7 @@ struct UtteranceBeams {
   std::unique_ptr<bool[]> ended;
 };
 
-// All steps of one utterance, (steps, K) each.
+// The steps of one utterance so far, (steps, K) each.
 struct StepHistory {
   void add(const UtteranceBeams& beams, const std::vector<int64_t>& attended) {
     tokens.insert(tokens.end(), beams.tokens.begin(), beams.tokens.end());
@@ -84,89 +84,89 @@ struct StepHistory {
   std::vector<float> scores;
 };
 
-// The storage type of hidden states and contexts: the input type of the matmuls, or float32 where gates are int8, which
-// quantise them at each step.
+// The type that hidden states and contexts are stored in: the input type of the matmuls, or float32 if the gates are
+// int8, which quantise their inputs at each step.
 template <class T, class G>
 using StateType = std::conditional_t<std::is_same_v<G, int8_t>, float, T>;
 
-// The states of all rows between two steps.
+// The recurrent states and contexts of all rows after a step.
 template <class S>
 struct States {
   template <class T, class G>
   States(const PackedSpeller<T, G>& speller, int64_t rows)
-      : first(rows, speller.E + speller.H + 1) {  // + 1: a 0 follows, see SearchWorker::hidden_rows
+      : first(rows, speller.E + speller.H + 1) {  // + 1 for the 0 that SearchWorker::hidden_rows needs
     for (int64_t i = 0; i < speller.cells(); ++i) {
       cell.emplace_back(rows, speller.size(i));
       hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i) + 1);
     }
   }
 
-  ZeroedBuffer<S> first;                // (rows, E + H + 1): the context, and the hidden state of the first cell
-  std::vector<ZeroedBuffer<S>> hidden;  // (rows, H_i + 1) of each later cell
-  std::vector<ZeroedBuffer<>> cell;     // (rows, H_i) of each cell
+  ZeroedBuffer<S> first;                // (rows, E + H + 1): the context and the hidden state of the first cell
+  std::vector<ZeroedBuffer<S>> hidden;  // (rows, H_i + 1) per later cell
+  std::vector<ZeroedBuffer<>> cell;     // (rows, H_i) per cell
 };
 
-// One live beam: a row of the matmuls.
+// A live beam, which is one row of the matmuls.
 struct LiveBeam {
   int64_t slot, beam, token;
-  int64_t before;  // row of the state that it continues
-  int64_t source;  // index of that row among those that are continued
+  int64_t parent_row;    // row of its parent's state
+  int64_t parent_index;  // index of parent_row in SearchWorker::parent_rows_
 };
 
 // The CTC prefix scores of the beams of one utterance.
 struct CtcPrefixes {
-  void begin(const SearchArguments& arguments, int64_t b, int64_t V) {
+  void start(const SearchArguments& arguments, int64_t b, int64_t V) {
     const int64_t T = arguments.ctc_log_probs->size(1), K = arguments.K;
     log_probs = std::make_unique<ctc::CtcLogProbs>(arguments.ctc_log_probs->const_data_ptr<float>() + b * T * V, T, V);
     forward.resize(K * stride());
-    next_forward.resize(K * stride());
-    gains.resize(K * V);
-    next_gains.resize(K * V);
+    new_forward.resize(K * stride());
+    next_log_probs.resize(K * V);
+    new_next_log_probs.resize(K * V);
     prefix_log_probs.assign(K, 0.0f);
-    scorer.start(*log_probs, {nullptr, forward.data(), arguments.sos, arguments.sos, 0.0f, gains.data()},
+    scorer.start(*log_probs, {nullptr, forward.data(), arguments.sos, arguments.sos, 0.0f, next_log_probs.data()},
                  arguments.eos);
   }
 
   int64_t stride() const { return log_probs->T + 1; }
 
-  // Let the live beams of `after` continue those of `before`.
+  // Compute the scores of the beams `after` a step from those of the beams `before` it.
   void follow_parents(const UtteranceBeams& before, const UtteranceBeams& after, int64_t eos) {
-    const std::vector<float> old = prefix_log_probs;
+    const std::vector<float> parent_log_probs = prefix_log_probs;
     live.clear();
-    for (int64_t k = 0; k < int64_t(old.size()); ++k) {
+    for (int64_t k = 0; k < int64_t(parent_log_probs.size()); ++k) {
       if (!after.live(k)) continue;
       const int64_t parent = after.parents[k], token = after.tokens[k], V = log_probs->V;
-      prefix_log_probs[k] = old[parent] + gains[parent * V + token];
-      live.push_back({forward.data() + parent * stride(), next_forward.data() + k * stride(), before.tokens[parent],
-                      token, prefix_log_probs[k], next_gains.data() + k * V});
+      prefix_log_probs[k] = parent_log_probs[parent] + next_log_probs[parent * V + token];
+      live.push_back({forward.data() + parent * stride(), new_forward.data() + k * stride(), before.tokens[parent],
+                      token, prefix_log_probs[k], new_next_log_probs.data() + k * V});
     }
     scorer.advance(*log_probs, live, eos);
-    std::swap(forward, next_forward);
-    std::swap(gains, next_gains);
+    std::swap(forward, new_forward);
+    std::swap(next_log_probs, new_next_log_probs);
   }
 
-  std::unique_ptr<ctc::CtcLogProbs> log_probs;  // (T', V)
-  std::vector<float> forward, next_forward;     // (K, T' + 1): forward log-probabilities
-  std::vector<float> gains, next_gains;         // (K, V)
-  std::vector<float> prefix_log_probs;          // (K,)
+  std::unique_ptr<ctc::CtcLogProbs> log_probs;            // (T', V)
+  std::vector<float> forward, new_forward;                // (K, T' + 1), as in CtcHypothesis
+  std::vector<float> next_log_probs, new_next_log_probs;  // (K, V), as in CtcHypothesis
+  std::vector<float> prefix_log_probs;                    // (K,)
   std::vector<ctc::CtcHypothesis> live;
   ctc::Scorer scorer;
 };
 
-// A place in which one utterance after another is searched.
+// One utterance in the search. When it has ended, the slot takes the next one.
 template <class T>
 struct SearchSlot {
-  explicit SearchSlot(int64_t K) : beams(K), next(K), rows(K), attended_frames(K), coverage(K) {}
+  explicit SearchSlot(int64_t K) : beams(K), next(K), state_rows(K), attended_frames(K), coverage(K) {}
 
-  int64_t b = -1;  // the utterance; -1: none
-  int64_t frames = 0;
+  int64_t b = -1;      // index of the utterance; -1 if the slot is free
+  int64_t frames = 0;  // its valid frames
   AlignedArray<T> key_memory, value_memory;
   Panels<T> keys, values;  // (frames, D) and (E, frames)
   UtteranceBeams beams, next;
-  std::vector<int64_t> rows;             // (K,): of the state that each beam continues
+  std::vector<int64_t> state_rows;       // (K,): row of the state that each beam continues
   std::vector<int64_t> attended_frames;  // (K,)
   std::vector<float> coverage;           // (K,)
-  std::vector<float> attention;          // (K, frames): what each frame got from all tokens
+  std::vector<float> attention_sums;     // (K, frames): attention weights, summed over the tokens so far
   CtcPrefixes prefixes;
 };
 

@@ -1,4 +1,4 @@
-// What one thread of the beam search does; speller_search.cpp says how the threads share the utterances.
+// One thread of the beam search; speller_search.cpp explains how the threads share the utterances.
 
 #pragma once
 
@@ -24,7 +24,7 @@
 
 namespace las::search {
 
-constexpr float COVERAGE_FLOOR = 0.01f;  // the least attention a frame counts with, so that its logarithm is finite
+constexpr float COVERAGE_FLOOR = 0.01f;  // lower limit of a frame's attention sum, so that its logarithm is finite
 
 template <class T, class G>
 class SearchWorker {
@@ -33,24 +33,24 @@ class SearchWorker {
  public:
   SearchWorker(const PackedSpeller<T, G>& speller, const SearchArguments& arguments, int64_t slots)
       : speller_(speller), arguments_(arguments), max_rows_(slots * arguments.K), before_(speller, max_rows_ + 1),
-        after_(speller, max_rows_ + 1), best_(arguments.K), source_index_(max_rows_ + 1), token_gates_(speller.V) {
+        after_(speller, max_rows_ + 1), best_(arguments.K), parent_index_(max_rows_ + 1), token_gates_(speller.V) {
     for (int64_t i = 0; i < slots; ++i) slots_.emplace_back(arguments.K);
     allocate();
   }
 
-  // Search utterances until none is left: `queue` is the next one, `histories` (B,) takes their steps.
+  // Search utterances until none is left. `queue` is the index of the next one; the steps go to `histories` (B,).
   void run(std::atomic<int64_t>& queue, std::vector<StepHistory>& histories) {
     for (;;) {
       for (SearchSlot<T>& slot : slots_)
         if (slot.b < 0) {
           const int64_t b = queue++;
           if (b >= arguments_.B) break;
-          begin(slot, b);
+          start(slot, b);
         }
       list_live_beams();
       if (rows_.empty()) return;
       embed_new_tokens();
-      recurrent_gates();
+      compute_recurrent_gates();
       for (int64_t i = 0; i < speller_.cells(); ++i) step_cell(i);
       attend();
       compute_logits();
@@ -61,18 +61,18 @@ class SearchWorker {
   }
 
  private:
-  int64_t initial_state() const { return max_rows_; }  // row of the state before the first token: always zeros
+  int64_t initial_state() const { return max_rows_; }  // row of the state before the first token, which is zeros
 
   void allocate() {
-    int64_t deepest = speller_.E + speller_.H, gates = 0;
+    int64_t max_depth = speller_.E + speller_.H, gates = 0;
     for (int64_t i = 0; i < speller_.cells(); ++i) {
-      deepest = std::max(deepest, speller_.size(i) + speller_.E);
+      max_depth = std::max(max_depth, speller_.size(i) + speller_.E);
       gates = std::max(gates, 4 * speller_.size(i));
       recurrent_.emplace_back(max_rows_ + 1, 4 * speller_.size(i));
     }
-    deepest = std::max({deepest, speller_.D, speller_.E, arguments_.T, speller_.M});
-    inputs_ = ZeroedBuffer<T>(max_rows_ + 1, deepest);
-    if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_ + 1, deepest);
+    max_depth = std::max({max_depth, speller_.D, speller_.E, arguments_.T, speller_.M});
+    inputs_ = ZeroedBuffer<T>(max_rows_ + 1, max_depth);
+    if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_ + 1, max_depth);
     scales_.resize(max_rows_ + 1);
     sums_ = ZeroedBuffer<>(max_rows_ + 1, std::max({gates, speller_.M, speller_.V}));
     queries_ = ZeroedBuffer<>(max_rows_ + 1, speller_.D);
@@ -86,7 +86,8 @@ class SearchWorker {
 
   int64_t blocks() const { return (speller_.V + topk::BLOCK - 1) / topk::BLOCK; }
 
-  void begin(SearchSlot<T>& slot, int64_t b) {
+  // Start the search of utterance b in a slot.
+  void start(SearchSlot<T>& slot, int64_t b) {
     const int64_t n = arguments_.valid_frames(b), K = arguments_.K, D = speller_.D, E = speller_.E;
     slot.b = b;
     slot.frames = n;
@@ -95,45 +96,45 @@ class SearchWorker {
     slot.keys = las::pack<T>(keys, D, 1, n, D, slot.key_memory);
     slot.values = las::pack<T>(values, 1, E, E, n, slot.value_memory);
     UtteranceBeams& beams = slot.beams;
-    std::fill_n(beams.scores.begin(), K, -INFINITE);  // only one beam exists so far
+    std::fill_n(beams.scores.begin(), K, -INFINITE);  // only one beam exists before the first step
     beams.scores[0] = 0.0f;
     std::fill_n(beams.tokens.begin(), K, arguments_.sos);
     std::fill_n(beams.lengths.begin(), K, 0);
     std::fill_n(beams.ended.get(), K, false);
     std::fill_n(beams.ngram_states.begin(), K, arguments_.ngram_table ? first_ngram_state() : 0);
-    std::fill_n(slot.rows.begin(), K, initial_state());
-    if (arguments_.coverage_weight != 0.0f) slot.attention.assign(K * n, 0.0f);
-    if (arguments_.ctc_log_probs) slot.prefixes.begin(arguments_, b, speller_.V);
+    std::fill_n(slot.state_rows.begin(), K, initial_state());
+    if (arguments_.coverage_weight != 0.0f) slot.attention_sums.assign(K * n, 0.0f);
+    if (arguments_.ctc_log_probs) slot.prefixes.start(arguments_, b, speller_.V);
   }
 
-  // A history of <sos> alone; tokens are digits to the base V.
+  // The history before the first token is <sos> repeated. A state is its history as a number in base V.
   int64_t first_ngram_state() const {
     const int64_t states = arguments_.ngram_table->size(0);
     return speller_.V > 1 ? arguments_.sos * (states - 1) / (speller_.V - 1) : 0;
   }
 
-  // List the live beams and the states that they continue.
+  // List the live beams, and the states of their parents without duplicates.
   void list_live_beams() {
     rows_.clear();
-    source_rows_.clear();
-    std::fill(source_index_.begin(), source_index_.end(), -1);
+    parent_rows_.clear();
+    std::fill(parent_index_.begin(), parent_index_.end(), -1);
     for (size_t s = 0; s < slots_.size(); ++s) {
       const SearchSlot<T>& slot = slots_[s];
       for (int64_t k = 0; slot.b >= 0 && k < arguments_.K; ++k) {
         if (!slot.beams.live(k)) continue;
-        const int64_t before = slot.rows[k];
-        if (source_index_[before] < 0) {
-          source_index_[before] = int64_t(source_rows_.size());
-          source_rows_.push_back(before);
+        const int64_t parent_row = slot.state_rows[k];
+        if (parent_index_[parent_row] < 0) {
+          parent_index_[parent_row] = int64_t(parent_rows_.size());
+          parent_rows_.push_back(parent_row);
         }
-        rows_.push_back({int64_t(s), k, slot.beams.tokens[k], before, source_index_[before]});
+        rows_.push_back({int64_t(s), k, slot.beams.tokens[k], parent_row, parent_index_[parent_row]});
       }
     }
   }
 
   int64_t count() const { return int64_t(rows_.size()); }
 
-  // The first `n` values of rows from(i), as (count, depth) inputs of a matmul.
+  // Convert the first `n` values of the rows from(i) to the input (count, depth) of a matmul, padded with zeros.
   template <class From>
   Matrix<const T> converted(int64_t count, int64_t depth, int64_t n, From from) {
     for (int64_t i = 0; i < count; ++i) {
@@ -144,19 +145,19 @@ class SearchWorker {
     return inputs_.rows(count);
   }
 
-  // The same, quantised.
+  // The same for a matmul in int8.
   template <class From>
   Int8Rows quantised(int64_t count, int64_t depth, int64_t n, From from) {
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) scales_[i] = las::quantise<width>(from(i), n, depth, quantised_.at(i));
     });
     return {quantised_.at(0), quantised_.stride, count, scales_.data()};
   }
 
-  // The matmul of a layer of gates and the first `n` values of rows from(i).
+  // Multiply the first `n` values of the rows from(i) by a layer of gates.
   template <class From>
-  void gates(const Layer<G>& layer, int64_t count, int64_t n, From from, InitialSums initial,
-             const Matrix<float>& out) {
+  void multiply_gates(const Layer<G>& layer, int64_t count, int64_t n, From from, InitialSums initial,
+                      const Matrix<float>& out) {
     const int64_t depth = layer.weights.depth;
     if constexpr (std::is_same_v<G, int8_t>)
       matmul(quantised(count, depth, n, from), layer.weights, initial, out);
@@ -169,7 +170,7 @@ class SearchWorker {
     return initial_.data();
   }
 
-  // Compute what tokens add to the gates of the first cell, for those that are new.
+  // Compute the contribution of tokens to the gates of the first cell, for tokens that occur for the first time.
   void embed_new_tokens() {
     std::vector<int64_t> new_tokens;
     for (const LiveBeam& row : rows_) {
@@ -186,15 +187,15 @@ class SearchWorker {
     for (int64_t i = 0; i < n; ++i) std::copy_n(sums_.at(i), 4 * speller_.H, token_gates_[new_tokens[i]].data());
   }
 
-  // Compute what the states before add to the gates, once per state.
-  void recurrent_gates() {
-    const int64_t n = int64_t(source_rows_.size());
-    const auto first = [&](int64_t i) { return before_.first.at(source_rows_[i]); };
-    gates(speller_.first, n, speller_.E + speller_.H, first, nullptr, recurrent_[0].rows(n));
+  // Compute the contribution of the parents' states to the gates, once per state.
+  void compute_recurrent_gates() {
+    const int64_t n = int64_t(parent_rows_.size());
+    const auto first = [&](int64_t i) { return before_.first.at(parent_rows_[i]); };
+    multiply_gates(speller_.first, n, speller_.E + speller_.H, first, nullptr, recurrent_[0].rows(n));
     for (int64_t c = 1; c < speller_.cells(); ++c) {
       const Layer<G>& layer = speller_.later[c - 1].recurrent;
-      const auto hidden = [&](int64_t i) { return before_.hidden[c].at(source_rows_[i]); };
-      gates(layer, n, speller_.size(c), hidden, broadcast_bias(layer.bias, n), recurrent_[c].rows(n));
+      const auto hidden = [&](int64_t i) { return before_.hidden[c].at(parent_rows_[i]); };
+      multiply_gates(layer, n, speller_.size(c), hidden, broadcast_bias(layer.bias, n), recurrent_[c].rows(n));
     }
   }
 
@@ -202,8 +203,8 @@ class SearchWorker {
     return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell].at(row);
   }
 
-  // The `n` new hidden values of all rows as inputs of a matmul; in place if their type allows it. A matmul of bfloat16
-  // reads one value more where n is odd: a 0 follows them.
+  // The new hidden states of a cell of size n as the input of a matmul, in place if their type allows it. If n is odd,
+  // a matmul of bfloat16 reads one value more, which is 0.
   Matrix<const T> hidden_rows(int64_t cell, int64_t depth, int64_t n) {
     if constexpr (std::is_same_v<S, T>)
       return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell]).stride, count()};
@@ -215,31 +216,32 @@ class SearchWorker {
   void step_cell(int64_t c) {
     const int64_t size = speller_.size(c);
     if (c > 0) add_input(c, speller_.later[c - 1].input);
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i) {
-        const float* gates = c == 0 ? recurrent_[0].at(rows_[i].source) : sums_.at(i);
+        const float* gates = c == 0 ? recurrent_[0].at(rows_[i].parent_index) : sums_.at(i);
         const float* token = c == 0 ? token_gates_[rows_[i].token].data() : nullptr;
         const auto sum = [&](int64_t g, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> gate = get<W>(gates + g * size + j, lanes, 0.0f);
-          return token ? gate + get<W>(token + g * size + j, lanes, 0.0f) : gate;
+          const Float<W> gate = load<W>(gates + g * size + j, lanes, 0.0f);
+          return token ? gate + load<W>(token + g * size + j, lanes, 0.0f) : gate;
         };
-        lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].before), after_.cell[c].at(i), hidden(c, i), sum);
+        lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].parent_row), after_.cell[c].at(i), hidden(c, i), sum);
       }
     });
   }
 
-  // Add the new hidden values of the cell below to the gates of cell c, in sums_.
+  // Compute the gates of cell c in sums_: add the contribution of the cell below to the recurrent gates.
   void add_input(int64_t c, const Layer<G>& layer) {
     const int64_t n = speller_.size(c - 1);
-    for (int64_t i = 0; i < count(); ++i) initial_[i] = recurrent_[c].at(rows_[i].source);
+    for (int64_t i = 0; i < count(); ++i) initial_[i] = recurrent_[c].at(rows_[i].parent_index);
     const InitialSums initial = initial_.data();
     if constexpr (std::is_same_v<G, int8_t>)
-      gates(layer, count(), n, [&](int64_t i) { return hidden(c - 1, i); }, initial, sums_.rows(count()));
+      multiply_gates(layer, count(), n, [&](int64_t i) { return hidden(c - 1, i); }, initial, sums_.rows(count()));
     else
       matmul(hidden_rows(c - 1, layer.weights.depth, n), layer.weights, initial, sums_.rows(count()));
   }
 
+  // Compute the new context of every row.
   void attend() {
     const int64_t last = speller_.cells() - 1;
     const Layer<T>& query = speller_.query;
@@ -253,12 +255,12 @@ class SearchWorker {
     }
   }
 
-  // Rows first to first + n, all of one utterance.
+  // Rows [first, first + n), all of one utterance.
   void attend(SearchSlot<T>& slot, int64_t first, int64_t n) {
     const auto query = [&](int64_t i) { return queries_.at(first + i); };
     matmul(converted(n, slot.keys.depth, speller_.D, query), slot.keys, nullptr, weights_.rows(n));
     std::fill(slot.attended_frames.begin(), slot.attended_frames.end(), 0);
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       for (int64_t i = 0; i < n; ++i)
         slot.attended_frames[rows_[first + i].beam] = las::softmax<width>(weights_.at(i), slot.frames).peak;
     });
@@ -270,11 +272,11 @@ class SearchWorker {
 
   void update_coverage(SearchSlot<T>& slot, int64_t first, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      float* got = slot.attention.data() + rows_[first + i].beam * slot.frames;
+      float* attention_sum = slot.attention_sums.data() + rows_[first + i].beam * slot.frames;
       double sum = 0.0;
       for (int64_t t = 0; t < slot.frames; ++t) {
-        got[t] += weights_.at(i)[t];
-        sum += std::log(std::clamp(got[t], COVERAGE_FLOOR, 1.0f));
+        attention_sum[t] += weights_.at(i)[t];
+        sum += std::log(std::clamp(attention_sum[t], COVERAGE_FLOOR, 1.0f));
       }
       const float mean = float(sum / std::max<int64_t>(1, slot.frames));
       slot.coverage[rows_[first + i].beam] = arguments_.coverage_weight * mean;
@@ -301,16 +303,16 @@ class SearchWorker {
   }
 
   void apply_gelu() {
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i)
-        each_vector<W>(speller_.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          put<W>(sums_.at(i) + j, gelu<W>(get<W>(sums_.at(i) + j, lanes, 0.0f)), lanes);
+        for_each_vector<W>(speller_.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          store<W>(sums_.at(i) + j, gelu<W>(load<W>(sums_.at(i) + j, lanes, 0.0f)), lanes);
         });
     });
   }
 
-  // Replace the beams of an utterance by their best continuations, and add the step to `history`.
+  // Replace the beams of slot s by their best continuations, and add the step to `history`.
   void take_best(int64_t s, StepHistory& history) {
     SearchSlot<T>& slot = slots_[s];
     const int64_t K = arguments_.K, V = speller_.V;
@@ -318,7 +320,7 @@ class SearchWorker {
       const int64_t k = rows_[i].beam;
       std::copy_n(sums_.at(i), V, logits_.data() + k * V);
       summaries_[k] = topk::summarise(logits_.data() + k * V, V, block_maxima_.data() + k * blocks());
-      slot.rows[k] = i;
+      slot.state_rows[k] = i;
     }
     const UtteranceBeams& beams = slot.beams;
     const topk::Inputs in{logits_.data(),       beams.scores.data(), beams.ended.get(),
@@ -333,8 +335,8 @@ class SearchWorker {
   }
 
   int64_t first_row(int64_t s) const {
-    const auto before = [](const LiveBeam& row, int64_t s) { return row.slot < s; };
-    return std::lower_bound(rows_.begin(), rows_.end(), s, before) - rows_.begin();
+    const auto is_before = [](const LiveBeam& row, int64_t s) { return row.slot < s; };
+    return std::lower_bound(rows_.begin(), rows_.end(), s, is_before) - rows_.begin();
   }
 
   topk::Options options_of(const SearchSlot<T>& slot) const {
@@ -349,16 +351,16 @@ class SearchWorker {
             slot.beams.ngram_states.data(),
             arguments_.ngram_table ? arguments_.ngram_table->size(0) : 0,
             arguments_.ngram_weight,
-            arguments_.ctc_log_probs ? slot.prefixes.gains.data() : nullptr,
+            arguments_.ctc_log_probs ? slot.prefixes.next_log_probs.data() : nullptr,
             arguments_.ctc_weight};
   }
 
-  // Move everything else that belongs to the beams from their parents, and free the slot if all have ended.
+  // Reorder the rest of the beams' state by their parents. Free the slot if all beams have ended.
   void follow_parents(SearchSlot<T>& slot, StepHistory& history) {
     const std::vector<int64_t>& parents = slot.next.parents;
     history.add(slot.next, slot.attended_frames);
-    const std::vector<int64_t> rows = slot.rows;
-    for (int64_t k = 0; k < arguments_.K; ++k) slot.rows[k] = rows[parents[k]];
+    const std::vector<int64_t> state_rows = slot.state_rows;
+    for (int64_t k = 0; k < arguments_.K; ++k) slot.state_rows[k] = state_rows[parents[k]];
     if (arguments_.coverage_weight != 0.0f) move_attention(slot, parents);
     if (arguments_.ctc_log_probs) slot.prefixes.follow_parents(slot.beams, slot.next, arguments_.eos);
     std::swap(slot.beams, slot.next);
@@ -369,33 +371,33 @@ class SearchWorker {
 
   void move_attention(SearchSlot<T>& slot, const std::vector<int64_t>& parents) {
     const int64_t n = slot.frames;
-    const std::vector<float> attention = slot.attention, coverage = slot.coverage;
+    const std::vector<float> attention_sums = slot.attention_sums, coverage = slot.coverage;
     for (int64_t k = 0; k < arguments_.K; ++k) {
-      std::copy_n(attention.begin() + parents[k] * n, n, slot.attention.begin() + k * n);
+      std::copy_n(attention_sums.begin() + parents[k] * n, n, slot.attention_sums.begin() + k * n);
       slot.coverage[k] = coverage[parents[k]];
     }
   }
 
   const PackedSpeller<T, G>& speller_;
   const SearchArguments& arguments_;
-  int64_t max_rows_;  // slots * K; the row after them is the initial state
+  int64_t max_rows_;  // slots * K; row max_rows_ is the initial state
   std::vector<SearchSlot<T>> slots_;
-  States<S> before_, after_;                      // max_rows_ + 1 rows, as all buffers of rows below
+  States<S> before_, after_;                      // max_rows_ + 1 rows, like all buffers of rows below
   std::vector<LiveBeam> rows_;                    // the live beams of all slots
-  std::vector<int64_t> source_rows_;              // rows of the states that they continue, each once
-  std::vector<ZeroedBuffer<>> recurrent_;         // (rows, 4 * H_i) of each cell: gates from the state before
-  ZeroedBuffer<T> inputs_;                        // (rows, the deepest input): of the next matmul
-  ZeroedBuffer<uint8_t> quantised_;               // the same, of a matmul in int8
-  std::vector<float> scales_;                     // (rows,): of quantised_
+  std::vector<int64_t> parent_rows_;              // rows of the parents' states, each once
+  std::vector<ZeroedBuffer<>> recurrent_;         // (rows, 4 * H_i) per cell: contribution of the parents' states
+  ZeroedBuffer<T> inputs_;                        // (rows, max depth): inputs of the next matmul
+  ZeroedBuffer<uint8_t> quantised_;               // (rows, max depth): inputs of the next matmul in int8
+  std::vector<float> scales_;                     // (rows,): scales of quantised_
   std::vector<const float*> initial_;             // (rows,): initial sums of the next matmul
-  ZeroedBuffer<> sums_;                           // (rows, the most of 4 * H_i, M and V): gates, features, then logits
+  ZeroedBuffer<> sums_;                           // (rows, max of 4 * H_i, M, V): gates, features, then logits
   ZeroedBuffer<> queries_;                        // (rows, D)
   ZeroedBuffer<> weights_, contexts_;             // (K, T) and (K, E), of one utterance
   std::vector<float> logits_, block_maxima_;      // (K, V) and (K, blocks), of one utterance
   std::vector<topk::RowSummary> summaries_;       // (K,)
   topk::BestCandidates best_;
-  std::vector<int64_t> source_index_;             // of each row among source_rows_, or -1
-  std::vector<AlignedArray<float>> token_gates_;  // (V,): (4 * H) of each token met so far
+  std::vector<int64_t> parent_index_;             // (max_rows_ + 1,): index in parent_rows_ of each row, or -1
+  std::vector<AlignedArray<float>> token_gates_;  // (4 * H) per token: its contribution to the gates, once computed
 };
 
 }  // namespace las::search

@@ -1,4 +1,4 @@
-// The speller's weights, as las_fast/ops/speller_search.py lists them, and layers packed for matmuls.
+// The weights of the speller (las_fast/ops/speller.py), and layers packed for matmuls.
 
 #pragma once
 
@@ -14,35 +14,37 @@
 
 namespace las {
 
-// A RowBuffer that begins as zeros.
+// A RowBuffer filled with zeros.
 template <class T = float>
 struct ZeroedBuffer : RowBuffer<T> {
   ZeroedBuffer() = default;
   ZeroedBuffer(int64_t rows, int64_t size) : RowBuffer<T>(rows, size) { this->clear(); }
 };
 
-// Write n values as another float type, with the processor's own rounding where it has that.
+// Convert n values to another float type, with the processor's instruction where it has one.
 template <class T>
 void convert(const float* from, int64_t n, T* to) {
   int64_t done = 0;
 #ifdef LAS_BF16_DOTS
   if constexpr (std::is_same_v<T, c10::BFloat16>)
-    if (has_bf16_dots()) las::round_natively(from, done = n / 32 * 32, to);
+    if (has_bf16_dots()) las::convert_natively(from, done = n / 32 * 32, to);
 #endif
-  las::widest([&](auto width) __attribute__((always_inline)) { las::convert<width>(from + done, n - done, to + done); });
+  las::dispatch_width([&](auto width) __attribute__((always_inline)) {
+    las::convert<width>(from + done, n - done, to + done);
+  });
 }
 
 inline void convert(const c10::BFloat16* from, int64_t n, c10::BFloat16* to) { std::copy_n(from, n, to); }
 
-// A packed layer, or a part of one: weights (outputs, inputs).
+// A packed layer, or some of its input columns: weights (outputs, inputs).
 template <class T>
 struct Layer {
   std::conditional_t<std::is_same_v<T, int8_t>, Int8Panels, Panels<T>> weights;
   std::vector<float> bias;  // (padded outputs,)
 };
 
-// Memory for packed layers, one after another. Without `data` it only counts the bytes they take. If `already_packed`,
-// they are in `data` and nothing is written.
+// Memory for packed layers, one after another. While `data` is null, it only counts their bytes. If `already_packed`,
+// `data` holds the layers and nothing is written.
 struct PackBuffer {
   uint8_t* take(int64_t bytes) {
     uint8_t* place = data ? data + used : nullptr;
@@ -55,14 +57,14 @@ struct PackBuffer {
   int64_t used = 0;
 };
 
-// Shapes and order are those of SpellerWeights in las_fast/ops/speller_search.py.
+// Shapes and order are those of SpellerWeights in las_fast/ops/speller.py.
 struct SpellerWeights {
   at::Tensor embedding, query, query_bias, project, project_bias, bias;
   std::vector<at::Tensor> gates, gate_biases;
 
   explicit SpellerWeights(at::TensorList list) {
     TORCH_CHECK(list.size() >= 8 && list.size() % 2 == 0,
-                "weights must be 6 tensors and 2 more for each cell; got ", list.size());
+                "weights must be 6 tensors and 2 per cell; got ", list.size());
     for (const at::Tensor& x : list)
       TORCH_CHECK(x.scalar_type() == at::kFloat, "weights must be float32; got ", x.scalar_type());
     embedding = list[0].contiguous(), query = list[1].contiguous(), query_bias = list[2].contiguous();
@@ -82,22 +84,23 @@ inline void check_weights(const SpellerWeights& w, int64_t D, int64_t E) {
   TORCH_CHECK(w.embedding.dim() == 2 && w.embedding.numel() > 0, "weights: embedding must be (V, M); got ",
               w.embedding.sizes());
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1);
-  int64_t below = M + E;
+  int64_t input = M + E;
   for (size_t i = 0; i < w.gates.size(); ++i) {
     const int64_t size = w.gate_biases[i].numel() / 4;
     TORCH_CHECK(size > 0, "weights: gate_biases must be (4 * H,); got ", w.gate_biases[i].sizes());
     check_shape("gate_biases", w.gate_biases[i], {4 * size});
-    check_shape("gates", w.gates[i], {4 * size, below + size});
-    below = size;
+    check_shape("gates", w.gates[i], {4 * size, input + size});
+    input = size;
   }
-  check_shape("query", w.query, {D, below});
+  const int64_t H = input;  // of the last cell
+  check_shape("query", w.query, {D, H});
   check_shape("query_bias", w.query_bias, {D});
-  check_shape("project", w.project, {M, below + E});
+  check_shape("project", w.project, {M, H + E});
   check_shape("project_bias", w.project_bias, {M});
   check_shape("bias", w.bias, {V});
 }
 
-// The memory of the utterances: keys, values and the lengths of both.
+// The memory of the utterances: keys, values and lengths.
 inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths) {
   TORCH_CHECK(keys.dim() == 3 && keys.scalar_type() == at::kFloat, "keys must be (B, T, D) float32; got ",
               keys.sizes(), " ", keys.scalar_type());
@@ -112,30 +115,31 @@ inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const
               ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
 }
 
-// Pack columns from to from + depth of a matrix of weights (outputs, .), times `factor`, into the next part of the
-// buffer.
+// Pack columns [from, from + depth) of `weights` (outputs, inputs) and the bias into the next part of the buffer. Both
+// are multiplied by `factor`, which must be 1 for int8.
 template <class T>
-Layer<T> layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, PackBuffer& buffer,
-               float factor = 1.0f) {
+Layer<T> pack_layer(const at::Tensor& weights, int64_t from, int64_t depth, const at::Tensor& bias, PackBuffer& buffer,
+                    float factor = 1.0f) {
   const int64_t n = weights.size(0), stride = weights.size(1);
   const float* source = weights.const_data_ptr<float>() + from;
-  Layer<T> made{{}, std::vector<float>(padded(n), 0.0f)};
-  for (int64_t i = 0; bias.defined() && i < n; ++i) made.bias[i] = bias.const_data_ptr<float>()[i] * factor;
+  Layer<T> packed{{}, std::vector<float>(padded(n), 0.0f)};
+  for (int64_t i = 0; bias.defined() && i < n; ++i) packed.bias[i] = bias.const_data_ptr<float>()[i] * factor;
   if constexpr (std::is_same_v<T, int8_t>) {
     uint8_t* to = buffer.take(int8_bytes(n, depth));
-    if (!to) return made;
+    if (!to) return packed;
     if (!buffer.already_packed) las::pack(source, stride, n, depth, to);
-    made.weights = int8_panels(to, n, depth);
+    packed.weights = int8_panels(to, n, depth);
   } else {
     T* to = reinterpret_cast<T*>(buffer.take(packed_size<T>(n, depth) * sizeof(T)));
-    if (!to) return made;
+    if (!to) return packed;
     if (!buffer.already_packed) las::pack(source, stride, 1, n, depth, to, factor);
-    made.weights = {to, n, padded(depth, DEPTH_INTERLEAVE<T>)};
+    packed.weights = {to, n, padded(depth, DEPTH_INTERLEAVE<T>)};
   }
-  return made;
+  return packed;
 }
 
-// Return make(buffer) with a buffer of the size that it takes, in `memory`.
+// Call make(buffer) twice: to count the bytes, and to pack into `memory`, which then has that size. Return the second
+// result.
 template <class Make>
 auto packed_in(AlignedArray<uint8_t>& memory, const Make& make) {
   PackBuffer buffer;

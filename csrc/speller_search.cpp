@@ -1,12 +1,12 @@
 // A whole beam search of the speller: the C++ backend of las_fast/ops/speller_search.py, which defines it.
 //
 // Each thread searches some utterances side by side, and takes the next one from a common queue when one has ended.
-// Only live beams take part, as rows of the matmuls. Beams with the same parent share whatever depends only on the
-// parent's state: the first cell's matmul with context and state, and the later cells' with their states. What a token
-// adds to the gates of the first cell is computed when the token first occurs.
+// Only live beams are computed, as rows of the matmuls. Beams with the same parent share the matmuls of the parent's
+// states: the first cell's with context and hidden state, and the later cells' with their hidden states. The
+// contribution of a token to the gates of the first cell is computed when the token first occurs.
 //
 // A row's sums do not depend on the other rows (matmul.h): an utterance gets the same result alone and in any batch,
-// for any number of threads.
+// with any number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@
 namespace {
 
 using las::check_weights;
-using las::layer;
+using las::pack_layer;
 using las::PackBuffer;
 using las::SpellerWeights;
 using las::search::LaterCell;
@@ -44,7 +44,7 @@ constexpr int64_t MAX_ROWS = 128;  // live beams per thread (one utterance may e
 
 using Steps = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Stack the steps of all utterances, (L, B, K). Those that ended sooner are continued unchanged.
+// Stack the steps of all utterances, (L, B, K). Utterances that ended earlier repeat their last beams with eos.
 Steps stack(const std::vector<StepHistory>& histories, int64_t K, int64_t eos, const at::TensorOptions& integers) {
   const int64_t B = int64_t(histories.size());
   int64_t L = 1;
@@ -83,57 +83,59 @@ Steps search(const PackedSpeller<T, G>& speller, const SearchArguments& argument
 
 // ----------------------------------------------------------------------------------------------------------- arguments
 
-constexpr char NOT_PACKED[] = "packed must be what speller_pack makes of weights of these sizes in this precision";
+constexpr char NOT_PACKED[] = "packed must come from speller_pack, for weights of these sizes in this precision";
 
-// Label the buffer with its contents: other weights, or another precision, can have the same size in bytes.
-void label(PackBuffer& buffer, const std::vector<int64_t>& kind) {
-  int64_t* place = reinterpret_cast<int64_t*>(buffer.take(int64_t(kind.size() * sizeof(int64_t))));
-  if (place && !buffer.already_packed) std::copy(kind.begin(), kind.end(), place);
-  TORCH_CHECK(!place || std::equal(kind.begin(), kind.end(), place), NOT_PACKED);
+// Write the types and sizes at the start of the buffer, or check them if it is already packed: weights of other sizes
+// or another precision can take as many bytes.
+void label(PackBuffer& buffer, const std::vector<int64_t>& contents) {
+  int64_t* to = reinterpret_cast<int64_t*>(buffer.take(int64_t(contents.size() * sizeof(int64_t))));
+  if (to && !buffer.already_packed) std::copy(contents.begin(), contents.end(), to);
+  TORCH_CHECK(!to || std::equal(contents.begin(), contents.end(), to), NOT_PACKED);
 }
 
 template <class T, class G = T>
-PackedSpeller<T, G> speller_of(const SpellerWeights& w, int64_t D, int64_t E, PackBuffer& buffer) {
+PackedSpeller<T, G> pack_speller(const SpellerWeights& w, int64_t D, int64_t E, PackBuffer& buffer) {
   const int64_t V = w.embedding.size(0), M = w.embedding.size(1), H = w.gate_biases[0].numel() / 4;
-  const at::Tensor none;
+  const at::Tensor no_bias;
   PackedSpeller<T, G> speller{V, M, D, E, H, w.embedding.const_data_ptr<float>(), {}, {}, {}, {}, {}, {}};
-  std::vector<int64_t> kind{sizeof(T), sizeof(G), V, M, D, E};
-  for (const at::Tensor& bias : w.gate_biases) kind.push_back(bias.numel());
-  label(buffer, kind);
-  speller.token = layer<T>(w.gates[0], 0, M, w.gate_biases[0], buffer);
-  speller.first = layer<G>(w.gates[0], M, E + H, none, buffer);
+  std::vector<int64_t> contents{sizeof(T), sizeof(G), V, M, D, E};
+  for (const at::Tensor& bias : w.gate_biases) contents.push_back(bias.numel());
+  label(buffer, contents);
+  speller.token = pack_layer<T>(w.gates[0], 0, M, w.gate_biases[0], buffer);
+  speller.first = pack_layer<G>(w.gates[0], M, E + H, no_bias, buffer);
   int64_t below = H;
   for (size_t i = 1; i < w.gates.size(); ++i) {
     const int64_t size = w.gate_biases[i].numel() / 4;
-    LaterCell<G> cell{size, layer<G>(w.gates[i], 0, below, none, buffer),
-                      layer<G>(w.gates[i], below, size, w.gate_biases[i], buffer)};
+    LaterCell<G> cell{size, pack_layer<G>(w.gates[i], 0, below, no_bias, buffer),
+                      pack_layer<G>(w.gates[i], below, size, w.gate_biases[i], buffer)};
     speller.later.push_back(std::move(cell));
     below = size;
   }
-  // The attention's scale is in its query.
-  speller.query = layer<T>(w.query, 0, below, w.query_bias, buffer, 1.0f / std::sqrt(float(D)));
-  speller.project = layer<T>(w.project, 0, below + E, w.project_bias, buffer);
-  speller.output = layer<T>(w.embedding, 0, M, w.bias, buffer);
+  // The packed query layer includes the attention's scale.
+  speller.query = pack_layer<T>(w.query, 0, below, w.query_bias, buffer, 1.0f / std::sqrt(float(D)));
+  speller.project = pack_layer<T>(w.project, 0, below + E, w.project_bias, buffer);
+  speller.output = pack_layer<T>(w.embedding, 0, M, w.bias, buffer);
   return speller;
 }
 
 template <class T, class G>
 Steps search_packed(const SpellerWeights& w, int64_t D, int64_t E, const std::optional<at::Tensor>& packed,
                     const SearchArguments& arguments) {
-  const auto make = [&](PackBuffer& buffer) { return speller_of<T, G>(w, D, E, buffer); };
+  const auto pack = [&](PackBuffer& buffer) { return pack_speller<T, G>(w, D, E, buffer); };
   las::AlignedArray<uint8_t> memory;
-  if (!packed) return search(las::packed_in(memory, make), arguments);
+  if (!packed) return search(las::packed_in(memory, pack), arguments);
   PackBuffer counted;
-  make(counted);
+  pack(counted);
   TORCH_CHECK(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->numel() == counted.used,
-              NOT_PACKED, "; got ", packed->sizes(), " ", packed->scalar_type(), " instead of ", counted.used, " bytes");
+              NOT_PACKED, "; got ", packed->sizes(), " ", packed->scalar_type(), " instead of ", counted.used,
+              " bytes");
   PackBuffer buffer{const_cast<uint8_t*>(packed->const_data_ptr<uint8_t>()), true};  // nothing is written to it
-  return search(make(buffer), arguments);
+  return search(pack(buffer), arguments);
 }
 
-// Call body(T, G) with values of the types of a precision; see PackedSpeller.
+// Call body(T(), G()) with the types of PackedSpeller for a precision.
 template <class Body>
-auto in_precision(c10::string_view precision, const Body& body) {
+auto dispatch_precision(c10::string_view precision, const Body& body) {
   if (precision == "int8") return body(at::BFloat16(), int8_t());
   if (precision == "bf16") return body(at::BFloat16(), at::BFloat16());
   TORCH_CHECK(precision == "fp32", "precision must be fp32, bf16 or int8; got ", precision);
@@ -145,7 +147,7 @@ void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B
               ",) int64; got ", x->sizes(), " ", x->scalar_type());
 }
 
-// Names in messages are those of the op's schema.
+// Messages use the names of the op's schema.
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths, int64_t beam,
            int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths, const at::Tensor& max_lengths,
            const std::optional<at::Tensor>& ngram_table, const std::optional<at::Tensor>& ctc_log_probs) {
@@ -197,12 +199,12 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
                                   float(ctc_weight)};
   const int64_t D = keys.size(2), E = values.size(2);
   check_weights(weights, D, E);
-  return in_precision(precision, [&](auto T, auto G) {
+  return dispatch_precision(precision, [&](auto T, auto G) {
     return search_packed<decltype(T), decltype(G)>(weights, D, E, packed, arguments);
   });
 }
 
-// The matrices of the weights, packed once for many searches.
+// Pack the weights once for many searches.
 at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
   const SpellerWeights weights(list);
   TORCH_CHECK(weights.query.dim() == 2 && weights.project.dim() == 2,
@@ -212,11 +214,11 @@ at::Tensor speller_pack(at::TensorList list, c10::string_view precision) {
   TORCH_CHECK(D > 0 && E > 0, "weights: query must be (D, H) and project (M, H + E), D and E at least 1; got ",
               weights.query.sizes(), " and ", weights.project.sizes());
   check_weights(weights, D, E);
-  return in_precision(precision, [&](auto T, auto G) {
+  return dispatch_precision(precision, [&](auto T, auto G) {
     const auto memory = std::make_shared<las::AlignedArray<uint8_t>>();
     int64_t bytes = 0;
     las::packed_in(*memory, [&](PackBuffer& buffer) {
-      auto speller = speller_of<decltype(T), decltype(G)>(weights, D, E, buffer);
+      auto speller = pack_speller<decltype(T), decltype(G)>(weights, D, E, buffer);
       bytes = buffer.used;
       return speller;
     });

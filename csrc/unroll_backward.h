@@ -1,4 +1,4 @@
-// The backward pass of speller_unroll.cpp: blocks of steps, from the last one.
+// The backward pass of speller_unroll.cpp, in blocks of steps from the last to the first.
 
 #pragma once
 
@@ -23,9 +23,9 @@
 
 namespace las::unroll {
 
-constexpr int64_t BLOCK_ROWS = 1024;  // rows of gradients in a block, about: 12 MB for 3000 gates
+constexpr int64_t BLOCK_ROWS = 1024;  // approximate rows of gradients per block: 12 MB for 3000 gates
 
-// The layers transposed and packed: from the gradient of their outputs to that of their inputs.
+// The layers, transposed and packed: they map the gradient of a layer's output to that of its input.
 template <class T>
 struct TransposedLayers {
   struct PackedMatrix {
@@ -42,17 +42,17 @@ struct TransposedLayers {
       cells.push_back(pack(w.gates[i], i == 0 ? s.M : 0, s.input_size(i) + s.H[i]));
   }
 
-  // Columns from to from + count of the weights (N, .).
+  // Pack columns [from, from + count) of `weights` (outputs, inputs).
   static PackedMatrix pack(const at::Tensor& weights, int64_t from, int64_t count) {
-    PackedMatrix made;
-    made.panels = las::pack<T>(weights.const_data_ptr<float>() + from, 1, weights.size(1), count, weights.size(0),
-                               made.memory);
-    return made;
+    PackedMatrix packed;
+    packed.panels = las::pack<T>(weights.const_data_ptr<float>() + from, 1, weights.size(1), count, weights.size(0),
+                                 packed.memory);
+    return packed;
   }
 };
 
-// Rows panel * COLUMNS on, one panel of them, of out (count, inputs.columns) = outputs (rows, count)^T inputs; added to
-// `out` if `accumulate`. `scratch` has room for the packed panel.
+// Compute COLUMNS rows, from panel * COLUMNS on, of out (count, inputs.columns) = outputs (rows, count)^T inputs, and
+// add them to `out` if `accumulate`. `scratch` has room for a packed panel.
 template <class T>
 void weight_gradient_panel(const Matrix<T>& outputs, int64_t count, int64_t panel, const Panels<T>& inputs,
                            int64_t rows, bool accumulate, T* scratch, const Matrix<float>& out) {
@@ -61,19 +61,19 @@ void weight_gradient_panel(const Matrix<T>& outputs, int64_t count, int64_t pane
   transposed_matmul({scratch, columns}, inputs, accumulate, Matrix<float>{out.at(from), out.stride, columns});
 }
 
-// The gradient of a layer's weights, out = outputs (rows, count)^T inputs (rows, size).
+// The gradient of a layer's weights: its output gradients (rows, output_size)^T times its inputs (rows, input_size).
 struct WeightGradient {
-  int64_t outputs, count;  // place in a row of gradients, and size
-  int64_t inputs, size;    // place in a row of operands, and size
-  Matrix<float> out;       // (count, size)
+  int64_t output_offset, output_size;  // in a row of gradients
+  int64_t input_offset, input_size;    // in a row of operands
+  Matrix<float> out;                   // (output_size, input_size)
 };
 
-// What the backward pass reads besides what the forward pass saved.
+// The inputs of the backward pass, besides the saved activations.
 struct BackwardInputs {
-  const float* attention;         // (B, U, T)
-  const float* logits_gradient;   // (B, U, V), or null
-  const float* weights_gradient;  // (B, U, T), of the attention weights; or null
-  const int64_t* tokens_read;     // (B, U)
+  const float* attention;           // (B, U, T)
+  const float* logits_gradient;     // (B, U, V), or null
+  const float* attention_gradient;  // (B, U, T), or null
+  const int64_t* tokens_read;       // (B, U)
 };
 
 template <class T>
@@ -86,50 +86,51 @@ struct UnrollBackward {
   SavedActivations<const T, const float> saved;
   BackwardInputs in;
 
-  int64_t steps;                                 // of a block
-  std::vector<ZeroedBuffer<>> inputs_gradient;   // (B, input and H_i) of each cell, at the step after
-  std::vector<ZeroedBuffer<>> cell_gradient;     // (B, H_i) of each cell, at the step after
+  int64_t steps;                                 // per block
+  std::vector<ZeroedBuffer<>> inputs_gradient;   // (B, input_size(i) + H_i) per cell, of the step after
+  std::vector<ZeroedBuffer<>> cell_gradient;     // (B, H_i) per cell, of the step after
   ZeroedBuffer<> readout_gradient;               // (B, H_last + E)
   AlignedArray<T> gradients;                     // (steps, B, layout.gradients)
   AlignedArray<float> score_gradients;           // (B, U, T)
   AlignedArray<float> context_gradients;         // (B, U, context_row)
   int64_t context_row;                           // E, padded
-  ZeroedBuffer<> token_sums;                     // (V, 4 * H_1): gradients of the gates of the first cell, by token
-  std::vector<float> sums;                       // (layout.gradients,): of all rows
+  ZeroedBuffer<> token_sums;                     // (V, 4 * H_1): gradients of the first cell's gates, summed per token
+  std::vector<float> sums;                       // (layout.gradients,): gradients, summed over all rows
 
-  UnrollBackward(const UnrollShape& s, const RowLayout& p, const TransposedLayers<T>& layers,
+  UnrollBackward(const UnrollShape& s, const RowLayout& layout, const TransposedLayers<T>& layers,
                  const EncoderMemory& memory, const std::vector<at::Tensor>& masks,
                  const SavedActivations<const T, const float>& saved, const BackwardInputs& in)
-      : shape(s), layout(p), layers(layers), memory(memory), masks(masks), saved(saved), in(in),
+      : shape(s), layout(layout), layers(layers), memory(memory), masks(masks), saved(saved), in(in),
         steps(std::clamp<int64_t>(BLOCK_ROWS / std::max<int64_t>(1, s.B), 1, s.U)),
-        readout_gradient(s.B, s.readout()), gradients(steps * s.B * p.gradients), score_gradients(s.B * s.U * s.T),
+        readout_gradient(s.B, s.readout()), gradients(steps * s.B * layout.gradients), score_gradients(s.B * s.U * s.T),
         context_gradients(s.B * s.U * padded(s.E)), context_row(padded(s.E)), token_sums(s.V, 4 * s.H[0]),
-        sums(p.gradients) {
+        sums(layout.gradients) {
     for (int64_t i = 0; i < s.cells(); ++i) {
       inputs_gradient.emplace_back(s.B, s.input_size(i) + s.H[i]);
       cell_gradient.emplace_back(s.B, s.H[i]);
     }
-    std::fill_n(gradients.data(), steps * s.B * p.gradients, T(0.0f));  // operands are padded with zeros
+    std::fill_n(gradients.data(), steps * s.B * layout.gradients, T(0.0f));  // operands are padded with zeros
   }
 
-  Matrix<T> gradient(int64_t place, int64_t u, int64_t b, int64_t count) const {
-    return {gradients.data() + (u % steps * shape.B + b) * layout.gradients + place, layout.gradients, count};
+  Matrix<T> gradient(int64_t offset, int64_t u, int64_t b, int64_t count) const {
+    return {gradients.data() + (u % steps * shape.B + b) * layout.gradients + offset, layout.gradients, count};
   }
 
-  // A task of a block, which threads take from a common queue: first to pack a panel of the inputs of a weight's
-  // gradient, then to multiply one of its outputs.
+  // A task of a block: to pack a panel of a weight gradient's inputs, or to compute a panel of its rows. Threads take
+  // the tasks from a common queue, first those of packing.
   struct Task {
-    size_t of;
+    size_t index;  // of the weight gradient
     int64_t panel;
   };
 
-  void run(const std::vector<WeightGradient>& wanted) {
+  void run(const std::vector<WeightGradient>& weight_gradients) {
     std::vector<AlignedArray<T>> packed;
     std::vector<Task> packing, multiplying;
-    for (size_t of = 0; of < wanted.size(); ++of) {
-      packed.emplace_back(packed_size<T>(wanted[of].size, steps * shape.B));
-      for (int64_t i = 0; i < padded(wanted[of].size) / COLUMNS; ++i) packing.push_back({of, i});
-      for (int64_t i = 0; i < padded(wanted[of].count) / COLUMNS; ++i) multiplying.push_back({of, i});
+    for (size_t index = 0; index < weight_gradients.size(); ++index) {
+      const WeightGradient& weights = weight_gradients[index];
+      packed.emplace_back(packed_size<T>(weights.input_size, steps * shape.B));
+      for (int64_t i = 0; i < padded(weights.input_size) / COLUMNS; ++i) packing.push_back({index, i});
+      for (int64_t i = 0; i < padded(weights.output_size) / COLUMNS; ++i) multiplying.push_back({index, i});
     }
     for (int64_t end = shape.U, begin; end > 0; end = begin) {
       begin = (end - 1) / steps * steps;
@@ -139,20 +140,22 @@ struct UnrollBackward {
         Scratch scratch(shape, last - first);
         for (int64_t u = end - 1; u >= begin; --u) step(scratch, u, first, last - first);
         for (size_t i; (i = next++) < packing.size();) {
-          const WeightGradient& one = wanted[packing[i].of];
-          const int64_t from = packing[i].panel * COLUMNS;
-          las::pack(saved.operand(one.inputs + from, begin, 0, rows).data, 1, saved.operand_row,
-                    std::min(COLUMNS, one.size - from), rows, packed[packing[i].of].data() + from * depth);
+          const auto [index, panel] = packing[i];
+          const WeightGradient& weights = weight_gradients[index];
+          const int64_t from = panel * COLUMNS;
+          las::pack(saved.operand(weights.input_offset + from, begin, 0, rows).data, 1, saved.operand_row,
+                    std::min(COLUMNS, weights.input_size - from), rows, packed[index].data() + from * depth);
         }
       });
       next = 0;
       at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
         AlignedArray<T> scratch(packed_size<T>(COLUMNS, rows));
         for (size_t i; (i = next++) < multiplying.size();) {
-          const auto [of, panel] = multiplying[i];
-          const WeightGradient& one = wanted[of];
-          weight_gradient_panel(gradient(one.outputs, begin, 0, rows), one.count, panel,
-                                {packed[of].data(), one.size, depth}, rows, end < shape.U, scratch.data(), one.out);
+          const auto [index, panel] = multiplying[i];
+          const WeightGradient& weights = weight_gradients[index];
+          const Panels<T> inputs{packed[index].data(), weights.input_size, depth};
+          weight_gradient_panel(gradient(weights.output_offset, begin, 0, rows), weights.output_size, panel, inputs,
+                                rows, end < shape.U, scratch.data(), weights.out);
         }
       });
       sum_gradients(begin, end);
@@ -167,46 +170,47 @@ struct UnrollBackward {
     Scratch(const UnrollShape& s, int64_t rows) : projected(rows, s.M), query(1, s.D), initial(rows) {}
   };
 
-  static Matrix<float> of(ZeroedBuffer<>& buffer, int64_t b, int64_t count) {
+  static Matrix<float> rows_of(ZeroedBuffer<>& buffer, int64_t b, int64_t count) {
     return {buffer.at(b), buffer.stride, count};
   }
 
+  // Step u of utterances [b, b + n).
   void step(Scratch& scratch, int64_t u, int64_t b, int64_t n) {
     output_backward(scratch, u, b, n);
     attention_backward(scratch, u, b, n);
     for (int64_t i = shape.cells() - 1; i >= 0; --i) {
       const bool last = i + 1 == shape.cells();
-      cell_backward(i, u, b, n, of(last ? readout_gradient : inputs_gradient[i + 1], b, n));
+      cell_backward(i, u, b, n, rows_of(last ? readout_gradient : inputs_gradient[i + 1], b, n));
       matmul(gradient(layout.gate_gradients[i], u, b, n), layers.cells[i].panels, nullptr,
-             of(inputs_gradient[i], b, n));
+             rows_of(inputs_gradient[i], b, n));
     }
   }
 
   void output_backward(Scratch& scratch, int64_t u, int64_t b, int64_t n) {
-    const Matrix<T> logits = gradient(layout.logits_gradient, u, b, n);
-    const Matrix<T> project = gradient(layout.projected_gradient, u, b, n);
+    const Matrix<T> logits_gradient = gradient(layout.logits_gradient, u, b, n);
+    const Matrix<T> projected_gradient = gradient(layout.projected_gradient, u, b, n);
     const Matrix<const float> projected = saved.state(layout.projected, u, b, n);
     for (int64_t r = 0; r < n; ++r)
       if (in.logits_gradient)
-        convert(in.logits_gradient + ((b + r) * shape.U + u) * shape.V, shape.V, logits.at(r));
-    matmul(logits, layers.output.panels, nullptr, scratch.projected.rows(n));
-    widest([&](auto width) __attribute__((always_inline)) {
+        convert(in.logits_gradient + ((b + r) * shape.U + u) * shape.V, shape.V, logits_gradient.at(r));
+    matmul(logits_gradient, layers.output.panels, nullptr, scratch.projected.rows(n));
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r)
-        each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> slope = gelu_derivative<W>(get<W>(projected.at(r, j), lanes, 0.0f));
-          put<W>(project.at(r, j), slope * get<W>(scratch.projected.at(r) + j, lanes, 0.0f), lanes);
+        for_each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          const Float<W> slope = gelu_derivative<W>(load<W>(projected.at(r, j), lanes, 0.0f));
+          store<W>(projected_gradient.at(r, j), slope * load<W>(scratch.projected.at(r) + j, lanes, 0.0f), lanes);
         });
     });
-    matmul(project, layers.project.panels, nullptr, of(readout_gradient, b, n));
+    matmul(projected_gradient, layers.project.panels, nullptr, rows_of(readout_gradient, b, n));
   }
 
-  // Compute the gradients of scores, contexts and queries, and add the query's to that of the last hidden state.
+  // Compute the gradients of scores, contexts and queries, and add the query's share to that of the last hidden state.
   void attention_backward(Scratch& scratch, int64_t u, int64_t first, int64_t n) {
-    const float scale = scale_of(shape);
+    const float scale = attention_scale(shape);
     const int64_t H = shape.H.back(), E = shape.E;
     const Matrix<T> queries = gradient(layout.query_gradient, u, first, n);
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r) {
         const int64_t b = first + r, at = b * shape.U + u, frames = memory.valid_frames(b);
@@ -217,58 +221,58 @@ struct UnrollBackward {
         const auto keys = encoder_frames<float>(memory.keys, b, frames);
         const auto values = encoder_frames<float>(memory.values, b, frames);
         dots<W>(QueryRows{context, 0, 1}, values, QueryRows{scores, 0, 1});
-        if (in.weights_gradient)
-          for (int64_t t = 0; t < frames; ++t) scores[t] += in.weights_gradient[at * shape.T + t];
+        if (in.attention_gradient)
+          for (int64_t t = 0; t < frames; ++t) scores[t] += in.attention_gradient[at * shape.T + t];
         softmax_backward<W>(in.attention + at * shape.T, scores, frames, 1.0f);
         std::fill_n(query, shape.D, 0.0f);
         average<W>(QueryRows{scores, 0, 1}, keys, QueryRows{query, 0, 1});
         convert<W>(query, shape.D, queries.at(r), scale);
       }
     });
-    // The context's part has been read already: the columns after the hidden state's may hold anything.
-    const Matrix<float> readout = of(readout_gradient, first, n);
+    // This may overwrite the context's columns, which follow those of the hidden state and have been read above.
+    const Matrix<float> readout = rows_of(readout_gradient, first, n);
     for (int64_t r = 0; r < n; ++r) scratch.initial[r] = readout.at(r);
     matmul(queries, layers.query.panels, scratch.initial.data(), readout);
   }
 
-  // From the gradient of the output of cell i, its hidden state after dropout, to that of its gates and the cell state
-  // before.
+  // Compute the gradients of the gates of cell i and of its previous cell state from `output`, the gradient of its
+  // hidden state after dropout.
   void cell_backward(int64_t i, int64_t u, int64_t b, int64_t n, const Matrix<float>& output) {
     const int64_t size = shape.H[i], input_size = shape.input_size(i);
     const Matrix<const T> gates = saved.operand(layout.gates[i], u, b, n);
     const Matrix<const float> cell = saved.state(layout.cell[i], u, b, n);
     const Matrix<const float> cell_before = saved.state(layout.cell[i], std::max<int64_t>(u - 1, 0), b, n);
     const Matrix<T> out = gradient(layout.gate_gradients[i], u, b, n);
-    const Matrix<float> hidden = of(inputs_gradient[i], b, n), carried = of(cell_gradient[i], b, n);
-    widest([&](auto width) __attribute__((always_inline)) {
+    const Matrix<float> hidden = rows_of(inputs_gradient[i], b, n), carried = rows_of(cell_gradient[i], b, n);
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r) {
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (b + r) * size;
-        each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const LstmGates<W> activated = get_gates<W>(gates.at(r, j), size, lanes);
-          const Float<W> tanh_cell = tanh<W>(get<W>(cell.at(r, j), lanes, 0.0f));
-          const Float<W> before = u > 0 ? get<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
-          Float<W> dh = get<W>(output.at(r, j), lanes, 0.0f);
-          if (mask) dh *= get<W>(mask + j, lanes, 0.0f);
-          dh += get<W>(hidden.at(r, input_size + j), lanes, 0.0f);
-          const Float<W> dc = get<W>(carried.at(r, j), lanes, 0.0f) + lstm_cell_gradient<W>(activated, tanh_cell, dh);
-          put_gates<W>(out.at(r, j), size, lstm_gate_gradients<W>(activated, tanh_cell, before, dh, dc), lanes);
-          put<W>(carried.at(r, j), dc * activated.forget, lanes);
+        for_each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          const LstmGates<W> activated = load_gates<W>(gates.at(r, j), size, lanes);
+          const Float<W> tanh_cell = tanh<W>(load<W>(cell.at(r, j), lanes, 0.0f));
+          const Float<W> before = u > 0 ? load<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
+          Float<W> dh = load<W>(output.at(r, j), lanes, 0.0f);
+          if (mask) dh *= load<W>(mask + j, lanes, 0.0f);
+          dh += load<W>(hidden.at(r, input_size + j), lanes, 0.0f);
+          const Float<W> dc = load<W>(carried.at(r, j), lanes, 0.0f) + lstm_cell_gradient<W>(activated, tanh_cell, dh);
+          store_gates<W>(out.at(r, j), size, lstm_gate_gradients<W>(activated, tanh_cell, before, dh, dc), lanes);
+          store<W>(carried.at(r, j), dc * activated.forget, lanes);
         });
       }
     });
   }
 
-  // Add the rows of gradients of steps begin to end to `sums`, those of the first cell also to the sums by token.
+  // Add the rows of gradients of steps [begin, end) to `sums`, and those of the first cell's gates to `token_sums`.
   void sum_gradients(int64_t begin, int64_t end) {
     at::parallel_for(0, layout.gradients / COLUMNS, 16, [&](int64_t first, int64_t last) {
       const int64_t begin_column = first * COLUMNS, end_column = last * COLUMNS;
       const int64_t end_gate = std::min(end_column, 4 * shape.H[0]);
-      widest([&](auto width) __attribute__((always_inline)) {
+      dispatch_width([&](auto width) __attribute__((always_inline)) {
         constexpr int W = width;
         const auto add = [](const T* row, int64_t n, float* sum) __attribute__((always_inline)) {
-          each_vector<W>(n, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-            put<W>(sum + j, get<W>(sum + j, lanes, 0.0f) + get<W>(row + j, lanes, 0.0f), lanes);
+          for_each_vector<W>(n, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+            store<W>(sum + j, load<W>(sum + j, lanes, 0.0f) + load<W>(row + j, lanes, 0.0f), lanes);
           });
         };
         for (int64_t u = begin; u < end; ++u)
@@ -283,9 +287,10 @@ struct UnrollBackward {
     });
   }
 
-  // Given the gradient of token_gates_of, set the gradient of the token columns of the first cell's weights, and add to
-  // the gradient of the embedding, which already has its share as the output weights.
-  void token_table_backward(const SpellerWeights& w, const Matrix<float>& gates, const Matrix<float>& embedding) {
+  // The backward pass of compute_token_gates. Set the token columns of `gates`, the gradient of the first cell's
+  // weights. Add to the gradient of the embedding, which already has that of the output layer: both use the same
+  // weights.
+  void token_gates_backward(const SpellerWeights& w, const Matrix<float>& gates, const Matrix<float>& embedding) {
     const int64_t V = shape.V, M = shape.M, size = 4 * shape.H[0];
     ZeroedBuffer<T> summed(V, size), embedded(V, M);
     std::vector<const float*> initial(V);
@@ -306,7 +311,7 @@ struct UnrollBackward {
   // The gradients of keys (B, T, D) and values (B, T, E), zero past the lengths.
   void memory_gradients(float* keys, float* values) const {
     at::parallel_for(0, shape.B, 1, [&](int64_t begin, int64_t end) {
-      ZeroedBuffer<> queries_of_b(shape.U, shape.D);  // one utterance's, contiguous: saved queries are a step apart
+      ZeroedBuffer<> queries_of_b(shape.U, shape.D);  // contiguous; the saved queries are a step apart
       for (int64_t b = begin; b < end; ++b) {
         const int64_t n = memory.valid_frames(b), U = shape.U, T_ = shape.T;
         for (int64_t u = 0; u < U; ++u)
@@ -317,7 +322,7 @@ struct UnrollBackward {
         const QueryRows weights{const_cast<float*>(in.attention) + b * U * T_, T_, U};  // only read
         const QueryRows contexts{context_gradients.data() + b * U * context_row, context_row, U};
         const QueryRows queries{queries_of_b.at(0), queries_of_b.stride, U};
-        widest([&](auto width) __attribute__((always_inline)) {
+        dispatch_width([&](auto width) __attribute__((always_inline)) {
           spread<width>(scores, queries, dk);
           spread<width>(weights, contexts, dv);
         });

@@ -1,4 +1,4 @@
-// The forward pass of speller_unroll.cpp: all steps of some utterances per thread.
+// The forward pass of speller_unroll.cpp. Each thread takes some utterances through all steps.
 
 #pragma once
 
@@ -30,22 +30,22 @@ struct PackedLayers {
   Layer<T> query, project, output;
 
   PackedLayers(const SpellerWeights& w, const UnrollShape& s, PackBuffer& buffer)
-      : query(layer<T>(w.query, 0, s.H.back(), w.query_bias, buffer, scale_of(s))),
-        project(layer<T>(w.project, 0, s.readout(), w.project_bias, buffer)),
-        output(layer<T>(w.embedding, 0, s.M, w.bias, buffer)) {
+      : query(pack_layer<T>(w.query, 0, s.H.back(), w.query_bias, buffer, attention_scale(s))),
+        project(pack_layer<T>(w.project, 0, s.readout(), w.project_bias, buffer)),
+        output(pack_layer<T>(w.embedding, 0, s.M, w.bias, buffer)) {
     for (int64_t i = 0; i < s.cells(); ++i) {
-      const at::Tensor bias = i ? w.gate_biases[i] : at::Tensor();  // the first cell's is in token_gates
-      cells.push_back(layer<T>(w.gates[i], i == 0 ? s.M : 0, s.input_size(i) + s.H[i], bias, buffer));
+      const at::Tensor bias = i ? w.gate_biases[i] : at::Tensor();  // that of the first cell is in token_gates
+      cells.push_back(pack_layer<T>(w.gates[i], i == 0 ? s.M : 0, s.input_size(i) + s.H[i], bias, buffer));
     }
   }
 };
 
-// What each token adds to the gates of the first cell, its bias included: (V, 4 * H_1).
+// Compute the contribution of each token to the gates of the first cell, bias included: (V, 4 * H_1).
 template <class T>
-ZeroedBuffer<> token_gates_of(const SpellerWeights& w, const UnrollShape& s) {
+ZeroedBuffer<> compute_token_gates(const SpellerWeights& w, const UnrollShape& s) {
   AlignedArray<uint8_t> memory;
   const Layer<T> token = packed_in(
-      memory, [&](PackBuffer& buffer) { return layer<T>(w.gates[0], 0, s.M, w.gate_biases[0], buffer); });
+      memory, [&](PackBuffer& buffer) { return pack_layer<T>(w.gates[0], 0, s.M, w.gate_biases[0], buffer); });
   ZeroedBuffer<> gates(s.V, 4 * s.H[0]);
   ZeroedBuffer<T> embedded(s.V, s.M);
   const std::vector<const float*> bias(s.V, token.bias.data());
@@ -72,20 +72,20 @@ struct UnrollForward {
   float *logits, *attention;   // (B, U, V), (B, U, T)
   int64_t* tokens_read;        // (B, U)
 
-  // The utterances of one thread: begin to begin + count.
+  // The utterances of one thread, [begin, begin + count), and its buffers.
   struct UtteranceGroup {
     int64_t begin, count;
-    ZeroedBuffer<> sums;                // (count, the largest of 4 * H_i and V)
+    ZeroedBuffer<> sums;                // (count, max of 4 * H_i, V)
     ZeroedBuffer<> context;             // (1, E)
     std::vector<const float*> initial;  // (count,)
-    std::vector<int64_t> best;          // (count,): the best token of the step before
+    std::vector<int64_t> best_tokens;   // (count,): most probable token of the previous step
   };
 
   void run() {
-    at::parallel_for(0, shape.B, 1, [&](int64_t begin, int64_t end) { utterances(begin, end - begin); });
+    at::parallel_for(0, shape.B, 1, [&](int64_t begin, int64_t end) { run_group(begin, end - begin); });
   }
 
-  void utterances(int64_t begin, int64_t count) {
+  void run_group(int64_t begin, int64_t count) {
     const int64_t gates = 4 * *std::max_element(shape.H.begin(), shape.H.end());
     UtteranceGroup group{begin,
                          count,
@@ -95,7 +95,7 @@ struct UnrollForward {
                          std::vector<int64_t>(count)};
     for (int64_t i = 0; i < shape.cells(); ++i) clear(group, layout.input[i], 0, 0, shape.input_size(i) + shape.H[i]);
     for (int64_t u = 0; u < shape.U; ++u) {
-      pad(group, u);
+      clear_padding(group, u);
       choose_tokens(group, u);
       for (int64_t i = 0; i < shape.cells(); ++i) step_cell(group, i, u);
       attend(group, u);
@@ -103,15 +103,15 @@ struct UnrollForward {
     }
   }
 
-  // Set columns from to to of rows of operands to zero.
-  void clear(const UtteranceGroup& group, int64_t place, int64_t u, int64_t from, int64_t to) const {
-    const Matrix<T> all = saved.operand(place, u, group.begin, group.count);
+  // Zero columns [from, to) of the operands at `offset`.
+  void clear(const UtteranceGroup& group, int64_t offset, int64_t u, int64_t from, int64_t to) const {
+    const Matrix<T> all = saved.operand(offset, u, group.begin, group.count);
     for (int64_t r = 0; r < group.count; ++r) std::fill(all.at(r, from), all.at(r, to), T(0.0f));
   }
 
-  // Set what lies between the parts of a row to zero: a matmul of bfloat16 reads one value past an odd operand.
-  void pad(const UtteranceGroup& group, int64_t u) const {
-    const auto after = [&](int64_t place, int64_t size) { clear(group, place, u, size, padded(size)); };
+  // Zero the padding between the parts of a row: a matmul of bfloat16 reads one value past an operand of odd size.
+  void clear_padding(const UtteranceGroup& group, int64_t u) const {
+    const auto after = [&](int64_t offset, int64_t size) { clear(group, offset, u, size, padded(size)); };
     for (int64_t i = 0; i < shape.cells(); ++i) {
       after(layout.input[i], shape.input_size(i) + shape.H[i]);
       after(layout.gates[i], 4 * shape.H[i]);
@@ -121,14 +121,14 @@ struct UnrollForward {
     }
     after(layout.features, shape.M);
     after(layout.readout, shape.readout());
-    const int64_t H = shape.H.back();  // the query reads the hidden state alone: the context comes later
+    const int64_t H = shape.H.back();  // the query's matmul reads the hidden state alone; the context is written later
     clear(group, layout.readout, u, H, padded(H, DEPTH_INTERLEAVE<T>));
   }
 
   void choose_tokens(const UtteranceGroup& group, int64_t u) const {
     for (int64_t r = 0; r < group.count; ++r) {
       const int64_t at = (group.begin + r) * shape.U + u;
-      tokens_read[at] = u > 0 && sampled[at] ? group.best[r] : true_tokens[at];
+      tokens_read[at] = u > 0 && sampled[at] ? group.best_tokens[r] : true_tokens[at];
     }
   }
 
@@ -151,25 +151,27 @@ struct UnrollForward {
     const Matrix<float> cell = saved.state(layout.cell[i], u, begin, n);
     const Matrix<float> cell_before = saved.state(layout.cell[i], u + saved.steps - 1, begin, n);
     const Matrix<T> hidden = saved.operand(layout.input[i] + shape.input_size(i), u + 1, begin, n);
-    const Matrix<T> above = saved.operand(last ? layout.readout : layout.input[i + 1], u, begin, n);
-    widest([&](auto width) __attribute__((always_inline)) {
+    const Matrix<T> layer_above = saved.operand(last ? layout.readout : layout.input[i + 1], u, begin, n);
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r) {
         const float* sums = group.sums.at(r);
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (begin + r) * size;
-        each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+        for_each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const LstmGates<W> activated = las::activate_gates<W>(sums + j, size, lanes);
-          const Float<W> retained = u > 0 ? activated.forget * get<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
+          const Float<W> retained = u > 0 ? activated.forget * load<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
           const LstmState<W> after = lstm_step<W>(activated, retained);
-          put_gates<W>(gates.at(r, j), size, activated, lanes);
-          put<W>(cell.at(r, j), after.cell, lanes);
-          if (u + 1 < shape.U) put<W>(hidden.at(r, j), after.hidden, lanes);
-          put<W>(above.at(r, j), mask ? after.hidden * get<W>(mask + j, lanes, 0.0f) : after.hidden, lanes);
+          store_gates<W>(gates.at(r, j), size, activated, lanes);
+          store<W>(cell.at(r, j), after.cell, lanes);
+          if (u + 1 < shape.U) store<W>(hidden.at(r, j), after.hidden, lanes);
+          const Float<W> output = mask ? after.hidden * load<W>(mask + j, lanes, 0.0f) : after.hidden;
+          store<W>(layer_above.at(r, j), output, lanes);
         });
       }
     });
   }
 
+  // Compute the attention and the context of step u.
   void attend(UtteranceGroup& group, int64_t u) const {
     const auto [begin, n] = std::pair(group.begin, group.count);
     const int64_t H = shape.H.back(), E = shape.E;
@@ -177,7 +179,7 @@ struct UnrollForward {
     const Matrix<T> readout = saved.operand(layout.readout, u, begin, n);
     const Matrix<T> next = saved.operand(layout.input[0], u + 1, begin, n);
     matmul(readout, layers.query.weights, broadcast_bias(group, layers.query.bias), queries);
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r) {
         const int64_t b = begin + r, frames = memory.valid_frames(b);
@@ -201,18 +203,18 @@ struct UnrollForward {
     const Matrix<T> features = saved.operand(layout.features, u, begin, n);
     matmul(saved.operand(layout.readout, u, begin, n), layers.project.weights,
            broadcast_bias(group, layers.project.bias), projected);
-    widest([&](auto width) __attribute__((always_inline)) {
+    dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r)
-        each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          put<W>(features.at(r, j), gelu<W>(get<W>(projected.at(r, j), lanes, 0.0f)), lanes);
+        for_each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+          store<W>(features.at(r, j), gelu<W>(load<W>(projected.at(r, j), lanes, 0.0f)), lanes);
         });
     });
     matmul(features, layers.output.weights, broadcast_bias(group, layers.output.bias), group.sums.rows(n));
     for (int64_t r = 0; r < n; ++r) {
       const float* row = group.sums.at(r);
       std::copy_n(row, shape.V, logits + ((begin + r) * shape.U + u) * shape.V);
-      group.best[r] = std::max_element(row, row + shape.V) - row;
+      group.best_tokens[r] = std::max_element(row, row + shape.V) - row;
     }
   }
 };

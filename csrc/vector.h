@@ -1,8 +1,8 @@
-// Vectors of W floats, and a way to compile a loop for the widest ones that the processor has.
+// Vectors of W floats, and the choice of the widest vectors that the processor has, at run time.
 //
-// A loop is a template over W. Vectors of 64 bytes, compiled for a processor that lacks them, are about ten times
-// slower than vectors of its own width. So each width is compiled for the instructions that go with it, and chosen when
-// called.
+// A loop is a template over W. Each width is compiled with its own instruction set, and dispatch_width calls the widest
+// one. A single width for all processors would be slow: 64-byte vectors on a processor that lacks them take about ten
+// times as long as vectors of its own width.
 
 #pragma once
 
@@ -50,7 +50,7 @@ LAS_INLINE To bits_as(From x) {
 
 template <int W>
 LAS_INLINE Float<W> broadcast(float x) {
-  return x - Float<W>{};  // minus zero is exact, plus zero is not: -0 + 0 is 0
+  return x - Float<W>{};  // x - 0 keeps the sign of -0; x + 0 does not
 }
 
 template <int W>
@@ -61,7 +61,7 @@ LAS_INLINE Float<W> load(const float* p) {
 }
 
 template <int W>
-LAS_INLINE Float<W> load(const c10::BFloat16* p) {  // the upper half of a float32
+LAS_INLINE Float<W> load(const c10::BFloat16* p) {  // a bfloat16 is the upper half of a float32
   Short<W> x;
   std::memcpy(&x, p, sizeof x);
   return bits_as<Float<W>>(__builtin_convertvector(x, Bits<W>) << 16);
@@ -72,22 +72,23 @@ LAS_INLINE void store(float* p, Float<W> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-// The bfloat16 nearest to x, ties to even, in the upper half of each lane. NaN stays NaN. The lower half is arbitrary.
+// Round x to bfloat16, ties to even. The result is the upper half of each lane; the lower half is arbitrary. NaN stays
+// NaN.
 template <int W>
-LAS_INLINE Bits<W> rounded_to_upper_half(Float<W> x) {
+LAS_INLINE Bits<W> round_to_bf16(Float<W> x) {
   const Bits<W> bits = bits_as<Bits<W>>(x);
   return x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : Bits<W>{} + 0x7FC00000u;
 }
 
 template <int W>
 LAS_INLINE void store(c10::BFloat16* p, Float<W> x) {
-  const Short<W> y = __builtin_convertvector(rounded_to_upper_half<W>(x) >> 16, Short<W>);
+  const Short<W> y = __builtin_convertvector(round_to_bf16<W>(x) >> 16, Short<W>);
   std::memcpy(p, &y, sizeof y);
 }
 
-// The first n < W lanes; the others are `fill`. Nothing past p + n is read.
+// Load n < W values; the other lanes are `fill`. Nothing past p + n is read.
 template <int W, class T>
-LAS_INLINE Float<W> load_part(const T* p, int64_t n, float fill = 0.0f) {
+LAS_INLINE Float<W> load_partial(const T* p, int64_t n, float fill = 0.0f) {
   T x[W];
   for (int i = 0; i < W; ++i) x[i] = T(fill);
   for (int i = 0; i < W && i < n; ++i) x[i] = p[i];
@@ -95,10 +96,22 @@ LAS_INLINE Float<W> load_part(const T* p, int64_t n, float fill = 0.0f) {
 }
 
 template <int W, class T>
-LAS_INLINE void store_part(T* p, Float<W> x, int64_t n) {
+LAS_INLINE void store_partial(T* p, Float<W> x, int64_t n) {
   T y[W];
   store<W>(y, x);
   for (int i = 0; i < W && i < n; ++i) p[i] = y[i];
+}
+
+// Load or store a vector of which `lanes` lanes exist: W, or fewer at the end of a row.
+template <int W, class T>
+LAS_INLINE Float<W> load(const T* p, int64_t lanes, float fill) {
+  return lanes == W ? load<W>(p) : load_partial<W>(p, lanes, fill);
+}
+
+template <int W, class T>
+LAS_INLINE void store(T* p, Float<W> x, int64_t lanes) {
+  if (lanes == W) store<W>(p, x);
+  else store_partial<W>(p, x, lanes);
 }
 
 template <int W>
@@ -118,9 +131,9 @@ LAS_INLINE float largest(Float<W> x) {
   }
 }
 
-// Lanes of a (numbered from 0) and b (from W) in the given order.
+// Shuffle: lane i of the result is lane[i] of (a, b), where the lanes of b are numbered from W.
 template <int W, int... lane>
-LAS_INLINE Float<W> pick(Float<W> a, Float<W> b, std::integer_sequence<int, lane...>) {
+LAS_INLINE Float<W> shuffle(Float<W> a, Float<W> b, std::integer_sequence<int, lane...>) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, lane...);
 #else
@@ -128,20 +141,20 @@ LAS_INLINE Float<W> pick(Float<W> a, Float<W> b, std::integer_sequence<int, lane
 #endif
 }
 
-// Of every four lanes: a0 b0 a1 b1 (PART 0) or a2 b2 a3 b3 (PART 1).
+// In each group of four lanes: a0 b0 a1 b1 (PART 0) or a2 b2 a3 b3 (PART 1).
 template <int W, int PART, int... i>
 LAS_INLINE Float<W> interleave(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
-  return pick<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 4 / 2 + i % 2 * W)...>{});
+  return shuffle<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 4 / 2 + i % 2 * W)...>{});
 }
 
-// Of every four lanes: a0 a1 b0 b1 (PART 0) or a2 a3 b2 b3 (PART 1).
+// In each group of four lanes: a0 a1 b0 b1 (PART 0) or a2 a3 b2 b3 (PART 1).
 template <int W, int PART, int... i>
 LAS_INLINE Float<W> pairs(Float<W> a, Float<W> b, std::integer_sequence<int, i...>) {
-  return pick<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 2 + i % 4 / 2 * W)...>{});
+  return shuffle<W>(a, b, std::integer_sequence<int, (i / 4 * 4 + 2 * PART + i % 2 + i % 4 / 2 * W)...>{});
 }
 
 template <int W>
-LAS_INLINE Float<4> fold(Float<W> x) {  // lane i is the sum of lanes i, i + 4, i + 8, ...
+LAS_INLINE Float<4> fold(Float<W> x) {  // result lane i is the sum of lanes i, i + 4, i + 8, ...
   if constexpr (W == 4) {
     return x;
   } else {
@@ -151,7 +164,7 @@ LAS_INLINE Float<4> fold(Float<W> x) {  // lane i is the sum of lanes i, i + 4, 
   }
 }
 
-// The sums of the lanes of four vectors. Each is made in the same order, whichever of the four it is.
+// The sum of the lanes of each of four vectors. All four are added up in the same order.
 template <int W>
 LAS_INLINE Float<4> sums(Float<W> a, Float<W> b, Float<W> c, Float<W> d) {
   constexpr auto all = std::make_integer_sequence<int, W>{};
@@ -165,7 +178,8 @@ LAS_INLINE float sum(Float<W> x) {
   return sums<W>(x, x, x, x)[0];
 }
 
-// exp(x) for x up to 0, to about 1e-7: 2^n times a polynomial in the remainder (Cephes); NaN for NaN, 0 below -87.3.
+// exp(x) for x <= 0, relative error about 1e-7: 2^n times a polynomial in the remainder (Cephes). 0 below -87.3; NaN
+// stays NaN.
 template <int W>
 LAS_INLINE Float<W> exp(Float<W> x) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -183,11 +197,11 @@ LAS_INLINE Float<W> exp(Float<W> x) {
   return x < -87.3f ? Float<W>{} : p * power;
 }
 
-// log(1 + x) for x from 0 to 1, to about 1e-7 (Cephes).
+// log(1 + x) for x from 0 to 1, error about 1e-7 (Cephes).
 template <int W>
 LAS_INLINE Float<W> log1p(Float<W> x) {
-  const auto large = x > 0.41421356f;
-  const Float<W> z = large ? (x - 1.0f) * 0.5f : x, square = z * z;  // z + 1 is 1 + x, or half of it
+  const auto halve = x > 0.41421356f;
+  const Float<W> z = halve ? (x - 1.0f) * 0.5f : x, square = z * z;  // 1 + z is 1 + x, or half of it
   Float<W> p = broadcast<W>(7.0376836292e-2f);
   p = p * z - 1.1514610310e-1f;
   p = p * z + 1.1676998740e-1f;
@@ -198,30 +212,30 @@ LAS_INLINE Float<W> log1p(Float<W> x) {
   p = p * z - 2.4999993993e-1f;
   p = p * z + 3.3333331174e-1f;
   const Float<W> log = z + (p * z * square - 0.5f * square);
-  return large ? log + 0.69314718f : log;
+  return halve ? log + 0.69314718f : log;
 }
 
-// log(exp(a) + exp(b)); -inf is fine, +inf is not.
+// log(exp(a) + exp(b)). The arguments may be -inf, but not +inf.
 template <int W>
 LAS_INLINE Float<W> logaddexp(Float<W> a, Float<W> b) {
-  const auto first = a > b;
-  const Float<W> upper = first ? a : b, lower = first ? b : a;
+  const auto a_is_larger = a > b;
+  const Float<W> upper = a_is_larger ? a : b, lower = a_is_larger ? b : a;
   const Float<W> difference = lower == upper ? Float<W>{} : lower - upper;  // -inf minus itself would be NaN
   return upper + log1p<W>(exp<W>(difference));
 }
 
-template <int W>
-using Width = std::integral_constant<int, W>;
+template <int N>
+using Constant = std::integral_constant<int, N>;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 template <class Body>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void with_avx512(const Body& body) {
-  body(Width<16>{});
+  body(Constant<16>{});
 }
 
 template <class Body>
 __attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
-  body(Width<8>{});
+  body(Constant<8>{});
 }
 
 inline int processor_lanes() {
@@ -231,15 +245,16 @@ inline int processor_lanes() {
   return avx2 && avx512 ? 16 : avx2 ? 8 : 4;
 }
 
-// Lanes of the widest vectors in use: this processor's, or fewer where a test asks for an older one's.
+// Lanes of the widest vectors in use: those of this processor, or fewer in tests of older processors.
 inline int max_lanes = processor_lanes();
 
-// Call body(Width<W>{}) for the widest W in use. Body and everything it calls must be LAS_INLINE.
+// Call body(Constant<W>{}) with the widest W in use. The body and everything that it calls must be LAS_INLINE: a
+// function that is not inlined is compiled without the instruction set of W.
 template <class Body>
-void widest(const Body& body) {
+void dispatch_width(const Body& body) {
   if (max_lanes >= 16) return with_avx512(body);
   if (max_lanes >= 8) return with_avx2(body);
-  body(Width<4>{});
+  body(Constant<4>{});
 }
 #else
 inline int processor_lanes() { return 4; }
@@ -247,8 +262,8 @@ inline int processor_lanes() { return 4; }
 inline int max_lanes = processor_lanes();
 
 template <class Body>
-void widest(const Body& body) {
-  body(Width<4>{});
+void dispatch_width(const Body& body) {
+  body(Constant<4>{});
 }
 #endif
 

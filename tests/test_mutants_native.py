@@ -29,7 +29,7 @@ extern "C" int toy(int a, int b) {
     found[2] = twice<4>(a) - b;
   }
   std::fill(found, found + 1, 7);
-  las::fetch(found + 3);
+  las::prefetch(found + 3);
   return found[1] * 100 + found[2] + std::min(a, b);
 }
 """
@@ -63,7 +63,7 @@ def test_every_rule_edits_cpp(expected):
 
 def test_what_a_compiler_must_know_and_what_changes_no_result_is_left_alone():
     touched = {before for _, before, _ in edits(TOY)}
-    assert not {"4", "2 + 3", "found + 3", "las::fetch(found + 3);"} & touched
+    assert not {"4", "2 + 3", "found + 3", "las::prefetch(found + 3);"} & touched
     assert constants(TOY, "csrc/toy.cpp") >= 3
     grain = "void f() { at::parallel_for(0, n, 5 * m, [&](int a, int b) { g(a - b); }); }"
     assert {before for _, before, _ in edits(grain)} >= {"0", "a - b"}
@@ -82,7 +82,7 @@ def test_one_build_holds_all_faults_and_runs_one(tmp_path):
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip("there is no C++ compiler")
-    start = "#include <algorithm>\nnamespace las { inline void fetch(const int*) {} }\n"
+    start = "#include <algorithm>\nnamespace las { inline void prefetch(const int*) {} }\n"
     mutants = cpp_mutants(start + TOY, "csrc/toy.cpp")
     hook = f'extern "C" {{ int las_mutant = -1; unsigned char las_reached[{len(mutants)}]; }}\n'
     source, library = tmp_path / "toy.cpp", tmp_path / "toy.so"

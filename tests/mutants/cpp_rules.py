@@ -35,7 +35,7 @@ CONSTANT_TYPES = {
     "preproc_def", "preproc_include", "preproc_call", "case_statement", "attribute_specifier", "decltype",
     "type_descriptor", "template_type", "alignas_qualifier", "lambda_capture_specifier", "sizeof_expression",
 }  # fmt: skip
-NO_RESULT = {"las::fetch", "fetch", "fetch_ahead", "__builtin_prefetch", "madvise", "asm"}
+NO_RESULT = {"las::prefetch", "prefetch", "prefetch_ahead", "__builtin_prefetch", "madvise", "asm"}
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
 
 Node = tree_sitter.Node

@@ -473,7 +473,7 @@ def arguments(B=2, K=3, V=5, **change):
         ({"minimum": torch.zeros(2)}, r"minimum must be \[2\] Long"),
         ({"maximum": torch.zeros(3).long()}, r"maximum must be \[2\] Long"),
         ({"coverage": torch.zeros(2)}, r"coverage must be \[2, 3\] Float"),
-        ({"ctc_next_log_probs": torch.zeros(2, 3)}, r"ctc_gains must be \[2, 3, 5\] Float"),
+        ({"ctc_next_log_probs": torch.zeros(2, 3)}, r"ctc_next_log_probs must be \[2, 3, 5\] Float"),
         ({"ngram_states": None}, "ngram_table and ngram_states must be given together"),
         ({"ngram_table": torch.zeros(5, 4)}, r"ngram_table must be \(states, V\) float32 with V=5; got \[5, 4\]"),
         ({"ngram_states": torch.full((2, 3), 5)}, "ngram_states must be from 0 to 4; got 5"),

@@ -282,7 +282,7 @@ def test_disagreeing_arguments_are_explained(change, message):
             {"forward_log_probs": torch.zeros(2, 3, 6)},
             r"forward_log_probs must be \[2, 3, 7\] Float like ctc_log_probs; got \[2, 3, 6\]",
         ),
-        ({"next_log_probs": torch.zeros(2, 3, 4)}, r"gains must be \[2, 3, 5\] Float"),
+        ({"next_log_probs": torch.zeros(2, 3, 4)}, r"next_log_probs must be \[2, 3, 5\] Float"),
         ({"parents": torch.full((2, 3), 3)}, "parents must be from 0 to 2; got 3"),
         ({"chosen": torch.full((2, 3), -1)}, "chosen must be from 0 to 4; got -1"),
         ({"eos": -1}, "eos must be a token from 0 to 4; got -1"),

@@ -454,7 +454,7 @@ def test_bytes_of_other_sizes_or_precisions_are_refused(cpp, precision):
     weights, memory = make(7, 5, (6,), 4, 3), remember(3, 9, 4, 3)
     packed = speller_pack(weights, CPU, precision=precision)
     other = "fp32" if precision == "int8" else "int8"
-    message = "packed must be what speller_pack makes of weights of these sizes in this precision"
+    message = "packed must come from speller_pack, for weights of these sizes in this precision"
     wrong = (speller_pack(weights, CPU, precision=other), packed[1:], packed.char(), packed.repeat(2)[::2])
     for given in wrong:
         with pytest.raises(RuntimeError, match=message):
@@ -658,7 +658,7 @@ def test_arguments_that_disagree_are_named(change, message):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 more for each cell; got 1"),
+        (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 per cell; got 1"),
         (1, torch.ones(3, 9), r"keys must be \(B, T, D\) float32; got \[3, 9\] Float"),
         (1, torch.ones(3, 9, 5), r"weights: query must be \[5, 6\]; got \[4, 6\]"),
         (2, torch.ones(3, 8, 3), r"values must be \(B, T, E\) float32 with B=3, T=9 like keys; got \[3, 8, 3\]"),
