@@ -1,8 +1,8 @@
 """Hypotheses from back-pointers on a GPU. las_fast/ops/beam_backtrack.py defines the operation.
 
 One program follows the K hypotheses of one utterance from the last step to the first, one lane per hypothesis. Bytes:
-each token, pointer, score and frame on a hypothesis is read once (a score twice) and each result is written once. The
-time goes into the chain of dependent pointer loads, not into bytes, and is spent once per batch.
+each token, back-pointer, score and frame of a hypothesis is read once (a score twice) and each result is written once.
+Bytes do not limit the time: each step waits for the back-pointer of the step after it. The kernel runs once per batch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def backtrack_kernel(
     L, B, K, eos,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Follow the hypotheses of utterance b through (L, B, K) pointers; write (B, K, L) rows."""
+    """Follow the hypotheses of utterance b through (L, B, K) back-pointers; write (B, K, L) rows."""
     b = tl.program_id(0).to(tl.int64)
-    # (BLOCK_K,), up to the loop over blocks of steps
+    # (BLOCK_K,), until the loop over blocks of steps
     k = tl.arange(0, BLOCK_K)
     exists = k < K
     row = b * K + k
@@ -41,12 +41,12 @@ def backtrack_kernel(
         tl.store(token_scores + row * L + t, token_score, mask=exists)
         tl.store(out_frames + row * L + t, frame, mask=exists)
     tl.store(lengths + row, length, mask=exists)
-    tl.debug_barrier()  # other threads overwrite the same elements below
+    tl.debug_barrier()  # below, other threads overwrite elements stored above
     for start in range(0, L, BLOCK_L):
         # (BLOCK_K, BLOCK_L)
         t = start + tl.arange(0, BLOCK_L)
-        over = exists[:, None] & (t[None, :] > length[:, None]) & (t[None, :] < L)
-        tl.store(out_tokens + row[:, None] * L + t[None, :], tl.zeros([BLOCK_K, BLOCK_L], tl.int64) + eos, mask=over)
+        after = exists[:, None] & (t[None, :] > length[:, None]) & (t[None, :] < L)
+        tl.store(out_tokens + row[:, None] * L + t[None, :], tl.zeros([BLOCK_K, BLOCK_L], tl.int64) + eos, mask=after)
 
 
 def beam_backtrack(

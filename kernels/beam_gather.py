@@ -1,7 +1,7 @@
 """States reordered by back-pointers on a GPU. las_fast/ops/beam_gather.py defines the operation.
 
-One launch serves all states: a program copies the rows of one hypothesis, state after state. Bytes: each state is read
-and written once.
+One launch serves all states. Each program copies the rows of one hypothesis, state after state. Bytes: each state is
+read and written once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @triton.jit
 def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
-    """Copy the parent's row of every state to hypothesis (b, k). `sizes` holds the numbers per row of each state."""
+    """Copy the parent's row of every state to hypothesis (b, k). `sizes` has the row size of each state."""
     row = tl.program_id(0).to(tl.int64)
     parent = tl.load(parents + row)
     parent = tl.minimum(tl.maximum(parent, 0), K - 1)  # a kernel cannot raise: clamp
@@ -34,15 +34,15 @@ def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
     gathered = [torch.empty_like(x) for x in rows]
     sizes = tuple(x.shape[2] for x in rows)
     if parents.numel() and sum(sizes):
-        plain = [[_as_integers(x) for x in xs] for xs in (rows, gathered)]
-        sizes = tuple(x.shape[2] for x in plain[0])
+        sources, targets = ([_as_integers(x) for x in xs] for xs in (rows, gathered))
+        sizes = tuple(x.shape[2] for x in sources)
         block = min(1024, triton.next_power_of_2(max(sizes)))
         gather_kernel[parents.numel(),](
-            tuple(plain[0]), tuple(plain[1]), parents.contiguous(), sizes, parents.shape[1], BLOCK=block, num_warps=4
+            tuple(sources), tuple(targets), parents.contiguous(), sizes, parents.shape[1], BLOCK=block, num_warps=4
         )
     return gathered
 
 
 def _as_integers(x: Tensor) -> Tensor:
-    """View x as integers of the same size: Triton does not know every dtype, and a copy need not."""
+    """View x as integers of the same size: Triton does not support every dtype."""
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64))

@@ -7,8 +7,8 @@ among equal ranks:
 
 Small vocabularies: one program holds the K x V candidates of an utterance as one tile, computes their log-softmax and
 takes the largest key K times. Large vocabularies: one program per hypothesis makes two passes over its row in blocks,
-one for the log-softmax and one for the row's K best, skipping every block without a better candidate; a second kernel
-merges the K best of each row. Bytes: logits and scores are read once (twice above MAX_TILE entries), results are
+one for the log-softmax and one for the K best of the row, which skips blocks without a better candidate. A second
+kernel merges the K best of all rows. Bytes: logits and scores are read once (twice above MAX_TILE entries), results are
 written once.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TILE = 8192  # entries of the tile that one program holds, padding included; more take a program per hypothesis
+MAX_TILE = 8192  # largest tile BLOCK_K * BLOCK_V of a program; larger ones take one program per hypothesis
 BLOCK = 1024  # entries of a row per iteration, above MAX_TILE
 NO_KEY = tl.constexpr(-9223372036854775808)  # below every key
 
@@ -52,7 +52,7 @@ def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.
         tokens = tl.maximum(lengths + tl.where(finished, 0, 1), 1).to(tl.float32)
         if PENALTY == 2:
             tokens = tl.exp2(length_penalty * tl.log2(tokens))
-        # Rounded as on a CPU: fdiv is approximate on a GPU, and the compiler would fold the multiplication into it.
+        # div_rn rounds as on a CPU. fdiv is approximate, and the compiler would fold the multiplication into it.
         candidates = candidates * tl.div_rn(1.0, tokens)[:, None]
     if COVERAGE:
         candidates = candidates + coverage[:, None]
@@ -60,8 +60,8 @@ def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.
 
 
 @triton.jit
-def _ends(eos_score, best_other, lengths, minimum, maximum, threshold,
-          MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, THRESHOLD: tl.constexpr):  # fmt: skip
+def _eos_rules(eos_score, best_other, lengths, minimum, maximum, threshold,
+               MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, THRESHOLD: tl.constexpr):  # fmt: skip
     """Return whether eos is denied and whether it is forced, (R,) each."""
     denied = lengths < 0
     if THRESHOLD:
@@ -137,15 +137,15 @@ def topk_kernel(
     top = tl.max(x, 1)
     finite = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
     log_sum = tl.log(tl.sum(tl.exp(x - finite[:, None]), 1))
-    alive = tl.abs(top + log_sum) < float("inf")  # False for NaN too
+    has_softmax = tl.abs(top + log_sum) < float("inf")  # False for NaN too
     # (BLOCK_K, BLOCK_V)
-    steps = tl.where(alive[:, None], (x - finite[:, None]) - log_sum[:, None], -float("inf"))
+    steps = tl.where(has_softmax[:, None], (x - finite[:, None]) - log_sum[:, None], -float("inf"))
     is_eos = (v == eos)[None, :]
     # (BLOCK_K,)
     score = tl.load(scores + row, mask=exists, other=-float("inf"))
     done = tl.load(finished + row, mask=exists, other=0) != 0
     count = tl.load(lengths + row, mask=exists, other=0)
-    denied, forced = _ends(
+    denied, forced = _eos_rules(
         tl.max(tl.where(is_eos, steps, -float("inf")), 1), tl.max(tl.where(is_eos, -float("inf"), steps), 1), count,
         tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
         MINIMUM, MAXIMUM, THRESHOLD,
@@ -174,11 +174,11 @@ def row_kernel(
     MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, COVERAGE: tl.constexpr, NGRAM: tl.constexpr,
     CTC: tl.constexpr, THRESHOLD: tl.constexpr, PENALTY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write the K best continuations of hypothesis (b, k) alone, best first, as keys and scores (B, K, K)."""
+    """Write the K best continuations of hypothesis (b, k), best first, as keys and scores (B, K, K)."""
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = b * K + k
     line = logits + b * logits_b + k * logits_k
-    one = tl.arange(0, 1)
+    zero = tl.arange(0, 1)  # (1,): a load at pointer + zero is a row of one
     local = tl.arange(0, BLOCK_V)
     # (1,): running maximum and sum of the log-softmax, the logit of eos and the best other logit
     top = tl.full([1], -float("inf"), tl.float32)
@@ -198,17 +198,17 @@ def row_kernel(
         top = top_new
     # (1,)
     log_sum = tl.log(total)
-    alive = tl.abs(top + log_sum) < float("inf")  # False for NaN too
-    score = tl.load(scores + row + one)
-    done = tl.load(finished + row + one) != 0
-    count = tl.load(lengths + row + one)
-    denied, forced = _ends(
+    has_softmax = tl.abs(top + log_sum) < float("inf")  # False for NaN too
+    score = tl.load(scores + row + zero)
+    done = tl.load(finished + row + zero) != 0
+    count = tl.load(lengths + row + zero)
+    denied, forced = _eos_rules(
         (eos_logit - top) - log_sum, (best_other - top) - log_sum, count,
         tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
         MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = _state(ngram_states + row + one, state_count, one < 1) if NGRAM else one
-    covered = tl.load(coverage + row + one) if COVERAGE else score
+    state = _state(ngram_states + row + zero, state_count, zero < 1) if NGRAM else zero
+    covered = tl.load(coverage + row + zero) if COVERAGE else score
     # (BLOCK_K,): the best keys so far, unordered until the last merge, with their scores
     slots = tl.arange(0, BLOCK_K)
     best = tl.full([BLOCK_K], NO_KEY, tl.int64)
@@ -218,10 +218,10 @@ def row_kernel(
         # (1, BLOCK_V)
         v = start + local
         x = tl.load(line + v[None, :], mask=(v < V)[None, :], other=-float("inf")).to(tl.float32)
-        steps = tl.where(alive[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
-        exists = one < 1
+        steps = tl.where(has_softmax[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
+        exists = zero < 1
         candidates = _candidates(
-            steps, row + one, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+            steps, row + zero, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
             ctc_next_log_probs, ctc_weight, exists, NGRAM, CTC,
         )  # fmt: skip
         ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
@@ -252,7 +252,7 @@ def merge_kernel(
     out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states,
     K, V, eos, state_count, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the K best of the K * K candidates that row_kernel left for utterance b."""
+    """Write the K best of the K * K candidates that row_kernel wrote for utterance b."""
     b = tl.program_id(0).to(tl.int64)
     # (BLOCK,)
     i = tl.arange(0, BLOCK)
@@ -284,11 +284,11 @@ def beam_topk(
         return tuple(out)
     results = [_bytes(x) for x in out]
     beams = (logits, scores, finished, lengths, *options)
-    rows = 1 if ngram_table is None else ngram_table.shape[0]
+    state_count = 1 if ngram_table is None else ngram_table.shape[0]
     factors = tuple(map(float, (length_penalty, eos_threshold, ngram_weight, ctc_weight)))
-    numbers = (K, V, eos, *logits.stride()[:2], *factors, rows)
+    scalars = (K, V, eos, *logits.stride()[:2], *factors, state_count)
     blocks = {"BLOCK_K": triton.next_power_of_2(K), "BLOCK_V": triton.next_power_of_2(V)}
-    choices = {
+    flags = {
         "MINIMUM": minimum is not None,
         "MAXIMUM": maximum is not None,
         "COVERAGE": coverage is not None,
@@ -300,14 +300,14 @@ def beam_topk(
     entries = blocks["BLOCK_K"] * blocks["BLOCK_V"]
     if entries <= MAX_TILE:
         warps = min(4, max(1, entries // 256))
-        topk_kernel[B,](*beams, *results, *numbers, **choices, **blocks, num_warps=warps)
+        topk_kernel[B,](*beams, *results, *scalars, **flags, **blocks, num_warps=warps)
         return tuple(out)
     row_keys, row_scores = (scores.new_empty(B, K, K, dtype=dtype) for dtype in (torch.int64, torch.float32))
     blocks["BLOCK_V"] = min(BLOCK, blocks["BLOCK_V"])
-    row_kernel[B, K](*beams, row_keys, row_scores, *numbers, **choices, **blocks, num_warps=4)
+    row_kernel[B, K](*beams, row_keys, row_scores, *scalars, **flags, **blocks, num_warps=4)
     merge_kernel[B,](
-        row_keys, row_scores, finished, lengths, ngram_states, *results, K, V, eos, rows, NGRAM=ngram_table is not None,
-        BLOCK=triton.next_power_of_2(K * K), num_warps=4,
+        row_keys, row_scores, finished, lengths, ngram_states, *results, K, V, eos, state_count,
+        NGRAM=ngram_table is not None, BLOCK=triton.next_power_of_2(K * K), num_warps=4,
     )  # fmt: skip
     return tuple(out)
 

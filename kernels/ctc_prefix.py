@@ -1,8 +1,7 @@
 """CTC prefix scores on a GPU. las_fast/ops/ctc_prefix.py defines the operation.
 
 A program takes one hypothesis and BLOCK_V of its continuations. Both recursions over frames are linear and of first
-order, in logarithms x_t = log(exp(x_(t-1) + factor_t) + exp(term_t)), so each is an associative scan over a block of
-frames:
+order, x_t = factor_t x_(t-1) + term_t, so each is an associative scan over a block of frames, in logarithms:
 
     n_t with factor p_t(token) and term f_(t-1) p_t(token),   a_t with factor p_t(blank) and term n_t
 
@@ -23,15 +22,15 @@ BLOCK_V = 32  # continuations per program
 
 @triton.jit
 def _add(x, y):
-    """log(exp(x) + exp(y))."""
+    """Return log(exp(x) + exp(y))."""
     larger = tl.maximum(x, y)
     finite = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
     return larger + tl.log(1.0 + tl.exp(tl.minimum(x, y) - finite))
 
 
 @triton.jit
-def _then(factor, term, next_factor, next_term):
-    """Compose two steps of the recursion, the operator of the scans."""
+def _compose(factor, term, next_factor, next_term):
+    """Compose two steps of a recursion: the operator of the scans."""
     return factor + next_factor, _add(term + next_factor, next_term)
 
 
@@ -63,10 +62,10 @@ def prefix_kernel(
     lane = tl.arange(0, BLOCK_T)  # (BLOCK_T,)
     newest = tl.full([], -float("inf"), tl.float32)
     alpha = tl.full([], -float("inf"), tl.float32)
-    # (BLOCK_V,) running maximum and sum of psi
+    # (BLOCK_V,): running maximum and sum of psi
     top = tl.full([BLOCK_V], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
-    # the same of psi for the last token once more, which needs a blank between
+    # (): the same for psi of the repeated token, which needs a blank in between
     repeat_top = tl.full([], -float("inf"), tl.float32)
     repeat_total = tl.zeros([], tl.float32)
     tl.store(after, alpha, mask=writes)
@@ -77,14 +76,15 @@ def prefix_kernel(
         inside = t < T
         label = tl.load(at + token, mask=inside, other=0.0)
         blank = tl.load(at + BLANK, mask=inside, other=0.0)
-        unbroken = tl.load(before + t, mask=inside & (repeats == 0), other=-float("inf"))
-        paused = inside & repeats & (t > 0)
-        ended = tl.load(before + t - 1, mask=paused, other=-float("inf"))
-        ended += tl.load(at - V + BLANK, mask=paused, other=0.0)
-        begun = tl.where(repeats, ended, unbroken)
-        factor, term = tl.associative_scan((label, begun + label), 0, _then)
+        # f: a repeated token must follow a blank; any other token may follow every state of the parent
+        from_any = tl.load(before + t, mask=inside & (repeats == 0), other=-float("inf"))
+        repeated = inside & repeats & (t > 0)
+        from_blank = tl.load(before + t - 1, mask=repeated, other=-float("inf"))
+        from_blank += tl.load(at - V + BLANK, mask=repeated, other=0.0)
+        begun = tl.where(repeats, from_blank, from_any)
+        factor, term = tl.associative_scan((label, begun + label), 0, _compose)
         new = tl.where(inside, _add(newest + factor, term), -float("inf"))
-        factor, term = tl.associative_scan((blank, new), 0, _then)
+        factor, term = tl.associative_scan((blank, new), 0, _compose)
         now = _add(alpha + factor, term)
         tl.store(after + t + 1, now, mask=inside & writes)
         newest = tl.max(tl.where(lane == BLOCK_T - 1, new, -float("inf")), 0)
@@ -95,11 +95,11 @@ def prefix_kernel(
         top, total = _sum(now[:, None] + x, top, total)
         # (BLOCK_T,)
         later = t + 2 < T
-        pause = tl.load(at + V + BLANK, mask=later, other=-float("inf"))
+        next_blank = tl.load(at + V + BLANK, mask=later, other=-float("inf"))
         y = tl.load(at + 2 * V + token, mask=later, other=-float("inf"))
-        repeat_top, repeat_total = _sum(now + pause + y, repeat_top, repeat_total)
-    # (BLOCK_V,), after the scalar prefix
+        repeat_top, repeat_total = _sum(now + next_blank + y, repeat_top, repeat_total)
     prefix = tl.load(prefix_log_probs + source) + tl.load(next_log_probs + source * V + token)
+    # (BLOCK_V,)
     psi = tl.where(v == token, repeat_top + tl.log(repeat_total), top + tl.log(total))
     psi = tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))
     log_probs = tl.where(prefix == -float("inf"), prefix, psi - prefix)

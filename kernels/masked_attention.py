@@ -13,7 +13,7 @@ its average and finish_kernel merges them. A range has at least 48 frames per qu
 to the bytes. Ranges depend on K only: an utterance is summed in the same order alone, in any batch, with any padding.
 If the weights are wanted, finish_kernel also turns the scores that forward_kernel left in `weights` into weights.
 
-The backward pass iterates in the same way, recomputes the weights from logsumexp, and writes the gradients of each
+The backward pass iterates in the same way. It recomputes the weights from logsumexp and writes the gradients of each
 frame once.
 """
 
@@ -25,10 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-MIN_RANGE = 400  # frames in a range: fewer are not worth a program
-# {rows: (frames per tile, warps, stages)}, at D, E = 256; a larger D or E takes fewer frames. These compile without
-# spills into the 99 KiB of shared memory of the smallest supported GPUs. More queries than the largest number of rows,
-# or than 16 where D or E is above 256, take several launches.
+MIN_RANGE = 400  # frames per range, at least: fewer are not worth a program
+# {rows: (frames per tile, warps, stages)}, at D, E = 256; tiles have fewer frames if D or E is larger. They compile
+# without spills and fit in the 99 KiB of shared memory of the smallest supported GPUs. More queries than the largest
+# number of rows, or more than 16 if D or E is above 256, take several launches.
 TILES = {
     "forward": {
         "half": {16: (32, 4, 3), 32: (64, 8, 2), 64: (32, 8, 2)},
@@ -74,7 +74,7 @@ def forward_kernel(
     # (BLOCK_K, BLOCK_E)
     a = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
     for t0 in range(begin, end, BLOCK_T):
-        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,), with t the frame
+        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,); t is the frame
         t = t0 + local
         # (BLOCK_T, BLOCK_D)
         first = tl.cast(t0, tl.int64)
@@ -124,7 +124,7 @@ def finish_kernel(
     E: tl.constexpr, SPLIT: tl.constexpr, WEIGHTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Turn one block of scores of utterance b into weights; its first program also merges the ranges' averages."""
+    """Turn one block of scores of utterance b into weights; the first block also merges the averages of the ranges."""
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     k, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
@@ -132,7 +132,7 @@ def finish_kernel(
     m = tl.full([BLOCK_K], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_K], tl.float32)
     peak = tl.zeros([BLOCK_K], tl.int32)
-    for i in range(splits):  # in order: ranges of padding change no bit
+    for i in range(splits):  # in order, so that ranges of padding change no bit
         part = (b * splits + i) * K + k
         part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
         if SPLIT:
@@ -142,14 +142,14 @@ def finish_kernel(
         l = l * tl.exp2(m - finite) + tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)
         m = m_new
     finite = _finite(m)
-    whole = tl.where(l == 0.0, 1.0, l)
+    total = tl.where(l == 0.0, 1.0, l)
     if WEIGHTS:
         t = block * BLOCK_T + tl.arange(0, BLOCK_T)
         # (BLOCK_K, BLOCK_T)
         at = weights + (b * K + k[:, None]) * T + t[None, :]
         valid = (k[:, None] < K) & (t[None, :] < tl.load(lengths + b))
         s = tl.load(at, mask=valid & (t[None, :] < T), other=-float("inf"))
-        w = tl.exp2(s - finite[:, None]) / whole[:, None]
+        w = tl.exp2(s - finite[:, None]) / total[:, None]
         tl.store(at, tl.where(valid, w, 0.0), mask=(k[:, None] < K) & (t[None, :] < T))
     if SPLIT and block == 0:
         # (BLOCK_K, BLOCK_E)
@@ -158,7 +158,7 @@ def finish_kernel(
         for i in range(splits):
             part = (b * splits + i) * K + k
             part_m = tl.load(maxima + part, mask=k < K, other=-float("inf"))
-            fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / whole
+            fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite) / total
             average = tl.load(part_context + part[:, None] * E + e[None, :], mask=inside, other=0.0)
             a += fraction[:, None] * average.to(tl.float32)
         row = b * K + k
@@ -211,7 +211,7 @@ def backward_kernel(
     # (BLOCK_K, BLOCK_D)
     dq = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for t0 in range(begin, end, BLOCK_T):
-        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,), with t the frame
+        local = tl.arange(0, BLOCK_T)  # (BLOCK_T,); t is the frame
         t = t0 + local
         # (BLOCK_T, BLOCK_D)
         first = tl.cast(t0, tl.int64)
@@ -258,10 +258,10 @@ def masked_attention(
     if len(blocks) > 1:
         results = [masked_attention(x, keys, values, lengths, scale, weights) for x in blocks]
         return tuple(torch.cat(column, 1) for column in zip(*results, strict=True))
-    query, keys, values = map(_rows, (query, keys, values))
+    query, keys, values = map(_dense_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype)
     splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
-    attended = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
+    attention = query.new_empty((B, K, T) if weights else (0, 0, 0), dtype=torch.float32)
     results = (
         values.new_empty(B, K, E),
         query.new_empty(B, K, dtype=torch.float32),
@@ -269,23 +269,23 @@ def masked_attention(
     )
     context, logsumexp, peaks = results
     if B == 0 or K == 0:
-        return context, attended, peaks, logsumexp
+        return context, attention, peaks, logsumexp
     parts = splits if splits > 1 or weights else 0
     maxima, sums = (query.new_empty(B, parts, K, dtype=torch.float32) for _ in range(2))
     if splits > 1:
         context, peaks = values.new_empty(B, splits, K, E), query.new_empty(B, splits, K, dtype=torch.int32)
     forward_kernel[B, splits](
-        query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attended,
+        query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attention,
         K, T, range_frames, scale * LOG2_E, *_strides(query, keys, values),
         D, E, splits > 1, weights, _precision(), **blocks, **options,
     )  # fmt: skip
     if parts:
         finish_kernel[B, max(1, triton.cdiv(T, 256)) if weights else 1](
-            context, peaks, maxima, sums, lengths, *results, attended,
+            context, peaks, maxima, sums, lengths, *results, attention,
             K, T, splits, E, splits > 1, weights,
             BLOCK_K=triton.next_power_of_2(K), BLOCK_T=256, BLOCK_E=blocks["BLOCK_E"],
         )  # fmt: skip
-    return results[0], attended, results[2], logsumexp
+    return results[0], attention, results[2], logsumexp
 
 
 def masked_attention_backward(
@@ -298,7 +298,7 @@ def masked_attention_backward(
     if max_rows < K:
         results = (query, keys, values, lengths, context, weights, logsumexp)
         return _backward_in_parts(max_rows, context_gradient, weights_gradient, *results, scale, memory)
-    query, keys, values = map(_rows, (query, keys, values))
+    query, keys, values = map(_dense_rows, (query, keys, values))
     blocks, options = _blocks(K, D, E, query.dtype, "backward")
     splits, range_frames = _ranges(K, T, blocks["BLOCK_T"])
     shapes = [(x.shape if memory else (0, 0, 0)) for x in (keys, values)]
@@ -331,7 +331,8 @@ def _backward_in_parts(
     return torch.cat(query_parts, 1), *sums
 
 
-def _rows(x: Tensor) -> Tensor:
+def _dense_rows(x: Tensor) -> Tensor:
+    """Return x, copied if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
 
 
@@ -351,10 +352,12 @@ def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
 
 
 def _kind(dtype: torch.dtype) -> str:
+    """Return the key of TILES for a dtype."""
     return _precision() if dtype == torch.float32 else "half"
 
 
 def _max_rows(query: Tensor, values: Tensor, pass_name: str) -> int:
+    """Return the largest number of queries per launch."""
     narrow = max(query.shape[2], values.shape[2]) <= 256
     return max(TILES[pass_name][_kind(query.dtype)]) if narrow else 16
 

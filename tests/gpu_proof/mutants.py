@@ -224,7 +224,7 @@ GATHER = [
         ("store-to-the-parent", "gathered[i] + row * sizes[i]", "gathered[i] + source * sizes[i]"),
         ("rows-not-made-contiguous", "[x.contiguous() for x in states]", "[x for x in states]"),
         ("parents-not-made-contiguous", "parents.contiguous()", "parents"),
-        ("sizes-not-of-the-integers", "sizes = tuple(x.shape[2] for x in plain[0])", "pass"),
+        ("sizes-not-of-the-integers", "sizes = tuple(x.shape[2] for x in sources)", "pass"),
     )
 ]  # fmt: skip
 
@@ -242,9 +242,10 @@ PREFIX = [
         ("sum-not-faded", "total * tl.exp(top - finite) + ", "total + "),
         ("factors-not-multiplied", "return factor + next_factor,", "return next_factor,"),
         ("terms-not-carried", "_add(term + next_factor, next_term)", "_add(term, next_term)"),
-        ("repeats-need-no-blank", "tl.where(repeats, ended, unbroken)", "tl.where(repeats, unbroken, unbroken)"),
-        ("pause-without-its-blank", "ended += tl.load(at - V + BLANK, mask=paused, other=0.0)", "ended += 0.0"),
-        ("pause-before-the-first-frame", "paused = inside & repeats & (t > 0)", "paused = inside & repeats"),
+        ("repeats-need-no-blank", "tl.where(repeats, from_blank, from_any)", "tl.where(repeats, from_any, from_any)"),
+        ("pause-without-its-blank", "from_blank += tl.load(at - V + BLANK, mask=repeated, other=0.0)",
+         "from_blank += 0.0"),
+        ("pause-before-the-first-frame", "repeated = inside & repeats & (t > 0)", "repeated = inside & repeats"),
         ("newest-not-carried", "_add(newest + factor, term)", "term"),
         ("newest-added-after-the-end", 'tl.where(inside, _add(newest + factor, term), -float("inf"))',
          "_add(newest + factor, term)"),
@@ -373,7 +374,7 @@ ATTENTION = [
         ("sum-of-earlier-ranges-not-scaled", "l = l * tl.exp2(m - finite) +", "l = l +"),
         ("infinity-less-infinity", 'return tl.where(m == -float("inf"), 0.0, m)', "return m"),
         ("padding-not-zeroed", "(t[None, :] < tl.load(lengths + b))", "(t[None, :] <= tl.load(lengths + b))"),
-        ("weights-not-normalised", "w = tl.exp2(s - finite[:, None]) / whole[:, None]",
+        ("weights-not-normalised", "w = tl.exp2(s - finite[:, None]) / total[:, None]",
          "w = tl.exp2(s - finite[:, None])"),
         ("ranges-share-equally", "fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)",
          "fraction = tl.exp2(part_m - finite)"),
