@@ -26,7 +26,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
     "ctc_prefix": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
-    "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32},
+    "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32, "triton": FLOAT32},
     "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step
 }
 # C++ ops without an entry above: backward passes and helpers.
@@ -150,7 +150,9 @@ def _warn_once(reason: str) -> None:
         warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def register(name: str, schema: str, fake: Callable, *, module: str | None = None) -> list[str]:
+def register(
+    name: str, schema: str, fake: Callable, *, module: str | None = None, triton_fake: Callable | None = None
+) -> list[str]:
     """Define las_fast::<name>_cpp and, if the op has it, las_fast::<name>_triton; return the names defined.
 
     Args:
@@ -158,6 +160,7 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
         schema: arguments and results of both.
         fake:   takes the same arguments and returns empty results of the right shapes and dtypes.
         module: file of the op; default `name`.
+        triton_fake: the same for the Triton op, if its results have other shapes.
     """
 
     def launch(*arguments):
@@ -176,7 +179,7 @@ def register(name: str, schema: str, fake: Callable, *, module: str | None = Non
     if _define_cpp(name, schema):
         names.append(f"las_fast::{name}_cpp")
     for full_name in names:
-        torch.library.register_fake(full_name, fake)
+        torch.library.register_fake(full_name, triton_fake if triton_fake and full_name.endswith("_triton") else fake)
     return names
 
 

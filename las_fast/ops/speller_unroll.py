@@ -22,6 +22,7 @@ Values and gradients equal those of the plain loop up to the order of summation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,13 +77,13 @@ def speller_unroll(
         RuntimeError: the named backend is not available here, or does not take the precision; a token is out of range.
     """
     _check(weights, keys, values, lengths, tokens, sampled, masks, precision)
-    unsupported = {"cpp": "has no fp16 matmuls" if precision == "fp16" else None}
+    unsupported = dict.fromkeys(("cpp", "triton"), "has no fp16 matmuls" if precision == "fp16" else None)
     chosen = backends.choose("speller_unroll", backend, keys.device, keys.dtype, unsupported)
-    if chosen == "cpp":
+    if chosen in ("cpp", "triton"):
         flat = weights.flat()
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (*flat, keys, values))
         arguments = (flat, keys, values, lengths, tokens, sampled, list(masks or ()), precision == "bf16", gradients)
-        return torch.ops.las_fast.speller_unroll_cpp(*arguments)[:2]
+        return getattr(torch.ops.las_fast, f"speller_unroll_{chosen}")(*arguments)[:2]
     with torch.autocast(keys.device.type, enabled=False):
         if chosen == "reference":
             return _reference(weights, keys, values, lengths, tokens, sampled, masks)
@@ -268,6 +269,16 @@ def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, 
     )
 
 
+def _fake_forward_triton(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
+    from las_fast.kernels.speller_unroll import layout
+
+    (B, U), V, dtype = tokens.shape, len(weights[0]), torch.bfloat16 if bf16 else torch.float32
+    where = layout(tuple(len(bias) // 4 for bias in weights[7::2]), values.shape[2])
+    operands = keys.new_empty(U, B, where.operands, dtype=dtype)
+    attention, states = keys.new_empty(B, U, keys.shape[1]), keys.new_empty(U, B, where.states)
+    return keys.new_empty(B, U, V), attention, torch.empty_like(tokens), operands, states
+
+
 def _fake_backward(logits_gradient, attention_gradient, weights, keys, values, *saved):
     return [x.new_empty(x.shape) for x in weights], keys.new_empty(keys.shape), values.new_empty(values.shape)
 
@@ -281,11 +292,11 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*weights, *masks, keys, values, lengths, attention, read, operands, states)
 
 
-def _backward(ctx, logits_gradient, attention_gradient, *others):
+def _backward(op, ctx, logits_gradient, attention_gradient, *others):
     saved, n = ctx.saved_tensors, ctx.count
     weights, masks, (keys, values, lengths, *kept) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
     no_gradients = (None, None, None, [None] * ctx.masks, None, None)
-    gradients = torch.ops.las_fast.speller_unroll_backward_cpp(
+    gradients = getattr(torch.ops.las_fast, op)(
         logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *kept, ctx.bf16
     )
     return (*gradients, *no_gradients)
@@ -297,5 +308,6 @@ def _refuse(ctx, *gradients):
 
 for _name in backends.register("speller_unroll_backward", BACKWARD, _fake_backward, module="speller_unroll"):
     torch.library.register_autograd(_name, _refuse)
-for _name in backends.register("speller_unroll", FORWARD, _fake_forward):
-    torch.library.register_autograd(_name, _backward, setup_context=_save)
+for _name in backends.register("speller_unroll", FORWARD, _fake_forward, triton_fake=_fake_forward_triton):
+    _op = f"speller_unroll_backward_{_name.rsplit('_', 1)[1]}"
+    torch.library.register_autograd(_name, partial(_backward, _op), setup_context=_save)
