@@ -187,6 +187,8 @@ def attend_kernel(
             l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new), 0)
             m = m_new
         tl.debug_barrier()  # scores are read by other threads than wrote them
+        m = tl.where(length > 0, m, 0.0)  # -inf - -inf and 0 / 0 would be NaN
+        l = tl.where(length > 0, l, 1.0)
         # (BLOCK_E,)
         context = tl.zeros([BLOCK_E], tl.float32)
         for t0 in range(0, T, BLOCK_T):
@@ -494,7 +496,7 @@ def _cell_launches(weights, masks, read, operands, states, where: Layout) -> lis
 
 def _folded_keys(weights: list[Tensor], keys: Tensor, dtype: torch.dtype) -> Tensor:
     """Return keys @ query, (B, T, H): scores are products with the last cell's output instead of with the query."""
-    return _mm(keys.flatten(0, 1), weights[1], dtype).to(dtype).view(*keys.shape[:2], -1)
+    return _mm(keys.flatten(0, 1), weights[1], dtype).to(dtype).view(*keys.shape[:2], weights[1].shape[1])
 
 
 def _attend_launch(weights, keys, values, lengths, operands, attention, where: Layout) -> Callable[..., None]:

@@ -22,8 +22,10 @@ from las_fast.ops import (
     ctc_log_probabilities,
     ctc_prefix,
     ctc_start,
+    SpellerWeights,
     masked_attention,
 )
+from las_fast.ops.speller_unroll import _reference as unroll_by_steps
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 INF = torch.inf
@@ -575,6 +577,101 @@ def backtracks_huge(device, L, B, K):
     launcher("beam_backtrack")(tokens, tokens, huge(L, B, K), tokens, 2)
 
 
+# speller_unroll
+
+
+def unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed):
+    """Weights in flat order, keys, values, lengths, tokens, sampled and masks; a share of the tokens is sampled."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator) * scale
+
+    sizes = [below + h for below, h in zip((M + E, *H), H, strict=False)]
+    cells = [x for h, size in zip(H, sizes, strict=True) for x in (normal(4 * h, size) * size**-0.5, normal(4 * h))]
+    weights = [normal(V, M), normal(D, H[-1]), normal(D), normal(M, H[-1] + E), normal(M), normal(V), *cells]
+    keys, values = normal(B, T, D), normal(B, T, E)
+    lengths = torch.tensor([max(0, min(T, lengths[b % len(lengths)])) for b in range(B)], dtype=torch.int64)
+    tokens = torch.randint(V, (B, U), generator=generator)
+    sampled = torch.rand(B, U, generator=generator) < share
+    masks = [(torch.rand(B, h, generator=generator) < 0.7) / 0.7 for h in H] if dropout else []
+    return weights, keys, values, lengths, tokens, sampled, masks
+
+
+def unrolls(
+    device, V=7, M=5, H=(6,), D=4, E=3, T=9, B=3, U=3, lengths=(10**9, 5, 1), dtype=FLOAT, dropout=True, share=0.4,
+    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, seed=0,
+):  # fmt: skip
+    """Logits, attention, tokens read and all gradients are those of the reference, alone and at every step.
+
+    share: of tokens sampled; 0 passes an empty `sampled`. gradients: which results have one. equal: all logits are
+    equal, so that the first token is the best. wild: the launcher is given lengths above T and below 0.
+    """
+    inputs = unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed)
+    if equal:
+        inputs[0][0].zero_(), inputs[0][5].zero_()
+    weights, keys, values, lengths, tokens, sampled, masks = inputs
+    sampled_there = laid_out(sampled if share else sampled[:0], layout).to(device)
+    there = [
+        [laid_out(x.to(device), layout) if x.ndim > 1 else x.to(device) for x in weights],
+        *(laid_out(x.to(device), layout) for x in (keys, values)),
+        (beyond(lengths, T) if wild else lengths).to(device),
+        laid_out(tokens.to(device), layout),
+        sampled_there,
+        [laid_out(x.to(device), layout) for x in masks],
+    ]
+    generator = torch.Generator().manual_seed(seed + 1)
+    upstream = [torch.randn(shape, generator=generator) for shape in ((B, U, V), (B, U, T))]
+    upstream = [x if gradients in ("both", name) else None for x, name in zip(upstream, ("logits", "weights"), strict=True)]
+    with matmul_precision(precision):
+        logits, attention, read, *saved = launcher("speller_unroll")(*there, dtype == BRAIN, True)
+        found = launcher("speller_unroll", "speller_unroll_backward")(
+            *(None if x is None else laid_out(x.to(device), layout) for x in upstream), *there[:4], there[6],
+            attention, read, *saved, dtype == BRAIN,
+        )  # fmt: skip
+    exact, usual = (unrolled(inputs, read.cpu(), upstream, x) for x in (torch.float64, dtype))
+    best = torch.cat((tokens[:, :1], exact[0][:, :-1].argmax(-1)), 1)
+    first = torch.arange(U) == 0
+    same(read, torch.where(sampled & ~first, best, tokens), "tokens read")
+    past = (torch.arange(T) >= lengths[:, None])[:, None].expand(B, U, T)
+    assert (attention.cpu()[past] == 0).all(), "attention past the length"
+    unit = rounding(dtype, precision)
+    names = ["logits", "attention", *(f"gradient of weight {i}" for i in range(len(weights))), "keys", "values"]
+    for name, x, y, z in zip(names, [logits, attention, *found[0], *found[1:]], exact, usual, strict=True):
+        assert x.dtype == FLOAT
+        as_good_as_plain(x, y, z, unit, name)
+
+
+def unrolled(inputs, read, upstream, dtype):
+    """Logits, attention and gradients of the reference in that type, when these tokens are read."""
+    weights, keys, values, lengths, _, sampled, masks = inputs
+    leaves = [x.to(dtype).detach().requires_grad_() for x in (*weights, keys, values)]
+    flat = leaves[:-2]
+    masks = [x.to(dtype) for x in masks] or None
+    spelled = unroll_by_steps(
+        SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2])), *leaves[-2:], lengths, read, sampled & False, masks
+    )
+    chosen = [(x, g.to(x)) for x, g in zip(spelled, upstream, strict=True) if g is not None]
+    outputs, upstream = zip(*chosen, strict=True)
+    return *(x.detach() for x in spelled), *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+
+
+def unrolls_huge(device, B, U, T, H=(8, 9)):
+    """No index overflows, at the first step and at the last."""
+    module = importlib.import_module("las_fast.kernels.speller_unroll")
+    weights = [huge(*x.shape) for x in unroll_inputs(5, 4, H, 3, 7, 1, 1, 1, (1,), True, 0.0, 1.0, 0)[0]]
+    memory = huge(B, T, 3), huge(B, T, 7), torch.full((B,), T, device="meta")
+    tokens, masks = huge(B, U, dtype=torch.int64), [huge(B, h) for h in H]
+    with (
+        mock.patch.object(module, "_positions", lambda _, start: torch.full((2, 4), start, dtype=torch.int32)),
+        mock.patch.object(torch, "_assert_async", lambda *_: None),
+    ):
+        logits, *saved = launcher("speller_unroll")(weights, *memory, tokens, tokens.bool(), masks, False, True)
+        launcher("speller_unroll", "speller_unroll_backward")(
+            logits, saved[0], weights, *memory, masks, *saved, False
+        )
+
+
 # The cases
 
 
@@ -804,7 +901,43 @@ PREFIX = _cases(
     },
 )
 
-CASES = ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK
+UNROLL = _cases(
+    "speller_unroll",
+    unrolls,
+    {
+        "one-cell": {},
+        "smallest": {"V": 1, "M": 1, "H": (1,), "D": 1, "E": 1, "T": 1, "B": 1, "U": 1, "dropout": False, "seed": 1},
+        "two-cells": {"H": (6, 5)},
+        "three-cells": {"H": (3, 18, 5), "U": 4},
+        "primes": {"V": 11, "M": 7, "H": (19, 5), "D": 13, "E": 17, "T": 23, "B": 5, "U": 5},
+        "units-17": {"H": (17, 17), "U": 2},
+        "utterances-17": {"H": (4, 3), "B": 17, "U": 2},
+        "no-dropout": {"H": (6, 5), "dropout": False},
+        "no-sampling": {"H": (6, 5), "share": 0.0},
+        "all-sampled": {"H": (6, 5), "share": 1.0, "U": 5},
+        "equal-logits": {"share": 1.0, "equal": True, "V": 40},
+        "vocabulary-33": {"V": 33, "share": 1.0, "scale": 2.0},
+        "embedding-33": {"M": 33, "share": 1.0},
+        "no-frames": {"T": 0},
+        "all-lengths-zero": {"lengths": (0,), "H": (6, 5)},
+        "lengths-beyond": {"lengths": (0, 9, 4), "wild": True},
+        "frames-65": {"T": 65, "lengths": (65, 64, 1), "B": 2, "U": 2},
+        "wide-context": {"E": 300, "T": 33, "lengths": (33, 28), "B": 2, "U": 2},
+        "deep": {"H": (70, 5), "E": 3, "B": 2, "U": 2},
+        "large-scores": {"scale": 8.0, "share": 0.0, "U": 2},
+        "loss-of-logits": {"H": (6, 5), "gradients": "logits"},
+        "loss-of-attention": {"H": (6, 5), "gradients": "weights"},
+        "no-utterances": {"B": 0},
+        "brain": {"dtype": BRAIN, "H": (20, 17), "E": 18, "D": 20, "M": 20, "share": 0.0},
+        "brain-one-cell": {"dtype": BRAIN, "H": (66,), "E": 10, "share": 0.0, "B": 2, "U": 2},
+        "tf32": {"precision": "medium", "H": (20, 17), "E": 18, "share": 0.0},
+        "turned": {"layout": "turned", "H": (6, 5)},
+        "spaced": {"layout": "spaced", "H": (6, 5)},
+        "strided": {"layout": "strided", "H": (6, 5)},
+    },
+)  # fmt: skip
+
+CASES = ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK + UNROLL
 
 HUGE = [
     Case("masked_attention", "huge", attends_to_huge, {"B": 2**17, "K": 2, "T": 300, "D": 64}, huge=True),
@@ -818,5 +951,6 @@ HUGE = [
     Case("ctc_prefix", "huge-states", listens_huge, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
     Case("ctc_prefix", "huge-gains", listens_huge, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
     Case("ctc_prefix", "huge-utterance", listens_huge, {"B": 1, "K": 2, "T": 300, "V": 2**23}, huge=True),
+    Case("speller_unroll", "huge", unrolls_huge, {"B": 2**22, "U": 8, "T": 80}, huge=True),
     Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip
