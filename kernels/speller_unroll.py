@@ -102,6 +102,15 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def _erf(x):
+    """Return erf(x) within 1.5e-7 without a branch (Abramowitz and Stegun 1964, 7.1.26)."""
+    t = 1.0 / (1.0 + 0.3275911 * tl.abs(x))
+    series = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    magnitude = 1.0 - t * series * tl.exp(-x * x)
+    return tl.where(x < 0.0, -magnitude, magnitude)
+
+
 @triton.jit(do_not_specialize=["B", "U"])
 def cell_kernel(
     operands, states, weight, offsets, tokens, masks, B, U, V, row_size, state_size,
@@ -195,6 +204,7 @@ def attend_kernel(
             t = t0 + tl.arange(0, BLOCK_T)
             s = tl.load(at + t, mask=t < length, other=-float("inf"))
             w = tl.where(t < length, tl.exp2(s - m) / l, 0.0)
+            tl.debug_barrier()  # several threads load a score, one of them overwrites it
             tl.store(at + t, w, mask=t < T)
             v_tile = _load(values + b * T * E, t, e, E, length, E)
             context += tl.sum(w[:, None] * v_tile.to(tl.float32), 0)
@@ -219,7 +229,7 @@ def choose_kernel(
             # (BLOCK_B, BLOCK_N)
             x = _matmul(row, project, b, n, row_size, B, M, P, PRECISION, BLOCK_K)
             x += tl.load(project_bias + n, mask=n < M, other=0.0)[None, :]
-            x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+            x = 0.5 * x * (1.0 + _erf(x * 0.7071067811865476))
             at = features + b[:, None].to(tl.int64) * M + n[None, :]
             tl.store(at, x.to(features.dtype.element_ty), mask=(b[:, None] < B) & (n[None, :] < M))
         tl.debug_barrier()  # features are read by other threads than wrote them
@@ -309,6 +319,7 @@ def attend_gradient_kernel(
             t = t0 + tl.arange(0, BLOCK_T)
             dw = tl.load(score_gradients + step * T + t, mask=t < length, other=0.0)
             ds = tl.load(weights + step * T + t, mask=t < length, other=0.0) * (dw - delta) * scale
+            tl.debug_barrier()  # several threads load a number, one of them overwrites it
             tl.store(score_gradients + step * T + t, ds, mask=t < T)
             k_tile = _load(keys + b * T * H, t, h, H, length, H)
             total += tl.sum(ds[:, None] * k_tile.to(tl.float32), 0)
