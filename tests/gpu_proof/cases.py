@@ -600,12 +600,13 @@ def unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed):
 
 def unrolls(
     device, V=7, M=5, H=(6,), D=4, E=3, T=9, B=3, U=3, lengths=(10**9, 5, 1), dtype=FLOAT, dropout=True, share=0.4,
-    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, seed=0,
+    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, tolerance=None, seed=0,
 ):  # fmt: skip
     """Logits, attention, tokens read and all gradients are those of the reference, alone and at every step.
 
     share: of tokens sampled; 0 passes an empty `sampled`. gradients: which results have one. equal: all logits are
-    equal, so that the first token is the best. wild: the launcher is given lengths above T and below 0.
+    equal, so that the first token is the best. wild: the launcher is given lengths above T and below 0. tolerance: of
+    the largest result, where saturated gates make errors a matter of luck.
     """
     inputs = unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed)
     if equal:
@@ -641,7 +642,10 @@ def unrolls(
     names = ["logits", "attention", *(f"gradient of weight {i}" for i in range(len(weights))), "keys", "values"]
     for name, x, y, z in zip(names, [logits, attention, *found[0], *found[1:]], exact, usual, strict=True):
         assert x.dtype == FLOAT
-        as_good_as_plain(x, y, z, unit, name)
+        if tolerance:
+            near(x, y, tolerance * largest(y), name)
+        else:
+            as_good_as_plain(x, y, z, unit, name)
 
 
 def tf32_layers():
@@ -934,7 +938,7 @@ UNROLL = _cases(
         "frames-65": {"T": 65, "lengths": (65, 64, 1), "B": 2, "U": 2},
         "wide-context": {"E": 300, "T": 33, "lengths": (33, 28), "B": 2, "U": 2},
         "deep": {"H": (70, 5), "E": 3, "B": 2, "U": 2},
-        "large-scores": {"scale": 1.5, "share": 0.0, "U": 2},
+        "saturated": {"scale": 4.0, "share": 0.0, "U": 2, "tolerance": 1e-3},
         "loss-of-logits": {"H": (6, 5), "gradients": "logits"},
         "loss-of-attention": {"H": (6, 5), "gradients": "weights"},
         "no-utterances": {"B": 0},
