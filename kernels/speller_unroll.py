@@ -140,7 +140,7 @@ def cell_kernel(
             g += tl.dot(x, tl.trans(_load(weight + 2 * H * depth, n, k, depth, H, depth)), input_precision=PRECISION)
             o += tl.dot(x, tl.trans(_load(weight + 3 * H * depth, n, k, depth, H, depth)), input_precision=PRECISION)
         if FIRST:
-            token = tl.load(tokens + b.to(tl.int64) * U + u, mask=b < B, other=0)
+            token = tl.load(tokens + first + b, mask=b < B, other=0)
         else:
             token = tl.zeros([BLOCK_B], tl.int64)
         i = _sigmoid(i + _load(offsets, token, n, 4 * H, V, H))
@@ -180,8 +180,9 @@ def attend_kernel(
     if u < U:
         h, e = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_E)
         length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
-        row = operands + (tl.cast(u, tl.int64) * B + b) * row_size
-        at = weights + (b * U + u) * T
+        step = tl.cast(u, tl.int64) * B + b
+        row = operands + step * row_size
+        at = weights + step * T
         query = tl.load(row + readout + h, mask=h < H, other=0.0).to(tl.float32)
         m, l = -float("inf"), 0.0
         for t0 in range(0, length, BLOCK_T):
@@ -246,7 +247,7 @@ def choose_kernel(
             first = tl.min(tl.where(x == top[:, None], v[None, :], 2147483647), 1)
             token = tl.where(top > best, first, token)
             best = tl.maximum(best, top)
-        at = b.to(tl.int64) * U + u + 1
+        at = (tl.cast(u, tl.int64) + 1) * B + b
         chosen = tl.load(sampled + at, mask=b < B, other=0) != 0
         tl.store(tokens + at, token.to(tl.int64), mask=(b < B) & chosen)
 
@@ -276,12 +277,12 @@ def input_gradient_kernel(
             w = _load(weight, n, k, 4 * H, E + H, 4 * H)
             total += tl.dot(_load(after, b, k, row_size, B, 4 * H), tl.trans(w), input_precision=PRECISION)
         inside = (b[:, None] < B) & (n[None, :] < E)
-        b64 = b[:, None].to(tl.int64)
-        upstream = readout_gradient + (tl.cast(u, tl.int64) * B + b64) * (H_LAST + E) + H_LAST + n[None, :]
+        row = tl.cast(u, tl.int64) * B + b[:, None]
+        upstream = readout_gradient + row * (H_LAST + E) + H_LAST + n[None, :]
         context = total + tl.load(upstream, mask=inside, other=0.0)
-        tl.store(context_gradients + (b64 * U + u) * E + n[None, :], context, mask=inside)
+        tl.store(context_gradients + row * E + n[None, :], context, mask=inside)
         inside = (b[:, None] < B) & (n[None, :] >= E) & (n[None, :] < E + H)
-        tl.store(hidden_gradient + b64 * H + n[None, :] - E, total, mask=inside)
+        tl.store(hidden_gradient + b[:, None].to(tl.int64) * H + n[None, :] - E, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "U", "T"])
@@ -299,7 +300,7 @@ def attend_gradient_kernel(
         b = tl.program_id(0).to(tl.int64)
         h, e = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_E)
         length = tl.minimum(tl.load(lengths + b), T).to(tl.int32)
-        step = b * U + u
+        step = tl.cast(u, tl.int64) * B + b
         # (BLOCK_E,)
         dc = tl.load(context_gradients + step * E + e, mask=e < E, other=0.0)
         delta = 0.0
@@ -314,7 +315,7 @@ def attend_gradient_kernel(
             tl.store(score_gradients + step * T + t, dw, mask=t < length)
         tl.debug_barrier()  # these are read by other threads than wrote them
         # (BLOCK_H,)
-        total = tl.load(readout_gradient + (tl.cast(u, tl.int64) * B + b) * (H + E) + h, mask=h < H, other=0.0)
+        total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H, other=0.0)
         for t0 in range(0, T, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             dw = tl.load(score_gradients + step * T + t, mask=t < length, other=0.0)
@@ -397,16 +398,16 @@ def speller_unroll(
         gradients: ignored; C++ keeps less without them.
 
     Returns:
-        logits (B, U, V), attention (B, U, T), the tokens read (B, U), operands (U, B, *) and states (U, B, *).
+        logits (B, U, V), attention (B, U, T), the tokens read (U, B), operands (U, B, *) and states (U, B, *).
     """
     (B, U), V, T, E = tokens.shape, len(weights[0]), keys.shape[1], values.shape[2]
     where = layout(_sizes(weights), E)
     operands = keys.new_empty(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
-    states, attention = keys.new_empty(U, B, where.states), keys.new_empty(B, U, T)
+    states, attention = keys.new_empty(U, B, where.states), keys.new_empty(U, B, T)
     if B == 0:
-        return keys.new_empty(B, U, V), attention, tokens.clone(), operands, states
+        return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
-    read = tokens.clamp(0, V - 1).contiguous()  # nothing out of range is read before the assertion stops the program
+    read = tokens.t().clamp(0, V - 1).contiguous()  # nothing out of range is read before the assertion stops the program
     operands[0].zero_()
     cells = _cell_launches(weights, masks, read, operands, states, where)
     attend = _attend_launch(weights, keys, values, lengths, operands, attention, where)
@@ -419,7 +420,7 @@ def speller_unroll(
         if choose:
             choose(position=position[u % 2])
     logits = _output_layer(weights, operands, where)[-1]
-    return logits.view(U, B, V).transpose(0, 1).contiguous(), attention, read, operands, states
+    return logits.view(U, B, V).transpose(0, 1), attention.transpose(0, 1), read, operands, states
 
 
 def speller_unroll_backward(
@@ -428,13 +429,14 @@ def speller_unroll_backward(
     states: Tensor, bf16: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Launch the backward pass: the gradients of weights, keys and values."""
-    (B, U), E = read.shape, values.shape[2]
+    (U, B), E = read.shape, values.shape[2]
     if B == 0:
         return [torch.zeros_like(x) for x in weights], torch.zeros_like(keys), torch.zeros_like(values)
     where, starts = layout(_sizes(weights), E), _starts([len(bias) for bias in weights[7::2]])
     readout, output_gradients = _output_layer_gradients(logits_gradient, weights, operands, where)
     gates = operands.new_empty(U, B, starts[-1])
-    contexts, scores = values.new_empty(B, U, E), attention.new_empty(attention.shape)
+    attention = attention.transpose(0, 1).contiguous()  # (U, B, T)
+    contexts, scores = values.new_empty(U, B, E), torch.empty_like(attention)
     output, hidden = (keys.new_empty(B, size) for size in (weights[1].shape[1], _sizes(weights)[0]))
     enter = _input_launch(weights, readout, gates, contexts, hidden)
     attend = _attend_gradient_launch(
@@ -511,7 +513,7 @@ def _folded_keys(weights: list[Tensor], keys: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _attend_launch(weights, keys, values, lengths, operands, attention, where: Layout) -> Callable[..., None]:
-    (B, U, T), H, E, dtype = attention.shape, weights[1].shape[1], values.shape[2], operands.dtype
+    (U, B, T), H, E, dtype = attention.shape, weights[1].shape[1], values.shape[2], operands.dtype
     bias = torch.mv(keys.flatten(0, 1), weights[2])  # (B T,)
     return partial(
         attend_kernel[B,], operands, _folded_keys(weights, keys, dtype), bias, values.to(dtype).contiguous(),
@@ -525,7 +527,7 @@ def _choose_launch(weights, sampled, read, operands, where: Layout) -> Callable[
     embedding, _, _, project, project_bias, bias = weights[:6]
     return partial(
         choose_kernel[triton.cdiv(B, ROWS),], operands, project.to(dtype).contiguous(), project_bias,
-        embedding.to(dtype).contiguous(), bias, operands.new_empty(B, M), sampled.contiguous(), read, B, U, V, M,
+        embedding.to(dtype).contiguous(), bias, operands.new_empty(B, M), sampled.t().contiguous(), read, B, U, V, M,
         where.operands, where.readout, project.shape[1], BLOCK_N=32, **_matmul_options(dtype),
     )  # fmt: skip
 
@@ -573,8 +575,8 @@ def _input_launch(weights, readout, gates, contexts, hidden) -> Callable[..., No
 def _attend_gradient_launch(
     weights, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output, dtype
 ) -> Callable[..., None]:
-    (B, U, T), H, E = attention.shape, output.shape[1], values.shape[2]
-    upstream = None if attention_gradient is None else attention_gradient.contiguous()
+    (U, B, T), H, E = attention.shape, output.shape[1], values.shape[2]
+    upstream = None if attention_gradient is None else attention_gradient.transpose(0, 1).contiguous()
     return partial(
         attend_gradient_kernel[B,], contexts, upstream, readout, _folded_keys(weights, keys, dtype),
         values.to(dtype).contiguous(), lengths.contiguous(), attention, scores, output, B, U, T,
@@ -605,11 +607,11 @@ def _memory_gradients(weights, keys, attention, operands, contexts, scores, wher
     """Return the gradients of query, its bias, keys and values."""
     (U, B, _), H, dtype = operands.shape, weights[1].shape[1], operands.dtype
     outputs = operands[..., where.readout : where.readout + H].transpose(0, 1)
-    folded = _bmm(scores.transpose(1, 2), outputs, dtype).flatten(0, 1)  # (B T, H)
-    bias = scores.sum(1).flatten()  # (B T,)
+    folded = _bmm(scores.permute(1, 2, 0), outputs, dtype).flatten(0, 1)  # (B T, H)
+    bias = scores.sum(0).flatten()  # (B T,)
     keys_gradient = _mm(folded, weights[1].t(), dtype) + bias[:, None] * weights[2]
     query = _mm(keys.flatten(0, 1).t(), folded, dtype)
-    values_gradient = _bmm(attention.transpose(1, 2), contexts, dtype)
+    values_gradient = _bmm(attention.permute(1, 2, 0), contexts.transpose(0, 1), dtype)
     return query, torch.mv(keys.flatten(0, 1).t(), bias), keys_gradient.view(keys.shape), values_gradient
 
 
@@ -621,6 +623,6 @@ def _gates_gradients(weights, read, operands, gates, where: Layout, starts: list
         weight = _mm(of_gates.t(), _part(operands, where.operand[n], where.below[n] + H), dtype)
         gradients += [weight, of_gates.float().sum(0)]
     first = _part(gates, starts[0], len(weights[7])).float()
-    table = torch.ops.aten.embedding_dense_backward(first, read.t().flatten(), len(embedding), -1, False)  # (V, 4H)
+    table = torch.ops.aten.embedding_dense_backward(first, read.flatten(), len(embedding), -1, False)  # (V, 4H)
     gradients[0] = torch.cat((_mm(table.t(), embedding, dtype), gradients[0]), 1)
     return [_mm(table, weights[6][:, : embedding.shape[1]], dtype), *gradients]

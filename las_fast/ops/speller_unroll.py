@@ -275,8 +275,8 @@ def _fake_forward_triton(weights, keys, values, lengths, tokens, sampled, masks,
     (B, U), V, dtype = tokens.shape, len(weights[0]), torch.bfloat16 if bf16 else torch.float32
     where = layout(tuple(len(bias) // 4 for bias in weights[7::2]), values.shape[2])
     operands = keys.new_empty(U, B, where.operands, dtype=dtype)
-    attention, states = keys.new_empty(B, U, keys.shape[1]), keys.new_empty(U, B, where.states)
-    return keys.new_empty(B, U, V), attention, torch.empty_like(tokens), operands, states
+    logits, attention = (keys.new_empty(U, B, size).transpose(0, 1) for size in (V, keys.shape[1]))
+    return logits, attention, tokens.new_empty(U, B), operands, keys.new_empty(U, B, where.states)
 
 
 def _fake_backward(logits_gradient, attention_gradient, weights, keys, values, *saved):

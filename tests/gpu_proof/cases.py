@@ -630,12 +630,12 @@ def unrolls(
             *(None if x is None else laid_out(x.to(device), layout) for x in upstream), *there[:4], there[6],
             attention, read, *saved, dtype == BRAIN,
         )  # fmt: skip
-    exact = unrolled(inputs, read.cpu(), upstream, torch.float64)
+    exact = unrolled(inputs, read.t().cpu(), upstream, torch.float64)
     with tf32_layers() if precision != "highest" else contextlib.nullcontext():
-        usual = unrolled(inputs, read.cpu(), upstream, dtype)
+        usual = unrolled(inputs, read.t().cpu(), upstream, dtype)
     best = torch.cat((tokens[:, :1], exact[0][:, :-1].argmax(-1)), 1)
     first = torch.arange(U) == 0
-    same(read, torch.where(sampled & ~first, best, tokens), "tokens read")
+    same(read.t(), torch.where(sampled & ~first, best, tokens), "tokens read")
     past = (torch.arange(T) >= lengths[:, None])[:, None].expand(B, U, T)
     assert (attention.cpu()[past] == 0).all(), "attention past the length"
     unit = rounding(dtype, precision)

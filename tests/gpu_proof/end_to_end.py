@@ -1,17 +1,23 @@
-"""Whole beam searches of real utterances in which every Triton kernel runs as executed PTX.
+"""Whole beam searches and trainings on real utterances in which every Triton kernel runs as executed PTX.
 
-The listener and the LSTM cells stay in torch. `executed_decode` is for a compiling worker process (see process.py).
+Everything else stays in torch. Functions whose names start with executed_ are for a compiling worker process (see
+process.py).
 """
 
 import contextlib
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
+from checkpoints import make_trainer
 
 from las_fast.checkpoint import load_model
+from las_fast.config import TeacherForcingStage, load_config
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.model import speller
 from las_fast.ops import backends
 from las_fast.search.beam import beam_search
 
@@ -69,3 +75,58 @@ def executed_small_search(arch, seed, **settings):
             ToyModel(), memory([seed], [4]), config(**settings), nbest=5, backend="triton", capture=False
         )
     return [(tuple(h.text_tokens), h.score) for h in found[0]]
+
+
+def executed_training(archive, arch, steps):
+    """`trained` on compiled PTX; return its results and the names of the kernels that ran, launch by launch."""
+    from gpu_proof.emulator import executed
+
+    with triton_on_the_cpu(), executed(arch=arch) as launches:
+        results = trained(archive, "triton", steps)
+    return *results, [launch.name for launch in launches]
+
+
+def trained(archive, backend, steps):
+    """Train a small model on AN4 with that backend of speller_unroll.
+
+    A third of the tokens are sampled; the loss includes CTC and guided attention; the cells have dropout.
+
+    Returns:
+        the loss of each step, and {name: gradient} of the first step.
+    """
+    config = small_training()
+    losses, first = [], {}
+    with tempfile.TemporaryDirectory() as folder, unrolled_by(backend):
+        trainer = make_trainer(archive, Path(folder, "run"), config)
+        while trainer.progress.step < steps:
+            for batch in trainer._rest_of_epoch():
+                losses.append(float(trainer.train_step(batch)["loss"]))
+                first = first or {name: x.grad.clone() for name, x in trainer.model.named_parameters()}
+                if trainer.progress.step == steps:
+                    break
+    return losses, first
+
+
+def small_training():
+    """Preset an4 with small layers, batches of two utterances and a constant learning rate."""
+    config = load_config("an4")
+    listener = replace(config.model.listener, conv_channels=(16,), lstm_size=12)
+    speller_config = replace(config.model.speller, key_size=18, value_size=20, embedding_size=16, lstm_sizes=(24, 18))
+    training = replace(
+        config.training, learning_rate=1e-4, warmup_steps=0, schedule="constant", precision="fp32", ema_decay=0.0,
+        teacher_forcing=(TeacherForcingStage(start=0.0, end=200.0, first=0.7, last=0.7),),
+    )  # fmt: skip
+    return replace(
+        config,
+        data=replace(config.data, utterances_per_batch=2),
+        model=replace(config.model, listener=listener, speller=speller_config),
+        training=training,
+    )
+
+
+@contextlib.contextmanager
+def unrolled_by(backend):
+    """Inside, the model's speller takes that backend of speller_unroll."""
+    op = speller.speller_unroll
+    with mock.patch.object(speller, "speller_unroll", lambda *a, **named: op(*a, **(named | {"backend": backend}))):
+        yield

@@ -396,6 +396,87 @@ ATTENTION = [
     )
 ]  # fmt: skip
 
+BEHIND = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
+CARRIED = "        tl.store(after, hidden.to(dtype), mask=inside & (u + 1 < U))\n"
+UPSTREAM = "        if MASKED:\n            gradient *= _load(masks, b, n, H, B, H)\n"
+LATER = "            gradient += _load(hidden_gradient, b, n, H, B, H)\n"
+UNROLL = [
+    SourceMutant("speller_unroll", name, old, new)
+    for name, old, new in (
+        ("rows-one-too-many", "(rows[:, None] < row_count)", "(rows[:, None] <= row_count)"),
+        ("row-in-32-bits", "rows[:, None].to(tl.int64) * stride", "rows[:, None] * stride"),
+        ("columns-unmasked", "(rows[:, None] < row_count) & (columns[None, :] < column_count)",
+         "(rows[:, None] < row_count)"),
+        ("depth-of-one-block", "range(0, depth, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile",
+         "range(0, BLOCK_K, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile"),
+        ("candidate-of-the-output-gate", "g = _tanh(g + _load(offsets + 2 * H,", "g = _tanh(g + _load(offsets + 3 * H,"),
+        ("weights-of-another-gate", "_load(weight + 2 * H * depth", "_load(weight + 3 * H * depth"),
+        ("forget-gate-bent", "f = _sigmoid(f +", "f = _tanh(f +"),
+        ("token-of-the-first-step", "tl.load(tokens + first + b,", "tl.load(tokens + b,"),
+        ("state-before-the-first-step", "mask=inside & (u > 0), other=0.0) + i * g", "mask=inside, other=0.0) + i * g"),
+        ("cell-state-of-this-step", "before = states + (row - B) * state_size", "before = states + row * state_size"),
+        ("hidden-state-in-place-of-the-input", "operand_at + below + n[None, :]", "operand_at + n[None, :]"),
+        ("hidden-state-after-dropout", CARRIED + BEHIND, BEHIND + CARRIED),
+        ("output-without-dropout", BEHIND + "        tl.store(operands", "        tl.store(operands"),
+        ("hidden-state-past-the-last-step", CARRIED, "        tl.store(after, hidden.to(dtype), mask=inside)\n"),
+        ("step-in-32-bits", "first = tl.cast(u, tl.int64) * B  # of the rows of this step\n        depth",
+         "first = u * B  # of the rows of this step\n        depth"),
+        ("length-unclamped", "tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n        step = tl.cast(u, tl.int64) * B + b\n"
+         "        row", "tl.load(lengths + b).to(tl.int32)\n        step = tl.cast(u, tl.int64) * B + b\n        row"),
+        ("position-not-advanced", "tl.store(next_position, u + 1)", "tl.store(next_position, u)"),
+        ("score-without-the-bias", "s = (s + tl.load(key_bias + b * T + t, mask=t < length, other=0.0)) * scale",
+         "s = s * scale"),
+        ("bias-of-the-first-utterance", "key_bias + b * T + t", "key_bias + t"),
+        ("sum-not-faded", "l = l * tl.exp2(m - m_new) +", "l = l +"),
+        ("padding-not-zeroed", "tl.store(at + t, w, mask=t < T)", "tl.store(at + t, w, mask=t < length)"),
+        ("scores-read-too-soon", "tl.debug_barrier()  # scores are read", "pass  # scores are read"),
+        ("scores-overwritten-too-soon", "tl.debug_barrier()  # several threads load a score",
+         "pass  # several threads load a score"),
+        ("context-not-carried", "mask=(e < E) & (u + 1 < U))", "mask=e < 0)"),
+        ("context-past-the-last-step", "mask=(e < E) & (u + 1 < U))", "mask=e < E)"),
+        ("base-of-the-exponential", "LOG2_E * keys.shape[2] ** -0.5", "keys.shape[2] ** -0.5"),
+        ("features-read-too-soon", "tl.debug_barrier()  # features", "pass  # features"),
+        ("even-part-of-erf", "tl.where(x < 0.0, -magnitude, magnitude)", "magnitude"),
+        ("features-without-bias", "x += tl.load(project_bias + n, mask=n < M, other=0.0)[None, :]", "x += 0.0"),
+        ("last-of-equal-blocks", "token = tl.where(top > best,", "token = tl.where(top >= best,"),
+        ("last-of-equal-tokens", "tl.min(tl.where(x == top[:, None], v[None, :], 2147483647), 1)",
+         "tl.max(tl.where(x == top[:, None], v[None, :], 0), 1)"),
+        ("all-tokens-sampled", "mask=(b < B) & chosen)", "mask=b < B)"),
+        ("token-sampled-a-step-late", "at = (tl.cast(u, tl.int64) + 1) * B + b", "at = tl.cast(u, tl.int64) * B + b"),
+        ("a-token-past-the-vocabulary", 'tl.where(v[None, :] < V, x, -float("inf"))', "x"),
+        ("gradient-of-the-same-step", "after = gates_gradient + (tl.cast(u, tl.int64) + 1) * B * row_size",
+         "after = gates_gradient + tl.cast(u, tl.int64) * B * row_size"),
+        ("a-step-after-the-last", "depth = tl.where(u + 1 < U, 4 * H, 0)", "depth = 4 * H"),
+        ("output-layer-left-out", "context = total + tl.load(upstream, mask=inside, other=0.0)", "context = total"),
+        ("hidden-state-as-context", "(n[None, :] >= E) & (n[None, :] < E + H)", "(n[None, :] > E) & (n[None, :] < E + H)"),
+        ("delta-left-out", "* (dw - delta) * scale", "* dw * scale"),
+        ("gradient-without-scale", "* (dw - delta) * scale", "* (dw - delta)"),
+        ("gradient-of-the-weights-left-out",
+         "dw += tl.load(weights_gradient + step * T + t, mask=t < length, other=0.0)", "dw += 0.0"),
+        ("padding-left-without-gradient", "tl.store(score_gradients + step * T + t, ds, mask=t < T)",
+         "tl.store(score_gradients + step * T + t, ds, mask=t < length)"),
+        ("gradients-read-too-soon", "tl.debug_barrier()  # these are read", "pass  # these are read"),
+        ("gradients-overwritten-too-soon", "tl.debug_barrier()  # several threads load a number",
+         "pass  # several threads load a number"),
+        ("hidden-state-through-dropout", UPSTREAM + "        if FIRST:\n" + LATER,
+         "        if FIRST:\n" + LATER + UPSTREAM.replace("if MASKED", "if MASKED and FIRST") + "        if FIRST:\n            pass\n"),
+        ("gradient-without-dropout", UPSTREAM, ""),
+        ("recurrence-through-the-input", "recurrent = weight + tl.cast(below, tl.int64) * 4 * H", "recurrent = weight"),
+        ("a-step-after-the-last-of-a-cell", "rows = tl.where(u + 1 < U, B, 0)", "rows = B"),
+        ("cell-state-not-carried", "tl.load(carried, mask=inside & (u + 1 < U), other=0.0)", "0.0"),
+        ("cell-state-before-it-is-written", "tl.load(carried, mask=inside & (u + 1 < U), other=0.0)",
+         "tl.load(carried, mask=inside, other=0.0)"),
+        ("cell-state-not-forgotten", "tl.store(carried, dc * f,", "tl.store(carried, dc,"),
+        ("slope-of-tanh", "(1.0 - tanh_cell * tanh_cell)", "(1.0 - tanh_cell)"),
+        ("forget-gate-of-this-cell-state", "dc * before * f", "dc * tanh_cell * f"),
+        ("position-not-lowered", "tl.store(next_position, u - 1)", "tl.store(next_position, u)"),
+        ("weights-not-made-contiguous", "if n == 0 else 0 :].to(dtype).contiguous()", "if n == 0 else 0 :].to(dtype)"),
+        ("embedding-as-input-left-out", "output_gradients[0] += embedding", "pass"),
+        ("bias-of-the-query-left-out", "dtype) + bias[:, None] * weights[2]", "dtype)"),
+        ("first-step-from-garbage", "    operands[0].zero_()\n", ""),
+    )
+]  # fmt: skip
+
 SLOW = [
     SourceMutant(op, name, old, new, slows=True)
     for op, name, old, new in (
@@ -447,12 +528,17 @@ CODE = [
             0,
         ),
         (("beam_gather", "gather_kernel", "wild-parents"), "unclamped", r"max\.s64", "min.s64", 0),
+        (("speller_unroll", "cell_kernel", "brain"), "a-product-left-out", r"mma\.sync[^;]+;", "", 0),
+        (("speller_unroll", "cell_kernel", "brain"), "no-barriers", r"bar\.sync\s+0;", "", None),
+        (("speller_unroll", "attend_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
+        (("speller_unroll", "cell_gradient_kernel", "brain"), "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
+        (("speller_unroll", "attend_gradient_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
     )
 ]
 
-OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack")
+OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack", "speller_unroll")
 CONTROLS = [SourceMutant(op, "unchanged") for op in OPS]
-MUTANTS = BACKTRACK + GATHER + PREFIX + TOPK + ATTENTION + SLOW + CODE
+MUTANTS = BACKTRACK + GATHER + PREFIX + TOPK + ATTENTION + UNROLL + SLOW + CODE
 
 
 def main():

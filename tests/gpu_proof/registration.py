@@ -2,9 +2,20 @@
 
 import torch
 
+from gpu_proof.cases import unroll_inputs
 from gpu_proof.end_to_end import triton_on_the_cpu
 from gpu_proof.interpreter import fast
-from las_fast.ops import CtcState, Ngram, beam_backtrack, beam_gather, beam_topk, ctc_prefix, masked_attention
+from las_fast.ops import (
+    CtcState,
+    Ngram,
+    SpellerWeights,
+    beam_backtrack,
+    beam_gather,
+    beam_topk,
+    ctc_prefix,
+    masked_attention,
+    speller_unroll,
+)
 
 EOS = 2
 
@@ -34,6 +45,14 @@ def prefix_inputs():
     return *tensors, *(torch.randint(0, 3, (2, 3), generator=generator) for _ in range(3))
 
 
+def spelled(grad=False):
+    """Arguments of speller_unroll's registered op but for its two flags."""
+    weights, keys, values, *others = unroll_inputs(5, 4, (3, 6), 4, 5, 7, 2, 3, (7, 4), True, 0.5, 1.0, 0)
+    for x in (*weights, keys, values):
+        x.requires_grad_(grad)
+    return [weights, keys, values, *others]
+
+
 def check_op(name):
     """torch.library.opcheck of one op; raises where its registration is wrong."""
     fast()
@@ -48,6 +67,7 @@ def check_op(name):
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "ctc_prefix": [(*prefix_inputs(), EOS)],
         "beam_backtrack": [(*pointers(), EOS)],
+        "speller_unroll": [(*spelled(grad), bf16, grad) for grad in (False, True) for bf16 in (False, True)],
     }[name]  # fmt: skip
     for given in arguments:
         torch.library.opcheck(getattr(torch.ops.las_fast, f"{name}_triton").default, given)
@@ -81,5 +101,8 @@ def compile_ops():
                 torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
         counted("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
             f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
+        weights, *others, masks = spelled()
+        flat = SpellerWeights(*weights[:6], tuple(weights[6::2]), tuple(weights[7::2]))
+        counted("speller_unroll", lambda *x: speller_unroll(*x, masks, backend="triton"), flat, *others)
         counted("beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *pointers())
     return graphs

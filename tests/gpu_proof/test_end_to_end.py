@@ -1,4 +1,4 @@
-"""Beam search of real speech in which every Triton kernel is the execution of its compiled PTX."""
+"""Beam search and training on real speech in which every Triton kernel is the execution of its compiled PTX."""
 
 import functools
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from toy_model import ToyModel, all_texts, memory
 
-from gpu_proof.end_to_end import decode, executed_decode, executed_small_search
+from gpu_proof.end_to_end import decode, executed_decode, executed_small_search, executed_training, trained
 from gpu_proof.process import compiled
 
 
@@ -50,3 +50,15 @@ def test_a_wide_beam_of_executed_ptx_finds_what_brute_force_finds(seed):
     found = compiled(functools.partial(executed_small_search, beam=64), 90, seed)
     assert [tokens for tokens, _ in found] == [text for _, _, text in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+
+
+def test_training_by_executed_ptx_follows_the_reference(archive):
+    losses, gradients, launches = compiled(executed_training, archive, 90, 50)
+    expected, right = trained(archive, "reference", 50)
+    assert len(losses) == 50 and losses == pytest.approx(expected, abs=1e-4)
+    for name, gradient in gradients.items():
+        assert float((gradient - right[name]).norm()) <= 1e-4 * float(right[name].norm()) + 1e-7, name
+    times = Counter(launches)
+    assert times["cell_kernel"] == times["cell_gradient_kernel"] == 2 * times["attend_kernel"]
+    assert times["attend_kernel"] == times["choose_kernel"] == times["attend_gradient_kernel"]
+    assert times["attend_kernel"] == times["input_gradient_kernel"]
