@@ -28,21 +28,20 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from las_fast.kernels.masked_attention import LOG2_E, _precision
 from torch import Tensor
 from torch.nn import functional as F
-
-from las_fast.kernels.masked_attention import LOG2_E, _precision
 
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
 ROWS, UNITS = 16, 16  # utterances and units of a program: many small programs, since each step waits for the last
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
-TILE = 8192  # numbers of a tile of keys or values
+TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # numbers of a tile of keys or values
 
 
 class Layout(NamedTuple):
     """Where the parts of a row of operands (inputs of each layer) and of states begin, in numbers."""
 
-    operand: tuple[int, ...]  # of each cell: [below, hidden], where below is the context or the output of the cell below
+    operand: tuple[int, ...]  # of each cell: [context or output of the cell below, hidden state]
     below: tuple[int, ...]  # size of the first part of each operand
     readout: int  # operand of the output layer: [output of the last cell, context]
     operands: int  # numbers in a row of operands
@@ -139,10 +138,7 @@ def cell_kernel(
             f += tl.dot(x, tl.trans(_load(weight + H * depth, n, k, depth, H, depth)), input_precision=PRECISION)
             g += tl.dot(x, tl.trans(_load(weight + 2 * H * depth, n, k, depth, H, depth)), input_precision=PRECISION)
             o += tl.dot(x, tl.trans(_load(weight + 3 * H * depth, n, k, depth, H, depth)), input_precision=PRECISION)
-        if FIRST:
-            token = tl.load(tokens + first + b, mask=b < B, other=0)
-        else:
-            token = tl.zeros([BLOCK_B], tl.int64)
+        token = tl.load(tokens + first + b, mask=b < B, other=0) if FIRST else tl.zeros([BLOCK_B], tl.int64)
         i = _sigmoid(i + _load(offsets, token, n, 4 * H, V, H))
         f = _sigmoid(f + _load(offsets + H, token, n, 4 * H, V, H))
         g = _tanh(g + _load(offsets + 2 * H, token, n, 4 * H, V, H))
@@ -257,8 +253,8 @@ def choose_kernel(
 
 @triton.jit(do_not_specialize=["B", "U"])
 def input_gradient_kernel(
-    gates_gradient, weight, readout_gradient, context_gradients, hidden_gradient, B, U, row_size, gates_at, E, H, H_LAST,
-    position,
+    gates_gradient, weight, readout_gradient, context_gradients, hidden_gradient, B, U, row_size, gates_at,
+    E, H, H_LAST, position,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of context u and of hidden state u of cell 1 as the input of step u + 1.
@@ -342,9 +338,8 @@ def cell_gradient_kernel(
     input_gradient_kernel.
     """
     u = tl.load(position)
-    if FIRST:
-        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            tl.store(next_position, u - 1)
+    if FIRST and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(next_position, u - 1)
     if u >= 0:
         b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
         n = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -402,13 +397,13 @@ def speller_unroll(
     """
     (B, U), V, T, E = tokens.shape, len(weights[0]), keys.shape[1], values.shape[2]
     where = layout(_sizes(weights), E)
-    operands = keys.new_empty(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
-    states, attention = keys.new_empty(U, B, where.states), keys.new_empty(U, B, T)
+    # zeros: the first step's hidden states and context, and the gaps, which torch's checks of the op compare
+    operands = keys.new_zeros(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
+    states, attention = keys.new_zeros(U, B, where.states), keys.new_empty(U, B, T)
     if B == 0:
         return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
-    read = tokens.t().clamp(0, V - 1).contiguous()  # nothing out of range is read before the assertion stops the program
-    operands[0].zero_()
+    read = tokens.t().clamp(0, V - 1).contiguous()  # the assertion may stop the program later than the kernels read
     cells = _cell_launches(weights, masks, read, operands, states, where)
     attend = _attend_launch(weights, keys, values, lengths, operands, attention, where)
     choose = _choose_launch(weights, sampled, read, operands, where) if sampled.numel() else None
@@ -485,10 +480,10 @@ def _matmul_options(dtype: torch.dtype) -> dict:
     return {"PRECISION": _precision(), "BLOCK_B": ROWS, "BLOCK_K": DEPTH[dtype]}
 
 
-def _attention_options(H: int, E: int) -> dict:
+def _attention_options(H: int, E: int, dtype: torch.dtype) -> dict:
     """Return the tiles of the attention kernels, at most TILE numbers of keys or values."""
     h, e = triton.next_power_of_2(H), triton.next_power_of_2(E)
-    return {"BLOCK_T": max(1, min(64, TILE // max(h, e))), "BLOCK_H": h, "BLOCK_E": e, "num_warps": 8}
+    return {"BLOCK_T": max(1, min(64, TILE[dtype] // max(h, e))), "BLOCK_H": h, "BLOCK_E": e, "num_warps": 8}
 
 
 def _cell_launches(weights, masks, read, operands, states, where: Layout) -> list[Callable[..., None]]:
@@ -518,7 +513,7 @@ def _attend_launch(weights, keys, values, lengths, operands, attention, where: L
     return partial(
         attend_kernel[B,], operands, _folded_keys(weights, keys, dtype), bias, values.to(dtype).contiguous(),
         lengths.contiguous(), attention, B, U, T, LOG2_E * keys.shape[2] ** -0.5, where.operands, where.readout,
-        where.operand[0], H, E, **_attention_options(H, E),
+        where.operand[0], H, E, **_attention_options(H, E, dtype),
     )  # fmt: skip
 
 
@@ -580,7 +575,7 @@ def _attend_gradient_launch(
     return partial(
         attend_gradient_kernel[B,], contexts, upstream, readout, _folded_keys(weights, keys, dtype),
         values.to(dtype).contiguous(), lengths.contiguous(), attention, scores, output, B, U, T,
-        keys.shape[2] ** -0.5, H, E, WEIGHTS=upstream is not None, **_attention_options(H, E),
+        keys.shape[2] ** -0.5, H, E, WEIGHTS=upstream is not None, **_attention_options(H, E, dtype),
     )  # fmt: skip
 
 
@@ -605,7 +600,7 @@ def _cell_gradient_launches(
 
 def _memory_gradients(weights, keys, attention, operands, contexts, scores, where: Layout) -> tuple[Tensor, ...]:
     """Return the gradients of query, its bias, keys and values."""
-    (U, B, _), H, dtype = operands.shape, weights[1].shape[1], operands.dtype
+    H, dtype = weights[1].shape[1], operands.dtype
     outputs = operands[..., where.readout : where.readout + H].transpose(0, 1)
     folded = _bmm(scores.permute(1, 2, 0), outputs, dtype).flatten(0, 1)  # (B T, H)
     bias = scores.sum(0).flatten()  # (B T,)

@@ -182,7 +182,7 @@ class Speller(nn.Module):
         # One draw per utterance and step; the first step reads <sos> in any case.
         sampled = torch.rand(previous.shape, device=previous.device) >= teacher_forcing
         return speller_unroll(
-            self.weights(), *memory[:3], previous, sampled, self.dropout_masks(memory),
+            self.weights(), *memory[:3], previous, sampled if teacher_forcing < 1 else None, self.dropout_masks(memory),
             precision=autocast_precision(memory.keys.device.type), backend=backend,
         )  # fmt: skip
 

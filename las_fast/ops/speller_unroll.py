@@ -44,7 +44,7 @@ def speller_unroll(
     values: Tensor,
     lengths: Tensor,
     tokens: Tensor,
-    sampled: Tensor,
+    sampled: Tensor | None,
     masks: Sequence[Tensor] | None = None,
     *,
     precision: str = "fp32",
@@ -62,11 +62,12 @@ def speller_unroll(
         lengths: (B,) int64 valid frames, 0 to T; keys and values past them must be finite, except in C++.
         tokens:  (B, U) int64, U at least 1: the true token before each step.
         sampled: (B, U) bool, whether a step reads the model's best token, the first among equal ones, instead of
-            the true one; ignored at the first step.
+            the true one; ignored at the first step. None: no step does.
         masks:   dropout masks (B, H_i) float32, one per cell, the same at every step; None: no dropout.
         precision: of the matmuls: "fp32", "bf16" or "fp16", with sums, cell states and attention in float32. fused
-            takes all, C++ not fp16; the reference always computes in fp32.
-        backend: "auto", "reference", "fused" or "cpp"; "fused" is PyTorch calls, for any device.
+            takes all, C++ and Triton not fp16; the reference always computes in fp32. Triton also rounds the keys and
+            values that it attends to.
+        backend: "auto", "reference", "fused", "cpp" or "triton"; "fused" is PyTorch calls, for any device.
 
     Returns:
         logits:    (B, U, V) float32.
@@ -82,6 +83,8 @@ def speller_unroll(
     if chosen in ("cpp", "triton"):
         flat = weights.flat()
         gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (*flat, keys, values))
+        if sampled is None:  # Triton takes an empty tensor for that
+            sampled = tokens.new_zeros(tokens.shape if chosen == "cpp" else (0, 0), dtype=torch.bool)
         arguments = (flat, keys, values, lengths, tokens, sampled, list(masks or ()), precision == "bf16", gradients)
         return getattr(torch.ops.las_fast, f"speller_unroll_{chosen}")(*arguments)[:2]
     with torch.autocast(keys.device.type, enabled=False):
@@ -100,7 +103,7 @@ def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, 
     masks = None if masks is None else [mask[:, None] for mask in masks]
     for u in range(tokens.shape[1]):
         token = tokens[:, u : u + 1]
-        if u > 0:
+        if u > 0 and sampled is not None:
             token = torch.where(sampled[:, u : u + 1], logits[-1].argmax(-1), token)
         now, attended, _, state = step(weights, keys, values, lengths, token, state, masks)
         logits.append(now)
@@ -121,7 +124,8 @@ def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)
     *cells, query = (_DeferredLinear(*layer, steps, len(tokens), dtype) for layer in layers)
     attend = _DeferredAttention(keys, values, lengths, steps)
-    any_sampled = sampled.any(0).tolist()  # one synchronisation with the device instead of one per step
+    # one synchronisation with the device instead of one per step
+    any_sampled = [False] * steps if sampled is None else sampled.any(0).tolist()
     hidden, cell, context = ([x[:, 0] for x in state[0]], [x[:, 0] for x in state[1]], state[2][:, 0])
     outputs: list[Tensor] = []
     contexts, attention = [], []
@@ -231,7 +235,7 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
         raise ValueError(f"lengths must be ({B},) int64; got {tuple(lengths.shape)} {lengths.dtype}")
     if tokens.ndim != 2 or len(tokens) != B or tokens.shape[1] == 0 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens must be (B, U) int64 with B={B}, U > 0; got {tuple(tokens.shape)} {tokens.dtype}")
-    if sampled.shape != tokens.shape or sampled.dtype != torch.bool:
+    if sampled is not None and (sampled.shape != tokens.shape or sampled.dtype != torch.bool):
         raise ValueError(f"sampled must be {tuple(tokens.shape)} bool; got {tuple(sampled.shape)} {sampled.dtype}")
     sizes = [(B, bias.shape[0] // 4) for bias in weights.gate_biases]
     if masks is not None and [tuple(mask.shape) for mask in masks] != sizes:

@@ -17,12 +17,12 @@ import torch
 from gpu_proof.interpreter import poison
 from las_fast.ops import (
     CtcState,
+    SpellerWeights,
     beam_backtrack,
     beam_gather,
     ctc_log_probabilities,
     ctc_prefix,
     ctc_start,
-    SpellerWeights,
     masked_attention,
 )
 from las_fast.ops.speller_unroll import _reference as unroll_by_steps
@@ -579,6 +579,8 @@ def backtracks_huge(device, L, B, K):
 
 # speller_unroll
 
+RESULTS = ("logits", "weights")
+
 
 def unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed):
     """Weights in flat order, keys, values, lengths, tokens, sampled and masks; a share of the tokens is sampled."""
@@ -623,7 +625,7 @@ def unrolls(
     ]
     generator = torch.Generator().manual_seed(seed + 1)
     upstream = [torch.randn(shape, generator=generator) for shape in ((B, U, V), (B, U, T))]
-    upstream = [x if gradients in ("both", name) else None for x, name in zip(upstream, ("logits", "weights"), strict=True)]
+    upstream = [x if gradients in ("both", name) else None for x, name in zip(upstream, RESULTS, strict=True)]
     with matmul_precision(precision):
         logits, attention, read, *saved = launcher("speller_unroll")(*there, dtype == BRAIN, True)
         found = launcher("speller_unroll", "speller_unroll_backward")(
@@ -662,12 +664,12 @@ def unrolled(inputs, read, upstream, dtype):
     leaves = [x.to(dtype).detach().requires_grad_() for x in (*weights, keys, values)]
     flat = leaves[:-2]
     masks = [x.to(dtype) for x in masks] or None
-    spelled = unroll_by_steps(
-        SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2])), *leaves[-2:], lengths, read, sampled & False, masks
-    )
-    chosen = [(x, g.to(x)) for x, g in zip(spelled, upstream, strict=True) if g is not None]
+    spelled = SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2]))
+    results = unroll_by_steps(spelled, *leaves[-2:], lengths, read, sampled & False, masks)
+    chosen = [(x, g.to(x)) for x, g in zip(results, upstream, strict=True) if g is not None]
     outputs, upstream = zip(*chosen, strict=True)
-    return *(x.detach() for x in spelled), *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+    return *(x.detach() for x in results), *found
 
 
 def unrolls_huge(device, B, U, T, H=(8, 9)):
@@ -681,9 +683,7 @@ def unrolls_huge(device, B, U, T, H=(8, 9)):
         mock.patch.object(torch, "_assert_async", lambda *_: None),
     ):
         logits, *saved = launcher("speller_unroll")(weights, *memory, tokens, tokens.bool(), masks, False, True)
-        launcher("speller_unroll", "speller_unroll_backward")(
-            logits, saved[0], weights, *memory, masks, *saved, False
-        )
+        launcher("speller_unroll", "speller_unroll_backward")(logits, saved[0], weights, *memory, masks, *saved, False)
 
 
 # The cases

@@ -396,6 +396,7 @@ ATTENTION = [
     )
 ]  # fmt: skip
 
+STEP = "        step = tl.cast(u, tl.int64) * B + b\n"
 BEHIND = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
 CARRIED = "        tl.store(after, hidden.to(dtype), mask=inside & (u + 1 < U))\n"
 UPSTREAM = "        if MASKED:\n            gradient *= _load(masks, b, n, H, B, H)\n"
@@ -409,7 +410,7 @@ UNROLL = [
          "(rows[:, None] < row_count)"),
         ("depth-of-one-block", "range(0, depth, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile",
          "range(0, BLOCK_K, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile"),
-        ("candidate-of-the-output-gate", "g = _tanh(g + _load(offsets + 2 * H,", "g = _tanh(g + _load(offsets + 3 * H,"),
+        ("candidate-of-the-output-gate", "_tanh(g + _load(offsets + 2 * H,", "_tanh(g + _load(offsets + 3 * H,"),
         ("weights-of-another-gate", "_load(weight + 2 * H * depth", "_load(weight + 3 * H * depth"),
         ("forget-gate-bent", "f = _sigmoid(f +", "f = _tanh(f +"),
         ("token-of-the-first-step", "tl.load(tokens + first + b,", "tl.load(tokens + b,"),
@@ -421,8 +422,8 @@ UNROLL = [
         ("hidden-state-past-the-last-step", CARRIED, "        tl.store(after, hidden.to(dtype), mask=inside)\n"),
         ("step-in-32-bits", "first = tl.cast(u, tl.int64) * B  # of the rows of this step\n        depth",
          "first = u * B  # of the rows of this step\n        depth"),
-        ("length-unclamped", "tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n        step = tl.cast(u, tl.int64) * B + b\n"
-         "        row", "tl.load(lengths + b).to(tl.int32)\n        step = tl.cast(u, tl.int64) * B + b\n        row"),
+        ("length-unclamped", f"tl.minimum(tl.load(lengths + b), T).to(tl.int32)\n{STEP}        row",
+         f"tl.load(lengths + b).to(tl.int32)\n{STEP}        row"),
         ("position-not-advanced", "tl.store(next_position, u + 1)", "tl.store(next_position, u)"),
         ("score-without-the-bias", "s = (s + tl.load(key_bias + b * T + t, mask=t < length, other=0.0)) * scale",
          "s = s * scale"),
@@ -448,7 +449,7 @@ UNROLL = [
          "after = gates_gradient + tl.cast(u, tl.int64) * B * row_size"),
         ("a-step-after-the-last", "depth = tl.where(u + 1 < U, 4 * H, 0)", "depth = 4 * H"),
         ("output-layer-left-out", "context = total + tl.load(upstream, mask=inside, other=0.0)", "context = total"),
-        ("hidden-state-as-context", "(n[None, :] >= E) & (n[None, :] < E + H)", "(n[None, :] > E) & (n[None, :] < E + H)"),
+        ("hidden-state-as-context", "(n[None, :] >= E) &", "(n[None, :] > E) &"),
         ("delta-left-out", "* (dw - delta) * scale", "* dw * scale"),
         ("gradient-without-scale", "* (dw - delta) * scale", "* (dw - delta)"),
         ("gradient-of-the-weights-left-out",
@@ -459,7 +460,7 @@ UNROLL = [
         ("gradients-overwritten-too-soon", "tl.debug_barrier()  # several threads load a number",
          "pass  # several threads load a number"),
         ("hidden-state-through-dropout", UPSTREAM + "        if FIRST:\n" + LATER,
-         "        if FIRST:\n" + LATER + UPSTREAM.replace("if MASKED", "if MASKED and FIRST") + "        if FIRST:\n            pass\n"),
+         "        if FIRST:\n" + LATER + UPSTREAM + "        if FIRST:\n            gradient += 0.0\n"),
         ("gradient-without-dropout", UPSTREAM, ""),
         ("recurrence-through-the-input", "recurrent = weight + tl.cast(below, tl.int64) * 4 * H", "recurrent = weight"),
         ("a-step-after-the-last-of-a-cell", "rows = tl.where(u + 1 < U, B, 0)", "rows = B"),
@@ -473,7 +474,7 @@ UNROLL = [
         ("weights-not-made-contiguous", "if n == 0 else 0 :].to(dtype).contiguous()", "if n == 0 else 0 :].to(dtype)"),
         ("embedding-as-input-left-out", "output_gradients[0] += embedding", "pass"),
         ("bias-of-the-query-left-out", "dtype) + bias[:, None] * weights[2]", "dtype)"),
-        ("first-step-from-garbage", "    operands[0].zero_()\n", ""),
+        ("first-step-from-garbage", "operands = keys.new_zeros(", "operands = keys.new_empty("),
     )
 ]  # fmt: skip
 
