@@ -15,12 +15,13 @@ and its output (after dropout) into the row of the cell above, attention its con
 holds the inputs of each layer at every step, and the gradient of a weight is one matmul over all of them.
 
 The number of the token is read from `position`, two cells of device memory that are used in turn: the attention of
-token u reads one and writes u + 1 to the other. A CUDA graph of an even number of tokens can therefore be replayed for
-any number of them: launches past the end do nothing.
+token u reads one and writes u + 1 to the other. So each pass captures a CUDA graph of CHUNK tokens, an even number, and
+replays it to the end: that costs the host 16 tokens instead of all. Launches past the last token do nothing.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -33,9 +34,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
+CHUNK = 16  # tokens of a CUDA graph
 ROWS, UNITS = 16, 16  # utterances and units of a program: many small programs, since each step waits for the last
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
 TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # numbers of a tile of keys or values
+
+
+# The latest graphs: the device may still run one when its pass has returned.
+_graphs: collections.deque[torch.cuda.CUDAGraph] = collections.deque(maxlen=8)
 
 
 class Layout(NamedTuple):
@@ -408,12 +414,16 @@ def speller_unroll(
     attend = _attend_launch(weights, keys, values, lengths, operands, attention, where)
     choose = _choose_launch(weights, sampled, read, operands, where) if sampled.numel() else None
     position = _positions(keys, 0)
-    for u in range(U):
+
+    def spell(u: int) -> None:
+        now, after = position[u % 2], position[(u + 1) % 2]
         for cell in cells:
-            cell(position=position[u % 2])
-        attend(position=position[u % 2], next_position=position[(u + 1) % 2])
+            cell(position=now)
+        attend(position=now, next_position=after)
         if choose:
-            choose(position=position[u % 2])
+            choose(position=now)
+
+    _repeat(spell, U, keys.device)
     logits = _output_layer(weights, operands, where)[-1]
     return logits.view(U, B, V).transpose(0, 1), attention.transpose(0, 1), read, operands, states
 
@@ -440,12 +450,15 @@ def speller_unroll_backward(
     )  # fmt: skip
     cells = _cell_gradient_launches(weights, masks, gates, states, output, hidden, where, starts)
     position = _positions(keys, U - 1)
-    for u in range(U):
-        now, after = position[u % 2], position[(u + 1) % 2]
+
+    def differentiate(i: int) -> None:
+        now, after = position[i % 2], position[(i + 1) % 2]
         enter(position=now)
         attend(position=now)
-        for cell in cells:  # the last of them is cell 1, which advances the position
+        for cell in cells:  # the last of them is cell 1, which lowers the position
             cell(position=now, next_position=after)
+
+    _repeat(differentiate, U, keys.device)
     query, query_bias, *memory = _memory_gradients(weights, keys, attention, operands, contexts, scores, where)
     embedding, *of_gates = _gates_gradients(weights, read, operands, gates, where, starts)
     output_gradients[0] += embedding
@@ -455,6 +468,40 @@ def speller_unroll_backward(
 def _positions(like: Tensor, start: int) -> Tensor:
     """Return two cells with the number of the first token, 16 bytes apart: Triton compiles by alignment."""
     return like.new_full((2, 4), start, dtype=torch.int32)
+
+
+def _repeat(launch: Callable[[int], None], tokens: int, device: torch.device) -> None:
+    """Launch token 0, 1, ..., tokens - 1: the first by itself, which compiles the kernels, the others by a graph."""
+    if not _captures(tokens, device):
+        for i in range(tokens):
+            launch(i)
+        return
+    launch(0)
+    graph = _capture(launch)
+    for _ in range(triton.cdiv(tokens - 1, CHUNK)):
+        graph.replay()
+    _graphs.append(graph)
+
+
+def _captures(tokens: int, device: torch.device) -> bool:
+    """Return whether a graph pays: not if it is replayed once, nor inside the capture of a graph of the caller's."""
+    return device.type == "cuda" and tokens > 1 + CHUNK and not torch.cuda.is_current_stream_capturing()
+
+
+def _capture(launch: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+    """Return a graph of CHUNK tokens. Unlike torch.cuda.graph this neither waits for the device nor frees memory."""
+    current, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        # thread_local: other threads, such as one that pins a batch, must not invalidate the capture.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for i in range(1, 1 + CHUNK):
+                launch(i)
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph
 
 
 def _sizes(weights: list[Tensor]) -> tuple[int, ...]:

@@ -602,13 +602,15 @@ def unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed):
 
 def unrolls(
     device, V=7, M=5, H=(6,), D=4, E=3, T=9, B=3, U=3, lengths=(10**9, 5, 1), dtype=FLOAT, dropout=True, share=0.4,
-    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, tolerance=None, seed=0,
+    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, tolerance=None,
+    replayed=False, seed=0,
 ):  # fmt: skip
     """Logits, attention, tokens read and all gradients are those of the reference, alone and at every step.
 
     share: of tokens sampled; 0 passes an empty `sampled`. gradients: which results have one. equal: all logits are
     equal, so that the first token is the best. wild: the launcher is given lengths above T and below 0. tolerance: of
-    the largest result, where saturated gates make errors a matter of luck.
+    the largest result, where saturated gates make errors a matter of luck. replayed: chunks of tokens are replayed as a
+    CUDA graph would.
     """
     inputs = unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed)
     if equal:
@@ -626,7 +628,7 @@ def unrolls(
     generator = torch.Generator().manual_seed(seed + 1)
     upstream = [torch.randn(shape, generator=generator) for shape in ((B, U, V), (B, U, T))]
     upstream = [x if gradients in ("both", name) else None for x, name in zip(upstream, RESULTS, strict=True)]
-    with matmul_precision(precision):
+    with matmul_precision(precision), replays() if replayed and device.type == "cpu" else contextlib.nullcontext():
         logits, attention, read, *saved = launcher("speller_unroll")(*there, dtype == BRAIN, True)
         found = launcher("speller_unroll", "speller_unroll_backward")(
             *(None if x is None else laid_out(x.to(device), layout) for x in upstream), *there[:4], there[6],
@@ -648,6 +650,23 @@ def unrolls(
             near(x, y, tolerance * largest(y), name)
         else:
             as_good_as_plain(x, y, z, unit, name)
+
+
+class Replayed:
+    """Stands in for a CUDA graph: launches a chunk again at each replay."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def replay(self):
+        for i in range(1, 17):
+            self.launch(i)
+
+
+def replays():
+    """Inside, speller_unroll replays chunks of tokens, also on a CPU."""
+    module = importlib.import_module("las_fast.kernels.speller_unroll")
+    return mock.patch.multiple(module, _captures=lambda tokens, _: tokens > 17, _capture=Replayed)
 
 
 def tf32_layers():
@@ -948,6 +967,7 @@ UNROLL = _cases(
         "turned": {"layout": "turned", "H": (6, 5)},
         "spaced": {"layout": "spaced", "H": (6, 5)},
         "strided": {"layout": "strided", "H": (6, 5)},
+        **{f"replayed-{U}": {"B": 2, "U": U, "replayed": True, "T": 4, "lengths": (4, 3)} for U in (18, 34)},
     },
 )  # fmt: skip
 

@@ -474,6 +474,12 @@ UNROLL = [
         ("weights-not-made-contiguous", "if n == 0 else 0 :].to(dtype).contiguous()", "if n == 0 else 0 :].to(dtype)"),
         ("embedding-as-input-left-out", "output_gradients[0] += embedding", "pass"),
         ("bias-of-the-query-left-out", "dtype) + bias[:, None] * weights[2]", "dtype)"),
+        ("a-chunk-short", "triton.cdiv(tokens - 1, CHUNK)", "(tokens - 1) // CHUNK"),
+        ("a-launch-past-the-end", "    if u < U:\n        b = tl.program_id(0) * BLOCK_B",
+         "    if u < U + 1:\n        b = tl.program_id(0) * BLOCK_B"),
+        ("a-launch-past-the-beginning", "    if u >= 0:\n        b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)\n"
+         "        n = tl.program_id(1) * BLOCK_N", "    if u >= -1:\n        b = tl.program_id(0) * BLOCK_B"
+         " + tl.arange(0, BLOCK_B)\n        n = tl.program_id(1) * BLOCK_N"),
         ("first-step-from-garbage", "operands = keys.new_zeros(", "operands = keys.new_empty("),
     )
 ]  # fmt: skip
