@@ -397,6 +397,7 @@ ATTENTION = [
 ]  # fmt: skip
 
 STEP = "        step = tl.cast(u, tl.int64) * B + b\n"
+BLOCK = "        b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)\n"
 BEHIND = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
 CARRIED = "        tl.store(after, hidden.to(dtype), mask=inside & (u + 1 < U))\n"
 UPSTREAM = "        if MASKED:\n            gradient *= _load(masks, b, n, H, B, H)\n"
@@ -477,9 +478,8 @@ UNROLL = [
         ("a-chunk-short", "triton.cdiv(tokens - 1, CHUNK)", "(tokens - 1) // CHUNK"),
         ("a-launch-past-the-end", "    if u < U:\n        b = tl.program_id(0) * BLOCK_B",
          "    if u < U + 1:\n        b = tl.program_id(0) * BLOCK_B"),
-        ("a-launch-past-the-beginning", "    if u >= 0:\n        b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)\n"
-         "        n = tl.program_id(1) * BLOCK_N", "    if u >= -1:\n        b = tl.program_id(0) * BLOCK_B"
-         " + tl.arange(0, BLOCK_B)\n        n = tl.program_id(1) * BLOCK_N"),
+        ("a-launch-past-the-beginning", f"    if u >= 0:\n{BLOCK}        n = tl.program_id(1) * BLOCK_N",
+         f"    if u >= -1:\n{BLOCK}        n = tl.program_id(1) * BLOCK_N"),
         ("first-step-from-garbage", "operands = keys.new_zeros(", "operands = keys.new_empty("),
     )
 ]  # fmt: skip
