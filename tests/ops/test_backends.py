@@ -89,9 +89,8 @@ def test_each_op_has_the_backends_that_it_had():
     assert {op: tuple(has) for op, has in backends.IMPLEMENTED.items()} == {
         "bilstm": native, "ctc_loss": native, "masked_attention": everywhere, "beam_topk": everywhere,
         "beam_gather": everywhere, "ctc_prefix": everywhere, "beam_backtrack": everywhere,
-        "speller_unroll": ("reference", "fused", "cpp"), "speller_search": native,
+        "speller_unroll": ("reference", "fused", "cpp", "triton"), "speller_search": native,
     }  # fmt: skip
-    assert backends.choose("speller_unroll", "auto", CUDA, torch.float32) == "fused"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +105,7 @@ def test_each_op_has_the_backends_that_it_had():
         ("ctc_prefix", "cpp", "float32"),
         ("ctc_prefix", "triton", "float32"),
         ("speller_unroll", "cpp", "float32"),
+        ("speller_unroll", "triton", "float32"),
         ("speller_search", "cpp", "float32"),
         ("beam_gather", "cpp", "float64 float32 float16 bfloat16"),
     ],

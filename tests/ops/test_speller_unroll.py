@@ -142,6 +142,16 @@ def test_a_sampled_token_is_the_best_of_the_step_before(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused", "cpp"])
+def test_no_sampled_tensor_means_that_no_token_is_sampled(backend):
+    if reason := backends.unavailable("speller_unroll", backend):
+        pytest.skip(reason)
+    *arguments, sampled, masks = inputs(*SMALL)
+    expected = speller_unroll(*arguments, sampled & False, masks, backend=backend)
+    for ours, theirs in zip(speller_unroll(*arguments, None, masks, backend=backend), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused", "cpp"])
 def test_the_first_of_equally_good_tokens_is_sampled(backend):
     if reason := backends.unavailable("speller_unroll", backend):
         pytest.skip(reason)
