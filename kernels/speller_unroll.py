@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
 CHUNK = 16  # tokens of a CUDA graph
-ROWS, UNITS = 16, 16  # utterances and units of a program: many small programs, since each step waits for the last
+ROWS, UNITS = 32, 16  # utterances and units of a program: many small programs, since each step waits for the last
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
 TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # numbers of a tile of keys or values
 
@@ -198,7 +198,7 @@ def attend_kernel(
             m_new = tl.maximum(m, tl.max(s, 0))
             l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new), 0)
             m = m_new
-        tl.debug_barrier()  # scores are read by other threads than wrote them
+        tl.debug_barrier()  # other threads read these scores; the sums above may synchronise them too
         m = tl.where(length > 0, m, 0.0)  # -inf - -inf and 0 / 0 would be NaN
         l = tl.where(length > 0, l, 1.0)
         # (BLOCK_E,)
@@ -523,8 +523,12 @@ def _bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(x.to(dtype), y.to(dtype)).float()
 
 
-def _matmul_options(dtype: torch.dtype) -> dict:
-    return {"PRECISION": _precision(), "BLOCK_B": ROWS, "BLOCK_K": DEPTH[dtype]}
+def _matmul_options(B: int, dtype: torch.dtype) -> dict:
+    return {"PRECISION": _precision(), "BLOCK_B": 16 if B <= 16 else ROWS, "BLOCK_K": DEPTH[dtype]}
+
+
+def _matmul_grid(B: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(B, ROWS), triton.cdiv(columns, UNITS)
 
 
 def _attention_options(H: int, E: int, dtype: torch.dtype) -> dict:
@@ -540,11 +544,11 @@ def _cell_launches(weights, masks, read, operands, states, where: Layout) -> lis
     for n, H in enumerate(sizes):
         output = where.readout if n + 1 == len(sizes) else where.operand[n + 1]
         launches.append(partial(
-            cell_kernel[triton.cdiv(B, ROWS), triton.cdiv(H, UNITS)],
+            cell_kernel[_matmul_grid(B, H)],
             operands, states, _recurrent(weights, n, operands.dtype), table if n == 0 else weights[7 + 2 * n], read,
             masks[n].contiguous() if masks else None, B, U, V, where.operands, where.states,
             where.operand[n], where.below[n], output, where.cell[n], where.gates[n], H,
-            FIRST=n == 0, MASKED=bool(masks), BLOCK_H=UNITS, **_matmul_options(operands.dtype),
+            FIRST=n == 0, MASKED=bool(masks), BLOCK_H=UNITS, **_matmul_options(B, operands.dtype),
         ))  # fmt: skip
     return launches
 
@@ -570,7 +574,7 @@ def _choose_launch(weights, sampled, read, operands, where: Layout) -> Callable[
     return partial(
         choose_kernel[triton.cdiv(B, ROWS),], operands, project.to(dtype).contiguous(), project_bias,
         embedding.to(dtype).contiguous(), bias, operands.new_empty(B, M), sampled.t().contiguous(), read, B, U, V, M,
-        where.operands, where.readout, project.shape[1], BLOCK_N=32, **_matmul_options(dtype),
+        where.operands, where.readout, project.shape[1], BLOCK_N=32, **_matmul_options(B, dtype),
     )  # fmt: skip
 
 
@@ -609,8 +613,8 @@ def _input_launch(weights, readout, gates, contexts, hidden) -> Callable[..., No
     (U, B, row_size), E, H = gates.shape, contexts.shape[2], hidden.shape[1]
     weight = _recurrent(weights, 0, gates.dtype).t().contiguous()
     return partial(
-        input_gradient_kernel[triton.cdiv(B, ROWS), triton.cdiv(E + H, UNITS)], gates, weight, readout, contexts,
-        hidden, B, U, row_size, 0, E, H, weights[1].shape[1], BLOCK_N=UNITS, **_matmul_options(gates.dtype),
+        input_gradient_kernel[_matmul_grid(B, E + H)], gates, weight, readout, contexts,
+        hidden, B, U, row_size, 0, E, H, weights[1].shape[1], BLOCK_N=UNITS, **_matmul_options(B, gates.dtype),
     )  # fmt: skip
 
 
@@ -636,11 +640,12 @@ def _cell_gradient_launches(
     for n, H in reversed(list(enumerate(sizes))):
         above = min(n + 1, len(sizes) - 1)  # of the last cell: never read
         launches.append(partial(
-            cell_gradient_kernel[triton.cdiv(B, ROWS), triton.cdiv(H, UNITS)],
+            cell_gradient_kernel[_matmul_grid(B, H)],
             gates, states, transposed[n], transposed[above], output, hidden, states.new_empty(B, H),
             masks[n].contiguous() if masks else None, B, U, starts[-1], where.states, where.cell[n], where.gates[n],
             starts[n], starts[above], where.below[n], H, sizes[above],
-            FIRST=n == 0, LAST=n + 1 == len(sizes), MASKED=bool(masks), BLOCK_H=UNITS, **_matmul_options(gates.dtype),
+            FIRST=n == 0, LAST=n + 1 == len(sizes), MASKED=bool(masks), BLOCK_H=UNITS,
+            **_matmul_options(B, gates.dtype),
         ))  # fmt: skip
     return launches
 

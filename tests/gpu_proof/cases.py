@@ -602,19 +602,20 @@ def unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed):
 
 def unrolls(
     device, V=7, M=5, H=(6,), D=4, E=3, T=9, B=3, U=3, lengths=(10**9, 5, 1), dtype=FLOAT, dropout=True, share=0.4,
-    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, tolerance=None,
-    replayed=False, seed=0,
+    scale=1.0, gradients="both", layout="dense", precision="highest", wild=False, equal=False, shift=0.0,
+    tolerance=None, replayed=False, seed=0,
 ):  # fmt: skip
     """Logits, attention, tokens read and all gradients are those of the reference, alone and at every step.
 
     share: of tokens sampled; 0 passes an empty `sampled`. gradients: which results have one. equal: all logits are
-    equal, so that the first token is the best. wild: the launcher is given lengths above T and below 0. tolerance: of
-    the largest result, where saturated gates make errors a matter of luck. replayed: chunks of tokens are replayed as a
-    CUDA graph would.
+    equal, so that the first token is the best. shift: of all logits. wild: the launcher is given lengths above T and
+    below 0. tolerance: of the largest result, where saturated gates make errors a matter of luck. replayed: chunks of
+    tokens are replayed as a CUDA graph would.
     """
     inputs = unroll_inputs(V, M, H, D, E, T, B, U, lengths, dropout, share, scale, seed)
     if equal:
         inputs[0][0].zero_(), inputs[0][5].zero_()
+    inputs[0][5].add_(shift)
     weights, keys, values, lengths, tokens, sampled, masks = inputs
     sampled_there = laid_out(sampled if share else sampled[:0], layout).to(device)
     there = [
@@ -945,10 +946,12 @@ UNROLL = _cases(
         "primes": {"V": 11, "M": 7, "H": (19, 5), "D": 13, "E": 17, "T": 23, "B": 5, "U": 5},
         "units-17": {"H": (17, 17), "U": 2},
         "utterances-17": {"H": (4, 3), "B": 17, "U": 2},
+        "utterances-33": {"H": (4, 3), "B": 33, "U": 2, "V": 3},
         "no-dropout": {"H": (6, 5), "dropout": False},
         "no-sampling": {"H": (6, 5), "share": 0.0},
         "all-sampled": {"H": (6, 5), "share": 1.0, "U": 5},
         "equal-logits": {"share": 1.0, "equal": True, "V": 40},
+        "negative-logits": {"share": 1.0, "shift": -30.0},
         "vocabulary-33": {"V": 33, "share": 1.0},
         "embedding-33": {"M": 33, "share": 1.0},
         "no-frames": {"T": 0},
@@ -985,6 +988,6 @@ HUGE = [
     Case("ctc_prefix", "huge-states", listens_huge, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
     Case("ctc_prefix", "huge-gains", listens_huge, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
     Case("ctc_prefix", "huge-utterance", listens_huge, {"B": 1, "K": 2, "T": 300, "V": 2**23}, huge=True),
-    Case("speller_unroll", "huge", unrolls_huge, {"B": 2**22, "U": 8, "T": 80}, huge=True),
+    Case("speller_unroll", "huge", unrolls_huge, {"B": 2**25, "U": 2, "T": 8}, huge=True),
     Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip

@@ -431,7 +431,6 @@ UNROLL = [
         ("bias-of-the-first-utterance", "key_bias + b * T + t", "key_bias + t"),
         ("sum-not-faded", "l = l * tl.exp2(m - m_new) +", "l = l +"),
         ("padding-not-zeroed", "tl.store(at + t, w, mask=t < T)", "tl.store(at + t, w, mask=t < length)"),
-        ("scores-read-too-soon", "tl.debug_barrier()  # scores are read", "pass  # scores are read"),
         ("scores-overwritten-too-soon", "tl.debug_barrier()  # several threads load a score",
          "pass  # several threads load a score"),
         ("context-not-carried", "mask=(e < E) & (u + 1 < U))", "mask=e < 0)"),
