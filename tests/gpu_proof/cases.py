@@ -635,6 +635,7 @@ def unrolls(
             *(None if x is None else laid_out(x.to(device), layout) for x in upstream), *there[:4], there[6],
             attention, read, *saved, dtype == BRAIN,
         )  # fmt: skip
+    assert ((read >= 0) & (read < V)).all(), "a token that does not exist is read"
     exact = unrolled(inputs, read.t().cpu(), upstream, torch.float64)
     with tf32_layers() if precision != "highest" else contextlib.nullcontext():
         usual = unrolled(inputs, read.t().cpu(), upstream, dtype)
@@ -692,14 +693,15 @@ def unrolled(inputs, read, upstream, dtype):
     return *(x.detach() for x in results), *found
 
 
-def unrolls_huge(device, B, U, T, H=(8, 9)):
-    """No index overflows at the last step, whose program alone runs and does not change the position."""
+def unrolls_huge(device, B, U, T, step, H=(8, 9)):
+    """No index of that step overflows."""
     module = importlib.import_module("las_fast.kernels.speller_unroll")
     weights = [huge(*x.shape) for x in unroll_inputs(5, 4, H, 3, 7, 1, 1, 1, (1,), True, 0.0, 1.0, 0)[0]]
     memory = huge(B, T, 3), huge(B, T, 7), torch.full((B,), T, device="meta")
     tokens, masks = huge(B, U, dtype=torch.int64), [huge(B, h) for h in H]
     with (
-        mock.patch.object(module, "_positions", lambda *_: torch.full((2, 4), U - 1, dtype=torch.int32)),
+        mock.patch.object(module, "_positions", lambda *_: torch.full((2, 4), step, dtype=torch.int32)),
+        mock.patch.object(module, "_repeat", lambda launch, *_: launch(0)),
         mock.patch.object(torch, "_assert_async", lambda *_: None),
     ):
         logits, *saved = launcher("speller_unroll")(weights, *memory, tokens, tokens.bool(), masks, False, True)
@@ -988,6 +990,7 @@ HUGE = [
     Case("ctc_prefix", "huge-states", listens_huge, {"B": 2**15, "K": 128, "T": 600, "V": 40}, huge=True),
     Case("ctc_prefix", "huge-gains", listens_huge, {"B": 2**16, "K": 9, "T": 3, "V": 5000}, huge=True),
     Case("ctc_prefix", "huge-utterance", listens_huge, {"B": 1, "K": 2, "T": 300, "V": 2**23}, huge=True),
-    Case("speller_unroll", "huge", unrolls_huge, {"B": 2**25, "U": 2, "T": 8}, huge=True),
+    Case("speller_unroll", "huge", unrolls_huge, {"B": 2**25, "U": 2, "T": 8, "step": 0}, huge=True),
+    Case("speller_unroll", "huge-steps", unrolls_huge, {"B": 64, "U": 2**20, "T": 80, "step": 2**20 - 2}, huge=True),
     Case("beam_backtrack", "huge", backtracks_huge, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""Rung 6: a lower bound on the time of attention on a GPU, from the bytes and operations of its kernels.
+"""Rung 6: a lower bound on the time of attention and of the decoder pass on a GPU, from bytes and operations.
 
-    PYTHONPATH=tests python -m gpu_proof.roofline      prints the table
+    PYTHONPATH=tests python -m gpu_proof.roofline      prints the tables
 
 A launch takes at least the time of its bytes, of its operations and of its start. Bytes are counted in the interpreter,
 for every lane of every load and store, as if there were no caches: decoding finds the keys and values of a few
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_proof.budgets import attend
+from gpu_proof.budgets import attend, unroll
 from gpu_proof.cases import FLOAT, HALF
 from gpu_proof.interpreter import fast
 from gpu_proof.process import interpreted
@@ -21,6 +21,7 @@ from gpu_proof.sanitizer import sanitized
 BANDWIDTH = 3.35e12  # bytes per second
 RATE = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations per second, dense
 START = 2.5e-6  # seconds from one launch to the next, typical
+L2_BANDWIDTH = 5.5e12  # bytes per second, as measured by others: the data sheet has none
 ROWS = 16  # rows of a matrix unit's tile: queries are padded to a multiple
 
 K, D = 8, 256  # beams; numbers of a key and of a value
@@ -78,8 +79,46 @@ def ideal(B, T, dtype):
     return torch.finfo(dtype).bits // 8 * 2 * D * (B * T + B * K) + (8 + 4) * B * K
 
 
+UNROLL = {"B": 49, "T": 161}  # the typical batch of preset hw4p2
+TOKENS = 188
+
+
+def unroll_traffic():
+    """{(kernel, number of its launch in a token): bytes} of one token of the decoder pass; counts in a worker."""
+    launches = interpreted(count_unroll)
+    traffic = {}
+    for kernel, moved in launches:
+        number = sum(name == kernel for name, _ in traffic)
+        traffic[kernel, number] = moved
+    return traffic
+
+
+def count_unroll():
+    """(kernel, bytes) of each launch of the first token, forward and backward."""
+    fast()
+    with sanitized(checks=False) as launches:
+        unroll(U=2, **UNROLL)
+    names = [(launch.kernel, launch.requested) for launch in launches]
+    forward = next(i for i, (name, _) in enumerate(names) if name == "input_gradient_kernel")
+    token, backward = forward // 2, (len(names) - forward) // 2
+    return names[:token] + names[forward + backward :]
+
+
+def unroll_table():
+    """The launches of one token of the decoder pass and their least times, as lines of markdown."""
+    yield "| kernel | MB moved | at least, us |"
+    yield "|---|---|---|"
+    total = 0.0
+    for (kernel, _), moved in unroll_traffic().items():
+        seconds = max(moved / L2_BANDWIDTH, START)
+        total += seconds
+        yield f"| {kernel.removesuffix('_kernel')} | {moved / 1e6:.2f} | {seconds * 1e6:.1f} |"
+    yield f"| a token | | {total * 1e6:.1f} |"
+    yield f"| {TOKENS} tokens, ms | | {total * TOKENS * 1e3:.1f} |"
+
+
 def table():
-    """The bounds of all shapes, as lines of markdown."""
+    """The bounds of attention for all shapes, as lines of markdown."""
     yield "| dtype | B | T | MB moved | of ideal | GFLOP | at least, us | limited by |"
     yield "|---|---|---|---|---|---|---|---|"
     for dtype in (HALF, FLOAT):
@@ -93,5 +132,6 @@ def table():
 
 
 if __name__ == "__main__":
-    for line in table():
-        print(line, flush=True)
+    for lines in (table, unroll_table):
+        for line in lines():
+            print(line, flush=True)
