@@ -572,9 +572,9 @@ def _choose_launch(weights, sampled, read, operands, where: Layout) -> Callable[
     (U, B, _), (V, M), dtype = operands.shape, weights[0].shape, operands.dtype
     embedding, _, _, project, project_bias, bias = weights[:6]
     return partial(
-        choose_kernel[triton.cdiv(B, ROWS),], operands, project.to(dtype).contiguous(), project_bias,
+        choose_kernel[triton.cdiv(B, 16),], operands, project.to(dtype).contiguous(), project_bias,
         embedding.to(dtype).contiguous(), bias, operands.new_empty(B, M), sampled.t().contiguous(), read, B, U, V, M,
-        where.operands, where.readout, project.shape[1], BLOCK_N=32, **_matmul_options(B, dtype),
+        where.operands, where.readout, project.shape[1], BLOCK_N=32, **_matmul_options(16, dtype),
     )  # fmt: skip
 
 

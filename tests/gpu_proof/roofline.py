@@ -85,7 +85,7 @@ TOKENS = 188
 
 def unroll_traffic():
     """{(kernel, number of its launch in a token): bytes} of one token of the decoder pass; counts in a worker."""
-    launches = interpreted(count_unroll)
+    launches = interpreted(count_unroll, UNROLL)
     traffic = {}
     for kernel, moved in launches:
         number = sum(name == kernel for name, _ in traffic)
@@ -93,11 +93,11 @@ def unroll_traffic():
     return traffic
 
 
-def count_unroll():
+def count_unroll(sizes):
     """(kernel, bytes) of each launch of the first token, forward and backward."""
     fast()
     with sanitized(checks=False) as launches:
-        unroll(U=2, **UNROLL)
+        unroll(U=2, **sizes)
     names = [(launch.kernel, launch.requested) for launch in launches]
     forward = next(i for i, (name, _) in enumerate(names) if name == "input_gradient_kernel")
     token, backward = forward // 2, (len(names) - forward) // 2

@@ -4,7 +4,7 @@ import pytest
 
 from gpu_proof.cases import FLOAT, HALF
 from gpu_proof.process import interpreted
-from gpu_proof.roofline import SHAPES, Bound, attention_bound, count
+from gpu_proof.roofline import SHAPES, Bound, attention_bound, count, count_unroll
 
 MEMORY = ("query", "keys", "values")
 
@@ -32,3 +32,13 @@ def test_the_slowest_part_sets_the_bound():
     bound = Bound(bytes=3_350_000, ideal_bytes=1, operations=989_000_000, rate=989e12, launches=2)
     assert bound.times == pytest.approx({"memory": 1e-6, "arithmetic": 1e-6, "launches": 5e-6})
     assert (bound.seconds, bound.limit) == (pytest.approx(5e-6), "launches")
+
+
+def test_a_step_of_a_cell_reads_its_weights_once_per_block_of_utterances():
+    """With operands once per block of units: what a tiled matmul must read without a cache."""
+    (cell, moved), *_ = interpreted(count_unroll, {"B": 33, "T": 8, "H": (64, 32), "E": 32, "D": 32, "M": 32})
+    depth, states = 64 + 32, 33 * 64 * (1 + 4 + 1)  # cell state, gates, dropout mask
+    weights, operands, offsets = 2 * 4 * 64 * depth, 4 * 33 * depth, 64 * 4 * 64  # offsets also for the rows of padding
+    hidden = 2 * 2 * 33 * 64  # written twice: before and after dropout
+    assert cell == "cell_kernel"
+    assert moved <= 1.05 * (2 * (weights + operands) + 4 * (states + offsets) + hidden)
