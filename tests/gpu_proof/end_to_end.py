@@ -108,7 +108,7 @@ def trained(archive, backend, steps):
 
 
 def small_training():
-    """Preset an4 with small layers, batches of two utterances and a constant learning rate."""
+    """Preset an4 with small layers, a constant learning rate and batches of two short utterances."""
     config = load_config("an4")
     listener = replace(config.model.listener, conv_channels=(16,), lstm_size=12)
     speller_config = replace(config.model.speller, key_size=18, value_size=20, embedding_size=16, lstm_sizes=(24, 18))
@@ -118,7 +118,7 @@ def small_training():
     )  # fmt: skip
     return replace(
         config,
-        data=replace(config.data, utterances_per_batch=2),
+        data=replace(config.data, utterances_per_batch=2, max_seconds=1.5),
         model=replace(config.model, listener=listener, speller=speller_config),
         training=training,
     )
