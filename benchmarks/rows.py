@@ -38,9 +38,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def current_commit() -> str:
-    """Return the abbreviated commit, followed by + if tracked files differ from it; "unknown" outside git."""
+    """Return the abbreviated commit, followed by + if tracked files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
+    except OSError:  # there is no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 

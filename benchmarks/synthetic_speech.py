@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from las_fast import checkpoint
@@ -31,6 +30,8 @@ def audiobook_frame_counts(count: int) -> np.ndarray:
 
 def write_recordings(folder: Path, suffix: str, frame_counts: Sequence[int]) -> list[Path]:
     """Write one recording of noise per frame count, with the spectrum and syllable rate of speech; return the paths."""
+    import soundfile
+
     generator = np.random.default_rng(1)
     paths = []
     for i, count in enumerate(frame_counts):

@@ -162,7 +162,7 @@ def _hint(entries: list[Path]) -> str:
         return f"; it has {', '.join(suffixes)} files; unpack them first"
     if suffixes := sorted(kinds & {".parquet", ".arrow"}):
         return f"; it has {', '.join(suffixes)} files; extract the recordings to files, with a metadata.csv beside them"
-    if kinds & librispeech.AUDIO_SUFFIXES:
+    if kinds & librispeech.audio_suffixes():
         return "; it has recordings but no transcripts; write a manifest"
     return ""
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-
-import soundfile
 
 from las_fast.data.corpus import Corpus, Utterance, assign_roles
 from las_fast.data.folders import list_at_depth, list_folder, read_lines, subfolders, to_filename
 from las_fast.errors import InputError
 
 LAYOUT = "[LibriSpeech/]SPLIT/SPEAKER/CHAPTER/*.trans.txt (LibriSpeech)"
-FORMATS = soundfile.available_formats().keys() - {"RAW"}  # RAW has no header
-AUDIO_SUFFIXES = {f".{name.lower()}" for name in FORMATS} | {".opus", ".oga", ".aif"}
+
+
+@cache
+def audio_suffixes() -> frozenset[str]:
+    """Return the suffixes of the formats that libsndfile reads, in lower case."""
+    import soundfile  # here, because archives of features need no soundfile
+
+    formats = soundfile.available_formats().keys() - {"RAW"}  # RAW has no header
+    return frozenset(f".{name.lower()}" for name in formats) | {".opus", ".oga", ".aif"}
 
 
 def find_librispeech(root: Path) -> Path | None:
@@ -44,7 +49,7 @@ def _is_split(path: Path) -> bool:
 
 def _has_audio(path: Path) -> bool:
     """Whether a split has recordings; a test set may lack transcripts."""
-    return any(file.suffix.lower() in AUDIO_SUFFIXES for file in _files(path))
+    return any(file.suffix.lower() in audio_suffixes() for file in _files(path))
 
 
 def _files(split: Path) -> Iterator[Path]:
@@ -70,7 +75,7 @@ def _list_split(split: Path) -> list[Utterance]:
             texts[name] = text
             recordings.setdefault(name, path.parent / f"{name}.flac")
     for path in paths:
-        if path.suffix.lower() in AUDIO_SUFFIXES:
+        if path.suffix.lower() in audio_suffixes():
             if recordings.get(path.stem, path) != path and recordings[path.stem].exists():
                 raise InputError(f"{path} and {recordings[path.stem]} are recordings with the same name; keep only one")
             recordings[path.stem] = path

@@ -25,8 +25,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import unquote
 
-import soundfile
-
 from las_fast.data.corpus import Corpus, Utterance, assign_roles, is_role, role_of
 from las_fast.data.folders import list_files, subfolders, to_filename
 from las_fast.data.hw4p2 import PEEK, peek_shape
@@ -434,6 +432,8 @@ def _seconds_by_samples(path: Path, line: int, row: dict, file: Path) -> float |
 
 
 def _sample_rate(file: Path) -> int | None:
+    import soundfile  # here, because archives of features need no soundfile
+
     try:
         return soundfile.info(os.fsencode(file)).samplerate
     except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError):

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soxr
 
 from las_fast.config import FeatureConfig
 from las_fast.data.espeak import ACCENTS, Synthesiser, load_espeak
@@ -97,6 +96,8 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[PlannedUtterance
 
 def synthesise(synthesiser: Synthesiser, utterance: PlannedUtterance, *, seed: int) -> np.ndarray:
     """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, end silences and faint noise."""
+    import soxr
+
     rng = np.random.default_rng([seed, 1000, utterance.number])
     rate, pitch, pitch_range = rng.integers(130, 191), rng.integers(35, 66), rng.integers(30, 71)
     wave = synthesiser.speak(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from Levenshtein import distance, opcodes
 
 from las_fast.config import Config, from_yaml
 from las_fast.errors import InputError
@@ -28,6 +27,8 @@ MAX_ROWS = 12  # in each of the tables of best and worst utterances
 
 def differences(reference: str, hypothesis: str) -> tuple[str, str]:
     """Reference and hypothesis as HTML, with deleted, inserted and replaced text in spans of these classes."""
+    from Levenshtein import opcodes
+
     reference_parts, hypothesis_parts = [], []
     for kind, a, b, c, d in opcodes(reference, hypothesis):
         reference_parts.append(_span(kind, reference[a:b]))
@@ -206,6 +207,8 @@ def _attention_figure(name: str, text: str, weights: np.ndarray, when: str, fram
 def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
     if not rows:
         return ""
+    from Levenshtein import distance
+
     scored = sorted((100 * distance(r, h) / max(1, len(r)), name, r, h) for name, r, h in rows)
     correct = sum(1 for rate, *_ in scored if rate == 0)
     worst = [row for row in reversed(scored) if row[0] > 0][:MAX_ROWS]
