@@ -20,7 +20,7 @@ import torch
 from benchmarks.flops import BACKWARD, listener_flops, speller_flops
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, audiobook_frame_counts
-from benchmarks.test_bench_train import make_trainers, synthetic_batch
+from benchmarks.training_paths import make_trainers, synthetic_batch
 from las_fast.cli import run
 from las_fast.config import Config, load_config
 from las_fast.data.batching import BucketBatches

@@ -1,4 +1,4 @@
-"""Two implementations of the model in PyTorch alone: the baselines that las_fast's speed is compared with.
+"""Implementations of the model in PyTorch alone, for any device: the baselines that las_fast is compared with.
 
     Usual   LAS as most repositories write it: packed bidirectional nn.LSTM; per token an nn.LSTMCell, a mask and an
             output projection; encoder outputs repeated over the beam; hypotheses copied at every step.
@@ -6,14 +6,17 @@
             reversed utterances; one matmul for the gates of a cell; mask and scaled keys computed once and shared by
             the beam; one output projection for all tokens; back-pointers. In bfloat16 it trains under torch.autocast
             and decodes with bfloat16 weights.
+    PlainPacked   Plain with the packed LSTM of Usual.
+    PlainGraphed  Plain whose decoder loop is a CUDA graph, forwards and backwards.
 
-Both copy the weights of a las_fast.model.LAS. Their logits, losses and hypotheses equal those of las_fast.
+All copy the weights of a las_fast.model.LAS. Their logits, losses and hypotheses equal those of las_fast.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,7 @@ from las_fast.model.las import LAS, Output
 from las_fast.model.listener import convolve
 from las_fast.text import EOS, SOS
 
-# Shared by both
+# Shared by all
 
 
 class Baseline(nn.Module):
@@ -96,13 +99,13 @@ class Baseline(nn.Module):
 
     def eos_mask(self, *, last: bool) -> Tensor:
         """Return (V,) to add to log-probabilities: it forces <eos> at the last step and forbids it before."""
-        is_eos = torch.arange(len(self.bias)) == EOS
-        return torch.zeros(len(self.bias)).masked_fill(~is_eos if last else is_eos, -torch.inf)
+        is_eos = torch.arange(len(self.bias), device=self.bias.device) == EOS
+        return torch.zeros(is_eos.shape, device=is_eos.device).masked_fill(~is_eos if last else is_eos, -torch.inf)
 
 
 def valid(lengths: Tensor, like: Tensor) -> Tensor:
     """Return (B, T, 1) bool, True for the frames within each length."""
-    return (torch.arange(like.shape[1]) < lengths[:, None])[:, :, None]
+    return (torch.arange(like.shape[1], device=lengths.device) < lengths[:, None])[:, :, None]
 
 
 def shift_right(tokens: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class PackedBiLSTM(nn.Module):
         self.lstm = copy.deepcopy(lstm)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         output, _ = self.lstm(packed)
         return nn.utils.rnn.pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
 
@@ -170,7 +173,7 @@ class Usual(Baseline):
             hidden[i], cells[i] = cell(x, (hidden[i], cells[i]))
             x = hidden[i] if masks[i] is None else hidden[i] * masks[i]
         scores = torch.bmm(keys, self.query(x)[:, :, None]).squeeze(2) / math.sqrt(keys.shape[2])
-        mask = torch.arange(keys.shape[1]) >= lengths[:, None]
+        mask = torch.arange(keys.shape[1], device=lengths.device) >= lengths[:, None]
         weights = F.softmax(scores.masked_fill(mask, -torch.inf), 1)
         context = torch.bmm(weights[:, None], values).squeeze(1)
         return self.output(x, context), weights, (hidden, cells, context)
@@ -178,12 +181,12 @@ class Usual(Baseline):
     @torch.inference_mode()
     def search(self, listened: Tensor, lengths: Tensor, beam: int, steps: int) -> tuple[Tensor, Tensor]:
         """Return tokens (B, K, steps), best first, and scores (B, K); only the last token is <eos>."""
-        B = listened.shape[0]
+        B, device = listened.shape[0], listened.device
         keys, values = (layer(listened).repeat_interleave(beam, 0) for layer in (self.key, self.value))
         lengths, state = lengths.repeat_interleave(beam), self.initial_state(values)
-        first = (torch.arange(B) * beam)[:, None]  # beam 0 of each utterance
-        tokens = torch.full((B * beam, 1), SOS)
-        scores = torch.full((B, beam), -torch.inf)
+        first = (torch.arange(B, device=device) * beam)[:, None]  # beam 0 of each utterance
+        tokens = torch.full((B * beam, 1), SOS, device=device)
+        scores = torch.full((B, beam), -torch.inf, device=device)
         scores[:, 0] = 0.0
         for u in range(steps):
             logits, _, state = self.step(tokens[:, -1], state, keys, values, lengths, self.masks(values))
@@ -207,7 +210,7 @@ class ReversedBiLSTM(nn.Module):
         self.forwards, self.backwards = one_direction(lstm, ""), one_direction(lstm, "_reverse")
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        time = torch.arange(x.shape[1])
+        time = torch.arange(x.shape[1], device=x.device)
         mirror = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)[:, :, None]
         backwards, _ = self.backwards(x.gather(1, mirror.expand_as(x)))
         forwards, _ = self.forwards(x)
@@ -232,8 +235,8 @@ class Plain(Baseline):
     def project_memory(self, listened: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return scaled keys (B, D, T), values (B, T, E) and a mask (B, 1, T) to add to the scores, for all tokens."""
         keys, values = self.key(listened), self.value(listened)
-        mask = torch.zeros(keys.shape[0], 1, keys.shape[1], dtype=keys.dtype)
-        mask.masked_fill_(torch.arange(keys.shape[1]) >= lengths[:, None, None], -torch.inf)
+        mask = keys.new_zeros(keys.shape[0], 1, keys.shape[1])
+        mask.masked_fill_(torch.arange(keys.shape[1], device=keys.device) >= lengths[:, None, None], -torch.inf)
         return (keys / math.sqrt(keys.shape[2])).transpose(1, 2).contiguous(), values, mask
 
     def spell(self, listened: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,12 +276,12 @@ class Plain(Baseline):
     @torch.inference_mode()
     def search(self, listened: Tensor, lengths: Tensor, beam: int, steps: int) -> tuple[Tensor, Tensor]:
         """Return tokens (B, K, steps), best first, and scores (B, K); only the last token is <eos>."""
-        B, V = listened.shape[0], len(self.bias)
+        B, V, device = listened.shape[0], len(self.bias), listened.device
         memory, dropout = self.project_memory(listened, lengths), self.masks(listened)
         state = self.initial_state(memory[1], beam)
-        row = torch.arange(B)[:, None]
-        tokens = torch.full((B, beam), SOS)
-        scores = torch.full((B, beam), -torch.inf)
+        row = torch.arange(B, device=device)[:, None]
+        tokens = torch.full((B, beam), SOS, device=device)
+        scores = torch.full((B, beam), -torch.inf, device=device)
         scores[:, 0] = 0.0
         eos_masks = self.eos_mask(last=False), self.eos_mask(last=True)
         token_steps, parent_steps = [], []
@@ -290,8 +293,81 @@ class Plain(Baseline):
             state = [x[row, parents] for x in h], [x[row, parents] for x in c], context[row, parents]
             token_steps.append(tokens)
             parent_steps.append(parents)
-        beams, path = torch.arange(beam).expand(B, -1), []
+        beams, path = torch.arange(beam, device=device).expand(B, -1), []
         for tokens, parents in zip(reversed(token_steps), reversed(parent_steps), strict=True):
             path.append(tokens.gather(1, beams))
             beams = parents.gather(1, beams)
         return torch.stack(path[::-1], 2), scores
+
+
+# What else a GPU may favour
+
+
+class PlainPacked(Plain):
+    bilstm = PackedBiLSTM
+
+
+class PlainGraphed(Plain):
+    """Plain whose decoder loop is one CUDA graph forwards and one backwards, captured anew for each shape of a batch.
+
+    capture: False runs the same loop op by op, on any device.
+    """
+
+    def __init__(self, model: LAS, *, capture: bool = True):
+        super().__init__(model)
+        self.capture, self.graphs = capture, {}
+
+    def spell(self, listened: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values, mask = self.project_memory(listened, lengths)
+        dtype, layers = keys.dtype, (*self.cells, self.query)
+        embedded = self.embedding(shift_right(tokens)).to(dtype)
+        dropout = [
+            values.new_ones(len(values), 1, size) if mask is None else mask[:, None].to(dtype)
+            for mask, size in zip(self.masks(values), self.sizes, strict=True)
+        ]
+        # Converted here, once, because autocast would convert them again for each token.
+        weights = [x.to(dtype) for layer in layers for x in (layer.weight, layer.bias)]
+        arguments = (embedded, keys, values, mask, *dropout, *weights)
+        with torch.autocast(keys.device.type, enabled=False):
+            hidden, contexts, attention = self.loop(arguments)(*arguments)
+        return self.output(hidden, contexts), attention
+
+    def loop(self, arguments: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Return decoder_loop, as CUDA graphs for the shapes of these arguments if gradients are needed."""
+        if not self.capture or not torch.is_grad_enabled():
+            return decoder_loop
+        key = tuple((x.shape, x.dtype, x.requires_grad) for x in arguments)
+        if key not in self.graphs:
+            samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in arguments)
+            self.graphs[key] = torch.cuda.make_graphed_callables(decoder_loop, samples)
+        return self.graphs[key]
+
+
+def decoder_loop(
+    embedded: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Plain.step over all tokens; return the outputs (B, U, H), contexts (B, U, E) and attention weights (B, U, T).
+
+    Args:
+        embedded:           (B, U, M) embeddings of the previous tokens.
+        keys, values, mask: from Plain.project_memory.
+        others:             a dropout mask (B, 1, H) per cell, then weight and bias of each cell and of the query.
+    """
+    count = (len(others) - 2) // 3  # cells
+    dropout, weights = others[:count], list(zip(others[count::2], others[count + 1 :: 2], strict=True))
+    hidden = [values.new_zeros(len(values), 1, x.shape[2]) for x in dropout]
+    cells, context = list(hidden), values.new_zeros(len(values), 1, values.shape[2])
+    outputs, contexts, attention = [], [], []
+    for token in embedded.split(1, 1):
+        x = torch.cat((token, context), 2)
+        for n in range(count):
+            i, f, g, o = F.linear(torch.cat((x, hidden[n]), 2), *weights[n]).chunk(4, 2)
+            cells[n] = torch.sigmoid(f) * cells[n] + torch.sigmoid(i) * torch.tanh(g)
+            hidden[n] = torch.sigmoid(o) * torch.tanh(cells[n])
+            x = hidden[n] * dropout[n]
+        attended = F.softmax((torch.bmm(F.linear(x, *weights[count]), keys) + mask).float(), -1)
+        context = torch.bmm(attended.to(values.dtype), values)
+        outputs.append(x)
+        contexts.append(context)
+        attention.append(attended)
+    return torch.cat(outputs, 1), torch.cat(contexts, 1), torch.cat(attention, 1)

@@ -36,19 +36,19 @@ class Shape:
 class SearchPaths:
     """Functions that run the same search by different paths; each returns the best tokens and their scores (B,)."""
 
-    def __init__(self, shape: Shape):
-        self.shape = shape
+    def __init__(self, shape: Shape, device: str = "cpu"):
+        self.shape, self.device = shape, torch.device(device)
         torch.manual_seed(0)
         listener = ListenerConfig((8,), (3,), (1,), 256, 0)
         speller = SpellerConfig(256, shape.H, shape.H, (shape.H, shape.H), 0.0)
-        self.model = LAS(ModelConfig(listener, speller), input_size=8, vocabulary_size=shape.V).eval()
-        self.listened = torch.randn(shape.B, shape.T, 512)
-        self.lengths = torch.full((shape.B,), shape.T)
-        self.baselines = {"usual": Usual(self.model).eval(), "plain": Plain(self.model).eval()}
-        self.plain_bf16 = Plain(self.model).eval().bfloat16(), self.listened.bfloat16()
+        self.model = LAS(ModelConfig(listener, speller), input_size=8, vocabulary_size=shape.V).eval().to(device)
+        self.listened = torch.randn(shape.B, shape.T, 512).to(device)
+        self.lengths = torch.full((shape.B,), shape.T, device=device)
+        self.baselines = {"usual": Usual(self.model).eval().to(device), "plain": Plain(self.model).eval().to(device)}
+        self.plain_bf16 = Plain(self.model).eval().to(device).bfloat16(), self.listened.bfloat16()
         # Packed once for all searches, as decode_dataset does; the baselines' weights are converted once too.
         precisions = ("fp32", *LOW_PRECISIONS)
-        self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), "cpu") for p in precisions}
+        self.packed = {p: packed_weights(self.model, DecodingConfig(precision=p), device) for p in precisions}
 
     def paths(self, *names: str) -> dict[str, Callable[[], tuple]]:
         """Return the named paths that can run here; all of them if no name is given."""
@@ -57,7 +57,10 @@ class SearchPaths:
         }
         paths["plain bf16"] = lambda: self.run_baseline(*self.plain_bf16)
         paths["las_fast reference"] = lambda: self.run_las_fast("reference")
-        if backends.unavailable("beam_topk", "cpp") is None:
+        if self.device.type == "cuda":
+            paths["las_fast steps"] = lambda: self.run_las_fast("auto", capture=False)
+            paths["las_fast graph"] = lambda: self.run_las_fast("auto", capture=True)
+        elif backends.unavailable("beam_topk", "cpp") is None:
             paths["las_fast steps"] = lambda: self.run_las_fast("cpp", capture=False)
             paths["las_fast cpp"] = lambda: self.run_las_fast("cpp")
             paths["las_fast bf16"] = lambda: self.run_las_fast("cpp", "bf16")
@@ -75,11 +78,13 @@ class SearchPaths:
         config = DecodingConfig(
             beam=self.shape.K, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1, precision=precision
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision in LOW_PRECISIONS):  # as in decode_dataset
+        # As in decode_dataset.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision in LOW_PRECISIONS):
             memory = self.model.speller.attention.project_memory(self.listened, self.lengths)
         packed = self.packed[precision]
         hypotheses = beam_search(self.model, memory, config, packed=packed, backend=backend, capture=capture)
-        return [h[0].text_tokens for h in hypotheses], torch.tensor([h[0].score for h in hypotheses])
+        scores = torch.tensor([h[0].score for h in hypotheses], device=self.device)
+        return [h[0].text_tokens for h in hypotheses], scores
 
     def check(self, paths: dict[str, Callable[[], tuple]]) -> None:
         """Assert that scores agree with plain's, and in float32 the hypotheses too.

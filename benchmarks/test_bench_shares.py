@@ -18,7 +18,8 @@ from benchmarks import machine
 from benchmarks.flops import BACKWARD, listener_flops, speller_flops
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME
-from benchmarks.test_bench_train import make_batch, preset, shape_of
+from benchmarks.test_bench_train import make_batch, preset
+from benchmarks.training_paths import shape_of
 from las_fast import checkpoint
 from las_fast.search.beam import beam_search
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.plain import Plain
-from benchmarks.test_bench_train import dtype_of, preset
+from benchmarks.test_bench_train import preset
+from benchmarks.training_paths import dtype_of
 from las_fast import checkpoint
 from las_fast.model.las import LAS
 from las_fast.ops import backends

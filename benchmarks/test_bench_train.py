@@ -5,31 +5,25 @@ Paths: las_fast, and the two baselines of plain.py in the same trainer.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.plain import Plain, Usual
 from benchmarks.subprocess_timer import SubprocessTimer, closing_all
-from benchmarks.synthetic_speech import LETTERS_PER_FRAME, frame_counts
-from las_fast import checkpoint
+from benchmarks.synthetic_speech import frame_counts
+from benchmarks.training_paths import (
+    dtype_of,
+    make_trainers,
+    shape_of,
+    synthetic_batch,
+    with_training,
+    without_dropout,
+)
 from las_fast.config import Config, load_config
 from las_fast.data.batching import Batch, BucketBatches
-from las_fast.text import EOS, PAD, Vocabulary
-from las_fast.training.trainer import Trainer, make_optimiser
 
-PATHS = {  # model, precision
-    "usual": (Usual, "fp32"),
-    "plain": (Plain, "fp32"),
-    "plain bf16": (Plain, "bf16"),
-    "las_fast": (None, "fp32"),
-    "las_fast bf16": (None, "bf16"),
-}
+PATHS = ("usual", "plain", "plain bf16", "las_fast", "las_fast bf16")
 TUNED = ", memory tuned"
 ALL_PATHS = [*PATHS, "plain" + TUNED, "plain bf16" + TUNED]
 CURVE_PATHS = [path for path in PATHS if path != "usual"]
@@ -40,11 +34,7 @@ LOSS_RTOL = 1e-4  # float32
 
 def preset(dropout: bool = True) -> Config:
     config = load_config("speech13h")
-    if dropout:
-        return config
-    model = config.model
-    parts = {name: dataclasses.replace(getattr(model, name), dropout=0.0) for name in ("listener", "speller")}
-    return dataclasses.replace(config, model=dataclasses.replace(model, **parts))
+    return config if dropout else without_dropout(config)
 
 
 def make_batch(config: Config, frame_share: float = 1.0) -> Batch:
@@ -54,47 +44,6 @@ def make_batch(config: Config, frame_share: float = 1.0) -> Batch:
     batches = BucketBatches(counts, frames_per_batch=budget, utterances_per_batch=64, seed=0).epoch(0)
     batches.sort(key=lambda batch: counts[batch].max())
     return synthetic_batch(torch.from_numpy(counts[batches[len(batches) // 2]]), config.features.input_size)
-
-
-def synthetic_batch(lengths: torch.Tensor, size: int) -> Batch:
-    """Return a batch of noise with `lengths` (B,) feature frames of `size` values and as many tokens as speech."""
-    torch.manual_seed(0)
-    features = torch.randn(len(lengths), int(lengths.max()), size)
-    token_lengths = (lengths * LETTERS_PER_FRAME).long() + 1
-    tokens = torch.randint(EOS + 1, len(Vocabulary()), (len(lengths), int(token_lengths.max())))
-    after_text = torch.arange(tokens.shape[1]) - (token_lengths[:, None] - 1)
-    tokens = tokens.masked_fill(after_text == 0, EOS).masked_fill(after_text > 0, PAD)
-    features = features.masked_fill((torch.arange(features.shape[1]) >= lengths[:, None])[..., None], 0.0)
-    return Batch(features, lengths, tokens, token_lengths, torch.arange(len(lengths)))
-
-
-def dtype_of(path: str) -> str:
-    return "bfloat16" if "bf16" in path else "float32"
-
-
-def shape_of(batch: Batch) -> str:
-    B, T, F = batch.features.shape
-    return f"B{B} T{T} F{F} U{batch.tokens.shape[1]}"
-
-
-def make_trainer(path: str, config: Config, weights: dict) -> Trainer:
-    """Return las_fast's trainer with the model of one path."""
-    model_class, precision = PATHS[path]
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
-    data = SimpleNamespace(frame_counts=frame_counts(4000))  # gives the number of steps per epoch
-    trainer = Trainer(config, data, None, Path(), torch.device("cpu"), {})
-    trainer.model.load_state_dict(weights)
-    if model_class is not None:
-        trainer.model = model_class(trainer.model)
-        trainer.optimiser = make_optimiser(trainer.model, config)
-    trainer.averaged = copy.deepcopy(trainer.model)
-    return trainer
-
-
-def make_trainers(config: Config, paths=PATHS) -> dict[str, Trainer]:
-    torch.manual_seed(1)
-    weights = checkpoint.build_model(config).state_dict()
-    return {path: make_trainer(path, config, weights) for path in paths}
 
 
 def loss_curves(config: Config, batches: list[Batch], paths=PATHS) -> dict[str, torch.Tensor]:
@@ -108,7 +57,7 @@ def check(curves: dict[str, torch.Tensor], *, fp32: float = LOSS_RTOL, bf16: flo
     expected = curves["plain"]
     assert expected.isfinite().all() and expected[-1] < expected[0]
     for path, curve in curves.items():
-        tolerance = bf16 if PATHS[path][1] == "bf16" else fp32
+        tolerance = bf16 if dtype_of(path) == "bfloat16" else fp32
         torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0.0, msg=lambda m, path=path: f"{path}: {m}")
 
 
@@ -117,9 +66,6 @@ def make_step(path: str, frame_share: float, threads: int) -> Callable[[], objec
     torch.set_num_threads(threads)
     config = preset()
     batch, trainer = make_batch(config, frame_share), make_trainers(config, [path])[path]
-    if path == "usual":
-        for group in trainer.optimiser.param_groups:
-            group["fused"] = None  # the default of AdamW
     return lambda: trainer.train_step(batch)
 
 
@@ -159,7 +105,7 @@ def test_training_step_on_a_large_batch(compare, long):
 def test_fifty_steps_of_training_have_one_curve(long):
     """The learning rate is low: at the preset's, rounding makes even the two baselines diverge."""
     config = preset(dropout=False)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, learning_rate=1e-4))
+    config = with_training(config, learning_rate=1e-4)
     curves = loss_curves(config, [make_batch(config, SMALL)] * 50)
     for path, curve in curves.items():
         max_error = float((curve / curves["plain"] - 1).abs().max())
