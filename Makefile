@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+AN4 ?=
 
 .PHONY: demo test bench lint gpu-check build
 
@@ -26,7 +27,7 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 gpu-check: build
-	@$(BIN)/python -m benchmarks.gpu_check
+	@$(BIN)/python -m benchmarks.device --out runs/gpu-$$(date +%Y%m%d-%H%M%S) $(if $(AN4),--data $(AN4))
 
 # Without a compiler, setup.py prints one line and succeeds; the reference paths are used.
 build: $(STAMP)

@@ -130,7 +130,7 @@ def make(*words):
     ("bench", "-m pytest benchmarks"),
     ("lint", "ruff check"),
     ("lint", "/mypy"),
-    ("gpu-check", "-m benchmarks.gpu_check"),
+    ("gpu-check", "-m benchmarks.device --out runs/gpu-"),
 ])  # fmt: skip
 def test_each_make_target_sets_up_everything_before_its_job(target, job):
     lines = make("-n", target, "VENV=/nowhere/venv").stdout

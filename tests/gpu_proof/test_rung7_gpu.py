@@ -1,10 +1,13 @@
-"""Rung 7: every case again on a GPU where there is one, and whole searches, launch by launch and as CUDA graphs."""
+"""Rung 7: every case again on a GPU where there is one, then whole searches, step by step and as CUDA graphs, and the
+training path against the CPU."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.device.checks import CHECKS
+from benchmarks.device.timing import exact_float32
 from gpu_proof.cases import CASES
 from gpu_proof.end_to_end import CHECKPOINT
 from gpu_proof.interpreter import poisoned
@@ -70,3 +73,10 @@ def test_a_search_waits_for_the_device_only_to_read_the_flag_of_a_chunk(encoded,
                 beams, _ = steps.advance(search, inputs, beams)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_training_path_and_every_search_give_what_they_give_on_the_cpu(name):
+    with exact_float32():
+        for finding in CHECKS[name]("cuda", False):
+            assert finding.error <= finding.tolerance, finding

@@ -1,0 +1,136 @@
+"""Train the preset an4 on AN4: the loss curve, the CER on dev, and the speed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.device import edit_distance
+from benchmarks.device.parts import Options
+from benchmarks.device.record import MARGIN, Record
+from benchmarks.training_paths import with_training
+from las_fast.config import Config, load_config
+from las_fast.data.dataset import SpeechDataset, open_corpus
+from las_fast.errors import Stopped
+from las_fast.train import load_data
+from las_fast.training.runlog import read_rows
+from las_fast.training.trainer import Trainer
+
+WITHOUT_DATA = "no --data; see tests/gpu_proof/README.md"
+EPOCHS = 40
+EXPECTED_CER = 20.0  # percent of dev, after EPOCHS; on a CPU it was 8.9
+SAVING_SECONDS = 8.0  # that a training gets to validate and save before its part has to end
+
+
+def run(options: Options, record: Record) -> None:
+    edit_distance.provide()
+    with tempfile.TemporaryDirectory() as folder, data_of(options, Path(folder)) as data:
+        if data is None:
+            return record.skip("training of AN4", WITHOUT_DATA)
+        config = settings(options, Path(folder))
+        train_data, dev_data = load_data(config, open_corpus(data))
+        train(config, train_data, dev_data, Path(folder) / "run", options, record)
+
+
+@contextlib.contextmanager
+def data_of(options: Options, folder: Path) -> Iterator[Path | None]:
+    """Yield --data; without it noise in the same layout for a quick run, or None."""
+    if options.data is None and options.quick:
+        write_noise(folder / "data")
+        yield folder / "data"
+    else:
+        yield options.data
+
+
+def write_noise(root: Path) -> None:
+    """Write an archive in the layout of AN4: noise with made-up transcripts."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("dev", 3)):
+        for kind in ("mfcc", "transcript"):
+            (root / split / kind).mkdir(parents=True)
+        for i in range(count):
+            frames = generator.normal(size=(int(generator.integers(40, 90)), 13)).astype(np.float32)
+            np.save(root / split / "mfcc" / f"{split}-{i}.npy", frames)
+            np.save(root / split / "transcript" / f"{split}-{i}.npy", np.array(["<sos>", *"ONE TWO"[i % 5 :], "<eos>"]))
+
+
+def settings(options: Options, folder: Path) -> Config:
+    """Return the settings of the training: those with which the attention forms within EPOCHS."""
+    config = load_config("an4")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(folder / "cache")))
+    if options.quick:
+        return with_training(config, epochs=1, validate_every=1.0, pictures=0)
+    return with_training(config, epochs=EPOCHS, guided_frames=6.0, pictures=0)
+
+
+def train(
+    config: Config, train_data: SpeechDataset, dev_data: SpeechDataset, out: Path, options: Options, record: Record
+) -> None:
+    """Train within the limit of the part; record what the training logs, as it does."""
+    out.mkdir()
+    trainer = Trainer(config, train_data, dev_data, out, torch.device(options.device), {})
+    labels = {"shape": f"{len(train_data)} utterances", "dtype": str(trainer.precision)}
+    timer = threading.Timer(record.seconds_left() - MARGIN - SAVING_SECONDS, stop, [trainer])
+    timer.daemon = True
+    timer.start()
+    started = time.perf_counter()
+    with following(out / "log.jsonl", record, labels), contextlib.suppress(Stopped):
+        trainer.run()
+    timer.cancel()
+    seconds, epochs = time.perf_counter() - started, trainer.epoch
+    shutil.copy(out / "log.jsonl", options.out / "an4.jsonl")
+    record.row("training of AN4", seconds, "s", note=f"{epochs:.1f} of {config.training.epochs} epochs", **labels)
+    audio = float(train_data.seconds.sum()) * epochs
+    record.row("training of AN4: seconds of audio per second", audio / seconds, **labels)
+    if epochs >= EPOCHS:
+        record.check("training of AN4: best CER", trainer.progress.best_cer, EXPECTED_CER, "%", **labels)
+
+
+def stop(trainer: Trainer) -> None:
+    """Have a training end after its step, as a signal would."""
+    trainer.stop_signal = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def following(path: Path, record: Record, labels: dict[str, str]) -> Iterator[None]:
+    """Record the validations in a log, and one training loss per epoch, while the block runs."""
+    ended, seen = threading.Event(), [0]
+
+    def look() -> None:
+        rows = read_rows(path)
+        for before, row in zip([None, *rows][seen[0] :], rows[seen[0] :], strict=False):
+            record_logged(row, before, record, labels)
+        seen[0] = len(rows)
+
+    def keep_looking() -> None:
+        while not ended.wait(2.0):
+            look()
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+def record_logged(row: dict, before: dict | None, record: Record, labels: dict[str, str]) -> None:
+    """Record a row of a log, unless it is of the same epoch as the one before."""
+    note = f"epoch {row['epoch']:.1f}"
+    if row["kind"] == "valid":
+        record.row("training of AN4: dev CER", row["cer"], "%", note=note, **labels)
+        record.row("training of AN4: dev loss", row["loss"], "nats per token", note=note, **labels)
+    elif before is None or int(before["epoch"]) != int(row["epoch"]):
+        record.row("training of AN4: loss", row["loss"], note=note, **labels)

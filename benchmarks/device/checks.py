@@ -1,0 +1,247 @@
+"""The paths of training and search that have no proof without a GPU, each against the same computation on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.device import edit_distance
+from benchmarks.device.parts import Options
+from benchmarks.device.record import Record
+from benchmarks.device.timing import exact_float32
+from benchmarks.training_paths import make_trainers, shape_of, synthetic_batch, with_training, without_dropout
+from las_fast import ops
+from las_fast.checkpoint import load_model
+from las_fast.config import Config, load_config
+from las_fast.data.batching import Batch
+from las_fast.model.listener import BiLSTM
+from las_fast.search.beam import Hypothesis, beam_search
+from las_fast.training.validate import Validation, validate
+
+MODEL = "an4"  # the released model of the searches and of the validation
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+
+
+class Finding(NamedTuple):
+    """An error, and how large it may be."""
+
+    what: str
+    error: float
+    tolerance: float
+    shape: str = ""
+    dtype: str = FLOAT32
+    note: str = ""
+
+
+def run(options: Options, record: Record) -> None:
+    edit_distance.provide()
+    for name in record.while_time(list(CHECKS), "checks"):
+        with record.attempt(name), exact_float32():
+            for finding in CHECKS[name](options.device, options.quick):
+                labels = {"shape": finding.shape, "dtype": finding.dtype, "note": finding.note}
+                record.check(finding.what, finding.error, finding.tolerance, **labels)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return ||found - expected|| / ||expected||; 0 if both are 0, infinite if only expected is."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    difference, size = float((found - expected).norm()), float(expected.norm())
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- training step
+
+
+def training_step(preset: str, device: str, quick: bool) -> Iterator[Finding]:
+    """One step with all losses: loss and gradients in float32 as on the CPU, and in bfloat16 as in float32."""
+    config = with_training(without_dropout(load_config(preset)), guided_frames=6.0, clip_norm=1e9)
+    lengths = torch.tensor([70, 41] if quick else [400, 397, 380, 333, 300, 256, 201, 90])
+    batch = synthetic_batch(lengths, config.features.input_size)
+    shape = f"{preset} {shape_of(batch)}"
+    expected, on_cpu = loss_and_gradients("las_fast", config, batch, "cpu")
+    loss, gradients = loss_and_gradients("las_fast", config, batch, device)
+    worst, name = worst_gradient(gradients, on_cpu)
+    yield Finding("training step: loss", relative_error(loss, expected), 1e-4, shape)
+    yield Finding("training step: gradients", worst, 1e-3, shape, note=f"worst: {name}")
+    loss, narrow = loss_and_gradients("las_fast bf16", config, batch, device)
+    worst, name = worst_gradient(narrow, gradients)
+    whole = relative_error(torch.cat([*narrow.values()]), torch.cat([*gradients.values()]))
+    yield Finding("training step: loss", relative_error(loss, expected), 1e-2, shape, BFLOAT16)
+    yield Finding("training step: gradients", whole, 5e-2, shape, BFLOAT16, f"worst: {name}, {worst:.2g}")
+
+
+def loss_and_gradients(path: str, config: Config, batch: Batch, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a step, and the flat gradient of each parameter on the CPU."""
+    trainer = make_trainers(config, [path], device)[path]
+    loss = trainer.train_step(batch.to(device))["loss"]
+    named = trainer.model.named_parameters()
+    return loss, {name: parameter.grad.float().cpu().flatten() for name, parameter in named}
+
+
+def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest relative error of a parameter's gradient, and its name.
+
+    An error is relative to the norm of the gradient plus a thousandth of that of all gradients: a gradient that is
+    rounding error alone does not count.
+    """
+    total = float(torch.cat([*expected.values()]).norm())
+    errors = {
+        name: float((found[name] - gradient).norm()) / (float(gradient.norm()) + 1e-3 * total)
+        for name, gradient in expected.items()
+    }
+    name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
+    return errors[name], name
+
+
+# ----------------------------------------------------------------------------------------------------------- LSTM, CTC
+
+
+def lstm_layer(device: str, quick: bool) -> Iterator[Finding]:
+    """The LSTM of the listener against the reference of ops.bilstm: outputs and all gradients."""
+    torch.manual_seed(0)
+    T, sizes = (20, (6, 5)) if quick else (157, (80, 96))
+    layer, lengths = BiLSTM(*sizes), torch.tensor([T, T - 1, T // 2, 2, 1])
+    x, weights = torch.randn(5, T, sizes[0]), torch.randn(5, T, 2 * sizes[1])
+    shape = f"B5 T{T} I{sizes[0]} H{sizes[1]}"
+
+    def results(layer: BiLSTM, x: Tensor, lengths: Tensor, run: Callable[..., Tensor]) -> list[Tensor]:
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        output = run(x, lengths)
+        (output * weights.to(output)).sum().backward()
+        return [output, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    def reference(x: Tensor, lengths: Tensor) -> Tensor:
+        return ops.bilstm(x, lengths, *layer.lstm.all_weights, backend="reference")
+
+    expected = [value.clone() for value in results(layer, x, lengths, reference)]
+    layer = layer.to(device)
+    output, *gradients = map(relative_error, results(layer, x.to(device), lengths.to(device), layer), expected)
+    yield Finding("listener's LSTM", output, 1e-4, shape)
+    yield Finding("listener's LSTM: gradients", max(gradients), 1e-3, shape)
+
+
+def ctc(device: str, quick: bool) -> Iterator[Finding]:
+    """CTC loss, its gradient and token times; one text is too long for its frames, one is empty."""
+    torch.manual_seed(0)
+    T, S, V = (20, 6, 9) if quick else (161, 60, 31)
+    logits, tokens = torch.randn(4, T, V), torch.randint(1, V, (4, S))
+    lengths, counts = torch.tensor([T, T - 7, S - 1, T]), torch.tensor([S, S // 2, S, 0])
+
+    def results(where: str) -> tuple[Tensor, Tensor, Tensor]:
+        x = logits.detach().to(where).requires_grad_()
+        arguments = lengths.to(where), tokens.to(where), counts.to(where)
+        losses = ops.ctc_loss(x, *arguments)
+        losses.sum().backward()
+        return losses, x.grad, ops.token_times(x, *arguments)
+
+    for what, found, expected in zip(("loss", "gradient", "token times"), results(device), results("cpu"), strict=True):
+        yield Finding(f"CTC: {what}", relative_error(found, expected), 1e-4, f"B4 T{T} V{V} S{S}")
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+class Noise:
+    """A data set of noise, with the attributes that a validation reads."""
+
+    def __init__(self, count: int, size: int):
+        generator = torch.Generator().manual_seed(0)
+        counts = torch.randint(60, 240, (count,), generator=generator)
+        self.items = [torch.randn(n, size, generator=generator) for n in counts.tolist()]
+        self.frame_counts, self.ids = counts.numpy(), [f"noise-{i}" for i in range(count)]
+        self.texts = ["SIX SEVEN EIGHT"[: 5 + i % 10] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.items[i]
+
+
+def validation(device: str, quick: bool) -> Iterator[Finding]:
+    """The loss and the greedy hypotheses of a validation."""
+    count = 4 if quick else 40
+
+    def result(where: str) -> Validation:
+        loaded = load_model(MODEL, where)
+        config = with_training(loaded.config, pictures=0)
+        data = Noise(count, config.features.input_size)
+        with tempfile.TemporaryDirectory() as folder:
+            return validate(loaded.model, data, loaded.vocabulary, config, torch.device(where), Path(folder), 1.0)
+
+    found, expected = result(device), result("cpu")
+    different = sum(map(str.__ne__, found.hypotheses, expected.hypotheses))
+    loss = relative_error(torch.tensor(found.loss), torch.tensor(expected.loss))
+    yield Finding("validation: loss", loss, 1e-3, f"{count} utterances")
+    yield Finding("validation: hypotheses that differ", different, 0, f"{count} utterances")
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+SEARCHES = {
+    "attention": {},
+    "CTC": {"ctc_weight": 0.3},
+    "n-gram": {"ngram_weight": 0.3},
+    "coverage": {"coverage_weight": 0.1},
+    "everything": {"ctc_weight": 0.3, "ngram_weight": 0.3, "coverage_weight": 0.1, "length_reward": 0.2,
+                   "eos_threshold": 1.5, "minimum_share": 0.02},
+    "beam 1": {"beam": 1},
+    "beam 130": {"beam": 130},
+}  # fmt: skip
+
+
+WAYS = {  # capture of beam_search
+    "cuda": {"step by step": False, "captured": True, "replayed": True},
+    "cpu": {"step by step": False, "as decode does": None},
+}
+
+
+def search(name: str, device: str, quick: bool) -> Iterator[Finding]:
+    """A search on the device, step by step and by CUDA graphs, against the reference on the CPU."""
+    loaded = load_model(MODEL)
+    config = dataclasses.replace(
+        loaded.config.decoding, **{"precision": "fp32", "ctc_weight": 0.0, "maximum_share": 0.1, **SEARCHES[name]}
+    )
+    torch.manual_seed(0)
+    lengths = torch.tensor([90, 31] if quick else [240, 239, 201, 160, 100, 33, 5])
+    table = torch.log_softmax(torch.randn(loaded.model.vocabulary_size, loaded.model.vocabulary_size), -1)
+    with torch.inference_mode():
+        features = torch.randn(len(lengths), int(lengths.max()), loaded.model.input_size)
+        memory = loaded.model.listen(features, lengths)
+    expected = beam_search(loaded.model, memory, config, ngram=table, backend="reference")
+    model, memory = loaded.model.to(device), tree_map_only(Tensor, lambda x: x.to(device), memory)
+    shape = f"B{len(lengths)} K{config.beam} T{memory.keys.shape[1]}"
+    for way, capture in WAYS[device].items():
+        found = beam_search(model, memory, config, ngram=table.to(device), capture=capture)
+        yield from same_search(f"search, {name}, {way}", found, expected, shape)
+
+
+def same_search(
+    what: str, found: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str
+) -> Iterator[Finding]:
+    """Compare the best hypotheses: their texts, and the scores where the texts are the same."""
+    pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True)]
+    same = [(ours, theirs) for ours, theirs in pairs if ours.text_tokens == theirs.text_tokens]
+    yield Finding(f"{what}: texts that differ", len(pairs) - len(same), 0, shape)
+    error = max((abs(ours.score - theirs.score) for ours, theirs in same), default=0.0)
+    yield Finding(f"{what}: scores", error, 1e-3, shape)
+
+
+CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {
+    "training step of hw4p2": partial(training_step, "hw4p2"),
+    "training step of an4": partial(training_step, "an4"),
+    "listener's LSTM": lstm_layer,
+    "CTC": ctc,
+    "validation": validation,
+    **{f"search, {name}": partial(search, name) for name in SEARCHES},
+}

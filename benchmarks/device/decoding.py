@@ -1,0 +1,123 @@
+"""Decode the dev set of AN4 with the released model: on the GPU, with and without CUDA graphs, and on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.device import edit_distance
+from benchmarks.device.an4 import WITHOUT_DATA, data_of
+from benchmarks.device.parts import Options
+from benchmarks.device.record import NEEDS_CUDA, Record
+from benchmarks.device.timing import exact_float32, seconds_of_call
+from las_fast.checkpoint import Loaded, load_model
+from las_fast.config import DecodingConfig
+from las_fast.data.dataset import SpeechDataset, load_dataset, open_corpus
+from las_fast.output.metrics import score
+from las_fast.search.beam import beam_search
+from las_fast.search.dataset import batches_to_decode, listen
+
+MODEL = "an4"
+SETTINGS = {
+    "CTC, beam 8": {"ctc_weight": 0.3},
+    "attention, beam 8": {},
+    "beam 1": {"beam": 1},
+    "n-gram": {"ngram_weight": 0.1},
+    "coverage": {"coverage_weight": 0.1},
+    "CTC, beam 130": {"ctc_weight": 0.3, "beam": 130},
+}
+
+
+class Way(NamedTuple):
+    """A way to decode."""
+
+    name: str
+    device: str
+    capture: bool | None
+
+
+def run(options: Options, record: Record) -> None:
+    edit_distance.provide()
+    with tempfile.TemporaryDirectory() as folder, data_of(options, Path(folder)) as data:
+        if data is None:
+            return record.skip("decoding of AN4", WITHOUT_DATA)
+        models = {device: load_model(MODEL, device) for device in {"cpu", options.device}}
+        dev = dev_set(models["cpu"], data, Path(folder))
+        names = list(SETTINGS)[: 3 if options.quick else None]
+        for name in record.while_time(names, "decoding of AN4"):
+            with record.attempt(f"decoding of AN4, {name}"):
+                compare(name, models, dev, options.device, record)
+        with record.attempt("decoding of AN4 with tf32 LSTMs"):
+            compare_tf32(models, dev, options.device, record)
+
+
+def dev_set(loaded: Loaded, data: Path, folder: Path) -> SpeechDataset:
+    settings = dataclasses.replace(loaded.config.data, cache=str(folder / "cache"))
+    return load_dataset(
+        open_corpus(data), ("dev",), features=loaded.config.features, data=settings, need_text=True, progress=False
+    )
+
+
+def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
+    """Decode in every way; record speed, CER, and how many texts differ from those of the CPU."""
+    ways = [Way("CPU", "cpu", None), Way("step by step", device, False)]
+    if device == "cuda":
+        ways.append(Way("captured", device, True))
+    else:
+        record.skip(f"decoding of AN4, {name}", NEEDS_CUDA, path="captured")
+    expected: list[str] = []
+    for way in ways:
+        labels = {"shape": f"{len(dev)} utterances", "dtype": "float32", "path": way.name}
+        texts: list[str] = []
+        with record.attempt(f"decoding of AN4, {name}", **labels), exact_float32():
+            seconds = timed(way, name, models, dev, texts)
+            record.row(f"decoding of AN4, {name}: real-time factor", float(dev.seconds.sum()) / seconds, **labels)
+            record.row(f"decoding of AN4, {name}: CER", score(dev.texts, texts).cer, "%", **labels)
+            expected = expected or texts
+            if way != ways[0]:
+                different = sum(map(str.__ne__, texts, expected))
+                record.check(f"decoding of AN4, {name}: texts unlike the CPU's", different, 0, **labels)
+
+
+def compare_tf32(models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
+    """Record how many texts change with cuDNN's default precision, tf32, which is what a user gets."""
+    name, way = "CTC, beam 8", Way("step by step", device, False)
+    exact: list[str] = []
+    usual: list[str] = []
+    with exact_float32():
+        decode(way, name, models, dev, exact)
+    decode(way, name, models, dev, usual)
+    different = sum(map(str.__ne__, usual, exact))
+    record.row(f"decoding of AN4, {name}: texts that differ with tf32 LSTMs", different, shape=f"of {len(dev)}")
+
+
+def timed(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, texts: list[str]) -> float:
+    """Decode twice, the first time to warm up; return the seconds of the second time, and its texts in `texts`."""
+    if way.device == "cuda":
+        decode(way, name, models, dev, [])
+    return seconds_of_call(lambda: decode(way, name, models, dev, texts), way.device)
+
+
+def decode(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, texts: list[str]) -> None:
+    """Put the text of each utterance into `texts`."""
+    model, vocabulary = models[way.device].model, models[way.device].vocabulary
+    settings = {"precision": "fp32", "ctc_weight": 0.0, **SETTINGS[name]}
+    config: DecodingConfig = dataclasses.replace(models[way.device].config.decoding, **settings)
+    table = bigrams(len(vocabulary)).to(way.device)
+    found = {}
+    for batch in batches_to_decode(dev, vocabulary, config):
+        memory = listen(model, batch.to(way.device), config)
+        hypotheses = beam_search(model, memory, config, ngram=table, capture=way.capture)
+        texts_of_batch = [vocabulary.decode(best[0].text_tokens) for best in hypotheses]
+        found.update(zip(batch.indices.tolist(), texts_of_batch, strict=True))
+    texts[:] = [found[i] for i in range(len(dev))]
+
+
+def bigrams(V: int) -> Tensor:
+    """Return a made-up n-gram table (V, V) of log-probabilities."""
+    return torch.log_softmax(torch.randn(V, V, generator=torch.Generator().manual_seed(0)), -1)

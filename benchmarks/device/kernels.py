@@ -1,0 +1,183 @@
+"""How long each op takes by each of its backends, beside a lower bound; this part lasts as long as there is time.
+
+The lower bound is the time to move each input and output once, at the bandwidth of a large copy measured on the same
+device just before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.device.machine import bandwidth
+from benchmarks.device.parts import Options
+from benchmarks.device.record import Record
+from benchmarks.device.timing import DeviceTimer, backends_for
+from las_fast.ops import (
+    beam_backtrack,
+    beam_gather,
+    beam_topk,
+    ctc_log_probabilities,
+    ctc_loss,
+    ctc_prefix,
+    ctc_start,
+    masked_attention,
+    padding_mask,
+)
+from las_fast.text import EOS
+
+SDPA = "torch sdpa"  # scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A call to time on several backends."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    run: Callable[[str], object]  # takes the backend's name
+    bytes: int  # moved at least; 0 if memory is not the limit
+    others: tuple[str, ...] = ()  # names that `run` takes besides the op's backends
+    what: str = ""  # if not just the op
+
+
+def run(options: Options, record: Record) -> None:
+    device = options.device
+    timer = DeviceTimer(device)
+    bytes_per_us = bandwidth(timer, device, 2**16 if options.quick else 2**28)
+    makers = list(small_measurements(device) if options.quick else measurements(device))
+    for make in record.while_time(makers, "ops"):
+        with record.attempt("op"):
+            time_op(make(), device, timer, bytes_per_us, record)
+
+
+def time_op(measurement: Measurement, device: str, timer: DeviceTimer, bytes_per_us: float, record: Record) -> None:
+    """Time a measurement on every backend that the device has, and on the others that it names."""
+    bound = measurement.bytes / bytes_per_us or ""
+    for backend in (*backends_for(measurement.op, device, measurement.dtype), *measurement.others):
+        what = measurement.what or measurement.op
+        labels = {"shape": measurement.shape, "dtype": str(measurement.dtype), "path": backend}
+        with record.attempt(what, **labels):
+            record.row(what, timer(lambda b=backend: measurement.run(b)), "us", bound=bound, **labels)
+
+
+def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
+    """Yield functions that make everything to time, at the shapes of training and decoding."""
+    half, full = torch.float16, torch.float32
+    for B, T in ((16, 400), (64, 400), (1, 1600), (64, 1600), (1, 400), (16, 100)):
+        yield lambda B=B, T=T: attention(B, T, full, device)
+    for B, K, V in ((16, 8, 31), (64, 8, 31), (16, 8, 5000), (16, 8, 32000)):
+        yield lambda B=B, K=K, V=V: topk(B, K, V, device)
+    for dtype in (torch.bfloat16, full):
+        yield lambda dtype=dtype: attention_of_training(49, 161, dtype, device)
+    yield lambda: ctc(49, 645, 31, 151, device)
+    for B in (16, 64):
+        yield lambda B=B: gather(B, 8, device)
+        yield lambda B=B: ctc_prefixes(B, 8, 400, 31, device)
+    yield lambda: backtrack(200, 64, 8, device)
+    for B, T in ((16, 400), (64, 400), (1, 1600), (64, 1600), (1, 400), (16, 100)):
+        yield lambda B=B, T=T: attention(B, T, half, device)
+
+
+def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
+    """Yield the same functions at sizes that try the code."""
+    yield lambda: attention(2, 20, torch.float32, device, K=3, D=8)
+    yield lambda: attention_of_training(2, 20, torch.float32, device, D=8)
+    yield lambda: topk(2, 3, 31, device)
+    yield lambda: gather(2, 3, device)
+    yield lambda: ctc(2, 20, 9, 5, device)
+    yield lambda: ctc_prefixes(2, 3, 7, 5, device)
+    yield lambda: backtrack(5, 2, 3, device)
+
+
+def attention(B: int, T: int, dtype: torch.dtype, device: str, K: int = 8, D: int = 256) -> Measurement:
+    query, keys, values = (torch.randn(B, n, D, device=device).to(dtype) for n in (K, T, T))
+    lengths = torch.full((B,), T, device=device)
+    valid = ~padding_mask(lengths, T)[:, None]
+
+    def run(backend: str) -> object:
+        if backend == SDPA:
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=valid)
+        return masked_attention(query, keys, values, lengths, weights=False, backend=backend)
+
+    moved = byte_count(query, query, keys, values)
+    return Measurement("masked_attention", f"B{B} K{K} T{T} D{D} E{D}", dtype, run, moved, (SDPA,))
+
+
+def attention_of_training(B: int, T: int, dtype: torch.dtype, device: str, D: int = 256) -> Measurement:
+    """One query, with weights, forwards and backwards."""
+    query, keys, values = (torch.randn(B, n, D, device=device).to(dtype).requires_grad_() for n in (1, T, T))
+    lengths = torch.full((B,), T, device=device)
+
+    def run(backend: str) -> object:
+        context, weights = masked_attention(query, keys, values, lengths, backend=backend)
+        return torch.autograd.grad((context.sum() + weights.sum()), (query, keys, values))
+
+    moved = 3 * byte_count(keys, values)
+    what = "masked_attention, forward and backward"
+    return Measurement("masked_attention", f"B{B} K1 T{T} D{D} E{D}", dtype, run, moved, what=what)
+
+
+def topk(B: int, K: int, V: int, device: str) -> Measurement:
+    logits, scores = torch.randn(B, K, V, device=device), -torch.rand(B, K, device=device)
+    finished, lengths = scores > -0.2, torch.full((B, K), 5, device=device)
+
+    def run(backend: str) -> tuple:
+        return beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, backend=backend)
+
+    return Measurement("beam_topk", f"B{B} K{K} V{V}", torch.float32, run, byte_count(logits))
+
+
+def gather(B: int, K: int, device: str) -> Measurement:
+    states = [torch.randn(B, K, n, device=device) for n in (512, 512, 256, 256, 256)]
+    parents = torch.randint(0, K, (B, K), device=device)
+
+    def run(backend: str) -> tuple:
+        return beam_gather(states, parents, backend=backend)
+
+    return Measurement("beam_gather", f"B{B} K{K} N1792", torch.float32, run, 2 * byte_count(*states))
+
+
+def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
+    ctc_log_probs = ctc_log_probabilities(torch.randn(B, T, V, device=device), torch.full((B,), T, device=device))
+    state, parents = ctc_start(ctc_log_probs, K, eos=EOS), torch.arange(K, device=device).repeat(B, 1)
+    tokens = torch.randint(3, V, (B, K), device=device)
+    before = torch.full_like(tokens, EOS)
+
+    def run(backend: str) -> tuple:
+        return ctc_prefix(ctc_log_probs, state, before, parents, tokens, eos=EOS, backend=backend)
+
+    moved = byte_count(ctc_log_probs) + 2 * byte_count(*state)
+    return Measurement("ctc_prefix", f"B{B} K{K} T{T} V{V}", torch.float32, run, moved)
+
+
+def ctc(B: int, T: int, V: int, S: int, device: str) -> Measurement:
+    """The loss of training, forwards and backwards."""
+    logits = torch.randn(B, T, V, device=device).requires_grad_()
+    tokens, lengths = torch.randint(3, V, (B, S), device=device), torch.full((B,), T, device=device)
+    counts = torch.full((B,), S, device=device)
+
+    def run(backend: str) -> object:
+        return torch.autograd.grad(ctc_loss(logits, lengths, tokens, counts, backend=backend).sum(), logits)
+
+    return Measurement("ctc_loss", f"B{B} T{T} V{V} S{S}", torch.float32, run, 3 * byte_count(logits))
+
+
+def backtrack(L: int, B: int, K: int, device: str) -> Measurement:
+    tokens, parents, attended_frames = (torch.randint(0, K, (L, B, K), device=device) for _ in range(3))
+    scores = torch.randn(L, B, K, device=device)
+
+    def run(backend: str) -> tuple:
+        return beam_backtrack(tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
+
+    moved = 2 * byte_count(tokens, attended_frames, scores) + byte_count(parents)
+    return Measurement("beam_backtrack", f"L{L} B{B} K{K}", torch.int64, run, moved)
+
+
+def byte_count(*tensors: Tensor) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

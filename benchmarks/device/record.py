@@ -1,0 +1,146 @@
+"""The rows of a run: written as they are measured, and shown as one table."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import math
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.rows import append_rows, machine_name
+
+COLUMNS = ("date", "commit", "device", "torch", "part", "what", "shape", "dtype", "path", "value", "unit", "bound",
+           "status", "note")  # fmt: skip
+QUANTITY = ("what", "shape", "dtype", "unit", "status")  # rows that agree in these are one line of the table
+MEASURED, PASS, FAIL, SKIPPED = "measured", "PASS", "FAIL", "skipped"  # the statuses of a row
+NEEDS_CUDA = "needs CUDA"
+MARGIN = 6.0  # seconds before the limit of a part at which it begins nothing new
+
+
+class NeedsCuda(Exception):
+    """What was asked for exists on CUDA alone."""
+
+
+class Record:
+    """Writes the rows of one part.
+
+    Args:
+        path:    the CSV file, which rows are appended to.
+        part:    name of the part.
+        commit:  of the code.
+        device:  name of the device.
+        seconds: until the part has to end.
+    """
+
+    def __init__(self, path: Path, part: str, *, commit: str, device: str, seconds: float = math.inf):
+        self.path, self.part = path, part
+        self.context = (datetime.date.today().isoformat(), commit, device, torch.__version__)
+        self.end = time.monotonic() + seconds
+
+    def seconds_left(self) -> float:
+        return self.end - time.monotonic()
+
+    def row(
+        self,
+        what: str,
+        value: float | str = "",
+        unit: str = "",
+        *,
+        shape: str = "",
+        dtype: torch.dtype | str = "",
+        path: str = "",
+        bound: float | str = "",
+        status: str = MEASURED,
+        note: str = "",
+    ) -> None:
+        """Append a row. bound is the least possible value of a measurement, or the largest allowed one of a check."""
+        labels = (self.part, what, shape, str(dtype).removeprefix("torch."), path)
+        row = (*self.context, *labels, rounded(value), unit, rounded(bound), status, " ".join(note.split()))
+        append_rows(self.path, COLUMNS, [row])
+
+    def check(self, what: str, error: float, tolerance: float, unit: str = "", **labels: str) -> None:
+        """Append a row that says whether an error is within its tolerance; NaN is not."""
+        self.row(what, error, unit, bound=tolerance, status=PASS if error <= tolerance else FAIL, **labels)
+
+    def skip(self, what: str, reason: str, **labels: str) -> None:
+        self.row(what, status=SKIPPED, note=reason, **labels)
+
+    @contextlib.contextmanager
+    def attempt(self, what: str, **labels: str) -> Iterator[None]:
+        """If the block fails, append a FAIL row instead of raising."""
+        try:
+            yield
+        except NeedsCuda:
+            self.skip(what, NEEDS_CUDA, **labels)
+        except Exception as error:
+            traceback.print_exc()
+            self.row(what, status=FAIL, note=reason_of(error), **labels)
+
+    def while_time(self, items: Sequence, what: str) -> Iterator:
+        """Yield items until the part has to end; a row says how many were left out."""
+        for done, item in enumerate(items):
+            if self.seconds_left() < MARGIN:
+                return self.skip(what, f"{len(items) - done} of {len(items)} left out for want of time")
+            yield item
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else machine_name()
+
+
+def require_cuda(device: str) -> None:
+    """Raise NeedsCuda on any other device."""
+    if device != "cuda":
+        raise NeedsCuda
+
+
+def rounded(value: float | str) -> float | str:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line[:200]}"
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def format_table(rows: Sequence[dict[str, str]]) -> str:
+    """Format rows as one table: a section per part, a line per quantity with its paths, failures again at the end."""
+    lines = []
+    for part, members in itertools.groupby(rows, key=lambda row: row["part"]):
+        lines.append(f"== {part}")
+        alike = itertools.groupby(members, key=lambda row: [row[name] for name in QUANTITY])
+        lines += [_line(list(group)) for _, group in alike]
+    failures = [row for row in rows if row["status"] == FAIL]
+    lines += ["== failures", *(f"{row['part']}: {_line([row])}" for row in failures)] if failures else []
+    return "\n".join([*lines, summary(rows)])
+
+
+def summary(rows: Sequence[dict[str, str]]) -> str:
+    counts = Counter(row["status"] for row in rows)
+    return ", ".join(f"{counts[status]} {status}" for status in (PASS, FAIL, MEASURED, SKIPPED))
+
+
+def _line(rows: list[dict[str, str]]) -> str:
+    """Format rows that differ in their path, value, bound and note."""
+    first = rows[0]
+    labels = " ".join(filter(None, (first["what"], first["shape"], first["dtype"])))
+    status = "" if first["status"] == MEASURED else first["status"]
+    return f"{status:<8}{labels}: " + ", ".join(map(_value, rows))
+
+
+def _value(row: dict[str, str]) -> str:
+    relation = "at most" if row["status"] in (PASS, FAIL) else "bound"
+    bound = f"({relation} {row['bound']})" if row["bound"] else ""
+    note = f"[{row['note']}]" if row["note"] else ""
+    return " ".join(filter(None, (row["path"], row["value"], row["unit"], bound, note)))

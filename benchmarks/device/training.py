@@ -1,0 +1,193 @@
+"""How long a training step takes: las_fast and plain PyTorch on the same batches, its parts, and its launches."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.device.parts import Options
+from benchmarks.device.record import Record, require_cuda
+from benchmarks.device.timing import backends_for, median_seconds, profile, synchronize
+from benchmarks.synthetic_speech import audiobook_frame_counts, frame_counts
+from benchmarks.training_paths import PATHS, dtype_of, make_trainers, shape_of, synthetic_batch
+from las_fast.config import Config, load_config
+from las_fast.data.batching import Batch, BucketBatches
+from las_fast.training.losses import training_loss
+from las_fast.training.trainer import Trainer
+
+TYPICAL = ("hw4p2", 49)  # preset, utterances of the batch
+MAIN = ("las_fast bf16", "plain graphed bf16", "plain bf16")
+REST = tuple(path for path in PATHS if path not in MAIN)
+BATCHES = (  # the most important first
+    (*TYPICAL, (*MAIN, *REST)),
+    ("an4", 16, (*MAIN, "las_fast", "usual")),
+    ("hw4p2", 96, MAIN),
+    ("hw4p2", 22, MAIN),
+)
+QUICK_LENGTHS = (60, 37)  # feature frames
+
+
+def run(options: Options, record: Record) -> None:
+    typical, *others = BATCHES
+    time_steps([typical], options, record)
+    free(options.device)
+    with record.attempt("parts of a training step"):
+        time_parts(TYPICAL, options, record)
+    for path in MAIN[:1] if options.quick else MAIN[:2]:
+        free(options.device)
+        with record.attempt("profile of a training step", path=path):
+            record_profile(path, make_batch(*TYPICAL, options.quick), load_config(TYPICAL[0]), options.device, record)
+    if not options.quick:
+        time_steps(others, options, record)
+
+
+def time_steps(batches: Sequence[tuple[str, int, tuple[str, ...]]], options: Options, record: Record) -> None:
+    """Time a step of each path on each batch."""
+    steps = [(preset, B, path) for preset, B, paths in batches for path in paths]
+    for preset, B, path in record.while_time(steps, "training step"):
+        batch = make_batch(preset, B, options.quick)
+        labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": dtype_of(path), "path": path}
+        free(options.device)
+        with record.attempt("training step", **labels):
+            time_step(path, batch, load_config(preset), options, record, labels)
+
+
+def make_batch(preset: str, B: int, quick: bool) -> Batch:
+    """Return the batch of an epoch on synthetic read speech whose number of utterances is nearest to B."""
+    config = load_config(preset)
+    if quick:
+        return synthetic_batch(torch.tensor(QUICK_LENGTHS), config.features.input_size)
+    counts = audiobook_frame_counts(8000) if preset == "hw4p2" else frame_counts(844)
+    data = config.data
+    batches = BucketBatches(
+        counts, frames_per_batch=data.frames_per_batch, utterances_per_batch=data.utterances_per_batch, seed=0
+    ).epoch(0)
+    nearest = min(batches, key=lambda batch: (abs(len(batch) - B), -counts[batch].max()))
+    return synthetic_batch(torch.from_numpy(counts[nearest]), config.features.input_size)
+
+
+def make_step(path: str, batch: Batch, config: Config, device: str) -> Callable[[], object]:
+    """Return a function that takes a training step by one path."""
+    trainer, there = make_trainers(config, [path], device)[path], batch.to(device)
+    return lambda: trainer.train_step(there)
+
+
+def time_step(path: str, batch: Batch, config: Config, options: Options, record: Record, labels: dict) -> None:
+    device = options.device
+    if "graphed" in path:
+        require_cuda(device)
+    step = make_step(path, batch, config, device)
+    seconds = median_seconds(step, device, rounds=1 if options.quick else 7)
+    record.row("training step", 1e3 * seconds, "ms", **labels)
+    audio = float(batch.feature_lengths.sum()) / 100
+    record.row("training: seconds of audio per second", audio / seconds, **labels)
+    if device == "cuda":
+        record.row("training: peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB", **labels)
+
+
+def free(device: str) -> None:
+    """Free the memory of the path before."""
+    gc.collect()
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError):  # after an error of the device nothing works
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def time_parts(typical: tuple[str, int], options: Options, record: Record) -> None:
+    """Time the parts of las_fast's step one by one: forwards alone, and with the backward pass."""
+    preset, B = typical
+    device, config, batch = options.device, load_config(preset), make_batch(preset, B, options.quick)
+    trainer = make_trainers(config, ["las_fast bf16"], device)["las_fast bf16"]
+    labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": "bfloat16"}
+    for name, path, function in parts_of(trainer, batch.to(device), device):
+        for what, backward in ((f"{name}, forward", False), (name, True)):
+            with record.attempt(what, path=path, **labels):
+                rounds = 1 if options.quick else 5
+                seconds = median_seconds(lambda f=function, b=backward: f(b), device, rounds=rounds, at_most=1.5)
+                record.row(what, 1e3 * seconds, "ms", path=path, **labels)
+    with record.attempt("clipping and AdamW", **labels):
+        record.row("clipping and AdamW", 1e3 * median_seconds(optimise(trainer), device), "ms", **labels)
+
+
+def parts_of(trainer: Trainer, batch: Batch, device: str) -> list[tuple[str, str, Callable[[bool], object]]]:
+    """Return (name, path, function) of listener, decoder and losses; the function takes whether to go backwards.
+
+    The decoder runs on every backend of speller_unroll that there is.
+    """
+    model, (tokens, token_lengths) = trainer.model.train(), batch.targets
+    autocast = torch.autocast(device, torch.bfloat16)
+
+    def backwards(tensors: list[torch.Tensor], wanted: bool) -> None:
+        if wanted:
+            torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
+            model.zero_grad()
+
+    def listener(backward: bool) -> None:
+        with autocast:
+            memory = model.listen(batch.features, batch.feature_lengths)
+        backwards([x for x in (memory.keys, memory.values, memory.ctc_logits) if x is not None], backward)
+
+    with autocast, torch.no_grad():
+        listened = model.listen(batch.features, batch.feature_lengths)
+        output = model(batch.features, batch.feature_lengths, tokens)
+
+    def decoder(backward: bool, backend: str) -> None:
+        keys, values = (x.detach().requires_grad_() for x in (listened.keys, listened.values))
+        with autocast:
+            spelled = model.speller(listened._replace(keys=keys, values=values), tokens, backend=backend)
+        backwards(list(spelled), backward)
+
+    def losses(backward: bool) -> None:
+        leaves = [x.detach().requires_grad_() for x in (output.logits, output.weights, output.ctc[0])]
+        names = ("logits", "weights", "ctc_logits")
+        given = output._replace(**dict(zip(names, leaves, strict=True)))
+        training = trainer.config.training
+        loss, _ = training_loss(
+            given, tokens, token_lengths, label_smoothing=training.label_smoothing, ctc_weight=1.0, guided_weight=1.0,
+            guided_width=training.guided_width, guided_frames=6.0,
+        )  # fmt: skip
+        backwards([loss], backward)
+
+    spellers = [
+        ("decoder", backend, lambda backward, backend=backend: decoder(backward, backend))
+        for backend in sorted(backends_for("speller_unroll", device), key="reference".__eq__)  # the slowest last
+    ]
+    return [("listener", "", listener), *spellers, ("losses", "", losses)]
+
+
+def optimise(trainer: Trainer) -> Callable[[], object]:
+    """Return a function that clips made-up gradients and takes a step of AdamW."""
+    parameters = list(trainer.model.parameters())
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.nn.utils.clip_grad_norm_(parameters, trainer.config.training.clip_norm)
+        trainer.optimiser.step()
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------- profile
+
+
+def record_profile(path: str, batch: Batch, config: Config, device: str, record: Record) -> None:
+    """Record what the GPU and the host do in one step, and the kernels that take longest."""
+    step = make_step(path, batch, config, device)
+    for _ in range(1 if device == "cpu" else 3):
+        step()
+    synchronize(device)
+    labels = {"shape": shape_of(batch), "dtype": dtype_of(path), "path": path}
+    found = profile(step, device)
+    what = "profile of a training step"
+    for name in ("kernels", "launches", "graph_launches", "waits", "copies_to_host", "busy_ms"):
+        record.row(f"{what}: {name}", getattr(found, name), **labels)
+    for name, count, milliseconds in found.longest:
+        record.row(f"{what}: {name[:90]}", milliseconds, "ms", note=f"{count} times", **labels)

@@ -1,0 +1,309 @@
+"""Test the command for a GPU machine without a GPU: small on a CPU, and with parts that fail or hang."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import Levenshtein
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.device import __main__ as device
+from benchmarks.device import edit_distance, kernels, machine, parts, record, timing
+from benchmarks.device.parts import PARTS, Options, Part
+from benchmarks.device.record import FAIL, PASS, SKIPPED, Record, format_table
+from benchmarks.rows import read_rows
+from las_fast.errors import InputError
+from las_fast.ops import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKED = ("soundfile", "soxr", "Levenshtein", "tyro")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A record, and a function that reads the rows of its file."""
+    return Record(tmp_path / "rows.csv", "part", commit="c", device="d"), lambda: read_rows(tmp_path / "rows.csv")
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """What `--device cpu --quick` leaves and prints where there is neither git nor a package for audio."""
+    folder = tmp_path_factory.mktemp("bare")
+    for name in BLOCKED:
+        (folder / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')")
+    command = [sys.executable, "-m", "benchmarks.device", "--out", folder / "out", "--device", "cpu", "--quick"]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": str(folder)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done, read_rows(folder / "out" / "rows.csv"), folder / "out"
+
+
+def test_every_part_runs_small_on_a_cpu_without_git_and_audio_packages(quick_run):
+    done, found, out = quick_run
+    log = (out / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr + log[-3000:]
+    assert list(dict.fromkeys(row["part"] for row in found)) == [part.name for part in PARTS]
+    assert not [row for row in found if row["status"] == FAIL]
+    assert {row["commit"] for row in found} == {"unknown"}
+
+
+def test_what_needs_cuda_says_so_and_nothing_else_is_left_out(quick_run):
+    _, found, _ = quick_run
+    skipped = [row for row in found if row["status"] == SKIPPED]
+    assert skipped and {row["note"] for row in skipped} == {"needs CUDA"}
+    assert {row["part"] for row in skipped} == {"machine", "training", "cases", "decoding"}
+
+
+def test_the_command_times_every_path_that_a_cpu_has(quick_run):
+    _, found, _ = quick_run
+    timed = {(row["what"], row["path"]) for row in found if row["value"] and row["status"] == "measured"}
+    for path in ("las_fast bf16", "las_fast", "plain bf16", "plain packed bf16", "usual"):
+        assert ("training step", path) in timed
+    for backend in timing.backends_for("speller_unroll", "cpu"):
+        assert ("decoder", backend) in timed
+    for path in ("las_fast reference", "plain", "usual"):
+        assert ("beam search", path) in timed
+    assert {"training of AN4: dev CER", "training of AN4: loss"} <= {what for what, _ in timed}
+
+
+def test_the_table_is_printed_last_and_kept(quick_run):
+    done, found, out = quick_run
+    table = (out / "table.txt").read_text()
+    assert table == format_table(found) + "\n" and done.stdout.endswith(table)
+    assert table.splitlines()[-1] == record.summary(found)
+
+
+# --------------------------------------------------------------------------------------------------- parts that go wrong
+
+
+def script(*lines):
+    return ["-c", "\n".join(lines)]
+
+
+@pytest.fixture
+def run_scripts(monkeypatch, tmp_path):
+    """A function that runs the command with scripts in place of its parts; returns the rows and the exit status."""
+
+    def run_scripts(*scripts, seconds=30.0, limit="60"):
+        monkeypatch.setattr(device, "PARTS", tuple(Part(str(i), seconds) for i in range(len(scripts))))
+        monkeypatch.setattr(device, "GRACE", 0.5)
+        monkeypatch.setattr(device, "command_of", lambda name, options, seconds: scripts[int(name)])
+        given = ["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", limit]
+        monkeypatch.setattr(device, "parse", lambda argv, parse=device.parse: only_numbers(parse(argv), scripts))
+        with pytest.raises(SystemExit) as ended:
+            device.main(given)
+        return read_rows(tmp_path / "out" / "rows.csv"), ended.value.code
+
+    return run_scripts
+
+
+def only_numbers(given, scripts):
+    given.only = [str(i) for i in range(len(scripts))]
+    return given
+
+
+def row_of(name, tmp_path):
+    """Lines of a script that writes one row, as part `name`."""
+    path = tmp_path / "out" / "rows.csv"
+    return [
+        "from pathlib import Path; from benchmarks.device.record import Record",
+        f"Record(Path({str(path)!r}), {name!r}, commit='c', device='d').row('it ran', 1)",
+    ]
+
+
+def test_a_part_that_fails_stops_no_other(run_scripts, tmp_path, capsys):
+    scripts = [script("print('why')", "raise SystemExit(3)"), script("import os", "os.abort()")]
+    found, status = run_scripts(*scripts, script(*row_of("2", tmp_path)))
+    assert status == 1
+    assert [(row["part"], row["status"], row["note"]) for row in found] == [
+        ("0", FAIL, "ended with exit status 3"),
+        ("1", FAIL, "ended by signal SIGABRT"),
+        ("2", "measured", ""),
+    ]
+    printed = capsys.readouterr().out
+    assert "why" in printed and printed.strip().endswith("0 PASS, 2 FAIL, 1 measured, 0 skipped")
+
+
+def test_a_part_is_stopped_at_its_limit_and_keeps_its_rows(run_scripts, tmp_path):
+    began = time.monotonic()
+    hangs = script(*row_of("0", tmp_path), "import time", "time.sleep(60)")
+    found, status = run_scripts(hangs, seconds=5.0)
+    assert status == 1 and time.monotonic() - began < 20
+    assert [(row["what"], row["status"]) for row in found] == [("it ran", "measured"), ("the part itself", FAIL)]
+    assert found[1]["note"] == "stopped at its limit of 5 s"
+
+
+def test_what_a_part_has_started_ends_with_it(tmp_path):
+    file = tmp_path / "pid"
+    starts = f"import subprocess, time; p = subprocess.Popen(['/bin/sleep', '60']); open({str(file)!r}, 'w').write(str(p.pid))"
+    with (tmp_path / "log").open("w") as log:
+        assert device.run_limited([sys.executable, "-c", f"{starts}; time.sleep(60)"], 1.0, log).startswith("stopped")
+        assert not alive(int(file.read_text()))
+        assert device.run_limited([sys.executable, "-c", starts], 20.0, log) == ""
+    assert not alive(int(file.read_text()))
+
+
+def alive(pid):
+    """Whether a process still runs; one that has ended may wait to be collected."""
+    for _ in range(50):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_the_whole_keeps_to_its_limit(run_scripts, tmp_path):
+    hangs, other = script("import time", "time.sleep(60)"), script(*row_of("1", tmp_path))
+    found, _ = run_scripts(hangs, other, limit="2")
+    assert [row["note"] for row in found] == [
+        "stopped at its limit of 2 s",
+        "not run: the limit of all parts was used up",
+    ]
+
+
+def test_an_exception_in_a_part_is_a_row(monkeypatch, tmp_path):
+    def fails(options, record):
+        record.row("before", 1.0)
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr(machine, "run", fails)
+    parts.run_part("machine", Options(tmp_path, "cpu", False, "c", None), 10.0)
+    found = read_rows(tmp_path / parts.ROWS)
+    assert [(row["what"], row["status"]) for row in found] == [("before", "measured"), ("the part itself", FAIL)]
+    assert found[1]["note"] == "RuntimeError: no such"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: the command itself runs")
+def test_without_a_gpu_it_ends_with_a_reason(tmp_path):
+    with pytest.raises(InputError, match="finds no CUDA device here; give --device cpu --quick"):
+        device.main(["--out", str(tmp_path / "out")])
+
+
+def test_wrong_options_are_refused_before_anything_runs(tmp_path):
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(InputError, match="already holds rows.csv of another run; give a new folder"):
+        device.main(["--out", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(InputError, match="--data .*nowhere is not a folder"):
+        device.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--data", str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match="--limit must be more than 0 seconds; got 0"):
+        device.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", "0"])
+
+
+# ------------------------------------------------------------------------------------------------------------------ rows
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_measured(rows):
+    record, read = rows
+    record.row("copy", 12.3456, "us", shape="B1", dtype=torch.float16, path="triton", bound=3.0, note="a\n b")
+    (row,) = read()
+    expected = {"part": "part", "what": "copy", "value": "12.35", "unit": "us", "shape": "B1", "dtype": "float16",
+                "path": "triton", "bound": "3.0", "status": "measured", "note": "a b", "commit": "c", "device": "d"}  # fmt: skip
+    assert expected.items() <= row.items()
+    record.row("more")
+    assert len(read()) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(0.0, PASS), (1e-3, PASS), (1.1e-3, FAIL), (math.nan, FAIL), (math.inf, FAIL)]
+)
+def test_a_check_passes_up_to_its_tolerance(rows, error, status):
+    record, read = rows
+    record.check("x", error, 1e-3)
+    assert read()[0]["status"] == status
+
+
+def test_an_attempt_that_fails_is_a_row_and_the_next_one_runs(rows, capsys):
+    record, read = rows
+    for error in (ValueError("B must be 3"), torch.OutOfMemoryError("CUDA out of memory"), None):
+        with record.attempt("x", path="p"):
+            if error:
+                raise error
+            record.row("x", 1)
+    assert [row["status"] for row in read()] == [FAIL, FAIL, "measured"]
+    assert read()[0]["note"] == "ValueError: B must be 3" and "B must be 3" in capsys.readouterr().err
+
+
+def test_what_needs_cuda_is_skipped_elsewhere(rows):
+    record, read = rows
+    with record.attempt("graph"):
+        machine.graphed_us("cpu")
+    assert [(row["status"], row["note"]) for row in read()] == [(SKIPPED, "needs CUDA")]
+
+
+def test_what_is_left_out_for_want_of_time_is_counted(tmp_path):
+    record = Record(tmp_path / "rows.csv", "part", commit="c", device="d", seconds=60)
+    for item in record.while_time([1, 2, 3], "numbers"):
+        record.end = time.monotonic() + (0 if item == 1 else 60)
+    (row,) = read_rows(tmp_path / "rows.csv")
+    assert (row["what"], row["note"]) == ("numbers", "2 of 3 left out for want of time")
+
+
+def test_the_table_has_one_line_per_quantity_and_repeats_failures(rows):
+    record, read = rows
+    record.row("topk", 9.0, "us", shape="B1", path="reference", bound=1.0)
+    record.row("topk", 2.0, "us", shape="B1", path="triton", bound=1.0)
+    record.check("loss", 0.5, 0.1, path="cuda")
+    assert format_table(read()).splitlines() == [
+        "== part",
+        "        topk B1: reference 9.0 us (bound 1.0), triton 2.0 us (bound 1.0)",
+        "FAIL    loss: cuda 0.5 (at most 0.1)",
+        "== failures",
+        "part: FAIL    loss: cuda 0.5 (at most 0.1)",
+        "0 PASS, 1 FAIL, 2 measured, 0 skipped",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- tools
+
+
+def test_the_plain_edit_distance_is_that_of_the_package():
+    generator = random.Random(0)
+    for _ in range(200):
+        a, b = ("".join(generator.choices("abc ", k=generator.randrange(9))) for _ in range(2))
+        assert edit_distance.distance(a, b) == Levenshtein.distance(a, b)
+        assert edit_distance.distance(a.split(), b.split()) == Levenshtein.distance(a.split(), b.split())
+
+
+def test_bandwidth_counts_reads_and_writes():
+    assert machine.bandwidth(lambda run: run() is None or 2.0, "cpu", size=1000) == 2 * 4000 / 2.0
+
+
+def test_matmuls_count_two_operations_per_product_and_leave_the_precision_as_it_was():
+    asked = []
+    timer = lambda run: asked.append(torch.get_float32_matmul_precision()) or 2.0  # noqa: E731
+    assert machine.matmul_tflops(timer, "cpu", 100, torch.float32, "high") == 2 * 100**3 / 2.0 / 1e6
+    assert asked == ["high"] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_backends_to_time_are_those_that_take_the_call(monkeypatch):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    assert timing.backends_for("beam_topk", "cuda", torch.float16) == ["reference", "triton"]
+    assert timing.backends_for("beam_topk", "cpu", torch.float64) == ["reference"]
+    assert "fused" in timing.backends_for("speller_unroll", "cuda")
+
+
+def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
+    record, read = rows
+    for make in kernels.small_measurements("cpu"):
+        kernels.time_op(make(), "cpu", lambda run: run() and 2.0, 100.0, record)
+    attention, *_ = found = read()
+    assert {row["what"].partition(",")[0] for row in found} == {
+        "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_prefix", "beam_backtrack",
+    }  # fmt: skip
+    assert not [row for row in found if row["status"] == FAIL] and {row["value"] for row in found} == {"2.0"}
+    assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
+
+
+def test_a_profile_counts_the_ops_of_a_call():
+    x = torch.ones(8, 8)
+    found = timing.profile(lambda: torch.mm(x, x).neg(), "cpu")
+    assert {"aten::mm", "aten::neg"} <= {name for name, _, _ in found.longest}
+    assert found.launches == found.graph_launches == found.copies_to_host == 0
