@@ -37,6 +37,15 @@ def without_dropout(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(model, **parts))
 
 
+def shrunk(config: Config) -> Config:
+    """Return config with the same layers, each of a few units, to try code and not to time it."""
+    listener, speller = config.model.listener, config.model.speller
+    listener = dataclasses.replace(listener, conv_channels=(8,) * len(listener.conv_channels), lstm_size=12)
+    sizes = tuple(16 + 4 * i for i in range(len(speller.lstm_sizes)))
+    speller = dataclasses.replace(speller, key_size=12, value_size=12, embedding_size=12, lstm_sizes=sizes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, listener=listener, speller=speller))
+
+
 def with_training(config: Config, **fields) -> Config:
     """Return config with some settings of its training changed."""
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))

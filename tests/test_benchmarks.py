@@ -28,7 +28,7 @@ from benchmarks import (
     test_bench_growth,
 )
 from benchmarks.flops import listener_flops, speller_flops
-from benchmarks.plain import Plain, Usual
+from benchmarks.plain import Plain, PlainGraphed, PlainPacked, Usual
 from benchmarks.rows import append_rows, context, machine_name, read_rows
 from benchmarks.subprocess_timer import SubprocessTimer
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, write_recordings
@@ -67,7 +67,14 @@ def features():
     return x.masked_fill((torch.arange(30) >= LENGTHS[:, None])[..., None], 0.0)
 
 
-@pytest.mark.parametrize("kind", [Usual, Plain])
+class PlainUncaptured(PlainGraphed):
+    """The loop of PlainGraphed, without graphs."""
+
+    def __init__(self, model):
+        super().__init__(model, capture=False)
+
+
+@pytest.mark.parametrize("kind", [Usual, Plain, PlainPacked, PlainUncaptured])
 def test_a_baseline_has_the_logits_losses_and_gradients_of_the_model(model, features, kind):
     tokens = torch.tensor([[3, 4, 5, 6, EOS], [7, 8, EOS, PAD, PAD], [EOS, PAD, PAD, PAD, PAD]])
     settings = {"label_smoothing": 0.1, "ctc_weight": 0.5, "guided_weight": 1.0, "guided_width": 0.15}
@@ -81,6 +88,18 @@ def test_a_baseline_has_the_logits_losses_and_gradients_of_the_model(model, feat
         found.append((*output, loss.detach(), embedding.weight.grad, norm))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loop_that_is_captured_computes_in_the_precision_of_autocast(model, features):
+    tokens, found = torch.tensor([[3, 4, EOS], [7, 8, EOS], [5, EOS, PAD]]), []
+    for kind in (Plain, PlainUncaptured):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = kind(model).eval()(features, LENGTHS, tokens)
+        found.append(output)
+    plain, captured = found
+    assert not torch.equal(captured.logits, PlainUncaptured(model).eval()(features, LENGTHS, tokens).logits)
+    torch.testing.assert_close(captured.logits, plain.logits, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(captured.weights, plain.weights, atol=1e-2, rtol=1e-2, check_dtype=False)
 
 
 @pytest.mark.parametrize("kind", [Usual, Plain])

@@ -9,18 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import Levenshtein
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from pretend_cuda import pretend_cuda
 
 from benchmarks.device import __main__ as device
-from benchmarks.device import edit_distance, kernels, machine, parts, record, timing
+from benchmarks.device import checks, edit_distance, kernels, machine, parts, record, timing
 from benchmarks.device.parts import PARTS, Options, Part
 from benchmarks.device.record import FAIL, PASS, SKIPPED, Record, format_table
+from benchmarks.plain import Plain, Usual
 from benchmarks.rows import read_rows
+from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.errors import InputError
+from las_fast.model.las import LAS
 from las_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +85,7 @@ def test_the_table_is_printed_last_and_kept(quick_run):
     assert table.splitlines()[-1] == record.summary(found)
 
 
-# --------------------------------------------------------------------------------------------------- parts that go wrong
+# -------------------------------------------------------------------------------------------------- parts that go wrong
 
 
 def script(*lines):
@@ -142,7 +147,8 @@ def test_a_part_is_stopped_at_its_limit_and_keeps_its_rows(run_scripts, tmp_path
 
 def test_what_a_part_has_started_ends_with_it(tmp_path):
     file = tmp_path / "pid"
-    starts = f"import subprocess, time; p = subprocess.Popen(['/bin/sleep', '60']); open({str(file)!r}, 'w').write(str(p.pid))"
+    starts = "import subprocess, time; p = subprocess.Popen(['/bin/sleep', '60']); "
+    starts += f"open({str(file)!r}, 'w').write(str(p.pid))"
     with (tmp_path / "log").open("w") as log:
         assert device.run_limited([sys.executable, "-c", f"{starts}; time.sleep(60)"], 1.0, log).startswith("stopped")
         assert not alive(int(file.read_text()))
@@ -197,15 +203,15 @@ def test_wrong_options_are_refused_before_anything_runs(tmp_path):
         device.main(["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", "0"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def test_a_row_is_in_the_file_as_soon_as_it_is_measured(rows):
     record, read = rows
     record.row("copy", 12.3456, "us", shape="B1", dtype=torch.float16, path="triton", bound=3.0, note="a\n b")
     (row,) = read()
-    expected = {"part": "part", "what": "copy", "value": "12.35", "unit": "us", "shape": "B1", "dtype": "float16",
-                "path": "triton", "bound": "3.0", "status": "measured", "note": "a b", "commit": "c", "device": "d"}  # fmt: skip
+    expected = {"commit": "c", "device": "d", "part": "part", "what": "copy", "shape": "B1", "dtype": "float16"}
+    expected |= {"path": "triton", "value": "12.35", "unit": "us", "bound": "3.0", "status": "measured", "note": "a b"}
     assert expected.items() <= row.items()
     record.row("more")
     assert len(read()) == 2
@@ -261,7 +267,7 @@ def test_the_table_has_one_line_per_quantity_and_repeats_failures(rows):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- tools
+# ---------------------------------------------------------------------------------------------------------------- tools
 
 
 def test_the_plain_edit_distance_is_that_of_the_package():
@@ -272,8 +278,13 @@ def test_the_plain_edit_distance_is_that_of_the_package():
         assert edit_distance.distance(a.split(), b.split()) == Levenshtein.distance(a.split(), b.split())
 
 
+def fake_timer(run):
+    run()
+    return 2.0
+
+
 def test_bandwidth_counts_reads_and_writes():
-    assert machine.bandwidth(lambda run: run() is None or 2.0, "cpu", size=1000) == 2 * 4000 / 2.0
+    assert machine.bandwidth(fake_timer, "cpu", size=1000) == 2 * 4000 / 2.0
 
 
 def test_matmuls_count_two_operations_per_product_and_leave_the_precision_as_it_was():
@@ -293,13 +304,67 @@ def test_the_backends_to_time_are_those_that_take_the_call(monkeypatch):
 def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
     record, read = rows
     for make in kernels.small_measurements("cpu"):
-        kernels.time_op(make(), "cpu", lambda run: run() and 2.0, 100.0, record)
+        kernels.time_op(make(), "cpu", fake_timer, 100.0, record)
     attention, *_ = found = read()
     assert {row["what"].partition(",")[0] for row in found} == {
         "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_prefix", "beam_backtrack",
     }  # fmt: skip
     assert not [row for row in found if row["status"] == FAIL] and {row["value"] for row in found} == {"2.0"}
     assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("part", ["machine", "training", "checks", "searching", "lstm", "decoding", "kernels"])
+def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatch):
+    """It finds no wrong result, but every name, argument and shape that only CUDA reaches."""
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    few = {name: checks.CHECKS[name] for name in ("training step of an4", "validation", "search, everything")}
+    monkeypatch.setattr(checks, "CHECKS", few)
+    with pretend_cuda():
+        parts.run_part(part, Options(tmp_path, "cuda", True, "c", None), 120.0)
+    found = read_rows(tmp_path / parts.ROWS)
+    assert found and not [row for row in found if row["status"] == SKIPPED or row["device"] != "a pretended GPU"]
+    assert not [row for row in found if row["status"] == FAIL], found
+
+
+@pytest.mark.parametrize("kind", [Usual, Plain])
+def test_a_baseline_makes_its_tensors_where_its_weights_are(kind):
+    """On the device meta, whose tensors hold no numbers; packed sequences, which need the lengths, are left out."""
+    sizes = ModelConfig(ListenerConfig((6,), (3,), (2,), 5, 1), SpellerConfig(8, 7, 6, (10, 8)), ctc_layer=1)
+    baseline = kind(LAS(sizes, input_size=4, vocabulary_size=9)).to("meta")
+    lengths, tokens = (torch.ones(shape, dtype=torch.int64, device="meta") for shape in ((3,), (3, 5)))
+    logits, weights = baseline.spell(torch.randn(3, 15, 10, device="meta"), lengths, tokens)
+    (logits.sum() + weights.sum()).backward()
+    found = [logits, weights, *baseline.eval().search(torch.randn(3, 15, 10, device="meta"), lengths, 4, 6)]
+    if kind is Plain:
+        output = baseline(torch.randn(3, 30, 4, device="meta"), lengths, tokens)
+        found += [x for x in output if x is not None]
+    assert {str(x.device) for x in found} == {"meta"}
+
+
+def test_a_profile_tells_kernels_from_copies_annotations_and_calls_of_the_host(monkeypatch):
+    on_cuda, on_cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(key=key, device_type=where, count=count, self_device_time_total=us)
+        for key, where, count, us in (
+            ("backward_kernel", on_cuda, 3, 4000.0),
+            ("Memcpy DtoH (Device -> Pageable)", on_cuda, 2, 9.0),
+            ("Memset (Device)", on_cuda, 5, 9.0),
+            ("Optimizer.step#AdamW.step", on_cuda, 1, 9999.0),
+            ("cudaLaunchKernel", on_cpu, 2, 0.0),
+            ("cuLaunchKernelEx", on_cpu, 1, 0.0),
+            ("cudaGraphLaunch", on_cpu, 4, 0.0),
+            ("cudaStreamSynchronize", on_cpu, 6, 0.0),
+            ("aten::mm", on_cpu, 7, 0.0),
+        )
+    ]
+    profiler = MagicMock()
+    profiler.__enter__.return_value.key_averages.return_value = events
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert timing.profile(lambda: None, "cuda") == timing.Profile(
+        kernels=3, busy_ms=4.0, launches=3, graph_launches=4, waits=6, copies_to_host=2,
+        longest=[("backward_kernel", 3, 4.0)],
+    )  # fmt: skip
 
 
 def test_a_profile_counts_the_ops_of_a_call():

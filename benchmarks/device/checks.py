@@ -18,7 +18,7 @@ from benchmarks.device import edit_distance
 from benchmarks.device.parts import Options
 from benchmarks.device.record import Record
 from benchmarks.device.timing import exact_float32
-from benchmarks.training_paths import make_trainers, shape_of, synthetic_batch, with_training, without_dropout
+from benchmarks.training_paths import make_trainers, shape_of, shrunk, synthetic_batch, with_training, without_dropout
 from las_fast import ops
 from las_fast.checkpoint import load_model
 from las_fast.config import Config, load_config
@@ -40,6 +40,7 @@ class Finding(NamedTuple):
     shape: str = ""
     dtype: str = FLOAT32
     note: str = ""
+    path: str = ""
 
 
 def run(options: Options, record: Record) -> None:
@@ -47,8 +48,9 @@ def run(options: Options, record: Record) -> None:
     for name in record.while_time(list(CHECKS), "checks"):
         with record.attempt(name), exact_float32():
             for finding in CHECKS[name](options.device, options.quick):
-                labels = {"shape": finding.shape, "dtype": finding.dtype, "note": finding.note}
-                record.check(finding.what, finding.error, finding.tolerance, **labels)
+                what, error, tolerance, *_ = finding
+                labels = {name: getattr(finding, name) for name in ("shape", "dtype", "note", "path")}
+                record.check(what, error, tolerance, **labels)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -64,6 +66,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def training_step(preset: str, device: str, quick: bool) -> Iterator[Finding]:
     """One step with all losses: loss and gradients in float32 as on the CPU, and in bfloat16 as in float32."""
     config = with_training(without_dropout(load_config(preset)), guided_frames=6.0, clip_norm=1e9)
+    config = shrunk(config) if quick else config
     lengths = torch.tensor([70, 41] if quick else [400, 397, 380, 333, 300, 256, 201, 90])
     batch = synthetic_batch(lengths, config.features.input_size)
     shape = f"{preset} {shape_of(batch)}"
@@ -223,18 +226,18 @@ def search(name: str, device: str, quick: bool) -> Iterator[Finding]:
     shape = f"B{len(lengths)} K{config.beam} T{memory.keys.shape[1]}"
     for way, capture in WAYS[device].items():
         found = beam_search(model, memory, config, ngram=table.to(device), capture=capture)
-        yield from same_search(f"search, {name}, {way}", found, expected, shape)
+        yield from same_search(f"search, {name}", found, expected, shape, way)
 
 
 def same_search(
-    what: str, found: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str
+    what: str, found: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str, way: str
 ) -> Iterator[Finding]:
     """Compare the best hypotheses: their texts, and the scores where the texts are the same."""
     pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True)]
     same = [(ours, theirs) for ours, theirs in pairs if ours.text_tokens == theirs.text_tokens]
-    yield Finding(f"{what}: texts that differ", len(pairs) - len(same), 0, shape)
+    yield Finding(f"{what}: texts that differ", len(pairs) - len(same), 0, shape, path=way)
     error = max((abs(ours.score - theirs.score) for ours, theirs in same), default=0.0)
-    yield Finding(f"{what}: scores", error, 1e-3, shape)
+    yield Finding(f"{what}: scores", error, 1e-3, shape, path=way)
 
 
 CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import math
 import time
 import traceback
@@ -116,11 +115,13 @@ def reason_of(error: BaseException) -> str:
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
     """Format rows as one table: a section per part, a line per quantity with its paths, failures again at the end."""
+    parts: dict[str, dict[tuple, list]] = {}
+    for row in rows:
+        quantities = parts.setdefault(row["part"], {})
+        quantities.setdefault(tuple(row[name] for name in QUANTITY), []).append(row)
     lines = []
-    for part, members in itertools.groupby(rows, key=lambda row: row["part"]):
-        lines.append(f"== {part}")
-        alike = itertools.groupby(members, key=lambda row: [row[name] for name in QUANTITY])
-        lines += [_line(list(group)) for _, group in alike]
+    for part, quantities in parts.items():
+        lines += [f"== {part}", *map(_line, quantities.values())]
     failures = [row for row in rows if row["status"] == FAIL]
     lines += ["== failures", *(f"{row['part']}: {_line([row])}" for row in failures)] if failures else []
     return "\n".join([*lines, summary(rows)])

@@ -12,7 +12,7 @@ from benchmarks.device.parts import Options
 from benchmarks.device.record import Record, require_cuda
 from benchmarks.device.timing import backends_for, median_seconds, profile, synchronize
 from benchmarks.synthetic_speech import audiobook_frame_counts, frame_counts
-from benchmarks.training_paths import PATHS, dtype_of, make_trainers, shape_of, synthetic_batch
+from benchmarks.training_paths import PATHS, dtype_of, make_trainers, shape_of, shrunk, synthetic_batch
 from las_fast.config import Config, load_config
 from las_fast.data.batching import Batch, BucketBatches
 from las_fast.training.losses import training_loss
@@ -39,7 +39,7 @@ def run(options: Options, record: Record) -> None:
     for path in MAIN[:1] if options.quick else MAIN[:2]:
         free(options.device)
         with record.attempt("profile of a training step", path=path):
-            record_profile(path, make_batch(*TYPICAL, options.quick), load_config(TYPICAL[0]), options.device, record)
+            record_profile(path, make_batch(*TYPICAL, options.quick), options, record)
     if not options.quick:
         time_steps(others, options, record)
 
@@ -52,7 +52,11 @@ def time_steps(batches: Sequence[tuple[str, int, tuple[str, ...]]], options: Opt
         labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": dtype_of(path), "path": path}
         free(options.device)
         with record.attempt("training step", **labels):
-            time_step(path, batch, load_config(preset), options, record, labels)
+            time_step(path, batch, config_of(preset, options.quick), options, record, labels)
+
+
+def config_of(preset: str, quick: bool) -> Config:
+    return shrunk(load_config(preset)) if quick else load_config(preset)
 
 
 def make_batch(preset: str, B: int, quick: bool) -> Batch:
@@ -80,7 +84,8 @@ def time_step(path: str, batch: Batch, config: Config, options: Options, record:
     if "graphed" in path:
         require_cuda(device)
     step = make_step(path, batch, config, device)
-    seconds = median_seconds(step, device, rounds=1 if options.quick else 7)
+    often = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 7}
+    seconds = median_seconds(step, device, **often)
     record.row("training step", 1e3 * seconds, "ms", **labels)
     audio = float(batch.feature_lengths.sum()) / 100
     record.row("training: seconds of audio per second", audio / seconds, **labels)
@@ -103,14 +108,14 @@ def free(device: str) -> None:
 def time_parts(typical: tuple[str, int], options: Options, record: Record) -> None:
     """Time the parts of las_fast's step one by one: forwards alone, and with the backward pass."""
     preset, B = typical
-    device, config, batch = options.device, load_config(preset), make_batch(preset, B, options.quick)
+    device, config, batch = options.device, config_of(preset, options.quick), make_batch(preset, B, options.quick)
     trainer = make_trainers(config, ["las_fast bf16"], device)["las_fast bf16"]
     labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": "bfloat16"}
+    often = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 5}
     for name, path, function in parts_of(trainer, batch.to(device), device):
         for what, backward in ((f"{name}, forward", False), (name, True)):
             with record.attempt(what, path=path, **labels):
-                rounds = 1 if options.quick else 5
-                seconds = median_seconds(lambda f=function, b=backward: f(b), device, rounds=rounds, at_most=1.5)
+                seconds = median_seconds(lambda f=function, b=backward: f(b), device, at_most=1.5, **often)
                 record.row(what, 1e3 * seconds, "ms", path=path, **labels)
     with record.attempt("clipping and AdamW", **labels):
         record.row("clipping and AdamW", 1e3 * median_seconds(optimise(trainer), device), "ms", **labels)
@@ -178,15 +183,16 @@ def optimise(trainer: Trainer) -> Callable[[], object]:
 # ------------------------------------------------------------------------------------------------------------- profile
 
 
-def record_profile(path: str, batch: Batch, config: Config, device: str, record: Record) -> None:
-    """Record what the GPU and the host do in one step, and the kernels that take longest."""
-    step = make_step(path, batch, config, device)
+def record_profile(path: str, batch: Batch, options: Options, record: Record) -> None:
+    """Record what the GPU and the host do in one step of the typical batch, and the kernels that take longest."""
+    device = options.device
+    step = make_step(path, batch, config_of(TYPICAL[0], options.quick), device)
     for _ in range(1 if device == "cpu" else 3):
         step()
     synchronize(device)
-    labels = {"shape": shape_of(batch), "dtype": dtype_of(path), "path": path}
+    labels = {"shape": f"{TYPICAL[0]} {shape_of(batch)}", "dtype": dtype_of(path), "path": path}
     found = profile(step, device)
-    what = "profile of a training step"
+    what = "profile of a training step" if device == "cuda" else "torch's ops in a training step"
     for name in ("kernels", "launches", "graph_launches", "waits", "copies_to_host", "busy_ms"):
         record.row(f"{what}: {name}", getattr(found, name), **labels)
     for name, count, milliseconds in found.longest:
