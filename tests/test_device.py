@@ -313,6 +313,22 @@ def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
     assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
 
 
+def test_tests_that_fail_are_rows_as_they_fail(tmp_path, rows):
+    record, read = rows
+    file = tmp_path / "test_three.py"
+    file.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): assert len(rows()) == 1\n")
+    file.write_text(file.read_text() + f"def rows(): return open({str(record.path)!r}).read().splitlines()[1:]\n")
+    code = "import sys; from pathlib import Path; from benchmarks.device import cases, parts, record\n"
+    code += f"to = record.Record(Path({str(record.path)!r}), 'p', commit='c', device='d')\n"
+    code += f"cases.run_tests(parts.Options(Path('.'), 'cpu', True, 'c', None), to, [{str(file)!r}, '--rootdir', '/'])"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert [(row["what"].rpartition("::")[2], row["value"], row["status"]) for row in read()] == [
+        ("test_b", "", FAIL),
+        ("tests that passed", "2", "measured"),
+    ]
+    assert read()[0]["note"] == "assert 1 == 2"
+
+
 @pytest.mark.parametrize("part", ["machine", "training", "checks", "searching", "lstm", "decoding", "kernels"])
 def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatch):
     """It finds no wrong result, but every name, argument and shape that only CUDA reaches."""

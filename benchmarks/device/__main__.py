@@ -119,7 +119,7 @@ def run_limited(command: list[str], seconds: float, log: TextIO) -> str:
 
 def end(process: subprocess.Popen) -> None:
     """End the processes of a group that are still running: by SIGTERM first, after a while by SIGKILL."""
-    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10.0)):  # a hung driver may outlast both
         try:
             os.killpg(process.pid, number)
             process.wait(seconds)

@@ -23,6 +23,7 @@ from las_fast.search.beam import beam_search
 from las_fast.search.dataset import batches_to_decode, listen
 
 MODEL = "an4"
+CPU_BEAM = 16  # the CPU takes too long for wider beams
 SETTINGS = {
     "CTC, beam 8": {"ctc_weight": 0.3},
     "attention, beam 8": {},
@@ -64,8 +65,10 @@ def dev_set(loaded: Loaded, data: Path, folder: Path) -> SpeechDataset:
 
 
 def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
-    """Decode in every way; record speed, CER, and how many texts differ from those of the CPU."""
+    """Decode in every way; record speed, CER, and how many texts differ from those of the first way."""
     ways = [Way("CPU", "cpu", None), Way("step by step", device, False)]
+    if SETTINGS[name].get("beam", 1) > CPU_BEAM:
+        ways = ways[1:]
     if device == "cuda":
         ways.append(Way("captured", device, True))
     else:
@@ -81,7 +84,8 @@ def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: st
             expected = expected or texts
             if way != ways[0]:
                 different = sum(map(str.__ne__, texts, expected))
-                record.check(f"decoding of AN4, {name}: texts unlike the CPU's", different, 0, **labels)
+                what = f"decoding of AN4, {name}: texts that differ from those of: {ways[0].name}"
+                record.check(what, different, 0, **labels)
 
 
 def compare_tf32(models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
