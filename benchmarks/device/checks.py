@@ -145,7 +145,7 @@ def ctc(device: str, quick: bool) -> Iterator[Finding]:
         arguments = lengths.to(where), tokens.to(where), counts.to(where)
         losses = ops.ctc_loss(x, *arguments)
         losses.sum().backward()
-        return losses, x.grad, ops.token_times(x, *arguments)
+        return losses, x.grad, ops.ctc_token_times(x, *arguments)
 
     for what, found, expected in zip(("loss", "gradient", "token times"), results(device), results("cpu"), strict=True):
         yield Finding(f"CTC: {what}", relative_error(found, expected), 1e-4, f"B4 T{T} V{V} S{S}")

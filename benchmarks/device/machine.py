@@ -57,7 +57,7 @@ def describe(device: str, record: Record) -> None:
     record.row("CPU cores", cores())
     record.row("C++ extension", note=backends.EXTENSION_PROBLEM or "built")
     for op in backends.IMPLEMENTED:
-        chosen = backends.automatic(op, device)
+        chosen = backends.auto_backend(op, device)
         record.row("backend of", path=f"{op} {chosen}")
 
 

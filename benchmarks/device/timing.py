@@ -78,7 +78,7 @@ def backends_for(op: str, device: str, dtype: torch.dtype | None = None) -> list
         for backend in backends.IMPLEMENTED[op]
         if backends.unavailable(op, backend) is None
         and backends.DEVICES.get(backend, device) == device
-        and backends.takes(op, backend, dtype)
+        and backends.supports_dtype(op, backend, dtype)
     ]
 
 
