@@ -335,7 +335,9 @@ def test_tests_that_fail_are_rows_as_they_fail(tmp_path, rows):
 def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatch):
     """It finds no wrong result, but every name, argument and shape that only CUDA reaches."""
     monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
-    few = {name: checks.CHECKS[name] for name in ("training step of an4", "validation", "search, everything")}
+    few = {
+        name: checks.CHECKS[name] for name in ("training step of an4", "decoder", "validation", "search, everything")
+    }
     monkeypatch.setattr(checks, "CHECKS", few)
     with pretend_cuda():
         parts.run_part(part, Options(tmp_path, "cuda", True, "c", None), 120.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tempfile
@@ -17,14 +18,17 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.device import edit_distance
 from benchmarks.device.parts import Options
 from benchmarks.device.record import Record
-from benchmarks.device.timing import exact_float32
+from benchmarks.device.timing import backends_for, exact_float32
 from benchmarks.training_paths import make_trainers, shape_of, shrunk, synthetic_batch, with_training, without_dropout
 from las_fast import ops
-from las_fast.checkpoint import load_model
+from las_fast.checkpoint import build_model, load_model
 from las_fast.config import Config, load_config
 from las_fast.data.batching import Batch
+from las_fast.model.layers import dropout_mask
 from las_fast.model.listener import BiLSTM
+from las_fast.model.speller import Speller
 from las_fast.search.beam import Hypothesis, beam_search
+from las_fast.text import EOS
 from las_fast.training.validate import Validation, validate
 
 MODEL = "an4"  # the released model of the searches and of the validation
@@ -151,6 +155,66 @@ def ctc(device: str, quick: bool) -> Iterator[Finding]:
         yield Finding(f"CTC: {what}", relative_error(found, expected), 1e-4, f"B4 T{T} V{V} S{S}")
 
 
+# ------------------------------------------------------------------------------------------------------------- decoder
+
+
+def decoder(device: str, quick: bool) -> Iterator[Finding]:
+    """The decoder of hw4p2 by each backend of ops.speller_unroll: in float32 with sampled tokens, in bf16 without."""
+    torch.manual_seed(0)
+    config = load_config("hw4p2")
+    model = build_model(shrunk(config) if quick else config)
+    inputs = decoder_inputs(model.speller, *((3, 20, 9) if quick else (16, 161, 60)))
+    shape = f"B{len(inputs.tokens)} T{inputs.keys.shape[1]} U{inputs.tokens.shape[1]}"
+    for precision, dtype, tolerances in (("fp32", FLOAT32, (1e-4, 1e-3)), ("bf16", BFLOAT16, (3e-2, 1e-1))):
+        given = inputs if precision == "fp32" else inputs._replace(sampled=torch.zeros_like(inputs.sampled))
+        expected = decoder_results(model.speller, given, "cpu", backend="reference")
+        for backend in backends_for("speller_unroll", device):
+            found = decoder_results(model.speller, given, device, backend=backend, precision=precision)
+            logits, attention, *gradients = map(relative_error, found, expected)
+            output, gradient = tolerances
+            yield Finding("decoder: logits and attention", max(logits, attention), output, shape, dtype, path=backend)
+            yield Finding("decoder: gradients", max(gradients), gradient, shape, dtype, path=backend)
+
+
+class DecoderInputs(NamedTuple):
+    """Arguments of ops.speller_unroll after the weights, and the gradients of its results."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    tokens: Tensor
+    sampled: Tensor
+    masks: list[Tensor]
+    logits_gradient: Tensor
+    attention_gradient: Tensor
+
+
+def decoder_inputs(speller: Speller, B: int, T: int, U: int) -> DecoderInputs:
+    V, sizes = speller.embedding.num_embeddings, [cell.size for cell in speller.cells]
+    return DecoderInputs(
+        keys=torch.randn(B, T, speller.attention.key.out_features),
+        values=torch.randn(B, T, speller.attention.value.out_features),
+        lengths=torch.linspace(1, T, B).long(),
+        tokens=torch.randint(EOS, V, (B, U)),
+        sampled=torch.rand(B, U) < 0.2,
+        masks=[dropout_mask(torch.empty(B, size), 0.3) for size in sizes],
+        logits_gradient=torch.randn(B, U, V - EOS),
+        attention_gradient=torch.randn(B, U, T),
+    )
+
+
+def decoder_results(speller: Speller, inputs: DecoderInputs, device: str, **options: str) -> list[Tensor]:
+    """Return the logits of all tokens that may be emitted, the attention weights, and all gradients."""
+    speller = copy.deepcopy(speller).to(device)
+    given = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    keys, values = (x.detach().requires_grad_() for x in given[:2])
+    logits, attention = ops.speller_unroll(speller.weights(), keys, values, *given[2:6], **options)
+    results = [logits[..., EOS:], attention]
+    torch.autograd.backward(results, list(given[6:]))
+    gradients = [parameter.grad for parameter in speller.parameters() if parameter.grad is not None]
+    return [*results, keys.grad, values.grad, *gradients]
+
+
 # ---------------------------------------------------------------------------------------------------------- validation
 
 
@@ -243,6 +307,7 @@ def same_search(
 CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {
     "training step of hw4p2": partial(training_step, "hw4p2"),
     "training step of an4": partial(training_step, "an4"),
+    "decoder": decoder,
     "listener's LSTM": lstm_layer,
     "CTC": ctc,
     "validation": validation,
