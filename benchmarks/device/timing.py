@@ -13,8 +13,8 @@ import torch
 from las_fast.ops import backends
 
 FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
-COPIES = ("Memcpy", "Memset")  # beginnings of names that the profiler lists beside kernels
-ANNOTATIONS = ("Optimizer.", "ProfilerStep")  # the same, spans of time that contain kernels
+# Beginnings of what the profiler lists beside kernels: copies, and spans of time that contain kernels.
+NO_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")
 
 
 def synchronize(device: str) -> None:
@@ -117,13 +117,9 @@ def profile(run: Callable[[], object], device: str) -> Profile:
         synchronize(device)
     events = profiler.key_averages()
     host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    if device == "cuda":
-        there = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-        there = [event for event in there if not event.key.startswith(ANNOTATIONS)]
-        copies = sum(event.count for event in there if event.key.startswith("Memcpy DtoH"))
-        timed = [(e.key, e.count, e.self_device_time_total / 1e3) for e in there if not e.key.startswith(COPIES)]
-    else:
-        copies = 0
+    there = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    timed = [(e.key, e.count, e.self_device_time_total / 1e3) for e in there if not e.key.startswith(NO_KERNELS)]
+    if device != "cuda":
         timed = [(e.key, e.count, e.self_cpu_time_total / 1e3) for e in host if e.key.startswith("aten::")]
 
     def calls(part: str) -> int:
@@ -135,6 +131,6 @@ def profile(run: Callable[[], object], device: str) -> Profile:
         launches=calls("LaunchKernel"),
         graph_launches=calls("GraphLaunch"),
         waits=calls("Synchronize"),
-        copies_to_host=copies,
+        copies_to_host=sum(event.count for event in there if event.key.startswith("Memcpy DtoH")),
         longest=sorted(timed, key=lambda kernel: -kernel[2])[:12],
     )

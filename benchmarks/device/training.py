@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -112,7 +113,7 @@ def time_parts(typical: tuple[str, int], options: Options, record: Record) -> No
     trainer = make_trainers(config, ["las_fast bf16"], device)["las_fast bf16"]
     labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": "bfloat16"}
     often = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 5}
-    for name, path, function in parts_of(trainer, batch.to(device), device):
+    for name, path, function in StepParts(trainer, batch.to(device), device).functions(device):
         for what, backward in ((f"{name}, forward", False), (name, True)):
             with record.attempt(what, path=path, **labels):
                 seconds = median_seconds(lambda f=function, b=backward: f(b), device, at_most=1.5, **often)
@@ -121,50 +122,52 @@ def time_parts(typical: tuple[str, int], options: Options, record: Record) -> No
         record.row("clipping and AdamW", 1e3 * median_seconds(optimise(trainer), device), "ms", **labels)
 
 
-def parts_of(trainer: Trainer, batch: Batch, device: str) -> list[tuple[str, str, Callable[[bool], object]]]:
-    """Return (name, path, function) of listener, decoder and losses; the function takes whether to go backwards.
+class StepParts:
+    """Listener, decoder and losses of a training step, to run one by one, each on results computed once."""
 
-    The decoder runs on every backend of speller_unroll that there is.
-    """
-    model, (tokens, token_lengths) = trainer.model.train(), batch.targets
-    autocast = torch.autocast(device, torch.bfloat16)
+    def __init__(self, trainer: Trainer, batch: Batch, device: str):
+        self.model, self.training, self.batch = trainer.model.train(), trainer.config.training, batch
+        self.autocast = torch.autocast(device, torch.bfloat16)
+        self.tokens, self.token_lengths = batch.targets
+        with self.autocast, torch.no_grad():
+            self.memory = self.model.listen(batch.features, batch.feature_lengths)
+            self.output = self.model(batch.features, batch.feature_lengths, self.tokens)
 
-    def backwards(tensors: list[torch.Tensor], wanted: bool) -> None:
-        if wanted:
-            torch.autograd.backward(tensors, [torch.ones_like(x) for x in tensors])
-            model.zero_grad()
+    def functions(self, device: str) -> list[tuple[str, str, Callable[[bool], object]]]:
+        """Return (name, path, function) of each part; the function takes whether to run the backward pass as well.
 
-    def listener(backward: bool) -> None:
-        with autocast:
-            memory = model.listen(batch.features, batch.feature_lengths)
-        backwards([x for x in (memory.keys, memory.values, memory.ctc_logits) if x is not None], backward)
+        The decoder runs on every backend of speller_unroll that there is, the slowest last.
+        """
+        decoders = [
+            ("decoder", backend, partial(self.decoder, backend=backend))
+            for backend in sorted(backends_for("speller_unroll", device), key="reference".__eq__)
+        ]
+        return [("listener", "", self.listener), *decoders, ("losses", "", self.losses)]
 
-    with autocast, torch.no_grad():
-        listened = model.listen(batch.features, batch.feature_lengths)
-        output = model(batch.features, batch.feature_lengths, tokens)
+    def listener(self, backward: bool) -> None:
+        with self.autocast:
+            memory = self.model.listen(self.batch.features, self.batch.feature_lengths)
+        self.finish([x for x in (memory.keys, memory.values, memory.ctc_logits) if x is not None], backward)
 
-    def decoder(backward: bool, backend: str) -> None:
-        keys, values = (x.detach().requires_grad_() for x in (listened.keys, listened.values))
-        with autocast:
-            spelled = model.speller(listened._replace(keys=keys, values=values), tokens, backend=backend)
-        backwards(list(spelled), backward)
+    def decoder(self, backward: bool, *, backend: str) -> None:
+        keys, values = (x.detach().requires_grad_() for x in (self.memory.keys, self.memory.values))
+        with self.autocast:
+            results = self.model.speller(self.memory._replace(keys=keys, values=values), self.tokens, backend=backend)
+        self.finish(list(results), backward)
 
-    def losses(backward: bool) -> None:
-        leaves = [x.detach().requires_grad_() for x in (output.logits, output.weights, output.ctc[0])]
-        names = ("logits", "weights", "ctc_logits")
-        given = output._replace(**dict(zip(names, leaves, strict=True)))
-        training = trainer.config.training
+    def losses(self, backward: bool) -> None:
+        named = {"logits": self.output.logits, "weights": self.output.weights, "ctc_logits": self.output.ctc[0]}
+        output = self.output._replace(**{name: x.detach().requires_grad_() for name, x in named.items()})
         loss, _ = training_loss(
-            given, tokens, token_lengths, label_smoothing=training.label_smoothing, ctc_weight=1.0, guided_weight=1.0,
-            guided_width=training.guided_width, guided_frames=6.0,
+            output, self.tokens, self.token_lengths, label_smoothing=self.training.label_smoothing, ctc_weight=1.0,
+            guided_weight=1.0, guided_width=self.training.guided_width, guided_frames=6.0,
         )  # fmt: skip
-        backwards([loss], backward)
+        self.finish([loss], backward)
 
-    spellers = [
-        ("decoder", backend, lambda backward, backend=backend: decoder(backward, backend))
-        for backend in sorted(backends_for("speller_unroll", device), key="reference".__eq__)  # the slowest last
-    ]
-    return [("listener", "", listener), *spellers, ("losses", "", losses)]
+    def finish(self, results: list[torch.Tensor], backward: bool) -> None:
+        if backward:
+            torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+            self.model.zero_grad()
 
 
 def optimise(trainer: Trainer) -> Callable[[], object]:
