@@ -73,7 +73,7 @@ class Pipeline:
         self.files = sorted((folder / "data" / "audio").iterdir())
 
     def read(self) -> list:
-        return [load_audio(file, self.config.features.sample_rate, whole=True) for file in self.files]
+        return [load_audio(file, self.config.features.sample_rate, strict=True) for file in self.files]
 
     def compute_features(self, waves: list) -> list:
         return [normalise(x, self.config.features) for x in compute_features(waves, self.config.features)]

@@ -46,7 +46,7 @@ def test_reading(compare, files):
     assert len(load_audio(paths[0], RATE)) == soundfile.info(paths[0]).frames
     functions = {
         "soundfile": lambda: [soundfile.read(path, dtype="float32") for path in paths],
-        "las_fast": lambda: [load_audio(path, RATE, whole=True) for path in paths],
+        "las_fast": lambda: [load_audio(path, RATE, strict=True) for path in paths],
     }
     compare_features(compare, functions, f"reading {suffix}", seconds, "soundfile")
 

@@ -35,7 +35,7 @@ class Bounds:
     at_most: float = MAX_NUMBER
     below: float = math.inf
 
-    def broken(self, value: int | float) -> str:
+    def violated(self, value: int | float) -> str:
         """The bound that value breaks, such as "at least 1", or ""."""
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
@@ -97,7 +97,7 @@ class DataConfig:
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
     workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
 
-    def whole(self) -> DataConfig:
+    def without_limits(self) -> DataConfig:
         """The settings without max_seconds and hours, which must not leave out data to be scored."""
         return dataclasses.replace(self, max_seconds=0.0, hours=0.0)
 
@@ -373,7 +373,7 @@ def check(config: Config) -> Config:
     """Return config if every value is within its bounds and they agree; else raise InputError naming the field."""
     Vocabulary(config.data.characters)
     for name, value, bounds in _numbers(config):
-        if bound := bounds.broken(value):
+        if bound := bounds.violated(value):
             raise InputError(f"settings: {name} must be {bound}; got {value}")
     listener, training, model = config.model.listener, config.training, config.model
     conv_lengths = {len(listener.conv_channels), len(listener.conv_kernels), len(listener.conv_strides)}

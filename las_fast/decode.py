@@ -17,7 +17,7 @@ from las_fast.errors import InputError
 from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path, parse_settings
 from las_fast.search.ngram import with_default_weight
-from las_fast.system import choose_device, give_large_blocks_back
+from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
@@ -60,7 +60,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help. The last line printed is JSON."""
-    give_large_blocks_back()
+    return_freed_memory()
     loaded: list[Loaded] = []  # filled while parsing: the checkpoint has the default settings
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:

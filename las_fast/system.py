@@ -62,7 +62,7 @@ def tune_memory() -> None:
     _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def give_large_blocks_back() -> None:
+def return_freed_memory() -> None:
     """Make glibc return freed blocks of 1 MiB or more to the system; for decoding.
 
     Each batch needs blocks of other sizes, and hypotheses that stay allocated lie between them. Reused blocks would

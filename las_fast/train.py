@@ -257,7 +257,7 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
     dev_splits = corpus.resolve(config.data.dev or "dev")
     train = load_dataset(corpus, tuple(train_splits), features=config.features, data=config.data, need_text=True)
     dev = load_dataset(
-        corpus, dev_splits, features=config.features, data=config.data.whole(), statistics=train.statistics,
+        corpus, dev_splits, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
         need_text=True,
     )  # fmt: skip
     for name, data in (("+".join(train_splits), train), ("+".join(dev_splits), dev)):

@@ -28,7 +28,7 @@ from las_fast.output.transcripts import (
     output_files,
 )
 from las_fast.progress import Progress, write
-from las_fast.system import choose_device, give_large_blocks_back
+from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.recogniser import Recogniser
@@ -86,7 +86,7 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
-    give_large_blocks_back()
+    return_freed_memory()
     options = parser().parse_args(argv)
     if options.beam is not None and options.beam < 1:
         raise InputError(f"--beam must be at least 1; got {options.beam}")

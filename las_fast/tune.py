@@ -22,7 +22,7 @@ from las_fast.files import first_line, prepare_output_file
 from las_fast.options import Parser, as_file, as_path
 from las_fast.progress import progress
 from las_fast.search.ngram import load_ngram_table, with_default_weight
-from las_fast.system import choose_device, give_large_blocks_back
+from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
@@ -65,7 +65,7 @@ def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
-    give_large_blocks_back()
+    return_freed_memory()
     options = parser().parse_args(argv)
     names = [name for name in GRID if getattr(options, name)]
     if not names:
@@ -116,7 +116,7 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     corpus = open_corpus(options.data)
     check_fits(corpus, loaded)
     config = loaded.config
-    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=config.data.whole(),
+    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=config.data.without_limits(),
                         statistics=loaded.statistics, need_text=True)  # fmt: skip
 
 

@@ -312,7 +312,7 @@ def test_the_cost_of_a_training_follows_from_its_hours_and_prices(tmp_path, monk
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_synthetic_recordings_can_be_read(tmp_path, suffix):
     paths = write_recordings(tmp_path, suffix, [300, 450])
-    assert all(len(load_audio(path, 16000, whole=True)) > 16000 for path in paths)
+    assert all(len(load_audio(path, 16000, strict=True)) > 16000 for path in paths)
 
 
 def test_attention_of_several_epochs_is_one_picture(tmp_path):

@@ -233,7 +233,7 @@ def test_every_setting_has_the_default_that_is_written_here():
             TeacherForcingStage(40.0, 60.0, 0.8, 0.6),
         )
     }
-    assert DataConfig(max_seconds=3.0, hours=2.0).whole() == DataConfig()
+    assert DataConfig(max_seconds=3.0, hours=2.0).without_limits() == DataConfig()
 
 
 @pytest.mark.parametrize("name", [name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3])
@@ -243,8 +243,8 @@ def test_a_number_may_be_anything_within_its_bounds(name):
     good = [1e-9 if low == "more than 0" else kind(low), 1 - 1e-9 if high == "below 1" else kind(high)]
     bad = [0.0 if low == "more than 0" else low - 1 if kind is int else low - 1e-9 * max(1, abs(low))]
     bad += [1.0 if high == "below 1" else high + 1 if kind is int else high * (1 + 1e-9)]
-    assert [BOUNDS[name].broken(value) for value in good] == ["", ""]
-    assert all(BOUNDS[name].broken(value) for value in bad), bad
+    assert [BOUNDS[name].violated(value) for value in good] == ["", ""]
+    assert all(BOUNDS[name].violated(value) for value in bad), bad
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_the_broken_bound_is_named():
             ("training.warmup_steps", -1): "at least 0", ("decoding.length_reward", -2e6): "at least -1e+06",
             ("augment.speed", 1.0): "below 1", ("decoding.length_penalty", 101.0): "at most 100",
             ("training.ctc_until", float("nan")): "a finite number", ("training.warmup_steps", 5): ""}  # fmt: skip
-    assert {(name, value): BOUNDS[name].broken(value) for name, value in bounds} == bounds
+    assert {(name, value): BOUNDS[name].violated(value) for name, value in bounds} == bounds
 
 
 def test_a_speller_needs_a_cell():

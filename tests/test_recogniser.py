@@ -152,12 +152,12 @@ def test_a_file_object_is_read_from_its_position(here, model):
 def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
     _, expected = output_of_the_command(capsys, here / "untrained-20.safetensors", here / "phone.wav", "--beam", "1")
     assert [
-        f"{here / 'phone.wav'} is sampled at 8000 Hz and the model was trained at 16000 Hz; expect more errors"
+        f"{here / 'phone.wav'} is sampled at 8000 Hz, but the model was trained at 16000 Hz; expect more errors"
     ] == (expected)
     assert quietly(model.transcribe, here / "phone.wav", beam=1)[1] == expected
     array = in_memory("phone.wav")(here)
     assert quietly(model.transcribe, *array, beam=1)[1] == [
-        "the array is sampled at 8000 Hz and the model was trained at 16000 Hz; expect more errors"
+        "the array is sampled at 8000 Hz, but the model was trained at 16000 Hz; expect more errors"
     ]
     with pytest.warns(UserWarning) as caught:
         model.transcribe(*array, beam=1)
@@ -179,7 +179,7 @@ def test_silence_is_an_empty_transcript_with_a_warning(model):
 
 SPEECH = make_speech(0.3)
 WRONG = {
-    "no rate": (SPEECH, None, {}, "an array does not say its sample rate; give sample_rate=16000"),
+    "no rate": (SPEECH, None, {}, "an array has no sample rate of its own; give its rate in Hz, such as sample_rate=16000"),
     "a rate of 0": (SPEECH, 0, {}, "sample_rate must be a whole number of Hz from 1000 to 768000; got 0"),
     "a rate of text": (SPEECH, "16000", {}, "sample_rate must be a whole number of Hz .*; got '16000'"),
     "a broken rate": (SPEECH, 16000.5, {}, "sample_rate must be a whole number of Hz .*; got 16000.5"),
@@ -189,8 +189,8 @@ WRONG = {
     "features": (np.zeros((500, 80)), RATE, {}, r"got \(500, 80\); give at most 64 channels"),
     "three axes": (np.zeros((2, 3, 4)), RATE, {}, r"shape \(N,\) or \(N, channels\); got \(2, 3, 4\)"),
     "a number": (np.array(1.0), RATE, {}, r"shape \(N,\) or \(N, channels\); got \(\)"),
-    "nothing": (np.zeros(0), RATE, {}, r"the array holds no samples: its shape is \(0,\)"),
-    "no channel": (np.zeros((9, 0)), RATE, {}, r"the array holds no samples: its shape is \(9, 0\)"),
+    "nothing": (np.zeros(0), RATE, {}, r"the array has no samples: its shape is \(0,\)"),
+    "no channel": (np.zeros((9, 0)), RATE, {}, r"the array has no samples: its shape is \(9, 0\)"),
     "int64": (np.zeros(9, np.int64), RATE, {}, "must be float, int16 or int32; got int64; convert them"),
     "uint8": (np.zeros(9, np.uint8), RATE, {}, "must be float, int16 or int32; got uint8"),
     "complex": (torch.zeros(9, dtype=torch.complex64), RATE, {}, "must be float, int16 or int32; got complex64"),
@@ -206,7 +206,7 @@ WRONG = {
     "bytes": (b"RIFF", None, {}, "a recording is a path, .*; got a value of type bytes"),
     "a rate of a file": ("short.wav", RATE, {}, "short.wav has a rate of its own; leave it out"),
     "a missing file": ("gone.wav", None, {}, "gone.wav does not exist"),
-    "text": (io.StringIO("RIFF"), None, {}, "the file object gives text and not bytes; open it with open"),
+    "text": (io.StringIO("RIFF"), None, {}, "the file object returns text instead of bytes; open it with open"),
     "no bytes": (io.BytesIO(), None, {}, r"the file object is empty \(0 bytes\)"),
     "no audio": (io.BytesIO(b"not audio"), None, {}, "the file object cannot be read as audio"),
     "beam 0": (SPEECH, RATE, {"beam": 0}, "decoding.beam must be at least 1; got 0"),

@@ -16,7 +16,7 @@ def test_mallopt_gets_the_parameters_of_malloc_h(monkeypatch):
     monkeypatch.setattr(system, "_mallopt", lambda *arguments: calls.append(arguments))
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     system.tune_memory()
-    system.give_large_blocks_back()
+    system.return_freed_memory()
     mmap_threshold, trim_threshold, never = -3, -1, -1
     assert calls == [(mmap_threshold, 32 * 2**20), (trim_threshold, never), (mmap_threshold, 2**20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
@@ -68,7 +68,7 @@ def mapped_blocks():
     return getattr(libc.mallinfo2(), "3") - before
 system.tune_memory()
 print(mapped_blocks())
-system.give_large_blocks_back()
+system.return_freed_memory()
 print(mapped_blocks())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -78,7 +78,7 @@ print(mapped_blocks())
 @pytest.mark.parametrize("module", [decode, transcribe, tune])
 def test_decoding_commands_give_large_blocks_back(module, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(module, "give_large_blocks_back", lambda: asked.append(module))
+    monkeypatch.setattr(module, "return_freed_memory", lambda: asked.append(module))
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert asked == [module]

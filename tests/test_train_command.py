@@ -193,7 +193,7 @@ def test_both_sets_are_loaded_with_their_transcripts_and_counted(loaded, capsys,
     common = {"features": config.features, "need_text": True}
     assert loaded.asked == [
         (expected[0], {**common, "data": data}),
-        (expected[1], {**common, "data": data.whole(), "statistics": "statistics"}),
+        (expected[1], {**common, "data": data.without_limits(), "statistics": "statistics"}),
     ]
     names = ["+".join(names) for names in expected]
     assert capsys.readouterr().out == (

@@ -100,7 +100,7 @@ def test_a_recording_that_is_cut_off_is_a_warning(here, capsys):
     whole = (here / "short.wav").read_bytes()
     (here / "half.wav").write_bytes(whole[: len(whole) // 2])
     transcribe(here, files=["half.wav"])
-    assert "warning: " in (err := capsys.readouterr().err) and "half.wav is cut off: it holds" in err
+    assert "warning: " in (err := capsys.readouterr().err) and "half.wav is cut off: it has" in err
 
 
 def test_files_can_go_to_a_folder(here, tmp_path):
@@ -433,7 +433,7 @@ def ask(here, *words, files=("short.wav",)):
 
 def test_options_reach_the_work(here, asked, monkeypatch):
     given_back = []
-    monkeypatch.setattr(module, "give_large_blocks_back", lambda: given_back.append(True))
+    monkeypatch.setattr(module, "return_freed_memory", lambda: given_back.append(True))
     ask(here)
     assert given_back == [True]
     assert str(asked[0]["model"].device) in ("cpu", "cuda") and asked[0]["beam"] is asked[0]["lm"] is None

@@ -2,7 +2,7 @@
 
 `load_audio` returns a recording or a part of it; `open_recording` reads one of any length in bounded memory. Both run
 the same code, so their samples are equal. All streams of a file are read (las_fast.data.containers). Missing or damaged
-audio is reported: as a warning, or as an InputError where the whole recording is required.
+audio is reported as a warning, or with strict as an InputError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from las_fast.data.channels import Mixer, check_samples, undivided_bits
+from las_fast.data.channels import Mixer, check_samples, unscaled_integer_bits
 from las_fast.data.containers import Layout, Source, Stream, find_streams
 from las_fast.data.decoder import READ_ERRORS, UNKNOWN_COUNT, Decoder, SoundStream
 from las_fast.data.opening import Audio, name_of, open_descriptor
@@ -25,31 +25,31 @@ from las_fast.errors import InputError
 
 __all__ = ["Audio", "Recording", "load_audio", "name_of", "open_recording"]
 
-TOLERANCE = 0.1  # seconds that may be missing at the end; some recorders count their header as sound
-MAX_LAYOUTS = 8  # files whose layout is remembered
+TOLERANCE = 0.1  # seconds that may be missing at the end: some recorders count the header as audio
+MAX_LAYOUTS = 8  # files whose layout is cached
 
 
 def load_audio(
-    path: str | Path, sample_rate: int, *, start: float = 0.0, seconds: float | None = None, whole: bool = False
+    path: str | Path, sample_rate: int, *, start: float = 0.0, seconds: float | None = None, strict: bool = False
 ) -> np.ndarray:
     """Read a recording, or a part of it, as one channel.
 
     Args:
         path:        a file that libsndfile reads (wav, flac, ogg, mp3, ...), or "-" for standard input. Channels are
-                     averaged; where they cancel each other out the loudest is taken.
+                     averaged; where they cancel each other out, the loudest is taken.
         sample_rate: Hz; audio at another rate is resampled.
         start:       seconds from the beginning of the recording.
         seconds:     length of the part; None reads to the end.
-        whole:       refuse a recording with missing or damaged audio; otherwise the rest of it is returned.
+        strict:      raise if audio is missing or damaged; otherwise return the rest.
 
     Returns:
         (N,) float32 samples from -1 to 1, N >= 1.
 
     Raises:
-        InputError: the file is missing, is not audio, has no samples or has NaN, infinite or huge ones, is not whole,
-            or ends more than 0.1 s before the part does.
+        InputError: the file is missing, is not audio, has no samples, or has NaN, infinite or huge samples; it ends
+            more than 0.1 s before the part; or it has missing or damaged audio and strict is set.
     """
-    with Recording(path, sample_rate, start=start, seconds=seconds, whole=whole, measure=False) as recording:
+    with Recording(path, sample_rate, start=start, seconds=seconds, strict=strict, measure=False) as recording:
         return np.concatenate(list(recording))
 
 
@@ -65,7 +65,7 @@ class Recording:
     """A recording that can be iterated over once, in blocks (n,) float32 of about a second, n >= 1.
 
     warnings lists its problems, one sentence each; the list is complete after the iteration. The file stays open until
-    the iteration ends, or until `close`. measure adds warnings on the quality of the signal.
+    the iteration ends, or until `close`. measure adds warnings about the quality of the signal.
     """
 
     _descriptor: int | None = None  # of the open file
@@ -77,22 +77,22 @@ class Recording:
         *,
         start: float = 0.0,
         seconds: float | None = None,
-        whole: bool = False,
+        strict: bool = False,
         measure: bool = True,
     ):
         self.path, self.sample_rate = path, sample_rate
         self.name = name_of(path)
         self.warnings: list[str] = []
-        self._start, self._seconds, self._whole = start, seconds, whole
+        self._start, self._seconds, self._strict = start, seconds, strict
         self._quality = SignalQuality(sample_rate) if measure else None
         self._elapsed = 0.0  # seconds of the recording decoded or skipped so far
-        self._unread: list[str] = []  # sentences on audio that is not read; they end with advice
-        self._damage: list[str] = []  # sentences on missing or damaged audio
-        self._cut: list[str] = []  # sentences on streams that end early
+        self._unread: list[str] = []  # sentences about audio that is not read; they end with advice
+        self._damage: list[str] = []  # sentences about missing or damaged audio
+        self._cut: list[str] = []  # sentences about streams that end early
         if not start >= 0 or not (seconds is None or seconds > 0) or start == float("inf"):
             raise InputError(f"a part of {self.name} must start at 0 s or later and last longer than 0 s; "
                              f"got {start} and {seconds} s")  # fmt: skip
-        self._descriptor = open_descriptor(path, self.name, pipes=not whole)
+        self._descriptor = open_descriptor(path, self.name, pipes=not strict)
 
     def __enter__(self) -> Recording:
         return self
@@ -111,7 +111,7 @@ class Recording:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._descriptor is None:
-            raise ValueError("a recording is read once; open it again")
+            raise ValueError("a Recording can be iterated over only once; open the file again")
         try:
             count = 0
             for block in self._blocks(self._descriptor):
@@ -128,7 +128,7 @@ class Recording:
         source = Source(descriptor)
         if not source.size:
             raise InputError(f"{self.name} is empty (0 bytes); remove it or record it again")
-        layout = find_streams(source) if self._seconds is None and not self._start else _remembered_streams(source)
+        layout = find_streams(source) if self._seconds is None and not self._start else _cached_layout(source)
         self._unread += [f"{self.name} {sentence}" for sentence in layout.unread]
         for number, stream in enumerate(layout.streams):
             if self._remaining() <= 0:
@@ -155,7 +155,7 @@ class Recording:
         skip = max(0, round((self._start - begin) * rate))
         stop = None if self._seconds is None else round((self._start + self._seconds - begin) * rate)
         decoder = Decoder(source, stream, sound, skip, stop)
-        mixer = Mixer(sound.channels, rate, undivided_bits(sound))
+        mixer = Mixer(sound.channels, rate, unscaled_integer_bits(sound))
         resampler = None if rate == self.sample_rate else soxr.ResampleStream(rate, self.sample_rate, 1, "float32")
         for block in decoder.blocks():
             block = mixer.scaled(block)
@@ -174,7 +174,7 @@ class Recording:
             self._quality.lowest_rate = min(rate, self._quality.lowest_rate)
 
     def _open_stream(self, source: Source, stream: Stream, number: int, streams: int) -> SoundStream | None:
-        """Open a stream; return None for a bad one of several.
+        """Open a stream; return None if it is bad but one of several.
 
         Raises:
             InputError: the only stream of a file cannot be opened, or a sample rate is out of range.
@@ -196,7 +196,7 @@ class Recording:
         return sound
 
     def _note_missing(self, decoder: Decoder, stream: Stream, rate: int, number: int, streams: int) -> None:
-        """Note the missing and the damaged audio of a stream, after it is decoded."""
+        """Note missing and damaged audio of a stream after it is decoded."""
         decoded = decoder.position / rate  # seconds
         name = f"part {number + 1} of {streams} of {self.name}" if streams > 1 else self.name
         if stream.gap:
@@ -219,10 +219,10 @@ class Recording:
                 f"{name} is cut off or damaged: after {decoded:.2f} s{total} it cannot be read ({decoder.error})"
             )
         elif missing > TOLERANCE:
-            total = f"{decoded + missing:.2f} s that its header promises"
-            self._cut.append(f"{name} is cut off: it holds {decoded:.2f} of the {total}")
+            total = f"{decoded + missing:.2f} s that its header states"
+            self._cut.append(f"{name} is cut off: it has {decoded:.2f} of the {total}")
         elif empty:
-            self._cut.append(f"{name} is cut off: its header promises audio, but none follows")
+            self._cut.append(f"{name} is cut off: its header announces audio, but none follows")
         elif stream.cut:
             self._cut.append(f"{name} is cut off: it ends after {decoded:.2f} s without an end-of-stream mark")
 
@@ -233,26 +233,26 @@ class Recording:
         if (part and self._elapsed < end - TOLERANCE) or (self._start and not count):
             until = f" to {end:g}" if part else ""
             raise InputError(
-                f"{self.name} lasts {self._elapsed:.2f} s; a part of it from {self._start:g}{until} s was asked for"
+                f"{self.name} lasts {self._elapsed:.2f} s, too short for a part from {self._start:g}{until} s; correct the times"
             )
         problems = self._damage + ([] if part else self._cut)
-        if self._whole or not count:
+        if self._strict or not count:
             if self._unread:
                 raise InputError(self._unread[0])
             if problems:
                 raise InputError(f"{problems[0]}; copy it again, repair it or remove it")
         if not count:
-            raise InputError(f"{self.name} holds no samples; remove it or record it again")
+            raise InputError(f"{self.name} has no samples; remove it or record it again")
         self.warnings += self._unread + problems
         if self._quality:
             self.warnings += [f"{self.name} {warning}" for warning in self._quality.warnings()]
 
 
-_layouts: dict[tuple, Layout] = {}  # of the last files that parts were read from
+_layouts: dict[tuple, Layout] = {}  # file identity -> layout, for the last files of which parts were read
 
 
-def _remembered_streams(source: Source) -> Layout:
-    """Return find_streams(source), cached: parts of a long recording are read one after another."""
+def _cached_layout(source: Source) -> Layout:
+    """Return find_streams(source), cached, because parts of a long recording are read one after another."""
     status = os.fstat(source.descriptor)
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     if key not in _layouts:

@@ -10,25 +10,26 @@ from las_fast.data.decoder import READ_ERRORS, SoundStream
 from las_fast.errors import InputError
 
 MAX_SAMPLE = 1e6  # absolute value; full scale is 1
-INTEGER_LEVEL = 4.0  # floating-point samples above this may be integers that nobody divided by their full scale
-PROBE = 4096  # samples per channel at each place where a file is searched for such integers
-CANCEL_BELOW = 0.1  # channels cancel where their mean has less than this share of the energy of unrelated channels
-CANCEL_ENDS_ABOVE = 0.5  # of the same share
+INTEGER_LEVEL = 4.0  # floating-point samples above this may be integers that were not scaled to full scale 1
+PROBE = 4096  # samples per channel read at each position where a file is probed for such integers
+# Energy of the mean of the channels, relative to what uncorrelated channels would give. Below CANCEL_BELOW they cancel.
+CANCEL_BELOW = 0.1
+CANCEL_ENDS_ABOVE = 0.5
 AUDIBLE = 1e-5  # RMS relative to full scale, below which channels are not compared
 
 
 def check_samples(name: str, samples: np.ndarray) -> None:
-    """Raise InputError where a block has NaN, infinite or huge samples."""
+    """Raise InputError if a block has NaN, infinite or huge samples."""
     if not np.maximum(-samples.min(), samples.max()) <= MAX_SAMPLE:  # also true for NaN
         raise InputError(
             f"{name} contains NaN, infinite or enormous samples; expected numbers from -1 to 1: export it again"
         )
 
 
-def undivided_bits(sound: SoundStream) -> int:
-    """Return the bits (16, 24 or 32) of integer samples stored as floating point without scaling, or 0.
+def unscaled_integer_bits(sound: SoundStream) -> int:
+    """Return the bits (16, 24 or 32) of integer samples that are stored as floating point without scaling, or 0.
 
-    Long files are probed in 256 places.
+    Long files are probed at 256 positions.
     """
     if sound.subtype not in ("FLOAT", "DOUBLE"):
         return 0
@@ -48,13 +49,13 @@ def undivided_bits(sound: SoundStream) -> int:
 class Mixer:
     """Turns blocks (n, channels) into (n,): the mean of the channels, or the loudest where they cancel each other out.
 
-    Cancellation is judged per block, below 2 kHz (lossy codecs lose the phase above) and on differences of neighbouring
-    samples, which offsets and hum hardly affect. A decision holds until a later block contradicts it.
+    Cancellation is judged per block, below 2 kHz (lossy codecs do not keep the phase above) and on differences of
+    consecutive samples, which offsets and hum hardly affect. A decision holds until a later block contradicts it.
 
     Args:
         channels: number of channels.
         rate:     Hz.
-        bits:     undivided_bits of the stream; scaled() divides by their full scale.
+        bits:     unscaled_integer_bits of the stream; scaled() divides by the full scale of such integers.
     """
 
     def __init__(self, channels: int, rate: int, bits: int):
@@ -64,7 +65,7 @@ class Mixer:
         self.cancelled = self.total = 0.0  # energies
 
     def warnings(self) -> list[str]:
-        """Return warnings on the scale and the channels, once all blocks are mixed."""
+        """Return warnings about the scale and the channels; call it after all blocks."""
         warnings = []
         if self.bits:
             full_scale = 1 << self.bits - 1
@@ -76,7 +77,7 @@ class Mixer:
         return warnings
 
     def scaled(self, block: np.ndarray) -> np.ndarray:
-        """Return a block with full scale 1."""
+        """Return a block scaled to full scale 1."""
         return block * np.float32(2.0 ** (1 - self.bits)) if self.bits else block
 
     def __call__(self, block: np.ndarray) -> np.ndarray:
@@ -90,14 +91,14 @@ class Mixer:
         low = block[: count * self.stride].reshape(count, self.stride, self.channels).mean(axis=1)
         slopes = np.diff(low, axis=0)
         energies = np.einsum("nc,nc->c", slopes, slopes)
-        unrelated = energies.sum() / self.channels**2  # energy of the mean, if the channels were unrelated
-        if unrelated <= count * AUDIBLE**2:
+        uncorrelated = energies.sum() / self.channels**2  # energy of the mean, if the channels were uncorrelated
+        if uncorrelated <= count * AUDIBLE**2:
             return
         mean = slopes.mean(axis=1)
-        share = float(np.dot(mean, mean)) / unrelated
-        self.total += unrelated
+        share = float(np.dot(mean, mean)) / uncorrelated
+        self.total += uncorrelated
         if share < CANCEL_BELOW:
-            self.cancelled += unrelated
+            self.cancelled += uncorrelated
             if self.chosen is None or energies[self.chosen] < 0.1 * energies.max():
                 self.chosen = int(np.argmax(energies > 0.9 * energies.max()))
         elif share > CANCEL_ENDS_ABOVE:

@@ -1,4 +1,4 @@
-"""Decode one stream of a recording with libsndfile, block by block, and go on after damage where the codec allows."""
+"""Decode one stream of a recording with libsndfile, block by block; resume after damage if the codec allows it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from las_fast.data.containers import Source, Stream, View
 
 BLOCK = 1 << 18  # samples per block at most, over all channels
 MAX_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
-MAX_FAILURES = 3  # reads in a row that fail without giving any samples
+MAX_FAILURES = 3  # consecutive reads that fail without samples
 UNKNOWN_COUNT = 1e12  # samples; libsndfile reports more where it does not know the length
 READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, TypeError)
 
 
 class SoundStream(soundfile.SoundFile):
-    """A stream that libsndfile decodes. soundfile does not seek back after each block."""
+    """A stream opened with libsndfile. It reports itself as not seekable, so that soundfile never seeks after a read."""
 
     def __init__(self, source: Source, spans: tuple):
         self.raised: BaseException | None = None
@@ -39,7 +39,7 @@ class SoundStream(soundfile.SoundFile):
 
     @contextlib.contextmanager
     def _callbacks(self):
-        """Raise here what was raised within a callback, for example by Ctrl-C."""
+        """Raise the exception of a callback after the C call returns, for example that of Ctrl-C."""
         try:
             yield
         finally:
@@ -47,7 +47,7 @@ class SoundStream(soundfile.SoundFile):
                 raise self.raised
 
     def _init_virtual_io(self, file: View):
-        """Make soundfile's callbacks, but keep their exceptions: cffi would print and drop them."""
+        """Make soundfile's callbacks, and keep their exceptions, which cffi would print and drop."""
         ffi = soundfile._ffi
 
         def keep(kind, error, trace) -> None:
@@ -108,7 +108,7 @@ class Decoder:
                 return
 
     def _seek(self) -> None:
-        """Seek to sample `skip` less the preroll, or to 0 where the length is unknown."""
+        """Seek to sample `skip` minus the preroll, or to 0 if the length is unknown."""
         known = self.sound.frames < UNKNOWN_COUNT
         preroll = round(self.stream.preroll * self.sound.samplerate)
         position = max(0, min(self.skip, self.sound.frames) - preroll) if known else 0
@@ -121,12 +121,12 @@ class Decoder:
         out = np.full((count, self.sound.channels), np.nan, np.float32)
         try:
             return self.sound.read(out=out), False
-        except READ_ERRORS as error:  # out holds the samples decoded before it
+        except READ_ERRORS as error:  # out has the samples decoded before the error
             self.error = decoder_message(error)
             return out[: len(out) - int(np.isnan(out[:, 0]).sum())], True
 
     def _skip_damage(self) -> np.ndarray:
-        """Return zeros up to where decoding works again, or an empty block where it does not."""
+        """Return zeros up to the position where decoding works again; an empty block if there is none."""
         frames = self.stream.sample_count or 0
         for length in (4096 << k for k in range(8)):
             if self.position + length >= frames or self.lost > MAX_DAMAGE * self.sound.samplerate:
@@ -147,6 +147,6 @@ def decoder_message(error: Exception) -> str:
     """Return the message of a decoder's error without its prefix and full stop."""
     if isinstance(error, soundfile.LibsndfileError):
         message = error.error_string.removeprefix("Error : ").rstrip(".")
-        # libsndfile's text for a failure in mpg123 speaks of a missing file
+        # libsndfile reports a failure in mpg123 as a missing file
         return "no frame can be decoded" if message.startswith("File does not exist") else message
     return str(error).split(": ", 1)[-1].rstrip(".") or type(error).__name__

@@ -1,6 +1,6 @@
 """Open a recording as a regular file: a path, a pipe, standard input, a file object or an array.
 
-What is not a regular file is copied to a temporary one without a name, because containers are read by position.
+Containers are read by position, so anything but a regular file is first copied to an unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def open_descriptor(path: Audio, name: str, *, pipes: bool) -> int:
         pipes: whether path may be a pipe, which can be read only once.
 
     Raises:
-        InputError: it cannot be opened or copied, or is no file of audio (a folder, device, socket or terminal).
+        InputError: it cannot be opened or copied, or is a folder, device, socket or terminal.
     """
     if isinstance(path, Samples):
         return _write_temporary(path.write, name)
@@ -67,7 +67,7 @@ def open_descriptor(path: Audio, name: str, *, pipes: bool) -> int:
 
 
 def _check_path(path: str | os.PathLike[str], name: str, *, pipes: bool) -> None:
-    """Raise InputError where opening the path would fail, or wait for ever."""
+    """Raise InputError if opening the path would fail or block forever."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -99,20 +99,20 @@ def _standard_input() -> int:
 
 
 def _copy(read: Callable[[int], bytes], name: str, descriptor: int) -> None:
-    """Write the bytes that read(count) returns to a file, until it returns none."""
+    """Write the bytes that read(count) returns to a file, until it returns b""."""
     try:
         while data := read(1 << 20):
             while data:
                 data = data[os.write(descriptor, data) :]
     except TypeError:
-        raise InputError(f"{name} gives text and not bytes; open it with open(path, 'rb')") from None
-    except ValueError as error:  # it is closed, or open for writing
+        raise InputError(f"{name} returns text instead of bytes; open it with open(path, 'rb')") from None
+    except ValueError as error:  # the file object is closed, or open for writing only
         reason = str(error).rstrip(".")
         raise InputError(f"{name} cannot be read ({reason}); open it again with open(path, 'rb')") from None
 
 
 def _write_temporary(write: Callable[[int], None], name: str) -> int:
-    """Return the descriptor of a new file without a name, filled by write(descriptor)."""
+    """Return the descriptor of a new unnamed file, filled by write(descriptor)."""
     copy = _temporary_file()
     try:
         write(copy)
@@ -120,7 +120,7 @@ def _write_temporary(write: Callable[[int], None], name: str) -> int:
         os.close(copy)
         reason = getattr(error, "strerror", None) or decoder_message(error)
         raise InputError(
-            f"{name} could not be copied to a temporary file ({reason}); make room or set TMPDIR to a folder with room"
+            f"{name} could not be copied to a temporary file ({reason}); free some space, or set TMPDIR to another folder"
         ) from None
     except BaseException:
         os.close(copy)
@@ -129,7 +129,7 @@ def _write_temporary(write: Callable[[int], None], name: str) -> int:
 
 
 def _temporary_file() -> int:
-    """Return the descriptor of a new file without a name, in the folder for temporary files or else in memory."""
+    """Return the descriptor of a new unnamed file, in the folder for temporary files or else in memory."""
     try:
         with tempfile.TemporaryFile() as file:
             return os.dup(file.fileno())

@@ -213,7 +213,7 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
     if u.problem:
         return None, Item(u.id, problem=u.problem)
     try:
-        waveform = load_audio(u.path, rate, start=u.start, seconds=u.seconds if u.is_part else None, whole=True)
+        waveform = load_audio(u.path, rate, start=u.start, seconds=u.seconds if u.is_part else None, strict=True)
     except InputError as error:
         return None, Item(u.id, problem=str(error))
     seconds = len(waveform) / rate

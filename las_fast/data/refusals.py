@@ -1,4 +1,4 @@
-"""The reason why a file cannot be opened as audio, and the advice for it."""
+"""Explain why a file cannot be opened as audio, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from las_fast.data.containers import OGG_CODECS, Source, Stream, foreign_format
 from las_fast.data.decoder import decoder_message
 
 NOT_AUDIO = (  # lower-case first bytes
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
     (b"<!doctype html", "a web page, perhaps an error page of a download; download it again"),
     (b"id3", "an ID3 tag without any known audio after it; copy it again"),
     (b"<html", "a web page, perhaps an error page of a download; download it again"),
@@ -18,7 +18,7 @@ NOT_AUDIO = (  # lower-case first bytes
 
 
 def refusal_reason(source: Source, stream: Stream, error: Exception) -> str:
-    """Return a predicate that says why a stream could not be opened and what to do, such as "is a zip archive; ..."."""
+    """Return why a stream could not be opened and what to do, as a clause such as "is a zip archive; unpack it"."""
     if source.error:
         return f"cannot be read ({source.error.strerror})"
     head = source.read(0, 64)
@@ -28,7 +28,7 @@ def refusal_reason(source: Source, stream: Stream, error: Exception) -> str:
     for magic, name in NOT_AUDIO:
         if head.lower().startswith(magic):
             return f"is {name}"
-    if stream.headless or stream.cut:
+    if stream.truncated_header or stream.cut:
         return "is cut off or damaged within its header, before any sound; copy it again"
     if not any(head):
         return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"

@@ -1,4 +1,4 @@
-"""Recordings in memory: check an array, and write it to a temporary file that is read like any recording."""
+"""Recordings in memory: an array is checked, then written to a temporary file that is read like any recording."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from las_fast.errors import InputError
 RATES = (1000, 768_000)  # Hz; other rates mean a damaged header
 MAX_CHANNELS = 64  # more columns are probably features
 BLOCK = 1 << 20  # samples per channel converted at a time
-SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT"}  # libsndfile's exact subtype of each dtype
+SUBTYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT"}  # dtype -> lossless subtype of libsndfile
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,26 +31,26 @@ class Samples:
         dtype = self.array.dtype.name if self.array.dtype.name in SUBTYPES else "float32"
         options = {"format": "W64", "subtype": SUBTYPES[dtype]}
         with soundfile.SoundFile(os.dup(descriptor), "w", self.rate, channels, **options) as file:
-            for place in range(0, count, BLOCK):
-                with np.errstate(over="ignore"):  # overflows become infinite, which reading refuses
-                    file.write(np.ascontiguousarray(self.array[place : place + BLOCK], dtype))
+            for start in range(0, count, BLOCK):
+                with np.errstate(over="ignore"):  # an overflow becomes infinite, which is an error on reading
+                    file.write(np.ascontiguousarray(self.array[start : start + BLOCK], dtype))
 
 
 def to_samples(array: Any, rate: Any) -> Samples:
     """Make Samples from a numpy array or torch tensor: (N,) for one channel, (N, C) for several.
 
     Raises:
-        InputError: the shape, dtype or rate is not that of a recording, or the array is empty.
+        InputError: the array is empty, or its shape, dtype or rate is not that of a recording.
     """
     if rate is None:
-        raise InputError("an array does not say its sample rate; give sample_rate=16000 or its actual rate")
+        raise InputError("an array has no sample rate of its own; give its rate in Hz, such as sample_rate=16000")
     array = to_numpy(array)
     if array.dtype.kind != "f" and array.dtype.name not in SUBTYPES:
         raise InputError(f"the samples must be float, int16 or int32; got {array.dtype}; convert them")
     if array.ndim not in (1, 2):
         raise InputError(f"the samples must have shape (N,) or (N, channels); got {array.shape}")
     if not array.size:
-        raise InputError(f"the array holds no samples: its shape is {array.shape}")
+        raise InputError(f"the array has no samples: its shape is {array.shape}; give at least one sample")
     columns = array.reshape(len(array), -1)
     if columns.shape[1] > min(len(columns), MAX_CHANNELS):
         advice = "give array.T" if columns.shape[1] > len(columns) else f"give at most {MAX_CHANNELS} channels"

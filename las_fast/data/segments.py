@@ -1,8 +1,8 @@
 """Cut a recording into segments of speech, block by block, in bounded memory.
 
-A model learns from single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
+Models are trained on single utterances. Therefore a recording is cut at its quietest points into chunks of at most 20
 seconds. Each chunk is cut at pauses of a second or more into segments, with half a second of silence around them, and
-each segment is normalised on its own. A short recording without such pauses has the same frames as in training.
+each segment is normalised separately. A short recording without such pauses has the same frames as in training.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Speech:
 def segments(
     blocks: Iterable[np.ndarray], config: FeatureConfig, statistics: Statistics | None = None
 ) -> Iterator[Speech]:
-    """Yield the segments of a recording, which is given in blocks (n,) float32 at config.sample_rate.
+    """Yield the segments of a recording, from blocks (n,) float32 at config.sample_rate.
 
-    Segments do not depend on the sizes of the blocks. A recording without speech yields nothing.
+    Segments do not depend on the block sizes. A recording without speech yields nothing.
 
     Args:
         statistics: of the training data, for normalisation "global".
@@ -102,7 +102,7 @@ def chunks(frames: Iterable[Tensor], config: FeatureConfig) -> Iterator[tuple[in
 
 
 def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureConfig) -> int:
-    """Return the frame in [first, last] around which `span` frames have the least energy."""
+    """Return the frame in [first, last] around which `span` frames have the lowest energy."""
     energy = torch.exp(band_energy(frames[first - span // 2 : last + span], config).double() / DECIBEL)
     total = F.pad(energy.cumsum(0), (1, 0))
     sums = total[span:] - total[:-span]
@@ -110,7 +110,7 @@ def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureC
 
 
 def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield ((start, end) of the speech, frames to recognise) of each segment of a chunk of log-mel frames."""
+    """Yield ((start, end) of the speech, frames to recognise) for each segment of a chunk of log-mel frames."""
     energy = band_energy(chunk, config)
     speech = find_speech(energy, config)
     if not speech.any():

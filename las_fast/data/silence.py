@@ -1,7 +1,7 @@
 """Find speech in log-mel frames, and trim the silence around and inside it.
 
 Silence harms recognition through normalisation: four seconds of digital zeros around an utterance dominate its mean and
-deviation, and the CER of the released English model rises from 23 to 63%. If a recording has much silence, or silence
+standard deviation, and the CER of the released English model rises from 23 to 63%. If a recording has much silence, or silence
 far quieter than any room, the frames far from speech are dropped before normalisation, and the silence that is kept is
 raised to the level of the quietest speech. Ordinary silence stays: models are trained with it.
 
@@ -24,13 +24,13 @@ from las_fast.data.features import filter_centres, frame_sizes
 
 BAND = (150.0, 4000.0)  # Hz
 SMOOTH = 0.05  # seconds over which energies are averaged
-QUIET_SHARE, FLOOR_SHARE = 0.2, 0.4  # quantile of the energies in a block; quantile of the blocks around it
-BLOCK, FLOOR_CONTEXT = 0.25, 3.0  # seconds of a block; seconds before and after it that give its floor
-LEVEL_SHARE = 0.95  # quantile that is the speech level
+QUIET_QUANTILE, FLOOR_QUANTILE = 0.2, 0.4  # of the energies in a block; of the blocks around it
+BLOCK, FLOOR_CONTEXT = 0.25, 3.0  # seconds of a block; seconds before and after it that determine its floor
+LEVEL_QUANTILE = 0.95  # of the energies above the floor: the speech level
 RISE, DEPTH = 4.0, 50.0  # dB: speech is at least RISE above the floor and at most DEPTH below the speech level
-MIN_SPEECH = 0.05  # seconds of frames above the floor; less is no speech
+MIN_SPEECH = 0.05  # seconds of frames above the floor; with less there is no speech
 MARGIN = 0.5  # seconds kept before and after speech
-USUAL_SHARE = 0.4  # share of a recording far from speech, up to which silence is usual
+USUAL_SHARE = 0.4  # silence is usual if at most this share of a recording is far from speech
 USUAL_DEPTH = 70.0  # dB below the speech level; 16-bit recordings reach more only with digital zeros
 DECIBEL = 10 / math.log(10)  # dB per unit of natural log energy
 
@@ -43,7 +43,7 @@ def find_speech(energy: Tensor, config: FeatureConfig) -> Tensor:
     rising = energy > noise_floor(energy, config) + RISE
     if int(rising.sum()) < frames_in(MIN_SPEECH, config):
         return torch.zeros_like(rising)
-    return rising & (energy > torch.quantile(energy[rising], LEVEL_SHARE) - DEPTH)
+    return rising & (energy > torch.quantile(energy[rising], LEVEL_QUANTILE) - DEPTH)
 
 
 def noise_floor(energy: Tensor, config: FeatureConfig) -> Tensor:
@@ -51,14 +51,14 @@ def noise_floor(energy: Tensor, config: FeatureConfig) -> Tensor:
     size = min(frames_in(BLOCK, config), len(energy))
     count = -(-len(energy) // size)
     padded = F.pad(energy[None, None], (0, count * size - len(energy)), mode="replicate")
-    quiet = torch.quantile(padded.view(count, size), QUIET_SHARE, dim=1)
+    quiet = torch.quantile(padded.view(count, size), QUIET_QUANTILE, dim=1)
     reach = min(round(FLOOR_CONTEXT / BLOCK), count - 1)
     around = F.pad(quiet[None, None], (reach, reach), mode="replicate")[0, 0].unfold(0, 2 * reach + 1, 1)
-    return torch.quantile(around, FLOOR_SHARE, dim=1).repeat_interleave(size)[: len(energy)]
+    return torch.quantile(around, FLOOR_QUANTILE, dim=1).repeat_interleave(size)[: len(energy)]
 
 
 def band_energy(logmel: Tensor, config: FeatureConfig) -> Tensor:
-    """Return the smoothed energy within BAND of log-mel frames (T, bins), (T,) float32 in dB.
+    """Return the smoothed energy (T,) float32 in dB of log-mel frames (T, bins), within BAND.
 
     The frames must not be normalised.
     """
@@ -74,7 +74,7 @@ def near_speech(speech: Tensor, config: FeatureConfig, seconds: float = MARGIN) 
 
 
 def level_silence(logmel: Tensor, speech: Tensor) -> Tensor:
-    """Raise the frames (T, bins) of each filter to its minimum within speech, so that silence has one level."""
+    """Raise log-mel frames (T, bins) to at least each filter's minimum within speech, so that silence has one level."""
     return torch.maximum(logmel, logmel[speech].amin(0)) if speech.any() else logmel
 
 
@@ -87,7 +87,7 @@ def true_runs(mask: Tensor) -> list[tuple[int, int]]:
 def trim_silence(logmel: Tensor, config: FeatureConfig) -> tuple[Tensor, list[tuple[int, int]]]:
     """Drop the frames far from speech.
 
-    All frames (T, bins) are returned unchanged if silence is usual, or if there is no speech.
+    All frames (T, bins) are returned unchanged if their silence is usual or if there is no speech.
 
     Returns:
         The frames (T', bins) that are kept, and the (start, end) of their runs in logmel.
@@ -101,7 +101,7 @@ def trim_silence(logmel: Tensor, config: FeatureConfig) -> tuple[Tensor, list[tu
 
 
 def has_usual_silence(energy: Tensor, speech: Tensor, kept: Tensor, config: FeatureConfig) -> bool:
-    """Return whether silence is like that of training data: not much, and no digital zeros.
+    """Return whether the silence is like that in training data: not much, and no digital zeros.
 
     Args:
         energy: (T,) band_energy in dB.
@@ -110,7 +110,7 @@ def has_usual_silence(energy: Tensor, speech: Tensor, kept: Tensor, config: Feat
     """
     if float(kept.float().mean()) < 1 - USUAL_SHARE:
         return False
-    depth = torch.quantile(energy[speech], LEVEL_SHARE) - energy
+    depth = torch.quantile(energy[speech], LEVEL_QUANTILE) - energy
     return int((depth > USUAL_DEPTH).sum()) < frames_in(MIN_SPEECH, config)
 
 

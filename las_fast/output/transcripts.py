@@ -118,22 +118,22 @@ def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Pat
     keep their suffixes, and names that are still equal are numbered.
     """
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
-    counts = Counter(_folded(stem, suffix) for stem in stems.values())
+    counts = Counter(_file_key(stem, suffix) for stem in stems.values())
     taken: set[str] = set()
     files = {}
     for path, stem in stems.items():
-        if counts[_folded(stem, suffix)] > 1:
+        if counts[_file_key(stem, suffix)] > 1:
             stem = path.name if str(path) != "-" else stem
         number, name = 1, stem
-        while _folded(name, suffix) in taken:
+        while _file_key(name, suffix) in taken:
             number += 1
             name = f"{stem[: NAME_MAX // 2]}-{number}"
-        taken.add(_folded(name, suffix))
+        taken.add(_file_key(name, suffix))
         files[path] = folder / _shortened(name, suffix)
     return files
 
 
-def _folded(name: str, suffix: str) -> str:
+def _file_key(name: str, suffix: str) -> str:
     """Return a key that is equal for names of the same file, on file systems that ignore case too."""
     return _shortened(name, suffix).casefold()
 

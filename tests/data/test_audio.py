@@ -51,14 +51,14 @@ def test_audio_formats_are_read(tmp_path, suffix):
 @pytest.mark.parametrize("options", [WAV, FLAC, VORBIS, OPUS, MP3], ids=lambda o: "-".join(o.values()))
 def test_mono_at_the_model_rate_is_what_libsndfile_decodes(tmp_path, options):
     path = put(tmp_path, encoded(waveform(3.3), **options))
-    np.testing.assert_array_equal(load_audio(path, RATE, whole=True), soundfile.read(path, dtype="float32")[0])
+    np.testing.assert_array_equal(load_audio(path, RATE, strict=True), soundfile.read(path, dtype="float32")[0])
 
 
 @pytest.mark.parametrize("rate, channels", [(8000, 1), (16000, 2), (44100, 2), (48000, 1)])
 def test_streamed_and_loaded_samples_are_the_same(tmp_path, rate, channels):
     path = put(tmp_path, encoded(np.stack([waveform(3.7, c) for c in range(channels)], 1), rate, **FLAC))
     streamed, _ = read(path)
-    np.testing.assert_array_equal(streamed, load_audio(path, RATE, whole=True))
+    np.testing.assert_array_equal(streamed, load_audio(path, RATE, strict=True))
     mono = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1, dtype=np.float32)
     np.testing.assert_allclose(streamed, mono if rate == RATE else soxr.resample(mono, rate, RATE), atol=1e-6)
 
@@ -104,27 +104,27 @@ def test_a_long_recording_needs_little_memory(tmp_path):
 def test_a_wav_of_unknown_length_is_read_to_its_end(tmp_path, size, note):
     path = put(tmp_path, riff_file(FORMAT, note, chunk(b"data", pcm(), size), size=size))
     samples, warnings = read(path)
-    assert len(samples) == len(load_audio(path, RATE, whole=True)) == 2 * RATE
+    assert len(samples) == len(load_audio(path, RATE, strict=True)) == 2 * RATE
     assert not warnings
 
 
 def test_an_empty_wav_with_a_chunk_after_holds_no_samples(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", b""), chunk(b"LIST", b"INFO" + bytes(4000))))
-    assert "holds no samples" in refusal(path)
+    assert "has no samples" in refusal(path)
 
 
 @pytest.mark.parametrize("size", [0, 2**64 - 1], ids=["zero", "largest"])
 def test_an_rf64_of_unknown_length_is_read_to_its_end(tmp_path, size):
     sizes = chunk(b"ds64", struct.pack("<QQQI", size, size, 0, 0))
     path = put(tmp_path, riff_file(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"RF64", size=0xFFFFFFFF))
-    assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 2 * RATE
 
 
 @pytest.mark.parametrize("bytes_short", [1, 16, 44, 3000])
 def test_a_few_bytes_that_are_missing_are_no_missing_end(tmp_path, bytes_short):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + bytes_short)))
     samples, warnings = read(path)
-    assert len(samples) == len(load_audio(path, RATE, whole=True)) == 2 * RATE
+    assert len(samples) == len(load_audio(path, RATE, strict=True)) == 2 * RATE
     assert not warnings
 
 
@@ -137,7 +137,7 @@ def test_chunks_of_odd_size_are_padded(tmp_path, pad, where):
     samples, warnings = read(put(tmp_path, riff_file(*chunks)))
     np.testing.assert_array_equal(samples, np.frombuffer(pcm(), "<i2") / np.float32(32768))
     assert not warnings
-    assert len(load_audio(tmp_path / "x.audio", RATE, whole=True)) == 2 * RATE
+    assert len(load_audio(tmp_path / "x.audio", RATE, strict=True)) == 2 * RATE
 
 
 def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
@@ -145,7 +145,7 @@ def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), claimed)))
     with path.open("r+b") as file:
         file.truncate(44 + claimed + 2**32)  # a sparse file
-    samples = load_audio(path, RATE, start=(claimed + 2**32) / 2 / RATE - 1, seconds=1.0, whole=True)
+    samples = load_audio(path, RATE, start=(claimed + 2**32) / 2 / RATE - 1, seconds=1.0, strict=True)
     assert len(samples) == RATE
     assert "lasts" in refusal(path, start=(claimed + 2**32) / 2 / RATE, seconds=1.0)
 
@@ -158,18 +158,18 @@ def test_a_long_recording_of_unknown_length_is_read_beyond_2_gib(tmp_path, form,
     path = put(tmp_path, bytes(data))
     with path.open("r+b") as file:
         file.truncate(size + 3 * 2**30)  # a sparse file
-    assert len(load_audio(path, RATE, start=3 * 2**30 / 2 / RATE - 1, seconds=1.0, whole=True)) == RATE
+    assert len(load_audio(path, RATE, start=3 * 2**30 / 2 / RATE - 1, seconds=1.0, strict=True)) == RATE
 
 
 def test_a_second_data_chunk_is_read(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm()), chunk(b"LIST", b"note"), chunk(b"data", pcm(1.0))))
-    assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 3 * RATE
 
 
 def test_bw64_is_read_as_rf64(tmp_path):
     sizes = chunk(b"ds64", struct.pack("<QQQI", 4 * RATE + 72, 4 * RATE, 2 * RATE, 0))
     path = put(tmp_path, riff_file(sizes, FORMAT, chunk(b"data", pcm(), 0xFFFFFFFF), name=b"BW64", size=0xFFFFFFFF))
-    assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 2 * RATE
 
 
 def test_a_big_endian_wav_of_unknown_length_is_read(tmp_path):
@@ -177,7 +177,7 @@ def test_a_big_endian_wav_of_unknown_length_is_read(tmp_path):
     whole = load_audio(put(tmp_path, bytes(data)), RATE)
     place = data.index(b"data") + 4
     data[place : place + 4] = b"\0" * 4
-    np.testing.assert_array_equal(load_audio(put(tmp_path, bytes(data)), RATE, whole=True), whole)
+    np.testing.assert_array_equal(load_audio(put(tmp_path, bytes(data)), RATE, strict=True), whole)
 
 
 @pytest.mark.parametrize("form, place, size", [("AIFF", b"SSND", ">I"), ("AU", None, ">I"), ("CAF", b"data", ">q"),
@@ -201,7 +201,7 @@ def test_a_wav_of_2_gib_that_is_cut_off_is_reported(tmp_path):
 def test_an_mp3_in_a_wav_is_read(tmp_path):
     form = chunk(b"fmt ", struct.pack("<HHIIHHH", 0x55, 1, RATE, 4000, 1, 0, 0))
     path = put(tmp_path, riff_file(form, chunk(b"data", encoded(waveform(2.0), **MP3))))
-    assert len(load_audio(path, RATE, whole=True)) == 2 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 2 * RATE
 
 
 def test_many_unknown_bytes_after_the_sound_are_reported(tmp_path):
@@ -223,21 +223,21 @@ def test_the_missing_end_of_a_recording_is_reported_in_every_format(tmp_path, fo
     options = OPUS if form == "OPUS" else {"format": form}
     data = encoded(waveform(8.0), **options)
     path = put(tmp_path, data)
-    whole = load_audio(path, RATE, whole=True)
+    whole = load_audio(path, RATE, strict=True)
     assert abs(len(whole) - 8 * RATE) < 10
     assert not read(path)[1]
     put(tmp_path, data[: int(len(data) * share)])
     samples, warnings = read(path)
     assert len(warnings) == 1 and show(path) in warnings[0] and "cut off" in warnings[0]
     assert (share - 0.25) * 8 * RATE < len(samples) < (share + 0.1) * 8 * RATE
-    assert refusal(path, whole=True).startswith(warnings[0])
+    assert refusal(path, strict=True).startswith(warnings[0])
     np.testing.assert_allclose(load_audio(path, RATE)[: len(samples) // 2], whole[: len(samples) // 2], atol=1e-4)
 
 
 def test_an_ogg_file_without_its_last_page_is_cut_off(tmp_path):
     data = encoded(waveform(5.0), **OPUS)
     path = put(tmp_path, data[: data.rindex(b"OggS")])
-    assert "without an end-of-stream mark" in refusal(path, whole=True)
+    assert "without an end-of-stream mark" in refusal(path, strict=True)
 
 
 def test_lost_pages_of_ogg_are_reported(tmp_path):
@@ -245,7 +245,7 @@ def test_lost_pages_of_ogg_are_reported(tmp_path):
     pages = [b"OggS" + page for page in data.split(b"OggS")[1:]]
     path = put(tmp_path, b"".join(pages[:4] + pages[6:]))
     assert "Ogg pages are missing or damaged (2)" in read(path)[1][0]
-    assert "Ogg pages are missing or damaged (2)" in refusal(path, whole=True)
+    assert "Ogg pages are missing or damaged (2)" in refusal(path, strict=True)
 
 
 def test_a_damaged_flac_is_read_on_after_the_damage(tmp_path):
@@ -257,7 +257,7 @@ def test_a_damaged_flac_is_read_on_after_the_damage(tmp_path):
     assert 1000 < (samples != whole).sum() < 0.6 * RATE
     np.testing.assert_array_equal(samples[-RATE:], whole[-RATE:])
     assert len(warnings) == 1 and "is damaged: 0." in warnings[0]
-    assert "is damaged" in refusal(tmp_path / "x.audio", whole=True)
+    assert "is damaged" in refusal(tmp_path / "x.audio", strict=True)
 
 
 # ------------------------------------------------------------------------------------------------- several streams
@@ -274,14 +274,14 @@ def test_recordings_that_were_joined_are_read_to_the_end(tmp_path, options, coun
     samples, warnings = read(path)
     np.testing.assert_array_equal(samples, np.concatenate(alone))
     assert not warnings
-    np.testing.assert_array_equal(samples, load_audio(path, RATE, whole=True))
+    np.testing.assert_array_equal(samples, load_audio(path, RATE, strict=True))
 
 
 def test_a_recording_that_was_joined_to_itself_is_read_twice(tmp_path):
     for options in (VORBIS, OPUS, MP3, FLAC):
         data = encoded(waveform(1.0), **options)
         once = load_audio(put(tmp_path, data), RATE)
-        np.testing.assert_array_equal(load_audio(put(tmp_path, data + data), RATE, whole=True), np.tile(once, 2))
+        np.testing.assert_array_equal(load_audio(put(tmp_path, data + data), RATE, strict=True), np.tile(once, 2))
 
 
 @pytest.mark.parametrize("first", [VORBIS, FLAC, MP3, WAV], ids=lambda o: "-".join(o.values()))
@@ -290,7 +290,7 @@ def test_recordings_of_different_formats_that_were_joined_are_read(tmp_path, fir
     parts = [encoded(waveform(1.0, k), **options) for k, options in enumerate((first, second))]
     alone = [load_audio(put(tmp_path, part, f"{k}"), RATE) for k, part in enumerate(parts)]
     path = put(tmp_path, b"".join(parts))
-    np.testing.assert_array_equal(load_audio(path, RATE, whole=True), np.concatenate(alone))
+    np.testing.assert_array_equal(load_audio(path, RATE, strict=True), np.concatenate(alone))
 
 
 def test_a_link_that_is_cut_before_the_next_is_reported(tmp_path):
@@ -304,7 +304,7 @@ def test_a_link_that_is_cut_before_the_next_is_reported(tmp_path):
 def test_joined_streams_may_differ_in_codec_rate_and_channels(tmp_path):
     stereo = np.stack([waveform(1.0, 1), waveform(1.0, 2)], 1)
     parts = [encoded(waveform(2.0), **VORBIS), encoded(waveform(1.0), 48000, **OPUS), encoded(stereo, 44100, **VORBIS)]
-    samples = load_audio(put(tmp_path, b"".join(parts)), RATE, whole=True)
+    samples = load_audio(put(tmp_path, b"".join(parts)), RATE, strict=True)
     seconds = 2 + RATE / 48000 + RATE / 44100
     assert abs(len(samples) - seconds * RATE) < 4
 
@@ -359,10 +359,10 @@ def in_ogg(flac: bytes, serial: int = 7) -> bytes:
 def test_flac_in_ogg_is_read_and_may_be_chained_or_cut(tmp_path):
     flac = encoded(waveform(3.0), **FLAC)
     alone = load_audio(put(tmp_path, flac), RATE)
-    np.testing.assert_array_equal(load_audio(put(tmp_path, in_ogg(flac)), RATE, whole=True), alone)
-    chained = load_audio(put(tmp_path, in_ogg(flac) + in_ogg(flac, serial=8)), RATE, whole=True)
+    np.testing.assert_array_equal(load_audio(put(tmp_path, in_ogg(flac)), RATE, strict=True), alone)
+    chained = load_audio(put(tmp_path, in_ogg(flac) + in_ogg(flac, serial=8)), RATE, strict=True)
     np.testing.assert_array_equal(chained, np.tile(alone, 2))
-    assert "cut off" in refusal(put(tmp_path, in_ogg(flac)[:40_000]), whole=True)
+    assert "cut off" in refusal(put(tmp_path, in_ogg(flac)[:40_000]), strict=True)
 
 
 # --------------------------------------------------------------------------------------------------------- FLAC, mp3
@@ -380,7 +380,7 @@ def test_a_flac_of_unknown_length_is_read_whole(tmp_path):
     path = put(tmp_path, data)
     samples, warnings = read(path)
     assert len(samples) == 5 * RATE and not warnings
-    assert len(load_audio(path, RATE, whole=True)) == 5 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 5 * RATE
     assert len(load_audio(path, RATE, start=3.0, seconds=1.5)) == 1.5 * RATE
     samples, warnings = read(put(tmp_path, data[: len(data) // 2]))
     assert RATE < len(samples) < 3 * RATE and "cut off" in warnings[0]
@@ -423,7 +423,7 @@ def test_tags_are_not_audio(tmp_path, before, behind, options):
     samples, warnings = read(put(tmp_path, before + data + behind))
     np.testing.assert_array_equal(samples, alone)
     assert not warnings
-    assert len(load_audio(tmp_path / "x.audio", RATE, whole=True)) == len(alone)
+    assert len(load_audio(tmp_path / "x.audio", RATE, strict=True)) == len(alone)
 
 
 def quiet_then_loud() -> np.ndarray:
@@ -436,7 +436,7 @@ def test_an_mp3_without_a_count_of_its_frames_is_read_whole(tmp_path, mode):
     counted, *others = mp3_frames(data)
     assert b"Xing" in counted or b"Info" in counted
     path = put(tmp_path, b"".join(others))
-    samples = load_audio(path, RATE, whole=True)
+    samples = load_audio(path, RATE, strict=True)
     assert len(samples) == 576 * len(others) - 529 - 576  # the delays of decoder and encoder are left off
     begun = load_audio(put(tmp_path, data, "counted"), RATE)
     np.testing.assert_allclose(samples[5000 : len(begun)], begun[5000:], atol=1e-4)
@@ -448,14 +448,14 @@ def test_an_mp3_with_a_wrong_count_is_read_whole(tmp_path, claimed):
     data = bytearray(encoded(waveform(3.0), **MP3))
     place = max(data.find(b"Xing"), data.find(b"Info"))
     struct.pack_into(">I", data, place + 8, claimed)
-    assert 3 * RATE <= len(load_audio(put(tmp_path, bytes(data)), RATE, whole=True)) < 3.2 * RATE
+    assert 3 * RATE <= len(load_audio(put(tmp_path, bytes(data)), RATE, strict=True)) < 3.2 * RATE
 
 
 def test_an_mp3_without_a_count_that_ends_within_a_frame_is_cut_off(tmp_path):
     data = b"".join(mp3_frames(encoded(waveform(3.0), **MP3))[1:])
     path = put(tmp_path, data[: len(data) // 2 + 11])
     assert "without an end-of-stream mark" in read(path)[1][0]
-    assert "without an end-of-stream mark" in refusal(path, whole=True)
+    assert "without an end-of-stream mark" in refusal(path, strict=True)
 
 
 def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
@@ -464,7 +464,7 @@ def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
     for part in parts:  # the second frame begins as the first, but for its bit rate
         place = next(k for k in range(60, len(part)) if part[k : k + 2] == part[:2] and part[k + 3] == part[3])
         stripped.append(part[place:])
-    samples = load_audio(put(tmp_path, b"".join(stripped)), RATE, whole=True)
+    samples = load_audio(put(tmp_path, b"".join(stripped)), RATE, strict=True)
     seconds = sum(2.0 * 16000 / rate for rate in (16000, 22050, 44100))
     assert seconds * RATE <= len(samples) < (seconds + 0.4) * RATE
 
@@ -472,7 +472,7 @@ def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
 def test_an_mp3_whose_count_is_right_may_end_in_part_of_a_frame(tmp_path):
     data = encoded(waveform(3.0), **MP3)
     path = put(tmp_path, data + data[:4] + bytes(20))
-    assert len(load_audio(path, RATE, whole=True)) == 3 * RATE
+    assert len(load_audio(path, RATE, strict=True)) == 3 * RATE
 
 
 def test_bytes_within_an_mp3_that_are_no_frames_are_reported(tmp_path):
@@ -533,20 +533,20 @@ def test_a_part_of_a_recording_at_another_rate_has_its_length(tmp_path):
 @pytest.mark.parametrize("start, seconds", [(0.0, 2.2), (1.5, 1.0), (2.5, None), (2.5, 1.0), (1e9, 1.0)])
 def test_a_part_past_the_end_is_refused_with_the_numbers(tmp_path, start, seconds, whole):
     path = put(tmp_path, encoded(waveform(2.0), **WAV))
-    message = refusal(path, start=start, seconds=seconds, whole=whole)
+    message = refusal(path, start=start, seconds=seconds, strict=whole)
     assert "lasts 2.00 s" in message and f"from {start:g}" in message
 
 
 def test_a_part_that_ends_a_little_past_the_end_is_taken(tmp_path):
     path = put(tmp_path, encoded(waveform(2.0), **WAV))
-    assert len(load_audio(path, RATE, start=1.0, seconds=1.09, whole=True)) == RATE
+    assert len(load_audio(path, RATE, start=1.0, seconds=1.09, strict=True)) == RATE
 
 
 def test_a_part_before_a_missing_end_is_whole(tmp_path):
     data = encoded(waveform(4.0), **WAV)
     path = put(tmp_path, data[: len(data) // 2])
-    assert len(load_audio(path, RATE, start=0.5, seconds=1.0, whole=True)) == RATE
-    assert "lasts 2.00 s" in refusal(path, start=1.5, seconds=1.0, whole=True)
+    assert len(load_audio(path, RATE, start=0.5, seconds=1.0, strict=True)) == RATE
+    assert "lasts 2.00 s" in refusal(path, start=1.5, seconds=1.0, strict=True)
 
 
 @pytest.mark.parametrize("start, seconds", [(-1.0, 1.0), (0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0),
@@ -566,7 +566,7 @@ def test_any_name_is_read_and_shown_in_one_line(tmp_path, name):
     with open(path, "wb") as file:
         file.write(encoded(waveform(), **WAV)[:-8000])
     assert len(load_audio(path, RATE)) > 1000
-    message = refusal(path, whole=True)
+    message = refusal(path, strict=True)
     assert show(path) in message
     message.encode("utf-8")
 
@@ -657,7 +657,7 @@ def test_a_socket_is_named(tmp_path, monkeypatch):
 def test_a_named_pipe_is_read_once_and_refused_in_training(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    assert "is a pipe" in refusal(path, whole=True)  # without waiting for a writer
+    assert "is a pipe" in refusal(path, strict=True)  # without waiting for a writer
     data = of_unknown_length(encoded(waveform(3.0), **FLAC))
     writer = threading.Thread(target=path.write_bytes, args=(data,))
     writer.start()
@@ -755,7 +755,7 @@ def test_damage_gives_samples_or_a_sentence(tmp_path, form):
         path = put(tmp_path, bytes(damaged))
         for whole in (False, True):
             try:
-                samples = load_audio(path, RATE, whole=whole)
+                samples = load_audio(path, RATE, strict=whole)
                 assert len(samples) and np.isfinite(samples).all()
             except InputError as error:
                 assert "x.audio" in str(error) and "\n" not in str(error)

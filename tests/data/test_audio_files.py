@@ -50,10 +50,10 @@ def refused(path, sentence: str, **options) -> None:
 
 def test_a_tenth_of_a_second_may_be_missing(tmp_path):
     warned(put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + 3300))),
-         "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
+         "X is cut off: it has 2.00 of the 2.10 s that its header states")  # fmt: skip
     assert not read(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10)))[1]
     warned(put(tmp_path, claiming(encoded(waveform(2.0), **FLAC), RATE // 10 + 1)),
-         "X is cut off: it holds 2.00 of the 2.10 s that its header promises")  # fmt: skip
+         "X is cut off: it has 2.00 of the 2.10 s that its header states")  # fmt: skip
 
 
 def claiming(flac: bytes, more: int) -> bytes:
@@ -63,7 +63,7 @@ def claiming(flac: bytes, more: int) -> bytes:
 
 
 def test_how_much_a_cut_recording_holds_is_reported(tmp_path):
-    warned(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it holds 1.00 of the 2.00 s that its header promises")
+    warned(put(tmp_path, GOOD[: 44 + 2 * RATE]), "X is cut off: it has 1.00 of the 2.00 s that its header states")
     flac = encoded(waveform(4.0), **FLAC)
     warned(put(tmp_path, flac[: len(flac) // 2]),
          "X is cut off or damaged: after 1.79 s of 4.00 s it cannot be read (flac decoder lost sync)")  # fmt: skip
@@ -71,7 +71,7 @@ def test_how_much_a_cut_recording_holds_is_reported(tmp_path):
     warned(
         put(tmp_path, opus[: opus.rindex(b"OggS")]), "X is cut off: it ends after 2.97 s without an end-of-stream mark"
     )
-    refused(put(tmp_path, GOOD[:44]), "X is cut off: its header promises audio, but none follows; "
+    refused(put(tmp_path, GOOD[:44]), "X is cut off: its header announces audio, but none follows; "
             "copy it again, repair it or remove it")  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_a_missing_end_is_reported_with_the_number_of_the_part(tmp_path):
     warned(put(tmp_path, riff_file(unknown, chunk(b"data", pcm())) + GOOD),
          "X: part 1 of 2 cannot be read as audio (Error in WAV/W64/RF64 file. Malformed 'fmt ' chunk): its header is "
          "damaged, or its codec is unknown; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
-    warned(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it holds 1.00 of the 2.00 s that "
+    warned(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it has 1.00 of the 2.00 s that "
          "its header promises")  # fmt: skip
 
 
@@ -113,14 +113,14 @@ def test_audio_beyond_4_gib_of_its_format_is_refused_with_a_format_that_holds_it
     os.truncate(path, len(data) - len(pcm(1.0)) + (5 << 30))
     size = (5 << 30) + 8 * (magic == "AIFF")
     refused(path, f"X contains {size} bytes of audio, of which only 4 GiB can be read in its format; "
-            "convert it to FLAC or W64", seconds=0.5, whole=True)  # fmt: skip
+            "convert it to FLAC or W64", seconds=0.5, strict=True)  # fmt: skip
     assert len(read(path, seconds=0.5)[0]) == RATE // 2
 
 
 def test_audio_that_is_not_read_is_refused_with_its_own_advice(tmp_path):
     speex = b"OggS\0\2" + bytes(20) + b"\1\x08Speex   "
     refused(put(tmp_path, encoded(waveform(1.0), **VORBIS) + speex), "X contains an Ogg part (Speex) that cannot be "
-            "read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav", whole=True)  # fmt: skip
+            "read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav", strict=True)  # fmt: skip
 
 
 @pytest.mark.parametrize(("longest", "ends"), [(0.2, True), (4096 / RATE, False)])
@@ -158,9 +158,9 @@ def test_a_part_reaches_over_damage_without_holding_more_than_it(tmp_path):
 
 def test_a_part_that_is_not_there_is_refused_with_the_part_asked_for(tmp_path):
     path = put(tmp_path, GOOD)
-    refused(path, "X lasts 2.00 s; a part of it from 2.5 s was asked for", start=2.5)
-    refused(path, "X lasts 2.00 s; a part of it from 1.5 to 2.5 s was asked for", start=1.5, seconds=1.0)
-    refused(path, "X lasts 2.00 s; a part of it from 0 to 2.11 s was asked for", seconds=2.11)
+    refused(path, "X lasts 2.00 s, too short for a part from 2.5 s; correct the times", start=2.5)
+    refused(path, "X lasts 2.00 s, too short for a part from 1.5 to 2.5 s; correct the times", start=1.5, seconds=1.0)
+    refused(path, "X lasts 2.00 s, too short for a part from 0 to 2.11 s; correct the times", seconds=2.11)
     assert len(load_audio(path, RATE, seconds=2.1)) == 2 * RATE
 
 
@@ -339,7 +339,7 @@ def test_the_layouts_of_the_last_eight_files_are_remembered(tmp_path, monkeypatc
 
 
 def test_the_layout_of_a_whole_recording_is_not_remembered(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "_remembered_streams", None)
+    monkeypatch.setattr(audio, "_cached_layout", None)
     assert len(load_audio(put(tmp_path, GOOD), RATE)) == 2 * RATE
 
 
@@ -440,7 +440,7 @@ def test_a_pipe_that_cannot_be_copied_is_reported_and_leaves_nothing_open(tmp_pa
     if raised is InputError:
         assert str(found.value) == (
             f"{show(tmp_path / 'pipe')} could not be copied to a temporary file (No space left on device); "
-            "make room or set TMPDIR to a folder with room"
+            "free some space, or set TMPDIR to another folder"
         )
 
 

@@ -33,7 +33,7 @@ def test_channels_of_opposite_phase_do_not_cancel(tmp_path, factor, options):
     assert abs(np.corrcoef(samples, left)[0, 1]) > 0.98
     assert np.std(samples) > 0.9 * np.std(left)
     assert "channels cancel each other out" in warnings[0]
-    np.testing.assert_array_equal(samples, load_audio(path, RATE, whole=True))
+    np.testing.assert_array_equal(samples, load_audio(path, RATE, strict=True))
 
 
 def test_channels_that_turn_round_in_the_middle_do_not_cancel(tmp_path):
@@ -95,7 +95,7 @@ def test_ordinary_recordings_are_read_without_a_warning(shared):
         pytest.skip("../shared has no recordings")
     warnings = [read(path)[1] for path in paths]
     assert sum(map(bool, warnings)) <= len(paths) // 50
-    assert [path for path in paths if len(load_audio(path, RATE, whole=True)) < 1000] == []
+    assert [path for path in paths if len(load_audio(path, RATE, strict=True)) < 1000] == []
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
@@ -108,7 +108,7 @@ def test_whole_numbers_in_floating_point_are_scaled(tmp_path, bits, subtype):
     loaded, warnings = read(path)
     np.testing.assert_allclose(loaded, samples, rtol=1e-6)
     assert f"{bits}-bit numbers" in warnings[0]
-    np.testing.assert_array_equal(loaded, load_audio(path, RATE, whole=True))
+    np.testing.assert_array_equal(loaded, load_audio(path, RATE, strict=True))
     np.testing.assert_array_equal(loaded[RATE : 2 * RATE], load_audio(path, RATE, start=1.0, seconds=1.0))
 
 
@@ -373,10 +373,12 @@ def test_the_band_is_judged_for_models_of_more_than_telephone_bandwidth(rate, co
 def test_the_bands_that_are_compared_are_of_speech_and_above_a_telephones():
     quality = SignalQuality(RATE)
     hertz = np.fft.rfftfreq(512, 1 / RATE)
-    assert hertz[quality.speech][[0, -1]].tolist() == [312.5, 3375.0] and quality.speech.sum() == 99
-    assert hertz[quality.above][[0, -1]].tolist() == [4406.25, 7593.75] and quality.above.sum() == 103
+    assert hertz[quality.speech_bins][[0, -1]].tolist() == [312.5, 3375.0] and quality.speech_bins.sum() == 99
+    assert hertz[quality.upper_bins][[0, -1]].tolist() == [4406.25, 7593.75] and quality.upper_bins.sum() == 103
     quality, hertz = SignalQuality(25_600), np.fft.rfftfreq(512, 1 / 25_600)  # bins of 50 Hz
-    assert hertz[quality.speech][[0, -1]].tolist() == [350, 3350] and hertz[quality.above][[0, -1]].tolist() == [
+    assert hertz[quality.speech_bins][[0, -1]].tolist() == [350, 3350] and hertz[quality.upper_bins][
+        [0, -1]
+    ].tolist() == [
         4450,
         7550,
     ]
@@ -411,7 +413,7 @@ def test_the_lowest_rate_of_what_is_given_out_is_reported(tmp_path):
     parts = [encoded(waveform(1.0, seed), rate, **WAV) for seed, rate in enumerate((11_025, 8000, 44_100, 16_000))]
     path = put(tmp_path, b"".join(parts))
     low = read(path)[1]
-    assert len(low) == 1 and "is sampled at 8000 Hz and the model was trained at 16000 Hz" in low[0]
+    assert len(low) == 1 and "is sampled at 8000 Hz, but the model was trained at 16000 Hz" in low[0]
     before = RATE / 11_025 + RATE / 8000 + RATE / 44_100
     assert read(path, start=before + 0.1, seconds=0.5)[1] == []
 

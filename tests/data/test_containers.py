@@ -208,7 +208,7 @@ MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
     plain = Stream(((0, 1),))
     assert (plain.sample_count, plain.missing_bytes, plain.padding, plain.preroll, plain.gap) == (None, 0, 0, 0.0, "")
-    assert (plain.cut, plain.headless, plain.resumable, plain.length_known) == (False, False, False, True)
+    assert (plain.cut, plain.truncated_header, plain.resumable, plain.length_known) == (False, False, False, True)
     assert Stream((b"head", (3, 10), b"")).length == 11
 
 
@@ -357,8 +357,8 @@ def test_a_flac_that_ends_within_its_blocks_is_reported():
     data = flac_file(b"note", bytes(1000))
     assert streams_of(data + b"s") == [whole(0, len(data) + 1)]
     for cut in (0, 1, 1000, 1001, 1004):
-        assert streams_of(data[: len(data) - cut]) == [whole(0, len(data) - cut, headless=True)]
-    assert streams_of(data[:-1004] + b"\x81\0\0\4")[0].headless
+        assert streams_of(data[: len(data) - cut]) == [whole(0, len(data) - cut, truncated_header=True)]
+    assert streams_of(data[:-1004] + b"\x81\0\0\4")[0].truncated_header
 
 
 def test_a_pattern_is_found_wherever_a_window_ends(monkeypatch):

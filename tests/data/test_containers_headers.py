@@ -156,8 +156,8 @@ def test_a_wav_whose_chunks_are_out_of_step_gets_a_header_of_its_own():
 def test_a_wav_that_holds_no_sound_ends_within_its_header():
     headers = [riff_file(FORMAT), riff_file(FORMAT, NOTE), riff_file(chunk(b"data", SOUND)), riff_file()]
     for data in (*headers, riff_file(FORMAT, b"data\0\0\0")):
-        assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
-        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+        assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
+        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
 def test_a_form_of_riff_that_is_not_audio_is_left_to_libsndfile():
@@ -272,7 +272,7 @@ def test_no_more_chunks_are_looked_at_than_a_file_may_have(monkeypatch):
     assert streams_of(few) == whole(len(few))
     assert streams_of(few + NOTE) == whole(len(few))
     many = riff_file(NOTE, NOTE, NOTE, FORMAT, chunk(b"data", SOUND))
-    assert streams_of(many) == [Stream(((0, len(many)),), headless=True)]
+    assert streams_of(many) == [Stream(((0, len(many)),), truncated_header=True)]
 
 
 # -------------------------------------------------------------------------------------------------------------- AIFF
@@ -310,8 +310,8 @@ def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
         head = data[: start - 4] + b"\xff" * 4
         assert layout_of(data, 1 << 33).streams == [Stream((head, (start, 1 << 33)))]
     for data in (form(COMM, kind=kind), form(COMM, big(b"BODY" if sound == b"SSND" else b"SSND", SOUND), kind=kind)):
-        assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
-        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+        assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
+        assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
 def test_a_form_of_iff_that_is_not_audio_is_left_to_libsndfile():
@@ -416,15 +416,15 @@ def test_what_is_no_chunk_of_caf_after_the_sound_is_left_out(junk):
     "data", [caf(DESC), caf((b"desc", -12, bytes(32)), (b"data", 4, SOUND)), caf(), caf(DESC)[:30]]
 )
 def test_a_caf_without_sound_ends_within_its_header(data):
-    assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
-    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+    assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
+    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
 def test_a_caf_of_too_many_chunks_is_damaged(monkeypatch):
     monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     sound = (b"data", 100, SOUND)
-    assert not streams_of(caf(DESC, DESC, sound))[0].headless
-    assert streams_of(caf(DESC, DESC, DESC, sound))[0].headless
+    assert not streams_of(caf(DESC, DESC, sound))[0].truncated_header
+    assert streams_of(caf(DESC, DESC, DESC, sound))[0].truncated_header
 
 
 # --------------------------------------------------------------------------------------------------------------- W64
@@ -469,25 +469,25 @@ def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
 
 @pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 0, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])
 def test_a_w64_without_sound_ends_within_its_header(data):
-    assert streams_of(data) == [Stream(((0, len(data)),), headless=True)]
-    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), headless=True)
+    assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
+    assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
 def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
     monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     empty, sound = (b"note", 24, b""), (b"data", 124, SOUND)
-    assert not streams_of(w64(empty, empty, sound))[0].headless
-    assert streams_of(w64(empty, empty, empty, sound))[0].headless
+    assert not streams_of(w64(empty, empty, sound))[0].truncated_header
+    assert streams_of(w64(empty, empty, empty, sound))[0].truncated_header
 
 
 # ------------------------------------------------------------------------------------------------------ rare formats
 
 
-def ends(claimed_end, data: bytes, size: int | None = None) -> int:
+def ends(header_end, data: bytes, size: int | None = None) -> int:
     """Return the end that a header claims; assert that it moves with the header."""
-    found = claimed_end(Bytes(data, size), 0)
+    found = header_end(Bytes(data, size), 0)
     for before in (1, 1000):
-        assert claimed_end(Bytes(b"\7" * before + data, size and size + before), before) == found + before
+        assert header_end(Bytes(b"\7" * before + data, size and size + before), before) == found + before
     return found
 
 
@@ -575,7 +575,7 @@ def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
     def walk(size, end, start=2):
         layout = Layout()
         source = Bytes(b"..." + bytes(40) + WAV, size)
-        return rare.walk_claimed(source, start, layout, lambda *_: end), layout.streams
+        return rare.walk_by_header_length(source, start, layout, lambda *_: end), layout.streams
 
     assert walk(300, 43) == (43, [Stream(((2, 43),))])  # where a wav begins
     assert walk(300, 42) == (300, [Stream(((2, 300),))])
@@ -583,7 +583,7 @@ def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
     assert walk(300, 301) == (300, [Stream(((2, 300),), missing_bytes=1)])
     assert walk(300, 43, start=43) == (300, [Stream(((43, 300),))])
     layout = Layout([Stream(((0, 2),))])
-    rare.walk_claimed(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
+    rare.walk_by_header_length(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
     assert layout.streams == [Stream(((0, 2),)), Stream(((2, 43),))]
 
 

@@ -44,7 +44,7 @@ def test_frames_of_mpeg_are_as_long_as_the_standard_says(version, layer):
         assert (frame.length, frame.samples) == (length, samples)
         assert frame.kind == (version, layer, hertz, mode == 3)
         side = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[first, mode == 3]
-        assert frame.info == 4 + side
+        assert frame.xing_offset == 4 + side
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def counting(frames=None, size=None, *, tag=b"Info", note=b"", **fields):
     frame = mpeg.frame_header(head)
     flags = (frames is not None) | 2 * (size is not None)
     body = tag + struct.pack(">I", flags) + b"".join(struct.pack(">I", n) for n in (frames, size) if n is not None)
-    return (head + bytes(frame.info - 4) + body + note).ljust(frame.length, b"\0")
+    return (head + bytes(frame.xing_offset - 4) + body + note).ljust(frame.length, b"\0")
 
 
 @pytest.mark.parametrize("fields", [{}, {"mode": 3}, {"version": 2}, {"version": 0, "mode": 3}, {"layer": 2}], ids=str)
@@ -130,10 +130,10 @@ def test_a_count_that_is_wrong_is_replaced_by_a_true_one():
     info = stream.spans[0]
     frame = mpeg.frame_header(info[:4])
     assert frame.kind == (3, 3, 44100, False) and len(info) == frame.length
-    found = struct.unpack(">4sIII", info[frame.info : frame.info + 16])
+    found = struct.unpack(">4sIII", info[frame.xing_offset : frame.xing_offset + 16])
     assert found == (b"Xing", 15, 20, 20 * size + len(info))
-    assert info[frame.info + 120 :][:24] == b"LAME".ljust(21, b"\0") + (576 << 12).to_bytes(3, "big")
-    assert mpeg._read_count(info, frame) == (20, 20 * size + len(info))
+    assert info[frame.xing_offset + 120 :][:24] == b"LAME".ljust(21, b"\0") + (576 << 12).to_bytes(3, "big")
+    assert mpeg._read_info_frame(info, frame) == (20, 20 * size + len(info))
 
 
 def test_the_delay_and_padding_of_an_encoder_are_kept():
@@ -144,7 +144,7 @@ def test_the_delay_and_padding_of_an_encoder_are_kept():
     assert stream.padding == delay + padding + 1152 and stream.spans == ((0, 21 * size),)
     wrong = head.replace(struct.pack(">I", 20), struct.pack(">I", 9), 1)
     (stream,) = streams_of(wrong + frames(20))
-    at = mpeg.frame_header(head[:4]).info
+    at = mpeg.frame_header(head[:4]).xing_offset
     assert stream.spans[0][at : at + 16] == struct.pack(">4sIII", b"Xing", 15, 20, 20 * size + len(stream.spans[0]))
     assert stream.spans[0][at + 16 : at + 156] == head[at + 16 : at + 156]
 
@@ -153,11 +153,11 @@ def test_vbri_counts_too():
     head = header()
     frame = mpeg.frame_header(head)
     info = (head + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8340, 20)).ljust(frame.length, b"\0")
-    assert mpeg._read_count(info, frame) == (20, 8340)
-    assert mpeg._read_count(b"", frame) == (0, 0)
-    assert mpeg._read_count(counting(1 << 28, 5), frame) == (0, 5)
-    assert mpeg._read_count(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
-    assert mpeg._read_count(counting(None, 7), frame) == (0, 7)
+    assert mpeg._read_info_frame(info, frame) == (20, 8340)
+    assert mpeg._read_info_frame(b"", frame) == (0, 0)
+    assert mpeg._read_info_frame(counting(1 << 28, 5), frame) == (0, 5)
+    assert mpeg._read_info_frame(counting((1 << 28) - 1, None), frame) == ((1 << 28) - 1, 0)
+    assert mpeg._read_info_frame(counting(None, 7), frame) == (0, 7)
 
 
 def test_joined_mpeg_of_other_kinds_are_streams_of_their_own():
@@ -220,7 +220,7 @@ def test_the_first_frame_is_found_wherever_a_window_ends(monkeypatch, window):
 
 def test_four_frames_of_one_kind_or_all_to_the_end_are_a_chain():
     def chain(data, count=4, end=None):
-        return mpeg._chain(Bytes(b"." + data), 1, 1 + (len(data) if end is None else end), count)
+        return mpeg._has_frames(Bytes(b"." + data), 1, 1 + (len(data) if end is None else end), count)
 
     other = frames(1, rate=1)
     assert chain(frames(9)) and chain(frames(4)) and chain(frames(3)) and chain(frames(1))
@@ -355,7 +355,7 @@ def test_the_padding_is_noted_after_the_count(fields):
     head = counting(20, info + 20 * size, note=note(1, 4095), **fields)
     assert streams_of(head + frames(20, **fields))[0].padding == 4096 + 1152
     run = mpeg._Run(0, head[:4], (), [], b"")
-    end = mpeg.frame_header(head[:4]).info + 144
+    end = mpeg.frame_header(head[:4]).xing_offset + 144
     assert mpeg._padding(replace(run, info=head[:end])) == 4096 + 1152
     assert mpeg._padding(replace(run, info=head[: end - 1])) == mpeg._padding(run) == 1152
 
@@ -405,9 +405,9 @@ def test_the_notes_of_an_encoder_are_kept_where_its_count_is_replaced(by, fields
         head[place] ^= 1
     short = mpeg._Run(0, bytes(head[:4]), (), [], bytes(head[: at + 156]), 20)
     begin = side(**fields) + 16
-    assert mpeg._info_frame(short, 1)[begin:].rstrip(b"\0") == note(500, 600, by)[:140]
+    assert mpeg._make_info_frame(short, 1)[begin:].rstrip(b"\0") == note(500, 600, by)[:140]
     short.info = short.info[:-1]
-    assert mpeg._info_frame(short, 1)[begin:].rstrip(b"\0") == made_up
+    assert mpeg._make_info_frame(short, 1)[begin:].rstrip(b"\0") == made_up
 
 
 def test_a_count_is_read_where_its_flags_say():
@@ -415,17 +415,17 @@ def test_a_count_is_read_where_its_flags_say():
 
     def counted(flags, *numbers, tag=b"Xing"):
         info = header() + bytes(32) + tag + struct.pack(f">I{len(numbers)}I", flags, *numbers)
-        return mpeg._read_count(info, frame)
+        return mpeg._read_info_frame(info, frame)
 
     assert counted(3, 7, 8) == counted(15, 7, 8) == counted(3, 7, 8, tag=b"Info") == (7, 8)
     assert counted(1, 7, 8) == (7, 0) and counted(2, 7, 8) == (0, 7) and counted(0, 7, 8) == counted(12, 7, 8) == (0, 0)
     assert counted(3, 7) == (7, 0) and counted(3, 7, 8, tag=b"Xinf") == (0, 0)
     assert counted(3, 1 << 28, 8) == (0, 8) and counted(3, (1 << 28) - 1, 8) == ((1 << 28) - 1, 8)
     vbri = header() + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8, 7)
-    assert mpeg._read_count(vbri, frame) == mpeg._read_count(vbri + b"...", frame) == (7, 8)
-    assert mpeg._read_count(vbri[:-1], frame) == (0, 0)
+    assert mpeg._read_info_frame(vbri, frame) == mpeg._read_info_frame(vbri + b"...", frame) == (7, 8)
+    assert mpeg._read_info_frame(vbri[:-1], frame) == (0, 0)
     for count, expected in (((1 << 28) - 1, (1 << 28) - 1), (1 << 28, 0)):
-        assert mpeg._read_count(vbri[:50] + struct.pack(">I", count), frame) == (expected, 8)
+        assert mpeg._read_info_frame(vbri[:50] + struct.pack(">I", count), frame) == (expected, 8)
 
 
 def test_a_frame_that_counts_by_vbri_is_not_audio():

@@ -1,11 +1,11 @@
 """Find the audio streams of a file by parsing its container, before anything is decoded.
 
-libsndfile reads the first stream of a file and trusts its header. Real files have several streams (chained Ogg, joined
-mp3 or FLAC), headers written before the length was known, and missing ends. `find_streams` returns for each stream the
-bytes to decode, under a corrected header where needed, and its expected length.
+libsndfile reads the first stream of a file and trusts its header. Real files may have several streams (chained Ogg, joined
+mp3 or FLAC), a header written before the length was known, or a missing end. `find_streams` returns the bytes to decode
+for each stream, with a corrected header if needed, and the expected length.
 
 Each format family has a module with a walk_FORMAT function, which adds the streams of the container at a position to a
-Layout and returns the container's end.
+Layout and returns the end of the container.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from las_fast.data.containers.magic import ARCHIVES, container_at, foreign_forma
 from las_fast.data.containers.mpeg import walk_mpeg
 from las_fast.data.containers.ogg import OGG_CODECS, walk_ogg
 from las_fast.data.containers.plain import walk_au, walk_caf, walk_w64
-from las_fast.data.containers.rare import CLAIMED_ENDS, walk_claimed, walk_htk
+from las_fast.data.containers.rare import HEADER_ENDS, walk_by_header_length, walk_htk
 from las_fast.data.containers.riff import walk_aiff, walk_wav
 from las_fast.data.containers.streams import Layout, Source, Stream, View, find_pattern, span_length
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
@@ -37,12 +37,12 @@ WALKERS: dict[str, Walker] = {
     "flac": walk_flac,
     "ogg": walk_ogg,
     "mpeg": walk_mpeg,
-    **{name: partial(walk_claimed, claimed_end=end) for name, end in CLAIMED_ENDS.items()},
+    **{name: partial(walk_by_header_length, header_end=end) for name, end in HEADER_ENDS.items()},
 }
 
 
 def find_streams(source: Source) -> Layout:
-    """Return the streams of a file. A file of unknown format is one stream, for libsndfile to accept or refuse."""
+    """Return the streams of a file. A file of unknown format is one stream, which libsndfile accepts or refuses."""
     layout = Layout()
     position = 0
     while position < source.size:
@@ -50,7 +50,7 @@ def find_streams(source: Source) -> Layout:
         walk = _walker_at(source, position)
         if walk is None:
             if layout.streams and not layout.streams[-1].padding:
-                _note_trailing_bytes(source, position, layout)
+                _report_trailing_bytes(source, position, layout)
             break
         before = len(layout.streams)
         position = max(walk(source, position, layout), position + 1)
@@ -63,7 +63,7 @@ def find_streams(source: Source) -> Layout:
         walk_htk(source, layout)
     if not layout.streams:
         layout.streams.append(Stream(((0, source.size),)))
-    _note_oversized(layout)
+    _report_oversized(layout)
     return layout
 
 
@@ -72,8 +72,8 @@ def _walker_at(source: Source, position: int) -> Walker | None:
     return WALKERS[name] if name else None
 
 
-def _note_oversized(layout: Layout) -> None:
-    """Note streams of more than 4 GiB in formats that cannot count so many bytes; their headers give no length."""
+def _report_oversized(layout: Layout) -> None:
+    """Report streams of more than 4 GiB under the header of a format with 32-bit lengths, which cannot state it."""
     for stream in layout.streams:
         head, size = stream.spans[0], span_length(stream.spans[-1])
         if size > 0xFFFFFFFF and isinstance(head, bytes) and head[:4] in (b"FORM", b"RIFX", b".snd"):
@@ -83,8 +83,8 @@ def _note_oversized(layout: Layout) -> None:
             )
 
 
-def _note_trailing_bytes(source: Source, position: int, layout: Layout) -> None:
-    """Note more than MAX_TRAILING bytes after the audio that are neither tags nor zeros."""
+def _report_trailing_bytes(source: Source, position: int, layout: Layout) -> None:
+    """Report more than MAX_TRAILING bytes after the audio that are neither tags nor zeros."""
     end = without_trailing_tags(source, position, source.size)
     if end - position > MAX_TRAILING and find_pattern(source, re.compile(rb"[^\x00]"), position) < end:
         layout.unread.append(

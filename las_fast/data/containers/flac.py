@@ -1,4 +1,4 @@
-"""FLAC: metadata blocks, then frames up to the end of the file or the start of another one."""
+"""FLAC: metadata blocks, then frames up to the end of the file or the start of an appended file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def walk_flac(source: Source, start: int, layout: Layout) -> int:
         position += 4 + int.from_bytes(block[1:], "big")
     end = find_pattern(source, NEXT_START, position)
     audio_end = end if end < source.size else without_trailing_tags(source, start, source.size)
-    samples, headless = flac_sample_count(source, start), not last or position >= source.size
-    layout.streams.append(Stream(((start, audio_end),), samples, headless=headless, resumable=True))
+    samples, truncated_header = flac_sample_count(source, start), not last or position >= source.size
+    layout.streams.append(Stream(((start, audio_end),), samples, truncated_header=truncated_header, resumable=True))
     return end
 
 
 def flac_sample_count(source: Source, start: int) -> int | None:
-    """Return the number of samples per channel by the header of a FLAC stream, or None where it gives none."""
+    """Return the number of samples per channel that the header of a FLAC stream states; None if it is unknown (0)."""
     return int.from_bytes(source.read(start + 21, 5), "big") & (1 << 36) - 1 or None

@@ -1,4 +1,4 @@
-"""Recognise formats by their first bytes: those that are read, and those that are only named in errors."""
+"""Recognise formats by their first bytes: supported ones, and unsupported ones that errors name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from las_fast.data.containers.mpeg import frame_header
 from las_fast.data.containers.streams import Source
 from las_fast.data.containers.tags import skip_tags
 
-ARCHIVES = (
-    b"PK\x03\x04",
-    b"Rar!",
-    b"7z\xbc\xaf",
-)  # may store an mp3 uncompressed, which is not to be read
+# An archive may store an mp3 uncompressed. It must not be read: it is not the content of the file.
+ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")
 MAGIC = {b"OggS": "ogg", b"fLaC": "flac", b".snd": "au", b"caff": "caf", b"riff": "w64"}
 RARE = {  # formats whose length is computed in rare.py
     b"NIST_1A": "nist",
@@ -46,7 +43,7 @@ FOREIGN = (  # (position, magic number, name)
 
 
 def container_at(source: Source, position: int) -> str | None:
-    """Return the format of the container that begins at a position, or None."""
+    """Return the format of the container that begins at a position, or None if there is none."""
     head = source.read(position, 16)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return "wav"

@@ -1,6 +1,7 @@
 """MPEG audio: mp3 and layers I and II.
 
-Frames are counted one by one, because headers with a count (Xing, Info, VBRI) are often missing or wrong.
+Frames are counted one by one, because the info frames that state their number (Xing, Info, VBRI) are often missing or
+wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ KBPS = {  # (version 1 or 2, layer): bit rates of index 1 to 14
     (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # write their delay after the count
+ENCODERS = (b"LAME", b"Lavf", b"Lavc")  # these write their delay after the frame count
 ENCODER_DELAY = (576 << 12).to_bytes(3, "big")  # samples, in LAME's encoding; no padding at the end
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # matches where three bytes may begin a frame
@@ -30,12 +31,12 @@ SYNC = re.compile(rb"\xff(?=[\xe2-\xff][^\xf0-\xff])")  # matches where three by
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """What the header of an MPEG audio frame gives."""
+    """A parsed MPEG audio frame header."""
 
     length: int  # bytes
     samples: int  # per channel
-    kind: tuple  # version, layer, rate and whether mono: constant within a stream
-    info: int  # offset of the Xing header, in a frame that has one
+    kind: tuple  # (version, layer, sample rate, mono): constant within a stream
+    xing_offset: int  # bytes from the start of the frame to the Xing header, in a frame that has one
 
 
 @lru_cache(maxsize=4096)
@@ -52,10 +53,10 @@ def frame_header(head: bytes) -> FrameHeader | None:
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
     side = (17 if mono else 32) if version == 3 else (9 if mono else 17)
-    return FrameHeader(length, samples, (version, layer, rate, mono), 4 + side)  # the same with a checksum
+    return FrameHeader(length, samples, (version, layer, rate, mono), 4 + side)  # a checksum does not move it
 
 
-def _frame_at(head: bytes) -> FrameHeader:
+def _valid_frame_header(head: bytes) -> FrameHeader:
     """Parse a frame header that is known to be valid."""
     frame = frame_header(head)
     assert frame is not None
@@ -70,10 +71,10 @@ class _Run:
     first: bytes  # header of the first frame
     kind: tuple
     spans: list[list[int]]
-    info: bytes = b""  # the frame with the encoder's count of frames (Xing, Info or VBRI), if present
+    info: bytes = b""  # the info frame, which states the frame count (Xing, Info or VBRI); b"" if there is none
     frames: int = 0
-    lost: int = 0  # bytes between frames
-    cut: bool = False
+    lost: int = 0  # bytes between frames that belong to no frame
+    cut: bool = False  # whether the last frame is incomplete
 
 
 def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None) -> int:
@@ -84,7 +85,7 @@ def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None
     while position < end:
         head = source.read(position, 4)
         frame = frame_header(head)
-        if frame is None or (runs and frame.kind != runs[-1].kind and not _chain(source, position, end, 2)):
+        if frame is None or (runs and frame.kind != runs[-1].kind and not _has_frames(source, position, end, 2)):
             after = skip_tags(source, position)
             if after == position:
                 after = _first_frame(source, position, end, end)
@@ -101,12 +102,12 @@ def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None
 
 
 def _add_frame(source: Source, runs: list[_Run], position: int, head: bytes, frame: FrameHeader, skipped: int) -> None:
-    """Add a frame to the last run, or begin a run. skipped: bytes before it that belong to no frame."""
-    counts = _is_counting_frame(source, position, frame)
-    if counts or not runs or frame.kind != runs[-1].kind:
-        info = source.read(position, frame.length) if counts else b""
+    """Add a frame to the last run, or begin a run; skipped: bytes before the frame that belong to none."""
+    is_info = _is_info_frame(source, position, frame)
+    if is_info or not runs or frame.kind != runs[-1].kind:
+        info = source.read(position, frame.length) if is_info else b""
         runs.append(_Run(position, head, frame.kind, [], info))
-    if counts:
+    if is_info:
         return
     run = runs[-1]
     if run.spans and run.spans[-1][1] == position:
@@ -117,16 +118,16 @@ def _add_frame(source: Source, runs: list[_Run], position: int, head: bytes, fra
     run.frames += 1
 
 
-def _is_counting_frame(source: Source, position: int, frame: FrameHeader) -> bool:
-    """Return whether a frame has a count of frames (Xing, Info or VBRI) and no audio."""
+def _is_info_frame(source: Source, position: int, frame: FrameHeader) -> bool:
+    """Return whether a frame is an info frame: it has a frame count (Xing, Info or VBRI) and no audio."""
     if frame.kind[1] != 3:
         return False
     head = source.read(position, 40)
-    return head[frame.info : frame.info + 4] in (b"Xing", b"Info") or head[36:] == b"VBRI"
+    return head[frame.xing_offset : frame.xing_offset + 4] in (b"Xing", b"Info") or head[36:] == b"VBRI"
 
 
-def _chain(source: Source, position: int, end: int, count: int) -> bool:
-    """Return whether `count` frames of one kind follow each other here, or fewer up to the end of the file."""
+def _has_frames(source: Source, position: int, end: int, count: int) -> bool:
+    """Return whether `count` consecutive frames of one kind begin at `position`, or fewer that reach `end` exactly."""
     kind = None
     for _ in range(count):
         frame = frame_header(source.read(position, 4))
@@ -139,20 +140,20 @@ def _chain(source: Source, position: int, end: int, count: int) -> bool:
 
 
 def _first_frame(source: Source, position: int, until: int, end: int) -> int:
-    """Return the first position in [position, until) where frames begin, or `end`."""
+    """Return the first position in [position, until) where frames begin; `end` if there is none."""
     while position < until:
         window = source.read(position, WINDOW)
         for match in SYNC.finditer(window[: until - position]):
-            if _chain(source, position + match.start(), end, 4):
+            if _has_frames(source, position + match.start(), end, 4):
                 return position + match.start()
         position += WINDOW - 2
     return end
 
 
 def _mpeg_stream(run: _Run) -> Stream:
-    """Return the stream of a run, with a correct counting frame before mp3."""
-    frame = _frame_at(run.first)
-    claimed, size = _read_count(run.info, frame)
+    """Return the stream of a run; layer III (mp3) begins with a correct info frame."""
+    frame = _valid_frame_header(run.first)
+    claimed, size = _read_info_frame(run.info, frame)
     spans = [(a, b) for a, b in run.spans]
     audio: tuple[Span, ...] = tuple(spans)
     length = sum(b - a for a, b in spans)
@@ -168,20 +169,20 @@ def _mpeg_stream(run: _Run) -> Stream:
         whole = (run.start, spans[0][1]) if spans and run.start + len(run.info) == spans[0][0] else None
         audio = (whole, *spans[1:]) if whole else (run.info, *spans)
         return Stream(audio, **options, padding=_padding(run))
-    info = _info_frame(run, length)
+    info = _make_info_frame(run, length)
     return Stream((info, *audio), **options, padding=_padding(run))
 
 
 def _padding(run: _Run) -> int:
-    """Return the samples per channel that a decoder may remove at both ends: one frame, and what LAME's tag gives."""
-    position = _frame_at(run.first).info + 120 + 21
+    """Return how many samples per channel a decoder may remove: one frame, and the delay and padding in LAME's tag."""
+    position = _valid_frame_header(run.first).xing_offset + 120 + 21
     numbers = int.from_bytes(run.info[position : position + 3], "big") if len(run.info) >= position + 3 else 0
     return (numbers >> 12) + (numbers & 0xFFF) + 1152
 
 
-def _read_count(info: bytes, frame: FrameHeader) -> tuple[int, int]:
-    """Return the number of frames and of bytes in a counting frame; 0 where unknown or where info is b""."""
-    xing = info[frame.info : frame.info + 16].ljust(16, b"\0")
+def _read_info_frame(info: bytes, frame: FrameHeader) -> tuple[int, int]:
+    """Return the frame count and the byte count that an info frame states; 0 if unknown or if info is b""."""
+    xing = info[frame.xing_offset : frame.xing_offset + 16].ljust(16, b"\0")
     if xing[:4] in (b"Xing", b"Info"):
         flags, *numbers = struct.unpack(">III", xing[4:])
         frames, size = (numbers.pop(0) if flags & bit else 0 for bit in (1, 2))
@@ -192,21 +193,21 @@ def _read_count(info: bytes, frame: FrameHeader) -> tuple[int, int]:
     return 0, 0
 
 
-def _info_frame(run: _Run, length: int) -> bytes:
-    """Return a Xing frame with the true count, so that the decoder neither guesses nor stops early.
+def _make_info_frame(run: _Run, length: int) -> bytes:
+    """Make a Xing frame with the actual frame count, so that the decoder neither guesses nor stops early.
 
-    It keeps the encoder's delay. Where none is given, it gives that of LAME and most others, so that the audio begins
-    at the same sample.
+    It keeps the encoder delay that the original info frame states. If there is none, it states the delay of LAME and
+    most other encoders, so that the audio begins at the same sample.
     """
     head = bytearray(run.first)
     head[1] |= 1  # no checksum
     for index in range(1, 15):
         head[2] = index << 4 | head[2] & 0x0D
-        frame = _frame_at(bytes(head))
-        if frame.length >= frame.info + 16 + 140:
+        frame = _valid_frame_header(bytes(head))
+        if frame.length >= frame.xing_offset + 16 + 140:
             break
-    info, at = run.info, _frame_at(run.first).info
+    info, at = run.info, _valid_frame_header(run.first).xing_offset
     has_delay = len(info) >= at + 156 and info[at + 7] & 15 == 15 and info[at + 120 : at + 124] in ENCODERS
     lame_tag = info[at + 16 : at + 156] if has_delay else bytes(104) + b"LAME".ljust(21, b"\0") + ENCODER_DELAY
     body = struct.pack(">4sIII", b"Xing", 15, run.frames, length + frame.length) + lame_tag
-    return bytes(head) + bytes(frame.info - 4) + (body + bytes(frame.length))[: frame.length - frame.info]
+    return bytes(head) + bytes(frame.xing_offset - 4) + (body + bytes(frame.length))[: frame.length - frame.xing_offset]

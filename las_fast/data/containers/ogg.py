@@ -1,4 +1,4 @@
-"""Ogg: pages of one or more logical streams, in one or more links of a chain."""
+"""Ogg: a chain of one or more links, each with the pages of one or more logical streams."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from las_fast.data.containers.streams import PREROLL, Layout, Source, Stream, fi
 
 OGG_PAGE = re.compile(rb"OggS\x00")
 OGG_CODECS = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC"}
-OGG_OTHERS = {b"Speex   ": "Speex", b"\x80theora": "Theora", b"fishead\0": "", b"BBCD": "Dirac", b"OVP80": "VP8"}
+UNSUPPORTED_CODECS = {
+    b"Speex   ": "Speex",
+    b"\x80theora": "Theora",
+    b"fishead\0": "",
+    b"BBCD": "Dirac",
+    b"OVP80": "VP8",
+}
 
 
 @dataclass
 class _Logical:
     """A logical stream of an Ogg file."""
 
-    codec: str  # with a minus sign before it where it is not read
+    codec: str  # name; "-" before it means that the codec is not supported
     spans: list[list[int]]
     sequence: int  # number of the last page
-    begun: bool = False  # has more than its first page
-    ended: bool = False  # has a page marked as the last
+    begun: bool = False  # a page after the first was read
+    ended: bool = False  # a page marked as the last was read
     lost: int = 0  # missing pages
 
 
 @dataclass(frozen=True)
 class _Page:
-    """A page of an Ogg file: bytes [position, after), with its packets from body on."""
+    """A page of an Ogg file: the bytes [position, after); its packets begin at body."""
 
     position: int
     body: int
@@ -38,7 +44,7 @@ class _Page:
 
 
 def _ogg_page(source: Source, position: int) -> _Page | None:
-    """Return the page that begins at a position, or None for no page or an incomplete one."""
+    """Return the page that begins at a position; None if there is none or it is incomplete."""
     head = source.read(position, 27 + 255)
     if head[:5] != b"OggS\0" or len(head) < 27:
         return None
@@ -52,9 +58,9 @@ def _ogg_page(source: Source, position: int) -> _Page | None:
 
 
 def walk_ogg(source: Source, start: int, layout: Layout) -> int:
-    """Add one stream per link of a chain: of its parallel logical streams, the first with a supported codec."""
+    """Add one stream per link of a chain: the first of its parallel logical streams with a supported codec."""
     links: list[dict[bytes, _Logical]] = []
-    position, broken = start, False
+    position, truncated = start, False
     damaged = set()  # numbers of the links that contain bytes between pages
     while position < source.size:
         page = _ogg_page(source, position)
@@ -64,14 +70,16 @@ def walk_ogg(source: Source, start: int, layout: Layout) -> int:
             continue
         following = find_pattern(source, OGG_PAGE, position + 1)
         if following == source.size:
-            broken = source.read(position, 4) == b"OggS"
+            truncated = source.read(position, 4) == b"OggS"
             break
         damaged.add(len(links))
         position = following
     for number, link in enumerate(links, 1):
         last = number == len(links)
-        _append_link(source, link, layout, broken=last and broken, endless=not last and number not in damaged)
-    return (source.size if broken else position) if links else start
+        _append_link(
+            source, link, layout, truncated=last and truncated, may_lack_end=not last and number not in damaged
+        )
+    return (source.size if truncated else position) if links else start
 
 
 def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -> None:
@@ -89,7 +97,7 @@ def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -
     logical.lost += max(0, page.sequence - logical.sequence - 1)
     logical.sequence = page.sequence
     begin = page.position
-    if logical.codec == "FLAC":  # without its pages: some builds of libsndfile cannot read FLAC in Ogg
+    if logical.codec == "FLAC":  # strip the page headers: some builds of libsndfile cannot read FLAC in Ogg
         begin = page.body + (9 if page.flags & 2 else 0)
     if logical.spans and logical.spans[-1][1] == begin:
         logical.spans[-1][1] = page.after
@@ -98,16 +106,22 @@ def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -
 
 
 def _codec(packet: bytes) -> str:
-    """Return the codec of a first packet, with a minus sign before it where it is not read."""
-    for names, readable in ((OGG_CODECS, True), (OGG_OTHERS, False)):
+    """Return the codec of a stream's first packet, with "-" before it if it is not supported."""
+    for names, readable in ((OGG_CODECS, True), (UNSUPPORTED_CODECS, False)):
         for magic, name in names.items():
             if packet.startswith(magic):
                 return name if readable else f"-{name}"
     return "-unknown codec"
 
 
-def _append_link(source: Source, link: dict[bytes, _Logical], layout: Layout, *, broken: bool, endless: bool) -> None:
-    """Add a link of a chain. broken: its last page is incomplete. endless: it may lack an end-of-stream mark."""
+def _append_link(
+    source: Source, link: dict[bytes, _Logical], layout: Layout, *, truncated: bool, may_lack_end: bool
+) -> None:
+    """Add a link of a chain.
+
+    truncated:    its last page is incomplete.
+    may_lack_end: a missing end-of-stream mark is no sign of missing audio.
+    """
     readable = [logical for logical in link.values() if not logical.codec.startswith("-")]
     if not readable:
         others = ", ".join(filter(None, (logical.codec[1:] for logical in link.values())))
@@ -126,7 +140,7 @@ def _append_link(source: Source, link: dict[bytes, _Logical], layout: Layout, *,
         Stream(
             tuple((a, b) for a, b in first.spans),
             sample_count=flac_sample_count(source, first.spans[0][0]) if first.codec == "FLAC" else None,
-            cut=broken or not (first.ended or endless),
+            cut=truncated or not (first.ended or may_lack_end),
             preroll=0.0 if first.codec == "FLAC" else PREROLL,
             length_known=False,
             resumable=first.codec == "FLAC",

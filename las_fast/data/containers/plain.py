@@ -6,27 +6,27 @@ import struct
 
 from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.riff import is_unknown
-from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_headless, read_struct
+from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_truncated_header, read_struct
 
 W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 
-def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, count: range) -> int:
+def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, field: range) -> int:
     """Add the stream whose samples begin at `begin`; return its end.
 
     Args:
-        claimed: length of the samples in bytes by the header; None: unknown.
-        count:   positions of that length in the header, where it is corrected if it is wrong.
+        claimed: length of the samples in bytes according to the header; None: unknown.
+        field:   bytes of the file that hold this length; they are replaced if it is wrong.
     """
     available = max(0, source.size - begin)
-    if claimed is not None and claimed <= 0 and available:  # never filled in
+    if claimed is not None and claimed <= 0 and available:  # the recorder did not fill it in
         claimed = None
     end = begin + (available if claimed is None else min(claimed, available))
     if claimed is not None and claimed <= available:
         layout.streams.append(Stream(((start, end),)))
         return end
-    number = struct.pack(">q", end - begin) if len(count) == 8 else b"\xff" * 4  # AU: to the end of the file
-    header = source.read(start, count.start - start) + number + source.read(count.stop, begin - count.stop)
+    number = struct.pack(">q", end - begin) if len(field) == 8 else b"\xff" * 4  # AU: up to the end of the file
+    header = source.read(start, field.start - start) + number + source.read(field.stop, begin - field.stop)
     layout.streams.append(Stream((header, (begin, end)), missing_bytes=0 if claimed is None else claimed - available))
     return end
 
@@ -35,7 +35,7 @@ def walk_au(source: Source, start: int, layout: Layout) -> int:
     """Add the stream of an AU file; return its end."""
     offset, claimed = read_struct(source, start + 4, ">II")
     end = start + offset + claimed
-    # By the standard 0xFFFFFFFF is an unknown length; other lengths near 2 or 4 GiB only if the file is shorter
+    # In the standard 0xFFFFFFFF means an unknown length. So do other lengths near 2 or 4 GiB if the file is shorter.
     unknown = end != source.size if claimed == 0xFFFFFFFF else end > source.size
     length = None if unknown and is_unknown(claimed) else claimed
     return _append_plain(source, layout, start, start + max(24, offset), length, range(start + 8, start + 12))
@@ -50,7 +50,7 @@ def walk_caf(source: Source, start: int, layout: Layout) -> int:
             claimed = None if length < 4 else length  # the chunk includes an edit count of 4 bytes
             return _append_caf(source, layout, start, position, claimed)
         position += 12 + length
-    return add_headless(source, start, layout)
+    return add_truncated_header(source, start, layout)
 
 
 def _append_caf(source: Source, layout: Layout, start: int, position: int, claimed: int | None) -> int:
@@ -85,4 +85,4 @@ def walk_w64(source: Source, start: int, layout: Layout) -> int:
             layout.streams.append(Stream((header, (position + 24, source.size)), missing_bytes=missing_bytes))
             return source.size
         position += length + -length % 8
-    return add_headless(source, start, layout)
+    return add_truncated_header(source, start, layout)

@@ -1,4 +1,4 @@
-"""Rare formats whose end can be computed from the header, so that joined and truncated files are noticed."""
+"""Rare formats. Their end is computed from the header, so that joined and truncated files are noticed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, read_struct
 
 
-def walk_claimed(source: Source, start: int, layout: Layout, claimed_end) -> int:
-    """Add the stream of a file that ends at claimed_end(source, start) by its header; return its end."""
-    end = claimed_end(source, start)
+def walk_by_header_length(source: Source, start: int, layout: Layout, header_end) -> int:
+    """Add the stream of a file whose end, according to its header, is header_end(source, start); return its end."""
+    end = header_end(source, start)
     layout.streams.append(Stream(((start, source.size),), missing_bytes=max(0, end - source.size)))
     if end > start and container_at(source, end):
         layout.streams[-1] = Stream(((start, end),))
@@ -46,7 +46,7 @@ def _wve_end(source: Source, start: int) -> int:
 
 
 def _sds_end(source: Source, start: int) -> int:
-    """MIDI sample dump: packets of 127 bytes, of which 120 hold samples, 7 bits per byte."""
+    """MIDI sample dump: packets of 127 bytes; 120 of these are samples, with 7 bits per byte."""
     bits, *length = read_struct(source, start + 6, "<B3xBBB")
     samples = sum(byte << shift for byte, shift in zip(length, (0, 7, 14), strict=True))
     return start + 21 + -(-samples // (120 // max(1, (bits + 6) // 7))) * 127
@@ -64,7 +64,7 @@ def _voc_end(source: Source, start: int) -> int:
 
 
 def _mat4_end(source: Source, start: int) -> int:
-    """MATLAB 4: two matrices, the sample rate and the samples."""
+    """MATLAB 4: a matrix with the sample rate, then a matrix of samples."""
     position, order = start, ">" if source.read(start, 4) == b"\0\0\x03\xe8" else "<"
     for _ in range(2):
         kind, rows, columns, imaginary, name = read_struct(source, position, order + "5I")
@@ -83,7 +83,7 @@ def _mat5_end(source: Source, start: int) -> int:
     return position
 
 
-CLAIMED_ENDS = {
+HEADER_ENDS = {
     "nist": _nist_end,
     "avr": _avr_end,
     "mpc": _mpc_end,
@@ -96,9 +96,9 @@ CLAIMED_ENDS = {
 
 
 def walk_htk(source: Source, layout: Layout) -> None:
-    """Add the stream of a truncated HTK waveform, with a correct length, without which libsndfile refuses it.
+    """Add the stream of a truncated HTK waveform under a header with its actual length: libsndfile requires it.
 
-    HTK has no magic number: the header must be plausible.
+    HTK has no magic number, so a file counts as HTK if its header is plausible.
     """
     samples, period, size, kind = read_struct(source, 0, ">IIHH")
     if kind == 0 and size == 2 and 10 <= period <= 10_000 and samples * 2 + 12 > source.size > 12:

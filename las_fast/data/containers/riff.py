@@ -1,4 +1,4 @@
-"""Formats of chunks: wav, RF64, AIFF and Amiga IFF. Chunks may be misplaced, and the lengths in headers wrong."""
+"""Formats made of chunks: wav, RF64, AIFF and Amiga IFF. Padding and stated lengths may be wrong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import struct
 
 from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.mpeg import walk_mpeg
-from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_headless, read_struct
+from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_truncated_header, read_struct
 
-UNKNOWN = (1 << 31, 1 << 32)  # lengths in bytes that recorders writing to a pipe put into the header, or 0
-UNKNOWN_TOLERANCE = 1 << 16  # bytes around UNKNOWN
+UNKNOWN_LENGTHS = (1 << 31, 1 << 32)  # bytes; recorders that write to a pipe state one of these, or 0
+UNKNOWN_TOLERANCE = 1 << 16  # bytes by which a stated length may differ from these
 
 
 def _is_chunk(source: Source, position: int, order: str) -> bool:
@@ -22,7 +22,7 @@ def _is_chunk(source: Source, position: int, order: str) -> bool:
 
 
 def _after_chunk(source: Source, position: int, length: int, order: str) -> tuple[int, bool]:
-    """Return the position of the next chunk, and whether the pad byte before it is as the standard requires."""
+    """Return the position of the next chunk, and whether the pad byte before it follows the standard."""
     end = position + 8 + length
     if length % 2 and _is_chunk(source, end, order) and not _is_chunk(source, end + 1, order):
         return end, False
@@ -30,7 +30,7 @@ def _after_chunk(source: Source, position: int, length: int, order: str) -> tupl
 
 
 def _chunks(source: Source, start: int, order: str, wanted: bytes):
-    """Return {name: (position, length)} of the chunks up to the wanted one, and whether all were padded correctly."""
+    """Return {name: (position, length)} of the chunks up to `wanted`, and whether all are padded correctly."""
     chunks: dict[bytes, tuple[int, int]] = {}
     position, regular = start + 12, True
     for _ in range(MAX_CHUNKS):
@@ -49,7 +49,7 @@ def walk_wav(source: Source, start: int, layout: Layout) -> int:
     order = ">" if form == b"RIFX" else "<"
     chunks, regular = _chunks(source, start, order, b"data")
     if b"data" not in chunks or b"fmt " not in chunks:
-        return add_headless(source, start, layout)
+        return add_truncated_header(source, start, layout)
     position, claimed = chunks[b"data"]
     if form in (b"RF64", b"BW64") and claimed == 0xFFFFFFFF and b"ds64" in chunks:
         (claimed,) = read_struct(source, chunks[b"ds64"][0] + 16, "<Q")
@@ -63,35 +63,37 @@ def walk_wav(source: Source, start: int, layout: Layout) -> int:
     elif regular and length == claimed <= available and form != b"BW64":
         layout.streams.append(Stream(((start, more[0][0] if more else after),)))
     else:
-        layout.streams.append(_bare_riff(source, position, length, order, content))
-    layout.streams += [_bare_riff(source, position, length, order, content) for position, length in more if length]
+        layout.streams.append(_with_new_header(source, position, length, order, content))
+    layout.streams += [
+        _with_new_header(source, position, length, order, content) for position, length in more if length
+    ]
     return after
 
 
-def _bare_riff(source: Source, position: int, length: int, order: str, content: bytes) -> Stream:
-    """Return the stream of a data chunk under a new header."""
+def _with_new_header(source: Source, position: int, length: int, order: str, content: bytes) -> Stream:
+    """Return the stream of a data chunk with a new header."""
     begin, end = position + 8, min(position + 8 + length, source.size)
     return Stream((_riff_header(order, content, end - begin), (begin, end)), missing_bytes=begin + length - end)
 
 
 def true_length(source: Source, begin: int, claimed: int, order: str) -> int:
-    """Return the likely length in bytes of the audio at `begin`, of which the header claims `claimed` bytes."""
+    """Return the likely length in bytes of the audio at `begin`; claimed: its length according to the header."""
     available = source.size - begin
     if claimed > available:
         return available if is_unknown(claimed) else claimed
-    if claimed == 0xFFFFFFFF or (claimed == 0 and not _is_chunk(source, begin, order)):  # written for "unknown"
+    if claimed == 0xFFFFFFFF or (claimed == 0 and not _is_chunk(source, begin, order)):  # the length is unknown
         return available
-    overflowed = available - claimed >= 2**32 - UNKNOWN_TOLERANCE  # a 32-bit count of more than 4 GiB
+    overflowed = available - claimed >= 2**32 - UNKNOWN_TOLERANCE  # a length of more than 4 GiB modulo 2**32
     return available if overflowed else claimed
 
 
 def is_unknown(claimed: int) -> bool:
     """Return whether a length in a header stands for an unknown length."""
-    return claimed >= 1 << 62 or any(abs(claimed - number) <= UNKNOWN_TOLERANCE for number in UNKNOWN)
+    return claimed >= 1 << 62 or any(abs(claimed - number) <= UNKNOWN_TOLERANCE for number in UNKNOWN_LENGTHS)
 
 
 def _riff_header(order: str, content: bytes, length: int) -> bytes:
-    """Return a header for `length` bytes of audio with this content of the fmt chunk; RF64 from 4 GiB on."""
+    """Return a header for `length` bytes of audio (RF64 from 4 GiB on); content: of the fmt chunk."""
     head = struct.pack(order + "4sI", b"fmt ", len(content)) + content + b"\0" * (len(content) % 2)
     if length < 0xFFFFFF00 or order == ">":
         size = min(4 + len(head) + 8 + length, 0xFFFFFFFF)
@@ -106,7 +108,7 @@ def _riff_header(order: str, content: bytes, length: int) -> bytes:
 def _chunks_after(source: Source, position: int, length: int, order: str) -> tuple[list[tuple[int, int]], int]:
     """Return (position, length) of the data chunks after a data chunk, and the end of the chunks.
 
-    The chunks end where another file begins, which may be appended without the pad byte, or with one too many.
+    The chunks end where an appended file begins. The pad byte before it may be missing, or be one too many.
     """
     data_chunks, end = [], position + 8 + length
     following = next((p for p in (end, end + 1) if container_at(source, p)), None)
@@ -126,7 +128,7 @@ def walk_aiff(source: Source, start: int, layout: Layout) -> int:
     sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
     chunks, _ = _chunks(source, start, ">", sound)
     if sound not in chunks:
-        return add_headless(source, start, layout)
+        return add_truncated_header(source, start, layout)
     position, claimed = chunks[sound]
     begin = position + 8
     length = true_length(source, begin, claimed, ">")

@@ -1,4 +1,4 @@
-"""The bytes of a file, and the streams found in it."""
+"""The bytes of a file, and the streams in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-PREROLL = 0.5  # seconds that lossy codecs decode before a part
-MAX_CHUNKS = 10_000  # per container; more mean damage
+PREROLL = 0.5  # seconds decoded before a part and dropped, so that a lossy codec has settled
+MAX_CHUNKS = 10_000  # per container; more are a sign of damage
 WINDOW = 1 << 16  # bytes per read
 Span = bytes | tuple[int, int]  # bytes in memory, or (start, end) in the file
 
@@ -77,15 +77,15 @@ class View:
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream: the bytes to decode, and what they should contain."""
+    """One stream: the bytes to decode, and how much audio they should contain."""
 
     spans: tuple[Span, ...]
-    sample_count: int | None = None  # samples per channel by the header
-    missing_bytes: int = 0  # number of bytes that the header promises beyond the end of the file
-    cut: bool = False  # the end is missing, but not known how much of it
-    headless: bool = False  # the file ends within the header
+    sample_count: int | None = None  # samples per channel according to the header
+    missing_bytes: int = 0  # bytes that lie beyond the end of the file, according to the header
+    cut: bool = False  # the end is missing, and its length is unknown
+    truncated_header: bool = False  # the file ends within the header
     gap: str = ""  # describes audio missing in the middle
-    preroll: float = 0.0  # seconds to decode before a part, to warm up the decoder
+    preroll: float = 0.0  # seconds to decode before a part; see PREROLL
     resumable: bool = False  # decoding can resume after damage
     length_known: bool = True  # libsndfile knows the number of samples in advance
     padding: int = 0  # samples per channel that an mp3 encoder added and a decoder may remove
@@ -98,18 +98,19 @@ class Stream:
 
 @dataclass
 class Layout:
-    """The streams of a file in order, and predicates with advice on audio that is not read.
+    """The streams of a file in order.
 
-    An example of unread: "contains 2 parallel audio streams, ...; keep one: ...".
+    unread has a clause with advice for each stretch of audio that is not read, such as "contains 2 parallel audio
+    streams, ...; keep one: ...".
     """
 
     streams: list[Stream] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
 
-def add_headless(source: Source, start: int, layout: Layout) -> int:
+def add_truncated_header(source: Source, start: int, layout: Layout) -> int:
     """Add the rest of the file as a stream that ends within its header; return the end of the file."""
-    layout.streams.append(Stream(((start, source.size),), headless=True))
+    layout.streams.append(Stream(((start, source.size),), truncated_header=True))
     return source.size
 
 
@@ -120,7 +121,7 @@ def read_struct(source: Source, start: int, form: str) -> tuple:
 
 
 def find_pattern(source: Source, pattern: re.Pattern, position: int) -> int:
-    """Return the first match of a pattern of at most 16 bytes from `position` on, or the size of the file."""
+    """Return the position of the first match of a pattern of at most 16 bytes, or the size of the file."""
     while position < source.size:
         if match := pattern.search(source.read(position, WINDOW)):
             return position + match.start()
