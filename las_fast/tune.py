@@ -116,8 +116,10 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     corpus = open_corpus(options.data)
     check_fits(corpus, loaded)
     config = loaded.config
-    return load_dataset(corpus, corpus.resolve(options.split), features=config.features, data=config.data.without_limits(),
-                        statistics=loaded.statistics, need_text=True)  # fmt: skip
+    splits, data = corpus.resolve(options.split), config.data.without_limits()
+    return load_dataset(
+        corpus, splits, features=config.features, data=data, statistics=loaded.statistics, need_text=True
+    )
 
 
 def decode_grid(

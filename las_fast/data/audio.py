@@ -233,7 +233,8 @@ class Recording:
         if (part and self._elapsed < end - TOLERANCE) or (self._start and not count):
             until = f" to {end:g}" if part else ""
             raise InputError(
-                f"{self.name} lasts {self._elapsed:.2f} s, too short for a part from {self._start:g}{until} s; correct the times"
+                f"{self.name} lasts {self._elapsed:.2f} s, too short for a part from {self._start:g}{until} s; "
+                "correct the times"
             )
         problems = self._damage + ([] if part else self._cut)
         if self._strict or not count:

@@ -1,4 +1,4 @@
-"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features; never masks everything."""
+"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STREAMS = ("speed", "classes", "order", "masks", "joins")
 
 
 def random_stream(name: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
-    """Random generator of one purpose (of STREAMS), epoch and utterance, independent of all others."""
-    # The stream comes before the epoch and is never 0: to NumPy the seeds [seed, epoch] and [seed, epoch, 0] are equal.
+    """Return the random generator of a purpose (one of STREAMS), epoch and utterance, independent of all others."""
+    # The purpose comes before the epoch and is never 0: NumPy treats seeds [seed, epoch] and [seed, epoch, 0] alike.
     return np.random.default_rng([seed, 1 + STREAMS.index(name), epoch, utterance])
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Augments features (T, F) as config says; deterministic given the generator."""
+    """Augments features (T, F) as config says; deterministic for a given generator state."""
 
     config: AugmentConfig
 
@@ -39,8 +39,8 @@ class Augment:
             features:  (T, F) float32, T >= 1, normalised, so that masked values become the mean, 0.
             epoch:     epochs done so far; masks start at config.start_epoch, speed changes at once.
             generator: source of every random choice.
-            blocks:    equal parts of F for the same bins (features, then deltas); a mask covers a bin in each.
-            factor:    speed, if already drawn by speed_factors; None: draw it here.
+            blocks:    number of equal parts of F (features, then deltas); a mask covers a bin in all of them.
+            factor:    speed drawn by speed_factors; None: draw it here.
         """
         if self.config.speed > 0:
             drawn = generator.uniform(1 - self.config.speed, 1 + self.config.speed) if factor is None else factor
@@ -61,26 +61,26 @@ class Augment:
 
 
 def join_pairs(features: list[torch.Tensor], texts: list[str]) -> tuple[list[torch.Tensor], list[str]]:
-    """Concatenate each pair of neighbours: frames (T + T', F), texts with a space between; an odd last one stays alone.
+    """Concatenate consecutive pairs: frames (T + T', F), texts with a space between; an odd last one stays alone.
 
-    The frames of a batch stay the same, but a speller that has memorised the training texts must listen again.
+    The audio of a batch stays the same, but its texts are new: a speller that memorised texts must use the audio.
     """
     pairs = range(0, len(features), 2)
     return [torch.cat(features[i : i + 2]) for i in pairs], [" ".join(texts[i : i + 2]) for i in pairs]
 
 
 def speed_factors(speed: float, *, seed: int, epoch: int, count: int) -> np.ndarray:
-    """Draw the speed (count,) of each utterance in an epoch; the i-th does not depend on count."""
+    """Draw the speed of each utterance in an epoch, (count,) float64; the i-th does not depend on count."""
     return random_stream("speed", seed=seed, epoch=epoch).uniform(1 - speed, 1 + speed, count)
 
 
 def frame_counts_at_speed(frame_counts, factor):
-    """Frame counts after change_speed; frame_counts and factor are numbers or arrays."""
+    """Return frame counts after change_speed; frame_counts and factor are numbers or arrays."""
     return np.maximum(1, np.rint(frame_counts / factor)).astype(np.int64)
 
 
 def change_speed(features: torch.Tensor, factor: float) -> torch.Tensor:
-    """Play features (T, F) `factor` times as fast, by linear interpolation to about T / factor frames, at least 1."""
+    """Speed features (T, F) up by `factor`, by linear interpolation to about T / factor frames, at least 1."""
     frames = int(frame_counts_at_speed(len(features), factor))
     if frames == len(features):
         return features

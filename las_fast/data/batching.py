@@ -1,6 +1,6 @@
-"""Batches of utterances of similar length under a budget of padded frames, and the loader that makes them.
+"""Batches of utterances of similar length, with a limit on their padded frames, and the loader that makes them.
 
-Everything random is a function of (seed, epoch, utterance), so an epoch and a batch number suffice to resume training.
+All randomness is a function of (seed, epoch, utterance), so an epoch and a batch number suffice to resume training.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from las_fast.data.loader import Loader
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 
-# Widths of a length class that are tried: longest over shortest utterance.
+# Candidate widths of a length class, as longest over shortest utterance; the first that meets PADDING_TARGET is taken.
 CLASS_RATIOS = (1.5, 1.35, 1.25, 1.2, 1.15, 1.1, 1.07, 1.05, 1.03, 1.02, 1.01)
 FrameCounts = Sequence[int] | np.ndarray  # (N,) feature frames of each utterance
-PADDING_TARGET = 0.08  # maximum share of padding; the widest class that meets it is taken, because it shuffles best
+PADDING_TARGET = 0.08  # maximum share of padding; wide classes shuffle better, but pad more
 
 
 @dataclass
@@ -52,8 +52,8 @@ class BucketBatches:
 
     Each epoch sorts utterances into classes of similar length and shuffles within each class. It cuts batches in that
     order, as if every utterance were as long as the longest of its class, and shuffles the batches. The classes are as
-    wide as a padding share of PADDING_TARGET allows. With speed, lengths change from epoch to epoch: an epoch with too
-    few batches halves its largest ones, and an epoch with too many gets a slightly larger budget.
+    wide as a padding share of PADDING_TARGET allows. With speed, lengths change from epoch to epoch: if an epoch has
+    too few batches, its largest ones are halved; if it has too many, its limits are raised slightly.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class BucketBatches:
         """
         Args:
             frame_counts:         (N,) feature frames of each utterance.
-            frames_per_batch:     maximum of batch size times longest utterance; a longer utterance is a batch alone.
+            frames_per_batch:     maximum of batch size times longest utterance; a longer utterance is a single batch.
             utterances_per_batch: maximum batch size.
-            seed, speed:          as for the loader (speed: augment.speed), to predict lengths after augmentation.
+            seed, speed:          training.seed and augment.speed, to predict lengths after augmentation.
             members:              indices of the utterances to use, at least one; None: all.
         """
         self._frame_counts = np.asarray(frame_counts, np.int64)
@@ -90,7 +90,7 @@ class BucketBatches:
         return self._count
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Batches of an epoch, as lists of utterance indices."""
+        """Return the batches of an epoch, as lists of utterance indices."""
         batches = self._form(epoch)
         slack = 1.0
         while len(batches) > self._count:
@@ -105,18 +105,18 @@ class BucketBatches:
         return [batches[i] for i in order]
 
     def lengths(self, epoch: int) -> np.ndarray:
-        """Frame counts (N,) int64 in an epoch, after the change of speed."""
+        """Return frame counts (N,) int64 in an epoch, after the change of speed."""
         if not self._speed:
             return self._frame_counts
         factors = speed_factors(self._speed, seed=self._seed, epoch=epoch, count=len(self._frame_counts))
         return frame_counts_at_speed(self._frame_counts, factors)
 
     def padding_share(self, epoch: int) -> float:
-        """Share of padding among all frames of an epoch's padded batches."""
+        """Return the share of padding among all frames of an epoch's padded batches."""
         return padding_share(self.lengths(epoch), self.epoch(epoch))
 
     def _form(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
-        """Cut an epoch's batches, in order of length; `slack` widens the limits."""
+        """Cut an epoch's batches, in order of length; the limits are multiplied by `slack`."""
         lengths = self.lengths(epoch)
         order = self._members[np.argsort(lengths[self._members], kind="stable")]
         ordered = lengths[order]
@@ -145,7 +145,7 @@ class Curriculum:
         return sum(epochs * len(batches) for epochs, batches in self.stages)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Epoch of a step, and the number of its batch in that epoch."""
+        """Return the epoch of a step, and the number of its batch in that epoch."""
         before = 0
         for epochs, batches in self.stages:
             if step < epochs * len(batches):
@@ -155,16 +155,16 @@ class Curriculum:
         return before + epoch, batch
 
     def steps_before(self, epoch: int) -> int:
-        """Number of steps before an epoch."""
+        """Return the number of steps before an epoch."""
         return sum(len(self.batches_of(e)) for e in range(epoch))
 
     def epochs(self, step: int) -> float:
-        """Epochs done before a step, as a fraction."""
+        """Return the epochs done before a step; a part of an epoch counts as a fraction."""
         epoch, batch = self.locate(step)
         return epoch + batch / len(self.batches_of(epoch))
 
     def batches_of(self, epoch: int) -> BucketBatches:
-        """The stage whose batches an epoch uses."""
+        """Return the batches that an epoch uses."""
         for epochs, batches in self.stages:
             if epoch < epochs:
                 return batches
@@ -197,14 +197,14 @@ def plan_curriculum(frame_counts: FrameCounts, config: Config) -> Curriculum:
 
 
 def padding_share(frame_counts: FrameCounts, batches: list[list[int]]) -> float:
-    """Share of padding among all frames of the padded batches."""
+    """Return the share of padding among all frames of the padded batches."""
     lengths = np.asarray(frame_counts)
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / padded if padded else 0.0
 
 
 def sorted_batches(frame_counts: FrameCounts, *, frames_per_batch: int, utterances_per_batch: int) -> list[list[int]]:
-    """Cut utterances into batches of indices, longest first; each fits the budget or is a single utterance."""
+    """Cut utterances into batches of indices, longest first; each is within the limits or a single utterance."""
     lengths = np.asarray(frame_counts, np.int64)
     order = np.argsort(-lengths, kind="stable")
     cuts = _cut(lengths[order], frames_per_batch, utterances_per_batch)
@@ -212,7 +212,7 @@ def sorted_batches(frame_counts: FrameCounts, *, frames_per_batch: int, utteranc
 
 
 def _cut(frame_counts: np.ndarray, frames_per_batch: int, utterances_per_batch: int) -> list[int]:
-    """Boundaries of batches in a sequence of monotone lengths: 0, ..., len(frame_counts)."""
+    """Return the boundaries of batches in a monotone sequence of lengths: 0, ..., len(frame_counts)."""
     cuts, longest = [0], 0
     for i, length in enumerate(frame_counts):
         count = i - cuts[-1] + 1
@@ -235,9 +235,9 @@ def make_loader(
     workers: int,
     poll: Callable[[], None] = lambda: None,
 ) -> Iterable[Batch]:
-    """Sized iterable of a Batch for each of batches[start:], in that order.
+    """Return a sized iterable with a Batch for each of batches[start:], in that order.
 
-    Batches do not depend on workers or start: augmentation is random in (seed, epoch, utterance) only. A worker that
+    Batches do not depend on workers or start: augmentation is a function of (seed, epoch, utterance). A worker that
     dies or hangs costs only time; see las_fast.data.loader. poll is called repeatedly while waiting for a batch; it may
     raise.
     """

@@ -1,7 +1,7 @@
 """The feature cache: each split is read, checked and converted to frames once, then memory-mapped.
 
 An entry is a folder with features.f32 (the raw frames of all good utterances, concatenated, float32) and index.json
-(ids, texts, frame counts, seconds, and the bad utterances with reasons). Its name holds a hash of everything that it
+(ids, texts, frame counts, seconds, and the bad utterances with reasons). Its name contains a hash of everything it
 depends on. It is built under a hidden name and renamed when complete, so an interrupt leaves no incomplete entry.
 """
 
@@ -35,9 +35,9 @@ from las_fast.progress import Progress
 from las_fast.system import cores
 
 VERSION = 2  # increment when the meaning of the stored frames or of the index changes
-UNUSED_SECONDS = 30 * 24 * 3600  # age at which building an entry removes older ones of the same split
-ABANDONED_SECONDS = 48 * 3600  # age at which an unfinished build of another host counts as dead
-DROP_BYTES = 32 << 20  # bytes read between releases of mapped pages, which count as memory of this process
+UNUSED_SECONDS = 30 * 24 * 3600  # time without use after which the next build of the split removes an entry
+ABANDONED_SECONDS = 48 * 3600  # age at which an unfinished build by another host counts as dead
+DROP_BYTES = 32 << 20  # bytes read between releases of mapped pages, which count towards the memory of this process
 
 
 @dataclass
@@ -64,7 +64,7 @@ class CacheEntry:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def frames(self, i: int) -> np.ndarray:
-        """Copy of the frames (T, F) float32 of utterance i."""
+        """Return a copy of the frames (T, F) float32 of utterance i."""
         count = int(self.frame_counts[i]) * self.size
         frames = np.frombuffer(self._map, np.float32, count, int(self._starts[i]) * self.size * 4).copy()
         self._read += count * 4
@@ -78,7 +78,7 @@ class CacheEntry:
 
 
 def cache_folder(setting: str) -> Path:
-    """Folder of the cache: the setting, or las_fast in the user's cache folder."""
+    """Return the folder of the cache: the setting, or las_fast in the user's cache folder."""
     if setting:
         return expand(setting)
     try:
@@ -108,7 +108,7 @@ def open_cache(
         folder:     of the cache; empty: the user's cache folder.
         check:      function of an utterance and its text that returns a problem or "". If given, the first bad
                     utterance raises; if None, bad utterances are recorded in the entry.
-        workers:    processes that build; default: one per core.
+        workers:    processes that read and compute; default: one per core.
 
     Raises:
         InputError: an utterance is bad and check is given, or the cache cannot be written.
@@ -140,7 +140,7 @@ def open_cache(
 
 
 def _key(corpus: Corpus, utterances: Sequence[Utterance], features: FeatureConfig) -> str:
-    """Hash what an entry depends on: path, size and mtime of each file, the texts, and the relevant settings."""
+    """Return a hash of what an entry depends on: path, size and mtime of each file, texts, and relevant settings."""
     settings: list[Any] = [VERSION, corpus.kind, corpus.transposed, corpus.feature_size]
     settings.append(features.shift_ms)
     if corpus.kind == "audio":
@@ -199,7 +199,7 @@ def _build(target, corpus, split, utterances, features, check, progress, workers
         (scratch / "index.json").write_text(json.dumps(index), encoding="utf-8")
         if target.exists() and _read_entry(target) is None:
             target.rename(scratch / "damaged")
-        with suppress(OSError):  # another process may have finished the same entry first; then use that
+        with suppress(OSError):  # another process may have finished the same entry first: use that one
             scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -243,7 +243,7 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _remove_unused(target: Path, corpus: Corpus, split: str) -> None:
-    """Remove entries of the same root and split that were not used for long: their files or settings have changed."""
+    """Remove entries of the same root and split not used for UNUSED_SECONDS: their files or settings have changed."""
     for path in target.parent.glob(f"{target.name.rpartition('-')[0]}-*/index.json"):
         try:
             if path.parent == target or time.time() - path.stat().st_mtime < UNUSED_SECONDS:

@@ -1,4 +1,4 @@
-"""The common form of every data layout: a Corpus of named splits, each a list of Utterances in submission order."""
+"""The common form of all data layouts: a Corpus of named splits, each a list of Utterances in submission order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 from las_fast.errors import InputError
 
-ROLES = {  # role -> names of splits that play it, preferred first; a split may append more after a hyphen
+ROLES = {  # role -> names of splits that have it, preferred first; a split's name may continue after a hyphen
     "train": ("train", "training"),
     "dev": ("dev", "dev-clean", "valid", "validation", "val", "development", "devel", "eval", "evaluation"),
     "test": ("test", "test-clean", "testing"),
@@ -26,14 +26,14 @@ class Utterance:
     id: str
     path: Path  # features (.npy) or audio; loading reports a missing file
     transcript: str | Path | None  # the text, the .npy that holds it, or None
-    seconds: float | None = None  # duration according to the data: expected for a recording, exact for a part
+    seconds: float | None = None  # expected duration of a recording, or exact duration of a part
     start: float = 0.0  # seconds into the recording
     is_part: bool = False  # read only `seconds` from `start` on, or up to the end if seconds is None
     problem: str = ""  # why it is unusable, if known before reading the file
 
     @property
     def span(self) -> tuple[float, float]:
-        """Start and end in seconds of what is read; the end is infinite if reading goes to the end of the recording."""
+        """Start and end in seconds of the part to read; the end is infinite if that is the end of the recording."""
         return self.start, self.start + self.seconds if self.is_part and self.seconds else math.inf
 
 
@@ -47,7 +47,7 @@ class Corpus:
     listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split -> function that lists it
     roles: Mapping[str, tuple[str, ...]]  # train, dev, test -> splits
     feature_size: int | None = None  # F of feature files; None for audio
-    transposed: bool = False  # feature files hold (F, T) instead of (T, F)
+    transposed: bool = False  # feature files have shape (F, T) instead of (T, F)
     header: tuple[str, str] = ("id", "label")  # of the submission file
     numbered: bool = False  # the submission's first column counts rows from 0 instead of naming the utterance
     expected_texts: str = "one text per recording"  # for errors: where the transcripts should be
@@ -68,7 +68,7 @@ class Corpus:
 
         `split` is a split name, a role (train, dev, test), the hours of LibriSpeech training folders ("460" is
         train-clean-100 with train-clean-360), or several of these joined by "+" or ",". Raises InputError, which
-        lists the splits, if there is none of that name.
+        lists the splits, for an unknown name.
         """
         if split in self.listings:
             return (split,)
@@ -99,18 +99,18 @@ class Corpus:
 
     def _missing(self, part: str) -> str:
         roles = [f"{role} ({', '.join(names)})" for role, names in self.roles.items() if names != (role,)]
-        there = ", ".join([*self.listings, *roles])
+        available = ", ".join([*self.listings, *roles])
         remedy = "give one of these (--split, in training --data.train and --data.dev)"
         if part in ROLES:
             remedy += f", or {self.split_remedy}"
         near = difflib.get_close_matches(part, [*self.listings, *self.roles], 1)
         nearest = f" (the nearest is {near[0]})" if near else ""
-        return f"{self.root} has no split {part!r}; it has {there}{nearest}; {remedy}"
+        return f"{self.root} has no split {part!r}; it has {available}{nearest}; {remedy}"
 
 
 @lru_cache(maxsize=1024)
 def role_of(split: str) -> str | None:
-    """Role (train, dev, test) that a split's name indicates, or None."""
+    """Return the role (train, dev, test) that a split's name indicates, or None."""
     plain = _plain(split)
     if plain.startswith("train"):
         return "train"
@@ -119,7 +119,7 @@ def role_of(split: str) -> str | None:
 
 
 def is_role(split: str) -> bool:
-    """Whether a split's name is exactly the name of a role."""
+    """Return whether a split's name is exactly a name of a role."""
     return any(_plain(split) in names for names in ROLES.values())
 
 
@@ -128,8 +128,8 @@ def assign_roles(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
     plain = {split: _plain(split) for split in splits}
     roles: dict[str, tuple[str, ...]] = {}
     for role, names in ROLES.items():
-        exact = next((split for name in names for split, own in plain.items() if own == name), None)
-        others = tuple(split for split, own in plain.items() if role_of(own) == role)
+        exact = next((split for name in names for split, plain_name in plain.items() if plain_name == name), None)
+        others = tuple(split for split, plain_name in plain.items() if role_of(plain_name) == role)
         if exact is not None:
             roles[role] = (exact,)
         elif others and (role == "train" or len(others) == 1):

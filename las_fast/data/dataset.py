@@ -50,7 +50,7 @@ def open_corpus(root: str | Path) -> Corpus:
 
     Known layouts: an HW4P2 archive of any edition, LibriSpeech, Kaldi, Common Voice and Hugging Face audio folders, and
     manifests. The data may lie up to two folders below the root, and the root may be a single split. Raises InputError
-    if the root is missing or empty, or holds no known layout or several.
+    if the root is missing or empty, or has no known layout or several corpora.
     """
     root = expand(root)
     if root.name in ("", ".."):  # the layouts need the folder's name and parent
@@ -67,16 +67,16 @@ def open_corpus(root: str | Path) -> Corpus:
     if not openers and len(manifest.find_tables(root)) < 2:
         openers = _recognise_below(root)
     if len(openers) > 1:
-        raise InputError(f"{root} holds several archives or corpora; give one of {', '.join(openers)}")
+        raise InputError(f"{root} contains several archives or corpora; give one of {', '.join(openers)}")
     if not openers:
         raise InputError(_unrecognised(root))
     return next(iter(openers.values()))()
 
 
 def _recognise(root: Path, *, strict: bool = False) -> dict[str, Callable[[], Corpus]]:
-    """Map the path of each layout in a folder to a function that opens it; only archives can be several.
+    """Map the path of each corpus in a folder to a function that opens it; only HW4P2 archives can be several.
 
-    strict: accept a .tsv or .jsonl only with the columns of a manifest; otherwise opening it reports what is missing.
+    strict: accept a .tsv or .jsonl only if it has the columns of a manifest; otherwise opening it reports missing ones.
     """
     if archives := hw4p2.find_archives(root):
         return {str(archive): partial(hw4p2.open_archive, archive) for archive in archives}
@@ -119,7 +119,7 @@ def _open_file(path: Path) -> Corpus:
 
 
 def _root_problem(root: Path, error: Exception) -> str:
-    """Why a root cannot be opened; if it names a split of the corpus in its parent folder, how to select that."""
+    """Return why a root cannot be opened; if it names a split of the corpus in its parent, how to select that split."""
     if role_of(root.name) and isinstance(error, (FileNotFoundError, NotADirectoryError)):
         with suppress(InputError):
             splits = "+".join(open_corpus(root.parent).resolve(root.name))
@@ -133,7 +133,7 @@ def _root_problem(root: Path, error: Exception) -> str:
 
 
 def _unrecognised(root: Path) -> str:
-    """Error for a folder of no known layout: what was expected and what is there."""
+    """Return the error for a folder of no known layout: what was expected and what is there."""
     entries, tables = list_folder(root), manifest.find_tables(root)
     if advice := old_editions.advice(root):
         return advice
@@ -152,7 +152,7 @@ def _unrecognised(root: Path) -> str:
 
 
 def _hint(entries: list[Path]) -> str:
-    """Advice for files that hold data in an unsupported form, as a clause that starts with "; ", or ""."""
+    """Return advice for data in an unsupported form, as a clause that starts with "; ", or ""."""
     if table := next((path for path in entries if path.suffix.lower() in manifest.SUFFIXES), None):
         if not os.access(table, os.R_OK):
             return f"; {table.name} cannot be read; check its permissions"
@@ -161,23 +161,24 @@ def _hint(entries: list[Path]) -> str:
     if suffixes := sorted(kinds & ARCHIVE_SUFFIXES):
         return f"; it has {', '.join(suffixes)} files; unpack them first"
     if suffixes := sorted(kinds & {".parquet", ".arrow"}):
-        return f"; it has {', '.join(suffixes)} files; extract the recordings to files, with a metadata.csv beside them"
+        advice = "extract the recordings to files, with a metadata.csv in the same folder"
+        return f"; it has {', '.join(suffixes)} files; {advice}"
     if kinds & librispeech.audio_suffixes():
         return "; it has recordings but no transcripts; write a manifest"
     return ""
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Utterances of one or more splits, in the corpus's order; item i is (T, features.input_size) float32.
+    """Utterances of one or more splits, in the order of the corpus; item i is (T, features.input_size) float32.
 
     Attributes:
-        ids:          names.
+        ids:          utterance ids.
         paths:        feature files or recordings.
         spans:        (start, end) in the recording, in seconds.
         texts:        transcripts, or None.
         frame_counts: (N,) int64 feature frames of each utterance, before augmentation.
         seconds:      (N,) float64 durations.
-        positions:    (N,) int64 position of each utterance in the splits, skipped ones counted.
+        positions:    (N,) int64 position of each utterance in the splits, skipped ones included.
         skipped:      (id, reason) of utterances that were left out.
         statistics:   for normalisation "global", else None.
     """
@@ -217,7 +218,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return torch.from_numpy(self._entries[self._part[i]].frames(int(self._index[i])))
 
     def recording_frame(self, i: int, frame: int) -> int:
-        """Map frame `frame` of utterance i to a frame of the recording, in which trimmed silence counts."""
+        """Convert a frame number of utterance i to one of the recording, which has the trimmed silence too."""
         spans = self._entries[self._part[i]].spans[int(self._index[i])]
         for start, end in spans:
             if frame < end - start:
@@ -230,7 +231,7 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 def normalise(frames: torch.Tensor, features: FeatureConfig, statistics: Statistics | None = None) -> torch.Tensor:
-    """Shift and scale frames (T, F) to mean 0 and deviation 1 as features.normalisation says.
+    """Shift and scale frames (T, F) to mean 0 and standard deviation 1, as features.normalisation says.
 
     A coefficient that is constant over the utterance becomes 0. "global" needs the statistics of the training split.
     """
@@ -238,14 +239,14 @@ def normalise(frames: torch.Tensor, features: FeatureConfig, statistics: Statist
         return frames
     if features.normalisation == "global":
         if statistics is None:
-            raise InputError("features.normalisation global needs statistics of the training data; got none")
+            raise InputError("features.normalisation global needs the statistics of the training data; got none")
         return (frames - statistics.mean) / statistics.std
     std, mean = torch.std_mean(frames, dim=0, correction=0)
     return (frames - mean) / _safe_std(std, mean)
 
 
 def _safe_std(std: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Replace standard deviations that are rounding error by infinity, so that dividing by them gives 0."""
+    """Replace standard deviations that are only rounding errors by infinity, so that dividing by them gives 0."""
     return torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.inf)
 
 
@@ -263,14 +264,14 @@ def load_dataset(
 
     Args:
         splits:     names, or anything else that corpus.resolve takes.
-        features:   how to compute frames; if the corpus holds features, their size must equal features.size.
+        features:   how to compute frames; if the corpus has features, their size must equal features.size.
         data:       characters, normalise_text, on_bad, max_seconds, hours and cache are used.
         statistics: of the training data, for normalisation "global"; None: compute them from these splits.
         need_text:  require a transcript within the vocabulary for every utterance; apply max_seconds and hours.
 
     Raises:
-        InputError: an utterance is bad and data.on_bad is "error" (names the first bad file), none is left, the frame
-                    size is wrong, or there are fewer hours than data.hours.
+        InputError: an utterance is bad and data.on_bad is "error" (the message names its file), no utterance is left,
+                    the frame size is wrong, or there are fewer hours than data.hours.
     """
     _check_size(corpus, features)
     if not splits:
@@ -309,13 +310,13 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
         intervals.sort()
         starts[file] = [start for start, _ in intervals]
         ends[file] = list(accumulate((end for _, end in intervals), max))
-    shared = 0
+    overlapping = 0
     for path, (start, end) in zip(second.paths, second.spans, strict=True):
         file = _file_identity(path)
         margin = min(OVERLAP_TOLERANCE, (end - start) / 4)  # neighbouring parts may touch
         before = bisect_left(starts.get(file, []), end - margin)
-        shared += before > 0 and ends[file][before - 1] > start + margin
-    return shared
+        overlapping += before > 0 and ends[file][before - 1] > start + margin
+    return overlapping
 
 
 def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
@@ -324,7 +325,7 @@ def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
 
 
 def _file_identity(path: Path) -> tuple:
-    """Key that is equal for a file and all links to it."""
+    """Return a key that is equal for a file and all links to it."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
@@ -337,24 +338,24 @@ def _check_size(corpus: Corpus, features: FeatureConfig) -> None:
         check_settings(features)
     elif corpus.feature_size != features.size:
         raise InputError(
-            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features per frame, the settings say "
-            f"{features.size}; give --features.size {corpus.feature_size}, or data like those of the checkpoint"
+            f"{corpus.root} ({corpus.name}) has {corpus.feature_size} features per frame, but the settings say "
+            f"{features.size}; give --features.size {corpus.feature_size}, or data like that of the checkpoint"
         )
 
 
 @dataclass(frozen=True)
 class _TextCheck:
-    """Checks a transcript: returns the problem as a sentence that names the file, or ""."""
+    """Checks a transcript; calling it returns the problem as a sentence that names the file, or ""."""
 
     vocabulary: Vocabulary
     normalise: bool
-    needed: bool  # whether a bad transcript makes the utterance unusable
+    needed: bool  # whether an utterance with a bad transcript is unusable
 
     def text(self, text: str | None) -> str | None:
         """Normalise a transcript for training or scoring; None if there is no text to score against."""
         if text is None or not self.normalise:
             return text if self.needed or (text and text.strip()) else None
-        # Keep digits in references: a model that cannot write them must be charged for them.
+        # Keep digits in references: they count as errors of a model that cannot write them.
         characters = self.vocabulary.characters + ("" if self.needed else DIGITS)
         return normalise_text(text, characters) or ("" if self.needed else None)
 
@@ -366,7 +367,7 @@ class _TextCheck:
             return f"{utterance.path} has no transcript; add it or remove the recording"
         source = utterance.transcript if isinstance(utterance.transcript, Path) else utterance.path
         if are_phonemes(raw.split()):
-            return f"{source}: transcript {raw[:40]!r} holds phonemes, not letters; give data with spelled words"
+            return f"{source}: transcript {raw[:40]!r} contains phonemes, not letters; give data with spelled words"
         if self.normalise and has_lost_digits(raw, self.vocabulary.characters):
             return f"{source}: transcript {raw[:40]!r} contains digits, which are not in the vocabulary; spell them out"
         if not text.strip():
@@ -388,7 +389,7 @@ def _load_split(
     check: _TextCheck,
     progress: bool,
 ) -> tuple[tuple[CacheEntry, np.ndarray], list[tuple[str, str]]]:
-    """Load a split: its cache entry with the indices that are kept, and (id, reason) of the others."""
+    """Load a split: its cache entry with the indices to keep, and (id, reason) of the other utterances."""
     if not utterances:
         raise InputError(f"{corpus.root}: split {split!r} has no recordings; expected at least one")
     if check.needed and not any(u.transcript or u.problem for u in utterances):
@@ -421,11 +422,11 @@ def _load_split(
 def _draw_hours(
     parts: list[tuple[CacheEntry, np.ndarray]], hours: float, splits: str
 ) -> list[tuple[CacheEntry, np.ndarray]]:
-    """Draw utterances at random until `hours` are full, at least one; a larger subset contains every smaller one."""
+    """Draw random utterances of `hours` in total, at least one; a larger subset contains every smaller one."""
     seconds = np.concatenate([entry.seconds[kept] for entry, kept in parts])
     if hours * 3600 > seconds.sum():
         raise InputError(
-            f"data.hours is {hours:g}, but {splits} has {seconds.sum() / 3600:.3g}; lower it, or 0 for all"
+            f"data.hours is {hours:g}, but {splits} has {seconds.sum() / 3600:.3g}; lower it, or set it to 0 for all"
         )
     order = np.random.default_rng(0).permutation(len(seconds))
     drawn = np.zeros(len(seconds), bool)
@@ -435,7 +436,7 @@ def _draw_hours(
 
 
 def _duplicates(utterances: list[Utterance]) -> dict[int, str]:
-    """Map the position of each utterance that repeats an earlier id to its problem."""
+    """Map the position of each utterance with the id of an earlier one to its problem."""
     first: dict[str, Utterance] = {}
     problems = {}
     for position, u in enumerate(utterances):
@@ -446,7 +447,7 @@ def _duplicates(utterances: list[Utterance]) -> dict[int, str]:
 
 
 def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndarray]]) -> Callable[[int, str], str]:
-    """Return a function of (split index, id) that gives the id, or split/id if the splits share ids."""
+    """Return a function of (split index, id) that returns the id, or split/id if splits share ids."""
     everything = [name for entry, _ in parts for name in {*entry.ids, *(name for name, _, _ in entry.bad)}]
     shared = len(set(everything)) < len(everything)
     return lambda k, name: f"{splits[k]}/{name}" if shared else name
@@ -467,7 +468,7 @@ def _report_skipped(corpus: Corpus, splits: tuple[str, ...], dataset: SpeechData
 
 
 def _statistics(dataset: SpeechDataset, progress: bool) -> Statistics:
-    """Mean and standard deviation over all frames, summed in float64 around the first frame to keep precision."""
+    """Return mean and standard deviation over all frames, summed in float64 around the first frame for precision."""
     origin = dataset.raw(0)[0].double()
     total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
     for i in track(range(len(dataset)), "statistics", "utterances", show=progress):

@@ -19,7 +19,7 @@ READ_ERRORS = (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, Typ
 
 
 class SoundStream(soundfile.SoundFile):
-    """A stream opened with libsndfile. It reports itself as not seekable, so that soundfile never seeks after a read."""
+    """A stream opened with libsndfile. It reports as not seekable, so that soundfile never seeks after a read."""
 
     def __init__(self, source: Source, spans: tuple):
         self.raised: BaseException | None = None

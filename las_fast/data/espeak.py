@@ -26,7 +26,7 @@ def load_espeak():
 class Synthesiser:
     """An eSpeak NG voice; only one per process, because the library keeps global state.
 
-    A recording depends slightly on what the process spoke before, because the phases of the oscillators persist.
+    A recording depends slightly on the speech before it in the same process, because oscillator phases persist.
     """
 
     RATE, PITCH, RANGE = 1, 3, 4  # of the enum espeak_PARAMETER
@@ -42,7 +42,7 @@ class Synthesiser:
         self._link = None
         self._data = self._short_path(Path(loader.get_data_path()))
         if not (self._data / "phontab").is_file():  # the library would exit the process
-            raise InputError(f"{self._data} holds no eSpeak NG data; reinstall espeakng-loader")
+            raise InputError(f"{self._data} has no eSpeak NG data; reinstall espeakng-loader")
         synchronous = 2
         self.sample_rate = self._library.espeak_Initialize(synchronous, 0, str(self._data).encode(), 0)
         if self.sample_rate <= 0:
@@ -54,7 +54,7 @@ class Synthesiser:
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
 
     def _short_path(self, data: Path) -> Path:
-        """Path to the data folder that is shorter than MAX_PATH_BYTES, through a temporary link if needed."""
+        """Return a path to the data folder shorter than MAX_PATH_BYTES, through a temporary link if needed."""
         if len(str(data).encode()) < MAX_PATH_BYTES:
             return data
         self._link = tempfile.TemporaryDirectory(prefix="espeak")
@@ -82,7 +82,7 @@ class Synthesiser:
             pitch, pitch_range: 0 to 100; eSpeak NG's default is 50.
 
         Raises:
-            InputError: the voice is missing, or eSpeak NG gives no sound.
+            InputError: the voice is missing, or eSpeak NG produces no sound.
         """
         # eSpeak NG would silently replace an unknown speaker by its default voice
         if not (self._data / "voices" / "!v" / voice.partition("+")[2]).is_file():
@@ -96,5 +96,5 @@ class Synthesiser:
         utf8 = 1
         self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, utf8, None, None)
         if not self._chunks:
-            raise InputError(f"eSpeak NG gave no sound for {text!r} in voice {voice}; reinstall espeakng-loader")
+            raise InputError(f"eSpeak NG produced no sound for {text!r} in voice {voice}; reinstall espeakng-loader")
         return np.concatenate(self._chunks).astype(np.float32) / 32768

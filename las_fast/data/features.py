@@ -1,4 +1,4 @@
-"""Compute log-mel or MFCC frames of waveforms by torch.stft, as Kaldi defines them.
+"""Compute log-mel or MFCC frames of waveforms with torch.stft, as Kaldi defines them.
 
 There is a frame of window_ms of samples (scaled to 16-bit range) every shift_ms; windows are never partial. The mean of
 a frame is subtracted; it is pre-emphasised (0.97), multiplied by Kaldi's "povey" window and zero-padded to a power of
@@ -53,7 +53,7 @@ def compute_features(
     for signal in signals:
         if signal.ndim != 1 or not len(signal):
             shape = tuple(signal.shape)
-            raise InputError(f"a waveform must hold at least one sample in one channel; got shape {shape}")
+            raise InputError(f"a waveform must have at least one sample in one channel; got shape {shape}")
     if not signals:
         return []
     pad = torch.nn.functional.pad
@@ -74,13 +74,13 @@ def compute_features(
 def speech_features(
     waveforms: torch.Tensor | Sequence[torch.Tensor | np.ndarray], config: FeatureConfig
 ) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
-    """Compute the frames for training and decoding: with config.trim_silence only those near speech.
+    """Compute the frames for training and decoding; with config.trim_silence, only those near speech.
 
     Args, Raises: as compute_features.
 
     Returns:
-        For each waveform its frames (T, config.size) float32, and the (start, end) of their runs in the frames of
-        compute_features.
+        For each waveform its frames (T, config.size) float32, and the (start, end) of their runs within the frames that
+        compute_features returns.
     """
     from las_fast.data.silence import trim_silence
 
@@ -120,7 +120,7 @@ def frame_sizes(config: FeatureConfig) -> tuple[int, int]:
 
 
 def seconds_of(frames, config: FeatureConfig):
-    """Return the duration in seconds of a number of frames, or of an array of numbers.
+    """Return the duration in seconds of a number of frames; `frames` may be an array of numbers.
 
     The shift is a whole number of samples, which may differ from shift_ms: at 22050 Hz, 10 ms are 220 samples.
     """

@@ -1,4 +1,4 @@
-"""Folder listings without hidden files, and text files as lines: shared by all data layouts."""
+"""List folders without hidden files, and read text files line by line; shared by all data layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK_BYTES = 1 << 20  # bytes of a text file decoded at once
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is hidden or belongs to the system, an editor or an office program."""
+    """Return whether a name is hidden or belongs to the system, an editor or an office program."""
     return name.startswith((".", "~$")) or name.casefold() in SYSTEM_FILES
 
 
@@ -40,7 +40,7 @@ def _scan(folder: Path) -> list[os.DirEntry]:
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...] | set[str]) -> list[Path]:
-    """List the entries of a folder with one of these lower-case suffixes, in any case."""
+    """List the entries of a folder whose suffix, in lower case, is one of `suffixes`."""
     return [path for path in list_folder(folder) if path.suffix.lower() in suffixes]
 
 
@@ -53,7 +53,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one; only a link costs a stat."""
+    """Return whether an entry is a folder or a link to one; only a link needs a stat."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
@@ -67,7 +67,7 @@ def list_at_depth(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def to_filename(text: str) -> str:
-    """Convert a file name read from a text to the form that os functions take, even if it is not UTF-8."""
+    """Convert a file name in decoded text to the form that os functions expect, even if it is not UTF-8."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> Iterator[str]:
     or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
-        InputError: the file cannot be read, is in another encoding, or holds NUL; the message names the line.
+        InputError: the file cannot be read, has another encoding, or contains NUL; the message names the line.
     """
     end, rest = "", ""
     for text in _decoded(path):
@@ -94,7 +94,7 @@ def _without_returns(line: str) -> str:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks; a decoding error is raised after all text before it was yielded."""
+    """Yield the text of a file in blocks; a decoding error is raised after the text before it has been yielded."""
     line, decoder, problem = 1, None, ""
     for data in _blocks(path):
         if decoder is None:
@@ -107,7 +107,7 @@ def _decoded(path: Path) -> Iterator[str]:
             text = good.decode(encoding) if encoding.startswith("utf-8") else "\n" * good.count(b"\n")
             problem = "is not UTF-8 text"
         if "\0" in text:
-            text, problem = text[: text.index("\0")], "holds a NUL character"
+            text, problem = text[: text.index("\0")], "contains a NUL character"
         line += text.count("\n")
         yield text
         if problem:

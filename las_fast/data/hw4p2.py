@@ -1,6 +1,6 @@
-"""Archives of every edition of CMU 11-785 HW4P2: SPLIT/{mfcc,fbank}/NAME.npy and SPLIT/{transcripts,...}/NAME.npy.
+"""Archives of all editions of CMU 11-785 HW4P2: SPLIT/{mfcc,fbank}/NAME.npy and SPLIT/{transcripts,...}/NAME.npy.
 
-The edition follows from the folders and the frame size. It decides the header and the order of a submission.
+The folders and the frame size determine the edition, which determines the header and the order of a submission.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FEATURE_FOLDERS = ("mfcc", "fbank")
 TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
 LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
 PEEK = 8  # files per folder whose header is read to learn the frame size
-# What np.load raises on damaged files, whose header can name any shape or be invalid Python
+# Errors of np.load on damaged files, whose headers can state any shape or be invalid Python
 LOAD_ERRORS = (ValueError, TypeError, EOFError, OSError, MemoryError, OverflowError, SyntaxError, RecursionError,
                NotImplementedError, tokenize.TokenError, zipfile.BadZipFile)  # fmt: skip
 
@@ -48,15 +48,14 @@ def find_archives(root: Path) -> list[Path]:
     """Find archives at `root`, above it (if root is a split or its feature folder), or up to two folders below."""
     if _is_archive(root):
         return [root]
-    for inside in (root, root.parent):  # a split, or its feature folder
+    for inside in (root, root.parent):  # root is a split, or its feature folder
         if _feature_folder(inside) and _is_archive(inside.parent):
             return [inside.parent]
     children = subfolders(root)
     archives = [child for child in children if _is_archive(child)]
     archives = archives or [below for child in children for below in subfolders(child) if _is_archive(below)]
-    return list({os.path.realpath(path): path for path in reversed(archives)}.values())[
-        ::-1
-    ]  # count a link and its target once
+    distinct = {os.path.realpath(path): path for path in reversed(archives)}  # count a link and its target once
+    return list(distinct.values())[::-1]
 
 
 def open_archive(root: Path) -> Corpus:
@@ -82,7 +81,7 @@ def open_archive(root: Path) -> Corpus:
 
 
 def read_transcript(path: Path) -> str:
-    """Read the text of a transcript .npy: an array of letters or words, or one string; see symbols_to_text."""
+    """Read the text of a transcript .npy: an array of letters or of words, or one string; see symbols_to_text."""
     try:
         symbols = np.load(path, allow_pickle=False)
     except LOAD_ERRORS as error:
@@ -101,19 +100,19 @@ def read_transcript(path: Path) -> str:
 
 
 def load_problem(error: Exception) -> str:
-    """Why np.load failed, and what to do, as a clause."""
+    """Return why np.load failed and what to do, as a clause."""
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "it does not exist; copy it again or remove its counterpart"
     if isinstance(error, OSError) and error.strerror:
         return f"it cannot be read ({error.strerror}); check its name and permissions"
     if "pickle" in text.lower() or "Object arrays" in text:
-        return "it holds pickled objects or is not a .npy file; save it as a plain array of numbers or strings"
+        return "it contains pickled objects or is not a .npy file; save it as a plain array of numbers or strings"
     return f"it is truncated or damaged ({text or type(error).__name__}); copy it again"
 
 
 def peek_shape(path: Path) -> tuple[int, ...] | None:
-    """Shape of a .npy according to its header, or None if it is unreadable."""
+    """Return the shape of a .npy according to its header, or None if it is unreadable."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False).shape
     except (*LOAD_ERRORS, AttributeError):
@@ -129,18 +128,18 @@ def _feature_folder(split: Path) -> Path | None:
 
 
 def _features_of(split: Path) -> Path:
-    """Folder of a split's features, or where it should be."""
+    """Return the folder of a split's features; if it is missing, where it should be."""
     return _feature_folder(split) or split / FEATURE_FOLDERS[0]
 
 
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:
-    """Frame size F, and whether files hold (F, T): F is the dimension with the fewer distinct sizes over files."""
+    """Return the frame size F, and whether files have shape (F, T). F is the dimension whose size varies less."""
     names = [path for folder in folders for path in list(_arrays(folder).values())[:PEEK]]
     if not names:
-        raise InputError(f"{folders[0]} holds no .npy files; expected one per recording")
+        raise InputError(f"{folders[0]} has no .npy files; expected one per recording")
     shapes = [shape for path in names if (shape := peek_shape(path)) is not None and len(shape) == 2]
     if not shapes:
-        raise InputError(f"{names[0]} and its neighbours are not two-dimensional .npy arrays; copy them again")
+        raise InputError(f"{names[0]} and the files next to it are not two-dimensional .npy arrays; copy them again")
     rows, columns = ([shape[side] for shape in shapes] for side in (0, 1))
     transposed = folders[0].name == "fbank"
     if len(set(rows)) != len(set(columns)):
@@ -185,7 +184,7 @@ def _arrays(folder: Path) -> dict[str, Path]:
 
 
 def _test_order(path: Path, names: list[str]) -> list[str]:
-    """Names in the order of test_order.csv, which must list every file of the split."""
+    """Return the names in the order of test_order.csv, which must list every file of the split."""
     try:
         rows = list(csv.DictReader(read_lines(path), skipinitialspace=True))
     except csv.Error as error:

@@ -36,12 +36,12 @@ def open_kaldi(root: Path) -> Corpus:
     if _is_data_folder(root):
         splits, roles = {"all": root}, dict.fromkeys(("train", "dev", "test"), ("all",))
     listings = {name: partial(_list_split, path) for name, path in splits.items()}
-    texts = "a file 'text' beside wav.scp"
+    texts = "a file 'text' next to wav.scp"
     return Corpus(name="Kaldi", root=root, kind="audio", listings=listings, roles=roles, expected_texts=texts)
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is the transcript file of a Kaldi folder."""
+    """Return whether a file is the transcript file of a Kaldi folder."""
     return path.name == TEXTS and _is_data_folder(path.parent)
 
 
@@ -62,7 +62,7 @@ def _is_data_folder(folder: Path) -> bool:
 
 
 def _list_split(folder: Path) -> list[Utterance]:
-    """List utterances in the order of segments or wav.scp, then those that only have a text."""
+    """List utterances in the order of segments or wav.scp, then those that have only a text."""
     recordings = _recordings(folder / RECORDINGS)
     texts = {name: text for _, name, text in read_table(folder / TEXTS)} if (folder / TEXTS).exists() else {}
     if (folder / SEGMENTS).exists():
@@ -98,7 +98,7 @@ def _problem(path: Path, number: int, name: str, file: str) -> str:
     where = f"{path} line {number}: {name}"
     if file.endswith("|"):
         return (
-            f"{where} is a command ({file[:40]}...), which is never run; write the recordings to files and list these: "
+            f"{where} is a command ({file[:40]}...), which is not run; write the recordings to files and list these: "
             'mkdir wav; while read -r id command; do bash -c "${command%|}" < /dev/null > wav/$id.wav; '
             f"done < {path.name}"
         )
@@ -116,7 +116,7 @@ def _segment(folder: Path, recordings: dict[str, Utterance], number: int, name: 
     except (ValueError, IndexError):
         good = False
     if not good:
-        raise InputError(f"{where} must hold an id, a recording, and start and end in seconds; got {name} {rest}")
+        raise InputError(f"{where} must have an id, a recording, and start and end in seconds; got {name} {rest}")
     if recording not in recordings:
         problem = f"{where}: {RECORDINGS} has no {recording}; add it or remove the line"
         return Utterance(name, folder, None, problem=problem)

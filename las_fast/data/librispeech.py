@@ -1,4 +1,4 @@
-"""LibriSpeech folders: ROOT[/LibriSpeech]/SPLIT/SPEAKER/CHAPTER/ID.flac beside SPEAKER-CHAPTER.trans.txt."""
+"""LibriSpeech folders: ROOT[/LibriSpeech]/SPLIT/SPEAKER/CHAPTER/ID.flac next to SPEAKER-CHAPTER.trans.txt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_librispeech(root: Path) -> Corpus:
         kind="audio",
         listings={split: partial(_list_split, root / split) for split in splits},
         roles=assign_roles(splits),
-        expected_texts="SPEAKER-CHAPTER.trans.txt beside the recordings",
+        expected_texts="SPEAKER-CHAPTER.trans.txt next to the recordings",
     )
 
 
@@ -48,12 +48,12 @@ def _is_split(path: Path) -> bool:
 
 
 def _has_audio(path: Path) -> bool:
-    """Whether a split has recordings; a test set may lack transcripts."""
+    """Return whether a split has recordings; a test set may lack transcripts."""
     return any(file.suffix.lower() in audio_suffixes() for file in _files(path))
 
 
 def _files(split: Path) -> Iterator[Path]:
-    """Yield the files of a split, skipping unreadable folders, which listing the split reports."""
+    """Yield the files of a split without those in unreadable folders, which _list_split reports."""
     for speaker in subfolders(split):
         for chapter in subfolders(speaker):
             with suppress(InputError):

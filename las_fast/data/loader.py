@@ -1,6 +1,6 @@
 """Prefetch batches in worker processes, which may die, hang or run out of memory without harm.
 
-A worker is a fork of this process that writes its batches as raw bytes to a pipe, from which a thread here reads.
+A worker is a fork of this process that writes its batches as raw bytes to a pipe; a thread of this process reads them.
 Shared memory is not used, because containers often have little of it. Batches that a worker fails to deliver are made
 in this process, so that the result is always the same.
 """
@@ -29,11 +29,11 @@ from las_fast.progress import write
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # handled by the parent, which ends its workers
 QUEUE_SIZE = 4  # finished batches per worker
-TIMEOUT = 300.0  # seconds without a batch after which a worker is given up
+TIMEOUT = 300.0  # seconds without a batch after which a worker counts as hung
 POLL_SECONDS = 0.3  # seconds between calls of poll while waiting for a batch
 PIPE_BYTES = 1 << 20  # buffer of a pipe, if the system allows it: fewer context switches
-HEAD_LENGTH = struct.Struct("<i")  # bytes of the head that follows
-FAILED = -1  # in place of that length: the worker could not make the batch
+HEAD_LENGTH = struct.Struct("<i")  # length in bytes of the head that follows
+FAILED = -1  # instead of that length: the worker could not make the batch
 
 Fields = dict[str, "Tensor | None"]
 
@@ -48,7 +48,7 @@ class Loader:
     """Sized iterable over batches[b] for b in order, each a dict of tensors.
 
     Args:
-        batches: source; must give the same batch b in any process and at any time.
+        batches: source; batch b must be the same in any process and at any time.
         order:   the numbers b.
         workers: processes that prefetch; 0 makes each batch on demand in this process.
         pin:     copy the tensors to pinned memory.
@@ -103,7 +103,7 @@ class Loader:
 
 
 def can_fork() -> bool:
-    """Whether forking is safe after libraries have started threads."""
+    """Return whether forking is safe after libraries have started threads."""
     return sys.platform == "linux"
 
 
@@ -128,7 +128,7 @@ class _Workers:
             raise
 
     def take(self, position: int, poll: Callable[[], None]) -> Fields | None:
-        """Batch order[position], for positions in order; None if its worker could not make it."""
+        """Return batch order[position], for positions in order; None if its worker could not make it."""
         return self._children[position % len(self._children)].take(poll)
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class _Child:
             self._ready.put(error)
 
     def _exit_reason(self) -> str:
-        """Why the process ended, after its pipe was closed; join still reaps it."""
+        """Return why the process ended, after its pipe was closed; join still reaps it."""
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
             assert ended is not None  # only WNOHANG gives None
@@ -199,7 +199,7 @@ class _Child:
 
 
 def _fork(batches: Batches, order: Sequence[int]) -> tuple[int, io.FileIO]:
-    """Start a worker; returns its pid and the pipe to read from."""
+    """Start a worker; return its pid and the pipe to read from."""
     reading, writing = os.pipe()
     with contextlib.suppress(OSError, AttributeError):
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

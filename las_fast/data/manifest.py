@@ -4,11 +4,11 @@ Columns (NAMES lists their other names):
     path        relative to the manifest
     transcript  needed for training
     id          default: the file's name without its suffix
-    split       default: taken from the manifest's name or folder; failing that, one split "all" that plays every role
+    split       default: from the manifest's name or folder; else there is one split "all", which has every role
     seconds     checked against the recording
     start, end  read only this part of the recording; without end, up to `seconds` or to the end of the recording
-Times are in seconds, or in milliseconds if the column's name ends in ms. Other columns are ignored, except that a
-column that would change what is read in an unknown way is an error.
+Times are in seconds, or in milliseconds if the column's name ends in ms. Other columns are ignored, unless they might
+select a part of a recording or some of the lines: those are errors.
 
 Common Voice (train.tsv, dev.tsv, ... with paths inside clips) and Hugging Face audio folders (metadata.csv or
 metadata.jsonl, also one per split) are manifests too.
@@ -48,11 +48,11 @@ TIME_COLUMN = re.compile(
 )
 SAMPLE_COUNTS = ("num_samples", "n_samples")
 SAMPLE_RATES = ("sample_rate", "sampling_rate", "samplerate")
-TIME_WORDS = {"start", "begin", "end", "offset", "onset", "stop"}  # in the names of other tools' columns
+TIME_WORDS = {"start", "begin", "end", "offset", "onset", "stop"}  # words in unknown columns that suggest times
 SELECTION_COLUMNS = {"lang", "language", "locale", "subset", "partition", "fold", "take", "use", "keep", "skip",
                      "ignore", "include", "exclude", "discard"}  # fmt: skip
 CLIPS_FOLDER = "clips"  # where Common Voice keeps its recordings
-FILLER_WORDS = {"manifest", "metadata", "audio", "asr", "cv", "data", "set"}  # in names of manifests, beside the split
+FILLER_WORDS = {"manifest", "metadata", "audio", "asr", "cv", "data", "set"}  # in names of manifests, besides the split
 DURATION_TOLERANCE = 0.1  # seconds between end - start and the duration on the same line
 MAX_FILES = 200  # tables per folder whose header is read
 
@@ -72,19 +72,19 @@ class Entry:
     utterance: Utterance
     split: str | None
     row: dict
-    has_id: bool  # the line names an id; otherwise the file's name serves
+    has_id: bool  # the line has an id; otherwise it is made from the file's name
 
 
 # ----------------------------------------------------------------------------------------------------- recognition
 
 
 def find_tables(root: Path) -> list[Table]:
-    """Find the manifests of a folder: a single one, one per split, or several whose splits are unknown."""
+    """Find the manifests of a folder: a single one, one per split, or several of unknown splits."""
     if root.name == CLIPS_FOLDER and any(map(_is_common_voice, _manifests(root.parent))):
         root = root.parent
     paths = _manifests(root)
-    if voices := [path for path in paths if _is_common_voice(path)]:
-        return [Table(path, path.stem) for path in voices]
+    if common_voice := [path for path in paths if _is_common_voice(path)]:
+        return [Table(path, path.stem) for path in common_voice]
     if len(paths) == 1 and is_role(root.name):  # perhaps one split of an audio folder
         siblings = _tables_of_splits(root.parent)
         if len(siblings) > 1 and all(table.path.stem == "metadata" for table in siblings):
@@ -99,7 +99,7 @@ def find_tables(root: Path) -> list[Table]:
 
 
 def _tables_of_splits(root: Path) -> list[Table]:
-    """Find the manifests in subfolders that are named after a split and hold exactly one each."""
+    """Find the manifests of subfolders that are named after a split and have exactly one each."""
     manifests = {folder.name: _manifests(folder) for folder in subfolders(root) if is_role(folder.name)}
     return [Table(paths[0], name) for name, paths in manifests.items() if len(paths) == 1]
 
@@ -116,7 +116,7 @@ def _manifests(root: Path) -> list[Path]:
 
 
 def has_path_column(path: Path) -> bool:
-    """Whether a table has a column that names files."""
+    """Return whether a table has a column that names files."""
     return "path" in _columns_by_meaning(tuple(columns(path)))
 
 
@@ -162,9 +162,7 @@ def open_tables(tables: list[Table]) -> Corpus:
     is_features = _are_features(tables[0].path, first)
     return Corpus(
         name="Common Voice" if _is_common_voice(tables[0].path) else _name(tables),
-        root=Path(
-            os.path.commonpath([table.path for table in tables])
-        ),  # the manifest, or the common folder of several
+        root=Path(os.path.commonpath([table.path for table in tables])),  # the manifest, or the folder of several
         kind="features" if is_features else "audio",
         listings=listings,
         roles=assign_roles(listings) if set(listings) != {"all"} else dict.fromkeys(("train", "dev", "test"), ("all",)),
@@ -175,7 +173,7 @@ def open_tables(tables: list[Table]) -> Corpus:
 
 
 def _first_utterances(listings: Iterable[Callable[[], list[Utterance]]]) -> list[Utterance]:
-    """First utterances of the first split that has any; raise a split's error only if every split is bad or empty."""
+    """Return the first utterances of the first split that has any; raise only if every split is bad or empty."""
     problem = None
     for listing in listings:
         try:
@@ -251,13 +249,13 @@ def _lines(table: Table) -> list[Entry]:
 
 
 def _split_above(file: Path, folder: Path) -> str | None:
-    """Name of the first folder between `folder` and `file` that is named after a split; None if there is none."""
+    """Return the first folder name between `folder` and `file` that is the name of a split, or None."""
     folders = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
     return next((name for name in folders if role_of(name)), None)
 
 
 def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
-    """Raise InputError for a column that may change what is read, or which lines are meant, in an unknown way."""
+    """Raise InputError for an unknown column that may select a part of a recording or some of the lines."""
     values: dict[str, set] = {}
     for _, row in rows:
         for name, value in row.items():
@@ -271,7 +269,7 @@ def _check_columns(path: Path, rows: list[tuple[int, dict]]) -> None:
 
 @lru_cache(maxsize=1024)
 def _column_problem(name: str) -> str:
-    """Why an unknown column matters and what to do, with "{}" for some of its values; "" if it does not matter."""
+    """Return why an unknown column matters and what to do; "{}" stands for some values. "" if it does not matter."""
     plain = normalise_column(name)
     words = plain.split("_")
     if plain in SELECTION_COLUMNS:
@@ -279,7 +277,7 @@ def _column_problem(name: str) -> str:
     if "channel" in words:
         return (
             "names channels ({}), but all channels of a recording are averaged; write the channel that you want to a "
-            "file of its own (sox in.wav out.wav remix 1)"
+            "separate file (sox in.wav out.wav remix 1)"
         )
     if plain in ("from", "to") or (TIME_WORDS.intersection(words) and not _columns_by_meaning((name,))):
         return (
@@ -331,7 +329,7 @@ def _canonical_split(split: str | None) -> str | None:
 
 
 def _text(path: Path, line: int, name: str, row: dict, candidates: list[tuple[str, float]]) -> str | None:
-    """First value that is not blank; "" if all are blank, None if there is no value."""
+    """Return the first value that is not blank; "" if all are blank, None if there is no value."""
     blank = None
     for column, _ in candidates:
         value = row[column]
@@ -350,7 +348,7 @@ def _text(path: Path, line: int, name: str, row: dict, candidates: list[tuple[st
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether text has no NUL, which ends a file name, and no lone surrogate, which JSON can express."""
+    """Return whether text has no NUL, which file names cannot contain, and no lone surrogate, which JSON may have."""
     try:
         return "\0" not in text and bool(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
@@ -376,7 +374,7 @@ def _resolve_path(path: Path, line: int, text: str, folder: Path) -> Path:
 
 
 def _times_of_part(path: Path, line: int, row: dict, by_meaning: dict, file: Path) -> tuple[float | None, float | None]:
-    """Start of the part in seconds, None for a whole recording, and its duration in seconds, None if unknown."""
+    """Return the start of the part (None: the whole recording) and its duration (None: unknown), in seconds."""
     start, end, seconds = (
         _time(path, line, name, row, by_meaning.get(name, [])) for name in ("start", "end", "seconds")
     )
@@ -401,7 +399,7 @@ def _times_of_part(path: Path, line: int, row: dict, by_meaning: dict, file: Pat
 
 
 def _time(path: Path, line: int, name: str, row: dict, candidates: list[tuple[str, float]]) -> float | None:
-    """First time that is not blank, in seconds; None if there is none."""
+    """Return the first time that is not blank, in seconds; None if there is none."""
     for column, unit in candidates:
         if (value := row[column]) is not None and str(value).strip():
             return _number(path, line, column, value) * unit
@@ -414,12 +412,12 @@ def _number(path: Path, line: int, column: str, value) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
-        raise InputError(f"{path} line {line}: {column} must be a number; got {value!r}")
+        raise InputError(f"{path} line {line}: {column} must be a number of 0 or more; got {value!r}")
     return number
 
 
 def _seconds_by_samples(path: Path, line: int, row: dict, file: Path) -> float | None:
-    """Duration in seconds from a sample count and the sample rate of the line or of the file; None without a count."""
+    """Return the duration in seconds from a sample count and the rate in the line or file; None without a count."""
     plain = {
         normalise_column(name): (name, value) for name, value in row.items() if value is not None and str(value).strip()
     }

@@ -1,7 +1,6 @@
 """HW4P2 archives from before 2022: train.npy, train_transcripts.npy and so on, each an array of Python objects.
 
-They are refused, because np.load would run any code that such a file holds. The error tells how to convert a trusted
-file.
+They are refused, because np.load would run any code in such a file. The error explains how to convert trusted files.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ CONVERT = (
 
 
 def advice(root: Path) -> str:
-    """Error for a folder that holds arrays of Python objects, directly or one folder below; "" if there are none."""
+    """Return the error for a folder with arrays of Python objects, directly or one folder below; "" without any."""
     for folder in (root, *subfolders(root)):
-        names = [path.name for path in _arrays(folder) if _holds_objects(path)]
+        names = [path.name for path in _arrays(folder) if _has_objects(path)]
         if names:
             return (
-                f"{folder} holds {', '.join(names[:6])}, arrays of Python objects as in HW4P2 before 2022, which are "
+                f"{folder} has {', '.join(names[:6])}, arrays of Python objects as in HW4P2 before 2022, which are "
                 "refused because loading them can run code; if you trust them, convert them to a folder 'new' there "
                 f'with: python -c "{CONVERT}", and give that folder'
             )
@@ -42,8 +41,8 @@ def _arrays(folder: Path) -> list[Path]:
         return []
 
 
-def _holds_objects(path: Path) -> bool:
-    """Whether a .npy holds Python objects, according to its header."""
+def _has_objects(path: Path) -> bool:
+    """Return whether a .npy contains Python objects, according to its header."""
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)

@@ -120,7 +120,8 @@ def _write_temporary(write: Callable[[int], None], name: str) -> int:
         os.close(copy)
         reason = getattr(error, "strerror", None) or decoder_message(error)
         raise InputError(
-            f"{name} could not be copied to a temporary file ({reason}); free some space, or set TMPDIR to another folder"
+            f"{name} could not be copied to a temporary file ({reason}); "
+            "free some space, or set TMPDIR to another folder"
         ) from None
     except BaseException:
         os.close(copy)

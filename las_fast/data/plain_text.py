@@ -1,6 +1,6 @@
-"""Sentences of a plain text file; a file in another format is an error that names the format.
+"""Read sentences from a plain text file; for a file in another format, the error names the format.
 
-Without these checks, a language model trained on markup would go unnoticed.
+Without these checks, a language model would silently be trained on markup.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DOCUMENTS = {
     b"%!PS": "a PostScript document",
     b"{\\rtf": "an RTF document",
     b"\xd0\xcf\x11\xe0": "an office document",
-    b"mmap lm": "a language model of KenLM",
+    b"mmap lm": "a KenLM language model",
     b"RIFF": "a recording",
     b"fLaC": "a recording",
     b"OggS": "a recording",
     b"ID3": "a recording",
-    b"\x93NUMPY": "an array of NumPy",
+    b"\x93NUMPY": "a NumPy array",
 }
-SENTENCE_MARKS = re.compile(r"^\s*<s>\s|\s</s>\s*$")  # start and end of a sentence
+SENTENCE_MARKS = re.compile(r"^\s*<s>\s|\s</s>\s*$")  # <s> at the start and </s> at the end of a sentence
 CLOSING_TAG = re.compile(r"</(?!s>)[A-Za-z][^<>]*>")
 DOCUMENT = re.compile(r"<(!doctype|\?xml|!--|html|head|body|svg|tei|rss|xml)\b", re.IGNORECASE)
 JSON = re.compile(r'[\[{]\s*(["\[{]|$)')
@@ -47,7 +47,7 @@ def sentences(path: Path, lines: Iterable[str]) -> Iterator[str]:
     """Yield the sentences of a text file, one per line, without <s> and </s>.
 
     Raises:
-        InputError: the lines are an n-gram model, markup, JSON, subtitles or a table.
+        InputError: the text is an n-gram model, markup, JSON, subtitles or a table.
     """
     lines = iter(lines)
     head = list(itertools.islice(lines, HEAD_LINES))
@@ -73,7 +73,7 @@ def check_signature(path: Path) -> None:
 
 
 def is_arpa_or_kenlm(path: Path) -> bool:
-    """Whether a file begins like an ARPA file or a KenLM model."""
+    """Return whether a file begins like an ARPA file or a KenLM model."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         start = file.read(4096)
         return start.startswith(b"mmap lm") or _is_arpa(start.decode("utf-8", "replace").splitlines())
@@ -85,7 +85,7 @@ def _is_arpa(lines: list[str]) -> bool:
 
 
 def foreign_format(lines: list[str]) -> tuple[str, str] | None:
-    """Format of a file's first lines, blank ones left out, and what to do; None for plain text."""
+    """Return the format of a file's first non-blank lines and what to do; None for plain text."""
     if not lines:
         return None
     first = lines[0].lstrip("\ufeff").strip()

@@ -1,7 +1,7 @@
 """Read utterances and convert them to frames for the feature cache, in worker processes.
 
-Workers are plain child processes that run run_worker(): they need neither fork nor a guarded main module, and end with
-their parent.
+Workers are child processes that call run_worker(). They need neither fork nor an `if __name__ == "__main__"` guard, and
+end when their parent ends.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 
 CHUNK_SIZE = 16  # utterances per unit of work
-ANSWER_BYTES = 8 << 20  # of frames per answer of a worker; a larger utterance is an answer alone
-GROUP_SECONDS = 120.0  # seconds of audio converted to frames at once; a longer recording is converted by itself
-# How far a recording may deviate from the manifest's duration: the larger of seconds and a share of the duration.
+ANSWER_BYTES = 8 << 20  # maximum bytes of frames per answer of a worker; a larger utterance is sent alone
+GROUP_SECONDS = 120.0  # maximum seconds of audio converted to frames at once; a longer recording is converted alone
+# How much shorter or longer a recording may be than the manifest says: seconds or a share, whichever is more.
 SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02
 LONG_SECONDS, LONG_SHARE = 1.0, 0.2
 MAX_UTTERANCES_IN_PROCESS = 64  # smaller splits need no workers, which take a second to start
@@ -37,7 +37,7 @@ SKIP_HINT = "; or leave such utterances out with --on-bad skip"  # appended to t
 
 @dataclass(frozen=True)
 class Item:
-    """Result of reading one utterance: its frames, or the problem with it."""
+    """The frames of one utterance, or the problem with it."""
 
     id: str
     text: str | None = None
@@ -53,7 +53,7 @@ def read_utterances(
     """Yield one Item per utterance, in order; large splits are read by `workers` processes.
 
     Raises:
-        InputError: a worker ended early, for example for lack of memory.
+        InputError: a worker ended early, for example because memory ran out.
     """
     chunks = [list(utterances[i : i + CHUNK_SIZE]) for i in range(0, len(utterances), CHUNK_SIZE)]
     task = (corpus.kind, corpus.feature_size, corpus.transposed, features)
@@ -98,7 +98,7 @@ def _start_worker(task: Path) -> subprocess.Popen:
 
 
 def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
-    """Move a worker's answers into a short queue; a str in it says how the worker ended."""
+    """Move a worker's answers into a bounded queue; at the end, put a str that says how the worker ended."""
     stdout: Any = child.stdout  # a pipe
     try:
         while True:
@@ -113,10 +113,10 @@ def run_worker() -> None:
     Ends when the parent closes the pipe.
     """
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # keep what libraries print out of the answers
+    os.dup2(2, 1)  # so that output printed by libraries does not mix with the answers
     task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
     if task[0] == "audio":
-        import torch  # imported only for audio: it takes longer than reading many a feature archive
+        import torch  # only for audio: the import can take longer than reading an archive of features
 
         torch.set_num_threads(1)
     with suppress(BrokenPipeError), answers:
@@ -127,7 +127,7 @@ def run_worker() -> None:
 
 
 def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Group items into lists of at most ANSWER_BYTES of frames, or of one item."""
+    """Group items into lists of at most ANSWER_BYTES of frames, or a single item."""
     group: list[Item] = []
     size = 0
     for item in items:
@@ -154,7 +154,7 @@ def _check(item: Item, utterance: Utterance) -> Item:
     if item.frames is None or not len(item.frames):
         return Item(item.id, problem=f"{utterance.path} has no frames; remove it or create it again")
     if not np.isfinite(item.frames).all():
-        return Item(item.id, problem=f"{utterance.path} holds NaN or infinite values; create it again")
+        return Item(item.id, problem=f"{utterance.path} contains NaN or infinite values; create it again")
     try:
         source = utterance.transcript
         text = read_transcript(source) if isinstance(source, Path) else source
@@ -178,10 +178,10 @@ def _read_arrays(chunk, size: int, transposed: bool, features: FeatureConfig) ->
         shape = f"({size}, frames)" if transposed else f"(frames, {size})"
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 2:
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
-            yield Item(u.id, problem=f"{u.path} must hold numbers of shape {shape}; got {got}; create it again")
+            yield Item(u.id, problem=f"{u.path} must have numbers of shape {shape}; got {got}; create it again")
         elif array.shape[0 if transposed else 1] != size:
             got = f"got {array.shape}; create it again"
-            yield Item(u.id, problem=f"{u.path} must have shape {shape} like its neighbours; {got}")
+            yield Item(u.id, problem=f"{u.path} must have shape {shape} like the other files; {got}")
         else:
             with np.errstate(over="ignore"):
                 frames = np.ascontiguousarray(array.T if transposed else array, np.float32)
@@ -223,10 +223,10 @@ def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
 
 
 def _duration_problem(u: Utterance, seconds: float) -> str:
-    """Problem with the duration of a whole recording, or ""; load_audio checks parts."""
+    """Return the problem with the duration of a whole recording, or ""; load_audio checks parts."""
     if u.is_part or not u.seconds:
         return ""
-    message = f"{u.path} holds {seconds:.2f} s, the manifest says {u.seconds:.2f} s"
+    message = f"{u.path} lasts {seconds:.2f} s, but the manifest says {u.seconds:.2f} s"
     if u.seconds - seconds > max(SHORT_SECONDS, SHORT_SHARE * u.seconds):
         return f"{message}; copy it again or correct the manifest"
     if seconds - u.seconds > max(LONG_SECONDS, LONG_SHARE * u.seconds):
@@ -235,7 +235,7 @@ def _duration_problem(u: Utterance, seconds: float) -> str:
 
 
 def _with_frames(items: list[Item], waveforms: list[np.ndarray], features: FeatureConfig) -> Iterator[Item]:
-    """Yield the items, with frames for the good ones; clears `waveforms`, which hold most of the memory."""
+    """Yield the items, the good ones with frames; clear `waveforms`, which use most of the memory."""
     from las_fast.data.features import speech_features
 
     results = iter(speech_features(waveforms, features))

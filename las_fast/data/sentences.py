@@ -94,7 +94,7 @@ def _random_time(rng: np.random.Generator) -> str:
 
 
 def _random_number(rng: np.random.Generator, end: int) -> int:
-    """A number in [2, end); one in four is a teen, because each teen is a word of its own."""
+    """Draw a number in [2, end); one in four is from 10 to 19, because each of these is a separate word."""
     return int(rng.integers(10, 20) if rng.random() < 0.25 else rng.integers(2, end))
 
 

@@ -1,9 +1,9 @@
 """Find speech in log-mel frames, and trim the silence around and inside it.
 
 Silence harms recognition through normalisation: four seconds of digital zeros around an utterance dominate its mean and
-standard deviation, and the CER of the released English model rises from 23 to 63%. If a recording has much silence, or silence
-far quieter than any room, the frames far from speech are dropped before normalisation, and the silence that is kept is
-raised to the level of the quietest speech. Ordinary silence stays: models are trained with it.
+standard deviation, and the CER of the released English model rises from 23 to 63%. If a recording has much silence, or
+silence far quieter than any room, the frames far from speech are dropped before normalisation, and the silence that is
+kept is raised to the level of the quietest speech. Ordinary silence stays: models are trained with it.
 
 The energy of a frame is that of its filters between 150 and 4000 Hz, where voices are loudest and white noise is not.
 The noise floor is a low percentile of the three seconds before and after. The speech level is the 95th percentile of

@@ -42,8 +42,8 @@ from las_fast.system import cores
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MAX_WORKERS = 256
-TIMEOUT = 600.0  # seconds without an answer after which a process is given up
-BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on what was spoken before
+TIMEOUT = 600.0  # seconds without an answer after which the processes count as hung
+BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the utterances before
 
 SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; roles share none
     "train": (
@@ -113,7 +113,7 @@ def synthesise(synthesiser: Synthesiser, utterance: PlannedUtterance, *, seed: i
 
 
 def _speak_block(task: tuple[list[PlannedUtterance], int, str]) -> list[tuple[str, float]]:
-    """Synthesise the utterances of one task in order and write their files; returns (name, seconds) of each."""
+    """Synthesise the utterances of one task in order and write their files; return (name, seconds) of each."""
     import torch
 
     utterances, seed, archive = task
@@ -133,7 +133,7 @@ def _speak_block(task: tuple[list[PlannedUtterance], int, str]) -> list[tuple[st
 
 
 def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
-    """Everything that the corpus depends on, for JSON; equal settings mean equal files."""
+    """Return everything that the corpus depends on, for JSON; equal settings mean equal files."""
     load_espeak()
     sources = [Path(__file__).with_name(f"{name}.py") for name in ("spoken", "sentences", "espeak", "features")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -143,7 +143,7 @@ def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
 
 
 def is_current(root: str | Path, **arguments) -> bool:
-    """Whether root holds the complete corpus that generate would write with these arguments."""
+    """Return whether root has the complete corpus that generate would write with these arguments."""
     try:
         return json.loads((Path(root) / "corpus.json").read_text(encoding="utf-8"))["settings"] == settings(**arguments)
     except (OSError, ValueError, KeyError):
@@ -160,23 +160,23 @@ def generate(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write the corpus under root; returns the path of its archive, root/11-785-f23-hw4p2.
+    """Write the corpus under root; return the path of its archive, root/11-785-f23-hw4p2.
 
     Args:
-        root:             folder that is missing, empty, or holds an earlier spoken corpus, which is replaced.
+        root:             folder, which may be missing or empty; an earlier spoken corpus in it is replaced.
         train, dev, test: number of utterances, about 2 seconds each.
         seed:             of sentences, voices and noise.
         workers:          processes; default: one per core available to this process. The files do not depend on it.
 
     Raises:
-        InputError: root holds something else, a size is out of range, or eSpeak NG is not installed.
+        InputError: root contains something else, a size is out of range, or eSpeak NG is not installed.
     """
     root = Path(root)
     for name, size in (("train", train), ("dev", dev), ("test", test)):
         if not 1 <= size <= 99999:
             raise InputError(f"--{name} must be from 1 to 99999 utterances; got {size}")
     if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(f"{root} holds something that is not a spoken corpus; give --out a new folder")
+        raise InputError(f"{root} contains something other than a spoken corpus; give --out a new folder")
     corpus_settings = settings(train=train, dev=dev, test=test, seed=seed)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
@@ -208,25 +208,23 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
 def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Generator[Any, None, None]:
     """Yield function(task) for each task as it completes, in `workers` processes at a time.
 
-    Each task gets a new process, because eSpeak NG's output depends on what its process spoke before.
+    Each task gets a new process, because eSpeak NG's output depends on earlier speech in its process.
 
     Raises:
         InputError: a process ended early or sent no answer for TIMEOUT seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
-    with _ignore_signals(
-        signal.SIGINT, signal.SIGHUP
-    ):  # inherited by all children; this process handles signals and ends them
+    # All children inherit that they ignore these signals; this process handles signals and ends the children.
+    with _ignore_signals(signal.SIGINT, signal.SIGHUP):
         multiprocessing.forkserver.ensure_running()
     waiting = list(reversed(tasks))
     running: dict[Any, Any] = {}  # pipe -> process that sends its answer there
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                with _defer_signals(
-                    signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-                ):  # a signal must not fall between start and registration
+                # A signal between start and registration would leave a process that nothing ends.
+                with _defer_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                     pipe, process = _start(context, function, waiting.pop())
                     running[pipe] = process
             ready = multiprocessing.connection.wait(running, TIMEOUT)
@@ -241,7 +239,7 @@ def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Gene
 
 
 def _start(context, function: Callable, task) -> tuple:
-    """Start a process that sends function(task) through a pipe; returns the pipe and the process."""
+    """Start a process that sends function(task) through a pipe; return the pipe and the process."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, function, task))
     process.start()
@@ -277,7 +275,7 @@ def _ignore_signals(*numbers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _defer_signals(*numbers: int) -> Iterator[None]:
-    """Hold signals back until the block has ended."""
+    """Delay signals until the block has ended."""
     pending: list[int] = []
     with _with_handler(numbers, lambda number, _: pending.append(number)):
         yield

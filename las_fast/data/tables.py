@@ -23,7 +23,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Values of a .tsv or .csv are strings, without surrounding white space and quotes.
 
     Raises:
-        InputError: the file cannot be read, or a line does not fit the header or is not JSON; it names the line.
+        InputError: the file cannot be read, or a line does not fit the header or is not JSON (the message names it).
     """
     if path.suffix.lower() in (".jsonl", ".json"):
         return _json_rows(path, read_lines(path))
@@ -33,7 +33,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def columns(path: Path) -> list[str]:
-    """Column names of a table, or keys of its first object; empty if it cannot be read as a table."""
+    """Return the column names of a table, or the keys of its first object; empty if it cannot be read as a table."""
     try:
         if path.suffix.lower() in (".jsonl", ".json"):
             return next((list(row) for _, row in read_rows(path)), [])
@@ -53,7 +53,7 @@ def _csv_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str
     lines = iter(lines)
     header = next(lines, "")
     delimiter = _delimiter(header)
-    if delimiter in "\t|":  # such tables do not quote
+    if delimiter in "\t|":  # tables with these delimiters do not quote
         yield from enumerate((line.split(delimiter) for line in chain([header], lines)), 1)
         return
     yield 1, next(csv.reader([header], delimiter=delimiter), [])
@@ -82,7 +82,7 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
         twice = next(name for name in header if header.count(name) > 1)
         raise InputError(f"{path} has two columns named {twice!r}; rename or remove one")
     if not header:
-        raise InputError(f"{path} must begin with a header line with a column 'path'; got an empty line")
+        raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
     for line, values in lines:
         values = [_unquoted(value) for value in values]
         if not any(values):

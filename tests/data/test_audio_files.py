@@ -83,7 +83,7 @@ def test_a_missing_end_is_reported_with_the_number_of_the_part(tmp_path):
          "X: part 1 of 2 cannot be read as audio (Error in WAV/W64/RF64 file. Malformed 'fmt ' chunk): its header is "
          "damaged, or its codec is unknown; convert it: ffmpeg -i FILE -ac 1 -ar 16000 FILE.wav")  # fmt: skip
     warned(put(tmp_path, GOOD + GOOD[: 44 + 2 * RATE]), "part 2 of 2 of X is cut off: it has 1.00 of the 2.00 s that "
-         "its header promises")  # fmt: skip
+         "its header states")  # fmt: skip
 
 
 def struct_format(coding: int) -> bytes:
@@ -450,7 +450,7 @@ def test_errors_of_the_system_are_reported(tmp_path):
         (f"{tmp_path}/a\0b", "X cannot be opened (embedded null byte)"),
         (tmp_path / ("x" * 300), "X cannot be opened (File name too long)"),
         (put(tmp_path, b""), "X is empty (0 bytes); remove it or record it again"),
-        (put(tmp_path, encoded(np.zeros(0), **WAV), "none"), "X holds no samples; remove it or record it again"),
+        (put(tmp_path, encoded(np.zeros(0), **WAV), "none"), "X has no samples; remove it or record it again"),
     ):
         refused(path, said)
 

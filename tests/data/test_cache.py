@@ -632,7 +632,7 @@ def broken(path, kind):
         ("zipped", "archive of arrays"),
         ("no frames", "no frames"),
         ("one-dimensional", r"shape \(frames, 28\); got float32 \(28,\)"),
-        ("letters", "must hold numbers"),
+        ("letters", "must have numbers"),
         ("narrow", r"got \(\d+, 5\)"),
     ],
 )
@@ -687,8 +687,8 @@ def test_an_error_names_the_shape_of_a_transposed_archive_as_stored(tmp_path, fo
     np.save(first, np.load(first)[:70])
     np.save(second, np.ones((1, 2, 3)))
     one, other = (problem for _, problem, _ in fill(corpus, folder, features=FeatureConfig()).bad)
-    assert f"{first} must have shape (80, frames) like its neighbours; got (70, " in one
-    assert other == f"{second} must hold numbers of shape (80, frames); got float64 (1, 2, 3); create it again"
+    assert f"{first} must have shape (80, frames) like the other files; got (70, " in one
+    assert other == f"{second} must have numbers of shape (80, frames); got float64 (1, 2, 3); create it again"
 
 
 def test_a_damaged_transcript_is_named(corpus, folder):

@@ -98,7 +98,7 @@ def checked(text, *, normalise=False, needed=True, transcript=None):
         ("Day 4", {"normalise": True}, "x.wav: transcript 'Day 4' contains digits", "DAY"),
         ("Day 4", {"normalise": True, "needed": False}, "", "DAY 4"),
         ("Day 4", {"needed": False}, "", "Day 4"),
-        ("HH AH0", {}, "x.wav: transcript 'HH AH0' holds phonemes", "HH AH0"),
+        ("HH AH0", {}, "x.wav: transcript 'HH AH0' contains phonemes", "HH AH0"),
         (None, {}, "x.wav has no transcript; add it or remove the recording", None),
         (None, {"normalise": True}, "x.wav has no transcript", None),
         (None, {"needed": False}, "", None),
@@ -140,7 +140,7 @@ def test_deltas_are_appended_after_normalisation(archive):
 
 
 def test_a_wrong_frame_size_names_the_setting(archive):
-    with pytest.raises(InputError, match="has 28 features per frame, the settings say 80; give --features.size 28"):
+    with pytest.raises(InputError, match="has 28 features per frame, but the settings say 80; give --features.size 28"):
         load(archive, "dev", size=80, on_bad="skip")
 
 
@@ -292,7 +292,7 @@ def test_a_dataset_can_be_sent_to_a_worker(archive):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a" * 50, "has characters outside"), ("1" * 50, "contains digits"), ("AA0 " * 20, "holds phonemes")],
+    [("a" * 50, "has characters outside"), ("1" * 50, "contains digits"), ("AA0 " * 20, "contains phonemes")],
 )
 def test_errors_quote_the_first_forty_characters_of_a_transcript(tmp_path, text, said):
     (tmp_path / "m.tsv").write_text(f"path\ttext\nx.wav\t{text}\n")

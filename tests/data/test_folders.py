@@ -127,8 +127,8 @@ def test_lines_are_read_in_every_encoding(tmp_path, monkeypatch, data, lines, bl
 @pytest.mark.parametrize(
     ("data", "said"),
     [(b"{}\n{}\n\xff\n", "line 3 is not UTF-8"), (b"{}\n" * 9 + b"\xe9", "line 10 is not UTF-8"),
-     (b"{}\n{}\0\n", "line 2 holds a NUL"), (b"{}\n{}\n\0", "line 3 holds a NUL"),
-     ("ab".encode("utf-16-le"), "line 1 holds a NUL"),
+     (b"{}\n{}\0\n", "line 2 contains a NUL"), (b"{}\n{}\n\0", "line 3 holds a NUL"),
+     ("ab".encode("utf-16-le"), "line 1 contains a NUL"),
      (b"\xff\xfea", "line 1 is not UTF-8")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["x.txt", "m.tsv", "m.jsonl", "m.csv", "1.trans.txt"])

@@ -211,7 +211,7 @@ def test_the_headers_of_eight_files_per_split_are_read(tmp_path):
     save(tmp_path / "dev" / "mfcc" / "8.npy", np.ones((20, 28)))
     assert open_corpus(tmp_path).feature_size == 28
     save(tmp_path / "dev" / "mfcc" / "7.npy", np.ones(3))
-    with pytest.raises(InputError, match="0.npy and its neighbours are not two-dimensional .npy arrays"):
+    with pytest.raises(InputError, match="0.npy and the files next to it are not two-dimensional .npy arrays"):
         open_corpus(tmp_path)
 
 
@@ -231,9 +231,9 @@ def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
         (OSError("Too few bytes"), "it is truncated or damaged (Too few bytes); copy it again"),
         (
             ValueError(" Object  arrays cannot be loaded"),
-            "it holds pickled objects or is not a .npy file; save it as a ",
+            "it contains pickled objects or is not a .npy file; save it as a ",
         ),
-        (ValueError("allow_PICKLE=False"), "it holds pickled objects or is not a .npy file; save it as a plain "),
+        (ValueError("allow_PICKLE=False"), "it contains pickled objects or is not a .npy file; save it as a plain "),
         (EOFError(), "it is truncated or damaged (EOFError); copy it again"),
         (ValueError("cut\noff"), "it is truncated or damaged (cut off); copy it again"),
     ],
@@ -304,12 +304,12 @@ def test_a_phoneme_that_is_a_word_may_be_alone(tmp_path, word):
 )
 def test_phonemes_are_refused_with_the_reason(tmp_path, symbols):
     for array in (np.array(symbols.split()), np.array(symbols.encode().split()), np.array(symbols)):
-        with pytest.raises(InputError, match=r"t\.npy holds phonemes .*, not letters; give"):
+        with pytest.raises(InputError, match=r"t\.npy contains phonemes .*, not letters; give"):
             read_transcript(save(tmp_path / "t.npy", array))
 
 
 def test_the_error_quotes_some_phonemes(tmp_path):
-    with pytest.raises(InputError, match=rf"holds phonemes \({'AA ' * 10}\), not letters"):
+    with pytest.raises(InputError, match=rf"contains phonemes \({'AA ' * 10}\), not letters"):
         read_transcript(save(tmp_path / "t.npy", np.array(["AA "] * 20)))
 
 
@@ -319,7 +319,7 @@ def test_phonemes_in_a_manifest_are_refused_with_the_reason(tmp_path):
     rows[1] = "\t".join([*rows[1].split("\t")[:-1], "HH AH0 L OW1"])
     manifest.write_text("\n".join(rows))
     for normalise_text in (False, True):
-        with pytest.raises(InputError, match=r"train-0\.wav: .* holds phonemes, not letters"):
+        with pytest.raises(InputError, match=r"train-0\.wav: .* contains phonemes, not letters"):
             load(open_corpus(manifest), "train", features=FeatureConfig(), normalise_text=normalise_text)
 
 
@@ -376,7 +376,7 @@ def test_twenty_files_are_checked_for_an_older_archive(tmp_path):
     for i in range(19):
         (tmp_path / f"{i:02}.npy").touch()
     np.save(tmp_path / "train.npy", np.array([None]), allow_pickle=True)
-    with pytest.raises(InputError, match="holds train.npy, arrays of Python objects"):
+    with pytest.raises(InputError, match="has train.npy, arrays of Python objects"):
         open_corpus(tmp_path)
     (tmp_path / "19.npy").touch()
     with pytest.raises(InputError, match="no known layout"):

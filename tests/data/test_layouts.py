@@ -115,8 +115,8 @@ def test_times_of_a_line_select_its_part(tmp_path, long, part, start, seconds):
     [
         ({"offset": 4.0, "duration": 0.5}, r"lasts 3\.00 s; a part of it from 4 to 4\.5 s"),
         ({"offset": 2.0, "duration": 2.0}, r"lasts 3\.00 s; a part of it from 2 to 4 s"),
-        ({"duration": 1.5}, r"holds 3\.00 s, the manifest says 1\.50 s; .*'offset'"),
-        ({"num_samples": 24000}, r"holds 3\.00 s, the manifest says 1\.50 s"),
+        ({"duration": 1.5}, r"lasts 3\.00 s, but the manifest says 1\.50 s; .*'offset'"),
+        ({"num_samples": 24000}, r"lasts 3\.00 s, but the manifest says 1\.50 s"),
     ],
 )
 def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, long, part, said):
@@ -130,12 +130,12 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"offset": -1, "duration": 2}, "line 1: offset must be a number; got -1"),
-        ({"offset": "inf"}, "line 1: offset must be a number; got 'inf'"),
-        ({"offset": "soon"}, "line 1: offset must be a number; got 'soon'"),
-        ({"offset": True}, "line 1: offset must be a number; got True"),
-        ({"offset": [1]}, r"line 1: offset must be a number; got \[1\]"),
-        ({"offset": 10**400}, "line 1: offset must be a number; got 1000"),
+        ({"offset": -1, "duration": 2}, "line 1: offset must be a number of 0 or more; got -1"),
+        ({"offset": "inf"}, "line 1: offset must be a number of 0 or more; got 'inf'"),
+        ({"offset": "soon"}, "line 1: offset must be a number of 0 or more; got 'soon'"),
+        ({"offset": True}, "line 1: offset must be a number of 0 or more; got True"),
+        ({"offset": [1]}, r"line 1: offset must be a number of 0 or more; got \[1\]"),
+        ({"offset": 10**400}, "line 1: offset must be a number of 0 or more; got 1000"),
         ({"id": 1.5}, "line 1: id must be text; got 1.5"),
         ({"id": True}, "line 1: id must be text; got True"),
         ({"start": 0, "end": 2, "duration": 1.85}, "line 1: start to end is 2 s, but the duration is 1.85 s"),
@@ -144,7 +144,7 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"start": 2, "end": 1}, "line 1: the part lasts -1 seconds"),
         ({"start": 0, "duration": 0}, "line 1: the part lasts 0 seconds"),
         ({"start": 0, "end": 2, "duration": 1}, "line 1: start to end is 2 s, but the duration is 1 s"),
-        ({"channel": 1}, "column 'channel' names channels \\(1\\).*a file of its own"),
+        ({"channel": 1}, "column 'channel' names channels \\(1\\).*a separate file"),
         ({"stop": 16000}, "column 'stop' \\(16000\\) is unknown"),
         ({"end_frame": 5}, "column 'end_frame' \\(5\\) is unknown"),
         ({"begin_sample": 5}, "column 'begin_sample' \\(5\\) is unknown"),
@@ -727,15 +727,15 @@ def test_unusable_lines_of_a_kaldi_folder_are_reported_or_skipped(tmp_path, name
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
-        ("segments", "train0-0 train0 0.5", "must hold an id, a recording, and start and end"),
-        ("segments", "train0-0 train0 0.5 0.2", "must hold an id"),
-        ("segments", "train0-0 train0 inf -1", "must hold an id"),
-        ("segments", "train0-0 train0 0.5 inf", "must hold an id"),
-        ("segments", "train0-0 train0 -0.5 0.5", "must hold an id"),
-        ("segments", "train0-0 train0 0.5 0.5", "must hold an id"),
-        ("segments", "train0-0 train0 0.5 -2", "must hold an id"),
-        ("segments", "train0-0", "must hold an id"),
-        ("segments", "train0-0 train0 0.5 0.9 A", "must hold an id"),
+        ("segments", "train0-0 train0 0.5", "must have an id, a recording, and start and end"),
+        ("segments", "train0-0 train0 0.5 0.2", "must have an id"),
+        ("segments", "train0-0 train0 inf -1", "must have an id"),
+        ("segments", "train0-0 train0 0.5 inf", "must have an id"),
+        ("segments", "train0-0 train0 -0.5 0.5", "must have an id"),
+        ("segments", "train0-0 train0 0.5 0.5", "must have an id"),
+        ("segments", "train0-0 train0 0.5 -2", "must have an id"),
+        ("segments", "train0-0", "must have an id"),
+        ("segments", "train0-0 train0 0.5 0.9 A", "must have an id"),
         ("text", "train0-1 HELLO", "line 2 repeats the id train0-1"),
     ],
 )

@@ -67,7 +67,7 @@ PACKED = {
     "text.tar": (b"text".ljust(257, b"\0") + b"ustar" + bytes(250), "a tar archive"),
     "book.pdf": (b"%PDF-1.7\nHELLO\n", "a PDF document"),
     "book.rtf": (b"{\\rtf1 HELLO}\n", "an RTF document"),
-    "lm.bin": (b"mmap lm http://kheafield.com/code format version 5\n\0", "a language model of KenLM"),
+    "lm.bin": (b"mmap lm http://kheafield.com/code format version 5\n\0", "a KenLM language model"),
 }
 
 

@@ -148,7 +148,7 @@ def test_a_manifest_may_name_feature_files(tmp_path):
         ("m.jsonl", '{"path": 3}\n', "path must be text"),
         ("m.jsonl", '{"path": "a\\u0000.wav"}\n', "line 1: path contains NUL"),
         ("m.jsonl", '{"path": "x.wav", "id": "\\ud800"}\n', "line 1: id contains NUL"),
-        ("m.tsv", "id\tpath\tseconds\nx\tx.wav\tlong\n", "line 2: seconds must be a number; got 'long'"),
+        ("m.tsv", "id\tpath\tseconds\nx\tx.wav\tlong\n", "line 2: seconds must be a number of 0 or more; got 'long'"),
     ],
 )
 def test_a_mistake_in_a_manifest_is_named(tmp_path, name, text, reason):
@@ -184,7 +184,7 @@ def test_a_recording_shorter_than_its_manifest_says_is_bad(tmp_path):
     dataset = load(open_corpus(manifest), "train")
     assert dataset.seconds.tolist() == pytest.approx([4.95, 6.0]) and dataset.spans == [(0.0, np.inf)] * 2
     manifest.write_text("\n".join(["path\tseconds\ttranscript", "short.flac\t5.00\tHI", *rows]))
-    with pytest.raises(InputError, match=r"short.flac holds 1\.96 s, the manifest says 5\.00 s"):
+    with pytest.raises(InputError, match=r"short.flac lasts 1\.96 s, but the manifest says 5\.00 s"):
         load(open_corpus(manifest), "train")
     assert load(open_corpus(manifest), "train", on_bad="skip").ids == ["near", "longer"]
 

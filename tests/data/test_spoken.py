@@ -226,13 +226,13 @@ def test_what_espeak_cannot_do_is_an_input_error(library, tmp_path):
     with pytest.raises(InputError, match=r"lacks the eSpeak NG voice xx\+m1"):
         synthesiser.speak("TEN", "xx+m1", **how)
     library.unknown_voice, library.chunks = 0, ()
-    with pytest.raises(InputError, match="gave no sound for 'TEN' in voice en"):
+    with pytest.raises(InputError, match="produced no sound for 'TEN' in voice en"):
         synthesiser.speak("TEN", "en+m1", **how)
     for library.rate in (0, -1):
         with pytest.raises(InputError, match="cannot use the data there"):
             espeak.Synthesiser()
     (tmp_path / "phontab").unlink()
-    with pytest.raises(InputError, match="holds no eSpeak NG data"):
+    with pytest.raises(InputError, match="has no eSpeak NG data"):
         espeak.Synthesiser()
 
 

@@ -1,8 +1,8 @@
 """Find the audio streams of a file by parsing its container, before anything is decoded.
 
-libsndfile reads the first stream of a file and trusts its header. Real files may have several streams (chained Ogg, joined
-mp3 or FLAC), a header written before the length was known, or a missing end. `find_streams` returns the bytes to decode
-for each stream, with a corrected header if needed, and the expected length.
+libsndfile reads the first stream of a file and trusts its header. Real files may have several streams (chained Ogg,
+joined mp3 or FLAC), a header written before the length was known, or a missing end. `find_streams` returns the bytes to
+decode for each stream, with a corrected header if needed, and the expected length.
 
 Each format family has a module with a walk_FORMAT function, which adds the streams of the container at a position to a
 Layout and returns the end of the container.
