@@ -50,9 +50,9 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
     """Write weights and everything needed to use them to one safetensors file, atomically.
 
     Args:
-        weights: a state_dict.
+        weights:    a state_dict.
         statistics: feature mean and standard deviation for normalisation "global", else None.
-        info: JSON values to keep, such as the epoch and dev scores.
+        info:       JSON values to store, such as the epoch and dev scores.
 
     Raises:
         InputError: the file cannot be written.
@@ -65,12 +65,12 @@ def save_model(path: str | Path, weights: dict, config: Config, statistics: Stat
 
 
 def released_models() -> list[str]:
-    """Return the names of the checkpoints in the package, without language models (NAME.lm.safetensors)."""
+    """Return the names of the checkpoints in the package, language models (NAME.lm.safetensors) excluded."""
     return sorted(p.stem for p in RELEASED.glob("*.safetensors") if not p.name.endswith(".lm.safetensors"))
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Return the checkpoint file for a --checkpoint value: a file, a run folder (its best), or a released model.
+    """Return the file of a checkpoint, given as a file, a run folder (its best checkpoint), or a released model.
 
     Raises:
         InputError: there is no such checkpoint.
@@ -124,11 +124,11 @@ def _info(text: str, path: Path) -> dict:
         info = json.loads(text)
         if isinstance(info, dict):
             return info
-    raise InputError(f"{path} is damaged: its record of the training is not JSON; train again or copy it again")
+    raise InputError(f"{path} is damaged: its training information is not JSON; train again or copy it again")
 
 
 def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
-    """Copy a state_dict into the model; raise InputError naming the first tensor that does not fit."""
+    """Copy a state_dict into the model; raise InputError that names the first tensor that does not fit."""
     expected = model.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         shapes = [tuple(x[name].shape) if name in x else "none" for x in (expected, weights)]
@@ -158,7 +158,7 @@ def load_state(path: str | Path) -> dict:
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
         reason = " ".join(str(error).split())[:80] or "it is cut off"
         if isinstance(error, UnpicklingError):  # torch's message suggests loading it unsafely
-            reason = "it is another kind of file, or holds more than numbers and text"
+            reason = "it is another kind of file, or contains more than numbers and text"
         raise InputError(f"{path} is damaged ({reason}); start again without --resume into a new folder") from None
     if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
         raise InputError(f"{path} was not written by this version of las_fast; start again into a new folder")

@@ -25,7 +25,7 @@ COMMANDS = {
     "tune": ("las_fast.tune", "find the best search settings on a development split"),
     "export": ("las_fast.export", "write a trained model and its decoding settings to one small file"),
     "ops": ("las_fast.ops.__main__", "list the fast paths that work on this machine, and why others do not"),
-    "demo": ("las_fast.demo", "speak a corpus, train on it, decode it and write a report"),
+    "demo": ("las_fast.demo", "synthesise a corpus, train on it, decode it and write a report"),
 }
 
 
@@ -57,7 +57,7 @@ def _status(main: Callable[..., Any], argv: list[str] | None) -> int:
             return status
         raise
     except KeyboardInterrupt as stop:
-        for s in STOP_SIGNALS:  # a second signal must not disturb the exit
+        for s in STOP_SIGNALS:  # a second signal must not interrupt the exit
             signal.signal(s, signal.SIG_IGN)
         signum = getattr(stop, "signum", signal.SIGINT)
         print_error("interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}")
@@ -89,7 +89,7 @@ def _flush() -> int:
 
 
 def prepare_streams() -> None:
-    """Make print succeed in any encoding, and if the caller has closed the standard streams.
+    """Make print succeed in any encoding, and even if the caller has closed the standard streams.
 
     Characters that the encoding lacks, and bytes of names that are not UTF-8, are written as JSON escapes, so that
     printed JSON stays valid.
@@ -98,7 +98,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes this number, or the next opened file would
+            os.open(os.devnull, os.O_RDWR)  # occupies this number, which the next opened file would get otherwise
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it stays open)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -123,7 +123,7 @@ def stop_signals() -> Iterator[None]:
 
     def stop(signum: int, frame: Any) -> None:
         for s in caught:
-            signal.signal(s, signal.SIG_IGN)  # a second signal must not end the cleanup
+            signal.signal(s, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
         raise Stopped(signum)
 
     caught = {s: signal.getsignal(s) for s in STOP_SIGNALS if s != signal.SIGINT}

@@ -23,7 +23,7 @@ from las_fast.plain_yaml import got
 from las_fast.text import CHARACTERS, Vocabulary
 
 PRESETS = Path(__file__).parent / "configs"
-MAX_NUMBER = 10**9  # upper bound of a number whose field sets none
+MAX_NUMBER = 10**9  # upper bound of numbers whose field does not set one
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Bounds:
     below: float = math.inf
 
     def violated(self, value: int | float) -> str:
-        """The bound that value breaks, such as "at least 1", or ""."""
+        """Return the bound that a value violates, such as "at least 1", or ""."""
         if isinstance(value, float) and not math.isfinite(value):
             return "a finite number"
         if value <= self.above:
@@ -49,7 +49,7 @@ class Bounds:
 
 
 def number(default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field for a number, or a tuple of numbers, within Bounds(**bounds)."""
+    """Return a field for a number, or a tuple of numbers, within Bounds(**bounds)."""
     return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
@@ -65,9 +65,9 @@ class FeatureConfig:
     sample_rate: int = number(16000, at_least=1, at_most=768_000)  # Hz; audio at another rate is resampled
     window_ms: float = number(25.0, above=0, at_most=1000)  # length of the analysis window, milliseconds
     shift_ms: float = number(10.0, above=0, at_most=1000)  # time from one frame to the next, milliseconds
-    # statistics that features are normalised by: the utterance's, the training set's, or none
+    # normalise features with statistics of the utterance or of the training set (global), or not at all
     normalisation: Literal["utterance", "global", "none"] = "utterance"
-    # of recordings: remove long silence, and bring the silence that stays to one level
+    # for recordings: remove long silence, and give the rest of the silence one level
     trim_silence: bool = True
     deltas: int = 0  # orders of time derivatives to append: 0, 1 (speed) or 2 (speed and acceleration)
 
@@ -81,32 +81,32 @@ class FeatureConfig:
 class DataConfig:
     """Choice of utterances, and batches."""
 
-    train: tuple[str, ...] = ()  # names of the training splits; empty: all that the data has
-    dev: str = ""  # name of the development split; empty: that of the data
+    train: tuple[str, ...] = ()  # names of the training splits; empty: all training splits of the data
+    dev: str = ""  # name of the development split; empty: the one of the data
     characters: str = CHARACTERS  # the vocabulary, besides <eos>
     normalise_text: bool = False  # map transcripts onto the vocabulary instead of refusing other characters
     on_bad: Literal["error", "skip"] = "error"  # stop at an unusable utterance, or leave it out
-    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # feature frames at most, padding included
-    utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # utterances at most
+    frames_per_batch: int = number(20000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
+    utterances_per_batch: int = number(64, at_least=1, at_most=10_000)  # maximum utterances
     max_seconds: float = 0.0  # leave out longer training utterances, seconds; 0: no limit
-    # hours of training data to draw, once for all epochs; a larger value includes a smaller one; 0: all
+    # hours of training data, drawn once for all epochs; more hours include the utterances of fewer; 0: all
     hours: float = 0.0
-    # epochs at the start with short utterances only: attention forms on them sooner; 0: none
+    # epochs at the start on short utterances only, where attention forms sooner; 0: none
     short_epochs: int = 0
     short_seconds: float = 4.0  # longest utterance in those epochs, seconds
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
     workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
 
     def without_limits(self) -> DataConfig:
-        """The settings without max_seconds and hours, which must not leave out data to be scored."""
+        """Return the settings without max_seconds and hours, which must not leave out data that is scored."""
         return dataclasses.replace(self, max_seconds=0.0, hours=0.0)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al. 2019), speed and joins, on features, in training only."""
+    """SpecAugment (Park et al. 2019), speed changes and joins of features, in training only."""
 
-    # epochs before masks and joins start: attention forms sooner on whole utterances
+    # epochs before masks and joins start: attention forms sooner without them
     start_epoch: float = 0.0
     time_masks: int = number(2, at_most=1000)  # masks per utterance over spans of time
     time_width: int = 40  # widest time mask, feature frames
@@ -167,7 +167,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherForcingStage:
-    """From epoch `start` to `end`, the share of true previous tokens goes linearly from `first` to `last`."""
+    """From epoch `start` to `end`, the share of true previous tokens changes linearly from `first` to `last`."""
 
     start: float  # epoch
     end: float  # epoch
@@ -181,15 +181,15 @@ class TrainingConfig:
     learning_rate: float = number(1e-3, above=0, at_most=100)  # peak, of AdamW
     weight_decay: float = 1e-2  # of AdamW; biases, gains and the embedding have none
     warmup_steps: int = 200  # steps of linear warm-up to the peak learning rate
-    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # course of the learning rate after warm-up
-    # lowest learning rate of cosine and plateau, as a share of the peak
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # learning rate after warm-up
+    # minimum learning rate of cosine and plateau, as a share of the peak
     final_share: float = number(0.02, at_most=1)
     # epochs after which the cosine starts again, warm-up included (warm restarts)
     restarts: tuple[int, ...] = number((), at_least=1)
-    plateau_patience: int = 4  # validations without a better dev CER before the learning rate is lowered
+    plateau_patience: int = 4  # validations without a better dev CER after which the learning rate is lowered
     plateau_factor: float = number(0.5, above=0, at_most=1)  # factor on the learning rate at each lowering
-    clip_norm: float = number(5.0, above=0)  # largest norm of the gradient
-    label_smoothing: float = number(0.1, below=1)  # share of probability spread over all tokens
+    clip_norm: float = number(5.0, above=0)  # maximum norm of the gradient
+    label_smoothing: float = number(0.1, below=1)  # share of the target probability spread over all tokens
     ctc_weight: float = number(0.0, at_most=1e6)  # weight of the CTC loss; needs model.ctc_layer
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
     # initial weight of the guided attention loss, a prior along the diagonal or along CTC's alignment
@@ -208,13 +208,13 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # CPU threads per op; 0: all cores. Tiny models gain nothing from more than one
     threads: int = number(0, at_most=1024)
-    # decay per step of the averaged weights, which are validated and saved; 0: no average
+    # decay per step of the moving average of the weights, which is validated and saved; 0: no average
     ema_decay: float = number(0.999, below=1)
     seed: int = number(1, at_most=10**12)  # of weights, batches, dropout and augmentation
     validate_every: float = number(1.0, above=0)  # epochs between validations
     checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
-    monitor_epoch: float = 10.0  # epoch by which the attention should have formed; then the monitor advises
+    monitor_epoch: float = 10.0  # epoch after which the monitor gives advice if the attention has not formed
     wandb: bool = False  # log to Weights & Biases too
 
 
@@ -222,21 +222,21 @@ class TrainingConfig:
 class DecodingConfig:
     beam: int = number(8, at_least=1, at_most=1000)  # hypotheses kept at each step; 1: greedy
     length_penalty: float = number(1.0, at_most=100)  # hypotheses are ranked by score / length ** length_penalty
-    # allow <eos> only if its log-probability exceeds this times that of the best other token; 0: always
+    # allow <eos> only if its log-probability exceeds this factor times that of the best other; 0: always
     eos_threshold: float = 0.0
-    minimum_share: float = 0.0  # fewest tokens per feature frame
-    # most tokens per feature frame; fast speech has 25 characters per second
+    minimum_share: float = 0.0  # minimum tokens per feature frame
+    # maximum tokens per feature frame; fast speech has 25 characters per second
     maximum_share: float = number(0.3, at_most=1000)
     maximum_extra: int = number(10, at_most=1_000_000)  # tokens allowed beyond maximum_share
-    # weight of coverage: mean over frames of log(min(1, attention summed over tokens)); 0: none, 0.1 is much
+    # weight of coverage: mean over frames of log(min(1, attention summed over tokens)); 0.1 is a large value
     coverage_weight: float = 0.0
-    # share of the CTC head's prefix scores, up to 1; the speller's scores have the rest. 0 needs no head
+    # share of the CTC prefix scores in the score, up to 1; the rest is the speller's. 0 needs no CTC head
     ctc_weight: float = number(0.0, at_most=1)
-    ngram_weight: float = 0.0  # weight of the n-gram model's log-probabilities, if the search has one
-    # added to the score per character, natural log units; balances an n-gram model
+    ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
+    # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
-    frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # feature frames at most, padding included
-    # matmuls of decoding on a CPU; int8: in the speller, with bf16 in the listener; auto: fp32
+    frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
+    # dtype of matmuls on a CPU; int8 is for the speller and implies bf16 for the listener; auto: fp32
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
 
@@ -251,7 +251,7 @@ class Config:
 
 
 def presets() -> list[str]:
-    """Names of the presets."""
+    """Return the names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -292,7 +292,7 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str, where: str) -> Config:
-    """Parse what to_yaml wrote; `where` names the text in errors."""
+    """Parse YAML written by to_yaml; `where` is its name in errors."""
     return check(from_tree(Config, plain_yaml.load(text, where), where))
 
 
@@ -300,9 +300,9 @@ def from_tree(kind: Any, tree: Any, where: str) -> Any:
     """Build a value of type `kind` from plain data.
 
     Args:
-        kind: a dataclass, tuple, Literal or scalar type.
-        tree: plain data as to_tree gives it, or Plain texts (unquoted scalars of a file).
-        where: names the data in errors.
+        kind:  a dataclass, tuple, Literal or scalar type.
+        tree:  plain data as to_tree returns it, or Plain texts (unquoted scalars of a file).
+        where: name of the data in errors.
 
     Raises:
         InputError: a key is unknown, or a value has the wrong type.
@@ -370,7 +370,7 @@ NEEDS_CTC_HEAD = "needs a model with a CTC head: model.ctc_layer of 0 or more"
 
 
 def check(config: Config) -> Config:
-    """Return config if every value is within its bounds and they agree; else raise InputError naming the field."""
+    """Return config if its values are within bounds and consistent; else raise InputError that names the field."""
     Vocabulary(config.data.characters)
     for name, value, bounds in _numbers(config):
         if bound := bounds.violated(value):
@@ -407,7 +407,7 @@ def check(config: Config) -> Config:
 
 
 def check_decoding(config: Config, decoding: DecodingConfig) -> DecodingConfig:
-    """Return the search settings if they agree with a checkpoint's config; else raise InputError naming the field."""
+    """Return search settings if they fit a checkpoint's config; else raise InputError that names the field."""
     return check(dataclasses.replace(config, decoding=decoding)).decoding
 
 

@@ -6,7 +6,7 @@
     OUT/result.json      utterances, ld, cer, wer, seconds, audio_seconds, rtfx (seconds: decoding time)
     OUT/report.html      curves, attention, best and worst utterances
 
-Run again with the same settings, it keeps what is complete and resumes an interrupted training.
+A second run with the same settings keeps complete results and resumes an interrupted training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from las_fast.cli import run
 from las_fast.config import Config, check, load_config, to_tree
 from las_fast.data import spoken
 from las_fast.errors import InputError
-from las_fast.options import Parser, as_path, change, check_names, field_names
+from las_fast.options import Parser, as_path, check_names, field_names, override
 
 PRESET = "tiny"
 EXAMPLES = 5  # utterances printed at the end
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the demo's own options and the words that it passes on to the training."""
+    """Return the options of the demo, and the arguments that it passes on to the training."""
     parser = Parser(
         prog="python -m las_fast.demo",
         description="Speak a corpus, train on it, decode its test split, score it and write a report.",
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)
-    config = change(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is spoken
+    config = override(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is spoken
     check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def stage(number: int, name: str) -> Iterator[None]:
-    """Print the name of a stage, and its duration at the end."""
+    """Print the name of a stage; at its end, print how long it took."""
     print(f"\n[{number}/4] {name}")
     started = time.perf_counter()
     yield
@@ -100,7 +100,7 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
     before = read_json(stamp)
     if before is None and folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds files that this demo did not make; give --out another folder")
+        raise InputError(f"{folder} contains files that this demo did not make; give --out another folder")
     same = before is not None and before["settings"] == json.loads(json.dumps(wanted)) and (folder / LAST).is_file()
     if before is not None and same and before["complete"] and not fresh:
         print(f"{folder} was trained with the same settings and is kept; --fresh trains again")
@@ -119,7 +119,7 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
 
 
 def decode(out: Path, archive: Path, beam: int) -> dict:
-    """Decode the test split into out/submission.csv; return the JSON in the last line of the decoder's output."""
+    """Decode the test split into out/submission.csv; return the JSON that las_fast.decode prints last."""
     from las_fast import decode as decoding
 
     tee = Tee(sys.stdout)
@@ -130,7 +130,7 @@ def decode(out: Path, archive: Path, beam: int) -> dict:
 
 
 class Tee(io.StringIO):
-    """Keep what is written, and pass it on."""
+    """A stream that stores what is written, and passes it on."""
 
     def __init__(self, through):
         super().__init__()
@@ -145,7 +145,7 @@ class Tee(io.StringIO):
 
 
 def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]]]:
-    """Score the submission, write result.json and report.html; return the result and read_submission's rows."""
+    """Score the submission, write result.json and report.html; return the result and the rows of the submission."""
     from dataclasses import asdict
 
     from las_fast.output.metrics import score
@@ -161,10 +161,10 @@ def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]
 
 
 def read_submission(path: Path, truth: dict[str, tuple[str, float]]) -> list[tuple[str, str, str]]:
-    """Read (file name, reference, hypothesis) of each row; rows are in order of file names.
+    """Read (file name, reference, hypothesis) for each row; rows are in the order of file names.
 
     Raises:
-        InputError: the rows are not those of the test utterances.
+        InputError: the rows do not match the test utterances.
     """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
@@ -185,7 +185,7 @@ def show(out: Path, result: dict, rows: list[tuple[str, str, str]]) -> None:
     )
     step = max(1, len(rows) // EXAMPLES)
     for name, reference, hypothesis in rows[::step][:EXAMPLES]:
-        print(f"{name}  said   {reference}\n{'':{len(name)}}  heard  {hypothesis}")
+        print(f"{name}  reference   {reference}\n{'':{len(name)}}  hypothesis  {hypothesis}")
     print()
     for label, name in (("report", "report.html"), ("scores", "result.json"), ("submission", "submission.csv"),
                        ("training", "run"), ("corpus", "data")):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Errors for the user rather than the programmer: bad input, and failures outside the program."""
+"""Errors that the user can fix, as opposed to bugs: bad input, and failures outside the program."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import signal
 import sys
 import traceback
 
-JSON_ESCAPES = "las_fast.json"  # encoding error handler: writes \u00e9, which JSON reads, for what cannot be encoded
-MAX_MESSAGE = 120  # characters quoted of another library's message
+JSON_ESCAPES = "las_fast.json"  # encoding error handler: characters that cannot be encoded become JSON escapes, \u00e9
+MAX_MESSAGE = 120  # characters of another library's message that are quoted
 
 
 class InputError(Exception):
@@ -34,7 +34,7 @@ def show(text: str | bytes | os.PathLike) -> str:
     Bytes of names that are not UTF-8 become \xe0; control characters become \n or \x1b.
     """
     text = os.fsdecode(text)
-    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that stands for no byte is escaped below
+    with contextlib.suppress(UnicodeEncodeError):  # a surrogate that does not encode a byte is escaped below
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -67,14 +67,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-# Errors of the standard library that are not OSErrors: type, phrase in the message, our sentence.
+# Errors of the standard library that are not OSErrors: type, phrase in its message, message that we print.
 PHRASES = (
     (RuntimeError, "home directory", "no home folder is known; set HOME, or write paths without ~"),
     (RuntimeError, "can't start new thread", "the system allows no more threads; raise ulimit -u"),
     (ValueError, "embedded null", "a path contains a NUL character; correct the settings or the manifest"),
 )
 
-# Sentences by errno; "{}" is the file name if known, else "input or output".
+# errno -> message; "{}" is the file name if known, else "input or output".
 ADVICE = {
     errno.ENOSPC: "no space is left on the disk ({}); free some",
     errno.EDQUOT: "the disk quota is used up ({}); free some space or write to another disk",
@@ -92,9 +92,9 @@ ADVICE = {
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Return one sentence for an error caused outside the program; None for a bug of the program.
+    """Return one sentence for an error caused outside the program; None for a bug in the program.
 
-    This is the last resort: code that knows more (which option, which file) raises InputError.
+    This is the fallback: code that knows the option or the file raises InputError.
     """
     if isinstance(error, InputError):
         return str(error)

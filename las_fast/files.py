@@ -1,4 +1,4 @@
-"""Reading paths and writing files: output paths are checked before the work starts, files are written atomically."""
+"""Paths and files: output paths are checked before the work starts, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEST, AVERAGED, LAST = "best.safetensors", "averaged.safetensors", "last.pt"  # 
 NAME_MAX = 255  # bytes of a file name on most file systems
 FIRST_LINE_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file
-KNOWN_SUFFIXES = {  # a file of another kind must not have one of these
+KNOWN_SUFFIXES = {  # an output of another kind must not have one of these
     *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".srt", ".vtt", ".html", ".md", ".yaml", ".yml", ".pdf"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".mp4", ".aiff", ".au", ".w64", ".webm"),
     *(".safetensors", ".pt", ".pth", ".npy", ".npz", ".arpa", ".zip", ".gz", ".tar", ".png", ".jpg", ".py"),
@@ -41,7 +41,7 @@ def expand(path: str | Path) -> Path:
 
 
 def nearest_path_hint(path: Path) -> str:
-    """Return a hint for an error about a missing path, such as "; the nearest is DIR/NAME", or "" without one."""
+    """Return a hint for an error about a missing path, such as "; the nearest is DIR/NAME", or ""."""
     path = Path(os.path.abspath(path))
     existing = next((p for p in path.parents if os.path.isdir(p)), None)
     if existing is None or existing == Path(existing.anchor):
@@ -108,7 +108,7 @@ def make_folder(path: Path, option: str) -> None:
     except OSError as error:
         file = next((p for p in (path, *path.parents) if os.path.isfile(p)), None)
         reason = f"{file} is a file" if file else error.strerror
-        raise InputError(f"{option}: the folder {path} cannot be made ({reason}); choose another") from None
+        raise InputError(f"{option}: the folder {path} cannot be created ({reason}); choose another") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{option}: the folder {path} is not writable; choose another")
 
@@ -130,8 +130,7 @@ def prepare_output_file(
         what:        kind of output, for errors: "a submission in CSV".
         suffixes:    suitable suffixes in lower case, the usual one first. Other KNOWN_SUFFIXES are refused.
         inputs:      files that the command reads; they are never overwritten.
-        may_replace: whether an existing, non-empty file was written by an earlier run; by default any file may be
-                     replaced.
+        may_replace: returns whether an existing, non-empty file may be replaced; by default any file may.
 
     Raises:
         InputError: the file cannot or must not be written.
@@ -185,8 +184,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         _remove(temporary)
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path} could not be written ({_reason(error, path.parent)}") from None
-    except BaseException:  # an interrupt leaves nothing half-written either
+        reason, advice = _explain_failure(error, path.parent)
+        raise InputError(f"{path} could not be written ({reason}); {advice}") from None
+    except BaseException:  # an interrupt must not leave a half-written file either
         _remove(temporary)
         raise
 
@@ -194,8 +194,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_text_atomically(path: str | Path, text: str) -> None:
     r"""Write text to path in UTF-8 as write_atomically does; newlines are not translated.
 
-    Lone surrogates, with which Python keeps the bytes of names that are not UTF-8, are written as \udce0. JSON reads
-    this escape as the same name.
+    Python decodes bytes of names that are not UTF-8 to lone surrogates, which are written as \udce0. A JSON reader
+    restores the same name from this escape.
     """
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", JSON_ESCAPES)))
 
@@ -220,7 +220,7 @@ def write_tensors(path: str | Path, save_file: Callable[[str], None], save: Call
 def _temporary(path: Path) -> Path:
     """Return a hidden name in the same folder, of at most NAME_MAX bytes.
 
-    The name depends on path only, so that the next run overwrites what a killed process left.
+    The name depends only on path, so that the next run overwrites the file that a killed process left.
     """
     name = f".{path.name}.partial"
     if len(os.fsencode(name)) > NAME_MAX:
@@ -243,14 +243,14 @@ def _mode(path: Path) -> int:
     return 0o666 & ~umask
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """Return why a file could not be written into folder, a closing parenthesis, and what to do."""
+def _explain_failure(error: Exception, folder: Path) -> tuple[str, str]:
+    """Return why a file could not be written into `folder`, and what to do."""
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, None):
-        return f"{error.strerror}); choose another name or folder"
-    # torch.save and safetensors report a full disk as errors of their own that do not say so.
-    reason = getattr(error, "strerror", None) or "the file system took no more"
+        return f"{error.strerror}", "choose another name or folder"
+    # On a full disk, torch.save and safetensors raise errors that do not mention it.
+    reason = getattr(error, "strerror", None) or "the file system accepts no more data"
     try:
         free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
     except OSError:
         free = "the folder is gone"
-    return f"{reason}; {free}); free some space or choose another folder"
+    return f"{reason}; {free}", "free some space or choose another folder"

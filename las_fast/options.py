@@ -1,6 +1,7 @@
-"""The command line: a command's own options, and any field of the settings, such as --training.epochs 3.
+"""The command line: options of a command, and any field of the settings, such as --training.epochs 3.
 
-A wrong argument ends the command with status 2 and one sentence after "error: " that names the nearest valid one.
+Names of settings may be written with dashes or underscores. On a wrong argument, the command exits with status 2 and
+prints one sentence after "error: " that names the nearest valid argument.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or Fal
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse.ArgumentParser with errors in one sentence; `fields` are the settings that the command also takes."""
+    """argparse.ArgumentParser with one-sentence errors; `fields` are the names of settings that it also takes."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -50,12 +51,12 @@ class Parser(argparse.ArgumentParser):
     def unknown_option(self, word: str) -> str:
         """Return the error message for an argument that is not an option."""
         if not word.startswith("-"):
-            return f"{word!r} belongs to no option; see --help"
+            return f"{word!r} is not an option or the value of one; see --help"
         name = word.partition("=")[0]
         return f"there is no option {name}; the nearest is {nearest_option(name, self.option_names())}"
 
     def option_names(self) -> list[str]:
-        """Return the names of all options, the command's own before the settings."""
+        """Return the names of all options of the command, then those of the settings."""
         return [*self._option_string_actions, *(f"--{field}" for field in self.fields)]
 
     def _sentence(self, message: str) -> str:
@@ -96,7 +97,7 @@ def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
 
 
 def nearest_option(name: str, names: Iterable[str]) -> str:
-    """Return the known name most similar to an unknown one; a field's name without its section counts as a match."""
+    """Return the name most similar to an unknown one; a field whose last part is equal comes first."""
     names, dashed = [*names], name.replace("_", "-")
     fields = [known for known in names if known.rpartition(".")[2] == dashed.lstrip("-").rpartition(".")[2]]
     return fields[0] if fields else difflib.get_close_matches(dashed, names, 1, cutoff=0.0)[0]
@@ -109,15 +110,15 @@ def parse_settings(
     *,
     kind: type = Config,
 ) -> tuple[argparse.Namespace, Settings]:
-    """Parse the parser's own options, then any field of the settings, such as --training.epochs 3.
+    """Parse the options of the parser, then any field of the settings, such as --training.epochs 3.
 
     Args:
         parser:   created with add_help=False; without positional arguments.
         argv:     arguments after the command; by default those of the process.
-        defaults: takes the parsed options and returns the settings that the remaining arguments change.
+        defaults: returns, for the parsed options, the settings that the remaining arguments override.
         kind:     dataclass whose fields --help lists.
 
-    Exits with status 2 if an argument is unknown, after naming the nearest option or field.
+    If an argument is unknown, exits with status 2 and an error that names the nearest option or field.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser.allow_abbrev = False  # an abbreviation could be the start of a field name
@@ -126,7 +127,7 @@ def parse_settings(
         _print_help(parser, kind)
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)  # before `defaults` loads a model
-    return options, change(parser, defaults(options), rest)
+    return options, override(parser, defaults(options), rest)
 
 
 def _print_help(parser: Parser, kind: type) -> None:
@@ -149,7 +150,7 @@ def field_names(tree: Any, name: str = "") -> Iterator[str]:
 
 
 def check_names(parser: Parser, words: list[str]) -> None:
-    """Exit with status 2 at the first argument that is neither the name of a setting nor a value of one."""
+    """Exit with status 2 at the first argument that is neither a setting nor a value of one."""
     if words and not _is_name(words[0]):
         parser.error(parser.unknown_option(words[0]))
     for word in filter(_is_name, words):
@@ -157,8 +158,8 @@ def check_names(parser: Parser, words: list[str]) -> None:
             parser.error(parser.unknown_option(word))
 
 
-def change(parser: Parser, start: Settings, words: list[str]) -> Settings:
-    """Return `start` with the fields changed that `words` set; exit with status 2 on an invalid value."""
+def override(parser: Parser, start: Settings, words: list[str]) -> Settings:
+    """Return `start` with the fields that the arguments `words` set; exit with status 2 on an invalid value."""
     tree = to_tree(start)
     names = set(field_names(tree))
     words = [*words]
@@ -182,13 +183,14 @@ def _is_name(word: str) -> bool:
 
 
 def _missing_item(field: str, tree: Any) -> str:
-    for part in re.split(r"\.\d+\.", field)[0].replace("-", "_").split("."):
+    name = re.split(r"\.\d+\.", field)[0]
+    for part in name.replace("-", "_").split("."):
         tree = tree[part]
-    return f"{field.partition('.')[0]} has {len(tree)} of them, counted from 0"
+    return f"{name} has {len(tree)} items, numbered from 0"
 
 
 def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) -> None:
-    """Set the field at `path` in `tree`, the plain form of dataclass `kind`, to the arguments `values`."""
+    """Set the field at `path` in `tree`, a dataclass of type `kind` as plain data, to the arguments `values`."""
     first: Any = path[0]
     rest = path[1:]
     if dataclasses.is_dataclass(kind):
@@ -207,7 +209,7 @@ def _set(kind: Any, tree: Any, path: list[str], values: list[str], option: str) 
 
 
 def _value(kind: Any, word: str, option: str) -> Any:
-    """Convert an argument to `kind` by the rules of settings files."""
+    """Convert an argument to `kind` by the rules for settings files."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if word not in choices:
@@ -234,7 +236,7 @@ def as_path(word: str) -> Path:
 
 
 def as_file(word: str) -> Path:
-    """Convert an argument to the path of an output file; a trailing slash is an error, since it names a folder."""
+    """Convert an argument to the path of an output file; a trailing slash, which means a folder, is an error."""
     if word.endswith(os.sep):
         raise argparse.ArgumentTypeError(f"{word} is a folder; give the name of a file to write")
     return as_path(word)

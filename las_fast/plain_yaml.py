@@ -1,4 +1,4 @@
-"""YAML without guessed types: an unquoted value keeps its text until its setting's type is known.
+"""YAML without guessed types: an unquoted value stays text until the type of its setting is known.
 
 YAML 1.1, which PyYAML reads, turns 010 into 8, 1:30 into 90, no into False and 2020-01-01 into a date. Here every
 unquoted value is a `Plain` string, which `parse_number` and `parse_bool` convert or reject. Duplicate keys are errors.
@@ -29,9 +29,8 @@ class Plain(str):
         return str(self) if NOT_TEXT.fullmatch(self) else super().__repr__()
 
 
-NOT_TEXT = re.compile(
-    r"[-+.\d][-+.\d_:eExXobaAinfNF]*|true|false|yes|no|on|off", re.IGNORECASE
-)  # printed without quotes
+# Values that look like numbers or booleans: errors print them without quotes.
+NOT_TEXT = re.compile(r"[-+.\d][-+.\d_:eExXobaAinfNF]*|true|false|yes|no|on|off", re.IGNORECASE)
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 FLOAT = re.compile(r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
@@ -51,7 +50,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
                 first = seen[key.value]
-                raise InputError(f"{key.value} is set twice, in lines {first} and {line}; leave one of them out")
+                raise InputError(f"{key.value} is set twice, in lines {first} and {line}; remove one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -80,13 +79,8 @@ def load(text: str, where: str) -> Any:
         raise InputError(f"{where}: {error}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deeply; give a file of settings") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # explicit tags raise any of these
+    # Values with explicit tags raise all of these.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 

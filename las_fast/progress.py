@@ -28,11 +28,11 @@ MIN_SECONDS = 2.0  # between two plain lines; doubles after each line if the tot
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 BAR_WITHOUT_TOTAL = "{desc}: {n:.0f} {unit} [{elapsed}{postfix}]"
 
-_open: list[Progress] = []  # not closed yet
+_open: list[Progress] = []  # the displays that are not closed yet
 
 
 class Progress:
-    """A displayed count, made by `progress`. Close it, or use it in a `with` statement."""
+    """A count shown on stderr, made by `progress`. Close it, or use it in a `with` statement."""
 
     def __init__(self, total: float | None, what: str, unit: str, *, done: float = 0, show: bool = True):
         self.total, self.what, self.unit = total, what, unit
@@ -55,7 +55,7 @@ class Progress:
             self._print(self._line())
 
     def note(self, text: str) -> None:
-        """Show `text` after the count from the next redraw on."""
+        """Show `text` after the count, from the next update of the display."""
         self._note = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -141,7 +141,7 @@ def progress(total: float | None, what: str, unit: str, *, done: float = 0, show
 def track(
     items: Iterable[Item], what: str, unit: str, *, total: float | None = None, show: bool = True
 ) -> Iterator[Item]:
-    """Yield the items and show how many were taken; `total` is their number if len(items) is not available."""
+    """Yield the items and show how many are done; `total` is their number if len(items) is not available."""
     total = len(items) if total is None and isinstance(items, Sized) else total
     with progress(total, what, unit, show=show) as bar:
         for item in items:

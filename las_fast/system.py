@@ -1,4 +1,4 @@
-"""The machine: CPU cores, torch devices, and the settings of the memory allocator."""
+"""The machine: CPU cores, torch devices, and settings of the memory allocator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks from this size on are mapped, and unmapped when freed
+TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks of this size or more are unmapped when freed
 
 
 def cores() -> int:
@@ -54,8 +54,8 @@ def choose_device(name: str, option: str = "--device ") -> torch.device:
 def tune_memory() -> None:
     """On Linux, make PyTorch use huge pages for large blocks, and make glibc keep freed blocks below 32 MiB.
 
-    A training step frees and allocates more than 1 GiB. Page faults on memory returned to the system would take an
-    eighth of the step. Call this before the first tensor is allocated.
+    A training step frees and allocates more than 1 GiB. If that memory went back to the system, page faults would take
+    an eighth of the step. Call this before the first tensor is allocated.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch has no other switch for this
     _mallopt(M_MMAP_THRESHOLD, TRAINING_MMAP_BYTES)
@@ -65,8 +65,8 @@ def tune_memory() -> None:
 def return_freed_memory() -> None:
     """Make glibc return freed blocks of 1 MiB or more to the system; for decoding.
 
-    Each batch needs blocks of other sizes, and hypotheses that stay allocated lie between them. Reused blocks would
-    fragment the heap: after 1600 utterances with a model of 9.4 M parameters, the process was half as large again. New
+    Block sizes change from batch to batch, and hypotheses remain allocated between the blocks. Without this call the
+    heap fragments: after 1600 utterances with a model of 9.4 M parameters, the process was 1.5 times as large. New
     pages cost up to 4% of the time.
     """
     _mallopt(M_MMAP_THRESHOLD, DECODING_MMAP_BYTES)

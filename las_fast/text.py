@@ -1,4 +1,4 @@
-"""The vocabulary: characters and their token ids, and mapping of text onto the vocabulary's characters."""
+"""The vocabulary (characters and their token ids), and the mapping of text onto its characters."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def normalise_text(text: str, characters: str = CHARACTERS) -> str:
 
 
 def has_lost_digits(text: str, characters: str = CHARACTERS) -> bool:
-    """Return whether text contains digits, or characters made of digits such as one half, that `characters` lacks."""
+    """Return whether text has digits, or characters made of digits such as ½, that `characters` lacks."""
     return any(c.isdecimal() and c not in characters for c in unicodedata.normalize("NFKD", text))
 
 
@@ -92,6 +92,8 @@ def _to_case(text: str, characters: str) -> str:
 def _map(character: str, characters: str) -> str:
     """Return the replacement for a character that the vocabulary lacks."""
     parts = unicodedata.normalize("NFKD", TRANSLITERATIONS.get(character, character))
-    parts = "".join(TRANSLITERATIONS.get(c, c) for c in parts)  # removing an accent may uncover one, as in U+01FF
+    parts = "".join(
+        TRANSLITERATIONS.get(c, c) for c in parts
+    )  # without its accent a character may be in the table, as U+01FF
     kept = (c if c in characters else "" if unicodedata.combining(c) else " " for c in _to_case(parts, characters))
     return "".join(kept)

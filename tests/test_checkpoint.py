@@ -98,7 +98,7 @@ def test_a_checkpoint_whose_record_is_damaged_is_one_sentence(saved, info):
     with safe_open(saved[1], framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, saved[1], metadata | {"info": info})
-    with pytest.raises(InputError, match="is damaged: its record of the training is not JSON"):
+    with pytest.raises(InputError, match="is damaged: its training information is not JSON"):
         load_model(saved[1])
 
 

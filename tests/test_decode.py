@@ -281,7 +281,7 @@ def test_a_folder_is_no_output_file(here, capsys, tmp_path):
 def test_an_output_folder_that_cannot_be_made_is_an_error_before_decoding(here, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out.csv", tmp_path / "file" / "deep" / "out.csv"):
-        assert f"--out: the folder {out.parent} cannot be made ({tmp_path / 'file'} is a file)" in fails(
+        assert f"--out: the folder {out.parent} cannot be created ({tmp_path / 'file'} is a file)" in fails(
             here, capsys, out=out
         )
     jsonl = str(tmp_path / "file" / "rows.jsonl")

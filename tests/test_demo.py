@@ -75,7 +75,15 @@ def test_one_command_makes_corpus_submission_result_and_report(stages, capsys):
     assert "3 of 4 have no error" in page and "<h1>las_fast demo: a spoken corpus</h1>" in page
     assert f"<b>{result['cer']:.2f} %</b><span>CER</span>" in page
     printed = capsys.readouterr().out
-    for wanted in ("[1/4]", "[4/4] took", "said", "heard", str(out / "report.html"), "CER", "data: something"):
+    for wanted in (
+        "[1/4]",
+        "[4/4] took",
+        "reference",
+        "hypothesis",
+        str(out / "report.html"),
+        "CER",
+        "data: something",
+    ):
         assert wanted in printed
     archive = ["--data", str(out / "data" / spoken.ARCHIVE)]
     folders = ["--out", str(out / "run"), "--data.cache", str(out / "cache")]
@@ -259,7 +267,7 @@ def test_the_end_shows_scores_five_examples_and_the_paths_of_results(tmp_path, c
         "decoded 46 times faster than real time",
         "",
     ]
-    examples = [line for i in shown for line in (f"u-{i:02}  said   SAID {i}", f"      heard  HEARD {i}")]
+    examples = [line for i in shown for line in (f"u-{i:02}  reference   SAID {i}", f"      hypothesis  HEARD {i}")]
     names = {"report": "report.html", "scores": "result.json", "submission": "submission.csv", "training": "run",
              "corpus": "data"}  # fmt: skip
     assert lines[3:] == [*examples, "", *(f"{what:<12}{tmp_path / name}" for what, name in names.items())]
@@ -307,4 +315,4 @@ def test_out_must_be_a_folder(tmp_path):
 def test_a_stray_word_is_refused(capsys):
     with pytest.raises(SystemExit):
         demo.main(["runs/demo"])
-    assert "'runs/demo' belongs to no option" in capsys.readouterr().err
+    assert "'runs/demo' is not an option or the value of one" in capsys.readouterr().err

@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monk
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        message = rf"--out: the folder {path} cannot be made \({tmp_path}/file is a file\); choose another"
+        message = rf"--out: the folder {path} cannot be created \({tmp_path}/file is a file\); choose another"
         with pytest.raises(InputError, match=message):
             make_folder(path, "--out")
 
@@ -335,7 +335,7 @@ def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monk
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(InputError, match=r"cannot be made \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"cannot be created \(Permission denied\)"):
         make_folder(tmp_path / "new", "--out")
 
 
@@ -419,7 +419,7 @@ def test_a_link_and_permissions_stay_when_a_file_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RuntimeError("iostream"), "(the file system took no more; 3 MiB are free there)"),
+        (RuntimeError("iostream"), "(the file system accepts no more data; 3 MiB are free there)"),
         (OSError(28, "No space left"), "(No space left; 3 MiB are free there); free some space"),
         (OSError(5, "I/O error"), "(I/O error); choose another name or folder"),
     ],

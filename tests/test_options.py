@@ -102,12 +102,12 @@ def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
         (["--training.schedule", "cosin"], "--training.schedule must be one of cosine, plateau, constant; got 'cosin'; "
          "the nearest is cosine"),
         (["--model.speller.lstm-sizes", "5", "x"], "--model.speller.lstm-sizes must be a whole number; got 'x'"),
-        (["--training.teacher-forcing.3.end", "1"], "--training.teacher-forcing.3.end does not exist: training has "
-         "3 of them, counted from 0"),
+        (["--training.teacher-forcing.3.end", "1"], "--training.teacher-forcing.3.end does not exist: "
+         "training.teacher-forcing has 3 items, numbered from 0"),
         (["--training.teacher-forcing.0.ende", "1"], "there is no option --training.teacher-forcing.0.ende; the "
          "nearest is --training.teacher-forcing.0.end"),
         (["--training", "3"], "there is no option --training; the nearest is --training.seed"),
-        (["stray", "--training.epochs", "3"], "'stray' belongs to no option; see --help"),
+        (["stray", "--training.epochs", "3"], "'stray' is not an option or the value of one; see --help"),
         (["--", "--training.epochs", "3"], "there is no option --; the nearest is --data"),
         (["-x"], "there is no option -x; the nearest is --data"),
     ],
@@ -160,7 +160,9 @@ def test_an_extra_argument_is_refused(capsys):
     parser = Parser(prog="job")
     parser.add_argument("file")
     assert parser.parse_args(["a"]).file == "a"
-    assert error_of(capsys, parser.parse_args, ["a", "b", "c"]) == "'b' belongs to no option; see --help"
+    assert (
+        error_of(capsys, parser.parse_args, ["a", "b", "c"]) == "'b' is not an option or the value of one; see --help"
+    )
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

@@ -62,7 +62,7 @@ def test_values_keep_their_text_and_their_line():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "x.yaml: a is set twice, in lines 1 and 3; leave one of them out"),
+        ("a: 1\nb: 2\na: 3\n", "x.yaml: a is set twice, in lines 1 and 3; remove one of them"),
         ("a: [1\n", "x.yaml is not YAML: "),
         ("[" * 100_000, "x.yaml is nested too deeply; give a file of settings"),
         ("a: !!int x\n", "x.yaml is not YAML: "),

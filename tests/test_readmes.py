@@ -273,7 +273,7 @@ def test_the_readmes_demo_ends_as_the_demo_does(capsys):
     numbers = r"test-clean, (\d+) .*CER ([\d.]+)%, WER ([\d.]+)%, LD ([\d.]+); decoded (\d+) times"
     utterances, *scores = re.search(numbers, printed).groups()
     result = {"utterances": int(utterances), **dict(zip(("cer", "wer", "ld", "rtfx"), map(float, scores), strict=True))}
-    rows = re.findall(r"^(\S+)  said   (.*)\n +heard  (.*)$", printed, re.MULTILINE)
+    rows = re.findall(r"^(\S+)  reference   (.*)\n +hypothesis  (.*)$", printed, re.MULTILINE)
     assert rows
     demo.show(Path("runs/demo"), result, rows)
     shown = capsys.readouterr().out

@@ -20,9 +20,9 @@ def attention_picture(
     """Write a PNG of attention weights: characters top to bottom, encoder frames left to right.
 
     Args:
-        path:    of the file; any suffix.
-        weights: (U, T) float32; U is len(text), or one more with <eos>.
-        frame_seconds: duration of an encoder frame in seconds; the axis then shows seconds instead of frames.
+        path:          output file; the suffix does not matter.
+        weights:       (U, T) float32; U is len(text), or one more with <eos>.
+        frame_seconds: duration of an encoder frame; the axis then shows seconds instead of frames.
     """
     with open(path, "wb") as file:
         draw_attention(file, weights, text, title, frame_seconds=frame_seconds)
@@ -31,7 +31,7 @@ def attention_picture(
 def draw_attention(
     file: BinaryIO, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None, in_page: bool = False
 ) -> None:
-    """Write the PNG of attention_picture to an open file; in_page: smaller, transparent and without title."""
+    """Write the PNG of attention_picture to an open file; in_page: smaller, transparent, without a title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def draw_attention(
 
 
 def label_tokens(axes, text: str, tokens: int, *, fontsize: float) -> None:
-    """Label the rows of an attention picture with the first `tokens` of the characters of text and <eos>."""
+    """Label the `tokens` rows of an attention picture with the characters of text and <eos>."""
     labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
     every = -(-tokens // 80)  # long transcripts: label only every second, third, ... row
     axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=fontsize, family="monospace")
@@ -134,7 +134,7 @@ def _legend(curves: Sequence[Curve], left: int) -> list[str]:
 
 
 def _ticks(maximum: float) -> list[float]:
-    """About five round numbers from 0 to at least maximum."""
+    """Return about five round numbers from 0 to `maximum` or just above."""
     maximum = max(maximum, 1e-9)
     magnitude = 10.0 ** math.floor(math.log10(maximum / 4))
     step = next(m for m in (magnitude * f for f in (1, 2, 2.5, 5, 10)) if maximum / m <= 5)

@@ -1,4 +1,4 @@
-"""Scores of transcripts: mean Levenshtein distance as on Kaggle, character and word error rates."""
+"""Scores of transcripts: mean Levenshtein distance (the Kaggle score), character and word error rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def score(references: Sequence[str], hypotheses: Sequence[str]) -> Scores:
     """Score hypotheses against their references; words are separated by white space.
 
     With an empty reference, every character or word of the hypothesis is an edit. If all references are empty, the
-    rates are relative to one character or word.
+    rates are relative to one character and one word.
 
     Raises:
         ValueError: the numbers of hypotheses and references differ.

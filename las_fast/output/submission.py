@@ -21,7 +21,7 @@ def write_submission(
     """Write texts in upper case to a CSV file, atomically.
 
     Args:
-        path:     output file; its folder is created. Ids that are not UTF-8 are escaped as in write_text_atomically.
+        path:     output file; its folder is created. Bytes that are not UTF-8 are escaped as in write_text_atomically.
         ids:      utterance ids, in submission order.
         texts:    transcripts, without <sos> or <eos>.
         header:   names of the two columns.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from las_fast.files import NAME_MAX
 
-MIN_SPEECH_SCORE = 1.0  # segments with a lower score are mostly noise
-POOL_SECONDS = 600.0  # of speech per batch of segments
+MIN_SPEECH_SCORE = 1.0  # segments with a lower speech score are mostly noise
+POOL_SECONDS = 600.0  # seconds of speech decoded together
 MAX_REPR = 60  # characters of the text in a repr
 
 
@@ -23,7 +23,7 @@ class Hypothesis:
     text: str
     score: float  # sum of the tokens' log-probabilities and weighted bonuses; see las_fast.search.beam.beam_search
     mean_score: float  # score per token, <eos> included
-    speech_score: float | None  # see las_fast.search.dataset.speech_scores; None without a CTC head or if not the best
+    speech_score: float | None  # see las_fast.search.dataset.speech_scores; only of the best one, with a CTC head
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Transcript:
 
     text: str  # of all segments
     segments: tuple[Segment, ...]  # in order
-    noise: tuple[Segment, ...] = ()  # left out because of a low speech score
+    noise: tuple[Segment, ...] = ()  # segments left out of the text because of a low speech score
 
     def __str__(self) -> str:
         return self.text
@@ -67,7 +67,7 @@ def count(number: int, what: str) -> str:
 
 
 def noise_warning(name: str, transcript: Transcript, option: str) -> str:
-    """Return a warning about the segments left out of a transcript as noise; `option` sets the limit."""
+    """Return a warning about the segments left out as noise; `option` is the one that sets the limit."""
     first = transcript.noise[0]
     return (
         f"{name}: left out {count(len(transcript.noise), 'segment')} that may be noise, the first at "
@@ -112,10 +112,10 @@ SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
 
 def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:
-    """Return a distinct output file in `folder` for each of the distinct paths.
+    """Map each of the distinct paths to a distinct output file in `folder`.
 
-    The file has the recording's name with its suffix replaced. If two files would have the same name, the recordings
-    keep their suffixes, and names that are still equal are numbered.
+    The file has the recording's name with its suffix replaced. If two files would have the same name, the suffix is
+    appended instead, and names that are still equal are numbered.
     """
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
     counts = Counter(_file_key(stem, suffix) for stem in stems.values())
@@ -134,7 +134,7 @@ def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Pat
 
 
 def _file_key(name: str, suffix: str) -> str:
-    """Return a key that is equal for names of the same file, on file systems that ignore case too."""
+    """Return a key that is equal for two names if they may be the same file; some file systems ignore case."""
     return _shortened(name, suffix).casefold()
 
 
