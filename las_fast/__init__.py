@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return import_module("las_fast.ops")
     value = getattr(import_module(f"las_fast.{_MODULES[name]}"), name)
-    globals()[name] = value  # so that the next use does not come here
+    globals()[name] = value  # later uses do not call __getattr__
     return value
 
 

@@ -1,4 +1,4 @@
-"""python -m las_fast.decode: decode a split of a data set into a submission file; score it if there are transcripts."""
+"""python -m las_fast.decode: decode a split of a data set into a submission file, and score it if there are texts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.output.metrics import Scores
     from las_fast.search.beam import Hypothesis
 
-MAX_LISTED = 20  # characters in an error
+MAX_LISTED = 20  # unknown characters listed in an error
 
 
 def parser() -> Parser:
     parser = Parser(prog="python -m las_fast.decode", description=__doc__, add_help=False)
-    parser.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
+    )
     parser.add_argument(
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
@@ -41,19 +43,22 @@ def parser() -> Parser:
         "--nbest", type=int, default=1, metavar="N", help="hypotheses per utterance in --jsonl (default: 1)"
     )
     parser.add_argument(
-        "--jsonl", type=as_file, metavar="FILE", help="also write scores, attended frames and n best as JSON lines"
+        "--jsonl",
+        type=as_file,
+        metavar="FILE",
+        help="also write scores, attended frames and the n best texts as JSON lines",
     )
     parser.add_argument(
-        "--lm", metavar="FILE", help="language model, weight 0.1 unless set (default: the checkpoint's)"
+        "--lm", metavar="FILE", help="language model; its weight is 0.1 unless set (default: the checkpoint's)"
     )
     parser.add_argument(
         "--on-bad",
         choices=("error", "skip"),
         default="error",
-        help="skip: list unusable utterances and go on",
+        help="what to do with unusable utterances; skip: list them and continue (default: error)",
     )
     parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
-    parser.add_argument("--any-features", action="store_true", help="allow features of another kind than in training")
+    parser.add_argument("--any-features", action="store_true", help="accept features of another kind than in training")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
 
@@ -84,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for bad options before the work starts, not after an hour of decoding."""
+    """Raise InputError for bad options before the work starts."""
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     if options.jsonl and options.jsonl.absolute() == options.out.absolute():
@@ -142,8 +147,8 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
 def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:
     """Raise InputError if the features of a corpus differ from those that the checkpoint was trained on.
 
-    The size must match. The kind (computed from audio, or an archive's own) must match unless any_features is set.
-    Another archive with frames of the same size gives a warning.
+    The size must match. The kind (precomputed, or computed from audio) must match unless any_features is
+    set. For another archive with frames of the same size, a warning is printed.
     """
     size = loaded.config.features.size
     if corpus.kind == "features" and corpus.feature_size != size:
@@ -155,7 +160,7 @@ def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) ->
     if known is None:
         return
     if known["kind"] != corpus.kind:
-        kinds = {"features": "an archive's own frames", "audio": "frames computed from audio"}
+        kinds = {"features": "precomputed frames", "audio": "frames computed from audio"}
         trained = f"checkpoint {loaded.path} was trained on {kinds[known['kind']]} ({known['name']})"
         problem = f"{trained}, but {corpus.name} has {kinds[corpus.kind]}"
         if not any_features:
@@ -176,7 +181,7 @@ def reference(dataset: SpeechDataset, i: int) -> str | None:
 
 
 def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool) -> None:
-    """Raise InputError for characters outside the vocabulary: each one would count as an error of the model."""
+    """Raise InputError for characters outside the vocabulary: each would count as an error of the model."""
     unknown = {i: loaded.vocabulary.unknown(reference(dataset, i) or "") for i in range(len(dataset))}
     affected = [i for i, characters in unknown.items() if characters]
     if not affected:
@@ -191,7 +196,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
 
 
 def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
-    """Return an utterance's row for the JSON lines; "frames" are encoder frames of the whole recording."""
+    """Return the row of an utterance for --jsonl; "frames" are encoder frames of the untrimmed recording."""
     best = hypotheses[0]
     nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]
     reduction = loaded.model.time_reduction  # feature frames per encoder frame
@@ -211,7 +216,7 @@ def write_results(
 
     ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
     texts = [""] * len(ids)
-    shared = False  # whether splits share ids: the data set then prefixes each id with its split
+    shared = False  # whether splits share ids, in which case the data set prefixes each id with its split
     for position, row in zip(dataset.positions.tolist(), rows, strict=True):
         texts[position] = row["text"]
         shared = shared or row["id"] != ids[position][1]
@@ -223,7 +228,7 @@ def write_results(
 
 
 def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
-    """Return the JSON of the last line; it has scores only if there are transcripts."""
+    """Return the values of the last line printed; they include scores if there are transcripts."""
     from las_fast.output.metrics import score
 
     audio_seconds = math.fsum(dataset.seconds)
@@ -241,7 +246,7 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
 
 
 def format_summary(result: dict, out: Path) -> str:
-    """Format the result for people."""
+    """Format the result as a table for people."""
     lines = [("utterances", f"{result['utterances']}")]
     if "skipped" in result:
         lines.append(("left out", f"{result['skipped']} that could not be used; their rows in {out.name} are empty"))

@@ -1,7 +1,7 @@
 """python -m las_fast.export: write a trained model and its decoding settings to one small file.
 
-Weights are stored in float16; decoding still computes in float32. Decoding settings given here become the file's
-defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well.
+Weights are stored in float16; decoding still computes in float32. Decoding settings on the command line become
+the file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     """Write the model with float16 weights and these decoding settings, and the language model if they use one.
 
     Returns:
-        the paths written.
+        The paths of the files.
 
     Raises:
         InputError: the settings do not fit the model, a weight exceeds float16, or a file cannot be written.
@@ -96,10 +96,12 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
 
 
 def to_float16(name: str, value: Tensor) -> Tensor:
-    """Convert a weight to float16; raise InputError if it overflows. `name` is for the error."""
+    """Convert a weight to float16; raise InputError, which contains `name`, if it overflows."""
     half = value.half()
     if not half.isfinite().all():
-        raise InputError(f"{name} holds {float(value.abs().max()):g}, more than float16 can; the model has diverged")
+        raise InputError(
+            f"{name} contains {float(value.abs().max()):g}, which float16 cannot represent; the model has diverged"
+        )
     return half
 
 

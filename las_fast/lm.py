@@ -1,8 +1,8 @@
 """python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
 
 Texts are plain files with one sentence per line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, anything that
---data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file holds
-counts; the dense table of log-probabilities that the search looks up is made from them on loading.
+--data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file has
+counts. On loading, they become the dense table of log-probabilities that the search reads.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
 language modeling", section 3). With h' the context h without its oldest token, w the next token:
@@ -11,8 +11,8 @@ language modeling", section 3). With h' the context h without its oldest token, 
     p(w | h) = p(w | h')  if h never occurs;    the p of order 0 is uniform over <eos> and the characters
     D(1) = 1 - 2 Y n2 / n1,  D(2) = 2 - 3 Y n3 / n2,  D(3 and more) = 3 - 4 Y n4 / n3,  Y = n1 / (n1 + 2 n2)
 
-At the highest order c counts occurrences in the text; at lower orders, the distinct tokens that precede. n_i is the
-number of n-grams of an order with count i. A sentence begins with order-1 times <sos> and ends with <eos>.
+At the highest order, c counts occurrences in the text; at lower orders, the distinct tokens before the n-gram. n_i is
+the number of n-grams of an order with count i. A sentence begins with order-1 times <sos> and ends with <eos>.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _read_corpus(root: Path, split: str) -> Iterator[str]:
 
 
 class Sentences:
-    """The sentences of several sources, mapped onto the characters. Counts those kept and those skipped for digits."""
+    """The sentences of several sources, mapped onto the characters; counts those kept and those left out for digits."""
 
     def __init__(self, sources: list[Path], characters: str, split: str):
         self.sources, self.characters, self.split = sources, characters, split
@@ -108,7 +108,7 @@ class Sentences:
         texts = itertools.chain.from_iterable(read_texts(source, self.split) for source in self.sources)
         for text in track(texts, "counting", "sentences"):
             text = text.strip()
-            if has_lost_digits(text, self.characters):  # how to read them aloud is unknown
+            if has_lost_digits(text, self.characters):  # their spoken form is unknown
                 self.with_digits += 1
                 continue
             if not allowed.issuperset(text):
@@ -119,9 +119,9 @@ class Sentences:
 
 
 def count_held_out(sentences: Iterable[str], characters: str, order: int) -> tuple[Counts, Counts]:
-    """Count the n-grams of training sentences and of held-out sentences.
+    """Count the n-grams of the training sentences and of the held-out sentences.
 
-    A hash of the text decides, so the choice is reproducible and repeated sentences stay together.
+    A hash of the text decides which are held out, so the choice is reproducible and the same for repeated sentences.
     """
     kept: Counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     held_out = kept

@@ -66,7 +66,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
 
 
 class Decoder(NamedTuple):
-    """Settings and tensors of a search besides the model; see las_fast.search.beam.beam_search."""
+    """Settings and tensors of a search, apart from the model; see las_fast.search.beam.beam_search."""
 
     config: DecodingConfig
     ngram: Tensor | None  # (V ** (order - 1), V) n-gram table
@@ -90,12 +90,12 @@ class Utterances:
 class Recogniser:
     """A trained model that transcribes recordings and decodes features; `las_fast.load` makes one.
 
-    Threads may share it. The first call caches the n-gram table and a copy of the weights for the C++ search, so the
-    weights must not be changed afterwards.
+    It is thread-safe. The first call caches the n-gram table and a copy of the weights for the C++ search, so the
+    weights must not change afterwards.
 
     Args:
         loaded:    the network, its settings and its vocabulary.
-        device:    where the network is.
+        device:    of the network.
         lm_option: text before the name of a language model in errors.
     """
 
@@ -120,7 +120,7 @@ class Recogniser:
         nbest: int = 1,
         min_speech_score: float = MIN_SPEECH_SCORE,
     ) -> Transcript:
-        """Transcribe a recording of any length; it is cut at pauses into segments of speech.
+        """Transcribe a recording of any length, cut at pauses into segments of speech.
 
         Problems that make recognition worse (telephone band, clipping, a missing end) are reported as UserWarning.
 
@@ -129,11 +129,11 @@ class Recogniser:
                               or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
             sample_rate:      in Hz, for arrays only.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
-            lm:               language model file or name of a released one, with weight 0.1 unless the settings have
-                              one. None uses the settings, False uses no language model.
+            lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
+                              have one. None: the one of the settings; False: none.
             nbest:            hypotheses returned per segment, at most the beam.
-            min_speech_score: segments with a lower score are left out as noise; -inf keeps all. Has no effect without a
-                              CTC head.
+            min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
+                              head it has no effect.
 
         Raises:
             InputError: the recording or an option is invalid.
@@ -168,7 +168,7 @@ class Recogniser:
 
         Args:
             recordings:   each as in `transcribe`, like the other arguments of the same names.
-            skip_bad:     warn about a recording that cannot be read, and leave it out, instead of raising.
+            skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising.
             pool_seconds: seconds of speech decoded together.
             warn:         called with a message for each problem of a recording.
             on_audio:     called with the seconds of each block of audio read, for progress bars.
@@ -187,7 +187,7 @@ class Recogniser:
         if data.get("kind") == "features":
             warn(
                 f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
-                "those that las_fast computes from audio may differ from them"
+                "those that las_fast computes from audio may differ"
             )
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
@@ -221,7 +221,7 @@ class Recogniser:
             nbest:    hypotheses returned per utterance, at most the beam.
 
         Returns:
-            hypotheses, best first; for a list of utterances, a list of these.
+            Hypotheses, best first; for a list of utterances, a list of these.
 
         Raises:
             InputError: the features or an option are invalid, or an utterance does not fit in memory.
@@ -247,7 +247,7 @@ class Recogniser:
             raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_type_name(array)}")
         array = to_numpy(array)
         if array.dtype.kind not in "fiu":
-            raise InputError(f"{name} must hold numbers; got an array of {array.dtype}")
+            raise InputError(f"{name} must contain numbers; got an array of {array.dtype}")
         if array.ndim != 2 or array.shape[1] != config.size or not len(array):
             advice = "; transpose it" if array.ndim == 2 and array.shape[0] == config.size else ""
             raise InputError(f"{name} must have shape (T, {config.size}), as in training; got {array.shape}{advice}")
@@ -257,7 +257,7 @@ class Recogniser:
             raise InputError(f"{name} contains NaN or infinite values; compute it again")
         return add_deltas(normalise(frames, config, self.loaded.statistics), config.deltas)
 
-    # The rest is for the commands.
+    # Used by the commands.
 
     def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
         """Return the checkpoint's decoding settings with these changes; see `transcribe`."""
@@ -324,7 +324,7 @@ class Recogniser:
         )
 
     def hypothesis(self, result: beam.Hypothesis) -> Hypothesis:
-        """Convert a hypothesis of the search, which has tokens, to one with text."""
+        """Convert a hypothesis of the search, which has tokens, to one that has text."""
         text = self.loaded.vocabulary.decode(result.text_tokens)
         return Hypothesis(text, result.score, result.score / (len(result.text_tokens) + 1), result.speech_score)
 
@@ -337,7 +337,7 @@ class _RecordingState:
     name: str = ""
     segments: list[Segment] = field(default_factory=list)
     noise: list[Segment] = field(default_factory=list)
-    undecoded: int = 0  # its segments in the pool
+    undecoded: int = 0  # number of its segments in the pool
     is_read: bool = False
     error: InputError | None = None  # why it cannot be read
 
@@ -347,7 +347,7 @@ class _RecordingState:
 
 @dataclass
 class _Transcription:
-    """One call of Recogniser.transcribe_all: its arguments, and a pool of segments to decode together."""
+    """The state of one call of Recogniser.transcribe_all: arguments, and a pool of segments to decode together."""
 
     model: Recogniser
     decoder: Decoder
@@ -382,7 +382,7 @@ class _Transcription:
         yield from self._finished()
 
     def _read(self, state: _RecordingState, sample_rate: int | None) -> Iterator[Speech]:
-        """Yield the segments of a recording, and warn about its problems, such as having no speech.
+        """Yield the segments of a recording, and warn about problems, such as no speech.
 
         If the recording cannot be read, state.error is set.
         """
@@ -450,7 +450,7 @@ def to_audio(recording: Any, sample_rate: int | None) -> Audio:
     if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
         raise InputError(f"a recording is a path, a binary file object or an array; got {_type_name(recording)}")
     if sample_rate is not None:
-        raise InputError(f"sample_rate is for arrays, but {name_of(recording)} has a rate of its own; leave it out")
+        raise InputError(f"sample_rate is for arrays, but {name_of(recording)} states its own rate; omit sample_rate")
     return recording
 
 

@@ -1,7 +1,7 @@
 """python -m las_fast.transcribe: transcribe audio files into text, JSON or subtitles.
 
-Recordings of any length are cut at pauses into segments of speech, which are decoded in batches. Each output is written
-as soon as the recording is decoded.
+Recordings of any length are cut at pauses into segments of speech, which are decoded in batches. Each transcript is
+written as soon as its recording is decoded.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from las_fast.system import choose_device, return_freed_memory
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.recogniser import Recogniser
 
-MIN_BYTES_PER_SECOND = 500  # of a recording; a header that claims a longer duration is not believed
+MIN_BYTES_PER_SECOND = 500  # of a recording; limits the duration that a damaged header may state
 
 
 def estimated_seconds(path: Path) -> float:
-    """Estimate the length of a recording for the progress bar; 0 if its header does not state it."""
+    """Estimate the duration of a recording for the progress bar; 0 if its header does not state it."""
     import soundfile
 
     if str(path) == "-" or not os.path.isfile(path):  # libsndfile would consume standard input
@@ -64,7 +64,7 @@ def parser() -> Parser:
     add("--format", choices=FORMATS, default="text", help="json writes one object per file (default: text)")
     add("--out", type=as_path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there instead of printing")
     add("--existing", choices=("error", "skip", "replace"), default="error",
-        help="what to do if an output file exists; skip leaves the recording out (default: error)")  # fmt: skip
+        help="what to do if an output file exists; skip: leave the recording out (default: error)")  # fmt: skip
     add("--beam", type=int, help="beam width (default: the checkpoint's)")
     add(
         "--lm",
@@ -78,7 +78,7 @@ def parser() -> Parser:
         "--on-bad",
         choices=("error", "skip"),
         default="error",
-        help="skip leaves out files that cannot be read (default: error)",
+        help="what to do with files that cannot be read; skip: warn and continue (default: error)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = list(dict.fromkeys(options.files))
     if options.format in ("srt", "vtt") and len(paths) > 1 and options.out is None:
         raise InputError(
-            f"{len(paths)} recordings make as many {options.format} files; give a folder for them with --out FOLDER"
+            f"{len(paths)} recordings need {len(paths)} {options.format} files; "
+            "give a folder for them with --out FOLDER"
         )
     targets = choose_targets(paths, options)
     if options.out and not targets:
@@ -148,8 +149,9 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     make_folder(options.out, "--out")
     targets = output_files(paths, options.out, SUFFIXES[options.format])
     recordings = {os.path.realpath(path): path for path in paths}
-    if twin := next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None):
-        raise InputError(f"--out: the transcript of {show(twin)} would replace a recording; give another folder")
+    replaced = next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None)
+    if replaced:
+        raise InputError(f"--out: the transcript of {show(replaced)} would replace a recording; give another folder")
     existing = {path: file for path, file in targets.items() if os.path.lexists(file)}
     if existing and options.existing == "error":
         first = show(next(iter(existing.values())))

@@ -1,7 +1,7 @@
 """python -m las_fast.tune: find the best settings of the search on a development split.
 
-Each batch is encoded once and searched with every combination of the values given. The table is sorted by CER, best
-first. The last line printed holds the options to add to las_fast.decode. Do not tune on the split that you report.
+Each batch is encoded once and searched with every combination of the given values. The table is sorted by CER, best
+first. The last line printed has the options to add to las_fast.decode. Do not tune on the split that you report.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def parser() -> Parser:
     parser = Parser(
         prog="python -m las_fast.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, metavar="RUN|FILE|NAME", help="training folder, file or name")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
+    )
     parser.add_argument(
         "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
-    parser.add_argument("--split", default="dev", help="split name or dev (default)")
+    parser.add_argument("--split", default="dev", help="split name (default: dev)")
     parser.add_argument(
         "--lm", metavar="FILE", help="language model, see las_fast.lm (default: the checkpoint's, if any)"
     )
@@ -55,7 +57,7 @@ def parser() -> Parser:
 
 
 def grid(options: argparse.Namespace, names: list[str], start: DecodingConfig) -> list[DecodingConfig]:
-    """Return `start` with every combination of the values in options for the settings `names`."""
+    """Return a copy of `start` for every combination of the values that `options` has for the settings `names`."""
     count = math.prod(len(getattr(options, name)) for name in names)
     if count > MAX_COMBINATIONS:
         raise InputError(f"the values make {count} combinations; give values for at most {MAX_COMBINATIONS}")
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file looks like a table of this command, from its header."""
+    """Return whether the first line of a file is that of a table from this command."""
     return first_line(path).endswith("cer,wer,ld")
 
 
@@ -125,9 +127,12 @@ def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
 def decode_grid(
     loaded: Loaded, dataset: SpeechDataset, settings: list[DecodingConfig], ngram_table, device, backend: str = "auto"
 ) -> list[list[str]]:
-    """Decode a dataset with each of the settings, which have one precision; return the texts (settings, utterances).
+    """Decode a dataset with each of the settings, which all have the same precision.
 
     For ngram_table see load_ngram_table, for backend see beam_search.
+
+    Returns:
+        A list of texts, one per utterance, for each of the settings.
     """
     from las_fast.search.beam import beam_search, packed_weights
     from las_fast.search.dataset import batches_to_decode, listen

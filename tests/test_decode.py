@@ -159,7 +159,7 @@ def test_an_archive_is_not_decoded_with_a_checkpoint_of_audio(tmp_path, capsys):
     root = make_archive(tmp_path, "F24")
     options = {"data": root, "checkpoint": make_checkpoint(tmp_path, 80, info=AUDIO).name}
     message = fails(tmp_path, capsys, **options)
-    assert "trained on frames computed from audio (LibriSpeech), but HW4P2 F24 has an archive's own frames" in message
+    assert "trained on frames computed from audio (LibriSpeech), but HW4P2 F24 has precomputed frames" in message
     assert "--any-features" in message
     decode(tmp_path, "--any-features", **options)
     assert capsys.readouterr().err.count("warning: checkpoint") == 1 and len(rows(tmp_path / "out.csv")) == 5
@@ -169,7 +169,7 @@ def test_audio_is_not_decoded_with_a_checkpoint_of_an_archive(tmp_path, capsys):
     manifest = make_manifest(tmp_path / "data")
     options = {"data": manifest, "split": "dev", "checkpoint": make_checkpoint(tmp_path, info=archive("F23")).name}
     message = fails(tmp_path, capsys, **options)
-    assert "trained on an archive's own frames (HW4P2 F23), but " in message
+    assert "trained on precomputed frames (HW4P2 F23), but " in message
     assert "has frames computed from audio" in message
     decode(tmp_path, "--any-features", **options)
     assert "warning: " in capsys.readouterr().err and len(rows(tmp_path / "out.csv")) == 5

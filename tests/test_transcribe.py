@@ -492,7 +492,7 @@ def test_texts_of_several_files_have_their_names_on_one_line(here, asked, capsys
 @pytest.mark.parametrize("form", ["srt", "vtt"])
 def test_subtitles_of_several_files_need_a_folder(here, asked, form):
     with pytest.raises(
-        InputError, match=f"^2 recordings make as many {form} files; give a folder for them with --out FOLDER$"
+        InputError, match=f"^2 recordings need 2 {form} files; give a folder for them with --out FOLDER$"
     ):
         ask(here, "--format", form, files=["short.wav", "long.wav"])
 

@@ -1,6 +1,6 @@
 """Triton kernels and their launchers, one file per op.
 
-In a checkout this package points to the top-level folder kernels/; an installed package holds the files themselves.
+In a checkout this package points to the top-level folder kernels/; an installed package contains the files.
 """
 
 from pathlib import Path
