@@ -122,7 +122,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """Encoder: convolutions, one BiLSTM, pyramids (BiLSTMs that each halve time), then BiLSTMs that keep it."""
+    """Encoder: convolutions, a BiLSTM, pyramids (BiLSTMs that each halve time), then BiLSTMs that keep it."""
 
     # output channels of each convolution
     conv_channels: tuple[int, ...] = number((256,), at_least=1, at_most=10_000)
@@ -400,8 +400,8 @@ def check(config: Config) -> Config:
             "each stage of training.teacher_forcing must have start <= end",
         ),
     ]
-    for holds, message in rules:
-        if not holds:
+    for is_met, message in rules:
+        if not is_met:
             raise InputError(f"settings: {message}")
     return config
 

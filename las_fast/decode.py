@@ -137,7 +137,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     started = time.perf_counter()
     hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest)
     seconds = time.perf_counter() - started
-    rows = [describe(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
+    rows = [jsonl_row(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, splits, dataset, rows)
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
@@ -195,7 +195,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
     )
 
 
-def describe(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
+def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
     """Return the row of an utterance for --jsonl; "frames" are encoder frames of the untrimmed recording."""
     best = hypotheses[0]
     nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]

@@ -1,4 +1,4 @@
-"""python -m las_fast.demo: speak a corpus, train on it, decode its test split, score it and write a report.
+"""python -m las_fast.demo: synthesise a corpus, train on it, decode its test split, score it and write a report.
 
     OUT/data             the spoken corpus, an HW4P2 F23 archive
     OUT/run              the training
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of the demo, and the arguments that it passes on to the training."""
     parser = Parser(
         prog="python -m las_fast.demo",
-        description="Speak a corpus, train on it, decode its test split, score it and write a report.",
+        description="Synthesise a corpus, train on it, decode its test split, score it and write a report.",
         epilog="Any setting of the training can follow, such as --training.epochs 5.",
         allow_abbrev=False,
     )
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.fields = tuple(field_names(to_tree(Config())))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)
-    config = override(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is spoken
+    config = override(parser, load_config(PRESET), rest)  # reports wrong settings before a corpus is synthesised
     check(replace(config, decoding=replace(config.decoding, beam=options.beam)))
     return options, rest
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--out {out} is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(options, name) for name in ("train", "dev", "test", "seed")}
-    with stage(1, "speaking the corpus"):
+    with stage(1, "synthesising the corpus"):
         archive = make_corpus(out / "data", sizes, fresh=options.fresh)
     with stage(2, f"training, preset {PRESET}"):
         train(out, archive, sizes, rest, fresh=options.fresh)
@@ -96,26 +96,28 @@ def train(out: Path, archive: Path, sizes: dict, rest: list[str], *, fresh: bool
     from las_fast import train as training
     from las_fast.checkpoint import LAST
 
-    folder, stamp = out / "run", out / "training.json"
-    wanted = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
-    before = read_json(stamp)
-    if before is None and folder.exists() and any(folder.iterdir()):
+    folder, stamp_file = out / "run", out / "training.json"
+    settings = {"config": to_tree(load_config(PRESET)), "options": rest, "corpus": spoken.settings(**sizes)}
+    previous = read_json(stamp_file)
+    if previous is None and folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} contains files that this demo did not make; give --out another folder")
-    same = before is not None and before["settings"] == json.loads(json.dumps(wanted)) and (folder / LAST).is_file()
-    if before is not None and same and before["complete"] and not fresh:
+    unchanged = (
+        previous is not None and previous["settings"] == json.loads(json.dumps(settings)) and (folder / LAST).is_file()
+    )
+    if previous is not None and unchanged and previous["complete"] and not fresh:
         print(f"{folder} was trained with the same settings and is kept; --fresh trains again")
         return
-    resume = same and not fresh
+    resume = unchanged and not fresh
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(stamp, {"settings": wanted, "complete": False})
+    write_json(stamp_file, {"settings": settings, "complete": False})
     arguments = ["--config", PRESET, "--data", str(archive), "--out", str(folder), "--data.cache", str(out / "cache")]
     try:
         training.main([*arguments, *rest, *(["--resume"] if resume else [])])
     except KeyboardInterrupt:
         print("\ninterrupted; run the same demo command to continue", file=sys.stderr)
         raise
-    write_json(stamp, {"settings": wanted, "complete": True})
+    write_json(stamp_file, {"settings": settings, "complete": True})
 
 
 def decode(out: Path, archive: Path, beam: int) -> dict:

@@ -1,7 +1,7 @@
 """python -m las_fast.export: write a trained model and its decoding settings to one small file.
 
-Weights are stored in float16; decoding still computes in float32. Decoding settings on the command line become
-the file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well.
+Weights are stored in float16; decoding still computes in float32. Decoding settings on the command line become the
+file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """python -m las_fast.lm: a character n-gram model from text, for --lm of decode, transcribe and tune.
 
 Texts are plain files with one sentence per line (.gz too), LibriSpeech's *.trans.txt, Kaldi's text, anything that
---data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file has
-counts. On loading, they become the dense table of log-probabilities that the search reads.
+--data of the other commands takes (the transcripts of a split), or folders of transcripts as .npy. A model file
+contains counts. On loading, they become the dense table of log-probabilities that the search reads.
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
 language modeling", section 3). With h' the context h without its oldest token, w the next token:

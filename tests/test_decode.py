@@ -413,12 +413,12 @@ def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():
     dataset = fake_dataset(["A", " "], recording_frame=recording_frame)
     loaded = SimpleNamespace(vocabulary=Vocabulary(), model=SimpleNamespace(time_reduction=4))
     several = [Hypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True), Hypothesis([5], -2.00004, -1.0, [9], [], True)]
-    row = command.describe(dataset, 1, several, loaded)
+    row = command.jsonl_row(dataset, 1, several, loaded)
     best, other = {"text": "AB", "score": -1.2346}, {"text": "C", "score": -2.0}
     frames = [(100 + 2 * 2) // 4, (100 + 2 * 14) // 4]
     assert row == {"id": "u1", **best, "frames": frames, "nbest": [best, other]}
     assert list(row) == ["id", "text", "score", "frames", "nbest"]
-    assert command.describe(dataset, 0, several, loaded)["reference"] == "A"
+    assert command.jsonl_row(dataset, 0, several, loaded)["reference"] == "A"
 
 
 def test_the_summary_has_only_the_scores_that_exist():

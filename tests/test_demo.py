@@ -92,7 +92,7 @@ def test_one_command_makes_corpus_submission_result_and_report(stages, capsys):
     assert stages.decoded == [["--checkpoint", str(out / "run"), *archive, *submission]]
     headings = [line for line in printed.splitlines() if line.startswith("[")]
     assert [h for h in headings if "took" not in h] == [
-        "[1/4] speaking the corpus", "[2/4] training, preset tiny", "[3/4] decoding test-clean, beam 8",
+        "[1/4] synthesising the corpus", "[2/4] training, preset tiny", "[3/4] decoding test-clean, beam 8",
         "[4/4] scoring and reporting",
     ]  # fmt: skip
     assert [h[:10] for h in headings if "took" in h] == [f"[{n}/4] took" for n in (1, 2, 3, 4)]
@@ -231,7 +231,7 @@ def test_the_stages_come_in_order_and_get_what_they_need(tmp_path, monkeypatch, 
             ("show", out, "result", "rows", {}),
         ]
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1::3] == ["[1/4] speaking the corpus", "[2/4] training, preset tiny",
+        assert lines[1::3] == ["[1/4] synthesising the corpus", "[2/4] training, preset tiny",
                                "[3/4] decoding test-clean, beam 3", "[4/4] scoring and reporting"]  # fmt: skip
 
 

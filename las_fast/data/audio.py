@@ -141,14 +141,14 @@ class Recording:
         """Return the seconds still to read."""
         return float("inf") if self._seconds is None else self._start + self._seconds - self._elapsed
 
-    def _read_stream(self, source: Source, stream: Stream, number: int, streams: int) -> Iterator[np.ndarray]:
-        sound = self._open_stream(source, stream, number, streams)
+    def _read_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> Iterator[np.ndarray]:
+        sound = self._open_stream(source, stream, number, stream_count)
         if sound is not None:
             with sound:
-                yield from self._decode(source, stream, sound, number, streams)
+                yield from self._decode(source, stream, sound, number, stream_count)
 
     def _decode(
-        self, source: Source, stream: Stream, sound: SoundStream, number: int, streams: int
+        self, source: Source, stream: Stream, sound: SoundStream, number: int, stream_count: int
     ) -> Iterator[np.ndarray]:
         rate = sound.samplerate
         begin = self._elapsed
@@ -167,13 +167,13 @@ class Recording:
         if resampler:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
         self._elapsed = begin + decoder.position / rate
-        self._note_missing(decoder, stream, rate, number, streams)
+        self._note_missing(decoder, stream, rate, number, stream_count)
         warnings = [f"{self.name}: {warning}" for warning in mixer.warnings()]
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
         if self._quality and decoder.yielded:
             self._quality.lowest_rate = min(rate, self._quality.lowest_rate)
 
-    def _open_stream(self, source: Source, stream: Stream, number: int, streams: int) -> SoundStream | None:
+    def _open_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> SoundStream | None:
         """Open a stream; return None if it is bad but one of several.
 
         Raises:
@@ -183,9 +183,9 @@ class Recording:
             sound = SoundStream(source, stream.spans)
         except READ_ERRORS as error:
             reason = refusal_reason(source, stream, error)
-            if streams == 1:
+            if stream_count == 1:
                 raise InputError(f"{self.name} {reason}") from None
-            self._damage.append(f"{self.name}: part {number + 1} of {streams} {reason}")
+            self._damage.append(f"{self.name}: part {number + 1} of {stream_count} {reason}")
             return None
         low, high = RATES
         if not low <= sound.samplerate <= high:
@@ -195,10 +195,10 @@ class Recording:
             )
         return sound
 
-    def _note_missing(self, decoder: Decoder, stream: Stream, rate: int, number: int, streams: int) -> None:
+    def _note_missing(self, decoder: Decoder, stream: Stream, rate: int, number: int, stream_count: int) -> None:
         """Note missing and damaged audio of a stream after it is decoded."""
         decoded = decoder.position / rate  # seconds
-        name = f"part {number + 1} of {streams} of {self.name}" if streams > 1 else self.name
+        name = f"part {number + 1} of {stream_count} of {self.name}" if stream_count > 1 else self.name
         if stream.gap:
             self._damage.append(f"{name} has a gap: {stream.gap}")
         if decoder.lost:

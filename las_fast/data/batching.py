@@ -80,22 +80,22 @@ class BucketBatches:
         self._limits = (frames_per_batch, utterances_per_batch)
         for ratio in CLASS_RATIOS:
             self._ratio = ratio
-            self._count = len(self._form(0))
+            self._count = len(self._cut_epoch(0))
             if self.padding_share(0) <= PADDING_TARGET:
                 break
         if speed:
-            self._count = max(len(self._form(epoch)) for epoch in range(4))
+            self._count = max(len(self._cut_epoch(epoch)) for epoch in range(4))
 
     def __len__(self) -> int:
         return self._count
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch, as lists of utterance indices."""
-        batches = self._form(epoch)
+        batches = self._cut_epoch(epoch)
         slack = 1.0
         while len(batches) > self._count:
             slack *= 1.01
-            batches = self._form(epoch, slack)
+            batches = self._cut_epoch(epoch, slack)
         lengths = self.lengths(epoch)
         while len(batches) < self._count:  # always possible: another epoch cut the same utterances into more batches
             sizes = [len(batch) > 1 and len(batch) * lengths[batch].max() for batch in batches]
@@ -115,7 +115,7 @@ class BucketBatches:
         """Return the share of padding among all frames of an epoch's padded batches."""
         return padding_share(self.lengths(epoch), self.epoch(epoch))
 
-    def _form(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
+    def _cut_epoch(self, epoch: int, slack: float = 1.0) -> list[list[int]]:
         """Cut an epoch's batches, in order of length; the limits are multiplied by `slack`."""
         lengths = self.lengths(epoch)
         order = self._members[np.argsort(lengths[self._members], kind="stable")]
@@ -182,10 +182,10 @@ def plan_curriculum(frame_counts: FrameCounts, config: Config) -> Curriculum:
     options: dict[str, Any]
     options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch,
                "seed": config.training.seed, "speed": config.augment.speed}  # fmt: skip
-    everything = BucketBatches(frame_counts, **options)
+    all_batches = BucketBatches(frame_counts, **options)
     first = min(data.short_epochs, epochs)
     if not first:
-        return Curriculum([(epochs, everything)])
+        return Curriculum([(epochs, all_batches)])
     seconds = seconds_of(np.asarray(frame_counts), config.features)
     short = np.flatnonzero(seconds <= data.short_seconds)
     if not len(short):
@@ -193,7 +193,7 @@ def plan_curriculum(frame_counts: FrameCounts, config: Config) -> Curriculum:
             f"data.short_epochs is {data.short_epochs}, but the shortest training utterance lasts {seconds.min():.1f} "
             f"s, longer than data.short_seconds {data.short_seconds:g}; raise it, or set data.short_epochs to 0"
         )
-    return Curriculum([(first, BucketBatches(frame_counts, **options, members=short)), (epochs - first, everything)])
+    return Curriculum([(first, BucketBatches(frame_counts, **options, members=short)), (epochs - first, all_batches)])
 
 
 def padding_share(frame_counts: FrameCounts, batches: list[list[int]]) -> float:
@@ -263,7 +263,7 @@ class _Loader:
 
 
 class _Batches:
-    """Item b is batch b, as a dict of the fields of Batch."""
+    """Source of a Loader: item b is batch b, as a dict of the fields of Batch."""
 
     def __init__(self, dataset, batches, vocabulary, augment, seed, epoch):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary

@@ -50,7 +50,7 @@ class CacheEntry:
     texts: list[str | None]
     frame_counts: np.ndarray  # (N,) int64
     seconds: np.ndarray  # (N,) float64
-    positions: np.ndarray  # (N,) int64 index in the split, bad utterances counted
+    positions: np.ndarray  # (N,) int64 index in the split, bad utterances included
     spans: list[list[tuple[int, int]]]  # (start, end) of the frames kept from the recording; empty if none were trimmed
     bad: list[tuple[str, str, int]]  # id, reason, position
 

@@ -31,7 +31,7 @@ from las_fast.text import DIGITS, Vocabulary, has_lost_digits, normalise_text
 __all__ = ["Corpus", "SpeechDataset", "Statistics", "Utterance", "load_dataset", "normalise", "open_corpus",
            "count_shared_recordings", "count_overlapping"]  # fmt: skip
 
-OVERLAP_TOLERANCE = 0.25  # seconds that neighbouring parts of a recording may share
+OVERLAP_TOLERANCE = 0.25  # seconds that adjacent parts of a recording may share
 ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 MAX_FOLDERS = 100  # folders per level that are searched for data
 MAX_SHOWN = 10  # skipped utterances that are listed; the rest are counted
@@ -39,7 +39,7 @@ MAX_SHOWN = 10  # skipped utterances that are listed; the rest are counted
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of the training split's raw frames, for normalisation "global"."""
+    """Mean and standard deviation of the raw frames of the training split, for normalisation "global"."""
 
     mean: torch.Tensor  # (F,) float32
     std: torch.Tensor  # (F,) float32
@@ -313,7 +313,7 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
     overlapping = 0
     for path, (start, end) in zip(second.paths, second.spans, strict=True):
         file = _file_identity(path)
-        margin = min(OVERLAP_TOLERANCE, (end - start) / 4)  # neighbouring parts may touch
+        margin = min(OVERLAP_TOLERANCE, (end - start) / 4)  # adjacent parts may touch
         before = bisect_left(starts.get(file, []), end - margin)
         overlapping += before > 0 and ends[file][before - 1] > start + margin
     return overlapping
@@ -448,8 +448,8 @@ def _duplicates(utterances: list[Utterance]) -> dict[int, str]:
 
 def _unique_names(splits: tuple[str, ...], parts: list[tuple[CacheEntry, np.ndarray]]) -> Callable[[int, str], str]:
     """Return a function of (split index, id) that returns the id, or split/id if splits share ids."""
-    everything = [name for entry, _ in parts for name in {*entry.ids, *(name for name, _, _ in entry.bad)}]
-    shared = len(set(everything)) < len(everything)
+    all_ids = [name for entry, _ in parts for name in {*entry.ids, *(name for name, _, _ in entry.bad)}]
+    shared = len(set(all_ids)) < len(all_ids)
     return lambda k, name: f"{splits[k]}/{name}" if shared else name
 
 

@@ -193,8 +193,8 @@ def _test_order(path: Path, names: list[str]) -> list[str]:
         raise InputError(f"{path} must be a CSV with a column 'file' that names every test recording; copy it again")
     order = [Path(to_filename((row["file"] or "").strip())).name.removesuffix(".npy") for row in rows]
     if len(set(order)) != len(order):
-        twice = next(name for i, name in enumerate(order) if name in order[:i])
-        raise InputError(f"{path} names {twice!r} twice; keep one row")
+        duplicate = next(name for i, name in enumerate(order) if name in order[:i])
+        raise InputError(f"{path} names {duplicate!r} twice; keep one row")
     if extra := sorted(set(names) - set(order)):
         raise InputError(f"{path} does not name {extra[0]}.npy ({len(extra)} such files); add it or remove the file")
     return order

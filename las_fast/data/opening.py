@@ -39,7 +39,7 @@ def open_descriptor(path: Audio, name: str, *, pipes: bool) -> int:
         pipes: whether path may be a pipe, which can be read only once.
 
     Raises:
-        InputError: it cannot be opened or copied, or is a folder, device, socket or terminal.
+        InputError: the recording cannot be opened or copied, or is a folder, device, socket or terminal.
     """
     if isinstance(path, Samples):
         return _write_temporary(path.write, name)

@@ -6,7 +6,7 @@ import numpy as np
 
 WINDOW = 512  # samples of a spectrum
 VERY_QUIET = 0.004  # peak of a recording, relative to full scale
-CLIPPED = 0.002  # share of samples that repeat their neighbour at the top of the scale
+CLIPPED = 0.002  # share of samples at the top of the scale that equal the previous sample
 NARROW = 4e-6  # energy above 4.4 kHz, relative to that of speech below 3.4 kHz
 NARROW_AT_FLOOR = 6.3e-5  # the same threshold if the upper band has only the noise of rounding to 16 bits
 

@@ -31,7 +31,7 @@ def refusal_reason(source: Source, stream: Stream, error: Exception) -> str:
     if stream.truncated_header or stream.cut:
         return "is cut off or damaged within its header, before any sound; copy it again"
     if not any(head):
-        return "begins with nothing but zeros, as after a crash or a broken copy; copy it again"
+        return "begins with zeros only, as after a crash or an interrupted copy; copy it again"
     if ogg and head[:4] == b"OggS":
         return f"cannot be read as audio ({decoder_message(error)}): its first pages are damaged; copy it again"
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b"caff", b"fLaC", b"NIST"):

@@ -123,6 +123,6 @@ def random_sentence(rng: np.random.Generator, role: str) -> str:
         for part in parts[1:]:
             placeholder, rest = part.split("}")
             text += _random_words(placeholder, rng) + rest
-        owner = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 8, "train")
-        if owner == role and MIN_LENGTH <= len(text) <= MAX_LENGTH:
+        assigned_role = {0: "dev", 1: "test"}.get(zlib.crc32(text.encode()) % 8, "train")
+        if assigned_role == role and MIN_LENGTH <= len(text) <= MAX_LENGTH:
             return text

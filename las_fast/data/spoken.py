@@ -45,7 +45,7 @@ MAX_WORKERS = 256
 TIMEOUT = 600.0  # seconds without an answer after which the processes count as hung
 BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the utterances before
 
-SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; roles share none
+SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; no variant has two roles
     "train": (
         "m1", "m2", "m3", "m4", "m6", "m8", "f1", "f2", "f4", "klatt2", "klatt4", "Andy", "Annie", "Denis", "Gene",
         "Hugo", "Jacky", "Lee", "Marco", "Michael", "adam", "anika", "belinda", "boris", "david", "ian", "john",
@@ -95,7 +95,7 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[PlannedUtterance
 
 
 def synthesise(synthesiser: Synthesiser, utterance: PlannedUtterance, *, seed: int) -> np.ndarray:
-    """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, end silences and faint noise."""
+    """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, edge silence and faint noise."""
     import soxr
 
     rng = np.random.default_rng([seed, 1000, utterance.number])
@@ -198,7 +198,7 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
     tasks = [(utterances[i : i + BLOCK_SIZE], seed, str(archive)) for i in range(0, len(utterances), BLOCK_SIZE)]
     seconds: dict[str, float] = {}
     blocks = _map_in_processes(_speak_block, tasks, workers or cores())
-    with Progress(len(utterances), "speaking", "utterances", show=progress) as bar, contextlib.closing(blocks):
+    with Progress(len(utterances), "synthesising", "utterances", show=progress) as bar, contextlib.closing(blocks):
         for rows in blocks:
             seconds.update(rows)
             bar.update(len(rows))
@@ -240,11 +240,11 @@ def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Gene
 
 def _start(context, function: Callable, task) -> tuple:
     """Start a process that sends function(task) through a pipe; return the pipe and the process."""
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, function, task))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, task))
     process.start()
-    theirs.close()
-    return ours, process
+    sender.close()
+    return receiver, process
 
 
 def _send(pipe, function: Callable, task) -> None:
@@ -285,11 +285,13 @@ def _defer_signals(*numbers: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_handler(numbers: Sequence[int], handler) -> Iterator[None]:
-    old = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    old_handlers = {
+        number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        for number, handler in old.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 

@@ -79,8 +79,8 @@ def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator
     header = _without_trailing_blanks(map(_unquoted, next(lines, (1, []))[1]))
     header = [name or f"column {i}" for i, name in enumerate(header, 1)]  # pandas leaves the name of its index empty
     if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise InputError(f"{path} has two columns named {twice!r}; rename or remove one")
+        duplicate = next(name for name in header if header.count(name) > 1)
+        raise InputError(f"{path} has two columns named {duplicate!r}; rename or remove one")
     if not header:
         raise InputError(f"{path} must begin with a header line that has a column 'path'; got an empty line")
     for line, values in lines:

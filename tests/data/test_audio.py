@@ -610,7 +610,7 @@ def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
 
 @pytest.mark.parametrize("data, what", [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
                                         (b"<!DOCTYPE html><html>", "web page"),
-                                        (bytes(3200), "nothing but zeros")])  # fmt: skip
+                                        (bytes(3200), "with zeros only")])  # fmt: skip
 def test_other_data_than_audio_is_recognised(tmp_path, data, what):
     assert what in refusal(put(tmp_path, data, "x.wav"))
 

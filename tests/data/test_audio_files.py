@@ -269,11 +269,11 @@ def test_an_ogg_whose_first_pages_are_damaged_is_reported(tmp_path):
 
 
 def test_a_file_that_begins_with_zeros_alone_is_no_silence(tmp_path):
-    refused(put(tmp_path, bytes(3200)), "X begins with nothing but zeros, as after a crash or a broken copy; "
+    refused(put(tmp_path, bytes(3200)), "X begins with zeros only, as after a crash or an interrupted copy; "
             "copy it again")  # fmt: skip
 
 
-@pytest.mark.parametrize(("zeros", "said"), [(63, "give a wav, flac, ogg or mp3 file"), (64, "nothing but zeros")])
+@pytest.mark.parametrize(("zeros", "said"), [(63, "give a wav, flac, ogg or mp3 file"), (64, "with zeros only")])
 def test_64_zeros_are_a_broken_copy(tmp_path, zeros, said):
     assert said in refusal(put(tmp_path, bytes(zeros) + b"text " * 300))
 

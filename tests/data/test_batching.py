@@ -92,7 +92,7 @@ def test_the_number_of_batches_is_the_same_in_every_epoch(count, speed):
 @pytest.mark.parametrize(("seed", "count", "batches"), [(3, 100, 54), (1, 200, 119)])
 def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(seed, count, batches):
     made = BucketBatches(LENGTHS[:count], frames_per_batch=3000, utterances_per_batch=4, seed=seed, speed=0.1)
-    first = [len(made._form(epoch)) for epoch in range(5)]
+    first = [len(made._cut_epoch(epoch)) for epoch in range(5)]
     assert len(made) == max(first[:4]) == batches
     assert first.index(batches) == 3 or first[4] > batches  # the fourth counts, and the fifth does not
 

@@ -494,7 +494,7 @@ def test_a_corpus_is_spoken_in_blocks_whose_seconds_are_gathered(tmp_path, monke
     splits = {"train-clean-100", "train-clean-360", "dev-clean", "test-clean"}
     kept = {f"{split}/transcripts" for split in splits - {"test-clean"}}
     assert folders == splits | {f"{split}/mfcc" for split in splits} | kept
-    assert "speaking: 45% (40 of 88 utterances)" in capsys.readouterr().err
+    assert "synthesising: 45% (40 of 88 utterances)" in capsys.readouterr().err
     spoken._speak(utterances, tmp_path / "b", seed=5, workers=2, progress=False)
     assert asked[1][2] == 2 and capsys.readouterr().err == ""
 

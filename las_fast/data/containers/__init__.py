@@ -73,7 +73,7 @@ def _walker_at(source: Source, position: int) -> Walker | None:
 
 
 def _report_oversized(layout: Layout) -> None:
-    """Report streams of more than 4 GiB under the header of a format with 32-bit lengths, which cannot state it."""
+    """Report streams of more than 4 GiB in formats with 32-bit lengths: only 4 GiB of them can be read."""
     for stream in layout.streams:
         head, size = stream.spans[0], span_length(stream.spans[-1])
         if size > 0xFFFFFFFF and isinstance(head, bytes) and head[:4] in (b"FORM", b"RIFX", b".snd"):

@@ -6,7 +6,7 @@ from las_fast.data.containers.mpeg import frame_header
 from las_fast.data.containers.streams import Source
 from las_fast.data.containers.tags import skip_tags
 
-# An archive may store an mp3 uncompressed. It must not be read: it is not the content of the file.
+# An archive may contain an uncompressed mp3, which must not be taken for the recording.
 ARCHIVES = (b"PK\x03\x04", b"Rar!", b"7z\xbc\xaf")
 MAGIC = {b"OggS": "ogg", b"fLaC": "flac", b".snd": "au", b"caff": "caf", b"riff": "w64"}
 RARE = {  # formats whose length is computed in rare.py

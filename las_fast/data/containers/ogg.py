@@ -20,7 +20,7 @@ UNSUPPORTED_CODECS = {
 
 
 @dataclass
-class _Logical:
+class _LogicalStream:
     """A logical stream of an Ogg file."""
 
     codec: str  # name; "-" before it means that the codec is not supported
@@ -59,7 +59,7 @@ def _ogg_page(source: Source, position: int) -> _Page | None:
 
 def walk_ogg(source: Source, start: int, layout: Layout) -> int:
     """Add one stream per link of a chain: the first of its parallel logical streams with a supported codec."""
-    links: list[dict[bytes, _Logical]] = []
+    links: list[dict[bytes, _LogicalStream]] = []
     position, truncated = start, False
     damaged = set()  # numbers of the links that contain bytes between pages
     while position < source.size:
@@ -82,13 +82,13 @@ def walk_ogg(source: Source, start: int, layout: Layout) -> int:
     return (source.size if truncated else position) if links else start
 
 
-def _add_page(source: Source, links: list[dict[bytes, _Logical]], page: _Page) -> None:
+def _add_page(source: Source, links: list[dict[bytes, _LogicalStream]], page: _Page) -> None:
     """Add a page to its logical stream in the last link, or begin a new link."""
     if page.flags & 2:
         # All first pages of a link come before its other pages
         if not links or page.serial in links[-1] or any(logical.begun for logical in links[-1].values()):
             links.append({})
-        links[-1][page.serial] = _Logical(_codec(source.read(page.body, 8)), [], page.sequence)
+        links[-1][page.serial] = _LogicalStream(_codec(source.read(page.body, 8)), [], page.sequence)
     logical = links[-1].get(page.serial) if links else None
     if logical is None:
         return
@@ -115,7 +115,7 @@ def _codec(packet: bytes) -> str:
 
 
 def _append_link(
-    source: Source, link: dict[bytes, _Logical], layout: Layout, *, truncated: bool, may_lack_end: bool
+    source: Source, link: dict[bytes, _LogicalStream], layout: Layout, *, truncated: bool, may_lack_end: bool
 ) -> None:
     """Add a link of a chain.
 
