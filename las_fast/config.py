@@ -122,7 +122,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ListenerConfig:
-    """Encoder: convolutions, a BiLSTM, pyramids (BiLSTMs that each halve time), then BiLSTMs that keep it."""
+    """Encoder: convolutions, a BiLSTM, pyramids (BiLSTMs that halve the frame rate), then BiLSTMs that keep it."""
 
     # output channels of each convolution
     conv_channels: tuple[int, ...] = number((256,), at_least=1, at_most=10_000)

@@ -62,7 +62,7 @@ def open_corpus(root: str | Path) -> Corpus:
     if root.is_file():
         return _open_file(root)
     if not root.is_dir():
-        raise InputError(f"{root} is neither a folder nor a file; give the folder that holds the data")
+        raise InputError(f"{root} is neither a folder nor a file; give the folder with the data")
     openers = _recognise(root)
     if not openers and len(manifest.find_tables(root)) < 2:
         openers = _recognise_below(root)
@@ -129,7 +129,7 @@ def _root_problem(root: Path, error: Exception) -> str:
             )
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
     what = "does not exist" if missing else f"cannot be opened ({getattr(error, 'strerror', None) or error})"
-    return f"{root} {what}; give the folder that holds the data{nearest_path_hint(root) if missing else ''}"
+    return f"{root} {what}; give the folder with the data{nearest_path_hint(root) if missing else ''}"
 
 
 def _unrecognised(root: Path) -> str:

@@ -74,7 +74,7 @@ def test_audio_is_resampled_and_keeps_its_pitch(tmp_path, rate):
 def test_a_recording_is_read_once(tmp_path):
     recording = open_recording(put(tmp_path, encoded(waveform(), **WAV)), RATE)
     list(recording)
-    with pytest.raises(ValueError, match="read once"):
+    with pytest.raises(ValueError, match="only once"):
         list(recording)
 
 

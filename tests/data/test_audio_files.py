@@ -234,7 +234,7 @@ JUNK = bytes(range(1, 255)) * 8
     (b"<HTML>", "a web page, perhaps an error page of a download; download it again"),
     (b"<!doctype html>", "a web page, perhaps an error page of a download; download it again"),
     (b"ID3\x04\0\0\0\0\0\x0a" + bytes(10), "an ID3 tag without any known audio after it; copy it again"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself; run git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
 ])  # fmt: skip
 def test_files_of_another_kind_are_named(tmp_path, magic, what):
     refused(put(tmp_path, magic + JUNK), f"X is {what}")

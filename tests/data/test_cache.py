@@ -342,7 +342,7 @@ def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monk
 def test_a_recording_may_differ_slightly_from_the_manifests_duration(said, held, problem):
     u = Utterance("x", Path("x.wav"), None, seconds=said)
     found = readers._duration_problem(u, held)
-    assert (problem in found and f"x.wav holds {held:.2f} s" in found) if problem else found == ""
+    assert (problem in found and f"x.wav lasts {held:.2f} s" in found) if problem else found == ""
     assert readers._duration_problem(replace(u, is_part=True), held) == ""
 
 

@@ -127,7 +127,7 @@ def test_lines_are_read_in_every_encoding(tmp_path, monkeypatch, data, lines, bl
 @pytest.mark.parametrize(
     ("data", "said"),
     [(b"{}\n{}\n\xff\n", "line 3 is not UTF-8"), (b"{}\n" * 9 + b"\xe9", "line 10 is not UTF-8"),
-     (b"{}\n{}\0\n", "line 2 contains a NUL"), (b"{}\n{}\n\0", "line 3 holds a NUL"),
+     (b"{}\n{}\0\n", "line 2 contains a NUL"), (b"{}\n{}\n\0", "line 3 contains a NUL"),
      ("ab".encode("utf-16-le"), "line 1 contains a NUL"),
      (b"\xff\xfea", "line 1 is not UTF-8")],
 )  # fmt: skip

@@ -353,7 +353,7 @@ def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
         shutil.copy(tmp_path / "data" / "train.npy", tmp_path / "data" / name)
     for root in (tmp_path, tmp_path / "data", tmp_path / "data" / "train.npy", tmp_path / "data" / "X.NPY"):
         some = "X.NPY, Y.npy, dev.npy, dev_transcripts.npy, test.npy, train.npy"
-        with pytest.raises(InputError, match=rf"holds {some}, arrays .* before 2022.* python -c") as error:
+        with pytest.raises(InputError, match=rf"has {some}, arrays .* before 2022.* python -c") as error:
             open_corpus(root)
         assert "\n" not in str(error.value)
     (tmp_path / "data" / "notes.txt").touch()

@@ -508,7 +508,7 @@ def test_without_espeak_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="not a spoken corpus"):
+    with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path, **SIZES)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -530,7 +530,7 @@ def test_an_earlier_corpus_is_replaced_and_a_failure_leaves_it(root, tmp_path, m
 
 def test_a_file_in_the_place_of_a_corpus_is_left_alone(tmp_path):
     (tmp_path / "x").touch()
-    with pytest.raises(InputError, match="not a spoken corpus"):
+    with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path / "x", **SIZES)
 
 
