@@ -197,7 +197,7 @@ def test_librispeech_does_not_take_raw_samples_for_recordings(tmp_path):
 
 def test_a_root_with_an_impossible_name_is_refused():
     for root, why in (("x" * 5000, "File name too long"), ("a\0b", "embedded null byte")):
-        with pytest.raises(InputError, match=rf"cannot be opened \({why}\); give the folder that holds the data$"):
+        with pytest.raises(InputError, match=rf"cannot be opened \({why}\); give the folder with the data$"):
             open_corpus(root)
 
 
