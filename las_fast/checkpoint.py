@@ -134,7 +134,7 @@ def load_weights(model: LAS, weights: dict, path: str | Path) -> None:
         shapes = [tuple(x[name].shape) if name in x else "none" for x in (expected, weights)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"{path} does not fit the settings: {name} should be {shapes[0]}, the file has {shapes[1]}; "
+                f"{path} does not fit the settings: {name} should be {shapes[0]}, but the file has {shapes[1]}; "
                 "use the config.yaml in the same folder"
             )
     model.load_state_dict(weights)

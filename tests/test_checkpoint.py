@@ -120,7 +120,7 @@ def test_weights_of_another_size_are_named(tmp_path):
     weights = build_model(CONFIG).state_dict()
     weights["speller.embedding.weight"] = torch.zeros(31, 9)
     save_model(tmp_path / "m.safetensors", weights, CONFIG, None, {})
-    with pytest.raises(InputError, match=r"speller.embedding.weight should be \(31, 4\), the file has \(31, 9\)"):
+    with pytest.raises(InputError, match=r"speller.embedding.weight should be \(31, 4\), but the file has \(31, 9\)"):
         load_model(tmp_path / "m.safetensors")
 
 
@@ -128,14 +128,14 @@ def test_weights_that_are_missing_or_too_many_are_named(tmp_path):
     weights = build_model(CONFIG).state_dict()
     more = {**weights, "speller.more": torch.zeros(2)}
     del weights["speller.bias"]
-    for given, message in ((weights, r"speller.bias should be \(31,\), the file has none"),
-                        (more, r"speller.more should be none, the file has \(2,\)")):  # fmt: skip
+    for given, message in ((weights, r"speller.bias should be \(31,\), but the file has none"),
+                        (more, r"speller.more should be none, but the file has \(2,\)")):  # fmt: skip
         save_model(tmp_path / "m.safetensors", given, CONFIG, None, {})
         with pytest.raises(InputError, match=message):
             load_model(tmp_path / "m.safetensors")
     first = min(more)  # of many
     save_model(tmp_path / "m.safetensors", {"z": torch.zeros(2)}, CONFIG, None, {})
-    with pytest.raises(InputError, match=f"{first} should be .*, the file has none"):
+    with pytest.raises(InputError, match=f"{first} should be .*, but the file has none"):
         load_model(tmp_path / "m.safetensors")
 
 

@@ -26,7 +26,7 @@ from las_fast.data.hw4p2 import LOAD_ERRORS, load_problem, read_transcript
 from las_fast.errors import InputError
 
 CHUNK_SIZE = 16  # utterances per unit of work
-ANSWER_BYTES = 8 << 20  # maximum bytes of frames per answer of a worker; a larger utterance is sent alone
+MAX_RESULT_BYTES = 8 << 20  # bytes of frames that a worker sends at once; a larger utterance is sent alone
 GROUP_SECONDS = 120.0  # maximum seconds of audio converted to frames at once; a longer recording is converted alone
 # How much shorter or longer a recording may be than the manifest says: seconds or a share, whichever is more.
 SHORT_SECONDS, SHORT_SHARE = 0.1, 0.02
@@ -73,14 +73,14 @@ def read_utterances(
         for i, chunk in enumerate(chunks):
             missing = len(chunk)
             while missing:
-                answer = queues[i % workers].get()
-                if isinstance(answer, str):
+                result = queues[i % workers].get()
+                if isinstance(result, str):
                     raise InputError(
-                        f"a process that reads recordings ended early ({answer}) near {chunk[-missing].path}; "
+                        f"a process that reads recordings ended early ({result}) near {chunk[-missing].path}; "
                         "free some memory and run again, or remove that recording"
                     )
-                yield from answer
-                missing -= len(answer)
+                yield from result
+                missing -= len(result)
     finally:
         for k, child in enumerate(children):
             child.kill()
@@ -97,14 +97,14 @@ def _start_worker(task: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True)
 
 
-def _receive(child: subprocess.Popen, answers: queue.Queue) -> None:
-    """Move a worker's answers into a bounded queue; at the end, put a str that says how the worker ended."""
+def _receive(child: subprocess.Popen, results: queue.Queue) -> None:
+    """Move the lists of Items from a worker into a bounded queue; at the end, put a str that says how it ended."""
     stdout: Any = child.stdout  # a pipe
     try:
         while True:
-            answers.put(pickle.load(stdout))
+            results.put(pickle.load(stdout))
     except Exception as error:  # forward any error, or the consumer waits forever
-        answers.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
+        results.put(f"exit status {child.wait()}, {type(error).__name__} {error}")
 
 
 def run_worker() -> None:
@@ -112,27 +112,27 @@ def run_worker() -> None:
 
     Ends when the parent closes the pipe.
     """
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # so that output printed by libraries does not mix with the answers
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # so that output printed by libraries does not mix with the results
     task, chunks = pickle.loads(Path(sys.argv[1]).read_bytes())
     if task[0] == "audio":
         import torch  # only for audio: the import can take longer than reading an archive of features
 
         torch.set_num_threads(1)
-    with suppress(BrokenPipeError), answers:
+    with suppress(BrokenPipeError), results:
         for chunk in chunks:
-            for answer in _groups(_process_chunk(task, chunk)):
-                answers.write(pickle.dumps(answer, protocol=5))
-                answers.flush()
+            for result in _groups(_process_chunk(task, chunk)):
+                results.write(pickle.dumps(result, protocol=5))
+                results.flush()
 
 
 def _groups(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Group items into lists of at most ANSWER_BYTES of frames, or a single item."""
+    """Group items into lists of at most MAX_RESULT_BYTES of frames, or a single item."""
     group: list[Item] = []
     size = 0
     for item in items:
         nbytes = 0 if item.frames is None else item.frames.nbytes
-        if group and size + nbytes > ANSWER_BYTES:
+        if group and size + nbytes > MAX_RESULT_BYTES:
             yield group
             group, size = [], 0
         group.append(item)

@@ -42,7 +42,7 @@ from las_fast.system import cores
 ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MAX_WORKERS = 256
-TIMEOUT = 600.0  # seconds without an answer after which the processes count as hung
+TIMEOUT = 600.0  # seconds without a result after which the processes count as hung
 BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the utterances before
 
 SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; no variant has two roles
@@ -211,7 +211,7 @@ def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Gene
     Each task gets a new process, because eSpeak NG's output depends on earlier speech in its process.
 
     Raises:
-        InputError: a process ended early or sent no answer for TIMEOUT seconds.
+        InputError: a process ended early or sent no result for TIMEOUT seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
@@ -219,7 +219,7 @@ def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Gene
     with _ignore_signals(signal.SIGINT, signal.SIGHUP):
         multiprocessing.forkserver.ensure_running()
     waiting = list(reversed(tasks))
-    running: dict[Any, Any] = {}  # pipe -> process that sends its answer there
+    running: dict[Any, Any] = {}  # pipe -> process that sends its result through it
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -252,9 +252,9 @@ def _send(pipe, function: Callable, task) -> None:
 
 
 def _receive(pipe, process):
-    """Receive the answer of a process; InputError if it ended without one."""
+    """Receive the result of a process; InputError if it ended without one."""
     try:
-        answer = pipe.recv()
+        result = pipe.recv()
     except EOFError:
         process.join()
         raise InputError(
@@ -263,7 +263,7 @@ def _receive(pipe, process):
     finally:
         pipe.close()
     process.join()
-    return answer
+    return result
 
 
 @contextlib.contextmanager

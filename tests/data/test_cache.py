@@ -375,7 +375,7 @@ def test_at_most_a_group_of_audio_is_in_memory(tmp_path, folder, monkeypatch):
     grouped = fill(corpus, folder / "2", "train", FeatureConfig(), workers=1)
     assert sorted(held)[-1] == pytest.approx(3.0) and sorted(held)[-2] <= 1.5 and len(held) < 20
     start = subprocess.Popen
-    small_answers = "import las_fast.data.readers as readers; readers.ANSWER_BYTES = 1; readers.run_worker()"
+    small_answers = "import las_fast.data.readers as readers; readers.MAX_RESULT_BYTES = 1; readers.run_worker()"
     monkeypatch.setattr(
         readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
     )
@@ -426,7 +426,7 @@ def test_good_utterances_are_stored_in_order_and_bad_ones_listed(tmp_path, monke
 
 
 def test_answers_of_a_worker_are_bounded(monkeypatch):
-    monkeypatch.setattr(readers, "ANSWER_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_RESULT_BYTES", 100)
     items = [readers.Item(str(i), frames=np.zeros((n, 1), np.float32)) for i, n in enumerate((10, 10, 50, 10, 20))]
     items.insert(1, readers.Item("bad", problem="bad"))
     groups = list(readers._groups(iter(items)))
@@ -746,7 +746,7 @@ def test_progress_shows_the_real_time_factor(corpus, folder, monkeypatch, capsys
 
 
 def test_an_answer_of_a_worker_holds_as_many_utterances_as_fit(monkeypatch):
-    monkeypatch.setattr(readers, "ANSWER_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_RESULT_BYTES", 100)
     sizes = [40, 60, 1, 100, 101, 0, 100, 0, 1]
     items = [readers.Item(str(n), frames=np.zeros(n, np.int8) if n else None) for n in sizes]
     groups = [[int(item.id) for item in group] for group in readers._groups(iter(items))]
