@@ -409,7 +409,7 @@ def read(tmp_path, text):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("training: {epochs: 1}\ntraining: {seed: 2}", r"training is set twice, in lines 1 and 2; leave one"),
+        ("training: {epochs: 1}\ntraining: {seed: 2}", r"training is set twice, in lines 1 and 2; remove one"),
         ("training:\n  epochs: 1\n  seed: 2\n  epochs: 3", r"epochs is set twice, in lines 2 and 4"),
         ("training:\n  epochs: 1\n  'epochs': 3", r"epochs is set twice, in lines 2 and 3"),
         ("training: {epochs: 010}", r"epochs must be int; got 010 \(line 1\); write it in decimal, without a leading"),

@@ -1,7 +1,7 @@
 """Read utterances and convert them to frames for the feature cache, in worker processes.
 
-Workers are child processes that call run_worker(). They need neither fork nor an `if __name__ == "__main__"` guard, and
-end when their parent ends.
+Workers are child processes that call run_worker(). They need neither fork nor a main module that is safe to
+import, and end when their parent ends.
 """
 
 from __future__ import annotations
