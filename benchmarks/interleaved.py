@@ -19,7 +19,7 @@ from benchmarks.rows import CONTEXT, context
 COLUMNS = (*CONTEXT, "what", "shape", "dtype", "path", "rounds", "unit", "median", "spread", "cpu", "baseline",
            "ratio", "cpu_ratio", "load")  # fmt: skip
 STAT = Path("/proc/stat")
-JIFFY = 0.01  # seconds; Linux reports hundredths whatever its own tick
+JIFFY = 0.01  # seconds; the unit of /proc/stat on Linux, independent of the kernel's tick
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 The checkpoints differ in data.hours, and in epochs so that each is trained long enough. The first form decodes the dev
 split with each checkpoint, greedily and with its own settings; --record appends the rows to learning_curve.csv. Both
 forms print a table and draw the recorded rows. The fit is error = c * hours ** -slope, by least squares on logarithms.
-The range of a prediction is that of the fits that leave one training out.
+The range of a prediction spans the fits that leave out one training each.
 """
 
 from __future__ import annotations

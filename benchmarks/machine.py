@@ -21,7 +21,7 @@ SECONDS = 0.7  # of measuring per quantity
 
 
 def fastest_call(run: Callable[[], object]) -> float:
-    """Call `run` for SECONDS and return the shortest time of a call in seconds: that of an undisturbed machine."""
+    """Call `run` for SECONDS and return the seconds of the fastest, which other programs slowed least."""
     run()
     times = [math.inf]
     end = time.perf_counter() + SECONDS

@@ -87,13 +87,13 @@ def summary_row(run: Path, *, what: str, data: str) -> tuple:
     first, best = first_formed(rows), min(rows, key=lambda row: row["cer"])
     parameters = sum(p.numel() for p in checkpoint.build_model(config).parameters()) / 1e6
     cer_before = f"{rows[first - 1]['cer']:.2f}" if first else ""
-    epoch = cer_then = ""
+    epoch = cer_formed = ""
     if first < len(rows):
-        epoch, cer_then = f"{rows[first]['epoch']:g}", f"{rows[first]['cer']:.2f}"
+        epoch, cer_formed = f"{rows[first]['epoch']:g}", f"{rows[first]['cer']:.2f}"
     scores = (f"{best['cer']:.2f}", f"{best['ld']:.3f}", f"{rows[-1]['cer']:.2f}")
     labels = (run.name, what, data, config.training.seed, f"{parameters:.1f}", f"{rows[-1]['epoch']:g}")
     core_hours = f"{rows[-1].get('core_hours', float('nan')):.2f}"
-    return (*context()[:2], *labels, core_hours, epoch, cer_before, cer_then, *scores)
+    return (*context()[:2], *labels, core_hours, epoch, cer_before, cer_formed, *scores)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.silence --checkpoint RUN|NAME --data MANIFEST [--split dev] [--untrimmed] [--record]
 
-Every recording is decoded as it is, and with digital zeros or white noise before and after it (PADDING), greedily and
+Every recording is decoded unchanged, and with digital zeros or white noise before and after it (PADDING), greedily and
 with the checkpoint's own settings.
 """
 
@@ -62,8 +62,9 @@ def decode(loaded: Loaded, data: Utterances, decoding: DecodingConfig) -> list[s
     return [loaded.vocabulary.decode(best.text_tokens) for best, *_ in hypotheses]
 
 
-def decodings(own: DecodingConfig) -> dict[str, DecodingConfig]:
-    return {"greedy": replace(own, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0), "own settings": own}
+def decodings(settings: DecodingConfig) -> dict[str, DecodingConfig]:
+    greedy = replace(settings, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    return {"greedy": greedy, "own settings": settings}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,22 +9,22 @@ from pathlib import Path
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
-ALLOWED = [  # reasons that a machine may have, and why they are no fault
+ALLOWED = [  # accepted reasons of skips
     r"\bno CUDA device\b",  # GPU tests need a GPU
 ]
 if not SHARED.is_dir():
-    ALLOWED.append(r"\.\./shared\b.* is absent")  # recordings that a checkout may lack
+    ALLOWED.append(r"\.\./shared\b.* is absent")  # recordings that a checkout may not have
 
 
 def skipped(path: str | Path) -> list[tuple[str, str]]:
-    """Return (test, reason) of every test that did not run, expected failures included."""
-    found = []
+    """(test, reason) of every test that did not run, including expected failures."""
+    unexcused = []
     for case in ElementTree.parse(path).iter("testcase"):
         for mark in case.iter("skipped"):
-            # Of a whole file that is skipped, the message says only that; the reason is in the text.
+            # for a file skipped as a whole, the message does not have the reason; the text does
             reason = mark.text if mark.get("message") == "collection skipped" else mark.get("message")
-            found.append((f"{case.get('classname')}::{case.get('name')}", reason or ""))
-    return found
+            unexcused.append((f"{case.get('classname')}::{case.get('name')}", reason or ""))
+    return unexcused
 
 
 def main(path: str) -> int:

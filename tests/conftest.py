@@ -1,4 +1,4 @@
-"""What tests share: one thread, a cache of their own, and the data beside the repository where it is there."""
+"""Fixtures and settings of all tests: one thread, a temporary feature cache, and the shared recordings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 torch.set_num_threads(1)
 
-# A shell that runs the tests in the background, or nohup, has these ignored; tests send them.
+# Background shells and nohup ignore these signals, but tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _signal in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(_signal, signal.SIG_DFL)
 
 
 def pytest_report_header() -> list[str]:
-    """Say which backends of each op this run covers."""
+    """List the backends of each op that this run covers."""
     lines = []
     for op in backends.IMPLEMENTED:
         names = [name for name in backends.BACKENDS if backends.unavailable(op, name) is None]

@@ -1,4 +1,4 @@
-"""Other builds of the C++ extension, for tests of it: with sanitizers, or with faults that can be switched on.
+"""Build and load other variants of the C++ extension: with sanitizers, or with faults that can be switched on.
 
     python -m tests.extension FILE LANES [ARGUMENT ...]
 
@@ -22,16 +22,16 @@ FLAGS += ["-DTORCH_EXTENSION_NAME=_C"]
 
 
 def build(folder: Path, flags: list[str], *, sources: Path = SOURCES, includes: list[Path] = (), jobs: int = 1) -> Path:
-    """Compile the extension; return its file.
+    """Compile the extension and return its file.
 
-    A file of the sources is compiled only if it or a header is newer than its object.
+    A source is compiled only if it or a header is newer than its object file.
 
     Args:
-        folder:   for the objects and the extension; made if it is not there.
-        flags:    of compiler and linker, besides FLAGS.
+        folder:   for the objects and the extension; created if missing.
+        flags:    for compiler and linker, besides FLAGS.
         sources:  the folder of .cpp and .h files.
-        includes: folders of headers that come before those of torch.
-        jobs:     compilers at a time.
+        includes: header folders that are searched before torch's.
+        jobs:     concurrent compilers.
 
     Raises:
         subprocess.CalledProcessError: the compiler failed; `stderr` has its messages.
@@ -63,7 +63,7 @@ def _run(words: list[str]) -> None:
 
 
 def command(flags: list[str], includes: list[Path] = ()) -> list[str]:
-    """Return the beginning of a compiler's command line."""
+    """The beginning of the compiler's command line."""
     from torch.utils.cpp_extension import include_paths
 
     paths = [f"-I{x}" for x in [*includes, *include_paths(), sysconfig.get_path("include")]]
@@ -74,7 +74,7 @@ def load(file: Path, lanes: int = 16) -> None:
     """Make `file` the extension of las_fast in this process; call it before las_fast.ops is imported.
 
     Raises:
-        RuntimeError: las_fast has its own extension already.
+        RuntimeError: las_fast has already loaded its extension.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Audio files made byte by byte, and the streams that las_fast.data.containers finds in them."""
+"""Helpers of the container tests: files in memory, and the streams that las_fast.data.containers finds in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from las_fast.data.containers import Layout, Stream, find_streams
 
 
 class Bytes:
-    """A Source in memory. size: of the file, if larger than data."""
+    """A Source in memory. size: size of the file, if larger than the data."""
 
     def __init__(self, data: bytes, size: int | None = None):
         self.data, self.size = data, len(data) if size is None else size
@@ -22,7 +22,7 @@ def layout_of(data: bytes, size: int | None = None) -> Layout:
 
 
 def streams_of(data: bytes, size: int | None = None) -> list[Stream]:
-    """Return the streams of a file; assert that all of it is read."""
+    """The streams of a file; asserts that all of it is read."""
     layout = layout_of(data, size)
     assert layout.unread == []
     return layout.streams

@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from archives import RATE, make_waveform
 from layouts import chunk
+from tiny_corpora import RATE, make_waveform
 
 from las_fast.data.audio import load_audio, open_recording
 from las_fast.errors import InputError

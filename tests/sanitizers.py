@@ -1,15 +1,15 @@
-"""Run the tests of the C++ ops in builds that watch memory, undefined behaviour and threads.
+"""Run the tests of the C++ ops in builds with GCC's sanitizers of memory, undefined behaviour and threads.
 
     python -m tests.sanitizers                                     everything, about half an hour on two cores
     python -m tests.sanitizers --kind tsan --lanes 8 tests/ops/test_bilstm.py -k gradients
 
-It needs GCC with its sanitizers' libraries (Debian: g++ brings them), x86-64, and setarch of util-linux for `tsan`;
-where the processor has fewer lanes than asked for, it says so and takes what there is. Builds and reports go to
-build/sanitizers. The exit status is 0 if all tests pass and no sanitizer has anything to report.
+Needs x86-64, GCC with its sanitizer libraries (part of g++ on Debian), and setarch of util-linux for `tsan`. If the
+processor has fewer lanes than requested, it says so and uses what there is. Builds and reports go to build/sanitizers.
+The exit status is 0 if all tests pass and no sanitizer reports anything.
 
-asan   AddressSanitizer: reads and writes outside of memory, use after it was freed
+asan   AddressSanitizer: accesses out of bounds, use after free
 ubsan  UndefinedBehaviorSanitizer: null pointers, overflow of integers, misaligned access
-tsan   ThreadSanitizer: two threads on one place; at::parallel_for is another one here, see tests/tsan/ATen/Parallel.h
+tsan   ThreadSanitizer: data races; at::parallel_for is replaced, see tests/tsan/ATen/Parallel.h
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ TSAN_HEADERS = extension.ROOT / "tests" / "tsan"
 KINDS = ("asan", "ubsan", "tsan")
 LIBRARIES = {"asan": "libasan.so", "ubsan": "libubsan.so", "tsan": "libtsan.so"}
 SANITIZERS = {"asan": "address", "ubsan": "undefined", "tsan": "thread"}
-ABORTED = 66  # exit status of a process that a sanitizer ended
+ABORTED = 66  # exit status of a process that a sanitizer aborted
 
 
 def flags(kinds: list[str]) -> list[str]:
-    """Return the compiler's flags for sanitizers that one build can have together."""
+    """Compiler flags for sanitizers that can share a build."""
     chosen = ",".join(SANITIZERS[kind] for kind in kinds)
     threads = [] if "tsan" in kinds else ["-fopenmp"]
-    # -g1: lines of the source, for reports. Frames stay, so that a report shows who called.
+    # -g1: source lines for reports; frame pointers for stack traces
     return ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={chosen}", *threads]
 
 
 def environment(kinds: list[str], reports: Path) -> dict[str, str]:
-    """Return the variables of a process that loads such a build: the libraries first, reports into files."""
+    """Environment of a process that loads such a build: preloads the libraries and writes reports to files."""
     libraries = [_library(LIBRARIES[kind]) for kind in kinds]
     options = {
-        "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports}/asan",  # Python itself leaves much unfreed
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports}/asan",  # Python itself leaks
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}/ubsan",
         "TSAN_OPTIONS": f"halt_on_error=0:exitcode={ABORTED}:log_path={reports}/tsan"
         f":suppressions={TSAN_HEADERS}/suppressions.txt",
@@ -53,15 +53,15 @@ def environment(kinds: list[str], reports: Path) -> dict[str, str]:
 
 def _library(name: str) -> str:
     compiler = os.environ.get("CXX", "c++").split()
-    found = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-    path = found.stdout.strip()
+    actual = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = actual.stdout.strip()
     if not os.path.isabs(path):
         raise SystemExit(f"{compiler[0]} has no {name}. Install GCC's sanitizers (Debian: apt-get install g++)")
     return path
 
 
 def run(kinds: list[str], lanes: int, arguments: list[str], jobs: int) -> bool:
-    """Run the tests in one build; print what the sanitizers report; say whether all is well."""
+    """Run the tests in one build and print the reports. Returns whether the tests passed without any report."""
     name = "-".join(kinds)
     includes = [TSAN_HEADERS] if "tsan" in kinds else []
     try:
@@ -74,17 +74,17 @@ def run(kinds: list[str], lanes: int, arguments: list[str], jobs: int) -> bool:
     print(f"== {name}, {lanes} lanes", flush=True)
     words = [sys.executable, "-m", "tests.extension", str(file), str(lanes), "-q", "-p", "no:cacheprovider", *arguments]
     if "tsan" in kinds:
-        words = ["setarch", "-R", *words]  # ThreadSanitizer needs memory where it expects it
+        words = ["setarch", "-R", *words]  # ThreadSanitizer needs its fixed address ranges
     status = subprocess.run(words, env=environment(kinds, reports), cwd=extension.ROOT).returncode
-    found = sorted(reports.iterdir())
-    for report in found:
+    actual = sorted(reports.iterdir())
+    for report in actual:
         print(report.read_text(errors="replace"))
-    print(f"== {name}, {lanes} lanes: tests {'pass' if status == 0 else f'end with {status}'}, {len(found)} reports")
-    return status == 0 and not found
+    print(f"== {name}, {lanes} lanes: tests {'pass' if status == 0 else f'end with {status}'}, {len(actual)} reports")
+    return status == 0 and not actual
 
 
-def together(kinds: list[str]) -> list[list[str]]:
-    """Return the builds that the kinds take: asan and ubsan go together, tsan goes alone."""
+def group_into_builds(kinds: list[str]) -> list[list[str]]:
+    """Group kinds into builds: asan and ubsan share one, tsan has its own."""
     apart = [["tsan"]] if "tsan" in kinds else []
     return [x for x in [[kind for kind in kinds if kind != "tsan"]] if x] + apart
 
@@ -107,12 +107,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--lanes", type=_list_of((16, 8, 4), int), default=[16, 8, 4], help="some of 16,8,4")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     options, arguments = parser.parse_known_args(words)
-    well = [
+    clean = [
         run(kinds, lanes, arguments or ["tests/ops"], options.jobs)
-        for kinds in together(options.kind)
+        for kinds in group_into_builds(options.kind)
         for lanes in options.lanes
     ]
-    return 0 if all(well) else 1
+    return 0 if all(clean) else 1
 
 
 if __name__ == "__main__":

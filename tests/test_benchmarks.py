@@ -1,4 +1,4 @@
-"""Test the tools of the benchmarks: baselines equal las_fast, timing is interleaved, reports show the recorded rows."""
+"""The benchmark tools: baselines equal las_fast, timing is interleaved, reports show the recorded rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import make_archive, make_manifest
-from checkpoints import MODEL, make_checkpoint
+from tiny_checkpoints import MODEL, make_checkpoint
+from tiny_corpora import make_archive, make_manifest
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
@@ -78,15 +78,15 @@ class PlainUncaptured(PlainGraphed):
 def test_a_baseline_has_the_logits_losses_and_gradients_of_the_model(model, features, kind):
     tokens = torch.tensor([[3, 4, 5, 6, EOS], [7, 8, EOS, PAD, PAD], [EOS, PAD, PAD, PAD, PAD]])
     settings = {"label_smoothing": 0.1, "ctc_weight": 0.5, "guided_weight": 1.0, "guided_width": 0.15}
-    found = []
+    actual = []
     for one in (model, kind(model).eval()):
         output = one(features, LENGTHS, tokens)
         loss, _ = training_loss(output, tokens, torch.tensor([5, 3, 1]), **settings)
         loss.backward()
         embedding = one.embedding if kind is type(one) else one.speller.embedding
         norm = torch.nn.utils.clip_grad_norm_([p for p in one.parameters() if p.requires_grad], 1e9)
-        found.append((*output, loss.detach(), embedding.weight.grad, norm))
-    for ours, theirs in zip(*found, strict=True):
+        actual.append((*output, loss.detach(), embedding.weight.grad, norm))
+    for ours, theirs in zip(*actual, strict=True):
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_the_loop_that_is_captured_computes_in_the_precision_of_autocast(model, 
 
 @pytest.mark.parametrize("kind", [Usual, Plain])
 @pytest.mark.parametrize("beam", [1, 4])
-def test_a_baseline_finds_the_hypotheses_of_the_search(model, features, kind, beam):
+def test_a_baseline_finds_the_same_hypotheses_as_the_search(model, features, kind, beam):
     steps = 6
     baseline = kind(model).eval()
     config = DecodingConfig(beam=beam, minimum_share=1.0, maximum_share=0.0, maximum_extra=steps - 1)
@@ -125,7 +125,7 @@ def test_dropout_masks_of_a_baseline_are_locked_and_scaled(model):
 
 
 def check_memory_settings():
-    """Return a function that fails in a process without the memory settings of las_fast."""
+    """A function that fails in a process without the memory settings of las_fast."""
 
     def function():
         assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
@@ -168,7 +168,7 @@ def row(path, median, *, what="beam search", shape="B16 K8 T200 V31 H512 D256 64
     return [(x[0], commit, *x[2:]) for x in rows]
 
 
-def test_a_report_holds_the_last_row_of_each_path_and_draws_bars_and_curves(tmp_path, capsys):
+def test_a_report_has_the_last_row_of_each_path_as_bars_and_curves(tmp_path, capsys):
     rows = row("plain", 9.0, commit="old") + row("plain", 2.0) + row("las_fast cpp", 1.0)
     for B in (1, 2, 4):
         rows += row("plain", B, what="beam search by batch", shape=f"B{B} K8 T200 V31 H512 D256 32 steps")
@@ -245,7 +245,7 @@ def validation(epoch, cer, formed):
         ([True] * 4 + [False], ("", "30.00", "")),
     ],
 )
-def test_the_attention_counts_as_formed_once_it_stays_formed(tmp_path, formed, expected):
+def test_attention_counts_as_formed_from_the_validation_after_which_it_stays_so(tmp_path, formed, expected):
     (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny")))
     scores = zip(range(1, 6), [90.0, 60.0, 40.0, 20.0, 30.0], formed, strict=True)
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(validation(*x)) + "\n" for x in scores))
@@ -281,7 +281,7 @@ def test_the_lower_bound_of_a_step_is_set_by_its_matmuls_or_its_keys():
     assert report.lower_bound(step, "float32", limits) == pytest.approx(768 * 4 / 10e9 * 1e6)
 
 
-def test_the_machine_is_measured(monkeypatch):
+def test_the_machines_throughputs_are_measured(monkeypatch):
     monkeypatch.setattr(machine, "SECONDS", 0.05)
     assert machine.matmul_flops(torch.float32, 64) > 1e8
     assert machine.bandwidth(2**16) > 1e7
@@ -332,8 +332,10 @@ def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_
     lines = manifest.read_text().splitlines()
     manifest.write_text("\n".join(line.replace("made", f"part-{i % 2}") for i, line in enumerate(lines)) + "\n")
     lm.main([str(tmp_path / "data"), "--out", str(tmp_path / "untrained-20.lm.safetensors"), "--order", "2"])
-    own = DecodingConfig(ctc_weight=0.3, ngram_weight=0.1, length_reward=0.2)
-    path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0), "decoding": own})
+    decoding = DecodingConfig(ctc_weight=0.3, ngram_weight=0.1, length_reward=0.2)
+    path = make_checkpoint(
+        tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0), "decoding": decoding}
+    )
     monkeypatch.setattr(scores, "FILE", tmp_path / "scores.csv")
     data = ["--checkpoint", str(path), "--data", str(tmp_path / "data")]
     scores.main([*data, "--by", "source", "--beam", "3", "--record"])
@@ -399,8 +401,8 @@ def test_scores_by_a_missing_column_are_an_error(tmp_path):
 def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
     lines = [json.dumps({"path": f"{name}.wav", "text": "A", "source": kind}) for name, kind in ("ab", "cb", "da")]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    found = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", "source")
-    assert found == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}
+    actual = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", "source")
+    assert actual == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}
 
 
 @pytest.mark.parametrize(
@@ -411,7 +413,7 @@ def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
         (cost, ["--hours", "-1"], "--hours must be above 0 .*; got -1, 3"),
     ],
 )
-def test_bad_arguments_are_an_error_of_one_sentence(module, argv, sentence):
+def test_bad_arguments_are_a_one_sentence_error(module, argv, sentence):
     with pytest.raises(InputError, match=sentence):
         module.main(argv)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: no pickle, no half-written file, no silent mismatch."""
+"""Checkpoints: no pickle, no partial files, no silent mismatch."""
 
 import pickle
 import re
@@ -60,7 +60,7 @@ def test_the_resume_file_is_not_mistaken_for_weights(tmp_path):
         load_model(tmp_path / "last.pt")
 
 
-def test_weights_have_the_permissions_of_other_files(saved):
+def test_weights_have_the_default_file_permissions(saved):
     (saved[1].parent / "plain").write_text("")
     assert saved[1].stat().st_mode == (saved[1].parent / "plain").stat().st_mode
 
@@ -83,7 +83,7 @@ def test_a_missing_checkpoint_has_a_hint_to_the_nearest(tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize("load", [load_model, load_state])
-def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch, load):
+def test_a_file_without_read_permission_is_not_called_damaged(saved, monkeypatch, load):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -94,7 +94,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch, l
 
 
 @pytest.mark.parametrize("info", ["{", "[]", ""])
-def test_a_checkpoint_whose_record_is_damaged_is_one_sentence(saved, info):
+def test_a_checkpoint_with_damaged_metadata_is_a_one_sentence_error(saved, info):
     with safe_open(saved[1], framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, saved[1], metadata | {"info": info})
@@ -103,7 +103,7 @@ def test_a_checkpoint_whose_record_is_damaged_is_one_sentence(saved, info):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"\xff" * 100, lambda b: b""])
-def test_a_corrupt_checkpoint_is_one_sentence(saved, damage):
+def test_a_corrupt_checkpoint_is_a_one_sentence_error(saved, damage):
     path = saved[1]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match="best.safetensors is not a readable checkpoint"):
@@ -124,33 +124,33 @@ def test_weights_of_another_size_are_named(tmp_path):
         load_model(tmp_path / "m.safetensors")
 
 
-def test_weights_that_are_missing_or_too_many_are_named(tmp_path):
+def test_missing_and_unexpected_weights_are_named(tmp_path):
     weights = build_model(CONFIG).state_dict()
     more = {**weights, "speller.more": torch.zeros(2)}
     del weights["speller.bias"]
-    for given, message in ((weights, r"speller.bias should be \(31,\), but the file has none"),
+    for state, message in ((weights, r"speller.bias should be \(31,\), but the file has none"),
                         (more, r"speller.more should be none, but the file has \(2,\)")):  # fmt: skip
-        save_model(tmp_path / "m.safetensors", given, CONFIG, None, {})
+        save_model(tmp_path / "m.safetensors", state, CONFIG, None, {})
         with pytest.raises(InputError, match=message):
             load_model(tmp_path / "m.safetensors")
-    first = min(more)  # of many
+    first = min(more)  # the first of many
     save_model(tmp_path / "m.safetensors", {"z": torch.zeros(2)}, CONFIG, None, {})
     with pytest.raises(InputError, match=f"{first} should be .*, but the file has none"):
         load_model(tmp_path / "m.safetensors")
 
 
 def test_a_training_state_with_code_in_it_is_refused(tmp_path):
-    class Evil:
+    class CodeInPickle:
         def __reduce__(self):
             return (print, ("code ran",))
 
     path = tmp_path / "last.pt"
-    torch.save({"model": Evil()}, path, pickle_module=pickle)
+    torch.save({"model": CodeInPickle()}, path, pickle_module=pickle)
     with pytest.raises(InputError, match="is damaged"):
         load_state(path)
 
 
-def test_a_truncated_training_state_is_one_sentence(tmp_path):
+def test_a_truncated_training_state_is_a_one_sentence_error(tmp_path):
     path = tmp_path / "last.pt"
     save_state(path, {"x": torch.zeros(1000)})
     with pytest.raises(InputError, match="was not written by this version"):

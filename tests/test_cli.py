@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from fakes import raising
 
 from las_fast import __version__, cli, progress
 from las_fast.errors import JSON_ESCAPES, InputError, Stopped
@@ -21,14 +22,7 @@ from las_fast.errors import JSON_ESCAPES, InputError, Stopped
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def raising(error):
-    def main(argv):
-        raise error
-
-    return main
-
-
-def test_bad_input_is_one_sentence_and_status_2(capsys):
+def test_bad_input_is_a_one_sentence_error_with_status_2(capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(raising(InputError("x.npy is empty")))
     assert end.value.code == 2 and capsys.readouterr().err == "error: x.npy is empty\n"
@@ -36,7 +30,7 @@ def test_bad_input_is_one_sentence_and_status_2(capsys):
 
 @pytest.fixture
 def signals():
-    """Keep this process's own answers to signals: a stopped command ignores them to its end."""
+    """Restore the signal handlers of this process: a stopped command ignores further signals."""
     kept = {s: signal.getsignal(s) for s in cli.STOP_SIGNALS}
     yield
     for s, handler in kept.items():
@@ -72,21 +66,21 @@ def test_a_signal_raises_an_exception_and_a_second_one_is_ignored(signals, numbe
 
 
 def test_signal_handlers_are_restored_after_a_command(signals):
-    def own(signum, frame):
+    def handler(signum, frame):
         pass
 
-    signal.signal(signal.SIGTERM, own)
+    signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with cli.stop_signals():
-        assert signal.getsignal(signal.SIGTERM) is not own and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    assert signal.getsignal(signal.SIGTERM) is own and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not handler and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is handler and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     with cli.stop_signals():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the command itself has set stays
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler set by the command itself stays
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 class Output(io.StringIO):
-    """A standard output whose flush fails."""
+    """A stdout whose flush fails."""
 
     def __init__(self, error=None):
         super().__init__()
@@ -177,7 +171,7 @@ def test_run_prepares_memory_and_streams_passes_arguments_and_closes_bars(monkey
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
 )
-def test_errors_from_outside_the_program_are_one_sentence(capsys, error, sentence):
+def test_errors_from_outside_the_program_are_one_sentence_each(capsys, error, sentence):
     with pytest.raises(SystemExit) as end:
         cli.run(raising(error))
     err = capsys.readouterr().err
@@ -186,7 +180,7 @@ def test_errors_from_outside_the_program_are_one_sentence(capsys, error, sentenc
 
 
 @pytest.mark.parametrize("read", [json.loads, yaml.safe_load])
-def test_a_file_that_is_nested_too_deeply_is_one_sentence(capsys, read):
+def test_a_file_nested_too_deeply_is_a_one_sentence_error(capsys, read):
     with pytest.raises(SystemExit) as end:
         cli.run(lambda argv: read("[" * 100_000))
     assert end.value.code == 2 and "nested too deeply" in capsys.readouterr().err
@@ -223,38 +217,38 @@ def test_an_error_stays_on_one_line_for_any_file_name(capsys):
 
 
 def in_a_shell(code: str, shell: str, **environment) -> subprocess.CompletedProcess:
-    """Run `shell`, in which $RUN is a program whose main(argv) has `code` as its body."""
+    """Run a shell command, in which $RUN is a program whose main(argv) has `code` as its body."""
     program = f"from las_fast.cli import *\ndef main(argv):\n    {code}\nrun(main)"
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
     environment = {**os.environ, "RUN": program, "PY": sys.executable, **environment}
     return subprocess.run(["bash", "-c", shell], capture_output=True, encoding=encoding, env=environment, cwd=ROOT)
 
 
-def test_a_full_output_is_one_sentence():
+def test_a_full_disk_for_stdout_is_a_one_sentence_error():
     done = in_a_shell("print('x')", '"$PY" -c "$RUN" >/dev/full')
     sentence = "error: no space is left on the disk (input or output); free some\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 
 
 @pytest.mark.parametrize("code", ["print('x', end='')", "print('x', end=''); sys.exit(0)"])
-def test_an_output_that_is_full_only_at_the_end_is_one_sentence(code):
+def test_a_disk_that_fills_at_the_final_flush_is_a_one_sentence_error(code):
     done = in_a_shell(code, '"$PY" -c "$RUN" >/dev/full', PYTHONUNBUFFERED="")
     sentence = "error: standard output cannot be written (No space left on device); redirect it to another file\n"
     assert (done.returncode, done.stderr) == (2, sentence)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-", "2>/dev/full"])
-def test_closed_streams_do_not_disturb_a_command(tmp_path, closed):
+def test_a_command_runs_with_closed_streams(tmp_path, closed):
     code = f"print('x', file=sys.stderr); print('y'); open(r'{tmp_path}/out', 'w').write('z')"
     done = in_a_shell(code, f'"$PY" -c "$RUN" {closed}')
-    expected = 2 if "full" in closed else 0  # a warning that is lost is an error, a stream closed on purpose is none
+    expected = 2 if "full" in closed else 0  # a lost warning is an error, a deliberately closed stream is not
     assert done.returncode == expected and "Traceback" not in done.stderr
     if not expected:
-        assert (tmp_path / "out").read_text() == "z"  # and not what was printed
+        assert (tmp_path / "out").read_text() == "z"  # not in the printed output
         assert done.stdout == ("" if "1" in closed or closed.startswith(">") else "y\n")
 
 
-def test_a_command_that_only_prints_needs_standard_output():
+def test_a_command_that_only_prints_requires_stdout():
     done = in_a_shell("require_stdout('--out FOLDER')", '"$PY" -c "$RUN" >&-')
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed, so the results cannot be printed; give --out FOLDER\n"
@@ -276,7 +270,7 @@ def test_json_that_is_printed_stays_json_in_any_encoding(encoding):
 
 
 @pytest.mark.parametrize("signal_name,status", [("TERM", 143), ("HUP", 129), ("INT", 130)])
-def test_a_signal_lets_the_command_clean_up(tmp_path, signal_name, status):
+def test_a_command_cleans_up_after_a_signal(tmp_path, signal_name, status):
     code = f"""
     import time
     try:
@@ -291,13 +285,13 @@ def test_a_signal_lets_the_command_clean_up(tmp_path, signal_name, status):
     child.send_signal(number)
     if signal_name != "INT":
         time.sleep(0.1)
-        child.send_signal(number)  # a second one does not end the cleaning up
+        child.send_signal(number)  # a second signal does not interrupt the clean-up
     _, err = child.communicate()
     message = "interrupted" if signal_name == "INT" else f"stopped by SIG{signal_name}"
     assert (child.returncode, err) == (status, f"{message}\n") and (tmp_path / "cleaned").exists()
 
 
-def test_nohup_is_obeyed():
+def test_a_command_under_nohup_ignores_sighup():
     child = start("print('ready'); import time; time.sleep(0.5); print('done')", "nohup", stdin=subprocess.DEVNULL)
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGHUP)
@@ -322,13 +316,13 @@ def test_printing_works_in_any_encoding_and_flushes_each_line(monkeypatch):
 
 
 def test_missing_or_replaced_streams_are_no_error(monkeypatch):
-    own = io.StringIO()
+    handler = io.StringIO()
     for name, other in (("stdout", "stderr"), ("stderr", "stdout")):
         monkeypatch.setattr(sys, name, None)
-        monkeypatch.setattr(sys, other, own)
+        monkeypatch.setattr(sys, other, handler)
         cli.prepare_streams()
-        assert getattr(sys, other) is own
-        print("x", file=getattr(sys, name))  # goes nowhere
+        assert getattr(sys, other) is handler
+        print("x", file=getattr(sys, name))  # discarded
         getattr(sys, name).close()
 
 
@@ -339,7 +333,7 @@ def test_descriptors_of_closed_streams_are_not_reused_for_files(monkeypatch, clo
             raise OSError(errno.EBADF, "Bad file descriptor")
 
     made = []
-    system = SimpleNamespace(fstat=fstat, open=lambda *given: made.append(given), devnull="/dev/null", O_RDWR=os.O_RDWR)
+    system = SimpleNamespace(fstat=fstat, open=lambda *args: made.append(args), devnull="/dev/null", O_RDWR=os.O_RDWR)
     monkeypatch.setattr(cli, "os", system)
     cli.prepare_streams()
     assert made == [("/dev/null", os.O_RDWR)] * opened
@@ -352,7 +346,7 @@ def test_require_stdout_raises_only_if_standard_output_is_closed(monkeypatch):
         cli.require_stdout("--out")
 
 
-def test_a_closed_output_pipe_is_no_traceback():
+def test_a_closed_output_pipe_gives_no_traceback():
     command = f"{sys.executable} -c 'from las_fast.cli import run; run(lambda _: print(\"x\\n\" * 99999))' | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
@@ -362,15 +356,15 @@ NAMES = ("train", "decode", "transcribe", "lm", "tune", "export", "ops", "demo")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_subcommand_leads_to_a_module_with_help(capsys, name):
+def test_every_subcommand_has_a_module_with_help(capsys, name):
     with pytest.raises(SystemExit) as end:
         cli.main([name, "--help"])
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["--help", "train"]])
-def test_without_a_command_the_commands_are_listed(capsys, words):
-    cli.main(words)
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"], ["--help", "train"]])
+def test_without_a_command_the_commands_are_listed(capsys, argv):
+    cli.main(argv)
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "usage: las-fast COMMAND [options]" and lines[-1].startswith("las-fast COMMAND --help lists")
     listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
@@ -382,7 +376,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"las_fast {__version__}\n"
 
 
-def test_a_command_gets_the_words_after_its_name(monkeypatch):
+def test_a_command_gets_the_arguments_after_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr(
         cli.importlib, "import_module", lambda name: SimpleNamespace(main=lambda w: seen.append((name, w)))
@@ -404,8 +398,8 @@ def test_an_unknown_command_is_reported_with_the_known_ones(capsys, word, advice
 @pytest.mark.parametrize("name", ["train", "decode", "transcribe", "lm", "tune", "export"])
 def test_help_and_wrong_options_do_not_wait_for_torch(name):
     code = f"import sys, las_fast.{name} as command\n"
-    for words in (["--help"], ["--hlep"]):
-        code += f"try: command.main({words})\nexcept SystemExit: pass\n"
+    for argv in (["--help"], ["--hlep"]):
+        code += f"try: command.main({argv})\nexcept SystemExit: pass\n"
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0
 

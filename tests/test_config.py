@@ -1,4 +1,4 @@
-"""Settings are read strictly."""
+"""Settings: presets, bounds, YAML, and errors that name the setting."""
 
 import dataclasses
 import errno
@@ -79,12 +79,12 @@ def test_a_mistake_is_named_with_its_section(tmp_path, text, message):
 
 SETTINGS = {name: value for name, value, _ in module._numbers(Config())}
 BOUNDS = {name: bounds for name, _, bounds in module._numbers(Config())} | {
-    "training.restarts": module.Bounds(at_least=1)  # has no items by default
+    "training.restarts": module.Bounds(at_least=1)  # empty by default
 }
 
 
 def with_setting(name, value):
-    """Return the default settings, one of them (or of the first in a list) another."""
+    """The default settings with one changed, in the first item if they are a list."""
     tree = part = to_tree(Config())
     *sections, last = name.split(".")
     for section in sections:
@@ -113,12 +113,12 @@ def test_sizes_and_rates_may_not_be_0(name):
 
 
 @pytest.mark.parametrize("name", [name for name, bounds in BOUNDS.items() if min(bounds.at_most, bounds.below) == 1])
-def test_shares_are_at_most_1(name):
+def test_fractions_are_at_most_1(name):
     with pytest.raises(InputError, match=f"settings: {name} must be (at most|below) 1; got 1.5"):
         check(with_setting(name, 1.5))
 
 
-# The default of each setting; of a number also its smallest and largest value.
+# The default of each setting; for numbers also the smallest and largest value.
 TABLE = {
     "features.kind": "logmel",
     "features.size": (80, 1, 10_000),
@@ -208,14 +208,14 @@ TABLE = {
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
         options.parse_settings(options.Parser(prog="job", add_help=False), ["--help"], lambda _: Config())
-    plain = re.sub(r"\x1b\[[0-9;]*m|[^ -~\n]", "", capsys.readouterr().out)  # without colours and boxes
+    plain = re.sub(r"\x1b\[[0-9;]*m|[^ -~\n]", "", capsys.readouterr().out)  # plain text, without colours and boxes
     meanings = dict(re.findall(r"^ *--([a-z]+\.\S+)[^\n]*\n(.*?)\(default:", plain, re.MULTILINE | re.DOTALL))
     assert {name.replace("-", "_") for name in meanings} >= set(TABLE)
     assert [name for name, meaning in meanings.items() if not meaning.strip()] == []
 
 
 def settings(config, name=""):
-    """Yield the dotted name and the value of each setting."""
+    """Yield (dotted name, value) of each setting."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -224,7 +224,7 @@ def settings(config, name=""):
             yield name + field.name, value
 
 
-def test_every_setting_has_the_default_that_is_written_here():
+def test_every_setting_has_the_default_listed_here():
     defaults = {name: row[0] if isinstance(row, tuple) and len(row) == 3 else row for name, row in TABLE.items()}
     assert dict(settings(Config())) == defaults | {
         "training.teacher_forcing": (
@@ -342,13 +342,13 @@ def layers(channels=1, kernels=1, strides=1):
     ],
     ids=str,
 )
-def test_settings_must_agree_and_may_reach_their_limits(good, bad, message):
+def test_settings_must_be_consistent_and_may_reach_their_limits(good, bad, message):
     assert check(replace(Config(), **good)) == replace(Config(), **good)
     with pytest.raises(InputError, match=message):
         check(replace(Config(), **bad))
 
 
-def test_every_number_is_checked_and_nothing_else():
+def test_bounds_exist_for_every_number_and_nothing_else():
     stages = {f"training.teacher_forcing.{name}" for name in ("start", "end", "first", "last")}
     assert {name for name, *_ in module._numbers(Config())} | {"training.restarts"} == stages | {
         name for name, row in TABLE.items() if isinstance(row, tuple) and len(row) == 3
@@ -357,7 +357,7 @@ def test_every_number_is_checked_and_nothing_else():
     assert values == [512, 256]
 
 
-def test_the_broken_bound_is_named():
+def test_the_violated_bound_is_named():
     bounds = {("features.size", 0): "at least 1", ("features.window_ms", 0.0): "more than 0",
             ("training.warmup_steps", -1): "at least 0", ("decoding.length_reward", -2e6): "at least -1e+06",
             ("augment.speed", 1.0): "below 1", ("decoding.length_penalty", 101.0): "at most 100",
@@ -388,7 +388,7 @@ def test_an_empty_file_means_the_defaults(tmp_path):
     assert load_config(tmp_path / "c.yaml") == Config()
 
 
-def test_a_field_that_old_settings_lack_takes_its_default():
+def test_a_field_missing_in_old_settings_takes_its_default():
     settings = replace(Config(), decoding=replace(Config().decoding, beam=3))
     tree = to_tree(settings)
     del tree["decoding"]["coverage_weight"], tree["decoding"]["ngram_weight"]
@@ -490,11 +490,11 @@ def test_a_yaml_bomb_is_refused_at_once(tmp_path):
     ],
 )
 def test_yaml_is_read_by_the_type_of_the_setting(tmp_path, text, name, value):
-    found = attrgetter(name)(read(tmp_path, text))
-    assert found == value and type(found) is type(value)
+    actual = attrgetter(name)(read(tmp_path, text))
+    assert actual == value and type(actual) is type(value)
 
 
-def test_settings_with_any_text_in_them_survive_a_round_trip():
+def test_settings_with_any_text_survive_a_round_trip():
     for text in ("no", "010", "1:30", "null", "~", "", "2026-11-28", "1e3", "a: b", "# x", "é", "\t", "- x", "'"):
         config = replace(Config(), data=replace(Config().data, dev=text, cache=text, train=(text, "x")))
         assert from_yaml(to_yaml(config), "test") == config
@@ -509,7 +509,7 @@ def test_a_missing_settings_file_is_answered_with_the_nearest(tmp_path, monkeypa
         load_config("an44")
 
 
-def test_a_folder_is_no_settings_file(tmp_path):
+def test_a_folder_as_settings_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="is a folder; give a YAML file in it, or a preset"):
         load_config(tmp_path)
     (tmp_path / "config.yaml").touch()
@@ -518,14 +518,14 @@ def test_a_folder_is_no_settings_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfet\0", b"training: \xe9", b"PK\x03\x04\x14\0\0\0\x89"])
-def test_a_binary_settings_file_is_one_sentence(tmp_path, content):
+def test_a_binary_settings_file_is_a_one_sentence_error(tmp_path, content):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(InputError, match="c.yaml is not YAML"):
         load_config(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENAMETOOLONG])
-def test_a_settings_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, number):
+def test_an_unreadable_settings_file_is_a_one_sentence_error(tmp_path, monkeypatch, number):
     def read_text(self, encoding):
         raise OSError(number, os.strerror(number), str(self))
 

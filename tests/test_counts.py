@@ -1,7 +1,7 @@
-"""What a training step and a step of the search ask of PyTorch, counted: times are noise, counts are not.
+"""Count the dispatcher calls, allocations and copied bytes of a training step and a search step: counts have no noise.
 
-tests/counts.csv holds the numbers. More than there fails; fewer is a warning that asks for the new number, which
-`python tests/test_counts.py` prints. The float32 paths of one machine ask for what those of any other do.
+tests/counts.csv holds the limits. A higher count fails; a lower one warns and asks to update the table with the output
+of `python tests/test_counts.py`. The counts of the float32 paths are the same on every machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from las_fast.search.steps import STEPS_PER_CHUNK
 from las_fast.text import EOS, Vocabulary
 from las_fast.training.trainer import Trainer
 
-TORCH = "2.13"  # that the table was counted with: others take their calls apart in other ways
+TORCH = "2.13"  # the version of the table: others decompose calls differently
 TABLE = Path(__file__).with_name("counts.csv")
 COPIES = {"_to_copy", "cat", "clone", "copy_", "stack"}
 MODEL = ModelConfig(
@@ -46,7 +46,7 @@ FRAMES = 64
 
 
 class Counts(TorchDispatchMode):
-    """Counts calls of the dispatcher below autograd, results with memory of their own, and the bytes of copies."""
+    """Counts dispatcher calls below autograd, results that own memory, and copied bytes."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Counts(TorchDispatchMode):
 
 
 def count(run: Callable[[], object]) -> dict[str, int]:
-    run()  # what is made once and kept is not counted
+    run()  # cached constants are not counted
     with Counts() as counts:
         run()
     return counts.of()
@@ -105,18 +105,18 @@ def listened():
         return model, model.listen(torch.randn(3, FRAMES, 4), torch.tensor([FRAMES, 50, 20]))
 
 
-def found() -> dict[tuple[str, str], Callable[[], dict[str, int]]]:
-    """What is counted, by (what, path); "cpp" is the whole search in one op, "cpp steps" an op at a time."""
+def count_functions() -> dict[tuple[str, str], Callable[[], dict[str, int]]]:
+    """Counts by (quantity, path). "cpp" is the whole search in one op, "cpp steps" one op at a time."""
     counted = {
         ("training step", "fp32"): lambda: training_step(12),
-        ("token more in a training step", "fp32"): lambda: difference(training_step(13), training_step(12)),
-        ("token more in a training step", "bf16"): lambda: difference(
+        ("extra token in a training step", "fp32"): lambda: difference(training_step(13), training_step(12)),
+        ("extra token in a training step", "bf16"): lambda: difference(
             training_step(13, "bf16"), training_step(12, "bf16")
         ),
     }
     for path in ("reference", "cpp steps", "cpp"):
         counted["search of 16 steps", path] = lambda path=path: search(path, STEPS_PER_CHUNK)
-        counted["16 steps more of a search", path] = lambda path=path: difference(
+        counted["16 extra steps of a search", path] = lambda path=path: difference(
             search(path, 2 * STEPS_PER_CHUNK), search(path, STEPS_PER_CHUNK)
         )
     return counted
@@ -131,18 +131,18 @@ def table() -> dict[tuple[str, str], dict[str, int]]:
     return kept
 
 
-def needs(path: str) -> None:
-    backend = "reference" if path == "reference" else "cpp"  # which training takes too
+def skip_if_unavailable(path: str) -> None:
+    backend = "reference" if path == "reference" else "cpp"  # training uses it as well
     if (reason := backends.unavailable("beam_topk", backend)) is not None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(("what", "path"), found())
-def test_no_more_is_asked_for_than_the_table_says(what, path):
-    needs(path)
+@pytest.mark.parametrize(("what", "path"), count_functions())
+def test_calls_allocations_and_bytes_stay_within_the_table(what, path):
+    skip_if_unavailable(path)
     if not torch.__version__.startswith(TORCH + "."):
         pytest.skip(f"counts.csv is of torch {TORCH}, this is {torch.__version__}")
-    counts, limits = found()[what, path](), table()[what, path]
+    counts, limits = count_functions()[what, path](), table()[what, path]
     for quantity, limit in limits.items():
         assert counts[quantity] <= limit, f"{what}, {path}: {counts[quantity]} {quantity}; counts.csv allows {limit}"
         if counts[quantity] < limit:
@@ -150,16 +150,16 @@ def test_no_more_is_asked_for_than_the_table_says(what, path):
             warnings.warn(f"{what}, {path}: {fewer}", stacklevel=1)
 
 
-def test_the_table_has_every_count_and_no_other():
-    assert table().keys() == found().keys()
+def test_the_table_has_exactly_the_measured_counts():
+    assert table().keys() == count_functions().keys()
 
 
-def test_counts_are_the_same_every_time():
+def test_counts_are_reproducible():
     assert training_step(12) == training_step(12)
     assert search("reference", STEPS_PER_CHUNK) == search("reference", STEPS_PER_CHUNK)
 
 
-def test_a_copy_and_an_allocation_too_many_are_counted():
+def test_an_extra_copy_and_an_extra_allocation_are_counted():
     x = torch.ones(6)
     plain = count(lambda: x + 1)
     assert plain == {"calls": 1, "allocations": 1, "copied bytes": 0}
@@ -168,8 +168,8 @@ def test_a_copy_and_an_allocation_too_many_are_counted():
     assert count(lambda: x.add_(0.0))["allocations"] == 0
 
 
-class Utterances:
-    """A data set of random frames."""
+class RandomDataset:
+    """A dataset of random frames."""
 
     def __init__(self, count: int):
         self.ids, self.texts = [str(i) for i in range(count)], [None] * count
@@ -183,7 +183,7 @@ class Utterances:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most memory that tensors made by run took at a time."""
+    """Peak bytes of the tensors that run() allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     now = most = 0
@@ -200,17 +200,17 @@ def test_memory_of_decoding_does_not_grow_with_the_number_of_utterances():
     vocabulary = Vocabulary()
 
     def decode(count: int) -> int:
-        data = Utterances(count)
+        data = RandomDataset(count)
         return peak_bytes(lambda: decode_dataset(model, data, vocabulary, config, progress=False, device="cpu"))
 
     decode(4)
     few, many = decode(4), decode(16)
-    assert few > 4 * FRAMES * 4 * 4  # the features at least: something was measured
+    assert few > 4 * FRAMES * 4 * 4  # at least the features: the measurement works
     assert many <= 1.05 * few
 
 
 if __name__ == "__main__":
     print("what,path,quantity,count")
-    for (what, path), run in found().items():
+    for (what, path), run in count_functions().items():
         for quantity, number in run().items():
             print(f"{what},{path},{quantity},{number}")

@@ -1,4 +1,4 @@
-"""The decode command on miniature archives, with an untrained model: everything but the recognition."""
+"""The decode command on tiny archives with an untrained model: everything except accuracy."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import EDITIONS, make_archive, make_manifest
-from checkpoints import MODEL, make_checkpoint
+from tiny_checkpoints import MODEL, make_checkpoint
+from tiny_corpora import EDITIONS, make_archive, make_manifest
 
 from las_fast import decode as command
 from las_fast.checkpoint import build_model
@@ -26,7 +26,7 @@ from las_fast.text import Vocabulary
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with an F23 archive and a checkpoint for it."""
     folder = tmp_path_factory.mktemp("decode")
     make_archive(folder, "F23", utterances=5)
@@ -34,9 +34,11 @@ def here(tmp_path_factory):
     return folder
 
 
-def decode(here, *words, split="dev-clean", data="11-785-f23-hw4p2", checkpoint="untrained-28.safetensors", out=None):
-    arguments = ["--checkpoint", str(here / checkpoint), "--data", str(here / data), "--split", split]
-    main([*arguments, "--out", str(out or here / "out.csv"), "--device", "cpu", *words])
+def decode(
+    workspace, *argv, split="dev-clean", data="11-785-f23-hw4p2", checkpoint="untrained-28.safetensors", out=None
+):
+    arguments = ["--checkpoint", str(workspace / checkpoint), "--data", str(workspace / data), "--split", split]
+    main([*arguments, "--out", str(out or workspace / "out.csv"), "--device", "cpu", *argv])
 
 
 def rows(path):
@@ -48,36 +50,36 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def fails(here, capsys, *words, **options):
-    """Run the command as a person does; return its one sentence."""
-    out = here / "never" / "out.csv"
+def fails(workspace, capsys, *argv, **options):
+    """Run the command with errors handled; return its one-sentence error."""
+    out = workspace / "never" / "out.csv"
     with pytest.raises(SystemExit) as end:
-        run(lambda _: decode(here, *words, out=options.pop("out", out), **options))
+        run(lambda _: decode(workspace, *argv, out=options.pop("out", out), **options))
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert not out.exists()
     return err
 
 
-def test_the_last_line_is_json_with_scores_and_speed(here, capsys, tmp_path):
-    decode(here, "--jsonl", str(tmp_path / "rows.jsonl"))
+def test_the_last_line_is_json_with_scores_and_speed(workspace, capsys, tmp_path):
+    decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"))
     result = last_line(capsys)
     assert list(result) == ["utterances", "ld", "cer", "wer", "seconds", "audio_seconds", "rtfx"]
-    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    scores = score([row["reference"] for row in found], [row["text"] for row in found])
+    actual = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    scores = score([row["reference"] for row in actual], [row["text"] for row in actual])
     assert result["utterances"] == 5 and result["ld"] == pytest.approx(scores.ld, abs=1e-3)
     assert result["cer"] == pytest.approx(scores.cer, abs=1e-3) and result["audio_seconds"] > 0
 
 
-def test_the_edition_and_a_table_are_printed(here, capsys):
-    decode(here)
+def test_the_edition_and_a_table_are_printed(workspace, capsys):
+    decode(workspace)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "data: HW4P2 F23"
     assert [line.split()[0] for line in lines[1:-1]] == ["utterances", "LD", "CER", "WER", "speed", "written"]
 
 
-def test_a_test_split_without_transcripts_has_no_scores(here, capsys):
-    decode(here, split="test")
+def test_a_test_split_without_transcripts_has_no_scores(workspace, capsys):
+    decode(workspace, split="test")
     assert list(last_line(capsys)) == ["utterances", "seconds", "audio_seconds", "rtfx"]
 
 
@@ -98,33 +100,33 @@ def test_each_edition_gets_its_own_header_and_order(edition, tmp_path, capsys):
     assert all(text == text.upper() and "<" not in text for _, text in body)
 
 
-def test_json_lines_hold_scores_frames_and_the_n_best(here, tmp_path):
-    decode(here, "--jsonl", str(tmp_path / "deep" / "rows.jsonl"), "--nbest", "3", "--beam", "4")
-    found = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
-    for row in found:
+def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
+    decode(workspace, "--jsonl", str(tmp_path / "deep" / "rows.jsonl"), "--nbest", "3", "--beam", "4")
+    actual = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
+    for row in actual:
         assert list(row) == ["id", "text", "score", "frames", "nbest", "reference"]
         assert len(row["frames"]) == len(row["text"]) and len(row["nbest"]) == 3
         assert row["nbest"][0] == {"text": row["text"], "score": row["score"]} and row["score"] < 0
 
 
-def test_the_answer_does_not_depend_on_the_batch(here, tmp_path):
-    decode(here, out=tmp_path / "one.csv", split="train")
-    decode(here, "--decoding.frames-per-batch", "1", out=tmp_path / "two.csv", split="train")
+def test_results_do_not_depend_on_the_batch(workspace, tmp_path):
+    decode(workspace, out=tmp_path / "one.csv", split="train")
+    decode(workspace, "--decoding.frames-per-batch", "1", out=tmp_path / "two.csv", split="train")
     assert rows(tmp_path / "one.csv") == rows(tmp_path / "two.csv")
 
 
-def test_decoding_fields_reach_the_search(here, tmp_path):
+def test_decoding_fields_reach_the_search(workspace, tmp_path):
     settings = ["--decoding.maximum-share", "0.0", "--decoding.maximum-extra", "2", "--decoding.minimum-share", "1.0"]
-    decode(here, *settings, out=tmp_path / "short.csv")
+    decode(workspace, *settings, out=tmp_path / "short.csv")
     assert all(len(text) == 2 for _, text in rows(tmp_path / "short.csv")[1:])
 
 
-def test_the_folder_of_the_output_is_made(here, tmp_path):
-    decode(here, out=tmp_path / "a" / "b" / "out.csv")
+def test_the_folder_of_the_output_is_made(workspace, tmp_path):
+    decode(workspace, out=tmp_path / "a" / "b" / "out.csv")
     assert os.listdir(tmp_path / "a" / "b") == ["out.csv"]
 
 
-def test_an_unusable_utterance_keeps_its_row_when_skipped(tmp_path, capsys):
+def test_a_skipped_utterance_still_has_a_row(tmp_path, capsys):
     archive = make_archive(tmp_path, "F23", utterances=5)
     make_checkpoint(tmp_path)
     bad = sorted((archive / "test-clean" / "mfcc").iterdir())[2]
@@ -135,16 +137,16 @@ def test_an_unusable_utterance_keeps_its_row_when_skipped(tmp_path, capsys):
     assert rows(tmp_path / "out.csv")[3][1] == "" and last_line(capsys)["utterances"] == 4
 
 
-def test_audio_is_decoded_with_the_checkpoints_own_features(tmp_path, capsys):
+def test_audio_is_decoded_with_the_checkpoints_features(tmp_path, capsys):
     manifest = make_manifest(tmp_path / "data")
     checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
     decode(tmp_path, split="dev", data=manifest, checkpoint=checkpoint.name)
     assert rows(tmp_path / "out.csv")[0] == ["id", "label"] and last_line(capsys)["utterances"] == 4
 
 
-def test_features_of_another_size_are_an_error_that_names_both(here, capsys):
-    make_checkpoint(here, 13)
-    message = fails(here, capsys, checkpoint="untrained-13.safetensors")
+def test_features_of_another_size_are_an_error_that_names_both(workspace, capsys):
+    make_checkpoint(workspace, 13)
+    message = fails(workspace, capsys, checkpoint="untrained-13.safetensors")
     assert "HW4P2 F23 has 28 values per frame" in message and "untrained-13.safetensors was trained on 13" in message
 
 
@@ -187,7 +189,7 @@ def test_another_edition_with_frames_of_the_same_size_is_a_warning(tmp_path, cap
 
 
 def write_manifest(folder, *texts, splits=None):
-    """Write recordings and a manifest with these transcripts; None leaves the transcript out."""
+    """Write recordings and a manifest with these transcripts; None means no transcript."""
     source = [json.loads(line) for line in make_manifest(folder, suffix=".jsonl").read_text().splitlines()]
     lines = []
     for i, text in enumerate(texts):
@@ -221,13 +223,13 @@ def test_scores_say_how_many_utterances_have_transcripts(tmp_path, capsys):
     options = write_manifest(tmp_path, "HELLO", None, "", " ", "YES")
     decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
     printed = capsys.readouterr().out
-    found = json.loads(printed.splitlines()[-1])
-    assert found["utterances"] == 5 and found["scored"] == 2 and "ld" in found
+    actual = json.loads(printed.splitlines()[-1])
+    assert actual["utterances"] == 5 and actual["scored"] == 2 and "ld" in actual
     assert "scored      2; the other 3 have no transcript" in printed
     assert references(tmp_path / "rows.jsonl") == ["HELLO", None, None, None, "YES"]
 
 
-def test_blank_transcripts_alone_give_no_scores(tmp_path, capsys):
+def test_only_blank_transcripts_give_no_scores(tmp_path, capsys):
     decode(tmp_path, **write_manifest(tmp_path, "", " "))
     assert list(last_line(capsys)) == ["utterances", "seconds", "audio_seconds", "rtfx"]
 
@@ -237,25 +239,25 @@ def test_ids_shared_by_two_splits_get_the_split_as_a_prefix_in_both_files(tmp_pa
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"u2"', '"u0"'))
     (tmp_path / json.loads(manifest.read_text().splitlines()[1])["path"]).write_bytes(b"")
-    words = ["--on-bad", "skip", "--jsonl", str(tmp_path / "rows.jsonl")]
-    decode(tmp_path, *words, **{**options, "split": "train+dev"})
-    found = [json.loads(line)["id"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert found == ["train/u0", "dev/u0", "dev/u3"]
+    argv = ["--on-bad", "skip", "--jsonl", str(tmp_path / "rows.jsonl")]
+    decode(tmp_path, *argv, **{**options, "split": "train+dev"})
+    actual = [json.loads(line)["id"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert actual == ["train/u0", "dev/u0", "dev/u3"]
     assert [row[0] for row in rows(tmp_path / "out.csv")[1:]] == ["train/u0", "train/u1", "dev/u0", "dev/u3"]
 
 
-def test_a_missing_checkpoint_is_an_error_and_never_random_weights(here, capsys):
-    assert "gone" in fails(here, capsys, checkpoint="gone")
+def test_a_missing_checkpoint_is_an_error_and_never_random_weights(workspace, capsys):
+    assert "gone" in fails(workspace, capsys, checkpoint="gone")
 
 
-def test_a_corrupt_checkpoint_is_an_error(here, capsys):
-    whole = (here / "untrained-28.safetensors").read_bytes()
-    (here / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "cut.safetensors" in fails(here, capsys, checkpoint="cut.safetensors")
+def test_a_corrupt_checkpoint_is_an_error(workspace, capsys):
+    whole = (workspace / "untrained-28.safetensors").read_bytes()
+    (workspace / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cut.safetensors" in fails(workspace, capsys, checkpoint="cut.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["--split", "dev-other"], "no split 'dev-other'; it has"),
         (["--nbest", "9", "--beam", "2"], "--nbest 9 needs a beam of at least 9; give --beam 9"),
@@ -270,46 +272,46 @@ def test_a_corrupt_checkpoint_is_an_error(here, capsys):
         (["--data", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_wrong_options_are_one_sentence(here, capsys, words, said):
-    assert said in fails(here, capsys, *words)
+def test_wrong_options_are_a_one_sentence_error(workspace, capsys, argv, message):
+    assert message in fails(workspace, capsys, *argv)
 
 
-def test_a_folder_is_no_output_file(here, capsys, tmp_path):
-    assert f"{tmp_path} is a folder" in fails(here, capsys, out=tmp_path)
+def test_a_folder_as_output_file_is_refused(workspace, capsys, tmp_path):
+    assert f"{tmp_path} is a folder" in fails(workspace, capsys, out=tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_made_is_an_error_before_decoding(here, capsys, tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_an_error_before_decoding(workspace, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out.csv", tmp_path / "file" / "deep" / "out.csv"):
         assert f"--out: the folder {out.parent} cannot be created ({tmp_path / 'file'} is a file)" in fails(
-            here, capsys, out=out
+            workspace, capsys, out=out
         )
     jsonl = str(tmp_path / "file" / "rows.jsonl")
-    assert "--jsonl: the folder" in fails(here, capsys, "--jsonl", jsonl, out=tmp_path / "out.csv")
+    assert "--jsonl: the folder" in fails(workspace, capsys, "--jsonl", jsonl, out=tmp_path / "out.csv")
 
 
-def test_two_results_need_two_files(here, capsys, tmp_path):
+def test_two_results_need_two_files(workspace, capsys, tmp_path):
     out = tmp_path / "out.csv"
-    assert f"--out and --jsonl are both {out}" in fails(here, capsys, "--jsonl", str(out), out=out)
+    assert f"--out and --jsonl are both {out}" in fails(workspace, capsys, "--jsonl", str(out), out=out)
 
 
-def test_a_full_disk_leaves_no_half_written_file(here, capsys, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_file(workspace, capsys, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    decode(here, out=tmp_path / "warm.csv")  # the feature cache is there now
+    decode(workspace, out=tmp_path / "warm.csv")  # the feature cache exists now
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(SystemExit):
-        run(lambda _: decode(here, out=tmp_path / "out.csv"))
+        run(lambda _: decode(workspace, out=tmp_path / "out.csv"))
     assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == ["warm.csv"]
 
 
 @pytest.mark.parametrize("missing", ["--checkpoint", "--data", "--split", "--out"])
-def test_options_that_must_be_given_are_named(missing, capsys):
-    given = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": "z.csv"}
-    del given[missing]
+def test_missing_required_options_are_named(missing, capsys):
+    required = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": "z.csv"}
+    del required[missing]
     with pytest.raises(SystemExit):
-        main([word for pair in given.items() for word in pair])
+        main([word for pair in required.items() for word in pair])
     assert f"{missing} must be given" in capsys.readouterr().err
 
 
@@ -321,20 +323,20 @@ def test_help_lists_options_and_the_settings_of_decoding_once(capsys):
     assert "--decoding.length-penalty" in out and "--training.epochs" not in out
 
 
-def test_options_have_their_kinds_and_defaults():
-    given = ["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv"]
-    plain = command.parser().parse_args(given)
+def test_options_have_their_types_and_defaults():
+    argv = ["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv"]
+    plain = command.parser().parse_args(argv)
     assert (plain.data, plain.out, plain.beam, plain.nbest, plain.jsonl) == (Path("y"), Path("z.csv"), None, 1, None)
     assert (plain.lm, plain.on_bad, plain.device) == (None, "error", "auto")
     assert not plain.normalise_text and not plain.any_features
-    given += ["--beam", "3", "--nbest", "2", "--jsonl", "r.jsonl", "--normalise-text", "--any-features"]
-    found = command.parser().parse_args(given)
-    assert (found.beam, found.nbest, found.jsonl) == (3, 2, Path("r.jsonl"))
-    assert found.normalise_text and found.any_features
+    argv += ["--beam", "3", "--nbest", "2", "--jsonl", "r.jsonl", "--normalise-text", "--any-features"]
+    options = command.parser().parse_args(argv)
+    assert (options.beam, options.nbest, options.jsonl) == (3, 2, Path("r.jsonl"))
+    assert options.normalise_text and options.any_features
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         (["--on-bad", "ignore"], "--on-bad must be one of error, skip; got 'ignore'"),
         (["--nbest", "x"], "--nbest must be a whole number; got 'x'"),
@@ -343,10 +345,10 @@ def test_options_have_their_kinds_and_defaults():
         (["--out", "folder/"], "folder/ is a folder; give the name of a file to write"),
     ],
 )
-def test_values_of_another_kind_are_refused(words, said, capsys):
+def test_option_values_of_another_type_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
-        main(["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv", *words])
-    assert said in capsys.readouterr().err
+        main(["--checkpoint", "x", "--data", "y", "--split", "dev", "--out", "z.csv", *argv])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -354,13 +356,13 @@ def test_values_of_another_kind_are_refused(words, said, capsys):
     [("id,label", True), ("Index,Label", True), ("ID,x", True), ("id", False), ("name,label", False),
      ("id,label,more", False), ("", False)],
 )  # fmt: skip
-def test_a_submission_is_known_by_its_two_columns(tmp_path, line, expected):
+def test_a_submission_is_recognised_by_its_two_columns(tmp_path, line, expected):
     path = tmp_path / "s.csv"
     path.write_text(f"{line}\nu0,TEXT\n")
     assert command.is_submission(path) is expected
 
 
-def test_json_lines_are_known_by_how_they_begin(tmp_path):
+def test_json_lines_are_recognised_by_their_beginning(tmp_path):
     path = tmp_path / "r.jsonl"
     for text, expected in (('{"id": "u0"}\n', True), ('{"name": "u0"}\n', False), ('[{"id": 1}]', False)):
         path.write_text(text)
@@ -368,26 +370,26 @@ def test_json_lines_are_known_by_how_they_begin(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["--out", "--jsonl"])
-@pytest.mark.parametrize("given", ["--data", "--checkpoint", "--lm"])
-def test_input_files_are_not_overwritten(tmp_path, name, given):
+@pytest.mark.parametrize("option", ["--data", "--checkpoint", "--lm"])
+def test_input_files_are_not_overwritten(tmp_path, name, option):
     file = tmp_path / "x"
     file.write_text('{"id": ' if name == "--jsonl" else "id,label\n")
-    words = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": str(tmp_path / "z.csv")}
-    words |= {given: str(file), name: str(file)}
+    argv = {"--checkpoint": "x", "--data": "y", "--split": "dev", "--out": str(tmp_path / "z.csv")}
+    argv |= {option: str(file), name: str(file)}
     with pytest.raises(InputError, match=f"{name} .*x is an input of this command"):
-        main([word for pair in words.items() for word in pair])
+        main([word for pair in argv.items() for word in pair])
 
 
-def test_json_lines_have_a_name_that_fits_and_replace_only_their_own(here, tmp_path):
+def test_json_lines_need_their_suffix_and_replace_only_json_lines(workspace, tmp_path):
     for name in ("rows.csv", "rows.wav"):
         with pytest.raises(InputError, match=r"the output is JSON Lines; .* ends in .jsonl"):
-            decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
+            decode(workspace, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
     for name in ("rows.json", "rows.txt", "rows"):
         for _ in range(2):
-            decode(here, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
+            decode(workspace, "--jsonl", str(tmp_path / name), out=tmp_path / "out.csv")
     (tmp_path / "mine.jsonl").write_text("notes")
     with pytest.raises(InputError, match=r"mine.jsonl exists and is not JSON Lines; give another name"):
-        decode(here, "--jsonl", str(tmp_path / "mine.jsonl"), out=tmp_path / "out.csv")
+        decode(workspace, "--jsonl", str(tmp_path / "mine.jsonl"), out=tmp_path / "out.csv")
 
 
 def fake_dataset(texts, **fields):
@@ -426,12 +428,12 @@ def test_the_summary_has_only_the_scores_that_exist():
     dataset = fake_dataset([None] * 3, seconds=np.array([1.0, 2.0, 0.56789]), skipped=["u3"])
     scores = {"ld": 1.5, "cer": round(300 / 7, 4), "wer": 50.0}
     times = {"seconds": 2.346, "audio_seconds": 3.568, "rtfx": round(3.56789 / 2.34567, 3)}
-    found = command.summarise(dataset, rows, 2.34567)
-    assert found == {"utterances": 3, "skipped": 1, "scored": 2, **scores, **times}
-    assert list(found)[:3] == ["utterances", "skipped", "scored"]
+    actual = command.summarise(dataset, rows, 2.34567)
+    assert actual == {"utterances": 3, "skipped": 1, "scored": 2, **scores, **times}
+    assert list(actual)[:3] == ["utterances", "skipped", "scored"]
     dataset.skipped = []
-    found = command.summarise(dataset, rows[::2], 2.34567)
-    assert found == {"utterances": 2, **scores, **times}
+    actual = command.summarise(dataset, rows[::2], 2.34567)
+    assert actual == {"utterances": 2, **scores, **times}
     assert command.summarise(dataset, rows[1:2], 0.0)["rtfx"] > 1e9
 
 
@@ -471,22 +473,22 @@ def test_a_device_must_exist_and_work(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("error", "message"),
     [
         ("device is busy\nmore", r"--device cpu cannot be used \(device is busy\); wait for it"),
         ("CUDA out of memory. Tried to allocate", r"--device cpu cannot be used \(its memory is full\); wait for it"),
     ],
 )
-def test_an_unusable_device_is_one_sentence(monkeypatch, message, said):
+def test_an_unusable_device_is_a_one_sentence_error(monkeypatch, error, message):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError(message) if "memory" in message else RuntimeError(message)
+        raise torch.OutOfMemoryError(error) if "memory" in error else RuntimeError(error)
 
     monkeypatch.setattr(torch, "zeros", fail)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         command.choose_device("cpu")
 
 
-def test_the_real_model_gives_the_same_answer_alone_and_in_a_batch():
+def test_the_real_model_gives_the_same_result_alone_and_in_a_batch():
     from las_fast.search.beam import beam_search
 
     config = Config(features=FeatureConfig(size=28), model=MODEL)

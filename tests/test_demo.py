@@ -1,4 +1,4 @@
-"""The demo, with training and decoding replaced by quick stand-ins."""
+"""The demo, with training and decoding replaced by fast fakes."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ SIZES = ["--train", "3", "--dev", "1", "--test", "4"]
 
 
 class Stages:
-    """Stands in for train.main and decode.main, and remembers how they were called."""
+    """Replaces train.main and decode.main, and records their calls."""
 
     def __init__(self, out):
         self.out, self.trained, self.decoded, self.interrupt = out, [], [], False
@@ -41,7 +41,7 @@ class Stages:
         options = dict(zip(argv[::2], argv[1::2], strict=True))
         truth = spoken.read_test_transcripts(self.out / "data")
         texts = [truth[name][0] for name in sorted(truth)]
-        texts[0] = texts[0][1:]  # one character is missed
+        texts[0] = texts[0][1:]  # one character is missing
         with open(options["--out"], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("index", "label"), *enumerate(texts)])
         print("data: something")
@@ -107,7 +107,7 @@ def test_a_second_run_keeps_corpus_and_training(stages, capsys):
     assert capsys.readouterr().out.count("is kept") == 2
 
 
-def test_other_sizes_make_corpus_and_training_again(stages):
+def test_other_sizes_repeat_corpus_and_training(stages):
     run_demo(stages)
     run_demo(stages, "--train", "4")
     assert len(stages.trained) == 2
@@ -115,7 +115,7 @@ def test_other_sizes_make_corpus_and_training_again(stages):
     assert spoken.is_current(stages.out / "data", train=4, dev=1, test=4, seed=1)
 
 
-def test_other_settings_train_again_and_are_passed_on(stages):
+def test_other_settings_repeat_the_training_and_are_passed_on(stages):
     run_demo(stages)
     run_demo(stages, "--training.epochs", "2")
     assert stages.trained[1][-2:] == ["--training.epochs", "2"]
@@ -148,7 +148,7 @@ def test_fresh_makes_everything_again(stages):
     assert len(stages.trained) == 2 and "--resume" not in stages.trained[1]
 
 
-def test_a_training_that_the_demo_did_not_make_is_left_alone(stages):
+def test_a_training_not_made_by_the_demo_is_left_unchanged(stages):
     (stages.out / "run").mkdir(parents=True)
     (stages.out / "run" / "last.pt").write_bytes(b"precious")
     with pytest.raises(InputError, match="did not make"):
@@ -171,7 +171,7 @@ def test_a_complete_training_is_repeated_if_its_state_or_its_stamp_is_gone(stage
     (stages.out / "run" / "attention").rmdir()
     for path in (stages.out / "run").iterdir():
         path.unlink()
-    run_demo(stages)  # an empty folder is nobody's
+    run_demo(stages)  # an empty folder may be used
     assert len(stages.trained) == 3
 
 
@@ -203,26 +203,26 @@ def test_the_defaults_of_the_options(capsys):
     assert (options.out, options.beam, options.fresh, rest) == (Path("runs/demo"), 8, False, ["--training.epochs", "3"])
     options, _ = demo.parse(["--beam", "3", "--fresh", "--train", "7", "--seed", "2"])
     assert (options.beam, options.fresh, options.train, options.seed) == (3, True, 7, 2)
-    for words in (["--fres"], ["--training.epochs", "x"], ["--beam", "x"]):
+    for argv in (["--fres"], ["--training.epochs", "x"], ["--beam", "x"]):
         with pytest.raises(SystemExit):
-            demo.parse(words)
+            demo.parse(argv)
 
 
-def test_the_stages_come_in_order_and_get_what_they_need(tmp_path, monkeypatch, capsys):
+def test_the_stages_run_in_order_with_their_inputs(tmp_path, monkeypatch, capsys):
     calls = []
     for name, result in (("make_corpus", "archive"), ("train", None), ("decode", "printed"),
                          ("summarise", ("result", "rows")), ("show", None)):  # fmt: skip
 
-        def stage(*given, name=name, result=result, **own):
-            calls.append((name, *given, own))
+        def stage(*args, name=name, result=result, **own):
+            calls.append((name, *args, own))
             return result
 
         monkeypatch.setattr(demo, name, stage)
     out, sizes = tmp_path / "a" / "b", {"train": 3, "dev": 2, "test": 1, "seed": 4}
-    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    argv = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     for more, fresh in (((), False), (("--fresh",), True)):
         calls.clear()
-        demo.main(["--out", str(out), *words, "--beam", "3", "--training.epochs", "5", *more])
+        demo.main(["--out", str(out), *argv, "--beam", "3", "--training.epochs", "5", *more])
         assert out.is_dir() and calls == [
             ("make_corpus", out / "data", sizes, {"fresh": fresh}),
             ("train", out, "archive", sizes, ["--training.epochs", "5"], {"fresh": fresh}),
@@ -238,15 +238,19 @@ def test_the_stages_come_in_order_and_get_what_they_need(tmp_path, monkeypatch, 
 def test_a_corpus_is_kept_or_made(tmp_path, monkeypatch, capsys):
     sizes, made = {"train": 3, "dev": 2, "test": 1, "seed": 4}, []
     monkeypatch.setattr(spoken, "generate", lambda root, **own: made.append((root, own)) or "new")
-    for current, fresh, found in ((True, False, tmp_path / spoken.ARCHIVE), (True, True, "new"), (False, False, "new")):
+    for current, fresh, actual in (
+        (True, False, tmp_path / spoken.ARCHIVE),
+        (True, True, "new"),
+        (False, False, "new"),
+    ):
         monkeypatch.setattr(spoken, "is_current", lambda root, current=current, **own: current and own == sizes)
-        assert demo.make_corpus(tmp_path, sizes, fresh=fresh) == found
+        assert demo.make_corpus(tmp_path, sizes, fresh=fresh) == actual
         kept = "was made with the same settings and is kept" in capsys.readouterr().out
-        assert kept == (found != "new")
+        assert kept == (actual != "new")
     assert made == [(tmp_path, sizes)] * 2
 
 
-def test_a_stage_says_how_long_it_took(capsys, monkeypatch):
+def test_a_stage_prints_its_duration(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
     with demo.stage(2, "training"):
@@ -273,7 +277,7 @@ def test_the_end_shows_scores_five_examples_and_the_paths_of_results(tmp_path, c
     assert lines[3:] == [*examples, "", *(f"{what:<12}{tmp_path / name}" for what, name in names.items())]
 
 
-def test_the_output_of_the_decoder_is_kept_and_passed_on_at_once():
+def test_the_output_of_the_decoder_is_printed_immediately_and_returned():
     through = io.StringIO()
     flushed = []
     through.flush = lambda: flushed.append(through.getvalue())
@@ -282,7 +286,7 @@ def test_the_output_of_the_decoder_is_kept_and_passed_on_at_once():
     assert tee.getvalue() == through.getvalue() == "a\nbc" and flushed == ["a\n"]
 
 
-def test_a_stamp_that_is_missing_or_broken_is_none(tmp_path):
+def test_a_missing_or_damaged_stamp_is_ignored(tmp_path):
     assert demo.read_json(tmp_path / "x.json") is None
     for content in (b"", b"{", b"\xff"):
         (tmp_path / "x.json").write_bytes(content)
@@ -299,7 +303,7 @@ def test_a_submission_that_does_not_match_is_refused(tmp_path):
         demo.read_submission(path, truth)
     path.write_text("index,label\n0,X\n1,Y\n")
     assert demo.read_submission(path, truth) == [("a", "A", "X"), ("b", "B", "Y")]
-    path.write_text("id,label\na,X\nb,Y\n")  # as editions with names have it
+    path.write_text("id,label\na,X\nb,Y\n")  # as in editions with names
     unsorted = dict(reversed(truth.items()))
     assert demo.read_submission(path, unsorted) == [("a", "A", "X"), ("b", "B", "Y")]
     path.write_bytes(b'id,label\na,"X\r\nX"\nb,Y\n')
@@ -312,7 +316,7 @@ def test_out_must_be_a_folder(tmp_path):
         demo.main(["--out", str(tmp_path / "file")])
 
 
-def test_a_stray_word_is_refused(capsys):
+def test_a_stray_argument_is_refused(capsys):
     with pytest.raises(SystemExit):
         demo.main(["runs/demo"])
     assert "'runs/demo' is not an option or the value of one" in capsys.readouterr().err

@@ -41,7 +41,7 @@ from las_fast.errors import (
         (errno.ENOTDIR, "x.wav: Not a directory; check the path"),
     ],
 )
-def test_system_errors_are_one_sentence_with_the_file(code, sentence):
+def test_system_errors_are_one_sentence_with_the_file_name(code, sentence):
     assert explain_error(OSError(code, "Not a directory", "x.wav")) == sentence
     assert code in ADVICE or code == errno.ENOTDIR
 
@@ -52,7 +52,7 @@ def test_a_system_error_without_a_file_and_one_with_two():
     assert explain_error(both) == r"a and b\xe0: Invalid cross-device link; check the path"
     assert explain_error(OSError("what a library says")) == "a system call failed (what a library says); run again"
     assert explain_error(OSError()) == "a system call failed (OSError); run again"
-    open_file = OSError(errno.EIO, "Input/output error", 7)  # a number in place of a name
+    open_file = OSError(errno.EIO, "Input/output error", 7)  # a file descriptor in place of a name
     assert explain_error(open_file) == "a system call failed (Input/output error); run again"
 
 
@@ -71,9 +71,9 @@ def test_a_system_error_without_a_file_and_one_with_two():
         (KeyError("x"), None),
     ],
 )
-def test_only_errors_from_outside_have_a_sentence(error, sentence):
-    found = explain_error(error)
-    assert found is None if sentence is None else found.startswith(sentence)
+def test_only_errors_from_outside_are_explained(error, sentence):
+    actual = explain_error(error)
+    assert actual is None if sentence is None else actual.startswith(sentence)
 
 
 def test_a_deeply_nested_file_is_not_a_bug():
@@ -81,11 +81,11 @@ def test_a_deeply_nested_file_is_not_a_bug():
         yaml.safe_load("[" * 100_000)
     assert explain_error(raised.value) == "a file is nested too deeply to be read; check that it is the intended file"
 
-    def ours(found):
+    def is_explained(actual):
         raise RecursionError("maximum recursion depth exceeded")
 
     with pytest.raises(RecursionError) as raised:
-        json.loads("{}", object_hook=ours)
+        json.loads("{}", object_hook=is_explained)
     assert explain_error(raised.value) is None
 
 
@@ -132,7 +132,7 @@ def test_stopped_knows_its_signal():
     assert (Stopped().signum, Stopped(signal.SIGHUP).signum) == (signal.SIGINT, signal.SIGHUP)
 
 
-def test_a_muted_stream_writes_nothing_and_leaks_no_descriptor(tmp_path):
+def test_a_muted_stream_writes_nothing_and_leaks_no_file_descriptor(tmp_path):
     stream = (tmp_path / "log").open("w")
     stream.write("pending")
     before = len(os.listdir("/proc/self/fd"))
@@ -152,4 +152,4 @@ def test_errors_are_flushed_and_a_full_stderr_is_muted(tmp_path, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         print_error("error: x")
-        full.write("more")  # and closing it is no error
+        full.write("more")  # closing it is not an error

@@ -1,34 +1,34 @@
-"""Exported checkpoints: half the size, the same answers, settings of their own."""
+"""Exported checkpoints: half the size, the same results, their own settings."""
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from tiny_checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
 from las_fast.search.ngram import LanguageModel, count_ngrams, lm_path_for, save_lm
 
 
-def exported(path, *words):
+def export_model(path, *argv):
     out = path.parent / "small.safetensors"
-    export.main(["--checkpoint", str(path), "--out", str(out), *words])
+    export.main(["--checkpoint", str(path), "--out", str(out), *argv])
     return out
 
 
 def test_an_exported_model_is_half_as_large_and_computes_in_float32_with_weights_rounded_to_half(tmp_path):
     path = make_checkpoint(tmp_path, info={"epoch": 3})
-    out = exported(path)
-    given, found = checkpoint.load_model(path), checkpoint.load_model(out)
+    out = export_model(path)
+    original, exported = checkpoint.load_model(path), checkpoint.load_model(out)
     assert out.stat().st_size < 0.6 * path.stat().st_size
-    assert found.info == {"epoch": 3} and found.config == given.config
-    theirs = given.model.state_dict()
-    for name, value in found.model.state_dict().items():
+    assert exported.info == {"epoch": 3} and exported.config == original.config
+    expected = original.model.state_dict()
+    for name, value in exported.model.state_dict().items():
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, theirs[name], rtol=2**-11, atol=2**-24)
+        torch.testing.assert_close(value, expected[name], rtol=2**-11, atol=2**-24)
 
 
 def test_decoding_settings_become_the_defaults_of_the_file(tmp_path):
-    out = exported(make_checkpoint(tmp_path), "--decoding.beam", "3", "--decoding.length-penalty", "0.5")
+    out = export_model(make_checkpoint(tmp_path), "--decoding.beam", "3", "--decoding.length-penalty", "0.5")
     decoding = checkpoint.load_model(out).config.decoding
     assert (decoding.beam, decoding.length_penalty) == (3, 0.5)
 
@@ -36,14 +36,14 @@ def test_decoding_settings_become_the_defaults_of_the_file(tmp_path):
 def test_a_language_model_that_the_settings_use_goes_with_the_file(tmp_path):
     path = make_checkpoint(tmp_path)
     lm_path_for(path).write_bytes(b"counts")
-    assert not lm_path_for(exported(path)).exists()
-    assert lm_path_for(exported(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
+    assert not lm_path_for(export_model(path)).exists()
+    assert lm_path_for(export_model(path, "--decoding.ngram-weight", "0.2")).read_bytes() == b"counts"
 
 
 def test_each_file_written_is_named_with_its_size(tmp_path, capsys):
     path = make_checkpoint(tmp_path)
     lm_path_for(path).write_bytes(b"x" * 2_340_000)
-    out = exported(path, "--decoding.ngram-weight", "0.2")
+    out = export_model(path, "--decoding.ngram-weight", "0.2")
     lines = capsys.readouterr().out.splitlines()
     sizes = {out: f"{out.stat().st_size / 1e6:.1f}", lm_path_for(out): "2.3"}
     assert lines == [f"written     {file} ({size} MB)" for file, size in sizes.items()]
@@ -60,9 +60,9 @@ def test_a_checkpoint_may_be_exported_onto_itself_with_its_language_model(tmp_pa
     assert lm_path_for(path).read_bytes() == b"counts"
 
 
-def test_settings_that_make_no_sense_are_refused(tmp_path):
+def test_inconsistent_settings_are_refused(tmp_path):
     with pytest.raises(InputError, match="decoding.beam must be at least 1"):
-        exported(make_checkpoint(tmp_path), "--decoding.beam", "0")
+        export_model(make_checkpoint(tmp_path), "--decoding.beam", "0")
 
 
 def test_weights_beyond_half_precision_are_refused(tmp_path):
@@ -77,14 +77,14 @@ def test_weights_beyond_half_precision_are_refused(tmp_path):
 
 @pytest.mark.parametrize("missing", ["--checkpoint", "--out"])
 def test_a_checkpoint_and_a_file_must_be_given(missing, capsys):
-    given = {"--checkpoint": "x", "--out": "y.safetensors"}
-    del given[missing]
+    required = {"--checkpoint": "x", "--out": "y.safetensors"}
+    del required[missing]
     with pytest.raises(SystemExit):
-        export.main([word for pair in given.items() for word in pair])
+        export.main([word for pair in required.items() for word in pair])
     assert f"{missing} must be given" in capsys.readouterr().err
 
 
-def test_a_name_with_a_trailing_slash_is_not_a_file(capsys):
+def test_a_name_with_a_trailing_slash_is_refused(capsys):
     with pytest.raises(SystemExit):
         export.main(["--checkpoint", "x", "--out", "model/"])
     assert "model/ is a folder; give the name of a file to write" in capsys.readouterr().err
@@ -95,13 +95,13 @@ def test_help_lists_the_settings_of_decoding_and_no_others(capsys):
         export.main(["--help"])
     out = capsys.readouterr().out
     assert end.value.code == 0 and "--decoding.beam" in out and "--training.epochs" not in out
-    assert out.count("-h, --help") == 1  # of the options and of the settings together
+    assert out.count("-h, --help") == 1  # options and settings together
 
 
 def test_a_weight_that_is_not_a_number_is_refused(tmp_path):
     loaded = checkpoint.load_model(make_checkpoint(tmp_path))
     with torch.no_grad():
-        loaded.model.speller.bias[3] = torch.inf  # one of many
+        loaded.model.speller.bias[3] = torch.inf  # one of many weights
     with pytest.raises(InputError, match="speller.bias contains inf, which float16 cannot represent"):
         export.export(loaded, export.DecodingSettings(loaded.config.decoding), tmp_path / "small.safetensors")
 
@@ -119,16 +119,16 @@ def test_an_earlier_export_is_replaced_with_its_language_model(tmp_path):
     save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
     for text in ("AB", "ABBA"):
         save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams([text], "AB", 1)))
-        out = exported(path, "--decoding.ngram-weight", "0.2")
+        out = export_model(path, "--decoding.ngram-weight", "0.2")
         assert lm_path_for(out).read_bytes() == lm_path_for(path).read_bytes()
 
 
-def test_names_of_a_trainings_weights_are_free_elsewhere(tmp_path):
+def test_names_of_training_weights_may_be_used_elsewhere(tmp_path):
     path = make_checkpoint(tmp_path)
     for name in ("best.safetensors", "averaged.safetensors"):
         export.main(["--checkpoint", str(path), "--out", str(tmp_path / "new" / name)])
     (tmp_path / "last.pt").touch()
-    assert exported(path).exists()  # another name beside a training's state
+    assert export_model(path).exists()  # another name in the folder of a training
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
@@ -146,7 +146,7 @@ def test_an_exported_model_is_called_safetensors(tmp_path, name):
         export.main(["--checkpoint", str(make_checkpoint(tmp_path)), "--out", str(tmp_path / name)])
 
 
-def test_the_language_model_of_the_checkpoint_itself_is_not_written_over(tmp_path):
+def test_the_checkpoints_language_model_is_not_overwritten(tmp_path):
     path = make_checkpoint(tmp_path)
     save_lm(lm_path_for(path), LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
     before, alias = lm_path_for(path).read_bytes(), tmp_path / "alias.lm.safetensors"
@@ -159,4 +159,4 @@ def test_the_language_model_of_the_checkpoint_itself_is_not_written_over(tmp_pat
 def test_a_language_model_of_the_user_stays_where_the_checkpoint_has_none(tmp_path):
     path = make_checkpoint(tmp_path)
     lm_path_for(tmp_path / "small.safetensors").write_text("mine")
-    assert lm_path_for(exported(path)).read_text() == "mine"
+    assert lm_path_for(export_model(path)).read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Output files replace neither inputs nor files of others, and are written atomically; paths of any name work."""
+"""Output files replace neither inputs nor foreign files, and are written atomically; any path works."""
 
 import contextlib
 import errno
@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from archives import make_archive
-from checkpoints import make_checkpoint
+from tiny_checkpoints import make_checkpoint
+from tiny_corpora import make_archive
 
 from las_fast import decode, export, lm, train, tune
 from las_fast.cli import prepare_streams
@@ -54,9 +54,9 @@ def run_lm(text, out):
     lm.main([str(text), "--order", "2", "--out", str(out)])
 
 
-def run_decode(archive, model, out, *words):
+def run_decode(archive, model, out, *argv):
     decode.main(["--checkpoint", str(model), "--data", str(archive), "--split", "dev", "--beam", "1", "--out", str(out),
-                 *map(str, words)])  # fmt: skip
+                 *map(str, argv)])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["talk.srt", "talk.wav", "text.txt", "lm.arpa", "lm.json", "best.pt", "x.YAML"])
@@ -73,13 +73,13 @@ def test_a_submission_is_a_csv(archive, model, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["dev.csv", "dev.txt", "dev", "dev.2024", "dev.lm"])
-def test_other_names_are_free(archive, model, tmp_path, name):
-    for _ in range(2):  # and its own results may be replaced
+def test_other_suffixes_are_accepted(archive, model, tmp_path, name):
+    for _ in range(2):  # its own results may be replaced
         run_decode(archive, model, tmp_path / name, "--jsonl", tmp_path / f"{name}.jsonl")
     assert (tmp_path / name).read_text().startswith("index,label\n")
 
 
-def test_files_of_the_user_are_left_alone(archive, model, text, tmp_path):
+def test_files_of_the_user_are_not_replaced(archive, model, text, tmp_path):
     for name, run in (
         ("a.csv", lambda out: run_decode(archive, model, out)),
         ("a.jsonl", lambda out: run_decode(archive, model, tmp_path / "new.csv", "--jsonl", out)),
@@ -95,7 +95,7 @@ def test_files_of_the_user_are_left_alone(archive, model, text, tmp_path):
         assert out.read_text() == USERS
 
 
-def test_an_empty_file_may_be_filled(text, tmp_path):
+def test_an_empty_file_may_be_replaced(text, tmp_path):
     out = tmp_path / "made by mktemp"
     out.touch()
     run_lm(text, out)
@@ -127,7 +127,7 @@ def test_inputs_are_not_overwritten(model, text, tmp_path, link):
         run_lm(plain, plain)
 
 
-def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
+def test_an_export_does_not_replace_the_weights_of_a_training(model, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "last.pt").touch()
@@ -136,7 +136,7 @@ def test_a_trainings_own_weights_are_not_replaced_by_an_export(model, tmp_path):
         export.main(["--checkpoint", str(model), "--out", str(run / "best.safetensors")])
 
 
-def test_the_language_model_that_goes_with_an_export_replaces_nothing_else(model, tmp_path):
+def test_an_exported_language_model_does_not_overwrite_another_file(model, tmp_path):
     save_lm(lm_path_for(model), LanguageModel(1, "AB", *ngram.count_ngrams(["AB"], "AB", 1)))
     lm_path_for(tmp_path / "small.safetensors").write_text(USERS)
     with pytest.raises(InputError, match="small.lm.safetensors exists and is not a language model"):
@@ -204,7 +204,7 @@ def test_an_id_that_is_not_utf8_is_escaped_in_a_submission(tmp_path):
     assert (tmp_path / "s.csv").read_text(encoding="utf-8") == "id,label\nmod\\udce0,A\n한,B\n"
 
 
-def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_path):
+def test_a_checkpoint_may_have_the_longest_possible_name(archive, model, tmp_path):
     longest = model.rename(tmp_path / ("x" * 243 + ".safetensors"))
     assert len(longest.name) == 255
     run_decode(archive, longest, tmp_path / ("y" * 251 + ".csv"))
@@ -213,19 +213,19 @@ def test_a_checkpoint_may_have_the_longest_name_there_is(archive, model, tmp_pat
 
 def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "a.csv").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # for root everything may be written
+    monkeypatch.setattr(os, "access", lambda path, mode: os.path.isdir(path))  # root may write everywhere
     with pytest.raises(InputError, match="a.csv is write-protected; give another name"):
         prepare_output_file(tmp_path / "a.csv", "--out")
 
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_an_existing_file_is_replaced_if_an_earlier_run_wrote_it(tmp_path, ours):
-    asked, path = [], tmp_path / "a.csv"
+    calls, path = [], tmp_path / "a.csv"
     path.write_text("x")
-    prepare_output_file(path, "--out")  # without a rule anything may be replaced
+    prepare_output_file(path, "--out")  # without a rule any file may be replaced
     with contextlib.nullcontext() if ours else pytest.raises(InputError, match="a.csv exists and is not a table"):
-        prepare_output_file(path, "--out", what="a table", may_replace=lambda path: asked.append(path) or ours)
-    assert asked == [path]
+        prepare_output_file(path, "--out", what="a table", may_replace=lambda path: calls.append(path) or ours)
+    assert calls == [path]
 
 
 def test_a_folder_is_not_an_output_file(tmp_path):
@@ -268,7 +268,7 @@ def test_a_missing_path_has_a_hint_to_the_nearest_one(tmp_path, monkeypatch, pat
     assert nearest_path_hint(Path("/nothing/of/it")) == nearest_path_hint(Path("/nothing")) == ""
 
 
-def test_first_line_of_any_file(tmp_path):
+def test_the_first_line_of_any_file_can_be_read(tmp_path):
     path = tmp_path / "x"
     for content, line in ((b"\xef\xbb\xbfid,label\r\n1,2\n", "id,label"), (b" a \xff", " a \ufffd"), (b"", ""),
                           (b"a" * 5000, "a" * 4096)):  # fmt: skip
@@ -300,7 +300,7 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
     "content",
     [b"", b"short", b"\xff" * 100, b"\xff" * 7 + b"\x7f{}", b"\2" + bytes(7) + b"[]", b"\4" + bytes(7) + b"null"],
 )
-def test_any_other_file_has_no_safetensors_format(tmp_path, content):
+def test_other_files_have_no_safetensors_header(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     assert safetensors_format(tmp_path / "x") is None
 
@@ -308,7 +308,7 @@ def test_any_other_file_has_no_safetensors_format(tmp_path, content):
 # ----------------------------------------------------------------------------------------------- folders and names
 
 
-def test_an_unknown_home_folder_is_one_sentence(monkeypatch):
+def test_an_unknown_home_folder_is_a_one_sentence_error(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert expand("~/run") == Path("/home/someone/run") and expand("run/~") == Path("run/~")
 
@@ -340,8 +340,8 @@ def test_a_folder_that_cannot_be_made_is_reported_with_the_reason(tmp_path, monk
 
 
 @pytest.mark.parametrize("missing", [os.W_OK, os.X_OK])
-def test_a_folder_that_may_not_be_written_or_entered_is_refused(tmp_path, monkeypatch, missing):
-    monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root may do everything
+def test_a_folder_without_write_or_search_permission_is_refused(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & missing)  # root ignores permissions
     with pytest.raises(InputError, match=f"--out: the folder {tmp_path} is not writable; choose another"):
         make_folder(tmp_path, "--out")
 
@@ -357,7 +357,7 @@ def test_an_output_that_is_not_a_file_is_refused_before_the_work(tmp_path):
 # --------------------------------------------------------------------------------------------------- atomic writing
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -382,7 +382,7 @@ def test_files_of_any_valid_name_can_be_written(tmp_path, name):
     assert os.listdir(os.fsencode(tmp_path)) == [name]
 
 
-def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+def test_a_name_that_is_too_long_is_a_one_sentence_error(tmp_path):
     with pytest.raises(InputError, match=r"x could not be written \(File name too long\); choose another name"):
         write_atomically(tmp_path / ("x" * 256), write_text)
     assert not list(tmp_path.iterdir())
@@ -440,12 +440,12 @@ def test_the_content_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         kept = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, kept=kept: done.append(name) or kept(*given))
+        monkeypatch.setattr(os, name, lambda *args, name=name, kept=kept: done.append(name) or kept(*args))
     write_atomically(tmp_path / "file", write_text)
     assert done == ["fsync", "replace"]
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path):
+def test_an_interrupted_write_leaves_no_files(tmp_path):
     def interrupted(temporary):
         temporary.write_text("half")
         raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """A chunk of the search on fake CUDA tensors: it never waits for the device and launches few kernels.
 
-The real search runs with the shapes of the Triton ops. Fake tensors hold no numbers, so reading one raises. The trace
-of calls shows tensors that leave the device, shapes that change between steps, and launches beyond the limit.
+The real search runs with the fake implementations of the Triton ops. Fake tensors hold no numbers, so reading one
+raises. The trace of calls shows copies to the host, shapes that change between steps, and launches beyond the limit.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from las_fast.search.beam import length_limits
 
 V, MAX_LAUNCHES = 31, 16
 MAX_LAUNCHES_WITH_CTC = 17
-NO_LAUNCH = {  # views, and queries that the host answers itself
+NO_LAUNCH = {  # views, and queries that need no kernel
     "_unsafe_view", "alias", "detach", "device", "expand", "slice", "split_with_sizes", "t", "transpose", "unsqueeze",
     "view",
 }  # fmt: skip
-LAUNCHES = {"masked_attention_triton": 2}  # with split frames: one for the parts, one for their sum
+LAUNCHES = {"masked_attention_triton": 2}  # with split frames: one for the parts, one to combine them
 
 
 class Trace(TorchDispatchMode):
-    """Keeps the calls of each step: (name, input shapes, output shapes)."""
+    """Records the calls of each step: (name, input shapes, output shapes)."""
 
     def __init__(self):
         super().__init__()
-        self.outside: list[tuple] = []  # calls of no step
+        self.outside: list[tuple] = []  # calls outside of steps
         self.steps: list[list[tuple]] = []
         self.current = self.outside
 
@@ -49,7 +49,7 @@ class Trace(TorchDispatchMode):
         return result
 
     def around(self, step):
-        """Wrap step, so that its calls are kept as those of one step."""
+        """Wrap step, so that its calls are recorded as one step."""
 
         def traced(*arguments):
             self.current = []
@@ -61,18 +61,18 @@ class Trace(TorchDispatchMode):
         return traced
 
     def launches(self) -> list[str]:
-        """Return the kernels of the last step, in order."""
+        """The kernels of the last step, in order."""
         return [name for name, *_ in self.steps[-1] for _ in range(LAUNCHES.get(name, name not in NO_LAUNCH))]
 
 
 def to_fake_cuda(tree):
-    """Return the tree with each tensor replaced by an empty CUDA tensor."""
+    """Replace each tensor of a tree by an empty fake CUDA tensor."""
     return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), tree)
 
 
 @pytest.fixture
 def trace_chunk(monkeypatch):
-    """A function that runs one chunk of a model with two LSTM cells and checks that all steps are the same."""
+    """A function that runs one chunk of a model with two LSTM cells and checks that all steps are equal."""
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     step = steps.step
 
@@ -130,7 +130,7 @@ def test_besides_its_steps_a_chunk_only_stacks_and_computes_the_flag(trace_chunk
     ],
     ids=lambda fields: "-".join(fields),
 )
-def test_no_option_waits_for_the_host_or_changes_a_shape(trace_chunk, fields):
+def test_no_option_synchronises_or_changes_a_shape(trace_chunk, fields):
     assert trace_chunk(**fields).steps
 
 
@@ -159,7 +159,7 @@ class Branches(LAS):
 
 class Selects(LAS):
     def step(self, tokens, *arguments, **options):
-        torch.ops.aten.nonzero(tokens)  # the method asks for the device first
+        torch.ops.aten.nonzero(tokens)  # the method queries the device first
         return super().step(tokens, *arguments, **options)
 
 
@@ -179,14 +179,14 @@ class Grows(LAS):
         (Grows, AssertionError),
     ],
 )
-def test_a_model_that_waits_or_grows_is_caught(trace_chunk, kind, error):
+def test_a_model_that_synchronises_or_changes_shapes_is_detected(trace_chunk, kind, error):
     with pytest.raises(error):
         trace_chunk(kind)
 
 
-def test_one_kernel_too_many_is_caught(trace_chunk):
-    class Wasteful(LAS):
+def test_an_extra_kernel_launch_is_detected(trace_chunk):
+    class ExtraKernel(LAS):
         def step(self, tokens, *arguments, **options):
             return super().step(tokens + 0, *arguments, **options)
 
-    assert len(trace_chunk(Wasteful).launches()) == MAX_LAUNCHES + 1
+    assert len(trace_chunk(ExtraKernel).launches()) == MAX_LAUNCHES + 1

@@ -1,4 +1,4 @@
-"""Character language models: the formulas against dictionaries, the files, and decoding with them."""
+"""Character language models: the formulas against a plain implementation, files, and decoding with a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import EDITIONS, make_archive, make_librispeech, make_manifest, make_speech, write_audio
-from checkpoints import MODEL, make_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tiny_checkpoints import MODEL, make_checkpoint
+from tiny_corpora import EDITIONS, make_archive, make_librispeech, make_manifest, make_speech, write_audio
 from toy_model import ToyModel, config, memory
 
 from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
@@ -49,7 +49,7 @@ def windows(sentences, characters, order):
 
 
 def brute_force(sentences, characters, order):
-    """Return p(token, context) of interpolated modified Kneser-Ney, by dictionaries and recursion."""
+    """p(token, context) of interpolated modified Kneser-Ney, by dictionaries and recursion."""
     counts = {order: Counter(windows(sentences, characters, order))}
     for k in range(order - 1, 0, -1):
         seen = {ngram[-k - 1 :] for ngram in counts[order]}
@@ -59,9 +59,9 @@ def brute_force(sentences, characters, order):
         n = Counter(counts[k].values())
         if all(n[i] for i in (1, 2, 3, 4)):
             y = n[1] / (n[1] + 2 * n[2])
-            found = [i - (i + 1) * y * n[i + 1] / n[i] for i in (1, 2, 3)]
-            if min(found) > 0:
-                return found[min(times, 3) - 1]
+            actual = [i - (i + 1) * y * n[i + 1] / n[i] for i in (1, 2, 3)]
+            if min(actual) > 0:
+                return actual[min(times, 3) - 1]
         return DEFAULT_DISCOUNTS[min(times, 3) - 1]
 
     def p(token, context, k=order):
@@ -80,7 +80,7 @@ def brute_force(sentences, characters, order):
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("copies", [1, 40])
-def test_probabilities_are_those_of_a_brute_force_model(order, copies):
+def test_probabilities_equal_a_brute_force_model(order, copies):
     generator = np.random.default_rng(order)
     more = ["".join(generator.choice(list(AB), generator.integers(1, 9))).strip() or "A" for _ in range(copies)]
     table, p = train(TEXT + more, order=order, characters=AB).ngram_table(), brute_force(TEXT + more, AB, order)
@@ -90,13 +90,13 @@ def test_probabilities_are_those_of_a_brute_force_model(order, copies):
         assert np.exp(table[state]) == pytest.approx(expected, abs=1e-6), context
 
 
-def test_discounts_follow_the_formulas_or_else_the_defaults():
+def test_discounts_follow_the_formulas_or_fall_back_to_defaults():
     counts = np.repeat([1, 2, 3, 4, 9], [8, 4, 2, 1, 3])
     y = 8 / 16
     formulas = [0, 1 - 2 * y * 4 / 8, 2 - 3 * y * 2 / 4, 3 - 4 * y * 1 / 2]
     assert ngram._discounts(counts) == pytest.approx(formulas)
     assert ngram._discounts(counts[counts != 4]).tolist() == [0, *DEFAULT_DISCOUNTS]
-    negative = np.repeat([1, 2, 3, 4], [1, 1, 5, 1])  # the formula of one discount is below 0
+    negative = np.repeat([1, 2, 3, 4], [1, 1, 5, 1])  # the formula of one discount gives a negative number
     assert ngram._discounts(negative).tolist() == [0, *DEFAULT_DISCOUNTS]
 
 
@@ -122,7 +122,7 @@ def test_an_unseen_context_backs_off_to_a_shorter_one():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_sentences_start_in_the_state_where_the_search_starts(order):
+def test_sentences_start_in_the_same_state_as_the_search(order):
     table = train(["BA"] * 50, order=order, characters=AB).ngram_table()
     first = np.exp(table[first_ngram_state(torch.from_numpy(table), SOS)])
     assert order == 1 or first[Vocabulary(AB).encode("B")[0]] > 0.9
@@ -133,11 +133,11 @@ def test_perplexity_counts_characters_and_eos():
     for text, count in ((["ABA", "B"], 6), (["ABA", "B", "B", "B"], 10)):
         logs = [math.log(p(g[-1], g[:-1])) for g in windows(text, AB, 3)]
         assert len(logs) == count
-        found = perplexity(model.ngram_table(), ngram.count_ngrams(text, AB, 3))
-        assert found == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
+        actual = perplexity(model.ngram_table(), ngram.count_ngrams(text, AB, 3))
+        assert actual == pytest.approx(math.exp(-sum(logs) / count), rel=1e-5)
 
 
-def test_counting_in_parts_changes_nothing(monkeypatch):
+def test_counting_in_parts_gives_the_same_model(monkeypatch):
     whole = train(TEXT, order=3, characters=AB)
     monkeypatch.setattr(ngram, "SENTENCES_PER_PASS", 2)
     parts = train(TEXT, order=3, characters=AB)
@@ -146,7 +146,7 @@ def test_counting_in_parts_changes_nothing(monkeypatch):
     assert [x.tolist() for x in both] == [whole.ngrams.tolist(), (whole.counts * 30).tolist()]
 
 
-def test_holding_out_a_sentence_depends_on_its_text_alone():
+def test_holding_out_a_sentence_depends_only_on_its_text():
     texts = [a + b + c for a in AB[:2] * 20 for b in "ABBABBAAB" for c in "AB"]
     held = lm.count_held_out(texts, AB, 12)[1][0]
     fewer = lm.count_held_out(sorted(set(texts)), AB, 12)[1][0]
@@ -158,7 +158,7 @@ def test_holding_out_a_sentence_depends_on_its_text_alone():
 
 
 @pytest.mark.parametrize("order", [1, 4])
-def test_a_model_comes_back_as_it_was_saved(tmp_path, order):
+def test_a_saved_model_loads_unchanged(tmp_path, order):
     model = train(TEXT, order=order, characters=AB)
     save_lm(tmp_path / "m.safetensors", model)
     back = load_lm(tmp_path / "m.safetensors")
@@ -187,7 +187,7 @@ def test_a_file_has_metadata_and_the_smallest_integers_that_fit(tmp_path):
         assert saved(ngram.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
 
 
-def test_numbers_beyond_32_bits_come_back_as_they_were_saved(tmp_path):
+def test_numbers_beyond_32_bits_load_unchanged(tmp_path):
     order, tokens = 7, len(Vocabulary(lm.CHARACTERS))  # n-grams up to 2e10
     ngrams = np.array([EOS, tokens**6 + EOS, tokens**7 - 1])
     for counts in (np.array([1, 2, 3]), np.array([1, 2**31, 2**40])):
@@ -196,7 +196,7 @@ def test_numbers_beyond_32_bits_come_back_as_they_were_saved(tmp_path):
         assert np.array_equal(back.ngrams, ngrams) and np.array_equal(back.counts, counts)
 
 
-def test_a_safetensors_file_without_metadata_is_no_language_model(tmp_path):
+def test_a_safetensors_file_without_metadata_is_refused_as_language_model(tmp_path):
     save_file({"ngrams": np.array([EOS]), "counts": np.array([1])}, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="not a language model of las_fast"):
         load_lm(tmp_path / "m.safetensors")
@@ -226,7 +226,7 @@ def damaged(model, **changes):
         lambda m: damaged(m, ngrams=np.append(-1, m.ngrams[1:])),
     ],
 )
-def test_a_file_with_inconsistent_numbers_is_damaged(tmp_path, change):
+def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, change):
     model, path = train(TEXT, order=3, characters=AB), tmp_path / "m.safetensors"
     metadata = {"format": ngram.FORMAT, "order": "3", "characters": AB, "sentences": "7"}
     save_file(damaged(model), path, metadata)
@@ -237,7 +237,7 @@ def test_a_file_with_inconsistent_numbers_is_damaged(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda b: b[: len(b) // 2], "not a readable language model"),
         (lambda b: b[: len(b) - 5], "not a readable language model"),
@@ -248,17 +248,17 @@ def test_a_file_with_inconsistent_numbers_is_damaged(tmp_path, change):
         (lambda b: b.replace(b"las_fast lm 1", b"las_fast lm 9"), "not a language model of las_fast"),
     ],
 )
-def test_a_bad_file_is_one_sentence(tmp_path, damage, said):
+def test_a_bad_file_is_a_one_sentence_error(tmp_path, damage, message):
     path = tmp_path / "m.safetensors"
     save_lm(path, train(TEXT, order=3, characters=AB))
     before = path.read_bytes()
     path.write_bytes(damage(before))
     assert path.read_bytes() != before
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_lm(path)
 
 
-def test_a_checkpoint_is_no_language_model_and_a_missing_file_is_named(tmp_path):
+def test_a_checkpoint_as_language_model_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="not a language model of las_fast"):
         load_lm(make_checkpoint(tmp_path))
     with pytest.raises(InputError, match="gone.safetensors is not a readable"):
@@ -273,7 +273,7 @@ def test_an_order_too_large_for_the_machine_is_an_error_with_a_smaller_order():
         train([], order=0)
 
 
-def test_orders_go_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch):
+def test_orders_range_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypatch):
     for order in (1, 12):
         ngram.check_order(order, 4)
     for order in (0, 13):
@@ -305,17 +305,17 @@ def test_every_kind_of_text_is_read(tmp_path):
     (tmp_path / "1.trans.txt").write_text("1-0 HELLO THERE\n1-1 YES\n")
     manifest = make_manifest(tmp_path / "manifest")
     rows = list(csv.DictReader(manifest.open(), delimiter="\t"))
-    told = {split: [row["transcript"] for row in rows if row["split"] == split] for split in ("train", "dev")}
+    expected = {split: [row["transcript"] for row in rows if row["split"] == split] for split in ("train", "dev")}
     assert list(read_texts(tmp_path / "plain.txt")) == ["one line", "", "another"]
     assert list(read_texts(tmp_path / "more.txt.gz")) == ["zipped"]
     assert list(read_texts(tmp_path / "1.trans.txt")) == ["HELLO THERE", "YES"]
-    assert list(read_texts(manifest)) == told["train"] and list(read_texts(manifest, "dev")) == told["dev"]
-    assert list(read_texts(make_manifest(tmp_path / "json", suffix=".jsonl"))) == told["train"]
+    assert list(read_texts(manifest)) == expected["train"] and list(read_texts(manifest, "dev")) == expected["dev"]
+    assert list(read_texts(make_manifest(tmp_path / "json", suffix=".jsonl"))) == expected["train"]
     speech = list(read_texts(make_librispeech(tmp_path / "speech")))
-    assert len(speech) == 12 and all(text.startswith("A") for text in speech)  # two splits of two speakers
+    assert len(speech) == 12 and all(text.startswith("A") for text in speech)  # two splits with two speakers each
 
 
-def test_suffixes_may_be_in_capitals(tmp_path):
+def test_text_suffixes_may_be_in_upper_case(tmp_path):
     (tmp_path / "1.TRANS.TXT").write_text("1-0 HELLO THERE\n")
     assert list(read_texts(tmp_path / "1.TRANS.TXT")) == ["HELLO THERE"]
     manifest = make_manifest(tmp_path)
@@ -323,19 +323,19 @@ def test_suffixes_may_be_in_capitals(tmp_path):
     assert list(read_texts(manifest.rename(tmp_path / "MANIFEST.TSV"))) == expected
 
 
-def test_options_have_their_kinds_and_defaults(capsys):
+def test_options_have_their_types_and_defaults(capsys):
     plain = lm.parser().parse_args(["a", "b", "--out", "c.safetensors"])
     assert (plain.texts, plain.out) == ([Path("a"), Path("b")], Path("c.safetensors"))
     assert (plain.order, plain.characters, plain.split) == (5, lm.CHARACTERS, "")
-    for words, said in (
+    for argv, message in (
         (["a"], "--out must be given"),
         (["--out", "c.safetensors"], "TEXT must be given"),
         (["a", "--out", "c/"], "c/ is a folder; give the name of a file to write"),
         (["a", "--out", "c.safetensors", "--order", "x"], "--order must be a whole number; got 'x'"),
     ):
         with pytest.raises(SystemExit):
-            lm.parser().parse_args(words)
-        assert said in capsys.readouterr().err
+            lm.parser().parse_args(argv)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("edition", EDITIONS)
@@ -349,9 +349,9 @@ def test_a_folder_of_transcripts_is_read(tmp_path):
     assert list(read_texts(archive / "text-for-LM")) == ["SOME TEXT"]
 
 
-def make(tmp_path, *words, out="lm.safetensors", text="ONE\n"):
+def make(tmp_path, *argv, out="lm.safetensors", text="ONE\n"):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    lm.main([str(tmp_path / "text.txt"), "--out", str(tmp_path / out), *words])
+    lm.main([str(tmp_path / "text.txt"), "--out", str(tmp_path / out), *argv])
     return load_lm(tmp_path / out)
 
 
@@ -365,29 +365,29 @@ def test_text_is_mapped_onto_the_characters_and_digits_are_left_out(tmp_path, ca
     assert lower.ngrams.tolist() == train(["cab"], order=2, characters="abc").ngrams.tolist()
 
 
-def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
+def test_the_command_prints_perplexity_order_and_size(tmp_path, capsys):
     text = [f"{a}{b} {c}" for a in "ABCDE" for b in "EFGH" for c in "IJKL"]
     make(tmp_path, "--order", "3", text="\n".join(text))
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     held = [t for t in text if lm.zlib.crc32(t.encode()) % lm.HELD_OUT_ONE_IN == 0]
     rest = train([t for t in text if t not in held], order=3)
     assert 0 < len(held) < len(text)
     expected = perplexity(rest.ngram_table(), ngram.count_ngrams(held, lm.CHARACTERS, 3))
-    assert f"perplexity  {expected:.3f} per character" in said
-    assert "order       3: " in said and "a table of 0.1 MB" in said and "lm.safetensors (0.0" in said
+    assert f"perplexity  {expected:.3f} per character" in message
+    assert "order       3: " in message and "a table of 0.1 MB" in message and "lm.safetensors (0.0" in message
     make(tmp_path, "--order", "4", text="\n".join(text))
     size = (tmp_path / "lm.safetensors").stat().st_size / 1e6
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     table = 4 * len(Vocabulary(lm.CHARACTERS)) ** 4 / 1e6
-    assert f"a table of {table:.1f} MB when decoding" in said and f"lm.safetensors ({size:.2f} MB)" in said
+    assert f"a table of {table:.1f} MB when decoding" in message and f"lm.safetensors ({size:.2f} MB)" in message
     letters = sum(map(len, text))
-    assert f"text        {len(text)} sentences, {letters} characters" in said
+    assert f"text        {len(text)} sentences, {letters} characters" in message
     model = load_lm(tmp_path / "lm.safetensors")
-    assert f"order       4: {len(model.ngrams)} n-grams" in said
+    assert f"order       4: {len(model.ngrams)} n-grams" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "text", "said"),
+    ("argv", "text", "message"),
     [
         ([], "", "there is no sentence in"),
         ([], "123\n", "there is no sentence in"),
@@ -397,19 +397,24 @@ def test_the_report_says_perplexity_order_and_size(tmp_path, capsys):
         (["--out", "."], "A", "--out . is a folder"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, capsys, words, text, said):
+def test_bad_input_is_a_one_sentence_error(tmp_path, capsys, argv, text, message):
     with pytest.raises(SystemExit) as end:
-        run(lambda _: make(tmp_path, *words, text=text))
-    assert end.value.code == 2 and said in capsys.readouterr().err
+        run(lambda _: make(tmp_path, *argv, text=text))
+    assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "lm.safetensors").exists()
 
 
-def test_files_that_are_not_text_are_named(tmp_path):
+def test_files_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "noise.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "noise.gz").write_bytes(b"no gzip")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
-    for name, said in (("noise.txt", "is not UTF-8"), ("noise.gz", "be read"), ("cut.gz", "be read"), ("no.txt", "No")):
-        with pytest.raises(InputError, match=f"{name}.*{said}"):
+    for name, message in (
+        ("noise.txt", "is not UTF-8"),
+        ("noise.gz", "be read"),
+        ("cut.gz", "be read"),
+        ("no.txt", "No"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.*{message}"):
             list(read_texts(tmp_path / name))
     with pytest.raises(InputError, match="has no split 'test'"):
         list(read_texts(make_manifest(tmp_path / "data"), "test"))
@@ -419,7 +424,7 @@ def test_files_that_are_not_text_are_named(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with recordings, a checkpoint for them, and a language model."""
     folder = tmp_path_factory.mktemp("lm")
     make_manifest(folder / "data", utterances=6)
@@ -428,25 +433,25 @@ def here(tmp_path_factory):
     return folder
 
 
-def words(here, *more):
-    return ["--checkpoint", str(here / "untrained-20.safetensors"), "--data", str(here / "data"), "--split", "dev",
-            "--device", "cpu", *more]  # fmt: skip
+def argv(workspace, *more):
+    checkpoint, data = workspace / "untrained-20.safetensors", workspace / "data"
+    return ["--checkpoint", str(checkpoint), "--data", str(data), "--split", "dev", "--device", "cpu", *more]
 
 
-def decoded(here, tmp_path, *more):
+def decoded(workspace, tmp_path, *more):
     out = ["--out", str(tmp_path / "out.csv"), "--jsonl", str(tmp_path / "rows.jsonl"), "--beam", "4"]
-    decode.main(words(here, *out, *more))
+    decode.main(argv(workspace, *out, *more))
     return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
 
 
-def listened(here):
-    loaded = checkpoint.load_model(here / "untrained-20.safetensors")
+def listened(workspace):
+    loaded = checkpoint.load_model(workspace / "untrained-20.safetensors")
     options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None}
-    return loaded, load_dataset(open_corpus(here / "data"), ("dev",), **options, need_text=True)
+    return loaded, load_dataset(open_corpus(workspace / "data"), ("dev",), **options, need_text=True)
 
 
-def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
-    loaded, data = listened(here)
+def searched(workspace, decoding, *, ngram=None, backend="auto", nbest=1):
+    loaded, data = listened(workspace)
     batches = sorted_batches(data.frame_counts, frames_per_batch=30000, utterances_per_batch=128)
     (batch,) = make_loader(data, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)
     with torch.inference_mode():
@@ -455,25 +460,27 @@ def searched(here, decoding, *, ngram=None, backend="auto", nbest=1):
     return beam_search(loaded.model, encoded, decoding, ngram=ngram, backend=backend, nbest=nbest)
 
 
-def table(here):
-    return torch.from_numpy(load_lm(here / "lm.safetensors").ngram_table())
+def table(workspace):
+    return torch.from_numpy(load_lm(workspace / "lm.safetensors").ngram_table())
 
 
 @pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
 @pytest.mark.parametrize("weight", [0.0, 0.6])
 @pytest.mark.parametrize("beam", [1, 4])
-def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(here, beam, weight):
+def test_reference_and_cpp_agree_with_a_language_model_and_a_reward(workspace, beam, weight):
     decoding = {"beam": beam, "ngram_weight": weight, "length_reward": 0.4}
-    found = [searched(here, decoding, ngram=table(here), backend=name, nbest=beam) for name in ("reference", "cpp")]
-    assert found[0] != searched(here, {"beam": beam}, nbest=beam)
-    for ours, theirs in zip(*(itertools.chain(*each) for each in found), strict=True):
+    actual = [
+        searched(workspace, decoding, ngram=table(workspace), backend=name, nbest=beam) for name in ("reference", "cpp")
+    ]
+    assert actual[0] != searched(workspace, {"beam": beam}, nbest=beam)
+    for ours, theirs in zip(*(itertools.chain(*each) for each in actual), strict=True):
         assert ours.text_tokens == theirs.text_tokens and ours.score == pytest.approx(theirs.score, abs=1e-3)
 
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_length_reward_is_added_per_character_and_not_for_eos(weight, backend):
-    """Wide enough to hold every text there is, the beam finds the same texts with scores that differ by the reward."""
+    """A beam that holds every possible text finds the same texts, with scores that differ by the reward."""
     many = memory([1, 5], [4, 3])
     ngram = torch.from_numpy(train(["A", "AB", "BB"], order=3, characters="AB").ngram_table())
     options = {"ngram": ngram if weight else None, "nbest": 64, "backend": backend}
@@ -489,8 +496,8 @@ def test_a_length_reward_is_added_per_character_and_not_for_eos(weight, backend)
 
 def test_a_negative_reward_shortens_texts_and_a_positive_one_lengthens_them():
     many = memory(list(range(8)), [9] * 8)
-    found = [beam_search(ToyModel(eos=2.0), many, config(length_reward=reward)) for reward in (-2.0, 0.0, 2.0)]
-    lengths = [sum(len(best.text_tokens) for (best,) in each) for each in found]
+    actual = [beam_search(ToyModel(eos=2.0), many, config(length_reward=reward)) for reward in (-2.0, 0.0, 2.0)]
+    lengths = [sum(len(best.text_tokens) for (best,) in each) for each in actual]
     assert lengths[0] < lengths[1] < lengths[2]
 
 
@@ -507,18 +514,18 @@ def test_a_beam_of_one_takes_the_best_sum_at_each_step(backend):
             step = logits.log_softmax(-1)[0, 0] + weight * ngram[token]
             token, total = int(step.argmax()), total + float(step.max())
             text += [token] if token != EOS else []
-        ((found,),) = beam_search(model, one, config(beam=1, ngram_weight=weight), ngram=ngram, backend=backend)
-        assert found.text_tokens == text and found.finished == (token == EOS)
-        if found.finished:  # otherwise the end was forced, at a price
+        ((actual,),) = beam_search(model, one, config(beam=1, ngram_weight=weight), ngram=ngram, backend=backend)
+        assert actual.text_tokens == text and actual.finished == (token == EOS)
+        if actual.finished:  # otherwise eos was forced
             finished += 1
-            assert found.score == pytest.approx(total, abs=1e-4)
+            assert actual.score == pytest.approx(total, abs=1e-4)
     assert finished > 0
 
 
-def test_a_heavily_weighted_language_model_writes_its_own_text(here, tmp_path):
+def test_a_heavily_weighted_language_model_determines_the_text(workspace, tmp_path):
     lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
     settings = ["--decoding.ngram-weight", "9", "--decoding.maximum-extra", "20", "--decoding.length-penalty", "0"]
-    rows = decoded(here, tmp_path, "--lm", str(tmp_path / "hello.safetensors"), *settings)
+    rows = decoded(workspace, tmp_path, "--lm", str(tmp_path / "hello.safetensors"), *settings)
     assert {row["text"] for row in rows} == {"HELLO"}
 
 
@@ -528,13 +535,15 @@ def make_text(folder, text):
     return path
 
 
-def test_a_language_model_comes_with_a_weight_that_can_be_changed(here, tmp_path):
-    file = ["--lm", str(here / "lm.safetensors")]
-    usual = decoded(here, tmp_path, *file)
-    expected = searched(here, {"beam": 4, "ngram_weight": ngram.DEFAULT_WEIGHT}, ngram=table(here))
+def test_a_language_model_comes_with_a_weight_that_can_be_changed(workspace, tmp_path):
+    file = ["--lm", str(workspace / "lm.safetensors")]
+    usual = decoded(workspace, tmp_path, *file)
+    expected = searched(workspace, {"beam": 4, "ngram_weight": ngram.DEFAULT_WEIGHT}, ngram=table(workspace))
     assert sorted(row["score"] for row in usual) == pytest.approx(sorted(h[0].score for h in expected), abs=1e-3)
-    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", str(ngram.DEFAULT_WEIGHT)) == usual
-    assert decoded(here, tmp_path, *file, "--decoding.ngram-weight", "0.9") != usual != decoded(here, tmp_path)
+    assert decoded(workspace, tmp_path, *file, "--decoding.ngram-weight", str(ngram.DEFAULT_WEIGHT)) == usual
+    assert (
+        decoded(workspace, tmp_path, *file, "--decoding.ngram-weight", "0.9") != usual != decoded(workspace, tmp_path)
+    )
 
 
 def fails(capsys, command):
@@ -544,35 +553,37 @@ def fails(capsys, command):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_weight_without_a_model_and_a_model_without_a_weight_are_errors(here, tmp_path, capsys):
+def test_a_weight_without_a_model_and_a_model_without_a_weight_are_errors(workspace, tmp_path, capsys):
     weight = ["--decoding.ngram-weight", "0.3"]
-    said = fails(capsys, lambda: decoded(here, tmp_path, *weight))
-    assert "ngram_weight is 0.3 and there is no language model; give --lm FILE" in said
-    assert "untrained-20.lm.safetensors" in said
-    none = ["--lm", str(here / "lm.safetensors"), "--decoding.ngram-weight", "0"]
-    assert "has no effect while decoding.ngram_weight is 0" in fails(capsys, lambda: decoded(here, tmp_path, *none))
-    assert "--lm gone is not a file" in fails(capsys, lambda: decoded(here, tmp_path, "--lm", "gone"))
+    message = fails(capsys, lambda: decoded(workspace, tmp_path, *weight))
+    assert "ngram_weight is 0.3 and there is no language model; give --lm FILE" in message
+    assert "untrained-20.lm.safetensors" in message
+    none = ["--lm", str(workspace / "lm.safetensors"), "--decoding.ngram-weight", "0"]
+    assert "has no effect while decoding.ngram_weight is 0" in fails(
+        capsys, lambda: decoded(workspace, tmp_path, *none)
+    )
+    assert "--lm gone is not a file" in fails(capsys, lambda: decoded(workspace, tmp_path, "--lm", "gone"))
     save_lm(tmp_path / "other.safetensors", train(TEXT, order=2, characters=AB))
-    said = fails(capsys, lambda: decoded(here, tmp_path, "--lm", str(tmp_path / "other.safetensors")))
-    assert "has the characters 'AB '" in said and "--characters" in said
+    message = fails(capsys, lambda: decoded(workspace, tmp_path, "--lm", str(tmp_path / "other.safetensors")))
+    assert "has the characters 'AB '" in message and "--characters" in message
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_the_language_model_beside_a_checkpoint_is_used_if_its_settings_have_a_weight(here, tmp_path, monkeypatch):
-    loaded = checkpoint.load_model(here / "untrained-20.safetensors")
-    weighing = replace(loaded.config, decoding=replace(loaded.config.decoding, ngram_weight=0.7))
-    checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighing, None, {})
-    (tmp_path / "NAME.lm.safetensors").write_bytes((here / "lm.safetensors").read_bytes())
+def test_the_language_model_beside_a_checkpoint_is_used_if_its_settings_have_a_weight(workspace, tmp_path, monkeypatch):
+    loaded = checkpoint.load_model(workspace / "untrained-20.safetensors")
+    weighted = replace(loaded.config, decoding=replace(loaded.config.decoding, ngram_weight=0.7))
+    checkpoint.save_model(tmp_path / "NAME.safetensors", loaded.model.state_dict(), weighted, None, {})
+    (tmp_path / "NAME.lm.safetensors").write_bytes((workspace / "lm.safetensors").read_bytes())
     monkeypatch.setattr(checkpoint, "RELEASED", tmp_path)
     assert checkpoint.released_models() == ["NAME"] and transcribe.released_model() == "NAME"
     with pytest.raises(InputError, match="released models: NAME$"):
         checkpoint.find_checkpoint("OTHER")
-    explicit = ["--lm", str(here / "lm.safetensors"), "--decoding.ngram-weight", "0.7"]
-    expected = decoded(here, tmp_path, *explicit)
-    plain = decoded(here, tmp_path)
-    assert decoded(here, tmp_path, "--checkpoint", "NAME") == expected != plain
-    assert decoded(here, tmp_path, "--lm", "NAME", "--decoding.ngram-weight", "0.7") == expected
-    assert decoded(here, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
+    explicit = ["--lm", str(workspace / "lm.safetensors"), "--decoding.ngram-weight", "0.7"]
+    expected = decoded(workspace, tmp_path, *explicit)
+    plain = decoded(workspace, tmp_path)
+    assert decoded(workspace, tmp_path, "--checkpoint", "NAME") == expected != plain
+    assert decoded(workspace, tmp_path, "--lm", "NAME", "--decoding.ngram-weight", "0.7") == expected
+    assert decoded(workspace, tmp_path, "--checkpoint", "NAME", "--decoding.ngram-weight", "0") == plain
     with pytest.raises(InputError, match="--lm OTHER is not a file, nor one of the released models: NAME"):
         ngram.find_lm("OTHER", Path("x.safetensors"))
 
@@ -584,11 +595,11 @@ def test_without_released_language_models_the_error_names_none(tmp_path, monkeyp
     assert ngram.find_lm(None, tmp_path / "x.safetensors") is None
 
 
-def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
+def test_transcribe_takes_a_language_model(workspace, tmp_path, capsys):
     lm.main([str(make_text(tmp_path, "HELLO\n" * 99)), "--out", str(tmp_path / "hello.safetensors"), "--order", "4"])
     capsys.readouterr()
     audio = write_audio(tmp_path / "said.wav", make_speech(0.9))
-    model = ["--checkpoint", str(here / "untrained-20.safetensors"), "--device", "cpu"]
+    model = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
     arguments = [str(audio), *model, "--format", "json"]
     scores = []
     for more in ([], ["--lm", str(tmp_path / "hello.safetensors")]):
@@ -598,13 +609,13 @@ def test_transcribe_takes_a_language_model(here, tmp_path, capsys):
     assert "--lm gone is not a file" in fails(capsys, lambda: transcribe.main([*arguments, "--lm", "gone"]))
 
 
-def test_validation_in_training_uses_attention_alone(here, tmp_path):
-    loaded, data = listened(here)
-    cpu, found = torch.device("cpu"), []
-    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}, {"ctc_weight": 1.0}):  # which has no head
+def test_validation_in_training_uses_only_attention(workspace, tmp_path):
+    loaded, data = listened(workspace)
+    cpu, actual = torch.device("cpu"), []
+    for decoding in ({}, {"ngram_weight": 0.5, "length_reward": -9.0}, {"ctc_weight": 1.0}):  # no CTC head
         settings = replace(loaded.config, decoding=replace(loaded.config.decoding, **decoding))
-        found.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
-    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+        actual.append(validate(loaded.model, data, loaded.vocabulary, settings, cpu, tmp_path, 1.0).hypotheses)
+    assert actual[0] == actual[1] == actual[2] and len(actual[0]) == 6
     with pytest.raises(InputError, match="needs an n-gram model"):
         greedy_search(ToyModel(), memory([1], [4]), config(ngram_weight=0.5))
 
@@ -612,10 +623,10 @@ def test_validation_in_training_uses_attention_alone(here, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- tuning
 
 
-def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
-    file = ["--lm", str(here / "lm.safetensors")]
+def test_tuning_ranks_the_grid_as_decoding_scores_it(workspace, tmp_path, capsys):
+    file = ["--lm", str(workspace / "lm.safetensors")]
     values = ["--ngram-weight", "0", "0.5", "--length-reward", "0", "0.3", "--beam", "4"]
-    tune.main(words(here, *file, *values, "--out", str(tmp_path / "grid.csv")))
+    tune.main(argv(workspace, *file, *values, "--out", str(tmp_path / "grid.csv")))
     out = capsys.readouterr().out
     header, *rows = list(csv.reader((tmp_path / "grid.csv").open()))
     assert header == ["beam", "ngram_weight", "length_reward", "cer", "wer", "ld"] and len(rows) == 4
@@ -623,7 +634,7 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(here, tmp_path, capsys):
     assert {tuple(row[1:3]) for row in rows} == set(itertools.product(("0", "0.5"), ("0", "0.3")))
     for _, weight, reward, cer, _, ld in rows:
         more = [*file, "--decoding.ngram-weight", weight] if float(weight) else []
-        decoded(here, tmp_path, *more, "--decoding.length-reward", reward)
+        decoded(workspace, tmp_path, *more, "--decoding.length-reward", reward)
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["cer"] == pytest.approx(float(cer), abs=1e-3)
         assert result["ld"] == pytest.approx(float(ld), abs=1e-3)
@@ -636,7 +647,7 @@ def test_tuning_can_vary_the_ctc_weight(tmp_path, capsys):
     of_training = DataConfig(max_seconds=0.1, hours=9.0)
     sections = {"model": replace(MODEL, ctc_layer=0), "data": of_training}
     make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
-    tune.main(words(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
+    tune.main(argv(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
     capsys.readouterr()
     cers = {row[0]: float(row[1]) for row in list(csv.reader((tmp_path / "grid.csv").open()))[1:]}
     assert cers.keys() == {"0", "0.4"} and cers["0"] != cers["0.4"]
@@ -645,10 +656,10 @@ def test_tuning_can_vary_the_ctc_weight(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["cer"] == pytest.approx(cer, abs=1e-3)
 
 
-def test_tuning_needs_values_to_try(here, capsys):
-    assert "there is nothing to tune" in fails(capsys, lambda: tune.main(words(here)))
-    assert "beam must be at least 1" in fails(capsys, lambda: tune.main(words(here, "--beam", "0")))
-    said = fails(capsys, lambda: tune.main(words(here, "--ctc-weight", "0.3")))
-    assert "decoding.ctc_weight needs a model with a CTC head" in said
-    said = fails(capsys, lambda: tune.main(words(here, "--ngram-weight", "0.1")))
-    assert "there is no language model; give --lm FILE" in said
+def test_tuning_needs_values_to_try(workspace, capsys):
+    assert "there is nothing to tune" in fails(capsys, lambda: tune.main(argv(workspace)))
+    assert "beam must be at least 1" in fails(capsys, lambda: tune.main(argv(workspace, "--beam", "0")))
+    message = fails(capsys, lambda: tune.main(argv(workspace, "--ctc-weight", "0.3")))
+    assert "decoding.ctc_weight needs a model with a CTC head" in message
+    message = fails(capsys, lambda: tune.main(argv(workspace, "--ngram-weight", "0.1")))
+    assert "there is no language model; give --lm FILE" in message

@@ -1,4 +1,4 @@
-"""The tool that seeds faults: what it edits, what it notices, and that it leaves the tree alone."""
+"""tests.mutants: its edits, its verdicts, and that it leaves the working tree unchanged."""
 
 import ast
 import json
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 
 def rules(source):
-    """Return what is made of a source, without the brackets around an expression."""
+    """{rule: edited sources} of a source, without brackets around expressions."""
     return {(m.rule, m.before, m.after[1:-1] if m.after[0] == "(" else m.after) for m in python_mutants(source, "x.py")}
 
 
@@ -79,7 +79,7 @@ def test_each_rule_makes_its_edit(source, expected):
     assert expected in rules(source)
 
 
-def test_words_messages_annotations_and_main_blocks_are_left_alone():
+def test_texts_messages_annotations_and_main_blocks_are_not_edited():
     source = textwrap.dedent(TOY)
     touched = {source[m.start : m.end] for m in python_mutants(source, "x.py")}
     assert not {'"""A toy: 1 + 1."""', "18 is", "sys.exit(total([1, 2]))", "age + 1", "int"} & touched
@@ -94,7 +94,7 @@ def test_every_mutant_differs_compiles_and_has_an_id_that_moves_with_the_text():
     below = python_mutants("import os\n\n\n" + source, "x.py")
     assert [m.id for m in below] == [m.id for m in mutants] and len({m.id for m in mutants}) == len(mutants)
     assert below[0].line == mutants[0].line + 3
-    with pytest.raises(ValueError, match="not what the mutant was made from"):
+    with pytest.raises(ValueError, match="the file has changed since the mutant was made"):
         mutants[-1].apply("other")
 
 
@@ -107,7 +107,7 @@ def test_positions_count_characters_where_the_text_is_not_ascii():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A repository with one module and a test of it, and the verdicts on all its mutants."""
+    """The verdicts on all mutants of a repository with one module and its test."""
     root = tmp_path_factory.mktemp("toy")
     files = {
         "pytest.ini": "[pytest]\npythonpath = .\n",
@@ -138,7 +138,7 @@ def toy(tmp_path_factory):
     return verdicts
 
 
-def test_a_known_fault_is_noticed_by_the_test_that_says_so(toy):
+def test_a_known_fault_is_detected_by_the_expected_test(toy):
     verdict = toy["Gate.opens", "comparison", "age >= 7", "(age > 7)"]
     assert (verdict.outcome, verdict.by.split("::")[1]) == ("noticed", "test_a_gate_opens_for_those_of_age")
     assert toy["total", "arithmetic", "found += value", "found -= value"].outcome == "noticed"
@@ -150,7 +150,7 @@ def test_a_constant_is_judged_by_a_fresh_import(toy):
     assert toy["total", "constant", "0", "1"].outcome == "noticed"
 
 
-def test_an_equivalent_mutant_survives_and_a_line_that_no_test_runs_is_told_apart(toy):
+def test_an_equivalent_mutant_survives_and_an_unexecuted_line_is_not_run(toy):
     assert toy["total", "swap", "max(found, found)", "min(found, found)"].outcome == "survived"
     assert toy["unused", "arithmetic", "x + 1", "x - 1"].outcome == "not run"
 
@@ -162,20 +162,20 @@ def row(n, outcome, **fields):
     )
 
 
-def test_the_report_counts_by_file_and_folder_and_lists_what_nobody_judged(tmp_path, monkeypatch):
+def test_the_report_counts_by_file_and_folder_and_lists_unexplained_survivors(tmp_path, monkeypatch):
     path = tmp_path / "judged.yaml"
     path.write_text("- {file: las_fast/x.py, function: g, reason: 'equivalent: a toy'}\n")
     monkeypatch.setattr(command, "judged", lambda: judged(path))
     rows = [row(1, "noticed"), row(2, "slow"), row(3, "survived", before="a  <\n b"), row(4, "invalid"),
             row(5, "survived", function="g"), row(6, "noticed", file="las_fast/y.py")]  # fmt: skip
-    said = list(command.report(rows))
-    counts = [" ".join(line.split()[:4]) for line in said[1:4]]
+    message = list(command.report(rows))
+    counts = [" ".join(line.split()[:4]) for line in message[1:4]]
     assert counts == ["las_fast/ (all) 5 60.0%", "las_fast/x.py 4 50.0% 0", "las_fast/y.py 1 100.0% 0"]
-    assert said[1].split()[-1] == "75.0%"
-    assert [line for line in said if "survived [" in line] == ["las_fast/x.py:3 in f: constant, survived [id3]"]
+    assert message[1].split()[-1] == "75.0%"
+    assert [line for line in message if "survived [" in line] == ["las_fast/x.py:3 in f: constant, survived [id3]"]
 
 
-def test_a_judgement_holds_for_the_text_wherever_it_stands_and_however_it_is_laid_out():
+def test_an_explanation_matches_the_text_at_any_line_and_layout():
     reasons = {("x.py", "f", "a < b", "a <= b"): "equivalent: never equal", ("x.py", "g", "*", "*"): "GPU: all of it"}
     assert reason_of(reasons, "x.py", "f", "a  <\n  b", "a <= b") == "equivalent: never equal"
     assert reason_of(reasons, "x.py", "f", "a < c", "a <= b") == ""
@@ -183,7 +183,7 @@ def test_a_judgement_holds_for_the_text_wherever_it_stands_and_however_it_is_lai
 
 
 class Fake:
-    """A target that finds every third mutant unnoticed."""
+    """A target where every third mutant survives."""
 
     def __init__(self):
         self.judged = []
@@ -201,7 +201,7 @@ class Fake:
         pass
 
 
-def test_what_is_judged_already_is_not_judged_again(tmp_path):
+def test_mutants_in_the_results_are_not_judged_again(tmp_path):
     mutants = [Mutant("pyproject.toml", n, "", "constant", "1", "2", 0, nth=n) for n in range(1, 7)]
     out = ["--out", str(tmp_path / "results.jsonl")]
     for words, expected in ((out, [1, 2, 3, 4, 5, 6]), (out, []), ([*out, "--again"], [3, 6])):

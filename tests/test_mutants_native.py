@@ -1,4 +1,4 @@
-"""The faults that tests.mutants seeds into C++ and into Triton kernels, and how many of them share a build."""
+"""tests.mutants for C++ and Triton: the edits, and many faults in one build."""
 
 import ctypes
 import os
@@ -61,7 +61,7 @@ def test_every_rule_edits_cpp(expected):
     assert expected in edits(TOY)
 
 
-def test_what_a_compiler_must_know_and_what_changes_no_result_is_left_alone():
+def test_constant_expressions_and_edits_without_effect_are_left_out():
     touched = {before for _, before, _ in edits(TOY)}
     assert not {"4", "2 + 3", "found + 3", "las::prefetch(found + 3);"} & touched
     assert constants(TOY, "csrc/toy.cpp") >= 3
@@ -70,7 +70,7 @@ def test_what_a_compiler_must_know_and_what_changes_no_result_is_left_alone():
     assert "5 * m" not in {before for _, before, _ in edits(grain)}
 
 
-def test_a_schema_keeps_every_line_in_its_place():
+def test_a_schema_keeps_line_numbers():
     mutants = cpp_mutants(TOY, "csrc/toy.cpp")
     woven = schema(TOY, list(enumerate(mutants))).splitlines()
     assert len(woven) == len(TOY.splitlines())
@@ -78,7 +78,7 @@ def test_a_schema_keeps_every_line_in_its_place():
         assert f"LAS_MUTANT({number})" in woven[mutant.line - 1]
 
 
-def test_one_build_holds_all_faults_and_runs_one(tmp_path):
+def test_one_build_holds_all_faults_and_enables_one(tmp_path):
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip("there is no C++ compiler")
@@ -87,8 +87,8 @@ def test_one_build_holds_all_faults_and_runs_one(tmp_path):
     hook = f'extern "C" {{ int las_mutant = -1; unsigned char las_reached[{len(mutants)}]; }}\n'
     source, library = tmp_path / "toy.cpp", tmp_path / "toy.so"
     source.write_text(hook + schema(start + TOY, list(enumerate(mutants))))
-    words = [compiler, "-std=c++20", "-shared", "-fPIC", "-w", "-include", str(HOOK), str(source), "-o", str(library)]
-    subprocess.run(words, check=True)
+    argv = [compiler, "-std=c++20", "-shared", "-fPIC", "-w", "-include", str(HOOK), str(source), "-o", str(library)]
+    subprocess.run(argv, check=True)
     toy = ctypes.CDLL(str(library))
     on = ctypes.c_int.in_dll(toy, "las_mutant")
     reached = (ctypes.c_ubyte * len(mutants)).in_dll(toy, "las_reached")
@@ -98,14 +98,14 @@ def test_one_build_holds_all_faults_and_runs_one(tmp_path):
         (("comparison", "a < b", "a <= b"), (111, 3, 112)),
         (("deletion", "++found[1];", ";"), (11, 3, 3)),
         (("swap", "std::min(a, b)", "std::max(a, b)"), (112, 4, 3)),
-        (("constant", "7", "8"), (111, 3, 3)),  # nobody sees it, though it has been run
+        (("constant", "7", "8"), (111, 3, 3)),  # executed, but without effect on the result
     ):
         on.value = numbers[edit]
         assert (toy.toy(3, 4), toy.toy(4, 3), toy.toy(3, 3)) == results
         assert reached[numbers[edit]]
 
 
-def test_what_does_not_compile_is_found_by_the_lines_of_the_messages():
+def test_faults_that_do_not_compile_are_found_by_the_lines_of_the_messages():
     mutants = cpp_mutants(TOY, "csrc/toy.cpp")
     line = next(m.line for m in mutants if m.before == "x * W")
     named = refused_by(f"/build/sources/toy.cpp:{line}:10: error: no match for 'operator/'", mutants)
@@ -116,7 +116,7 @@ def test_what_does_not_compile_is_found_by_the_lines_of_the_messages():
         refused_by("/build/sources/toy.cpp:1:1: error: wrong", mutants)
 
 
-def test_the_kernels_are_edited_but_for_the_sizes_of_their_tiles():
+def test_kernels_are_edited_except_for_tile_sizes():
     mutants = TritonTarget().mutants([Path("kernels")])
     assert {Path(m.file).stem for m in mutants} == {
         "beam_backtrack", "beam_gather", "beam_topk", "ctc_prefix", "masked_attention",
@@ -124,7 +124,7 @@ def test_the_kernels_are_edited_but_for_the_sizes_of_their_tiles():
     assert not any("half" in m.before and "ieee" in m.before for m in mutants)
 
 
-def test_a_fault_in_a_kernel_is_noticed():
+def test_a_fault_in_a_kernel_is_detected():
     target = TritonTarget()
     mutants = target.mutants([Path("kernels/beam_gather.py")])
     wrong = next(m for m in mutants if m.before == "row // K * K + parent")

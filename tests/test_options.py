@@ -15,7 +15,7 @@ COMMANDS = ("train", "decode", "transcribe", "lm", "tune", "export", "demo", "op
 
 
 def error_of(capsys, call, *arguments) -> str:
-    """Return the one sentence that a call ends with, status 2."""
+    """The sentence that a call ends with; asserts that the exit status is 2."""
     with pytest.raises(SystemExit) as end:
         call(*arguments)
     out, err = capsys.readouterr()
@@ -23,17 +23,17 @@ def error_of(capsys, call, *arguments) -> str:
     return err.removeprefix("error: ").rstrip("\n")
 
 
-def settings_of(*words) -> Config:
+def settings_of(*argv) -> Config:
     parser = Parser(prog="job", add_help=False)
     parser.add_argument("--data")
-    return parse_settings(parser, list(words), lambda options: Config())[1]
+    return parse_settings(parser, list(argv), lambda options: Config())[1]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("words", [["--hlep"], ["--hlep=3"], ["--hlep", "3"]])
-def test_every_command_names_the_nearest_option(capsys, name, words):
+@pytest.mark.parametrize("argv", [["--hlep"], ["--hlep=3"], ["--hlep", "3"]])
+def test_every_command_names_the_nearest_option(capsys, name, argv):
     main = importlib.import_module(f"las_fast.{name}").main
-    assert error_of(capsys, main, words).startswith("there is no option --hlep; the nearest is --")
+    assert error_of(capsys, main, argv).startswith("there is no option --hlep; the nearest is --")
 
 
 @pytest.mark.parametrize("name", ["train", "decode", "lm", "tune", "export", "data.spoken"])
@@ -43,7 +43,7 @@ def test_every_command_names_missing_options(capsys, name):
 
 
 @pytest.mark.parametrize(
-    "name,words,sentence",
+    "name,argv,sentence",
     [
         ("decode", ["--chekpoint", "x"], "there is no option --chekpoint; the nearest is --checkpoint"),
         ("decode", ["--on-bad", "skpi"], "--on-bad must be one of error, skip; got 'skpi'; the nearest is skip"),
@@ -74,11 +74,11 @@ def test_every_command_names_missing_options(capsys, name):
         ("demo", ["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
     ],
 )  # fmt: skip
-def test_a_wrong_argument_is_one_sentence(capsys, name, words, sentence):
-    assert error_of(capsys, importlib.import_module(f"las_fast.{name}").main, words) == sentence
+def test_a_wrong_argument_is_a_one_sentence_error(capsys, name, argv, sentence):
+    assert error_of(capsys, importlib.import_module(f"las_fast.{name}").main, argv) == sentence
 
 
-def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
+def test_the_demo_refuses_wrong_settings_before_it_starts(tmp_path):
     from las_fast import demo
 
     with pytest.raises(InputError, match=r"training.epochs must be at least 1; got 0"):
@@ -89,7 +89,7 @@ def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words,sentence",
+    "argv,sentence",
     [
         (["--training.epochs", "x"], "--training.epochs must be a whole number; got 'x'"),
         (["--training.epochs", "1e3"], "--training.epochs must be a whole number; got '1e3'"),
@@ -112,8 +112,8 @@ def test_the_demo_refuses_settings_before_it_speaks(tmp_path):
         (["-x"], "there is no option -x; the nearest is --data"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_is_one_sentence(capsys, words, sentence):
-    message = error_of(capsys, settings_of, *words)
+def test_a_wrong_setting_is_a_one_sentence_error(capsys, argv, sentence):
+    message = error_of(capsys, settings_of, *argv)
     if "nearest is" in sentence and ("--training;" in sentence or "-x;" in sentence):
         assert message.startswith(sentence.partition("the nearest")[0])
     else:
@@ -166,7 +166,7 @@ def test_an_extra_argument_is_refused(capsys):
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
-def test_help_is_shown_wherever_the_option_stands(monkeypatch, word):
+def test_help_is_shown_at_any_position(monkeypatch, word):
     shown = []
 
     def show(parser, kind):
@@ -204,10 +204,10 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch):
     assert str(as_path("~/run")) == "/home/someone/run"
 
 
-def parse(words, default=None):
+def parse(argv, default=None):
     parser = Parser(prog="job", add_help=False)
     parser.add_argument("--data", required=True)
-    return parse_settings(parser, words, lambda options: default or Config())
+    return parse_settings(parser, argv, lambda options: default or Config())
 
 
 def test_options_and_settings_may_be_mixed():
@@ -216,7 +216,7 @@ def test_options_and_settings_may_be_mixed():
     assert config.training.epochs == 3 and config.decoding.length_penalty == 0.8
 
 
-def test_settings_that_are_not_given_keep_their_defaults():
+def test_omitted_settings_keep_their_defaults():
     default = Config(decoding=DecodingConfig(beam=3))
     assert parse(["--data", "here"], default)[1] == default
 

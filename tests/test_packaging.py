@@ -1,4 +1,4 @@
-"""Set-up: pins, the optional extension, the wheel, the Makefile, the skip check."""
+"""Packaging: pins, the optional extension, the wheel, the Makefile, the skip check."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_pin_satisfies_the_requirements_of_the_package():
+def test_every_pin_satisfies_the_packages_requirements():
     pins = {canonical(pin.name): next(iter(pin.specifier)) for pin in requirement_lines(ROOT / "requirements.txt")}
     extras = PROJECT["optional-dependencies"]
     for wanted in map(Requirement, [*PROJECT["dependencies"], *extras["dev"], *extras["demo"]]):
@@ -61,7 +61,7 @@ def test_without_the_headers_of_python_setup_says_so_in_one_line_and_succeeds():
 import sysconfig; real = sysconfig.get_path
 sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include' else real(name, *a, **k)
 """
-    done = run_setup(code, CXX=sys.executable)  # any program there is: nothing is compiled
+    done = run_setup(code, CXX=sys.executable)  # any existing program: nothing is compiled
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("las_fast: Python's headers are missing (/nowhere/Python.h)") and "python3-dev" in line
@@ -87,7 +87,7 @@ for _ in range(3): print(beam_backtrack(t, t * 0, t.float(), t, eos=2)[0].tolist
     assert done.stderr.count("Run: python setup.py build_ext") == 1
 
 
-def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
+def test_a_wheel_contains_modules_presets_and_the_console_script(tmp_path):
     source = tmp_path / "source"
     for folder in ("las_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -107,7 +107,7 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     presets = {f"las_fast/configs/{path.name}" for path in (ROOT / "las_fast" / "configs").glob("*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "las_fast").rglob("*.py")}
-    modules -= {"las_fast/kernels/__init__.py"}  # it points a checkout to kernels/; a wheel has the files themselves
+    modules -= {"las_fast/kernels/__init__.py"}  # in a checkout it points to kernels/; a wheel contains the files
     modules |= {f"las_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     released = {f"las_fast/checkpoints/{path.name}" for path in (ROOT / "las_fast" / "checkpoints").iterdir()}
     files = {"las_fast/py.typed", "las_fast/training/report.html"}
@@ -117,11 +117,11 @@ def test_a_wheel_brings_modules_presets_and_the_console_script(tmp_path):
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)
 
 
-def make(*words):
-    """Run make as a person does, also when these tests were started by make."""
+def make(*argv):
+    """Run make without the variables of an outer make that started these tests."""
     outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
-    return subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(["make", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("target", "job"), [
@@ -153,7 +153,7 @@ def test_a_skip_without_a_good_reason_fails_the_run(tmp_path, capsys):
     assert "SHOULD HAVE RUN: t::n: could not import x" in capsys.readouterr().out
 
 
-def test_a_file_skipped_whole_is_excused_by_its_reason_alone(tmp_path):
+def test_a_file_skipped_as_a_whole_is_excused_only_by_its_reason(tmp_path):
     for reason, expected in (("no CUDA device", 0), ("could not import x", 1)):
         mark = f"<skipped message='collection skipped'>('t.py', 3, 'Skipped: {reason}')</skipped>"
         path = tmp_path / "a.xml"
@@ -161,7 +161,7 @@ def test_a_file_skipped_whole_is_excused_by_its_reason_alone(tmp_path):
         assert check_skips.main(str(path)) == expected
 
 
-def test_absent_recordings_excuse_a_test_only_where_they_are_absent(tmp_path):
+def test_absent_recordings_are_an_excuse_only_if_they_are_absent(tmp_path):
     expected = 1 if check_skips.SHARED.is_dir() else 0
     assert check_skips.main(junit(tmp_path / "a.xml", "../shared is absent")) == expected
     (tmp_path / "none.xml").write_text("<testsuites/>")

@@ -39,9 +39,9 @@ def test_a_number_that_yaml_would_misread_has_a_hint(text, hint):
 
 
 def test_nan_is_a_float_and_not_an_int():
-    found = plain_yaml.parse_number(Plain(".NaN"), float)
-    assert found != found and plain_yaml.parse_number(Plain(".nan"), int) is None
-    assert plain_yaml.parse_number(Plain("9" * 5000), int) is None  # more digits than Python converts
+    actual = plain_yaml.parse_number(Plain(".NaN"), float)
+    assert actual != actual and plain_yaml.parse_number(Plain(".nan"), int) is None
+    assert plain_yaml.parse_number(Plain("9" * 5000), int) is None  # more digits than Python's limit for int()
 
 
 def test_booleans_are_six_words():
@@ -51,10 +51,10 @@ def test_booleans_are_six_words():
 
 
 def test_values_keep_their_text_and_their_line():
-    found = plain_yaml.load('a: 010\nb: "010"\nc:\nd: ~\ne: [no, 2020-01-01]\nf: null\n', "x.yaml")
-    assert found == {"a": "010", "b": "010", "c": None, "d": None, "e": ["no", "2020-01-01"], "f": None}
-    assert isinstance(found["a"], Plain) and not isinstance(found["b"], Plain)
-    assert (found["a"].line, [item.line for item in found["e"]]) == (1, [5, 5])
+    actual = plain_yaml.load('a: 010\nb: "010"\nc:\nd: ~\ne: [no, 2020-01-01]\nf: null\n', "x.yaml")
+    assert actual == {"a": "010", "b": "010", "c": None, "d": None, "e": ["no", "2020-01-01"], "f": None}
+    assert isinstance(actual["a"], Plain) and not isinstance(actual["b"], Plain)
+    assert (actual["a"].line, [item.line for item in actual["e"]]) == (1, [5, 5])
     assert plain_yaml.load("", "x.yaml") is None
     assert plain_yaml.load("[Null, NULL, ~, null, ]", "x.yaml") == [None] * 4 and Plain("x").line == 0
 
@@ -68,7 +68,7 @@ def test_values_keep_their_text_and_their_line():
         ("a: !!int x\n", "x.yaml is not YAML: "),
     ],
 )
-def test_an_invalid_document_is_one_sentence(text, message):
+def test_an_invalid_document_is_a_one_sentence_error(text, message):
     with pytest.raises(InputError) as raised:
         plain_yaml.load(text, "x.yaml")
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, few plain lines in a log."""
+"""Progress: a bar on a terminal, a few lines in a log."""
 
 import fcntl
 import io
@@ -20,7 +20,7 @@ from las_fast.progress import close_all, progress, track
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test sets: clock[0] is the time in seconds."""
+    """A clock that the test sets: clock[0] is the time in seconds."""
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -65,7 +65,7 @@ def test_a_line_is_due_at_exactly_two_seconds_and_a_tenth(clock, capsys):
     )
 
 
-def test_earlier_work_is_neither_shown_nor_timed(clock, capsys):
+def test_work_of_an_earlier_run_is_neither_shown_nor_timed(clock, capsys):
     clock[0] = 1000.0
     with progress(40, "training", "steps", done=20) as shown:
         clock[0] += 10
@@ -82,7 +82,7 @@ def test_only_a_complete_loop_reports_its_time(clock, capsys):
             for _ in range(count):
                 clock[0] += 3
                 shown.update()
-        shown.close()  # once more changes nothing
+        shown.close()  # a second call changes nothing
         assert capsys.readouterr().err.splitlines()[-1] == f"reading: {last}" and shown not in module._open
 
 
@@ -113,20 +113,20 @@ def test_lines_go_to_the_stream_that_is_named(capsys):
     assert capsys.readouterr() == ("ac\n", "b!")
 
 
-def test_a_short_loop_leaves_nothing_in_a_log(clock, capsys):
+def test_a_short_loop_prints_nothing_to_a_log(clock, capsys):
     for _ in track(range(1000), "reading", "files"):
         clock[0] += 0.0019
     assert capsys.readouterr().err == ""
 
 
-def test_lines_without_a_total_double_their_distance(clock, capsys):
+def test_without_a_total_the_interval_between_lines_doubles(clock, capsys):
     for _ in track(itertools.islice(itertools.count(), 100), "counting", "sentences"):
         clock[0] += 1
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"counting: {n} sentences" for n in (2, 6, 14, 30, 62)]
 
 
-def test_time_left_is_estimated_from_this_process_alone(clock, capsys):
+def test_the_remaining_time_is_estimated_from_this_process_only(clock, capsys):
     with progress(100, "training", "steps", done=50) as shown:
         clock[0] = 100.0
         shown.note("loss 2.5")
@@ -134,7 +134,7 @@ def test_time_left_is_estimated_from_this_process_alone(clock, capsys):
     assert capsys.readouterr().err == "training: 60% (60 of 100 steps), 7 min left; loss 2.5\n"
 
 
-def test_a_sum_of_fractions_does_not_pass_the_total(clock, capsys):
+def test_a_sum_of_fractions_does_not_exceed_the_total(clock, capsys):
     with progress(0.3, "decoding", "s of audio") as shown:
         for _ in range(3):
             clock[0] += 3
@@ -143,7 +143,7 @@ def test_a_sum_of_fractions_does_not_pass_the_total(clock, capsys):
 
 
 @pytest.mark.parametrize("total", [0, 0.0])
-def test_nothing_to_do_is_no_division_by_zero(clock, capsys, total):
+def test_an_empty_loop_does_not_divide_by_zero(clock, capsys, total):
     with progress(total, "decoding", "s of audio") as shown:
         clock[0] = 5.0
         shown.update(0)
@@ -158,7 +158,7 @@ def test_hidden_progress_prints_nothing_and_still_counts(clock, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_full_stream_does_not_end_the_loop(clock, monkeypatch):
+def test_a_write_error_does_not_end_the_loop(clock, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         for _ in track(range(10), "reading", "files"):
@@ -178,7 +178,7 @@ def test_a_missing_stderr_is_no_error(clock, monkeypatch, stream):
 
 
 def on_a_terminal(code: str, columns: int = 80) -> str:
-    """Return what a program writes to a terminal, which is its stdout and stderr."""
+    """The output of a program whose stdout and stderr are a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     done = subprocess.run([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs)
@@ -214,7 +214,7 @@ class Bar:
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Call it to make stderr a terminal of so many columns, with Bar for tqdm."""
+    """A function (columns) that makes stderr a terminal and replaces tqdm by Bar."""
     ours, theirs = pty.openpty()
 
     def appear(columns):
@@ -246,7 +246,7 @@ def test_the_bar_is_as_wide_as_the_terminal_or_80_columns(terminal, columns, wid
     assert bar.notes == [("loss 2.5", False)] and not bar.open and not module._open
 
 
-def test_lines_are_written_above_a_bar_while_there_is_one(terminal, clock, capsys):
+def test_lines_are_written_above_a_visible_bar(terminal, clock, capsys):
     terminal(80)
     with progress(9, "reading", "files", show=False):
         with progress(9, "reading", "files") as shown:
@@ -258,7 +258,7 @@ def test_lines_are_written_above_a_bar_while_there_is_one(terminal, clock, capsy
 
 
 @pytest.mark.parametrize("columns", [80, 0])
-def test_a_terminal_gets_a_bar_which_lines_do_not_touch(columns):
+def test_lines_on_a_terminal_do_not_overwrite_the_bar(columns):
     text = on_a_terminal(
         """
 from las_fast.progress import progress
@@ -272,7 +272,7 @@ print("the end")
     assert "reading dev:   0%|" in text and "/4 utterances [" in text
     lines = text.replace("\r\n", "\n").split("\n")
     assert any(line.endswith("\ra line") or line == "a line" for line in lines), lines
-    assert lines[-2].endswith("\rthe end")  # the bar is gone from the line
+    assert lines[-2].endswith("\rthe end")  # the bar is cleared
 
 
 def test_an_error_on_a_terminal_begins_its_own_line():
@@ -290,7 +290,7 @@ run(main)
     assert before.endswith("\r") and before.rstrip("\r").endswith(" ")
 
 
-def test_close_all_ends_what_an_exception_left_open(clock, monkeypatch):
+def test_close_all_closes_bars_left_open_by_an_exception(clock, monkeypatch):
     first, second = track(range(3), "reading", "files"), track(range(3), "counting", "files")
     assert (next(first), next(second)) == (0, 0)
     order, close = [], module.Progress.close

@@ -1,4 +1,4 @@
-"""The READMEs are true: commands parse, files and links exist, printed output is what the program prints."""
+"""The READMEs are correct: commands parse, files and links exist, and quoted output matches the programs."""
 
 import argparse
 import importlib
@@ -20,13 +20,13 @@ PAGES = sorted(
     page
     for pattern in ("*.md", "benchmarks/*.md", "las_fast/*/*.md", "tests/*/*.md")
     for page in ROOT.glob(pattern)
-    if page.name != "CHANGELOG.md"  # which speaks of past versions
+    if page.name != "CHANGELOG.md"  # mentions past versions
 )
 LINES = 200
-TALK = ("4446-2275-0030", "4446-2275-0031", "4446-2275-0032")  # what README calls talk.flac: these, with pauses
+TALK = ("4446-2275-0030", "4446-2275-0031", "4446-2275-0032")  # README's talk.flac: these, with pauses between
 PAUSE = 1.5  # seconds
-RUNNERS = ("python", ".venv/bin/python", "make", "bash", "las-fast")  # the first word of a command that is checked
-OTHERS = ("pip", "source")  # and of those that are not
+RUNNERS = ("python", ".venv/bin/python", "make", "bash", "las-fast")  # first words of commands that are checked
+OTHERS = ("pip", "source")  # first words of commands that are not checked
 
 
 def name(page):
@@ -34,13 +34,13 @@ def name(page):
 
 
 def fences(text, *languages):
-    """Return the contents of the fenced blocks in these languages."""
+    """Contents of the fenced blocks in these languages."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [content for language, content in blocks if language in languages]
 
 
 def commands(page):
-    """Return the words of each command of a page: in fences, indented by four, and in code spans."""
+    """The argv of each command on a page: in fences, in indented blocks, and in code spans."""
     text = page.read_text(encoding="utf-8")
     lines = [line for block in fences(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [line for block in fences(text, "") for line in block.splitlines() if line.startswith(RUNNERS)]
@@ -49,117 +49,118 @@ def commands(page):
     lines += re.findall(r"^ {4}(python -m .*)$", prose, re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     lines += [span for span in spans if len(span.split()) > 1 and span.split()[0] in (*RUNNERS, "PYTHONPATH=tests")]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [argv for line in lines if (argv := shlex.split(line, comments=True))]
 
 
-COMMANDS = [(name(page), words) for page in PAGES for words in commands(page)]
+COMMANDS = [(name(page), argv) for page in PAGES for argv in commands(page)]
 
 
-class Parsed(Exception):
-    """A command has understood its options and would begin its work."""
+class CommandParsed(Exception):
+    """Raised once a command has parsed its options, before it does any work."""
 
 
 @pytest.fixture
-def stops_when_parsed(monkeypatch):
-    """Have every parser that is asked for a command's own options end the command when they are right."""
+def stop_after_parsing(monkeypatch):
+    """Make every parser raise CommandParsed after it has parsed valid options."""
     original = argparse.ArgumentParser.parse_known_args
 
     def parse(self, *arguments, **named):
-        found, rest = original(self, *arguments, **named)
+        actual, rest = original(self, *arguments, **named)
         if rest:
             self.error(f"unknown: {rest}")
-        raise Parsed
+        raise CommandParsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
 
 
 def source_of(module):
-    """Return the file of a module that python -m runs; modules of tests/gpu_proof want PYTHONPATH=tests."""
+    """The file of a module that python -m runs; modules of tests/gpu_proof need PYTHONPATH=tests."""
     parts = module.split(".")
     base = ROOT / "tests" if parts[0] == "gpu_proof" else ROOT
-    found = [base.joinpath(*parts).with_suffix(".py"), base.joinpath(*parts, "__main__.py")]
-    return next((path for path in found if path.is_file()), None)
+    actual = [base.joinpath(*parts).with_suffix(".py"), base.joinpath(*parts, "__main__.py")]
+    return next((path for path in actual if path.is_file()), None)
 
 
-def parse_settings(module, words):
+def parse_settings(module, argv):
     """Parse a command that also takes settings."""
     if module == "las_fast.train":
-        return train.parse([word.replace("runs/mine/config.yaml", "tiny") for word in words])
+        return train.parse([word.replace("runs/mine/config.yaml", "tiny") for word in argv])
     command = {"las_fast.decode": decode, "las_fast.export": export}[module]
     return options.parse_settings(
-        command.parser(), words, lambda _: config.DecodingSettings(), kind=config.DecodingSettings
+        command.parser(), argv, lambda _: config.DecodingSettings(), kind=config.DecodingSettings
     )
 
 
-def check_pytest(words):
-    """Assert that pytest would find the files, and that its options are those of the benchmarks, or -k."""
+def check_pytest(argv):
+    """Assert that the files of a pytest command exist, and that its options are -k or those of the benchmarks."""
     known = re.findall(r'addoption\("(--\w+)"', (ROOT / "benchmarks" / "conftest.py").read_text())
-    words = re.sub(r" -k \S+", "", " ".join(["", *words])).split()
-    for word in words:
+    argv = re.sub(r" -k \S+", "", " ".join(["", *argv])).split()
+    for word in argv:
         assert word in known if word.startswith("-") else (ROOT / word.partition("::")[0]).exists(), word
 
 
-@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
-def test_every_command_of_every_readme_parses(page, words, request):
-    if words[0] == "PYTHONPATH=tests":
-        words = words[1:]
-        assert words[2].startswith("gpu_proof")
-    assert words[0] in RUNNERS + OTHERS, words
-    if words[0] == "make":
+@pytest.mark.parametrize(("page", "argv"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
+def test_every_command_of_every_readme_parses(page, argv, request):
+    if argv[0] == "PYTHONPATH=tests":
+        argv = argv[1:]
+        assert argv[2].startswith("gpu_proof")
+    assert argv[0] in RUNNERS + OTHERS, argv
+    if argv[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert words[1] in targets and len(words) == 2
-    elif words[0] == "bash" or (words[0].endswith("python") and words[1] != "-m"):
-        assert (ROOT / words[1]).is_file(), words
-    elif words[0].endswith("python"):
-        check_module(words[2], words[3:], request)
+        assert argv[1] in targets and len(argv) == 2
+    elif argv[0] == "bash" or (argv[0].endswith("python") and argv[1] != "-m"):
+        assert (ROOT / argv[1]).is_file(), argv
+    elif argv[0].endswith("python"):
+        check_module(argv[2], argv[3:], request)
 
 
-def check_module(module, words, request):
+def check_module(module, argv, request):
     if module == "pytest":
-        return check_pytest(words)
-    if module == "las_fast" and words == ["--version"]:
+        return check_pytest(argv)
+    if module == "las_fast" and argv == ["--version"]:
         return None
     source = source_of(module)
     assert source, f"there is no module {module}"
     if module in ("las_fast.train", "las_fast.decode", "las_fast.export"):
-        return parse_settings(module, words)
+        return parse_settings(module, argv)
     if not re.search(r"\bParser\(|ArgumentParser\(", source.read_text()):
-        assert not words, f"{module} has no options"
+        assert not argv, f"{module} has no options"
         return None
-    request.getfixturevalue("stops_when_parsed")
+    request.getfixturevalue("stop_after_parsing")
     entry = module if source.name != "__main__.py" else f"{module}.__main__"
-    with pytest.raises(Parsed):
-        importlib.import_module(entry).main(words)
+    with pytest.raises(CommandParsed):
+        importlib.import_module(entry).main(argv)
 
 
 def test_commands_of_every_kind_are_found():
-    texts = {" ".join(words) for _, words in COMMANDS}
+    texts = {" ".join(argv) for _, argv in COMMANDS}
     for beginning in ("python -m las_fast.train", "python -m las_fast.decode", "python -m las_fast.transcribe",
                       "python -m las_fast.tune", "python -m las_fast.lm", "python -m las_fast.export", "make bench",
                       ".venv/bin/python -m pytest benchmarks/", ".venv/bin/python -m pytest tests/gpu_proof/",
                       "PYTHONPATH=tests .venv/bin/python -m gpu_proof.roofline", "bash .ci/run"):  # fmt: skip
         assert any(text.startswith(beginning) for text in texts), beginning
-    assert any(text.endswith("--resume --training.epochs 90 --training.restarts 60") for text in texts)  # of two lines
+    # a command on two lines
+    assert any(text.endswith("--resume --training.epochs 90 --training.restarts 60") for text in texts)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_settings_that_a_readme_names_exist(page):
     fields = list(options.field_names(to_tree(Config())))
-    known = {*fields, *(".".join(field.split(".")[:2]) for field in fields)}  # a list of stages has a name, too
+    known = {*fields, *(".".join(field.split(".")[:2]) for field in fields)}  # settings that are lists of stages
     sections = "|".join(to_tree(Config()))
-    found = re.findall(rf"`(?:--)?((?:{sections})\.[a-z][a-z_-]*)[` ]", page.read_text(encoding="utf-8"))
-    assert [setting for setting in found if setting.replace("_", "-") not in known] == []
+    actual = re.findall(rf"`(?:--)?((?:{sections})\.[a-z][a-z_-]*)[` ]", page.read_text(encoding="utf-8"))
+    assert [setting for setting in actual if setting.replace("_", "-") not in known] == []
 
 
 @cache
 def anchors(page):
-    """Return the anchors that a web page of a Markdown file has: its headings in lower case, with hyphens."""
+    """The anchors of a Markdown file on GitHub: its headings in lower case, with hyphens."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_have_existing_targets(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith(("http://", "https://")):
             continue
@@ -169,7 +170,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(there), target
 
 
-def test_every_number_that_the_readme_links_stands_in_the_page_behind_the_link():
+def test_every_linked_number_in_the_readme_is_on_the_linked_page():
     linked = re.findall(r"\[([^\]]*\d[^\]]*)\]\(([^)\s#]+\.md)(?:#[^)]*)?\)", README)
     linked = [(text, target) for text, target in linked if not text.startswith("`")]
     assert len(linked) >= 6
@@ -181,18 +182,18 @@ def test_every_number_that_the_readme_links_stands_in_the_page_behind_the_link()
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_a_readme_names_exist(page):
     spans = re.findall(r"`((?:las_fast|benchmarks|tests|csrc|kernels|\.ci)/[\w./-]*)`", page.read_text("utf-8"))
-    spans = [span for span in spans if not re.search("NAME|LAYOUT", span)]  # which stand for any
+    spans = [span for span in spans if not re.search("NAME|LAYOUT", span)]  # glob patterns
     missing = [span for span in spans if not (ROOT / span).exists()]
     assert missing == []
 
 
-def test_every_folder_readme_opens_with_its_question():
+def test_every_folder_readme_starts_with_its_question():
     for page in PAGES:
         if page.name == "README.md" and page.parent != ROOT:
             assert re.match(r"# .*\?\n\n", page.read_text("utf-8")), page
 
 
-def test_the_readme_leads_to_every_page():
+def test_every_page_is_reachable_from_the_readme():
     linked = {(ROOT / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s]+)\)", README)}
     assert {page for page in PAGES if page.parent != ROOT} <= linked
 
@@ -202,7 +203,7 @@ def test_the_readme_is_short_and_of_this_version():
     assert re.findall(r"las_fast (\d+\.\d+\.\d+)", README) == [__version__]
 
 
-def test_presets_and_sizes_are_those_of_the_readme():
+def test_the_readmes_presets_and_sizes_are_correct():
     from las_fast.model.las import LAS
     from las_fast.text import Vocabulary
 
@@ -214,7 +215,7 @@ def test_presets_and_sizes_are_those_of_the_readme():
     assert f"(B, K, {len(Vocabulary())})" in README
 
 
-def test_every_op_stands_in_the_readmes_table():
+def test_every_op_is_in_the_readmes_table():
     from las_fast.ops.backends import IMPLEMENTED
 
     rows = dict(re.findall(r"^\| `(\w+)`: (.*)$", README, re.MULTILINE))
@@ -226,7 +227,7 @@ def test_every_op_stands_in_the_readmes_table():
 
 @pytest.fixture
 def talk(shared, tmp_path, monkeypatch):
-    """Make talk.flac of the README in an empty folder, and go there."""
+    """Make the README's talk.flac in an empty folder, and change to that folder."""
     folder = shared / "speech" / "audio" / "librispeech-test-clean" / "4446"
     sounds = [soundfile.read(folder / f"{one}.ogg", dtype="float32")[0] for one in TALK]
     pause = np.zeros(int(PAUSE * 16000), np.float32)
@@ -234,7 +235,7 @@ def talk(shared, tmp_path, monkeypatch):
     soundfile.write("talk.flac", np.concatenate([sounds[0], pause, sounds[1], pause, sounds[2]]), 16000)
 
 
-def test_the_transcript_in_the_readme_is_what_transcribe_prints(talk, capsys):
+def test_transcribe_prints_the_transcript_in_the_readme(talk, capsys):
     (block,) = [block for block in fences(README, "console") if "las_fast.transcribe" in block]
     command, _, printed = block.partition("\n")
     transcribe.main(shlex.split(command)[4:])
@@ -251,11 +252,11 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("page", "python", "printed"), EXAMPLES, ids=[page for page, *_ in EXAMPLES])
-def test_python_prints_what_stands_below_it(page, python, printed, talk, shared, capsys):
+def test_python_examples_print_the_quoted_output(page, python, printed, talk, shared, capsys):
     recording = re.search(r"transcribe\(\"(.*?)\"", python)[1]
     if recording != "talk.flac":
-        (found,) = (shared / "speech" / "audio").rglob(recording)
-        Path(recording).write_bytes(found.read_bytes())
+        (actual,) = (shared / "speech" / "audio").rglob(recording)
+        Path(recording).write_bytes(actual.read_bytes())
     names = {}
     exec(python, names)
     assert capsys.readouterr().out == printed
@@ -267,7 +268,7 @@ def test_python_examples_are_found():
     assert [page for page, *_ in EXAMPLES] == ["README.md", "las_fast/search/README.md"]
 
 
-def test_the_readmes_demo_ends_as_the_demo_does(capsys):
+def test_the_readme_quotes_the_end_of_the_demo(capsys):
     (block,) = [block for block in fences(README, "console") if "make demo" in block]
     printed = block.partition("\n")[2]
     numbers = r"test-clean, (\d+) .*CER ([\d.]+)%, WER ([\d.]+)%, LD ([\d.]+); decoded (\d+) times"

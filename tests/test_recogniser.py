@@ -1,4 +1,4 @@
-"""The Python API: the same texts as the commands, for every kind of recording."""
+"""The Python API gives the same texts as the commands, for every kind of recording."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from archives import make_archive, make_speech
-from checkpoints import MODEL, make_checkpoint
+from tiny_checkpoints import MODEL, make_checkpoint
+from tiny_corpora import make_archive, make_speech
 
 import las_fast
 from las_fast import decode, lm, recogniser, transcribe
@@ -29,15 +29,15 @@ BOTH = np.stack([make_speech(1.0, rate=22050, seed=1), 0.5 * make_speech(1.0, ra
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with recordings, an archive, and untrained checkpoints: one for each, and one with a language model."""
+def workspace(tmp_path_factory):
+    """A folder with recordings, an archive, untrained checkpoints for both, and one with a language model."""
     folder = tmp_path_factory.mktemp("recogniser")
     make_archive(folder, "F23", utterances=4)
     make_checkpoint(folder)
     make_checkpoint(folder, 20, mel_bins=23)
     (folder / "lm").mkdir()
-    own = {"decoding": DecodingConfig(beam=3, ngram_weight=2.0)}
-    make_checkpoint(folder / "lm", 20, mel_bins=23, sections=own)
+    recogniser = {"decoding": DecodingConfig(beam=3, ngram_weight=2.0)}
+    make_checkpoint(folder / "lm", 20, mel_bins=23, sections=recogniser)
     ngram.save_lm(folder / "lm" / "untrained-20.lm.safetensors", lm.train(["HELLO THERE", "HELLO"], order=2))
     ngram.save_lm(folder / "other.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
     soundfile.write(folder / "short.wav", make_speech(0.6), RATE)
@@ -49,20 +49,20 @@ def here(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(here):
-    return las_fast.load(here / "untrained-20.safetensors", device="cpu")
+def model(workspace):
+    return las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
 
 
-def output_of_the_command(capsys, checkpoint, recording, *words):
-    """Return the row and the warnings of the transcribe command."""
+def output_of_the_command(capsys, checkpoint, recording, *argv):
+    """The JSON row and the warnings of the transcribe command."""
     model = ["--checkpoint", str(checkpoint), "--device", "cpu", "--format", "json"]
-    transcribe.main([str(recording), *model, *words])
+    transcribe.main([str(recording), *model, *argv])
     out, err = capsys.readouterr()
     return json.loads(out), [line.removeprefix("warning: ") for line in err.splitlines()]
 
 
-def quietly(function, *arguments, **options):
-    """Return the result of a call, and what it warned of."""
+def call_with_warnings(function, *arguments, **options):
+    """The result of a call and the messages of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         return function(*arguments, **options), [str(one.message) for one in caught]
@@ -81,7 +81,7 @@ print(LAS.__name__, "torch" in sys.modules, las_fast.ops.beam_topk.__name__)
     assert done.stdout.splitlines() == ["[]", "LAS True beam_topk"], done.stderr
 
 
-def test_every_public_name_is_there_and_others_are_not():
+def test_exactly_the_public_names_are_exported():
     assert all(getattr(las_fast, name) is not None for name in las_fast.__all__)
     assert las_fast.load is recogniser.load and las_fast.InputError is InputError
     with pytest.raises(AttributeError, match="module 'las_fast' has no attribute 'lode'"):
@@ -111,12 +111,12 @@ SAME = {
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_every_kind_of_recording_has_the_transcript_of_the_command(here, model, capsys, kind):
-    row, _ = output_of_the_command(capsys, here / "untrained-20.safetensors", here / "short.wav")
-    found = model.transcribe(*SAME[kind](here))
-    assert found.text == str(found) == row["text"] and len(row["text"]) > 3
+def test_every_kind_of_recording_gives_the_commands_transcript(workspace, model, capsys, kind):
+    row, _ = output_of_the_command(capsys, workspace / "untrained-20.safetensors", workspace / "short.wav")
+    actual = model.transcribe(*SAME[kind](workspace))
+    assert actual.text == str(actual) == row["text"] and len(row["text"]) > 3
     names = ("start", "end", "text", "score", "mean_score", "speech_score")
-    rows = [{name: rounded(getattr(segment, name)) for name in names} for segment in found.segments]
+    rows = [{name: rounded(getattr(segment, name)) for name in names} for segment in actual.segments]
     assert rows == row["pieces"]
 
 
@@ -125,15 +125,15 @@ def rounded(value):
 
 
 @pytest.mark.parametrize("name", ["stereo.wav", "high.wav", "long.wav"])
-def test_arrays_of_any_rate_and_channels_match_the_file(here, model, capsys, name):
-    row, _ = output_of_the_command(capsys, here / "untrained-20.safetensors", here / name, "--beam", "2")
-    found = model.transcribe(*in_memory(name)(here), beam=2)
-    assert found.text == row["text"] and len(found.segments) == len(row["pieces"]) == (2 if name == "long.wav" else 1)
-    assert found == model.transcribe(here / name, beam=2)
+def test_arrays_of_any_rate_and_channels_match_the_file(workspace, model, capsys, name):
+    row, _ = output_of_the_command(capsys, workspace / "untrained-20.safetensors", workspace / name, "--beam", "2")
+    actual = model.transcribe(*in_memory(name)(workspace), beam=2)
+    assert actual.text == row["text"] and len(actual.segments) == len(row["pieces"]) == (2 if name == "long.wav" else 1)
+    assert actual == model.transcribe(workspace / name, beam=2)
 
 
-def test_half_precision_and_other_memory_layouts_are_read(here, model):
-    samples, rate = soundfile.read(here / "stereo.wav", dtype="float32")
+def test_half_precision_and_other_memory_layouts_are_read(workspace, model):
+    samples, rate = soundfile.read(workspace / "stereo.wav", dtype="float32")
     expected = model.transcribe(samples.astype(np.float16), rate, beam=1)
     assert model.transcribe(torch.from_numpy(samples).half(), rate, beam=1) == expected
     assert model.transcribe(np.asfortranarray(samples.astype(">f4")), rate, beam=1) == model.transcribe(
@@ -142,21 +142,23 @@ def test_half_precision_and_other_memory_layouts_are_read(here, model):
     assert model.transcribe(torch.from_numpy(samples).bfloat16(), rate, beam=1).segments
 
 
-def test_a_file_object_is_read_from_its_position(here, model):
-    file = io.BytesIO(b"garbage" + (here / "short.wav").read_bytes())
+def test_a_file_object_is_read_from_its_position(workspace, model):
+    file = io.BytesIO(b"garbage" + (workspace / "short.wav").read_bytes())
     file.seek(7)
-    assert model.transcribe(file, beam=1) == model.transcribe(here / "short.wav", beam=1)
+    assert model.transcribe(file, beam=1) == model.transcribe(workspace / "short.wav", beam=1)
     assert not file.closed
 
 
-def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
-    _, expected = output_of_the_command(capsys, here / "untrained-20.safetensors", here / "phone.wav", "--beam", "1")
+def test_telephone_speech_is_a_warning_as_in_the_command(workspace, model, capsys):
+    _, expected = output_of_the_command(
+        capsys, workspace / "untrained-20.safetensors", workspace / "phone.wav", "--beam", "1"
+    )
     assert [
-        f"{here / 'phone.wav'} is sampled at 8000 Hz, but the model was trained at 16000 Hz; expect more errors"
+        f"{workspace / 'phone.wav'} is sampled at 8000 Hz, but the model was trained at 16000 Hz; expect more errors"
     ] == (expected)
-    assert quietly(model.transcribe, here / "phone.wav", beam=1)[1] == expected
-    array = in_memory("phone.wav")(here)
-    assert quietly(model.transcribe, *array, beam=1)[1] == [
+    assert call_with_warnings(model.transcribe, workspace / "phone.wav", beam=1)[1] == expected
+    array = in_memory("phone.wav")(workspace)
+    assert call_with_warnings(model.transcribe, *array, beam=1)[1] == [
         "the array is sampled at 8000 Hz, but the model was trained at 16000 Hz; expect more errors"
     ]
     with pytest.warns(UserWarning) as caught:
@@ -164,17 +166,17 @@ def test_telephone_speech_is_a_warning_as_in_the_command(here, model, capsys):
     assert caught[0].filename == __file__
 
 
-def test_16_bit_samples_in_floats_are_rescaled(here, model):
-    samples, rate = soundfile.read(here / "short.wav", dtype="int16")
-    found, messages = quietly(model.transcribe, samples.astype(np.float32), rate, beam=1)
-    assert found == model.transcribe(samples, rate, beam=1)
+def test_16_bit_samples_in_floats_are_rescaled(workspace, model):
+    samples, rate = soundfile.read(workspace / "short.wav", dtype="int16")
+    actual, messages = call_with_warnings(model.transcribe, samples.astype(np.float32), rate, beam=1)
+    assert actual == model.transcribe(samples, rate, beam=1)
     sentence = "its samples are 16-bit numbers stored as floating point; they were divided by 32768"
     assert messages == [f"the array: {sentence}"]
 
 
 def test_silence_is_an_empty_transcript_with_a_warning(model):
-    found, messages = quietly(model.transcribe, np.zeros(RATE), RATE)
-    assert found == las_fast.Transcript("", ()) and messages == ["the array: no speech was found in its 1.00 seconds"]
+    actual, messages = call_with_warnings(model.transcribe, np.zeros(RATE), RATE)
+    assert actual == las_fast.Transcript("", ()) and messages == ["the array: no speech was found in its 1.00 seconds"]
 
 
 SPEECH = make_speech(0.3)
@@ -222,16 +224,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_invalid_arguments_are_one_sentence(here, model, monkeypatch, case):
-    monkeypatch.chdir(here)
+def test_invalid_arguments_are_a_one_sentence_error(workspace, model, monkeypatch, case):
+    monkeypatch.chdir(workspace)
     recording, rate, options, message = WRONG[case]
     with pytest.raises(InputError, match=message) as caught:
         model.transcribe(recording, rate, **options)
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
 
 
-def test_a_closed_file_is_one_sentence(here, model):
-    file = (here / "short.wav").open("rb")
+def test_a_closed_file_is_a_one_sentence_error(workspace, model):
+    file = (workspace / "short.wav").open("rb")
     file.close()
     with pytest.raises(InputError, match=r"short.wav cannot be read \(.*closed file\); open it again with open"):
         model.transcribe(file)
@@ -245,43 +247,43 @@ def test_a_closed_file_is_one_sentence(here, model):
         (("an4", "cuda:77"), "device=cuda:77: there is no such device here; this machine has cpu"),
     ],
 )
-def test_a_missing_model_or_device_is_one_sentence(arguments, message):
+def test_a_missing_model_or_device_is_a_one_sentence_error(arguments, message):
     name, device = (*arguments, "cpu")[:2]
     with pytest.raises(InputError, match=message):
         las_fast.load(name, device=device)
 
 
-def test_results_are_typed_frozen_and_short_to_print(here, model):
-    found = model.transcribe(here / "long.wav", beam=2, nbest=2)
-    assert type(found) is las_fast.Transcript and {type(segment) for segment in found.segments} == {las_fast.Segment}
-    assert repr(found) == f"Transcript({found.text[:60] + '...'!r}, 2 segments)" and len(repr(model)) < 60
-    assert "untrained-20 on cpu" in repr(model) and "Hypothesis" not in repr(found.segments[0])
+def test_results_are_typed_frozen_and_short_to_print(workspace, model):
+    actual = model.transcribe(workspace / "long.wav", beam=2, nbest=2)
+    assert type(actual) is las_fast.Transcript and {type(segment) for segment in actual.segments} == {las_fast.Segment}
+    assert repr(actual) == f"Transcript({actual.text[:60] + '...'!r}, 2 segments)" and len(repr(model)) < 60
+    assert "untrained-20 on cpu" in repr(model) and "Hypothesis" not in repr(actual.segments[0])
     with pytest.raises(FrozenInstanceError):
-        found.text = ""
-    assert found.text == " ".join(segment.text for segment in found.segments)
+        actual.text = ""
+    assert actual.text == " ".join(segment.text for segment in actual.segments)
 
 
-def test_a_run_folder_is_a_model_with_the_folders_name(here, tmp_path):
+def test_a_run_folder_loads_as_a_model_named_after_it(workspace, tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "best.safetensors").write_bytes((here / "untrained-20.safetensors").read_bytes())
+    (tmp_path / "mine" / "best.safetensors").write_bytes((workspace / "untrained-20.safetensors").read_bytes())
     assert "mine on cpu" in repr(las_fast.load(tmp_path / "mine", device=torch.device("cpu")))
 
 
-def test_nbest_starts_with_the_text_and_is_sorted(here, model):
-    (segment,) = model.transcribe(here / "short.wav", beam=4, nbest=3).segments
+def test_nbest_starts_with_the_text_and_is_sorted(workspace, model):
+    (segment,) = model.transcribe(workspace / "short.wav", beam=4, nbest=3).segments
     best, *others = segment.nbest
     assert (best.text, best.score, best.mean_score) == (segment.text, segment.score, segment.mean_score)
     assert len({one.text for one in segment.nbest}) == 3 and best.mean_score == best.score / (len(best.text) + 1)
-    assert len(model.transcribe(here / "short.wav", beam=4).segments[0].nbest) == 1
+    assert len(model.transcribe(workspace / "short.wav", beam=4).segments[0].nbest) == 1
 
 
-def test_a_beam_of_1_is_greedy(here, model):
-    (narrow,) = model.transcribe(here / "short.wav", beam=1).segments
-    features = features_of(model, here / "short.wav")
+def test_a_beam_of_1_is_greedy(workspace, model):
+    (narrow,) = model.transcribe(workspace / "short.wav", beam=1).segments
+    features = features_of(model, workspace / "short.wav")
     memory = model.loaded.model.listen(features[None], torch.tensor([len(features)]))
     ((greedy,),) = beam.greedy_search(model.loaded.model, memory, model.loaded.config.decoding)
     assert narrow.text == model.loaded.vocabulary.decode(greedy.text_tokens)
-    (wide,) = model.transcribe(here / "short.wav", beam=8).segments
+    (wide,) = model.transcribe(workspace / "short.wav", beam=8).segments
     assert wide.score > narrow.score
 
 
@@ -294,35 +296,42 @@ def features_of(model, path):
     return speech.features
 
 
-def test_the_language_model_is_that_of_the_checkpoint_another_or_none(here, capsys):
-    own = las_fast.load(here / "lm" / "untrained-20.safetensors", device="cpu")
-    row, _ = output_of_the_command(capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav")
-    texts = {name: own.transcribe(here / "short.wav", lm=value).text
-             for name, value in (("own", None), ("none", False), ("other", here / "other.lm.safetensors"))}  # fmt: skip
+def test_the_language_model_can_be_the_checkpoints_another_or_none(workspace, capsys):
+    recogniser = las_fast.load(workspace / "lm" / "untrained-20.safetensors", device="cpu")
+    row, _ = output_of_the_command(capsys, workspace / "lm" / "untrained-20.safetensors", workspace / "short.wav")
+    models = {"own": None, "none": False, "other": workspace / "other.lm.safetensors"}
+    texts = {name: recogniser.transcribe(workspace / "short.wav", lm=lm).text for name, lm in models.items()}
     assert texts["own"] == row["text"] and len(set(texts.values())) == 3
-    bare = las_fast.load(here / "untrained-20.safetensors", device="cpu")
-    assert texts["none"] == bare.transcribe(here / "short.wav", beam=3).text
+    bare = las_fast.load(workspace / "untrained-20.safetensors", device="cpu")
+    assert texts["none"] == bare.transcribe(workspace / "short.wav", beam=3).text
     row, _ = output_of_the_command(
-        capsys, here / "lm" / "untrained-20.safetensors", here / "short.wav", "--lm", str(here / "other.lm.safetensors")
+        capsys,
+        workspace / "lm" / "untrained-20.safetensors",
+        workspace / "short.wav",
+        "--lm",
+        str(workspace / "other.lm.safetensors"),
     )
     assert texts["other"] == row["text"]
-    assert own.transcribe(here / "short.wav").text == texts["own"]  # after another was used
+    assert recogniser.transcribe(workspace / "short.wav").text == texts["own"]  # after another language model was used
 
 
-def test_a_second_call_reuses_the_ngram_table_and_the_packed_weights(here, tmp_path, monkeypatch):
+def test_a_second_call_reuses_the_ngram_table_and_the_packed_weights(workspace, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(ngram.LanguageModel, "ngram_table", counted(ngram.LanguageModel.ngram_table, made, "table"))
     monkeypatch.setattr(beam, "speller_pack", counted(beam.speller_pack, made, "weights"))
     for name in ("untrained-20.safetensors", "untrained-20.lm.safetensors"):
-        (tmp_path / name).write_bytes((here / "lm" / name).read_bytes())
-    own = las_fast.load(tmp_path / "untrained-20.safetensors", device="cpu")
-    first = own.transcribe(here / "short.wav")
+        (tmp_path / name).write_bytes((workspace / "lm" / name).read_bytes())
+    recogniser = las_fast.load(tmp_path / "untrained-20.safetensors", device="cpu")
+    first = recogniser.transcribe(workspace / "short.wav")
     once = list(made)
-    assert once.count("table") == 1 and once.count("weights") <= 1  # 0 where the search is not in C++
-    assert own.transcribe(here / "short.wav", lm=False) != first and own.transcribe(here / "short.wav", beam=2).text
-    assert own.transcribe(here / "short.wav") == first and made == once
+    assert once.count("table") == 1 and once.count("weights") <= 1  # 0 without the C++ search
+    assert (
+        recogniser.transcribe(workspace / "short.wav", lm=False) != first
+        and recogniser.transcribe(workspace / "short.wav", beam=2).text
+    )
+    assert recogniser.transcribe(workspace / "short.wav") == first and made == once
     ngram.save_lm(tmp_path / "untrained-20.lm.safetensors", lm.train(["ZZ ZZ ZZZZ", "Z"], order=2))
-    assert own.transcribe(here / "short.wav").text != first.text and made == [*once, "table"]
+    assert recogniser.transcribe(workspace / "short.wav").text != first.text and made == [*once, "table"]
 
 
 def counted(function, made, name):
@@ -333,90 +342,93 @@ def counted(function, made, name):
     return call
 
 
-def test_threads_may_share_a_model(here):
-    own = las_fast.load(here / "lm" / "untrained-20.safetensors", device="cpu")
+def test_threads_may_share_a_model(workspace):
+    recogniser = las_fast.load(workspace / "lm" / "untrained-20.safetensors", device="cpu")
     jobs = [(name, value) for name in ("short.wav", "stereo.wav") for value in (None, False)] * 3
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda job: own.transcribe(here / job[0], lm=job[1]), jobs))
-    assert together == [own.transcribe(here / name, lm=value) for name, value in jobs]
+        concurrent = list(pool.map(lambda job: recogniser.transcribe(workspace / job[0], lm=job[1]), jobs))
+    assert concurrent == [recogniser.transcribe(workspace / name, lm=value) for name, value in jobs]
 
 
-def test_noise_segments_are_left_out_with_a_warning(here, tmp_path):
+def test_noise_segments_are_left_out_with_a_warning(workspace, tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"model": replace(MODEL, ctc_layer=0)})
     scored = las_fast.load(path, device="cpu")
-    everything = scored.transcribe(here / "short.wav", min_speech_score=-np.inf)
+    everything = scored.transcribe(workspace / "short.wav", min_speech_score=-np.inf)
     (segment,) = everything.segments
     assert segment.speech_score is not None and not everything.noise
-    nothing, messages = quietly(scored.transcribe, here / "short.wav", min_speech_score=segment.speech_score + 1)
+    options = {"min_speech_score": segment.speech_score + 1}
+    nothing, messages = call_with_warnings(scored.transcribe, workspace / "short.wav", **options)
     assert nothing.text == "" and nothing.noise == everything.segments and "1 left out" in repr(nothing)
     assert messages == [
-        f"{here / 'short.wav'}: left out 1 segment that may be noise, the first at {segment.start:.1f} s (speech score "
-        f"{segment.speech_score:.2f}); min_speech_score sets the limit"
+        f"{workspace / 'short.wav'}: left out 1 segment that may be noise, the first at {segment.start:.1f} s "
+        f"(speech score {segment.speech_score:.2f}); min_speech_score sets the limit"
     ]
 
 
-def test_many_recordings_are_decoded_together_and_come_in_order(here, model):
-    array = soundfile.read(here / "short.wav", dtype="float32")[0]
-    recordings = [here / "short.wav", here / "long.wav", here / "stereo.wav"]
-    found = dict(model.transcribe_all(recordings, beam=2))
-    assert list(found) == recordings and all(found[x] == model.transcribe(x, beam=2) for x in recordings)
-    assert [t for _, t in model.transcribe_all([array, array], RATE, beam=2)] == [found[recordings[0]]] * 2
+def test_many_recordings_are_decoded_together_and_come_in_order(workspace, model):
+    array = soundfile.read(workspace / "short.wav", dtype="float32")[0]
+    recordings = [workspace / "short.wav", workspace / "long.wav", workspace / "stereo.wav"]
+    actual = dict(model.transcribe_all(recordings, beam=2))
+    assert list(actual) == recordings and all(actual[x] == model.transcribe(x, beam=2) for x in recordings)
+    assert [t for _, t in model.transcribe_all([array, array], RATE, beam=2)] == [actual[recordings[0]]] * 2
 
 
-def test_an_unreadable_recording_raises_or_is_left_out(here, model):
-    recordings = [here / "short.wav", here / "gone.wav", here / "stereo.wav"]
-    found = model.transcribe_all(recordings, beam=1)
-    assert next(found)[0] == recordings[0]
+def test_an_unreadable_recording_raises_or_is_left_out(workspace, model):
+    recordings = [workspace / "short.wav", workspace / "gone.wav", workspace / "stereo.wav"]
+    actual = model.transcribe_all(recordings, beam=1)
+    assert next(actual)[0] == recordings[0]
     with pytest.raises(InputError, match="gone.wav does not exist"):
-        next(found)
+        next(actual)
     messages = []
     left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=messages.append)
     assert [x for x, _ in left] == recordings[::2] and messages == [f"left out: {recordings[1]} does not exist"]
     with pytest.raises(
         InputError, match="recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
     ):
-        model.transcribe_all(str(here / "short.wav"))
+        model.transcribe_all(str(workspace / "short.wav"))
 
 
-def test_a_model_trained_on_archive_features_warns_about_recordings(here, tmp_path):
+def test_a_model_trained_on_archive_features_warns_about_recordings(workspace, tmp_path):
     path = make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": "features", "name": "HW4P2 F23"}})
-    _, messages = quietly(las_fast.load(path, device="cpu").transcribe, here / "short.wav", beam=1)
+    _, messages = call_with_warnings(las_fast.load(path, device="cpu").transcribe, workspace / "short.wav", beam=1)
     assert (
         len(messages) == 1 and "was trained on the features of HW4P2 F23; those that las_fast computes" in messages[0]
     )
 
 
 @pytest.fixture(scope="module")
-def archive(here):
-    """The dev split of the archive as the decode command reads it, and its arrays."""
-    words = ["--data", str(here / "11-785-f23-hw4p2"), "--split", "dev-clean", "--out", str(here / "out.csv")]
-    words += ["--jsonl", str(here / "rows.jsonl"), "--nbest", "2", "--beam", "4", "--device", "cpu"]
-    decode.main(["--checkpoint", str(here / "untrained-28.safetensors"), *words])
-    rows = [json.loads(line) for line in (here / "rows.jsonl").read_text().splitlines()]
-    folder = here / "11-785-f23-hw4p2" / "dev-clean" / "mfcc"
+def archive(workspace):
+    """The dev split as the decode command reads it, and its feature arrays."""
+    argv = ["--data", str(workspace / "11-785-f23-hw4p2"), "--split", "dev-clean", "--out", str(workspace / "out.csv")]
+    argv += ["--jsonl", str(workspace / "rows.jsonl"), "--nbest", "2", "--beam", "4", "--device", "cpu"]
+    decode.main(["--checkpoint", str(workspace / "untrained-28.safetensors"), *argv])
+    rows = [json.loads(line) for line in (workspace / "rows.jsonl").read_text().splitlines()]
+    folder = workspace / "11-785-f23-hw4p2" / "dev-clean" / "mfcc"
     return rows, [np.load(folder / f"{row['id']}.npy") for row in rows]
 
 
-def test_features_have_the_texts_of_the_decode_command(here, archive):
+def test_features_give_the_texts_of_the_decode_command(workspace, archive):
     rows, arrays = archive
-    own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
-    found = own.decode(arrays, beam=4, nbest=2)
-    assert [[{"text": h.text, "score": round(h.score, 4)} for h in each] for each in found] == [
+    recogniser = las_fast.load(workspace / "untrained-28.safetensors", device="cpu")
+    actual = recogniser.decode(arrays, beam=4, nbest=2)
+    assert [[{"text": h.text, "score": round(h.score, 4)} for h in each] for each in actual] == [
         r["nbest"] for r in rows
     ]
-    assert {type(h) for each in found for h in each} == {las_fast.Hypothesis} and len(found[0]) == 2
-    alone = own.decode(torch.from_numpy(arrays[1]), beam=4)
-    assert [h.text for h in alone] == [rows[1]["text"]] and alone[0].score == pytest.approx(found[1][0].score, abs=1e-4)
-    assert own.decode([]) == []
+    assert {type(h) for each in actual for h in each} == {las_fast.Hypothesis} and len(actual[0]) == 2
+    alone = recogniser.decode(torch.from_numpy(arrays[1]), beam=4)
+    assert [h.text for h in alone] == [rows[1]["text"]] and alone[0].score == pytest.approx(
+        actual[1][0].score, abs=1e-4
+    )
+    assert recogniser.decode([]) == []
 
 
-def test_features_last_as_long_as_their_frames_of_whole_samples(tmp_path, monkeypatch):
-    own = las_fast.load(make_checkpoint(tmp_path, 20, mel_bins=23, sample_rate=22_050), device="cpu")
-    given = []
+def test_durations_of_features_count_whole_samples_per_frame(tmp_path, monkeypatch):
+    recogniser_28 = las_fast.load(make_checkpoint(tmp_path, 20, mel_bins=23, sample_rate=22_050), device="cpu")
+    datasets = []
     decode_dataset = dataset.decode_dataset
-    monkeypatch.setattr(dataset, "decode_dataset", lambda *x, **y: given.append(x[1]) or decode_dataset(*x, **y))
-    own.decode([np.ones((frames, 20)) for frames in (57, 30)], beam=1)
-    assert given[0].seconds.tolist() == [57 * 220 / 22_050, 30 * 220 / 22_050]  # 220 samples a frame, of 220.5
+    monkeypatch.setattr(dataset, "decode_dataset", lambda *x, **y: datasets.append(x[1]) or decode_dataset(*x, **y))
+    recogniser_28.decode([np.ones((frames, 20)) for frames in (57, 30)], beam=1)
+    assert datasets[0].seconds.tolist() == [57 * 220 / 22_050, 30 * 220 / 22_050]  # 220 samples per frame
 
 
 F28 = np.ones((30, 28), np.float32)
@@ -439,7 +451,7 @@ F28 = np.ones((30, 28), np.float32)
         (F28, {"nbest": 9}, "nbest=9 needs a beam at least as wide; give beam=9"),
     ],
 )
-def test_invalid_features_are_one_sentence(here, features, options, message):
-    own = las_fast.load(here / "untrained-28.safetensors", device="cpu")
+def test_invalid_features_are_a_one_sentence_error(workspace, features, options, message):
+    recogniser = las_fast.load(workspace / "untrained-28.safetensors", device="cpu")
     with pytest.raises(InputError, match=message):
-        own.decode(features, **options)
+        recogniser.decode(features, **options)

@@ -1,4 +1,4 @@
-"""Between modules: what each passes to the next, and that every setting arrives where it is used."""
+"""Interfaces between modules: what each passes to the next, and that every setting reaches its use."""
 
 import csv
 import json
@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive, make_manifest, make_speech, write_audio
-from checkpoints import MODEL, make_checkpoint, make_trainer, small
+from tiny_checkpoints import MODEL, make_checkpoint, make_trainer, small
+from tiny_corpora import make_archive, make_manifest, make_speech, write_audio
 
 from las_fast import checkpoint, decode, export, lm, train, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
@@ -25,7 +25,7 @@ from las_fast.model.las import LAS
 from las_fast.output.metrics import Scores
 from las_fast.search import ngram
 from las_fast.text import EOS
-from las_fast.training import trainer
+from las_fast.training import trainer as trainer_module
 from las_fast.training.losses import token_loss
 from las_fast.training.monitor import Alignment
 from las_fast.training.runlog import RunLog
@@ -40,8 +40,8 @@ def archive(tmp_path_factory):
     return make_archive(tmp_path_factory.mktemp("seams"), "F23", utterances=5)
 
 
-def first_batch(made: Trainer):
-    return next(iter(made._rest_of_epoch()))
+def first_batch(trainer: Trainer):
+    return next(iter(trainer._rest_of_epoch()))
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -54,94 +54,98 @@ def test_the_dev_set_of_a_training_is_normalised_by_the_training_set(archive):
     torch.testing.assert_close(dev[0], (dev.raw(0) - statistics.mean) / statistics.std)
 
 
-def test_the_dev_set_of_a_training_is_whole(archive):
+def test_the_dev_set_of_a_training_is_complete(archive):
     data = replace(small().data, max_seconds=0.35, hours=0.5 / 3600)
     ours, dev = train.load_data(small(data=data), open_corpus(archive))
     assert len(ours) < 5 and len(dev) == 5
 
 
-def steps_from_the_same_weights(made: Trainer, count: int, same=lambda made: None) -> list[float]:
-    """Return the losses of steps that all begin with the same weights, on the same batch."""
-    batch, weights = first_batch(made), {k: v.clone() for k, v in made.model.state_dict().items()}
+def steps_from_the_same_weights(trainer: Trainer, count: int, same=lambda trainer: None) -> list[float]:
+    """The losses of steps that all start from the same weights, on the same batch."""
+    batch, weights = first_batch(trainer), {k: v.clone() for k, v in trainer.model.state_dict().items()}
     losses = []
     for _ in range(count):
-        made.model.load_state_dict(weights)
-        same(made)
-        losses.append(float(made.train_step(batch)["loss"]))
+        trainer.model.load_state_dict(weights)
+        same(trainer)
+        losses.append(float(trainer.train_step(batch)["loss"]))
     return losses
 
 
 def test_each_step_draws_its_own_dropout(archive, tmp_path):
-    made = make_trainer(archive, tmp_path, small())
-    first, second = steps_from_the_same_weights(made, 2)
+    trainer = make_trainer(archive, tmp_path, small())
+    first, second = steps_from_the_same_weights(trainer, 2)
     assert first != second
 
-    def at_step_one(made):
-        made.progress.step = 1
+    def at_step_one(trainer):
+        trainer.progress.step = 1
 
     again = steps_from_the_same_weights(make_trainer(archive, tmp_path, small()), 2, at_step_one)
     assert again[0] == again[1] == second
 
 
 def test_gradients_do_not_accumulate_over_steps(archive, tmp_path):
-    made = make_trainer(archive, tmp_path, small())
-    batch, weights = first_batch(made), {k: v.clone() for k, v in made.model.state_dict().items()}
+    trainer = make_trainer(archive, tmp_path, small())
+    batch, weights = first_batch(trainer), {k: v.clone() for k, v in trainer.model.state_dict().items()}
     norms = []
     for _ in range(3):
-        made.model.load_state_dict(weights)
-        made.progress.step = 0
-        found = made.train_step(batch)
-        norms.append(float(found["gradient_norm"]))
-        assert not found["loss"].requires_grad and set(found) == {"loss", "attention", "gradient_norm"}
+        trainer.model.load_state_dict(weights)
+        trainer.progress.step = 0
+        actual = trainer.train_step(batch)
+        norms.append(float(actual["gradient_norm"]))
+        assert not actual["loss"].requires_grad and set(actual) == {"loss", "attention", "gradient_norm"}
     assert norms[0] == norms[1] == norms[2]
 
 
-def test_the_seed_of_the_settings_reaches_dropout(archive, tmp_path):
+def test_the_seed_reaches_dropout(archive, tmp_path):
     losses = []
     for seed in (1, 2):
-        made = make_trainer(archive, tmp_path, small())
-        made.config = replace(made.config, training=replace(made.config.training, seed=seed))
-        losses += steps_from_the_same_weights(made, 1)
+        trainer = make_trainer(archive, tmp_path, small())
+        trainer.config = replace(trainer.config, training=replace(trainer.config.training, seed=seed))
+        losses += steps_from_the_same_weights(trainer, 1)
     assert losses[0] != losses[1]
 
 
 def test_each_step_draws_its_own_sampled_tokens(archive, tmp_path):
     still = replace(MODEL, listener=replace(MODEL.listener, dropout=0.0), speller=replace(MODEL.speller, dropout=0.0))
     half = TrainingConfig(epochs=2, precision="fp32", teacher_forcing=(train_stage(0.5),))
-    made = make_trainer(archive, tmp_path, small(model=still, training=half))
-    first, second = steps_from_the_same_weights(made, 2)
+    trainer = make_trainer(archive, tmp_path, small(model=still, training=half))
+    first, second = steps_from_the_same_weights(trainer, 2)
     assert first != second
 
 
-def test_every_setting_of_the_losses_arrives_at_each_step(archive, tmp_path, monkeypatch):
+def test_every_loss_setting_reaches_each_step(archive, tmp_path, monkeypatch):
     training = TrainingConfig(
         epochs=4, precision="fp32", label_smoothing=0.07, ctc_weight=0.4, ctc_until=1.5, guided_weight=2.0,
         guided_until=4.0, guided_width=0.2, guided_frames=3.0, teacher_forcing=(train_stage(0.75),), learning_rate=0.5,
         warmup_steps=4,
     )  # fmt: skip
-    made = make_trainer(archive, tmp_path, small(model=replace(MODEL, ctc_layer=0), training=training))
-    losses, forcing, loss, forward = [], [], trainer.training_loss, LAS.forward
-    monkeypatch.setattr(trainer, "training_loss", lambda *given, **own: losses.append(own) or loss(*given, **own))
-    monkeypatch.setattr(LAS, "forward", lambda self, *given: forcing.append(given[3]) or forward(self, *given))
-    batch, per_epoch = first_batch(made), made.curriculum.steps_before(1)
+    trainer = make_trainer(archive, tmp_path, small(model=replace(MODEL, ctc_layer=0), training=training))
+    losses, forcing, loss, forward = [], [], trainer_module.training_loss, LAS.forward
+    monkeypatch.setattr(trainer_module, "training_loss", lambda *args, **own: losses.append(own) or loss(*args, **own))
+    monkeypatch.setattr(LAS, "forward", lambda self, *args: forcing.append(args[3]) or forward(self, *args))
+    batch, per_epoch = first_batch(trainer), trainer.curriculum.steps_before(1)
     for step, ctc, guided, rate in ((0, 0.4, 2.0, 0.125), (per_epoch, 0.4, 1.5, 0.5), (2 * per_epoch, 0.0, 1.0, None)):
-        made.progress.step = step
-        made.train_step(batch)
+        trainer.progress.step = step
+        trainer.train_step(batch)
         assert losses[-1] == {"label_smoothing": 0.07, "ctc_weight": ctc, "guided_weight": pytest.approx(guided),
                               "guided_width": 0.2, "guided_frames": 3.0}  # fmt: skip
-        assert rate is None or made.optimiser.param_groups[0]["lr"] == made.optimiser.param_groups[1]["lr"] == rate
+        assert (
+            rate is None or trainer.optimiser.param_groups[0]["lr"] == trainer.optimiser.param_groups[1]["lr"] == rate
+        )
     assert forcing == [0.75] * 3 and per_epoch == 3
 
 
 def test_the_loader_of_an_epoch_starts_at_the_step(archive, tmp_path, monkeypatch):
     config = small(data=replace(small().data, workers=3), training=replace(small().training, seed=7))
-    made, seen = make_trainer(archive, tmp_path, config), []
-    monkeypatch.setattr(trainer, "make_loader", lambda *given, **options: seen.append((given, options)))
-    made.progress.step = made.curriculum.steps_before(1) + 2
-    made._rest_of_epoch()
+    trainer, seen = make_trainer(archive, tmp_path, config), []
+    monkeypatch.setattr(trainer_module, "make_loader", lambda *args, **options: seen.append((args, options)))
+    trainer.progress.step = trainer.curriculum.steps_before(1) + 2
+    trainer._rest_of_epoch()
     ((data, batches, vocabulary), options) = seen[0]
     assert (
-        data is made.train_data and vocabulary is made.vocabulary and batches == made.curriculum.batches_of(1).epoch(1)
+        data is trainer.train_data
+        and vocabulary is trainer.vocabulary
+        and batches == trainer.curriculum.batches_of(1).epoch(1)
     )
     assert options.pop("augment").config == config.augment
     assert {name: options[name] for name in ("seed", "epoch", "start", "workers")} == {
@@ -151,31 +155,31 @@ def test_the_loader_of_an_epoch_starts_at_the_step(archive, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("every", "due"), [(1.0, [3, 6]), (0.5, [2, 3, 5, 6]), (2.0, [6]), (5.0, [6]), (1.5, [5, 6])])
 def test_a_validation_is_due_every_validate_every_epochs(archive, tmp_path, every, due):
-    made = make_trainer(archive, tmp_path, small(training=replace(small().training, validate_every=every)))
-    found = []
-    for step in range(1, made.steps + 1):
-        made.progress.step = step
-        if made.validation_due:
-            found.append(step)
-            made.progress.validated = step
-            assert not made.validation_due
-    assert made.steps == 6 and found == due
+    trainer = make_trainer(archive, tmp_path, small(training=replace(small().training, validate_every=every)))
+    actual = []
+    for step in range(1, trainer.steps + 1):
+        trainer.progress.step = step
+        if trainer.validation_due:
+            actual.append(step)
+            trainer.progress.validated = step
+            assert not trainer.validation_due
+    assert trainer.steps == 6 and actual == due
 
 
-def test_the_optimiser_is_made_by_the_settings():
+def test_the_settings_reach_the_optimiser():
     config = small(training=replace(small().training, learning_rate=0.25, weight_decay=0.125))
-    optimiser = trainer.make_optimiser(checkpoint.build_model(config), config)
+    optimiser = trainer_module.make_optimiser(checkpoint.build_model(config), config)
     decayed, free = optimiser.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.125, 0.0)
     assert decayed["lr"] == free["lr"] == 0.25 and decayed["betas"] == free["betas"] == (0.9, 0.98)
 
 
-def test_core_hours_are_those_of_this_process_and_of_the_runs_before(archive, tmp_path, monkeypatch):
-    made = make_trainer(archive, tmp_path, small())
-    made.earlier_core_seconds = 7200.0
-    monkeypatch.setattr(trainer.time, "process_time", lambda: 1800.0)
-    assert made.core_hours() == 2.5 and made.state()["core_seconds"] == 9000.0
-    made.save()
+def test_core_hours_add_up_over_this_process_and_earlier_runs(archive, tmp_path, monkeypatch):
+    trainer = make_trainer(archive, tmp_path, small())
+    trainer.earlier_core_seconds = 7200.0
+    monkeypatch.setattr(trainer_module.time, "process_time", lambda: 1800.0)
+    assert trainer.core_hours() == 2.5 and trainer.state()["core_seconds"] == 9000.0
+    trainer.save()
     again = make_trainer(archive, tmp_path, small())
     again.resume()
     assert again.earlier_core_seconds == 9000.0 and again.core_hours() == 3.0
@@ -189,82 +193,82 @@ def test_a_training_from_before_silence_was_trimmed_resumes_without_trimming(tmp
     check_same_settings(then, {**now, "features": {**now["features"], "trim_silence": False}}, tmp_path)
 
 
-def test_the_fingerprint_of_data_is_that_of_ids_lengths_texts_and_their_order():
+def test_the_data_fingerprint_covers_ids_lengths_texts_and_their_order():
     def data(ids="ab", frames=(5, 6), texts="XY"):
         return SimpleNamespace(ids=[*ids], frame_counts=np.array(frames), texts=[*texts])
 
     both = [(data(), data()), (data("ac"), data()), (data(frames=(5, 7)), data()), (data(texts="XZ"), data()),
             (data("ba"), data()), (data(), data("ac"))]  # fmt: skip
-    assert len({trainer.fingerprint(*one) for one in both}) == len(both)
-    assert trainer.fingerprint(*both[0]) == trainer.fingerprint(data(), data())
+    assert len({trainer_module.fingerprint(*one) for one in both}) == len(both)
+    assert trainer_module.fingerprint(*both[0]) == trainer_module.fingerprint(data(), data())
 
 
 def test_a_gradient_is_scaled_to_the_limit_and_left_alone_below_it(archive, tmp_path):
-    made = make_trainer(archive, tmp_path, small(training=replace(small().training, clip_norm=2.0)))
+    trainer = make_trainer(archive, tmp_path, small(training=replace(small().training, clip_norm=2.0)))
     for value, factor in ((1.0, 1.0), (2.0, 1.0), (8.0, 0.25)):
-        made.optimiser.zero_grad(set_to_none=True)
-        bias = made.model.speller.bias
+        trainer.optimiser.zero_grad(set_to_none=True)
+        bias = trainer.model.speller.bias
         bias.grad = torch.zeros_like(bias)
         bias.grad[3] = value
-        assert made._clip() == value
+        assert trainer._clip() == value
         assert bias.grad[3] == (value if factor == 1 else pytest.approx(value * factor, rel=1e-5))
 
 
-def test_the_best_model_is_saved_with_what_it_was_trained_on_and_how_good_it_is(archive, tmp_path):
+def test_the_best_model_is_saved_with_its_training_data_and_scores(archive, tmp_path):
     config = small(
         features=FeatureConfig(size=28, normalisation="global"), training=replace(small().training, epochs=1)
     )
-    made = make_trainer(archive, tmp_path, config)
-    made.run()
-    for name in (trainer.BEST, trainer.AVERAGED):
+    trainer = make_trainer(archive, tmp_path, config)
+    trainer.run()
+    for name in (trainer_module.BEST, trainer_module.AVERAGED):
         loaded = checkpoint.load_model(tmp_path / name)
-        assert torch.equal(loaded.statistics.mean, made.train_data.statistics.mean)
-        assert torch.equal(loaded.statistics.std, made.train_data.statistics.std)
+        assert torch.equal(loaded.statistics.mean, trainer.train_data.statistics.mean)
+        assert torch.equal(loaded.statistics.std, trainer.train_data.statistics.std)
         info = loaded.info
         assert (info["epoch"], info["step"], info["data"]) == (1.0, 3, {"kind": "features", "name": "HW4P2 F23"})
-        assert info["dev"]["cer"] == pytest.approx(made.progress.best_cer) and info["dev"]["utterances"] == 5
-        averaged = made.averaged.state_dict()
+        assert info["dev"]["cer"] == pytest.approx(trainer.progress.best_cer) and info["dev"]["utterances"] == 5
+        averaged = trainer.averaged.state_dict()
         assert all(torch.equal(value, averaged[k]) for k, value in loaded.model.state_dict().items())
 
 
 def test_a_training_takes_its_threads_and_its_device_from_the_command(archive, tmp_path, monkeypatch):
-    threads, made = [], []
+    threads, trainer = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(Trainer, "run", lambda self: made.append(self))
-    words = ["--config", "tiny", "--data", str(archive), "--device", "cpu", "--training.epochs", "2"]
-    train.main([*words, "--out", str(tmp_path / "a"), "--training.threads", "3", "--on-bad", "skip"])
-    train.main([*words, "--out", str(tmp_path / "b"), "--training.threads", "0"])
-    assert threads == [3] and [t.device.type for t in made] == ["cpu", "cpu"]
-    assert [t.config.data.on_bad for t in made] == ["skip", "error"]
-    assert made[0].source == {"kind": "features", "name": "HW4P2 F23"} and made[0].out == tmp_path / "a"
+    monkeypatch.setattr(Trainer, "run", lambda self: trainer.append(self))
+    argv = ["--config", "tiny", "--data", str(archive), "--device", "cpu", "--training.epochs", "2"]
+    train.main([*argv, "--out", str(tmp_path / "a"), "--training.threads", "3", "--on-bad", "skip"])
+    train.main([*argv, "--out", str(tmp_path / "b"), "--training.threads", "0"])
+    assert threads == [3] and [t.device.type for t in trainer] == ["cpu", "cpu"]
+    assert [t.config.data.on_bad for t in trainer] == ["skip", "error"]
+    assert trainer[0].source == {"kind": "features", "name": "HW4P2 F23"} and trainer[0].out == tmp_path / "a"
 
 
-def test_a_training_says_its_size_its_batches_and_its_threads(archive, tmp_path, monkeypatch, capsys):
-    made = make_trainer(archive, tmp_path, small())
-    made.progress.step = 2
-    parameters = sum(p.numel() for p in made.model.parameters())
+def test_a_training_prints_its_size_batches_and_threads(archive, tmp_path, monkeypatch, capsys):
+    trainer = make_trainer(archive, tmp_path, small())
+    trainer.progress.step = 2
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     monkeypatch.setattr(train, "cores", lambda: 4)
     for threads, more in ((3, True), (4, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         capsys.readouterr()
-        train.print_summary(made)
+        train.print_summary(trainer)
         printed = capsys.readouterr().out
         size = f"model: {parameters / 1e6:.1f} M parameters, float32 on cpu"
-        batches = f"3 batches per epoch, {100 * made.curriculum.batches_of(1).padding_share(0):.1f}% padding"
+        batches = f"3 batches per epoch, {100 * trainer.curriculum.batches_of(1).padding_share(0):.1f}% padding"
         assert printed.startswith(f"{size}; {batches}; from step 2 to 6\n")
         assert ("threads: 3 of 4 cores; if the others are idle" in printed) == more
-    made.device = torch.device("cuda")
+    trainer.device = torch.device("cuda")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    train.print_summary(made)
+    train.print_summary(trainer)
     assert "threads" not in capsys.readouterr().out
 
 
-def test_a_stopped_training_says_how_to_continue_or_to_start_again(archive, tmp_path):
-    made = make_trainer(archive, tmp_path, small())
-    assert "before anything was saved; start again" in train.resume_hint(made, ["--out", "x"])
-    made.saved_step = 7
-    for words in (["--out", "a b"], ["--out", "a b", "--resume"]):
-        printed = train.resume_hint(made, words)
+def test_a_stopped_training_prints_how_to_resume_or_restart(archive, tmp_path):
+    trainer = make_trainer(archive, tmp_path, small())
+    assert "before anything was saved; start again" in train.resume_hint(trainer, ["--out", "x"])
+    trainer.saved_step = 7
+    for argv in (["--out", "a b"], ["--out", "a b", "--resume"]):
+        printed = train.resume_hint(trainer, argv)
         assert "step 7 is saved" in printed and printed.endswith("python -m las_fast.train --out 'a b' --resume")
 
 
@@ -275,32 +279,39 @@ def train_stage(rate: float):
 
 
 def test_a_step_whose_gradient_is_not_finite_is_not_averaged(archive, tmp_path):
-    made = make_trainer(archive, tmp_path, small())
-    made.train_step(first_batch(made))
-    before, taken = {k: v.clone() for k, v in made.averaged.state_dict().items()}, made.progress.averaged_steps
-    batch = first_batch(made)
+    trainer = make_trainer(archive, tmp_path, small())
+    trainer.train_step(first_batch(trainer))
+    before, taken = (
+        {k: v.clone() for k, v in trainer.averaged.state_dict().items()},
+        trainer.progress.averaged_steps,
+    )
+    batch = first_batch(trainer)
     batch.features[0, 0, 0] = math.inf
-    made.train_step(batch)
-    assert made.progress.averaged_steps == taken == 1
-    assert all(torch.equal(value, before[name]) for name, value in made.averaged.state_dict().items())
+    trainer.train_step(batch)
+    assert trainer.progress.averaged_steps == taken == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.averaged.state_dict().items())
 
 
 @pytest.mark.parametrize(("minutes", "saves"), [(29.9, []), (30.0, []), (30.1, [2])])
 def test_a_save_within_an_epoch_comes_after_checkpoint_minutes(archive, tmp_path, monkeypatch, minutes, saves):
-    made = make_trainer(archive, tmp_path, small(training=replace(small().training, epochs=1, checkpoint_minutes=60.0)))
-    assert made.steps == 3
-    now, step, saved = [0.0], made.train_step, []
+    trainer = make_trainer(
+        archive, tmp_path, small(training=replace(small().training, epochs=1, checkpoint_minutes=60.0))
+    )
+    assert trainer.steps == 3
+    now, step, saved = [0.0], trainer.train_step, []
 
     def slow(batch):
         now[0] += 60 * minutes
         return step(batch)
 
     clocks = {name: getattr(time, name) for name in ("perf_counter", "process_time", "time", "sleep")}
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0], **clocks))
-    monkeypatch.setattr(made, "train_step", slow)
-    monkeypatch.setattr(made, "_validate_and_save", lambda bar: setattr(made, "saved_step", made.progress.step))
-    monkeypatch.setattr(made, "save", lambda: saved.append(made.progress.step))
-    made.run()
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now[0], **clocks))
+    monkeypatch.setattr(trainer, "train_step", slow)
+    monkeypatch.setattr(
+        trainer, "_validate_and_save", lambda bar: setattr(trainer, "saved_step", trainer.progress.step)
+    )
+    monkeypatch.setattr(trainer, "save", lambda: saved.append(trainer.progress.step))
+    trainer.run()
     assert saved == saves
 
 
@@ -311,7 +322,7 @@ SAME_ON_RESUME = {
 
 
 def other(value):
-    """Return a value of the same type that differs."""
+    """A different value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
@@ -346,65 +357,68 @@ def test_every_setting_that_changes_the_result_must_be_the_same_on_resume(tmp_pa
 
 def test_the_dev_loss_is_the_sum_over_the_set_by_its_tokens(archive, tmp_path):
     config = small(data=replace(small().data, utterances_per_batch=3))  # batches of 3 and 2
-    made = make_trainer(archive, tmp_path, config)
-    found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
-    losses, counts = losses_by_hand(made, lambda i: i)
-    assert found.loss == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    trainer = make_trainer(archive, tmp_path, config)
+    actual = validate(trainer.model, trainer.dev_data, trainer.vocabulary, config, CPU, tmp_path, 1.0)
+    losses, counts = losses_by_hand(trainer, lambda i: i)
+    assert actual.loss == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
 
 
-def losses_by_hand(made, audio_of) -> tuple[list[float], list[int]]:
-    """Return the loss and the tokens of each dev utterance, spelled while listening to utterance audio_of(i)."""
-    losses, counts, vocabulary = [], [], made.vocabulary
+def losses_by_hand(trainer, audio_of) -> tuple[list[float], list[int]]:
+    """The loss and the token count of each dev utterance i, with the audio of utterance audio_of(i)."""
+    losses, counts, vocabulary = [], [], trainer.vocabulary
     with torch.inference_mode():
-        for i, text in enumerate(made.dev_data.texts):
-            features, target = made.dev_data[audio_of(i)][None], torch.tensor([[*vocabulary.encode(text), EOS]])
-            memory = made.model.eval().listen(features, torch.tensor([features.shape[1]]))
-            losses.append(float(token_loss(made.model.speller(memory, target)[0], target)))
+        for i, text in enumerate(trainer.dev_data.texts):
+            features, target = trainer.dev_data[audio_of(i)][None], torch.tensor([[*vocabulary.encode(text), EOS]])
+            memory = trainer.model.eval().listen(features, torch.tensor([features.shape[1]]))
+            losses.append(float(token_loss(trainer.model.speller(memory, target)[0], target)))
             counts.append(target.shape[1])
     return losses, counts
 
 
 def test_the_audio_gain_is_measured_in_batches_of_more_than_one(archive, tmp_path):
     config = small(data=replace(small().data, utterances_per_batch=4))
-    made = make_trainer(archive, tmp_path, config)
-    found = validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
-    first, alone = sorted_batches(made.dev_data.frame_counts, frames_per_batch=30000, utterances_per_batch=4)
+    trainer = make_trainer(archive, tmp_path, config)
+    actual = validate(trainer.model, trainer.dev_data, trainer.vocabulary, config, CPU, tmp_path, 1.0)
+    first, alone = sorted_batches(trainer.dev_data.frame_counts, frames_per_batch=30000, utterances_per_batch=4)
     assert (len(first), len(alone)) == (4, 1)
     following = {i: first[(n + 1) % 4] for n, i in enumerate(first)} | {alone[0]: alone[0]}
-    own, counts = losses_by_hand(made, lambda i: i)
-    others, _ = losses_by_hand(made, following.get)
-    risen, tokens = sum(others[i] - own[i] for i in first), sum(counts[i] for i in first)
-    assert found.alignment.audio_gain == pytest.approx(risen / tokens, abs=1e-5)
+    own, counts = losses_by_hand(trainer, lambda i: i)
+    others, _ = losses_by_hand(trainer, following.get)
+    increase, tokens = sum(others[i] - own[i] for i in first), sum(counts[i] for i in first)
+    assert actual.alignment.audio_gain == pytest.approx(increase / tokens, abs=1e-5)
     single = replace(config, data=replace(config.data, utterances_per_batch=1))
-    assert validate(made.model, made.dev_data, made.vocabulary, single, CPU, tmp_path, 1.0).alignment.audio_gain is None
+    assert (
+        validate(trainer.model, trainer.dev_data, trainer.vocabulary, single, CPU, tmp_path, 1.0).alignment.audio_gain
+        is None
+    )
 
 
 def test_pictures_show_utterances_of_median_length_without_padding(archive, tmp_path):
     config = small(training=replace(small().training, pictures=2))
-    made = make_trainer(archive, tmp_path, config)
-    validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 2.5)
+    trainer = make_trainer(archive, tmp_path, config)
+    validate(trainer.model, trainer.dev_data, trainer.vocabulary, config, CPU, tmp_path, 2.5)
     with np.load(tmp_path / "attention" / "epoch-0002.50.npz") as data:
         ids, arrays = data["ids"].tolist(), {name: data[name] for name in data.files}
-    by_length = np.argsort(made.dev_data.frame_counts, kind="stable")
-    assert sorted(ids) == sorted(made.dev_data.ids[i] for i in by_length[2:4])
+    by_length = np.argsort(trainer.dev_data.frame_counts, kind="stable")
+    assert sorted(ids) == sorted(trainer.dev_data.ids[i] for i in by_length[2:4])
     for n, name in enumerate(ids):
-        i = made.dev_data.ids.index(name)
-        frames = -(-int(made.dev_data.frame_counts[i]) // made.model.time_reduction)
-        assert arrays[f"weights_{n}"].shape == (len(made.dev_data.texts[i]) + 1, frames)
-        assert arrays[f"text_{n}"] == made.dev_data.texts[i]
+        i = trainer.dev_data.ids.index(name)
+        frames = -(-int(trainer.dev_data.frame_counts[i]) // trainer.model.time_reduction)
+        assert arrays[f"weights_{n}"].shape == (len(trainer.dev_data.texts[i]) + 1, frames)
+        assert arrays[f"text_{n}"] == trainer.dev_data.texts[i]
         assert (tmp_path / "attention" / f"epoch-0002.50-{name}.png").is_file()
 
 
-def test_validation_searches_with_attention_alone(archive, tmp_path, monkeypatch):
+def test_validation_searches_with_attention_only(archive, tmp_path, monkeypatch):
     import las_fast.training.validate as module
 
     seen, search = [], module.greedy_search
     monkeypatch.setattr(module, "greedy_search", lambda m, memory, c: seen.append(c) or search(m, memory, c))
     decoding = DecodingConfig(ngram_weight=0.3, length_reward=0.2, maximum_extra=4)
     config = small(decoding=decoding)
-    made = make_trainer(archive, tmp_path, config)
-    validate(made.model, made.dev_data, made.vocabulary, config, CPU, tmp_path, 1.0)
-    assert set(seen) == {replace(decoding, ngram_weight=0.0, length_reward=0.0)} and not made.model.training
+    trainer = make_trainer(archive, tmp_path, config)
+    validate(trainer.model, trainer.dev_data, trainer.vocabulary, config, CPU, tmp_path, 1.0)
+    assert set(seen) == {replace(decoding, ngram_weight=0.0, length_reward=0.0)} and not trainer.model.training
 
 
 # --------------------------------------------------------------------------------------- what reaches the model
@@ -412,24 +426,24 @@ def test_validation_searches_with_attention_alone(archive, tmp_path, monkeypatch
 
 @pytest.fixture
 def seen_features(monkeypatch):
-    """The features that any command gives to a model, one utterance after another."""
+    """A list of the features that reach the model, by utterance."""
     seen, listen = [], LAS.listen
 
-    def watching(self, features, lengths, *given, **options):
+    def spy(self, features, lengths, *args, **options):
         seen.extend(row[:n].clone() for row, n in zip(features, lengths.tolist(), strict=True))
-        return listen(self, features, lengths, *given, **options)
+        return listen(self, features, lengths, *args, **options)
 
-    monkeypatch.setattr(LAS, "listen", watching)
+    monkeypatch.setattr(LAS, "listen", spy)
     return seen
 
 
-def transcribed(checkpoint_path, recording, *words):
-    transcribe.main([str(recording), "--checkpoint", str(checkpoint_path), "--device", "cpu", "--beam", "2", *words])
+def transcribed(checkpoint_path, recording, *argv):
+    transcribe.main([str(recording), "--checkpoint", str(checkpoint_path), "--device", "cpu", "--beam", "2", *argv])
 
 
-def decoded(checkpoint_path, data, out, *words, split="dev"):
-    given = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--split", split, "--out", str(out)]
-    decode.main([*given, "--device", "cpu", *words])
+def decoded(checkpoint_path, data, out, *argv, split="dev"):
+    args = ["--checkpoint", str(checkpoint_path), "--data", str(data), "--split", split, "--out", str(out)]
+    decode.main([*args, "--device", "cpu", *argv])
 
 
 @pytest.fixture
@@ -438,7 +452,7 @@ def recording(tmp_path):
 
 
 @pytest.mark.parametrize("deltas", [0, 1, 2])
-def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path, recording, seen_features, deltas):
+def test_transcribe_computes_the_deltas_of_training(tmp_path, recording, seen_features, deltas):
     transcribed(make_checkpoint(tmp_path, 20, mel_bins=23, deltas=deltas), recording)
     (frames,) = seen_features
     assert frames.shape[1] == 20 * (1 + deltas)
@@ -454,9 +468,7 @@ def test_transcribing_gives_the_model_the_deltas_that_it_was_trained_on(tmp_path
     ],
     ids=lambda features: "-".join(map(str, features.values())),
 )
-def test_transcribing_and_decoding_give_the_model_the_same_frames(
-    tmp_path, recording, seen_features, monkeypatch, features
-):
+def test_transcribe_and_decode_compute_the_same_frames(tmp_path, recording, seen_features, monkeypatch, features):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "list.tsv").write_text("id\tpath\tsplit\ttranscript\nsaid\tsaid.wav\tdev\tA\n")
     path = make_sound_checkpoint(tmp_path, **features)
@@ -468,12 +480,12 @@ def test_transcribing_and_decoding_give_the_model_the_same_frames(
 
 
 def make_sound_checkpoint(folder, **features):
-    """Write a checkpoint of any kind of features computed from audio."""
+    """Write a checkpoint with the given features, computed from audio."""
     return make_checkpoint(folder, 28, sections={"features": FeatureConfig(**features)})
 
 
 def with_statistics(path, mean: float, std: float):
-    """Give a checkpoint other statistics."""
+    """Replace the statistics of a checkpoint."""
     loaded = checkpoint.load_model(path)
     size = loaded.config.features.size
     statistics = Statistics(torch.full((size,), mean), torch.full((size,), std))
@@ -495,18 +507,18 @@ def test_each_command_normalises_by_the_statistics_of_the_checkpoint(
         elif command == "decode":
             decoded(path, tmp_path / "data", tmp_path / "out.csv")
         else:
-            words = ["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--beam", "1"]
-            tune.main(words)
+            argv = ["--checkpoint", str(path), "--data", str(tmp_path / "data"), "--device", "cpu", "--beam", "1"]
+            tune.main(argv)
     plain, scaled = seen_features
     torch.testing.assert_close(scaled, (plain - 30) / 2)
 
 
-def test_the_normalise_text_of_a_checkpoint_is_that_of_decoding(tmp_path):
+def test_decoding_uses_the_checkpoints_normalise_text(tmp_path):
     manifest = make_manifest(tmp_path / "data", utterances=2)
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
-    for own, words in ((True, ()), (False, ("--normalise-text",))):
+    for own, argv in ((True, ()), (False, ("--normalise-text",))):
         path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"data": DataConfig(normalise_text=own)})
-        decoded(path, tmp_path / "data", tmp_path / "out.csv", "--jsonl", str(tmp_path / "rows.jsonl"), *words)
+        decoded(path, tmp_path / "data", tmp_path / "out.csv", "--jsonl", str(tmp_path / "rows.jsonl"), *argv)
         rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert all(row["reference"].startswith("A A ") for row in rows)
     path = make_checkpoint(tmp_path, 20, mel_bins=23)
@@ -515,7 +527,7 @@ def test_the_normalise_text_of_a_checkpoint_is_that_of_decoding(tmp_path):
 
 
 def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path, archive, monkeypatch, recording):
-    """decode, transcribe and tune search with what the checkpoint says, and with what the command line changes."""
+    """decode, transcribe and tune search with the checkpoint's settings and the command line's changes to them."""
     import las_fast.search.beam as search
 
     own = DecodingConfig(
@@ -524,12 +536,12 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
     )  # fmt: skip
     seen, beam_search = [], search.beam_search
 
-    def watching(model, memory, config, **options):
+    def spy(model, memory, config, **options):
         seen.append(config)
         return beam_search(model, memory, config, **options)
 
-    monkeypatch.setattr(search, "beam_search", watching)
-    monkeypatch.setattr("las_fast.search.dataset.beam_search", watching)
+    monkeypatch.setattr(search, "beam_search", spy)
+    monkeypatch.setattr("las_fast.search.dataset.beam_search", spy)
     path = make_checkpoint(tmp_path, 28, sections={"decoding": own})
     decoded(path, archive, tmp_path / "out.csv", split="dev-clean")
     decoded(path, archive, tmp_path / "out.csv", "--decoding.beam", "2", split="dev-clean")
@@ -571,7 +583,7 @@ def test_an_exported_model_keeps_everything_but_the_precision_of_its_weights(tmp
         (" dev , DEV-clean", ("dev-clean",)),
     ],
 )
-def test_a_split_that_is_named_twice_is_taken_once(archive, tmp_path, split, names):
+def test_a_split_named_twice_is_used_once(archive, tmp_path, split, names):
     corpus = open_corpus(archive)
     assert corpus.resolve(split) == names
     decoded(make_checkpoint(tmp_path), archive, tmp_path / "out.csv", split=split)
@@ -579,25 +591,25 @@ def test_a_split_that_is_named_twice_is_taken_once(archive, tmp_path, split, nam
         assert len(list(csv.reader(file))) == 1 + 5 * len(names)
 
 
-def test_a_split_in_a_list_of_splits_is_taken_once(archive):
+def test_a_split_that_is_also_in_a_list_is_used_once(archive):
     options = {"features": FeatureConfig(size=28), "data": DataConfig(), "need_text": True, "progress": False}
     assert len(load_dataset(open_corpus(archive), ("dev-clean", "dev"), **options)) == 5
 
 
-MATTERS = {
+CHANGES_FEATURES = {
     "logmel": {"kind": "mfcc", "size": 40, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5,
                "trim_silence": False},
     "mfcc": {"kind": "logmel", "size": 12, "sample_rate": 8000, "window_ms": 20.0, "shift_ms": 12.5, "mel_bins": 40,
              "trim_silence": False},
 }  # fmt: skip
-MATTERS_NOT = {
+SAME_FEATURES = {
     "logmel": {"mel_bins": 40, "normalisation": "none", "deltas": 1},
     "mfcc": {"normalisation": "global", "deltas": 2},
 }
 
 
-@pytest.mark.parametrize("kind", MATTERS)
-def test_an_entry_of_the_cache_holds_for_every_setting_that_its_frames_depend_on(tmp_path, kind):
+@pytest.mark.parametrize("kind", CHANGES_FEATURES)
+def test_a_cache_entry_depends_on_every_setting_that_affects_its_frames(tmp_path, kind):
     corpus = open_corpus(make_manifest(tmp_path / "data", utterances=1))
     base = FeatureConfig(kind=kind, size=20, mel_bins=23)
 
@@ -605,13 +617,13 @@ def test_an_entry_of_the_cache_holds_for_every_setting_that_its_frames_depend_on
         utterances = corpus.utterances("dev")
         return open_cache(corpus, "dev", utterances, features, folder=str(tmp_path / "cache"), progress=False).folder
 
-    changed = {name: folder(replace(base, **{name: value})) for name, value in MATTERS[kind].items()}
-    assert len({folder(base), *changed.values()}) == 1 + len(MATTERS[kind]), changed
-    assert {folder(replace(base, **{name: value})) for name, value in MATTERS_NOT[kind].items()} == {folder(base)}
-    assert MATTERS[kind].keys() | MATTERS_NOT[kind].keys() == set(to_tree(FeatureConfig()))
+    changed = {name: folder(replace(base, **{name: value})) for name, value in CHANGES_FEATURES[kind].items()}
+    assert len({folder(base), *changed.values()}) == 1 + len(CHANGES_FEATURES[kind]), changed
+    assert {folder(replace(base, **{name: value})) for name, value in SAME_FEATURES[kind].items()} == {folder(base)}
+    assert CHANGES_FEATURES[kind].keys() | SAME_FEATURES[kind].keys() == set(to_tree(FeatureConfig()))
 
 
-def test_an_entry_of_the_cache_holds_for_its_files_their_order_and_their_texts(tmp_path):
+def test_a_cache_entry_depends_on_files_their_order_and_their_texts(tmp_path):
     manifest = make_manifest(tmp_path / "data", utterances=2)
     lines = manifest.read_text().splitlines(keepends=True)
     text = lines[-1].split("\t")[-1]
@@ -643,7 +655,7 @@ def test_an_entry_of_the_cache_holds_for_its_files_their_order_and_their_texts(t
 # -------------------------------------------------------------------------------------------------- language model
 
 
-def test_the_language_model_that_is_written_counts_all_text(tmp_path):
+def test_the_saved_language_model_counts_all_text(tmp_path):
     sentences = [f"{'AB'[i % 2]}{'BA'[i // 2 % 2]} {'ABA'[: 1 + i % 3]}{'B' * (i % 5)}" for i in range(200)]
     (tmp_path / "text.txt").write_text("\n".join(sentences) + "\n")
     out = tmp_path / "x.safetensors"
@@ -673,9 +685,9 @@ def test_the_log_of_a_new_training_is_empty(tmp_path):
 
 
 class Board:
-    """Stands in for TensorBoard; records its scalars."""
+    """Replaces TensorBoard and records scalars."""
 
-    made: list = []
+    trainer: list = []
 
     def __init__(self, folder, purge_step):
         self.folder, self.purge_step, self.scalars = folder, purge_step, []
@@ -688,7 +700,7 @@ class Board:
         self.scalars.append("closed")
 
 
-def test_the_log_and_the_board_hold_the_same_numbers(tmp_path, monkeypatch):
+def test_the_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Board)
     log = RunLog(tmp_path, small(), 4)
     log.training(5, 0.5, {"loss": 2.0, "attention": math.nan, "speed": 9.0}, 0.01)
@@ -715,7 +727,7 @@ def test_the_log_and_the_board_hold_the_same_numbers(tmp_path, monkeypatch):
     assert scalars == {(f"monitor/{name}", 6): value for name, value in expected.items()}
 
 
-def test_each_line_of_the_log_is_there_at_once(tmp_path):
+def test_each_log_line_is_flushed_at_once(tmp_path):
     log = RunLog(tmp_path, small(), 0)
     log.training(1, 0.1, {"loss": 2.0}, 0.01)
     assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 1

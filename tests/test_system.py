@@ -52,7 +52,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
-def test_decoding_gives_large_blocks_back_and_training_keeps_them():
+def test_decoding_returns_large_blocks_to_the_system_and_training_keeps_them():
     """Runs in a new process, which counts its mapped blocks."""
     script = """
 import ctypes
@@ -76,9 +76,9 @@ print(mapped_blocks())
 
 
 @pytest.mark.parametrize("module", [decode, transcribe, tune])
-def test_decoding_commands_give_large_blocks_back(module, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(module, "return_freed_memory", lambda: asked.append(module))
+def test_decoding_commands_return_large_blocks_to_the_system(module, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(module, "return_freed_memory", lambda: calls.append(module))
     with pytest.raises(SystemExit):
         module.main(["--help"])
-    assert asked == [module]
+    assert calls == [module]

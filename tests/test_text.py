@@ -45,20 +45,20 @@ def test_normalising_maps_case_accents_quotes_and_the_rest():
     assert normalise_text("ABC d", "abcd ") == "abc d"
 
 
-def test_case_stays_where_the_vocabulary_has_both():
+def test_case_is_kept_if_the_vocabulary_has_both():
     assert normalise_text("Ab bA, C", "ABab ") == "Ab bA" and normalise_text("aB", "AB ") == "AB"
 
 
-def test_letters_that_unicode_does_not_take_apart_are_written_out():
+def test_letters_without_a_unicode_decomposition_are_spelled_out():
     assert normalise_text("C\u0153ur, \u00c6on, Stra\u00dfe, Sm\u00f8r\u01ff") == "COEUR AEON STRASSE SMORO"
     assert normalise_text("\u0152uvre, stra\u00dfe", "abcdefghijklmnopqrstuvwxyz ") == "oeuvre strasse"
     assert normalise_text("\ufb01ne \u2168") == "FINE IX"
 
 
-def test_a_letter_that_the_vocabulary_has_stays():
+def test_a_letter_in_the_vocabulary_is_kept():
     assert normalise_text("cafe\u0301 d\u00e9j\u00e0", "ACDEFJ\u00c9 ") == "CAF\u00c9 D\u00c9JA"
 
 
-def test_digits_without_letters_are_noticed():
+def test_digits_outside_the_vocabulary_are_detected():
     assert has_lost_digits("A 123 B") and has_lost_digits("a \u00bd") and has_lost_digits("\u0663")
     assert not has_lost_digits("A B") and not has_lost_digits("\u2168") and not has_lost_digits("A 1", "A1 ")

@@ -26,7 +26,7 @@ from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.training import schedules, trainer
 from las_fast.training.validate import swap_audio, validate
-from tests.archives import make_archive
+from tests.tiny_corpora import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -53,11 +53,11 @@ def archive(tmp_path_factory):
 
 
 def arguments(archive, out, *extra, **settings):
-    words = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
+    argv = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
     for name, value in (SMALL | {k.replace("__", "."): v for k, v in settings.items()}).items():
         values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{name}", *map(str, values)]
-    return [*words, *extra]
+        argv += [f"--{name}", *map(str, values)]
+    return [*argv, *extra]
 
 
 def weights_of(out):
@@ -73,8 +73,8 @@ def assert_same_weights(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole(archive, tmp_path_factory):
-    """A training that nothing interrupted."""
+def uninterrupted(archive, tmp_path_factory):
+    """The run folder of a training that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train.main(arguments(archive, out))
     return out
@@ -84,21 +84,25 @@ def rows(out, kind):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
-def test_a_training_writes_every_documented_file(whole):
-    names = {p.name for p in whole.iterdir()}
+def test_a_training_writes_every_documented_file(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
     assert {"config.yaml", "log.jsonl", "last.pt", "best.safetensors", "averaged.safetensors", "tensorboard"} <= names
-    assert list((whole / "tensorboard").glob("events*"))
-    assert len(list((whole / "attention").glob("*.png"))) == len(list((whole / "attention").glob("*.npz"))) == 3
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    assert (
+        len(list((uninterrupted / "attention").glob("*.png")))
+        == len(list((uninterrupted / "attention").glob("*.npz")))
+        == 3
+    )
     assert not [n for n in names if n.startswith(".")], "temporary files"
 
 
-def test_validation_covers_the_whole_dev_set(whole):
-    assert [r["utterances"] for r in rows(whole, "valid")] == [5, 5, 5]
-    assert all(isinstance(r["line"], str) and "attention" in r["line"] for r in rows(whole, "valid"))
+def test_validation_covers_the_whole_dev_set(uninterrupted):
+    assert [r["utterances"] for r in rows(uninterrupted, "valid")] == [5, 5, 5]
+    assert all(isinstance(r["line"], str) and "attention" in r["line"] for r in rows(uninterrupted, "valid"))
 
 
-def test_the_log_says_how_fast_it_goes_and_how_long_it_waits_for_data(whole):
-    rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+def test_the_log_has_the_speed_and_the_time_waiting_for_data(uninterrupted):
+    rows = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
     paces = [(row["speed"], row["waiting"]) for row in rows if row["kind"] == "train"]
     assert paces and all(speed > 0 and 0 <= waiting < 1 for speed, waiting in paces)
 
@@ -109,18 +113,20 @@ def test_loss_falls(archive, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_checkpoint_holds_its_settings_and_scores(whole):
-    loaded = checkpoint.load_model(whole)
+def test_a_checkpoint_holds_its_settings_and_scores(uninterrupted):
+    loaded = checkpoint.load_model(uninterrupted)
     assert loaded.config.model.listener.lstm_size == 6 and not loaded.model.training
     assert loaded.info["dev"]["utterances"] == 5 and loaded.path.name == "best.safetensors"
-    averaged = checkpoint.load_model(whole / "averaged.safetensors").model.state_dict()
-    kept = checkpoint.load_state(whole / "last.pt")["averaged"]
+    averaged = checkpoint.load_model(uninterrupted / "averaged.safetensors").model.state_dict()
+    kept = checkpoint.load_state(uninterrupted / "last.pt")["averaged"]
     assert all(torch.equal(averaged[k], kept[k]) for k in averaged)
-    assert not all(torch.equal(averaged[k], checkpoint.load_state(whole / "last.pt")["model"][k]) for k in averaged)
+    assert not all(
+        torch.equal(averaged[k], checkpoint.load_state(uninterrupted / "last.pt")["model"][k]) for k in averaged
+    )
 
 
 def stop_after(monkeypatch, steps):
-    """Let the trainer take that many steps, then fail in the middle of the next."""
+    """Make the trainer fail in the middle of the step after `steps` steps."""
     step = trainer.Trainer.train_step
     taken = []
 
@@ -134,7 +140,9 @@ def stop_after(monkeypatch, steps):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_training_cut_in_mid_epoch_resumes_bit_for_bit(archive, whole, tmp_path, monkeypatch, workers):
+def test_a_training_interrupted_within_an_epoch_resumes_bit_for_bit(
+    archive, uninterrupted, tmp_path, monkeypatch, workers
+):
     extra = {"training__checkpoint_minutes": 0.0, "data__workers": workers}
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
@@ -142,8 +150,8 @@ def test_a_training_cut_in_mid_epoch_resumes_bit_for_bit(archive, whole, tmp_pat
             train.main(arguments(archive, tmp_path, **extra))
     assert checkpoint.load_state(tmp_path / "last.pt")["progress"]["step"] == 8
     train.main(arguments(archive, tmp_path, "--resume", **extra))
-    assert_same_weights(whole, tmp_path)
-    ours, theirs = (rows(out, "valid") for out in (tmp_path, whole))
+    assert_same_weights(uninterrupted, tmp_path)
+    ours, theirs = (rows(out, "valid") for out in (tmp_path, uninterrupted))
     assert [r | {"core_hours": 0.0} for r in ours] == [r | {"core_hours": 0.0} for r in theirs]
 
 
@@ -160,7 +168,7 @@ def test_a_training_cut_in_mid_epoch_resumes_bit_for_bit(archive, whole, tmp_pat
     ],
     ids=["sampled", "plateau", "fp16", "bf16", "speed", "curriculum", "global"],
 )
-def test_resuming_is_exact_whatever_is_switched_on(archive, tmp_path, monkeypatch, settings):
+def test_resuming_is_exact_with_any_feature_enabled(archive, tmp_path, monkeypatch, settings):
     settings = settings | {"training__checkpoint_minutes": 0.0, "training__epochs": 2}
     train.main(arguments(archive, tmp_path / "whole", **settings))
     with monkeypatch.context() as patch:
@@ -210,14 +218,14 @@ def one_epoch(archive, tmp_path_factory):
 
 
 def pretend_scores(monkeypatch, cers):
-    """Let each validation report the next of these dev CERs."""
+    """Make each validation report the next of these dev CERs."""
     cers = iter(cers)
 
-    def pretended(*args):
+    def fake_validate(*args):
         result = validate(*args)
         return replace(result, scores=replace(result.scores, cer=next(cers)))
 
-    monkeypatch.setattr(trainer, "validate", pretended)
+    monkeypatch.setattr(trainer, "validate", fake_validate)
 
 
 def test_best_is_the_best_of_all_validations_also_across_a_resume(archive, tmp_path, monkeypatch):
@@ -238,28 +246,28 @@ def test_plateau_lowers_the_learning_rate_that_is_used(archive, tmp_path, monkey
     assert [r["lr"] for r in rows(tmp_path, "train")] == pytest.approx([0.004, 0.001, 0.001])  # steps 10, 20, 24
 
 
-def test_the_same_dev_utterances_are_pictured_each_time(whole):
-    shown = [np.load(path)["ids"].tolist() for path in sorted((whole / "attention").glob("*.npz"))]
+def test_the_same_dev_utterances_are_pictured_each_time(uninterrupted):
+    shown = [np.load(path)["ids"].tolist() for path in sorted((uninterrupted / "attention").glob("*.npz"))]
     assert len(shown) == 3 and shown[0] == shown[1] == shown[2] and len(shown[0]) == 1
 
 
-def test_the_audio_gain_gives_each_utterance_the_audio_of_the_next(whole):
+def test_the_audio_gain_gives_each_utterance_the_audio_of_the_next(uninterrupted):
     parts = [torch.arange(3.0)[:, None, None], torch.arange(3.0)[:, None, None], torch.arange(3), torch.zeros(3, 1)]
     assert swap_audio(Memory(*parts)).keys.flatten().tolist() == [1, 2, 0]
     assert swap_audio(Memory(*parts)).lengths.tolist() == [1, 2, 0]
-    assert all(r["monitor"]["audio_gain"] != 0 for r in rows(whole, "valid"))
+    assert all(r["monitor"]["audio_gain"] != 0 for r in rows(uninterrupted, "valid"))
 
 
 def test_a_training_killed_at_three_random_moments_resumes_bit_for_bit(archive, tmp_path):
     settings = {"training__checkpoint_minutes": 0.0, "training__epochs": 40, "training__validate_every": 20.0}
     train.main(arguments(archive, tmp_path / "whole", **settings))
     seed = time.time_ns()
-    print("seed", seed)  # pytest shows it on failure
+    print("seed", seed)  # shown by pytest on failure
     seconds = random.Random(seed)
     for attempt in range(4):
         resume = ["--resume"] if (tmp_path / "cut" / "last.pt").exists() else []
         command = arguments(archive, tmp_path / "cut", *resume, **settings)
-        # One thread, as in this process: sums in another order would differ in the last bit.
+        # one thread, as in this process: another order of summation would change the last bit
         code = f"import torch; torch.set_num_threads(1); from las_fast import train; train.main({command!r})"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
@@ -282,7 +290,9 @@ def wait_for_first_save(out, child):
         time.sleep(0.02)
 
 
-def test_an_interrupt_ends_after_the_step_and_prints_the_resume_command(archive, whole, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_ends_after_the_step_and_prints_the_resume_command(
+    archive, uninterrupted, tmp_path, monkeypatch, capsys
+):
     step = trainer.Trainer.train_step
 
     def interrupting(self, batch):
@@ -297,7 +307,7 @@ def test_an_interrupt_ends_after_the_step_and_prints_the_resume_command(archive,
     printed = capsys.readouterr().err
     assert "step 5 is saved" in printed and re.search(r"python -m las_fast.train .*--resume", printed)
     train.main(arguments(archive, tmp_path, "--resume"))
-    assert_same_weights(whole, tmp_path)
+    assert_same_weights(uninterrupted, tmp_path)
 
 
 def test_core_hours_continue_after_a_resume(archive, tmp_path):
@@ -308,11 +318,11 @@ def test_core_hours_continue_after_a_resume(archive, tmp_path):
     again.resume()
     assert 2.0 < made.core_hours() < again.core_hours() < 3.0
     again.run()
-    found = [row["core_hours"] for row in rows(tmp_path, "valid")]
-    assert found == sorted(found) and found[0] > 2.0
+    actual = [row["core_hours"] for row in rows(tmp_path, "valid")]
+    assert actual == sorted(actual) and actual[0] > 2.0
 
 
-def test_log_lines_after_the_resumed_step_are_dropped(archive, whole, tmp_path, monkeypatch):
+def test_log_lines_after_the_resumed_step_are_dropped(archive, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 13)
         with pytest.raises(RuntimeError):
@@ -320,7 +330,7 @@ def test_log_lines_after_the_resumed_step_are_dropped(archive, whole, tmp_path, 
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 99}\n{"kind": "tra')
     train.main(arguments(archive, tmp_path, "--resume"))
-    assert [r["step"] for r in rows(tmp_path, "valid")] == [r["step"] for r in rows(whole, "valid")]
+    assert [r["step"] for r in rows(tmp_path, "valid")] == [r["step"] for r in rows(uninterrupted, "valid")]
     assert 99 not in [r["step"] for r in rows(tmp_path, "train")]
 
 
@@ -331,11 +341,11 @@ def test_log_lines_after_the_resumed_step_are_dropped(archive, whole, tmp_path, 
         ({"training__learning_rate": 0.5}, ["--resume"], "training.learning_rate = 0.004, not 0.5"),
     ],
 )
-def test_a_run_is_neither_overwritten_nor_continued_differently(archive, whole, settings, extra, message):
-    before = (whole / "last.pt").read_bytes()
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(archive, uninterrupted, settings, extra, message):
+    before = (uninterrupted / "last.pt").read_bytes()
     with pytest.raises(InputError, match=message):
-        train.main(arguments(archive, whole, *extra, **settings))
-    assert (whole / "last.pt").read_bytes() == before
+        train.main(arguments(archive, uninterrupted, *extra, **settings))
+    assert (uninterrupted / "last.pt").read_bytes() == before
 
 
 def test_a_dev_set_inside_the_training_set_is_warned_of(archive, tmp_path, capsys):
@@ -344,13 +354,13 @@ def test_a_dev_set_inside_the_training_set_is_warned_of(archive, tmp_path, capsy
     assert "warning: 4 dev utterances are trained on too" in capsys.readouterr().out
 
 
-def test_a_training_can_start_from_the_weights_of_another(archive, whole, tmp_path, monkeypatch):
+def test_a_training_can_start_from_the_weights_of_another(archive, uninterrupted, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: seen.append(self))
-    train.main([*arguments(archive, tmp_path), "--init", str(whole)])
-    given = checkpoint.load_model(whole).model.state_dict()
+    train.main([*arguments(archive, tmp_path), "--init", str(uninterrupted)])
+    initial = checkpoint.load_model(uninterrupted).model.state_dict()
     for model in (seen[0].model, seen[0].averaged):
-        assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+        assert all(torch.equal(value, initial[name]) for name, value in model.state_dict().items())
     assert seen[0].source["init"] == "best.safetensors" and seen[0].progress.step == 0
 
 
@@ -361,12 +371,12 @@ def test_a_training_can_start_from_the_weights_of_another(archive, whole, tmp_pa
         ({"data__characters": "ABC"}, "was trained with data.characters"),
     ],
 )
-def test_weights_of_another_kind_are_refused(archive, whole, tmp_path, settings, message):
+def test_weights_of_another_kind_are_refused(archive, uninterrupted, tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
-        train.main([*arguments(archive, tmp_path, **settings), "--init", str(whole)])
+        train.main([*arguments(archive, tmp_path, **settings), "--init", str(uninterrupted)])
 
 
-def test_resuming_nothing_says_so(archive, tmp_path):
+def test_resuming_an_empty_folder_is_an_error(archive, tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         train.main(arguments(archive, tmp_path / "none", "--resume"))
     assert not (tmp_path / "none").exists()
@@ -395,13 +405,13 @@ def test_a_finished_training_is_lengthened_by_a_restart(archive, tmp_path, monke
         train.main(arguments(archive, tmp_path / "whole", "--resume", **once | {"training__epochs": 6}))
 
 
-def test_resuming_with_other_settings_is_refused(archive, whole):
+def test_resuming_with_other_settings_is_refused(archive, uninterrupted):
     with pytest.raises(InputError, match=r"was trained with model.listener.dropout = 0\.\d+, not 0.5; resume"):
-        train.main([*arguments(archive, whole, "--resume", model__listener__dropout=0.5)])
+        train.main([*arguments(archive, uninterrupted, "--resume", model__listener__dropout=0.5)])
 
 
-def test_a_setting_that_an_old_state_lacks_counts_as_its_default(archive, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+def test_a_setting_missing_in_an_old_state_counts_as_its_default(archive, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     state = checkpoint.load_state(tmp_path / "last.pt")
     del state["settings"]["data"]["hours"], state["settings"]["model"]["listener"]["top_layers"]
     checkpoint.save_state(tmp_path / "last.pt", state)
@@ -411,13 +421,13 @@ def test_a_setting_that_an_old_state_lacks_counts_as_its_default(archive, whole,
         train.main(arguments(archive, tmp_path, "--resume", data__hours=1e-6))
 
 
-def test_resuming_with_other_data_is_refused(archive, whole, tmp_path):
-    other = make_archive(tmp_path, "F23", utterances=COUNTS, seed=5)  # as many batches an epoch
+def test_resuming_with_other_data_is_refused(archive, uninterrupted, tmp_path):
+    other = make_archive(tmp_path, "F23", utterances=COUNTS, seed=5)  # the same number of batches per epoch
     with pytest.raises(InputError, match="was trained on other utterances"):
-        train.main(arguments(other, whole, "--resume"))
+        train.main(arguments(other, uninterrupted, "--resume"))
 
 
-def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(archive, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_one_sentence_error_and_the_last_checkpoint_stays(archive, tmp_path, monkeypatch):
     train.main(arguments(archive, tmp_path, training__epochs=1))
     before = (tmp_path / "last.pt").read_bytes()
 
@@ -476,8 +486,8 @@ def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_p
     ],
 )
 def test_a_diverged_training_ends_without_a_best_model(archive, tmp_path, monkeypatch, loss, norm, sentence):
-    honest, clip = trainer.validate, trainer.Trainer._clip
-    monkeypatch.setattr(trainer, "validate", lambda *given: replace(honest(*given), loss=loss))
+    validate_unpatched, clip = trainer.validate, trainer.Trainer._clip
+    monkeypatch.setattr(trainer, "validate", lambda *given: replace(validate_unpatched(*given), loss=loss))
     monkeypatch.setattr(trainer.Trainer, "_clip", lambda made: clip(made) * norm)
     with pytest.raises(InputError, match=sentence):
         train.main(arguments(archive, tmp_path / "run"))
@@ -533,11 +543,11 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_pa
 def test_a_resumed_training_needs_no_space_for_files_that_it_replaces(archive, tmp_path, monkeypatch):
     made = make_trainer(archive, tmp_path)
     numbers = sum(p.numel() for p in made.model.parameters())
-    whole = 40 * numbers + 2**20  # ten copies in float32, and room for log and pictures
+    uninterrupted = 40 * numbers + 2**20  # ten float32 copies, and space for log and pictures
     for name, size in ((train.LAST, 3000), (train.BEST, 200), ("other", 10**6)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
-    for free, enough in ((whole - 3200, True), (whole - 3201, False)):
+    for free, enough in ((uninterrupted - 3200, True), (uninterrupted - 3201, False)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(train.shutil, "disk_usage", lambda _, usage=usage: usage)
         with contextlib.nullcontext() if enough else pytest.raises(InputError, match="free some space"):
@@ -555,7 +565,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
 
 
 def test_time_waiting_for_data_is_counted_apart(monkeypatch):
-    clock = iter(range(0, 100, 2))  # each look at it comes 2 seconds after the one before
+    clock = iter(range(0, 100, 2))  # the clock advances 2 seconds per call
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
     pace = trainer.Pace()  # 0
     assert pace.next_batch(iter(["batch"])) == "batch"  # from 2 to 4
@@ -564,7 +574,7 @@ def test_time_waiting_for_data_is_counted_apart(monkeypatch):
     assert (pace.speed(), pace.waiting()) == (50 / 10, 4 / 12)
 
 
-def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
+def test_an_explicit_precision_is_used_and_auto_depends_on_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     for amx, dots, chosen in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
@@ -572,11 +582,11 @@ def test_precision_is_what_was_asked_and_auto_looks_at_the_machine(monkeypatch):
         assert trainer.choose_precision("auto", cpu) == getattr(torch, chosen)
     for name, chosen in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         assert trainer.choose_precision(name, cpu) == chosen
-    cuda, asked = torch.device("cuda"), []
+    cuda, calls = torch.device("cuda"), []
     for native, chosen in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **own: asked.append(own) or native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **own: calls.append(own) or native)
         assert trainer.choose_precision("auto", cuda) == chosen
-    assert asked == [{"including_emulation": False}] * 2  # emulated products are slow
+    assert calls == [{"including_emulation": False}] * 2  # emulated bf16 matmuls are slow
 
 
 def test_biases_gains_and_the_tied_embedding_are_not_decayed():

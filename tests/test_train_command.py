@@ -1,4 +1,4 @@
-"""The train command: its arguments, its run folder, and what it prints around the training itself."""
+"""The train command: its arguments, its run folder, and its output before and after the training."""
 
 import contextlib
 import fcntl
@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive
-from checkpoints import make_checkpoint, small
+from fakes import raising
+from tiny_checkpoints import make_checkpoint, small
+from tiny_corpora import make_archive
 
 from las_fast import train
 from las_fast.config import Config, to_yaml
@@ -25,14 +26,7 @@ from las_fast.training.trainer import Diverged, Trainer
 WORDS = ["--config", "tiny", "--data", "here", "--out", "run"]
 
 
-def raising(error):
-    def happening(*_, **__):
-        raise error
-
-    return happening
-
-
-def test_words_become_options_and_settings():
+def test_arguments_become_options_and_settings():
     options, config = train.parse(WORDS)
     assert (options.config, options.data, options.out) == ("tiny", Path("here"), Path("run"))
     assert (options.resume, options.init, options.on_bad, options.device) == (False, None, None, "auto")
@@ -46,23 +40,23 @@ def test_words_become_options_and_settings():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([], "--config, --data, --out must be given; see --help"),
         ([*WORDS, "--on-bad", "x"], "--on-bad must be one of error, skip; got 'x'"),
         ([*WORDS, "--resum"], "there is no option --resum; the nearest is --resume"),
     ],
 )
-def test_words_that_are_wrong_or_missing_are_named(capsys, words, message):
+def test_wrong_or_missing_arguments_are_named(capsys, argv, message):
     with pytest.raises(SystemExit):
-        train.parse(words)
+        train.parse(argv)
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def test_a_training_starts_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
+def test_a_training_starts_in_a_new_folder_and_resumes_in_an_existing_one(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     (old / "last.pt").touch()
@@ -80,7 +74,7 @@ def test_a_training_starts_in_a_new_folder_and_resumes_in_an_old_one(tmp_path):
             train.check_run_folder(out, resume=False)
 
 
-def test_a_folder_that_may_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and path == tmp_path))
     with pytest.raises(InputError, match=f"--out {tmp_path}/a/b: {tmp_path} is not writable; give another folder"):
         train.check_run_folder(tmp_path / "a" / "b", resume=False)
@@ -153,7 +147,7 @@ class Utterances(SimpleNamespace):
 
 
 class Splits:
-    """A corpus whose splits are their own names."""
+    """A corpus where each split is just its name."""
 
     name = "the corpus"
 
@@ -163,7 +157,7 @@ class Splits:
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What load_dataset was asked for; each answer is the next of loaded.answers."""
+    """Replaces load_dataset: records its calls in `calls` and returns the next of `answers`."""
     loaded = SimpleNamespace(asked=[], answers=[], shared=0, divided=0, warned=[])
 
     def load_dataset(corpus, splits, **options):
@@ -185,7 +179,7 @@ def loaded(monkeypatch):
         ({"train": ("x", "y"), "dev": "z"}, [("x", "y"), ("z",)]),
     ],
 )
-def test_both_sets_are_loaded_with_their_transcripts_and_counted(loaded, capsys, splits, expected):
+def test_both_data_sets_are_loaded_with_transcripts_and_counted(loaded, capsys, splits, expected):
     data = replace(small().data, max_seconds=9.0, **splits)
     config = small(data=data)
     loaded.answers = ours, dev = [utterances(3), utterances(2, skipped=[("a", "b")])]
@@ -210,7 +204,7 @@ def test_transcript_lengths_are_checked_only_with_a_ctc_head(loaded, layer, warn
 
 
 @pytest.mark.parametrize(("counts", "name"), [((0, 1), "train-clean-100"), ((1, 0), "dev-clean"), ((1, 1), None)])
-def test_a_set_without_a_usable_utterance_is_refused(loaded, counts, name):
+def test_a_data_set_without_a_usable_utterance_is_refused(loaded, counts, name):
     loaded.answers = [utterances(count) for count in counts]
     message = f"{name} of the corpus has no usable utterance; give another split or --data"
     with pytest.raises(InputError, match=message) if name else contextlib.nullcontext():
@@ -244,7 +238,7 @@ def test_a_dev_set_that_was_trained_on_is_warned_of(loaded, capsys, shared, divi
         (Diverged("bad"), None, ""),
     ],
 )
-def test_a_training_that_ends_early_prints_how_to_continue_if_it_can(monkeypatch, capsys, error, saved_step, message):
+def test_a_training_that_ends_early_prints_how_to_resume_if_possible(monkeypatch, capsys, error, saved_step, message):
     monkeypatch.setattr(train, "check_disk_space", lambda out, trainer: None)
     made = SimpleNamespace(run=raising(error), saved_step=saved_step)
     with pytest.raises(type(error)):
@@ -275,9 +269,9 @@ def archive(tmp_path_factory):
 
 @pytest.fixture
 def began(monkeypatch):
-    """What train.train was given, in place of a training."""
+    """Replaces train.train and records its arguments."""
     began = []
-    monkeypatch.setattr(train, "train", lambda trainer, options, words: began.append((trainer, words)))
+    monkeypatch.setattr(train, "train", lambda trainer, options, argv: began.append((trainer, argv)))
     return began
 
 
@@ -287,17 +281,17 @@ def command(archive, out, *more):
 
 def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, capsys, monkeypatch, began):
     out = tmp_path / "run"
-    words = command(archive, out, "--training.epochs", "3")
-    monkeypatch.setattr("sys.argv", ["las_fast.train", *words])
+    argv = command(archive, out, "--training.epochs", "3")
+    monkeypatch.setattr("sys.argv", ["las_fast.train", *argv])
     train.main()
-    train.main([*words, "--data.workers", "0"])
+    train.main([*argv, "--data.workers", "0"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "data: HW4P2 F23" and any(line.startswith("model: ") for line in printed)
     (made, given), (again, other) = began
-    assert given == words and other == [*words, "--data.workers", "0"]
+    assert given == argv and other == [*argv, "--data.workers", "0"]
     assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
     assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
-    for weird in (words, [*words, "--resume"]):
+    for weird in (argv, [*argv, "--resume"]):
         with train.lock_run_folder(out), pytest.raises(InputError):
             train.main(weird)
 

@@ -21,7 +21,8 @@ from las_fast.data.loader import can_fork
 from las_fast.errors import InputError, Stopped
 from las_fast.training import trainer
 from las_fast.training.runlog import read_rows
-from tests.archives import make_archive
+from tests.fakes import raising
+from tests.tiny_corpora import make_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = {"train-clean-100": 7, "train-clean-360": 4, "dev-clean": 5}
@@ -40,80 +41,73 @@ def archive(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(archive, tmp_path_factory):
-    """A training that nothing interrupted."""
+def uninterrupted(archive, tmp_path_factory):
+    """The run folder of a training that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train.main(words(archive, out))
+    train.main(argv(archive, out))
     return out
 
 
-def words(archive, out, *extra, **settings):
-    found = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
+def argv(archive, out, *extra, **settings):
+    actual = ["--config", "tiny", "--data", str(archive), "--out", str(out)]
     for name, value in (SMALL | {k.replace("__", "."): v for k, v in settings.items()}).items():
-        found += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return [*found, *extra]
+        actual += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return [*actual, *extra]
 
 
 def progress_of(out):
     return checkpoint.load_state(out / "last.pt")["progress"]
 
 
-def assert_resumes_like(whole, archive, out, **settings):
-    """Resume the training in out, and compare all that it leaves with the one that was never interrupted."""
-    train.main(words(archive, out, "--resume", **settings))
-    ours, theirs = (checkpoint.load_state(folder / "last.pt") for folder in (out, whole))
+def assert_resumes_like(uninterrupted, archive, out, **settings):
+    """Resume the training in out, and compare its files with those of the uninterrupted training."""
+    train.main(argv(archive, out, "--resume", **settings))
+    ours, theirs = (checkpoint.load_state(folder / "last.pt") for folder in (out, uninterrupted))
     assert ours["progress"] == theirs["progress"]
     assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
     ours, theirs = ([{**row, "core_hours": 0} for row in read_rows(folder / "log.jsonl") if row["kind"] == "valid"]
-                    for folder in (out, whole))  # fmt: skip
+                    for folder in (out, uninterrupted))  # fmt: skip
     assert ours == theirs
     assert sorted(p.name for p in out.glob("*.safetensors")) == ["averaged.safetensors", "best.safetensors"]
 
 
-def at_step(monkeypatch, step, happening):
-    """Have `happening()` come before that step is taken."""
+def at_step(monkeypatch, step, event):
+    """Call `event()` just before a step."""
     take = trainer.Trainer.train_step
 
     def train_step(self, batch):
         if self.progress.step == step:
-            happening()
+            event()
         return take(self, batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
 
 
-def raising(error):
-    def happening(*_, **__):
-        raise error
-
-    return happening
-
-
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("step", [4, STEPS - 1])
-def test_a_signal_ends_a_training_after_the_step(archive, whole, tmp_path, monkeypatch, capsys, name, step):
+def test_a_signal_ends_a_training_after_the_step(archive, uninterrupted, tmp_path, monkeypatch, capsys, name, step):
     number = getattr(signal, name)
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(number))
         with pytest.raises(Stopped) as stop:
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert stop.value.signum == number and progress_of(tmp_path)["step"] == step + 1
     assert f"step {step + 1} is saved. To continue: python -m las_fast.train" in capsys.readouterr().err
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
-def test_two_signals_within_a_moment_count_as_one(archive, tmp_path, monkeypatch):
+def test_two_signals_in_quick_succession_count_as_one(archive, tmp_path, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
 
     at_step(monkeypatch, 4, twice)
     with pytest.raises(Stopped):
-        train.main(words(archive, tmp_path))
+        train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 5
 
 
-def test_a_second_signal_ends_the_step_and_saves_the_one_before(archive, whole, tmp_path, monkeypatch):
+def test_a_second_signal_aborts_the_step_and_saves_the_previous_one(archive, uninterrupted, tmp_path, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -122,12 +116,14 @@ def test_a_second_signal_ends_the_step_and_saves_the_one_before(archive, whole, 
         patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
         at_step(patch, 4, twice)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 4
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
-def test_a_second_signal_in_the_middle_of_an_update_saves_no_inconsistent_state(archive, whole, tmp_path, monkeypatch):
+def test_a_second_signal_in_the_middle_of_an_update_saves_no_inconsistent_state(
+    archive, uninterrupted, tmp_path, monkeypatch
+):
     def twice(self):
         if self.progress.averaged_steps == 7:
             signal.raise_signal(signal.SIGINT)
@@ -139,14 +135,14 @@ def test_a_second_signal_in_the_middle_of_an_update_saves_no_inconsistent_state(
         patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
         patch.setattr(trainer.Trainer, "_average", twice)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path))
-    assert progress_of(tmp_path)["step"] == 6  # that of the validation
-    assert_resumes_like(whole, archive, tmp_path)
+            train.main(argv(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 6  # the signal during the validation
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["save_state", "save_model"])
-def test_signals_while_files_are_written_do_not_harm_them(archive, whole, tmp_path, monkeypatch, where):
-    def disturbed(*arguments):
+def test_signals_during_a_write_do_not_damage_files(archive, uninterrupted, tmp_path, monkeypatch, where):
+    def write_with_signal(*arguments):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         write(*arguments)
@@ -155,14 +151,14 @@ def test_signals_while_files_are_written_do_not_harm_them(archive, whole, tmp_pa
     write = getattr(checkpoint, where)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
-        patch.setattr(checkpoint, where, disturbed)
+        patch.setattr(checkpoint, where, write_with_signal)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["validated"] == 6
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
-def test_a_validation_ended_by_a_signal_is_repeated_on_resume(archive, whole, tmp_path, monkeypatch):
+def test_a_validation_ended_by_a_signal_is_repeated_on_resume(archive, uninterrupted, tmp_path, monkeypatch):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGTERM)
         validation(*arguments)
@@ -172,12 +168,12 @@ def test_a_validation_ended_by_a_signal_is_repeated_on_resume(archive, whole, tm
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validate", interrupted)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert (progress_of(tmp_path)["step"], progress_of(tmp_path)["validated"]) == (6, 0)
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
-def test_a_missing_last_validation_is_done_on_resume(archive, whole, tmp_path, monkeypatch):
+def test_a_missing_last_validation_is_done_on_resume(archive, uninterrupted, tmp_path, monkeypatch):
     seen = []
 
     def validate(*arguments):
@@ -190,14 +186,14 @@ def test_a_missing_last_validation_is_done_on_resume(archive, whole, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validate", validate)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == STEPS
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
 @pytest.mark.skipif(not can_fork(), reason="workers are forks, on Linux only")
-def test_a_signal_ends_a_wait_for_data_at_once(archive, whole, tmp_path, monkeypatch):
-    def hanging(self, b):
+def test_a_signal_ends_a_wait_for_data_at_once(archive, uninterrupted, tmp_path, monkeypatch):
+    def hang(self, b):
         if os.getpid() != parent and b == 2 and self.epoch == 1:
             os.kill(parent, signal.SIGTERM)
             time.sleep(60)
@@ -205,103 +201,103 @@ def test_a_signal_ends_a_wait_for_data_at_once(archive, whole, tmp_path, monkeyp
 
     parent, make = os.getpid(), batching._Batches.__getitem__
     with monkeypatch.context() as patch:
-        patch.setattr(batching._Batches, "__getitem__", hanging)
+        patch.setattr(batching._Batches, "__getitem__", hang)
         with pytest.raises(Stopped):
-            train.main(words(archive, tmp_path, data__workers=1))
+            train.main(argv(archive, tmp_path, data__workers=1))
     assert progress_of(tmp_path)["step"] in (6, 7, 8)  # the worker is ahead
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
 @pytest.mark.skipif(not can_fork(), reason="workers are forks, on Linux only")
 @pytest.mark.parametrize("death", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(1)])
-def test_a_worker_that_dies_changes_nothing(archive, whole, tmp_path, monkeypatch, capsys, death):
-    def dying(self, b):
+def test_a_worker_that_dies_does_not_change_the_run(archive, uninterrupted, tmp_path, monkeypatch, capsys, death):
+    def die(self, b):
         if os.getpid() != parent and b == 2:
             death()
         return make(self, b)
 
     parent, make = os.getpid(), batching._Batches.__getitem__
     with monkeypatch.context() as patch:
-        patch.setattr(batching._Batches, "__getitem__", dying)
-        train.main(words(archive, tmp_path, data__workers=2))
+        patch.setattr(batching._Batches, "__getitem__", die)
+        train.main(argv(archive, tmp_path, data__workers=2))
     assert "warning: a loader process ended early" in capsys.readouterr().err
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
 @pytest.mark.parametrize("error", [InputError("x.npy is damaged"), OSError(5, "Input/output error", "x.npy")])
-def test_bad_data_in_the_middle_saves_what_was_learned(archive, whole, tmp_path, monkeypatch, capsys, error):
+def test_bad_data_in_mid_training_saves_the_state(archive, uninterrupted, tmp_path, monkeypatch, capsys, error):
     with monkeypatch.context() as patch:
         at_step(patch, 4, raising(error))
         with pytest.raises(type(error), match="x.npy"):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 4
     assert "stopped; step 4 is saved. To continue: python -m las_fast.train" in capsys.readouterr().err
-    assert_resumes_like(whole, archive, tmp_path)
+    assert_resumes_like(uninterrupted, archive, tmp_path)
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA")]
 )
-def test_out_of_memory_names_the_setting_to_lower_and_saves(archive, whole, tmp_path, monkeypatch, error):
+def test_out_of_memory_names_the_setting_to_lower_and_saves(archive, uninterrupted, tmp_path, monkeypatch, error):
     with monkeypatch.context() as patch:
         at_step(patch, 3, raising(error))
         message = (
             r"training on a batch of 2 utterances, \d+ frames, does not fit in memory; step 3 is saved, continue with "
         )
         with pytest.raises(InputError, match=message + "--resume and --data.frames-per-batch below 8000"):
-            train.main(words(archive, tmp_path, data__frames_per_batch=8000))
+            train.main(argv(archive, tmp_path, data__frames_per_batch=8000))
     assert progress_of(tmp_path)["step"] == 3
 
 
-def test_out_of_memory_at_the_first_step_saves_nothing(archive, tmp_path, monkeypatch):
+def test_out_of_memory_at_the_first_step_writes_no_checkpoint(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 0, raising(MemoryError()))
     with pytest.raises(InputError, match="start again with --data.frames-per-batch below"):
-        train.main(words(archive, tmp_path))
+        train.main(argv(archive, tmp_path))
     assert not (tmp_path / "last.pt").exists()
 
 
 def test_an_utterance_that_does_not_fit_on_its_own_gets_other_advice(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 4, raising(MemoryError()))
     with pytest.raises(InputError, match=r"an utterance of \d+ frames does not fit .* --data.max-seconds"):
-        train.main(words(archive, tmp_path, data__utterances_per_batch=1))
+        train.main(argv(archive, tmp_path, data__utterances_per_batch=1))
 
 
-def test_out_of_memory_in_a_validation_names_the_decoding_setting(archive, whole, tmp_path, monkeypatch):
+def test_out_of_memory_in_a_validation_names_the_decoding_setting(archive, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validate", raising(MemoryError()))
         with pytest.raises(
             InputError, match=r"lower --decoding.frames-per-batch \(now \d+\) and continue with --resume"
         ):
-            train.main(words(archive, tmp_path))
-    assert_resumes_like(whole, archive, tmp_path, decoding__frames_per_batch=200)
+            train.main(argv(archive, tmp_path))
+    assert_resumes_like(uninterrupted, archive, tmp_path, decoding__frames_per_batch=200)
 
 
 def test_with_smaller_batches_a_training_resumes_at_the_same_share_of_the_epoch(archive, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         at_step(patch, 9, raising(MemoryError()))
         with pytest.raises(InputError):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
     smaller = {"data__utterances_per_batch": 1}
-    train.main(words(archive, tmp_path, "--resume", **smaller))
-    assert "batches are smaller than before: step 9 is step 16 now" in capsys.readouterr().out  # half of 11 a epoch
+    train.main(argv(archive, tmp_path, "--resume", **smaller))
+    assert "batches are smaller than before: step 9 is step 16 now" in capsys.readouterr().out  # half of 11 per epoch
     assert progress_of(tmp_path)["step"] == 22
     assert [row["epoch"] for row in read_rows(tmp_path / "log.jsonl") if row["kind"] == "valid"] == [1.0, 2.0]
     with pytest.raises(InputError, match="data.utterances_per_batch = 1, not 2"):
-        train.main(words(archive, tmp_path, "--resume"))
+        train.main(argv(archive, tmp_path, "--resume"))
 
 
 def test_a_state_that_has_diverged_is_not_saved(archive, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 8, raising(trainer.Diverged("the training has diverged")))
         with pytest.raises(InputError):
-            train.main(words(archive, tmp_path))
-    assert progress_of(tmp_path)["step"] == 6  # of the validation
+            train.main(argv(archive, tmp_path))
+    assert progress_of(tmp_path)["step"] == 6  # during the validation
 
 
 def test_bugs_keep_their_traceback(archive, tmp_path, monkeypatch):
     at_step(monkeypatch, 4, raising(TypeError("a fault")))
     with pytest.raises(TypeError, match="a fault"):
-        train.main(words(archive, tmp_path))
+        train.main(argv(archive, tmp_path))
 
 
 def test_the_first_error_is_reported_when_saving_fails_too(archive, tmp_path, monkeypatch):
@@ -309,22 +305,22 @@ def test_the_first_error_is_reported_when_saving_fails_too(archive, tmp_path, mo
         at_step(patch, 4, raising(OSError(28, "No space left on device", "events.out")))
         patch.setattr(checkpoint, "save_state", raising(InputError("last.pt could not be written")))
         with pytest.raises(OSError, match=r"events.out"):
-            train.main(words(archive, tmp_path))
+            train.main(argv(archive, tmp_path))
 
 
-def test_a_state_of_an_older_version_needs_no_validation(archive, whole, tmp_path, capsys):
-    state = checkpoint.load_state(whole / "last.pt")
+def test_a_finished_state_without_a_validation_record_counts_as_complete(archive, uninterrupted, tmp_path, capsys):
+    state = checkpoint.load_state(uninterrupted / "last.pt")
     del state["progress"]["validated"]
     checkpoint.save_state(tmp_path / "last.pt", state)
-    train.main(words(archive, tmp_path, "--resume"))
+    train.main(argv(archive, tmp_path, "--resume"))
     assert "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.7])
 def test_a_signal_to_the_whole_group_saves_the_last_step(archive, tmp_path, seconds):
-    """As timeout, Slurm and Kubernetes do it: the workers get the signal too."""
+    """timeout, Slurm and Kubernetes signal the whole process group, including the workers."""
     settings = {"training__epochs": 500, "training__validate_every": 100.0, "data__workers": 2}
-    command = [sys.executable, "-m", "las_fast.train", *words(archive, tmp_path, **settings)]
+    command = [sys.executable, "-m", "las_fast.train", *argv(archive, tmp_path, **settings)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     log = tmp_path / "log.jsonl"
@@ -347,7 +343,7 @@ def test_a_terminal_that_is_closed_ends_a_training_with_its_state_saved(archive,
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-m", "las_fast.train", *words(archive, tmp_path, **settings)])
+        os.execv(sys.executable, [sys.executable, "-m", "las_fast.train", *argv(archive, tmp_path, **settings)])
     log = tmp_path / "log.jsonl"
     while not (log.exists() and log.stat().st_size):
         if select.select([terminal], [], [], 0.05)[0]:
@@ -357,7 +353,7 @@ def test_a_terminal_that_is_closed_ends_a_training_with_its_state_saved(archive,
     assert os.waitstatus_to_exitcode(status) == 129 and progress_of(tmp_path)["step"] >= 10
 
 
-TORN = {
+DAMAGED_ENDS = {
     "nothing": b"",
     "cut": b'{"kind": "train", "st',
     "cut after an inner brace": b'{"kind": "valid", "step": 1, "epoch": 1.0, "monitor": {"diagonal": 0.5}',
@@ -376,27 +372,27 @@ TORN = {
 }
 
 
-@pytest.mark.parametrize("end", TORN.values(), ids=TORN.keys())
-def test_a_torn_log_can_be_resumed(whole, tmp_path, end):
+@pytest.mark.parametrize("end", DAMAGED_ENDS.values(), ids=DAMAGED_ENDS.keys())
+def test_a_training_with_a_truncated_log_can_be_resumed(uninterrupted, tmp_path, end):
     lines = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "valid", "step": 2, "line": "{}"}]
     (tmp_path / "log.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in lines).encode() + end)
     assert read_rows(tmp_path / "log.jsonl") == lines
 
 
-def test_a_log_cut_at_any_byte_gives_its_complete_lines(whole, tmp_path):
-    content = (whole / "log.jsonl").read_bytes()
+def test_a_log_truncated_at_any_byte_gives_its_complete_lines(uninterrupted, tmp_path):
+    content = (uninterrupted / "log.jsonl").read_bytes()
     path = tmp_path / "log.jsonl"
     for end in range(0, len(content), 7):
         path.write_bytes(content[:end])
         assert len(read_rows(path)) in (content[:end].count(b"\n"), content[:end].count(b"\n") + 1)
 
 
-def test_resuming_drops_lines_that_are_not_log_rows(archive, whole, tmp_path):
+def test_resuming_drops_lines_that_are_not_log_rows(archive, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    train.main(words(archive, out, training__epochs=1))
+    train.main(argv(archive, out, training__epochs=1))
     with (out / "log.jsonl").open("ab") as log:
-        log.write(TORN["cut after an inner brace"] + bytes(100))
+        log.write(DAMAGED_ENDS["cut after an inner brace"] + bytes(100))
     longer = {"training__epochs": 2, "training__restarts": 1}
-    train.main(words(archive, out, "--resume", **longer))
+    train.main(argv(archive, out, "--resume", **longer))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "valid"] == [6, 12]

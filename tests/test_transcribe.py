@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from archives import RATE, make_speech
-from checkpoints import make_checkpoint
+from tiny_checkpoints import make_checkpoint
+from tiny_corpora import RATE, make_speech
 
 from las_fast import recogniser
 from las_fast import transcribe as module
@@ -31,7 +31,7 @@ from las_fast.transcribe import main
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transcribe")
     make_checkpoint(folder, 20, mel_bins=23)
     soundfile.write(folder / "short.wav", make_speech(0.6), 16000)
@@ -41,13 +41,13 @@ def here(tmp_path_factory):
     return folder
 
 
-def transcribe(here, *words, files=("short.wav",)):
-    model = ["--checkpoint", str(here / "untrained-20.safetensors"), "--device", "cpu", "--beam", "2"]
-    main([*(f"{here}/{name}" for name in files), *model, *words])
+def transcribe(workspace, *argv, files=("short.wav",)):
+    model = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu", "--beam", "2"]
+    main([*(f"{workspace}/{name}" for name in files), *model, *argv])
 
 
-def test_a_long_recording_is_decoded_in_segments(here, capsys):
-    transcribe(here, "--format", "json", files=["long.wav"])
+def test_a_long_recording_is_decoded_in_segments(workspace, capsys):
+    transcribe(workspace, "--format", "json", files=["long.wav"])
     row = json.loads(capsys.readouterr().out)
     assert len(row["pieces"]) == 2 and row["text"] == " ".join(piece["text"] for piece in row["pieces"])
     first, second = row["pieces"]
@@ -56,70 +56,70 @@ def test_a_long_recording_is_decoded_in_segments(here, capsys):
     assert first["mean_score"] < 0 and first["speech_score"] is None  # this model has no CTC head
 
 
-def test_recordings_have_the_same_text_alone_and_together(here, capsys):
-    transcribe(here, "--format", "json", files=["short.wav", "other.flac", "long.wav"])
+def test_a_recording_has_the_same_text_alone_and_in_a_batch(workspace, capsys):
+    transcribe(workspace, "--format", "json", files=["short.wav", "other.flac", "long.wav"])
     together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for name, row in zip(["short.wav", "other.flac", "long.wav"], together, strict=True):
-        transcribe(here, "--format", "json", files=[name])
+        transcribe(workspace, "--format", "json", files=[name])
         alone = json.loads(capsys.readouterr().out)
         assert alone["text"] == row["text"] and row["file"].endswith(name)
 
 
-def test_texts_of_several_files_have_their_names(here, capsys):
-    transcribe(here, files=["short.wav", "other.flac"])
+def test_texts_of_several_files_have_their_names(workspace, capsys):
+    transcribe(workspace, files=["short.wav", "other.flac"])
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()] == [
         "short.wav",
         "other.flac",
     ]
 
 
-def test_a_checkpoint_of_an_archive_is_a_warning(here, tmp_path, capsys):
+def test_a_checkpoint_of_an_archive_is_a_warning(workspace, tmp_path, capsys):
     for kind, warnings in (("features", 1), ("audio", 0)):
         make_checkpoint(tmp_path, 20, mel_bins=23, info={"data": {"kind": kind, "name": "HW4P2 F23"}})
-        transcribe(here, "--checkpoint", str(tmp_path / "untrained-20.safetensors"))
+        transcribe(workspace, "--checkpoint", str(tmp_path / "untrained-20.safetensors"))
         err = capsys.readouterr().err
         assert err.count("was trained on the features of HW4P2 F23; those that las_fast computes") == warnings
 
 
-def test_silence_has_no_text(here, capsys):
-    transcribe(here, files=["silent.wav"])
+def test_silence_has_no_text(workspace, capsys):
+    transcribe(workspace, files=["silent.wav"])
     out, err = capsys.readouterr()
     assert out == "\n" and "silent.wav: no speech was found in its 1.00 seconds" in err
 
 
-def test_a_click_has_no_text(here, capsys):
-    soundfile.write(here / "click.wav", np.full(500, 0.5), 16000)
-    transcribe(here, files=["click.wav"])
+def test_a_click_has_no_text(workspace, capsys):
+    soundfile.write(workspace / "click.wav", np.full(500, 0.5), 16000)
+    transcribe(workspace, files=["click.wav"])
     out, err = capsys.readouterr()
     assert out == "\n" and "click.wav: no speech was found in its 0.03 seconds" in err
 
 
-def test_a_recording_that_is_cut_off_is_a_warning(here, capsys):
-    transcribe(here, files=["short.wav"])
+def test_a_truncated_recording_is_a_warning(workspace, capsys):
+    transcribe(workspace, files=["short.wav"])
     assert "warning" not in capsys.readouterr().err
-    whole = (here / "short.wav").read_bytes()
-    (here / "half.wav").write_bytes(whole[: len(whole) // 2])
-    transcribe(here, files=["half.wav"])
+    whole = (workspace / "short.wav").read_bytes()
+    (workspace / "half.wav").write_bytes(whole[: len(whole) // 2])
+    transcribe(workspace, files=["half.wav"])
     assert "warning: " in (err := capsys.readouterr().err) and "half.wav is cut off: it has" in err
 
 
-def test_files_can_go_to_a_folder(here, tmp_path):
-    transcribe(here, "--format", "srt", "--out", str(tmp_path / "subs"), files=["short.wav", "other.flac"])
+def test_files_can_go_to_a_folder(workspace, tmp_path):
+    transcribe(workspace, "--format", "srt", "--out", str(tmp_path / "subs"), files=["short.wav", "other.flac"])
     assert sorted(path.name for path in (tmp_path / "subs").iterdir()) == ["other.srt", "short.srt"]
 
 
 @pytest.mark.parametrize("below", ["", "deep", "deep/er"])
-def test_an_output_folder_that_is_a_file_is_refused_before_the_work(here, capsys, tmp_path, below):
+def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, capsys, tmp_path, below):
     (tmp_path / "taken").write_text("")
     with pytest.raises(SystemExit) as end:
-        run(lambda _: transcribe(here, "--out", str(tmp_path / "taken" / below), files=["gone.wav"]))
+        run(lambda _: transcribe(workspace, "--out", str(tmp_path / "taken" / below), files=["gone.wav"]))
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: --out: the folder") and err.count("\n") == 1
     assert f"({tmp_path / 'taken'} is a file)" in err
 
 
 @pytest.mark.parametrize(
-    ("files", "words", "message"),
+    ("files", "argv", "message"),
     [
         (["gone.wav"], [], "gone.wav"),
         (["short.wav", "other.flac"], ["--format", "srt"], "give a folder for them with --out FOLDER"),
@@ -129,50 +129,52 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(here, capsys
         (["short.wav"], ["--checkpoint", "gone"], "checkpoint gone"),
     ],
 )
-def test_bad_input_is_one_sentence(here, capsys, files, words, message):
+def test_bad_input_is_a_one_sentence_error(workspace, capsys, files, argv, message):
     with pytest.raises(SystemExit) as end:
-        run(lambda _: transcribe(here, *words, files=files))
+        run(lambda _: transcribe(workspace, *argv, files=files))
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_audio_is_named(here, capsys):
-    (here / "noise.wav").write_bytes(b"not audio")
+def test_a_file_that_is_not_audio_is_refused(workspace, capsys):
+    (workspace / "noise.wav").write_bytes(b"not audio")
     with pytest.raises(SystemExit):
-        run(lambda _: transcribe(here, files=["noise.wav"]))
+        run(lambda _: transcribe(workspace, files=["noise.wav"]))
     assert "noise.wav" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_read_may_be_left_out(here, capsys):
-    (here / "noise.wav").write_bytes(b"not audio")
-    transcribe(here, "--on-bad", "skip", "--format", "json", files=["short.wav", "noise.wav", "gone.wav", "other.flac"])
+def test_unreadable_files_may_be_skipped(workspace, capsys):
+    (workspace / "noise.wav").write_bytes(b"not audio")
+    transcribe(
+        workspace, "--on-bad", "skip", "--format", "json", files=["short.wav", "noise.wav", "gone.wav", "other.flac"]
+    )
     captured = capsys.readouterr()
     assert [json.loads(line)["file"].rsplit("/", 1)[1] for line in captured.out.splitlines()] == [
         "short.wav",
         "other.flac",
     ]
     assert "left out" in captured.err and "noise.wav" in captured.err and "gone.wav does not exist" in captured.err
-    transcribe(here, "--on-bad", "skip", files=["noise.wav"])
+    transcribe(workspace, "--on-bad", "skip", files=["noise.wav"])
     assert capsys.readouterr().out == ""
 
 
-def test_each_file_is_written_when_it_is_decoded(here, tmp_path, monkeypatch):
+def test_each_file_is_written_as_soon_as_it_is_decoded(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "POOL_SECONDS", 0.5)
-    (here / "noise.wav").write_bytes(b"not audio")
+    (workspace / "noise.wav").write_bytes(b"not audio")
     with pytest.raises(InputError, match="noise.wav"):
-        transcribe(here, "--out", str(tmp_path), files=["short.wav", "other.flac", "noise.wav", "long.wav"])
+        transcribe(workspace, "--out", str(tmp_path), files=["short.wav", "other.flac", "noise.wav", "long.wav"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "short.txt"]
 
 
 @pytest.mark.parametrize("pool", [0.1, 5.0, 1e9])
-def test_texts_do_not_depend_on_the_pool(here, capsys, monkeypatch, pool):
-    transcribe(here, "--format", "json", files=["long.wav", "short.wav"])
+def test_texts_do_not_depend_on_the_pool(workspace, capsys, monkeypatch, pool):
+    transcribe(workspace, "--format", "json", files=["long.wav", "short.wav"])
     expected = capsys.readouterr().out
     monkeypatch.setattr(module, "POOL_SECONDS", pool)
-    transcribe(here, "--format", "json", files=["long.wav", "short.wav"])
+    transcribe(workspace, "--format", "json", files=["long.wav", "short.wav"])
     assert capsys.readouterr().out == expected
 
 
-def test_an_error_in_decoding_is_not_skipped(here, tmp_path, monkeypatch):
+def test_an_error_in_decoding_is_not_skipped(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "POOL_SECONDS", 0.1)
 
     def failing(*arguments, **options):
@@ -180,46 +182,60 @@ def test_an_error_in_decoding_is_not_skipped(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dataset, "decode_dataset", failing)
     with pytest.raises(InputError, match="no memory"):
-        transcribe(here, "--on-bad", "skip", "--out", str(tmp_path), files=["short.wav", "other.flac"])
+        transcribe(workspace, "--on-bad", "skip", "--out", str(tmp_path), files=["short.wav", "other.flac"])
 
 
-def test_a_recording_is_never_replaced_by_a_transcript(here, tmp_path):
-    (tmp_path / "talk.txt").write_bytes((here / "short.wav").read_bytes())
-    words = ["--checkpoint", str(here / "untrained-20.safetensors"), "--out", str(tmp_path), "--existing", "replace"]
+def test_a_recording_is_never_replaced_by_a_transcript(workspace, tmp_path):
+    (tmp_path / "talk.txt").write_bytes((workspace / "short.wav").read_bytes())
+    argv = [
+        "--checkpoint",
+        str(workspace / "untrained-20.safetensors"),
+        "--out",
+        str(tmp_path),
+        "--existing",
+        "replace",
+    ]
     with pytest.raises(InputError, match="talk.txt would replace a recording"):
-        main([str(tmp_path / "talk.txt"), *words])
+        main([str(tmp_path / "talk.txt"), *argv])
 
 
-def test_a_missing_file_is_reported_before_the_work(here, tmp_path):
+def test_a_missing_file_is_reported_before_the_work(workspace, tmp_path):
     with pytest.raises(InputError, match="gone.wav does not exist"):
-        transcribe(here, "--out", str(tmp_path), files=["short.wav", "gone.wav"])
+        transcribe(workspace, "--out", str(tmp_path), files=["short.wav", "gone.wav"])
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_files_are_replaced_only_on_request(here, tmp_path, capsys):
+def test_existing_files_are_replaced_only_on_request(workspace, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("my own notes")
     with pytest.raises(InputError, match="1 of 2 output files exist already, the first is .*short.txt"):
-        transcribe(here, "--out", str(tmp_path), files=["short.wav", "other.flac"])
+        transcribe(workspace, "--out", str(tmp_path), files=["short.wav", "other.flac"])
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
-    transcribe(here, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
+    transcribe(workspace, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
     assert (tmp_path / "short.txt").read_text() == "my own notes" and (tmp_path / "other.txt").exists()
-    transcribe(here, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
+    transcribe(workspace, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
     assert "nothing to do: all 2" in capsys.readouterr().out
-    transcribe(here, "--out", str(tmp_path), "--existing", "replace", files=["short.wav"])
+    transcribe(workspace, "--out", str(tmp_path), "--existing", "replace", files=["short.wav"])
     assert (tmp_path / "short.txt").read_text() != "my own notes"
 
 
-def test_a_recording_given_twice_is_transcribed_once(here, capsys):
-    transcribe(here, "--format", "json", files=["short.wav", "short.wav"])
+def test_a_recording_given_twice_is_transcribed_once(workspace, capsys):
+    transcribe(workspace, "--format", "json", files=["short.wav", "short.wav"])
     assert capsys.readouterr().out.count("short.wav") == 1
 
 
-def test_standard_input_is_a_recording(here, tmp_path):
-    command = [sys.executable, "-m", "las_fast.transcribe", "-", "--checkpoint", str(here / "untrained-20.safetensors")]
+def test_standard_input_is_a_recording(workspace, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "las_fast.transcribe",
+        "-",
+        "--checkpoint",
+        str(workspace / "untrained-20.safetensors"),
+    ]
     command += ["--device", "cpu", "--beam", "2", "--format", "json", "--out", str(tmp_path)]
-    with open(here / "short.wav", "rb") as recording:
+    with open(workspace / "short.wav", "rb") as recording:
         subprocess.run(command, stdin=recording, check=True, cwd=Path(__file__).parents[1])
-    transcribe(here, "--format", "json", "--out", str(tmp_path))
+    transcribe(workspace, "--format", "json", "--out", str(tmp_path))
     assert read(tmp_path / "stdin.json")["pieces"] == read(tmp_path / "short.json")["pieces"]
 
 
@@ -227,51 +243,51 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_noise_is_left_out_with_a_warning(here, capsys, monkeypatch):
+def test_noise_segments_are_omitted_with_a_warning(workspace, capsys, monkeypatch):
     scores = iter([0.5, 3.0, 0.5, 3.0])
     whole = dataset.decode_dataset
 
     def scored(*arguments, **options):
-        found = whole(*arguments, **options)
-        return [[replace(best, speech_score=next(scores)), *rest] for best, *rest in found]
+        actual = whole(*arguments, **options)
+        return [[replace(best, speech_score=next(scores)), *rest] for best, *rest in actual]
 
     monkeypatch.setattr(dataset, "decode_dataset", scored)
-    transcribe(here, "--format", "json", files=["long.wav"])
+    transcribe(workspace, "--format", "json", files=["long.wav"])
     out, err = capsys.readouterr()
     (piece,) = json.loads(out)["pieces"]
     assert piece["speech_score"] == 3.0 and "left out 1 segment that may be noise, the first at 0.0 s" in err
-    transcribe(here, "--format", "json", "--min-speech-score", "0.5", files=["long.wav"])
+    transcribe(workspace, "--format", "json", "--min-speech-score", "0.5", files=["long.wav"])
     out, err = capsys.readouterr()
     assert len(json.loads(out)["pieces"]) == 2 and "noise" not in err
 
 
-def test_the_length_of_a_recording_is_estimated(here, tmp_path):
-    assert module.estimated_seconds(here / "long.wav") == pytest.approx(25)
-    assert module.estimated_seconds(here / "gone.wav") == module.estimated_seconds(Path("-")) == 0
+def test_the_length_of_a_recording_is_estimated(workspace, tmp_path):
+    assert module.estimated_seconds(workspace / "long.wav") == pytest.approx(25)
+    assert module.estimated_seconds(workspace / "gone.wav") == module.estimated_seconds(Path("-")) == 0
     soundfile.write(tmp_path / "lies.flac", make_speech(0.5), RATE)
     data = bytearray((tmp_path / "lies.flac").read_bytes())
-    data[22:26] = b"\xff" * 4  # the number of samples
+    data[22:26] = b"\xff" * 4  # the number of samples in its header
     (tmp_path / "lies.flac").write_bytes(data)
     assert module.estimated_seconds(tmp_path / "lies.flac") == len(data) / 500
 
 
-def test_a_recording_without_a_length_is_not_read_to_estimate_it(here, tmp_path, monkeypatch):
+def test_a_recording_without_a_length_is_not_read_to_estimate_it(workspace, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text").write_text("not audio")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "text"):
         assert module.estimated_seconds(path) == 0
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "-").write_bytes((here / "short.wav").read_bytes())
-    assert module.estimated_seconds(Path("-")) == 0  # it is standard input, not this file
+    (tmp_path / "-").write_bytes((workspace / "short.wav").read_bytes())
+    assert module.estimated_seconds(Path("-")) == 0  # "-" is standard input, not this file
 
 
 # ------------------------------------------------------------------------------------------- the order of the work
 
 
 class Work:
-    """Recordings that are made up of segments, decoded by a stand-in for the search; says what happens in what order.
+    """Recordings made of segments, decoded by a fake search; `log` has the events in order.
 
-    recordings: the seconds of the segments of each, or an error.
+    recordings: {name: seconds of its segments, or an error}.
     """
 
     def __init__(self, monkeypatch, recordings: dict[str, list[float] | InputError], scores=()):
@@ -284,8 +300,8 @@ class Work:
         )  # fmt: skip
         self.decoder = Decoder(DecodingConfig(beam=2), "table", "packed")
         self.model = Recogniser(self.loaded, torch.device("cpu"))
-        monkeypatch.setattr(self.model, "settings", lambda **given: self.asked.append(given) or "settings")
-        monkeypatch.setattr(self.model, "decoder", lambda *given: self.asked.append(given) or self.decoder)
+        monkeypatch.setattr(self.model, "settings", lambda **args: self.asked.append(args) or "settings")
+        monkeypatch.setattr(self.model, "decoder", lambda *args: self.asked.append(args) or self.decoder)
         monkeypatch.setattr(recogniser, "open_recording", self.open)
         monkeypatch.setattr(recogniser, "segments", self.segments)
         monkeypatch.setattr(dataset, "decode_dataset", self.decode)
@@ -293,22 +309,22 @@ class Work:
         monkeypatch.setattr(module, "POOL_SECONDS", 10.0)
 
     @contextlib.contextmanager
-    def progress(self, *given, **options):
-        self.shown = given, options
+    def progress(self, *args, **options):
+        self.shown = args, options
         yield SimpleNamespace(update=self.updates.append)
 
     @contextlib.contextmanager
     def open(self, path, sample_rate):
         assert sample_rate == 10
-        found = self.recordings[str(path)]
-        if isinstance(found, InputError):
-            raise found
+        actual = self.recordings[str(path)]
+        if isinstance(actual, InputError):
+            raise actual
 
         class Recording(list):
             name = show(path)
             warnings = [f"{path} is odd"] if str(path) == "odd" else []
 
-        yield Recording([np.zeros(15)] * 2 if not found else [np.zeros(int(10 * s)) for s in found])
+        yield Recording([np.zeros(15)] * 2 if not actual else [np.zeros(int(10 * s)) for s in actual])
 
     def segments(self, blocks, features, statistics):
         assert features is self.loaded.config.features and statistics is None
@@ -326,27 +342,27 @@ class Work:
         return [[beam.Hypothesis([65 + i, 66], -6.0, -2.0, [0, 0], [-3.0, -1.0], True, next(self.scores, None)),
                  worse][:nbest] for i in range(len(data))]  # fmt: skip
 
-    def run(self, *words) -> list[tuple[Segment, ...]]:
-        """Return the segments of each recording as the command transcribes it."""
-        options = module.parser().parse_args([*self.recordings, *words])
+    def run(self, *argv) -> list[tuple[Segment, ...]]:
+        """The segments of each recording as the command transcribes it."""
+        options = module.parser().parse_args([*self.recordings, *argv])
         return self.listed(module.transcribe(options.files, self.model, options))
 
     def listed(self, transcripts) -> list[tuple[Segment, ...]]:
-        found = []
+        actual = []
         for path, transcript in transcripts:
             self.log.append(str(path))
-            found.append(transcript.segments)
-        return found
+            actual.append(transcript.segments)
+        return actual
 
 
-def test_recordings_come_in_their_order_as_soon_as_all_of_each_is_decoded(monkeypatch, capsys):
+def test_recordings_are_returned_in_order_as_soon_as_each_is_decoded(monkeypatch, capsys):
     work = Work(monkeypatch, {"a": [3.0, 4.0], "b": [3.0, 2.0], "c": [], "odd": [2.0, 2.0]})
-    found = work.run()
+    actual = work.run()
     assert work.log == ["decode 3", "a", "decode 3", "b", "c", "odd"]
-    times = [[(segment.start, segment.end) for segment in segments] for segments in found]
+    times = [[(segment.start, segment.end) for segment in segments] for segments in actual]
     assert times == [[(0, 3), (3, 7)], [(0, 3), (3, 5)], [], [(0, 2), (2, 4)]]
     best = Hypothesis("CB", -6.0, -2.0, None)
-    assert found[1][0] == Segment(0.0, 3.0, "CB", -6.0, -2.0, None, (best,))
+    assert actual[1][0] == Segment(0.0, 3.0, "CB", -6.0, -2.0, None, (best,))
     data, options = work.data[0]
     expected = {"ngram": "table", "packed": "packed", "device": torch.device("cpu")}
     assert options == {**expected, "speech_scores": True, "progress": False}
@@ -356,19 +372,19 @@ def test_recordings_come_in_their_order_as_soon_as_all_of_each_is_decoded(monkey
     assert work.shown == ((None, "transcribing", "s of audio"), {}) and sum(work.updates) == 19
 
 
-def test_python_callers_are_told_what_was_heard_and_shown_nothing(monkeypatch, capsys):
+def test_python_callers_get_progress_and_warnings_and_no_output(monkeypatch, capsys):
     work = Work(monkeypatch, {"a": [3.0, 4.0], "odd": [3.0, 2.0], "c": []})
     messages, seconds = [], []
     options = {"nbest": 2, "pool_seconds": 10, "warn": messages.append, "on_audio": seconds.append}
-    found = work.listed(work.model.transcribe_all(work.recordings, **options))
+    actual = work.listed(work.model.transcribe_all(work.recordings, **options))
     assert work.log == ["decode 3", "a", "decode 1", "odd", "c"]
     assert messages == ["odd is odd", "c: no speech was found in its 3.00 seconds"] and sum(seconds) == 15
     best, worse = Hypothesis("AB", -6.0, -2.0, None), Hypothesis("Z", -8.0, -4.0, None)
-    assert found[0][0] == Segment(0.0, 3.0, "AB", -6.0, -2.0, None, (best, worse))
+    assert actual[0][0] == Segment(0.0, 3.0, "AB", -6.0, -2.0, None, (best, worse))
     assert work.shown is None and capsys.readouterr() == ("", "")
 
 
-def test_recordings_before_one_that_cannot_be_read_come_first(monkeypatch, capsys):
+def test_recordings_before_an_unreadable_one_are_returned_first(monkeypatch, capsys):
     recordings = {"a": [1.0], "bad": InputError("bad is no audio"), "b": [2.0]}
     work = Work(monkeypatch, recordings)
     with pytest.raises(InputError, match="bad is no audio"):
@@ -384,7 +400,7 @@ def test_a_recording_without_speech_is_not_decoded(monkeypatch):
     assert work.run() == [()] and work.log == ["a"]
 
 
-def test_segments_below_the_minimum_speech_score_are_left_out_and_counted(monkeypatch, capsys):
+def test_segments_below_the_minimum_speech_score_are_omitted_and_counted(monkeypatch, capsys):
     work = Work(monkeypatch, {"two\nlines": [1.0, 2.0, 3.0], "b": [1.0]}, scores=(0.99, 0.5, 1.0, 0.7))
     assert [[segment.start for segment in segments] for segments in work.run()] == [[3.0], []]
     assert capsys.readouterr().err == (
@@ -397,8 +413,8 @@ def test_segments_below_the_minimum_speech_score_are_left_out_and_counted(monkey
     assert len(work.run("--min-speech-score", "0.5")[0]) == 1
 
 
-def test_progress_has_the_total_length_of_all_recordings(here, monkeypatch):
-    work = Work(monkeypatch, {str(here / "short.wav"): [1.0], str(here / "long.wav"): []})
+def test_progress_has_the_total_length_of_all_recordings(workspace, monkeypatch):
+    work = Work(monkeypatch, {str(workspace / "short.wav"): [1.0], str(workspace / "long.wav"): []})
     work.run()
     assert work.shown[0][0] == pytest.approx(25.6)
 
@@ -407,16 +423,16 @@ def test_beam_and_language_model_reach_the_search(monkeypatch):
     work = Work(monkeypatch, {"a": [1.0]})
     work.run()
     work.run("--beam", "7", "--lm", "text.arpa")
-    asked = {"beam": None, "lm": None}, {"beam": 7, "lm": "text.arpa"}
-    assert work.asked == [asked[0], ("settings", None), asked[1], ("settings", "text.arpa")]
+    calls = {"beam": None, "lm": None}, {"beam": 7, "lm": "text.arpa"}
+    assert work.asked == [calls[0], ("settings", None), calls[1], ("settings", "text.arpa")]
 
 
 # ------------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Give what main asks of a model, of which one segment comes for each recording."""
+def calls(monkeypatch):
+    """Replace the model by one that gives a segment per recording; return a list of its calls."""
     calls = []
 
     def answer(model, paths, **options):
@@ -427,35 +443,37 @@ def asked(monkeypatch):
     return calls
 
 
-def ask(here, *words, files=("short.wav",)):
-    main([*(f"{here}/{name}" for name in files), "--checkpoint", str(here / "untrained-20.safetensors"), *words])
+def ask(workspace, *argv, files=("short.wav",)):
+    main(
+        [*(f"{workspace}/{name}" for name in files), "--checkpoint", str(workspace / "untrained-20.safetensors"), *argv]
+    )
 
 
-def test_options_reach_the_work(here, asked, monkeypatch):
-    given_back = []
-    monkeypatch.setattr(module, "return_freed_memory", lambda: given_back.append(True))
-    ask(here)
-    assert given_back == [True]
-    assert str(asked[0]["model"].device) in ("cpu", "cuda") and asked[0]["beam"] is asked[0]["lm"] is None
-    assert asked[0]["min_speech_score"] == 1.0 and asked[0]["skip_bad"] is False
-    assert asked[0]["pool_seconds"] == module.POOL_SECONDS and asked[0]["warn"] is module.warn
-    words = ["--beam", "1", "--lm", "text.arpa", "--min-speech-score=-inf", "--on-bad", "skip", "--device", "cpu"]
-    ask(here, *words, files=["short.wav", "gone.wav"])
-    assert asked[1]["paths"] == ["short.wav", "gone.wav"]
-    assert (asked[1]["beam"], asked[1]["lm"], str(asked[1]["model"].device)) == (1, "text.arpa", "cpu")
-    assert asked[1]["min_speech_score"] == -np.inf and asked[1]["skip_bad"] is True
+def test_options_reach_the_model(workspace, calls, monkeypatch):
+    calls_to_free = []
+    monkeypatch.setattr(module, "return_freed_memory", lambda: calls_to_free.append(True))
+    ask(workspace)
+    assert calls_to_free == [True]
+    assert str(calls[0]["model"].device) in ("cpu", "cuda") and calls[0]["beam"] is calls[0]["lm"] is None
+    assert calls[0]["min_speech_score"] == 1.0 and calls[0]["skip_bad"] is False
+    assert calls[0]["pool_seconds"] == module.POOL_SECONDS and calls[0]["warn"] is module.warn
+    argv = ["--beam", "1", "--lm", "text.arpa", "--min-speech-score=-inf", "--on-bad", "skip", "--device", "cpu"]
+    ask(workspace, *argv, files=["short.wav", "gone.wav"])
+    assert calls[1]["paths"] == ["short.wav", "gone.wav"]
+    assert (calls[1]["beam"], calls[1]["lm"], str(calls[1]["model"].device)) == (1, "text.arpa", "cpu")
+    assert calls[1]["min_speech_score"] == -np.inf and calls[1]["skip_bad"] is True
 
 
-def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(here, asked, tmp_path, monkeypatch):
-    ask(here, "--device", "cpu")
-    model = asked[0]["model"]
-    own = model.loaded.config.decoding
-    assert model.settings() == own and model.decoder(own)[:2] == (own, None)
+def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(workspace, calls, tmp_path, monkeypatch):
+    ask(workspace, "--device", "cpu")
+    model = calls[0]["model"]
+    settings = model.loaded.config.decoding
+    assert model.settings() == settings and model.decoder(settings)[:2] == (settings, None)
     path, table, calls = tmp_path / "text.arpa", torch.zeros(1, len(model.loaded.vocabulary)), []
     path.touch()
     monkeypatch.setattr(recogniser, "with_default_weight", lambda decoding, path: replace(decoding, ngram_weight=0.7))
-    monkeypatch.setattr(recogniser, "load_ngram_table", lambda *given: calls.append(given) or table)
-    expected = replace(own, beam=1, ngram_weight=0.7)
+    monkeypatch.setattr(recogniser, "load_ngram_table", lambda *args: calls.append(args) or table)
+    expected = replace(settings, beam=1, ngram_weight=0.7)
     assert model.settings(beam=1, lm=str(path)) == expected
     config, ngram, _ = model.decoder(expected, str(path))
     assert config == expected and ngram is table
@@ -464,74 +482,74 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(here, 
 
 @pytest.mark.parametrize(("form", "suffix", "first"), [("text", "txt", "HELLO"), ("json", "json", '{"file": '),
                                                        ("srt", "srt", "1"), ("vtt", "vtt", "WEBVTT")])  # fmt: skip
-def test_each_format_goes_to_stdout_or_to_files_of_its_name(here, asked, tmp_path, capsys, form, suffix, first):
-    ask(here, "--format", form)
+def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tmp_path, capsys, form, suffix, first):
+    ask(workspace, "--format", form)
     assert capsys.readouterr().out.splitlines()[0].startswith(first)
     out = tmp_path / "two\nlines"
-    ask(here, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
+    ask(workspace, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
     assert sorted(path.name for path in out.iterdir()) == [f"long.{suffix}", f"short.{suffix}"]
     assert (out / f"long.{suffix}").read_text().startswith(first)
     shown = f"{tmp_path}/two\\nlines/"
     assert capsys.readouterr().out == f"{shown}short.{suffix}\n{shown}long.{suffix}\n"
     with pytest.raises(InputError, match=rf"^2 of 2 output files exist already, the first is \S+short.{suffix}; add"):
-        ask(here, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
-    ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "long.wav"])
+        ask(workspace, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
+    ask(workspace, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "long.wav"])
     assert capsys.readouterr().out == f"nothing to do: all 2 transcripts exist in {shown[:-1]}\n"
-    ask(here, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
-    assert asked[-1]["paths"] == ["silent.wav"]
+    ask(workspace, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
+    assert calls[-1]["paths"] == ["silent.wav"]
 
 
-def test_texts_of_several_files_have_their_names_on_one_line(here, asked, capsys):
-    (here / "odd\nname.wav").write_bytes(b"")
-    ask(here, files=["odd\nname.wav", "short.wav"])
-    assert capsys.readouterr().out == f"{here}/odd\\nname.wav: HELLO\n{here}/short.wav: HELLO\n"
-    ask(here, "--format", "json", files=["odd\nname.wav", "short.wav"])
+def test_texts_of_several_files_have_their_names_on_one_line(workspace, calls, capsys):
+    (workspace / "odd\nname.wav").write_bytes(b"")
+    ask(workspace, files=["odd\nname.wav", "short.wav"])
+    assert capsys.readouterr().out == f"{workspace}/odd\\nname.wav: HELLO\n{workspace}/short.wav: HELLO\n"
+    ask(workspace, "--format", "json", files=["odd\nname.wav", "short.wav"])
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["HELLO", "HELLO"]
 
 
 @pytest.mark.parametrize("form", ["srt", "vtt"])
-def test_subtitles_of_several_files_need_a_folder(here, asked, form):
+def test_subtitles_of_several_files_need_a_folder(workspace, calls, form):
     with pytest.raises(
         InputError, match=f"^2 recordings need 2 {form} files; give a folder for them with --out FOLDER$"
     ):
-        ask(here, "--format", form, files=["short.wav", "long.wav"])
+        ask(workspace, "--format", form, files=["short.wav", "long.wav"])
 
 
 @pytest.mark.parametrize("option", ["--format", "--existing", "--on-bad", "--beam", "--min-speech-score"])
-def test_an_option_rejects_other_values(here, asked, capsys, option):
+def test_an_option_rejects_other_values(workspace, calls, capsys, option):
     with pytest.raises(SystemExit):
-        run(lambda _: ask(here, option, "otherwise"))
-    assert option in capsys.readouterr().err and not asked
+        run(lambda _: ask(workspace, option, "otherwise"))
+    assert option in capsys.readouterr().err and not calls
 
 
-def test_stdout_is_required_without_a_folder(here, asked, tmp_path, monkeypatch):
+def test_stdout_is_required_without_a_folder(workspace, calls, tmp_path, monkeypatch):
     needed = []
     monkeypatch.setattr(module, "require_stdout", needed.append)
-    ask(here, "--out", str(tmp_path))
+    ask(workspace, "--out", str(tmp_path))
     assert needed == []
-    ask(here)
+    ask(workspace)
     assert needed == ["--out FOLDER"]
 
 
-def test_files_must_exist_except_for_standard_input(here, asked, monkeypatch, tmp_path):
+def test_files_must_exist_except_for_standard_input(workspace, calls, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    main(["-", "--checkpoint", str(here / "untrained-20.safetensors")])
-    assert asked[0]["paths"] == ["-"]
+    main(["-", "--checkpoint", str(workspace / "untrained-20.safetensors")])
+    assert calls[0]["paths"] == ["-"]
     with pytest.raises(InputError, match="gone.wav does not exist; check the path"):
-        ask(here, files=["gone.wav"])
+        ask(workspace, files=["gone.wav"])
 
 
-def test_the_released_model_is_the_default(here, asked, monkeypatch):
-    monkeypatch.setattr(module, "released_model", lambda: str(here / "untrained-20.safetensors"))
-    main([str(here / "short.wav")])
-    assert asked[0]["model"].loaded.path == here / "untrained-20.safetensors"
+def test_the_released_model_is_the_default(workspace, calls, monkeypatch):
+    monkeypatch.setattr(module, "released_model", lambda: str(workspace / "untrained-20.safetensors"))
+    main([str(workspace / "short.wav")])
+    assert calls[0]["model"].loaded.path == workspace / "untrained-20.safetensors"
 
 
 SILENT = {"zeros": 0.0, "noise of -74 dB": 2e-4, "noise of -54 dB": 2e-3}
 
 
 @pytest.mark.parametrize("level", SILENT.values(), ids=SILENT)
-def test_silence_around_speech_costs_the_released_model_little(shared, capsys, tmp_path, level):
+def test_surrounding_silence_hardly_raises_the_released_models_cer(shared, capsys, tmp_path, level):
     if not (shared / "speech" / "manifest.tsv").is_file():
         pytest.skip("../shared/speech is absent")
     with (shared / "speech" / "manifest.tsv").open(encoding="utf-8", newline="") as lines:
@@ -546,11 +564,11 @@ def test_silence_around_speech_costs_the_released_model_little(shared, capsys, t
     main([*map(str, tmp_path.iterdir()), "--checkpoint", "speech13h", "--format", "json", "--device", "cpu"])
     recognised = {Path(row["file"]).stem: row["text"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
     texts = [[recognised[f"{k}-{kind}"] for k in range(len(rows))] for kind in ("bare", "silent")]
-    bare, silent = (score([row["transcript"] for row in rows], found).cer for found in texts)
+    bare, silent = (score([row["transcript"] for row in rows], actual).cer for actual in texts)
     assert silent < 1.25 * bare
 
 
-def test_the_released_model_has_no_text_for_noise(capsys, tmp_path):
+def test_the_released_model_transcribes_noise_as_empty(capsys, tmp_path):
     t = np.arange(4 * RATE) / RATE
     white = np.random.default_rng(0).normal(size=len(t))
     sounds = {"white": white, "tone": np.sin(2 * np.pi * 1000 * t), "hum": np.sin(2 * np.pi * 50 * t)}

@@ -18,7 +18,7 @@ V = 5  # <pad>, <sos>, <eos> and two characters
 
 
 class ToyMemory(NamedTuple):
-    seeds: Tensor  # (B,) int64, which determine the logits of each utterance
+    seeds: Tensor  # (B,) int64; they determine the logits of each utterance
     lengths: Tensor  # (B,)
     frames: int
 
@@ -72,7 +72,7 @@ def config(**fields) -> DecodingConfig:
 
 
 def log_probability(model: ToyModel, one: ToyMemory, tokens: tuple[int, ...]) -> list[float]:
-    """Return the log-probability of each token given those before it."""
+    """The log-probability of each token given the previous ones."""
     state, before, result = model.start(one, 1), SOS, []
     for token in tokens:
         logits, _, state = model.step(torch.tensor([[before]]), state, one)
@@ -82,7 +82,7 @@ def log_probability(model: ToyModel, one: ToyMemory, tokens: tuple[int, ...]) ->
 
 
 def all_texts(model: ToyModel, one: ToyMemory, longest: int, penalty: float) -> list[tuple[float, float, tuple]]:
-    """Return (rank, score, tokens) of every text up to the maximum length, best first."""
+    """(rank, score, tokens) of every text up to the maximum length, best first."""
     texts = []
     for n in range(longest + 1):
         for text in itertools.product(range(3, model.vocabulary), repeat=n):

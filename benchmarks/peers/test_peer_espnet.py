@@ -1,6 +1,6 @@
 """Compare with ESPnet's beam searches: an LSTM decoder with dot-product attention, at the same sizes and steps.
 
-Its weights are random and its own, so only the times are compared. ESPnet1 searches a batch. ESPnet2 has no batched
+Its weights are random, so only the times are compared. ESPnet1 searches a batch. ESPnet2 has no batched
 search for its RNN decoder: it processes one utterance at a time, and one hypothesis at a time within it. Two
 utterances are enough to measure it.
 """

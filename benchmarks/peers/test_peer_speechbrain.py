@@ -1,6 +1,6 @@
 """Compare with SpeechBrain's beam search for an LSTM decoder with attention, at the same sizes and steps.
 
-Its weights are random and its own, so only the times are compared. SpeechBrain's decoder feeds the previous context to
+Its weights are random, so only the times are compared. SpeechBrain's decoder feeds the previous context to
 the first cell and has no projection before its output. "location" is the attention of its LibriSpeech recipe,
 "keyvalue" the dot product.
 """

@@ -1,4 +1,4 @@
-"""Real recordings are read whole, or a warning or an error says what is missing."""
+"""Recordings are read whole, or a warning or error says what is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from archives import write_audio
 from layouts import chunk, riff_file
 from recordings import (
     FLAC,
@@ -30,6 +29,7 @@ from recordings import (
     refusal,
     waveform,
 )
+from tiny_corpora import write_audio
 
 from las_fast.data import audio, opening
 from las_fast.data.audio import load_audio, open_recording
@@ -45,11 +45,11 @@ def test_audio_formats_are_read(tmp_path, suffix):
     samples = waveform(0.5)
     loaded = load_audio(write_audio(tmp_path / f"x.{suffix}", samples), RATE)
     assert loaded.dtype == np.float32 and loaded.ndim == 1
-    assert abs(len(loaded) - len(samples)) <= 2304  # an mp3 brings its codec's delay
+    assert abs(len(loaded) - len(samples)) <= 2304  # an mp3 starts with its codec's delay
 
 
 @pytest.mark.parametrize("options", [WAV, FLAC, VORBIS, OPUS, MP3], ids=lambda o: "-".join(o.values()))
-def test_mono_at_the_model_rate_is_what_libsndfile_decodes(tmp_path, options):
+def test_mono_at_the_models_rate_equals_libsndfile(tmp_path, options):
     path = put(tmp_path, encoded(waveform(3.3), **options))
     np.testing.assert_array_equal(load_audio(path, RATE, strict=True), soundfile.read(path, dtype="float32")[0])
 
@@ -121,7 +121,7 @@ def test_an_rf64_of_unknown_length_is_read_to_its_end(tmp_path, size):
 
 
 @pytest.mark.parametrize("bytes_short", [1, 16, 44, 3000])
-def test_a_few_bytes_that_are_missing_are_no_missing_end(tmp_path, bytes_short):
+def test_a_few_missing_bytes_are_not_reported(tmp_path, bytes_short):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), 4 * RATE + bytes_short)))
     samples, warnings = read(path)
     assert len(samples) == len(load_audio(path, RATE, strict=True)) == 2 * RATE
@@ -140,7 +140,7 @@ def test_chunks_of_odd_size_are_padded(tmp_path, pad, where):
     assert len(load_audio(tmp_path / "x.audio", RATE, strict=True)) == 2 * RATE
 
 
-def test_a_wav_of_more_than_4_gib_is_counted_right(tmp_path):
+def test_a_wav_of_more_than_4_gib_has_the_right_length(tmp_path):
     claimed = 4 * RATE
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm(), claimed)))
     with path.open("r+b") as file:
@@ -204,7 +204,7 @@ def test_an_mp3_in_a_wav_is_read(tmp_path):
     assert len(load_audio(path, RATE, strict=True)) == 2 * RATE
 
 
-def test_many_unknown_bytes_after_the_sound_are_reported(tmp_path):
+def test_many_unknown_bytes_after_the_audio_are_reported(tmp_path):
     path = put(tmp_path, riff_file(FORMAT, chunk(b"data", pcm())) + b"\x07" * 100_000)
     samples, warnings = read(path)
     assert len(samples) == 2 * RATE
@@ -248,7 +248,7 @@ def test_lost_pages_of_ogg_are_reported(tmp_path):
     assert "Ogg pages are missing or damaged (2)" in refusal(path, strict=True)
 
 
-def test_a_damaged_flac_is_read_on_after_the_damage(tmp_path):
+def test_a_damaged_flac_is_read_beyond_the_damage(tmp_path):
     data = bytearray(encoded(waveform(5.0), **FLAC))
     whole = load_audio(put(tmp_path, bytes(data)), RATE)
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
@@ -267,7 +267,7 @@ def test_a_damaged_flac_is_read_on_after_the_damage(tmp_path):
                                      {"format": "AIFF"}, {"format": "AU"}, {"format": "CAF"}, {"format": "NIST"}],
                          ids=lambda o: "-".join(o.values()))  # fmt: skip
 @pytest.mark.parametrize("count", [2, 5])
-def test_recordings_that_were_joined_are_read_to_the_end(tmp_path, options, count):
+def test_joined_recordings_are_read_to_the_end(tmp_path, options, count):
     parts = [encoded(waveform(1.0 + 0.3 * k, k), **options) for k in range(count)]
     alone = [load_audio(put(tmp_path, part, f"{k}"), RATE) for k, part in enumerate(parts)]
     path = put(tmp_path, b"".join(parts))
@@ -277,7 +277,7 @@ def test_recordings_that_were_joined_are_read_to_the_end(tmp_path, options, coun
     np.testing.assert_array_equal(samples, load_audio(path, RATE, strict=True))
 
 
-def test_a_recording_that_was_joined_to_itself_is_read_twice(tmp_path):
+def test_a_recording_joined_to_itself_is_read_twice(tmp_path):
     for options in (VORBIS, OPUS, MP3, FLAC):
         data = encoded(waveform(1.0), **options)
         once = load_audio(put(tmp_path, data), RATE)
@@ -286,14 +286,14 @@ def test_a_recording_that_was_joined_to_itself_is_read_twice(tmp_path):
 
 @pytest.mark.parametrize("first", [VORBIS, FLAC, MP3, WAV], ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("second", [OPUS, FLAC, WAV], ids=lambda o: "-".join(o.values()))
-def test_recordings_of_different_formats_that_were_joined_are_read(tmp_path, first, second):
+def test_joined_recordings_of_different_formats_are_read(tmp_path, first, second):
     parts = [encoded(waveform(1.0, k), **options) for k, options in enumerate((first, second))]
     alone = [load_audio(put(tmp_path, part, f"{k}"), RATE) for k, part in enumerate(parts)]
     path = put(tmp_path, b"".join(parts))
     np.testing.assert_array_equal(load_audio(path, RATE, strict=True), np.concatenate(alone))
 
 
-def test_a_link_that_is_cut_before_the_next_is_reported(tmp_path):
+def test_a_truncated_link_before_another_is_reported(tmp_path):
     first = encoded(waveform(8.0), **OPUS)
     path = put(tmp_path, first[: len(first) // 2] + encoded(waveform(1.0), **OPUS))
     samples, warnings = read(path)
@@ -309,7 +309,7 @@ def test_joined_streams_may_differ_in_codec_rate_and_channels(tmp_path):
     assert abs(len(samples) - seconds * RATE) < 4
 
 
-def test_the_end_of_a_chain_that_is_cut_is_reported(tmp_path):
+def test_the_missing_end_of_a_chained_ogg_is_reported(tmp_path):
     data = encoded(waveform(1.0), **OPUS) + encoded(waveform(8.0), **OPUS)[:-8000]
     samples, warnings = read(put(tmp_path, data))
     assert len(samples) > 3 * RATE
@@ -334,7 +334,7 @@ def test_of_parallel_streams_the_first_is_read_and_the_second_reported(tmp_path)
     assert "only the first" in warnings[0]
 
 
-def test_the_sound_of_a_video_in_ogg_is_read(tmp_path):
+def test_the_audio_of_a_video_in_ogg_is_read(tmp_path):
     sound = encoded(waveform(3.0), **VORBIS)
     video = encoded(waveform(3.0, 2), **OPUS).replace(b"OpusHead", b"\x80theora\x03")
     alone = load_audio(put(tmp_path, sound), RATE)
@@ -375,7 +375,7 @@ def of_unknown_length(flac: bytes) -> bytes:
     return bytes(data)
 
 
-def test_a_flac_of_unknown_length_is_read_whole(tmp_path):
+def test_a_flac_of_unknown_length_is_read_to_its_end(tmp_path):
     data = of_unknown_length(encoded(waveform(5.0), **FLAC))
     path = put(tmp_path, data)
     samples, warnings = read(path)
@@ -411,16 +411,16 @@ def mp3_frames(data: bytes) -> list[bytes]:
 TAGS = (b"", id3(300_000), id3(100) + id3(200))
 
 
-@pytest.mark.parametrize("behind", [b"", b"TAG" + bytes(125), APE, APE + b"TAG" + bytes(125), bytes(500)])
+@pytest.mark.parametrize("trailing", [b"", b"TAG" + bytes(125), APE, APE + b"TAG" + bytes(125), bytes(500)])
 @pytest.mark.parametrize(
     ("options", "before"),
     [*((MP3, tag) for tag in (*TAGS, bytes(700))), *((FLAC, tag) for tag in TAGS)],
     ids=lambda value: f"{len(value)}" if isinstance(value, bytes) else value["format"],
 )
-def test_tags_are_not_audio(tmp_path, before, behind, options):
+def test_tags_are_not_audio(tmp_path, before, trailing, options):
     data = encoded(waveform(3.0), **options)
     alone = load_audio(put(tmp_path, data), RATE)
-    samples, warnings = read(put(tmp_path, before + data + behind))
+    samples, warnings = read(put(tmp_path, before + data + trailing))
     np.testing.assert_array_equal(samples, alone)
     assert not warnings
     assert len(load_audio(tmp_path / "x.audio", RATE, strict=True)) == len(alone)
@@ -431,37 +431,37 @@ def quiet_then_loud() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
-def test_an_mp3_without_a_count_of_its_frames_is_read_whole(tmp_path, mode):
+def test_an_mp3_without_a_count_of_its_frames_is_read_to_its_end(tmp_path, mode):
     data = encoded(quiet_then_loud(), bitrate_mode=mode, compression_level=0.3, **MP3)
     counted, *others = mp3_frames(data)
     assert b"Xing" in counted or b"Info" in counted
     path = put(tmp_path, b"".join(others))
     samples = load_audio(path, RATE, strict=True)
-    assert len(samples) == 576 * len(others) - 529 - 576  # the delays of decoder and encoder are left off
+    assert len(samples) == 576 * len(others) - 529 - 576  # without the delays of decoder and encoder
     begun = load_audio(put(tmp_path, data, "counted"), RATE)
     np.testing.assert_allclose(samples[5000 : len(begun)], begun[5000:], atol=1e-4)
     assert read(path)[1] == []
 
 
 @pytest.mark.parametrize("claimed", [0, 5, 100_000])
-def test_an_mp3_with_a_wrong_count_is_read_whole(tmp_path, claimed):
+def test_an_mp3_with_a_wrong_count_is_read_to_its_end(tmp_path, claimed):
     data = bytearray(encoded(waveform(3.0), **MP3))
     place = max(data.find(b"Xing"), data.find(b"Info"))
     struct.pack_into(">I", data, place + 8, claimed)
     assert 3 * RATE <= len(load_audio(put(tmp_path, bytes(data)), RATE, strict=True)) < 3.2 * RATE
 
 
-def test_an_mp3_without_a_count_that_ends_within_a_frame_is_cut_off(tmp_path):
+def test_an_mp3_without_a_count_that_ends_within_a_frame_is_reported_as_cut(tmp_path):
     data = b"".join(mp3_frames(encoded(waveform(3.0), **MP3))[1:])
     path = put(tmp_path, data[: len(data) // 2 + 11])
     assert "without an end-of-stream mark" in read(path)[1][0]
     assert "without an end-of-stream mark" in refusal(path, strict=True)
 
 
-def test_joined_mp3_of_several_rates_without_counts_are_read_whole(tmp_path):
+def test_joined_mp3_of_several_rates_without_counts_are_read_to_the_end(tmp_path):
     parts = [encoded(waveform(2.0), rate, **MP3) for rate in (16000, 22050, 44100)]
     stripped = []
-    for part in parts:  # the second frame begins as the first, but for its bit rate
+    for part in parts:  # the second frame differs from the first only in its bit rate
         place = next(k for k in range(60, len(part)) if part[k : k + 2] == part[:2] and part[k + 3] == part[3])
         stripped.append(part[place:])
     samples = load_audio(put(tmp_path, b"".join(stripped)), RATE, strict=True)
@@ -475,7 +475,7 @@ def test_an_mp3_whose_count_is_right_may_end_in_part_of_a_frame(tmp_path):
     assert len(load_audio(path, RATE, strict=True)) == 3 * RATE
 
 
-def test_bytes_within_an_mp3_that_are_no_frames_are_reported(tmp_path):
+def test_bytes_between_mp3_frames_are_reported(tmp_path):
     frames = mp3_frames(encoded(waveform(3.0), **MP3))
     path = put(tmp_path, b"".join(frames[:40]) + bytes(6000) + b"".join(frames[40:]))
     samples, warnings = read(path)
@@ -487,7 +487,7 @@ def test_bytes_within_an_mp3_that_are_no_frames_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("options", [WAV, FLAC, VORBIS, OPUS, MP3], ids=lambda o: "-".join(o.values()))
-def test_a_part_is_that_part_of_the_whole(tmp_path, options):
+def test_a_part_equals_a_slice_of_the_whole_recording(tmp_path, options):
     path = put(tmp_path, encoded(waveform(6.0), **options))
     whole = load_audio(path, RATE)
     for start, seconds in ((0.0, 2.5), (2.5, 1.25), (3.1, None), (5.5, 0.5)):
@@ -499,19 +499,19 @@ def test_a_part_is_that_part_of_the_whole(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [WAV, FLAC, VORBIS, OPUS, MP3], ids=lambda o: "-".join(o.values()))
-def test_a_part_of_a_long_recording_is_found_without_reading_the_rest(tmp_path, monkeypatch, options):
+def test_a_part_of_a_long_recording_is_read_without_the_rest(tmp_path, monkeypatch, options):
     path = put(tmp_path, encoded(waveform(30.0), **options))
     whole = load_audio(path, RATE)
     load_audio(path, RATE, start=1.0, seconds=1.0)
     decoded, read_sound = [], SoundStream.read
     monkeypatch.setattr(SoundStream, "read", lambda self, out: decoded.append(len(out)) or read_sound(self, out=out))
-    monkeypatch.setattr(audio, "find_streams", None)  # what the first part found is remembered
+    monkeypatch.setattr(audio, "find_streams", None)  # the layout found for the first part is cached
     part = load_audio(path, RATE, start=25.0, seconds=1.0)
     assert sum(decoded) <= 1.5 * RATE
     np.testing.assert_allclose(part, whole[25 * RATE : 26 * RATE], atol=1e-3)
 
 
-def test_parts_that_follow_each_other_leave_no_sample_out(tmp_path):
+def test_consecutive_parts_leave_no_sample_out(tmp_path):
     path = put(tmp_path, encoded(waveform(3.0), **WAV))
     edges = [0.0, 0.3333, 1.00004, 2.2, 3.0]
     parts = [load_audio(path, RATE, start=a, seconds=b - a) for a, b in zip(edges, edges[1:], strict=False)]
@@ -537,12 +537,12 @@ def test_a_part_past_the_end_is_refused_with_the_numbers(tmp_path, start, second
     assert "lasts 2.00 s" in message and f"from {start:g}" in message
 
 
-def test_a_part_that_ends_a_little_past_the_end_is_taken(tmp_path):
+def test_a_part_that_ends_slightly_past_the_end_is_read(tmp_path):
     path = put(tmp_path, encoded(waveform(2.0), **WAV))
     assert len(load_audio(path, RATE, start=1.0, seconds=1.09, strict=True)) == RATE
 
 
-def test_a_part_before_a_missing_end_is_whole(tmp_path):
+def test_a_part_before_a_missing_end_is_complete(tmp_path):
     data = encoded(waveform(4.0), **WAV)
     path = put(tmp_path, data[: len(data) // 2])
     assert len(load_audio(path, RATE, start=0.5, seconds=1.0, strict=True)) == RATE
@@ -561,7 +561,7 @@ def test_an_impossible_part_is_refused(tmp_path, start, seconds):
 
 @pytest.mark.parametrize("name", [b"mod\xe0.wav", b"two\nlines.wav", "\uac15\uc758 \U0001f399.wav".encode(),
                                   b"x" * 251 + b".wav", b"-dash [1] 'a' \"b\" %20.WAV"])  # fmt: skip
-def test_any_name_is_read_and_shown_in_one_line(tmp_path, name):
+def test_a_file_of_any_name_is_read_and_named_on_one_line(tmp_path, name):
     path = os.path.join(tmp_path, os.fsdecode(name))
     with open(path, "wb") as file:
         file.write(encoded(waveform(), **WAV)[:-8000])
@@ -571,7 +571,7 @@ def test_any_name_is_read_and_shown_in_one_line(tmp_path, name):
     message.encode("utf-8")
 
 
-def test_show_writes_whatever_a_name_holds():
+def test_show_accepts_any_name():
     assert show("a/\uac15.wav") == "a/\uac15.wav"
     assert show(os.fsdecode(b"mod\xe0.wav")) == show(b"mod\xe0.wav") == "mod\\xe0.wav"
     assert show("two\nlines\x1b[31m") == "two\\nlines\\x1b[31m"
@@ -588,7 +588,7 @@ def test_unreadable_audio_is_named(tmp_path):
         assert reason in (message := refusal(path)) and show(path) in message
 
 
-FOREIGN = {
+NEEDS_FFMPEG = {
     "m4a": b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000), "webm": b"\x1a\x45\xdf\xa3" + bytes(1000),
     "wma": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(1000), "amr": b"#!AMR\n" + bytes(100),
     "aac": b"\xff\xf1\x50\x80" + bytes(1000), "ts": (b"\x47" + bytes(187)) * 9,
@@ -597,9 +597,9 @@ FOREIGN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", FOREIGN)
+@pytest.mark.parametrize("suffix", NEEDS_FFMPEG)
 def test_formats_that_ffmpeg_reads_are_refused_with_the_command(tmp_path, suffix):
-    assert "ffmpeg -i" in refusal(put(tmp_path, FOREIGN[suffix], f"x.{suffix}"))
+    assert "ffmpeg -i" in refusal(put(tmp_path, NEEDS_FFMPEG[suffix], f"x.{suffix}"))
 
 
 @pytest.mark.parametrize("magic", [b"PK\x03\x04", b"RIFF\0\1\0\0AVI LIST", b"\0\0\0\x20ftypmp42", b"\x1a\x45\xdf\xa3"])
@@ -611,18 +611,18 @@ def test_an_mp3_within_a_file_of_another_kind_is_not_read(tmp_path, magic):
 @pytest.mark.parametrize("data, what", [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
                                         (b"<!DOCTYPE html><html>", "web page"),
                                         (bytes(3200), "with zeros only")])  # fmt: skip
-def test_other_data_than_audio_is_recognised(tmp_path, data, what):
+def test_files_that_are_not_audio_are_named_by_kind(tmp_path, data, what):
     assert what in refusal(put(tmp_path, data, "x.wav"))
 
 
 @pytest.mark.parametrize("form, keep", [("WAV", 30), ("WAV", 44), ("AIFF", 40), ("FLAC", 60), ("OGG", 60), ("CAF", 40),
                                         ("W64", 60)])  # fmt: skip
-def test_a_recording_that_is_cut_within_its_header_is_reported(tmp_path, form, keep):
+def test_a_recording_truncated_within_its_header_is_reported(tmp_path, form, keep):
     message = refusal(put(tmp_path, encoded(waveform(2.0), format=form)[:keep]))
     assert "is cut off" in message and "copy it again" in message
 
 
-def test_what_the_system_refuses_is_named(tmp_path):
+def test_names_that_the_system_refuses_are_reported(tmp_path):
     folder = tmp_path / "folder.wav"
     folder.mkdir()
     too_long = tmp_path / f"{'x' * 300}.wav"
@@ -632,32 +632,32 @@ def test_what_the_system_refuses_is_named(tmp_path):
         assert reason in (message := refusal(path)) and show(path) in message
 
 
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 def test_a_file_without_permission_is_named(tmp_path):
     path = put(tmp_path, encoded(waveform(), **WAV))
     path.chmod(0)
     user = os.geteuid()
-    if user == 0:  # which may read everything
-        os.seteuid(NOBODY)
+    if user == 0:  # root may read every file
+        os.seteuid(NOBODY_UID)
     try:
         assert "Permission denied" in refusal(path)
     finally:
         os.seteuid(user)
 
 
-def test_a_socket_is_named(tmp_path, monkeypatch):
+def test_a_socket_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with socket.socket(socket.AF_UNIX) as own:
-        own.bind("s.wav")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("s.wav")
         assert "is a socket" in refusal("s.wav")
 
 
 def test_a_named_pipe_is_read_once_and_refused_in_training(tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    assert "is a pipe" in refusal(path, strict=True)  # without waiting for a writer
+    assert "is a pipe" in refusal(path, strict=True)  # does not wait for a writer
     data = of_unknown_length(encoded(waveform(3.0), **FLAC))
     writer = threading.Thread(target=path.write_bytes, args=(data,))
     writer.start()
@@ -687,7 +687,7 @@ def test_standard_input_is_read_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("data, reason", [(b"", "is empty"), (b"no audio", "cannot be read as audio")])
-def test_standard_input_that_is_no_audio_is_refused_by_name(data, reason):
+def test_standard_input_that_is_not_audio_is_refused(data, reason):
     assert from_standard_input(data).startswith("refused: standard input") and reason in from_standard_input(data)
 
 
@@ -709,7 +709,7 @@ def test_a_pipe_is_read_where_temporary_files_cannot_be_made(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("calls", [0, 3, 9])
-def test_ctrl_c_while_libsndfile_reads_is_not_lost(tmp_path, monkeypatch, calls, capfd):
+def test_ctrl_c_during_libsndfile_is_not_lost(tmp_path, monkeypatch, calls, capfd):
     path = put(tmp_path, b"".join(encoded(waveform(4.0, k), **VORBIS) for k in range(2)))
     done, readinto = [], View.readinto
 
@@ -725,7 +725,7 @@ def test_ctrl_c_while_libsndfile_reads_is_not_lost(tmp_path, monkeypatch, calls,
     assert capfd.readouterr().err == ""
 
 
-def test_no_descriptor_is_left_open(tmp_path):
+def test_no_file_descriptor_is_left_open(tmp_path):
     path = put(tmp_path, encoded(waveform(), **WAV))
     text = put(tmp_path, b"no audio", "text")
     before = len(os.listdir("/proc/self/fd"))
@@ -741,7 +741,7 @@ def test_no_descriptor_is_left_open(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "MP3", "OGG", "OPUS", "NIST"])
-def test_damage_gives_samples_or_a_sentence(tmp_path, form):
+def test_damaged_files_give_samples_or_a_one_sentence_error(tmp_path, form):
     options = OPUS if form == "OPUS" else {"format": form}
     data = encoded(np.stack([waveform(1.0, 1), waveform(1.0, 2)], 1), **options)
     generator = np.random.default_rng(0)

@@ -36,7 +36,7 @@ def test_channels_of_opposite_phase_do_not_cancel(tmp_path, factor, options):
     np.testing.assert_array_equal(samples, load_audio(path, RATE, strict=True))
 
 
-def test_channels_that_turn_round_in_the_middle_do_not_cancel(tmp_path):
+def test_channels_that_change_phase_midway_do_not_cancel(tmp_path):
     left = waveform(8.0)
     sign = np.where(np.arange(len(left)) < 4 * RATE, 1, -1)
     samples, _ = read(stereo_file(tmp_path, left, sign * left))
@@ -44,7 +44,7 @@ def test_channels_that_turn_round_in_the_middle_do_not_cancel(tmp_path):
         assert np.std(samples[half]) > 0.9 * np.std(left[half])
 
 
-def test_hum_of_opposite_phase_does_not_count(tmp_path):
+def test_hum_of_opposite_phase_is_ignored(tmp_path):
     speech = waveform(3.0)
     hum = 0.5 * np.sin(2 * np.pi * 50 * np.arange(len(speech)) / RATE).astype(np.float32)
     samples, warnings = read(stereo_file(tmp_path, 0.5 * speech + hum, 0.5 * speech - hum))
@@ -83,7 +83,7 @@ def test_a_rate_below_the_models_is_a_warning(tmp_path, rate):
 
 @pytest.mark.parametrize("options", [WAV, FLAC, OPUS, MP3], ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("level", [1.0, 0.05])
-def test_telephone_speech_that_was_sampled_up_is_a_warning(tmp_path, options, level):
+def test_upsampled_telephone_speech_is_a_warning(tmp_path, options, level):
     narrow = soxr.resample(level * waveform(4.0), 8000, RATE)  # 8 s with nothing above 4 kHz
     warnings = read(put(tmp_path, encoded(narrow, **options)))[1]
     assert len(warnings) == 1 and "nothing above 4 kHz" in warnings[0] and "8000 Hz" in warnings[0]
@@ -100,9 +100,9 @@ def test_ordinary_recordings_are_read_without_a_warning(shared):
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-def test_whole_numbers_in_floating_point_are_scaled(tmp_path, bits, subtype):
+def test_integers_stored_as_floats_are_scaled(tmp_path, bits, subtype):
     samples = waveform(5.0)
-    samples[: 2 * RATE] *= 1e-4  # the first block alone would not tell
+    samples[: 2 * RATE] *= 1e-4  # the first block alone does not show it
     path = tmp_path / "x.wav"
     soundfile.write(path, samples * 2.0 ** (bits - 1), RATE, subtype=subtype)
     loaded, warnings = read(path)
@@ -199,7 +199,7 @@ def test_a_channel_stays_chosen_until_it_has_less_than_a_tenth_of_the_loudest(tm
     np.testing.assert_array_equal(samples[RATE:], (quiet, -quiet, late)[chosen][RATE:])
 
 
-def test_of_channels_that_cancel_the_first_of_the_loudest_is_taken_and_kept(tmp_path):
+def test_of_channels_that_cancel_the_first_of_the_loudest_is_used_throughout(tmp_path):
     sound = noise(1.0, 1)
     for first, second, chosen in ((0.85, -1.0, 1), (0.97, -1.0, 0), (1.0, -0.97, 0)):
         samples, _ = read(stereo_file(tmp_path, first * sound, second * sound, **FLOAT))
@@ -210,7 +210,7 @@ def test_of_channels_that_cancel_the_first_of_the_loudest_is_taken_and_kept(tmp_
     np.testing.assert_array_equal(samples, quieter)
 
 
-def test_opposite_phase_above_2_khz_does_not_count(tmp_path):
+def test_opposite_phase_above_2_khz_is_ignored(tmp_path):
     t = np.arange(RATE) / RATE
     speech, high = 0.1 * np.sin(2 * np.pi * 500 * t), 0.8 * np.sin(2 * np.pi * 4000 * t)
     samples, warnings = read(stereo_file(tmp_path, speech + high, speech - high))
@@ -223,15 +223,15 @@ def test_channels_at_a_low_rate_are_compared(tmp_path):
     assert "channels cancel" in read(stereo_file(tmp_path, left, -left, rate=2000))[1][0]
 
 
-@pytest.mark.parametrize(("height", "heard"), [(6.5e-6, False), (7.6e-6, True)])
-def test_channels_are_compared_where_they_are_audible(tmp_path, height, heard):
+@pytest.mark.parametrize(("height", "audible"), [(6.5e-6, False), (7.6e-6, True)])
+def test_channels_are_compared_where_they_are_audible(tmp_path, height, audible):
     left = np.tile(np.repeat(np.float32([height, -height]), 4), RATE // 8)  # neighbours at 4 kHz differ by 2 heights
     samples, _ = read(stereo_file(tmp_path, left, -left, **FLOAT))
-    np.testing.assert_array_equal(samples, left if heard else 0 * left)
+    np.testing.assert_array_equal(samples, left if audible else 0 * left)
 
 
 @pytest.mark.filterwarnings("error")
-def test_channels_of_nothing_are_averaged_without_a_warning(tmp_path):
+def test_silent_channels_are_averaged_without_a_warning(tmp_path):
     for count in (3, RATE):
         samples, warnings = read(stereo_file(tmp_path, *np.zeros((2, count), np.float32)))
         assert not samples.any() and len(samples) == count and not warnings
@@ -268,30 +268,30 @@ def whole_numbers(folder, loud: list[float], count: int = 10_000, quiet: float =
 @pytest.mark.parametrize(("loud", "scaled"), [
     ([100.0] + 99 * [5.0], False), ([100.0] + 100 * [5.0], True), ([99.0] + 100 * [5.0], False),
 ])  # fmt: skip
-def test_numbers_are_whole_above_one_in_a_hundred_over_4_and_one_of_100(tmp_path, loud, scaled):
+def test_integers_are_recognised_by_one_in_a_hundred_above_4_and_one_of_100(tmp_path, loud, scaled):
     path = whole_numbers(tmp_path, loud)
     assert any("16-bit numbers" in sentence for sentence in read(path)[1]) == scaled
 
 
-def test_zeros_do_not_count_among_whole_numbers(tmp_path):
+def test_zeros_do_not_count_as_integers(tmp_path):
     path = whole_numbers(tmp_path, 150 * [-100.0] + 5000 * [0.0])
     assert any("16-bit numbers" in sentence for sentence in read(path)[1])
 
 
 @pytest.mark.parametrize(("peak", "bits"), [(2.0**17, 16), (2.01**17, 24), (2.0**25, 24), (2.01**25, 32),
                                             (2.0**33, 32)])  # fmt: skip
-def test_whole_numbers_are_divided_by_the_full_scale_of_their_bits(tmp_path, peak, bits):
+def test_integers_are_divided_by_the_full_scale_of_their_bits(tmp_path, peak, bits):
     samples, warnings = read(whole_numbers(tmp_path, 200 * [peak]))
     assert warnings[0].endswith(f": its samples are {bits}-bit numbers stored as floating point; "
                                 f"they were divided by {2 ** (bits - 1)}")  # fmt: skip
     assert samples[:200].tolist() == 200 * [np.float32(peak) / 2 ** (bits - 1)]
 
 
-def test_larger_numbers_than_of_32_bits_are_not_audio(tmp_path):
+def test_numbers_beyond_32_bits_are_not_audio(tmp_path):
     assert "enormous" in refusal(whole_numbers(tmp_path, 200 * [2.1**33]))
 
 
-def test_whole_numbers_are_looked_for_in_all_of_a_long_recording(tmp_path):
+def test_integers_are_searched_for_in_all_of_a_long_recording(tmp_path):
     samples = np.full(2_200_000, 0.5, np.float32)
     samples[1_400_000:] = 1000.0
     with soundfile.SoundFile(tmp_path / "x.wav", "w", RATE, 1, subtype="FLOAT") as file:
@@ -301,7 +301,7 @@ def test_whole_numbers_are_looked_for_in_all_of_a_long_recording(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_loudest_sample_that_is_sound_is_a_million(tmp_path, sign):
+def test_samples_up_to_a_million_are_accepted(tmp_path, sign):
     samples = waveform(0.1)
     samples[7] = sign * 1e6
     path = put(tmp_path, encoded(samples, **FLOAT))
@@ -311,19 +311,19 @@ def test_the_loudest_sample_that_is_sound_is_a_million(tmp_path, sign):
 
 
 @pytest.mark.parametrize(("flats", "warned"), [(20, False), (21, True)])
-def test_a_recording_is_clipped_where_2_of_1000_samples_repeat_the_top(tmp_path, flats, warned):
+def test_a_recording_is_clipped_if_2_of_1000_samples_repeat_the_peak(tmp_path, flats, warned):
     assert clipping(tmp_path, 0.9, flats) == ([f"{flats / 100:.1f}% of its samples"] if warned else [])
     assert clipping(tmp_path, -0.9, 50) == ["0.5% of its samples"]
 
 
 @pytest.mark.parametrize(("height", "peak", "warned"), [(0.5, 0.5, False), (0.51, 0.51, True), (0.6, 0.7, False),
                                                       (0.89, 0.9, True)])  # fmt: skip
-def test_samples_are_clipped_near_the_peak_and_above_half_of_the_scale(tmp_path, height, peak, warned):
+def test_samples_count_as_clipped_near_the_peak_and_above_half_scale(tmp_path, height, peak, warned):
     assert bool(clipping(tmp_path, height, 50, peak)) == warned
 
 
 def clipping(folder, height: float, flats: int, peak: float = 0.0) -> list[str]:
-    """Return the warnings on 10,000 samples, of which `flats` repeat their neighbour at a height."""
+    """Shares of clipped samples in the warnings on 10,000 samples, of which 1 + flats in a row have this height."""
     samples = 0.4 * np.tile(np.float32([1, -1]), 5000)
     samples[10 : 11 + flats] = height
     samples[9000] = peak
@@ -332,18 +332,20 @@ def clipping(folder, height: float, flats: int, peak: float = 0.0) -> list[str]:
             if "is clipped" in sentence]  # fmt: skip
 
 
-def test_the_loudest_of_all_blocks_says_how_loud_a_recording_is(tmp_path):
+def test_the_loudest_block_sets_the_level_of_a_recording(tmp_path):
     loud, quiet = waveform(1.0), waveform(1.0) / 1000
     for parts in ((loud, quiet), (quiet, loud)):
         assert not read(put(tmp_path, encoded(np.concatenate(parts), **FLOAT)))[1]
 
 
-@pytest.mark.parametrize(("peak", "said"), [(0.006, None), (0.0039, "-48 dB"), (0.002, "-54 dB")])
-def test_a_recording_is_very_quiet_below_four_thousandths(tmp_path, peak, said):
+@pytest.mark.parametrize(("peak", "level"), [(0.006, None), (0.0039, "-48 dB"), (0.002, "-54 dB")])
+def test_a_recording_is_very_quiet_below_four_thousandths(tmp_path, peak, level):
     samples = waveform(0.5)
     warnings = read(put(tmp_path, encoded(peak / np.abs(samples).max() * samples, **FLOAT)))[1]
-    assert len(warnings) == bool(said)
-    assert all(sentence.endswith(f"is very quiet: its loudest sample is {said} of full scale") for sentence in warnings)
+    assert len(warnings) == bool(level)
+    assert all(
+        sentence.endswith(f"is very quiet: its loudest sample is {level} of full scale") for sentence in warnings
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -370,7 +372,7 @@ def test_the_band_is_judged_for_models_of_more_than_telephone_bandwidth(rate, co
     assert (quality.low > 0) == compared
 
 
-def test_the_bands_that_are_compared_are_of_speech_and_above_a_telephones():
+def test_the_speech_band_is_compared_with_the_band_above_a_telephones():
     quality = SignalQuality(RATE)
     hertz = np.fft.rfftfreq(512, 1 / RATE)
     assert hertz[quality.speech_bins][[0, -1]].tolist() == [312.5, 3375.0] and quality.speech_bins.sum() == 99
@@ -384,7 +386,7 @@ def test_the_bands_that_are_compared_are_of_speech_and_above_a_telephones():
     ]
 
 
-def test_a_recording_is_wide_if_any_of_its_blocks_are():
+def test_one_wide_block_makes_a_recording_wide():
     quality = SignalQuality(RATE)
     for block in (narrow(RATE), noise(1.0, 0), narrow(RATE)):
         quality.add(block)
@@ -396,7 +398,7 @@ def test_a_recording_is_wide_if_any_of_its_blocks_are():
 
 @pytest.mark.parametrize(("share", "floor", "warned"), [(3.5e-6, 0.0, True), (4.5e-6, 0.0, False), (5.5e-5, 1.0, True),
                                                       (7e-5, 1.0, False), (4.5e-6, 4.5e-6, False)])  # fmt: skip
-def test_a_narrow_band_has_a_millionth_of_its_energy_above(share, floor, warned):
+def test_a_narrow_band_recording_has_a_millionth_of_its_energy_above_the_band(share, floor, warned):
     quality = SignalQuality(RATE)
     quality.low, quality.high, quality.floor = 1.0, share, floor
     assert bool(quality.warnings()) == warned
@@ -409,7 +411,7 @@ def test_the_floor_is_three_times_the_energy_of_rounding_to_16_bits():
     assert quality.floor / quality.high == pytest.approx(3, rel=0.03)
 
 
-def test_the_lowest_rate_of_what_is_given_out_is_reported(tmp_path):
+def test_the_lowest_rate_of_the_returned_blocks_is_reported(tmp_path):
     parts = [encoded(waveform(1.0, seed), rate, **WAV) for seed, rate in enumerate((11_025, 8000, 44_100, 16_000))]
     path = put(tmp_path, b"".join(parts))
     low = read(path)[1]

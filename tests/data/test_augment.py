@@ -14,7 +14,7 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-HARSH = AugmentConfig(
+STRONG = AugmentConfig(
     time_masks=20, time_width=1000, time_share=1.0, frequency_masks=20, frequency_width=1000, frequency_share=1.0
 )
 
@@ -22,12 +22,12 @@ HARSH = AugmentConfig(
 @pytest.mark.parametrize("shape", [(1, 1), (1, 80), (80, 1), (2, 2), (37, 13)])
 def test_masks_never_wipe_an_utterance(shape):
     for seed in range(50):
-        out = Augment(HARSH)(torch.ones(shape), 0.0, generator(seed))
+        out = Augment(STRONG)(torch.ones(shape), 0.0, generator(seed))
         assert out.shape == shape
         assert out.any()
 
 
-def test_masks_together_stay_under_their_shares():
+def test_masks_together_stay_below_their_shares():
     config = AugmentConfig(
         time_masks=10, time_width=40, time_share=0.2, frequency_masks=10, frequency_width=10, frequency_share=0.5
     )
@@ -48,7 +48,7 @@ def test_a_time_mask_covers_frames_and_a_frequency_mask_bins():
     assert by_frame.any() and by_bin.any()
 
 
-def test_every_frame_and_every_bin_is_masked_sometimes_and_none_always():
+def test_every_frame_and_bin_is_masked_sometimes_and_none_always():
     augment = Augment(AugmentConfig(time_masks=1, time_width=3, time_share=1.0, frequency_masks=1, frequency_width=2))
     masked = [augment(torch.ones(6, 5), 0.0, generator(seed)) == 0 for seed in range(300)]
     frames = torch.stack([one.all(1) for one in masked]).sum(0)
@@ -59,13 +59,15 @@ def test_every_frame_and_every_bin_is_masked_sometimes_and_none_always():
     assert widths == ({0, 1, 2, 3}, {0, 1, 2})
 
 
-def test_masks_may_take_all_of_their_share_and_all_but_one_of_an_utterance():
+def test_masks_may_use_their_whole_share_and_leave_one_frame():
     wide = AugmentConfig(time_masks=9, time_width=99, time_share=0.5, frequency_masks=0)
-    most = max(int((Augment(wide)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99))
-    assert most == 5
+    longest = max(int((Augment(wide)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99))
+    assert longest == 5
     whole = AugmentConfig(time_masks=9, time_width=99, time_share=1.0, frequency_masks=0)
-    most = max(int((Augment(whole)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99))
-    assert most == 9
+    longest = max(
+        int((Augment(whole)(torch.ones(10, 3), 0.0, generator(seed)) == 0).all(1).sum()) for seed in range(99)
+    )
+    assert longest == 9
 
 
 def test_mask_defaults_to_one_block():
@@ -87,7 +89,7 @@ def test_masks_wait_for_their_epoch():
     assert (augment(features, 2.5, generator()) == 0).any()
 
 
-def test_the_input_is_left_alone_and_equal_generators_agree():
+def test_the_input_is_not_modified_and_equal_seeds_agree():
     features = torch.ones(100, 80)
     augment = Augment(AugmentConfig(speed=0.1))
     a, b = (augment(features, 1.0, generator(3)) for _ in range(2))
@@ -111,7 +113,7 @@ def test_speeds_fill_their_range_and_do_not_depend_on_the_count():
         assert not np.isin(speed_factors(0.2, **{"seed": 1, "epoch": 0, "count": 5} | changed), factors[:5]).any()
 
 
-def test_a_speed_that_was_drawn_before_is_taken_as_it_is():
+def test_a_speed_drawn_in_advance_is_used_unchanged():
     augment = Augment(AugmentConfig(time_masks=0, frequency_masks=0, speed=0.5))
     assert len(augment(torch.ones(100, 2), 0.0, generator(), factor=0.8)) == 125
     still = Augment(AugmentConfig(time_masks=0, frequency_masks=0, speed=0.0))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive
+from tiny_corpora import make_archive
 
 from las_fast.config import AugmentConfig, Config, DataConfig, FeatureConfig, TrainingConfig
 from las_fast.data.augment import Augment
@@ -64,7 +64,7 @@ def test_batches_keep_their_budgets():
         assert len(batch) * LENGTHS[batch].max() <= 8000
 
 
-def test_an_utterance_over_the_budget_is_alone():
+def test_an_utterance_over_the_budget_is_a_batch_of_its_own():
     lengths = np.array([10, 500, 12, 11, 700])
     batches = bucketed(lengths, frames=100).epoch(0)
     assert [1] in batches and [4] in batches
@@ -94,7 +94,7 @@ def test_with_speed_there_are_as_many_batches_as_in_the_largest_of_four_epochs(s
     made = BucketBatches(LENGTHS[:count], frames_per_batch=3000, utterances_per_batch=4, seed=seed, speed=0.1)
     first = [len(made._cut_epoch(epoch)) for epoch in range(5)]
     assert len(made) == max(first[:4]) == batches
-    assert first.index(batches) == 3 or first[4] > batches  # the fourth counts, and the fifth does not
+    assert first.index(batches) == 3 or first[4] > batches  # the fourth epoch counts, the fifth does not
 
 
 def test_batches_use_the_lengths_after_the_speed_change(dataset):
@@ -111,7 +111,7 @@ def test_at_most_a_tenth_is_padding_with_speed_too():
     assert max(batches.padding_share(epoch) for epoch in range(4)) <= 0.1
 
 
-def test_batches_follow_from_seed_and_epoch_alone():
+def test_batches_depend_on_seed_and_epoch_only():
     batches = bucketed()
     assert bucketed().epoch(3) == batches.epoch(3)
     assert batches.epoch(3) != batches.epoch(4)
@@ -208,7 +208,7 @@ def test_a_dev_loader_covers_the_whole_set_and_drops_no_last_batch(dataset):
     assert len(make_loader(dataset, batches, Vocabulary(), augment=None, seed=0, epoch=0, start=1, workers=0)) == 2
 
 
-def test_a_batch_holds_what_the_dataset_holds(dataset):
+def test_a_batch_equals_the_items_of_the_dataset(dataset):
     vocabulary = Vocabulary()
     batch = load(dataset, [[3, 0, 7]], augment=None)[0]
     assert batch.indices.tolist() == [3, 0, 7]
@@ -233,7 +233,7 @@ def test_unknown_texts_give_no_tokens(dataset, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [0, 2])
-def test_workers_and_start_change_nothing(dataset, workers, start):
+def test_workers_and_the_start_batch_do_not_change_the_batches(dataset, workers, start):
     batches = BucketBatches(dataset.frame_counts, frames_per_batch=120, utterances_per_batch=3, seed=1).epoch(2)
     whole = load(dataset, batches, epoch=2)
     rest = load(dataset, batches, epoch=2, start=start, workers=workers)
@@ -242,7 +242,7 @@ def test_workers_and_start_change_nothing(dataset, workers, start):
         assert torch.equal(a.features, b.features) and torch.equal(a.tokens, b.tokens)
 
 
-class Twins(SimpleNamespace):
+class EqualUtterances(SimpleNamespace):
     """Two utterances with equal frames."""
 
     def __getitem__(self, i):
@@ -253,21 +253,21 @@ class Twins(SimpleNamespace):
 
 
 def test_augmentation_differs_by_epoch_seed_and_utterance_only(dataset):
-    def features(i, company, **options):
-        batch = load(dataset, [[*company, i]], **options)[0]
+    def features(i, neighbours, **options):
+        batch = load(dataset, [[*neighbours, i]], **options)[0]
         return batch.features[-1, : batch.feature_lengths[-1]]
 
     assert torch.equal(features(3, [0, 1]), features(3, [5]))
     assert not torch.equal(features(3, [], epoch=1), features(3, [], epoch=0))
     assert not torch.equal(features(3, [], seed=2), features(3, []))
-    twins = Twins(frame_counts=np.array([100, 100]), blocks=1, texts=["A", "B"])
+    equal_utterances = EqualUtterances(frame_counts=np.array([100, 100]), blocks=1, texts=["A", "B"])
     for config in (AugmentConfig(), AugmentConfig(time_masks=0, frequency_masks=0, speed=0.3)):
-        (batch,) = load(twins, [[0, 1]], augment=Augment(config))
+        (batch,) = load(equal_utterances, [[0, 1]], augment=Augment(config))
         one, other = (x[:n] for x, n in zip(batch.features, batch.feature_lengths.tolist(), strict=True))
         assert one.shape != other.shape or not torch.equal(one, other)
 
 
-def test_the_loader_leaves_the_random_state_of_training_alone(dataset):
+def test_the_loader_does_not_change_the_random_state_of_training(dataset):
     before = torch.get_rng_state()
     load(dataset, [[0], [1]])
     assert torch.equal(torch.get_rng_state(), before)
@@ -309,7 +309,7 @@ def curriculum_of(frames, **options):
     return plan_curriculum(frames, Config(data=DataConfig(**options), training=TrainingConfig(epochs=5)))
 
 
-def test_a_curriculum_begins_with_short_utterances_and_goes_on_with_all():
+def test_a_curriculum_starts_with_short_utterances_and_continues_with_all():
     curriculum = curriculum_of(LENGTHS)
     short = np.flatnonzero(LENGTHS <= 200).tolist()
     for epoch in range(7):
@@ -333,7 +333,7 @@ def test_a_curriculum_uses_the_settings_of_its_configuration():
 
 def test_short_utterances_are_measured_in_frames_of_whole_samples():
     data = DataConfig(short_epochs=1, short_seconds=4.0)
-    config = Config(data=data, features=FeatureConfig(sample_rate=22_050))  # 220 samples a frame, of 220.5
+    config = Config(data=data, features=FeatureConfig(sample_rate=22_050))  # 220 samples per frame
     curriculum = plan_curriculum(np.array([400, 401]), config)
     assert curriculum.batches_of(0).epoch(0) == [[0]]
     curriculum = plan_curriculum(np.array([400, 401]), replace(config, data=replace(data, short_seconds=4.002)))
@@ -361,7 +361,7 @@ def test_a_curriculum_may_have_no_short_epochs_or_only_short_epochs():
         curriculum_of(np.array([300, 400]))
 
 
-def test_short_epochs_use_the_speeds_that_their_batches_were_cut_for(dataset):
+def test_short_epochs_use_the_speeds_that_their_batches_were_made_for(dataset):
     augment, members = Augment(AugmentConfig(speed=0.3)), np.array([2, 5, 6, 9])
     batches = BucketBatches(dataset.frame_counts, frames_per_batch=200, utterances_per_batch=2, seed=5, speed=0.3,
                             members=members)  # fmt: skip

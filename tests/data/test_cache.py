@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import RATE, make_archive, make_manifest, make_speech, make_waveform, save, text_array, write_audio
+from tiny_corpora import RATE, make_archive, make_manifest, make_speech, make_waveform, save, text_array, write_audio
 
 from las_fast import progress
 from las_fast.config import DataConfig, FeatureConfig
@@ -34,7 +34,7 @@ from las_fast.errors import InputError
 F23 = FeatureConfig(size=28)
 
 
-def fill(corpus, folder, split="dev-clean", features=F23, **options):
+def build_entry(corpus, folder, split="dev-clean", features=F23, **options):
     return open_cache(corpus, split, corpus.utterances(split), features, folder=str(folder), progress=False, **options)
 
 
@@ -53,33 +53,33 @@ def folder(tmp_path):
 
 
 def test_opening_an_entry_again_reads_no_recordings(corpus, folder, monkeypatch):
-    first = fill(corpus, folder)
+    first = build_entry(corpus, folder)
     monkeypatch.setattr(cache_module, "read_utterances", lambda *_: pytest.fail("built again"))
-    second = fill(corpus, folder)
+    second = build_entry(corpus, folder)
     assert first.ids == second.ids
     assert np.array_equal(first.frames(2), second.frames(2))
 
 
-def test_frames_in_the_cache_are_those_of_the_files(corpus, folder):
-    entry = fill(corpus, folder)
+def test_frames_in_the_cache_equal_the_frames_of_the_files(corpus, folder):
+    entry = build_entry(corpus, folder)
     for i, u in enumerate(corpus.utterances("dev-clean")):
         assert np.array_equal(entry.frames(i), np.load(u.path))
 
 
-def test_features_of_an_archive_last_as_long_as_their_frames(corpus, folder):
-    entry = fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=12.5))
+def test_durations_of_archive_features_follow_from_their_frames(corpus, folder):
+    entry = build_entry(corpus, folder, features=FeatureConfig(size=28, shift_ms=12.5))
     assert entry.seconds.tolist() == pytest.approx((entry.frame_counts * 0.0125).tolist())
     assert entry.spans == [[]] * 4 and entry.positions.tolist() == [0, 1, 2, 3] and entry.bad == []
 
 
 def test_the_archive_decides_the_frame_size_not_the_settings(corpus, folder):
-    assert fill(corpus, folder, features=FeatureConfig(size=80)).frames(0).shape[1] == 28
+    assert build_entry(corpus, folder, features=FeatureConfig(size=80)).frames(0).shape[1] == 28
 
 
-def test_features_of_whole_numbers_are_read(corpus, folder):
+def test_integer_features_are_read(corpus, folder):
     path = corpus.utterances("dev-clean")[1].path
     np.save(path, np.arange(56, dtype=np.int16).reshape(2, 28))
-    assert np.array_equal(fill(corpus, folder).frames(1), np.arange(56).reshape(2, 28))
+    assert np.array_equal(build_entry(corpus, folder).frames(1), np.arange(56).reshape(2, 28))
 
 
 def test_an_entry_records_which_frames_trimming_kept(tmp_path, folder):
@@ -88,7 +88,7 @@ def test_an_entry_records_which_frames_trimming_kept(tmp_path, folder):
     for name, waves in rows.items():
         write_audio(tmp_path / f"{name}.wav", np.concatenate(waves))
     (tmp_path / "m.tsv").write_text("path\n" + "".join(f"{name}.wav\n" for name in rows))
-    plain, late, early, twice = fill(open_corpus(tmp_path / "m.tsv"), folder, "all", FeatureConfig()).spans
+    plain, late, early, twice = build_entry(open_corpus(tmp_path / "m.tsv"), folder, "all", FeatureConfig()).spans
     assert plain == early == []  # their first frames
     assert len(late) == 1 and 340 < late[0][0] < 400 < 500 < late[0][1]
     assert len(twice) == 2 and twice[0][0] == 0
@@ -98,7 +98,7 @@ def test_an_entry_records_which_frames_trimming_kept(tmp_path, folder):
     ("spans", "kept"),
     [([(0, 5)], ()), ([(0, 9)], ()), ([(1, 5)], ((1, 5),)), ([(0, 2), (3, 5)], ((0, 2), (3, 5)))],
 )
-def test_an_untrimmed_recording_needs_no_spans(monkeypatch, spans, kept):
+def test_an_untrimmed_recording_has_no_spans(monkeypatch, spans, kept):
     good, bad = readers.Item("good", seconds=1.0), readers.Item("bad", problem="bad")
     waveforms = [np.zeros(800, np.float32)]
     monkeypatch.setattr(features_module, "speech_features", lambda waves, _: [(torch.ones(5, 2), spans) for _ in waves])
@@ -109,7 +109,7 @@ def test_an_untrimmed_recording_needs_no_spans(monkeypatch, spans, kept):
 
 def test_transposed_archives_are_transposed_back(tmp_path, folder):
     corpus = open_corpus(make_archive(tmp_path / "data", "S25"))
-    entry = fill(corpus, folder, features=FeatureConfig())
+    entry = build_entry(corpus, folder, features=FeatureConfig())
     for i, u in enumerate(corpus.utterances("dev-clean")):
         assert np.array_equal(entry.frames(i), np.load(u.path).T)
 
@@ -117,12 +117,12 @@ def test_transposed_archives_are_transposed_back(tmp_path, folder):
 def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
     corpus = open_corpus(make_manifest(tmp_path / "data"))
     for features in (FeatureConfig(), FeatureConfig(size=40), FeatureConfig(shift_ms=12.5)):
-        fill(corpus, folder, "dev", features)
+        build_entry(corpus, folder, "dev", features)
     assert len(entries(folder)) == 3
-    fill(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # what comes after the cache
+    build_entry(corpus, folder, "dev", FeatureConfig(normalisation="none", deltas=2))  # later stages, after the cache
     assert len(entries(folder)) == 3
     os.utime(corpus.utterances("dev")[0].path, ns=(1, 1))
-    fill(corpus, folder, "dev")
+    build_entry(corpus, folder, "dev")
     assert len(entries(folder)) == 4
 
 
@@ -130,7 +130,7 @@ def test_a_changed_file_or_setting_makes_a_new_entry(tmp_path, folder):
 def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
     path = corpus.utterances("dev-clean")[1].transcript
     before = path.stat()
-    first = fill(corpus, folder)
+    first = build_entry(corpus, folder)
     text = first.texts[1]
     new = text[::-1] if change == "time" else text + " MORE"
     save(path, text_array(new, True))
@@ -139,21 +139,21 @@ def test_a_changed_transcript_makes_a_new_entry(corpus, folder, change):
         os.utime(path, ns=(1, 1))
     else:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    second = fill(corpus, folder)
+    second = build_entry(corpus, folder)
     assert second.texts[1] == new
     assert second.folder != first.folder
 
 
 def test_a_file_is_identified_by_path_size_and_mtime(tmp_path):
-    path, found = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
+    path, stamps = tmp_path / "x", [cache_module._stamp(tmp_path / name) for name in ("x", "y")]
     for content, time_ns in ((b"", 0), (b"ab", 0), (b"cd", 1), (b"c", 1)):
         path.write_bytes(content)
         os.utime(path, ns=(0, time_ns))
-        found.append(cache_module._stamp(path))
-    assert found[-1] == [str(path), 1, 1] and len(set(map(tuple, found))) == len(found)
+        stamps.append(cache_module._stamp(path))
+    assert stamps[-1] == [str(path), 1, 1] and len(set(map(tuple, stamps))) == len(stamps)
 
 
-def test_an_entry_depends_on_everything_that_its_frames_come_from(corpus, tmp_path, monkeypatch):
+def test_an_entry_depends_on_every_input_of_its_frames(corpus, tmp_path, monkeypatch):
     utterances = corpus.utterances("dev-clean")
 
     def key(corpus=corpus, features=F23, **changes):
@@ -176,7 +176,7 @@ def test_an_entry_depends_on_everything_that_its_frames_come_from(corpus, tmp_pa
     monkeypatch.setattr(cache_module, "VERSION", 99)
     keys.append(key())
     assert len(set(keys)) == len(keys)
-    same = [key(seconds=1.0), key(start=1.0), key(is_part=True)]  # which are of recordings
+    same = [key(seconds=1.0), key(start=1.0), key(is_part=True)]  # for recordings only
     assert set(same) == {keys[-1]}
 
 
@@ -200,17 +200,17 @@ def test_an_entry_may_be_unused_for_thirty_days(tmp_path, days, kept):
 
 
 @pytest.mark.parametrize(("hours", "kept"), [(47.9, True), (48.1, False)])
-def test_a_build_of_another_host_may_take_two_days(folder, hours, kept):
+def test_an_unfinished_build_of_another_host_is_kept_for_two_days(folder, hours, kept):
     for name in ("x", "dev-clean-abc-another.host-1-12345678", f"dev-{socket.gethostname()}-none-1"):
         (folder / f".building-{name}").mkdir(parents=True)
-    (folder / ".building-file").touch()  # that is none of ours, and in nobody's way
+    (folder / ".building-file").touch()  # not a cache entry
     for path in folder.iterdir():
         os.utime(path, (1, time.time() - hours * 3600))
     cache_module._remove_abandoned(folder)
     assert len(entries(folder)) == (4 if kept else 1)
 
 
-def test_a_process_of_another_user_is_running(monkeypatch):
+def test_a_process_of_another_user_counts_as_running(monkeypatch):
     def kill(pid, number):
         raise PermissionError(f"{pid} {number}")
 
@@ -219,23 +219,23 @@ def test_a_process_of_another_user_is_running(monkeypatch):
     assert cache_module._is_running(1) is True
 
 
-def test_a_new_entry_removes_those_of_its_split_that_are_long_unused(corpus, tmp_path, folder):
+def test_a_new_entry_removes_long_unused_ones_of_its_split(corpus, tmp_path, folder):
     other = open_corpus(make_archive(tmp_path / "other", "F23"))
-    old, recent = (fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
-    elsewhere, split = fill(other, folder), fill(corpus, folder, "test-clean")
-    for entry in (old, recent, elsewhere, split):
+    old, recent = (build_entry(corpus, folder, features=FeatureConfig(size=28, shift_ms=ms)) for ms in (8.0, 9.0))
+    other_corpus, split = build_entry(other, folder), build_entry(corpus, folder, "test-clean")
+    for entry in (old, recent, other_corpus, split):
         os.utime(entry.folder / "index.json", (1, 1))
-    fill(corpus, folder, features=FeatureConfig(size=28, shift_ms=9.0))  # a use
-    new = fill(corpus, folder)
-    assert entries(folder) == sorted(entry.folder.name for entry in (recent, elsewhere, split, new))
+    build_entry(corpus, folder, features=FeatureConfig(size=28, shift_ms=9.0))  # marks the entry as used
+    new = build_entry(corpus, folder)
+    assert entries(folder) == sorted(entry.folder.name for entry in (recent, other_corpus, split, new))
 
 
 def test_a_new_entry_prints_its_path_and_size_once(corpus, folder, capsys):
     for expected in (1, 0):
         open_cache(corpus, "dev-clean", corpus.utterances("dev-clean"), F23, folder=str(folder))
-        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
-        assert len(told) == expected
-        assert all(str(folder) in line and line.endswith("MB)") for line in told)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("feature cache of dev-clean")]
+        assert len(lines) == expected
+        assert all(str(folder) in line and line.endswith("MB)") for line in lines)
 
 
 def test_the_printed_size_is_in_megabytes(corpus, folder, capsys):
@@ -247,14 +247,14 @@ def test_the_printed_size_is_in_megabytes(corpus, folder, capsys):
 
 def test_without_progress_nothing_is_printed(corpus, folder, monkeypatch, capsys):
     monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
-    fill(corpus, folder)
+    build_entry(corpus, folder)
     assert capsys.readouterr().err == ""
 
 
 def test_an_entry_that_vanishes_is_an_input_error(corpus, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "_read_entry", lambda target: None)
     with pytest.raises(InputError, match="was removed or damaged while in use; run again"):
-        fill(corpus, folder)
+        build_entry(corpus, folder)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_entry_that_vanishes_is_an_input_error(corpus, folder, monkeypatch):
 def test_large_splits_are_read_by_the_requested_processes(corpus, tmp_path, monkeypatch, count, workers, processes):
     children, start = [], readers._start_worker
     monkeypatch.setattr(readers, "_start_worker", lambda task: children.append(start(task)) or children[-1])
-    monkeypatch.setattr(cache_module.sys, "executable", "false")  # they end at once
+    monkeypatch.setattr(cache_module.sys, "executable", "false")  # the workers end at once
     utterances = [Utterance(str(i), Path("x.npy"), None, problem="bad") for i in range(count)]
     items = cache_module.read_utterances(corpus, utterances, F23, tmp_path, workers)
     if processes:
@@ -276,21 +276,21 @@ def test_large_splits_are_read_by_the_requested_processes(corpus, tmp_path, monk
 
 
 def test_a_cache_is_built_by_as_many_processes_as_there_are_cores(corpus, folder, monkeypatch):
-    asked, process = [], cache_module.read_utterances
+    calls, process = [], cache_module.read_utterances
     monkeypatch.setattr(cache_module, "cores", lambda: 7)
-    monkeypatch.setattr(cache_module, "read_utterances", lambda *words: asked.append(words[-1]) or process(*words))
-    fill(corpus, folder / "1")
-    fill(corpus, folder / "2", workers=3)
-    assert asked == [7, 3]
+    monkeypatch.setattr(cache_module, "read_utterances", lambda *words: calls.append(words[-1]) or process(*words))
+    build_entry(corpus, folder / "1")
+    build_entry(corpus, folder / "2", workers=3)
+    assert calls == [7, 3]
 
 
 def test_a_worker_finds_the_package_and_runs_in_its_own_session(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(readers.subprocess, "Popen", lambda command, **options: asked.append((command, options)))
+    calls = []
+    monkeypatch.setattr(readers.subprocess, "Popen", lambda command, **options: calls.append((command, options)))
     monkeypatch.setattr(cache_module.sys, "path", ["", "/some/where"])
     monkeypatch.setenv("OF_OURS", "1")
     readers._start_worker(tmp_path / "task")
-    ((command, options),) = asked
+    ((command, options),) = calls
     assert command == [
         sys.executable,
         "-c",
@@ -304,7 +304,7 @@ def test_a_worker_finds_the_package_and_runs_in_its_own_session(tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", ["audio", "features"])
-def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monkeypatch, kind):
+def test_a_worker_writes_only_the_items_of_its_chunks(tmp_path, monkeypatch, kind):
     def process(task, chunk):
         os.write(1, b"noise of a library")
         yield from (readers.Item(f"{task[0]} {u}", frames=np.ones((2, 2), np.float32)) for u in chunk)
@@ -330,20 +330,20 @@ def test_a_worker_writes_the_items_of_its_chunks_and_nothing_else(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("said", "held", "problem"),
+    ("stated", "actual", "problem"),
     [
         (None, 9.0, ""), (0.0, 9.0, ""), (2.0, 2.0, ""),
         (2.0, 1.91, ""), (2.0, 1.85, "copy it again"), (0.2, 0.1, ""),  # shorter by 0.1 s
-        (10.0, 9.81, ""), (10.0, 9.7, "copy it again"),  # or by 2%, whichever is more
+        (10.0, 9.81, ""), (10.0, 9.7, "copy it again"),  # or by 2%, whichever is larger
         (2.0, 3.0, ""), (2.0, 3.5, "add a column 'offset'"),  # longer by 1 s
         (10.0, 11.9, ""), (10.0, 12.5, "add a column 'offset'"),  # or by 20%
     ],
 )  # fmt: skip
-def test_a_recording_may_differ_slightly_from_the_manifests_duration(said, held, problem):
-    u = Utterance("x", Path("x.wav"), None, seconds=said)
-    found = readers._duration_problem(u, held)
-    assert (problem in found and f"x.wav lasts {held:.2f} s" in found) if problem else found == ""
-    assert readers._duration_problem(replace(u, is_part=True), held) == ""
+def test_a_recording_may_differ_slightly_from_the_manifests_duration(stated, actual, problem):
+    u = Utterance("x", Path("x.wav"), None, seconds=stated)
+    message = readers._duration_problem(u, actual)
+    assert (problem in message and f"x.wav lasts {actual:.2f} s" in message) if problem else message == ""
+    assert readers._duration_problem(replace(u, is_part=True), actual) == ""
 
 
 @pytest.mark.parametrize("damage", [b"PK\x03\x04", b"", b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', (((("])
@@ -353,7 +353,7 @@ def test_worker_processes_report_bad_files_as_bad(tmp_path, folder, monkeypatch,
     utterances = corpus.utterances("dev-clean")
     for path in (utterances[3].path, utterances[17].transcript):
         path.write_bytes(damage)
-    assert [place for *_, place in fill(corpus, folder, workers=2).bad] == [3, 17]
+    assert [place for *_, place in build_entry(corpus, folder, workers=2).bad] == [3, 17]
 
 
 def test_at_most_a_group_of_audio_is_in_memory(tmp_path, folder, monkeypatch):
@@ -362,24 +362,26 @@ def test_at_most_a_group_of_audio_is_in_memory(tmp_path, folder, monkeypatch):
     write_audio(manifest.parent / "audio" / "train-5.wav", make_waveform(np.random.default_rng(0), 3.0))
     manifest.write_text(manifest.read_text().replace("train-5.wav\t0.4", "train-5.wav\t3.0"))
     corpus = open_corpus(manifest)
-    plain = fill(corpus, folder / "1", "train", FeatureConfig(), workers=1)
-    held = []
+    plain = build_entry(corpus, folder / "1", "train", FeatureConfig(), workers=1)
+    group_seconds = []
     whole = features_module.compute_features
 
     def watched(waveforms, config):
-        held.append(sum(map(len, waveforms)) / 16000)
+        group_seconds.append(sum(map(len, waveforms)) / 16000)
         return whole(waveforms, config)
 
     monkeypatch.setattr(features_module, "compute_features", watched)
     monkeypatch.setattr(readers, "GROUP_SECONDS", 1.5)
-    grouped = fill(corpus, folder / "2", "train", FeatureConfig(), workers=1)
-    assert sorted(held)[-1] == pytest.approx(3.0) and sorted(held)[-2] <= 1.5 and len(held) < 20
+    grouped = build_entry(corpus, folder / "2", "train", FeatureConfig(), workers=1)
+    assert (
+        sorted(group_seconds)[-1] == pytest.approx(3.0) and sorted(group_seconds)[-2] <= 1.5 and len(group_seconds) < 20
+    )
     start = subprocess.Popen
     small_answers = "import las_fast.data.readers as readers; readers.MAX_RESULT_BYTES = 1; readers.run_worker()"
     monkeypatch.setattr(
         readers.subprocess, "Popen", lambda c, **options: start([c[0], "-c", small_answers, *c[3:]], **options)
     )
-    for entry in (grouped, fill(corpus, folder / "3", "train", FeatureConfig(), workers=2)):
+    for entry in (grouped, build_entry(corpus, folder / "3", "train", FeatureConfig(), workers=2)):
         assert entry.ids == plain.ids
         for i in range(20):
             np.testing.assert_allclose(entry.frames(i), plain.frames(i), atol=1e-3)
@@ -420,12 +422,12 @@ def test_good_utterances_are_stored_in_order_and_bad_ones_listed(tmp_path, monke
         "spans": [(), ((1, 2),)], "bad": [("b", "is bad", 1)],
     }  # fmt: skip
     assert np.array_equal(np.fromfile(tmp_path / "x", np.float32), np.arange(9))
-    for answer, said in (("", "is bad; or leave"), ("no", "no u A; or leave")):
-        with pytest.raises(InputError, match=f"^{said} such utterances out with --on-bad skip$"):
+    for answer, message in (("", "is bad; or leave"), ("no", "no u A; or leave")):
+        with pytest.raises(InputError, match=f"^{message} such utterances out with --on-bad skip$"):
             written(lambda u, text, answer=answer: answer and f"{answer} {u} {text}")
 
 
-def test_answers_of_a_worker_are_bounded(monkeypatch):
+def test_answers_of_a_worker_are_limited_in_bytes(monkeypatch):
     monkeypatch.setattr(readers, "MAX_RESULT_BYTES", 100)
     items = [readers.Item(str(i), frames=np.zeros((n, 1), np.float32)) for i, n in enumerate((10, 10, 50, 10, 20))]
     items.insert(1, readers.Item("bad", problem="bad"))
@@ -433,15 +435,15 @@ def test_answers_of_a_worker_are_bounded(monkeypatch):
     assert [[item.id for item in group] for group in groups] == [["0", "bad", "1"], ["2"], ["3"], ["4"]]
 
 
-def test_a_name_that_the_system_refuses_is_not_blamed_on_the_cache(tmp_path, folder):
+def test_an_invalid_file_name_is_not_reported_as_a_cache_error(tmp_path, folder):
     name = f"audio/{'x' * 300}.wav"
     manifest = make_manifest(tmp_path / "data")
     manifest.write_text(manifest.read_text() + f"x\t{name}\t1\ts\tmade\ttrain\tHI\n")
     corpus = open_corpus(manifest)
     with pytest.raises(InputError, match=r"cannot be opened \(File name too long\)") as error:
-        fill(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
+        build_entry(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
     assert name in str(error.value) and "cache" not in str(error.value)
-    assert [bad for bad, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["x"]
+    assert [bad for bad, *_ in build_entry(corpus, folder, "train", FeatureConfig()).bad] == ["x"]
 
 
 def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypatch):
@@ -449,8 +451,8 @@ def test_worker_processes_give_what_one_process_gives(tmp_path, folder, monkeypa
     archive = open_corpus(make_archive(tmp_path / "archive", "F23", utterances=40))
     audio = open_corpus(make_manifest(tmp_path / "audio", utterances=20))
     for corpus, split, features in ((archive, "dev-clean", F23), (audio, "train", FeatureConfig())):
-        alone = fill(corpus, folder / "1", split, features, workers=1)
-        many = fill(corpus, folder / "2", split, features, workers=2)
+        alone = build_entry(corpus, folder / "1", split, features, workers=1)
+        many = build_entry(corpus, folder / "2", split, features, workers=2)
         assert (alone.ids, alone.texts) == (many.ids, many.texts)
         assert sorted(path.name for path in many.folder.iterdir()) == ["features.f32", "index.json"]
         for i in range(len(alone.ids)):
@@ -461,28 +463,28 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(corpus, folder, monkeypatch):
     monkeypatch.setattr(readers, "MAX_UTTERANCES_IN_PROCESS", 0)
     start = subprocess.Popen
 
-    def doomed(command, **options):
+    def start_failing(command, **options):
         return start([command[0], "-c", "raise SystemExit(3)"], **options)
 
-    monkeypatch.setattr(readers.subprocess, "Popen", doomed)
+    monkeypatch.setattr(readers.subprocess, "Popen", start_failing)
     with pytest.raises(InputError, match=r"ended early \(exit status 3.*run again"):
-        fill(corpus, folder, workers=2)
+        build_entry(corpus, folder, workers=2)
     assert entries(folder) == []
 
 
-def test_an_interrupt_leaves_no_half_cache(corpus, folder, monkeypatch):
-    whole = cache_module.read_utterances
+def test_an_interrupt_leaves_no_partial_cache(corpus, folder, monkeypatch):
+    read_utterances = cache_module.read_utterances
 
     def interrupted(*arguments):
-        yield next(iter(whole(*arguments)))
+        yield next(iter(read_utterances(*arguments)))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "read_utterances", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fill(corpus, folder)
+            build_entry(corpus, folder)
     assert entries(folder) == []
-    assert len(fill(corpus, folder).ids) == 4
+    assert len(build_entry(corpus, folder).ids) == 4
 
 
 def test_a_killed_build_is_removed_and_a_running_one_is_not(corpus, folder):
@@ -491,58 +493,58 @@ def test_a_killed_build_is_removed_and_a_running_one_is_not(corpus, folder):
     folder.mkdir()
     dead = folder / f".building-dev-clean-abc-{socket.gethostname()}-{child.pid}-12345678"
     alive = folder / f".building-dev-clean-abc-{socket.gethostname()}-{os.getpid()}-12345678"
-    elsewhere = folder / ".building-dev-clean-abc-another.host-1-12345678"
-    for path in (dead, alive, elsewhere):
+    other_host = folder / ".building-dev-clean-abc-another.host-1-12345678"
+    for path in (dead, alive, other_host):
         path.mkdir()
         (path / "features.f32").write_bytes(b"half")
-    fill(corpus, folder)
-    assert not dead.exists() and alive.exists() and elsewhere.exists()
-    os.utime(elsewhere, (1, 1))
-    fill(corpus, folder, "test-clean")
-    assert not elsewhere.exists()
+    build_entry(corpus, folder)
+    assert not dead.exists() and alive.exists() and other_host.exists()
+    os.utime(other_host, (1, 1))
+    build_entry(corpus, folder, "test-clean")
+    assert not other_host.exists()
 
 
-def test_builders_of_the_same_entry_do_not_break_each_other(corpus, folder, monkeypatch):
+def test_two_builders_of_one_entry_do_not_interfere(corpus, folder, monkeypatch):
     whole = cache_module.read_utterances
 
-    def with_a_rival(*arguments):
+    def build_after_another(*arguments):
         with monkeypatch.context() as patch:
             patch.setattr(cache_module, "read_utterances", whole)
-            fill(corpus, folder)  # finishes first
+            build_entry(corpus, folder)  # finishes first
         yield from whole(*arguments)
 
-    monkeypatch.setattr(cache_module, "read_utterances", with_a_rival)
-    assert len(fill(corpus, folder).ids) == 4
+    monkeypatch.setattr(cache_module, "read_utterances", build_after_another)
+    assert len(build_entry(corpus, folder).ids) == 4
     assert len(entries(folder)) == 1
 
 
 def test_a_damaged_entry_is_built_again(corpus, folder):
-    fill(corpus, folder)
+    build_entry(corpus, folder)
     (folder / entries(folder)[0] / "features.f32").write_bytes(b"short")
-    entry = fill(corpus, folder)
+    entry = build_entry(corpus, folder)
     assert np.array_equal(entry.frames(0), np.load(corpus.utterances("dev-clean")[0].path))
     assert entries(folder) == [entry.folder.name]
     assert sorted(path.name for path in entry.folder.iterdir()) == ["features.f32", "index.json"]
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(corpus, tmp_path, folder, monkeypatch):
+def test_an_unwritable_cache_is_a_one_sentence_error(corpus, tmp_path, folder, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot be written \(Not a directory\).*XDG_CACHE_HOME.*--data.cache"):
-        fill(corpus, tmp_path / "file" / "cache")
+        build_entry(corpus, tmp_path / "file" / "cache")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cache_module, "_write_features", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
-        fill(corpus, folder)
+        build_entry(corpus, folder)
     assert entries(folder) == []
     monkeypatch.setattr(cache_module, "_write_features", lambda *_: (_ for _ in ()).throw(TimeoutError()))
     with pytest.raises(InputError, match=r"cannot be written \(TimeoutError\)"):
-        fill(corpus, folder)
+        build_entry(corpus, folder)
 
 
-def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch):
+def test_the_cache_folder_comes_from_the_setting_or_the_system(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("") == tmp_path / "las_fast"
     assert cache_folder("/elsewhere").as_posix() == "/elsewhere"
@@ -554,9 +556,9 @@ def test_the_cache_is_where_the_setting_or_the_system_says(tmp_path, monkeypatch
     assert cache_folder("") == tmp_path / ".cache" / "las_fast"
 
 
-def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch):
+def test_without_a_home_folder_the_error_says_what_to_set(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user without HOME and without an entry
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # no HOME and no passwd entry
     with pytest.raises(InputError, match="no home folder is known; set XDG_CACHE_HOME to a writable folder"):
         cache_folder("")
     with pytest.raises(InputError, match="~/x: the home folder of this user is not known; write the path without ~"):
@@ -566,8 +568,8 @@ def test_without_a_home_folder_the_cache_says_what_to_set(monkeypatch):
 
 
 def test_an_entry_can_be_sent_to_another_process(corpus, folder, monkeypatch):
-    monkeypatch.setattr(cache_module, "DROP_BYTES", 1)  # let go of the map's pages after every read
-    entry = fill(corpus, folder)
+    monkeypatch.setattr(cache_module, "DROP_BYTES", 1)  # release the map's pages after every read
+    entry = build_entry(corpus, folder)
     entry.frames(0)
     copy = pickle.loads(pickle.dumps(entry))
     assert all(np.array_equal(copy.frames(i), entry.frames(i)) for i in range(4))
@@ -577,9 +579,9 @@ def test_mapped_pages_are_released_after_drop_bytes(tmp_path, monkeypatch):
     class Map(mmap.mmap):
         def madvise(self, option):
             assert option == mmap.MADV_DONTNEED
-            let_go.append(len(read))
+            released.append(len(read))
 
-    let_go, read, stored = [], [], np.arange(40 * 28, dtype=np.float32).reshape(40, 28)
+    released, read, stored = [], [], np.arange(40 * 28, dtype=np.float32).reshape(40, 28)
     stored.tofile(tmp_path / "features.f32")
     entry = cache_module.CacheEntry(
         folder=tmp_path, size=28, ids=list("abcd"), texts=[None] * 4, frame_counts=np.array([10, 10, 5, 15]),
@@ -590,10 +592,10 @@ def test_mapped_pages_are_released_after_drop_bytes(tmp_path, monkeypatch):
     for i, first, end in ((0, 0, 10), (1, 10, 20), (2, 20, 25), (3, 25, 40), (2, 20, 25), (0, 0, 10), (1, 10, 20)):
         read.append(i)
         assert np.array_equal(entry.frames(i), stored[first:end])
-    assert let_go == [3, 6]
+    assert released == [3, 6]
 
 
-def broken(path, kind):
+def damage_file(path, kind):
     """Damage a feature file."""
     good = np.load(path)
     if kind == "nan":
@@ -637,9 +639,9 @@ def broken(path, kind):
     ],
 )
 @pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
+def test_bad_features_are_reported_or_skipped_and_counted(corpus, tmp_path, folder, capsys, kind, reason):
     bad = corpus.utterances("dev-clean")[1]
-    broken(bad.path, kind)
+    damage_file(bad.path, kind)
 
     def load(on_bad):
         data = DataConfig(cache=str(folder), on_bad=on_bad)
@@ -654,12 +656,12 @@ def test_bad_features_are_named_or_skipped_and_counted(corpus, tmp_path, folder,
     assert [name for name, _ in dataset.skipped] == [bad.id]
     assert dataset.positions.tolist() == [0, 2, 3]
     assert "left out 1 of 4" in capsys.readouterr().err
-    with pytest.raises(InputError, match=reason):  # from the cache, too
+    with pytest.raises(InputError, match=reason):  # also from the cache
         load("error")
 
 
 @pytest.mark.parametrize("missing", ["features", "transcript"])
-def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder, missing):
+def test_features_without_a_transcript_and_the_reverse_are_reported(corpus, folder, missing):
     lost = corpus.utterances("dev-clean")[2]
     (lost.path if missing == "features" else lost.transcript).unlink()
     for on_bad in ("error", "skip"):
@@ -676,7 +678,7 @@ def test_features_without_a_transcript_and_the_reverse_are_named(corpus, folder,
 def test_a_missing_feature_file_of_a_manifest_does_not_blame_a_transcript(tmp_path, folder):
     save(tmp_path / "x.npy", np.ones((30, 17), np.float32))
     (tmp_path / "m.tsv").write_text("path\ttext\nx.npy\tHI\ny.npy\tHI\n")
-    entry = fill(open_corpus(tmp_path), folder, "all", FeatureConfig(size=17))
+    entry = build_entry(open_corpus(tmp_path), folder, "all", FeatureConfig(size=17))
     assert entry.bad == [("y", f"{tmp_path}/y.npy is not a feature file: it does not exist; copy it again or remove "
                                "its counterpart", 1)]  # fmt: skip
 
@@ -686,28 +688,28 @@ def test_an_error_names_the_shape_of_a_transposed_archive_as_stored(tmp_path, fo
     first, second = (u.path for u in corpus.utterances("dev-clean")[:2])
     np.save(first, np.load(first)[:70])
     np.save(second, np.ones((1, 2, 3)))
-    one, other = (problem for _, problem, _ in fill(corpus, folder, features=FeatureConfig()).bad)
+    one, other = (problem for _, problem, _ in build_entry(corpus, folder, features=FeatureConfig()).bad)
     assert f"{first} must have shape (80, frames) like the other files; got (70, " in one
     assert other == f"{second} must have numbers of shape (80, frames); got float64 (1, 2, 3); create it again"
 
 
-def test_a_damaged_transcript_is_named(corpus, folder):
+def test_a_damaged_transcript_is_reported(corpus, folder):
     path = corpus.utterances("dev-clean")[0].transcript
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(InputError, match="truncated") as error:
-        fill(corpus, folder, check=lambda *_: "")
+        build_entry(corpus, folder, check=lambda *_: "")
     assert str(path) in str(error.value)
 
 
-def test_bad_recordings_are_named_or_skipped(tmp_path, folder):
+def test_bad_recordings_are_reported_or_skipped(tmp_path, folder):
     manifest = make_manifest(tmp_path / "data")
     corpus = open_corpus(manifest)
     bad = corpus.utterances("train")[1].path
     bad.write_bytes(b"no audio at all")
     with pytest.raises(InputError, match="cannot be read as audio") as error:
-        fill(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
+        build_entry(corpus, folder, "train", FeatureConfig(), check=lambda *_: "")
     assert str(bad) in str(error.value)
-    assert [name for name, *_ in fill(corpus, folder, "train", FeatureConfig()).bad] == ["train-1"]
+    assert [name for name, *_ in build_entry(corpus, folder, "train", FeatureConfig()).bad] == ["train-1"]
 
 
 def test_a_bad_text_is_refused_before_any_recording_is_read(tmp_path, folder, monkeypatch):

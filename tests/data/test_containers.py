@@ -15,13 +15,13 @@ from las_fast.data.containers import Layout, Source, Stream, View, find_streams,
 from las_fast.data.containers.magic import RARE, container_at, foreign_format
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
-# Format, subtype, channels, and by how many bytes less than is cut off a file is known to lack.
+# Format, subtype, channels, and the cut-off bytes that cannot be noticed.
 FORMS = [
     *(("AVR", sub, n, 0) for sub in ("PCM_S8", "PCM_16") for n in (1, 2)),
     *(("MPC2K", "PCM_16", n, 0) for n in (1, 2)),
     ("WVE", "ALAW", 1, 0),
     *(("SDS", sub, 1, 0) for sub in ("PCM_S8", "PCM_16", "PCM_24")),
-    *(("VOC", sub, n, 1) for sub in ("PCM_U8", "PCM_16") for n in (1, 2)),  # its last byte is no sound
+    *(("VOC", sub, n, 1) for sub in ("PCM_U8", "PCM_16") for n in (1, 2)),  # the last byte is padding
     *(("MAT4", sub, n, 0) for sub in ("PCM_16", "FLOAT", "DOUBLE") for n in (1, 2)),
     *(("AIFF", sub, n, 0) for sub in ("PCM_16", "PCM_24") for n in (1, 2)),
     *((form, "PCM_16", n, 0) for form in ("AU", "CAF", "W64", "NIST", "WAV", "RF64") for n in (1, 2)),
@@ -56,7 +56,7 @@ def test_missing_bytes_are_counted(tmp_path, form, subtype, channels, less):
 
 
 @pytest.mark.parametrize(("form", "subtype", "channels", "less"), CLAIMED)
-def test_files_that_were_joined_are_two_streams(tmp_path, form, subtype, channels, less):
+def test_joined_files_are_two_streams(tmp_path, form, subtype, channels, less):
     first, second = (written(tmp_path / "x", form, subtype, channels, frames=n) for n in (1001, 700))
     whole = streams_in(tmp_path / "x", first + second).streams
     end = len(first) + len(second)
@@ -65,7 +65,7 @@ def test_files_that_were_joined_are_two_streams(tmp_path, form, subtype, channel
     assert [stream.missing_bytes for stream in cut] == [0, 200 - less]
 
 
-def test_a_file_of_no_known_kind_is_one_stream(tmp_path):
+def test_a_file_of_unknown_format_is_one_stream(tmp_path):
     (stream,) = streams_in(tmp_path / "x", b"no sound at all").streams
     assert stream.spans == ((0, 15),) and stream.length == 15 and stream.missing_bytes == 0
     assert streams_in(tmp_path / "x", b"").streams[0].spans == ((0, 0),)
@@ -74,7 +74,7 @@ def test_a_file_of_no_known_kind_is_one_stream(tmp_path):
 # --------------------------------------------------------------------------------------------------------- bytes
 
 
-def test_a_source_gives_the_bytes_that_are_there(tmp_path, monkeypatch):
+def test_a_source_returns_only_existing_bytes(tmp_path, monkeypatch):
     data = bytes(range(256)) * 40
     (tmp_path / "x").write_bytes(data)
     monkeypatch.setattr(streams, "WINDOW", 100)
@@ -86,7 +86,7 @@ def test_a_source_gives_the_bytes_that_are_there(tmp_path, monkeypatch):
         assert source.read(len(data), 4) == source.read(-1, 4) == b"" and source.error is None
 
 
-def test_a_source_remembers_that_the_disk_failed(tmp_path):
+def test_a_source_records_a_read_error(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     descriptor = os.open(tmp_path / "x", os.O_RDONLY)
     source = Source(descriptor)
@@ -99,7 +99,7 @@ def taken(view: View, count: int) -> bytes:
     return bytes(buffer[: view.readinto(buffer)])
 
 
-def test_a_view_is_its_spans_as_one_file(tmp_path):
+def test_a_view_presents_its_spans_as_one_file(tmp_path):
     (tmp_path / "x").write_bytes(bytes(range(100)))
     with (tmp_path / "x").open("rb") as file:
         view = View(Source(file.fileno()), (b"head", (10, 20), b"", (50, 53)))
@@ -127,7 +127,7 @@ def tag(size=125, *, ape=False, header=False):
 @pytest.mark.parametrize(
     "tags", [b"", tag(), tag(50, ape=True), tag(50, ape=True, header=True), tag(9, ape=True) + tag(), tag() + tag()]
 )
-def test_tags_after_the_sound_are_not_audio(tmp_path, tags):
+def test_tags_after_the_audio_are_skipped(tmp_path, tags):
     begin = b"x" * 300
     (tmp_path / "x").write_bytes(begin + tags)
     with (tmp_path / "x").open("rb") as file:
@@ -148,7 +148,7 @@ def test_tags_after_the_sound_are_not_audio(tmp_path, tags):
         (b"ID3\x04", 0),
     ],
 )
-def test_tags_before_the_sound_are_skipped(tmp_path, tags, begin):
+def test_tags_before_the_audio_are_skipped(tmp_path, tags, begin):
     (tmp_path / "x").write_bytes(tags + b"sound" * 9 if len(tags) != 4 else tags)
     with (tmp_path / "x").open("rb") as file:
         assert skip_tags(Source(file.fileno()), 0) == begin
@@ -192,20 +192,20 @@ def test_flac_ends_where_another_begins_or_before_its_tags(tmp_path):
         (b"RIFF", ""),
     ],
 )
-def test_formats_that_are_not_read_are_known_by_name(tmp_path, data, name):
+def test_unsupported_formats_are_recognised(tmp_path, data, name):
     (tmp_path / "x").write_bytes(data)
     with (tmp_path / "x").open("rb") as file:
         assert foreign_format(Source(file.fileno())) == name
 
 
-# -------------------------------------------------------------------------------------- what lies before and behind
+# -------------------------------------------------------------------------------------- tags before and after the audio
 
 WAV = riff_file(chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)), chunk(b"data", bytes(100)))
 END = len(WAV)
 MP3 = (b"\xff\xfb\x90\0" + bytes(413)) * 5
 
 
-def test_a_stream_is_taken_for_plain_sound_unless_its_walker_says_more():
+def test_a_stream_has_default_fields_unless_its_parser_sets_them():
     plain = Stream(((0, 1),))
     assert (plain.sample_count, plain.missing_bytes, plain.padding, plain.preroll, plain.gap) == (None, 0, 0, 0.0, "")
     assert (plain.cut, plain.truncated_header, plain.resumable, plain.length_known) == (False, False, False, True)
@@ -216,29 +216,29 @@ def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
     data = bytes(range(256)) * 2
     (tmp_path / "x").write_bytes(data)
     monkeypatch.setattr(streams, "WINDOW", 100)
-    asked, pread = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, count, start: asked.append((start, count)) or pread(fd, count, start))
+    reads, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, count, start: reads.append((start, count)) or pread(fd, count, start))
     with (tmp_path / "x").open("rb") as file:
         source = Source(file.fileno())
         for start, count in ((10, 5), (10, 100), (109, 1), (12, 98), (50, 61), (9, 5), (500, 50), (500, 12)):
             assert source.read(start, count) == data[start : start + count]
-        assert asked == [(10, 100), (50, 100), (9, 100), (500, 12)]  # no more than the file has
-        assert source.read(512, 1) == source.read(-5, 9) == b"" and len(asked) == 4
+        assert reads == [(10, 100), (50, 100), (9, 100), (500, 12)]  # no more than the file has
+        assert source.read(512, 1) == source.read(-5, 9) == b"" and len(reads) == 4
 
 
-def test_many_bytes_after_the_sound_are_reported_unless_they_are_zeros_or_tags():
+def test_many_bytes_after_the_audio_are_reported_unless_they_are_zeros_or_tags():
     many, few = b"\7" * 65537, b"\7" * 65536
     message = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
     assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [message])
     assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [message]
     assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [message]
-    assert layout_of(WAV + MP3 + many).unread == layout_of(MP3 + many).unread == []  # mp3 may hold anything
-    for behind in (few, few + tag(), few + tag(50, ape=True), bytes(65537), bytes(65537) + tag(), b""):
-        assert layout_of(WAV + behind) == Layout([Stream(((0, END),))])
+    assert layout_of(WAV + MP3 + many).unread == layout_of(MP3 + many).unread == []  # mp3 has no fixed end
+    for trailing in (few, few + tag(), few + tag(50, ape=True), bytes(65537), bytes(65537) + tag(), b""):
+        assert layout_of(WAV + trailing) == Layout([Stream(((0, END),))])
     assert layout_of(many) == Layout([Stream(((0, 65537),))])
 
 
-def test_sound_is_looked_for_after_tags_and_after_other_sound():
+def test_audio_is_searched_for_after_tags_and_after_other_audio():
     id3 = b"ID3\4\0\0\0\0\0\5" + bytes(5)
     assert streams_of(id3 + WAV + id3 + WAV + tag()) == [Stream(((15, 15 + END),)), Stream(((30 + END, 30 + 2 * END),))]
     assert streams_of(id3 + WAV + b"junk" + WAV) == [Stream(((15, 15 + END),))]
@@ -249,25 +249,25 @@ def test_an_mp3_after_an_htk_header_is_an_mp3():
     assert len(streams_of(struct.pack(">IIHH", 1_000_000, 625, 2, 0) + MP3)) == 1
 
 
-def test_a_walker_that_stays_where_it_is_ends_the_search(monkeypatch):
+def test_a_parser_that_makes_no_progress_ends_the_search(monkeypatch):
     def walk(source, place, layout):
         places.append(place)
-        if place < most:
+        if place < max_streams:
             layout.streams.append(Stream(((place, place + 1),)))
         return 0
 
     monkeypatch.setattr(containers, "_walker_at", lambda source, place: walk)
-    for most, expected in ((3, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [0])):
+    for max_streams, expected in ((3, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [0])):
         places = []
-        found = streams_of(b"12345")
-        assert places == expected and len(found) == max(1, min(most, 5))
+        parsed = streams_of(b"12345")
+        assert places == expected and len(parsed) == max(1, min(max_streams, 5))
 
 
 @pytest.mark.parametrize("archive", [b"PK\3\4", b"Rar!", b"7z\xbc\xaf"])
 def test_an_mp3_within_an_archive_is_not_audio(archive):
     frames = (b"\xff\xfd\x90\0" + bytes(518)) * 5  # layer II
-    (found,) = streams_of(b"1234" + frames)
-    assert found.spans == ((4, 4 + len(frames)),) and found.sample_count == 5 * 1152
+    (stream,) = streams_of(b"1234" + frames)
+    assert stream.spans == ((4, 4 + len(frames)),) and stream.sample_count == 5 * 1152
     assert streams_of(archive + frames) == [Stream(((0, 4 + len(frames)),))]
     assert streams_of(archive[:3] + b"?" + frames)[0].sample_count == 5 * 1152
     assert streams_of(b"?" + archive[:3] + frames)[0].sample_count == 5 * 1152
@@ -282,7 +282,7 @@ def test_a_transport_stream_has_three_packets_or_two_and_a_byte():
 
 
 @pytest.mark.parametrize("magic", ["52494646 00000000 57415645", "464f524d 00000000 38535658", "ffe31800", "fffd9000"])
-def test_a_container_is_known_by_its_first_bytes(magic):
+def test_a_container_is_recognised_by_its_first_bytes(magic):
     data = bytes.fromhex(magic)
     assert container_at(Bytes(b"." + data), 1) is not None
     for cut in range(1, len(data)):
@@ -291,12 +291,12 @@ def test_a_container_is_known_by_its_first_bytes(magic):
 
 
 @pytest.mark.parametrize("magic", RARE)
-def test_a_rare_format_is_known_by_all_of_its_magic(magic):
+def test_a_rare_format_is_recognised_by_its_whole_magic_number(magic):
     assert container_at(Bytes(magic), 0) is not None
     assert container_at(Bytes(magic[:-1] + bytes([magic[-1] ^ 1])), 0) is None
 
 
-def test_tags_before_the_sound_are_as_long_as_they_say():
+def test_tags_before_the_audio_have_the_length_in_their_header():
     for digits, size in ((b"\1\0\0\0", 1 << 21), (b"\0\1\0\0", 1 << 14), (b"\0\0\1\0", 128), (b"\0\0\0\x7f", 127)):
         for flags, footer in ((0, 0), (16, 10), (239, 0)):
             head = b"ID3\4\0" + bytes([flags]) + digits
@@ -304,19 +304,19 @@ def test_tags_before_the_sound_are_as_long_as_they_say():
             assert skip_tags(Bytes(head[:-1]), 0) == 0
 
 
-def test_no_tag_after_the_sound_begins_before_it():
-    def end(data, start, behind=b""):
-        return without_trailing_tags(Bytes(data + behind), start, len(data))
+def test_no_tag_after_the_audio_begins_before_it():
+    def end(data, start, trailing=b""):
+        return without_trailing_tags(Bytes(data + trailing), start, len(data))
 
     sound = b"x" * 300
     assert end(sound + tag(), 300) == end(sound + tag(), 0, b"more") == 300 and end(sound + tag(), 301) == 428
     ape = tag(50, ape=True)
-    for start, found in ((300, 300), (330, 330), (0, 300)):
-        assert end(sound + ape, start) == found
+    for start, expected in ((300, 300), (330, 330), (0, 300)):
+        assert end(sound + ape, start) == expected
     assert end(ape[1:], 0) == 0 and end(ape[-31:], 0) == 31 and end(ape[-32:], 0) == 0
     both = tag(50, ape=True, header=True)
     assert end(sound + both, 0) == 300
-    for bit in range(32):  # the last is that of a header
+    for bit in range(32):  # the last start is within a header
         flagged = ape[:-12] + struct.pack("<I", 1 << bit) + ape[-8:]
         assert end(sound + flagged, 0) == (268 if bit == 31 else 300)
 
@@ -361,7 +361,7 @@ def test_a_flac_that_ends_within_its_blocks_is_reported():
     assert streams_of(data[:-1004] + b"\x81\0\0\4")[0].truncated_header
 
 
-def test_a_pattern_is_found_wherever_a_window_ends(monkeypatch):
+def test_a_pattern_is_found_across_window_boundaries(monkeypatch):
     monkeypatch.setattr(streams, "WINDOW", 40)
     for before in range(100):
         source = Bytes(b"." * before + b"RIFF....WAVEfmt " + b"." * 50)

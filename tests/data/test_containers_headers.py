@@ -21,13 +21,13 @@ NOTE = chunk(b"LIST", b"INFO")
 WAV = riff_file(FORMAT, chunk(b"data", SOUND))
 
 
-def whole(*ends: int) -> list[Stream]:
-    """Return consecutive streams with unchanged headers, given the end of each."""
+def intact_streams(*ends: int) -> list[Stream]:
+    """Consecutive streams with unchanged headers that end at `ends`."""
     return [Stream(((start, end),)) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Stream:
-    """Return the stream of (start, end) in the file under a new wav header."""
+    """The stream of (start, end) in the file under a new wav header."""
     length = sound[1] - sound[0]
     size = 20 + len(content) + len(content) % 2 + length
     return Stream((riff_file(chunk(b"fmt ", content), b"data" + struct.pack("<I", length), size=size), sound), **fields)
@@ -40,7 +40,7 @@ def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Strea
     ("data", "size", "is_one"),
     [
         (b"LIST\4\0\0\0", 12, True),
-        (b"LIST\5\0\0\0", 12, True),  # a pad byte that is not there
+        (b"LIST\5\0\0\0", 12, True),  # a missing pad byte
         (b"LIST\6\0\0\0", 12, False),
         (b"data\6\0\0\0", 12, True),
         (b"SSND\6\0\0\0", 12, True),
@@ -55,12 +55,12 @@ def bare(sound: tuple[int, int], content: bytes = FORMAT[8:], **fields) -> Strea
 )
 def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is_one):
     assert bool(riff._is_chunk(Bytes(data, size), 0, "<")) == is_one
-    turned = data[:4] + data[:3:-1]
-    assert bool(riff._is_chunk(Bytes(b"..." + turned, 3 + size), 3, ">")) == is_one
+    big_endian = data[:4] + data[:3:-1]
+    assert bool(riff._is_chunk(Bytes(b"..." + big_endian, 3 + size), 3, ">")) == is_one
 
 
 @pytest.mark.parametrize(
-    ("behind", "length", "expected"),
+    ("trailing", "length", "expected"),
     [
         (NOTE, 6, (14, True)),
         (b"\0" + NOTE, 5, (14, True)),
@@ -70,11 +70,11 @@ def test_a_chunk_has_a_name_in_ascii_and_a_length_within_the_file(data, size, is
         (b"\0", 5, (14, True)),
         (b"\0?", 5, (14, True)),
         (b"LIST", 5, (14, True)),
-        (b"x" + NOTE + bytes(2000), 5, (14, True)),  # where it is, its name would be xLIS
+        (b"x" + NOTE + bytes(2000), 5, (14, True)),  # at its offset, the name would read xLIS
     ],
 )
-def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
-    source = Bytes(chunk(b"abcd", bytes(length), pad=False) + behind)
+def test_a_pad_byte_may_be_missing(trailing, length, expected):
+    source = Bytes(chunk(b"abcd", bytes(length), pad=False) + trailing)
     assert riff._after_chunk(source, 0, length, "<") == expected
 
 
@@ -103,7 +103,7 @@ def test_a_pad_byte_may_have_been_forgotten(behind, length, expected):
         (1000, 1 << 31, 1000),
     ],
 )
-def test_an_implausible_length_is_not_believed(claimed, there, true):
+def test_an_implausible_length_is_ignored(claimed, there, true):
     source = Bytes(b"", 44 + there)
     assert riff.true_length(source, 44, claimed, "<") == true
 
@@ -123,19 +123,19 @@ def test_an_implausible_length_is_not_believed(claimed, there, true):
         riff_file(FORMAT, chunk(b"data", SOUND), chunk(b"note", b"odd", pad=False), NOTE),
     ],
 )  # fmt: skip
-def test_a_wav_whose_header_is_right_is_taken_as_it_is(data):
-    assert streams_of(data) == whole(len(data))
-    assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + len(data)),))]  # from an odd place on
+def test_a_wav_with_a_correct_header_is_unchanged(data):
+    assert streams_of(data) == intact_streams(len(data))
+    assert streams_of(b"ID3\4\0\0\0\0\0\1." + data) == [Stream(((11, 11 + len(data)),))]  # at an odd offset
 
 
-def test_bytes_after_a_wav_that_are_no_chunks_are_left_out():
-    for behind in (b"\0", b"junk", NOTE[:7]):
-        assert streams_of(WAV + behind) == whole(len(WAV))
-    assert streams_of(WAV + NOTE + b"junk") == whole(len(WAV) + len(NOTE))
+def test_bytes_after_the_chunks_of_a_wav_are_ignored():
+    for trailing in (b"\0", b"junk", NOTE[:7]):
+        assert streams_of(WAV + trailing) == intact_streams(len(WAV))
+    assert streams_of(WAV + NOTE + b"junk") == intact_streams(len(WAV) + len(NOTE))
 
 
 @pytest.mark.parametrize("lacking", [1, 2, 50, 99])
-def test_a_wav_that_is_cut_gets_a_header_of_what_there_is(lacking):
+def test_a_truncated_wav_gets_a_header_with_its_actual_length(lacking):
     assert streams_of(WAV[:-lacking]) == [bare((44, 144 - lacking), missing_bytes=lacking)]
     odd = FORMAT[8:] + b"\0\0\7"
     data = riff_file(NOTE, chunk(b"fmt ", odd), chunk(b"data", SOUND))
@@ -148,12 +148,12 @@ def test_a_wav_of_unknown_length_ends_with_the_file():
         assert streams_of(riff_file(FORMAT, chunk(b"data", b"\xff" + SOUND, size))) == [bare((44, 146))]
 
 
-def test_a_wav_whose_chunks_are_out_of_step_gets_a_header_of_its_own():
+def test_a_wav_with_misaligned_chunks_gets_a_new_header():
     data = riff_file(FORMAT, chunk(b"note", b"odd", pad=False), chunk(b"data", SOUND), NOTE)
     assert streams_of(data) == [bare((55, 155))]
 
 
-def test_a_wav_that_holds_no_sound_ends_within_its_header():
+def test_a_wav_without_samples_ends_within_its_header():
     headers = [riff_file(FORMAT), riff_file(FORMAT, NOTE), riff_file(chunk(b"data", SOUND)), riff_file()]
     for data in (*headers, riff_file(FORMAT, b"data\0\0\0")):
         assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
@@ -162,21 +162,22 @@ def test_a_wav_that_holds_no_sound_ends_within_its_header():
 
 def test_a_form_of_riff_that_is_not_audio_is_left_to_libsndfile():
     data = riff_file(FORMAT, chunk(b"data", SOUND), NOTE, form=b"AVI ")
-    assert streams_of(data) == whole(len(data)) and magic.container_at(Bytes(data), 0) is None
+    assert streams_of(data) == intact_streams(len(data)) and magic.container_at(Bytes(data), 0) is None
     assert magic.container_at(Bytes(b"LIST" + data[4:8] + b"WAVE"), 0) is None
 
 
 @pytest.mark.parametrize("name", [b"RF64", b"BW64"])
-def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
+def test_the_length_of_an_rf64_comes_from_its_ds64_chunk(name):
     def file(claimed, sound=SOUND, size=0xFFFFFFFF, sizes=b"ds64"):
         sizes = chunk(sizes, struct.pack("<QQQI", 7, claimed, 9, 0))
         return riff_file(sizes, FORMAT, chunk(b"data", sound, size), name=name, size=0xFFFFFFFF)
 
     place = len(file(0)) - 100
     taken = [bare((place, place + 100))]
-    assert streams_of(file(100)) == (taken if name == b"BW64" else whole(place + 100))
+    assert streams_of(file(100)) == (taken if name == b"BW64" else intact_streams(place + 100))
     assert streams_of(file(100, SOUND[:60])) == [bare((place, place + 60), missing_bytes=40)]
-    assert streams_of(file(60, size=100)) == (taken if name == b"BW64" else whole(place + 100))  # ds64 is for -1
+    # ds64 is used only for a size of -1
+    assert streams_of(file(60, size=100)) == (taken if name == b"BW64" else intact_streams(place + 100))
     assert streams_of(file(60, sizes=b"note")) == taken
     plain = riff_file(chunk(b"ds64", struct.pack("<QQQI", 7, 60, 9, 0)), FORMAT, chunk(b"data", SOUND, 0xFFFFFFFF))
     assert streams_of(plain) == taken
@@ -184,7 +185,7 @@ def test_the_length_of_an_rf64_is_that_of_its_ds64(name):
     assert streams_of(short) == [bare((44, 144))]
 
 
-def test_the_header_of_a_wav_is_that_of_an_rf64_from_4_gib_on():
+def test_a_wav_of_4_gib_or_more_gets_an_rf64_header():
     content = FORMAT[8:]
     for length in (0, 1, 0xFFFFFEFF):
         size = struct.pack("<I", 36 + length)
@@ -206,7 +207,7 @@ def test_a_big_endian_wav_of_any_length_gets_a_header(length):
     assert layout_of(data, 44 + length).streams == [Stream((head, (44, 44 + length)))]
 
 
-def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
+def test_a_fmt_chunk_is_kept_up_to_4096_bytes():
     for length in (18, 4096, 5000):
         data = riff_file(chunk(b"fmt ", FORMAT[8:] + bytes(length - 16)), chunk(b"data", SOUND))[:-1]
         start = 28 + length
@@ -216,7 +217,7 @@ def test_a_description_of_the_sound_of_any_length_is_kept_up_to_4096_bytes():
 
 
 @pytest.mark.parametrize("code", [0x50, 0x55])
-def test_mpeg_within_a_wav_is_taken_out_of_it(code):
+def test_mpeg_audio_in_a_wav_is_extracted(code):
     frame = bytes([255, 0xFD, 0x90, 0]) + bytes(518)  # layer II, 160 kbit/s, 44.1 kHz
     form = chunk(b"fmt ", struct.pack("<HHIIHH", code, 1, 44100, 20000, 1, 0))
     data = riff_file(form, chunk(b"data", frame * 5), NOTE)
@@ -229,19 +230,19 @@ def test_mpeg_within_a_wav_is_taken_out_of_it(code):
     assert cut.sample_count == 4 * 1152 and cut.cut
     big = chunk(b"fmt ", form[8:], order=">")
     other = riff_file(big, chunk(b"data", frame * 5, order=">"), name=b"RIFX", order=">")
-    assert streams_of(other) == whole(len(other))
+    assert streams_of(other) == intact_streams(len(other))
     for near in (code + 1, code + 256):
         other = riff_file(chunk(b"fmt ", struct.pack("<H", near) + form[10:]), chunk(b"data", frame * 5))
-        assert streams_of(other) == whole(len(other))
+        assert streams_of(other) == intact_streams(len(other))
 
 
 @pytest.mark.parametrize("first", [SOUND, SOUND[:99]])
 @pytest.mark.parametrize("note", [b"", NOTE])
-def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note):
+def test_each_further_data_chunk_is_a_stream_with_its_own_header(first, note):
     head = riff_file(FORMAT, chunk(b"data", first), note)
     data = head + chunk(b"data", SOUND[:7]) + chunk(b"data") + NOTE + chunk(b"data", SOUND) + NOTE
     second, third = len(head) + 8, len(data) - len(NOTE) - 100
-    expected = [*whole(len(head)), bare((second, second + 7)), bare((third, third + 100))]
+    expected = [*intact_streams(len(head)), bare((second, second + 7)), bare((third, third + 100))]
     assert streams_of(data) == expected
     assert streams_of(data + WAV) == [*expected, Stream(((len(data), len(data) + len(WAV)),))]
     cut = data[: third + 30]
@@ -249,28 +250,28 @@ def test_more_chunks_of_sound_are_streams_under_headers_of_their_own(first, note
 
 
 @pytest.mark.parametrize(
-    ("length", "behind"),
+    ("length", "trailing"),
     [(100, b""), (100, b"\0"), (99, b""), (99, b"\0"), (100, NOTE), (99, NOTE), (99, b"\0" + NOTE)],
 )
-def test_a_wav_may_follow_another_at_once_or_after_a_pad_byte(length, behind):
-    data = riff_file(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + behind
+def test_a_wav_may_follow_another_at_once_or_after_a_pad_byte(length, trailing):
+    data = riff_file(FORMAT, chunk(b"data", SOUND[:length], pad=False)) + trailing
     end = len(data)
-    first = bare((44, 143)) if length == 99 and behind[:1] != b"\0" else Stream(((0, end),))
+    first = bare((44, 143)) if length == 99 and trailing[:1] != b"\0" else Stream(((0, end),))
     assert streams_of(data + WAV) == [first, Stream(((end, end + len(WAV)),))]
     unknown = riff_file(FORMAT, chunk(b"data", b"\xff" + SOUND, 0), size=0xFFFFFFFF)
     assert streams_of(data + unknown)[1:] == [bare((end + 44, end + 146))]
 
 
-def test_a_wav_of_no_length_that_another_follows_is_empty():
+def test_a_wav_of_length_0_before_another_is_empty():
     empty = riff_file(FORMAT, chunk(b"data"))
-    assert streams_of(empty + WAV) == whole(44, 44 + len(WAV))
+    assert streams_of(empty + WAV) == intact_streams(44, 44 + len(WAV))
 
 
-def test_no_more_chunks_are_looked_at_than_a_file_may_have(monkeypatch):
+def test_the_number_of_chunks_is_limited(monkeypatch):
     monkeypatch.setattr(riff, "MAX_CHUNKS", 4)
     few = riff_file(NOTE, NOTE, FORMAT, chunk(b"data", SOUND), NOTE, NOTE, NOTE, NOTE)
-    assert streams_of(few) == whole(len(few))
-    assert streams_of(few + NOTE) == whole(len(few))
+    assert streams_of(few) == intact_streams(len(few))
+    assert streams_of(few + NOTE) == intact_streams(len(few))
     many = riff_file(NOTE, NOTE, NOTE, FORMAT, chunk(b"data", SOUND))
     assert streams_of(many) == [Stream(((0, len(many)),), truncated_header=True)]
 
@@ -288,21 +289,21 @@ COMM = big(b"COMM", bytes(18))
 @pytest.mark.parametrize(
     ("kind", "sound"), [(b"AIFF", b"SSND"), (b"AIFC", b"SSND"), (b"8SVX", b"BODY"), (b"16SV", b"BODY")]
 )
-def test_the_sound_of_aiff_and_iff_is_counted_by_its_chunk(kind, sound):
-    def file(content, size=None, *behind):
-        return form(COMM, big(sound, content, size), *behind, kind=kind)
+def test_the_length_of_aiff_and_iff_comes_from_the_chunk(kind, sound):
+    def file(content, size=None, *trailing):
+        return form(COMM, big(sound, content, size), *trailing, kind=kind)
 
     start = len(file(b""))
     for data in (file(SOUND), file(SOUND[:99]), file(SOUND, None, big(b"NAME", b"a")), file(b"", None, big(b"NAME"))):
-        assert streams_of(data) == whole(len(data))
+        assert streams_of(data) == intact_streams(len(data))
         twice = [Stream(((len(data), 2 * len(data)),))]
-        assert streams_of(data + data) == whole(len(data)) + twice
-        assert streams_of(data + b"junk") == whole(len(data))
+        assert streams_of(data + data) == intact_streams(len(data)) + twice
+        assert streams_of(data + b"junk") == intact_streams(len(data))
     for cut in (1, 99):
         head = file(SOUND, 100 - cut)[:start]
         assert streams_of(file(SOUND)[:-cut]) == [Stream((head, (start, start + 100 - cut)), missing_bytes=cut)]
-        behind = b"ID3\4\0\0\0\0\0\0" + file(SOUND)[:-cut]
-        assert streams_of(behind) == [Stream((head, (start + 10, start + 110 - cut)), missing_bytes=cut)]
+        trailing = b"ID3\4\0\0\0\0\0\0" + file(SOUND)[:-cut]
+        assert streams_of(trailing) == [Stream((head, (start + 10, start + 110 - cut)), missing_bytes=cut)]
     for unknown in (0, 0xFFFFFFFF):
         data = file(b"\xff" + SOUND, unknown)[:-1]
         head = data[: start - 4] + struct.pack(">I", 101)
@@ -328,7 +329,7 @@ def au(sound: bytes, claimed: int, offset: int = 24) -> bytes:
 
 @pytest.mark.parametrize("offset", [0, 24, 28])
 @pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
-def test_the_sound_of_au_is_counted_by_its_header(offset, before):
+def test_the_length_of_au_comes_from_the_header(offset, before):
     at, begin = len(before), len(before) + max(24, offset)
     assert streams_of(before + au(SOUND, 100, offset)) == [Stream(((at, begin + 100),))]
     twice = before + au(SOUND, 100, offset) + WAV
@@ -344,20 +345,20 @@ def test_the_sound_of_au_is_counted_by_its_header(offset, before):
     assert streams_of(before + au(b"", 7, offset)) == [Stream((head, (begin, begin)), missing_bytes=7)]
 
 
-def test_an_au_of_2_gib_whose_length_is_right_is_whole():
+def test_an_au_of_2_gib_with_a_correct_length_is_complete():
     for claimed in ((1 << 31) - 65536, 1 << 31, 0xFFFFFFFF):
-        assert streams_of(au(SOUND, claimed), 24 + claimed) == whole(24 + claimed)
+        assert streams_of(au(SOUND, claimed), 24 + claimed) == intact_streams(24 + claimed)
         known = streams_of(au(SOUND, claimed), 23 + claimed)
         assert known == [Stream((au(b"", 0xFFFFFFFF), (24, 23 + claimed)))]
     longer = streams_of(au(SOUND, 0x80000000), 25 + 0x80000000)
-    assert longer == whole(24 + 0x80000000)
+    assert longer == intact_streams(24 + 0x80000000)
 
 
 def test_an_au_of_more_than_4_gib_whose_length_is_unknown_ends_with_the_file():
     assert layout_of(au(SOUND, 0xFFFFFFFF), 5 << 30).streams == [Stream((au(b"", 0xFFFFFFFF), (24, 5 << 30)))]
 
 
-def test_sound_beyond_what_a_format_can_count_is_reported():
+def test_audio_beyond_the_length_that_a_format_can_store_is_reported():
     aiff = form(COMM, big(b"SSND", b"", 0))
     rifx = riff_file(BIG_FORMAT, big(b"data"), name=b"RIFX", order=">")
     for data in (aiff, rifx, au(b"", 0)):
@@ -380,10 +381,10 @@ DESC = (b"desc", 32, bytes(32))
 
 
 @pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
-def test_the_sound_of_caf_is_counted_by_its_chunk(before):
+def test_the_length_of_caf_comes_from_the_chunk(before):
     at, begin = len(before), len(before) + 64
-    for behind in ([], [(b"note", 0, b"")], [(b"pakt", 5, bytes(5))], [(b"a ~b", 0, b""), (b"info", 1, b"\0")]):
-        data = before + caf(DESC, (b"data", 100, SOUND), *behind)
+    for trailing in ([], [(b"note", 0, b"")], [(b"pakt", 5, bytes(5))], [(b"a ~b", 0, b""), (b"info", 1, b"\0")]):
+        data = before + caf(DESC, (b"data", 100, SOUND), *trailing)
         assert streams_of(data) == [Stream(((at, len(data)),))]
         assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
         assert streams_of(WAV + data)[1:] == [Stream(((at + len(WAV), len(WAV + data)),))]
@@ -405,22 +406,22 @@ def test_the_sound_of_caf_is_counted_by_its_chunk(before):
     [b"a\x1f~b" + bytes(8), b"a \x7fb" + bytes(8), b"note" + struct.pack(">q", 1), b"note" + struct.pack(">q", -1),
      b"note" + bytes(7)],
 )  # fmt: skip
-def test_what_is_no_chunk_of_caf_after_the_sound_is_left_out(junk):
+def test_bytes_after_the_chunks_of_a_caf_are_ignored(junk):
     data = caf(DESC, (b"data", 100, SOUND))
-    assert streams_of(data + junk) == whole(len(data))
+    assert streams_of(data + junk) == intact_streams(len(data))
     note = b"note" + struct.pack(">q", 1) + b"."
-    assert streams_of(data + note) == streams_of(data + note + junk) == whole(len(data) + len(note))
+    assert streams_of(data + note) == streams_of(data + note + junk) == intact_streams(len(data) + len(note))
 
 
 @pytest.mark.parametrize(
     "data", [caf(DESC), caf((b"desc", -12, bytes(32)), (b"data", 4, SOUND)), caf(), caf(DESC)[:30]]
 )
-def test_a_caf_without_sound_ends_within_its_header(data):
+def test_a_caf_without_samples_ends_within_its_header(data):
     assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
     assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
-def test_a_caf_of_too_many_chunks_is_damaged(monkeypatch):
+def test_a_caf_with_too_many_chunks_is_damaged(monkeypatch):
     monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     sound = (b"data", 100, SOUND)
     assert not streams_of(caf(DESC, DESC, sound))[0].truncated_header
@@ -444,15 +445,15 @@ FMT = (b"fmt ", 40, FORMAT[8:])
 
 @pytest.mark.parametrize("before", [b"", b"ID3\4\0\0\0\0\0\1."])
 @pytest.mark.parametrize("length", [96, 97, 100])
-def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
+def test_the_length_of_w64_comes_from_the_chunk(before, length):
     at, sound = len(before), SOUND[:length]
     data = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 24 + length, sound))
     begin = len(before) + 40 + 40 + 32 + 24
     assert streams_of(data) == [Stream(((at, len(data)),))]
     assert streams_of(data + WAV) == [Stream(((at, len(data)),)), Stream(((len(data), len(data) + len(WAV)),))]
     assert streams_of(data[: begin + length]) == [Stream(((at, begin + length),))]
-    behind = data + b"note" + GUID + bytes(20)
-    assert streams_of(behind) == [Stream(((at, len(behind)),))]
+    trailing = data + b"note" + GUID + bytes(20)
+    assert streams_of(trailing) == [Stream(((at, len(trailing)),))]
     for cut in (1, 90):
         head = data[at : begin - 8] + struct.pack("<q", 24 + length - cut)
         lacks = [Stream((head, (begin, begin + length - cut)), missing_bytes=cut)]
@@ -468,12 +469,12 @@ def test_the_sound_of_w64_is_counted_by_its_chunk(before, length):
 
 
 @pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 0, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])
-def test_a_w64_without_sound_ends_within_its_header(data):
+def test_a_w64_without_samples_ends_within_its_header(data):
     assert streams_of(data) == [Stream(((0, len(data)),), truncated_header=True)]
     assert streams_of(WAV + data)[1] == Stream(((len(WAV), len(WAV) + len(data)),), truncated_header=True)
 
 
-def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
+def test_chunks_of_w64_may_be_empty_and_are_limited_in_number(monkeypatch):
     monkeypatch.setattr(plain, "MAX_CHUNKS", 3)
     empty, sound = (b"note", 24, b""), (b"data", 124, SOUND)
     assert not streams_of(w64(empty, empty, sound))[0].truncated_header
@@ -484,11 +485,11 @@ def test_chunks_of_w64_may_be_empty_and_not_too_many(monkeypatch):
 
 
 def ends(header_end, data: bytes, size: int | None = None) -> int:
-    """Return the end that a header claims; assert that it moves with the header."""
-    found = header_end(Bytes(data, size), 0)
+    """The end that a header claims; asserts that it moves with the header."""
+    actual = header_end(Bytes(data, size), 0)
     for before in (1, 1000):
-        assert header_end(Bytes(b"\7" * before + data, size and size + before), before) == found + before
-    return found
+        assert header_end(Bytes(b"\7" * before + data, size and size + before), before) == actual + before
+    return actual
 
 
 def sphere(**numbers) -> bytes:
@@ -496,7 +497,7 @@ def sphere(**numbers) -> bytes:
     return b"NIST_1A\n   1024\n" + lines.encode() + b"end_head\n"
 
 
-def test_a_nist_header_says_how_long_it_and_the_sound_are():
+def test_a_nist_header_gives_its_own_length_and_the_audios():
     data = sphere(channel_count=3, sample_n_bytes=4, sample_count=50)
     assert ends(rare._nist_end, data) == 1024 + 600
     assert ends(rare._nist_end, data.replace(b"   1024", b"   2048")) == 2048 + 600
@@ -533,7 +534,7 @@ def test_a_midi_sample_dump_is_full_packets(bits, a_packet):
             assert ends(rare._sds_end, head) == 21 + 127 * packets
 
 
-def test_the_blocks_of_a_voc_are_walked(monkeypatch):
+def test_the_blocks_of_a_voc_are_followed(monkeypatch):
     head = b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x10A, 0x1129)
     block = b"\1" + (300).to_bytes(3, "little") + bytes(300)
     assert ends(rare._voc_end, head + block * 2 + b"\0") == 26 + 608 + 1
@@ -571,13 +572,13 @@ def test_a_mat5_is_elements_to_the_end_of_the_file(monkeypatch):
     assert ends(rare._mat5_end, head + element * 2) == 128 + 308
 
 
-def test_a_format_that_claims_its_length_is_followed_or_lacks_something():
+def test_a_file_shorter_than_its_claimed_length_is_reported():
     def walk(size, end, start=2):
         layout = Layout()
         source = Bytes(b"..." + bytes(40) + WAV, size)
         return rare.walk_by_header_length(source, start, layout, lambda *_: end), layout.streams
 
-    assert walk(300, 43) == (43, [Stream(((2, 43),))])  # where a wav begins
+    assert walk(300, 43) == (43, [Stream(((2, 43),))])  # a wav begins here
     assert walk(300, 42) == (300, [Stream(((2, 300),))])
     assert walk(300, 300) == (300, [Stream(((2, 300),))])
     assert walk(300, 301) == (300, [Stream(((2, 300),), missing_bytes=1)])
@@ -591,7 +592,7 @@ def htk(frames: int, period: int = 625, size: int = 2, kind: int = 0) -> bytes:
     return struct.pack(">IIHH", frames, period, size, kind) + SOUND
 
 
-def test_an_htk_waveform_that_is_cut_is_known_by_its_plausible_header():
+def test_a_truncated_htk_waveform_is_recognised_by_its_plausible_header():
     for period in (10, 625, 10_000):
         for frames in (51, 90):
             there = Stream((htk(50, period)[:12], (12, 112)), missing_bytes=2 * frames - 100)
@@ -599,4 +600,4 @@ def test_an_htk_waveform_that_is_cut_is_known_by_its_plausible_header():
     assert streams_of(htk(51)[:-1]) == [Stream((htk(49)[:12], (12, 110)), missing_bytes=3)]
     assert streams_of(htk(51)[:13]) == [Stream((htk(0)[:12], (12, 12)), missing_bytes=101)]
     for data in (htk(50), htk(49), htk(51, 9), htk(51, 10_001), htk(51, size=4), htk(51, kind=1), htk(51)[:12]):
-        assert streams_of(data) == whole(len(data))
+        assert streams_of(data) == intact_streams(len(data))

@@ -11,7 +11,7 @@ from layouts import Bytes, layout_of, streams_of
 
 from las_fast.data.containers import Layout, Stream, mpeg
 
-KBPS = {  # by version 1 or else, and layer: of index 1 to 14
+KBPS = {  # version 1 or other, and layer -> kbit/s of index 1 to 14
     (True, 1): "32 64 96 128 160 192 224 256 288 320 352 384 416 448",
     (True, 2): "32 48 56 64 80 96 112 128 160 192 224 256 320 384",
     (True, 3): "32 40 48 56 64 80 96 112 128 160 192 224 256 320",
@@ -29,7 +29,7 @@ def header(version=3, layer=3, kbps=9, rate=0, pad=0, mode=0, crc=0, emphasis=0,
 
 
 @pytest.mark.parametrize(("version", "layer"), [*itertools.product(RATES, (1, 2, 3))])
-def test_frames_of_mpeg_are_as_long_as_the_standard_says(version, layer):
+def test_frame_lengths_follow_the_mpeg_standard(version, layer):
     first = version == 3
     samples = SAMPLES[first, layer]
     for (index, kbps), rate, pad, mode, crc in itertools.product(
@@ -60,13 +60,13 @@ def test_invalid_frame_headers_are_refused(head):
 
 
 def frames(count, **fields):
-    """Make `count` frames with content that cannot be decoded."""
+    """`count` frames whose content cannot be decoded."""
     head = header(**fields)
     return head.ljust(mpeg.frame_header(head).length, b"\1") * count
 
 
 def counting(frames=None, size=None, *, tag=b"Info", note=b"", **fields):
-    """Make a counting frame."""
+    """A frame with a Xing or Info header that counts frames."""
     head = header(**fields)
     frame = mpeg.frame_header(head)
     flags = (frames is not None) | 2 * (size is not None)
@@ -87,7 +87,7 @@ def test_frames_of_mpeg_are_counted_one_by_one(fields):
     assert stream.spans[-1] == (0, 19 * size)
 
 
-def test_tags_and_what_is_no_frame_lie_between_spans():
+def test_tags_and_other_bytes_lie_between_spans():
     size, gap = len(frames(1)), 5000
     for junk, hole in ((gap, f"{gap} bytes in the middle are not audio"), (1596, ""), (1597, "1597 bytes")):  # 0.1 s
         data = frames(8) + b"\0" * junk + frames(6)
@@ -104,34 +104,34 @@ def test_a_frame_of_another_kind_within_a_stream_is_damage():
     """A single frame of another rate does not end a stream."""
     size, odd = len(frames(1)), frames(1, rate=1)
     data = frames(8) + odd + frames(8)
-    found = streams_of(data)
-    assert [stream.sample_count for stream in found] == [16 * 1152]
-    assert found[0].spans[1:] == ((0, 8 * size), (8 * size + len(odd), 16 * size + len(odd)))
+    streams = streams_of(data)
+    assert [stream.sample_count for stream in streams] == [16 * 1152]
+    assert streams[0].spans[1:] == ((0, 8 * size), (8 * size + len(odd), 16 * size + len(odd)))
 
 
 @pytest.mark.parametrize("tag", [b"Info", b"Xing"])
 @pytest.mark.parametrize("mode", [0, 3])
-def test_a_count_of_frames_is_believed_where_bytes_lack_and_not_where_all_are_there(tag, mode):
+def test_a_frame_count_is_used_only_if_bytes_are_missing(tag, mode):
     size = len(frames(1, mode=mode))
     for claimed, total, count, cut in ((20, 21 * size, 20, False), (30, 21 * size, 20, False), (10, None, 20, False)):
         data = counting(claimed, total, tag=tag, mode=mode) + frames(20, mode=mode)
         (stream,) = streams_of(data)
         assert (stream.sample_count, stream.cut) == (count * 1152, cut)
     (stream,) = streams_of(counting(40, 41 * size, tag=tag, mode=mode) + frames(20, mode=mode))
-    assert stream.sample_count == 40 * 1152 and not stream.cut  # by the frames that are there
+    assert stream.sample_count == 40 * 1152 and not stream.cut  # every frame present is complete
     good = counting(20, 21 * size, tag=tag, mode=mode)
     (stream,) = streams_of(good + frames(20, mode=mode))
     assert stream.spans == ((0, 21 * size),) and stream.padding == 1152
 
 
-def test_a_count_that_is_wrong_is_replaced_by_a_true_one():
+def test_a_wrong_frame_count_is_corrected():
     size = len(frames(1))
     (stream,) = streams_of(frames(20))
     info = stream.spans[0]
     frame = mpeg.frame_header(info[:4])
     assert frame.kind == (3, 3, 44100, False) and len(info) == frame.length
-    found = struct.unpack(">4sIII", info[frame.xing_offset : frame.xing_offset + 16])
-    assert found == (b"Xing", 15, 20, 20 * size + len(info))
+    fields = struct.unpack(">4sIII", info[frame.xing_offset : frame.xing_offset + 16])
+    assert fields == (b"Xing", 15, 20, 20 * size + len(info))
     assert info[frame.xing_offset + 120 :][:24] == b"LAME".ljust(21, b"\0") + (576 << 12).to_bytes(3, "big")
     assert mpeg._read_info_frame(info, frame) == (20, 20 * size + len(info))
 
@@ -149,7 +149,7 @@ def test_the_delay_and_padding_of_an_encoder_are_kept():
     assert stream.spans[0][at + 16 : at + 156] == head[at + 16 : at + 156]
 
 
-def test_vbri_counts_too():
+def test_a_vbri_header_counts_frames():
     head = header()
     frame = mpeg.frame_header(head)
     info = (head + bytes(32) + b"VBRI" + bytes(6) + struct.pack(">II", 8340, 20)).ljust(frame.length, b"\0")
@@ -160,33 +160,33 @@ def test_vbri_counts_too():
     assert mpeg._read_info_frame(counting(None, 7), frame) == (0, 7)
 
 
-def test_joined_mpeg_of_other_kinds_are_streams_of_their_own():
+def test_joined_mpeg_files_of_different_kinds_are_separate_streams():
     data = frames(10) + frames(12, rate=1) + frames(9, rate=1, mode=3)
-    found = streams_of(data)
-    assert [stream.sample_count for stream in found] == [1152 * n for n in (10, 12, 9)]
+    streams = streams_of(data)
+    assert [stream.sample_count for stream in streams] == [1152 * n for n in (10, 12, 9)]
     ends = [len(frames(10)), len(frames(10) + frames(12, rate=1)), len(data)]
-    assert [stream.spans[-1] for stream in found] == list(zip([0, *ends], ends, strict=False))
-    twice = (counting(5, None) + frames(5)) * 2  # each begins with a count of its own
+    assert [stream.spans[-1] for stream in streams] == list(zip([0, *ends], ends, strict=False))
+    twice = (counting(5, None) + frames(5)) * 2  # each begins with its own count
     assert [stream.sample_count for stream in streams_of(twice)] == [5 * 1152] * 2
 
 
-SIZE = len(frames(1))  # of a frame at 128 kbit/s and 44.1 kHz
+SIZE = len(frames(1))  # bytes of a frame at 128 kbit/s and 44.1 kHz
 INFO = len(counting())
 
 
 def mp3(*spans, **fields) -> Stream:
-    """Return a layer III stream of these spans whose encoder gave no padding."""
+    """A layer III stream of these spans without encoder padding."""
     return Stream(spans, **{"preroll": 0.5, "padding": 1152} | fields)
 
 
 def sound(data: bytes, size: int | None = None) -> list[Stream]:
-    """Return the streams of a file without the counting frames that were made in memory."""
-    found = layout_of(data, size).streams
-    assert all(isinstance(stream.spans[0], bytes) for stream in found)
-    return [replace(stream, spans=stream.spans[1:]) for stream in found]
+    """The streams of a file, without the counting frames that were made in memory."""
+    streams = layout_of(data, size).streams
+    assert all(isinstance(stream.spans[0], bytes) for stream in streams)
+    return [replace(stream, spans=stream.spans[1:]) for stream in streams]
 
 
-def test_frames_are_looked_for_in_the_first_mib():
+def test_frames_are_searched_for_in_the_first_mib():
     for before in (0, 1, 4, (1 << 20) - 3):
         begin, end = before, before + 4 * SIZE
         assert sound(bytes(before) + frames(4)) == [mp3((begin, end), sample_count=4 * 1152)]
@@ -208,7 +208,7 @@ def test_frames_within_a_file_of_another_kind_are_not_audio(magic):
 
 
 @pytest.mark.parametrize("window", [8, 9, 31])
-def test_the_first_frame_is_found_wherever_a_window_ends(monkeypatch, window):
+def test_the_first_frame_is_found_across_window_boundaries(monkeypatch, window):
     monkeypatch.setattr(mpeg, "WINDOW", window)
     for before in range(40):
         source = Bytes(b"\xff" * before + frames(4))
@@ -218,7 +218,7 @@ def test_the_first_frame_is_found_wherever_a_window_ends(monkeypatch, window):
     assert mpeg._first_frame(Bytes(b""), 0, 5, 9) == 9
 
 
-def test_four_frames_of_one_kind_or_all_to_the_end_are_a_chain():
+def test_four_frames_of_one_kind_or_all_up_to_the_end_make_a_stream():
     def chain(data, count=4, end=None):
         return mpeg._has_frames(Bytes(b"." + data), 1, 1 + (len(data) if end is None else end), count)
 
@@ -230,12 +230,12 @@ def test_four_frames_of_one_kind_or_all_to_the_end_are_a_chain():
     assert chain(frames(9), end=3 * SIZE) and not chain(frames(9), end=3 * SIZE - 1)
 
 
-def test_what_lies_between_frames_is_counted_and_tags_are_not():
-    def gap(junk, before=8, behind=8):
-        (stream,) = sound(frames(before) + junk + frames(behind))
-        assert stream.sample_count == (before + behind) * 1152 and not stream.cut
+def test_bytes_between_frames_are_counted_and_tags_are_not():
+    def gap(junk, before=8, trailing=8):
+        (stream,) = sound(frames(before) + junk + frames(trailing))
+        assert stream.sample_count == (before + trailing) * 1152 and not stream.cut
         begin = before * SIZE + len(junk)
-        assert stream.spans == ((0, before * SIZE), (begin, begin + behind * SIZE))
+        assert stream.spans == ((0, before * SIZE), (begin, begin + trailing * SIZE))
         return stream.gap
 
     tag = b"ID3\4\0\0\0\0\x27\x08" + bytes(5000)
@@ -248,25 +248,25 @@ def test_what_lies_between_frames_is_counted_and_tags_are_not():
 def test_a_gap_of_a_tenth_of_a_second_is_reported_by_the_rate_of_the_bytes_around_it():
     for fields in ({}, {"kbps": 14}, {"rate": 2}, {"version": 2}):
         frame = mpeg.frame_header(header(**fields))
-        most = frame.length * frame.kind[2] // (10 * frame.samples)
-        for junk in (most, most + 1):
+        tolerated = frame.length * frame.kind[2] // (10 * frame.samples)
+        for junk in (tolerated, tolerated + 1):
             (stream,) = sound(frames(8, **fields) + bytes(junk) + frames(8, **fields))
-            assert bool(stream.gap) == (junk > most)
+            assert bool(stream.gap) == (junk > tolerated)
 
 
-def test_what_follows_a_count_before_the_first_frame_is_no_gap():
+def test_bytes_between_the_count_and_the_first_frame_are_no_gap():
     count = counting(8, INFO + 8 * SIZE)
     data = frames(4) + count + bytes(5000) + frames(8)
     begin = 4 * SIZE + INFO + 5000
     assert streams_of(data)[1:] == [mp3(count, (begin, begin + 8 * SIZE), sample_count=8 * 1152)]
 
 
-def test_two_frames_of_another_kind_are_a_stream_of_their_own():
+def test_two_frames_of_another_kind_are_a_separate_stream():
     data = frames(8) + frames(2, rate=1) + frames(8)
     assert [stream.sample_count for stream in sound(data)] == [8 * 1152, 2 * 1152, 8 * 1152]
 
 
-def test_a_count_of_no_frames_is_all_that_some_files_hold():
+def test_a_file_may_hold_only_a_count_of_0_frames():
     empty = counting(0, INFO)
     assert streams_of(empty) == [mp3(empty, sample_count=0)]
 
@@ -279,9 +279,9 @@ def test_two_gaps_add_up():
 def test_the_end_of_the_frames_is_where_another_file_begins():
     wav = b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0data\0\0\0\0"
     for data in (frames(9), counting(9, 10 * SIZE) + frames(9)):
-        found = layout_of(data + wav).streams
-        assert found[0].sample_count == 9 * 1152 and found[0].spans[-1][1] == len(data)
-        assert found[1:] == [Stream(((len(data), len(data) + len(wav)),))]
+        streams = layout_of(data + wav).streams
+        assert streams[0].sample_count == 9 * 1152 and streams[0].spans[-1][1] == len(data)
+        assert streams[1:] == [Stream(((len(data), len(data) + len(wav)),))]
     for data in (frames(9) + frames(9, rate=1), frames(9) + bytes(700) + frames(9), counting(9) * 2 + frames(9)):
         assert layout_of(data + wav).streams[-1] == Stream(((len(data), len(data) + len(wav)),))
         assert len(layout_of(data + wav).streams) == len(layout_of(data).streams) + 1
@@ -297,7 +297,7 @@ def test_bytes_after_frames_are_not_reported():
     assert layout_of(frames(9) + b"\7" * 100_000).unread == []
 
 
-def test_a_frame_that_is_cut_is_reported_unless_a_count_tells_more():
+def test_a_truncated_frame_is_reported_unless_a_count_gives_more_detail():
     for cut in (1, SIZE - 4):
         assert sound(frames(9)[:-cut]) == [mp3((0, 8 * SIZE), sample_count=8 * 1152, cut=True)]
         counted = (counting(9, 10 * SIZE) + frames(9))[:-cut]
@@ -308,16 +308,16 @@ def test_a_frame_that_is_cut_is_reported_unless_a_count_tells_more():
     assert [stream.cut for stream in sound(data[:-1])] == [False, True]
 
 
-def test_frames_of_elder_layers_are_taken_as_they_lie():
+def test_frames_of_layers_i_and_ii_are_unchanged():
     for layer, samples in ((1, 384), (2, 1152)):
         data = frames(9, layer=layer)
         assert streams_of(data) == [Stream(((0, len(data)),), sample_count=9 * samples, preroll=0.5)]
-        tagged = counting(7, 7, layer=layer) + data  # a count is a thing of layer III
+        tagged = counting(7, 7, layer=layer) + data  # only layer III has a count
         assert streams_of(tagged)[0].sample_count == 10 * samples
 
 
 @pytest.mark.parametrize("near, whole", [(0, True), (1, True), (-1, True), (2, False), (-2, False)])
-def test_a_frame_that_counts_right_is_given_to_the_decoder_as_it_is(near, whole):
+def test_a_correct_counting_frame_is_passed_to_the_decoder_unchanged(near, whole):
     """The number of bytes may differ by 1%."""
     length = 100 * SIZE
     off = {0: 0, 1: length // 100, 2: length // 100 + 1}[abs(near)] * (1 if near > 0 else -1)
@@ -334,7 +334,7 @@ def test_a_frame_that_counts_right_is_given_to_the_decoder_as_it_is(near, whole)
         )
 
 
-def test_a_count_is_believed_where_more_bytes_are_missing_than_a_frame_or_so():
+def test_a_count_is_used_if_more_than_about_a_frame_is_missing():
     length = 20 * SIZE
     for beyond, frame_count in ((256, 20), (257, 23)):
         (stream,) = streams_of(counting(23, INFO + length + beyond) + frames(20))
@@ -348,7 +348,7 @@ def note(delay: int, padding: int, by: bytes = b"LAME") -> bytes:
 
 
 @pytest.mark.parametrize("fields", [{}, {"mode": 3}, {"version": 2}, {"version": 2, "mode": 3}, {"crc": 1}], ids=str)
-def test_the_padding_is_noted_after_the_count(fields):
+def test_the_encoder_padding_follows_the_count(fields):
     size, info = len(frames(1, **fields)), len(counting(**fields))
     head = counting(20, info + 20 * size, note=note(4095, 1), **fields)
     assert streams_of(head + frames(20, **fields))[0].padding == 4096 + 1152
@@ -366,7 +366,7 @@ FIELDS = [{}, {"mode": 3}, {"crc": 1}, {"version": 2}, {"version": 2, "mode": 3,
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
-def test_frames_without_a_count_get_one_in_the_least_frame_that_holds_it(fields):
+def test_frames_without_a_count_get_one_in_the_smallest_possible_frame(fields):
     (stream,) = layout_of(frames(20, **fields)).streams
     info, length = stream.spans[0], 20 * len(frames(1, **fields))
     plain = fields | {"crc": 0, "pad": 0}
@@ -378,13 +378,13 @@ def test_frames_without_a_count_get_one_in_the_least_frame_that_holds_it(fields)
 
 
 def side(version=3, mode=0, **_) -> int:
-    """Return the offset of a count in its frame, the same with a checksum."""
+    """The offset of the count in its frame, which does not depend on the checksum."""
     return 4 + {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[version == 3, mode == 3]
 
 
 @pytest.mark.parametrize("by", [b"LAME", b"Lavf", b"Lavc"])
 @pytest.mark.parametrize("fields", [{}, {"crc": 1}, {"version": 2, "mode": 3}], ids=str)
-def test_the_notes_of_an_encoder_are_kept_where_its_count_is_replaced(by, fields):
+def test_the_encoders_delay_and_padding_survive_a_corrected_count(by, fields):
     head = bytearray(counting(9, 9, note=note(500, 600, by), **fields))
     at = side(**fields)
     made_up = bytes(104) + b"LAME".ljust(21, b"\0") + b"\x24"
@@ -410,7 +410,7 @@ def test_the_notes_of_an_encoder_are_kept_where_its_count_is_replaced(by, fields
     assert mpeg._make_info_frame(short, 1)[begin:].rstrip(b"\0") == made_up
 
 
-def test_a_count_is_read_where_its_flags_say():
+def test_a_count_is_read_only_if_its_flag_is_set():
     frame = mpeg.frame_header(header())
 
     def counted(flags, *numbers, tag=b"Xing"):

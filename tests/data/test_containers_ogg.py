@@ -18,23 +18,24 @@ PARALLEL = (
 
 def page(body, serial=1, sequence=0, flags=0):
     lacing = [255] * (len(body) // 255) + [len(body) % 255]
-    numbers = struct.pack("<III", serial, sequence, 0x5A5A5A5A)  # a checksum that nobody looks at
+    numbers = struct.pack("<III", serial, sequence, 0x5A5A5A5A)  # a wrong checksum, which is not checked
     return b"OggS\0" + bytes([flags]) + bytes(8) + numbers + bytes([len(lacing), *lacing]) + body
 
 
 def link(pages=3, serial=1, codec=b"OpusHead", lost=0, ended=True):
-    found = page(codec + bytes(11), serial, 0, flags=2)
+    """A chained Ogg stream: a header page and `pages` pages of data, with `lost` page numbers left out."""
+    data = page(codec + bytes(11), serial, 0, flags=2)
     for n in range(1, pages + 1):
-        found += page(bytes([n]) * 300, serial, n + (lost if n == pages else 0), flags=4 * (ended and n == pages))
-    return found
+        data += page(bytes([n]) * 300, serial, n + (lost if n == pages else 0), flags=4 * (ended and n == pages))
+    return data
 
 
 def test_each_link_of_a_chain_is_a_stream():
     first, second = link(3), link(2, serial=2, codec=b"\x01vorbis")
-    found = layout_of(first + second)
-    assert [s.spans for s in found.streams] == [((0, len(first)),), ((len(first), len(first) + len(second)),)]
-    assert [(s.cut, s.gap) for s in found.streams] == [(False, "")] * 2 and not found.unread
-    again = streams_of(first + first)  # of the same number
+    actual = layout_of(first + second)
+    assert [s.spans for s in actual.streams] == [((0, len(first)),), ((len(first), len(first) + len(second)),)]
+    assert [(s.cut, s.gap) for s in actual.streams] == [(False, "")] * 2 and not actual.unread
+    again = streams_of(first + first)  # equal serial numbers
     assert [s.spans for s in again] == [((0, len(first)),), ((len(first), 2 * len(first)),)]
 
 
@@ -55,7 +56,7 @@ def test_lost_pages_are_counted():
     assert stream.gap == ""
 
 
-def test_bytes_between_pages_part_the_spans():
+def test_bytes_between_pages_separate_the_spans():
     first = page(b"OpusHead" + bytes(11), flags=2)
     last = page(b"x" * 300, sequence=1, flags=4)
     (stream,) = streams_of(first + b"junk" + last)
@@ -76,26 +77,26 @@ def test_bytes_between_pages_part_the_spans():
         (b"????", "unknown codec"),
     ],
 )
-def test_unsupported_ogg_streams_are_named(codec, name):
-    found = layout_of(link() + link(serial=2, codec=codec))
-    assert len(found.streams) == 1 and found.unread[0].startswith(f"contains an Ogg part ({name})")
-    beside = page(codec + bytes(9), 7, 0, flags=2) + link()
-    found = layout_of(beside)
-    assert len(found.streams) == 1 and not found.unread and found.streams[0].spans == ((len(beside) - len(link()),
-                                                                                       len(beside)),)  # fmt: skip
+def test_unsupported_ogg_streams_are_reported_by_codec(codec, name):
+    actual = layout_of(link() + link(serial=2, codec=codec))
+    assert len(actual.streams) == 1 and actual.unread[0].startswith(f"contains an Ogg part ({name})")
+    data = page(codec + bytes(9), 7, 0, flags=2) + link()
+    actual = layout_of(data)
+    assert len(actual.streams) == 1 and not actual.unread and actual.streams[0].spans == ((len(data) - len(link()),
+                                                                                       len(data)),)  # fmt: skip
 
 
 def test_of_two_parallel_streams_the_first_is_read():
     heads = page(b"\x01vorbis" + bytes(9), 1, 0, flags=2) + page(b"OpusHead" + bytes(9), 2, 0, flags=2)
     body = page(b"a" * 40, 1, 1, flags=4) + page(b"b" * 40, 2, 1, flags=4)
-    found = layout_of(heads + body)
-    assert found.unread == [PARALLEL.format(2)]
+    actual = layout_of(heads + body)
+    assert actual.unread == [PARALLEL.format(2)]
     one = len(page(b"\x01vorbis" + bytes(9)))
-    assert found.streams[0].spans == ((0, one), (len(heads), len(heads) + len(page(b"a" * 40))))
+    assert actual.streams[0].spans == ((0, one), (len(heads), len(heads) + len(page(b"a" * 40))))
 
 
-def test_flac_is_taken_out_of_its_pages():
-    """The pages of FLAC in Ogg are removed, and the nine bytes before its own header."""
+def test_flac_is_extracted_from_its_pages():
+    """The Ogg pages are removed, and the nine bytes before the FLAC header."""
     head = b"\x7fFLAC\x01\0\0\x01fLaC\0\0\0\x22" + bytes(13) + (777).to_bytes(5, "big") + bytes(16)
     first, second = page(head, flags=2), page(b"s" * 300, sequence=1, flags=4)
     (stream,) = streams_of(first + second)
@@ -110,13 +111,13 @@ def test_a_page_of_ogg_needs_all_of_its_header():
         source = SimpleNamespace(size=len(whole) - cut, read=lambda a, n, cut=cut: whole[: len(whole) - cut][a : a + n])
         assert ogg._ogg_page(source, 0) is None
     source = SimpleNamespace(size=len(whole), read=lambda a, n: whole[a : a + n])
-    found = ogg._ogg_page(source, 0)
-    assert (found.position, found.body, found.after, found.flags) == (0, 28, 47, 2)
-    assert (found.serial, found.sequence) == (b"\1\0\0\0", 0)
+    actual = ogg._ogg_page(source, 0)
+    assert (actual.position, actual.body, actual.after, actual.flags) == (0, 28, 47, 2)
+    assert (actual.serial, actual.sequence) == (b"\1\0\0\0", 0)
 
 
 def vorbis(*spans, **fields) -> Stream:
-    """Return the Vorbis or Opus stream of these spans."""
+    """The Vorbis or Opus stream of these spans."""
     return Stream(spans, preroll=0.5, length_known=False, **fields)
 
 
@@ -128,33 +129,33 @@ HEAD = page(b"OpusHead" + b"\7" * 40, flags=2)
 LAST = page(bytes(50), sequence=1, flags=4)
 
 
-def test_a_page_is_as_long_as_its_lacing_says():
+def test_the_length_of_a_page_follows_from_its_lacing():
     for body in (b"", bytes(254), bytes(255), bytes(255 * 255 - 1)):
         data = page(body, serial=0x04030201, sequence=0x08070605, flags=5)
-        found = ogg._ogg_page(Bytes(b".." + data + b"OggS"), 2)
-        assert (found.position, found.body, found.after) == (2, 2 + len(data) - len(body), 2 + len(data))
-        assert (found.flags, found.serial, found.sequence) == (5, b"\1\2\3\4", 0x08070605)
+        actual = ogg._ogg_page(Bytes(b".." + data + b"OggS"), 2)
+        assert (actual.position, actual.body, actual.after) == (2, 2 + len(data) - len(body), 2 + len(data))
+        assert (actual.flags, actual.serial, actual.sequence) == (5, b"\1\2\3\4", 0x08070605)
     assert ogg._ogg_page(Bytes(b"OggS\1" + LAST[5:]), 0) is None
     assert ogg._ogg_page(Bytes(b"OggS\0" + bytes(21) + b"\0"), 0).after == 27
 
 
-def test_a_page_in_which_another_begins_is_cut():
+def test_a_page_interrupted_by_another_is_truncated():
     inner = page(b"OggS\0" + bytes(40))
-    behinds = {b"": True, b"OggS": True, b"OggS\0": True, b"OggX": False, b"Ogg": False, b"x": False}
-    for behind, is_page in behinds.items():
-        assert (ogg._ogg_page(Bytes(inner + behind), 0) is not None) == is_page
-        assert ogg._ogg_page(Bytes(page(b"OggX\0" + bytes(40)) + behind), 0) is not None
+    trailing_bytes = {b"": True, b"OggS": True, b"OggS\0": True, b"OggX": False, b"Ogg": False, b"x": False}
+    for trailing, is_page in trailing_bytes.items():
+        assert (ogg._ogg_page(Bytes(inner + trailing), 0) is not None) == is_page
+        assert ogg._ogg_page(Bytes(page(b"OggX\0" + bytes(40)) + trailing), 0) is not None
 
 
-def test_a_stream_lies_in_its_pages():
+def test_the_spans_of_a_stream_are_its_pages():
     assert streams_of(HEAD + LAST) == [vorbis((0, len(HEAD + LAST)))]
     assert streams_of(b"ID3\4\0\0\0\0\0\1." + HEAD + LAST) == [vorbis((11, 11 + len(HEAD + LAST)))]
     assert streams_of(page(b"\1vorbis", flags=2) + LAST)[0].preroll == 0.5
-    one = page(b"OpusHead", flags=6)  # begin and end in one
+    one = page(b"OpusHead", flags=6)  # one page is both first and last
     assert streams_of(one + one) == [vorbis((0, len(one))), vorbis((len(one), 2 * len(one)))]
 
 
-def test_pages_without_a_first_page_are_no_stream():
+def test_pages_without_a_first_page_are_not_a_stream():
     alone = page(bytes(50), sequence=3)
     assert layout_of(alone + LAST) == Layout([Stream(((0, len(alone + LAST)),))])
     begin = len(alone)
@@ -164,39 +165,39 @@ def test_pages_without_a_first_page_are_no_stream():
     assert streams_of(HEAD + other + LAST) == [vorbis((0, len(HEAD)), (end, end + len(LAST)))]
 
 
-def test_an_end_is_missing_where_no_page_is_marked_as_the_last():
+def test_a_stream_without_a_last_page_has_no_end():
     middle = page(bytes(50), sequence=1)
     assert streams_of(HEAD + middle) == [vorbis((0, len(HEAD + middle)), cut=True)]
     assert streams_of(HEAD + page(bytes(50), sequence=1, flags=1))[0].cut
     second = page(b"OpusHead" + bytes(11), serial=5, flags=2) + page(bytes(50), serial=5, sequence=1, flags=4)
     between = len(HEAD + middle)
     chain = [vorbis((0, between)), vorbis((between, between + len(second)))]
-    assert streams_of(HEAD + middle + second) == chain  # a link of a chain need not have the mark
+    assert streams_of(HEAD + middle + second) == chain  # a link of a chain may lack the mark
 
 
-def test_what_is_no_page_within_a_link_makes_it_cut_where_its_end_has_no_mark():
+def test_foreign_bytes_in_a_link_without_an_end_mark_make_it_truncated():
     middle = page(bytes(50), sequence=1)
     second = page(b"OpusHead" + bytes(11), serial=5, flags=2) + page(bytes(50), serial=5, sequence=1, flags=4)
     begin = len(HEAD + middle) + 4
     chain = [vorbis((0, begin - 4), cut=True), vorbis((begin, begin + len(second)))]
     assert streams_of(HEAD + middle + b"junk" + second) == chain
     third = [vorbis((begin + len(second) + 4, begin + 2 * len(second) + 4))]
-    junk_behind = HEAD + middle + second + b"junk" + second
-    assert [s.cut for s in streams_of(junk_behind)] == [False, False, False]
+    with_junk = HEAD + middle + second + b"junk" + second
+    assert [s.cut for s in streams_of(with_junk)] == [False, False, False]
     assert streams_of(HEAD + middle + b"junk" + second + b"junk" + second) == chain + third
 
 
-def test_a_page_that_is_cut_cuts_the_last_link_alone():
+def test_a_truncated_page_truncates_only_the_last_link():
     first, second = HEAD + LAST, page(b"OpusHead" + bytes(11), serial=5, flags=2)
     tail = page(bytes(50), serial=5, sequence=1, flags=4)
     for cut in (1, 50, len(tail) - 4):
         data = first + second + tail[:-cut]
         begin = len(first)
         assert streams_of(data) == [vorbis((0, begin)), vorbis((begin, begin + len(second)), cut=True)]
-        assert [s.cut for s in streams_of(first + tail[:-cut])] == [True]  # though it was marked as ended
+        assert [s.cut for s in streams_of(first + tail[:-cut])] == [True]  # although it was marked as ended
 
 
-def test_bytes_after_the_last_page_are_no_part_of_it():
+def test_bytes_after_the_last_page_are_not_part_of_it():
     data = HEAD + LAST
     assert streams_of(data + b"Ogg") == [vorbis((0, len(data)))]
     assert streams_of(data + b"junk" * 9) == [vorbis((0, len(data)))]
@@ -208,7 +209,7 @@ def test_bytes_after_the_last_page_are_no_part_of_it():
     assert ogg.walk_ogg(Bytes(b"." + LAST), 1, layout) == 1
 
 
-def test_pages_are_counted_by_their_numbers():
+def test_lost_pages_are_counted_by_page_numbers():
     def hole(*numbers):
         pages = [page(bytes(9), sequence=n, flags=4 * (n == numbers[-1])) for n in numbers]
         return streams_of(page(b"OpusHead", sequence=7, flags=2) + b"".join(pages))[0].gap
@@ -220,7 +221,7 @@ def test_pages_are_counted_by_their_numbers():
     assert hole(8 + (1 << 20)) == ""
 
 
-def test_a_link_may_hold_several_streams_whose_pages_are_mixed():
+def test_a_link_may_interleave_pages_of_several_streams():
     heads = page(b"\x80theora" + bytes(9), 1, flags=2) + page(b"OpusHead" + bytes(9), 2, flags=2)
     heads += page(b"fishead\0" + bytes(9), 3, flags=2)
     video, sound = page(b"v" * 40, 1, 1), page(b"s" * 40, 2, 1)
@@ -231,21 +232,21 @@ def test_a_link_may_hold_several_streams_whose_pages_are_mixed():
     data = heads + video + sound + ends
     assert streams_of(data) == [vorbis(*spans, last)]
     moved = [tuple((a + len(data), b + len(data)) for a, b in (*spans, last))]
-    assert streams_of(data + data) == [vorbis(*spans, last), vorbis(*moved[0])]  # of the same numbers
+    assert streams_of(data + data) == [vorbis(*spans, last), vorbis(*moved[0])]  # with the same page numbers
 
 
-def test_a_first_page_after_others_begins_a_link():
+def test_a_first_page_after_other_pages_begins_a_link():
     late = page(b"OpusHead" + bytes(11), serial=5, flags=2)
     rest = page(bytes(9), serial=5, sequence=1, flags=4)
     middle = page(bytes(9), sequence=1, flags=1)
     begin = len(HEAD + middle)
     assert streams_of(HEAD + middle + late + rest) == [vorbis((0, begin)), vorbis((begin, begin + len(late + rest)))]
-    beside = page(b"\x80theora" + bytes(9), 1, flags=2) + page(b"\1vorbis", 2, flags=2) + page(b"s", 2, 1, flags=4)
-    again = streams_of(beside + late + rest)  # one of the streams before has begun
-    assert len(again) == 2 and again[1] == vorbis((len(beside), len(beside + late + rest)))
+    data = page(b"\x80theora" + bytes(9), 1, flags=2) + page(b"\1vorbis", 2, flags=2) + page(b"s", 2, 1, flags=4)
+    again = streams_of(data + late + rest)  # a stream began before
+    assert len(again) == 2 and again[1] == vorbis((len(data), len(data + late + rest)))
 
 
-def test_unread_ogg_parts_are_named_by_codec():
+def test_skipped_ogg_streams_are_reported_by_codec():
     def unread(*codecs):
         return layout_of(b"".join(page(codec, n, flags=2) for n, codec in enumerate(codecs))).unread[0]
 
@@ -257,7 +258,7 @@ def test_unread_ogg_parts_are_named_by_codec():
     assert both.unread == [PARALLEL.format(3)]
 
 
-def test_flac_in_pages_is_a_stream_of_its_packets():
+def test_flac_in_ogg_is_a_stream_of_its_packets():
     body = b"\x7fFLAC\1\0\0\1fLaC\0\0\0\x22" + bytes(13) + b"\x03" + (777).to_bytes(4, "big") + bytes(16)
     first, second = page(body, flags=2), page(b"s" * 40, sequence=1, flags=1)
     third = page(b"s" * 40, sequence=2, flags=4)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import RATE, make_archive, make_manifest, make_speech, save, text_array, write_audio
+from tiny_corpora import RATE, make_archive, make_manifest, make_speech, save, text_array, write_audio
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.corpus import Utterance
@@ -67,7 +67,7 @@ def test_a_constant_coefficient_becomes_zero(value):
     assert (normalise(frames[:1], FeatureConfig(size=3)) == 0).all()
 
 
-def test_small_coefficients_are_not_taken_for_constant():
+def test_small_coefficients_are_not_treated_as_constant():
     frames = torch.randn(500, 2) * 1e-3
     torch.testing.assert_close(normalise(frames, FeatureConfig(size=2)).std(0, correction=0), torch.ones(2))
 
@@ -76,9 +76,9 @@ def test_small_coefficients_are_not_taken_for_constant():
     ("mean", "std", "constant"),
     [(0.0, 3e-7, True), (0.0, 1.7e-6, False), (1e3, 5e-4, True), (1e3, 5e-3, False), (-1e3, 5e-4, True)],
 )
-def test_deviations_of_a_millionth_are_taken_for_rounding(mean, std, constant):
-    found = _safe_std(torch.tensor([std]), torch.tensor([mean]))
-    assert found.item() == pytest.approx(np.inf if constant else std)
+def test_deviations_of_a_millionth_are_treated_as_rounding(mean, std, constant):
+    actual = _safe_std(torch.tensor([std]), torch.tensor([mean]))
+    assert actual.item() == pytest.approx(np.inf if constant else std)
 
 
 def checked(text, *, normalise=False, needed=True, transcript=None):
@@ -111,8 +111,8 @@ def checked(text, *, normalise=False, needed=True, transcript=None):
     ],
 )
 def test_transcripts_are_checked_and_normalised(text, options, problem, used):
-    found, kept = checked(text, **options)
-    assert found.startswith(problem) and bool(found) == bool(problem) and kept == used
+    actual, kept = checked(text, **options)
+    assert actual.startswith(problem) and bool(actual) == bool(problem) and kept == used
 
 
 def test_global_statistics_come_from_training_and_apply_to_other_splits(archive):
@@ -144,7 +144,7 @@ def test_a_wrong_frame_size_names_the_setting(archive):
         load(archive, "dev", size=80, on_bad="skip")
 
 
-def test_several_splits_follow_one_another_with_their_rows(archive):
+def test_several_splits_are_concatenated_in_order(archive):
     both = load(archive, "dev+train")
     assert len(both) == 18
     assert both.ids == sum((load(archive, s).ids for s in ("dev", "train-clean-100", "train-clean-360")), [])
@@ -171,7 +171,7 @@ def test_digits_are_not_dropped_silently(archive, text):
         load(archive, "dev", normalise_text=True)
     assert str(path) in str(error.value)
     assert len(load(archive, "dev", normalise_text=True, on_bad="skip")) == 5
-    assert load(archive, "dev", normalise_text=True, need_text=False).texts[0] == text  # scored as they stand
+    assert load(archive, "dev", normalise_text=True, need_text=False).texts[0] == text  # scored unchanged
 
 
 @pytest.mark.parametrize("text", ["", " "])
@@ -245,7 +245,7 @@ def test_a_few_skipped_utterances_are_all_listed(archive, capsys):
     assert lines[0] == "dev-clean: left out 1 of 6 utterances" and len(lines) == 2
 
 
-def test_an_id_that_is_bad_in_another_split_gets_the_splits_name(archive):
+def test_an_id_skipped_in_several_splits_is_listed_with_its_split(archive):
     good = open_corpus(archive).utterances("train-clean-100")[0]
     for path in (good.path, good.transcript):
         twin = Path(str(path).replace("train-clean-100", "train-clean-360"))
@@ -279,7 +279,7 @@ def test_no_usable_utterance_is_an_error_with_the_first_reason(archive):
         load(archive, "dev")
 
 
-def test_seconds_are_those_of_the_audio(tmp_path):
+def test_seconds_are_durations_of_the_audio(tmp_path):
     dataset = load(make_manifest(tmp_path), "train", size=80)
     assert (np.abs(dataset.seconds - (dataset.frame_counts - 1) * 0.01 - 0.025) < 0.0101).all()
 
@@ -291,12 +291,12 @@ def test_a_dataset_can_be_sent_to_a_worker(archive):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("a" * 50, "has characters outside"), ("1" * 50, "contains digits"), ("AA0 " * 20, "contains phonemes")],
 )
-def test_errors_quote_the_first_forty_characters_of_a_transcript(tmp_path, text, said):
+def test_errors_quote_the_first_forty_characters_of_a_transcript(tmp_path, text, message):
     (tmp_path / "m.tsv").write_text(f"path\ttext\nx.wav\t{text}\n")
-    with pytest.raises(InputError, match=f"x.wav: transcript '{text[:40]}' {said}"):
+    with pytest.raises(InputError, match=f"x.wav: transcript '{text[:40]}' {message}"):
         load(tmp_path, "train", size=80, normalise_text="1" in text)
 
 
@@ -307,7 +307,7 @@ def test_a_bad_transcript_is_reported_before_a_long_recording(archive):
         load(archive, "dev", on_bad="skip", max_seconds=0.01)
 
 
-def test_names_that_are_not_utf8_are_reported(archive, capsys):
+def test_file_names_that_are_not_utf8_are_reported(archive, capsys):
     name = os.fsencode(archive / "dev-clean" / "mfcc") + b"/mod\xe0.npy"
     with open(name, "wb") as file:
         file.write(b"no array")
@@ -337,18 +337,18 @@ def test_many_skipped_utterances_are_counted_and_some_are_listed(tmp_path, capsy
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
     [
-        ((0.0, 4.0), (4.0, 8.0), 0),  # they touch
-        ((0.0, 4.0), (3.8, 8.0), 0),  # by less than a quarter of a second
+        ((0.0, 4.0), (4.0, 8.0), 0),  # adjacent
+        ((0.0, 4.0), (3.8, 8.0), 0),  # overlap of less than a quarter of a second
         ((0.0, 4.0), (3.7, 8.0), 1),
         ((4.0, 8.0), (0.0, 4.2), 0),
         ((4.0, 8.0), (0.0, 4.3), 1),
-        ((0.0, 0.4), (0.35, 0.75), 0),  # short parts: by less than a quarter of their length
+        ((0.0, 0.4), (0.35, 0.75), 0),  # short parts: overlap of less than a quarter of their length
         ((0.0, 0.4), (0.2, 0.6), 1),
         ((2.0, 3.0), (0.0, 9.0), 1),
         ((0.0, 9.0), (2.0, 3.0), 1),
-        ((4.0, 8.0), (0.0, 4.25), 0),  # a quarter of a second is not more
+        ((4.0, 8.0), (0.0, 4.25), 0),  # exactly a quarter of a second
         ((0.0, 4.0), (3.75, 8.0), 0),
-        ((0.0, 0.4), (0.31, 0.71), 0),  # a quarter of its length is 0.1
+        ((0.0, 0.4), (0.31, 0.71), 0),  # a quarter of its length is 0.1 s
         ((0.0, 0.4), (0.28, 0.68), 1),
     ],
 )
@@ -378,6 +378,7 @@ def test_frames_map_back_to_a_recording_whose_silence_was_trimmed(tmp_path):
     whole = compute_features([speech[0]], FeatureConfig(size=28))[0]
     places = [dataset.recording_frame(0, frame) for frame in range(int(dataset.frame_counts[0]))]
     assert places == sorted(set(places)) and 340 < places[0] < 400 and 1150 < places[-1] < 1260
-    assert not any(720 < place < 850 for place in places) and dataset.seconds[0] == 16.0  # 4 s of silence lie between
+    # 4 s of silence were trimmed between 720 and 850
+    assert not any(720 < place < 850 for place in places) and dataset.seconds[0] == 16.0
     assert [dataset.recording_frame(1, frame) for frame in (0, 7)] == [0, 7] and dataset.frame_counts[1] == len(whole)
-    assert dataset.recording_frame(0, len(places) + 3) == places[-1] + 4  # past the end, as padded batches attend
+    assert dataset.recording_frame(0, len(places) + 3) == places[-1] + 4  # past the end, as in padded batches

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from archives import make_waveform
+from tiny_corpora import make_waveform
 
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_audio
@@ -56,23 +56,23 @@ def kaldi(samples: np.ndarray, config: FeatureConfig) -> np.ndarray:
     ids=["80 bins", "40 bins", "8 kHz", "28 MFCC", "13 MFCC"],
 )
 @pytest.mark.parametrize("offset", [0.0, 0.1], ids=["centred", "with an offset"])
-def test_features_are_those_of_kaldi(config, offset):
+def test_features_equal_kaldis(config, offset):
     samples = waveform() + np.float32(offset)
     ours = compute_features([samples], config)[0].numpy()
     theirs = kaldi(samples, config)
     assert ours.shape == theirs.shape
-    # Both are float32; values reach 25, and MFCC sum 80 of them.
+    # both are float32; values reach 25, and an MFCC is a sum of 80 of them
     assert np.abs(ours - theirs).max() < (0.01 if config.kind == "mfcc" else 2e-3)
 
 
-def test_features_of_real_speech_are_those_of_kaldi(shared):
+def test_features_of_real_speech_equal_kaldis(shared):
     path = next((shared / "speech" / "audio").rglob("*.ogg"), None)
     if path is None:
         pytest.skip("../shared has no recordings")
     samples = load_audio(path, 16000)
     for config in (LOGMEL, MFCC):
         difference = np.abs(compute_features([samples], config)[0].numpy() - kaldi(samples, config))
-        # Near-silent filters lose digits when the mean is taken out, in both; elsewhere they agree much better.
+        # in near-silent bands both lose digits when the mean is subtracted; elsewhere they agree much better
         assert difference.max() < 0.1
         assert difference.mean() < 1e-3
 
@@ -100,13 +100,13 @@ def test_only_whole_windows_are_frames(extra):
     assert len(frames) == 1 + extra // shift
 
 
-def test_samples_after_the_last_whole_window_change_nothing():
-    config = FeatureConfig(window_ms=32.0)  # 512 samples, as many as are transformed
+def test_samples_after_the_last_whole_window_are_ignored():
+    config = FeatureConfig(window_ms=32.0)  # 512 samples, the size of the FFT
     samples = waveform(0.1)
     expected = compute_features([samples[:512], samples[512:1024]], config)
-    found = compute_features([samples[:671], samples[512:1024]], config)
-    assert [len(frames) for frames in found] == [1, 1]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = compute_features([samples[:671], samples[512:1024]], config)
+    assert [len(frames) for frames in actual] == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert torch.equal(compute_features([samples[:671]], config)[0], expected[0])
 
 
@@ -169,7 +169,7 @@ def test_filters_are_centred_evenly_in_mel_from_20_hz_to_half_the_rate():
     np.testing.assert_allclose(centres.numpy(), expected, rtol=1e-9)
 
 
-def test_frames_that_follow_each_other_over_a_block_of_them_are_those_of_the_samples():
+def test_frames_across_internal_blocks_equal_those_of_shorter_inputs():
     samples = waveform(4.0)
     together = compute_features([samples], LOGMEL)[0]
     for frame in (0, 254, 255, 256, 257, len(together) - 1):
@@ -178,8 +178,11 @@ def test_frames_that_follow_each_other_over_a_block_of_them_are_those_of_the_sam
 
 
 def test_without_trimming_all_frames_are_kept_of_each_waveform():
-    found = speech_features([waveform(0.5), waveform(0.3)], replace(LOGMEL, trim_silence=False))
-    assert [where for _, where in found] == [[(0, 48)], [(0, 28)]] and [len(frames) for frames, _ in found] == [48, 28]
+    actual = speech_features([waveform(0.5), waveform(0.3)], replace(LOGMEL, trim_silence=False))
+    assert [where for _, where in actual] == [[(0, 48)], [(0, 28)]] and [len(frames) for frames, _ in actual] == [
+        48,
+        28,
+    ]
 
 
 def test_deltas_are_the_slope_of_a_line():
@@ -209,7 +212,7 @@ def test_deltas_of_one_frame_are_zero():
     assert add_deltas(torch.ones(1, 3), 0).shape == (1, 3)
 
 
-def test_a_window_holds_two_samples_at_least_and_a_shift_one():
+def test_a_window_has_at_least_two_samples_and_a_shift_at_least_one():
     least = FeatureConfig(sample_rate=1000, window_ms=2.0, shift_ms=1.0)
     assert frame_sizes(least) == (2, 1)
     check_settings(least)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import (
+from tiny_corpora import (
     make_archive,
     make_audio_folder,
     make_common_voice,
@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def add_clutter(root):
-    """Add the hidden files that systems and editors leave to every folder, named after the files in it."""
+    """Add to every folder the hidden files that systems and editors leave, named after the files in it."""
     for folder, _, names in list(os.walk(root)):
         for name in [*names, *(pattern.format(name) for pattern in CLUTTER for name in (names or ["x"]))]:
             if not os.path.exists(os.path.join(folder, name)):
@@ -63,7 +63,7 @@ def everything(corpus):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_hidden_and_system_files_change_nothing_in_any_layout(tmp_path, layout):
+def test_hidden_and_system_files_are_ignored_in_every_layout(tmp_path, layout):
     LAYOUTS[layout](tmp_path)
     plain = open_corpus(tmp_path)
     before = everything(plain)
@@ -80,14 +80,14 @@ def test_hidden_files_are_no_text_for_a_language_model(tmp_path):
     assert list(read_texts(tmp_path)) == ["HELLO"] * 2
 
 
-def test_what_is_hidden():
+def test_hidden_files_are_recognised_by_name():
     hidden = (".x", "._a.flac", "~$table.csv", "__MACOSX", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r",
               "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # fmt: skip
     assert all(map(is_hidden, hidden))
     assert not any(map(is_hidden, ("x", "a.b", "_x.wav", "~x.wav", "x~", "@x", "found", "$x")))
 
 
-def test_suffixes_count_in_upper_case(tmp_path):
+def test_suffixes_may_be_in_upper_case(tmp_path):
     archive = make_archive(tmp_path / "a", "F23")
     speech = make_librispeech(tmp_path / "b", utterances=1, splits=("dev-clean",))
     before = [len(open_corpus(root).utterances("dev-clean")) for root in (archive, speech)]
@@ -125,17 +125,17 @@ def test_lines_are_read_in_every_encoding(tmp_path, monkeypatch, data, lines, bl
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [(b"{}\n{}\n\xff\n", "line 3 is not UTF-8"), (b"{}\n" * 9 + b"\xe9", "line 10 is not UTF-8"),
      (b"{}\n{}\0\n", "line 2 contains a NUL"), (b"{}\n{}\n\0", "line 3 contains a NUL"),
      ("ab".encode("utf-16-le"), "line 1 contains a NUL"),
      (b"\xff\xfea", "line 1 is not UTF-8")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["x.txt", "m.tsv", "m.jsonl", "m.csv", "1.trans.txt"])
-def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path, monkeypatch, data, said, name):
+def test_a_file_that_is_not_text_is_reported_with_its_line(tmp_path, monkeypatch, data, message, name):
     monkeypatch.setattr(files_module, "BLOCK_BYTES", 4)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(InputError, match=f"{name} {said}") as error:
+    with pytest.raises(InputError, match=f"{name} {message}") as error:
         list(read_texts(tmp_path / name))
     assert "\n" not in str(error.value)
 
@@ -148,7 +148,7 @@ def test_a_manifest_with_a_mistake_is_still_found_in_its_folder(tmp_path, name):
         open_corpus(tmp_path)
 
 
-def test_a_text_that_cannot_be_read_says_why(tmp_path):
+def test_an_unreadable_text_is_reported_with_the_reason(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 99)[:-20])
     for name, why in (("cut.gz", "Compressed file ended"), ("gone", "No such file"), ("", "Is a directory")):
         with pytest.raises(InputError, match=rf"cannot be read \({why}"):
@@ -169,7 +169,7 @@ def test_every_text_of_every_layout_is_read_in_every_encoding(tmp_path, layout, 
     assert everything(open_corpus(tmp_path)) == before
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
     archive = make_archive(tmp_path / "data", "F23")
     (tmp_path / "data" / "private").mkdir()
     known, closed = os.scandir, {str(tmp_path / "data" / "private")}
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return known(path)
 
     monkeypatch.setattr(files_module.os, "scandir", scandir)
-    corpus = open_corpus(tmp_path / "data")  # what is beside the data does not matter
+    corpus = open_corpus(tmp_path / "data")  # folders beside the data do not matter
     assert corpus.root == archive
     closed.add(str(archive / "dev-clean" / "mfcc"))
     with pytest.raises(InputError, match=r"dev-clean/mfcc cannot be listed: Permission denied"):
@@ -189,8 +189,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         list_folder(tmp_path / "gone")
 
 
-@pytest.mark.parametrize(("closed", "said"), [(".", "data cannot be listed: Perm"), ("a", "no known layout")])
-def test_a_folder_with_only_unreadable_folders_is_refused(tmp_path, monkeypatch, closed, said):
+@pytest.mark.parametrize(("closed", "message"), [(".", "data cannot be listed: Perm"), ("a", "no known layout")])
+def test_a_folder_with_only_unreadable_folders_is_refused(tmp_path, monkeypatch, closed, message):
     def scandir(path):
         if Path(path) == tmp_path / "data" / closed:
             raise PermissionError(13, "Permission denied", str(path))
@@ -199,11 +199,11 @@ def test_a_folder_with_only_unreadable_folders_is_refused(tmp_path, monkeypatch,
     (tmp_path / "data" / "a").mkdir(parents=True)
     known = os.scandir
     monkeypatch.setattr(files_module.os, "scandir", scandir)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         open_corpus(tmp_path / "data")
 
 
-def test_links_in_circles_end(tmp_path):
+def test_circular_links_are_not_followed_forever(tmp_path):
     speech = make_librispeech(tmp_path, utterances=1, splits=("train-clean-100", "dev-clean")) / "LibriSpeech"
     before = everything(open_corpus(tmp_path))
     (speech / "dev-clean" / "loop").symlink_to(speech / "dev-clean")
@@ -215,7 +215,7 @@ def test_links_in_circles_end(tmp_path):
     ]
 
 
-def test_a_link_to_an_archive_is_no_second_archive(tmp_path):
+def test_a_link_to_an_archive_is_not_a_second_archive(tmp_path):
     archive = make_archive(tmp_path, "F23")
     (tmp_path / "newest").symlink_to(archive)
     corpus = open_corpus(tmp_path)

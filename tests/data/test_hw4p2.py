@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from archives import EDITIONS, make_archive, make_manifest, save, text_array
+from tiny_corpora import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
@@ -169,7 +169,7 @@ def test_s24_trains_on_100_hours_unless_50_are_asked_for(tmp_path):
         ("hw4p2_data", ".", True, "HW4P2 F24"),
     ],
 )
-def test_fbank_editions_differ_by_the_files_beside_them(tmp_path, name, symbols, sentences, edition):
+def test_fbank_editions_are_told_apart_by_their_extra_files(tmp_path, name, symbols, sentences, edition):
     archive = tmp_path / name
     for i in range(2):
         save(archive / "dev-clean" / "fbank" / f"{i}.npy", np.ones((80, 20 + i), np.float32))
@@ -191,18 +191,18 @@ def test_fbank_editions_differ_by_the_files_beside_them(tmp_path, name, symbols,
         ("train", "fbank", (40, 20), "HW4P2 layout, 40 features"),
     ],
 )
-def test_an_archive_of_one_recording_is_known_by_its_folders(tmp_path, split, folder, shape, name):
+def test_an_archive_with_one_recording_is_recognised_by_its_folders(tmp_path, split, folder, shape, name):
     save(tmp_path / split / folder / "x.npy", np.ones(shape, np.float32))
     save(tmp_path / "other" / folder / "x.npy", np.ones(shape, np.float32))
     assert open_corpus(tmp_path).name == name
 
 
-def test_the_size_of_frames_is_that_of_most_files(tmp_path):
+def test_the_frame_size_is_the_most_frequent_one(tmp_path):
     for i, size in enumerate((28, 40, 28)):
         save(tmp_path / "dev" / "mfcc" / f"{i}.npy", np.ones((20 + i, size), np.float32))
     assert open_corpus(tmp_path).feature_size == 28
     (tmp_path / "dev" / "mfcc" / "2.npy").unlink()
-    assert open_corpus(tmp_path).feature_size == 28  # the smaller, where none is more common
+    assert open_corpus(tmp_path).feature_size == 28  # the smaller if both are equally common
 
 
 def test_the_headers_of_eight_files_per_split_are_read(tmp_path):
@@ -216,15 +216,15 @@ def test_the_headers_of_eight_files_per_split_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["transcript/raw", "transcripts/raw", "transcripts", "transcript", "text"])
-def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
+def test_transcript_folders_have_many_names(tmp_path, folder):
     save(tmp_path / "dev" / "mfcc" / "x.npy", np.ones((20, 28), np.float32))
     path = save(tmp_path / "dev" / folder / "x.npy", text_array("A", True))
-    (tmp_path / "dev" / "transcript" / "raw").mkdir(parents=True, exist_ok=True)  # which may be empty
+    (tmp_path / "dev" / "transcript" / "raw").mkdir(parents=True, exist_ok=True)  # may be empty
     assert [u.transcript for u in open_corpus(tmp_path).utterances("dev")] == [path]
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (FileNotFoundError(2, "No such file"), "it does not exist; copy it again or remove its counterpart"),
         (PermissionError(13, "Permission denied"), "it cannot be read (Permission denied); check its name and permis"),
@@ -238,8 +238,8 @@ def test_transcripts_lie_in_folders_of_many_names(tmp_path, folder):
         (ValueError("cut\noff"), "it is truncated or damaged (cut off); copy it again"),
     ],
 )
-def test_load_problems_are_explained(error, said):
-    assert load_problem(error).startswith(said)
+def test_load_problems_are_explained(error, message):
+    assert load_problem(error).startswith(message)
 
 
 def test_splits_that_share_names_keep_distinct_ids(tmp_path):
@@ -280,13 +280,13 @@ def test_transcripts_of_every_kind_are_read(tmp_path, array):
         (np.array(["A", " ", "BC", "D"]), "A BCD"),
         (np.array(["\u2581THE", "\u2581CA", "T"]), "THE CAT"),
         (np.array(["C", "A", "F", "e\u0301"]), "CAFe\u0301"),
-        (np.array(["I", "O"]), "IO"),  # no other way to tell them from letters
+        (np.array(["I", "O"]), "IO"),  # otherwise they look like letters
         (np.array(["<sos>", "<eos>"]), ""),
         (np.array("A  B"), "A  B"),
         (np.array(["<sos>", "A  B", "<eos>"]), "A  B"),
         (np.array(["UH", "HER"]), "UH HER"),
         (np.array(["AT", "IT"]), "AT IT"),
-        (np.array(["B", "K", "T"]), "BKT"),  # phonemes, but of a letter each
+        (np.array(["B", "K", "T"]), "BKT"),  # phonemes of one letter each
         (np.array(["I ", "O "]), "I O "),
     ],
 )
@@ -295,7 +295,7 @@ def test_words_are_joined_with_spaces_and_letters_are_not(tmp_path, array, text)
 
 
 @pytest.mark.parametrize("word", ["AH", "AW", "AY", "EH", "EL", "EM", "EN", "ER", "OW", "OY", "SH", "SP", "UH"])
-def test_a_phoneme_that_is_a_word_may_be_alone(tmp_path, word):
+def test_a_word_that_is_also_a_phoneme_is_accepted(tmp_path, word):
     assert read_transcript(save(tmp_path / "t.npy", np.array([word, word]))) == f"{word} {word}"
 
 
@@ -334,7 +334,7 @@ def test_an_archive_without_transcripts_says_where_they_belong(tmp_path):
 
 
 def make_old_archive(folder):
-    """Write the object arrays of an archive from before 2022, with transcripts as words in bytes."""
+    """Write the object arrays of an archive from before 2022, with transcripts as words of bytes."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     for split, count in (("train", 3), ("dev", 2), ("test", 2)):
@@ -365,7 +365,7 @@ def test_an_older_archive_is_named_with_a_command_that_converts_it(tmp_path):
     assert dataset.texts == ["HELLO THERE"] * 2 and dataset.frame_counts.tolist() == [20, 21]
 
 
-def test_an_older_archive_is_known_by_any_version_of_its_files(tmp_path):
+def test_an_older_archive_is_recognised_by_any_version_of_its_files(tmp_path):
     with (tmp_path / "train.npy").open("wb") as file:
         np.lib.format.write_array(file, np.array([None, "x"]), version=(2, 0))
     with pytest.raises(InputError, match="before 2022"):
@@ -383,14 +383,14 @@ def test_twenty_files_are_checked_for_an_older_archive(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_numeric_arrays_beside_each_other_are_no_older_archive(tmp_path):
+def test_a_folder_of_numeric_arrays_is_not_an_older_archive(tmp_path):
     save(tmp_path / "train.npy", np.ones((3, 4)))
     (tmp_path / "empty.npy").touch()
     with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
 
 
-def test_a_file_that_is_no_transcript_is_named(tmp_path):
+def test_a_file_that_is_not_a_transcript_is_reported(tmp_path):
     numbers = save(tmp_path / "numbers.npy", np.arange(3))
     pickled = tmp_path / "pickled.npy"
     np.save(pickled, np.array(["A", None], object), allow_pickle=True)
@@ -434,7 +434,7 @@ def test_an_archive_with_one_damaged_file_opens(tmp_path, damage):
     assert str(first.transcript) in str(error.value)
 
 
-def test_a_damaged_header_is_never_more_than_bad_input(tmp_path):
+def test_a_damaged_header_is_always_an_input_error(tmp_path):
     good = save(tmp_path / "x.npy", np.array(list("HELLO"))).read_bytes()
     generator = np.random.default_rng(0)
     for _ in range(300):
@@ -449,7 +449,7 @@ def test_a_damaged_header_is_never_more_than_bad_input(tmp_path):
             continue
 
 
-def test_what_a_mac_adds_to_a_zip_is_ignored(tmp_path):
+def test_files_that_macos_adds_to_a_zip_are_ignored(tmp_path):
     archive = make_archive(tmp_path, "F23")
     shutil.copytree(archive, tmp_path / "__MACOSX" / archive.name)
     assert open_corpus(tmp_path).root == archive
@@ -471,7 +471,7 @@ def test_two_archives_under_one_root_are_an_error_that_names_both(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_an_edition_is_known_by_its_splits_or_by_its_name(tmp_path):
+def test_an_edition_is_recognised_by_its_splits_or_its_name(tmp_path):
     s24 = make_archive(tmp_path / "a", "S24")
     renamed = s24.rename(s24.with_name("data"))
     assert open_corpus(renamed).name == "HW4P2 S24"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from archives import (
+from tiny_corpora import (
     RATE,
     make_audio_folder,
     make_common_voice,
@@ -42,7 +42,7 @@ def load(root, split="train", *, need_text=True, **options):
 
 
 def write_table(path, rows):
-    """Write dicts as .jsonl, .json or .csv, or as .tsv."""
+    """Write dicts as .jsonl, .json, .csv or .tsv."""
     if path.suffix in (".jsonl", ".json"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
     else:
@@ -54,7 +54,7 @@ def write_table(path, rows):
 
 @pytest.fixture
 def long(tmp_path):
-    """A recording of 3 s in a folder of its own."""
+    """A recording of 3 s in an otherwise empty folder."""
     return write_audio(tmp_path / "long.wav", make_waveform(np.random.default_rng(0), 3.0))
 
 
@@ -97,7 +97,7 @@ def test_a_part_without_an_end_goes_to_the_end(tmp_path, long):
     [
         ({"end": 1.5}, 0.0, 1.5),
         ({"end": 1.5, "duration": 1.45}, 0.0, 1.5),
-        ({"start": 0, "end": 0.2, "duration": 0.1}, 0.0, 0.2),  # 0.1 s is how far they may be apart
+        ({"start": 0, "end": 0.2, "duration": 0.1}, 0.0, 0.2),  # they may differ by 0.1 s
         ({"start": 1, "end": 2, "duration": 0}, 1.0, 1.0),
         ({"start": 1, "end": 2.5}, 1.0, 1.5),
         ({"start": 1, "num_samples": 8000, "sample_rate": 0}, 1.0, None),
@@ -111,7 +111,7 @@ def test_times_of_a_line_select_its_part(tmp_path, long, part, start, seconds):
 
 
 @pytest.mark.parametrize(
-    ("part", "said"),
+    ("part", "message"),
     [
         ({"offset": 4.0, "duration": 0.5}, r"lasts 3\.00 s, too short for a part from 4 to 4\.5 s"),
         ({"offset": 2.0, "duration": 2.0}, r"lasts 3\.00 s, too short for a part from 2 to 4 s"),
@@ -119,16 +119,16 @@ def test_times_of_a_line_select_its_part(tmp_path, long, part, start, seconds):
         ({"num_samples": 24000}, r"lasts 3\.00 s, but the manifest says 1\.50 s"),
     ],
 )
-def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, long, part, said):
+def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, long, part, message):
     good = {"path": "long.wav", "offset": 0.5, "duration": 0.5, "text": "HI"}
     manifest = write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **part, "text": "HI"}, good])
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load(manifest)
     assert len(load(manifest, on_bad="skip")) == 1
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "message"),
     [
         ({"offset": -1, "duration": 2}, "line 1: offset must be a number of 0 or more; got -1"),
         ({"offset": "inf"}, "line 1: offset must be a number of 0 or more; got 'inf'"),
@@ -155,8 +155,8 @@ def test_a_part_or_a_duration_that_does_not_fit_the_recording_is_bad(tmp_path, l
         ({"from": 5}, "column 'from' \\(5\\) is unknown"),
     ],
 )
-def test_columns_that_change_what_is_read_are_honoured_or_refused(tmp_path, long, columns, said):
-    with pytest.raises(InputError, match=f"m.jsonl:? ?{said}"):
+def test_unknown_columns_that_select_a_part_are_refused(tmp_path, long, columns, message):
+    with pytest.raises(InputError, match=f"m.jsonl:? ?{message}"):
         open_corpus(write_table(tmp_path / "m.jsonl", [{"path": "long.wav", **columns, "text": "HI"}]))
 
 
@@ -230,8 +230,8 @@ def test_parts_of_one_recording_have_their_own_cache_entries(tmp_path, long):
 @pytest.mark.parametrize(
     ("train", "dev", "shared", "divided"),
     [
-        ((0, 1), (1, 2), 0, 1),  # they touch
-        ((0, 1), (0.9, 2), 0, 1),  # by less than a margin
+        ((0, 1), (1, 2), 0, 1),  # adjacent
+        ((0, 1), (0.9, 2), 0, 1),  # overlap within the tolerance
         ((0, 1), (0.5, 1.5), 1, 1),
         ((0, 3), (1, 1.5), 1, 1),
         ((1, 1.5), (0, 3), 1, 1),
@@ -260,7 +260,7 @@ def test_a_missing_recording_is_identified_by_its_path():
     assert (count_overlapping(gone, other), count_shared_recordings(gone, other)) == (0, 0)
 
 
-def test_a_manifest_may_have_a_capital_ending(tmp_path, long):
+def test_a_manifest_may_have_an_upper_case_suffix(tmp_path, long):
     write_table(tmp_path / "m.tsv", [{"path": "long.wav", "text": "HI"}]).rename(tmp_path / "M.TSV")
     assert len(load(tmp_path / "M.TSV")) == len(load(tmp_path)) == 1
 
@@ -308,7 +308,7 @@ def test_the_columns_of_other_tools_are_known(tmp_path, long, suffix):
         assert (u.id, u.path, u.transcript) == ("x", long, "HELLO")
 
 
-def test_the_preferred_column_that_is_not_blank_counts(tmp_path, long):
+def test_the_first_preferred_column_that_is_not_blank_is_used(tmp_path, long):
     rows = [{"text": "B", "transcript": "A", "path": "long.wav"}, {"text": "B", "transcript": " ", "path": "long.wav"}]
     texts = [u.transcript for u in open_corpus(write_table(tmp_path / "m.jsonl", rows)).utterances("all")]
     assert texts == ["A", "B"]
@@ -359,7 +359,7 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("m.csv", "a,b\n1,2\n", "header line that has a column 'path' .*got \\['a', 'b'\\]"),
         ("m.csv", "path|text\na.wav|A\na.wav\n", "line 3 has 1 columns"),
@@ -382,9 +382,9 @@ def test_quotes_inside_a_value_are_text(tmp_path, long, name, text):
         ("m.tsv", "path\nC:\\data\\a.wav\n", "line 2: .* Windows path"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_named(tmp_path, name, text, said):
+def test_a_mistake_in_a_table_is_named_with_its_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name}.* {said}") as error:
+    with pytest.raises(InputError, match=f"{name}.* {message}") as error:
         load(tmp_path / name)
     assert "\n" not in str(error.value)
 
@@ -399,12 +399,12 @@ def test_an_error_on_a_lone_surrogate_can_be_printed(tmp_path, row):
     assert show(str(error.value)).encode()
 
 
-def test_paths_may_be_absolute_of_the_home_or_with_backslashes(tmp_path, long, monkeypatch):
+def test_paths_may_be_absolute_or_urls_or_use_tilde_or_backslashes(tmp_path, long, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sub").mkdir()
     for name in ("50%25.wav", "a\\b.wav"):
         write_audio(tmp_path / "sub" / name, make_waveform(np.random.default_rng(0), 0.5))
-    names = [{"path": "50%25.wav"}, {"path": "a\\b.wav"}]  # as they are where such files exist
+    names = [{"path": "50%25.wav"}, {"path": "a\\b.wav"}]  # used literally if such files exist
     utterances = open_corpus(write_table(tmp_path / "sub" / "odd.jsonl", names)).utterances("all")
     assert all(u.path.exists() for u in utterances)
     gone = open_corpus(write_table(tmp_path / "gone.jsonl", [{"path": "~/gone.wav"}])).utterances("all")
@@ -453,7 +453,7 @@ def test_a_split_may_be_named_with_space_around_it():
     assert assign_roles((" Dev ", "train")) == {"train": ("train",), "dev": (" Dev ",)}
 
 
-def test_roles_that_no_split_plays_are_left_out():
+def test_roles_without_a_split_are_left_out():
     assert assign_roles(("dev-other", "x")) == {"dev": ("dev-other",)}
     assert assign_roles(("dev-a", "dev-b", "train-a", "train-b")) == {"train": ("train-a", "train-b")}
     assert assign_roles(("train", "train-b", "test_clean")) == {"train": ("train",), "test": ("test_clean",)}
@@ -463,14 +463,14 @@ def test_roles_that_no_split_plays_are_left_out():
     assert assign_roles(("testing", "test-a")) == {"test": ("testing",)}
 
 
-def test_hours_of_librispeech_name_its_folders(tmp_path):
+def test_librispeech_hours_name_its_folders(tmp_path):
     splits = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean")
     corpus = open_corpus(make_librispeech(tmp_path, utterances=1, splits=splits))
     assert corpus.resolve("960") == corpus.resolve("train-960") == splits[:3]
     assert corpus.resolve("460") == splits[:2] and corpus.resolve("500") == splits[2:3]
 
 
-def test_the_first_of_splits_that_differ_in_case_is_taken(tmp_path, long):
+def test_of_splits_that_differ_only_in_case_the_first_is_taken(tmp_path, long):
     rows = [{"id": i, "path": "long.wav", "split": s} for i, s in enumerate(("Mine", "MINE"))]
     corpus = open_corpus(write_table(tmp_path / "m.tsv", rows))
     assert (corpus.resolve("mine"), corpus.resolve("MINE")) == (("Mine",), ("MINE",))
@@ -496,7 +496,7 @@ def test_a_manifest_for_each_split_makes_one_corpus(tmp_path, long):
         open_corpus(tmp_path)
 
 
-def test_a_lone_manifest_plays_every_role_whatever_its_name(tmp_path, long):
+def test_a_single_manifest_of_any_name_plays_every_role(tmp_path, long):
     write_table(tmp_path / "train.tsv", [{"path": "long.wav", "text": "HI"}])
     assert open_corpus(tmp_path).splits == ("all",)
     write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
@@ -511,7 +511,7 @@ def test_two_manifests_of_one_split_are_an_error(tmp_path, long):
         open_corpus(tmp_path)
 
 
-def test_a_folder_called_like_a_manifest_is_none(tmp_path):
+def test_a_folder_named_like_a_manifest_is_not_one(tmp_path):
     (tmp_path / "x.tsv").mkdir()
     with pytest.raises(InputError, match="no known layout"):
         open_corpus(tmp_path)
@@ -527,7 +527,7 @@ def test_a_limited_number_of_files_is_checked_for_manifests(tmp_path, long, monk
     assert open_corpus(tmp_path).splits == ("dev", "train")
 
 
-def test_each_manifest_of_a_split_is_read_once_and_when_it_is_asked_for(tmp_path, long, monkeypatch):
+def test_each_manifest_is_read_once_and_on_demand(tmp_path, long, monkeypatch):
     write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
     (tmp_path / "train.tsv").write_text("path\ttext\nlong.wav\n")
     read, rows = [], manifests.read_rows
@@ -538,21 +538,21 @@ def test_each_manifest_of_a_split_is_read_once_and_when_it_is_asked_for(tmp_path
         corpus.utterances("train")
 
 
-def test_manifests_that_are_all_empty_name_no_recordings(tmp_path):
+def test_empty_manifests_are_refused(tmp_path):
     for name in ("dev.tsv", "train.tsv"):
         (tmp_path / name).write_text("path\ttext\n")
     with pytest.raises(InputError, match="dev.tsv names no recordings; expected one line per recording"):
         open_corpus(tmp_path)
 
 
-def test_of_manifests_that_all_have_a_mistake_the_first_one_is_named(tmp_path):
+def test_if_all_manifests_have_a_mistake_the_first_is_named(tmp_path):
     for name in ("dev.tsv", "train.tsv"):
         (tmp_path / name).write_text("path\ttext\nlong.wav\n")
     with pytest.raises(InputError, match="dev.tsv line 2 has 1 columns"):
         open_corpus(tmp_path)
 
 
-def test_a_split_of_audio_and_features_is_refused_when_it_is_asked_for(tmp_path, long):
+def test_a_split_that_mixes_audio_and_features_is_refused_on_demand(tmp_path, long):
     write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
     write_table(tmp_path / "train.tsv", [{"path": name, "text": "HI"} for name in ("long.wav", "x.npy")])
     corpus = open_corpus(tmp_path)
@@ -560,7 +560,7 @@ def test_a_split_of_audio_and_features_is_refused_when_it_is_asked_for(tmp_path,
         corpus.utterances("train")
 
 
-def test_the_split_in_a_manifests_name():
+def test_the_split_is_read_from_a_manifests_name():
     names = {"train_manifest": "train", "manifest.dev": "dev", "train-clean-100": "train-clean-100", "Test": "test",
              "librispeech_train": "train", "cv-valid-train": "train", "speakers": None, "metadata": None,
              "train_dev": "dev", "train-a-train-b": "train-a-train-b"}  # fmt: skip
@@ -582,12 +582,12 @@ def test_common_voice_is_recognised_with_its_splits(tmp_path):
     assert [len(corpus.utterances(split)) for split in corpus.splits] == [2, 2, 2, 6]
     dataset = load(root, "dev")
     assert dataset.paths[0] == root / "clips" / "common_voice_en_dev0.wav" and all(dataset.texts)
-    assert load(root / "train.tsv", "all").ids == load(root, "train").ids  # one of its manifests alone
+    assert load(root / "train.tsv", "all").ids == load(root, "train").ids  # a single manifest of the corpus
     with pytest.raises(InputError, match="does not exist, but .* has a split dev; give .* with --split"):
         open_corpus(root / "dev")
 
 
-def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
+def test_a_corpus_may_be_two_folders_below_and_several_are_an_error(tmp_path):
     for layout in (make_common_voice, make_audio_folder, make_manifest):
         root = layout(tmp_path / layout.__name__ / "corpus" / "en")
         assert len(load(tmp_path / layout.__name__, "dev")) == len(load(root, "dev"))
@@ -602,7 +602,7 @@ def test_data_may_lie_two_folders_below_and_several_are_told_apart(tmp_path):
         open_corpus(tmp_path / "make_common_voice")
 
 
-def test_a_folder_that_is_called_clips_is_not_always_common_voice(tmp_path):
+def test_a_folder_named_clips_alone_is_not_common_voice(tmp_path):
     (tmp_path / "clips").mkdir()
     write_table(tmp_path / "other.tsv", [{"path": "b", "text": "HI"}])
     write_table(tmp_path / "clips" / "m.tsv", [{"path": "a", "text": "HI"}])
@@ -618,7 +618,7 @@ def test_a_folder_beside_the_clips_of_common_voice_is_not_common_voice(tmp_path)
     assert open_corpus(tmp_path / "mine").root == tmp_path / "mine" / "m.tsv"
 
 
-def test_other_tables_in_a_common_voice_folder_are_left_alone(tmp_path):
+def test_other_tables_in_a_common_voice_folder_are_ignored(tmp_path):
     make_common_voice(tmp_path)
     write_table(tmp_path / "other.csv", [{"path": "b", "text": "HI"}])
     assert (
@@ -646,7 +646,7 @@ def test_the_current_folder_may_be_a_split(tmp_path, monkeypatch):
     assert open_corpus("..").splits == ("dev", "train")
 
 
-def test_old_common_voice_names_clips_without_an_ending(tmp_path):
+def test_old_common_voice_names_clips_without_a_suffix(tmp_path):
     (tmp_path / "clips").mkdir()
     write_table(tmp_path / "train.tsv", [{"client_id": 0, "path": "a1b2", "sentence": "HI"},
                                          {"client_id": 0, "path": "clips/c.mp3", "sentence": "HI"}])  # fmt: skip
@@ -673,7 +673,7 @@ def test_kaldi_folders_are_recognised_from_each_of_their_folders(tmp_path):
         open_corpus(data / "validation")
 
 
-def test_a_lone_kaldi_folder_without_segments_plays_every_role(tmp_path):
+def test_a_single_kaldi_folder_without_segments_plays_every_role(tmp_path):
     data = make_kaldi(tmp_path, splits=("train",))
     (data / "train").rename(data / "mine")
     for name in ("segments", "text"):
@@ -693,7 +693,7 @@ def test_kaldi_data_take_precedence_over_other_files_of_a_recipe(tmp_path):
     assert open_corpus(tmp_path).root == tmp_path / "data"
 
 
-def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
+def test_a_single_kaldi_folder_is_split_all_and_one_without_a_role_stays_single(tmp_path):
     data = make_kaldi(tmp_path, splits=("train",))
     (data / "lang").mkdir()
     corpus = open_corpus(data / "train")
@@ -705,7 +705,7 @@ def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
         ("wav.scp", "train0 sph2pipe -f wav x.sph |", "line 1: train0 is a command .*write the recordings to files"),
         ("wav.scp", "train0 raw.ark:1234", "line 1: train0 lies in an archive"),
@@ -714,18 +714,18 @@ def test_a_kaldi_folder_alone_is_all_and_one_of_no_role_stays_alone(tmp_path):
         ("text", "new-0 HELLO", "has a text of new-0, which .*segments lacks"),
     ],
 )
-def test_unusable_lines_of_a_kaldi_folder_are_reported_or_skipped(tmp_path, name, line, said):
+def test_unusable_lines_of_a_kaldi_folder_are_reported_or_skipped(tmp_path, name, line, message):
     data = make_kaldi(tmp_path)
     lines = (data / "train" / name).read_text().splitlines()
     (data / "train" / name).write_text("\n".join([line, *lines[name != "text" :]]))
-    with pytest.raises(InputError, match=said) as error:
+    with pytest.raises(InputError, match=message) as error:
         load(tmp_path)
     assert name in str(error.value)
     assert len(load(tmp_path, on_bad="skip")) >= 2
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "message"),
     [
         ("segments", "train0-0 train0 0.5", "must have an id, a recording, and start and end"),
         ("segments", "train0-0 train0 0.5 0.2", "must have an id"),
@@ -739,11 +739,11 @@ def test_unusable_lines_of_a_kaldi_folder_are_reported_or_skipped(tmp_path, name
         ("text", "train0-1 HELLO", "line 2 repeats the id train0-1"),
     ],
 )
-def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, said):
+def test_a_mistake_in_a_kaldi_file_is_named(tmp_path, name, line, message):
     data = make_kaldi(tmp_path)
     lines = (data / "train" / name).read_text().splitlines()
     (data / "train" / name).write_text("\n".join([line, *lines[1:]]))
-    with pytest.raises(InputError, match=f"{name} line . ?{said.removeprefix('line 2 ')}"):
+    with pytest.raises(InputError, match=f"{name} line . ?{message.removeprefix('line 2 ')}"):
         load(tmp_path)
 
 
@@ -759,16 +759,16 @@ def test_lines_of_kaldi_may_be_blank_or_end_in_space_and_are_counted(tmp_path):
         open_corpus(data).utterances("train")
 
 
-@pytest.mark.parametrize(("folder", "found"), [("p", True), ("p/q/r", True), ("p/q/r/s", False)])
-def test_recordings_of_kaldi_are_looked_for_up_to_three_folders_above(tmp_path, folder, found):
+@pytest.mark.parametrize(("folder", "actual"), [("p", True), ("p/q/r", True), ("p/q/r/s", False)])
+def test_kaldi_recordings_are_searched_for_up_to_three_folders_above(tmp_path, folder, actual):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "x.wav").touch()
     (tmp_path / folder / "wav.scp").write_text("x x.wav\n")
     (u,) = open_corpus(tmp_path / folder).utterances("all")
-    assert u.path == (tmp_path if found else tmp_path / folder) / "x.wav"
+    assert u.path == (tmp_path if actual else tmp_path / folder) / "x.wav"
 
 
-def test_a_file_called_text_is_of_kaldi_only_beside_its_recordings(tmp_path):
+def test_a_file_named_text_belongs_to_kaldi_only_beside_wav_scp(tmp_path):
     train = make_kaldi(tmp_path) / "train"
     for path in (tmp_path / "text", train / "notes.txt"):
         path.write_text("GOOD DAY\n")
@@ -783,7 +783,7 @@ def test_errors_quote_the_first_forty_characters_of_a_kaldi_command(tmp_path):
         load(data / "train")
 
 
-def test_a_kaldi_folder_of_commands_alone_says_so(tmp_path):
+def test_a_kaldi_folder_with_only_commands_is_refused(tmp_path):
     data = make_kaldi(tmp_path, splits=("train",))
     for name in ("text", "segments"):
         (data / "train" / name).unlink()
@@ -792,7 +792,7 @@ def test_a_kaldi_folder_of_commands_alone_says_so(tmp_path):
         load(data)
 
 
-def test_other_files_of_a_kaldi_folder_are_not_taken_for_it(tmp_path):
+def test_other_files_of_a_kaldi_folder_cannot_be_opened(tmp_path):
     with pytest.raises(InputError, match="utt2spk is a file; expected a folder, or a manifest ending in .tsv"):
         open_corpus(make_kaldi(tmp_path) / "train" / "utt2spk")
 
@@ -815,13 +815,13 @@ def test_audio_folders_are_recognised_with_their_splits(tmp_path, suffix, folder
     assert load(tmp_path).ids == ["train-0", "train-1"]
 
 
-def test_the_folders_of_an_audio_folder_may_be_capital(tmp_path):
+def test_split_folders_of_an_audio_folder_may_be_capitalised(tmp_path):
     root = make_audio_folder(tmp_path, splits=("Train", "Val"))
     assert open_corpus(root).roles == {"train": ("train",), "dev": ("val",)}
     assert load(root, "Val").ids == ["Val-0", "Val-1"]
 
 
-def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path):
+def test_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path):
     make_audio_folder(tmp_path)
     rows = [{"file_name": f"{s}/{s}-0.wav", "text": "HI"} for s in ("train", "validation")]
     for split in ("train", "validation"):
@@ -831,7 +831,7 @@ def test_the_folders_in_the_metadata_of_an_audio_folder_are_its_splits(tmp_path)
     assert load(tmp_path, "dev").ids == ["validation-0"]
 
 
-def test_folders_on_the_way_to_a_recording_are_splits_in_metadata_alone(tmp_path):
+def test_folders_in_paths_are_splits_only_in_metadata_files(tmp_path):
     rows = [{"file_name": f"data/{split}/x/a.wav", "text": "HI"} for split in ("train", "dev")]
     write_table(tmp_path / "list.csv", rows)
     assert open_corpus(tmp_path).splits == ("all",)
@@ -841,12 +841,12 @@ def test_folders_on_the_way_to_a_recording_are_splits_in_metadata_alone(tmp_path
     assert open_corpus(tmp_path).splits == ("all",)
 
 
-def test_a_split_in_the_metadata_counts_more_than_folders(tmp_path):
+def test_a_split_column_in_the_metadata_overrides_folders(tmp_path):
     rows = [{"file_name": "train/a.wav", "split": "test"}, {"file_name": "dev/b.wav"}]
     assert open_corpus(write_table(tmp_path / "metadata.jsonl", rows)).splits == ("test", "all")
 
 
-def test_folders_of_which_some_hold_other_manifests_are_no_audio_folder(tmp_path):
+def test_folders_with_other_manifests_are_not_an_audio_folder(tmp_path):
     make_audio_folder(tmp_path / "a", splits=("train", "dev", "test"))
     write_table(tmp_path / "a" / "train" / "more.csv", [{"path": "train-0.wav", "text": "HI"}])
     with pytest.raises(InputError, match=r"has 2 manifests \(metadata.csv, more.csv\)"):
@@ -856,14 +856,14 @@ def test_folders_of_which_some_hold_other_manifests_are_no_audio_folder(tmp_path
     assert open_corpus(tmp_path / "b" / "train").splits == ("all",)
 
 
-def test_files_named_for_splits_are_no_splits_of_an_audio_folder(tmp_path):
+def test_files_named_like_splits_are_not_splits_of_an_audio_folder(tmp_path):
     for name in ("train.wav", "dev.wav"):
         write_audio(tmp_path / name, make_waveform(np.random.default_rng(0), 0.5))
     write_table(tmp_path / "metadata.csv", [{"file_name": name, "text": "HI"} for name in ("train.wav", "dev.wav")])
     assert open_corpus(tmp_path).splits == ("all",)
 
 
-def test_one_folder_of_an_audio_folder_alone_is_all(tmp_path):
+def test_a_single_folder_of_an_audio_folder_is_split_all(tmp_path):
     root = make_audio_folder(tmp_path / "a", splits=("train",))
     assert open_corpus(root / "train").splits == ("all",)
     make_audio_folder(tmp_path / "a", splits=("extra", "dev"))
@@ -873,7 +873,7 @@ def test_one_folder_of_an_audio_folder_alone_is_all(tmp_path):
     assert open_corpus(root).splits == ("train",)
 
 
-def test_manifests_in_folders_named_for_splits_are_opened_alone(tmp_path, long):
+def test_manifests_in_folders_named_like_splits_are_opened_separately(tmp_path, long):
     for split in ("train", "dev"):
         (tmp_path / split).mkdir()
         write_table(tmp_path / split / "list.tsv", [{"path": str(long), "text": "HI"}])
@@ -881,7 +881,7 @@ def test_manifests_in_folders_named_for_splits_are_opened_alone(tmp_path, long):
     assert open_corpus(tmp_path).splits == ("dev", "train")
 
 
-def test_a_column_of_splits_counts_more_than_the_names_of_manifests(tmp_path, long):
+def test_a_split_column_overrides_the_names_of_manifests(tmp_path, long):
     for name, split in (("train", "dev"), ("dev", "test")):
         write_table(tmp_path / f"{name}.tsv", [{"path": "long.wav", "text": "HI", "split": split}])
     corpus = open_corpus(tmp_path)
@@ -914,7 +914,7 @@ def test_a_limited_number_of_folders_is_searched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("names", [("m",), ("dev", "train")], ids=len)
-def test_the_size_of_frames_is_that_of_the_first_array_of_eight_that_can_be_read(tmp_path, names):
+def test_the_frame_size_comes_from_the_first_readable_of_eight_arrays(tmp_path, names):
     np.save(tmp_path / "0.npy", np.ones(3))
     (tmp_path / "1.npy").write_bytes(b"no array")
     np.save(tmp_path / "7.NPY", np.ones((30, 17)))
@@ -931,7 +931,7 @@ def test_the_size_of_frames_is_that_of_the_first_array_of_eight_that_can_be_read
 
 
 @pytest.mark.parametrize("layout", [make_librispeech, make_kaldi, make_common_voice, make_audio_folder])
-def test_data_are_never_written_to(tmp_path, layout):
+def test_corpora_are_never_written_to(tmp_path, layout):
     layout(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     load(tmp_path, "dev")
@@ -939,14 +939,14 @@ def test_data_are_never_written_to(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("X.ZIP", r"\.zip files; unpack"), ("x.arrow", r"\.arrow files; extract"),
      ("x.zip", r"\.zip files; unpack them"), ("x.parquet", r"\.parquet files; extract the recordings"),
      ("x.wav", "recordings but no transcripts")],
 )  # fmt: skip
-def test_errors_on_unsupported_forms_of_data_say_what_to_do(tmp_path, name, said):
+def test_errors_on_unsupported_forms_of_data_say_what_to_do(tmp_path, name, message):
     (tmp_path / name).touch()
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         open_corpus(tmp_path)
     (tmp_path / "METADATA.CSV").write_text("LJ001|Printing|Printing\n")
     names = r"\(or audio, audio_filepath, audio_path, audio_file, file_name\)$"
@@ -963,10 +963,10 @@ def test_all_kinds_of_packed_files_are_named_in_order(tmp_path):
 
 def test_files_without_permission_are_named(tmp_path, monkeypatch):
     def access(path, mode):
-        asked.append((Path(path).name, mode))
+        accesses.append((Path(path).name, mode))
         return Path(path).name not in ("closed", "x.csv")
 
-    asked = []
+    accesses = []
     monkeypatch.setattr("las_fast.data.dataset.os.access", access)
     (tmp_path / "x.csv").touch()
     with pytest.raises(InputError, match="x.csv cannot be read; check its permissions"):
@@ -975,7 +975,7 @@ def test_files_without_permission_are_named(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=r"/closed cannot be listed: Permission denied; check its permissions"):
         open_corpus(tmp_path)
-    assert asked == [("x.csv", os.R_OK), ("closed", os.R_OK | os.X_OK)]
+    assert accesses == [("x.csv", os.R_OK), ("closed", os.R_OK | os.X_OK)]
 
 
 def test_other_folders_beside_librispeech_splits_are_ignored(tmp_path):
@@ -1013,13 +1013,13 @@ def test_quotes_and_commas_within_a_tsv_are_text(tmp_path):
     assert [row["text"] for _, row in tables.read_rows(tmp_path / "x.csv")] == ['SAY "A", B', "WHOLE"]
 
 
-def test_a_column_without_a_name_is_called_by_its_number(tmp_path):
+def test_an_unnamed_column_is_named_by_its_number(tmp_path):
     (tmp_path / "x.csv").write_text(",id,,text\n0,a,1,HI\n")
     ((line, row),) = tables.read_rows(tmp_path / "x.csv")
     assert line == 2 and row == {"column 1": "0", "id": "a", "column 3": "1", "text": "HI"}
 
 
-def test_null_in_json_is_no_transcript_and_a_number_is_refused(tmp_path):
+def test_null_in_json_means_no_transcript_and_a_number_is_refused(tmp_path):
     write_audio(tmp_path / "a.wav", make_waveform(np.random.default_rng(0), 0.4))
     write_table(tmp_path / "m.jsonl", [{"id": "a", "path": "a.wav", "text": None}])
     (utterance,) = open_corpus(tmp_path / "m.jsonl").utterances("all")

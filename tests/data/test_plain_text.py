@@ -1,4 +1,4 @@
-"""Files in other formats are refused as text, with the name of the format; text is read as it is."""
+"""Files in other formats are refused as text, with the name of the format; plain text is accepted."""
 
 import gzip
 import json
@@ -72,14 +72,14 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_files_and_documents_are_refused_by_name(tmp_path, name):
+def test_archives_and_documents_are_refused_by_name(tmp_path, name):
     content, what = PACKED[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name} is {what}, not text with one sentence per line; "):
         list(read_texts(tmp_path / name))
 
 
-def test_a_zip_that_is_called_a_text_is_refused(tmp_path):
+def test_a_zip_named_txt_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "text.txt", "w") as file:
         file.writestr("a.txt", "HELLO")
     with pytest.raises(InputError, match=r"is a zip archive \(or an office document\), .*; unpack it"):
@@ -94,7 +94,7 @@ def test_the_first_two_hundred_lines_decide_the_format(tmp_path):
     assert list(read_texts(tmp_path / "a.txt"))[200] == "A --> B"
 
 
-def test_a_packed_text_may_have_a_capital_ending_and_a_text_blank_lines(tmp_path):
+def test_a_packed_text_may_have_an_upper_case_suffix_and_a_text_blank_lines(tmp_path):
     (tmp_path / "A.GZ").write_bytes(gzip.compress(b"HELLO\n  \nYES\n"))
     assert [line for line in read_texts(tmp_path / "A.GZ") if line.strip()] == ["HELLO", "YES"]
     (tmp_path / "a.txt").write_text("  \n[1]\n".replace("1", '"A"'))
@@ -103,17 +103,17 @@ def test_a_packed_text_may_have_a_capital_ending_and_a_text_blank_lines(tmp_path
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_texts_with_a_few_signs_of_other_formats_are_texts(tmp_path, end):
+def test_texts_with_few_marks_of_other_formats_are_accepted(tmp_path, end):
     (tmp_path / "a.txt").write_bytes(end.join(TEXT).encode())
     assert [line.strip() for line in read_texts(tmp_path / "a.txt")] == TEXT
 
 
-def test_marks_of_sentences_are_no_words(tmp_path):
+def test_sentence_marks_are_not_words(tmp_path):
     (tmp_path / "a.txt").write_text("<s> HELLO THERE </s>\n<s> YES </s>\nNO\n")
     assert [line.strip() for line in read_texts(tmp_path / "a.txt")] == ["HELLO THERE", "YES", "NO"]
 
 
-def test_a_text_of_one_line_with_a_comma_or_tab_is_a_text(tmp_path):
+def test_a_one_line_text_with_a_comma_or_tab_is_accepted(tmp_path):
     (tmp_path / "a.txt").write_text("WELL,\tYES\n")
     assert len(list(read_texts(tmp_path / "a.txt"))) == 1
 
@@ -129,12 +129,12 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
     ("lines", "what"),
     [
         (["HELLO", '{"text": 1}', '{"text": 2}'], "JSON"),
-        (["HELLO", "THERE", '{"text": 2}', '{"text": 2}'], None),  # half of them is not more than half
+        (["HELLO", "THERE", '{"text": 2}', '{"text": 2}'], None),  # exactly half of them
         (["\ufeff[{"], "JSON"),
         (["HELLO", ' {"text": 1}', ' {"text": 2}'], "JSON"),
         (["\ufeff {"], "JSON"),
         (["a"] * 10 + ["</p>"], None),
-        (["a"] * 9 + ["</p>"], None),  # a tenth is not more than a tenth
+        (["a"] * 9 + ["</p>"], None),  # exactly a tenth
         (["WEBVTT", "HELLO"], "subtitles"),
         (["ngram 1=5"], "an n-gram model (ARPA)"),
         ([" \\data\\ "], "an n-gram model (ARPA)"),
@@ -152,6 +152,6 @@ def test_a_model_of_another_program_is_not_called_damaged(tmp_path, content):
         ([], None),
     ],
 )
-def test_a_format_is_known_by_more_than_half_of_its_lines_or_by_a_mark(lines, what):
-    found = plain_text.foreign_format(lines)
-    assert found is None if what is None else found[0] == what
+def test_a_format_is_recognised_by_more_than_half_of_its_lines_or_a_mark(lines, what):
+    actual = plain_text.foreign_format(lines)
+    assert actual is None if what is None else actual[0] == what

@@ -1,9 +1,9 @@
-"""Cutting recordings of any length into segments of speech, whatever the sizes of their blocks."""
+"""Recordings are cut into segments of speech, independently of the sizes of their blocks."""
 
 import numpy as np
 import pytest
 import torch
-from archives import RATE, make_speech
+from tiny_corpora import RATE, make_speech
 
 from las_fast.config import FeatureConfig
 from las_fast.data import segments as module
@@ -29,7 +29,7 @@ def joined(*parts):
 
 @pytest.mark.parametrize("seconds", [0.001, 0.024, 0.025, 3.0, 20.02, 20.025, 20.035, 41.0])
 @pytest.mark.parametrize("size", [160, 16_000, 320_400, 10**9])
-def test_frames_of_blocks_are_those_of_the_whole(seconds, size):
+def test_frames_computed_in_blocks_equal_frames_computed_at_once(seconds, size):
     samples = make_speech(seconds)
     if not len(samples):
         samples = make_speech(0.01)[:16]
@@ -37,7 +37,7 @@ def test_frames_of_blocks_are_those_of_the_whole(seconds, size):
     torch.testing.assert_close(frames, compute_features([samples], CONFIG)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_no_blocks_have_no_frames():
+def test_no_blocks_give_no_frames():
     assert list(log_mel([], CONFIG)) == []
 
 
@@ -51,14 +51,14 @@ def test_frames_come_as_soon_as_there_are_twenty_seconds():
 @pytest.mark.parametrize("seconds", [19.99, 20.0, 20.01, 20.1, 20.5, 39.9, 61.0, 130.0])
 def test_chunks_are_short_enough_and_nothing_is_lost(seconds):
     frames = torch.randn(int(100 * seconds), 23)
-    found = list(chunks([frames], CONFIG))
-    assert torch.equal(torch.cat([chunk for _, chunk in found]), frames)
-    assert [first for first, _ in found] == np.cumsum([0, *(len(chunk) for _, chunk in found[:-1])]).tolist()
-    assert all(10 <= len(chunk) <= 2000 for _, chunk in found) and len(found) >= seconds / 20
-    assert len(found) == 1 or seconds > 20
+    actual = list(chunks([frames], CONFIG))
+    assert torch.equal(torch.cat([chunk for _, chunk in actual]), frames)
+    assert [first for first, _ in actual] == np.cumsum([0, *(len(chunk) for _, chunk in actual[:-1])]).tolist()
+    assert all(10 <= len(chunk) <= 2000 for _, chunk in actual) and len(actual) >= seconds / 20
+    assert len(actual) == 1 or seconds > 20
 
 
-def test_chunks_do_not_depend_on_the_blocks_that_frames_come_in():
+def test_chunks_do_not_depend_on_block_sizes():
     frames = torch.randn(7000, 23)
     whole = [first for first, _ in chunks([frames], CONFIG)]
     for size in (1, 999, 2001):
@@ -83,18 +83,18 @@ def with_dips(length: int, *places: int, depth: float = 9.0, level: float = 0.0)
     (5000, 1460, 1460), (5000, 1000, 1000), (5000, 995, 1000), (5000, 2000, 2000), (5000, 2005, 2000),
     (2020, 2000, 2000), (2010, 1990, 1990), (2010, 1995, 1990), (2001, 1981, 1981), (2001, 1000, 1000),
 ])  # fmt: skip
-def test_a_cut_is_in_the_second_half_of_a_chunk_and_leaves_no_crumb(length, dip, cut):
+def test_a_cut_is_in_the_second_half_of_a_chunk_and_leaves_no_tiny_rest(length, dip, cut):
     assert [first for first, _ in chunks([with_dips(length, dip)], CONFIG)][1] == cut
 
 
-def test_the_quieter_of_two_pauses_is_cut_in_though_speech_is_loud():
+def test_the_cut_is_in_the_quieter_of_two_pauses():
     frames = with_dips(5000, 1200, 1700, depth=12.0, level=21.0)
     frames[1690:1710] -= 4.0
     assert [first for first, _ in chunks([frames], CONFIG)][1] == 1700
 
 
 def test_chunks_at_other_rates_have_twenty_seconds_too():
-    config = FeatureConfig(size=23, sample_rate=11_025)  # 110 samples a frame
+    config = FeatureConfig(size=23, sample_rate=11_025)  # 110 samples per frame
     assert [first for first, _ in chunks([with_dips(5000, 2005)], config)][1] == 2005
 
 
@@ -104,12 +104,12 @@ def test_a_tenth_of_a_second_of_speech_makes_a_segment(monkeypatch, rate, least)
     speech[100 : 100 + least - 1] = speech[500 : 500 + least] = True
     monkeypatch.setattr(module, "find_speech", lambda energy, config: speech)
     frames, config = torch.randn(1000, 23), FeatureConfig(size=23, sample_rate=rate, trim_silence=False)
-    ((times, heard),) = _parts(frames, config)
+    ((times, segment_frames),) = _parts(frames, config)
     reach = round(0.5 * rate / round(0.01 * rate))
-    assert times == (500, 500 + least) and torch.equal(heard, frames[500 - reach : 500 + least + reach])
+    assert times == (500, 500 + least) and torch.equal(segment_frames, frames[500 - reach : 500 + least + reach])
 
 
-def test_times_are_those_of_speech_and_a_tenth_of_a_second_around_it():
+def test_times_include_a_tenth_of_a_second_around_the_speech():
     for before, after in ((2.0, 2.0), (0.0, 2.0), (2.0, 0.0)):
         samples = joined(hiss(before), make_speech(3), hiss(after, seed=8))
         frames = compute_features([samples], CONFIG)[0]
@@ -119,12 +119,12 @@ def test_times_are_those_of_speech_and_a_tenth_of_a_second_around_it():
         assert segment.end == pytest.approx(min(places[-1] / 100 + 0.11, len(frames) / 100))
 
 
-def test_segments_are_where_speech_is():
+def test_segments_cover_the_speech():
     parts = [hiss(8), make_speech(4), hiss(9), make_speech(3, seed=1), hiss(25), make_speech(2, seed=2)]
     samples, at = joined(*parts), np.cumsum([0, *(len(part) / RATE for part in parts)])
-    found = list(segments(blocks(samples, 5000), CONFIG))
-    assert len(found) == 3
-    for segment, start, end in zip(found, at[1::2], at[2::2], strict=True):
+    actual = list(segments(blocks(samples, 5000), CONFIG))
+    assert len(actual) == 3
+    for segment, start, end in zip(actual, at[1::2], at[2::2], strict=True):
         assert segment.start == pytest.approx(start, abs=0.3) and segment.end == pytest.approx(end, abs=0.4)
         assert len(segment.features) == pytest.approx(100 * (end - start) + 100, abs=60)
 
@@ -138,9 +138,9 @@ def test_times_do_not_drift_and_stay_within_the_recording(rate):
     assert 0 <= first.start < 0.3
 
 
-def test_segments_of_unbroken_speech_do_not_overlap():
-    found = list(segments([make_speech(50)], CONFIG))
-    assert len(found) > 2 and all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+def test_segments_of_continuous_speech_do_not_overlap():
+    actual = list(segments([make_speech(50)], CONFIG))
+    assert len(actual) > 2 and all(a.end <= b.start for a, b in zip(actual, actual[1:], strict=False))
 
 
 def test_a_short_pause_ends_no_segment():
@@ -152,9 +152,9 @@ def test_segments_do_not_depend_on_blocks():
     samples = joined(*(part for k in range(6) for part in (make_speech(6, seed=k), hiss(1.5))))
     whole = list(segments([samples], CONFIG))
     for size in (777, 48_000):
-        found = list(segments(blocks(samples, size), CONFIG))
-        assert [(s.start, s.end) for s in found] == [(s.start, s.end) for s in whole]
-        for a, b in zip(found, whole, strict=True):
+        actual = list(segments(blocks(samples, size), CONFIG))
+        assert [(s.start, s.end) for s in actual] == [(s.start, s.end) for s in whole]
+        for a, b in zip(actual, whole, strict=True):
             torch.testing.assert_close(a.features, b.features, rtol=1e-2, atol=1e-2)
 
 
@@ -168,7 +168,7 @@ def test_noise_has_no_segments(samples):
 @pytest.mark.parametrize("deltas", [0, 2])
 @pytest.mark.parametrize("normalisation", ["utterance", "global", "none"])
 @pytest.mark.parametrize("kind", [{"kind": "logmel", "size": 23}, {"kind": "mfcc", "size": 13, "mel_bins": 40}])
-def test_a_short_recording_has_the_frames_of_training(deltas, normalisation, kind):
+def test_a_short_recording_has_the_same_frames_as_in_training(deltas, normalisation, kind):
     config = FeatureConfig(deltas=deltas, normalisation=normalisation, **kind)
     statistics = Statistics(torch.randn(config.size), torch.rand(config.size) + 1)
     samples = joined(hiss(0.4), make_speech(3), hiss(0.6))

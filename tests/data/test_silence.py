@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from archives import RATE, make_speech
+from tiny_corpora import RATE, make_speech
 
 from las_fast.config import FeatureConfig
 from las_fast.data.dataset import normalise
@@ -43,15 +43,17 @@ def padded(before, after):
 
 @pytest.mark.parametrize("level", [0.0, 2e-4, 2e-3])
 @pytest.mark.parametrize("seconds", [0.5, 4.0, 60.0])
-def test_speech_is_found_where_it_is(level, seconds):
+def test_speech_is_located(level, seconds):
     speech = speech_in(padded(noise(seconds, level), noise(seconds, level, 1)))
-    found = speech.nonzero()[:, 0]
-    assert found[0] == pytest.approx(100 * seconds, abs=20) and found[-1] == pytest.approx(100 * seconds + 200, abs=20)
+    actual = speech.nonzero()[:, 0]
+    assert actual[0] == pytest.approx(100 * seconds, abs=20) and actual[-1] == pytest.approx(
+        100 * seconds + 200, abs=20
+    )
 
 
 @pytest.mark.parametrize("db", [-60, -40, -20])
 @pytest.mark.parametrize("kind", ["white", "tone", "hum", "zeros", "offset"])
-def test_there_is_no_speech_in_steady_sound(kind, db):
+def test_steady_sound_has_no_speech(kind, db):
     t = np.arange(5 * RATE) / RATE
     sounds = {
         "white": np.random.default_rng(3).normal(size=len(t)),
@@ -71,9 +73,9 @@ def test_recordings_of_a_few_frames_have_a_mask_of_their_length(seconds):
     assert len(kept) == sum(end - start for start, end in where) >= 1
 
 
-def test_an_offset_changes_nothing():
-    speech, lifted = (speech_in(SPEECH + offset) for offset in (0.0, 0.3))
-    assert (speech == lifted).float().mean() > 0.99
+def test_a_constant_offset_does_not_change_the_speech_found():
+    speech, with_offset = (speech_in(SPEECH + offset) for offset in (0.0, 0.3))
+    assert (speech == with_offset).float().mean() > 0.99
 
 
 def test_a_louder_recording_has_the_same_speech():
@@ -81,7 +83,7 @@ def test_a_louder_recording_has_the_same_speech():
     assert (quiet == loud).float().mean() > 0.99
 
 
-def test_the_energy_is_of_the_voice_band_alone():
+def test_only_the_voice_band_counts_as_energy():
     t = np.arange(RATE) / RATE
     low, inside, high = (band_energy(log_mel(0.1 * np.sin(2 * np.pi * f * t)), CONFIG).mean() for f in (60, 1000, 7000))
     assert inside > low + 20 and inside > high + 20
@@ -103,10 +105,10 @@ def test_frames_in_some_seconds_are_counted_by_whole_samples(rate, frames):
     assert frames_in(0.001, config) == 1
 
 
-ONE_BIN = FeatureConfig(size=1, sample_rate=96_000)  # centred above the voice band, which leaves all bins to count
+ONE_BIN = FeatureConfig(size=1, sample_rate=96_000)  # all bins are above the voice band, so all of them count
 
 
-def test_energy_is_in_decibels_averaged_over_two_frames_to_either_side():
+def test_energy_is_in_decibels_averaged_over_two_frames_on_either_side():
     frames = torch.zeros(11, 1)
     frames[5] = 1.0
     expected = torch.zeros(11)
@@ -125,11 +127,11 @@ def test_energy_is_the_sum_of_the_bins_from_150_to_4000_hz():
 
 
 @pytest.mark.parametrize("count", [1, 10, 25, 26, 777])
-def test_the_floor_of_a_steady_sound_is_its_energy(count):
+def test_the_noise_floor_of_a_steady_sound_is_its_energy(count):
     assert noise_floor(torch.full((count,), 7.0), CONFIG).tolist() == pytest.approx([7.0] * count)
 
 
-def test_the_floor_is_a_low_percentile_of_the_quiet_moments_around():
+def test_the_noise_floor_is_a_low_percentile_of_nearby_quiet_frames():
     rising = torch.arange(25.0)
     assert noise_floor(rising, CONFIG).tolist() == pytest.approx([4.8] * 25)
     both = torch.cat([rising, 100 + rising.flip(0)])
@@ -137,19 +139,19 @@ def test_the_floor_is_a_low_percentile_of_the_quiet_moments_around():
     assert noise_floor(both[:26], CONFIG).tolist() == pytest.approx([4.8] * 25 + [4.8 + 0.8 * 119.2])
 
 
-def test_the_floor_follows_three_seconds_to_either_side():
+def test_the_noise_floor_follows_three_seconds_on_either_side():
     energy = torch.where(torch.arange(60 * 25) < 30 * 25, 0.0, 100.0)
     floor = noise_floor(energy, CONFIG)
     assert floor[::25].tolist() == pytest.approx([0.0] * 32 + [60.0] + [100.0] * 27)
     assert floor.shape == energy.shape and (floor.view(60, 25) == floor[::25, None]).all()
 
 
-@pytest.mark.parametrize(("frames", "height", "found"), [(4, 60.0, 0), (5, 60.0, 5), (5, 4.0, 0), (5, 4.5, 5)])
-def test_five_frames_4_db_above_the_floor_are_speech(frames, height, found):
+@pytest.mark.parametrize(("frames", "height", "actual"), [(4, 60.0, 0), (5, 60.0, 5), (5, 4.0, 0), (5, 4.5, 5)])
+def test_five_frames_4_db_above_the_noise_floor_are_speech(frames, height, actual):
     energy = torch.zeros(1000)
     energy[500 : 500 + frames] = height
     speech = find_speech(energy, CONFIG)
-    assert speech.dtype == torch.bool and speech.sum() == speech[500 : 500 + frames].sum() == found
+    assert speech.dtype == torch.bool and speech.sum() == speech[500 : 500 + frames].sum() == actual
 
 
 def test_speech_is_at_most_50_db_below_its_level():
@@ -164,28 +166,28 @@ def test_spans_are_the_runs_of_a_mask():
     assert true_runs(torch.zeros(3, dtype=torch.bool)) == []
 
 
-@pytest.mark.parametrize(("depth", "frames", "usual"), [(70.5, 4, True), (70.5, 5, False), (70.0, 50, True)])
-def test_five_frames_more_than_70_db_below_speech_are_not_usual(depth, frames, usual):
+@pytest.mark.parametrize(("depth", "frames", "is_usual"), [(70.5, 4, True), (70.5, 5, False), (70.0, 50, True)])
+def test_five_frames_more_than_70_db_below_speech_are_not_usual(depth, frames, is_usual):
     speech = torch.arange(300) < 250
     energy = torch.where(speech, 100.0, 60.0)
     energy[300 - frames :] = 100.0 - depth
-    assert has_usual_silence(energy, speech, near_speech(speech, CONFIG), CONFIG) is usual
+    assert has_usual_silence(energy, speech, near_speech(speech, CONFIG), CONFIG) is is_usual
 
 
-@pytest.mark.parametrize(("silent", "usual"), [(39, True), (40, True), (41, False)])
-def test_a_usual_share_of_silence_is_kept(silent, usual):
+@pytest.mark.parametrize(("silent", "is_usual"), [(39, True), (40, True), (41, False)])
+def test_a_usual_share_of_silence_is_kept(silent, is_usual):
     speech = torch.zeros(100, dtype=torch.bool)
     speech[: 100 - silent - round(100 * MARGIN)] = True
     frames = torch.where(speech[:, None], 9.0, 0.0).expand(-1, 23)
-    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == usual
+    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == is_usual
 
 
-@pytest.mark.parametrize(("zeros", "usual"), [(0, True), (2, True), (20, False)])
-def test_digital_zeros_are_not_usual(zeros, usual):
+@pytest.mark.parametrize(("zeros", "is_usual"), [(0, True), (2, True), (20, False)])
+def test_digital_zeros_are_not_usual(zeros, is_usual):
     speech = torch.arange(300) < 280
     frames = torch.where(speech[:, None], 9.0, 0.0).repeat(1, 23)
     frames[len(frames) - zeros :] = -15.9
-    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == usual
+    assert has_usual_silence(band_energy(frames, CONFIG), speech, near_speech(speech, CONFIG), CONFIG) == is_usual
 
 
 def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():
@@ -196,7 +198,7 @@ def test_silence_is_raised_to_the_quietest_speech_and_speech_stays():
 
 
 def normalised_speech(samples, start, **settings):
-    """Return the normalised frames of SPEECH within samples; it starts at `start` seconds."""
+    """The normalised frames of SPEECH, which starts at `start` seconds of the samples."""
     config = FeatureConfig(**settings)
     ((frames, where),) = speech_features([samples.astype(np.float32)], config)
     places = torch.cat([torch.arange(first, last) for first, last in where])
@@ -206,7 +208,7 @@ def normalised_speech(samples, start, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "mfcc", "size": 13, "mel_bins": 40}])
 @pytest.mark.parametrize(("seconds", "level"), [(0.5, 0.0), (4.0, 0.0), (4.0, 2e-4)])
-def test_silence_around_speech_changes_little_of_its_frames(settings, seconds, level):
+def test_surrounding_silence_hardly_changes_the_frames_of_speech(settings, seconds, level):
     bare = normalised_speech(padded(noise(0.4, 1e-3), noise(0.4, 1e-3, 1)), 0.4, **settings)
     quiet = padded(noise(seconds, level), noise(seconds, level, 1))
     apart, untrimmed = (
@@ -231,7 +233,7 @@ def test_the_runs_of_kept_frames_are_returned():
     assert torch.equal(torch.maximum(kept, whole[speech_in(samples)].amin(0)), frames)
 
 
-def test_mfcc_of_trimmed_frames_are_those_of_the_log_mel():
+def test_mfcc_are_computed_from_the_trimmed_log_mel():
     settings = {"kind": "mfcc", "size": 13, "mel_bins": 40}
     ((frames, _),) = speech_features([SPEECH], FeatureConfig(**settings))
     untrimmed = compute_features([SPEECH], FeatureConfig(**settings))[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import make_archive, make_librispeech, make_manifest, make_waveform, save, write_audio
+from tiny_corpora import make_archive, make_librispeech, make_manifest, make_waveform, save, write_audio
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.dataset import load_dataset, open_corpus
@@ -66,13 +66,13 @@ def test_recordings_in_the_folders_of_librispeech_may_be_of_any_format(tmp_path,
         open_corpus(tmp_path).utterances("dev-clean")
 
 
-def test_space_around_the_transcripts_of_librispeech_is_none_of_them(tmp_path):
+def test_whitespace_around_librispeech_transcripts_is_removed(tmp_path):
     (tmp_path / "x.trans.txt").write_text("a  HELLO  THERE \n\nb\t YES\nc \n", encoding="utf-8")
-    found = read_transcripts(tmp_path / "x.trans.txt")
-    assert found == [("a", "HELLO  THERE"), ("b", "YES"), ("c", "")]
+    actual = read_transcripts(tmp_path / "x.trans.txt")
+    assert actual == [("a", "HELLO  THERE"), ("b", "YES"), ("c", "")]
 
 
-def test_librispeech_without_a_recording_or_a_transcript_is_named(tmp_path):
+def test_librispeech_reports_missing_recordings_and_transcripts(tmp_path):
     root = make_librispeech(tmp_path, splits=("dev-clean", "test-clean"))
     chapter = root / "LibriSpeech" / "dev-clean" / "1089" / "134686"
     (chapter / "1089-134686-0001.flac").unlink()
@@ -189,7 +189,7 @@ def test_a_recording_shorter_than_its_manifest_says_is_bad(tmp_path):
     assert load(open_corpus(manifest), "train", on_bad="skip").ids == ["near", "longer"]
 
 
-def test_librispeech_does_not_take_raw_samples_for_recordings(tmp_path):
+def test_librispeech_ignores_raw_sample_files(tmp_path):
     root = make_librispeech(tmp_path, splits=("dev-clean",))
     (root / "LibriSpeech" / "dev-clean" / "1089" / "134686" / "x.raw").write_bytes(bytes(320))
     assert len(open_corpus(root).utterances("dev-clean")) == 6
@@ -201,7 +201,7 @@ def test_a_root_with_an_impossible_name_is_refused():
             open_corpus(root)
 
 
-def test_a_root_that_is_neither_a_folder_nor_a_file_is_refused(tmp_path):
+def test_a_root_that_is_neither_folder_nor_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe is neither a folder nor a file"):
         open_corpus(tmp_path / "pipe")
@@ -221,7 +221,7 @@ def test_an_unknown_root_names_the_known_layouts(tmp_path):
     with pytest.raises(InputError, match="no known layout") as error:
         open_corpus(tmp_path)
     assert all(word in str(error.value) for word in ("HW4P2", "LibriSpeech", "Kaldi", "manifest"))
-    assert str(error.value).endswith("(also Common Voice, audiofolder)")  # there is no more to say
+    assert str(error.value).endswith("(also Common Voice, audiofolder)")  # the hint has nothing to add
     with pytest.raises(InputError, match="is a file"):
         open_corpus(tmp_path / "notes.txt")
     (tmp_path / "a.tsv").touch()
@@ -230,7 +230,7 @@ def test_an_unknown_root_names_the_known_layouts(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
+def test_a_missing_split_lists_the_existing_ones(tmp_path):
     corpus = open_corpus(make_archive(tmp_path, "F23"))
     with pytest.raises(InputError, match=r"'dev-other'; it has dev-clean, test-clean, train-clean-100.*train \("):
         corpus.resolve("dev-clean+dev-other")
@@ -242,12 +242,12 @@ def test_a_split_that_is_not_there_lists_those_that_are(tmp_path):
         corpus.resolve("tset")
     assert "listings" not in repr(corpus)
     names = {"train": ("train", "training", "TRAIN"), "dev": ("valid", "eval"), "test": ("test", "testing")}
-    for role, own in names.items():
-        assert {corpus.resolve(name) for name in own} == {corpus.roles[role]}
+    for role, split_names in names.items():
+        assert {corpus.resolve(name) for name in split_names} == {corpus.roles[role]}
     assert corpus.resolve("dev, test") == ("dev-clean", "test-clean")
 
 
-def test_hours_of_librispeech_name_the_folders_that_go_together(tmp_path):
+def test_librispeech_hours_name_groups_of_folders(tmp_path):
     splits = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean", "dev-other")
     corpus = open_corpus(make_librispeech(tmp_path, splits=splits, utterances=1))
     clean = ("train-clean-100", "train-clean-360")
@@ -262,7 +262,7 @@ def test_hours_of_librispeech_name_the_folders_that_go_together(tmp_path):
     assert corpus.resolve("dev") == ("dev-clean",) and corpus.resolve("train") == (*clean, "train-other-500")
 
 
-def test_the_shared_manifest_is_read_whole(shared):
+def test_every_row_of_the_shared_manifest_is_read(shared):
     if not (shared / "speech" / "manifest.tsv").is_file():
         pytest.skip("../shared/speech is absent")
     rows = (shared / "speech" / "manifest.tsv").read_text(encoding="utf-8").splitlines()[1:]

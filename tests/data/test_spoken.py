@@ -1,4 +1,4 @@
-"""The spoken corpus: its plan, its files, and that it is reproducible."""
+"""The spoken corpus: its plan, its files, and its reproducibility."""
 
 import ctypes
 import hashlib
@@ -63,13 +63,13 @@ def test_sentences_of_dev_and_test_are_never_in_training(plan):
     assert len(texts["test"]) == 200 and len(texts["dev"]) == 120
 
 
-def test_sentences_stay_apart_whatever_the_seed():
+def test_splits_share_no_sentence_for_any_seed():
     train = {u.text for u in of(spoken.plan(train=3000, dev=1, test=1, seed=5), "train")}
     test = {u.text for u in of(spoken.plan(train=1, dev=1, test=300, seed=6), "test")}
     assert not train & test
 
 
-def test_every_test_word_is_heard_in_training(plan):
+def test_every_test_word_occurs_in_training(plan):
     words = {name: {w for u in of(plan, name) for w in u.text.split()} for name in ("train", "test")}
     assert words["test"] <= words["train"]
     assert 200 <= len(words["train"]) <= 400
@@ -89,7 +89,7 @@ def test_sentences_are_short_and_need_no_other_character(plan):
     [(0, "ZERO"), (13, "THIRTEEN"), (20, "TWENTY"), (47, "FORTY SEVEN"), (300, "THREE HUNDRED"),
      (612, "SIX HUNDRED AND TWELVE"), (999, "NINE HUNDRED AND NINETY NINE")],
 )  # fmt: skip
-def test_numbers_are_said_in_words(number, words):
+def test_numbers_are_spelled_as_words(number, words):
     assert sentences.number_in_words(number) == words
 
 
@@ -97,7 +97,7 @@ def test_numbers_are_said_in_words(number, words):
     "number, words",
     [(1, "FIRST"), (12, "TWELFTH"), (20, "TWENTIETH"), (21, "TWENTY FIRST"), (30, "THIRTIETH"), (31, "THIRTY FIRST")],
 )
-def test_ordinals_are_said_in_words(number, words):
+def test_ordinals_are_spelled_as_words(number, words):
     assert sentences.ordinal_in_words(number) == words
 
 
@@ -207,18 +207,18 @@ def test_espeak_gets_the_text_and_the_voice_settings(library, tmp_path):
     assert library.calls == [("initialise", 2, 0, str(tmp_path).encode(), 0), ("seed", 1)]
     assert synthesiser.sample_rate == 22050
     library.calls.clear()
-    for _ in range(2):  # the second time nothing of the first is left
+    for _ in range(2):  # the second call keeps nothing of the first
         wave = synthesiser.speak("US", "en-us+m1", rate=170, pitch=40, pitch_range=60)
         assert wave.dtype == np.float32 and wave.tolist() == [0.5, -1.0, 0.25]
     set_all = [("set", 1, 170, 0), ("set", 3, 40, 0), ("set", 4, 60, 0)]  # espeakRATE, espeakPITCH, espeakRANGE
-    say = ("say", b"us", 3, 0, 0, 0, 1, None, None)  # with the NUL at its end; no position, in UTF-8
+    say = ("say", b"us", 3, 0, 0, 0, 1, None, None)  # with its final NUL; no position; UTF-8
     assert library.calls == 2 * [("voice", b"en-us+m1"), *set_all, say]
     assert set(library.answers) == {0} and synthesiser._collect(None, 3, None) == 0  # 1 would end the speech
     synthesiser.close()
     assert library.calls[-1] == ("end",)
 
 
-def test_what_espeak_cannot_do_is_an_input_error(library, tmp_path):
+def test_an_error_of_espeak_is_an_input_error(library, tmp_path):
     synthesiser, how = espeak.Synthesiser(), {"rate": 170, "pitch": 50, "pitch_range": 50}
     with pytest.raises(InputError, match=r"lacks the eSpeak NG voice en\+m2"):
         synthesiser.speak("TEN", "en+m2", **how)
@@ -240,11 +240,11 @@ def test_only_paths_of_120_bytes_and_more_need_a_link(library, tmp_path):
     synthesiser = espeak.Synthesiser()
     for length in (119, 120):
         path = tmp_path / ("x" * (length - len(str(tmp_path)) - 1))
-        found = synthesiser._short_path(path)
-        assert (found == path) == (length == 119)
-    assert found.readlink() == path and found.parent.name.startswith("espeak")
+        actual = synthesiser._short_path(path)
+        assert (actual == path) == (length == 119)
+    assert actual.readlink() == path and actual.parent.name.startswith("espeak")
     synthesiser.close()
-    assert not found.is_symlink()
+    assert not actual.is_symlink()
 
 
 def test_a_library_that_does_not_load_is_an_input_error(library, monkeypatch):
@@ -299,7 +299,7 @@ def test_test_transcripts_are_kept_beside_the_archive(root):
         assert frames == pytest.approx(seconds * 100, abs=3)
 
 
-def test_the_number_of_processes_changes_nothing(tmp_path, monkeypatch):
+def test_the_number_of_processes_does_not_change_the_corpus(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     monkeypatch.setattr(spoken, "BLOCK_SIZE", 8)
     for workers in (1, 2):
@@ -317,7 +317,7 @@ def test_a_complete_corpus_is_recognised_by_its_settings(root, tmp_path):
     assert not spoken.is_current(tmp_path, **SIZES)
 
 
-def test_every_voice_exists_and_sounds():
+def test_every_voice_exists_and_is_audible():
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     synthesiser = espeak.Synthesiser()
     for speakers in spoken.SPEAKERS.values():
@@ -339,7 +339,7 @@ def test_recordings_differ_in_volume_noise_and_silence():
     assert len({round(float(np.abs(w).max()), 4) for w in waves}) == 4
     for wave in waves:
         assert wave.dtype == np.float32 and np.abs(wave).max() < 0.5
-        assert (wave != 0).mean() > 0.999  # noise everywhere
+        assert (wave != 0).mean() > 0.999  # noise in every sample
 
 
 def test_an_unknown_voice_is_refused_rather_than_replaced():
@@ -352,10 +352,10 @@ def test_an_unknown_voice_is_refused_rather_than_replaced():
 
 def test_a_deep_installation_is_reached_through_a_link(tmp_path, monkeypatch):
     loader = pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    deep = tmp_path / ("d" * 100) / ("e" * 100)
-    deep.mkdir(parents=True)
-    (deep / "espeak-ng-data").symlink_to(loader.get_data_path())
-    monkeypatch.setattr(loader, "get_data_path", lambda: str(deep / "espeak-ng-data"))
+    long_path = tmp_path / ("d" * 100) / ("e" * 100)
+    long_path.mkdir(parents=True)
+    (long_path / "espeak-ng-data").symlink_to(loader.get_data_path())
+    monkeypatch.setattr(loader, "get_data_path", lambda: str(long_path / "espeak-ng-data"))
     synthesiser = espeak.Synthesiser()
     link = synthesiser._data
     assert len(str(link)) < 160
@@ -364,7 +364,7 @@ def test_a_deep_installation_is_reached_through_a_link(tmp_path, monkeypatch):
     assert not link.exists()
 
 
-def test_missing_data_is_an_error_before_the_library_exits_the_process(tmp_path, monkeypatch):
+def test_missing_espeak_data_is_an_error_before_espeak_would_exit_the_process(tmp_path, monkeypatch):
     loader = pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     monkeypatch.setattr(loader, "get_data_path", lambda: str(tmp_path))
     with pytest.raises(InputError, match="reinstall espeakng-loader"):
@@ -395,24 +395,24 @@ def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def spoken_for(monkeypatch):
-    """Replace _speak: each utterance lasts 180 s and no file is written; the list holds its arguments."""
-    asked = []
+def speak_calls(monkeypatch):
+    """Replace _speak: each utterance lasts 180 s and no file is written. Returns a list of the calls' arguments."""
+    calls = []
 
     def speak(utterances, archive, **options):
-        asked.append((utterances, archive, options))
+        calls.append((utterances, archive, options))
         archive.mkdir(parents=True)
         return {u.name: 180.0 + u.number / 8 for u in utterances}
 
     monkeypatch.setattr(spoken, "_speak", speak)
-    return asked
+    return calls
 
 
-def test_the_tables_of_a_corpus_say_what_is_in_it(tmp_path, spoken_for):
+def test_the_tables_of_a_corpus_list_its_contents(tmp_path, speak_calls):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     root = tmp_path / "deep" / "corpus"
     assert spoken.generate(root, **SIZES, workers=3, progress=False) == root / "11-785-f23-hw4p2"
-    ((utterances, archive, options),) = spoken_for
+    ((utterances, archive, options),) = speak_calls
     assert utterances == spoken.plan(**SIZES) and options == {"seed": 3, "workers": 3, "progress": False}
     assert archive.name == "11-785-f23-hw4p2" and root.parent in archive.parents and not archive.exists()
     test = sorted((u for u in utterances if u.split == "test-clean"), key=lambda u: u.name)
@@ -431,20 +431,20 @@ def test_the_tables_of_a_corpus_say_what_is_in_it(tmp_path, spoken_for):
     assert info["settings"]["features"] | {"kind": "mfcc", "size": 28, "mel_bins": 40} == info["settings"]["features"]
 
 
-def test_a_corpus_is_current_for_its_own_arguments_alone(tmp_path, spoken_for):
+def test_a_corpus_is_current_only_for_its_own_arguments(tmp_path, speak_calls):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    spoken.generate(tmp_path, **SIZES)  # an empty folder may be given
+    spoken.generate(tmp_path, **SIZES)  # an empty folder is allowed
     assert spoken.is_current(tmp_path, **SIZES) is True
     for name, value in SIZES.items():
         assert spoken.is_current(tmp_path, **{**SIZES, name: value + 1}) is False, name
     for text in ("{}", "no json"):
         (tmp_path / "corpus.json").write_text(text)
         assert spoken.is_current(tmp_path, **SIZES) is False
-    spoken.generate(tmp_path, **SIZES)  # what was a corpus is replaced
+    spoken.generate(tmp_path, **SIZES)  # a former corpus is replaced
     assert spoken.is_current(tmp_path, **SIZES)
 
 
-def test_the_command_and_the_function_make_the_same_corpus_unless_told_otherwise(tmp_path, spoken_for, capsys):
+def test_command_and_function_have_the_same_defaults(tmp_path, speak_calls, capsys):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     parser = Parser()
     spoken.add_sizes(parser)
@@ -454,14 +454,14 @@ def test_the_command_and_the_function_make_the_same_corpus_unless_told_otherwise
     assert {name: defaults[name] for name in expected} == expected and defaults["progress"] is True
     spoken.main(["--out", str(tmp_path / "c"), "--train", "9", "--dev", "2", "--test", "3", "--seed", "4"])
     sizes = {"train": 9, "dev": 2, "test": 3, "seed": 4}
-    assert spoken.is_current(tmp_path / "c", **sizes) and spoken_for[0][0] == spoken.plan(**sizes)
-    assert spoken_for[0][2] == {"seed": 4, "workers": None, "progress": True}
-    said = capsys.readouterr().out
-    assert said == (f"{tmp_path}/c/11-785-f23-hw4p2: train-clean-100 3.0 minutes, train-clean-360 24.1 minutes, "
+    assert spoken.is_current(tmp_path / "c", **sizes) and speak_calls[0][0] == spoken.plan(**sizes)
+    assert speak_calls[0][2] == {"seed": 4, "workers": None, "progress": True}
+    message = capsys.readouterr().out
+    assert message == (f"{tmp_path}/c/11-785-f23-hw4p2: train-clean-100 3.0 minutes, train-clean-360 24.1 minutes, "
                     "dev-clean 6.0 minutes, test-clean 9.1 minutes\n")  # fmt: skip
 
 
-def test_the_number_of_processes_has_limits(tmp_path, spoken_for):
+def test_the_number_of_processes_has_limits(tmp_path, speak_calls):
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     words = ["--out", str(tmp_path / "c"), "--train", "1", "--dev", "1", "--test", "1", "--workers"]
     for workers in (0, 257, -1):
@@ -469,24 +469,24 @@ def test_the_number_of_processes_has_limits(tmp_path, spoken_for):
             spoken.main([*words, str(workers)])
     for workers in (1, 256):
         spoken.main([*words, str(workers)])
-    assert [options["workers"] for *_, options in spoken_for] == [1, 256]
+    assert [options["workers"] for *_, options in speak_calls] == [1, 256]
     with pytest.raises(SystemExit):
         spoken.main([])
 
 
-def test_a_corpus_is_spoken_in_blocks_whose_seconds_are_gathered(tmp_path, monkeypatch, capsys):
-    def in_processes(function, tasks, workers):
-        asked.append((function, tasks, workers))
+def test_a_corpus_is_synthesised_in_blocks_with_their_durations_summed(tmp_path, monkeypatch, capsys):
+    def fake_map(function, tasks, workers):
+        calls.append((function, tasks, workers))
         for block, *_ in tasks:
             yield [(u.name, float(u.number)) for u in block]
 
-    asked, utterances = [], spoken.plan(train=43, dev=40, test=5, seed=1)
-    monkeypatch.setattr(spoken, "_map_in_processes", in_processes)
+    calls, utterances = [], spoken.plan(train=43, dev=40, test=5, seed=1)
+    monkeypatch.setattr(spoken, "_map_in_processes", fake_map)
     monkeypatch.setattr(spoken, "cores", lambda: 7)
     monkeypatch.setattr(progress, "MIN_SECONDS", 0.0)
     seconds = spoken._speak(utterances, tmp_path / "a", seed=5, workers=None, progress=True)
     assert seconds == {u.name: float(u.number) for u in utterances}
-    ((function, tasks, workers),) = asked
+    ((function, tasks, workers),) = calls
     assert function is spoken._speak_block and workers == 7
     assert [(len(block), *rest) for block, *rest in tasks] == [(n, 5, str(tmp_path / "a")) for n in (40, 40, 8)]
     assert sum((block for block, *_ in tasks), []) == utterances
@@ -496,7 +496,7 @@ def test_a_corpus_is_spoken_in_blocks_whose_seconds_are_gathered(tmp_path, monke
     assert folders == splits | {f"{split}/mfcc" for split in splits} | kept
     assert "synthesising: 45% (40 of 88 utterances)" in capsys.readouterr().err
     spoken._speak(utterances, tmp_path / "b", seed=5, workers=2, progress=False)
-    assert asked[1][2] == 2 and capsys.readouterr().err == ""
+    assert calls[1][2] == 2 and capsys.readouterr().err == ""
 
 
 def test_without_espeak_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -506,7 +506,7 @@ def test_without_espeak_the_error_says_what_to_install(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_left_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path, **SIZES)
@@ -516,26 +516,26 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 def test_an_earlier_corpus_is_replaced_and_a_failure_leaves_it(root, tmp_path, monkeypatch):
     import shutil
 
-    mine = tmp_path / "mine"
-    shutil.copytree(root, mine)
+    folder = tmp_path / "mine"
+    shutil.copytree(root, folder)
     monkeypatch.setattr(spoken, "_speak", lambda *_, **__: (_ for _ in ()).throw(InputError("disk full")))
     with pytest.raises(InputError):
-        spoken.generate(mine, **SIZES)
-    assert spoken.is_current(mine, **SIZES)
+        spoken.generate(folder, **SIZES)
+    assert spoken.is_current(folder, **SIZES)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     monkeypatch.undo()
-    spoken.generate(mine, train=2, dev=1, test=1, seed=1, workers=1, progress=False)
-    assert json.loads((mine / "corpus.json").read_text())["settings"]["train"] == 2
+    spoken.generate(folder, train=2, dev=1, test=1, seed=1, workers=1, progress=False)
+    assert json.loads((folder / "corpus.json").read_text())["settings"]["train"] == 2
 
 
-def test_a_file_in_the_place_of_a_corpus_is_left_alone(tmp_path):
+def test_a_file_in_place_of_the_corpus_is_left_unchanged(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path / "x", **SIZES)
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "test"])
-def test_sizes_are_from_1_to_99999(tmp_path, monkeypatch, name):
+def test_sizes_range_from_1_to_99999(tmp_path, monkeypatch, name):
     def reached(**sizes):
         raise LookupError(sizes[name])
 
@@ -569,20 +569,20 @@ def sleep(task):
     time.sleep(60)
 
 
-def test_a_process_that_dies_is_noticed_at_once():
-    found = spoken._map_in_processes(die, [0, 1, 2, 3], 1)
-    assert [next(found), next(found)] == [0, 1]
+def test_a_process_that_dies_is_detected_at_once():
+    actual = spoken._map_in_processes(die, [0, 1, 2, 3], 1)
+    assert [next(actual), next(actual)] == [0, 1]
     with pytest.raises(InputError, match=r"a speech process ended early \(exit status -9\)"):
-        next(found)
+        next(actual)
 
 
-def test_a_process_that_hangs_is_given_up(monkeypatch):
+def test_a_process_that_hangs_is_abandoned(monkeypatch):
     monkeypatch.setattr(spoken, "TIMEOUT", 0.2)
     with pytest.raises(InputError, match="sent nothing for 0 s"):
         list(spoken._map_in_processes(sleep, [0, 1], 2))
 
 
-def test_no_more_processes_run_than_asked_for_and_none_is_left(monkeypatch):
+def test_the_number_of_processes_is_limited_and_none_is_left(monkeypatch):
     class Process:
         def __init__(self):
             self.did = []
@@ -602,33 +602,33 @@ def test_no_more_processes_run_than_asked_for_and_none_is_left(monkeypatch):
 
     started, pipes = [], []
     monkeypatch.setattr(spoken, "_start", start)
-    found = spoken._map_in_processes(str, range(7), 3)
-    next(found)
+    actual = spoken._map_in_processes(str, range(7), 3)
+    next(actual)
     assert len(started) == 3
-    next(found)
+    next(actual)
     assert 3 <= len(started) <= 4
-    found.close()
+    actual.close()
     answered = [process for process in started if process.did == ["join"]]
     assert len(answered) == 2 and all(process.did == ["kill", "join"] for process in started if process not in answered)
     assert sum(pipe.closed for pipe in pipes) == 2
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_deferred_signals_come_once_or_stay_ignored(ignored):
-    came = []
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignored else lambda *_: came.append(len(came)))
+def test_deferred_signals_arrive_once_or_stay_ignored(ignored):
+    delivered = []
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN if ignored else lambda *_: delivered.append(len(delivered)))
     try:
-        own = signal.getsignal(signal.SIGUSR1)
+        handler = signal.getsignal(signal.SIGUSR1)
         with spoken._defer_signals(signal.SIGUSR1):
             signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGUSR1)
-            assert came == []
-        assert came == ([] if ignored else [0]) and signal.getsignal(signal.SIGUSR1) == own
+            assert delivered == []
+        assert delivered == ([] if ignored else [0]) and signal.getsignal(signal.SIGUSR1) == handler
     finally:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_what_a_process_has_made_is_sent():
+def test_finished_results_of_a_process_are_sent():
     ours, theirs = multiprocessing.Pipe(duplex=False)
     spoken._send(theirs, str, 5)
     assert ours.recv() == "5"
@@ -655,15 +655,15 @@ def test_speech_processes_leave_interrupts_to_their_parent():
     assert list(spoken._map_in_processes(ignores, [0], 1)) == [[True, True]]
 
 
-def test_a_signal_during_a_start_comes_after_registration(monkeypatch):
+def test_a_signal_during_a_start_arrives_after_registration(monkeypatch):
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         pipe, process = start(*arguments)
-        found.append(process)
+        actual.append(process)
         return pipe, process
 
-    found, start = [], spoken._start
+    actual, start = [], spoken._start
     monkeypatch.setattr(spoken, "_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(spoken._map_in_processes(sleep, [0], 1))
-    assert found[0].exitcode == -signal.SIGKILL
+    assert actual[0].exitcode == -signal.SIGKILL

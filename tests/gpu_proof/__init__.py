@@ -1,1 +1,1 @@
-"""Proofs that the Triton kernels are right and fast, made on a machine without a GPU."""
+"""Checks of the correctness and cost of the Triton kernels on a machine without a GPU."""

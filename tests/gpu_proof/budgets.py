@@ -4,8 +4,8 @@
 
 prints the table as measured now.
 
-The budget of registers and shared memory guards the number of programs per multiprocessor. On NVIDIA GPUs nothing may
-spill. For AMD GPUs the kernels are compiled but not tuned: spills must not grow.
+The budgets of registers and shared memory protect occupancy. On NVIDIA GPUs nothing may spill. For AMD GPUs the kernels
+are compiled but not tuned: spills must not grow.
 """
 
 import csv
@@ -18,29 +18,29 @@ from dataclasses import astuple, dataclass, field, fields, replace
 
 import torch
 
-from gpu_proof.cases import BRAIN, FLOAT, HALF, launcher, matmul_precision, unroll_inputs
+from gpu_proof.cases import BF16, FP16, FP32, launcher, matmul_precision, unroll_inputs
 from gpu_proof.process import compiled
 
 TABLE = pathlib.Path(__file__).with_name("budgets.csv")
 ARCHITECTURES = (80, 86, 90, 100, 120, "gfx942")
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per CTA
 REGISTERS, WARPS, CTAS = 65536, 64, 32  # per NVIDIA multiprocessor
-GRANULE = 8  # registers per thread are allocated in multiples of this
-RESERVED = 1024  # bytes of shared memory per CTA that the system reserves
+REGISTER_GRANULE = 8  # registers per thread are allocated in multiples of this
+RESERVED = 1024  # bytes of shared memory that CUDA reserves per CTA
 WIDE_LOAD = r"(LDG|LDGSTS)\S*\.128"
 MATRIX = r"HMMA|HGMMA|QGMMA|UTC\w*MMA"
 SPILL = r"LDL|STL"
-EXACT = ("topk_kernel", "row_kernel")  # their divisions decide between hypotheses of equal rank
-INEXACT = r"\b(div|rcp)\.(full|approx)"
+EXACT_DIVISION = ("topk_kernel", "row_kernel")  # their quotients rank hypotheses, compared with a CPU's by equality
+INEXACT_DIVISION = r"\b(div|rcp)\.(full|approx)"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to call a launcher, and requirements on the machine code that it launches."""
+    """A call of a launcher, and requirements on the machine code that it launches."""
 
     op: str
     name: str
-    launch: Callable  # (**options): calls the launcher on CPU tensors of the real shape
+    launch: Callable  # (**options): call the launcher on CPU tensors of the real shape
     options: dict = field(default_factory=dict)
     matrix: tuple[str, ...] = ()  # kernels that must use matrix units
     wide: tuple[str, ...] = ()  # kernels that must load 16 bytes per lane
@@ -49,15 +49,15 @@ class Variant:
         return f"{self.op}-{self.name}"
 
 
-def attend(B=64, K=8, T=400, D=256, E=256, dtype=HALF, weights=False, precision="highest"):
-    """One decoding step of 64 utterances of 16 s."""
+def attend(B=64, K=8, T=400, D=256, E=256, dtype=FP16, weights=False, precision="highest"):
+    """One decoding step of 64 utterances of 16 s each."""
     query, keys, values = (torch.zeros(shape, dtype=dtype) for shape in ((B, K, D), (B, T, D), (B, T, E)))
     with matmul_precision(precision):
         launcher("masked_attention")(query, keys, values, torch.full((B,), T), D**-0.5, weights)
 
 
-def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BRAIN, weights=False, memory=True, precision="highest"):
-    """The backward pass of one step of training."""
+def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BF16, weights=False, memory=True, precision="highest"):
+    """The backward pass of one training step."""
     query, keys, values = (torch.zeros(shape, dtype=dtype) for shape in ((B, K, D), (B, T, D), (B, T, E)))
     context, attended, logsumexp = torch.zeros(B, K, E, dtype=dtype), torch.zeros(B, K, T), torch.zeros(B, K)
     inputs, outputs = (query, keys, values, torch.full((B,), T)), (context, attended, logsumexp)
@@ -66,19 +66,19 @@ def differentiate(B=32, K=1, T=400, D=256, E=256, dtype=BRAIN, weights=False, me
         launch(context, attended if weights else None, *inputs, *outputs, D**-0.5, memory)
 
 
-def prune(B=64, K=8, V=31, dtype=FLOAT, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True,
+def prune(B=64, K=8, V=31, dtype=FP32, order=None, length_penalty=0.0, eos_threshold=0.0, limits=True,
           ctc=False):  # fmt: skip
     """One pruning step of a search over characters or word pieces."""
     logits, scores = torch.zeros(B, K, V, dtype=dtype), torch.zeros(B, K)
     lengths = torch.zeros(B, K, dtype=torch.int64)
     limit = torch.zeros(B, dtype=torch.int64) if limits else None
     table, states = (None, None) if order is None else (torch.zeros(V ** (order - 1), V), lengths)
-    gains = torch.zeros(B, K, V) if ctc else None
-    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3, gains, 0.3)
+    next_log_probs = torch.zeros(B, K, V) if ctc else None
+    options = (2, limit, limit, length_penalty, eos_threshold, None, table, states, 0.3, next_log_probs, 0.3)
     launcher("beam_topk")(logits, scores, lengths.bool(), lengths, *options)
 
 
-def gather(B=64, K=8, sizes=(512, 512, 512, 512, 256), dtype=FLOAT):
+def gather(B=64, K=8, sizes=(512, 512, 512, 512, 256), dtype=FP32):
     """Gather the states of two LSTM cells and the context by their parents."""
     states = [torch.zeros(B, K, n, dtype=dtype) for n in sizes]
     launcher("beam_gather")(states, torch.zeros(B, K, dtype=torch.int64))
@@ -97,18 +97,18 @@ def backtrack(L=200, B=64, K=8):
     launcher("beam_backtrack")(tokens, tokens, torch.zeros(L, B, K), tokens, 2)
 
 
-def unroll(B=49, U=2, T=161, V=31, M=256, H=(512, 256), D=256, E=256, dtype=BRAIN):
+def unroll(B=49, U=2, T=161, V=31, M=256, H=(512, 256), D=256, E=256, dtype=BF16):
     """Forward and backward pass of the decoder of preset hw4p2, with sampling, on its typical batch."""
     inputs = unroll_inputs(V, M, H, D, E, T, B, U, (T,), True, 0.5, 1.0, 0)
-    logits, attention, *saved = launcher("speller_unroll")(*inputs, dtype == BRAIN, True)
+    logits, attention, *saved = launcher("speller_unroll")(*inputs, dtype == BF16, True)
     launcher("speller_unroll", "speller_unroll_backward")(
-        logits, attention, *inputs[:4], inputs[6], attention, *saved, dtype == BRAIN
+        logits, attention, *inputs[:4], inputs[6], attention, *saved, dtype == BF16
     )
 
 
 FORWARD, BACKWARD = ("forward_kernel",), ("backward_kernel",)
-LAYERS = ("cell_kernel", "cell_gradient_kernel", "input_gradient_kernel")
-READS = ("attend_kernel", "attend_gradient_kernel")
+UNROLL_MATMULS = ("cell_kernel", "cell_gradient_kernel", "input_gradient_kernel")
+UNROLL_ATTENTION = ("attend_kernel", "attend_gradient_kernel")
 VARIANTS = [
     *(
         Variant("masked_attention", name, attend, options, matrix=FORWARD if matrix else (), wide=FORWARD)
@@ -119,67 +119,67 @@ VARIANTS = [
             ("half-beam-32", True, {"K": 32}),
             ("half-beam-64", True, {"K": 64}),
             ("half-beam-8-narrow", True, {"D": 128, "E": 512}),
-            ("brain-beam-8", True, {"dtype": BRAIN}),
-            ("brain-beam-8-weights", True, {"dtype": BRAIN, "weights": True}),
+            ("bf16-beam-8", True, {"dtype": BF16}),
+            ("bf16-beam-8-weights", True, {"dtype": BF16, "weights": True}),
             ("half-beam-8-wide", True, {"D": 512, "E": 512}),
-            ("float-beam-8-wide", False, {"dtype": FLOAT, "D": 512, "E": 512}),
-            ("float-beam-8", False, {"dtype": FLOAT}),
-            ("float-beam-32", False, {"dtype": FLOAT, "K": 32}),
-            ("float-beam-64", False, {"dtype": FLOAT, "K": 64}),
-            ("float-beam-1-weights", False, {"dtype": FLOAT, "K": 1, "weights": True}),
-            ("tf32-beam-8", True, {"dtype": FLOAT, "precision": "medium"}),
-            ("tf32-beam-64", True, {"dtype": FLOAT, "K": 64, "precision": "high"}),
+            ("float-beam-8-wide", False, {"dtype": FP32, "D": 512, "E": 512}),
+            ("float-beam-8", False, {"dtype": FP32}),
+            ("float-beam-32", False, {"dtype": FP32, "K": 32}),
+            ("float-beam-64", False, {"dtype": FP32, "K": 64}),
+            ("float-beam-1-weights", False, {"dtype": FP32, "K": 1, "weights": True}),
+            ("tf32-beam-8", True, {"dtype": FP32, "precision": "medium"}),
+            ("tf32-beam-64", True, {"dtype": FP32, "K": 64, "precision": "high"}),
         )
     ),
     *(
         Variant("masked_attention", name, differentiate, options, matrix=BACKWARD if matrix else (), wide=BACKWARD)
         for name, matrix, options in (
-            ("backward-brain", True, {}),
-            ("backward-brain-weights", True, {"weights": True}),
-            ("backward-half-32-queries", True, {"dtype": HALF, "K": 32}),
-            ("backward-half-64-queries", True, {"dtype": HALF, "K": 64}),
-            ("backward-float", False, {"dtype": FLOAT}),
-            ("backward-float-64-queries", False, {"dtype": FLOAT, "K": 64}),
-            ("backward-tf32", True, {"dtype": FLOAT, "precision": "medium"}),
+            ("backward-bf16", True, {}),
+            ("backward-bf16-weights", True, {"weights": True}),
+            ("backward-half-32-queries", True, {"dtype": FP16, "K": 32}),
+            ("backward-half-64-queries", True, {"dtype": FP16, "K": 64}),
+            ("backward-float", False, {"dtype": FP32}),
+            ("backward-float-64-queries", False, {"dtype": FP32, "K": 64}),
+            ("backward-tf32", True, {"dtype": FP32, "precision": "medium"}),
         )
     ),
     *(
         Variant("beam_topk", name, prune, options, wide=wide)
         for name, wide, options in (
             ("characters", (), {}),
-            ("characters-half", (), {"dtype": HALF}),
+            ("characters-half", (), {"dtype": FP16}),
             ("characters-beam-32", (), {"K": 32}),
             ("characters-4-gram", (), {"order": 4, "length_penalty": 0.6, "eos_threshold": 1.5}),
             ("characters-ctc", (), {"ctc": True, "length_penalty": 1.0}),
             ("word-pieces", ("row_kernel",), {"V": 5120}),
-            ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": HALF, "length_penalty": 0.6}),
+            ("word-pieces-half-penalty", ("row_kernel",), {"V": 5120, "dtype": FP16, "length_penalty": 0.6}),
             ("word-pieces-unaligned", (), {"V": 5003}),
         )
     ),
     Variant("beam_gather", "float", gather, wide=("gather_kernel",)),
-    Variant("beam_gather", "brain", gather, {"dtype": BRAIN}),
+    Variant("beam_gather", "bf16", gather, {"dtype": BF16}),
     Variant("ctc_prefix", "characters", prefix),
     Variant("ctc_prefix", "word-pieces", prefix, {"V": 5120}),
     Variant("beam_backtrack", "beam-8", backtrack),
     Variant("beam_backtrack", "beam-32", backtrack, {"K": 32}),
-    Variant("speller_unroll", "brain-hw4p2", unroll, matrix=LAYERS, wide=(*LAYERS, *READS)),
-    Variant("speller_unroll", "float-hw4p2", unroll, {"dtype": FLOAT}, wide=(*LAYERS, *READS)),
+    Variant("speller_unroll", "bf16-hw4p2", unroll, matrix=UNROLL_MATMULS, wide=(*UNROLL_MATMULS, *UNROLL_ATTENTION)),
+    Variant("speller_unroll", "float-hw4p2", unroll, {"dtype": FP32}, wide=(*UNROLL_MATMULS, *UNROLL_ATTENTION)),
 ]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The resources of one kernel of one variant on one architecture: measured, or in the table the limits."""
+    """Resources of one kernel of one variant on one architecture, as measured or as limits in the table."""
 
     variant: str
     kernel: str
     arch: str
-    registers: int  # per thread, at most
-    shared: int  # bytes per CTA, at most
-    ctas: int  # that fit on one multiprocessor, at least; 0 for AMD
-    wide_loads: int  # instructions that load 16 bytes per lane, at least
-    matrix: int  # instructions of matrix units, at least
-    spilled: int  # bytes per thread plus instructions that move them, or registers on AMD, at most
+    registers: int  # per thread; upper limit
+    shared: int  # bytes per CTA; upper limit
+    ctas: int  # per multiprocessor, 0 for AMD; lower limit
+    wide_loads: int  # instructions that load 16 bytes per lane; lower limit
+    matrix: int  # matrix instructions; lower limit
+    spilled: int  # bytes per thread plus spill instructions; on AMD registers and scratch bytes; upper limit
 
     @property
     def key(self):
@@ -187,7 +187,7 @@ class Row:
 
 
 def measure(variant, arch):
-    """Compile the launches of a variant for an architecture; return one Row per kernel. Runs in a compiling worker."""
+    """Compile the launches of a variant for an architecture: one Row per kernel. Call it in a compiling worker."""
     from gpu_proof.compiler import compile_launch, recorded, resources
 
     with recorded() as launches:
@@ -196,11 +196,11 @@ def measure(variant, arch):
     for launch in launches:
         row = _row(str(variant), launch.name, arch, compile_launch(launch, arch), resources)
         rows.setdefault(launch.name, []).append(row)
-    return [_worst(several) for several in rows.values()]
+    return [_worst(group) for group in rows.values()]
 
 
 def _worst(rows):
-    """Return the worst of each number: a kernel may be launched in several specialisations."""
+    """The worst of each number over the specialisations of one kernel."""
     first, *_ = rows
     most = {name: max(getattr(row, name) for row in rows) for name in ("registers", "shared", "spilled")}
     least = {name: min(getattr(row, name) for row in rows) for name in ("ctas", "wide_loads", "matrix")}
@@ -208,36 +208,40 @@ def _worst(rows):
 
 
 def inexact_divisions(variant, arch):
-    """The kernels in EXACT that the variant launches and whose PTX divides otherwise than IEEE says.
+    """Names of the variant's kernels in EXACT_DIVISION whose PTX has divisions that IEEE 754 does not allow.
 
-    Called in a compiling worker. Their results are compared with equality, and the CPU's divisions are exact.
+    Call it in a compiling worker.
     """
     from gpu_proof.compiler import compile_launch, recorded
 
     with recorded() as launches:
         variant.launch(**variant.options)
-    ptx = {launch.name: compile_launch(launch, arch).asm["ptx"] for launch in launches if launch.name in EXACT}
-    return [name for name, text in ptx.items() if re.search(INEXACT, text)]
+    ptx = {launch.name: compile_launch(launch, arch).asm["ptx"] for launch in launches if launch.name in EXACT_DIVISION}
+    return [name for name, text in ptx.items() if re.search(INEXACT_DIVISION, text)]
 
 
 def _row(variant, kernel, arch, binary, resources):
-    found = resources(binary)
+    used = resources(binary)
     if arch == "gfx942":
-        matrix, wide = found.count("v_mfma"), found.count(r"(global|buffer)_load_dwordx4")
-        spilled = found.spills + found.private
-        return Row(variant, kernel, arch, found.vgprs, found.shared, 0, wide, matrix, spilled)
+        matrix, wide = used.count("v_mfma"), used.count(r"(global|buffer)_load_dwordx4")
+        spilled = used.spills + used.private
+        return Row(variant, kernel, arch, used.vgprs, used.shared, 0, wide, matrix, spilled)
     warps = binary.metadata.num_warps
-    granted = -(-found.registers // GRANULE) * GRANULE
-    by_memory = SHARED_LIMIT[arch] // (found.shared + RESERVED)
-    ctas = min(REGISTERS // (granted * 32 * warps), by_memory, WARPS // warps, CTAS)
-    spilled = found.stack + found.local + found.count(SPILL)
-    counts = found.count(WIDE_LOAD), found.count(MATRIX)
-    return Row(variant, kernel, str(arch), found.registers, found.shared, ctas, *counts, spilled)
+    by_registers = REGISTERS // (_allocated(used.registers) * 32 * warps)
+    by_memory = SHARED_LIMIT[arch] // (used.shared + RESERVED)
+    ctas = min(by_registers, by_memory, WARPS // warps, CTAS)
+    spilled = used.stack + used.local + used.count(SPILL)
+    counts = used.count(WIDE_LOAD), used.count(MATRIX)
+    return Row(variant, kernel, str(arch), used.registers, used.shared, ctas, *counts, spilled)
 
 
-def complaints(variant, row, budget):
-    """Return what is wrong with a measured row, as sentences; empty if it keeps to the rules and its budget."""
-    found = [] if row.arch == "gfx942" else _broken_rules(variant, row)
+def _allocated(registers):
+    return -(-registers // REGISTER_GRANULE) * REGISTER_GRANULE
+
+
+def violations(variant, row, budget):
+    """Sentences about each rule or limit that a measured row violates. `budget` is its row in the table, or None."""
+    found = [] if row.arch == "gfx942" else _rule_violations(variant, row)
     if budget is None:
         return [*found, "has no row in budgets.csv"]
     for name in ("registers", "shared", "spilled"):
@@ -249,8 +253,8 @@ def complaints(variant, row, budget):
     return found
 
 
-def _broken_rules(variant, row):
-    """Return violations that no budget may allow on NVIDIA GPUs."""
+def _rule_violations(variant, row):
+    """Sentences about violations that no budget may allow on NVIDIA GPUs."""
     limit = SHARED_LIMIT[int(row.arch)]
     rules = [
         (row.spilled, f"spills registers ({row.spilled})"),
@@ -258,15 +262,15 @@ def _broken_rules(variant, row):
         (row.kernel in variant.matrix and not row.matrix, "no matrix instructions"),
         (row.kernel in variant.wide and not row.wide_loads, "no 128-bit loads"),
     ]
-    return [sentence for broken, sentence in rules if broken]
+    return [sentence for violated, sentence in rules if violated]
 
 
 @functools.cache
 def table():
     """The checked-in budgets by Row.key."""
     with TABLE.open() as file:
-        found = [Row(*(field.type(row[field.name]) for field in fields(Row))) for row in csv.DictReader(file)]
-    return {row.key: row for row in found}
+        rows = [Row(*(field.type(row[field.name]) for field in fields(Row))) for row in csv.DictReader(file)]
+    return {row.key: row for row in rows}
 
 
 def main():
@@ -276,8 +280,7 @@ def main():
     for variant in VARIANTS:
         for arch in ARCHITECTURES:
             for row in dict.fromkeys(compiled(measure, variant, arch)):  # a kernel may be launched twice
-                granted = -(-row.registers // GRANULE) * GRANULE
-                writer.writerow(astuple(replace(row, registers=granted)))
+                writer.writerow(astuple(replace(row, registers=_allocated(row.registers))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Compile Triton launches for GPUs that are not here: record a launch, specialise it as the JIT would, read its cost.
+"""Compile Triton launches without a GPU: record a launch, specialise it as the JIT would, read its resource usage.
 
-A launch made inside `recorded()` with CPU tensors does not run; it is kept with its arguments. `compile_launch` then
-builds the machine code that a GPU of the named architecture would be given for exactly these arguments; no driver is
-needed.
+A launch inside `recorded()` with CPU tensors does not run; it is recorded with its arguments. `compile_launch` then
+builds the machine code that a GPU of the named architecture would run for these arguments. No driver is needed.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ class Launch:
     kernel: JITFunction
     grid: tuple[int, int, int]
     arguments: dict  # name -> value, in the order of the signature, defaults filled in
-    options: dict = field(default_factory=dict)  # num_warps, num_stages and the like, as given
+    options: dict = field(default_factory=dict)  # num_warps, num_stages and so on, as passed
 
     @property
     def name(self):
@@ -38,12 +37,12 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launches_go_to(receive):
-    """Inside, each Triton launch becomes `receive(Launch)` instead of running; its return value is dropped."""
+def redirect_launches(receive):
+    """Call `receive(Launch)` for each Triton launch inside the block instead of running it."""
 
     def run(kernel, *args, grid, warmup, **kwargs):
         if not warmup:
-            receive(bound_launch(kernel, grid, args, kwargs))
+            receive(make_launch(kernel, grid, args, kwargs))
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -54,13 +53,13 @@ def launches_go_to(receive):
 
 @contextlib.contextmanager
 def recorded():
-    """Record Triton launches inside the block in the yielded list of `Launch`; they do not run."""
+    """Record Triton launches inside the block in the yielded list of `Launch`, without running them."""
     launches = []
-    with launches_go_to(launches.append):
+    with redirect_launches(launches.append):
         yield launches
 
 
-def bound_launch(kernel, grid, args, kwargs):
+def make_launch(kernel, grid, args, kwargs):
     """The `Launch` that `kernel[grid](*args, **kwargs)` would make."""
     for hook in kernel.pre_run_hooks:
         hook(*args, **kwargs)
@@ -81,14 +80,14 @@ def gpu_target(arch):
 def compile_launch(launch, arch):
     """Compile a launch for an architecture, with the specialisation that Triton's JIT would choose for its arguments.
 
-    Divisibility by 16, arguments equal to 1, data types and tuples are taken from the launch's own values by Triton's
-    own code. A launch that differs in none of these is compiled once in a process.
+    Triton's code derives divisibility by 16, arguments equal to 1, data types and tuples from the launch's arguments.
+    Launches that differ in none of these are compiled once per process.
 
     Returns:
         triton's CompiledKernel; `.asm["ptx"]` and `.asm["cubin"]`, or `.asm["amdgcn"]`, hold the code.
     """
     kernel, backend = launch.kernel, make_backend(gpu_target(arch))
-    # JITFunction.run sets these two before it binds
+    # as JITFunction.run sets them before binding
     options = {"debug": kernel.debug, "instrumentation_mode": ""} | launch.options
     bound, specialization, options = _binder(kernel, arch)(**launch.arguments, **options)
     key = (arch, kernel.cache_key, compute_cache_key({}, specialization, options))

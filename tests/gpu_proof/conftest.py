@@ -1,10 +1,10 @@
-"""Tests whose work is done in worker processes, on both cores."""
+"""Run the tests' work in worker processes, two at a time."""
 
 import concurrent.futures
 
 import pytest
 
-PROCESSES = 2  # at work at once
+PROCESSES = 2  # concurrent
 
 
 def _key(parameters):
@@ -12,10 +12,10 @@ def _key(parameters):
 
 
 @pytest.fixture(scope="module")
-def ahead(request):
-    """A function that starts call(**parameters) for every selected test of the module, two at a time.
+def start_all(request):
+    """A function (call) that starts call(**parameters) for every selected test of the module, two at a time.
 
-    It returns another one: of the parameters of a test, it gives what the call returned, or raises what it raised.
+    It returns a function (**parameters) that waits for the call with these parameters and returns its result.
     """
     pool = concurrent.futures.ThreadPoolExecutor(PROCESSES)
 

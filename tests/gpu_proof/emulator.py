@@ -1,32 +1,32 @@
-"""Run Triton launches as the machine code that a GPU would get, on CPU tensors."""
+"""Run Triton launches on CPU tensors by executing the PTX that a GPU would get."""
 
 import contextlib
 import functools
 from dataclasses import dataclass
 
 from gpu_proof import ptx
-from gpu_proof.compiler import compile_launch, launches_go_to
+from gpu_proof.compiler import compile_launch, redirect_launches
 from gpu_proof.executor import Counts, Program
 
 
 @dataclass(frozen=True)
 class Execution:
-    """One launch that ran."""
+    """One executed launch."""
 
-    name: str  # of the kernel
+    name: str  # the kernel's
     grid: tuple[int, int, int]
     counts: Counts
 
 
 @contextlib.contextmanager
 def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
-    """Run each Triton launch inside the block as its compiled PTX, on its CPU tensors.
+    """Execute the compiled PTX of each Triton launch inside the block, on its CPU tensors.
 
     Args:
         arch: 80, 90 or 100.
-        mutate: a function from PTX text to PTX text, applied before it runs.
-        races: raise `executor.BarrierRace` where warps race in shared memory.
-        approx_ulps: let .approx instructions be off by up to so many units in the last place.
+        mutate: function from PTX text to PTX text, applied before execution.
+        races: detect races between barriers (`executor.BarrierRace`).
+        approx_ulps: perturb .approx results by up to this many units in the last place.
 
     Yields:
         a list that gets an `Execution` for each launch.
@@ -41,11 +41,11 @@ def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
         compiled = compile_launch(launch, arch)
         text = compiled.asm["ptx"]
         program = _program(mutate(text) if mutate else text, compiled.metadata.shared, races, approx_ulps)
-        arguments = dict(_leaves(launch, compiled))
+        arguments = dict(_parameters(launch, compiled))
         counts = program.run(launch.grid, list(arguments.values()), list(arguments))
         executions.append(Execution(launch.name, launch.grid, counts))
 
-    with launches_go_to(run):
+    with redirect_launches(run):
         yield executions
 
 
@@ -54,15 +54,15 @@ def _program(text, shared_bytes, races, approx_ulps):
     return Program(ptx.parse(text), shared_bytes, races=races, approx_ulps=approx_ulps)
 
 
-def _leaves(launch, compiled):
-    """Yield (name, value) of each PTX parameter: constants are folded into the code, tuples are flattened."""
+def _parameters(launch, compiled):
+    """Yield (name, value) of each PTX parameter: tuples are flattened, constexprs are left out."""
     for name, type in compiled.src.signature.items():
-        yield from _spread(name, type, launch.arguments[name])
+        yield from _flatten(name, type, launch.arguments[name])
 
 
-def _spread(name, type, value):
+def _flatten(name, type, value):
     if isinstance(type, tuple):
         for number, (inner_type, inner) in enumerate(zip(type, value, strict=True)):
-            yield from _spread(f"{name}[{number}]", inner_type, inner)
+            yield from _flatten(f"{name}[{number}]", inner_type, inner)
     elif type != "constexpr":
         yield name, value

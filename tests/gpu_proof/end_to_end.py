@@ -1,6 +1,6 @@
-"""Whole beam searches and trainings on real utterances in which every Triton kernel runs as executed PTX.
+"""Beam searches and trainings on real utterances in which every Triton kernel runs as executed PTX.
 
-Everything else stays in torch. Functions whose names start with executed_ are for a compiling worker process (see
+Everything else runs in torch. Call the functions whose names start with executed_ in a compiling worker process (see
 process.py).
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from checkpoints import make_trainer
+from tiny_checkpoints import make_trainer
 
 from las_fast.checkpoint import load_model
 from las_fast.config import TeacherForcingStage, load_config
@@ -27,7 +27,7 @@ BEAM = 4
 
 @contextlib.contextmanager
 def triton_on_the_cpu():
-    """Let backend="triton" take CPU tensors, for a process in which something stands in for the GPU."""
+    """Let backend="triton" accept CPU tensors inside the block, where kernels are interpreted or executed."""
     problem, device = backends._triton_problem, backends.DEVICES["triton"]
     backends._triton_problem, backends.DEVICES["triton"] = lambda: None, "cpu"
     try:
@@ -37,66 +37,69 @@ def triton_on_the_cpu():
 
 
 def decode(archive, backend, utterances=None):
-    """Beam-search the development set, or its first `utterances`; return (id, tokens, score) of the n best of each."""
+    """Decode the development set, or its first `utterances`.
+
+    Returns [(id, [(tokens, score, attended_frames) of each of the BEAM best hypotheses])].
+    """
     loaded = load_model(CHECKPOINT)
     settings = replace(loaded.config.decoding, beam=BEAM)
     options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
     dev = load_dataset(open_corpus(archive), ("dev",), **options)
     batches = sorted_batches(dev.frame_counts, frames_per_batch=10000, utterances_per_batch=utterances or 64)
-    found = []
+    decoded = []
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
         with torch.inference_mode():
             memory = loaded.model.listen(batch.features, batch.feature_lengths)
         hypotheses = beam_search(loaded.model, memory, settings, nbest=BEAM, backend=backend, capture=False)
-        for i, several in zip(batch.indices.tolist(), hypotheses, strict=True):
-            found.append((dev.ids[i], [(h.text_tokens, h.score, h.attended_frames) for h in several]))
+        for i, best in zip(batch.indices.tolist(), hypotheses, strict=True):
+            decoded.append((dev.ids[i], [(h.text_tokens, h.score, h.attended_frames) for h in best]))
         if utterances:
             break
-    return found
+    return decoded
 
 
 def executed_decode(archive, arch, utterances=None):
-    """The same on compiled PTX; return what was found and the names of the kernels that ran, launch by launch."""
+    """`decode` on executed PTX. Returns its result and the kernel name of each launch."""
     from gpu_proof.emulator import executed
 
     with triton_on_the_cpu(), executed(arch=arch) as launches:
-        found = decode(archive, "triton", utterances)
-    return found, [launch.name for launch in launches]
+        decoded = decode(archive, "triton", utterances)
+    return decoded, [launch.name for launch in launches]
 
 
 def executed_small_search(arch, seed, **settings):
-    """Return (tokens, score) of the best hypotheses of the toy model, searched on compiled PTX."""
+    """Search the toy model on executed PTX and return [(tokens, score)] of the best hypotheses."""
     from toy_model import ToyModel, config, memory
 
     from gpu_proof.emulator import executed
 
     with triton_on_the_cpu(), executed(arch=arch):
-        found = beam_search(
+        batch = beam_search(
             ToyModel(), memory([seed], [4]), config(**settings), nbest=5, backend="triton", capture=False
         )
-    return [(tuple(h.text_tokens), h.score) for h in found[0]]
+    return [(tuple(h.text_tokens), h.score) for h in batch[0]]
 
 
 def executed_training(archive, arch, steps):
-    """`trained` on compiled PTX; return its results and the names of the kernels that ran, launch by launch."""
+    """`train` on executed PTX. Returns its results and the kernel name of each launch."""
     from gpu_proof.emulator import executed
 
     with triton_on_the_cpu(), executed(arch=arch) as launches:
-        results = trained(archive, "triton", steps)
+        results = train(archive, "triton", steps)
     return *results, [launch.name for launch in launches]
 
 
-def trained(archive, backend, steps):
-    """Train a small model on AN4 with that backend of speller_unroll.
+def train(archive, backend, steps):
+    """Train a small model on AN4 with a backend of speller_unroll.
 
     A third of the tokens are sampled; the loss includes CTC and guided attention; the cells have dropout.
 
     Returns:
-        the loss of each step, and {name: gradient} of the first step.
+        The loss of each step, and {name: gradient} of the first step.
     """
     config = small_training()
     losses, first = [], {}
-    with tempfile.TemporaryDirectory() as folder, unrolled_by(backend):
+    with tempfile.TemporaryDirectory() as folder, unroll_backend(backend):
         trainer = make_trainer(archive, Path(folder, "run"), config)
         while trainer.progress.step < steps:
             for batch in trainer._rest_of_epoch():
@@ -125,8 +128,12 @@ def small_training():
 
 
 @contextlib.contextmanager
-def unrolled_by(backend):
-    """Inside, the model's speller takes that backend of speller_unroll."""
+def unroll_backend(backend):
+    """Let the speller use a backend of speller_unroll inside the block."""
     op = speller.speller_unroll
-    with mock.patch.object(speller, "speller_unroll", lambda *a, **named: op(*a, **(named | {"backend": backend}))):
+
+    def with_backend(*args, **options):
+        return op(*args, **options | {"backend": backend})
+
+    with mock.patch.object(speller, "speller_unroll", with_backend):
         yield

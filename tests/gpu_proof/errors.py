@@ -14,12 +14,12 @@ class Misaligned(MachineError):
 
 
 class BarrierRace(MachineError):
-    """Two warps (shared memory) or two threads (global memory) touched one place, one writing, without a barrier."""
+    """Two warps (shared memory) or two threads (global memory) used one address without a barrier, and one wrote."""
 
 
-class BrokenConvergence(MachineError):
-    """Threads diverged where they must not: part of a warp at a .sync instruction, part of a CTA at a barrier."""
+class IllegalDivergence(MachineError):
+    """Only part of a warp reached a .sync instruction, or only part of a CTA a barrier."""
 
 
-class Runaway(MachineError):
-    """A batch ran for longer than allowed."""
+class EndlessLoop(MachineError):
+    """A batch ran more basic blocks than allowed."""

@@ -1,20 +1,19 @@
 """Execute parsed PTX on the CPU: every thread of a batch of CTAs in lockstep, one numpy operation per instruction.
 
-It checks the results of the machine code, the bounds of every access and barrier races, and counts instructions.
+It checks the bounds of every access, detects barrier races, and counts instructions.
 
-- Each instruction is decoded once into a step, a function of the mask of threads that take part (True when all do).
-- After a branch that splits the threads, the group with the lowest position runs first, so that the others wait at the
-  point where it joins them.
-- Every tensor parameter has its own address range, far from the others: a stray access never hits a neighbour.
+- Each instruction is decoded once into a step: a function of the mask of active threads (True when all are).
+- After a divergent branch, the threads at the lowest block run first, so that the others wait where they reconverge.
+- Every tensor parameter has its own address range, far from the others: an access out of bounds never hits another.
 - Each word of shared memory records the warps that read and wrote it since the last barrier of the CTA. A write by
   another warp without a barrier is a race; accesses within one warp are ordered. Each element of global memory records
   the thread: a write by another thread without a barrier is a race, even within a warp.
 - cp.async data arrives when the thread waits for its group; until then, accessing the destination is a race.
 
-This module has blocks, branches and launches; machine.py has the state, instructions/ the steps.
+This module runs blocks, branches and launches; machine.py holds the state, and instructions/ decodes the steps.
 
 Not modelled: wgmma, tcgen05, TMA, mbarriers, clusters, fp8, races between CTAs. Fused multiply-adds round twice
-(to float64 first), mma sums exactly and rounds once, .approx is exact unless asked to be off.
+(to float64 first), mma sums exactly and rounds once, .approx is exact unless `approx_ulps` perturbs it.
 """
 
 import functools
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_proof.errors import BarrierRace, BrokenConvergence, MachineError, Misaligned, OutOfBounds, Runaway
+from gpu_proof.errors import BarrierRace, EndlessLoop, IllegalDivergence, MachineError, Misaligned, OutOfBounds
 from gpu_proof.formats import DTYPES, UNSIGNED
 from gpu_proof.instructions import decoder_of
 from gpu_proof.machine import Counts, Machine
@@ -33,13 +32,13 @@ from gpu_proof.ptx import Register
 
 __all__ = [
     "BarrierRace",
-    "BrokenConvergence",
+    "IllegalDivergence",
     "Counts",
     "MachineError",
     "Misaligned",
     "OutOfBounds",
     "Program",
-    "Runaway",
+    "EndlessLoop",
 ]
 
 THREADS_PER_BATCH = 2048  # amortises numpy calls while the registers still fit into the cache
@@ -47,17 +46,17 @@ THREADS_PER_BATCH = 2048  # amortises numpy calls while the registers still fit 
 
 @dataclass
 class Block:
-    """Instructions that run one after another, and how they end."""
+    """A basic block: decoded steps and the instruction that ends them."""
 
     steps: list
     opcodes: Counter
-    leaves: str = ""  # "bra" or "ret"; empty where the next block simply follows
+    terminator: str = ""  # "bra" or "ret"; empty where the next block simply follows
     predicate: Register | None = None
     target: int = 0
 
 
 def _blocks(machine):
-    """Cut the kernel at its labels and branches, and decode it for the machine."""
+    """Split the kernel into basic blocks and decode them for the machine."""
     kernel = machine.kernel
     targets = {i.operands[0].name: kernel.labels[i.operands[0].name] for i in kernel.instructions if i.name == "bra"}
     starts = {0, *targets.values()}
@@ -70,29 +69,29 @@ def _blocks(machine):
         block = Block([], Counter(i.opcode for i in instructions))
         last = instructions[-1]
         if last.name in ("bra", "ret", "exit"):
-            block.leaves, block.predicate = "bra" if last.name == "bra" else "ret", last.predicate
+            block.terminator, block.predicate = "bra" if last.name == "bra" else "ret", last.predicate
             if last.name == "bra":
                 block.target = number[targets[last.operands[0].name]]
             instructions = instructions[:-1]
-        block.steps = [step for i in instructions if (step := _decoded(machine, i)) is not None]
+        block.steps = [step for i in instructions if (step := _decode_step(machine, i)) is not None]
         blocks.append(block)
     return blocks
 
 
-def _decoded(machine, instruction):
-    """The step of an instruction, wrapped in its predicate; None where there is nothing to do."""
+def _decode_step(machine, instruction):
+    """The step of an instruction, guarded by its predicate; None for an instruction without effect."""
     step = decoder_of(instruction)(machine, instruction)
     if step is None or instruction.predicate is None:
         return step
     holds = machine.source(Register(instruction.predicate.name), "pred")
 
     def guarded(where):
-        mine = ~holds if instruction.predicate.negated else holds
-        mine = mine & where  # a copy: the step may overwrite the predicate
-        if mine.all():
+        active = ~holds if instruction.predicate.negated else holds
+        active = active & where  # a copy: the step may overwrite the predicate
+        if active.all():
             step(where=True)
-        elif mine.any():
-            step(where=mine)
+        elif active.any():
+            step(where=active)
 
     return guarded
 
@@ -103,28 +102,28 @@ class Program:
     Args:
         kernel: from `ptx.parse`.
         shared_bytes: dynamic shared memory per CTA.
-        races: look for barrier races.
-        approx_ulps: let .approx results be off by up to so many units in the last place.
-        max_blocks: basic blocks that a batch may run before it counts as an endless loop.
+        races: detect barrier races.
+        approx_ulps: perturb .approx results by up to this many units in the last place.
+        max_blocks: basic blocks that a batch may run before EndlessLoop is raised.
     """
 
     def __init__(self, kernel, shared_bytes, *, races=True, approx_ulps=0, max_blocks=100_000):
         self.kernel, self.max_blocks = kernel, max_blocks
 
         @functools.cache
-        def prepared(ctas):
+        def machine_for(ctas):
             machine = Machine(kernel, ctas, shared_bytes, races, approx_ulps)
             return machine, _blocks(machine)
 
-        self._prepared = prepared
+        self._machine_for = machine_for
 
     def run(self, grid, arguments, names=None):
-        """Run a launch; tensors among the arguments are changed in place.
+        """Run a launch. Tensors among the arguments are changed in place.
 
         Args:
-            grid: three numbers of CTAs.
+            grid: CTAs along x, y and z.
             arguments: tensors, integers and floats in the order of the kernel's parameters; missing ones are 0.
-            names: what to call the arguments in errors.
+            names: names of the arguments for errors.
 
         Returns:
             Counts of the whole launch.
@@ -134,22 +133,22 @@ class Program:
         """
         counts = Counts()
         values, buffers = _parameter_values(self.kernel, arguments, names)
-        places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-        most = max(1, THREADS_PER_BATCH // self.kernel.threads)
+        cta_ids = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        ctas_per_batch = max(1, THREADS_PER_BATCH // self.kernel.threads)
         with np.errstate(all="ignore"):
-            for start in range(0, len(places), most):
-                batch = places[start : start + most]
-                machine, blocks = self._prepared(len(batch))
+            for start in range(0, len(cta_ids), ctas_per_batch):
+                batch = cta_ids[start : start + ctas_per_batch]
+                machine, blocks = self._machine_for(len(batch))
                 machine.buffers, machine.counts = buffers | machine.constants, counts
                 self._start(machine, grid, batch, values)
                 self._run_batch(machine, blocks)
         return counts
 
     @staticmethod
-    def _start(machine, grid, places, values):
+    def _start(machine, grid, cta_ids, values):
         for name, value in values.items():
             machine.parameters[name][0] = value
-        machine.grid_place[:] = np.array(places, np.uint32).T.repeat(machine.kernel.threads, axis=1)
+        machine.cta_ids[:] = np.array(cta_ids, np.uint32).T.repeat(machine.kernel.threads, axis=1)
         machine.grid_size[:, 0] = grid
         for file in machine.files.values():
             file.view(np.uint8).fill(0 if file.dtype == bool else 0xFF)
@@ -162,7 +161,7 @@ class Program:
     def _run_batch(self, machine, blocks):
         runs = np.zeros(len(blocks), np.int64)  # warps that ran each block
         all_warps = machine.threads // LANES
-        waiting = {}  # block -> threads that wait there
+        waiting = {}  # block number -> mask of the threads that wait there
         position, active = 0, True
         for _ in range(self.max_blocks):
             block = blocks[position]
@@ -173,22 +172,22 @@ class Program:
             if active is None:
                 break
         else:
-            raise Runaway(f"{self.kernel.name} ran more than {self.max_blocks} basic blocks")
+            raise EndlessLoop(f"{self.kernel.name} ran more than {self.max_blocks} basic blocks")
         _count_blocks(machine, blocks, runs)
 
 
 def _next(machine, block, position, active, waiting):
-    """Follow a block's end: the next block and its threads, (0, None) when all are done. Changes `waiting`."""
+    """The next block and its active threads, (0, None) when all are done. Updates `waiting`."""
     taken, stay = False, active
-    if block.leaves:
+    if block.terminator:
         taken, stay = _split_threads(machine, block.predicate, active)
-    if not waiting and block.leaves != "ret":  # all threads are together, and mostly stay so
+    if not waiting and block.terminator != "ret":  # all threads are together, and mostly stay so
         if taken is False:
             return position + 1, stay
         if stay is False:
             return block.target, taken
     if taken is not False:
-        if block.leaves == "ret":
+        if block.terminator == "ret":
             machine.live &= False if taken is True else ~taken
         else:
             _join(waiting, block.target, taken)
@@ -202,7 +201,7 @@ def _next(machine, block, position, active, waiting):
 
 
 def _split_threads(machine, predicate, active):
-    """Those that take the branch and those that do not; False for none."""
+    """Masks of the threads that take the branch and of those that do not; False for no thread."""
     if predicate is None:
         return active, False
     holds = machine.source(Register(predicate.name), "pred")
@@ -234,7 +233,7 @@ def _count_blocks(machine, blocks, runs):
 
 
 def _parameter_values(kernel, arguments, names):
-    """The bits of each parameter by name, and the buffers of those that are tensors by number."""
+    """The bits of each parameter by name, and the Buffer of each tensor by parameter number."""
     values, buffers = {}, {}
     for number, parameter in enumerate(kernel.parameters):
         value = arguments[number] if number < len(arguments) else 0

@@ -1,6 +1,6 @@
-"""The number formats of PTX as numpy types, and the rounding between those that numpy does not know.
+"""The number formats of PTX as numpy types, and the conversions that numpy lacks.
 
-bfloat16 is kept as the uint16 of its bits, tf32 as a float32 whose low bits are zero, a packed pair as one integer.
+bfloat16 is stored as its bits in a uint16, tf32 as a float32 with low bits 0, a packed pair as one integer.
 """
 
 import numpy as np
@@ -31,18 +31,18 @@ DTYPES = {
 PACKED = {"f16x2": np.float16, "bf16x2": np.uint16, "f32x2": np.float32}
 FLOATS = ("f16", "bf16", "f32", "f64", *PACKED)
 UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}
-COPIED = UNSIGNED | {16: np.dtype("V16")}
-TINY = np.finfo(np.float32).tiny  # the smallest normal number
+COPY_DTYPES = UNSIGNED | {16: np.dtype("V16")}
+SMALLEST_NORMAL = np.finfo(np.float32).tiny
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 
 def bf16_to_f32(bits):
-    """The value of bfloat16 bits, exactly."""
+    """Convert bfloat16 bits to float32, exactly."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def f32_to_bf16(values, toward_zero=False):
-    """The bits of the nearest bfloat16, ties to even."""
+    """Round float32 to bfloat16 and return its bits: to nearest, ties to even, or toward zero."""
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32)
     if not toward_zero:
@@ -51,27 +51,27 @@ def f32_to_bf16(values, toward_zero=False):
 
 
 def f32_to_tf32(values, away=True):
-    """Round to 10 bits of mantissa: ties away from zero, or to even."""
+    """Round to 10 bits of mantissa, ties away from zero or to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     half = np.uint32(0x1000) if away else np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))
     rounded = ((bits + half) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
 
 
-def flushed(values):
-    """Subnormal float32 numbers become zero of the same sign."""
+def flush_subnormals(values):
+    """Replace subnormal float32 numbers by zero of the same sign."""
     if values.dtype != np.float32:
         return values
-    small = np.abs(values) < TINY
+    small = np.abs(values) < SMALLEST_NORMAL
     return np.where(small, np.copysign(np.float32(0), values), values) if small.any() else values
 
 
-def perturbed(values, ulps):
-    """Move float32 numbers by up to `ulps` units in the last place, decided by their own bits."""
+def perturb(values, ulps):
+    """Move float32 numbers by up to `ulps` units in the last place, by an amount hashed from their bits."""
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32)
     shift = (bits * np.uint32(2654435761) >> np.uint32(8)) % np.uint32(2 * ulps + 1)
     moved = (bits + shift - np.uint32(ulps)).view(np.float32)
-    # zero, one and infinity are what the approximations get right: ex2(0), rcp(1), lg2(0)
-    kept = ~np.isfinite(moved) | (np.abs(values) < TINY) | (values == 1) | ~np.isfinite(values)
+    # the approximations are exact where the result is zero, one or infinite: ex2(0), rcp(1), lg2(0)
+    kept = ~np.isfinite(moved) | (np.abs(values) < SMALLEST_NORMAL) | (values == 1) | ~np.isfinite(values)
     return np.where(kept, values, moved)

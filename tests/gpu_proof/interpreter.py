@@ -1,4 +1,4 @@
-"""Additions to the Triton interpreter: speed, and outputs that show where nothing was written.
+"""Additions to the Triton interpreter: faster launches, and outputs poisoned so that unwritten elements show.
 
 Used only in a process that interprets (see process.py).
 """
@@ -10,16 +10,16 @@ from unittest import mock
 import torch
 import triton
 
-KNOWN_VERSIONS = ("3.6", "3.7", "3.8")  # of Triton: `fast` replaces private functions of these
-BOOL_POISON = 0x5A  # a byte that reads as True and differs from a written True
+KNOWN_VERSIONS = ("3.6", "3.7", "3.8")  # of Triton; `fast` replaces private functions
+BOOL_POISON = 0x5A  # reads as True, but differs from a True that a kernel stores
 
 
 @functools.cache
 def fast():
     """Make interpreted launches up to five times faster, in KNOWN_VERSIONS of Triton.
 
-    The interpreter patches triton.language again for every call between jitted functions, about 1 ms each: once per
-    launch is enough. It also copies every storage to the host and back, even those that are on the host.
+    The interpreter patches triton.language at every call of a jitted function, which takes about 1 ms; once per launch
+    is enough. It also copies every storage to the host and back, even if it is on the host.
     """
     if not triton.__version__.startswith(KNOWN_VERSIONS):
         return
@@ -51,10 +51,9 @@ def fast():
 
 @contextlib.contextmanager
 def poisoned():
-    """Fill the results of torch.empty and its relatives with values that no kernel writes, inside the block.
+    """Fill the results of torch.empty and similar functions with `poison` inside the block.
 
-    NaN for floats, the lowest integer (the highest where the lowest is 0), and for bool a byte that is neither 0 nor 1:
-    compare bools as bytes, torch.equal takes that byte for True.
+    Compare bools as bytes: torch.equal reads the poison of a bool as True.
     """
     with contextlib.ExitStack() as stack:
         for owner, name in (
@@ -76,7 +75,10 @@ def _poisoning(allocate):
 
 
 def poison(tensor):
-    """Fill a tensor, in place, with the value of its type that stands for "never written"; returns it."""
+    """Fill a tensor in place with a value that no kernel writes, and return it.
+
+    NaN for floats, the lowest integer (the highest for unsigned types), and BOOL_POISON for bool.
+    """
     if tensor.dtype == torch.bool:
         tensor.view(torch.uint8).fill_(BOOL_POISON)
     elif tensor.is_floating_point() or tensor.is_complex():

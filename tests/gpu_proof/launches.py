@@ -33,7 +33,7 @@ class Calls(TorchDispatchMode):
 
 def unroll_launches(U, sampled=True, bf16=True):
     """Return the names of all kernels of a forward and of a backward pass over U tokens. Needs a compiling worker."""
-    from gpu_proof.compiler import launches_go_to
+    from gpu_proof.compiler import redirect_launches
 
     names = [[], []]
     with FakeTensorMode():
@@ -41,11 +41,11 @@ def unroll_launches(U, sampled=True, bf16=True):
         inputs = tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"), inputs)
         weights, keys, values, lengths, tokens, chosen, masks = inputs
         chosen = chosen if sampled else chosen[:0]
-        with launches_go_to(lambda launch: names[0].append(launch.name)), Calls(names[0]):
+        with redirect_launches(lambda launch: names[0].append(launch.name)), Calls(names[0]):
             logits, attention, *saved = launcher("speller_unroll")(
                 weights, keys, values, lengths, tokens, chosen, masks, bf16, True
             )
-        with launches_go_to(lambda launch: names[1].append(launch.name)), Calls(names[1]):
+        with redirect_launches(lambda launch: names[1].append(launch.name)), Calls(names[1]):
             launcher("speller_unroll", "speller_unroll_backward")(
                 logits, attention, weights, keys, values, lengths, masks, attention, *saved, bf16
             )

@@ -1,7 +1,6 @@
-"""The state that decoded instructions work on: registers and memories of a batch of CTAs, one numpy row per register.
+"""The executor's state: registers and memories of a batch of CTAs, as one numpy row per register.
 
-A decoder asks the machine for views of its operands once, and for the bytes that an access reaches at each step. What
-the steps did adds up in Counts.
+Decoders ask the machine for views of their operands once; steps then read and write those views.
 """
 
 from collections import Counter
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from gpu_proof.errors import BrokenConvergence, Misaligned, OutOfBounds
+from gpu_proof.errors import IllegalDivergence, Misaligned, OutOfBounds
 from gpu_proof.formats import DTYPES, PACKED, bf16_to_f32, f32_to_bf16
 from gpu_proof.memory import (
     LANES,
@@ -20,33 +19,33 @@ from gpu_proof.memory import (
     GlobalMarks,
     SharedAccess,
     SharedMemory,
+    memoize,
     region,
-    remembered,
     touched_words,
     typed_views,
     wavefronts,
 )
 from gpu_proof.ptx import Register, Symbol
 
-FIRST_CONSTANT = 1 << 10  # buffers from here on are the module's constants, those before it the parameters
+FIRST_CONSTANT = 1 << 10  # number of the first buffer of module constants; parameters have lower numbers
 
 
 @dataclass
 class Counts:
-    """What a launch did, summed over its warps. A request is one warp's access, a sector 32 bytes of global memory."""
+    """Counts of a launch, summed over its warps. A request is one warp's access, a sector 32 bytes of global memory."""
 
     warp_instructions: int = 0
     mma: int = 0  # per warp
     barriers: int = 0  # per CTA
     global_load_requests: int = 0
     global_load_sectors: int = 0
-    global_load_bytes: int = 0  # asked for by threads
+    global_load_bytes: int = 0  # summed over threads
     global_store_requests: int = 0
     global_store_sectors: int = 0
     global_store_bytes: int = 0
     shared_requests: int = 0
-    shared_wavefronts: int = 0  # passes through shared memory; more than the data needs where banks conflict
-    opcodes: Counter = field(default_factory=Counter)  # warp instructions of each opcode
+    shared_wavefronts: int = 0  # passes through shared memory; bank conflicts add to them
+    opcodes: Counter = field(default_factory=Counter)  # warp instructions per opcode
 
 
 class Machine:
@@ -66,9 +65,9 @@ class Machine:
         self._place_variables(shared_bytes)
         self.parameters = {parameter.name: np.zeros(1, np.uint64) for parameter in kernel.parameters}
         self.carry = np.zeros(count, np.uint64)
-        self.live = np.ones(count, bool)  # has not returned
-        self.wide = np.empty(count, np.float64)  # scratch for the steps
-        self.transfers, self.commits = [], np.zeros(count, np.int64)  # cp.async on the way; groups of each thread
+        self.live = np.ones(count, bool)  # threads that have not returned
+        self.scratch = np.empty(count, np.float64)  # scratch for the steps
+        self.transfers, self.commits = [], np.zeros(count, np.int64)  # cp.async in flight; groups committed per thread
 
     def _allocate_registers(self):
         names = {}
@@ -83,34 +82,34 @@ class Machine:
             rows[type] += 1
         in_cta = (self.thread % self.kernel.threads).astype(np.uint32)
         zero, one = np.zeros(1, np.uint32), np.ones(1, np.uint32)
-        self.grid_place = np.zeros((3, self.threads), np.uint32)
+        self.cta_ids = np.zeros((3, self.threads), np.uint32)
         self.grid_size = np.ones((3, 1), np.uint32)
         self.special = {"%tid.x": in_cta, "%tid.y": zero, "%tid.z": zero, "%ntid.y": one, "%ntid.z": one}
         self.special |= {"%ntid.x": one * np.uint32(self.kernel.threads), "%laneid": self.lane.astype(np.uint32)}
         self.special |= {"%warpid": in_cta // np.uint32(LANES)}
         for axis, letter in enumerate("xyz"):
-            self.special[f"%ctaid.{letter}"] = self.grid_place[axis]
+            self.special[f"%ctaid.{letter}"] = self.cta_ids[axis]
             self.special[f"%nctaid.{letter}"] = self.grid_size[axis]
 
     def _place_variables(self, shared_bytes):
         """Give every variable an address; the dynamic shared block comes after the static ones."""
-        self.variables, self.constants, self.kept = {}, {}, []
-        place = 0
+        self.variables, self.constants, self.keep_alive = {}, {}, []
+        offset = 0
         for name, size in sorted(self.kernel.shared.items(), key=lambda item: item[1] is None):
-            self.variables[name] = place
-            place += -(-(size or 0) // 16) * 16
-        self.shared = SharedMemory(place + shared_bytes, self.ctas, _granule(self.kernel))
-        place = 0
+            self.variables[name] = offset
+            offset += -(-(size or 0) // 16) * 16
+        self.shared = SharedMemory(offset + shared_bytes, self.ctas, _granule(self.kernel))
+        offset = 0
         for name, size in self.kernel.local.items():
-            self.variables[name] = place
-            place += -(-size // 16) * 16
-        self.local_stride = place
-        self.local = typed_views(np.zeros(place * self.threads, np.uint8))
+            self.variables[name] = offset
+            offset += -(-size // 16) * 16
+        self.local_stride = offset
+        self.local = typed_views(np.zeros(offset * self.threads, np.uint8))
         for number, (name, data) in enumerate(self.kernel.constants.items(), start=FIRST_CONSTANT):
             tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             self.constants[number] = Buffer.of(name, tensor)
             self.variables[name] = region(number) + tensor.data_ptr() % 32
-            self.kept.append(tensor)
+            self.keep_alive.append(tensor)
 
     # Operands
 
@@ -120,7 +119,7 @@ class Machine:
         if isinstance(operand, Register):
             if operand.negated:
                 raise NotImplementedError(f"{operand} as an operand is not modelled")
-            return self._viewed(self._row(operand.name), dtype)
+            return self._view(self._row(operand.name), dtype)
         if isinstance(operand, Symbol):
             return np.array([self.variables[operand.name]], np.uint64).astype(dtype)
         if type == "pred":
@@ -136,7 +135,7 @@ class Machine:
         return self.files[file][row]
 
     @staticmethod
-    def _viewed(row, dtype):
+    def _view(row, dtype):
         if row.dtype == dtype:
             return row
         if "b" in (dtype.kind, row.dtype.kind) or row.itemsize < dtype.itemsize:
@@ -144,7 +143,7 @@ class Machine:
         return row.view(dtype)[:: row.itemsize // dtype.itemsize]  # the low bytes
 
     def target(self, operand, type):
-        """The register that an operand names, in the kind of number of `type` and the register's own width."""
+        """A writable view of the register that an operand names: the kind of `type`, at the register's own width."""
         if isinstance(operand, Symbol) or operand is None:  # "_" drops the result
             return np.empty(self.threads, DTYPES[type])
         row, dtype = self._row(operand.name), DTYPES[type]
@@ -153,21 +152,21 @@ class Machine:
         return row.view(np.dtype(f"{dtype.kind}{row.itemsize}"))
 
     def row_numbers(self, operands, file="b32"):
-        """The rows in a register file of a list of registers."""
+        """The rows of a list of registers in their register file."""
         rows = [self.registers[operand.name] for operand in operands]
         if any(type != file for type, _ in rows):
             raise NotImplementedError(f"expected registers of type {file}")
         return np.array([row for _, row in rows])
 
-    def floats(self, operand, type):
-        """A function that returns an operand's values for arithmetic; packed types give two columns."""
+    def float_reader(self, operand, type):
+        """A function () that returns an operand's values for arithmetic. Packed types have two columns."""
         view = _columns(self.source(operand, type), type)
         if type.startswith("bf16"):
             return lambda: bf16_to_f32(view)
         return (lambda: view.astype(np.float32)) if type.startswith("f16") else (lambda: view)
 
-    def put_floats(self, operand, type):
-        """A function (values, where) that rounds results to `type` and writes them."""
+    def float_writer(self, operand, type):
+        """A function (values, where) that rounds values to `type` and writes them to an operand."""
         view = _columns(self.target(operand, type), type)
         encode = f32_to_bf16 if type.startswith("bf16") else lambda values: values
 
@@ -178,7 +177,7 @@ class Machine:
         return put
 
     def address(self, operand):
-        """The row that a memory operand's addresses depend on, and a function that returns the addresses, as int64."""
+        """The register row that a memory operand depends on, and a function () that returns the addresses as int64."""
         base, offset = operand.base, operand.offset
         if not isinstance(base, Register):
             value = self.source(base, "u64").astype(np.int64) + offset
@@ -190,41 +189,41 @@ class Machine:
         signed = row.view(np.int64)
         return row, (lambda: signed + offset) if offset else (lambda: signed)
 
-    def finder(self, operand, find):
-        """A function of `where` that returns find(addresses, where) for a memory operand, cached."""
+    def memoized_access(self, operand, resolve):
+        """A function (where) that returns resolve(addresses, where) for a memory operand, cached by both."""
         row, addresses = self.address(operand)
-        look_up = remembered(lambda where: find(addresses(), where))
+        look_up = memoize(lambda where: resolve(addresses(), where))
         return lambda where: look_up(row, where)
 
-    # Threads that must be together
+    # Convergence
 
-    def whole_warps(self, instruction):
-        """A check that each warp takes part in full or not at all."""
+    def warp_check(self, instruction):
+        """A function (where) that raises IllegalDivergence if only part of a warp is active."""
 
         def check(where):
             if where is True:
                 return
-            apart = (where != where.reshape(-1, LANES).any(1).repeat(LANES)) & self.live
-            if apart.any():
-                raise BrokenConvergence(f"{instruction}: only part of a warp arrives")
+            missing = (where != where.reshape(-1, LANES).any(1).repeat(LANES)) & self.live
+            if missing.any():
+                raise IllegalDivergence(f"{instruction}: only part of a warp arrives")
 
         return check
 
     def active(self, where):
-        """The numbers of the threads that take part."""
+        """The numbers of the active threads."""
         return self.thread if where is True else np.flatnonzero(where)
 
     # Accesses
 
     def global_access(self, addresses, where, size, instruction):
-        """Work out which bytes the threads reach in global memory; a list, one access per buffer."""
+        """Resolve addresses in global memory to a list of GlobalAccess, one per buffer."""
         threads = self.active(where)
-        chosen = addresses[threads]
-        if (chosen % size).any():
-            raise Misaligned(f"{instruction}: an address is no multiple of {size}")
-        buffers = chosen // REGION - 1
+        addresses = addresses[threads]
+        if (addresses % size).any():
+            raise Misaligned(f"{instruction}: an address is not a multiple of {size}")
+        buffers = addresses // REGION - 1
         return [
-            self._access_to(number, threads[buffers == number], chosen[buffers == number], size)
+            self._access_to(number, threads[buffers == number], addresses[buffers == number], size)
             for number in np.unique(buffers).tolist()
         ]
 
@@ -242,32 +241,32 @@ class Machine:
             sectors=np.unique(warps * (int(sectors.max()) + 1) + sectors).size,
         )
 
-    def reached(self, access, size, instruction):
-        """The buffer of an access, which is checked against the tensors of this launch."""
+    def checked_buffer(self, access, size, instruction):
+        """The buffer of an access. Raises OutOfBounds if the access is outside every tensor of this launch."""
         buffer = self.buffers.get(access.buffer)
         if buffer is None:
-            raise OutOfBounds(f"{instruction}: {access.threads.size} threads use an address that is in no tensor")
+            raise OutOfBounds(f"{instruction}: {access.threads.size} threads use an address outside every tensor")
         buffer.check(access, size, instruction)
         return buffer
 
     def shared_access(self, addresses, where, size, instruction):
-        """Work out the places in shared memory of an access, its bank conflicts, and the words it touches."""
+        """Resolve addresses in shared memory to a SharedAccess, with its bank conflicts counted."""
         threads = self.active(where)
         offsets = addresses[threads]
         if offsets.min() < 0 or offsets.max() + size > self.shared.size:
             raise OutOfBounds(f"{instruction}: outside the {self.shared.size} bytes of shared memory")
         if (offsets % size).any():
-            raise Misaligned(f"{instruction}: an address in shared memory is no multiple of {size}")
-        place, warps = self.shared_place(threads, offsets, size), self.warp[threads]
+            raise Misaligned(f"{instruction}: an address in shared memory is not a multiple of {size}")
+        access, warps = self.uncounted_shared_access(threads, offsets, size), self.warp[threads]
         passes = wavefronts((self.cta[threads] * self.shared.stride + offsets) // 4, warps, self.lane[threads], size)
-        return replace(place, requests=np.unique(warps).size, wavefronts=passes)
+        return replace(access, requests=np.unique(warps).size, wavefronts=passes)
 
-    def shared_place(self, threads, offsets, size):
-        """The same for threads whose offsets have been checked, without the counts."""
+    def uncounted_shared_access(self, threads, offsets, size):
+        """A SharedAccess at offsets that have been checked, with its counts left at 0."""
         flat = self.cta[threads] * self.shared.stride + offsets
         in_cta = self.warp[threads] % self.warps_per_cta
-        words, owners, several = touched_words(flat, in_cta, size, self.shared.granule)
-        return SharedAccess(threads, offsets, flat // size, words, owners, several)
+        words, owners, many_warps = touched_words(flat, in_cta, size, self.shared.granule)
+        return SharedAccess(threads, offsets, flat // size, words, owners, many_warps)
 
     def count_shared(self, access):
         self.counts.shared_requests += access.requests
@@ -285,12 +284,12 @@ class Machine:
 
 
 def _columns(view, type):
-    """Packed numbers as two columns, the lower half first; others as they are."""
+    """Packed numbers as two columns, the lower half first; other types unchanged."""
     return view.view(PACKED[type]).reshape(-1, 2) if type in PACKED else view
 
 
 def _granule(kernel):
-    """Bytes that shared memory is tagged by: the smallest piece that a thread writes, at most 4."""
+    """Bytes per mark of shared memory: the smallest size that the kernel loads or stores, at most 4."""
     sizes = [4]
     for instruction in kernel.instructions:
         if instruction.name in ("ld", "st") and "shared" in instruction:

@@ -2,7 +2,7 @@
 
 A fault that no rung detects is a hole in the cases, the sanitizer, the budgets or the executor.
 
-    PYTHONPATH=tests python -m gpu_proof.mutants      prints which rung notices each
+    PYTHONPATH=tests python -m gpu_proof.mutants      prints which rung detects each
 """
 
 import concurrent.futures
@@ -15,68 +15,70 @@ import sys
 import tempfile
 from dataclasses import dataclass
 
-from gpu_proof.budgets import VARIANTS, complaints, inexact_divisions, measure, table
+from gpu_proof.budgets import VARIANTS, inexact_divisions, measure, table, violations
 from gpu_proof.cases import CASES, HUGE
 from gpu_proof.process import compiled, interpreted
 from gpu_proof.rungs import execute, sanitize
 from gpu_proof.sanitizer import OutOfBounds, ProgramRace
 
-ARCH = 90  # whose budgets and machine code judge mutants
+ARCH = 90  # mutants are compiled for sm_90
 
 
-class NotAMutant(Exception):
-    """A mutant does not apply to the kernel as it is now: its text is gone, or is there more than once."""
+class MutantDoesNotApply(Exception):
+    """The text or pattern that a mutant replaces does not occur, or not exactly once."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rung noticed a mutant, and what it said; rung 0 where none did."""
+    """The rung that detected a mutant and its error message; rung 0 if none did."""
 
     rung: int
     message: str = ""
 
 
-UNNOTICED = Verdict(0)
+NOT_DETECTED = Verdict(0)
 
 
 @dataclass(frozen=True)
 class SourceMutant:
-    """A kernel file in which one text is replaced by another; by itself, the control, if both are empty."""
+    """A kernel file with one text replaced; unchanged, as a control, if both texts are empty."""
 
     op: str
     name: str
     old: str = ""  # occurs exactly once in the file
     new: str = ""
-    slows: bool = False  # it changes no result, or the last bit of one, so that only rung 3 can notice it
+    slows: bool = False  # changes at most the last bit of a result: only rung 3 can detect it
 
     def __str__(self):
         return f"{self.op}-{self.name}"
 
     def judge(self):
-        """Run the mutant up the rungs, in workers, until one notices it; only the control is judged by all."""
+        """Run the mutant through the rungs, in workers, until one detects it. Only the control passes through all."""
         rungs = [(interpreted, judge_interpreted), (compiled, judge_budgets), (compiled, judge_executed)]
         if self.slows:
             rungs = rungs[1:2]
         elif self.old:
-            del rungs[1]  # a wrong kernel that takes a register more is not thereby found to be wrong
+            del rungs[1]  # one more register does not show that a result is wrong
         for worker, judge in rungs:
             verdict = worker(judge, self)
             if verdict.rung:
                 return verdict
-        return UNNOTICED
+        return NOT_DETECTED
 
     def mutate(self, source):
-        """The file with the fault in it."""
+        """The source with the fault."""
         if not self.old and not self.new:
             return source
         if source.count(self.old) != 1 or self.old == self.new:
-            raise NotAMutant(f"{self.old!r} is in kernels/{self.op}.py {source.count(self.old)} times, not once")
+            raise MutantDoesNotApply(
+                f"{self.old!r} occurs {source.count(self.old)} times in kernels/{self.op}.py, not once"
+            )
         return source.replace(self.old, self.new)
 
 
 @dataclass(frozen=True)
 class CodeMutant:
-    """The PTX of one kernel in which one place is replaced; run with one of the cases."""
+    """The PTX of one kernel with a match of a pattern replaced; run with one case."""
 
     op: str
     name: str
@@ -84,33 +86,33 @@ class CodeMutant:
     case: str
     pattern: str  # regular expression
     replacement: str
-    occurrence: int | None = 0  # which of its matches is replaced; None: all
+    occurrence: int | None = 0  # which match is replaced; None: all
 
     def __str__(self):
         return f"{self.op}-ptx-{self.name}"
 
     def judge(self):
-        """Execute the mutant in a worker; only rung 4 sees machine code."""
+        """Execute the mutant in a worker. Only rung 4 runs machine code."""
         return compiled(judge_code, self)
 
     def mutate(self, text):
-        """The PTX with the fault in it; unchanged if it is another kernel's."""
+        """The PTX with the fault; PTX of another kernel unchanged."""
         if f".entry {self.kernel}(" not in text:
             return text
-        found = list(re.finditer(self.pattern, text))
-        if not found:
-            raise NotAMutant(f"{self.pattern!r} is not in the PTX of {self.kernel}")
-        for match in reversed(found if self.occurrence is None else [found[self.occurrence]]):
+        matches = list(re.finditer(self.pattern, text))
+        if not matches:
+            raise MutantDoesNotApply(f"{self.pattern!r} is not in the PTX of {self.kernel}")
+        for match in reversed(matches if self.occurrence is None else [matches[self.occurrence]]):
             text = text[: match.start()] + match.expand(self.replacement) + text[match.end() :]
         return text
 
 
-# In workers
+# Called in workers
 
 
 @contextlib.contextmanager
-def loaded(mutant):
-    """Inside, las_fast.kernels.<op> is the mutant."""
+def mutated_module(mutant):
+    """Replace the module las_fast.kernels.<op> by the mutant inside the block."""
     name = f"las_fast.kernels.{mutant.op}"
     source = pathlib.Path(importlib.util.find_spec(name).origin).read_text()
     # a real file: triton reads the source of a kernel through inspect
@@ -130,8 +132,8 @@ def loaded(mutant):
 
 
 def judge_interpreted(mutant):
-    """Rungs 1 and 2 together: the sanitizer checks each access before it is made, so that no mutant can crash."""
-    with loaded(mutant):
+    """Rungs 1 and 2 in one run: the sanitizer checks each access first, so that no mutant can crash the process."""
+    with mutated_module(mutant):
         for case in cases_of(mutant.op) + [case for case in HUGE if case.op == mutant.op]:
             if not case.interpretable:
                 continue
@@ -141,34 +143,34 @@ def judge_interpreted(mutant):
                 return Verdict(2, f"{case}: {error}")
             except AssertionError as error:
                 return Verdict(1, f"{case}: {error}")
-    return UNNOTICED
+    return NOT_DETECTED
 
 
 def judge_budgets(mutant):
     """Rung 3."""
-    with loaded(mutant):
+    with mutated_module(mutant):
         for variant in (variant for variant in VARIANTS if variant.op == mutant.op):
             for row in measure(variant, ARCH):
-                if found := complaints(variant, row, table().get(row.key)):
+                if found := violations(variant, row, table().get(row.key)):
                     return Verdict(3, f"{variant}: {row.kernel} {', '.join(found)}")
             if found := inexact_divisions(variant, ARCH):
-                return Verdict(3, f"{variant}: {', '.join(found)} divide otherwise than a CPU")
-    return UNNOTICED
+                return Verdict(3, f"{variant}: {', '.join(found)} divide inexactly")
+    return NOT_DETECTED
 
 
 def judge_executed(mutant):
     """Rung 4."""
-    with loaded(mutant):
+    with mutated_module(mutant):
         for case in cases_of(mutant.op):
             if ARCH in case.executable and (verdict := _executed(case)):
                 return verdict
-    return UNNOTICED
+    return NOT_DETECTED
 
 
 def judge_code(mutant):
-    """Rung 4 for a fault in the machine code."""
+    """Rung 4 with a fault in the machine code."""
     (case,) = (case for case in cases_of(mutant.op) if case.name == mutant.case)
-    return _executed(case, mutant.mutate) or UNNOTICED
+    return _executed(case, mutant.mutate) or NOT_DETECTED
 
 
 def _executed(case, mutate=None):
@@ -201,12 +203,12 @@ BACKTRACK = [
         ("difference-of-infinities", "tl.where(score == before, 0.0, score - before)", "score - before"),
         ("length-counts-eos", "length = tl.where(token == eos, t, length)",
          "length = tl.where(token == eos, t + 1, length)"),
-        ("one-token-after-eos", "(t[None, :] > length[:, None])", "(t[None, :] > length[:, None] + 1)"),
+        ("one-token-past-eos", "(t[None, :] > length[:, None])", "(t[None, :] > length[:, None] + 1)"),
         ("fill-past-the-end", " & (t[None, :] < L)", ""),
         ("results-transposed", "tl.store(out_tokens + row * L + t, token", "tl.store(out_tokens + t * K + row, token"),
         ("utterance-in-32-bits", "b = tl.program_id(0).to(tl.int64)", "b = tl.program_id(0)"),
         ("step-in-32-bits", "t = tl.cast(L - 1 - i, tl.int64)", "t = L - 1 - i"),
-        ("a-step-short", "for i in range(L):", "for i in range(L - 1):"),
+        ("last-step-missing", "for i in range(L):", "for i in range(L - 1):"),
         ("no-barrier", "    tl.debug_barrier()", "    pass"),
     )
 ]  # fmt: skip
@@ -224,7 +226,7 @@ GATHER = [
         ("store-to-the-parent", "gathered[i] + row * sizes[i]", "gathered[i] + source * sizes[i]"),
         ("rows-not-made-contiguous", "[x.contiguous() for x in states]", "[x for x in states]"),
         ("parents-not-made-contiguous", "parents.contiguous()", "parents"),
-        ("sizes-not-of-the-integers", "sizes = tuple(x.shape[2] for x in sources)", "pass"),
+        ("sizes-not-in-integers", "sizes = tuple(x.shape[2] for x in sources)", "pass"),
     )
 ]  # fmt: skip
 
@@ -237,13 +239,13 @@ PREFIX = [
         ("frame-in-32-bits", "at = ctc_log_probs + t.to(tl.int64) * V", "at = ctc_log_probs + t * V"),
         ("utterance-dropped", "source = row // K * K + parent", "source = parent"),
         ("frames-of-the-first-utterance", "ctc_log_probs += row // K * T * V", "ctc_log_probs += 0"),
-        ("infinity-less-infinity", "    finite = tl.where(larger == -float(\"inf\"), 0.0, larger)  # -inf",
+        ("infinity-minus-infinity", "    finite = tl.where(larger == -float(\"inf\"), 0.0, larger)  # -inf",
          "    finite = larger  # -inf"),
-        ("sum-not-faded", "total * tl.exp(top - finite) + ", "total + "),
+        ("sum-not-rescaled", "total * tl.exp(top - finite) + ", "total + "),
         ("factors-not-multiplied", "return factor + next_factor,", "return next_factor,"),
         ("terms-not-carried", "_add(term + next_factor, next_term)", "_add(term, next_term)"),
         ("repeats-need-no-blank", "tl.where(repeats, from_blank, from_any)", "tl.where(repeats, from_any, from_any)"),
-        ("pause-without-its-blank", "from_blank += tl.load(at - V + BLANK, mask=repeated, other=0.0)",
+        ("pause-without-blank", "from_blank += tl.load(at - V + BLANK, mask=repeated, other=0.0)",
          "from_blank += 0.0"),
         ("pause-before-the-first-frame", "repeated = inside & repeats & (t > 0)", "repeated = inside & repeats"),
         ("newest-not-carried", "_add(newest + factor, term)", "term"),
@@ -255,14 +257,14 @@ PREFIX = [
         ("every-program-stores", "writes = tl.program_id(1) == 0", "writes = tl.program_id(1) >= 0"),
         ("no-first-state", "tl.store(after, alpha, mask=writes)", "tl.store(after, alpha, mask=writes & (T < 0))"),
         ("frame-after-the-last", "(t + 1 < T)[:, None]", "(t < T)[:, None]"),
-        ("frame-of-the-same-time", "at[:, None] + V + v[None, :]", "at[:, None] + v[None, :]"),
+        ("frame-not-advanced", "at[:, None] + V + v[None, :]", "at[:, None] + v[None, :]"),
         ("token-unmasked", " & (v < V)[None, :]", ""),
-        ("again-one-frame-sooner", "tl.load(at + 2 * V + token", "tl.load(at + V + token"),
-        ("again-as-any-other", "tl.where(v == token, repeat_top", "tl.where(v == -1, repeat_top"),
-        ("blank-goes-on", 'tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))',
+        ("repeat-one-frame-early", "tl.load(at + 2 * V + token", "tl.load(at + V + token"),
+        ("repeat-as-any-other-token", "tl.where(v == token, repeat_top", "tl.where(v == -1, repeat_top"),
+        ("blank-extends-the-prefix", 'tl.where(v == BLANK, -float("inf"), tl.where(v == eos, alpha, psi))',
          "tl.where(v == eos, alpha, psi)"),
-        ("end-as-any-other", "tl.where(v == eos, alpha, psi)", "psi"),
-        ("impossible-prefix", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
+        ("eos-as-any-other-token", "tl.where(v == eos, alpha, psi)", "psi"),
+        ("impossible-prefix-subtracted", 'tl.where(prefix == -float("inf"), prefix, psi - prefix)', "psi - prefix"),
         ("prefix-of-the-new-row", "tl.load(prefix_log_probs + source)", "tl.load(prefix_log_probs + row)"),
         ("log-probs-stored-past-the-end", "log_probs, mask=v < V)", "log_probs)"),
         ("inputs-not-made-contiguous", "x.contiguous()", "x"),
@@ -291,13 +293,13 @@ TOPK = [
          "\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(ngram_states + row, ",
          "tl.load(minimum) if MINIMUM else 0, tl.load(maximum) if MAXIMUM else 0, threshold,"
          "\n        MINIMUM, MAXIMUM, THRESHOLD,\n    )  # fmt: skip\n    state = _state(ngram_states + row, "),
-        ("length-of-nothing", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
+        ("length-zero-not-clamped", "tl.maximum(lengths + tl.where(finished, 0, 1), 1)",
          "(lengths + tl.where(finished, 0, 1))"),
         ("ties-to-the-higher-index",
          f"(0x7FFFFFFF - flat).to(tl.int64){FLAT_INDEX}return 0x7FFFFFFF - (",
          f"flat.to(tl.int64){FLAT_INDEX}return ("),
         ("forced-eos-denied", "return denied & (forced == 0), forced", "return denied, forced"),
-        ("threshold-turned", "eos_score <= threshold * best_other", "eos_score > threshold * best_other"),
+        ("threshold-inverted", "eos_score <= threshold * best_other", "eos_score > threshold * best_other"),
         ("minimum-off-by-one", "lengths < minimum", "lengths <= minimum"),
         ("maximum-off-by-one", "lengths >= maximum", "lengths > maximum"),
         ("finished-beams-count-on", "lengths + tl.where(finished, 0, 1)", "lengths + 1"),
@@ -305,10 +307,10 @@ TOPK = [
         ("coverage-subtracted", "candidates + coverage[:, None]", "candidates - coverage[:, None]"),
         ("ngram-weight-dropped", "steps + ngram_weight * tl.load(", "steps + tl.load("),
         ("ngram-row-stride", "table + state[:, None] * V", "table + state[:, None]"),
-        ("ctc-weights-exchanged", "(1.0 - ctc_weight) * steps + ctc_weight * log_probs",
+        ("ctc-weights-swapped", "(1.0 - ctc_weight) * steps + ctc_weight * log_probs",
          "ctc_weight * steps + (1.0 - ctc_weight) * log_probs"),
         ("ctc-row-stride", "next_log_probs + row[:, None] * V", "next_log_probs + row[:, None]"),
-        ("ctc-nothing-times-infinity", 'tl.where(steps == -float("inf"), steps, mixed)', "mixed"),
+        ("ctc-zero-times-infinity", 'tl.where(steps == -float("inf"), steps, mixed)', "mixed"),
         ("ctc-log-probs-not-made-contiguous", "tuple(None if x is None else x.contiguous() for x in options)",
          "tuple(x if x is None or x.ndim == 3 else x.contiguous() for x in options)"),
         ("best-taken-twice", "keys = tl.where(keys == best, NO_KEY, keys)\n        index", "index"),
@@ -319,12 +321,12 @@ TOPK = [
         ("padding-counts-in-the-sum", 'v[None, :], mask=inside, other=-float("inf"))',
          "v[None, :], mask=inside, other=0.0)"),
         ("stride-of-rows", "k[:, None] * logits_k", "k[:, None] * V"),
-        ("running-sum-not-faded", "total * tl.exp(top - finite) + ", "total + "),
+        ("running-sum-not-rescaled", "total * tl.exp(top - finite) + ", "total + "),
         ("blocks-skipped", "if tl.max(keys, 0) > worst:", "if tl.max(keys, 0) < worst:"),
         ("merge-reads-past-the-end", "row_keys + b * K * K + i, mask=i < K * K",
          "row_keys + b * K * K + i, mask=i < BLOCK"),
         ("row-keys-stored-too-far", "best, mask=slots < K)", "best)"),
-        ("frozen-beams-free", "tl.where(is_eos, 0.0, -float(\"inf\")), steps)", "steps, steps)"),
+        ("finished-beams-not-frozen", "tl.where(is_eos, 0.0, -float(\"inf\")), steps)", "steps, steps)"),
     )
 ]  # fmt: skip
 
@@ -359,12 +361,12 @@ ATTENTION = [
         ("peak-of-the-last-block", "peak = tl.where(top > m,", "peak = tl.where(top >= m,"),
         ("peak-of-the-last-frame", "tl.min(tl.where(s == top[:, None], t[None, :], 2147483647), 1)",
          "tl.max(tl.where(s == top[:, None], t[None, :], 0), 1)"),
-        ("sum-not-faded", "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)"),
-        ("average-not-faded", "a = a * rescale[:, None] + tl.dot(", "a = a + tl.dot("),
+        ("sum-not-rescaled", "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)"),
+        ("average-not-rescaled", "a = a * rescale[:, None] + tl.dot(", "a = a + tl.dot("),
         ("keys-past-the-end", "local, d, keys_t, end - t0, D)", "local, d, keys_t, BLOCK_T, D)"),
         ("values-of-padding", "local, e, values_t, end - t0, E)", "local, e, values_t, T - t0, E)"),
         ("scores-stored-past-the-end", "s, mask=(k[:, None] < K) & (t[None, :] < end))", "s, mask=(k[:, None] < K))"),
-        ("nothing-divided-by-nothing", "a / tl.where(l == 0.0, 1.0, l)[:, None]", "a / l[:, None]"),
+        ("zero-divided-by-zero", "a / tl.where(l == 0.0, 1.0, l)[:, None]", "a / l[:, None]"),
         ("ranges-write-one-result", "row = (b * tl.num_programs(1) + split) * K + k  #",
          "row = b * tl.num_programs(1) * K + k  #"),
         ("ranges-overlap", "tl.minimum(begin + range_frames, length)", "tl.minimum(begin + range_frames + 1, length)"),
@@ -372,33 +374,33 @@ ATTENTION = [
          "(tl.where(l == 0.0, 1.0, l))))"),
         ("sums-of-ranges-not-scaled", "other=0.0) * tl.exp2(part_m - finite)\n        m =", "other=0.0)\n        m ="),
         ("sum-of-earlier-ranges-not-scaled", "l = l * tl.exp2(m - finite) +", "l = l +"),
-        ("infinity-less-infinity", 'return tl.where(m == -float("inf"), 0.0, m)', "return m"),
+        ("infinity-minus-infinity", 'return tl.where(m == -float("inf"), 0.0, m)', "return m"),
         ("padding-not-zeroed", "(t[None, :] < tl.load(lengths + b))", "(t[None, :] <= tl.load(lengths + b))"),
         ("weights-not-normalised", "w = tl.exp2(s - finite[:, None]) / total[:, None]",
          "w = tl.exp2(s - finite[:, None])"),
-        ("ranges-share-equally", "fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)",
+        ("ranges-weighted-equally", "fraction = tl.load(sums + part, mask=k < K, other=0.0) * tl.exp2(part_m - finite)",
          "fraction = tl.exp2(part_m - finite)"),
         ("peak-of-the-last-range", "tl.where(part_m > m,", "tl.where(part_m >= m,"),
         ("delta-added", "tl.float32) - delta[:, None]", "tl.float32) + delta[:, None]"),
         ("gradient-without-scale", "ds = (p * dp * scale)", "ds = (p * dp)"),
         ("gradient-to-padding", "p = tl.where(t[None, :] < length, tl.exp2(s - lse[:, None]), 0.0)",
          "p = tl.exp2(s - lse[:, None])"),
-        ("padding-left-without-gradient", "end = tl.minimum(begin + range_frames, T)",
+        ("padding-gradient-not-written", "end = tl.minimum(begin + range_frames, T)",
          "end = tl.minimum(begin + range_frames, length)"),
         ("gradients-of-a-range-misplaced", "frame = b * T + first + local", "frame = b * T + local"),
-        ("parts-of-the-gradient-collide", "part = (split * tl.num_programs(0) + b) * K + k", "part = b * K + k"),
+        ("partial-gradients-collide", "part = (split * tl.num_programs(0) + b) * K + k", "part = b * K + k"),
         ("weights-left-out-of-delta", "tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)",
          "tl.sum(dw, 1)"),
         ("rows-not-made-contiguous", "x.is_contiguous() else x.contiguous()", "x.is_contiguous() else x"),
-        ("parts-of-the-gradient-in-half", "dtype=query.dtype if splits == 1 else torch.float32", "dtype=query.dtype"),
+        ("partial-gradients-in-half", "dtype=query.dtype if splits == 1 else torch.float32", "dtype=query.dtype"),
         ("sums-of-launches-in-half", "[torch.stack(x).float().sum(0).to(query.dtype) for x in", "[sum(x) for x in"),
-        ("exact-products-through-tf32", 'else "ieee"', 'else "tf32"'),
+        ("exact-matmul-in-tf32", 'else "ieee"', 'else "tf32"'),
     )
 ]  # fmt: skip
 
 STEP = "        step = tl.cast(u, tl.int64) * B + b\n"
 BLOCK = "        b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)\n"
-BEHIND = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
+DROPOUT = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
 CARRIED = "        tl.store(after, hidden.to(dtype), mask=inside & (u + 1 < U))\n"
 UPSTREAM = "        if MASKED:\n            gradient *= _load(masks, b, n, H, B, H)\n"
 LATER = "            gradient += _load(hidden_gradient, b, n, H, B, H)\n"
@@ -413,13 +415,13 @@ UNROLL = [
          "range(0, BLOCK_K, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile"),
         ("candidate-of-the-output-gate", "_tanh(g + _load(offsets + 2 * H,", "_tanh(g + _load(offsets + 3 * H,"),
         ("weights-of-another-gate", "_load(weight + 2 * H * depth", "_load(weight + 3 * H * depth"),
-        ("forget-gate-bent", "f = _sigmoid(f +", "f = _tanh(f +"),
+        ("forget-gate-with-tanh", "f = _sigmoid(f +", "f = _tanh(f +"),
         ("token-of-the-first-step", "tl.load(tokens + first + b,", "tl.load(tokens + b,"),
         ("state-before-the-first-step", "mask=inside & (u > 0), other=0.0) + i * g", "mask=inside, other=0.0) + i * g"),
         ("cell-state-of-this-step", "before = states + (row - B) * state_size", "before = states + row * state_size"),
         ("hidden-state-in-place-of-the-input", "operand_at + below + n[None, :]", "operand_at + n[None, :]"),
-        ("hidden-state-after-dropout", CARRIED + BEHIND, BEHIND + CARRIED),
-        ("output-without-dropout", BEHIND + "        tl.store(operands", "        tl.store(operands"),
+        ("hidden-state-after-dropout", CARRIED + DROPOUT, DROPOUT + CARRIED),
+        ("output-without-dropout", DROPOUT + "        tl.store(operands", "        tl.store(operands"),
         ("hidden-state-past-the-last-step", CARRIED, "        tl.store(after, hidden.to(dtype), mask=inside)\n"),
         ("step-in-32-bits", "first = tl.cast(u, tl.int64) * B  # of the rows of this step\n        depth",
          "first = u * B  # of the rows of this step\n        depth"),
@@ -429,7 +431,7 @@ UNROLL = [
         ("score-without-the-bias", "s = (s + tl.load(key_bias + b * T + t, mask=t < length, other=0.0)) * scale",
          "s = s * scale"),
         ("bias-of-the-first-utterance", "key_bias + b * T + t", "key_bias + t"),
-        ("sum-not-faded", "l = l * tl.exp2(m - m_new) +", "l = l +"),
+        ("sum-not-rescaled", "l = l * tl.exp2(m - m_new) +", "l = l +"),
         ("padding-not-zeroed", "tl.store(at + t, w, mask=t < T)", "tl.store(at + t, w, mask=t < length)"),
         ("scores-overwritten-too-soon", "tl.debug_barrier()  # several threads load a score",
          "pass  # several threads load a score"),
@@ -486,15 +488,15 @@ UNROLL = [
 SLOW = [
     SourceMutant(op, name, old, new, slows=True)
     for op, name, old, new in (
-        ("masked_attention", "a-tile-too-large", '"half": {16: (32, 4, 3), 32: (64',
+        ("masked_attention", "tile-too-large", '"half": {16: (32, 4, 3), 32: (64',
          '"half": {16: (64, 4, 4), 32: (64'),
-        ("masked_attention", "a-warp-alone", '"half": {16: (32, 4, 3), 32: (64', '"half": {16: (32, 1, 3), 32: (64'),
-        ("masked_attention", "exact-products-of-halves",
+        ("masked_attention", "one-warp", '"half": {16: (32, 4, 3), 32: (64', '"half": {16: (32, 1, 3), 32: (64'),
+        ("masked_attention", "half-matmul-in-float32",
          "s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale\n",
          's = tl.dot(q.to(tl.float32), tl.trans(k_tile).to(tl.float32), input_precision="ieee") * scale\n'),
-        ("beam_topk", "a-warp-for-long-rows", "**blocks, num_warps=4)", "**blocks, num_warps=1)"),
+        ("beam_topk", "one-warp-for-long-rows", "**blocks, num_warps=4)", "**blocks, num_warps=1)"),
         ("beam_topk", "fast-reciprocal", "tl.div_rn(1.0, tokens)", "tl.fdiv(1.0, tokens, ieee_rounding=True)"),
-        ("beam_gather", "a-value-a-thread", "BLOCK=block, num_warps=4", "BLOCK=block, num_warps=16"),
+        ("beam_gather", "one-value-per-thread", "BLOCK=block, num_warps=4", "BLOCK=block, num_warps=16"),
     )
 ]  # fmt: skip
 
@@ -507,24 +509,24 @@ CODE = [
     for (op, kernel, case), name, pattern, replacement, occurrence in (
         (FORWARD, "no-barriers", r"bar\.sync\s+0;", "", None),
         (FORWARD, "no-barrier-after-the-copies", r"(cp\.async\.wait_group\s+\d+;\s+)bar\.sync\s+0;", r"\1", 0),
-        (FORWARD, "copies-not-awaited", r"cp\.async\.wait_group\s+[1-9]\d*;", "", 0),
-        (FORWARD, "a-group-too-few-awaited", r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", 0),
+        (FORWARD, "no-wait-for-copies", r"cp\.async\.wait_group\s+[1-9]\d*;", "", 0),
+        (FORWARD, "wait-for-one-group-too-few", r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", 0),
         (FORWARD, "shuffle-from-another-lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 2,", r"\1, 4,", 0),
         (FORWARD, "values-not-transposed", r"\.x4\.trans", ".x4", 0),
         (FORWARD, "smallest-score", r"max\.f32", "min.f32", 0),
-        (FORWARD, "another-exponential", r"ex2\.approx\.ftz", "lg2.approx.ftz", 0),
-        (FORWARD, "a-product-left-out", r"mma\.sync[^;]+;", "", 3),
+        (FORWARD, "log-for-exp", r"ex2\.approx\.ftz", "lg2.approx.ftz", 0),
+        (FORWARD, "one-mma-missing", r"mma\.sync[^;]+;", "", 3),
         (FORWARD, "store-without-predicate", r"@%p\d+ (st\.global\.v4)", r"\1", 0),
         (BACKWARD, "no-barriers", r"bar\.sync\s+0;", "", None),
-        (BACKWARD, "copies-not-awaited", r"cp\.async\.wait_group[^;]*;", "", None),
+        (BACKWARD, "no-wait-for-copies", r"cp\.async\.wait_group[^;]*;", "", None),
         (BACKWARD, "keys-not-transposed", r"\.x4\.trans", ".x4", 0),
-        (BACKWARD, "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
+        (BACKWARD, "one-mma-missing", r"mma\.sync[^;]+;", "", -1),
         (ONE_TILE, "shuffle-from-another-lane", r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), 16,", r"\1, 8,", 0),
         (ONE_TILE, "smallest-key", r"max\.s64", "min.s64", 0),
         (ONE_TILE, "load-without-predicate", r"@%p\d+ (ld\.global)", r"\1", 0),
         (LONG_ROWS, "no-barriers", r"bar\.sync\s+0;", "", None),
         (LONG_ROWS, "smallest-key", r"max\.s64", "min.s64", -1),
-        (("beam_backtrack", "backtrack_kernel", "wild-parents"), "unclamped", r"min\.s64", "max.s64", 0),
+        (("beam_backtrack", "backtrack_kernel", "parents-out-of-range"), "unclamped", r"min\.s64", "max.s64", 0),
         (("ctc_prefix", "prefix_kernel", "characters"), "no-barriers", r"bar\.sync\s+0;", "", None),
         (
             ("ctc_prefix", "prefix_kernel", "characters"),
@@ -533,11 +535,11 @@ CODE = [
             r"\1, 4,",
             0,
         ),
-        (("beam_gather", "gather_kernel", "wild-parents"), "unclamped", r"max\.s64", "min.s64", 0),
-        (("speller_unroll", "cell_kernel", "brain"), "a-product-left-out", r"mma\.sync[^;]+;", "", 0),
-        (("speller_unroll", "cell_kernel", "brain"), "no-barriers", r"bar\.sync\s+0;", "", None),
+        (("beam_gather", "gather_kernel", "parents-out-of-range"), "unclamped", r"max\.s64", "min.s64", 0),
+        (("speller_unroll", "cell_kernel", "bf16"), "a-product-left-out", r"mma\.sync[^;]+;", "", 0),
+        (("speller_unroll", "cell_kernel", "bf16"), "no-barriers", r"bar\.sync\s+0;", "", None),
         (("speller_unroll", "attend_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
-        (("speller_unroll", "cell_gradient_kernel", "brain"), "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
+        (("speller_unroll", "cell_gradient_kernel", "bf16"), "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
         (("speller_unroll", "attend_gradient_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
     )
 ]
@@ -548,7 +550,7 @@ MUTANTS = BACKTRACK + GATHER + PREFIX + TOPK + ATTENTION + UNROLL + SLOW + CODE
 
 
 def main():
-    """Print a line for each mutant: the rung that noticed it, and how."""
+    """Print a line per mutant: the rung that detected it, and its message."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for mutant, verdict in zip(MUTANTS, pool.map(lambda mutant: mutant.judge(), MUTANTS), strict=True):
             print(f"{verdict.rung or 'NONE'}\t{mutant}\t{verdict.message}", flush=True)

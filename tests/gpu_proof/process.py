@@ -1,8 +1,8 @@
-"""Worker processes in which Triton is interpreted, and others in which it compiles.
+"""Worker processes in which Triton kernels are interpreted, and others in which they are compiled.
 
-TRITON_INTERPRET is read when a kernel is decorated, and the interpreter patches Triton for its whole process, so one
-process cannot do both. A test calls `interpreted(function, *args)` or `compiled(function, *args)` and gets what the
-function returns or raises.
+Triton reads TRITON_INTERPRET when a kernel is decorated, and its interpreter patches the whole process, so one process
+cannot do both. Tests call `interpreted(function, *args)` or `compiled(function, *args)`, which return or raise what the
+function does.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import pickle
 import threading
 import traceback
 
-LIMIT = 300.0  # seconds that one call may take
+LIMIT = 300.0  # seconds per call
 SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class WorkerDied(RuntimeError):
-    """The worker process ended, or had to be ended, before it answered."""
+    """The worker process crashed, or was killed at the time limit."""
 
 
 def interpreted(function, *args, limit=LIMIT):
@@ -30,11 +30,11 @@ def interpreted(function, *args, limit=LIMIT):
         limit:    seconds after which the worker is killed.
 
     Returns:
-        what the function returned, pickled and back.
+        the function's result, copied by pickle.
 
     Raises:
-        WorkerDied: the process crashed, or took longer than the limit. The next call gets a new one.
-        Exception: what the function raised, with the worker's traceback as a note.
+        WorkerDied: the process crashed or took longer than the limit. The next call starts a new one.
+        Exception: the function's exception, with the worker's traceback as a note.
     """
     return _interpreting.call(function, args, limit)
 
@@ -45,28 +45,28 @@ def compiled(function, *args, limit=LIMIT):
 
 
 class _Pool:
-    """Workers of one kind. Calls from several threads run at once, each in a worker of its own."""
+    """Workers with the same environment. Concurrent calls from several threads get a worker each."""
 
     def __init__(self, environment):
-        self._environment = environment  # name -> value, or None for a variable that must not be set
+        self._environment = environment  # name -> value, or None to unset the variable
         self._idle = []
 
     def call(self, function, args, limit):
-        question = pickle.dumps((function, args))
+        request = pickle.dumps((function, args))
         try:
             worker = self._idle.pop()
         except IndexError:
             worker = _Worker(self._environment)
         try:
-            answer = worker.ask(question, limit)
-        except BaseException as error:  # also an interrupt, after which an answer would still come
+            reply = worker.ask(request, limit)
+        except BaseException as error:  # also KeyboardInterrupt: a late reply would go to the next call
             worker.kill()
             if isinstance(error, (EOFError, ConnectionError)):
                 name = f"{function.__module__}.{function.__qualname__}"
                 raise WorkerDied(f"{name}: the worker ended with exit code {worker.exitcode}") from None
             raise
         self._idle.append(worker)
-        succeeded, result, trace = pickle.loads(answer)
+        succeeded, result, trace = pickle.loads(reply)
         if succeeded:
             return result
         result.add_note(f"In the worker process:\n{trace}")
@@ -75,24 +75,24 @@ class _Pool:
 
 class _Worker:
     def __init__(self, environment):
-        context = multiprocessing.get_context("spawn")  # a fork would inherit triton as it is here
-        self._connection, theirs = context.Pipe()
+        context = multiprocessing.get_context("spawn")  # a fork would inherit this process's triton
+        self._connection, remote = context.Pipe()
         # a daemon: multiprocessing ends it when this process ends
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(remote,), daemon=True)
         with _starting, _environment(environment):
             self._process.start()
-        theirs.close()
+        remote.close()
 
-    def ask(self, question, limit):
-        """Return the answer; EOFError or ConnectionError where the process ends, by itself or at the limit."""
-        self._connection.send_bytes(question)
+    def ask(self, request, limit):
+        """Send a request and return the reply. Raises EOFError or ConnectionError if the process dies or is killed."""
+        self._connection.send_bytes(request)
         if not self._connection.poll(limit):
             self._process.kill()
         return self._connection.recv_bytes()
 
     def kill(self):
-        """End the process, if it has not ended, and wait for that."""
-        self._process.join(1.0)  # one that crashed needs a moment until it has an exit code
+        """Kill the process if it is still running, and wait for its end."""
+        self._process.join(1.0)  # a crashed process has no exit code at once
         self._process.kill()
         self._process.join()
         self._connection.close()
@@ -104,7 +104,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _environment(changes):
-    """Set or, with None, unset environment variables for the processes that are started inside."""
+    """Set environment variables, or unset those that are None, for processes started inside the block."""
     before = {name: os.environ.get(name) for name in changes}
     try:
         _set(changes)
@@ -122,28 +122,28 @@ def _set(variables):
 
 
 def _serve(connection):
-    """Answer calls, one after the other, until the other end of the connection closes."""
+    """Serve requests one at a time until the connection closes."""
     faulthandler.enable()
     while True:
         try:
-            call = connection.recv_bytes()
+            request = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(call))
+        connection.send_bytes(_reply(request))
 
 
-def _answer(call):
-    """Return the pickled (True, result, "") or (False, exception, traceback) of a pickled call."""
+def _reply(request):
+    """Run a pickled (function, args); return the pickled (True, result, "") or (False, exception, traceback)."""
     try:
-        function, args = pickle.loads(call)
+        function, args = pickle.loads(request)
         return pickle.dumps((True, function(*args), ""))
     except Exception as error:
         trace = traceback.format_exc()
-        return pickle.dumps((False, _portable(error), trace))
+        return pickle.dumps((False, _picklable(error), trace))
 
 
-def _portable(error):
-    """The exception itself if it survives pickling, or else one that says what it was."""
+def _picklable(error):
+    """The exception if it survives pickling, else a RuntimeError with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -151,6 +151,6 @@ def _portable(error):
     return error
 
 
-_starting = threading.Lock()  # the environment is changed while a worker starts, so one at a time
+_starting = threading.Lock()  # starting a worker changes os.environ, so one at a time
 _interpreting = _Pool({"TRITON_INTERPRET": "1", **SINGLE_THREADED})
 _compiling = _Pool({"TRITON_INTERPRET": None, **SINGLE_THREADED})

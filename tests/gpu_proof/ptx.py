@@ -1,7 +1,7 @@
-"""Read the PTX that Triton emits into instructions with decoded operands.
+"""Parse the PTX that Triton emits into instructions with decoded operands.
 
-Covers what Triton's NVIDIA backend prints: one `.entry` per module, statements that end in a semicolon, inline assembly
-on lines of its own, source positions in the comments behind `.loc`.
+Covers the output of Triton's NVIDIA backend: one `.entry` per module, statements that end in a semicolon, inline
+assembly on separate lines, and source positions in comments after `.loc`.
 """
 
 import re
@@ -32,7 +32,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Symbol:
-    """The name of a label, a parameter or a variable, or `_` where a result is dropped."""
+    """The name of a label, a parameter or a variable, or `_` for a dropped result."""
 
     name: str
 
@@ -54,7 +54,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Pair:
-    """`%r1|%p1`: a result and the predicate that comes with it."""
+    """`%r1|%p1`: two results, the second a predicate."""
 
     first: "Register | Symbol"
     second: "Register | Symbol"
@@ -67,8 +67,8 @@ class Instruction:
     name: str
     modifiers: tuple[str, ...]
     operands: tuple
-    predicate: Register | None  # runs only in threads where this holds
-    source: str  # the kernel's line as Triton noted it, such as "kernels.py:7:0"
+    predicate: Register | None  # runs only in threads where it is true
+    source: str  # line of the kernel from .loc, such as "kernels.py:7:0"
 
     @property
     def opcode(self):
@@ -76,7 +76,7 @@ class Instruction:
 
     @property
     def type(self):
-        """The last modifier: the type that the instruction works in."""
+        """The last modifier, which is the instruction's type."""
         return self.modifiers[-1] if self.modifiers else ""
 
     def __contains__(self, modifier):
@@ -96,21 +96,21 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """A parsed entry point."""
+    """A parsed entry point with its declarations."""
 
     name: str
     parameters: list[Parameter]
     threads: int  # per CTA
-    registers: dict[str, tuple[str, int]]  # prefix such as "%r" -> (type, how many); 0 for a register without a number
+    registers: dict[str, tuple[str, int]]  # prefix such as "%r" -> (type, count); count 0: one without a number
     shared: dict[str, int | None]  # variable -> bytes, None for the dynamic block
     local: dict[str, int]  # variable -> bytes per thread
     constants: dict[str, bytes]  # module-level variable -> initial bytes
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # label -> index of the instruction behind it
+    labels: dict[str, int] = field(default_factory=dict)  # label -> index of the next instruction
 
 
 def parse(text):
-    """Parse the text of a PTX module with one `.entry`. Raises ValueError where it is not what Triton emits."""
+    """Parse a PTX module with one `.entry`. Raises ValueError for PTX that Triton does not emit."""
     head, entry, rest = text.partition(".entry")
     if not entry:
         raise ValueError("expected a PTX module with an .entry")
@@ -154,7 +154,7 @@ def _read_body(kernel, body):
                 kernel.labels[statement["label"]] = len(kernel.instructions)
                 continue
             text = statement["text"].strip()
-            while text and text[0] in "{}":  # scopes; register names are unique all the same
+            while text and text[0] in "{}":  # scopes: ignored, register names are unique across them
                 text = text[1:].strip()
             if text.startswith("."):
                 _declare(kernel, text)
@@ -163,7 +163,7 @@ def _read_body(kernel, body):
 
 
 def _joined_lines(body):
-    """Lines of the body; a statement that spans several is joined into one."""
+    """Lines of the body, with each statement joined into one line."""
     pending = ""
     for line in body.split("\n"):
         line = line.strip()
@@ -180,7 +180,7 @@ def _joined_lines(body):
 
 
 def _source(line):
-    """The innermost position in a `.loc` line and, for inlined code, the kernel's own line that it was called from."""
+    """The position in a `.loc` line; for inlined code the innermost, and the kernel's line that called it."""
     _, _, comment = line.partition("//")
     positions = re.findall(r"[\w.<>-]+:\d+(?::\d+)?", comment)
     if not positions:
@@ -189,7 +189,7 @@ def _source(line):
 
 
 def _declare(kernel, text):
-    """Note a variable or a range of registers; other directives say nothing that execution needs."""
+    """Record a variable or a range of registers; ignore other directives."""
     if text.startswith(".reg"):
         _, type, names = text.split(None, 2)
         for name in names.split(","):
@@ -221,7 +221,7 @@ def _instruction(text, source):
 
 
 def _split(text):
-    """Cut at the commas that are in no bracket."""
+    """Split at commas outside brackets."""
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "{[(") - (character in "}])")

@@ -1,4 +1,4 @@
-"""The registered Triton ops as torch sees them: schemas, fakes, gradients. Called in an interpreting worker."""
+"""Rung 0: check the registration of the Triton ops with torch. Call these functions in an interpreting worker."""
 
 import torch
 
@@ -32,7 +32,7 @@ def search_inputs():
     return logits, scores, scores < -0.8, torch.full((2, 3), 4)
 
 
-def pointers():
+def backtrack_inputs():
     generator = torch.Generator().manual_seed(0)
     tokens, parents, frames = (torch.randint(0, 3, (4, 2, 3), generator=generator) for _ in range(3))
     return tokens, parents, -torch.rand(4, 2, 3, generator=generator), frames
@@ -45,8 +45,8 @@ def prefix_inputs():
     return *tensors, *(torch.randint(0, 3, (2, 3), generator=generator) for _ in range(3))
 
 
-def spelled(grad=False):
-    """Arguments of speller_unroll's registered op but for its two flags."""
+def unroll_arguments(grad=False):
+    """Arguments of the registered op speller_unroll, without its two flags."""
     weights, keys, values, *others = unroll_inputs(5, 4, (3, 6), 4, 5, 7, 2, 3, (7, 4), True, 0.5, 1.0, 0)
     for x in (*weights, keys, values):
         x.requires_grad_(grad)
@@ -54,7 +54,7 @@ def spelled(grad=False):
 
 
 def check_op(name):
-    """torch.library.opcheck of one op; raises where its registration is wrong."""
+    """Run torch.library.opcheck on one op; raises if its schema, fake or gradient is wrong."""
     fast()
     bound = torch.tensor([1, 2])
     arguments = {
@@ -66,43 +66,45 @@ def check_op(name):
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "ctc_prefix": [(*prefix_inputs(), EOS)],
-        "beam_backtrack": [(*pointers(), EOS)],
-        "speller_unroll": [(*spelled(grad), bf16, grad) for grad in (False, True) for bf16 in (False, True)],
+        "beam_backtrack": [(*backtrack_inputs(), EOS)],
+        "speller_unroll": [(*unroll_arguments(grad), bf16, grad) for grad in (False, True) for bf16 in (False, True)],
     }[name]  # fmt: skip
-    for given in arguments:
-        torch.library.opcheck(getattr(torch.ops.las_fast, f"{name}_triton").default, given)
+    for args in arguments:
+        torch.library.opcheck(getattr(torch.ops.las_fast, f"{name}_triton").default, args)
 
 
 def compile_ops():
-    """Return, of each op called with backend="triton", the graphs that torch.compile made; raises on a break."""
+    """Compile each op with backend="triton" and return {op: number of graphs}. Raises on a graph break."""
     fast()
     graphs = {}
 
-    def counted(name, function, *arguments):
+    def compile_and_compare(name, function, *arguments):
         def count(graph, _):
             graphs[name] = graphs.get(name, 0) + 1
             return graph.forward
 
-        found = torch.compile(function, fullgraph=True, backend=count)(*arguments)
-        for x, y in zip(found, function(*arguments), strict=True):
+        results = torch.compile(function, fullgraph=True, backend=count)(*arguments)
+        for x, y in zip(results, function(*arguments), strict=True):
             assert torch.equal(x, y), name
-        return found
+        return results
 
     table = torch.zeros(5, 5)
     with triton_on_the_cpu():
         query, keys, values, lengths = attention_inputs(grad=True)
-        found = counted("masked_attention", lambda *x: masked_attention(*x, backend="triton"),
+        attended = compile_and_compare("masked_attention", lambda *x: masked_attention(*x, backend="triton"),
                         query, keys, values, lengths)  # fmt: skip
-        found[0].sum().backward()
+        attended[0].sum().backward()
         assert all(x.grad is not None and x.grad.isfinite().all() for x in (query, keys, values))
-        counted("beam_topk", lambda a, b, c, n: beam_topk(
+        compile_and_compare("beam_topk", lambda a, b, c, n: beam_topk(
             a, b, c, eos=EOS, lengths=n, ngram=Ngram(table, n, 0.3), backend="triton"), *search_inputs())  # fmt: skip
-        counted("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
+        compile_and_compare("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
                 torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
-        counted("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
+        compile_and_compare("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
             f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
-        weights, *others, masks = spelled()
+        weights, *others, masks = unroll_arguments()
         flat = SpellerWeights(*weights[:6], tuple(weights[6::2]), tuple(weights[7::2]))
-        counted("speller_unroll", lambda *x: speller_unroll(*x, masks, backend="triton"), flat, *others)
-        counted("beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *pointers())
+        compile_and_compare("speller_unroll", lambda *x: speller_unroll(*x, masks, backend="triton"), flat, *others)
+        compile_and_compare(
+            "beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *backtrack_inputs()
+        )
     return graphs

@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m gpu_proof.roofline      prints the tables
 
-A launch takes at least the time of its bytes, of its operations and of its start. Bytes are counted in the interpreter,
-for every lane of every load and store, as if there were no caches: decoding finds the keys and values of a few
-utterances in the L2 cache and may be faster than this table.
+The bound is the largest of the times for memory traffic, arithmetic and launches. Bytes are counted in the interpreter
+for every lane of every load and store, as if there were no caches. Decoding may be faster than this table when the keys
+and values of a few utterances stay in the L2 cache.
 """
 
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ from dataclasses import dataclass
 import torch
 
 from gpu_proof.budgets import attend, unroll
-from gpu_proof.cases import FLOAT, HALF
+from gpu_proof.cases import FP16, FP32
 from gpu_proof.interpreter import fast
 from gpu_proof.process import interpreted
 from gpu_proof.sanitizer import sanitized
 
 # NVIDIA H100 SXM, from its data sheet
 BANDWIDTH = 3.35e12  # bytes per second
-RATE = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations per second, dense
-START = 2.5e-6  # seconds from one launch to the next, typical
-L2_BANDWIDTH = 5.5e12  # bytes per second, as measured by others: the data sheet has none
-ROWS = 16  # rows of a matrix unit's tile: queries are padded to a multiple
+THROUGHPUT = {"half": 989e12, "tf32": 494e12, "float": 67e12}  # operations per second, dense
+LAUNCH = 2.5e-6  # seconds between launches, typical
+L2_BANDWIDTH = 5.5e12  # bytes per second, as others have measured; the data sheet does not give it
+ROWS = 16  # rows of a matrix instruction's tile; queries are padded to a multiple
 
-K, D = 8, 256  # beams; numbers of a key and of a value
+K, D = 8, 256  # beams; size of keys and values
 SHAPES = [(B, T) for B in (1, 16, 64) for T in (100, 400, 1600)]
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Bytes and operations of one call, and the time that they take at least."""
+    """Bytes and operations of one call, and the lower bound on its time."""
 
     bytes: int
-    ideal_bytes: int  # of keys, values, queries and results, once each
+    ideal_bytes: int  # keys, values, queries and results once each
     operations: int
-    rate: float
+    throughput: float  # operations per second
     launches: int
 
     @property
     def times(self):
-        """Return the seconds spent on each part."""
+        """Seconds for memory traffic, arithmetic and launches."""
         return {
             "memory": self.bytes / BANDWIDTH,
-            "arithmetic": self.operations / self.rate,
-            "launches": self.launches * START,
+            "arithmetic": self.operations / self.throughput,
+            "launches": self.launches * LAUNCH,
         }
 
     @property
@@ -53,21 +53,23 @@ class Bound:
 
     @property
     def limit(self):
-        """Return the slowest part."""
+        """The part that takes longest."""
         return max(self.times, key=self.times.get)
 
 
 def attention_bound(B, T, dtype):
-    """The Bound of attention with K beams of size D, without weights; counts in a worker that interprets."""
-    launches = interpreted(count, B, T, dtype)
-    moved = sum(launch.requested for launch in launches)
+    """The Bound of attention with K beams of size D, without weights. Runs an interpreting worker."""
+    launches = interpreted(traffic, B, T, dtype)
+    requested = sum(launch.requested for launch in launches)
     rows = -(-K // ROWS) * ROWS
-    operations = 4 * B * rows * T * D  # a multiplication and an addition for each of keys and values
-    return Bound(moved, ideal(B, T, dtype), operations, RATE["half" if dtype == HALF else "float"], len(launches))
+    operations = 4 * B * rows * T * D  # 2 matmuls of 2 operations per element
+    return Bound(
+        requested, ideal(B, T, dtype), operations, THROUGHPUT["half" if dtype == FP16 else "float"], len(launches)
+    )
 
 
-def count(B, T, dtype):
-    """LaunchTraffic of one call of the launcher at that shape."""
+def traffic(B, T, dtype):
+    """Run the launcher once at a shape and return its LaunchTraffic list. Call it in an interpreting worker."""
     fast()
     with sanitized(checks=False) as launches:
         attend(B=B, K=K, T=T, D=D, E=D, dtype=dtype)
@@ -75,7 +77,7 @@ def count(B, T, dtype):
 
 
 def ideal(B, T, dtype):
-    """Bytes of the keys, values, queries, context, peaks (int64) and log-sums (float32) of a call."""
+    """Bytes of keys, values, queries, context, peaks (int64) and log-sums (float32)."""
     return torch.finfo(dtype).bits // 8 * 2 * D * (B * T + B * K) + (8 + 4) * B * K
 
 
@@ -83,9 +85,9 @@ UNROLL = {"B": 49, "T": 161}  # the typical batch of preset hw4p2
 TOKENS = 188
 
 
-def unroll_traffic():
-    """{(kernel, number of its launch in a token): bytes} of one token of the decoder pass; counts in a worker."""
-    launches = interpreted(count_unroll, UNROLL)
+def token_traffic():
+    """{(kernel, number of its launch): bytes} for one token of the decoder pass. Runs an interpreting worker."""
+    launches = interpreted(unroll_traffic, UNROLL)
     traffic = {}
     for kernel, moved in launches:
         number = sum(name == kernel for name, _ in traffic)
@@ -93,8 +95,8 @@ def unroll_traffic():
     return traffic
 
 
-def count_unroll(sizes):
-    """(kernel, bytes) of each launch of the first token, forward and backward."""
+def unroll_traffic(sizes):
+    """(kernel, bytes) of each launch of the first token, forward and backward. Call it in an interpreting worker."""
     fast()
     with sanitized(checks=False) as launches:
         unroll(U=2, **sizes)
@@ -105,23 +107,23 @@ def count_unroll(sizes):
 
 
 def unroll_table():
-    """The launches of one token of the decoder pass and their least times, as lines of markdown."""
-    yield "| kernel | MB moved | at least, us |"
+    """Yield the markdown lines of the table of launches for one token of the decoder pass."""
+    yield "| kernel | MB moved | lower bound, us |"
     yield "|---|---|---|"
     total = 0.0
-    for (kernel, _), moved in unroll_traffic().items():
-        seconds = max(moved / L2_BANDWIDTH, START)
+    for (kernel, _), moved in token_traffic().items():
+        seconds = max(moved / L2_BANDWIDTH, LAUNCH)
         total += seconds
         yield f"| {kernel.removesuffix('_kernel')} | {moved / 1e6:.2f} | {seconds * 1e6:.1f} |"
-    yield f"| a token | | {total * 1e6:.1f} |"
+    yield f"| one token | | {total * 1e6:.1f} |"
     yield f"| {TOKENS} tokens, ms | | {total * TOKENS * 1e3:.1f} |"
 
 
 def table():
-    """The bounds of attention for all shapes, as lines of markdown."""
-    yield "| dtype | B | T | MB moved | of ideal | GFLOP | at least, us | limited by |"
+    """Yield the markdown lines of the table of attention's bounds."""
+    yield "| dtype | B | T | MB moved | of ideal | GFLOP | lower bound, us | limited by |"
     yield "|---|---|---|---|---|---|---|---|"
-    for dtype in (HALF, FLOAT):
+    for dtype in (FP16, FP32):
         for B, T in SHAPES:
             bound = attention_bound(B, T, dtype)
             yield (

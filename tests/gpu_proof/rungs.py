@@ -1,27 +1,27 @@
-"""How each rung checks a case; called in a worker process of the right kind (see process.py)."""
+"""Rungs 1, 2 and 4 as functions of a case. Call them in a worker process of the right kind (see process.py)."""
 
 from gpu_proof.interpreter import fast, poisoned
 from gpu_proof.sanitizer import sanitized
 
 
 def interpret(case):
-    """Rung 1: the kernel's logic, in triton's interpreter; an output that nobody wrote is wrong."""
+    """Rung 1: results in Triton's interpreter, with outputs poisoned so that unwritten elements fail."""
     fast()
     with poisoned():
         case.run()
 
 
 def sanitize(case):
-    """Rung 2: every lane of every load and store stays in bounds, and no two programs disturb each other."""
+    """Rung 2: every lane of every access is in bounds, and programs do not race."""
     fast()
     with sanitized(last_program_only=case.huge), poisoned():
         case.run()
 
 
 def execute(case, arch=90, mutate=None, approximate=False):
-    """Rung 4: the values of the machine code that the kernel is compiled to, executed instruction by instruction.
+    """Rung 4: results of the compiled machine code, executed instruction by instruction.
 
-    approximate: approximate instructions are off by as much as a GPU's may be.
+    approximate: perturb approximate instructions by as much as a GPU's may err.
     """
     from gpu_proof.emulator import executed
 

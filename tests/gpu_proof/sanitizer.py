@@ -1,9 +1,9 @@
-"""Check and count every access to memory that interpreted Triton kernels make.
+"""Check and count every memory access of interpreted Triton kernels.
 
-Each tensor argument of a launch gets a virtual address far from all others, which is translated back when memory is
-accessed. So a pointer always belongs to the argument that it was computed from, however far it strays, even if two
-arguments share memory. For an argument on the meta device, which may be larger than memory, only bounds are checked:
-its stores are dropped, and its loads return the value of masked-off lanes.
+Each tensor argument of a launch gets a virtual address far from all others, which is translated back at each access. So
+a pointer can be traced to the argument that it was computed from, even out of bounds, and even if two arguments share
+memory. For an argument on the meta device, which may be larger than memory, only bounds are checked: its stores are
+dropped, and its loads return the value of masked-off lanes.
 
 Used only in a process that interprets (see process.py).
 """
@@ -21,11 +21,11 @@ from triton.runtime.jit import mangle_type
 
 SECTOR = 32  # bytes of the smallest transfer of a GPU's memory
 SPACING = 40  # bits of the virtual address range of one argument
-NOBODY, SEVERAL = 0, -1  # beside program number + 1, in the notes of who touched what
+NO_PROGRAM, MANY_PROGRAMS = 0, -1  # in the marks of a grain; otherwise a program's number + 1
 
 
 class OutOfBounds(AssertionError):
-    """An active lane accessed bytes outside the elements of the argument that it points into."""
+    """An active lane accessed bytes outside the elements of the argument that its pointer was computed from."""
 
 
 class ProgramRace(AssertionError):
@@ -33,25 +33,25 @@ class ProgramRace(AssertionError):
 
 
 @dataclass
-class Moved:
-    """Bytes that one launch moved in one direction, for one argument."""
+class BytesMoved:
+    """Bytes that one launch loaded from, or stored to, one argument."""
 
-    requested: int = 0  # each lane of each access counted
+    requested: int = 0  # summed over the lanes of all accesses
     unique: int = 0  # each byte counted once
-    sectors: int = 0  # distinct sectors touched, of 32 bytes each
+    sectors: int = 0  # distinct 32-byte sectors accessed
 
 
 @dataclass
 class Traffic:
-    """What one launch moved from and to one argument; atomic operations count as both."""
+    """Memory traffic of one launch on one argument. Atomic operations count as load and store."""
 
-    loaded: Moved = field(default_factory=Moved)
-    stored: Moved = field(default_factory=Moved)
+    loaded: BytesMoved = field(default_factory=BytesMoved)
+    stored: BytesMoved = field(default_factory=BytesMoved)
 
 
 @dataclass
 class LaunchTraffic:
-    """What one launch moved, by the name of the kernel's argument."""
+    """Memory traffic of one launch, by the name of the kernel's argument."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -59,21 +59,21 @@ class LaunchTraffic:
 
     @property
     def requested(self):
-        """Bytes that all lanes of all accesses asked for."""
+        """Bytes requested by all lanes of all accesses."""
         return sum(traffic.loaded.requested + traffic.stored.requested for traffic in self.arguments.values())
 
 
 @contextlib.contextmanager
 def sanitized(checks=True, races=True, last_program_only=False):
-    """Inside, each interpreted launch is checked and counted.
+    """Check and count each interpreted launch inside the block.
 
     Args:
-        checks: False only counts: for launches that are too large to be checked and whose like was checked small.
-        races:  False leaves out overlaps, which cost 8 bytes of notes an element.
-        last_program_only: leaves out all other programs of each launch, for grids that are too large to be run.
+        checks: False only counts, for launches too large to check.
+        races:  False skips the check that programs do not overlap, which needs 8 bytes per element.
+        last_program_only: run only the last program of each launch, for grids too large to run.
 
     Yields:
-        the list of LaunchTraffic, which grows by one with each launch that ends.
+        a list that gets a LaunchTraffic after each launch.
 
     Raises:
         OutOfBounds, ProgramRace: in place of triton's InterpreterError, when they are its cause.
@@ -85,10 +85,10 @@ def sanitized(checks=True, races=True, last_program_only=False):
         try:
             yield sanitizer.launches
         except InterpreterError as error:
-            raise _finding(error) from None
+            raise _cause(error) from None
 
 
-def _finding(error):
+def _cause(error):
     """The OutOfBounds or ProgramRace behind an InterpreterError, or else the error itself."""
     cause = error
     while cause is not None and not isinstance(cause, (OutOfBounds, ProgramRace)):
@@ -102,14 +102,14 @@ class _Sanitizer:
         self.races = races
         self.last_program_only = last_program_only
         self.launches = []
-        # of the launch that runs now:
+        # state of the current launch:
         self.kernel, self.grid = "", ()
         self.names = {}  # id of a tensor -> the kernel's name for it
-        self.arguments = []  # in the order of their made-up addresses
+        self.arguments = []  # in the order of their virtual addresses
         self.storages = {}  # address -> _Storage
 
     def hooks(self):
-        """(object, attribute, what to put there) for everything in the interpreter that has to be watched."""
+        """(object, attribute, replacement) for each function of the interpreter to patch."""
         builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
         launch, to_host, convert = executor.__call__, executor._init_args_hst, interpreter._implicit_cvt
         load, store = builder.create_masked_load, builder.create_masked_store
@@ -143,7 +143,7 @@ class _Sanitizer:
 
         def masked_load(ptrs, mask, other, *rest):
             mask = _mask(mask, ptrs)
-            # of a single lane the interpreter drops an `other` that is 0, so that it may have been named
+            # for a single lane the interpreter drops `other=0`, so None does not mean that none was given
             if other is None and mask.data.size > 1 and not mask.data.all():
                 other = _unspecified(ptrs)
             ptrs, mask = self.access("load", ptrs, mask.data)
@@ -176,7 +176,7 @@ class _Sanitizer:
         ]
 
     def pointer(self, tensor):
-        """What the interpreter passes to a kernel for a tensor, but with a made-up address."""
+        """The tl.tensor that the interpreter passes to a kernel for a tensor, with a virtual address."""
         storage = None
         if not tensor.is_meta:
             memory = tensor.untyped_storage()
@@ -193,7 +193,7 @@ class _Sanitizer:
         """Check and count a "load", "store" or "atomic" of the lanes in the mask.
 
         Returns:
-            handles of the pointers to real memory, and of the lanes that there is memory for.
+            handles of the real pointers, and of the mask without lanes of meta tensors.
         """
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)  # bytes
         active = ptrs.data[mask]
@@ -213,7 +213,7 @@ class _Sanitizer:
         return interpreter.TensorHandle(real, ptrs.dtype), interpreter.TensorHandle(mask, tl.int1)
 
     def owners(self, addresses):
-        """The arguments from which the addresses were computed, nearly always one."""
+        """The arguments that the addresses were computed from, nearly always one."""
         if not addresses.size:
             return []
         first, last = int(addresses.min()) >> SPACING, int(addresses.max()) >> SPACING
@@ -227,18 +227,18 @@ class _Sanitizer:
         if not inside.all():
             raise OutOfBounds(
                 f"{self.where()}: {kind} of {(~inside).sum()} of {inside.size} lanes outside {argument}; "
-                f"the first of them is {offsets[~inside][0]} bytes from its first element"
+                f"the first is {offsets[~inside][0]} bytes from its first element"
             )
 
     def check_overlaps(self, kind, argument, grains):
         x, y, z = interpreter.interpreter_builder.grid_idx
         _, ny, nz = interpreter.interpreter_builder.grid_dim
-        other = argument.storage.note(kind, grains, 1 + (x * ny + y) * nz + z)
-        if other == NOBODY:
+        other = argument.storage.record(kind, grains, 1 + (x * ny + y) * nz + z)
+        if other == NO_PROGRAM:
             return
         x, y, z = (other - 1) // nz // ny, (other - 1) // nz % ny, (other - 1) % nz
-        stranger = "several programs have" if other == SEVERAL else f"program {(x, y, z)} has"
-        raise ProgramRace(f"{self.where()}: {kind} of what {stranger} touched in {argument}")
+        programs = "several programs" if other == MANY_PROGRAMS else f"program {(x, y, z)}"
+        raise ProgramRace(f"{self.where()}: {kind} of an element that {programs} accessed in {argument}")
 
     def check_lanes_agree(self, addresses, values, mask):
         addresses = addresses[mask]
@@ -248,14 +248,14 @@ class _Sanitizer:
             return
         different = values.view(f"u{values.itemsize}") != values[first][inverse].view(f"u{values.itemsize}")
         if different.any():
-            raise ProgramRace(f"{self.where()}: {different.sum()} lanes of a store write another value to one place")
+            raise ProgramRace(f"{self.where()}: {different.sum()} lanes of one store write different values")
 
     def where(self):
         return f"{self.kernel}, program {tuple(interpreter.interpreter_builder.grid_idx)}"
 
 
 class _Storage:
-    """Memory behind one or more arguments, cut into grains as large as the smallest element of any of them."""
+    """Memory behind one or more arguments, divided into grains the size of their smallest element."""
 
     def __init__(self, start, size):
         self.start = start  # address
@@ -263,44 +263,44 @@ class _Storage:
         self.grain = 8  # bytes
         self.reader = self.writer = None
 
-    def untouched(self, dtype):
-        """Zeros, one for each grain."""
+    def zeros(self, dtype):
+        """A zero per grain."""
         return np.zeros(-(-self.size // self.grain), dtype)
 
-    def note(self, kind, grains, program):
-        """Note that a program loads or stores grains; returns whom that makes it race with, or NOBODY."""
+    def record(self, kind, grains, program):
+        """Record that a program loads or stores grains. Returns the program that it races with, or NO_PROGRAM."""
         if self.reader is None:
-            self.reader, self.writer = self.untouched(np.int32), self.untouched(np.int32)
-        for before in [self.writer] if kind == "load" else [self.writer, self.reader]:
-            found = before[grains]
-            strangers = found[(found != NOBODY) & (found != program)]
-            if strangers.size:
-                return int(strangers[0])
+            self.reader, self.writer = self.zeros(np.int32), self.zeros(np.int32)
+        for marks in [self.writer] if kind == "load" else [self.writer, self.reader]:
+            before = marks[grains]
+            others = before[(before != NO_PROGRAM) & (before != program)]
+            if others.size:
+                return int(others[0])
         if kind == "store":
             self.writer[grains] = program
         else:
-            found = self.reader[grains]
-            self.reader[grains] = np.where((found == NOBODY) | (found == program), program, SEVERAL)
-        return NOBODY
+            before = self.reader[grains]
+            self.reader[grains] = np.where((before == NO_PROGRAM) | (before == program), program, MANY_PROGRAMS)
+        return NO_PROGRAM
 
 
 class _Argument:
-    """A tensor argument of a launch: where it is, which bytes are its elements, what was moved."""
+    """A tensor argument of a launch: its virtual address, the bytes of its elements, and its traffic."""
 
     def __init__(self, name, tensor, number, storage):
         self.name = name
         self.tensor = tensor
-        self.storage = storage  # None of a tensor on the meta device
+        self.storage = storage  # None for a tensor on the meta device
         self.owner = number + 1
         start = 0 if storage is None else tensor.data_ptr()
-        # the middle of its share, so that offsets may be negative, and as aligned as the real address
+        # the middle of its range, so that offsets may be negative, with the alignment of the real address
         self.address = (self.owner << SPACING) + (1 << (SPACING - 1)) + start % 4096
         self.to_real = np.uint64((start - self.address) % 2**64)
         steps = zip(tensor.shape, tensor.stride(), strict=True)
-        self.span = 1 + sum((n - 1) * stride for n, stride in steps) if tensor.numel() else 0  # elements and gaps
+        self.span = 1 + sum((n - 1) * stride for n, stride in steps) if tensor.numel() else 0  # elements, gaps included
         self.occupied = None if _is_dense(tensor) else _occupied(tensor, self.span)
         self._requested = {"load": 0, "store": 0}
-        self._touched = {}  # "load" or "store" -> a bool for each grain of the storage
+        self._accessed = {}  # "load" or "store" -> bool per grain of the storage
 
     def __str__(self):
         shape, strides = tuple(self.tensor.shape), self.tensor.stride()
@@ -311,7 +311,7 @@ class _Argument:
         return addresses >> np.uint64(SPACING) == self.owner
 
     def holds(self, offsets, size):
-        """Which accesses, of `size` bytes at offsets from the first element, touch nothing but elements."""
+        """Which accesses of `size` bytes, at offsets from the first element, stay inside elements."""
         element = self.tensor.element_size()
         inside = (offsets >= 0) & (offsets + size <= self.span * element)
         if self.occupied is not None:
@@ -320,7 +320,7 @@ class _Argument:
         return inside
 
     def grains(self, offsets, size):
-        """The storage's grains that such accesses touch."""
+        """The grains of the storage that accesses of `size` bytes at these offsets cover."""
         first = (offsets + (self.tensor.data_ptr() - self.storage.start)) // self.storage.grain
         parts = size // self.storage.grain
         return first if parts <= 1 else (first[:, None] + np.arange(parts)).reshape(-1)
@@ -328,43 +328,43 @@ class _Argument:
     def count(self, kind, size, grains):
         for direction in ("load", "store") if kind == "atomic" else (kind,):
             self._requested[direction] += size
-            if direction not in self._touched:
-                self._touched[direction] = self.storage.untouched(bool)
-            self._touched[direction][grains] = True
+            if direction not in self._accessed:
+                self._accessed[direction] = self.storage.zeros(bool)
+            self._accessed[direction][grains] = True
 
     def traffic(self):
-        return Traffic(loaded=self._moved("load"), stored=self._moved("store"))
+        return Traffic(loaded=self._bytes_moved("load"), stored=self._bytes_moved("store"))
 
-    def _moved(self, direction):
-        if direction not in self._touched:
-            return Moved()
-        grain, touched = self.storage.grain, self._touched[direction]
-        whole_sectors = np.pad(touched, (0, -touched.size % (SECTOR // grain))).reshape(-1, SECTOR // grain)
-        unique = int(np.count_nonzero(touched)) * grain
-        return Moved(self._requested[direction], unique, int(np.count_nonzero(whole_sectors.any(1))))
+    def _bytes_moved(self, direction):
+        if direction not in self._accessed:
+            return BytesMoved()
+        grain, accessed = self.storage.grain, self._accessed[direction]
+        sectors = np.pad(accessed, (0, -accessed.size % (SECTOR // grain))).reshape(-1, SECTOR // grain)
+        unique = int(np.count_nonzero(accessed)) * grain
+        return BytesMoved(self._requested[direction], unique, int(np.count_nonzero(sectors.any(1))))
 
 
 def _is_dense(tensor):
-    """Whether a tensor's elements lie side by side, in whatever order."""
+    """Whether a tensor has no gaps between elements, in any order of dimensions."""
     outermost_first = sorted(range(tensor.ndim), key=lambda i: -tensor.stride(i))
     return tensor.permute(outermost_first).is_contiguous()
 
 
 def _occupied(tensor, span):
-    """A bool for each element from the first to the last of a tensor with gaps: whether it belongs to the tensor."""
+    """Bool per element from a tensor's first to its last: whether it belongs to the tensor or is a gap."""
     occupied = torch.zeros(span, dtype=torch.bool)
     occupied.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return occupied.numpy()
 
 
 def _mask(mask, ptrs):
-    """A mask as a handle of bools in the shape of the pointers; block pointers give it as a bare array."""
+    """A mask as a handle of bools in the shape of the pointers. Block pointers pass it as a plain array."""
     lanes = mask if isinstance(mask, np.ndarray) else mask.data
     return interpreter.TensorHandle(np.broadcast_to(lanes, ptrs.data.shape).astype(bool), tl.int1)
 
 
 def _unspecified(ptrs):
-    """What lanes that are masked off hold after a load that names no `other`: on a GPU anything, here poison."""
+    """The value of masked-off lanes after a load without `other`: undefined on a GPU, poison here."""
     element = ptrs.get_element_ty()
     dtype = interpreter._get_np_dtype(element)
     if element == tl.bfloat16:

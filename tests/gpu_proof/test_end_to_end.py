@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from toy_model import ToyModel, all_texts, memory
 
-from gpu_proof.end_to_end import decode, executed_decode, executed_small_search, executed_training, trained
+from gpu_proof.end_to_end import decode, executed_decode, executed_small_search, executed_training, train
 from gpu_proof.process import compiled
 
 
@@ -19,25 +19,27 @@ def archive(shared):
     return path
 
 
-def assert_same(found, expected):
-    """The same hypotheses in the same order, of scores that differ by rounding alone."""
-    assert [name for name, _ in found] == [name for name, _ in expected]
-    for (name, ours), (_, theirs) in zip(found, expected, strict=True):
-        assert [tokens for tokens, _, _ in ours] == [tokens for tokens, _, _ in theirs], name
-        assert [score for _, score, _ in ours] == pytest.approx([score for _, score, _ in theirs], abs=1e-4), name
-        assert [frames for _, _, frames in ours] == [frames for _, _, frames in theirs], name
+def assert_same(actual, expected):
+    """The same hypotheses in the same order, with scores that differ by rounding only."""
+    assert [name for name, _ in actual] == [name for name, _ in expected]
+    for (name, best), (_, expected_best) in zip(actual, expected, strict=True):
+        tokens, scores, frames = zip(*best, strict=True)
+        expected_tokens, expected_scores, expected_frames = zip(*expected_best, strict=True)
+        assert tokens == expected_tokens, name
+        assert scores == pytest.approx(expected_scores, abs=1e-4), name
+        assert frames == expected_frames, name
 
 
-def test_three_utterances_decoded_by_executed_ptx_come_out_as_by_the_reference(archive):
-    found, launches = compiled(executed_decode, archive, 90, 3)
-    assert_same(found, decode(archive, "reference", 3))
-    assert len(found) == 3 and all(several[0][0] for _, several in found)
-    times = Counter(launches)
-    assert times["backtrack_kernel"] == 1
-    assert times["forward_kernel"] == times["topk_kernel"] == times["gather_kernel"] >= 16
+def test_executed_ptx_decodes_three_utterances_as_the_reference_does(archive):
+    decoded, launches = compiled(executed_decode, archive, 90, 3)
+    assert_same(decoded, decode(archive, "reference", 3))
+    assert len(decoded) == 3 and all(best[0][0] for _, best in decoded)
+    counts = Counter(launches)
+    assert counts["backtrack_kernel"] == 1
+    assert counts["forward_kernel"] == counts["topk_kernel"] == counts["gather_kernel"] >= 16
 
 
-def test_every_dev_utterance_comes_out_the_same_on_all_three_backends(archive):
+def test_all_backends_decode_every_development_utterance_alike(archive):
     expected = decode(archive, "reference")
     assert len(expected) == 104
     assert_same(decode(archive, "cpp"), expected)
@@ -45,20 +47,20 @@ def test_every_dev_utterance_comes_out_the_same_on_all_three_backends(archive):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_of_executed_ptx_finds_what_brute_force_finds(seed):
+def test_a_wide_beam_on_executed_ptx_equals_brute_force(seed):
     expected = all_texts(ToyModel(), memory([seed], [4]), 4, 0.0)[:5]
-    found = compiled(functools.partial(executed_small_search, beam=64), 90, seed)
-    assert [tokens for tokens, _ in found] == [text for _, _, text in expected]
-    assert [score for _, score in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+    best = compiled(functools.partial(executed_small_search, beam=64), 90, seed)
+    assert [tokens for tokens, _ in best] == [text for _, _, text in expected]
+    assert [score for _, score in best] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
 
 def test_training_by_executed_ptx_follows_the_reference(archive):
     losses, gradients, launches = compiled(executed_training, archive, 90, 50)
-    expected, right = trained(archive, "reference", 50)
+    expected, exact = train(archive, "reference", 50)
     assert len(losses) == 50 and losses == pytest.approx(expected, abs=1e-4)
     for name, gradient in gradients.items():
-        assert float((gradient - right[name]).norm()) <= 1e-4 * float(right[name].norm()) + 1e-7, name
-    times = Counter(launches)
-    assert times["cell_kernel"] == times["cell_gradient_kernel"] == 2 * times["attend_kernel"]
-    assert times["attend_kernel"] == times["choose_kernel"] == times["attend_gradient_kernel"]
-    assert times["attend_kernel"] == times["input_gradient_kernel"]
+        assert float((gradient - exact[name]).norm()) <= 1e-4 * float(exact[name].norm()) + 1e-7, name
+    counts = Counter(launches)
+    assert counts["cell_kernel"] == counts["cell_gradient_kernel"] == 2 * counts["attend_kernel"]
+    assert counts["attend_kernel"] == counts["choose_kernel"] == counts["attend_gradient_kernel"]
+    assert counts["attend_kernel"] == counts["input_gradient_kernel"]

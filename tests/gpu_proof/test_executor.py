@@ -1,4 +1,4 @@
-"""The machine that runs compiled kernels on the CPU computes what a GPU would, and notices what it is there for."""
+"""The PTX executor computes the results of a GPU, and detects races, bad accesses and illegal divergence."""
 
 import math
 import re
@@ -13,7 +13,7 @@ import triton.language as tl
 from gpu_proof import ptx
 from gpu_proof.compiler import compile_launch, recorded, resources
 from gpu_proof.emulator import executed
-from gpu_proof.executor import BarrierRace, BrokenConvergence, Misaligned, OutOfBounds, Program, Runaway
+from gpu_proof.executor import BarrierRace, EndlessLoop, IllegalDivergence, Misaligned, OutOfBounds, Program
 
 ARCHITECTURES = (80, 90, 100)
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -23,9 +23,9 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def error(found, exact):
-    """Relative to the largest exact value."""
-    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+def relative_error(actual, exact):
+    """The largest error, relative to the largest exact value."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 # Kernels
@@ -48,8 +48,8 @@ def softmax_kernel(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def product_kernel(a, b, out, depth, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """out (16, COLUMNS) = a (16, depth) b (depth, COLUMNS), DEPTH at a time; b crosses shared memory."""
+def matmul_kernel(a, b, out, depth, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """out (16, COLUMNS) = a (16, depth) @ b (depth, COLUMNS), DEPTH at a time; b goes through shared memory."""
     row, column, k = tl.arange(0, 16), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     total = tl.zeros([16, COLUMNS], tl.float32)
     for start in range(0, depth, DEPTH):
@@ -60,8 +60,8 @@ def product_kernel(a, b, out, depth, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def prefix_kernel(x, counts, out, n, BLOCK: tl.constexpr):
-    """Sum the first counts[p] numbers of row p, BLOCK at a time."""
+def row_sum_kernel(x, counts, out, n, BLOCK: tl.constexpr):
+    """Sum the first counts[p] elements of row p, BLOCK at a time."""
     p = tl.program_id(0)
     count = tl.load(counts + p)
     total = tl.zeros([BLOCK], tl.float32)
@@ -99,7 +99,7 @@ def order_kernel(x, ordered, best, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_kernel(scores, out, BLOCK: tl.constexpr):
-    """The largest score and its lowest place, as one 64-bit key."""
+    """The largest score and its lowest index as one 64-bit key."""
     i = tl.arange(0, BLOCK)
     bits = tl.load(scores + i).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -107,9 +107,9 @@ def key_kernel(scores, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scatter_kernel(places, values, out, BLOCK: tl.constexpr):
+def scatter_kernel(index, values, out, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.atomic_add(out + tl.load(places + i), tl.load(values + i))
+    tl.atomic_add(out + tl.load(index + i), tl.load(values + i))
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def integer_kernel(x, y, out, BLOCK: tl.constexpr):
     tl.store(out + i, a // b)
     tl.store(out + BLOCK + i, a % b)
     tl.store(out + 2 * BLOCK + i, (a << 3) ^ (b >> 2))
-    tl.store(out + 3 * BLOCK + i, a // 7)  # a multiplication by a large constant
+    tl.store(out + 3 * BLOCK + i, a // 7)  # compiled to a multiplication by a large constant
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def histogram_kernel(x, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def collatz_kernel(out):
-    """How many steps the program's number, from 1, takes to 1."""
+    """The number of Collatz steps from the program's number + 1 down to 1."""
     p = tl.program_id(0)
     x, steps = p.to(tl.int64) + 1, 0
     while x != 1:
@@ -155,12 +155,12 @@ def collatz_kernel(out):
 @triton.jit
 def grid_kernel(out):
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    place = (z * tl.num_programs(1) + y) * tl.num_programs(0) + x
-    tl.store(out + place, x + 10 * y + 100 * z)
+    index = (z * tl.num_programs(1) + y) * tl.num_programs(0) + x
+    tl.store(out + index, x + 10 * y + 100 * z)
 
 
 @triton.jit
-def half_kernel(x, y, out, BLOCK: tl.constexpr):
+def multiply_add_kernel(x, y, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     a, b = tl.load(x + i), tl.load(y + i)
     tl.store(out + i, a * b + a)
@@ -170,7 +170,7 @@ def half_kernel(x, y, out, BLOCK: tl.constexpr):
 
 
 @every_architecture
-def test_a_masked_sum_is_right(arch):
+def test_a_masked_sum_is_exact(arch):
     x, y, out = random(1000), random(1000, seed=1), torch.full((1000,), torch.nan)
     with executed(arch) as launches:
         add_kernel[(4,)](x, y, out, 1000, BLOCK=256)
@@ -179,16 +179,16 @@ def test_a_masked_sum_is_right(arch):
 
 
 @every_architecture
-def test_a_masked_softmax_is_right_however_the_approximations_round(arch):
+def test_a_masked_softmax_is_accurate_with_perturbed_approximations(arch):
     x = 5 * random(6, 300)
     for ulps in (0, 2):
         out = torch.full_like(x, torch.nan)
         with executed(arch, approx_ulps=ulps):
             softmax_kernel[(6,)](x, out, 300, BLOCK=512)
-        assert error(out, x.double().softmax(1)) < 1e-6
+        assert relative_error(out, x.double().softmax(1)) < 1e-6
 
 
-def test_approximations_can_be_made_to_differ():
+def test_approx_ulps_changes_the_results():
     x = 5 * random(1, 300)
     results = []
     for ulps in (0, 2):
@@ -198,67 +198,67 @@ def test_approximations_can_be_made_to_differ():
     assert not torch.equal(*results)
 
 
-def product(arch, dtype, precision, depth=96, columns=64, **options):
-    """Error of product_kernel, that of the plain product in the same precision, and the launch."""
+def matmul(arch, dtype, precision, depth=96, columns=64, **options):
+    """The relative error of matmul_kernel, and its Execution."""
     a, b = random(16, depth, dtype=dtype), random(depth, columns, dtype=dtype, seed=1)
     out = torch.full((16, columns), torch.nan)
     with executed(arch, **options) as launches:
-        product_kernel[(1,)](a, b, out, depth, DEPTH=32, COLUMNS=columns, PRECISION=precision, num_stages=3)
-    return error(out, a.double() @ b.double()), launches[0]
+        matmul_kernel[(1,)](a, b, out, depth, DEPTH=32, COLUMNS=columns, PRECISION=precision, num_stages=3)
+    return relative_error(out, a.double() @ b.double()), launches[0]
 
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_product_is_exact_but_for_the_sum(arch, dtype):
-    found, launch = product(arch, dtype, "ieee")
-    assert found < 1e-6 and launch.counts.mma
+def test_a_half_precision_matmul_rounds_only_the_float32_sum(arch, dtype):
+    error, launch = matmul(arch, dtype, "ieee")
+    assert error < 1e-6 and launch.counts.mma
 
 
 @every_architecture
-def test_a_float32_product_has_the_error_of_its_precision(arch):
-    assert product(arch, torch.float32, "ieee")[0] < 1e-6
-    found, launch = product(arch, torch.float32, "tf32")
-    assert 1e-5 < found < 2e-3 and launch.counts.mma  # 10 bits of mantissa, not 23
-    assert product(arch, torch.float32, "tf32x3")[0] < 2e-6
+def test_a_float32_matmul_has_the_error_of_its_precision(arch):
+    assert matmul(arch, torch.float32, "ieee")[0] < 1e-6
+    error, launch = matmul(arch, torch.float32, "tf32")
+    assert 1e-5 < error < 2e-3 and launch.counts.mma  # 10 bits of mantissa, not 23
+    assert matmul(arch, torch.float32, "tf32x3")[0] < 2e-6
 
 
-def test_blackwell_multiplies_in_pairs():
-    _, launch = product(100, torch.float32, "ieee")
+def test_blackwell_uses_packed_float32_fma():
+    _, launch = matmul(100, torch.float32, "ieee")
     assert launch.counts.opcodes["fma.rn.f32x2"]
 
 
 @every_architecture
-def test_loops_of_different_length_run_side_by_side(arch):
+def test_programs_may_run_loops_of_different_length(arch):
     counts = torch.tensor([0, 1, 127, 128, 129, 700, 3], dtype=torch.int32)
     x, out = random(7, 700), torch.full((7,), torch.nan)
     with executed(arch):
-        prefix_kernel[(7,)](x, counts, out, 700, BLOCK=128)
+        row_sum_kernel[(7,)](x, counts, out, 700, BLOCK=128)
     exact = torch.stack([row[:n].double().sum() for row, n in zip(x, counts.tolist(), strict=True)])
-    assert error(out, exact) < 1e-6
+    assert relative_error(out, exact) < 1e-6
 
 
 @every_architecture
-def test_programs_may_branch_apart(arch):
+def test_programs_may_take_different_branches(arch):
     x, out = random(7, 256), torch.zeros(7, 256)
     with executed(arch):
         branch_kernel[(7,)](x, out, BLOCK=256)
     sign = torch.tensor([-1.0, 2, 0, 2, -1, 0, -1], dtype=torch.float64)[:, None]
     exact = sign * (x.double() + x.double().sum(1, keepdim=True))
-    assert error(out, exact) < 1e-6 and (out[[2, 5]] == 0).all()
+    assert relative_error(out, exact) < 1e-6 and (out[[2, 5]] == 0).all()
 
 
 @every_architecture
-def test_threads_of_a_warp_may_branch_apart(arch):
-    """Large arguments of a cosine take a path of their own, with local memory and carries."""
+def test_threads_of_a_warp_may_take_different_branches(arch):
+    """tl.cos branches for large arguments, and uses local memory and carries there."""
     x = torch.where(torch.arange(256) % 3 == 0, random(256) * 1e8, random(256))
     out = torch.full((256,), torch.nan)
     with executed(arch):
         cosine_kernel[(1,)](x, out, BLOCK=256)
-    assert error(out, x.double().cos()) < 1e-6
+    assert relative_error(out, x.double().cos()) < 1e-6
 
 
 @every_architecture
-def test_sorting_and_the_first_maximum_are_right(arch):
+def test_sort_and_argmax_match_torch(arch):
     x = random(512).mul(8).round()
     ordered, best = torch.empty_like(x), torch.zeros(1, dtype=torch.int32)
     with executed(arch):
@@ -268,7 +268,7 @@ def test_sorting_and_the_first_maximum_are_right(arch):
 
 
 @every_architecture
-def test_a_packed_key_keeps_the_lower_place_of_equal_scores(arch):
+def test_a_packed_key_keeps_the_lower_index_of_equal_scores(arch):
     scores = random(1024).clamp(max=1.5)
     out = torch.zeros(1, dtype=torch.int64)
     with executed(arch):
@@ -277,18 +277,18 @@ def test_a_packed_key_keeps_the_lower_place_of_equal_scores(arch):
 
 
 @every_architecture
-def test_atomic_sums_lose_nothing(arch):
-    places = torch.randint(0, 5, (512,), generator=torch.Generator().manual_seed(0))
+def test_atomic_sums_lose_no_update(arch):
+    index = torch.randint(0, 5, (512,), generator=torch.Generator().manual_seed(0))
     out = torch.zeros(5)
     with executed(arch):
-        scatter_kernel[(2,)](places, random(512), out, BLOCK=256)
-    exact = torch.zeros(5, dtype=torch.float64).index_add(0, places, random(512).double())
-    assert error(out, exact) < 1e-5
+        scatter_kernel[(2,)](index, random(512), out, BLOCK=256)
+    exact = torch.zeros(5, dtype=torch.float64).index_add(0, index, random(512).double())
+    assert relative_error(out, exact) < 1e-5
 
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.int64])
-def test_a_tile_is_turned_through_shared_memory(arch, dtype):
+def test_a_tile_is_transposed_through_shared_memory(arch, dtype):
     x = (50 * random(32, 64)).to(dtype)
     out = torch.zeros(64, 32, dtype=dtype)
     with executed(arch) as launches:
@@ -297,7 +297,7 @@ def test_a_tile_is_turned_through_shared_memory(arch, dtype):
 
 
 @every_architecture
-def test_counting_in_shared_memory_is_right(arch):
+def test_a_histogram_in_shared_memory_matches_torch(arch):
     x = torch.randint(0, 16, (1024,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     out = torch.zeros(16, dtype=torch.int32)
     with executed(arch):
@@ -305,7 +305,7 @@ def test_counting_in_shared_memory_is_right(arch):
     assert torch.equal(out.long(), torch.bincount(x, minlength=16))
 
 
-def test_every_program_loops_as_often_as_its_number_asks():
+def test_a_while_loop_ends_separately_for_each_program():
     out = torch.zeros(12, dtype=torch.int32)
     with executed(90):
         collatz_kernel[(12,)](out)
@@ -327,7 +327,7 @@ def test_integers_divide_like_c(arch, dtype):
 
 
 @every_architecture
-def test_a_tuple_of_pointers_is_spread_over_the_parameters(arch):
+def test_a_tuple_of_pointers_is_flattened_into_parameters(arch):
     sources = (random(50), random(70, dtype=torch.float16), torch.arange(33), torch.zeros(0, dtype=torch.int8))
     targets = tuple(torch.empty_like(x) for x in sources)
     with executed(arch):
@@ -335,7 +335,7 @@ def test_a_tuple_of_pointers_is_spread_over_the_parameters(arch):
     assert all(torch.equal(x, y) for x, y in zip(sources, targets, strict=True))
 
 
-def test_every_program_knows_its_place_in_a_grid_of_three_dimensions():
+def test_program_ids_are_right_in_a_three_dimensional_grid():
     out = torch.zeros(4, 3, 9, dtype=torch.int32)
     with executed(90):
         grid_kernel[(9, 3, 4)](out)
@@ -349,9 +349,9 @@ def test_half_precision_arithmetic_rounds_like_half_precision(arch, dtype):
     x, y = random(256, dtype=dtype), random(256, dtype=dtype, seed=1)
     out = torch.empty_like(x)
     with executed(arch):
-        half_kernel[(1,)](x, y, out, BLOCK=256)
+        multiply_add_kernel[(1,)](x, y, out, BLOCK=256)
     exact = x.double() * y.double() + x.double()
-    assert error(out, exact) <= 2 * error(x * y + x, exact)
+    assert relative_error(out, exact) <= 2 * relative_error(x * y + x, exact)
 
 
 # Single instructions
@@ -385,7 +385,7 @@ BODY
 
 
 def run_body(body, values, **options):
-    """Run instructions for 64 threads with a 32-bit number in %r2 each; returns each thread's %r3, as int32."""
+    """Run instructions in 64 threads with a 32-bit value in %r2; return each thread's %r3 as int32."""
     source = torch.as_tensor(values).to(torch.int32).broadcast_to(THREADS).contiguous()
     result = torch.zeros(THREADS, dtype=torch.int32)
     Program(ptx.parse(TEXT.replace("BODY", body)), 256, **options).run((1, 1, 1), [source, result])
@@ -481,15 +481,14 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("body", INSTRUCTIONS)
-def test_an_instruction_does_what_ptx_says(body):
+def test_an_instruction_matches_the_ptx_manual(body):
     value, expected = INSTRUCTIONS[body]
     expected = torch.as_tensor(expected).to(torch.int64).broadcast_to(THREADS)
-    found = run_body(body, value)
-    assert torch.equal(found, expected.to(torch.int32))
+    assert torch.equal(run_body(body, value), expected.to(torch.int32))
 
 
-def test_diverged_threads_join_again():
-    """Each thread counts down from its own number; the shuffle behind the loop needs them all."""
+def test_diverged_threads_reconverge():
+    """Each thread counts up to its own number; the shuffle after the loop needs all threads."""
     body = """
 	mov.u32 	%r3, 0;
 $L_loop:
@@ -509,24 +508,24 @@ def test_a_thread_may_return_before_the_others():
     assert run_body(body, 0).sum() == 41
 
 
-def test_an_unknown_instruction_is_named():
+def test_the_error_names_an_unknown_instruction():
     for name in ("wgmma.fence.sync.aligned", "tcgen05.wait.ld.sync.aligned", "add.rz.f32", "mul.f32.f16"):
         with pytest.raises(NotImplementedError, match=re.escape(name)):
             run_body(f"{name};", 0)
 
 
-# What a GPU does not define
+# Undefined behaviour
 
 
 @every_architecture
-def test_a_forgotten_mask_is_caught(arch):
-    """The tensors lie side by side in memory; no access may land in a neighbour."""
+def test_a_forgotten_mask_is_detected(arch):
+    """The tensors are adjacent in memory: an access out of one must not pass as an access to the next."""
     x, y, out = torch.zeros(3, 1000).unbind()
     with executed(arch), pytest.raises(OutOfBounds, match="outside x, .* of its 4000"):
         add_kernel[(4,)](x[:1000], y, out, 1001, BLOCK=256)
 
 
-def test_a_view_may_be_used_as_far_as_its_storage_reaches_and_no_further():
+def test_bounds_of_a_strided_view_are_its_storage_and_of_a_contiguous_tensor_itself():
     storage = random(64)
     with executed(90):
         add_kernel[(1,)](storage[::2], storage[::2], torch.empty(64), 64, BLOCK=64)
@@ -534,21 +533,21 @@ def test_a_view_may_be_used_as_far_as_its_storage_reaches_and_no_further():
         add_kernel[(1,)](storage[:32], storage[:32], torch.empty(64), 64, BLOCK=64)
 
 
-def test_a_misaligned_vector_is_caught():
-    def shifted(text):
+def test_a_misaligned_vector_load_is_detected():
+    def shift_address(text):
         return re.sub(r"(ld\.global\.v4[^\[]*\[ %rd\d+ \+) 0", r"\1 4", text)
 
     x = random(1024)
-    with executed(90, mutate=shifted), pytest.raises(Misaligned):
+    with executed(90, mutate=shift_address), pytest.raises(Misaligned):
         add_kernel[(1,)](x, x, torch.empty(1024), 1024, BLOCK=1024)
 
 
 def without(pattern, number):
-    """A mutation that drops one instruction."""
+    """A mutation that removes match `number` of a pattern."""
 
     def mutate(text):
-        found = list(re.finditer(pattern, text))[number]
-        return text[: found.start()] + text[found.end() :]
+        match = list(re.finditer(pattern, text))[number]
+        return text[: match.start()] + text[match.end() :]
 
     return mutate
 
@@ -556,7 +555,7 @@ def without(pattern, number):
 def occurrences(pattern, arch, dtype):
     with recorded() as launches:
         a, b = random(16, 96, dtype=dtype), random(96, 64, dtype=dtype)
-        product_kernel[(1,)](a, b, torch.empty(16, 64), 96, DEPTH=32, COLUMNS=64, PRECISION="tf32", num_stages=3)
+        matmul_kernel[(1,)](a, b, torch.empty(16, 64), 96, DEPTH=32, COLUMNS=64, PRECISION="tf32", num_stages=3)
     return len(re.findall(pattern, compile_launch(launches[0], arch).asm["ptx"]))
 
 
@@ -565,40 +564,40 @@ BARRIER, WAIT = r"\bbar\.sync[^;]*;", r"\bcp\.async\.wait_group[^;]*;"
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_missing_barrier_is_caught(arch, dtype):
+def test_a_missing_barrier_is_detected(arch, dtype):
     number = occurrences(BARRIER, arch, dtype)
     assert number > 1
-    for i in range(1, number):  # the first stands between two copies to places of their own
+    for i in range(1, number):  # the first separates two copies to different addresses
         with pytest.raises(BarrierRace, match="test_executor.py"):
-            product(arch, dtype, "tf32", mutate=without(BARRIER, i))
+            matmul(arch, dtype, "tf32", mutate=without(BARRIER, i))
 
 
 @every_architecture
-def test_a_missing_wait_for_a_copy_is_caught(arch):
+def test_a_missing_wait_for_a_copy_is_detected(arch):
     assert occurrences(WAIT, arch, torch.float16)
     with pytest.raises(BarrierRace, match="cp.async"):
-        product(arch, torch.float16, "tf32", mutate=without(WAIT, 0))
+        matmul(arch, torch.float16, "tf32", mutate=without(WAIT, 0))
 
 
 def test_a_copy_that_is_not_waited_for_leaves_poison():
-    found, _ = product(90, torch.float16, "tf32", races=False, mutate=lambda text: re.sub(WAIT, "", text))
-    assert math.isnan(found)
+    error, _ = matmul(90, torch.float16, "tf32", races=False, mutate=lambda text: re.sub(WAIT, "", text))
+    assert math.isnan(error)
 
 
-def test_a_missing_barrier_in_a_reduction_is_caught():
+def test_a_missing_barrier_in_a_reduction_is_detected():
     x = random(1, 512)
     with executed(90, mutate=without(BARRIER, 0)), pytest.raises(BarrierRace):
         softmax_kernel[(1,)](x, torch.empty_like(x), 512, BLOCK=512)
 
 
-def test_warps_may_store_the_same_value_to_one_place_but_not_different_ones():
+def test_warps_may_store_equal_values_to_one_address_but_not_different_ones():
     store = "mov.b32 %r4, global_smem; st.shared.b32 [%r4], {}; bar.sync 0; ld.shared.b32 %r3, [%r4];"
     assert (run_body(store.format("%r2"), 5) == 5).all()
     with pytest.raises(BarrierRace):
         run_body(store.format("%r1"), 0)
 
 
-def test_neighbouring_halves_of_a_word_may_be_written_by_different_warps():
+def test_different_warps_may_write_the_two_halves_of_a_word():
     body = """
 	shr.u32 	%r4, %r1, 5;
 	shl.b32 	%r4, %r4, 1;
@@ -614,27 +613,27 @@ def test_neighbouring_halves_of_a_word_may_be_written_by_different_warps():
     assert (run_body(body, 0) == 32 << 16).all()
 
 
-def test_shared_memory_starts_as_poison_and_ends_where_it_was_asked_to():
+def test_shared_memory_starts_poisoned_and_is_bounded_by_its_size():
     read = "mov.b32 %r4, global_smem; ld.shared.b32 %r3, [%r4+{}];"
     assert (run_body(read.format(252), 0) == -1).all()
     with pytest.raises(OutOfBounds):
         run_body(read.format(256), 0)
 
 
-def test_part_of_a_warp_at_a_shuffle_is_caught():
+def test_part_of_a_warp_at_a_shuffle_is_detected():
     body = "setp.gt.s32 %p1, %r1, 40;\n@%p1 bra $L_end;\nshfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;\n$L_end:"
-    with pytest.raises(BrokenConvergence):
+    with pytest.raises(IllegalDivergence):
         run_body(body, 0)
 
 
-def test_part_of_a_cta_at_a_barrier_is_caught():
+def test_part_of_a_cta_at_a_barrier_is_detected():
     body = "setp.gt.s32 %p1, %r1, 31;\n@%p1 bra $L_end;\nbar.sync 0;\n$L_end:"
-    with pytest.raises(BrokenConvergence):
+    with pytest.raises(IllegalDivergence):
         run_body(body, 0)
 
 
-def test_an_endless_loop_is_caught():
-    with pytest.raises(Runaway):
+def test_an_endless_loop_is_detected():
+    with pytest.raises(EndlessLoop):
         run_body("$L_loop:\nbra.uni $L_loop;", 0, max_blocks=100)
 
 
@@ -658,7 +657,7 @@ def test_bank_conflicts_are_counted(stride, conflicts):
     assert (counts.shared_requests, counts.shared_wavefronts) == (2, 2 * conflicts)
 
 
-def test_wide_accesses_take_as_many_passes_as_their_bytes_need():
+def test_16_byte_accesses_take_four_wavefronts_per_warp():
     body = "mov.b32 %r4, global_smem; mad.lo.s32 %r4, %r1, 16, %r4; st.shared.v4.b32 [%r4], {%r1, %r1, %r1, %r1};"
     source, result = torch.zeros(2, THREADS, dtype=torch.int32)
     counts = Program(ptx.parse(TEXT.replace("BODY", body)), 16 * THREADS).run((1, 1, 1), [source, result])
@@ -668,7 +667,7 @@ def test_wide_accesses_take_as_many_passes_as_their_bytes_need():
 # Compiling
 
 
-def test_a_launch_is_specialised_as_the_jit_would():
+def test_a_launch_is_specialised_as_by_the_jit():
     x = random(1024)
     with recorded() as launches:
         add_kernel[(1,)](x, x, torch.empty(1024), 1024, BLOCK=256)
@@ -688,17 +687,17 @@ def test_resources_are_read_from_the_machine_code(arch):
     with recorded() as launches:
         a, b = random(16, 96, dtype=torch.float16), random(96, 64, dtype=torch.float16)
         out = torch.full((16, 64), 7.0)
-        product_kernel[(1,)](a, b, out, 96, DEPTH=32, COLUMNS=64, PRECISION="tf32", num_stages=3)
+        matmul_kernel[(1,)](a, b, out, 96, DEPTH=32, COLUMNS=64, PRECISION="tf32", num_stages=3)
     assert (out == 7).all()  # recorded, not run
-    found = resources(compile_launch(launches[0], arch))
-    assert found.shared >= 2 * 32 * 64
+    used = resources(compile_launch(launches[0], arch))
+    assert used.shared >= 2 * 32 * 64
     if arch == "gfx942":
-        assert found.vgprs and found.count("v_mfma") and not found.spills
+        assert used.vgprs and used.count("v_mfma") and not used.spills
     else:
-        assert found.registers and found.count("HMMA") and found.count("LDGSTS") and not found.stack
+        assert used.registers and used.count("HMMA") and used.count("LDGSTS") and not used.stack
 
 
 def test_numpy_rounds_as_the_executor_needs():
-    """The executor leans on numpy for rounding float32 and float64 to half precision: to nearest, ties to even."""
+    """The executor relies on numpy to round float32 and float64 to half precision: to nearest, ties to even."""
     values = np.array([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-40, 2**-25], np.float64)
     assert values.astype(np.float16).tolist() == [1.0, 1 + 2**-9, 1 + 2**-10, 0.0]

@@ -1,4 +1,4 @@
-"""Rung 0 for the Triton ops: torch knows their schemas, shapes and gradients."""
+"""Rung 0: torch accepts the schemas, fakes and gradients of the Triton ops."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rung 1: each launcher, interpreted, gives what the reference gives in float64, and writes all of its results."""
+"""Rung 1: each interpreted launcher matches the float64 reference and writes all of its results."""
 
 import pytest
 

@@ -1,14 +1,14 @@
-"""Rung 3: what the kernels compile to, for GPUs that are not here, keeps to its budget and spills nothing."""
+"""Rung 3: compiled for GPUs, the kernels stay within their budgets and spill no registers."""
 
 import pytest
 
-from gpu_proof.budgets import ARCHITECTURES, VARIANTS, complaints, inexact_divisions, measure, table
+from gpu_proof.budgets import ARCHITECTURES, VARIANTS, inexact_divisions, measure, table, violations
 from gpu_proof.process import compiled
 
 
 @pytest.fixture(scope="module")
-def measured(ahead):
-    return ahead(lambda variant, arch: compiled(measure, variant, arch))
+def measured(start_all):
+    return start_all(lambda variant, arch: compiled(measure, variant, arch))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -17,11 +17,11 @@ def test_compiled_kernels_keep_to_their_budget(variant, arch, measured):
     rows = measured(variant=variant, arch=arch)
     assert rows
     for row in rows:
-        assert complaints(variant, row, table().get(row.key)) == [], f"{row.kernel} for {row.arch}"
+        assert violations(variant, row, table().get(row.key)) == [], f"{row.kernel} for {row.arch}"
 
 
 @pytest.mark.parametrize("variant", [x for x in VARIANTS if x.options.get("length_penalty")], ids=str)
-def test_length_penalties_divide_as_a_cpu_does(variant):
+def test_length_penalties_are_divided_exactly(variant):
     assert compiled(inexact_divisions, variant, 90) == []
 
 

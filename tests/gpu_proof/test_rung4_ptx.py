@@ -1,4 +1,4 @@
-"""Rung 4: the compiled code of each launcher, executed instruction by instruction, gives what the reference gives."""
+"""Rung 4: the compiled code of each launcher, executed instruction by instruction, matches the reference."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from gpu_proof.rungs import execute
 
 
 @pytest.fixture(scope="module")
-def executed(ahead):
-    return ahead(lambda case, arch, approximate: compiled(execute, case, arch, None, approximate))
+def executed(start_all):
+    return start_all(lambda case, arch, approximate: compiled(execute, case, arch, None, approximate))
 
 
 @pytest.mark.parametrize("approximate", [False], ids=["exact"])
@@ -20,5 +20,5 @@ def test_executed_machine_code_agrees_with_the_reference(case, arch, approximate
 
 @pytest.mark.parametrize("approximate", [True], ids=["approximate"])
 @pytest.mark.parametrize(("case", "arch"), [(x, 90) for x in CASES if 90 in x.executable], ids=str)
-def test_the_results_do_not_depend_on_exact_exponentials(case, arch, approximate, executed):
+def test_results_hold_with_approximate_exponentials(case, arch, approximate, executed):
     executed(case=case, arch=arch, approximate=approximate)

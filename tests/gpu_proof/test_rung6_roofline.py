@@ -1,42 +1,42 @@
-"""Rung 6: the bytes that attention moves are those that it must move."""
+"""Rung 6: attention moves hardly more bytes than its inputs and outputs have."""
 
 import pytest
 
-from gpu_proof.cases import FLOAT, HALF
+from gpu_proof.cases import FP16, FP32
 from gpu_proof.process import interpreted
-from gpu_proof.roofline import SHAPES, Bound, attention_bound, count, count_unroll
+from gpu_proof.roofline import SHAPES, Bound, attention_bound, traffic, unroll_traffic
 
 MEMORY = ("query", "keys", "values")
 
 
 @pytest.fixture(scope="module")
-def bounds(ahead):
-    return ahead(attention_bound)
+def bounds(start_all):
+    return start_all(attention_bound)
 
 
-@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
 @pytest.mark.parametrize(("B", "T"), SHAPES)
-def test_attention_moves_hardly_more_bytes_than_it_must(B, T, dtype, bounds):
+def test_attention_moves_at_most_5_percent_more_bytes_than_the_minimum(B, T, dtype, bounds):
     bound = bounds(B=B, T=T, dtype=dtype)
     assert bound.bytes <= 1.05 * bound.ideal_bytes
 
 
 def test_the_whole_beam_shares_one_load_of_keys_and_values():
-    (launch,) = interpreted(count, 16, 300, HALF)
+    (launch,) = interpreted(traffic, 16, 300, FP16)
     for name in MEMORY:
         loaded = launch.arguments[name].loaded
         assert loaded.requested == loaded.unique == 32 * loaded.sectors
 
 
-def test_the_slowest_part_sets_the_bound():
-    bound = Bound(bytes=3_350_000, ideal_bytes=1, operations=989_000_000, rate=989e12, launches=2)
+def test_the_slowest_of_memory_arithmetic_and_launches_sets_the_bound():
+    bound = Bound(bytes=3_350_000, ideal_bytes=1, operations=989_000_000, throughput=989e12, launches=2)
     assert bound.times == pytest.approx({"memory": 1e-6, "arithmetic": 1e-6, "launches": 5e-6})
     assert (bound.seconds, bound.limit) == (pytest.approx(5e-6), "launches")
 
 
 def test_a_step_of_a_cell_reads_its_weights_once_per_block_of_utterances():
     """With operands once per block of units: what a tiled matmul must read without a cache."""
-    (cell, moved), *_ = interpreted(count_unroll, {"B": 33, "T": 8, "H": (64, 32), "E": 32, "D": 32, "M": 32})
+    (cell, moved), *_ = interpreted(unroll_traffic, {"B": 33, "T": 8, "H": (64, 32), "E": 32, "D": 32, "M": 32})
     depth, states = 64 + 32, 33 * 64 * (1 + 4 + 1)  # cell state, gates, dropout mask
     weights, operands, offsets = 2 * 4 * 64 * depth, 4 * 33 * depth, 64 * 4 * 64  # offsets also for the rows of padding
     hidden = 2 * 2 * 33 * 64  # written twice: before and after dropout

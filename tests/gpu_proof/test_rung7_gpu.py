@@ -1,5 +1,4 @@
-"""Rung 7: every case again on a GPU where there is one, then whole searches, step by step and as CUDA graphs, and the
-training path against the CPU."""
+"""Rung 7 on a GPU if there is one: every case, whole searches by steps and as CUDA graphs, and the training path."""
 
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ def test_a_case_holds_on_the_gpu(case):
 
 @pytest.fixture(scope="module")
 def encoded():
-    """A trained model, and its memory of 70 utterances of noise with different lengths."""
+    """A trained model and its memory of 70 utterances of noise of different lengths."""
     model = load_model(CHECKPOINT, torch.device("cuda")).model
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 600, (70,), generator=generator)
@@ -40,25 +39,25 @@ def settings():
     return replace(load_model(CHECKPOINT).config.decoding, beam=8)
 
 
-def assert_same(found, expected):
-    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
-        assert ours.text_tokens == theirs.text_tokens
-        assert ours.score == pytest.approx(theirs.score, abs=1e-3)
+def assert_same(actual, expected):
+    for x, y in zip(sum(actual, []), sum(expected, []), strict=True):
+        assert x.text_tokens == y.text_tokens
+        assert x.score == pytest.approx(y.score, abs=1e-3)
 
 
-def test_a_captured_search_equals_a_search_by_steps(encoded, settings):
+def test_a_search_by_cuda_graph_equals_one_launched_step_by_step(encoded, settings):
     eager = beam_search(*encoded, settings, nbest=8, backend="triton", capture=False)
-    for _ in range(2):  # captured, then replayed
+    for _ in range(2):  # the first captures the graph, the second replays it
         assert_same(beam_search(*encoded, settings, nbest=8, backend="triton", capture=True), eager)
 
 
 def test_a_search_on_triton_equals_one_on_the_reference(encoded, settings):
-    found = beam_search(*encoded, settings, nbest=8, backend="triton")
-    assert_same(found, beam_search(*encoded, settings, nbest=8, backend="reference"))
+    actual = beam_search(*encoded, settings, nbest=8, backend="triton")
+    assert_same(actual, beam_search(*encoded, settings, nbest=8, backend="reference"))
 
 
-def test_a_search_waits_for_the_device_only_to_read_the_flag_of_a_chunk(encoded, settings):
-    """torch reports its own synchronisations; the search reads the flag after an event, which is not among them."""
+def test_a_search_synchronises_only_to_read_the_flag_of_a_chunk(encoded, settings):
+    """torch reports its synchronisations as errors; reading the flag after an event is not one of them."""
     model, memory = encoded
     beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -76,7 +75,7 @@ def test_a_search_waits_for_the_device_only_to_read_the_flag_of_a_chunk(encoded,
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_training_path_and_every_search_give_what_they_give_on_the_cpu(name):
+def test_the_training_path_and_every_search_match_the_cpu(name):
     with exact_float32():
         for finding in CHECKS[name]("cuda", False):
             assert finding.error <= finding.tolerance, finding

@@ -1,4 +1,4 @@
-"""The tools that judge the kernels notice what they are there to notice."""
+"""Tests of the workers, the interpreter's poison and the sanitizer: each detects its kind of fault."""
 
 import concurrent.futures
 import ctypes
@@ -18,12 +18,12 @@ from gpu_proof.interpreter import poisoned
 from gpu_proof.process import WorkerDied, compiled, interpreted
 from gpu_proof.sanitizer import OutOfBounds, ProgramRace, sanitized
 
-# What a worker is asked to do
+# Functions for the workers
 
 
 @triton.jit
 def copy_kernel(source, target, n, BLOCK: tl.constexpr, SHIFT: tl.constexpr, STEP: tl.constexpr):
-    """Program p copies n elements from p * STEP on, SHIFT elements away from where they belong."""
+    """Program p copies n elements at p * STEP and stores them SHIFT elements further."""
     i = tl.arange(0, BLOCK)
     start = tl.program_id(0) * STEP
     x = tl.load(source + start + i, mask=i < n, other=0)
@@ -32,14 +32,14 @@ def copy_kernel(source, target, n, BLOCK: tl.constexpr, SHIFT: tl.constexpr, STE
 
 @triton.jit
 def unspecified_kernel(source, target, n, BLOCK: tl.constexpr):
-    """Store lanes that a load without `other` left masked off."""
+    """Store the masked-off lanes of a load without `other`."""
     i = tl.arange(0, BLOCK)
     tl.store(target + i, tl.load(source + i, mask=i < n))
 
 
 @triton.jit
 def neighbour_kernel(data, BLOCK: tl.constexpr):
-    """Each program reads what the next one writes."""
+    """Each program reads elements that the next one writes."""
     i = tl.arange(0, BLOCK)
     start = tl.program_id(0) * BLOCK
     x = tl.load(data + start + BLOCK + i)
@@ -48,7 +48,7 @@ def neighbour_kernel(data, BLOCK: tl.constexpr):
 
 @triton.jit
 def colliding_kernel(target, BLOCK: tl.constexpr):
-    """Two lanes of each store write to one place."""
+    """Two lanes of the store write to each address."""
     i = tl.arange(0, BLOCK)
     tl.store(target + i // 2, i)
 
@@ -71,7 +71,7 @@ def copy_column(n):
 
 
 def copy_between_halves(shift):
-    """Copy from the first half of a tensor to the second half of the same."""
+    """Copy from the first half of a tensor to its second half."""
     data = torch.arange(16.0)
     copy(data[:8], data[8:], 8, shift=shift)
     return data
@@ -110,7 +110,7 @@ def outputs_written_up_to(n, dtype):
 
 
 def copy_within_32_bits(programs, step):
-    """Run the last of many programs on tensors that are larger than memory; their starts are 32-bit products."""
+    """Run the last of many programs on tensors larger than memory, with 32-bit offsets."""
     source, target = (torch.empty(programs * step + 8, device="meta") for _ in range(2))
     with sanitized(last_program_only=True) as launches:
         copy_kernel[(programs,)](source, target, 8, BLOCK=16, SHIFT=0, STEP=step)
@@ -137,12 +137,12 @@ def crash():
 # Workers
 
 
-def test_each_kind_of_worker_sees_kernels_in_its_own_way():
+def test_interpreting_and_compiling_workers_decorate_kernels_differently():
     assert interpreted(is_interpreted) == (True, "1")
     assert compiled(is_interpreted) == (False, None)
 
 
-def test_the_environment_of_the_tests_is_left_alone():
+def test_starting_a_worker_leaves_the_environment_unchanged():
     before = dict(os.environ)
     interpreted(is_interpreted)
     assert dict(os.environ) == before
@@ -154,23 +154,23 @@ def test_an_exception_comes_back_with_its_type_and_the_workers_traceback():
     assert "in fail" in caught.value.__notes__[0]
 
 
-def test_a_dead_worker_fails_the_call_and_not_the_next_one():
+def test_a_crash_fails_its_call_and_not_the_next_one():
     with pytest.raises(WorkerDied, match=r"test_tools.crash: the worker ended with exit code -\d+"):
         interpreted(crash)
     assert interpreted(is_interpreted) == (True, "1")
 
 
-def test_a_call_that_takes_too_long_is_ended():
+def test_a_call_past_its_time_limit_is_killed():
     with pytest.raises(WorkerDied, match="time.sleep: the worker ended with exit code -9"):
         compiled(time.sleep, 60.0, limit=0.2)
 
 
-def test_a_result_that_cannot_be_sent_back_is_an_error():
+def test_a_result_that_cannot_be_pickled_is_an_error():
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError), match="pickle"):
         compiled(threading.Lock)
 
 
-def test_calls_from_several_threads_run_at_once_in_workers_of_their_own():
+def test_concurrent_calls_run_in_separate_workers():
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         processes = [call.result() for call in [pool.submit(compiled, process_after, 0.2) for _ in range(2)]]
     assert len({os.getpid(), *processes}) == 3
@@ -202,13 +202,13 @@ def test_a_copy_within_bounds_passes_and_copies():
 @pytest.mark.parametrize(
     ("shift", "lanes", "bytes_away"), [(1, 1, 32), (5, 5, 32), (-1, 1, -4), (2**20, 8, 2**22), (-(2**20), 8, -(2**22))]
 )
-def test_stores_out_of_bounds_are_caught(shift, lanes, bytes_away):
+def test_stores_out_of_bounds_are_detected(shift, lanes, bytes_away):
     message = rf"copy_kernel, program \(0, 0, 0\): store of {lanes} of 8 lanes outside target .* {bytes_away} bytes"
     with pytest.raises(OutOfBounds, match=message):
         interpreted(copy, torch.zeros(8), torch.zeros(8), 8, 1, shift)
 
 
-def test_a_load_out_of_bounds_is_caught():
+def test_a_load_out_of_bounds_is_detected():
     with pytest.raises(OutOfBounds, match="load of 1 of 9 lanes outside source"):
         interpreted(copy, torch.zeros(8), torch.zeros(16), 9)
 
@@ -219,7 +219,7 @@ def test_the_gaps_of_a_strided_argument_are_out_of_bounds():
         interpreted(copy_column, 3)
 
 
-def test_an_empty_argument_must_not_be_accessed():
+def test_any_access_to_an_empty_argument_is_out_of_bounds():
     with pytest.raises(OutOfBounds, match="load of 1 of 1 lanes outside source"):
         interpreted(copy, torch.zeros(0), torch.zeros(16), 1)
 
@@ -230,18 +230,18 @@ def test_memory_that_belongs_to_another_argument_is_out_of_bounds():
         interpreted(copy_between_halves, -8)
 
 
-def test_programs_that_write_to_the_same_place_are_caught():
-    with pytest.raises(ProgramRace, match=r"program \(1, 0, 0\): store of what program \(0, 0, 0\) has touched"):
+def test_two_programs_that_write_one_element_are_detected():
+    with pytest.raises(ProgramRace, match=r"program \(1, 0, 0\): store of an element that .*\(0, 0, 0\) accessed"):
         interpreted(copy, torch.zeros(16), torch.zeros(16), 8, 2, 0, 7)
 
 
-def test_a_program_that_reads_what_another_writes_is_caught():
-    with pytest.raises(ProgramRace, match=r"program \(1, 0, 0\): store of what .*\(0, 0, 0\) has touched in data"):
+def test_a_program_that_reads_what_another_writes_is_detected():
+    with pytest.raises(ProgramRace, match=r"program \(1, 0, 0\): store of .*\(0, 0, 0\) accessed in data"):
         interpreted(read_neighbour)
 
 
-def test_lanes_of_one_store_that_disagree_are_caught():
-    with pytest.raises(ProgramRace, match="8 lanes of a store write another value"):
+def test_lanes_that_store_different_values_to_one_address_are_detected():
+    with pytest.raises(ProgramRace, match="8 lanes of one store write different values"):
         interpreted(collide)
 
 
@@ -254,13 +254,13 @@ def test_atomics_are_checked_and_counted_but_do_not_race():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32])
-def test_a_masked_load_that_names_no_other_value_gives_poison(dtype):
-    found = interpreted(load_without_other, dtype)
-    assert (found[:9] == 1).all()
-    assert found[9:].isnan().all() if dtype.is_floating_point else (found[9:] == 2**31 - 1).all()
+def test_a_masked_load_without_other_returns_poison(dtype):
+    values = interpreted(load_without_other, dtype)
+    assert (values[:9] == 1).all()
+    assert values[9:].isnan().all() if dtype.is_floating_point else (values[9:] == 2**31 - 1).all()
 
 
-def test_only_the_bounds_of_a_tensor_without_memory_are_checked():
+def test_a_meta_tensor_is_checked_for_bounds_only():
     launch = interpreted(copy_within_32_bits, 2**30, 1)
     assert launch.grid == (2**30, 1, 1)
     assert launch.arguments["source"].loaded.requested == 0
@@ -281,15 +281,15 @@ def test_a_byte_that_three_programs_load_is_requested_three_times():
     assert (loaded.requested, loaded.unique, loaded.sectors) == (48, 16, 1)
 
 
-def test_a_sector_counts_whole_where_one_element_of_it_is_touched():
+def test_a_sector_counts_once_any_of_its_elements_is_accessed():
     _, traffic = interpreted(copy, torch.zeros(64), torch.zeros(64), 1, 3, 0, 8)
     assert (traffic["source"].loaded.unique, traffic["source"].loaded.sectors) == (12, 3)
 
 
-# the README's table
+# The README's table
 
 
-def test_the_readme_states_what_is_covered():
+def test_the_readme_has_the_current_table_of_coverage():
     readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
     for line in coverage():
         assert line in readme

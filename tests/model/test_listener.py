@@ -1,4 +1,4 @@
-"""The listener: exact lengths, no trace of padding, LSTMs by ops.bilstm."""
+"""The listener: exact lengths, no effect of padding, LSTMs by ops.bilstm."""
 
 import dataclasses
 import importlib
@@ -62,7 +62,7 @@ class OnCuda(Tensor):
     device = torch.device("cuda")
 
 
-def test_the_cuda_path_computes_the_same():
+def test_the_cuda_path_gives_the_same_result():
     conv, x = nn.Conv1d(3, 5, 3, 2, padding=1), torch.randn(2, 9, 3)
     torch.testing.assert_close(convolve(conv, x.as_subclass(OnCuda)).as_subclass(Tensor), convolve(conv, x))
     layer, lengths, packed = BiLSTM(3, 4), torch.tensor([9, 4]), []
@@ -72,14 +72,14 @@ def test_the_cuda_path_computes_the_same():
         return BiLSTM._packed(layer, x.as_subclass(Tensor), lengths)
 
     layer._packed = pack
-    found = layer(x.as_subclass(OnCuda), lengths)
+    actual = layer(x.as_subclass(OnCuda), lengths)
     assert packed == [1]
-    torch.testing.assert_close(found, layer(x, lengths))
+    torch.testing.assert_close(actual, layer(x, lengths))
     assert packed == [1]
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 2, 2, 1), (2, 0, 1, 2), (3, 1, 1, 4)])
-def test_a_convolution_on_a_cpu_is_torchs_own(stride, padding, dilation, groups):
+def test_convolve_equals_conv1d_on_a_cpu(stride, padding, dilation, groups):
     conv = nn.Conv1d(4, 8, 3, stride, padding, dilation, groups)
     x = torch.randn(2, 11, 4)
     torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
@@ -100,13 +100,13 @@ def test_an_odd_last_frame_is_kept():
     assert halved.tolist() == [[[0.0, 1.0], [2.0, 0.0]]] and lengths.tolist() == [2]
 
 
-def test_lengths_are_halved_not_clamped_to_the_longest():
+def test_lengths_are_halved_individually():
     listener = Listener(SMALL, 5)
     _, lengths, _ = listener(*ragged([40, 9, 1]))
     assert lengths.tolist() == [5, 2, 1]
 
 
-def test_layers_on_top_keep_the_time_and_can_be_tapped():
+def test_layers_above_the_pyramid_keep_the_length_and_can_be_tapped():
     listener = Listener(dataclasses.replace(SMALL, pyramids=1, top_layers=2), 5)
     output, lengths, tapped = listener(*ragged([40, 9, 1]), tap=3)
     assert lengths.tolist() == tapped[1].tolist() == [10, 3, 1] and output.shape == tapped[0].shape == (3, 10, 12)
@@ -120,8 +120,8 @@ def test_an_utterance_shorter_than_the_pyramid_gives_one_frame():
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e3])
-def test_padding_changes_nothing(fill):
-    torch.manual_seed(0)  # the front end alone rounds otherwise for another shape, by some 5e-7 before the LSTMs
+def test_padding_does_not_change_the_output(fill):
+    torch.manual_seed(0)  # the front end rounds differently for another shape, by about 5e-7 before the LSTMs
     listener = Listener(SMALL, 5).eval()
     together, lengths, tapped = listener(*ragged([33, 12, 5, 1], fill=fill), tap=1)
     x, frames = ragged([33, 12, 5, 1], fill=fill)
@@ -133,7 +133,7 @@ def test_padding_changes_nothing(fill):
         assert (together[row, lengths[row] :] == 0).all()
 
 
-def test_padding_changes_nothing_between_two_convolutions():
+def test_padding_between_two_convolutions_does_not_change_the_output():
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, conv_channels=(8, 8), conv_kernels=(3, 5), conv_strides=(1, 2), pyramids=0)
     listener = Listener(config, 5).eval()

@@ -1,4 +1,4 @@
-"""The whole model: the same answer for an utterance alone and in a batch, gradients everywhere."""
+"""The whole model: equal results alone and in a batch, and a gradient for every parameter."""
 
 import importlib
 from dataclasses import replace
@@ -24,7 +24,7 @@ def model():
     return LAS(SMALL, input_size=4, vocabulary_size=31)
 
 
-def test_padding_and_other_utterances_change_nothing(model):
+def test_padding_and_other_utterances_do_not_change_the_output(model):
     model.eval()
     torch.manual_seed(1)
     features, lengths = torch.randn(3, 50, 4), torch.tensor([50, 31, 1])
@@ -108,19 +108,19 @@ def test_a_memory_of_one_frame_is_padded_like_a_longer_one(model):
 
 
 def test_attention_runs_on_the_requested_backend_and_returns_weights_by_default(model, monkeypatch):
-    attention, asked = model.speller.attention, []
+    attention, calls = model.speller.attention, []
     module = importlib.import_module("las_fast.model.attention")
     masked = module.masked_attention
 
-    def watching(*given, **options):
-        asked.append(options)
-        return masked(*given, **options)
+    def spy(*args, **options):
+        calls.append(options)
+        return masked(*args, **options)
 
-    monkeypatch.setattr(module, "masked_attention", watching)
+    monkeypatch.setattr(module, "masked_attention", spy)
     memory = model.listen(torch.randn(1, 30, 4), torch.tensor([30]))
     _, attended = attention(torch.randn(1, 2, 7), memory, backend="reference")
-    assert asked[0]["backend"] == "reference" and attended.weights.shape == (1, 2, memory.keys.shape[1])
-    assert asked[0]["padding"] is memory.padding
+    assert calls[0]["backend"] == "reference" and attended.weights.shape == (1, 2, memory.keys.shape[1])
+    assert calls[0]["padding"] is memory.padding
     assert attention(torch.randn(1, 2, 7), memory, weights=False)[1].weights is None
 
 
@@ -131,7 +131,7 @@ def test_the_ctc_head_is_on_the_configured_layer(model):
     assert plain.listen(torch.randn(1, 64, 4), torch.tensor([64])).ctc_logits is None
 
 
-def test_a_beam_reads_the_same_memory_as_one_hypothesis(model):
+def test_a_beam_uses_the_same_memory_as_one_hypothesis(model):
     model.eval()
     memory = model.listen(torch.randn(2, 40, 4), torch.tensor([40, 17]))
     one = model.step(torch.full((2, 1), SOS), model.start(memory, 1), memory, weights=True)
@@ -142,7 +142,7 @@ def test_a_beam_reads_the_same_memory_as_one_hypothesis(model):
         torch.testing.assert_close(four[1].weights[:, k], one[1].weights[:, 0])
 
 
-def test_a_few_utterances_can_be_learnt_by_heart(model):
+def test_a_few_utterances_can_be_memorised(model):
     torch.manual_seed(0)
     features, lengths = torch.randn(2, 40, 4), torch.tensor([40, 30])
     tokens = torch.tensor([[5, 6, 7, EOS], [8, 9, EOS, PAD]])

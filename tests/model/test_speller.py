@@ -68,16 +68,16 @@ def test_weight_gradients_are_computed_once_and_not_once_per_step(speller, steps
     assert counts["_AttentionOffsetsBackward"] == 1
 
 
-def test_full_teacher_forcing_reads_only_true_tokens(speller):
+def test_full_teacher_forcing_feeds_only_true_tokens(speller):
     memory, tokens = make_memory(speller), torch.randint(3, 31, (2, 5))
     torch.testing.assert_close(speller(memory, tokens, 1.0)[0], spell_step_by_step(speller, memory, tokens)[0])
 
 
-def test_no_teacher_forcing_reads_its_own_best_tokens(speller):
+def test_without_teacher_forcing_the_best_token_is_fed_back(speller):
     memory, tokens = make_memory(speller), torch.randint(3, 31, (2, 5))
     logits, _ = speller(memory, tokens, 0.0)
-    own = logits.argmax(-1)
-    expected = spell_step_by_step(speller, memory, torch.cat((own[:, :-1], tokens[:, -1:]), 1))[0]
+    predicted = logits.argmax(-1)
+    expected = spell_step_by_step(speller, memory, torch.cat((predicted[:, :-1], tokens[:, -1:]), 1))[0]
     torch.testing.assert_close(logits, expected)
 
 
@@ -102,17 +102,17 @@ def test_sampling_is_decided_for_each_utterance_and_step(speller, unrolled):
     assert sampled.any(0).all() and sampled.any(1).all() and not sampled.all(0).any() and not sampled.all(1).any()
 
 
-def test_sampling_changes_no_target_and_leaves_gradients():
+def test_sampling_changes_no_target_and_keeps_gradients():
     torch.manual_seed(0)
     speller = Speller(SMALL, 10, 31)
     tokens = torch.randint(3, 31, (2, 5))
-    kept = tokens.clone()
+    before = tokens.clone()
     speller(make_memory(speller), tokens, 0.5)[0].sum().backward()
-    assert torch.equal(tokens, kept)
+    assert torch.equal(tokens, before)
     assert speller.embedding.weight.grad.isfinite().all()
 
 
-def test_pad_and_sos_are_never_spelled(speller):
+def test_pad_and_sos_are_never_emitted(speller):
     logits, _ = speller(make_memory(speller), torch.randint(3, 31, (2, 5)))
     assert (logits.softmax(-1)[..., [PAD, SOS]] == 0).all()
 
@@ -121,7 +121,7 @@ def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utteranc
     torch.manual_seed(0)
     speller = Speller(SpellerConfig(lstm_sizes=(64, 32), dropout=0.5), 10, 31).train()
     speller(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
-    masks = unrolled["masks"]  # per utterance, shared by its tokens
+    masks = unrolled["masks"]  # one mask per utterance, shared by its tokens
     assert [mask.shape for mask in masks] == [(2, 64), (2, 32)]
     assert all(set(mask.unique().tolist()) == {0.0, 2.0} and not torch.equal(*mask) for mask in masks)
     speller.eval()(make_memory(speller, (6, 6)), torch.randint(3, 31, (2, 4)))
@@ -129,14 +129,14 @@ def test_speller_dropout_is_the_same_at_every_token_and_differs_between_utteranc
 
 
 def test_fused_cells_and_precomputed_constants_change_no_result(speller, monkeypatch):
-    def fused_gates(gates, others, cell, bias, other_bias):  # as torch.lstm_cell has it
+    def fused_gates(gates, others, cell, bias, other_bias):  # the gate order of torch.lstm_cell
         i, f, g, o = (gates + others + bias + other_bias).chunk(4, -1)
         cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell, gates
 
     monkeypatch.setattr("las_fast.model.speller.fused_gates", fused_gates)
     memory = make_memory(speller)
-    found = []
+    actual = []
     for fuses in (False, True):
         monkeypatch.setattr(Speller, "_uses_fused_kernel", staticmethod(lambda memory, fuses=fuses: fuses))
         state, steps = speller.start(memory, 3), []
@@ -144,9 +144,9 @@ def test_fused_cells_and_precomputed_constants_change_no_result(speller, monkeyp
             logits, attended, state = speller.step(torch.arange(6).view(2, 3) + 3 * u, state, memory, weights=True)
             state = state.gather(torch.tensor([[0, 0, 2], [2, 1, 0]]))
             steps += [logits, attended.weights, *state.hidden, *state.cell, state.context]
-        found.append(steps)
+        actual.append(steps)
     assert state.constants.token_gates.shape == (31, 32)
-    for plain, fused in zip(*found, strict=True):
+    for plain, fused in zip(*actual, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -159,7 +159,7 @@ def test_a_step_returns_weights_only_on_request_and_always_their_peaks(speller):
     assert torch.equal(bare.peaks, full.peaks) and torch.equal(full.peaks, full.weights.argmax(-1))
 
 
-def test_gather_makes_each_hypothesis_continue_its_parent():
+def test_gather_gives_each_hypothesis_its_parents_state():
     numbers, constants = torch.arange(6.0).view(2, 3, 1), object()
     state = SpellerState((numbers, numbers + 10), (numbers + 20, numbers + 30), numbers + 40, constants)
     gathered = state.gather(torch.tensor([[2, 2, 0], [1, 0, 1]]))
@@ -217,7 +217,7 @@ def test_a_checkpoint_holds_no_buffer_of_the_speller(speller):
 
 
 def test_without_teacher_forcing_every_token_is_sampled_even_for_a_draw_of_0(speller, unrolled, monkeypatch):
-    monkeypatch.setattr(torch, "rand", torch.zeros)  # the smallest draw
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the smallest random number
     speller(make_memory(speller), torch.full((2, 4), 3), 0.0)
     assert unrolled["sampled"].all()
     speller(make_memory(speller), torch.full((2, 4), 3))
@@ -248,12 +248,13 @@ def test_fused_steps_under_autocast_keep_states_in_float32(speller, monkeypatch)
 def test_the_padding_mask_is_built_once_for_all_tokens(speller, monkeypatch):
     calls = []
     monkeypatch.setattr("las_fast.model.attention.padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
-    for op in ("masked_attention", "speller_unroll"):  # its module has the op's name, which hides it from a dotted path
+    # sys.modules: the op has the name of its module and hides it from a dotted path
+    for op in ("masked_attention", "speller_unroll"):
         module = sys.modules[f"las_fast.ops.{op}"]
         monkeypatch.setattr(module, "padding_mask", lambda *a: calls.append(1) or padding_mask(*a))
     memory = make_memory(speller)
     speller(memory, torch.randint(3, 31, (2, 9)), backend="fused")
-    assert len(calls) == 2  # one for the memory, one for the pass
+    assert len(calls) == 2  # one for the memory, one for the training pass
 
 
 def test_bfloat16_training_pass_keeps_states_in_float32(speller):

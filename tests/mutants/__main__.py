@@ -22,22 +22,22 @@ NOTICED = ("noticed", "slow")
 
 
 def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
+    cli = argparse.ArgumentParser(
         prog="python -m tests.mutants",
         description=package.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    own.add_argument("paths", nargs="*", type=Path, help="files and folders of las_fast, csrc or kernels")
-    own.add_argument("--sample", type=int, metavar="N", help="judge N mutants drawn at random, spread over the files")
-    own.add_argument("--seed", type=int, default=1, help="of the sample (default: 1)")
-    own.add_argument("--jobs", type=int, default=1, help="mutants judged at once (default: 1)")
-    own.add_argument("--out", type=Path, default=BUILD / "results.jsonl", help="results; what it holds is not redone")
-    own.add_argument("--again", action="store_true", help="judge survivors again, as after writing tests")
-    own.add_argument("--only", metavar="ID", nargs="+", help="judge these mutants alone, by their ids")
-    own.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant (default: 60)")
-    own.add_argument("--list", action="store_true", help="list the mutants and judge none")
-    own.add_argument("--report", type=Path, metavar="FILE", help="report on a file of results and judge none")
-    return own
+    cli.add_argument("paths", nargs="*", type=Path, help="files and folders of las_fast, csrc or kernels")
+    cli.add_argument("--sample", type=int, metavar="N", help="judge N mutants drawn at random, spread over the files")
+    cli.add_argument("--seed", type=int, default=1, help="random seed of the sample (default: 1)")
+    cli.add_argument("--jobs", type=int, default=1, help="mutants judged at once (default: 1)")
+    cli.add_argument("--out", type=Path, default=BUILD / "results.jsonl", help="results; mutants in it are skipped")
+    cli.add_argument("--again", action="store_true", help="judge survivors again, for example after adding tests")
+    cli.add_argument("--only", metavar="ID", nargs="+", help="judge only the mutants with these ids")
+    cli.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant (default: 60)")
+    cli.add_argument("--list", action="store_true", help="list the mutants and judge none")
+    cli.add_argument("--report", type=Path, metavar="FILE", help="report on a file of results and judge none")
+    return cli
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,19 +56,19 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(str(mutant) for _, mutant in chosen))
         return
     judge_all(chosen, options)
-    wanted = {mutant.id for _, mutant in chosen}
-    print("\n".join(report([row for row in read(options.out) if row["id"] in wanted])))
+    ids = {mutant.id for _, mutant in chosen}
+    print("\n".join(report([row for row in read(options.out) if row["id"] in ids])))
 
 
 def targets_of(options: argparse.Namespace) -> list[Target]:
-    """Return a target for each folder that the paths lie in."""
-    found = []
+    """A Target for each folder that contains, or is contained in, one of the paths."""
+    targets = []
     for folder, name in TARGETS.items():
-        at = (ROOT / folder).resolve()
-        if any(p == at or at in p.parents or p in at.parents for p in (path.resolve() for path in options.paths)):
+        root = (ROOT / folder).resolve()
+        if any(p == root or root in p.parents or p in root.parents for p in (path.resolve() for path in options.paths)):
             module, _, kind = name.partition(":")
-            found.append(getattr(importlib.import_module(module), kind)(budget=options.budget))
-    return found
+            targets.append(getattr(importlib.import_module(module), kind)(budget=options.budget))
+    return targets
 
 
 def select(chosen: list[tuple[Target, Mutant]], options: argparse.Namespace) -> list[tuple[Target, Mutant]]:
@@ -80,12 +80,12 @@ def select(chosen: list[tuple[Target, Mutant]], options: argparse.Namespace) -> 
 
 
 def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[tuple[Target, Mutant]]:
-    """Return n of the mutants, each file having its share (one at least, while there are enough)."""
+    """Sample n mutants, from each file in proportion to its number (at least one, if n allows)."""
     files: dict[str, list[tuple[Target, Mutant]]] = {}
     for pair in chosen:
         files.setdefault(pair[1].file, []).append(pair)
-    # Where each mutant stands in its own file's order, from 0 to 1: the n lowest take the same share of every file.
-    # The order is that of a hash, so that a change of other mutants leaves it as it is.
+    # Rank each mutant within its file from 0 to 1, and take the n lowest: the same fraction of every file.
+    # Mutants of a file are ordered by a hash, so that changes of other mutants do not change the sample.
     ranked = []
     for pairs in files.values():
         pairs.sort(key=lambda pair: hashlib.sha1(f"{seed} {pair[1].id}".encode()).digest())
@@ -100,28 +100,29 @@ def stratified(chosen: list[tuple[Target, Mutant]], n: int, seed: int) -> list[t
 
 
 def judge_all(chosen: Sequence[tuple[Target, Mutant]], options: argparse.Namespace) -> None:
-    """Judge what --out does not hold yet, adding a line to it for each mutant."""
+    """Judge the mutants that are not in --out yet, and append a line to it for each."""
     done = {(row["id"], row["source"]): row for row in read(options.out)}
     if options.again:
         done = {key: row for key, row in done.items() if row["outcome"] in NOTICED}
-    left = [(t, m) for t, m in chosen if (m.id, digest(m.file)) not in done]
-    random.Random(options.seed).shuffle(left)  # so that what an interrupt leaves is a fair sample
-    print(f"{len(chosen)} mutants, {len(left)} to judge", file=sys.stderr)
-    if not left:
+    pending = [(t, m) for t, m in chosen if (m.id, digest(m.file)) not in done]
+    random.Random(options.seed).shuffle(pending)  # an interrupted run leaves a fair sample
+    print(f"{len(chosen)} mutants, {len(pending)} to judge", file=sys.stderr)
+    if not pending:
         return
-    targets = {id(target): target for target, _ in left}
+    targets = {id(target): target for target, _ in pending}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
     try:
         for target in targets.values():
-            target.prepare([m for t, m in left if t is target], options.jobs)
+            target.prepare([m for t, m in pending if t is target], options.jobs)
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, options.out.open("a") as file:
-            for n, row in enumerate(pool.map(lambda pair: judged_row(*pair), left), 1):
+            for n, row in enumerate(pool.map(lambda pair: judged_row(*pair), pending), 1):
                 with lock:
                     file.write(json.dumps(row) + "\n")
                     file.flush()
                     mark = "" if row["outcome"] in NOTICED else f"  {row['outcome'].upper()}"
-                    print(f"{n}/{len(left)} {row['file']}:{row['line']} {row['seconds']:.1f} s{mark}", file=sys.stderr)
+                    place = f"{row['file']}:{row['line']}"
+                    print(f"{n}/{len(pending)} {place} {row['seconds']:.1f} s{mark}", file=sys.stderr)
     finally:
         for target in targets.values():
             target.close()
@@ -138,7 +139,7 @@ def digest(file: str) -> str:
 
 
 def read(path: Path) -> list[dict]:
-    """Return the rows of a file of results; the latest of each mutant counts."""
+    """The rows of a file of results; the last row of each mutant wins."""
     rows = path.read_text().splitlines() if path.exists() else []
     return list({row["id"]: row for row in map(json.loads, rows)}.values())
 
@@ -147,7 +148,7 @@ def read(path: Path) -> list[dict]:
 
 
 def report(rows: Sequence[dict]) -> Iterator[str]:
-    """Yield the share noticed, by file and by folder, then each survivor that nobody has judged."""
+    """Yield the fraction noticed by file and folder, then each survivor without a recorded reason."""
     reasons = judged()
     live = [row | {"reason": _reason(row, reasons)} for row in rows if row["outcome"] != "invalid"]
     groups: dict[str, list[dict]] = collections.defaultdict(list)
@@ -157,8 +158,8 @@ def report(rows: Sequence[dict]) -> Iterator[str]:
         groups[f"{folder}/ (all)"] = [row for row in live if row["file"].startswith(f"{folder}/")]
     width = max([len(name) for name in groups], default=0)
     yield f"{'':{width}}  mutants  noticed  not run  survived  judged  noticed of live"
-    for name, own in sorted(groups.items()):
-        yield f"{name:{width}}  {_numbers(own)}"
+    for name, group in sorted(groups.items()):
+        yield f"{name:{width}}  {_numbers(group)}"
     yield ""
     for row in sorted(live, key=lambda row: (row["file"], row["line"])):
         if row["outcome"] not in NOTICED and not row["reason"]:

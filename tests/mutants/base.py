@@ -1,4 +1,4 @@
-"""What a mutant is, what is said of it, and what a language must bring to have its mutants judged."""
+"""Mutants, verdicts, the Target protocol of a language, and the recorded reasons of survivors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutants"
 JUDGED = [Path(__file__).with_name(name) for name in ("judged.yaml", "judged_native.yaml")]
 
-# noticed: a test failed. slow: a test ran into its time limit, which counts as noticed too. survived: all tests passed.
-# not run: no test executes the line. invalid: the edit does not compile, so it counts nowhere.
+# noticed: a test failed. slow: a test ran into its time limit, which counts as noticed. survived: all tests passed.
+# not run: no test executes the line. invalid: the edit does not compile and is not counted.
 Outcome = Literal["noticed", "slow", "survived", "not run", "invalid"]
 
 
@@ -31,11 +31,11 @@ class Mutant:
     before: str  # the text replaced
     after: str  # the text in its place
     start: int  # offset of `before` in the file, in characters
-    nth: int = 0  # of the mutants that are equal in file, function, rule, before and after
+    nth: int = 0  # number among mutants that agree in file, function, rule, before and after
 
     @property
     def key(self) -> tuple[str, str, str, str, str, int]:
-        """What names the mutant, whatever else moves in the file."""
+        """Identifies the mutant, independently of its line."""
         return (self.file, self.function, self.rule, self.before, self.after, self.nth)
 
     @property
@@ -47,9 +47,9 @@ class Mutant:
         return self.start + len(self.before)
 
     def apply(self, source: str) -> str:
-        """Return the file's text with the fault in it."""
+        """The file's text with the fault."""
         if source[self.start : self.end] != self.before:
-            raise ValueError(f"{self.file}:{self.line}: the file is not what the mutant was made from")
+            raise ValueError(f"{self.file}:{self.line}: the file has changed since the mutant was made")
         return source[: self.start] + self.after + source[self.end :]
 
     def __str__(self) -> str:
@@ -59,40 +59,40 @@ class Mutant:
 @dataclass(frozen=True)
 class Verdict:
     outcome: Outcome
-    by: str = ""  # the test that noticed it
+    by: str = ""  # the test that detected it
     seconds: float = 0.0
 
 
 class Target(Protocol):
-    """A language, or a folder, whose mutants are made and judged in one way.
+    """Makes and judges the mutants of one language or folder.
 
-    It is made as Target(budget=SECONDS): about as long as the tests of one mutant may take in all.
+    Created as Target(budget=SECONDS), the total time for the tests of one mutant.
     """
 
     name: str  # the folder in the report, e.g. "las_fast"
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
-        """Return every mutant of the files and folders in `paths` that this target knows; others are not its own."""
+        """Every mutant of this target's files in `paths`; other files are ignored."""
 
     def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
-        """Do once what judging these needs, e.g. record coverage or build the library with all faults in it."""
+        """Prepare to judge these, e.g. record coverage or build the library with all faults."""
 
     def judge(self, mutant: Mutant) -> Verdict:
-        """Run the tests that could notice the mutant. Called from `jobs` threads at once, so state must be guarded."""
+        """Run the tests that could detect the mutant. Must be thread-safe: called from `jobs` threads."""
 
     def close(self) -> None:
-        """End what prepare started."""
+        """Stop what prepare() started."""
 
 
 def sources(paths: Sequence[Path], folder: str, pattern: str, root: Path = ROOT) -> list[Path]:
-    """Return the files of root/folder that match pattern and lie in one of `paths`."""
-    wanted = [Path(path).resolve() for path in paths]
-    found = sorted((root / folder).rglob(pattern))
-    return [path for path in found if any(path == p or p in path.parents for p in wanted)]
+    """The files of root/folder that match pattern and are in one of `paths`."""
+    selected = [Path(path).resolve() for path in paths]
+    matching = sorted((root / folder).rglob(pattern))
+    return [path for path in matching if any(path == p or p in path.parents for p in selected)]
 
 
 def numbered(mutants: Sequence[Mutant]) -> list[Mutant]:
-    """Return the mutants with `nth` set, so that all keys differ."""
+    """Set `nth` of the mutants, so that all keys differ."""
     seen: dict[tuple, int] = {}
     result = []
     for mutant in mutants:
@@ -101,21 +101,20 @@ def numbered(mutants: Sequence[Mutant]) -> list[Mutant]:
     return result
 
 
-def short(text: str, most: int = 60) -> str:
-    """Return text on one line, cut in the middle where it is long."""
+def short(text: str, width: int = 60) -> str:
+    """Text on one line, with the middle elided if it is longer than `width`."""
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most // 2 - 2]} ... {text[-most // 2 + 3 :]}"
+    return text if len(text) <= width else f"{text[: width // 2 - 2]} ... {text[-width // 2 + 3 :]}"
 
 
 def judged(*paths: Path) -> dict[tuple, str]:
-    """Return {(file, function, before, after): reason} of the survivors that were read and found harmless.
+    """Return {(file, function, before, after): reason} of survivors that were reviewed and are harmless.
 
-    A file (JUDGED, where no path is given) is a list of mappings with these five keys; a row without before and after
-    holds for all of the function. White space in before and after does not count. The first word of a
-    reason says what kind it is:
-        equivalent  nobody can see the difference
-        GPU         the line runs on a GPU alone, and `make gpu-check` must notice it
-        accepted    the difference can be seen, and no test is worth it
+    A file (default: JUDGED) is a list of mappings with these five keys. A row without before and after covers the whole
+    function. White space in before and after is ignored. The first word of a reason is its kind:
+        equivalent  the edit has no observable effect
+        GPU         the line runs only on a GPU, where `make gpu-check` must detect the fault
+        accepted    the effect is observable, but not worth a test
     """
     texts = [path.read_text(encoding="utf-8") for path in paths or JUDGED if path.exists()]
     rows = [row for text in texts for row in yaml.safe_load(text) or []]
@@ -127,12 +126,12 @@ def judged_key(file: str, function: str, before: str, after: str) -> tuple[str, 
 
 
 def reason_of(reasons: dict[tuple, str], file: str, function: str, before: str, after: str) -> str:
-    """Return why a survivor is harmless, "" where it was not judged."""
-    own = reasons.get(judged_key(file, function, before, after))
-    return own or reasons.get(judged_key(file, function, "*", "*"), "")
+    """The recorded reason why a survivor is harmless, or ""."""
+    exact = reasons.get(judged_key(file, function, before, after))
+    return exact or reasons.get(judged_key(file, function, "*", "*"), "")
 
 
-# By folder: the module and class that judge it. Imported only when one of its files is asked for.
+# folder -> "module:class" of its Target; imported only if one of its files is selected
 TARGETS = {
     "las_fast": "tests.mutants.python:PythonTarget",
     "csrc": "tests.mutants.cpp:CppTarget",

@@ -1,10 +1,10 @@
-"""The target for csrc/: many faults in one build, switched on one at a time, judged by the tests of the ops.
+"""The target for csrc/: all faults in one build, enabled one at a time, judged by the tests of the ops.
 
-The files of csrc are copied to build/mutants/csrc with all faults that are to be judged, in schemata (cpp_rules.py),
-and built once. One run of tests/ops without any fault shows which test comes by which; these are the tests that judge
-it, the cheapest first. Building takes some minutes, a fault some seconds.
+The sources are copied to build/mutants/csrc with all faults as schemata (cpp_rules.py) and built once. One run of
+tests/ops without a fault records which tests reach which fault; these tests judge it, cheapest first. Building takes
+some minutes, a fault some seconds.
 
-It needs a C++ compiler, and tree-sitter with its grammar of C++ (both in the extra "dev").
+Needs a C++ compiler, and tree-sitter with its C++ grammar (in the extra "dev").
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.mutants.cpp_rules import constants, cpp_mutants, schema
 HERE = Path(__file__).parent
 FLAGS = ["-O1", "-g0", "-fopenmp", "-include", str(HERE / "cpp_hook.h")]
 TESTS = ("tests/ops",)
-SECONDS = 10.0  # that any test may take, besides six times what it takes without a fault
+SECONDS = 10.0  # added to six times the time of a test without a fault
 
 
 class CppTarget:
@@ -74,17 +74,17 @@ class CppTarget:
             self.servers.put(self.started[-1])
 
     def write(self, by_id: dict[str, Mutant], count: int) -> None:
-        """Write the sources with the faults in them; a file that has not changed keeps its time."""
+        """Write the sources with the faults; unchanged files keep their mtime."""
         folder = self.folder / "sources"
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted((ROOT / "csrc").iterdir()):
-            own = [(self.numbers[m.id], m) for m in by_id.values() if m.file == f"csrc/{path.name}"]
-            _write(folder / path.name, schema(path.read_text(encoding="utf-8"), own))
+            in_file = [(self.numbers[m.id], m) for m in by_id.values() if m.file == f"csrc/{path.name}"]
+            _write(folder / path.name, schema(path.read_text(encoding="utf-8"), in_file))
         hook = f'extern "C" {{\nint las_mutant = -1;\nunsigned char las_reached[{max(1, count)}];\n}}\n'
         _write(folder / "cpp_hook.cpp", hook)
 
     def record(self) -> None:
-        """Run the tests once without a fault; find which come by which fault, and how long they take."""
+        """Run the tests once without a fault; record which faults each test reaches, and its time."""
         out = self.folder / "record.json"
         key = f"{self.file.stat().st_mtime_ns} {_newest(TESTS)}"
         if not out.exists() or json.loads(out.read_text())["key"] != key:
@@ -155,7 +155,7 @@ class Server:
 
 
 class Switch:
-    """The switch in a loaded build: which fault is on, and which have been run."""
+    """The variables of a loaded build: the enabled fault, and which faults have been reached."""
 
     def __init__(self, file: Path, count: int):
         library = ctypes.CDLL(str(file))
@@ -173,7 +173,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def refused_by(messages: str, mutants: Collection[Mutant]) -> list[Mutant]:
-    """Return the mutants on the lines that a compiler has errors for, or else on those that led it there."""
+    """The mutants on lines with compiler errors, or else on the lines that instantiated them."""
     for pattern in (r"/([\w.]+):(\d+):\d+: error:", r"/([\w.]+):(\d+):\d+:   required"):
         lines = {(f"csrc/{name}", int(line)) for name, line in re.findall(pattern, messages)}
         found = [m for m in mutants if any((m.file, n) in lines for n in _lines(m))]

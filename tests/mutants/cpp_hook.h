@@ -1,10 +1,10 @@
-// The switch of all faults in a build of schemata: included before every file of csrc, defined in cpp_hook.cpp.
+// Enables one fault in a build of schemata: included before every file of csrc, defined in cpp_hook.cpp.
 
 #pragma once
 
 extern "C" {
-extern int las_mutant;               // the fault that is on; -1: none
-extern unsigned char las_reached[];  // whether the place of each fault has been run
+extern int las_mutant;               // number of the enabled fault; -1: none
+extern unsigned char las_reached[];  // whether each fault has been reached
 }
 
 __attribute__((always_inline)) inline bool las_mutant_is_on(int number) {

@@ -1,11 +1,10 @@
-"""The edits that are made to C++ code, one rule after another, and the schemata that hold many of them in one build.
+"""The edits of C++ code, by rule, and mutant schemata, which hold many edits in one build.
 
-An edit replaces the text of one node of the syntax tree (tree-sitter's). A schema is the source in which each edited
-expression is `(LAS_MUTANT(n) ? edited : as it was)`, and each deleted statement runs unless its mutant is on. So what
-must be known when the code is compiled cannot be edited: template arguments, constexpr, sizes of arrays, static_assert.
-`constants` counts the edits that are left out for that.
+An edit replaces the text of one node of tree-sitter's syntax tree. In a schema, each edited expression becomes
+`(LAS_MUTANT(n) ? edited : original)`, and each deleted statement runs unless its mutant is enabled. So constant
+expressions cannot be edited: template arguments, constexpr, array sizes, static_assert. `constants` counts these edits.
 
-Left alone is also what changes no result: strings, prefetching, and the grain of at::parallel_for.
+Code that affects no result is not edited: strings, prefetching, and the grain of at::parallel_for.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OPERATORS = {
 }
 SWAPS = {"std::min": "std::max", "std::max_element": "std::min_element", "std::floor": "std::ceil"}
 SWAPS |= {new: old for old, new in SWAPS.items()}
-# Hidden from the parser, which knows no macros in these places; blanks keep all offsets.
+# Replaced by blanks of equal length for the parser, which does not accept macros there.
 HIDDEN = re.compile(
     r"LAS_INLINE|LAS_AVX512\w+|__attribute__\(\((?:[^()]|\([^()]*\))*\)\)|^#pragma GCC unroll \d+$", re.M
 )
@@ -42,29 +41,29 @@ Node = tree_sitter.Node
 
 
 def cpp_mutants(source: str, file: str) -> list[Mutant]:
-    """Return every mutant of a C++ source that a schema can hold; `file` names it."""
+    """Every mutant of a C++ source that a schema can hold; `file` is its path."""
     return numbered([m for m, constant in _Walk(source, file).edits() if not constant])
 
 
 def constants(source: str, file: str) -> int:
-    """Return how many edits are left out, since a compiler must know their values."""
+    """The number of edits that are left out because they are in constant expressions."""
     return sum(constant for _, constant in _Walk(source, file).edits())
 
 
 def schema(source: str, mutants: Sequence[tuple[int, Mutant]]) -> str:
-    """Return the source in which each mutant is on where LAS_MUTANT(its number) is true. No line moves."""
+    """The source in which LAS_MUTANT(number) enables a mutant. Line numbers do not change."""
     if not mutants:
         return source
     raw = source.encode()
-    wanted: dict[tuple[int, int], list[tuple[int, Mutant]]] = {}
+    by_span: dict[tuple[int, int], list[tuple[int, Mutant]]] = {}
     for number, mutant in mutants:
         begin = len(source[: mutant.start].encode())
-        wanted.setdefault((begin, begin + len(mutant.before.encode())), []).append((number, mutant))
-    return _woven(raw, 0, len(raw), sorted(wanted.items(), key=lambda item: (item[0][0], -item[0][1])))
+        by_span.setdefault((begin, begin + len(mutant.before.encode())), []).append((number, mutant))
+    return _woven(raw, 0, len(raw), sorted(by_span.items(), key=lambda item: (item[0][0], -item[0][1])))
 
 
 def _woven(raw: bytes, begin: int, end: int, edits: list) -> str:
-    """Return the text from begin to end with the edits in it, which are sorted from the outermost to the innermost."""
+    """The text from begin to end with the edits, which are sorted from outermost to innermost."""
     pieces, at = [], begin
     while edits:
         (first, last), here = edits[0]
@@ -97,7 +96,7 @@ class _Walk:
         self.tree = PARSER.parse(hidden.encode())
 
     def edits(self) -> Iterator[tuple[Mutant, bool]]:
-        """Yield (mutant, whether it is of a constant expression)."""
+        """Yield (mutant, whether it is in a constant expression)."""
         yield from self.visit(self.tree.root_node, "", False)
 
     def visit(self, node: Node, function: str, constant: bool) -> Iterator[tuple[Mutant, bool]]:
@@ -153,11 +152,11 @@ class _Walk:
             arguments = [x for x in node.parent.children if x.is_named]
             if called.type == "call_expression" and self.field(called, "function") == "at::parallel_for":
                 return len(arguments) > 2 and node == arguments[2]
-        # What registers the ops runs when the extension is loaded: no mutant is on then.
+        # the registration of ops runs when the extension is loaded, before a mutant is enabled
         return node.type == "function_definition" and self.text(node).startswith("TORCH_LIBRARY")
 
     def of(self, node: Node) -> Iterator[tuple[str, str]]:
-        """Yield (rule, what to put in the place of the node)."""
+        """Yield (rule, replacement text) for a node."""
         if node.type == "binary_expression":
             yield from self.binary(node)
         elif node.type == "assignment_expression":
@@ -182,7 +181,7 @@ class _Walk:
             yield from (("condition", value) for value in ("true", "false"))
 
     def is_condition(self, node: Node) -> bool:
-        """Return whether an expression is the condition of an `if`."""
+        """Whether an expression is the condition of an `if`."""
         clause = node.parent
         if clause is None or clause.type != "condition_clause" or clause.parent.type != "if_statement":
             return False

@@ -23,7 +23,7 @@ from tests.mutants.server import OPTIONS, run_items, serve
 
 
 class Recording:
-    """The plugin that finds which faults each test comes by."""
+    """A pytest plugin that records which faults each test reaches."""
 
     def __init__(self, switch: Switch):
         self.switch, self.tests = switch, {}
@@ -42,7 +42,7 @@ class Recording:
 
 
 class Judging:
-    """The plugin that serves jobs where pytest would run the tests."""
+    """A pytest plugin that serves jobs instead of running the tests."""
 
     def __init__(self, switch: Switch, requests, answers):
         self.switch, self.requests, self.answers = switch, requests, answers

@@ -19,7 +19,7 @@ from tests.mutants.base import BUILD, ROOT, Mutant, Verdict, sources
 from tests.mutants.rules import python_mutants
 from tests.mutants.tests_of import Tests
 
-# What takes long to import and holds no code that is mutated.
+# Modules that are slow to import and contain no mutated code.
 HEAVY = (
     "numpy", "torch", "torch.utils.data", "torch._dynamo", "soundfile", "soxr", "yaml", "tyro", "tqdm",
     "safetensors.torch", "Levenshtein", "torch.utils.tensorboard", "matplotlib.pyplot",
@@ -31,8 +31,8 @@ class PythonTarget:
     """Mutants of the Python files of one folder.
 
     budget: seconds, as recorded, that the tests of one mutant may take; the cheapest come first.
-    root, name: the repository, and the folder in it whose files are edited.
-    imports: what is imported once for all mutants.
+    root, name: the repository, and its folder whose files are edited.
+    imports: modules that are imported once for all mutants.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PythonTarget:
         self.tests = Tests(root, name, build / "records")
         self.pools: dict[str, queue.Queue[Server]] = {}
         self.servers: list[Server] = []
-        self.trusted: set[str] = set()  # tests that passed in a server without any fault
+        self.trusted: set[str] = set()  # tests that passed in a server without a fault
         self.distrusted: set[str] = set()
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
@@ -92,7 +92,7 @@ class PythonTarget:
         return self.tests.within([test for test in tests if test not in self.distrusted], self.budget)
 
     def _is_trusted(self, test: str) -> bool:
-        """Return whether a test passes here without any fault; else what it says of a mutant means nothing."""
+        """Whether a test passes without a fault; otherwise its failure does not count."""
         if test in self.tests.seconds and test not in self.trusted:
             job = {"tests": [test], "limits": [self._limit(test)]}
             if self._send("warm", job)["outcome"] != "survived":
@@ -127,7 +127,7 @@ class PythonTarget:
 
 
 class Server:
-    """One process of server.py, started when it is first asked."""
+    """One process of server.py, started at its first job."""
 
     def __init__(self, kind: str, target: PythonTarget):
         self.kind, self.target, self.process = kind, target, None
@@ -146,8 +146,8 @@ class Server:
         (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
         files = map(str, self.target.tests.files) if self.kind == "warm" else ()
         ends = (str(to_read), str(from_write))
-        own = (self.target.name, ",".join(self.target.imports))
-        self.words = [sys.executable, "-m", "tests.mutants.server", self.kind, *ends, *own, *files]
+        target = (self.target.name, ",".join(self.target.imports))
+        self.words = [sys.executable, "-m", "tests.mutants.server", self.kind, *ends, *target, *files]
         self.process = subprocess.Popen(
             self.words, cwd=self.target.root, pass_fds=(to_read, from_write),
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -168,14 +168,14 @@ class Server:
 
 @dataclass
 class Place:
-    """Where a mutant is: the lines of its statement, and the outermost function or the names that it defines."""
+    """The location of a mutant: the lines of its statement, and the outermost function or the names that it defines."""
 
     file: str
     first: int
     last: int
-    function: str = ""  # the outermost function whose body holds the mutant, by its qualified name
-    line: int = 0  # of that function, decorators included
-    names: list[str] = field(default_factory=list)  # defined when the module is imported: their users judge
+    function: str = ""  # qualified name of the outermost function whose body contains the mutant
+    line: int = 0  # first line of that function, decorators included
+    names: list[str] = field(default_factory=list)  # defined at import; the tests of their users judge
 
 
 @functools.lru_cache(maxsize=8)
@@ -184,7 +184,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def find(mutant: Mutant, root: Path) -> Place:
-    """Return where a mutant is."""
+    """The Place of a mutant."""
     path = _statements_around(_tree(root / mutant.file), mutant.line)
     statement = path[-1]
     place = Place(mutant.file, statement.lineno, _header_end(statement))
@@ -202,7 +202,7 @@ def find(mutant: Mutant, root: Path) -> Place:
 
 
 def _statements_around(tree: ast.Module, line: int) -> list[ast.stmt]:
-    """Return the statements that hold a line, the outermost first."""
+    """The nested statements that contain a line, outermost first."""
     path, body = [], tree.body
     while True:
         around = [x for x in body if _first_line(x) <= line <= x.end_lineno]

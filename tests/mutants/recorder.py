@@ -1,7 +1,7 @@
 """A pytest plugin that records which test runs which line, and how long each test takes.
 
-Fixtures of a module or of the session run once, in the first test that asks for them. Their lines are kept under a
-name of their own, so that they count for every test that uses the fixture.
+Fixtures of a module or of the session run once, in the first test that uses them. Their lines are recorded separately,
+so that they count for every test that uses the fixture.
 
     MUTANTS_RECORD=FILE.json:FOLDER python -m pytest -p tests.mutants.recorder tests/test_x.py
 """
@@ -27,7 +27,7 @@ class Recorder:
         self.current: list[str] = []
         self.tests: dict[str, dict] = {}  # seconds, and the shared fixtures that it uses
         self.asked: set[str] = set()
-        self.fixture_seconds = 0.0  # of the test under way
+        self.fixture_seconds = 0.0  # of the current test
         self.fixtures: dict[str, float] = {}
 
     def enter(self, name: str) -> None:
@@ -86,7 +86,7 @@ class Recorder:
         self.out.write_text(json.dumps({"tests": self.tests, "fixtures": self.fixtures, "files": files}))
 
     def keep(self, text: str) -> str:
-        """Keep a source as it was recorded, under the name that is returned."""
+        """Store a recorded source and return its file name."""
         name = hashlib.sha1(text.encode()).hexdigest()[:12]
         folder = self.out.parent / "sources"
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,6 @@ def shared_name(fixture, index: int) -> str:
 
 
 def pytest_configure(config) -> None:
-    if wanted := os.environ.get("MUTANTS_RECORD"):
-        out, _, folder = wanted.rpartition(":")
+    if setting := os.environ.get("MUTANTS_RECORD"):
+        out, _, folder = setting.rpartition(":")
         config.pluginmanager.register(Recorder(Path(out), config.rootpath, folder), "mutants-recorder")

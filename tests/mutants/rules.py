@@ -1,6 +1,6 @@
-"""The edits that are made to Python code, one rule after another.
+"""The edits of Python code, by rule.
 
-An edit replaces the text of one node of the syntax tree. Strings are left alone, and so is what no run depends on:
+An edit replaces the text of one node of the syntax tree. Strings are not edited, nor is code that no result depends on:
 docstrings, annotations, decorators, `raise` and `assert` with their messages, help texts, `if TYPE_CHECKING`, and
 `if __name__ == "__main__"`.
 """
@@ -26,7 +26,7 @@ NAMES = {
     "clamp_min": "clamp_max", "bisect_left": "bisect_right", "zeros_like": "ones_like", "zeros": "ones",
 }  # fmt: skip
 SWAPS = NAMES | {new: old for old, new in NAMES.items()}
-# A call may be left out: its first argument, or what a method is called on, then goes on as it is.
+# "unwrap" replaces a call by its first argument or by the object of a method, except for these functions.
 NOT_UNWRAPPED = {
     "str", "list", "tuple", "dict", "set", "iter", "next", "len", "range", "print", "isinstance", "getattr", "hasattr",
     "super", "type", "enumerate", "zip", "map", "filter", "open", "repr", "int", "float", "bool",
@@ -41,12 +41,12 @@ WORDING = {
     "help", "metavar", "description", "epilog", "prog", "formatter_class", "usage", "desc", "unit", "leave", "delay",
     "dynamic_ncols", "bar_format", "strict", "device", "pin_memory", "non_blocking",
 }  # fmt: skip
-LONG = 8  # elements; longer tables are data, and no test can be asked for each row
+LONG = 8  # elements; longer tables are data, where tests need not cover each row
 UNTOUCHED = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 
 
 def python_mutants(source: str, file: str) -> list[Mutant]:
-    """Return every mutant of a Python source; `file` names it."""
+    """Every mutant of a Python source; `file` is its path."""
     return numbered(list(_Walk(source, file).mutants()))
 
 
@@ -76,12 +76,12 @@ class _Walk:
                     yield from self.visit(child, [*path, node])
 
     def mutant(self, node: ast.AST, new: ast.AST, rule: str, path: list[ast.AST]) -> Mutant | None:
-        """Return the mutant in which `new` stands for `node`; positions inside an f-string are not to be trusted."""
+        """The mutant that replaces `node` by `new`; a node inside an f-string replaces the whole f-string."""
         anchor = next((x for x in path if isinstance(x, ast.JoinedStr)), node)
         start, end = (self.offset(*at) for at in _span(anchor))
         before = self.raw[start:end].decode()
         after = ast.unparse(new if anchor is node else _replaced(anchor, node, new))
-        if isinstance(anchor, ast.expr) and not _stands_alone(anchor, path):
+        if isinstance(anchor, ast.expr) and not _needs_no_brackets(anchor, path):
             after = f"({after})"
         if isinstance(anchor, ast.stmt):
             after = after.replace("\n", "\n" + " " * anchor.col_offset)
@@ -100,13 +100,13 @@ def _span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _replaced(tree: ast.AST, node: ast.AST, new: ast.AST) -> ast.AST:
-    """Return a copy of tree in which `new` stands for `node`."""
+    """A copy of the tree with `node` replaced by `new`."""
     memo = {id(node): new}
     return copy.deepcopy(tree, memo)
 
 
-def _stands_alone(node: ast.expr, path: list[ast.AST]) -> bool:
-    """Return whether an expression needs no brackets where it stands."""
+def _needs_no_brackets(node: ast.expr, path: list[ast.AST]) -> bool:
+    """Whether an expression needs no brackets at its position."""
     parent = path[-1] if path else None
     if isinstance(node, (ast.Constant, ast.Name, ast.Call, ast.JoinedStr, ast.List, ast.Set, ast.Dict)):
         return not isinstance(parent, ast.Attribute)
@@ -130,7 +130,7 @@ def _is_left_out(node: ast.AST) -> bool:
 
 
 def edits(node: ast.AST, path: list[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
-    """Yield (rule, node to put in its place)."""
+    """Yield (rule, replacement node)."""
     for kind, rule in RULES:
         if isinstance(node, kind):
             yield from rule(node, path)
@@ -178,7 +178,7 @@ def _constant(node: ast.Constant, path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _is_default(node: ast.AST, path: list[ast.AST]) -> bool:
-    """Return whether a constant is the default of an argument or of a dataclass's field."""
+    """Whether a constant is the default of an argument or of a dataclass field."""
     parent = path[-1]
     if isinstance(parent, ast.AnnAssign):
         return len(path) > 1 and isinstance(path[-2], ast.ClassDef)
@@ -193,7 +193,7 @@ def _logic(node: ast.BoolOp, _path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _forced(node: ast.expr, path) -> Iterator[tuple[str, ast.AST]]:
-    """A condition that always holds, or never."""
+    """Force a condition to True or False."""
     parent = path[-1] if path else None
     if isinstance(parent, (ast.If, ast.IfExp)) and node is parent.test:
         yield from (("condition", ast.Constant(value)) for value in (True, False))
@@ -255,7 +255,7 @@ def _returned(node: ast.Return, path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _element(node: ast.List | ast.Set | ast.Tuple | ast.Dict, path) -> Iterator[tuple[str, ast.AST]]:
-    """One element of a list, a set, a mapping, or a tuple of constants is missing."""
+    """Drop one element of a list, a set, a mapping, or a tuple of constants."""
     if len(node.keys if isinstance(node, ast.Dict) else node.elts) > LONG:
         return
     if isinstance(node, ast.Dict):

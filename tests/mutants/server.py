@@ -1,13 +1,13 @@
-"""A process that judges mutants: it imports what is slow once, then forks a child for each.
+"""A process that judges mutants: it does the slow imports once, then forks a child per mutant.
 
-There are two kinds. "warm" has collected every test; its child exchanges the code of one function and runs the tests
-at once. "cold" has imported torch and pytest but nothing of las_fast; its child imports the faulty module, and so can
-judge constants, classes and default arguments. Both speak JSON lines over two pipes.
+There are two kinds. A "warm" server has collected every test; its child replaces the code of one function and runs the
+tests at once. A "cold" server has imported torch and pytest but nothing of las_fast; its child imports the faulty
+module, so it can judge constants, classes and default arguments. Both exchange JSON lines over two pipes.
 
     -> {"module": ..., "file": ..., "text": ..., "function": ..., "line": ..., "tests": [...], "limits": [...]}
     <- {"outcome": "noticed" | "slow" | "survived" | "not warm", "by": TEST}
 
-A job without "module" is the control: it runs the tests on the code as it is.
+A job without "module" is the control: it runs the tests on the unchanged code.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ import pytest
 from tests.mutants.overlay import sitecustomize
 
 OVERLAY = Path(sitecustomize.__file__).parent
-MOST_MEMORY = 16 * 2**30  # bytes of address space
+MAX_MEMORY = 16 * 2**30  # bytes of address space
 LOG_BYTES = 64 * 2**20  # that a child may write to one file
 
 
 class NotWarm(Exception):
-    """The function cannot be exchanged in place, so the module must be imported anew."""
+    """The function cannot be replaced in place, so a cold server must import the module."""
 
 
 # --------------------------------------------------------------------------------------------------------- children
 
 
 class Watch:
-    """A plugin that tells the parent which test begins, and ends the process at the first failure."""
+    """A pytest plugin that reports each test to the parent and ends the process at the first failure."""
 
     def __init__(self, pipe: int):
         self.pipe = pipe
 
-    def say(self, **message) -> None:
+    def send(self, **message) -> None:
         os.write(self.pipe, (json.dumps(message) + "\n").encode())
 
     def pytest_runtest_logstart(self, nodeid) -> None:
-        self.say(begins=nodeid)
+        self.send(begins=nodeid)
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:
             self.finish("noticed", report.nodeid)
 
     def finish(self, outcome: str, by: str = "") -> None:
-        self.say(outcome=outcome, by=by)
+        self.send(outcome=outcome, by=by)
         os._exit(0)
 
 
@@ -74,9 +74,9 @@ def run_items(session: pytest.Session, tests: list[str], pipe: int) -> None:
 
 
 def start_child(job: dict, scratch: Path) -> None:
-    """Make a fresh child harmless to others: its own session, limits, and folder of temporary files."""
+    """Isolate a new child: its own session, resource limits and temporary folder."""
     os.setsid()
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
     if job.get("module"):
@@ -85,21 +85,21 @@ def start_child(job: dict, scratch: Path) -> None:
         os.environ["PYTHONPATH"] = f"{OVERLAY}{os.pathsep}{path}" if path else str(OVERLAY)
 
 
-def exchange(job: dict, index: dict) -> None:
-    """Give the function around the mutant the code of the faulty text, wherever that function is held."""
+def replace_code(job: dict, index: dict) -> None:
+    """Replace the code of every function object that contains the mutant by the faulty code."""
     code = compile(Path(job["text"]).read_text(encoding="utf-8"), job["file"], "exec")
-    found = [c for c in codes(code) if c.co_qualname == job["function"] and c.co_firstlineno == job["line"]]
-    held = index.get((job["file"], job["function"], job["line"]), [])
-    if len(found) != 1 or not held:
+    matching = [c for c in codes(code) if c.co_qualname == job["function"] and c.co_firstlineno == job["line"]]
+    functions = index.get((job["file"], job["function"], job["line"]), [])
+    if len(matching) != 1 or not functions:
         raise NotWarm
-    for function in held:
-        if function.__code__.co_freevars != found[0].co_freevars:
+    for function in functions:
+        if function.__code__.co_freevars != matching[0].co_freevars:
             raise NotWarm
-        function.__code__ = found[0]
+        function.__code__ = matching[0]
 
 
 def codes(code: types.CodeType):
-    """Yield the code of all functions and classes in a module's code."""
+    """Yield the code objects of all functions and classes in a module's code."""
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield inner
@@ -119,7 +119,7 @@ def index_functions(folder: str) -> dict[tuple[str, str, int], list[types.Functi
 
 
 class Serving:
-    """The plugin of the warm kind: where pytest would run the tests, it serves jobs."""
+    """The pytest plugin of a warm server: serves jobs instead of running the tests."""
 
     def __init__(self, requests, answers, folder: str):
         self.requests, self.answers, self.folder = requests, answers, folder
@@ -132,15 +132,15 @@ class Serving:
             factory = session.config._tmp_path_factory
             factory._given_basetemp, factory._basetemp = scratch / "tests", None
             if job.get("module"):
-                exchange(job, index)
+                replace_code(job, index)
             run_items(session, job["tests"], pipe)
 
         serve(self.requests, self.answers, child)
         return True
 
 
-class One:
-    """The plugin of a cold child: it runs the tests of one job."""
+class RunOneJob:
+    """The pytest plugin of a cold child: runs the tests of one job."""
 
     def __init__(self, tests, pipe):
         self.tests, self.pipe = tests, pipe
@@ -160,7 +160,7 @@ def cold_child(job: dict, pipe: int, scratch: Path) -> None:
     files = list(dict.fromkeys(name.split("::")[0] for name in job["tests"]))
     pytest.main(
         [*OPTIONS, f"--rootdir={os.getcwd()}", f"--basetemp={scratch / 'tests'}", *files],
-        plugins=[One(job["tests"], pipe)],
+        plugins=[RunOneJob(job["tests"], pipe)],
     )
     Watch(pipe).finish("noticed", "pytest did not start")
 
@@ -169,7 +169,7 @@ OPTIONS = ["-q", "-p", "no:cacheprovider"]
 
 
 def serve(requests, answers, child) -> None:
-    """Answer one job after another, each in a child of its own."""
+    """Answer jobs one at a time, each in its own child process."""
     for line in requests:
         answers.write(json.dumps(judge(json.loads(line), child)) + "\n")
         answers.flush()
@@ -199,21 +199,21 @@ def _in_child(job: dict, child, writer: int, scratch: Path) -> None:
         child(job, writer, scratch)
     except NotWarm:
         Watch(writer).finish("not warm")
-    except BaseException as error:  # KeyboardInterrupt, SystemExit and what pytest ends itself with
+    except BaseException as error:  # also KeyboardInterrupt, SystemExit and pytest's exits
         Watch(writer).finish("noticed", f"ended by {type(error).__name__}")
     os._exit(1)
 
 
 def _listen(reader: int, job: dict) -> dict:
-    """Follow a child until it says what came of it, or takes too long over one test."""
+    """Read a child's messages until it reports an outcome or exceeds the limit of a test."""
     limits, current, rest = dict(zip(job["tests"], job["limits"], strict=True)), "", b""
     while True:
         if not select.select([reader], [], [], limits.get(current, 60.0))[0]:
             return {"outcome": "slow", "by": current}
-        got = os.read(reader, 65536)
-        if not got:
+        received = os.read(reader, 65536)
+        if not received:
             return {"outcome": "noticed", "by": f"{current} (the process died)"}
-        *lines, rest = (rest + got).split(b"\n")
+        *lines, rest = (rest + received).split(b"\n")
         for message in map(json.loads, lines):
             if "outcome" in message:
                 return message
@@ -223,14 +223,14 @@ def _listen(reader: int, job: dict) -> dict:
 def main() -> None:
     """Serve: KIND REQUESTS ANSWERS FOLDER IMPORTS FILES, in the root of the repository.
 
-    FOLDER holds what is mutated; IMPORTS are what a cold server imports, parted by commas.
+    FOLDER is mutated; IMPORTS are the modules that a cold server imports, separated by commas.
     """
     kind, requests, answers, folder, imports, *files = sys.argv[1:]
     sys.dont_write_bytecode = True
     pipes = (os.fdopen(int(requests)), os.fdopen(int(answers), "w"))
     if kind == "warm":
-        own = [*OPTIONS, f"--rootdir={os.getcwd()}", *files]
-        pytest.main(own, plugins=[Serving(*pipes, os.path.abspath(folder))])
+        args = [*OPTIONS, f"--rootdir={os.getcwd()}", *files]
+        pytest.main(args, plugins=[Serving(*pipes, os.path.abspath(folder))])
     else:
         for name in filter(None, imports.split(",")):
             with contextlib.suppress(ImportError):

@@ -1,7 +1,7 @@
-"""Which tests can notice a fault in a line: those that run it, cheapest first.
+"""Which tests can detect a fault in a line: those that run it, cheapest first.
 
-One record is kept for each file of tests, under build/mutants; only files of tests that have changed are run again.
-A record holds the sources as they were, so that lines which have moved since are still found.
+Each test file has a record under build/mutants; only changed test files are run again. A record holds the sources at
+that time, so that lines that have moved since are still found.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from pathlib import Path
 
 from tests.mutants.base import ROOT
 
-# Nothing here looks at the Python code of las_fast in a way that a fault in it could show, or only after minutes.
+# These tests cannot detect a fault in the Python code of las_fast, or only after minutes.
 LEFT_OUT = ("test_benchmarks", "test_packaging", "test_released", "test_mutants", "test_launches")
 RECORD_SECONDS = 1800
-UNKNOWN = 1.0  # seconds of a fixture that no record has timed
+UNKNOWN = 1.0  # seconds of a fixture without a recorded time
 
 
 def files_of(root: Path) -> list[Path]:
-    """Return the files of tests that judge mutants, relative to the root of their repository."""
+    """The test files that judge mutants, relative to the root of the repository."""
     found = [path for path in root.glob("tests/**/test_*.py") if path.parent.name != "gpu_proof"]
     return sorted(path.relative_to(root) for path in found if path.stem not in LEFT_OUT)
 
 
 class Tests:
-    """What is recorded of the tests of a repository. Tests are named by their pytest node ids.
+    """The records of a repository's tests. Tests are named by their pytest node ids.
 
-    folder: whose lines are recorded; build: where the records are kept.
+    folder: its lines are recorded; build: folder of the records.
     """
 
     def __init__(self, root: Path, folder: str, build: Path):
         self.root, self.folder, self.build = root, folder, build
         self.files = files_of(root)
         self.seconds: dict[str, float] = {}
-        self.shared: dict[str, dict[str, float]] = {}  # by test: the shared fixtures that it uses, and their seconds
-        self.users: dict[str, list[str]] = {}  # of a shared fixture
+        self.shared: dict[str, dict[str, float]] = {}  # test -> {shared fixture that it uses: seconds}
+        self.users: dict[str, list[str]] = {}  # shared fixture -> tests
         self.records: list[dict] = []
 
     def record(self) -> None:
-        """Run each file of tests that has no record yet, one after another, and read all records."""
+        """Run each test file that has no record yet, then read all records."""
         for file in self.files:
             if not self._path(file).exists():
                 print(f"recording {file}", file=sys.stderr)
@@ -84,7 +84,7 @@ class Tests:
         return self.seconds.get(test, 0.0) + sum(self.shared.get(test, {}).values())
 
     def within(self, tests: Iterable[str], budget: float) -> list[str]:
-        """Return the first tests that take less than `budget` seconds together, and the first in any case."""
+        """The first tests that take at most `budget` seconds together, but at least one."""
         chosen, paid = [], set()
         for test in tests:
             fixtures = self.shared[test]
@@ -96,7 +96,7 @@ class Tests:
         return chosen
 
     def running(self, file: str, first: int, last: int) -> list[str]:
-        """Return the tests that run one of the lines first to last of a file, cheapest first."""
+        """The tests that run any of the lines first to last of a file, cheapest first."""
         tests: set[str] = set()
         for contexts in self._moved(file)[first - 1 : last]:
             for name in contexts:
@@ -104,7 +104,7 @@ class Tests:
         return sorted(tests, key=lambda test: (self.cost(test), test))
 
     def mentioning(self, names: Iterable[str], file: str) -> list[str]:
-        """Return the tests that run any line in which one of these names stands, and those of the file's own module."""
+        """The tests that run any line with one of these names, and the tests of the file's module."""
         pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
         tests = {test for test in self.seconds if test.split("::")[0].endswith(f"/test_{Path(file).name}")}
         for path in sorted((self.root / self.folder).rglob("*.py")):
@@ -115,7 +115,7 @@ class Tests:
 
     @functools.cache  # noqa: B019 (lives as long as the process)
     def _moved(self, file: str) -> list[set[str]]:
-        """Return the contexts of each line of the file as it is now."""
+        """The contexts of each line of the current file."""
         now = (self.root / file).read_text(encoding="utf-8").splitlines()
         found: list[set[str]] = [set() for _ in now]
         known: set[int] = set()
@@ -137,7 +137,7 @@ def _same_lines(old: tuple[str, ...], new: tuple[str, ...]) -> list[tuple[int, i
 
 
 def _spread(found: list[set[str]], known: set[int], source: str) -> list[set[str]]:
-    """Give each line that is new since the records the tests of the function around it."""
+    """Give each line that is newer than the records the tests of its function."""
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = range(function.body[0].lineno - 1, function.end_lineno)

@@ -1,8 +1,8 @@
 """The target for kernels/: edits of Triton kernels and their launchers, judged by the rungs of tests/gpu_proof.
 
 The rungs are those of gpu_proof/mutants.py: the kernel interpreted with every access checked, then its compiled PTX
-executed. The budgets of rung 3 judge only edits of warps and stages, which change no result: a wrong kernel that takes
-a register more is not thereby found to be wrong.
+executed. The budgets of rung 3 judge only edits of warps and stages, which change no result: one more register does not
+show that a result is wrong.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from pathlib import Path
 from tests.mutants.base import ROOT, Mutant, Verdict, sources
 from tests.mutants.rules import python_mutants
 
-sys.path.insert(0, str(ROOT / "tests"))  # the proofs are a package of their own, gpu_proof
+sys.path.insert(0, str(ROOT / "tests"))  # for the package gpu_proof
 
 from gpu_proof.mutants import (  # noqa: E402
-    NotAMutant,
+    MutantDoesNotApply,
     SourceMutant,
     judge_budgets,
     judge_executed,
     judge_interpreted,
 )
-from gpu_proof.mutants import Verdict as Noticed  # noqa: E402
+from gpu_proof.mutants import Verdict as RungVerdict  # noqa: E402
 from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
 
 SPEED = ("num_warps", "num_stages")
-NO_KERNEL = ("InterpreterError", "CompilationError", "CompileTimeAssertionFailure")  # what Triton refuses to translate
+# raised for edits that Triton cannot compile
+COMPILE_ERRORS = ("InterpreterError", "CompilationError", "CompileTimeAssertionFailure")
 
 
 @dataclass(frozen=True)
 class PlacedMutant(SourceMutant):
-    """A kernel file with one edit at one place."""
+    """A kernel file with one edit at one position."""
 
     mutant: Mutant | None = None
 
@@ -46,7 +47,7 @@ class PlacedMutant(SourceMutant):
 class TritonTarget:
     """Mutants of kernels.
 
-    budget: seconds that one rung may take of one mutant; a mutant that takes longer is noticed.
+    budget: seconds per rung and mutant; a mutant that takes longer counts as noticed.
     """
 
     name = "kernels"
@@ -83,28 +84,28 @@ class TritonTarget:
 
     def _rung(self, worker, judge, fault: PlacedMutant) -> tuple[str, str]:
         try:
-            found: Noticed = worker(judge, fault, limit=self.limit)
+            verdict: RungVerdict = worker(judge, fault, limit=self.limit)
         except WorkerDied as error:
             return "slow", f"{judge.__name__}: {error}"
-        except NotAMutant:
+        except MutantDoesNotApply:
             return "invalid", ""
         except Exception as error:
-            outcome = "invalid" if type(error).__name__ in NO_KERNEL else "noticed"
+            outcome = "invalid" if type(error).__name__ in COMPILE_ERRORS else "noticed"
             return outcome, f"{judge.__name__}: {type(error).__name__}: {str(error)[:200]}"
-        return ("noticed", f"rung {found.rung}: {found.message[:200]}") if found.rung else ("survived", "")
+        return ("noticed", f"rung {verdict.rung}: {verdict.message[:200]}") if verdict.rung else ("survived", "")
 
     def close(self) -> None:
         pass
 
 
 def _is_speed(mutant: Mutant) -> bool:
-    """Return whether an edit is of the warps or the stages of a launch."""
+    """Whether an edit changes the warps or stages of a launch."""
     before = (ROOT / mutant.file).read_text(encoding="utf-8")[: mutant.start]
     return any(word in mutant.before or before.endswith(f"{word}=") for word in SPEED)
 
 
 def _speed_only(tree: ast.Module) -> Iterator[int]:
-    """Yield the lines that hold nothing but sizes of tiles, warps and stages: other ones are slower, not wrong."""
+    """Yield the lines with only tile sizes, warps and stages, whose edits are slower but not wrong."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id == "TILES" for x in node.targets):
             yield from range(node.lineno, node.end_lineno + 1)

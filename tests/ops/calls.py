@@ -1,4 +1,4 @@
-"""Ways to call an op that its tests share: on the device of a backend, watched, compiled, and with more threads."""
+"""Helpers of the tests of ops: call an op on a backend's device, record its torch ops, compile it, set threads."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch.utils._pytree import tree_map_only
 
 from las_fast.ops import backends
 
-# Without a GPU the Triton kernels have proofs of their own (gpu_proof), and hundreds of skips here would hide others.
-# speller_unroll alone has a fused form, and its tests name it.
-COVERED = [n for n in backends.BACKENDS if n != "fused" and (n != "triton" or torch.cuda.is_available())]
+# Without a GPU, tests/gpu_proof checks the Triton kernels; hundreds of skips here would hide others.
+# Only speller_unroll has a fused form, and its tests name it.
+TESTED_BACKENDS = [n for n in backends.BACKENDS if n != "fused" and (n != "triton" or torch.cuda.is_available())]
 
 
-# Ways to lay (B, N, M) tensors out other than one row after another.
+# Copies of (B, N, M) tensors that are not contiguous.
 LAYOUTS = {
-    "dimensions 0 and 1 swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "dimensions 1 and 2 swapped": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "cut": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
+    "dimensions 0 and 1 transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "dimensions 1 and 2 transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced": lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
     "expanded": lambda x: x[:1].expand_as(x),
 }
 
 
 def call(op, *arguments, backend, **options):
-    """Return what `op` gives on the device that the backend takes, as tensors on the CPU."""
+    """Call `op` on the device of a backend; return its results on the CPU."""
     device = backends.DEVICES.get(backend, "cpu")
     arguments, options = tree_map_only(Tensor, lambda x: x.to(device), (arguments, options))
     return tree_map_only(Tensor, lambda x: x.cpu(), op(*arguments, **options, backend=backend))
 
 
 def ops_called(function) -> list[str]:
-    """Return the names of the registered torch ops that reach a device while function() runs."""
+    """Names of the torch ops that reach a device during function()."""
     names = []
 
-    class Watch(TorchDispatchMode):
+    class RecordNames(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             names.append(func._schema.name)
             return func(*args, **(kwargs or {}))
 
-    with Watch():
+    with RecordNames():
         function()
     return names
 
 
 def compile_and_count(function):
-    """Return function compiled without graph breaks, and the list that its graphs are added to."""
+    """Compile a function without graph breaks. Returns it and a list that gets each of its graphs."""
     graphs = []
 
     def count(graph, inputs):
@@ -60,7 +60,7 @@ def compile_and_count(function):
 
 @contextlib.contextmanager
 def threads(number: int):
-    """Run the block on that number of threads."""
+    """Set the number of threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -70,9 +70,9 @@ def threads(number: int):
 
 
 @contextlib.contextmanager
-def lanes(most: int):
-    """Run the block with vectors of at most that many floats, as an older processor would."""
-    before = torch.ops.las_fast.limit_lanes(most)
+def lanes(limit: int):
+    """Limit C++ vectors to this many floats inside the block, as on an older processor."""
+    before = torch.ops.las_fast.limit_lanes(limit)
     try:
         yield
     finally:
@@ -80,9 +80,28 @@ def lanes(most: int):
 
 
 def digests(check_and_digest) -> set[str]:
-    """Return what check_and_digest() gives with vectors of 4, of 8 and of 16 floats, or as many as there are here."""
-    found = set()
-    for most in (4, 8, 16):
-        with lanes(most):
-            found.add(check_and_digest())
-    return found
+    """The distinct results of check_and_digest() with vectors limited to 4, 8 and 16 floats."""
+    results = set()
+    for limit in (4, 8, 16):
+        with lanes(limit):
+            results.add(check_and_digest())
+    return results
+
+
+def assert_as_accurate_as_plain(names, actual, exact, baseline, dtype) -> None:
+    """Compare results, by name, with the float64 ones.
+
+    The RMS error may be twice that of the plain formula in the same dtype, and the largest error four times, because a
+    single value varies more. Each may exceed that by a rounding of the largest result.
+    """
+    for name, a, b, c in zip(names, actual, exact, baseline, strict=True):
+        rounding = torch.finfo(dtype).eps * b.abs().max()
+        for error, baseline_error, factor in zip(errors(a, b), errors(c, b), (2, 4), strict=True):
+            allowed = factor * baseline_error + rounding
+            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def errors(actual, exact):
+    """The RMS error and the largest error."""
+    error = (actual - exact).abs()
+    return error.square().mean().sqrt(), error.max()

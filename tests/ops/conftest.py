@@ -1,16 +1,16 @@
-"""Every test that takes `backend` runs on each backend of the op that its file is named after."""
+"""Fixtures: a test that takes `backend` runs on each backend of the op that its file is named after."""
 
 from __future__ import annotations
 
 import pytest
-from calls import COVERED
+from calls import TESTED_BACKENDS
 
 from las_fast.ops import backends
 
 
-@pytest.fixture(params=COVERED)
+@pytest.fixture(params=TESTED_BACKENDS)
 def backend(request) -> str:
-    """One backend after another; skips those that are not available here, with the reason."""
+    """Each backend; skips those that are not available here, with the reason."""
     op = request.module.__name__.removeprefix("test_")
     if reason := backends.unavailable(op, request.param):
         pytest.skip(reason)
@@ -19,7 +19,7 @@ def backend(request) -> str:
 
 @pytest.fixture
 def cpp() -> str:
-    """The C++ backend, for what is claimed of it alone."""
+    """The C++ backend, for tests of that backend only."""
     if reason := backends.EXTENSION_PROBLEM:
         pytest.skip(reason)
     return "cpp"

@@ -32,15 +32,15 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def test_without_the_extension_the_reference_serves_and_says_so_once(not_built):
+def test_without_the_extension_the_reference_runs_and_warns_once(not_built):
     states, parents = [torch.ones(2, 1, 4)], torch.zeros(2, 1, dtype=torch.int64)
-    with pytest.warns(RuntimeWarning, match="not built. Run: python setup.py build_ext") as said:
+    with pytest.warns(RuntimeWarning, match="not built. Run: python setup.py build_ext") as caught:
         beam_gather(states, parents)
         (gathered,) = beam_gather(states, parents)
-    assert len(said) == 1 and torch.equal(gathered, states[0])
+    assert len(caught) == 1 and torch.equal(gathered, states[0])
 
 
-def test_a_named_reference_says_nothing(not_built):
+def test_a_named_reference_gives_no_warning(not_built):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose("masked_attention", "reference", CPU) == "reference"
@@ -57,7 +57,7 @@ def test_a_named_backend_that_an_op_lacks_raises(monkeypatch):
         backends.choose("beam_gather", "triton", CUDA)
 
 
-def test_a_misspelt_backend_lists_those_there_are():
+def test_an_unknown_backend_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="one of auto, reference, fused, cpp, triton; got 'c\\+\\+'"):
         backends.choose("beam_topk", "c++", CPU)
 
@@ -77,14 +77,14 @@ def test_a_named_backend_refuses_a_dtype_that_auto_leaves_to_the_reference(gpu):
 
 
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
-def test_auto_takes_triton_or_what_is_fused_on_cuda_and_cpp_on_a_cpu(gpu, op):
-    there = next(name for name in ("triton", "fused", "reference") if name in backends.IMPLEMENTED[op])
-    assert backends.choose(op, "auto", CUDA, torch.float32) == there
+def test_auto_chooses_triton_or_fused_on_cuda_and_cpp_on_a_cpu(gpu, op):
+    expected = next(name for name in ("triton", "fused", "reference") if name in backends.IMPLEMENTED[op])
+    assert backends.choose(op, "auto", CUDA, torch.float32) == expected
     assert backends.choose(op, "auto", CPU, torch.float32) == "cpp"
 
 
-def test_each_op_has_the_backends_that_it_had():
-    """Tests of a backend skip what an op has not, so that one which is gone by mistake would be noticed nowhere."""
+def test_each_op_has_the_backends_listed_here():
+    """Other tests skip backends that an op lacks, so they would not notice one that is removed by mistake."""
     native, everywhere = ("reference", "cpp"), ("reference", "cpp", "triton")
     assert {op: tuple(has) for op, has in backends.IMPLEMENTED.items()} == {
         "bilstm": native, "ctc_loss": native, "masked_attention": everywhere, "beam_topk": everywhere,
@@ -116,16 +116,16 @@ def test_a_backend_takes_these_types_and_no_others(op, backend, dtypes):
     assert backends.supports_dtype(op, backend, None)
 
 
-def test_triton_without_a_gpu_says_so(monkeypatch):
+def test_triton_without_a_gpu_is_unavailable(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.unavailable("beam_topk", "triton").startswith("there is no CUDA device here")
 
 
 def test_a_broken_extension_is_explained_not_hidden(monkeypatch):
-    def broken(name):
+    def fail(name):
         raise ImportError("_C.abi3.so: undefined symbol: x\nmore")
 
-    monkeypatch.setattr(backends.importlib, "import_module", broken)
+    monkeypatch.setattr(backends.importlib, "import_module", fail)
     assert backends._load_extension().startswith("the extension does not load (_C.abi3.so: undefined symbol: x). Run:")
 
 
@@ -144,7 +144,7 @@ def test_an_extension_with_another_schema_of_an_op_is_explained(monkeypatch):
 
 
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
-def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
+def test_the_table_lists_every_op_and_why_it_is_unavailable(op, capsys):
     command.main([])
     lines = capsys.readouterr().out.replace("no [", "no[").splitlines()
     (cells,) = (line.split()[1:] for line in lines if line.split()[:1] == [op])
@@ -157,7 +157,7 @@ def test_the_table_has_a_line_for_every_op_and_says_why_not(op, capsys):
             assert cell in ("auto", "yes")
 
 
-def test_the_columns_of_the_table_stand_below_one_another():
+def test_the_columns_of_the_table_are_aligned():
     lines = command.table().splitlines()
     starts = [lines[0].index(name) for name in backends.BACKENDS]
     assert starts == [18, 29, 40, 51] and lines[0].startswith("op ") and lines == [line.rstrip() for line in lines]
@@ -165,7 +165,7 @@ def test_the_columns_of_the_table_stand_below_one_another():
         assert all(line[:start].endswith(" ") and line[start] != " " for start in starts)
 
 
-def test_sizes_that_a_backend_does_not_take_are_left_to_the_reference_or_refused(gpu):
+def test_sizes_beyond_a_backend_go_to_the_reference_or_are_refused(gpu):
     excess = {"triton": "takes at most 3 beams", "cpp": None}
     assert backends.choose("beam_topk", "auto", CUDA, torch.float32, excess) == "reference"
     assert backends.choose("beam_topk", "auto", CPU, torch.float32, excess) == "cpp"
@@ -175,7 +175,7 @@ def test_sizes_that_a_backend_does_not_take_are_left_to_the_reference_or_refused
 
 
 @pytest.mark.parametrize(
-    ("there", "hip", "installed", "said"),
+    ("cuda_available", "hip", "installed", "message"),
     [
         (False, None, True, "there is no CUDA device here"),
         (True, "6.0", True, "the Triton kernels are for NVIDIA GPUs only"),
@@ -183,15 +183,15 @@ def test_sizes_that_a_backend_does_not_take_are_left_to_the_reference_or_refused
         (True, None, True, None),
     ],
 )
-def test_triton_needs_a_gpu_of_nvidia_and_its_package(monkeypatch, there, hip, installed, said):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+def test_triton_needs_an_nvidia_gpu_and_its_package(monkeypatch, cuda_available, hip, installed, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_available)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: "spec" if installed else None)
-    found = backends.unavailable("beam_topk", "triton")
-    assert found is None if said is None else found.startswith(said)
+    problem = backends.unavailable("beam_topk", "triton")
+    assert problem is None if message is None else problem.startswith(message)
 
 
-def test_triton_kernels_take_the_sizes_that_fit_and_say_which():
+def test_triton_kernels_refuse_sizes_beyond_their_limits():
     topk, attention = (importlib.import_module(f"las_fast.ops.{name}") for name in ("beam_topk", "masked_attention"))
     assert topk._too_many(128, 1000) is None and topk._too_many(1, 2**31 - 1) is None
     assert topk._too_many(129, 10).startswith(
@@ -218,27 +218,27 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors():
     assert backends._device_of(([], torch.zeros(1))) == CPU
 
 
-def test_without_triton_a_gpu_takes_the_reference_and_says_so_once(monkeypatch):
+def test_without_triton_a_gpu_uses_the_reference_and_warns_once(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: "triton is not installed. Run: pip install triton")
     monkeypatch.setattr(backends, "_warned", set())
-    with pytest.warns(RuntimeWarning, match="Run: pip install triton") as said:
+    with pytest.warns(RuntimeWarning, match="Run: pip install triton") as caught:
         assert [backends.choose("beam_topk", "auto", CUDA) for _ in range(2)] == ["reference"] * 2
-    assert len(said) == 1
+    assert len(caught) == 1
 
 
-def test_an_extension_without_some_op_that_is_registered_is_from_another_version():
+def test_every_registered_op_is_known_to_the_version_check():
     files = Path(backends.__file__).parent.glob("*.py")
     registered = {name for file in files for name in re.findall(r'backends\.register\(\s*"(\w+)"', file.read_text())}
     assert registered - set(backends.IMPLEMENTED) == set(backends.HELPER_OPS)
 
 
-def test_every_kernel_of_the_extension_is_that_of_a_registered_op():
+def test_every_kernel_of_the_extension_belongs_to_a_registered_op():
     sources = [file.read_text() for file in (Path(__file__).parents[2] / "csrc").glob("*.cpp")]
     kernels = [name for text in sources for name in re.findall(r'm\.impl\("(\w+)_cpp"', text)]
     assert sorted(kernels) == sorted({*backends.IMPLEMENTED, *backends.HELPER_OPS})
 
 
-def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
+def test_limit_lanes_narrows_vectors_until_it_is_undone(cpp):
     limit = torch.ops.las_fast.limit_lanes
     before = limit(8)
     try:
@@ -249,24 +249,24 @@ def test_vectors_are_narrowed_by_a_call_and_widened_again(cpp):
         assert limit(before) == 4
 
 
-def keeps_for_gradients(op: str, function) -> bool:
-    """Return the flag by which the C++ op keeps what its backward pass needs, its last argument."""
+def saves_for_backward(op: str, function) -> bool:
+    """The last argument of the C++ op: whether it saves tensors for its backward pass."""
     flags = []
 
-    class Watch(TorchDispatchMode):
+    class RecordFlag(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func._schema.name == f"las_fast::{op}":
                 flags.append(args[-1])
             return func(*args, **(kwargs or {}))
 
-    with Watch():
+    with RecordFlag():
         function()
     (flag,) = flags
     return flag
 
 
 def differentiable():
-    """Yield (op, function, tensors that may need a gradient, other arguments)."""
+    """Yield (op, function of tensors, tensors that may need a gradient)."""
     x, *weights = test_bilstm.inputs()
     yield "bilstm_cpp", lambda x, *w: bilstm(x, LENGTHS, w[:4], w[4:]), [x, *weights]
     logits, *rest = test_ctc_loss.inputs()
@@ -282,22 +282,22 @@ def differentiable():
 
 def test_tensors_are_saved_only_if_gradients_are_needed(cpp):
     for op, function, tensors in differentiable():
-        assert not keeps_for_gradients(op, partial(function, *tensors))
+        assert not saves_for_backward(op, partial(function, *tensors))
         for i in range(len(tensors)):
-            given = [x.detach().requires_grad_() if i == j else x for j, x in enumerate(tensors)]
-            assert keeps_for_gradients(op, partial(function, *given))
+            leaves = [x.detach().requires_grad_() if i == j else x for j, x in enumerate(tensors)]
+            assert saves_for_backward(op, partial(function, *leaves))
             with torch.no_grad():
-                assert not keeps_for_gradients(op, partial(function, *given))
+                assert not saves_for_backward(op, partial(function, *leaves))
 
 
-@pytest.mark.parametrize("wanted", [0, 1, 2])
-def test_attention_computes_each_gradient_on_its_own(cpp, wanted):
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_each_input_of_attention_can_be_the_only_one_that_needs_a_gradient(cpp, index):
     tensors = test_masked_attention.inputs()
     every = [x.clone().requires_grad_() for x in tensors]
     context, weights = masked_attention(*every, LENGTHS)
     loss = context.square().sum() + weights.square().sum()
-    expected = torch.autograd.grad(loss, every)[wanted]
-    alone = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
+    expected = torch.autograd.grad(loss, every)[index]
+    alone = [x.clone().requires_grad_(i == index) for i, x in enumerate(tensors)]
     context, weights = masked_attention(*alone, LENGTHS)
     loss = context.square().sum() + weights.square().sum()
-    assert torch.equal(torch.autograd.grad(loss, alone[wanted])[0], expected)
+    assert torch.equal(torch.autograd.grad(loss, alone[index])[0], expected)

@@ -16,14 +16,14 @@ def random(L, B, K, seed=0):
 
 
 def plain(tokens, parents, scores, attended_frames, b, k):
-    """Follow the pointers of one hypothesis by hand; return (token, score of the token, frame) of each step."""
-    found, beam = [], k
+    """(token, token score, attended frame) of each step of one hypothesis."""
+    steps, beam = [], k
     for t in reversed(range(tokens.shape[0])):
         token, score, parent = int(tokens[t, b, beam]), scores[t, b, beam], int(parents[t, b, beam])
         before = scores[t - 1, b, parent] if t else torch.tensor(0.0)
-        found.insert(0, (token, float(score - before), int(attended_frames[t, b, parent])))
+        steps.insert(0, (token, float(score - before), int(attended_frames[t, b, parent])))
         beam = parent
-    return found
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -31,54 +31,54 @@ def plain(tokens, parents, scores, attended_frames, b, k):
 )
 def test_hypotheses_follow_the_pointers(backend, L, B, K):
     history = random(L, B, K)
-    found = call(beam_backtrack, *history, eos=EOS, backend=backend)
-    assert found.tokens.shape == found.token_scores.shape == found.attended_frames.shape == (B, K, L)
-    assert found.lengths.shape == (B, K)
+    actual = call(beam_backtrack, *history, eos=EOS, backend=backend)
+    assert actual.tokens.shape == actual.token_scores.shape == actual.attended_frames.shape == (B, K, L)
+    assert actual.lengths.shape == (B, K)
     for b in range(B):
         for k in range(K):
             steps = plain(*history, b, k)
             text = [token for token, _, _ in steps]
             n = text.index(EOS) if EOS in text else L
-            assert found.tokens[b, k].tolist() == text[:n] + [EOS] * (L - n)
-            assert int(found.lengths[b, k]) == n
-            assert found.token_scores[b, k].tolist() == [score for _, score, _ in steps]
-            assert found.attended_frames[b, k].tolist() == [frame for _, _, frame in steps]
+            assert actual.tokens[b, k].tolist() == text[:n] + [EOS] * (L - n)
+            assert int(actual.lengths[b, k]) == n
+            assert actual.token_scores[b, k].tolist() == [score for _, score, _ in steps]
+            assert actual.attended_frames[b, k].tolist() == [frame for _, _, frame in steps]
 
 
 def test_token_scores_add_up_to_the_score_of_the_hypothesis(backend):
     tokens, parents, scores, attended_frames = random(40, 3, 5)
-    found = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
-    torch.testing.assert_close(found.token_scores.double().sum(-1).float(), scores[-1])
+    actual = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
+    torch.testing.assert_close(actual.token_scores.double().sum(-1).float(), scores[-1])
 
 
 def test_a_finished_beam_adds_nothing_and_its_eos_has_a_score(backend):
     tokens = torch.tensor([[[5]], [[EOS]], [[EOS]]])
     scores = torch.tensor([[[-1.0]], [[-1.5]], [[-1.5]]])
     nothing = torch.zeros_like(tokens)
-    found = call(beam_backtrack, tokens, nothing, scores, nothing, eos=EOS, backend=backend)
-    assert found.lengths.tolist() == [[1]] and found.token_scores.tolist() == [[[-1.0, -0.5, 0.0]]]
+    actual = call(beam_backtrack, tokens, nothing, scores, nothing, eos=EOS, backend=backend)
+    assert actual.lengths.tolist() == [[1]] and actual.token_scores.tolist() == [[[-1.0, -0.5, 0.0]]]
 
 
 def test_hypotheses_that_do_not_exist_have_no_nan(backend):
     tokens, parents, scores, attended_frames = random(6, 2, 3)
     scores[2:, 1] = -INF
-    found = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
-    assert found.token_scores[1, :, 2].tolist() == [-INF] * 3 and (found.token_scores[1, :, 3:] == 0).all()
-    assert not found.token_scores.isnan().any()
+    actual = call(beam_backtrack, tokens, parents, scores, attended_frames, eos=EOS, backend=backend)
+    assert actual.token_scores[1, :, 2].tolist() == [-INF] * 3 and (actual.token_scores[1, :, 3:] == 0).all()
+    assert not actual.token_scores.isnan().any()
 
 
 def test_without_eos_a_hypothesis_is_as_long_as_the_search(backend):
     tokens, parents, scores, attended_frames = random(6, 2, 3)
-    found = call(beam_backtrack, tokens.clamp(min=EOS + 1), parents, scores, attended_frames, eos=EOS, backend=backend)
-    assert (found.lengths == 6).all() and (found.tokens != EOS).all()
+    actual = call(beam_backtrack, tokens.clamp(min=EOS + 1), parents, scores, attended_frames, eos=EOS, backend=backend)
+    assert (actual.lengths == 6).all() and (actual.tokens != EOS).all()
 
 
 def test_inputs_need_not_be_contiguous(backend):
     history = random(5, 4, 3)
-    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in history]
-    assert not any(x.is_contiguous() for x in turned)
-    found = call(beam_backtrack, *turned, eos=EOS, backend=backend)
-    for a, b in zip(found, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in history]
+    assert not any(x.is_contiguous() for x in strided)
+    actual = call(beam_backtrack, *strided, eos=EOS, backend=backend)
+    for a, b in zip(actual, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -136,8 +136,8 @@ def test_it_compiles_into_one_graph(cpp):
 
 
 def test_two_threads_give_the_same_bits(cpp):
-    history = random(800, 64, 16)  # some milliseconds for each thread, so that both are at work at once
+    history = random(800, 64, 16)  # some milliseconds per thread, so that both run at the same time
     with threads(2):
-        found = beam_backtrack(*history, eos=EOS, backend=cpp)
-    for a, b in zip(found, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
+        actual = beam_backtrack(*history, eos=EOS, backend=cpp)
+    for a, b in zip(actual, beam_backtrack(*history, eos=EOS, backend="reference"), strict=True):
         assert torch.equal(a, b)

@@ -28,9 +28,9 @@ def test_each_hypothesis_becomes_its_parent(backend, B, K, N):
 
 def test_any_dtype_and_any_number_of_states_of_different_sizes(backend):
     states, parents = make(3, 4, (1, 6, 33), DTYPES)
-    found = call(beam_gather, states, parents, backend=backend)
-    assert len(found) == len(states) == 24
-    for state, gathered in zip(states, found, strict=True):
+    actual = call(beam_gather, states, parents, backend=backend)
+    assert len(actual) == len(states) == 24
+    for state, gathered in zip(states, actual, strict=True):
         expected = torch.stack([state[b, parents[b]] for b in range(3)])
         assert gathered.dtype == state.dtype and torch.equal(gathered, expected)
 
@@ -47,14 +47,14 @@ def test_states_are_not_modified_and_results_are_new(backend):
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
-def test_inputs_need_not_be_contiguous(backend, turn):
+@pytest.mark.parametrize("relayout", LAYOUTS.values(), ids=LAYOUTS)
+def test_inputs_need_not_be_contiguous(backend, relayout):
     (state,), parents = make(3, 4, [6])
-    turned = turn(state)
-    assert not turned.is_contiguous()
-    (expected,) = beam_gather([turned.contiguous()], parents, backend="reference")
+    strided = relayout(state)
+    assert not strided.is_contiguous()
+    (expected,) = beam_gather([strided.contiguous()], parents, backend="reference")
     parents = parents.t().contiguous().t()
-    assert torch.equal(call(beam_gather, [turned], parents, backend=backend)[0], expected)
+    assert torch.equal(call(beam_gather, [strided], parents, backend=backend)[0], expected)
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 2**40])
@@ -116,8 +116,8 @@ def test_it_compiles_into_one_graph(cpp):
 def test_two_threads_give_the_same_bits(cpp):
     states, parents = make(256, 8, (512, 300))
     with threads(2):
-        found = beam_gather(states, parents, backend=cpp)
-    for a, b in zip(found, beam_gather(states, parents, backend="reference"), strict=True):
+        actual = beam_gather(states, parents, backend=cpp)
+    for a, b in zip(actual, beam_gather(states, parents, backend="reference"), strict=True):
         assert torch.equal(a, b)
 
 

@@ -21,7 +21,7 @@ def step(logits, scores=None, finished=None, lengths=None, *, backend, eos=EOS, 
 
 
 def random(B=3, K=4, V=7, seed=0):
-    """Return logits, scores, finished and lengths in the middle of a search."""
+    """Logits, scores, finished flags and lengths in the middle of a search."""
     generator = torch.Generator().manual_seed(seed)
     logits, scores = 3 * torch.randn(B, K, V, generator=generator), -torch.rand(B, K, generator=generator) * 3
     finished = torch.rand(B, K, generator=generator) < 0.3
@@ -36,8 +36,8 @@ def ngram(B, K, V, order, seed=0, weight=0.4):
 
 def ctc(B, K, V, seed=0, weight=0.3):
     generator = torch.Generator().manual_seed(seed)
-    gains = torch.randn(B, K, V, generator=generator).log_softmax(-1)
-    return Ctc(gains.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), weight)
+    next_log_probs = torch.randn(B, K, V, generator=generator).log_softmax(-1)
+    return Ctc(next_log_probs.masked_fill(torch.rand(B, K, V, generator=generator) < 0.1, -INF), weight)
 
 
 OPTIONS = {
@@ -70,8 +70,8 @@ def options_for(name, B, K, V):
 
 def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=None, length_penalty=0.0,
           eos_threshold=0.0, coverage=None, ngram=None, ctc=None):  # fmt: skip
-    """Every candidate of utterance b, written out in float64; return (score, token, parent), best first."""
-    found = []
+    """All candidates (score, token, parent) of utterance b, best first, computed in float64."""
+    candidates = []
     for k, row in enumerate(logits[b].double()):
         steps, tokens = row.log_softmax(0).tolist(), int(lengths[b, k]) + 1
         forced = maximum is not None and lengths[b, k] >= maximum[b]
@@ -89,35 +89,36 @@ def plain(logits, scores, finished, lengths, b, *, eos, minimum=None, maximum=No
                 total, tokens = 0.0 if v == eos else -math.inf, int(lengths[b, k])
             total += float(scores[b, k])
             bonus = 0.0 if coverage is None else float(coverage[b, k])
-            found.append((total / max(1, tokens) ** length_penalty + bonus, -(k * logits.shape[2] + v), total, v, k))
-    found.sort(reverse=True)
-    return [(total, v, k) for _, _, total, v, k in found]
+            rank = total / max(1, tokens) ** length_penalty + bonus
+            candidates.append((rank, -(k * logits.shape[2] + v), total, v, k))
+    candidates.sort(reverse=True)
+    return [(total, v, k) for _, _, total, v, k in candidates]
 
 
-def assert_same(found, expected):
-    """Scores as near as rounding allows, everything else equal."""
-    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
-    for name, a, b in zip(found._fields[1:], found[1:], expected[1:], strict=True):
+def assert_same(actual, expected):
+    """Scores equal up to rounding, everything else exactly."""
+    torch.testing.assert_close(actual.scores, expected.scores, atol=1e-5, rtol=1e-5)
+    for name, a, b in zip(actual._fields[1:], actual[1:], expected[1:], strict=True):
         assert a is b is None or torch.equal(a, b), name
 
 
 @pytest.mark.parametrize(("B", "K", "V"), SHAPES[:5])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_takes_the_best_of_all_candidates(backend, B, K, V, name):
+def test_the_best_of_all_candidates_are_taken(backend, B, K, V, name):
     inputs, options, eos = random(B, K, V), options_for(name, B, K, V), min(EOS, V - 1)
-    found = step(*inputs, backend=backend, eos=eos, **options)
+    actual = step(*inputs, backend=backend, eos=eos, **options)
     _, _, finished, lengths = inputs
     for b in range(B):
         for k, (total, token, parent) in enumerate(plain(*inputs, b, eos=eos, **options)[:K]):
-            assert float(found.scores[b, k]) == pytest.approx(total, abs=1e-5)
-            assert (int(found.tokens[b, k]), int(found.parents[b, k])) == (token, parent)
-            assert bool(found.finished[b, k]) == bool(finished[b, parent] or token == eos)
-            assert int(found.lengths[b, k]) == int(lengths[b, parent]) + (not finished[b, parent])
+            assert float(actual.scores[b, k]) == pytest.approx(total, abs=1e-5)
+            assert (int(actual.tokens[b, k]), int(actual.parents[b, k])) == (token, parent)
+            assert bool(actual.finished[b, k]) == bool(finished[b, parent] or token == eos)
+            assert int(actual.lengths[b, k]) == int(lengths[b, parent]) + (not finished[b, parent])
 
 
 @pytest.mark.parametrize(("B", "K", "V"), SHAPES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_indices_are_those_of_the_reference(backend, B, K, V, name):
+def test_indices_equal_the_reference(backend, B, K, V, name):
     options, eos = options_for(name, B, K, V), min(EOS, V - 1)
     for seed in range(5):
         inputs = random(B, K, V, seed)
@@ -136,65 +137,65 @@ def test_a_large_vocabulary_is_searched_to_the_end(backend, name):
 
 
 @pytest.mark.parametrize("V", [63, 64, 65, 130])
-def test_the_best_token_is_found_wherever_it_stands(backend, V):
+def test_the_best_token_is_found_at_any_index(backend, V):
     for v in range(V):
         logits = torch.zeros(1, 2, V)
         logits[0, 1, v] = 5.0
-        found = step(logits, backend=backend)
-        assert (int(found.tokens[0, 0]), int(found.parents[0, 0])) == (v, 1)
+        actual = step(logits, backend=backend)
+        assert (int(actual.tokens[0, 0]), int(actual.parents[0, 0])) == (v, 1)
 
 
 @pytest.mark.parametrize(("K", "V"), [(3, 4), (8, 31), (5, 200), (70, 130)])
 def test_equal_scores_keep_lower_index(backend, K, V):
-    found = step(torch.zeros(1, K, V), backend=backend)
-    assert found.tokens.tolist() == [[i % V for i in range(K)]]
-    assert found.parents.tolist() == [[i // V for i in range(K)]]
+    actual = step(torch.zeros(1, K, V), backend=backend)
+    assert actual.tokens.tolist() == [[i % V for i in range(K)]]
+    assert actual.parents.tolist() == [[i // V for i in range(K)]]
 
 
 def test_equal_scores_of_different_beams_keep_the_lower_beam(backend):
     logits = torch.zeros(1, 3, 5)
     logits[..., 3] = 4.0
-    found = step(logits, backend=backend)
-    assert found.tokens.tolist() == [[3, 3, 3]] and found.parents.tolist() == [[0, 1, 2]]
+    actual = step(logits, backend=backend)
+    assert actual.tokens.tolist() == [[3, 3, 3]] and actual.parents.tolist() == [[0, 1, 2]]
 
 
 def test_a_finished_beam_continues_only_with_eos_at_an_unchanged_score(backend):
-    found = step(torch.zeros(1, 2, 5), [[-0.5, -9.0]], [[True, False]], [[3, 4]], backend=backend)
-    assert (found.scores[0, 0], found.tokens[0, 0], found.parents[0, 0]) == (-0.5, EOS, 0)
-    assert found.parents[0, 1] == 1 and found.lengths.tolist() == [[3, 5]]
-    assert found.finished.tolist() == [[True, False]]
+    actual = step(torch.zeros(1, 2, 5), [[-0.5, -9.0]], [[True, False]], [[3, 4]], backend=backend)
+    assert (actual.scores[0, 0], actual.tokens[0, 0], actual.parents[0, 0]) == (-0.5, EOS, 0)
+    assert actual.parents[0, 1] == 1 and actual.lengths.tolist() == [[3, 5]]
+    assert actual.finished.tolist() == [[True, False]]
 
 
 def test_all_beams_finished_stay_as_they_are(backend):
     logits = torch.full((1, 3, 5), NAN)
-    found = step(logits, [[-1.0, -2.0, -3.0]], [[True] * 3], [[2, 3, 4]], backend=backend)
-    assert found.scores.tolist() == [[-1.0, -2.0, -3.0]] and (found.tokens == EOS).all() and found.finished.all()
-    assert found.parents.tolist() == [[0, 1, 2]] and found.lengths.tolist() == [[2, 3, 4]]
+    actual = step(logits, [[-1.0, -2.0, -3.0]], [[True] * 3], [[2, 3, 4]], backend=backend)
+    assert actual.scores.tolist() == [[-1.0, -2.0, -3.0]] and (actual.tokens == EOS).all() and actual.finished.all()
+    assert actual.parents.tolist() == [[0, 1, 2]] and actual.lengths.tolist() == [[2, 3, 4]]
 
 
 def test_taking_eos_finishes_a_beam(backend):
     logits = torch.zeros(1, 2, 5)
     logits[..., EOS] = 9.0
-    found = step(logits, lengths=[[4, 6]], backend=backend)
-    assert found.finished.all() and found.lengths.tolist() == [[5, 7]]
+    actual = step(logits, lengths=[[4, 6]], backend=backend)
+    assert actual.finished.all() and actual.lengths.tolist() == [[5, 7]]
 
 
-def test_at_the_start_only_the_first_beam_lives(backend):
-    found = step(random(2, 4, 9)[0], [[0.0, -INF, -INF, -INF]] * 2, backend=backend)
-    assert (found.parents == 0).all() and found.scores.isfinite().all()
-    assert all(len(set(row)) == 4 for row in found.tokens.tolist())
+def test_at_the_start_only_the_first_beam_continues(backend):
+    actual = step(random(2, 4, 9)[0], [[0.0, -INF, -INF, -INF]] * 2, backend=backend)
+    assert (actual.parents == 0).all() and actual.scores.isfinite().all()
+    assert all(len(set(row)) == 4 for row in actual.tokens.tolist())
 
 
-def test_more_beams_than_alternatives_fill_up_with_the_lowest_indices_not_taken(backend):
+def test_missing_candidates_are_filled_with_the_lowest_unused_indices(backend):
     logits = torch.tensor([0.0, 3.0, -INF]).expand(1, 5, 3)
-    found = step(logits, [[-INF, -1.0, -INF, -INF, -INF]], backend=backend)
-    assert found.scores[0, :2].isfinite().all() and (found.scores[0, 2:] == -INF).all()
-    assert (found.parents * 3 + found.tokens).tolist() == [[4, 3, 0, 1, 2]]
+    actual = step(logits, [[-INF, -1.0, -INF, -INF, -INF]], backend=backend)
+    assert actual.scores[0, :2].isfinite().all() and (actual.scores[0, 2:] == -INF).all()
+    assert (actual.parents * 3 + actual.tokens).tolist() == [[4, 3, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("K", [2, 9, 40])
-def test_fillers_are_those_of_the_reference(backend, name, K):
+def test_filled_candidates_equal_the_reference(backend, name, K):
     logits, scores, finished, lengths = random(6, K, 5)
     options = options_for(name, 6, K, 5)
     scores[:4, 1:] = -INF
@@ -211,10 +212,10 @@ def test_fillers_are_those_of_the_reference(backend, name, K):
 def test_rows_of_minus_infinity_never_yield_nan(backend, options):
     logits = torch.full((2, 3, 5), -INF)
     logits[1, 1] = torch.tensor([0.0, -INF, -INF, -INF, -INF])
-    found = step(logits, [[-INF] * 3, [-INF, -1.0, -2.0]], backend=backend, **options)
-    assert not found.scores.isnan().any() and (found.scores[0] == -INF).all()
-    assert (found.scores[1, 0], found.tokens[1, 0], found.parents[1, 0]) == (-1.0, 0, 1)
-    assert ((found.tokens >= 0) & (found.tokens < 5) & (found.parents >= 0) & (found.parents < 3)).all()
+    actual = step(logits, [[-INF] * 3, [-INF, -1.0, -2.0]], backend=backend, **options)
+    assert not actual.scores.isnan().any() and (actual.scores[0] == -INF).all()
+    assert (actual.scores[1, 0], actual.tokens[1, 0], actual.parents[1, 0]) == (-1.0, 0, 1)
+    assert ((actual.tokens >= 0) & (actual.tokens < 5) & (actual.parents >= 0) & (actual.parents < 3)).all()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -222,8 +223,8 @@ def test_rows_of_minus_infinity_never_yield_nan(backend, options):
 def test_a_row_with_nan_or_infinity_has_no_continuation(backend, bad, v):
     logits = torch.randn(1, 2, 130, generator=torch.Generator().manual_seed(0))
     logits[0, 0, v] = bad
-    found = step(logits, backend=backend)
-    assert (found.parents == 1).all() and found.scores.isfinite().all()
+    actual = step(logits, backend=backend)
+    assert (actual.parents == 1).all() and actual.scores.isfinite().all()
 
 
 def test_huge_logits_do_not_overflow(backend):
@@ -233,8 +234,8 @@ def test_huge_logits_do_not_overflow(backend):
 
 @pytest.mark.parametrize("V", [1, 2])
 def test_a_vocabulary_of_one_token_works(backend, V):
-    found = step(torch.zeros(2, 1, V), eos=0, backend=backend)
-    assert (found.tokens == 0).all() and found.finished.all()
+    actual = step(torch.zeros(2, 1, V), eos=0, backend=backend)
+    assert (actual.tokens == 0).all() and actual.finished.all()
 
 
 def test_a_table_over_one_token_has_one_row():
@@ -245,40 +246,40 @@ def test_a_table_over_one_token_has_one_row():
 
 @pytest.mark.parametrize(("B", "K"), [(0, 3), (2, 0)])
 def test_empty_inputs_give_empty_results(backend, B, K):
-    found = step(torch.zeros(B, K, 5), backend=backend)
-    assert all(x.shape == (B, K) for x in found[:5])
+    actual = step(torch.zeros(B, K, 5), backend=backend)
+    assert all(x.shape == (B, K) for x in actual[:5])
 
 
 def test_eos_is_denied_below_the_minimum(backend):
     logits = torch.zeros(2, 2, 4)
     logits[..., EOS] = 9.0
-    found = step(logits, lengths=[[2, 2], [3, 3]], minimum=torch.tensor([3, 3]), backend=backend)
-    assert (found.tokens[0] != EOS).all() and (found.tokens[1] == EOS).all()
+    actual = step(logits, lengths=[[2, 2], [3, 3]], minimum=torch.tensor([3, 3]), backend=backend)
+    assert (actual.tokens[0] != EOS).all() and (actual.tokens[1] == EOS).all()
 
 
 def test_each_beam_has_its_own_length(backend):
     logits = torch.zeros(1, 2, 4)
     logits[..., EOS] = 9.0
-    found = step(logits, lengths=[[2, 3]], minimum=torch.tensor([3]), backend=backend)
-    assert (found.tokens[0, 0], found.parents[0, 0]) == (EOS, 1) and (found.tokens[0, 1:] != EOS).all()
+    actual = step(logits, lengths=[[2, 3]], minimum=torch.tensor([3]), backend=backend)
+    assert (actual.tokens[0, 0], actual.parents[0, 0]) == (EOS, 1) and (actual.tokens[0, 1:] != EOS).all()
 
 
 def test_forced_eos_is_the_only_continuation_and_costs_its_probability(backend):
     logits, scores, _, _ = random(2, 3, 6)
     limits = {"maximum": torch.tensor([4, 9]), "minimum": torch.tensor([7, 0]), "eos_threshold": 0.1}
-    found = step(logits, scores, lengths=torch.full((2, 3), 4), backend=backend, **limits)
+    actual = step(logits, scores, lengths=torch.full((2, 3), 4), backend=backend, **limits)
     expected = (scores[0] + logits[0].log_softmax(-1)[:, EOS]).sort(descending=True)
-    assert (found.tokens[0] == EOS).all() and found.parents[0].tolist() == expected.indices.tolist()
-    assert not (found.tokens[1] == EOS).all()
-    torch.testing.assert_close(found.scores[0], expected.values)
+    assert (actual.tokens[0] == EOS).all() and actual.parents[0].tolist() == expected.indices.tolist()
+    assert not (actual.tokens[1] == EOS).all()
+    torch.testing.assert_close(actual.scores[0], expected.values)
 
 
-def test_a_forced_end_leaves_finished_beams_alone(backend):
-    found = step(
+def test_forced_eos_does_not_change_finished_beams(backend):
+    actual = step(
         torch.zeros(1, 2, 5), [[-1.0, -2.0]], [[True, True]], [[9, 9]], maximum=torch.tensor([3]), backend=backend
     )
-    assert found.scores.tolist() == [[-1.0, -2.0]] and (found.tokens == EOS).all()
-    assert found.lengths.tolist() == [[9, 9]]
+    assert actual.scores.tolist() == [[-1.0, -2.0]] and (actual.tokens == EOS).all()
+    assert actual.lengths.tolist() == [[9, 9]]
 
 
 def test_the_threshold_compares_eos_with_the_best_other_token(backend):
@@ -292,7 +293,7 @@ def test_the_threshold_compares_eos_with_the_best_other_token(backend):
 @pytest.mark.parametrize("eos", [0, 63, 64, 127, 128, 200])
 def test_the_threshold_finds_the_best_other_token_in_any_block(backend, eos):
     logits = torch.zeros(1, 1, 201)
-    logits[..., eos], logits[..., (eos + 64) % 201] = 6.0, 5.0  # a share of 0.6, and the best other one of 0.2
+    logits[..., eos], logits[..., (eos + 64) % 201] = 6.0, 5.0  # probabilities of 0.6, and 0.2 for the best other token
     best, other = logits[0, 0].log_softmax(0)[[eos, (eos + 64) % 201]].tolist()
     kept = step(logits, eos=eos, eos_threshold=1.01 * best / other, backend=backend)
     dropped = step(logits, eos=eos, eos_threshold=0.99 * best / other, backend=backend)
@@ -300,7 +301,7 @@ def test_the_threshold_finds_the_best_other_token_in_any_block(backend, eos):
 
 
 @pytest.mark.parametrize("best_other", [0, 5])
-def test_eos_must_exceed_the_threshold_not_meet_it(backend, best_other):
+def test_eos_must_exceed_the_threshold(backend, best_other):
     logits = torch.zeros(1, 1, 6)
     logits[..., [EOS, best_other]] = 4.0
     assert step(logits, eos_threshold=1.0, backend=backend).tokens.tolist() == [[best_other]]
@@ -309,8 +310,8 @@ def test_eos_must_exceed_the_threshold_not_meet_it(backend, best_other):
 def test_the_threshold_ignores_the_language_model(backend):
     logits = torch.tensor([[[0.5, 0.2, 0.3]]]).log().expand(1, 3, 3)
     against_eos = Ngram(torch.tensor([[0.0, 0.0, -50.0]]), torch.zeros(1, 3, dtype=torch.int64), 1.0)
-    found = step(logits, [[0.0, -INF, -INF]], eos_threshold=2.0, ngram=against_eos, backend=backend)
-    assert EOS in found.tokens[0].tolist() and (found.scores[0] > -INF).all()
+    actual = step(logits, [[0.0, -INF, -INF]], eos_threshold=2.0, ngram=against_eos, backend=backend)
+    assert EOS in actual.tokens[0].tolist() and (actual.scores[0] > -INF).all()
 
 
 @pytest.mark.parametrize("V", [7, 31])
@@ -323,7 +324,7 @@ def test_the_threshold_ignores_the_language_model(backend):
         {"minimum": torch.full((3,), 9), "maximum": torch.full((3,), 3)},
     ],
 )
-def test_unusual_options_give_the_results_of_the_reference(backend, options, V):
+def test_unusual_options_equal_the_reference(backend, options, V):
     inputs = random(3, 4, V)
     assert_same(step(*inputs, backend=backend, **options), step(*inputs, backend="reference", **options))
 
@@ -331,15 +332,15 @@ def test_unusual_options_give_the_results_of_the_reference(backend, options, V):
 def test_length_normalisation_ranks_long_beams_higher_but_returns_true_scores(backend):
     options = {"finished": [[True, True]], "lengths": [[2, 10]], "backend": backend}
     assert step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options).parents.tolist() == [[0, 1]]
-    found = step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options, length_penalty=1.0)
-    assert found.parents.tolist() == [[1, 0]] and found.scores.tolist() == [[-5.0, -2.0]]
-    assert found.lengths.tolist() == [[10, 2]]
+    actual = step(torch.zeros(1, 2, 4), [[-2.0, -5.0]], **options, length_penalty=1.0)
+    assert actual.parents.tolist() == [[1, 0]] and actual.scores.tolist() == [[-5.0, -2.0]]
+    assert actual.lengths.tolist() == [[10, 2]]
 
 
-def test_coverage_moves_ranks_and_leaves_scores(backend):
+def test_coverage_changes_ranks_and_not_scores(backend):
     options = {"finished": [[True, True]], "lengths": [[2, 2]], "backend": backend}
-    found = step(torch.zeros(1, 2, 4), [[-2.0, -3.0]], **options, coverage=torch.tensor([[0.0, 1.5]]))
-    assert found.parents.tolist() == [[1, 0]] and found.scores.tolist() == [[-3.0, -2.0]]
+    actual = step(torch.zeros(1, 2, 4), [[-2.0, -3.0]], **options, coverage=torch.tensor([[0.0, 1.5]]))
+    assert actual.parents.tolist() == [[1, 0]] and actual.scores.tolist() == [[-3.0, -2.0]]
 
 
 @pytest.mark.parametrize("V", [31, 131])
@@ -348,42 +349,42 @@ def test_a_ctc_model_is_mixed_in_by_its_weight(backend, weight, V):
     inputs, model = random(3, 5, V), ctc(3, 5, V, weight=weight)
     inputs[0][0, 1], inputs[0][1, :, 4], inputs[0][2, 0, 3] = -INF, -INF, NAN
     model = model._replace(next_log_probs=model.next_log_probs.clamp(min=-50.0)) if weight == 0 else model
-    found = step(*inputs, ctc=model, backend=backend)
-    assert_same(found, step(*inputs, ctc=model, backend="reference"))
+    actual = step(*inputs, ctc=model, backend=backend)
+    assert_same(actual, step(*inputs, ctc=model, backend="reference"))
     if weight == 0:
-        assert_same(found, step(*inputs, backend="reference"))
+        assert_same(actual, step(*inputs, backend="reference"))
 
 
 def test_what_the_logits_rule_out_stays_impossible_with_all_weight_on_ctc(backend):
-    logits, gains = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
+    logits, next_log_probs = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
     logits[..., :3] = -INF
     limits = {"minimum": torch.tensor([9])}
-    found = step(logits, ctc=Ctc(gains, 1.0), backend=backend, eos=3, **limits)
-    assert found.tokens.tolist() == [[4, 4]] and found.scores.tolist() == [[0.0, 0.0]]
+    actual = step(logits, ctc=Ctc(next_log_probs, 1.0), backend=backend, eos=3, **limits)
+    assert actual.tokens.tolist() == [[4, 4]] and actual.scores.tolist() == [[0.0, 0.0]]
 
 
 def test_a_continuation_that_ctc_rules_out_is_impossible(backend):
-    gains = torch.full((1, 1, 4), -INF)
-    gains[..., 3] = -1.0
-    found = step(torch.zeros(1, 1, 4), ctc=Ctc(gains, 0.5), backend=backend)
-    assert found.tokens.tolist() == [[3]] and found.scores.item() == pytest.approx(-0.5 - 0.5 * math.log(4))
-    gains[..., 3] = -INF
-    assert step(torch.zeros(1, 1, 4), ctc=Ctc(gains, 0.5), backend=backend).scores.item() == -INF
+    next_log_probs = torch.full((1, 1, 4), -INF)
+    next_log_probs[..., 3] = -1.0
+    actual = step(torch.zeros(1, 1, 4), ctc=Ctc(next_log_probs, 0.5), backend=backend)
+    assert actual.tokens.tolist() == [[3]] and actual.scores.item() == pytest.approx(-0.5 - 0.5 * math.log(4))
+    next_log_probs[..., 3] = -INF
+    assert step(torch.zeros(1, 1, 4), ctc=Ctc(next_log_probs, 0.5), backend=backend).scores.item() == -INF
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_an_ngram_model_adds_to_the_scores_and_follows_the_tokens(backend, order):
     B, K, V = 2, 8, 31
     inputs, model = random(B, K, V), ngram(B, K, V, order)
-    found = step(*inputs, ngram=model, backend=backend)
+    actual = step(*inputs, ngram=model, backend=backend)
     for b in range(B):
         for k, (total, token, parent) in enumerate(plain(*inputs, b, eos=EOS, ngram=model)[:K]):
-            assert float(found.scores[b, k]) == pytest.approx(total, abs=1e-5)
-            assert (int(found.tokens[b, k]), int(found.parents[b, k])) == (token, parent)
+            assert float(actual.scores[b, k]) == pytest.approx(total, abs=1e-5)
+            assert (int(actual.tokens[b, k]), int(actual.parents[b, k])) == (token, parent)
             state = int(model.states[b, parent])
             if not inputs[2][b, parent]:
                 state = (state * V + token) % V ** (order - 1)
-            assert int(found.ngram_states[b, k]) == state
+            assert int(actual.ngram_states[b, k]) == state
 
 
 def test_without_an_ngram_model_there_are_no_states(backend):
@@ -401,16 +402,16 @@ def test_half_precision_logits_are_summed_in_float32(backend, dtype):
 
 def test_inputs_need_not_be_contiguous(backend):
     inputs, options = random(3, 4, 31), options_for("all", 3, 4, 31)
-    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    turned[0] = turned[0].transpose(1, 2).contiguous().transpose(1, 2)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    strided[0] = strided[0].transpose(1, 2).contiguous().transpose(1, 2)
     options["coverage"] = options["coverage"].t().contiguous().t()
     log_probs = options["ctc"].next_log_probs.transpose(0, 1).contiguous().transpose(0, 1)
     options["ctc"] = options["ctc"]._replace(next_log_probs=log_probs)
     model = options["ngram"]
     table, states = (x.t().contiguous().t() for x in model[:2])
     options["ngram"] = model._replace(log_probs=table, states=states)
-    assert not any(x.is_contiguous() for x in turned)
-    assert_same(step(*turned, backend=backend, **options), step(*inputs, backend="reference", **options))
+    assert not any(x.is_contiguous() for x in strided)
+    assert_same(step(*strided, backend=backend, **options), step(*inputs, backend="reference", **options))
 
 
 def test_inputs_are_not_modified(backend):
@@ -452,15 +453,15 @@ def test_disagreeing_arguments_are_explained(change, message):
 
 
 def arguments(B=2, K=3, V=5, **change):
-    """Return what the registered op takes, all options given."""
+    """Arguments of the registered op, with all options set."""
     logits, scores, finished, lengths = random(B, K, V)
     model, limits = ngram(B, K, V, 2), torch.full((B,), 4)
-    every = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
-    every |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
-    every |= {"coverage": torch.randn(B, K), "ngram_table": model.log_probs}
-    every |= {"ngram_states": model.states, "ngram_weight": 0.3}
-    every |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3}
-    return tuple((every | change).values())
+    defaults = {"logits": logits, "scores": scores, "finished": finished, "lengths": lengths, "eos": EOS}
+    defaults |= {"minimum": limits, "maximum": limits + 4, "length_penalty": 0.7, "eos_threshold": 1.2}
+    defaults |= {"coverage": torch.randn(B, K), "ngram_table": model.log_probs}
+    defaults |= {"ngram_states": model.states, "ngram_weight": 0.3}
+    defaults |= {"ctc_next_log_probs": ctc(B, K, V).next_log_probs, "ctc_weight": 0.3}
+    return tuple((defaults | change).values())
 
 
 @pytest.mark.parametrize(
@@ -508,8 +509,8 @@ def test_it_compiles_into_one_graph(cpp, name):
     logits, scores, finished, lengths = random()
     options = options_for(name, 3, 4, 7)
     compiled, graphs = compile_and_count(lambda *x: beam_topk(*x[:3], eos=EOS, lengths=x[3], **options))
-    found = compiled(logits, scores, finished, lengths)
-    assert_same(found, beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, **options))
+    actual = compiled(logits, scores, finished, lengths)
+    assert_same(actual, beam_topk(logits, scores, finished, eos=EOS, lengths=lengths, **options))
     assert len(graphs) == 1
 
 
@@ -517,24 +518,24 @@ def test_it_compiles_into_one_graph(cpp, name):
 def test_two_threads_give_the_same_bits(cpp, B, K, V):
     inputs, options = random(B, K, V), options_for("both limits", B, K, V)
     with threads(2):
-        found = step(*inputs, backend=cpp, **options)
+        actual = step(*inputs, backend=cpp, **options)
     expected = step(*inputs, backend=cpp, **options)
-    assert_same(found, expected)
-    assert torch.equal(found.scores, expected.scores)
+    assert_same(actual, expected)
+    assert torch.equal(actual.scores, expected.scores)
 
 
-def test_a_sum_over_very_many_tokens_keeps_its_digits(cpp):
+def test_a_softmax_over_300000_tokens_is_accurate(cpp):
     logits = torch.full((1, 1, 300_000), -0.3)
     logits[0, 0, 7] = 0.0
-    found = step(logits, backend=cpp)
+    actual = step(logits, backend=cpp)
     exact = float(logits[0, 0].double().log_softmax(0)[7])
-    assert float(found.scores[0, 0]) == pytest.approx(exact, abs=2e-6)
+    assert float(actual.scores[0, 0]) == pytest.approx(exact, abs=2e-6)
 
 
 @pytest.mark.parametrize("V", [31, 131])
 def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, V):
     inputs = random(5, 4, V)
-    whole = step(*inputs, backend=cpp, length_penalty=0.7)
+    batched = step(*inputs, backend=cpp, length_penalty=0.7)
     for b in range(5):
         alone = step(*(x[b : b + 1] for x in inputs), backend=cpp, length_penalty=0.7)
-        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone[:5], whole[:5], strict=True))
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone[:5], batched[:5], strict=True))

@@ -23,7 +23,7 @@ per_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(ma
 
 
 def inputs(B=3, T=9, V=6, S=4, seed=0, scale=3.0):
-    """Return logits, lengths, tokens of which some repeat, and token_lengths; one utterance fills all of T and S."""
+    """Logits, lengths, tokens with repeats, and token_lengths; the last utterance has lengths T and S."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(B, T, V, generator=generator)
     lengths = torch.randint((T + 1) // 2, T + 1, (B,), generator=generator)
@@ -34,15 +34,15 @@ def inputs(B=3, T=9, V=6, S=4, seed=0, scale=3.0):
 
 
 def everything(logits, *rest, backend, weights=None):
-    """Return the losses, the gradient of their weighted sum, and the places."""
+    """The losses, the gradient of their weighted sum, and the token times."""
     leaf = logits.detach().clone().requires_grad_()
     losses = call(ctc_loss, leaf, *rest, backend=backend)
     (gradient,) = torch.autograd.grad(losses @ (torch.ones_like(losses) if weights is None else weights), leaf)
     return losses.detach(), gradient, call(ctc_token_times, logits, *rest, backend=backend)
 
 
-def assert_same(found, expected, **tolerance):
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual, expected, **tolerance):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b.to(a), **tolerance)
 
 
@@ -51,14 +51,14 @@ def assert_same(found, expected, **tolerance):
 def test_values_gradients_and_times_err_no_more_than_torch_does(backend, sizes, scale):
     arguments = inputs(*sizes, scale=scale)
     exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
-    usual = everything(*arguments, backend="reference")
-    for a, b, c in zip(everything(*arguments, backend=backend), usual, exact, strict=True):
+    baseline = everything(*arguments, backend="reference")
+    for a, b, c in zip(everything(*arguments, backend=backend), baseline, exact, strict=True):
         rounding = 4 * torch.finfo(torch.float32).eps * float(c.abs().max().clamp_min(1))
         assert (a - c).abs().max() <= 1.5 * (b - c).abs().max() + rounding
 
 
-def heard(T=1000, S=400):
-    """Inputs of one utterance, whose logits are sure of some alignment."""
+def confident_inputs(T=1000, S=400):
+    """One utterance whose logits are confident of an alignment."""
     logits, lengths, tokens, token_lengths = inputs(1, T, 31, S, scale=1.0)
     frames = (torch.arange(S) + 0.5) * T / S
     likely = torch.zeros(T, dtype=torch.int64).scatter(0, frames.long(), tokens[0])
@@ -67,29 +67,29 @@ def heard(T=1000, S=400):
 
 @pytest.mark.parametrize(
     "arguments",
-    [inputs(2, 3000, 31, 500), heard(), (inputs(2, 200, 31, 50)[0] + 1e4, *inputs(2, 200, 31, 50)[1:])],
-    ids=["long", "heard", "offset"],
+    [inputs(2, 3000, 31, 500), confident_inputs(), (inputs(2, 200, 31, 50)[0] + 1e4, *inputs(2, 200, 31, 50)[1:])],
+    ids=["long", "confident", "offset"],
 )
-def test_sums_of_many_frames_keep_their_digits(cpp, arguments):
+def test_long_utterances_are_as_accurate_as_the_reference(cpp, arguments):
     exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
-    usual = everything(*arguments, backend="reference")
-    found = everything(*arguments, backend=cpp)
-    for a, b, c in zip(found, usual, exact, strict=True):
+    baseline = everything(*arguments, backend="reference")
+    actual = everything(*arguments, backend=cpp)
+    for a, b, c in zip(actual, baseline, exact, strict=True):
         assert (a - c).abs().max() < 1.1 * (b - c).abs().max() + 1e-6
 
 
-def paths_that_read(text, T, V, apart):
-    """All paths of one token a frame that read text, with each frame's place in it (0 in a blank).
+def paths_of(text, T, V, allow_repeats):
+    """Yield the paths of T frames that spell the text: the number of each frame's token from 1, or 0 for a blank.
 
-    Unless apart, a repeated token needs a blank before it.
+    allow_repeats: equal neighbouring tokens need no blank between them.
     """
     for path in itertools.product(range(-len(text), len(text) + 1), repeat=T):
-        # -u is a blank after u tokens, u > 0 the u-th token; each frame follows the one before it
+        # -u is a blank after u tokens, u > 0 the u-th token
         begun = [abs(x) for x in (0, *path)]
         steps = list(zip((0, *path), path, strict=False))
         follows = all(
             (now == -abs(before)) or now == before or (now == abs(before) + 1
-            and (apart or before <= 0 or text[now - 1] != text[now - 2]))
+            and (allow_repeats or before <= 0 or text[now - 1] != text[now - 2]))
             for before, now in steps
         )  # fmt: skip
         if follows and begun[-1] == len(text):
@@ -101,22 +101,22 @@ def test_losses_and_times_are_sums_over_all_paths(backend, text):
     T, V = 4, 3
     logits = torch.randn(1, T, V, generator=torch.Generator().manual_seed(3))
     p = logits[0].softmax(-1).double()
-    found = everything(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
+    actual = everything(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
                        backend=backend)  # fmt: skip
 
     def probability(times):
         return math.prod(float(p[t, text[u - 1] if u else 0]) for t, u in enumerate(times))
 
-    total = sum(map(probability, paths_that_read(text, T, V, apart=False)))
-    assert found[0].item() == pytest.approx(-math.log(total) if total else 0.0, rel=1e-5)
+    total = sum(map(probability, paths_of(text, T, V, allow_repeats=False)))
+    assert actual[0].item() == pytest.approx(-math.log(total) if total else 0.0, rel=1e-5)
     for u in range(1, len(text) + 1):
-        weights = [[probability(path) * (x == u) for x in path] for path in paths_that_read(text, T, V, apart=True)]
+        weights = [[probability(path) * (x == u) for x in path] for path in paths_of(text, T, V, allow_repeats=True)]
         mass = sum(map(sum, weights))
         expected = sum(t * w for row in weights for t, w in enumerate(row)) / mass
-        assert found[2][0, u - 1].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert actual[2][0, u - 1].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_a_repeated_token_needs_a_blank_in_the_loss_alone(backend):
+def test_a_repeated_token_needs_a_blank_in_the_loss_but_not_in_the_alignment(backend):
     tokens, two = torch.tensor([[1, 1]]), torch.tensor([2])
     loss, gradient, times = everything(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
     assert loss == 0 and (gradient == 0).all()
@@ -133,11 +133,11 @@ def test_an_utterance_without_a_path_has_loss_zero(backend):
     torch.testing.assert_close(times[1], torch.tensor([0.0, 1.0, 2.0, 0.0]))
 
 
-def test_times_are_finite_where_the_logits_rule_the_transcript_out(backend):
+def test_token_times_are_finite_for_an_impossible_transcript(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[-1, :, int(tokens[-1, 0])] = -torch.inf
-    found = call(ctc_token_times, logits, lengths, tokens, token_lengths, backend=backend)
-    assert found.isfinite().all()
+    actual = call(ctc_token_times, logits, lengths, tokens, token_lengths, backend=backend)
+    assert actual.isfinite().all()
 
 
 def test_an_empty_transcript_is_all_blanks(backend):
@@ -155,14 +155,14 @@ def test_padding_full_of_nan_does_not_matter(cpp):
     padding = padding_mask(lengths, 20)
     dirty = logits.clone()
     dirty[padding] = NAN
-    wild = tokens.masked_fill(padding_mask(token_lengths, 4), 10**6)
-    found = everything(dirty, lengths, wild, token_lengths, backend=cpp)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert (found[1][padding] == 0).all()
+    padded_tokens = tokens.masked_fill(padding_mask(token_lengths, 4), 10**6)
+    actual = everything(dirty, lengths, padded_tokens, token_lengths, backend=cpp)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert (actual[1][padding] == 0).all()
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_nan_in_a_valid_frame_is_not_hidden(backend, value):
+def test_nan_in_a_valid_frame_propagates(backend, value):
     logits, lengths, tokens, token_lengths = inputs()
     logits[2, 3, 1] = value
     losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
@@ -172,23 +172,23 @@ def test_nan_in_a_valid_frame_is_not_hidden(backend, value):
 
 def test_hostile_logits_stay_finite(backend):
     logits, lengths, tokens, token_lengths = inputs(4, 30, 6, 4)
-    found = everything(1e4 * logits, lengths, tokens, token_lengths, backend=backend)
+    actual = everything(1e4 * logits, lengths, tokens, token_lengths, backend=backend)
     exact = everything(1e4 * logits.double(), lengths, tokens, token_lengths, backend="reference")
-    torch.testing.assert_close(found[0], exact[0].float(), rtol=1e-6, atol=0.0)
-    assert all(x.isfinite().all() for x in found)
-    assert backend == "reference" or found[1].abs().max() <= 1 + 1e-6  # torch's errs by more there
+    torch.testing.assert_close(actual[0], exact[0].float(), rtol=1e-6, atol=0.0)
+    assert all(x.isfinite().all() for x in actual)
+    assert backend == "reference" or actual[1].abs().max() <= 1 + 1e-6  # torch's error is larger
 
 
 def test_frames_that_must_be_blank_are_supported(cpp):
-    """torch's gradient is NaN there, so the reference is given an unlikeliness that makes no difference."""
+    """torch's gradient of -inf is NaN, so the reference gets -1e4, which makes no difference."""
     logits, *rest = inputs(4, 30, 6, 4)
     logits[:, ::2, 1:] = -INF
-    found = everything(logits, *rest, backend=cpp)
+    actual = everything(logits, *rest, backend=cpp)
     exact = everything(logits.double().clamp_min(-1e4), *rest, backend="reference")
-    assert_same(found, exact, rtol=1e-4, atol=1e-4)
+    assert_same(actual, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_a_transcript_that_its_frames_rule_out_has_loss_zero(backend):
+def test_an_impossible_transcript_has_loss_zero(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[2, :, tokens[2, 0]] = -INF
     losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
@@ -197,19 +197,19 @@ def test_a_transcript_that_its_frames_rule_out_has_loss_zero(backend):
 
 def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
     logits, lengths, tokens, token_lengths = inputs(7, 50, 31, 24)
-    whole = everything(logits, lengths, tokens, token_lengths, backend=cpp)
+    batched = everything(logits, lengths, tokens, token_lengths, backend=cpp)
     for b, (n, s) in enumerate(zip(lengths.tolist(), token_lengths.tolist(), strict=True)):
         row = slice(b, b + 1)
         alone = everything(logits[row, :n], lengths[row], tokens[row, :s], token_lengths[row], backend=cpp)
-        for a, all_, most in zip(alone, whole, (None, n, s), strict=True):
-            assert torch.equal(a[0], all_[b] if most is None else all_[b, :most])
+        for a, expected, length in zip(alone, batched, (None, n, s), strict=True):
+            assert torch.equal(a[0], expected[b] if length is None else expected[b, :length])
 
 
-def test_the_first_token_is_no_repeat_of_the_last_one_of_the_utterance_before(backend):
+def test_the_first_token_is_not_compared_with_the_previous_utterance(backend):
     logits, lengths, _, token_lengths = inputs(3, 9, 6, 4)
-    tokens, whole = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2], [2, 2, 3, 3]]), torch.full_like(token_lengths, 4)
-    exact = everything(logits.double(), lengths, tokens, whole, backend="reference")
-    assert_same(everything(logits, lengths, tokens, whole, backend=backend), exact, rtol=1e-5, atol=1e-4)
+    tokens, full_lengths = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2], [2, 2, 3, 3]]), torch.full_like(token_lengths, 4)
+    exact = everything(logits.double(), lengths, tokens, full_lengths, backend="reference")
+    assert_same(everything(logits, lengths, tokens, full_lengths, backend=backend), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [2, 3, 8])
@@ -217,23 +217,23 @@ def test_any_number_of_threads_gives_the_same_bits(cpp, number):
     arguments = inputs(9, 50, 31, 24)
     expected = everything(*arguments, backend=cpp)
     with threads(number):
-        found = everything(*arguments, backend=cpp)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual = everything(*arguments, backend=cpp)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("turn", LAYOUTS.values(), ids=LAYOUTS)
-def test_inputs_need_not_be_contiguous_and_are_not_modified(backend, turn):
+@pytest.mark.parametrize("relayout", LAYOUTS.values(), ids=LAYOUTS)
+def test_inputs_need_not_be_contiguous_and_are_not_modified(backend, relayout):
     logits, lengths, tokens, token_lengths = inputs()
-    logits = turn(logits)
+    logits = relayout(logits)
     tokens = torch.cat([tokens, tokens], 1)[:, : tokens.shape[1]]
     before = logits.clone()
-    found = everything(logits, lengths, tokens, token_lengths, backend=backend)
-    plainly = everything(logits.contiguous(), lengths, tokens.contiguous(), token_lengths, backend=backend)
-    assert_same(found, plainly)
+    actual = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    contiguous = everything(logits.contiguous(), lengths, tokens.contiguous(), token_lengths, backend=backend)
+    assert_same(actual, contiguous)
     assert torch.equal(logits, before)
 
 
-def test_each_loss_has_a_gradient_of_its_own(backend):
+def test_the_weight_of_a_loss_scales_only_its_own_gradient(backend):
     arguments, weights = inputs(), torch.tensor([2.0, 0.0, -0.5])
     plain = everything(*arguments, backend=backend)[1]
     weighted = everything(*arguments, backend=backend, weights=weights)[1]
@@ -241,7 +241,7 @@ def test_each_loss_has_a_gradient_of_its_own(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_logits_are_widened_first(backend, dtype):
+def test_half_precision_logits_are_converted_to_float32(backend, dtype):
     logits, *rest = inputs()
     logits = logits.to(dtype)
     losses, gradient, times = everything(logits, *rest, backend=backend)
@@ -256,7 +256,7 @@ def test_token_times_have_no_gradient(backend):
     assert not ctc_token_times(arguments[0].requires_grad_(), *arguments[1:], backend=backend).requires_grad
 
 
-def test_without_gradients_none_is_made_and_the_loss_is_the_same(cpp):
+def test_without_gradients_no_gradient_is_allocated_and_the_loss_is_equal(cpp):
     arguments = inputs()
     losses, gradient = torch.ops.las_fast.ctc_loss_cpp(*arguments, False)
     again, full = torch.ops.las_fast.ctc_loss_cpp(*arguments, True)
@@ -277,7 +277,7 @@ def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
     assert ops_called(lambda: ctc_token_times(*arguments))[-1] == "las_fast::ctc_places_cpp"
 
 
-def test_what_cpp_does_not_take_goes_to_the_reference(cpp):
+def test_dtypes_that_cpp_lacks_go_to_the_reference(cpp):
     logits, *rest = inputs()
     assert ctc_loss(logits.double(), *rest).dtype == ctc_token_times(logits.double(), *rest).dtype == torch.float64
     with pytest.raises(RuntimeError, match="takes torch.float32; got torch.float64"):
@@ -345,15 +345,15 @@ def test_the_registered_ops_check_their_own_arguments(cpp, change, message):
         torch.ops.las_fast.ctc_places_cpp(*arguments)
 
 
-def test_it_is_torchs_loss_of_log_probabilities(backend):
+def test_the_loss_equals_torchs_ctc_loss(backend):
     logits, lengths, tokens, token_lengths = inputs(4, 30, 31, 9)
     expected = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), tokens, lengths, token_lengths, reduction="none")
     torch.testing.assert_close(call(ctc_loss, logits, lengths, tokens, token_lengths, backend=backend), expected)
 
 
-@pytest.mark.parametrize("most", [4, 8])
-def test_older_processors_are_supported(cpp, most):
-    with lanes(most):
+@pytest.mark.parametrize("length", [4, 8])
+def test_results_hold_with_vectors_of_older_processors(cpp, length):
+    with lanes(length):
         for sizes in SIZES:
             arguments = inputs(*sizes)
             exact = everything(arguments[0].double(), *arguments[1:], backend="reference")

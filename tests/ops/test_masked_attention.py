@@ -2,7 +2,17 @@ import hashlib
 
 import pytest
 import torch
-from calls import COVERED, call, compile_and_count, digests, ops_called, threads
+from calls import (
+    LAYOUTS,
+    TESTED_BACKENDS,
+    assert_as_accurate_as_plain,
+    call,
+    compile_and_count,
+    digests,
+    errors,
+    ops_called,
+    threads,
+)
 
 from las_fast.ops import backends, masked_attention, padding_mask
 
@@ -22,11 +32,13 @@ SIZES = [  # B, K, T, D, E
     (5, 13, 3, 2, 3),
     (2, 1, 8192, 8, 12),
 ]
-THROUGH = ["context", "weights", "both"]
-TAKEN = [(x, dtype) for x in COVERED for dtype in DTYPES if backends.supports_dtype("masked_attention", x, dtype)]
-on_each_dtype = pytest.mark.parametrize(("backend", "dtype"), TAKEN, indirect=["backend"])
+THROUGH = ["context", "weights", "both"]  # outputs with an upstream gradient
+SUPPORTED = [
+    (x, dtype) for x in TESTED_BACKENDS for dtype in DTYPES if backends.supports_dtype("masked_attention", x, dtype)
+]
+on_each_dtype = pytest.mark.parametrize(("backend", "dtype"), SUPPORTED, indirect=["backend"])
 on_each_half = pytest.mark.parametrize(
-    ("backend", "dtype"), [x for x in TAKEN if x[1] != torch.float32], indirect=["backend"]
+    ("backend", "dtype"), [x for x in SUPPORTED if x[1] != torch.float32], indirect=["backend"]
 )
 
 
@@ -40,8 +52,13 @@ def some_lengths(B, T):
     return torch.tensor([T, max(T - 1, 0), T // 2, 1, 0][:B])
 
 
+def op(backend):
+    """The op as a function of query, keys, values and lengths."""
+    return lambda *x: call(masked_attention, *x, backend=backend)
+
+
 def plain(query, keys, values, lengths):
-    """Softmax attention as anybody writes it, in the precision of its inputs."""
+    """Softmax attention by the plain formula, in the precision of its inputs."""
     padding = (torch.arange(keys.shape[1]) >= lengths[:, None])[:, None]
     scores = query @ keys.transpose(1, 2) * query.shape[2] ** -0.5
     weights = scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(padding, 0.0)
@@ -49,7 +66,7 @@ def plain(query, keys, values, lengths):
 
 
 def everything(function, tensors, lengths, through, cotangents):
-    """Return context, weights, and the gradients of query, keys and values through what is named."""
+    """Context, weights, and the gradients of query, keys and values through the named outputs."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     context, weights = function(*leaves, lengths)
     chosen = {"context": [0], "weights": [1], "both": [0, 1]}[through]
@@ -60,39 +77,22 @@ def everything(function, tensors, lengths, through, cotangents):
     return [x.detach() for x in (context, weights, *zeros)]
 
 
-def errors(found, exact):
-    """Return the root of the mean square of the error, and its maximum."""
-    error = (found - exact).abs()
-    return error.square().mean().sqrt(), error.max()
-
-
-def assert_as_good_as_plain(backend, sizes, dtype, through):
-    """Against float64, err at most twice as much as the plain formula, and a rounding of the largest result.
-
-    That is for the mean; a single value may be luckier in the one formula than in the other, and gets four times.
-    """
+def check_accuracy(backend, sizes, dtype, through):
     B, K, T, D, E = sizes
     tensors, lengths = inputs(*sizes, dtype=dtype), some_lengths(B, T)
     cotangents = inputs(B, K, T, E, E, seed=1)[0].to(dtype), inputs(B, K, 1, T, 1, seed=2)[0]
 
-    def op(*x):
-        return call(masked_attention, *x, backend=backend)
-
-    found = everything(op, tensors, lengths, through, cotangents)
+    actual = everything(op(backend), tensors, lengths, through, cotangents)
     exact = everything(plain, [x.double() for x in tensors], lengths, through, [x.double() for x in cotangents])
-    usual = everything(plain, tensors, lengths, through, cotangents)
-    for name, a, b, c in zip(("context", "weights", "query", "keys", "values"), found, exact, usual, strict=True):
-        rounding = torch.finfo(dtype).eps * b.abs().max()
-        for error, usual_error, factor in zip(errors(a, b), errors(c, b), (2, 4), strict=True):
-            allowed = factor * usual_error + rounding
-            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    baseline = everything(plain, tensors, lengths, through, cotangents)
+    assert_as_accurate_as_plain(("context", "weights", "query", "keys", "values"), actual, exact, baseline, dtype)
 
 
 @on_each_dtype
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_values_and_gradients_err_at_most_twice_as_much_as_the_plain_formula(backend, sizes, through, dtype):
-    assert_as_good_as_plain(backend, sizes, dtype, through)
+    check_accuracy(backend, sizes, dtype, through)
 
 
 def test_padding_is_ignored_and_its_weights_are_exactly_zero(backend):
@@ -113,17 +113,14 @@ def test_padding_full_of_nan_does_not_matter(backend, dtype):
     for x in dirty[1:]:
         x[padding_mask(lengths, 70)] = NAN
     cotangents = inputs(5, 3, 70, 21, 21, seed=1)[0], torch.ones(5, 3, 70)
-    results = [
-        everything(lambda *x: call(masked_attention, *x, backend=backend), tensors, lengths, "both", cotangents)
-        for tensors in (clean, dirty)
-    ]
+    results = [everything(op(backend), tensors, lengths, "both", cotangents) for tensors in (clean, dirty)]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     for gradient in results[1][3:]:
         assert (gradient[padding_mask(lengths, 70)] == 0).all()
 
 
-def test_nan_in_a_valid_frame_is_not_hidden(backend):
+def test_nan_in_a_valid_frame_propagates(backend):
     query, keys, values = inputs()
     keys[1, 2] = NAN
     context, weights, peaks = call(masked_attention, query, keys, values, torch.full((3,), 7), peaks=True,
@@ -132,7 +129,7 @@ def test_nan_in_a_valid_frame_is_not_hidden(backend):
     assert ((peaks >= 0) & (peaks < 7)).all()
 
 
-def test_the_last_valid_frame_takes_part(backend):
+def test_the_last_valid_frame_gets_weight(backend):
     query, keys, values = inputs(B=1)
     _, weights = call(masked_attention, query, keys, values, torch.tensor([4]), backend=backend)
     assert (weights[:, :, :4] > 0).all() and (weights[:, :, 4:] == 0).all()
@@ -144,10 +141,7 @@ def test_length_zero_gives_zeros_and_no_nan_in_values_or_gradients(backend, dtyp
     context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
     assert (context[0] == 0).all() and (weights[0] == 0).all() and (peaks[0] == 0).all()
 
-    def op(*x):
-        return call(masked_attention, *x, backend=backend)
-
-    for gradient in everything(op, tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 7)))[2:]:
+    for gradient in everything(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 7)))[2:]:
         assert gradient.isfinite().all() and (gradient[0] == 0).all()
 
 
@@ -156,10 +150,7 @@ def test_no_frames_at_all_give_zeros(backend):
     context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
     assert (context == 0).all() and weights.shape == (3, 2, 0) and (peaks == 0).all()
 
-    def op(*x):
-        return call(masked_attention, *x, backend=backend)
-
-    gradients = everything(op, tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 0)))[2:]
+    gradients = everything(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 0)))[2:]
     assert (gradients[0] == 0).all() and gradients[1].shape == (3, 0, 5)
 
 
@@ -171,22 +162,22 @@ def test_empty_inputs_give_empty_results(backend, sizes):
     assert context.shape == (B, K, E) and weights.shape == (B, K, T) and peaks.shape == (B, K)
 
 
-def test_gradients_of_the_reference_are_right():
+def test_gradients_of_the_reference_pass_gradcheck():
     tensors, lengths = (x.detach().double().requires_grad_() for x in inputs(B=2, T=4)), torch.tensor([4, 2])
     assert torch.autograd.gradcheck(lambda *x: masked_attention(*x, lengths), tuple(tensors))
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_only_the_gradients_asked_for_are_needed(backend, wanted):
+@pytest.mark.parametrize("requested", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_any_subset_of_the_gradients_can_be_requested(backend, requested):
     tensors, lengths = inputs(), torch.tensor([7, 3, 1])
 
-    def gradients(wanted, backend):
-        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+    def gradients(requested, backend):
+        leaves = [x.detach().requires_grad_(i in requested) for i, x in enumerate(tensors)]
         context, _ = call(masked_attention, *leaves, lengths, weights=False, backend=backend)
-        return torch.autograd.grad(context.square().sum(), [leaves[i] for i in wanted])
+        return torch.autograd.grad(context.square().sum(), [leaves[i] for i in requested])
 
     expected = gradients((0, 1, 2), "reference")
-    for i, gradient in zip(wanted, gradients(wanted, backend), strict=True):
+    for i, gradient in zip(requested, gradients(requested, backend), strict=True):
         torch.testing.assert_close(gradient, expected[i])
 
 
@@ -205,14 +196,11 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(backend, dtype):
     tensors, lengths = inputs(B=2, K=8, T=200, D=64, E=64, dtype=dtype), torch.tensor([200, 77])
     cotangents = inputs(2, 8, 200, 64, 64, dtype, seed=1)[0], inputs(2, 8, 1, 200, 1, seed=2)[0]
 
-    def op(*x):
-        return call(masked_attention, *x, backend=backend)
-
-    found = everything(op, tensors, lengths, "both", cotangents)
+    actual = everything(op(backend), tensors, lengths, "both", cotangents)
     exact = everything(plain, [x.double() for x in tensors], lengths, "both", [x.double() for x in cotangents])
-    assert found[1].dtype == torch.float32
-    torch.testing.assert_close(found[1].double(), exact[1], atol=1e-6, rtol=1e-4)
-    for a, b in zip((found[0], *found[2:]), (exact[0], *exact[2:]), strict=True):
+    assert actual[1].dtype == torch.float32
+    torch.testing.assert_close(actual[1].double(), exact[1], atol=1e-6, rtol=1e-4)
+    for a, b in zip((actual[0], *actual[2:]), (exact[0], *exact[2:]), strict=True):
         assert a.dtype == dtype
         for error, rounding in zip(errors(a, b), errors(b.to(dtype), b), strict=True):
             assert error <= 1.2 * rounding
@@ -221,7 +209,8 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(backend, dtype):
 def test_bfloat16_gradients_round_to_even_and_keep_nan(backend):
     query, keys, values = inputs(1, 2, 1, 1, 2, torch.bfloat16, grad=True)  # one frame: its weights are 1
     context, weights = call(masked_attention, query, keys, values, torch.tensor([1]), backend=backend)
-    halves = torch.tensor([[[1.0, 1.0 + 2**-7], [2**-8, 2**-8]]]).bfloat16()  # their sums lie between two bfloat16
+    # the sums of these are halfway between two bfloat16 numbers
+    halves = torch.tensor([[[1.0, 1.0 + 2**-7], [2**-8, 2**-8]]]).bfloat16()
     nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
     _, key, value = torch.autograd.grad((context, weights), (query, keys, values), (halves, nan.expand(1, 2, 1)))
     assert value.tolist() == [[[1.0, 1.0 + 2**-6]]] and key.isnan().all()
@@ -237,8 +226,8 @@ def test_large_scores_do_not_overflow(backend):
 def test_autocast_does_not_lower_the_precision(backend):
     tensors, lengths = inputs(), torch.tensor([7, 3, 1])
     with torch.autocast(backends.DEVICES.get(backend, "cpu"), torch.bfloat16):
-        found = call(masked_attention, *tensors, lengths, backend=backend)
-    for a, b in zip(found, call(masked_attention, *tensors, lengths, backend=backend), strict=True):
+        actual = call(masked_attention, *tensors, lengths, backend=backend)
+    for a, b in zip(actual, call(masked_attention, *tensors, lengths, backend=backend), strict=True):
         assert torch.equal(a, b)
 
 
@@ -246,10 +235,10 @@ def test_autocast_does_not_lower_the_precision(backend):
 def test_queries_of_a_beam_are_independent(backend, K):
     query, keys, values = inputs(K=K, T=67, D=20)
     lengths = torch.tensor([67, 33, 1])
-    whole, _ = call(masked_attention, query, keys, values, lengths, backend=backend)
+    expected, _ = call(masked_attention, query, keys, values, lengths, backend=backend)
     for k in {0, K // 2, K - 1}:
-        one, _ = call(masked_attention, query[:, k : k + 1], keys, values, lengths, backend=backend)
-        torch.testing.assert_close(one[:, 0], whole[:, k], atol=1e-6, rtol=1e-5)
+        single, _ = call(masked_attention, query[:, k : k + 1], keys, values, lengths, backend=backend)
+        torch.testing.assert_close(single[:, 0], expected[:, k], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -258,15 +247,12 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, K, dtype):
     tensors, lengths = inputs(4, K, 131, 33, 40, dtype), torch.tensor([77, 131, 0, 1])
     cotangents = inputs(4, K, 131, 40, 40, seed=1)[0], torch.ones(4, K, 131)
 
-    def op(*x):
-        return (*masked_attention(*x, backend=cpp),)
-
-    whole = everything(op, tensors, lengths, "both", cotangents)
+    batched = everything(op(cpp), tensors, lengths, "both", cotangents)
     for b, n in enumerate(lengths.tolist()):
         alone = [tensors[0][b : b + 1], *(x[b : b + 1, : n + 3] for x in tensors[1:])]
-        found = everything(op, alone, lengths[b : b + 1], "both",
+        actual = everything(op(cpp), alone, lengths[b : b + 1], "both",
                            (cotangents[0][b : b + 1], cotangents[1][b : b + 1, :, : n + 3]))  # fmt: skip
-        for i, (a, expected) in enumerate(zip(found, whole, strict=True)):
+        for i, (a, expected) in enumerate(zip(actual, batched, strict=True)):
             expected = expected[b : b + 1]
             if i == 1:
                 a, expected = a[..., :n], expected[..., :n]
@@ -280,13 +266,13 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, K, dtype):
 def test_peaks_are_the_first_frames_of_the_largest_weights(backend, weights, dtype):
     tensors, lengths = inputs(5, 9, 133, 16, 4, dtype), some_lengths(5, 133)
     _, every, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
-    found = call(masked_attention, *tensors, lengths, weights=weights, peaks=True, backend=backend)
-    assert peaks.dtype == torch.int64 and torch.equal(peaks, every.argmax(-1)) and torch.equal(found[2], peaks)
+    actual = call(masked_attention, *tensors, lengths, weights=weights, peaks=True, backend=backend)
+    assert peaks.dtype == torch.int64 and torch.equal(peaks, every.argmax(-1)) and torch.equal(actual[2], peaks)
 
 
 @pytest.mark.parametrize("T", [1, 7, 16, 17, 33, 131])
 def test_of_equal_weights_the_first_frame_is_the_peak(backend, T):
-    query = torch.tensor([[[1.0, 2.0], [-1.0, 3.0]]])  # small whole numbers: no order of summation rounds
+    query = torch.tensor([[[1.0, 2.0], [-1.0, 3.0]]])  # small integers: sums are exact in any order
     keys, values, lengths = torch.ones(1, T, 2), torch.ones(1, T, 3), torch.tensor([T])
 
     def peaks():
@@ -298,14 +284,14 @@ def test_of_equal_weights_the_first_frame_is_the_peak(backend, T):
 
 
 def test_scores_so_close_that_their_weights_are_equal_have_the_first_as_peak(backend):
-    scores = 1.0 + torch.arange(64) * 2.0**-23  # the last is the largest, by as little as there is
+    scores = 1.0 + torch.arange(64) * 2.0**-23  # the last is the largest, by the smallest possible difference
     query, keys = torch.ones(1, 1, 1), scores.view(1, 64, 1)
     lengths = torch.tensor([64])
     _, weights, peaks = call(masked_attention, query, keys, keys, lengths, scale=1.0, peaks=True, backend=backend)
     assert torch.equal(peaks, weights.argmax(-1))
 
 
-def test_a_given_scale_and_mask_are_used(backend):
+def test_an_explicit_scale_and_mask_are_used(backend):
     query, keys, values = inputs()
     lengths = torch.tensor([7, 3, 1])
     context, nothing = call(masked_attention, query, keys, values, lengths, scale=2.0, weights=False, backend=backend)
@@ -316,29 +302,17 @@ def test_a_given_scale_and_mask_are_used(backend):
     torch.testing.assert_close(context, again, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]],
-        lambda x: x[:1].expand_as(x),
-    ],
-    ids=["time first", "size before time", "cut", "expanded"],
-)
-def test_inputs_need_not_be_contiguous(backend, turn):
-    turned, lengths = [turn(x) for x in inputs(3, 2, 35, 6, 17)], torch.tensor([35, 3, 1])
-    assert not any(x.is_contiguous() for x in turned)
-    cotangents = [turn(torch.randn(3, 2, n, generator=torch.Generator().manual_seed(n))) for n in (17, 35)]
+@pytest.mark.parametrize("relayout", LAYOUTS.values(), ids=LAYOUTS)
+def test_inputs_need_not_be_contiguous(backend, relayout):
+    strided, lengths = [relayout(x) for x in inputs(3, 2, 35, 6, 17)], torch.tensor([35, 3, 1])
+    assert not any(x.is_contiguous() for x in strided)
+    cotangents = [relayout(torch.randn(3, 2, n, generator=torch.Generator().manual_seed(n))) for n in (17, 35)]
 
     def run(tensors, cotangents):
-        def op(*x):
-            return call(masked_attention, *x, backend=backend)
+        return everything(op(backend), tensors, lengths, "both", cotangents)
 
-        return everything(op, tensors, lengths, "both", cotangents)
-
-    whole = run([x.contiguous() for x in turned], [x.contiguous() for x in cotangents])
-    for a, b in zip(run(turned, cotangents), whole, strict=True):
+    expected = run([x.contiguous() for x in strided], [x.contiguous() for x in cotangents])
+    for a, b in zip(run(strided, cotangents), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -399,13 +373,13 @@ def test_the_registered_backward_checks_the_gradients(cpp, name, context, weight
 @pytest.mark.parametrize("lengths", [[-5, 9, 2**40]])
 def test_lengths_out_of_range_are_clamped(cpp, lengths):
     tensors = inputs()
-    found = masked_attention(*tensors, torch.tensor(lengths), peaks=True, backend=cpp)
+    actual = masked_attention(*tensors, torch.tensor(lengths), peaks=True, backend=cpp)
     expected = masked_attention(*tensors, torch.tensor(lengths).clamp(0, 7), peaks=True, backend=cpp)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_logsumexp_is_that_of_the_scaled_scores(cpp):
+def test_the_logsumexp_is_taken_over_the_scaled_scores(cpp):
     query, keys, values = inputs()
     _, weights, _, logsumexp = torch.ops.las_fast.masked_attention_cpp(
         query, keys, values, torch.tensor([7, 3, 0]), 0.5, False
@@ -418,20 +392,20 @@ def test_the_logsumexp_is_that_of_the_scaled_scores(cpp):
 
 def test_auto_takes_the_cpp_path_on_a_cpu_in_both_directions(cpp):
     leaves, lengths = inputs(grad=True), torch.tensor([7, 3, 1])
-    found = []
-    forward = ops_called(lambda: found.extend(masked_attention(*leaves, lengths)))
-    backward = ops_called(lambda: found[0].sum().backward())
+    actual = []
+    forward = ops_called(lambda: actual.extend(masked_attention(*leaves, lengths)))
+    backward = ops_called(lambda: actual[0].sum().backward())
     assert "las_fast::masked_attention_cpp" in forward and "las_fast::masked_attention_backward_cpp" in backward
 
 
-def test_without_gradients_of_keys_and_values_their_part_is_left_out(cpp):
+def test_gradients_of_keys_and_values_are_skipped_on_request(cpp):
     query, keys, values = inputs()
     saved = torch.ops.las_fast.masked_attention_cpp(query, keys, values, torch.tensor([7, 3, 1]), 0.5, True)
     arguments = (query, keys, values, torch.tensor([7, 3, 1]), saved[0], saved[1], saved[3], 0.5)
     backward = torch.ops.las_fast.masked_attention_backward_cpp
-    whole = backward(saved[0], None, *arguments, True)
-    part = backward(saved[0], None, *arguments, False)
-    assert torch.equal(part[0], whole[0]) and part[1].shape == part[2].shape == (0, 0, 0)
+    full = backward(saved[0], None, *arguments, True)
+    partial = backward(saved[0], None, *arguments, False)
+    assert torch.equal(partial[0], full[0]) and partial[1].shape == partial[2].shape == (0, 0, 0)
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -442,11 +416,11 @@ def test_the_registered_op_passes_opcheck(cpp, weights, dtype):
 
 
 @pytest.mark.parametrize("memory", [True, False])
-@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)])
-def test_the_registered_backward_passes_opcheck(cpp, memory, given):
+@pytest.mark.parametrize("has_gradients", [(True, True), (True, False), (False, True)])
+def test_the_registered_backward_passes_opcheck(cpp, memory, has_gradients):
     arguments = (*inputs(), torch.tensor([7, 3, 1]))
     context, weights, _, logsumexp = torch.ops.las_fast.masked_attention_cpp(*arguments, 0.5, True)
-    gradients = [x if wanted else None for x, wanted in zip((context, weights), given, strict=True)]
+    gradients = [x if has_gradient else None for x, has_gradient in zip((context, weights), has_gradients, strict=True)]
     torch.library.opcheck(
         torch.ops.las_fast.masked_attention_backward_cpp.default,
         (*gradients, *arguments, context, weights, logsumexp, 0.5, memory),
@@ -482,24 +456,24 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
 
 
 @pytest.mark.parametrize(("D", "E"), [(0, 4), (4, 0)])
-def test_keys_and_values_without_numbers_are_refused(D, E):
+def test_keys_and_values_of_size_0_are_refused(D, E):
     with pytest.raises(ValueError, match=f"at least 1 number per frame; got D={D}, E={E}"):
         masked_attention(*inputs(D=D, E=E), torch.tensor([7, 3, 1]))
 
 
-def test_whole_numbers_are_refused():
+def test_integer_tensors_are_refused():
     with pytest.raises(ValueError, match="must share one float dtype; got torch.int64, torch.int64, torch.int64"):
         masked_attention(*(x.long() for x in inputs()), torch.tensor([7, 3, 1]))
 
 
-def test_without_frames_there_is_no_context_and_the_peak_is_0(backend):
+def test_without_frames_the_context_and_the_peak_are_0(backend):
     tensors, lengths = inputs(T=0), torch.zeros(3, dtype=torch.int64)
     context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
     assert context.shape == (3, 2, 6) and not context.any() and weights.shape == (3, 2, 0)
     assert peaks.dtype == torch.int64 and peaks.tolist() == [[0, 0]] * 3
 
 
-def test_what_is_too_wide_for_the_kernels_takes_the_reference(monkeypatch):
+def test_keys_too_wide_for_the_kernels_use_the_reference(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     monkeypatch.setitem(backends.DEVICES, "triton", "cpu")
     monkeypatch.setattr(backends, "EXTENSION_PROBLEM", "not here")
@@ -521,23 +495,23 @@ def test_two_threads_give_the_same_bits(cpp, sizes):
 
     def run():
         peaks = masked_attention(*tensors, lengths, weights=False, peaks=True, backend=cpp)[2]
-        return peaks, *everything(lambda *x: masked_attention(*x, backend=cpp), tensors, lengths, "both", cotangents)
+        return peaks, *everything(op(cpp), tensors, lengths, "both", cotangents)
 
     with threads(2):
-        found = run()
-    for a, b in zip(found, run(), strict=True):
+        actual = run()
+    for a, b in zip(actual, run(), strict=True):
         assert torch.equal(a, b)
 
 
 def check_and_digest() -> str:
     for sizes in SIZES:
         for dtype in DTYPES[:2]:
-            assert_as_good_as_plain("cpp", sizes, dtype, "both")
+            check_accuracy("cpp", sizes, dtype, "both")
     context, _ = masked_attention(*inputs(2, 3, 67, 64, 64), torch.tensor([67, 5]), backend="cpp")
     return hashlib.sha256(context.numpy().tobytes()).hexdigest()
 
 
-def test_older_processors_are_supported(cpp):
-    found = digests(check_and_digest)
+def test_results_hold_with_vectors_of_older_processors(cpp):
+    actual = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
-    assert len(found) == widths, "each width adds up in an order of its own"
+    assert len(actual) == widths, "each vector width has its own order of summation"

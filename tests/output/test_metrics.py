@@ -15,7 +15,7 @@ def test_cer_and_wer_are_percent_of_all_reference_characters_and_words():
     assert scores.wer == pytest.approx(100 * 2 / 5)
 
 
-def test_rates_grow_with_the_edits_and_are_zero_without():
+def test_error_rates_grow_with_the_edits_and_are_zero_without():
     scores = score(["ABCDEFGH IJ"], ["ABC"])
     assert (scores.ld, scores.cer, scores.wer) == pytest.approx((8, 100 * 8 / 11, 100))
     perfect = score(["AB C", "D"], ["AB C", "D"])

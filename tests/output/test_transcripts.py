@@ -1,4 +1,4 @@
-"""Segments into text, JSON and subtitles, and the files that they go to."""
+"""Transcripts as text, JSON and subtitles, and the names of their files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SEGMENTS = [
 ]
 
 
-def test_texts_of_the_segments_are_joined(tmp_path):
+def test_texts_of_segments_are_joined(tmp_path):
     assert as_text(tmp_path, SEGMENTS) == "HELLO THERE\n"
 
 
@@ -41,12 +41,12 @@ def test_segments_without_text_have_no_subtitle(tmp_path):
     )
 
 
-def test_json_does_not_escape_letters():
+def test_json_does_not_escape_non_ascii_letters():
     row = as_json(Path("a.wav"), [Segment(0.0, 1.0, "\uac15 \u00e9", -1.0, -1.0, None)])
     assert "\uac15 \u00e9" in row and row.endswith("}\n") and row.count("\n") == 1
 
 
-def test_clock_carries_rounding_over():
+def test_rounding_carries_into_minutes_and_hours():
     assert clock(59.9996, ".") == "00:01:00.000"
     assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"
 

@@ -1,4 +1,4 @@
-"""Beam and greedy search on a toy model, against slow and obvious searches, and decoding of whole data sets."""
+"""Beam and greedy search on a toy model, against brute force and plain searches; decoding of data sets."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from las_fast.search.beam import Hypothesis, beam_search, greedy_search, length_
 from las_fast.search.dataset import decode_dataset, speech_scores
 from las_fast.text import EOS, SOS, Vocabulary
 
-HERE = [name for name in ("reference", "cpp") if not any(backends.unavailable(op, name) for op in backends.IMPLEMENTED)]
+BACKENDS = [x for x in ("reference", "cpp") if not any(backends.unavailable(op, x) for op in backends.IMPLEMENTED)]
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_finds_what_brute_force_finds(seed, backend):
-    one = memory([seed], [4])
-    expected = all_texts(ToyModel(), one, 4, 0.0)[:5]
-    found = beam_search(ToyModel(), one, config(beam=64), nbest=5, backend=backend)[0]
-    assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
-    assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+def test_a_wide_beam_equals_brute_force(seed, backend):
+    single = memory([seed], [4])
+    expected = all_texts(ToyModel(), single, 4, 0.0)[:5]
+    actual = beam_search(ToyModel(), single, config(beam=64), nbest=5, backend=backend)[0]
+    assert [tuple(h.text_tokens) for h in actual] == [text for _, _, text in expected]
+    assert [h.score for h in actual] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_length_normalisation_ranks_by_score_per_token(backend):
     one = memory([3], [4])
     expected = all_texts(ToyModel(), one, 4, 1.0)[:5]
-    found = beam_search(ToyModel(), one, config(beam=64, length_penalty=1.0), nbest=5, backend=backend)[0]
-    assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
-    assert [h.normalised for h in found] == pytest.approx([rank for rank, _, _ in expected], abs=1e-4)
+    actual = beam_search(ToyModel(), one, config(beam=64, length_penalty=1.0), nbest=5, backend=backend)[0]
+    assert [tuple(h.text_tokens) for h in actual] == [text for _, _, text in expected]
+    assert [h.normalised for h in actual] == pytest.approx([rank for rank, _, _ in expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_coverage_favours_texts_that_attend_to_every_frame(backend):
     one, model, weight = memory([2], [4]), ToyModel(), 0.5
     expected = []
@@ -68,12 +68,12 @@ def test_coverage_favours_texts_that_attend_to_every_frame(backend):
     expected = sorted(expected, reverse=True)[:8]
     wide = config(beam=64, length_penalty=1.0, coverage_weight=weight)
     for many in (one, memory([2, 3], [4, 9])):  # alone, and padded
-        found = beam_search(model, many, wide, nbest=8, backend=backend)[0]
-        assert [tuple(h.text_tokens) for h in found] == [text for _, _, text in expected]
-        assert [h.score for h in found] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
+        actual = beam_search(model, many, wide, nbest=8, backend=backend)[0]
+        assert [tuple(h.text_tokens) for h in actual] == [text for _, _, text in expected]
+        assert [h.score for h in actual] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
     one, model = memory([1], [4]), ToyModel()
@@ -88,9 +88,9 @@ def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
         expected.append((score, text))
     expected = sorted(expected, reverse=True)[:5]
     settings = config(beam=64, ngram_weight=0.5)
-    found = beam_search(model, one, settings, nbest=5, ngram=table, backend=backend)[0]
-    assert [tuple(h.text_tokens) for h in found] == [text for _, text in expected]
-    assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    actual = beam_search(model, one, settings, nbest=5, ngram=table, backend=backend)[0]
+    assert [tuple(h.text_tokens) for h in actual] == [text for _, text in expected]
+    assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
 def test_an_ngram_weight_without_an_ngram_model_is_an_error():
@@ -99,7 +99,7 @@ def test_an_ngram_weight_without_an_ngram_model_is_an_error():
 
 
 def with_ctc_head(vocabulary: int = V, strides: int = 1, scale: float = 2.0) -> LAS:
-    """Return an untrained LAS with a CTC head and weights scaled up, so that its outputs are far from uniform."""
+    """An untrained LAS with a CTC head and scaled-up weights, so that its outputs are far from uniform."""
     torch.manual_seed(5)
     speller = SpellerConfig(key_size=8, value_size=8, embedding_size=8, lstm_sizes=(12, 8))
     listener = ListenerConfig((8,), (3,), (strides,), 8, 1)
@@ -117,7 +117,7 @@ def encode(model: LAS, lengths: list[int], seed: int = 0):
 
 
 def ctc_texts(log_probs: Tensor) -> dict[tuple, float]:
-    """Return the log-probability of each text under CTC log-probabilities (T, V), summed over all paths."""
+    """{text: log-probability} under CTC log-probabilities (T, V), summed over all paths."""
     totals: dict[tuple, float] = {}
     tokens = [v for v in range(log_probs.shape[1]) if v not in (SOS, EOS)]
     for path in itertools.product(tokens, repeat=len(log_probs)):
@@ -126,7 +126,7 @@ def ctc_texts(log_probs: Tensor) -> dict[tuple, float]:
     return {text: math.log(p) for text, p in totals.items()}
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_wide_beam_finds_the_best_of_speller_and_ctc_by_brute_force(seed, weight, backend):
@@ -153,11 +153,11 @@ def test_all_searches_agree_with_ctc(weight):
     encoded = encode(model, [150, 90, 31, 1])
     settings = config(beam=6, ctc_weight=weight, length_penalty=0.7, maximum_share=0.2, maximum_extra=3)
     paths = [{"backend": "reference"}]
-    if "cpp" in HERE:
+    if "cpp" in BACKENDS:
         paths += [{"backend": "cpp"}, {"backend": "cpp", "capture": False}]
     first, *others = (beam_search(model, encoded, settings, nbest=6, **path) for path in paths)
-    for found in others:
-        for ours, theirs in zip(itertools.chain(*found), itertools.chain(*first), strict=True):
+    for actual in others:
+        for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*first), strict=True):
             assert (ours.text_tokens, ours.attended_frames) == (theirs.text_tokens, theirs.attended_frames)
             assert ours.finished == theirs.finished and ours.score == pytest.approx(theirs.score, rel=1e-5)
 
@@ -167,16 +167,16 @@ def test_at_weight_0_the_ctc_head_has_no_effect(capture):
     model = with_ctc_head(31)
     encoded = encode(model, [60, 41])
     bare = encoded._replace(ctc_logits=None, ctc_lengths=None)
-    found, expected = (beam_search(model, x, config(), nbest=4, capture=capture) for x in (encoded, bare))
-    assert found == expected
+    actual, expected = (beam_search(model, x, config(), nbest=4, capture=capture) for x in (encoded, bare))
+    assert actual == expected
 
 
-def test_with_ctc_an_utterance_alone_and_in_a_batch_get_the_same_answer():
+def test_with_ctc_an_utterance_gets_the_same_result_alone_and_in_a_batch():
     model = with_ctc_head(31, strides=2)
     encoded = encode(model, [120, 77, 9])
     settings = config(ctc_weight=0.4, maximum_share=0.2)
-    together = beam_search(model, encoded, settings, nbest=4)
-    for b, expected in enumerate(together):
+    batched = beam_search(model, encoded, settings, nbest=4)
+    for b, expected in enumerate(batched):
         alone = type(encoded)(*(x[b : b + 1] for x in encoded))
         assert beam_search(model, alone, settings, nbest=4) == [expected]
 
@@ -187,7 +187,7 @@ def test_a_ctc_weight_without_a_ctc_head_is_an_error():
 
 
 def plain_beam(model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty: float) -> list[tuple[float, tuple]]:
-    """Run beam search over lists; the batched search must equal it, also with a beam that prunes."""
+    """Beam search over Python lists, the reference for beams that prune."""
     alive = [(0.0, ())]
     for step in range(longest + 1):
         grown = []
@@ -201,7 +201,7 @@ def plain_beam(model: ToyModel, one: ToyMemory, beam: int, longest: int, penalty
     return alive
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("beam", [1, 2, 3, 8])
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_pruning_beam_equals_beam_search_over_lists(beam, penalty, backend):
@@ -209,56 +209,56 @@ def test_a_pruning_beam_equals_beam_search_over_lists(beam, penalty, backend):
         one = memory([seed], [7])
         expected = plain_beam(ToyModel(8), one, beam, 7, penalty)
         settings = config(beam=beam, length_penalty=penalty)
-        found = beam_search(ToyModel(8), one, settings, nbest=beam, backend=backend)[0]
-        assert [(*h.text_tokens, EOS) for h in found] == [text for _, text in expected]
-        assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+        actual = beam_search(ToyModel(8), one, settings, nbest=beam, backend=backend)[0]
+        assert [(*h.text_tokens, EOS) for h in actual] == [text for _, text in expected]
+        assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
-def test_an_utterance_alone_and_in_a_batch_get_the_same_answer():
+def test_an_utterance_gets_the_same_result_alone_and_in_a_batch():
     seeds, lengths = [3, 1, 4, 1, 5], [9, 2, 25, 14, 1]
-    together = beam_search(ToyModel(9), memory(seeds, lengths), config(), nbest=4)
-    for seed, length, found in zip(seeds, lengths, together, strict=True):
-        assert beam_search(ToyModel(9), memory([seed], [length]), config(), nbest=4)[0] == found
-    assert beam_search(ToyModel(9), memory(seeds, lengths, frames=40), config(), nbest=4) == together
+    batched = beam_search(ToyModel(9), memory(seeds, lengths), config(), nbest=4)
+    for seed, length, actual in zip(seeds, lengths, batched, strict=True):
+        assert beam_search(ToyModel(9), memory([seed], [length]), config(), nbest=4)[0] == actual
+    assert beam_search(ToyModel(9), memory(seeds, lengths, frames=40), config(), nbest=4) == batched
 
 
 def test_a_beam_of_one_is_greedy():
     many = memory([1, 2, 3], [12, 5, 8])
-    for seed, length, found in zip([1, 2, 3], [12, 5, 8], greedy_search(ToyModel(9), many, config()), strict=True):
+    for seed, length, actual in zip([1, 2, 3], [12, 5, 8], greedy_search(ToyModel(9), many, config()), strict=True):
         ((score, text),) = plain_beam(ToyModel(9), memory([seed], [length]), 1, length, 0.0)
-        assert (*found[0].text_tokens, EOS) == text and len(found) == 1
-        assert found[0].score == pytest.approx(score, abs=1e-4)
+        assert (*actual[0].text_tokens, EOS) == text and len(actual) == 1
+        assert actual[0].score == pytest.approx(score, abs=1e-4)
     assert beam_search(ToyModel(9), many, config(beam=1)) == greedy_search(ToyModel(9), many, config())
 
 
 def test_token_scores_and_attended_frames_belong_to_the_tokens():
     one = memory([2], [11])
-    for found in beam_search(ToyModel(7), one, config(), nbest=4)[0]:
-        each = log_probability(ToyModel(7), one, (*found.text_tokens, EOS))
-        assert found.token_scores == pytest.approx(each[:-1], abs=1e-4)
-        assert found.score == pytest.approx(sum(each), abs=1e-4)
+    for actual in beam_search(ToyModel(7), one, config(), nbest=4)[0]:
+        each = log_probability(ToyModel(7), one, (*actual.text_tokens, EOS))
+        assert actual.token_scores == pytest.approx(each[:-1], abs=1e-4)
+        assert actual.score == pytest.approx(sum(each), abs=1e-4)
         state, before, frames = ToyModel(7).start(one, 1), SOS, []
-        for token in found.text_tokens:
+        for token in actual.text_tokens:
             _, attended, state = ToyModel(7).step(torch.tensor([[before]]), state, one)
             frames.append(int(attended.peaks))
             before = token
-        assert found.attended_frames == frames
+        assert actual.attended_frames == frames
 
 
 def test_hypotheses_come_best_first():
-    for found in beam_search(ToyModel(9), memory([1, 2], [9, 9]), config(length_penalty=0.7, beam=6), nbest=6):
-        ranks = [h.normalised for h in found]
-        assert ranks == sorted(ranks, reverse=True) and len(found) == 6
+    for actual in beam_search(ToyModel(9), memory([1, 2], [9, 9]), config(length_penalty=0.7, beam=6), nbest=6):
+        ranks = [h.normalised for h in actual]
+        assert ranks == sorted(ranks, reverse=True) and len(actual) == 6
 
 
 def test_the_search_stops_when_all_beams_have_finished():
     model = ToyModel(eos=50.0)
-    found = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
-    assert model.steps == steps.STEPS_PER_CHUNK and found[0][0].text_tokens == [] and found[0][0].finished
+    actual = beam_search(model, memory([1, 2], [100, 100]), config(beam=1))
+    assert model.steps == steps.STEPS_PER_CHUNK and actual[0][0].text_tokens == [] and actual[0][0].finished
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
-def test_the_number_of_steps_in_a_chunk_changes_nothing(count, monkeypatch):
+def test_the_number_of_steps_in_a_chunk_does_not_change_the_result(count, monkeypatch):
     settings = config(length_penalty=1.0, coverage_weight=0.1)
     many = memory([3, 1, 4], [9, 25, 14])
     expected = beam_search(ToyModel(9), many, settings, nbest=4)
@@ -299,14 +299,14 @@ def test_a_flag_is_read_only_after_the_next_chunks_are_enqueued(in_flight, expec
         (100, {"maximum_share": 0.29}, 30),  # 28.999999999999996 in float64, but 29 in float32
     ],
 )
-def test_the_search_takes_the_steps_of_the_longest_text_and_its_eos(frames, fields, expected, monkeypatch):
+def test_the_search_takes_as_many_steps_as_the_longest_text_and_eos(frames, fields, expected, monkeypatch):
     monkeypatch.setattr(steps, "STEPS_PER_CHUNK", 1)
     model = ToyModel(eos=-40.0)
-    ((found,),) = beam_search(model, memory([1], [frames]), config(beam=1, **fields))
-    assert model.steps == expected and len(found.text_tokens) == expected - 1 and not found.finished
+    ((actual,),) = beam_search(model, memory([1], [frames]), config(beam=1, **fields))
+    assert model.steps == expected and len(actual.text_tokens) == expected - 1 and not actual.finished
 
 
-def test_a_chunk_has_sixteen_steps_and_no_chunk_runs_that_the_longest_text_does_not_need():
+def test_a_chunk_has_sixteen_steps_and_only_needed_chunks_run():
     for frames, expected in ((15, 16), (16, 32), (31, 32), (32, 48)):
         model = ToyModel(eos=-40.0)
         beam_search(model, memory([1], [frames]), config(beam=1))
@@ -314,13 +314,13 @@ def test_a_chunk_has_sixteen_steps_and_no_chunk_runs_that_the_longest_text_does_
 
 
 @pytest.mark.parametrize("fields", [{}, {"coverage_weight": 0.1}, {"ctc_weight": 0.4}])
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_op_of_a_search_runs_on_the_requested_backend(fields, backend, monkeypatch):
-    asked = []
+    calls = []
 
-    def watched(name, op):
+    def recorded(name, op):
         def call(*arguments, **options):
-            asked.append((name, options.get("backend")))
+            calls.append((name, options.get("backend")))
             return op(*arguments, **options)
 
         return call
@@ -328,30 +328,30 @@ def test_every_op_of_a_search_runs_on_the_requested_backend(fields, backend, mon
     model = with_ctc_head()
     owners = {name: steps for name in ("beam_topk", "beam_gather", "ctc_prefix")} | {"beam_backtrack": beam}
     for name, owner in owners.items():
-        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, recorded(name, getattr(owner, name)))
     for owner, name in ((type(model), "step"), (type(model.start(encode(model, [5]), 1)), "gather")):
-        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, recorded(name, getattr(owner, name)))
     beam_search(model, encode(model, [5, 3]), config(**fields), backend=backend, capture=False)
     names = {"step", "gather", "beam_topk", "beam_backtrack"}
     names |= {"ctc_prefix"} if "ctc_weight" in fields else set()
     names |= {"beam_gather"} if "coverage_weight" in fields else set()
-    assert {name for name, _ in asked} == names and {given for _, given in asked} == {backend}
+    assert {name for name, _ in calls} == names and {used_backend for _, used_backend in calls} == {backend}
 
 
 def test_attention_weights_are_requested_only_for_coverage(monkeypatch):
-    class Watched(ToyModel):
+    class RecordWeights(ToyModel):
         def step(self, tokens, state, memory, *, weights=False, backend="auto"):
-            asked.add(weights)
+            calls.add(weights)
             return super().step(tokens, state, memory, weights=weights, backend=backend)
 
     for weight, expected in ((0.0, {False}), (0.1, {True})):
-        asked: set[bool] = set()
-        beam_search(Watched(), memory([1], [4]), config(coverage_weight=weight))
-        assert asked == expected
+        calls: set[bool] = set()
+        beam_search(RecordWeights(), memory([1], [4]), config(coverage_weight=weight))
+        assert calls == expected
 
 
 def test_the_inputs_of_a_chunk_have_no_ctc_logits():
-    """Steps read the log-probabilities only, and a graph would copy the logits in vain."""
+    """Steps read only the log-probabilities; a CUDA graph would copy the logits for nothing."""
     model = with_ctc_head()
     search, encoded = steps.Search(model, config(ctc_weight=0.3), None, "auto"), encode(model, [5, 3])
     inputs, _ = steps.begin(search, encoded, length_limits(encoded.lengths, search.config))
@@ -362,11 +362,11 @@ def test_the_inputs_of_a_chunk_have_no_ctc_logits():
 def test_low_precision_needs_the_native_search():
     with pytest.raises(InputError, match=r"decoding.precision bf16 needs the C\+\+ search of a LAS on a CPU"):
         beam_search(ToyModel(), memory([1], [4]), config(precision="bf16"))
-    found = beam_search(ToyModel(), memory([1], [4]), config(precision="fp32"))
-    assert found == beam_search(ToyModel(), memory([1], [4]), config())
+    actual = beam_search(ToyModel(), memory([1], [4]), config(precision="fp32"))
+    assert actual == beam_search(ToyModel(), memory([1], [4]), config())
 
 
-def test_the_length_reward_is_for_every_token_but_eos():
+def test_the_length_reward_counts_every_token_except_eos():
     one, model = memory([1], [4]), ToyModel()
     table = torch.randn(1, V, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     for weight in (0.0, 0.5):
@@ -376,9 +376,9 @@ def test_the_length_reward_is_for_every_token_but_eos():
             expected.append((score + weight * known + 0.7 * len(text), text))
         expected = sorted(expected, reverse=True)[:5]
         settings = config(beam=64, ngram_weight=weight, length_reward=0.7)
-        found = beam_search(model, one, settings, nbest=5, ngram=table)[0]
-        assert [tuple(h.text_tokens) for h in found] == [text for _, text in expected]
-        assert [h.score for h in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+        actual = beam_search(model, one, settings, nbest=5, ngram=table)[0]
+        assert [tuple(h.text_tokens) for h in actual] == [text for _, text in expected]
+        assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
 def test_a_search_can_be_captured_on_cuda_if_all_its_ops_are_triton(monkeypatch):
@@ -394,9 +394,9 @@ def test_a_search_can_be_captured_on_cuda_if_all_its_ops_are_triton(monkeypatch)
     assert cuda_graph.can_capture(cuda, "auto") is False
 
 
-def test_a_las_with_the_native_op_is_searched_natively_and_all_else_by_steps_or_graph(monkeypatch):
+def test_a_las_is_searched_natively_and_other_models_by_steps_or_graph(monkeypatch):
     cpu, las = torch.device("cpu"), with_ctc_head()
-    native = beam.search_natively if "cpp" in HERE else beam.search_by_steps
+    native = beam.search_natively if "cpp" in BACKENDS else beam.search_by_steps
 
     def chosen(model, backend="auto", capture=None):
         return beam.choose_search(steps.Search(model, config(), None, backend), cpu, capture=capture)
@@ -445,7 +445,7 @@ def test_reading_a_flag_on_cuda_waits_for_its_copy(monkeypatch):
         assert steps.PendingFlag(torch.tensor(value)).read() is value and log == ["pinned False"]
 
 
-def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
+def test_a_finished_hypothesis_keeps_its_score_while_others_continue():
     short, long = memory([5], [40]), memory([5, 6], [40, 40])
     model = ToyModel(eos=3.0)
     assert beam_search(model, short, config(), nbest=4)[0] == beam_search(model, long, config(), nbest=4)[0]
@@ -454,14 +454,14 @@ def test_a_finished_hypothesis_keeps_its_score_while_others_go_on():
 
 
 def test_at_the_maximum_length_hypotheses_are_returned_as_unfinished():
-    found = beam_search(ToyModel(eos=-40.0), memory([1, 2], [6, 3]), config(maximum_extra=1), nbest=2)
-    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[7, 7], [4, 4]]
-    assert not any(h.finished for hypotheses in found for h in hypotheses)
+    actual = beam_search(ToyModel(eos=-40.0), memory([1, 2], [6, 3]), config(maximum_extra=1), nbest=2)
+    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in actual] == [[7, 7], [4, 4]]
+    assert not any(h.finished for hypotheses in actual for h in hypotheses)
 
 
 def test_no_text_is_shorter_than_the_minimum():
-    found = beam_search(ToyModel(eos=20.0), memory([1, 2], [8, 4]), config(minimum_share=0.5), nbest=4)
-    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in found] == [[4] * 4, [2] * 4]
+    actual = beam_search(ToyModel(eos=20.0), memory([1, 2], [8, 4]), config(minimum_share=0.5), nbest=4)
+    assert [[len(h.text_tokens) for h in hypotheses] for hypotheses in actual] == [[4] * 4, [2] * 4]
 
 
 def test_lengths_are_limited_by_feature_frames():
@@ -476,7 +476,7 @@ def test_an_encoder_frame_counts_as_time_reduction_feature_frames():
     assert [len(h[0].text_tokens) for h in beam_search(model, memory([1, 2], [5, 2]), settings)] == [11, 5]
 
 
-def test_time_reduction_is_that_of_the_listener():
+def test_time_reduction_is_the_product_of_the_listeners_strides():
     listener = ListenerConfig((8, 8), (3, 3), (3, 1), 8, 2)
     speller = SpellerConfig(key_size=8, value_size=8, embedding_size=8, lstm_sizes=(8,))
     model = LAS(ModelConfig(listener, speller), input_size=4, vocabulary_size=9).eval()
@@ -488,7 +488,7 @@ def test_time_reduction_is_that_of_the_listener():
 
 
 def allowed_characters(name: str, seconds: Tensor) -> Tensor:
-    """Return the maximum number of characters that a preset allows for recordings of (N,) seconds."""
+    """The maximum number of characters that a preset allows for recordings of (N,) seconds."""
     preset = load_config(name)
     window, shift, reduction = preset.features.window_ms, preset.features.shift_ms, preset.model.listener.time_reduction
     frames = 1 + ((1000 * seconds - window) / shift).long()
@@ -502,7 +502,7 @@ def test_every_preset_can_spell_fast_speech(name):
 
 
 @pytest.mark.parametrize("name", presets())
-def test_no_preset_cuts_an_utterance_of_the_shared_recordings(name, shared):
+def test_no_presets_maximum_length_is_below_a_shared_transcript(name, shared):
     with (shared / "speech" / "manifest.tsv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     seconds = torch.tensor([float(row["seconds"]) for row in rows])
@@ -511,47 +511,47 @@ def test_no_preset_cuts_an_utterance_of_the_shared_recordings(name, shared):
 
 
 def test_a_beam_wider_than_the_number_of_texts_lists_each_text_once():
-    found = beam_search(ToyModel(), memory([1], [1]), config(beam=12, maximum_extra=0), nbest=12)[0]
-    assert sorted(tuple(h.text_tokens) for h in found) == [(), (3,), (4,)]
-    assert all(math.isfinite(h.score) and math.isfinite(h.normalised) for h in found)
+    actual = beam_search(ToyModel(), memory([1], [1]), config(beam=12, maximum_extra=0), nbest=12)[0]
+    assert sorted(tuple(h.text_tokens) for h in actual) == [(), (3,), (4,)]
+    assert all(math.isfinite(h.score) and math.isfinite(h.normalised) for h in actual)
 
 
 def test_equal_scores_keep_the_lower_token():
-    found = beam_search(ToyModel(ties=True), memory([1], [3]), config(beam=2, minimum_share=1.0), nbest=2)[0]
-    assert [h.text_tokens for h in found] == [[3, 3, 3], [3, 3, 4]]
+    actual = beam_search(ToyModel(ties=True), memory([1], [3]), config(beam=2, minimum_share=1.0), nbest=2)[0]
+    assert [h.text_tokens for h in actual] == [[3, 3, 3], [3, 3, 4]]
 
 
-def test_the_eos_threshold_delays_the_end():
+def test_the_eos_threshold_delays_eos():
     many = memory(list(range(8)), [12] * 8)
     free = greedy_search(ToyModel(eos=1.0), many, config())
-    held = greedy_search(ToyModel(eos=1.0), many, config(eos_threshold=0.05))
-    assert sum(len(h[0].text_tokens) for h in held) > sum(len(h[0].text_tokens) for h in free)
+    delayed = greedy_search(ToyModel(eos=1.0), many, config(eos_threshold=0.05))
+    assert sum(len(h[0].text_tokens) for h in delayed) > sum(len(h[0].text_tokens) for h in free)
 
 
 def test_nan_outputs_give_an_empty_hypothesis():
-    class Broken(ToyModel):
+    class Diverged(ToyModel):
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
             return logits.masked_fill(memory.seeds[:, None, None] == 1, torch.nan), attended, state
 
-    found = beam_search(Broken(), memory([1, 2], [5, 5]), config())
-    assert found[0] == [Hypothesis([], -math.inf, -math.inf, [], [], finished=False)]
-    assert found[1] == beam_search(ToyModel(), memory([2], [5]), config())[0]
+    actual = beam_search(Diverged(), memory([1, 2], [5, 5]), config())
+    assert actual[0] == [Hypothesis([], -math.inf, -math.inf, [], [], finished=False)]
+    assert actual[1] == beam_search(ToyModel(), memory([2], [5]), config())[0]
 
 
 aten = torch.ops.aten
-WAITING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal)
+SYNCHRONISING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal)
 
 
-class Watch(TorchDispatchMode):
-    """Records calls that make the host wait for the device, and the size of the largest result."""
+class RecordOps(TorchDispatchMode):
+    """Records ops that make the host wait for the device, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()
         self.waits, self.largest = [], 0
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if function.overloadpacket in WAITING:
+        if function.overloadpacket in SYNCHRONISING:
             self.waits.append(function)
         result = function(*arguments, **(named or {}))
         if isinstance(result, Tensor):
@@ -559,11 +559,11 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_the_host_reads_no_number_during_the_search():
-    model = ToyModel(eos=-40.0)  # never ends by itself
-    with Watch() as watch:
+def test_the_search_does_not_read_numbers_from_the_device():
+    model = ToyModel(eos=-40.0)  # never emits eos by itself
+    with RecordOps() as record:
         beam_search(model, memory([1, 2], [70, 50]), config())
-    assert model.steps == 80 and watch.waits == []
+    assert model.steps == 80 and record.waits == []
 
 
 def test_keys_are_never_repeated_over_the_beam():
@@ -571,9 +571,9 @@ def test_keys_are_never_repeated_over_the_beam():
     model = LAS(ModelConfig(ListenerConfig((8,), (3,), (1,), 8, 1), speller), input_size=4, vocabulary_size=9).eval()
     with torch.inference_mode():
         listened = model.listen(torch.randn(2, 200, 4), torch.tensor([200, 150]))
-    with Watch() as watch:
+    with RecordOps() as record:
         beam_search(model, listened, config(beam=16, maximum_share=0.1))
-    assert watch.largest < 2 * listened.keys.numel()
+    assert record.largest < 2 * listened.keys.numel()
 
 
 # ---------------------------------------------------------------------------------------------------- whole data sets
@@ -596,7 +596,7 @@ class FakeDataset:
 
 
 class ListeningModel(ToyModel):
-    """Takes the number of the utterance from its features; fails for more than `max_frames` padded frames."""
+    """Reads the number of the utterance from its features; fails for more than `max_frames` padded frames."""
 
     def __init__(self, max_frames: int = 10**9, error: type[BaseException] = MemoryError, message: str = ""):
         super().__init__(8)
@@ -617,11 +617,11 @@ def decode(model, dataset: FakeDataset, frames_per_batch: int = 100):
 def test_hypotheses_come_in_the_order_of_the_dataset():
     dataset = FakeDataset(np.array([7, 30, 5, 18, 11]), [None] * 5)
     model = ListeningModel()
-    found = decode(model, dataset, 40)
+    actual = decode(model, dataset, 40)
     assert len(model.batches) > 1
     for i, frames in enumerate(dataset.frame_counts):
         one = ToyMemory(torch.tensor([i]), torch.tensor([(frames + 1) // 2]), (frames + 1) // 2)
-        assert found[i] == beam_search(ToyModel(8), one, config())[0]
+        assert actual[i] == beam_search(ToyModel(8), one, config())[0]
 
 
 def test_weights_are_packed_once_for_all_batches(monkeypatch):
@@ -631,10 +631,10 @@ def test_weights_are_packed_once_for_all_batches(monkeypatch):
     model, other = (LAS(settings, input_size=1, vocabulary_size=len(Vocabulary())).eval() for _ in range(2))
     dataset = FakeDataset(np.array([30, 12, 25, 9]), [None] * 4)
     expected = decode(model, dataset, 40)
-    packed, asked = packed_weights(other, config(), "cpu"), []
-    monkeypatch.setattr(dataset_module, "packed_weights", lambda *arguments: asked.append(arguments) or packed)
-    found = decode(model, dataset, 40)
-    assert len(asked) == 1 and all(a != b for a, b in zip(found, expected, strict=True))
+    packed, calls = packed_weights(other, config(), "cpu"), []
+    monkeypatch.setattr(dataset_module, "packed_weights", lambda *arguments: calls.append(arguments) or packed)
+    actual = decode(model, dataset, 40)
+    assert len(calls) == 1 and all(a != b for a, b in zip(actual, expected, strict=True))
 
 
 def test_a_batch_holds_at_most_its_frames_and_128_utterances_and_the_longest_come_first():
@@ -657,19 +657,19 @@ def test_a_dataset_is_decoded_like_its_utterances_one_by_one():
     table = torch.randn(31, 31, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     settings = config(beam=3, ngram_weight=0.5, length_reward=0.2, maximum_share=0.3)
     options = {"progress": False, "device": "cpu"}
-    found = decode_dataset(model, dataset, Vocabulary(), settings, nbest=2, ngram=table, speech_scores=True, **options)
+    actual = decode_dataset(model, dataset, Vocabulary(), settings, nbest=2, ngram=table, speech_scores=True, **options)
     plain = decode_dataset(model, dataset, Vocabulary(), settings, ngram=table, **options)
     for i, frames in enumerate([30, 12, 25]):
         with torch.inference_mode():
             encoded = model.listen(dataset[i][None], torch.tensor([frames]))
         ((first, second),) = beam_search(model, encoded, settings, nbest=2, ngram=table)
         (score,) = speech_scores(encoded, [first.text_tokens])
-        assert found[i][1:] == [second] and plain[i] == [first]
-        assert replace(found[i][0], speech_score=None) == first
-        assert found[i][0].speech_score == pytest.approx(score, abs=1e-4)
+        assert actual[i][1:] == [second] and plain[i] == [first]
+        assert replace(actual[i][0], speech_score=None) == first
+        assert actual[i][0].speech_score == pytest.approx(score, abs=1e-4)
 
 
-def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
+def test_progress_counts_seconds_of_decoded_audio(monkeypatch):
     counted, made = [], []
 
     class Counting:
@@ -693,19 +693,19 @@ def test_progress_is_the_seconds_that_have_been_decoded(monkeypatch):
     assert counted == pytest.approx([0.30, 0.29, 0.12, 0.71])
 
 
-def test_a_size_that_did_not_fit_is_not_tried_again():
+def test_a_batch_size_that_did_not_fit_is_not_retried():
     tried = []
 
-    class Watched(ListeningModel):
+    class RecordingModel(ListeningModel):
         def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
             tried.append(features.shape[0] * features.shape[1])
             return super().listen(features, feature_lengths)
 
-    decode(Watched(10), FakeDataset(np.array([8] * 4 + [4] * 6), [None] * 10), 32)
+    decode(RecordingModel(10), FakeDataset(np.array([8] * 4 + [4] * 6), [None] * 10), 32)
     assert tried == [32, 16, 8, 8, 8, 8, 12, 8, 4, 8, 4]
 
 
-def test_on_lack_of_memory_graphs_and_caches_are_freed(monkeypatch):
+def test_on_out_of_memory_graphs_and_caches_are_freed(monkeypatch):
     freed = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
     monkeypatch.setattr(dataset_module, "clear_graphs", lambda: freed.append("graphs"))
@@ -721,8 +721,8 @@ def score_texts(rows: list[list[int]], lengths: list[int], logits: Tensor) -> li
 def test_a_speech_score_is_the_ratio_to_silence_per_token_by_brute_force():
     texts, lengths = [[3, 4], [3, 3], [3, 3], [], [4, 3, 4], [3]], [4, 3, 2, 4, 3, 1]
     logits = 3 * torch.randn(6, 4, V, generator=torch.Generator().manual_seed(3))
-    found = score_texts(texts, lengths, logits)
-    for text, frames, rows, score in zip(texts, lengths, logits, found, strict=True):
+    actual = score_texts(texts, lengths, logits)
+    for text, frames, rows, score in zip(texts, lengths, logits, actual, strict=True):
         rows = rows[:frames].log_softmax(-1)
         if not text:
             assert score is None
@@ -730,7 +730,7 @@ def test_a_speech_score_is_the_ratio_to_silence_per_token_by_brute_force():
             assert score == -math.inf
         else:
             assert score == pytest.approx((exact - float(rows[:, 0].sum())) / len(text), abs=1e-4)
-    assert [score for score in found if score is not None and not math.isfinite(score)] == [-math.inf]
+    assert [score for score in actual if score is not None and not math.isfinite(score)] == [-math.inf]
 
 
 def test_speech_scores_are_computed_in_float32():
@@ -764,8 +764,8 @@ def test_the_listener_computes_in_the_decoding_precision_and_returns_float32(pre
     seen = []
     model.listener.layers[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
     batch = Batch(torch.randn(2, 20, 4), torch.tensor([20, 7]), None, None, torch.arange(2))
-    found = dataset_module.listen(model, batch, config(precision=precision))
-    assert seen == [dtype] and found.keys.dtype == found.values.dtype == torch.float32
+    actual = dataset_module.listen(model, batch, config(precision=precision))
+    assert seen == [dtype] and actual.keys.dtype == actual.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -776,7 +776,7 @@ def test_the_listener_computes_in_the_decoding_precision_and_returns_float32(pre
         (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(error, message):
+def test_a_batch_that_does_not_fit_is_halved_and_decoded_completely(error, message):
     dataset = FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7)
     model = ListeningModel(21, error, message)
     assert decode(model, dataset) == decode(ListeningModel(), dataset)
@@ -786,37 +786,37 @@ def test_a_batch_that_does_not_fit_is_halved_and_loses_nothing(error, message):
 def test_halves_are_no_longer_than_their_longest_utterance():
     seen = []
 
-    class Watched(ListeningModel):
+    class RecordingModel(ListeningModel):
         def listen(self, features: Tensor, feature_lengths: Tensor) -> ToyMemory:
             seen.append((features.shape[1], int(feature_lengths.max())))
             return super().listen(features, feature_lengths)
 
-    decode(Watched(21), FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7))
+    decode(RecordingModel(21), FakeDataset(np.array([9, 10, 8, 7, 10, 3, 2]), [None] * 7))
     assert len({length for length, _ in seen}) > 1 and all(length == longest for length, longest in seen)
 
 
-def test_one_utterance_too_big_for_memory_is_named():
+def test_an_utterance_that_does_not_fit_alone_is_named():
     with pytest.raises(InputError, match=r"utterance u1 .* alone does not fit in memory; lower --decoding.beam"):
         decode(ListeningModel(15), FakeDataset(np.array([4, 20]), [None, None]))
 
 
-def test_other_errors_are_not_taken_for_lack_of_memory():
+def test_other_errors_are_not_treated_as_out_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         decode(ListeningModel(0, RuntimeError, "shapes disagree"), FakeDataset(np.array([4]), [None]))
 
 
 def test_a_diverged_model_is_an_error():
-    class Broken(ListeningModel):
+    class Diverged(ListeningModel):
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
             return logits * torch.nan, attended, state
 
     with pytest.raises(InputError, match="NaN or infinite"):
-        decode(Broken(), FakeDataset(np.array([4]), [None]))
+        decode(Diverged(), FakeDataset(np.array([4]), [None]))
 
 
-@pytest.mark.skipif("cpp" not in HERE, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
-def test_a_trained_model_spells_the_same_on_reference_and_cpp(shared):
+@pytest.mark.skipif("cpp" not in BACKENDS, reason=f"no C++ ops: {backends.EXTENSION_PROBLEM}")
+def test_a_trained_model_gives_the_same_texts_on_reference_and_cpp(shared):
     archive = shared / "an4" / "hw4p2_student_data"
     if not archive.is_dir():
         pytest.skip("../shared/an4 is absent")
@@ -829,7 +829,7 @@ def test_a_trained_model_spells_the_same_on_reference_and_cpp(shared):
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
         with torch.inference_mode():
             encoded = loaded.model.listen(batch.features, batch.feature_lengths)
-        found = [beam_search(loaded.model, encoded, settings, nbest=4, backend=name) for name in ("reference", "cpp")]
-        for ours, theirs in zip(*(itertools.chain(*hypotheses) for hypotheses in found), strict=True):
+        actual = [beam_search(loaded.model, encoded, settings, nbest=4, backend=name) for name in ("reference", "cpp")]
+        for ours, theirs in zip(*(itertools.chain(*hypotheses) for hypotheses in actual), strict=True):
             assert ours.text_tokens == theirs.text_tokens
             assert ours.score == pytest.approx(theirs.score, abs=1e-4)

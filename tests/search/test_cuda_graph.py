@@ -1,4 +1,4 @@
-"""Replaying chunks from fixed buffers, on a CPU: a stand-in for a CUDA graph runs the captured function again."""
+"""Graphed chunks on a CPU: a fake CUDA graph calls the captured function again at each replay."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from las_fast.search.cuda_graph import bucket
 from las_fast.text import EOS
 
 
-class Recorded:
-    """Like a CUDA graph, it writes the results of each replay into the tensors of the first."""
+class FakeCudaGraph:
+    """Like a CUDA graph, it writes the results of each replay into the tensors of the capture."""
 
-    made: list[Recorded] = []
+    made: list[FakeCudaGraph] = []
 
     def __init__(self):
         self.replays = 0
@@ -47,11 +47,11 @@ def tensors(tree) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
-    """The graphs that the test has made."""
+    """A list of the graphs that the test has captured."""
     cuda_graph.clear_graphs()
-    monkeypatch.setattr(cuda_graph, "CudaGraph", Recorded)
-    monkeypatch.setattr(Recorded, "made", [])
-    yield Recorded.made
+    monkeypatch.setattr(cuda_graph, "CudaGraph", FakeCudaGraph)
+    monkeypatch.setattr(FakeCudaGraph, "made", [])
+    yield FakeCudaGraph.made
     cuda_graph.clear_graphs()
 
 
@@ -68,8 +68,8 @@ def encode(model, lengths):
         return model.listen(torch.randn(len(lengths), max(lengths), 4), torch.tensor(lengths))
 
 
-def assert_same(found, expected):
-    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+def assert_same(actual, expected):
+    for ours, theirs in zip(sum(actual, []), sum(expected, []), strict=True):
         assert ours.text_tokens == theirs.text_tokens and ours.attended_frames == theirs.attended_frames
         assert ours.finished == theirs.finished
         assert ours.score == pytest.approx(theirs.score, abs=1e-4)
@@ -87,7 +87,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=lambda fields: "-".join(fields) or "plain")
-def test_a_captured_search_equals_a_search_by_steps(fields, model, graphs):
+def test_a_search_by_cuda_graph_equals_a_search_by_steps(fields, model, graphs):
     torch.manual_seed(1)
     table = torch.randn(9, 9).log_softmax(-1)
     options = {"nbest": 4, "ngram": table if "ngram_weight" in fields else None}
@@ -103,7 +103,7 @@ def test_a_captured_search_equals_a_search_by_steps(fields, model, graphs):
     assert len(graphs) == len(searches) and all(graph.replays for graph in graphs)
 
 
-def test_a_search_of_known_sizes_replays_a_graph_without_traces_of_the_last_search(model, graphs):
+def test_a_replayed_graph_has_no_state_from_the_previous_search(model, graphs):
     first, second, third = encode(model, [120, 90, 77]), encode(model, [101, 99, 15, 60]), encode(model, [30, 90, 9])
     expected = [beam_search(model, encoded, config(), nbest=4, capture=False) for encoded in (first, second, third)]
     for encoded, plain in zip((first, second, third, first), (*expected, expected[0]), strict=True):
@@ -127,7 +127,7 @@ def test_a_graph_reads_updated_weights_and_moved_weights_need_a_new_graph(model,
     assert len(graphs) == 2
 
 
-def test_other_settings_are_another_graph(graphs):
+def test_other_settings_need_another_graph(graphs):
     searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     for fields in ({}, {"beam": 2}, {"length_penalty": 0.5}, {}):
         beam_search(searched, encoded, config(**fields), capture=True)
@@ -135,16 +135,16 @@ def test_other_settings_are_another_graph(graphs):
     assert len(graphs) == 4
 
 
-def test_another_language_model_is_another_graph(graphs):
+def test_another_language_model_needs_another_graph(graphs):
     searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     tables = [torch.randn(9, 9, generator=torch.Generator().manual_seed(seed)).log_softmax(-1) for seed in (1, 2)]
     options = {"nbest": 4, "capture": True}
     settings = config(ngram_weight=0.5)
-    found = [beam_search(searched, encoded, settings, ngram=table, **options) for table in (*tables, *tables)]
-    assert len(graphs) == 2 and found[:2] == found[2:] and found[0] != found[1]
+    actual = [beam_search(searched, encoded, settings, ngram=table, **options) for table in (*tables, *tables)]
+    assert len(graphs) == 2 and actual[:2] == actual[2:] and actual[0] != actual[1]
 
 
-def test_another_matmul_precision_is_another_graph(graphs):
+def test_another_matmul_precision_needs_another_graph(graphs):
     searched, encoded = ToyModel(9), memory([1, 2], [9, 7])
     before = torch.get_float32_matmul_precision()
     try:
@@ -166,33 +166,33 @@ def test_the_least_recently_used_graph_is_dropped(graphs):
 def test_only_the_last_few_graphs_are_kept(graphs):
     searched = ToyModel(9)
     sizes = [1, 2, 4, 8, 16]
-    for size in (*sizes, 16, 8, 1):  # the smallest has gone by then
+    for size in (*sizes, 16, 8, 1):  # the smallest has been dropped by then
         beam_search(searched, memory([1] * size, [9] * size), config(), capture=True)
     assert len(graphs) == len(sizes) + 1 and len(cuda_graph._graphs[searched]) == cuda_graph.MAX_GRAPHS
 
 
 def test_the_search_does_not_wait_for_utterances_added_as_padding(graphs):
-    class Ends(ToyModel):
-        """Ends an utterance at once unless its seed is 0, as in padding."""
+    class EndsAtOnce(ToyModel):
+        """Ends an utterance at once, unless its seed is 0 as in padding."""
 
         def step(self, tokens, state, memory, **options):
             logits, attended, state = super().step(tokens, state, memory, **options)
             logits[..., EOS] += torch.where(memory.seeds == 0, -50.0, 50.0)[:, None]
             return logits, attended, state
 
-    beam_search(Ends(), memory([1, 2, 3], [9, 9, 9]), config(beam=1, maximum_extra=50), capture=True)
+    beam_search(EndsAtOnce(), memory([1, 2, 3], [9, 9, 9]), config(beam=1, maximum_extra=50), capture=True)
     assert graphs[0].replays == 1
 
 
 def test_graphs_are_freed_with_their_model_and_by_forget(monkeypatch, graphs):
-    class Forgetful(Recorded):
-        def capture(self, function):  # a CUDA graph keeps no function
+    class FakeCudaGraphWithoutFunction(FakeCudaGraph):
+        def capture(self, function):  # a CUDA graph does not hold the function
             return function()
 
         def replay(self):
             pass
 
-    monkeypatch.setattr(cuda_graph, "CudaGraph", Forgetful)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", FakeCudaGraphWithoutFunction)
     searched = ToyModel(9)
     beam_search(searched, memory([1], [9]), config(), capture=True)
     graph, gone = weakref.ref(cuda_graph._graphs[searched].popitem()[1]), weakref.ref(searched)
@@ -213,12 +213,12 @@ def test_on_a_cpu_nothing_is_captured_by_default(graphs):
     assert not graphs
 
 
-def test_sizes_are_rounded_up_to_a_few():
+def test_sizes_are_rounded_up_to_few_values():
     assert [bucket(batch, 1)[0] for batch in (1, 2, 3, 8, 9, 128)] == [1, 2, 4, 8, 16, 128]
     assert [bucket(1, frames)[1] for frames in (1, 64, 65, 640)] == [64, 64, 128, 640]
 
 
-def test_padding_a_memory_changes_no_utterance(model):
+def test_padding_a_memory_does_not_change_results(model):
     encoded = encode(model, [120, 40, 77])
     padded = encoded.padded(4, 64)
     assert [tuple(x.shape) for x in padded[:4]] == [(4, 64, 7), (4, 64, 5), (4,), (4, 64)]

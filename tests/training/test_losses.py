@@ -36,7 +36,7 @@ def make_output(seed=0, frames=12):
 PLAIN = {"label_smoothing": 0.0, "ctc_weight": 0.0, "guided_weight": 0.0, "guided_width": 0.1}
 
 
-def test_padding_adds_nothing_to_any_loss():
+def test_padding_does_not_contribute_to_any_loss():
     output = make_output()
     changed = output._replace(logits=output.logits.clone(), weights=output.weights.clone())
     changed.logits[1, 2:] = 1e3
@@ -45,7 +45,7 @@ def test_padding_adds_nothing_to_any_loss():
     assert training_loss(output, TOKENS, LENGTHS, **options)[0] == training_loss(changed, TOKENS, LENGTHS, **options)[0]
 
 
-def test_loss_is_per_token_and_not_per_utterance_or_padded_cell():
+def test_the_loss_is_averaged_over_real_tokens():
     output = make_output()
     loss, _ = training_loss(output, TOKENS, LENGTHS, **PLAIN)
     by_hand = [
@@ -80,18 +80,18 @@ def test_guided_loss_prefers_the_diagonal_within_each_length():
     assert guided_attention_loss(padded, lengths, lengths, 0.15) == 0
 
 
-def test_guided_loss_is_the_sum_of_its_formula():
+def test_the_guided_loss_equals_its_formula():
     torch.manual_seed(3)
     weights, lengths, counts, width = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 0.17
     expected = sum(
         float(weights[b, u, t]) * (1 - math.exp(-((u / counts[b] - t / lengths[b]) ** 2) / (2 * width**2)))
         for b in range(2) for u in range(counts[b]) for t in range(9)
     )  # fmt: skip
-    found = guided_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), width)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    actual = guided_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), width)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_loss_along_ctc_is_the_sum_of_its_formula():
+def test_the_aligned_attention_loss_equals_its_formula():
     torch.manual_seed(4)
     weights, lengths, counts, window = torch.rand(2, 4, 9).softmax(2), [9, 6], [4, 2], 2.5
     times = torch.rand(2, 4)
@@ -99,11 +99,11 @@ def test_the_loss_along_ctc_is_the_sum_of_its_formula():
     for b, u in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)):
         off = [(float(times[b, u]) * lengths[b] - t) / window for t in range(9)]
         expected -= math.log(sum(float(weights[b, u, t]) * max(0, 1 - off[t] ** 2) for t in range(9)))
-    found = aligned_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), times, window)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    actual = aligned_attention_loss(weights, torch.tensor(lengths), torch.tensor(counts), times, window)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_loss_carries_a_graph_and_its_parts_do_not():
+def test_only_the_total_loss_has_a_gradient():
     tokens = torch.tensor([[3, 4, EOS]])
     logits = torch.randn(1, 3, 31, requires_grad=True)
     output = Output(logits, torch.rand(1, 3, 5, requires_grad=True), torch.tensor([5]), None, None)
@@ -136,7 +136,7 @@ def test_every_part_is_per_token(guided_frames):
     torch.testing.assert_close(parts["guided"], guided / count)
 
 
-def test_ctc_of_a_padded_batch_is_the_sum_of_its_utterances():
+def test_the_ctc_loss_of_a_padded_batch_is_the_sum_over_utterances():
     output = make_output()
     alone = [
         F.ctc_loss(
@@ -162,12 +162,12 @@ def test_the_time_of_a_token_is_the_mean_of_its_posterior():
     torch.testing.assert_close(times[1, :2], torch.tensor([2 / 4, 1]), atol=1e-4, rtol=0)
 
 
-def test_token_times_are_those_of_all_alignments_together():
+def test_token_times_are_averaged_over_all_alignments():
     torch.manual_seed(4)
     logits = 2 * torch.randn(1, 5, 31)
     text = [5, 6]
     times = relative_token_times(logits, torch.tensor([5]), torch.tensor([[*text, EOS]]), torch.tensor([3]))
-    # Weighted by how many frames a labelling gives the character, as a posterior over frames is.
+    # weighted by the number of frames that an alignment gives the character, like a posterior over frames
     log_p, total, sums = logits[0].log_softmax(-1), [0.0, 0.0], [0.0, 0.0]
     for labels in itertools.product([PAD, *text], repeat=5):
         if [c for c, _ in itertools.groupby(labels) if c != PAD] == text:
@@ -211,7 +211,7 @@ def test_attention_at_the_token_times_is_cheap_and_elsewhere_costly():
     assert far > 90
 
 
-def test_attention_that_is_sharp_and_wrong_is_still_moved():
+def test_sharp_wrong_attention_still_gets_a_gradient():
     scores = torch.zeros(1, 1, 10)
     scores[..., 9] = 30.0
     diagonal, aligned = scores.clone().requires_grad_(), scores.clone().requires_grad_()

@@ -20,7 +20,7 @@ from las_fast.training import monitor
 
 
 def bumps(centres, frames, width=0.8):
-    """(1, U+1, T) attention with a bump at each centre, and an <eos> that looks at frame 0."""
+    """(1, U+1, T) attention with a bump at each centre, and <eos> at frame 0."""
     centres = torch.cat([torch.as_tensor(centres, dtype=torch.float32), torch.zeros(1)])
     position = torch.arange(frames, dtype=torch.float32)
     return (-(position - centres[:, None]).square() / (2 * width**2)).softmax(-1)[None]
@@ -36,43 +36,43 @@ def diagonal(frames=60, tokens=25, start=0.0, end=1.0):
 
 @pytest.mark.parametrize("frames, tokens", [(20, 25), (60, 25), (400, 110), (60, 4)])
 def test_a_diagonal_is_formed(frames, tokens):
-    found = judge(bumps(diagonal(frames, tokens), frames))
-    assert found.formed, found
-    assert found.diagonal > 0.99 and found.monotonic == 1
+    alignment = judge(bumps(diagonal(frames, tokens), frames))
+    assert alignment.formed, alignment
+    assert alignment.diagonal > 0.99 and alignment.monotonic == 1
 
 
-def test_silence_pauses_and_changes_of_rate_are_still_formed():
+def test_a_diagonal_with_silence_pauses_and_rate_changes_is_formed():
     fast, slow = torch.linspace(12, 26, 16), torch.linspace(38, 70, 14)  # frames 0-11, 27-37, 71-79 are silent
     assert judge(bumps(torch.cat([fast, slow]), 80)).formed
 
 
-def test_small_steps_back_are_still_formed():
+def test_a_diagonal_with_small_backward_steps_is_formed():
     centres = diagonal(100, 40)
     centres[1::4] -= 3
     assert judge(bumps(centres, 100)).formed
 
 
 def test_uniform_attention_is_not_formed():
-    found = judge(torch.full((1, 26, 60), 1 / 60))
-    assert not found.formed
-    assert abs(found.sharp) < 1e-4 and abs(found.diagonal) < 1e-3
+    alignment = judge(torch.full((1, 26, 60), 1 / 60))
+    assert not alignment.formed
+    assert abs(alignment.sharp) < 1e-4 and abs(alignment.diagonal) < 1e-3
 
 
 @pytest.mark.parametrize("frame", [0, 30, 59])
-def test_sharply_looking_at_one_frame_is_not_formed(frame):
-    found = judge(bumps(torch.full((25,), float(frame)), 60))
-    assert found.sharp > 0.9
-    assert {"diagonal", "coverage"} <= set(found.failing())
+def test_sharp_attention_to_one_frame_is_not_formed(frame):
+    alignment = judge(bumps(torch.full((25,), float(frame)), 60))
+    assert alignment.sharp > 0.9
+    assert {"diagonal", "coverage"} <= set(alignment.failing())
 
 
-def test_wandering_sharply_is_not_formed():
+def test_sharp_attention_in_random_order_is_not_formed():
     generator = torch.Generator().manual_seed(1)
-    found = judge(bumps(torch.randint(0, 60, (25,), generator=generator), 60))
-    assert found.sharp > 0.9
-    assert {"diagonal", "monotonic"} <= set(found.failing())
+    alignment = judge(bumps(torch.randint(0, 60, (25,), generator=generator), 60))
+    assert alignment.sharp > 0.9
+    assert {"diagonal", "monotonic"} <= set(alignment.failing())
 
 
-def test_looking_mostly_at_the_end_is_not_formed():
+def test_attention_mostly_at_the_end_is_not_formed():
     assert not judge(bumps(torch.cat([torch.tensor([0.0, 20.0, 40.0]), torch.full((22,), 58.0)]), 60)).formed
 
 
@@ -81,7 +81,7 @@ def test_a_diagonal_over_a_third_of_the_utterance_is_not_formed():
 
 
 def by_hand(weights, tokens, frames):
-    """The four numbers of one utterance, computed from the definitions in the module's docstring."""
+    """The four numbers of one utterance, by the definitions in the module's docstring."""
     w = weights[:tokens, :frames] / weights[:tokens, :frames].sum(1, keepdim=True)
     attended, index = w @ torch.arange(float(frames)), torch.arange(float(tokens))
     attended, index = attended - attended.mean(), index - index.mean()
@@ -119,23 +119,23 @@ def utterances_of_many_kinds(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_numbers_of_a_padded_batch_are_those_of_their_definitions(seed):
+def test_the_numbers_of_a_padded_batch_equal_their_definitions(seed):
     weights, token_lengths, lengths = utterances_of_many_kinds(seed)
-    found = monitor.measure(weights, token_lengths, lengths)
+    alignment = monitor.measure(weights, token_lengths, lengths)
     expected = [by_hand(w, n, t) for w, (n, t) in zip(weights, SIZES, strict=True) if n >= 3 and t >= 8]
-    assert found.utterances == len(expected) == 6
+    assert alignment.utterances == len(expected) == 6
     for name, values in zip(monitor.SHAPE_THRESHOLDS, zip(*expected, strict=True), strict=True):
-        assert getattr(found, name) == pytest.approx(sum(values) / len(values), abs=1e-5), name
+        assert getattr(alignment, name) == pytest.approx(sum(values) / len(values), abs=1e-5), name
 
 
 def test_steps_count_up_to_their_exact_limits():
-    slow = torch.arange(20.0, 31.0)  # eleven characters of one frame each, and a twelfth after a step of its own
-    for move, good in ((-2, 11), (-3, 10), (15, 11), (16, 10)):  # over 60 frames: 2 back, a quarter forward
-        found = judge(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
-        assert found.monotonic == pytest.approx(good / 11), move
-    for move, good in ((24, 3), (25, 2)):  # twice the frames of an average token, where that is more
-        found = judge(bumps(torch.tensor([20.0, 21.0, 22.0, 22.0 + move]), 48, width=0.1))
-        assert found.monotonic == pytest.approx(good / 3), move
+    slow = torch.arange(20.0, 31.0)  # eleven characters of one frame each, and a twelfth after a step of `move`
+    for move, good in ((-2, 11), (-3, 10), (15, 11), (16, 10)):  # over 60 frames: at most 2 back, or a quarter forward
+        alignment = judge(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
+        assert alignment.monotonic == pytest.approx(good / 11), move
+    for move, good in ((24, 3), (25, 2)):  # or twice the frames of an average token, if that is more
+        alignment = judge(bumps(torch.tensor([20.0, 21.0, 22.0, 22.0 + move]), 48, width=0.1))
+        assert alignment.monotonic == pytest.approx(good / 3), move
 
 
 def test_batches_are_averaged_by_their_utterances():
@@ -159,11 +159,11 @@ def test_a_broad_diagonal_is_not_formed():
 
 
 def test_a_reversed_diagonal_is_not_formed():
-    found = judge(bumps(diagonal().flip(0), 60))
-    assert found.diagonal < -0.99 and not found.formed
+    alignment = judge(bumps(diagonal().flip(0), 60))
+    assert alignment.diagonal < -0.99 and not alignment.formed
 
 
-def test_eos_may_look_anywhere():
+def test_eos_may_attend_anywhere():
     weights = bumps(diagonal(), 60)
     elsewhere = weights.clone()
     elsewhere[0, -1] = torch.eye(60)[30]
@@ -175,21 +175,21 @@ def test_padding_is_ignored():
     padded = torch.rand(2, 40, 90)
     padded[0, :26, :60] = alone[0]
     padded[1] = bumps(diagonal(90, 39), 90)[0]
-    found = monitor.measure(padded, torch.tensor([26, 40]), torch.tensor([60, 90]))
+    alignment = monitor.measure(padded, torch.tensor([26, 40]), torch.tensor([60, 90]))
     apart = monitor.combine([judge(alone), judge(padded[1:])])
-    assert vars(found) == pytest.approx(vars(apart), abs=1e-6)
-    assert found.utterances == 2
+    assert vars(alignment) == pytest.approx(vars(apart), abs=1e-6)
+    assert alignment.utterances == 2
 
 
-def test_utterances_too_short_to_measure_are_not_counted():
+def test_utterances_too_short_to_measure_are_excluded():
     weights = torch.cat([bumps(diagonal(), 60), torch.full((3, 26, 60), 1 / 60)])
-    found = monitor.measure(weights, torch.tensor([26, 2, 3, 1]), torch.full((4,), 60))
-    assert found.utterances == 1 and found.formed
+    alignment = monitor.measure(weights, torch.tensor([26, 2, 3, 1]), torch.full((4,), 60))
+    assert alignment.utterances == 1 and alignment.formed
     none = monitor.measure(weights, torch.tensor([1, 2, 3, 0]), torch.tensor([60, 60, 60, 0]))
     assert none.utterances == 0 and not none.formed
     assert "not measured" in monitor.status_line(none, 3, Config())
     assert monitor.combine([none, none]) == none
-    assert monitor.combine([none, found]) == found
+    assert monitor.combine([none, alignment]) == alignment
 
 
 def test_the_line_says_formed_with_the_numbers():
@@ -200,11 +200,11 @@ def test_the_line_says_formed_with_the_numbers():
 
 def test_a_diagonal_that_ignores_the_audio_is_not_formed():
     shape = judge(bumps(diagonal(), 60))
-    deaf, listening = (dataclasses.replace(shape, audio_gain=gain) for gain in (0.02, 2.0))
-    assert shape.formed and not deaf.formed and listening.formed
-    line = monitor.status_line(deaf, 4, Config())
+    ignoring_audio, using_audio = (dataclasses.replace(shape, audio_gain=gain) for gain in (0.02, 2.0))
+    assert shape.formed and not ignoring_audio.formed and using_audio.formed
+    line = monitor.status_line(ignoring_audio, 4, Config())
     assert "audio gain 0.02 below 0.5" in line and "not formed yet" in line
-    assert "audio gain 2.00" in monitor.status_line(listening, 4, Config())
+    assert "audio gain 2.00" in monitor.status_line(using_audio, 4, Config())
 
 
 @pytest.mark.parametrize("name", monitor.THRESHOLDS)
@@ -320,8 +320,8 @@ def listener(pyramids, strides=(1,)) -> Config:
     ],
 )
 def test_each_advice_is_given_where_it_applies_and_only_there(step, epoch, config, message):
-    found = getattr(monitor, f"_advise_{step}")(epoch, config)
-    assert found is None if message is None else found.endswith(message), found
+    alignment = getattr(monitor, f"_advise_{step}")(epoch, config)
+    assert alignment is None if message is None else alignment.endswith(message), alignment
 
 
 def test_after_the_deadline_the_advice_comes_in_order():
@@ -333,7 +333,7 @@ def test_after_the_deadline_the_advice_comes_in_order():
     assert "now 0.95" in line  # teacher forcing at epoch 25 of the default stages
 
 
-def test_settings_that_are_on_already_are_not_advised():
+def test_enabled_settings_are_not_advised():
     config = Config(
         data=DataConfig(utterances_per_batch=8, short_epochs=5),
         augment=AugmentConfig(start_epoch=90),
@@ -369,6 +369,6 @@ def test_with_a_ctc_loss_the_first_advice_is_to_guide_the_attention_by_it(weight
 
 
 def test_an_alignment_can_be_logged_as_json():
-    found = dataclasses.asdict(judge(bumps(diagonal(), 60)))
-    assert json.loads(json.dumps(found))["formed"] is True
-    assert set(found) == {*monitor.THRESHOLDS, "utterances", "formed"}
+    alignment = dataclasses.asdict(judge(bumps(diagonal(), 60)))
+    assert json.loads(json.dumps(alignment))["formed"] is True
+    assert set(alignment) == {*monitor.THRESHOLDS, "utterances", "formed"}

@@ -59,7 +59,7 @@ def make(tmp_path, rows=ROWS, title="A title", **options):
 
 @pytest.fixture
 def fake_drawing(monkeypatch):
-    """Replace the drawing of attention by a few bytes; return (text, options) of each picture, in order."""
+    """Replace the drawing of attention by a few bytes. Returns a list of each picture's (text, options)."""
     drawn = []
 
     def draw(file, weights, text, title, **options):
@@ -74,7 +74,7 @@ def spans(text):
     return re.findall(r'<span class="(\w+)">(.*?)</span>', text)
 
 
-def test_differences_mark_what_was_missed_added_and_replaced():
+def test_differences_mark_deletions_insertions_and_substitutions():
     reference, hypothesis = report.differences("WE NEED THE CAR", "WE THE BARS")
     assert ("delete", "NEED ") in spans(reference)
     assert ("replace", "C") in spans(reference) and ("replace", "B") in spans(hypothesis)
@@ -82,7 +82,7 @@ def test_differences_mark_what_was_missed_added_and_replaced():
     assert report.differences("SAME", "SAME") == ("SAME", "SAME")
 
 
-def test_marked_and_unmarked_text_together_are_the_whole_text():
+def test_marked_and_unmarked_parts_join_to_the_original_text():
     for reference, hypothesis in (("KITTEN", "SITTING"), ("", "ABC"), ("ABC", ""), ("A B", "B A")):
         plain = [re.sub(r"<[^>]+>", "", part) for part in report.differences(reference, hypothesis)]
         assert plain == [reference, hypothesis]
@@ -93,7 +93,7 @@ def test_differences_escape_markup():
     assert "<A>" not in reference + hypothesis and "&lt;A&gt;" in reference and "&amp;" in reference
 
 
-def test_an_attention_picture_is_a_png_whatever_the_suffix(tmp_path):
+def test_an_attention_picture_is_a_png_with_any_suffix(tmp_path):
     path = tmp_path / ".picture.png.123"
     figures.attention_picture(path, np.random.rand(13, 40).astype(np.float32), "TEN PAST TWO", "a-1, epoch 3")
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -127,11 +127,11 @@ def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, 
                        (Figure, "colorbar")):  # fmt: skip
         method = getattr(kind, name)
 
-        def watching(self, *given, method=method, name=name, **options):
-            seen[name], seen["figure"] = (given, options), self.get_figure()
-            return method(self, *given, **options)
+        def spy(self, *args, method=method, name=name, **options):
+            seen[name], seen["figure"] = (args, options), self.get_figure()
+            return method(self, *args, **options)
 
-        monkeypatch.setattr(kind, name, watching)
+        monkeypatch.setattr(kind, name, spy)
     monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda self, file, **options: seen.update(printed=options))
     weights = np.full((4, 12), 0.5, np.float32)
     figures.attention_picture(tmp_path / "a.png", weights, "A B", "a title", frame_seconds=frame_seconds)
@@ -167,7 +167,7 @@ def test_pictures_in_the_page_are_transparent_and_grey_and_others_white():
     assert alone[0, 0].tolist() == [1, 1, 1, 1] and alone[..., :3].max(-1).min() < 0.1
 
 
-def test_a_picture_is_the_same_whatever_the_users_settings_of_matplotlib_are(tmp_path):
+def test_a_picture_does_not_depend_on_the_users_matplotlib_settings(tmp_path):
     weights = np.eye(4, 12, dtype=np.float32)
     figures.attention_picture(tmp_path / "a.png", weights, "A B", "title")
     with matplotlib.rc_context({"savefig.format": "pdf", "savefig.facecolor": "red", "savefig.dpi": 30}):
@@ -185,13 +185,13 @@ def test_a_picture_is_the_same_whatever_the_users_settings_of_matplotlib_are(tmp
     ],
 )
 def test_rows_are_labelled_and_of_long_texts_only_every_nth(text, tokens, ticks, labels):
-    found = []
-    axes = SimpleNamespace(set_yticks=lambda *given, **options: found.append((list(given[0]), given[1], options)))
+    actual = []
+    axes = SimpleNamespace(set_yticks=lambda *args, **options: actual.append((list(args[0]), args[1], options)))
     figures.label_tokens(axes, text, tokens, fontsize=7)
-    assert found == [(ticks, labels, {"fontsize": 7, "family": "monospace"})]
+    assert actual == [(ticks, labels, {"fontsize": 7, "family": "monospace"})]
 
 
-def test_the_report_needs_nothing_from_outside(tmp_path, fake_drawing):
+def test_the_report_needs_no_external_files(tmp_path, fake_drawing):
     page = make(tmp_path)
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
     assert "http" not in page and "<script" not in page and "@import" not in page
@@ -210,7 +210,7 @@ def test_the_report_shows_scores_curves_attention_and_settings(tmp_path):
     assert "1 of 4 have no error" in page
 
 
-def test_the_first_and_last_picture_suffice_when_it_never_formed(tmp_path, fake_drawing):
+def test_without_formed_attention_only_the_first_and_last_picture_are_shown(tmp_path, fake_drawing):
     page = make(tmp_path, formed=99)
     assert page.count("data:image/png;base64,") == 2
     assert "The attention has not formed" in page and "attention formed" not in page
@@ -220,7 +220,7 @@ def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, fake_drawing
     page = make(tmp_path, title="<i>hostile</i>", rows=[("<u>", "<s>A", "<s>B")])
     assert "<i>hostile" not in page and "<u>" not in page and "<s>" not in page
 
-    class Balance(HTMLParser):
+    class TagBalance(HTMLParser):
         open_tags: list = []
 
         def handle_starttag(self, tag, attrs):
@@ -233,7 +233,7 @@ def test_the_report_is_well_formed_html_with_text_escaped(tmp_path, fake_drawing
         def handle_startendtag(self, tag, attrs):
             pass
 
-    parser = Balance()
+    parser = TagBalance()
     parser.feed(page)
     assert parser.open_tags == []
 
@@ -292,7 +292,7 @@ def test_pictures_show_seconds_if_the_settings_are_known(tmp_path, fake_drawing,
     assert fake_drawing == [("A B", {"frame_seconds": seconds, "in_page": True})]
 
 
-def test_the_validation_that_formed_is_told_from_its_neighbours(tmp_path, fake_drawing):
+def test_the_validation_that_formed_is_distinguished_from_its_neighbours(tmp_path, fake_drawing):
     run = write_run(tmp_path / "run", epochs=5, formed=3)
     (run / "attention" / "epoch-0003.00.npz").rename(run / "attention" / "epoch-0003.01.npz")
     (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
@@ -464,7 +464,7 @@ def test_a_folder_without_a_log_is_an_input_error(tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-def test_a_step_without_a_loss_is_left_out_of_its_curve():
+def test_a_step_without_a_loss_is_omitted_from_the_curve():
     rows = [{"epoch": 1.0, "loss": None}, {"epoch": 2.0}, {"epoch": 3.0, "loss": 4.0}, {"epoch": 4.0, "loss": math.nan}]
     curve = report._smooth("loss", "solid", rows, "loss")
     assert (curve.x, curve.y) == ([3.0], [4.0])

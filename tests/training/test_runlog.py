@@ -1,4 +1,4 @@
-"""What a training logs: to Weights & Biases, in folders of any name, and on a full disk."""
+"""The log of a training: Weights & Biases, folders of any name, and full disks."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import small
+from tiny_checkpoints import small
 
 from las_fast.config import to_tree
 from las_fast.errors import InputError
@@ -19,7 +19,7 @@ from las_fast.training.validate import Validation
 
 
 class Wandb:
-    """Stands in for the package wandb, and for the run that it starts."""
+    """Replaces the package wandb and the run that it starts."""
 
     def __init__(self, key):
         self.api, self.began, self.logged, self.ended = SimpleNamespace(api_key=key), [], [], 0
@@ -54,7 +54,7 @@ def test_weights_and_biases_gets_the_settings_and_every_number(tmp_path, monkeyp
     assert wandb.ended == 1
 
 
-def test_wandb_is_not_started_unless_asked_for(tmp_path, monkeypatch):
+def test_wandb_is_not_started_by_default(tmp_path, monkeypatch):
     wandb = Wandb(None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = RunLog(tmp_path, small(), 0)
@@ -74,7 +74,7 @@ def test_a_folder_of_any_name_stays_open_until_the_log_is_closed(tmp_path):
     assert read_rows(out / "log.jsonl")[0]["step"] == 1 and os.listdir(out / "tensorboard")
 
 
-def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_unwritable_log_is_a_one_sentence_error(tmp_path):
     log = RunLog(tmp_path, small(), 0)
     log.file.close()
 
@@ -89,9 +89,9 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def test_numbers_that_json_lacks_become_null():
     row = {"a": float("nan"), "b": {"c": float("inf"), "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
-    found = replace_non_finite(row)
-    assert found == {"a": None, "b": {"c": None, "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
-    assert json.loads(json.dumps(found)) == found
+    actual = replace_non_finite(row)
+    assert actual == {"a": None, "b": {"c": None, "d": 1.5}, "e": 3, "f": None, "g": "x", "h": True}
+    assert json.loads(json.dumps(actual)) == actual
 
 
 def test_lines_that_are_not_rows_are_skipped(tmp_path):
@@ -104,7 +104,7 @@ def test_lines_that_are_not_rows_are_skipped(tmp_path):
     assert read_rows(path) == good
 
 
-def test_logs_of_earlier_versions_are_read_under_the_present_names(tmp_path):
+def test_keys_of_earlier_log_versions_are_renamed(tmp_path):
     old = {"kind": "valid", "step": 3, "monitor": {"diagonal": 0.9, "heard": 0.7}}
     odd = {"kind": "valid", "step": 4, "monitor": None}
     (tmp_path / "log.jsonl").write_text(f"{json.dumps(old)}\n{json.dumps(odd)}\n")

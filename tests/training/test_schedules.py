@@ -8,7 +8,7 @@ from las_fast.config import TeacherForcingStage, TrainingConfig
 from las_fast.training.schedules import Plateau, ctc_weight, guided_weight, learning_rate_factor, teacher_forcing_rate
 
 
-def test_default_teacher_forcing_is_whole_then_decays_in_two_stages():
+def test_default_teacher_forcing_starts_at_one_and_decays_in_two_stages():
     config = TrainingConfig()
     rates = [teacher_forcing_rate(config, e) for e in (0, 19.9, 30, 40, 50, 60, 99)]
     assert rates == pytest.approx([1, 1, 0.9, 0.8, 0.7, 0.6, 0.6])

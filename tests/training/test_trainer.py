@@ -1,4 +1,4 @@
-"""The trainer piece by piece: each part of a step, a validation, a save and a stop, at its limits."""
+"""The parts of the trainer: steps, validations, saves, stops, and what each does in edge cases."""
 
 import contextlib
 import math
@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from archives import make_archive
-from checkpoints import make_trainer, small
+from fakes import raising
+from tiny_checkpoints import make_trainer, small
+from tiny_corpora import make_archive
 
 from las_fast.config import Config, to_tree
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
-from las_fast.training import monitor, trainer
+from las_fast.training import monitor
+from las_fast.training import trainer as trainer_module
 from las_fast.training.monitor import Alignment
 from las_fast.training.schedules import Plateau
 from las_fast.training.trainer import Progress, Trainer, check_same_settings
@@ -28,137 +30,132 @@ def archive(tmp_path_factory):
 
 
 @pytest.fixture
-def made(archive, tmp_path):
-    """A new trainer: three batches an epoch, two epochs."""
+def trainer(archive, tmp_path):
+    """A new trainer: three batches per epoch, two epochs."""
     return make_trainer(archive, tmp_path, small())
 
 
-def bare(**fields) -> Trainer:
-    """A trainer that has nothing but these fields."""
-    own = Trainer.__new__(Trainer)
-    vars(own).update(progress=Progress(), config=small(), **fields)
-    return own
+def bare_trainer(**fields) -> Trainer:
+    """A trainer with only these fields."""
+    instance = Trainer.__new__(Trainer)
+    vars(instance).update(progress=Progress(), config=small(), **fields)
+    return instance
 
 
-def raising(error):
-    def happening(*_, **__):
-        raise error
-
-    return happening
-
-
-def test_a_new_trainer_starts_at_step_0(made, archive, tmp_path, monkeypatch):
-    assert made.progress == Progress(
+def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch):
+    assert trainer.progress == Progress(
         step=0, best_cer=math.inf, plateau=Plateau(), averaged_steps=0, skipped_in_a_row=0, validated=0
     )
-    monkeypatch.setattr(trainer.time, "process_time", lambda: 0.0)
-    assert made.core_hours() == 0.0 and made.saved_step is None and made.batch_size == (0, 0)
-    assert made.consistent and not made.saving and not made.scaler.is_enabled() and made.precision == torch.float32
-    made.check_stop()
-    weights = dict(made.model.named_parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in made.averaged.named_parameters())
+    monkeypatch.setattr(trainer_module.time, "process_time", lambda: 0.0)
+    assert trainer.core_hours() == 0.0 and trainer.saved_step is None and trainer.batch_size == (0, 0)
+    assert trainer.consistent and not trainer.saving and not trainer.scaler.is_enabled()
+    assert trainer.precision == torch.float32
+    trainer.check_stop()
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.averaged.named_parameters())
     again, other = (
         make_trainer(archive, tmp_path, small(training=replace(small().training, seed=seed, ema_decay=0.0)))
         for seed in (1, 2)
     )
     assert all(torch.equal(value, weights[name]) for name, value in again.model.named_parameters())
     assert not all(torch.equal(value, weights[name]) for name, value in other.model.named_parameters())
-    assert other.averaged is None and not made.averaged.training
+    assert other.averaged is None and not trainer.averaged.training
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_matmuls_use_the_precision_and_draws_the_seed_of_the_settings(made, monkeypatch, precision, dtype):
-    training = replace(made.config.training, precision=precision, seed=7)
-    made = Trainer(
-        replace(made.config, training=training), made.train_data, made.dev_data, made.out, made.device, made.source
-    )
-    assert made.scaler.is_enabled() == (precision == "fp16")
+def test_precision_and_seed_of_the_settings_are_applied(trainer, monkeypatch, precision, dtype):
+    training = replace(trainer.config.training, precision=precision, seed=7)
+    config = replace(trainer.config, training=training)
+    trainer = Trainer(config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source)
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
     seeds, casts = [], []
     seed, autocast = torch.manual_seed, torch.autocast
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
 
-    def watching(kind, dtype=None, enabled=True):
+    def spy(kind, dtype=None, enabled=True):
         casts.append((kind, dtype if enabled else None))
         return autocast(kind, dtype, enabled=enabled)
 
-    monkeypatch.setattr(torch, "autocast", watching)
-    made.progress.step = 2
-    made.train_step(next(iter(made._rest_of_epoch())))
+    monkeypatch.setattr(torch, "autocast", spy)
+    trainer.progress.step = 2
+    trainer.train_step(next(iter(trainer._rest_of_epoch())))
     assert seeds == [7 * 1_000_003 + 2] and casts[0] == ("cpu", dtype)
-    assert made.model.training and made.progress.step == 3
+    assert trainer.model.training and trainer.progress.step == 3
 
 
 # ----------------------------------------------------------------------------------------------------------- updates
 
 
 class Scaler:
-    """Stands in for torch's GradScaler, and remembers what was asked of it."""
+    """Replaces torch's GradScaler and records its calls."""
 
-    def __init__(self, made):
-        self.made, self.asked = made, []
+    def __init__(self, trainer):
+        self.trainer, self.calls = trainer, []
 
     def step(self, optimiser):
-        self.asked.append(("step", self.made.consistent))
+        self.calls.append(("step", self.trainer.consistent))
 
     def update(self):
-        self.asked.append(("update", self.made.consistent))
+        self.calls.append(("update", self.trainer.consistent))
 
 
 def test_an_update_changes_weights_only_if_the_gradient_is_finite_but_always_counts():
     averaged = []
-    made = bare(
-        optimiser=None, averaged=object(), consistent=True, _average=lambda: averaged.append(made.progress.step)
+    trainer = bare_trainer(
+        optimiser=None, averaged=object(), consistent=True, _average=lambda: averaged.append(trainer.progress.step)
     )
-    made.scaler = Scaler(made)
-    made._update(torch.tensor(1.0))
-    assert made.scaler.asked == [("step", False), ("update", False)] and made.consistent, "torn in between"
-    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (1, 0, [1])
+    trainer.scaler = Scaler(trainer)
+    trainer._update(torch.tensor(1.0))
+    assert trainer.scaler.calls == [("step", False), ("update", False)] and trainer.consistent, (
+        "inconsistent only during the update"
+    )
+    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (1, 0, [1])
     for norm in (math.inf, math.nan):
-        made._update(torch.tensor(norm))
-    assert made.scaler.asked[2:] == [("update", False)] * 2
-    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (3, 2, [1])
-    made._update(torch.tensor(2.0))
-    assert (made.progress.step, made.progress.skipped_in_a_row, averaged) == (4, 0, [1, 4])
-    made.averaged = None
-    made._update(torch.tensor(2.0))
+        trainer._update(torch.tensor(norm))
+    assert trainer.scaler.calls[2:] == [("update", False)] * 2
+    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (3, 2, [1])
+    trainer._update(torch.tensor(2.0))
+    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (4, 0, [1, 4])
+    trainer.averaged = None
+    trainer._update(torch.tensor(2.0))
     assert averaged == [1, 4]
 
 
 def test_fifty_skipped_steps_in_a_row_end_the_training():
-    made = bare(optimiser=None, averaged=None, consistent=True)
-    made.scaler = Scaler(made)
-    made.progress.skipped_in_a_row = 48
-    made._update(torch.tensor(math.nan))
-    assert made.progress.skipped_in_a_row == 49 and made.consistent
+    trainer = bare_trainer(optimiser=None, averaged=None, consistent=True)
+    trainer.scaler = Scaler(trainer)
+    trainer.progress.skipped_in_a_row = 48
+    trainer._update(torch.tensor(math.nan))
+    assert trainer.progress.skipped_in_a_row == 49 and trainer.consistent
     with pytest.raises(
-        trainer.Diverged, match="50 steps in a row had gradients that are not finite; lower .*now 0.001"
+        trainer_module.Diverged, match="50 steps in a row had gradients that are not finite; lower .*now 0.001"
     ):
-        made._update(torch.tensor(math.nan))
-    assert not made.consistent
+        trainer._update(torch.tensor(math.nan))
+    assert not trainer.consistent
 
 
 def test_the_decay_of_the_average_grows_to_its_setting():
-    made = bare(averaged=torch.nn.Linear(1, 1), model=torch.nn.Linear(1, 1))
+    trainer = bare_trainer(averaged=torch.nn.Linear(1, 1), model=torch.nn.Linear(1, 1))
     for taken, decay in ((0, 2 / 11), (1, 3 / 12), (9989, 9991 / 10000), (9990, 0.9991)):
-        made.config = small(training=replace(small().training, ema_decay=0.9991))
-        made.progress.averaged_steps = taken
+        trainer.config = small(training=replace(small().training, ema_decay=0.9991))
+        trainer.progress.averaged_steps = taken
         with torch.no_grad():
-            made.averaged.weight.fill_(1.0)
-            made.model.weight.fill_(3.0)
-        made._average()
-        assert float(made.averaged.weight.detach()) == pytest.approx(decay + 3 * (1 - decay), abs=1e-6)
-        assert made.progress.averaged_steps == taken + 1
+            trainer.averaged.weight.fill_(1.0)
+            trainer.model.weight.fill_(3.0)
+        trainer._average()
+        assert float(trainer.averaged.weight.detach()) == pytest.approx(decay + 3 * (1 - decay), abs=1e-6)
+        assert trainer.progress.averaged_steps == taken + 1
 
 
-def test_the_optimiser_takes_one_pass_over_the_weights(made):
-    assert made.optimiser.defaults["fused"] is True
+def test_the_optimiser_takes_one_pass_over_the_weights(trainer):
+    assert trainer.optimiser.defaults["fused"] is True
 
 
-def test_parameters_without_a_gradient_are_left_out_of_the_norm(made):
-    made.optimiser.zero_grad()
-    assert all(p.grad is None for p in made.model.parameters())
-    made.model.speller.bias.grad = torch.full_like(made.model.speller.bias, 0.5)
-    assert made._clip() == pytest.approx(0.5 * math.sqrt(made.model.speller.bias.numel()))
+def test_parameters_without_a_gradient_are_left_out_of_the_norm(trainer):
+    trainer.optimiser.zero_grad()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    trainer.model.speller.bias.grad = torch.full_like(trainer.model.speller.bias, 0.5)
+    assert trainer._clip() == pytest.approx(0.5 * math.sqrt(trainer.model.speller.bias.numel()))
 
 
 # -------------------------------------------------------------------------------------------------------- curriculum
@@ -191,36 +188,38 @@ class Curriculum:
     ],
 )  # fmt: skip
 def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place):
-    made = bare(curriculum=Curriculum())
-    made.config = small(training=replace(small().training, epochs=10, restarts=restarts))
-    made.progress.step = step
-    assert made._cycle_position() == place
+    trainer = bare_trainer(curriculum=Curriculum())
+    trainer.config = small(training=replace(small().training, epochs=10, restarts=restarts))
+    trainer.progress.step = step
+    assert trainer._cycle_position() == place
 
 
-def test_the_pace_counts_seconds_of_audio_without_padding(made, monkeypatch):
-    monkeypatch.setattr(made, "_log_step", lambda bar, parts: None)
-    monkeypatch.setattr(made, "_validate_and_save", lambda bar: None)
+def test_the_pace_counts_seconds_of_audio_without_padding(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "_log_step", lambda bar, parts: None)
+    monkeypatch.setattr(trainer, "_validate_and_save", lambda bar: None)
     sizes = []
-    step = made.train_step
-    monkeypatch.setattr(made, "train_step", lambda batch: sizes.append(tuple(batch.features.shape[:2])) or step(batch))
-    made._saved_at = math.inf
-    made._train_epoch(None)
-    assert made.pace.audio_seconds == pytest.approx(int(made.train_data.frame_counts.sum()) * 0.01)
-    assert made.batch_size == sizes[-1] and len(sizes) == 3
+    step = trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda batch: sizes.append(tuple(batch.features.shape[:2])) or step(batch)
+    )
+    trainer._saved_at = math.inf
+    trainer._train_epoch(None)
+    assert trainer.pace.audio_seconds == pytest.approx(int(trainer.train_data.frame_counts.sum()) * 0.01)
+    assert trainer.batch_size == sizes[-1] and len(sizes) == 3
 
 
-def test_the_loader_polls_for_a_stop_signal_while_it_waits(made, monkeypatch):
-    given = {}
-    monkeypatch.setattr(trainer, "make_loader", lambda *_, **options: given.update(options))
-    made._rest_of_epoch()
-    made.stop_signal = signal.SIGTERM
+def test_the_loader_polls_for_a_stop_signal_while_it_waits(trainer, monkeypatch):
+    args = {}
+    monkeypatch.setattr(trainer_module, "make_loader", lambda *_, **options: args.update(options))
+    trainer._rest_of_epoch()
+    trainer.stop_signal = signal.SIGTERM
     with pytest.raises(Stopped) as stop:
-        given["poll"]()
+        args["poll"]()
     assert stop.value.signum == signal.SIGTERM
 
 
 class Bar:
-    """Stands in for the progress bar."""
+    """Replaces the progress bar."""
 
     def __init__(self):
         self.lines, self.notes, self.count = [], [], 0
@@ -240,22 +239,24 @@ def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
     rows, bar = [], Bar()
     optimiser = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.25}])
     log = SimpleNamespace(training=lambda *row: rows.append(row))
-    made = bare(curriculum=Curriculum(), steps=23, pace=pace, optimiser=optimiser, log=log)
+    trainer = bare_trainer(curriculum=Curriculum(), steps=23, pace=pace, optimiser=optimiser, log=log)
     for step in range(1, 24):
-        made.progress.step = step
-        made._log_step(bar, {"loss": torch.tensor(step / 2)})
+        trainer.progress.step = step
+        trainer._log_step(bar, {"loss": torch.tensor(step / 2)})
     assert bar.count == 23
     assert rows == [(step, step / 4, {"loss": step / 2, "speed": 12.6, "waiting": 0.25}, 0.5) for step in (10, 20, 23)]
     assert bar.notes == [f"epoch {epoch}, loss {loss}, 13 x real time" for epoch, loss in
                          (("2.5", "5.000"), ("5.0", "10.000"), ("5.8", "11.500"))]  # fmt: skip
 
 
-def test_the_bar_begins_where_the_training_stands(monkeypatch):
+def test_the_bar_starts_at_the_resumed_step(monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer, "ProgressBar", lambda *given, **options: seen.append((given, options)) or "the bar")
-    made = bare(steps=40)
-    made.progress.step = 7
-    assert made._progress_bar() == "the bar" and seen == [((40, "training", "steps"), {"done": 7})]
+    monkeypatch.setattr(
+        trainer_module, "ProgressBar", lambda *args, **options: seen.append((args, options)) or "the bar"
+    )
+    trainer = bare_trainer(steps=40)
+    trainer.progress.step = 7
+    assert trainer._progress_bar() == "the bar" and seen == [((40, "training", "steps"), {"done": 7})]
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -265,52 +266,54 @@ def validation(cer=50.0, loss=1.25):
     return Validation(loss, Scores(5, 3.456, cer, 60.0), Alignment(0.9, 0.8, 0.9, 0.6, 5), [])
 
 
-def test_a_validation_is_of_the_averaged_model_where_there_is_one_and_ends_the_pace():
+def test_validation_uses_the_averaged_model_if_any_and_resets_the_pace():
     first, second = object(), object()
     for averaged, expected in ((first, first), (None, second)):
         seen, bar = [], Bar()
-        made = bare(curriculum=Curriculum(), averaged=averaged, model=second, saving=False)
-        made.progress.step = 6
-        made.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
-        made._validate = lambda model, seen=seen: seen.append(model) or validation()
-        made._check_diverged = lambda loss, seen=seen: seen.append(loss)
-        made._record = lambda result, model, seen=seen, made=made: seen.append((model, made.saving)) or "attention: x"
-        made._validate_and_save(bar)
-        assert seen == [expected, 1.25, (expected, True)] and not made.saving and made.pace is not pace
+        trainer = bare_trainer(curriculum=Curriculum(), averaged=averaged, model=second, saving=False)
+        trainer.progress.step = 6
+        trainer.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
+        trainer._validate = lambda model, seen=seen: seen.append(model) or validation()
+        trainer._check_diverged = lambda loss, seen=seen: seen.append(loss)
+        trainer._record = lambda result, model, seen=seen, trainer=trainer: (
+            seen.append((model, trainer.saving)) or "attention: x"
+        )
+        trainer._validate_and_save(bar)
+        assert seen == [expected, 1.25, (expected, True)] and not trainer.saving and trainer.pace is not pace
         assert bar.lines == [
             "epoch 1.5: dev loss 1.250 per token, LD 3.46, CER 50.00%, WER 60.00%; "
             "trained at 13 x real time, 25.6% of the time waiting for data\n  attention: x"
         ]
 
 
-def test_a_validation_covers_dev_and_rewords_only_out_of_memory(monkeypatch):
+def test_validation_covers_the_dev_set_and_rewords_only_out_of_memory(monkeypatch):
     seen = []
-    made = bare(curriculum=Curriculum(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
-    monkeypatch.setattr(trainer, "validate", lambda *given: seen.append(given) or "result")
-    assert made._validate("model") == "result"
-    assert seen == [("model", "dev", "ABC", made.config, "cpu", Path("run"), 0.0, made.check_stop)]
-    monkeypatch.setattr(trainer, "validate", raising(RuntimeError("shapes disagree")))
+    trainer = bare_trainer(curriculum=Curriculum(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
+    monkeypatch.setattr(trainer_module, "validate", lambda *args: seen.append(args) or "result")
+    assert trainer._validate("model") == "result"
+    assert seen == [("model", "dev", "ABC", trainer.config, "cpu", Path("run"), 0.0, trainer.check_stop)]
+    monkeypatch.setattr(trainer_module, "validate", raising(RuntimeError("shapes disagree")))
     with pytest.raises(RuntimeError, match="shapes disagree"):
-        made._validate("model")
-    monkeypatch.setattr(trainer, "validate", raising(MemoryError()))
+        trainer._validate("model")
+    monkeypatch.setattr(trainer_module, "validate", raising(MemoryError()))
     message = r"a validation does not fit in memory; lower --decoding.frames-per-batch \(now 30000\) and continue with"
     with pytest.raises(InputError, match=message):
-        made._validate("model")
+        trainer._validate("model")
 
 
 def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
     kept, logged, saves = [], [], []
-    made = bare(
-        curriculum=Curriculum(), source={"kind": "features"}, save=lambda: saves.append(made.progress.validated)
+    trainer = bare_trainer(
+        curriculum=Curriculum(), source={"kind": "features"}, save=lambda: saves.append(trainer.progress.validated)
     )
-    made.core_hours = lambda: 1.23456
-    made._save_weights = lambda model, info, best: kept.append((model, info, best))
-    made.log = SimpleNamespace(validation=lambda *row: logged.append(row))
-    made.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
+    trainer.core_hours = lambda: 1.23456
+    trainer._save_weights = lambda model, info, best: kept.append((model, info, best))
+    trainer.log = SimpleNamespace(validation=lambda *row: logged.append(row))
+    trainer.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
     monkeypatch.setattr(monitor, "status_line", lambda alignment, epoch, config: f"{alignment.diagonal} at {epoch:g}")
     for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0)):
-        made.progress.step = step
-        assert made._record(validation(cer), "model") == f"0.9 at {step // 4}"
+        trainer.progress.step = step
+        assert trainer._record(validation(cer), "model") == f"0.9 at {step // 4}"
     infos = [
         {
             "epoch": step / 4,
@@ -321,10 +324,14 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
         }
         for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0))
     ]
-    bests = [True, False, True]  # an equal one is no better
+    bests = [True, False, True]  # an equal score is not better
     assert kept == [("model", info, best) for info, best in zip(infos, bests, strict=True)]
     assert logged[0] == (4, 1.0, validation(50.0), "0.9 at 1", 1.23456) and saves == [4, 8, 12]
-    assert (made.progress.best_cer, made.progress.validated, made.progress.plateau.share) == (40.0, 12, 0.5)
+    assert (trainer.progress.best_cer, trainer.progress.validated, trainer.progress.plateau.share) == (
+        40.0,
+        12,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -338,16 +345,16 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
             False,
             "none of the 6 steps so far had finite gradients, .* lower --training.learning-rate .now 0.001",
         ),
-        (1.0, 6, True, None),  # half precision begins by skipping
+        (1.0, 6, True, None),  # half precision skips the first steps
         (math.nan, 0, False, "the dev loss is nan after 6 steps: .* lower --training.learning-rate .now 0.001"),
         (math.inf, 0, True, "the dev loss is inf after 6 steps"),
     ],
 )
-def test_only_a_training_that_learns_nothing_has_diverged(loss, skipped, scaled, sentence):
-    made = bare(scaler=SimpleNamespace(is_enabled=lambda: scaled))
-    made.progress.step, made.progress.skipped_in_a_row = 6, skipped
-    with contextlib.nullcontext() if sentence is None else pytest.raises(trainer.Diverged, match=sentence):
-        made._check_diverged(loss)
+def test_skipped_steps_or_a_dev_loss_that_is_not_finite_are_divergence(loss, skipped, scaled, sentence):
+    trainer = bare_trainer(scaler=SimpleNamespace(is_enabled=lambda: scaled))
+    trainer.progress.step, trainer.progress.skipped_in_a_row = 6, skipped
+    with contextlib.nullcontext() if sentence is None else pytest.raises(trainer_module.Diverged, match=sentence):
+        trainer._check_diverged(loss)
 
 
 @pytest.mark.parametrize("normalisation", ["global", "utterance", "none"])
@@ -357,19 +364,21 @@ def test_only_a_training_that_learns_nothing_has_diverged(loss, skipped, scaled,
 )
 def test_weights_are_saved_as_best_and_as_averaged(monkeypatch, normalisation, averaged, best, names):
     saved = []
-    monkeypatch.setattr(trainer.checkpoint, "save_model", lambda *given: saved.append(given))
-    made = bare(out=Path("run"), averaged=averaged, train_data=SimpleNamespace(statistics="statistics"))
-    made.config = replace(small(), features=replace(small().features, normalisation=normalisation))
-    made._save_weights(SimpleNamespace(state_dict=lambda: "weights"), {"step": 1}, best)
+    monkeypatch.setattr(trainer_module.checkpoint, "save_model", lambda *args: saved.append(args))
+    trainer = bare_trainer(out=Path("run"), averaged=averaged, train_data=SimpleNamespace(statistics="statistics"))
+    trainer.config = replace(small(), features=replace(small().features, normalisation=normalisation))
+    trainer._save_weights(SimpleNamespace(state_dict=lambda: "weights"), {"step": 1}, best)
     statistics = "statistics" if normalisation == "global" else None
-    assert saved == [(Path("run") / f"{n}.safetensors", "weights", made.config, statistics, {"step": 1}) for n in names]
+    assert saved == [
+        (Path("run") / f"{n}.safetensors", "weights", trainer.config, statistics, {"step": 1}) for n in names
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the end of a training
 
 
-def fake_run(made, monkeypatch, *, problem, close=None):
-    """Have run() end with `problem`; close is what closing the log raises."""
+def fake_run(trainer, monkeypatch, *, problem, close=None):
+    """Make run() end with `problem`, and closing the log raise `close`."""
     closed = []
 
     def closing():
@@ -377,9 +386,11 @@ def fake_run(made, monkeypatch, *, problem, close=None):
         if close is not None:
             raise close
 
-    monkeypatch.setattr(trainer, "RunLog", lambda out, config, step: SimpleNamespace(close=closing, at=(out, step)))
-    made._train, made._rescue = (lambda bar: problem), (lambda error: True)
-    made._progress_bar = contextlib.nullcontext
+    monkeypatch.setattr(
+        trainer_module, "RunLog", lambda out, config, step: SimpleNamespace(close=closing, at=(out, step))
+    )
+    trainer._train, trainer._rescue = (lambda bar: problem), (lambda error: True)
+    trainer._progress_bar = contextlib.nullcontext
     return closed
 
 
@@ -389,43 +400,43 @@ def fake_run(made, monkeypatch, *, problem, close=None):
         (None, None, None),
         (None, OSError(28, "full"), OSError),
         (InputError("bad"), None, InputError),
-        (InputError("bad"), OSError(28, "full"), InputError),  # which matters more
+        (InputError("bad"), OSError(28, "full"), InputError),  # takes precedence
     ],
 )
 def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, problem, close, raised):
-    made = bare(out=Path("run"), stop_signal=0, saving=False)
-    made.progress.step = 5
-    closed = fake_run(made, monkeypatch, problem=problem, close=close)
+    trainer = bare_trainer(out=Path("run"), stop_signal=0, saving=False)
+    trainer.progress.step = 5
+    closed = fake_run(trainer, monkeypatch, problem=problem, close=close)
     with contextlib.nullcontext() if raised is None else pytest.raises(raised):
-        made.run()
-    assert closed == [1] and made.log.at == (Path("run"), 5)
+        trainer.run()
+    assert closed == [1] and trainer.log.at == (Path("run"), 5)
 
 
 def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
     order = []
-    made = bare(curriculum=Curriculum(), steps=40)
-    made.config = small(training=replace(small().training, epochs=10))
+    trainer = bare_trainer(curriculum=Curriculum(), steps=40)
+    trainer.config = small(training=replace(small().training, epochs=10))
 
     def epoch(bar):
-        order.append(made.progress.step)
-        made.progress.step += 8
+        order.append(trainer.progress.step)
+        trainer.progress.step += 8
 
     def validated(bar):
         order.append("validation")
-        made.progress.validated = made.progress.step
+        trainer.progress.validated = trainer.progress.step
 
-    made._train_epoch, made._validate_and_save = epoch, validated
-    made.progress.step, made.progress.validated = 16, 16
-    assert made._train("bar") is None and order == [16, 24, 32]
+    trainer._train_epoch, trainer._validate_and_save = epoch, validated
+    trainer.progress.step, trainer.progress.validated = 16, 16
+    assert trainer._train("bar") is None and order == [16, 24, 32]
     order.clear()
-    made.progress.step, made.progress.validated = 32, 28
-    assert made._train("bar") is None and order == ["validation", 32]
+    trainer.progress.step, trainer.progress.validated = 32, 28
+    assert trainer._train("bar") is None and order == ["validation", 32]
     for error in (InputError("bad"), KeyboardInterrupt(), MemoryError()):
-        made.progress.step, made._train_epoch = 33, raising(error)
-        assert made._train("bar") is error and error.__traceback__ is None
-    made._train_epoch = raising(TypeError("a fault"))
+        trainer.progress.step, trainer._train_epoch = 33, raising(error)
+        assert trainer._train("bar") is error and error.__traceback__ is None
+    trainer._train_epoch = raising(TypeError("a fault"))
     with pytest.raises(TypeError):
-        made._train("bar")
+        trainer._train("bar")
 
 
 @pytest.mark.parametrize(
@@ -437,7 +448,7 @@ def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
         (5, None, True, InputError("bad"), 1, True),
         (5, 4, False, InputError("bad"), 0, False),
         (0, None, True, InputError("bad"), 0, False),
-        (5, 4, True, trainer.Diverged("worthless"), 0, False),
+        (5, 4, True, trainer_module.Diverged("worthless"), 0, False),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -446,29 +457,29 @@ def test_the_state_is_saved_unless_inconsistent_or_diverged(
 ):
     weight, freed = torch.nn.Parameter(torch.zeros(1)), []
     weight.grad = torch.zeros(1)
-    made = bare(
+    trainer = bare_trainer(
         saved_step=saved_step, consistent=consistent, device=torch.device(device), optimiser=torch.optim.SGD([weight])
     )
-    made.progress.step = step
+    trainer.progress.step = step
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
 
     def save():
         freed.append("gradients" if weight.grad is None else "")
-        made.saved_step = made.progress.step
+        trainer.saved_step = trainer.progress.step
 
-    made.save = save
-    assert made._rescue(problem) is saved
+    trainer.save = save
+    assert trainer._rescue(problem) is saved
     assert freed == [*(["cache"] if device == "cuda" else []), "gradients"] * saves
 
 
 @pytest.mark.parametrize("error", [InputError("the disk is full"), RuntimeError("x"), MemoryError()])
 def test_a_failed_save_raises_unless_an_error_came_first(error):
-    made = bare(saved_step=None, consistent=True, device=torch.device("cpu"), save=raising(error))
-    made.optimiser = SimpleNamespace(zero_grad=lambda: None)
-    made.progress.step = 3
-    assert made._rescue(InputError("bad data")) is False
+    trainer = bare_trainer(saved_step=None, consistent=True, device=torch.device("cpu"), save=raising(error))
+    trainer.optimiser = SimpleNamespace(zero_grad=lambda: None)
+    trainer.progress.step = 3
+    assert trainer._rescue(InputError("bad data")) is False
     with pytest.raises(type(error)):
-        made._rescue(None)
+        trainer._rescue(None)
 
 
 @pytest.mark.parametrize(
@@ -487,12 +498,12 @@ def test_a_failed_save_raises_unless_an_error_came_first(error):
     ],
 )  # fmt: skip
 def test_out_of_memory_names_the_right_setting(size, saved, sentence):
-    made = bare(batch_size=size)
-    made.progress.step = 7
-    found = made._explain(MemoryError(), saved)
-    assert isinstance(found, InputError) and str(found) == f"training on {sentence}"
+    trainer = bare_trainer(batch_size=size)
+    trainer.progress.step = 7
+    actual = trainer._explain(MemoryError(), saved)
+    assert isinstance(actual, InputError) and str(actual) == f"training on {sentence}"
     other = InputError("x.npy is damaged")
-    assert made._explain(other, saved) is other
+    assert trainer._explain(other, saved) is other
 
 
 class Clock:
@@ -501,7 +512,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: Clock.now)
     Clock.now = 100.0
     return Clock
 
@@ -511,31 +522,31 @@ def clock(monkeypatch):
 )
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_after_two_seconds_ends_a_step_but_no_save(clock, seconds, saving, ends, second):
-    made = SimpleNamespace(stop_signal=0, saving=saving)
+    trainer = SimpleNamespace(stop_signal=0, saving=saving)
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with trainer.catch_stop_signals(made):
+    with trainer_module.catch_stop_signals(trainer):
         signal.raise_signal(signal.SIGTERM)
-        assert made.stop_signal == signal.SIGTERM
+        assert trainer.stop_signal == signal.SIGTERM
         clock.now += seconds
         with pytest.raises(Stopped) if ends else contextlib.nullcontext() as stop:
             signal.raise_signal(second)
-        assert made.stop_signal == signal.SIGTERM, "the first counts"
+        assert trainer.stop_signal == signal.SIGTERM, "the first counts"
         assert not ends or stop.value.signum == second
         clock.now += 0.5
         with pytest.raises(Stopped) if ends or (seconds == 2.0 and not saving) else contextlib.nullcontext():
-            signal.raise_signal(second)  # time counts from the first
+            signal.raise_signal(second)  # time counts from the first signal
     assert {s: signal.getsignal(s) for s in kept} == kept
 
 
 def test_ignored_signals_stay_ignored_except_sigint():
     kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
     try:
-        made = SimpleNamespace(stop_signal=0, saving=False)
-        with trainer.catch_stop_signals(made):
+        trainer = SimpleNamespace(stop_signal=0, saving=False)
+        with trainer_module.catch_stop_signals(trainer):
             signal.raise_signal(signal.SIGHUP)
-            assert made.stop_signal == 0
+            assert trainer.stop_signal == 0
             signal.raise_signal(signal.SIGINT)
-            assert made.stop_signal == signal.SIGINT
+            assert trainer.stop_signal == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         for number, handler in kept.items():
@@ -545,48 +556,50 @@ def test_ignored_signals_stay_ignored_except_sigint():
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_deferring_signals_nests(clock, monkeypatch):
+def test_deferred_signals_can_be_nested(clock, monkeypatch):
     seen = []
-    monkeypatch.setattr(trainer.checkpoint, "save_state", lambda path, state: seen.append((path, state, made.saving)))
-    made = bare(out=Path("run"), saving=False, state=lambda: "state")
-    made.progress.step = 9
-    with made.deferring_signals():
-        assert made.saving
-        made.save()
-        assert made.saving
-    assert not made.saving and (made.saved_step, made._saved_at) == (9, 100.0)
+    monkeypatch.setattr(
+        trainer_module.checkpoint, "save_state", lambda path, state: seen.append((path, state, trainer.saving))
+    )
+    trainer = bare_trainer(out=Path("run"), saving=False, state=lambda: "state")
+    trainer.progress.step = 9
+    with trainer.deferring_signals():
+        assert trainer.saving
+        trainer.save()
+        assert trainer.saving
+    assert not trainer.saving and (trainer.saved_step, trainer._saved_at) == (9, 100.0)
     assert seen == [(Path("run") / "last.pt", "state", True)]
-    with pytest.raises(InputError), made.deferring_signals():
+    with pytest.raises(InputError), trainer.deferring_signals():
         raise InputError("full")
-    assert not made.saving
+    assert not trainer.saving
 
 
-def test_all_of_a_training_is_in_its_state(archive, tmp_path):
+def test_the_state_holds_everything_of_a_training(archive, tmp_path):
     config = small(training=replace(small().training, precision="fp16", schedule="plateau"))
-    made = make_trainer(archive, tmp_path, config)
-    for batch in made._rest_of_epoch():
-        made.train_step(batch)
-    made.progress.best_cer, made.progress.plateau = 12.5, Plateau(0.25, 12.5, 2)
-    made.save()
+    trainer = make_trainer(archive, tmp_path, config)
+    for batch in trainer._rest_of_epoch():
+        trainer.train_step(batch)
+    trainer.progress.best_cer, trainer.progress.plateau = 12.5, Plateau(0.25, 12.5, 2)
+    trainer.save()
     again = make_trainer(archive, tmp_path, config)
     again.resume()
-    assert again.progress == made.progress and again.saved_step == again.progress.step == 3
-    assert again.scaler.state_dict() == made.scaler.state_dict()
-    for ours, theirs in ((made.model, again.model), (made.averaged, again.averaged)):
+    assert again.progress == trainer.progress and again.saved_step == again.progress.step == 3
+    assert again.scaler.state_dict() == trainer.scaler.state_dict()
+    for ours, theirs in ((trainer.model, again.model), (trainer.averaged, again.averaged)):
         values = theirs.state_dict()
         assert all(torch.equal(value, values[name]) for name, value in ours.state_dict().items())
     assert not all(map(torch.equal, again.model.parameters(), again.averaged.parameters()))
-    ours, theirs = (t.optimiser.state_dict()["state"] for t in (made, again))
+    ours, theirs = (t.optimiser.state_dict()["state"] for t in (trainer, again))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k]["exp_avg"], theirs[k]["exp_avg"]) for k in ours)
     assert again.earlier_core_seconds > 0
 
 
-def test_initial_weights_go_into_both_models(made, archive, tmp_path):
+def test_initial_weights_are_loaded_into_both_models(trainer, archive, tmp_path):
     other = make_trainer(archive, tmp_path / "other", small(training=replace(small().training, seed=5)))
-    made.load_initial_weights(other.model, Path("there/best.safetensors"))
-    for model in (made.model, made.averaged):
+    trainer.load_initial_weights(other.model, Path("there/best.safetensors"))
+    for model in (trainer.model, trainer.averaged):
         assert all(map(torch.equal, model.parameters(), other.model.parameters()))
-    assert made.source == {"kind": "features", "name": "HW4P2 F23", "init": "best.safetensors"}
+    assert trainer.source == {"kind": "features", "name": "HW4P2 F23", "init": "best.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -594,13 +607,13 @@ def test_initial_weights_go_into_both_models(made, archive, tmp_path):
     [
         ({}, 9, 9, 9),
         ({"utterances_per_batch": 1}, 9, 18, 18),
-        ({"utterances_per_batch": 1}, 4, 18, 0),  # the place of the last validation is passed
+        ({"utterances_per_batch": 1}, 4, 18, 0),  # the step of the last validation is past
         ({"frames_per_batch": 50}, 9, 18, 18),
     ],
 )
 def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, capsys, now, validated, step, moved):
     class Twice(Curriculum):
-        """Eight batches an epoch."""
+        """Eight batches per epoch."""
 
         def steps_before(self, epoch):
             return 8 * epoch
@@ -610,14 +623,14 @@ def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, caps
 
     planned = []
     data = replace(small().data, frames_per_batch=100, utterances_per_batch=2)
-    made = bare(curriculum=Twice(), train_data=SimpleNamespace(frame_counts="frames"), saved_step=9)
-    made.config = small(data=replace(data, **now))
-    made.progress = Progress(step=9, validated=validated)
+    trainer = bare_trainer(curriculum=Twice(), train_data=SimpleNamespace(frame_counts="frames"), saved_step=9)
+    trainer.config = small(data=replace(data, **now))
+    trainer.progress = Progress(step=9, validated=validated)
     monkeypatch.setattr(
-        trainer, "plan_curriculum", lambda frames, config: planned.append((frames, config)) or Curriculum()
+        trainer_module, "plan_curriculum", lambda frames, config: planned.append((frames, config)) or Curriculum()
     )
-    made._convert_step(to_tree(data))
-    assert (made.progress.step, made.progress.validated, made.saved_step) == (step, moved, step)
+    trainer._convert_step(to_tree(data))
+    assert (trainer.progress.step, trainer.progress.validated, trainer.saved_step) == (step, moved, step)
     assert planned == ([("frames", small(data=data))] if now else [])
     printed = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
     assert capsys.readouterr().out == printed
@@ -656,4 +669,4 @@ def test_only_batch_sizes_may_become_smaller():
                 with contextlib.suppress(InputError):
                     check_same_settings(then, now, Path("last.pt"))
                     smaller.add(f"{section}.{name}")
-    assert smaller - set(trainer.FREE_TO_CHANGE) == {"data.frames_per_batch", "data.utterances_per_batch"}
+    assert smaller - set(trainer_module.FREE_TO_CHANGE) == {"data.frames_per_batch", "data.utterances_per_batch"}

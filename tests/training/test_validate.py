@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from archives import make_archive
-from checkpoints import MODEL, make_trainer, small
+from tiny_checkpoints import MODEL, make_trainer, small
+from tiny_corpora import make_archive
 
 from las_fast.config import DecodingConfig, TrainingConfig
 from las_fast.errors import Stopped
@@ -19,49 +19,51 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A trainer that has learned nothing, of a model with a CTC head, on five dev utterances in batches of two."""
+def trainer(tmp_path_factory):
+    """An untrained trainer with a CTC head and five dev utterances in batches of two."""
     config = small(
         model=replace(MODEL, ctc_layer=0),
         training=TrainingConfig(epochs=2, precision="fp32", pictures=1),
         decoding=DecodingConfig(ctc_weight=0.3, ngram_weight=0.2, length_reward=0.1, maximum_extra=2),
     )
     archive = make_archive(tmp_path_factory.mktemp("data"), "F23", utterances=5)
-    made = make_trainer(archive, tmp_path_factory.mktemp("out"), config)
-    with torch.no_grad():  # larger weights, so that transcripts differ
-        for parameter in made.model.parameters():
+    trainer = make_trainer(archive, tmp_path_factory.mktemp("out"), config)
+    with torch.no_grad():  # larger weights, so that the transcripts differ
+        for parameter in trainer.model.parameters():
             parameter *= 3.0
-    return made
+    return trainer
 
 
-def look(made, out, **options):
-    return validate.validate(made.model, made.dev_data, made.vocabulary, made.config, CPU, out, 1.0, **options)
+def look(trainer, out, **options):
+    return validate.validate(
+        trainer.model, trainer.dev_data, trainer.vocabulary, trainer.config, CPU, out, 1.0, **options
+    )
 
 
-def test_each_utterance_gets_its_own_transcript_by_attention_alone(made, tmp_path, monkeypatch):
+def test_each_utterance_is_transcribed_by_attention_only(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fork", lambda: pytest.fail("a dev set is loaded in this process"))
-    made.model.train()
-    found = look(made, tmp_path)
-    alone = replace(made.config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    trainer.model.train()
+    actual = look(trainer, tmp_path)
+    alone = replace(trainer.config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     expected = []
     with torch.inference_mode():
-        for features in (made.dev_data[i] for i in range(5)):
-            memory = made.model.listen(features[None], torch.tensor([len(features)]))
-            expected.append(made.vocabulary.decode(greedy_search(made.model, memory, alone)[0][0].text_tokens))
-    assert found.hypotheses == expected and len(set(expected)) > 1 and not made.model.training
-    assert found.scores.utterances == found.alignment.utterances == 5
+        for features in (trainer.dev_data[i] for i in range(5)):
+            memory = trainer.model.listen(features[None], torch.tensor([len(features)]))
+            expected.append(trainer.vocabulary.decode(greedy_search(trainer.model, memory, alone)[0][0].text_tokens))
+    assert actual.hypotheses == expected and len(set(expected)) > 1 and not trainer.model.training
+    assert actual.scores.utterances == actual.alignment.utterances == 5
 
 
-def test_a_validation_can_be_stopped_before_each_batch(made, tmp_path):
+def test_a_validation_can_be_stopped_before_each_batch(trainer, tmp_path):
     calls = []
-    look(made, tmp_path, check_stop=lambda: calls.append(1))
-    assert len(calls) == 3  # of two, two and one utterance
+    look(trainer, tmp_path, check_stop=lambda: calls.append(1))
+    assert len(calls) == 3  # batches of two, two and one utterances
 
     def stop():
         raise Stopped
 
     with pytest.raises(Stopped):
-        look(made, tmp_path, check_stop=stop)
+        look(trainer, tmp_path, check_stop=stop)
 
 
 def book(ids, frames, pictures):
@@ -77,7 +79,7 @@ def book(ids, frames, pictures):
         ([50, 10, 30, 20, 40], 9, [2, 4, 0]),
         ([50, 10, 30, 20, 40], 0, []),
         ([20, 10], 1, [0]),
-        ([7] * 99, 3, [49, 50, 51]),  # equally long ones in their order
+        ([7] * 99, 3, [49, 50, 51]),  # equal lengths keep their order
     ],
 )
 def test_pictures_start_at_the_median_length(frames, pictures, wanted):
@@ -85,11 +87,11 @@ def test_pictures_start_at_the_median_length(frames, pictures, wanted):
 
 
 def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
-    found = book(["a", "b", "c"], [3, 4, 5], 2)
+    actual = book(["a", "b", "c"], [3, 4, 5], 2)
     weights = torch.arange(24).reshape(2, 3, 4).to(torch.bfloat16)
-    found.collect(torch.tensor([1, 0]), weights, torch.tensor([2, 3]), torch.tensor([3, 4]))
-    assert list(found.weights) == [1] and found.weights[1].dtype == np.float32
-    assert found.weights[1].tolist() == [[0.0, 1.0, 2.0], [4.0, 5.0, 6.0]]
+    actual.collect(torch.tensor([1, 0]), weights, torch.tensor([2, 3]), torch.tensor([3, 4]))
+    assert list(actual.weights) == [1] and actual.weights[1].dtype == np.float32
+    assert actual.weights[1].tolist() == [[0.0, 1.0, 2.0], [4.0, 5.0, 6.0]]
 
 
 @pytest.mark.parametrize(
@@ -98,22 +100,22 @@ def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
         ("a-B_7.x", "a-B_7.x"),
         ("speaker one/../é", "speaker_one_.._é"),
         ("x" * (MAX_ID_BYTES + 1), "x" * 120),
-        ("x" + "é" * 60, "x" + "é" * 59),  # 121 bytes; no letter is cut in two
+        ("x" + "é" * 60, "x" + "é" * 59),  # 121 bytes; no character is cut
     ],
 )
 def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_path, monkeypatch, name, safe):
     titles = []
     picture = validate.attention_picture
 
-    def watching(path, **given):
-        titles.append((given["text"], given["title"]))
-        picture(path, **given)
+    def spy(path, **args):
+        titles.append((args["text"], args["title"]))
+        picture(path, **args)
 
-    monkeypatch.setattr(validate, "attention_picture", watching)
-    found = book([name], [5], 1)
-    found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
+    monkeypatch.setattr(validate, "attention_picture", spy)
+    actual = book([name], [5], 1)
+    actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     for epoch in (1.5, 12.0):
-        found.save(tmp_path / "attention", epoch)
+        actual.save(tmp_path / "attention", epoch)
     files = sorted(path.name for path in (tmp_path / "attention").iterdir())
     assert files == ["epoch-0001.50-" + safe + ".png", "epoch-0001.50.npz", "epoch-0012.00-" + safe + ".png",
                      "epoch-0012.00.npz"]  # fmt: skip
@@ -126,7 +128,7 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_p
 def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(validate, "attention_picture", lambda path, **own: titles.append(own["title"]) or path.touch())
-    found = book(["a\nb"], [5], 1)
-    found.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
-    found.save(tmp_path / "attention", 2.0)
+    actual = book(["a\nb"], [5], 1)
+    actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
+    actual.save(tmp_path / "attention", 2.0)
     assert titles == [r"a\nb, epoch 2"]

@@ -1,6 +1,6 @@
-"""Decoders of PTX instructions, by what they work on; importing this package registers all of them.
+"""Decoders of PTX instructions. Importing this package registers all of them.
 
-Values in registers: moves, arithmetic, bits, comparisons. Memory: accesses, copies, matrices. Threads together: warps.
+Registers: moves, arithmetic, bits, comparisons. Memory: accesses, copies, matrices. Communication of threads: warps.
 """
 
 from gpu_proof.instructions import accesses, arithmetic, bits, comparisons, copies, matrices, moves, warps

@@ -1,8 +1,7 @@
 """Loads, stores and atomics in global, shared and local memory.
 
-Each works out where its threads go, is checked against the bounds and against what other warps (in shared memory) or
-threads (in global memory) did since the barrier, is counted, and only then moves data. The generic address space is not
-modelled.
+Each step resolves its addresses, checks bounds, counts the access, checks for races with other warps (shared memory) or
+threads (global memory) since the last barrier, and only then moves data. The generic address space is not modelled.
 """
 
 import contextlib
@@ -12,10 +11,10 @@ import numpy as np
 from gpu_proof.errors import BarrierRace, OutOfBounds
 from gpu_proof.formats import DTYPES, UNSIGNED
 from gpu_proof.instructions.decoding import decodes
-from gpu_proof.memory import ATOMIC, SETTLED, SEVERAL
+from gpu_proof.memory import ATOMIC, MANY_WARPS, UNTOUCHED
 from gpu_proof.ptx import Vector
 
-# Scopes, orders and hints to the caches: all the same where every thread sees every access at once
+# scopes, memory orders and cache hints: no effect here, where every access is visible to all threads at once
 ACCESS = "cta gpu sys volatile relaxed acquire release acq_rel ca cg cs lu cv wb wt L1 L2 cache_hint 64B 128B 256B "
 ACCESS += "evict_first evict_last evict_normal evict_unchanged no_allocate"
 
@@ -45,11 +44,11 @@ def _load_parameter(machine, address, into, type):
 
 def _load_global(machine, instruction, address, into, size, dtype):
     width, count = size * len(into), len(into)
-    find = machine.finder(address, lambda a, where: machine.global_access(a, where, width, instruction))
+    resolve = machine.memoized_access(address, lambda a, where: machine.global_access(a, where, width, instruction))
 
     def step(where):
-        for access in find(where):
-            buffer = machine.reached(access, width, instruction)
+        for access in resolve(where):
+            buffer = machine.checked_buffer(access, width, instruction)
             view = buffer.views[size]
             machine.count_load(access, width)
             if machine.races:
@@ -66,14 +65,14 @@ def _load_shared(machine, instruction, address, into, size, dtype):
     shared = machine.shared
     view = shared.views[size].view(dtype)
 
-    def places(addresses, where):
+    def locate(addresses, where):
         access = machine.shared_access(addresses, where, width, instruction)
         return access, [access.index * count + i for i in range(count)]
 
-    find = machine.finder(address, places)
+    resolve = machine.memoized_access(address, locate)
 
     def step(where):
-        access, indices = find(where)
+        access, indices = resolve(where)
         machine.count_shared(access)
         if machine.races:
             shared.check_read(access, instruction)
@@ -87,7 +86,7 @@ def _load_shared(machine, instruction, address, into, size, dtype):
 
 
 def _local(machine, instruction, address, registers, size, dtype, loads):
-    """Local memory: each thread's own, so there is nothing to check but bounds."""
+    """A load or store of local memory, which is private to each thread: only bounds are checked."""
     (_, addresses), view = machine.address(address), machine.local[size].view(dtype)
     stride = machine.local_stride
 
@@ -120,16 +119,16 @@ def _store(machine, instruction):
         return _store_shared(machine, instruction, address, values, size)
     if "global" not in instruction:
         raise NotImplementedError(f"{instruction}: the generic address space is not modelled")
-    find = machine.finder(address, lambda a, where: machine.global_access(a, where, width, instruction))
+    resolve = machine.memoized_access(address, lambda a, where: machine.global_access(a, where, width, instruction))
 
     def step(where):
-        for access in find(where):
-            buffer = machine.reached(access, width, instruction)
+        for access in resolve(where):
+            buffer = machine.checked_buffer(access, width, instruction)
             view = buffer.views[size].view(dtype)
             machine.count_store(access, width)
             index = access.index * count
-            watch = machine.marks.writing(access, buffer, width, instruction)
-            with watch if machine.races else contextlib.nullcontext():
+            checked = machine.marks.race_checked_write(access, buffer, width, instruction)
+            with checked if machine.races else contextlib.nullcontext():
                 for i, register in enumerate(values):
                     view[index + i] = register[access.threads]
 
@@ -140,53 +139,53 @@ def _store_shared(machine, instruction, address, values, size):
     width, count = size * len(values), len(values)
     values = [value.view(UNSIGNED[size]) for value in values]
     view = machine.shared.views[size]
-    find = machine.finder(address, lambda a, where: machine.shared_access(a, where, width, instruction))
+    resolve = machine.memoized_access(address, lambda a, where: machine.shared_access(a, where, width, instruction))
 
     def step(where):
-        access = find(where)
+        access = resolve(where)
         machine.count_shared(access)
         pieces = [(access.index * count + i, value[access.threads]) for i, value in enumerate(values)]
-        with watched(machine, access, instruction):
+        with race_checked_write(machine, access, instruction):
             for index, data in pieces:
                 view[index] = data
-        if access.several.any():
+        if access.many_warps.any():
             for index, data in pieces:
                 if (view[index] != data).any() and _warps_disagree(machine.warp[access.threads], index, data):
-                    raise BarrierRace(f"{instruction}: several warps write different values to one place")
+                    raise BarrierRace(f"{instruction}: warps write different values to one address")
 
     return step
 
 
-def _warps_disagree(warps, places, values):
-    """Whether some place is written by several warps that do not write the same set of values.
+def _warps_disagree(warps, index, values):
+    """Whether several warps write one element and do not all write the same set of values.
 
-    Warps that hold copies of one another all store them. The lanes of each may differ by a rounding (a sum over lanes
-    with fused multiply-adds depends on the lane that makes it), and PTX leaves open which lane's value stays.
+    Warps that hold copies of the same data all store it. Lanes of one warp may differ by a rounding (a sum over lanes
+    with fused multiply-adds depends on the lane), and PTX does not define which lane's value remains.
     """
-    warp_writes = np.unique(np.stack([places, warps, values.astype(np.int64)]), axis=1)
-    offered, copies = np.unique(warp_writes[[0, 2]], axis=1, return_counts=True)
+    warp_writes = np.unique(np.stack([index, warps, values.astype(np.int64)]), axis=1)
+    element_values, copies = np.unique(warp_writes[[0, 2]], axis=1, return_counts=True)
     _, writers = np.unique(np.unique(warp_writes[:2], axis=1)[0], return_counts=True)
-    return (copies != writers[np.unique(offered[0], return_inverse=True)[1]]).any()
+    return (copies != writers[np.unique(element_values[0], return_inverse=True)[1]]).any()
 
 
 @contextlib.contextmanager
-def watched(machine, access, instruction):
-    """Around a write to shared memory: raises BarrierRace where another warp read or wrote since the barrier.
+def race_checked_write(machine, access, instruction):
+    """Around a write to shared memory: raise BarrierRace if another warp accessed a word since the last barrier.
 
-    Writing what is there already is let pass: Triton lets warps that hold the same value each store it.
+    Writing the value that is already there is no race: in Triton's code, warps that hold the same value each store it.
     """
     if not machine.races:
         yield
         return
     shared = machine.shared
-    contested = shared.overwritten(access, instruction)
+    contested = shared.check_write(access, instruction)
     words = access.words[contested]
     before = shared.words[words]
     yield
     if (shared.words[words] != before).any():
         raise BarrierRace(f"{instruction}: overwrites what another warp wrote; no barrier between")
     shared.mark_written(access.words, access.owners)
-    shared.mark_written(words, SEVERAL)
+    shared.mark_written(words, MANY_WARPS)
 
 
 ATOMICS = {
@@ -202,51 +201,51 @@ ATOMICS = {
 
 @decodes("atom", "red", modifiers=f"global shared add min max and or xor exch cas noftz {ACCESS}")
 def _atomic(machine, instruction):
-    """Atomics, thread after thread."""
+    """Atomics, executed one thread after the other."""
     operands, returns = list(instruction.operands), instruction.name == "atom"
     type, name = instruction.type, next(m for m in instruction.modifiers if m in (*ATOMICS, "cas"))
     if type not in DTYPES or type in ("bf16", "f16x2", "bf16x2") or any(m in instruction for m in ("v2", "v4", "v8")):
         raise NotImplementedError(f"{instruction} is not modelled")
     into = machine.target(operands.pop(0), type) if returns else None
-    find = _atomic_places(machine, instruction, operands.pop(0), DTYPES[type])
+    resolve = _atomic_access(machine, instruction, operands.pop(0), DTYPES[type])
     operands = operands[: 2 if name == "cas" else 1]
     values = [np.broadcast_to(machine.source(operand, type), machine.threads) for operand in operands]
 
     def step(where):
-        for view, threads, index in find(where):
-            for thread, place in zip(threads.tolist(), index.tolist(), strict=True):
-                old, new = view[place], values[-1][thread]
+        for view, threads, index in resolve(where):
+            for thread, i in zip(threads.tolist(), index.tolist(), strict=True):
+                old, new = view[i], values[-1][thread]
                 if name == "cas":
-                    view[place] = new if old == values[0][thread] else old
+                    view[i] = new if old == values[0][thread] else old
                 else:
-                    view[place] = ATOMICS[name](old, new)
+                    view[i] = ATOMICS[name](old, new)
                 if returns:
                     into[thread] = old
 
     return step
 
 
-def _atomic_places(machine, instruction, address, dtype):
-    """A function to (view, threads, places) of an atomic, which counts as a load and a store."""
+def _atomic_access(machine, instruction, address, dtype):
+    """A function (where) that yields (view, threads, index) of an atomic and counts it as a load and a store."""
     size, shared = dtype.itemsize, machine.shared
-    in_shared = machine.finder(address, lambda a, where: machine.shared_access(a, where, size, instruction))
-    in_global = machine.finder(address, lambda a, where: machine.global_access(a, where, size, instruction))
+    in_shared = machine.memoized_access(address, lambda a, where: machine.shared_access(a, where, size, instruction))
+    in_global = machine.memoized_access(address, lambda a, where: machine.global_access(a, where, size, instruction))
 
-    def find_shared(where):
+    def resolve_shared(where):
         access = in_shared(where)
         machine.count_shared(access)
         if machine.races:
             touched = np.maximum(shared.written[access.words], shared.read[access.words])
-            if ((touched != SETTLED) & (touched != ATOMIC) & (touched != access.owners)).any():
-                raise BarrierRace(f"{instruction}: meets another warp's access; no barrier between")
+            if ((touched != UNTOUCHED) & (touched != ATOMIC) & (touched != access.owners)).any():
+                raise BarrierRace(f"{instruction}: conflicts with another warp's access; no barrier between")
             shared.mark_written(access.words, ATOMIC)
         yield shared.views[size].view(dtype), access.threads, access.index
 
-    def find_global(where):
+    def resolve_global(where):
         for access in in_global(where):
             machine.count_load(access, size)
             machine.count_store(access, size)
-            buffer = machine.reached(access, size, instruction)
+            buffer = machine.checked_buffer(access, size, instruction)
             yield buffer.views[size].view(dtype), access.threads, access.index
 
-    return find_shared if "shared" in instruction else find_global
+    return resolve_shared if "shared" in instruction else resolve_global

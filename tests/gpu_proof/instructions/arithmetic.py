@@ -7,35 +7,35 @@ import functools
 
 import numpy as np
 
-from gpu_proof.formats import DTYPES, FLOATS, WIDER, flushed, perturbed
-from gpu_proof.instructions.decoding import computed, decodes, finishing
+from gpu_proof.formats import DTYPES, FLOATS, WIDER, flush_subnormals, perturb
+from gpu_proof.instructions.decoding import decodes, elementwise, result_modifiers
 
 
 def float_step(machine, instruction, compute, sources):
-    """A step of floating-point arithmetic: read, flush, compute, finish, round.
+    """A step of floating-point arithmetic: read, flush, compute, apply .sat and .relu, round.
 
-    With two types, as in fma.rn.f32.f16, all sources but the last are of the second.
+    If the instruction names two types, as fma.rn.f32.f16 does, all sources but the last have the second.
     """
     type, *narrow = (modifier for modifier in instruction.modifiers if modifier in FLOATS)
-    finish, flush = finishing(instruction), "ftz" in instruction
-    if isinstance(compute, np.ufunc) and compute.nin < len(sources):  # max of three
-        compute = functools.partial(_folded, compute)
+    finish, flush = result_modifiers(instruction), "ftz" in instruction
+    if isinstance(compute, np.ufunc) and compute.nin < len(sources):  # max of three sources
+        compute = functools.partial(_fold, compute)
     plain = type in ("f32", "f64") and not narrow and not {"ftz", "sat", "relu"} & set(instruction.modifiers)
-    if plain and isinstance(compute, np.ufunc):  # straight from registers to register
+    if plain and isinstance(compute, np.ufunc):  # fast path: no conversions
         into = machine.target(instruction.operands[0], type)
-        return computed(into, compute, [machine.source(source, type) for source in sources])
+        return elementwise(into, compute, [machine.source(source, type) for source in sources])
     types = [(narrow or [type])[0]] * (len(sources) - 1) + [type]
-    reads = [machine.floats(source, type) for source, type in zip(sources, types, strict=True)]
-    put = machine.put_floats(instruction.operands[0], type)
+    reads = [machine.float_reader(source, type) for source, type in zip(sources, types, strict=True)]
+    put = machine.float_writer(instruction.operands[0], type)
 
     def step(where):
-        values = [flushed(read()) if flush else read() for read in reads]
+        values = [flush_subnormals(read()) if flush else read() for read in reads]
         put(finish(compute(*values)), where)
 
     return step
 
 
-def _folded(ufunc, *values):
+def _fold(ufunc, *values):
     return functools.reduce(ufunc, values)
 
 
@@ -49,7 +49,7 @@ def _arithmetic(machine, instruction):
     if type in FLOATS:
         compute = FLOAT_ARITHMETIC[name]
         if name in ("min", "max") and "NaN" in instruction:
-            compute = INTEGER_ARITHMETIC[name]  # numpy's own minimum and maximum pass NaN on
+            compute = INTEGER_ARITHMETIC[name]  # numpy's minimum and maximum propagate NaN
         if "xorsign" in instruction:
             compute = functools.partial(_with_product_sign, compute)
         return float_step(machine, instruction, compute, sources)
@@ -57,7 +57,7 @@ def _arithmetic(machine, instruction):
         return _with_carry(machine, instruction, name)
     if "sat" in instruction:
         raise NotImplementedError(f"{instruction} is not modelled")
-    return computed(
+    return elementwise(
         machine.target(instruction.operands[0], type),
         INTEGER_ARITHMETIC[name],
         [machine.source(source, type) for source in sources],
@@ -65,17 +65,17 @@ def _arithmetic(machine, instruction):
 
 
 def _with_product_sign(compute, a, b):
-    """The smaller or larger magnitude, with the sign that a * b has."""
+    """The smaller or larger magnitude, with the sign of a * b."""
     return np.copysign(compute(np.abs(a), np.abs(b)), np.where(np.signbit(a) != np.signbit(b), -1, 1).astype(a.dtype))
 
 
 @decodes("addc", "subc", "madc", modifiers="lo hi cc")
-def _carried(machine, instruction):
+def _carry(machine, instruction):
     return _with_carry(machine, instruction, instruction.name)
 
 
 def _with_carry(machine, instruction, name):
-    """32-bit arithmetic that sets (.cc) or takes (names in c) the carry flag."""
+    """32-bit arithmetic that sets the carry flag (.cc) or adds it (addc, subc, madc)."""
     if DTYPES[instruction.type].itemsize != 4 or (instruction.type == "s32" and "hi" in instruction):
         raise NotImplementedError(f"{instruction} is not modelled")
     sources = [machine.source(operand, "u32") for operand in instruction.operands[1:]]
@@ -92,7 +92,7 @@ def _with_carry(machine, instruction, name):
         result = total()
         if name in ("addc", "madc"):
             result = result + machine.carry
-        elif name.startswith("sub"):  # a - b is a + ~b + 1; the flag here says "no borrow"
+        elif name.startswith("sub"):  # a - b is a + ~b + 1; the carry flag means "no borrow"
             result = result + (machine.carry if name == "subc" else np.uint64(1))
         np.copyto(into, result & word, where=where, casting="unsafe")
         if "cc" in instruction:
@@ -115,9 +115,9 @@ def _multiply(machine, instruction):
     into = machine.target(operands[0], result)
     added = machine.source(operands[3], result) if instruction.name == "mad" else None
     if "hi" in instruction:
-        return computed(into, _high_product(type, added), [first, second])
+        return elementwise(into, _high_product(type, added), [first, second])
     if added is None:
-        return computed(into, np.multiply, [first, second])
+        return elementwise(into, np.multiply, [first, second])
     return _multiply_add(into, first, second, added)
 
 
@@ -141,7 +141,7 @@ def _high_product(type, added):
             result = a.astype(wide) * b.astype(wide) >> wide(bits)
         else:
             result = _high_64(a.view(np.uint64), b.view(np.uint64))
-            if type[0] == "s":  # as unsigned, a negative number counts 2**64 too much
+            if type[0] == "s":  # a negative number read as unsigned is 2**64 too large
                 result = result.view(np.int64) - np.where(a < 0, b, 0) - np.where(b < 0, a, 0)
         result = result.astype(DTYPES[type])
         return result if added is None else result + added
@@ -170,9 +170,9 @@ def _fma(machine, instruction):
 
 
 def _fma_f32(machine, instruction):
-    """The most frequent of them, straight from registers to register."""
+    """fma.rn.f32, the most frequent kind, without conversions."""
     first, second, added = (machine.source(operand, "f32") for operand in instruction.operands[1:])
-    into, wide = machine.target(instruction.operands[0], "f32"), machine.wide
+    into, wide = machine.target(instruction.operands[0], "f32"), machine.scratch
 
     def step(where):
         np.copyto(wide, first)
@@ -187,7 +187,7 @@ def _divide(machine, instruction):
     type, sources = instruction.type, instruction.operands[1:]
     if type in FLOATS:
         if "full" in instruction or "approx" in instruction:
-            return float_step(machine, instruction, _approximately(machine, np.divide), sources)
+            return float_step(machine, instruction, _approximated(machine, np.divide), sources)
         return float_step(machine, instruction, np.divide, sources)
 
     def divide(a, b):
@@ -198,7 +198,7 @@ def _divide(machine, instruction):
         return np.where(b == 0, ones, (a - remainder) // np.where(b == 0, ones, b))
 
     values = [machine.source(source, type) for source in sources]
-    return computed(machine.target(instruction.operands[0], type), divide, values)
+    return elementwise(machine.target(instruction.operands[0], type), divide, values)
 
 
 @decodes("neg", "abs", "not", "cnot", modifiers="ftz")
@@ -208,10 +208,10 @@ def _unary(machine, instruction):
         return float_step(machine, instruction, {"neg": np.negative, "abs": np.abs}[name], [source])
     values, into = machine.source(source, type), machine.target(instruction.operands[0], type)
     if name == "cnot":
-        return computed(into, lambda x: x == 0, [values])
+        return elementwise(into, lambda x: x == 0, [values])
     if name == "not":
-        return computed(into, np.logical_not if type == "pred" else np.invert, [values])
-    return computed(into, {"neg": np.negative, "abs": np.abs}[name], [values])
+        return elementwise(into, np.logical_not if type == "pred" else np.invert, [values])
+    return elementwise(into, {"neg": np.negative, "abs": np.abs}[name], [values])
 
 
 @decodes("copysign")
@@ -230,23 +230,23 @@ FUNCTIONS = {
     "cos": np.cos,
     "tanh": np.tanh,
 }
-# tanh.approx promises 2**-11 relative, sin and cos 2**-20.5 absolute; the others 1 or 2 units in the last place
-LOOSENESS = {"tanh": 2048, "sin": 4, "cos": 4}
+# errors by the PTX manual: tanh.approx 2**-11 relative, sin and cos 2**-20.5 absolute, the others 1 or 2 ulps
+ULP_FACTORS = {"tanh": 2048, "sin": 4, "cos": 4}
 
 
 @decodes(*FUNCTIONS, modifiers="approx rn ftz")
 def _function(machine, instruction):
     exact = FUNCTIONS[instruction.name]
-    compute = _approximately(machine, exact, LOOSENESS.get(instruction.name, 1)) if "approx" in instruction else exact
+    compute = _approximated(machine, exact, ULP_FACTORS.get(instruction.name, 1)) if "approx" in instruction else exact
     return float_step(machine, instruction, compute, instruction.operands[1:])
 
 
-def _approximately(machine, exact, looseness=1):
-    """The function in float64, rounded to float32, then off by a few units if the machine is told so."""
-    ulps = machine.approx_ulps * looseness
+def _approximated(machine, exact, ulp_factor=1):
+    """The function in float64, rounded to float32, then perturbed by machine.approx_ulps * ulp_factor."""
+    ulps = machine.approx_ulps * ulp_factor
 
     def compute(*values):
         result = exact(*(value.astype(np.float64) for value in values)).astype(np.float32)
-        return perturbed(result, ulps) if ulps else result
+        return perturb(result, ulps) if ulps else result
 
     return compute

@@ -1,9 +1,9 @@
-"""Bitwise logic, shifts, bit fields and the counting of bits."""
+"""Bitwise logic, shifts, bit fields and bit counts."""
 
 import numpy as np
 
 from gpu_proof.formats import DTYPES
-from gpu_proof.instructions.decoding import computed, decodes
+from gpu_proof.instructions.decoding import decodes, elementwise
 from gpu_proof.ptx import Immediate
 
 
@@ -11,12 +11,12 @@ from gpu_proof.ptx import Immediate
 def _bitwise(machine, instruction):
     compute = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[instruction.name]
     values = [machine.source(operand, instruction.type) for operand in instruction.operands[1:]]
-    return computed(machine.target(instruction.operands[0], instruction.type), compute, values)
+    return elementwise(machine.target(instruction.operands[0], instruction.type), compute, values)
 
 
 @decodes("lop3")
 def _lop3(machine, instruction):
-    """Any function of three bits: its truth table is the last operand."""
+    """Any bitwise function of three operands; the fourth is its truth table."""
     a, b, c = (machine.source(operand, "b32") for operand in instruction.operands[1:4])
     table = instruction.operands[4].value
 
@@ -27,7 +27,7 @@ def _lop3(machine, instruction):
                 result |= (a if case & 4 else ~a) & (b if case & 2 else ~b) & (c if case & 1 else ~c)
         return result
 
-    return computed(machine.target(instruction.operands[0], "b32"), look_up, [a, b, c])
+    return elementwise(machine.target(instruction.operands[0], "b32"), look_up, [a, b, c])
 
 
 @decodes("shl", "shr")
@@ -40,14 +40,14 @@ def _shift(machine, instruction):
     bits, dtype = 8 * values.itemsize, values.dtype
     shift = np.left_shift if instruction.name == "shl" else np.right_shift
     if isinstance(amount, Immediate) and amount.value < bits and into.dtype == dtype:
-        return computed(into, shift, [values, np.array([amount.value], dtype)])
+        return elementwise(into, shift, [values, np.array([amount.value], dtype)])
     amounts = machine.source(amount, "u32")
 
     def shifted(values):
         result = shift(values, np.minimum(amounts, bits - 1).astype(dtype))
-        return result if type[0] == "s" else np.where(amounts >= bits, 0, result)  # a sign is shifted in without end
+        return result if type[0] == "s" else np.where(amounts >= bits, 0, result)  # signed shifts are arithmetic
 
-    return computed(into, shifted, [values])
+    return elementwise(into, shifted, [values])
 
 
 @decodes("shf", modifiers="l r wrap clamp")
@@ -60,21 +60,21 @@ def _funnel_shift(machine, instruction):
         by = (amount & np.uint32(31) if "wrap" in instruction else np.minimum(amount, 32)).astype(np.uint64)
         return both << by >> np.uint64(32) if "l" in instruction else both >> by & np.uint64(0xFFFFFFFF)
 
-    return computed(machine.target(target, "b32"), shifted, sources)
+    return elementwise(machine.target(target, "b32"), shifted, sources)
 
 
 @decodes("bfe")
 def _extract_bits(machine, instruction):
     target, value, position, length = instruction.operands
     values, bits = machine.source(value, instruction.type), 8 * DTYPES[instruction.type].itemsize
-    _only_fixed_field(instruction, position, length, bits)
+    _require_constant_field(instruction, position, length, bits)
     up, down = bits - position.value - length.value, bits - length.value
     up, down = np.array([up], values.dtype), np.array([down], values.dtype)
-    # up to the top, then down: the type decides whether the field's sign comes along
-    return computed(machine.target(target, instruction.type), lambda x: x << up >> down, [values])
+    # shift the field to the top, then down: signed types extend its sign
+    return elementwise(machine.target(target, instruction.type), lambda x: x << up >> down, [values])
 
 
-def _only_fixed_field(instruction, position, length, bits):
+def _require_constant_field(instruction, position, length, bits):
     fixed = isinstance(position, Immediate) and isinstance(length, Immediate)
     if not fixed or length.value == 0 or position.value + length.value > bits:
         raise NotImplementedError(f"{instruction} with a variable, empty or overlong field is not modelled")
@@ -84,15 +84,15 @@ def _only_fixed_field(instruction, position, length, bits):
 def _insert_bits(machine, instruction):
     target, inserted, base, position, length = instruction.operands
     type = f"u{instruction.type[1:]}"
-    _only_fixed_field(instruction, position, length, 8 * DTYPES[type].itemsize)
+    _require_constant_field(instruction, position, length, 8 * DTYPES[type].itemsize)
     mask = np.array([((1 << length.value) - 1) << position.value], DTYPES[type])
     start = np.array([position.value], DTYPES[type])
     sources = [machine.source(inserted, type), machine.source(base, type)]
-    return computed(machine.target(target, type), lambda f, b: b & ~mask | f << start & mask, sources)
+    return elementwise(machine.target(target, type), lambda f, b: b & ~mask | f << start & mask, sources)
 
 
 def _bits(values):
-    """Numbers as rows of bits, the lowest first."""
+    """(numbers, bits) array of bits, lowest first."""
     return np.unpackbits(np.ascontiguousarray(values).view(np.uint8), bitorder="little").reshape(values.size, -1)
 
 
@@ -115,4 +115,4 @@ def _count_bits(machine, instruction):
     if name == "bfind" and type[0] == "s":
         raise NotImplementedError(f"{instruction} is not modelled")
     into = machine.target(instruction.operands[0], type if name == "brev" else "u32")
-    return computed(into, BIT_COUNTS[name], [machine.source(instruction.operands[1], f"u{type[1:]}")])
+    return elementwise(into, BIT_COUNTS[name], [machine.source(instruction.operands[1], f"u{type[1:]}")])

@@ -1,20 +1,26 @@
-"""Comparisons that set predicates, with their ordered and unordered kinds for NaN and their combinations."""
+"""setp: comparisons that set predicates, ordered and unordered for NaN, and combined with another predicate."""
 
 import functools
 
 import numpy as np
 
-from gpu_proof.formats import FLOATS, PACKED, flushed
+from gpu_proof.formats import FLOATS, PACKED, flush_subnormals
 from gpu_proof.instructions.decoding import decodes
 from gpu_proof.ptx import Pair, Register
 
 ORDERED = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-OPPOSITE = {"equ": "ne", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}  # unordered: not the ordered opposite
+OPPOSITE = {
+    "equ": "ne",
+    "ltu": "ge",
+    "leu": "gt",
+    "gtu": "le",
+    "geu": "lt",
+}  # unordered comparisons negate these
 
 
 def comparison(name, floating):
-    """The function of a PTX comparison. The ordered ones are false for NaN, the unordered ones (in u) true."""
+    """The numpy function of a PTX comparison. Ordered ones are false for NaN, unordered ones (equ, ltu, ...) true."""
     if not floating:
         name = UNSIGNED_NAMES.get(name, name)
         return np.not_equal if name == "ne" else ORDERED[name]
@@ -38,9 +44,9 @@ def _setp(machine, instruction):
     compare = comparison(instruction.modifiers[0], type in FLOATS)
     first, second = instruction.operands[1:3]
     if type in FLOATS:
-        reads = [machine.floats(operand, type) for operand in (first, second)]
+        reads = [machine.float_reader(operand, type) for operand in (first, second)]
         if "ftz" in instruction:
-            reads = [lambda read=read: flushed(read()) for read in reads]
+            reads = [lambda read=read: flush_subnormals(read()) for read in reads]
     else:
         unsigned = instruction.modifiers[0] in UNSIGNED_NAMES
         arrays = [machine.source(operand, f"u{type[1:]}" if unsigned else type) for operand in (first, second)]

@@ -1,7 +1,7 @@
-"""The register of decoders by instruction name, and what decoders of several kinds share.
+"""The registry of decoders by instruction name, and helpers that the decoders share.
 
-A decoder takes the machine and an instruction and returns its step, a function of the mask of threads that take part
-(True when all do), or None where there is nothing to do.
+A decoder takes the machine and an instruction. It returns the step, a function of the mask of active threads (True when
+all are), or None for an instruction without effect.
 """
 
 import functools
@@ -9,15 +9,15 @@ import functools
 import numpy as np
 
 from gpu_proof.errors import MachineError
-from gpu_proof.formats import DTYPES, flushed
+from gpu_proof.formats import DTYPES, flush_subnormals
 
-DECODERS = {}  # instruction name -> (function (machine, instruction) that returns its step, the modifiers it heeds)
+DECODERS = {}  # instruction name -> (decoder, supported modifiers)
 
 
 def decodes(*names, modifiers=""):
-    """Register a decoder for these instructions. Modifiers other than types and those named are not modelled.
+    """Register a decoder for the named instructions.
 
-    An instruction may name one type; those with "types" among their modifiers may name several.
+    modifiers: supported besides types. "types" allows more than one type, and "anything" every modifier.
     """
 
     def register(decoder):
@@ -28,17 +28,17 @@ def decodes(*names, modifiers=""):
 
 
 def decoder_of(instruction):
-    """The decoder of an instruction. Raises NotImplementedError for what it does not know."""
-    decoder, heeded = DECODERS.get(instruction.name, (None, frozenset()))
-    unknown = set(instruction.modifiers) - heeded - DTYPES.keys() if "anything" not in heeded else ()
+    """The decoder of an instruction. Raises NotImplementedError for an unknown instruction or modifier."""
+    decoder, supported = DECODERS.get(instruction.name, (None, frozenset()))
+    unknown = set(instruction.modifiers) - supported - DTYPES.keys() if "anything" not in supported else ()
     types = [modifier for modifier in instruction.modifiers if modifier in DTYPES]
-    if decoder is None or unknown or (len(types) > 1 and "types" not in heeded):
+    if decoder is None or unknown or (len(types) > 1 and "types" not in supported):
         raise NotImplementedError(f"{instruction} is not modelled")
     return decoder
 
 
-def computed(target, compute, sources):
-    """A step that writes compute(*sources)."""
+def elementwise(target, compute, sources):
+    """A step that writes compute(*sources) to the target."""
     if isinstance(compute, np.ufunc):
         return functools.partial(compute, *sources, out=target, casting="unsafe", dtype=target.dtype)
 
@@ -48,22 +48,22 @@ def computed(target, compute, sources):
     return step
 
 
-def finishing(instruction):
-    """What .ftz, .sat and .relu do to a result."""
-    steps = []
+def result_modifiers(instruction):
+    """A function that applies .ftz, .sat and .relu to a result."""
+    functions = []
     if "ftz" in instruction:
-        steps.append(flushed)
+        functions.append(flush_subnormals)
     if "sat" in instruction:
-        steps.append(lambda values: np.where(np.isnan(values), 0, np.clip(values, 0, 1)).astype(values.dtype))
+        functions.append(lambda values: np.where(np.isnan(values), 0, np.clip(values, 0, 1)).astype(values.dtype))
     if "relu" in instruction:
-        steps.append(lambda values: np.fmax(values, 0).astype(values.dtype))
+        functions.append(lambda values: np.fmax(values, 0).astype(values.dtype))
 
-    def finish(values):
-        for step in steps:
-            values = step(values)
+    def apply(values):
+        for function in functions:
+            values = function(values)
         return values
 
-    return finish
+    return apply
 
 
 @decodes("fence", "membar", "prefetch", "createpolicy", "applypriority", "nanosleep", modifiers="anything")
@@ -74,6 +74,6 @@ def _nothing(machine, instruction):
 @decodes("trap")
 def _trap(machine, instruction):
     def step(where):
-        raise MachineError(f"{instruction}: the kernel stopped itself")
+        raise MachineError(f"{instruction}: the kernel executed a trap")
 
     return step

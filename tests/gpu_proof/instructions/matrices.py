@@ -1,6 +1,6 @@
-"""Matrices spread over the lanes of a warp: 8x8 tiles of 16-bit numbers to and from shared memory, products of tiles.
+"""ldmatrix, stmatrix and mma: matrix tiles spread over the lanes of a warp.
 
-Products are summed exactly, in float64, and rounded once.
+mma sums in float64, which is exact here, and rounds once.
 """
 
 import functools
@@ -8,36 +8,39 @@ import functools
 import numpy as np
 
 from gpu_proof.formats import DTYPES, bf16_to_f32
-from gpu_proof.instructions.accesses import watched
+from gpu_proof.instructions.accesses import race_checked_write
 from gpu_proof.instructions.decoding import decodes
 from gpu_proof.memory import LANES
 
 
 def _matrix_rows(machine, instruction, address, count):
-    """A function of `where`: the access of the lanes that give rows of 16 bytes, and those rows."""
-    giving = machine.lane < 8 * count
+    """A function (where) that returns the access and the addresses of 8 rows of 16 bytes per matrix.
+
+    Lane i of a warp gives the address of row i; lanes beyond 8 * count give none.
+    """
+    addressing = machine.lane < 8 * count
 
     def rows(addresses, where):
-        access = machine.shared_access(addresses, giving & where, 16, instruction)
+        access = machine.shared_access(addresses, addressing & where, 16, instruction)
         flat = np.zeros(machine.threads, np.int64)
         flat[access.threads] = machine.cta[access.threads] * machine.shared.stride + access.offsets
         return access, flat.reshape(-1, LANES)[:, : 8 * count].reshape(-1, count, 8)  # (warps, matrices, rows)
 
-    return machine.finder(address, rows)
+    return machine.memoized_access(address, rows)
 
 
 @decodes("ldmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared cta")
 def _ldmatrix(machine, instruction):
     count = next(int(m[1:]) for m in instruction.modifiers if m in ("x1", "x2", "x4"))
-    _only_16_bit(instruction)
+    _require_16_bit(instruction)
     registers = machine.row_numbers(instruction.operands[0].items)
-    find = _matrix_rows(machine, instruction, instruction.operands[1], count)
-    shared, file, together = machine.shared, machine.files["b32"], machine.whole_warps(instruction)
+    resolve = _matrix_rows(machine, instruction, instruction.operands[1], count)
+    shared, file, check_warps = machine.shared, machine.files["b32"], machine.warp_check(instruction)
     gather = _gather_transposed if "trans" in instruction else _gather
 
     def step(where):
-        together(where)
-        access, rows = find(where)
+        check_warps(where)
+        access, rows = resolve(where)
         machine.count_shared(access)
         if machine.races:
             shared.check_read(access, instruction)
@@ -47,7 +50,7 @@ def _ldmatrix(machine, instruction):
     return step
 
 
-def _only_16_bit(instruction):
+def _require_16_bit(instruction):
     if "m8n8" not in instruction or instruction.type != "b16":
         raise NotImplementedError(f"{instruction} is not modelled")
 
@@ -56,13 +59,13 @@ _LANE = np.arange(LANES)
 
 
 def _gather(shared, rows):
-    """Lane l holds the numbers 2 (l % 4) and the next of row l // 4."""
-    places = rows[:, :, _LANE // 4] // 4 + _LANE % 4  # (warps, matrices, lanes)
-    return shared.views[4][places].transpose(1, 0, 2).reshape(rows.shape[1], -1)
+    """Lane l gets the elements 2 * (l % 4) and the next of row l // 4."""
+    index = rows[:, :, _LANE // 4] // 4 + _LANE % 4  # (warps, matrices, lanes)
+    return shared.views[4][index].transpose(1, 0, 2).reshape(rows.shape[1], -1)
 
 
 def _gather_transposed(shared, rows):
-    """Lane l holds the numbers l // 4 of row 2 (l % 4) and of the next."""
+    """Lane l gets element l // 4 of row 2 * (l % 4) and of the next row."""
     low = shared.views[2][rows[:, :, _LANE % 4 * 2] // 2 + _LANE // 4].astype(np.uint32)
     high = shared.views[2][rows[:, :, _LANE % 4 * 2 + 1] // 2 + _LANE // 4].astype(np.uint32)
     return (low | high << np.uint32(16)).transpose(1, 0, 2).reshape(rows.shape[1], -1)
@@ -71,53 +74,54 @@ def _gather_transposed(shared, rows):
 @decodes("stmatrix", modifiers="sync aligned m8n8 x1 x2 x4 trans shared cta")
 def _stmatrix(machine, instruction):
     count = next(int(m[1:]) for m in instruction.modifiers if m in ("x1", "x2", "x4"))
-    _only_16_bit(instruction)
+    _require_16_bit(instruction)
     registers = machine.row_numbers(instruction.operands[1].items)
-    find = _matrix_rows(machine, instruction, instruction.operands[0], count)
-    file, halves, together = machine.files["b32"], machine.shared.views[2], machine.whole_warps(instruction)
+    resolve = _matrix_rows(machine, instruction, instruction.operands[0], count)
+    file, halves, check_warps = machine.files["b32"], machine.shared.views[2], machine.warp_check(instruction)
 
     def step(where):
-        together(where)
-        access, rows = find(where)
+        check_warps(where)
+        access, rows = resolve(where)
         machine.count_shared(access)
         values = file[registers].reshape(count, -1, LANES).transpose(1, 0, 2)  # (warps, matrices, lanes)
         if where is not True:
             chosen = where.reshape(-1, LANES).any(1)
             rows, values = rows[chosen], values[chosen]
         low, high = (values & np.uint32(0xFFFF)).astype(np.uint16), (values >> np.uint32(16)).astype(np.uint16)
-        with watched(machine, access, instruction):
+        with race_checked_write(machine, access, instruction):
             if "trans" in instruction:
                 halves[rows[:, :, _LANE % 4 * 2] // 2 + _LANE // 4] = low
                 halves[rows[:, :, _LANE % 4 * 2 + 1] // 2 + _LANE // 4] = high
             else:
-                places = rows[:, :, _LANE // 4] // 2 + _LANE % 4 * 2
-                halves[places], halves[places + 1] = low, high
+                index = rows[:, :, _LANE // 4] // 2 + _LANE % 4 * 2
+                halves[index], halves[index + 1] = low, high
 
     return step
 
 
-MMA_INPUTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4}  # numbers in one register
+MMA_INPUTS = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4}  # elements per register
 
 
 @decodes("mma", modifiers="types sync aligned row col satfinite m16n8k4 m16n8k8 m16n8k16 m16n8k32")
 def _mma(machine, instruction):
     """D = A B + C for tiles of 16 rows and 8 columns, spread over the lanes of a warp."""
     shape = next(m for m in instruction.modifiers if m.startswith("m16n8k")) if "m16n8" in instruction.opcode else None
-    of_d, of_a, of_b, of_c = instruction.modifiers[-4:]
-    if shape is None or of_a not in MMA_INPUTS or of_a != of_b or of_d not in ("f32", "s32") or of_c != of_d:
+    type_d, type_a, type_b, type_c = instruction.modifiers[-4:]
+    supported = type_a in MMA_INPUTS and type_a == type_b and type_d in ("f32", "s32") and type_c == type_d
+    if shape is None or not supported:
         raise NotImplementedError(f"{instruction} is not modelled")
-    depth, per_register = int(shape[6:]), MMA_INPUTS[of_a]
+    depth, per_register = int(shape[6:]), MMA_INPUTS[type_a]
     d, a, b, c = (machine.row_numbers(operand.items) for operand in instruction.operands)
-    places_a, places_b = _operand_places(machine, depth, per_register)
-    places_d = _result_places(machine)
-    words, together = machine.files["b32"], machine.whole_warps(instruction)
-    results = words.view(DTYPES[of_d])
-    numbers = functools.partial(_mma_numbers, of_a)
+    index_a, index_b = _operand_indices(machine, depth, per_register)
+    index_d = _result_indices(machine)
+    words, check_warps = machine.files["b32"], machine.warp_check(instruction)
+    results = words.view(DTYPES[type_d])
+    unpack = functools.partial(_unpack_mma, type_a)
 
     def step(where):
-        together(where)
-        left, right = numbers(words[a])[places_a], numbers(words[b])[places_b]  # (warps, 16, depth), (warps, depth, 8)
-        product = np.matmul(left, right).reshape(-1)[places_d]
+        check_warps(where)
+        left, right = unpack(words[a])[index_a], unpack(words[b])[index_b]  # (warps, 16, depth), (warps, depth, 8)
+        product = np.matmul(left, right).reshape(-1)[index_d]
         total = product + results[c]
         total = (np.clip(total, -(2**31), 2**31 - 1) if "satfinite" in instruction else total).astype(results.dtype)
         results[d] = total if where is True else np.where(where, total, results[d])
@@ -125,8 +129,8 @@ def _mma(machine, instruction):
     return step
 
 
-def _mma_numbers(type, words):
-    """The numbers packed in registers, in float64 so that sums are exact; tf32 is the upper 19 bits of a float32."""
+def _unpack_mma(type, words):
+    """Unpack the elements in registers to float64; tf32 is the upper 19 bits of a float32."""
     words = words.ravel()
     if type == "tf32":
         return (words & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
@@ -135,24 +139,24 @@ def _mma_numbers(type, words):
     return words.view({"f16": np.float16, "s8": np.int8, "u8": np.uint8}[type]).astype(np.float64)
 
 
-def _operand_places(machine, depth, per_register):
-    """Where A[row, k] and B[k, column] lie among the packed numbers of a register list, for each warp."""
-    group = 4 * per_register  # columns that the four lanes of a row hold in one register
+def _operand_indices(machine, depth, per_register):
+    """Indices of A[row, k] and B[k, column] among the unpacked elements of a register list, for each warp."""
+    group = 4 * per_register  # columns held in one register by the four lanes of a row
     first_lane = (np.arange(machine.threads // LANES) * LANES)[:, None, None]
     k = np.arange(depth)
 
-    def place(register, lane):
+    def index(register, lane):
         return (register * machine.threads + first_lane + lane) * per_register + (k % per_register)[:, None].T
 
     row, column = np.arange(16)[:, None], np.arange(8)[:, None]
     lane = k % group // per_register
-    places_a = place(row // 8 + 2 * (k // group), row % 8 * 4 + lane)
-    places_b = place(k // group, column * 4 + lane)  # (warps, 8, depth)
-    return places_a, places_b.transpose(0, 2, 1)
+    index_a = index(row // 8 + 2 * (k // group), row % 8 * 4 + lane)
+    index_b = index(k // group, column * 4 + lane)  # (warps, 8, depth)
+    return index_a, index_b.transpose(0, 2, 1)
 
 
-def _result_places(machine):
-    """For each register of D and each thread: its number in (warps, 16, 8)."""
+def _result_indices(machine):
+    """For each register of D and each thread: its index in a flat (warps, 16, 8)."""
     register = np.arange(4)[:, None]
     row, column = machine.lane // 4 + 8 * (register // 2), machine.lane % 4 * 2 + register % 2
     return machine.warp * 128 + row * 8 + column

@@ -1,9 +1,9 @@
-"""Moves between registers, conversions between number formats, and choices of whole values or single bytes."""
+"""mov, cvt, selp and prmt: moves, conversions, selection of values and of bytes."""
 
 import numpy as np
 
 from gpu_proof.formats import DTYPES, FLOATS, UNSIGNED, f32_to_bf16, f32_to_tf32
-from gpu_proof.instructions.decoding import computed, decodes, finishing
+from gpu_proof.instructions.decoding import decodes, elementwise, result_modifiers
 from gpu_proof.ptx import Vector
 
 
@@ -18,7 +18,7 @@ def _mov(machine, instruction):
 
 
 def _mov_vector(machine, target, source, type):
-    """Take a register apart or put it together, low part first."""
+    """Unpack a register into a vector of parts or pack one, low part first."""
     if isinstance(target, Vector):
         parts, whole = target.items, machine.source(source, type)
     else:
@@ -43,16 +43,16 @@ ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 @decodes("cvt", modifiers="types rn rz rm rp rna rni rzi rmi rpi ftz sat relu")
 def _cvt(machine, instruction):
-    to, of = instruction.modifiers[-2:]
+    to, source = instruction.modifiers[-2:]
     if to in ("f16x2", "bf16x2"):  # two float32 sources, the upper half first
-        high, low = (machine.floats(operand, of) for operand in instruction.operands[1:3])
-        put = machine.put_floats(instruction.operands[0], to)
-        finish = finishing(instruction)
+        high, low = (machine.float_reader(operand, source) for operand in instruction.operands[1:3])
+        put = machine.float_writer(instruction.operands[0], to)
+        finish = result_modifiers(instruction)
         return lambda where: put(finish(np.stack(np.broadcast_arrays(low(), high()), -1)), where)
-    if of not in FLOATS and to not in FLOATS:
-        return _cvt_integers(machine, instruction, to, of)
-    integers = machine.source(instruction.operands[1], of)
-    read = machine.floats(instruction.operands[1], of) if of in FLOATS else lambda: integers
+    if source not in FLOATS and to not in FLOATS:
+        return _cvt_integers(machine, instruction, to, source)
+    integers = machine.source(instruction.operands[1], source)
+    read = machine.float_reader(instruction.operands[1], source) if source in FLOATS else lambda: integers
     rounding = next((ROUNDINGS[m] for m in instruction.modifiers if m in ROUNDINGS), None)
     if to in FLOATS or to == "tf32":
         return _cvt_to_float(machine, instruction, to, read, rounding)
@@ -61,15 +61,15 @@ def _cvt(machine, instruction):
     def step(where):
         values = rounding(read()).astype(np.float64)
         whole = np.where(np.isnan(values), 0, np.clip(values, float(limits.min), float(limits.max)))
-        # the largest 64-bit integers have no float64 of their own
+        # float64 cannot represent the largest 64-bit integers
         whole = np.where(values >= float(limits.max), limits.max, whole.astype(DTYPES[to]))
         np.copyto(into, whole, where=where, casting="unsafe")
 
     return step
 
 
-def _cvt_integers(machine, instruction, to, of):
-    values, into = machine.source(instruction.operands[1], of), machine.target(instruction.operands[0], to)
+def _cvt_integers(machine, instruction, to, source):
+    values, into = machine.source(instruction.operands[1], source), machine.target(instruction.operands[0], to)
     narrow = DTYPES[to]
     if "sat" in instruction:
         limits = np.iinfo(narrow)
@@ -77,14 +77,14 @@ def _cvt_integers(machine, instruction, to, of):
         def convert(x):
             return np.clip(x.astype(object), limits.min, limits.max).astype(narrow)
 
-        return computed(into, convert, [values])
+        return elementwise(into, convert, [values])
     if into.dtype == narrow:
         return lambda where: np.copyto(into, values, where=where, casting="unsafe")
     return lambda where: np.copyto(into, values.astype(narrow), where=where, casting="unsafe")
 
 
 def _cvt_to_float(machine, instruction, to, read, rounding):
-    finish = finishing(instruction)
+    finish = result_modifiers(instruction)
     toward_zero = "rz" in instruction
     if to == "tf32":
         into = machine.target(instruction.operands[0], "f32")
@@ -94,7 +94,7 @@ def _cvt_to_float(machine, instruction, to, read, rounding):
         return lambda where: np.copyto(into, f32_to_bf16(read(), toward_zero=True), where=where)
     if toward_zero or "rm" in instruction or "rp" in instruction:
         raise NotImplementedError(f"{instruction} is not modelled")
-    put = machine.put_floats(instruction.operands[0], to)
+    put = machine.float_writer(instruction.operands[0], to)
     if rounding:
         return lambda where: put(finish(rounding(read())), where)
     return lambda where: put(finish(read()), where)
@@ -105,7 +105,7 @@ def _selp(machine, instruction):
     target, yes, no, choice = instruction.operands
     type = instruction.type
     sources = [machine.source(choice, "pred"), machine.source(yes, type), machine.source(no, type)]
-    return computed(machine.target(target, type), np.where, sources)
+    return elementwise(machine.target(target, type), np.where, sources)
 
 
 @decodes("prmt")
@@ -125,4 +125,4 @@ def _prmt(machine, instruction):
             result |= np.where(choice & np.uint64(8), signs, byte) << np.uint64(8 * i)
         return result
 
-    return computed(machine.target(target, "b32"), permute, sources)
+    return elementwise(machine.target(target, "b32"), permute, sources)

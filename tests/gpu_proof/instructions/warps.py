@@ -1,8 +1,8 @@
-"""What threads do together: barriers of a CTA, and shuffles, votes, reductions and matches within a warp."""
+"""Barriers of a CTA and of a warp; shuffles, votes, reductions and matches within a warp."""
 
 import numpy as np
 
-from gpu_proof.errors import BrokenConvergence
+from gpu_proof.errors import IllegalDivergence
 from gpu_proof.formats import FLOATS
 from gpu_proof.instructions.arithmetic import FLOAT_ARITHMETIC, INTEGER_ARITHMETIC
 from gpu_proof.instructions.decoding import decodes
@@ -12,24 +12,24 @@ from gpu_proof.ptx import Immediate, Pair, Register
 
 @decodes("bar", "barrier", modifiers="sync warp aligned cta")
 def _barrier(machine, instruction):
-    if "warp" in instruction:  # shared memory takes the accesses of one warp as ordered anyway
-        return lambda where: machine.marks.settle_warps(where)
-    name, counted = instruction.operands[0], instruction.operands[1:]
-    whole = not counted or (isinstance(counted[0], Immediate) and counted[0].value == machine.kernel.threads)
-    if "sync" not in instruction or "cluster" in instruction or not isinstance(name, Immediate) or not whole:
+    if "warp" in instruction:  # in shared memory, accesses of one warp count as ordered anyway
+        return lambda where: machine.marks.record_warp_barrier(where)
+    number, counts = instruction.operands[0], instruction.operands[1:]
+    whole_cta = not counts or (isinstance(counts[0], Immediate) and counts[0].value == machine.kernel.threads)
+    if "sync" not in instruction or "cluster" in instruction or not isinstance(number, Immediate) or not whole_cta:
         raise NotImplementedError(f"{instruction} is not modelled")
 
     def step(where):
         if where is True:
-            machine.shared.settle()
-            machine.marks.settle()
+            machine.shared.record_barrier()
+            machine.marks.record_barrier()
             return
-        by_cta = (where | ~machine.live).reshape(machine.ctas, -1)
-        some = where.reshape(machine.ctas, -1).any(1)
-        if (some & ~by_cta.all(1)).any():
-            raise BrokenConvergence(f"{instruction}: only part of a CTA arrives at the barrier")
-        machine.shared.settle(some)
-        machine.marks.settle(some.repeat(machine.kernel.threads))
+        arrived = (where | ~machine.live).reshape(machine.ctas, -1)
+        ctas = where.reshape(machine.ctas, -1).any(1)  # at the barrier
+        if (ctas & ~arrived.all(1)).any():
+            raise IllegalDivergence(f"{instruction}: only part of a CTA arrives at the barrier")
+        machine.shared.record_barrier(ctas)
+        machine.marks.record_barrier(ctas.repeat(machine.kernel.threads))
 
     return step
 
@@ -37,28 +37,28 @@ def _barrier(machine, instruction):
 @decodes("shfl", modifiers="sync bfly idx up down")
 def _shuffle(machine, instruction):
     target, value, amount, limits = instruction.operands[:4]
-    found = None
+    in_range = None
     if isinstance(target, Pair):
-        target, found = target.first, machine.target(target.second, "pred")
+        target, in_range = target.first, machine.target(target.second, "pred")
     mode = next(m for m in instruction.modifiers if m in ("bfly", "idx", "up", "down"))
     values = np.broadcast_to(machine.source(value, "b32"), machine.threads)
     amounts, limits = (machine.source(operand, "u32").astype(np.int64) for operand in (amount, limits))
-    into, together = machine.target(target, "b32"), machine.whole_warps(instruction)
+    into, check_warps = machine.target(target, "b32"), machine.warp_check(instruction)
     amount_row = machine.source(amount, "u32")
     fixed = None if isinstance(amount, Register) else _shuffle_source(machine.lane, mode, amounts, limits)
 
     def step(where):
-        together(where)
+        check_warps(where)
         lanes, inside = fixed or _shuffle_source(machine.lane, mode, amount_row.astype(np.int64), limits)
         np.copyto(into, values[machine.thread - machine.lane + lanes], where=where)
-        if found is not None:
-            np.copyto(found, inside, where=where)
+        if in_range is not None:
+            np.copyto(in_range, inside, where=where)
 
     return step
 
 
 def _shuffle_source(lane, mode, amount, limits):
-    """The lane that each lane reads, itself where that is out of range, and whether it is in range."""
+    """(lanes, in range): the lane that each lane reads; out of range it reads itself."""
     amount, segment, clamp = amount & 31, limits >> 8 & 31, limits & 31
     first, last = lane & segment, (lane & segment) | (clamp & ~segment)
     if mode == "up":
@@ -71,7 +71,7 @@ def _shuffle_source(lane, mode, amount, limits):
 
 
 def _by_warp(machine, values, where, missing):
-    """Values as (warps, lanes), `missing` where a thread takes no part."""
+    """Values as (warps, lanes), `missing` for inactive threads."""
     values = np.broadcast_to(values, machine.threads)
     return (values if where is True else np.where(where, values, missing)).reshape(-1, LANES)
 
@@ -80,12 +80,12 @@ def _by_warp(machine, values, where, missing):
 def _vote(machine, instruction):
     mode = next(m for m in instruction.modifiers if m in ("any", "all", "uni", "ballot"))
     source = instruction.operands[1]
-    holds, together = machine.source(Register(source.name), "pred"), machine.whole_warps(instruction)
+    holds, check_warps = machine.source(Register(source.name), "pred"), machine.warp_check(instruction)
     into = machine.target(instruction.operands[0], "b32" if mode == "ballot" else "pred")
     weights = np.uint32(1) << np.arange(LANES, dtype=np.uint32)
 
     def step(where):
-        together(where)
+        check_warps(where)
         values = ~holds if source.negated else holds
         yes, no = _by_warp(machine, values, where, False), _by_warp(machine, ~values, where, False)
         if mode == "ballot":
@@ -113,9 +113,9 @@ def _activemask(machine, instruction):
 
 @decodes("redux", modifiers="sync add min max and or xor NaN")
 def _redux(machine, instruction):
-    """Reduce over a warp; with f32 (Blackwell), .NaN passes NaN on and the plain form skips it."""
+    """Reduce over a warp. With f32 (Blackwell), .NaN propagates NaN and the plain form ignores it."""
     type, name = instruction.type, next(m for m in instruction.modifiers if m != "sync")
-    values, together = machine.source(instruction.operands[1], type), machine.whole_warps(instruction)
+    values, check_warps = machine.source(instruction.operands[1], type), machine.warp_check(instruction)
     into = machine.target(instruction.operands[0], type)
     functions = {"add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     functions |= FLOAT_ARITHMETIC if type in FLOATS and "NaN" not in instruction else INTEGER_ARITHMETIC
@@ -123,7 +123,7 @@ def _redux(machine, instruction):
         raise NotImplementedError(f"{instruction} is not modelled")
 
     def step(where):
-        together(where)  # so that a warp takes part in full, and the values of the others are not written
+        check_warps(where)  # reduces inactive warps too, without writing them
         np.copyto(into, functions[name].reduce(values.reshape(-1, LANES), axis=1).repeat(LANES), where=where)
 
     return step
@@ -133,12 +133,15 @@ def _redux(machine, instruction):
 def _match(machine, instruction):
     if "any" not in instruction:
         raise NotImplementedError(f"{instruction} is not modelled")
-    values, together = machine.source(instruction.operands[1], instruction.type), machine.whole_warps(instruction)
+    values, check_warps = (
+        machine.source(instruction.operands[1], instruction.type),
+        machine.warp_check(instruction),
+    )
     into = machine.target(instruction.operands[0], "b32")
     weights = np.uint32(1) << np.arange(LANES, dtype=np.uint32)
 
     def step(where):
-        together(where)
+        check_warps(where)
         by_warp = values.reshape(-1, LANES)
         same = by_warp[:, :, None] == by_warp[:, None, :]
         np.copyto(into, (same * weights).sum(2, dtype=np.uint32).ravel(), where=where)

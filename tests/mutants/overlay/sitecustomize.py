@@ -1,6 +1,6 @@
-"""Python imports this at its start where this folder is on PYTHONPATH: one module then comes from another text.
+"""Python imports this module at start-up if its folder is on PYTHONPATH; it replaces the source of one module.
 
-MUTANTS_OVERLAY holds "MODULE|FILE|TEXT": the module's name, its true file, and the file with the text to run instead.
+MUTANTS_OVERLAY is "MODULE|FILE|TEXT": the module's name, its real file, and the file with the replacement source.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
-// at::parallel_for for builds with ThreadSanitizer, which cannot see how OpenMP's threads wait for each other.
+// at::parallel_for for builds with ThreadSanitizer, which does not understand the synchronisation of OpenMP threads.
 //
-// Threads are std::threads, which it sees, and there are always two where there is anything to share out, however small
-// it is: so every test of an op is a test of its threads.
+// This version uses std::thread, which it understands, and always splits the range between two threads, however small
+// it is, so that every test of an op also tests its threading.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Miniature data roots for tests: every HW4P2 edition with its quirks, LibriSpeech folders and manifests."""
+"""Write tiny corpora of every layout: HW4P2 editions, LibriSpeech, manifests, Common Voice, Kaldi, audio folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layout:
     size: int
     features: str = "mfcc"
     transcripts: str = "transcripts"
-    stored_ends: bool = True  # <sos> and <eos> are in the transcripts
+    stored_ends: bool = True  # transcripts include <sos> and <eos>
     header: tuple[str, str] = ("index", "label")
     name: str = ""
 
@@ -68,10 +68,10 @@ EDITIONS = {
 
 
 def make_archive(root: str | Path, edition: str, *, utterances: int | Mapping[str, int] = 4, seed: int = 0) -> Path:
-    """Write an archive of an edition (S22 F22 S23 F23 S24 F24 S25) below root and return the archive's own root.
+    """Write an HW4P2 archive of an edition (a key of EDITIONS) below root and return the archive's folder.
 
-    utterances: in each split, or by split name. Recordings have 20 to 60 frames; transcripts 4 to 12 characters, none
-    in the test split. Names are LibriSpeech ids; in S22 the test order is not the order of the names.
+    utterances: number per split, or by split name. Recordings have 20 to 60 frames, transcripts 4 to 12 characters; the
+    test split has no transcripts. Names are LibriSpeech ids; in S22 the test order differs from their sorted order.
     """
     layout = EDITIONS[edition]
     archive = Path(root) / layout.root
@@ -93,7 +93,7 @@ def make_archive(root: str | Path, edition: str, *, utterances: int | Mapping[st
 
 
 def make_features(generator: np.random.Generator, layout: Layout) -> np.ndarray:
-    """Return one recording: (T, F) float32, or (F, T) in dB from -80 to 0 for fbank."""
+    """One recording: (T, F) float32, or (F, T) in dB from -80 to 0 for fbank."""
     frames = int(generator.integers(20, 61))
     if layout.features == "fbank":
         return generator.uniform(-80, 0, (layout.size, frames)).astype(np.float32)
@@ -133,7 +133,7 @@ def make_librispeech(root: str | Path, *, utterances: int = 3, seed: int = 0, sp
 def make_manifest(
     root: str | Path, *, suffix: str = ".tsv", utterances: int = 4, seed: int = 0, split: bool = True
 ) -> Path:
-    """Write recordings and a manifest (.tsv or .jsonl) with splits train and dev, or with none; return the manifest."""
+    """Write recordings and a manifest (.tsv or .jsonl), with splits train and dev or none; return its path."""
     generator = np.random.default_rng(seed)
     rows = []
     for name in ("train", "dev") if split else ("x",):
@@ -152,7 +152,7 @@ def make_manifest(
 
 
 def make_waveform(generator: np.random.Generator, seconds: float | None = None) -> np.ndarray:
-    """Return a tone that glides through noise, (N,) float32 at 16 kHz."""
+    """A rising tone with noise, (N,) float32 at 16 kHz."""
     n = int(RATE * (seconds or generator.uniform(0.25, 0.6)))
     t = np.arange(n) / RATE
     glide = np.sin(2 * np.pi * (generator.uniform(150, 900) + 300 * t) * t)
@@ -160,7 +160,7 @@ def make_waveform(generator: np.random.Generator, seconds: float | None = None) 
 
 
 def make_speech(seconds: float, *, rate: int = RATE, seed: int = 0) -> np.ndarray:
-    """Return something as loud and as quiet as speech is, (N,) float32: syllables of a voice over a little noise."""
+    """A signal with the loudness pattern of speech, (N,) float32: voiced syllables over faint noise."""
     generator = np.random.default_rng(seed)
     t = np.arange(int(rate * seconds)) / rate
     pitch = 2 * np.pi * np.cumsum(generator.uniform(100, 150) + 20 * np.sin(2 * np.pi * 0.7 * t)) / rate

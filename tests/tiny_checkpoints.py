@@ -1,11 +1,11 @@
-"""Untrained checkpoints and trainers for tests of everything around the recognition."""
+"""Untrained checkpoints and tiny trainers, for tests that do not depend on accuracy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-import torch._dynamo  # torch imports it with the first optimiser, and the log TensorBoard: here no test waits for them
+import torch._dynamo  # the first optimiser imports it, and the log TensorBoard: import both before a test waits
 import torch.utils.tensorboard  # noqa: F401
 
 from las_fast import train
@@ -31,7 +31,7 @@ MODEL = ModelConfig(
 def make_checkpoint(
     folder: Path, size: int = 28, *, info: dict | None = None, sections: dict | None = None, **features
 ) -> Path:
-    """Write folder/untrained-SIZE.safetensors, of random but repeatable weights; sections: of the Config."""
+    """Write folder/untrained-SIZE.safetensors with weights from a fixed seed. sections: fields of Config."""
     kind = "mfcc" if size < 80 else "logmel"
     features = FeatureConfig(kind=kind, size=size, **features)
     config = Config(**{"features": features, "model": MODEL} | (sections or {}))
@@ -42,7 +42,7 @@ def make_checkpoint(
 
 
 def small(**sections) -> Config:
-    """Settings of a tiny model for an archive of F23; sections as Config has them."""
+    """Settings of a tiny model for an F23 archive. sections: fields of Config."""
     plain = {
         "features": FeatureConfig(size=28),
         "data": DataConfig(train=("train-clean-100",), dev="dev-clean", utterances_per_batch=2, workers=0),
