@@ -65,7 +65,7 @@ WRONG_MEMORY = [
     ({"lengths": torch.ones(3)}, r"lengths must be \(3,\) int64; got \(3,\) torch.float32"),
 ]
 WRONG_MEMORY_OF_REGISTERED_OP = [
-    (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 more for each cell; got 1"),
+    (0, [torch.ones(7, 5)], "weights must be 6 tensors and 2 per cell; got 1"),
     (1, torch.ones(3, 9), r"keys must be \(B, T, D\) float32; got \[3, 9\] Float"),
     (1, torch.ones(3, 9, 5), r"weights: query must be \[5, 6\]; got \[4, 6\]"),
     (2, torch.ones(3, 8, 3), r"values must be \(B, T, E\) float32 with B=3, T=9 like keys; got \[3, 8, 3\]"),
