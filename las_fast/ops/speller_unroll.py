@@ -21,6 +21,7 @@ Values and gradients equal those of the plain loop up to the order of summation.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import partial
 
@@ -78,7 +79,8 @@ def speller_unroll(
         RuntimeError: the named backend is not available here, or does not take the precision; a token is out of range.
     """
     _check(weights, keys, values, lengths, tokens, sampled, masks, precision)
-    unsupported = dict.fromkeys(("cpp", "triton"), "has no fp16 matmuls" if precision == "fp16" else None)
+    reason = "has no fp16 matmuls" if precision == "fp16" else None
+    unsupported = {"cpp": reason, "triton": reason}
     chosen = backends.choose("speller_unroll", backend, keys.device, keys.dtype, unsupported)
     if chosen in ("cpp", "triton"):
         flat = weights.flat()
@@ -274,8 +276,7 @@ def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, 
 
 
 def _fake_forward_triton(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
-    from las_fast.kernels.speller_unroll import layout
-
+    layout = importlib.import_module("las_fast.kernels.speller_unroll").layout  # imports triton
     (B, U), V, dtype = tokens.shape, len(weights[0]), torch.bfloat16 if bf16 else torch.float32
     where = layout(tuple(len(bias) // 4 for bias in weights[7::2]), values.shape[2])
     operands = keys.new_empty(U, B, where.operands, dtype=dtype)
