@@ -3,7 +3,7 @@
 A program takes one hypothesis and BLOCK_V of its continuations. Both recursions over frames are linear and of first
 order, x_t = factor_t x_(t-1) + term_t, so each is an associative scan over a block of frames, in logarithms:
 
-    n_t with factor p_t(token) and term f_(t-1) p_t(token),   a_t with factor p_t(blank) and term n_t
+    n_t = p_t(token) (n_(t-1) + f_(t-1)),   a_t = p_t(blank) a_(t-1) + n_t
 
 The sums over frames combine a_t with frames t+1 and t+2, so that no value moves between lanes. Bytes: log-probabilities
 are read once per hypothesis, mostly from the cache; states are read and written once.

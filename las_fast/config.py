@@ -196,7 +196,7 @@ class TrainingConfig:
     guided_weight: float = number(0.0, at_most=1e6)
     # standard deviation of the diagonal prior, as a share of the utterance
     guided_width: float = number(0.15, above=0)
-    # half width of the prior's window around CTC's alignment, encoder frames; 0: diagonal prior
+    # half width, encoder frames, of the prior's window around each CTC token time; 0: diagonal prior instead
     guided_frames: float = 0.0
     guided_until: float = 10.0  # epoch at which the guided weight has faded to 0
     teacher_forcing: tuple[TeacherForcingStage, ...] = (
@@ -230,7 +230,7 @@ class DecodingConfig:
     maximum_extra: int = number(10, at_most=1_000_000)  # tokens allowed beyond maximum_share
     # weight of coverage: mean over frames of log(min(1, attention summed over tokens)); 0.1 is a large value
     coverage_weight: float = 0.0
-    # share of the CTC prefix scores in the score, up to 1; the rest is the speller's. 0 needs no CTC head
+    # weight of CTC's log-probabilities, 0 to 1; the speller has the rest. Above 0 the model needs a CTC head
     ctc_weight: float = number(0.0, at_most=1)
     ngram_weight: float = 0.0  # weight of the log-probabilities of the n-gram model, if there is one
     # nats added to the score per character, to offset the n-gram model's preference for short texts

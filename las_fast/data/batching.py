@@ -263,7 +263,7 @@ class _Loader:
 
 
 class _Batches:
-    """Source of a Loader: item b is batch b, as a dict of the fields of Batch."""
+    """Dataset for the Loader: item b is the collated batch b, a dict with the fields of Batch."""
 
     def __init__(self, dataset, batches, vocabulary, augment, seed, epoch):
         self.dataset, self.batches, self.vocabulary = dataset, batches, vocabulary

@@ -46,7 +46,8 @@ class RunLog:
         try:
             self.file.write(json.dumps(replace_non_finite(row)) + "\n")
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error.strerror}); free some space") from None
+            problem = f"{self.path} cannot be written ({error.strerror})"
+            raise InputError(f"{problem}; check the disk's space and permissions") from None
         scalars = {f"{row['kind']}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "epoch"}
         scalars |= {f"monitor/{k}": float(v) for k, v in row.get("monitor", {}).items() if v is not None}
         for name, value in scalars.items():

@@ -9,7 +9,8 @@ from las_fast.ops import backends
 
 RUNGS = [
     ("0", "torch's own checks: schema, shapes without data, gradients, one graph under `torch.compile`", None, "yes"),
-    ("1", "interpreted, with outputs poisoned: values, gradients and indices against float64",
+    ("1", "interpreted, with outputs poisoned: values, gradients and indices against the reference, in float64 where "
+     "the op sums or multiplies",
      [case for case in CASES if case.interpretable], "{} cases"),
     ("2", "every lane of every access in bounds, no races between programs; sizes beyond 2^31",
      [case for case in CASES if case.interpretable] + HUGE, "{} cases"),

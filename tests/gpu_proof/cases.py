@@ -43,7 +43,7 @@ class Case:
     huge: bool = False  # larger than memory: only the bounds of the last program are checked
 
     def run(self, device="cpu", approximate=False):
-        """Raise AssertionError if the launcher's results on this device differ from the float64 reference.
+        """Raise AssertionError if the launcher's results on this device differ from the reference's.
 
         approximate: allow the larger errors of a GPU's approximate exponentials and logarithms.
         """

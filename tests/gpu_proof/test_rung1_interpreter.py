@@ -1,4 +1,4 @@
-"""Rung 1: each interpreted launcher matches the float64 reference and writes all of its results."""
+"""Rung 1: each interpreted launcher matches the reference and writes all of its results."""
 
 import pytest
 

@@ -82,7 +82,7 @@ def test_an_unwritable_log_is_a_one_sentence_error(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     log.file = SimpleNamespace(write=write, close=lambda: None)
-    with pytest.raises(InputError, match=r"log.jsonl cannot be written \(No space left on device\); free some space"):
+    with pytest.raises(InputError, match=r"log.jsonl cannot be written \(No space left.*check the disk's space"):
         log.training(1, 0.1, {"loss": 2.0}, 0.01)
     log.close()
 
