@@ -18,9 +18,9 @@ from toy_model import config
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
-from las_fast.ops import backends
+from las_fast.ops import Ctc, Ngram, backends, beam_topk
 from las_fast.search import steps
-from las_fast.search.beam import length_limits
+from las_fast.search.beam import fold_length_reward, length_limits
 
 V, MAX_LAUNCHES = 31, 16
 MAX_LAUNCHES_WITH_CTC = 17
@@ -140,6 +140,51 @@ def test_attention_weights_are_computed_only_for_coverage(trace_chunk):
         calls = trace_chunk(coverage_weight=weight).steps[-1]
         ((_, _, made[weight]),) = [call for call in calls if call[0] == "masked_attention_triton"]
     assert (3, 4, 50) in made[0.1] and (3, 4, 50) not in made[0.0]
+
+
+class HostCopies(TorchDispatchMode):
+    """Keeps the calls that on CUDA copy from the host or wait for the device, also where a CPU hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if (
+            name in ("_local_scalar_dense", "nonzero")
+            or (name == "lift_fresh" and arguments[0].dim() > 0)  # torch.tensor of a list
+            or (name == "copy_" and arguments[1].dim() == 0)  # a number written to one element
+        ):
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
+
+
+@torch.no_grad()
+def test_beams_beyond_the_triton_op_copy_nothing_from_the_host():
+    """Fake CUDA tensors cannot be indexed in a CPU build, so the reference is watched on the CPU."""
+    B, K = 2, 130
+    with HostCopies() as copies:
+        beam_topk(
+            torch.zeros(B, K, V), torch.zeros(B, K), torch.zeros(B, K, dtype=torch.bool), eos=2,
+            lengths=torch.zeros(B, K, dtype=torch.int64), minimum=torch.ones(B, dtype=torch.int64),
+            maximum=torch.ones(B, dtype=torch.int64), eos_threshold=1.5, length_penalty=1.0, coverage=torch.zeros(B, K),
+            ngram=Ngram(torch.zeros(V, V), torch.zeros(B, K, dtype=torch.int64), 0.3),
+            ctc=Ctc(torch.zeros(B, K, V), 0.3), backend="reference",
+        )  # fmt: skip
+    assert copies.found == []
+
+
+@torch.no_grad()
+def test_the_beams_before_the_first_step_copy_no_number_from_the_host():
+    """A number written to a row is a fill on CUDA; written to one element, it is a copy from the host."""
+    model = LAS(ModelConfig(ListenerConfig((8,), (3,), (2,), 8, 1), ctc_layer=0), input_size=4, vocabulary_size=V)
+    memory = model.eval().listen(torch.randn(3, 40, 4), torch.tensor([40, 30, 7]))
+    search = steps.Search(model, config(ctc_weight=0.3, coverage_weight=0.1), torch.zeros(V, V), "auto")
+    with HostCopies() as copies:
+        fold_length_reward(None, config(length_reward=0.5), V, "cpu")
+        steps.begin(search, memory, length_limits(memory.lengths, search.config))
+    assert copies.found == []
 
 
 class Reads(LAS):

@@ -92,7 +92,7 @@ def beam_topk(
         RuntimeError: the named backend is not available here, or K or V is too large for it (Triton: 128 beams).
     """
     _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos)
-    unsupported = {"triton": _too_many(*logits.shape[1:])}
+    unsupported = {"triton": triton_problem(*logits.shape[1:])}
     chosen = backends.choose("beam_topk", backend, logits.device, logits.dtype, unsupported)
     table, states, weight = ngram or (None, None, 0.0)
     op: Any = _reference if chosen == "reference" else getattr(torch.ops.las_fast, f"beam_topk_{chosen}")
@@ -103,8 +103,8 @@ def beam_topk(
     return BeamStep(*best)
 
 
-def _too_many(K: int, V: int) -> str | None:
-    """Return why the Triton kernels cannot take so many candidates, or None."""
+def triton_problem(K: int, V: int) -> str | None:
+    """Return why the Triton kernels cannot take K beams of V tokens, or None."""
     if K <= MAX_BEAMS and K * V < 2**31:
         return None
     return f"takes at most {MAX_BEAMS} beams and 2^31 candidates per utterance; got {K} beams of {V} tokens"
@@ -121,8 +121,8 @@ def _reference(
         steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_next_log_probs
     if ngram_table is not None:
         steps = steps + ngram_weight * ngram_table[ngram_states]
-    only_eos = torch.full((V,), -torch.inf, device=steps.device)
-    only_eos[eos] = 0.0
+    # masked_fill, not only_eos[eos] = 0.0: on CUDA that copies a number from the host, which a graph cannot capture.
+    only_eos = torch.full((V,), -torch.inf, device=steps.device).masked_fill(_is_eos(V, eos, steps.device), 0.0)
     steps = torch.where(finished[..., None], only_eos, steps)
     candidates = scores[..., None] + steps  # (B, K, V)
     token_counts = (lengths + ~finished).clamp(min=1).float()
@@ -144,7 +144,7 @@ def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) ->
     logits = logits.float()
     undefined = ~logits.logsumexp(-1, keepdim=True).isfinite()  # log_softmax would be NaN
     steps = logits.log_softmax(-1).masked_fill(undefined, -torch.inf)
-    is_eos = torch.arange(logits.shape[2], device=logits.device) == eos
+    is_eos = _is_eos(logits.shape[2], eos, logits.device)
     denied = torch.zeros_like(steps[..., 0], dtype=torch.bool)  # (B, K)
     if eos_threshold != 0.0:
         denied = steps[..., eos] <= eos_threshold * steps.masked_fill(is_eos, -torch.inf).amax(-1)
@@ -155,6 +155,11 @@ def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) ->
         denied = denied & ~forced
         steps = steps.masked_fill(forced[..., None] & ~is_eos, -torch.inf)
     return steps.masked_fill(denied[..., None] & is_eos, -torch.inf)
+
+
+def _is_eos(V: int, eos: int, device: torch.device) -> Tensor:
+    """Return (V,) bool, True at eos."""
+    return torch.arange(V, device=device) == eos
 
 
 def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos) -> None:

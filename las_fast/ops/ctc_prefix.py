@@ -43,14 +43,14 @@ def ctc_log_probabilities(logits: Tensor, lengths: Tensor, forbidden: Sequence[i
     -inf before the softmax. In a frame with NaN or +inf, or with only -inf, every token gets
     -inf, and so does every hypothesis.
     """
-    logits = logits.float()
-    if forbidden:
-        logits = logits.index_fill(2, torch.tensor(forbidden, device=logits.device), -torch.inf)
+    # Comparisons, not a tensor of token ids: a search on CUDA would wait for its copy from the host.
+    logits, tokens = logits.float(), torch.arange(logits.shape[2], device=logits.device)
+    for token in forbidden:
+        logits = logits.masked_fill(tokens == token, -torch.inf)
     undefined = ~logits.logsumexp(-1, keepdim=True).isfinite()  # log_softmax would be NaN
     log_probs = logits.log_softmax(-1).masked_fill(undefined, -torch.inf)
     padding = padding_mask(lengths, logits.shape[1])[..., None]
-    blank_only = torch.full((logits.shape[2],), -torch.inf, device=logits.device)
-    blank_only[BLANK] = 0.0
+    blank_only = torch.full_like(tokens, -torch.inf, dtype=torch.float32).masked_fill(tokens == BLANK, 0.0)
     return torch.where(padding, blank_only, log_probs)
 
 

@@ -67,7 +67,7 @@ def masked_attention(
     """
     _check(query, keys, values, lengths, padding)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    unsupported = {"triton": _too_wide(query, keys, values)}
+    unsupported = {"triton": triton_problem(query, keys, values)}
     chosen = backends.choose("masked_attention", backend, query.device, query.dtype, unsupported)
     if chosen == "reference":
         padding = padding_mask(lengths, keys.shape[1]) if padding is None else padding
@@ -91,7 +91,7 @@ def _reference(query: Tensor, keys: Tensor, values: Tensor, padding: Tensor, sca
         return torch.bmm(weights, values.to(dtype)).to(values.dtype), weights
 
 
-def _too_wide(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
+def triton_problem(query: Tensor, keys: Tensor, values: Tensor) -> str | None:
     """Return why the tiles of these sizes do not fit into a GPU's shared memory, or None if they do."""
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
     max_size = 256 if gradients and query.dtype == torch.float32 else 512

@@ -92,7 +92,7 @@ def beam_search(
     limits = length_limits(memory.lengths * model.time_reduction, config)
     search = Search(model, config, ngram if config.ngram_weight else None, backend, packed)
     with _device_context(memory.lengths.device):
-        run = choose_search(search, memory.lengths.device, capture=capture)
+        run = choose_search(search, memory, capture=capture)
         return backtrack(run(search, memory, limits), limits, config, nbest, backend)
 
 
@@ -122,9 +122,9 @@ def fold_length_reward(
         return ngram, config
     if ngram is None or not config.ngram_weight:
         ngram, config = torch.zeros(1, V, device=device), dataclasses.replace(config, ngram_weight=1.0)
+    is_eos = torch.arange(V, device=device) == EOS
     reward = torch.full((V,), config.length_reward / config.ngram_weight, device=device)
-    reward[EOS] = 0.0
-    return ngram + reward, dataclasses.replace(config, length_reward=0.0)
+    return ngram + reward.masked_fill(is_eos, 0.0), dataclasses.replace(config, length_reward=0.0)
 
 
 def length_limits(lengths: Tensor, config: DecodingConfig) -> Limits:
@@ -139,18 +139,18 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def choose_search(
-    search: Search, device: torch.device, *, capture: bool | None = None
+    search: Search, memory, *, capture: bool | None = None
 ) -> Callable[[Search, Any, Limits], Steps]:
     """Return the function that runs the search: search_natively, search_by_graph or search_by_steps.
 
-    capture is as in beam_search. Raises InputError for a precision that the search does not support.
+    memory and capture are as in beam_search. Raises InputError for a precision that the search does not support.
     """
-    if capture is None and is_native(search.model, search.backend, device):
+    if capture is None and is_native(search.model, search.backend, memory.lengths.device):
         return search_natively
     if (precision := search.config.precision) in LOW_PRECISIONS:
         raise InputError(f"decoding.precision {precision} needs the C++ search of a LAS on a CPU; set it to auto")
     if capture is None:
-        capture = can_capture(device, search.backend)
+        capture = can_capture(search, memory)
     return search_by_graph if capture else search_by_steps
 
 

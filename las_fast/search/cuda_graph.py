@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from las_fast.model.attention import Memory
 from las_fast.ops import Steps, backends
+from las_fast.ops.beam_topk import triton_problem as too_many_candidates
+from las_fast.ops.masked_attention import triton_problem as too_wide
 from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
 
 MAX_GRAPHS = 4  # per model; each holds a copy of a batch's keys and values
@@ -30,11 +33,18 @@ _graphs: WeakKeyDictionary[Any, OrderedDict[Hashable, GraphedChunk]] = WeakKeyDi
 _lock = threading.Lock()
 
 
-def can_capture(device: torch.device, backend: str) -> bool:
-    """Return whether a search can be captured: on CUDA, with the Triton ops, without autocast."""
+def can_capture(search: Search, memory) -> bool:
+    """Return whether a search can be captured: on CUDA, without autocast, if the Triton ops take its sizes."""
+    device = memory.lengths.device
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # a graph would outlive autocast's cached weights
         return False
-    return all(backends.choose(op, backend, device) == "triton" for op in ("masked_attention", "beam_topk"))
+    problems = {"beam_topk": too_many_candidates(search.config.beam, search.model.vocabulary_size)}
+    if isinstance(memory, Memory):
+        problems["masked_attention"] = too_wide(memory.keys, memory.keys, memory.values)
+    ops = ("masked_attention", "beam_topk", "beam_gather", *(["ctc_prefix"] if search.config.ctc_weight else []))
+    return all(
+        backends.choose(op, search.backend, device, unsupported={"triton": problems.get(op)}) == "triton" for op in ops
+    )
 
 
 def search_by_graph(search: Search, memory, limits: Limits) -> Steps:

@@ -193,15 +193,15 @@ def test_triton_needs_an_nvidia_gpu_and_its_package(monkeypatch, cuda_available,
 
 def test_triton_kernels_refuse_sizes_beyond_their_limits():
     topk, attention = (importlib.import_module(f"las_fast.ops.{name}") for name in ("beam_topk", "masked_attention"))
-    assert topk._too_many(128, 1000) is None and topk._too_many(1, 2**31 - 1) is None
-    assert topk._too_many(129, 10).startswith(
+    assert topk.triton_problem(128, 1000) is None and topk.triton_problem(1, 2**31 - 1) is None
+    assert topk.triton_problem(129, 10).startswith(
         "takes at most 128 beams and 2^31 candidates per utterance; got 129 beams"
     )
-    assert topk._too_many(2, 2**30) is not None and topk._too_many(1, 2**31) is not None
+    assert topk.triton_problem(2, 2**30) is not None and topk.triton_problem(1, 2**31) is not None
 
     def wide(D, E, dtype=torch.float32, graded=False):
         query, values = torch.zeros(1, 1, D, dtype=dtype, requires_grad=graded), torch.zeros(1, 1, E, dtype=dtype)
-        return attention._too_wide(query, query.detach(), values)
+        return attention.triton_problem(query, query.detach(), values)
 
     assert wide(512, 512) is None and wide(256, 256, graded=True) is None
     assert wide(512, 512, torch.bfloat16, graded=True) is None

@@ -381,30 +381,51 @@ def test_the_length_reward_counts_every_token_except_eos():
         assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
 
 
-def test_a_search_can_be_captured_on_cuda_if_all_its_ops_are_triton(monkeypatch):
-    chosen = {"masked_attention": "triton", "beam_topk": "triton"}
-    monkeypatch.setattr(backends, "choose", lambda op, backend, device: chosen[op])
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert cuda_graph.can_capture(cuda, "auto") and cuda_graph.can_capture(cpu, "auto") is False
-    for op in chosen:
-        monkeypatch.setitem(chosen, op, "reference")
-        assert cuda_graph.can_capture(cuda, "auto") is False
-        monkeypatch.setitem(chosen, op, "triton")
+@pytest.fixture
+def capturable(monkeypatch):
+    """A function that says whether a search of a memory on "cuda" can be captured where Triton is available."""
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+
+    def capturable(backend="auto", device="cuda", vocabulary=V, key_size=8, value_size=8, **fields):
+        keys, values = (torch.empty(1, 1, size, device="meta") for size in (key_size, value_size))
+        lengths = SimpleNamespace(device=torch.device(device))
+        search = steps.Search(SimpleNamespace(vocabulary_size=vocabulary), config(**fields), None, backend)
+        return cuda_graph.can_capture(search, Memory(keys, values, lengths, None))
+
+    return capturable
+
+
+def test_a_search_can_be_captured_on_cuda_if_all_its_ops_are_triton(monkeypatch, capturable):
+    assert capturable() and capturable("triton") and capturable(ctc_weight=0.3)
+    assert capturable(device="cpu") is capturable("reference") is False
+    for op in ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix"):
+        with monkeypatch.context() as without:
+            without.setitem(backends.IMPLEMENTED, op, {"reference": None})
+            assert capturable(ctc_weight=0.3) is False
+            assert capturable() is (op == "ctc_prefix")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
-    assert cuda_graph.can_capture(cuda, "auto") is False
+    assert capturable() is False
+
+
+def test_a_search_too_large_for_a_triton_op_is_not_captured(capturable):
+    assert capturable(beam=128, key_size=512, value_size=512)
+    assert capturable(beam=129) is capturable(beam=2, vocabulary=2**30) is False
+    assert capturable(key_size=513) is capturable(value_size=513) is False
+    with pytest.raises(RuntimeError, match="takes at most 128 beams"):
+        capturable("triton", beam=129)
 
 
 def test_a_las_is_searched_natively_and_other_models_by_steps_or_graph(monkeypatch):
-    cpu, las = torch.device("cpu"), with_ctc_head()
+    las, searched = with_ctc_head(), memory([1], [4])
     native = beam.search_natively if "cpp" in BACKENDS else beam.search_by_steps
 
     def chosen(model, backend="auto", capture=None):
-        return beam.choose_search(steps.Search(model, config(), None, backend), cpu, capture=capture)
+        return beam.choose_search(steps.Search(model, config(), None, backend), searched, capture=capture)
 
     assert chosen(las) is native
     assert chosen(las, capture=False) is chosen(las, "reference") is chosen(ToyModel()) is beam.search_by_steps
     assert chosen(las, capture=True) is chosen(ToyModel(), capture=True) is beam.search_by_graph
-    monkeypatch.setattr(beam, "can_capture", lambda device, backend: True)
+    monkeypatch.setattr(beam, "can_capture", lambda search, memory: True)
     assert chosen(las) is native
     assert chosen(las, "reference") is chosen(ToyModel()) is beam.search_by_graph
     assert chosen(ToyModel(), capture=False) is beam.search_by_steps
