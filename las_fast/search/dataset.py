@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import eq
 from typing import Any
@@ -154,11 +154,21 @@ def _try_decode(decode: Callable[[Batch], list[list[Hypothesis]]], batch: Batch)
     try:
         return decode(batch)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not any(map(is_out_of_memory, _causes(error))):
             raise
     clear_graphs()
     torch.cuda.empty_cache()
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and those it was raised from or while handling.
+
+    If memory runs out during the capture of a CUDA graph, torch ends the capture, and that raises another error.
+    """
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _split_in_half(batch: Batch, dataset) -> list[Batch]:

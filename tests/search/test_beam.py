@@ -804,6 +804,34 @@ def test_a_batch_that_does_not_fit_is_halved_and_decoded_completely(error, messa
     assert all(rows * frames <= 21 for rows, frames in model.batches)
 
 
+class CapturedInHalves(cuda_graph.CudaGraph):
+    """Runs the captured function again; above 2 utterances, memory runs out and the end of the capture fails too."""
+
+    def capture(self, function):
+        self.function, self.results = function, function()
+        if self.results[0].tokens.shape[1] > 2:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        return self.results
+
+    def replay(self):
+        chunk, ended = self.function()
+        for old, new in zip((*self.results[0], self.results[1]), (*chunk, ended), strict=True):
+            old.copy_(new)
+
+
+def test_a_batch_that_does_not_fit_while_it_is_captured_is_halved(monkeypatch):
+    dataset = FakeDataset(np.array([9, 10, 8, 7, 10]), [None] * 5)
+    expected = decode(ListeningModel(), dataset)
+    monkeypatch.setattr(beam, "can_capture", lambda search, memory: True)
+    monkeypatch.setattr(cuda_graph, "CudaGraph", CapturedInHalves)
+    searched = ListeningModel()
+    assert decode(searched, dataset) == expected
+    assert max(rows for rows, _ in searched.batches[1:]) <= 3 and searched.batches[0][0] == 5
+
+
 def test_halves_are_no_longer_than_their_longest_utterance():
     seen = []
 
