@@ -138,9 +138,7 @@ def _device_context(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def choose_search(
-    search: Search, memory, *, capture: bool | None = None
-) -> Callable[[Search, Any, Limits], Steps]:
+def choose_search(search: Search, memory, *, capture: bool | None = None) -> Callable[[Search, Any, Limits], Steps]:
     """Return the function that runs the search: search_natively, search_by_graph or search_by_steps.
 
     memory and capture are as in beam_search. Raises InputError for a precision that the search does not support.
@@ -155,20 +153,43 @@ def choose_search(
 
 
 def backtrack(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, backend: str) -> list[list[Hypothesis]]:
-    """Follow the back-pointers, copy the result to the host, and return the hypotheses of each utterance."""
+    """Follow the back-pointers, copy the nbest hypotheses of each utterance to the host, and return them."""
     tokens, lengths, token_scores, attended = beam_backtrack(*steps, eos=EOS, backend=backend)
     scores = steps.scores[-1]
     normalised = scores / (lengths + 1).float() ** config.length_penalty
     finished = lengths < limits.maximum[:, None]
-    columns = [x.tolist() for x in (tokens, scores, normalised, attended, token_scores, finished, lengths)]
-    return [_hypotheses(nbest, *utterance) for utterance in zip(*columns, strict=True)]
+    # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
+    possible = scores.isfinite() & ~(tokens <= max(PAD, SOS)).any(-1)
+    best = possible.byte().sort(stable=True, dim=-1, descending=True).indices[:, :nbest, None]
+    columns = [possible, scores, normalised, finished, lengths, tokens, token_scores, attended]
+    if nbest < scores.shape[1]:
+        columns = [x.view(*x.shape[:2], -1).take_along_dim(best, 1).view(len(x), nbest, *x.shape[2:]) for x in columns]
+    return [_hypotheses(nbest, *utterance) for utterance in zip(*_to_host(columns), strict=True)]
+
+
+def _to_host(columns: list[Tensor]) -> list[list]:
+    """Return the values of (B, N) and (B, N, L) tensors as lists."""
+    columns = in_one_copy(columns) if columns[0].is_cuda else columns
+    return [x.tolist() for x in columns]
+
+
+def in_one_copy(columns: list[Tensor]) -> list[Tensor]:
+    """Copy (B, N) and (B, N, L) tensors to the host at once: each copy of its own would wait for the device.
+
+    Returns tensors of the same values and shapes: float32, or int32 for integers and bools, which must fit.
+    """
+    bits = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in columns]
+    rows = [x.view(*x.shape[:2], -1) for x in bits]
+    copied = torch.cat(rows, -1).cpu().split([x.shape[-1] for x in rows], -1)
+    copied = [new.view(x.dtype) if x.is_floating_point() else new for new, x in zip(copied, columns, strict=True)]
+    return [new.reshape(x.shape) for new, x in zip(copied, columns, strict=True)]
 
 
 def _hypotheses(nbest: int, *columns: list) -> list[Hypothesis]:
-    """Return the best hypotheses of one utterance, from lists over its K beams (see backtrack)."""
+    """Return the hypotheses of one utterance, from lists over its best beams (see backtrack)."""
     hypotheses = []
-    for tokens, score, normalised, attended, token_scores, finished, n in zip(*columns, strict=True):
-        # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
-        if math.isfinite(score) and not {PAD, SOS} & set(tokens[:n]):
-            hypotheses.append(Hypothesis(tokens[:n], score, normalised, attended[:n], token_scores[:n], finished))
+    for possible, score, normalised, finished, n, tokens, token_scores, attended in zip(*columns, strict=True):
+        if possible:
+            texts = tokens[:n], score, normalised, attended[:n], token_scores[:n]
+            hypotheses.append(Hypothesis(*texts, bool(finished)))
     return hypotheses[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]

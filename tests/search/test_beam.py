@@ -580,6 +580,38 @@ class RecordOps(TorchDispatchMode):
         return result
 
 
+def random_steps(L=9, B=4, K=6) -> steps.Steps:
+    """Back-pointers of random hypotheses: of each utterance, some beams are impossible, and not only the last."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, parents, attended = (torch.randint(0, high, (L, B, K), generator=generator) for high in (30, K, 7))
+    scores = -torch.rand(L, B, K, generator=generator).cumsum(0)
+    scores[-1, 0, 3:] = scores[-1, 1, 1] = scores[-1, 3] = -torch.inf
+    return steps.Steps(tokens, parents, scores, attended)
+
+
+def test_the_host_reads_only_the_best_hypotheses(monkeypatch):
+    searched, limits = random_steps(), steps.Limits(torch.zeros(4, dtype=torch.int64), torch.full((4,), 5))
+    every = beam.backtrack(searched, limits, config(), 6, "auto")
+    assert len({len(hypotheses) for hypotheses in every}) > 1
+    copied, to_host = [], beam._to_host
+    monkeypatch.setattr(
+        beam, "_to_host", lambda columns: copied.append([tuple(x.shape) for x in columns]) or to_host(columns)
+    )
+    for nbest in (1, 2, 5):
+        found = beam.backtrack(searched, limits, config(), nbest, "auto")
+        assert found == [hypotheses[:nbest] for hypotheses in every]
+        assert copied.pop() == [(4, nbest)] * 5 + [(4, nbest, 9)] * 3
+
+
+def test_columns_are_copied_to_the_host_at_once_and_unchanged(monkeypatch):
+    columns = [torch.tensor([[True, False]]), torch.tensor([[-math.inf, 0.1]]), torch.tensor([[2**31 - 1, -3]])]
+    columns += [torch.arange(6).view(1, 2, 3), torch.randn(1, 2, 3), torch.empty(1, 2, 0)]
+    copies, cpu = [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: copies.append(x.shape) or cpu(x))
+    assert [x.tolist() for x in beam.in_one_copy(columns)] == [x.tolist() for x in columns]
+    assert copies == [(1, 2, 9)]
+
+
 def test_the_search_does_not_read_numbers_from_the_device():
     model = ToyModel(eos=-40.0)  # never emits eos by itself
     with RecordOps() as record:
