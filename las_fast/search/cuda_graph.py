@@ -26,7 +26,7 @@ from las_fast.ops.beam_topk import triton_problem as too_many_candidates
 from las_fast.ops.masked_attention import triton_problem as too_wide
 from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
 
-MAX_GRAPHS = 4  # per model; each holds a copy of a batch's keys and values
+MAX_GRAPHS = 16  # per model: more than the sizes in a sorted test set; each holds a copy of a batch's keys and values
 FRAMES_MULTIPLE = 64  # encoder frames are padded to a multiple of it
 
 _graphs: WeakKeyDictionary[Any, OrderedDict[Hashable, GraphedChunk]] = WeakKeyDictionary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from toy_model import ToyModel, config, memory
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
+from las_fast.data.batching import sorted_batches
 from las_fast.model.las import LAS
 from las_fast.search import cuda_graph
 from las_fast.search.beam import beam_search
@@ -156,14 +158,16 @@ def test_another_matmul_precision_needs_another_graph(graphs):
     assert len(graphs) == 2
 
 
-def test_the_least_recently_used_graph_is_dropped(graphs):
+def test_the_least_recently_used_graph_is_dropped(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 4)
     searched = ToyModel(9)
     for size in (1, 2, 4, 8, 1, 16, 1):
         beam_search(searched, memory([1] * size, [9] * size), config(), capture=True)
     assert len(graphs) == 5
 
 
-def test_only_the_last_few_graphs_are_kept(graphs):
+def test_only_the_last_few_graphs_are_kept(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 4)
     searched = ToyModel(9)
     sizes = [1, 2, 4, 8, 16]
     for size in (*sizes, 16, 8, 1):  # the smallest has been dropped by then
@@ -216,6 +220,16 @@ def test_on_a_cpu_nothing_is_captured_by_default(graphs):
 def test_sizes_are_rounded_up_to_few_values():
     assert [bucket(batch, 1)[0] for batch in (1, 2, 3, 8, 9, 128)] == [1, 2, 4, 8, 16, 128]
     assert [bucket(1, frames)[1] for frames in (1, 64, 65, 640)] == [64, 64, 128, 640]
+
+
+@pytest.mark.parametrize("time_reduction", [4, 8])
+def test_all_sizes_of_a_sorted_test_set_keep_their_graphs(time_reduction):
+    """Otherwise each pass over it captures all of them again. The lengths are like those of LibriSpeech's dev-clean."""
+    seconds = np.random.default_rng(0).lognormal(np.log(6.0), 0.62, 2703).clip(1.4, 32.6)
+    counts = (100 * seconds).astype(int)
+    batches = sorted_batches(counts, frames_per_batch=30000, utterances_per_batch=128)
+    sizes = {bucket(len(batch), -(-int(counts[batch].max()) // time_reduction)) for batch in batches}
+    assert 8 < len(sizes) <= cuda_graph.MAX_GRAPHS
 
 
 def test_padding_a_memory_does_not_change_results(model):
