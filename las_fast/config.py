@@ -236,7 +236,7 @@ class DecodingConfig:
     # nats added to the score per character, to offset the n-gram model's preference for short texts
     length_reward: float = number(0.0, at_least=-1e6, at_most=1e6)
     frames_per_batch: int = number(30000, at_least=1, at_most=10_000_000)  # maximum feature frames, padding included
-    # dtype of matmuls on a CPU; int8 is for the speller and implies bf16 for the listener; auto: fp32
+    # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
 

@@ -24,9 +24,9 @@ from las_fast.search.beam import fold_length_reward, length_limits
 
 V, MAX_LAUNCHES = 31, 16
 MAX_LAUNCHES_WITH_CTC = 17
-NO_LAUNCH = {  # views, and queries that need no kernel
-    "_unsafe_view", "alias", "detach", "device", "expand", "slice", "split_with_sizes", "t", "transpose", "unsqueeze",
-    "view",
+NO_LAUNCH = {  # views, and allocations and queries that need no kernel
+    "_unsafe_view", "alias", "detach", "device", "empty_like", "expand", "slice", "split",
+    "split_with_sizes", "t", "transpose", "unsqueeze", "view",
 }  # fmt: skip
 LAUNCHES = {"masked_attention_triton": 2}  # with split frames: one for the parts, one to combine them
 
@@ -74,6 +74,8 @@ def to_fake_cuda(tree):
 def trace_chunk(monkeypatch):
     """A function that runs one chunk of a model with two LSTM cells and checks that all steps are equal."""
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    # The method makes the device current, which a CPU build cannot.
+    monkeypatch.setattr(Tensor, "copy_", lambda x, other: torch.ops.aten.copy_.default(x, other))
     step = steps.step
 
     def trace_chunk(kind: type[LAS] = LAS, ngram: Tensor | None = None, **fields) -> Trace:
@@ -90,7 +92,7 @@ def trace_chunk(monkeypatch):
             for module in model.modules():
                 module._parameters, module._buffers = to_fake_cuda(module._parameters), to_fake_cuda(module._buffers)
             inputs, beams = to_fake_cuda(inputs), to_fake_cuda(beams)
-            beams = beams._replace(state=model.start(inputs.memory, one.config.beam))
+            beams = beams._replace(state=steps.stepping_model(one).start(inputs.memory, one.config.beam))
             with trace:
                 steps.advance(replace(one, ngram=to_fake_cuda(ngram)), inputs, beams)
         assert len(trace.steps) == steps.STEPS_PER_CHUNK
@@ -105,6 +107,12 @@ def test_a_step_launches_at_most_sixteen_kernels(trace_chunk):
     launched = trace_chunk().launches()
     assert len(launched) <= MAX_LAUNCHES, launched
     assert {f"{op}_triton" for op in ("masked_attention", "beam_topk", "beam_gather")} < set(launched)
+    assert launched.count("_thnn_fused_lstm_cell") == 2
+
+
+def test_a_step_in_bf16_launches_no_more(trace_chunk):
+    launched = trace_chunk(precision="bf16").launches()
+    assert len(launched) <= MAX_LAUNCHES, launched
     assert launched.count("_thnn_fused_lstm_cell") == 2
 
 
@@ -127,6 +135,7 @@ def test_besides_its_steps_a_chunk_only_stacks_and_computes_the_flag(trace_chunk
         {"minimum_share": 0.1, "eos_threshold": 1.5, "length_penalty": 1.0},
         {"ngram": torch.zeros(V, V), "ngram_weight": 0.3},
         {"ctc_weight": 0.3},
+        {"precision": "bf16"},
     ],
     ids=lambda fields: "-".join(fields),
 )

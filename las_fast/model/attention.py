@@ -14,8 +14,8 @@ from las_fast.ops.masks import padding_mask
 class Memory(NamedTuple):
     """Encoded utterances: computed once, read by the speller at every token for every beam."""
 
-    keys: Tensor  # (B, T, D) float32
-    values: Tensor  # (B, T, E) float32
+    keys: Tensor  # (B, T, D) float32; bfloat16 in a search by las_fast.search.bf16
+    values: Tensor  # (B, T, E), dtype of keys
     lengths: Tensor  # (B,) int64 encoder frames
     padding: Tensor  # (B, T) bool, True past the length; stored, because building it at every token is slow
     ctc_logits: Tensor | None = None  # (B, T', V)

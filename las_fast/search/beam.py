@@ -18,9 +18,10 @@ from torch import Tensor
 
 from las_fast.config import NEEDS_CTC_HEAD, DecodingConfig
 from las_fast.errors import InputError
+from las_fast.model.las import LAS
 from las_fast.ops import Steps, beam_backtrack, speller_pack
 from las_fast.search.cuda_graph import can_capture, search_by_graph
-from las_fast.search.native import LOW_PRECISIONS, is_native, native_precision, search_natively
+from las_fast.search.native import is_native, native_precision, search_natively
 from las_fast.search.steps import Limits, Search, search_by_steps
 from las_fast.text import EOS, PAD, SOS
 
@@ -83,8 +84,8 @@ def beam_search(
         utterance is empty with score -inf.
 
     Raises:
-        InputError: config.ngram_weight without an n-gram table, config.ctc_weight without a CTC head, or precision bf16
-            or int8 where the C++ search is not used.
+        InputError: config.ngram_weight without an n-gram table, config.ctc_weight without a CTC head, precision int8
+            where the C++ search is not used, or bf16 for a model that is not a LAS.
     """
     ngram, config = fold_length_reward(ngram, config, model.vocabulary_size, memory.lengths.device)
     if config.ctc_weight and getattr(memory, "ctc_logits", None) is None:
@@ -145,8 +146,10 @@ def choose_search(search: Search, memory, *, capture: bool | None = None) -> Cal
     """
     if capture is None and is_native(search.model, search.backend, memory.lengths.device):
         return search_natively
-    if (precision := search.config.precision) in LOW_PRECISIONS:
-        raise InputError(f"decoding.precision {precision} needs the C++ search of a LAS on a CPU; set it to auto")
+    if search.config.precision == "int8":
+        raise InputError("decoding.precision int8 needs the C++ search of a LAS on a CPU; set it to bf16 or auto")
+    if search.config.precision == "bf16" and type(search.model) is not LAS:  # a subclass may override step
+        raise InputError("decoding.precision bf16 needs a LAS, and not a subclass of it; set it to auto")
     if capture is None:
         capture = can_capture(search, memory)
     return search_by_graph if capture else search_by_steps

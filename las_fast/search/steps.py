@@ -34,6 +34,7 @@ from las_fast.ops import (
     ctc_start,
 )
 from las_fast.ops.speller_search import coverage, first_ngram_state
+from las_fast.search.bf16 import Bf16Steps
 from las_fast.text import EOS, SOS
 
 STEPS_PER_CHUNK = 16  # between two checks of whether all beams have ended
@@ -90,8 +91,15 @@ def search_by_steps(search: Search, memory, limits: Limits) -> Steps:
     return run_chunks(chunks(), max_chunks(search, memory), chunks_in_flight(memory))
 
 
+def stepping_model(search: Search) -> Any:
+    """Return the object whose start and step the search calls: the model, or for precision bf16 a Bf16Steps of it."""
+    return Bf16Steps(search.model) if search.config.precision == "bf16" else search.model
+
+
 def begin(search: Search, memory, limits: Limits) -> tuple[Inputs, Beams]:
     """Make the inputs of all steps, and the beams before the first step."""
+    if search.config.precision == "bf16":
+        memory = memory._replace(keys=memory.keys.bfloat16(), values=memory.values.bfloat16())
     B, K, device = memory.lengths.shape[0], search.config.beam, memory.lengths.device
     scores = torch.full((B, K), -torch.inf, device=device)
     scores[:, 0] = 0.0  # the other beams do not exist yet
@@ -101,7 +109,7 @@ def begin(search: Search, memory, limits: Limits) -> tuple[Inputs, Beams]:
         # Padding counts as covered. Uncovered, it would add a large constant to the ranks and cost them precision.
         attention = memory.padding[:, None].expand(-1, K, -1).float()
     ngram_states = None if search.ngram is None else zeros + first_ngram_state(search.ngram, SOS)
-    finished, state = torch.zeros_like(zeros, dtype=torch.bool), search.model.start(memory, K)
+    finished, state = torch.zeros_like(zeros, dtype=torch.bool), stepping_model(search).start(memory, K)
     log_probs = ctc_log_probs(search.config, memory)
     ctc = None if log_probs is None else ctc_start(log_probs, K, eos=EOS)
     if isinstance(memory, Memory):
@@ -131,7 +139,7 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
     """Take one step; the tensors of Steps are (B, K)."""
     config, backend, attention, ctc = search.config, search.backend, beams.attention, beams.ctc
     (memory, limits, log_probs), states = inputs, beams.ngram_states
-    logits, attended, state = search.model.step(
+    logits, attended, state = stepping_model(search).step(
         beams.tokens, beams.state, memory, weights=attention is not None, backend=backend
     )
     if attention is not None:

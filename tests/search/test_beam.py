@@ -359,9 +359,12 @@ def test_the_inputs_of_a_chunk_have_no_ctc_logits():
     assert inputs.ctc_log_probs.shape == (2, 5, V)
 
 
-def test_low_precision_needs_the_native_search():
-    with pytest.raises(InputError, match=r"decoding.precision bf16 needs the C\+\+ search of a LAS on a CPU"):
-        beam_search(ToyModel(), memory([1], [4]), config(precision="bf16"))
+@pytest.mark.parametrize(
+    ("precision", "needs"), [("bf16", "a LAS, and not a subclass"), ("int8", r"the C\+\+ search of a LAS on a CPU")]
+)
+def test_a_model_that_cannot_be_searched_in_low_precision_is_refused(precision, needs):
+    with pytest.raises(InputError, match=f"decoding.precision {precision} needs {needs}"):
+        beam_search(ToyModel(), memory([1], [4]), config(precision=precision))
     actual = beam_search(ToyModel(), memory([1], [4]), config(precision="fp32"))
     assert actual == beam_search(ToyModel(), memory([1], [4]), config())
 

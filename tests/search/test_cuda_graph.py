@@ -85,6 +85,7 @@ SETTINGS = [
     {"coverage_weight": 0.1},
     {"ngram_weight": 0.4},
     {"ctc_weight": 0.4},
+    {"precision": "bf16"},
 ]
 
 
@@ -98,7 +99,8 @@ def test_a_search_by_cuda_graph_equals_a_search_by_steps(fields, model, graphs):
         (model, encode(model, [120, 40, 77])),
         (model, encode(model, [8])),
     ]
-    searches = searches["ctc_weight" in fields :]  # the fake model has no CTC head
+    # the fake model has no CTC head, and no weights to convert
+    searches = searches["ctc_weight" in fields or "precision" in fields :]
     for searched, encoded in searches:
         expected = beam_search(searched, encoded, config(**fields), capture=False, **options)
         assert_same(beam_search(searched, encoded, config(**fields), capture=True, **options), expected)
@@ -113,13 +115,16 @@ def test_a_replayed_graph_has_no_state_from_the_previous_search(model, graphs):
     assert len(graphs) == 1
 
 
-def test_a_graph_reads_updated_weights_and_moved_weights_need_a_new_graph(model, graphs):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_reads_updated_weights_and_moved_weights_need_a_new_graph(precision, model, graphs):
+    settings = config(precision=precision)
+
     def assert_captured_equals_steps(encoded):
-        by_steps = beam_search(model, encoded, config(), capture=False)
-        assert_same(beam_search(model, encoded, config(), capture=True), by_steps)
+        by_steps = beam_search(model, encoded, settings, capture=False)
+        assert_same(beam_search(model, encoded, settings, capture=True), by_steps)
 
     encoded = encode(model, [120, 90])
-    beam_search(model, encoded, config(), capture=True)
+    beam_search(model, encoded, settings, capture=True)
     with torch.no_grad():
         model.speller.project.weight.mul_(-2)
     assert_captured_equals_steps(encoded)

@@ -1,0 +1,130 @@
+"""The steps of a LAS with bfloat16 matmuls, for searches by steps and by CUDA graphs.
+
+Weights, keys, values, hidden states and contexts are bfloat16. Sums of products, gates, cell states, attention scores
+and logits are float32. A step launches as many kernels as one in float32: the copy that puts a hidden state or context
+into the joined state also converts it, and one matmul computes what all gates take from the previous joined state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from las_fast.model.attention import AttentionRead, Memory
+from las_fast.model.las import LAS
+from las_fast.model.speller import fused_gates
+from las_fast.ops import SpellerWeights, beam_gather, masked_attention
+
+
+class Weights(NamedTuple):
+    """The weights of a speller of n cells of sizes H_i, bfloat16 unless noted. N = H_1 + ... + H_n + E; see State."""
+
+    token_gates: Tensor  # (V, 4 * H_1) float32, contribution of each token to the gates of the first cell
+    recurrent: Tensor  # (4 * H_1 + ... + 4 * H_n, N) from the previous joined state to the gates of all cells
+    below: tuple[Tensor, ...]  # (4 * H_i, H_(i-1)) for each cell but the first
+    gate_biases: tuple[Tensor, ...]  # (4 * H_i,) float32
+    zeros: tuple[Tensor, ...]  # (4 * H_i,) float32, second bias of the fused kernel
+    query: Tensor  # (D, H_n)
+    query_bias: Tensor  # (D,)
+    project: Tensor  # (M, H_n + E)
+    project_bias: Tensor  # (M,)
+    embedding: Tensor  # (V, M)
+    bias: Tensor  # (V,) float32
+
+
+class State(NamedTuple):
+    """The recurrent state of K hypotheses of each of B utterances, with the weights that every step reads."""
+
+    joined: Tensor  # (B, K, N) bfloat16: the hidden states of all cells, then the context
+    cell: tuple[Tensor, ...]  # (B, K, H_i) float32
+    weights: Weights
+
+    def gather(self, parents: Tensor, *, backend: str = "auto") -> State:
+        """Reorder the state so that hypothesis k of utterance b continues parents[b, k]; parents (B, K) int64."""
+        joined, *cell = beam_gather((self.joined, *self.cell), parents, backend=backend)
+        return State(joined, tuple(cell), self.weights)
+
+
+class Bf16Steps:
+    """start and step of a LAS, as beam_search calls them, for a memory whose keys and values are bfloat16."""
+
+    def __init__(self, model: LAS):
+        self.speller = model.speller
+
+    def start(self, memory: Memory, beam: int) -> State:
+        """Return the state before the first token: zeros for `beam` hypotheses per utterance."""
+        sizes, rows = [cell.size for cell in self.speller.cells], (memory.keys.shape[0], beam)
+        joined = memory.keys.new_zeros(*rows, sum(sizes) + memory.values.shape[2])
+        cell = tuple(memory.keys.new_zeros(*rows, size, dtype=torch.float32) for size in sizes)
+        return State(joined, cell, convert(self.speller.weights()))
+
+    def step(
+        self, tokens: Tensor, state: State, memory: Memory, *, weights: bool = False, backend: str = "auto"
+    ) -> tuple[Tensor, AttentionRead, State]:
+        """Advance every hypothesis by one token; see LAS.step."""
+        w, joined = state.weights, torch.empty_like(state.joined)
+        parts = joined.flatten(0, 1).split([*(cell.shape[2] for cell in state.cell), memory.values.shape[2]], 1)
+        cells = _advance_cells(tokens, state, parts[:-1])
+        query = torch.addmm(w.query_bias, parts[-2], w.query.t()).view(*tokens.shape, -1)
+        context, *read = masked_attention(
+            query, *memory[:3], weights=weights, peaks=True, padding=memory.padding, backend=backend
+        )
+        parts[-1].copy_(context.flatten(0, 1))
+        size = w.project.shape[1]
+        last = joined.flatten(0, 1).narrow(1, joined.shape[2] - size, size)  # hidden state of the last cell, context
+        features = F.gelu(torch.addmm(w.project_bias, last, w.project.t()))
+        logits = matmul(features, w.embedding, w.bias).view(*tokens.shape, -1)
+        return logits, AttentionRead(*read), State(joined, cells, w)
+
+
+def _advance_cells(tokens: Tensor, state: State, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Write the new hidden states (B*K, H_i) into `hidden`; return the new cell states."""
+    w, cells = state.weights, []
+    recurrent = matmul(state.joined.flatten(0, 1), w.recurrent).split([len(bias) for bias in w.gate_biases], 1)
+    for i, cell in enumerate(state.cell):
+        below = matmul(hidden[i - 1], w.below[i - 1]) if i > 0 else F.embedding(tokens, w.token_gates).flatten(0, 1)
+        new_hidden, new_cell = lstm(below, recurrent[i], cell.flatten(0, 1), w.gate_biases[i], w.zeros[i])
+        hidden[i].copy_(new_hidden)
+        cells.append(new_cell.view(cell.shape))
+    return tuple(cells)
+
+
+def convert(weights: SpellerWeights) -> Weights:
+    """Return the weights of a speller as the steps read them."""
+    M, biases, half = weights.embedding.shape[1], weights.gate_biases, torch.bfloat16
+    sizes = [len(bias) // 4 for bias in biases]
+    table, context, hidden = weights.gates[0].split((M, weights.gates[0].shape[1] - M - sizes[0], sizes[0]), 1)
+    later = [gates.split((gates.shape[1] - H, H), 1) for gates, H in zip(weights.gates[1:], sizes[1:], strict=True)]
+    own = torch.block_diag(hidden, *(own for _, own in later))
+    recurrent = torch.cat((own, F.pad(context, (0, 0, 0, len(own) - len(context)))), 1)
+    return Weights(
+        F.linear(weights.embedding, table),
+        recurrent.to(half),
+        tuple(below.to(half) for below, _ in later),
+        biases,
+        tuple(map(torch.zeros_like, biases)),
+        *(x.to(half) for x in (weights.query, weights.query_bias, weights.project, weights.project_bias)),
+        weights.embedding.to(half),
+        weights.bias,
+    )
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight^T + bias in float32, (R, N), of bfloat16 x (R, M) and weight (N, M) and float32 bias (N,)."""
+    if not x.is_cuda:
+        return F.linear(x.float(), weight.float(), bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return torch.addmm(bias, x, weight.t(), out_dtype=torch.float32)
+
+
+def lstm(first: Tensor, second: Tensor, cell: Tensor, bias: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the new hidden and cell state (R, H) of a cell whose gates are first + second + bias, (R, 4H) float32."""
+    if first.is_cuda:
+        return fused_gates(first, second, cell, bias, zeros)[:2]
+    i, f, g, o = (first + second + bias).chunk(4, -1)
+    cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(cell), cell
