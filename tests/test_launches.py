@@ -95,7 +95,7 @@ def trace_chunk(monkeypatch):
             beams = beams._replace(state=steps.stepping_model(one).start(inputs.memory, one.config.beam))
             with trace:
                 steps.advance(replace(one, ngram=to_fake_cuda(ngram)), inputs, beams)
-        assert len(trace.steps) == steps.STEPS_PER_CHUNK
+        assert len(trace.steps) == steps.STEPS_PER_CHUNK // 2  # of a short text on CUDA
         for before, after in zip(trace.steps, trace.steps[1:], strict=False):
             assert before == after, "two steps make different calls"
         return trace

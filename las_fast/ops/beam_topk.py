@@ -115,14 +115,15 @@ def _reference(
     ngram_table, ngram_states, ngram_weight, ctc_next_log_probs, ctc_weight,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, K, V = logits.shape
-    steps = _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold)
+    is_eos = torch.arange(V, device=logits.device) == eos
+    steps = _log_probabilities(logits, lengths, eos, is_eos, minimum, maximum, eos_threshold)
     if ctc_next_log_probs is not None:
         impossible = steps.isneginf()  # 0 * -inf would be NaN
         steps = ((1 - ctc_weight) * steps).masked_fill(impossible, -torch.inf) + ctc_weight * ctc_next_log_probs
     if ngram_table is not None:
         steps = steps + ngram_weight * ngram_table[ngram_states]
-    # masked_fill, not only_eos[eos] = 0.0: on CUDA that copies a number from the host, which a graph cannot capture.
-    only_eos = torch.full((V,), -torch.inf, device=steps.device).masked_fill(_is_eos(V, eos, steps.device), 0.0)
+    # masked_fill_, not only_eos[eos] = 0.0: on CUDA that copies a number from the host, which a graph cannot capture.
+    only_eos = torch.full((V,), -torch.inf, device=steps.device).masked_fill_(is_eos, 0.0)
     steps = torch.where(finished[..., None], only_eos, steps)
     candidates = scores[..., None] + steps  # (B, K, V)
     token_counts = (lengths + ~finished).clamp(min=1).float()
@@ -139,12 +140,11 @@ def _reference(
     return candidates.flatten(1).gather(1, best), tokens, parents, ended | (tokens == eos), new_lengths, ngram_states
 
 
-def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) -> Tensor:
+def _log_probabilities(logits, lengths, eos, is_eos, minimum, maximum, eos_threshold) -> Tensor:
     """Return the log-softmax (B, K, V) float32, -inf for tokens that are not allowed."""
     logits = logits.float()
     undefined = ~logits.logsumexp(-1, keepdim=True).isfinite()  # log_softmax would be NaN
     steps = logits.log_softmax(-1).masked_fill(undefined, -torch.inf)
-    is_eos = _is_eos(logits.shape[2], eos, logits.device)
     denied = torch.zeros_like(steps[..., 0], dtype=torch.bool)  # (B, K)
     if eos_threshold != 0.0:
         denied = steps[..., eos] <= eos_threshold * steps.masked_fill(is_eos, -torch.inf).amax(-1)
@@ -155,11 +155,6 @@ def _log_probabilities(logits, lengths, eos, minimum, maximum, eos_threshold) ->
         denied = denied & ~forced
         steps = steps.masked_fill(forced[..., None] & ~is_eos, -torch.inf)
     return steps.masked_fill(denied[..., None] & is_eos, -torch.inf)
-
-
-def _is_eos(V: int, eos: int, device: torch.device) -> Tensor:
-    """Return (V,) bool, True at eos."""
-    return torch.arange(V, device=device) == eos
 
 
 def _check(logits, scores, finished, lengths, minimum, maximum, coverage, ngram, ctc, eos) -> None:

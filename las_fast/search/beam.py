@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,19 +162,19 @@ def backtrack(steps: Steps, limits: Limits, config: DecodingConfig, nbest: int, 
     scores = steps.scores[-1]
     normalised = scores / (lengths + 1).float() ** config.length_penalty
     finished = lengths < limits.maximum[:, None]
-    # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
-    possible = scores.isfinite() & ~(tokens <= max(PAD, SOS)).any(-1)
-    best = possible.byte().sort(stable=True, dim=-1, descending=True).indices[:, :nbest, None]
-    columns = [possible, scores, normalised, finished, lengths, tokens, token_scores, attended]
-    if nbest < scores.shape[1]:
-        columns = [x.view(*x.shape[:2], -1).take_along_dim(best, 1).view(len(x), nbest, *x.shape[2:]) for x in columns]
-    return [_hypotheses(nbest, *utterance) for utterance in zip(*_to_host(columns), strict=True)]
+    columns = [scores, normalised, finished, lengths, tokens, token_scores, attended]
+    if scores.is_cuda:
+        columns = in_one_copy(best_beams(columns, nbest))
+    lists = [x.tolist() if x.dim() == 2 else x.numpy() for x in columns]  # numpy: only rows that are returned are read
+    return [_hypotheses(nbest, *utterance) for utterance in zip(*lists, strict=True)]
 
 
-def _to_host(columns: list[Tensor]) -> list[list]:
-    """Return the values of (B, N) and (B, N, L) tensors as lists."""
-    columns = in_one_copy(columns) if columns[0].is_cuda else columns
-    return [x.tolist() for x in columns]
+def best_beams(columns: list[Tensor], nbest: int) -> list[Tensor]:
+    """Return the columns of backtrack for the first nbest beams of each utterance whose text is possible."""
+    scores, tokens = columns[0], columns[4]
+    possible = scores.isfinite() & ~((tokens == PAD) | (tokens == SOS)).any(-1)
+    best = possible.byte().sort(stable=True, dim=-1, descending=True).indices[:, :nbest]
+    return [x.take_along_dim(best if x.dim() == 2 else best[..., None], 1) for x in columns]
 
 
 def in_one_copy(columns: list[Tensor]) -> list[Tensor]:
@@ -182,17 +183,21 @@ def in_one_copy(columns: list[Tensor]) -> list[Tensor]:
     Returns tensors of the same values and shapes: float32, or int32 for integers and bools, which must fit.
     """
     bits = [x.view(torch.int32) if x.is_floating_point() else x.int() for x in columns]
-    rows = [x.view(*x.shape[:2], -1) for x in bits]
+    rows = [x if x.dim() == 3 else x[..., None] for x in bits]
     copied = torch.cat(rows, -1).cpu().split([x.shape[-1] for x in rows], -1)
     copied = [new.view(x.dtype) if x.is_floating_point() else new for new, x in zip(copied, columns, strict=True)]
     return [new.reshape(x.shape) for new, x in zip(copied, columns, strict=True)]
 
 
-def _hypotheses(nbest: int, *columns: list) -> list[Hypothesis]:
-    """Return the hypotheses of one utterance, from lists over its best beams (see backtrack)."""
-    hypotheses = []
-    for possible, score, normalised, finished, n, tokens, token_scores, attended in zip(*columns, strict=True):
-        if possible:
-            texts = tokens[:n], score, normalised, attended[:n], token_scores[:n]
-            hypotheses.append(Hypothesis(*texts, bool(finished)))
+def _hypotheses(nbest: int, *columns: list | np.ndarray) -> list[Hypothesis]:
+    """Return the best hypotheses of one utterance, from the columns of its beams, best first (see backtrack)."""
+    hypotheses: list[Hypothesis] = []
+    for score, normalised, finished, n, tokens, token_scores, attended in zip(*columns, strict=True):
+        text = tokens[:n].tolist()
+        # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
+        if math.isfinite(score) and not {PAD, SOS} & set(text):
+            frames, of_tokens = attended[:n].tolist(), token_scores[:n].tolist()
+            hypotheses.append(Hypothesis(text, score, normalised, frames, of_tokens, bool(finished)))
+        if len(hypotheses) == nbest:
+            break
     return hypotheses[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]

@@ -106,7 +106,10 @@ def convert(weights: SpellerWeights) -> Weights:
         tuple(below.to(half) for below, _ in later),
         biases,
         tuple(map(torch.zeros_like, biases)),
-        *(x.to(half) for x in (weights.query, weights.query_bias, weights.project, weights.project_bias)),
+        weights.query.to(half),
+        weights.query_bias.to(half),
+        weights.project.to(half),
+        weights.project_bias.to(half),
         weights.embedding.to(half),
         weights.bias,
     )

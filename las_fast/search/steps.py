@@ -38,6 +38,7 @@ from las_fast.search.bf16 import Bf16Steps
 from las_fast.text import EOS, SOS
 
 STEPS_PER_CHUNK = 16  # between two checks of whether all beams have ended
+SHORT_TEXT = 256  # most tokens of a text that is searched in shorter chunks on CUDA
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ def ctc_log_probs(config: DecodingConfig, memory) -> Tensor | None:
 
 
 def advance(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, tuple[Steps, Tensor]]:
-    """Take STEPS_PER_CHUNK steps; return the new beams, the steps, and a () bool: whether all beams have ended."""
+    """Take the steps of a chunk; return the new beams, the steps, and a () bool: whether all beams have ended."""
     taken = []
-    for _ in range(STEPS_PER_CHUNK):
+    for _ in range(steps_per_chunk(search, inputs.memory)):
         beams, one_step = step(search, inputs, beams)
         taken.append(one_step)
     chunk = Steps(*(torch.stack(parts) for parts in zip(*taken, strict=True)))
@@ -171,11 +172,25 @@ def step(search: Search, inputs: Inputs, beams: Beams) -> tuple[Beams, Steps]:
 # -------------------------------------------------------------------------------------------------------------- chunks
 
 
+def steps_per_chunk(search: Search, memory) -> int:
+    """Return the number of steps in a chunk.
+
+    On CUDA, up to two chunks less one step run past the end. Short chunks shorten that, but each costs a dozen
+    launches, so only short texts get them.
+    """
+    short = memory.lengths.is_cuda and longest_text(search, memory) <= SHORT_TEXT
+    return STEPS_PER_CHUNK // 2 if short else STEPS_PER_CHUNK
+
+
 def max_chunks(search: Search, memory) -> int:
-    """Return how many chunks the longest possible text needs. Reads only shapes: reading lengths would synchronise."""
+    """Return how many chunks the longest possible text needs."""
+    return -(-longest_text(search, memory) // steps_per_chunk(search, memory))
+
+
+def longest_text(search: Search, memory) -> int:
+    """Return the most tokens of a text, <eos> counted. Reads only shapes: reading lengths would synchronise."""
     frames = memory.padding.shape[1] * search.model.time_reduction
-    longest = max(math.ceil(frames * search.config.maximum_share) + search.config.maximum_extra, 1) + 1  # 1: <eos>
-    return -(-longest // STEPS_PER_CHUNK)
+    return max(math.ceil(frames * search.config.maximum_share) + search.config.maximum_extra, 1) + 1
 
 
 def chunks_in_flight(memory) -> int:

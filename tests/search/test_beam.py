@@ -434,6 +434,22 @@ def test_a_las_is_searched_natively_and_other_models_by_steps_or_graph(monkeypat
     assert chosen(ToyModel(), capture=False) is beam.search_by_steps
 
 
+def test_on_cuda_short_texts_are_searched_in_short_chunks(monkeypatch):
+    def sizes(frames, is_cuda=True):
+        encoded = SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda), padding=torch.empty(1, frames))
+        search = steps.Search(ToyModel(), config(maximum_extra=0), None, "auto")
+        return steps.steps_per_chunk(search, encoded), steps.max_chunks(search, encoded)
+
+    assert sizes(255) == (8, 32) and sizes(248) == (8, 32) and sizes(247) == (8, 31)
+    assert sizes(256) == (16, 17) and sizes(255, is_cuda=False) == (16, 16)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(steps, "PendingFlag", lambda flag: SimpleNamespace(read=lambda: bool(flag)))
+    model = ToyModel(eos=50.0)
+    search, encoded = steps.Search(model, config(), None, "reference"), memory([1, 2], [100, 100])
+    steps.search_by_steps(search, encoded, length_limits(encoded.lengths, search.config))
+    assert model.steps == 16, "of a text that ends at once, two chunks are in flight"
+
+
 def test_on_cuda_one_chunk_runs_while_the_host_reads_the_flag_of_the_last():
     for is_cuda, expected in ((True, 2), (False, 1)):
         assert steps.chunks_in_flight(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
@@ -592,18 +608,17 @@ def random_steps(L=9, B=4, K=6) -> steps.Steps:
     return steps.Steps(tokens, parents, scores, attended)
 
 
-def test_the_host_reads_only_the_best_hypotheses(monkeypatch):
+def test_a_device_sends_the_host_only_the_best_hypotheses(monkeypatch):
     searched, limits = random_steps(), steps.Limits(torch.zeros(4, dtype=torch.int64), torch.full((4,), 5))
     every = beam.backtrack(searched, limits, config(), 6, "auto")
     assert len({len(hypotheses) for hypotheses in every}) > 1
-    copied, to_host = [], beam._to_host
-    monkeypatch.setattr(
-        beam, "_to_host", lambda columns: copied.append([tuple(x.shape) for x in columns]) or to_host(columns)
-    )
-    for nbest in (1, 2, 5):
-        found = beam.backtrack(searched, limits, config(), nbest, "auto")
+    sent, in_one_copy = [], beam.in_one_copy
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(beam, "in_one_copy", lambda columns: sent.append([*columns]) or in_one_copy(columns))
+    for nbest in (1, 2, 5, 6):
+        found = beam.backtrack(searched, limits, config(), nbest, "reference")
         assert found == [hypotheses[:nbest] for hypotheses in every]
-        assert copied.pop() == [(4, nbest)] * 5 + [(4, nbest, 9)] * 3
+        assert [tuple(x.shape) for x in sent.pop()] == [(4, nbest)] * 4 + [(4, nbest, 9)] * 3
 
 
 def test_columns_are_copied_to_the_host_at_once_and_unchanged(monkeypatch):
