@@ -180,9 +180,10 @@ class Speller(nn.Module):
         """
         previous = F.pad(tokens[:, :-1], (1, 0), value=SOS)
         # One draw per utterance and step; the first step reads <sos> in any case.
-        sampled = torch.rand(previous.shape, device=previous.device) >= teacher_forcing
+        draws = torch.rand(previous.shape, device=previous.device)
         return speller_unroll(
-            self.weights(), *memory[:3], previous, sampled if teacher_forcing < 1 else None, self.dropout_masks(memory),
+            self.weights(), *memory[:3], previous, draws >= teacher_forcing if teacher_forcing < 1 else None,
+            self.dropout_masks(memory),
             precision=autocast_precision(memory.keys.device.type), backend=backend,
         )  # fmt: skip
 
