@@ -1,9 +1,14 @@
-"""Building blocks that the listener and the speller share: LSTM initialisation and dropout."""
+"""Building blocks that the listener and the speller share: LSTM initialisation, dropout and the choice of device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Return whether x takes the paths for CUDA."""
+    return x.device.type == "cuda"
 
 
 def initialise_lstm(name: str, parameter: Tensor) -> None:

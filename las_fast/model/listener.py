@@ -8,10 +8,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from las_fast.config import ListenerConfig
-from las_fast.model.layers import initialise_lstm, locked_dropout
+from las_fast.model.layers import initialise_lstm, locked_dropout, on_cuda
 from las_fast.ops import bilstm, padding_mask
+from las_fast.ops.bilstm import bilstm_on_streams
+
+CUDNN_ROWS = 8  # cuDNN's persistent LSTM kernels need a batch that is a multiple of this
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -20,7 +24,7 @@ def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
     On the CPU it runs as a conv2d of height 1, the only form that keeps channels last. Transposing the inputs, outputs
     and gradients of each layer instead makes training the front end 1.4 times as slow.
     """
-    if x.device.type == "cuda":
+    if on_cuda(x):
         return conv(x.transpose(1, 2)).transpose(1, 2)
     pixels, kernel = x.transpose(1, 2)[:, :, None], conv.weight[:, :, None]
     geometry = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
@@ -53,29 +57,46 @@ class ConvFrontEnd(nn.Module):
         return x, lengths
 
 
+class DirectionWeights(nn.LSTM):
+    """The weights of a bidirectional LSTM layer. On CUDA each direction lies in one buffer, as cuDNN needs it.
+
+    nn.LSTM puts both directions in one buffer. cuDNN would then copy the weights at every call of a single direction,
+    and PyTorch would warn. Copies of a module (copy.deepcopy) get buffers as well.
+    """
+
+    def flatten_parameters(self) -> None:
+        weights, names = self._flat_weights, self._flat_weights_names
+        half = len(names) // 2
+        self.bidirectional = False
+        try:
+            for part in (slice(half), slice(half, None)):
+                self._flat_weights, self._flat_weights_names = weights[part], names[part]
+                super().flatten_parameters()
+        finally:
+            self._flat_weights, self._flat_weights_names, self.bidirectional = weights, names, True
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.flatten_parameters()
+
+
 class BiLSTM(nn.Module):
     """One bidirectional LSTM layer: (B, T, F) to (B, T, 2H), with zeros past each utterance's length.
 
-    On CUDA it uses packed sequences, cuDNN's fast path. On the CPU it is ops.bilstm.
+    It is ops.bilstm on the CPU and two LSTMs of cuDNN on CUDA.
     """
 
     def __init__(self, input_size: int, size: int):
         super().__init__()
-        self.lstm = nn.LSTM(input_size, size, batch_first=True, bidirectional=True)
+        self.lstm = DirectionWeights(input_size, size, batch_first=True, bidirectional=True)
         self.output_size = 2 * size
         for name, parameter in self.lstm.named_parameters():
             initialise_lstm(name, parameter)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        if x.device.type == "cuda":
-            return self._packed(x, lengths)
         forwards, backwards = self.lstm.all_weights
-        return bilstm(x, lengths, forwards, backwards)
-
-    def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        output, _ = self.lstm(packed)
-        return nn.utils.rnn.pad_packed_sequence(output, batch_first=True, total_length=x.shape[1])[0]
+        run = bilstm_on_streams if on_cuda(x) else bilstm
+        return run(x, lengths, forwards, backwards)
 
 
 def halve_time(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +133,17 @@ class Listener(nn.Module):
             output (B, T_out, 2H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap`
             or None.
         """
+        rows = features.shape[0]
+        extra = -rows % CUDNN_ROWS if on_cuda(features) else 0
+        if not extra:
+            return self._encode(features, lengths, tap)
+        padded = F.pad(features, (0, 0, 0, 0, 0, extra)), F.pad(lengths, (0, extra))  # utterances of length 0
+        output, lengths, tapped = self._encode(*padded, tap)
+        if tapped is not None:
+            tapped = (tapped[0][:rows], tapped[1][:rows])
+        return output[:rows], lengths[:rows], tapped
+
+    def _encode(self, features: Tensor, lengths: Tensor, tap: int) -> tuple[Tensor, Tensor, tuple | None]:
         x, lengths = self.front(features, lengths)
         tapped = None
         for i, layer in enumerate(self.layers):

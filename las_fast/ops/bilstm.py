@@ -10,10 +10,12 @@ The output of a frame is h of both directions. csrc/bilstm.cpp states the gradie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from las_fast.ops import backends
 from las_fast.ops.masks import padding_mask
@@ -60,17 +62,71 @@ def bilstm(
     return torch.ops.las_fast.bilstm_cpp(x.to(dtype), lengths, weights, gradients)[0]
 
 
+def bilstm_on_streams(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> Tensor:
+    """Compute bilstm on CUDA: each direction is an LSTM of cuDNN on a stream of its own. The host never waits.
+
+    cuDNN runs packed sequences with its slowest algorithm, so the frames stay padded; padding must be finite. Its
+    persistent kernels need float16, sizes in multiples of 128 and a batch in multiples of 8. Under autocast to any half
+    type PyTorch runs these LSTMs in float16, so training must scale the loss.
+
+    The backward pass of each op runs on the stream of its forward pass, and autograd orders the streams.
+
+    Args, returns: as for bilstm.
+    """
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        index = _reversal(lengths, x.shape[1])
+        backward = _Reverse.apply(_direction(_Reverse.apply(x, index), backwards), index)
+    forward = _direction(x, forwards)
+    main.wait_stream(side)
+    # The allocator must not reuse memory of one stream while the other still works on it.
+    for tensor in (x, lengths):
+        tensor.record_stream(side)
+    backward.record_stream(main)
+    return _join(forward, backward, lengths)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Reverse(torch.autograd.Function):
+    """Reverse x (B, T, F) by an index from _reversal. The gradient is a gather too: torch's own adds atomically."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        return x.gather(1, index.expand_as(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (index,) = ctx.saved_tensors
+        return gradient.gather(1, index.expand_as(gradient)), None
+
+
+def _reversal(lengths: Tensor, frames: int) -> Tensor:
+    """Return the frame to read at each frame, (B, T, 1) int64; its own inverse."""
+    time = torch.arange(frames, device=lengths.device)
+    return torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)[:, :, None]
+
+
 def reverse_within_lengths(x: Tensor, lengths: Tensor) -> Tensor:
     """Reverse the first lengths[b] frames of each row of x (B, T, F); padding stays where it is."""
-    time = torch.arange(x.shape[1], device=x.device)
-    index = torch.where(time < lengths[:, None], lengths[:, None] - 1 - time, time)  # (B, T)
-    return x.gather(1, index[:, :, None].expand_as(x))
+    return x.gather(1, _reversal(lengths, x.shape[1]).expand_as(x))
 
 
 def _reference(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> Tensor:
     forward = _direction(x, forwards)
     backward = reverse_within_lengths(_direction(reverse_within_lengths(x, lengths), backwards), lengths)
-    return torch.cat((forward, backward), 2).masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
+    return _join(forward, backward, lengths)
+
+
+def _join(forward: Tensor, backward: Tensor, lengths: Tensor) -> Tensor:
+    padding = padding_mask(lengths, forward.shape[1])[:, :, None]
+    return torch.cat((forward, backward), 2).masked_fill(padding, 0.0)
 
 
 def _direction(x: Tensor, weights: Sequence[Tensor]) -> Tensor:

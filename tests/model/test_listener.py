@@ -1,17 +1,24 @@
 """The listener: exact lengths, no effect of padding, LSTMs by ops.bilstm."""
 
+import contextlib
+import copy
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from streams import Race, Streams
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from las_fast.config import ListenerConfig
-from las_fast.model.layers import locked_dropout
+from las_fast.model import listener as listener_module
+from las_fast.model.layers import locked_dropout, on_cuda
 from las_fast.model.listener import BiLSTM, ConvFrontEnd, Listener, convolve, halve_time
 from las_fast.ops import backends
+
+bilstm_module = importlib.import_module("las_fast.ops.bilstm")  # las_fast.ops.bilstm is the function
 
 SMALL = ListenerConfig(conv_channels=(8,), conv_kernels=(3,), conv_strides=(2,), lstm_size=6, pyramids=2, dropout=0.0)
 
@@ -24,27 +31,120 @@ def ragged(lengths, size=5, fill=0.0, seed=0):
     return x, torch.tensor(lengths)
 
 
-@pytest.mark.parametrize("lengths", [[7, 3, 1], [1], [4, 4]])
-def test_bilstm_without_packing_equals_a_packed_lstm_in_value_and_gradient(lengths):
-    x, lengths = ragged(lengths)
-    layer = BiLSTM(5, 6)
+def gradients(module, output, *leaves):
+    """Return the gradients of a fixed weighting of the output, in leaves and in all parameters."""
     torch.manual_seed(1)
-    weight = torch.randn(len(lengths), x.shape[1], 12)
-    results = []
-    for run in (layer, layer._packed):
-        layer.zero_grad()
+    module.zero_grad()
+    (output * torch.randn(output.shape)).sum().backward()
+    return [x.grad.clone() for x in (*leaves, *module.parameters()) if x.grad is not None]
+
+
+@pytest.fixture
+def like_cuda(monkeypatch):
+    """Let CPU tensors take the paths of CUDA; returns the Streams that their ops run on."""
+    streams = Streams(monkeypatch)
+    monkeypatch.setattr(listener_module, "on_cuda", lambda x: True)
+    bilstm_module._side_stream.cache_clear()
+    yield streams
+    bilstm_module._side_stream.cache_clear()
+
+
+@pytest.mark.parametrize("lengths", [[7, 3, 1], [1], [4, 4], [0, 5]])
+def test_a_layer_on_cuda_equals_the_op_in_value_and_gradient(lengths, monkeypatch, request):
+    x, lengths = ragged(lengths)
+    layer, results = BiLSTM(5, 6), []
+    for device in ("cpu", "cuda"):
+        if device == "cuda":
+            request.getfixturevalue("like_cuda")
         leaf = x.clone().requires_grad_()
-        output = run(leaf, lengths)
-        (output * weight).sum().backward()
-        results.append([output, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
-    for ours, packed in zip(*results, strict=True):
-        torch.testing.assert_close(ours, packed, rtol=1e-5, atol=1e-6)
+        output = layer(leaf, lengths)
+        results.append([output, *gradients(layer, output, leaf)])
+    assert len(results[0]) == 10
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[33, 12, 5], [9] * 8, [21, 20, 19, 18, 17, 16, 15, 14, 13]])
+@pytest.mark.parametrize("tap", [-1, 1])
+def test_a_listener_on_cuda_with_rows_added_up_to_eight_equals_that_on_the_cpu(lengths, tap, request):
+    torch.manual_seed(0)
+    listener, results, seen = Listener(SMALL, 5), [], []
+    listener.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(len(inputs[0])))
+    for device in ("cpu", "cuda"):
+        if device == "cuda":
+            request.getfixturevalue("like_cuda")
+        output, frames, tapped = listener(*ragged(lengths, fill=1e3), tap)
+        outputs = [output, *(tapped[:1] if tapped else ())]
+        results.append([*outputs, frames, *gradients(listener, torch.cat(outputs, 1))])
+    assert seen == [len(lengths), -(-len(lengths) // 8) * 8]
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_the_two_directions_wait_for_each_other_and_the_allocator_is_told(like_cuda):
+    layer, (x, lengths) = BiLSTM(5, 6), ragged([7, 3, 1])
+    with like_cuda:
+        x, lengths = x + 0, lengths + 0
+        for _ in range(2):
+            output = layer(x, lengths)
+            assert (output + 0).isfinite().all()
+    assert like_cuda.used, "nothing crossed streams"
+    assert like_cuda.unrecorded() == []
+
+
+def test_a_missing_wait_or_record_is_noticed(like_cuda, monkeypatch):
+    layer, (x, lengths) = BiLSTM(5, 6), ragged([7, 3, 1])
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
+    with like_cuda:
+        layer(x + 0, lengths + 0)
+    assert (3, 7, 5) in like_cuda.unrecorded() and (3, 7, 6) in like_cuda.unrecorded()
+    like_cuda.main.heeds_waits = False
+    with like_cuda, pytest.raises(Race, match="cat on main reads what side wrote"):
+        layer(x + 0, lengths + 0)
+
+
+def test_weights_lie_by_direction_after_a_move_and_after_a_copy(monkeypatch):
+    """cuDNN copies weights at every call, and PyTorch warns, unless those of a call lie in one buffer in its order."""
+    flattened = []
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *given: flattened.append(given))
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: mode)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    lstm = BiLSTM(5, 6).lstm
+
+    def check(module):
+        (*_, forwards, backwards) = flattened
+        for given, weights in ((forwards, module.all_weights[0]), (backwards, module.all_weights[1])):
+            assert all(x is y for x, y in zip(given[0], weights, strict=True))
+            assert given[1:] == (4, 5, "LSTM", 6, 0, 1, True, False)  # weights, input, mode, size, ..., one direction
+        assert module.bidirectional and len(module._flat_weights) == 8
+
+    check(lstm)
+    flattened.clear()
+    check(lstm.to(torch.float32))
+    flattened.clear()
+    check(copy.deepcopy(lstm))
+
+
+def test_the_layer_keeps_the_names_of_a_bidirectional_lstm():
+    names = nn.LSTM(5, 6, bidirectional=True).state_dict().keys()
+    assert BiLSTM(5, 6).lstm.state_dict().keys() == names
+
+
+def test_a_reversal_is_its_own_gradient():
+    x, lengths = ragged([7, 3, 0, 1])
+    x = x.double().requires_grad_()
+    index = bilstm_module._reversal(lengths, 7)
+    assert torch.autograd.gradcheck(bilstm_module._Reverse.apply, (x, index))
+    assert torch.equal(bilstm_module._Reverse.apply(x, index), bilstm_module.reverse_within_lengths(x, lengths))
 
 
 @pytest.mark.skipif(backends.unavailable("bilstm", "cpp") is not None, reason="the extension is not built")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_listener_uses_the_bilstm_op_forward_and_backward(monkeypatch, precision):
-    monkeypatch.setattr(importlib.import_module("las_fast.ops.bilstm"), "HAS_AMX", False)
+    monkeypatch.setattr(bilstm_module, "HAS_AMX", False)
     listener, x = Listener(SMALL, 5), ragged([40, 9, 1])
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -56,26 +156,13 @@ def test_the_listener_uses_the_bilstm_op_forward_and_backward(monkeypatch, preci
     assert "aten::lstm" not in called
 
 
-class OnCuda(Tensor):
-    """A CPU tensor whose device is reported as CUDA."""
-
-    device = torch.device("cuda")
-
-
-def test_the_cuda_path_gives_the_same_result():
+def test_a_convolution_on_cuda_is_the_same(like_cuda):
     conv, x = nn.Conv1d(3, 5, 3, 2, padding=1), torch.randn(2, 9, 3)
-    torch.testing.assert_close(convolve(conv, x.as_subclass(OnCuda)).as_subclass(Tensor), convolve(conv, x))
-    layer, lengths, packed = BiLSTM(3, 4), torch.tensor([9, 4]), []
+    torch.testing.assert_close(convolve(conv, x), conv(x.transpose(1, 2)).transpose(1, 2))
 
-    def pack(x, lengths):
-        packed.append(1)
-        return BiLSTM._packed(layer, x.as_subclass(Tensor), lengths)
 
-    layer._packed = pack
-    actual = layer(x.as_subclass(OnCuda), lengths)
-    assert packed == [1]
-    torch.testing.assert_close(actual, layer(x, lengths))
-    assert packed == [1]
+def test_only_cuda_tensors_take_the_paths_for_cuda():
+    assert not on_cuda(torch.zeros(1)) and on_cuda(SimpleNamespace(device=torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation", "groups"), [(1, 2, 2, 1), (2, 0, 1, 2), (3, 1, 1, 4)])
