@@ -6,6 +6,7 @@ All randomness is a function of (seed, epoch, utterance), so an epoch and a batc
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,23 @@ class Batch:
     indices: torch.Tensor  # (B,) int64 into the dataset; the first of two joined utterances
 
     def to(self, device: str | torch.device) -> Batch:
+        """Copy the batch to a device.
+
+        On CUDA the copies run on a stream of their own, beside the work enqueued so far; work enqueued later waits for
+        them. The host does not wait if the batch is in pinned memory, as those of a loader are.
+        """
+        if torch.device(device).type != "cuda":
+            return self._moved(device)
+        copying, main = _copy_stream(device), torch.cuda.current_stream(device)
+        with torch.cuda.stream(copying):
+            batch = self._moved(device)
+        main.wait_stream(copying)
+        for x in vars(batch).values():
+            if x is not None:
+                x.record_stream(main)  # the allocator must not reuse the memory while the main stream reads it
+        return batch
+
+    def _moved(self, device: str | torch.device) -> Batch:
         fields = vars(self).items()
         moved: dict[str, Any] = {name: None if x is None else x.to(device, non_blocking=True) for name, x in fields}
         return Batch(**moved)
@@ -45,6 +63,11 @@ class Batch:
         """Tokens and their lengths; the batch must have transcripts."""
         assert self.tokens is not None and self.token_lengths is not None
         return self.tokens, self.token_lengths
+
+
+@functools.cache
+def _copy_stream(device: str | torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class BucketBatches:

@@ -28,6 +28,7 @@ from las_fast.data.features import seconds_of
 from las_fast.errors import InputError, Stopped, explain_error, is_out_of_memory
 from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
+from las_fast.search.steps import PendingFlag
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
 from las_fast.training.losses import training_loss
@@ -103,7 +104,12 @@ class Trainer:
     """One training in the run folder `out`: data, model, optimiser, and the loop over steps.
 
     source: kind and name of the corpus; stored in every checkpoint.
+
+    On CUDA the host runs ahead of the device: it learns one step late whether a step was taken or skipped.
     """
+
+    reads_late = False  # whether the host reads the result of a step in the step after it
+    pending: PendingFlag | None = None  # whether the latest step was taken, if the host has not read it yet
 
     def __init__(
         self,
@@ -124,7 +130,8 @@ class Trainer:
         self.averaged = copy.deepcopy(self.model).eval() if config.training.ema_decay else None
         self.optimiser = make_optimiser(self.model, config)
         self.precision = choose_precision(config.training.precision, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_loss_scale(self.precision, device))
+        self.reads_late = device.type == "cuda"
         self.progress = Progress()
         self.saved_step: int | None = None  # step in last.pt
         self.earlier_core_seconds = 0.0  # CPU time of the processes before this resume
@@ -247,27 +254,48 @@ class Trainer:
         """Clip the norm of the gradients to clip_norm; return the norm before clipping."""
         parameters, max_norm = list(self.model.parameters()), self.config.training.clip_norm
         norm = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-        if norm > max_norm:
+        if self.reads_late or norm > max_norm:  # the factor is 1 for a smaller norm
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     def _update(self, norm: Tensor) -> None:
         """Update the weights, or skip the step if the gradient norm is not finite."""
-        finite = bool(norm.isfinite())
+        self.settle()
         self.consistent = False
-        if finite:
-            self.scaler.step(self.optimiser)
-        self.progress.skipped_in_a_row = 0 if finite else self.progress.skipped_in_a_row + 1
+        finite = norm.isfinite()
+        if self.reads_late:
+            self.optimiser.found_inf = finite.logical_not().float()  # the fused kernel skips the update if this is 1
+            self.optimiser.step()
+            self.pending = PendingFlag(finite)
+            taken = False  # or not known yet
+        else:
+            taken = bool(finite)
+            if taken:
+                self.scaler.step(self.optimiser)
+            self._count(taken)
+        self.scaler.update()  # lowers the scale if unscale_ found a value that is not finite
+        self.progress.step += 1
+        if taken and self.averaged is not None:
+            self._average()
+        self.consistent = True
+
+    def settle(self) -> None:
+        """Read whether the latest step was taken, if that is not known yet, and average its weights if it was."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            taken = pending.read()
+            self._count(taken)
+            if taken and self.averaged is not None:
+                self._average()
+
+    def _count(self, taken: bool) -> None:
+        """Count skipped steps in a row; raise Diverged at MAX_SKIPPED_STEPS."""
+        self.progress.skipped_in_a_row = 0 if taken else self.progress.skipped_in_a_row + 1
         if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise Diverged(
                 f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite; "
                 f"lower --training.learning-rate (now {self.config.training.learning_rate:g}) and start again"
             )
-        self.scaler.update()  # lowers the scale if unscale_ found a value that is not finite
-        self.progress.step += 1
-        if finite and self.averaged is not None:
-            self._average()
-        self.consistent = True
 
     def _average(self) -> None:
         """averaged = decay * averaged + (1 - decay) * weights; the decay is smaller during the first updates."""
@@ -332,6 +360,7 @@ class Trainer:
         return step == self.steps or now > before
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
+        self.settle()
         model, pace = self.averaged or self.model, self.pace
         speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of the time waiting for data"
         result = self._validate(model)
@@ -399,7 +428,7 @@ class Trainer:
         step = self.progress.step
         bar.update()
         if step % 10 == 0 or step == self.steps:
-            values = {name: float(value) for name, value in parts.items()}
+            values = dict(zip(parts, torch.stack(tuple(parts.values())).tolist(), strict=True))  # waits once
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
             bar.note(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time")
@@ -429,6 +458,7 @@ class Trainer:
 
     def state(self) -> dict:
         """Contents of last.pt."""
+        self.settle()
         return {
             "settings": to_tree(self.config),
             "model": self.model.state_dict(),
@@ -455,7 +485,8 @@ class Trainer:
         if self.averaged is not None:
             checkpoint.load_weights(self.averaged, state["averaged"], path)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state.get("scaler"):  # empty if this training had no loss scale, as bf16 on CUDA in earlier versions
+            self.scaler.load_state_dict(state["scaler"])
         progress = {"validated": state["progress"]["step"], **state["progress"]}  # earlier versions did not save it
         self.progress = Progress(**{**progress, "plateau": Plateau(**progress["plateau"])})
         self.saved_step = self.progress.step
@@ -505,6 +536,14 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def needs_loss_scale(precision: torch.dtype, device: torch.device) -> bool:
+    """Return whether gradients pass through float16, where unscaled ones of thousands of tokens lose digits.
+
+    On CUDA that is so for bfloat16 as well: PyTorch's autocast runs cuDNN's LSTMs in float16, whatever its dtype.
+    """
+    return precision == torch.float16 or (device.type == "cuda" and precision != torch.float32)
 
 
 @contextlib.contextmanager

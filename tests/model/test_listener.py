@@ -12,10 +12,10 @@ from streams import Race, Streams
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from las_fast.config import ListenerConfig
+from las_fast.config import ListenerConfig, load_config
 from las_fast.model import listener as listener_module
 from las_fast.model.layers import locked_dropout, on_cuda
-from las_fast.model.listener import BiLSTM, ConvFrontEnd, Listener, convolve, halve_time
+from las_fast.model.listener import CUDNN_ROWS, BiLSTM, ConvFrontEnd, Listener, convolve, halve_time
 from las_fast.ops import backends
 
 bilstm_module = importlib.import_module("las_fast.ops.bilstm")  # las_fast.ops.bilstm is the function
@@ -275,3 +275,23 @@ def test_forget_biases_start_at_1_and_recurrence_orthogonal():
 def test_default_reduces_time_eight_fold():
     _, lengths, _ = Listener(ListenerConfig(conv_channels=(8,), lstm_size=4), 5)(*ragged([800]))
     assert lengths.item() == 100
+
+
+@pytest.mark.parametrize(
+    ("preset", "persistent"),
+    [
+        ("tiny", [True, True]),
+        ("speech13h", [True] * 4),
+        ("librispeech100", [True] * 3),
+        ("an4", [False] * 3),  # lstm_size 192
+        ("hw4p2", [False] * 4),  # lstm_size 320
+    ],
+)
+def test_presets_whose_layers_may_use_persistent_kernels_of_cudnn(preset, persistent):
+    """PyTorch asks cuDNN for them if the sizes are multiples of 128, in float16 and with a batch of 8, 16, ..., 128."""
+    config = load_config(preset)
+    with torch.device("meta"):
+        listener = Listener(config.model.listener, 28)
+    lstms = [layer.lstm for layer in listener.layers]
+    assert [x.hidden_size % 128 == x.input_size % 128 == 0 and x.hidden_size <= 1024 for x in lstms] == persistent
+    assert config.data.utterances_per_batch <= 128 and CUDNN_ROWS == 8

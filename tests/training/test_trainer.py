@@ -12,6 +12,7 @@ import torch
 from fakes import raising
 from tiny_checkpoints import make_trainer, small
 from tiny_corpora import make_archive
+from torch.utils._pytree import tree_leaves
 
 from las_fast.config import Config, to_tree
 from las_fast.errors import InputError, Stopped
@@ -132,6 +133,125 @@ def test_fifty_skipped_steps_in_a_row_end_the_training():
     ):
         trainer._update(torch.tensor(math.nan))
     assert not trainer.consistent
+
+
+# ------------------------------------------------------------------------------------------- steps that are read late
+
+
+def losses_and_state(trainer, batches):
+    """Train on the batches; return the losses and everything that the training keeps."""
+    losses = [float(trainer.train_step(batch)["loss"]) for batch in batches]
+    state = trainer.state()
+    del state["core_seconds"]
+    return losses, state
+
+
+def assert_equal(found, expected):
+    leaves = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x for x, y in leaves)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_that_are_read_late_train_the_same_and_skip_the_same(archive, tmp_path, precision):
+    training = replace(small().training, precision=precision, ema_decay=0.9, clip_norm=1.0)
+    results = []
+    for late in (False, True):
+        trainer = make_trainer(archive, tmp_path / str(late), small(training=training))
+        trainer.reads_late = late
+        first, second, third = trainer._rest_of_epoch()
+        spoilt = replace(second, features=second.features.masked_fill(torch.ones(()).bool(), math.nan))
+        results.append(losses_and_state(trainer, [first, spoilt, second, third, spoilt]))
+        assert (
+            trainer.progress.skipped_in_a_row == 1
+            and trainer.progress.averaged_steps == 3
+            and trainer.progress.step == 5
+        )
+    assert_equal(results[1], results[0])
+    assert math.isnan(results[0][0][1]) and math.isfinite(results[0][0][2])
+
+
+def test_a_late_step_is_averaged_before_the_next_update_and_before_a_save_or_a_validation(trainer, monkeypatch):
+    trainer.reads_late = True
+    (batch, *_), order = trainer._rest_of_epoch(), []
+    average, step = trainer._average, trainer.optimiser.step
+    trainer._average = lambda: order.append("average") or average()
+    trainer.optimiser.step = lambda: order.append("step") or step()
+    trainer.train_step(batch)
+    assert order == ["step"] and trainer.pending is not None
+    trainer.train_step(batch)
+    assert order == ["step", "average", "step"]
+    trainer.state()
+    assert order[3:] == ["average"] and trainer.pending is None
+    trainer.train_step(batch)
+    monkeypatch.setattr(trainer, "_validate", raising(InputError("here")))
+    with pytest.raises(InputError, match="here"):
+        trainer._validate_and_save(Bar())
+    assert order[4:] == ["step", "average"] and trainer.pending is None
+
+
+def test_a_late_training_has_diverged_one_step_later(trainer):
+    trainer.reads_late = True
+    (batch, *_) = trainer._rest_of_epoch()
+    trainer.progress.skipped_in_a_row = 49
+    spoilt = replace(batch, features=torch.full_like(batch.features, math.nan))
+    trainer.train_step(spoilt)
+    with pytest.raises(trainer_module.Diverged, match="50 steps in a row"):
+        trainer.train_step(batch)
+    trainer.progress.skipped_in_a_row = 49
+    trainer.train_step(spoilt)
+    with pytest.raises(trainer_module.Diverged):  # a worthless state is not saved
+        trainer.save()
+
+
+def test_a_scale_that_overflows_comes_down_and_no_weight_changes_until_then(trainer, monkeypatch):
+    trainer.reads_late = True
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    training_loss = trainer_module.training_loss
+
+    def large(*given, **options):
+        loss, parts = training_loss(*given, **options)
+        return loss * 2**10, parts
+
+    monkeypatch.setattr(trainer_module, "training_loss", large)
+    (batch, *_) = trainer._rest_of_epoch()
+    before = [x.clone() for x in trainer.model.parameters()]
+    for _ in range(30):
+        trainer.progress.step = 0  # there are few in all
+        trainer.train_step(batch)
+        trainer.settle()
+        if not trainer.progress.skipped_in_a_row:
+            break
+        assert all(torch.equal(x, y) for x, y in zip(before, trainer.model.parameters(), strict=True))
+        trainer.progress.skipped_in_a_row = 1
+    assert trainer.progress.averaged_steps == 1 and 2.0 < trainer.scaler.get_scale() < 2.0**126
+    assert not all(torch.equal(x, y) for x, y in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_only_on_cuda_steps_are_read_late(trainer, monkeypatch):
+    assert not trainer.reads_late and not trainer.scaler.is_enabled()
+    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: device.type == "cpu")
+    again = Trainer(trainer.config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source)
+    assert again.scaler.is_enabled()
+
+
+def test_the_loss_scale_is_saved_and_a_state_without_one_can_be_resumed(trainer, monkeypatch):
+    trainer.save()
+    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: True)
+    parts = trainer.config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source
+    scaled = Trainer(*parts)
+    scaled.resume()
+    assert scaled.scaler.get_scale() == 65536.0
+    (batch, *_) = scaled._rest_of_epoch()
+    scaled.train_step(batch)
+    scaled.scaler._scale.fill_(1024.0)
+    scaled.save()
+    again = Trainer(*parts)
+    again.resume()
+    assert again.scaler.get_scale() == 1024.0
+    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: False)
+    unscaled = Trainer(*parts)
+    unscaled.resume()
+    assert unscaled.progress.step == 1 and not unscaled.scaler.is_enabled()
 
 
 def test_the_decay_of_the_average_grows_to_its_setting():
