@@ -264,7 +264,8 @@ class Trainer:
         self.consistent = False
         finite = norm.isfinite()
         if self.reads_late:
-            self.optimiser.found_inf = finite.logical_not().float()  # the fused kernel skips the update if this is 1
+            # The fused kernel skips the update if this is 1.
+            self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             self.optimiser.step()
             self.pending = PendingFlag(finite)
             taken = False  # or not known yet
