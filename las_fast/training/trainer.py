@@ -262,15 +262,15 @@ class Trainer:
         """Update the weights, or skip the step if the gradient norm is not finite."""
         self.settle()
         self.consistent = False
-        finite = norm.isfinite()
         if self.reads_late:
+            finite = norm.isfinite()
             # The fused kernel skips the update if this is 1.
             self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             self.optimiser.step()
             self.pending = PendingFlag(finite)
             taken = False  # or not known yet
         else:
-            taken = bool(finite)
+            taken = math.isfinite(float(norm))
             if taken:
                 self.scaler.step(self.optimiser)
             self._count(taken)
