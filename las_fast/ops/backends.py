@@ -20,11 +20,11 @@ FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
 # {op: {backend: supported float dtypes; None: any}}
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "bilstm": {"reference": None, "cpp": (torch.float32, torch.bfloat16)},  # on CUDA the listener uses cuDNN
-    "ctc_loss": {"reference": None, "cpp": FLOAT32},  # torch's own is used on CUDA
     "masked_attention": {"reference": None, "cpp": (torch.float32, torch.bfloat16), "triton": FLOAT32 + HALF},
     "beam_topk": {"reference": None, "cpp": FLOAT32 + HALF, "triton": FLOAT32 + HALF},
     "beam_gather": {"reference": None, "cpp": None, "triton": None},
     "ctc_prefix": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
+    "ctc_loss": {"reference": None, "cpp": FLOAT32, "triton": FLOAT32},
     "beam_backtrack": {"reference": None, "cpp": None, "triton": None},
     "speller_unroll": {"reference": None, "fused": None, "cpp": FLOAT32, "triton": FLOAT32},
     "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step

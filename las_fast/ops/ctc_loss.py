@@ -28,15 +28,15 @@ def ctc_loss(
     """Return the CTC loss of each utterance, (B,); 0 if no path spells the transcript, as with too few frames.
 
     Differentiable once in logits. Computed in log space in float32 (float64 for float64 logits). The reference is
-    torch's ctc_loss, which is scalar code on a CPU. In C++ the result of an utterance is bit-identical in any batch and
-    with any number of threads.
+    torch's ctc_loss, which is scalar code on a CPU and makes the host wait on CUDA. In C++ the result of an utterance
+    is bit-identical in any batch and with any number of threads.
 
     Args:
         logits:        (B, T, V) of floats; V includes the blank, which is token 0.
         lengths:       (B,) int64 valid frames, 0 to T.
         tokens:        (B, S) int64 from 1 to V - 1; not read past token_lengths.
         token_lengths: (B,) int64, 0 to S.
-        backend:       "auto", "reference" or "cpp".
+        backend:       "auto", "reference", "cpp" or "triton".
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
@@ -44,10 +44,12 @@ def ctc_loss(
     """
     _check(logits, lengths, tokens, token_lengths)
     logits = logits.float() if logits.dtype in backends.HALF else logits
-    if backends.choose("ctc_loss", backend, logits.device, logits.dtype) == "reference":
+    chosen = backends.choose("ctc_loss", backend, logits.device, logits.dtype)
+    if chosen == "reference":
         return _reference(logits, lengths, tokens, token_lengths)
     gradients = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.las_fast.ctc_loss_cpp(logits, lengths, tokens, token_lengths, gradients)[0]
+    op = getattr(torch.ops.las_fast, f"ctc_loss_{chosen}")
+    return op(logits, lengths, tokens, token_lengths, gradients)[0]
 
 
 def ctc_token_times(
@@ -61,9 +63,10 @@ def ctc_token_times(
     """
     _check(logits, lengths, tokens, token_lengths)
     logits = logits.detach().float() if logits.dtype in backends.HALF else logits.detach()
-    if backends.choose("ctc_loss", backend, logits.device, logits.dtype) == "reference":
+    chosen = backends.choose("ctc_loss", backend, logits.device, logits.dtype)
+    if chosen == "reference":
         return _reference_times(logits, lengths, tokens, token_lengths)
-    return torch.ops.las_fast.ctc_places_cpp(logits, lengths, tokens, token_lengths)
+    return getattr(torch.ops.las_fast, f"ctc_places_{chosen}")(logits, lengths, tokens, token_lengths)
 
 
 def _reference(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:

@@ -91,6 +91,11 @@ def prefix(B=64, K=8, T=400, V=31):
     launcher("ctc_prefix")(torch.zeros(B, T, V), *states, rows, rows, rows, 2)
 
 
+def align(B=4, T=645, V=31, S=188):
+    """The CTC loss of a batch of training, at half the rate of the feature frames."""
+    launcher("ctc_loss")(torch.zeros(B, T, V), torch.full((B,), T), torch.ones(B, S).long(), torch.full((B,), S), True)
+
+
 def backtrack(L=200, B=64, K=8):
     """Backtrack a search of 200 steps."""
     tokens = torch.zeros(L, B, K, dtype=torch.int64)
@@ -160,6 +165,8 @@ VARIANTS = [
     Variant("beam_gather", "bf16", gather, {"dtype": BF16}),
     Variant("ctc_prefix", "characters", prefix),
     Variant("ctc_prefix", "word-pieces", prefix, {"V": 5120}),
+    Variant("ctc_loss", "characters", align),
+    Variant("ctc_loss", "long", align, {"S": 700}),
     Variant("beam_backtrack", "beam-8", backtrack),
     Variant("beam_backtrack", "beam-32", backtrack, {"K": 32}),
     Variant("speller_unroll", "bf16-hw4p2", unroll, matrix=UNROLL_MATMULS, wide=(*UNROLL_MATMULS, *UNROLL_ATTENTION)),

@@ -21,8 +21,10 @@ from las_fast.ops import (
     beam_backtrack,
     beam_gather,
     ctc_log_probabilities,
+    ctc_loss,
     ctc_prefix,
     ctc_start,
+    ctc_token_times,
     masked_attention,
 )
 from las_fast.ops.speller_unroll import _reference as unroll_by_steps
@@ -535,6 +537,49 @@ def check_ctc_prefix(
         assert_close(x, y, EXTRA_ROUNDINGS * (1e-5 + 1e-6 * max_abs(y[y.isfinite()])), name)
 
 
+# ctc_loss
+
+
+def check_ctc_loss(
+    device, B=3, T=9, V=6, S=4, lengths=(10**9, 5), counts=(10**9, 2, 0), scale=3.0, equal=False, layout="dense",
+    beyond_end=0, out_of_range=False, seed=0,
+):  # fmt: skip
+    """Losses, gradients and token times are those of the reference in float64, about as near as those in float32.
+
+    equal: of equal tokens only. beyond_end: what stands in `tokens` past each count. out_of_range: the launcher
+    is given lengths, counts and tokens that are too large.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(B, T, V, generator=generator)
+    tokens = torch.randint(1, V, (B, S), generator=generator)
+    tokens = tokens[:, :1].expand(B, S).contiguous() if equal else tokens
+    lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
+    counts = torch.tensor([min(S, counts[b % len(counts)]) for b in range(B)], dtype=torch.int64)
+    rest = lengths, tokens, counts
+    exact, usual = losses_gradients_and_times(logits.double(), *rest), losses_gradients_and_times(logits, *rest)
+    given = tokens.masked_fill(torch.arange(S) >= counts[:, None], beyond_end) if beyond_end else tokens
+    if out_of_range:
+        limits = (lengths, T), (given, V - 1), (counts, S)
+        lengths, given, counts = (torch.where(x == most, 2**40, x) for x, most in limits)
+    there = [with_layout(logits, layout), lengths, with_layout(given, layout), counts]
+    there = [x.to(device) for x in there]
+    actual = [*launcher("ctc_loss")(*there, True), launcher("ctc_loss", "ctc_places")(*there)]
+    for name, x, y, z in zip(("losses", "gradient", "times"), actual, exact, usual, strict=True):
+        assert x.dtype == FP32
+        assert_close(x, y, 2 * EXTRA_ROUNDINGS * max_abs(z - y) + EXTRA_ROUNDINGS * (4e-6 + 1e-6 * max_abs(y)), name)
+    without, nothing = launcher("ctc_loss")(*there, False)
+    assert_identical(without, actual[0], "losses without gradients")
+    assert nothing.shape == (0, T, V)
+
+
+def losses_gradients_and_times(logits, *rest):
+    """Losses, gradients and token times by the reference."""
+    leaf = logits.detach().requires_grad_()
+    losses = ctc_loss(leaf, *rest, backend="reference")
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient, ctc_token_times(logits, *rest, backend="reference")
+
+
 # Larger than memory: tensors on the meta device, with more elements than 32 bits can count
 
 
@@ -574,6 +619,12 @@ def check_huge_ctc_prefix(device, B, K, T, V):
     """No index overflows."""
     rows = huge(B, K, dtype=torch.int64)
     launcher("ctc_prefix")(huge(B, T, V), huge(B, K, T + 1), huge(B, K), huge(B, K, V), rows, rows, rows, 2)
+
+
+def check_huge_ctc_loss(device, B, T, V, S):
+    """No index overflows."""
+    lengths, counts = torch.full((B,), T), torch.full((B,), S)
+    launcher("ctc_loss")(huge(B, T, V), lengths, huge(B, S, dtype=torch.int64), counts, False)
 
 
 def check_huge_backtrack(device, L, B, K):
@@ -985,7 +1036,32 @@ UNROLL = _cases(
     },
 )  # fmt: skip
 
-CASES = ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK + UNROLL
+ALIGNMENT = _cases(
+    "ctc_loss",
+    check_ctc_loss,
+    {
+        "short": {},
+        "one-frame": {"T": 1, "B": 1, "S": 1},
+        "one-utterance": {"B": 1},
+        "primes": {"B": 5, "T": 23, "V": 11, "S": 7},
+        "characters": {"T": 37, "V": 31, "S": 13, "B": 2},
+        "equal-tokens": {"equal": True, "T": 11},
+        "too-few-frames-for-equal-tokens": {"equal": True, "T": 6},
+        "too-few-frames": {"T": 3},
+        "no-frames": {"lengths": (0, 9)},
+        "no-tokens": {"counts": (0,)},
+        **{f"tokens-{S}": {"S": S, "T": S + 5, "B": 1, "V": 5} for S in (31, 32, 63, 64)},
+        "far-apart": {"scale": 30.0, "T": 12},
+        "flat": {"scale": 0.0},
+        "transposed": {"layout": "transposed"},
+        "spaced": {"layout": "spaced"},
+        "strided": {"layout": "strided"},
+        "tokens-past-the-end-out-of-range": {"beyond_end": -(2**40)},
+        "out-of-range": {"out_of_range": True, "V": 3, "B": 2},
+    },
+)
+
+CASES = ALIGNMENT + ATTENTION + TOPK + GATHER + PREFIX + BACKTRACK + UNROLL
 
 HUGE = [
     Case("masked_attention", "huge", check_huge_attention, {"B": 2**17, "K": 2, "T": 300, "D": 64}, huge=True),
@@ -1002,5 +1078,8 @@ HUGE = [
     Case("speller_unroll", "huge", check_huge_unroll, {"B": 2**25, "U": 2, "T": 8, "step": 0}, huge=True),
     Case("speller_unroll", "huge-steps", check_huge_unroll, {"B": 64, "U": 2**20, "T": 80, "step": 2**20 - 2},
          huge=True),
+    Case("ctc_loss", "huge", check_huge_ctc_loss, {"B": 2**15, "T": 160, "V": 31, "S": 250}, huge=True),
+    Case("ctc_loss", "huge-logits", check_huge_ctc_loss, {"B": 2**14, "T": 30, "V": 5120, "S": 3}, huge=True),
+    Case("ctc_loss", "huge-tokens", check_huge_ctc_loss, {"B": 2**20, "T": 1, "V": 3, "S": 2100}, huge=True),
     Case("beam_backtrack", "huge", check_huge_backtrack, {"L": 20, "B": 2**27, "K": 3}, huge=True),
 ]  # fmt: skip

@@ -230,6 +230,36 @@ GATHER = [
     )
 ]  # fmt: skip
 
+ALIGNMENT = [
+    SourceMutant("ctc_loss", name, old, new)
+    for name, old, new in (
+        ("infinity-less-infinity", 'finite = tl.where(top == -float("inf"), 0.0, top)  # -inf', "finite = top  # -inf"),
+        ("one-state-left-out", "tl.exp(x - finite) + tl.exp(y - finite) + ", "tl.exp(x - finite) + "),
+        ("utterance-in-32-bits", "b, reverse = tl.program_id(0).to(tl.int64)", "b, reverse = tl.program_id(0)"),
+        ("frames-unlimited", "tl.minimum(tl.load(lengths + b), T)", "tl.load(lengths + b) + T * 0"),
+        ("blank-after-the-end-missing", "tl.minimum(tl.load(token_lengths + b), S) + 1", "tl.load(token_lengths + b)"),
+        ("states-not-reversed", "tl.where(reverse, states - 1 - order, order)", "order"),
+        ("tokens-of-the-first-utterance", "tokens + b * S + state // 2, mask", "tokens + state // 2, mask"),
+        ("from-the-wrong-side", "back = tl.where(reverse, -1, 1)", "back = tl.where(reverse, 1, 1)"),
+        ("equal-tokens-need-no-blank", "((before != token) | APART)", "(token >= 0)"),
+        ("equal-tokens-always-need-a-blank", "| APART)", ")"),
+        ("sums-of-one-direction", "(tl.program_id(1) * B + b) * T * N", "b * T * N"),
+        ("frames-not-reversed", "tl.where(reverse, frames - 1 - i, i)", "i"),
+        ("first-token-not-at-the-start", "tl.where((i == 0) & (order == 1), 0.0, one)", "one"),
+        ("two-states-back-unmasked", "mask=skips & (i > 0)", "mask=inside & (order >= 2) & (i > 0)"),
+        ("store-unmasked", "state, alpha, mask=inside)", "state, alpha)"),
+        ("no-barrier", "        tl.debug_barrier()\n", ""),
+        ("last-state-only", "order >= states - 2", "order >= states - 1"),
+        ("likelihood-of-both-directions", ", mask=reverse == 0)", ")"),
+        ("impossible-losses-infinite", "likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)", "pass"),
+        ("log-probabilities-twice", " - log_probs.gather(2, classes", " - 0 * log_probs.gather(2, classes"),
+        ("padding-has-gradients", "outside(lengths, T) | ", "outside(lengths, T) & "),
+        ("impossible-losses-have-gradients", " | (likelihoods == 0)[:, None]", ""),
+        ("unreached-states-count", "log_probs.new_full((2, B, T, N), -torch.inf)", "log_probs.new_zeros(2, B, T, N)"),
+        ("apart-in-the-loss", "apart=False)", "apart=True)"),
+    )
+]  # fmt: skip
+
 PREFIX = [
     SourceMutant("ctc_prefix", name, old, new)
     for name, old, new in (
@@ -544,9 +574,9 @@ CODE = [
     )
 ]
 
-OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "beam_backtrack", "speller_unroll")
+OPS = ("masked_attention", "beam_topk", "beam_gather", "ctc_prefix", "ctc_loss", "beam_backtrack", "speller_unroll")
 CONTROLS = [SourceMutant(op, "unchanged") for op in OPS]
-MUTANTS = BACKTRACK + GATHER + PREFIX + TOPK + ATTENTION + UNROLL + SLOW + CODE
+MUTANTS = BACKTRACK + GATHER + PREFIX + ALIGNMENT + TOPK + ATTENTION + UNROLL + SLOW + CODE
 
 
 def main():

@@ -12,6 +12,7 @@ from las_fast.ops import (
     beam_backtrack,
     beam_gather,
     beam_topk,
+    ctc_loss,
     ctc_prefix,
     masked_attention,
     speller_unroll,
@@ -53,6 +54,12 @@ def unroll_arguments(grad=False):
     return [weights, keys, values, *others]
 
 
+def ctc_inputs(grad=False):
+    generator = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(2, 9, 5, generator=generator), torch.randint(1, 5, (2, 3), generator=generator)
+    return logits.requires_grad_(grad), torch.tensor([9, 6]), tokens, torch.tensor([3, 2])
+
+
 def check_op(name):
     """Run torch.library.opcheck on one op; raises if its schema, fake or gradient is wrong."""
     fast()
@@ -66,6 +73,7 @@ def check_op(name):
         ],
         "beam_gather": [([torch.randn(2, 3, 4), torch.zeros(2, 3, 1).bool()], torch.tensor([[0, 0, 2], [1, 2, 0]]))],
         "ctc_prefix": [(*prefix_inputs(), EOS)],
+        "ctc_loss": [(*ctc_inputs(grad), grad) for grad in (False, True)],
         "beam_backtrack": [(*backtrack_inputs(), EOS)],
         "speller_unroll": [(*unroll_arguments(grad), bf16, grad) for grad in (False, True) for bf16 in (False, True)],
     }[name]  # fmt: skip
@@ -99,6 +107,7 @@ def compile_ops():
             a, b, c, eos=EOS, lengths=n, ngram=Ngram(table, n, 0.3), backend="triton"), *search_inputs())  # fmt: skip
         compile_and_compare("beam_gather", lambda x, p: beam_gather([x, x], p, backend="triton"),
                 torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64))  # fmt: skip
+        compile_and_compare("ctc_loss", lambda *x: (ctc_loss(*x, backend="triton"),), *ctc_inputs(grad=True))
         compile_and_compare("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
             f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
         weights, *others, masks = unroll_arguments()

@@ -284,7 +284,7 @@ def test_default_reduces_time_eight_fold():
         ("speech13h", [True] * 4),
         ("librispeech100", [True] * 3),
         ("an4", [False] * 3),  # lstm_size 192
-        ("hw4p2", [False] * 4),  # lstm_size 320
+        ("hw4p2", [True] * 4),
     ],
 )
 def test_presets_whose_layers_may_use_persistent_kernels_of_cudnn(preset, persistent):

@@ -87,7 +87,7 @@ def test_each_op_has_the_backends_listed_here():
     """Other tests skip backends that an op lacks, so they would not notice one that is removed by mistake."""
     native, everywhere = ("reference", "cpp"), ("reference", "cpp", "triton")
     assert {op: tuple(has) for op, has in backends.IMPLEMENTED.items()} == {
-        "bilstm": native, "ctc_loss": native, "masked_attention": everywhere, "beam_topk": everywhere,
+        "bilstm": native, "ctc_loss": everywhere, "masked_attention": everywhere, "beam_topk": everywhere,
         "beam_gather": everywhere, "ctc_prefix": everywhere, "beam_backtrack": everywhere,
         "speller_unroll": ("reference", "fused", "cpp", "triton"), "speller_search": native,
     }  # fmt: skip
@@ -98,6 +98,7 @@ def test_each_op_has_the_backends_listed_here():
     [
         ("bilstm", "cpp", "float32 bfloat16"),
         ("ctc_loss", "cpp", "float32"),
+        ("ctc_loss", "triton", "float32"),
         ("masked_attention", "cpp", "float32 bfloat16"),
         ("masked_attention", "triton", "float32 float16 bfloat16"),
         ("beam_topk", "cpp", "float32 float16 bfloat16"),

@@ -1,0 +1,119 @@
+"""The CTC loss on a GPU. las_fast/ops/ctc_loss.py defines the operation.
+
+A program runs one utterance in one direction, frame by frame. Its states are the transcript with a blank around each
+token: state 2u is the blank before token u, state 2u + 1 the token. In logarithms, with p of the state's token:
+
+    alpha_t(s) = p_t(s) + log(exp(alpha_(t-1)(s)) + exp(alpha_(t-1)(s-1)) + exp(alpha_(t-1)(s-2)))
+
+The last term only from a token to another one. beta is the same from the end. A state of the frame before comes from
+memory, behind a barrier. The posterior of a state is exp(alpha + beta - p - log p(transcript)).
+
+torch's own kernel copies the lengths from pageable memory, for which the host waits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+BLANK = 0
+power_of_2 = triton.next_power_of_2
+
+
+@triton.jit
+def _sum3(x, y, z):
+    """log(exp(x) + exp(y) + exp(z))."""
+    top = tl.maximum(tl.maximum(x, y), z)
+    finite = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
+    return top + tl.log(tl.exp(x - finite) + tl.exp(y - finite) + tl.exp(z - finite))
+
+
+@triton.jit
+def states_kernel(
+    log_probs, lengths, tokens, token_lengths, sums, likelihoods, B, T, V, S, N, APART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute sums[direction, b, t, state], and in the first direction the log-likelihood of the transcript.
+
+    APART: equal tokens need no blank between them.
+    """
+    b, reverse = tl.program_id(0).to(tl.int64), tl.program_id(1) == 1
+    frames = tl.minimum(tl.load(lengths + b), T)
+    states = 2 * tl.minimum(tl.load(token_lengths + b), S) + 1
+    order = tl.arange(0, BLOCK)  # (BLOCK,) of the states in the direction
+    inside = order < states
+    state = tl.where(reverse, states - 1 - order, order)
+    is_token = inside & (state % 2 == 1)
+    token = tl.load(tokens + b * S + state // 2, mask=is_token, other=0)
+    back = tl.where(reverse, -1, 1)  # from a state to the one before it
+    before = tl.load(tokens + b * S + state // 2 - back, mask=is_token & (order >= 2), other=0)
+    skips = is_token & (order >= 2) & ((before != token) | APART)
+    log_probs += b * T * V
+    sums += (tl.program_id(1) * B + b) * T * N
+    alpha = tl.where(order == 0, 0.0, -float("inf"))  # before the first frame, as if in a state before both
+    for i in range(0, frames):
+        t = tl.where(reverse, frames - 1 - i, i)
+        last = sums + (t - back) * N + state
+        one = tl.load(last - back, mask=inside & (order >= 1) & (i > 0), other=-float("inf"))
+        two = tl.load(last - 2 * back, mask=skips & (i > 0), other=-float("inf"))
+        one = tl.where((i == 0) & (order == 1), 0.0, one)
+        p = tl.load(log_probs + t * V + token, mask=inside, other=-float("inf"))
+        alpha = _sum3(alpha, one, two) + p
+        tl.store(sums + t * N + state, alpha, mask=inside)
+        tl.debug_barrier()
+    ends = tl.where(inside & (order >= states - 2), alpha, -float("inf"))
+    top = tl.max(ends, 0)
+    finite = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(likelihoods + b, top + tl.log(tl.sum(tl.exp(ends - finite), 0)), mask=reverse == 0)
+
+
+def posteriors(
+    log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, apart: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-likelihoods (B,), 0 where there is no path; the token of each state (B, N); posteriors (B, T, N)."""
+    (B, T, V), S = log_probs.shape, tokens.shape[1]
+    N = 2 * S + 1
+    tokens = tokens.clamp(0, V - 1)  # past the lengths anything may stand, and a kernel cannot raise
+    classes = tokens.new_full((B, N), BLANK)
+    classes[:, 1::2] = tokens
+    # States that are not reached keep -inf, whose posterior is 0.
+    sums, likelihoods = log_probs.new_full((2, B, T, N), -torch.inf), log_probs.new_empty(B)
+    if B:
+        inputs, block = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)], power_of_2(max(N, 2))
+        states_kernel[B, 2](
+            *inputs, sums, likelihoods, B, T, V, S, N, APART=apart, BLOCK=block, num_warps=min(max(block // 128, 1), 16)
+        )
+    likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)
+    paths = sums[0] + sums[1] - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
+    return likelihoods, classes, (paths - likelihoods[:, None, None]).exp()
+
+
+def outside(lengths: Tensor, size: int) -> Tensor:
+    """Return (B, size) bool, True from the length on."""
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def ctc_loss(
+    logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Return losses (B,) and their gradients in logits; the implementation of las_fast::ctc_loss_triton."""
+    _, T, V = logits.shape
+    log_probs = F.log_softmax(logits, 2)
+    likelihoods, classes, posterior = posteriors(log_probs, lengths, tokens, token_lengths, apart=False)
+    if not gradients:
+        return -likelihoods, logits.new_empty(0, T, V)
+    expected = torch.bmm(posterior, (classes[:, :, None] == torch.arange(V, device=tokens.device)).to(posterior.dtype))
+    # 0: there is no path, or the transcript is certain; the gradient is 0 either way.
+    excluded = outside(lengths, T) | (likelihoods == 0)[:, None]
+    return -likelihoods, (log_probs.exp() - expected).masked_fill(excluded[:, :, None], 0.0)
+
+
+def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """Return the mean frame of each token's posterior, (B, S); the implementation of las_fast::ctc_places_triton."""
+    log_probs = F.log_softmax(logits, 2)
+    posterior = posteriors(log_probs, lengths, tokens, token_lengths, apart=True)[2][:, :, 1::2]  # (B, T, S)
+    frames = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return (posterior * frames[:, None]).sum(1) / posterior.sum(1).clamp_min(1e-6)
