@@ -509,7 +509,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> backward(const at::Tensor& gradi
                 name, " must be (B, T, 2H) with B=", B, ", T=", T, ", H=", H, " and the dtype of x; got ",
                 tensor.sizes(), " ", tensor.scalar_type());
   TORCH_CHECK(saved.sizes() == at::IntArrayRef({B, T, DIRECTIONS, SAVED, H}) && saved.scalar_type() == x.scalar_type(),
-              "kept must be the second result of the forward op for these inputs; got ", saved.sizes(), " ",
+              "saved must be the second result of the forward op for these inputs; got ", saved.sizes(), " ",
               saved.scalar_type());
   at::Tensor x_gradient = at::empty({inputs ? B : 0, T, I}, x.options());
   std::vector<at::Tensor> gradients;

@@ -273,7 +273,7 @@ std::tuple<at::Tensor, at::Tensor> ctc_loss(const at::Tensor& logits, const at::
   return {losses, gradient};
 }
 
-at::Tensor ctc_places(const at::Tensor& logits, const at::Tensor& lengths, const at::Tensor& tokens,
+at::Tensor ctc_token_times(const at::Tensor& logits, const at::Tensor& lengths, const at::Tensor& tokens,
                       const at::Tensor& token_lengths) {
   const Arguments arguments(logits, lengths, tokens, token_lengths);
   const at::Tensor times = at::zeros(tokens.sizes(), arguments.logits.options());
@@ -289,5 +289,5 @@ at::Tensor ctc_places(const at::Tensor& logits, const at::Tensor& lengths, const
 
 TORCH_LIBRARY_IMPL(las_fast, CPU, m) {
   m.impl("ctc_loss_cpp", &ctc_loss);
-  m.impl("ctc_places_cpp", &ctc_places);
+  m.impl("ctc_token_times_cpp", &ctc_token_times);
 }

@@ -111,8 +111,8 @@ def ctc_loss(
     return -likelihoods, (log_probs.exp() - expected).masked_fill(excluded[:, :, None], 0.0)
 
 
-def ctc_places(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """Return the mean frame of each token's posterior, (B, S); the implementation of las_fast::ctc_places_triton."""
+def ctc_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """Return the mean frame of each token's posterior, (B, S): las_fast::ctc_token_times_triton."""
     log_probs = F.log_softmax(logits, 2)
     posterior = posteriors(log_probs, lengths, tokens, token_lengths, apart=True)[2][:, :, 1::2]  # (B, T, S)
     frames = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)

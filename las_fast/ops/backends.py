@@ -30,7 +30,13 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {
     "speller_search": {"reference": None, "cpp": FLOAT32},  # on CUDA las_fast.search.beam calls the ops above per step
 }
 # C++ ops without an entry above: backward passes and helpers.
-HELPER_OPS = ("bilstm_backward", "ctc_places", "masked_attention_backward", "speller_pack", "speller_unroll_backward")
+HELPER_OPS = (
+    "bilstm_backward",
+    "ctc_token_times",
+    "masked_attention_backward",
+    "speller_pack",
+    "speller_unroll_backward",
+)
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")
 BUILD_ADVICE = "Run: python setup.py build_ext"

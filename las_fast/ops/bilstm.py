@@ -160,9 +160,9 @@ def _check(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Se
         raise ValueError(f"x, lengths and weights must be on one device; got {', '.join(sorted(map(str, devices)))}")
 
 
-FORWARD = "(Tensor x, Tensor lengths, Tensor[] weights, bool gradients) -> (Tensor output, Tensor kept)"
+FORWARD = "(Tensor x, Tensor lengths, Tensor[] weights, bool gradients) -> (Tensor output, Tensor saved)"
 BACKWARD = (
-    "(Tensor gradient, Tensor x, Tensor lengths, Tensor[] weights, Tensor output, Tensor kept, bool inputs)"
+    "(Tensor gradient, Tensor x, Tensor lengths, Tensor[] weights, Tensor output, Tensor saved, bool inputs)"
     " -> (Tensor x_gradient, Tensor[] weight_gradients)"
 )
 
@@ -172,7 +172,7 @@ def _fake_forward(x, lengths, weights, gradients):
     return x.new_empty(B, T, 2 * H), x.new_empty(B if gradients else 0, T, 2, 5, H)
 
 
-def _fake_backward(gradient, x, lengths, weights, output, kept, inputs):
+def _fake_backward(gradient, x, lengths, weights, output, saved, inputs):
     gradients = [weights[i].new_empty(weights[i].shape) for i in (0, 1, 2, 4, 5, 6)]  # one for both biases
     return x.new_empty(x.shape if inputs else (0, *x.shape[1:])), gradients
 
@@ -185,10 +185,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, gradient, kept_gradient):
-    x, lengths, *weights, output, kept = ctx.saved_tensors
+    x, lengths, *weights, output, saved = ctx.saved_tensors
     inputs = ctx.needs_input_grad[0]
     op = torch.ops.las_fast.bilstm_backward_cpp
-    x_gradient, (ih, hh, bias, ih_back, hh_back, bias_back) = op(gradient, x, lengths, weights, output, kept, inputs)
+    x_gradient, (ih, hh, bias, ih_back, hh_back, bias_back) = op(gradient, x, lengths, weights, output, saved, inputs)
     weight_gradients = [ih, hh, bias, bias, ih_back, hh_back, bias_back, bias_back]
     return x_gradient if inputs else None, None, weight_gradients, None
 

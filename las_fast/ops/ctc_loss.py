@@ -66,7 +66,7 @@ def ctc_token_times(
     chosen = backends.choose("ctc_loss", backend, logits.device, logits.dtype)
     if chosen == "reference":
         return _reference_times(logits, lengths, tokens, token_lengths)
-    return getattr(torch.ops.las_fast, f"ctc_places_{chosen}")(logits, lengths, tokens, token_lengths)
+    return getattr(torch.ops.las_fast, f"ctc_token_times_{chosen}")(logits, lengths, tokens, token_lengths)
 
 
 def _reference(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
@@ -135,6 +135,6 @@ def _backward(ctx, losses_gradient, gradient_gradient):
     return gradient * losses_gradient[:, None, None], None, None, None, None
 
 
-backends.register("ctc_places", TIMES, _fake_times, module="ctc_loss")  # called by ctc_token_times
+backends.register("ctc_token_times", TIMES, _fake_times, module="ctc_loss")
 for _name in backends.register("ctc_loss", LOSS, _fake_loss):
     torch.library.register_autograd(_name, _backward, setup_context=_save)

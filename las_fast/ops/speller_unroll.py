@@ -299,10 +299,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(op, ctx, logits_gradient, attention_gradient, *others):
     saved, n = ctx.saved_tensors, ctx.count
-    weights, masks, (keys, values, lengths, *kept) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
+    weights, masks, (keys, values, lengths, *results) = saved[:n], saved[n : n + ctx.masks], saved[n + ctx.masks :]
     no_gradients = (None, None, None, [None] * ctx.masks, None, None)
     gradients = getattr(torch.ops.las_fast, op)(
-        logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *kept, ctx.bf16
+        logits_gradient, attention_gradient, weights, keys, values, lengths, masks, *results, ctx.bf16
     )
     return (*gradients, *no_gradients)
 

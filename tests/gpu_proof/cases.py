@@ -563,7 +563,7 @@ def check_ctc_loss(
         lengths, given, counts = (torch.where(x == most, 2**40, x) for x, most in limits)
     there = [with_layout(logits, layout), lengths, with_layout(given, layout), counts]
     there = [x.to(device) for x in there]
-    actual = [*launcher("ctc_loss")(*there, True), launcher("ctc_loss", "ctc_places")(*there)]
+    actual = [*launcher("ctc_loss")(*there, True), launcher("ctc_loss", "ctc_token_times")(*there)]
     for name, x, y, z in zip(("losses", "gradient", "times"), actual, exact, usual, strict=True):
         assert x.dtype == FP32
         assert_close(x, y, 2 * EXTRA_ROUNDINGS * max_abs(z - y) + EXTRA_ROUNDINGS * (4e-6 + 1e-6 * max_abs(y)), name)

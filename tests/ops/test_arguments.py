@@ -89,7 +89,7 @@ def ctc_calls():
     names = {"logits": logits, "lengths": lengths, "tokens": tokens, "token_lengths": token_lengths}
     tokens[0, 0], token_lengths[0] = logits.shape[2] - 1, max(1, int(token_lengths[0]))
     yield "ctc_loss_cpp", {**names, "gradients": True}, set()
-    yield "ctc_places_cpp", names, set()
+    yield "ctc_token_times_cpp", names, set()
 
 
 def speller_calls():

@@ -244,7 +244,7 @@ def test_limit_lanes_narrows_vectors_until_it_is_undone(cpp):
     before = limit(8)
     try:
         assert limit(4) in (4, 8) and limit(4) == 4  # 8 unless the processor has fewer
-        with pytest.raises(RuntimeError, match="most must be at least 4; got 3"):
+        with pytest.raises(RuntimeError, match="max_lanes must be at least 4; got 3"):
             limit(3)
     finally:
         assert limit(before) == 4

@@ -410,7 +410,7 @@ def test_the_registered_ops_check_their_own_arguments(cpp, change, message):
     [
         ("gradient", 0, torch.zeros(3, 7, 11)),
         ("output", 1, torch.zeros(3, 7, 12).bfloat16()),
-        ("kept", 2, torch.zeros(0, 7, 2, 5, 6)),
+        ("saved", 2, torch.zeros(0, 7, 2, 5, 6)),
     ],
 )
 def test_the_registered_backward_checks_its_saved_tensors(cpp, name, place, wrong):

@@ -274,7 +274,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(cpp):
 def test_auto_takes_the_cpp_path_on_a_cpu(cpp):
     arguments = inputs()
     assert "las_fast::ctc_loss_cpp" in ops_called(lambda: ctc_loss(*arguments))
-    assert ops_called(lambda: ctc_token_times(*arguments))[-1] == "las_fast::ctc_places_cpp"
+    assert ops_called(lambda: ctc_token_times(*arguments))[-1] == "las_fast::ctc_token_times_cpp"
 
 
 def test_dtypes_that_cpp_lacks_go_to_the_reference(cpp):
@@ -288,7 +288,7 @@ def test_dtypes_that_cpp_lacks_go_to_the_reference(cpp):
 def test_the_registered_ops_pass_opcheck(cpp, gradients):
     logits, *rest = inputs()
     torch.library.opcheck(torch.ops.las_fast.ctc_loss_cpp.default, (logits.requires_grad_(gradients), *rest, gradients))
-    torch.library.opcheck(torch.ops.las_fast.ctc_places_cpp.default, (logits.detach(), *rest))
+    torch.library.opcheck(torch.ops.las_fast.ctc_token_times_cpp.default, (logits.detach(), *rest))
 
 
 def test_it_compiles_into_one_graph_with_gradients(cpp):
@@ -342,7 +342,7 @@ def test_the_registered_ops_check_their_own_arguments(cpp, change, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.las_fast.ctc_loss_cpp(*arguments, True)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.las_fast.ctc_places_cpp(*arguments)
+        torch.ops.las_fast.ctc_token_times_cpp(*arguments)
 
 
 def test_the_loss_equals_torchs_ctc_loss(backend):
