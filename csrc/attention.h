@@ -184,11 +184,11 @@ LAS_INLINE void spread(const QueryRows& weights, const QueryRows& rows, const En
 template <int W>
 LAS_INLINE void softmax_backward(const float* weight, float* gradient, int64_t n, float scale) {
   const float mean = sum_row<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    return load<W>(weight + t, lanes, 0.0f) * load<W>(gradient + t, lanes, 0.0f);
+    return load<W>(weight + t, lanes) * load<W>(gradient + t, lanes);
   });
   for_each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> centred = load<W>(gradient + t, lanes, 0.0f) - mean;
-    store<W>(gradient + t, load<W>(weight + t, lanes, 0.0f) * centred * scale, lanes);
+    const Float<W> centred = load<W>(gradient + t, lanes) - mean;
+    store<W>(gradient + t, load<W>(weight + t, lanes) * centred * scale, lanes);
   });
 }
 

@@ -213,7 +213,7 @@ class BiLstmForward {
     const int64_t H = shape_.H;
     las::for_each_vector<W>(H, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
       const las::LstmGates<W> gates = las::activate_gates<W>(sums + j, H, lanes);
-      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * load<W>(cell + j, lanes, 0.0f));
+      const las::LstmState<W> after = las::lstm_step<W>(gates, gates.forget * load<W>(cell + j, lanes));
       store<W>(cell + j, after.cell, lanes);
       store<W>(hidden + j, after.hidden, lanes);
       store<W>(output + j, after.hidden, lanes);
@@ -344,10 +344,10 @@ class BiLstmBackward {
       for (int64_t i = 0; i < SAVED; ++i) las::prefetch(saved_ahead + i * H + j);
       las::prefetch(output_gradient_ahead + j);
       const las::LstmGates<W> gates = las::load_gates<W>(saved_now + j, H, lanes);
-      const Float<W> tanh_cell = las::tanh<W>(load<W>(saved_now + 4 * H + j, lanes, 0.0f));
-      const Float<W> dh = load<W>(output_gradient + j, lanes, 0.0f) + load<W>(hidden + j, lanes, 0.0f);
-      const Float<W> dc = las::lstm_cell_gradient<W>(gates, tanh_cell, dh) + load<W>(cell + j, lanes, 0.0f);
-      const Float<W> cell_before = load<W>(saved_before + j, lanes, 0.0f);
+      const Float<W> tanh_cell = las::tanh<W>(load<W>(saved_now + 4 * H + j, lanes));
+      const Float<W> dh = load<W>(output_gradient + j, lanes) + load<W>(hidden + j, lanes);
+      const Float<W> dc = las::lstm_cell_gradient<W>(gates, tanh_cell, dh) + load<W>(cell + j, lanes);
+      const Float<W> cell_before = load<W>(saved_before + j, lanes);
       las::store_gates<W>(row + j, H, las::lstm_gate_gradients<W>(gates, tanh_cell, cell_before, dh, dc), lanes);
       store<W>(cell + j, dc * gates.forget, lanes);
     });
@@ -427,8 +427,8 @@ class BiLstmBackward {
     las::dispatch_width([&](auto width) __attribute__((always_inline)) {
       constexpr int W = width;
       las::for_each_vector<W>(columns, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-        Float<W> sum = load<W>(bias + j, lanes, 0.0f);
-        for (const T* row : rows) sum += load<W>(row + column + j, lanes, 0.0f);
+        Float<W> sum = load<W>(bias + j, lanes);
+        for (const T* row : rows) sum += load<W>(row + column + j, lanes);
         store<W>(bias + j, sum, lanes);
       });
     });

@@ -35,7 +35,7 @@ struct CtcLogProbs {
       constexpr int W = width;
       for (int64_t t = 0; t < this->T; ++t)
         for_each_vector<W>(V, [&](int64_t v, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> peak = load<W>(max_log.data() + v, lanes, 0.0f), x = load<W>(log + t * V + v, lanes, 0.0f);
+          const Float<W> peak = load<W>(max_log.data() + v, lanes), x = load<W>(log + t * V + v, lanes);
           store<W>(relative.data() + t * V + v, las::exp<W>(x == peak ? Float<W>{} : x - peak), lanes);
         });
     });
@@ -122,7 +122,7 @@ class Scorer {
         for (int64_t t = 0; t < T; ++t) peaks_[i] = std::max(peaks_[i], all[i].forward[t]);
         const float peak = peaks_[i] == -INFINITE ? 0.0f : peaks_[i];
         for_each_vector<W>(T, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-          store<W>(relative_.data() + i * T + t, las::exp<W>(load<W>(all[i].forward + t, lanes, 0.0f) - peak), lanes);
+          store<W>(relative_.data() + i * T + t, las::exp<W>(load<W>(all[i].forward + t, lanes) - peak), lanes);
         });
       }
     });

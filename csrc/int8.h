@@ -50,7 +50,7 @@ template <int W>
 LAS_INLINE float largest_magnitude(const float* x, int64_t n) {
   Float<W> magnitudes{}, zero_or_nan{};
   for_each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> value = load<W>(x + i, lanes, 0.0f);
+    const Float<W> value = load<W>(x + i, lanes);
     magnitudes = max<W>(magnitudes, bits_as<Float<W>>(bits_as<Bits<W>>(value) & 0x7FFFFFFFu));
     zero_or_nan += value * 0.0f;
   });

@@ -32,8 +32,8 @@ struct LstmState {
 // Load `lanes` units of each gate of a row (4, units); `row` points to the first unit in the input gate.
 template <int W, class T>
 LAS_INLINE LstmGates<W> load_gates(const T* row, int64_t units, int64_t lanes) {
-  return {load<W>(row, lanes, 0.0f), load<W>(row + units, lanes, 0.0f), load<W>(row + 2 * units, lanes, 0.0f),
-          load<W>(row + 3 * units, lanes, 0.0f)};
+  return {load<W>(row, lanes), load<W>(row + units, lanes), load<W>(row + 2 * units, lanes),
+          load<W>(row + 3 * units, lanes)};
 }
 
 template <int W, class T>
@@ -47,8 +47,8 @@ LAS_INLINE void store_gates(T* row, int64_t units, const LstmGates<W>& gates, in
 // Compute the gates of `lanes` units from a row of their sums, (4, units).
 template <int W>
 LAS_INLINE LstmGates<W> activate_gates(const float* sums, int64_t units, int64_t lanes) {
-  return {sigmoid<W>(load<W>(sums, lanes, 0.0f)), sigmoid<W>(load<W>(sums + units, lanes, 0.0f)),
-          tanh<W>(load<W>(sums + 2 * units, lanes, 0.0f)), sigmoid<W>(load<W>(sums + 3 * units, lanes, 0.0f))};
+  return {sigmoid<W>(load<W>(sums, lanes)), sigmoid<W>(load<W>(sums + units, lanes)),
+          tanh<W>(load<W>(sums + 2 * units, lanes)), sigmoid<W>(load<W>(sums + 3 * units, lanes))};
 }
 
 // One step for training, which saves the gates. `retained` is f * c'; 0 at the first step.
@@ -86,12 +86,12 @@ LAS_INLINE void lstm_step_unsaved(int64_t units, const float* cell_before, float
     const Float<W> forget = sigmoid_denominator<W>(sum(1, j, lanes), LIMIT);
     const Ratio<W> candidate = tanh_ratio<W>(sum(2, j, lanes));
     const Float<W> denominator = input * candidate.denominator;
-    const Float<W> numerator = load<W>(cell_before + j, lanes, 0.0f) * denominator + candidate.numerator * forget;
+    const Float<W> numerator = load<W>(cell_before + j, lanes) * denominator + candidate.numerator * forget;
     store<W>(cell + j, numerator / (denominator * forget), lanes);
   });
   for_each_vector<W>(units, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
     const Float<W> output = sigmoid_denominator<W>(sum(3, j, lanes), LIMIT);
-    const Ratio<W> tanh_cell = tanh_ratio<W>(load<W>(cell + j, lanes, 0.0f));
+    const Ratio<W> tanh_cell = tanh_ratio<W>(load<W>(cell + j, lanes));
     store<W>(hidden + j, tanh_cell.numerator / (tanh_cell.denominator * output), lanes);
   });
 }

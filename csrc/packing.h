@@ -21,7 +21,7 @@ namespace las {
 template <int W, class S, class T>
 LAS_INLINE void convert(const S* from, int64_t n, T* to, float factor = 1.0f) {
   for_each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    store<W>(to + i, load<W>(from + i, lanes, 0.0f) * factor, lanes);
+    store<W>(to + i, load<W>(from + i, lanes) * factor, lanes);
   });
 }
 

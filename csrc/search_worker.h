@@ -32,8 +32,8 @@ class SearchWorker {
 
  public:
   SearchWorker(const PackedSpeller<T, G>& speller, const SearchArguments& arguments, int64_t slots)
-      : speller_(speller), arguments_(arguments), max_rows_(slots * arguments.K), before_(speller, max_rows_ + 1),
-        after_(speller, max_rows_ + 1), best_(arguments.K), parent_index_(max_rows_ + 1), token_gates_(speller.V) {
+      : speller_(speller), arguments_(arguments), max_rows_(slots * arguments.K + 1), before_(speller, max_rows_),
+        after_(speller, max_rows_), best_(arguments.K), parent_index_(max_rows_), token_gates_(speller.V) {
     for (int64_t i = 0; i < slots; ++i) slots_.emplace_back(arguments.K);
     allocate();
   }
@@ -61,27 +61,27 @@ class SearchWorker {
   }
 
  private:
-  int64_t initial_state() const { return max_rows_; }  // row of the state before the first token, which is zeros
+  int64_t initial_state() const { return max_rows_ - 1; }  // row of the state before the first token, which is zeros
 
   void allocate() {
     int64_t max_depth = speller_.E + speller_.H, gates = 0;
     for (int64_t i = 0; i < speller_.cells(); ++i) {
       max_depth = std::max(max_depth, speller_.size(i) + speller_.E);
       gates = std::max(gates, 4 * speller_.size(i));
-      recurrent_.emplace_back(max_rows_ + 1, 4 * speller_.size(i));
+      recurrent_.emplace_back(max_rows_, 4 * speller_.size(i));
     }
     max_depth = std::max({max_depth, speller_.D, speller_.E, arguments_.T, speller_.M});
-    inputs_ = ZeroedBuffer<T>(max_rows_ + 1, max_depth);
-    if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_ + 1, max_depth);
-    scales_.resize(max_rows_ + 1);
-    sums_ = ZeroedBuffer<>(max_rows_ + 1, std::max({gates, speller_.M, speller_.V}));
-    queries_ = ZeroedBuffer<>(max_rows_ + 1, speller_.D);
+    inputs_ = ZeroedBuffer<T>(max_rows_, max_depth);
+    if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_, max_depth);
+    scales_.resize(max_rows_);
+    sums_ = ZeroedBuffer<>(max_rows_, std::max({gates, speller_.M, speller_.V}));
+    queries_ = ZeroedBuffer<>(max_rows_, speller_.D);
     weights_ = ZeroedBuffer<>(arguments_.K, arguments_.T);
     contexts_ = ZeroedBuffer<>(arguments_.K, speller_.E);
     logits_.resize(arguments_.K * speller_.V);
     summaries_.resize(arguments_.K);
     block_maxima_.resize(arguments_.K * blocks());
-    initial_.resize(max_rows_ + 1);
+    initial_.resize(max_rows_);
   }
 
   int64_t blocks() const { return (speller_.V + topk::BLOCK - 1) / topk::BLOCK; }
@@ -222,8 +222,8 @@ class SearchWorker {
         const float* gates = c == 0 ? recurrent_[0].at(rows_[i].parent_index) : sums_.at(i);
         const float* token = c == 0 ? token_gates_[rows_[i].token].data() : nullptr;
         const auto sum = [&](int64_t g, int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> gate = load<W>(gates + g * size + j, lanes, 0.0f);
-          return token ? gate + load<W>(token + g * size + j, lanes, 0.0f) : gate;
+          const Float<W> gate = load<W>(gates + g * size + j, lanes);
+          return token ? gate + load<W>(token + g * size + j, lanes) : gate;
         };
         lstm_step_unsaved<W>(size, before_.cell[c].at(rows_[i].parent_row), after_.cell[c].at(i), hidden(c, i), sum);
       }
@@ -307,7 +307,7 @@ class SearchWorker {
       constexpr int W = width;
       for (int64_t i = 0; i < count(); ++i)
         for_each_vector<W>(speller_.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          store<W>(sums_.at(i) + j, gelu<W>(load<W>(sums_.at(i) + j, lanes, 0.0f)), lanes);
+          store<W>(sums_.at(i) + j, gelu<W>(load<W>(sums_.at(i) + j, lanes)), lanes);
         });
     });
   }
@@ -380,9 +380,9 @@ class SearchWorker {
 
   const PackedSpeller<T, G>& speller_;
   const SearchArguments& arguments_;
-  int64_t max_rows_;  // slots * K; row max_rows_ is the initial state
+  int64_t max_rows_;  // slots * K + 1; the last row is the initial state
   std::vector<SearchSlot<T>> slots_;
-  States<S> before_, after_;                      // max_rows_ + 1 rows, like all buffers of rows below
+  States<S> before_, after_;                      // max_rows_ rows, like all buffers of rows below
   std::vector<LiveBeam> rows_;                    // the live beams of all slots
   std::vector<int64_t> parent_rows_;              // rows of the parents' states, each once
   std::vector<ZeroedBuffer<>> recurrent_;         // (rows, 4 * H_i) per cell: contribution of the parents' states
@@ -396,7 +396,7 @@ class SearchWorker {
   std::vector<float> logits_, block_maxima_;      // (K, V) and (K, blocks), of one utterance
   std::vector<topk::RowSummary> summaries_;       // (K,)
   topk::BestCandidates best_;
-  std::vector<int64_t> parent_index_;             // (max_rows_ + 1,): index in parent_rows_ of each row, or -1
+  std::vector<int64_t> parent_index_;             // (max_rows_,): index in parent_rows_ of each row, or -1
   std::vector<AlignedArray<float>> token_gates_;  // (4 * H) per token: its contribution to the gates, once computed
 };
 

@@ -61,7 +61,7 @@ LAS_INLINE SoftmaxSummary softmax(float* x, int64_t n) {
   Int<W> indices = {}, lane = {};
   for (int i = 0; i < W; ++i) lane[i] = i;
   for_each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
-    const Float<W> weight = load<W>(x + t, lanes, 0.0f) * factor;
+    const Float<W> weight = load<W>(x + t, lanes) * factor;
     indices = weight > peaks ? lane + int32_t(t) : indices;
     peaks = max<W>(peaks, weight);
     store<W>(x + t, weight, lanes);

@@ -198,8 +198,8 @@ struct UnrollBackward {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r)
         for_each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          const Float<W> slope = gelu_derivative<W>(load<W>(projected.at(r, j), lanes, 0.0f));
-          store<W>(projected_gradient.at(r, j), slope * load<W>(scratch.projected.at(r) + j, lanes, 0.0f), lanes);
+          const Float<W> slope = gelu_derivative<W>(load<W>(projected.at(r, j), lanes));
+          store<W>(projected_gradient.at(r, j), slope * load<W>(scratch.projected.at(r) + j, lanes), lanes);
         });
     });
     matmul(projected_gradient, layers.project.panels, nullptr, rows_of(readout_gradient, b, n));
@@ -250,12 +250,12 @@ struct UnrollBackward {
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (b + r) * size;
         for_each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const LstmGates<W> activated = load_gates<W>(gates.at(r, j), size, lanes);
-          const Float<W> tanh_cell = tanh<W>(load<W>(cell.at(r, j), lanes, 0.0f));
-          const Float<W> before = u > 0 ? load<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
-          Float<W> dh = load<W>(output.at(r, j), lanes, 0.0f);
-          if (mask) dh *= load<W>(mask + j, lanes, 0.0f);
-          dh += load<W>(hidden.at(r, input_size + j), lanes, 0.0f);
-          const Float<W> dc = load<W>(carried.at(r, j), lanes, 0.0f) + lstm_cell_gradient<W>(activated, tanh_cell, dh);
+          const Float<W> tanh_cell = tanh<W>(load<W>(cell.at(r, j), lanes));
+          const Float<W> before = u > 0 ? load<W>(cell_before.at(r, j), lanes) : Float<W>{};
+          Float<W> dh = load<W>(output.at(r, j), lanes);
+          if (mask) dh *= load<W>(mask + j, lanes);
+          dh += load<W>(hidden.at(r, input_size + j), lanes);
+          const Float<W> dc = load<W>(carried.at(r, j), lanes) + lstm_cell_gradient<W>(activated, tanh_cell, dh);
           store_gates<W>(out.at(r, j), size, lstm_gate_gradients<W>(activated, tanh_cell, before, dh, dc), lanes);
           store<W>(carried.at(r, j), dc * activated.forget, lanes);
         });
@@ -272,7 +272,7 @@ struct UnrollBackward {
         constexpr int W = width;
         const auto add = [](const T* row, int64_t n, float* sum) __attribute__((always_inline)) {
           for_each_vector<W>(n, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-            store<W>(sum + j, load<W>(sum + j, lanes, 0.0f) + load<W>(row + j, lanes, 0.0f), lanes);
+            store<W>(sum + j, load<W>(sum + j, lanes) + load<W>(row + j, lanes), lanes);
           });
         };
         for (int64_t u = begin; u < end; ++u)

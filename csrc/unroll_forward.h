@@ -159,12 +159,12 @@ struct UnrollForward {
         const float* mask = masks.empty() ? nullptr : masks[i].const_data_ptr<float>() + (begin + r) * size;
         for_each_vector<W>(size, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
           const LstmGates<W> activated = las::activate_gates<W>(sums + j, size, lanes);
-          const Float<W> retained = u > 0 ? activated.forget * load<W>(cell_before.at(r, j), lanes, 0.0f) : Float<W>{};
+          const Float<W> retained = u > 0 ? activated.forget * load<W>(cell_before.at(r, j), lanes) : Float<W>{};
           const LstmState<W> after = lstm_step<W>(activated, retained);
           store_gates<W>(gates.at(r, j), size, activated, lanes);
           store<W>(cell.at(r, j), after.cell, lanes);
           if (u + 1 < shape.U) store<W>(hidden.at(r, j), after.hidden, lanes);
-          const Float<W> output = mask ? after.hidden * load<W>(mask + j, lanes, 0.0f) : after.hidden;
+          const Float<W> output = mask ? after.hidden * load<W>(mask + j, lanes) : after.hidden;
           store<W>(layer_above.at(r, j), output, lanes);
         });
       }
@@ -207,7 +207,7 @@ struct UnrollForward {
       constexpr int W = width;
       for (int64_t r = 0; r < n; ++r)
         for_each_vector<W>(shape.M, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-          store<W>(features.at(r, j), gelu<W>(load<W>(projected.at(r, j), lanes, 0.0f)), lanes);
+          store<W>(features.at(r, j), gelu<W>(load<W>(projected.at(r, j), lanes)), lanes);
         });
     });
     matmul(features, layers.output.weights, broadcast_bias(group, layers.output.bias), group.sums.rows(n));

@@ -102,9 +102,9 @@ LAS_INLINE void store_partial(T* p, Float<W> x, int64_t n) {
   for (int i = 0; i < W && i < n; ++i) p[i] = y[i];
 }
 
-// Load or store a vector of which `lanes` lanes exist: W, or fewer at the end of a row.
+// Load or store a vector of which `lanes` lanes exist: W, or fewer at the end of a row. Loaded, the others are `fill`.
 template <int W, class T>
-LAS_INLINE Float<W> load(const T* p, int64_t lanes, float fill) {
+LAS_INLINE Float<W> load(const T* p, int64_t lanes, float fill = 0.0f) {
   return lanes == W ? load<W>(p) : load_partial<W>(p, lanes, fill);
 }
 

@@ -272,7 +272,7 @@ def beam_topk(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launch the kernels; the implementation of las_fast::beam_topk_triton."""
     B, K, V = logits.shape
-    logits = logits if logits.stride(2) == 1 or V == 1 else logits.contiguous()
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
     scores, lengths, finished = scores.contiguous(), lengths.contiguous(), _bytes(finished.contiguous())
     options = (minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs)
     options = tuple(None if x is None else x.contiguous() for x in options)

@@ -333,7 +333,7 @@ def _backward_in_parts(
 
 def _dense_rows(x: Tensor) -> Tensor:
     """Return x, copied if its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 and x.is_contiguous() else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
