@@ -2,13 +2,19 @@
 
 import ast
 import json
+import subprocess
+import sys
 import textwrap
+import time
 
 import pytest
+import yaml
 
 from tests.mutants import __main__ as command
-from tests.mutants.base import Mutant, judged, reason_of
+from tests.mutants import tests_of
+from tests.mutants.base import JUDGED, ROOT, Mutant, judged, judged_key, reason_of
 from tests.mutants.python import PythonTarget
+from tests.mutants.recorder import cpu_seconds
 from tests.mutants.rules import python_mutants
 
 TOY = '''
@@ -77,6 +83,14 @@ def rules(source):
 )
 def test_each_rule_makes_its_edit(source, expected):
     assert expected in rules(source)
+
+
+def test_what_changes_nothing_is_not_edited():
+    assert {after for rule, _, after in rules("def f(): return False")} == {"True"}
+    assert ("return", "return 0", "return None") in rules("def f(): return 0")
+    edits = rules("a = np.load(b, allow_pickle=False)")
+    assert edits == {("constant", "False", "True")}
+    assert ("keyword", "np.load(b, allow_pickle=True)", "np.load(b)") in rules("a = np.load(b, allow_pickle=True)")
 
 
 def test_texts_messages_annotations_and_main_blocks_are_not_edited():
@@ -155,6 +169,48 @@ def test_an_equivalent_mutant_survives_and_an_unexecuted_line_is_not_run(toy):
     assert toy["unused", "arithmetic", "x + 1", "x - 1"].outcome == "not run"
 
 
+BURN = "import time\nwhile time.process_time() < 0.3: pass"
+
+
+def test_cpu_seconds_count_child_processes_and_leave_out_waiting():
+    began = cpu_seconds()
+    time.sleep(0.5)
+    assert cpu_seconds() - began < 0.2
+    subprocess.run([sys.executable, "-c", BURN], check=True)
+    assert 0.3 <= cpu_seconds() - began < 2
+
+
+def test_a_record_holds_the_cpu_seconds_of_tests_and_of_their_shared_fixtures(tmp_path):
+    files = {
+        "box/__init__.py": "",
+        "tests/test_box.py": f"""
+            import subprocess, sys, time
+            import pytest
+
+            def burn():
+                subprocess.run([sys.executable, "-c", {BURN!r}], check=True)
+
+            @pytest.fixture(scope="module")
+            def slow():
+                burn()
+
+            def test_waits(): time.sleep(0.5)
+            def test_burns(): burn()
+            def test_shares(slow): pass
+            """,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    tests = tests_of.Tests(tmp_path, "box", tmp_path / "build")
+    tests.record()
+    seconds = {name.split("::")[1]: value for name, value in tests.seconds.items()}
+    assert seconds["test_waits"] < 0.25 < 0.3 <= seconds["test_burns"] < 2
+    assert seconds["test_shares"] < 0.25 and tests.cost("tests/test_box.py::test_shares") >= 0.3
+    waits, burns, shares = (f"tests/test_box.py::test_{name}" for name in ("waits", "burns", "shares"))
+    assert tests.within([waits, shares, burns], budget=0.55) == [waits, shares]
+
+
 def row(n, outcome, **fields):
     plain = {"id": f"id{n}", "source": "s", "file": "las_fast/x.py", "line": n, "function": "f", "rule": "constant"}
     return (
@@ -180,6 +236,36 @@ def test_an_explanation_matches_the_text_at_any_line_and_layout():
     assert reason_of(reasons, "x.py", "f", "a  <\n  b", "a <= b") == "equivalent: never equal"
     assert reason_of(reasons, "x.py", "f", "a < c", "a <= b") == ""
     assert reason_of(reasons, "x.py", "g", "a", "b") == "GPU: all of it"
+
+
+def test_only_the_tests_that_are_asked_for_judge():
+    def files(*words):
+        (target,) = command.targets_of(command.parser().parse_args([str(ROOT / "las_fast/lm.py"), *words]))
+        return [str(path) for path in target.tests.files]
+
+    every = files()
+    assert files("--tests", str(ROOT / "tests/search"), str(ROOT / "tests/test_lm.py")) == [
+        path for path in every if path.startswith("tests/search/") or path == "tests/test_lm.py"
+    ]
+    with pytest.raises(SystemExit, match="no tests that judge las_fast in tests/test_x.py"):
+        files("--tests", "tests/test_x.py")
+    for folder in ("csrc", "kernels"):
+        with pytest.raises(SystemExit, match=f"{folder} is judged by tests/.*; leave --tests out"):
+            command.targets_of(command.parser().parse_args([str(ROOT / folder), "--tests", "tests/ops"]))
+
+
+@pytest.mark.parametrize("path", JUDGED, ids=lambda path: path.name)
+def test_every_judgement_is_of_a_mutant_that_exists_and_is_written_once(path):
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = set()
+    options = command.parser().parse_args([str(ROOT / file) for file in {row["file"] for row in rows}])
+    for target in command.targets_of(options):
+        for m in target.mutants(options.paths):
+            known |= {judged_key(m.file, m.function, m.before, m.after), judged_key(m.file, m.function, "*", "*")}
+    keys = [judged_key(r["file"], r["function"], r.get("before", "*"), r.get("after", "*")) for r in rows]
+    assert [key for key in keys if key not in known] == [], "give these rows the code as it is now, or delete them"
+    assert [key for key in set(keys) if keys.count(key) > 1] == [], "delete all but one row of each"
+    assert {row["reason"].split()[0] for row in rows} <= {"equivalent:", "GPU:", "accepted:"}
 
 
 class Fake:

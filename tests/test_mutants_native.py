@@ -70,6 +70,51 @@ def test_constant_expressions_and_edits_without_effect_are_left_out():
     assert "5 * m" not in {before for _, before, _ in edits(grain)}
 
 
+def test_addresses_are_left_alone_where_only_prefetching_uses_them():
+    source = """
+        void f(const float* from, int later, int n) {
+          const float* next = from + 3 * later;
+          const float* used = from + 5 * later;
+          const int index = later - 7;
+          const float* other = from + index;
+          for (int i = 0; i < 16; i += 8) las::prefetch(next + i);
+          for (int i = 0; i < 32; i += 4) g(used + i);
+          las::prefetch(used);
+          las::prefetch(other);
+          las::prefetch(table[later - 9]);
+          h(n - 6, table[index]);
+        }
+    """
+    touched = {before for _, before, _ in edits(source)}
+    assert not {"3", "16", "8", "from + index", "from + 3 * later", "later - 9"} & touched
+    assert {"5", "7", "32", "4", "6", "n - 6"} <= touched
+
+
+def test_the_message_of_a_check_is_left_alone():
+    source = 'void f() { TORCH_CHECK(v >= 3, "v must be at least ", 4 - 1, "; got ", v + 5); }'
+    assert {before for rule, before, _ in edits(source) if rule != "deletion"} == {"v >= 3", "3"}
+
+
+def test_globals_and_questions_about_the_processor_are_left_alone():
+    source = """
+        namespace las {
+        inline int lanes() { return __builtin_cpu_supports("avx2") ? 8 : 4; }
+        int most = lanes() + 3;
+        static Definition definition = {"x", -5};
+        int f() { int least = lanes() + 6; return least; }
+        }
+    """
+    assert {before for _, before, _ in edits(source)} == {"lanes() + 6", "6"}
+
+
+def test_of_two_equal_numbers_either_is_chosen():
+    def comparisons(expression):
+        return {after for rule, _, after in edits(f"int f() {{ return {expression}; }}") if rule == "comparison"}
+
+    assert comparisons("a > b ? a : b") == comparisons("a < b ? a : b") == set()
+    assert comparisons("a > b ? a : c") == {"a >= b"} and comparisons("a == b ? a : b") == {"a != b"}
+
+
 def test_a_schema_keeps_line_numbers():
     mutants = cpp_mutants(TOY, "csrc/toy.cpp")
     woven = schema(TOY, list(enumerate(mutants))).splitlines()
@@ -122,6 +167,8 @@ def test_kernels_are_edited_except_for_tile_sizes():
         "beam_backtrack", "beam_gather", "beam_topk", "ctc_prefix", "masked_attention", "speller_unroll",
     }  # fmt: skip
     assert not any("half" in m.before and "ieee" in m.before for m in mutants)
+    constants = {m.before for m in mutants if m.function == "" and m.file == "kernels/beam_topk.py"}
+    assert "-9223372036854775808" in constants and not {"8192", "1024"} & constants
 
 
 def test_a_fault_in_a_kernel_is_detected():

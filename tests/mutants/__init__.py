@@ -14,11 +14,12 @@ exists only in the memory of the process that judges it.
 The report: "noticed" is the fraction of mutants that a test detected. A survivor means a missing test, dead code, or an
 equivalent mutant, whose edit has no observable effect. Read each one. Write the test, or record the mutant in
 judged.yaml with the reason. "noticed of live" excludes mutants recorded as equivalent or as run only on a GPU. A mutant
-is judged by the tests that run the edited line, cheapest first, for at most --budget seconds: a fault that only a
-slower test detects counts as a survivor.
+is judged by the tests that run the edited line, cheapest first, for at most --budget CPU seconds as recorded: a fault
+that only a slower test detects counts as a survivor.
 
-The first run records which test runs which line (build/mutants/records, some minutes); later runs record only test
-files that have changed.
+The first run records which test runs which line, and how many CPU seconds it takes (build/mutants/records, some
+minutes); later runs record only test files that have changed. With --tests, only those are recorded and run, which is
+faster; other tests might detect a survivor.
 
 The parts:
     base.py      Mutant, Verdict and the Target protocol; one Target per language

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--out", type=Path, default=BUILD / "results.jsonl", help="results; mutants in it are skipped")
     cli.add_argument("--again", action="store_true", help="judge survivors again, for example after adding tests")
     cli.add_argument("--only", metavar="ID", nargs="+", help="judge only the mutants with these ids")
-    cli.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant (default: 60)")
+    cli.add_argument("--budget", type=float, default=60.0, help="CPU seconds of tests per mutant (default: 60)")
+    cli.add_argument("--tests", type=Path, nargs="+", default=[], help="judge las_fast by these tests only")
     cli.add_argument("--list", action="store_true", help="list the mutants and judge none")
     cli.add_argument("--report", type=Path, metavar="FILE", help="report on a file of results and judge none")
     return cli
@@ -68,6 +69,8 @@ def targets_of(options: argparse.Namespace) -> list[Target]:
         if any(p == root or root in p.parents or p in root.parents for p in (path.resolve() for path in options.paths)):
             module, _, kind = name.partition(":")
             targets.append(getattr(importlib.import_module(module), kind)(budget=options.budget))
+            if options.tests:
+                targets[-1].restrict(options.tests)
     return targets
 
 

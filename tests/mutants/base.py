@@ -60,19 +60,22 @@ class Mutant:
 class Verdict:
     outcome: Outcome
     by: str = ""  # the test that detected it
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time that judging it took
 
 
 class Target(Protocol):
     """Makes and judges the mutants of one language or folder.
 
-    Created as Target(budget=SECONDS), the total time for the tests of one mutant.
+    Created as Target(budget=SECONDS), the total CPU time for the tests of one mutant.
     """
 
     name: str  # the folder in the report, e.g. "las_fast"
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
         """Every mutant of this target's files in `paths`; other files are ignored."""
+
+    def restrict(self, tests: Sequence[Path]) -> None:
+        """Let only the tests in these files and folders judge. Raises SystemExit where that is not possible."""
 
     def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
         """Prepare to judge these, e.g. record coverage or build the library with all faults."""

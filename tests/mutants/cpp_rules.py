@@ -4,7 +4,9 @@ An edit replaces the text of one node of tree-sitter's syntax tree. In a schema,
 `(LAS_MUTANT(n) ? edited : original)`, and each deleted statement runs unless its mutant is enabled. So constant
 expressions cannot be edited: template arguments, constexpr, array sizes, static_assert. `constants` counts these edits.
 
-Code that affects no result is not edited: strings, prefetching, and the grain of at::parallel_for.
+Code that affects no result is not edited: strings and the other arguments of a TORCH_CHECK's message, prefetching and
+the addresses that only it uses, the grain of at::parallel_for, `a >= b` for `a > b` where the larger of a and b is
+chosen, globals (they are computed before a mutant is enabled), and functions that ask what the processor supports.
 """
 
 from __future__ import annotations
@@ -88,6 +90,20 @@ def _one_line(text: str) -> str:
     return re.sub(r"\s*\n\s*", " ", re.sub(r"//[^\n]*", "", text))
 
 
+def _nodes(node: Node, kind: str) -> Iterator[Node]:
+    if node.type == kind:
+        yield node
+    for child in node.children:
+        yield from _nodes(child, kind)
+
+
+def _declares(node: Node) -> bool:
+    """Return whether an identifier is the name that a declaration gives, not a use of it."""
+    while node.parent is not None and node == node.parent.child_by_field_name("declarator"):
+        node = node.parent
+    return node.type in ("init_declarator", "declaration")
+
+
 class _Walk:
     def __init__(self, source: str, file: str):
         self.file = file
@@ -144,7 +160,7 @@ class _Walk:
     def changes_no_result(self, node: Node) -> bool:
         if node.type == "expression_statement":
             node = node.children[0]
-        if node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT:
+        if self.is_prefetch(node) or self.serves_prefetch(node):
             return True
         # at::parallel_for(begin, end, grain, body)
         if node.parent is not None and node.parent.type == "argument_list":
@@ -152,8 +168,45 @@ class _Walk:
             arguments = [x for x in node.parent.children if x.is_named]
             if called.type == "call_expression" and self.field(called, "function") == "at::parallel_for":
                 return len(arguments) > 2 and node == arguments[2]
-        # the registration of ops runs when the extension is loaded, before a mutant is enabled
-        return node.type == "function_definition" and self.text(node).startswith("TORCH_LIBRARY")
+            if called.type == "call_expression" and self.field(called, "function") == "TORCH_CHECK":
+                return node in arguments[1:]  # the message
+        # ops are registered and globals computed when the extension is loaded, before a mutant is enabled
+        if node.type == "declaration" and node.parent.type in ("translation_unit", "declaration_list"):
+            return not self.is_constexpr(node)
+        if node.type != "function_definition":
+            return False
+        # only another processor would give another answer
+        return self.text(node).startswith("TORCH_LIBRARY") or "__builtin_cpu_supports" in self.text(node)
+
+    def is_prefetch(self, node: Node) -> bool:
+        return node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT
+
+    def serves_prefetch(self, node: Node) -> bool:
+        """Return whether a loop prefetches and does nothing else, or whether only prefetching uses what is declared."""
+        if node.type == "for_statement":
+            body = node.child_by_field_name("body")
+            return body.type == "expression_statement" and self.is_prefetch(body.children[0])
+        names = [self.name_of(x) for x in node.children if x.type == "init_declarator"]
+        if node.type != "declaration" or not names:
+            return False
+        while node.parent is not None and node.type != "function_definition":
+            node = node.parent
+        return all(self.is_only_prefetched(name, node, (name,)) for name in names)
+
+    def is_only_prefetched(self, name: str, function: Node, seen: tuple[str, ...]) -> bool:
+        """Return whether a variable is used, and only as an address to prefetch, or to declare such variables."""
+        used = [x for x in _nodes(function, "identifier") if self.text(x) == name and not _declares(x)]
+        return bool(used) and all(self.is_prefetching_use(x, function, seen) for x in used)
+
+    def is_prefetching_use(self, node: Node, function: Node, seen: tuple[str, ...]) -> bool:
+        while node.parent is not None and node.type not in ("init_declarator", "expression_statement"):
+            if node.type in ("call_expression", "subscript_expression"):
+                return self.is_prefetch(node)
+            node = node.parent
+        if node.type != "init_declarator":
+            return False
+        name = self.name_of(node)
+        return name not in seen and self.is_only_prefetched(name, function, (*seen, name))
 
     def of(self, node: Node) -> Iterator[tuple[str, str]]:
         """Yield (rule, replacement text) for a node."""
@@ -189,10 +242,19 @@ class _Walk:
 
     def binary(self, node: Node) -> Iterator[tuple[str, str]]:
         for rule in ("comparison", "arithmetic", "logic"):
-            yield from self.operator(node, rule)
+            if rule != "comparison" or not self.chooses_an_operand(node):
+                yield from self.operator(node, rule)
         if self.field(node, "operator") in ("&&", "||"):
             yield "operand", self.field(node, "left")
             yield "operand", self.field(node, "right")
+
+    def chooses_an_operand(self, node: Node) -> bool:
+        """Return whether a comparison is that of `a > b ? a : b`: of equal numbers either will do."""
+        choice = node.parent
+        if choice.type != "conditional_expression" or self.field(node, "operator") not in ("<", "<=", ">", ">="):
+            return False
+        operands = {self.field(node, "left"), self.field(node, "right")}
+        return operands == {self.field(choice, "consequence"), self.field(choice, "alternative")}
 
     def operator(self, node: Node, rule: str) -> Iterator[tuple[str, str]]:
         operator = node.child_by_field_name("operator")

@@ -12,18 +12,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests import extension
 from tests.mutants.cpp import Switch
+from tests.mutants.recorder import cpu_seconds
 from tests.mutants.server import OPTIONS, run_items, serve
 
 
 class Recording:
-    """A pytest plugin that records which faults each test reaches."""
+    """A pytest plugin that records which faults each test reaches, and how many CPU seconds it takes."""
 
     def __init__(self, switch: Switch):
         self.switch, self.tests = switch, {}
@@ -32,11 +32,11 @@ class Recording:
     def pytest_runtest_protocol(self, item, nextitem):
         for number in range(len(self.switch.reached)):
             self.switch.reached[number] = 0
-        began = time.perf_counter()
+        began = cpu_seconds()
         try:
             return (yield)
         finally:
-            seconds = time.perf_counter() - began
+            seconds = cpu_seconds() - began
             reached = [number for number, seen in enumerate(bytes(self.switch.reached)) if seen]
             self.tests[item.nodeid] = {"seconds": round(seconds, 3), "reached": reached}
 

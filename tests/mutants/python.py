@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.mutants.base import BUILD, ROOT, Mutant, Verdict, sources
 from tests.mutants.rules import python_mutants
-from tests.mutants.tests_of import Tests
+from tests.mutants.tests_of import Tests, chosen_files
 
 # Modules that are slow to import and contain no mutated code.
 HEAVY = (
@@ -30,7 +30,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 class PythonTarget:
     """Mutants of the Python files of one folder.
 
-    budget: seconds, as recorded, that the tests of one mutant may take; the cheapest come first.
+    budget: CPU seconds, as recorded, that the tests of one mutant may take; the cheapest come first.
     root, name: the repository, and its folder whose files are edited.
     imports: modules that are imported once for all mutants.
     """
@@ -56,6 +56,9 @@ class PythonTarget:
         for path in sources(paths, self.name, "*.py", self.root):
             found += python_mutants(path.read_text(encoding="utf-8"), str(path.relative_to(self.root)))
         return found
+
+    def restrict(self, tests: Sequence[Path]) -> None:
+        self.tests.files = chosen_files(self.tests.files, tests, self.root)
 
     def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
         self.tests.record()

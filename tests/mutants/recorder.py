@@ -1,4 +1,7 @@
-"""A pytest plugin that records which test runs which line, and how long each test takes.
+"""A pytest plugin that records which test runs which line, and how many CPU seconds each test takes.
+
+The CPU seconds are those of the test's process and of the child processes that it waits for, so a busy machine does not
+change them much.
 
 Fixtures of a module or of the session run once, in the first test that uses them. Their lines are recorded separately,
 so that they count for every test that uses the fixture.
@@ -11,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -25,7 +29,7 @@ class Recorder:
         self.out, self.root = out, root
         self.coverage = coverage.Coverage(data_file=None, source=[str(root / folder)], config_file=False)
         self.current: list[str] = []
-        self.tests: dict[str, dict] = {}  # seconds, and the shared fixtures that it uses
+        self.tests: dict[str, dict] = {}  # CPU seconds, and the shared fixtures that it uses
         self.asked: set[str] = set()
         self.fixture_seconds = 0.0  # of the current test
         self.fixtures: dict[str, float] = {}
@@ -43,25 +47,25 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
-        began, self.fixture_seconds, self.asked = time.perf_counter(), 0.0, set()
+        began, self.fixture_seconds, self.asked = cpu_seconds(), 0.0, set()
         self.enter(item.nodeid)
         try:
             return (yield)
         finally:
             self.leave()
-            seconds = time.perf_counter() - began - self.fixture_seconds
+            seconds = cpu_seconds() - began - self.fixture_seconds
             self.tests[item.nodeid] = {"seconds": round(seconds, 3), "shared": sorted(self.asked)}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):
         if fixturedef.scope == "function":
             return (yield)
-        began = time.perf_counter()
+        began = cpu_seconds()
         self.enter(shared_name(fixturedef, request.param_index))
         try:
             return (yield)
         finally:
-            seconds = time.perf_counter() - began
+            seconds = cpu_seconds() - began
             self.fixtures[self.current[-1]] = round(seconds, 3)
             self.leave()
             if not any(name.startswith("fixture ") for name in self.current):
@@ -92,6 +96,12 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
         return name
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds that this process and the children it has waited for have taken so far."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def found_names(contexts: list[str]) -> list[str]:

@@ -41,6 +41,7 @@ WORDING = {
     "help", "metavar", "description", "epilog", "prog", "formatter_class", "usage", "desc", "unit", "leave", "delay",
     "dynamic_ncols", "bar_format", "strict", "device", "pin_memory", "non_blocking",
 }  # fmt: skip
+DEFAULTS = {"allow_pickle": False}  # keywords with NumPy's own default: dropping them changes nothing
 LONG = 8  # elements; longer tables are data, where tests need not cover each row
 UNTOUCHED = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal)
 
@@ -212,7 +213,7 @@ def _deletion(node: ast.stmt, path) -> Iterator[tuple[str, ast.AST]]:
 
 def _call(node: ast.Call, path) -> Iterator[tuple[str, ast.AST]]:
     for i, keyword in enumerate(node.keywords):
-        if keyword.arg not in WORDING:
+        if keyword.arg not in WORDING and not _is_written_default(keyword):
             yield "keyword", _with(node, keywords=[*node.keywords[:i], *node.keywords[i + 1 :]])
     function = node.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
@@ -225,6 +226,11 @@ def _call(node: ast.Call, path) -> Iterator[tuple[str, ast.AST]]:
         yield "unwrap", function.value
     elif _may_be_unwrapped(node, name):
         yield "unwrap", node.args[0]
+
+
+def _is_written_default(keyword: ast.keyword) -> bool:
+    given = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
+    return keyword.arg in DEFAULTS and given is DEFAULTS[keyword.arg]
 
 
 def _is_value(node: ast.AST) -> bool:
@@ -247,7 +253,9 @@ def _bound(node: ast.expr, path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _returned(node: ast.Return, path) -> Iterator[tuple[str, ast.AST]]:
-    if node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None):
+    # None is taken for False wherever a truth value is expected; the rule for constants makes it True.
+    given = node.value.value if isinstance(node.value, ast.Constant) else node.value
+    if given is not None and given is not False:
         yield "return", ast.Return(ast.Constant(None))
     if isinstance(node.value, ast.Tuple) and len(node.value.elts) > 1:
         first = node.value.elts[0]

@@ -1,7 +1,7 @@
 """Which tests can detect a fault in a line: those that run it, cheapest first.
 
-Each test file has a record under build/mutants; only changed test files are run again. A record holds the sources at
-that time, so that lines that have moved since are still found.
+Each test file has a record under build/mutants. A file is run again when it, or the recorder, changes. A record holds
+the sources at that time, so that lines that have moved since are still found.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ from tests.mutants.base import ROOT
 # These tests cannot detect a fault in the Python code of las_fast, or only after minutes.
 LEFT_OUT = ("test_benchmarks", "test_packaging", "test_released", "test_mutants", "test_launches")
 RECORD_SECONDS = 1800
-UNKNOWN = 1.0  # seconds of a fixture without a recorded time
+UNKNOWN = 1.0  # CPU seconds of a fixture without a recorded time
+RECORDER = Path(__file__).with_name("recorder.py")
 
 
 def files_of(root: Path) -> list[Path]:
     """The test files that judge mutants, relative to the root of the repository."""
     found = [path for path in root.glob("tests/**/test_*.py") if path.parent.name != "gpu_proof"]
     return sorted(path.relative_to(root) for path in found if path.stem not in LEFT_OUT)
+
+
+def chosen_files(files: Iterable[Path], wanted: Iterable[Path], root: Path) -> list[Path]:
+    """Return the files of tests that lie in one of the `wanted` files and folders; SystemExit if there is none."""
+    places = [path.resolve() for path in wanted]
+    found = [file for file in files if any(p in ((root / file).resolve(), *(root / file).resolve().parents)
+                                           for p in places)]  # fmt: skip
+    if not found:
+        raise SystemExit(f"no tests that judge las_fast in {', '.join(map(str, wanted))}")
+    return found
 
 
 class Tests:
@@ -41,18 +52,20 @@ class Tests:
     def __init__(self, root: Path, folder: str, build: Path):
         self.root, self.folder, self.build = root, folder, build
         self.files = files_of(root)
-        self.seconds: dict[str, float] = {}
-        self.shared: dict[str, dict[str, float]] = {}  # test -> {shared fixture that it uses: seconds}
+        self.seconds: dict[str, float] = {}  # CPU time
+        self.shared: dict[str, dict[str, float]] = {}  # test -> {shared fixture that it uses: CPU seconds}
         self.users: dict[str, list[str]] = {}  # shared fixture -> tests
         self.records: list[dict] = []
 
     def record(self) -> None:
         """Run each test file that has no record yet, then read all records."""
+        self.records = []
         for file in self.files:
-            if not self._path(file).exists():
+            path = self._path(file)  # once: the file may change meanwhile, and then the next run records it again
+            if not path.exists():
                 print(f"recording {file}", file=sys.stderr)
-                self._record(file)
-        self.records = [json.loads(self._path(file).read_text()) for file in self.files]
+                self._record(file, path)
+            self.records.append(json.loads(path.read_text()))
         for record in self.records:
             for test, row in record["tests"].items():
                 self.seconds[test] = row["seconds"]
@@ -62,11 +75,10 @@ class Tests:
                     self.users.setdefault(fixture, []).append(test)
 
     def _path(self, file: Path) -> Path:
-        digest = hashlib.sha1((self.root / file).read_bytes()).hexdigest()[:8]
+        digest = hashlib.sha1((self.root / file).read_bytes() + RECORDER.read_bytes()).hexdigest()[:8]
         return self.build / f"{'.'.join(file.parts)}.{digest}.json"
 
-    def _record(self, file: Path) -> None:
-        path = self._path(file)
+    def _record(self, file: Path, path: Path) -> None:
         environment = os.environ | {"MUTANTS_RECORD": f"{path}:{self.folder}", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(ROOT)
         words = ["-q", "-p", "tests.mutants.recorder", "-p", "no:cacheprovider", f"--rootdir={self.root}", str(file)]
@@ -84,7 +96,7 @@ class Tests:
         return self.seconds.get(test, 0.0) + sum(self.shared.get(test, {}).values())
 
     def within(self, tests: Iterable[str], budget: float) -> list[str]:
-        """The first tests that take at most `budget` seconds together, but at least one."""
+        """The first tests that take at most `budget` CPU seconds together, but at least one."""
         chosen, paid = [], set()
         for test in tests:
             fixtures = self.shared[test]

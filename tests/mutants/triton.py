@@ -30,6 +30,7 @@ from gpu_proof.mutants import Verdict as RungVerdict  # noqa: E402
 from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
 
 SPEED = ("num_warps", "num_stages")
+SIZES = ("TILES", "BLOCK", "BLOCK_T", "BLOCK_V", "MAX_TILE", "MIN_RANGE")  # tile sizes at the top of a kernel file
 # raised for edits that Triton cannot compile
 COMPILE_ERRORS = ("InterpreterError", "CompilationError", "CompileTimeAssertionFailure")
 
@@ -47,7 +48,8 @@ class PlacedMutant(SourceMutant):
 class TritonTarget:
     """Mutants of kernels.
 
-    budget: seconds per rung and mutant; a mutant that takes longer counts as noticed.
+    budget: a rung of one mutant may take five times as many seconds of wall time, at least 120; a mutant that takes
+            longer counts as noticed.
     """
 
     name = "kernels"
@@ -62,6 +64,9 @@ class TritonTarget:
             left_out = set(_speed_only(ast.parse(text)))
             found += [m for m in python_mutants(text, name) if m.line not in left_out]
         return found
+
+    def restrict(self, tests: Sequence[Path]) -> None:
+        raise SystemExit("kernels is judged by tests/gpu_proof; leave --tests out")
 
     def prepare(self, mutants: Sequence[Mutant], jobs: int) -> None:
         pass
@@ -107,5 +112,5 @@ def _is_speed(mutant: Mutant) -> bool:
 def _speed_only(tree: ast.Module) -> Iterator[int]:
     """Yield the lines with only tile sizes, warps and stages, whose edits are slower but not wrong."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id == "TILES" for x in node.targets):
+        if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id in SIZES for x in node.targets):
             yield from range(node.lineno, node.end_lineno + 1)
