@@ -16,7 +16,7 @@ from tiny_corpora import EDITIONS, make_archive, make_manifest
 from las_fast import decode as command
 from las_fast.checkpoint import build_model
 from las_fast.cli import run
-from las_fast.config import Config, FeatureConfig
+from las_fast.config import Config, DataConfig, FeatureConfig
 from las_fast.data.dataset import open_corpus
 from las_fast.decode import main
 from las_fast.errors import InputError
@@ -109,6 +109,12 @@ def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
         assert row["nbest"][0] == {"text": row["text"], "score": row["score"]} and row["score"] < 0
 
 
+def test_a_beam_may_be_listed_whole(workspace, tmp_path):
+    decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"), "--nbest", "2", "--beam", "2")
+    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["nbest"]) for row in found] == [2] * 5
+
+
 def test_results_do_not_depend_on_the_batch(workspace, tmp_path):
     decode(workspace, out=tmp_path / "one.csv", split="train")
     decode(workspace, "--decoding.frames-per-batch", "1", out=tmp_path / "two.csv", split="train")
@@ -188,15 +194,15 @@ def test_another_edition_with_frames_of_the_same_size_is_a_warning(tmp_path, cap
     assert "warning" not in capsys.readouterr().err
 
 
-def write_manifest(folder, *texts, splits=None):
-    """Write recordings and a manifest with these transcripts; None means no transcript."""
+def write_manifest(folder, *texts, splits=None, sections=None):
+    """Write recordings, a manifest with these transcripts (None means no transcript), and a checkpoint."""
     source = [json.loads(line) for line in make_manifest(folder, suffix=".jsonl").read_text().splitlines()]
     lines = []
     for i, text in enumerate(texts):
         row = {"id": f"u{i}", "path": source[i]["path"], "split": (splits or ["dev"] * len(texts))[i]}
         lines.append(json.dumps(row if text is None else {**row, "transcript": text}) + "\n")
     (folder / "manifest.jsonl").write_text("".join(lines))
-    make_checkpoint(folder, 20, mel_bins=23)
+    make_checkpoint(folder, 20, mel_bins=23, sections=sections)
     return {"data": "manifest.jsonl", "split": "dev", "checkpoint": "untrained-20.safetensors"}
 
 
@@ -211,6 +217,14 @@ def test_transcripts_outside_the_vocabulary_are_refused_or_mapped(tmp_path, caps
     assert "'s' 'w' 'y'; add --normalise-text" in message and "',' '-' 'e'" in message
     decode(tmp_path, "--normalise-text", "--jsonl", str(tmp_path / "rows.jsonl"), **options)
     assert references(tmp_path / "rows.jsonl") == ["HELLO", "WELL YES", "A B"]
+
+
+def test_transcripts_are_mapped_for_a_checkpoint_that_was_trained_so(tmp_path, capsys):
+    options = write_manifest(tmp_path, "well, yes", sections={"data": DataConfig(normalise_text=True)})
+    decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
+    assert references(tmp_path / "rows.jsonl") == ["WELL YES"]
+    options = write_manifest(tmp_path, "AT 42", sections={"data": DataConfig(normalise_text=True)})
+    assert "'2' '4'; write digits as words in the transcripts" in fails(tmp_path, capsys, **options)
 
 
 def test_digits_cannot_be_mapped_and_the_error_says_to_write_words(tmp_path, capsys):
@@ -244,6 +258,14 @@ def test_ids_shared_by_two_splits_get_the_split_as_a_prefix_in_both_files(tmp_pa
     actual = [json.loads(line)["id"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert actual == ["train/u0", "dev/u0", "dev/u3"]
     assert [row[0] for row in rows(tmp_path / "out.csv")[1:]] == ["train/u0", "train/u1", "dev/u0", "dev/u3"]
+
+
+def test_json_lines_are_utf_8_as_they_are_read(tmp_path):
+    options = write_manifest(tmp_path, "ONE", "TWO")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"u1"', '"fünf"'), encoding="utf-8")
+    decode(tmp_path, "--jsonl", str(tmp_path / "rows.jsonl"), **options)
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()[1].startswith('{"id": "fünf", "text": ')
 
 
 def test_a_missing_checkpoint_is_an_error_and_never_random_weights(workspace, capsys):
@@ -434,6 +456,7 @@ def test_the_summary_has_only_the_scores_that_exist():
     dataset.skipped = []
     actual = command.summarise(dataset, rows[::2], 2.34567)
     assert actual == {"utterances": 2, **scores, **times}
+    assert command.summarise(dataset, rows[:2], 2.34567)["scored"] == 1
     assert command.summarise(dataset, rows[1:2], 0.0)["rtfx"] > 1e9
 
 

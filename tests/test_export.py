@@ -140,6 +140,23 @@ def test_weights_of_a_training_are_not_replaced(tmp_path, name):
         export.main(["--checkpoint", str(path), "--out", str(run / name)])
 
 
+def test_the_checkpoint_itself_is_not_replaced(tmp_path):
+    path = make_checkpoint(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=f"{path.name} is an input of this command"):
+        export.main(["--checkpoint", str(path), "--out", str(path)])
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_model_is_not_replaced(tmp_path):
+    path, out = make_checkpoint(tmp_path), tmp_path / "small.safetensors"
+    save_lm(out, LanguageModel(1, "AB", *count_ngrams(["AB"], "AB", 1)))
+    before = out.read_bytes()
+    with pytest.raises(InputError, match="small.safetensors exists and is not a model; give another name"):
+        export_model(path)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["small.pt", "small.csv"])
 def test_an_exported_model_is_called_safetensors(tmp_path, name):
     with pytest.raises(InputError, match=r"the output is a model; give a name that ends in .safetensors"):

@@ -185,6 +185,9 @@ def test_a_file_has_metadata_and_the_smallest_integers_that_fit(tmp_path):
     for order, most, dtypes in ((6, 2**31 - 1, ["int32", "int32"]), (7, 2**31, ["int64", "int64"])):
         counts = np.array([1, most])
         assert saved(ngram.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
+    letters = lm.CHARACTERS + "12"
+    assert 2**30 < len(Vocabulary(letters)) ** 6 < 2**31
+    assert saved(ngram.LanguageModel(6, letters, np.array([EOS]), np.array([1])))[1] == ["int32", "int32"]
 
 
 def test_numbers_beyond_32_bits_load_unchanged(tmp_path):
@@ -224,6 +227,12 @@ def damaged(model, **changes):
         lambda m: damaged(m, ngrams=m.ngrams // V * V),
         lambda m: damaged(m, ngrams=np.append(m.ngrams[:-1], V**3 + EOS)),
         lambda m: damaged(m, ngrams=np.append(-1, m.ngrams[1:])),
+        lambda m: damaged(m, counts=np.append(0, m.counts[1:])),
+        lambda m: damaged(m, ngrams=m.ngrams[[1, 0, *range(2, len(m.ngrams))]]),
+        lambda m: damaged(m, ngrams=m.ngrams[[0, 0, *range(2, len(m.ngrams))]]),
+        lambda m: damaged(m, ngrams=np.append(m.ngrams[0] // V * V + PAD, m.ngrams[1:])),
+        lambda m: damaged(m, ngrams=np.append(m.ngrams[0] // V * V + SOS, m.ngrams[1:])),
+        lambda m: damaged(m, ngrams=m.ngrams[:, None], counts=m.counts[:, None]),
     ],
 )
 def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, change):
@@ -234,6 +243,18 @@ def test_a_file_with_inconsistent_numbers_is_refused_as_damaged(tmp_path, change
     save_file(change(model), path, metadata)
     with pytest.raises(InputError, match="m.safetensors is damaged"):
         load_lm(path)
+
+
+def test_a_file_with_an_order_that_no_model_has_is_damaged(tmp_path):
+    model, path = train(TEXT, order=3, characters=AB), tmp_path / "m.safetensors"
+    for order, fits in (("12", True), ("13", False), ("0", False)):
+        metadata = {"format": ngram.FORMAT, "order": order, "characters": AB, "sentences": "7"}
+        save_file(damaged(model), path, metadata)
+        if fits:
+            assert load_lm(path).order == 12
+        else:
+            with pytest.raises(InputError, match="m.safetensors is damaged"):
+                load_lm(path)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +308,9 @@ def test_orders_range_from_1_to_12_and_a_table_may_take_half_the_memory(monkeypa
         ngram.check_order(5, 4)
     with pytest.raises(InputError, match="order 12 over 31 tokens needs a table of .* --order 2 or less"):
         ngram.check_order(12, 31)
+    monkeypatch.setattr(ngram.os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": 6}.get)
+    with pytest.raises(InputError, match="--order 1 or less"):  # though that is too large, too
+        ngram.check_order(3, 31)
 
 
 def test_a_table_too_large_for_the_machine_is_refused_before_it_is_made():
@@ -374,6 +398,7 @@ def test_the_command_prints_perplexity_order_and_size(tmp_path, capsys):
     assert 0 < len(held) < len(text)
     expected = perplexity(rest.ngram_table(), ngram.count_ngrams(held, lm.CHARACTERS, 3))
     assert f"perplexity  {expected:.3f} per character" in message
+    assert "left out" not in message
     assert "order       3: " in message and "a table of 0.1 MB" in message and "lm.safetensors (0.0" in message
     make(tmp_path, "--order", "4", text="\n".join(text))
     size = (tmp_path / "lm.safetensors").stat().st_size / 1e6

@@ -206,6 +206,15 @@ def test_an_utterance_shorter_than_the_pyramid_gives_one_frame():
     assert output.shape[1] == lengths.item() == 1 and output.isfinite().all()
 
 
+def test_padding_is_zero_after_training_too():
+    listener = Listener(SMALL, 5).eval()
+    for norm in listener.norms:
+        nn.init.constant_(norm.bias, 0.5)  # zeros from a BiLSTM do not stay zeros
+    output, lengths, tapped = listener(*ragged([33, 5]), tap=1)
+    assert not output[1, lengths[1] :].any() and not tapped[0][1, tapped[1][1] :].any()
+    assert output[1, : lengths[1]].all()
+
+
 @pytest.mark.parametrize("fill", [0.0, 1e3])
 def test_padding_does_not_change_the_output(fill):
     torch.manual_seed(0)  # the front end rounds differently for another shape, by about 5e-7 before the LSTMs

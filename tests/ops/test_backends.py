@@ -1,8 +1,10 @@
 import importlib
 import re
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_bilstm
@@ -144,6 +146,34 @@ def test_an_extension_with_another_schema_of_an_op_is_explained(monkeypatch):
     assert "another version (it has another beam_wish). Run: " in backends.unavailable("beam_topk", "cpp")
 
 
+def test_an_op_is_registered_with_the_backends_that_it_has(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", None)
+    monkeypatch.setitem(backends.IMPLEMENTED, "hope", {"reference": None, "cpp": None, "triton": None})
+    monkeypatch.setitem(backends.IMPLEMENTED, "hope_alone", {"reference": None, "cpp": None})
+    schema = "(Tensor x) -> Tensor"
+
+    def fake(x):
+        return x.new_empty(2, *x.shape)
+
+    assert backends.register("hope", schema, fake) == ["las_fast::hope_triton", "las_fast::hope_cpp"]
+    assert backends.register("hope_back", schema, fake, module="hope")[0] == "las_fast::hope_back_triton"
+    assert backends.register("hope_alone", schema, fake) == ["las_fast::hope_alone_cpp"]
+    with FakeTensorMode():
+        for op in ("hope_triton", "hope_cpp", "hope_back_triton", "hope_alone_cpp"):
+            assert getattr(torch.ops.las_fast, op)(torch.empty(3)).shape == (2, 3)
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", "the extension is not built")
+    assert backends.register("hope_late", schema, fake, module="hope") == ["las_fast::hope_late_triton"]
+
+
+def test_a_triton_op_calls_its_launcher_on_a_cpu_too(monkeypatch):
+    """tests/gpu_proof interprets the kernels there."""
+    monkeypatch.setitem(backends.IMPLEMENTED, "launched", {"triton": None})
+    launcher = SimpleNamespace(launched_back=lambda x: x + 1)
+    monkeypatch.setitem(sys.modules, "las_fast.kernels.launched", launcher)
+    backends.register("launched_back", "(Tensor x) -> Tensor", torch.empty_like, module="launched")
+    assert torch.ops.las_fast.launched_back_triton(torch.zeros(1)).item() == 1
+
+
 @pytest.mark.parametrize("op", backends.IMPLEMENTED)
 def test_the_table_lists_every_op_and_why_it_is_unavailable(op, capsys):
     command.main([])
@@ -155,7 +185,28 @@ def test_the_table_lists_every_op_and_why_it_is_unavailable(op, capsys):
         elif reason := backends.unavailable(op, backend):
             assert f"{cell.removeprefix('no')} {reason}" in lines
         else:
-            assert cell in ("auto", "yes")
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            assert cell == ("auto" if backend == backends.auto_backend(op, device) else "yes")
+
+
+def test_the_table_marks_what_is_chosen_on_the_device_here(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    for there, expected in ((True, ["yes", "-", "yes", "auto"]), (False, ["yes", "-", "auto", "yes"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        (cells,) = (line.split()[1:] for line in command.table().splitlines() if line.startswith("beam_topk "))
+        assert cells == expected
+
+
+def test_the_command_prints_the_devices_and_each_reason_once(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", "the extension is not built")
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "there is no CUDA device here")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    command.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"torch {torch.__version__}, 3 CPU threads, 2 CUDA devices", ""]
+    assert lines[-3:] == ["", "[1] the extension is not built", "[2] there is no CUDA device here"]
+    assert lines[5].split() == ["masked_attention", "auto", "-", "no", "[1]", "no", "[2]"]
 
 
 def test_the_columns_of_the_table_are_aligned():
@@ -209,6 +260,8 @@ def test_triton_kernels_refuse_sizes_beyond_their_limits():
     for D, E, graded in ((513, 1, False), (1, 513, False), (257, 1, True), (1, 257, True)):
         assert f"takes at most {256 if graded else 512} numbers" in wide(D, E, graded=graded)
         assert wide(D, E, graded=graded).endswith(f"got D={D} and E={E}")
+    with torch.no_grad():
+        assert wide(512, 512, graded=True) is None
 
 
 def test_a_kernel_is_launched_on_the_device_of_its_tensors():

@@ -321,6 +321,7 @@ def test_inputs_need_not_be_contiguous(backend, relayout):
     [
         (lambda q, k, v, n: (q[0], k, v, n), r"query must be \(B, K, D\); got \(2, 5\)"),
         (lambda q, k, v, n: (q, k[:, :, :4], v, n), r"keys must be .* B=3, D=5 like query; got \(3, 7, 4\)"),
+        (lambda q, k, v, n: (q, k[:2], v[:2], n), r"keys must be .* B=3, D=5 like query; got \(2, 7, 5\)"),
         (lambda q, k, v, n: (q, k, v[:, :6], n), r"values must be .* B=3, T=7 like keys; got \(3, 6, 6\)"),
         (lambda q, k, v, n: (q, k, v, n[:2]), r"lengths must be \(3,\) int64; got \(2,\)"),
         (lambda q, k, v, n: (q, k, v, n.int()), r"lengths must be .* int64; got .* torch.int32"),

@@ -695,6 +695,26 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
         torch.ops.las_fast.speller_search_cpp(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, r"\(4 \* H,\); got \[0\]"), (3, r"\(4 \* H,\); got \[3\]"), (25, r"\[24\]; got \[25\]")],
+)
+def test_gate_biases_have_four_values_per_unit(cpp, count, said):
+    weights = random_weights(7, 5, (6,), 4, 3).flat()
+    weights[7] = torch.ones(count)
+    with pytest.raises(RuntimeError, match=f"weights: gate_biases must be {said}"):
+        torch.ops.las_fast.speller_pack_cpp(weights, "fp32")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (7, 0), (7,), (7, 5, 1)])
+def test_an_embedding_has_tokens_and_values(cpp, shape):
+    weights = random_weights(7, 5, (6,), 4, 3).flat()
+    weights[0] = torch.ones(shape)
+    got = ", ".join(map(str, shape))
+    with pytest.raises(RuntimeError, match=rf"weights: embedding must be \(V, M\); got \[{got}\]"):
+        torch.ops.las_fast.speller_pack_cpp(weights, "fp32")
+
+
 def test_an_empty_batch_gives_empty_results(cpp):
     memory = tuple(x[:0] for x in random_memory(3, 9, 4, 3))
     assert search(random_weights(7, 5, (6,), 4, 3), memory, beam=4).tokens.shape == (1, 0, 4)

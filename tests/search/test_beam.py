@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyMemory, ToyModel, V, all_texts, config, log_probability, memory
 
+from las_fast import search
 from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
 from las_fast.data.batching import Batch, make_loader, sorted_batches
@@ -91,6 +92,13 @@ def test_an_ngram_model_adds_its_weighted_log_probabilities(order, backend):
     actual = beam_search(model, one, settings, nbest=5, ngram=table, backend=backend)[0]
     assert [tuple(h.text_tokens) for h in actual] == [text for _, text in expected]
     assert [h.score for h in actual] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_the_search_is_imported_by_name_from_its_package():
+    assert search.decode_dataset is decode_dataset and search.beam_search is beam_search
+    assert search.greedy_search is greedy_search and search.Hypothesis is Hypothesis
+    with pytest.raises(AttributeError, match="module 'las_fast.search' has no attribute 'beam_serach'"):
+        search.beam_serach  # noqa: B018
 
 
 def test_an_ngram_weight_without_an_ngram_model_is_an_error():
