@@ -410,9 +410,9 @@ def speller_unroll(
         return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
     read = tokens.t().clamp(0, V - 1).contiguous()  # the assertion may stop the program later than the kernels read
-    cells = _cell_launches(weights, masks, read, operands, states, where)
-    attend = _attend_launch(weights, keys, values, lengths, operands, attention, where)
-    choose = _choose_launch(weights, sampled, read, operands, where) if sampled.numel() else None
+    cells = _bind_cells(weights, masks, read, operands, states, where)
+    attend = _bind_attend(weights, keys, values, lengths, operands, attention, where)
+    choose = _bind_choose(weights, sampled, read, operands, where) if sampled.numel() else None
     position = _positions(keys, 0)
 
     def spell(u: int) -> None:
@@ -443,12 +443,12 @@ def speller_unroll_backward(
     attention = attention.transpose(0, 1).contiguous()  # (U, B, T)
     contexts, scores = values.new_empty(U, B, E), torch.empty_like(attention)
     output, hidden = (keys.new_empty(B, size) for size in (weights[1].shape[1], _sizes(weights)[0]))
-    enter = _input_launch(weights, readout, gates, contexts, hidden)
-    attend = _attend_gradient_launch(
+    enter = _bind_input_gradient(weights, readout, gates, contexts, hidden)
+    attend = _bind_attend_gradient(
         weights, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output,
         operands.dtype,
     )  # fmt: skip
-    cells = _cell_gradient_launches(weights, masks, gates, states, output, hidden, where, starts)
+    cells = _bind_cell_gradients(weights, masks, gates, states, output, hidden, where, starts)
     position = _positions(keys, U - 1)
 
     def differentiate(i: int) -> None:
@@ -537,7 +537,7 @@ def _attention_options(H: int, E: int, dtype: torch.dtype) -> dict:
     return {"BLOCK_T": max(1, min(64, TILE[dtype] // max(h, e))), "BLOCK_H": h, "BLOCK_E": e, "num_warps": 8}
 
 
-def _cell_launches(weights, masks, read, operands, states, where: Layout) -> list[Callable[..., None]]:
+def _bind_cells(weights, masks, read, operands, states, where: Layout) -> list[Callable[..., None]]:
     (U, B, _), (V, M), sizes = operands.shape, weights[0].shape, _sizes(weights)
     table = _mm(weights[0], weights[6][:, :M].t(), operands.dtype) + weights[7]  # (V, 4H)
     launches = []
@@ -558,7 +558,7 @@ def _folded_keys(weights: list[Tensor], keys: Tensor, dtype: torch.dtype) -> Ten
     return _mm(keys.flatten(0, 1), weights[1], dtype).to(dtype).view(*keys.shape[:2], weights[1].shape[1])
 
 
-def _attend_launch(weights, keys, values, lengths, operands, attention, where: Layout) -> Callable[..., None]:
+def _bind_attend(weights, keys, values, lengths, operands, attention, where: Layout) -> Callable[..., None]:
     (U, B, T), H, E, dtype = attention.shape, weights[1].shape[1], values.shape[2], operands.dtype
     bias = torch.mv(keys.flatten(0, 1), weights[2])  # (B T,)
     return partial(
@@ -568,7 +568,7 @@ def _attend_launch(weights, keys, values, lengths, operands, attention, where: L
     )  # fmt: skip
 
 
-def _choose_launch(weights, sampled, read, operands, where: Layout) -> Callable[..., None]:
+def _bind_choose(weights, sampled, read, operands, where: Layout) -> Callable[..., None]:
     (U, B, _), (V, M), dtype = operands.shape, weights[0].shape, operands.dtype
     embedding, _, _, project, project_bias, bias = weights[:6]
     return partial(
@@ -609,7 +609,7 @@ def _part(rows: Tensor, start: int, size: int) -> Tensor:
     return rows[..., start : start + size].flatten(0, 1)
 
 
-def _input_launch(weights, readout, gates, contexts, hidden) -> Callable[..., None]:
+def _bind_input_gradient(weights, readout, gates, contexts, hidden) -> Callable[..., None]:
     (U, B, row_size), E, H = gates.shape, contexts.shape[2], hidden.shape[1]
     weight = _recurrent(weights, 0, gates.dtype).t().contiguous()
     return partial(
@@ -618,7 +618,7 @@ def _input_launch(weights, readout, gates, contexts, hidden) -> Callable[..., No
     )  # fmt: skip
 
 
-def _attend_gradient_launch(
+def _bind_attend_gradient(
     weights, keys, values, lengths, attention_gradient, attention, readout, contexts, scores, output, dtype
 ) -> Callable[..., None]:
     (U, B, T), H, E = attention.shape, output.shape[1], values.shape[2]
@@ -630,7 +630,7 @@ def _attend_gradient_launch(
     )  # fmt: skip
 
 
-def _cell_gradient_launches(
+def _bind_cell_gradients(
     weights, masks, gates, states, output, hidden, where: Layout, starts: list[int]
 ) -> list[Callable[..., None]]:
     """Return the launches of the cells' gradients, from the last cell to the first."""
