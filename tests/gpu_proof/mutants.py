@@ -421,7 +421,7 @@ ATTENTION = [
         ("partial-gradients-collide", "part = (split * tl.num_programs(0) + b) * K + k", "part = b * K + k"),
         ("weights-left-out-of-delta", "tl.sum(dw * _tile(weights + b * K * T, k, t, T, K, length), 1)",
          "tl.sum(dw, 1)"),
-        ("rows-not-made-contiguous", "x.is_contiguous() else x.contiguous()", "x.is_contiguous() else x"),
+        ("rows-not-made-contiguous", "x if x.stride(-1) == 1 else x.contiguous()", "x"),
         ("partial-gradients-in-half", "dtype=query.dtype if splits == 1 else torch.float32", "dtype=query.dtype"),
         ("sums-of-launches-in-half", "[torch.stack(x).float().sum(0).to(query.dtype) for x in", "[sum(x) for x in"),
         ("exact-matmul-in-tf32", 'else "ieee"', 'else "tf32"'),
