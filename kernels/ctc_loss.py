@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from las_fast.ops.masks import padding_mask
+
 BLANK = 0
-power_of_2 = triton.next_power_of_2
 
 
 @triton.jit
@@ -82,18 +83,14 @@ def posteriors(
     # States that are not reached keep -inf, whose posterior is 0.
     sums, likelihoods = log_probs.new_full((2, B, T, N), -torch.inf), log_probs.new_empty(B)
     if B:
-        inputs, block = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)], power_of_2(max(N, 2))
+        inputs = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)]
+        block = triton.next_power_of_2(max(N, 2))
         states_kernel[B, 2](
             *inputs, sums, likelihoods, B, T, V, S, N, APART=apart, BLOCK=block, num_warps=min(max(block // 128, 1), 16)
         )
     likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)
     paths = sums[0] + sums[1] - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
     return likelihoods, classes, (paths - likelihoods[:, None, None]).exp()
-
-
-def outside(lengths: Tensor, size: int) -> Tensor:
-    """Return (B, size) bool, True from the length on."""
-    return torch.arange(size, device=lengths.device) >= lengths[:, None]
 
 
 def ctc_loss(
@@ -107,7 +104,7 @@ def ctc_loss(
         return -likelihoods, logits.new_empty(0, T, V)
     expected = torch.bmm(posterior, (classes[:, :, None] == torch.arange(V, device=tokens.device)).to(posterior.dtype))
     # 0: there is no path, or the transcript is certain; the gradient is 0 either way.
-    excluded = outside(lengths, T) | (likelihoods == 0)[:, None]
+    excluded = padding_mask(lengths, T) | (likelihoods == 0)[:, None]
     return -likelihoods, (log_probs.exp() - expected).masked_fill(excluded[:, :, None], 0.0)
 
 
