@@ -11,17 +11,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from an4_small import load_an4_small
 from tiny_checkpoints import make_trainer
 
-from las_fast.checkpoint import load_model
 from las_fast.config import TeacherForcingStage, load_config
 from las_fast.data.batching import make_loader, sorted_batches
-from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.model import speller
 from las_fast.ops import backends
 from las_fast.search.beam import beam_search
 
-CHECKPOINT = Path(__file__).parents[1] / "an4-small.safetensors"
 BEAM = 4
 
 
@@ -41,10 +39,8 @@ def decode(archive, backend, utterances=None):
 
     Returns [(id, [(tokens, score, attended_frames) of each of the BEAM best hypotheses])].
     """
-    loaded = load_model(CHECKPOINT)
+    loaded, dev = load_an4_small(archive)
     settings = replace(loaded.config.decoding, beam=BEAM)
-    options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
-    dev = load_dataset(open_corpus(archive), ("dev",), **options)
     batches = sorted_batches(dev.frame_counts, frames_per_batch=10000, utterances_per_batch=utterances or 64)
     decoded = []
     for batch in make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from an4_small import CHECKPOINT
 
 from benchmarks.device.checks import CHECKS
 from benchmarks.device.timing import exact_float32
 from gpu_proof.cases import CASES
-from gpu_proof.end_to_end import CHECKPOINT
 from gpu_proof.interpreter import poisoned
 from las_fast.checkpoint import load_model
 from las_fast.search.beam import beam_search

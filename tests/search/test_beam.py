@@ -6,21 +6,19 @@ import csv
 import itertools
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from an4_small import load_an4_small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyMemory, ToyModel, V, all_texts, config, log_probability, memory
 
 from las_fast import search
-from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig, load_config, presets
 from las_fast.data.batching import Batch, make_loader, sorted_batches
-from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
@@ -927,9 +925,7 @@ def test_a_trained_model_gives_the_same_texts_on_reference_and_cpp(shared):
     archive = shared / "an4" / "hw4p2_student_data"
     if not archive.is_dir():
         pytest.skip("../shared/an4 is absent")
-    loaded = load_model(Path(__file__).parents[1] / "an4-small.safetensors")
-    features, data = loaded.config.features, loaded.config.data
-    dev = load_dataset(open_corpus(archive), ("dev",), features=features, data=data, statistics=None, need_text=False)
+    loaded, dev = load_an4_small(archive)
     assert len(dev) == 104
     batches = sorted_batches(dev.frame_counts, frames_per_batch=30000, utterances_per_batch=128)
     settings = replace(loaded.config.decoding, beam=4)

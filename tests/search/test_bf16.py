@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from an4_small import load_an4_small
 
-from las_fast.checkpoint import load_model
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.data.batching import make_loader, sorted_batches
-from las_fast.data.dataset import load_dataset, open_corpus
 from las_fast.model.las import LAS
 from las_fast.search.beam import beam_search
 from las_fast.search.bf16 import Bf16Steps
@@ -70,9 +68,7 @@ def test_a_trained_model_spells_the_same_in_bfloat16(shared):
     archive = shared / "an4" / "hw4p2_student_data"
     if not archive.is_dir():
         pytest.skip("../shared/an4 is absent")
-    loaded = load_model(Path(__file__).parents[1] / "an4-small.safetensors")
-    features, data = loaded.config.features, loaded.config.data
-    dev = load_dataset(open_corpus(archive), ("dev",), features=features, data=data, statistics=None, need_text=False)
+    loaded, dev = load_an4_small(archive)
     batches = sorted_batches(dev.frame_counts, frames_per_batch=10000, utterances_per_batch=32)
     batch = next(iter(make_loader(dev, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0)))
     with torch.inference_mode():
