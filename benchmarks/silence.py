@@ -25,8 +25,7 @@ from las_fast.data.dataset import normalise, open_corpus
 from las_fast.data.features import add_deltas, speech_features
 from las_fast.output.metrics import score
 from las_fast.progress import track
-from las_fast.recogniser import Utterances
-from las_fast.search.dataset import decode_dataset
+from las_fast.search.dataset import Utterances, decode_dataset
 from las_fast.search.ngram import load_ngram_table
 
 FILE = RESULTS / "silence.csv"

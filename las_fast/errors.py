@@ -39,6 +39,11 @@ def show(text: str | bytes | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def type_name(value: object) -> str:
+    """Return how an error names a value of the wrong type."""
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
 def _json_escapes(error: UnicodeError) -> tuple[str, int]:
     """Return JSON escapes for the characters that cannot be encoded, and the position after them."""
     if not isinstance(error, UnicodeEncodeError):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -20,25 +19,18 @@ from torch import Tensor
 
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig, check_decoding
-from las_fast.data.audio import Audio, name_of, open_recording
+from las_fast.data.audio import name_of
 from las_fast.data.dataset import normalise
 from las_fast.data.features import add_deltas, seconds_of
-from las_fast.data.samples import Samples, is_array, to_numpy, to_samples
-from las_fast.data.segments import Speech, segments
-from las_fast.errors import InputError, show
+from las_fast.data.samples import is_array, to_numpy
+from las_fast.errors import InputError, show, type_name
 from las_fast.files import BEST
-from las_fast.output.transcripts import (
-    MIN_SPEECH_SCORE,
-    POOL_SECONDS,
-    Hypothesis,
-    Segment,
-    Transcript,
-    join_texts,
-    noise_warning,
-)
+from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
 from las_fast.search import beam, dataset
+from las_fast.search.dataset import Utterances
 from las_fast.search.ngram import find_lm, load_ngram_table, with_default_weight
 from las_fast.system import choose_device
+from las_fast.transcription import Transcription, to_audio
 
 if TYPE_CHECKING:
     from las_fast.data.dataset import SpeechDataset
@@ -60,7 +52,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
         InputError: the model or the device does not exist, or the file is damaged.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
-        raise InputError(f"a checkpoint is the name of a released model or a path; got {_type_name(checkpoint)}")
+        raise InputError(f"a checkpoint is the name of a released model or a path; got {type_name(checkpoint)}")
     chosen = choose_device(str(device), "device=")
     return Recogniser(load_model(os.fspath(checkpoint), chosen), chosen)
 
@@ -71,20 +63,6 @@ class Decoder(NamedTuple):
     config: DecodingConfig
     ngram: Tensor | None  # (V ** (order - 1), V) n-gram table
     packed: Tensor | None  # weights in the layout of the C++ search
-
-
-class Utterances:
-    """Model inputs (T, input_size) in memory, with the interface that las_fast.search.dataset.decode_dataset needs."""
-
-    def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
-        self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
-        self.frame_counts = np.array([len(x) for x in features], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.features[i]
 
 
 class Recogniser:
@@ -191,7 +169,16 @@ class Recogniser:
             )
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
-        job = _Transcription(self, decoder, nbest, min_speech_score, skip_bad, pool_seconds, warn, on_audio)
+        job = Transcription(
+            features=self.loaded.config.features,
+            statistics=self.loaded.statistics,
+            decode=lambda data: self._decode(data, decoder, nbest),
+            min_speech_score=min_speech_score,
+            skip_bad=skip_bad,
+            pool_seconds=pool_seconds,
+            warn=warn,
+            on_audio=on_audio,
+        )
         return job.run(recordings, sample_rate)
 
     @overload
@@ -229,22 +216,24 @@ class Recogniser:
         decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
         check_nbest(nbest, decoder.config.beam)
         if not isinstance(features, (list, tuple)):
-            return self._decode({"features": features}, decoder, nbest)[0]
+            return self._decode(self._utterances({"features": features}), decoder, nbest)[0]
         by_name = {f"features[{i}]": x for i, x in enumerate(features)}
-        return self._decode(by_name, decoder, nbest) if by_name else []
+        return self._decode(self._utterances(by_name), decoder, nbest) if by_name else []
 
-    def _decode(self, features: dict[str, Any], decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
-        inputs = [self._model_input(array, name) for name, array in features.items()]
-        config = self.loaded.config.features
-        data = Utterances(inputs, list(features), [seconds_of(len(x), config) for x in inputs])
+    def _decode(self, data: Utterances, decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
         results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
         return [[self.hypothesis(one) for one in hypotheses] for hypotheses in results]
+
+    def _utterances(self, features: dict[str, Any]) -> Utterances:
+        inputs = [self._model_input(array, name) for name, array in features.items()]
+        config = self.loaded.config.features
+        return Utterances(inputs, list(features), [seconds_of(len(x), config) for x in inputs])
 
     def _model_input(self, array: Any, name: str) -> Tensor:
         """Convert features (T, F) to the model's input; raise InputError if they are invalid."""
         config = self.loaded.config.features
         if not is_array(array):
-            raise InputError(f"{name} must be an array of shape (T, {config.size}); got {_type_name(array)}")
+            raise InputError(f"{name} must be an array of shape (T, {config.size}); got {type_name(array)}")
         array = to_numpy(array)
         if array.dtype.kind not in "fiu":
             raise InputError(f"{name} must contain numbers; got an array of {array.dtype}")
@@ -264,7 +253,7 @@ class Recogniser:
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
-            raise InputError(f"lm must be a path, the name of a released model, None or False; got {_type_name(lm)}")
+            raise InputError(f"lm must be a path, the name of a released model, None or False; got {type_name(lm)}")
         decoding = self.loaded.config.decoding
         decoding = replace(decoding, ngram_weight=0.0) if lm is False else with_default_weight(decoding, lm)
         return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
@@ -329,138 +318,9 @@ class Recogniser:
         return Hypothesis(text, result.score, result.score / (len(result.text_tokens) + 1), result.speech_score)
 
 
-@dataclass
-class _RecordingState:
-    """A recording during transcribe_all."""
-
-    recording: Any
-    name: str = ""
-    segments: list[Segment] = field(default_factory=list)
-    noise: list[Segment] = field(default_factory=list)
-    undecoded: int = 0  # number of its segments in the pool
-    is_read: bool = False
-    error: InputError | None = None  # why it cannot be read
-
-    def transcript(self) -> Transcript:
-        return Transcript(join_texts(self.segments).strip(), tuple(self.segments), tuple(self.noise))
-
-
-@dataclass
-class _Transcription:
-    """The state of one call of Recogniser.transcribe_all: arguments, and a pool of segments to decode together."""
-
-    model: Recogniser
-    decoder: Decoder
-    nbest: int
-    min_speech_score: float
-    skip_bad: bool
-    pool_seconds: float
-    warn: Callable[[str], None]
-    on_audio: Callable[[float], None]
-    pool: list[tuple[_RecordingState, Speech]] = field(default_factory=list)
-    seconds: float = 0.0  # of speech in the pool
-    pending: deque[_RecordingState] = field(default_factory=deque)  # recordings not yielded yet
-
-    def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
-        """Yield each recording with its transcript, in order."""
-        for recording in recordings:
-            state = _RecordingState(recording)
-            self.pending.append(state)
-            for speech in self._read(state, sample_rate):
-                self._add(state, speech)
-                if self.seconds >= self.pool_seconds:
-                    self._decode()
-                    yield from self._finished()
-            if state.error is not None:
-                self.pending.pop()
-                self._decode()
-                yield from self._finished()
-                if not self.skip_bad:
-                    raise state.error
-                self.warn(f"left out: {state.error}")
-        self._decode()
-        yield from self._finished()
-
-    def _read(self, state: _RecordingState, sample_rate: int | None) -> Iterator[Speech]:
-        """Yield the segments of a recording, and warn about problems, such as no speech.
-
-        If the recording cannot be read, state.error is set.
-        """
-        features = self.model.loaded.config.features
-        seconds, has_speech = 0.0, False
-
-        def blocks() -> Iterator[np.ndarray]:
-            nonlocal seconds
-            for block in recording:
-                yield block
-                seconds += len(block) / features.sample_rate
-                self.on_audio(len(block) / features.sample_rate)
-
-        try:
-            with open_recording(to_audio(state.recording, sample_rate), features.sample_rate) as recording:
-                state.name = recording.name
-                for speech in segments(blocks(), features, self.model.loaded.statistics):
-                    has_speech = True
-                    yield speech
-        except InputError as error:
-            state.error = error
-            return
-        for message in recording.warnings:
-            self.warn(message)
-        if not has_speech:
-            self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
-        state.is_read = True
-
-    def _add(self, state: _RecordingState, speech: Speech) -> None:
-        self.pool.append((state, speech))
-        self.seconds += speech.end - speech.start
-        state.undecoded += 1
-
-    def _decode(self) -> None:
-        """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
-        pool, self.pool, self.seconds = self.pool, [], 0.0
-        if not pool:
-            return
-        ids = [f"{state.name} from {speech.start:.0f} s" for state, speech in pool]
-        data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
-        options: dict[str, Any] = {"nbest": self.nbest, "speech_scores": True, "progress": False}
-        results = self.model.decode_dataset(data, self.decoder, **options)
-        for (state, speech), hypotheses in zip(pool, results, strict=True):
-            state.undecoded -= 1
-            nbest = tuple(map(self.model.hypothesis, hypotheses))
-            best = nbest[0]
-            scores = best.score, best.mean_score, best.speech_score
-            segment = Segment(speech.start, speech.end, best.text, *scores, nbest)
-            is_noise = segment.speech_score is not None and segment.speech_score < self.min_speech_score
-            (state.noise if is_noise else state.segments).append(segment)
-
-    def _finished(self) -> Iterator[tuple[Any, Transcript]]:
-        """Yield and remove the first recordings that are fully decoded."""
-        while self.pending and self.pending[0].is_read and not self.pending[0].undecoded:
-            done = self.pending.popleft()
-            yield done.recording, done.transcript()
-
-
-def to_audio(recording: Any, sample_rate: int | None) -> Audio:
-    """Convert a recording to the types that las_fast.data.audio.open_recording takes, or raise InputError."""
-    if is_array(recording):
-        return to_samples(recording, sample_rate)
-    if isinstance(recording, Samples):
-        return recording
-    if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
-        raise InputError(f"a recording is a path, a binary file object or an array; got {_type_name(recording)}")
-    if sample_rate is not None:
-        raise InputError(f"sample_rate is for arrays, but {name_of(recording)} states its own rate; omit sample_rate")
-    return recording
-
-
 def check_nbest(nbest: int, beam: int) -> None:
     """Raise InputError if nbest is not a whole number from 1 to the beam."""
     if isinstance(nbest, bool) or not isinstance(nbest, (int, np.integer)) or nbest < 1:
         raise InputError(f"nbest must be a whole number of at least 1; got {nbest!r}")
     if nbest > beam:
         raise InputError(f"nbest={nbest} needs a beam at least as wide; give beam={nbest}")
-
-
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"a value of type {type(value).__name__}"

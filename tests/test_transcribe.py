@@ -17,7 +17,7 @@ import torch
 from tiny_checkpoints import make_checkpoint
 from tiny_corpora import RATE, make_speech
 
-from las_fast import recogniser
+from las_fast import recogniser, transcription
 from las_fast import transcribe as module
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
@@ -302,8 +302,8 @@ class Work:
         self.model = Recogniser(self.loaded, torch.device("cpu"))
         monkeypatch.setattr(self.model, "settings", lambda **args: self.asked.append(args) or "settings")
         monkeypatch.setattr(self.model, "decoder", lambda *args: self.asked.append(args) or self.decoder)
-        monkeypatch.setattr(recogniser, "open_recording", self.open)
-        monkeypatch.setattr(recogniser, "segments", self.segments)
+        monkeypatch.setattr(transcription, "open_recording", self.open)
+        monkeypatch.setattr(transcription, "segments", self.segments)
         monkeypatch.setattr(dataset, "decode_dataset", self.decode)
         monkeypatch.setattr(module, "Progress", self.progress)
         monkeypatch.setattr(module, "POOL_SECONDS", 10.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import eq
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,20 @@ from las_fast.search.native import LOW_PRECISIONS
 from las_fast.text import PAD, Vocabulary
 
 MAX_UTTERANCES_PER_BATCH = 128  # however short they are
+
+
+class Utterances:
+    """Model inputs (T, input_size) in memory, with the interface that decode_dataset needs."""
+
+    def __init__(self, features: list[Tensor], ids: list[str], seconds: Sequence[float]):
+        self.features, self.ids, self.seconds = features, ids, np.asarray(seconds, np.float64)
+        self.frame_counts = np.array([len(x) for x in features], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.features[i]
 
 
 def decode_dataset(
@@ -47,7 +62,7 @@ def decode_dataset(
 
     Args:
         model:         see beam_search; it also has LAS.listen.
-        dataset:       see las_fast.data.dataset.SpeechDataset.
+        dataset:       las_fast.data.dataset.SpeechDataset or Utterances.
         vocabulary:    of the model.
         config:        see beam_search.
         nbest:         hypotheses per utterance.

@@ -1,0 +1,148 @@
+"""Transcribe recordings: cut them at pauses, decode the segments of several in one batch, return them in order.
+
+Recogniser.transcribe_all in las_fast/recogniser.py is the public function.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from las_fast.config import FeatureConfig
+from las_fast.data.audio import Audio, name_of, open_recording
+from las_fast.data.dataset import Statistics
+from las_fast.data.samples import Samples, is_array, to_samples
+from las_fast.data.segments import Speech, segments
+from las_fast.errors import InputError, type_name
+from las_fast.output.transcripts import Hypothesis, Segment, Transcript, join_texts
+from las_fast.search.dataset import Utterances
+
+
+@dataclass
+class _RecordingState:
+    """A recording during transcribe_all."""
+
+    recording: Any
+    name: str = ""
+    segments: list[Segment] = field(default_factory=list)
+    noise: list[Segment] = field(default_factory=list)
+    undecoded: int = 0  # number of its segments in the pool
+    is_read: bool = False
+    error: InputError | None = None  # why it cannot be read
+
+    def transcript(self) -> Transcript:
+        return Transcript(join_texts(self.segments).strip(), tuple(self.segments), tuple(self.noise))
+
+
+@dataclass
+class Transcription:
+    """One call of Recogniser.transcribe_all: its arguments, and the segments waiting to be decoded together."""
+
+    features: FeatureConfig
+    statistics: Statistics | None  # for normalisation "global"
+    decode: Callable[[Utterances], list[list[Hypothesis]]]  # hypotheses of each utterance, best first
+    min_speech_score: float
+    skip_bad: bool
+    pool_seconds: float
+    warn: Callable[[str], None]
+    on_audio: Callable[[float], None]
+    pool: list[tuple[_RecordingState, Speech]] = field(default_factory=list)
+    seconds: float = 0.0  # of speech in the pool
+    pending: deque[_RecordingState] = field(default_factory=deque)  # recordings not yielded yet
+
+    def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
+        """Yield each recording with its transcript, in order."""
+        for recording in recordings:
+            state = _RecordingState(recording)
+            self.pending.append(state)
+            for speech in self._read(state, sample_rate):
+                self._add(state, speech)
+                if self.seconds >= self.pool_seconds:
+                    self._decode()
+                    yield from self._finished()
+            if state.error is not None:
+                self.pending.pop()
+                self._decode()
+                yield from self._finished()
+                if not self.skip_bad:
+                    raise state.error
+                self.warn(f"left out: {state.error}")
+        self._decode()
+        yield from self._finished()
+
+    def _read(self, state: _RecordingState, sample_rate: int | None) -> Iterator[Speech]:
+        """Yield the segments of a recording, and warn about problems, such as no speech.
+
+        If the recording cannot be read, state.error is set.
+        """
+        seconds, has_speech = 0.0, False
+
+        def blocks() -> Iterator[np.ndarray]:
+            nonlocal seconds
+            for block in recording:
+                yield block
+                seconds += len(block) / self.features.sample_rate
+                self.on_audio(len(block) / self.features.sample_rate)
+
+        try:
+            with open_recording(to_audio(state.recording, sample_rate), self.features.sample_rate) as recording:
+                state.name = recording.name
+                for speech in segments(blocks(), self.features, self.statistics):
+                    has_speech = True
+                    yield speech
+        except InputError as error:
+            state.error = error
+            return
+        for message in recording.warnings:
+            self.warn(message)
+        if not has_speech:
+            self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
+        state.is_read = True
+
+    def _add(self, state: _RecordingState, speech: Speech) -> None:
+        self.pool.append((state, speech))
+        self.seconds += speech.end - speech.start
+        state.undecoded += 1
+
+    def _decode(self) -> None:
+        """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
+        pool, self.pool, self.seconds = self.pool, [], 0.0
+        if not pool:
+            return
+        ids = [f"{state.name} from {speech.start:.0f} s" for state, speech in pool]
+        data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
+        for (state, speech), nbest in zip(pool, self.decode(data), strict=True):
+            state.undecoded -= 1
+            segment = _segment(speech, nbest)
+            is_noise = segment.speech_score is not None and segment.speech_score < self.min_speech_score
+            (state.noise if is_noise else state.segments).append(segment)
+
+    def _finished(self) -> Iterator[tuple[Any, Transcript]]:
+        """Yield and remove the first recordings that are fully decoded."""
+        while self.pending and self.pending[0].is_read and not self.pending[0].undecoded:
+            done = self.pending.popleft()
+            yield done.recording, done.transcript()
+
+
+def _segment(speech: Speech, nbest: list[Hypothesis]) -> Segment:
+    best = nbest[0]
+    scores = best.score, best.mean_score, best.speech_score
+    return Segment(speech.start, speech.end, best.text, *scores, tuple(nbest))
+
+
+def to_audio(recording: Any, sample_rate: int | None) -> Audio:
+    """Convert a recording to the types that las_fast.data.audio.open_recording takes, or raise InputError."""
+    if is_array(recording):
+        return to_samples(recording, sample_rate)
+    if isinstance(recording, Samples):
+        return recording
+    if not isinstance(recording, (str, os.PathLike)) and not callable(getattr(recording, "read", None)):
+        raise InputError(f"a recording is a path, a binary file object or an array; got {type_name(recording)}")
+    if sample_rate is not None:
+        raise InputError(f"sample_rate is for arrays, but {name_of(recording)} states its own rate; omit sample_rate")
+    return recording
