@@ -16,7 +16,8 @@ from las_fast import checkpoint
 from las_fast.config import Config
 from las_fast.data.batching import Batch
 from las_fast.text import EOS, PAD, Vocabulary
-from las_fast.training.trainer import Trainer, make_optimiser
+from las_fast.training.step import make_optimiser
+from las_fast.training.trainer import Trainer
 
 PATHS = {  # model (None: las_fast's own), precision
     "usual": (Usual, "fp32"),

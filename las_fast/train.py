@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -> None:
     """Run the training and print its result; `arguments` of the command are for the resume hint."""
-    from las_fast.training.trainer import Diverged
+    from las_fast.training.step import Diverged
 
     check_disk_space(options.out, trainer)
     try:

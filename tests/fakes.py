@@ -10,3 +10,21 @@ def raising(error: BaseException):
         raise error
 
     return fail
+
+
+class Curriculum:
+    """Replaces las_fast.data.batching.Curriculum: four batches per epoch."""
+
+    steps = 40
+
+    def locate(self, step):
+        return divmod(step, 4)
+
+    def steps_before(self, epoch):
+        return 4 * epoch
+
+    def epochs(self, step):
+        return step / 4
+
+    def batches_of(self, epoch):
+        return range(4)

@@ -21,15 +21,18 @@ from las_fast.data.cache import open_cache
 from las_fast.data.dataset import Statistics, load_dataset, open_corpus
 from las_fast.data.features import add_deltas
 from las_fast.errors import InputError
+from las_fast.files import AVERAGED, BEST
 from las_fast.model.las import LAS
 from las_fast.output.metrics import Scores
 from las_fast.search import ngram
 from las_fast.text import EOS
+from las_fast.training import step as step_module
 from las_fast.training import trainer as trainer_module
 from las_fast.training.losses import token_loss
 from las_fast.training.monitor import Alignment
+from las_fast.training.resume import check_same_settings, fingerprint
 from las_fast.training.runlog import RunLog
-from las_fast.training.trainer import Trainer, check_same_settings
+from las_fast.training.trainer import Trainer
 from las_fast.training.validate import Validation, validate
 
 CPU = torch.device("cpu")
@@ -120,8 +123,8 @@ def test_every_loss_setting_reaches_each_step(archive, tmp_path, monkeypatch):
         warmup_steps=4,
     )  # fmt: skip
     trainer = make_trainer(archive, tmp_path, small(model=replace(MODEL, ctc_layer=0), training=training))
-    losses, forcing, loss, forward = [], [], trainer_module.training_loss, LAS.forward
-    monkeypatch.setattr(trainer_module, "training_loss", lambda *args, **own: losses.append(own) or loss(*args, **own))
+    losses, forcing, loss, forward = [], [], step_module.training_loss, LAS.forward
+    monkeypatch.setattr(step_module, "training_loss", lambda *args, **own: losses.append(own) or loss(*args, **own))
     monkeypatch.setattr(LAS, "forward", lambda self, *args: forcing.append(args[3]) or forward(self, *args))
     batch, per_epoch = first_batch(trainer), trainer.curriculum.steps_before(1)
     for step, ctc, guided, rate in ((0, 0.4, 2.0, 0.125), (per_epoch, 0.4, 1.5, 0.5), (2 * per_epoch, 0.0, 1.0, None)):
@@ -168,7 +171,7 @@ def test_a_validation_is_due_every_validate_every_epochs(archive, tmp_path, ever
 
 def test_the_settings_reach_the_optimiser():
     config = small(training=replace(small().training, learning_rate=0.25, weight_decay=0.125))
-    optimiser = trainer_module.make_optimiser(checkpoint.build_model(config), config)
+    optimiser = step_module.make_optimiser(checkpoint.build_model(config), config)
     decayed, free = optimiser.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.125, 0.0)
     assert decayed["lr"] == free["lr"] == 0.25 and decayed["betas"] == free["betas"] == (0.9, 0.98)
@@ -199,8 +202,8 @@ def test_the_data_fingerprint_covers_ids_lengths_texts_and_their_order():
 
     both = [(data(), data()), (data("ac"), data()), (data(frames=(5, 7)), data()), (data(texts="XZ"), data()),
             (data("ba"), data()), (data(), data("ac"))]  # fmt: skip
-    assert len({trainer_module.fingerprint(*one) for one in both}) == len(both)
-    assert trainer_module.fingerprint(*both[0]) == trainer_module.fingerprint(data(), data())
+    assert len({fingerprint(*one) for one in both}) == len(both)
+    assert fingerprint(*both[0]) == fingerprint(data(), data())
 
 
 def test_a_gradient_is_scaled_to_the_limit_and_left_alone_below_it(archive, tmp_path):
@@ -220,7 +223,7 @@ def test_the_best_model_is_saved_with_its_training_data_and_scores(archive, tmp_
     )
     trainer = make_trainer(archive, tmp_path, config)
     trainer.run()
-    for name in (trainer_module.BEST, trainer_module.AVERAGED):
+    for name in (BEST, AVERAGED):
         loaded = checkpoint.load_model(tmp_path / name)
         assert torch.equal(loaded.statistics.mean, trainer.train_data.statistics.mean)
         assert torch.equal(loaded.statistics.std, trainer.train_data.statistics.std)

@@ -24,7 +24,7 @@ from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
 from las_fast.data.dataset import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
-from las_fast.training import schedules, trainer
+from las_fast.training import schedules, step, trainer
 from las_fast.training.validate import swap_audio, validate
 from tests.tiny_corpora import make_archive
 
@@ -127,14 +127,14 @@ def test_a_checkpoint_holds_its_settings_and_scores(uninterrupted):
 
 def stop_after(monkeypatch, steps):
     """Make the trainer fail in the middle of the step after `steps` steps."""
-    step = trainer.Trainer.train_step
+    take = trainer.Trainer.train_step
     taken = []
 
     def failing(self, batch):
         if len(taken) == steps:
             raise RuntimeError("power cut")
         taken.append(1)
-        return step(self, batch)
+        return take(self, batch)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", failing)
 
@@ -293,12 +293,12 @@ def wait_for_first_save(out, child):
 def test_an_interrupt_ends_after_the_step_and_prints_the_resume_command(
     archive, uninterrupted, tmp_path, monkeypatch, capsys
 ):
-    step = trainer.Trainer.train_step
+    take = trainer.Trainer.train_step
 
     def interrupting(self, batch):
         if self.progress.step == 4:
             signal.raise_signal(signal.SIGINT)
-        return step(self, batch)
+        return take(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", interrupting)
@@ -393,7 +393,7 @@ def test_a_finished_training_is_lengthened_by_a_restart(archive, tmp_path, monke
 
     train.main(arguments(archive, tmp_path / "longer", **once))
     train.main(arguments(archive, tmp_path / "longer", "--resume", **twice))
-    monkeypatch.setattr(trainer, "learning_rate_factor", learning_rate_factor)
+    monkeypatch.setattr(step, "learning_rate_factor", learning_rate_factor)
     train.main(arguments(archive, tmp_path / "whole", **twice))
     (_, first), (_, second) = places[0], places[-1]
     assert places == [(step, steps) for steps in (first, second) for step in range(steps)] and first != second
@@ -579,19 +579,19 @@ def test_an_explicit_precision_is_used_and_auto_depends_on_the_machine(monkeypat
     for amx, dots, chosen in ((False, False, "float32"), (True, False, "bfloat16"), (False, True, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda dots=dots: dots)
-        assert trainer.choose_precision("auto", cpu) == getattr(torch, chosen)
+        assert step.choose_precision("auto", cpu) == getattr(torch, chosen)
     for name, chosen in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        assert trainer.choose_precision(name, cpu) == chosen
+        assert step.choose_precision(name, cpu) == chosen
     cuda, calls = torch.device("cuda"), []
     for native, chosen in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **own: calls.append(own) or native)
-        assert trainer.choose_precision("auto", cuda) == chosen
+        assert step.choose_precision("auto", cuda) == chosen
     assert calls == [{"including_emulation": False}] * 2  # emulated bf16 matmuls are slow
 
 
 def test_biases_gains_and_the_tied_embedding_are_not_decayed():
     model = checkpoint.build_model(load_config("tiny"))
-    decayed, free = (group["params"] for group in trainer.make_optimiser(model, Config()).param_groups)
+    decayed, free = (group["params"] for group in step.make_optimiser(model, Config()).param_groups)
     embedding = model.speller.embedding.weight
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p is not embedding]
     assert [id(p) for p in decayed] == [id(p) for p in matrices] and any(p is embedding for p in free)

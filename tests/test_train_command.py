@@ -21,7 +21,8 @@ from las_fast import train
 from las_fast.config import Config, to_yaml
 from las_fast.data import dataset
 from las_fast.errors import InputError, Stopped
-from las_fast.training.trainer import Diverged, Trainer
+from las_fast.training.step import Diverged
+from las_fast.training.trainer import Trainer
 
 WORDS = ["--config", "tiny", "--data", "here", "--out", "run"]
 

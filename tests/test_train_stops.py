@@ -19,8 +19,9 @@ from las_fast import checkpoint, train
 from las_fast.data import batching
 from las_fast.data.loader import can_fork
 from las_fast.errors import InputError, Stopped
-from las_fast.training import trainer
+from las_fast.training import signals, trainer
 from las_fast.training.runlog import read_rows
+from las_fast.training.step import Diverged
 from tests.fakes import raising
 from tests.tiny_corpora import make_archive
 
@@ -113,7 +114,7 @@ def test_a_second_signal_aborts_the_step_and_saves_the_previous_one(archive, uni
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
+        patch.setattr(signals, "GRACE_SECONDS", -1.0)
         at_step(patch, 4, twice)
         with pytest.raises(Stopped):
             train.main(argv(archive, tmp_path))
@@ -132,7 +133,7 @@ def test_a_second_signal_in_the_middle_of_an_update_saves_no_inconsistent_state(
 
     average = trainer.Trainer._average
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
+        patch.setattr(signals, "GRACE_SECONDS", -1.0)
         patch.setattr(trainer.Trainer, "_average", twice)
         with pytest.raises(Stopped):
             train.main(argv(archive, tmp_path))
@@ -150,7 +151,7 @@ def test_signals_during_a_write_do_not_damage_files(archive, uninterrupted, tmp_
 
     write = getattr(checkpoint, where)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "SIGNAL_GRACE_SECONDS", -1.0)
+        patch.setattr(signals, "GRACE_SECONDS", -1.0)
         patch.setattr(checkpoint, where, write_with_signal)
         with pytest.raises(Stopped):
             train.main(argv(archive, tmp_path))
@@ -288,7 +289,7 @@ def test_with_smaller_batches_a_training_resumes_at_the_same_share_of_the_epoch(
 
 def test_a_state_that_has_diverged_is_not_saved(archive, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_step(patch, 8, raising(trainer.Diverged("the training has diverged")))
+        at_step(patch, 8, raising(Diverged("the training has diverged")))
         with pytest.raises(InputError):
             train.main(argv(archive, tmp_path))
     assert progress_of(tmp_path)["step"] == 6  # during the validation

@@ -98,7 +98,7 @@ def train(
 
 def stop(trainer: Trainer) -> None:
     """Have a training end after its step, as a signal would."""
-    trainer.stop_signal = signal.SIGTERM
+    trainer.stop.signum = signal.SIGTERM
 
 
 @contextlib.contextmanager

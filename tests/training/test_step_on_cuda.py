@@ -26,7 +26,7 @@ from las_fast.data.batching import Batch
 from las_fast.model import listener, speller
 from las_fast.ops import backends
 from las_fast.text import EOS
-from las_fast.training import trainer
+from las_fast.training import step
 from las_fast.training.trainer import Trainer
 
 bilstm_module = importlib.import_module("las_fast.ops.bilstm")
@@ -126,7 +126,7 @@ def patch_device(monkeypatch, count):
             count.waits["flag"] += 1
             return True
 
-    monkeypatch.setattr(trainer, "PendingFlag", Flag)
+    monkeypatch.setattr(step, "PendingFlag", Flag)
 
 
 def replace_by_fakes(model):
@@ -147,13 +147,13 @@ def count_step(monkeypatch):
         settings = TrainingConfig(precision="bf16", **settings)
         config = Config(features=FeatureConfig(size=4), model=MODEL, training=settings)
         data = SimpleNamespace(frame_counts=np.array([64] * 3))
-        monkeypatch.setattr(trainer, "needs_loss_scale", lambda precision, device: True)
+        monkeypatch.setattr(step, "needs_loss_scale", lambda precision, device: True)
         made = kind(config, data, None, Path(), torch.device("cpu"), {})
         made.reads_late = True
         with FakeTensorMode():
             for model in filter(None, (made.model, made.averaged)):
                 replace_by_fakes(model)
-            made.optimiser = trainer.make_optimiser(made.model, config)
+            made.optimiser = step.make_optimiser(made.model, config)
             tokens = torch.full((3, 12), EOS)
             batch = Batch(torch.randn(3, 64, 4), torch.full((3,), 64), tokens, torch.full((3,), 12), torch.arange(3))
             count = Count()
@@ -222,7 +222,7 @@ class SettlesAtOnce(Trainer):
     def _update(self, norm):
         super()._update(norm)
         self.settle()
-        self.pending = trainer.PendingFlag(norm)
+        self.pending = step.PendingFlag(norm)
 
 
 class CopiesLengths(Trainer):

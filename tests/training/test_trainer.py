@@ -1,4 +1,4 @@
-"""The parts of the trainer: steps, validations, saves, stops, and what each does in edge cases."""
+"""The parts of the training loop: epochs, validations, saves and ends, and what each does in edge cases."""
 
 import contextlib
 import math
@@ -9,38 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes import raising
-from tiny_checkpoints import make_trainer, small
-from tiny_corpora import make_archive
-from torch.utils._pytree import tree_leaves
+from fakes import Curriculum, raising
+from tiny_checkpoints import bare_trainer, make_trainer, small
 
-from las_fast.config import Config, to_tree
+from las_fast.config import to_tree
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
 from las_fast.training import monitor
 from las_fast.training import trainer as trainer_module
 from las_fast.training.monitor import Alignment
 from las_fast.training.schedules import Plateau
-from las_fast.training.trainer import Progress, Trainer, check_same_settings
+from las_fast.training.signals import StopSignals
+from las_fast.training.step import Diverged, Progress
 from las_fast.training.validate import Validation
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    return make_archive(tmp_path_factory.mktemp("trainer"), "F23", utterances=5)
-
-
-@pytest.fixture
-def trainer(archive, tmp_path):
-    """A new trainer: three batches per epoch, two epochs."""
-    return make_trainer(archive, tmp_path, small())
-
-
-def bare_trainer(**fields) -> Trainer:
-    """A trainer with only these fields."""
-    instance = Trainer.__new__(Trainer)
-    vars(instance).update(progress=Progress(), config=small(), **fields)
-    return instance
 
 
 def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch):
@@ -49,9 +30,9 @@ def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch)
     )
     monkeypatch.setattr(trainer_module.time, "process_time", lambda: 0.0)
     assert trainer.core_hours() == 0.0 and trainer.saved_step is None and trainer.batch_size == (0, 0)
-    assert trainer.consistent and not trainer.saving and not trainer.scaler.is_enabled()
+    assert trainer.consistent and not trainer.stop.deferred and not trainer.scaler.is_enabled()
     assert trainer.precision == torch.float32
-    trainer.check_stop()
+    trainer.stop.check()
     weights = dict(trainer.model.named_parameters())
     assert all(torch.equal(value, weights[name]) for name, value in trainer.averaged.named_parameters())
     again, other = (
@@ -61,257 +42,6 @@ def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch)
     assert all(torch.equal(value, weights[name]) for name, value in again.model.named_parameters())
     assert not all(torch.equal(value, weights[name]) for name, value in other.model.named_parameters())
     assert other.averaged is None and not trainer.averaged.training
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_precision_and_seed_of_the_settings_are_applied(trainer, monkeypatch, precision, dtype):
-    training = replace(trainer.config.training, precision=precision, seed=7)
-    config = replace(trainer.config, training=training)
-    trainer = Trainer(config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source)
-    assert trainer.scaler.is_enabled() == (precision == "fp16")
-    seeds, casts = [], []
-    seed, autocast = torch.manual_seed, torch.autocast
-    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
-
-    def spy(kind, dtype=None, enabled=True):
-        casts.append((kind, dtype if enabled else None))
-        return autocast(kind, dtype, enabled=enabled)
-
-    monkeypatch.setattr(torch, "autocast", spy)
-    trainer.progress.step = 2
-    trainer.train_step(next(iter(trainer._rest_of_epoch())))
-    assert seeds == [7 * 1_000_003 + 2] and casts[0] == ("cpu", dtype)
-    assert trainer.model.training and trainer.progress.step == 3
-
-
-# ----------------------------------------------------------------------------------------------------------- updates
-
-
-class Scaler:
-    """Replaces torch's GradScaler and records its calls."""
-
-    def __init__(self, trainer):
-        self.trainer, self.calls = trainer, []
-
-    def step(self, optimiser):
-        self.calls.append(("step", self.trainer.consistent))
-
-    def update(self):
-        self.calls.append(("update", self.trainer.consistent))
-
-
-def test_an_update_changes_weights_only_if_the_gradient_is_finite_but_always_counts():
-    averaged = []
-    trainer = bare_trainer(
-        optimiser=None, averaged=object(), consistent=True, _average=lambda: averaged.append(trainer.progress.step)
-    )
-    trainer.scaler = Scaler(trainer)
-    trainer._update(torch.tensor(1.0))
-    assert trainer.scaler.calls == [("step", False), ("update", False)] and trainer.consistent, (
-        "inconsistent only during the update"
-    )
-    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (1, 0, [1])
-    for norm in (math.inf, math.nan):
-        trainer._update(torch.tensor(norm))
-    assert trainer.scaler.calls[2:] == [("update", False)] * 2
-    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (3, 2, [1])
-    trainer._update(torch.tensor(2.0))
-    assert (trainer.progress.step, trainer.progress.skipped_in_a_row, averaged) == (4, 0, [1, 4])
-    trainer.averaged = None
-    trainer._update(torch.tensor(2.0))
-    assert averaged == [1, 4]
-
-
-def test_fifty_skipped_steps_in_a_row_end_the_training():
-    trainer = bare_trainer(optimiser=None, averaged=None, consistent=True)
-    trainer.scaler = Scaler(trainer)
-    trainer.progress.skipped_in_a_row = 48
-    trainer._update(torch.tensor(math.nan))
-    assert trainer.progress.skipped_in_a_row == 49 and trainer.consistent
-    with pytest.raises(
-        trainer_module.Diverged, match="50 steps in a row had gradients that are not finite; lower .*now 0.001"
-    ):
-        trainer._update(torch.tensor(math.nan))
-    assert not trainer.consistent
-
-
-# ------------------------------------------------------------------------------------------- steps that are read late
-
-
-def losses_and_state(trainer, batches):
-    """Train on the batches; return the losses and everything that the training keeps."""
-    losses = [float(trainer.train_step(batch)["loss"]) for batch in batches]
-    state = trainer.state()
-    del state["core_seconds"]
-    return losses, state
-
-
-def assert_equal(found, expected):
-    leaves = zip(tree_leaves(found), tree_leaves(expected), strict=True)
-    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x for x, y in leaves)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_steps_that_are_read_late_train_the_same_and_skip_the_same(archive, tmp_path, precision):
-    training = replace(small().training, precision=precision, ema_decay=0.9, clip_norm=1.0)
-    results = []
-    for late in (False, True):
-        trainer = make_trainer(archive, tmp_path / str(late), small(training=training))
-        trainer.reads_late = late
-        first, second, third = trainer._rest_of_epoch()
-        spoilt = replace(second, features=second.features.masked_fill(torch.ones(()).bool(), math.nan))
-        results.append(losses_and_state(trainer, [first, spoilt, second, third, spoilt]))
-        assert (
-            trainer.progress.skipped_in_a_row == 1
-            and trainer.progress.averaged_steps == 3
-            and trainer.progress.step == 5
-        )
-    assert_equal(results[1], results[0])
-    assert math.isnan(results[0][0][1]) and math.isfinite(results[0][0][2])
-
-
-def test_a_late_step_is_averaged_before_the_next_update_and_before_a_save_or_a_validation(trainer, monkeypatch):
-    trainer.reads_late = True
-    (batch, *_), order = trainer._rest_of_epoch(), []
-    average, step = trainer._average, trainer.optimiser.step
-    trainer._average = lambda: order.append("average") or average()
-    trainer.optimiser.step = lambda: order.append("step") or step()
-    trainer.train_step(batch)
-    assert order == ["step"] and trainer.pending is not None
-    trainer.train_step(batch)
-    assert order == ["step", "average", "step"]
-    trainer.state()
-    assert order[3:] == ["average"] and trainer.pending is None
-    trainer.train_step(batch)
-    monkeypatch.setattr(trainer, "_validate", raising(InputError("here")))
-    with pytest.raises(InputError, match="here"):
-        trainer._validate_and_save(Bar())
-    assert order[4:] == ["step", "average"] and trainer.pending is None
-
-
-def test_a_late_training_has_diverged_one_step_later(trainer):
-    trainer.reads_late = True
-    (batch, *_) = trainer._rest_of_epoch()
-    trainer.progress.skipped_in_a_row = 49
-    spoilt = replace(batch, features=torch.full_like(batch.features, math.nan))
-    trainer.train_step(spoilt)
-    with pytest.raises(trainer_module.Diverged, match="50 steps in a row"):
-        trainer.train_step(batch)
-    trainer.progress.skipped_in_a_row = 49
-    trainer.train_step(spoilt)
-    with pytest.raises(trainer_module.Diverged):  # a worthless state is not saved
-        trainer.save()
-
-
-def test_a_scale_that_overflows_comes_down_and_no_weight_changes_until_then(trainer, monkeypatch):
-    trainer.reads_late = True
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
-    training_loss = trainer_module.training_loss
-
-    def large(*given, **options):
-        loss, parts = training_loss(*given, **options)
-        return loss * 2**10, parts
-
-    monkeypatch.setattr(trainer_module, "training_loss", large)
-    (batch, *_) = trainer._rest_of_epoch()
-    before = [x.clone() for x in trainer.model.parameters()]
-    for _ in range(30):
-        trainer.progress.step = 0  # there are few in all
-        trainer.train_step(batch)
-        trainer.settle()
-        if not trainer.progress.skipped_in_a_row:
-            break
-        assert all(torch.equal(x, y) for x, y in zip(before, trainer.model.parameters(), strict=True))
-        trainer.progress.skipped_in_a_row = 1
-    assert trainer.progress.averaged_steps == 1 and 2.0 < trainer.scaler.get_scale() < 2.0**126
-    assert not all(torch.equal(x, y) for x, y in zip(before, trainer.model.parameters(), strict=True))
-
-
-def test_only_on_cuda_steps_are_read_late(trainer, monkeypatch):
-    assert not trainer.reads_late and not trainer.scaler.is_enabled()
-    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: device.type == "cpu")
-    again = Trainer(trainer.config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source)
-    assert again.scaler.is_enabled()
-
-
-def test_the_loss_scale_is_saved_and_a_state_without_one_can_be_resumed(trainer, monkeypatch):
-    trainer.save()
-    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: True)
-    parts = trainer.config, trainer.train_data, trainer.dev_data, trainer.out, trainer.device, trainer.source
-    scaled = Trainer(*parts)
-    scaled.resume()
-    assert scaled.scaler.get_scale() == 65536.0
-    (batch, *_) = scaled._rest_of_epoch()
-    scaled.train_step(batch)
-    scaled.scaler._scale.fill_(1024.0)
-    scaled.save()
-    again = Trainer(*parts)
-    again.resume()
-    assert again.scaler.get_scale() == 1024.0
-    monkeypatch.setattr(trainer_module, "needs_loss_scale", lambda precision, device: False)
-    unscaled = Trainer(*parts)
-    unscaled.resume()
-    assert unscaled.progress.step == 1 and not unscaled.scaler.is_enabled()
-
-
-def test_the_decay_of_the_average_grows_to_its_setting():
-    trainer = bare_trainer(averaged=torch.nn.Linear(1, 1), model=torch.nn.Linear(1, 1))
-    for taken, decay in ((0, 2 / 11), (1, 3 / 12), (9989, 9991 / 10000), (9990, 0.9991)):
-        trainer.config = small(training=replace(small().training, ema_decay=0.9991))
-        trainer.progress.averaged_steps = taken
-        with torch.no_grad():
-            trainer.averaged.weight.fill_(1.0)
-            trainer.model.weight.fill_(3.0)
-        trainer._average()
-        assert float(trainer.averaged.weight.detach()) == pytest.approx(decay + 3 * (1 - decay), abs=1e-6)
-        assert trainer.progress.averaged_steps == taken + 1
-
-
-def test_the_optimiser_takes_one_pass_over_the_weights(trainer):
-    assert trainer.optimiser.defaults["fused"] is True
-
-
-def test_parameters_without_a_gradient_are_left_out_of_the_norm(trainer):
-    trainer.optimiser.zero_grad()
-    assert all(p.grad is None for p in trainer.model.parameters())
-    trainer.model.speller.bias.grad = torch.full_like(trainer.model.speller.bias, 0.5)
-    assert trainer._clip() == pytest.approx(0.5 * math.sqrt(trainer.model.speller.bias.numel()))
-
-
-# -------------------------------------------------------------------------------------------------------- curriculum
-
-
-class Curriculum:
-    """Four batches per epoch."""
-
-    steps = 40
-
-    def locate(self, step):
-        return divmod(step, 4)
-
-    def steps_before(self, epoch):
-        return 4 * epoch
-
-    def epochs(self, step):
-        return step / 4
-
-    def batches_of(self, epoch):
-        return range(4)
-
-
-@pytest.mark.parametrize(
-    ("restarts", "step", "place"),
-    [
-        ((), 0, (0, 40)), ((), 39, (39, 40)),
-        ((2, 5), 0, (0, 8)), ((2, 5), 7, (7, 8)), ((2, 5), 8, (0, 12)), ((2, 5), 19, (11, 12)), ((2, 5), 20, (0, 20)),
-        ((1,), 3, (3, 4)), ((1,), 4, (0, 36)), ((1,), 39, (35, 36)),
-    ],
-)  # fmt: skip
-def test_the_learning_rate_begins_again_after_each_restart(restarts, step, place):
-    trainer = bare_trainer(curriculum=Curriculum())
-    trainer.config = small(training=replace(small().training, epochs=10, restarts=restarts))
-    trainer.progress.step = step
-    assert trainer._cycle_position() == place
 
 
 def test_the_pace_counts_seconds_of_audio_without_padding(trainer, monkeypatch):
@@ -332,7 +62,7 @@ def test_the_loader_polls_for_a_stop_signal_while_it_waits(trainer, monkeypatch)
     args = {}
     monkeypatch.setattr(trainer_module, "make_loader", lambda *_, **options: args.update(options))
     trainer._rest_of_epoch()
-    trainer.stop_signal = signal.SIGTERM
+    trainer.stop.signum = signal.SIGTERM
     with pytest.raises(Stopped) as stop:
         args["poll"]()
     assert stop.value.signum == signal.SIGTERM
@@ -390,16 +120,16 @@ def test_validation_uses_the_averaged_model_if_any_and_resets_the_pace():
     first, second = object(), object()
     for averaged, expected in ((first, first), (None, second)):
         seen, bar = [], Bar()
-        trainer = bare_trainer(curriculum=Curriculum(), averaged=averaged, model=second, saving=False)
+        trainer = bare_trainer(curriculum=Curriculum(), averaged=averaged, model=second, stop=StopSignals())
         trainer.progress.step = 6
         trainer.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
         trainer._validate = lambda model, seen=seen: seen.append(model) or validation()
         trainer._check_diverged = lambda loss, seen=seen: seen.append(loss)
         trainer._record = lambda result, model, seen=seen, trainer=trainer: (
-            seen.append((model, trainer.saving)) or "attention: x"
+            seen.append((model, trainer.stop.deferred)) or "attention: x"
         )
         trainer._validate_and_save(bar)
-        assert seen == [expected, 1.25, (expected, True)] and not trainer.saving and trainer.pace is not pace
+        assert seen == [expected, 1.25, (expected, True)] and not trainer.stop.deferred and trainer.pace is not pace
         assert bar.lines == [
             "epoch 1.5: dev loss 1.250 per token, LD 3.46, CER 50.00%, WER 60.00%; "
             "trained at 13 x real time, 25.6% of the time waiting for data\n  attention: x"
@@ -409,9 +139,10 @@ def test_validation_uses_the_averaged_model_if_any_and_resets_the_pace():
 def test_validation_covers_the_dev_set_and_rewords_only_out_of_memory(monkeypatch):
     seen = []
     trainer = bare_trainer(curriculum=Curriculum(), device="cpu", out=Path("run"), dev_data="dev", vocabulary="ABC")
+    trainer.stop = StopSignals()
     monkeypatch.setattr(trainer_module, "validate", lambda *args: seen.append(args) or "result")
     assert trainer._validate("model") == "result"
-    assert seen == [("model", "dev", "ABC", trainer.config, "cpu", Path("run"), 0.0, trainer.check_stop)]
+    assert seen == [("model", "dev", "ABC", trainer.config, "cpu", Path("run"), 0.0, trainer.stop.check)]
     monkeypatch.setattr(trainer_module, "validate", raising(RuntimeError("shapes disagree")))
     with pytest.raises(RuntimeError, match="shapes disagree"):
         trainer._validate("model")
@@ -473,7 +204,7 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
 def test_skipped_steps_or_a_dev_loss_that_is_not_finite_are_divergence(loss, skipped, scaled, sentence):
     trainer = bare_trainer(scaler=SimpleNamespace(is_enabled=lambda: scaled))
     trainer.progress.step, trainer.progress.skipped_in_a_row = 6, skipped
-    with contextlib.nullcontext() if sentence is None else pytest.raises(trainer_module.Diverged, match=sentence):
+    with contextlib.nullcontext() if sentence is None else pytest.raises(Diverged, match=sentence):
         trainer._check_diverged(loss)
 
 
@@ -524,7 +255,7 @@ def fake_run(trainer, monkeypatch, *, problem, close=None):
     ],
 )
 def test_a_training_closes_its_log_and_ends_with_its_problem(monkeypatch, problem, close, raised):
-    trainer = bare_trainer(out=Path("run"), stop_signal=0, saving=False)
+    trainer = bare_trainer(out=Path("run"), stop=StopSignals())
     trainer.progress.step = 5
     closed = fake_run(trainer, monkeypatch, problem=problem, close=close)
     with contextlib.nullcontext() if raised is None else pytest.raises(raised):
@@ -568,7 +299,7 @@ def test_all_steps_are_taken_and_a_validation_that_is_due_comes_first():
         (5, None, True, InputError("bad"), 1, True),
         (5, 4, False, InputError("bad"), 0, False),
         (0, None, True, InputError("bad"), 0, False),
-        (5, 4, True, trainer_module.Diverged("worthless"), 0, False),
+        (5, 4, True, Diverged("worthless"), 0, False),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -626,72 +357,20 @@ def test_out_of_memory_names_the_right_setting(size, saved, sentence):
     assert trainer._explain(other, saved) is other
 
 
-class Clock:
-    now = 100.0
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: Clock.now)
-    Clock.now = 100.0
-    return Clock
-
-
-@pytest.mark.parametrize(
-    ("seconds", "saving", "ends"), [(0.0, False, False), (2.0, False, False), (2.1, False, True), (2.1, True, False)]
-)
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_after_two_seconds_ends_a_step_but_no_save(clock, seconds, saving, ends, second):
-    trainer = SimpleNamespace(stop_signal=0, saving=saving)
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with trainer_module.catch_stop_signals(trainer):
-        signal.raise_signal(signal.SIGTERM)
-        assert trainer.stop_signal == signal.SIGTERM
-        clock.now += seconds
-        with pytest.raises(Stopped) if ends else contextlib.nullcontext() as stop:
-            signal.raise_signal(second)
-        assert trainer.stop_signal == signal.SIGTERM, "the first counts"
-        assert not ends or stop.value.signum == second
-        clock.now += 0.5
-        with pytest.raises(Stopped) if ends or (seconds == 2.0 and not saving) else contextlib.nullcontext():
-            signal.raise_signal(second)  # time counts from the first signal
-    assert {s: signal.getsignal(s) for s in kept} == kept
-
-
-def test_ignored_signals_stay_ignored_except_sigint():
-    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        trainer = SimpleNamespace(stop_signal=0, saving=False)
-        with trainer_module.catch_stop_signals(trainer):
-            signal.raise_signal(signal.SIGHUP)
-            assert trainer.stop_signal == 0
-            signal.raise_signal(signal.SIGINT)
-            assert trainer.stop_signal == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_deferred_signals_can_be_nested(clock, monkeypatch):
+def test_no_signal_interrupts_a_save(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        trainer_module.checkpoint, "save_state", lambda path, state: seen.append((path, state, trainer.saving))
+        trainer_module.checkpoint, "save_state", lambda path, state: seen.append((path, state, trainer.stop.deferred))
     )
-    trainer = bare_trainer(out=Path("run"), saving=False, state=lambda: "state")
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 100.0)
+    trainer = bare_trainer(out=Path("run"), stop=StopSignals(), state=lambda: "state")
     trainer.progress.step = 9
-    with trainer.deferring_signals():
-        assert trainer.saving
-        trainer.save()
-        assert trainer.saving
-    assert not trainer.saving and (trainer.saved_step, trainer._saved_at) == (9, 100.0)
+    trainer.save()
     assert seen == [(Path("run") / "last.pt", "state", True)]
-    with pytest.raises(InputError), trainer.deferring_signals():
-        raise InputError("full")
-    assert not trainer.saving
+    assert not trainer.stop.deferred and (trainer.saved_step, trainer._saved_at) == (9, 100.0)
 
 
 def test_the_state_holds_everything_of_a_training(archive, tmp_path):
@@ -754,39 +433,3 @@ def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, caps
     assert planned == ([("frames", small(data=data))] if now else [])
     printed = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
     assert capsys.readouterr().out == printed
-
-
-def settings(**training):
-    return to_tree(small(training=replace(small().training, **training)))
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "refused"),
-    [
-        ({"epochs": 2}, {"epochs": 3, "restarts": (2,)}, ""),
-        ({"epochs": 2}, {"epochs": 5, "restarts": (2, 3)}, ""),
-        ({"epochs": 3, "restarts": (2,)}, {"epochs": 5, "restarts": (2, 3)}, ""),
-        ({"epochs": 2}, {"epochs": 3}, "epochs = 2, not 3; .*, or lengthen it: --training.epochs N "
-         "--training.restarts 2$"),
-        ({"epochs": 4, "restarts": (2,)}, {"epochs": 4, "restarts": (3,)}, r"restarts = \[2\], not \[3\]; .* "
-         "--training.epochs N --training.restarts 2 4$"),
-        ({"epochs": 3, "restarts": (2,)}, {"epochs": 4, "restarts": (1, 3)}, "lengthen it: .* 2 3$"),
-        ({"epochs": 3, "restarts": (2,)}, {"epochs": 2}, "epochs = 3, not 2"),
-        ({"seed": 1}, {"seed": 2}, "training.seed = 1, not 2; resume with the same settings$"),
-    ],
-)  # fmt: skip
-def test_a_training_may_be_lengthened_by_a_restart_where_it_ended(then, now, refused):
-    with pytest.raises(InputError, match=refused) if refused else contextlib.nullcontext():
-        check_same_settings(settings(**then), settings(**now), Path("last.pt"))
-
-
-def test_only_batch_sizes_may_become_smaller():
-    then, smaller = to_tree(Config()), set()
-    for section, part in then.items():
-        for name, value in part.items():
-            if not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0:
-                now = {**then, section: {**part, name: value / 2 if isinstance(value, float) else value - 1}}
-                with contextlib.suppress(InputError):
-                    check_same_settings(then, now, Path("last.pt"))
-                    smaller.add(f"{section}.{name}")
-    assert smaller - set(trainer_module.FREE_TO_CHANGE) == {"data.frames_per_batch", "data.utterances_per_batch"}

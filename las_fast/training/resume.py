@@ -1,0 +1,66 @@
+"""What must stay the same when a training is resumed, and what may change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from las_fast.config import Config, to_tree
+from las_fast.data.dataset import SpeechDataset
+from las_fast.errors import InputError
+
+# Settings that may differ when resuming: they change where and how fast the model learns, not what.
+FREE_TO_CHANGE = (
+    "training.threads",  # changes rounding, but rounding differs between machines anyway
+    "data.workers",
+    "data.cache",
+    "training.checkpoint_minutes",
+    "training.wandb",
+    "training.monitor_epoch",
+    "decoding.frames_per_batch",
+)
+BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConfig; may become smaller on resume
+# Values of settings that old checkpoints lack, where the behaviour then differed from today's default.
+LEGACY_SETTINGS = {"features.trim_silence": False}
+
+
+def check_same_settings(then: dict, now: dict, path: Path) -> None:
+    """Raise InputError naming the first setting that differs from the checkpoint's.
+
+    A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
+    FREE_TO_CHANGE, two differences are allowed: a learning rate restart appended at the end, which lengthens the
+    training without changing its earlier cycles, and smaller batches, in case memory ran out.
+    """
+    before, after = dict(_flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flatten(then)), dict(_flatten(now))
+    then_ends, now_ends = (  # epochs at which cycles end
+        [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
+    )
+    longer = now_ends[: len(then_ends)] == then_ends
+    free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
+    for key, value in after.items():
+        section, _, name = key.rpartition(".")
+        smaller = section == "data" and name in BATCH_SIZES and value < before[key]
+        if before[key] != value and key not in free and not smaller:
+            advice = "resume with the same settings"
+            if key in ("training.epochs", "training.restarts"):
+                advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, then_ends))}"
+            raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
+
+
+def _flatten(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of each setting in a tree."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{name}{key}.")
+        else:
+            yield name + key, value
+
+
+def fingerprint(*datasets: SpeechDataset) -> str:
+    """SHA-256 of the ids, lengths and transcripts of datasets, in order."""
+    digest = hashlib.sha256()
+    for data in datasets:
+        digest.update(repr((data.ids, data.frame_counts.tolist(), data.texts)).encode())
+    return digest.hexdigest()

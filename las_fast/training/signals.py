@@ -1,0 +1,57 @@
+"""Stop signals during a training: it stops where its state is consistent, and never in the middle of a write."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+
+from las_fast.cli import STOP_SIGNALS
+from las_fast.errors import Stopped
+
+GRACE_SECONDS = 2.0  # further stop signals within this time count as the first
+
+
+class StopSignals:
+    """Requests to stop by SIGINT, SIGTERM and SIGHUP."""
+
+    def __init__(self):
+        self.signum = 0  # number of the first signal; 0: none
+        self.deferred = False  # while files are written
+        self._first_at = 0.0  # time.monotonic()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came; to be called only where the state is consistent."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+    @contextlib.contextmanager
+    def defer(self) -> Iterator[None]:
+        """Let no signal interrupt the block, which writes files."""
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
+
+    @contextlib.contextmanager
+    def catch(self) -> Iterator[None]:
+        """Record signals instead of ending the process. SIGHUP stays ignored under nohup.
+
+        A second signal raises Stopped at once, except in `defer`. Signals within GRACE_SECONDS count as one, because
+        process groups and launchers pass the same signal on.
+        """
+        signals = [s for s in STOP_SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+        old = {signum: signal.signal(signum, self._receive) for signum in signals}
+        try:
+            yield
+        finally:
+            for signum, handler in old.items():
+                signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        if not self.signum:
+            self._first_at, self.signum = time.monotonic(), signum
+        elif time.monotonic() - self._first_at > GRACE_SECONDS and not self.deferred:
+            raise Stopped(signum)

@@ -1,0 +1,200 @@
+"""One optimiser step: losses, gradients, the update of the weights, and their average."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from las_fast.checkpoint import build_model
+from las_fast.config import Config
+from las_fast.data.batching import Batch, Curriculum
+from las_fast.errors import InputError
+from las_fast.search.steps import PendingFlag
+from las_fast.training.losses import training_loss
+from las_fast.training.schedules import (
+    Plateau,
+    ctc_weight,
+    guided_weight,
+    learning_rate_factor,
+    teacher_forcing_rate,
+)
+
+MAX_SKIPPED_STEPS = 50  # in a row; the fp16 loss scale needs about twenty to come down
+
+
+@dataclass
+class Progress:
+    """Position of a training. It is saved in last.pt, so field names must not change."""
+
+    step: int = 0  # optimiser steps taken
+    best_cer: float = float("inf")  # dev, percent
+    plateau: Plateau = field(default_factory=Plateau)
+    averaged_steps: int = 0  # updates of the averaged weights
+    skipped_in_a_row: int = 0  # latest steps without an update, because their gradient was not finite
+    validated: int = 0  # step of the latest validation
+
+
+class Diverged(InputError):
+    """The training has diverged; its state is not worth saving."""
+
+
+class Learner:
+    """A model and everything that an optimiser step reads and changes.
+
+    On CUDA the host runs ahead of the device: it learns one step late whether a step was taken or skipped.
+    """
+
+    reads_late = False  # whether the host reads the result of a step in the step after it
+    pending: PendingFlag | None = None  # whether the latest step was taken, if the host has not read it yet
+
+    def __init__(self, config: Config, curriculum: Curriculum, device: torch.device):
+        self.config, self.curriculum, self.device = config, curriculum, device
+        torch.manual_seed(config.training.seed)
+        self.model = build_model(config).to(device)
+        self.averaged = copy.deepcopy(self.model).eval() if config.training.ema_decay else None
+        self.optimiser = make_optimiser(self.model, config)
+        self.precision = choose_precision(config.training.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_loss_scale(self.precision, device))
+        self.reads_late = device.type == "cuda"
+        self.progress = Progress()
+        self.consistent = True  # False in the middle of an update
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one optimiser step; return the loss, its parts (per token) and the gradient norm, detached."""
+        # Seed dropout and teacher forcing anew at each step: resuming needs no random state.
+        torch.manual_seed(self.config.training.seed * 1_000_003 + self.progress.step)
+        self._set_learning_rate()
+        loss, parts = self._loss(batch)
+        self.optimiser.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)  # clipping must see the true gradients
+        norm = self._clip()
+        self._update(norm)
+        return {"loss": loss.detach(), **parts, "gradient_norm": norm}
+
+    def _set_learning_rate(self) -> None:
+        training = self.config.training
+        factor = learning_rate_factor(training, *self._cycle_position()) * self.progress.plateau.share
+        for group in self.optimiser.param_groups:
+            group["lr"] = training.learning_rate * factor
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a batch and its parts, per token; only the loss has a gradient."""
+        training, epoch = self.config.training, self.epoch
+        self.model.train()
+        tokens, token_lengths = batch.targets
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            output = self.model(batch.features, batch.feature_lengths, tokens, teacher_forcing_rate(training, epoch))
+        return training_loss(
+            output,
+            tokens,
+            token_lengths,
+            label_smoothing=training.label_smoothing,
+            ctc_weight=ctc_weight(training, epoch),
+            guided_weight=guided_weight(training, epoch),
+            guided_width=training.guided_width,
+            guided_frames=training.guided_frames,
+        )
+
+    def _clip(self) -> Tensor:
+        """Clip the norm of the gradients to clip_norm; return the norm before clipping."""
+        parameters, max_norm = list(self.model.parameters()), self.config.training.clip_norm
+        norm = nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        if self.reads_late or norm > max_norm:  # the factor is 1 for a smaller norm
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def _update(self, norm: Tensor) -> None:
+        """Update the weights, or skip the step if the gradient norm is not finite."""
+        self.settle()
+        self.consistent = False
+        if self.reads_late:
+            finite = norm.isfinite()
+            # The fused kernel skips the update if this is 1.
+            self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+            self.optimiser.step()
+            self.pending = PendingFlag(finite)
+            taken = False  # or not known yet
+        else:
+            taken = math.isfinite(float(norm))
+            if taken:
+                self.scaler.step(self.optimiser)
+            self._count(taken)
+        self.scaler.update()  # lowers the scale if unscale_ found a value that is not finite
+        self.progress.step += 1
+        if taken and self.averaged is not None:
+            self._average()
+        self.consistent = True
+
+    def settle(self) -> None:
+        """Read whether the latest step was taken, if that is not known yet, and average its weights if it was."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            taken = pending.read()
+            self._count(taken)
+            if taken and self.averaged is not None:
+                self._average()
+
+    def _count(self, taken: bool) -> None:
+        """Count skipped steps in a row; raise Diverged at MAX_SKIPPED_STEPS."""
+        self.progress.skipped_in_a_row = 0 if taken else self.progress.skipped_in_a_row + 1
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise Diverged(
+                f"{MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite; "
+                f"lower --training.learning-rate (now {self.config.training.learning_rate:g}) and start again"
+            )
+
+    def _average(self) -> None:
+        """averaged = decay * averaged + (1 - decay) * weights; the decay is smaller during the first updates."""
+        assert self.averaged is not None
+        self.progress.averaged_steps += 1
+        n = self.progress.averaged_steps
+        decay = min(self.config.training.ema_decay, (1 + n) / (10 + n))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, a fraction within an epoch."""
+        return self.curriculum.epochs(self.progress.step)
+
+    def _cycle_position(self) -> tuple[int, int]:
+        """(steps done, steps in all) of the current learning rate cycle (Loshchilov and Hutter 2017)."""
+        bounds = (0, *self.config.training.restarts, self.config.training.epochs)
+        cycle = bisect.bisect_right(bounds, self.curriculum.locate(self.progress.step)[0]) - 1
+        begin, end = (self.curriculum.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
+        return self.progress.step - begin, end - begin
+
+
+def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Fused AdamW; biases, LayerNorm weights and the tied embedding have no weight decay."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (undecayed if parameter.dim() < 2 or "embedding" in name else decayed).append(parameter)
+    decay = config.training.weight_decay
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.training.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Dtype of matmuls; "auto" is bfloat16 if the machine has bfloat16 instructions, else float16 (CUDA) or float32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def needs_loss_scale(precision: torch.dtype, device: torch.device) -> bool:
+    """Return whether gradients pass through float16, where unscaled ones of thousands of tokens lose digits.
+
+    On CUDA that is so for bfloat16 as well: PyTorch's autocast runs cuDNN's LSTMs in float16, whatever its dtype.
+    """
+    return precision == torch.float16 or (device.type == "cuda" and precision != torch.float32)
