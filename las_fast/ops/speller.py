@@ -26,9 +26,20 @@ class SpellerWeights(NamedTuple):
     gates: tuple[Tensor, ...]  # (4 * H_1, M + E + H_1), then (4 * H_i, H_(i-1) + H_i); input, forget, cell, output
     gate_biases: tuple[Tensor, ...]  # (4 * H_i,)
 
+    @property
+    def cell_sizes(self) -> list[int]:
+        """H_i of each cell."""
+        return [bias.shape[0] // 4 for bias in self.gate_biases]
+
     def flat(self) -> list[Tensor]:
         """Return all tensors in the order of the C++ op."""
         return [*self[:6], *(x for cell in zip(self.gates, self.gate_biases, strict=True) for x in cell)]
+
+    @classmethod
+    def from_flat(cls, tensors: Sequence[Tensor]) -> SpellerWeights:
+        """Return the weights whose flat() is `tensors`."""
+        embedding, query, query_bias, project, project_bias, bias, *cells = tensors
+        return cls(embedding, query, query_bias, project, project_bias, bias, tuple(cells[::2]), tuple(cells[1::2]))
 
 
 class State(NamedTuple):
@@ -41,7 +52,7 @@ class State(NamedTuple):
 
 def initial_state(weights: SpellerWeights, values: Tensor, beam: int) -> State:
     """Return the state before the first token: zeros."""
-    zeros = tuple(values.new_zeros(values.shape[0], beam, bias.shape[0] // 4) for bias in weights.gate_biases)
+    zeros = tuple(values.new_zeros(values.shape[0], beam, size) for size in weights.cell_sizes)
     return State(zeros, zeros, values.new_zeros(values.shape[0], beam, values.shape[2]))
 
 

@@ -239,7 +239,7 @@ def _check(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
         raise ValueError(f"tokens must be (B, U) int64 with B={B}, U > 0; got {tuple(tokens.shape)} {tokens.dtype}")
     if sampled is not None and (sampled.shape != tokens.shape or sampled.dtype != torch.bool):
         raise ValueError(f"sampled must be {tuple(tokens.shape)} bool; got {tuple(sampled.shape)} {sampled.dtype}")
-    sizes = [(B, bias.shape[0] // 4) for bias in weights.gate_biases]
+    sizes = [(B, size) for size in weights.cell_sizes]
     if masks is not None and [tuple(mask.shape) for mask in masks] != sizes:
         raise ValueError(f"masks must be {sizes} or None; got {[tuple(mask.shape) for mask in masks]}")
 
@@ -261,7 +261,7 @@ def _padded(size: int) -> int:
 
 def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
     (B, U), (V, M), D, E = tokens.shape, weights[0].shape, keys.shape[2], values.shape[2]
-    sizes = [bias.shape[0] // 4 for bias in weights[7::2]]
+    sizes = SpellerWeights.from_flat(weights).cell_sizes
     inputs = [below + size for below, size in zip((E, *sizes), sizes, strict=False)]
     operands = sum(map(_padded, (*inputs, sizes[-1] + E, M, *(4 * size for size in sizes))))
     states = sum(map(_padded, (*sizes, D, M)))
@@ -278,7 +278,7 @@ def _fake_forward(weights, keys, values, lengths, tokens, sampled, masks, bf16, 
 def _fake_forward_triton(weights, keys, values, lengths, tokens, sampled, masks, bf16, gradients):
     layout = importlib.import_module("las_fast.kernels.speller_unroll").layout  # imports triton
     (B, U), V, dtype = tokens.shape, len(weights[0]), torch.bfloat16 if bf16 else torch.float32
-    where = layout(tuple(len(bias) // 4 for bias in weights[7::2]), values.shape[2])
+    where = layout(tuple(SpellerWeights.from_flat(weights).cell_sizes), values.shape[2])
     operands = keys.new_empty(U, B, where.operands, dtype=dtype)
     logits, attention = (keys.new_empty(U, B, size).transpose(0, 1) for size in (V, keys.shape[1]))
     return logits, attention, tokens.new_empty(U, B), operands, keys.new_empty(U, B, where.states)

@@ -745,7 +745,7 @@ def reference_results(inputs, read, upstream, dtype):
     leaves = [x.to(dtype).detach().requires_grad_() for x in (*weights, keys, values)]
     flat = leaves[:-2]
     masks = [x.to(dtype) for x in masks] or None
-    speller_weights = SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2]))
+    speller_weights = SpellerWeights.from_flat(flat)
     results = unroll_by_steps(speller_weights, *leaves[-2:], lengths, read, sampled & False, masks)
     chosen = [(x, g.to(x)) for x, g in zip(results, upstream, strict=True) if g is not None]
     outputs, upstream = zip(*chosen, strict=True)

@@ -111,7 +111,7 @@ def compile_ops():
         compile_and_compare("ctc_prefix", lambda f, a, p, g, *x: ctc_prefix(
             f, CtcState(a, p, g), *x, eos=EOS, backend="triton"), *prefix_inputs())  # fmt: skip
         weights, *others, masks = unroll_arguments()
-        flat = SpellerWeights(*weights[:6], tuple(weights[6::2]), tuple(weights[7::2]))
+        flat = SpellerWeights.from_flat(weights)
         compile_and_compare("speller_unroll", lambda *x: speller_unroll(*x, masks, backend="triton"), flat, *others)
         compile_and_compare(
             "beam_backtrack", lambda *x: beam_backtrack(*x, eos=EOS, backend="triton"), *backtrack_inputs()

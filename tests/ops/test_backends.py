@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from las_fast.ops import __main__ as command
 from las_fast.ops import backends, beam_gather, bilstm, ctc_loss, masked_attention, speller_unroll
+from las_fast.ops.speller import SpellerWeights
 
 LENGTHS = torch.tensor([7, 3, 1])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -329,7 +330,7 @@ def differentiable():
     flat = list(weights.flat())
 
     def unroll(keys, values, *flat):
-        return speller_unroll(test_speller_unroll.rebuilt(flat), keys, values, *rest)
+        return speller_unroll(SpellerWeights.from_flat(flat), keys, values, *rest)
 
     yield "speller_unroll_cpp", unroll, [keys, values, *flat]
 

@@ -502,7 +502,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 def next_token_log_probs(weights, memory, tokens, dtype, int8=False):
     """(B, U + 1, V) log-probabilities of the next token after each prefix of tokens (B, U), by the plain formulas."""
     cast = [x.to(dtype) for x in weights.flat()]
-    cast = SpellerWeights(*cast[:6], tuple(cast[6::2]), tuple(cast[7::2]))
+    cast = SpellerWeights.from_flat(cast)
     keys, values = (x.to(dtype) for x in memory[:2])
     options = SearchOptions(1, SOS, EOS, None, some_limits(len(keys)), 0.0, 0.0, 0.0, None, 0.0)
     beams, state = _begin(cast, keys, values, options)

@@ -35,10 +35,6 @@ def fast_backend(request) -> str:
     return request.param
 
 
-def rebuilt(flat) -> SpellerWeights:
-    return SpellerWeights(*flat[:6], tuple(flat[6::2]), tuple(flat[7::2]))
-
-
 def inputs(V, M, H, D, E, T, B, U, *, dropout=True, sampled_share=0.4, scale=1.0):
     """Arguments of the op, without its options; `sampled_share` of the tokens are sampled."""
     generator = torch.Generator().manual_seed(7)
@@ -53,7 +49,7 @@ def results(op, arguments, dtype=torch.float32, through=("logits", "attention"),
     weights, keys, values, *others, masks = arguments
     leaves = [x.detach().to(dtype).requires_grad_() for x in (*weights.flat(), keys, values)]
     masks = None if masks is None else [mask.to(dtype) for mask in masks]
-    actual = op(rebuilt(leaves[:-2]), *leaves[-2:], *others, masks, **options)
+    actual = op(SpellerWeights.from_flat(leaves[:-2]), *leaves[-2:], *others, masks, **options)
     generator, loss = torch.Generator().manual_seed(8), 0.0
     for name, x in zip(("logits", "attention"), actual, strict=True):
         factors = torch.randn(x.shape, generator=generator)
@@ -95,7 +91,7 @@ def test_an_unused_output_needs_no_gradient(cpp):
     for place in (0, 1):
         weights, *others = inputs(*SMALL)
         flat = [x.requires_grad_() for x in weights.flat()]
-        speller_unroll(rebuilt(flat), *others, backend=cpp)[place].sum().backward()
+        speller_unroll(SpellerWeights.from_flat(flat), *others, backend=cpp)[place].sum().backward()
         assert all(x.grad is not None for x in flat)
 
 
@@ -104,7 +100,9 @@ def test_gradients_of_the_reference_pass_gradcheck():
     leaves = [x.double().requires_grad_() for x in (*weights.flat(), keys, values)]
 
     def run(*leaves):
-        return _reference(rebuilt(leaves[:-2]), *leaves[-2:], *others, [mask.double() for mask in masks])
+        return _reference(
+            SpellerWeights.from_flat(leaves[:-2]), *leaves[-2:], *others, [mask.double() for mask in masks]
+        )
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
@@ -300,7 +298,7 @@ def test_it_compiles_into_one_graph(cpp):
     leaves = [x.requires_grad_() for x in (*weights.flat(), keys, values)]
 
     def loss(*leaves):
-        logits, attention = speller_unroll(rebuilt(leaves[:-2]), *leaves[-2:], *others, masks)
+        logits, attention = speller_unroll(SpellerWeights.from_flat(leaves[:-2]), *leaves[-2:], *others, masks)
         return logits.square().mean() + attention.square().sum()
 
     compiled, graphs = compile_and_count(loss)
