@@ -24,10 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from las_fast.cli import run
-from las_fast.config import Config, check, load_config, to_tree
+from las_fast.config import Config, check, load_config
 from las_fast.data import spoken
 from las_fast.errors import InputError
 from las_fast.options import Parser, as_path, check_names, field_names, override
+from las_fast.tree import to_tree
 
 PRESET = "tiny"
 EXAMPLES = 5  # utterances printed at the end

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from las_fast.config import Config, from_tree, to_tree
+from las_fast.config import Config
 from las_fast.errors import InputError, show
 from las_fast.plain_yaml import Plain, parse_bool, parse_number
+from las_fast.tree import from_tree, to_tree
 
 Settings = TypeVar("Settings")
 

@@ -23,14 +23,13 @@ from las_fast.config import (
     TeacherForcingStage,
     TrainingConfig,
     check,
-    from_tree,
     from_yaml,
     load_config,
     presets,
-    to_tree,
     to_yaml,
 )
 from las_fast.errors import InputError
+from las_fast.tree import from_tree, to_tree
 
 
 def test_every_preset_loads_and_survives_a_round_trip():

@@ -32,10 +32,10 @@ def test_unquoted_numbers_are_parsed_or_rejected(text, whole, real):
     ],
 )
 def test_a_number_that_yaml_would_misread_has_a_hint(text, hint):
-    from las_fast import config
+    from las_fast import tree
 
-    assert config._hint(int, Plain(text)) == config._hint(float, Plain(text)) == hint
-    assert config._hint(str, Plain(text)) == config._hint(int, text) == ""
+    assert tree._hint(int, Plain(text)) == tree._hint(float, Plain(text)) == hint
+    assert tree._hint(str, Plain(text)) == tree._hint(int, text) == ""
 
 
 def test_nan_is_a_float_and_not_an_int():

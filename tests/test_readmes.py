@@ -12,7 +12,8 @@ import pytest
 import soundfile
 
 from las_fast import __version__, config, decode, demo, export, options, train, transcribe
-from las_fast.config import Config, load_config, to_tree
+from las_fast.config import Config, load_config
+from las_fast.tree import to_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

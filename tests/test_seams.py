@@ -15,7 +15,7 @@ from tiny_checkpoints import MODEL, make_checkpoint, make_trainer, small
 from tiny_corpora import make_archive, make_manifest, make_speech, write_audio
 
 from las_fast import checkpoint, decode, export, lm, train, transcribe, tune
-from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig, to_tree
+from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig
 from las_fast.data.batching import sorted_batches
 from las_fast.data.cache import open_cache
 from las_fast.data.dataset import Statistics, load_dataset, open_corpus
@@ -34,6 +34,7 @@ from las_fast.training.resume import check_same_settings, fingerprint
 from las_fast.training.runlog import RunLog
 from las_fast.training.trainer import Trainer
 from las_fast.training.validate import Validation, validate
+from las_fast.tree import to_tree
 
 CPU = torch.device("cpu")
 

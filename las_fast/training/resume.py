@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from las_fast.config import Config, to_tree
+from las_fast.config import Config
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
+from las_fast.tree import to_tree
 
 # Settings that may differ when resuming: they change where and how fast the model learns, not what.
 FREE_TO_CHANGE = (

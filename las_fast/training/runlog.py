@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.config import Config, to_tree
+from las_fast.config import Config
 from las_fast.errors import InputError
 from las_fast.files import utf8_path, write_text_atomically
+from las_fast.tree import to_tree
 
 if TYPE_CHECKING:
     from las_fast.training.validate import Validation

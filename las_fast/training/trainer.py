@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from las_fast import checkpoint
 from las_fast.checkpoint import AVERAGED, BEST, LAST
-from las_fast.config import Config, to_tree
+from las_fast.config import Config
 from las_fast.data.augment import Augment
 from las_fast.data.batching import Batch, make_loader, plan_curriculum
 from las_fast.data.dataset import SpeechDataset
@@ -30,6 +30,7 @@ from las_fast.training.schedules import Plateau
 from las_fast.training.signals import StopSignals
 from las_fast.training.step import Diverged, Learner, Progress
 from las_fast.training.validate import Validation, validate
+from las_fast.tree import to_tree
 
 
 class Pace:

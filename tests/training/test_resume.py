@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import small
 
-from las_fast.config import Config, to_tree
+from las_fast.config import Config
 from las_fast.errors import InputError
 from las_fast.training.resume import FREE_TO_CHANGE, check_same_settings
+from las_fast.tree import to_tree
 
 
 def settings(**training):

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from tiny_checkpoints import small
 
-from las_fast.config import to_tree
 from las_fast.errors import InputError
 from las_fast.output.metrics import Scores
 from las_fast.training.monitor import Alignment
 from las_fast.training.runlog import RunLog, read_rows, replace_non_finite
 from las_fast.training.validate import Validation
+from las_fast.tree import to_tree
 
 
 class Wandb:

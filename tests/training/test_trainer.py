@@ -12,7 +12,6 @@ import torch
 from fakes import Curriculum, raising
 from tiny_checkpoints import bare_trainer, make_trainer, small
 
-from las_fast.config import to_tree
 from las_fast.errors import InputError, Stopped
 from las_fast.output.metrics import Scores
 from las_fast.training import monitor
@@ -22,6 +21,7 @@ from las_fast.training.schedules import Plateau
 from las_fast.training.signals import StopSignals
 from las_fast.training.step import Diverged, Progress
 from las_fast.training.validate import Validation
+from las_fast.tree import to_tree
 
 
 def test_a_new_trainer_starts_at_step_0(trainer, archive, tmp_path, monkeypatch):
