@@ -20,7 +20,8 @@ import numpy as np
 from benchmarks.rows import RESULTS, append_rows, context, read_rows
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
-from las_fast.data.dataset import Corpus, open_corpus
+from las_fast.data.corpus import Corpus
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.files import write_atomically
 from las_fast.output.metrics import score

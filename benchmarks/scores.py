@@ -19,7 +19,8 @@ from benchmarks.rows import RESULTS, append_rows, context
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
-from las_fast.data.dataset import SpeechDataset, open_corpus
+from las_fast.data.dataset import SpeechDataset
+from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id
 from las_fast.errors import InputError
 from las_fast.output.metrics import score

@@ -21,8 +21,9 @@ from las_fast.cli import run
 from las_fast.config import DecodingConfig
 from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
-from las_fast.data.dataset import normalise, open_corpus
 from las_fast.data.features import add_deltas, speech_features
+from las_fast.data.layouts import open_corpus
+from las_fast.data.normalisation import normalise
 from las_fast.output.metrics import score
 from las_fast.progress import track
 from las_fast.search.dataset import Utterances, decode_dataset

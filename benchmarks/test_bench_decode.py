@@ -21,8 +21,8 @@ from benchmarks.synthetic_speech import frame_counts, write_manifest, write_untr
 from las_fast import checkpoint, decode
 from las_fast.data.audio import load_audio
 from las_fast.data.batching import sorted_batches
-from las_fast.data.dataset import normalise
 from las_fast.data.features import compute_features
+from las_fast.data.normalisation import normalise
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import MAX_UTTERANCES_PER_BATCH
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from las_fast.config import Config, from_yaml, to_yaml
-from las_fast.data.dataset import Statistics
+from las_fast.data.normalisation import Statistics
 from las_fast.errors import InputError, is_out_of_memory
 from las_fast.files import AVERAGED, BEST, LAST, nearest_path_hint, utf8_path, write_atomically, write_tensors
 from las_fast.model.las import LAS

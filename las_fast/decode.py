@@ -21,7 +21,8 @@ from las_fast.system import choose_device, return_freed_memory
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.checkpoint import Loaded
-    from las_fast.data.dataset import Corpus, SpeechDataset
+    from las_fast.data.corpus import Corpus
+    from las_fast.data.dataset import SpeechDataset
     from las_fast.output.metrics import Scores
     from las_fast.search.beam import Hypothesis
 
@@ -115,7 +116,8 @@ def is_jsonl(path: Path) -> bool:
 
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:
     """Decode options.split, write the files and print the results."""
-    from las_fast.data.dataset import load_dataset, open_corpus
+    from las_fast.data.dataset import load_dataset
+    from las_fast.data.layouts import open_corpus
     from las_fast.recogniser import Recogniser
 
     model = Recogniser(loaded, choose_device(options.device), lm_option="--lm ")

@@ -69,13 +69,13 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
 
     split: of an archive, a LibriSpeech folder or a manifest; empty: all of its training splits.
     """
-    from las_fast.data import folders, hw4p2, kaldi, librispeech, manifest, plain_text
+    from las_fast.data import folders, hw4p2, kaldi, librispeech, plain_text, tables
 
     if source.is_dir() and (arrays := folders.list_files(source, {".npy"})):
         yield from map(hw4p2.read_transcript, arrays)
     elif kaldi.is_text(source):
         yield from (text for _, _, text in kaldi.read_table(source))
-    elif source.is_dir() or source.suffix.lower() in manifest.SUFFIXES:
+    elif source.is_dir() or source.suffix.lower() in tables.SUFFIXES:
         yield from _read_corpus(source, split)
     elif source.name.lower().endswith(".trans.txt"):
         yield from (text for _, text in librispeech.read_transcripts(source))
@@ -85,8 +85,8 @@ def read_texts(source: Path, split: str = "") -> Iterator[str]:
 
 
 def _read_corpus(root: Path, split: str) -> Iterator[str]:
-    from las_fast.data.dataset import open_corpus
     from las_fast.data.hw4p2 import read_transcript
+    from las_fast.data.layouts import open_corpus
 
     corpus = open_corpus(root)
     for name in corpus.resolve(split or "train"):

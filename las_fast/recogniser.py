@@ -20,8 +20,8 @@ from torch import Tensor
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.audio import name_of
-from las_fast.data.dataset import normalise
 from las_fast.data.features import add_deltas, seconds_of
+from las_fast.data.normalisation import normalise
 from las_fast.data.samples import is_array, to_numpy
 from las_fast.errors import InputError, show, type_name
 from las_fast.files import BEST

@@ -27,7 +27,8 @@ from las_fast.system import choose_device, cores
 
 if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.checkpoint import Loaded
-    from las_fast.data.dataset import Corpus, SpeechDataset
+    from las_fast.data.corpus import Corpus
+    from las_fast.data.dataset import SpeechDataset
     from las_fast.training.trainer import Trainer
 
 WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is replaced
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     options, config = parse(argv)
     import torch
 
-    from las_fast.data.dataset import open_corpus
+    from las_fast.data.layouts import open_corpus
     from las_fast.files import write_text_atomically
     from las_fast.training.trainer import Trainer
 
@@ -251,7 +252,8 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
 
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
     """Load the training and dev sets, compute or read their features, and warn of doubtful data."""
-    from las_fast.data.dataset import count_overlapping, count_shared_recordings, load_dataset
+    from las_fast.data.dataset import load_dataset
+    from las_fast.data.overlap import count_overlapping, count_shared_recordings
 
     train_splits = config.data.train or corpus.resolve("train")
     dev_splits = corpus.resolve(config.data.dev or "dev")

@@ -15,7 +15,7 @@ import numpy as np
 
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import Audio, name_of, open_recording
-from las_fast.data.dataset import Statistics
+from las_fast.data.normalisation import Statistics
 from las_fast.data.samples import Samples, is_array, to_samples
 from las_fast.data.segments import Speech, segments
 from las_fast.errors import InputError, type_name

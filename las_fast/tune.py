@@ -112,7 +112,8 @@ def is_table(path: Path) -> bool:
 
 def open_split(options: argparse.Namespace, loaded: Loaded) -> SpeechDataset:
     """Load options.split; raise InputError if an utterance has no transcript."""
-    from las_fast.data.dataset import load_dataset, open_corpus
+    from las_fast.data.dataset import load_dataset
+    from las_fast.data.layouts import open_corpus
     from las_fast.decode import check_fits
 
     corpus = open_corpus(options.data)

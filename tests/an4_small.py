@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from las_fast.checkpoint import load_model
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
+from las_fast.data.layouts import open_corpus
 
 CHECKPOINT = Path(__file__).with_name("an4-small.safetensors")
 

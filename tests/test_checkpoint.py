@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from las_fast.checkpoint import build_model, find_checkpoint, load_model, load_state, save_model, save_state
 from las_fast.config import Config, FeatureConfig, ListenerConfig, ModelConfig, SpellerConfig
-from las_fast.data.dataset import Statistics
+from las_fast.data.normalisation import Statistics
 from las_fast.errors import InputError
 
 CONFIG = Config(

@@ -17,7 +17,7 @@ from las_fast import decode as command
 from las_fast.checkpoint import build_model
 from las_fast.cli import run
 from las_fast.config import Config, DataConfig, FeatureConfig
-from las_fast.data.dataset import open_corpus
+from las_fast.data.layouts import open_corpus
 from las_fast.decode import main
 from las_fast.errors import InputError
 from las_fast.output.metrics import score

@@ -24,7 +24,8 @@ from las_fast import __version__, checkpoint, decode, lm, transcribe, tune
 from las_fast.cli import run
 from las_fast.config import DataConfig, DecodingConfig
 from las_fast.data.batching import make_loader, sorted_batches
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.lm import read_texts, train
 from las_fast.ops import backends

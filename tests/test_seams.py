@@ -18,8 +18,10 @@ from las_fast import checkpoint, decode, export, lm, train, transcribe, tune
 from las_fast.config import Config, DataConfig, DecodingConfig, FeatureConfig, TrainingConfig
 from las_fast.data.batching import sorted_batches
 from las_fast.data.cache import open_cache
-from las_fast.data.dataset import Statistics, load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
 from las_fast.data.features import add_deltas
+from las_fast.data.layouts import open_corpus
+from las_fast.data.normalisation import Statistics
 from las_fast.errors import InputError
 from las_fast.files import AVERAGED, BEST
 from las_fast.model.las import LAS

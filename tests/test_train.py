@@ -21,7 +21,7 @@ import torch
 
 from las_fast import checkpoint, train
 from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
-from las_fast.data.dataset import open_corpus
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
 from las_fast.training import schedules, step, trainer

@@ -19,7 +19,7 @@ from tiny_corpora import make_archive
 
 from las_fast import train
 from las_fast.config import Config, to_yaml
-from las_fast.data import dataset
+from las_fast.data import dataset, overlap
 from las_fast.errors import InputError, Stopped
 from las_fast.training.step import Diverged
 from las_fast.training.trainer import Trainer
@@ -166,8 +166,8 @@ def loaded(monkeypatch):
         return loaded.answers[len(loaded.asked) - 1]
 
     monkeypatch.setattr(dataset, "load_dataset", load_dataset)
-    monkeypatch.setattr(dataset, "count_overlapping", lambda ours, dev: loaded.shared)
-    monkeypatch.setattr(dataset, "count_shared_recordings", lambda ours, dev: loaded.divided)
+    monkeypatch.setattr(overlap, "count_overlapping", lambda ours, dev: loaded.shared)
+    monkeypatch.setattr(overlap, "count_shared_recordings", lambda ours, dev: loaded.divided)
     monkeypatch.setattr(train, "warn_too_fast", lambda name, data: loaded.warned.append((name, data)))
     monkeypatch.setattr(train, "warn_too_long_for_ctc", lambda data, model: loaded.warned.append(("crowded", data)))
     return loaded

@@ -19,7 +19,7 @@ from las_fast.config import (
     SpellerConfig,
     TrainingConfig,
 )
-from las_fast.data.dataset import open_corpus
+from las_fast.data.layouts import open_corpus
 from las_fast.training.step import Progress
 from las_fast.training.trainer import Trainer
 

@@ -20,7 +20,8 @@ from benchmarks.device.parts import Options
 from benchmarks.device.record import MARGIN, Record
 from benchmarks.training_paths import with_training
 from las_fast.config import Config, load_config
-from las_fast.data.dataset import SpeechDataset, open_corpus
+from las_fast.data.dataset import SpeechDataset
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import Stopped
 from las_fast.train import load_data
 from las_fast.training.runlog import read_rows

@@ -17,7 +17,8 @@ from benchmarks.device.record import NEEDS_CUDA, Record
 from benchmarks.device.timing import exact_float32, seconds_of_call
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.config import DecodingConfig
-from las_fast.data.dataset import SpeechDataset, load_dataset, open_corpus
+from las_fast.data.dataset import SpeechDataset, load_dataset
+from las_fast.data.layouts import open_corpus
 from las_fast.output.metrics import score
 from las_fast.search.beam import beam_search
 from las_fast.search.dataset import batches_to_decode, listen

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from las_fast.config import FeatureConfig
-from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, cepstra, compute_features, frame_sizes, logmel_config, seconds_of
+from las_fast.data.normalisation import Statistics, normalise
 from las_fast.data.silence import (
     DECIBEL,
     band_energy,

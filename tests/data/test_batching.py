@@ -25,7 +25,8 @@ from las_fast.data.batching import (
     plan_curriculum,
     sorted_batches,
 )
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.text import EOS, PAD, Vocabulary
 

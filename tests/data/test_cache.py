@@ -28,7 +28,8 @@ from las_fast.data import features as features_module
 from las_fast.data import readers
 from las_fast.data.cache import cache_folder, open_cache
 from las_fast.data.corpus import Utterance
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 
 F23 = FeatureConfig(size=28)

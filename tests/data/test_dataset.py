@@ -14,17 +14,11 @@ from tiny_corpora import RATE, make_archive, make_manifest, make_speech, save, t
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.corpus import Utterance
-from las_fast.data.dataset import (
-    Statistics,
-    _safe_std,
-    _TextCheck,
-    count_overlapping,
-    count_shared_recordings,
-    load_dataset,
-    normalise,
-    open_corpus,
-)
+from las_fast.data.dataset import _TextCheck, load_dataset
 from las_fast.data.features import compute_features
+from las_fast.data.layouts import open_corpus
+from las_fast.data.normalisation import Statistics, _safe_std, normalise
+from las_fast.data.overlap import count_overlapping, count_shared_recordings
 from las_fast.errors import InputError
 from las_fast.text import Vocabulary
 

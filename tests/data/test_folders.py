@@ -22,10 +22,10 @@ from tiny_corpora import (
 )
 
 from las_fast.data import folders as files_module
-from las_fast.data.dataset import open_corpus
 from las_fast.data.folders import is_hidden, list_at_depth, list_folder, read_lines
 from las_fast.data.hw4p2 import _test_order, read_transcript
 from las_fast.data.kaldi import open_kaldi
+from las_fast.data.layouts import open_corpus
 from las_fast.data.librispeech import read_transcripts
 from las_fast.data.manifest import open_manifest
 from las_fast.errors import InputError

@@ -13,8 +13,9 @@ import pytest
 from tiny_corpora import EDITIONS, make_archive, make_manifest, save, text_array
 
 from las_fast.config import DataConfig, FeatureConfig
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
 from las_fast.data.hw4p2 import load_problem, peek_shape, read_transcript
+from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 
 

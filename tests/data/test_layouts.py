@@ -23,13 +23,15 @@ from tiny_corpora import (
 
 from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data import manifest as manifests
-from las_fast.data import tables
+from las_fast.data import manifest_lines, tables
 from las_fast.data.audio import load_audio
 from las_fast.data.cache import open_cache
 from las_fast.data.corpus import assign_roles
-from las_fast.data.dataset import count_overlapping, count_shared_recordings, load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
 from las_fast.data.features import compute_features
+from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id, split_of
+from las_fast.data.overlap import count_overlapping, count_shared_recordings
 from las_fast.errors import InputError, show
 from las_fast.lm import read_texts
 
@@ -530,8 +532,8 @@ def test_a_limited_number_of_files_is_checked_for_manifests(tmp_path, long, monk
 def test_each_manifest_is_read_once_and_on_demand(tmp_path, long, monkeypatch):
     write_table(tmp_path / "dev.tsv", [{"path": "long.wav", "text": "HI"}])
     (tmp_path / "train.tsv").write_text("path\ttext\nlong.wav\n")
-    read, rows = [], manifests.read_rows
-    monkeypatch.setattr(manifests, "read_rows", lambda path: read.append(path.name) or rows(path))
+    read, rows = [], manifest_lines.read_rows
+    monkeypatch.setattr(manifest_lines, "read_rows", lambda path: read.append(path.name) or rows(path))
     corpus = open_corpus(tmp_path)
     assert corpus.utterances("dev") == corpus.utterances("dev") and read == ["dev.tsv"]
     with pytest.raises(InputError, match="train.tsv line 2 has 1 columns"):
@@ -903,7 +905,7 @@ def test_two_manifests_are_not_ignored_for_data_in_a_subfolder(tmp_path):
 
 
 def test_a_limited_number_of_folders_is_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr("las_fast.data.dataset.MAX_FOLDERS", 2)
+    monkeypatch.setattr("las_fast.data.layouts.MAX_FOLDERS", 2)
     for name in "ab":
         (tmp_path / name).mkdir()
     make_kaldi(tmp_path / "b", splits=("dev",))
@@ -967,7 +969,7 @@ def test_files_without_permission_are_named(tmp_path, monkeypatch):
         return Path(path).name not in ("closed", "x.csv")
 
     accesses = []
-    monkeypatch.setattr("las_fast.data.dataset.os.access", access)
+    monkeypatch.setattr("las_fast.data.layouts.os.access", access)
     (tmp_path / "x.csv").touch()
     with pytest.raises(InputError, match="x.csv cannot be read; check its permissions"):
         open_corpus(tmp_path)

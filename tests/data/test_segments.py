@@ -7,8 +7,8 @@ from tiny_corpora import RATE, make_speech
 
 from las_fast.config import FeatureConfig
 from las_fast.data import segments as module
-from las_fast.data.dataset import Statistics, normalise
 from las_fast.data.features import add_deltas, compute_features, speech_features
+from las_fast.data.normalisation import Statistics, normalise
 from las_fast.data.segments import _parts, chunks, log_mel, segments
 from las_fast.data.silence import band_energy, find_speech
 

@@ -6,8 +6,8 @@ import torch
 from tiny_corpora import RATE, make_speech
 
 from las_fast.config import FeatureConfig
-from las_fast.data.dataset import normalise
 from las_fast.data.features import compute_features, speech_features
+from las_fast.data.normalisation import normalise
 from las_fast.data.silence import (
     MARGIN,
     band_energy,

@@ -12,7 +12,8 @@ import pytest
 from tiny_corpora import make_archive, make_librispeech, make_manifest, make_waveform, save, write_audio
 
 from las_fast.config import DataConfig, FeatureConfig
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
+from las_fast.data.layouts import open_corpus
 from las_fast.data.librispeech import read_transcripts
 from las_fast.errors import InputError
 
