@@ -41,35 +41,35 @@ def rows(tmp_path):
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
-    """What `--device cpu --quick` leaves and prints where there is neither git nor a package for audio."""
+    """The process, rows and folder of `--device cpu --quick`, run where neither git nor an audio package exists."""
     folder = tmp_path_factory.mktemp("bare")
     for name in BLOCKED:
         (folder / f"{name}.py").write_text(f"raise ImportError('there is no {name} here')")
     command = [sys.executable, "-m", "benchmarks.device", "--out", folder / "out", "--device", "cpu", "--quick"]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": str(folder)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return done, read_rows(folder / "out" / "rows.csv"), folder / "out"
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return process, read_rows(folder / "out" / "rows.csv"), folder / "out"
 
 
 def test_every_part_runs_small_on_a_cpu_without_git_and_audio_packages(quick_run):
-    done, found, out = quick_run
+    process, recorded, out = quick_run
     log = (out / "log.txt").read_text()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr + log[-3000:]
-    assert list(dict.fromkeys(row["part"] for row in found)) == [part.name for part in PARTS]
-    assert not [row for row in found if row["status"] == FAIL]
-    assert {row["commit"] for row in found} == {"unknown"}
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr + log[-3000:]
+    assert list(dict.fromkeys(row["part"] for row in recorded)) == [part.name for part in PARTS]
+    assert not [row for row in recorded if row["status"] == FAIL]
+    assert {row["commit"] for row in recorded} == {"unknown"}
 
 
-def test_what_needs_cuda_says_so_and_nothing_else_is_left_out(quick_run):
-    _, found, _ = quick_run
-    skipped = [row for row in found if row["status"] == SKIPPED]
+def test_only_measurements_that_need_cuda_are_skipped(quick_run):
+    _, recorded, _ = quick_run
+    skipped = [row for row in recorded if row["status"] == SKIPPED]
     assert skipped and {row["note"] for row in skipped} == {"needs CUDA"}
     assert {row["part"] for row in skipped} == {"machine", "training", "cases", "decoding"}
 
 
 def test_the_command_times_every_path_that_a_cpu_has(quick_run):
-    _, found, _ = quick_run
-    timed = {(row["what"], row["path"]) for row in found if row["value"] and row["status"] == "measured"}
+    _, recorded, _ = quick_run
+    timed = {(row["what"], row["path"]) for row in recorded if row["value"] and row["status"] == "measured"}
     for path in ("las_fast bf16", "las_fast", "plain bf16", "plain packed bf16", "usual"):
         assert ("training step", path) in timed
     for backend in timing.backends_for("speller_unroll", "cpu"):
@@ -80,10 +80,10 @@ def test_the_command_times_every_path_that_a_cpu_has(quick_run):
 
 
 def test_the_table_is_printed_last_and_kept(quick_run):
-    done, found, out = quick_run
+    process, recorded, out = quick_run
     table = (out / "table.txt").read_text()
-    assert table == format_table(found) + "\n" and done.stdout.endswith(table)
-    assert table.splitlines()[-1] == record.summary(found)
+    assert table == format_table(recorded) + "\n" and process.stdout.endswith(table)
+    assert table.splitlines()[-1] == record.summary(recorded)
 
 
 # -------------------------------------------------------------------------------------------------- parts that go wrong
@@ -101,22 +101,22 @@ def run_scripts(monkeypatch, tmp_path):
         monkeypatch.setattr(device, "PARTS", tuple(Part(str(i), seconds) for i in range(len(scripts))))
         monkeypatch.setattr(device, "GRACE", 0.5)
         monkeypatch.setattr(device, "command_of", lambda name, options, seconds: scripts[int(name)])
-        given = ["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", limit]
+        arguments = ["--out", str(tmp_path / "out"), "--device", "cpu", "--limit", limit]
         monkeypatch.setattr(device, "parse", lambda argv, parse=device.parse: only_numbers(parse(argv), scripts))
         with pytest.raises(SystemExit) as ended:
-            device.main(given)
+            device.main(arguments)
         return read_rows(tmp_path / "out" / "rows.csv"), ended.value.code
 
     return run_scripts
 
 
-def only_numbers(given, scripts):
-    given.only = [str(i) for i in range(len(scripts))]
-    return given
+def only_numbers(arguments, scripts):
+    arguments.only = [str(i) for i in range(len(scripts))]
+    return arguments
 
 
 def row_of(name, tmp_path):
-    """Lines of a script that writes one row, as part `name`; importing torch to do so would take seconds."""
+    """Lines of a script that writes one row as part `name` without importing torch, which would take seconds."""
     values = {"part": name, "what": "it ran", "status": "measured"}
     header, row = ",".join(record.COLUMNS), ",".join(values.get(column, "") for column in record.COLUMNS)
     return [
@@ -126,11 +126,11 @@ def row_of(name, tmp_path):
     ]
 
 
-def test_a_part_that_fails_stops_no_other(run_scripts, tmp_path, capsys):
+def test_a_part_that_fails_does_not_stop_the_others(run_scripts, tmp_path, capsys):
     scripts = [script("print('why')", "raise SystemExit(3)"), script("import os", "os.abort()")]
-    found, status = run_scripts(*scripts, script(*row_of("2", tmp_path)))
+    recorded, status = run_scripts(*scripts, script(*row_of("2", tmp_path)))
     assert status == 1
-    assert [(row["part"], row["status"], row["note"]) for row in found] == [
+    assert [(row["part"], row["status"], row["note"]) for row in recorded] == [
         ("0", FAIL, "ended with exit status 3"),
         ("1", FAIL, "ended by signal SIGABRT"),
         ("2", "measured", ""),
@@ -142,13 +142,13 @@ def test_a_part_that_fails_stops_no_other(run_scripts, tmp_path, capsys):
 def test_a_part_is_stopped_at_its_limit_and_keeps_its_rows(run_scripts, tmp_path):
     began = time.monotonic()
     hangs = script(*row_of("0", tmp_path), "import time", "time.sleep(60)")
-    found, status = run_scripts(hangs, seconds=3.0)
+    recorded, status = run_scripts(hangs, seconds=3.0)
     assert status == 1 and time.monotonic() - began < 30
-    assert [(row["what"], row["status"]) for row in found] == [("it ran", "measured"), ("the part itself", FAIL)]
-    assert found[1]["note"] == "stopped at its limit of 3 s"
+    assert [(row["what"], row["status"]) for row in recorded] == [("it ran", "measured"), ("the part itself", FAIL)]
+    assert recorded[1]["note"] == "stopped at its limit of 3 s"
 
 
-def test_what_a_part_has_started_ends_with_it(tmp_path):
+def test_processes_started_by_a_part_end_with_it(tmp_path):
     file = tmp_path / "pid"
     starts = "import subprocess, time; p = subprocess.Popen(['/bin/sleep', '60']); "
     starts += f"open({str(file)!r}, 'w').write(str(p.pid))"
@@ -160,7 +160,7 @@ def test_what_a_part_has_started_ends_with_it(tmp_path):
 
 
 def alive(pid):
-    """Whether a process still runs; one that has ended may wait to be collected."""
+    """Whether a process still runs. A zombie has ended."""
     for _ in range(50):
         status = Path(f"/proc/{pid}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -169,12 +169,12 @@ def alive(pid):
     return True
 
 
-def test_the_whole_keeps_to_its_limit(run_scripts, tmp_path):
+def test_the_limit_covers_all_parts_together(run_scripts, tmp_path):
     hangs, other = script("import time", "time.sleep(60)"), script(*row_of("1", tmp_path))
-    found, _ = run_scripts(hangs, other, limit="2")
-    stopped, left_out = found
+    recorded, _ = run_scripts(hangs, other, limit="2")
+    stopped, left_out = recorded
     assert re.fullmatch(r"stopped at its limit of \d s", stopped["note"])
-    assert left_out["note"] == "not run: the limit of all parts was used up"
+    assert left_out["note"] == "not run: the time of --limit was used up"
 
 
 def test_an_exception_in_a_part_is_a_row(monkeypatch, tmp_path):
@@ -184,9 +184,9 @@ def test_an_exception_in_a_part_is_a_row(monkeypatch, tmp_path):
 
     monkeypatch.setattr(machine, "run", fails)
     parts.run_part("machine", Options(tmp_path, "cpu", False, "c", None), 10.0)
-    found = read_rows(tmp_path / parts.ROWS)
-    assert [(row["what"], row["status"]) for row in found] == [("before", "measured"), ("the part itself", FAIL)]
-    assert found[1]["note"] == "RuntimeError: no such"
+    recorded = read_rows(tmp_path / parts.ROWS)
+    assert [(row["what"], row["status"]) for row in recorded] == [("before", "measured"), ("the part itself", FAIL)]
+    assert recorded[1]["note"] == "RuntimeError: no such"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: the command itself runs")
@@ -239,19 +239,19 @@ def test_an_attempt_that_fails_is_a_row_and_the_next_one_runs(rows, capsys):
     assert read()[0]["note"] == "ValueError: B must be 3" and "B must be 3" in capsys.readouterr().err
 
 
-def test_what_needs_cuda_is_skipped_elsewhere(rows):
+def test_a_measurement_that_needs_cuda_is_skipped_elsewhere(rows):
     record, read = rows
     with record.attempt("graph"):
         machine.graphed_us("cpu")
     assert [(row["status"], row["note"]) for row in read()] == [(SKIPPED, "needs CUDA")]
 
 
-def test_what_is_left_out_for_want_of_time_is_counted(tmp_path):
+def test_items_left_out_for_lack_of_time_are_counted(tmp_path):
     record = Record(tmp_path / "rows.csv", "part", commit="c", device="d", seconds=60)
-    for item in record.while_time([1, 2, 3], "numbers"):
+    for item in record.while_time_remains([1, 2, 3], "numbers"):
         record.end = time.monotonic() + (0 if item == 1 else 60)
     (row,) = read_rows(tmp_path / "rows.csv")
-    assert (row["what"], row["note"]) == ("numbers", "2 of 3 left out for want of time")
+    assert (row["what"], row["note"]) == ("numbers", "2 of 3 left out: no time remained")
 
 
 def test_the_table_has_one_line_per_quantity_and_repeats_failures(rows):
@@ -272,7 +272,7 @@ def test_the_table_has_one_line_per_quantity_and_repeats_failures(rows):
 # ---------------------------------------------------------------------------------------------------------------- tools
 
 
-def test_the_plain_edit_distance_is_that_of_the_package():
+def test_the_plain_edit_distance_equals_that_of_the_package():
     generator = random.Random(0)
     for _ in range(200):
         a, b = ("".join(generator.choices("abc ", k=generator.randrange(9))) for _ in range(2))
@@ -290,13 +290,13 @@ def test_bandwidth_counts_reads_and_writes():
 
 
 def test_matmuls_count_two_operations_per_product_and_leave_the_precision_as_it_was():
-    asked = []
-    timer = lambda run: asked.append(torch.get_float32_matmul_precision()) or 2.0  # noqa: E731
+    precisions = []
+    timer = lambda run: precisions.append(torch.get_float32_matmul_precision()) or 2.0  # noqa: E731
     assert machine.matmul_tflops(timer, "cpu", 100, torch.float32, "high") == 2 * 100**3 / 2.0 / 1e6
-    assert asked == ["high"] and torch.get_float32_matmul_precision() == "highest"
+    assert precisions == ["high"] and torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_backends_to_time_are_those_that_take_the_call(monkeypatch):
+def test_only_backends_that_take_the_dtype_are_timed(monkeypatch):
     monkeypatch.setattr(backends, "_triton_problem", lambda: None)
     assert timing.backends_for("beam_topk", "cuda", torch.float16) == ["reference", "triton"]
     assert timing.backends_for("beam_topk", "cpu", torch.float64) == ["reference"]
@@ -307,15 +307,15 @@ def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
     record, read = rows
     for make in kernels.small_measurements("cpu"):
         kernels.time_op(make(), "cpu", fake_timer, 100.0, record)
-    attention, *_ = found = read()
-    assert {row["what"].partition(",")[0] for row in found} == {
+    attention, *_ = recorded = read()
+    assert {row["what"].partition(",")[0] for row in recorded} == {
         "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_prefix", "beam_backtrack",
     }  # fmt: skip
-    assert not [row for row in found if row["status"] == FAIL] and {row["value"] for row in found} == {"2.0"}
+    assert not [row for row in recorded if row["status"] == FAIL] and {row["value"] for row in recorded} == {"2.0"}
     assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
 
 
-def test_tests_that_fail_are_rows_as_they_fail(tmp_path, rows):
+def test_a_failing_test_is_recorded_before_the_next_one_runs(tmp_path, rows):
     record, read = rows
     file = tmp_path / "test_three.py"
     file.write_text("def test_a(): pass\ndef test_b(): assert 1 == 2\ndef test_c(): assert len(rows()) == 1\n")
@@ -333,7 +333,7 @@ def test_tests_that_fail_are_rows_as_they_fail(tmp_path, rows):
 
 @pytest.mark.parametrize("part", ["machine", "training", "checks", "searching", "lstm", "decoding", "kernels"])
 def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatch):
-    """It finds no wrong result, but every name, argument and shape that only CUDA reaches."""
+    """This shows no wrong result, but every wrong name, argument and shape in code that only CUDA reaches."""
     monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
     few = {
         name: checks.CHECKS[name] for name in ("training step of an4", "decoder", "validation", "search, everything")
@@ -341,24 +341,24 @@ def test_the_code_for_cuda_runs_on_a_pretended_device(part, tmp_path, monkeypatc
     monkeypatch.setattr(checks, "CHECKS", few)
     with pretend_cuda():
         parts.run_part(part, Options(tmp_path, "cuda", True, "c", None), 120.0)
-    found = read_rows(tmp_path / parts.ROWS)
-    assert found and not [row for row in found if row["status"] == SKIPPED or row["device"] != "a pretended GPU"]
-    assert not [row for row in found if row["status"] == FAIL], found
+    recorded = read_rows(tmp_path / parts.ROWS)
+    assert recorded and not [row for row in recorded if row["status"] == SKIPPED or row["device"] != "a pretended GPU"]
+    assert not [row for row in recorded if row["status"] == FAIL], recorded
 
 
 @pytest.mark.parametrize("kind", [Usual, Plain])
 def test_a_baseline_makes_its_tensors_where_its_weights_are(kind):
-    """On the device meta, whose tensors hold no numbers; packed sequences, which need the lengths, are left out."""
+    """Run on the device meta, whose tensors hold no numbers. Packed sequences are left out: they read the lengths."""
     sizes = ModelConfig(ListenerConfig((6,), (3,), (2,), 5, 1), SpellerConfig(8, 7, 6, (10, 8)), ctc_layer=1)
     baseline = kind(LAS(sizes, input_size=4, vocabulary_size=9)).to("meta")
     lengths, tokens = (torch.ones(shape, dtype=torch.int64, device="meta") for shape in ((3,), (3, 5)))
     logits, weights = baseline.spell(torch.randn(3, 15, 10, device="meta"), lengths, tokens)
     (logits.sum() + weights.sum()).backward()
-    found = [logits, weights, *baseline.eval().search(torch.randn(3, 15, 10, device="meta"), lengths, 4, 6)]
+    results = [logits, weights, *baseline.eval().search(torch.randn(3, 15, 10, device="meta"), lengths, 4, 6)]
     if kind is Plain:
         output = baseline(torch.randn(3, 30, 4, device="meta"), lengths, tokens)
-        found += [x for x in output if x is not None]
-    assert {str(x.device) for x in found} == {"meta"}
+        results += [x for x in output if x is not None]
+    assert {str(x.device) for x in results} == {"meta"}
 
 
 def test_a_profile_tells_kernels_from_copies_annotations_and_calls_of_the_host(monkeypatch):
@@ -389,6 +389,6 @@ def test_a_profile_tells_kernels_from_copies_annotations_and_calls_of_the_host(m
 
 def test_a_profile_counts_the_ops_of_a_call():
     x = torch.ones(8, 8)
-    found = timing.profile(lambda: torch.mm(x, x).neg(), "cpu")
-    assert {"aten::mm", "aten::neg"} <= {name for name, _, _ in found.longest}
-    assert found.launches == found.graph_launches == found.copies_to_host == 0
+    profile = timing.profile(lambda: torch.mm(x, x).neg(), "cpu")
+    assert {"aten::mm", "aten::neg"} <= {name for name, _, _ in profile.longest}
+    assert profile.launches == profile.graph_launches == profile.copies_to_host == 0

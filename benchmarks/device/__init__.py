@@ -1,6 +1,6 @@
-"""Everything to prove and measure on a GPU, in one command for a machine that has nothing but torch, Triton and pytest.
+"""One command that runs every proof and measurement that needs a GPU, on a machine without pip, git or audio packages.
 
     python -m benchmarks.device --out FOLDER
 
-Each part is a process of its own with a limit of its own. It appends each row to FOLDER/rows.csv as it is measured.
+Each part is a process with its own time limit. It appends rows to FOLDER/rows.csv as it measures them.
 """

@@ -29,8 +29,8 @@ from las_fast.training.trainer import Trainer
 
 WITHOUT_DATA = "no --data; see tests/gpu_proof/README.md"
 EPOCHS = 40
-EXPECTED_CER = 20.0  # percent of dev, after EPOCHS; on a CPU it was 8.9
-SAVING_SECONDS = 8.0  # that a training gets to validate and save before its part has to end
+MAX_CER = 20.0  # percent on dev after EPOCHS; 8.9 on a CPU
+SAVING_SECONDS = 8.0  # for the training to validate and save before its part must end
 
 
 def run(options: Options, record: Record) -> None:
@@ -45,7 +45,7 @@ def run(options: Options, record: Record) -> None:
 
 @contextlib.contextmanager
 def data_of(options: Options, folder: Path) -> Iterator[Path | None]:
-    """Yield --data; without it noise in the same layout for a quick run, or None."""
+    """Yield the folder of --data. Without --data, yield noise in the same layout if the run is quick, else None."""
     if options.data is None and options.quick:
         write_noise(folder / "data")
         yield folder / "data"
@@ -66,7 +66,7 @@ def write_noise(root: Path) -> None:
 
 
 def settings(options: Options, folder: Path) -> Config:
-    """Return the settings of the training: those with which the attention forms within EPOCHS."""
+    """Return settings with which the attention forms within EPOCHS."""
     config = load_config("an4")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(folder / "cache")))
     if options.quick:
@@ -77,7 +77,7 @@ def settings(options: Options, folder: Path) -> Config:
 def train(
     config: Config, train_data: SpeechDataset, dev_data: SpeechDataset, out: Path, options: Options, record: Record
 ) -> None:
-    """Train within the limit of the part; record what the training logs, as it does."""
+    """Train within the part's time limit; record the training's log rows as they are written."""
     out.mkdir()
     trainer = Trainer(config, train_data, dev_data, out, torch.device(options.device), {})
     labels = {"shape": f"{len(train_data)} utterances", "dtype": str(trainer.precision)}
@@ -85,7 +85,7 @@ def train(
     timer.daemon = True
     timer.start()
     started = time.perf_counter()
-    with following(out / "log.jsonl", record, labels), contextlib.suppress(Stopped):
+    with recording_log(out / "log.jsonl", record, labels), contextlib.suppress(Stopped):
         trainer.run()
     timer.cancel()
     seconds, epochs = time.perf_counter() - started, trainer.epoch
@@ -94,41 +94,41 @@ def train(
     audio = float(train_data.seconds.sum()) * epochs
     record.row("training of AN4: seconds of audio per second", audio / seconds, **labels)
     if epochs >= EPOCHS:
-        record.check("training of AN4: best CER", trainer.progress.best_cer, EXPECTED_CER, "%", **labels)
+        record.check("training of AN4: best CER", trainer.progress.best_cer, MAX_CER, "%", **labels)
 
 
 def stop(trainer: Trainer) -> None:
-    """Have a training end after its step, as a signal would."""
+    """Make a training stop after its current step, as a signal would."""
     trainer.stop.signum = signal.SIGTERM
 
 
 @contextlib.contextmanager
-def following(path: Path, record: Record, labels: dict[str, str]) -> Iterator[None]:
-    """Record the validations in a log, and one training loss per epoch, while the block runs."""
-    ended, seen = threading.Event(), [0]
+def recording_log(path: Path, record: Record, labels: dict[str, str]) -> Iterator[None]:
+    """Record the validations in a training's log, and one training loss per epoch, while the block runs."""
+    ended, recorded = threading.Event(), [0]
 
-    def look() -> None:
+    def record_new_rows() -> None:
         rows = read_rows(path)
-        for before, row in zip([None, *rows][seen[0] :], rows[seen[0] :], strict=False):
-            record_logged(row, before, record, labels)
-        seen[0] = len(rows)
+        for before, row in zip([None, *rows][recorded[0] :], rows[recorded[0] :], strict=False):
+            record_log_row(row, before, record, labels)
+        recorded[0] = len(rows)
 
-    def keep_looking() -> None:
+    def poll() -> None:
         while not ended.wait(2.0):
-            look()
+            record_new_rows()
 
-    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        look()
+        record_new_rows()
 
 
-def record_logged(row: dict, before: dict | None, record: Record, labels: dict[str, str]) -> None:
-    """Record a row of a log, unless it is of the same epoch as the one before."""
+def record_log_row(row: dict, before: dict | None, record: Record, labels: dict[str, str]) -> None:
+    """Record a validation, or the training loss if the row is the first of its epoch."""
     note = f"epoch {row['epoch']:.1f}"
     if row["kind"] == "valid":
         record.row("training of AN4: dev CER", row["cer"], "%", note=note, **labels)

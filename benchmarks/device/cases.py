@@ -12,26 +12,26 @@ from benchmarks.device.record import FAIL, MEASURED, NEEDS_CUDA, PASS, Record
 from las_fast.system import cores
 
 RUNG = "tests/gpu_proof/test_rung7_gpu.py"
-MAX_FAILURES = 40  # after so many the rest would tell nothing new
+MAX_FAILURES = 40  # more would show nothing new
 MAX_WORKERS = 12
 
 
 def run(options: Options, record: Record) -> None:
-    run_tests(options, record, [RUNG, "-k", "not training_path"])  # the part `checks` records those with their errors
+    run_tests(options, record, [RUNG, "-k", "not training_path"])  # part `checks` records those with their errors
 
 
-def run_tests(options: Options, record: Record, words: list[str]) -> None:
+def run_tests(options: Options, record: Record, arguments: list[str]) -> None:
     """Run pytest; record each failure as it happens, and how many tests passed."""
-    words = [*words, "-q", "-p", "no:cacheprovider", f"--maxfail={MAX_FAILURES}"]
+    arguments = [*arguments, "-q", "-p", "no:cacheprovider", f"--maxfail={MAX_FAILURES}"]
     if options.device == "cuda" and importlib.util.find_spec("xdist"):
-        words += ["-n", str(min(cores(), MAX_WORKERS))]
+        arguments += ["-n", str(min(cores(), MAX_WORKERS))]
     reporter = Reporter(record)
-    status = pytest.main(words, plugins=[reporter])
+    status = pytest.main(arguments, plugins=[reporter])
     reporter.finish(int(status), options.device)
 
 
 class Reporter:
-    """A plugin of pytest that writes rows."""
+    """A pytest plugin that writes rows."""
 
     def __init__(self, record: Record):
         self.record, self.counts = record, Counter()
@@ -55,7 +55,7 @@ class Reporter:
         self.record.row(report.nodeid, status=FAIL, note=text[:300])
 
     def finish(self, status: int, device: str) -> None:
-        """Record the number of tests that passed; without CUDA there may be none."""
+        """Record the number of tests that passed. None is a failure on CUDA only."""
         passed, failed = self.counts["passed"], self.counts["failed"]
         if passed:
             self.record.row("tests that passed", passed, status=MEASURED if failed else PASS)

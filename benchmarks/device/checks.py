@@ -1,4 +1,4 @@
-"""The paths of training and search that have no proof without a GPU, each against the same computation on the CPU."""
+"""Compare the training and search paths that tests/gpu_proof cannot prove with the same computation on the CPU."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ MODEL = "an4"  # the released model of the searches and of the validation
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 
 
-class Finding(NamedTuple):
-    """An error, and how large it may be."""
+class Comparison(NamedTuple):
+    """An error and its tolerance."""
 
     what: str
     error: float
@@ -49,41 +49,41 @@ class Finding(NamedTuple):
 
 def run(options: Options, record: Record) -> None:
     edit_distance.provide()
-    for name in record.while_time(list(CHECKS), "checks"):
+    for name in record.while_time_remains(list(CHECKS), "checks"):
         with record.attempt(name), exact_float32():
-            for finding in CHECKS[name](options.device, options.quick):
-                what, error, tolerance, *_ = finding
-                labels = {name: getattr(finding, name) for name in ("shape", "dtype", "note", "path")}
+            for comparison in CHECKS[name](options.device, options.quick):
+                what, error, tolerance, *_ = comparison
+                labels = {name: getattr(comparison, name) for name in ("shape", "dtype", "note", "path")}
                 record.check(what, error, tolerance, **labels)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return ||found - expected|| / ||expected||; 0 if both are 0, infinite if only expected is."""
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    difference, size = float((found - expected).norm()), float(expected.norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return ||actual - expected|| / ||expected||; 0 if both are 0, infinite if only expected is."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    difference, size = float((actual - expected).norm()), float(expected.norm())
     return difference / size if size else (math.inf if difference else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------- training step
 
 
-def training_step(preset: str, device: str, quick: bool) -> Iterator[Finding]:
-    """One step with all losses: loss and gradients in float32 as on the CPU, and in bfloat16 as in float32."""
+def training_step(preset: str, device: str, quick: bool) -> Iterator[Comparison]:
+    """One step with all losses: the device in float32 against the CPU, and in bfloat16 against float32."""
     config = with_training(without_dropout(load_config(preset)), guided_frames=6.0, clip_norm=1e9)
     config = shrunk(config) if quick else config
     lengths = torch.tensor([70, 41] if quick else [400, 397, 380, 333, 300, 256, 201, 90])
     batch = synthetic_batch(lengths, config.features.input_size)
     shape = f"{preset} {shape_of(batch)}"
-    expected, on_cpu = loss_and_gradients("las_fast", config, batch, "cpu")
+    expected, expected_gradients = loss_and_gradients("las_fast", config, batch, "cpu")
     loss, gradients = loss_and_gradients("las_fast", config, batch, device)
-    worst, name = worst_gradient(gradients, on_cpu)
-    yield Finding("training step: loss", relative_error(loss, expected), 1e-4, shape)
-    yield Finding("training step: gradients", worst, 1e-3, shape, note=f"worst: {name}")
-    loss, narrow = loss_and_gradients("las_fast bf16", config, batch, device)
-    worst, name = worst_gradient(narrow, gradients)
-    whole = relative_error(torch.cat([*narrow.values()]), torch.cat([*gradients.values()]))
-    yield Finding("training step: loss", relative_error(loss, expected), 1e-2, shape, BFLOAT16)
-    yield Finding("training step: gradients", whole, 5e-2, shape, BFLOAT16, f"worst: {name}, {worst:.2g}")
+    worst, name = worst_gradient(gradients, expected_gradients)
+    yield Comparison("training step: loss", relative_error(loss, expected), 1e-4, shape)
+    yield Comparison("training step: gradients", worst, 1e-3, shape, note=f"worst: {name}")
+    loss, bf16_gradients = loss_and_gradients("las_fast bf16", config, batch, device)
+    worst, name = worst_gradient(bf16_gradients, gradients)
+    total = relative_error(torch.cat([*bf16_gradients.values()]), torch.cat([*gradients.values()]))
+    yield Comparison("training step: loss", relative_error(loss, expected), 1e-2, shape, BFLOAT16)
+    yield Comparison("training step: gradients", total, 5e-2, shape, BFLOAT16, f"worst: {name}, {worst:.2g}")
 
 
 def loss_and_gradients(path: str, config: Config, batch: Batch, device: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,15 +94,15 @@ def loss_and_gradients(path: str, config: Config, batch: Batch, device: str) -> 
     return loss, {name: parameter.grad.float().cpu().flatten() for name, parameter in named}
 
 
-def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the largest relative error of a parameter's gradient, and its name.
+def worst_gradient(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest relative error of a parameter's gradient, and the parameter's name.
 
-    An error is relative to the norm of the gradient plus a thousandth of that of all gradients: a gradient that is
-    rounding error alone does not count.
+    An error is relative to the norm of the parameter's gradient plus a thousandth of the norm of all gradients, so that
+    a gradient that consists of rounding errors does not count.
     """
     total = float(torch.cat([*expected.values()]).norm())
     errors = {
-        name: float((found[name] - gradient).norm()) / (float(gradient.norm()) + 1e-3 * total)
+        name: float((actual[name] - gradient).norm()) / (float(gradient.norm()) + 1e-3 * total)
         for name, gradient in expected.items()
     }
     name = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst
@@ -112,7 +112,7 @@ def worst_gradient(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
 # ----------------------------------------------------------------------------------------------------------- LSTM, CTC
 
 
-def lstm_layer(device: str, quick: bool) -> Iterator[Finding]:
+def lstm_layer(device: str, quick: bool) -> Iterator[Comparison]:
     """The LSTM of the listener against the reference of ops.bilstm: outputs and all gradients."""
     torch.manual_seed(0)
     T, sizes = (20, (6, 5)) if quick else (157, (80, 96))
@@ -133,12 +133,12 @@ def lstm_layer(device: str, quick: bool) -> Iterator[Finding]:
     expected = [value.clone() for value in results(layer, x, lengths, reference)]
     layer = layer.to(device)
     output, *gradients = map(relative_error, results(layer, x.to(device), lengths.to(device), layer), expected)
-    yield Finding("listener's LSTM", output, 1e-4, shape)
-    yield Finding("listener's LSTM: gradients", max(gradients), 1e-3, shape)
+    yield Comparison("listener's LSTM", output, 1e-4, shape)
+    yield Comparison("listener's LSTM: gradients", max(gradients), 1e-3, shape)
 
 
-def ctc(device: str, quick: bool) -> Iterator[Finding]:
-    """CTC loss, its gradient and token times; one text is too long for its frames, one is empty."""
+def ctc(device: str, quick: bool) -> Iterator[Comparison]:
+    """The CTC loss, its gradient and token times; one text is too long for its frames, one is empty."""
     torch.manual_seed(0)
     T, S, V = (20, 6, 9) if quick else (161, 60, 31)
     logits, tokens = torch.randn(4, T, V), torch.randint(1, V, (4, S))
@@ -151,29 +151,33 @@ def ctc(device: str, quick: bool) -> Iterator[Finding]:
         losses.sum().backward()
         return losses, x.grad, ops.ctc_token_times(x, *arguments)
 
-    for what, found, expected in zip(("loss", "gradient", "token times"), results(device), results("cpu"), strict=True):
-        yield Finding(f"CTC: {what}", relative_error(found, expected), 1e-4, f"B4 T{T} V{V} S{S}")
+    names = ("loss", "gradient", "token times")
+    for name, actual, expected in zip(names, results(device), results("cpu"), strict=True):
+        yield Comparison(f"CTC: {name}", relative_error(actual, expected), 1e-4, f"B4 T{T} V{V} S{S}")
 
 
 # ------------------------------------------------------------------------------------------------------------- decoder
 
 
-def decoder(device: str, quick: bool) -> Iterator[Finding]:
-    """The decoder of hw4p2 by each backend of ops.speller_unroll: in float32 with sampled tokens, in bf16 without."""
+def decoder(device: str, quick: bool) -> Iterator[Comparison]:
+    """The decoder of hw4p2 on each backend of ops.speller_unroll: in float32 with sampled tokens, in bf16 without."""
     torch.manual_seed(0)
     config = load_config("hw4p2")
     model = build_model(shrunk(config) if quick else config)
     inputs = decoder_inputs(model.speller, *((3, 20, 9) if quick else (16, 161, 60)))
     shape = f"B{len(inputs.tokens)} T{inputs.keys.shape[1]} U{inputs.tokens.shape[1]}"
     for precision, dtype, tolerances in (("fp32", FLOAT32, (1e-4, 1e-3)), ("bf16", BFLOAT16, (3e-2, 1e-1))):
-        given = inputs if precision == "fp32" else inputs._replace(sampled=torch.zeros_like(inputs.sampled))
-        expected = decoder_results(model.speller, given, "cpu", backend="reference")
+        if precision == "bf16":
+            inputs = inputs._replace(sampled=torch.zeros_like(inputs.sampled))
+        expected = decoder_results(model.speller, inputs, "cpu", backend="reference")
         for backend in backends_for("speller_unroll", device):
-            found = decoder_results(model.speller, given, device, backend=backend, precision=precision)
-            logits, attention, *gradients = map(relative_error, found, expected)
+            actual = decoder_results(model.speller, inputs, device, backend=backend, precision=precision)
+            logits, attention, *gradients = map(relative_error, actual, expected)
             output, gradient = tolerances
-            yield Finding("decoder: logits and attention", max(logits, attention), output, shape, dtype, path=backend)
-            yield Finding("decoder: gradients", max(gradients), gradient, shape, dtype, path=backend)
+            yield Comparison(
+                "decoder: logits and attention", max(logits, attention), output, shape, dtype, path=backend
+            )
+            yield Comparison("decoder: gradients", max(gradients), gradient, shape, dtype, path=backend)
 
 
 class DecoderInputs(NamedTuple):
@@ -206,11 +210,11 @@ def decoder_inputs(speller: Speller, B: int, T: int, U: int) -> DecoderInputs:
 def decoder_results(speller: Speller, inputs: DecoderInputs, device: str, **options: str) -> list[Tensor]:
     """Return the logits of all tokens that may be emitted, the attention weights, and all gradients."""
     speller = copy.deepcopy(speller).to(device)
-    given = tree_map_only(Tensor, lambda x: x.to(device), inputs)
-    keys, values = (x.detach().requires_grad_() for x in given[:2])
-    logits, attention = ops.speller_unroll(speller.weights(), keys, values, *given[2:6], **options)
+    inputs = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    keys, values = (x.detach().requires_grad_() for x in inputs[:2])
+    logits, attention = ops.speller_unroll(speller.weights(), keys, values, *inputs[2:6], **options)
     results = [logits[..., EOS:], attention]
-    torch.autograd.backward(results, list(given[6:]))
+    torch.autograd.backward(results, list(inputs[6:]))
     gradients = [parameter.grad for parameter in speller.parameters() if parameter.grad is not None]
     return [*results, keys.grad, values.grad, *gradients]
 
@@ -219,7 +223,7 @@ def decoder_results(speller: Speller, inputs: DecoderInputs, device: str, **opti
 
 
 class Noise:
-    """A data set of noise, with the attributes that a validation reads."""
+    """A dataset of noise, with the attributes that a validation reads."""
 
     def __init__(self, count: int, size: int):
         generator = torch.Generator().manual_seed(0)
@@ -235,7 +239,7 @@ class Noise:
         return self.items[i]
 
 
-def validation(device: str, quick: bool) -> Iterator[Finding]:
+def validation(device: str, quick: bool) -> Iterator[Comparison]:
     """The loss and the greedy hypotheses of a validation."""
     count = 4 if quick else 40
 
@@ -246,11 +250,11 @@ def validation(device: str, quick: bool) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             return validate(loaded.model, data, loaded.vocabulary, config, torch.device(where), Path(folder), 1.0)
 
-    found, expected = result(device), result("cpu")
-    different = sum(map(str.__ne__, found.hypotheses, expected.hypotheses))
-    loss = relative_error(torch.tensor(found.loss), torch.tensor(expected.loss))
-    yield Finding("validation: loss", loss, 1e-3, f"{count} utterances")
-    yield Finding("validation: hypotheses that differ", different, 0, f"{count} utterances")
+    actual, expected = result(device), result("cpu")
+    different = sum(map(str.__ne__, actual.hypotheses, expected.hypotheses))
+    loss = relative_error(torch.tensor(actual.loss), torch.tensor(expected.loss))
+    yield Comparison("validation: loss", loss, 1e-3, f"{count} utterances")
+    yield Comparison("validation: hypotheses that differ", different, 0, f"{count} utterances")
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -267,13 +271,13 @@ SEARCHES = {
 }  # fmt: skip
 
 
-WAYS = {  # capture of beam_search
+WAYS = {  # argument `capture` of beam_search
     "cuda": {"step by step": False, "captured": True, "replayed": True},
-    "cpu": {"step by step": False, "as decode does": None},
+    "cpu": {"step by step": False, "default": None},
 }
 
 
-def search(name: str, device: str, quick: bool) -> Iterator[Finding]:
+def search(name: str, device: str, quick: bool) -> Iterator[Comparison]:
     """A search on the device, step by step and by CUDA graphs, against the reference on the CPU."""
     loaded = load_model(MODEL)
     config = dataclasses.replace(
@@ -281,30 +285,30 @@ def search(name: str, device: str, quick: bool) -> Iterator[Finding]:
     )
     torch.manual_seed(0)
     lengths = torch.tensor([90, 31] if quick else [240, 239, 201, 160, 100, 33, 5])
-    table = torch.log_softmax(torch.randn(loaded.model.vocabulary_size, loaded.model.vocabulary_size), -1)
+    ngram_table = torch.log_softmax(torch.randn(loaded.model.vocabulary_size, loaded.model.vocabulary_size), -1)
     with torch.inference_mode():
         features = torch.randn(len(lengths), int(lengths.max()), loaded.model.input_size)
         memory = loaded.model.listen(features, lengths)
-    expected = beam_search(loaded.model, memory, config, ngram=table, backend="reference")
+    expected = beam_search(loaded.model, memory, config, ngram=ngram_table, backend="reference")
     model, memory = loaded.model.to(device), tree_map_only(Tensor, lambda x: x.to(device), memory)
     shape = f"B{len(lengths)} K{config.beam} T{memory.keys.shape[1]}"
     for way, capture in WAYS[device].items():
-        found = beam_search(model, memory, config, ngram=table.to(device), capture=capture)
-        yield from same_search(f"search, {name}", found, expected, shape, way)
+        actual = beam_search(model, memory, config, ngram=ngram_table.to(device), capture=capture)
+        yield from compare_hypotheses(f"search, {name}", actual, expected, shape, way)
 
 
-def same_search(
-    what: str, found: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str, way: str
-) -> Iterator[Finding]:
-    """Compare the best hypotheses: their texts, and the scores where the texts are the same."""
-    pairs = [(ours[0], theirs[0]) for ours, theirs in zip(found, expected, strict=True)]
-    same = [(ours, theirs) for ours, theirs in pairs if ours.text_tokens == theirs.text_tokens]
-    yield Finding(f"{what}: texts that differ", len(pairs) - len(same), 0, shape, path=way)
-    error = max((abs(ours.score - theirs.score) for ours, theirs in same), default=0.0)
-    yield Finding(f"{what}: scores", error, 1e-3, shape, path=way)
+def compare_hypotheses(
+    what: str, actual: list[list[Hypothesis]], expected: list[list[Hypothesis]], shape: str, way: str
+) -> Iterator[Comparison]:
+    """Compare the best hypotheses: their texts, and their scores where the texts are equal."""
+    pairs = [(x[0], y[0]) for x, y in zip(actual, expected, strict=True)]
+    equal = [(x, y) for x, y in pairs if x.text_tokens == y.text_tokens]
+    yield Comparison(f"{what}: texts that differ", len(pairs) - len(equal), 0, shape, path=way)
+    error = max((abs(x.score - y.score) for x, y in equal), default=0.0)
+    yield Comparison(f"{what}: scores", error, 1e-3, shape, path=way)
 
 
-CHECKS: dict[str, Callable[[str, bool], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[str, bool], Iterator[Comparison]]] = {
     "training step of hw4p2": partial(training_step, "hw4p2"),
     "training step of an4": partial(training_step, "an4"),
     "decoder": decoder,

@@ -1,4 +1,4 @@
-"""Decode the dev set of AN4 with the released model: on the GPU, with and without CUDA graphs, and on the CPU."""
+"""Decode the dev set of AN4 with the released model: on the CPU, and on the GPU with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ SETTINGS = {
 
 
 class Way(NamedTuple):
-    """A way to decode."""
+    """A device and how beam_search runs there."""
 
     name: str
     device: str
-    capture: bool | None
+    capture: bool | None  # as in beam_search
 
 
 def run(options: Options, record: Record) -> None:
@@ -51,7 +51,7 @@ def run(options: Options, record: Record) -> None:
         models = {device: load_model(MODEL, device) for device in {"cpu", options.device}}
         dev = dev_set(models["cpu"], data, Path(folder))
         names = list(SETTINGS)[: 3 if options.quick else None]
-        for name in record.while_time(names, "decoding of AN4"):
+        for name in record.while_time_remains(names, "decoding of AN4"):
             with record.attempt(f"decoding of AN4, {name}"):
                 compare(name, models, dev, options.device, record)
         with record.attempt("decoding of AN4 with tf32 LSTMs"):
@@ -66,7 +66,7 @@ def dev_set(loaded: Loaded, data: Path, folder: Path) -> SpeechDataset:
 
 
 def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
-    """Decode in every way; record speed, CER, and how many texts differ from those of the first way."""
+    """Decode in each way; record the speed, the CER, and how many texts differ from the first way's."""
     ways = [Way("CPU", "cpu", None), Way("step by step", device, False)]
     if SETTINGS[name].get("beam", 1) > CPU_BEAM:
         ways = ways[1:]
@@ -85,24 +85,24 @@ def compare(name: str, models: dict[str, Loaded], dev: SpeechDataset, device: st
             expected = expected or texts
             if way != ways[0]:
                 different = sum(map(str.__ne__, texts, expected))
-                what = f"decoding of AN4, {name}: texts that differ from those of: {ways[0].name}"
+                what = f"decoding of AN4, {name}: texts that differ from {ways[0].name}"
                 record.check(what, different, 0, **labels)
 
 
 def compare_tf32(models: dict[str, Loaded], dev: SpeechDataset, device: str, record: Record) -> None:
-    """Record how many texts change with cuDNN's default precision, tf32, which is what a user gets."""
+    """Record how many texts change with cuDNN's default precision, tf32, which users get."""
     name, way = "CTC, beam 8", Way("step by step", device, False)
     exact: list[str] = []
-    usual: list[str] = []
+    default: list[str] = []
     with exact_float32():
         decode(way, name, models, dev, exact)
-    decode(way, name, models, dev, usual)
-    different = sum(map(str.__ne__, usual, exact))
+    decode(way, name, models, dev, default)
+    different = sum(map(str.__ne__, default, exact))
     record.row(f"decoding of AN4, {name}: texts that differ with tf32 LSTMs", different, shape=f"of {len(dev)}")
 
 
 def timed(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, texts: list[str]) -> float:
-    """Decode twice, the first time to warm up; return the seconds of the second time, and its texts in `texts`."""
+    """Decode into `texts`, on CUDA after a warm-up; return the seconds."""
     if way.device == "cuda":
         decode(way, name, models, dev, [])
     return seconds_of_call(lambda: decode(way, name, models, dev, texts), way.device)
@@ -113,16 +113,16 @@ def decode(way: Way, name: str, models: dict[str, Loaded], dev: SpeechDataset, t
     model, vocabulary = models[way.device].model, models[way.device].vocabulary
     settings = {"precision": "fp32", "ctc_weight": 0.0, **SETTINGS[name]}
     config: DecodingConfig = dataclasses.replace(models[way.device].config.decoding, **settings)
-    table = bigrams(len(vocabulary)).to(way.device)
-    found = {}
+    ngram_table = random_bigrams(len(vocabulary)).to(way.device)
+    text_of = {}
     for batch in batches_to_decode(dev, vocabulary, config):
         memory = listen(model, batch.to(way.device), config)
-        hypotheses = beam_search(model, memory, config, ngram=table, capture=way.capture)
+        hypotheses = beam_search(model, memory, config, ngram=ngram_table, capture=way.capture)
         texts_of_batch = [vocabulary.decode(best[0].text_tokens) for best in hypotheses]
-        found.update(zip(batch.indices.tolist(), texts_of_batch, strict=True))
-    texts[:] = [found[i] for i in range(len(dev))]
+        text_of.update(zip(batch.indices.tolist(), texts_of_batch, strict=True))
+    texts[:] = [text_of[i] for i in range(len(dev))]
 
 
-def bigrams(V: int) -> Tensor:
-    """Return a made-up n-gram table (V, V) of log-probabilities."""
+def random_bigrams(V: int) -> Tensor:
+    """Return a random n-gram table (V, V) of log-probabilities."""
     return torch.log_softmax(torch.randn(V, V, generator=torch.Generator().manual_seed(0)), -1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def distance(a: Sequence, b: Sequence) -> int:
-    """Return the least number of insertions, deletions and substitutions that turn a into b."""
+    """Return the minimum number of insertions, deletions and substitutions that turn a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -18,9 +18,9 @@ def distance(a: Sequence, b: Sequence) -> int:
 
 
 def provide() -> None:
-    """Let las_fast score transcripts in this process, also where the package is missing."""
+    """Provide `distance` to las_fast in this process as the package Levenshtein, if that is missing."""
     try:
-        import Levenshtein  # noqa: F401 (is it there?)
+        import Levenshtein  # noqa: F401 (is it installed?)
     except ImportError:
         module = types.ModuleType("Levenshtein")
         module.distance = distance  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How long each op takes by each of its backends, beside a lower bound; this part lasts as long as there is time.
+"""Time each op on each of its backends, and compare with a lower bound. This part uses all remaining time.
 
 The lower bound is the time to move each input and output once, at the bandwidth of a large copy measured on the same
 device just before.
@@ -41,9 +41,9 @@ class Measurement:
     shape: str
     dtype: torch.dtype
     run: Callable[[str], object]  # takes the backend's name
-    bytes: int  # moved at least; 0 if memory is not the limit
+    bytes: int  # minimum to move; 0 if memory is not the limit
     others: tuple[str, ...] = ()  # names that `run` takes besides the op's backends
-    what: str = ""  # if not just the op
+    what: str = ""  # label of the rows; by default the op's name
 
 
 def run(options: Options, record: Record) -> None:
@@ -51,13 +51,13 @@ def run(options: Options, record: Record) -> None:
     timer = DeviceTimer(device)
     bytes_per_us = bandwidth(timer, device, 2**16 if options.quick else 2**28)
     makers = list(small_measurements(device) if options.quick else measurements(device))
-    for make in record.while_time(makers, "ops"):
+    for make in record.while_time_remains(makers, "ops"):
         with record.attempt("op"):
             time_op(make(), device, timer, bytes_per_us, record)
 
 
 def time_op(measurement: Measurement, device: str, timer: DeviceTimer, bytes_per_us: float, record: Record) -> None:
-    """Time a measurement on every backend that the device has, and on the others that it names."""
+    """Time a measurement on every backend that runs on the device, and on its `others`."""
     bound = measurement.bytes / bytes_per_us or ""
     for backend in (*backends_for(measurement.op, device, measurement.dtype), *measurement.others):
         what = measurement.what or measurement.op
@@ -67,7 +67,7 @@ def time_op(measurement: Measurement, device: str, timer: DeviceTimer, bytes_per
 
 
 def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
-    """Yield functions that make everything to time, at the shapes of training and decoding."""
+    """Yield functions that make the measurements, at the shapes of training and decoding."""
     half, full = torch.float16, torch.float32
     for B, T in ((16, 400), (64, 400), (1, 1600), (64, 1600), (1, 400), (16, 100)):
         yield lambda B=B, T=T: attention(B, T, full, device)
@@ -85,7 +85,7 @@ def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
 
 
 def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
-    """Yield the same functions at sizes that try the code."""
+    """Yield the same functions at tiny sizes, to try the code."""
     yield lambda: attention(2, 20, torch.float32, device, K=3, D=8)
     yield lambda: attention_of_training(2, 20, torch.float32, device, D=8)
     yield lambda: topk(2, 3, 31, device)
@@ -110,7 +110,7 @@ def attention(B: int, T: int, dtype: torch.dtype, device: str, K: int = 8, D: in
 
 
 def attention_of_training(B: int, T: int, dtype: torch.dtype, device: str, D: int = 256) -> Measurement:
-    """One query, with weights, forwards and backwards."""
+    """One query, with weights, forward and backward."""
     query, keys, values = (torch.randn(B, n, D, device=device).to(dtype).requires_grad_() for n in (1, T, T))
     lengths = torch.full((B,), T, device=device)
 
@@ -157,7 +157,7 @@ def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
 
 
 def ctc(B: int, T: int, V: int, S: int, device: str) -> Measurement:
-    """The loss of training, forwards and backwards."""
+    """The loss of training, forward and backward."""
     logits = torch.randn(B, T, V, device=device).requires_grad_()
     tokens, lengths = torch.randint(3, V, (B, S), device=device), torch.full((B,), T, device=device)
     counts = torch.full((B,), S, device=device)

@@ -1,4 +1,4 @@
-"""How long an LSTM layer takes: packed or padded, in two directions or one, by size and precision."""
+"""Time an LSTM layer: packed or padded, in two directions or one, by size and precision."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHAPES = (
     Shape(1290, 48, 256, 256),  # the same with a size for which cuDNN has a persistent kernel
     Shape(1290, 48, 256, 384),
     Shape(645, 48, 1024, 256),
-    Shape(1290, 49, 256, 256),  # cuDNN's persistent kernel wants a multiple of 8 utterances
-    Shape(1, 48, 256, 256),  # what a call costs besides its steps
+    Shape(1290, 49, 256, 256),  # cuDNN's persistent kernel needs a multiple of 8 utterances
+    Shape(1, 48, 256, 256),  # the cost of a call besides its steps
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Layer = Callable[[Tensor, Tensor], Tensor]  # (B, T, I), lengths -> (B, T, directions * H)
@@ -41,13 +41,13 @@ def run(options: Options, record: Record) -> None:
     shapes, dtypes = (SHAPES, DTYPES) if not options.quick else ([Shape(20, 4, 8, 16)], DTYPES[2:])
     layers = [(shape, dtype, path) for shape in shapes for dtype in dtypes for path in PATHS]
     layers += [(shape, torch.float32, path) for shape in shapes[:1] for path in las_fast_paths(options.device)]
-    for shape, dtype, path in record.while_time(layers, "LSTM layer"):
+    for shape, dtype, path in record.while_time_remains(layers, "LSTM layer"):
         labels = {"shape": str(shape), "dtype": str(dtype), "path": path}
         with record.attempt("LSTM layer", **labels):
             make = {**PATHS, **las_fast_paths(options.device)}[path]
-            forward, both = measure(make, shape, dtype, options)
+            forward, total = measure(make, shape, dtype, options)
             record.row("LSTM layer, forward", 1e3 * forward, "ms", **labels)
-            record.row("LSTM layer", 1e3 * both, "ms", **labels)
+            record.row("LSTM layer", 1e3 * total, "ms", **labels)
 
 
 def measure(
@@ -60,15 +60,15 @@ def measure(
     x = torch.randn(shape.B, shape.T, shape.I, device=device).to(dtype).requires_grad_()
     lengths = torch.linspace(max(1, shape.T // 2), shape.T, shape.B).long().to(device)
 
-    def both() -> None:
+    def forward_and_backward() -> None:
         output = layer(x, lengths)
         output.backward(torch.ones_like(output))
         module.zero_grad()
         x.grad = None
 
     with torch.no_grad():
-        forward = median_seconds(lambda: layer(x, lengths), device, rounds=rounds, warmups=1, at_most=0.5)
-    return forward, median_seconds(both, device, rounds=rounds, warmups=1, at_most=0.5)
+        forward = median_seconds(lambda: layer(x, lengths), device, rounds=rounds, warmups=1, max_seconds=0.5)
+    return forward, median_seconds(forward_and_backward, device, rounds=rounds, warmups=1, max_seconds=0.5)
 
 
 def torch_lstm(shape: Shape, *, directions: int, packed: bool) -> tuple[nn.Module, Layer]:
@@ -77,18 +77,18 @@ def torch_lstm(shape: Shape, *, directions: int, packed: bool) -> tuple[nn.Modul
     def layer(x: Tensor, lengths: Tensor) -> Tensor:
         if not packed:
             return lstm(x)[0]
-        rows = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return nn.utils.rnn.pad_packed_sequence(lstm(rows)[0], batch_first=True, total_length=x.shape[1])[0]
+        sequence = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(lstm(sequence)[0], batch_first=True, total_length=x.shape[1])[0]
 
     return lstm, layer
 
 
-def of_listener(shape: Shape) -> tuple[nn.Module, Layer]:
+def listener_layer(shape: Shape) -> tuple[nn.Module, Layer]:
     module = BiLSTM(shape.I, shape.H)
     return module, module
 
 
-def by_op(shape: Shape, *, backend: str) -> tuple[nn.Module, Layer]:
+def op_layer(shape: Shape, *, backend: str) -> tuple[nn.Module, Layer]:
     module = BiLSTM(shape.I, shape.H)
     return module, lambda x, lengths: bilstm(x, lengths, *module.lstm.all_weights, backend=backend)
 
@@ -101,9 +101,9 @@ PATHS: dict[str, Callable[[Shape], tuple[nn.Module, Layer]]] = {
 
 
 def las_fast_paths(device: str) -> dict[str, Callable[[Shape], tuple[nn.Module, Layer]]]:
-    """Return las_fast's layer, and its op by each backend there is."""
+    """Return makers of las_fast's layer, and of its op on each available backend."""
     ops = {
-        f"ops.bilstm, {backend}": lambda shape, backend=backend: by_op(shape, backend=backend)
+        f"ops.bilstm, {backend}": lambda shape, backend=backend: op_layer(shape, backend=backend)
         for backend in backends_for("bilstm", device, torch.float32)
     }
-    return {"las_fast": of_listener, **ops}
+    return {"las_fast": listener_layer, **ops}

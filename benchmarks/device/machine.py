@@ -1,4 +1,4 @@
-"""What the machine is, and its limits: memory bandwidth, throughput of matmuls, cost of a launch."""
+"""Describe the machine, and measure its limits: memory bandwidth, throughput of matmuls, cost of a launch."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def run(options: Options, record: Record) -> None:
         labels = {"shape": f"{size}^3", "dtype": name}
         with record.attempt("matmul", **labels):
             record.row("matmul", matmul_tflops(timer, options.device, size, dtype, precision), "TFLOP/s", **labels)
-    with record.attempt("launch of a small op by the host"):
-        record.row("launch of a small op by the host", launch_us(options.device), "us")
-    with record.attempt("one of a chain of kernels in a CUDA graph"):
-        record.row("one of a chain of kernels in a CUDA graph", graphed_us(options.device), "us")
+    with record.attempt("launch of a small op"):
+        record.row("launch of a small op", launch_us(options.device), "us")
+    with record.attempt("dependent kernel in a CUDA graph"):
+        record.row("dependent kernel in a CUDA graph", graphed_us(options.device), "us")
 
 
 def describe(device: str, record: Record) -> None:
-    """Record the GPU, the versions, and whether the C++ extension is there."""
+    """Record the GPU, the versions, whether the C++ extension is built, and the backend of each op."""
     with record.attempt("nvidia-smi"):
         require_cuda(device)
         record.row("nvidia-smi", note=graphics_card())
@@ -62,12 +62,12 @@ def describe(device: str, record: Record) -> None:
 
 
 def graphics_card() -> str:
-    """Return what nvidia-smi says about the GPU, or why it says nothing."""
+    """Return nvidia-smi's description of the GPU, or why there is none."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not there ({error})"
+        return f"nvidia-smi failed ({error})"
     return (done.stdout or done.stderr).strip()
 
 
@@ -79,7 +79,7 @@ def bandwidth(timer: DeviceTimer, device: str, size: int = 2**28) -> float:
 
 
 def matmul_tflops(timer: DeviceTimer, device: str, size: int, dtype: torch.dtype, precision: str) -> float:
-    """Return the floating point operations per second of torch.mm on size x size matrices, in units of 10^12."""
+    """Return the throughput of torch.mm on size x size matrices in TFLOP/s."""
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -90,7 +90,7 @@ def matmul_tflops(timer: DeviceTimer, device: str, size: int, dtype: torch.dtype
 
 
 def launch_us(device: str, count: int = 2000) -> float:
-    """Return the microseconds of an op on one value, when many are launched one after another."""
+    """Return the microseconds per op on one value, when many are launched one after another."""
     x = torch.ones(1, device=device)
     out = torch.empty_like(x)
 
@@ -106,7 +106,7 @@ def launch_us(device: str, count: int = 2000) -> float:
 
 
 def graphed_us(device: str) -> float:
-    """Return the microseconds per kernel of a CUDA graph in which each kernel waits for the one before."""
+    """Return the microseconds per kernel of a CUDA graph in which each kernel depends on the previous one."""
     require_cuda(device)
     x = torch.ones(1, device=device)
     stream = torch.cuda.Stream()

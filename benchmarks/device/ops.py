@@ -1,4 +1,4 @@
-"""The tests of the ops on their Triton backends; without CUDA, those of one op on its reference."""
+"""Run the ops' tests on the Triton backends; without CUDA, the tests of one op on its reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.device.record import Record
 
 
 def run(options: Options, record: Record) -> None:
-    words = ["tests/ops", "-k", "triton"]
+    arguments = ["tests/ops", "-k", "triton"]
     if options.device != "cuda":
-        words = ["tests/ops/test_beam_gather.py", "-k", "reference and hypothesis"]
-    cases.run_tests(options, record, words)
+        arguments = ["tests/ops/test_beam_gather.py", "-k", "reference and hypothesis"]
+    cases.run_tests(options, record, arguments)

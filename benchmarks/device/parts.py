@@ -8,7 +8,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-ROWS, LOG, TABLE = "rows.csv", "log.txt", "table.txt"  # files in the folder of the results
+ROWS, LOG, TABLE = "rows.csv", "log.txt", "table.txt"  # files in the results folder
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Part:
     """A module of this package with a function run(options, record)."""
 
     name: str
-    seconds: int  # at most
+    seconds: int  # time limit
 
 
-PARTS = (  # the largest questions first; kernels lasts as long as there is time
+PARTS = (  # the most important first; kernels uses all remaining time
     Part("machine", 40),
     Part("training", 130),
     Part("checks", 80),
@@ -35,11 +35,11 @@ PARTS = (  # the largest questions first; kernels lasts as long as there is time
 
 @dataclass(frozen=True)
 class Options:
-    """What every part is told."""
+    """Options that every part receives."""
 
-    out: Path  # folder of the results
+    out: Path  # results folder
     device: str  # cuda or cpu
-    quick: bool  # everything small
+    quick: bool  # tiny sizes, to try the code
     commit: str  # for the rows
     data: Path | None  # AN4
 
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that the command and the processes of its parts share."""
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder for rows, table and log")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--quick", action="store_true", help="everything small, to try the command itself")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the command itself")
     parser.add_argument("--commit", default="", metavar="ID", help="commit for the rows (default: git's)")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="AN4 in the HW4P2 layout, to train and decode")
 
@@ -66,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device.parts", description=__doc__)
     parser.add_argument("part", choices=[part.name for part in PARTS])
     add_options(parser)
-    parser.add_argument("--seconds", type=float, required=True, help="until it has to end")
-    given = parser.parse_args(argv)
-    options = Options(given.out, given.device, given.quick, given.commit, given.data)
-    run_part(given.part, options, given.seconds)
+    parser.add_argument("--seconds", type=float, required=True, help="time limit")
+    arguments = parser.parse_args(argv)
+    options = Options(arguments.out, arguments.device, arguments.quick, arguments.commit, arguments.data)
+    run_part(arguments.part, options, arguments.seconds)
 
 
 def run_part(name: str, options: Options, seconds: float) -> None:
-    """Run one part in this process; whatever goes wrong in it becomes a row."""
+    """Run one part in this process; record an exception as a FAIL row."""
     import torch
 
     from benchmarks.device.record import FAIL, Record, device_name, reason_of

@@ -1,4 +1,4 @@
-"""The rows of a run: written as they are measured, and shown as one table."""
+"""Rows of results: appended to a file as they are measured, and formatted as one table."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.rows import append_rows, machine_name
 
 COLUMNS = ("date", "commit", "device", "torch", "part", "what", "shape", "dtype", "path", "value", "unit", "bound",
            "status", "note")  # fmt: skip
-QUANTITY = ("what", "shape", "dtype", "unit", "status")  # rows that agree in these are one line of the table
+QUANTITY = ("what", "shape", "dtype", "unit", "status")  # rows with equal values here share a line of the table
 MEASURED, PASS, FAIL, SKIPPED = "measured", "PASS", "FAIL", "skipped"  # the statuses of a row
 NEEDS_CUDA = "needs CUDA"
-MARGIN = 6.0  # seconds before the limit of a part at which it begins nothing new
+MARGIN = 6.0  # a part starts no new item in its last seconds
 
 
 class NeedsCuda(Exception):
-    """What was asked for exists on CUDA alone."""
+    """Raised by a measurement that exists on CUDA only."""
 
 
 class Record:
@@ -59,13 +59,13 @@ class Record:
         status: str = MEASURED,
         note: str = "",
     ) -> None:
-        """Append a row. bound is the least possible value of a measurement, or the largest allowed one of a check."""
+        """Append a row. bound is the lower bound of a measurement, or the tolerance of a check."""
         labels = (self.part, what, shape, str(dtype).removeprefix("torch."), path)
         row = (*self.context, *labels, rounded(value), unit, rounded(bound), status, " ".join(note.split()))
         append_rows(self.path, COLUMNS, [row])
 
     def check(self, what: str, error: float, tolerance: float, unit: str = "", **labels: str) -> None:
-        """Append a row that says whether an error is within its tolerance; NaN is not."""
+        """Append a row: PASS if the error is within its tolerance, else FAIL; NaN fails."""
         self.row(what, error, unit, bound=tolerance, status=PASS if error <= tolerance else FAIL, **labels)
 
     def skip(self, what: str, reason: str, **labels: str) -> None:
@@ -82,11 +82,11 @@ class Record:
             traceback.print_exc()
             self.row(what, status=FAIL, note=reason_of(error), **labels)
 
-    def while_time(self, items: Sequence, what: str) -> Iterator:
-        """Yield items until the part has to end; a row says how many were left out."""
+    def while_time_remains(self, items: Sequence, what: str) -> Iterator:
+        """Yield items until the part must end; record how many were left out."""
         for done, item in enumerate(items):
             if self.seconds_left() < MARGIN:
-                return self.skip(what, f"{len(items) - done} of {len(items)} left out for want of time")
+                return self.skip(what, f"{len(items) - done} of {len(items)} left out: no time remained")
             yield item
 
 
@@ -95,7 +95,7 @@ def device_name(device: str) -> str:
 
 
 def require_cuda(device: str) -> None:
-    """Raise NeedsCuda on any other device."""
+    """Raise NeedsCuda unless the device is cuda."""
     if device != "cuda":
         raise NeedsCuda
 
@@ -114,7 +114,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def format_table(rows: Sequence[dict[str, str]]) -> str:
-    """Format rows as one table: a section per part, a line per quantity with its paths, failures again at the end."""
+    """Format rows as one table: a section per part, a line per quantity, and the failures again at the end."""
     parts: dict[str, dict[tuple, list]] = {}
     for row in rows:
         quantities = parts.setdefault(row["part"], {})
@@ -133,7 +133,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _line(rows: list[dict[str, str]]) -> str:
-    """Format rows that differ in their path, value, bound and note."""
+    """Format one quantity's rows, which differ in path, value, bound and note."""
     first = rows[0]
     labels = " ".join(filter(None, (first["what"], first["shape"], first["dtype"])))
     status = "" if first["status"] == MEASURED else first["status"]

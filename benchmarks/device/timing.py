@@ -13,8 +13,8 @@ import torch
 from las_fast.ops import backends
 
 FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
-# Beginnings of what the profiler lists beside kernels: copies, and spans of time that contain kernels.
-NO_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")
+# Prefixes of the profiler's entries that are not kernels: copies, and spans of time that contain kernels.
+NOT_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")
 
 
 def synchronize(device: str) -> None:
@@ -24,7 +24,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds_of_call(run: Callable[[], object], device: str) -> float:
-    """Return the wall-clock time of a call, until the device has done its work."""
+    """Return the wall-clock time of a call, including its work on the device."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -33,29 +33,29 @@ def seconds_of_call(run: Callable[[], object], device: str) -> float:
 
 
 def median_seconds(
-    run: Callable[[], object], device: str, *, rounds: int = 7, warmups: int = 2, at_most: float = 2.5
+    run: Callable[[], object], device: str, *, rounds: int = 7, warmups: int = 2, max_seconds: float = 2.5
 ) -> float:
-    """Return the median wall-clock time of `rounds` calls, or of as many as take `at_most` seconds, at least one."""
+    """Return the median wall-clock time of `rounds` calls, or of fewer (at least one) once they took `max_seconds`."""
     for _ in range(warmups):
         run()
     times: list[float] = []
-    while len(times) < rounds and sum(times) < at_most:
+    while len(times) < rounds and sum(times) < max_seconds:
         times.append(seconds_of_call(run, device))
     return statistics.median(times)
 
 
 class DeviceTimer:
-    """Median time of a call in microseconds: by the device's own clock, with its inputs out of the cache."""
+    """Measures the median time of a call in microseconds, by the device's own clock and with its inputs uncached."""
 
-    def __init__(self, device: str, *, seconds: float = 0.4, least: int = 5, most: int = 100):
-        self.device, self.seconds, self.least, self.most = device, seconds, least, most
+    def __init__(self, device: str, *, seconds: float = 0.4, min_calls: int = 5, max_calls: int = 100):
+        self.device, self.seconds, self.min_calls, self.max_calls = device, seconds, min_calls, max_calls
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def __call__(self, run: Callable[[], object]) -> float:
         for _ in range(2):
             run()
         times: list[float] = []
-        while len(times) < self.least or (sum(times) < self.seconds * 1e6 and len(times) < self.most):
+        while len(times) < self.min_calls or (sum(times) < self.seconds * 1e6 and len(times) < self.max_calls):
             times.append(self.once(run))
         return statistics.median(times)
 
@@ -63,7 +63,7 @@ class DeviceTimer:
         if self.flush is None:
             return 1e6 * seconds_of_call(run, self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()  # evict the inputs from the cache: the lower bound is that of memory
+        self.flush.zero_()  # evict the inputs from the cache: the lower bound assumes that they are read from memory
         begin.record()
         run()
         end.record()
@@ -72,7 +72,7 @@ class DeviceTimer:
 
 
 def backends_for(op: str, device: str, dtype: torch.dtype | None = None) -> list[str]:
-    """Return the backends of an op that take tensors of `dtype` on the device; new ones appear by themselves."""
+    """Return the backends of an op that run on the device and take tensors of `dtype`."""
     return [
         backend
         for backend in backends.IMPLEMENTED[op]
@@ -98,13 +98,13 @@ def exact_float32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a call did on a GPU. Graph launches, waits and copies are counted by the host's calls."""
+    """Work of one call on a GPU. Launches and waits are counted from calls of the host."""
 
     kernels: int
     busy_ms: float  # sum of the kernels' times
     launches: int  # of single kernels
     graph_launches: int
-    waits: int  # for the device; two of them are the profiler's and ours
+    waits: int  # of the host for the device; two are made by the profiler and by profile()
     copies_to_host: int
     longest: list[tuple[str, int, float]]  # kernels by total time: name, count, milliseconds
 
@@ -116,14 +116,14 @@ def profile(run: Callable[[], object], device: str) -> Profile:
         run()
         synchronize(device)
     events = profiler.key_averages()
-    host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    there = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    timed = [(e.key, e.count, e.self_device_time_total / 1e3) for e in there if not e.key.startswith(NO_KERNELS)]
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    on_gpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    timed = [(e.key, e.count, e.self_device_time_total / 1e3) for e in on_gpu if not e.key.startswith(NOT_KERNELS)]
     if device != "cuda":
-        timed = [(e.key, e.count, e.self_cpu_time_total / 1e3) for e in host if e.key.startswith("aten::")]
+        timed = [(e.key, e.count, e.self_cpu_time_total / 1e3) for e in on_host if e.key.startswith("aten::")]
 
-    def calls(part: str) -> int:
-        return sum(event.count for event in host if part in event.key)
+    def calls(name_part: str) -> int:
+        return sum(event.count for event in on_host if name_part in event.key)
 
     return Profile(
         kernels=sum(count for _, count, _ in timed),
@@ -131,6 +131,6 @@ def profile(run: Callable[[], object], device: str) -> Profile:
         launches=calls("LaunchKernel"),
         graph_launches=calls("GraphLaunch"),
         waits=calls("Synchronize"),
-        copies_to_host=sum(event.count for event in there if event.key.startswith("Memcpy DtoH")),
+        copies_to_host=sum(event.count for event in on_gpu if event.key.startswith("Memcpy DtoH")),
         longest=sorted(timed, key=lambda kernel: -kernel[2])[:12],
     )

@@ -1,4 +1,4 @@
-"""How long a training step takes: las_fast and plain PyTorch on the same batches, its parts, and its launches."""
+"""Time a training step of las_fast and plain PyTorch on the same batches, its parts, and count its launches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(options: Options, record: Record) -> None:
 def time_steps(batches: Sequence[tuple[str, int, tuple[str, ...]]], options: Options, record: Record) -> None:
     """Time a step of each path on each batch."""
     steps = [(preset, B, path) for preset, B, paths in batches for path in paths]
-    for preset, B, path in record.while_time(steps, "training step"):
+    for preset, B, path in record.while_time_remains(steps, "training step"):
         batch = make_batch(preset, B, options.quick)
         labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": dtype_of(path), "path": path}
         free(options.device)
@@ -61,7 +61,7 @@ def config_of(preset: str, quick: bool) -> Config:
 
 
 def make_batch(preset: str, B: int, quick: bool) -> Batch:
-    """Return the batch of an epoch on synthetic read speech whose number of utterances is nearest to B."""
+    """Return a batch of about B utterances, as the preset's batching cuts it from synthetic read speech."""
     config = load_config(preset)
     if quick:
         return synthetic_batch(torch.tensor(QUICK_LENGTHS), config.features.input_size)
@@ -76,8 +76,8 @@ def make_batch(preset: str, B: int, quick: bool) -> Batch:
 
 def make_step(path: str, batch: Batch, config: Config, device: str) -> Callable[[], object]:
     """Return a function that takes a training step by one path."""
-    trainer, there = make_trainers(config, [path], device)[path], batch.to(device)
-    return lambda: trainer.train_step(there)
+    trainer, device_batch = make_trainers(config, [path], device)[path], batch.to(device)
+    return lambda: trainer.train_step(device_batch)
 
 
 def time_step(path: str, batch: Batch, config: Config, options: Options, record: Record, labels: dict) -> None:
@@ -85,8 +85,8 @@ def time_step(path: str, batch: Batch, config: Config, options: Options, record:
     if "graphed" in path:
         require_cuda(device)
     step = make_step(path, batch, config, device)
-    often = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 7}
-    seconds = median_seconds(step, device, **often)
+    repeats = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 7}
+    seconds = median_seconds(step, device, **repeats)
     record.row("training step", 1e3 * seconds, "ms", **labels)
     audio = float(batch.feature_lengths.sum()) / 100
     record.row("training: seconds of audio per second", audio / seconds, **labels)
@@ -95,7 +95,7 @@ def time_step(path: str, batch: Batch, config: Config, options: Options, record:
 
 
 def free(device: str) -> None:
-    """Free the memory of the path before."""
+    """Free the memory of the previous path."""
     gc.collect()
     if device == "cuda":
         with contextlib.suppress(RuntimeError):  # after an error of the device nothing works
@@ -107,23 +107,23 @@ def free(device: str) -> None:
 
 
 def time_parts(typical: tuple[str, int], options: Options, record: Record) -> None:
-    """Time the parts of las_fast's step one by one: forwards alone, and with the backward pass."""
+    """Time each part of las_fast's step: the forward pass alone, and with the backward pass."""
     preset, B = typical
     device, config, batch = options.device, config_of(preset, options.quick), make_batch(preset, B, options.quick)
     trainer = make_trainers(config, ["las_fast bf16"], device)["las_fast bf16"]
     labels = {"shape": f"{preset} {shape_of(batch)}", "dtype": "bfloat16"}
-    often = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 5}
+    repeats = {"rounds": 1, "warmups": 0} if options.quick else {"rounds": 5}
     for name, path, function in StepParts(trainer, batch.to(device), device).functions(device):
         for what, backward in ((f"{name}, forward", False), (name, True)):
             with record.attempt(what, path=path, **labels):
-                seconds = median_seconds(lambda f=function, b=backward: f(b), device, at_most=1.5, **often)
+                seconds = median_seconds(lambda f=function, b=backward: f(b), device, max_seconds=1.5, **repeats)
                 record.row(what, 1e3 * seconds, "ms", path=path, **labels)
     with record.attempt("clipping and AdamW", **labels):
         record.row("clipping and AdamW", 1e3 * median_seconds(optimise(trainer), device), "ms", **labels)
 
 
 class StepParts:
-    """Listener, decoder and losses of a training step, to run one by one, each on results computed once."""
+    """Listener, decoder and losses of a training step, each run by itself on inputs computed once."""
 
     def __init__(self, trainer: Trainer, batch: Batch, device: str):
         self.model, self.training, self.batch = trainer.model.train(), trainer.config.training, batch
@@ -134,9 +134,9 @@ class StepParts:
             self.output = self.model(batch.features, batch.feature_lengths, self.tokens)
 
     def functions(self, device: str) -> list[tuple[str, str, Callable[[bool], object]]]:
-        """Return (name, path, function) of each part; the function takes whether to run the backward pass as well.
+        """Return (name, path, function) of each part; function(backward) also runs the backward pass if it is true.
 
-        The decoder runs on every backend of speller_unroll that there is, the slowest last.
+        The decoder is a part per available backend of speller_unroll, the slowest last.
         """
         decoders = [
             ("decoder", backend, partial(self.decoder, backend=backend))
@@ -187,16 +187,16 @@ def optimise(trainer: Trainer) -> Callable[[], object]:
 
 
 def record_profile(path: str, batch: Batch, options: Options, record: Record) -> None:
-    """Record what the GPU and the host do in one step of the typical batch, and the kernels that take longest."""
+    """Record the kernels, launches, waits and copies of one step on the typical batch, and its longest kernels."""
     device = options.device
     step = make_step(path, batch, config_of(TYPICAL[0], options.quick), device)
     for _ in range(1 if device == "cpu" else 3):
         step()
     synchronize(device)
     labels = {"shape": f"{TYPICAL[0]} {shape_of(batch)}", "dtype": dtype_of(path), "path": path}
-    found = profile(step, device)
+    measured = profile(step, device)
     what = "profile of a training step" if device == "cuda" else "torch's ops in a training step"
     for name in ("kernels", "launches", "graph_launches", "waits", "copies_to_host", "busy_ms"):
-        record.row(f"{what}: {name}", getattr(found, name), **labels)
-    for name, count, milliseconds in found.longest:
+        record.row(f"{what}: {name}", getattr(measured, name), **labels)
+    for name, count, milliseconds in measured.longest:
         record.row(f"{what}: {name[:90]}", milliseconds, "ms", note=f"{count} times", **labels)

@@ -77,5 +77,5 @@ def test_a_search_synchronises_only_to_read_the_flag_of_a_chunk(encoded, setting
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_training_path_and_every_search_match_the_cpu(name):
     with exact_float32():
-        for finding in CHECKS[name]("cuda", False):
-            assert finding.error <= finding.tolerance, finding
+        for comparison in CHECKS[name]("cuda", False):
+            assert comparison.error <= comparison.tolerance, comparison
