@@ -1,14 +1,15 @@
 """The CTC loss on a GPU. las_fast/ops/ctc_loss.py defines the operation.
 
 A program runs one utterance in one direction, frame by frame. Its states are the transcript with a blank around each
-token: state 2u is the blank before token u, state 2u + 1 the token. In logarithms, with p of the state's token:
+token: state 2u is the blank before token u, state 2u + 1 the token. With p the log-probability of the state's token:
 
     alpha_t(s) = p_t(s) + log(exp(alpha_(t-1)(s)) + exp(alpha_(t-1)(s-1)) + exp(alpha_(t-1)(s-2)))
 
-The last term only from a token to another one. beta is the same from the end. A state of the frame before comes from
-memory, behind a barrier. The posterior of a state is exp(alpha + beta - p - log p(transcript)).
+The last term applies only if s and s-2 are different tokens. beta is the same recursion from the end. The sums of the
+previous frame are read from memory, after a barrier. The posterior of a state is
+exp(alpha + beta - p - log p(transcript)).
 
-torch's own kernel copies the lengths from pageable memory, for which the host waits.
+torch's own kernel makes the host wait: it copies the lengths from pageable memory.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ def _sum3(x, y, z):
 
 @triton.jit
 def states_kernel(
-    log_probs, lengths, tokens, token_lengths, sums, likelihoods, B, T, V, S, N, APART: tl.constexpr,
+    log_probs, lengths, tokens, token_lengths, sums, likelihoods, B, T, V, S, N, ALLOW_ADJACENT_EQUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute sums[direction, b, t, state], and in the first direction the log-likelihood of the transcript.
 
-    APART: equal tokens need no blank between them.
+    ALLOW_ADJACENT_EQUAL: equal tokens need no blank between them.
     """
     b, reverse = tl.program_id(0).to(tl.int64), tl.program_id(1) == 1
     frames = tl.minimum(tl.load(lengths + b), T)
     states = 2 * tl.minimum(tl.load(token_lengths + b), S) + 1
-    order = tl.arange(0, BLOCK)  # (BLOCK,) of the states in the direction
+    order = tl.arange(0, BLOCK)  # (BLOCK,) position of each state in this direction
     inside = order < states
     state = tl.where(reverse, states - 1 - order, order)
     is_token = inside & (state % 2 == 1)
     token = tl.load(tokens + b * S + state // 2, mask=is_token, other=0)
     back = tl.where(reverse, -1, 1)  # from a state to the one before it
     before = tl.load(tokens + b * S + state // 2 - back, mask=is_token & (order >= 2), other=0)
-    skips = is_token & (order >= 2) & ((before != token) | APART)
+    skips = is_token & (order >= 2) & ((before != token) | ALLOW_ADJACENT_EQUAL)
     log_probs += b * T * V
     sums += (tl.program_id(1) * B + b) * T * N
-    alpha = tl.where(order == 0, 0.0, -float("inf"))  # before the first frame, as if in a state before both
+    alpha = tl.where(order == 0, 0.0, -float("inf"))  # a virtual start precedes states 0 and 1
     for i in range(0, frames):
         t = tl.where(reverse, frames - 1 - i, i)
         last = sums + (t - back) * N + state
@@ -72,12 +73,12 @@ def states_kernel(
 
 
 def posteriors(
-    log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, apart: bool
+    log_probs: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, *, allow_adjacent_equal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-likelihoods (B,), 0 where there is no path; the token of each state (B, N); posteriors (B, T, N)."""
     (B, T, V), S = log_probs.shape, tokens.shape[1]
     N = 2 * S + 1
-    tokens = tokens.clamp(0, V - 1)  # past the lengths anything may stand, and a kernel cannot raise
+    tokens = tokens.clamp(0, V - 1)  # they may be anything past the lengths, and a kernel cannot raise
     classes = tokens.new_full((B, N), BLANK)
     classes[:, 1::2] = tokens
     # States that are not reached keep -inf, whose posterior is 0.
@@ -86,8 +87,9 @@ def posteriors(
         inputs = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)]
         block = triton.next_power_of_2(max(N, 2))
         states_kernel[B, 2](
-            *inputs, sums, likelihoods, B, T, V, S, N, APART=apart, BLOCK=block, num_warps=min(max(block // 128, 1), 16)
-        )
+            *inputs, sums, likelihoods, B, T, V, S, N, ALLOW_ADJACENT_EQUAL=allow_adjacent_equal, BLOCK=block,
+            num_warps=min(max(block // 128, 1), 16),
+        )  # fmt: skip
     likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)
     paths = sums[0] + sums[1] - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
     return likelihoods, classes, (paths - likelihoods[:, None, None]).exp()
@@ -99,18 +101,19 @@ def ctc_loss(
     """Return losses (B,) and their gradients in logits; the implementation of las_fast::ctc_loss_triton."""
     _, T, V = logits.shape
     log_probs = F.log_softmax(logits, 2)
-    likelihoods, classes, posterior = posteriors(log_probs, lengths, tokens, token_lengths, apart=False)
+    inputs = log_probs, lengths, tokens, token_lengths
+    likelihoods, classes, posterior = posteriors(*inputs, allow_adjacent_equal=False)
     if not gradients:
         return -likelihoods, logits.new_empty(0, T, V)
     expected = torch.bmm(posterior, (classes[:, :, None] == torch.arange(V, device=tokens.device)).to(posterior.dtype))
-    # 0: there is no path, or the transcript is certain; the gradient is 0 either way.
+    # A likelihood of 0 means that there is no path or that the transcript is certain; the gradient is 0 either way.
     excluded = padding_mask(lengths, T) | (likelihoods == 0)[:, None]
     return -likelihoods, (log_probs.exp() - expected).masked_fill(excluded[:, :, None], 0.0)
 
 
 def ctc_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
     """Return the mean frame of each token's posterior, (B, S): las_fast::ctc_token_times_triton."""
-    log_probs = F.log_softmax(logits, 2)
-    posterior = posteriors(log_probs, lengths, tokens, token_lengths, apart=True)[2][:, :, 1::2]  # (B, T, S)
+    inputs = F.log_softmax(logits, 2), lengths, tokens, token_lengths
+    posterior = posteriors(*inputs, allow_adjacent_equal=True)[2][:, :, 1::2]  # (B, T, S)
     frames = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
     return (posterior * frames[:, None]).sum(1) / posterior.sum(1).clamp_min(1e-6)

@@ -1,4 +1,4 @@
-"""A CUDA device that is the CPU: code that asks for "cuda" runs, although no result or time means anything."""
+"""Run code for CUDA on the CPU, to find wrong names, arguments and shapes. Results and times mean nothing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from las_fast.search import cuda_graph
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Puts tensors on the CPU that are asked for on CUDA."""
+    """Replaces the device "cuda" by "cpu" in every call of torch."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
-        def moved(x):
+        def on_cpu(x):
             is_cuda = x == "cuda" if isinstance(x, str) else isinstance(x, torch.device) and x.type == "cuda"
             return "cpu" if is_cuda else x
 
-        arguments, named = tree_map(moved, (tuple(arguments), dict(named or {})))
+        arguments, named = tree_map(on_cpu, (tuple(arguments), dict(named or {})))
         return function(*arguments, **named)
 
 
 class Event:
     def __init__(self, enable_timing=False):
-        assert enable_timing, "an event that is not for timing has no time"
+        assert enable_timing, "elapsed_time needs an event with enable_timing"
         self.time = None
 
     def record(self):
@@ -45,14 +45,14 @@ class Event:
 
 
 class Graph:
-    """Runs again what was called while it was captured; torch.cuda.graph captures no Python function."""
+    """Stands for torch.cuda.CUDAGraph. A replay does nothing: the Python code that it captured ran already."""
 
     def replay(self):
         pass
 
 
 class CapturedFunction:
-    """Stands for las_fast's own CudaGraph: writes the results of each replay into those of the capture."""
+    """Stands for las_fast's CudaGraph. A replay calls the function again and overwrites the captured results."""
 
     def capture(self, function):
         self.function, self.results = function, function()
@@ -97,7 +97,7 @@ def pretend_cuda():
 
 
 def graphed(function, samples):
-    """torch.cuda.make_graphed_callables without graphs, with what it demands of its arguments."""
+    """Stands for torch.cuda.make_graphed_callables, and checks the arguments as it does."""
     assert not torch.is_autocast_enabled("cuda") and all(isinstance(x, Tensor) and x.is_leaf for x in samples)
     outputs = function(*samples)
     torch.autograd.grad([x for x in outputs if x.requires_grad], [x for x in samples if x.requires_grad],

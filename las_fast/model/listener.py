@@ -15,7 +15,7 @@ from las_fast.model.layers import initialise_lstm, locked_dropout, on_cuda
 from las_fast.ops import bilstm, padding_mask
 from las_fast.ops.bilstm import bilstm_on_streams
 
-CUDNN_ROWS = 8  # cuDNN's persistent LSTM kernels need a batch that is a multiple of this
+CUDNN_ROWS = 8  # cuDNN's persistent LSTM kernels need a batch size that is a multiple of this
 
 
 def convolve(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class DirectionWeights(nn.LSTM):
         half = len(names) // 2
         self.bidirectional = False
         try:
-            for part in (slice(half), slice(half, None)):
-                self._flat_weights, self._flat_weights_names = weights[part], names[part]
+            for direction in (slice(half), slice(half, None)):
+                self._flat_weights, self._flat_weights_names = weights[direction], names[direction]
                 super().flatten_parameters()
         finally:
             self._flat_weights, self._flat_weights_names, self.bidirectional = weights, names, True
@@ -83,7 +83,7 @@ class DirectionWeights(nn.LSTM):
 class BiLSTM(nn.Module):
     """One bidirectional LSTM layer: (B, T, F) to (B, T, 2H), with zeros past each utterance's length.
 
-    It is ops.bilstm on the CPU and two LSTMs of cuDNN on CUDA.
+    It runs ops.bilstm on the CPU and two LSTMs of cuDNN on CUDA.
     """
 
     def __init__(self, input_size: int, size: int):

@@ -2,7 +2,8 @@
 
 Weights, keys, values, hidden states and contexts are bfloat16. Sums of products, gates, cell states, attention scores
 and logits are float32. A step launches as many kernels as one in float32: the copy that puts a hidden state or context
-into the joined state also converts it, and one matmul computes what all gates take from the previous joined state.
+into the joined state also converts it, and one matmul computes the part of all gates that depends on the previous
+joined state.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from las_fast.ops import SpellerWeights, beam_gather, masked_attention
 
 
 class Weights(NamedTuple):
-    """The weights of a speller of n cells of sizes H_i, bfloat16 unless noted. N = H_1 + ... + H_n + E; see State."""
+    """The weights of a speller with n cells of sizes H_i, bfloat16 unless noted. N = H_1 + ... + H_n + E; see State."""
 
     token_gates: Tensor  # (V, 4 * H_1) float32, contribution of each token to the gates of the first cell
     recurrent: Tensor  # (4 * H_1 + ... + 4 * H_n, N) from the previous joined state to the gates of all cells
-    below: tuple[Tensor, ...]  # (4 * H_i, H_(i-1)) for each cell but the first
+    below: tuple[Tensor, ...]  # (4 * H_i, H_(i-1)) from the output of the cell below, for each cell but the first
     gate_biases: tuple[Tensor, ...]  # (4 * H_i,) float32
     zeros: tuple[Tensor, ...]  # (4 * H_i,) float32, second bias of the fused kernel
     query: Tensor  # (D, H_n)
@@ -49,7 +50,7 @@ class State(NamedTuple):
 
 
 class Bf16Steps:
-    """start and step of a LAS, as beam_search calls them, for a memory whose keys and values are bfloat16."""
+    """The methods start and step of a LAS, as beam_search calls them, for a memory with bfloat16 keys and values."""
 
     def __init__(self, model: LAS):
         self.speller = model.speller
@@ -93,30 +94,30 @@ def _advance_cells(tokens: Tensor, state: State, hidden: tuple[Tensor, ...]) -> 
 
 
 def convert(weights: SpellerWeights) -> Weights:
-    """Return the weights of a speller as the steps read them."""
-    M, biases, half = weights.embedding.shape[1], weights.gate_biases, torch.bfloat16
+    """Convert the weights of a speller to the form that the steps read."""
+    M, biases, bf16 = weights.embedding.shape[1], weights.gate_biases, torch.bfloat16
     sizes = [len(bias) // 4 for bias in biases]
-    table, context, hidden = weights.gates[0].split((M, weights.gates[0].shape[1] - M - sizes[0], sizes[0]), 1)
+    token, context, hidden = weights.gates[0].split((M, weights.gates[0].shape[1] - M - sizes[0], sizes[0]), 1)
     later = [gates.split((gates.shape[1] - H, H), 1) for gates, H in zip(weights.gates[1:], sizes[1:], strict=True)]
-    own = torch.block_diag(hidden, *(own for _, own in later))
-    recurrent = torch.cat((own, F.pad(context, (0, 0, 0, len(own) - len(context)))), 1)
+    from_hidden = torch.block_diag(hidden, *(recurrent for _, recurrent in later))
+    from_context = F.pad(context, (0, 0, 0, len(from_hidden) - len(context)))  # only the first cell reads it
     return Weights(
-        F.linear(weights.embedding, table),
-        recurrent.to(half),
-        tuple(below.to(half) for below, _ in later),
+        F.linear(weights.embedding, token),
+        torch.cat((from_hidden, from_context), 1).to(bf16),
+        tuple(below.to(bf16) for below, _ in later),
         biases,
         tuple(map(torch.zeros_like, biases)),
-        weights.query.to(half),
-        weights.query_bias.to(half),
-        weights.project.to(half),
-        weights.project_bias.to(half),
-        weights.embedding.to(half),
+        weights.query.to(bf16),
+        weights.query_bias.to(bf16),
+        weights.project.to(bf16),
+        weights.project_bias.to(bf16),
+        weights.embedding.to(bf16),
         weights.bias,
     )
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight^T + bias in float32, (R, N), of bfloat16 x (R, M) and weight (N, M) and float32 bias (N,)."""
+    """Return x @ weight^T + bias, (R, N) float32; x (R, M) and weight (N, M) are bfloat16, bias (N,) is float32."""
     if not x.is_cuda:
         return F.linear(x.float(), weight.float(), bias)
     if bias is None:

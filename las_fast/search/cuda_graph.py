@@ -26,7 +26,7 @@ from las_fast.ops.beam_topk import triton_problem as too_many_candidates
 from las_fast.ops.masked_attention import triton_problem as too_wide
 from las_fast.search.steps import Limits, Search, advance, begin, chunks_in_flight, max_chunks, run_chunks
 
-MAX_GRAPHS = 16  # per model: more than the sizes in a sorted test set; each holds a copy of a batch's keys and values
+MAX_GRAPHS = 16  # per model, enough for the sizes of a sorted test set; each holds a copy of a batch's keys and values
 FRAMES_MULTIPLE = 64  # encoder frames are padded to a multiple of it
 
 _graphs: WeakKeyDictionary[Any, OrderedDict[Hashable, GraphedChunk]] = WeakKeyDictionary()
@@ -114,7 +114,7 @@ class GraphedChunk:
 
         self.graph = CudaGraph()
         self.chunk = self.graph.capture(advance_in_place)
-        self.last_use: torch.cuda.Event | None = None  # recorded after all enqueued work that touches the buffers
+        self.last_use: torch.cuda.Event | None = None  # after all enqueued work on the buffers
 
     def run(self, inputs: Any, beams: Any) -> Iterator[Any]:
         """Yield chunks without end. Each is enqueued when it is requested."""

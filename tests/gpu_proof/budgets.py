@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m gpu_proof.budgets > budgets.csv
 
-prints the table as measured now.
+prints the current measurements as a new table.
 
 The budgets of registers and shared memory protect occupancy. On NVIDIA GPUs nothing may spill. For AMD GPUs the kernels
 are compiled but not tuned: spills must not grow.
@@ -26,17 +26,17 @@ ARCHITECTURES = (80, 86, 90, 100, 120, "gfx942")
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per CTA
 REGISTERS, WARPS, CTAS = 65536, 64, 32  # per NVIDIA multiprocessor
 REGISTER_GRANULE = 8  # registers per thread are allocated in multiples of this
-RESERVED = 1024  # bytes of shared memory that CUDA reserves per CTA
+RESERVED_SHARED = 1024  # bytes of shared memory that CUDA reserves per CTA
 WIDE_LOAD = r"(LDG|LDGSTS)\S*\.128"
 MATRIX = r"HMMA|HGMMA|QGMMA|UTC\w*MMA"
 SPILL = r"LDL|STL"
-EXACT_DIVISION = ("topk_kernel", "row_kernel")  # their quotients rank hypotheses, compared with a CPU's by equality
+EXACT_DIVISION = ("topk_kernel", "row_kernel")  # their quotients rank hypotheses and must equal those of a CPU
 INEXACT_DIVISION = r"\b(div|rcp)\.(full|approx)"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of a launcher, and requirements on the machine code that it launches."""
+    """A call of a launcher, and requirements on its machine code."""
 
     op: str
     name: str
@@ -207,15 +207,15 @@ def measure(variant, arch):
 
 
 def _worst(rows):
-    """The worst of each number over the specialisations of one kernel."""
+    """The worst value of each resource over the specialisations of one kernel."""
     first, *_ = rows
-    most = {name: max(getattr(row, name) for row in rows) for name in ("registers", "shared", "spilled")}
-    least = {name: min(getattr(row, name) for row in rows) for name in ("ctas", "wide_loads", "matrix")}
-    return replace(first, **most, **least)
+    largest = {name: max(getattr(row, name) for row in rows) for name in ("registers", "shared", "spilled")}
+    smallest = {name: min(getattr(row, name) for row in rows) for name in ("ctas", "wide_loads", "matrix")}
+    return replace(first, **largest, **smallest)
 
 
 def inexact_divisions(variant, arch):
-    """Names of the variant's kernels in EXACT_DIVISION whose PTX has divisions that IEEE 754 does not allow.
+    """Names of the variant's kernels in EXACT_DIVISION whose PTX has divisions that are not rounded as by IEEE 754.
 
     Call it in a compiling worker.
     """
@@ -235,7 +235,7 @@ def _row(variant, kernel, arch, binary, resources):
         return Row(variant, kernel, arch, used.vgprs, used.shared, 0, wide, matrix, spilled)
     warps = binary.metadata.num_warps
     by_registers = REGISTERS // (_allocated(used.registers) * 32 * warps)
-    by_memory = SHARED_LIMIT[arch] // (used.shared + RESERVED)
+    by_memory = SHARED_LIMIT[arch] // (used.shared + RESERVED_SHARED)
     ctas = min(by_registers, by_memory, WARPS // warps, CTAS)
     spilled = used.stack + used.local + used.count(SPILL)
     counts = used.count(WIDE_LOAD), used.count(MATRIX)
@@ -247,25 +247,25 @@ def _allocated(registers):
 
 
 def violations(variant, row, budget):
-    """Sentences about each rule or limit that a measured row violates. `budget` is its row in the table, or None."""
-    found = [] if row.arch == "gfx942" else _rule_violations(variant, row)
+    """A sentence per rule or limit that a measured row violates. `budget` is its row in the table, or None."""
+    problems = [] if row.arch == "gfx942" else _rule_violations(variant, row)
     if budget is None:
-        return [*found, "has no row in budgets.csv"]
+        return [*problems, "has no row in budgets.csv"]
     for name in ("registers", "shared", "spilled"):
         if getattr(row, name) > getattr(budget, name):
-            found.append(f"{getattr(row, name)} {name}, at most {getattr(budget, name)} are budgeted")
+            problems.append(f"{getattr(row, name)} {name}, at most {getattr(budget, name)} are budgeted")
     for name in ("ctas", "wide_loads", "matrix"):
         if getattr(row, name) < getattr(budget, name):
-            found.append(f"{getattr(row, name)} {name}, at least {getattr(budget, name)} are budgeted")
-    return found
+            problems.append(f"{getattr(row, name)} {name}, at least {getattr(budget, name)} are budgeted")
+    return problems
 
 
 def _rule_violations(variant, row):
-    """Sentences about violations that no budget may allow on NVIDIA GPUs."""
+    """A sentence per violation that no budget may allow on NVIDIA GPUs."""
     limit = SHARED_LIMIT[int(row.arch)]
     rules = [
         (row.spilled, f"spills registers ({row.spilled})"),
-        (row.shared > limit, f"{row.shared} bytes of shared memory, of {limit}"),
+        (row.shared > limit, f"{row.shared} bytes of shared memory, more than {limit}"),
         (row.kernel in variant.matrix and not row.matrix, "no matrix instructions"),
         (row.kernel in variant.wide and not row.wide_loads, "no 128-bit loads"),
     ]
@@ -281,7 +281,7 @@ def table():
 
 
 def main():
-    """Print the table as measured now."""
+    """Print the current measurements as a new table."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
     for variant in VARIANTS:

@@ -1,4 +1,4 @@
-"""Beam searches and trainings on real utterances in which every Triton kernel runs as executed PTX.
+"""Beam searches and trainings on real utterances, with the compiled PTX of every Triton kernel executed on the CPU.
 
 Everything else runs in torch. Call the functions whose names start with executed_ in a compiling worker process (see
 process.py).
@@ -94,16 +94,17 @@ def train(archive, backend, steps):
         The loss of each step, and {name: gradient} of the first step.
     """
     config = small_training()
-    losses, first = [], {}
+    losses, first_gradients = [], {}
     with tempfile.TemporaryDirectory() as folder, unroll_backend(backend):
         trainer = make_trainer(archive, Path(folder, "run"), config)
         while trainer.progress.step < steps:
             for batch in trainer._rest_of_epoch():
                 losses.append(float(trainer.train_step(batch)["loss"]))
-                first = first or {name: x.grad.clone() for name, x in trainer.model.named_parameters()}
+                if not first_gradients:
+                    first_gradients = {name: x.grad.clone() for name, x in trainer.model.named_parameters()}
                 if trainer.progress.step == steps:
                     break
-    return losses, first
+    return losses, first_gradients
 
 
 def small_training():
@@ -125,7 +126,7 @@ def small_training():
 
 @contextlib.contextmanager
 def unroll_backend(backend):
-    """Let the speller use a backend of speller_unroll inside the block."""
+    """Make the speller use a given backend of speller_unroll inside the block."""
     op = speller.speller_unroll
 
     def with_backend(*args, **options):

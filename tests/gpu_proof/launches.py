@@ -1,6 +1,7 @@
-"""The kernels that the decoder pass of training launches, counted on fake tensors: reading a number of one raises.
+"""Count the kernels that the decoder pass of training launches.
 
-A CPU build of torch cannot slice fake CUDA tensors, so these are fake CPU tensors.
+It runs on fake tensors, which hold no numbers: reading one raises. They are fake CPU tensors, because a CPU build of
+torch cannot slice fake CUDA tensors.
 """
 
 import torch
@@ -39,11 +40,11 @@ def unroll_launches(U, sampled=True, bf16=True):
     with FakeTensorMode():
         inputs = unroll_inputs(31, 16, (24, 20), 12, 10, 40, 3, U, (40,), True, 0.5, 1.0, 0)
         inputs = tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"), inputs)
-        weights, keys, values, lengths, tokens, chosen, masks = inputs
-        chosen = chosen if sampled else chosen[:0]
+        weights, keys, values, lengths, tokens, is_sampled, masks = inputs
+        is_sampled = is_sampled if sampled else is_sampled[:0]
         with redirect_launches(lambda launch: names[0].append(launch.name)), Calls(names[0]):
             logits, attention, *saved = launcher("speller_unroll")(
-                weights, keys, values, lengths, tokens, chosen, masks, bf16, True
+                weights, keys, values, lengths, tokens, is_sampled, masks, bf16, True
             )
         with redirect_launches(lambda launch: names[1].append(launch.name)), Calls(names[1]):
             launcher("speller_unroll", "speller_unroll_backward")(

@@ -41,7 +41,7 @@ NOT_DETECTED = Verdict(0)
 
 @dataclass(frozen=True)
 class SourceMutant:
-    """A kernel file with one text replaced; unchanged, as a control, if both texts are empty."""
+    """A kernel file with one text replaced. If both texts are empty it is unchanged: a control."""
 
     op: str
     name: str
@@ -53,7 +53,7 @@ class SourceMutant:
         return f"{self.op}-{self.name}"
 
     def judge(self):
-        """Run the mutant through the rungs, in workers, until one detects it. Only the control passes through all."""
+        """Run the mutant through the rungs, in workers, until one detects it. Only controls run through all."""
         rungs = [(interpreted, judge_interpreted), (compiled, judge_budgets), (compiled, judge_executed)]
         if self.slows:
             rungs = rungs[1:2]
@@ -151,10 +151,10 @@ def judge_budgets(mutant):
     with mutated_module(mutant):
         for variant in (variant for variant in VARIANTS if variant.op == mutant.op):
             for row in measure(variant, ARCH):
-                if found := violations(variant, row, table().get(row.key)):
-                    return Verdict(3, f"{variant}: {row.kernel} {', '.join(found)}")
-            if found := inexact_divisions(variant, ARCH):
-                return Verdict(3, f"{variant}: {', '.join(found)} divide inexactly")
+                if problems := violations(variant, row, table().get(row.key)):
+                    return Verdict(3, f"{variant}: {row.kernel} {', '.join(problems)}")
+            if kernels := inexact_divisions(variant, ARCH):
+                return Verdict(3, f"{variant}: {', '.join(kernels)} divide inexactly")
     return NOT_DETECTED
 
 
@@ -241,8 +241,8 @@ ALIGNMENT = [
         ("states-not-reversed", "tl.where(reverse, states - 1 - order, order)", "order"),
         ("tokens-of-the-first-utterance", "tokens + b * S + state // 2, mask", "tokens + state // 2, mask"),
         ("from-the-wrong-side", "back = tl.where(reverse, -1, 1)", "back = tl.where(reverse, 1, 1)"),
-        ("equal-tokens-need-no-blank", "((before != token) | APART)", "(token >= 0)"),
-        ("equal-tokens-always-need-a-blank", "| APART)", ")"),
+        ("equal-tokens-need-no-blank", "((before != token) | ALLOW_ADJACENT_EQUAL)", "(token >= 0)"),
+        ("equal-tokens-always-need-a-blank", "| ALLOW_ADJACENT_EQUAL)", ")"),
         ("sums-of-one-direction", "(tl.program_id(1) * B + b) * T * N", "b * T * N"),
         ("frames-not-reversed", "tl.where(reverse, frames - 1 - i, i)", "i"),
         ("first-token-not-at-the-start", "tl.where((i == 0) & (order == 1), 0.0, one)", "one"),
@@ -256,7 +256,7 @@ ALIGNMENT = [
         ("padding-has-gradients", "padding_mask(lengths, T) | ", "padding_mask(lengths, T) & "),
         ("impossible-losses-have-gradients", " | (likelihoods == 0)[:, None]", ""),
         ("unreached-states-count", "log_probs.new_full((2, B, T, N), -torch.inf)", "log_probs.new_zeros(2, B, T, N)"),
-        ("apart-in-the-loss", "apart=False)", "apart=True)"),
+        ("adjacent-equal-tokens-in-the-loss", "allow_adjacent_equal=False)", "allow_adjacent_equal=True)"),
     )
 ]  # fmt: skip
 
@@ -566,10 +566,10 @@ CODE = [
             0,
         ),
         (("beam_gather", "gather_kernel", "parents-out-of-range"), "unclamped", r"max\.s64", "min.s64", 0),
-        (("speller_unroll", "cell_kernel", "bf16"), "a-product-left-out", r"mma\.sync[^;]+;", "", 0),
+        (("speller_unroll", "cell_kernel", "bf16"), "one-mma-missing", r"mma\.sync[^;]+;", "", 0),
         (("speller_unroll", "cell_kernel", "bf16"), "no-barriers", r"bar\.sync\s+0;", "", None),
         (("speller_unroll", "attend_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
-        (("speller_unroll", "cell_gradient_kernel", "bf16"), "a-product-left-out", r"mma\.sync[^;]+;", "", -1),
+        (("speller_unroll", "cell_gradient_kernel", "bf16"), "one-mma-missing", r"mma\.sync[^;]+;", "", -1),
         (("speller_unroll", "attend_gradient_kernel", "two-cells"), "no-barriers", r"bar\.sync\s+0;", "", None),
     )
 ]

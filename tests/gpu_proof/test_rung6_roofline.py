@@ -1,4 +1,4 @@
-"""Rung 6: attention moves hardly more bytes than its inputs and outputs have."""
+"""Rung 6: attention moves hardly more bytes than its inputs and outputs hold."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_the_slowest_of_memory_arithmetic_and_launches_sets_the_bound():
 
 
 def test_a_step_of_a_cell_reads_its_weights_once_per_block_of_utterances():
-    """With operands once per block of units: what a tiled matmul must read without a cache."""
+    """It reads operands once per block of units. A tiled matmul without a cache cannot read less."""
     (cell, moved), *_ = interpreted(unroll_traffic, {"B": 33, "T": 8, "H": (64, 32), "E": 32, "D": 32, "M": 32})
     depth, states = 64 + 32, 33 * 64 * (1 + 4 + 1)  # cell state, gates, dropout mask
     weights, operands, offsets = 2 * 4 * 64 * depth, 4 * 33 * depth, 64 * 4 * 64  # offsets also for the rows of padding

@@ -18,14 +18,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_case_holds_on_the_gpu(case):
+def test_kernels_on_the_gpu_agree_with_the_reference(case):
     with poisoned():
         case.run("cuda", approximate=True)
 
 
 @pytest.fixture(scope="module")
 def encoded():
-    """A trained model and its memory of 70 utterances of noise of different lengths."""
+    """A trained model, and its memory for 70 utterances of noise of different lengths."""
     model = load_model(CHECKPOINT, torch.device("cuda")).model
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 600, (70,), generator=generator)
@@ -57,7 +57,7 @@ def test_a_search_on_triton_equals_one_on_the_reference(encoded, settings):
 
 
 def test_a_search_synchronises_only_to_read_the_flag_of_a_chunk(encoded, settings):
-    """torch reports its synchronisations as errors; reading the flag after an event is not one of them."""
+    """torch raises at every synchronisation except reading the flag after an event."""
     model, memory = encoded
     beam_search(model, memory, settings, backend="triton", capture=False)  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -1,8 +1,8 @@
-"""A training step as on CUDA, on fake tensors: how many kernels it launches, and that the host waits at most once.
+"""Run a training step as on CUDA, on fake tensors: it launches few kernels, and the host waits at most once.
 
 Fake tensors hold no numbers, so reading one raises. They are CPU tensors, because a build without CUDA cannot slice
-fake CUDA tensors, and the choices by device are patched. The decoder pass and cuDNN are stand-ins: the first has
-counts of its own, and the second is one call per direction of a layer, with the casts of its weights inside.
+fake CUDA tensors, and the choices by device are patched. Stand-ins replace the decoder pass, which has its own test of
+launches, and cuDNN, which is one call per direction of a layer and casts its weights itself.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from las_fast.training import step
 from las_fast.training.trainer import Trainer
 
 bilstm_module = importlib.import_module("las_fast.ops.bilstm")
-# Of a step with hw4p2's layers, outside the decoder pass and cuDNN; other versions take calls apart in other ways.
+# For a step with hw4p2's layers, outside the decoder pass and cuDNN. Other versions of torch decompose ops differently.
 MAX_LAUNCHES = 315 if torch.__version__.startswith("2.13.") else 400
-LAUNCHES = {"ctc_loss_triton": 25, "ctc_token_times_triton": 19}  # of ops with several
+LAUNCHES = {"ctc_loss_triton": 25, "ctc_token_times_triton": 19}  # ops that launch several
 NO_LAUNCH = {  # views, allocations, and queries that the host answers itself
     "_record_function_enter_new", "_record_function_exit", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
     "detach", "device", "empty", "empty_like", "empty_strided", "expand", "is_same_size", "new_empty",
@@ -40,7 +40,8 @@ NO_LAUNCH = {  # views, allocations, and queries that the host answers itself
     "unbind", "unsqueeze", "view",
 }  # fmt: skip
 CUDNN = {"convolution", "convolution_backward"}
-# Tensors per launch of ops on lists (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by lists that they go through.
+# Tensors per launch of ops on lists of tensors: a limit that depends on the number of lists
+# (aten/src/ATen/native/cuda/MultiTensorApply.cuh).
 PER_LAUNCH = {"_foreach_norm": 110, "_foreach_mul_": 110, "_foreach_add_": 110, "_foreach_sub_": 64,
               "_foreach_lerp_": 64, "_fused_adamw_": 36, "_amp_foreach_non_finite_check_and_unscale_": 110}  # fmt: skip
 MODEL = ModelConfig(  # the layers of preset hw4p2, smaller
@@ -74,15 +75,15 @@ class Count(TorchDispatchMode):
 
 
 def stand_in(count, shapes):
-    """Return a differentiable function of tensors with results of `shapes(*tensors)` that counts nothing itself."""
+    """Return a differentiable function whose results have the shapes `shapes(*tensors)`. It counts no launches."""
 
     class StandIn(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
             ctx.save_for_backward(*tensors)
             with count.pause():
-                made = tuple(tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes(*tensors))
-                return made if len(made) > 1 else made[0]
+                results = tuple(tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes(*tensors))
+                return results if len(results) > 1 else results[0]
 
         @staticmethod
         def backward(ctx, *gradients):
@@ -140,20 +141,20 @@ def replace_by_fakes(model):
 
 @pytest.fixture
 def count_step(monkeypatch):
-    """A function that takes three steps of a training with these settings and returns the Count of the third."""
+    """A function that takes three training steps with given settings and returns the Count of the third."""
 
-    def count_step(kind: type[Trainer] = Trainer, **settings) -> Count:
+    def count_step(trainer_class: type[Trainer] = Trainer, **settings) -> Count:
         settings = {"ctc_weight": 0.3, "guided_weight": 1.0, "guided_until": 5.0, "ema_decay": 0.9} | settings
         settings = TrainingConfig(precision="bf16", **settings)
         config = Config(features=FeatureConfig(size=4), model=MODEL, training=settings)
         data = SimpleNamespace(frame_counts=np.array([64] * 3))
         monkeypatch.setattr(step, "needs_loss_scale", lambda precision, device: True)
-        made = kind(config, data, None, Path(), torch.device("cpu"), {})
-        made.reads_late = True
+        training = trainer_class(config, data, None, Path(), torch.device("cpu"), {})
+        training.reads_late = True
         with FakeTensorMode():
-            for model in filter(None, (made.model, made.averaged)):
+            for model in filter(None, (training.model, training.averaged)):
                 replace_by_fakes(model)
-            made.optimiser = step.make_optimiser(made.model, config)
+            training.optimiser = step.make_optimiser(training.model, config)
             tokens = torch.full((3, 12), EOS)
             batch = Batch(torch.randn(3, 64, 4), torch.full((3,), 64), tokens, torch.full((3,), 12), torch.arange(3))
             count = Count()
@@ -163,20 +164,20 @@ def count_step(monkeypatch):
                 count.launches.clear()
                 count.waits.clear()
                 with count:
-                    made.train_step(batch)
+                    training.train_step(batch)
         return count
 
     return count_step
 
 
-def test_a_step_launches_few_kernels_and_waits_once_for_the_step_before(count_step):
+def test_a_step_launches_few_kernels_and_waits_only_for_the_previous_step(count_step):
     count = count_step()
     assert count.launches.total() <= MAX_LAUNCHES, count.launches.most_common()
     assert count.launches["ctc_loss_triton"] == LAUNCHES["ctc_loss_triton"] and count.waits == {"flag": 1}
 
 
 @pytest.mark.parametrize("op", LAUNCHES)
-def test_the_ctc_loss_reads_nothing_and_launches_as_many_kernels_as_are_counted(op, monkeypatch):
+def test_the_ctc_ops_read_no_value_and_launch_as_many_kernels_as_are_counted(op, monkeypatch):
     kernels = importlib.import_module("las_fast.kernels.ctc_loss")
     launched = []
     monkeypatch.setattr(kernels, "states_kernel", defaultdict(lambda: lambda *_, **__: launched.append(1)))
@@ -230,16 +231,16 @@ class CopiesLengths(Trainer):
         return super().train_step(dataclasses.replace(batch, token_lengths=batch.token_lengths.cpu()))
 
 
-@pytest.mark.parametrize("kind", [ReadsTheLoss, ComparesTheNorm, ReadsAtOnce, CopiesLengths, SettlesAtOnce])
-def test_a_training_that_waits_is_caught(count_step, kind):
+@pytest.mark.parametrize("trainer_class", [ReadsTheLoss, ComparesTheNorm, ReadsAtOnce, CopiesLengths, SettlesAtOnce])
+def test_a_trainer_that_waits_is_detected(count_step, trainer_class):
     try:
-        waits = count_step(kind).waits
+        waits = count_step(trainer_class).waits
     except (DataDependentOutputException, pytest.fail.Exception):
         return
     assert waits["flag"] == 2
 
 
-def test_a_launch_too_many_is_counted(count_step):
+def test_an_additional_launch_is_counted(count_step):
     class Wasteful(Trainer):
         def _clip(self):
             return super()._clip() + 0
