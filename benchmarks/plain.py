@@ -7,7 +7,7 @@
             the beam; one output projection for all tokens; back-pointers. In bfloat16 it trains under torch.autocast
             and decodes with bfloat16 weights.
     PlainPacked   Plain with the packed LSTM of Usual.
-    PlainGraphed  Plain whose decoder loop is a CUDA graph, forwards and backwards.
+    PlainGraphed  Plain whose decoder loop is a CUDA graph, forward and backward.
 
 All copy the weights of a las_fast.model.LAS. Their logits, losses and hypotheses equal those of las_fast.
 """
@@ -300,7 +300,7 @@ class Plain(Baseline):
         return torch.stack(path[::-1], 2), scores
 
 
-# What else a GPU may favour
+# Variants for GPUs
 
 
 class PlainPacked(Plain):
@@ -308,7 +308,7 @@ class PlainPacked(Plain):
 
 
 class PlainGraphed(Plain):
-    """Plain whose decoder loop is one CUDA graph forwards and one backwards, captured anew for each shape of a batch.
+    """Plain whose decoder loop is one CUDA graph forward and one backward, captured anew for each batch shape.
 
     capture: False runs the same loop op by op, on any device.
     """

@@ -1,4 +1,4 @@
-"""Summarise a training: what it tried and its best scores, as a row of benchmarks/results/recognition.csv.
+"""Summarise a training as a row of benchmarks/results/recognition.csv: the change that it tried, and its best scores.
 
     python -m benchmarks.recognition RUN --data NAME --what "speed perturbation 0.15 instead of 0.1" [--record]
     python -m benchmarks.recognition --table
@@ -151,7 +151,7 @@ def _draw_run(axes, members: list[dict[str, str]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recognition", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="run folder of a training")
-    parser.add_argument("--what", default="", help="what was tried, compared with which other training")
+    parser.add_argument("--what", default="", help="the change that was tried, and the training to compare with")
     parser.add_argument("--data", default="", help="name of the training data")
     parser.add_argument("--record", action="store_true", help=f"append to {FILE.name} and {VALIDATIONS.name}")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""python -m las_fast.decode: decode a split of a data set into a submission file, and score it if there are texts."""
+"""python -m las_fast.decode: decode a split of a dataset into a submission file, and score it if there are texts."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def write_results(
 
     ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
     texts = [""] * len(ids)
-    shared = False  # whether splits share ids, in which case the data set prefixes each id with its split
+    shared = False  # whether splits share ids, in which case the dataset prefixes each id with its split
     for position, row in zip(dataset.positions.tolist(), rows, strict=True):
         texts[position] = row["text"]
         shared = shared or row["id"] != ids[position][1]

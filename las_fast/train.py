@@ -1,4 +1,4 @@
-"""python -m las_fast.train: from (features or audio, transcript) pairs to a Listen, Attend and Spell model."""
+"""python -m las_fast.train: train a Listen, Attend and Spell model on features or audio with transcripts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A stand-in for CUDA streams on the CPU, which notices what a GPU would get wrong.
+"""A stand-in for CUDA streams on the CPU that detects missing synchronisation.
 
-Every op counts as work on the stream that is current. An op may only read what its own stream has written, or what
-another stream wrote before a wait for it. Memory used on another stream than that of its allocation must be recorded
-for the allocator (Tensor.record_stream).
+Every op counts as work on the current stream. An op may only read memory that its own stream has written, or that
+another stream wrote before the current one waited for it. Memory used on another stream than that of its allocation
+must be recorded for the allocator (Tensor.record_stream).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class Race(AssertionError):
-    """A stream reads what another one may still write."""
+    """A stream reads memory that another one may still write."""
 
 
 class Stream:
-    """Stands in for torch.cuda.Stream: `seen` says how much of each stream's work comes before the next op."""
+    """Stands in for torch.cuda.Stream. `seen` has the number of each stream's ops that precede the next op."""
 
     def __init__(self, name: str, heeds_waits: bool = True):
         self.name, self.heeds_waits = name, heeds_waits
@@ -34,9 +34,9 @@ class Stream:
 
 
 class Streams(TorchDispatchMode):
-    """Checks the ops inside the block; patches torch.cuda with `monkeypatch` for as long as that lasts.
+    """Checks the ops inside the block. Patches torch.cuda through `monkeypatch`, which undoes it.
 
-    heeds_waits: False makes wait_stream do nothing, to show that a missing wait is noticed.
+    heeds_waits: False makes wait_stream do nothing, to show that a missing wait is detected.
     """
 
     def __init__(self, monkeypatch, *, heeds_waits: bool = True):
@@ -74,7 +74,7 @@ class Streams(TorchDispatchMode):
         for address in read & self.written.keys():
             writer, time = self.written[address]
             if writer is not self.current and self.current.seen[writer] < time:
-                raise Race(f"{function.name()} on {self.current.name} reads what {writer.name} wrote without a wait")
+                raise Race(f"{function.name()} on {self.current.name} reads memory of {writer.name} without a wait")
             if writer is not self.current:
                 self.used[address].add(self.current)
         for x in tree_leaves(result):
@@ -88,7 +88,7 @@ class Streams(TorchDispatchMode):
         self.kept.append(x)
 
     def unrecorded(self) -> list[tuple[int, ...]]:
-        """Return the shapes of tensors used on a stream that the allocator was not told of."""
+        """Return the shapes of tensors used on a stream without record_stream."""
         missing = {address for address, streams in self.used.items() if streams - self.recorded[address]}
         return [tuple(x.shape) for x in self.kept if _address(x) in missing]
 

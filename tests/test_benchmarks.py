@@ -91,12 +91,12 @@ def test_a_baseline_has_the_logits_losses_and_gradients_of_the_model(model, feat
 
 
 def test_the_loop_that_is_captured_computes_in_the_precision_of_autocast(model, features):
-    tokens, found = torch.tensor([[3, 4, EOS], [7, 8, EOS], [5, EOS, PAD]]), []
+    tokens, outputs = torch.tensor([[3, 4, EOS], [7, 8, EOS], [5, EOS, PAD]]), []
     for kind in (Plain, PlainUncaptured):
         with torch.autocast("cpu", torch.bfloat16):
             output = kind(model).eval()(features, LENGTHS, tokens)
-        found.append(output)
-    plain, captured = found
+        outputs.append(output)
+    plain, captured = outputs
     assert not torch.equal(captured.logits, PlainUncaptured(model).eval()(features, LENGTHS, tokens).logits)
     torch.testing.assert_close(captured.logits, plain.logits, atol=3e-2, rtol=3e-2)
     torch.testing.assert_close(captured.weights, plain.weights, atol=1e-2, rtol=1e-2, check_dtype=False)

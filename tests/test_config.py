@@ -548,7 +548,7 @@ def test_settings_may_come_through_a_pipe(tmp_path):
              "decoding.frames_per_batch", "training.threads", "training.pictures"]
 )  # fmt: skip
 def test_sizes_have_a_limit(name):
-    most = BOUNDS[name].at_most
-    check(with_setting(name, most))
-    with pytest.raises(InputError, match=f"settings: {name} must be at most [0-9e+]+; got {most + 1}"):
-        check(with_setting(name, most + 1))
+    limit = BOUNDS[name].at_most
+    check(with_setting(name, limit))
+    with pytest.raises(InputError, match=f"settings: {name} must be at most [0-9e+]+; got {limit + 1}"):
+        check(with_setting(name, limit + 1))

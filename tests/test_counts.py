@@ -186,12 +186,12 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Peak bytes of the tensors that run() allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    now = most = 0
+    now = peak = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
-            most = max(most, now)
-    return most
+            peak = max(peak, now)
+    return peak
 
 
 def test_memory_of_decoding_does_not_grow_with_the_number_of_utterances():

@@ -111,8 +111,8 @@ def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
 
 def test_a_beam_may_be_listed_whole(workspace, tmp_path):
     decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"), "--nbest", "2", "--beam", "2")
-    found = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [len(row["nbest"]) for row in found] == [2] * 5
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [len(row["nbest"]) for row in rows] == [2] * 5
 
 
 def test_results_do_not_depend_on_the_batch(workspace, tmp_path):

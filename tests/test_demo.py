@@ -213,8 +213,8 @@ def test_the_stages_run_in_order_with_their_inputs(tmp_path, monkeypatch, capsys
     for name, result in (("make_corpus", "archive"), ("train", None), ("decode", "printed"),
                          ("summarise", ("result", "rows")), ("show", None)):  # fmt: skip
 
-        def stage(*args, name=name, result=result, **own):
-            calls.append((name, *args, own))
+        def stage(*args, name=name, result=result, **options):
+            calls.append((name, *args, options))
             return result
 
         monkeypatch.setattr(demo, name, stage)
@@ -237,13 +237,13 @@ def test_the_stages_run_in_order_with_their_inputs(tmp_path, monkeypatch, capsys
 
 def test_a_corpus_is_kept_or_made(tmp_path, monkeypatch, capsys):
     sizes, made = {"train": 3, "dev": 2, "test": 1, "seed": 4}, []
-    monkeypatch.setattr(spoken, "generate", lambda root, **own: made.append((root, own)) or "new")
+    monkeypatch.setattr(spoken, "generate", lambda root, **options: made.append((root, options)) or "new")
     for current, fresh, actual in (
         (True, False, tmp_path / spoken.ARCHIVE),
         (True, True, "new"),
         (False, False, "new"),
     ):
-        monkeypatch.setattr(spoken, "is_current", lambda root, current=current, **own: current and own == sizes)
+        monkeypatch.setattr(spoken, "is_current", lambda root, current=current, **options: current and options == sizes)
         assert demo.make_corpus(tmp_path, sizes, fresh=fresh) == actual
         kept = "was made with the same settings and is kept" in capsys.readouterr().out
         assert kept == (actual != "new")

@@ -291,8 +291,8 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
     content = b'{"__metadata__": {"format": "mine"}}'
     (tmp_path / "x").write_bytes(len(content).to_bytes(8, "little") + content + b"weights")
     assert safetensors_format(tmp_path / "x") == "mine" and safetensors_format(tmp_path / "none") is None
-    for most, known in ((len(content), "mine"), (len(content) - 1, None)):
-        monkeypatch.setattr("las_fast.files.MAX_HEADER_BYTES", most)
+    for limit, known in ((len(content), "mine"), (len(content) - 1, None)):
+        monkeypatch.setattr("las_fast.files.MAX_HEADER_BYTES", limit)
         assert safetensors_format(tmp_path / "x") == known
 
 

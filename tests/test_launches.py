@@ -156,7 +156,7 @@ class HostCopies(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         name = function.name().split("::")[1].split(".")[0]
@@ -165,7 +165,7 @@ class HostCopies(TorchDispatchMode):
             or (name == "lift_fresh" and arguments[0].dim() > 0)  # torch.tensor of a list
             or (name == "copy_" and arguments[1].dim() == 0)  # a number written to one element
         ):
-            self.found.append(name)
+            self.names.append(name)
         return function(*arguments, **(named or {}))
 
 
@@ -181,7 +181,7 @@ def test_beams_beyond_the_triton_op_copy_nothing_from_the_host():
             ngram=Ngram(torch.zeros(V, V), torch.zeros(B, K, dtype=torch.int64), 0.3),
             ctc=Ctc(torch.zeros(B, K, V), 0.3), backend="reference",
         )  # fmt: skip
-    assert copies.found == []
+    assert copies.names == []
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_the_beams_before_the_first_step_copy_no_number_from_the_host():
     with HostCopies() as copies:
         fold_length_reward(None, config(length_reward=0.5), V, "cpu")
         steps.begin(search, memory, length_limits(memory.lengths, search.config))
-    assert copies.found == []
+    assert copies.names == []
 
 
 class Reads(LAS):

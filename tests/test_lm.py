@@ -183,8 +183,8 @@ def test_a_file_has_metadata_and_the_smallest_integers_that_fit(tmp_path):
          "sentences": str(len(TEXT)), "tokens": str(tokens), "las_fast": __version__},
         ["int32", "int32"],
     )  # fmt: skip
-    for order, most, dtypes in ((6, 2**31 - 1, ["int32", "int32"]), (7, 2**31, ["int64", "int64"])):
-        counts = np.array([1, most])
+    for order, count, dtypes in ((6, 2**31 - 1, ["int32", "int32"]), (7, 2**31, ["int64", "int64"])):
+        counts = np.array([1, count])
         assert saved(ngram.LanguageModel(order, lm.CHARACTERS, np.array([EOS, 5]), counts))[1] == dtypes
     letters = lm.CHARACTERS + "12"
     assert 2**30 < len(Vocabulary(letters)) ** 6 < 2**31

@@ -184,8 +184,8 @@ def test_help_is_shown_at_any_position(monkeypatch, word):
 def test_help_lists_options_then_settings_with_values_and_defaults(capsys, word):
     with pytest.raises(SystemExit) as end:
         settings_of("--data", "x", word)
-    own, _, settings = capsys.readouterr().out.partition("\nand any of these settings:\n\n")
-    assert end.value.code == 0 and own.startswith("usage: job") and "--data" in own and "job" in settings
+    options, _, settings = capsys.readouterr().out.partition("\nand any of these settings:\n\n")
+    assert end.value.code == 0 and options.startswith("usage: job") and "--data" in options and "job" in settings
     assert re.search(r"--training.wandb \{True,False\}.*?default: False", settings, re.DOTALL)
     assert re.search(r"--training.epochs INT.*?default: 60", settings, re.DOTALL)
 

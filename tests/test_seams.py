@@ -1,4 +1,4 @@
-"""Interfaces between modules: what each passes to the next, and that every setting reaches its use."""
+"""Interfaces between modules: each passes the right values to the next, and every setting takes effect."""
 
 import csv
 import json
@@ -127,7 +127,8 @@ def test_every_loss_setting_reaches_each_step(archive, tmp_path, monkeypatch):
     )  # fmt: skip
     trainer = make_trainer(archive, tmp_path, small(model=replace(MODEL, ctc_layer=0), training=training))
     losses, forcing, loss, forward = [], [], step_module.training_loss, LAS.forward
-    monkeypatch.setattr(step_module, "training_loss", lambda *args, **own: losses.append(own) or loss(*args, **own))
+    spy = lambda *args, **options: losses.append(options) or loss(*args, **options)  # noqa: E731
+    monkeypatch.setattr(step_module, "training_loss", spy)
     monkeypatch.setattr(LAS, "forward", lambda self, *args: forcing.append(args[3]) or forward(self, *args))
     batch, per_epoch = first_batch(trainer), trainer.curriculum.steps_before(1)
     for step, ctc, guided, rate in ((0, 0.4, 2.0, 0.125), (per_epoch, 0.4, 1.5, 0.5), (2 * per_epoch, 0.0, 1.0, None)):
@@ -388,9 +389,9 @@ def test_the_audio_gain_is_measured_in_batches_of_more_than_one(archive, tmp_pat
     first, alone = sorted_batches(trainer.dev_data.frame_counts, frames_per_batch=30000, utterances_per_batch=4)
     assert (len(first), len(alone)) == (4, 1)
     following = {i: first[(n + 1) % 4] for n, i in enumerate(first)} | {alone[0]: alone[0]}
-    own, counts = losses_by_hand(trainer, lambda i: i)
-    others, _ = losses_by_hand(trainer, following.get)
-    increase, tokens = sum(others[i] - own[i] for i in first), sum(counts[i] for i in first)
+    paired, counts = losses_by_hand(trainer, lambda i: i)
+    swapped, _ = losses_by_hand(trainer, following.get)
+    increase, tokens = sum(swapped[i] - paired[i] for i in first), sum(counts[i] for i in first)
     assert actual.alignment.audio_gain == pytest.approx(increase / tokens, abs=1e-5)
     single = replace(config, data=replace(config.data, utterances_per_batch=1))
     assert (
@@ -427,7 +428,7 @@ def test_validation_searches_with_attention_only(archive, tmp_path, monkeypatch)
     assert set(seen) == {replace(decoding, ngram_weight=0.0, length_reward=0.0)} and not trainer.model.training
 
 
-# --------------------------------------------------------------------------------------- what reaches the model
+# ------------------------------------------------------------------------------------------- inputs of the model
 
 
 @pytest.fixture
@@ -522,8 +523,8 @@ def test_each_command_normalises_by_the_statistics_of_the_checkpoint(
 def test_decoding_uses_the_checkpoints_normalise_text(tmp_path):
     manifest = make_manifest(tmp_path / "data", utterances=2)
     manifest.write_text(manifest.read_text().replace("\tA", "\tá-a "), encoding="utf-8")
-    for own, argv in ((True, ()), (False, ("--normalise-text",))):
-        path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"data": DataConfig(normalise_text=own)})
+    for normalise, argv in ((True, ()), (False, ("--normalise-text",))):
+        path = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"data": DataConfig(normalise_text=normalise)})
         decoded(path, tmp_path / "data", tmp_path / "out.csv", "--jsonl", str(tmp_path / "rows.jsonl"), *argv)
         rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert all(row["reference"].startswith("A A ") for row in rows)
@@ -536,7 +537,7 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
     """decode, transcribe and tune search with the checkpoint's settings and the command line's changes to them."""
     import las_fast.search.beam as search
 
-    own = DecodingConfig(
+    settings = DecodingConfig(
         beam=3, length_penalty=0.7, eos_threshold=0.1, minimum_share=0.01, maximum_share=0.2, maximum_extra=4,
         coverage_weight=0.05, frames_per_batch=9999, precision="fp32",
     )  # fmt: skip
@@ -548,16 +549,16 @@ def test_each_field_of_decoding_reaches_the_search_from_the_checkpoint(tmp_path,
 
     monkeypatch.setattr(search, "beam_search", spy)
     monkeypatch.setattr("las_fast.search.dataset.beam_search", spy)
-    path = make_checkpoint(tmp_path, 28, sections={"decoding": own})
+    path = make_checkpoint(tmp_path, 28, sections={"decoding": settings})
     decoded(path, archive, tmp_path / "out.csv", split="dev-clean")
     decoded(path, archive, tmp_path / "out.csv", "--decoding.beam", "2", split="dev-clean")
-    sound = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"decoding": own})
+    sound = make_checkpoint(tmp_path, 20, mel_bins=23, sections={"decoding": settings})
     transcribe.main([str(recording), "--checkpoint", str(sound), "--device", "cpu"])
     transcribe.main([str(recording), "--checkpoint", str(sound), "--device", "cpu", "--beam", "2"])
     tune.main(["--checkpoint", str(path), "--data", str(archive), "--device", "cpu", "--length-penalty", "0.2", "0.4"])
-    two = replace(own, beam=2)
-    assert set(seen[:1]) == {own} and Counter(seen) == Counter(
-        [own, two, own, two, replace(own, length_penalty=0.2), replace(own, length_penalty=0.4)]
+    two = replace(settings, beam=2)
+    assert set(seen[:1]) == {settings} and Counter(seen) == Counter(
+        [settings, two, settings, two, replace(settings, length_penalty=0.2), replace(settings, length_penalty=0.4)]
     )
 
 

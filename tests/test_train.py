@@ -487,7 +487,7 @@ def test_gradients_are_clipped_after_backward_and_after_unscaling(archive, tmp_p
 )
 def test_a_diverged_training_ends_without_a_best_model(archive, tmp_path, monkeypatch, loss, norm, sentence):
     validate_unpatched, clip = trainer.validate, trainer.Trainer._clip
-    monkeypatch.setattr(trainer, "validate", lambda *given: replace(validate_unpatched(*given), loss=loss))
+    monkeypatch.setattr(trainer, "validate", lambda *arguments: replace(validate_unpatched(*arguments), loss=loss))
     monkeypatch.setattr(trainer.Trainer, "_clip", lambda made: clip(made) * norm)
     with pytest.raises(InputError, match=sentence):
         train.main(arguments(archive, tmp_path / "run"))
@@ -584,7 +584,8 @@ def test_an_explicit_precision_is_used_and_auto_depends_on_the_machine(monkeypat
         assert step.choose_precision(name, cpu) == chosen
     cuda, calls = torch.device("cuda"), []
     for native, chosen in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **own: calls.append(own) or native)
+        is_supported = lambda native=native, **options: calls.append(options) or native  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
         assert step.choose_precision("auto", cuda) == chosen
     assert calls == [{"including_emulation": False}] * 2  # emulated bf16 matmuls are slow
 

@@ -180,7 +180,7 @@ def loaded(monkeypatch):
         ({"train": ("x", "y"), "dev": "z"}, [("x", "y"), ("z",)]),
     ],
 )
-def test_both_data_sets_are_loaded_with_transcripts_and_counted(loaded, capsys, splits, expected):
+def test_both_datasets_are_loaded_with_transcripts_and_counted(loaded, capsys, splits, expected):
     data = replace(small().data, max_seconds=9.0, **splits)
     config = small(data=data)
     loaded.answers = ours, dev = [utterances(3), utterances(2, skipped=[("a", "b")])]
@@ -205,7 +205,7 @@ def test_transcript_lengths_are_checked_only_with_a_ctc_head(loaded, layer, warn
 
 
 @pytest.mark.parametrize(("counts", "name"), [((0, 1), "train-clean-100"), ((1, 0), "dev-clean"), ((1, 1), None)])
-def test_a_data_set_without_a_usable_utterance_is_refused(loaded, counts, name):
+def test_a_dataset_without_a_usable_utterance_is_refused(loaded, counts, name):
     loaded.answers = [utterances(count) for count in counts]
     message = f"{name} of the corpus has no usable utterance; give another split or --data"
     with pytest.raises(InputError, match=message) if name else contextlib.nullcontext():
@@ -288,8 +288,8 @@ def test_the_command_prints_its_data_and_saves_its_settings(archive, tmp_path, c
     train.main([*argv, "--data.workers", "0"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "data: HW4P2 F23" and any(line.startswith("model: ") for line in printed)
-    (made, given), (again, other) = began
-    assert given == argv and other == [*argv, "--data.workers", "0"]
+    (made, first_arguments), (again, second_arguments) = began
+    assert first_arguments == argv and second_arguments == [*argv, "--data.workers", "0"]
     assert (out / "config.yaml").read_text() == to_yaml(again.config) and made.config.training.epochs == 3
     assert made.source == {"kind": "features", "name": "HW4P2 F23"} and made.device == torch.device("cpu")
     for weird in (argv, [*argv, "--resume"]):

@@ -1,4 +1,4 @@
-"""The tune command: the grid, what is printed and written, and what is refused."""
+"""The tune command: the grid, its output, and its errors."""
 
 import csv
 import shutil

@@ -39,8 +39,8 @@ class Batch:
     def to(self, device: str | torch.device) -> Batch:
         """Copy the batch to a device.
 
-        On CUDA the copies run on a stream of their own, beside the work enqueued so far; work enqueued later waits for
-        them. The host does not wait if the batch is in pinned memory, as those of a loader are.
+        On CUDA the copies run on a separate stream, in parallel with the work enqueued so far; work enqueued later
+        waits for them. The host does not wait if the batch is in pinned memory, as the batches of a loader are.
         """
         if torch.device(device).type != "cuda":
             return self._moved(device)

@@ -63,7 +63,7 @@ def bilstm(
 
 
 def bilstm_on_streams(x: Tensor, lengths: Tensor, forwards: Sequence[Tensor], backwards: Sequence[Tensor]) -> Tensor:
-    """Compute bilstm on CUDA: each direction is an LSTM of cuDNN on a stream of its own. The host never waits.
+    """Compute bilstm on CUDA: each direction is a cuDNN LSTM on a separate stream. The host never waits.
 
     cuDNN runs packed sequences with its slowest algorithm, so the frames stay padded; padding must be finite. Its
     persistent kernels need float16, sizes in multiples of 128 and a batch in multiples of 8. Under autocast to any half

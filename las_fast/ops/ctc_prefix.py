@@ -11,8 +11,7 @@ forward variable per frame. For a hypothesis g, a token v and the probability p_
     psi(g.v) = sum over t of f_(t-1)(g,v) * p_t(v)           P(the transcript starts with g.v)
     psi(g.<eos>) = a_T(g)                                    P(the transcript is g)
 
-The log-probability of the next token, next_log_probs, is log psi(g.v) - log psi(g), and -inf for the blank. The C++
-sources call it the gain of v.
+The log-probability of the next token, next_log_probs, is log psi(g.v) - log psi(g), and -inf for the blank.
 """
 
 from __future__ import annotations

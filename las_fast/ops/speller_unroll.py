@@ -117,10 +117,11 @@ def _reference(weights: SpellerWeights, keys, values, lengths, tokens, sampled, 
 
 
 def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, masks, dtype) -> tuple[Tensor, Tensor]:
-    """Run the loop with weights, keys and values detached.
+    """Run the loop on detached weights, keys and values.
 
-    Each step adds an offset instead (zeros, or the bias), a slice of one tensor. The backward pass of that tensor
-    receives the gradients of all steps at once: the gradient of a weight, or of keys and values, is one matmul.
+    Instead of them, an offset carries the gradient: each step adds its slice of one tensor (zeros, or the bias). The
+    backward pass of that tensor receives the gradients of all steps at once, so the gradient of a weight, or of keys
+    and values, is one matmul.
     """
     state, steps = initial_state(weights, values, 1), tokens.shape[1]
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)

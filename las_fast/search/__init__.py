@@ -1,4 +1,4 @@
-"""From encoder memory to hypotheses: beam search, n-gram models, decoding of whole data sets."""
+"""From encoder memory to hypotheses: beam search, n-gram models, decoding of whole datasets."""
 
 from __future__ import annotations
 

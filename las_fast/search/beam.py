@@ -178,7 +178,7 @@ def best_beams(columns: list[Tensor], nbest: int) -> list[Tensor]:
 
 
 def in_one_copy(columns: list[Tensor]) -> list[Tensor]:
-    """Copy (B, N) and (B, N, L) tensors to the host at once: each copy of its own would wait for the device.
+    """Copy (B, N) and (B, N, L) tensors to the host at once: separate copies would each wait for the device.
 
     Returns tensors of the same values and shapes: float32, or int32 for integers and bools, which must fit.
     """

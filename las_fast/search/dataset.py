@@ -1,4 +1,4 @@
-"""Decode a data set in batches; halve a batch that does not fit in memory."""
+"""Decode a dataset in batches; halve a batch that does not fit in memory."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from las_fast.search.bf16 import Bf16Steps
 from las_fast.text import EOS, SOS
 
 STEPS_PER_CHUNK = 16  # between two checks of whether all beams have ended
-SHORT_TEXT = 256  # most tokens of a text that is searched in shorter chunks on CUDA
+SHORT_TEXT = 256  # maximum tokens of a text that is searched in shorter chunks on CUDA
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def max_chunks(search: Search, memory) -> int:
 
 
 def longest_text(search: Search, memory) -> int:
-    """Return the most tokens of a text, <eos> counted. Reads only shapes: reading lengths would synchronise."""
+    """Return the maximum tokens of a text, <eos> counted. Reads only shapes: reading lengths would synchronise."""
     frames = memory.padding.shape[1] * search.model.time_reduction
     return max(math.ceil(frames * search.config.maximum_share) + search.config.maximum_extra, 1) + 1
 

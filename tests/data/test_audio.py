@@ -556,7 +556,7 @@ def test_an_impossible_part_is_refused(tmp_path, start, seconds):
     assert "a part of" in refusal(path, start=start, seconds=seconds)
 
 
-# -------------------------------------------------------------------------------------- names, pipes, what is no file
+# -------------------------------------------------------------------------------------------- names, pipes, not a file
 
 
 @pytest.mark.parametrize("name", [b"mod\xe0.wav", b"two\nlines.wav", "\uac15\uc758 \U0001f399.wav".encode(),

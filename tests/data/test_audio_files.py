@@ -45,7 +45,7 @@ def refused(path, sentence: str, **options) -> None:
     assert refusal(path, **options).replace(show(path), "X") == sentence
 
 
-# ------------------------------------------------------------------------------------------------------ what is missing
+# ------------------------------------------------------------------------------------------------------- missing audio
 
 
 def test_a_tenth_of_a_second_may_be_missing(tmp_path):
@@ -223,7 +223,7 @@ def test_samples_before_a_decoder_failure_are_kept(tmp_path, monkeypatch):
     np.testing.assert_array_equal(load_audio(put(tmp_path, GOOD), RATE), whole)
 
 
-# ------------------------------------------------------------------------------------------------- what is no audio
+# ----------------------------------------------------------------------------------------------------- not audio
 
 JUNK = bytes(range(1, 255)) * 8
 

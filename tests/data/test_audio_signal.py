@@ -72,7 +72,7 @@ def test_unrelated_channels_are_averaged_without_a_warning(tmp_path):
     assert not warnings
 
 
-# ------------------------------------------------------------------------------------------------- what the signal is
+# ----------------------------------------------------------------------------------------------------------- the signal
 
 
 @pytest.mark.parametrize("rate", [8000, 11025])

@@ -375,11 +375,11 @@ def test_short_epochs_use_the_speeds_that_their_batches_were_made_for(dataset):
 
 
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3, dtype=torch.int64), None])
-def test_a_batch_is_copied_to_cuda_on_a_stream_of_its_own(monkeypatch, tokens):
+def test_a_batch_is_copied_to_cuda_on_a_separate_stream(monkeypatch, tokens):
     streams = Streams(monkeypatch)
     batching._copy_stream.cache_clear()
-    asked = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, *given, **options: asked.append((given, options)) or x.clone())
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: calls.append((args, options)) or x.clone())
     batch = Batch(torch.randn(2, 5, 4), torch.tensor([5, 4]), tokens, None, torch.arange(2))
     with streams:
         streams.main.seen[streams.main] = 7  # work enqueued before, for which the copy does not wait
@@ -387,9 +387,9 @@ def test_a_batch_is_copied_to_cuda_on_a_stream_of_its_own(monkeypatch, tokens):
         copying = batching._copy_stream("cuda")
         assert copying.seen[streams.main] == 0 and streams.main.seen[copying] == copying.seen[copying] > 0
         assert torch.equal(moved.features + 0, batch.features) and (moved.tokens is None) == (tokens is None)
-    assert asked == [(("cuda",), {"non_blocking": True})] * len(asked) and len(asked) in (3, 4)
+    assert calls == [(("cuda",), {"non_blocking": True})] * len(calls) and len(calls) in (3, 4)
     assert streams.used and streams.unrecorded() == []
     monkeypatch.setattr(type(streams.main), "wait_stream", lambda self, other: None)
-    with streams, pytest.raises(Race, match="reads what side wrote"):
+    with streams, pytest.raises(Race, match="reads memory of side"):
         _ = batch.to("cuda").features + 0
     batching._copy_stream.cache_clear()

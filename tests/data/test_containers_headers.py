@@ -459,13 +459,13 @@ def test_the_length_of_w64_comes_from_the_chunk(before, length):
         lacks = [Stream((head, (begin, begin + length - cut)), missing_bytes=cut)]
         assert streams_of(data[: begin + length - cut]) == lacks
     for unknown in (0, -1, 24, 1 << 62):
-        given = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", unknown, sound), pad=True)[: begin - at] + sound
+        unfilled = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", unknown, sound), pad=True)[: begin - at] + sound
         head = data[at : begin - 8] + struct.pack("<q", 24 + length)
-        assert streams_of(given) == [Stream((head, (begin, begin + length)))]
+        assert streams_of(unfilled) == [Stream((head, (begin, begin + length)))]
     huge = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", (1 << 62) - 1, b"")) + sound
     assert streams_of(huge)[0].missing_bytes == (1 << 62) - 25 - length
-    least = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 25, b"")) + sound
-    assert streams_of(least) == [Stream(((at, len(least)),))]
+    smallest = before + w64(FMT, (b"fact", 29, b"odd.."), (b"data", 25, b"")) + sound
+    assert streams_of(smallest) == [Stream(((at, len(smallest)),))]
 
 
 @pytest.mark.parametrize("data", [w64(FMT), w64((b"fmt ", 0, b""), (b"data", 124, SOUND)), w64(), w64(FMT)[:50]])

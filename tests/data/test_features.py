@@ -213,12 +213,12 @@ def test_deltas_of_one_frame_are_zero():
 
 
 def test_a_window_has_at_least_two_samples_and_a_shift_at_least_one():
-    least = FeatureConfig(sample_rate=1000, window_ms=2.0, shift_ms=1.0)
-    assert frame_sizes(least) == (2, 1)
-    check_settings(least)
+    smallest = FeatureConfig(sample_rate=1000, window_ms=2.0, shift_ms=1.0)
+    assert frame_sizes(smallest) == (2, 1)
+    check_settings(smallest)
     for fields in ({"window_ms": 1.0}, {"shift_ms": 0.4}):
         with pytest.raises(InputError, match="give at least 2 and 1"):
-            check_settings(replace(least, **fields))
+            check_settings(replace(smallest, **fields))
     check_settings(FeatureConfig(kind="mfcc", size=23, mel_bins=23))
     with pytest.raises(InputError):
         check_settings(FeatureConfig(kind="mfcc", size=24, mel_bins=23))

@@ -256,7 +256,7 @@ def test_a_library_that_does_not_load_is_an_input_error(library, monkeypatch):
         espeak.Synthesiser()
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------- output files
 
 
 def test_the_corpus_has_the_f23_layout(root):

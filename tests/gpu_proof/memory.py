@@ -140,7 +140,7 @@ class GlobalMarks:
         elements, threads = _elements(access, width, buffer.grain)
         reader, read_at, writer, written_at = self._marks_of(access.buffer, buffer)
         if self._conflicts(writer[elements], written_at[elements], threads).any():
-            raise BarrierRace(f"{instruction}: reads in {buffer.name} what another thread wrote; no barrier between")
+            raise BarrierRace(f"{instruction}: reads {buffer.name} where another thread wrote, without a barrier")
         shared = self._conflicts(reader[elements], read_at[elements], threads)
         reader[elements], read_at[elements] = np.where(shared, MANY_THREADS, threads), self.clock
         # several threads of this access may read one element: only the last of them is recorded above
@@ -158,7 +158,7 @@ class GlobalMarks:
         before = view[contested] if contested.size else None
         yield
         if contested.size and (view[contested] != before).any():
-            raise BarrierRace(f"{instruction}: changes in {buffer.name} what another thread used; no barrier between")
+            raise BarrierRace(f"{instruction}: changes {buffer.name} where another thread used it, without a barrier")
         writer[elements], written_at[elements] = threads, self.clock
 
     def _marks_of(self, number, buffer):
@@ -227,7 +227,7 @@ class SharedMemory:
         if np.count_nonzero(written) and _by_other_warps(written, access).any():
             if (written >= IN_FLIGHT).any():
                 raise BarrierRace(f"{instruction}: reads a word that a cp.async has yet to write")
-            raise BarrierRace(f"{instruction}: reads what another warp wrote; no barrier between")
+            raise BarrierRace(f"{instruction}: reads memory that another warp wrote, without a barrier")
         before = self.read[access.words]
         marks = access.owners
         if np.count_nonzero(before):
@@ -239,7 +239,7 @@ class SharedMemory:
         """Raise BarrierRace if another warp read one of the words; return which words another warp wrote."""
         read = self.read[access.words]
         if np.count_nonzero(read) and _by_other_warps(read, access).any():
-            raise BarrierRace(f"{instruction}: overwrites shared memory that another warp read; no barrier between")
+            raise BarrierRace(f"{instruction}: overwrites shared memory that another warp read, without a barrier")
         written = self.written[access.words]
         if (written >= IN_FLIGHT).any():
             raise BarrierRace(f"{instruction}: overwrites shared memory that a cp.async has yet to write")

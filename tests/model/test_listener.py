@@ -60,8 +60,8 @@ def test_a_layer_on_cuda_equals_the_op_in_value_and_gradient(lengths, monkeypatc
         output = layer(leaf, lengths)
         results.append([output, *gradients(layer, output, leaf)])
     assert len(results[0]) == 10
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[33, 12, 5], [9] * 8, [21, 20, 19, 18, 17, 16, 15, 14, 13]])
@@ -77,11 +77,11 @@ def test_a_listener_on_cuda_with_rows_added_up_to_eight_equals_that_on_the_cpu(l
         outputs = [output, *(tapped[:1] if tapped else ())]
         results.append([*outputs, frames, *gradients(listener, torch.cat(outputs, 1))])
     assert seen == [len(lengths), -(-len(lengths) // 8) * 8]
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-5)
 
 
-def test_the_two_directions_wait_for_each_other_and_the_allocator_is_told(like_cuda):
+def test_the_two_directions_wait_for_each_other_and_record_their_streams(like_cuda):
     layer, (x, lengths) = BiLSTM(5, 6), ragged([7, 3, 1])
     with like_cuda:
         x, lengths = x + 0, lengths + 0
@@ -92,21 +92,21 @@ def test_the_two_directions_wait_for_each_other_and_the_allocator_is_told(like_c
     assert like_cuda.unrecorded() == []
 
 
-def test_a_missing_wait_or_record_is_noticed(like_cuda, monkeypatch):
+def test_a_missing_wait_or_record_is_detected(like_cuda, monkeypatch):
     layer, (x, lengths) = BiLSTM(5, 6), ragged([7, 3, 1])
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
     with like_cuda:
         layer(x + 0, lengths + 0)
     assert (3, 7, 5) in like_cuda.unrecorded() and (3, 7, 6) in like_cuda.unrecorded()
     like_cuda.main.heeds_waits = False
-    with like_cuda, pytest.raises(Race, match="cat on main reads what side wrote"):
+    with like_cuda, pytest.raises(Race, match="cat on main reads memory of side"):
         layer(x + 0, lengths + 0)
 
 
-def test_weights_lie_by_direction_after_a_move_and_after_a_copy(monkeypatch):
-    """cuDNN copies weights at every call, and PyTorch warns, unless those of a call lie in one buffer in its order."""
+def test_each_directions_weights_are_one_buffer_after_a_move_and_after_a_copy(monkeypatch):
+    """Unless a call's weights are one buffer in cuDNN's order, cuDNN copies them at every call and PyTorch warns."""
     flattened = []
-    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *given: flattened.append(given))
+    monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", lambda *arguments: flattened.append(arguments))
     monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda x: True)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: mode)
@@ -116,9 +116,9 @@ def test_weights_lie_by_direction_after_a_move_and_after_a_copy(monkeypatch):
 
     def check(module):
         (*_, forwards, backwards) = flattened
-        for given, weights in ((forwards, module.all_weights[0]), (backwards, module.all_weights[1])):
-            assert all(x is y for x, y in zip(given[0], weights, strict=True))
-            assert given[1:] == (4, 5, "LSTM", 6, 0, 1, True, False)  # weights, input, mode, size, ..., one direction
+        for call, weights in ((forwards, module.all_weights[0]), (backwards, module.all_weights[1])):
+            assert all(x is y for x, y in zip(call[0], weights, strict=True))
+            assert call[1:] == (4, 5, "LSTM", 6, 0, 1, True, False)  # weights, input, mode, size, ..., one direction
         assert module.bidirectional and len(module._flat_weights) == 8
 
     check(lstm)

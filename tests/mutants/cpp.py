@@ -46,14 +46,14 @@ class CppTarget:
         self.started: list[Server] = []
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
-        found, left_out = [], 0
+        mutants, left_out = [], 0
         for path in sources(paths, self.name, "*.*", ROOT):
             text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
-            found += cpp_mutants(text, name)
+            mutants += cpp_mutants(text, name)
             left_out += constants(text, name)
-        if found:
+        if mutants:
             print(f"csrc: {left_out} edits of constant expressions are not tried", file=sys.stderr)
-        return found
+        return mutants
 
     def restrict(self, tests: Sequence[Path]) -> None:
         raise SystemExit("csrc is judged by tests/ops; leave --tests out")
@@ -179,9 +179,9 @@ def refused_by(messages: str, mutants: Collection[Mutant]) -> list[Mutant]:
     """The mutants on lines with compiler errors, or else on the lines that instantiated them."""
     for pattern in (r"/([\w.]+):(\d+):\d+: error:", r"/([\w.]+):(\d+):\d+:   required"):
         lines = {(f"csrc/{name}", int(line)) for name, line in re.findall(pattern, messages)}
-        found = [m for m in mutants if any((m.file, n) in lines for n in _lines(m))]
-        if found:
-            return found
+        refused = [m for m in mutants if any((m.file, n) in lines for n in _lines(m))]
+        if refused:
+            return refused
     raise SystemExit(f"csrc does not compile, and no mutant is to blame:\n{messages[:3000]}")
 
 

@@ -108,7 +108,7 @@ class _Walk:
     def __init__(self, source: str, file: str):
         self.file = file
         self.raw = source.encode()
-        hidden = HIDDEN.sub(lambda found: " " * len(found[0]), source)
+        hidden = HIDDEN.sub(lambda match: " " * len(match[0]), source)
         self.tree = PARSER.parse(hidden.encode())
 
     def edits(self) -> Iterator[tuple[Mutant, bool]]:
@@ -137,8 +137,8 @@ class _Walk:
         return self.raw[node.start_byte : node.end_byte].decode()
 
     def field(self, node: Node, name: str) -> str:
-        found = node.child_by_field_name(name)
-        return self.text(found) if found else ""
+        child = node.child_by_field_name(name)
+        return self.text(child) if child else ""
 
     def name_of(self, node: Node) -> str:
         declarator = node.child_by_field_name("declarator")
@@ -276,5 +276,5 @@ class _Walk:
         if bare in SWAPS:
             yield "swap", SWAPS[bare] + name[len(bare) :] + arguments
         if bare == "std::clamp":
-            found = [self.text(x) for x in node.child_by_field_name("arguments").children if x.is_named]
-            yield "unwrap", found[0]
+            arguments = [self.text(x) for x in node.child_by_field_name("arguments").children if x.is_named]
+            yield "unwrap", arguments[0]

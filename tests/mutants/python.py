@@ -52,10 +52,10 @@ class PythonTarget:
         self.distrusted: set[str] = set()
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
-        found = []
+        mutants = []
         for path in sources(paths, self.name, "*.py", self.root):
-            found += python_mutants(path.read_text(encoding="utf-8"), str(path.relative_to(self.root)))
-        return found
+            mutants += python_mutants(path.read_text(encoding="utf-8"), str(path.relative_to(self.root)))
+        return mutants
 
     def restrict(self, tests: Sequence[Path]) -> None:
         self.tests.files = chosen_files(self.tests.files, tests, self.root)

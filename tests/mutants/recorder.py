@@ -82,9 +82,8 @@ class Recorder:
         self.coverage.stop()
         data, files = self.coverage.get_data(), {}
         for path in map(Path, data.measured_files()):
-            lines = {
-                n: names for n, found in data.contexts_by_lineno(str(path)).items() if (names := found_names(found))
-            }
+            by_line = data.contexts_by_lineno(str(path))
+            lines = {n: names for n, contexts in by_line.items() if (names := named(contexts))}
             files[str(path.relative_to(self.root))] = {"source": self.keep(path.read_text()), "lines": lines}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps({"tests": self.tests, "fixtures": self.fixtures, "files": files}))
@@ -104,7 +103,8 @@ def cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def found_names(contexts: list[str]) -> list[str]:
+def named(contexts: list[str]) -> list[str]:
+    """Return the contexts that have a name, sorted; lines outside of tests have the context ""."""
     return sorted(name for name in contexts if name)
 
 

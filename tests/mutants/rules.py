@@ -36,7 +36,7 @@ UNWRAPPED_METHODS = {
     "upper", "casefold", "sqrt", "exp", "log", "square", "resolve", "float", "double", "log_softmax", "softmax",
     "removeprefix", "removesuffix", "transpose", "expanduser", "t", "mean",
 }  # fmt: skip
-# Keywords that are words for people, that check what holds anyway, or that change nothing where there is no GPU.
+# Keywords whose values are texts for people, enable checks that hold anyway, or have no effect without a GPU.
 WORDING = {
     "help", "metavar", "description", "epilog", "prog", "formatter_class", "usage", "desc", "unit", "leave", "delay",
     "dynamic_ncols", "bar_format", "strict", "device", "pin_memory", "non_blocking",
@@ -229,8 +229,8 @@ def _call(node: ast.Call, path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _is_written_default(keyword: ast.keyword) -> bool:
-    given = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
-    return keyword.arg in DEFAULTS and given is DEFAULTS[keyword.arg]
+    value = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
+    return keyword.arg in DEFAULTS and value is DEFAULTS[keyword.arg]
 
 
 def _is_value(node: ast.AST) -> bool:
@@ -254,8 +254,8 @@ def _bound(node: ast.expr, path) -> Iterator[tuple[str, ast.AST]]:
 
 def _returned(node: ast.Return, path) -> Iterator[tuple[str, ast.AST]]:
     # None is taken for False wherever a truth value is expected; the rule for constants makes it True.
-    given = node.value.value if isinstance(node.value, ast.Constant) else node.value
-    if given is not None and given is not False:
+    value = node.value.value if isinstance(node.value, ast.Constant) else node.value
+    if value is not None and value is not False:
         yield "return", ast.Return(ast.Constant(None))
     if isinstance(node.value, ast.Tuple) and len(node.value.elts) > 1:
         first = node.value.elts[0]

@@ -29,18 +29,18 @@ RECORDER = Path(__file__).with_name("recorder.py")
 
 def files_of(root: Path) -> list[Path]:
     """The test files that judge mutants, relative to the root of the repository."""
-    found = [path for path in root.glob("tests/**/test_*.py") if path.parent.name != "gpu_proof"]
-    return sorted(path.relative_to(root) for path in found if path.stem not in LEFT_OUT)
+    files = [path for path in root.glob("tests/**/test_*.py") if path.parent.name != "gpu_proof"]
+    return sorted(path.relative_to(root) for path in files if path.stem not in LEFT_OUT)
 
 
 def chosen_files(files: Iterable[Path], wanted: Iterable[Path], root: Path) -> list[Path]:
     """Return the files of tests that lie in one of the `wanted` files and folders; SystemExit if there is none."""
     places = [path.resolve() for path in wanted]
-    found = [file for file in files if any(p in ((root / file).resolve(), *(root / file).resolve().parents)
+    selected = [file for file in files if any(p in ((root / file).resolve(), *(root / file).resolve().parents)
                                            for p in places)]  # fmt: skip
-    if not found:
+    if not selected:
         raise SystemExit(f"no tests that judge las_fast in {', '.join(map(str, wanted))}")
-    return found
+    return selected
 
 
 class Tests:
@@ -129,15 +129,15 @@ class Tests:
     def _moved(self, file: str) -> list[set[str]]:
         """The contexts of each line of the current file."""
         now = (self.root / file).read_text(encoding="utf-8").splitlines()
-        found: list[set[str]] = [set() for _ in now]
+        contexts: list[set[str]] = [set() for _ in now]
         known: set[int] = set()
         for record in self.records:
             if row := record["files"].get(file):
                 old = (self.build / "sources" / row["source"]).read_text(encoding="utf-8").splitlines()
                 for a, b in _same_lines(tuple(old), tuple(now)):
                     known.add(b)
-                    found[b].update(row["lines"].get(str(a + 1), ()))
-        return _spread(found, known, "\n".join(now))
+                    contexts[b].update(row["lines"].get(str(a + 1), ()))
+        return _spread(contexts, known, "\n".join(now))
 
 
 @functools.cache
@@ -148,12 +148,12 @@ def _same_lines(old: tuple[str, ...], new: tuple[str, ...]) -> list[tuple[int, i
     return [(b.a + i, b.b + i) for b in blocks for i in range(b.size)]
 
 
-def _spread(found: list[set[str]], known: set[int], source: str) -> list[set[str]]:
+def _spread(contexts: list[set[str]], known: set[int], source: str) -> list[set[str]]:
     """Give each line that is newer than the records the tests of its function."""
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = range(function.body[0].lineno - 1, function.end_lineno)
-            whole = set().union(*(found[line] for line in body))
+            whole = set().union(*(contexts[line] for line in body))
             for line in set(body) - known:
-                found[line] = whole
-    return found
+                contexts[line] = whole
+    return contexts

@@ -58,12 +58,12 @@ class TritonTarget:
         self.limit = max(120.0, 5 * budget)
 
     def mutants(self, paths: Sequence[Path]) -> list[Mutant]:
-        found = []
+        mutants = []
         for path in sources(paths, self.name, "*.py"):
             text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
             left_out = set(_speed_only(ast.parse(text)))
-            found += [m for m in python_mutants(text, name) if m.line not in left_out]
-        return found
+            mutants += [m for m in python_mutants(text, name) if m.line not in left_out]
+        return mutants
 
     def restrict(self, tests: Sequence[Path]) -> None:
         raise SystemExit("kernels is judged by tests/gpu_proof; leave --tests out")

@@ -1,4 +1,4 @@
-"""Beam and greedy search on a toy model, against brute force and plain searches; decoding of data sets."""
+"""Beam and greedy search on a toy model, against brute force and plain searches; decoding of datasets."""
 
 from __future__ import annotations
 
@@ -622,8 +622,8 @@ def test_a_device_sends_the_host_only_the_best_hypotheses(monkeypatch):
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(beam, "in_one_copy", lambda columns: sent.append([*columns]) or in_one_copy(columns))
     for nbest in (1, 2, 5, 6):
-        found = beam.backtrack(searched, limits, config(), nbest, "reference")
-        assert found == [hypotheses[:nbest] for hypotheses in every]
+        actual = beam.backtrack(searched, limits, config(), nbest, "reference")
+        assert actual == [hypotheses[:nbest] for hypotheses in every]
         assert [tuple(x.shape) for x in sent.pop()] == [(4, nbest)] * 4 + [(4, nbest, 9)] * 3
 
 
@@ -653,7 +653,7 @@ def test_keys_are_never_repeated_over_the_beam():
     assert record.largest < 2 * listened.keys.numel()
 
 
-# ---------------------------------------------------------------------------------------------------- whole data sets
+# ----------------------------------------------------------------------------------------------------- whole datasets
 
 
 @dataclass

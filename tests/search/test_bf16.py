@@ -74,11 +74,11 @@ def test_a_trained_model_spells_the_same_in_bfloat16(shared):
     with torch.inference_mode():
         encoded = loaded.model.listen(batch.features, batch.feature_lengths)
     settings = replace(loaded.config.decoding, beam=4, ctc_weight=0.3)
-    found, expected = (
+    actual, expected = (
         beam_search(loaded.model, encoded, replace(settings, precision=precision), capture=False)
         for precision in ("bf16", "fp32")
     )
-    assert found != expected and len(found) > 8
-    for (ours, *_), (theirs, *_) in zip(found, expected, strict=True):
+    assert actual != expected and len(actual) > 8
+    for (ours, *_), (theirs, *_) in zip(actual, expected, strict=True):
         assert ours.text_tokens == theirs.text_tokens
         assert ours.score == pytest.approx(theirs.score, abs=0.1)

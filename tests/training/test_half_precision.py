@@ -1,4 +1,4 @@
-"""Loss scaling where PyTorch runs cuDNN's LSTMs in float16: a stand-in rounds what cuDNN stores in float16."""
+"""Loss scaling where PyTorch runs cuDNN's LSTMs in float16: a stand-in rounds like cuDNN, which stores float16."""
 
 import importlib
 import sys
@@ -88,8 +88,8 @@ def errors(monkeypatch):
     exact = lstm_gradients(model, batch, scaled=False)
 
     def errors(scaled: bool) -> list[float]:
-        found = lstm_gradients(model, batch, scaled=scaled)
-        return [float((x - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
+        gradients = lstm_gradients(model, batch, scaled=scaled)
+        return [float((x - y).norm() / y.norm()) for x, y in zip(gradients, exact, strict=True)]
 
     Streams(monkeypatch)
     monkeypatch.setattr(listener, "on_cuda", lambda x: True)

@@ -183,7 +183,7 @@ def race_checked_write(machine, access, instruction):
     before = shared.words[words]
     yield
     if (shared.words[words] != before).any():
-        raise BarrierRace(f"{instruction}: overwrites what another warp wrote; no barrier between")
+        raise BarrierRace(f"{instruction}: overwrites memory that another warp wrote, without a barrier")
     shared.mark_written(access.words, access.owners)
     shared.mark_written(words, MANY_WARPS)
 
@@ -237,7 +237,7 @@ def _atomic_access(machine, instruction, address, dtype):
         if machine.races:
             touched = np.maximum(shared.written[access.words], shared.read[access.words])
             if ((touched != UNTOUCHED) & (touched != ATOMIC) & (touched != access.owners)).any():
-                raise BarrierRace(f"{instruction}: conflicts with another warp's access; no barrier between")
+                raise BarrierRace(f"{instruction}: conflicts with another warp's access, without a barrier")
             shared.mark_written(access.words, ATOMIC)
         yield shared.views[size].view(dtype), access.threads, access.index
 

@@ -86,7 +86,7 @@ def _copy(machine, instruction):
             data[np.arange(size) >= read_sizes[:, None]] = 0
         if machine.races:
             if machine.shared.check_write(destination, instruction).any():
-                raise BarrierRace(f"{instruction}: overwrites what another warp wrote; no barrier between")
+                raise BarrierRace(f"{instruction}: overwrites memory that another warp wrote, without a barrier")
             machine.shared.mark_written(destination.words, IN_FLIGHT)
         groups = machine.commits[destination.threads]
         # take is ten times as fast as indexing rows

@@ -59,7 +59,7 @@ _LANE = np.arange(LANES)
 
 
 def _gather(shared, rows):
-    """Lane l gets the elements 2 * (l % 4) and the next of row l // 4."""
+    """Lane l gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l // 4."""
     index = rows[:, :, _LANE // 4] // 4 + _LANE % 4  # (warps, matrices, lanes)
     return shared.views[4][index].transpose(1, 0, 2).reshape(rows.shape[1], -1)
 
