@@ -12,7 +12,7 @@ CHECKPOINT = Path(__file__).with_name("an4-small.safetensors")
 
 
 def load_an4_small(archive: Path):
-    """Return the model loaded, and its development set, 104 utterances, of AN4's features in `archive`."""
+    """Return the loaded model, and AN4's development set of 104 utterances from the features in `archive`."""
     loaded = load_model(CHECKPOINT)
     options = {"features": loaded.config.features, "data": loaded.config.data, "statistics": None, "need_text": False}
     return loaded, load_dataset(open_corpus(archive), ("dev",), **options)

@@ -4,7 +4,7 @@
     python -m tests.sanitizers --kind tsan --lanes 8 tests/ops/test_bilstm.py -k gradients
 
 Needs x86-64, GCC with its sanitizer libraries (part of g++ on Debian), and setarch of util-linux for `tsan`. If the
-processor has fewer lanes than requested, it says so and uses what there is. Builds and reports go to build/sanitizers.
+processor has fewer lanes than requested, it says so and uses all of them. Builds and reports go to build/sanitizers.
 The exit status is 0 if all tests pass and no sanitizer reports anything.
 
 asan   AddressSanitizer: accesses out of bounds, use after free

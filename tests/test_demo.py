@@ -198,7 +198,7 @@ def test_fresh_starts_an_interrupted_training_over(stages):
     assert "--resume" not in stages.trained[1]
 
 
-def test_the_defaults_of_the_options(capsys):
+def test_options_have_their_defaults(capsys):
     options, rest = demo.parse(["--training.epochs", "3"])
     assert (options.out, options.beam, options.fresh, rest) == (Path("runs/demo"), 8, False, ["--training.epochs", "3"])
     options, _ = demo.parse(["--beam", "3", "--fresh", "--train", "7", "--seed", "2"])

@@ -152,7 +152,7 @@ def test_attention_weights_are_computed_only_for_coverage(trace_chunk):
 
 
 class HostCopies(TorchDispatchMode):
-    """Keeps the calls that on CUDA copy from the host or wait for the device, also where a CPU hides it."""
+    """Records the ops that would copy from the host or wait for the device on CUDA."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ class HostCopies(TorchDispatchMode):
 
 @torch.no_grad()
 def test_beams_beyond_the_triton_op_copy_nothing_from_the_host():
-    """Fake CUDA tensors cannot be indexed in a CPU build, so the reference is watched on the CPU."""
+    """Fake CUDA tensors cannot be indexed in a CPU build, so the reference runs on the CPU."""
     B, K = 2, 130
     with HostCopies() as copies:
         beam_topk(

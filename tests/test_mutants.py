@@ -85,7 +85,7 @@ def test_each_rule_makes_its_edit(source, expected):
     assert expected in rules(source)
 
 
-def test_what_changes_nothing_is_not_edited():
+def test_edits_without_effect_are_left_out():
     assert {after for rule, _, after in rules("def f(): return False")} == {"True"}
     assert ("return", "return 0", "return None") in rules("def f(): return 0")
     edits = rules("a = np.load(b, allow_pickle=False)")

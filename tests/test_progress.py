@@ -296,7 +296,7 @@ def test_close_all_closes_bars_left_open_by_an_exception(clock, monkeypatch):
     order, close = [], module.Progress.close
     monkeypatch.setattr(module.Progress, "close", lambda self: order.append(self.what) or close(self))
     close_all()
-    assert not module._open and order == ["counting", "reading"], "the last first, as they lie on the screen"
+    assert not module._open and order == ["counting", "reading"], "the lowest bar on the screen first"
 
 
 SOURCES = sorted((Path(module.__file__).parent).rglob("*.py"))

@@ -160,8 +160,8 @@ def _frames(stream, signals, starts, counts, config: FeatureConfig) -> torch.Ten
     out = torch.empty(total, config.size)
     for first in range(0, total, BLOCK_FRAMES):
         count = min(BLOCK_FRAMES, total - first)
-        piece = stream[first * shift : (first + count - 1) * shift + size]
-        spectrum = torch.stft(piece, size, shift, size, taper, center=False, return_complex=True).T  # (count, bins)
+        block = stream[first * shift : (first + count - 1) * shift + size]
+        spectrum = torch.stft(block, size, shift, size, taper, center=False, return_complex=True).T  # (count, bins)
         mean = means[first : first + count, None]
         real = torch.addcmul(spectrum.real, mean, spectrum_of_taper.real, value=PREEMPHASIS - 1)
         imaginary = torch.addcmul(spectrum.imag, mean, spectrum_of_taper.imag, value=PREEMPHASIS - 1)

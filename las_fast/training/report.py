@@ -169,9 +169,9 @@ def _points(name: str, style: str, rows: list[dict], key: str) -> Curve:
 def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120) -> Curve:
     """Average a curve over equal parts of the training, at most `points` of them."""
     raw = _points(name, style, [r for r in rows if r.get(key) is not None and math.isfinite(r[key])], key)
-    pieces = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
+    parts = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
     x, y = np.array(raw.x), np.array(raw.y)
-    return Curve(name, style, [float(x[p].mean()) for p in pieces], [float(y[p].mean()) for p in pieces])
+    return Curve(name, style, [float(x[p].mean()) for p in parts], [float(y[p].mean()) for p in parts])
 
 
 def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> str:

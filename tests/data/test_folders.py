@@ -1,4 +1,4 @@
-"""Folder listings and text files: which files count, and what ends a line, in every layout."""
+"""Folder listings and text files in every layout: which files count, and where lines end."""
 
 from __future__ import annotations
 

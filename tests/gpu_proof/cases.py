@@ -546,10 +546,10 @@ def check_ctc_loss(
     device, B=3, T=9, V=6, S=4, lengths=(10**9, 5), counts=(10**9, 2, 0), scale=3.0, equal=False, layout="dense",
     beyond_end=0, out_of_range=False, seed=0,
 ):  # fmt: skip
-    """Losses, gradients and token times are those of the reference in float64, about as near as those in float32.
+    """Losses, gradients and token times match the float64 reference about as closely as the float32 reference does.
 
-    equal: of equal tokens only. beyond_end: what stands in `tokens` past each count. out_of_range: the launcher
-    is given lengths, counts and tokens that are too large.
+    equal: all tokens of a text are equal. beyond_end: value of `tokens` past each count. out_of_range: pass lengths,
+    counts and tokens that are too large to the launcher.
     """
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(B, T, V, generator=generator)
@@ -558,20 +558,21 @@ def check_ctc_loss(
     lengths = torch.tensor([min(T, lengths[b % len(lengths)]) for b in range(B)], dtype=torch.int64)
     counts = torch.tensor([min(S, counts[b % len(counts)]) for b in range(B)], dtype=torch.int64)
     rest = lengths, tokens, counts
-    exact, usual = losses_gradients_and_times(logits.double(), *rest), losses_gradients_and_times(logits, *rest)
-    given = tokens.masked_fill(torch.arange(S) >= counts[:, None], beyond_end) if beyond_end else tokens
+    exact, plain = losses_gradients_and_times(logits.double(), *rest), losses_gradients_and_times(logits, *rest)
+    if beyond_end:
+        tokens = tokens.masked_fill(torch.arange(S) >= counts[:, None], beyond_end)
     if out_of_range:
-        limits = (lengths, T), (given, V - 1), (counts, S)
-        lengths, given, counts = (torch.where(x == most, 2**40, x) for x, most in limits)
-    there = [with_layout(logits, layout), lengths, with_layout(given, layout), counts]
-    there = [x.to(device) for x in there]
-    actual = [*launcher("ctc_loss")(*there, True), launcher("ctc_loss", "ctc_token_times")(*there)]
-    for name, x, y, z in zip(("losses", "gradient", "times"), actual, exact, usual, strict=True):
+        limits = (lengths, T), (tokens, V - 1), (counts, S)
+        lengths, tokens, counts = (torch.where(x == limit, 2**40, x) for x, limit in limits)
+    inputs = [with_layout(logits, layout), lengths, with_layout(tokens, layout), counts]
+    inputs = [x.to(device) for x in inputs]
+    actual = [*launcher("ctc_loss")(*inputs, True), launcher("ctc_loss", "ctc_token_times")(*inputs)]
+    for name, x, y, z in zip(("losses", "gradient", "times"), actual, exact, plain, strict=True):
         assert x.dtype == FP32
         assert_close(x, y, 2 * EXTRA_ROUNDINGS * max_abs(z - y) + EXTRA_ROUNDINGS * (4e-6 + 1e-6 * max_abs(y)), name)
-    without, nothing = launcher("ctc_loss")(*there, False)
-    assert_identical(without, actual[0], "losses without gradients")
-    assert nothing.shape == (0, T, V)
+    losses, no_gradient = launcher("ctc_loss")(*inputs, False)
+    assert_identical(losses, actual[0], "losses without gradients")
+    assert no_gradient.shape == (0, T, V)
 
 
 def losses_gradients_and_times(logits, *rest):
@@ -606,7 +607,7 @@ def check_huge_topk(device, B, K, V):
     lengths = rows.to(torch.int64)
     ngram_table, ngram_states = (huge(V, V), lengths) if V < 100 else (None, None)
     options = (2, None, None, 0.0, 0.0, rows, ngram_table, ngram_states, 0.3, huge(B, K, V), 0.3)
-    # merge_kernel reads what row_kernel wrote, which meta tensors do not hold: skip it
+    # skip merge_kernel: it reads the results of row_kernel, which meta tensors do not hold
     unmerged = collections.defaultdict(lambda: lambda *_, **__: None)
     with mock.patch.object(importlib.import_module("las_fast.kernels.beam_topk"), "merge_kernel", unmerged):
         launcher("beam_topk")(huge(B, K, V, dtype=FP16), rows, rows.bool(), lengths, *options)

@@ -1,8 +1,8 @@
 """Worker processes in which Triton kernels are interpreted, and others in which they are compiled.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, and its interpreter patches the whole process, so one process
-cannot do both. Tests call `interpreted(function, *args)` or `compiled(function, *args)`, which return or raise what the
-function does.
+cannot do both. Tests call `interpreted(function, *args)` or `compiled(function, *args)`, which return the function's
+result or raise its exception.
 """
 
 import contextlib

@@ -281,7 +281,7 @@ def test_forget_biases_start_at_1_and_recurrence_orthogonal():
     assert isinstance(lstm, nn.LSTM)
 
 
-def test_default_reduces_time_eight_fold():
+def test_the_default_listener_reduces_time_eightfold():
     _, lengths, _ = Listener(ListenerConfig(conv_channels=(8,), lstm_size=4), 5)(*ragged([800]))
     assert lengths.item() == 100
 
@@ -296,7 +296,7 @@ def test_default_reduces_time_eight_fold():
         ("hw4p2", [True] * 4),
     ],
 )
-def test_presets_whose_layers_may_use_persistent_kernels_of_cudnn(preset, persistent):
+def test_cudnn_may_use_persistent_kernels_for_these_layers_of_a_preset(preset, persistent):
     """PyTorch asks cuDNN for them if the sizes are multiples of 128, in float16 and with a batch of 8, 16, ..., 128."""
     config = load_config(preset)
     with torch.device("meta"):

@@ -182,7 +182,7 @@ class _Walk:
         return node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT
 
     def serves_prefetch(self, node: Node) -> bool:
-        """Return whether a loop prefetches and does nothing else, or whether only prefetching uses what is declared."""
+        """Return whether a node is a loop that only prefetches, or declares a variable that only prefetching uses."""
         if node.type == "for_statement":
             body = node.child_by_field_name("body")
             return body.type == "expression_statement" and self.is_prefetch(body.children[0])

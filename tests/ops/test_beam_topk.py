@@ -355,7 +355,7 @@ def test_a_ctc_model_is_mixed_in_by_its_weight(backend, weight, V):
         assert_same(actual, step(*inputs, backend="reference"))
 
 
-def test_what_the_logits_rule_out_stays_impossible_with_all_weight_on_ctc(backend):
+def test_a_token_that_the_logits_rule_out_stays_impossible_with_all_weight_on_ctc(backend):
     logits, next_log_probs = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
     logits[..., :3] = -INF
     limits = {"minimum": torch.tensor([9])}

@@ -193,7 +193,7 @@ def test_the_search_does_not_wait_for_utterances_added_as_padding(graphs):
     assert graphs[0].replays == 1
 
 
-def test_graphs_are_freed_with_their_model_and_by_forget(monkeypatch, graphs):
+def test_graphs_are_freed_with_their_model_and_by_clear_graphs(monkeypatch, graphs):
     class FakeCudaGraphWithoutFunction(FakeCudaGraph):
         def capture(self, function):  # a CUDA graph does not hold the function
             return function()

@@ -229,7 +229,7 @@ def test_before_the_deadline_the_line_gives_no_advice():
     assert "sharp 0.00 below 0.5" in line
 
 
-def test_the_line_is_exactly_this():
+def test_the_status_line_has_its_exact_text():
     good = monitor.Alignment(0.9, 0.85, 0.8, 0.75, 4, audio_gain=1.5)
     weak, config = dataclasses.replace(good, sharp=0.4567), Config(training=TrainingConfig(monitor_epoch=6.0))
     numbers = "diagonal 0.90, sharp 0.85, monotonic 0.80, coverage 0.75"

@@ -449,7 +449,7 @@ def test_ticks_beyond_the_last_point_are_not_drawn_and_many_points_have_no_dots(
     assert drawn(at_start, "path", "curve line1")[0]["d"].startswith("M48.0 ")
 
 
-def test_long_curves_are_means_over_equal_pieces():
+def test_long_curves_are_means_over_equal_parts():
     rows = [{"epoch": float(i), "loss": float(i % 2)} for i in range(240)]
     curve = report._smooth("loss", "line1", rows, "loss")
     assert curve.x == [2 * i + 0.5 for i in range(120)] and curve.y == [0.5] * 120

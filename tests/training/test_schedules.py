@@ -60,7 +60,7 @@ def test_a_plateau_waits_again_after_each_cut_and_never_goes_below_the_final_sha
     assert (plateau.best, plateau.waited) == (50, 1)
 
 
-def test_schedules_at_their_limits():
+def test_schedules_hold_at_their_limits():
     stages = (TeacherForcingStage(2, 4, 1.0, 0.6), TeacherForcingStage(4, 4, 0.5, 0.2))
     rates = [teacher_forcing_rate(TrainingConfig(teacher_forcing=stages), e) for e in (0, 2, 3.999, 4, 5)]
     assert rates == pytest.approx([1, 1, 0.6, 0.5, 0.2], abs=1e-3)
