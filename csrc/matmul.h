@@ -80,7 +80,7 @@ struct RowCursor {
   const T* pointers[POINTERS];
 };
 
-// The position in the columns of a panel, whose distance is a constant.
+// The position in the columns of a panel, which are a constant distance apart.
 template <int M, class T>
 struct PanelCursor {
   LAS_INLINE const T* operator[](int m) const { return at + m * DEPTH_INTERLEAVE<T>; }

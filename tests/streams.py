@@ -63,11 +63,6 @@ class Streams(TorchDispatchMode):
         finally:
             self.current = before
 
-    def made_on_main(self, *tensors: Tensor) -> None:
-        """Count tensors as written on the main stream just now."""
-        for x in tensors:
-            self._write(x, self.main)
-
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
         read = {_address(x) for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)}

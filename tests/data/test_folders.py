@@ -58,7 +58,7 @@ def add_clutter(root):
                 shutil.copy(os.path.join(folder, name), os.path.join(folder, hidden, name))
 
 
-def everything(corpus):
+def contents(corpus):
     return {split: corpus.utterances(split) for split in corpus.splits}
 
 
@@ -66,10 +66,10 @@ def everything(corpus):
 def test_hidden_and_system_files_are_ignored_in_every_layout(tmp_path, layout):
     LAYOUTS[layout](tmp_path)
     plain = open_corpus(tmp_path)
-    before = everything(plain)
+    before = contents(plain)
     add_clutter(tmp_path)
     cluttered = open_corpus(tmp_path)
-    assert everything(cluttered) == before
+    assert contents(cluttered) == before
     assert (cluttered.name, cluttered.roles) == (plain.name, plain.roles)
 
 
@@ -159,14 +159,14 @@ def test_an_unreadable_text_is_reported_with_the_reason(tmp_path):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "archive"])
 def test_every_text_of_every_layout_is_read_in_every_encoding(tmp_path, layout, form):
     LAYOUTS[layout](tmp_path)
-    before = everything(open_corpus(tmp_path))
+    before = contents(open_corpus(tmp_path))
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         if path.suffix in (".txt", ".tsv", ".csv", ".jsonl") or path.name in ("wav.scp", "text", "segments"):
             text = path.read_text(encoding="utf-8")
             text = text.replace("\n", {"crlf": "\r\n", "cr": "\r"}.get(form, "\n"))
             encoding = {"bom": "utf-8-sig", "utf-16": "utf-16"}.get(form, "utf-8")
             path.write_bytes(text.encode(encoding))
-    assert everything(open_corpus(tmp_path)) == before
+    assert contents(open_corpus(tmp_path)) == before
 
 
 def test_a_folder_that_cannot_be_listed_is_reported(tmp_path, monkeypatch):
@@ -205,11 +205,11 @@ def test_a_folder_with_only_unreadable_folders_is_refused(tmp_path, monkeypatch,
 
 def test_circular_links_are_not_followed_forever(tmp_path):
     speech = make_librispeech(tmp_path, utterances=1, splits=("train-clean-100", "dev-clean")) / "LibriSpeech"
-    before = everything(open_corpus(tmp_path))
+    before = contents(open_corpus(tmp_path))
     (speech / "dev-clean" / "loop").symlink_to(speech / "dev-clean")
     (speech / "dev-clean" / "1090" / "loop").symlink_to(speech / "dev-clean" / "1090")
     (speech / "dev-clean" / "self").symlink_to(speech / "dev-clean" / "self")
-    assert everything(open_corpus(tmp_path)) == before
+    assert contents(open_corpus(tmp_path)) == before
     assert list(list_at_depth(speech / "dev-clean" / "1090", 0)) == [
         speech / "dev-clean" / "1090" / name for name in ("134686", "loop")
     ]

@@ -66,7 +66,7 @@ def plain(x, lengths, *weights):
     return torch.cat(both, 2)
 
 
-def everything(function, tensors, lengths, cotangent):
+def all_results(function, tensors, lengths, cotangent):
     """The output and the gradients of x and all weights."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     output = function(leaves[0], lengths, *leaves[1:])
@@ -81,9 +81,9 @@ def cotangent_of(sizes):
 def check_accuracy(backend, sizes, dtype, lengths=None):
     tensors, cotangent = inputs(*sizes), cotangent_of(sizes)
     lengths = some_lengths(*sizes[:2]) if lengths is None else torch.tensor(lengths)
-    actual = everything(op(backend, dtype), tensors, lengths, cotangent)
-    exact = everything(plain, [x.double() for x in tensors], lengths, cotangent)
-    baseline = everything(lambda x, *rest: plain(x.to(dtype), *rest), tensors, lengths, cotangent)
+    actual = all_results(op(backend, dtype), tensors, lengths, cotangent)
+    exact = all_results(plain, [x.double() for x in tensors], lengths, cotangent)
+    baseline = all_results(lambda x, *rest: plain(x.to(dtype), *rest), tensors, lengths, cotangent)
     assert_as_accurate_as_plain(NAMES, actual, exact, baseline, dtype)
 
 
@@ -98,8 +98,8 @@ def test_values_and_gradients_err_at_most_twice_as_much_as_the_plain_formula(bac
 def test_gradients_of_weights_add_up_over_blocks_of_2048_frames(cpp, lengths, dtype):
     sizes, lengths = (2, max(lengths), 3, 2), torch.tensor(lengths)
     tensors, cotangent = inputs(*sizes), cotangent_of(sizes)
-    actual = everything(op(cpp, dtype), tensors, lengths, cotangent)
-    exact = everything(op("reference", torch.float64), [x.double() for x in tensors], lengths, cotangent)
+    actual = all_results(op(cpp, dtype), tensors, lengths, cotangent)
+    exact = all_results(op("reference", torch.float64), [x.double() for x in tensors], lengths, cotangent)
     for name, a, b in zip(NAMES, actual, exact, strict=True):
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * b.norm(), name
 
@@ -139,7 +139,7 @@ def test_padding_full_of_nan_does_not_matter(cpp, dtype):
     clean, cotangent = inputs(*sizes), cotangent_of(sizes)
     dirty, dirty_cotangent = [x.clone() for x in clean], cotangent.clone()
     dirty[0][padding_mask(lengths, 9)] = dirty_cotangent[padding_mask(lengths, 9)] = NAN
-    results = [everything(op(cpp, dtype), x, lengths, y) for x, y in ((clean, cotangent), (dirty, dirty_cotangent))]
+    results = [all_results(op(cpp, dtype), x, lengths, y) for x, y in ((clean, cotangent), (dirty, dirty_cotangent))]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     for x in results[1][:2]:
@@ -156,7 +156,7 @@ def test_nan_in_a_valid_frame_propagates(backend):
 @per_dtype
 def test_large_gates_do_not_overflow(backend, dtype):
     x, *weights = inputs()
-    actual = everything(op(backend, dtype), [1e3 * x, *weights], torch.tensor([7, 3, 1]), cotangent_of((3, 7, 5, 6)))
+    actual = all_results(op(backend, dtype), [1e3 * x, *weights], torch.tensor([7, 3, 1]), cotangent_of((3, 7, 5, 6)))
     assert all(part.isfinite().all() for part in actual)
 
 
@@ -185,7 +185,7 @@ def test_every_nan_bit_pattern_in_a_gate_propagates(backend, gate, bits):
 @pytest.mark.parametrize("sizes", [(0, 7, 5, 6), (3, 0, 5, 6)], ids=["no utterance", "no frame"])
 def test_empty_inputs_give_empty_results(cpp, sizes):
     lengths = torch.zeros(sizes[0], dtype=torch.int64)
-    output, x, *weights = everything(op(cpp), inputs(*sizes), lengths, cotangent_of(sizes))
+    output, x, *weights = all_results(op(cpp), inputs(*sizes), lengths, cotangent_of(sizes))
     assert output.shape == (*sizes[:2], 12) and x.shape == sizes[:3]
     assert all((gradient == 0).all() for gradient in weights)
 
@@ -194,9 +194,9 @@ def test_empty_inputs_give_empty_results(cpp, sizes):
 @pytest.mark.parametrize("sizes", [(5, 31, 13, 8), (37, 20, 40, 24)], ids=["few", "many"])
 def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, sizes, dtype):
     (x, *weights), lengths, cotangent = inputs(*sizes), some_lengths(*sizes[:2]), cotangent_of(sizes)
-    batched = everything(op(cpp, dtype), [x, *weights], lengths, cotangent)[:2]
+    batched = all_results(op(cpp, dtype), [x, *weights], lengths, cotangent)[:2]
     for b, n in enumerate(lengths.tolist()):
-        alone = everything(op(cpp, dtype), [x[b : b + 1, : n + 2], *weights], lengths[b : b + 1],
+        alone = all_results(op(cpp, dtype), [x[b : b + 1, : n + 2], *weights], lengths[b : b + 1],
                            cotangent[b : b + 1, : n + 2])[:2]  # fmt: skip
         for a, expected in zip(alone, batched, strict=True):
             assert torch.equal(a[0, :n], expected[b, :n])
@@ -207,9 +207,9 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, sizes, dtype
 def test_any_number_of_threads_gives_the_same_bits(cpp, number, dtype):
     sizes = (37, 40, 33, 24)
     tensors, lengths, cotangent = inputs(*sizes), some_lengths(*sizes[:2]), cotangent_of(sizes)
-    expected = everything(op(cpp, dtype), tensors, lengths, cotangent)
+    expected = all_results(op(cpp, dtype), tensors, lengths, cotangent)
     with threads(number):
-        actual = everything(op(cpp, dtype), tensors, lengths, cotangent)
+        actual = all_results(op(cpp, dtype), tensors, lengths, cotangent)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -219,9 +219,9 @@ def test_inputs_need_not_be_contiguous(backend, relayout):
     (x, *weights), lengths, cotangent = inputs(), torch.tensor([7, 3, 1]), cotangent_of((3, 7, 5, 6))
     weights = [w.t().contiguous().t() if w.ndim == 2 else w for w in weights]
     x, cotangent = relayout(x), relayout(cotangent)
-    actual = everything(op(backend), [x, *weights], lengths, cotangent)
+    actual = all_results(op(backend), [x, *weights], lengths, cotangent)
     contiguous = [y.contiguous() for y in (x, *weights)]
-    for a, b in zip(actual, everything(op(backend), contiguous, lengths, cotangent.contiguous()), strict=True):
+    for a, b in zip(actual, all_results(op(backend), contiguous, lengths, cotangent.contiguous()), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_gradients_of_the_reference_pass_gradcheck():
 @pytest.mark.parametrize("requested", [(0,), (1,), (8,), (2, 3), (1, 2, 3, 4, 5, 6, 7, 8)])
 def test_any_subset_of_the_gradients_can_be_requested(backend, requested):
     tensors, lengths, cotangent = inputs(), torch.tensor([7, 3, 1]), cotangent_of((3, 7, 5, 6))
-    expected = everything(op(backend), tensors, lengths, cotangent)[1:]
+    expected = all_results(op(backend), tensors, lengths, cotangent)[1:]
     leaves = [x.clone().requires_grad_(i in requested) for i, x in enumerate(tensors)]
     output = op(backend)(leaves[0], lengths, *leaves[1:])
     for i, gradient in zip(
@@ -299,7 +299,7 @@ def test_autocast_computes_in_bfloat16_with_gradients_in_each_tensors_dtype(cpp)
     leaves = [x.requires_grad_() for x in inputs()]
     output = under_autocast(leaves, cpp)
     assert output.dtype == torch.bfloat16
-    expected = everything(op(cpp, torch.bfloat16), leaves, torch.tensor([7, 3, 1]), torch.ones_like(output))
+    expected = all_results(op(cpp, torch.bfloat16), leaves, torch.tensor([7, 3, 1]), torch.ones_like(output))
     output.sum().backward()
     for leaf, gradient in zip(leaves, expected[1:], strict=True):
         assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, gradient)
@@ -361,9 +361,9 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
         return bilstm(x, lengths, weights[:4], weights[4:])
 
     compiled, graphs = compile_and_count(run)
-    actual = everything(compiled, tensors, lengths, cotangent)
+    actual = all_results(compiled, tensors, lengths, cotangent)
     assert len(graphs) == 1
-    for a, b in zip(actual, everything(run, tensors, lengths, cotangent), strict=True):
+    for a, b in zip(actual, all_results(run, tensors, lengths, cotangent), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -423,8 +423,8 @@ def test_the_registered_backward_checks_its_saved_tensors(cpp, name, place, wron
 
 def test_lengths_out_of_range_are_clamped(cpp):
     tensors, cotangent, lengths = inputs(), cotangent_of((3, 7, 5, 6)), torch.tensor([-5, 9, 2**40])
-    actual = everything(op(cpp), tensors, lengths, cotangent)
-    for a, b in zip(actual, everything(op(cpp), tensors, lengths.clamp(0, 7), cotangent), strict=True):
+    actual = all_results(op(cpp), tensors, lengths, cotangent)
+    for a, b in zip(actual, all_results(op(cpp), tensors, lengths.clamp(0, 7), cotangent), strict=True):
         assert torch.equal(a, b)
 
 
@@ -432,7 +432,7 @@ def check_and_digest() -> str:
     for sizes in SIZES:
         for dtype in DTYPES:
             check_accuracy("cpp", sizes, dtype)
-    actual = everything(op("cpp"), inputs(2, 7, 64, 64), torch.tensor([7, 5]), cotangent_of((2, 7, 64, 64)))
+    actual = all_results(op("cpp"), inputs(2, 7, 64, 64), torch.tensor([7, 5]), cotangent_of((2, 7, 64, 64)))
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in actual)).hexdigest()
 
 

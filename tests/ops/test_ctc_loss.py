@@ -33,7 +33,7 @@ def inputs(B=3, T=9, V=6, S=4, seed=0, scale=3.0):
     return logits, lengths, tokens, token_lengths
 
 
-def everything(logits, *rest, backend, weights=None):
+def all_results(logits, *rest, backend, weights=None):
     """The losses, the gradient of their weighted sum, and the token times."""
     leaf = logits.detach().clone().requires_grad_()
     losses = call(ctc_loss, leaf, *rest, backend=backend)
@@ -50,9 +50,9 @@ def assert_same(actual, expected, **tolerance):
 @pytest.mark.parametrize("scale", [0.5, 6.0])
 def test_values_gradients_and_times_err_no_more_than_torch_does(backend, sizes, scale):
     arguments = inputs(*sizes, scale=scale)
-    exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
-    baseline = everything(*arguments, backend="reference")
-    for a, b, c in zip(everything(*arguments, backend=backend), baseline, exact, strict=True):
+    exact = all_results(arguments[0].double(), *arguments[1:], backend="reference")
+    baseline = all_results(*arguments, backend="reference")
+    for a, b, c in zip(all_results(*arguments, backend=backend), baseline, exact, strict=True):
         rounding = 4 * torch.finfo(torch.float32).eps * float(c.abs().max().clamp_min(1))
         assert (a - c).abs().max() <= 1.5 * (b - c).abs().max() + rounding
 
@@ -71,9 +71,9 @@ def confident_inputs(T=1000, S=400):
     ids=["long", "confident", "offset"],
 )
 def test_long_utterances_are_as_accurate_as_the_reference(cpp, arguments):
-    exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
-    baseline = everything(*arguments, backend="reference")
-    actual = everything(*arguments, backend=cpp)
+    exact = all_results(arguments[0].double(), *arguments[1:], backend="reference")
+    baseline = all_results(*arguments, backend="reference")
+    actual = all_results(*arguments, backend=cpp)
     for a, b, c in zip(actual, baseline, exact, strict=True):
         assert (a - c).abs().max() < 1.1 * (b - c).abs().max() + 1e-6
 
@@ -101,7 +101,7 @@ def test_losses_and_times_are_sums_over_all_paths(backend, text):
     T, V = 4, 3
     logits = torch.randn(1, T, V, generator=torch.Generator().manual_seed(3))
     p = logits[0].softmax(-1).double()
-    actual = everything(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
+    actual = all_results(logits, torch.tensor([T]), torch.tensor([text]).long().view(1, -1), torch.tensor([len(text)]),
                        backend=backend)  # fmt: skip
 
     def probability(times):
@@ -118,7 +118,7 @@ def test_losses_and_times_are_sums_over_all_paths(backend, text):
 
 def test_a_repeated_token_needs_a_blank_in_the_loss_but_not_in_the_alignment(backend):
     tokens, two = torch.tensor([[1, 1]]), torch.tensor([2])
-    loss, gradient, times = everything(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
+    loss, gradient, times = all_results(torch.randn(1, 2, 3), two, tokens, two, backend=backend)
     assert loss == 0 and (gradient == 0).all()
     torch.testing.assert_close(times, torch.tensor([[0.0, 1.0]]))
 
@@ -126,7 +126,7 @@ def test_a_repeated_token_needs_a_blank_in_the_loss_but_not_in_the_alignment(bac
 def test_an_utterance_without_a_path_has_loss_zero(backend):
     logits, tokens = torch.randn(4, 3, 5), torch.tensor([[1, 2, 3, 4]]).expand(4, 4)
     lengths, token_lengths = torch.tensor([3, 3, 0, 0]), torch.tensor([4, 3, 1, 0])
-    losses, gradient, times = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    losses, gradient, times = all_results(logits, lengths, tokens, token_lengths, backend=backend)
     assert (losses[[0, 2, 3]] == 0).all() and losses[1] > 0
     assert (gradient[[0, 2, 3]] == 0).all() and gradient[1].abs().sum() > 0
     assert (times[[0, 2, 3]] == 0).all()
@@ -142,7 +142,7 @@ def test_token_times_are_finite_for_an_impossible_transcript(backend):
 
 def test_an_empty_transcript_is_all_blanks(backend):
     logits, lengths = torch.randn(2, 6, 4), torch.tensor([6, 2])
-    losses, gradient, times = everything(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),
+    losses, gradient, times = all_results(logits, lengths, torch.empty(2, 0).long(), torch.zeros(2).long(),
                                           backend=backend)  # fmt: skip
     log_p = logits.log_softmax(-1)[..., 0]
     torch.testing.assert_close(losses, -torch.stack([log_p[0].sum(), log_p[1, :2].sum()]))
@@ -151,12 +151,12 @@ def test_an_empty_transcript_is_all_blanks(backend):
 
 def test_padding_full_of_nan_does_not_matter(cpp):
     logits, lengths, tokens, token_lengths = inputs(5, 20, 6, 4)
-    expected = everything(logits, lengths, tokens, token_lengths, backend=cpp)
+    expected = all_results(logits, lengths, tokens, token_lengths, backend=cpp)
     padding = padding_mask(lengths, 20)
     dirty = logits.clone()
     dirty[padding] = NAN
     padded_tokens = tokens.masked_fill(padding_mask(token_lengths, 4), 10**6)
-    actual = everything(dirty, lengths, padded_tokens, token_lengths, backend=cpp)
+    actual = all_results(dirty, lengths, padded_tokens, token_lengths, backend=cpp)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert (actual[1][padding] == 0).all()
 
@@ -165,15 +165,15 @@ def test_padding_full_of_nan_does_not_matter(cpp):
 def test_nan_in_a_valid_frame_propagates(backend, value):
     logits, lengths, tokens, token_lengths = inputs()
     logits[2, 3, 1] = value
-    losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    losses, gradient, _ = all_results(logits, lengths, tokens, token_lengths, backend=backend)
     assert losses[2].isnan() and losses[:2].isfinite().all()
     assert gradient[2].isnan().any() and gradient[:2].isfinite().all()
 
 
 def test_hostile_logits_stay_finite(backend):
     logits, lengths, tokens, token_lengths = inputs(4, 30, 6, 4)
-    actual = everything(1e4 * logits, lengths, tokens, token_lengths, backend=backend)
-    exact = everything(1e4 * logits.double(), lengths, tokens, token_lengths, backend="reference")
+    actual = all_results(1e4 * logits, lengths, tokens, token_lengths, backend=backend)
+    exact = all_results(1e4 * logits.double(), lengths, tokens, token_lengths, backend="reference")
     torch.testing.assert_close(actual[0], exact[0].float(), rtol=1e-6, atol=0.0)
     assert all(x.isfinite().all() for x in actual)
     assert backend == "reference" or actual[1].abs().max() <= 1 + 1e-6  # torch's error is larger
@@ -183,24 +183,24 @@ def test_frames_that_must_be_blank_are_supported(cpp):
     """torch's gradient of -inf is NaN, so the reference gets -1e4, which makes no difference."""
     logits, *rest = inputs(4, 30, 6, 4)
     logits[:, ::2, 1:] = -INF
-    actual = everything(logits, *rest, backend=cpp)
-    exact = everything(logits.double().clamp_min(-1e4), *rest, backend="reference")
+    actual = all_results(logits, *rest, backend=cpp)
+    exact = all_results(logits.double().clamp_min(-1e4), *rest, backend="reference")
     assert_same(actual, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_an_impossible_transcript_has_loss_zero(backend):
     logits, lengths, tokens, token_lengths = inputs()
     logits[2, :, tokens[2, 0]] = -INF
-    losses, gradient, _ = everything(logits, lengths, tokens, token_lengths, backend=backend)
+    losses, gradient, _ = all_results(logits, lengths, tokens, token_lengths, backend=backend)
     assert losses[2] == 0 and (gradient[2] == 0).all() and losses[:2].isfinite().all()
 
 
 def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
     logits, lengths, tokens, token_lengths = inputs(7, 50, 31, 24)
-    batched = everything(logits, lengths, tokens, token_lengths, backend=cpp)
+    batched = all_results(logits, lengths, tokens, token_lengths, backend=cpp)
     for b, (n, s) in enumerate(zip(lengths.tolist(), token_lengths.tolist(), strict=True)):
         row = slice(b, b + 1)
-        alone = everything(logits[row, :n], lengths[row], tokens[row, :s], token_lengths[row], backend=cpp)
+        alone = all_results(logits[row, :n], lengths[row], tokens[row, :s], token_lengths[row], backend=cpp)
         for a, expected, length in zip(alone, batched, (None, n, s), strict=True):
             assert torch.equal(a[0], expected[b] if length is None else expected[b, :length])
 
@@ -208,16 +208,16 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp):
 def test_the_first_token_is_not_compared_with_the_previous_utterance(backend):
     logits, lengths, _, token_lengths = inputs(3, 9, 6, 4)
     tokens, full_lengths = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2], [2, 2, 3, 3]]), torch.full_like(token_lengths, 4)
-    exact = everything(logits.double(), lengths, tokens, full_lengths, backend="reference")
-    assert_same(everything(logits, lengths, tokens, full_lengths, backend=backend), exact, rtol=1e-5, atol=1e-4)
+    exact = all_results(logits.double(), lengths, tokens, full_lengths, backend="reference")
+    assert_same(all_results(logits, lengths, tokens, full_lengths, backend=backend), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [2, 3, 8])
 def test_any_number_of_threads_gives_the_same_bits(cpp, number):
     arguments = inputs(9, 50, 31, 24)
-    expected = everything(*arguments, backend=cpp)
+    expected = all_results(*arguments, backend=cpp)
     with threads(number):
-        actual = everything(*arguments, backend=cpp)
+        actual = all_results(*arguments, backend=cpp)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
@@ -227,16 +227,16 @@ def test_inputs_need_not_be_contiguous_and_are_not_modified(backend, relayout):
     logits = relayout(logits)
     tokens = torch.cat([tokens, tokens], 1)[:, : tokens.shape[1]]
     before = logits.clone()
-    actual = everything(logits, lengths, tokens, token_lengths, backend=backend)
-    contiguous = everything(logits.contiguous(), lengths, tokens.contiguous(), token_lengths, backend=backend)
+    actual = all_results(logits, lengths, tokens, token_lengths, backend=backend)
+    contiguous = all_results(logits.contiguous(), lengths, tokens.contiguous(), token_lengths, backend=backend)
     assert_same(actual, contiguous)
     assert torch.equal(logits, before)
 
 
 def test_the_weight_of_a_loss_scales_only_its_own_gradient(backend):
     arguments, weights = inputs(), torch.tensor([2.0, 0.0, -0.5])
-    plain = everything(*arguments, backend=backend)[1]
-    weighted = everything(*arguments, backend=backend, weights=weights)[1]
+    plain = all_results(*arguments, backend=backend)[1]
+    weighted = all_results(*arguments, backend=backend, weights=weights)[1]
     torch.testing.assert_close(weighted, plain * weights[:, None, None])
 
 
@@ -244,8 +244,8 @@ def test_the_weight_of_a_loss_scales_only_its_own_gradient(backend):
 def test_half_precision_logits_are_converted_to_float32(backend, dtype):
     logits, *rest = inputs()
     logits = logits.to(dtype)
-    losses, gradient, times = everything(logits, *rest, backend=backend)
-    expected = everything(logits.float(), *rest, backend=backend)
+    losses, gradient, times = all_results(logits, *rest, backend=backend)
+    expected = all_results(logits.float(), *rest, backend=backend)
     assert losses.dtype == times.dtype == torch.float32 and gradient.dtype == dtype
     assert torch.equal(losses, expected[0]) and torch.equal(times, expected[2])
     torch.testing.assert_close(gradient, expected[1].to(dtype))
@@ -301,7 +301,7 @@ def test_it_compiles_into_one_graph_with_gradients(cpp):
     leaf = arguments[0].clone().requires_grad_()
     losses, times = compiled(leaf, *arguments[1:])
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    assert_same((losses.detach(), gradient, times), everything(*arguments, backend=cpp))
+    assert_same((losses.detach(), gradient, times), all_results(*arguments, backend=cpp))
     assert len(graphs) == 1
 
 
@@ -356,5 +356,5 @@ def test_results_hold_with_vectors_of_older_processors(cpp, length):
     with lanes(length):
         for sizes in SIZES:
             arguments = inputs(*sizes)
-            exact = everything(arguments[0].double(), *arguments[1:], backend="reference")
-            assert_same(everything(*arguments, backend=cpp), exact, rtol=1e-5, atol=3e-4)
+            exact = all_results(arguments[0].double(), *arguments[1:], backend="reference")
+            assert_same(all_results(*arguments, backend=cpp), exact, rtol=1e-5, atol=3e-4)

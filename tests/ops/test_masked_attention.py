@@ -65,7 +65,7 @@ def plain(query, keys, values, lengths):
     return weights @ values, weights
 
 
-def everything(function, tensors, lengths, through, cotangents):
+def all_results(function, tensors, lengths, through, cotangents):
     """Context, weights, and the gradients of query, keys and values through the named outputs."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     context, weights = function(*leaves, lengths)
@@ -82,9 +82,9 @@ def check_accuracy(backend, sizes, dtype, through):
     tensors, lengths = inputs(*sizes, dtype=dtype), some_lengths(B, T)
     cotangents = inputs(B, K, T, E, E, seed=1)[0].to(dtype), inputs(B, K, 1, T, 1, seed=2)[0]
 
-    actual = everything(op(backend), tensors, lengths, through, cotangents)
-    exact = everything(plain, [x.double() for x in tensors], lengths, through, [x.double() for x in cotangents])
-    baseline = everything(plain, tensors, lengths, through, cotangents)
+    actual = all_results(op(backend), tensors, lengths, through, cotangents)
+    exact = all_results(plain, [x.double() for x in tensors], lengths, through, [x.double() for x in cotangents])
+    baseline = all_results(plain, tensors, lengths, through, cotangents)
     assert_as_accurate_as_plain(("context", "weights", "query", "keys", "values"), actual, exact, baseline, dtype)
 
 
@@ -113,7 +113,7 @@ def test_padding_full_of_nan_does_not_matter(backend, dtype):
     for x in dirty[1:]:
         x[padding_mask(lengths, 70)] = NAN
     cotangents = inputs(5, 3, 70, 21, 21, seed=1)[0], torch.ones(5, 3, 70)
-    results = [everything(op(backend), tensors, lengths, "both", cotangents) for tensors in (clean, dirty)]
+    results = [all_results(op(backend), tensors, lengths, "both", cotangents) for tensors in (clean, dirty)]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     for gradient in results[1][3:]:
@@ -141,7 +141,7 @@ def test_length_zero_gives_zeros_and_no_nan_in_values_or_gradients(backend, dtyp
     context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
     assert (context[0] == 0).all() and (weights[0] == 0).all() and (peaks[0] == 0).all()
 
-    for gradient in everything(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 7)))[2:]:
+    for gradient in all_results(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 7)))[2:]:
         assert gradient.isfinite().all() and (gradient[0] == 0).all()
 
 
@@ -150,7 +150,7 @@ def test_no_frames_at_all_give_zeros(backend):
     context, weights, peaks = call(masked_attention, *tensors, lengths, peaks=True, backend=backend)
     assert (context == 0).all() and weights.shape == (3, 2, 0) and (peaks == 0).all()
 
-    gradients = everything(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 0)))[2:]
+    gradients = all_results(op(backend), tensors, lengths, "both", (torch.ones(3, 2, 6), torch.ones(3, 2, 0)))[2:]
     assert (gradients[0] == 0).all() and gradients[1].shape == (3, 0, 5)
 
 
@@ -196,8 +196,8 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(backend, dtype):
     tensors, lengths = inputs(B=2, K=8, T=200, D=64, E=64, dtype=dtype), torch.tensor([200, 77])
     cotangents = inputs(2, 8, 200, 64, 64, dtype, seed=1)[0], inputs(2, 8, 1, 200, 1, seed=2)[0]
 
-    actual = everything(op(backend), tensors, lengths, "both", cotangents)
-    exact = everything(plain, [x.double() for x in tensors], lengths, "both", [x.double() for x in cotangents])
+    actual = all_results(op(backend), tensors, lengths, "both", cotangents)
+    exact = all_results(plain, [x.double() for x in tensors], lengths, "both", [x.double() for x in cotangents])
     assert actual[1].dtype == torch.float32
     torch.testing.assert_close(actual[1].double(), exact[1], atol=1e-6, rtol=1e-4)
     for a, b in zip((actual[0], *actual[2:]), (exact[0], *exact[2:]), strict=True):
@@ -247,10 +247,10 @@ def test_an_utterance_has_the_same_bits_alone_and_in_any_batch(cpp, K, dtype):
     tensors, lengths = inputs(4, K, 131, 33, 40, dtype), torch.tensor([77, 131, 0, 1])
     cotangents = inputs(4, K, 131, 40, 40, seed=1)[0], torch.ones(4, K, 131)
 
-    batched = everything(op(cpp), tensors, lengths, "both", cotangents)
+    batched = all_results(op(cpp), tensors, lengths, "both", cotangents)
     for b, n in enumerate(lengths.tolist()):
         alone = [tensors[0][b : b + 1], *(x[b : b + 1, : n + 3] for x in tensors[1:])]
-        actual = everything(op(cpp), alone, lengths[b : b + 1], "both",
+        actual = all_results(op(cpp), alone, lengths[b : b + 1], "both",
                            (cotangents[0][b : b + 1], cotangents[1][b : b + 1, :, : n + 3]))  # fmt: skip
         for i, (a, expected) in enumerate(zip(actual, batched, strict=True)):
             expected = expected[b : b + 1]
@@ -309,7 +309,7 @@ def test_inputs_need_not_be_contiguous(backend, relayout):
     cotangents = [relayout(torch.randn(3, 2, n, generator=torch.Generator().manual_seed(n))) for n in (17, 35)]
 
     def run(tensors, cotangents):
-        return everything(op(backend), tensors, lengths, "both", cotangents)
+        return all_results(op(backend), tensors, lengths, "both", cotangents)
 
     expected = run([x.contiguous() for x in strided], [x.contiguous() for x in cotangents])
     for a, b in zip(run(strided, cotangents), expected, strict=True):
@@ -496,7 +496,7 @@ def test_two_threads_give_the_same_bits(cpp, sizes):
 
     def run():
         peaks = masked_attention(*tensors, lengths, weights=False, peaks=True, backend=cpp)[2]
-        return peaks, *everything(op(cpp), tensors, lengths, "both", cotangents)
+        return peaks, *all_results(op(cpp), tensors, lengths, "both", cotangents)
 
     with threads(2):
         actual = run()
