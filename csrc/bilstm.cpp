@@ -238,7 +238,7 @@ class BiLstmForward {
 // ------------------------------------------------------------------------------------------------------------ backward
 
 // lstm.h has the gradients of the gates of a step. They are computed from the last step to the first, where dX is the
-// gradient of X and dgates that of the step after:
+// gradient of X and dgates that of the following step:
 //   dh += W_hh^T dgates
 // Then, over all frames, with h' the previous hidden state:
 //   dx = sum over directions of dgates W_ih;   dW_ih = dgates^T x;   dW_hh = dgates^T h';   db = sum of dgates

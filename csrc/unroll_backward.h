@@ -87,8 +87,8 @@ struct UnrollBackward {
   BackwardInputs in;
 
   int64_t steps;                                 // per block
-  std::vector<ZeroedBuffer<>> inputs_gradient;   // (B, input_size(i) + H_i) per cell, of the step after
-  std::vector<ZeroedBuffer<>> cell_gradient;     // (B, H_i) per cell, of the step after
+  std::vector<ZeroedBuffer<>> inputs_gradient;   // (B, input_size(i) + H_i) per cell, of the following step
+  std::vector<ZeroedBuffer<>> cell_gradient;     // (B, H_i) per cell, of the following step
   ZeroedBuffer<> readout_gradient;               // (B, H_last + E)
   AlignedArray<T> gradients;                     // (steps, B, layout.gradients)
   AlignedArray<float> score_gradients;           // (B, U, T)

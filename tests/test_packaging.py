@@ -74,7 +74,7 @@ def test_without_torch_setup_says_so_in_one_line_and_succeeds():
     assert "torch is not importable" in line and "--no-build-isolation" in line
 
 
-def test_without_the_extension_everything_runs_and_says_so_once():
+def test_without_the_extension_ops_run_with_a_single_warning():
     code = """
 import sys; sys.modules['las_fast._C'] = None
 import torch

@@ -180,7 +180,7 @@ def test_silence_is_an_empty_transcript_with_a_warning(model):
 
 
 SPEECH = make_speech(0.3)
-WRONG = {
+INVALID_RECORDINGS = {
     "no rate": (SPEECH, None, {}, "an array has no sample rate of its own; give its rate in Hz"),
     "a rate of 0": (SPEECH, 0, {}, "sample_rate must be a whole number of Hz from 1000 to 768000; got 0"),
     "a rate of text": (SPEECH, "16000", {}, "sample_rate must be a whole number of Hz .*; got '16000'"),
@@ -223,10 +223,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", INVALID_RECORDINGS)
 def test_invalid_arguments_are_a_one_sentence_error(workspace, model, monkeypatch, case):
     monkeypatch.chdir(workspace)
-    recording, rate, options, message = WRONG[case]
+    recording, rate, options, message = INVALID_RECORDINGS[case]
     with pytest.raises(InputError, match=message) as caught:
         model.transcribe(recording, rate, **options)
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)

@@ -43,7 +43,7 @@ ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MAX_WORKERS = 256
 TIMEOUT = 600.0  # seconds without a result after which the processes count as hung
-BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the utterances before
+BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the previous utterances
 
 SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; no variant has two roles
     "train": (

@@ -122,7 +122,7 @@ def _encode_ngrams(sentences: list[str], characters: str, order: int) -> np.ndar
     ngrams = np.zeros_like(tokens)
     for back in range(order):
         ngrams[back:] += tokens[: len(tokens) - back] * len(vocabulary) ** back
-    return ngrams[tokens != SOS]  # an n-gram that ends in <sos> may reach into the sentence before
+    return ngrams[tokens != SOS]  # an n-gram that ends in <sos> may reach into the previous sentence
 
 
 def merge_counts(a: Counts, b: Counts) -> Counts:

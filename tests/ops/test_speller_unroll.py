@@ -128,7 +128,7 @@ def assert_bf16_is_as_accurate_as_plain(sizes, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused", "cpp"])
-def test_a_sampled_token_is_the_best_of_the_step_before(backend):
+def test_a_sampled_token_is_the_best_of_the_previous_step(backend):
     if reason := backends.unavailable("speller_unroll", backend):
         pytest.skip(reason)
     weights, keys, values, lengths, tokens, sampled, masks = inputs(*SIZES[7])
