@@ -30,7 +30,7 @@ template <int W>
 LAS_INLINE Float<W> load_logits(const float* row, int64_t v, int64_t V) {
   if (v + W <= V) return load<W>(row + v);
   if (V < W) return load_partial<W>(row, V, -INFINITE);
-  // Load the last W of the row, and replace those before v by -inf.
+  // Load the last W logits of the row, and replace those before v by -inf.
   Int<W> lane = {};
   for (int i = 0; i < W; ++i) lane[i] = i;
   return lane < int32_t(v + W - V) ? broadcast<W>(-INFINITE) : load<W>(row + V - W);

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_model_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["small.pt", "small.csv"])
-def test_an_exported_model_is_called_safetensors(tmp_path, name):
+def test_an_exported_model_has_the_suffix_safetensors(tmp_path, name):
     with pytest.raises(InputError, match=r"the output is a model; give a name that ends in .safetensors"):
         export.main(["--checkpoint", str(make_checkpoint(tmp_path)), "--out", str(tmp_path / name)])
 

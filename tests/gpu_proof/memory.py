@@ -204,7 +204,7 @@ class SharedMemory:
         self.written = np.empty(self.words.size, np.uint8)
         self.read = np.empty(self.words.size, np.uint8)
         self._by_cta = [marks.reshape(ctas, -1) for marks in (self.written, self.read)]
-        self._marked = True  # any word, since the last barrier of the whole batch
+        self._marked = True  # whether a word may have a mark: False after a barrier of the whole batch
 
     def reset(self):
         self.data.fill(0xFF)  # poison: NaN in every format

@@ -525,7 +525,7 @@ def test_a_forgotten_mask_is_detected(arch):
         add_kernel[(4,)](x[:1000], y, out, 1001, BLOCK=256)
 
 
-def test_bounds_of_a_strided_view_are_its_storage_and_of_a_contiguous_tensor_itself():
+def test_a_strided_view_is_bounded_by_its_storage_and_a_contiguous_tensor_by_itself():
     storage = random(64)
     with executed(90):
         add_kernel[(1,)](storage[::2], storage[::2], torch.empty(64), 64, BLOCK=64)

@@ -66,7 +66,7 @@ def test_a_layer_on_cuda_equals_the_op_in_value_and_gradient(lengths, monkeypatc
 
 @pytest.mark.parametrize("lengths", [[33, 12, 5], [9] * 8, [21, 20, 19, 18, 17, 16, 15, 14, 13]])
 @pytest.mark.parametrize("tap", [-1, 1])
-def test_a_listener_on_cuda_with_rows_added_up_to_eight_equals_that_on_the_cpu(lengths, tap, request):
+def test_a_listener_on_cuda_that_pads_to_eight_utterances_equals_one_on_the_cpu(lengths, tap, request):
     torch.manual_seed(0)
     listener, results, seen = Listener(SMALL, 5), [], []
     listener.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(len(inputs[0])))

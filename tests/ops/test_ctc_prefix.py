@@ -109,7 +109,7 @@ def test_float32_errors_are_at_most_four_times_the_references(backend):
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
-def test_ending_a_text_has_the_negative_ctc_loss(backend, length):
+def test_the_log_probability_of_ending_a_text_is_its_negative_ctc_loss(backend, length):
     ctc_log_probs, text = random_log_probs(2, 20, 7, [20, 13]), [3, 3, 4, 6, 5, 5, 3, 4, 4][:length]
     state = extend_texts(ctc_log_probs, [text], backend=backend)
     targets, target_lengths = torch.tensor([text, text]), torch.tensor([length, length])
