@@ -270,7 +270,7 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _ngram_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return the result of las_fast.search.beam.fold_length_reward; that of the last language model is cached."""
+        """Return the n-gram table and settings from fold_length_reward; those of the last language model are cached."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
             table = load_ngram_table(lm, decoding, self.loaded, self.device, self._lm_option)
@@ -297,7 +297,7 @@ class Recogniser:
         speech_scores: bool = False,
         progress: bool = True,
     ) -> list[list[beam.Hypothesis]]:
-        """Decode a data set; see las_fast.search.dataset.decode_dataset."""
+        """Decode a dataset; see las_fast.search.dataset.decode_dataset."""
         config, ngram, packed = decoder
         return dataset.decode_dataset(
             self.loaded.model,

@@ -1,4 +1,4 @@
-"""What must stay the same when a training is resumed, and what may change."""
+"""Checks when a training is resumed: the settings that may differ, and a fingerprint of the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
 from las_fast.tree import to_tree
 
-# Settings that may differ when resuming: they change where and how fast the model learns, not what.
+# Settings that may differ when resuming: they change where and how fast a training runs, not what the model learns.
 FREE_TO_CHANGE = (
     "training.threads",  # changes rounding, but rounding differs between machines anyway
     "data.workers",

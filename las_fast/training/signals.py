@@ -28,7 +28,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def defer(self) -> Iterator[None]:
-        """Let no signal interrupt the block, which writes files."""
+        """Keep signals from interrupting the block, which writes files."""
         before, self.deferred = self.deferred, True
         try:
             yield

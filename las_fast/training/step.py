@@ -49,7 +49,7 @@ class Learner:
     On CUDA the host runs ahead of the device: it learns one step late whether a step was taken or skipped.
     """
 
-    reads_late = False  # whether the host reads the result of a step in the step after it
+    reads_late = False  # whether the host reads the result of a step during the next step
     pending: PendingFlag | None = None  # whether the latest step was taken, if the host has not read it yet
 
     def __init__(self, config: Config, curriculum: Curriculum, device: torch.device):
@@ -119,7 +119,7 @@ class Learner:
             self.optimiser.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             self.optimiser.step()
             self.pending = PendingFlag(finite)
-            taken = False  # or not known yet
+            taken = False  # not known before `settle`
         else:
             taken = math.isfinite(float(norm))
             if taken:

@@ -111,8 +111,8 @@ def losses_and_state(trainer, batches):
     return losses, state
 
 
-def assert_equal(found, expected):
-    leaves = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+def assert_equal(actual, expected):
+    leaves = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x for x, y in leaves)
 
 
@@ -135,7 +135,7 @@ def test_steps_that_are_read_late_train_the_same_and_skip_the_same(archive, tmp_
     assert math.isnan(results[0][0][1]) and math.isfinite(results[0][0][2])
 
 
-def test_a_late_step_is_averaged_before_the_next_update_and_before_a_save_or_a_validation(trainer, monkeypatch):
+def test_a_step_read_late_is_averaged_before_the_next_update_and_before_a_save_or_a_validation(trainer, monkeypatch):
     trainer.reads_late = True
     (batch, *_), order = trainer._rest_of_epoch(), []
     average, step = trainer._average, trainer.optimiser.step
@@ -154,7 +154,7 @@ def test_a_late_step_is_averaged_before_the_next_update_and_before_a_save_or_a_v
     assert order[4:] == ["step", "average"] and trainer.pending is None
 
 
-def test_a_late_training_has_diverged_one_step_later(trainer):
+def test_with_late_reads_a_divergence_is_raised_one_step_later(trainer):
     trainer.reads_late = True
     (batch, *_) = trainer._rest_of_epoch()
     trainer.progress.skipped_in_a_row = 49
@@ -173,15 +173,15 @@ def test_a_scale_that_overflows_comes_down_and_no_weight_changes_until_then(trai
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     training_loss = module.training_loss
 
-    def large(*given, **options):
-        loss, parts = training_loss(*given, **options)
+    def large(*arguments, **options):
+        loss, parts = training_loss(*arguments, **options)
         return loss * 2**10, parts
 
     monkeypatch.setattr(module, "training_loss", large)
     (batch, *_) = trainer._rest_of_epoch()
     before = [x.clone() for x in trainer.model.parameters()]
     for _ in range(30):
-        trainer.progress.step = 0  # there are few in all
+        trainer.progress.step = 0  # the training has only a few steps
         trainer.train_step(batch)
         trainer.settle()
         if not trainer.progress.skipped_in_a_row:

@@ -1,4 +1,4 @@
-"""The parts of the training loop: epochs, validations, saves and ends, and what each does in edge cases."""
+"""The parts of the training loop: epochs, validations, saves and ends, with their edge cases."""
 
 import contextlib
 import math

@@ -127,7 +127,9 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_p
 
 def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(validate, "attention_picture", lambda path, **own: titles.append(own["title"]) or path.touch())
+    monkeypatch.setattr(
+        validate, "attention_picture", lambda path, **options: titles.append(options["title"]) or path.touch()
+    )
     actual = book(["a\nb"], [5], 1)
     actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     actual.save(tmp_path / "attention", 2.0)
