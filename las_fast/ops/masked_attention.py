@@ -170,7 +170,7 @@ def _save(ctx, inputs, output) -> None:
 def _make_backward(op):
     @once_differentiable
     def backward(ctx, context_gradient, weights_gradient, peaks_gradient, logsumexp_gradient):
-        weights_gradient = weights_gradient if ctx.weights else None  # weights=False: of an empty tensor
+        weights_gradient = weights_gradient if ctx.weights else None  # without weights it belongs to an empty tensor
         memory = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         query, keys, values = op(context_gradient, weights_gradient, *ctx.saved_tensors, ctx.scale, memory)
         return query, keys if memory else None, values if memory else None, None, None, None

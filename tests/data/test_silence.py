@@ -99,7 +99,7 @@ def test_frames_near_speech_are_kept_and_no_others():
 
 
 @pytest.mark.parametrize(("rate", "frames"), [(16_000, 2000), (11_025, 2005), (22_050, 2005)])
-def test_frames_in_some_seconds_are_counted_by_whole_samples(rate, frames):
+def test_seconds_are_converted_to_frames_of_whole_samples(rate, frames):
     config = FeatureConfig(sample_rate=rate)
     assert frames_in(20.0, config) == frames
     assert frames_in(0.001, config) == 1
