@@ -1,4 +1,4 @@
-"""A data set: utterances of some splits with their frames and transcripts, loaded through the feature cache."""
+"""A dataset: utterances of some splits with their frames and transcripts, loaded through the feature cache."""
 
 from __future__ import annotations
 

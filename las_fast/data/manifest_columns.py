@@ -1,4 +1,4 @@
-"""Columns of manifests: what each one means, by its name, and which unknown ones are errors."""
+"""Columns of manifests: their meanings by name, and the unknown ones that are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings that two data sets share, so that dev scores say nothing about new speech."""
+"""Counts the recordings and utterances that two datasets share: dev scores on them say nothing about new speech."""
 
 from __future__ import annotations
 
