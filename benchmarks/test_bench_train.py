@@ -27,8 +27,8 @@ PATHS = ("usual", "plain", "plain bf16", "las_fast", "las_fast bf16")
 TUNED = ", memory tuned"
 ALL_PATHS = [*PATHS, "plain" + TUNED, "plain bf16" + TUNED]
 CURVE_PATHS = [path for path in PATHS if path != "usual"]
-SMALL = 0.1  # fraction of the preset's frames per batch, to compare losses
-LARGE = 3.5  # the same, for a large batch
+SMALL_BATCH = 0.1  # fraction of the preset's frames per batch, to compare losses
+LARGE_BATCH = 3.5  # fraction of them, to compare times
 LOSS_RTOL = 1e-4  # float32
 
 
@@ -94,19 +94,19 @@ def compare_steps(compare, what: str, paths: list[str], baseline: str, frame_sha
 
 def test_training_step(compare):
     config = preset(dropout=False)
-    check(loss_curves(config, [make_batch(config, SMALL)] * 3), bf16=1e-2)
+    check(loss_curves(config, [make_batch(config, SMALL_BATCH)] * 3), bf16=1e-2)
     compare_steps(compare, "training step", ALL_PATHS, "usual")
 
 
 def test_training_step_on_a_large_batch(compare, long):
-    compare_steps(compare, "training step", ALL_PATHS, "usual", LARGE)
+    compare_steps(compare, "training step", ALL_PATHS, "usual", LARGE_BATCH)
 
 
 def test_fifty_steps_of_training_have_one_curve(long):
     """The learning rate is low: at the preset's, rounding makes even the two baselines diverge."""
     config = preset(dropout=False)
     config = with_training(config, learning_rate=1e-4)
-    curves = loss_curves(config, [make_batch(config, SMALL)] * 50)
+    curves = loss_curves(config, [make_batch(config, SMALL_BATCH)] * 50)
     for path, curve in curves.items():
         max_error = float((curve / curves["plain"] - 1).abs().max())
         print(f"{path}: {[round(x, 4) for x in curve[::7].tolist()]}, at most {max_error:.1e} from plain")

@@ -115,7 +115,7 @@ LAS_INLINE void with_constant_size(int64_t size, int64_t row, const Tile& tile) 
 
 // Split the rows into tiles of at most MAX_ROWS and call tile(row, Constant<M>{}) for each, where `row` is the first of
 // its M rows. Tiles differ by at most 1 row, the larger ones first: in a small tile, each addition would wait for the
-// one before.
+// previous one.
 template <int MAX_ROWS, class Tile>
 LAS_INLINE void for_each_tile(int64_t rows, const Tile& tile) {
   const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, size = tiles ? rows / tiles : 0;

@@ -50,7 +50,7 @@ def states_kernel(
     state = tl.where(reverse, states - 1 - order, order)
     is_token = inside & (state % 2 == 1)
     token = tl.load(tokens + b * S + state // 2, mask=is_token, other=0)
-    back = tl.where(reverse, -1, 1)  # from a state to the one before it
+    back = tl.where(reverse, -1, 1)  # from a state to the previous one
     before = tl.load(tokens + b * S + state // 2 - back, mask=is_token & (order >= 2), other=0)
     skips = is_token & (order >= 2) & ((before != token) | ALLOW_ADJACENT_EQUAL)
     log_probs += b * T * V

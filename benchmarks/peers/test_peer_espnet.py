@@ -20,7 +20,7 @@ INSTALL = (
     "pip install --no-deps espnet==202511 typeguard==2.13.3 humanfriendly packaging scipy"
 )
 FORBIDDEN_LOGIT = -1e9
-FEW = 2  # utterances for the unbatched search
+UNBATCHED_UTTERANCES = 2  # for the search without batches
 
 
 def espnet1_search(shape: Shape):
@@ -58,7 +58,7 @@ def espnet2_search(shape: Shape):
     decoder = RNNDecoder(shape.V, shape.H, "lstm", 2, shape.H, att_conf={"atype": "dot", "adim": 256}).eval()
     forbid_eos(decoder.output, eos)
     searcher = BeamSearch({"decoder": decoder}, {"decoder": 1.0}, shape.K, shape.V, eos, eos).eval()
-    encoded = torch.randn(FEW, shape.T, shape.H)
+    encoded = torch.randn(UNBATCHED_UTTERANCES, shape.T, shape.H)
 
     @torch.inference_mode()
     def run():
@@ -93,7 +93,7 @@ def test_espnet1(compare, installed):
 
 def test_espnet2(compare, installed):
     espnet = installed("espnet", INSTALL)
-    shape = Shape(B=FEW)
+    shape = Shape(B=UNBATCHED_UTTERANCES)
     others = {f"ESPnet2 {espnet.__version__} dot": espnet2_search(shape)}
     compare_searches(
         compare, shape, "plain", "plain bf16", "las_fast cpp", "las_fast bf16", "las_fast int8",

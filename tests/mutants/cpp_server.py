@@ -41,7 +41,7 @@ class Recording:
             self.tests[item.nodeid] = {"seconds": round(seconds, 3), "reached": reached}
 
 
-class Judging:
+class JobServer:
     """A pytest plugin that serves jobs instead of running the tests."""
 
     def __init__(self, switch: Switch, requests, answers):
@@ -75,7 +75,7 @@ def main() -> int:
         return int(status)
     requests, answers, *tests = rest
     pipes = os.fdopen(int(requests)), os.fdopen(int(answers), "w")
-    return int(pytest.main([*options, *tests], plugins=[Judging(switch, *pipes)]))
+    return int(pytest.main([*options, *tests], plugins=[JobServer(switch, *pipes)]))
 
 
 if __name__ == "__main__":

@@ -456,7 +456,7 @@ def test_on_cuda_short_texts_are_searched_in_short_chunks(monkeypatch):
     assert model.steps == 16, "of a text that ends at once, two chunks are in flight"
 
 
-def test_on_cuda_one_chunk_runs_while_the_host_reads_the_flag_of_the_last():
+def test_on_cuda_a_chunk_runs_while_the_host_reads_the_flag_of_the_previous_one():
     for is_cuda, expected in ((True, 2), (False, 1)):
         assert steps.chunks_in_flight(SimpleNamespace(lengths=SimpleNamespace(is_cuda=is_cuda))) == expected
     assert isinstance(beam._device_context(torch.device("cuda", 0)), torch.cuda.device)

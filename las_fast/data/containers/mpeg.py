@@ -52,8 +52,9 @@ def frame_header(head: bytes) -> FrameHeader | None:
     mono = head[3] >> 6 == 3
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     length = (12 * bits // rate + pad) * 4 if layer == 1 else samples // 8 * bits // rate + pad
-    side = (17 if mono else 32) if version == 3 else (9 if mono else 17)
-    return FrameHeader(length, samples, (version, layer, rate, mono), 4 + side)  # a checksum does not move it
+    side = (17 if mono else 32) if version == 3 else (9 if mono else 17)  # bytes of side information
+    xing_offset = 4 + side  # the same in frames with a checksum
+    return FrameHeader(length, samples, (version, layer, rate, mono), xing_offset)
 
 
 def _valid_frame_header(head: bytes) -> FrameHeader:
