@@ -670,8 +670,8 @@ def test_tuning_ranks_the_grid_as_decoding_scores_it(workspace, tmp_path, capsys
 
 def test_tuning_can_vary_the_ctc_weight(tmp_path, capsys):
     make_manifest(tmp_path / "data", utterances=3)
-    of_training = DataConfig(max_seconds=0.1, hours=9.0)
-    sections = {"model": replace(MODEL, ctc_layer=0), "data": of_training}
+    training_data = DataConfig(max_seconds=0.1, hours=9.0)
+    sections = {"model": replace(MODEL, ctc_layer=0), "data": training_data}
     make_checkpoint(tmp_path, 20, mel_bins=23, sections=sections)
     tune.main(argv(tmp_path, "--ctc-weight", "0", "0.4", "--out", str(tmp_path / "grid.csv")))
     capsys.readouterr()

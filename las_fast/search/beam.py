@@ -196,8 +196,8 @@ def _hypotheses(nbest: int, *columns: list | np.ndarray) -> list[Hypothesis]:
         text = tokens[:n].tolist()
         # With fewer possible texts than beams, the rest are impossible: score -inf, or <pad> or <sos> in the text.
         if math.isfinite(score) and not {PAD, SOS} & set(text):
-            frames, of_tokens = attended[:n].tolist(), token_scores[:n].tolist()
-            hypotheses.append(Hypothesis(text, score, normalised, frames, of_tokens, bool(finished)))
+            attended_frames, scores = attended[:n].tolist(), token_scores[:n].tolist()
+            hypotheses.append(Hypothesis(text, score, normalised, attended_frames, scores, bool(finished)))
         if len(hypotheses) == nbest:
             break
     return hypotheses[:nbest] or [Hypothesis([], -math.inf, -math.inf, [], [], False)]

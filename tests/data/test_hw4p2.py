@@ -170,7 +170,7 @@ def test_s24_trains_on_100_hours_unless_50_are_asked_for(tmp_path):
         ("hw4p2_data", ".", True, "HW4P2 F24"),
     ],
 )
-def test_fbank_editions_are_told_apart_by_their_extra_files(tmp_path, name, symbols, sentences, edition):
+def test_fbank_editions_are_distinguished_by_their_extra_files(tmp_path, name, symbols, sentences, edition):
     archive = tmp_path / name
     for i in range(2):
         save(archive / "dev-clean" / "fbank" / f"{i}.npy", np.ones((80, 20 + i), np.float32))

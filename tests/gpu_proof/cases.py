@@ -253,10 +253,10 @@ def check_attention_gradients(
     query, keys, values, lengths = inputs
     scale = D**-0.5
     generator = torch.Generator().manual_seed(seed + 1)
-    of_context, of_weights = (torch.randn(s, generator=generator) for s in ((B, K, E), (B, K, T)))
+    context_gradient, weights_gradient = (torch.randn(s, generator=generator) for s in ((B, K, E), (B, K, T)))
     upstream = [
-        of_context.to(dtype) if gradients != "weights" else None,
-        of_weights if gradients != "context" else None,
+        context_gradient.to(dtype) if gradients != "weights" else None,
+        weights_gradient if gradients != "context" else None,
     ]
     if change:
         change(query, keys, values, *upstream)

@@ -346,12 +346,14 @@ def test_the_registered_op_passes_opcheck(cpp, gradients, dtype):
 
 
 @per_dtype
-@pytest.mark.parametrize("of_x", [True, False])
-def test_the_registered_backward_passes_opcheck(cpp, of_x, dtype):
+@pytest.mark.parametrize("x_gradient", [True, False])
+def test_the_registered_backward_passes_opcheck(cpp, x_gradient, dtype):
     x, *weights = inputs()
     arguments = (x.to(dtype), torch.tensor([7, 3, 1]), weights)
     output, kept = torch.ops.las_fast.bilstm_cpp(*arguments, True)
-    torch.library.opcheck(torch.ops.las_fast.bilstm_backward_cpp.default, (output, *arguments, output, kept, of_x))
+    torch.library.opcheck(
+        torch.ops.las_fast.bilstm_backward_cpp.default, (output, *arguments, output, kept, x_gradient)
+    )
 
 
 def test_it_compiles_into_one_graph_with_gradients(cpp):
