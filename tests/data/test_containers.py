@@ -304,7 +304,7 @@ def test_tags_before_the_audio_have_the_length_in_their_header():
             assert skip_tags(Bytes(head[:-1]), 0) == 0
 
 
-def test_no_tag_after_the_audio_begins_before_it():
+def test_a_trailing_tag_begins_after_the_start_of_the_audio():
     def end(data, start, trailing=b""):
         return without_trailing_tags(Bytes(data + trailing), start, len(data))
 
