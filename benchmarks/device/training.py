@@ -20,13 +20,13 @@ from las_fast.training.losses import training_loss
 from las_fast.training.trainer import Trainer
 
 TYPICAL = ("hw4p2", 49)  # preset, utterances of the batch
-MAIN = ("las_fast bf16", "plain graphed bf16", "plain bf16")
-REST = tuple(path for path in PATHS if path not in MAIN)
+MAIN_PATHS = ("las_fast bf16", "plain graphed bf16", "plain bf16")
+OTHER_PATHS = tuple(path for path in PATHS if path not in MAIN_PATHS)
 BATCHES = (  # the most important first
-    (*TYPICAL, (*MAIN, *REST)),
-    ("an4", 16, (*MAIN, "las_fast", "usual")),
-    ("hw4p2", 96, MAIN),
-    ("hw4p2", 22, MAIN),
+    (*TYPICAL, (*MAIN_PATHS, *OTHER_PATHS)),
+    ("an4", 16, (*MAIN_PATHS, "las_fast", "usual")),
+    ("hw4p2", 96, MAIN_PATHS),
+    ("hw4p2", 22, MAIN_PATHS),
 )
 QUICK_LENGTHS = (60, 37)  # feature frames
 
@@ -37,7 +37,7 @@ def run(options: Options, record: Record) -> None:
     free(options.device)
     with record.attempt("parts of a training step"):
         time_parts(TYPICAL, options, record)
-    for path in MAIN[:1] if options.quick else MAIN[:2]:
+    for path in MAIN_PATHS[:1] if options.quick else MAIN_PATHS[:2]:
         free(options.device)
         with record.attempt("profile of a training step", path=path):
             record_profile(path, make_batch(*TYPICAL, options.quick), options, record)
