@@ -19,11 +19,22 @@ if TYPE_CHECKING:
     from las_fast import ops
     from las_fast.errors import InputError
     from las_fast.model.las import LAS
-    from las_fast.output.transcripts import Hypothesis, Segment, Transcript
+    from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
     from las_fast.recogniser import Recogniser, load
 
 __version__ = "0.3.0"
-__all__ = ["LAS", "Hypothesis", "InputError", "Recogniser", "Segment", "Transcript", "__version__", "load", "ops"]
+__all__ = [
+    "LAS",
+    "Hypothesis",
+    "InputError",
+    "Recogniser",
+    "Segment",
+    "Transcript",
+    "Word",
+    "__version__",
+    "load",
+    "ops",
+]
 
 _MODULES = {
     "LAS": "model",
@@ -32,6 +43,7 @@ _MODULES = {
     "Recogniser": "recogniser",
     "Segment": "output.transcripts",
     "Transcript": "output.transcripts",
+    "Word": "output.transcripts",
     "load": "recogniser",
 }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.data.corpus import Corpus
     from las_fast.data.dataset import SpeechDataset
     from las_fast.output.metrics import Scores
+    from las_fast.output.transcripts import Word
     from las_fast.search.beam import Hypothesis
 
 MAX_LISTED = 20  # unknown characters listed in an error
@@ -47,7 +48,7 @@ def parser() -> Parser:
         "--jsonl",
         type=as_file,
         metavar="FILE",
-        help="also write scores, attended frames and the n best texts as JSON lines",
+        help="also write scores, attended frames, words with times and confidences, and the n best texts as JSON lines",
     )
     parser.add_argument(
         "--lm", metavar="FILE", help="language model; its weight is 0.1 unless set (default: the checkpoint's)"
@@ -137,7 +138,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     )
     check_references(dataset, loaded, normalised=options.normalise_text or data.normalise_text)
     started = time.perf_counter()
-    hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest)
+    hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
     rows = [jsonl_row(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, splits, dataset, rows)
@@ -198,15 +199,40 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
 
 
 def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
-    """Return the row of an utterance for --jsonl; "frames" are encoder frames of the untrimmed recording."""
-    best = hypotheses[0]
-    nbest = [{"text": loaded.vocabulary.decode(h.text_tokens), "score": round(h.score, 4)} for h in hypotheses]
+    """Return the row of an utterance for --jsonl; frames and times are those of the untrimmed recording."""
+    from las_fast.data.features import seconds_of
+
+    best, shift = hypotheses[0], float(seconds_of(1, loaded.config.features))
+    nbest = [
+        {
+            "text": loaded.vocabulary.decode(h.text_tokens),
+            "score": round(h.score, 4),
+            "words": [word.row() for word in recording_words(dataset, i, h.words, shift)],
+        }
+        for h in hypotheses
+    ]
     reduction = loaded.model.time_reduction  # feature frames per encoder frame
     middles = (frame * reduction + reduction // 2 for frame in best.attended_frames)
     frames = [dataset.recording_frame(i, middle) // reduction for middle in middles]
     row = {"id": dataset.ids[i], **nbest[0], "frames": frames, "nbest": nbest}
     text = reference(dataset, i)
     return row if text is None else {**row, "reference": text}
+
+
+def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], shift: float) -> list[Word]:
+    """Convert the times of an utterance's words to those of the recording, which has the trimmed silence too.
+
+    shift: seconds between feature frames.
+    """
+
+    def convert(seconds: float, *, is_end: bool) -> float:
+        frame = math.ceil(seconds / shift) - 1 if is_end else math.floor(seconds / shift)
+        frame = max(frame, 0)
+        return min(seconds + (dataset.recording_frame(i, frame) - frame) * shift, float(dataset.seconds[i]))
+
+    return [
+        replace(word, start=convert(word.start, is_end=False), end=convert(word.end, is_end=True)) for word in words
+    ]
 
 
 def write_results(

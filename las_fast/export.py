@@ -1,7 +1,8 @@
 """python -m las_fast.export: write a trained model and its decoding settings to one small file.
 
 Weights are stored in float16; decoding still computes in float32. Decoding settings on the command line become the
-file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well.
+file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well; so is the
+calibration of its word confidences.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,15 +86,19 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
     """
     from las_fast.checkpoint import save_model
     from las_fast.files import write_atomically
+    from las_fast.search.confidence import calibration_path_for
 
     config = check(replace(loaded.config, decoding=settings.decoding))
     weights = {name: to_float16(name, value) for name, value in loaded.model.state_dict().items()}
     save_model(out, weights, config, loaded.statistics, loaded.info)
-    lm, lm_out = lm_path_for(loaded.path), lm_path_for(out)
-    if not settings.decoding.ngram_weight or not os.path.isfile(lm) or lm.resolve() == lm_out.resolve():
-        return [out]
-    write_atomically(lm_out, lambda path: shutil.copyfile(lm, path))
-    return [out, lm_out]
+    companions = [calibration_path_for] + [lm_path_for] * bool(settings.decoding.ngram_weight)
+    written = [out]
+    for path_for in companions:
+        source, target = path_for(loaded.path), path_for(out)
+        if os.path.isfile(source) and source.resolve() != target.resolve():
+            write_atomically(target, partial(shutil.copyfile, source))
+            written.append(target)
+    return written
 
 
 def to_float16(name: str, value: Tensor) -> Tensor:

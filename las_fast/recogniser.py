@@ -27,8 +27,10 @@ from las_fast.errors import InputError, show, type_name
 from las_fast.files import BEST
 from las_fast.output.transcripts import MIN_SPEECH_SCORE, POOL_SECONDS, Hypothesis, Transcript, noise_warning
 from las_fast.search import beam, dataset
+from las_fast.search.confidence import Calibration, load_calibration
 from las_fast.search.dataset import Utterances
 from las_fast.search.ngram import find_lm, load_ngram_table, with_default_weight
+from las_fast.search.words import WordFinder
 from las_fast.system import choose_device
 from las_fast.transcription import Transcription, to_audio
 
@@ -82,6 +84,7 @@ class Recogniser:
         self._lock = threading.Lock()
         self._ngram_cache: tuple[Any, Tensor | None, DecodingConfig] | None = None  # key, n-gram table, settings
         self._packed: dict[str, Tensor | None] = {}  # precision -> weights for the C++ search
+        self._calibration: Calibration | None = None  # of word times and confidences
 
     def __repr__(self) -> str:
         path = self.loaded.path
@@ -221,7 +224,7 @@ class Recogniser:
         return self._decode(self._utterances(by_name), decoder, nbest) if by_name else []
 
     def _decode(self, data: Utterances, decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
-        results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, progress=False)
+        results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, words=True, progress=False)
         return [[self.hypothesis(one) for one in hypotheses] for hypotheses in results]
 
     def _utterances(self, features: dict[str, Any]) -> Utterances:
@@ -295,6 +298,7 @@ class Recogniser:
         *,
         nbest: int = 1,
         speech_scores: bool = False,
+        words: bool = False,
         progress: bool = True,
     ) -> list[list[beam.Hypothesis]]:
         """Decode a dataset; see las_fast.search.dataset.decode_dataset."""
@@ -308,14 +312,24 @@ class Recogniser:
             ngram=ngram,
             packed=packed,
             speech_scores=speech_scores,
+            words=self._word_finder(config) if words else None,
             progress=progress,
             device=self.device,
         )
 
+    def _word_finder(self, config: DecodingConfig) -> WordFinder:
+        with self._lock:
+            if self._calibration is None:
+                self._calibration = load_calibration(self.loaded.path)
+        shift = float(seconds_of(1, self.loaded.config.features))
+        model, vocabulary = self.loaded.model, self.loaded.vocabulary
+        return WordFinder(model, vocabulary, self._calibration, frame_seconds=shift, greedy=config.beam == 1)
+
     def hypothesis(self, result: beam.Hypothesis) -> Hypothesis:
         """Convert a hypothesis of the search, which has tokens, to one that has text."""
         text = self.loaded.vocabulary.decode(result.text_tokens)
-        return Hypothesis(text, result.score, result.score / (len(result.text_tokens) + 1), result.speech_score)
+        mean_score = result.score / (len(result.text_tokens) + 1)
+        return Hypothesis(text, result.score, mean_score, result.speech_score, result.words)
 
 
 def check_nbest(nbest: int, beam: int) -> None:

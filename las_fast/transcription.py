@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from las_fast.data.segments import Speech, segments
 from las_fast.errors import InputError, type_name
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, join_texts
 from las_fast.search.dataset import Utterances
+from las_fast.search.words import moved
 
 
 @dataclass
@@ -130,9 +131,12 @@ class Transcription:
 
 
 def _segment(speech: Speech, nbest: list[Hypothesis]) -> Segment:
+    """Return the segment with the times of its words in the recording; they lie inside the segment."""
+    limits = speech.offset, speech.start, speech.end
+    nbest = [replace(one, words=moved(one.words, *limits)) for one in nbest]
     best = nbest[0]
     scores = best.score, best.mean_score, best.speech_score
-    return Segment(speech.start, speech.end, best.text, *scores, tuple(nbest))
+    return Segment(speech.start, speech.end, best.text, *scores, tuple(nbest), best.words)
 
 
 def to_audio(recording: Any, sample_rate: int | None) -> Audio:

@@ -21,6 +21,7 @@ from las_fast.data.layouts import open_corpus
 from las_fast.decode import main
 from las_fast.errors import InputError
 from las_fast.output.metrics import score
+from las_fast.output.transcripts import Word
 from las_fast.search.beam import Hypothesis
 from las_fast.text import Vocabulary
 
@@ -104,9 +105,13 @@ def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
     decode(workspace, "--jsonl", str(tmp_path / "deep" / "rows.jsonl"), "--nbest", "3", "--beam", "4")
     actual = [json.loads(line) for line in (tmp_path / "deep" / "rows.jsonl").read_text().splitlines()]
     for row in actual:
-        assert list(row) == ["id", "text", "score", "frames", "nbest", "reference"]
+        assert list(row) == ["id", "text", "score", "words", "frames", "nbest", "reference"]
         assert len(row["frames"]) == len(row["text"]) and len(row["nbest"]) == 3
-        assert row["nbest"][0] == {"text": row["text"], "score": row["score"]} and row["score"] < 0
+        assert row["nbest"][0] == {name: row[name] for name in ("text", "score", "words")} and row["score"] < 0
+        for one in row["nbest"]:
+            assert [word["word"] for word in one["words"]] == one["text"].split()
+            assert all(list(word) == ["word", "start", "end", "confidence"] for word in one["words"])
+            assert all(0 <= word["start"] <= word["end"] and 0 <= word["confidence"] <= 1 for word in one["words"])
 
 
 def test_a_beam_may_be_listed_whole(workspace, tmp_path):
@@ -434,14 +439,21 @@ def test_a_row_has_scores_of_four_digits_and_frames_of_the_recording():
     def recording_frame(i, frame):
         return 100 * i + 2 * frame
 
-    dataset = fake_dataset(["A", " "], recording_frame=recording_frame)
-    loaded = SimpleNamespace(vocabulary=Vocabulary(), model=SimpleNamespace(time_reduction=4))
-    several = [Hypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True), Hypothesis([5], -2.00004, -1.0, [9], [], True)]
+    dataset = fake_dataset(["A", " "], recording_frame=recording_frame, seconds=np.array([3.0, 3.0]))
+    config = SimpleNamespace(features=FeatureConfig())
+    loaded = SimpleNamespace(vocabulary=Vocabulary(), model=SimpleNamespace(time_reduction=4), config=config)
+    word = Word("AB", 0.105, 0.21, 0.123456)  # in frames 10 to 20
+    several = [
+        Hypothesis([3, 4], -1.23456, -1.0, [0, 3], [], True, None, (word,)),
+        Hypothesis([5], -2.00004, -1.0, [9], [], True),
+    ]
     row = command.jsonl_row(dataset, 1, several, loaded)
-    best, other = {"text": "AB", "score": -1.2346}, {"text": "C", "score": -2.0}
+    # 100 + 2 * frame is 110 frames later for frame 10, 120 for frame 20
+    words = [{"word": "AB", "start": 1.205, "end": 1.41, "confidence": 0.1235}]
+    best, other = {"text": "AB", "score": -1.2346, "words": words}, {"text": "C", "score": -2.0, "words": []}
     frames = [(100 + 2 * 2) // 4, (100 + 2 * 14) // 4]
     assert row == {"id": "u1", **best, "frames": frames, "nbest": [best, other]}
-    assert list(row) == ["id", "text", "score", "frames", "nbest"]
+    assert list(row) == ["id", "text", "score", "words", "frames", "nbest"]
     assert command.jsonl_row(dataset, 0, several, loaded)["reference"] == "A"
 
 

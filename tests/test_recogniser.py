@@ -117,7 +117,9 @@ def test_every_kind_of_recording_gives_the_commands_transcript(workspace, model,
     assert actual.text == str(actual) == row["text"] and len(row["text"]) > 3
     names = ("start", "end", "text", "score", "mean_score", "speech_score")
     rows = [{name: rounded(getattr(segment, name)) for name in names} for segment in actual.segments]
-    assert rows == row["pieces"]
+    for one, segment in zip(rows, actual.segments, strict=True):
+        one["words"] = [word.row() for word in segment.words]
+    assert rows == row["pieces"] and [word.text for word in actual.words] == actual.text.split()
 
 
 def rounded(value):
@@ -411,9 +413,11 @@ def test_features_give_the_texts_of_the_decode_command(workspace, archive):
     rows, arrays = archive
     recogniser = las_fast.load(workspace / "untrained-28.safetensors", device="cpu")
     actual = recogniser.decode(arrays, beam=4, nbest=2)
-    assert [[{"text": h.text, "score": round(h.score, 4)} for h in each] for each in actual] == [
-        r["nbest"] for r in rows
+    found = [
+        [{"text": h.text, "score": round(h.score, 4), "words": [w.row() for w in h.words]} for h in each]
+        for each in actual
     ]
+    assert found == [r["nbest"] for r in rows]
     assert {type(h) for each in actual for h in each} == {las_fast.Hypothesis} and len(actual[0]) == 2
     alone = recogniser.decode(torch.from_numpy(arrays[1]), beam=4)
     assert [h.text for h in alone] == [rows[1]["text"]] and alone[0].score == pytest.approx(

@@ -43,6 +43,7 @@ class Speech:
     start: float
     end: float
     features: Tensor
+    offset: float = 0.0  # seconds at which the first of the features starts, with the silence before the speech
 
 
 def segments(
@@ -57,10 +58,11 @@ def segments(
     """
     for first, chunk in chunks(log_mel(blocks, logmel_config(config)), config):
         begin, last = (seconds_of(first + frame, config) for frame in (0, len(chunk)))
-        for speech, frames in _parts(chunk, config):
+        for speech, first_frame, frames in _parts(chunk, config):
             features = add_deltas(normalise(cepstra(frames, config), config, statistics), config.deltas)
             start, end = (seconds_of(first + frame, config) for frame in speech)
-            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), features)
+            offset = float(seconds_of(first + first_frame, config))
+            yield Speech(max(begin, start - EDGE), min(end + EDGE, last), features, offset)
 
 
 def log_mel(blocks: Iterable[np.ndarray], config: FeatureConfig) -> Iterator[Tensor]:
@@ -109,8 +111,8 @@ def _quietest(frames: Tensor, first: int, last: int, span: int, config: FeatureC
     return first + int(sums[: last - first + 1].argmin())
 
 
-def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield ((start, end) of the speech, frames to recognise) for each segment of a chunk of log-mel frames."""
+def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, int], int, Tensor]]:
+    """Yield ((start, end) of the speech, first frame, frames to recognise) for each segment of a chunk."""
     energy = band_energy(chunk, config)
     speech = find_speech(energy, config)
     if not speech.any():
@@ -124,4 +126,4 @@ def _parts(chunk: Tensor, config: FeatureConfig) -> Iterator[tuple[tuple[int, in
     for start, end in runs:
         indices = speech[start:end].nonzero()[:, 0]
         if len(indices) >= frames_in(MIN_SPEECH, config):
-            yield (start + int(indices[0]), start + int(indices[-1]) + 1), frames[start:end]
+            yield (start + int(indices[0]), start + int(indices[-1]) + 1), start, frames[start:end]

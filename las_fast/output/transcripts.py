@@ -17,6 +17,21 @@ MAX_REPR = 60  # characters of the text in a repr
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word of a hypothesis: when it was said, in seconds, and how likely it is right."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float  # probability that the word is right, 0 to 1; see las_fast.search.words
+
+    def row(self) -> dict[str, str | float]:
+        """Return the word for JSON, with times to the millisecond."""
+        times = {"start": round(self.start, 3), "end": round(self.end, 3)}
+        return {"word": self.text, **times, "confidence": round(self.confidence, 4)}
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """A candidate text for a segment of speech or an utterance."""
 
@@ -24,6 +39,7 @@ class Hypothesis:
     score: float  # sum of the tokens' log-probabilities and weighted bonuses; see las_fast.search.beam.beam_search
     mean_score: float  # score per token, <eos> included
     speech_score: float | None  # see las_fast.search.dataset.speech_scores; only of the best one, with a CTC head
+    words: tuple[Word, ...] = field(default=(), repr=False)  # in order; times in the recording
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,7 @@ class Segment:
     mean_score: float
     speech_score: float | None
     nbest: tuple[Hypothesis, ...] = field(default=(), repr=False)  # best first; the first has the segment's text
+    words: tuple[Word, ...] = field(default=(), repr=False)  # of the best hypothesis; times in the recording
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +63,11 @@ class Transcript:
     text: str  # of all segments
     segments: tuple[Segment, ...]  # in order
     noise: tuple[Segment, ...] = ()  # segments left out of the text because of a low speech score
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """The words of all segments, in order."""
+        return tuple(word for segment in self.segments for word in segment.words)
 
     def __str__(self) -> str:
         return self.text
@@ -80,8 +102,10 @@ def as_text(path: Path, segments: Sequence[Segment]) -> str:
 
 
 def as_json(path: Path, segments: Sequence[Segment]) -> str:
-    names = [f.name for f in fields(Segment) if f.name != "nbest"]
-    rows = [{name: _rounded(getattr(segment, name)) for name in names} for segment in segments]
+    names = [f.name for f in fields(Segment) if f.name not in ("nbest", "words")]
+    rows: list[dict] = [{name: _rounded(getattr(segment, name)) for name in names} for segment in segments]
+    for row, segment in zip(rows, segments, strict=True):
+        row["words"] = [word.row() for word in segment.words]
     whole = {"file": os.fspath(path), "text": join_texts(segments).strip(), "pieces": rows}
     return json.dumps(whole, ensure_ascii=False) + "\n"
 

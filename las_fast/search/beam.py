@@ -21,6 +21,7 @@ from las_fast.config import NEEDS_CTC_HEAD, DecodingConfig
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.ops import Steps, beam_backtrack, speller_pack
+from las_fast.output.transcripts import Word
 from las_fast.search.cuda_graph import can_capture, search_by_graph
 from las_fast.search.native import is_native, native_precision, search_natively
 from las_fast.search.steps import Limits, Search, search_by_steps
@@ -38,6 +39,7 @@ class Hypothesis:
     token_scores: list[float]  # the score of each token in text_tokens
     finished: bool  # False if <eos> was forced at the maximum length
     speech_score: float | None = None  # see las_fast.search.dataset.speech_scores; None if it was not requested
+    words: tuple[Word, ...] = ()  # see las_fast.search.words; empty if they were not requested
 
 
 def greedy_search(model, memory, config: DecodingConfig) -> list[list[Hypothesis]]:

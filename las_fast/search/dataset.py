@@ -23,6 +23,7 @@ from las_fast.progress import Progress
 from las_fast.search.beam import Hypothesis, beam_search, fold_length_reward, packed_weights
 from las_fast.search.cuda_graph import clear_graphs
 from las_fast.search.native import LOW_PRECISIONS
+from las_fast.search.words import WordFinder
 from las_fast.text import PAD, Vocabulary
 
 MAX_UTTERANCES_PER_BATCH = 128  # however short they are
@@ -52,6 +53,7 @@ def decode_dataset(
     ngram: Tensor | None = None,
     packed: Tensor | None = None,
     speech_scores: bool = False,
+    words: WordFinder | None = None,
     progress: bool = True,
     device: str | torch.device,
 ) -> list[list[Hypothesis]]:
@@ -68,6 +70,7 @@ def decode_dataset(
         nbest:         hypotheses per utterance.
         ngram, packed: see beam_search.
         speech_scores: whether to compute the speech_score of each utterance's best hypothesis.
+        words:         finds the words of all nbest hypotheses; None: they have none.
         progress:      whether to show a progress bar.
         device:        of the model.
 
@@ -81,7 +84,13 @@ def decode_dataset(
     packed = packed_weights(model, config, device) if packed is None else packed
     options: dict[str, Any] = {"nbest": nbest, "ngram": ngram, "packed": packed}
     decode = partial(
-        _decode_batch, model=model, config=config, device=device, with_speech_scores=speech_scores, **options
+        _decode_batch,
+        model=model,
+        config=config,
+        device=device,
+        with_speech_scores=speech_scores,
+        words=words,
+        **options,
     )
     results: list[list[Hypothesis]] = [[] for _ in range(len(dataset))]
     failed_size = math.inf  # padded frames of the smallest batch that did not fit
@@ -151,10 +160,22 @@ def speech_scores(memory: Memory, texts: list[list[int]]) -> list[float | None]:
 
 
 def _decode_batch(
-    batch: Batch, *, model, config: DecodingConfig, device, with_speech_scores: bool, **options
+    batch: Batch,
+    *,
+    model,
+    config: DecodingConfig,
+    device,
+    nbest: int,
+    with_speech_scores: bool,
+    words: WordFinder | None,
+    **options,
 ) -> list[list[Hypothesis]]:
+    lengths = batch.feature_lengths.tolist()
     memory = listen(model, batch.to(device), config)
-    hypotheses = beam_search(model, memory, config, **options)
+    # All hypotheses vote on the words.
+    hypotheses = beam_search(model, memory, config, nbest=config.beam if words else nbest, **options)
+    if words:
+        hypotheses = words(hypotheses, memory, lengths, nbest)
     if not with_speech_scores:
         return hypotheses
     scores = speech_scores(memory, [best.text_tokens for best, *_ in hypotheses])

@@ -104,9 +104,9 @@ def test_a_tenth_of_a_second_of_speech_makes_a_segment(monkeypatch, rate, min_fr
     speech[100 : 100 + min_frames - 1] = speech[500 : 500 + min_frames] = True
     monkeypatch.setattr(module, "find_speech", lambda energy, config: speech)
     frames, config = torch.randn(1000, 23), FeatureConfig(size=23, sample_rate=rate, trim_silence=False)
-    ((times, segment_frames),) = _parts(frames, config)
+    ((times, first, segment_frames),) = _parts(frames, config)
     reach = round(0.5 * rate / round(0.01 * rate))
-    assert times == (500, 500 + min_frames)
+    assert times == (500, 500 + min_frames) and first == 500 - reach
     assert torch.equal(segment_frames, frames[500 - reach : 500 + min_frames + reach])
 
 

@@ -2,16 +2,28 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from las_fast.output.transcripts import Segment, _shortened, as_json, as_srt, as_text, as_vtt, clock, output_files
+from las_fast.output.transcripts import (
+    Segment,
+    Transcript,
+    Word,
+    _shortened,
+    as_json,
+    as_srt,
+    as_text,
+    as_vtt,
+    clock,
+    output_files,
+)
 
 SEGMENTS = [
     Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
     Segment(1.5, 2.0, "", -0.1, -0.1, None),
-    Segment(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0),
+    Segment(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0, (), (Word("THERE", 3661.14251, 3661.5, 0.98765),)),
 ]
 
 
@@ -24,8 +36,16 @@ def test_json_holds_times_and_scores():
     assert row["file"] == "a/b.wav" and row["text"] == "HELLO THERE" and len(row["pieces"]) == 3
     assert row["pieces"][2] == {
         "start": 3661.0425, "end": 3662.0, "text": "THERE", "score": -2.0, "mean_score": -0.3333, "speech_score": 4.0,
+        "words": [{"word": "THERE", "start": 3661.143, "end": 3661.5, "confidence": 0.9877}],
     }  # fmt: skip
+    assert row["pieces"][0]["words"] == []
     assert row["pieces"][1]["speech_score"] is None
+
+
+def test_a_transcript_has_the_words_of_all_segments_in_order():
+    first, second = Word("A", 0.0, 0.5, 0.5), Word("B", 1.0, 1.5, 0.25)
+    segments = [replace(SEGMENTS[0], words=(first,)), SEGMENTS[1], replace(SEGMENTS[2], words=(second,))]
+    assert Transcript("A B", tuple(segments)).words == (first, second)
 
 
 def test_subtitles_have_the_times_of_the_segments(tmp_path):

@@ -1,0 +1,127 @@
+"""How likely a word of a hypothesis is right: a logistic regression on what the search knows about the word.
+
+    confidence = 1 / (1 + exp(-(bias + sum over features of weight * (value - mean))))
+
+A word is right if the Levenshtein alignment of the words pairs it with an equal word of the reference. The weights are
+fitted on a development set by `python -m benchmarks.words --fit`, separately for beam search and for greedy search, and
+lie next to a checkpoint as NAME.words.json. Other checkpoints use default.words.json, fitted on the model speech13h.
+A feature that is not available, such as CTC's without a CTC head, takes its mean.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from las_fast.errors import InputError
+
+FORMAT = "las_fast words 1"
+DEFAULT = Path(__file__).parents[1] / "checkpoints" / "default.words.json"
+FEATURES = {  # of a word; scores are in nats
+    "mean_score": "mean score of its characters",
+    "min_score": "lowest score of a character",
+    "probability": "exp(mean_score)",
+    "end": "probability that the word ends after its last character",
+    "complete": "probability * end",
+    "ctc": "mean log-probability of its characters under the CTC head, at their CTC frames",
+    "share": "share of the n-best hypotheses, weighted by probability, that have the word at this place",
+    "letters": "log of the number of its characters",
+    "hypothesis": "mean score of all tokens of the hypothesis",
+    "before": "mean_score of the word before, or `hypothesis`",
+    "after": "mean_score of the word after, or `hypothesis`",
+    "known": "1 if the word is in the model's word list, else 0",
+}
+LOWEST, LOWEST_CTC = -20.0, -8.0  # smaller scores and log-probabilities count as these
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A fitted regression: its bias, and the weight and the mean of each feature that it uses."""
+
+    bias: float
+    weights: dict[str, float]
+    means: dict[str, float]
+
+    def __call__(self, features: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the confidence of each word from its features, (N,) each."""
+        count = len(next(iter(features.values())))
+        total = np.full(count, self.bias)
+        for name, weight in self.weights.items():
+            if name in features:
+                total += weight * (features[name] - self.means[name])
+        return 1 / (1 + np.exp(-np.clip(total, -30, 30)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the words of a model need: the weights, its word list, and when a word starts and ends, in seconds.
+
+    A token's time is the mean of its CTC frame, or without a CTC head its attended frame.
+    """
+
+    beam: Weights  # of beam search
+    greedy: Weights  # of greedy search, where all hypotheses are one
+    known: frozenset[str] = field(default=frozenset())  # words of the text that the language model was made from
+    start: float = -0.02  # of a word, from the time of its first character
+    start_after_pause: float = 0.015  # of the first word, and of a word after a pause
+    end: float = 0.05  # from the time of the last character
+
+    def save(self, path: Path) -> None:
+        """Write the calibration as JSON."""
+        from las_fast.files import write_text_atomically
+
+        values = {"format": FORMAT} | asdict(self) | {"known": " ".join(sorted(self.known))}
+        write_text_atomically(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+
+
+def calibration_path_for(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint's calibration: NAME.words.json next to NAME.safetensors."""
+    return checkpoint.with_suffix(".words.json")
+
+
+def load_calibration(checkpoint: Path) -> Calibration:
+    """Load the calibration of a checkpoint, or the default; raise InputError if its file is damaged."""
+    path = calibration_path_for(checkpoint)
+    path = path if path.is_file() else DEFAULT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise ValueError
+        searches = {name: Weights(**values.pop(name)) for name in ("beam", "greedy")}
+        known = frozenset(values.pop("known").split())
+        shifts = {name: float(value) for name, value in values.items()}
+        return Calibration(**searches, known=known, **shifts)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not a calibration of word confidences; copy it again or delete it") from None
+
+
+def word_features(
+    spans: list[tuple[int, int]], scores: np.ndarray, ctc: np.ndarray | None, shares: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the features of the words of a hypothesis, except `known`, (N,) float64 each.
+
+    Args:
+        spans:  (first, last + 1) of the tokens of each word; at least one.
+        scores: (U + 1,) score of each token, <eos> included.
+        ctc:    (U,) log-probability of each token under the CTC head, or None.
+        shares: (N,) feature `share`.
+    """
+    edges = np.array(spans).reshape(-1)
+    firsts, ends = edges[::2], edges[1::2]
+    counts = ends - firsts
+    scores = np.clip(scores, LOWEST, 0)
+    means = np.add.reduceat(scores, edges)[::2] / counts
+    mean = scores.mean()
+    features = {"mean_score": means, "min_score": np.minimum.reduceat(scores, edges)[::2], "share": shares,
+                "probability": np.exp(means), "end": np.exp(scores[ends]), "letters": np.log(counts),
+                "complete": np.exp(means + scores[ends]), "hypothesis": np.full(len(spans), mean),
+                "before": np.concatenate([[mean], means[:-1]]), "after": np.append(means[1:], mean)}  # fmt: skip
+    if ctc is not None:
+        sums = np.add.reduceat(np.append(np.maximum(ctc, LOWEST_CTC), 0.0), edges)[::2]
+        features["ctc"] = sums / counts
+    return features
