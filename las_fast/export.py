@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 def check_out(out: Path, checkpoint: Path) -> None:
     """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file."""
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
+    from las_fast.search.confidence import calibration_path_for, is_calibration
     from las_fast.search.ngram import is_lm
 
     prepare_output_file(
@@ -72,6 +73,14 @@ def check_out(out: Path, checkpoint: Path) -> None:
     if os.path.isfile(lm_path_for(checkpoint)):
         prepare_output_file(
             lm_path_for(out), "--out", what="a language model", inputs=(lm_path_for(checkpoint),), may_replace=is_lm
+        )
+    if os.path.isfile(calibration_path_for(checkpoint)):
+        prepare_output_file(
+            calibration_path_for(out),
+            "--out",
+            what="a calibration",
+            inputs=(calibration_path_for(checkpoint),),
+            may_replace=is_calibration,
         )
 
 

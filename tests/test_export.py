@@ -6,6 +6,7 @@ from tiny_checkpoints import make_checkpoint
 
 from las_fast import checkpoint, export
 from las_fast.errors import InputError
+from las_fast.search.confidence import calibration_path_for, load_calibration
 from las_fast.search.ngram import LanguageModel, count_ngrams, lm_path_for, save_lm
 
 
@@ -177,3 +178,16 @@ def test_a_language_model_of_the_user_stays_where_the_checkpoint_has_none(tmp_pa
     path = make_checkpoint(tmp_path)
     lm_path_for(tmp_path / "small.safetensors").write_text("mine")
     assert lm_path_for(export_model(path)).read_text() == "mine"
+
+
+def test_the_calibration_of_confidences_is_copied_and_replaces_only_another(tmp_path):
+    path, other = make_checkpoint(tmp_path), tmp_path / "small.words.json"
+    calibration = load_calibration(path)
+    calibration.save(calibration_path_for(path))
+    out = export_model(path)
+    assert load_calibration(out) == calibration and other.is_file()
+    export_model(path)
+    other.write_text("notes")
+    with pytest.raises(InputError, match="small.words.json"):
+        export_model(path)
+    assert other.read_text() == "notes"

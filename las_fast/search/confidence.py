@@ -82,6 +82,12 @@ def calibration_path_for(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".words.json")
 
 
+def is_calibration(path: Path) -> bool:
+    """Return whether a file looks like a calibration, from its first lines."""
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(len(FORMAT) + 20)
+
+
 def load_calibration(checkpoint: Path) -> Calibration:
     """Load the calibration of a checkpoint, or the default; raise InputError if its file is damaged."""
     path = calibration_path_for(checkpoint)

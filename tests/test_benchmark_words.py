@@ -1,0 +1,101 @@
+"""benchmarks.words: known word starts, the alignment of words, and the measures of confidences."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_corpora import make_speech
+
+from benchmarks import words as command
+from benchmarks.words import area_under_roc, count_disorder, expected_calibration_error, fit, matches
+from las_fast.checkpoint import load_model
+from las_fast.config import FeatureConfig
+from las_fast.output.transcripts import Word
+from las_fast.recogniser import Recogniser
+from las_fast.search.confidence import Weights
+
+CONFIG = FeatureConfig(size=80)
+
+
+def test_equal_words_are_paired_by_the_levenshtein_alignment():
+    assert matches(list("ABCD"), list("AXCCD")) in ([(0, 0), (2, 2), (3, 4)], [(0, 0), (2, 3), (3, 4)])
+    assert matches([], ["A"]) == matches(["A"], []) == []
+
+
+def test_the_calibration_error_is_the_mean_difference_in_ten_bins():
+    confidence, right = np.array([0.05, 0.05, 0.95, 0.95, 1.0]), np.array([0, 1, 1, 1, 0])
+    assert expected_calibration_error(confidence, right) == pytest.approx((abs(0.1 - 1) + abs(2.9 - 2)) / 5)
+
+
+def test_the_area_under_the_roc_counts_pairs_by_brute_force():
+    rng = np.random.default_rng(0)
+    confidence, right = rng.integers(0, 6, 40) / 5, rng.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in confidence[right] for b in confidence[~right]]
+    assert area_under_roc(confidence, right) == pytest.approx(np.mean(pairs))
+
+
+def test_a_fit_finds_the_weights_that_made_the_data_and_a_strong_prior_keeps_its_own():
+    rng = np.random.default_rng(0)
+    features = {"end": rng.normal(1, 2, 20000), "ctc": rng.normal(-3, 0.5, 20000), "letters": np.ones(20000)}
+    truth = Weights(0.5, {"end": 1.0, "ctc": -2.0}, {"end": 1.0, "ctc": -3.0})
+    right = rng.random(20000) < truth(features)
+    found = fit(features, right)
+    assert found.weights == pytest.approx(truth.weights, abs=0.1) and found.bias == pytest.approx(0.5, abs=0.05)
+    assert found.means == pytest.approx(truth.means, abs=0.05)
+    kept = fit(features, right, Weights(9.0, {"end": 0.25, "ctc": 0.5}, {}), 1e9)
+    assert kept.weights == pytest.approx({"end": 0.25, "ctc": 0.5}, abs=1e-3)
+
+
+def test_words_are_out_of_order_if_they_overlap_or_leave_the_recording():
+    a, b, c = Word("A", 0.0, 0.5, 1.0), Word("B", 0.5, 1.0, 1.0), Word("C", 0.9, 1.2, 1.0)
+    assert count_disorder([a, b], 1.0) == 0
+    assert count_disorder([a, b, c], 2.0) == 1 and count_disorder([a, c], 1.1) == 1
+
+
+def test_an_utterance_is_cut_to_its_speech_without_the_breath_before():
+    noise = np.random.default_rng(0).standard_normal(11200)
+    quiet, breath = 1e-4 * noise[:8000], 0.01 * noise[8000:]
+    speech = make_speech(1.0)
+    speech = speech * (0.3 / speech.std())
+    samples = np.concatenate([quiet, breath, quiet, speech, quiet]).astype(np.float32)
+    cut = command.cut_to_speech(samples, CONFIG)
+    first = next(i for i in range(len(samples) - 400) if np.array_equal(samples[i : i + 400], cut[:400]))
+    assert abs(first - 19200) < 800 and abs(len(cut) - len(speech)) < 1600
+
+
+def test_joined_speech_starts_where_it_says():
+    pieces = [("one two", np.ones(1600) * np.tile([1, -1], 800)), ("THREE", np.tile([3.0, -3.0], 400))]
+    recording = command.join("x", pieces, [0.5, 0.25], CONFIG)
+    assert recording.words == [("ONE", 0.5), ("TWO", None), ("THREE", 0.5 + 0.1 + 0.25)]
+    loud = np.flatnonzero(np.abs(recording.samples) > 0.03)
+    assert loud[0] == 8000 and loud[loud > 9600][0] == round(0.85 * 16000)
+
+
+def test_known_words_start_within_60_ms_in_synthetic_speech():
+    model = Recogniser(load_model("speech13h"), torch.device("cpu"))
+    texts = ["THE GREEN HORSE SLEEPS UNDER THE TREE", "MY BROTHER FOUND THE OLD HOUSE", "WAIT FIVE MINUTES PLEASE",
+             "THE BLACK DOG RUNS BY THE RIVER", "WE NEED BREAD AND WATER", "MY MOTHER LIKES THE BIRD"]  # fmt: skip
+    recordings = list(command.synthetic_recordings(texts, CONFIG))
+    errors = []
+    for recording in recordings:
+        words = model.transcribe(recording.samples, 16000).words
+        assert count_disorder(words, len(recording.samples) / 16000) == 0
+        errors += [abs(word.start - start) for start, word in command.right_words(recording.words, words)]
+    assert len(errors) >= 8 and np.median(errors) <= 0.06
+
+
+def test_the_confidences_of_a_split_are_those_of_the_held_out_half(monkeypatch, capsys):
+    judged = command.Judged(np.array([0.9, 0.1, 0.6]), np.array([True, False, True]), np.array([1, 1, 0]), 0)
+    monkeypatch.setattr(
+        command, "load_model", lambda name: SimpleNamespace(config=SimpleNamespace(decoding=SimpleNamespace(beam=8)))
+    )
+    monkeypatch.setattr(command, "Recogniser", lambda loaded, device: SimpleNamespace(loaded=loaded))
+    monkeypatch.setattr(command, "decode_words", lambda *_: judged)
+    monkeypatch.setattr(command, "area_under_roc", lambda values, right: len(values))
+    command.measure_confidence(SimpleNamespace(checkpoint="x", split="dev", record=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("beam 8, held-out half: 2 words, 50.0% right, ECE 0.1000, AUC 2")
+    assert lines[3].startswith("greedy, half of the fit: 1 words")
