@@ -35,9 +35,10 @@ from las_fast.checkpoint import load_model
 from las_fast.cli import run
 from las_fast.config import FeatureConfig
 from las_fast.data.audio import load_audio
-from las_fast.data.dataset import load_dataset, open_corpus
+from las_fast.data.dataset import load_dataset
 from las_fast.data.espeak import Synthesiser
 from las_fast.data.features import compute_features, frame_sizes, logmel_config
+from las_fast.data.layouts import open_corpus
 from las_fast.data.silence import band_energy, true_runs
 from las_fast.data.spoken import plan
 from las_fast.lm import read_texts
