@@ -8,8 +8,9 @@
     for file in track(files, "reading", "files"):
         ...
 
-A plain line reads "reading: 45% (54 of 120 files), 12 s left". Lines are at least 10% and 2 seconds apart, so that
-short loops leave nothing in a log, and never contain a carriage return.
+A plain line reads "reading: 45% (54 of 120 files), 12 s left". Lines are 10% and at least 2 seconds apart, or a minute
+if 10% take longer, so that short loops leave nothing in a log and long ones show that they go on. They never contain a
+carriage return.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ Item = TypeVar("Item")
 
 MIN_SHARE = 0.1  # of the total between two plain lines
 MIN_SECONDS = 2.0  # between two plain lines; doubles after each line if the total is unknown
+MAX_SECONDS = 60.0  # between two plain lines, if the count has changed
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 BAR_WITHOUT_TOTAL = "{desc}: {n:.0f} {unit} [{elapsed}{postfix}]"
 
@@ -92,9 +94,13 @@ class Progress:
                     file=self._stream, leave=False, **width)  # fmt: skip
 
     def _is_due(self) -> bool:
-        if time.monotonic() - self._last < self._min_gap or self.n == self.total:
+        waited = time.monotonic() - self._last
+        if self.n == self.total:
             return False
-        return self.total is None or self.n - self._shown_at >= MIN_SHARE * self.total
+        if self.total is None:
+            return waited >= min(self._min_gap, MAX_SECONDS)
+        done = self.n - self._shown_at
+        return done > 0 and waited >= (MIN_SECONDS if done >= MIN_SHARE * self.total else MAX_SECONDS)
 
     def _line(self) -> str:
         note = f"; {self._note}" if self._note else ""
@@ -102,7 +108,7 @@ class Progress:
             self._min_gap *= 2
             return f"{self._count()}{note}"
         elapsed = time.monotonic() - self._began
-        left = elapsed * (self.total - self.n) / (self.n - self._start)  # at least MIN_SHARE of the total is done
+        left = elapsed * (self.total - self.n) / (self.n - self._start)
         return f"{self._count()}, {_duration(left)} left{note}"
 
     def _count(self) -> str:

@@ -321,3 +321,23 @@ def test_a_terminal_that_is_closed_does_not_end_the_loop():
         for _ in range(4):
             shown.update()
     assert shown.n == 4
+
+
+def test_a_log_gets_a_line_each_minute_if_a_tenth_takes_longer(clock, capsys):
+    with progress(1000, "training", "steps") as shown:
+        for _ in range(21):
+            clock[0] += 9
+            shown.update()
+        clock[0] += 100
+        shown.update(0)  # no progress, no line
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 0% (7 of 1000 steps), 2.5 h left",
+        "training: 1% (14 of 1000 steps), 2.5 h left",
+        "training: 2% (21 of 1000 steps), 2.4 h left",
+    ]
+
+
+def test_without_a_total_lines_are_at_most_a_minute_apart(clock, capsys):
+    for _ in track(itertools.islice(itertools.count(), 300), "counting", "sentences"):
+        clock[0] += 1
+    assert [int(line.split()[1]) for line in capsys.readouterr().err.splitlines()][-4:] == [62, 122, 182, 242]
