@@ -142,6 +142,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     seconds = time.perf_counter() - started
     rows = [jsonl_row(dataset, i, hypotheses[i], loaded) for i in range(len(dataset))]
     write_results(options, corpus, splits, dataset, rows)
+    warn_of_fault([row["text"] for row in rows], loaded)
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
     print(json.dumps(summary))
@@ -173,6 +174,18 @@ def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) ->
         print(
             f"warning: checkpoint {loaded.path} was trained on {known['name']}, but this is {corpus.name}; "
             "its frames have the same size but may be computed differently",
+            file=sys.stderr,
+        )
+
+
+def warn_of_fault(texts: list[str], loaded: Loaded) -> None:
+    """Warn if many texts show that the model does not follow the audio."""
+    from las_fast.output.faults import describe_fault
+
+    if fault := describe_fault(texts):
+        print(
+            f"warning: {fault}; checkpoint {loaded.path} does not follow this audio: look at its attention lines in "
+            "training, or give data like that it was trained on",
             file=sys.stderr,
         )
 

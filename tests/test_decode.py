@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from las_fast.config import Config, DataConfig, FeatureConfig
 from las_fast.data.layouts import open_corpus
 from las_fast.decode import main
 from las_fast.errors import InputError
+from las_fast.output import faults
 from las_fast.output.metrics import score
 from las_fast.output.transcripts import Word
 from las_fast.search.beam import Hypothesis
@@ -70,6 +72,15 @@ def test_the_last_line_is_json_with_scores_and_speed(workspace, capsys, tmp_path
     scores = score([row["reference"] for row in actual], [row["text"] for row in actual])
     assert result["utterances"] == 5 and result["ld"] == pytest.approx(scores.ld, abs=1e-3)
     assert result["cer"] == pytest.approx(scores.cer, abs=1e-3) and result["audio_seconds"] > 0
+
+
+def test_texts_that_ignore_the_audio_are_warned_of(workspace, capsys, monkeypatch):
+    decode(workspace, "--beam", "1")
+    assert "follow" not in capsys.readouterr().err  # texts of an untrained model, too short to judge
+    monkeypatch.setattr(faults, "MIN_REPEATED", 5)
+    decode(workspace, "--beam", "1")
+    assert re.search(r"warning: \d of 5 texts repeat one piece, such as", err := capsys.readouterr().err), err
+    assert "untrained-28.safetensors does not follow this audio: look at its attention lines" in err
 
 
 def test_the_edition_and_a_table_are_printed(workspace, capsys):
@@ -192,11 +203,11 @@ def test_another_edition_with_frames_of_the_same_size_is_a_warning(tmp_path, cap
     root = make_archive(tmp_path, "S24")
     checkpoint = make_checkpoint(tmp_path, 27, info=archive("S23")).name
     decode(tmp_path, data=root, checkpoint=checkpoint)
-    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: checkpoint"))
     assert "was trained on HW4P2 S23, but this is HW4P2 S24" in warning
     make_checkpoint(tmp_path, 27, info=archive("S24"))
     decode(tmp_path, data=root, checkpoint=checkpoint)
-    assert "warning" not in capsys.readouterr().err
+    assert "warning: checkpoint" not in capsys.readouterr().err
 
 
 def write_manifest(folder, *texts, splits=None, sections=None):
