@@ -121,7 +121,7 @@ def test_each_step_draws_its_own_sampled_tokens(archive, tmp_path):
 
 def test_every_loss_setting_reaches_each_step(archive, tmp_path, monkeypatch):
     training = TrainingConfig(
-        epochs=4, precision="fp32", label_smoothing=0.07, ctc_weight=0.4, ctc_until=1.5, guided_weight=2.0,
+        epochs=20, precision="fp32", label_smoothing=0.07, ctc_weight=0.4, ctc_until=1.5, guided_weight=2.0,
         guided_until=4.0, guided_width=0.2, guided_frames=3.0, teacher_forcing=(train_stage(0.75),), learning_rate=0.5,
         warmup_steps=4,
     )  # fmt: skip

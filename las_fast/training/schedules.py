@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from las_fast.config import TrainingConfig
 
+MAX_WARMUP_SHARE = 0.1  # of the steps of a cycle of the learning rate
+
 
 def teacher_forcing_rate(config: TrainingConfig, epoch: float) -> float:
     """Probability of reading the true previous token at a fractional epoch, by the latest stage that has begun."""
@@ -31,13 +33,19 @@ def ctc_weight(config: TrainingConfig, epoch: float) -> float:
     return 0.0 if config.ctc_until and epoch >= config.ctc_until else config.ctc_weight
 
 
+def warmup_steps(config: TrainingConfig, steps: int) -> int:
+    """Steps of warm-up in a cycle of `steps`: a longer one would leave the learning rate too low to learn."""
+    return min(config.warmup_steps, int(MAX_WARMUP_SHARE * steps))
+
+
 def learning_rate_factor(config: TrainingConfig, step: int, steps: int) -> float:
     """Factor on the peak learning rate at step 0 to `steps` - 1: linear warm-up, then cosine decay or constant."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup = warmup_steps(config, steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if config.schedule != "cosine":
         return 1.0
-    done = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    done = (step - warmup) / (steps - warmup)
     return config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -5,7 +5,14 @@ import math
 import pytest
 
 from las_fast.config import TeacherForcingStage, TrainingConfig
-from las_fast.training.schedules import Plateau, ctc_weight, guided_weight, learning_rate_factor, teacher_forcing_rate
+from las_fast.training.schedules import (
+    Plateau,
+    ctc_weight,
+    guided_weight,
+    learning_rate_factor,
+    teacher_forcing_rate,
+    warmup_steps,
+)
 
 
 def test_default_teacher_forcing_starts_at_one_and_decays_in_two_stages():
@@ -65,9 +72,17 @@ def test_schedules_hold_at_their_limits():
     rates = [teacher_forcing_rate(TrainingConfig(teacher_forcing=stages), e) for e in (0, 2, 3.999, 4, 5)]
     assert rates == pytest.approx([1, 1, 0.6, 0.5, 0.2], abs=1e-3)
     config = TrainingConfig(warmup_steps=4, final_share=0.0)
-    assert [learning_rate_factor(config, s, 4) for s in (0, 2, 3)] == pytest.approx([0.25, 0.75, 1.0])
-    assert learning_rate_factor(config, 4, 5) == 1 and learning_rate_factor(config, 5, 5) == pytest.approx(0, abs=1e-12)
+    assert [learning_rate_factor(config, s, 40) for s in (0, 2, 3, 4)] == pytest.approx([0.25, 0.75, 1.0, 1.0])
+    assert learning_rate_factor(config, 40, 40) == pytest.approx(0, abs=1e-12)
     assert ctc_weight(TrainingConfig(ctc_weight=0.5, ctc_until=0.0), 1e9) == 0.5
     for schedule in ("constant", "plateau"):
         config = TrainingConfig(warmup_steps=2, schedule=schedule)
-        assert [learning_rate_factor(config, s, 9) for s in (0, 1, 2, 9)] == [0.5, 1, 1, 1]
+        assert [learning_rate_factor(config, s, 20) for s in (0, 1, 2, 20)] == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (10, 1), (300, 30), (1999, 199), (20_000, 2000), (10**6, 2000)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_run(steps, warmup):
+    config = TrainingConfig(warmup_steps=2000, final_share=0.0)
+    assert warmup_steps(config, steps) == warmup
+    factors = [learning_rate_factor(config, s, steps) for s in range(min(steps, warmup + 1))]
+    assert max(factors) == factors[-1] == 1 and sum(factor < 1 for factor in factors) == max(0, warmup - 1)
