@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +40,43 @@ def initialise_lstm(name: str, parameter: Tensor) -> None:
                 parameter[size : 2 * size] = 1.0
 
 
+@dataclass(frozen=True)
+class BatchPart:
+    """Rows `start` and following of a batch of `rows`, which is run in parts."""
+
+    start: int
+    rows: int
+
+
+_part: ContextVar[BatchPart | None] = ContextVar("_part", default=None)
+
+
+@contextlib.contextmanager
+def running_part(part: BatchPart) -> Iterator[None]:
+    """Inside the block, every random draw for a batch is that for the whole batch, of which the part takes its rows.
+
+    With the same seed for each part, the parts together have the dropout masks and sampled tokens of the whole batch.
+    On CUDA that holds for batches of a multiple of 8 rows, because the listener pads its batch to one.
+    """
+    token = _part.set(part)
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+def draw_rows(like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return draw(x) for an empty x (B, ...) with the shape of `like`; see running_part for a part of a batch."""
+    part = _part.get()
+    if part is None:
+        return draw(torch.empty_like(like))
+    end = part.start + len(like)
+    return draw(like.new_empty(max(part.rows, end), *like.shape[1:]))[part.start : end]
+
+
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """Draw a mask with the shape of `like`: 0 with probability p, otherwise 1 / (1 - p)."""
-    return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+    return draw_rows(like, lambda x: x.bernoulli_(1 - p).div_(1 - p))
 
 
 def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from las_fast.config import SpellerConfig
 from las_fast.model.attention import Attention, AttentionRead, Memory
-from las_fast.model.layers import dropout_mask, initialise_lstm
+from las_fast.model.layers import draw_rows, dropout_mask, initialise_lstm
 from las_fast.ops import SpellerWeights, beam_gather, speller_unroll
 from las_fast.ops.speller_unroll import PRECISIONS
 from las_fast.text import PAD, SOS
@@ -180,7 +180,7 @@ class Speller(nn.Module):
         """
         previous = F.pad(tokens[:, :-1], (1, 0), value=SOS)
         # One draw per utterance and step; the first step reads <sos> in any case.
-        draws = torch.rand(previous.shape, device=previous.device)
+        draws = draw_rows(torch.empty(previous.shape, device=previous.device), lambda x: x.uniform_())
         return speller_unroll(
             self.weights(), *memory[:3], previous, draws >= teacher_forcing if teacher_forcing < 1 else None,
             self.dropout_masks(memory),

@@ -8,6 +8,7 @@ import torch
 
 from las_fast.config import ListenerConfig, ModelConfig, SpellerConfig
 from las_fast.model.las import LAS
+from las_fast.model.layers import BatchPart, running_part
 from las_fast.text import EOS, PAD, SOS
 from las_fast.training.losses import training_loss
 
@@ -162,3 +163,17 @@ def test_a_few_utterances_can_be_memorised(model):
         loss.backward()
         optimiser.step()
     assert loss < 0.05
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_the_parts_of_a_batch_draw_the_dropout_and_tokens_of_the_whole(model, size):
+    features, lengths, tokens = torch.randn(5, 20, 4), torch.tensor([20, 9, 7, 5, 4]), torch.randint(3, 31, (5, 6))
+    torch.manual_seed(7)
+    whole = model(features, lengths, tokens, 0.5)
+    for start in range(0, 5, size):
+        rows = slice(start, start + size)
+        torch.manual_seed(7)
+        with running_part(BatchPart(start, 5)):
+            part = model(features[rows], lengths[rows], tokens[rows], 0.5)
+        torch.testing.assert_close(part.logits, whole.logits[rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.ctc_logits, whole.ctc_logits[rows], rtol=1e-5, atol=1e-5)
