@@ -46,7 +46,9 @@ class Corpus:
     kind: Literal["features", "audio"]
     listings: Mapping[str, Callable[[], list[Utterance]]] = field(repr=False)  # split -> function that lists it
     roles: Mapping[str, tuple[str, ...]]  # train, dev, test -> splits
+    named: str = ""  # the one split that the user's path names, if the corpus has others beside it
     feature_size: int | None = None  # F of feature files; None for audio
+    feature_kind: Literal["logmel", "mfcc"] | None = None  # of feature files; None for audio
     transposed: bool = False  # feature files have shape (F, T) instead of (T, F)
     header: tuple[str, str] = ("id", "label")  # of the submission file
     numbered: bool = False  # the submission's first column counts rows from 0 instead of naming the utterance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,16 @@ class SpeechDataset(torch.utils.data.Dataset):
                 return start + frame
             frame -= end - start
         return spans[-1][1] + frame if spans else frame
+
+    def subset(self, indices: np.ndarray) -> SpeechDataset:
+        """Return the utterances at `indices` as a dataset of their own, which has skipped none."""
+        part = copy.copy(self)
+        for name in ("ids", "paths", "spans", "texts"):
+            setattr(part, name, [getattr(self, name)[i] for i in indices])
+        for name in ("_part", "_index", "frame_counts", "seconds", "positions"):
+            setattr(part, name, getattr(self, name)[indices])
+        part.skipped = []
+        return part
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return add_deltas(normalise(self.raw(i), self.features, self.statistics), self.features.deltas)

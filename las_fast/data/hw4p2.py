@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from las_fast.data.folders import list_files, read_lines, subfolders, to_filenam
 from las_fast.data.symbols import symbols_to_text
 from las_fast.errors import InputError
 
-FEATURE_FOLDERS = ("mfcc", "fbank")
+FEATURE_FOLDERS: dict[str, Literal["logmel", "mfcc"]] = {"mfcc": "mfcc", "fbank": "logmel"}  # folder -> their kind
 TRANSCRIPT_FOLDERS = ("transcript/raw", "transcripts/raw", "transcripts", "transcript", "text")
 LAYOUT = "SPLIT/mfcc/*.npy or SPLIT/fbank/*.npy (HW4P2)"
 PEEK = 8  # files per folder whose header is read to learn the frame size
@@ -73,6 +74,7 @@ def open_archive(root: Path) -> Corpus:
         listings={split: partial(_list_split, root / split) for split in splits},
         roles=roles,
         feature_size=size,
+        feature_kind=FEATURE_FOLDERS[_features_of(root / splits[0]).name],
         transposed=transposed,
         header=edition.header,
         numbered=True,
@@ -129,7 +131,7 @@ def _feature_folder(split: Path) -> Path | None:
 
 def _features_of(split: Path) -> Path:
     """Return the folder of a split's features; if it is missing, where it should be."""
-    return _feature_folder(split) or split / FEATURE_FOLDERS[0]
+    return _feature_folder(split) or split / "mfcc"
 
 
 def _frame_layout(folders: list[Path]) -> tuple[int, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def open_corpus(root: str | Path) -> Corpus:
     """Recognise a data root.
 
     Known layouts: an HW4P2 archive of any edition, LibriSpeech, Kaldi, Common Voice and Hugging Face audio folders, and
-    manifests. The data may lie up to two folders below the root, and the root may be a single split. Raises InputError
-    if the root is missing or empty, or has no known layout or several corpora.
+    manifests. The data may lie up to two folders below the root. The root may be a split, which Corpus.named names.
+    Raises InputError if the root is missing or empty, or has no known layout or several corpora.
     """
     root = expand(root)
     if root.name in ("", ".."):  # the layouts need the folder's name and parent
@@ -45,7 +46,17 @@ def open_corpus(root: str | Path) -> Corpus:
         raise InputError(f"{root} contains several archives or corpora; give one of {', '.join(openers)}")
     if not openers:
         raise InputError(_unrecognised(root))
-    return next(iter(openers.values()))()
+    corpus = next(iter(openers.values()))()
+    return replace(corpus, named=_named_split(root, corpus))
+
+
+def _named_split(root: Path, corpus: Corpus) -> str:
+    """Return the split of a corpus that a path inside its folder names, or ""."""
+    above, path = (Path(os.path.abspath(x)) for x in (corpus.root, root))
+    if path == above or not path.is_relative_to(above):
+        return ""
+    name = path.relative_to(above).parts[0]
+    return name if name in corpus.splits else ""
 
 
 def _recognise(root: Path, *, strict: bool = False) -> dict[str, Callable[[], Corpus]]:

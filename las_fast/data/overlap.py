@@ -18,7 +18,7 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
     """Count the utterances of `second` that overlap in time with an utterance of `first` from the same recording."""
     spans: dict[tuple, list[tuple[float, float]]] = {}
     for path, span in zip(first.paths, first.spans, strict=True):
-        spans.setdefault(_file_identity(path), []).append(span)
+        spans.setdefault(file_identity(path), []).append(span)
     starts, ends = {}, {}
     for file, intervals in spans.items():
         intervals.sort()
@@ -26,7 +26,7 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
         ends[file] = list(accumulate((end for _, end in intervals), max))
     overlapping = 0
     for path, (start, end) in zip(second.paths, second.spans, strict=True):
-        file = _file_identity(path)
+        file = file_identity(path)
         margin = min(TOLERANCE, (end - start) / 4)  # adjacent parts may touch
         before = bisect_left(starts.get(file, []), end - margin)
         overlapping += before > 0 and ends[file][before - 1] > start + margin
@@ -35,10 +35,10 @@ def count_overlapping(first: SpeechDataset, second: SpeechDataset) -> int:
 
 def count_shared_recordings(first: SpeechDataset, second: SpeechDataset) -> int:
     """Count the recordings that have utterances in both datasets."""
-    return len(set(map(_file_identity, first.paths)) & set(map(_file_identity, second.paths)))
+    return len(set(map(file_identity, first.paths)) & set(map(file_identity, second.paths)))
 
 
-def _file_identity(path: Path) -> tuple:
+def file_identity(path: Path) -> tuple:
     """Return a key that is equal for a file and all links to it."""
     try:
         stat = os.stat(path)
