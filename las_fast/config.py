@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +94,8 @@ class DataConfig:
     # epochs at the start on short utterances only, where attention forms sooner; 0: none
     short_epochs: int = 0
     short_seconds: float = 4.0  # longest utterance in those epochs, seconds
+    # share of the training utterances to hold out as the dev set, recording by recording; 0: the data has a dev split
+    dev_share: float = number(0.0, at_most=0.5)
     cache: str = ""  # folder of the feature cache; empty: the user's cache folder
     workers: int = number(1, at_most=256)  # loader processes; 0: load in the training process
 
@@ -180,7 +182,8 @@ class TrainingConfig:
     epochs: int = number(60, at_least=1, at_most=1_000_000)  # passes over the training data
     learning_rate: float = number(1e-3, above=0, at_most=100)  # peak, of AdamW
     weight_decay: float = 1e-2  # of AdamW; biases, gains and the embedding have none
-    warmup_steps: int = 200  # steps of linear warm-up to the peak learning rate
+    # steps of linear warm-up to the peak learning rate, but at most a tenth of the run (or cycle, with restarts)
+    warmup_steps: int = 200
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # learning rate after warm-up
     # minimum learning rate of cosine and plateau, as a share of the peak
     final_share: float = number(0.02, at_most=1)
@@ -212,6 +215,7 @@ class TrainingConfig:
     ema_decay: float = number(0.999, below=1)
     seed: int = number(1, at_most=10**12)  # of weights, batches, dropout and augmentation
     validate_every: float = number(1.0, above=0)  # epochs between validations
+    validate_first: bool = False  # validate before the first step too; for a training that starts from a checkpoint
     checkpoint_minutes: float = 5.0  # minutes between saves within an epoch
     pictures: int = number(2, at_most=1000)  # dev utterances whose attention is drawn at each validation
     monitor_epoch: float = 10.0  # epoch after which the monitor gives advice if the attention has not formed
@@ -257,9 +261,53 @@ def presets() -> list[str]:
 
 def load_config(name: str | Path) -> Config:
     """Load a preset by name or a YAML file by path; raise InputError on any mistake in it."""
-    path = PRESETS / f"{name}.yaml" if str(name) in presets() else Path(name)
+    return load_settings(name)[0]
+
+
+def load_settings(name: str | Path, base: Config | None = None) -> tuple[Config, frozenset[str]]:
+    """Load a preset by name or a YAML file by path.
+
+    Args:
+        base: settings that the preset or file leaves unchanged where it is silent; by default those of Config().
+
+    Returns:
+        The settings, and the names of those that the user has set: of the file, such as "training.epochs"; for a
+        preset none.
+
+    Raises:
+        InputError: a mistake in the file.
+    """
+    is_preset = str(name) in presets()
+    path = PRESETS / f"{name}.yaml" if is_preset else Path(name)
     tree = plain_yaml.load(_read(path), str(path))
-    return check(from_tree(Config, {} if tree is None else tree, str(path)))
+    tree = {} if tree is None else tree
+    config = from_tree(Config, tree, str(path))  # names mistakes by the file's keys
+    names = frozenset(key for key, _ in flatten(tree))
+    if base is not None:
+        given = dict(flatten(to_tree(config)))
+        config = with_settings(base, {key: given[key] for key in names})
+    return check(config), frozenset() if is_preset else names
+
+
+def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return config with some values replaced: plain data by dotted name, such as "training.epochs"."""
+    tree = to_tree(config)
+    for name, value in values.items():
+        section = tree
+        *path, key = name.split(".")
+        for part in path:
+            section = section[part]
+        section[key] = value
+    return from_tree(Config, tree, "settings")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of each setting in plain data; a section without any yields nothing."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def _read(path: Path) -> str:
@@ -308,6 +356,10 @@ def check(config: Config) -> Config:
         (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
+        (
+            not (config.data.dev and config.data.dev_share),
+            "data.dev names a dev split and data.dev_share holds one out; set data.dev to '' or data.dev_share to 0",
+        ),
         (len(config.model.speller.lstm_sizes) >= 1, "model.speller.lstm_sizes must have at least one cell"),
         (not training.restarts or training.schedule == "cosine", "training.restarts needs training.schedule cosine"),
         (

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.fields: tuple[str, ...] = ()
+        self.given: set[str] = set()  # settings on the command line, such as "training.epochs"
         self._words: list[str] = []
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -110,14 +111,18 @@ def parse_settings(
     defaults: Callable[[argparse.Namespace], Settings],
     *,
     kind: type = Config,
+    shown: Callable[[argparse.Namespace], Settings] | None = None,
 ) -> tuple[argparse.Namespace, Settings]:
     """Parse the options of the parser, then any field of the settings, such as --training.epochs 3.
+
+    Afterwards parser.given has the names of the settings among the arguments.
 
     Args:
         parser:   created with add_help=False; without positional arguments.
         argv:     arguments after the command; by default those of the process.
         defaults: returns, for the parsed options, the settings that the remaining arguments override.
         kind:     dataclass whose fields --help lists.
+        shown:    returns, for the options beside --help, the settings whose values --help shows; by default kind().
 
     If an argument is unknown, exits with status 2 and an error that names the nearest option or field.
     """
@@ -125,18 +130,30 @@ def parse_settings(
     parser.allow_abbrev = False  # an abbreviation could be the start of a field name
     parser.fields = tuple(field_names(to_tree(kind())))
     if {"-h", "--help"} & set(argv):
-        _print_help(parser, kind)
+        _print_help(parser, kind() if shown is None else shown(_options_beside_help(parser, argv)))
     options, rest = parser.parse_known_args(argv)
     check_names(parser, rest)  # before `defaults` loads a model
     return options, override(parser, defaults(options), rest)
 
 
-def _print_help(parser: Parser, kind: type) -> None:
+def _options_beside_help(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """Parse the options beside --help; required ones may be missing and are None then."""
+    required = [action for action in parser._actions if action.required]
+    for action in required:
+        action.required = False
+    options, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    for action in required:
+        action.required = True
+    return options
+
+
+def _print_help(parser: Parser, values: Any) -> None:
     import tyro
 
     parser.print_help()
     print("\nand any of these settings:\n")
-    tyro.cli(kind, args=["--help"], prog=parser.prog, config=(tyro.conf.FlagConversionOff,))
+    options: dict[str, Any] = {"prog": parser.prog, "config": (tyro.conf.FlagConversionOff,)}
+    tyro.cli(type(values), default=values, args=["--help"], **options)
 
 
 def field_names(tree: Any, name: str = "") -> Iterator[str]:
@@ -174,6 +191,7 @@ def override(parser: Parser, start: Settings, words: list[str]) -> Settings:
             parser.error(f"{name} does not exist: {_missing_item(field, tree)}")
         try:
             _set(type(start), tree, field.replace("-", "_").split("."), values, f"--{field}")
+            parser.given.add(field.replace("-", "_"))
         except InputError as error:
             parser.error(str(error))
     return from_tree(type(start), tree, "settings")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import os
 import resource
@@ -14,16 +13,29 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from operator import attrgetter, eq
+from itertools import pairwise
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.cli import run
-from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, presets, to_yaml
+from las_fast.config import Config, ModelConfig, check, from_yaml, load_config, load_settings, presets, to_yaml
 from las_fast.errors import InputError, print_error
 from las_fast.files import AVERAGED, BEST, LAST, make_folder
 from las_fast.options import Parser, as_path, parse_settings
 from las_fast.system import choose_device, cores
+from las_fast.training.adapt import (
+    FINETUNE,
+    check_init,
+    check_one_process,
+    check_packages,
+    dev_splits,
+    fit_features,
+    fit_restarts,
+    inherit_lm,
+    training_splits,
+)
+from las_fast.training.schedules import warmup_steps
 
 if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.checkpoint import Loaded
@@ -50,10 +62,32 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--on-bad", choices=("error", "skip"), help="stop at an unusable utterance, or leave it out")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    options, config = parse_settings(parser, argv, lambda options: load_config(options.config))
+    options, config = parse_settings(parser, argv, starting_settings, shown=shown_settings)
+    options.given |= parser.given
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
-    return options, check(config)
+    return options, check(fit_restarts(config, options.given))
+
+
+def starting_settings(options: argparse.Namespace) -> Config:
+    """Return the settings of --config, and set options.given to the names of those that the user has set."""
+    base = None
+    if options.config == FINETUNE:
+        if not options.init:
+            raise InputError(f"--config {FINETUNE} needs --init, the model to start from, such as --init speech13h")
+        from las_fast.checkpoint import load_model
+
+        base = load_model(options.init).config
+    config, given = load_settings(options.config, base)
+    options.given = set(given) | ({"features.size", "features.kind"} if base else set())
+    return config
+
+
+def shown_settings(options: argparse.Namespace) -> Config:
+    """Return the settings whose values --help shows: those of --config, if it is there."""
+    if options.config is None:
+        return Config()
+    return starting_settings(options) if options.init else load_config(options.config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,13 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     from las_fast.files import write_text_atomically
     from las_fast.training.trainer import Trainer
 
-    check_run_folder(options.out, options.resume)
-    init = load_init(options, config)
+    check_start(options, config)
     device = choose_device(options.device)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
+    config = fit_features(config, corpus, options.given)
+    init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}
     with lock_run_folder(options.out):
@@ -81,12 +116,20 @@ def main(argv: list[str] | None = None) -> None:
             trainer.resume()
         elif init:
             trainer.load_initial_weights(init.model, init.path)
+            inherit_lm(init, config, options.out)
         write_text_atomically(options.out / "config.yaml", to_yaml(config))
         print_summary(trainer)
         if trainer.progress.step == trainer.steps and not trainer.validation_due:
             print("this training is complete; nothing is left to do")
         else:
             train(trainer, options, sys.argv[1:] if argv is None else argv)
+
+
+def check_start(options: argparse.Namespace, config: Config) -> None:
+    """Raise InputError for what would end the training later, before the data is read."""
+    check_one_process()
+    check_packages(config)
+    check_run_folder(options.out, options.resume)
 
 
 def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -> None:
@@ -105,7 +148,8 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
-    decode = ["--checkpoint", options.out, "--data", options.data, "--split", "dev", "--out", "dev.csv"]
+    split = "test" if trainer.config.data.dev_share else "dev"
+    decode = ["--checkpoint", options.out, "--data", options.data, "--split", split, "--out", f"{split}.csv"]
     print(f"decode with: python -m las_fast.decode {shlex.join(map(str, decode))}")
 
 
@@ -178,21 +222,14 @@ def check_disk_space(out: Path, trainer: Trainer) -> None:
         )
 
 
-def load_init(options: argparse.Namespace, config: Config) -> Loaded | None:
-    """Load the checkpoint of --init; return None without --init or with --resume.
-
-    Raises:
-        InputError: its characters or features differ from those of config.
-    """
+def load_init(options: argparse.Namespace, config: Config, corpus: Corpus) -> Loaded | None:
+    """Load the checkpoint of --init, and check that it fits; return None without --init or with --resume."""
     if not options.init or options.resume:
         return None
     from las_fast.checkpoint import load_model
 
     init = load_model(options.init)
-    for name in ("data.characters", *(f"features.{f.name}" for f in dataclasses.fields(config.features))):
-        before, now = (attrgetter(name)(c) for c in (init.config, config))
-        if before != now:
-            raise InputError(f"--init {init.path} was trained with {name} {before}, not {now}; use its settings")
+    check_init(init, config, corpus)
     return init
 
 
@@ -217,9 +254,20 @@ def print_summary(trainer: Trainer) -> None:
         f"{len(last)} batches per epoch, {padding:.1f}% padding; "
         f"from step {trainer.progress.step} to {trainer.steps}"
     )
+    note_warmup(trainer)
     threads = torch.get_num_threads()
     if trainer.device.type == "cpu" and threads < cores():
         print(f"threads: {threads} of {cores()} cores; if the others are idle, more --training.threads may be faster")
+
+
+def note_warmup(trainer: Trainer) -> None:
+    """Say so if a cycle is too short for the warm-up of the settings."""
+    training = trainer.config.training
+    ends = [trainer.curriculum.steps_before(epoch) for epoch in (0, *training.restarts, training.epochs)]
+    steps = min(end - start for start, end in pairwise(ends))
+    if (used := warmup_steps(training, steps)) < training.warmup_steps:
+        whole, wanted = "cycle" if training.restarts else "run", training.warmup_steps
+        print(f"warm-up: {used} of {steps} steps, a tenth of the {whole}, not the {wanted} of the settings")
 
 
 def warn_too_fast(name: str, data: SpeechDataset) -> None:
@@ -253,21 +301,27 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
     """Load the training and dev sets, compute or read their features, and warn of doubtful data."""
     from las_fast.data.dataset import load_dataset
+    from las_fast.data.holdout import hold_out
     from las_fast.data.overlap import count_overlapping, count_shared_recordings
 
-    train_splits = config.data.train or corpus.resolve("train")
-    dev_splits = corpus.resolve(config.data.dev or "dev")
-    train = load_dataset(corpus, tuple(train_splits), features=config.features, data=config.data, need_text=True)
-    dev = load_dataset(
-        corpus, dev_splits, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
-        need_text=True,
-    )  # fmt: skip
-    for name, data in (("+".join(train_splits), train), ("+".join(dev_splits), dev)):
+    splits, share = training_splits(config, corpus), config.data.dev_share
+    name, dev_name = "+".join(splits), f"dev, held out of {'+'.join(splits)}"
+    others = () if share else dev_splits(config, corpus)  # before the training set is read, which may take long
+    train = load_dataset(corpus, splits, features=config.features, data=config.data, need_text=True)
+    if share:
+        train, dev = hold_out(train, share)
+    else:
+        dev_name = "+".join(others)
+        dev = load_dataset(
+            corpus, others, features=config.features, data=config.data.without_limits(), statistics=train.statistics,
+            need_text=True,
+        )  # fmt: skip
+    for label, data in ((name, train), (dev_name, dev)):
         if len(data) == 0:
-            raise InputError(f"{name} of {corpus.name} has no usable utterance; give another split or --data")
+            raise InputError(f"{label} of {corpus.name} has no usable utterance; give another split or --data")
         left_out = f", {len(data.skipped)} left out" if data.skipped else ""
-        print(f"{name}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
-        warn_too_fast(name, data)
+        print(f"{label}: {len(data)} utterances, {data.seconds.sum() / 3600:.2f} hours{left_out}")
+        warn_too_fast(label, data)
     if config.model.ctc_layer >= 0:
         warn_too_long_for_ctc(train, config.model)
     if shared := count_overlapping(train, dev):

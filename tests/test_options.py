@@ -169,15 +169,15 @@ def test_an_extra_argument_is_refused(capsys):
 def test_help_is_shown_at_any_position(monkeypatch, word):
     shown = []
 
-    def show(parser, kind):
-        shown.append((parser.prog, kind))
+    def show(parser, values):
+        shown.append((parser.prog, values))
         raise SystemExit(0)
 
     monkeypatch.setattr(options, "_print_help", show)
     with pytest.raises(SystemExit):
         settings_of("--data", "x", word)
     settings_of("--data", "x", "--training.epochs", "3")
-    assert shown == [("job", Config)]
+    assert shown == [("job", Config())]
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
@@ -243,3 +243,21 @@ def test_help_lists_options_and_settings(capsys):
         parse_settings(parser, ["--help"], lambda options: Some(), kind=Some)
     out = capsys.readouterr().out
     assert end.value.code == 0 and "--data" in out and "--decoding.length-penalty" in out
+
+
+def test_help_shows_the_values_of_the_preset(capsys):
+    from las_fast import train
+
+    def shown(*argv):
+        with pytest.raises(SystemExit):
+            train.parse([*argv, "--help"])
+        text = re.sub(r"\x1b\[[0-9;]*m|[^ -~\n]", "", capsys.readouterr().out)
+        return {name: re.search(rf"--{name} .*?\(default: (\S*)\)", text, re.DOTALL)[1]
+                for name in ("features.size", "training.warmup-steps", "model.ctc-layer")}  # fmt: skip
+
+    assert list(shown().values()) == ["80", "200", "-1"]
+    assert list(shown("--config", "hw4p2").values()) == ["28", "2000", "1"]
+    assert list(shown("--config=hw4p2", "--data", "x").values()) == ["28", "2000", "1"]
+    assert list(shown("--config", "finetune", "--init", "an4").values()) == ["13", "100", "2"]
+    with pytest.raises(InputError, match="did you mean hw4p2"):
+        train.parse(["--config", "hw4p", "--help"])

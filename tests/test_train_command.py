@@ -150,7 +150,7 @@ class Utterances(SimpleNamespace):
 class Splits:
     """A corpus where each split is just its name."""
 
-    name = "the corpus"
+    name, named, root = "the corpus", "", "here"
 
     def resolve(self, split):
         return {"train": ("train-a", "train-b"), "dev": ("dev-a",)}.get(split, (split,))
@@ -254,7 +254,7 @@ def test_a_completed_training_prints_its_best_score_and_how_to_decode(monkeypatc
     monkeypatch.setattr(
         resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss={resource.RUSAGE_SELF: 3 * 2**20}[who])
     )
-    made = SimpleNamespace(run=lambda: order.append("run"), progress=SimpleNamespace(best_cer=12.345))
+    made = SimpleNamespace(run=lambda: order.append("run"), progress=SimpleNamespace(best_cer=12.345), config=small())
     train.train(made, SimpleNamespace(out=Path("a b"), data=Path("data")), [])
     assert order == [Path("a b"), "run"]
     assert capsys.readouterr().out == (
@@ -327,8 +327,25 @@ def test_initial_weights_are_loaded_only_by_a_new_training(archive, tmp_path, mo
     assert taken == [path, "resumed"]
     train.main(command(archive, tmp_path / "b"))
     assert taken == [path, "resumed"] and len(began) == 3
-    with pytest.raises(InputError, match=f"--init {path} was trained with features.deltas 0, not 1; use its settings"):
+    with pytest.raises(
+        InputError, match=f"--init {path} was trained with features.deltas 0, not 1; give --config fine"
+    ):
         train.main(command(archive, tmp_path / "c", "--init", str(path), "--features.deltas", "1"))
-    with pytest.raises(InputError, match="was trained with data.characters ABC.*, not AB ; use its settings"):
+    with pytest.raises(InputError, match="was trained with data.characters ABC.*, not AB ; give --config finetune"):
         train.main(command(archive, tmp_path / "c", "--init", str(path), "--data.characters", "AB "))
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("warmup", "restarts", "note"),
+    [
+        (200, [], "warm-up: 1 of 16 steps, a tenth of the run, not the 200 of the settings"),
+        (2, ["2"], "warm-up: 0 of 8 steps, a tenth of the cycle, not the 2 of the settings"),
+        (1, [], ""),
+    ],
+)
+def test_a_warm_up_that_is_cut_short_is_noted(archive, tmp_path, capsys, began, warmup, restarts, note):
+    settings = ["--training.epochs", "4", "--data.utterances-per-batch", "1", "--training.restarts", *restarts]
+    train.main(command(archive, tmp_path / "run", *settings, "--training.warmup-steps", str(warmup)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warm-up")]
+    assert lines == ([note] if note else [])

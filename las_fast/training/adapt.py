@@ -1,0 +1,120 @@
+"""Fit the settings of a training to its data and its initial checkpoint, where the user has not set them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from las_fast.config import Config
+from las_fast.data.corpus import Corpus, role_of
+from las_fast.errors import InputError
+from las_fast.files import AVERAGED, BEST, write_atomically
+from las_fast.search.ngram import lm_path_for
+
+if TYPE_CHECKING:  # importing torch would slow down --help
+    from las_fast.checkpoint import Loaded
+
+FINETUNE = "finetune"  # the preset that takes all other settings from --init
+NO_DEV = "or hold out a tenth of the training data: --data.dev-share 0.1"
+
+
+def check_one_process() -> None:
+    """Raise InputError if a launcher such as torchrun has started several copies of this training."""
+    count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if not count.isdecimal() or int(count) < 2:
+        return
+    if rank != "0":  # one message is enough
+        raise SystemExit(2)
+    raise InputError(
+        f"torchrun (or a launcher like it) has started {count} processes, but a training is one process on one device; "
+        "start it with python -m las_fast.train, with --training.threads for CPU cores or --device cuda:1 for a GPU; "
+        "several GPUs can run several trainings, each with its own --out"
+    )
+
+
+def check_packages(config: Config) -> None:
+    """Raise InputError if a package that the settings need is missing, before the data is read."""
+    if config.training.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("--training.wandb needs the package wandb; run: pip install wandb")
+
+
+def fit_restarts(config: Config, given: Collection[str]) -> Config:
+    """Drop the preset's restarts past the end if only the number of epochs was given."""
+    training = config.training
+    if "training.epochs" not in given or "training.restarts" in given:
+        return config
+    restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
+    return replace(config, training=replace(training, restarts=restarts))
+
+
+def fit_features(config: Config, corpus: Corpus, given: Collection[str]) -> Config:
+    """Take the size and kind of the features from an archive of features, unless they are given; say so."""
+    if corpus.feature_size is None or corpus.feature_kind is None:
+        return config
+    before = config.features
+    size = before.size if "features.size" in given else corpus.feature_size
+    kind = before.kind if "features.kind" in given else corpus.feature_kind
+    if (size, kind) == (before.size, before.kind):
+        return config
+    print(f"features: {size} {kind} values per frame, as in the data (the settings say {before.size} {before.kind})")
+    return replace(config, features=replace(before, size=size, kind=kind))
+
+
+def training_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
+    """Return the names of the training splits; if --data names a split, say what is taken."""
+    named, root = corpus.named, corpus.root
+    splits = tuple(config.data.train) or corpus.resolve("train")
+    if not named:
+        return splits
+    if not config.data.train and role_of(named) == "train":
+        others = [name for name in splits if name != named]
+        hint = f"; for {' and '.join(others)} as well, give {root}" if others else ""
+        print(f"training on {named} only, which --data names{hint}")
+        return (named,)
+    if named not in splits:
+        reason = "data.train is set" if config.data.train else f"{named} is not for training"
+        print(f"training on {'+'.join(splits)} of {root}, not on {named}, which --data names: {reason}")
+    return splits
+
+
+def dev_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
+    """Return the names of the dev splits; raise InputError if there is none."""
+    try:
+        return corpus.resolve(config.data.dev or "dev")
+    except InputError as error:
+        if config.data.dev:
+            raise
+        raise InputError(f"{error}, {NO_DEV}") from None
+
+
+def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
+    """Raise InputError if the characters or features of the initial checkpoint differ from those of the training."""
+    trained = init.config.features
+    if corpus.feature_size not in (None, trained.size):
+        raise InputError(
+            f"--init {init.path} was trained on {trained.size} features per frame, but {corpus.name} has "
+            f"{corpus.feature_size}; give data with {trained.size}, or train without --init"
+        )
+    pairs = {f"features.{name}": (value, getattr(config.features, name)) for name, value in vars(trained).items()}
+    if corpus.feature_size is not None:  # the other fields say how to compute features, which are given
+        pairs = {name: pairs[name] for name in ("features.size", "features.normalisation", "features.deltas")}
+    pairs["data.characters"] = (init.config.data.characters, config.data.characters)
+    for name, (before, now) in pairs.items():
+        if before != now:
+            advice = f"--config {FINETUNE}, which takes its settings"
+            raise InputError(f"--init {init.path} was trained with {name} {before}, not {now}; give {advice}")
+
+
+def inherit_lm(init: Loaded, config: Config, out: Path) -> None:
+    """Copy the initial checkpoint's language model next to the new checkpoints, if decoding uses it."""
+    lm = lm_path_for(init.path)
+    if not config.decoding.ngram_weight or not lm.is_file():
+        return
+    for name in (BEST, *([AVERAGED] if config.training.ema_decay else [])):
+        write_atomically(lm_path_for(out / name), lambda path: shutil.copyfile(lm, path))
+    print(f"language model: that of {init.path.stem}, copied to {lm_path_for(out / BEST)}")
