@@ -75,7 +75,7 @@ class Progress:
             with self._ignoring_errors():
                 self._bar.close()
         elif self._has_printed and self.n == self.total:
-            self._print(f"{self._count()} in {_duration(time.monotonic() - self._began)}")
+            self._print(f"{self._count()} in {format_duration(time.monotonic() - self._began)}")
 
     def __enter__(self) -> Progress:
         return self
@@ -109,7 +109,7 @@ class Progress:
             return f"{self._count()}{note}"
         elapsed = time.monotonic() - self._began
         left = elapsed * (self.total - self.n) / (self.n - self._start)
-        return f"{self._count()}, {_duration(left)} left{note}"
+        return f"{self._count()}, {format_duration(left)} left{note}"
 
     def _count(self) -> str:
         if self.total is None:
@@ -179,7 +179,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

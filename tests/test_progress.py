@@ -91,7 +91,7 @@ def test_only_a_complete_loop_reports_its_time(clock, capsys):
     [(0, "0 s"), (99.4, "99 s"), (99.5, "2 min"), (120, "2 min"), (5969, "99 min"), (5970, "1.7 h"), (7200, "2.0 h")],
 )
 def test_durations_are_in_seconds_minutes_or_hours(seconds, text):
-    assert module._duration(seconds) == text
+    assert module.format_duration(seconds) == text
 
 
 def test_lines_are_flushed_at_once(clock, tmp_path, monkeypatch):

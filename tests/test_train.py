@@ -24,6 +24,7 @@ from las_fast.config import Config, ListenerConfig, ModelConfig, load_config
 from las_fast.data.layouts import open_corpus
 from las_fast.errors import InputError
 from las_fast.model.attention import Memory
+from las_fast.training import pace as pace_module
 from las_fast.training import schedules, step, trainer
 from las_fast.training.validate import swap_audio, validate
 from tests.tiny_corpora import make_archive
@@ -566,11 +567,11 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(archive, tmp_path):
 
 def test_time_waiting_for_data_is_counted_apart(monkeypatch):
     clock = iter(range(0, 100, 2))  # the clock advances 2 seconds per call
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
-    pace = trainer.Pace()  # 0
+    monkeypatch.setattr(pace_module.time, "perf_counter", lambda: next(clock))
+    pace = pace_module.Pace()  # 0
     assert pace.next_batch(iter(["batch"])) == "batch"  # from 2 to 4
     assert pace.next_batch(iter([])) is None  # from 6 to 8
-    pace.add_audio(50.0)
+    pace.add_step(50.0)
     assert (pace.speed(), pace.waiting()) == (50 / 10, 4 / 12)
 
 

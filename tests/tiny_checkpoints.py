@@ -20,6 +20,7 @@ from las_fast.config import (
     TrainingConfig,
 )
 from las_fast.data.layouts import open_corpus
+from las_fast.training.parts import Parts
 from las_fast.training.step import Progress
 from las_fast.training.trainer import Trainer
 
@@ -62,5 +63,5 @@ def make_trainer(archive: Path, out: Path, config: Config) -> Trainer:
 def bare_trainer(**fields) -> Trainer:
     """A trainer with only these fields."""
     instance = Trainer.__new__(Trainer)
-    vars(instance).update(progress=Progress(), config=small(), **fields)
+    vars(instance).update(progress=Progress(), parts=Parts(), config=small(), **fields)
     return instance

@@ -58,6 +58,10 @@ class Batch:
         moved: dict[str, Any] = {name: None if x is None else x.to(device, non_blocking=True) for name, x in fields}
         return Batch(**moved)
 
+    def rows(self, start: int, end: int) -> Batch:
+        """Return some of the utterances, with the padding of the whole batch."""
+        return Batch(**{name: None if x is None else x[start:end] for name, x in vars(self).items()})
+
     @property
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and their lengths; the batch must have transcripts."""

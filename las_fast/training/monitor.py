@@ -135,23 +135,33 @@ def _coverage(peaks: torch.Tensor, token_mask: torch.Tensor, frame_mask: torch.T
     return covered.sum(-1) / frame_mask.sum(-1)
 
 
-def status_line(alignment: Alignment, epoch: float, config: Config) -> str:
+def status_line(alignment: Alignment, epoch: float, config: Config, fault: str = "") -> str:
     """Describe the alignment in one line; if it has not formed by training.monitor_epoch, add advice.
 
     Args:
         epoch: epochs trained so far.
         config: the run's settings; advice that they already follow is left out.
+        fault: what is wrong with the greedy texts, see las_fast.output.faults; "" if nothing is.
     """
     deadline = config.training.monitor_epoch
     if alignment.utterances == 0:
         return "attention: not measured, since no dev utterance has 3 characters and 8 encoder frames"
     numbers = ", ".join(_number(alignment, name) for name in THRESHOLDS if getattr(alignment, name) is not None)
     if alignment.formed:
-        return f"attention: formed ({numbers})"
+        return f"attention: formed ({numbers}){_advise_on_texts(fault, config)}"
     if epoch < deadline:
-        return f"attention: not formed yet ({numbers}); expected by epoch {deadline:g}"
+        usual = "; until then such texts are usual" if fault else ""
+        return f"attention: not formed yet ({numbers}); expected by epoch {deadline:g}{usual}"
     steps = "; ".join(f"{i}. {step}" for i, step in enumerate(advice(epoch, config), 1))
     return f"attention: not formed by epoch {deadline:g} ({numbers}). Try in new runs, in this order: {steps}"
+
+
+def _advise_on_texts(fault: str, config: Config) -> str:
+    """Return advice if the attention has formed, but the greedy texts are wrong in general, as a clause."""
+    if not fault:
+        return ""
+    search = " with --decoding.ctc-weight 0.3, which ends loops" if config.model.ctc_layer >= 0 else ""
+    return f", but {fault}: train longer; if it stays so, decode{search or ' with a wider --beam'}"
 
 
 def _number(alignment: Alignment, name: str) -> str:

@@ -27,12 +27,13 @@ BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConf
 LEGACY_SETTINGS = {"features.trim_silence": False}
 
 
-def check_same_settings(then: dict, now: dict, path: Path) -> None:
+def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio") -> None:
     """Raise InputError naming the first setting that differs from the checkpoint's.
 
     A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
     FREE_TO_CHANGE, two differences are allowed: a learning rate restart appended at the end, which lengthens the
-    training without changing its earlier cycles, and smaller batches, in case memory ran out.
+    training without changing its earlier cycles, and smaller batches, in case memory ran out. features.kind has no
+    effect on a corpus of the kind "features".
     """
     before, after = dict(_flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flatten(then)), dict(_flatten(now))
     then_ends, now_ends = (  # epochs at which cycles end
@@ -40,6 +41,7 @@ def check_same_settings(then: dict, now: dict, path: Path) -> None:
     )
     longer = now_ends[: len(then_ends)] == then_ends
     free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
+    free += ("features.kind",) if kind == "features" else ()
     for key, value in after.items():
         section, _, name = key.rpartition(".")
         smaller = section == "data" and name in BATCH_SIZES and value < before[key]

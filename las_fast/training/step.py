@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from las_fast.checkpoint import build_model
 from las_fast.config import Config
 from las_fast.data.batching import Batch, Curriculum
-from las_fast.errors import InputError
+from las_fast.errors import InputError, is_out_of_memory
+from las_fast.model.layers import BatchPart, running_part
 from las_fast.search.steps import PendingFlag
 from las_fast.training.losses import training_loss
+from las_fast.training.parts import Parts
 from las_fast.training.schedules import (
     Plateau,
     ctc_weight,
@@ -36,7 +38,7 @@ class Progress:
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0  # updates of the averaged weights
     skipped_in_a_row: int = 0  # latest steps without an update, because their gradient was not finite
-    validated: int = 0  # step of the latest validation
+    validated: int = 0  # step of the latest validation; -1: not even the start, which is due for one
 
 
 class Diverged(InputError):
@@ -61,21 +63,53 @@ class Learner:
         self.precision = choose_precision(config.training.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=needs_loss_scale(self.precision, device))
         self.reads_late = device.type == "cuda"
-        self.progress = Progress()
+        self.progress = Progress(validated=-1 if config.training.validate_first else 0)
+        self.parts = Parts()
         self.consistent = True  # False in the middle of an update
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Take one optimiser step; return the loss, its parts (per token) and the gradient norm, detached."""
-        # Seed dropout and teacher forcing anew at each step: resuming needs no random state.
-        torch.manual_seed(self.config.training.seed * 1_000_003 + self.progress.step)
         self._set_learning_rate()
-        loss, parts = self._loss(batch)
-        self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
+        losses = self._gradients(batch)
         self.scaler.unscale_(self.optimiser)  # clipping must see the true gradients
         norm = self._clip()
         self._update(norm)
-        return {"loss": loss.detach(), **parts, "gradient_norm": norm}
+        return {**losses, "gradient_norm": norm}
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the gradients of a batch, in parts if it does not fit in memory; return its losses, per token."""
+        utterances, frames = batch.features.shape[:2]
+        parts = self.parts.begin(utterances, frames)
+        while True:
+            self.optimiser.zero_grad()
+            try:
+                return self._accumulate(batch, self.parts.size(utterances))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or parts >= utterances:
+                    raise
+            parts = self.parts.halve(utterances, frames)  # here the failed step's tensors are free
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, batch: Batch, size: int) -> dict[str, Tensor]:
+        """Add up the gradients of `size` utterances at a time; return the losses of the batch, per token."""
+        utterances = len(batch.indices)
+        losses: dict[str, Tensor] = {}
+        for start in range(0, utterances, size):
+            # Seed dropout and teacher forcing anew at each step: resuming needs no random state.
+            torch.manual_seed(self.config.training.seed * 1_000_003 + self.progress.step)
+            if size >= utterances:
+                loss, values = self._loss(batch)
+            else:
+                part = batch.rows(start, start + size)
+                with running_part(BatchPart(start, utterances)):
+                    loss, values = self._loss(part)
+                share = part.targets[1].sum() / batch.targets[1].sum()
+                loss, values = loss * share, {name: value * share for name, value in values.items()}
+            self.scaler.scale(loss).backward()
+            for name, value in {"loss": loss.detach(), **values}.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
 
     def _set_learning_rate(self) -> None:
         training = self.config.training

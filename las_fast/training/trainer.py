@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from las_fast.model.las import LAS
 from las_fast.progress import Progress as ProgressBar
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
+from las_fast.training.pace import Pace
 from las_fast.training.resume import BATCH_SIZES, check_same_settings, fingerprint
 from las_fast.training.runlog import RunLog
 from las_fast.training.schedules import Plateau
@@ -31,31 +32,6 @@ from las_fast.training.signals import StopSignals
 from las_fast.training.step import Diverged, Learner, Progress
 from las_fast.training.validate import Validation, validate
 from las_fast.tree import to_tree
-
-
-class Pace:
-    """Training throughput and the share of time spent waiting for data, both since construction."""
-
-    def __init__(self):
-        self.started, self.audio_seconds, self.wait_seconds = time.perf_counter(), 0.0, 0.0
-
-    def add_audio(self, seconds: float) -> None:
-        self.audio_seconds += seconds
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, or None after the last, and add the waiting time."""
-        start = time.perf_counter()
-        batch = next(batches, None)
-        self.wait_seconds += time.perf_counter() - start
-        return batch
-
-    def speed(self) -> float:
-        """Seconds of audio per second."""
-        return self.audio_seconds / (time.perf_counter() - self.started)
-
-    def waiting(self) -> float:
-        """Share of the time spent waiting for data."""
-        return self.wait_seconds / (time.perf_counter() - self.started)
 
 
 class Trainer(Learner):
@@ -82,6 +58,7 @@ class Trainer(Learner):
         self.stop = StopSignals()
         self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
+        self.announced = False  # whether the expected duration was printed
 
     # The loop
 
@@ -125,8 +102,9 @@ class Trainer(Learner):
             for batch in batches:
                 self.batch_size = (batch.features.shape[0], batch.features.shape[1])
                 parts = self.train_step(batch.to(self.device))
-                self.pace.add_audio(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
+                self.pace.add_step(seconds_of(float(batch.feature_lengths.sum()), self.config.features))
                 self._log_step(bar, parts)
+                self._announce_duration(bar)
                 self.stop.check()
                 if self.validation_due:
                     self._validate_and_save(bar)
@@ -153,7 +131,7 @@ class Trainer(Learner):
         """Replace an out-of-memory error by an InputError that names the setting to lower; return others unchanged."""
         if not is_out_of_memory(problem):
             return problem
-        utterances, frames = self.batch_size
+        utterances, frames = self.parts.size(self.batch_size[0]), self.batch_size[1]
         size = f"a batch of {utterances} utterances, {utterances * frames} frames," if utterances else "the first batch"
         remedy = f"--data.frames-per-batch below {self.config.data.frames_per_batch}"
         if utterances == 1:
@@ -196,21 +174,23 @@ class Trainer(Learner):
         every, step = self.config.training.validate_every, self.progress.step
         if step == self.progress.validated:
             return False
+        if step == 0:
+            return self.progress.validated < 0
         before, now = (int(self.curriculum.epochs(s) / every) for s in (step - 1, step))
         return step == self.steps or now > before
 
     def _validate_and_save(self, bar: ProgressBar) -> None:
         self.settle()
-        model, pace = self.averaged or self.model, self.pace
-        speed = f"trained at {pace.speed():.0f} x real time, {pace.waiting():.1%} of the time waiting for data"
+        model, trained = self.averaged or self.model, self.pace.summary()
         result = self._validate(model)
         self._check_diverged(result.loss)
         with self.stop.defer():
             line = self._record(result, model)
         scores = result.scores
+        fault = f" ({result.fault})" if result.fault else ""
         bar.write(
             f"epoch {self.epoch:g}: dev loss {result.loss:.3f} per token, LD {scores.ld:.2f}, CER {scores.cer:.2f}%, "
-            f"WER {scores.wer:.2f}%; {speed}\n  {line}"
+            f"WER {scores.wer:.2f}%{fault}{trained}\n  {line}"
         )
         self.pace = Pace()
 
@@ -233,7 +213,7 @@ class Trainer(Learner):
         self._save_weights(model, info, best=cer < progress.best_cer)
         progress.plateau.update(cer, self.config.training)
         progress.best_cer, progress.validated = min(progress.best_cer, cer), progress.step
-        line = monitor.status_line(result.alignment, self.epoch, self.config)
+        line = monitor.status_line(result.alignment, self.epoch, self.config, result.fault)
         self.log.validation(progress.step, self.epoch, result, line, self.core_hours())
         self.save()
         return line
@@ -246,7 +226,7 @@ class Trainer(Learner):
                 f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
                 f"lower --training.learning-rate (now {rate:g}) and start again"
             )
-        if progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # fp16 starts with skips
+        if 0 < progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # fp16 starts with skips
             raise Diverged(
                 f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
                 f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
@@ -270,8 +250,16 @@ class Trainer(Learner):
         if step % 10 == 0 or step == self.steps:
             values = dict(zip(parts, torch.stack(tuple(parts.values())).tolist(), strict=True))  # waits once
             values |= {"speed": self.pace.speed(), "waiting": self.pace.waiting()}
+            self.pace.losses.append(values["loss"])
             self.log.training(step, self.epoch, values, self.optimiser.param_groups[0]["lr"])
             bar.note(f"epoch {self.epoch:.1f}, loss {values['loss']:.3f}, {values['speed']:.0f} x real time")
+
+    def _announce_duration(self, bar: ProgressBar) -> None:
+        """Print once how long the rest will take, if that is long, as soon as the pace is known."""
+        if not self.announced and self.pace.is_known():
+            self.announced = True
+            if forecast := self.pace.forecast(self.steps - self.progress.step):
+                bar.write(forecast)
 
     def load_initial_weights(self, model: nn.Module, path: Path) -> None:
         """Start from the weights of a model of the same sizes; `path` names it in errors and checkpoints."""
@@ -309,7 +297,7 @@ class Trainer(Learner):
         """
         path = self.out / LAST
         state = checkpoint.load_state(path)
-        check_same_settings(state["settings"], to_tree(self.config), path)
+        check_same_settings(state["settings"], to_tree(self.config), path, kind=self.source["kind"])
         if state["data"] != fingerprint(self.train_data, self.dev_data):
             raise InputError(f"{path} was trained on other utterances; resume with the data that it began with")
         checkpoint.load_weights(self.model, state["model"], path)

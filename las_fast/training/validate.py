@@ -18,8 +18,10 @@ from las_fast.errors import show
 from las_fast.files import write_atomically
 from las_fast.model.attention import Memory
 from las_fast.model.las import LAS
+from las_fast.output.faults import describe_fault
 from las_fast.output.figures import attention_picture
 from las_fast.output.metrics import Scores, score
+from las_fast.progress import track
 from las_fast.search.beam import greedy_search
 from las_fast.text import Vocabulary
 from las_fast.training import monitor
@@ -36,6 +38,7 @@ class Validation:
     scores: Scores  # of the greedy transcripts, over all utterances
     alignment: monitor.Alignment
     hypotheses: list[str]  # in dataset order
+    fault: str = ""  # what is wrong with the hypotheses in general, such as "28 of 30 texts are blank"
 
 
 @torch.inference_mode()
@@ -65,7 +68,8 @@ def validate(
     # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
     attention_only = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     pictures = AttentionPictures(data, config.training.pictures)
-    for batch in make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0):
+    loader = make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
+    for batch in track(loader, "validating", "batches"):
         check_stop()
         batch = batch.to(device)
         memory = model.listen(batch.features, batch.feature_lengths)
@@ -85,7 +89,8 @@ def validate(
     audio_gain = swapped_rise / swapped_count if swapped_count else None
     alignment = replace(monitor.combine(alignments), audio_gain=audio_gain)
     references = [text or "" for text in data.texts]
-    return Validation(total / count, score(references, hypotheses), alignment, hypotheses)
+    fault = describe_fault(hypotheses)
+    return Validation(total / count, score(references, hypotheses), alignment, hypotheses, fault)
 
 
 def swap_audio(memory: Memory) -> Memory:

@@ -372,3 +372,17 @@ def test_an_alignment_can_be_logged_as_json():
     alignment = dataclasses.asdict(judge(bumps(diagonal(), 60)))
     assert json.loads(json.dumps(alignment))["formed"] is True
     assert set(alignment) == {*monitor.THRESHOLDS, "utterances", "formed"}
+
+
+def test_texts_that_ignore_the_audio_get_a_word_of_advice():
+    config = dataclasses.replace(Config(), training=dataclasses.replace(Config().training, monitor_epoch=6.0))
+    good, weak = monitor.Alignment(0.9, 0.8, 0.9, 0.6, 5, 1.5), monitor.Alignment(0.1, 0.1, 0.1, 0.1, 5, 0.1)
+    fault = "9 of 9 texts are blank"
+    assert monitor.status_line(weak, 2, config, fault).endswith(
+        "; expected by epoch 6; until then such texts are usual"
+    )
+    assert monitor.status_line(weak, 6, config, fault) == monitor.status_line(weak, 6, config)
+    line = monitor.status_line(good, 2, config, fault)
+    assert line.endswith(f", but {fault}: train longer; if it stays so, decode with a wider --beam")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, ctc_layer=0))
+    assert "decode with --decoding.ctc-weight 0.3" in monitor.status_line(good, 2, config, fault)

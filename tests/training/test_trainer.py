@@ -17,6 +17,8 @@ from las_fast.output.metrics import Scores
 from las_fast.training import monitor
 from las_fast.training import trainer as trainer_module
 from las_fast.training.monitor import Alignment
+from las_fast.training.resume import check_same_settings
+from las_fast.training.runlog import read_rows
 from las_fast.training.schedules import Plateau
 from las_fast.training.signals import StopSignals
 from las_fast.training.step import Diverged, Progress
@@ -85,7 +87,7 @@ class Bar:
 
 
 def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
-    pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.25)
+    pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.25, losses=[])
     rows, bar = [], Bar()
     optimiser = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.25}])
     log = SimpleNamespace(training=lambda *row: rows.append(row))
@@ -93,7 +95,7 @@ def test_each_tenth_step_and_the_last_is_logged_with_its_pace():
     for step in range(1, 24):
         trainer.progress.step = step
         trainer._log_step(bar, {"loss": torch.tensor(step / 2)})
-    assert bar.count == 23
+    assert bar.count == 23 and pace.losses == [5.0, 10.0, 11.5]
     assert rows == [(step, step / 4, {"loss": step / 2, "speed": 12.6, "waiting": 0.25}, 0.5) for step in (10, 20, 23)]
     assert bar.notes == [f"epoch {epoch}, loss {loss}, 13 x real time" for epoch, loss in
                          (("2.5", "5.000"), ("5.0", "10.000"), ("5.8", "11.500"))]  # fmt: skip
@@ -122,7 +124,7 @@ def test_validation_uses_the_averaged_model_if_any_and_resets_the_pace():
         seen, bar = [], Bar()
         trainer = bare_trainer(curriculum=Curriculum(), averaged=averaged, model=second, stop=StopSignals())
         trainer.progress.step = 6
-        trainer.pace = pace = SimpleNamespace(speed=lambda: 12.6, waiting=lambda: 0.256)
+        trainer.pace = pace = SimpleNamespace(summary=lambda: "; trained at 13 x real time")
         trainer._validate = lambda model, seen=seen: seen.append(model) or validation()
         trainer._check_diverged = lambda loss, seen=seen: seen.append(loss)
         trainer._record = lambda result, model, seen=seen, trainer=trainer: (
@@ -132,7 +134,7 @@ def test_validation_uses_the_averaged_model_if_any_and_resets_the_pace():
         assert seen == [expected, 1.25, (expected, True)] and not trainer.stop.deferred and trainer.pace is not pace
         assert bar.lines == [
             "epoch 1.5: dev loss 1.250 per token, LD 3.46, CER 50.00%, WER 60.00%; "
-            "trained at 13 x real time, 25.6% of the time waiting for data\n  attention: x"
+            "trained at 13 x real time\n  attention: x"
         ]
 
 
@@ -161,7 +163,9 @@ def test_a_validation_is_recorded_in_weights_log_and_state(monkeypatch):
     trainer._save_weights = lambda model, info, best: kept.append((model, info, best))
     trainer.log = SimpleNamespace(validation=lambda *row: logged.append(row))
     trainer.config = small(training=replace(small().training, schedule="plateau", plateau_patience=0))
-    monkeypatch.setattr(monitor, "status_line", lambda alignment, epoch, config: f"{alignment.diagonal} at {epoch:g}")
+    monkeypatch.setattr(
+        monitor, "status_line", lambda alignment, epoch, config, fault: f"{alignment.diagonal} at {epoch:g}"
+    )
     for step, cer in ((4, 50.0), (8, 50.0), (12, 40.0)):
         trainer.progress.step = step
         assert trainer._record(validation(cer), "model") == f"0.9 at {step // 4}"
@@ -433,3 +437,62 @@ def test_smaller_batches_resume_at_the_same_share_of_the_epoch(monkeypatch, caps
     assert planned == ([("frames", small(data=data))] if now else [])
     printed = f"batches are smaller than before: step 9 is step {step} now\n" if now else ""
     assert capsys.readouterr().out == printed
+
+
+# ------------------------------------------------------------------------------------------- validation before step 1
+
+
+def test_the_start_is_validated_once_if_asked(archive, tmp_path):
+    config = small(training=replace(small().training, validate_first=True, epochs=1))
+    made = make_trainer(archive, tmp_path, config)
+    assert made.validation_due
+    made.run()
+    rows = [row for row in read_rows(tmp_path / "log.jsonl") if row["kind"] == "valid"]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (made.steps, 1)]
+    again = make_trainer(archive, tmp_path, config)
+    again.resume()
+    assert not again.validation_due and not make_trainer(archive, tmp_path / "b", small()).validation_due
+
+
+def test_a_training_that_stops_after_the_first_validation_resumes_without_repeating_it(archive, tmp_path):
+    config = small(training=replace(small().training, validate_first=True))
+    made = make_trainer(archive, tmp_path, config)
+    made.stop.check = lambda: None if made.progress.step == 0 else raising(Stopped(15))()
+    with pytest.raises(Stopped):
+        made.run()
+    again = make_trainer(archive, tmp_path, config)
+    again.resume()
+    assert again.progress.step == 1 and again.progress.validated == 0 and not again.validation_due
+
+
+def test_the_fault_of_the_texts_is_in_the_line_of_the_validation():
+    bar, trainer = Bar(), bare_trainer(curriculum=Curriculum(), averaged=None, model="model", stop=StopSignals())
+    trainer.pace = SimpleNamespace(summary=lambda: "")
+    trainer._validate = lambda model: replace(validation(), fault="5 of 5 texts are blank")
+    trainer._check_diverged, trainer._record = lambda loss: None, lambda result, model: "attention: x"
+    trainer._validate_and_save(bar)
+    assert bar.lines[0].endswith("WER 60.00% (5 of 5 texts are blank)\n  attention: x")
+
+
+def test_the_forecast_is_printed_once_and_only_if_the_rest_is_long():
+    for forecast, lines in (("take 3 h", ["take 3 h"]), ("", [])):
+        bar, asked = Bar(), []
+        trainer = bare_trainer(steps=40, announced=False)
+        trainer.progress.step = 7
+        trainer.pace = SimpleNamespace(is_known=lambda: False)
+        trainer._announce_duration(bar)
+        assert bar.lines == [] and not trainer.announced
+        trainer.pace = SimpleNamespace(
+            is_known=lambda: True,
+            forecast=lambda steps, forecast=forecast, asked=asked: asked.append(steps) or forecast,
+        )
+        trainer._announce_duration(bar)
+        trainer._announce_duration(bar)
+        assert bar.lines == lines and asked == [33]
+
+
+def test_the_kind_of_features_may_differ_where_an_archive_has_computed_them():
+    then, now = (to_tree(small(features=replace(small().features, kind=kind))) for kind in ("mfcc", "logmel"))
+    check_same_settings(then, now, Path("last.pt"), kind="features")
+    with pytest.raises(InputError, match="was trained with features.kind = mfcc, not logmel"):
+        check_same_settings(then, now, Path("last.pt"), kind="audio")
