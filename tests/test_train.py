@@ -191,7 +191,6 @@ def test_resuming_is_exact_with_any_feature_enabled(archive, tmp_path, monkeypat
         {"training__label_smoothing": 0.3},
         {"training__precision": "bf16"},
         {"training__schedule": "constant"},
-        {"training__warmup_steps": 0},
         {"training__clip_norm": 0.1},
         {"training__weight_decay": 0.5},
         {"training__seed": 2},

@@ -65,18 +65,18 @@ def running_part(part: BatchPart) -> Iterator[None]:
         _part.reset(token)
 
 
-def draw_rows(like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return draw(x) for an empty x (B, ...) with the shape of `like`; see running_part for a part of a batch."""
+def draw_rows(rows: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return draw(rows), random values of so many rows of a batch; see running_part for a part of a batch."""
     part = _part.get()
     if part is None:
-        return draw(torch.empty_like(like))
-    end = part.start + len(like)
-    return draw(like.new_empty(max(part.rows, end), *like.shape[1:]))[part.start : end]
+        return draw(rows)
+    end = part.start + rows
+    return draw(max(part.rows, end))[part.start : end]
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """Draw a mask with the shape of `like`: 0 with probability p, otherwise 1 / (1 - p)."""
-    return draw_rows(like, lambda x: x.bernoulli_(1 - p).div_(1 - p))
+    return draw_rows(len(like), lambda rows: like.new_empty(rows, *like.shape[1:]).bernoulli_(1 - p).div_(1 - p))
 
 
 def locked_dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -180,7 +180,7 @@ class Speller(nn.Module):
         """
         previous = F.pad(tokens[:, :-1], (1, 0), value=SOS)
         # One draw per utterance and step; the first step reads <sos> in any case.
-        draws = draw_rows(torch.empty(previous.shape, device=previous.device), lambda x: x.uniform_())
+        draws = draw_rows(len(previous), lambda rows: torch.rand(rows, previous.shape[1], device=previous.device))
         return speller_unroll(
             self.weights(), *memory[:3], previous, draws >= teacher_forcing if teacher_forcing < 1 else None,
             self.dropout_masks(memory),
