@@ -60,7 +60,8 @@ class Batch:
 
     def rows(self, start: int, end: int) -> Batch:
         """Return some of the utterances, with the padding of the whole batch."""
-        return Batch(**{name: None if x is None else x[start:end] for name, x in vars(self).items()})
+        fields: dict[str, Any] = {name: None if x is None else x[start:end] for name, x in vars(self).items()}
+        return Batch(**fields)
 
     @property
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,8 +40,8 @@ def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio
         [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
     )
     longer = now_ends[: len(then_ends)] == then_ends
-    free = (*FREE_TO_CHANGE, "training.epochs", "training.restarts") if longer else FREE_TO_CHANGE
-    free += ("features.kind",) if kind == "features" else ()
+    free = {*FREE_TO_CHANGE} | ({"training.epochs", "training.restarts"} if longer else set())
+    free |= {"features.kind"} if kind == "features" else set()
     for key, value in after.items():
         section, _, name = key.rpartition(".")
         smaller = section == "data" and name in BATCH_SIZES and value < before[key]
