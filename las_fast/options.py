@@ -24,6 +24,15 @@ from las_fast.tree import from_tree, to_tree
 
 Settings = TypeVar("Settings")
 
+# Names that other toolkits give to our options and settings.
+SYNONYMS = {
+    "lr": "--training.learning-rate", "warmup": "--training.warmup-steps", "num-epochs": "--training.epochs",
+    "max-epochs": "--training.epochs", "batch-size": "--data.utterances-per-batch", "num-workers": "--data.workers",
+    "valid": "--data.dev", "specaugment": "--augment.time-masks", "bf16": "--training.precision",
+    "fp16": "--training.precision", "beam-size": "--beam", "beam-width": "--beam", "num-beams": "--beam",
+    "model": "--checkpoint", "pretrained": "--init", "language-model": "--lm", "output": "--out", "output-dir": "--out",
+    "save-dir": "--out", "gpu": "--device",
+}  # fmt: skip
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
@@ -99,9 +108,12 @@ def wrong_choice(option: str, value: str, choices: Iterable[str]) -> str:
 
 
 def nearest_option(name: str, names: Iterable[str]) -> str:
-    """Return the name most similar to an unknown one; a field whose last part is equal comes first."""
+    """Return the name of an option for an unknown one: a field with the same last part, a synonym, or the nearest."""
     names, dashed = [*names], name.replace("_", "-")
+    synonym = SYNONYMS.get(dashed.lstrip("-").rpartition(".")[2])
     fields = [known for known in names if known.rpartition(".")[2] == dashed.lstrip("-").rpartition(".")[2]]
+    if not fields and synonym in names:
+        return synonym
     return fields[0] if fields else difflib.get_close_matches(dashed, names, 1, cutoff=0.0)[0]
 
 

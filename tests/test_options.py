@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from las_fast import options
-from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage
+from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage, to_tree
 from las_fast.errors import InputError
-from las_fast.options import Parser, as_path, parse_settings
+from las_fast.options import SYNONYMS, Parser, as_path, parse_settings
 
 COMMANDS = ("train", "decode", "transcribe", "lm", "tune", "export", "demo", "ops.__main__", "data.spoken")
 
@@ -261,3 +261,28 @@ def test_help_shows_the_values_of_the_preset(capsys):
     assert list(shown("--config", "finetune", "--init", "an4").values()) == ["13", "100", "2"]
     with pytest.raises(InputError, match="did you mean hw4p2"):
         train.parse(["--config", "hw4p", "--help"])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "known"),
+    [
+        ("train", "--training.lr", "--training.learning-rate"),
+        ("train", "--lr", "--training.learning-rate"),
+        ("train", "--batch_size", "--data.utterances-per-batch"),
+        ("train", "--dropout", "--model.listener.dropout"),
+        ("decode", "--beam-size", "--beam"),
+        ("decode", "--model", "--checkpoint"),
+        ("export", "--output", "--out"),
+    ],
+)
+def test_names_of_other_toolkits_lead_to_ours(capsys, name, option, known):
+    main = importlib.import_module(f"las_fast.{name}").main
+    assert error_of(capsys, main, [option, "3"]) == f"there is no option {option}; the nearest is {known}"
+
+
+def test_every_synonym_leads_to_an_option():
+    from las_fast import decode
+
+    fields = {f"--{field}" for field in options.field_names(to_tree(Config()))}
+    flags = {"--out", "--init", "--device", *decode.parser()._option_string_actions}
+    assert set(SYNONYMS.values()) <= fields | flags
