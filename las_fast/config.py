@@ -19,7 +19,7 @@ import yaml
 from las_fast import plain_yaml
 from las_fast.errors import InputError
 from las_fast.text import CHARACTERS, Vocabulary
-from las_fast.tree import from_tree, to_tree
+from las_fast.tree import flatten, from_tree, to_tree
 
 PRESETS = Path(__file__).parent / "configs"
 MAX_NUMBER = 10**9  # upper bound of numbers whose field does not set one
@@ -299,15 +299,6 @@ def with_settings(config: Config, values: Mapping[str, Any]) -> Config:
             section = section[part]
         section[key] = value
     return from_tree(Config, tree, "settings")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of each setting in plain data; a section without any yields nothing."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
 
 
 def _read(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from las_fast import plain_yaml
@@ -17,6 +18,15 @@ def to_tree(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [to_tree(item) for item in config] if isinstance(config, tuple) else config
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of each setting in plain data; None, as of an empty section, is left out."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def from_tree(kind: Any, tree: Any, where: str) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from las_fast.config import Config
 from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
-from las_fast.tree import to_tree
+from las_fast.tree import flatten, to_tree
 
 # Settings that may differ when resuming: they change where and how fast a training runs, not what the model learns.
 FREE_TO_CHANGE = (
@@ -35,7 +33,7 @@ def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio
     training without changing its earlier cycles, and smaller batches, in case memory ran out. features.kind has no
     effect on a corpus of the kind "features".
     """
-    before, after = dict(_flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(_flatten(then)), dict(_flatten(now))
+    before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(then)), dict(flatten(now))
     then_ends, now_ends = (  # epochs at which cycles end
         [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
     )
@@ -50,15 +48,6 @@ def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio
             if key in ("training.epochs", "training.restarts"):
                 advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, then_ends))}"
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
-
-
-def _flatten(tree: dict, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of each setting in a tree."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{name}{key}.")
-        else:
-            yield name + key, value
 
 
 def fingerprint(*datasets: SpeechDataset) -> str:
