@@ -148,7 +148,7 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
         raise
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"best dev CER {trainer.progress.best_cer:.2f}%; peak memory {peak:.1f} GiB")
-    split = "test" if trainer.config.data.dev_share else "dev"
+    split = "SPLIT" if trainer.config.data.dev_share else "dev"  # the held-out part is no split of the data
     decode = ["--checkpoint", options.out, "--data", options.data, "--split", split, "--out", f"{split}.csv"]
     print(f"decode with: python -m las_fast.decode {shlex.join(map(str, decode))}")
 

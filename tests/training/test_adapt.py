@@ -163,7 +163,7 @@ def test_a_share_of_the_training_data_serves_as_dev(tmp_path, capsys):
                          "--data.cache", str(tmp_path / "cache")))  # fmt: skip
     out = capsys.readouterr().out
     assert "train-clean-100: 8 utterances" in out and "dev, held out of train-clean-100: 4 utterances" in out
-    assert "epoch 1: dev loss" in out and "--split test --out test.csv" in out
+    assert "epoch 1: dev loss" in out and "--split SPLIT --out SPLIT.csv" in out
 
 
 def test_a_dev_split_and_a_share_exclude_each_other():
