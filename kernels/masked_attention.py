@@ -22,9 +22,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from las_fast.kernels.tiles import LOG2_E, float32_precision
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
 MIN_RANGE = 400  # frames per range, at least: fewer are not worth a program
 # {rows: (frames per tile, warps, stages)}, at D, E = 256; tiles have fewer frames if D or E is larger. They compile
 # without spills and fit in the 99 KiB of shared memory of the smallest supported GPUs. More queries than the largest
@@ -45,7 +45,7 @@ TILES = {
 
 @triton.jit
 def _tile(pointer, rows, columns, stride, row_count, column_count):
-    """Load the tile (rows, columns), rows `stride` apart; zeros outside."""
+    """Load as tiles.load does, with offsets in 32 bits: rows count from the tile's first, and integer work is less."""
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
@@ -277,7 +277,7 @@ def masked_attention(
     forward_kernel[B, splits](
         query, keys, values, lengths, context, logsumexp, peaks, maxima, sums, attention,
         K, T, range_frames, scale * LOG2_E, *_strides(query, keys, values),
-        D, E, splits > 1, weights, _precision(), **blocks, **options,
+        D, E, splits > 1, weights, float32_precision(), **blocks, **options,
     )  # fmt: skip
     if parts:
         finish_kernel[B, max(1, triton.cdiv(T, 256)) if weights else 1](
@@ -310,7 +310,7 @@ def masked_attention_backward(
     backward_kernel[B, splits](
         *upstream, query, keys, values, lengths, context, weights, logsumexp, parts, keys_gradient, values_gradient,
         K, T, range_frames, scale, *_strides(query, keys, values),
-        D, E, upstream[0] is not None, upstream[1] is not None, memory, _precision(), **blocks, **options,
+        D, E, upstream[0] is not None, upstream[1] is not None, memory, float32_precision(), **blocks, **options,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(query.dtype), keys_gradient, values_gradient
 
@@ -340,11 +340,6 @@ def _strides(query: Tensor, keys: Tensor, values: Tensor) -> tuple[int, ...]:
     return *query.stride()[:2], *keys.stride()[:2], *values.stride()[:2]
 
 
-def _precision() -> str:
-    """Return Triton's name of torch's float32 matmul precision; this setting reflects all of torch's ways to set it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
     """Return the number of ranges per utterance and the frames per range, a multiple of the block."""
     range_frames = triton.cdiv(max(MIN_RANGE, 48 * K), block) * block
@@ -353,7 +348,7 @@ def _ranges(K: int, T: int, block: int) -> tuple[int, int]:
 
 def _kind(dtype: torch.dtype) -> str:
     """Return the key of TILES for a dtype."""
-    return _precision() if dtype == torch.float32 else "half"
+    return float32_precision() if dtype == torch.float32 else "half"
 
 
 def _max_rows(query: Tensor, values: Tensor, pass_name: str) -> int:

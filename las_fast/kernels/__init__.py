@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one file per op.
+"""Triton kernels and their launchers: a file per op, parts of the longest beside it, and what they share in tiles.py.
 
 In a checkout this package points to the top-level folder kernels/; an installed package contains the files.
 """

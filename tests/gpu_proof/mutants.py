@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass
+from unittest import mock
 
 from gpu_proof.budgets import VARIANTS, inexact_divisions, measure, table, violations
 from gpu_proof.cases import CASES, HUGE
@@ -41,11 +42,11 @@ NOT_DETECTED = Verdict(0)
 
 @dataclass(frozen=True)
 class SourceMutant:
-    """A kernel file with one text replaced. If both texts are empty it is unchanged: a control."""
+    """An op's kernels with one text replaced. If both texts are empty they are unchanged: a control."""
 
     op: str
     name: str
-    old: str = ""  # occurs exactly once in the file
+    old: str = ""  # occurs exactly once in the op's files
     new: str = ""
     slows: bool = False  # changes at most the last bit of a result: only rung 3 can detect it
 
@@ -65,15 +66,14 @@ class SourceMutant:
                 return verdict
         return NOT_DETECTED
 
-    def mutate(self, source):
-        """The source with the fault."""
+    def mutate(self, sources):
+        """The op's sources by file name, with the fault."""
         if not self.old and not self.new:
-            return source
-        if source.count(self.old) != 1 or self.old == self.new:
-            raise MutantDoesNotApply(
-                f"{self.old!r} occurs {source.count(self.old)} times in kernels/{self.op}.py, not once"
-            )
-        return source.replace(self.old, self.new)
+            return sources
+        occurrences = sum(source.count(self.old) for source in sources.values())
+        if occurrences != 1 or self.old == self.new:
+            raise MutantDoesNotApply(f"{self.old!r} occurs {occurrences} times in {', '.join(sources)}, not once")
+        return {file: source.replace(self.old, self.new) for file, source in sources.items()}
 
 
 @dataclass(frozen=True)
@@ -111,29 +111,48 @@ class CodeMutant:
 
 
 @contextlib.contextmanager
-def mutated_module(mutant):
-    """Replace the module las_fast.kernels.<op> by the mutant inside the block."""
-    name = f"las_fast.kernels.{mutant.op}"
-    source = pathlib.Path(importlib.util.find_spec(name).origin).read_text()
-    # a real file: triton reads the source of a kernel through inspect
+def mutated_kernels(mutant):
+    """Import the kernels of the mutant's op from a folder with the fault inside the block."""
+    package = importlib.import_module("las_fast.kernels")
+    # real files: triton reads the source of a kernel through inspect
     with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder, f"{mutant.op}.py")
-        file.write_text(mutant.mutate(source))
-        spec = importlib.util.spec_from_file_location(name, file)
-        original = sys.modules.get(name)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        for file, source in mutant.mutate(op_sources(mutant.op)).items():
+            pathlib.Path(folder, file).write_text(source)
+        originals = _forget_kernels()
         try:
-            spec.loader.exec_module(module)
-            yield
+            with mock.patch.object(package, "__path__", [folder]):
+                yield
         finally:
-            del sys.modules[name]
-            if original is not None:
-                sys.modules[name] = original
+            _forget_kernels()
+            sys.modules.update(originals)
+
+
+def _forget_kernels():
+    """Remove the modules of las_fast.kernels from sys.modules and return them."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("las_fast.kernels.")}
+
+
+@functools.cache
+def op_sources(op):
+    """{file name: text} of kernels/<op>.py and of the files in kernels/ that it imports, directly or not."""
+    folder = pathlib.Path(importlib.util.find_spec(f"las_fast.kernels.{op}").origin).parent
+    sources, imported = {}, [op]
+    while imported:
+        file = f"{imported.pop()}.py"
+        if file not in sources:
+            sources[file] = (folder / file).read_text()
+            imported += re.findall(r"^from las_fast\.kernels\.(\w+) import", sources[file], re.MULTILINE)
+    return sources
+
+
+def ops_with(file):
+    """The ops whose kernels are in kernels/<file>, or use what is in it."""
+    return [op for op in OPS if file in op_sources(op)]
 
 
 def judge_interpreted(mutant):
     """Rungs 1 and 2 in one run: the sanitizer checks each access first, so that no mutant can crash the process."""
-    with mutated_module(mutant):
+    with mutated_kernels(mutant):
         for case in cases_of(mutant.op) + [case for case in HUGE if case.op == mutant.op]:
             if not case.interpretable:
                 continue
@@ -148,7 +167,7 @@ def judge_interpreted(mutant):
 
 def judge_budgets(mutant):
     """Rung 3."""
-    with mutated_module(mutant):
+    with mutated_kernels(mutant):
         for variant in (variant for variant in VARIANTS if variant.op == mutant.op):
             for row in measure(variant, ARCH):
                 if problems := violations(variant, row, table().get(row.key)):
@@ -160,7 +179,7 @@ def judge_budgets(mutant):
 
 def judge_executed(mutant):
     """Rung 4."""
-    with mutated_module(mutant):
+    with mutated_kernels(mutant):
         for case in cases_of(mutant.op):
             if ARCH in case.executable and (verdict := _executed(case)):
                 return verdict
@@ -364,13 +383,14 @@ INDICES = """    split = tl.program_id(1)
     k, d, e = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
 """
 KEYS = "        k_tile = _tile(keys + b * keys_b + first * keys_t, local, d, keys_t,"
+TILE = ' and integer work is less."""\n    inside = '
 RANGE = "    begin = split * range_frames\n    end = tl.minimum(begin + range_frames"
 ATTENTION = [
     SourceMutant("masked_attention", name, old, new)
     for name, old, new in (
-        ("rows-one-too-many", "(rows[:, None] < row_count)", "(rows[:, None] <= row_count)"),
-        ("columns-unmasked", "(rows[:, None] < row_count) & (columns[None, :] < column_count)",
-         "(rows[:, None] < row_count)"),
+        ("rows-one-too-many", f"{TILE}(rows[:, None] < row_count)", f"{TILE}(rows[:, None] <= row_count)"),
+        ("columns-unmasked", f"{TILE}(rows[:, None] < row_count) & (columns[None, :] < column_count)",
+         f"{TILE}(rows[:, None] < row_count)"),
         ("stride-of-rows", "pointer + rows[:, None] * stride", "pointer + rows[:, None] * column_count"),
         ("utterance-in-32-bits", f"b = tl.program_id(0).to(tl.int64)\n{INDICES}    row = (b * tl.num",
          f"b = tl.program_id(0)\n{INDICES}    row = (b * tl.num"),
@@ -430,10 +450,10 @@ ATTENTION = [
 
 STEP = "        step = tl.cast(u, tl.int64) * B + b\n"
 BLOCK = "        b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)\n"
-DROPOUT = "        if MASKED:\n            hidden *= _load(masks, b, n, H, B, H)\n"
+DROPOUT = "        if MASKED:\n            hidden *= load(masks, b, n, H, B, H)\n"
 CARRIED = "        tl.store(after, hidden.to(dtype), mask=inside & (u + 1 < U))\n"
-UPSTREAM = "        if MASKED:\n            gradient *= _load(masks, b, n, H, B, H)\n"
-LATER = "            gradient += _load(hidden_gradient, b, n, H, B, H)\n"
+UPSTREAM = "        if MASKED:\n            gradient *= load(masks, b, n, H, B, H)\n"
+LATER = "            gradient += load(hidden_gradient, b, n, H, B, H)\n"
 UNROLL = [
     SourceMutant("speller_unroll", name, old, new)
     for name, old, new in (
@@ -443,9 +463,9 @@ UNROLL = [
          "(rows[:, None] < row_count)"),
         ("depth-of-one-block", "range(0, depth, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile",
          "range(0, BLOCK_K, BLOCK_K):\n        k = k0 + tl.arange(0, BLOCK_K)\n        x_tile"),
-        ("candidate-of-the-output-gate", "_tanh(g + _load(offsets + 2 * H,", "_tanh(g + _load(offsets + 3 * H,"),
-        ("weights-of-another-gate", "_load(weight + 2 * H * depth", "_load(weight + 3 * H * depth"),
-        ("forget-gate-with-tanh", "f = _sigmoid(f +", "f = _tanh(f +"),
+        ("candidate-of-the-output-gate", "tanh(g + load(offsets + 2 * H,", "tanh(g + load(offsets + 3 * H,"),
+        ("weights-of-another-gate", "load(weight + 2 * H * depth", "load(weight + 3 * H * depth"),
+        ("forget-gate-with-tanh", "f = _sigmoid(f +", "f = tanh(f +"),
         ("token-of-the-first-step", "tl.load(tokens + first + b,", "tl.load(tokens + b,"),
         ("state-before-the-first-step", "mask=inside & (u > 0), other=0.0) + i * g", "mask=inside, other=0.0) + i * g"),
         ("cell-state-of-this-step", "before = states + (row - B) * state_size", "before = states + row * state_size"),

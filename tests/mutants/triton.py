@@ -8,6 +8,7 @@ show that a result is wrong.
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from gpu_proof.mutants import (  # noqa: E402
     judge_budgets,
     judge_executed,
     judge_interpreted,
+    ops_with,
 )
 from gpu_proof.mutants import Verdict as RungVerdict  # noqa: E402
 from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
@@ -37,12 +39,13 @@ COMPILE_ERRORS = ("InterpreterError", "CompilationError", "CompileTimeAssertionF
 
 @dataclass(frozen=True)
 class PlacedMutant(SourceMutant):
-    """A kernel file with one edit at one position."""
+    """An op's kernels with one edit at one position."""
 
     mutant: Mutant | None = None
 
-    def mutate(self, source: str) -> str:
-        return self.mutant.apply(source)
+    def mutate(self, sources: dict[str, str]) -> dict[str, str]:
+        name = Path(self.mutant.file).name
+        return sources | {name: self.mutant.apply(sources[name])}
 
 
 class TritonTarget:
@@ -77,12 +80,11 @@ class TritonTarget:
             compile(mutant.apply((ROOT / mutant.file).read_text(encoding="utf-8")), mutant.file, "exec")
         except (SyntaxError, ValueError):
             return Verdict("invalid")
-        fault = PlacedMutant(Path(mutant.file).stem, mutant.id, mutant=mutant)
         rungs = [(interpreted, judge_interpreted), (compiled, judge_executed)]
         if _is_speed(mutant):
             rungs.append((compiled, judge_budgets))
-        for worker, judge in rungs:
-            outcome, by = self._rung(worker, judge, fault)
+        for (worker, judge), op in itertools.product(rungs, ops_with(Path(mutant.file).name)):
+            outcome, by = self._rung(worker, judge, PlacedMutant(op, mutant.id, mutant=mutant))
             if outcome != "survived":
                 return Verdict(outcome, by, round(time.monotonic() - began, 2))
         return Verdict("survived", "", round(time.monotonic() - began, 2))
