@@ -127,14 +127,13 @@ def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
     layers = zip((*weights.gates, weights.query), (*weights.gate_biases, weights.query_bias), strict=True)
     *cells, query = (_DeferredLinear(*layer, steps, len(tokens), dtype) for layer in layers)
     attend = _DeferredAttention(keys, values, lengths, steps)
-    # one synchronisation with the device instead of one per step
-    any_sampled = [False] * steps if sampled is None else sampled.any(0).tolist()
+    may_sample = [False] * steps if sampled is None else _may_sample(sampled)
     hidden, cell, context = ([x[:, 0] for x in state[0]], [x[:, 0] for x in state[1]], state[2][:, 0])
     outputs: list[Tensor] = []
     contexts, attention = [], []
     for u in range(steps):
         token = tokens[:, u]
-        if u > 0 and any_sampled[u]:
+        if u > 0 and may_sample[u]:
             with torch.no_grad():
                 best = _logits(weights, outputs[-1], context, dtype).argmax(-1)
             token = torch.where(sampled[:, u], best, token)
@@ -150,6 +149,16 @@ def _fused(weights: SpellerWeights, keys, values, lengths, tokens, sampled, mask
         attention.append(attended)
     logits = _logits(weights, torch.stack(outputs, 1), torch.stack(contexts, 1), dtype)
     return logits, torch.stack(attention, 1)
+
+
+def _may_sample(sampled: Tensor) -> list[bool]:
+    """Return whether a token of each step is sampled; on devices where reading that would wait, True for every step."""
+    return [True] * sampled.shape[1] if _read_waits(sampled) else sampled.any(0).tolist()
+
+
+def _read_waits(x: Tensor) -> bool:
+    """Return whether the host waits for a device when it reads a number of x."""
+    return x.device.type != "cpu"
 
 
 def _logits(weights: SpellerWeights, outputs: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:

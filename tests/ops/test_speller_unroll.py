@@ -5,6 +5,8 @@ import pytest
 import torch
 from calls import compile_and_count, digests, ops_called, threads
 from test_speller_search import WRONG_MEMORY, WRONG_MEMORY_OF_REGISTERED_OP, las, random_memory, random_weights
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from las_fast.ops import SpellerWeights, backends, padding_mask, speller_unroll
 from las_fast.ops.speller_unroll import _reference
@@ -181,6 +183,36 @@ def test_the_fused_form_computes_the_best_token_only_at_sampled_steps(monkeypatc
         read[1, steps] = True
         speller_unroll(weights, *memory, tokens, read, masks, backend="fused")
         assert len(calls) == expected  # one call computes the logits of all steps, for the results
+
+
+@pytest.fixture
+def reads_wait(monkeypatch):
+    """Let the fused form treat CPU tensors as those of a device for which the host would wait."""
+    monkeypatch.setattr(sys.modules["las_fast.ops.speller_unroll"], "_read_waits", lambda x: True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_the_fused_form_samples_the_same_tokens_without_reading_which(share, reads_wait):
+    arguments = inputs(*SMALL, sampled_share=share)
+    expected = results(speller_unroll, arguments, backend="reference")
+    assert_close(results(speller_unroll, arguments, backend="fused"), expected)
+
+
+def run_on_fake_tensors(precision):
+    """Run the fused form on tensors without numbers: reading one raises. A CPU build cannot slice fake CUDA tensors."""
+    with FakeTensorMode():
+        weights, keys, values, *others, masks = tree_map_only(torch.Tensor, torch.empty_like, inputs(*SMALL))
+        results(speller_unroll, (weights, keys, values, *others, masks), backend="fused", precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_fused_form_never_waits_for_the_device(precision, reads_wait):
+    run_on_fake_tensors(precision)
+
+
+def test_a_read_of_a_fake_tensor_is_noticed():
+    with pytest.raises(DataDependentOutputException):
+        run_on_fake_tensors("fp16")
 
 
 def test_weights_sum_to_1_and_are_0_in_padding(fast_backend):
