@@ -309,8 +309,10 @@ def test_every_op_is_timed_on_every_backend_beside_its_bound(rows):
         kernels.time_op(make(), "cpu", fake_timer, 100.0, record)
     attention, *_ = recorded = read()
     assert {row["what"].partition(",")[0] for row in recorded} == {
-        "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_prefix", "beam_backtrack",
+        "masked_attention", "beam_topk", "beam_gather", "ctc_loss", "ctc_token_times", "ctc_prefix", "beam_backtrack",
     }  # fmt: skip
+    paths = {row["path"] for row in recorded if row["what"].startswith("ctc_loss")}
+    assert {"reference", kernels.TORCH_CTC} <= paths
     assert not [row for row in recorded if row["status"] == FAIL] and {row["value"] for row in recorded} == {"2.0"}
     assert float(attention["bound"]) == pytest.approx((2 * 2 * 3 * 8 + 2 * 2 * 20 * 8) * 4 / 100, rel=1e-3)
 

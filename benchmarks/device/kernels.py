@@ -25,12 +25,14 @@ from las_fast.ops import (
     ctc_loss,
     ctc_prefix,
     ctc_start,
+    ctc_token_times,
     masked_attention,
     padding_mask,
 )
-from las_fast.text import EOS
+from las_fast.text import BLANK, EOS
 
 SDPA = "torch sdpa"  # scaled_dot_product_attention
+TORCH_CTC = "torch ctc_loss"  # with the lengths on the host; with those on the device, as the reference, the host waits
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def measurements(device: str) -> Iterator[Callable[[], Measurement]]:
         yield lambda B=B, K=K, V=V: topk(B, K, V, device)
     for dtype in (torch.bfloat16, full):
         yield lambda dtype=dtype: attention_of_training(49, 161, dtype, device)
-    yield lambda: ctc(49, 645, 31, 151, device)
+    for B, T, S in ((49, 645, 151), (16, 1600, 400)):
+        yield lambda B=B, T=T, S=S: ctc(B, T, 31, S, device)
+    yield lambda: ctc_times(49, 645, 31, 151, device)
     for B in (16, 64):
         yield lambda B=B: gather(B, 8, device)
         yield lambda B=B: ctc_prefixes(B, 8, 400, 31, device)
@@ -91,6 +95,7 @@ def small_measurements(device: str) -> Iterator[Callable[[], Measurement]]:
     yield lambda: topk(2, 3, 31, device)
     yield lambda: gather(2, 3, device)
     yield lambda: ctc(2, 20, 9, 5, device)
+    yield lambda: ctc_times(2, 20, 9, 5, device)
     yield lambda: ctc_prefixes(2, 3, 7, 5, device)
     yield lambda: backtrack(5, 2, 3, device)
 
@@ -158,14 +163,38 @@ def ctc_prefixes(B: int, K: int, T: int, V: int, device: str) -> Measurement:
 
 def ctc(B: int, T: int, V: int, S: int, device: str) -> Measurement:
     """The loss of training, forward and backward."""
-    logits = torch.randn(B, T, V, device=device).requires_grad_()
-    tokens, lengths = torch.randint(3, V, (B, S), device=device), torch.full((B,), T, device=device)
-    counts = torch.full((B,), S, device=device)
+    logits, *rest = ctc_inputs(B, T, V, S, device)
+    logits.requires_grad_()
+    tokens, on_host = rest[1], [x.cpu() for x in rest[::2]]
 
     def run(backend: str) -> object:
-        return torch.autograd.grad(ctc_loss(logits, lengths, tokens, counts, backend=backend).sum(), logits)
+        if backend == TORCH_CTC:
+            log_probs = F.log_softmax(logits, 2).transpose(0, 1)
+            losses = F.ctc_loss(log_probs, tokens, *on_host, BLANK, reduction="none", zero_infinity=True)
+        else:
+            losses = ctc_loss(logits, *rest, backend=backend)
+        return torch.autograd.grad(losses.sum(), logits)
 
-    return Measurement("ctc_loss", f"B{B} T{T} V{V} S{S}", torch.float32, run, 3 * byte_count(logits))
+    what = "ctc_loss, forward and backward"
+    moved = 3 * byte_count(logits)
+    return Measurement("ctc_loss", f"B{B} T{T} V{V} S{S}", torch.float32, run, moved, (TORCH_CTC,), what)
+
+
+def ctc_times(B: int, T: int, V: int, S: int, device: str) -> Measurement:
+    """The alignment of tokens to frames that guides the attention in training."""
+    inputs = ctc_inputs(B, T, V, S, device)
+
+    def run(backend: str) -> object:
+        return ctc_token_times(*inputs, backend=backend)
+
+    moved = byte_count(inputs[0])
+    return Measurement("ctc_loss", f"B{B} T{T} V{V} S{S}", torch.float32, run, moved, what="ctc_token_times")
+
+
+def ctc_inputs(B: int, T: int, V: int, S: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logits, lengths, tokens and token lengths."""
+    tokens, counts = torch.randint(3, V, (B, S), device=device), torch.full((B,), S, device=device)
+    return torch.randn(B, T, V, device=device), torch.full((B,), T, device=device), tokens, counts
 
 
 def backtrack(L: int, B: int, K: int, device: str) -> Measurement:
