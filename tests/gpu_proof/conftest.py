@@ -7,22 +7,26 @@ import pytest
 PROCESSES = 2  # concurrent
 
 
-def _key(parameters):
-    return frozenset((name, str(value)) for name, value in parameters.items())
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "work(call): what `result` waits for; it is called ahead with the parameters of the test"
+    )
 
 
-@pytest.fixture(scope="module")
-def start_all(request):
-    """A function (call) that starts call(**parameters) for every selected test of the module, two at a time.
-
-    It returns a function (**parameters) that waits for the call with these parameters and returns its result.
-    """
+@pytest.fixture(scope="session")
+def started(request):
+    """{id of a test: future} of every selected test with work, started in their order, PROCESSES at a time."""
     pool = concurrent.futures.ThreadPoolExecutor(PROCESSES)
-
-    def start(call):
-        tests = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
-        futures = {_key(test.callspec.params): pool.submit(call, **test.callspec.params) for test in tests}
-        return lambda **parameters: futures[_key(parameters)].result()
-
-    yield start
+    futures = {}
+    for item in request.session.items:
+        if mark := item.get_closest_marker("work"):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            futures[item.nodeid] = pool.submit(mark.kwargs["call"], **parameters)
+    yield futures
     pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def result(request, started):
+    """A function that waits for the work of the test and returns its result, or raises its exception."""
+    return started[request.node.nodeid].result

@@ -2,11 +2,15 @@
 
 A fault that no rung detects is a hole in the cases, the sanitizer, the budgets or the executor.
 
-    PYTHONPATH=tests python -m gpu_proof.mutants      prints which rung detects each
+detections.csv names the rung and the case that detect each fault. A fault is tried on that case first; only if it
+passes there, on all.
+
+    PYTHONPATH=tests python -m gpu_proof.mutants      rewrites the table; rows that still hold are not searched again
 """
 
 import concurrent.futures
 import contextlib
+import csv
 import functools
 import importlib.util
 import pathlib
@@ -23,6 +27,7 @@ from gpu_proof.rungs import execute, sanitize
 from gpu_proof.sanitizer import OutOfBounds, ProgramRace
 
 ARCH = 90  # mutants are compiled for sm_90
+TABLE = pathlib.Path(__file__).with_name("detections.csv")
 
 
 class MutantDoesNotApply(Exception):
@@ -31,9 +36,10 @@ class MutantDoesNotApply(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rung that detected a mutant and its error message; rung 0 if none did."""
+    """The rung and the case (of rung 3, the variant) that detected a mutant, and the message; rung 0 if none did."""
 
     rung: int
+    case: str = ""
     message: str = ""
 
 
@@ -54,17 +60,32 @@ class SourceMutant:
         return f"{self.op}-{self.name}"
 
     def judge(self):
-        """Run the mutant through the rungs, in workers, until one detects it. Only controls run through all."""
-        rungs = [(interpreted, judge_interpreted), (compiled, judge_budgets), (compiled, judge_executed)]
-        if self.slows:
-            rungs = rungs[1:2]
-        elif self.old:
-            del rungs[1]  # one more register does not show that a result is wrong
-        for worker, judge in rungs:
-            verdict = worker(judge, self)
+        """Run the mutant, in workers, on the case of the table, and if it passes there, on all."""
+        known = detections().get(str(self))
+        verdict = self._judge_by(known.rung, known.case) if known else NOT_DETECTED
+        return verdict if verdict.rung else self.search()
+
+    def search(self):
+        """Run the mutant through the rungs, in workers, until one detects it. Only the control passes through all."""
+        for rung in self.rungs:
+            verdict = self._judge_by(rung)
             if verdict.rung:
                 return verdict
         return NOT_DETECTED
+
+    @property
+    def rungs(self):
+        """The rungs that judge it, in order; 2 includes 1."""
+        if self.slows:
+            return (3,)
+        if not self.old:
+            return (2, 3, 4)
+        # The interpreter has no barriers. Rung 3: one more register does not show that a result is wrong.
+        return (4, 2) if "barrier" in self.old else (2, 4)
+
+    def _judge_by(self, rung, only=None):
+        worker, judge = JUDGES[rung]
+        return worker(judge, self, only) if max(2, rung) in self.rungs else NOT_DETECTED
 
     def mutate(self, sources):
         """The op's sources by file name, with the fault."""
@@ -150,45 +171,58 @@ def ops_with(file):
     return [op for op in OPS if file in op_sources(op)]
 
 
-def judge_interpreted(mutant):
-    """Rungs 1 and 2 in one run: the sanitizer checks each access first, so that no mutant can crash the process."""
+def judge_interpreted(mutant, only=None):
+    """Rungs 1 and 2 in one run: the sanitizer checks each access first, so that no mutant can crash the process.
+
+    only: the name of the case to run; None: all, as in the other rungs.
+    """
     with mutated_kernels(mutant):
-        for case in cases_of(mutant.op) + [case for case in HUGE if case.op == mutant.op]:
+        for case in cases_of(mutant.op, only, huge=True):
             if not case.interpretable:
                 continue
             try:
                 sanitize(case)
             except (OutOfBounds, ProgramRace) as error:
-                return Verdict(2, f"{case}: {error}")
+                return Verdict(2, case.name, str(error))
             except AssertionError as error:
-                return Verdict(1, f"{case}: {error}")
+                return Verdict(1, case.name, str(error))
     return NOT_DETECTED
 
 
-def judge_budgets(mutant):
+def judge_budgets(mutant, only=None):
     """Rung 3."""
     with mutated_kernels(mutant):
-        for variant in (variant for variant in VARIANTS if variant.op == mutant.op):
+        for variant in VARIANTS:
+            if variant.op != mutant.op or only not in (None, variant.name):
+                continue
             for row in measure(variant, ARCH):
                 if problems := violations(variant, row, table().get(row.key)):
-                    return Verdict(3, f"{variant}: {row.kernel} {', '.join(problems)}")
+                    return Verdict(3, variant.name, f"{row.kernel} {', '.join(problems)}")
             if kernels := inexact_divisions(variant, ARCH):
-                return Verdict(3, f"{variant}: {', '.join(kernels)} divide inexactly")
+                return Verdict(3, variant.name, f"{', '.join(kernels)} divide inexactly")
     return NOT_DETECTED
 
 
-def judge_executed(mutant):
+def judge_executed(mutant, only=None):
     """Rung 4."""
     with mutated_kernels(mutant):
-        for case in cases_of(mutant.op):
+        for case in cases_of(mutant.op, only):
             if ARCH in case.executable and (verdict := _executed(case)):
                 return verdict
     return NOT_DETECTED
 
 
+JUDGES = {
+    1: (interpreted, judge_interpreted),
+    2: (interpreted, judge_interpreted),
+    3: (compiled, judge_budgets),
+    4: (compiled, judge_executed),
+}
+
+
 def judge_code(mutant):
     """Rung 4 with a fault in the machine code."""
-    (case,) = (case for case in cases_of(mutant.op) if case.name == mutant.case)
+    (case,) = cases_of(mutant.op, mutant.case)
     return _executed(case, mutant.mutate) or NOT_DETECTED
 
 
@@ -196,13 +230,14 @@ def _executed(case, mutate=None):
     try:
         execute(case, ARCH, mutate)
     except AssertionError as error:
-        return Verdict(4, f"{case}: {type(error).__name__} {error}")
+        return Verdict(4, case.name, f"{type(error).__name__} {error}")
     return None
 
 
-@functools.cache
-def cases_of(op):
-    return [case for case in CASES if case.op == op]
+def cases_of(op, only=None, huge=False):
+    """The cases of an op, or only that of a name; huge: also those of HUGE, first because they take least time."""
+    cases = HUGE + CASES if huge else CASES
+    return [case for case in cases if case.op == op and only in (None, case.name)]
 
 
 # The faults
@@ -599,11 +634,31 @@ CONTROLS = [SourceMutant(op, "unchanged") for op in OPS]
 MUTANTS = BACKTRACK + GATHER + PREFIX + ALIGNMENT + TOPK + ATTENTION + UNROLL + SLOW + CODE
 
 
+@functools.cache
+def detections():
+    """{name of a mutant: the Verdict of the table, without a message}."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(encoding="utf-8") as file:
+        return {row["fault"]: Verdict(int(row["rung"]), row["case"]) for row in csv.DictReader(file)}
+
+
 def main():
-    """Print a line per mutant: the rung that detected it, and its message."""
+    """Judge every mutant and rewrite the table, after each verdict."""
+    found = {str(mutant): known for mutant in MUTANTS if (known := detections().get(str(mutant)))}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for mutant, verdict in zip(MUTANTS, pool.map(lambda mutant: mutant.judge(), MUTANTS), strict=True):
-            print(f"{verdict.rung or 'NONE'}\t{mutant}\t{verdict.message}", flush=True)
+            found[str(mutant)] = verdict
+            print(f"{verdict.rung or 'NONE'}\t{mutant}\t{verdict.case}: {verdict.message}", flush=True)
+            _write(found)
+
+
+def _write(verdicts):
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["fault", "rung", "case"])
+        for name in filter(verdicts.get, map(str, MUTANTS)):
+            writer.writerow([name, verdicts[name].rung, verdicts[name].case])
 
 
 if __name__ == "__main__":

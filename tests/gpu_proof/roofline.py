@@ -58,9 +58,12 @@ class Bound:
 
 
 def attention_bound(B, T, dtype):
-    """The Bound of attention with K beams of size D, without weights. Runs an interpreting worker."""
-    launches = interpreted(traffic, B, T, dtype)
-    requested = sum(launch.requested for launch in launches)
+    """The Bound of attention with K beams of size D, without weights. Runs an interpreting worker.
+
+    One utterance is counted: those of a batch move the same bytes each.
+    """
+    launches = interpreted(traffic, 1, T, dtype)
+    requested = B * sum(launch.requested for launch in launches)
     rows = -(-K // ROWS) * ROWS
     operations = 4 * B * rows * T * D  # 2 matmuls of 2 operations per element
     return Bound(

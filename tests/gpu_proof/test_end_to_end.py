@@ -2,6 +2,7 @@
 
 import functools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from toy_model import ToyModel, all_texts, memory
@@ -9,14 +10,15 @@ from toy_model import ToyModel, all_texts, memory
 from gpu_proof.end_to_end import decode, executed_decode, executed_small_search, executed_training, train
 from gpu_proof.process import compiled
 
+ARCHIVE = Path(__file__).resolve().parents[2] / ".." / "shared" / "an4" / "hw4p2_student_data"
+
 
 @pytest.fixture
-def archive(shared):
+def archive():
     """The AN4 development set: 104 utterances."""
-    path = shared / "an4" / "hw4p2_student_data"
-    if not path.is_dir():
+    if not ARCHIVE.is_dir():
         pytest.skip("../shared/an4 is absent")
-    return path
+    return ARCHIVE
 
 
 def assert_same(actual, expected):
@@ -30,8 +32,9 @@ def assert_same(actual, expected):
         assert frames == expected_frames, name
 
 
-def test_executed_ptx_decodes_three_utterances_as_the_reference_does(archive):
-    decoded, launches = compiled(executed_decode, archive, 90, 3)
+@pytest.mark.work(call=lambda: compiled(executed_decode, ARCHIVE, 90, 3))
+def test_executed_ptx_decodes_three_utterances_as_the_reference_does(archive, result):
+    decoded, launches = result()
     assert_same(decoded, decode(archive, "reference", 3))
     assert len(decoded) == 3 and all(best[0][0] for _, best in decoded)
     counts = Counter(launches)
@@ -39,23 +42,26 @@ def test_executed_ptx_decodes_three_utterances_as_the_reference_does(archive):
     assert counts["forward_kernel"] == counts["topk_kernel"] == counts["gather_kernel"] >= 16
 
 
-def test_all_backends_decode_every_development_utterance_alike(archive):
+@pytest.mark.work(call=lambda: compiled(executed_decode, ARCHIVE, 90))
+def test_all_backends_decode_every_development_utterance_alike(archive, result):
     expected = decode(archive, "reference")
     assert len(expected) == 104
     assert_same(decode(archive, "cpp"), expected)
-    assert_same(compiled(executed_decode, archive, 90)[0], expected)
+    assert_same(result()[0], expected)
 
 
+@pytest.mark.work(call=lambda seed: compiled(functools.partial(executed_small_search, beam=64), 90, seed))
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_on_executed_ptx_equals_brute_force(seed):
+def test_a_wide_beam_on_executed_ptx_equals_brute_force(seed, result):
     expected = all_texts(ToyModel(), memory([seed], [4]), 4, 0.0)[:5]
-    best = compiled(functools.partial(executed_small_search, beam=64), 90, seed)
+    best = result()
     assert [tokens for tokens, _ in best] == [text for _, _, text in expected]
     assert [score for _, score in best] == pytest.approx([score for _, score, _ in expected], abs=1e-4)
 
 
-def test_training_by_executed_ptx_follows_the_reference(archive):
-    losses, gradients, launches = compiled(executed_training, archive, 90, 50)
+@pytest.mark.work(call=lambda: compiled(executed_training, ARCHIVE, 90, 50))
+def test_training_by_executed_ptx_follows_the_reference(archive, result):
+    losses, gradients, launches = result()
     expected_losses, expected = train(archive, "reference", 50)
     assert len(losses) == 50 and losses == pytest.approx(expected_losses, abs=1e-4)
     for name, gradient in gradients.items():

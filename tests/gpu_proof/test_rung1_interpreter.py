@@ -7,6 +7,7 @@ from gpu_proof.process import interpreted
 from gpu_proof.rungs import interpret
 
 
+@pytest.mark.work(call=lambda case: interpreted(interpret, case))
 @pytest.mark.parametrize("case", [case for case in CASES if case.interpretable], ids=str)
-def test_interpreted_kernels_agree_with_the_reference(case):
-    interpreted(interpret, case)
+def test_interpreted_kernels_agree_with_the_reference(case, result):
+    result()

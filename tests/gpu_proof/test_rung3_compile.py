@@ -6,23 +6,20 @@ from gpu_proof.budgets import ARCHITECTURES, VARIANTS, inexact_divisions, measur
 from gpu_proof.process import compiled
 
 
-@pytest.fixture(scope="module")
-def measured(start_all):
-    return start_all(lambda variant, arch: compiled(measure, variant, arch))
-
-
+@pytest.mark.work(call=lambda variant, arch: compiled(measure, variant, arch))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_compiled_kernels_keep_to_their_budget(variant, arch, measured):
-    rows = measured(variant=variant, arch=arch)
+def test_compiled_kernels_keep_to_their_budget(variant, arch, result):
+    rows = result()
     assert rows
     for row in rows:
         assert violations(variant, row, table().get(row.key)) == [], f"{row.kernel} for {row.arch}"
 
 
+@pytest.mark.work(call=lambda variant: compiled(inexact_divisions, variant, 90))
 @pytest.mark.parametrize("variant", [x for x in VARIANTS if x.options.get("length_penalty")], ids=str)
-def test_length_penalties_are_divided_exactly(variant):
-    assert compiled(inexact_divisions, variant, 90) == []
+def test_length_penalties_are_divided_exactly(variant, result):
+    assert result() == []
 
 
 def test_the_table_has_no_stale_rows():

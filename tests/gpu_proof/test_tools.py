@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_proof import mutants
 from gpu_proof.__main__ import table as coverage
 from gpu_proof.interpreter import poisoned
 from gpu_proof.process import WorkerDied, compiled, interpreted
@@ -284,6 +285,66 @@ def test_a_byte_that_three_programs_load_is_requested_three_times():
 def test_a_sector_counts_once_any_of_its_elements_is_accessed():
     _, traffic = interpreted(copy, torch.zeros(64), torch.zeros(64), 1, 3, 0, 8)
     assert (traffic["source"].loaded.unique, traffic["source"].loaded.sectors) == (12, 3)
+
+
+# Faults
+
+
+GATHERED = mutants.SourceMutant("beam_gather", "some-fault", "old", "new")
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A function (row of the table, what is detected) -> (verdict, runs): judges a fault with pretended rungs.
+
+    Row: a Verdict or None. Detected: {(rung, case or None for all): Verdict}.
+    """
+
+    def judge(row, detected, mutant=GATHERED):
+        runs = []
+
+        def rung_of(number):
+            return lambda function, fault, only: runs.append((number, only)) or detected.get((number, only), passed)
+
+        passed = mutants.NOT_DETECTED
+        monkeypatch.setattr(mutants, "detections", lambda: {str(mutant): row} if row else {})
+        monkeypatch.setattr(mutants, "JUDGES", {n: (rung_of(max(n, 2)), None) for n in (1, 2, 3, 4)})
+        return mutant.judge(), runs
+
+    return judge
+
+
+FOUND = mutants.Verdict(1, "primes", "it is wrong")
+
+
+def test_a_fault_is_run_only_on_the_case_of_the_table_if_that_detects_it(judge):
+    assert judge(mutants.Verdict(1, "primes"), {(2, "primes"): FOUND}) == (FOUND, [(2, "primes")])
+
+
+@pytest.mark.parametrize(
+    "row", [None, mutants.Verdict(2, "gone"), mutants.Verdict(4, "one-row"), mutants.Verdict(3, "float")]
+)
+def test_a_row_that_no_longer_holds_changes_no_verdict(row, judge):
+    """Rung 3 never judges a fault of this kind, so a row that names it is not tried."""
+    tried = [(row.rung, row.case)] if row and row.rung != 3 else []
+    every = {(3, None): FOUND, (3, "float"): FOUND}
+    assert judge(row, every) == (mutants.NOT_DETECTED, [*tried, (2, None), (4, None)])
+    assert judge(row, every | {(4, None): FOUND}) == (FOUND, [*tried, (2, None), (4, None)])
+
+
+def test_the_unchanged_kernels_pass_through_all_cases_of_all_rungs(judge):
+    control = mutants.SourceMutant("beam_gather", "unchanged")
+    assert judge(None, {}, control) == (mutants.NOT_DETECTED, [(2, None), (3, None), (4, None)])
+
+
+def test_a_barrier_left_out_is_executed_first(judge):
+    fault = mutants.SourceMutant("ctc_loss", "no-barrier", "tl.debug_barrier()", "pass")
+    assert judge(None, {}, fault)[1] == [(4, None), (2, None)]
+
+
+def test_only_the_named_case_is_run():
+    assert [case.name for case in mutants.cases_of("beam_gather", "huge", huge=True)] == ["huge"]
+    assert mutants.cases_of("beam_gather", "huge") == mutants.cases_of("beam_gather", "gone", huge=True) == []
 
 
 # The README's table

@@ -99,7 +99,9 @@ class TritonTarget:
         except Exception as error:
             outcome = "invalid" if type(error).__name__ in COMPILE_ERRORS else "noticed"
             return outcome, f"{judge.__name__}: {type(error).__name__}: {str(error)[:200]}"
-        return ("noticed", f"rung {verdict.rung}: {verdict.message[:200]}") if verdict.rung else ("survived", "")
+        if not verdict.rung:
+            return "survived", ""
+        return "noticed", f"rung {verdict.rung}: {verdict.case}: {verdict.message[:200]}"
 
     def close(self) -> None:
         pass
