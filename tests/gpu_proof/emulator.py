@@ -19,7 +19,7 @@ class Execution:
 
 
 @contextlib.contextmanager
-def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
+def executed(arch=90, *, mutate=None, races=True, approx_ulps=0, memo=None):
     """Execute the compiled PTX of each Triton launch inside the block, on its CPU tensors.
 
     Args:
@@ -27,6 +27,7 @@ def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
         mutate: function from PTX text to PTX text, applied before execution.
         races: detect races between barriers (`executor.BarrierRace`).
         approx_ulps: perturb .approx results by up to this many units in the last place.
+        memo: a `Memo` of launches that are not executed twice; None executes all.
 
     Yields:
         a list that gets an `Execution` for each launch.
@@ -40,9 +41,14 @@ def executed(arch=90, *, mutate=None, races=True, approx_ulps=0):
     def run(launch):
         compiled = compile_launch(launch, arch)
         text = compiled.asm["ptx"]
-        program = _program(mutate(text) if mutate else text, compiled.metadata.shared, races, approx_ulps)
+        text = mutate(text) if mutate else text
+        settings = compiled.metadata.shared, races
         arguments = dict(_parameters(launch, compiled))
-        counts = program.run(launch.grid, list(arguments.values()), list(arguments))
+
+        def execute():
+            return _program(text, *settings, approx_ulps).run(launch.grid, list(arguments.values()), list(arguments))
+
+        counts = memo.run(text, settings, approx_ulps, launch.grid, arguments, execute) if memo else execute()
         executions.append(Execution(launch.name, launch.grid, counts))
 
     with redirect_launches(run):

@@ -228,7 +228,7 @@ def judge_code(mutant):
 
 def _executed(case, mutate=None):
     try:
-        execute(case, ARCH, mutate)
+        execute(case, ARCH, mutate, remember=False)
     except AssertionError as error:
         return Verdict(4, case.name, f"{type(error).__name__} {error}")
     return None

@@ -7,13 +7,16 @@ result or raise its exception.
 
 import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
 import traceback
 
 LIMIT = 300.0  # seconds per call
+shared_folder = None  # in a worker: the path of a folder that all workers of this run share
 SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -78,7 +81,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would inherit this process's triton
         self._connection, remote = context.Pipe()
         # a daemon: multiprocessing ends it when this process ends
-        self._process = context.Process(target=_serve, args=(remote,), daemon=True)
+        self._process = context.Process(target=_serve, args=(remote, _temporary_folder().name), daemon=True)
         with _starting, _environment(environment):
             self._process.start()
         remote.close()
@@ -121,8 +124,15 @@ def _set(variables):
             os.environ[name] = value
 
 
-def _serve(connection):
+@functools.cache
+def _temporary_folder():
+    return tempfile.TemporaryDirectory(prefix="gpu_proof-")  # removed when this process ends
+
+
+def _serve(connection, folder):
     """Serve requests one at a time until the connection closes."""
+    global shared_folder
+    shared_folder = folder
     faulthandler.enable()
     while True:
         try:

@@ -1,6 +1,8 @@
 """Rungs 1, 2 and 4 as functions of a case. Call them in a worker process of the right kind (see process.py)."""
 
+from gpu_proof import process
 from gpu_proof.interpreter import fast, poisoned
+from gpu_proof.memo import Memo
 from gpu_proof.sanitizer import sanitized
 
 
@@ -18,12 +20,14 @@ def sanitize(case):
         case.run()
 
 
-def execute(case, arch=90, mutate=None, approximate=False):
+def execute(case, arch=90, mutate=None, approximate=False, remember=True):
     """Rung 4: results of the compiled machine code, executed instruction by instruction.
 
-    approximate: perturb approximate instructions by as much as a GPU's may err.
+    approximate: perturb approximate instructions by as much as a GPU's may err. remember: keep the results of launches
+    for the rest of the run; those of earlier ones are used in any case.
     """
     from gpu_proof.emulator import executed
 
-    with executed(arch=arch, mutate=mutate, approx_ulps=2 if approximate else 0), poisoned():
+    memo = Memo(process.shared_folder, remember) if process.shared_folder else None
+    with executed(arch=arch, mutate=mutate, approx_ulps=2 if approximate else 0, memo=memo), poisoned():
         case.run(approximate=approximate)

@@ -14,6 +14,7 @@ from gpu_proof import ptx
 from gpu_proof.compiler import compile_launch, recorded, resources
 from gpu_proof.emulator import executed
 from gpu_proof.executor import BarrierRace, EndlessLoop, IllegalDivergence, Misaligned, OutOfBounds, Program
+from gpu_proof.memo import Memo
 
 ARCHITECTURES = (80, 90, 100)
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -701,3 +702,71 @@ def test_numpy_rounds_as_the_executor_needs():
     """The executor relies on numpy to round float32 and float64 to half precision: to nearest, ties to even."""
     values = np.array([1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-40, 2**-25], np.float64)
     assert values.astype(np.float16).tolist() == [1.0, 1 + 2**-9, 1 + 2**-10, 0.0]
+
+
+# Launches that recur
+
+
+@pytest.fixture
+def add_twice(tmp_path, monkeypatch):
+    """A function (first, second): adds twice with these changes, and returns the results and how often it was run."""
+    runs, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda *args: runs.append(1) or run(*args))
+
+    def add_twice(first, second):
+        results = []
+        for changes in (first, second):
+            options = {
+                "arch": 90,
+                "adds": True,
+                "ulps": 0,
+                "kernel": add_kernel,
+                "x": random(1000),
+                "grid": 4,
+            } | changes
+            x, y, out = options["x"], random(1000, seed=1), torch.full((1000,), torch.nan)
+            memo = Memo(tmp_path, options["adds"])
+            with executed(options["arch"], approx_ulps=options["ulps"], memo=memo) as launches:
+                inputs = (x, y) if options["kernel"] is add_kernel else (x,)
+                options["kernel"][(options["grid"],)](*inputs, out, 1000, BLOCK=1024)
+            results.append((out, launches[0].counts))
+        return *results, len(runs)
+
+    return add_twice
+
+
+@pytest.mark.parametrize("changes", [{}, {"arch": 80}, {"ulps": 2}, {"adds": False}], ids=str)
+def test_a_launch_that_recurs_is_not_executed_again(changes, add_twice):
+    (first, counts), (second, counts_again), runs = add_twice({}, changes)
+    assert torch.equal(first, random(1000) + random(1000, seed=1)) and torch.equal(first, second)
+    assert counts == counts_again and runs == 1
+
+
+@pytest.mark.parametrize(
+    "x",
+    [random(1000, seed=2), random(1000).where(torch.arange(1000) < 999, 7.0), random(1001)[1:]],
+    ids=["other values", "one value", "offset"],
+)
+def test_a_launch_with_other_arguments_is_executed(x, add_twice):
+    _, (second, _), runs = add_twice({}, {"x": x})
+    assert torch.equal(second, x + random(1000, seed=1)) and runs == 2
+
+
+def test_a_launch_with_another_grid_is_executed(add_twice):
+    assert add_twice({}, {"grid": 2})[2] == 2
+
+
+def test_a_launch_whose_approximations_are_perturbed_is_executed(add_twice):
+    softmax = {"kernel": softmax_kernel, "grid": 1}
+    (first, _), (second, _), runs = add_twice(softmax, softmax | {"ulps": 2})
+    assert not torch.equal(first, second) and runs == 2
+
+
+def test_results_are_kept_only_if_asked(add_twice):
+    assert add_twice({"adds": False}, {})[2] == 2
+
+
+def test_a_launch_that_fails_fails_again(add_twice):
+    for _ in range(2):
+        with pytest.raises(OutOfBounds):
+            add_twice({"x": random(999)}, {})
