@@ -645,12 +645,12 @@ def detections():
 
 def main():
     """Judge every mutant and rewrite the table, after each verdict."""
-    found = {str(mutant): known for mutant in MUTANTS if (known := detections().get(str(mutant)))}
+    verdicts = {str(mutant): known for mutant in MUTANTS if (known := detections().get(str(mutant)))}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for mutant, verdict in zip(MUTANTS, pool.map(lambda mutant: mutant.judge(), MUTANTS), strict=True):
-            found[str(mutant)] = verdict
+            verdicts[str(mutant)] = verdict
             print(f"{verdict.rung or 'NONE'}\t{mutant}\t{verdict.case}: {verdict.message}", flush=True)
-            _write(found)
+            _write(verdicts)
 
 
 def _write(verdicts):
