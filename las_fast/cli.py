@@ -8,11 +8,12 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from las_fast.errors import JSON_ESCAPES, InputError, Stopped, explain_error, mute, print_error, show
-from las_fast.progress import close_all
+from las_fast.errors import JSON_ESCAPES, InputError, SlowPathWarning, Stopped, explain_error, mute, print_error, show
+from las_fast.progress import close_all, write
 from las_fast.system import tune_memory
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -38,7 +39,7 @@ def run(main: Callable[..., Any], argv: list[str] | None = None) -> None:
     """
     tune_memory()
     prepare_streams()
-    with stop_signals():
+    with stop_signals(), plain_warnings():
         status = _status(main, argv)
     if status:
         sys.exit(status)
@@ -136,6 +137,25 @@ def stop_signals() -> Iterator[None]:
         for s, handler in caught.items():
             if signal.getsignal(s) is stop:
                 signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside the `with` block, a SlowPathWarning is printed in one line, without a place in the code."""
+    usual = warnings.showwarning
+
+    def show_warning(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, SlowPathWarning):
+            write(f"warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **options)
+
+    warnings.showwarning = show_warning
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show_warning:
+            warnings.showwarning = usual
 
 
 def dispatch(argv: list[str] | None = None) -> None:

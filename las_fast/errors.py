@@ -21,6 +21,10 @@ class InputError(Exception):
     """
 
 
+class SlowPathWarning(RuntimeWarning):
+    """las_fast runs on slower paths than this machine allows; the message says why, and what to do."""
+
+
 class Stopped(KeyboardInterrupt):
     """The program received a stop signal other than Ctrl-C; `signum` is its number."""
 

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from fakes import raising
+from tiny_checkpoints import make_checkpoint
 
 from las_fast import __version__, cli, progress
-from las_fast.errors import JSON_ESCAPES, InputError, Stopped
+from las_fast.errors import JSON_ESCAPES, InputError, SlowPathWarning, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +80,37 @@ def test_signal_handlers_are_restored_after_a_command(signals):
     with cli.stop_signals():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler set by the command itself stays
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_slow_path_is_reported_in_one_line_and_other_warnings_as_usual(capsys):
+    usual = warnings.showwarning
+
+    def main(argv):
+        warnings.warn("las_fast crawls: no compiler. Run: apt install g++", SlowPathWarning, stacklevel=1)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        cli.run(main)
+    assert capsys.readouterr().err == "warning: las_fast crawls: no compiler. Run: apt install g++\n"
+    assert [str(other.message) for other in others] == ["old"] and warnings.showwarning is usual
+
+
+def test_a_command_without_the_extension_says_once_how_to_get_it(tmp_path):
+    path = make_checkpoint(tmp_path)
+    np.save(tmp_path / "noise.npy", np.random.default_rng(1).normal(0, 0.2, (50, 28)).astype(np.float32))
+    code = f"""
+import sys; sys.modules['las_fast._C'] = None
+import numpy, las_fast
+from las_fast import cli
+def main(argv):
+    model = las_fast.load({str(path)!r})
+    for _ in range(3): model.decode(numpy.load({str(tmp_path / "noise.npy")!r}))
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    advice = "the extension is not built. Run: python setup.py build_ext"
+    assert done.stderr == f"warning: las_fast runs on its slower reference paths: {advice}\n"
 
 
 class Output(io.StringIO):

@@ -12,8 +12,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from las_fast.errors import SlowPathWarning
 
 BACKENDS = ("reference", "fused", "cpp", "triton")  # fused: PyTorch calls arranged for speed
 FLOAT32, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
@@ -39,7 +42,13 @@ HELPER_OPS = (
 )
 DEVICES = {"cpp": "cpu", "triton": "cuda"}  # the device type that a backend requires
 FASTEST_FIRST = ("triton", "cpp")
-BUILD_ADVICE = "Run: python setup.py build_ext"
+IN_CHECKOUT = (Path(__file__).resolve().parents[2] / "setup.py").is_file()
+BUILD_ADVICE = (
+    "Run: python setup.py build_ext"
+    if IN_CHECKOUT
+    else "Run: pip install --force-reinstall --no-deps SOURCE, which is a folder with las_fast's source code"
+)
+REBUILD_ADVICE = f"{BUILD_ADVICE} --force" if IN_CHECKOUT else BUILD_ADVICE
 
 _warned: set[str] = set()
 
@@ -51,13 +60,13 @@ def _load_extension() -> str | None:
     except ModuleNotFoundError:
         return f"the extension is not built. {BUILD_ADVICE}"
     except ImportError as error:  # built against another torch, or a broken file
-        return f"the extension does not load ({str(error).splitlines()[0]}). {BUILD_ADVICE} --force"
+        return f"the extension does not load ({str(error).splitlines()[0]}). {REBUILD_ADVICE}"
     missing = [op for op in (*IMPLEMENTED, *HELPER_OPS) if not torch._C._dispatch_has_kernel(f"las_fast::{op}_cpp")]
     return _other_version(f"it lacks {', '.join(missing)}") if missing else None
 
 
 def _other_version(difference: str) -> str:
-    return f"the extension is from another version ({difference}). {BUILD_ADVICE} --force"
+    return f"the extension is from another version ({difference}). {REBUILD_ADVICE}"
 
 
 EXTENSION_PROBLEM = _load_extension()
@@ -153,7 +162,7 @@ def detached(x: torch.Tensor) -> torch.Tensor:
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"las_fast runs on its slower reference paths: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"las_fast runs on its slower reference paths: {reason}", SlowPathWarning, stacklevel=4)
 
 
 def register(
