@@ -1,10 +1,13 @@
-"""The machine: CPU cores, torch devices, and settings of the memory allocator."""
+"""The machine: CPU cores, compiler, torch devices, and settings of the memory allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from las_fast.errors import InputError, is_out_of_memory
@@ -19,6 +22,21 @@ TRAINING_MMAP_BYTES, DECODING_MMAP_BYTES = 2**25, 2**20  # blocks of this size o
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiler() -> str:
+    """Return the name of the C++ compiler that builds the extension."""
+    return (os.environ.get("CXX", "").split() or ["c++"])[0]
+
+
+def missing_for_build() -> tuple[str, str] | None:
+    """Return what is missing to compile the C++ extension, and how to install it; None if nothing is."""
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler ({compiler()})", "install g++"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return f"Python's headers are missing ({header})", "install python3-dev (python3-devel)"
+    return None
 
 
 def choose_device(name: str, option: str = "--device ") -> torch.device:

@@ -386,7 +386,7 @@ def test_a_closed_output_pipe_gives_no_traceback():
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
 
 
-NAMES = ("train", "decode", "transcribe", "lm", "tune", "export", "ops", "demo")
+NAMES = ("train", "decode", "transcribe", "lm", "tune", "export", "doctor", "ops", "demo")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -429,7 +429,7 @@ def test_an_unknown_command_is_reported_with_the_known_ones(capsys, word, advice
     assert end.value.code == 2 and capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("name", ["train", "decode", "transcribe", "lm", "tune", "export"])
+@pytest.mark.parametrize("name", ["train", "decode", "transcribe", "lm", "tune", "export", "doctor"])
 def test_help_and_wrong_options_do_not_wait_for_torch(name):
     code = f"import sys, las_fast.{name} as command\n"
     for argv in (["--help"], ["--hlep"]):

@@ -1,0 +1,242 @@
+"""las-fast doctor: each check says what is there and what would make it better, also in a damaged installation."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import soundfile
+import torch
+from fakes import raising
+
+from las_fast import doctor
+from las_fast.ops import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_doctor(code=""):
+    """The table of a new process that runs `code` first: {area: state}, and the advice lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nfrom las_fast import doctor\ndoctor.main([])"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    states = {line[:14].strip(): line[14:] for line in lines[:-2] if not line.startswith(" ")}
+    return states, [line.strip() for line in lines if line.startswith(" ")]
+
+
+def test_every_area_is_reported():
+    states, _ = run_doctor()
+    assert list(states) == list(doctor.CHECKS)
+    assert states["torch"].startswith(torch.__version__) and states["las_fast"].endswith("an4 and speech13h")
+    assert "could not" not in "".join(states.values()) and "unknown" not in "".join(states.values())
+
+
+def test_without_torch_it_says_how_to_get_it_and_checks_the_rest():
+    states, advice = run_doctor("sys.modules['torch'] = None")
+    assert list(states) == list(doctor.CHECKS) and states["torch"] == "not installed"
+    assert any("pip install torch" in line for line in advice)
+    for area in ("extension", "GPU", "backends", "threads"):
+        assert states[area] == "unknown without the package torch"
+    assert "GiB free" in states["disk"]
+
+
+def test_without_the_packages_of_the_settings_it_still_works():
+    states, _ = run_doctor("for name in ('yaml', 'numpy', 'soundfile', 'safetensors'): sys.modules[name] = None")
+    assert states["audio"] == "unknown without the package numpy" or "soundfile" in states["audio"]
+    assert states["Python"].startswith(sys.version.split()[0])
+
+
+def test_a_check_that_fails_does_not_stop_the_others(monkeypatch):
+    checks = {"one": raising(OSError("disk\nerror")), "two": lambda: doctor.Finding("fine")}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    assert doctor.findings() == {
+        "one": doctor.Finding("could not be checked (OSError: disk)"),
+        "two": doctor.Finding("fine"),
+    }
+
+
+def test_advice_stands_below_its_line_and_is_counted():
+    found = {"a": doctor.Finding("there"), "b": doctor.Finding("gone", "get it")}
+    assert doctor.table(found).splitlines() == [
+        "a             there", "b             gone", "              -> get it", "", "1 of 2 could be better"
+    ]  # fmt: skip
+    assert doctor.table({"a": doctor.Finding("there")}).endswith("\n\nnothing could be better")
+
+
+@pytest.mark.parametrize(
+    ("problem", "state", "advice"),
+    [
+        ("the extension is not built. Run: python setup.py build_ext", "the extension is not built",
+         "run: python setup.py build_ext"),
+        ("the extension does not load (_C: a. b). Run: x --force", "the extension does not load (_C: a. b)",
+         "run: x --force"),
+        (None, "built and loaded", ""),
+    ],
+)  # fmt: skip
+def test_an_extension_that_does_not_work_is_explained(monkeypatch, problem, state, advice):
+    monkeypatch.setattr(backends, "EXTENSION_PROBLEM", problem)
+    assert doctor.check_extension() == (state, advice)
+
+
+def test_a_compiler_is_only_asked_for_if_the_extension_needs_it(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    for problem, advice in ((None, ""), ("the extension is not built", "install g++")):
+        monkeypatch.setattr(backends, "EXTENSION_PROBLEM", problem)
+        assert doctor.check_compiler() == ("no C++ compiler (no-such-compiler)", advice)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert doctor.check_compiler() == (f"Python {sys.version.split()[0]}", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "installed", "problem"),
+    [
+        ("torch>=2.10", "2.9.1", "torch 2.9.1 is older than 2.10"),
+        ("torch>=2.10", "2.13.0+cpu", ""),
+        ("torch==2.13.*", "2.13.1", ""),
+        ("torch==2.13.*", "2.14.0", "torch 2.14.0 is not 2.13.*"),
+        ("torch==2.13.*", "2.1.0", "torch 2.1.0 is not 2.13.*"),
+        ("triton>=3.6; platform_system == 'Linux'", "3.7.1", ""),
+        ('onnx>=1.16; extra == "onnx"', None, "onnx is missing"),
+        ("pyyaml", "6", ""),
+    ],
+)
+def test_a_package_that_is_missing_or_of_another_version_is_named(monkeypatch, line, installed, problem):
+    def version(name):
+        if installed is None:
+            raise doctor.metadata.PackageNotFoundError
+        return installed
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert doctor.requirement_problem(line) == problem
+
+
+def test_missing_packages_come_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setattr(doctor, "requirements", lambda: (["numpy>=1", "no-such-package>=2"], {"x": ["neither>=1"]}))
+    state, advice = doctor.check_packages()
+    assert state == "1 of 2 installed; extras: none; no-such-package is missing"
+    assert advice == "pip install --upgrade 'no-such-package>=2'"
+
+
+def test_requirements_are_those_of_the_project_and_in_an_installation_those_of_its_metadata(monkeypatch, tmp_path):
+    required, extras = doctor.requirements()
+    assert any(line.startswith("soundfile") for line in required) and "demo" in extras
+    monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "las_fast")
+    lines = ["torch==2.13.*", "wandb>=0.18; extra == 'wandb'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: lines)
+    assert doctor.requirements() == (lines[:1], {"wandb": lines[1:]})
+
+
+def test_audio_formats_that_are_missing_are_named(monkeypatch):
+    assert doctor.check_audio().advice == ""
+    monkeypatch.setattr(soundfile, "available_formats", lambda: {"WAV": "", "FLAC": "", "OGG": ""})
+    state, advice = doctor.check_audio()
+    assert state.endswith("which cannot read mp3") and "soundfile" in advice
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "state"),
+    [
+        (False, None, "none"),
+        (True, None, "NVIDIA, but torch is the CPU build"),
+        (True, "12.9", "NVIDIA, but torch cannot use it"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_explained(monkeypatch, driver, cuda, state):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", (str(ROOT) if driver else "/nowhere",))
+    found = doctor.check_gpu()
+    assert found.state == state and bool(found.advice) == driver
+
+
+def test_gpus_are_listed_with_their_memory_and_triton_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    card = SimpleNamespace(name="H100", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    assert doctor.check_gpu() == ("H100 (80 GiB), H100 (80 GiB)", "")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    state, advice = doctor.check_backends()
+    assert state.startswith("reference for ") and advice == "run: pip install triton"
+
+
+def test_the_backends_of_all_ops_are_counted():
+    state, advice = doctor.check_backends()
+    assert advice == ""
+    counts = [int(part.split(" for ")[1].split()[0]) for part in state.partition(";")[0].split(", ")]
+    assert sum(counts) == len(backends.IMPLEMENTED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "state"),
+    [
+        ("avx avx2 fma", "AVX2"),
+        ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni amx_tile", "AVX-512, AVX2, VNNI, AMX"),
+        ("avx2 fma avx512f", "AVX2"),
+        ("sse4_2", "neither AVX2 nor AVX-512"),
+    ],
+)
+def test_instruction_sets_are_those_that_the_extension_chooses_from(monkeypatch, flags, state):
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    found = doctor.check_instruction_sets()
+    assert found.state == f"x86_64: {state}" and bool(found.advice) == ("neither" in state)
+    monkeypatch.setattr(doctor, "cpu_flags", set)
+    assert doctor.check_instruction_sets() == ("x86_64", "")
+
+
+def test_the_extension_agrees_about_the_width_of_vectors():
+    if backends.EXTENSION_PROBLEM is None and (flags := doctor.cpu_flags()):
+        widest = torch.ops.las_fast.limit_lanes(64)
+        torch.ops.las_fast.limit_lanes(widest)
+        assert widest == (16 if flags >= doctor.AVX512 else 8 if {"avx2", "fma"} <= flags else 4)
+
+
+def test_the_quota_of_a_container_is_read(tmp_path):
+    assert doctor.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert doctor.cpu_quota(tmp_path) is None
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
+    assert doctor.cpu_quota(tmp_path) == 0.5
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert doctor.cpu_quota(tmp_path) == 2.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert doctor.cpu_quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("threads", "quota", "variable", "advice"),
+    [
+        (4, None, None, ""),
+        (4, 1.5, None, "set OMP_NUM_THREADS=1, or raise the limit"),
+        (4, 8.0, None, ""),
+        (1, None, "1", "unset OMP_NUM_THREADS to use all cores"),
+        (2, None, None, ""),
+    ],
+)
+def test_threads_fit_the_cores(monkeypatch, threads, quota, variable, advice):
+    monkeypatch.setattr(doctor, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(doctor, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    state, actual = doctor.check_threads()
+    assert state.startswith(f"{threads} for 4 cores") and actual == advice
+
+
+@pytest.mark.parametrize(("free", "advice"), [(2**30, ""), (2**30 - 1, "free some space in ")])
+def test_a_full_disk_is_reported_with_its_folders(monkeypatch, tmp_path, free, advice):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    found = doctor.check_disk()
+    assert f"1.0 GiB free in {tmp_path}" in found.state and found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice) and (not advice or str(tmp_path) in found.advice)
