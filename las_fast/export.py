@@ -1,13 +1,17 @@
-"""python -m las_fast.export: write a trained model and its decoding settings to one small file.
+"""python -m las_fast.export: write a trained model and its decoding settings to one small file, or to ONNX.
 
-Weights are stored in float16; decoding still computes in float32. Decoding settings on the command line become the
-file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as well; so is the
-calibration of its word confidences.
+In safetensors, weights are stored in float16; decoding still computes in float32. Decoding settings on the command
+line become the file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as
+well; so is the calibration of its word confidences.
+
+In ONNX, --out NAME.onnx names two files: NAME.listener.onnx encodes features, and NAME.speller.onnx takes one step of
+the decoder. las_fast/deploy/onnx_greedy.py runs them without PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 from dataclasses import replace
@@ -27,13 +31,21 @@ if TYPE_CHECKING:  # importing torch would slow down --help
 
     from las_fast.checkpoint import Loaded
 
+FORMATS = ("safetensors", "onnx")
+
 
 def parser() -> Parser:
-    parser = Parser(prog="python -m las_fast.export", description=__doc__, add_help=False)
+    parser = Parser(
+        prog="python -m las_fast.export",
+        description=__doc__,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
     )
-    parser.add_argument("--out", required=True, type=as_file, metavar="FILE.safetensors", help="file to write")
+    parser.add_argument("--out", required=True, type=as_file, metavar="FILE", help="file to write")
+    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: safetensors)")
     return parser
 
 
@@ -42,16 +54,53 @@ def main(argv: list[str] | None = None) -> None:
     loaded: list[Loaded] = []  # filled while parsing: the default settings are the checkpoint's
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:
+        check_suffix(options.out, options.format)
         from las_fast.checkpoint import load_model
 
         loaded.append(load_model(options.checkpoint))
-        check_out(options.out, loaded[0].path)
+        check_outputs = check_out if options.format == "safetensors" else check_onnx_out
+        check_outputs(options.out, loaded[0].path)
         return DecodingSettings(loaded[0].config.decoding)
 
     options, settings = parse_settings(parser(), argv, defaults, kind=DecodingSettings)
-    written = export(loaded[0], settings, options.out)
+    write = export if options.format == "safetensors" else export_onnx
+    written = write(loaded[0], settings, options.out)
     for path in written:
         print(f"written     {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def check_suffix(out: Path, kind: str) -> None:
+    """Raise InputError if the output's name ends in the suffix of the other format, or does not suit ONNX."""
+    suffix = out.suffix.lower()
+    for other in FORMATS:
+        if other != kind and suffix == f".{other}":
+            raise InputError(
+                f"--out {out} is a name for {other}, but the format is {kind}; add --format {other}, or give a name "
+                f"that ends in .{kind}"
+            )
+    if kind == "onnx" and suffix != ".onnx":
+        raise InputError(f"--out {out}: give a name that ends in .onnx")
+
+
+def check_onnx_out(out: Path, checkpoint: Path) -> None:
+    """Raise InputError if an output would replace an unrelated file, or the package onnx is missing."""
+    if importlib.util.find_spec("onnx") is None:
+        raise InputError("--format onnx needs the package onnx; run: pip install onnx")
+    for path in onnx_paths(out).values():
+        prepare_output_file(
+            path, "--out", what="a model in ONNX", inputs=(checkpoint,), suffixes=(".onnx",), may_replace=is_own_onnx
+        )
+
+
+def onnx_paths(out: Path) -> dict[str, Path]:
+    """Return the file of each part of a model: NAME.listener.onnx and NAME.speller.onnx for NAME.onnx."""
+    return {part: out.with_suffix(f".{part}.onnx") for part in ("listener", "speller")}
+
+
+def is_own_onnx(path: Path) -> bool:
+    """Return whether a file is a model in ONNX that las_fast wrote: the name of the producer is near the start."""
+    with path.open("rb") as file:
+        return b"las_fast" in file.read(64)
 
 
 def check_out(out: Path, checkpoint: Path) -> None:
@@ -108,6 +157,25 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
             write_atomically(target, partial(shutil.copyfile, source))
             written.append(target)
     return written
+
+
+def export_onnx(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
+    """Write the listener and the speller of a model in ONNX, in float32, with these length limits.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: the settings do not fit the model, or a file cannot be written.
+    """
+    from las_fast.deploy.onnx_model import onnx_models
+    from las_fast.files import write_atomically
+
+    models = onnx_models(loaded._replace(config=check(replace(loaded.config, decoding=settings.decoding))))
+    paths = onnx_paths(out)
+    for part, content in models.items():
+        write_atomically(paths[part], lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+    return [*paths.values()]
 
 
 def to_float16(name: str, value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ KNOWN_SUFFIXES = {  # an output of another kind must not have one of these
     *(".csv", ".tsv", ".txt", ".json", ".jsonl", ".srt", ".vtt", ".html", ".md", ".yaml", ".yml", ".pdf"),
     *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".mp4", ".aiff", ".au", ".w64", ".webm"),
     *(".safetensors", ".pt", ".pth", ".npy", ".npz", ".arpa", ".zip", ".gz", ".tar", ".png", ".jpg", ".py"),
+    *(".onnx", ".ckpt", ".bin", ".gguf", ".h5", ".tflite", ".ts"),
 }
 
 

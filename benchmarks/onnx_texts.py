@@ -1,0 +1,108 @@
+"""Compare a model in ONNX with las_fast on a split: greedy texts, and logits along them.
+
+    python -m benchmarks.onnx_texts --checkpoint an4 --data AN4
+
+Both get the same features, computed and trimmed by las_fast and not yet normalised. The texts of ONNX are those of the
+example las_fast/deploy/onnx_greedy.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from las_fast.checkpoint import Loaded, load_model
+from las_fast.cli import run
+from las_fast.config import DecodingSettings
+from las_fast.data.batching import make_loader, sorted_batches
+from las_fast.data.dataset import SpeechDataset
+from las_fast.deploy.onnx_greedy import Recogniser
+from las_fast.errors import InputError
+from las_fast.export import export_onnx
+from las_fast.model.attention import Memory
+from las_fast.options import Parser, as_path
+from las_fast.search.beam import greedy_search
+from las_fast.text import EOS, SOS
+from las_fast.tune import open_split
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.onnx_texts", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="run folder, file or released model")
+    parser.add_argument("--data", required=True, type=as_path, help="data as in decode")
+    parser.add_argument("--split", default="dev", help="(default: dev)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the comparison; fail if a text differs."""
+    options = parser().parse_args(argv)
+    torch.set_num_threads(1)
+    loaded = load_model(options.checkpoint)
+    dataset = open_split(options, loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "model.onnx")
+        export_onnx(loaded, DecodingSettings(replace(loaded.config.decoding, beam=1)), out)
+        model = Recogniser(str(out))
+    different, distance, seconds = compare(loaded, dataset, model)
+    audio = float(dataset.seconds.sum())
+    print(f"{len(dataset)} utterances, {audio:.0f} s: {len(different)} texts differ, logits by at most {distance:.1e}")
+    print("; ".join(f"{name} {value:.1f} s, {audio / value:.0f} times real time" for name, value in seconds.items()))
+    if different:
+        raise InputError(f"the texts of {', '.join(different[:5])} differ; the exported model is not the same")
+
+
+@torch.inference_mode()
+def compare(loaded: Loaded, dataset: SpeechDataset, model: Recogniser) -> tuple[list[str], float, dict[str, float]]:
+    """Return the ids whose greedy texts differ, the largest difference of logits, and seconds per implementation."""
+    decoding = replace(loaded.config.decoding, beam=1, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    different, distance, seconds = [], 0.0, {"las_fast": 0.0, "onnxruntime": 0.0}
+    batches = sorted_batches(dataset.frame_counts, frames_per_batch=decoding.frames_per_batch, utterances_per_batch=128)
+    for batch in make_loader(dataset, batches, loaded.vocabulary, augment=None, seed=0, epoch=0, workers=0):
+        indices = batch.indices.tolist()
+        start = time.perf_counter()
+        memory = loaded.model.listen(batch.features, batch.feature_lengths)
+        found = [best.text_tokens for (best,) in greedy_search(loaded.model, memory, decoding)]
+        middle = time.perf_counter()
+        texts = model.greedy([dataset.raw(i).numpy() for i in indices])
+        seconds["onnxruntime"] += time.perf_counter() - middle
+        seconds["las_fast"] += middle - start
+        different += [
+            dataset.ids[i]
+            for i, tokens, text in zip(indices, found, texts, strict=True)
+            if loaded.vocabulary.decode(tokens) != text
+        ]
+        theirs = model.listen([dataset.raw(i).numpy() for i in indices])
+        distance = max(distance, logit_distance(loaded, memory, theirs, found, model))
+    return different, distance, seconds
+
+
+def logit_distance(
+    loaded: Loaded, memory: Memory, theirs: dict[str, np.ndarray], texts: list[list[int]], model: Recogniser
+) -> float:
+    """Return the largest difference of the logits of any step, of a batch whose texts are spelt by both.
+
+    memory and theirs: what the listener of las_fast and that in ONNX return.
+    """
+    inputs = model.speller.get_inputs()[4:]
+    state = {one.name: np.zeros((len(texts), 1, one.shape[2]), np.float32) for one in inputs}
+    ours, distance = loaded.model.start(memory, 1), 0.0
+    steps = torch.nn.utils.rnn.pad_sequence([torch.tensor([SOS, *text]) for text in texts], padding_value=EOS)
+    spelt = torch.tensor([len(text) for text in texts])
+    for i, tokens in enumerate(steps):
+        expected, _, ours = loaded.model.step(tokens[:, None], ours, memory)
+        logits, _, *after = model.speller.run(None, {"tokens": tokens[:, None].numpy(), **theirs, **state})
+        state = dict(zip(state, after, strict=True))
+        rows = spelt >= i
+        # Without <pad> and <sos>: their logits are about -1e4, where float32 has steps of 1e-3.
+        distance = max(distance, float((expected - torch.from_numpy(logits)).abs()[rows, :, EOS:].max()))
+    return distance
+
+
+if __name__ == "__main__":
+    run(main)

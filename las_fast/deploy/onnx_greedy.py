@@ -1,0 +1,104 @@
+"""Recognise speech with an exported model: numpy and onnxruntime, without PyTorch.
+
+    python onnx_greedy.py mine.onnx talk.wav            16 bits, one channel, the sample rate of the model
+    python onnx_greedy.py mine.onnx frames.npy          (T, F) float32 feature frames
+
+This file needs no other of las_fast: copy it into your program.
+"""
+
+import json
+import sys
+import wave
+
+import numpy as np
+import onnxruntime
+
+
+class Recogniser:
+    """The listener and the speller of `las_fast.export --format onnx --out mine.onnx`."""
+
+    def __init__(self, path):
+        parts = [f"{path.removesuffix('.onnx')}.{part}.onnx" for part in ("listener", "speller")]
+        self.listener, self.speller = (onnxruntime.InferenceSession(part) for part in parts)
+        self.settings = json.loads(self.listener.get_modelmeta().custom_metadata_map["las_fast"])
+
+    def listen(self, utterances):
+        """Encode utterances, each an array (T, F) of feature frames."""
+        counts = np.array([len(frames) for frames in utterances])
+        batch = np.zeros((len(counts), counts.max(), utterances[0].shape[1]), np.float32)
+        for row, frames in zip(batch, utterances, strict=True):
+            row[: len(frames)] = frames
+        names = ["keys", "values", "lengths"]
+        return dict(zip(names, self.listener.run(names, {"frames": batch, "frame_counts": counts}), strict=True))
+
+    def greedy(self, utterances):
+        """Return the text of each utterance; take the likeliest token at each step."""
+        memory, settings, state = self.listen(utterances), self.settings, {}
+        limits, rows = self.limits(memory["lengths"]), len(utterances)
+        for one in self.speller.get_inputs()[4:]:
+            state[one.name] = np.zeros((rows, 1, one.shape[2]), np.float32)
+        last, ended, taken = np.full((rows, 1), settings["sos"]), np.zeros(rows, bool), []
+        for step in range(limits.max() + 1):
+            logits, _, *after = self.speller.run(None, {"tokens": last, **memory, **state})
+            state = dict(zip(state, after, strict=True))
+            best = np.where(ended | (limits == step), settings["eos"], logits[:, 0].argmax(-1))
+            ended |= best == settings["eos"]
+            taken.append(best)
+            if ended.all():
+                break
+            last = best[:, None]
+        return ["".join(settings["characters"][t - 3] for t in row if t >= 3) for row in np.stack(taken, 1)]
+
+    def limits(self, lengths):
+        """Return the most tokens of each utterance."""
+        frames = (lengths * self.settings["time_reduction"]).astype(np.float32)
+        most = (frames * np.float32(self.settings["maximum_share"])).astype(np.int64)
+        return np.maximum(most + self.settings["maximum_extra"], 1)
+
+
+def features(samples, settings):
+    """Return log-mel or MFCC frames (T, F), as Kaldi defines them, of samples (N,) from -1 to 1."""
+    rate, bins = settings["sample_rate"], settings["size" if settings["kind"] == "logmel" else "mel_bins"]
+    size, shift = (round(rate * settings[key] / 1000) for key in ("window_ms", "shift_ms"))
+    samples = np.pad(samples, (0, max(0, size - len(samples)))).astype(np.float64) * 32768
+    frames = np.lib.stride_tricks.sliding_window_view(samples, size)[::shift]
+    frames = frames - frames.mean(1, keepdims=True)
+    frames[:, 1:] -= 0.97 * frames[:, :-1]
+    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / (size - 1))) ** 0.85
+    padded = 1 << (size - 1).bit_length()
+    power = np.abs(np.fft.rfft(frames * window, padded)) ** 2
+
+    def mel(hertz):
+        return 1127 * np.log1p(np.asarray(hertz) / 700)
+
+    edges, at = np.linspace(mel(20), mel(rate / 2), bins + 2), mel(np.arange(padded // 2 + 1) * rate / padded)[:, None]
+    rising, falling = (at - edges[:-2]) / np.diff(edges)[:-1], (edges[2:] - at) / np.diff(edges)[1:]
+    filters = np.maximum(np.minimum(rising, falling), 0)
+    filters[-1] = 0
+    logs = np.log(np.maximum(power @ filters, np.finfo(np.float32).eps))
+    if settings["kind"] == "logmel":
+        return logs.astype(np.float32)
+    k = np.arange(settings["size"])
+    dct = np.sqrt(2 / bins) * np.cos(np.pi / bins * (np.arange(bins)[:, None] + 0.5) * k)
+    dct[:, 0] = np.sqrt(1 / bins)
+    return (logs @ (dct * (1 + 11 * np.sin(np.pi * k / 22)))).astype(np.float32)
+
+
+def read_wav(path, rate):
+    """Return the samples (N,) from -1 to 1 of a wav file."""
+    with wave.open(path) as file:
+        actual = (file.getframerate(), file.getnchannels(), file.getsampwidth() * 8)
+        if actual != (rate, 1, 16):
+            sys.exit(f"{path} has (Hz, channels, bits) {actual}; the model needs {(rate, 1, 16)}; convert it")
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    model = Recogniser(sys.argv[1])
+    config = model.settings["features"]
+    for name in sys.argv[2:]:
+        is_wav = name.endswith(".wav")
+        frames = features(read_wav(name, config["sample_rate"]), config) if is_wav else np.load(name)
+        print(f"{name}: {model.greedy([frames])[0]}")
