@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 AN4 ?=
 
-.PHONY: demo test bench lint gpu-check build
+.PHONY: demo test bench lint gpu-check build wheel
 
 demo: build
 	@echo "== demo: speech corpus, training, decoding, report (runs/demo)"
@@ -28,6 +28,11 @@ lint: $(STAMP)
 
 gpu-check: build
 	@$(BIN)/python -m benchmarks.device --out runs/gpu-$$(date +%Y%m%d-%H%M%S) $(if $(AN4),--data $(AN4))
+
+wheel: build
+	@echo "== wheel in dist"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
 
 # Without a compiler, setup.py prints one line and succeeds; the reference paths are used.
 build: $(STAMP)

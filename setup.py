@@ -1,16 +1,19 @@
 """Build the package and its C++ extension las_fast._C; `python setup.py build_ext` writes it to las_fast/.
 
-The extension is optional. Without a C++ compiler, Python's headers, or torch at build time, setup prints one line and
-skips it, and the package runs on its slower reference paths. With all of them, a failed build is an error.
+The extension is optional. Without a C++ compiler, Python's headers, or torch, `python setup.py build_ext` prints one
+line and skips it, and the package runs on its slower reference paths; pip stops with that line, see build_backend.py.
+With all of them, a failed build is an error.
 """
 
-import os
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import build_backend  # noqa: E402
+from las_fast.system import missing_for_build  # noqa: E402
 
 FLAGS = [
     "-O3", "-g0", "-std=c++20",
@@ -20,33 +23,33 @@ FLAGS = [
 ]  # fmt: skip
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+PACKAGING = {"bdist_wheel", "install", "develop", "editable_wheel", "dist_info"}
 
 
 def skip(reason: str, remedy: str) -> dict:
-    """Print why the extension is not built; return no arguments for setup()."""
+    """Return no extension; under pip exit with an error, otherwise print why."""
+    if build_backend.extension:
+        raise SystemExit(build_backend.unbuilt(reason, remedy))
     print(
         f"las_fast: {reason}, so the C++ extension is not built and the slower reference paths are used. "
-        f"To build it, {remedy}"
+        f"To build it, {remedy} and run: python setup.py build_ext"
     )
-    return {}
+    return {"install_requires": build_backend.runtime_dependencies(None)}
 
 
 def extension() -> dict:
-    """Return the arguments of setup() for the extension; empty if it cannot or need not be built."""
-    if "build_ext" not in sys.argv and not {"bdist_wheel", "install", "develop", "editable_wheel"} & set(sys.argv):
-        return {}
+    """Return the arguments of setup() that depend on the extension."""
+    wanted = {"build_ext", *PACKAGING} & set(sys.argv) and build_backend.extension != "skip"
+    if not wanted:
+        return {"install_requires": build_backend.runtime_dependencies(None)}
+    if missing := missing_for_build():
+        return skip(*missing)
     try:
+        build_backend.find_torch()
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        remedy = "run: pip install torch setuptools, then pip install --no-build-isolation ."
-        return skip("torch is not importable", remedy)
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        return skip(f"no C++ compiler ({compiler})", "install g++ and run: python setup.py build_ext")
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.is_file():
-        remedy = "install python3-dev (python3-devel) and run: python setup.py build_ext"
-        return skip(f"Python's headers are missing ({header})", remedy)
+        return skip("torch is not importable", "run pip install torch setuptools")
     module = CppExtension(
         "las_fast._C",
         SOURCES,
@@ -55,10 +58,19 @@ def extension() -> dict:
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
+    # A folder per version of torch: setuptools takes an extension that is newer than its sources as up to date.
+    base = Path("build", f"torch-{torch.__version__}")
+    if "bdist_wheel" in sys.argv:
+        shutil.rmtree(base / "lib", ignore_errors=True)  # it may hold modules that las_fast no longer has
     return {
+        "install_requires": build_backend.runtime_dependencies(torch.__version__),
         "ext_modules": [module],
         "cmdclass": {"build_ext": BuildExtension},
-        "options": {"build_ext": {"inplace": True}, "bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {
+            "build": {"build_base": str(base), "build_lib": str(base / "lib")},
+            "build_ext": {"inplace": "build_ext" in sys.argv},
+            "bdist_wheel": {"py_limited_api": "cp310"},
+        },
     }
 
 

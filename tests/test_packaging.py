@@ -1,5 +1,6 @@
 """Packaging: pins, the optional extension, the wheel, the Makefile, the skip check."""
 
+import json
 import os
 import re
 import shutil
@@ -10,13 +11,17 @@ import zipfile
 from pathlib import Path
 
 import check_skips
+import numpy as np
 import pytest
+import soundfile
 from packaging.requirements import Requirement
 
 from las_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, DEPENDENCIES = SETTINGS["project"], SETTINGS["tool"]["las_fast"]["dependencies"]
+SOURCES = ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
 
 
 def requirement_lines(path):
@@ -30,7 +35,7 @@ def canonical(name):
 def test_every_pin_satisfies_the_packages_requirements():
     pins = {canonical(pin.name): next(iter(pin.specifier)) for pin in requirement_lines(ROOT / "requirements.txt")}
     extras = PROJECT["optional-dependencies"]
-    for wanted in map(Requirement, [*PROJECT["dependencies"], *extras["dev"], *extras["demo"], *extras["onnx"]]):
+    for wanted in map(Requirement, [*DEPENDENCIES, *extras["dev"], *extras["demo"], *extras["onnx"]]):
         pin = pins.pop(canonical(wanted.name))
         assert pin.operator == "==" and pin.version in wanted.specifier, wanted
     assert set(pins) == {"setuptools"}  # builds the extension
@@ -71,7 +76,9 @@ def test_without_torch_setup_says_so_in_one_line_and_succeeds():
     done = run_setup("sys.modules['torch'] = None")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert "torch is not importable" in line and "--no-build-isolation" in line
+    assert "torch is not importable" in line and line.endswith(
+        "run pip install torch setuptools and run: python setup.py build_ext"
+    )
 
 
 def test_without_the_extension_ops_run_with_a_single_warning():
@@ -87,23 +94,30 @@ for _ in range(3): print(beam_backtrack(t, t * 0, t.float(), t, eos=2)[0].tolist
     assert done.stderr.count("Run: python setup.py build_ext") == 1
 
 
-def test_a_wheel_contains_modules_presets_and_the_console_script(tmp_path):
-    source = tmp_path / "source"
-    for folder in ("las_fast", "kernels", "csrc"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the source without built files."""
+    folder = tmp_path / "source"
+    for name in ("las_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in SOURCES:
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def pip_wheel(source, *argv, **environment):
+    out = source.parent / "wheels"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), *argv]
     done = subprocess.run(
-        [*command, "."],
-        cwd=source,
-        env={**os.environ, "CXX": "no-such-compiler"},
-        capture_output=True,
-        text=True,
+        [*command, str(source)], cwd=source, env={**os.environ, **environment}, capture_output=True, text=True
     )
+    return done, sorted(out.glob("*.whl"))
+
+
+def test_a_wheel_contains_modules_presets_and_the_console_script(source):
+    done, (wheel,) = pip_wheel(source, "-C", "extension=skip", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob(f"las_fast-{__version__}-*.whl")
+    assert wheel.name == f"las_fast-{__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     presets = {f"las_fast/configs/{path.name}" for path in (ROOT / "las_fast" / "configs").glob("*.yaml")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "las_fast").rglob("*.py")}
@@ -115,6 +129,120 @@ def test_a_wheel_contains_modules_presets_and_the_console_script(tmp_path):
     assert any(name.endswith("LICENSE") for name in names)
     (entry,) = (name for name in names if name.endswith("entry_points.txt"))
     assert b"las-fast = las_fast.cli:main" in zipfile.ZipFile(wheel).read(entry)
+    assert [*map(str, wheel_requirements(wheel))] == [*map(str, map(Requirement, DEPENDENCIES))]
+
+
+def wheel_requirements(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("/METADATA"))
+        lines = file.read(name).decode().splitlines()
+    found = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    return [one for one in found if "extra ==" not in str(one.marker)]
+
+
+def test_pip_does_not_install_in_silence_without_the_extension(source):
+    done, wheels = pip_wheel(source, CXX="no-such-compiler")
+    assert done.returncode != 0 and wheels == []
+    sentence = (
+        "las_fast: no C++ compiler (no-such-compiler), so the C++ extension cannot be built. To build it, install"
+    )
+    assert sentence in done.stderr and "-C extension=skip" in done.stderr
+
+
+def backend(code, **environment):
+    """Run code in a new process in the root of the source, as pip runs the hooks of the backend."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import build_backend as b\n{code}"],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()[-1] if done.stdout else "", done.stderr.strip()
+
+
+def test_pip_gets_torch_only_if_the_environment_has_none():
+    requires = "print([x for x in b.get_requires_for_build_wheel({}) if 'torch' in x])"
+    isolated = "import importlib.util as u; u.find_spec = lambda name: None\n"  # hides what is installed
+    empty = (
+        "real = b.sysconfig.get_path; b.sysconfig.get_path = lambda n, *a: '/nowhere' if 'lib' in n else real(n, *a)\n"
+    )
+    torch = next(line for line in DEPENDENCIES if line.startswith("torch"))
+    for code, expected in ((isolated, "[]"), (isolated + empty, f"[{torch!r}]")):
+        assert backend(code + requires, CXX=sys.executable) == (expected, "")  # any program: nothing is compiled
+    assert backend(requires.replace("{}", "{'extension': 'skip'}"), CXX="no-such-compiler") == ("[]", "")
+
+
+def test_torch_is_found_in_the_environment_that_pip_installs_into():
+    """pip removes that environment's packages from sys.path in its isolated one, but not from sysconfig."""
+    code = (
+        "import sys; sys.path = [x for x in sys.path if 'site-packages' not in x]\n"
+        "print(b.find_torch() and __import__('torch').__version__)"
+    )
+    import torch
+
+    assert backend(code) == (torch.__version__, "")
+
+
+@pytest.mark.parametrize("settings", ["{'extension': 'maybe'}", "{'extension': ''}"])
+def test_a_wrong_choice_of_the_extension_is_named(settings):
+    _, error = backend(f"b.build_wheel('x', {settings})")
+    assert error.startswith("las_fast: -C extension must be require or skip; got '")
+
+
+def test_the_extension_pins_the_minor_version_of_torch_that_it_is_compiled_with():
+    expected = [line if not line.startswith("torch") else "torch==2.13.*" for line in DEPENDENCIES]
+    assert backend("print(b.runtime_dependencies('2.13.1+cu129'))") == (str(expected), "")
+    assert backend("print(b.runtime_dependencies(None))") == (str(DEPENDENCIES), "")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of `make wheel`; objects that `make build` has compiled are used."""
+    folder = tmp_path_factory.mktemp("wheel")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_wheel_runs_in_a_clean_environment_without_a_compiler(wheel, tmp_path):
+    import torch
+
+    assert re.fullmatch(rf"las_fast-{re.escape(__version__)}-cp310-abi3-\w+\.whl", wheel.name)
+    (pin,) = (one for one in wheel_requirements(wheel) if one.name == "torch")
+    assert str(pin.specifier) == f"=={'.'.join(torch.__version__.split('.')[:2])}.*"
+    clean = tmp_path / "clean"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(clean)], check=True)
+    (packages,) = clean.glob("lib/*/site-packages")
+    (packages / "others.pth").write_text(str(Path(torch.__file__).parents[1]))  # dependencies, without a download
+    command = [sys.executable, "-m", "pip", "-q", "--python", str(clean / "bin" / "python"), "install", "--no-index"]
+    subprocess.run([*command, "--no-deps", "--disable-pip-version-check", str(wheel)], check=True)
+
+    def run(*argv):
+        environment = {"PATH": str(clean / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [str(clean / "bin" / "las-fast"), *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    lines = {line[:14].strip(): line[14:] for line in run("doctor").stdout.splitlines()}
+    assert lines["las_fast"] == f"{__version__} in {packages / 'las_fast'}, with the models an4 and speech13h"
+    assert lines["compiler"].startswith("no C++ compiler") and lines["extension"] == "built and loaded"
+    noise = np.random.default_rng(1).normal(0, 0.2, 32000)
+    soundfile.write(tmp_path / "noise.wav", noise * np.repeat([0, 1, 0, 1], 8000), 16000)
+    done = run("transcribe", "noise.wav", "--min-speech-score", "-inf", "--format", "json")
+    assert json.loads(done.stdout)["segments"] and "slower" not in done.stderr
+
+
+def test_the_container_copies_what_a_build_needs():
+    text = (ROOT / "Containerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for name in line.split()}
+    assert copied == {*SOURCES, "requirements.txt", "csrc", "kernels", "las_fast"}
+    ignored = (ROOT / ".containerignore").read_text().split()
+    assert not copied & {*ignored} and all(not name.startswith(".") for name in copied)
+    assert 'ENTRYPOINT ["las-fast"]' in text and "las-fast" in PROJECT["scripts"]
 
 
 def make(*argv):
