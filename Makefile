@@ -31,7 +31,7 @@ gpu-check: build
 
 wheel: build
 	@echo "== wheel in dist"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
 
 # Without a compiler, setup.py prints one line and succeeds; the reference paths are used.

@@ -234,6 +234,10 @@ def test_the_wheel_runs_in_a_clean_environment_without_a_compiler(wheel, tmp_pat
     soundfile.write(tmp_path / "noise.wav", noise * np.repeat([0, 1, 0, 1], 8000), 16000)
     done = run("transcribe", "noise.wav", "--min-speech-score", "-inf", "--format", "json")
     assert json.loads(done.stdout)["segments"] and "slower" not in done.stderr
+    (packages / "las_fast" / "_C.abi3.so").unlink()
+    lines = run("doctor").stdout.splitlines()
+    place = lines.index("extension     the extension is not built")
+    assert lines[place + 1].strip().startswith("-> run: pip install --force-reinstall --no-deps SOURCE")
 
 
 def test_the_container_copies_what_a_build_needs():
@@ -259,6 +263,7 @@ def make(*argv):
     ("lint", "ruff check"),
     ("lint", "/mypy"),
     ("gpu-check", "-m benchmarks.device --out runs/gpu-"),
+    ("wheel", "pip wheel"),
 ])  # fmt: skip
 def test_each_make_target_sets_up_everything_before_its_job(target, job):
     lines = make("-n", target, "VENV=/nowhere/venv").stdout
