@@ -42,6 +42,8 @@ struct QueryRows {
   float* at(int64_t k) const { return data + k * stride; }
 };
 
+inline QueryRows one_row(float* row) { return {row, 0, 1}; }
+
 // out[k, t] = rows[k] . frames[t] for M rows from k and R frames from t.
 template <int W, int M, int R, class T>
 LAS_INLINE void dot_block(const QueryRows& rows, int64_t k, const EncoderFrames<const T>& frames, int64_t t,
@@ -156,11 +158,7 @@ LAS_INLINE void spread_block(const QueryRows& weights, const QueryRows& rows, in
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      T* to = frames.at(t + r) + column + c * W;
-      if (lanes == W) las::store<W>(to, sum[r][c]);
-      else las::store_partial<W>(to, sum[r][c], lanes);
-    }
+    for (int c = 0; c < C; ++c) las::store<W>(frames.at(t + r) + column + c * W, sum[r][c], lanes);
 }
 
 template <int W, int R, class T>

@@ -22,6 +22,13 @@ struct StateRows {
   int64_t utterance_stride, beam_stride, row;
 };
 
+// Hypotheses per thread, at least.
+int64_t grain(const std::vector<StateRows>& rows) {
+  int64_t bytes = 1;
+  for (const StateRows& x : rows) bytes += x.row;
+  return std::max<int64_t>(1, GRAIN / bytes);
+}
+
 void check(at::TensorList states, const at::Tensor& parents) {
   TORCH_CHECK(parents.dim() == 2 && parents.scalar_type() == at::kLong, "parents must be (B, K) int64; got ",
               parents.sizes(), " ", parents.scalar_type());
@@ -38,18 +45,16 @@ std::vector<at::Tensor> beam_gather(at::TensorList states, const at::Tensor& par
   const int64_t B = parents.size(0), K = parents.size(1);
   std::vector<at::Tensor> sources, gathered;
   std::vector<StateRows> rows;
-  int64_t bytes = 1;
   for (const at::Tensor& state : states) {
-    const at::Tensor& x = sources.emplace_back(state.stride(2) == 1 || state.size(2) < 2 ? state : state.contiguous());
+    const at::Tensor& x = sources.emplace_back(state.stride(2) == 1 ? state : state.contiguous());
     at::Tensor& y = gathered.emplace_back(at::empty(x.sizes(), x.options()));
     if (x.numel() == 0) continue;  // its pointers may be null, which memcpy does not allow
     const int64_t size = x.element_size();
     rows.push_back({static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()),
                     x.stride(0) * size, x.stride(1) * size, x.size(2) * size});
-    bytes += rows.back().row;
   }
   const int64_t* parent = parents.const_data_ptr<int64_t>();
-  at::parallel_for(0, B * K, std::max<int64_t>(1, GRAIN / bytes), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B * K, grain(rows), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       TORCH_CHECK(parent[i] >= 0 && parent[i] < K, "parents must be from 0 to ", K - 1, "; got ", parent[i],
                   " in utterance ", i / K);

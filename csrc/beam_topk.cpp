@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Optional ngram_table = contiguous(ngram_table_in), ngram_states = contiguous(ngram_states_in);
   const int64_t B = logits.size(0), K = logits.size(1), V = logits.size(2);
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
-                  lengths.const_data_ptr<int64_t>(), B, K, V, (V + BLOCK - 1) / BLOCK};
+                  lengths.const_data_ptr<int64_t>(), B, K, V, block_count(V)};
   const Options options{eos,
                         pointer<int64_t>(min_lengths),
                         pointer<int64_t>(max_lengths),

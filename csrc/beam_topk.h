@@ -11,11 +11,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
 #include "vector.h"
 
 namespace las::topk {
 
 constexpr int64_t BLOCK = 64;  // tokens per block
+
+inline int64_t block_count(int64_t V) { return padded(V, BLOCK) / BLOCK; }
 
 // The maximum of a row of logits and the log of the sum of exp(logit - maximum). If the row holds NaN or +inf, or only
 // -inf, log_sum is NaN, and so are the ranks of all its candidates: BestCandidates accepts none of them.
@@ -31,9 +34,7 @@ LAS_INLINE Float<W> load_logits(const float* row, int64_t v, int64_t V) {
   if (v + W <= V) return load<W>(row + v);
   if (V < W) return load_partial<W>(row, V, -INFINITE);
   // Load the last W logits of the row, and replace those before v by -inf.
-  Int<W> lane = {};
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  return lane < int32_t(v + W - V) ? broadcast<W>(-INFINITE) : load<W>(row + V - W);
+  return lane_numbers<W>() < int32_t(v + W - V) ? broadcast<W>(-INFINITE) : load<W>(row + V - W);
 }
 
 template <int W>
@@ -54,7 +55,7 @@ LAS_INLINE float block_sum(const float* row, int64_t begin, int64_t V, float max
 
 // Summarise a row of V logits, and write the maximum of each block.
 inline RowSummary summarise(const float* logits, int64_t V, float* block_maxima) {
-  RowSummary row{-INFINITE, 0.0f};
+  RowSummary row{-INFINITE, {}};
   dispatch_width([&](auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     for (int64_t v = 0; v < V; v += BLOCK) {
@@ -175,7 +176,7 @@ inline void offer_all(const BeamRanking& beam, int64_t first, const Inputs& in, 
     for (int64_t i = 0; i < n; ++i) scores[i] = beam.score + beam.step(begin + i);
     for (int64_t i = 0; i < n; ++i) ranks[i] = beam.rank(scores[i]);
     for (int64_t i = 0; i < n; ++i)
-      if (best.accepts(ranks[i]) && begin + i != excluded) best.offer({ranks[i], scores[i], first + begin + i});
+      if (begin + i != excluded) best.offer({ranks[i], scores[i], first + begin + i});
   }
 }
 

@@ -85,8 +85,9 @@ void for_each_direction(const Each& each) {
   });
 }
 
+// The number of groups of utterances, none of which is empty.
 int64_t group_count(int64_t B) {
-  return std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / MIN_GROUP));
+  return std::min(B, std::max<int64_t>(1, std::min((at::get_num_threads() + 1) / DIRECTIONS, B / MIN_GROUP)));
 }
 
 // In the order of the schema: weight_ih (4H, I), weight_hh (4H, H), bias_ih (4H,), bias_hh (4H,) per direction.
@@ -162,7 +163,7 @@ class BiLstmForward {
   void run(int64_t direction, const std::vector<int64_t>& utterances) {
     int64_t active = int64_t(utterances.size());
     Scratch scratch(shape_, active, std::max(active, CHUNK));
-    const int64_t longest = active ? frames_.lengths[utterances[0]] : 0;
+    const int64_t longest = frames_.lengths[utterances[0]];
     for (int64_t step = 0; step < longest;) {
       scratch.rows.clear();
       std::vector<int64_t> counts;
@@ -255,7 +256,7 @@ class BiLstmBackward {
   BiLstmBackward(const BiLstmShape& shape, const ValidFrames& frames, const BiLstmWeights& weights, const T* gradient,
                  const T* x, const T* output, const T* saved)
       : shape_(shape), frames_(frames), weights_(weights), gradient_(gradient), x_(x), output_(output), saved_(saved),
-        gates_(frames.count(), DIRECTIONS * 4 * shape.H), zeros_(std::max(shape.I, shape.H), T(0.0f)) {}
+        gates_(frames.count(), DIRECTIONS * 4 * shape.H), zeros_(shape.H, T(0.0f)) {}
 
   // Compute the gradients of the gates of all frames.
   void backpropagate() {
@@ -294,18 +295,17 @@ class BiLstmBackward {
 
   // Compute the gradients of the weights and biases. Those of the biases must be zeros beforehand.
   void weight_gradients(const DirectionGradients (&to)[DIRECTIONS]) const {
-    for (const DirectionGradients& direction : to)
-      for (const Matrix<float>& rows : {direction.input, direction.recurrent})
-        if (frames_.count() == 0) std::fill_n(rows.data, rows.count * rows.stride, 0.0f);
     const int64_t depth = padded(std::min(BLOCK, frames_.count()), las::DEPTH_INTERLEAVE<T>);
     const las::AlignedArray<T> x(padded(shape_.I) * depth), h(padded(shape_.H) * depth);
-    for (int64_t from = 0; from < frames_.count(); from += BLOCK) {
+    int64_t from = 0;
+    do {  // without frames, one empty block sets the gradients to zero
       const int64_t count = std::min(BLOCK, frames_.count() - from);
       const Panels<T> inputs = pack(rows_of_inputs(from, count), shape_.I, x);
       for (int64_t d = 0; d < DIRECTIONS; ++d)
         weight_gradients(rows_of_gates(d, from, count), inputs, pack(rows_of_states(d, from, count), shape_.H, h),
                          from > 0, to[d]);
-    }
+      from += BLOCK;
+    } while (from < frames_.count());
   }
 
  private:
@@ -315,7 +315,7 @@ class BiLstmBackward {
     RowBuffer<T> gates(all, 4 * H);
     hidden.clear(), cell.clear();  // zero after the last frame of an utterance
     int64_t active = 0;
-    for (int64_t step = all ? frames_.lengths[utterances[0]] - 1 : -1; step >= 0; --step) {
+    for (int64_t step = frames_.lengths[utterances[0]] - 1; step >= 0; --step) {
       while (active < all && frames_.lengths[utterances[active]] > step) ++active;
       las::dispatch_width([&](auto width) __attribute__((always_inline)) {
         for (int64_t r = 0; r < active; ++r)
@@ -397,8 +397,8 @@ class BiLstmBackward {
     const int64_t H = shape_.H;
     at::parallel_for(0, padded(4 * H) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
       const las::AlignedArray<T> panel(COLUMNS * inputs.depth);
-      for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, 4 * H); column += COLUMNS) {
-        const int64_t count = std::min(COLUMNS, 4 * H - column);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t column = index * COLUMNS, count = std::min(COLUMNS, 4 * H - column);
         pack_panel(gates, column, count, panel.data());
         add_bias(gates, column, count, to.bias + column);
         const auto rows = [&](const Matrix<float>& all) { return Matrix<float>{all.at(column), all.stride, count}; };
@@ -417,8 +417,10 @@ class BiLstmBackward {
   static Panels<T> pack(const std::vector<const T*>& rows, int64_t columns, const las::AlignedArray<T>& memory) {
     const int64_t depth = padded(int64_t(rows.size()), las::DEPTH_INTERLEAVE<T>);
     at::parallel_for(0, padded(columns) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t column = begin * COLUMNS; column < std::min(end * COLUMNS, columns); column += COLUMNS)
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t column = index * COLUMNS;
         pack_panel(rows, column, std::min(COLUMNS, columns - column), memory.data() + column * depth);
+      }
     });
     return {memory.data(), columns, depth};
   }
@@ -439,7 +441,7 @@ class BiLstmBackward {
   const BiLstmWeights& weights_;
   const T *gradient_, *x_, *output_, *saved_;  // tensors of the op
   RowBuffer<T> gates_;                         // (frames, 2, 4, H): gradients of the gates
-  std::vector<T> zeros_;                       // (max of I, H,)
+  std::vector<T> zeros_;                       // (H,)
 };
 
 // ----------------------------------------------------------------------------------------------------------- arguments
@@ -467,7 +469,7 @@ void run_forward(const BiLstmShape& shape, const at::Tensor& x, const at::Tensor
   const ValidFrames frames(lengths, shape.B, shape.T);
   const at::Tensor inputs = x.contiguous();
   BiLstmForward<T>(shape, frames, BiLstmWeights(weights), inputs.const_data_ptr<T>(), output.mutable_data_ptr<T>(),
-                   saved.numel() ? saved.mutable_data_ptr<T>() : nullptr).run();
+                   saved.mutable_data_ptr<T>()).run();  // the pointer is null if `saved` is empty
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& lengths, at::TensorList weights,

@@ -43,15 +43,16 @@ struct Utterance {
 // A matrix (count, S + 1), with u from 0 to S in each row, padded to whole vectors.
 class LatticeRows {
  public:
-  void reset(int64_t count, int64_t S) {
+  void reset(int64_t S, int64_t count = 1) {
     size_ = las::padded(S + 1, EDGE);
-    values_.assign(count * (size_ + 2 * EDGE), -INFINITE);
+    stride_ = EDGE + size_ + EDGE;
+    values_.assign(count * stride_, -INFINITE);
   }
-  float* at(int64_t row = 0) { return values_.data() + row * (size_ + 2 * EDGE) + EDGE; }
+  float* at(int64_t row = 0) { return values_.data() + row * stride_ + EDGE; }
   int64_t size() const { return size_; }
 
  private:
-  int64_t size_ = 0;
+  int64_t size_ = 0, stride_ = 0;
   std::vector<float> values_;
 };
 
@@ -63,11 +64,11 @@ class Lattice {
   LAS_INLINE double forward(const Utterance& utterance, bool repeats_need_no_blank) {
     compute_emissions<W>(utterance);
     largest_.assign(utterance.T + 1, 0.0);
-    skip_blank_.reset(1, utterance.S);
+    skip_blank_.reset(utterance.S);
     for (int64_t u = 1; u <= utterance.S; ++u)
       if (u == 1 || repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2])
         skip_blank_.at()[u] = 0.0f;
-    in_token_.reset(utterance.T + 1, utterance.S), in_blank_.reset(utterance.T + 1, utterance.S);
+    in_token_.reset(utterance.S, utterance.T + 1), in_blank_.reset(utterance.S, utterance.T + 1);
     in_blank_.at(0)[0] = 0.0f;
     for (int64_t t = 0; t < utterance.T; ++t) {
       const float *token = in_token_.at(t), *blank = in_blank_.at(t);
@@ -89,8 +90,8 @@ class Lattice {
   // posteriors of the states. `total` is the log-probability of the transcript.
   template <int W, class Each>
   LAS_INLINE void backward(const Utterance& utterance, double total, Each each) {
-    after_token_.reset(1, utterance.S), after_blank_.reset(1, utterance.S);
-    posterior_token_.reset(1, utterance.S), posterior_blank_.reset(1, utterance.S);
+    for (LatticeRows* row : {&after_token_, &after_blank_, &posterior_token_, &posterior_blank_})
+      row->reset(utterance.S);
     float *token = after_token_.at(), *blank = after_blank_.at();
     double largest = 0.0;
     for (int64_t t = utterance.T - 1; t >= 0; --t) {
@@ -124,7 +125,7 @@ class Lattice {
   LAS_INLINE void compute_emissions(const Utterance& utterance) {
     const auto [logits, T, V, tokens, S] = utterance;
     probabilities_.assign(logits, logits + T * V);
-    token_.reset(T, S);
+    token_.reset(S, T);
     blank_.resize(T);
     for (int64_t t = 0; t < T; ++t) {
       const float* frame = logits + t * V;
@@ -147,14 +148,14 @@ class Lattice {
     return las::exp<W>(log > 0.0f ? Float<W>{} : log);  // rounding may make it exceed 1
   }
 
-  // Subtract the largest value of two rows from both and return it; return 0 if no state can be reached.
+  // Subtract the largest value of two rows from both and return it: -inf if no state can be reached.
   template <int W>
   static LAS_INLINE float subtract_largest(float* token, float* blank, int64_t size) {
     Float<W> maxima = las::broadcast<W>(-INFINITE);
     for (int64_t u = 0; u < size; u += W)
       maxima = las::max<W>(maxima, las::max<W>(load<W>(token + u), load<W>(blank + u)));
     const float largest = las::largest<W>(maxima);
-    if (largest == -INFINITE) return 0.0f;
+    if (largest == -INFINITE) return largest;  // -inf minus itself would be NaN
     for (float* row : {token, blank})
       for (int64_t u = 0; u < size; u += W) store<W>(row + u, load<W>(row + u) - largest);
     return largest;
@@ -196,15 +197,12 @@ template <int W>
 LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float* times) {
   const double total = lattice.forward<W>(utterance, true);
   if (total == -INFINITE) return;
-  LatticeRows sums;
-  sums.reset(2, utterance.S);
-  float *mass = sums.at(0), *moment = sums.at(1);
-  std::fill_n(mass, sums.size(), 0.0f), std::fill_n(moment, sums.size(), 0.0f);
+  std::vector<float> mass(lattice.size()), moment(lattice.size());
   lattice.backward<W>(utterance, total, [&](int64_t t, const float* token, const float*)
                                             __attribute__((always_inline)) {
-    for (int64_t u = 0; u < sums.size(); u += W) {
-      store<W>(mass + u, load<W>(mass + u) + load<W>(token + u));
-      store<W>(moment + u, load<W>(moment + u) + float(t) * load<W>(token + u));
+    for (int64_t u = 0; u < lattice.size(); u += W) {
+      store<W>(mass.data() + u, load<W>(mass.data() + u) + load<W>(token + u));
+      store<W>(moment.data() + u, load<W>(moment.data() + u) + float(t) * load<W>(token + u));
     }
   });
   for (int64_t u = 1; u <= utterance.S; ++u) times[u - 1] = moment[u] / std::max(mass[u], 1e-6f);

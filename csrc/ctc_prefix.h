@@ -36,7 +36,7 @@ struct CtcLogProbs {
       for (int64_t t = 0; t < this->T; ++t)
         for_each_vector<W>(V, [&](int64_t v, int64_t lanes) __attribute__((always_inline)) {
           const Float<W> peak = load<W>(max_log.data() + v, lanes), x = load<W>(log + t * V + v, lanes);
-          store<W>(relative.data() + t * V + v, las::exp<W>(x == peak ? Float<W>{} : x - peak), lanes);
+          store<W>(relative.data() + t * V + v, las::exp<W>(x - peak), lanes);
         });
     });
     relative_probs = pack<float>(relative.data(), 1, V, V, this->T, memory);
@@ -46,7 +46,7 @@ struct CtcLogProbs {
   int64_t T = 0, V = 0;
   std::vector<float> max_log;  // (V,): the largest of each token over the frames
   AlignedArray<float> memory;
-  Panels<float> relative_probs;  // (V, T): exp(log - max_log)
+  Panels<float> relative_probs;  // (V, T): exp(log - max_log); NaN for tokens that are never possible
 };
 
 // A hypothesis: the results of its parent, and where to write its own.
@@ -62,7 +62,7 @@ class Scorer {
  public:
   // Compute `forward` and `next_log_probs` of all hypotheses of one utterance.
   void advance(const CtcLogProbs& log_probs, const std::vector<CtcHypothesis>& all, int64_t eos) {
-    repeated_.assign(all.size(), 0.0f);
+    repeated_.resize(all.size());
     dispatch_width([&](auto width) __attribute__((always_inline)) {
       for (size_t i = 0; i < all.size(); i += width)
         extend<width>(log_probs, all.data() + i, std::min<int64_t>(width, all.size() - i), repeated_.data() + i);
@@ -84,7 +84,7 @@ class Scorer {
   LAS_INLINE void extend(const CtcLogProbs& log_probs, const CtcHypothesis* some, int64_t n, float* repeated) {
     const int64_t T = log_probs.T, V = log_probs.V;
     const float* log = log_probs.log;
-    begun_.assign((T + 1) * W, -INFINITE);
+    begun_.assign(T * W, -INFINITE);
     label_.assign((T + 1) * W, -INFINITE);
     forward_.resize((T + 1) * W);
     for (int64_t i = 0; i < n; ++i) {
@@ -120,7 +120,7 @@ class Scorer {
       constexpr int W = width;
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t t = 0; t < T; ++t) peaks_[i] = std::max(peaks_[i], all[i].forward[t]);
-        const float peak = peaks_[i] == -INFINITE ? 0.0f : peaks_[i];
+        const float peak = peaks_[i];
         for_each_vector<W>(T, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
           store<W>(relative_.data() + i * T + t, las::exp<W>(load<W>(all[i].forward + t, lanes) - peak), lanes);
         });
@@ -143,7 +143,7 @@ class Scorer {
   // log psi of a hypothesis with token v. `sum` is psi relative to both maxima.
   static float log_psi(const CtcLogProbs& log_probs, const CtcHypothesis& hypothesis, float peak, int64_t v,
                        float sum) {
-    if (peak == -INFINITE || log_probs.max_log[v] == -INFINITE) return -INFINITE;
+    if (peak == -INFINITE || log_probs.max_log[v] == -INFINITE) return -INFINITE;  // `sum` is NaN
     if (sum > MIN_SUM) return std::log(sum) + (peak + log_probs.max_log[v]);
     const auto term = [&](int64_t t) { return hypothesis.forward[t] + log_probs.log[t * log_probs.V + v]; };
     float maximum = -INFINITE;
@@ -154,8 +154,9 @@ class Scorer {
     return maximum + std::log(total);
   }
 
-  std::vector<float> begun_, label_, forward_;  // (T + 1, W), logarithms: f_t, p_(t+1) of the chosen token, a_t
-  std::vector<float> relative_;                 // (hypotheses, T): exp(log a_t - peak)
+  // Logarithms, one hypothesis per lane: f_t (T, W), p_(t+1) of the chosen token (T + 1, W) and a_t (T + 1, W).
+  std::vector<float> begun_, label_, forward_;
+  std::vector<float> relative_;                 // (hypotheses, T): exp(log a_t - peak); NaN if the peak is -inf
   std::vector<float> peaks_, repeated_;         // (hypotheses,): largest log a_t; log psi with the last token again
   std::vector<float> sums_;                     // (hypotheses, padded V)
 };

@@ -73,17 +73,11 @@ inline float quantisation_factor(float largest) { return largest > MIN_MAGNITUDE
 template <int W>
 LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* to) {
   const float largest = largest_magnitude<W>(from, n), factor = quantisation_factor(largest);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    const Int<W> numbers = to_int<W>(load<W>(from + i), factor) + ZERO_POINT;
+  for_each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+    const Int<W> numbers = to_int<W>(load<W>(from + i, lanes), factor) + ZERO_POINT;
     const Bytes<W> bytes = __builtin_convertvector(numbers, Bytes<W>);
-    std::memcpy(to + i, &bytes, sizeof bytes);
-  }
-  if (i < n) {
-    const Int<W> numbers = to_int<W>(load_partial<W>(from + i, n - i), factor) + ZERO_POINT;
-    const Bytes<W> bytes = __builtin_convertvector(numbers, Bytes<W>);
-    std::memcpy(to + i, &bytes, n - i);
-  }
+    std::memcpy(to + i, &bytes, lanes);
+  });
   std::fill(to + n, to + depth, uint8_t(ZERO_POINT));
   return largest / 127.0f;
 }
@@ -179,13 +173,12 @@ inline void matmul(const Int8Rows& rows, const Int8Panels& weights, InitialSums 
 template <int W>
 LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, int8_t* to) {
   int32_t sum = 0;
-  for (int64_t k = 0; k < depth; k += W) {
-    const Float<W> values = depth - k < W ? load_partial<W>(from + k, depth - k) : load<W>(from + k);
-    const Int<W> numbers = to_int<W>(values, factor);
+  for_each_vector<W>(depth, [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
+    const Int<W> numbers = to_int<W>(load<W>(from + k, lanes), factor);
     int8_t bytes[W];
     for (int j = 0; j < W; ++j) bytes[j] = int8_t(numbers[j]), sum += bytes[j];
-    for (int j = 0; j < W && k + j < depth; j += 4) std::memcpy(to + (k + j) * COLUMNS, bytes + j, 4);
-  }
+    for (int j = 0; j < lanes; j += 4) std::memcpy(to + (k + j) * COLUMNS, bytes + j, 4);
+  });
   return sum;
 }
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "memory.h"
 #include "softmax.h"
 #include "vector.h"
 
@@ -32,7 +33,7 @@ constexpr int64_t GRAIN = 1 << 16;  // multiplications per thread, at least
 
 // A buffer (count, stride) for rows of `size` values, padded with zeros to whole vectors.
 struct PaddedRows {
-  PaddedRows(int64_t count, int64_t size) : stride((size + 15) / 16 * 16), memory(count * stride) {}
+  PaddedRows(int64_t count, int64_t size) : stride(las::padded(size, 16)), memory(count * stride) {}
 
   QueryRows rows(int64_t count) { return {memory.data(), stride, count}; }
   QueryRows zeros(int64_t count) {
@@ -79,7 +80,7 @@ void check_like(const char* name, const std::optional<at::Tensor>& x, at::IntArr
               x->sizes(), " ", x->scalar_type());
 }
 
-at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(2) == 1 || x.size(2) < 2 ? x : x.contiguous(); }
+at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
 
 template <class T>
 EncoderFrames<const T> encoder_frames(const at::Tensor& x, int64_t b, int64_t count) {
@@ -134,20 +135,19 @@ struct AttentionForward {
       }
       average<W>(w, encoder_frames<T>(values, b, n), c);
     });
-    for (int64_t k = 0; keep_weights && k < count; ++k) std::fill(w.at(k) + n, w.at(k) + shape.T, 0.0f);
+    for (int64_t k = 0; k < count; ++k) std::fill(w.at(k) + n, w.at(k) + shape.T, 0.0f);
     copy(c, shape.E, context.mutable_data_ptr<T>() + row * shape.E);
   }
 
-  // With fewer utterances than threads, threads also share the queries of an utterance.
+  // Threads share the queries of all utterances.
   template <class T>
   void run() {
-    const int64_t parts = shape.B < at::get_num_threads() ? std::max<int64_t>(1, shape.K / 8) : 1;
-    const int64_t size = (shape.K + parts - 1) / parts;  // queries per part
-    at::parallel_for(0, shape.B * parts, shape.grain(size), [&](int64_t begin, int64_t end) {
-      PaddedRows queries(size, shape.D), scores(weights.numel() ? 0 : size, shape.T), contexts(size, shape.E);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = std::min(task % parts * size, shape.K);
-        attend<T>(task / parts, first, std::min(size, shape.K - first), queries, scores, contexts);
+    const int64_t K = shape.K;
+    at::parallel_for(0, shape.B * K, shape.grain(1), [&](int64_t begin, int64_t end) {
+      PaddedRows queries(K, shape.D), scores(weights.numel() ? 0 : K, shape.T), contexts(K, shape.E);
+      for (int64_t row = begin, count; row < end; row += count) {
+        count = std::min(K - row % K, end - row);
+        attend<T>(row / K, row % K, count, queries, scores, contexts);
       }
     });
   }
@@ -202,7 +202,7 @@ struct AttentionBackward {
     const EncoderFrames<const T> key = encoder_frames<T>(keys, b, n), value = encoder_frames<T>(values, b, n);
     const bool through_context = context_gradient.defined(), saved = weights.numel() > 0;
     const QueryRows w = saved ? rows_of<float>(weights, b, scratch.weights) : scratch.weights.rows(K);
-    const QueryRows q = rows_of<T>(query, b, scratch.query, saved ? 1.0f : scale);
+    const QueryRows q = rows_of<T>(query, b, scratch.query, scale);
     const QueryRows dq = scratch.query_gradient.zeros(K);
     const QueryRows dc = through_context ? rows_of<T>(context_gradient, b, scratch.context) : scratch.context.zeros(K);
     const QueryRows dw = scratch.scores.zeros(K);

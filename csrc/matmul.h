@@ -118,7 +118,8 @@ LAS_INLINE void with_constant_size(int64_t size, int64_t row, const Tile& tile) 
 // previous one.
 template <int MAX_ROWS, class Tile>
 LAS_INLINE void for_each_tile(int64_t rows, const Tile& tile) {
-  const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, size = tiles ? rows / tiles : 0;
+  if (rows == 0) return;
+  const int64_t tiles = padded(rows, MAX_ROWS) / MAX_ROWS, size = rows / tiles;
   const int64_t larger = rows - tiles * size;  // tiles of size + 1
   int64_t row = 0;
   for (int64_t i = 0; i < larger; ++i, row += size + 1) with_constant_size<MAX_ROWS>(size + 1, row, tile);

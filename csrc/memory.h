@@ -14,7 +14,8 @@
 
 namespace las {
 
-constexpr int64_t COLUMNS = 32;  // columns per panel of packed weights, see matmul.h
+constexpr int64_t COLUMNS = 32;                          // columns per panel of packed weights, see matmul.h
+constexpr int64_t CACHE_LINE = 64, HUGE_PAGE = 1 << 21;  // bytes
 
 // n rounded up to a multiple.
 inline int64_t padded(int64_t n, int64_t multiple = COLUMNS) { return (n + multiple - 1) / multiple * multiple; }
@@ -26,13 +27,12 @@ class AlignedArray {
  public:
   AlignedArray() = default;
   explicit AlignedArray(int64_t count) {
-    const size_t huge_page = 1 << 21, bytes = std::max<size_t>(count * sizeof(T), 1);
-    const size_t align = bytes < huge_page ? 64 : huge_page;
-    const size_t whole = (bytes + align - 1) / align * align;
+    const size_t bytes = std::max<size_t>(count * sizeof(T), 1), align = bytes < HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+    const size_t whole = padded(bytes, align);
     data_.reset(static_cast<T*>(std::aligned_alloc(align, whole)));
     if (!data_) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (align == huge_page) madvise(data_.get(), whole, MADV_HUGEPAGE);
+    if (align == HUGE_PAGE) madvise(data_.get(), whole, MADV_HUGEPAGE);
 #endif
   }
   T* data() const { return data_.get(); }

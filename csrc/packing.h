@@ -80,8 +80,8 @@ LAS_INLINE void pack_panel(const S* source, int64_t column_stride, int64_t k_str
   const bool depth_contiguous = k_stride == 1;
   const int64_t stride = depth_contiguous ? column_stride : k_stride;
   int64_t k = 0;
-  if constexpr (std::is_same_v<S, T> && N == 2)
-    if (!depth_contiguous && columns == COLUMNS && factor == 1.0f)
+  if constexpr (std::is_same_v<S, T> && N == 2)  // copied: column_stride and factor are 1
+    if (columns == COLUMNS)
       for (; k + 1 < depth; k += 2)
         interleave_rows<W>(source + k * stride, source + (k + 1) * stride, to + k * COLUMNS);
   for (; k < depth; k += W)
@@ -183,9 +183,9 @@ inline int64_t pack_natively(const float* source, int64_t column_stride, int64_t
 template <int W, class T>
 LAS_INLINE void pack_rows(const T* const* rows, int64_t count, int64_t column, int64_t columns, T* to) {
   constexpr int64_t N = DEPTH_INTERLEAVE<T>;
-  if (columns < COLUMNS || count % N) std::fill_n(to, padded(count, N) * COLUMNS, T(0.0f));
   for (int64_t k = 0; k < count; k += N, to += N * COLUMNS) {
     if (columns < COLUMNS || k + N > count) {
+      std::fill_n(to, N * COLUMNS, T(0.0f));
       for (int64_t n = 0; n < N && k + n < count; ++n)
         for (int64_t i = 0; i < columns; ++i) to[i * N + n] = rows[k + n][column + i];
     } else if constexpr (N == 1) {

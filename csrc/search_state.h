@@ -95,10 +95,8 @@ struct States {
   template <class T, class G>
   States(const PackedSpeller<T, G>& speller, int64_t rows)
       : first(rows, speller.E + speller.H + 1) {  // + 1 for the 0 that SearchWorker::hidden_rows needs
-    for (int64_t i = 0; i < speller.cells(); ++i) {
-      cell.emplace_back(rows, speller.size(i));
-      hidden.emplace_back(i == 0 ? 0 : rows, speller.size(i) + 1);
-    }
+    for (int64_t i = 0; i < speller.cells(); ++i) cell.emplace_back(rows, speller.size(i));
+    for (const auto& later : speller.later) hidden.emplace_back(rows, later.size + 1);
   }
 
   ZeroedBuffer<S> first;                // (rows, E + H + 1): the context and the hidden state of the first cell

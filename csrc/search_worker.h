@@ -64,13 +64,12 @@ class SearchWorker {
   int64_t initial_state() const { return max_rows_ - 1; }  // row of the state before the first token, which is zeros
 
   void allocate() {
-    int64_t max_depth = speller_.E + speller_.H, gates = 0;
+    int64_t max_depth = std::max({speller_.D, arguments_.T, speller_.M}), gates = 0;
     for (int64_t i = 0; i < speller_.cells(); ++i) {
       max_depth = std::max(max_depth, speller_.size(i) + speller_.E);
       gates = std::max(gates, 4 * speller_.size(i));
       recurrent_.emplace_back(max_rows_, 4 * speller_.size(i));
     }
-    max_depth = std::max({max_depth, speller_.D, speller_.E, arguments_.T, speller_.M});
     inputs_ = ZeroedBuffer<T>(max_rows_, max_depth);
     if constexpr (std::is_same_v<G, int8_t>) quantised_ = ZeroedBuffer<uint8_t>(max_rows_, max_depth);
     scales_.resize(max_rows_);
@@ -80,11 +79,9 @@ class SearchWorker {
     contexts_ = ZeroedBuffer<>(arguments_.K, speller_.E);
     logits_.resize(arguments_.K * speller_.V);
     summaries_.resize(arguments_.K);
-    block_maxima_.resize(arguments_.K * blocks());
+    block_maxima_.resize(arguments_.K * topk::block_count(speller_.V));
     initial_.resize(max_rows_);
   }
-
-  int64_t blocks() const { return (speller_.V + topk::BLOCK - 1) / topk::BLOCK; }
 
   // Start the search of utterance b in a slot.
   void start(SearchSlot<T>& slot, int64_t b) {
@@ -101,7 +98,7 @@ class SearchWorker {
     std::fill_n(beams.tokens.begin(), K, arguments_.sos);
     std::fill_n(beams.lengths.begin(), K, 0);
     std::fill_n(beams.ended.get(), K, false);
-    std::fill_n(beams.ngram_states.begin(), K, arguments_.ngram_table ? first_ngram_state() : 0);
+    if (arguments_.ngram_table) std::fill_n(beams.ngram_states.begin(), K, first_ngram_state());
     std::fill_n(slot.state_rows.begin(), K, initial_state());
     if (arguments_.coverage_weight != 0.0f) slot.attention_sums.assign(K * n, 0.0f);
     if (arguments_.ctc_log_probs) slot.prefixes.start(arguments_, b, speller_.V);
@@ -194,20 +191,20 @@ class SearchWorker {
     multiply_gates(speller_.first, n, speller_.E + speller_.H, first, nullptr, recurrent_[0].rows(n));
     for (int64_t c = 1; c < speller_.cells(); ++c) {
       const Layer<G>& layer = speller_.later[c - 1].recurrent;
-      const auto hidden = [&](int64_t i) { return before_.hidden[c].at(parent_rows_[i]); };
+      const auto hidden = [&](int64_t i) { return before_.hidden[c - 1].at(parent_rows_[i]); };
       multiply_gates(layer, n, speller_.size(c), hidden, broadcast_bias(layer.bias, n), recurrent_[c].rows(n));
     }
   }
 
   S* hidden(int64_t cell, int64_t row) {
-    return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell].at(row);
+    return cell == 0 ? after_.first.at(row) + speller_.E : after_.hidden[cell - 1].at(row);
   }
 
   // The new hidden states of a cell of size n as the input of a matmul, in place if their type allows it. If n is odd,
   // a matmul of bfloat16 reads one value more, which is 0.
   Matrix<const T> hidden_rows(int64_t cell, int64_t depth, int64_t n) {
     if constexpr (std::is_same_v<S, T>)
-      return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell]).stride, count()};
+      return {hidden(cell, 0), (cell == 0 ? after_.first : after_.hidden[cell - 1]).stride, count()};
     else
       return converted(count(), depth, n, [&](int64_t i) { return hidden(cell, i); });
   }
@@ -315,16 +312,16 @@ class SearchWorker {
   // Replace the beams of slot s by their best continuations, and add the step to `history`.
   void take_best(int64_t s, StepHistory& history) {
     SearchSlot<T>& slot = slots_[s];
-    const int64_t K = arguments_.K, V = speller_.V;
+    const int64_t K = arguments_.K, V = speller_.V, blocks = topk::block_count(V);
     for (int64_t i = first_row(s); i < count() && rows_[i].slot == s; ++i) {
       const int64_t k = rows_[i].beam;
       std::copy_n(sums_.at(i), V, logits_.data() + k * V);
-      summaries_[k] = topk::summarise(logits_.data() + k * V, V, block_maxima_.data() + k * blocks());
+      summaries_[k] = topk::summarise(logits_.data() + k * V, V, block_maxima_.data() + k * blocks);
       slot.state_rows[k] = i;
     }
     const UtteranceBeams& beams = slot.beams;
     const topk::Inputs in{logits_.data(),       beams.scores.data(), beams.ended.get(),
-                          beams.lengths.data(), 1, K, V, blocks()};
+                          beams.lengths.data(), 1, K, V, blocks};
     const topk::Options options = options_of(slot);
     best_.clear();
     for (int64_t k = 0; k < K; ++k)

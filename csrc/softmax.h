@@ -58,11 +58,10 @@ LAS_INLINE SoftmaxSummary softmax(float* x, int64_t n) {
   // Find the peak of the weights, not of the scores: scores that differ in the last bit can have equal weights.
   const float factor = 1.0f / denominator;
   Float<W> peaks = broadcast<W>(-1.0f);
-  Int<W> indices = {}, lane = {};
-  for (int i = 0; i < W; ++i) lane[i] = i;
+  Int<W> indices = {};
   for_each_vector<W>(n, [&](int64_t t, int64_t lanes) __attribute__((always_inline)) {
     const Float<W> weight = load<W>(x + t, lanes) * factor;
-    indices = weight > peaks ? lane + int32_t(t) : indices;
+    indices = weight > peaks ? lane_numbers<W>() + int32_t(t) : indices;
     peaks = max<W>(peaks, weight);
     store<W>(x + t, weight, lanes);
   });

@@ -48,7 +48,7 @@ struct Layer {
 struct PackBuffer {
   uint8_t* take(int64_t bytes) {
     uint8_t* place = data ? data + used : nullptr;
-    used += padded(bytes, 64);
+    used += padded(bytes, CACHE_LINE);
     return place;
   }
 
@@ -65,8 +65,9 @@ struct SpellerWeights {
   explicit SpellerWeights(at::TensorList list) {
     TORCH_CHECK(list.size() >= 8 && list.size() % 2 == 0,
                 "weights must be 6 tensors and 2 per cell; got ", list.size());
-    for (const at::Tensor& x : list)
-      TORCH_CHECK(x.scalar_type() == at::kFloat, "weights must be float32; got ", x.scalar_type());
+    for (size_t i = 0; i < list.size(); ++i)
+      TORCH_CHECK(list[i].scalar_type() == at::kFloat, "weights[", i, "] must be float32; got ",
+                  list[i].scalar_type());
     embedding = list[0].contiguous(), query = list[1].contiguous(), query_bias = list[2].contiguous();
     project = list[3].contiguous(), project_bias = list[4].contiguous(), bias = list[5].contiguous();
     for (size_t i = 6; i < list.size(); i += 2) {
@@ -122,7 +123,7 @@ Layer<T> pack_layer(const at::Tensor& weights, int64_t from, int64_t depth, cons
                     float factor = 1.0f) {
   const int64_t n = weights.size(0), stride = weights.size(1);
   const float* source = weights.const_data_ptr<float>() + from;
-  Layer<T> packed{{}, std::vector<float>(padded(n), 0.0f)};
+  Layer<T> packed{{}, std::vector<float>(padded(n))};
   for (int64_t i = 0; bias.defined() && i < n; ++i) packed.bias[i] = bias.const_data_ptr<float>()[i] * factor;
   if constexpr (std::is_same_v<T, int8_t>) {
     uint8_t* to = buffer.take(int8_bytes(n, depth));

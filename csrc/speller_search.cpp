@@ -73,7 +73,8 @@ template <class T, class G>
 Steps search(const PackedSpeller<T, G>& speller, const SearchArguments& arguments) {
   std::vector<StepHistory> histories(arguments.B);
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), arguments.B));
-  const int64_t slots = std::min((arguments.B + workers - 1) / workers, std::max<int64_t>(1, MAX_ROWS / arguments.K));
+  const int64_t share = las::padded(arguments.B, workers) / workers;  // utterances per worker, at most
+  const int64_t slots = std::min(share, std::max<int64_t>(1, MAX_ROWS / arguments.K));
   std::atomic<int64_t> queue{0};
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) SearchWorker<T, G>(speller, arguments, slots).run(queue, histories);

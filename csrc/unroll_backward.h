@@ -220,12 +220,12 @@ struct UnrollBackward {
         std::fill(context + E, context + context_row, 0.0f);
         const auto keys = encoder_frames<float>(memory.keys, b, frames);
         const auto values = encoder_frames<float>(memory.values, b, frames);
-        dots<W>(QueryRows{context, 0, 1}, values, QueryRows{scores, 0, 1});
+        dots<W>(one_row(context), values, one_row(scores));
         if (in.attention_gradient)
           for (int64_t t = 0; t < frames; ++t) scores[t] += in.attention_gradient[at * shape.T + t];
         softmax_backward<W>(in.attention + at * shape.T, scores, frames, 1.0f);
         std::fill_n(query, shape.D, 0.0f);
-        average<W>(QueryRows{scores, 0, 1}, keys, QueryRows{query, 0, 1});
+        average<W>(one_row(scores), keys, one_row(query));
         convert<W>(query, shape.D, queries.at(r), scale);
       }
     });

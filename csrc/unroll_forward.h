@@ -187,10 +187,10 @@ struct UnrollForward {
         std::fill_n(context, E, 0.0f);
         const auto keys = encoder_frames<float>(memory.keys, b, frames);
         const auto values = encoder_frames<float>(memory.values, b, frames);
-        dots<W>(QueryRows{queries.at(r), 0, 1}, keys, QueryRows{weights, 0, 1});
+        dots<W>(one_row(queries.at(r)), keys, one_row(weights));
         softmax<W>(weights, frames);
         std::fill(weights + frames, weights + shape.T, 0.0f);
-        average<W>(QueryRows{weights, 0, 1}, values, QueryRows{context, 0, 1});
+        average<W>(one_row(weights), values, one_row(context));
         convert<W>(context, E, readout.at(r, H));
         if (u + 1 < shape.U) convert<W>(context, E, next.at(r));
       }

@@ -119,6 +119,16 @@ LAS_INLINE Float<W> max(Float<W> a, Float<W> b) {
   return a > b ? a : b;
 }
 
+template <int W, int... lane>
+LAS_INLINE Int<W> lane_numbers(std::integer_sequence<int, lane...>) {
+  return Int<W>{lane...};
+}
+
+template <int W>
+LAS_INLINE Int<W> lane_numbers() {  // 0, 1, 2, ...
+  return lane_numbers<W>(std::make_integer_sequence<int, W>{});
+}
+
 template <int W>
 LAS_INLINE float largest(Float<W> x) {
   if constexpr (W > 4) {

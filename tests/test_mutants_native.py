@@ -90,6 +90,41 @@ def test_addresses_are_left_alone_where_only_prefetching_uses_them():
     assert {"5", "7", "32", "4", "6", "n - 6"} <= touched
 
 
+def test_what_is_looked_up_to_prefetch_is_left_alone():
+    source = """
+        void f(const int* table, int now) {
+          const int ahead = index(now - 2);
+          const float* next = rows(table[ahead]) + 3;
+          const int both = index(now - 5);
+          las::prefetch(next);
+          las::prefetch(rows(both));
+          g(rows(both));
+          if (now > 7) madvise(next, 8);
+          if (now > 9) h(now);
+          asm("" : "+r"(now));
+          asm("nop" : "+r"(now));
+        }
+    """
+    touched = {before for _, before, _ in edits(source)}
+    assert not {"2", "now - 2", "3", "now > 7", 'asm("" : "+r"(now));'} & touched
+    assert {"5", "now - 5", "now > 9", 'asm("nop" : "+r"(now));'} <= touched
+
+
+def test_functions_and_numbers_that_only_share_out_the_work_are_left_alone():
+    source = """
+        int grain(int n) { return 100 / n; }
+        int size(int n) { return 200 / n; }
+        void f(int n) {
+          const int least = n + 3, rows = n + 5;
+          at::parallel_for(0, rows, std::max(1, grain(least)), [&](int a, int b) { g(a, size(n)); });
+          at::parallel_for(0, n, size(n), [&](int a, int b) { g(a, rows); });
+        }
+    """
+    touched = {before for _, before, _ in edits(source)}
+    assert not {"100", "100 / n", "1", "grain(least)"} & touched
+    assert {"200", "200 / n", "n + 5"} <= touched
+
+
 def test_the_message_of_a_check_is_left_alone():
     source = 'void f() { TORCH_CHECK(v >= 3, "v must be at least ", 4 - 1, "; got ", v + 5); }'
     assert {before for rule, before, _ in edits(source) if rule != "deletion"} == {"v >= 3", "3"}
@@ -103,8 +138,13 @@ def test_globals_and_questions_about_the_processor_are_left_alone():
         static Definition definition = {"x", -5};
         int f() { int least = lanes() + 6; return least; }
         }
+        #if defined(__x86_64__)
+        int g() { return f() + 9; }
+        #else
+        int g() { return f() + 10; }
+        #endif
     """
-    assert {before for _, before, _ in edits(source)} == {"lanes() + 6", "6"}
+    assert {before for _, before, _ in edits(source)} == {"lanes() + 6", "6", "f() + 9", "9"}
 
 
 def test_of_two_equal_numbers_either_is_chosen():
@@ -112,6 +152,7 @@ def test_of_two_equal_numbers_either_is_chosen():
         return {after for rule, _, after in edits(f"int f() {{ return {expression}; }}") if rule == "comparison"}
 
     assert comparisons("a > b ? a : b") == comparisons("a < b ? a : b") == set()
+    assert comparisons("a > b ? broadcast<W>(b) : a") == set() and comparisons("a > b ? broadcast<W>(c) : a") != set()
     assert comparisons("a > b ? a : c") == {"a >= b"} and comparisons("a == b ? a : b") == {"a != b"}
 
 

@@ -4,9 +4,13 @@ An edit replaces the text of one node of tree-sitter's syntax tree. In a schema,
 `(LAS_MUTANT(n) ? edited : original)`, and each deleted statement runs unless its mutant is enabled. So constant
 expressions cannot be edited: template arguments, constexpr, array sizes, static_assert. `constants` counts these edits.
 
-Code that affects no result is not edited: strings and the other arguments of a TORCH_CHECK's message, prefetching and
-the addresses that only it uses, the grain of at::parallel_for, `a >= b` for `a > b` where the larger of a and b is
-chosen, globals (they are computed before a mutant is enabled), and functions that ask what the processor supports.
+Code that affects no result is not edited:
+- strings and the other arguments of a TORCH_CHECK's message;
+- prefetching, `madvise` and `asm` without an instruction, and the conditions, numbers and addresses that only they use;
+- the grain of at::parallel_for, which says how the work is shared out, and the functions and numbers that only it uses;
+- `a >= b` for `a > b` where the larger of a and b is chosen;
+- globals: they are computed before a mutant is enabled;
+- functions that ask what the processor supports, and what is compiled only for processors other than x86-64.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ CONSTANT_TYPES = {
     "preproc_def", "preproc_include", "preproc_call", "case_statement", "attribute_specifier", "decltype",
     "type_descriptor", "template_type", "alignas_qualifier", "lambda_capture_specifier", "sizeof_expression",
 }  # fmt: skip
+BROADCAST = re.compile(r"broadcast<W>\(([^()]+)\)")  # a vector of equal lanes
 NO_RESULT = {"las::prefetch", "prefetch", "prefetch_ahead", "__builtin_prefetch", "madvise", "asm"}
 PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_cpp.language()))
 
@@ -101,7 +106,7 @@ def _declares(node: Node) -> bool:
     """Return whether an identifier is the name that a declaration gives, not a use of it."""
     while node.parent is not None and node == node.parent.child_by_field_name("declarator"):
         node = node.parent
-    return node.type in ("init_declarator", "declaration")
+    return node.type in ("init_declarator", "declaration", "function_definition")
 
 
 class _Walk:
@@ -158,16 +163,15 @@ class _Walk:
         return False
 
     def changes_no_result(self, node: Node) -> bool:
+        if node.type == "preproc_else" and "__x86_64__" in self.field(node.parent, "condition"):
+            return True
         if node.type == "expression_statement":
             node = node.children[0]
-        if self.is_prefetch(node) or self.serves_prefetch(node):
+        if self.is_prefetch(node) or self.serves_prefetch(node) or self.is_grain(node):
             return True
-        # at::parallel_for(begin, end, grain, body)
         if node.parent is not None and node.parent.type == "argument_list":
             called = node.parent.parent
             arguments = [x for x in node.parent.children if x.is_named]
-            if called.type == "call_expression" and self.field(called, "function") == "at::parallel_for":
-                return len(arguments) > 2 and node == arguments[2]
             if called.type == "call_expression" and self.field(called, "function") == "TORCH_CHECK":
                 return node in arguments[1:]  # the message
         # ops are registered and globals computed when the extension is loaded, before a mutant is enabled
@@ -176,16 +180,41 @@ class _Walk:
         if node.type != "function_definition":
             return False
         # only another processor would give another answer
-        return self.text(node).startswith("TORCH_LIBRARY") or "__builtin_cpu_supports" in self.text(node)
+        if self.text(node).startswith("TORCH_LIBRARY") or "__builtin_cpu_supports" in self.text(node):
+            return True
+        return self.computes_grain(node)
+
+    def is_grain(self, node: Node) -> bool:
+        """Return whether this is the third argument of at::parallel_for(begin, end, grain, body)."""
+        if node.parent is None or node.parent.type != "argument_list":
+            return False
+        called, arguments = node.parent.parent, [x for x in node.parent.children if x.is_named]
+        is_loop = called.type == "call_expression" and self.field(called, "function") == "at::parallel_for"
+        return is_loop and len(arguments) > 2 and node == arguments[2]
+
+    def computes_grain(self, function: Node) -> bool:
+        """Return whether the file calls a function, and only for the grain of at::parallel_for."""
+        name = self.name_of(function)
+        uses = [x for kind in ("identifier", "field_identifier") for x in _nodes(self.tree.root_node, kind)
+                if self.text(x) == name and not _declares(x)]  # fmt: skip
+        return bool(uses) and all(self.lies_in_grain(x) for x in uses)
+
+    def lies_in_grain(self, node: Node) -> bool:
+        while node.parent is not None and not self.is_grain(node):
+            node = node.parent
+        return node.parent is not None
 
     def is_prefetch(self, node: Node) -> bool:
+        if node.type == "gnu_asm_expression":
+            return self.field(node, "assembly_code") == '""'
         return node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT
 
     def serves_prefetch(self, node: Node) -> bool:
-        """Return whether a node is a loop that only prefetches, or declares a variable that only prefetching uses."""
-        if node.type == "for_statement":
-            body = node.child_by_field_name("body")
-            return body.type == "expression_statement" and self.is_prefetch(body.children[0])
+        """Return whether a node is a loop or `if` that only prefetches, or declares variables that only prefetching uses."""
+        if node.type in ("for_statement", "if_statement"):
+            body = node.child_by_field_name("body" if node.type == "for_statement" else "consequence")
+            is_all = node.child_by_field_name("alternative") is None
+            return is_all and body.type == "expression_statement" and self.is_prefetch(body.children[0])
         names = [self.name_of(x) for x in node.children if x.type == "init_declarator"]
         if node.type != "declaration" or not names:
             return False
@@ -200,8 +229,8 @@ class _Walk:
 
     def is_prefetching_use(self, node: Node, function: Node, seen: tuple[str, ...]) -> bool:
         while node.parent is not None and node.type not in ("init_declarator", "expression_statement"):
-            if node.type in ("call_expression", "subscript_expression"):
-                return self.is_prefetch(node)
+            if self.is_prefetch(node) or self.is_grain(node):
+                return True
             node = node.parent
         if node.type != "init_declarator":
             return False
@@ -254,7 +283,8 @@ class _Walk:
         if choice.type != "conditional_expression" or self.field(node, "operator") not in ("<", "<=", ">", ">="):
             return False
         operands = {self.field(node, "left"), self.field(node, "right")}
-        return operands == {self.field(choice, "consequence"), self.field(choice, "alternative")}
+        chosen = {self.field(choice, "consequence"), self.field(choice, "alternative")}
+        return operands == {BROADCAST.sub(r"\1", text) for text in chosen}
 
     def operator(self, node: Node, rule: str) -> Iterator[tuple[str, str]]:
         operator = node.child_by_field_name("operator")

@@ -391,6 +391,20 @@ def test_the_logsumexp_is_taken_over_the_scaled_scores(cpp):
     assert (logsumexp[2] == -torch.inf).all() and weights.shape == (0, 0, 0)
 
 
+def test_padding_is_neither_copied_nor_read(cpp):
+    """A copy of these views of one frame would take 256 GiB."""
+    attend, back = torch.ops.las_fast.masked_attention_cpp, torch.ops.las_fast.masked_attention_backward_cpp
+    query, frame, lengths = torch.randn(1, 2, 2**14), torch.randn(1, 1, 2**14), torch.tensor([3])
+    few, many = frame.expand(1, 3, -1), frame.expand(1, 2**22, -1)
+    expected, actual = (attend(query, x, x, lengths, 0.1, False) for x in (few, many))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    context, weights, _, logsumexp = expected
+    expected, actual = (
+        back(context, None, query, x, x, lengths, context, weights, logsumexp, 0.1, False)[0] for x in (few, many)
+    )
+    assert torch.equal(actual, expected)
+
+
 def test_auto_takes_the_cpp_path_on_a_cpu_in_both_directions(cpp):
     leaves, lengths = inputs(grad=True), torch.tensor([7, 3, 1])
     actual = []

@@ -707,6 +707,14 @@ def test_gate_biases_have_four_values_per_unit(cpp, count, said):
         torch.ops.las_fast.speller_pack_cpp(weights, "fp32")
 
 
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_weight_of_another_dtype_is_named_by_its_place(cpp, place):
+    weights = random_weights(7, 5, (6,), 4, 3).flat()
+    weights[place] = weights[place].double()
+    with pytest.raises(RuntimeError, match=rf"weights\[{place}\] must be float32; got Double"):
+        torch.ops.las_fast.speller_pack_cpp(weights, "fp32")
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (7, 0), (7,), (7, 5, 1)])
 def test_an_embedding_has_tokens_and_values(cpp, shape):
     weights = random_weights(7, 5, (6,), 4, 3).flat()
