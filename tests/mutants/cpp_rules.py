@@ -210,7 +210,7 @@ class _Walk:
         return node.type == "call_expression" and self.field(node, "function").split("<")[0] in NO_RESULT
 
     def serves_prefetch(self, node: Node) -> bool:
-        """Return whether a node is a loop or `if` that only prefetches, or declares variables that only prefetching uses."""
+        """Return whether a node is a loop or `if` that only prefetches, or declares what only prefetching uses."""
         if node.type in ("for_statement", "if_statement"):
             body = node.child_by_field_name("body" if node.type == "for_statement" else "consequence")
             is_all = node.child_by_field_name("alternative") is None
