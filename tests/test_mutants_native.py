@@ -196,6 +196,8 @@ def test_faults_that_do_not_compile_are_found_by_the_lines_of_the_messages():
     line = next(m.line for m in mutants if m.before == "x * W")
     named = refused_by(f"/build/sources/toy.cpp:{line}:10: error: no match for 'operator/'", mutants)
     assert {m.line for m in named} == {line}
+    broken = f"/build/sources/toy.cpp:{line}:25: internal compiler error: in do_store_flag, at expr.cc:12639"
+    assert refused_by(broken, mutants) == named
     led = f"/usr/x.h:3:1: error: wrong\n/build/sources/toy.cpp:{line}:10:   required from here"
     assert refused_by(led, mutants) == named
     with pytest.raises(SystemExit, match="no mutant is to blame"):

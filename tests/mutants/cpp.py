@@ -177,7 +177,7 @@ def _write(path: Path, text: str) -> None:
 
 def refused_by(messages: str, mutants: Collection[Mutant]) -> list[Mutant]:
     """The mutants on lines with compiler errors, or else on the lines that instantiated them."""
-    for pattern in (r"/([\w.]+):(\d+):\d+: error:", r"/([\w.]+):(\d+):\d+:   required"):
+    for pattern in (r"/([\w.]+):(\d+):\d+: (?:internal compiler )?error:", r"/([\w.]+):(\d+):\d+:   required"):
         lines = {(f"csrc/{name}", int(line)) for name, line in re.findall(pattern, messages)}
         refused = [m for m in mutants if any((m.file, n) in lines for n in _lines(m))]
         if refused:
