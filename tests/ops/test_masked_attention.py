@@ -391,6 +391,18 @@ def test_the_logsumexp_is_taken_over_the_scaled_scores(cpp):
     assert (logsumexp[2] == -torch.inf).all() and weights.shape == (0, 0, 0)
 
 
+def test_keys_have_fewer_than_two_to_the_power_of_31_frames(cpp):
+    attend, lengths = torch.ops.las_fast.masked_attention_cpp, torch.empty(0, dtype=torch.int64)
+
+    def context(frames):
+        query, keys, values = torch.empty(0, 2, 5), torch.empty(0, frames, 5), torch.empty(0, frames, 6)
+        return attend(query, keys, values, lengths, 1.0, False)[0]
+
+    assert context(2**31 - 1).shape == (0, 2, 6)
+    with pytest.raises(RuntimeError, match=r"keys must have fewer than 2\^31 frames"):
+        context(2**31)
+
+
 def test_padding_is_neither_copied_nor_read(cpp):
     """A copy of these views of one frame would take 256 GiB."""
     attend, back = torch.ops.las_fast.masked_attention_cpp, torch.ops.las_fast.masked_attention_backward_cpp

@@ -724,6 +724,20 @@ def test_an_embedding_has_tokens_and_values(cpp, shape):
         torch.ops.las_fast.speller_pack_cpp(weights, "fp32")
 
 
+@pytest.mark.parametrize(("V", "sos", "eos"), [(7, 0, 6), (7, 6, 0), (2, 1, 0)])
+def test_any_token_can_be_sos_or_eos(cpp, V, sos, eos):
+    weights, memory = random_weights(V, 5, (6,), 4, 3), random_memory(4, 9, 4, 3)
+    weights.bias.zero_()
+    table = torch.randn(V**2, V, generator=torch.Generator().manual_seed(5)).log_softmax(-1)
+    options = {"beam": 1, "sos": sos, "eos": eos, "ngram_table": table, "ngram_weight": 0.7}
+    actual, expected = (
+        speller_search(weights, *memory, maximum=some_limits(4), backend=backend, **options)
+        for backend in (cpp, "reference")
+    )
+    assert torch.equal(actual.tokens, expected.tokens)
+    torch.testing.assert_close(actual.scores, expected.scores)
+
+
 def test_an_empty_batch_gives_empty_results(cpp):
     memory = tuple(x[:0] for x in random_memory(3, 9, 4, 3))
     assert search(random_weights(7, 5, (6,), 4, 3), memory, beam=4).tokens.shape == (1, 0, 4)

@@ -403,6 +403,14 @@ def test_the_registered_op_checks_its_arguments(cpp, place, value, message):
         torch.ops.las_fast.speller_unroll_cpp(*arguments)
 
 
+def test_results_too_large_for_the_memory_are_an_error_and_not_a_crash(cpp):
+    V, U = 2**22, 2**20
+    weights, frame, lengths = random_weights(V, 1, (1,), 1, 1), torch.zeros(1, 1, 1), torch.tensor([1])
+    tokens, sampled = torch.zeros(1, U, dtype=torch.int64), torch.zeros(1, U, dtype=torch.bool)
+    with pytest.raises((RuntimeError, MemoryError), match="bad_alloc"):
+        torch.ops.las_fast.speller_unroll_cpp(weights.flat(), frame, frame, lengths, tokens, sampled, [], False, False)
+
+
 def check_and_digest() -> str:
     for sizes in SIZES:
         assert_equals_the_reference(sizes, "cpp")
