@@ -10,6 +10,7 @@ from calls import (
     compile_and_count,
     digests,
     errors,
+    lanes,
     ops_called,
     threads,
 )
@@ -542,3 +543,14 @@ def test_results_hold_with_vectors_of_older_processors(cpp):
     actual = digests(check_and_digest)
     widths = {"AVX512": 3, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 1)
     assert len(actual) == widths, "each vector width has its own order of summation"
+
+
+@pytest.mark.parametrize(("limit", "width"), [(7, 4), (15, 8)])
+def test_a_limit_between_two_widths_is_the_narrower_one(cpp, limit, width):
+    arguments, contexts = (*inputs(2, 3, 67, 64, 64), torch.tensor([67, 5])), {}
+    for number in (width, limit, limit + 1):
+        with lanes(number):
+            contexts[number], _ = masked_attention(*arguments, backend=cpp)
+    assert torch.equal(contexts[limit], contexts[width])
+    widest = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    assert torch.equal(contexts[limit + 1], contexts[width]) == (widest <= width), "the test could not fail"
