@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.mutants.base import ROOT
 from tests.mutants.cpp import refused_by
 from tests.mutants.cpp_rules import constants, cpp_mutants, schema
+from tests.mutants.server import _has_message
 from tests.mutants.triton import TritonTarget
 
 HOOK = ROOT / "tests" / "mutants" / "cpp_hook.h"
@@ -217,3 +219,16 @@ def test_a_fault_in_a_kernel_is_detected():
     mutants = target.mutants([Path("kernels/beam_gather.py")])
     wrong = next(m for m in mutants if m.before == "row // K * K + parent")
     assert target.judge(wrong).outcome == "noticed"
+
+
+@pytest.mark.parametrize(("code", "in_time"), [("import time; time.sleep(1)", True), ("while True: pass", False)])
+def test_a_test_that_waits_for_a_busy_processor_is_not_called_slow(code, in_time):
+    reader, writer = os.pipe()
+    code += f"\nimport os; os.write({writer}, b'x')"
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[writer])
+    try:
+        assert _has_message(reader, process.pid, 0.3) == in_time
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader), os.close(writer)
