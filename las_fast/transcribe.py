@@ -18,12 +18,13 @@ from las_fast.cli import require_stdout, run
 from las_fast.errors import InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, as_path
+from las_fast.output.formats import FORMATS, Style
+from las_fast.output.subtitles import Layout
 from las_fast.output.transcripts import (
-    FORMATS,
     MIN_SPEECH_SCORE,
     POOL_SECONDS,
-    SUFFIXES,
     Transcript,
+    count,
     noise_warning,
     output_files,
 )
@@ -59,12 +60,20 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("files", nargs="+", type=as_path, metavar="FILE", help="wav, flac, ogg, mp3...; - is standard input")
+    add("files", nargs="+", type=as_path, metavar="FILE",
+        help="recordings, folders of recordings, or patterns such as 'talks/*.mp3'; - is standard input")  # fmt: skip
     add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
-    add("--format", choices=FORMATS, default="text", help="json writes one object per file (default: text)")
-    add("--out", type=as_path, metavar="FOLDER", help="write FILE.txt, .json, .srt or .vtt there instead of printing")
+    add("--format", choices=FORMATS, help="json, tsv and ctm have one line per recording, segment or word; "
+        "textgrid is for Praat (default: that of --out FILE, else text)")  # fmt: skip
+    add("--out", type=as_path, metavar="FOLDER|FILE",
+        help="write FOLDER/RECORDING.txt, .json, .srt ...; or, for one recording, a file such as talk.srt")  # fmt: skip
     add("--existing", choices=("error", "skip", "replace"), default="error",
         help="what to do if an output file exists; skip: leave the recording out (default: error)")  # fmt: skip
+    add("--case", choices=("lower", "upper"), help="write texts in lower or upper case (default: as the model does)")
+    add("--width", type=int, default=42, metavar="N", help="characters per line of subtitles (default: 42)")
+    add("--lines", type=int, default=2, metavar="N", help="lines of a subtitle (default: 2)")
+    add("--word-times", action="store_true", help="with vtt: a time tag for each word, for players that highlight it")
+    add("--nbest", type=int, default=1, metavar="N", help="with json: hypotheses per segment (default: 1)")
     add("--beam", type=int, help="beam width (default: the checkpoint's)")
     add(
         "--lm",
@@ -78,7 +87,7 @@ def parser() -> Parser:
         "--on-bad",
         choices=("error", "skip"),
         default="error",
-        help="what to do with files that cannot be read; skip: warn and continue (default: error)",
+        help="what to do with files that cannot be read; skip: warn, continue, and exit with status 1 (default: error)",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
@@ -88,16 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     return_freed_memory()
     options = parser().parse_args(argv)
-    if options.beam is not None and options.beam < 1:
-        raise InputError(f"--beam must be at least 1; got {options.beam}")
-    if math.isnan(options.min_speech_score):
-        raise InputError("--min-speech-score must be a number; got nan")
-    paths = list(dict.fromkeys(options.files))
-    if options.format in ("srt", "vtt") and len(paths) > 1 and options.out is None:
-        raise InputError(
-            f"{len(paths)} recordings need {len(paths)} {options.format} files; "
-            "give a folder for them with --out FOLDER"
-        )
+    check_options(options)
+    from las_fast.data.recordings import find_recordings
+
+    paths = find_recordings(options.files)
+    choose_format(options, len(paths))
     targets = choose_targets(paths, options)
     if options.out and not targets:
         print(f"nothing to do: all {len(paths)} transcripts exist in {show(options.out)}")
@@ -110,13 +114,66 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(options.device)
     model = Recogniser(load_model(options.checkpoint or released_model(), device), device, lm_option="--lm ")
+    done = 0
     for path, transcript in transcribe(paths, model, options):
-        text = FORMATS[options.format](path, transcript.segments)
-        if options.out:
-            save(targets[path], text)
-        else:
-            several = options.format == "text" and len(paths) > 1
-            write(f"{show(path)}: {text}" if several else text, end="")
+        emit(path, transcript, options, targets, several=len(paths) > 1)
+        done += 1
+    if done < len(paths):
+        warn(f"{count(len(paths) - done, 'recording')} of {len(paths)} left out")
+        sys.exit(1)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise InputError for numbers out of range, and for options that the format does not use."""
+    for name in ("beam", "width", "lines", "nbest"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1; got {value}")
+    if math.isnan(options.min_speech_score):
+        raise InputError("--min-speech-score must be a number; got nan")
+
+
+def choose_format(options: argparse.Namespace, recordings: int) -> None:
+    """Set options.format from --out FILE, and check both against the number of recordings.
+
+    Raises:
+        InputError: --out is a file of another format or for several recordings, subtitles of several recordings would
+            be printed, or an option is for another format.
+    """
+    by_suffix = {suffix.lower(): name for name, (suffix, _) in FORMATS.items()}
+    named = by_suffix.get(options.out.suffix.lower()) if options.out and not options.out.is_dir() else None
+    options.out_is_file = named is not None
+    if named and recordings > 1:
+        raise InputError(f"--out {show(options.out)} is one file, but there are {recordings} recordings; give a folder")
+    if named and options.format not in (None, named):
+        suffix = FORMATS[options.format][0]
+        raise InputError(f"--format {options.format} writes {suffix} files; got --out {show(options.out)}")
+    options.format = options.format or named or "text"
+    if options.format not in ("text", "json") and recordings > 1 and options.out is None:
+        raise InputError(
+            f"{recordings} recordings need {recordings} {options.format} files; give a folder with --out FOLDER"
+        )
+    uses = {"nbest": (1, ("json",)), "width": (42, ("srt", "vtt")), "lines": (2, ("srt", "vtt")),
+            "word_times": (False, ("vtt",))}  # fmt: skip
+    for name, (default, formats) in uses.items():
+        if getattr(options, name) != default and options.format not in formats:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is for {' and '.join(formats)}; got --format {options.format}")
+
+
+def emit(path: Path, transcript: Transcript, options: argparse.Namespace, targets: dict[Path, Path], *, several: bool):
+    """Write the transcript of a recording to its file, or print it."""
+    if options.case:
+        transcript = transcript.map_text(str.lower if options.case == "lower" else str.upper)
+    if several and options.format == "text" and not options.out:
+        write(f"{show(path)}: {transcript.text}")  # a line per recording
+        return
+    style = Style(Layout(options.width, options.lines), options.word_times)
+    text = FORMATS[options.format][1](path, transcript, style)
+    if options.out:
+        save(targets[path], text)
+    else:
+        write(text, end="")
 
 
 def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace) -> Iterator[tuple[Path, Transcript]]:
@@ -126,6 +183,7 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
             paths,
             beam=options.beam,
             lm=options.lm,
+            nbest=options.nbest,
             min_speech_score=options.min_speech_score,
             skip_bad=options.on_bad == "skip",
             pool_seconds=POOL_SECONDS,
@@ -146,8 +204,12 @@ def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path,
     if not options.out:
         require_stdout("--out FOLDER")
         return {}
-    make_folder(options.out, "--out")
-    targets = output_files(paths, options.out, SUFFIXES[options.format])
+    if options.out_is_file:
+        make_folder(options.out.parent, "--out")
+        targets = {paths[0]: options.out}
+    else:
+        make_folder(options.out, "--out")
+        targets = output_files(paths, options.out, FORMATS[options.format][0])
     recordings = {os.path.realpath(path): path for path in paths}
     replaced = next((path for file in targets.values() if (path := recordings.get(os.path.realpath(file)))), None)
     if replaced:

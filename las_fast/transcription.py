@@ -34,10 +34,12 @@ class _RecordingState:
     noise: list[Segment] = field(default_factory=list)
     undecoded: int = 0  # number of its segments in the pool
     is_read: bool = False
+    duration: float = 0.0  # seconds
     error: InputError | None = None  # why it cannot be read
 
     def transcript(self) -> Transcript:
-        return Transcript(join_texts(self.segments).strip(), tuple(self.segments), tuple(self.noise))
+        text = join_texts(self.segments).strip()
+        return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration)
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Transcription:
             self.warn(message)
         if not has_speech:
             self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
-        state.is_read = True
+        state.duration, state.is_read = seconds, True
 
     def _add(self, state: _RecordingState, speech: Speech) -> None:
         self.pool.append((state, speech))

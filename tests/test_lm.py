@@ -630,7 +630,7 @@ def test_transcribe_takes_a_language_model(workspace, tmp_path, capsys):
     scores = []
     for more in ([], ["--lm", str(tmp_path / "hello.safetensors")]):
         transcribe.main([*arguments, *more])
-        scores.append(json.loads(capsys.readouterr().out)["pieces"][0]["score"])
+        scores.append(json.loads(capsys.readouterr().out)["segments"][0]["score"])
     assert scores[0] != scores[1]
     assert "--lm gone is not a file" in fails(capsys, lambda: transcribe.main([*arguments, "--lm", "gone"]))
 

@@ -24,7 +24,7 @@ from las_fast.config import DecodingConfig
 from las_fast.data.segments import Speech
 from las_fast.errors import InputError, show
 from las_fast.output.metrics import score
-from las_fast.output.transcripts import Hypothesis, Segment, Transcript
+from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
 from las_fast.recogniser import Decoder, Recogniser
 from las_fast.search import beam, dataset
 from las_fast.transcribe import main
@@ -49,8 +49,8 @@ def transcribe(workspace, *argv, files=("short.wav",)):
 def test_a_long_recording_is_decoded_in_segments(workspace, capsys):
     transcribe(workspace, "--format", "json", files=["long.wav"])
     row = json.loads(capsys.readouterr().out)
-    assert len(row["pieces"]) == 2 and row["text"] == " ".join(piece["text"] for piece in row["pieces"])
-    first, second = row["pieces"]
+    assert len(row["segments"]) == 2 and row["text"] == " ".join(piece["text"] for piece in row["segments"])
+    first, second = row["segments"]
     assert 0 <= first["start"] < 0.3 and 10 < first["end"] < 20.2 and second["end"] == pytest.approx(25, abs=0.3)
     assert second["start"] == pytest.approx(first["end"], abs=0.5)
     assert first["mean_score"] < 0 and first["speech_score"] is None  # this model has no CTC head
@@ -122,7 +122,7 @@ def test_an_output_folder_that_is_a_file_is_refused_before_the_work(workspace, c
     ("files", "argv", "message"),
     [
         (["gone.wav"], [], "gone.wav"),
-        (["short.wav", "other.flac"], ["--format", "srt"], "give a folder for them with --out FOLDER"),
+        (["short.wav", "other.flac"], ["--format", "srt"], "give a folder with --out FOLDER"),
         (["short.wav"], ["--beam", "100000"], "decoding.beam must be at most"),
         (["short.wav"], ["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["short.wav"], ["--beam", "0"], "--beam must be at least 1"),
@@ -142,19 +142,22 @@ def test_a_file_that_is_not_audio_is_refused(workspace, capsys):
     assert "noise.wav" in capsys.readouterr().err
 
 
-def test_unreadable_files_may_be_skipped(workspace, capsys):
+def test_unreadable_files_may_be_skipped_with_exit_status_1(workspace, capsys):
     (workspace / "noise.wav").write_bytes(b"not audio")
-    transcribe(
-        workspace, "--on-bad", "skip", "--format", "json", files=["short.wav", "noise.wav", "gone.wav", "other.flac"]
-    )
+    files = ["short.wav", "noise.wav", "gone.wav", "other.flac"]
+    with pytest.raises(SystemExit) as end:
+        transcribe(workspace, "--on-bad", "skip", "--format", "json", files=files)
+    assert end.value.code == 1
     captured = capsys.readouterr()
     assert [json.loads(line)["file"].rsplit("/", 1)[1] for line in captured.out.splitlines()] == [
         "short.wav",
         "other.flac",
     ]
     assert "left out" in captured.err and "noise.wav" in captured.err and "gone.wav does not exist" in captured.err
-    transcribe(workspace, "--on-bad", "skip", files=["noise.wav"])
-    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        transcribe(workspace, "--on-bad", "skip", files=["noise.wav"])
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.endswith("warning: 1 recording of 1 left out\n")
 
 
 def test_each_file_is_written_as_soon_as_it_is_decoded(workspace, tmp_path, monkeypatch):
@@ -236,7 +239,7 @@ def test_standard_input_is_a_recording(workspace, tmp_path):
     with open(workspace / "short.wav", "rb") as recording:
         subprocess.run(command, stdin=recording, check=True, cwd=Path(__file__).parents[1])
     transcribe(workspace, "--format", "json", "--out", str(tmp_path))
-    assert read(tmp_path / "stdin.json")["pieces"] == read(tmp_path / "short.json")["pieces"]
+    assert read(tmp_path / "stdin.json")["segments"] == read(tmp_path / "short.json")["segments"]
 
 
 def read(path):
@@ -254,11 +257,11 @@ def test_noise_segments_are_omitted_with_a_warning(workspace, capsys, monkeypatc
     monkeypatch.setattr(dataset, "decode_dataset", scored)
     transcribe(workspace, "--format", "json", files=["long.wav"])
     out, err = capsys.readouterr()
-    (piece,) = json.loads(out)["pieces"]
+    (piece,) = json.loads(out)["segments"]
     assert piece["speech_score"] == 3.0 and "left out 1 segment that may be noise, the first at 0.0 s" in err
     transcribe(workspace, "--format", "json", "--min-speech-score", "0.5", files=["long.wav"])
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["pieces"]) == 2 and "noise" not in err
+    assert len(json.loads(out)["segments"]) == 2 and "noise" not in err
 
 
 def test_the_length_of_a_recording_is_estimated(workspace, tmp_path):
@@ -296,6 +299,7 @@ class Work:
         self.shown, self.updates = None, []
         self.loaded = SimpleNamespace(
             config=SimpleNamespace(features=SimpleNamespace(sample_rate=10)), statistics=None, model="model", info={},
+            path=Path("none.safetensors"),
             vocabulary=SimpleNamespace(decode=lambda tokens: "".join(map(chr, tokens))),
         )  # fmt: skip
         self.decoder = Decoder(DecodingConfig(beam=2), "table", "packed")
@@ -307,6 +311,7 @@ class Work:
         monkeypatch.setattr(dataset, "decode_dataset", self.decode)
         monkeypatch.setattr(module, "Progress", self.progress)
         monkeypatch.setattr(module, "POOL_SECONDS", 10.0)
+        monkeypatch.setattr(self.model, "_word_finder", lambda config: "words")
 
     @contextlib.contextmanager
     def progress(self, *args, **options):
@@ -365,7 +370,7 @@ def test_recordings_are_returned_in_order_as_soon_as_each_is_decoded(monkeypatch
     assert actual[1][0] == Segment(0.0, 3.0, "CB", -6.0, -2.0, None, (best,))
     data, options = work.data[0]
     expected = {"ngram": "table", "packed": "packed", "device": torch.device("cpu")}
-    assert options == {**expected, "speech_scores": True, "progress": False}
+    assert options == {**expected, "speech_scores": True, "words": "words", "progress": False}
     assert data.ids == ["a from 0 s", "a from 3 s", "b from 0 s"] and data.seconds.tolist() == [3, 4, 3]
     assert data.frame_counts.tolist() == [30, 40, 30] and len(data) == 3 and data[1].shape == (40, 2)
     assert capsys.readouterr().err == ("warning: c: no speech was found in its 3.00 seconds\nwarning: odd is odd\n")
@@ -434,10 +439,12 @@ def test_beam_and_language_model_reach_the_search(monkeypatch):
 def calls(monkeypatch):
     """Replace the model by one that gives a segment per recording; return a list of its calls."""
     calls = []
+    words = (Word("HELLO", 0.1, 0.6, 0.9),)
+    transcript = Transcript("HELLO", (Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5, words=words),))
 
     def answer(model, paths, **options):
         calls.append({"paths": [path.name for path in paths], "model": model, **options})
-        return ((path, Transcript("HELLO", (Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),))) for path in paths)
+        return ((path, transcript) for path in paths)
 
     monkeypatch.setattr(Recogniser, "transcribe_all", answer)
     return calls
@@ -480,8 +487,10 @@ def test_the_search_has_the_settings_of_the_checkpoint_except_for_options(worksp
     assert calls == [(str(path), expected, model.loaded, torch.device("cpu"), "--lm ")]
 
 
-@pytest.mark.parametrize(("form", "suffix", "first"), [("text", "txt", "HELLO"), ("json", "json", '{"file": '),
-                                                       ("srt", "srt", "1"), ("vtt", "vtt", "WEBVTT")])  # fmt: skip
+@pytest.mark.parametrize(("form", "suffix", "first"), [
+    ("text", "txt", "HELLO"), ("json", "json", '{"file": '), ("srt", "srt", "1"), ("vtt", "vtt", "WEBVTT"),
+    ("tsv", "tsv", "start"), ("textgrid", "TextGrid", "File type"),
+])  # fmt: skip
 def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tmp_path, capsys, form, suffix, first):
     ask(workspace, "--format", form)
     assert capsys.readouterr().out.splitlines()[0].startswith(first)
@@ -509,9 +518,7 @@ def test_texts_of_several_files_have_their_names_on_one_line(workspace, calls, c
 
 @pytest.mark.parametrize("form", ["srt", "vtt"])
 def test_subtitles_of_several_files_need_a_folder(workspace, calls, form):
-    with pytest.raises(
-        InputError, match=f"^2 recordings need 2 {form} files; give a folder for them with --out FOLDER$"
-    ):
+    with pytest.raises(InputError, match=f"^2 recordings need 2 {form} files; give a folder with --out FOLDER$"):
         ask(workspace, "--format", form, files=["short.wav", "long.wav"])
 
 

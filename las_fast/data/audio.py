@@ -17,6 +17,7 @@ import soxr
 from las_fast.data.channels import Mixer, check_samples, unscaled_integer_bits
 from las_fast.data.containers import Layout, Source, Stream, find_streams
 from las_fast.data.decoder import READ_ERRORS, UNKNOWN_COUNT, Decoder, SoundStream
+from las_fast.data.media import MediaStream, open_sound
 from las_fast.data.opening import Audio, name_of, open_descriptor
 from las_fast.data.quality import SignalQuality
 from las_fast.data.refusals import refusal_reason
@@ -26,6 +27,7 @@ from las_fast.errors import InputError
 __all__ = ["Audio", "Recording", "load_audio", "name_of", "open_recording"]
 
 TOLERANCE = 0.1  # seconds that may be missing at the end: some recorders count the header as audio
+Sound = SoundStream | MediaStream
 MAX_LAYOUTS = 8  # files whose layout is cached
 
 
@@ -35,8 +37,9 @@ def load_audio(
     """Read a recording, or a part of it, as one channel.
 
     Args:
-        path:        a file that libsndfile reads (wav, flac, ogg, mp3, ...), or "-" for standard input. Channels are
-                     averaged; where they cancel each other out, the loudest is taken.
+        path:        a file that libsndfile reads (wav, flac, ogg, mp3, ...) or, if PyAV is installed, FFmpeg (m4a, mp4,
+                     webm, ...); or "-" for standard input. Channels are averaged; where they cancel each other out, the
+                     loudest is taken.
         sample_rate: Hz; audio at another rate is resampled.
         start:       seconds from the beginning of the recording.
         seconds:     length of the part; None reads to the end.
@@ -148,7 +151,7 @@ class Recording:
                 yield from self._decode(source, stream, sound, number, stream_count)
 
     def _decode(
-        self, source: Source, stream: Stream, sound: SoundStream, number: int, stream_count: int
+        self, source: Source, stream: Stream, sound: Sound, number: int, stream_count: int
     ) -> Iterator[np.ndarray]:
         rate = sound.samplerate
         begin = self._elapsed
@@ -173,14 +176,14 @@ class Recording:
         if self._quality and decoder.yielded:
             self._quality.lowest_rate = min(rate, self._quality.lowest_rate)
 
-    def _open_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> SoundStream | None:
+    def _open_stream(self, source: Source, stream: Stream, number: int, stream_count: int) -> Sound | None:
         """Open a stream; return None if it is bad but one of several.
 
         Raises:
             InputError: the only stream of a file cannot be opened, or a sample rate is out of range.
         """
         try:
-            sound = SoundStream(source, stream.spans)
+            sound = open_sound(source, stream)
         except READ_ERRORS as error:
             reason = refusal_reason(source, stream, error)
             if stream_count == 1:

@@ -7,6 +7,7 @@ import contextlib
 import numpy as np
 
 from las_fast.data.decoder import READ_ERRORS, SoundStream
+from las_fast.data.media import MediaStream
 from las_fast.errors import InputError
 
 MAX_SAMPLE = 1e6  # absolute value; full scale is 1
@@ -26,7 +27,7 @@ def check_samples(name: str, samples: np.ndarray) -> None:
         )
 
 
-def unscaled_integer_bits(sound: SoundStream) -> int:
+def unscaled_integer_bits(sound: SoundStream | MediaStream) -> int:
     """Return the bits (16, 24 or 32) of integer samples that are stored as floating point without scaling, or 0.
 
     Long files are probed at 256 positions.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 
 from las_fast.data.containers import Source, Stream, View
+
+if TYPE_CHECKING:
+    from las_fast.data.media import MediaStream
 
 BLOCK = 1 << 18  # samples per block at most, over all channels
 MAX_DAMAGE = 60  # seconds of a FLAC stream that are replaced by zeros
@@ -76,7 +80,7 @@ class Decoder:
         error:    the decoder's last error, or "".
     """
 
-    def __init__(self, source: Source, stream: Stream, sound: SoundStream, skip: int, stop: int | None):
+    def __init__(self, source: Source, stream: Stream, sound: SoundStream | MediaStream, skip: int, stop: int | None):
         self.source, self.sound, self.stream, self.skip, self.stop = source, sound, stream, skip, stop
         self.position = self.lost = 0
         self.yielded, self.stopped, self.error = False, False, ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from las_fast.data.containers import OGG_CODECS, Source, Stream, foreign_format
 from las_fast.data.decoder import decoder_message
+from las_fast.data.media import INSTALL, has_pyav
 
 NOT_AUDIO = (  # lower-case first bytes
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
@@ -24,7 +25,10 @@ def refusal_reason(source: Source, stream: Stream, error: Exception) -> str:
     head = source.read(0, 64)
     ogg = any(magic in source.read(0, 8192) for magic in OGG_CODECS)
     if not ogg and (name := foreign_format(source)):
-        return f"is {name}, which cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+        convert = "convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+        if has_pyav():
+            return f"is {name}, which cannot be decoded ({decoder_message(error)}); copy it again or {convert}"
+        return f"is {name}, which needs PyAV; run: {INSTALL}, or {convert}"
     for magic, name in NOT_AUDIO:
         if head.lower().startswith(magic):
             return f"is {name}"

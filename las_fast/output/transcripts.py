@@ -1,12 +1,11 @@
-"""Transcripts of recordings, their formats (text, JSON, subtitles), and the names of their files."""
+"""Transcripts of recordings, and the names of their files; las_fast.output.formats writes them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from las_fast.files import NAME_MAX
@@ -63,11 +62,22 @@ class Transcript:
     text: str  # of all segments
     segments: tuple[Segment, ...]  # in order
     noise: tuple[Segment, ...] = ()  # segments left out of the text because of a low speech score
+    duration: float = 0.0  # of the recording, in seconds
 
     @property
     def words(self) -> tuple[Word, ...]:
         """The words of all segments, in order."""
         return tuple(word for segment in self.segments for word in segment.words)
+
+    def map_text(self, change: Callable[[str], str]) -> Transcript:
+        """Return a copy in which every text is changed; `change` must not add or remove words."""
+
+        def changed(item):
+            parts = {name: tuple(map(changed, getattr(item, name, ()))) for name in ("words", "nbest")}
+            return replace(item, text=change(item.text), **{name: value for name, value in parts.items() if value})
+
+        segments, noise = tuple(map(changed, self.segments)), tuple(map(changed, self.noise))
+        return replace(self, text=change(self.text), segments=segments, noise=noise)
 
     def __str__(self) -> str:
         return self.text
@@ -95,44 +105,6 @@ def noise_warning(name: str, transcript: Transcript, option: str) -> str:
         f"{name}: left out {count(len(transcript.noise), 'segment')} that may be noise, the first at "
         f"{first.start:.1f} s (speech score {first.speech_score:.2f}); {option} sets the limit"
     )
-
-
-def as_text(path: Path, segments: Sequence[Segment]) -> str:
-    return join_texts(segments) + "\n"
-
-
-def as_json(path: Path, segments: Sequence[Segment]) -> str:
-    names = [f.name for f in fields(Segment) if f.name not in ("nbest", "words")]
-    rows: list[dict] = [{name: _rounded(getattr(segment, name)) for name in names} for segment in segments]
-    for row, segment in zip(rows, segments, strict=True):
-        row["words"] = [word.row() for word in segment.words]
-    whole = {"file": os.fspath(path), "text": join_texts(segments).strip(), "pieces": rows}
-    return json.dumps(whole, ensure_ascii=False) + "\n"
-
-
-def _rounded(value):
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def as_srt(path: Path, segments: Sequence[Segment]) -> str:
-    with_text = enumerate((segment for segment in segments if segment.text), 1)
-    return "\n".join(f"{n}\n{clock(s.start, ',')} --> {clock(s.end, ',')}\n{s.text}\n" for n, s in with_text)
-
-
-def as_vtt(path: Path, segments: Sequence[Segment]) -> str:
-    with_text = [segment for segment in segments if segment.text]
-    return "WEBVTT\n" + "".join(f"\n{clock(s.start, '.')} --> {clock(s.end, '.')}\n{s.text}\n" for s in with_text)
-
-
-def clock(seconds: float, point: str) -> str:
-    """Format seconds as HH:MM:SS, `point` and milliseconds."""
-    milliseconds = round(seconds * 1000)
-    minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
-
-
-FORMATS = {"text": as_text, "json": as_json, "srt": as_srt, "vtt": as_vtt}
-SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
 
 
 def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,10 +97,10 @@ def load_calibration(checkpoint: Path) -> Calibration:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError
-        searches = {name: Weights(**values.pop(name)) for name in ("beam", "greedy")}
+        beam, greedy = (Weights(**values.pop(name)) for name in ("beam", "greedy"))
         known = frozenset(values.pop("known").split())
-        shifts = {name: float(value) for name, value in values.items()}
-        return Calibration(**searches, known=known, **shifts)
+        shifts: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        return Calibration(beam=beam, greedy=greedy, known=known, **shifts)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
     except (ValueError, KeyError, TypeError, AttributeError):

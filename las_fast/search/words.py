@@ -164,8 +164,8 @@ def moved(words: Sequence[Word], seconds: float, begin: float, limit: float) -> 
     """Return words that are `seconds` later and lie between begin and limit."""
     if not words:
         return ()
-    times = np.array([[word.start, word.end] for word in words]).T + seconds
-    pairs = zip(words, *(x.tolist() for x in in_order(*times, begin, limit)), strict=True)
+    starts, ends = np.array([[word.start, word.end] for word in words]).T + seconds
+    pairs = zip(words, *(x.tolist() for x in in_order(starts, ends, begin, limit)), strict=True)
     return tuple(dataclasses.replace(word, start=start, end=end) for word, start, end in pairs)
 
 

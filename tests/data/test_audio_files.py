@@ -281,8 +281,9 @@ def test_64_leading_zeros_are_reported_as_a_failed_copy(tmp_path, zeros, message
 
 
 def test_a_format_that_ffmpeg_reads_is_named_with_the_command(tmp_path):
-    refused(put(tmp_path, b"#!AMR\n" + bytes(100)), "X is AMR, which cannot be read; convert it: "
-            "ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav")  # fmt: skip
+    message = refusal(put(tmp_path, b"wvpk" + bytes(100)))
+    assert "is WavPack, which cannot be decoded (" in message
+    assert message.endswith("); copy it again or convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav")
 
 
 @pytest.mark.parametrize(("error", "reason"), [

@@ -1,74 +1,33 @@
-"""Transcripts as text, JSON and subtitles, and the names of their files."""
+"""Transcripts, and the names of their files."""
 
-import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from las_fast.output.transcripts import (
-    Segment,
-    Transcript,
-    Word,
-    _shortened,
-    as_json,
-    as_srt,
-    as_text,
-    as_vtt,
-    clock,
-    output_files,
-)
-
-SEGMENTS = [
-    Segment(0.0, 1.5, "HELLO", -1.0, -0.25, 5.5),
-    Segment(1.5, 2.0, "", -0.1, -0.1, None),
-    Segment(3661.0425, 3662.0, "THERE", -2.0, -0.33333, 4.0, (), (Word("THERE", 3661.14251, 3661.5, 0.98765),)),
-]
+from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word, _shortened, output_files
 
 
-def test_texts_of_segments_are_joined(tmp_path):
-    assert as_text(tmp_path, SEGMENTS) == "HELLO THERE\n"
+def segment(text, start=0.0, words=()):
+    return Segment(start, start + 1.0, text, -1.0, -0.5, None, words=words)
 
 
-def test_json_holds_times_and_scores():
-    row = json.loads(as_json(Path("a/b.wav"), SEGMENTS))
-    assert row["file"] == "a/b.wav" and row["text"] == "HELLO THERE" and len(row["pieces"]) == 3
-    assert row["pieces"][2] == {
-        "start": 3661.0425, "end": 3662.0, "text": "THERE", "score": -2.0, "mean_score": -0.3333, "speech_score": 4.0,
-        "words": [{"word": "THERE", "start": 3661.143, "end": 3661.5, "confidence": 0.9877}],
-    }  # fmt: skip
-    assert row["pieces"][0]["words"] == []
-    assert row["pieces"][1]["speech_score"] is None
+def test_a_change_of_case_reaches_every_text():
+    word = Word("HELLO", 0.0, 1.0, 0.5)
+    other = Hypothesis("HOLLOW", -2.0, -0.3, None, (Word("HOLLOW", 0.0, 1.0, 0.1),))
+    best = Segment(0.0, 1.0, "HELLO", -1.0, -0.2, 5.0, (Hypothesis("HELLO", -1.0, -0.2, 5.0, (word,)), other), (word,))
+    transcript = Transcript("HELLO", (best,), (segment("HM"),), 3.0).map_text(str.lower)
+    changed = transcript.segments[0]
+    assert (transcript.text, changed.text, transcript.words[0].text) == ("hello", "hello", "hello")
+    assert [(h.text, h.words[0].text) for h in changed.nbest] == [("hello", "hello"), ("hollow", "hollow")]
+    assert transcript.noise[0].text == "hm" and transcript.duration == 3.0
+    assert changed.words[0] == Word("hello", 0.0, 1.0, 0.5) and changed.score == -1.0
 
 
-def test_a_transcript_has_the_words_of_all_segments_in_order():
-    first, second = Word("A", 0.0, 0.5, 0.5), Word("B", 1.0, 1.5, 0.25)
-    segments = [replace(SEGMENTS[0], words=(first,)), SEGMENTS[1], replace(SEGMENTS[2], words=(second,))]
-    assert Transcript("A B", tuple(segments)).words == (first, second)
-
-
-def test_subtitles_have_the_times_of_the_segments(tmp_path):
-    assert as_srt(tmp_path, SEGMENTS) == (
-        "1\n00:00:00,000 --> 00:00:01,500\nHELLO\n\n2\n01:01:01,042 --> 01:01:02,000\nTHERE\n"
-    )
-    assert as_vtt(tmp_path, SEGMENTS[:1]) == "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n"
-
-
-def test_segments_without_text_have_no_subtitle(tmp_path):
-    assert as_vtt(tmp_path, SEGMENTS) == (
-        "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHELLO\n\n01:01:01.042 --> 01:01:02.000\nTHERE\n"
-    )
-
-
-def test_json_does_not_escape_non_ascii_letters():
-    row = as_json(Path("a.wav"), [Segment(0.0, 1.0, "\uac15 \u00e9", -1.0, -1.0, None)])
-    assert "\uac15 \u00e9" in row and row.endswith("}\n") and row.count("\n") == 1
-
-
-def test_rounding_carries_into_minutes_and_hours():
-    assert clock(59.9996, ".") == "00:01:00.000"
-    assert clock(59 * 60, ".") == "00:59:00.000" and clock(3600 + 60 + 1.5, ",") == "01:01:01,500"
+def test_the_words_of_a_transcript_are_those_of_its_segments():
+    first, second = Word("A", 0.0, 0.5, 1.0), Word("B", 2.0, 2.5, 1.0)
+    transcript = Transcript("A B", (segment("A", words=(first,)), segment("B", 2.0, (second,))))
+    assert transcript.words == (first, second)
 
 
 @pytest.mark.parametrize(

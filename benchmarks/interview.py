@@ -1,0 +1,155 @@
+"""Transcribe a made interview, and check its text, its subtitles and the memory it takes.
+
+    python -m benchmarks.interview --data MANIFEST [--minutes 10] [--checkpoint speech13h] [--seed 0] [--record]
+
+Utterances of several speakers, at one level, follow each other with pauses of 0.3 to 1.5 s in noise at -56 dB. CER is
+compared with that of the same recording cut at the true boundaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+import las_fast
+from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
+from las_fast.cli import run
+from las_fast.data.audio import load_audio
+from las_fast.data.corpus import Utterance
+from las_fast.data.layouts import open_corpus
+from las_fast.output.metrics import score
+from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, Layout, make_cues
+from las_fast.output.transcripts import Word
+
+FILE = RESULTS / "interview.csv"
+COLUMNS = (*CONTEXT, "checkpoint", "minutes", "seed", "utterances", "cer", "cer_true_boundaries", "cues",
+           "broken_rules", "utterances_per_cue", "seconds", "peak_mib")  # fmt: skip
+RATE = 16000
+LEVEL, NOISE = 0.06, 10 ** (-56 / 20)  # root mean square of the speech; standard deviation of the noise
+PAUSE = (0.3, 1.5)  # seconds
+TOLERANCE = 1e-6  # seconds
+# the command, and then its peak in KiB; resource.getrusage would count the memory of this process, too
+MEASURED = """
+import re, sys
+from las_fast.transcribe import main
+main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def make_interview(utterances: list[Utterance], seconds: float, seed: int) -> tuple[np.ndarray, list[tuple]]:
+    """Return samples (N,) float32 at RATE, at least `seconds` long, and (start, end, text) of each utterance."""
+    rng = np.random.default_rng(seed)
+    parts, bounds, time = [np.zeros(RATE, np.float32)], [], 1.0
+    while time < seconds:
+        for i in rng.permutation(len(utterances)):
+            speech = load_audio(utterances[i].path, RATE)
+            pause = int(rng.uniform(*PAUSE) * RATE)
+            bounds.append((time, time + len(speech) / RATE, utterances[i].transcript))
+            parts += [speech * (LEVEL / np.sqrt(np.mean(speech**2))), np.zeros(pause, np.float32)]
+            time += (len(speech) + pause) / RATE
+            if time >= seconds:
+                break
+    samples = np.concatenate(parts)
+    return samples + (NOISE * rng.standard_normal(len(samples))).astype(np.float32), bounds
+
+
+def broken_rules(cues: list[Cue], layout: Layout | None = None) -> Iterator[str]:
+    """Yield a sentence for each rule of subtitles that cues break."""
+    layout = layout or Layout()
+    for cue in cues:
+        lines = cue.text.split("\n")
+        if len(lines) > layout.lines or max(map(len, lines)) > layout.width:
+            yield f"{cue.text!r} is not {layout.lines} lines of {layout.width} characters"
+        if cue.end - cue.start > MAX_SECONDS + TOLERANCE:
+            yield f"{cue.text!r} is shown for {cue.end - cue.start:.2f} s"
+        for a, b in pairwise(word for line in cue.lines for word in line):
+            if b.start - a.end > MAX_PAUSE + TOLERANCE:
+                yield f"{cue.text!r} has a pause of {b.start - a.end:.2f} s in it"
+    for a, b in pairwise(cues):
+        if a.end > b.start + TOLERANCE:
+            yield f"{a.text!r} and {b.text!r} overlap"
+    for i, cue in enumerate(cues):
+        before = cues[i - 1].end if i else 0.0
+        after = cues[i + 1].start if i + 1 < len(cues) else float("inf")
+        has_room = cue.start > before + TOLERANCE or cue.end < after - TOLERANCE
+        if cue.end - cue.start < MIN_SECONDS - TOLERANCE and has_room:
+            yield f"{cue.text!r} is shown for {cue.end - cue.start:.2f} s, although there is time"
+
+
+def utterances_per_cue(cues: list[Cue], bounds: list[tuple]) -> int:
+    """Return the largest number of utterances whose middle a single cue covers."""
+    middles = [(start + end) / 2 for start, end, _ in bounds]
+    return max((sum(cue.start < middle < cue.end for middle in middles) for cue in cues), default=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.interview", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--data", required=True, help="manifest of the recordings")
+    parser.add_argument("--split", default="dev")
+    parser.add_argument("--source", default="librispeech", help="first letters of the path of the utterances used")
+    parser.add_argument("--checkpoint", default="speech13h", help="run folder, checkpoint file or released name")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-boundaries", action="store_true", help="do not transcribe at the true boundaries")
+    parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/interview.csv")
+    options = parser.parse_args(argv)
+    corpus = open_corpus(options.data)
+    utterances = [u for u in corpus.utterances(options.split) if options.source in str(u.path)]
+    samples, bounds = make_interview(utterances, options.minutes * 60, options.seed)
+    row = measure(samples, bounds, options)
+    print("\n".join(f"{name:20} {value}" for name, value in row.items()))
+    if options.record:
+        append_rows(FILE, COLUMNS, [(*context(), *row.values())])
+
+
+def measure(samples: np.ndarray, bounds: list[tuple], options: argparse.Namespace) -> dict:
+    """Transcribe the interview by the command, in a process of its own, and its utterances at their true boundaries."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "interview.wav")
+        soundfile.write(path, samples, RATE)
+        begin = time.perf_counter()
+        transcript, peak = transcribe(path, options.checkpoint)
+        seconds = time.perf_counter() - begin
+    reference = " ".join(text for *_, text in bounds)
+    words = [Word(w["word"], w["start"], w["end"], w["confidence"]) for s in transcript["segments"] for w in s["words"]]
+    cues = make_cues(words)
+    problems = list(broken_rules(cues))
+    print("\n".join(problems))
+    cut = "" if options.skip_boundaries else cut_at_boundaries(samples, bounds, options.checkpoint)
+    return {
+        "checkpoint": options.checkpoint, "minutes": options.minutes, "seed": options.seed, "utterances": len(bounds),
+        "cer": round(score([reference], [transcript["text"]]).cer, 2),
+        "cer_true_boundaries": round(score([reference], [cut]).cer, 2) if cut else "",
+        "cues": len(cues), "broken_rules": len(problems), "utterances_per_cue": utterances_per_cue(cues, bounds),
+        "seconds": round(seconds, 1), "peak_mib": peak,
+    }  # fmt: skip
+
+
+def transcribe(path: Path, checkpoint: str) -> tuple[dict, int]:
+    """Return the JSON of the command for a recording, and its peak of resident memory in MiB."""
+    arguments = [str(path), "--checkpoint", checkpoint, "--format", "json"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    row, peak = done.stdout.splitlines()
+    return json.loads(row), int(peak) // 1024
+
+
+def cut_at_boundaries(samples: np.ndarray, bounds: list[tuple], checkpoint: str) -> str:
+    """Return the text of the interview's utterances, each transcribed alone."""
+    parts = [samples[int(start * RATE) : int(end * RATE)] for start, end, _ in bounds]
+    return " ".join(t.text for _, t in las_fast.load(checkpoint).transcribe_all(parts, RATE))
+
+
+if __name__ == "__main__":
+    run(main)

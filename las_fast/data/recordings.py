@@ -1,0 +1,64 @@
+"""Find the recordings that the arguments of a command name: files, folders and patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from las_fast.data.folders import list_folder
+from las_fast.data.librispeech import audio_suffixes
+from las_fast.errors import InputError, show
+
+VIDEO_SUFFIXES = frozenset(  # of containers that need PyAV
+    (".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".webm", ".mkv", ".mka", ".wma", ".wmv", ".avi", ".amr")
+)
+
+
+def find_recordings(paths: list[Path]) -> list[Path]:
+    """Return the distinct recordings that paths name, in order.
+
+    "-" and files stand for themselves. A folder stands for the recordings in it and its subfolders, by their suffixes,
+    without hidden files. A path that does not exist and has one of * ? [ is a pattern; ** matches subfolders.
+
+    Raises:
+        InputError: a folder or a pattern has no recordings, or a folder cannot be listed.
+    """
+    found = [recording for path in paths for recording in _expand(path)]
+    return list(dict.fromkeys(found))
+
+
+def _expand(path: Path) -> Iterator[Path]:
+    if str(path) != "-" and path.is_dir():
+        yield from _required(list(_walk(path, set())), f"{show(path)} has no recordings in it or its subfolders")
+    elif str(path) != "-" and glob.has_magic(str(path)) and not os.path.lexists(path):
+        matches = sorted(Path(name) for name in glob.iglob(str(path), recursive=True) if is_recording(Path(name)))
+        yield from _required(matches, f"no recording matches {show(path)}")
+    else:
+        yield path
+
+
+def _required(recordings: list[Path], problem: str) -> list[Path]:
+    if not recordings:
+        raise InputError(f"{problem}; give files such as wav, flac, ogg, mp3 or m4a")
+    return recordings
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield the recordings in a folder; `seen` are the folders above it, so that links do not lead in circles."""
+    status = os.stat(folder)
+    key = status.st_dev, status.st_ino
+    if key in seen:
+        return
+    for path in list_folder(folder):
+        if path.is_dir():
+            yield from _walk(path, seen | {key})
+        elif is_recording(path):
+            yield path
+
+
+def is_recording(path: Path) -> bool:
+    """Return whether a path has the suffix of a recording, and is not a folder."""
+    suffix = path.suffix.lower()
+    return (suffix in audio_suffixes() or suffix in VIDEO_SUFFIXES) and not path.is_dir()

@@ -1,0 +1,171 @@
+"""Transcripts as text, JSON, subtitles, tables and annotations.
+
+Each function of FORMATS takes the path of the recording, its transcript and a Layout, and returns the contents of the
+output file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from las_fast.output.subtitles import Layout, make_cues
+from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
+
+PARAGRAPH_PAUSE = 1.0  # seconds between two words; a longer pause starts a new paragraph
+
+
+@dataclass(frozen=True)
+class Style:
+    """How transcripts are written."""
+
+    layout: Layout = Layout()  # of subtitles
+    word_times: bool = False  # whether cues of vtt have a time tag per word
+
+
+def as_text(path: Path, transcript: Transcript, style: Style) -> str:
+    """Paragraphs, one per line, separated by empty lines."""
+    return "\n\n".join(paragraphs(transcript)) + "\n"
+
+
+def paragraphs(transcript: Transcript) -> list[str]:
+    """Return the text in paragraphs, which end at pauses longer than PARAGRAPH_PAUSE."""
+    found: list[list[str]] = []
+    end = -float("inf")
+    for word in transcript.words:
+        if word.start - end > PARAGRAPH_PAUSE:
+            found.append([])
+        found[-1].append(word.text)
+        end = word.end
+    return [" ".join(words) for words in found]
+
+
+def as_json(path: Path, transcript: Transcript, style: Style) -> str:
+    """One line; the fields are described in las_fast/output/README.md."""
+    segments = [{"id": i, **segment_row(segment)} for i, segment in enumerate(transcript.segments)]
+    row = {"file": os.fspath(path), "text": transcript.text, "duration": transcript.duration, "segments": segments}
+    return json.dumps(rounded(row), ensure_ascii=False) + "\n"
+
+
+def segment_row(segment: Segment) -> dict[str, Any]:
+    """Return a segment as a JSON object; its other hypotheses are "alternatives"."""
+    row = {"start": segment.start, "end": segment.end, **hypothesis_row(segment)}
+    others = [hypothesis_row(other) for other in segment.nbest[1:]]
+    return {**row, "alternatives": others} if others else row
+
+
+def hypothesis_row(one: Hypothesis | Segment) -> dict[str, Any]:
+    """Return text, scores and words of a hypothesis as a JSON object."""
+    scores = {"score": one.score, "mean_score": one.mean_score, "speech_score": one.speech_score}
+    return {"text": one.text, **scores, "words": [word.row() for word in one.words]}
+
+
+def rounded(value: Any) -> Any:
+    """Round all floats in a JSON value to 4 digits."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: rounded(x) for key, x in value.items()}
+    return [rounded(x) for x in value] if isinstance(value, list) else value
+
+
+def as_srt(path: Path, transcript: Transcript, style: Style) -> str:
+    cues = enumerate(make_cues(transcript.words, style.layout), 1)
+    return "\n".join(f"{n}\n{clock(c.start, ',')} --> {clock(c.end, ',')}\n{c.text}\n" for n, c in cues)
+
+
+def as_vtt(path: Path, transcript: Transcript, style: Style) -> str:
+    """WebVTT; with word times, a tag before each word tells players when to highlight it."""
+    blocks = ["WEBVTT\n"]
+    for cue in make_cues(transcript.words, style.layout):
+        text = "\n".join(_vtt_line(line, cue.start, style.word_times) for line in cue.lines)
+        blocks.append(f"{clock(cue.start, '.')} --> {clock(cue.end, '.')}\n{text}\n")
+    return "\n".join(blocks)
+
+
+def _vtt_line(words: Iterable[Word], cue_start: float, word_times: bool) -> str:
+    def tag(word: Word) -> str:  # a tag at the start of the cue is not valid
+        return f"<{clock(word.start, '.')}>" if word_times and word.start > cue_start else ""
+
+    return " ".join(tag(word) + _escape_html(word.text) for word in words)
+
+
+def _escape_html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def as_tsv(path: Path, transcript: Transcript, style: Style) -> str:
+    """Segments as whisper writes them: start and end in milliseconds, and text, separated by tabs."""
+    rows = (f"{round(s.start * 1000)}\t{round(s.end * 1000)}\t{s.text}\n" for s in transcript.segments if s.text)
+    return "start\tend\ttext\n" + "".join(rows)
+
+
+def as_ctm(path: Path, transcript: Transcript, style: Style) -> str:
+    """Words as NIST's sclite reads them: recording, channel, start, duration, word, confidence."""
+    name = "_".join(path.stem.split()) or "recording"
+    return "".join(
+        f"{name} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.3f}\n"
+        for word in transcript.words
+    )
+
+
+def as_textgrid(path: Path, transcript: Transcript, style: Style) -> str:
+    """Tiers "segments" and "words" for Praat, in its long text format."""
+    tiers = {
+        "segments": [(s.start, s.end, s.text) for s in transcript.segments],
+        "words": [(word.start, word.end, word.text) for word in transcript.words],
+    }
+    end = max([transcript.duration, *(interval[1] for tier in tiers.values() for interval in tier)])
+    lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", f"xmax = {end:.4f}"]
+    lines += ["tiers? <exists>", f"size = {len(tiers)}", "item []:"]
+    for number, (name, intervals) in enumerate(tiers.items(), 1):
+        lines += _tier(number, name, list(_without_gaps(intervals, end)), end)
+    return "\n".join(lines) + "\n"
+
+
+def _without_gaps(intervals: Iterable[tuple[float, float, str]], end: float) -> Iterator[tuple[float, float, str]]:
+    """Yield intervals of positive length from 0 to `end`; those in gaps have no text."""
+    time = 0.0
+    for start, stop, text in intervals:
+        start, stop = round(max(start, time), 4), round(stop, 4)
+        if stop <= start:
+            continue
+        if start > time:
+            yield time, start, ""
+        yield start, stop, text
+        time = stop
+    if round(end, 4) > time or not time:
+        yield time, end, ""
+
+
+def _tier(number: int, name: str, intervals: list[tuple[float, float, str]], end: float) -> list[str]:
+    lines = [f"    item [{number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
+    lines += ["        xmin = 0", f"        xmax = {end:.4f}", f"        intervals: size = {len(intervals)}"]
+    for i, (start, stop, text) in enumerate(intervals, 1):
+        quoted = text.replace('"', '""')
+        lines += [f"        intervals [{i}]:", f"            xmin = {start:.4f}", f"            xmax = {stop:.4f}"]
+        lines += [f'            text = "{quoted}"']
+    return lines
+
+
+def clock(seconds: float, point: str) -> str:
+    """Format seconds as HH:MM:SS, `point` and milliseconds."""
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"
+
+
+Writer = Callable[[Path, Transcript, Style], str]
+FORMATS: dict[str, tuple[str, Writer]] = {  # name -> (suffix, function)
+    "text": (".txt", as_text),
+    "json": (".json", as_json),
+    "srt": (".srt", as_srt),
+    "vtt": (".vtt", as_vtt),
+    "tsv": (".tsv", as_tsv),
+    "ctm": (".ctm", as_ctm),
+    "textgrid": (".TextGrid", as_textgrid),
+}
