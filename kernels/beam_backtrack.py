@@ -29,12 +29,12 @@ def backtrack_kernel(
     for i in range(L):
         t = tl.cast(L - 1 - i, tl.int64)
         step = (t * B + b) * K
-        token = tl.load(tokens + step + beam, mask=exists, other=0)
-        score = tl.load(scores + step + beam, mask=exists, other=0.0)
-        beam = tl.load(parents + step + beam, mask=exists, other=0)
+        token = tl.load(tokens + step + beam, mask=exists)
+        score = tl.load(scores + step + beam, mask=exists)
+        beam = tl.load(parents + step + beam, mask=exists)
         beam = tl.minimum(tl.maximum(beam, 0), K - 1)  # a kernel cannot raise: clamp
         before = tl.load(scores + step - B * K + beam, mask=exists & (t > 0), other=0.0)
-        frame = tl.load(attended_frames + step + beam, mask=exists, other=0)
+        frame = tl.load(attended_frames + step + beam, mask=exists)
         token_score = tl.where(score == before, 0.0, score - before)  # 0 even where both are -inf
         length = tl.where(token == eos, t, length)
         tl.store(out_tokens + row * L + t, token, mask=exists)
@@ -46,7 +46,7 @@ def backtrack_kernel(
         # (BLOCK_K, BLOCK_L)
         t = start + tl.arange(0, BLOCK_L)
         after = exists[:, None] & (t[None, :] > length[:, None]) & (t[None, :] < L)
-        tl.store(out_tokens + row[:, None] * L + t[None, :], tl.zeros([BLOCK_K, BLOCK_L], tl.int64) + eos, mask=after)
+        tl.store(out_tokens + row[:, None] * L + t[None, :], eos, mask=after)
 
 
 def beam_backtrack(
@@ -56,7 +56,7 @@ def beam_backtrack(
     L, B, K = tokens.shape
     out_tokens, out_frames = tokens.new_empty(B, K, L), tokens.new_empty(B, K, L)
     token_scores, lengths = scores.new_empty(B, K, L), tokens.new_empty(B, K)
-    if B and K:
+    if K:
         backtrack_kernel[B,](
             *(x.contiguous() for x in (tokens, parents, scores, attended_frames)),
             out_tokens, lengths, token_scores, out_frames, L, B, K, eos,

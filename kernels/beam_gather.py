@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK = 1024  # values of a row per iteration, at most
+
 
 @triton.jit
 def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
@@ -24,7 +26,7 @@ def gather_kernel(states, gathered, parents, sizes, K, BLOCK: tl.constexpr):
             # (BLOCK,)
             n = start + tl.arange(0, BLOCK)
             inside = n < sizes[i]
-            x = tl.load(states[i] + source * sizes[i] + n, mask=inside, other=0)
+            x = tl.load(states[i] + source * sizes[i] + n, mask=inside)
             tl.store(gathered[i] + row * sizes[i] + n, x, mask=inside)
 
 
@@ -33,10 +35,10 @@ def beam_gather(states: list[Tensor], parents: Tensor) -> list[Tensor]:
     rows = [x.contiguous() for x in states]
     gathered = [torch.empty_like(x) for x in rows]
     sizes = tuple(x.shape[2] for x in rows)
-    if parents.numel() and sum(sizes):
+    if sum(sizes):
         sources, targets = ([_as_integers(x) for x in xs] for xs in (rows, gathered))
         sizes = tuple(x.shape[2] for x in sources)
-        block = min(1024, triton.next_power_of_2(max(sizes)))
+        block = min(BLOCK, triton.next_power_of_2(max(sizes)))
         gather_kernel[parents.numel(),](
             tuple(sources), tuple(targets), parents.contiguous(), sizes, parents.shape[1], BLOCK=block, num_warps=4
         )

@@ -39,9 +39,15 @@ def _flat_index(key):
 
 
 @triton.jit
+def _finite(x):
+    """Return x with 0 for -inf: -inf - -inf would be NaN."""
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
 def _state(pointer, state_count, exists):
     """Load n-gram states and clamp them to the table: a kernel cannot raise."""
-    state = tl.load(pointer, mask=exists, other=0)
+    state = tl.load(pointer, mask=exists)
     return tl.minimum(tl.maximum(state, 0), state_count - 1)
 
 
@@ -60,33 +66,32 @@ def _rank(candidates, lengths, finished, coverage, length_penalty, COVERAGE: tl.
 
 
 @triton.jit
-def _eos_rules(eos_score, best_other, lengths, minimum, maximum, threshold,
+def _eos_rules(eos_score, best_other, lengths, b, minimum, maximum, threshold,
                MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr, THRESHOLD: tl.constexpr):  # fmt: skip
-    """Return whether eos is denied and whether it is forced, (R,) each."""
+    """Return whether eos is denied and whether it is forced, (R,) each, for beams of utterance b."""
     denied = lengths < 0
     if THRESHOLD:
         denied = eos_score <= threshold * best_other
     if MINIMUM:
-        denied = denied | (lengths < minimum)
+        denied = denied | (lengths < tl.load(minimum + b))
     forced = lengths < 0
     if MAXIMUM:
-        forced = lengths >= maximum
+        forced = lengths >= tl.load(maximum + b)
     return denied & (forced == 0), forced
 
 
 @triton.jit
 def _candidates(steps, row, v, V, eos, score, finished, denied, forced, ngram_table, state, ngram_weight,
-                ctc_next_log_probs, ctc_weight, exists, NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
+                ctc_next_log_probs, ctc_weight, inside, NGRAM: tl.constexpr, CTC: tl.constexpr):  # fmt: skip
     """Return the scores (R, BLOCK_V) of the continuations with log-probabilities `steps`; -inf where not allowed."""
     # (R, BLOCK_V)
     is_eos = (v == eos)[None, :]
-    inside = exists[:, None] & (v < V)[None, :]
     if CTC:
-        log_probs = tl.load(ctc_next_log_probs + row[:, None] * V + v[None, :], mask=inside, other=0.0)
+        log_probs = tl.load(ctc_next_log_probs + row[:, None] * V + v[None, :], mask=inside)
         mixed = (1.0 - ctc_weight) * steps + ctc_weight * log_probs
         steps = tl.where(steps == -float("inf"), steps, mixed)  # 0 * -inf would be NaN
     if NGRAM:
-        steps = steps + ngram_weight * tl.load(ngram_table + state[:, None] * V + v[None, :], mask=inside, other=0.0)
+        steps = steps + ngram_weight * tl.load(ngram_table + state[:, None] * V + v[None, :], mask=inside)
     steps = tl.where((is_eos & denied[:, None]) | ((is_eos == 0) & forced[:, None]), -float("inf"), steps)
     steps = tl.where(finished[:, None], tl.where(is_eos, 0.0, -float("inf")), steps)
     return score[:, None] + steps
@@ -104,12 +109,12 @@ def _take_best(
         keys = tl.where(keys == best, NO_KEY, keys)
         index = _flat_index(best)
         parent, token = index // V, index % V
-        ended = tl.load(finished + b * K + parent) != 0
+        ended = tl.load(finished + b * K + parent)
         at = b * K + j
         tl.store(out_scores + at, score)
         tl.store(out_tokens + at, token)
         tl.store(out_parents + at, parent)
-        tl.store(out_finished + at, (ended | (token == eos)).to(tl.int8))
+        tl.store(out_finished + at, ended | (token == eos))
         tl.store(out_lengths + at, tl.load(lengths + b * K + parent) + tl.where(ended, 0, 1))
         if NGRAM:
             state = _state(ngram_states + b * K + parent, state_count, parent < K)
@@ -135,28 +140,27 @@ def topk_kernel(
     x = x.to(tl.float32)
     # (BLOCK_K,)
     top = tl.max(x, 1)
-    finite = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
+    finite = _finite(top)
     log_sum = tl.log(tl.sum(tl.exp(x - finite[:, None]), 1))
     has_softmax = tl.abs(top + log_sum) < float("inf")  # False for NaN too
     # (BLOCK_K, BLOCK_V)
     steps = tl.where(has_softmax[:, None], (x - finite[:, None]) - log_sum[:, None], -float("inf"))
     is_eos = (v == eos)[None, :]
     # (BLOCK_K,)
-    score = tl.load(scores + row, mask=exists, other=-float("inf"))
-    done = tl.load(finished + row, mask=exists, other=0) != 0
-    count = tl.load(lengths + row, mask=exists, other=0)
+    score = tl.load(scores + row, mask=exists)
+    done = tl.load(finished + row, mask=exists)
+    count = tl.load(lengths + row, mask=exists)
     denied, forced = _eos_rules(
         tl.max(tl.where(is_eos, steps, -float("inf")), 1), tl.max(tl.where(is_eos, -float("inf"), steps), 1), count,
-        tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
-        MINIMUM, MAXIMUM, THRESHOLD,
+        b, minimum, maximum, threshold, MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
     state = _state(ngram_states + row, state_count, exists) if NGRAM else row
     # (BLOCK_K, BLOCK_V)
     candidates = _candidates(
-        steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight, ctc_next_log_probs,
-        ctc_weight, exists, NGRAM, CTC,
+        steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+        ctc_next_log_probs, ctc_weight, inside, NGRAM, CTC,
     )  # fmt: skip
-    covered = tl.load(coverage + row, mask=exists, other=0.0) if COVERAGE else score
+    covered = tl.load(coverage + row, mask=exists) if COVERAGE else score
     ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
     keys = tl.where(inside, _keys(ranks, k[:, None] * V + v[None, :]), NO_KEY)
     _take_best(
@@ -176,9 +180,8 @@ def row_kernel(
 ):  # fmt: skip
     """Write the K best continuations of hypothesis (b, k), best first, as keys and scores (B, K, K)."""
     b, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = b * K + k
+    row = b * K + k + tl.arange(0, 1)  # (1,)
     line = logits + b * logits_b + k * logits_k
-    zero = tl.arange(0, 1)  # (1,): a load at pointer + zero is a row of one
     local = tl.arange(0, BLOCK_V)
     # (1,): running maximum and sum of the log-softmax, the logit of eos and the best other logit
     top = tl.full([1], -float("inf"), tl.float32)
@@ -188,27 +191,27 @@ def row_kernel(
     for start in range(0, V, BLOCK_V):
         # (1, BLOCK_V)
         v = start + local
-        x = tl.load(line + v[None, :], mask=(v < V)[None, :], other=-float("inf")).to(tl.float32)
+        inside = (v < V)[None, :]
+        x = tl.load(line + v[None, :], mask=inside, other=-float("inf")).to(tl.float32)
         is_eos = (v == eos)[None, :]
         eos_logit = tl.maximum(eos_logit, tl.max(tl.where(is_eos, x, -float("inf")), 1))
         best_other = tl.maximum(best_other, tl.max(tl.where(is_eos, -float("inf"), x), 1))
         top_new = tl.maximum(top, tl.max(x, 1))
-        finite = tl.where(top_new == -float("inf"), 0.0, top_new)  # -inf - -inf would be NaN
+        finite = _finite(top_new)
         total = total * tl.exp(top - finite) + tl.sum(tl.exp(x - finite[:, None]), 1)
         top = top_new
     # (1,)
     log_sum = tl.log(total)
     has_softmax = tl.abs(top + log_sum) < float("inf")  # False for NaN too
-    score = tl.load(scores + row + zero)
-    done = tl.load(finished + row + zero) != 0
-    count = tl.load(lengths + row + zero)
+    score = tl.load(scores + row)
+    done = tl.load(finished + row)
+    count = tl.load(lengths + row)
     denied, forced = _eos_rules(
         (eos_logit - top) - log_sum, (best_other - top) - log_sum, count,
-        tl.load(minimum + b) if MINIMUM else 0, tl.load(maximum + b) if MAXIMUM else 0, threshold,
-        MINIMUM, MAXIMUM, THRESHOLD,
+        b, minimum, maximum, threshold, MINIMUM, MAXIMUM, THRESHOLD,
     )  # fmt: skip
-    state = _state(ngram_states + row + zero, state_count, zero < 1) if NGRAM else zero
-    covered = tl.load(coverage + row + zero) if COVERAGE else score
+    state = _state(ngram_states + row, state_count, k < K) if NGRAM else row
+    covered = tl.load(coverage + row) if COVERAGE else score
     # (BLOCK_K,): the best keys so far, unordered until the last merge, with their scores
     slots = tl.arange(0, BLOCK_K)
     best = tl.full([BLOCK_K], NO_KEY, tl.int64)
@@ -217,20 +220,19 @@ def row_kernel(
     for start in range(0, V, BLOCK_V):
         # (1, BLOCK_V)
         v = start + local
-        x = tl.load(line + v[None, :], mask=(v < V)[None, :], other=-float("inf")).to(tl.float32)
+        inside = (v < V)[None, :]
+        x = tl.load(line + v[None, :], mask=inside).to(tl.float32)
         steps = tl.where(has_softmax[:, None], (x - top[:, None]) - log_sum[:, None], -float("inf"))
-        exists = zero < 1
         candidates = _candidates(
-            steps, row + zero, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
-            ctc_next_log_probs, ctc_weight, exists, NGRAM, CTC,
+            steps, row, v, V, eos, score, done, denied, forced, ngram_table, state, ngram_weight,
+            ctc_next_log_probs, ctc_weight, inside, NGRAM, CTC,
         )  # fmt: skip
         ranks = _rank(candidates, count, done, covered, length_penalty, COVERAGE, PENALTY)
-        keys = tl.reshape(tl.where((v < V)[None, :], _keys(ranks, k * V + v[None, :]), NO_KEY), [BLOCK_V])
+        keys = tl.reshape(tl.where(inside, _keys(ranks, k * V + v[None, :]), NO_KEY), [BLOCK_V])
         block_scores = tl.reshape(candidates, [BLOCK_V])  # (BLOCK_V,), like keys
         if tl.max(keys, 0) > worst:
             # (BLOCK_K,)
-            merged = tl.full([BLOCK_K], NO_KEY, tl.int64)
-            merged_scores = tl.full([BLOCK_K], -float("inf"), tl.float32)
+            merged, merged_scores = best, best_scores
             for j in range(K):
                 largest = tl.maximum(tl.max(best, 0), tl.max(keys, 0))
                 old_score = tl.max(tl.where(best == largest, best_scores, -float("inf")), 0)
@@ -256,8 +258,9 @@ def merge_kernel(
     b = tl.program_id(0).to(tl.int64)
     # (BLOCK,)
     i = tl.arange(0, BLOCK)
-    keys = tl.load(row_keys + b * K * K + i, mask=i < K * K, other=NO_KEY)
-    candidates = tl.load(row_scores + b * K * K + i, mask=i < K * K, other=-float("inf"))
+    inside = i < K * K
+    keys = tl.load(row_keys + b * K * K + i, mask=inside, other=NO_KEY)
+    candidates = tl.load(row_scores + b * K * K + i, mask=inside)
     _take_best(
         keys, candidates, b, K, V, eos, finished, lengths, ngram_states, state_count,
         out_scores, out_tokens, out_parents, out_finished, out_lengths, out_ngram_states, NGRAM,
@@ -273,18 +276,16 @@ def beam_topk(
     """Launch the kernels; the implementation of las_fast::beam_topk_triton."""
     B, K, V = logits.shape
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
-    scores, lengths, finished = scores.contiguous(), lengths.contiguous(), _bytes(finished.contiguous())
+    beams = [logits, *(x.contiguous() for x in (scores, finished, lengths))]
     options = (minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs)
     options = tuple(None if x is None else x.contiguous() for x in options)
     minimum, maximum, coverage, ngram_table, ngram_states, ctc_next_log_probs = options
-    out = [torch.empty_like(scores)]
-    out += [scores.new_empty(B, K, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool, torch.int64)]
+    types = (torch.float32, torch.int64, torch.int64, torch.bool, torch.int64)
+    out = [scores.new_empty(B, K, dtype=dtype) for dtype in types]
     out += [scores.new_empty((0, 0) if ngram_table is None else (B, K), dtype=torch.int64)]
-    if B == 0 or K == 0:
+    if K == 0:
         return tuple(out)
-    results = [_bytes(x) for x in out]
-    beams = (logits, scores, finished, lengths, *options)
-    state_count = 1 if ngram_table is None else ngram_table.shape[0]
+    state_count = None if ngram_table is None else ngram_table.shape[0]
     factors = tuple(map(float, (length_penalty, eos_threshold, ngram_weight, ctc_weight)))
     scalars = (K, V, eos, *logits.stride()[:2], *factors, state_count)
     blocks = {"BLOCK_K": triton.next_power_of_2(K), "BLOCK_V": triton.next_power_of_2(V)}
@@ -300,18 +301,13 @@ def beam_topk(
     entries = blocks["BLOCK_K"] * blocks["BLOCK_V"]
     if entries <= MAX_TILE:
         warps = min(4, max(1, entries // 256))
-        topk_kernel[B,](*beams, *results, *scalars, **flags, **blocks, num_warps=warps)
+        topk_kernel[B,](*beams, *options, *out, *scalars, **flags, **blocks, num_warps=warps)
         return tuple(out)
     row_keys, row_scores = (scores.new_empty(B, K, K, dtype=dtype) for dtype in (torch.int64, torch.float32))
-    blocks["BLOCK_V"] = min(BLOCK, blocks["BLOCK_V"])
-    row_kernel[B, K](*beams, row_keys, row_scores, *scalars, **flags, **blocks, num_warps=4)
+    blocks["BLOCK_V"] = BLOCK
+    row_kernel[B, K](*beams, *options, row_keys, row_scores, *scalars, **flags, **blocks, num_warps=4)
     merge_kernel[B,](
-        row_keys, row_scores, finished, lengths, ngram_states, *results, K, V, eos, state_count,
+        row_keys, row_scores, *beams[2:], ngram_states, *out, K, V, eos, state_count,
         NGRAM=ngram_table is not None, BLOCK=triton.next_power_of_2(K * K), num_warps=4,
     )  # fmt: skip
     return tuple(out)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """View bools as bytes: torch and Triton both store a bool in one byte."""
-    return x.view(torch.uint8) if x.dtype == torch.bool else x

@@ -26,10 +26,16 @@ BLANK = 0
 
 
 @triton.jit
+def _finite(x):
+    """Return x with 0 for -inf: -inf - -inf would be NaN."""
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
 def _sum3(x, y, z):
     """log(exp(x) + exp(y) + exp(z))."""
     top = tl.maximum(tl.maximum(x, y), z)
-    finite = tl.where(top == -float("inf"), 0.0, top)  # -inf - -inf would be NaN
+    finite = _finite(top)
     return top + tl.log(tl.exp(x - finite) + tl.exp(y - finite) + tl.exp(z - finite))
 
 
@@ -51,8 +57,9 @@ def states_kernel(
     is_token = inside & (state % 2 == 1)
     token = tl.load(tokens + b * S + state // 2, mask=is_token, other=0)
     back = tl.where(reverse, -1, 1)  # from a state to the previous one
-    before = tl.load(tokens + b * S + state // 2 - back, mask=is_token & (order >= 2), other=0)
-    skips = is_token & (order >= 2) & ((before != token) | ALLOW_ADJACENT_EQUAL)
+    follows = is_token & (order != 1)  # another token
+    before = tl.load(tokens + b * S + state // 2 - back, mask=follows)
+    skips = follows & ((before != token) | ALLOW_ADJACENT_EQUAL)
     log_probs += b * T * V
     sums += (tl.program_id(1) * B + b) * T * N
     alpha = tl.where(order == 0, 0.0, -float("inf"))  # a virtual start precedes states 0 and 1
@@ -62,14 +69,13 @@ def states_kernel(
         one = tl.load(last - back, mask=inside & (order >= 1) & (i > 0), other=-float("inf"))
         two = tl.load(last - 2 * back, mask=skips & (i > 0), other=-float("inf"))
         one = tl.where((i == 0) & (order == 1), 0.0, one)
-        p = tl.load(log_probs + t * V + token, mask=inside, other=-float("inf"))
+        p = tl.load(log_probs + t * V + token, mask=inside)
         alpha = _sum3(alpha, one, two) + p
         tl.store(sums + t * N + state, alpha, mask=inside)
         tl.debug_barrier()
     ends = tl.where(inside & (order >= states - 2), alpha, -float("inf"))
     top = tl.max(ends, 0)
-    finite = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(likelihoods + b, top + tl.log(tl.sum(tl.exp(ends - finite), 0)), mask=reverse == 0)
+    tl.store(likelihoods + b, top + tl.log(tl.sum(tl.exp(ends - _finite(top)), 0)), mask=reverse == 0)
 
 
 def posteriors(
@@ -78,20 +84,19 @@ def posteriors(
     """Return log-likelihoods (B,), 0 where there is no path; the token of each state (B, N); posteriors (B, T, N)."""
     (B, T, V), S = log_probs.shape, tokens.shape[1]
     N = 2 * S + 1
-    tokens = tokens.clamp(0, V - 1)  # they may be anything past the lengths, and a kernel cannot raise
+    tokens = tokens.clamp(BLANK, V - 1)  # they may be anything past the lengths, and a kernel cannot raise
     classes = tokens.new_full((B, N), BLANK)
     classes[:, 1::2] = tokens
     # States that are not reached keep -inf, whose posterior is 0.
     sums, likelihoods = log_probs.new_full((2, B, T, N), -torch.inf), log_probs.new_empty(B)
-    if B:
-        inputs = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)]
-        block = triton.next_power_of_2(max(N, 2))
-        states_kernel[B, 2](
-            *inputs, sums, likelihoods, B, T, V, S, N, ALLOW_ADJACENT_EQUAL=allow_adjacent_equal, BLOCK=block,
-            num_warps=min(max(block // 128, 1), 16),
-        )  # fmt: skip
+    inputs = [x.contiguous() for x in (log_probs, lengths, tokens, token_lengths)]
+    block = triton.next_power_of_2(N)
+    states_kernel[B, 2](
+        *inputs, sums, likelihoods, B, T, V, S, N, ALLOW_ADJACENT_EQUAL=allow_adjacent_equal, BLOCK=block,
+        num_warps=min(max(block // 128, 1), 16),
+    )  # fmt: skip
     likelihoods = likelihoods.masked_fill(likelihoods == -torch.inf, 0.0)
-    paths = sums[0] + sums[1] - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
+    paths = sums.sum(0) - log_probs.gather(2, classes[:, None].expand(-1, T, -1))
     return likelihoods, classes, (paths - likelihoods[:, None, None]).exp()
 
 
@@ -115,5 +120,5 @@ def ctc_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengt
     """Return the mean frame of each token's posterior, (B, S): las_fast::ctc_token_times_triton."""
     inputs = F.log_softmax(logits, 2), lengths, tokens, token_lengths
     posterior = posteriors(*inputs, allow_adjacent_equal=True)[2][:, :, 1::2]  # (B, T, S)
-    frames = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
+    frames = torch.arange(logits.shape[1], device=logits.device)
     return (posterior * frames[:, None]).sum(1) / posterior.sum(1).clamp_min(1e-6)

@@ -21,11 +21,16 @@ BLOCK_V = 32  # continuations per program
 
 
 @triton.jit
+def _finite(x):
+    """Return x with 0 for -inf: -inf - -inf would be NaN."""
+    return tl.where(x == -float("inf"), 0.0, x)
+
+
+@triton.jit
 def _add(x, y):
     """Return log(exp(x) + exp(y))."""
     larger = tl.maximum(x, y)
-    finite = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
-    return larger + tl.log(1.0 + tl.exp(tl.minimum(x, y) - finite))
+    return larger + tl.log(1.0 + tl.exp(tl.minimum(x, y) - _finite(larger)))
 
 
 @triton.jit
@@ -38,7 +43,7 @@ def _compose(factor, term, next_factor, next_term):
 def _sum(x, top, total):
     """Add the sum of exp(x) over its first dimension to total * exp(top); return the new (top, total)."""
     larger = tl.maximum(top, tl.max(x, 0))
-    finite = tl.where(larger == -float("inf"), 0.0, larger)
+    finite = _finite(larger)
     return larger, total * tl.exp(top - finite) + tl.sum(tl.exp(x - finite), 0)
 
 
@@ -73,14 +78,15 @@ def prefix_kernel(
         # (BLOCK_T,)
         t = start + lane
         at = ctc_log_probs + t.to(tl.int64) * V
+        blanks = at + BLANK
         inside = t < T
-        label = tl.load(at + token, mask=inside, other=0.0)
-        blank = tl.load(at + BLANK, mask=inside, other=0.0)
+        label = tl.load(at + token, mask=inside)
+        blank = tl.load(blanks, mask=inside, other=0.0)  # 0 past the end, so that alpha is carried
         # f: a repeated token must follow a blank; any other token may follow every state of the parent
-        from_any = tl.load(before + t, mask=inside & (repeats == 0), other=-float("inf"))
+        from_any = tl.load(before + t, mask=inside & (repeats == 0))
         repeated = inside & repeats & (t > 0)
         from_blank = tl.load(before + t - 1, mask=repeated, other=-float("inf"))
-        from_blank += tl.load(at - V + BLANK, mask=repeated, other=0.0)
+        from_blank += tl.load(blanks - V, mask=repeated, other=-float("inf"))
         begun = tl.where(repeats, from_blank, from_any)
         factor, term = tl.associative_scan((label, begun + label), 0, _compose)
         new = tl.where(inside, _add(newest + factor, term), -float("inf"))
@@ -95,7 +101,7 @@ def prefix_kernel(
         top, total = _sum(now[:, None] + x, top, total)
         # (BLOCK_T,)
         later = t + 2 < T
-        next_blank = tl.load(at + V + BLANK, mask=later, other=-float("inf"))
+        next_blank = tl.load(blanks + V, mask=later, other=-float("inf"))
         y = tl.load(at + 2 * V + token, mask=later, other=-float("inf"))
         repeat_top, repeat_total = _sum(now + next_blank + y, repeat_top, repeat_total)
     prefix = tl.load(prefix_log_probs + source) + tl.load(next_log_probs + source * V + token)
@@ -117,10 +123,8 @@ def ctc_prefix(
         for x in (ctc_log_probs, forward_log_probs, prefix_log_probs, next_log_probs, tokens, parents, chosen)
     ]
     outputs = tuple(torch.empty_like(x) for x in inputs[1:4])
-    (_, T, V), rows = ctc_log_probs.shape, tokens.numel()
-    if rows:
-        block = min(BLOCK_V, triton.next_power_of_2(V))
-        prefix_kernel[rows, triton.cdiv(V, block)](
-            *inputs, *outputs, tokens.shape[1], T, V, eos, BLANK=0, BLOCK_T=BLOCK_T, BLOCK_V=block, num_warps=4
-        )
+    _, T, V = ctc_log_probs.shape
+    prefix_kernel[tokens.numel(), triton.cdiv(V, BLOCK_V)](
+        *inputs, *outputs, tokens.shape[1], T, V, eos, BLANK=0, BLOCK_T=BLOCK_T, BLOCK_V=BLOCK_V, num_warps=4
+    )
     return outputs

@@ -181,6 +181,7 @@ class Row:
     variant: str
     kernel: str
     arch: str
+    warps: int  # per CTA; exact
     registers: int  # per thread; upper limit
     shared: int  # bytes per CTA; upper limit
     ctas: int  # per multiprocessor, 0 for AMD; lower limit
@@ -228,18 +229,17 @@ def inexact_divisions(variant, arch):
 
 
 def _row(variant, kernel, arch, binary, resources):
-    used = resources(binary)
+    used, warps = resources(binary), binary.metadata.num_warps
     if arch == "gfx942":
         matrix, wide = used.count("v_mfma"), used.count(r"(global|buffer)_load_dwordx4")
         spilled = used.spills + used.private
-        return Row(variant, kernel, arch, used.vgprs, used.shared, 0, wide, matrix, spilled)
-    warps = binary.metadata.num_warps
+        return Row(variant, kernel, arch, warps, used.vgprs, used.shared, 0, wide, matrix, spilled)
     by_registers = REGISTERS // (_allocated(used.registers) * 32 * warps)
     by_memory = SHARED_LIMIT[arch] // (used.shared + RESERVED_SHARED)
     ctas = min(by_registers, by_memory, WARPS // warps, CTAS)
     spilled = used.stack + used.local + used.count(SPILL)
     counts = used.count(WIDE_LOAD), used.count(MATRIX)
-    return Row(variant, kernel, str(arch), used.registers, used.shared, ctas, *counts, spilled)
+    return Row(variant, kernel, str(arch), warps, used.registers, used.shared, ctas, *counts, spilled)
 
 
 def _allocated(registers):
@@ -251,6 +251,8 @@ def violations(variant, row, budget):
     problems = [] if row.arch == "gfx942" else _rule_violations(variant, row)
     if budget is None:
         return [*problems, "has no row in budgets.csv"]
+    if row.warps != budget.warps:
+        problems.append(f"{row.warps} warps, not {budget.warps}")
     for name in ("registers", "shared", "spilled"):
         if getattr(row, name) > getattr(budget, name):
             problems.append(f"{getattr(row, name)} {name}, at most {getattr(budget, name)} are budgeted")

@@ -372,5 +372,5 @@ def _unspecified(ptrs):
     elif dtype.kind == "f":
         value = np.nan
     else:
-        value = True if dtype.kind == "b" else np.iinfo(dtype).max
+        value = True if dtype.kind == "b" else np.iinfo(dtype).min or np.iinfo(dtype).max  # as an index out of bounds
     return interpreter.TensorHandle(np.full(ptrs.data.shape, value, dtype), element)
