@@ -13,7 +13,7 @@ from tests.mutants.base import ROOT
 from tests.mutants.cpp import refused_by
 from tests.mutants.cpp_rules import constants, cpp_mutants, schema
 from tests.mutants.server import _has_message
-from tests.mutants.triton import TritonTarget
+from tests.mutants.triton import TritonTarget, in_a_kernel
 
 HOOK = ROOT / "tests" / "mutants" / "cpp_hook.h"
 TOY = """
@@ -212,6 +212,12 @@ def test_kernels_are_edited_except_for_tile_sizes():
     assert not any("half" in m.before and "ieee" in m.before for m in mutants)
     constants = {m.before for m in mutants if m.function == "" and m.file == "kernels/beam_topk.py"}
     assert "-9223372036854775808" in constants and not {"8192", "1024"} & constants
+
+
+def test_budgets_judge_edits_of_launchers_but_not_of_kernels():
+    mutants = TritonTarget().mutants([Path("kernels/beam_topk.py")])
+    assert {m.function for m in mutants if not in_a_kernel(m)} == {"", "beam_topk"}
+    assert {"topk_kernel", "_keys"} <= {m.function for m in mutants if in_a_kernel(m)}
 
 
 def test_a_fault_in_a_kernel_is_detected():

@@ -6,6 +6,7 @@ They call the launchers in las_fast.kernels directly.
 
 import collections
 import contextlib
+import functools
 import importlib
 import itertools
 from collections.abc import Callable
@@ -107,6 +108,19 @@ def with_layout(tensor, layout):
     view = wide[..., :n] if layout == "spaced" else wide[..., : 2 * n : 2]
     view.copy_(tensor)
     return view
+
+
+@contextlib.contextmanager
+def not_copied(*tensors):
+    """Inside the block, making a tensor contiguous that has dense rows already is an error."""
+    make = torch.Tensor.contiguous
+
+    def contiguous(tensor):
+        assert not any(tensor is x for x in tensors if x.stride(-1) == 1), "a tensor with dense rows is copied"
+        return make(tensor)
+
+    with mock.patch.object(torch.Tensor, "contiguous", contiguous):
+        yield
 
 
 def assert_identical(actual, expected, name):
@@ -227,7 +241,7 @@ def check_attention(
         assert (actual_weights.cpu()[past] == 0).all(), "weights past the length"
         assert_as_accurate_as_plain(actual_weights, exact_weights, plain_weights, unit, "weights")
     else:
-        assert actual_weights.numel() == 0
+        assert actual_weights.shape == (0, 0, 0)
     assert_identical(actual_peaks, peaks, "peaks")
     assert not logsumexp.isnan().any(), "logsumexp is NaN"
 
@@ -236,7 +250,7 @@ def launch_attention(device, query, keys, values, lengths, scale, weights, layou
     tensors = [query, with_poisoned_padding(keys, lengths), with_poisoned_padding(values, lengths)]
     tensors = [with_layout(x.to(device), layout) for x in tensors]
     lengths = out_of_range_lengths(lengths, keys.shape[1]) if out_of_range else lengths
-    with matmul_precision(precision):
+    with matmul_precision(precision), not_copied(*tensors):
         return launcher("masked_attention")(*tensors, lengths.to(device), scale, weights)
 
 
@@ -276,6 +290,7 @@ def check_attention_gradients(
     plain = plain_gradients(inputs[:3], lengths, scale, precision, upstream)
     for name, x, y, z in zip(("query", "keys", "values"), actual, exact, plain, strict=True):
         if not memory and name != "query":
+            assert x.shape == (0, 0, 0)
             continue
         assert_as_accurate_as_plain(x, y, z, rounding(dtype, precision), f"gradient of {name}")
         if name != "query":
@@ -371,7 +386,9 @@ def check_topk(
     options = (*options[:7], states, *options[8:])
 
     tensors = [with_layout(x.to(device), layout) for x in (logits, scores, finished, lengths)]
-    actual = launcher("beam_topk")(*tensors, *(x.to(device) if isinstance(x, torch.Tensor) else x for x in options))
+    options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
+    with not_copied(tensors[0]):
+        actual = launcher("beam_topk")(*tensors, *options)
     assert_close(actual[0], expected[0], 2e-5, "scores")
     names = ("scores", "tokens", "parents", "finished", "lengths", "states")
     assert order or actual[5].shape == (0, 0)
@@ -442,6 +459,13 @@ def _signed_zeros(logits, scores, finished, lengths):
     scores[:, 1], scores[:, 2] = -1e-45, 0.0
 
 
+def _equal_means(logits, scores, finished, lengths):
+    """Finished beams of the lengths 1, 2, ..., whose log-probability per token is -1."""
+    finished[:] = True
+    lengths[:] = 1 + torch.arange(lengths.shape[1])
+    scores[:] = -lengths
+
+
 STATES = {
     "random": lambda *_: None,
     "all finished": _all_finished,
@@ -456,6 +480,7 @@ STATES = {
     "eos near the top": _eos_near_the_top,
     "zero lengths": _zero_lengths,
     "signed zeros": _signed_zeros,
+    "equal means": _equal_means,
 }
 
 
@@ -732,6 +757,90 @@ def replay_chunks():
     return mock.patch.multiple(module, _captures=lambda tokens, _: tokens > 17, _capture=FakeGraph)
 
 
+def check_unroll_tokens(device, token, waits=True):
+    """A token outside the vocabulary of 3 is an error. A kernel that runs before the assertion reads an existing one.
+
+    waits: the assertion stops the program before the kernels run.
+    """
+    inputs = unroll_inputs(3, 5, (6,), 4, 3, 2, 2, 2, (2,), False, 0.0, 1.0, 0)
+    weights, keys, values, lengths, tokens, _, masks = inputs
+    tokens[1, 1] = token
+    arguments = ([x.to(device) for x in weights], *(x.to(device) for x in (keys, values, lengths, tokens)))
+    run = functools.partial(launcher("speller_unroll"), *arguments, tokens[:0].bool().to(device), masks, False, True)
+    if not waits:
+        with mock.patch.object(torch, "_assert_async", lambda *_: None):
+            assert_identical(run()[2].t(), tokens.clamp(0, 2), "tokens read")
+    elif device.type == "cpu":  # on a GPU it would stop the whole program
+        try:
+            run()
+        except RuntimeError as error:
+            assert "tokens must be at least 0 and less than V=3" in str(error)
+        else:
+            raise AssertionError("the token is not refused")
+
+
+def check_positions(device):
+    """The two positions are at the same offset from a multiple of 16 bytes, so that a kernel is compiled once."""
+    positions = importlib.import_module("las_fast.kernels.speller_unroll")._positions(torch.zeros(1, device=device), 7)
+    assert_identical(positions[:, 0], torch.full((2,), 7, dtype=torch.int32), "positions")
+    assert positions.stride(0) * positions.element_size() % 16 == 0
+
+
+def check_repeat(device, tokens, on="cuda", capturing=False, fails=False):
+    """The tokens of a pass are launched in order: on a GPU the first by itself, the others as replays of a graph.
+
+    Streams and graphs are fakes. capturing: a graph of the caller's is being captured. fails: a launch raises.
+    """
+    module = importlib.import_module("las_fast.kernels.speller_unroll")
+    launched, events, current = [], [], []  # current: the streams entered, and a graph while it is captured
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append((self, "waits for", other))
+
+    class Graph:
+        def capture_begin(self, capture_error_mode):
+            self.tokens = []
+            events.append((current[-1], "begins", capture_error_mode))
+            current.append(self)
+
+        def capture_end(self):
+            assert current.pop() is self
+            events.append((current[-1], "ends"))
+
+        def replay(self):
+            launched.extend(self.tokens)
+
+    @contextlib.contextmanager
+    def stream(entered):
+        current.append(entered)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def launch(token):
+        (current[-1].tokens if len(current) > 1 else launched).append(token)
+        if fails and len(current) > 1:
+            raise RuntimeError("a launch failed")
+
+    main, side = Stream(), Stream()
+    fakes = {"current_stream": lambda: main, "Stream": lambda: side, "CUDAGraph": Graph, "stream": stream}
+    expected = contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext()
+    with mock.patch.multiple(torch.cuda, is_current_stream_capturing=lambda: capturing, **fakes), expected:
+        module._repeat(launch, tokens, torch.device(on))
+    if fails:
+        assert launched == [0] and not current and (side, "ends") in events
+    elif on == "cpu" or capturing or tokens <= 17:
+        assert launched == list(range(tokens)) and not events
+    else:
+        replays = -(-(tokens - 1) // 16)
+        assert launched == [0, *list(range(1, 17)) * replays] and not current
+        begins, ends = (side, "begins", "thread_local"), (side, "ends")
+        assert events == [(side, "waits for", main), begins, ends, (main, "waits for", side)]
+        assert module._graphs[-1].tokens == list(range(1, 17)), "the graph may be freed while the device runs it"
+
+
 def linear_in_tf32():
     """Let linear layers round their operands to tf32 inside the block."""
     linear = torch.nn.functional.linear
@@ -807,6 +916,8 @@ ATTENTION = _cases(
         "transposed": {"layout": "transposed", "T": 21, "K": 4},
         "spaced": {"layout": "spaced"},
         "strided": {"layout": "strided"},
+        "no-utterances": {"B": 0},
+        "no-queries": {"K": 0},
         "many-utterances": {"B": 9, "K": 2, "T": 6, "lengths": (6, 0, 1, 5, 2)},
         "lengths-out-of-range": {"lengths": (17, 0, 5), "B": 3, "out_of_range": True},
         "lengths-out-of-range-no-weights": {"lengths": (17, 0), "out_of_range": True, "weights": False},
@@ -836,6 +947,8 @@ ATTENTION = _cases(
         "backward-of-weights": {"gradients": "weights", "T": 33},
         "backward-of-query-only": {"memory": False, "T": 33},
         "backward-no-frames": {"T": 0},
+        "backward-no-utterances": {"B": 0},
+        "backward-no-queries": {"K": 0},
         "backward-length-zero": {"lengths": (0, 17)},
         "backward-lengths-out-of-range": {"lengths": (17, 0, 5), "B": 3, "out_of_range": True},
         "backward-splits-lengths-out-of-range": {"T": 600, "lengths": (600, 0), "out_of_range": True},
@@ -919,10 +1032,12 @@ TOPK = _cases(
         "spaced": {"layout": "spaced", "V": 7},
         "strided": {"layout": "strided", "V": 7},
         "no-utterances": {"B": 0},
+        "no-beams": {"K": 0},
         "threshold-eos-near-the-top": {"eos_threshold": 1.5, "state": "eos near the top", "K": 8},
         "long-rows-threshold": {"V": 1100, "K": 8, "eos_threshold": 1.3, "state": "eos near the top"},
         "zero-lengths-length-penalty": {"state": "zero lengths", "length_penalty": 1.0, "K": 5, "V": 7, "B": 6},
         "long-rows-zero-lengths": {"state": "zero lengths", "length_penalty": 0.6, "K": 5, "V": 2100},
+        "equal-means-length-penalty": {"state": "equal means", "length_penalty": 1.0, "V": 3, "K": 16, "B": 1},
         "negative-zero-length-penalty": {"state": "signed zeros", "length_penalty": 1.0, "V": 7},
         "trigram-states-out-of-range": {"order": 3, "V": 5, "K": 8, "B": 8, "out_of_range": True},
         "long-rows-bigram-states-out-of-range": {"order": 2, "V": 1030, "K": 8, "out_of_range": True},
@@ -937,6 +1052,7 @@ GATHER = _cases(
         "one-value": {"sizes": (1,), "B": 1, "K": 1},
         "primes": {"B": 3, "K": 5, "sizes": (37,)},
         "several-states-and-types": {"sizes": (7, 64, 130, 1), "dtypes": (FP32, FP16, torch.int64)},
+        "only-empty-rows": {"sizes": (0,)},
         "bools-and-bytes": {"sizes": (9, 17), "dtypes": (torch.bool, torch.uint8)},
         "bf16": {"sizes": (33,), "dtypes": (BF16,)},
         "complex": {"sizes": (5, 3, 5), "dtypes": (torch.complex128, torch.complex64)},
@@ -958,6 +1074,7 @@ BACKTRACK = _cases(
         "default": {},
         "one-step": {"L": 1, "B": 1, "K": 1},
         "no-steps": {"L": 0},
+        "no-beams": {"K": 0},
         "no-utterances": {"B": 0},
         "primes": {"L": 13, "B": 7, "K": 5},
         "no-eos": {"eos": 5, "vocabulary": 5, "L": 9},
@@ -1037,7 +1154,25 @@ UNROLL = _cases(
         "strided": {"layout": "strided", "H": (6, 5)},
         **{f"replayed-{U}": {"B": 2, "U": U, "replayed": True, "T": 4, "lengths": (4, 3)} for U in (18, 34)},
     },
-)  # fmt: skip
+) + _cases(
+    "speller_unroll",
+    check_repeat,
+    {
+        **{f"launches-of-{tokens}-tokens": {"tokens": tokens} for tokens in (1, 17, 18, 33, 34)},
+        "launches-on-a-cpu": {"tokens": 34, "on": "cpu"},
+        "launches-inside-a-capture": {"tokens": 34, "capturing": True},
+        "a-launch-fails": {"tokens": 18, "fails": True},
+    },
+) + _cases(
+    "speller_unroll",
+    check_unroll_tokens,
+    {
+        "a-token-below-0": {"token": -1},
+        "a-token-above-the-last": {"token": 3},
+        "a-token-below-0-is-clamped": {"token": -(2**40), "waits": False},
+        "a-token-above-the-last-is-clamped": {"token": 3, "waits": False},
+    },
+) + _cases("speller_unroll", check_positions, {"positions": {}})  # fmt: skip
 
 ALIGNMENT = _cases(
     "ctc_loss",
@@ -1053,6 +1188,7 @@ ALIGNMENT = _cases(
         "too-few-frames": {"T": 3},
         "no-frames": {"lengths": (0, 9)},
         "no-tokens": {"counts": (0,)},
+        "no-columns-of-tokens": {"S": 0, "B": 2},
         **{f"tokens-{S}": {"S": S, "T": S + 5, "B": 1, "V": 5} for S in (31, 32, 63, 64)},
         "far-apart": {"scale": 30.0, "T": 12},
         "flat": {"scale": 0.0},

@@ -1,8 +1,8 @@
 """The target for kernels/: edits of Triton kernels and their launchers, judged by the rungs of tests/gpu_proof.
 
 The rungs are those of gpu_proof/mutants.py: the kernel interpreted with every access checked, then its compiled PTX
-executed. The budgets of rung 3 judge only edits of warps and stages, which change no result: one more register does not
-show that a result is wrong.
+executed. The budgets of rung 3 judge only edits of launchers, which choose warps, stages and tile sizes. They do not
+judge edits of kernels: one more register does not show that a result is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from gpu_proof.mutants import (  # noqa: E402
 from gpu_proof.mutants import Verdict as RungVerdict  # noqa: E402
 from gpu_proof.process import WorkerDied, compiled, interpreted  # noqa: E402
 
-SPEED = ("num_warps", "num_stages")
 SIZES = ("TILES", "BLOCK", "BLOCK_T", "BLOCK_V", "MAX_TILE", "MIN_RANGE")  # tile sizes at the top of a kernel file
 # raised for edits that Triton cannot compile
 COMPILE_ERRORS = ("InterpreterError", "CompilationError", "CompileTimeAssertionFailure")
@@ -64,7 +63,7 @@ class TritonTarget:
         mutants = []
         for path in sources(paths, self.name, "*.py"):
             text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
-            left_out = set(_speed_only(ast.parse(text)))
+            left_out = set(_tile_sizes(ast.parse(text)))
             mutants += [m for m in python_mutants(text, name) if m.line not in left_out]
         return mutants
 
@@ -81,7 +80,7 @@ class TritonTarget:
         except (SyntaxError, ValueError):
             return Verdict("invalid")
         rungs = [(interpreted, judge_interpreted), (compiled, judge_executed)]
-        if _is_speed(mutant):
+        if not in_a_kernel(mutant):
             rungs.append((compiled, judge_budgets))
         for (worker, judge), op in itertools.product(rungs, ops_with(Path(mutant.file).name)):
             outcome, by = self._rung(worker, judge, PlacedMutant(op, mutant.id, mutant=mutant))
@@ -107,13 +106,15 @@ class TritonTarget:
         pass
 
 
-def _is_speed(mutant: Mutant) -> bool:
-    """Whether an edit changes the warps or stages of a launch."""
-    before = (ROOT / mutant.file).read_text(encoding="utf-8")[: mutant.start]
-    return any(word in mutant.before or before.endswith(f"{word}=") for word in SPEED)
+def in_a_kernel(mutant: Mutant) -> bool:
+    """Whether an edit is in a function that Triton compiles, not in one that runs on the host."""
+    tree = ast.parse((ROOT / mutant.file).read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    compiled_ones = {x.name for x in functions if any("triton.jit" in ast.unparse(y) for y in x.decorator_list)}
+    return mutant.function in compiled_ones
 
 
-def _speed_only(tree: ast.Module) -> Iterator[int]:
+def _tile_sizes(tree: ast.Module) -> Iterator[int]:
     """Yield the lines with only tile sizes, warps and stages, whose edits are slower but not wrong."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id in SIZES for x in node.targets):
