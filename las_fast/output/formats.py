@@ -28,8 +28,8 @@ class Style:
 
 
 def as_text(path: Path, transcript: Transcript, style: Style) -> str:
-    """Paragraphs, one per line, separated by empty lines."""
-    return "\n\n".join(paragraphs(transcript)) + "\n"
+    """Paragraphs, one per line."""
+    return "\n".join(paragraphs(transcript)) + "\n"
 
 
 def paragraphs(transcript: Transcript) -> list[str]:

@@ -31,7 +31,7 @@ TWO = transcript(segment("HELLO THERE", 0.4, 1.2), segment("", 2.0, 2.5), segmen
 
 
 def test_a_pause_longer_than_a_second_starts_a_paragraph():
-    assert as_text(PATH, TWO, STYLE) == "HELLO THERE\n\nGOOD BYE\n"
+    assert as_text(PATH, TWO, STYLE) == "HELLO THERE\nGOOD BYE\n"
     close = transcript(segment("HELLO THERE", 0.4, 1.2), segment("GOOD BYE", 1.5, 2.4))
     assert as_text(PATH, close, STYLE) == "HELLO THERE GOOD BYE\n"
 
