@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("las_fast.train", "train a model on recordings with transcripts"),
     "decode": ("las_fast.decode", "decode a split into a submission file, and score it"),
     "transcribe": ("las_fast.transcribe", "transcribe audio files into text, JSON or subtitles"),
+    "serve": ("las_fast.serve.__main__", "transcribe over HTTP, with OpenAI's API and a web page"),
     "lm": ("las_fast.lm", "estimate a language model from text, for --lm of decode and transcribe"),
     "tune": ("las_fast.tune", "find the best search settings on a development split"),
     "export": ("las_fast.export", "write a trained model and its decoding settings to one small file"),

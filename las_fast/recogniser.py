@@ -162,27 +162,9 @@ class Recogniser:
             raise InputError(
                 "recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
             )
-        if not isinstance(min_speech_score, (int, float)) or min_speech_score != min_speech_score:
-            raise InputError(f"min_speech_score must be a number; got {min_speech_score!r}")
-        data = self.loaded.info.get("data", {})
-        if data.get("kind") == "features":
-            warn(
-                f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
-                "those that las_fast computes from audio may differ"
-            )
-        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
-        check_nbest(nbest, decoder.config.beam)
-        job = Transcription(
-            features=self.loaded.config.features,
-            statistics=self.loaded.statistics,
-            decode=lambda data: self._decode(data, decoder, nbest),
-            min_speech_score=min_speech_score,
-            skip_bad=skip_bad,
-            pool_seconds=pool_seconds,
-            warn=warn,
-            on_audio=on_audio,
-        )
-        return job.run(recordings, sample_rate)
+        options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
+        options |= {"skip_bad": skip_bad, "pool_seconds": pool_seconds, "warn": warn, "on_audio": on_audio}
+        return self.transcription(**options).run(recordings, sample_rate)
 
     @overload
     def decode(
@@ -250,6 +232,40 @@ class Recogniser:
         return add_deltas(normalise(frames, config, self.loaded.statistics), config.deltas)
 
     # Used by the commands.
+
+    def transcription(
+        self,
+        *,
+        beam: int | None = None,
+        lm: LanguageModel = None,
+        nbest: int = 1,
+        min_speech_score: float = MIN_SPEECH_SCORE,
+        skip_bad: bool = False,
+        pool_seconds: float = POOL_SECONDS,
+        warn: Callable[[str], None] = warnings.warn,
+        on_audio: Callable[[float], None] = lambda seconds: None,
+    ) -> Transcription:
+        """Prepare a call of `transcribe_all`; arguments and errors are the same."""
+        if not isinstance(min_speech_score, (int, float)) or min_speech_score != min_speech_score:
+            raise InputError(f"min_speech_score must be a number; got {min_speech_score!r}")
+        data = self.loaded.info.get("data", {})
+        if data.get("kind") == "features":
+            warn(
+                f"checkpoint {self.loaded.path} was trained on the features of {data['name']}; "
+                "those that las_fast computes from audio may differ"
+            )
+        decoder = self.decoder(self.settings(beam=beam, lm=lm), lm)
+        check_nbest(nbest, decoder.config.beam)
+        return Transcription(
+            features=self.loaded.config.features,
+            statistics=self.loaded.statistics,
+            decode=lambda data: self._decode(data, decoder, nbest),
+            min_speech_score=min_speech_score,
+            skip_bad=skip_bad,
+            pool_seconds=pool_seconds,
+            warn=warn,
+            on_audio=on_audio,
+        )
 
     def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
         """Return the checkpoint's decoding settings with these changes; see `transcribe`."""

@@ -1,6 +1,7 @@
 """Transcribe recordings: cut them at pauses, decode the segments of several in one batch, return them in order.
 
-Recogniser.transcribe_all in las_fast/recogniser.py is the public function.
+Recogniser.transcribe_all in las_fast/recogniser.py is the public function. las_fast.serve decodes the segments of
+several clients together with the same parts: RecordingState, read, add and decode_pool.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from las_fast.search.words import moved
 
 
 @dataclass
-class _RecordingState:
-    """A recording during transcribe_all."""
+class RecordingState:
+    """A recording while it is transcribed."""
 
     recording: Any
     name: str = ""
@@ -54,31 +55,31 @@ class Transcription:
     pool_seconds: float
     warn: Callable[[str], None]
     on_audio: Callable[[float], None]
-    pool: list[tuple[_RecordingState, Speech]] = field(default_factory=list)
+    pool: list[tuple[RecordingState, Speech]] = field(default_factory=list)
     seconds: float = 0.0  # of speech in the pool
-    pending: deque[_RecordingState] = field(default_factory=deque)  # recordings not yielded yet
+    pending: deque[RecordingState] = field(default_factory=deque)  # recordings not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
         """Yield each recording with its transcript, in order."""
         for recording in recordings:
-            state = _RecordingState(recording)
+            state = RecordingState(recording)
             self.pending.append(state)
-            for speech in self._read(state, sample_rate):
-                self._add(state, speech)
+            for speech in self.read(state, sample_rate):
+                self.add(state, speech)
                 if self.seconds >= self.pool_seconds:
-                    self._decode()
+                    self.decode_pool()
                     yield from self._finished()
             if state.error is not None:
                 self.pending.pop()
-                self._decode()
+                self.decode_pool()
                 yield from self._finished()
                 if not self.skip_bad:
                     raise state.error
                 self.warn(f"left out: {state.error}")
-        self._decode()
+        self.decode_pool()
         yield from self._finished()
 
-    def _read(self, state: _RecordingState, sample_rate: int | None) -> Iterator[Speech]:
+    def read(self, state: RecordingState, sample_rate: int | None) -> Iterator[Speech]:
         """Yield the segments of a recording, and warn about problems, such as no speech.
 
         If the recording cannot be read, state.error is set.
@@ -107,12 +108,13 @@ class Transcription:
             self.warn(f"{state.name}: no speech was found in its {seconds:.2f} seconds")
         state.duration, state.is_read = seconds, True
 
-    def _add(self, state: _RecordingState, speech: Speech) -> None:
+    def add(self, state: RecordingState, speech: Speech) -> None:
+        """Put a segment of the recording into the pool."""
         self.pool.append((state, speech))
         self.seconds += speech.end - speech.start
         state.undecoded += 1
 
-    def _decode(self) -> None:
+    def decode_pool(self) -> None:
         """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
         pool, self.pool, self.seconds = self.pool, [], 0.0
         if not pool:

@@ -1,0 +1,130 @@
+"""python -m las_fast.serve: transcribe over HTTP, with OpenAI's API and a web page.
+
+Clients of OpenAI's /v1/audio/transcriptions work unchanged; las_fast/serve/README.md lists the addresses. Requests are
+decoded together. Ctrl-C or SIGTERM finishes the running requests, then stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from las_fast.cli import run
+from las_fast.errors import InputError, show
+from las_fast.options import Parser
+from las_fast.output.transcripts import MIN_SPEECH_SCORE
+from las_fast.serve.limits import add_options, parse_limits
+from las_fast.system import choose_device, return_freed_memory
+
+if TYPE_CHECKING:  # importing torch and starlette would slow down --help
+    from las_fast.recogniser import Recogniser
+    from las_fast.serve.app import Service
+
+NBEST = 3  # hypotheses per segment on the page
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="python -m las_fast.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is reachable from other machines, without "
+        "passwords or encryption (default: 127.0.0.1)")  # fmt: skip
+    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add_options(parser)
+    add("--beam", type=int, help="beam width (default: the checkpoint's)")
+    add("--lm", metavar="FILE", help="language model; as in transcribe (default: the checkpoint's)")
+    add("--nbest", type=int, help=f"hypotheses per segment on the page (default: {NBEST}, at most the beam)")
+    add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
+        help=f"leave out segments with a lower speech score (default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
+    add("--language", default="english", help="language that verbose_json reports (default: english)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see --help."""
+    options = parser().parse_args(argv)
+    limits = parse_limits(options)
+    check_packages()
+    with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
+        return_freed_memory()
+        model, name = load_model(options)
+        from las_fast.serve.app import Service
+        from las_fast.serve.batcher import Batcher
+
+        nbest = (
+            min(NBEST, model.settings(beam=options.beam, lm=options.lm).beam)
+            if options.nbest is None
+            else options.nbest
+        )
+        search = {"beam": options.beam, "lm": options.lm, "nbest": nbest, "min_speech_score": options.min_speech_score}
+        batcher = Batcher(model, max_seconds=limits.max_seconds, **search)
+        serve(Service(model, name, batcher, limits, options.language), listener)
+
+
+def check_packages() -> None:
+    """Raise InputError if the packages of the extra are missing."""
+    try:
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"serve needs the package {error.name}; run: pip install starlette uvicorn python-multipart "
+            "prometheus-client"
+        ) from None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that accepts connections; raise InputError if the address cannot be used."""
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port must be from 0 to 65535; got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"--host {show(host)} --port {port} cannot be used ({reason}); give another") from None
+
+
+def load_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
+    """Return the model, and its name for the field model of requests."""
+    from las_fast.checkpoint import load_model
+    from las_fast.files import BEST
+    from las_fast.recogniser import Recogniser
+    from las_fast.transcribe import released_model
+
+    device = choose_device(options.device)
+    loaded = load_model(options.checkpoint or released_model(), device)
+    name = loaded.path.parent.name if loaded.path.name == BEST else loaded.path.stem
+    return Recogniser(loaded, device, lm_option="--lm "), name
+
+
+def serve(service: Service, listener: socket.socket) -> None:
+    """Answer requests until a signal; then finish those that are running."""
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(service.application(), log_config=None, access_log=False, lifespan="on",
+                            server_header=False, timeout_keep_alive=30)  # fmt: skip
+    server = uvicorn.Server(config)
+    if not ipaddress.ip_address(host).is_loopback:
+        print("warning: every machine that reaches this one can use the service; there is no password, and browsers "
+              "allow the microphone only on localhost or over https", file=sys.stderr)  # fmt: skip
+    print(f"{service.name} on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn raises the signal again after it has stopped
+        if server.force_exit:
+            raise
+    print("stopped", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,335 @@
+"""The web application: addresses, requests in progress, and responses piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from las_fast.output.formats import Style, as_srt, as_vtt, rounded, segment_row
+from las_fast.output.transcripts import Segment, Transcript
+from las_fast.recogniser import Recogniser
+from las_fast.serve import openai
+from las_fast.serve.attention import attention_of
+from las_fast.serve.batcher import Batcher, Event, Job, Upload
+from las_fast.serve.errors import INTERNAL, ApiError, of_http, of_recording
+from las_fast.serve.limits import Limits
+from las_fast.serve.metrics import ABORTED, CountRequests, Metrics
+from las_fast.serve.uploads import Form, drain, receive_form, until_disconnected
+
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {"/": "index.html", "/app.js": "app.js", "/wave.js": "wave.js", "/style.css": "style.css"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+NDJSON = "application/x-ndjson"
+
+log = logging.getLogger("las_fast.serve")
+
+
+@dataclass
+class Service:
+    """What all requests share.
+
+    Args:
+        model:    the model; only the batcher uses it.
+        name:     of the model, for the field model.
+        batcher:  runs the model.
+        limits:   what a client may ask for.
+        language: of the model, for verbose_json.
+    """
+
+    model: Recogniser
+    name: str
+    batcher: Batcher
+    limits: Limits = field(default_factory=Limits)
+    language: str = "english"
+    in_progress: int = 0  # requests with a recording
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self):
+        self.metrics = Metrics(self.batcher)
+
+    def application(self) -> Starlette:
+        """Return the ASGI application. Its shutdown ends the batcher, after all requests."""
+        routes = [
+            Route("/v1/audio/transcriptions", self.transcriptions, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/transcribe", self.transcribe, methods=["POST"]),
+            Route("/attention", self.attention, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/metrics", self.show_metrics),
+            *(Route(path, partial(_page, name)) for path, name in PAGE_FILES.items()),
+        ]
+        known = {route.path for route in routes}
+        count = Middleware(CountRequests, metrics=self.metrics, path_of=lambda path: path if path in known else "other")
+        handlers: dict[Any, Callable[..., Any]] = {
+            ApiError: self._refuse,
+            HTTPException: self._refuse_http,
+            ClientDisconnect: _gone,
+            Exception: _fail,
+        }
+        return Starlette(routes=routes, middleware=[count], exception_handlers=handlers, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self.batcher.close)
+
+    # ------------------------------------------------------------------------------------------------------ Addresses
+
+    async def transcriptions(self, request: Request) -> Response:
+        """OpenAI's endpoint."""
+        async with contextlib.AsyncExitStack() as stack:
+            form, deadline = await self._receive(request, stack)
+            asked = openai.parse_request(form, self.name, self.language)
+            if asked.stream:
+                return self._stream(form, deadline, _openai_events, "text/event-stream", stack.pop_all())
+            transcript = await _unless_gone(request, self._whole(form, deadline))
+            return openai.respond(transcript, asked, self.model.loaded.vocabulary)
+
+    async def transcribe(self, request: Request) -> Response:
+        """The page's endpoint: JSON lines, one per segment as soon as it is decoded, and one at the end."""
+        async with contextlib.AsyncExitStack() as stack:
+            form, deadline = await self._receive(request, stack)
+            return self._stream(form, deadline, _json_lines, NDJSON, stack.pop_all())
+
+    async def attention(self, request: Request) -> Response:
+        """The attention of the model while it spells `text` to a segment of speech."""
+        async with contextlib.AsyncExitStack() as stack:
+            form, deadline = await self._receive(request, stack)
+            text = form.get("text")
+            future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), text))
+            try:
+                return JSONResponse(await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline)))
+            except Exception as error:
+                raise _reported(error) from None
+            finally:
+                await _ended(future)  # the model may be reading the file
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_row(self.name)]})
+
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        openai.check_model(name, self.name)
+        return JSONResponse(self._model_row(name))
+
+    def _model_row(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "las_fast"}
+
+    async def health(self, request: Request) -> Response:
+        is_alive = self.batcher.is_alive
+        row = {"status": "ok" if is_alive else "failed", "model": self.name, "in_progress": self.in_progress,
+               "queue": self.limits.queue}  # fmt: skip
+        return JSONResponse(row, 200 if is_alive else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    # ------------------------------------------------------------------------------------------------------- Requests
+
+    async def _receive(self, request: Request, stack: contextlib.AsyncExitStack) -> tuple[Form, float]:
+        """Receive a form; return it and the time by which the request must end.
+
+        The stack holds the request's place and its file.
+        """
+        deadline = asyncio.get_running_loop().time() + self.limits.timeout
+        stack.enter_context(self._place())
+        try:
+            async with asyncio.timeout_at(deadline):
+                form = await receive_form(request, self.limits.max_bytes)
+        except TimeoutError:
+            message = f"the upload took longer than {self.limits.timeout:g} seconds; send a smaller file"
+            raise ApiError(408, message, code="upload_timeout") from None
+        stack.callback(form.close)
+        return form, deadline
+
+    @contextlib.contextmanager
+    def _place(self):
+        """Hold one of the places for requests in progress."""
+        if self.in_progress >= self.limits.queue:
+            raise ApiError(503, f"all {self.limits.queue} places are taken; try again in a second", code="queue_full")
+        self.in_progress += 1
+        self.metrics.in_progress.set(self.in_progress)
+        try:
+            yield
+        finally:
+            self.in_progress -= 1
+            self.metrics.in_progress.set(self.in_progress)
+
+    async def _events(self, form: Form, deadline: float) -> AsyncIterator[Segment | Transcript]:
+        """Yield the segments of a recording as they are decoded, then its transcript; raise ApiError."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def on_event(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = Job(form.file, on_event)
+        self.batcher.submit(job)
+        try:
+            while True:
+                event = await _in_time(events.get(), deadline)
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Transcript):
+                    return
+        except Exception as error:
+            raise _reported(error) from None
+        finally:
+            job.cancel()
+
+    async def _whole(self, form: Form, deadline: float) -> Transcript:
+        async for event in self._events(form, deadline):
+            if isinstance(event, Transcript):
+                return event
+        raise INTERNAL
+
+    def _stream(
+        self,
+        form: Form,
+        deadline: float,
+        lines: Callable[[AsyncIterator[Segment | Transcript]], AsyncIterator[str]],
+        media_type: str,
+        stack: contextlib.AsyncExitStack,
+    ) -> Response:
+        """Respond with `lines` of the events; the stack is closed at the end."""
+
+        async def body() -> AsyncIterator[str]:
+            async with stack, contextlib.aclosing(self._events(form, deadline)) as events:
+                async for line in lines(events):
+                    yield line
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return _Stream(body(), media_type=media_type, headers=headers, on_end=stack.aclose)
+
+    async def _refuse(self, request: Request, error: ApiError) -> Response:
+        await drain(request, self.limits.max_bytes)
+        return error.response()
+
+    async def _refuse_http(self, request: Request, error: HTTPException) -> Response:
+        return await self._refuse(request, of_http(request, error))
+
+
+class _Stream(StreamingResponse):
+    """A StreamingResponse that calls on_end at its end, even if it never began."""
+
+    def __init__(self, content, *, on_end: Callable[[], Awaitable[None]], **options: Any):
+        super().__init__(content, **options)
+        self.on_end = on_end
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[union-attr]  # an async generator
+            await self.on_end()
+
+
+async def _openai_events(events: AsyncIterator[Segment | Transcript]) -> AsyncIterator[str]:
+    is_first = True
+    try:
+        async for event in events:
+            if isinstance(event, Transcript):
+                yield openai.done(event)
+            elif event.text:
+                yield openai.delta(event, is_first=is_first)
+                is_first = False
+    except ApiError as error:
+        yield openai.event(error.body())
+
+
+async def _json_lines(events: AsyncIterator[Segment | Transcript]) -> AsyncIterator[str]:
+    try:
+        async for event in events:
+            if isinstance(event, Transcript):
+                yield _line({"type": "done", **_done_row(event)})
+            else:
+                yield _line({"type": "segment", **segment_row(event)})
+    except ApiError as error:
+        yield _line({"type": "error", **error.body()})
+
+
+def _done_row(transcript: Transcript) -> dict[str, Any]:
+    files = {name: write(Path("recording"), transcript, Style()) for name, write in (("srt", as_srt), ("vtt", as_vtt))}
+    row = {"text": transcript.text, "duration": transcript.duration}
+    return {**row, "segments_left_out": len(transcript.noise), **files}
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(rounded(row), ensure_ascii=False) + "\n"
+
+
+async def _in_time(result: Awaitable[Any], deadline: float) -> Any:
+    """Return the result; raise ApiError if it is not there by the deadline."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await result
+    except TimeoutError:
+        message = "the recording was not transcribed in time; send a shorter one, or try again when less is going on"
+        raise ApiError(504, message, code="timeout") from None
+
+
+async def _unless_gone(request: Request, result: Awaitable[Any]) -> Any:
+    """Return the result; raise ClientDisconnect as soon as the client has gone."""
+    work, gone = asyncio.ensure_future(result), asyncio.ensure_future(until_disconnected(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _ended(future: Future) -> None:
+    """Wait until a call of the batcher is cancelled or has ended."""
+    if not future.cancel():
+        await asyncio.wait([asyncio.wrap_future(future)])
+
+
+def _reported(error: Exception) -> ApiError:
+    """Return the error to report for one of the batcher's; log it if it is a bug."""
+    if isinstance(error, ApiError):
+        return error
+    reported = of_recording(error)
+    if reported is None or reported.status == 500:
+        log.error("a request failed", exc_info=error)
+    return reported or INTERNAL
+
+
+async def _page(name: str, request: Request) -> Response:
+    return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=ABORTED)  # nobody reads it
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return INTERNAL.response()

@@ -1,0 +1,246 @@
+"""Decode the recordings of many clients together on one model.
+
+One thread owns the model. In each round it takes segments of speech from the recordings in turn, decodes them in one
+batch, and hands each segment to its client. A long recording therefore does not hold up the short ones, and a recording
+that cannot be read fails alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
+
+from las_fast.data.segments import Speech
+from las_fast.errors import InputError
+from las_fast.output.transcripts import Segment, Transcript
+from las_fast.recogniser import Recogniser
+from las_fast.transcription import RecordingState
+
+ROUND_SECONDS = 60.0  # seconds of speech decoded together
+
+Event = Segment | Transcript | Exception  # segments as they are decoded, then the transcript or an error
+
+
+class TooLong(InputError):
+    """The recording is longer than the service accepts."""
+
+
+class Cancelled(InputError):
+    """The client has gone."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A binary file object; `name` is how errors and warnings call it."""
+
+    file: BinaryIO
+    name: str = "the file"
+
+    def read(self, count: int = -1) -> bytes:
+        return self.file.read(count)
+
+
+@dataclass(eq=False)
+class Job:
+    """A recording to transcribe.
+
+    on_event is called in the thread of the batcher, with the last event being a Transcript or an Exception. `cancel`
+    may be called in any thread; on_event is then called no more, or a few times more.
+    """
+
+    recording: BinaryIO
+    on_event: Callable[[Event], None]
+    is_cancelled: bool = False
+    state: RecordingState = field(init=False)
+    speech: Iterator[Speech] = field(init=False)
+    emitted: int = 0  # segments
+
+    def __post_init__(self):
+        self.state = RecordingState(Upload(self.recording))
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+@dataclass
+class Statistics:
+    """What the batcher has done so far."""
+
+    rounds: int = 0
+    segments: int = 0
+    audio_seconds: float = 0.0  # read
+    speech_seconds: float = 0.0  # decoded
+    busy_seconds: float = 0.0  # of decoding
+
+
+class Batcher:
+    """A thread that transcribes jobs, started by the constructor and ended by `close`.
+
+    Args:
+        model:         the model; no other thread should use it meanwhile.
+        max_seconds:   longer recordings fail with TooLong.
+        round_seconds: seconds of speech decoded together; 0 decodes one segment at a time.
+        options:       nbest, min_speech_score, beam and lm of Recogniser.transcribe.
+
+    Raises:
+        InputError: an option is invalid.
+    """
+
+    def __init__(
+        self, model: Recogniser, *, max_seconds: float, round_seconds: float = ROUND_SECONDS, **options: Any
+    ) -> None:
+        self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
+        self.statistics = Statistics()
+        self._shared = model.transcription(**options, warn=lambda message: None)
+        self._incoming: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._active: deque[Job] = deque()  # recordings with segments left to read; the first is next
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="las_fast batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Queue a recording."""
+        self._incoming.put(job)
+
+    def call(self, function: Callable[[Recogniser], Any]) -> Future:
+        """Call function(model) between two rounds, in the thread that owns the model."""
+        future: Future = Future()
+
+        def task() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self.model))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._incoming.put(task)
+        return future
+
+    def close(self) -> None:
+        """Finish all jobs, and end the thread."""
+        self._incoming.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._admit():
+            pool, ended = self._fill()
+            if pool:
+                began = time.monotonic()
+                self._decode(pool)
+                self._count(pool, time.monotonic() - began)
+            for job in ended:
+                if not job.is_cancelled:
+                    job.on_event(job.state.error or job.state.transcript())
+
+    def _count(self, pool: list[tuple[Job, Speech]], seconds: float) -> None:
+        self.statistics.rounds += 1
+        self.statistics.segments += len(pool)
+        self.statistics.speech_seconds += sum(speech.end - speech.start for _, speech in pool)
+        self.statistics.busy_seconds += seconds
+
+    def _admit(self) -> bool:
+        """Take what has arrived, and wait if there is nothing to do; return False at the end."""
+        while True:
+            try:
+                arrived = self._incoming.get(block=not self._active and not self._is_closing)
+            except queue.Empty:
+                return bool(self._active)
+            if arrived is None:
+                self._is_closing = True
+            elif isinstance(arrived, Job):
+                self._start(arrived)
+            else:
+                arrived()
+
+    def _start(self, job: Job) -> None:
+        """Open a recording at its first segment."""
+        seconds = 0.0
+
+        def on_audio(block: float) -> None:
+            nonlocal seconds
+            seconds += block
+            self.statistics.audio_seconds += block
+            if job.is_cancelled:
+                raise Cancelled("the client has gone")
+            if seconds > self.max_seconds:
+                raise TooLong(f"the file is longer than {self.max_seconds:g} seconds; send it in parts")
+
+        reader = replace(self._shared, on_audio=on_audio, pool=[], pending=deque())
+        job.speech = reader.read(job.state, None)
+        self._active.append(job)
+
+    def _fill(self) -> tuple[list[tuple[Job, Speech]], list[Job]]:
+        """Take segments from the active recordings in turn, until they have round_seconds together.
+
+        Returns:
+            The segments, and the recordings that have no more.
+        """
+        pool: list[tuple[Job, Speech]] = []
+        ended: list[Job] = []
+        seconds = 0.0
+        while self._active and (not pool or seconds < self.round_seconds):
+            job = self._active.popleft()
+            speech = self._read(job)
+            if speech is None:
+                ended.append(job)
+            else:
+                pool.append((job, speech))
+                seconds += speech.end - speech.start
+                self._active.append(job)
+        return pool, ended
+
+    def _read(self, job: Job) -> Speech | None:
+        """Return the next segment of a recording; None if it has no more, cannot be read, or its client has gone."""
+        try:
+            if not job.is_cancelled:
+                return next(job.speech, None)
+            job.speech.close()  # type: ignore[attr-defined]  # a generator
+        except Exception as error:  # one recording must not end the thread
+            self._fail(job, error)
+        return None
+
+    def _decode(self, pool: list[tuple[Job, Speech]]) -> None:
+        """Decode the segments together. If that fails, decode each recording alone, so that one fails alone."""
+        try:
+            self._decode_together(pool)
+        except Exception as error:
+            jobs = list(dict.fromkeys(job for job, _ in pool))
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            for job in jobs:
+                self._decode([(one, speech) for one, speech in pool if one is job])
+
+    def _decode_together(self, pool: list[tuple[Job, Speech]]) -> None:
+        for job, speech in pool:
+            self._shared.add(job.state, speech)
+        try:
+            self._shared.decode_pool()
+        except Exception:
+            for job, _ in pool:
+                job.state.undecoded = 0
+            raise
+        for job in dict.fromkeys(job for job, _ in pool):
+            self._emit(job)
+
+    def _emit(self, job: Job) -> None:
+        """Hand the new segments of a recording to its client."""
+        segments = job.state.segments
+        while job.emitted < len(segments) and not job.is_cancelled:
+            job.emitted += 1
+            job.on_event(segments[job.emitted - 1])
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.cancel()
+        job.on_event(error)

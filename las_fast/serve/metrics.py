@@ -1,0 +1,81 @@
+"""Metrics of the service for Prometheus: requests by path and status, their times, and the work of the batcher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from las_fast.serve.batcher import Batcher
+
+SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)  # upper ends of the histogram's buckets
+ABORTED = 499  # status counted for a client that has gone, as in nginx
+
+
+class Metrics:
+    """The metrics of one service."""
+
+    def __init__(self, batcher: Batcher):
+        self.registry = CollectorRegistry()
+        options = {"registry": self.registry, "namespace": "las_fast"}
+        self.requests = Counter("requests", "Requests that have ended.", ["path", "status"], **options)
+        self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=SECONDS, **options)
+        self.in_progress = Gauge("requests_in_progress", "Recordings uploading, waiting or decoding.", **options)
+        self.registry.register(_BatcherCollector(batcher))
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _BatcherCollector(Collector):
+    """Reads the batcher's statistics whenever the metrics are asked for."""
+
+    def __init__(self, batcher: Batcher):
+        self.batcher = batcher
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.batcher.statistics
+        for name, text, value in (
+            ("rounds", "Batches of segments decoded.", now.rounds),
+            ("segments", "Segments of speech decoded.", now.segments),
+            ("audio_seconds", "Seconds of audio read.", now.audio_seconds),
+            ("speech_seconds", "Seconds of speech decoded.", now.speech_seconds),
+            ("busy_seconds", "Seconds that the model was decoding.", now.busy_seconds),
+        ):
+            yield CounterMetricFamily(f"las_fast_{name}", text, value=value)
+
+
+class CountRequests:
+    """ASGI middleware that counts the requests and their times.
+
+    Args:
+        path_of: returns the label of a path, so that unknown paths do not each get a metric.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, path_of: Callable[[str], str]):
+        self.app, self.metrics, self.path_of = app, metrics, path_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, is_complete = time.monotonic(), ABORTED, False
+
+        async def watch(message: Message) -> None:
+            nonlocal status, is_complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            await self.app(scope, receive, watch)
+        finally:
+            path = self.path_of(scope["path"])
+            self.metrics.requests.labels(path, str(status if is_complete else ABORTED)).inc()
+            self.metrics.seconds.labels(path).observe(time.monotonic() - began)
