@@ -30,7 +30,7 @@ from las_fast.serve.batcher import Batcher, Event, Job, Upload
 from las_fast.serve.errors import INTERNAL, ApiError, of_http, of_recording
 from las_fast.serve.limits import Limits
 from las_fast.serve.metrics import ABORTED, CountRequests, Metrics
-from las_fast.serve.uploads import Form, drain, receive_form, until_disconnected
+from las_fast.serve.uploads import Form, drain, is_received, receive_form, until_disconnected
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"/": "index.html", "/app.js": "app.js", "/wave.js": "wave.js", "/style.css": "style.css"}
@@ -227,8 +227,12 @@ class Service:
         return _Stream(body(), media_type=media_type, headers=headers, on_end=stack.aclose)
 
     async def _refuse(self, request: Request, error: ApiError) -> Response:
-        await drain(request, self.limits.max_bytes)
-        return error.response()
+        if error.status != 408:  # a slow client is not waited for again
+            await drain(request, self.limits.max_bytes)
+        response = error.response()
+        if not is_received(request):  # what comes next is the rest of the upload, not a request
+            response.headers["Connection"] = "close"
+        return response
 
     async def _refuse_http(self, request: Request, error: HTTPException) -> Response:
         return await self._refuse(request, of_http(request, error))

@@ -88,7 +88,7 @@ async def _stream(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
     if int(request.headers.get("content-length") or 0) > limit:
         raise _too_large(max_bytes)
     total = 0
-    while not _is_received(request):
+    while not is_received(request):
         chunk = await _receive(request)
         total += len(chunk)
         if total > limit:
@@ -110,7 +110,8 @@ async def _receive(request: Request) -> bytes:
     return message.get("body", b"")
 
 
-def _is_received(request: Request) -> bool:
+def is_received(request: Request) -> bool:
+    """Return whether the body of a request was read to its end."""
     return request.scope.get("las_fast.is_received", False)
 
 
@@ -125,7 +126,7 @@ async def drain(request: Request, max_bytes: int) -> None:
     total = 0
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(DRAIN_SECONDS):
-            while not _is_received(request) and total < DRAIN_FACTOR * max_bytes:
+            while not is_received(request) and total < DRAIN_FACTOR * max_bytes:
                 total += len(await _receive(request))
 
 

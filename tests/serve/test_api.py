@@ -1,0 +1,367 @@
+"""The service speaks OpenAI's API: its official client works unchanged, and errors have OpenAI's form."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from fakes import raising
+
+from las_fast.errors import InputError
+from las_fast.output.formats import Style, as_srt, as_vtt
+from las_fast.output.transcripts import Segment, Transcript, Word
+from las_fast.serve import app
+from las_fast.serve import openai as api
+from las_fast.serve.limits import Limits
+from las_fast.text import Vocabulary
+from serve.services import running
+
+
+@pytest.fixture
+def client(service):
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as one:
+        yield one.audio.transcriptions
+
+
+@pytest.fixture
+def expected(model, wav):
+    return model.transcribe(io.BytesIO(wav()))
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# -------------------------------------------------------------------------------------------------- The official client
+
+
+def test_the_openai_client_gets_the_text_of_the_python_api(client, wav, expected):
+    for model in ("tiny", "whisper-1"):
+        assert client.create(model=model, file=("talk.wav", wav())).text == expected.text
+
+
+def test_the_openai_client_gets_text_srt_and_vtt(client, wav, expected):
+    path = Path("recording")
+    texts = {
+        "text": f"{expected.text}\n",
+        "srt": as_srt(path, expected, Style()),
+        "vtt": as_vtt(path, expected, Style()),
+    }
+    for response_format, text in texts.items():
+        assert client.create(model="tiny", file=wav(), response_format=response_format) == text
+
+
+def test_the_openai_client_gets_segments_and_words(client, wav, model):
+    expected = model.transcribe(io.BytesIO(wav(25)))
+    answer = client.create(
+        model="tiny", file=wav(25), response_format="verbose_json", timestamp_granularities=["segment", "word"]
+    )
+    assert (answer.text, answer.language, answer.duration) == (expected.text, "english", 25.0)
+    assert [(s.start, s.end, s.text) for s in answer.segments] == [(s.start, s.end, s.text) for s in expected.segments]
+    assert len(answer.segments) == 2
+    assert [s.avg_logprob for s in answer.segments] == [round(s.mean_score, 4) for s in expected.segments]
+    assert [word.word for word in answer.words] == [word.text for word in expected.words]
+
+
+def test_the_openai_client_gets_a_stream_of_segments(client, wav, model):
+    expected = model.transcribe(io.BytesIO(wav(25)))
+    *deltas, last = client.create(model="tiny", file=wav(25), stream=True)
+    assert len(deltas) == 2
+    assert "".join(one.delta for one in deltas) == last.text == expected.text
+
+
+def test_the_openai_client_lists_the_model(service):
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused") as client:
+        assert [one.id for one in client.models.list()] == ["tiny"]
+        assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_the_openai_client_raises_its_own_errors(client, wav):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.create(model="whisper-9", file=wav())
+    assert (error.value.code, error.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="cannot be read as audio"):
+        client.create(model="tiny", file=b"not audio")
+
+
+# ------------------------------------------------------------------------------------------------------ verbose_json
+
+
+def transcript(*words, score=3.0):
+    segment = Segment(1.0, 2.5, "SO IT IS", -2.0, -0.25, score, (), tuple(words))
+    return Transcript(segment.text, (segment,), (), 4.0)
+
+
+def test_words_have_times_and_confidences():
+    words = [Word("SO", 1.1, 1.4, 0.91234), Word("IT", 1.5, 1.7, 0.5), Word("IS", 1.8, 2.4, 1.0)]
+    asked = api.Request("verbose_json", frozenset({"word"}), False, "english")
+    row = api.verbose(transcript(*words), asked, Vocabulary())
+    assert "segments" not in row
+    assert row["words"][0] == {"word": "SO", "start": 1.1, "end": 1.4, "confidence": 0.9123}
+    assert [word["word"] for word in row["words"]] == ["SO", "IT", "IS"]
+
+
+def test_segments_have_whispers_fields():
+    row = api.segment_row(3, transcript().segments[0], Vocabulary())
+    assert row == {
+        "id": 3, "seek": 100, "start": 1.0, "end": 2.5, "text": "SO IT IS", "tokens": Vocabulary().encode("SO IT IS"),
+        "temperature": 0.0, "avg_logprob": -0.25, "compression_ratio": 0.5, "no_speech_prob": 1 / (1 + math.exp(24)),
+    }  # fmt: skip
+
+
+def test_the_probability_of_no_speech_is_that_of_silence_against_the_text():
+    probabilities = [api.no_speech_probability(transcript(score=x).segments[0]) for x in (None, 0.0, 100.0, -math.inf)]
+    assert probabilities == [0.0, 0.5, pytest.approx(0.0, abs=1e-200), 1.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- Errors
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": "docx"}, "response_format"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": "1.5"}, "temperature"),
+        ({"stream": "maybe"}, "stream"),
+        ({"stream": "true", "response_format": "srt"}, "response_format"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities"),
+        ({"response_format": "verbose_json", "timestamp_granularities[]": "letter"}, "timestamp_granularities[]"),
+    ],
+)
+def test_a_wrong_field_is_named(service, wav, fields, param):
+    status, error = service.error(file=wav(), **fields)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+
+
+def test_a_form_without_a_file_is_refused(service):
+    status, error = service.error(model="tiny")
+    assert (status, error["param"]) == (400, "file")
+    for body, kind in ((b"{}", "application/json"), (b"--x", "multipart/form-data; boundary=x"), (b"", "")):
+        response = service.client.post("/v1/audio/transcriptions", content=body, headers={"content-type": kind})
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_form_that_is_cut_off_is_refused(service, wav):
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    whole = service.client.post("/v1/audio/transcriptions", content=head + wav() + b"\r\n--x--\r\n", headers=kind)
+    assert whole.status_code == 200
+    for body in (head + wav(), head + wav() + b"\r\n--x\r\n"):
+        response = service.client.post("/v1/audio/transcriptions", content=body, headers=kind)
+        assert (response.status_code, response.json()["error"]["message"]) == (
+            400, "the form is cut off; send it again",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b"", b"not audio", b"RIFF\x00\x00\x00\x00WAVE"])
+def test_a_file_that_is_not_audio_is_refused(service, data):
+    status, error = service.error(file=data)
+    assert (status, error["code"], error["param"]) == (400, "invalid_audio", "file")
+    assert error["message"].startswith("the file ")
+
+
+def test_an_unknown_address_or_method_is_refused(service):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/transcribe", 405), ("POST", "/v1/files", 404)):
+        response = service.client.request(method, path, content=b"x" * 100)
+        assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_a_bug_is_reported_without_details(service, wav, monkeypatch, caplog):
+    monkeypatch.setattr(app, "of_recording", lambda error: None)
+    monkeypatch.setattr("las_fast.transcription.open_recording", raising(KeyError("the bug")))
+    status, error = service.error(file=wav())
+    assert (status, error["type"], error["code"]) == (500, "server_error", "internal_error")
+    assert "bug" not in error["message"] and "the bug" in caplog.text
+
+
+# -------------------------------------------------------------------------------------------------------------- Limits
+
+
+@pytest.fixture(scope="module")
+def small(model):
+    limits = Limits(max_bytes=100_000, max_seconds=2.0, timeout=1.0, queue=2)
+    with running(model, limits) as one:
+        yield one
+
+
+def chunks(data, size=10_000):
+    for first in range(0, len(data), size):
+        yield data[first : first + size]
+
+
+def test_a_file_at_the_limit_is_accepted_and_a_larger_one_refused(small, wav):
+    file = wav().ljust(100_000, b"\0")
+    assert small.post(file=file).status_code == 200
+    status, error = small.error(file=file + b"\0")
+    assert (status, error["code"]) == (413, "file_too_large") and "100000 bytes" in error["message"]
+
+
+def test_a_large_body_is_refused_with_and_without_its_length(small):
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for content in (bytes(200_000), chunks(bytes(200_000))):
+        response = small.client.post("/v1/audio/transcriptions", content=content, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) in ((413, "file_too_large"), (400, None))
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+    response = small.client.post("/v1/audio/transcriptions", content=chunks(head + bytes(200_000)), headers=headers)
+    assert response.json()["error"]["code"] == "file_too_large"
+
+
+def test_a_long_recording_is_refused(small, wav):
+    assert small.post(file=wav(1.9)).status_code == 200
+    status, error = small.error(file=wav(2.5))
+    assert (status, error["code"]) == (400, "audio_too_long")
+    assert error["message"] == "the file is longer than 2 seconds; send it in parts"
+
+
+def stalled_upload(service):
+    """A connection that sends the beginning of a form and no more."""
+    connection = socket.create_connection(("127.0.0.1", service.client.base_url.port))
+    connection.sendall(
+        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    return connection
+
+
+def test_more_requests_than_places_get_503(small, wav):
+    with stalled_upload(small), stalled_upload(small):
+        wait_until(lambda: small.service.in_progress == 2)
+        response = small.post(file=wav())
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
+        assert response.headers["retry-after"] == "1"
+        assert small.client.get("/health").json()["in_progress"] == 2
+    wait_until(lambda: small.service.in_progress == 0)
+    assert small.post(file=wav()).status_code == 200
+
+
+def test_a_slow_upload_gets_408(small):
+    with stalled_upload(small) as connection:
+        wait_until(lambda: small.service.in_progress == 1)
+        connection.settimeout(20)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408") and b"upload_timeout" in answer
+
+
+def test_a_request_that_the_model_cannot_do_in_time_gets_504(small, wav):
+    with small.blocked():
+        status, error = small.error(file=wav())
+    assert (status, error["type"], error["code"]) == (504, "server_error", "timeout")
+    assert small.post(file=wav()).status_code == 200
+
+
+def clients_gone(service):
+    count = re.search(
+        r'requests_total{path="/v1/audio/transcriptions",status="499"} (.*)', service.client.get("/metrics").text
+    )
+    return float(count[1]) if count else 0.0
+
+
+def test_a_client_that_goes_frees_its_place_and_the_model(small, wav):
+    before, gone_before = small.batcher.statistics.segments, clients_gone(small)
+    with small.blocked():
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{small.url}/v1/audio/transcriptions", files={"file": wav()}, timeout=0.2)
+        wait_until(lambda: small.service.in_progress == 0)
+    assert small.post(file=wav()).status_code == 200
+    assert small.batcher.statistics.segments == before + 1  # that of the second request
+    assert clients_gone(small) == gone_before + 1
+
+
+def test_uploads_leave_no_file_behind(small, model, wav, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with running(model) as service:
+        large = wav().ljust(3_000_000, b"\0")  # larger than what is kept in memory
+        assert service.post(file=large).status_code == 200
+        assert service.post(file=bytes(3_000_000)).status_code == 400
+        with service.blocked(), pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{service.url}/v1/audio/transcriptions", files={"file": large}, timeout=0.3)
+        wait_until(lambda: service.service.in_progress == 0)
+        assert service.post(file=large).status_code == 200
+        assert list(tmp_path.iterdir()) == []
+        open_files = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert [path for path in open_files if str(path).startswith(str(tmp_path))] == []
+
+
+# ------------------------------------------------------------------------------------------------- Pages and numbers
+
+
+def test_the_page_gets_each_segment_as_a_line(service, wav, model):
+    expected = model.transcribe(io.BytesIO(wav(25)), nbest=2)
+    response = service.post("/transcribe", file=wav(25))
+    *segments, last = [json.loads(line) for line in response.text.splitlines()]
+    assert [one["type"] for one in segments] == ["segment"] * 2 and last["type"] == "done"
+    assert [one["text"] for one in segments] == [one.text for one in expected.segments]
+    assert [one["alternatives"][0]["text"] for one in segments] == [one.nbest[1].text for one in expected.segments]
+    assert (last["text"], last["duration"]) == (expected.text, 25.0)
+    assert last["srt"] == as_srt(Path("x"), expected, Style()) and last["vtt"].startswith("WEBVTT")
+
+
+def test_an_error_in_a_stream_is_its_last_line(service):
+    (line,) = service.post("/transcribe", file=b"not audio").text.splitlines()
+    row = json.loads(line)
+    assert (row["type"], row["error"]["code"]) == ("error", "invalid_audio")
+
+
+def test_a_segment_is_sent_before_the_recording_is_decoded(model, wav):
+    with running(model, round_seconds=0) as service:
+        reached, go_on = threading.Event(), threading.Event()
+        decode = service.batcher._shared.decode_pool
+
+        def decode_pool():
+            if reached.is_set():
+                go_on.wait(20)
+            reached.set()
+            decode()
+
+        service.batcher._shared.decode_pool = decode_pool
+        request = service.client.stream("POST", "/transcribe", files={"file": wav(25)})
+        with request as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            assert reached.is_set() and not go_on.is_set()
+            go_on.set()
+            assert '"start": 0.0' in first and len([*lines]) == 2
+
+
+def test_health_and_metrics(service, wav):
+    assert service.client.get("/health").json() == {"status": "ok", "model": "tiny", "in_progress": 0, "queue": 64}
+    text = service.client.get("/metrics").text
+    assert 'las_fast_requests_total{path="/health",status="200"}' in text
+    assert "las_fast_segments_total" in text and "las_fast_requests_in_progress 0.0" in text
+
+
+def test_the_attention_of_a_segment_is_a_matrix_of_bytes(service, wav):
+    row = service.post("/attention", file=wav(), text="A B").json()
+    assert row["text"] == "A B" and row["frame_seconds"] == pytest.approx(0.02)
+    assert len(base64.b64decode(row["weights"])) == 4 * row["frames"]  # with <eos>
+    status, error = service.error(path="/attention", file=wav(), text="é")
+    assert status == 400 and "outside the vocabulary" in error["message"]
+
+
+def test_the_page_may_load_nothing_from_elsewhere(service):
+    response = service.client.get("/")
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/html")
+    assert response.headers["content-security-policy"].startswith("default-src 'self'")
+    for path in app.PAGE_FILES:
+        text = service.client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+        assert text and "http://" not in text and "https://" not in text
+
+
+def test_a_recording_that_fails_stays_an_input_error():
+    assert app._reported(InputError("x")).status == 400
+    assert app._reported(OSError(28, "No space left on device")).code == "storage"
+    assert app._reported(MemoryError()).status == 503

@@ -1,0 +1,143 @@
+"""Recordings of many clients are decoded together, with the texts of each alone; one that fails, fails alone."""
+
+from __future__ import annotations
+
+import io
+import queue
+import warnings
+
+import pytest
+
+from las_fast.errors import InputError
+from las_fast.output.transcripts import Segment, Transcript
+from las_fast.serve.batcher import Batcher, Job, TooLong
+
+
+class Client:
+    """A job, and the events it got."""
+
+    def __init__(self, file: bytes):
+        self.events: queue.SimpleQueue = queue.SimpleQueue()
+        self.job = Job(io.BytesIO(file), self.events.put)
+
+    def wait(self) -> tuple[list[Segment], Transcript | Exception]:
+        segments = []
+        while isinstance(event := self.events.get(timeout=20), Segment):
+            segments.append(event)
+        return segments, event
+
+
+@pytest.fixture
+def together(model):
+    """A function that submits recordings at once to a new batcher; it returns the clients and the batcher."""
+    batchers = []
+
+    def submit(*files, max_seconds=100.0, patch=lambda batcher: None, **options):
+        batcher = Batcher(model, max_seconds=max_seconds, **options)
+        batchers.append(batcher)
+        patch(batcher)
+        go_on = queue.SimpleQueue()
+        batcher.call(lambda model: go_on.get(timeout=20))
+        clients = [Client(file) for file in files]
+        for client in clients:
+            batcher.submit(client.job)
+        go_on.put(None)
+        return clients, batcher
+
+    yield submit
+    for batcher in batchers:
+        batcher.close()
+
+
+def alone(model, file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.transcribe(io.BytesIO(file))
+
+
+def test_waiting_recordings_are_decoded_in_one_batch_with_the_texts_of_each_alone(together, model, wav):
+    files = [wav(seconds, seed) for seed, seconds in enumerate((0.6, 1.5, 1.0, 0.8))]
+    clients, batcher = together(*files)
+    assert [client.wait()[1] for client in clients] == [alone(model, file) for file in files]
+    assert (batcher.statistics.rounds, batcher.statistics.segments) == (1, 4)
+    assert batcher.statistics.audio_seconds == pytest.approx(3.9)
+
+
+def test_a_recording_that_cannot_be_read_fails_alone(together, model, wav):
+    clients, batcher = together(wav(), b"not audio", wav(1.0), b"")
+    results = [client.wait()[1] for client in clients]
+    assert [type(result) for result in results] == [Transcript, InputError, Transcript, InputError]
+    assert results[2] == alone(model, wav(1.0)) and batcher.statistics.rounds == 1
+
+
+def test_a_recording_that_cannot_be_decoded_fails_alone(together, model, wav):
+    def patch(batcher):
+        decode = batcher._shared.decode
+
+        def failing(data):
+            if any(1.4 < seconds < 1.6 for seconds in data.seconds):
+                raise RuntimeError("a bug")
+            return decode(data)
+
+        batcher._shared.decode = failing
+
+    clients, _ = together(wav(), wav(1.5), wav(1.0), patch=patch)
+    results = [client.wait()[1] for client in clients]
+    assert str(results[1]) == "a bug" and [results[0], results[2]] == [alone(model, wav()), alone(model, wav(1.0))]
+
+
+def test_a_long_recording_does_not_hold_up_a_short_one(together, wav):
+    ends = []
+    (long, short), _ = together(
+        wav(70), wav(), round_seconds=0,
+        patch=lambda batcher: None,
+    )  # fmt: skip
+    for client, name in ((long, "long"), (short, "short")):
+        put = client.job.on_event
+        client.job.on_event = lambda event, put=put, name=name: (ends.append((name, type(event))), put(event))
+    short.wait()
+    long.wait()
+    assert ends.index(("short", Transcript)) < ends.index(("long", Transcript)) - 2
+
+
+def test_segments_are_those_of_the_transcript_in_order(together, model, wav):
+    (client,), _ = together(wav(45), round_seconds=0)
+    segments, transcript = client.wait()
+    assert len(segments) > 2 and tuple(segments) == transcript.segments and transcript == alone(model, wav(45))
+
+
+def test_a_recording_that_is_too_long_fails(together, wav):
+    (client,), _ = together(wav(3.0), max_seconds=2.0)
+    assert isinstance(client.wait()[1], TooLong)
+
+
+def test_a_recording_without_speech_has_an_empty_text(together):
+    from recordings import encoded
+
+    (client,), _ = together(encoded([0.0] * 16000, format="WAV"))
+    assert client.wait()[1] == Transcript("", (), (), 1.0)
+
+
+def test_a_cancelled_recording_is_dropped(together, wav):
+    cancelled = Client(wav(70))
+    cancelled.job.cancel()
+    _, batcher = together()
+    batcher.submit(cancelled.job)
+    kept = Client(wav())
+    batcher.submit(kept.job)
+    assert isinstance(kept.wait()[1], Transcript)
+    assert cancelled.events.empty() and batcher.statistics.segments == 1
+
+
+def test_closing_finishes_what_is_waiting(together, wav):
+    clients, batcher = together(wav(25), wav(), round_seconds=0)
+    batcher.close()
+    assert not batcher.is_alive
+    assert all(isinstance(client.wait()[1], Transcript) for client in clients)
+
+
+def test_an_error_of_a_call_is_that_of_its_future(together):
+    _, batcher = together()
+    with pytest.raises(ZeroDivisionError):
+        batcher.call(lambda model: 1 // 0).result(20)
+    assert batcher.is_alive

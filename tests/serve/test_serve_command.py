@@ -1,0 +1,77 @@
+"""The command: wrong options and missing packages are one sentence, and a signal lets running requests finish."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from tiny_checkpoints import make_checkpoint
+
+from las_fast.errors import InputError
+from las_fast.serve import __main__ as serve
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--queue", "0"], "--queue must be above 0; got 0"),
+        (["--timeout", "-1"], "--timeout must be above 0; got -1"),
+        (["--max-megabytes", "nan"], "--max-megabytes must be above 0; got nan"),
+        (["--port", "99999"], "--port must be from 0 to 65535; got 99999"),
+        (["--host", "256.0.0.1", "--port", "0"], r"--host 256.0.0.1 --port 0 cannot be used \(.*\); give another"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(argv, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        serve.main(argv)
+
+
+def test_a_port_that_is_taken_is_an_error():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(InputError, match=f"--port {port} cannot be used"):
+            serve.main(["--port", port])
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(InputError, match="serve needs the package uvicorn; run: pip install starlette uvicorn"):
+        serve.main(["--port", "0"])
+
+
+def test_sigterm_finishes_the_running_request_then_exits_with_0(tmp_path, wav):
+    checkpoint = make_checkpoint(tmp_path, 20, mel_bins=23)
+    argv = [
+        sys.executable,
+        "-m",
+        "las_fast",
+        "serve",
+        "--port",
+        "0",
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(argv, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        url = re.fullmatch(r"untrained-20 on (http://127\.0\.0\.1:\d+); Ctrl-C stops\n", first)[1]
+        answers = []
+        file = {"file": wav(60)}
+        request = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/audio/transcriptions", files=file, timeout=60))
+        )
+        request.start()
+        while not httpx.get(f"{url}/health").json()["in_progress"]:
+            pass
+        process.send_signal(signal.SIGTERM)
+        request.join()
+        assert answers[0].status_code == 200 and answers[0].json()["text"]
+        assert process.communicate()[0] == "stopped\n" and process.returncode == 0
