@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 AN4 ?=
 
-.PHONY: demo test bench lint gpu-check build wheel
+.PHONY: demo test browser-test bench lint gpu-check build wheel
 
 demo: build
 	@echo "== demo: speech corpus, training, decoding, report (runs/demo)"
@@ -15,6 +15,12 @@ demo: build
 test: build
 	@echo "== tests"
 	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+# The web page of las_fast.serve; needs Debian's packages chromium and chromium-driver.
+browser-test: build
+	@echo "== browser"
+	@$(BIN)/pip install -qq --disable-pip-version-check selenium==4.51.0
+	@$(BIN)/python -m pytest tests/serve/browser.py
 
 bench: build
 	@echo "== benchmarks"

@@ -38,6 +38,8 @@ def parser() -> Parser:
     add_options(parser)
     add("--beam", type=int, help="beam width (default: the checkpoint's)")
     add("--lm", metavar="FILE", help="language model; as in transcribe (default: the checkpoint's)")
+    add("--batch-seconds", type=float, default=60.0, metavar="N",
+        help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
     add("--nbest", type=int, help=f"hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
         help=f"leave out segments with a lower speech score (default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
@@ -50,6 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
     options = parser().parse_args(argv)
     limits = parse_limits(options)
+    if not options.batch_seconds >= 0:
+        raise InputError(f"--batch-seconds must be 0 or more; got {options.batch_seconds:g}")
+    if options.nbest is not None and options.nbest < 1:
+        raise InputError(f"--nbest must be at least 1; got {options.nbest}")
     check_packages()
     with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
         return_freed_memory()
@@ -57,13 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         from las_fast.serve.app import Service
         from las_fast.serve.batcher import Batcher
 
-        nbest = (
-            min(NBEST, model.settings(beam=options.beam, lm=options.lm).beam)
-            if options.nbest is None
-            else options.nbest
-        )
+        beam = model.settings(beam=options.beam, lm=options.lm).beam
+        nbest = options.nbest or min(NBEST, beam)
         search = {"beam": options.beam, "lm": options.lm, "nbest": nbest, "min_speech_score": options.min_speech_score}
-        batcher = Batcher(model, max_seconds=limits.max_seconds, **search)
+        batcher = Batcher(model, max_seconds=limits.max_seconds, round_seconds=options.batch_seconds, **search)
         serve(Service(model, name, batcher, limits, options.language), listener)
 
 

@@ -24,6 +24,8 @@ from las_fast.serve import __main__ as serve
         (["--queue", "0"], "--queue must be above 0; got 0"),
         (["--timeout", "-1"], "--timeout must be above 0; got -1"),
         (["--max-megabytes", "nan"], "--max-megabytes must be above 0; got nan"),
+        (["--nbest", "0"], "--nbest must be at least 1; got 0"),
+        (["--batch-seconds", "nan"], "--batch-seconds must be 0 or more; got nan"),
         (["--port", "99999"], "--port must be from 0 to 65535; got 99999"),
         (["--host", "256.0.0.1", "--port", "0"], r"--host 256.0.0.1 --port 0 cannot be used \(.*\); give another"),
     ],

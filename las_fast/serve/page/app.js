@@ -214,8 +214,13 @@ function picture(row) {
   return canvas;
 }
 
+// The colour map magma of matplotlib, at five points.
+const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
+
 function heat(x) {
-  return `hsl(${265 - 220 * x} ${70 + 20 * x}% ${8 + 62 * Math.sqrt(x)}%)`;
+  const at = Math.min(3.999, 4 * x);
+  const [low, high] = [MAGMA[Math.floor(at)], MAGMA[Math.floor(at) + 1]];
+  return `rgb(${low.map((c, i) => Math.round(c + (high[i] - c) * (at % 1)))})`;
 }
 
 // --------------------------------------------------------------------------------------------------------------- Audio
