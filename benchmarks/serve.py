@@ -202,7 +202,7 @@ def stress(service: Service, files: list[bytes], texts: list[str], requests: int
     load = Load(service, files, texts)
     open_before = service.open_files()
     elapsed = asyncio.run(load.run(mixed(requests), clients))
-    time.sleep(1.0)
+    time.sleep(0.3)  # the service notices the last aborted request
     for (kind, status), number in sorted(load.statuses.items(), key=str):
         print(f"  {kind}: {number} x {status}")
     left = [path.name for path in service.folder.iterdir()]

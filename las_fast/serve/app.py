@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from las_fast.output.formats import Style, as_srt, as_vtt, rounded, segment_row
 from las_fast.output.transcripts import Segment, Transcript
@@ -178,7 +179,7 @@ class Service:
             self.in_progress -= 1
             self.metrics.in_progress.set(self.in_progress)
 
-    async def _events(self, form: Form, deadline: float) -> AsyncIterator[Segment | Transcript]:
+    async def _events(self, form: Form, deadline: float) -> AsyncGenerator[Segment | Transcript, None]:
         """Yield the segments of a recording as they are decoded, then its transcript; raise ApiError."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -218,7 +219,7 @@ class Service:
     ) -> Response:
         """Respond with `lines` of the events; the stack is closed at the end."""
 
-        async def body() -> AsyncIterator[str]:
+        async def body() -> AsyncGenerator[str, None]:
             async with stack, contextlib.aclosing(self._events(form, deadline)) as events:
                 async for line in lines(events):
                     yield line
@@ -241,15 +242,15 @@ class Service:
 class _Stream(StreamingResponse):
     """A StreamingResponse that calls on_end at its end, even if it never began."""
 
-    def __init__(self, content, *, on_end: Callable[[], Awaitable[None]], **options: Any):
+    def __init__(self, content: AsyncGenerator[str, None], *, on_end: Callable[[], Awaitable[None]], **options: Any):
         super().__init__(content, **options)
-        self.on_end = on_end
+        self.lines, self.on_end = content, on_end
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]  # an async generator
+            await self.lines.aclose()
             await self.on_end()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -21,7 +22,7 @@ class Metrics:
 
     def __init__(self, batcher: Batcher):
         self.registry = CollectorRegistry()
-        options = {"registry": self.registry, "namespace": "las_fast"}
+        options: dict[str, Any] = {"registry": self.registry, "namespace": "las_fast"}
         self.requests = Counter("requests", "Requests that have ended.", ["path", "status"], **options)
         self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=SECONDS, **options)
         self.in_progress = Gauge("requests_in_progress", "Recordings uploading, waiting or decoding.", **options)

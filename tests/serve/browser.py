@@ -23,7 +23,7 @@ from serve.services import running
 
 SPOKEN = {"YES", "KNOW", "THAT", "SAID", "SIMPLY", "STAND", "WAS", "WRONG", "DIDN'T", "ONLY", "TELL", "NOW"}
 TALK = ("4446-2275-0030", "4446-2275-0031", "4446-2275-0032")
-SIZES = {"desktop": (1100, 1000, False), "phone": (390, 844, True)}  # width, height, is mobile
+SIZES = {"desktop": (1000, 1300, False), "phone": (390, 844, True)}  # width, height, is mobile
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def talk(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service():
-    with running(las_fast.load("speech13h", device="cpu"), nbest=3) as one:
+    with running(las_fast.load("speech13h", device="cpu"), name="speech13h", nbest=3) as one:
         yield one
 
 
@@ -96,7 +96,7 @@ def test_an_upload_shows_the_text_of_the_python_api(transcribed, service, talk):
     texts = ["".join(f"{word.text} " for word in row.find_elements(By.CSS_SELECTOR, ".word")).strip()
              for row in transcribed.find_elements(By.CSS_SELECTOR, "#segments > li")]  # fmt: skip
     assert texts == [segment.text for segment in service.service.model.transcribe(talk).segments]
-    assert "model tiny" in one(transcribed, "#model").text
+    assert "model speech13h" in one(transcribed, "#model").text
 
 
 def test_a_click_on_a_word_plays_it(transcribed):
@@ -111,7 +111,7 @@ def test_a_click_on_a_word_plays_it(transcribed):
 def test_a_click_on_the_waveform_moves_the_audio(transcribed):
     script = """
         const canvas = document.querySelector('#wave canvas'), box = canvas.getBoundingClientRect();
-        canvas.dispatchEvent(new MouseEvent('click', {clientX: box.left + 300, clientY: box.top + 20, bubbles: true}));
+        canvas.dispatchEvent(new MouseEvent('click', {clientX: box.left + 540, clientY: box.top + 20, bubbles: true}));
         return document.getElementById('audio').currentTime"""
     assert transcribed.execute_script(script) == pytest.approx(3.0, abs=0.6)
     painted = """

@@ -45,11 +45,11 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(model: Recogniser, limits: Limits | None = None, **options) -> Iterator[Running]:
+def running(model: Recogniser, limits: Limits | None = None, *, name: str = "tiny", **options) -> Iterator[Running]:
     """Run a service in a thread. options: those of Batcher."""
     limits = limits or Limits()
     batcher = Batcher(model, max_seconds=limits.max_seconds, **options)
-    service = Service(model, "tiny", batcher, limits)
+    service = Service(model, name, batcher, limits)
     server = uvicorn.Server(uvicorn.Config(service.application(), port=0, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()

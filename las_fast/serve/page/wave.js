@@ -1,6 +1,6 @@
 // The waveform: the samples, the words at their times, and where the audio is. Only the visible part is drawn.
 
-const PIXELS_PER_SECOND = 100;
+const PIXELS_PER_SECOND = 180;
 const LABELS = 26; // pixels for the words below the waveform
 
 export class Wave {
@@ -81,7 +81,7 @@ export class Wave {
   }
 
   paintWords(pen, colour, left, width, height) {
-    pen.font = "13px system-ui, sans-serif";
+    pen.font = "12px system-ui, sans-serif";
     for (const word of this.words) {
       const [from, to] = [word.start * this.scale - left, word.end * this.scale - left];
       if (to < 0 || from > width) continue;

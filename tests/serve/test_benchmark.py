@@ -1,0 +1,69 @@
+"""benchmarks.serve notices a wrong text, a wrong status and a file left behind."""
+
+from __future__ import annotations
+
+import io
+import os
+from types import SimpleNamespace
+
+import pytest
+from serve.services import running
+
+from benchmarks import serve as bench
+from las_fast.errors import InputError
+from las_fast.serve.limits import MEGABYTE, Limits
+
+
+@pytest.fixture(scope="module")
+def files(wav):
+    return [wav(0.6), wav(1.0), wav(0.8)]
+
+
+@pytest.fixture(scope="module")
+def texts(model, files):
+    return [model.transcribe(io.BytesIO(file)).text for file in files]
+
+
+@pytest.fixture(scope="module")
+def limited(model):
+    with running(model, Limits(max_bytes=bench.LIMIT_MB * MEGABYTE)) as one:
+        yield one
+
+
+@pytest.fixture
+def service(limited, tmp_path):
+    return bench.Service(SimpleNamespace(pid=os.getpid()), limited.url, tmp_path)
+
+
+def test_a_mixed_load_gets_only_documented_answers(service, files, texts):
+    kinds = bench.mixed(24)
+    assert set(kinds) == {"good", *bench.KINDS} and kinds.count("good") == 18
+    rows = {what: value for _, what, value, _ in bench.stress(service, files, texts, 24, 6)}
+    assert rows["requests"] == 24 and rows["wrong answers"] == 0
+    assert 0 < rows["median time of a recording"] <= rows["99th percentile"]
+
+
+def test_batching_is_compared_with_one_at_a_time(service, files, texts, monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "REQUESTS_PER_ROUND", 6)
+    *rates, speedup = bench.compare(service, service, files, texts, 3)
+    assert speedup[2] == pytest.approx(rates[0][2] / rates[1][2])
+
+
+def test_another_text_is_an_error(service, files, texts):
+    with pytest.raises(InputError, match="wrong answers"):
+        bench.stress(service, files, ["", *texts[1:]], 12, 3)
+
+
+def test_a_file_left_behind_is_an_error(service, files, texts):
+    (service.folder / "left").write_text("")
+    with pytest.raises(InputError, match="1 files left"):
+        bench.stress(service, files, texts, 6, 3)
+
+
+def test_recordings_are_short(tmp_path, files):
+    (tmp_path / "short.wav").write_bytes(files[1])
+    (tmp_path / "shorter.wav").write_bytes(files[0])
+    assert bench.recordings(tmp_path, 1) == [files[1]]
+    with pytest.raises(InputError, match="has 1 recordings of 1 to 5 seconds; this needs 2"):
+        bench.recordings(tmp_path, 2)
