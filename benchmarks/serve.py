@@ -61,8 +61,11 @@ class Service:
 
     def open_files(self) -> int:
         """Return how many files are open, without sockets and pipes."""
-        links = (os.readlink(path) for path in Path(f"/proc/{self.process.pid}/fd").iterdir())
-        return sum(link.startswith("/") for link in links)
+        count = 0
+        for path in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                count += os.readlink(path).startswith("/")
+        return count
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from serve.services import running
 
 from benchmarks import serve as bench
 from las_fast.errors import InputError
 from las_fast.serve.limits import MEGABYTE, Limits
+from serve.services import running
 
 
 @pytest.fixture(scope="module")
