@@ -43,7 +43,7 @@ KINDS = ("oversize", "not audio", "cut off", "wrong model", "aborted upload", "a
 EXPECTED = {"good": 200, "oversize": 413, "not audio": 400, "cut off": 400, "wrong model": 404}
 LIMIT_MB = 1  # --max-megabytes of the service
 SECONDS = (1.0, 5.0)  # of the recordings
-ROUNDS, REQUESTS_PER_ROUND = 3, 100  # of the comparison
+ROUNDS, REQUESTS_PER_ROUND = 3, 60  # of the comparison
 
 
 @dataclass

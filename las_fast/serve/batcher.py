@@ -1,8 +1,8 @@
 """Decode the recordings of many clients together on one model.
 
-One thread owns the model. In each round it takes segments of speech from the recordings in turn, decodes them in one
-batch, and hands each segment to its client. A long recording therefore does not hold up the short ones, and a recording
-that cannot be read fails alone.
+One thread reads segments of speech from the recordings in turn. Another one owns the model: in each round it decodes
+the segments that are ready in one batch, and hands each to its client. A long recording therefore does not hold up the
+short ones, and a recording that cannot be read fails alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Upload:
 class Job:
     """A recording to transcribe.
 
-    on_event is called in the thread of the batcher, with the last event being a Transcript or an Exception. `cancel`
+    on_event is called in a thread of the batcher, with the last event being a Transcript or an Exception. `cancel`
     may be called in any thread; on_event is then called no more, or a few times more.
     """
 
@@ -79,8 +79,64 @@ class Statistics:
     busy_seconds: float = 0.0  # of decoding
 
 
+Entry = tuple[Job, Speech | None]  # the segment is None after the last one of a recording
+Task = Callable[[], None]
+
+
+class _Ready:
+    """Segments that are read but not decoded, and tasks for the thread of the model, in order; thread-safe.
+
+    Args:
+        seconds: of speech; `put` waits while there is more.
+    """
+
+    def __init__(self, seconds: float):
+        self.limit, self.seconds = seconds, 0.0
+        self.entries: deque[Entry | Task | None] = deque()
+        self.changed = threading.Condition()
+
+    def put(self, entry: Entry | Task | None) -> None:
+        """Append a segment or a task, or None for the end."""
+        seconds = _seconds(entry)
+        with self.changed:
+            if seconds:
+                self.changed.wait_for(lambda: not self.seconds or self.seconds <= self.limit)
+            self.entries.append(entry)
+            self.seconds += seconds
+            self.changed.notify_all()
+
+    def take(self, seconds: float) -> list[Entry] | Task | None:
+        """Wait; then return a task, the segments up to `seconds` of speech, at least one, or None at the end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.entries)
+            taken: list[Entry] = []
+            total = 0.0
+            while self.entries and (not taken or total < seconds or not _seconds(self.entries[0])):
+                entry = self.entries[0]
+                if not isinstance(entry, tuple):
+                    if not taken:
+                        return self._pop_other()
+                    break
+                self.entries.popleft()
+                taken.append(entry)
+                total += _seconds(entry)
+            self.seconds = max(0.0, self.seconds - total) if self.entries else 0.0
+            self.changed.notify_all()
+            return taken
+
+    def _pop_other(self) -> Task | None:
+        entry = self.entries.popleft()
+        assert not isinstance(entry, tuple)
+        return entry
+
+
+def _seconds(entry: Entry | Task | None) -> float:
+    speech = entry[1] if isinstance(entry, tuple) else None
+    return speech.end - speech.start if speech else 0.0
+
+
 class Batcher:
-    """A thread that transcribes jobs, started by the constructor and ended by `close`.
+    """Two threads that transcribe jobs, started by the constructor and ended by `close`.
 
     Args:
         model:         the model; no other thread should use it meanwhile.
@@ -98,15 +154,17 @@ class Batcher:
         self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
         self.statistics = Statistics()
         self._shared = model.transcription(**options, warn=lambda message: None)
-        self._incoming: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._active: deque[Job] = deque()  # recordings with segments left to read; the first is next
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="las_fast batcher", daemon=True)
-        self._thread.start()
+        self._ready = _Ready(2 * round_seconds)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._run_reader, self._run_model)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, job: Job) -> None:
         """Queue a recording."""
@@ -124,22 +182,35 @@ class Batcher:
             except Exception as error:
                 future.set_exception(error)
 
-        self._incoming.put(task)
+        self._ready.put(task)
         return future
 
     def close(self) -> None:
-        """Finish all jobs, and end the thread."""
+        """Finish all jobs, and end the threads."""
         self._incoming.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
+    def _run_reader(self) -> None:
         while self._admit():
-            pool, ended = self._fill()
+            job = self._active.popleft()
+            speech = self._read(job)
+            if speech is not None:
+                self._active.append(job)
+            self._ready.put((job, speech))
+        self._ready.put(None)
+
+    def _run_model(self) -> None:
+        while (taken := self._ready.take(self.round_seconds)) is not None:
+            if callable(taken):
+                taken()
+                continue
+            pool = [(job, speech) for job, speech in taken if speech is not None and not job.is_cancelled]
             if pool:
                 began = time.monotonic()
                 self._decode(pool)
                 self._count(pool, time.monotonic() - began)
-            for job in ended:
+            for job in (job for job, speech in taken if speech is None):
                 if not job.is_cancelled:
                     job.on_event(job.state.error or job.state.transcript())
 
@@ -150,7 +221,7 @@ class Batcher:
         self.statistics.busy_seconds += seconds
 
     def _admit(self) -> bool:
-        """Take what has arrived, and wait if there is nothing to do; return False at the end."""
+        """Take the recordings that have arrived, and wait if there are none; return False at the end."""
         while True:
             try:
                 arrived = self._incoming.get(block=not self._active and not self._is_closing)
@@ -158,10 +229,8 @@ class Batcher:
                 return bool(self._active)
             if arrived is None:
                 self._is_closing = True
-            elif isinstance(arrived, Job):
-                self._start(arrived)
             else:
-                arrived()
+                self._start(arrived)
 
     def _start(self, job: Job) -> None:
         """Open a recording at its first segment."""
@@ -179,26 +248,6 @@ class Batcher:
         reader = replace(self._shared, on_audio=on_audio, pool=[], pending=deque())
         job.speech = reader.read(job.state, None)
         self._active.append(job)
-
-    def _fill(self) -> tuple[list[tuple[Job, Speech]], list[Job]]:
-        """Take segments from the active recordings in turn, until they have round_seconds together.
-
-        Returns:
-            The segments, and the recordings that have no more.
-        """
-        pool: list[tuple[Job, Speech]] = []
-        ended: list[Job] = []
-        seconds = 0.0
-        while self._active and (not pool or seconds < self.round_seconds):
-            job = self._active.popleft()
-            speech = self._read(job)
-            if speech is None:
-                ended.append(job)
-            else:
-                pool.append((job, speech))
-                seconds += speech.end - speech.start
-                self._active.append(job)
-        return pool, ended
 
     def _read(self, job: Job) -> Speech | None:
         """Return the next segment of a recording; None if it has no more, cannot be read, or its client has gone."""

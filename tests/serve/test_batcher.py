@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import queue
+import time
 import warnings
 
 import pytest
@@ -27,6 +28,12 @@ class Client:
         return segments, event
 
 
+def read(batcher):
+    """How many recordings are read to their end, and wait for the model."""
+    with batcher._ready.changed:
+        return sum(isinstance(entry, tuple) and entry[1] is None for entry in batcher._ready.entries)
+
+
 @pytest.fixture
 def together(model):
     """A function that submits recordings at once to a new batcher; it returns the clients and the batcher."""
@@ -41,6 +48,8 @@ def together(model):
         clients = [Client(file) for file in files]
         for client in clients:
             batcher.submit(client.job)
+        while "round_seconds" not in options and read(batcher) < len(files):
+            time.sleep(0.01)
         go_on.put(None)
         return clients, batcher
 
