@@ -3,9 +3,10 @@
     python -m benchmarks.serve --data FOLDER [--requests 1000] [--clients 50] [--record]
 
 Two services run, one that decodes requests together and one that decodes segments one at a time. First each gets short
-recordings alternately, which gives the speedup of batching. Then the first gets --requests requests from --clients
-clients: GOOD of them recordings, the others too large, malformed, or aborted. Each answer must have the documented
-status, each text must be that of Recogniser.transcribe, memory must stay flat, and no file may be left behind.
+recordings alternately, also from a client that waits for each answer; this gives the speedup of batching, in time and
+in CPU time. Then the first gets --requests requests from --clients clients: GOOD of them recordings, the others too
+large, malformed, or aborted. Each answer must have the documented status, each text must be that of
+Recogniser.transcribe, memory must stay flat, and no file may be left behind.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Service:
         """Return the resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system time
 
     def open_files(self) -> int:
         """Return how many files are open, without sockets and pipes."""
@@ -185,19 +191,33 @@ def mixed(count: int) -> list[str]:
 
 
 def compare(batched: Service, single: Service, files: list[bytes], texts: list[str], clients: int) -> list[tuple]:
-    """Return rows with the requests per second of both services, measured alternately."""
-    rates: dict[str, list[float]] = {"batched": [], "one at a time": []}
+    """Return rows with the requests per second: of both services, and of a single client; measured alternately."""
+    ways = {
+        "batched": (batched, clients),
+        "a segment at a time": (single, clients),
+        "a request at a time": (batched, 1),
+    }
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}  # seconds and CPU seconds per request
     for _ in range(ROUNDS):
-        for name, service in zip(rates, (batched, single), strict=True):
-            load = Load(service, files, texts)
-            rates[name].append(REQUESTS_PER_ROUND / asyncio.run(load.run(["good"] * REQUESTS_PER_ROUND, clients)))
+        for way, (service, count) in ways.items():
+            load, cpu = Load(service, files, texts), service.cpu_seconds()
+            elapsed = asyncio.run(load.run(["good"] * REQUESTS_PER_ROUND, count))
+            cpu = service.cpu_seconds() - cpu
+            times[way].append((elapsed / REQUESTS_PER_ROUND, cpu / REQUESTS_PER_ROUND))
             if load.problems:
                 raise InputError(f"{len(load.problems)} requests failed, the first with {load.problems[0]}")
-            print(f"{name}: {rates[name][-1]:.2f} requests per second")
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    rows = [("recordings", f"requests per second, {name}", value, "1/s") for name, value in medians.items()]
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    return [*rows, ("recordings", "speedup by batching", statistics.median(ratios), "")]
+            print(f"{way}: {REQUESTS_PER_ROUND / elapsed:.2f} requests per second, {cpu:.1f} CPU seconds")
+    rows: list[tuple] = []
+    for way, pairs in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
+        rows += [("recordings", f"requests per second, {way}", 1 / wall, "1/s"),
+                 ("recordings", f"CPU time per request, {way}", cpu, "s")]  # fmt: skip
+        ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in zip(times["batched"], pairs, strict=True)]
+        if way != "batched":
+            speedup, saving = (statistics.median(column) for column in zip(*ratios, strict=True))
+            rows += [("recordings", f"speedup by batching against {way}", speedup, ""),
+                     ("recordings", f"CPU time against batched, {way}", saving, "")]  # fmt: skip
+    return rows
 
 
 def stress(service: Service, files: list[bytes], texts: list[str], requests: int, clients: int) -> list[tuple]:
