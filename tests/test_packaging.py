@@ -35,7 +35,10 @@ def canonical(name):
 def test_every_pin_satisfies_the_packages_requirements():
     pins = {canonical(pin.name): next(iter(pin.specifier)) for pin in requirement_lines(ROOT / "requirements.txt")}
     extras = PROJECT["optional-dependencies"]
-    for wanted in map(Requirement, [*DEPENDENCIES, *extras["dev"], *extras["demo"], *extras["onnx"], *extras["serve"], *extras["media"]]):
+    for wanted in map(
+        Requirement,
+        [*DEPENDENCIES, *extras["dev"], *extras["demo"], *extras["onnx"], *extras["serve"], *extras["media"]],
+    ):
         pin = pins.pop(canonical(wanted.name))
         assert pin.operator == "==" and pin.version in wanted.specifier, wanted
     assert set(pins) == {"setuptools"}  # builds the extension
