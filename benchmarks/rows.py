@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from las_fast import system
+from las_fast.system import machine_name
+
+__all__ = ["CONTEXT", "RESULTS", "append_rows", "context", "current_commit", "machine_name", "read_rows"]
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = ("date", "commit", "machine", "torch", "threads")  # the first columns of most files
@@ -39,20 +42,4 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def current_commit() -> str:
     """Return the abbreviated commit, followed by + if tracked files differ from it; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
-    except OSError:  # there is no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def machine_name() -> str:
-    """Return the processor's name, with its CPU family and model if the name is too short to identify it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    if len(name.split()) < 3 and "cpu family" in facts:  # a virtual machine may hide which EPYC it is
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
-    return name
+    return system.current_commit(RESULTS.parents[1])

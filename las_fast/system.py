@@ -1,10 +1,12 @@
-"""The machine: CPU cores, compiler, torch devices, and settings of the memory allocator."""
+"""The machine: CPU cores, names, compiler, torch devices, and settings of the memory allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -37,6 +39,32 @@ def missing_for_build() -> tuple[str, str] | None:
     if not header.is_file():
         return f"Python's headers are missing ({header})", "install python3-dev (python3-devel)"
     return None
+
+
+def machine_name() -> str:
+    """Return the processor's name, with its CPU family and model if the name is too short to identify it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if len(name.split()) < 3 and "cpu family" in facts:  # a virtual machine may hide which EPYC it is
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
+
+
+def current_commit(root: Path) -> str:
+    """Return the abbreviated commit of a clone, followed by + if tracked files differ from it.
+
+    It is "unknown" without git, and if `root` is not the top folder of a clone, as in an installed package.
+    """
+    if not (root / ".git").exists():
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    except OSError:  # there is no git here
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def choose_device(name: str, option: str = "--device ") -> torch.device:

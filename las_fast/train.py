@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from las_fast.data.layouts import open_corpus
     from las_fast.files import write_text_atomically
+    from las_fast.training.origin import write_start
     from las_fast.training.trainer import Trainer
 
     check_start(options, config)
@@ -122,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.progress.step == trainer.steps and not trainer.validation_due:
             print("this training is complete; nothing is left to do")
         else:
-            train(trainer, options, sys.argv[1:] if argv is None else argv)
+            arguments = sys.argv[1:] if argv is None else argv
+            write_start(options.out, arguments, step=trainer.progress.step, device=str(trainer.device))
+            train(trainer, options, arguments)
 
 
 def check_start(options: argparse.Namespace, config: Config) -> None:

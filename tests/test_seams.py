@@ -703,6 +703,9 @@ class Board:
     def add_scalar(self, name, value, step):
         self.scalars.append((name, value, step))
 
+    def add_text(self, tag, text, step):
+        assert tag == "settings"
+
     def close(self):
         self.scalars.append("closed")
 
@@ -717,11 +720,12 @@ def test_the_log_and_tensorboard_have_the_same_numbers(tmp_path, monkeypatch):
     (board,) = Board.made
     assert (board.folder, board.purge_step) == (str(tmp_path / "tensorboard"), 5)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    peak = rows[1]["peak_gib"]
     assert rows == [
         {"kind": "train", "step": 5, "epoch": 0.5, "lr": 0.01, "loss": 2.0, "attention": None, "speed": 9.0},
         {"kind": "valid", "step": 6, "epoch": 1.0, "loss": 1.5, "utterances": 3, "ld": 4.0, "cer": 50.0, "wer": 60.0,
          "monitor": {"diagonal": 0.9, "sharp": 0.8, "monotonic": 0.78, "coverage": 0.6, "formed": True,
-                     "utterances": 3, "audio_gain": None}, "line": "a line", "core_hours": 0.1235},
+                     "utterances": 3, "audio_gain": None}, "line": "a line", "core_hours": 0.1235, "peak_gib": peak},
     ]  # fmt: skip
     scalars = {(name, step): value for name, value, step in board.scalars[:-1]}
     assert board.scalars[-1] == "closed" and len(scalars) == len(board.scalars) - 1

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import resource
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from las_fast.config import Config
-from las_fast.errors import InputError
+from matplotlib.image import imread
+
+from las_fast.config import Config, to_yaml
+from las_fast.errors import InputError, show
 from las_fast.files import utf8_path, write_text_atomically
 from las_fast.tree import to_tree
 
 if TYPE_CHECKING:
-    from las_fast.training.validate import Validation
+    from las_fast.training.validate import Sample, Validation
 
 RENAMED = {"heard": "audio_gain"}  # keys of `monitor` in logs of earlier versions
 
@@ -33,6 +36,7 @@ class RunLog:
         self._resources = contextlib.ExitStack()
         folder = self._resources.enter_context(utf8_path(out))
         self.board = SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
+        self.board.add_text("settings", as_code(to_yaml(config)), step)
         self.wandb = start_wandb(out, config) if config.training.wandb else None
 
     def training(self, step: int, epoch: float, values: dict, lr: float) -> None:
@@ -41,7 +45,17 @@ class RunLog:
     def validation(self, step: int, epoch: float, result: Validation, line: str, core_hours: float) -> None:
         row = {"loss": result.loss, **asdict(result.scores), "monitor": asdict(result.alignment), "line": line}
         row["core_hours"] = round(core_hours, 4)
+        row["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
         self._write({"kind": "valid", "step": step, "epoch": epoch, **row})
+        for sample in result.samples:
+            self._show_sample(sample, step)
+
+    def _show_sample(self, sample: Sample, step: int) -> None:
+        """Add the text and the attention of a dev utterance to TensorBoard."""
+        name = show(sample.id)
+        texts = f"reference\n{sample.reference}\n\nhypothesis\n{sample.hypothesis}"
+        self.board.add_text(f"dev/{name}", as_code(texts), step)
+        self.board.add_image(f"attention/{name}", imread(sample.picture)[..., :3], step, dataformats="HWC")
 
     def _write(self, row: dict) -> None:
         try:
@@ -93,6 +107,11 @@ def replace_non_finite(value):
     if isinstance(value, dict):
         return {key: replace_non_finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_code(text: str) -> str:
+    """Return text as a code block in Markdown, which keeps its lines."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def start_wandb(out: Path, config: Config):

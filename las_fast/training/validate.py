@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from las_fast.config import Config
 from las_fast.data.batching import make_loader, sorted_batches
 from las_fast.data.dataset import SpeechDataset
+from las_fast.data.features import seconds_of
 from las_fast.errors import show
 from las_fast.files import write_atomically
 from las_fast.model.attention import Memory
@@ -28,6 +29,17 @@ from las_fast.training import monitor
 from las_fast.training.losses import token_loss
 
 MAX_ID_BYTES = 120  # longer utterance ids are cut in the file names of pictures
+MAX_TITLE = 60  # characters of a hypothesis in the title of a picture
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A dev utterance of which a validation drew the attention."""
+
+    id: str
+    reference: str
+    hypothesis: str
+    picture: Path  # PNG
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Validation:
     alignment: monitor.Alignment
     hypotheses: list[str]  # in dataset order
     fault: str = ""  # what is wrong with the hypotheses in general, such as "28 of 30 texts are blank"
+    samples: tuple[Sample, ...] = ()
 
 
 @torch.inference_mode()
@@ -67,7 +80,8 @@ def validate(
     hypotheses: list[str] = [""] * len(data)
     # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
     attention_only = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
-    pictures = AttentionPictures(data, config.training.pictures)
+    frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
+    pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
     loader = make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)
     for batch in track(loader, "validating", "batches"):
         check_stop()
@@ -85,12 +99,13 @@ def validate(
         pictures.collect(batch.indices, weights, token_lengths, memory.lengths)
         for i, best in zip(batch.indices.tolist(), greedy_search(model, memory, attention_only), strict=True):
             hypotheses[i] = vocabulary.decode(best[0].text_tokens)
-    pictures.save(out / "attention", epoch)
+    samples = pictures.save(out / "attention", epoch, hypotheses)
     audio_gain = swapped_rise / swapped_count if swapped_count else None
     alignment = replace(monitor.combine(alignments), audio_gain=audio_gain)
     references = [text or "" for text in data.texts]
-    fault = describe_fault(hypotheses)
-    return Validation(total / count, score(references, hypotheses), alignment, hypotheses, fault)
+    return Validation(
+        total / count, score(references, hypotheses), alignment, hypotheses, describe_fault(hypotheses), samples
+    )
 
 
 def swap_audio(memory: Memory) -> Memory:
@@ -100,13 +115,16 @@ def swap_audio(memory: Memory) -> Memory:
 
 
 class AttentionPictures:
-    """Attention of a few dev utterances, the same at each validation: from the median length upwards."""
+    """Attention of a few dev utterances, the same at each validation: from the median length upwards.
 
-    def __init__(self, data: SpeechDataset, count: int):
+    frame_seconds: duration of an encoder frame.
+    """
+
+    def __init__(self, data: SpeechDataset, count: int, frame_seconds: float):
         by_length = np.argsort(data.frame_counts, kind="stable")
         middle = len(by_length) // 2
         self.wanted = [int(i) for i in by_length[middle : middle + count]]
-        self.data = data
+        self.data, self.frame_seconds = data, frame_seconds
         self.weights: dict[int, np.ndarray] = {}  # (U, T) per utterance index, without padding
 
     def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
@@ -115,20 +133,37 @@ class AttentionPictures:
             if i in self.wanted:
                 self.weights[i] = weights[row, : token_lengths[row], : lengths[row]].float().cpu().numpy()
 
-    def save(self, folder: Path, epoch: float) -> None:
-        """Write epoch-EPOCH-ID.png for each utterance, and the weights of all to epoch-EPOCH.npz."""
+    def save(self, folder: Path, epoch: float, hypotheses: Sequence[str]) -> tuple[Sample, ...]:
+        """Write epoch-EPOCH-ID.png for each utterance, and the weights of all to epoch-EPOCH.npz.
+
+        hypotheses: greedy transcripts in dataset order.
+        """
         folder.mkdir(exist_ok=True)
         name = f"epoch-{epoch:07.2f}"
         arrays = {"ids": np.array([self.data.ids[i] for i in self.weights])}
+        samples = []
         for n, (i, weights) in enumerate(self.weights.items()):
-            text = self.data.texts[i]
+            utterance, text = self.data.ids[i], self.data.texts[i] or ""
             arrays |= {f"weights_{n}": weights, f"text_{n}": np.array(text)}
-            safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.data.ids[i])
-            safe = safe.encode()[:MAX_ID_BYTES].decode(errors="ignore")
-            title = f"{show(self.data.ids[i])}, epoch {epoch:g}"
-            picture = partial(attention_picture, weights=weights, text=text or "", title=title)
-            write_atomically(folder / f"{name}-{safe}.png", picture)
+            sample = Sample(utterance, text, hypotheses[i], folder / f"{name}-{_file_name(utterance)}.png")
+            write_atomically(sample.picture, partial(self._draw, sample=sample, weights=weights, epoch=epoch))
+            samples.append(sample)
         write_atomically(folder / f"{name}.npz", lambda path: save_npz(path, arrays))
+        return tuple(samples)
+
+    def _draw(self, path: Path, sample: Sample, weights: np.ndarray, epoch: float) -> None:
+        cer = score([sample.reference], [sample.hypothesis]).cer
+        heard = sample.hypothesis
+        heard = heard if len(heard) <= MAX_TITLE else f"{heard[:MAX_TITLE]}..."
+        title = f"{show(sample.id)}, epoch {epoch:g}, CER {cer:.0f}%\nhypothesis: {show(heard)}"
+        text, seconds = sample.reference, self.frame_seconds
+        attention_picture(path, weights=weights, text=text, title=title, frame_seconds=seconds)
+
+
+def _file_name(utterance: str) -> str:
+    """Return an utterance's id with only characters that are safe in file names, in at most MAX_ID_BYTES."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in utterance)
+    return safe.encode()[:MAX_ID_BYTES].decode(errors="ignore")
 
 
 def save_npz(path: Path, arrays: dict) -> None:

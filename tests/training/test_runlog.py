@@ -7,14 +7,18 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 from tiny_checkpoints import small
 
+from las_fast.config import to_yaml
 from las_fast.errors import InputError
+from las_fast.output.figures import attention_picture
 from las_fast.output.metrics import Scores
 from las_fast.training.monitor import Alignment
 from las_fast.training.runlog import RunLog, read_rows, replace_non_finite
-from las_fast.training.validate import Validation
+from las_fast.training.validate import Sample, Validation
 from las_fast.tree import to_tree
 
 
@@ -112,3 +116,35 @@ def test_keys_of_earlier_log_versions_are_renamed(tmp_path):
     assert read_rows(tmp_path / "log.jsonl") == expected
     RunLog(tmp_path, small(), 4).close()
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == expected
+
+
+def test_tensorboard_gets_settings_texts_and_attention(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    picture = tmp_path / "a.png"
+    attention_picture(picture, np.eye(4, 9, dtype=np.float32), "A B", "title", frame_seconds=0.04)
+    log = RunLog(tmp_path, small(), 0)
+    samples = (Sample("dev-1", "A B", "A\nC", picture),)
+    log.validation(
+        6, 1.0, Validation(1.5, Scores(3, 4.0, 50.0, 60.0), Alignment(0, 0, 0, 0, 3), [], samples=samples), "", 0.5
+    )
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "images": 0})
+    board.Reload()
+    texts = {
+        tag: board.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for tag in ("settings", "dev/dev-1")
+    }
+    lines = [line.removeprefix("    ") for line in texts["settings"].splitlines()]
+    assert "\n".join(lines) + "\n" == to_yaml(small())
+    assert texts["dev/dev-1"].split() == ["reference", "A", "B", "hypothesis", "A", "C"]
+    (image,) = board.Images("attention/dev-1")
+    assert image.step == 6 and (image.height, image.width) == imread(picture).shape[:2]
+
+
+def test_a_validation_logs_the_peak_memory(tmp_path):
+    log = RunLog(tmp_path, small(), 0)
+    log.validation(6, 1.0, Validation(1.5, Scores(3, 4.0, 50.0, 60.0), Alignment(0, 0, 0, 0, 3), []), "", 0.5)
+    log.close()
+    (row,) = read_rows(tmp_path / "log.jsonl")
+    assert 0.05 < row["peak_gib"] < 64  # of this process, torch included

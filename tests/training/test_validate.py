@@ -54,6 +54,14 @@ def test_each_utterance_is_transcribed_by_attention_only(trainer, tmp_path, monk
     assert actual.scores.utterances == actual.alignment.utterances == 5
 
 
+def test_a_validation_returns_the_texts_and_pictures_of_its_samples(trainer, tmp_path):
+    actual = look(trainer, tmp_path)
+    (sample,) = actual.samples
+    i = trainer.dev_data.ids.index(sample.id)
+    assert (sample.reference, sample.hypothesis) == (trainer.dev_data.texts[i], actual.hypotheses[i])
+    assert sample.picture.parent == tmp_path / "attention" and sample.picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_validation_can_be_stopped_before_each_batch(trainer, tmp_path):
     calls = []
     look(trainer, tmp_path, check_stop=lambda: calls.append(1))
@@ -68,7 +76,7 @@ def test_a_validation_can_be_stopped_before_each_batch(trainer, tmp_path):
 
 def book(ids, frames, pictures):
     return AttentionPictures(
-        SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frame_counts=np.array(frames)), pictures
+        SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frame_counts=np.array(frames)), pictures, 0.04
     )
 
 
@@ -108,18 +116,22 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_p
     picture = validate.attention_picture
 
     def spy(path, **args):
-        titles.append((args["text"], args["title"]))
+        titles.append((args["text"], args["title"], args["frame_seconds"]))
         picture(path, **args)
 
     monkeypatch.setattr(validate, "attention_picture", spy)
     actual = book([name], [5], 1)
     actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
-    for epoch in (1.5, 12.0):
-        actual.save(tmp_path / "attention", epoch)
+    for epoch, text in ((1.5, "A"), (12.0, "A B" * 30)):
+        (sample,) = actual.save(tmp_path / "attention", epoch, [text])
+        assert (sample.id, sample.reference, sample.hypothesis) == (name, "A B", text) and sample.picture.is_file()
     files = sorted(path.name for path in (tmp_path / "attention").iterdir())
     assert files == ["epoch-0001.50-" + safe + ".png", "epoch-0001.50.npz", "epoch-0012.00-" + safe + ".png",
                      "epoch-0012.00.npz"]  # fmt: skip
-    assert titles == [("A B", f"{name}, epoch 1.5"), ("A B", f"{name}, epoch 12")]
+    assert titles == [
+        ("A B", f"{name}, epoch 1.5, CER 67%\nhypothesis: A", 0.04),
+        ("A B", f"{name}, epoch 12, CER 2900%\nhypothesis: {'A B' * 20}...", 0.04),
+    ]
     with np.load(tmp_path / "attention" / "epoch-0001.50.npz") as data:
         assert data["ids"].tolist() == [name] and data["text_0"] == "A B"
         assert data["weights_0"].tolist() == np.eye(4).tolist() and set(data) == {"ids", "text_0", "weights_0"}
@@ -132,5 +144,5 @@ def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
     )
     actual = book(["a\nb"], [5], 1)
     actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
-    actual.save(tmp_path / "attention", 2.0)
-    assert titles == [r"a\nb, epoch 2"]
+    actual.save(tmp_path / "attention", 2.0, ["A\tB"])
+    assert titles == [r"a\nb, epoch 2, CER 33%" + "\n" + r"hypothesis: A\tB"]

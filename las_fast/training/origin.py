@@ -1,0 +1,52 @@
+"""How a run came about: RUN/starts.jsonl has a line with command, commit, machine and date for each start."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from las_fast import __version__
+from las_fast.files import write_text_atomically
+from las_fast.system import current_commit, machine_name
+
+STARTS = "starts.jsonl"  # in a run folder
+
+
+def write_start(run: Path, arguments: Sequence[str], *, step: int, device: str) -> None:
+    """Append a line to run/starts.jsonl.
+
+    Args:
+        run:       the run folder.
+        arguments: of the command las_fast.train.
+        step:      steps taken before this start; 0 unless the training is resumed.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    row = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"python -m las_fast.train {shlex.join(arguments)}",
+        "step": step,
+        "device": device,
+        "machine": machine_name(),
+        "version": __version__,
+        "commit": current_commit(Path(__file__).parents[2]),
+    }
+    rows = [*read_starts(run), row]
+    write_text_atomically(run / STARTS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_starts(run: Path) -> list[dict]:
+    """Return the lines of run/starts.jsonl; [] for trainings of versions that wrote none. Damaged lines are skipped."""
+    path = run / STARTS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
