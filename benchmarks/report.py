@@ -29,6 +29,9 @@ PLOTS = RESULTS / "plots"
 KEY = ("what", "shape", "dtype", "path", "threads")
 FILES = ("train", "bilstm", "ctc", "decode", "features", "peers")
 AXIS_LETTERS = {"batch": "B", "beam": "K", "frames": "T", "vocabulary": "V", "hidden size": "H", "threads": "threads"}
+LETTERS = {"B": "batch {}", "K": "beam {}", "T": "{} frames", "U": "{} tokens", "S": "{} labels", "F": "{} features",
+           "I": "input size {}", "H": "hidden size {}", "D": "key size {}", "V": "vocabulary {}"}  # fmt: skip
+EQUAL_SPEED = 1.03  # ratios up to this one, and down to its inverse, are called equal
 AXIS_LABELS = {"frames": "encoder frames", "batch": "utterances per batch"}
 KEY_SIZE = 256  # in all benchmarks of the search
 COLOURS = {
@@ -93,6 +96,26 @@ def compare(row: Row, column: str) -> str:
     return f"{float(row[column]):.2f} x {row['baseline']}"
 
 
+def compare_in_words(row: Row, column: str) -> str:
+    """Return compare() as people say it, such as "10.4 times faster than plain"."""
+    if row["path"] == row["baseline"] or row["what"].endswith("by stages"):
+        return compare(row, column)
+    ratio = float(row[column])
+    if 1 / EQUAL_SPEED <= ratio <= EQUAL_SPEED:
+        return f"as fast as {row['baseline']}"
+    factor, word = (ratio, "faster") if ratio > 1 else (1 / ratio, "slower")
+    return f"{format_number(factor)} times {word} than {row['baseline']}"
+
+
+def shape_in_words(shape: str) -> str:
+    """Spell out a shape: "B16 K8 64 steps" is "batch 16, beam 8, 64 steps"; other texts are returned as they are."""
+    if not re.match(r"[A-Z]\d+\b", shape):
+        return shape
+    rest = re.sub(r"\b[A-Z]\d+\b", "", shape).split()
+    known = [LETTERS[letter].format(number) for letter, number in sizes(shape).items()]
+    return ", ".join([*known, *([" ".join(rest)] if rest else [])])
+
+
 def time_of(row: Row) -> float:
     """Return the time to draw: CPU time on one thread, as other programs hardly change it; else wall-clock time."""
     return float(row["cpu"] if row["threads"] == "1" else row["median"])
@@ -121,16 +144,16 @@ def bars(rows: list[Row], title: str, path: Path) -> None:
     names = [f"{row['path']}, {row['dtype']}" if repeated else row["path"] for row in rows]
     axes.barh(names, times, color=[COLOURS.get(row["path"], OTHER_COLOUR) for row in rows])
     wall_times = [float(row["median"]) for row in rows]
-    axes.plot(wall_times, range(len(rows)), "|", color="#222222", markersize=14, label="wall-clock median")
+    axes.plot(wall_times, range(len(rows)), "|", color="#222222", markersize=14)
     column = "cpu_ratio" if rows[0]["threads"] == "1" else "ratio"
     for i, row in enumerate(rows):
-        comparison = compare(row, column)
+        comparison = compare_in_words(row, column)
         text = f"{format_number(times[i])}  ({comparison})" if comparison else format_number(times[i])
         axes.annotate(text, (max(times[i], wall_times[i]), i), xytext=(6, 0), textcoords="offset points", va="center",
                       fontsize=9)  # fmt: skip
-    axes.set_xlim(0, 1.45 * max(times + wall_times))
-    axes.set_xlabel(f"{rows[0]['unit']}, {clock_of(rows[0])}")
-    axes.legend(fontsize=8, loc="upper right")
+    axes.set_xlim(0, 1.7 * max(times + wall_times))
+    marks = "; marks: wall-clock time" if clock_of(rows[0]) == "CPU time" else ""
+    axes.set_xlabel(f"{rows[0]['unit']}, {clock_of(rows[0])}{marks}; shorter is faster")
     finish(figure, title, rows, path)
 
 
@@ -174,19 +197,21 @@ def growth(rows: list[Row], path: Path) -> None:
     figure, panels = plt.subplots(2, len(series), figsize=(4.6 * len(series), 5.4), layout="constrained", squeeze=False)
     for (over, members), (above, below) in zip(series.items(), panels.T, strict=True):
         x, seconds, peaks = ([float(row[k]) for row in members] for k in ("size", "seconds", "peak_mib"))
-        above.plot(x, seconds, "o-", color=COLOURS["las_fast"], label="decode, seconds")
+        above.plot(x, seconds, "o-", color=COLOURS["las_fast"], label="decode command")
         above.plot(x, [seconds[0] * size / x[0] for size in x], ":", color="#222222", label="proportional to size")
-        below.plot(x, peaks, "o-", color=OTHER_COLOUR, label="peak memory, MiB")
+        below.plot(x, peaks, "o-", color=OTHER_COLOUR)
         above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter("{x:g}")
         above.minorticks_off()
         below.set_ylim(0, 1.2 * max(peaks))
         below.set_xlabel(over)
+        above.set_ylabel("seconds")
+        below.set_ylabel("peak memory, MiB")
+        above.legend(fontsize=8, loc="upper left")
         for axes in (above, below):
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [f"{size:g}" for size in x])
-            axes.legend(fontsize=8, loc="upper left" if axes is above else "lower right")
     finish(figure, "decode with the beam and CTC of preset speech13h, untrained", rows, path)
 
 
@@ -224,7 +249,7 @@ def finish(figure, title: str, rows: list[Row], path: Path) -> None:
     row = rows[0]
     threads = "/".join(sorted({r["threads"] for r in rows}))
     context = f"{row['machine']}, torch {row['torch']}, {threads} thread(s), commit {row['commit']}"
-    load = f"other programs kept {min(loads):.1f} to {max(loads):.1f} cores busy"
+    load = f"other programs kept {load_in_words(min(loads), max(loads))} cores busy"
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.supxlabel(f"{context}\n{load}", fontsize=7, x=0.01, ha="left", color="#555555")
     for axes in figure.axes:
@@ -234,12 +259,19 @@ def finish(figure, title: str, rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def load_in_words(low: float, high: float) -> str:
+    """Return a range of loads, such as "0.1 to 0.4"."""
+    if high < 0.05:
+        return "less than 0.1"
+    return f"{low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else f"{high:.1f}"
+
+
 def draw(rows: list[Row], limits: dict[tuple[str, str], float], folder: Path) -> list[Path]:
     """Draw bars for each comparison and curves for each axis; return the paths of the pictures."""
     paths = []
     for (what, shape, threads), members in group([row for row in rows if not axis_of(row["what"])]).items():
         paths.append(folder / f"{slug(what)}-{slug(shape)}-{threads}.png")
-        bars(members, f"{what}, {shape}", paths[-1])
+        bars(members, f"{what}\n{shape_in_words(shape)}", paths[-1])
     for what in dict.fromkeys(row["what"] for row in rows if axis_of(row["what"])):
         paths.append(folder / f"{slug(what)}.png")
         curves([row for row in rows if row["what"] == what], axis_of(what), limits, paths[-1])

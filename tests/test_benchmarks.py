@@ -189,6 +189,44 @@ def test_a_report_has_the_last_row_of_each_path_as_bars_and_curves(tmp_path, cap
     assert all(p.stat().st_size > 5000 for p in pictures)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (10.37, "10.4 times faster than plain"),
+        (0.23, "4.35 times slower than plain"),
+        (251.4, "251 times faster than plain"),
+        (1.03, "as fast as plain"),
+        (0.98, "as fast as plain"),
+        (1.04, "1.04 times faster than plain"),
+    ],
+)
+def test_bars_say_in_words_how_fast_a_path_is(ratio, words):
+    measured = {"path": "x", "baseline": "plain", "what": "beam search", "ratio": str(ratio)}
+    assert report.compare_in_words(measured, "ratio") == words
+    assert report.compare_in_words(measured | {"path": "plain"}, "ratio") == ""
+    stage = measured | {"what": "decoding by stages", "ratio": "4"}
+    assert report.compare_in_words(stage, "ratio") == "25% of plain"
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ("B16 K8 T200 V31 64 steps", "batch 16, beam 8, 200 frames, vocabulary 31, 64 steps"),
+        ("B9 T630 F80 U74", "batch 9, 630 frames, 80 features, 74 tokens"),
+        ("24 recordings of 108 s in all", "24 recordings of 108 s in all"),
+    ],
+)
+def test_titles_spell_shapes_out(shape, words):
+    assert report.shape_in_words(shape) == words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(0, 0.04, "less than 0.1"), (0.1, 0.44, "0.1 to 0.4"), (0.31, 0.32, "0.3")]
+)
+def test_loads_that_round_to_one_value_are_one_value(low, high, words):
+    assert report.load_in_words(low, high) == words
+
+
 def test_a_report_draws_the_growth_of_decoding(tmp_path):
     append_rows(tmp_path / "train.csv", interleaved.COLUMNS, row("plain", 2.0))
     sizes = [(over, n, 10 * n, n / 10, 500.0, 0.0) for over in ("utterances", "seconds") for n in (9, 1, 2, 4)]
