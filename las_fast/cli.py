@@ -27,6 +27,8 @@ COMMANDS = {
     "tune": ("las_fast.tune", "find the best search settings on a development split"),
     "export": ("las_fast.export", "write a trained model and its decoding settings to one small file"),
     "doctor": ("las_fast.doctor", "check the installation and the machine, and say what would make it better"),
+    "report": ("las_fast.report", "write a page about a training, or compare several"),
+    "attention": ("las_fast.attention", "draw what a model attends to in a recording"),
     "ops": ("las_fast.ops.__main__", "list the fast paths that work on this machine, and why others do not"),
     "demo": ("las_fast.demo", "synthesise a corpus, train on it, decode it and write a report"),
 }

@@ -11,7 +11,10 @@ from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcin
 from las_fast.errors import InputError
 from las_fast.options import SYNONYMS, Parser, as_path, parse_settings
 
-COMMANDS = ("train", "decode", "transcribe", "lm", "tune", "export", "demo", "doctor", "ops.__main__", "data.spoken")
+COMMANDS = (
+    *("train", "decode", "transcribe", "lm", "tune", "export", "report", "attention", "demo", "doctor"),
+    *("ops.__main__", "data.spoken"),
+)
 
 
 def error_of(capsys, call, *arguments) -> str:

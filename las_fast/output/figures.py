@@ -12,12 +12,15 @@ from typing import BinaryIO
 import numpy as np
 
 GREY = "#808080"  # readable on white and on black
+MAX_DOTS = 60  # longer curves are drawn without dots
 
 
 def attention_picture(
     path: str | Path, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None = None
 ) -> None:
     """Write a PNG of attention weights: characters top to bottom, encoder frames left to right.
+
+    The colours range from 0 to 1 in every picture, so that pictures of different epochs can be compared.
 
     Args:
         path:          output file; the suffix does not matter.
@@ -42,7 +45,7 @@ def draw_attention(
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(
-        weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=max(float(weights.max()), 1e-6),
+        weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=1.0,
         extent=(0.0, frames * (frame_seconds or 1.0), tokens - 0.5, -0.5),
     )  # fmt: skip
     label_tokens(axes, text, tokens, fontsize=7)
@@ -50,9 +53,89 @@ def draw_attention(
     if in_page:
         _make_transparent(figure, axes)
     else:
-        figure.colorbar(image, ax=axes, pad=0.01)
-        axes.set_title(title, fontsize=9)
+        figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=40, label="attention weight")
+        axes.set_title(title, fontsize=9, parse_math=False)
     canvas.print_figure(file, format="png", dpi=130 if in_page else 110, facecolor=figure.get_facecolor())
+
+
+def utterance_picture(
+    path: str | Path,
+    *,
+    weights: np.ndarray,
+    spectrogram: np.ndarray,
+    text: str,
+    title: str,
+    frame_seconds: float,
+    start: float,
+    sample_rate: int,
+) -> None:
+    """Write a PNG of a spectrogram, and below it the attention weights on the same axis in seconds.
+
+    Args:
+        path:          output file; the suffix does not matter.
+        weights:       (U, T) float32; U is one more than len(text), for <eos>; NaN is left blank.
+        spectrogram:   (T, mel bins) float32 log-mel.
+        frame_seconds: duration of a column.
+        start:         seconds of the recording before the first column.
+        sample_rate:   of the recording in Hz; it determines the frequencies of the bins.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tokens, frames = weights.shape
+    below = min(12.0, max(2.0, 0.14 * tokens))
+    width = min(16.0, max(7.0, 2.0 + 1.2 * frames * frame_seconds))
+    figure = Figure(figsize=(width, below + 3.0), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[1.8, below])
+    end = start + frames * frame_seconds
+    _draw_spectrogram(upper, spectrogram, (start, end), sample_rate)
+    image = lower.imshow(
+        weights, aspect="auto", interpolation="nearest", cmap="magma", vmin=0.0, vmax=1.0,
+        extent=(start, end, tokens - 0.5, -0.5),
+    )  # fmt: skip
+    label_tokens(lower, text, tokens, fontsize=7)
+    lower.set_xlabel("seconds")
+    figure.colorbar(image, ax=lower, pad=0.01, fraction=0.03, aspect=40, label="attention weight")
+    _label_words(upper, word_times(weights, text, frame_seconds, start), (start, end))
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    canvas.print_figure(path, format="png", dpi=110, facecolor=figure.get_facecolor())
+
+
+def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], sample_rate: int) -> None:
+    from las_fast.data.features import filter_centres  # imports torch
+
+    low, high = np.percentile(spectrogram, (5, 99.5))
+    bins = spectrogram.shape[1]
+    axes.imshow(
+        spectrogram.T, aspect="auto", origin="lower", cmap="Greys", vmin=low, vmax=max(high, low + 1e-6),
+        extent=(*span, -0.5, bins - 0.5),
+    )  # fmt: skip
+    centres = filter_centres(bins, sample_rate).numpy()
+    shown = [hertz for hertz in (250, 500, 1000, 2000, 4000, 8000) if centres[0] <= hertz <= centres[-1]]
+    axes.set_yticks(np.interp(shown, centres, np.arange(bins)), [f"{hertz / 1000:g}" for hertz in shown], fontsize=7)
+    axes.set_ylabel("kHz")
+
+
+def word_times(weights: np.ndarray, text: str, frame_seconds: float, start: float) -> list[tuple[str, float]]:
+    """Return each word of the text with the time in seconds at which its characters are attended, on average."""
+    heard = np.nan_to_num(weights)
+    centres = start + (np.arange(heard.shape[1]) + 0.5) * frame_seconds
+    attended = heard @ centres / np.maximum(heard.sum(1), 1e-12)  # (U,)
+    result, first = [], 0
+    for word in text.split(" "):
+        if word:
+            result.append((word, float(attended[first : first + len(word)].mean())))
+        first += len(word) + 1
+    return result
+
+
+def _label_words(axes, words: Sequence[tuple[str, float]], span: tuple[float, float]) -> None:
+    """Write words above the axes at their times."""
+    above = axes.secondary_xaxis("top")
+    inside = [(word, min(max(time, span[0]), span[1])) for word, time in words]
+    above.set_xticks([time for _, time in inside], [word for word, _ in inside], fontsize=8, rotation=40, ha="left",
+                     parse_math=False)  # fmt: skip
 
 
 def label_tokens(axes, text: str, tokens: int, *, fontsize: float) -> None:
@@ -72,12 +155,13 @@ def _make_transparent(figure, axes) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line through points; `style` is a CSS class of the report: line1, line2 or line3."""
+    """A named line through points; `style` has CSS classes of the report: line1 to line8, dashed, dotted."""
 
     name: str
     style: str
     x: Sequence[float]
     y: Sequence[float]
+    is_line: bool = True  # otherwise only dots are drawn
 
 
 def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> str:
@@ -85,7 +169,7 @@ def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tup
     points = [(x, y) for c in curves for x, y in zip(c.x, c.y, strict=True) if math.isfinite(y)]
     if not points:
         return "<p>No values were logged.</p>"
-    width, height, left, bottom, top, right = 560, 300, 48, 40, 34, 12
+    width, height, left, bottom, top, right = 560, 300, 48, 40, 14, 12
     x_max = max(x for x, _ in points) or 1.0
     y_ticks = _ticks(max(y for _, y in points))
     y_max = y_ticks[-1]
@@ -108,10 +192,10 @@ def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tup
     for curve in curves:
         line = [(to_x(x), to_y(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
-        parts.append(f'<path class="curve {curve.style}" d="M{path}"/>')
-        if len(line) <= 60:
+        if curve.is_line and line:
+            parts.append(f'<path class="curve {curve.style}" d="M{path}"/>')
+        if len(line) <= MAX_DOTS or not curve.is_line:
             parts += [f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in line]
-    parts += _legend(curves, left)
     parts.append(f'<text class="tick" x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">{x_label}</text>')
     return "".join(parts) + "</svg>"
 
@@ -124,13 +208,13 @@ def _mark(x: float, name: str, top: int, bottom: int, *, flip: bool) -> list[str
     ]
 
 
-def _legend(curves: Sequence[Curve], left: int) -> list[str]:
-    parts, x = [], left
+def legend(curves: Sequence[Curve]) -> str:
+    """Return the names of the curves beside their colours, as HTML, which wraps on a narrow screen."""
+    names = ""
     for curve in curves:
-        parts.append(f'<path class="curve {curve.style}" d="M{x} 14H{x + 18}"/>')
-        parts.append(f'<text class="tick" x="{x + 23}" y="18">{html.escape(curve.name)}</text>')
-        x += 44 + int(6.6 * len(curve.name))
-    return parts
+        kind = "" if curve.is_line else " point"
+        names += f'<span><i class="swatch {curve.style}{kind}"></i>{html.escape(curve.name)}</span>'
+    return f'<p class="legend">{names}</p>'
 
 
 def _ticks(maximum: float) -> list[float]:

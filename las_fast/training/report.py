@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file with a light and a dark theme."""
+"""The report of one run: a self-contained HTML file with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -6,89 +6,20 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from las_fast.config import Config, from_yaml
-from las_fast.errors import InputError
-from las_fast.files import write_text_atomically
-from las_fast.output.figures import Curve, curves_svg, draw_attention
+from las_fast.files import first_line, write_text_atomically
+from las_fast.output.figures import Curve, draw_attention
+from las_fast.output.mistakes import Decoded, confusions, error_curves, figure, utterances
 from las_fast.training.monitor import THRESHOLDS
-from las_fast.training.runlog import read_rows
+from las_fast.training.runs import Run, epoch_of, open_runs, read_attention
 
 TEMPLATE = Path(__file__).with_name("report.html")  # with @title@ and @body@
-MAX_ROWS = 12  # in each of the tables of best and worst utterances
-
-
-# --------------------------------------------------------------------------------------------------------- differences
-
-
-def differences(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Reference and hypothesis as HTML, with deleted, inserted and replaced text in spans of these classes."""
-    from Levenshtein import opcodes
-
-    reference_parts, hypothesis_parts = [], []
-    for kind, a, b, c, d in opcodes(reference, hypothesis):
-        reference_parts.append(_span(kind, reference[a:b]))
-        hypothesis_parts.append(_span(kind, hypothesis[c:d]))
-    return "".join(reference_parts), "".join(hypothesis_parts)
-
-
-def _span(kind: str, text: str) -> str:
-    escaped = html.escape(text)
-    return escaped if kind == "equal" or not text else f'<span class="{kind}">{escaped}</span>'
-
-
-# ----------------------------------------------------------------------------------------------------------------- run
-
-
-def read_log(run: str | Path) -> list[dict]:
-    """Rows of run/log.jsonl.
-
-    Raises:
-        InputError: the run folder has no log.
-    """
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} is missing; give the --out folder of a training")
-    return read_rows(path)
-
-
-def formed_epoch(log: list[dict]) -> float | None:
-    """Epoch of the first validation whose attention has formed, or None."""
-    return next((row["epoch"] for row in log if row.get("monitor", {}).get("formed")), None)
-
-
-def _read_config(run: Path) -> tuple[Config, str] | None:
-    path = run / "config.yaml"
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8")
-    return from_yaml(text, str(path)), text
-
-
-def _frame_seconds(config: Config) -> float:
-    from las_fast.data.features import seconds_of  # imports torch
-
-    return seconds_of(config.model.listener.time_reduction, config.features)
-
-
-def read_attention(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
-    """Read attention/epoch-*.npz of a run: its epoch, and (id, text, weights) of each utterance."""
-    with np.load(path, allow_pickle=False) as data:
-        ids = [str(i) for i in data["ids"]]
-        pictures = [(i, str(data[f"text_{n}"]), data[f"weights_{n}"]) for n, i in enumerate(ids)]
-    return epoch_of(path), pictures
-
-
-def epoch_of(path: Path) -> float:
-    """Epoch in the name of an attention/epoch-*.npz."""
-    return float(path.stem.removeprefix("epoch-"))
-
-
-# ---------------------------------------------------------------------------------------------------------------- page
+MAX_PICTURES = 6  # of the attention over epochs
 
 
 def write_report(
@@ -96,44 +27,87 @@ def write_report(
     out: str | Path,
     *,
     results: dict,
-    rows: Sequence[tuple[str, str, str]],
+    rows: Sequence[tuple],
     title: str,
+    audio: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report of a training and its decoded utterances as one HTML file.
 
     Args:
-        run:     run folder, with log.jsonl and perhaps config.yaml and attention/.
+        run:     run folder, with log.jsonl and perhaps config.yaml, attention/ and starts.jsonl.
         out:     the HTML file.
-        results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds.
-        rows:    (id, reference, hypothesis) of each decoded utterance.
+        results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds; empty for those of the best validation.
+        rows:    fields of a Decoded for each decoded utterance, at least (id, reference, hypothesis).
+        audio:   data URLs of recordings by utterance id.
 
     Raises:
         InputError: run is not a run folder, or out cannot be written.
     """
-    run = Path(run)
-    log, config = read_log(run), _read_config(run)
-    formed = formed_epoch(log)
+    (opened,) = open_runs([run])
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        _headline(results),
-        _training(log, formed),
-        _attention(run, formed, _frame_seconds(config[0]) if config else None),
-        _utterances(rows),
-        _validations(log),
-        f"<details><summary>Settings</summary><pre>{html.escape(config[1])}</pre></details>" if config else "",
+        headline(results) if results else headline(run_results(opened), "dev, greedy"),
+        _training(opened),
+        _attention(opened),
+        *decoding_sections(rows, audio or {}),
+        _speed(opened),
+        _validations(opened),
+        origins([opened]),
+        settings([opened]),
     ]
+    write_page(out, title, body)
+
+
+def write_page(out: str | Path, title: str, body: Sequence[str]) -> None:
+    """Write the sections of a report as one HTML file."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    page = template.replace("@title@", html.escape(title)).replace("@body@", "\n".join(body))
+    page = template.replace("@title@", html.escape(title)).replace("@body@", "\n".join(filter(None, body)))
     write_text_atomically(out, page)
 
 
-def _headline(results: dict) -> str:
+def is_report(path: Path) -> bool:
+    """Return whether a file is a report, from its first line."""
+    return first_line(path) == TEMPLATE.read_text(encoding="utf-8").partition("\n")[0]
+
+
+def decoding_sections(rows: Sequence[tuple], audio: Mapping[str, str]) -> list[str]:
+    """Return the sections on decoded utterances; [] if there are none."""
+    decoded = [Decoded(*row) for row in rows]
+    return [utterances(decoded, audio), confusions(decoded), error_curves(decoded)] if decoded else []
+
+
+# ----------------------------------------------------------------------------------------------------------- Headline
+
+
+def run_results(run: Run) -> dict:
+    """Return the results of a training for its headline."""
+    best, epochs = run.best, [row["epoch"] for row in run.log if "epoch" in row]
+    results = {name: best.get(name) for name in ("cer", "wer", "ld", "utterances")} if best else {}
+    return results | {"epochs": max(epochs, default=None), "train_speed": train_speed(run), "peak_gib": peak_gib(run)}
+
+
+def train_speed(run: Run) -> float | None:
+    """Return the median training speed in seconds of audio per second."""
+    speeds = [row["speed"] for row in run.train if isinstance(row.get("speed"), int | float)]
+    return statistics.median(speeds) if speeds else None
+
+
+def peak_gib(run: Run) -> float | None:
+    """Return the largest logged memory of the training process in GiB."""
+    return max((row["peak_gib"] for row in run.valid if isinstance(row.get("peak_gib"), int | float)), default=None)
+
+
+def headline(results: dict, source: str = "") -> str:
+    """Return tiles with the known results. source: of the error rates, if they are not of decoded utterances."""
     metrics = [
-        ("cer", "CER", "{:.2f} %", "character edits per reference character"),
-        ("wer", "WER", "{:.2f} %", "word edits per reference word"),
-        ("ld", "LD", "{:.2f}", "character edits per utterance"),
-        ("utterances", "utterances", "{:,}", "decoded"),
+        ("cer", "CER", "{:.2f} %", source or "character edits per reference character"),
+        ("wer", "WER", "{:.2f} %", source or "word edits per reference word"),
+        ("ld", "LD", "{:.2f}", source or "character edits per utterance"),
+        ("utterances", "utterances", "{:,}", "decoded" if not source else "in the dev set"),
         ("rtfx", "speed", "{:,.0f} ×", "faster than real time, decoding"),
+        ("epochs", "epochs", "{:g}", "trained"),
+        ("train_speed", "speed", "{:,.0f} ×", "faster than real time, training"),
+        ("peak_gib", "memory", "{:.1f} GiB", "peak of the training process"),
     ]
     tiles = [
         f'<div class="tile"><b>{form.format(results[key])}</b><span>{name}</span><small>{unit}</small></div>'
@@ -143,102 +117,103 @@ def _headline(results: dict) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _training(log: list[dict], formed: float | None) -> str:
-    train = [r for r in log if r["kind"] == "train"]
-    valid = [r for r in log if r["kind"] == "valid"]
+# ------------------------------------------------------------------------------------------------------------- Curves
+
+
+def _training(run: Run) -> str:
+    formed = run.formed
     mark = None if formed is None else (formed, f"attention formed, epoch {formed:g}")
     verdict = "has not formed" if formed is None else f"had formed by epoch {formed:g}"
     losses = [
-        _smooth("training, all parts", "line3", train, "loss"),
-        _smooth("training, speller", "line1", train, "attention"),
-        _points("dev, speller", "line2", valid, "loss"),
+        smooth("training, all parts", "line3", run.train, "loss"),
+        smooth("training, speller", "line1", run.train, "attention"),
+        points("dev, speller", "line2", run.valid, "loss"),
     ]
-    rates = [_points("dev CER", "line1", valid, "cer"), _points("dev WER", "line2", valid, "wer")]
+    rates = [points("dev CER", "line1", run.valid, "cer"), points("dev WER", "line2", run.valid, "wer")]
     figures = ""
     for name, curves in (("Loss, nats per token", losses), ("Dev error, percent, greedy", rates)):
-        svg = curves_svg([c for c in curves if c.x], x_label="epoch", y_label=name, mark=mark)
-        figures += f"<figure><figcaption>{name}</figcaption>{svg}</figure>"
+        figures += figure(name, [c for c in curves if c.x], x_label="epoch", mark=mark)
     return f'<h2>Training</h2><p>The attention {verdict}.</p><div class="pair">{figures}</div>'
 
 
-def _points(name: str, style: str, rows: list[dict], key: str) -> Curve:
-    points = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
-    return Curve(name, style, [x for x, _ in points], [y for _, y in points])
+def points(name: str, style: str, rows: list[dict], key: str) -> Curve:
+    """Return the values `key` of log rows over their epochs."""
+    values = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    return Curve(name, style, [x for x, _ in values], [y for _, y in values])
 
 
-def _smooth(name: str, style: str, rows: list[dict], key: str, points: int = 120) -> Curve:
-    """Average a curve over equal parts of the training, at most `points` of them."""
-    raw = _points(name, style, [r for r in rows if r.get(key) is not None and math.isfinite(r[key])], key)
-    parts = [p for p in np.array_split(np.arange(len(raw.x)), min(points, max(1, len(raw.x)))) if len(p)]
+def smooth(name: str, style: str, rows: list[dict], key: str, count: int = 120) -> Curve:
+    """Average a curve over equal parts of the training, at most `count` of them."""
+    raw = points(name, style, rows, key)
+    parts = [p for p in np.array_split(np.arange(len(raw.x)), min(count, max(1, len(raw.x)))) if len(p)]
     x, y = np.array(raw.x), np.array(raw.y)
     return Curve(name, style, [float(x[p].mean()) for p in parts], [float(y[p].mean()) for p in parts])
 
 
-def _attention(run: Path, formed: float | None, frame_seconds: float | None) -> str:
-    files = sorted((run / "attention").glob("epoch-*.npz"))
-    if not files:
-        return ""
-    first, last = files[0], files[-1]
-    at_formed = [
-        p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005
-    ]  # file names have 2 decimals
+def _speed(run: Run) -> str:
+    speed = smooth("training", "line1", run.train, "speed")
+    waiting = smooth("waiting for data", "line2", [_in_percent(r, "waiting") for r in run.train], "waiting")
+    memory = points("peak so far", "line1", run.valid, "peak_gib")
+    figures = ""
+    for title, curve in (("Speed, seconds of audio per second", speed), ("Time waiting for data, percent", waiting),
+                         ("Memory of the training process, GiB", memory)):  # fmt: skip
+        if curve.x:
+            figures += figure(title, [curve], x_label="epoch", show_legend=False)
+    return f'<details><summary>Speed and memory</summary><div class="pair">{figures}</div></details>' if figures else ""
+
+
+def _in_percent(row: dict, key: str) -> dict:
+    value = row.get(key)
+    return {**row, key: 100 * value} if isinstance(value, int | float) else row
+
+
+# ---------------------------------------------------------------------------------------------------------- Attention
+
+
+def _attention(run: Run) -> str:
+    files = _chosen(run.attention_files, run.formed)
     figures, caption = [], ""
-    for path in dict.fromkeys([first, *at_formed[:1], last]):
+    for path, is_formed in files:
         epoch, pictures = read_attention(path)
         for name, text, weights in pictures[:1]:
-            when = f"epoch {epoch:g}" + (", formed" if path in at_formed else "")
-            figures.append(_attention_figure(name, text, weights, when, frame_seconds))
+            when = f"epoch {epoch:g}" + (", formed" if is_formed else "")
+            figures.append(attention_figure(name, text, weights, when, run.frame_seconds))
             caption = html.escape(f"{name}: {text}")
+    if not figures:
+        return ""
     return (
-        "<h2>Attention before and after</h2><p>Attention weights of each character (rows) over time (columns), with "
-        "teacher forcing; brighter is more.</p>"
+        "<h2>Attention over epochs</h2><p>Attention weights of each character (rows) over time (columns), with teacher "
+        "forcing. All pictures have the same colours, from black for 0 to light yellow for 1.</p>"
         f'<p class="text">{caption}</p><div class="trio">{"".join(figures)}</div>'
     )
 
 
-def _attention_figure(name: str, text: str, weights: np.ndarray, when: str, frame_seconds: float | None) -> str:
+def _chosen(files: Sequence[Path], formed: float | None) -> list[tuple[Path, bool]]:
+    """Return the pictures to show, at most MAX_PICTURES, and whether the attention formed in each.
+
+    These are the first, the one at which the attention formed, the last, and others at equal distances.
+    """
+    at_formed = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005]  # names have 2 decimals
+    count = min(len(files), MAX_PICTURES - len(at_formed[:1]))
+    others = [round(i) for i in np.linspace(0, len(files) - 1, count).tolist()]
+    chosen = {files[i] for i in others} | set(at_formed[:1])
+    return [(path, path in at_formed) for path in files if path in chosen]
+
+
+def attention_figure(name: str, text: str, weights: np.ndarray, when: str, frame_seconds: float | None) -> str:
+    """Return a figure of attention weights (U, T); `when` is its caption."""
     buffer = io.BytesIO()
     draw_attention(buffer, weights, text, "", frame_seconds=frame_seconds, in_page=True)
     image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     alt = html.escape(f"attention of {name} at {when}")
-    return f'<figure><figcaption>{when}</figcaption><img alt="{alt}" src="{image}"></figure>'
+    return f'<figure><figcaption>{html.escape(when)}</figcaption><img alt="{alt}" src="{image}"></figure>'
 
 
-def _utterances(rows: Sequence[tuple[str, str, str]]) -> str:
-    if not rows:
-        return ""
-    from Levenshtein import distance
-
-    scored = sorted((100 * distance(r, h) / max(1, len(r)), name, r, h) for name, r, h in rows)
-    correct = sum(1 for rate, *_ in scored if rate == 0)
-    worst = [row for row in reversed(scored) if row[0] > 0][:MAX_ROWS]
-    others = scored[: len(scored) - len(worst)]
-    best = sorted(others, key=lambda row: (row[0], -len(row[2])))[:MAX_ROWS]  # of equal rates, the longer texts first
-    legend = (
-        '<p>Each utterance: the reference, and below it the hypothesis. <span class="text"><span class="delete">missed'
-        '</span> <span class="insert">added</span> <span class="replace">replaced</span></span></p>'
-    )
-    tables = "".join(f"<h3>{name}</h3>{_table(part)}" for name, part in (("Worst", worst), ("Best", best)) if part)
-    return f"<h2>Utterances</h2><p>{correct:,} of {len(scored):,} have no error.</p>{legend}{tables}"
+# ------------------------------------------------------------------------------------------------------------- Tables
 
 
-def _table(rows: Sequence[tuple[float, str, str, str]]) -> str:
-    lines = []
-    for rate, name, reference, hypothesis in rows:
-        marked_reference, marked_hypothesis = differences(reference, hypothesis)
-        texts = f"{marked_reference or '&nbsp;'}<br>{marked_hypothesis or '&nbsp;'}"
-        if reference == hypothesis:
-            texts = marked_reference
-        lines.append(
-            f'<tr><td class="name">{html.escape(name)}</td><td class="rate">{rate:.0f} %</td>'
-            f'<td class="text">{texts}</td></tr>'
-        )
-    head = '<tr><th>utterance</th><th class="rate">CER</th><th>reference / hypothesis</th></tr>'
-    return f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
-
-
-def _validations(log: list[dict]) -> str:
-    rows = [r for r in log if r["kind"] == "valid"]
+def _validations(run: Run) -> str:
+    rows = run.valid
     if not rows:
         return ""
     names = list(THRESHOLDS)
@@ -246,13 +221,42 @@ def _validations(log: list[dict]) -> str:
     lines = ["<tr>" + "".join(f'<th class="rate">{c}</th>' for c in cells) + "</tr>"]
     for row in rows:
         monitor = row.get("monitor", {})
-        values = [f"{row['epoch']:g}", *(_number(row.get(key)) for key in ("loss", "ld", "cer", "wer"))]
-        values += [_number(monitor.get(name)) for name in names]
+        values = [f"{row['epoch']:g}", *(number(row.get(key)) for key in ("loss", "ld", "cer", "wer"))]
+        values += [number(monitor.get(name)) for name in names]
         lines.append("<tr>" + "".join(f'<td class="rate">{v}</td>' for v in values) + "</tr>")
     last = html.escape(str(rows[-1].get("line", "")))
     table = f'<div class="wide"><table>{"".join(lines)}</table></div>'
     return f"<details><summary>Validations</summary><p>{last}</p>{table}</details>"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def origins(runs: Sequence[Run]) -> str:
+    """Return the section with command, date, machine and commit of each start of the runs; "" if none is known."""
+    lines = []
+    for run in runs:
+        for start in run.starts:
+            known = {name: html.escape(str(start.get(name, ""))) for name in
+                     ("date", "command", "step", "machine", "device", "version", "commit")}  # fmt: skip
+            place = f"las_fast {known['version']}, commit {known['commit']}<br>{known['machine']}, {known['device']}"
+            when = f"{known['date'].replace('T', ' ').replace('+00:00', ' UTC')}<br>from step {known['step']}"
+            name = f'<td class="name">{html.escape(run.name)}</td>' if len(runs) > 1 else ""
+            lines.append(f'<tr>{name}<td>{when}</td><td>{place}</td><td class="text">{known["command"]}</td></tr>')
+    if not lines:
+        return ""
+    name = "<th>run</th>" if len(runs) > 1 else ""
+    head = f"<tr>{name}<th>date</th><th>version and machine</th><th>command</th></tr>"
+    table = f'<div class="wide"><table>{head}{"".join(lines)}</table></div>'
+    return f"<details><summary>Commands, commits and machines</summary>{table}</details>"
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """Return the section with the settings of each run that has any."""
+    parts = ""
+    for run in runs:
+        name = f" of {html.escape(run.name)}" if len(runs) > 1 else ""
+        if run.settings:
+            parts += f"<details><summary>Settings{name}</summary><pre>{html.escape(run.settings)}</pre></details>"
+    return parts

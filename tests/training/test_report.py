@@ -1,5 +1,6 @@
 """The report: pictures, differences and curves in one self-contained file."""
 
+import html
 import io
 import json
 import math
@@ -21,7 +22,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from las_fast.config import Config, FeatureConfig, to_yaml
 from las_fast.errors import InputError
 from las_fast.output import figures
-from las_fast.training import report
+from las_fast.training import report, runs
+from las_fast.training.origin import read_starts, write_start
 
 ROWS = [
     ("a-1", "TEN PAST TWO", "TEN PAST TWO"),
@@ -70,29 +72,6 @@ def fake_drawing(monkeypatch):
     return drawn
 
 
-def spans(text):
-    return re.findall(r'<span class="(\w+)">(.*?)</span>', text)
-
-
-def test_differences_mark_deletions_insertions_and_substitutions():
-    reference, hypothesis = report.differences("WE NEED THE CAR", "WE THE BARS")
-    assert ("delete", "NEED ") in spans(reference)
-    assert ("replace", "C") in spans(reference) and ("replace", "B") in spans(hypothesis)
-    assert ("insert", "S") in spans(hypothesis)
-    assert report.differences("SAME", "SAME") == ("SAME", "SAME")
-
-
-def test_marked_and_unmarked_parts_join_to_the_original_text():
-    for reference, hypothesis in (("KITTEN", "SITTING"), ("", "ABC"), ("ABC", ""), ("A B", "B A")):
-        plain = [re.sub(r"<[^>]+>", "", part) for part in report.differences(reference, hypothesis)]
-        assert plain == [reference, hypothesis]
-
-
-def test_differences_escape_markup():
-    reference, hypothesis = report.differences("<A> & B", "<A> B")
-    assert "<A>" not in reference + hypothesis and "&lt;A&gt;" in reference and "&amp;" in reference
-
-
 def test_an_attention_picture_is_a_png_with_any_suffix(tmp_path):
     path = tmp_path / ".picture.png.123"
     figures.attention_picture(path, np.random.rand(13, 40).astype(np.float32), "TEN PAST TWO", "a-1, epoch 3")
@@ -136,15 +115,18 @@ def test_the_axes_of_a_picture_show_frames_or_seconds_and_every_token(tmp_path, 
     weights = np.full((4, 12), 0.5, np.float32)
     figures.attention_picture(tmp_path / "a.png", weights, "A B", "a title", frame_seconds=frame_seconds)
     options = seen["imshow"][1]
-    assert options["extent"] == pytest.approx((0.0, end, 3.5, -0.5)) and (options["vmin"], options["vmax"]) == (0, 0.5)
+    assert options["extent"] == pytest.approx((0.0, end, 3.5, -0.5)) and (options["vmin"], options["vmax"]) == (0, 1)
     assert (options["aspect"], options["interpolation"], options["cmap"]) == ("auto", "nearest", "magma")
-    assert seen["set_xlabel"][0] == (label,) and seen["set_title"] == (("a title",), {"fontsize": 9})
+    assert seen["set_xlabel"][0] == (label,) and seen["set_title"] == (
+        ("a title",),
+        {"fontsize": 9, "parse_math": False},
+    )
     assert seen["set_yticks"][1] == {"fontsize": 7, "family": "monospace"}
-    assert seen["colorbar"][1] == {"ax": seen["figure"].axes[0], "pad": 0.01}
+    assert seen["colorbar"][1] == {
+        "ax": seen["figure"].axes[0], "pad": 0.01, "fraction": 0.03, "aspect": 40, "label": "attention weight",
+    }  # fmt: skip
     assert isinstance(seen["figure"].get_layout_engine(), ConstrainedLayoutEngine)
     assert (seen["printed"]["format"], seen["printed"]["dpi"]) == ("png", 110)
-    figures.attention_picture(tmp_path / "a.png", 0 * weights, "A B", "", frame_seconds=frame_seconds)
-    assert seen["imshow"][1]["vmax"] == 1e-6
 
 
 def pixels(draw):
@@ -202,17 +184,16 @@ def test_the_report_shows_scores_curves_attention_and_settings(tmp_path):
     page = make(tmp_path)
     for wanted in ("12.35 %", "20.00 %", "1.25", "123 ×", "A title"):
         assert wanted in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3  # loss, error, and error over length
     assert page.count("attention formed, epoch 3") == 2
-    assert page.count("data:image/png;base64,") == 3  # first, formed, last
+    assert page.count("data:image/png;base64,") == 4  # every validation
     assert "epoch 3, formed" in page
     assert "label_smoothing: 0.1" in page
     assert "1 of 4 have no error" in page
 
 
-def test_without_formed_attention_only_the_first_and_last_picture_are_shown(tmp_path, fake_drawing):
+def test_without_formed_attention_the_page_says_so(tmp_path, fake_drawing):
     page = make(tmp_path, formed=99)
-    assert page.count("data:image/png;base64,") == 2
     assert "The attention has not formed" in page and "attention formed" not in page
 
 
@@ -255,7 +236,7 @@ def test_only_a_table_with_rows_is_shown(tmp_path, hypothesis, present, absent):
 
 def test_empty_sections_are_left_out(tmp_path, fake_drawing):
     full, empty = make(tmp_path / "a"), make(tmp_path / "b", rows=[], pictures=False)
-    for heading in ("<h2>Attention before and after</h2>", "<h2>Utterances</h2>"):
+    for heading in ("<h2>Attention over epochs</h2>", "<h2>Utterances</h2>"):
         assert heading in full and heading not in empty
     for name in ("config.yaml", "log.jsonl"):
         assert "<summary>Settings</summary>" in full and "<summary>Validations</summary>" in full
@@ -268,12 +249,11 @@ def test_empty_sections_are_left_out(tmp_path, fake_drawing):
 
 def test_the_curves_show_total_speller_and_dev_loss_and_dev_error(tmp_path):
     page = make(tmp_path, epochs=4, pictures=False)
-    named = re.findall(
-        r'<path class="curve (line\d)" d="M\d+ 14H\d+"/><text class="tick" x="\d+" y="18">(.*?)</text>', page
-    )
-    assert named == [("line3", "training, all parts"), ("line1", "training, speller"), ("line2", "dev, speller"),
+    named = re.findall(r'<i class="swatch (line\d)"></i>(.*?)</span>', page)
+    assert named[:5] == [("line3", "training, all parts"), ("line1", "training, speller"), ("line2", "dev, speller"),
                      ("line1", "dev CER"), ("line2", "dev WER")]  # fmt: skip
-    assert re.findall(r'<circle class="dot (line\d)"', page) == [
+    training = page[: page.index("<h2>Utterances")]
+    assert re.findall(r'<circle class="dot (line\d)"', training) == [
         line for line in ("line3", "line1", "line2", "line1", "line2") for _ in range(4)
     ]
     log = tmp_path / "run" / "log.jsonl"
@@ -292,30 +272,32 @@ def test_pictures_show_seconds_if_the_settings_are_known(tmp_path, fake_drawing,
     assert fake_drawing == [("A B", {"frame_seconds": seconds, "in_page": True})]
 
 
-def test_the_validation_that_formed_is_distinguished_from_its_neighbours(tmp_path, fake_drawing):
+def test_the_validation_that_formed_is_distinguished_from_its_neighbours(tmp_path, monkeypatch, fake_drawing):
+    monkeypatch.setattr(report, "MAX_PICTURES", 2)
     run = write_run(tmp_path / "run", epochs=5, formed=3)
     (run / "attention" / "epoch-0003.00.npz").rename(run / "attention" / "epoch-0003.01.npz")
     (run / "attention" / "epoch-0005.00.npz").rename(run / "attention" / "epoch-0003.02.npz")
     (run / "attention" / "epoch-0004.00.npz").unlink()
-    for formed, shown in ((3.0133, ["1", "3.01, formed", "3.02"]), (3.0, ["1", "3.02"]), (None, ["1", "3.02"])):
-        page = report._attention(run, formed, None)
+    for formed, shown in ((3.0133, ["1", "3.01, formed"]), (3.0, ["1", "3.02"]), (None, ["1", "3.02"])):
+        monkeypatch.setattr(runs.Run, "formed", formed)
+        page = report._attention(runs.open_runs([run])[0])
         assert re.findall(r"<figcaption>epoch (.*?)</figcaption>", page) == shown
 
 
 def test_attention_is_read_without_pickle(tmp_path):
     np.savez(tmp_path / "epoch-0001.00.npz", ids=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        report.read_attention(tmp_path / "epoch-0001.00.npz")
+    with pytest.raises(InputError, match="not attention that a training saved .*allow_pickle"):
+        runs.read_attention(tmp_path / "epoch-0001.00.npz")
 
 
-def test_the_page_counts_rates_and_lists_twelve_of_each(tmp_path):
+def test_the_page_counts_rates_and_lists_the_twelve_worst_and_three_best(tmp_path):
     rows = [(f"w-{n:02}", "ABCDEFGHIJ", "ABCDEFGHIJ"[n % 10 + 1 :]) for n in range(13)]
     rows += [(f"b-{n:02}", "A" * (n + 1), "A" * (n + 1)) for n in range(13)]
     page = make(tmp_path, rows=rows, pictures=False)
     names, rates = (re.findall(rf'<td class="{kind}">(.*?)</td>', page) for kind in ("name", "rate"))
     assert "13 of 26 have no error" in page
     assert names[:12] == [f"w-{n:02}" for n in (9, 8, 7, 6, 5, 4, 3, 12, 2, 11, 1, 10)]
-    assert names[12:] == [f"b-{n:02}" for n in range(12, 0, -1)]
+    assert names[12:15] == [f"b-{n:02}" for n in (12, 11, 10)]
     assert rates[:3] == ["100 %", "90 %", "80 %"] and rates[12] == "0 %"
     assert re.search(r'<td class="name">b-12</td><td class="rate">0 %</td><td class="text">A{13}</td>', page)
 
@@ -342,12 +324,13 @@ def test_a_log_of_an_earlier_version_shows_its_audio_gain(tmp_path):
 def test_the_headline_shows_known_scores_only(tmp_path):
     tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", make(tmp_path, pictures=False))
     assert tiles == [("12.35 %", "CER"), ("20.00 %", "WER"), ("1.25", "LD"), ("4", "utterances"), ("123 ×", "speed")]
-    assert "tile" not in report._headline({"cer": None}).replace('class="tiles"', "")
+    assert "tile" not in report.headline({"cer": None}).replace('class="tiles"', "")
 
 
-def test_the_page_shows_attention_at_the_first_the_formed_and_the_last_validation(tmp_path, fake_drawing):
-    page = make(tmp_path, epochs=5, formed=3)
-    assert re.findall(r"<figcaption>(epoch.*?)</figcaption>", page) == ["epoch 1", "epoch 3, formed", "epoch 5"]
+def test_the_page_shows_attention_over_epochs_and_where_it_formed(tmp_path, fake_drawing):
+    page = make(tmp_path, epochs=26, formed=3)
+    epochs = re.findall(r"<figcaption>epoch (.*?)</figcaption>", page)
+    assert epochs == ["1", "3, formed", "7", "13", "20", "26"]
     assert '<p class="text">dev-1: A B</p>' in page and 'alt="attention of dev-1 at epoch 3, formed"' in page
     assert "The attention had formed by epoch 3" in page
 
@@ -356,7 +339,7 @@ def test_the_page_shows_attention_at_the_first_the_formed_and_the_last_validatio
 def test_time_in_a_picture_is_counted_in_whole_samples(rate, samples):
     settings = Config(features=FeatureConfig(sample_rate=rate))
     seconds = samples / rate * settings.model.listener.time_reduction
-    assert report._frame_seconds(settings) == pytest.approx(seconds, rel=1e-9)
+    assert runs.frame_seconds(settings) == pytest.approx(seconds, rel=1e-9)
 
 
 def test_a_run_without_validations_or_pictures_still_reports(tmp_path):
@@ -407,29 +390,30 @@ LINE = figures.Curve("dev & co", "line1", [0, 5, 10], [0.0, 2.0, 4.0])
 
 
 def test_points_match_the_axes():
-    """The plot is 560 by 300 with margins of 48, 34, 12 and 40: x from 48 to 548, y from 260 up to 34."""
+    """The plot is 560 by 300 with margins of 48, 14, 12 and 40: x from 48 to 548, y from 260 up to 14."""
     other = figures.Curve("x", "line2", [10], [4.0])
     svg = figures.curves_svg([LINE, other], x_label="epoch", y_label="loss < 5", mark=(5.0, "formed"))
     assert ElementTree.fromstring(svg).attrib == {"viewBox": "0 0 560 300", "role": "img", "aria-label": "loss < 5"}
     ((first,), (second,)) = drawn(svg, "path", "curve line1")[:1], drawn(svg, "path", "curve line2")[:1]
-    assert first["d"] == "M48.0 260.0L298.0 147.0L548.0 34.0" and second["d"] == "M548.0 34.0"
+    assert first["d"] == "M48.0 260.0L298.0 137.0L548.0 14.0" and second["d"] == "M548.0 14.0"
     assert [(d["cx"], d["cy"], d["r"]) for d in drawn(svg, "circle", "dot line1")] == [
-        ("48.0", "260.0", "2.5"), ("298.0", "147.0", "2.5"), ("548.0", "34.0", "2.5")
+        ("48.0", "260.0", "2.5"), ("298.0", "137.0", "2.5"), ("548.0", "14.0", "2.5")
     ]  # fmt: skip
-    assert [g["d"] for g in drawn(svg, "path", "grid")] == [f"M48 {y}H548" for y in (260.0, 203.5, 147.0, 90.5, 34.0)]
-    assert [m["d"] for m in drawn(svg, "path", "mark")] == ["M298.0 34V260"]
+    assert [g["d"] for g in drawn(svg, "path", "grid")] == [f"M48 {y}H548" for y in (260.0, 198.5, 137.0, 75.5, 14.0)]
+    assert [m["d"] for m in drawn(svg, "path", "mark")] == ["M298.0 14V260"]
     words = [(t["x"], t["y"], t.get("text-anchor"), t["text"]) for t in drawn(svg, "text", "tick")]
     assert words == [
-        *(("42", f"{y}", "end", label) for y, label in zip((264.0, 207.5, 151.0, 94.5, 38.0), "01234", strict=True)),
+        *(("42", f"{y}", "end", label) for y, label in zip((264.0, 202.5, 141.0, 79.5, 18.0), "01234", strict=True)),
         *((f"{x}", "276", "middle", f"{t}") for x, t in ((48.0, 0), (148.0, 2), (248.0, 4), (348.0, 6), (448.0, 8),
                                                         (548.0, 10))),
-        ("303.0", "46", "start", "formed"),
-        ("71", "18", None, "dev & co"),
-        ("167", "18", None, "x"),
+        ("303.0", "26", "start", "formed"),
         ("304.0", "294", "middle", "epoch"),
     ]  # fmt: skip
-    legend = [drawn(svg, "path", f"curve line{n}")[1]["d"] for n in (1, 2)]
-    assert legend == ["M48 14H66", "M144 14H162"]
+    names = figures.legend([LINE, other])
+    assert names == (
+        '<p class="legend"><span><i class="swatch line1"></i>dev &amp; co</span>'
+        '<span><i class="swatch line2"></i>x</span></p>'
+    )
 
 
 def test_a_mark_on_the_right_has_its_label_on_the_left():
@@ -451,20 +435,62 @@ def test_ticks_beyond_the_last_point_are_not_drawn_and_many_points_have_no_dots(
 
 def test_long_curves_are_means_over_equal_parts():
     rows = [{"epoch": float(i), "loss": float(i % 2)} for i in range(240)]
-    curve = report._smooth("loss", "line1", rows, "loss")
+    curve = report.smooth("loss", "line1", rows, "loss")
     assert curve.x == [2 * i + 0.5 for i in range(120)] and curve.y == [0.5] * 120
-    assert report._smooth("loss", "line1", rows[:3], "loss").x == [0.0, 1.0, 2.0]
-    assert len(report._smooth("loss", "line1", rows, "loss", points=7).x) == 7
-    assert report._smooth("loss", "line1", [], "loss").x == []
+    assert report.smooth("loss", "line1", rows[:3], "loss").x == [0.0, 1.0, 2.0]
+    assert len(report.smooth("loss", "line1", rows, "loss", count=7).x) == 7
+    assert report.smooth("loss", "line1", [], "loss").x == []
 
 
 def test_a_folder_without_a_log_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="log.jsonl is missing"):
+    with pytest.raises(InputError, match="has no log.jsonl, so it is not a run folder"):
         report.write_report(tmp_path, tmp_path / "r.html", results={}, rows=[], title="x")
     assert not (tmp_path / "r.html").exists()
 
 
 def test_a_step_without_a_loss_is_omitted_from_the_curve():
     rows = [{"epoch": 1.0, "loss": None}, {"epoch": 2.0}, {"epoch": 3.0, "loss": 4.0}, {"epoch": 4.0, "loss": math.nan}]
-    curve = report._smooth("loss", "solid", rows, "loss")
+    curve = report.smooth("loss", "solid", rows, "loss")
     assert (curve.x, curve.y) == ([3.0], [4.0])
+
+
+def test_the_page_shows_command_commit_machine_and_date_of_each_start(tmp_path, fake_drawing):
+    run = write_run(tmp_path / "run")
+    write_start(run, ["--out", "<run>"], step=0, device="cpu")
+    write_start(run, ["--resume"], step=7, device="cpu")
+    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "python -m las_fast.train --out &#x27;&lt;run&gt;&#x27;" in page and "from step 7" in page
+    for value in (read_starts(run)[0][name] for name in ("machine", "commit", "version")):
+        assert html.escape(value) in page
+    assert page.count(" UTC<br>") == 2
+
+
+def test_a_training_without_decoding_shows_its_best_validation_speed_and_memory(tmp_path, fake_drawing):
+    run = write_run(tmp_path / "run", epochs=4)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()[:-1]]
+    for i, row in enumerate(rows):
+        row |= {"peak_gib": 0.25 * (i + 1)} if row["kind"] == "valid" else {"speed": 10.0 * (i + 1), "waiting": 0.5}
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", page)
+    assert tiles == [("22.50 %", "CER"), ("24.75 %", "WER"), ("2.25", "LD"), ("4", "epochs"), ("40 ×", "speed"),
+                     ("2.0 GiB", "memory")]  # fmt: skip
+    memory = page[page.index("Memory of the training process") :]
+    assert memory.count("<circle") == 4 and "Time waiting for data, percent" in page
+
+
+def test_settings_of_another_version_are_shown_as_they_are(tmp_path, fake_drawing):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("settings_of_1999: 1\n")
+    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    assert "settings_of_1999: 1" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert fake_drawing[0][1]["frame_seconds"] is None
+
+
+def test_a_page_is_recognised_as_a_report(tmp_path, fake_drawing):
+    make(tmp_path)
+    assert report.is_report(tmp_path / "report.html")
+    (tmp_path / "other.html").write_text("<!doctype html>\n<p>mine")
+    assert not report.is_report(tmp_path / "other.html")

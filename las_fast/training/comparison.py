@@ -1,0 +1,163 @@
+"""The report of several runs: their curves in one figure each, and the settings in which they differ."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from las_fast.errors import InputError
+from las_fast.output.figures import Curve, legend
+from las_fast.output.mistakes import figure
+from las_fast.training.report import (
+    attention_figure,
+    decoding_sections,
+    headline,
+    number,
+    origins,
+    peak_gib,
+    points,
+    settings,
+    smooth,
+    train_speed,
+    write_page,
+)
+from las_fast.training.runs import Run, open_runs, read_attention
+from las_fast.tree import to_tree
+
+COLOURS = 8  # classes line1 to line8 of the page
+STYLES = [f"line{i}{pattern}" for pattern in ("", " dashed", " dotted") for i in range(1, COLOURS + 1)]
+
+
+def write_comparison(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    results: dict,
+    rows: Sequence[tuple],
+    title: str,
+    audio: Mapping[str, str] | None = None,
+) -> None:
+    """Write the report of several trainings as one HTML file; arguments and errors are those of write_report."""
+    if len(paths) > len(STYLES):
+        raise InputError(f"at most {len(STYLES)} runs can be told apart in a figure; got {len(paths)}")
+    runs = open_runs(paths)
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        headline(results) if results else "",
+        _summary(runs),
+        _curves(runs),
+        _differences(runs),
+        _attention(runs),
+        *decoding_sections(rows, audio or {}),
+        origins(runs),
+        settings(runs),
+    ]
+    write_page(out, title, body)
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    heads = ["epochs", "best dev CER", "at epoch", "WER", "attention formed", "speed", "memory, GiB", "core hours"]
+    lines = ["<tr><th>run</th>" + "".join(f'<th class="rate">{head}</th>' for head in heads) + "</tr>"]
+    for run, style in zip(runs, STYLES, strict=False):
+        name = f'<td class="name"><i class="swatch {style}"></i>{html.escape(run.name)}</td>'
+        lines.append(f"<tr>{name}" + "".join(f'<td class="rate">{cell}</td>' for cell in _cells(run)) + "</tr>")
+    return f'<h2>Runs</h2><div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _cells(run: Run) -> list[str]:
+    best, speed = run.best or {}, train_speed(run)
+    epochs = max((row["epoch"] for row in run.log if "epoch" in row), default=0)
+    hours = run.valid[-1].get("core_hours") if run.valid else None
+    formed = "no" if run.formed is None else f"epoch {run.formed:g}"
+    return [
+        f"{epochs:g}",
+        f"{best['cer']:.2f} %" if best else "",
+        f"{best['epoch']:g}" if best else "",
+        f"{best['wer']:.2f} %" if best.get("wer") is not None else "",
+        formed,
+        f"{speed:,.0f} ×" if speed is not None else "",
+        number(peak_gib(run)),
+        number(hours),
+    ]
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    """Return the curves of all runs, one figure per value, and one legend for all figures."""
+    kinds = (
+        ("Dev CER, percent, greedy, at most 100", "valid", "cer", lambda cer: min(cer, 100.0)),
+        ("Dev loss of the speller, nats per token", "valid", "loss", float),
+        ("Training loss of the speller, nats per token", "train", "attention", float),
+        ("Learning rate, thousandths", "train", "lr", lambda rate: 1000 * rate),
+    )
+    figures = ""
+    for title, part, key, convert in kinds:
+        curves = [_curve(run, style, part, key) for run, style in zip(runs, STYLES, strict=False)]
+        drawn = [replace(curve, y=list(map(convert, curve.y))) for curve in curves if curve.x]
+        figures += figure(title, drawn, x_label="epoch", show_legend=False) if drawn else ""
+    names = legend([Curve(run.name, style, [], []) for run, style in zip(runs, STYLES, strict=False)])
+    return f'<h2>Training</h2>{names}<div class="pair">{figures}</div>'
+
+
+def _curve(run: Run, style: str, part: str, key: str) -> Curve:
+    return points(run.name, style, run.valid, key) if part == "valid" else smooth(run.name, style, run.train, key)
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the settings that differ, with the value of each run; "" for runs whose settings are unknown."""
+    flat = [_flatten(to_tree(run.config)) if run.config else None for run in runs]
+    known = [tree for tree in flat if tree is not None]
+    names = dict.fromkeys(name for tree in known for name in tree)
+    differing = [name for name in names if len({tree.get(name, "") for tree in known}) > 1]
+    return {name: [tree.get(name, "") if tree is not None else "" for tree in flat] for name in differing}
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, str]:
+    """Return all settings of a tree by name, such as training.epochs."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _text(value)}
+    return flat
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return str(value)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    without = [run.name for run in runs if run.config is None]
+    note = f"<p>The settings of {html.escape(', '.join(without))} are unknown.</p>" if without else ""
+    table = differing_settings(runs)
+    if not table:
+        return f"<h2>Different settings</h2>{note or '<p>All settings are equal.</p>'}"
+    names = "".join(f'<th class="name">{html.escape(run.name)}</th>' for run in runs)
+    lines = [f"<tr><th>setting</th>{names}</tr>"]
+    for name, values in table.items():
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        lines.append(f'<tr><td class="name">{html.escape(name)}</td>{cells}</tr>')
+    return f'<h2>Different settings</h2>{note}<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _attention(runs: Sequence[Run]) -> str:
+    """Return the last attention of each run, of the first utterance that each of them drew."""
+    last = [(run, *read_attention(run.attention_files[-1])) for run in runs if run.attention_files]
+    shared = (
+        [name for name, *_ in last[0][2] if all(name in [p[0] for p in drawn] for *_, drawn in last)] if last else []
+    )
+    figures = []
+    for run, epoch, drawn in last:
+        chosen = [picture for picture in drawn if not shared or picture[0] == shared[0]]
+        for name, text, weights in chosen[:1]:
+            when = f"{run.name}, epoch {epoch:g}" + ("" if shared else f", {name}")
+            figures.append(attention_figure(name, text, weights, when, run.frame_seconds))
+    if not figures:
+        return ""
+    caption = f'<p class="text">{html.escape(shared[0])}</p>' if shared else ""
+    intro = "<p>At the last validation of each run. All pictures have the same colours, from 0 to 1.</p>"
+    return f'<h2>Attention</h2>{intro}{caption}<div class="trio">{"".join(figures)}</div>'

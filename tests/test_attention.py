@@ -1,0 +1,148 @@
+"""The command las_fast.attention: the picture of one recording, its axes, and errors."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from matplotlib.axes import Axes
+from tiny_checkpoints import make_checkpoint
+from tiny_corpora import make_speech
+
+from las_fast import attention, load
+from las_fast.config import FeatureConfig
+from las_fast.data.features import compute_features
+from las_fast.errors import InputError
+from las_fast.output import figures
+from las_fast.text import EOS
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attention")
+    make_checkpoint(folder, 20, mel_bins=23, trim_silence=True)
+    speech = make_speech(1.0)
+    soundfile.write(folder / "plain.wav", speech, 16000)
+    silence = np.zeros(16000 * 4, np.float32)
+    soundfile.write(folder / "silent-start.wav", np.concatenate([silence, speech]), 16000)
+    soundfile.write(folder / "long.wav", make_speech(31.0), 16000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(workspace):
+    return load(workspace / "untrained-20.safetensors", device="cpu")
+
+
+def draw(workspace, *words, name="plain.wav"):
+    checkpoint = ["--checkpoint", str(workspace / "untrained-20.safetensors"), "--device", "cpu"]
+    attention.main([*checkpoint, str(workspace / name), *map(str, words)])
+
+
+def test_one_command_writes_the_picture_and_prints_the_text(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(workspace, "--text", "A B")
+    assert capsys.readouterr().out.splitlines() == ["A B", "written     plain.attention.png"]
+    assert (tmp_path / "plain.attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model):
+    picture = attention.look(model, workspace / "plain.wav", 0.0, None, text="A B")
+    assert picture.text == "A B" and picture.start == 0.0 and picture.frame_seconds == pytest.approx(0.01)
+    samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
+    (features,) = compute_features([samples], model.loaded.config.features)
+    inputs = model._model_input(features, "x")[None]
+    tokens = [*model.loaded.vocabulary.encode("A B"), EOS]
+    with torch.inference_mode():
+        memory = model.loaded.model.listen(inputs, torch.tensor([inputs.shape[1]]))
+        _, weights = model.loaded.model.speller(memory, torch.tensor([tokens]))
+    reduction = model.loaded.model.time_reduction
+    frames = len(features) // reduction * reduction
+    expected = weights[0].repeat_interleave(reduction, 1)[:, :frames]
+    assert picture.weights.shape == (4, len(features)) and reduction > 1
+    assert np.allclose(picture.weights[:, :frames], expected, atol=1e-5)
+    mel = FeatureConfig(kind="logmel", size=23, mel_bins=23)
+    assert np.array_equal(picture.spectrogram, compute_features([samples], mel)[0].numpy())
+
+
+def test_trimmed_silence_keeps_its_place_and_has_no_weights(workspace, model):
+    picture = attention.look(model, workspace / "silent-start.wav", 0.0, None, text="A")
+    known = np.isfinite(picture.weights).all(0)
+    assert picture.weights.shape[1] == len(picture.spectrogram) == pytest.approx(498, abs=1)
+    assert not known[:300].any() and known[410:480].all(), "the speech starts at 4 s"
+
+
+def test_a_part_of_a_recording_keeps_its_times(workspace, model):
+    whole = attention.look(model, workspace / "plain.wav", 0.0, None, text="A")
+    part = attention.look(model, workspace / "plain.wav", 0.25, 0.75, text="A")
+    assert part.start == 0.25 and part.weights.shape[1] == pytest.approx(50, abs=3)
+    count = part.weights.shape[1]
+    assert np.allclose(part.spectrogram[:count], whole.spectrogram[25 : 25 + count], atol=1e-2)
+
+
+def test_without_a_text_the_best_hypothesis_is_spelled(workspace, model):
+    picture = attention.look(model, workspace / "plain.wav", 0.0, None, beam=2)
+    samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
+    (features,) = compute_features([samples], model.loaded.config.features)
+    assert picture.text == model.decode(features, beam=2)[0].text and len(picture.weights) == len(picture.text) + 1
+
+
+def test_both_axes_are_in_seconds_and_the_colours_from_0_to_1(tmp_path, monkeypatch):
+    seen = []
+    imshow = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, *a, **options: seen.append(options) or imshow(self, *a, **options))
+    weights = np.full((4, 50), 0.1, np.float32)
+    weights[:, 10:20] = np.nan
+    figures.utterance_picture(
+        tmp_path / "a.png", weights=weights, spectrogram=np.random.rand(50, 23), text="A B", title="$x$",
+        frame_seconds=0.02, start=2.0, sample_rate=16000,
+    )  # fmt: skip
+    upper, lower = seen
+    assert upper["extent"] == pytest.approx((2.0, 3.0, -0.5, 22.5)) and lower["extent"] == pytest.approx(
+        (2, 3, 3.5, -0.5)
+    )
+    assert (lower["vmin"], lower["vmax"]) == (0, 1)
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_words_stand_where_the_model_attended_to_them():
+    weights = np.zeros((6, 10), np.float32)
+    weights[0, 1] = weights[1, 3] = 1.0  # AB
+    weights[3, 8] = weights[4, 8] = 0.5  # CD; rows need not sum to 1
+    weights[:, 0] = np.nan
+    assert figures.word_times(weights, "AB  CD"[:2] + " CD", 0.1, 5.0) == [
+        ("AB", pytest.approx(5.25)), ("CD", pytest.approx(5.85))
+    ]  # fmt: skip
+    assert figures.word_times(weights, "", 0.1, 5.0) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--start", "-1"], "--start must be a number of seconds from 0 on; got -1"),
+        (["--start", "nan"], "--start must be a number of seconds from 0 on; got nan"),
+        (["--start", "2", "--end", "2"], "--end must be later than --start 2; got 2"),
+        (["--end", "40"], "a picture shows at most 30 s; --start 0 --end 40 are 40 s"),
+        (["--out", "x.html"], "the output is a picture; give a name that ends in .png"),
+        (["--text", "A1"], "--text has characters that the model does not know: '1'"),
+    ],
+)
+def test_bad_options_are_one_sentence(workspace, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        draw(workspace, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_recording_needs_a_part(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"long.wav has 31.0 s, .* at most 30; give a part, such as --start 0 --end 10"
+    ):
+        draw(workspace, name="long.wav")
+
+
+def test_an_unrelated_file_is_not_replaced(workspace, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists and is not a picture"):
+        draw(workspace, "--out", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes() == b"mine"
