@@ -179,7 +179,8 @@ def test_16_bit_samples_in_floats_are_rescaled(workspace, model):
 
 def test_silence_is_an_empty_transcript_with_a_warning(model):
     actual, messages = call_with_warnings(model.transcribe, np.zeros(RATE), RATE)
-    assert actual == las_fast.Transcript("", ()) and messages == ["the array: no speech was found in its 1.00 seconds"]
+    assert actual == las_fast.Transcript("", (), duration=1.0)
+    assert messages == ["the array: no speech was found in its 1.00 seconds"]
 
 
 SPEECH = make_speech(0.3)
