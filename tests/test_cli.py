@@ -386,7 +386,9 @@ def test_a_closed_output_pipe_gives_no_traceback():
     assert done.stdout == "x\n" and "Traceback" not in done.stderr
 
 
-NAMES = ("train", "decode", "transcribe", "serve", "lm", "tune", "export", "doctor", "report", "attention", "ops", "demo")
+NAMES = (
+    "train", "decode", "transcribe", "serve", "lm", "tune", "export", "doctor", "report", "attention", "ops", "demo",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

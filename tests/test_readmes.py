@@ -211,7 +211,7 @@ def test_the_readmes_presets_and_sizes_are_correct():
     config = load_config("speech13h")
     model = LAS(config.model, input_size=config.features.input_size, vocabulary_size=len(Vocabulary()))
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert f"`speech13h`, {million:.1f} M parameters" in README
+    assert f"speech13h, {million:.1f} M parameters" in README
     assert model.time_reduction == 4 and "(B, T/4, 512)" in README
     assert f"(B, K, {len(Vocabulary())})" in README
 
