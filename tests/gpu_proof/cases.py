@@ -466,8 +466,15 @@ def _equal_means(logits, scores, finished, lengths):
     scores[:] = -lengths
 
 
+def _eos_first(logits, scores, finished, lengths):
+    """Token 2 is the most probable one, in beams of length 4."""
+    finished[:], lengths[:] = False, 4
+    logits[..., 2] = logits.amax(-1) + 1
+
+
 STATES = {
     "random": lambda *_: None,
+    "eos first": _eos_first,
     "all finished": _all_finished,
     "first beam only": _first_beam_only,
     "all equal": _all_equal,
@@ -1002,6 +1009,8 @@ TOPK = _cases(
         "half": {"dtype": FP16},
         "bf16": {"dtype": BF16},
         "minimum": {"minimum": 4, "V": 5},
+        "minimum-of-each-utterance": {"minimum": 4, "state": "eos first", "V": 5},
+        "maximum-of-each-utterance": {"maximum": 4, "state": "eos first", "V": 5},
         "maximum": {"maximum": 3, "V": 5},
         "minimum-and-maximum": {"B": 6, "K": 5, "minimum": 9, "maximum": 4, "V": 3},
         "threshold": {"eos_threshold": 1.5, "V": 5, "K": 5},
