@@ -13,6 +13,25 @@ from las_fast.data.containers import Source, Stream, foreign_format
 from las_fast.data.decoder import UNKNOWN_COUNT, SoundStream
 
 INSTALL = "pip install av"
+# FFmpeg's name of each format of magic.FOREIGN. It is given to FFmpeg, which would otherwise try all of its formats,
+# among them playlists, which name other files.
+DEMUXERS = {
+    "MPEG-4 (m4a, mp4, mov)": "mov",
+    "Matroska (webm, mkv)": "matroska",
+    "Windows Media (wma, asf)": "asf",
+    "AMR": "amr",
+    "AAC": "aac",
+    "AC-3": "ac3",
+    "AVI": "avi",
+    "Flash video": "flv",
+    "WavPack": "wv",
+    "Monkey's Audio": "ape",
+    "True Audio": "tta",
+    "RealMedia": "rm",
+    "DSD": "dsf",
+    "MPEG video": "mpeg",
+    "an MPEG transport stream": "mpegts",
+}
 
 
 def has_pyav() -> bool:
@@ -21,8 +40,9 @@ def has_pyav() -> bool:
 
 def open_sound(source: Source, stream: Stream) -> SoundStream | MediaStream:
     """Open a stream with libsndfile, or with PyAV if only PyAV knows the format; raises one of READ_ERRORS."""
-    if foreign_format(source) and source.read(0, 4) != b"OggS" and has_pyav():  # find_streams repairs Ogg
-        return MediaStream(source)
+    demuxer = DEMUXERS.get(foreign_format(source))
+    if demuxer and has_pyav():
+        return MediaStream(source, demuxer)
     return SoundStream(source, stream.spans)
 
 
@@ -35,8 +55,8 @@ class MediaStream:
 
     subtype = "PCM_16"  # anything but FLOAT: samples are scaled to -1 to 1
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, demuxer: str):
+        self._source, self._demuxer = source, demuxer
         self._open()
         seconds = self._seconds()
         self.frames = int(2 * UNKNOWN_COUNT) if seconds is None else round(seconds * self.samplerate)
@@ -54,12 +74,14 @@ class MediaStream:
         file = os.fdopen(os.dup(self._source.descriptor), "rb")
         file.seek(0)
         try:
-            self._container: Any = av.open(file)
+            self._container: Any = av.open(file, format=self._demuxer)
             if not self._container.streams.audio:
                 raise RuntimeError("it has no audio track")
             self._track = self._container.streams.audio[0]
             context = self._track.codec_context
             self.samplerate, self.channels = context.sample_rate, context.layout.nb_channels
+            if not self.samplerate:
+                raise RuntimeError("no frame can be decoded")
             resampler = av.AudioResampler(format="flt", layout=context.layout, rate=self.samplerate)
         except av.FFmpegError as error:
             file.close()

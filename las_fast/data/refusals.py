@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from las_fast.data.containers import OGG_CODECS, Source, Stream, foreign_format
 from las_fast.data.decoder import decoder_message
-from las_fast.data.media import INSTALL, has_pyav
+from las_fast.data.media import DEMUXERS, INSTALL, has_pyav
 
 NOT_AUDIO = (  # lower-case first bytes
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
@@ -26,6 +26,8 @@ def refusal_reason(source: Source, stream: Stream, error: Exception) -> str:
     ogg = any(magic in source.read(0, 8192) for magic in OGG_CODECS)
     if not ogg and (name := foreign_format(source)):
         convert = "convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
+        if name not in DEMUXERS:
+            return f"is {name}, which cannot be read; {convert}"
         if has_pyav():
             return f"is {name}, which cannot be decoded ({decoder_message(error)}); copy it again or {convert}"
         return f"is {name}, which needs PyAV; run: {INSTALL}, or {convert}"

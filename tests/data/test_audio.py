@@ -590,7 +590,7 @@ def test_unreadable_audio_is_named(tmp_path):
 
 NEEDS_FFMPEG = {
     "m4a": b"\0\0\0\x20ftypM4A \0\0\0\0" + bytes(1000), "webm": b"\x1a\x45\xdf\xa3" + bytes(1000),
-    "wma": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(1000), "amr": b"#!AMR\n" + bytes(100),
+    "wma": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(1000),
     "aac": b"\xff\xf1\x50\x80" + bytes(1000), "ts": (b"\x47" + bytes(187)) * 9,
     "tagged.aac": b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + b"\xff\xf1\x50\x80" + bytes(1000),
     "avi": b"RIFF\0\1\0\0AVI LIST" + bytes(1000),

@@ -8,6 +8,7 @@ import pytest
 
 from las_fast.data import media
 from las_fast.data.audio import load_audio, open_recording
+from las_fast.data.containers import magic
 from las_fast.errors import InputError
 
 RATE, SECONDS = 48000, 3.0
@@ -101,3 +102,16 @@ def test_without_pyav_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"is MPEG-4 \(m4a, mp4, mov\), which needs PyAV; run: pip install av"):
         load_audio(path, 16000)
+
+
+def test_each_demuxer_exists_and_belongs_to_a_known_format():
+    names = {name for *_, name in magic.FOREIGN} | {"an MPEG transport stream"}
+    assert media.DEMUXERS.keys() <= names and set(media.DEMUXERS.values()) <= set(av.formats_available)
+
+
+def test_only_the_format_of_the_first_bytes_is_tried(tmp_path):
+    encode(tmp_path / "a.mp4", tone(), "aac")
+    playlist = b"\x00\x00\x00\x20ftypM4A " + b"\n#EXTM3U\n#EXTINF:3,\na.mp4\n"
+    (tmp_path / "list.m4a").write_bytes(playlist)
+    with pytest.raises(InputError, match="which cannot be decoded"):
+        load_audio(tmp_path / "list.m4a", 16000)
