@@ -1,8 +1,8 @@
 """The decoder pass of training on a GPU. las_fast/ops/speller_unroll.py defines the operation.
 
-Everything that does not depend on the step before is a large matmul outside the loop. Each token then takes one launch
-per cell and one for the attention, and one more if tokens are sampled; backward one per cell, one for the attention
-and one for the gradient of the first cell's input:
+Everything that does not depend on the previous step is a large matmul outside the loop. In the forward pass a token
+then takes one launch per cell, one for the attention, and one more if tokens are sampled. In the backward pass it takes
+one launch per cell, one for the attention, and one for the gradient of the first cell's input:
 
     forward:   cell 1, ..., cell n, attend, [choose]
     backward:  input_gradient, attend_gradient, cell n, ..., cell 1
@@ -10,15 +10,16 @@ and one for the gradient of the first cell's input:
 The query is folded into the keys once per batch: scale (W_q h + b_q) . k = scale (h . (W_q^T k) + b_q . k). The
 embedding's part of cell 1 is a table with a row per token.
 
-Kernels write where the next one reads: a cell stores its hidden state into its own row of `operands` for the next step
-and its output (after dropout) into the row of the cell above, attention its context into that of cell 1. So `operands`
-holds the inputs of each layer at every step, and the gradient of a weight is one matmul over all of them.
+Each kernel writes its result where the next one reads it. A cell stores its hidden state in its own part of `operands`
+for the next step, and its output (after dropout) in the part of the cell above. The attention stores its context in the
+part of cell 1. So `operands` holds the inputs of each layer at every step, and the gradient of a weight is one matmul
+over all of them.
 
-The number of the token is read from `position`, two cells of device memory that are used in turn: the attention of
+The number of the token is read from `position`, two integers in device memory that are used in turn: the attention of
 token u reads one and writes u + 1 to the other. So each pass captures a CUDA graph of CHUNK tokens, an even number, and
-replays it to the end: that costs the host 16 tokens instead of all. Launches past the last token do nothing.
+replays it to the end: the host launches 16 tokens instead of all. Launches past the last token do nothing.
 
-This file launches. The kernels are in unroll_forward.py and unroll_backward.py, what both share in unroll_layout.py.
+This file launches the kernels of unroll_forward.py and unroll_backward.py, which share unroll_layout.py.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from torch import Tensor
 
 CHUNK = 16  # tokens of a CUDA graph
 
-# The latest graphs: the device may still run one when its pass has returned.
+# The latest graphs are kept, because the device may still run one after its pass has returned.
 _graphs: collections.deque[torch.cuda.CUDAGraph] = collections.deque(maxlen=8)
 
 
@@ -53,21 +54,21 @@ def speller_unroll(
     """Launch the forward pass; the implementation of las_fast::speller_unroll_triton.
 
     Args:
-        sampled: (B, U), or empty if no token is sampled: one launch per token less.
-        gradients: ignored; C++ keeps less without them.
+        sampled: (B, U), or empty if no token is sampled, which saves a launch per token.
+        gradients: ignored; the C++ op saves less without gradients.
 
     Returns:
         logits (B, U, V), attention (B, U, T), the tokens read (U, B), operands (U, B, *) and states (U, B, *).
     """
     (B, U), V, T, E = tokens.shape, len(weights[0]), keys.shape[1], values.shape[2]
     where = layout(cell_sizes(weights), E)
-    # zeros: the first step's hidden states and context, and the gaps, which torch's checks of the op compare
+    # Zeros: the first step reads its hidden states and context here, and opcheck compares the gaps between the parts.
     operands = keys.new_zeros(U, B, where.operands, dtype=torch.bfloat16 if bf16 else torch.float32)
     states, attention = keys.new_zeros(U, B, where.states), keys.new_empty(U, B, T)
     if B == 0:
         return keys.new_empty(U, B, V).transpose(0, 1), attention.transpose(0, 1), tokens.t().clone(), operands, states
     torch._assert_async(((tokens >= 0) & (tokens < V)).all(), f"tokens must be at least 0 and less than V={V}")
-    read = tokens.t().clamp(0, V - 1).contiguous()  # the assertion may stop the program later than the kernels read
+    read = tokens.t().clamp(0, V - 1).contiguous()  # the kernels may read before the assertion stops the program
     cells = bind_cells(weights, masks, read, operands, states, where)
     attend = bind_attend(weights, keys, values, lengths, operands, attention, where)
     choose = bind_choose(weights, sampled, read, operands, where) if sampled.numel() else None
@@ -118,18 +119,18 @@ def speller_unroll_backward(
 
     _repeat(differentiate, U, keys.device)
     query, query_bias, *memory = memory_gradients(weights, keys, attention, operands, contexts, scores, where)
-    embedding, *of_gates = gates_gradients(weights, read, operands, gates, where, starts)
+    embedding, *cell_weights = gates_gradients(weights, read, operands, gates, where, starts)
     output_gradients[0] += embedding
-    return [output_gradients[0], query, query_bias, *output_gradients[1:], *of_gates], *memory
+    return [output_gradients[0], query, query_bias, *output_gradients[1:], *cell_weights], *memory
 
 
 def _positions(like: Tensor, start: int) -> Tensor:
-    """Return two cells with the number of the first token, 16 bytes apart: Triton compiles by alignment."""
+    """Return two integers with the number of the first token, 16 bytes apart, as Triton specialises on alignment."""
     return like.new_full((2, 4), start, dtype=torch.int32)
 
 
 def _repeat(launch: Callable[[int], None], tokens: int, device: torch.device) -> None:
-    """Launch token 0, 1, ..., tokens - 1: the first by itself, which compiles the kernels, the others by a graph."""
+    """Launch tokens 0 to tokens - 1: the first directly, which compiles the kernels, the rest by replaying a graph."""
     if not _captures(tokens, device):
         for i in range(tokens):
             launch(i)
@@ -142,7 +143,7 @@ def _repeat(launch: Callable[[int], None], tokens: int, device: torch.device) ->
 
 
 def _captures(tokens: int, device: torch.device) -> bool:
-    """Return whether a graph pays: not if it is replayed once, nor inside the capture of a graph of the caller's."""
+    """Return whether to use a graph: not for a single replay, and not while the caller captures a graph."""
     return device.type == "cuda" and tokens > 1 + CHUNK and not torch.cuda.is_current_stream_capturing()
 
 

@@ -44,7 +44,7 @@ def input_gradient_kernel(
         b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         after = gates_gradient + (tl.cast(u, tl.int64) + 1) * B * row_size + gates_at
-        depth = tl.where(u + 1 < U, 4 * H, 0)  # the last step has no step after it
+        depth = tl.where(u + 1 < U, 4 * H, 0)  # no step follows the last
         total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for k0 in range(0, depth, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
@@ -87,7 +87,7 @@ def attend_gradient_kernel(
                 dw += tl.load(weights_gradient + step * T + t, mask=t < length, other=0.0)
             delta += tl.sum(dw * tl.load(weights + step * T + t, mask=t < length, other=0.0), 0)
             tl.store(score_gradients + step * T + t, dw, mask=t < length)
-        tl.debug_barrier()  # these are read by other threads than wrote them
+        tl.debug_barrier()  # these are read by other threads than those that wrote them
         # (BLOCK_H,)
         total = tl.load(readout_gradient + step * (H + E) + h, mask=h < H, other=0.0)
         for t0 in range(0, T, BLOCK_T):
@@ -135,7 +135,7 @@ def cell_gradient_kernel(
             gradient += load(hidden_gradient, b, n, H, B, H)
         else:
             after = gates_gradient + (first + B) * row_size + gradient_at
-            rows = tl.where(u + 1 < U, B, 0)  # the last step has no step after it
+            rows = tl.where(u + 1 < U, B, 0)  # no step follows the last
             recurrent = weight + tl.cast(below, tl.int64) * 4 * H
             gradient += matmul(after, recurrent, b, n, row_size, rows, H, 4 * H, PRECISION, BLOCK_K)
         row = first + b[:, None]
@@ -186,7 +186,7 @@ def bind_cell_gradients(
     transposed = [recurrent(weights, n, gates.dtype).t().contiguous() for n in range(len(sizes))]
     launches = []
     for n, H in reversed(list(enumerate(sizes))):
-        above = min(n + 1, len(sizes) - 1)  # of the last cell: never read
+        above = min(n + 1, len(sizes) - 1)  # not read for the last cell
         launches.append(partial(
             cell_gradient_kernel[matmul_grid(B, H)],
             gates, states, transposed[n], transposed[above], output, hidden, states.new_empty(B, H),
@@ -209,10 +209,10 @@ def output_layer_gradients(gradient, weights, operands, where: Layout) -> tuple[
     hidden, features, _ = output_layer(weights, operands, where)
     hidden_gradient = torch.ops.aten.gelu_backward(mm(gradient, embedding, dtype), hidden)
     x = part(operands, where.readout, P)
-    of_weights = [
+    weight_gradients = [
         mm(gradient.t(), features, dtype), mm(hidden_gradient.t(), x, dtype), hidden_gradient.sum(0), gradient.sum(0)
     ]  # fmt: skip
-    return mm(hidden_gradient, project, dtype), of_weights
+    return mm(hidden_gradient, project, dtype), weight_gradients
 
 
 def memory_gradients(weights, keys, attention, operands, contexts, scores, where: Layout) -> tuple[Tensor, ...]:
@@ -231,9 +231,9 @@ def gates_gradients(weights, read, operands, gates, where: Layout, starts: list[
     """Return the gradients of the embedding as input of cell 1, and of the weights and biases of each cell."""
     embedding, dtype, gradients = weights[0], operands.dtype, []
     for n, H in enumerate(cell_sizes(weights)):
-        of_gates = part(gates, starts[n], 4 * H)
-        weight = mm(of_gates.t(), part(operands, where.operand[n], where.below[n] + H), dtype)
-        gradients += [weight, of_gates.float().sum(0)]
+        cell_gates = part(gates, starts[n], 4 * H)
+        weight = mm(cell_gates.t(), part(operands, where.operand[n], where.below[n] + H), dtype)
+        gradients += [weight, cell_gates.float().sum(0)]
     first = part(gates, starts[0], len(weights[7])).float()
     table = torch.ops.aten.embedding_dense_backward(first, read.flatten(), len(embedding), -1, False)  # (V, 4H)
     gradients[0] = torch.cat((mm(table.t(), embedding, dtype), gradients[0]), 1)

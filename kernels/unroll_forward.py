@@ -34,7 +34,7 @@ def cell_kernel(
 ):  # fmt: skip
     """One step of a cell for BLOCK_B utterances and BLOCK_H units.
 
-    weight is (4H, below + H); offsets the table (V, 4H) of what each token adds to the gates if FIRST, else (4H,).
+    weight is (4H, below + H). offsets is the bias (4H,) or, if FIRST, each token's contribution to the gates (V, 4H).
     """
     u = tl.load(position)
     if u < U:
@@ -144,7 +144,7 @@ def choose_kernel(
             x = 0.5 * x * (1.0 + _erf(x * 0.7071067811865476))
             at = features + b[:, None].to(tl.int64) * M + n[None, :]
             tl.store(at, x.to(features.dtype.element_ty), mask=(b[:, None] < B) & (n[None, :] < M))
-        tl.debug_barrier()  # features are read by other threads than wrote them
+        tl.debug_barrier()  # features are read by other threads than those that wrote them
         # (BLOCK_B,)
         best = tl.full([BLOCK_B], -float("inf"), tl.float32)
         token = tl.zeros([BLOCK_B], tl.int32)

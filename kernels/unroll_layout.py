@@ -1,4 +1,4 @@
-"""What both passes of speller_unroll share: the layout of their buffers, the tiles of their launches, and matmuls."""
+"""Shared by both passes of speller_unroll: the layout of their buffers, the tiles of their launches, and matmuls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 32  # numbers: parts of a row of operands or states start at a multiple, so that loads are wide
-ROWS, UNITS = 32, 16  # utterances and units of a program: many small programs, since each step waits for the last
+ROWS, UNITS = 32, 16  # utterances and units per program: many small programs, since a step waits for the previous one
 DEPTH = {torch.bfloat16: 64, torch.float32: 32}  # numbers of a row that one iteration of a matmul takes
 TILE = {torch.bfloat16: 8192, torch.float32: 4096}  # numbers of a tile of keys or values
 
@@ -37,7 +37,7 @@ def layout(sizes: tuple[int, ...], E: int) -> Layout:
 
 
 def part_starts(sizes: list[int]) -> list[int]:
-    """Return where each part begins, and the whole."""
+    """Return the start of each part, then the total size."""
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
@@ -55,7 +55,7 @@ def part(rows: Tensor, start: int, size: int) -> Tensor:
 
 
 def recurrent(weights: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
-    """Return the weights of cell n (4H, below + H) in that type: without the part of the embedding."""
+    """Return the weights of cell n without the columns of the embedding, (4H, below + H), in that dtype."""
     return weights[6 + 2 * n][:, weights[0].shape[1] if n == 0 else 0 :].to(dtype).contiguous()
 
 
@@ -74,7 +74,7 @@ def attention_options(H: int, E: int, dtype: torch.dtype) -> dict:
 
 
 def mm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x @ y float32, computed in that type."""
+    """Return x @ y in float32, computed in that dtype."""
     return torch.mm(x.to(dtype), y.to(dtype)).float()
 
 
@@ -83,7 +83,7 @@ def bmm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def folded_keys(weights: list[Tensor], keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return keys @ query, (B, T, H): scores are products with the last cell's output instead of with the query."""
+    """Return keys @ W_q, (B, T, H), so that scores are dot products with the last cell's output, not with the query."""
     return mm(keys.flatten(0, 1), weights[1], dtype).to(dtype).view(*keys.shape[:2], weights[1].shape[1])
 
 
