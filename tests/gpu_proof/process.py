@@ -80,9 +80,9 @@ class _Worker:
     def __init__(self, environment):
         context = multiprocessing.get_context("spawn")  # a fork would inherit this process's triton
         self._connection, remote = context.Pipe()
-        # a daemon: multiprocessing ends it when this process ends
-        self._process = context.Process(target=_serve, args=(remote, _temporary_folder().name), daemon=True)
         with _starting, _environment(environment):
+            # a daemon: multiprocessing ends it when this process ends
+            self._process = context.Process(target=_serve, args=(remote, _temporary_folder().name), daemon=True)
             self._process.start()
         remote.close()
 
@@ -126,7 +126,8 @@ def _set(variables):
 
 @functools.cache
 def _temporary_folder():
-    return tempfile.TemporaryDirectory(prefix="gpu_proof-")  # removed when this process ends
+    # removed when this process ends; call it under _starting, since a second folder of a race would be removed at once
+    return tempfile.TemporaryDirectory(prefix="gpu_proof-")
 
 
 def _serve(connection, folder):
@@ -161,6 +162,6 @@ def _picklable(error):
     return error
 
 
-_starting = threading.Lock()  # starting a worker changes os.environ, so one at a time
+_starting = threading.Lock()  # starting a worker changes os.environ and may make the shared folder: one at a time
 _interpreting = _Pool({"TRITON_INTERPRET": "1", **SINGLE_THREADED})
 _compiling = _Pool({"TRITON_INTERPRET": None, **SINGLE_THREADED})
