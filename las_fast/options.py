@@ -36,6 +36,23 @@ SYNONYMS = {
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
+def _with_infinities(words: Iterable[str]) -> Iterator[str]:
+    """Join an option and the value -inf with "=", because argparse takes -inf for an option."""
+    option = None
+    for word in words:
+        if option and word == "-inf":
+            yield f"{option}={word}"
+            option = None
+            continue
+        if option:
+            yield option
+        option = word if word.startswith("--") and "=" not in word else None
+        if not option:
+            yield word
+    if option:
+        yield option
+
+
 class Parser(argparse.ArgumentParser):
     """argparse.ArgumentParser with one-sentence errors; `fields` are the names of settings that it also takes."""
 
@@ -47,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         self._words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self._words, namespace)
+        return super().parse_known_args(list(_with_infinities(self._words)), namespace)
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         options, rest = self.parse_known_args(args, namespace)

@@ -289,3 +289,12 @@ def test_every_synonym_leads_to_an_option():
     fields = {f"--{field}" for field in options.field_names(to_tree(Config()))}
     flags = {"--out", "--init", "--device", *decode.parser()._option_string_actions}
     assert set(SYNONYMS.values()) <= fields | flags
+
+
+@pytest.mark.parametrize("words", [["--limit", "-inf"], ["--limit=-inf"], ["--flag", "--limit", "-inf", "x"]])
+def test_minus_infinity_is_a_value(words):
+    parser = Parser()
+    parser.add_argument("--limit", type=float)
+    parser.add_argument("--flag", action="store_true")
+    parser.add_argument("file", nargs="?")
+    assert parser.parse_args(words).limit == -float("inf")
