@@ -15,6 +15,7 @@ from las_fast.config import DataConfig, FeatureConfig
 from las_fast.data.cache import CacheEntry, open_cache
 from las_fast.data.corpus import Corpus, Utterance
 from las_fast.data.features import add_deltas, check_settings
+from las_fast.data.layouts import open_corpus as open_corpus  # scripts import it from here
 from las_fast.data.normalisation import Statistics, normalise, statistics_of
 from las_fast.data.readers import SKIP_HINT
 from las_fast.data.symbols import are_phonemes
