@@ -25,8 +25,7 @@ def find_recordings(paths: list[Path]) -> list[Path]:
     Raises:
         InputError: a folder or a pattern has no recordings, or a folder cannot be listed.
     """
-    found = [recording for path in paths for recording in _expand(path)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(recording for path in paths for recording in _expand(path)))
 
 
 def _expand(path: Path) -> Iterator[Path]:

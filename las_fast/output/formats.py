@@ -1,6 +1,6 @@
 """Transcripts as text, JSON, subtitles, tables and annotations.
 
-Each function of FORMATS takes the path of the recording, its transcript and a Layout, and returns the contents of the
+Each function of FORMATS takes the path of the recording, its transcript and a Style, and returns the contents of the
 output file.
 """
 
@@ -34,18 +34,18 @@ def as_text(path: Path, transcript: Transcript, style: Style) -> str:
 
 def paragraphs(transcript: Transcript) -> list[str]:
     """Return the text in paragraphs, which end at pauses longer than PARAGRAPH_PAUSE."""
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     end = -float("inf")
     for word in transcript.words:
         if word.start - end > PARAGRAPH_PAUSE:
-            found.append([])
-        found[-1].append(word.text)
+            groups.append([])
+        groups[-1].append(word.text)
         end = word.end
-    return [" ".join(words) for words in found]
+    return [" ".join(words) for words in groups]
 
 
 def as_json(path: Path, transcript: Transcript, style: Style) -> str:
-    """One line; the fields are described in las_fast/output/README.md."""
+    """One line; the fields are described in las_fast/search/README.md."""
     segments = [{"id": i, **segment_row(segment)} for i, segment in enumerate(transcript.segments)]
     row = {"file": os.fspath(path), "text": transcript.text, "duration": transcript.duration, "segments": segments}
     return json.dumps(rounded(row), ensure_ascii=False) + "\n"
