@@ -165,6 +165,9 @@ class ModelConfig:
     speller: SpellerConfig = field(default_factory=SpellerConfig)
     # BiLSTM that carries a CTC head: 0 the first, i the i-th pyramid, then the top layers; -1: no head
     ctc_layer: int = number(-1, at_least=-1)
+    # BiLSTM below it that carries a second CTC head, which only training uses: a head on the top layer learns sooner
+    # with it; -1: none
+    inner_ctc_layer: int = number(-1, at_least=-1)
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class TrainingConfig:
     plateau_factor: float = number(0.5, above=0, at_most=1)  # factor on the learning rate at each lowering
     clip_norm: float = number(5.0, above=0)  # maximum norm of the gradient
     label_smoothing: float = number(0.1, below=1)  # share of the target probability spread over all tokens
-    ctc_weight: float = number(0.0, at_most=1e6)  # weight of the CTC loss; needs model.ctc_layer
+    ctc_weight: float = number(0.0, at_most=1e6)  # weight of the CTC loss of each head; needs model.ctc_layer
     ctc_until: float = 0.0  # epoch from which the CTC weight is 0; 0: never
     # initial weight of the guided attention loss, a prior along the diagonal or along CTC's alignment
     guided_weight: float = number(0.0, at_most=1e6)
@@ -342,6 +345,11 @@ def check(config: Config) -> Config:
         (
             -1 <= model.ctc_layer <= listener.pyramids + listener.top_layers,
             "model.ctc_layer must be from -1 to model.listener.pyramids + model.listener.top_layers",
+        ),
+        (
+            model.inner_ctc_layer == -1 or model.inner_ctc_layer < model.ctc_layer,
+            f"model.inner_ctc_layer must be below model.ctc_layer ({model.ctc_layer}), or -1 for none; "
+            f"got {model.inner_ctc_layer}",
         ),
         (training.ctc_weight == 0 or model.ctc_layer >= 0, f"training.ctc_weight {NEEDS_CTC_HEAD}"),
         (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),

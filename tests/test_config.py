@@ -164,6 +164,7 @@ TABLE = {
     "model.speller.lstm_sizes": ((512, 256), 1, 10_000),
     "model.speller.dropout": (0.2, 0, "below 1"),
     "model.ctc_layer": (-1, -1, 1_000_000_000),
+    "model.inner_ctc_layer": (-1, -1, 1_000_000_000),
     "training.epochs": (60, 1, 1_000_000),
     "training.learning_rate": (0.001, "more than 0", 100),
     "training.weight_decay": (0.01, 0, 1_000_000_000),
@@ -299,6 +300,11 @@ def layers(channels=1, kernels=1, strides=1):
             {"model": ModelConfig(ListenerConfig(pyramids=2, top_layers=1), ctc_layer=3)},
             {"model": ModelConfig(ListenerConfig(pyramids=2, top_layers=1), ctc_layer=4)},
             "model.ctc_layer must be from -1",
+        ),
+        (
+            {"model": ModelConfig(ctc_layer=2, inner_ctc_layer=1)},
+            {"model": ModelConfig(ctc_layer=2, inner_ctc_layer=2)},
+            r"model.inner_ctc_layer must be below model.ctc_layer \(2\), or -1 for none; got 2",
         ),
         ({"features": FeatureConfig(deltas=2)}, {"features": FeatureConfig(deltas=3)}, "deltas must be 0, 1 or 2"),
         (

@@ -1,14 +1,15 @@
-"""LAS = listener + attention + speller, with an optional CTC head on an inner layer of the listener."""
+"""LAS = listener + attention + speller, with optional CTC heads on layers of the listener."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from las_fast.config import ModelConfig
 from las_fast.model.attention import AttentionRead, Memory
-from las_fast.model.listener import Listener
+from las_fast.model.listener import Listener, Taps
 from las_fast.model.speller import Speller, SpellerState
 
 
@@ -20,6 +21,7 @@ class Output(NamedTuple):
     lengths: Tensor  # (B,) int64 encoder frames
     ctc_logits: Tensor | None  # (B, T', V)
     ctc_lengths: Tensor | None  # (B,) int64 CTC frames
+    inner_ctc: tuple[Tensor, Tensor] | None = None  # logits and lengths of the head on model.inner_ctc_layer
 
     @property
     def ctc(self) -> tuple[Tensor, Tensor]:
@@ -45,15 +47,24 @@ class LAS(nn.Module):
         self.ctc_time_reduction = self.time_reduction // 2**pyramids_above  # feature frames per CTC frame
         self.listener = Listener(config.listener, input_size)
         self.speller = Speller(config.speller, self.listener.output_size, vocabulary_size)
-        self.ctc = nn.Linear(self.listener.output_size, vocabulary_size) if config.ctc_layer >= 0 else None
+        self.inner_ctc_layer = config.inner_ctc_layer
+        self.ctc = self._head(config.ctc_layer)
+        self.inner_ctc = self._head(config.inner_ctc_layer)
+
+    def _head(self, layer: int) -> nn.Linear | None:
+        return nn.Linear(self.listener.output_size, self.vocabulary_size) if layer >= 0 else None
 
     def listen(self, features: Tensor, feature_lengths: Tensor) -> Memory:
         """Encode features (B, T, F) float32 with feature_lengths (B,) int64, each at least 1."""
-        encoded, lengths, tapped = self.listener(features, feature_lengths, tap=self.ctc_layer)
+        return self._listen(features, feature_lengths, (self.ctc_layer,))[0]
+
+    def _listen(self, features: Tensor, feature_lengths: Tensor, taps: Sequence[int]) -> tuple[Memory, Taps]:
+        encoded, lengths, tapped = self.listener(features, feature_lengths, taps)
         memory = self.speller.attention.project_memory(encoded, lengths)
-        if tapped is None or self.ctc is None:
-            return memory
-        return memory._replace(ctc_logits=self.ctc(tapped[0]), ctc_lengths=tapped[1])
+        if self.ctc is not None:
+            x, frames = tapped[self.ctc_layer]
+            memory = memory._replace(ctc_logits=self.ctc(x), ctc_lengths=frames)
+        return memory, tapped
 
     def start(self, memory: Memory, beam: int) -> SpellerState:
         """Return the state before the first token, for `beam` hypotheses per utterance."""
@@ -88,6 +99,10 @@ class LAS(nn.Module):
             teacher_forcing: probability, per utterance and step, that the speller reads the true previous token rather
                 than its own prediction.
         """
-        memory = self.listen(features, feature_lengths)
+        memory, tapped = self._listen(features, feature_lengths, (self.ctc_layer, self.inner_ctc_layer))
         logits, weights = self.speller(memory, tokens, teacher_forcing)
-        return Output(logits, weights, memory.lengths, memory.ctc_logits, memory.ctc_lengths)
+        inner_ctc = None
+        if self.inner_ctc is not None:
+            x, frames = tapped[self.inner_ctc_layer]
+            inner_ctc = self.inner_ctc(x), frames
+        return Output(logits, weights, memory.lengths, memory.ctc_logits, memory.ctc_lengths, inner_ctc)

@@ -15,6 +15,8 @@ from las_fast.model.layers import initialise_lstm, locked_dropout, on_cuda
 from las_fast.ops import bilstm, padding_mask
 from las_fast.ops.bilstm import bilstm_on_streams
 
+Taps = dict[int, tuple[Tensor, Tensor]]  # by layer: output (B, T, 2H) and lengths (B,)
+
 CUDNN_ROWS = 8  # cuDNN's persistent LSTM kernels need a batch size that is a multiple of this
 
 
@@ -120,37 +122,34 @@ class Listener(nn.Module):
         self.output_size = 2 * config.lstm_size
         self.dropout = config.dropout
 
-    def forward(self, features: Tensor, lengths: Tensor, tap: int = -1) -> tuple[Tensor, Tensor, tuple | None]:
+    def forward(self, features: Tensor, lengths: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, Tensor, Taps]:
         """Encode features.
 
         Args:
             features: (B, T, F) float32.
             lengths: (B,) int64, each at least 1.
-            tap: index of a layer whose output is also returned: 0 is the BiLSTM, then the pyramids, then the top
-                layers; -1 is none.
+            taps: indices of layers whose outputs are also returned: 0 is the BiLSTM, then the pyramids, then the top
+                layers.
 
         Returns:
-            output (B, T_out, 2H) with zeros past the lengths, lengths (B,), and (output, lengths) of layer `tap`
-            or None.
+            output (B, T_out, 2H) with zeros past the lengths, lengths (B,), and (output, lengths) by index in `taps`.
         """
         rows = features.shape[0]
         extra = -rows % CUDNN_ROWS if on_cuda(features) else 0
         if not extra:
-            return self._encode(features, lengths, tap)
+            return self._encode(features, lengths, taps)
         padded = F.pad(features, (0, 0, 0, 0, 0, extra)), F.pad(lengths, (0, extra))  # utterances of length 0
-        output, lengths, tapped = self._encode(*padded, tap)
-        if tapped is not None:
-            tapped = (tapped[0][:rows], tapped[1][:rows])
-        return output[:rows], lengths[:rows], tapped
+        output, lengths, tapped = self._encode(*padded, taps)
+        return output[:rows], lengths[:rows], {i: (x[:rows], frames[:rows]) for i, (x, frames) in tapped.items()}
 
-    def _encode(self, features: Tensor, lengths: Tensor, tap: int) -> tuple[Tensor, Tensor, tuple | None]:
+    def _encode(self, features: Tensor, lengths: Tensor, taps: Sequence[int]) -> tuple[Tensor, Tensor, Taps]:
         x, lengths = self.front(features, lengths)
-        tapped = None
+        tapped: Taps = {}
         for i, layer in enumerate(self.layers):
             if 1 <= i <= self.pyramids:
                 x, lengths = halve_time(x, lengths)
             x = self.norms[i](layer(locked_dropout(x, self.dropout, self.training), lengths))
             x = x.masked_fill(padding_mask(lengths, x.shape[1])[:, :, None], 0.0)
-            if i == tap:
-                tapped = (x, lengths)
+            if i in taps:
+                tapped[i] = x, lengths
         return locked_dropout(x, self.dropout, self.training), lengths, tapped

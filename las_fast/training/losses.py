@@ -102,9 +102,12 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
         tokens: (B, U) int64, <pad> past token_lengths.
         token_lengths: (B,) int64, <eos> included.
         label_smoothing: as for token_loss.
-        ctc_weight, guided_weight: factors of the two added losses; 0 leaves a loss out.
+        ctc_weight: factor of the loss of each CTC head; 0 leaves them out. A second, inner head makes this the loss of
+            intermediate CTC (Lee and Watanabe 2021).
+        guided_weight: factor of the guided attention loss; 0 leaves it out.
         guided_width: width of guided_attention_loss.
-        guided_frames: window of aligned_attention_loss around CTC's token times; 0 guides along the diagonal instead.
+        guided_frames: window of aligned_attention_loss around CTC's token times, those of the inner head if there is
+            one, which aligns sooner; 0 guides along the diagonal instead.
     """
     count = token_lengths.sum()
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}
@@ -112,10 +115,13 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
     if ctc_weight:
         parts["ctc"] = ctc_loss(*output.ctc, tokens, token_lengths) / count
         loss = loss + ctc_weight * parts["ctc"]
+        if output.inner_ctc is not None:
+            parts["inner_ctc"] = ctc_loss(*output.inner_ctc, tokens, token_lengths) / count
+            loss = loss + ctc_weight * parts["inner_ctc"]
     if guided_weight:
         attention = output.weights, output.lengths, token_lengths
         if guided_frames:
-            token_times = relative_token_times(*output.ctc, tokens, token_lengths)
+            token_times = relative_token_times(*(output.inner_ctc or output.ctc), tokens, token_lengths)
             guided = aligned_attention_loss(*attention, token_times, guided_frames)
         else:
             guided = guided_attention_loss(*attention, guided_width)

@@ -65,20 +65,20 @@ def test_a_layer_on_cuda_equals_the_op_in_value_and_gradient(lengths, monkeypatc
 
 
 @pytest.mark.parametrize("lengths", [[33, 12, 5], [9] * 8, [21, 20, 19, 18, 17, 16, 15, 14, 13]])
-@pytest.mark.parametrize("tap", [-1, 1])
-def test_a_listener_on_cuda_that_pads_to_eight_utterances_equals_one_on_the_cpu(lengths, tap, request):
+@pytest.mark.parametrize("taps", [(), (0, 1)])
+def test_a_listener_on_cuda_that_pads_to_eight_utterances_equals_one_on_the_cpu(lengths, taps, request):
     torch.manual_seed(0)
     listener, results, seen = Listener(SMALL, 5), [], []
     listener.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(len(inputs[0])))
     for device in ("cpu", "cuda"):
         if device == "cuda":
             request.getfixturevalue("like_cuda")
-        output, frames, tapped = listener(*ragged(lengths, fill=1e3), tap)
-        outputs = [output, *(tapped[:1] if tapped else ())]
+        output, frames, tapped = listener(*ragged(lengths, fill=1e3), taps)
+        outputs = [output, *(tapped[i][0] for i in taps)]
         results.append([*outputs, frames, *gradients(listener, torch.cat(outputs, 1))])
     assert seen == [len(lengths), -(-len(lengths) // 8) * 8]
     for expected, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=5e-5)
 
 
 def test_the_two_directions_wait_for_each_other_and_record_their_streams(like_cuda):
@@ -195,8 +195,8 @@ def test_lengths_are_halved_individually():
 
 def test_layers_above_the_pyramid_keep_the_length_and_can_be_tapped():
     listener = Listener(dataclasses.replace(SMALL, pyramids=1, top_layers=2), 5)
-    output, lengths, tapped = listener(*ragged([40, 9, 1]), tap=3)
-    assert lengths.tolist() == tapped[1].tolist() == [10, 3, 1] and output.shape == tapped[0].shape == (3, 10, 12)
+    output, lengths, tapped = listener(*ragged([40, 9, 1]), taps=[3])
+    assert lengths.tolist() == tapped[3][1].tolist() == [10, 3, 1] and output.shape == tapped[3][0].shape == (3, 10, 12)
     assert len(listener.layers) == 4 and listener.layers[3].lstm.input_size == 12
 
 
@@ -210,8 +210,9 @@ def test_padding_is_zero_after_training_too():
     listener = Listener(SMALL, 5).eval()
     for norm in listener.norms:
         nn.init.constant_(norm.bias, 0.5)  # zeros from a BiLSTM do not stay zeros
-    output, lengths, tapped = listener(*ragged([33, 5]), tap=1)
-    assert not output[1, lengths[1] :].any() and not tapped[0][1, tapped[1][1] :].any()
+    output, lengths, tapped = listener(*ragged([33, 5]), taps=[1])
+    inner, inner_lengths = tapped[1]
+    assert not output[1, lengths[1] :].any() and not inner[1, inner_lengths[1] :].any()
     assert output[1, : lengths[1]].all()
 
 
@@ -219,13 +220,14 @@ def test_padding_is_zero_after_training_too():
 def test_padding_does_not_change_the_output(fill):
     torch.manual_seed(0)  # the front end rounds differently for another shape, by about 5e-7 before the LSTMs
     listener = Listener(SMALL, 5).eval()
-    together, lengths, tapped = listener(*ragged([33, 12, 5, 1], fill=fill), tap=1)
+    together, lengths, tapped = listener(*ragged([33, 12, 5, 1], fill=fill), taps=[1])
+    inner, inner_lengths = tapped[1]
     x, frames = ragged([33, 12, 5, 1], fill=fill)
     for row, length in enumerate(frames.tolist()):
-        alone, alone_length, alone_tapped = listener(x[row : row + 1, :length], frames[row : row + 1], tap=1)
+        alone, alone_length, alone_tapped = listener(x[row : row + 1, :length], frames[row : row + 1], taps=[1])
         assert alone_length == lengths[row]
         torch.testing.assert_close(together[row, : lengths[row]], alone[0], rtol=1e-5, atol=4e-6)
-        torch.testing.assert_close(tapped[0][row, : tapped[1][row]], alone_tapped[0][0], rtol=1e-5, atol=4e-6)
+        torch.testing.assert_close(inner[row, : inner_lengths[row]], alone_tapped[1][0][0], rtol=1e-5, atol=4e-6)
         assert (together[row, lengths[row] :] == 0).all()
 
 
@@ -255,14 +257,14 @@ def test_locked_dropout_keeps_the_mean():
 def test_a_listener_in_training_drops_its_inputs_and_its_output():
     torch.manual_seed(0)
     listener, x = Listener(dataclasses.replace(SMALL, lstm_size=32, dropout=0.5), 5), ragged([40])
-    output, _, tapped = listener(*x, tap=2)
+    output, _, tapped = listener(*x, taps=[2])
     dropped = (output[0] == 0).all(0)
     assert 10 < dropped.sum() < 54 and ((output[0] == 0) == dropped).all()
-    torch.testing.assert_close(output[0][:, ~dropped], 2 * tapped[0][0][:, ~dropped])
-    assert not torch.equal(listener(*x, tap=0)[2][0], listener(*x, tap=0)[2][0])
+    torch.testing.assert_close(output[0][:, ~dropped], 2 * tapped[2][0][0][:, ~dropped])
+    assert not torch.equal(*(listener(*x, taps=[0])[2][0][0] for _ in range(2)))
     listener.eval()
-    output, _, tapped = listener(*x, tap=2)
-    assert torch.equal(output, tapped[0])
+    output, _, tapped = listener(*x, taps=[2])
+    assert torch.equal(output, tapped[2][0])
 
 
 def test_each_gate_is_initialised_within_its_own_xavier_bound():

@@ -40,7 +40,10 @@ def test_padding_and_other_utterances_do_not_change_the_output(model):
         assert (together.weights[b, :, frames:] == 0).all()
 
 
-def test_every_parameter_gets_a_finite_gradient(model):
+@pytest.mark.parametrize("inner_ctc_layer", [-1, 0])
+def test_every_parameter_gets_a_finite_gradient(inner_ctc_layer):
+    torch.manual_seed(0)
+    model = LAS(replace(SMALL, inner_ctc_layer=inner_ctc_layer), input_size=4, vocabulary_size=31)
     tokens = torch.tensor([[5, 6, 7, EOS], [8, EOS, PAD, PAD]])
     output = model(torch.randn(2, 60, 4), torch.tensor([60, 1]), tokens)
     loss, _ = training_loss(
@@ -68,6 +71,19 @@ def test_a_model_has_a_ctc_head_only_on_request(model):
     plain = LAS(replace(SMALL, ctc_layer=-1), input_size=4, vocabulary_size=31)
     assert [name for name in model.state_dict() if name.startswith("ctc")] == ["ctc.weight", "ctc.bias"]
     assert plain.ctc is None and not [name for name in plain.state_dict() if name.startswith("ctc")]
+
+
+def test_an_inner_ctc_head_reads_its_layer_in_training_and_nothing_in_decoding():
+    torch.manual_seed(0)
+    model = LAS(replace(SMALL, inner_ctc_layer=0), input_size=4, vocabulary_size=31).eval()
+    features, lengths = torch.randn(2, 30, 4), torch.tensor([30, 13])
+    output = model(features, lengths, torch.tensor([[5, EOS], [6, EOS]]))
+    tapped, frames = model.listener(features, lengths, taps=[0])[2][0]
+    assert torch.equal(output.inner_ctc[0], model.inner_ctc(tapped)) and torch.equal(output.inner_ctc[1], frames)
+    assert frames.tolist() == [15, 7] and output.ctc_lengths.tolist() == [8, 4]
+    before = model.listen(features, lengths)
+    torch.nn.init.zeros_(model.inner_ctc.weight)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.listen(features, lengths), strict=True))
 
 
 def test_attention_projections_are_xavier_initialised(model):

@@ -119,6 +119,20 @@ def test_parts_are_reported_and_summed_with_their_weights():
     torch.testing.assert_close(loss, parts["attention"] + 0.5 * parts["ctc"] + 2 * parts["guided"])
 
 
+def test_an_inner_ctc_head_adds_its_loss_and_gives_the_token_times():
+    output = make_output()
+    other = make_output(seed=1)
+    both = output._replace(inner_ctc=(other.ctc_logits, other.ctc_lengths))
+    options = PLAIN | {"guided_weight": 2.0, "ctc_weight": 0.5, "guided_frames": 3.0}
+    loss, parts = training_loss(both, TOKENS, LENGTHS, **options)
+    _, of_inner = training_loss(output._replace(ctc_logits=other.ctc_logits), TOKENS, LENGTHS, **options)
+    _, of_outer = training_loss(output, TOKENS, LENGTHS, **options)
+    assert parts["ctc"] == of_outer["ctc"] and parts["inner_ctc"] == of_inner["ctc"]
+    assert parts["guided"] == of_inner["guided"] != of_outer["guided"]
+    expected = parts["attention"] + 0.5 * parts["ctc"] + 0.5 * parts["inner_ctc"] + 2 * parts["guided"]
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("guided_frames", [0.0, 3.0])
 def test_every_part_is_per_token(guided_frames):
     output, count = make_output(), int(LENGTHS.sum())
