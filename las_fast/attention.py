@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from las_fast.cli import run
 from las_fast.errors import InputError, show
 from las_fast.files import prepare_output_file, write_atomically
-from las_fast.options import Parser, as_file, as_path
+from las_fast.options import Parser, as_file, as_recording
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import numpy as np
@@ -46,7 +46,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
     )
-    parser.add_argument("file", type=as_path, metavar="FILE", help="recording: wav, flac, ogg or mp3")
+    parser.add_argument("file", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
     parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the part (default: 0)")
     parser.add_argument(
         "--end", type=float, metavar="SECONDS", help=f"its end, at most {MAX_SECONDS:g} s later (default: the file's)"

@@ -283,6 +283,12 @@ def as_path(word: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def as_recording(word: str) -> Path:
+    """Convert an argument to the path of a recording; "-" is standard input, and ./- a file of that name."""
+    path = as_path(word)
+    return path.absolute() if str(path) == "-" != word else path  # pathlib turns ./- into -
+
+
 def as_file(word: str) -> Path:
     """Convert an argument to the path of an output file; a trailing slash, which means a folder, is an error."""
     if word.endswith(os.sep):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from las_fast.cli import require_stdout, run
 from las_fast.errors import InputError, show
 from las_fast.files import make_folder
-from las_fast.options import Parser, as_path
+from las_fast.options import Parser, as_path, as_recording
 from las_fast.output.formats import FORMATS, Style
 from las_fast.output.subtitles import Layout
 from las_fast.output.transcripts import (
@@ -60,7 +60,7 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("files", nargs="+", type=as_path, metavar="FILE",
+    add("files", nargs="+", type=as_recording, metavar="FILE",
         help="recordings, folders of recordings, or patterns such as 'talks/*.mp3'; - is standard input")  # fmt: skip
     add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
     add("--format", choices=FORMATS, help="json, tsv and ctm have one line per recording, segment or word; "

@@ -3,13 +3,14 @@
 import importlib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from las_fast import options
 from las_fast.config import Config, DecodingConfig, SpellerConfig, TeacherForcingStage, to_tree
 from las_fast.errors import InputError
-from las_fast.options import SYNONYMS, Parser, as_path, parse_settings
+from las_fast.options import SYNONYMS, Parser, as_path, as_recording, parse_settings
 
 COMMANDS = (
     *("train", "decode", "transcribe", "lm", "tune", "export", "report", "attention", "demo", "doctor"),
@@ -205,6 +206,11 @@ def test_options_cannot_be_abbreviated(capsys):
 def test_paths_may_begin_with_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(as_path("~/run")) == "/home/someone/run"
+
+
+def test_a_dash_is_standard_input_and_a_file_named_so_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [as_recording(word) for word in ("-", "./-", "a.wav")] == [Path("-"), tmp_path / "-", Path("a.wav")]
 
 
 def parse(argv, default=None):
