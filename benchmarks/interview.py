@@ -28,7 +28,7 @@ from las_fast.data.audio import load_audio
 from las_fast.data.corpus import Utterance
 from las_fast.data.layouts import open_corpus
 from las_fast.output.metrics import score
-from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, Layout, make_cues
+from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, SubtitleSize, make_cues
 from las_fast.output.transcripts import Word
 
 FILE = RESULTS / "interview.csv"
@@ -64,13 +64,13 @@ def make_interview(utterances: list[Utterance], seconds: float, seed: int) -> tu
     return samples + (NOISE * rng.standard_normal(len(samples))).astype(np.float32), bounds
 
 
-def broken_rules(cues: list[Cue], layout: Layout | None = None) -> Iterator[str]:
+def broken_rules(cues: list[Cue], size: SubtitleSize | None = None) -> Iterator[str]:
     """Yield a sentence for each rule of subtitles that cues break."""
-    layout = layout or Layout()
+    size = size or SubtitleSize()
     for cue in cues:
         lines = cue.text.split("\n")
-        if len(lines) > layout.lines or max(map(len, lines)) > layout.width:
-            yield f"{cue.text!r} is not {layout.lines} lines of {layout.width} characters"
+        if len(lines) > size.lines or max(map(len, lines)) > size.width:
+            yield f"{cue.text!r} is not {size.lines} lines of {size.width} characters"
         if cue.end - cue.start > MAX_SECONDS + TOLERANCE:
             yield f"{cue.text!r} is shown for {cue.end - cue.start:.2f} s"
         for a, b in pairwise(word for line in cue.lines for word in line):

@@ -214,13 +214,14 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
 def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
     """Return the row of an utterance for --jsonl; frames and times are those of the untrimmed recording."""
     from las_fast.data.features import seconds_of
+    from las_fast.output.formats import rounded, word_row
 
-    best, shift = hypotheses[0], float(seconds_of(1, loaded.config.features))
+    best, frame_seconds = hypotheses[0], float(seconds_of(1, loaded.config.features))
     nbest = [
         {
             "text": loaded.vocabulary.decode(h.text_tokens),
-            "score": round(h.score, 4),
-            "words": [word.row() for word in recording_words(dataset, i, h.words, shift)],
+            "score": rounded(h.score),
+            "words": [word_row(word) for word in recording_words(dataset, i, h.words, frame_seconds)],
         }
         for h in hypotheses
     ]
@@ -232,16 +233,17 @@ def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], load
     return row if text is None else {**row, "reference": text}
 
 
-def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], shift: float) -> list[Word]:
-    """Convert the times of an utterance's words to those of the recording, which has the trimmed silence too.
+def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], frame_seconds: float) -> list[Word]:
+    """Convert word times from the features, which lack trimmed silence, to the recording.
 
-    shift: seconds between feature frames.
+    frame_seconds: seconds between feature frames.
     """
 
     def convert(seconds: float, *, is_end: bool) -> float:
-        frame = math.ceil(seconds / shift) - 1 if is_end else math.floor(seconds / shift)
+        frame = math.ceil(seconds / frame_seconds) - 1 if is_end else math.floor(seconds / frame_seconds)
         frame = max(frame, 0)
-        return min(seconds + (dataset.recording_frame(i, frame) - frame) * shift, float(dataset.seconds[i]))
+        trimmed = (dataset.recording_frame(i, frame) - frame) * frame_seconds
+        return min(seconds + trimmed, float(dataset.seconds[i]))
 
     return [
         replace(word, start=convert(word.start, is_end=False), end=convert(word.end, is_end=True)) for word in words

@@ -19,7 +19,7 @@ from las_fast.errors import InputError, show
 from las_fast.files import make_folder
 from las_fast.options import Parser, as_path, as_recording
 from las_fast.output.formats import FORMATS, Style
-from las_fast.output.subtitles import Layout
+from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import (
     MIN_SPEECH_SCORE,
     POOL_SECONDS,
@@ -168,7 +168,7 @@ def emit(path: Path, transcript: Transcript, options: argparse.Namespace, target
     if several and options.format == "text" and not options.out:
         write(f"{show(path)}: {transcript.text}")  # a line per recording
         return
-    style = Style(Layout(options.width, options.lines), options.word_times)
+    style = Style(SubtitleSize(options.width, options.lines), options.word_times)
     text = FORMATS[options.format][1](path, transcript, style)
     if options.out:
         save(targets[path], text)

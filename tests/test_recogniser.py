@@ -22,6 +22,7 @@ import las_fast
 from las_fast import decode, lm, recogniser, transcribe
 from las_fast.config import DecodingConfig
 from las_fast.errors import InputError
+from las_fast.output.formats import word_row
 from las_fast.search import beam, dataset, ngram
 
 RATE = 16000
@@ -118,7 +119,7 @@ def test_every_kind_of_recording_gives_the_commands_transcript(workspace, model,
     names = ("start", "end", "text", "score", "mean_score", "speech_score")
     rows = [{name: rounded(getattr(segment, name)) for name in names} for segment in actual.segments]
     for i, (one, segment) in enumerate(zip(rows, actual.segments, strict=True)):
-        one |= {"id": i, "words": [word.row() for word in segment.words]}
+        one |= {"id": i, "words": [word_row(word) for word in segment.words]}
     assert rows == row["segments"] and [word.text for word in actual.words] == actual.text.split()
 
 
@@ -416,7 +417,7 @@ def test_features_give_the_texts_of_the_decode_command(workspace, archive):
     recogniser = las_fast.load(workspace / "untrained-28.safetensors", device="cpu")
     actual = recogniser.decode(arrays, beam=4, nbest=2)
     found = [
-        [{"text": h.text, "score": round(h.score, 4), "words": [w.row() for w in h.words]} for h in each]
+        [{"text": h.text, "score": round(h.score, 4), "words": [word_row(w) for w in h.words]} for h in each]
         for each in actual
     ]
     assert found == [r["nbest"] for r in rows]

@@ -7,13 +7,14 @@ output file.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from las_fast.output.subtitles import Layout, make_cues
+from las_fast.output.subtitles import SubtitleSize, make_cues
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
 
 PARAGRAPH_PAUSE = 1.0  # seconds between two words; a longer pause starts a new paragraph
@@ -21,9 +22,9 @@ PARAGRAPH_PAUSE = 1.0  # seconds between two words; a longer pause starts a new 
 
 @dataclass(frozen=True)
 class Style:
-    """How transcripts are written."""
+    """Options of the formats."""
 
-    layout: Layout = Layout()  # of subtitles
+    size: SubtitleSize = SubtitleSize()  # of srt and vtt
     word_times: bool = False  # whether cues of vtt have a time tag per word
 
 
@@ -45,7 +46,7 @@ def paragraphs(transcript: Transcript) -> list[str]:
 
 
 def as_json(path: Path, transcript: Transcript, style: Style) -> str:
-    """One line; the fields are described in las_fast/search/README.md."""
+    """One line; las_fast/search/README.md describes the fields."""
     segments = [{"id": i, **segment_row(segment)} for i, segment in enumerate(transcript.segments)]
     row = {"file": os.fspath(path), "text": transcript.text, "duration": transcript.duration, "segments": segments}
     return json.dumps(rounded(row), ensure_ascii=False) + "\n"
@@ -58,38 +59,46 @@ def segment_row(segment: Segment) -> dict[str, Any]:
     return {**row, "alternatives": others} if others else row
 
 
-def hypothesis_row(one: Hypothesis | Segment) -> dict[str, Any]:
-    """Return text, scores and words of a hypothesis as a JSON object."""
-    scores = {"score": one.score, "mean_score": one.mean_score, "speech_score": one.speech_score}
-    return {"text": one.text, **scores, "words": [word.row() for word in one.words]}
+def hypothesis_row(hypothesis: Hypothesis | Segment) -> dict[str, Any]:
+    """Return the text, scores and words of a hypothesis as a JSON object."""
+    scores = {name: getattr(hypothesis, name) for name in ("score", "mean_score", "speech_score")}
+    return {"text": hypothesis.text, **scores, "words": [word_row(word) for word in hypothesis.words]}
+
+
+def word_row(word: Word) -> dict[str, str | float]:
+    """Return a word as a JSON object, with times to the millisecond."""
+    times = {"start": round(word.start, 3), "end": round(word.end, 3)}
+    return {"word": word.text, **times, "confidence": rounded(word.confidence)}
 
 
 def rounded(value: Any) -> Any:
-    """Round all floats in a JSON value to 4 digits."""
+    """Round all floats in a JSON value to 4 decimals; NaN and infinity, which JSON lacks, become None."""
     if isinstance(value, float):
-        return round(value, 4)
+        return round(value, 4) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: rounded(x) for key, x in value.items()}
     return [rounded(x) for x in value] if isinstance(value, list) else value
 
 
 def as_srt(path: Path, transcript: Transcript, style: Style) -> str:
-    cues = enumerate(make_cues(transcript.words, style.layout), 1)
+    """SubRip: numbered cues."""
+    cues = enumerate(make_cues(transcript.words, style.size), 1)
     return "\n".join(f"{n}\n{clock(c.start, ',')} --> {clock(c.end, ',')}\n{c.text}\n" for n, c in cues)
 
 
 def as_vtt(path: Path, transcript: Transcript, style: Style) -> str:
-    """WebVTT; with word times, a tag before each word tells players when to highlight it."""
+    """WebVTT; with word times, a tag before each later word of a cue tells players when to highlight it."""
     blocks = ["WEBVTT\n"]
-    for cue in make_cues(transcript.words, style.layout):
+    for cue in make_cues(transcript.words, style.size):
         text = "\n".join(_vtt_line(line, cue.start, style.word_times) for line in cue.lines)
         blocks.append(f"{clock(cue.start, '.')} --> {clock(cue.end, '.')}\n{text}\n")
     return "\n".join(blocks)
 
 
 def _vtt_line(words: Iterable[Word], cue_start: float, word_times: bool) -> str:
-    def tag(word: Word) -> str:  # a tag at the start of the cue is not valid
-        return f"<{clock(word.start, '.')}>" if word_times and word.start > cue_start else ""
+    def tag(word: Word) -> str:  # WebVTT requires that a tag is later than the start of its cue
+        is_later = round(1000 * word.start) > round(1000 * cue_start)
+        return f"<{clock(word.start, '.')}>" if word_times and is_later else ""
 
     return " ".join(tag(word) + _escape_html(word.text) for word in words)
 
@@ -128,7 +137,7 @@ def as_textgrid(path: Path, transcript: Transcript, style: Style) -> str:
 
 
 def _without_gaps(intervals: Iterable[tuple[float, float, str]], end: float) -> Iterator[tuple[float, float, str]]:
-    """Yield intervals of positive length from 0 to `end`; those in gaps have no text."""
+    """Yield intervals from 0 to `end`, with empty text in the gaps; empty intervals are left out."""
     time = 0.0
     for start, stop, text in intervals:
         start, stop = round(max(start, time), 4), round(stop, 4)
@@ -138,7 +147,7 @@ def _without_gaps(intervals: Iterable[tuple[float, float, str]], end: float) -> 
             yield time, start, ""
         yield start, stop, text
         time = stop
-    if round(end, 4) > time or not time:
+    if round(end, 4) > time or not time:  # Praat needs at least one interval
         yield time, end, ""
 
 

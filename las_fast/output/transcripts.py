@@ -24,11 +24,6 @@ class Word:
     end: float
     confidence: float  # probability that the word is right, 0 to 1; see las_fast.search.words
 
-    def row(self) -> dict[str, str | float]:
-        """Return the word for JSON, with times to the millisecond."""
-        times = {"start": round(self.start, 3), "end": round(self.end, 3)}
-        return {"word": self.text, **times, "confidence": round(self.confidence, 4)}
-
 
 @dataclass(frozen=True)
 class Hypothesis:

@@ -1,6 +1,7 @@
 """Transcripts in every format."""
 
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from las_fast.output.formats import FORMATS, Style, as_ctm, as_json, as_srt, as_text, as_textgrid, as_tsv, as_vtt, clock
-from las_fast.output.subtitles import Layout
+from las_fast.output.subtitles import SubtitleSize
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, Word
 
 STYLE, PATH = Style(), Path("a/my talk.wav")
@@ -57,6 +58,12 @@ def test_json_has_words_scores_and_alternatives():
     assert only["alternatives"][0]["words"][0]["word"] == "YELLOW" and only["alternatives"][0]["speech_score"] is None
 
 
+def test_a_score_that_json_lacks_is_null():
+    failed = Segment(0.0, 1.0, "", -math.inf, math.nan, None)  # of a model that diverged
+    (row,) = json.loads(as_json(PATH, transcript(failed), STYLE), parse_constant=pytest.fail)["segments"]
+    assert row["score"] is row["mean_score"] is None
+
+
 def test_json_does_not_escape_non_ascii_letters():
     written = as_json(PATH, transcript(segment("\uac15 \u00e9", 0.0, 1.0)), STYLE)
     assert "\uac15 \u00e9" in written and written.endswith("}\n") and written.count("\n") == 1
@@ -75,8 +82,14 @@ def test_vtt_escapes_markup_and_may_time_each_word():
     assert timed_words == "FISH <00:00:00.400>&amp; <00:00:00.700>CHIPS"
 
 
-def test_the_layout_reaches_the_subtitles():
-    narrow = as_srt(PATH, TWO, Style(Layout(width=6, lines=2))).splitlines()
+def test_a_word_at_the_same_millisecond_as_its_cue_has_no_time_tag():
+    words = (Word("A", 1.0, 1.00001, 1.0), Word("B", 1.0002, 1.5, 1.0), Word("C", 1.6, 2.0, 1.0))
+    said = transcript(Segment(1.0, 2.0, "A B C", -1.0, -0.5, None, words=words))
+    assert as_vtt(PATH, said, Style(word_times=True)).splitlines()[-1] == "A B <00:00:01.600>C"
+
+
+def test_the_size_reaches_the_subtitles():
+    narrow = as_srt(PATH, TWO, Style(SubtitleSize(width=6, lines=2))).splitlines()
     assert narrow[2:4] == ["HELLO", "THERE"]
 
 

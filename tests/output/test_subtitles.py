@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks.interview import broken_rules
-from las_fast.output.subtitles import MAX_PAUSE, Cue, Layout, make_cues
+from las_fast.output.subtitles import MAX_PAUSE, Cue, SubtitleSize, make_cues
 from las_fast.output.transcripts import Word
 
 
@@ -26,12 +26,12 @@ def random_words(seed, count=300):
     return words
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(20, 1), Layout(12, 3)], ids=str)
+@pytest.mark.parametrize("size", [SubtitleSize(), SubtitleSize(20, 1), SubtitleSize(12, 3)], ids=str)
 @pytest.mark.parametrize("seed", range(5))
-def test_cues_obey_the_rules_and_keep_every_letter(seed, layout):
+def test_cues_obey_the_rules_and_keep_every_letter(seed, size):
     words = random_words(seed)
-    cues = make_cues(words, layout)
-    assert list(broken_rules(cues, layout)) == []
+    cues = make_cues(words, size)
+    assert list(broken_rules(cues, size)) == []
     shown = "".join(word.text for cue in cues for line in cue.lines for word in line)
     assert shown == "".join(word.text for word in words)
 
