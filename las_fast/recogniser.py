@@ -6,12 +6,14 @@ print(model.transcribe("talk.mp3").text)
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar, overload
+from numbers import Real
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -41,6 +43,24 @@ StrPath = str | os.PathLike[str]
 Array = np.ndarray | Tensor
 LanguageModel = StrPath | Literal[False] | None
 Item = TypeVar("Item")  # a recording
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of Recogniser.transcribe, which documents them."""
+
+    beam: int | None
+    lm: LanguageModel
+    nbest: int
+    min_speech_score: float
+
+
+class TranscriptionOptions(SearchOptions, total=False):
+    """Options of Recogniser.transcribe_all, which documents them."""
+
+    skip_bad: bool
+    pool_seconds: float
+    warn: Callable[[str], None]
+    on_audio: Callable[[float], None]
 
 
 def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogniser:
@@ -95,11 +115,7 @@ class Recogniser:
         self,
         recording: StrPath | BinaryIO | Array,
         sample_rate: int | None = None,
-        *,
-        beam: int | None = None,
-        lm: LanguageModel = None,
-        nbest: int = 1,
-        min_speech_score: float = MIN_SPEECH_SCORE,
+        **options: Unpack[SearchOptions],
     ) -> Transcript:
         """Transcribe a recording of any length, cut at pauses into segments of speech.
 
@@ -111,17 +127,16 @@ class Recogniser:
             sample_rate:      in Hz, for arrays only.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
-                              have one. None: the one of the settings; False: none.
-            nbest:            hypotheses returned per segment, at most the beam.
-            min_speech_score: segments with a lower speech score are left out as noise; -inf keeps all. Without a CTC
-                              head it has no effect.
+                              have one. None, the default: the one of the settings; False: none.
+            nbest:            hypotheses returned per segment, at most the beam; default 1.
+            min_speech_score: segments with a lower speech score are left out as noise; default 1.0, and -inf keeps all.
+                              Without a CTC head it has no effect.
 
         Raises:
-            InputError: the recording or an option is invalid.
+            InputError: the recording or an option is invalid, or a segment does not fit in memory.
         """
         audio = to_audio(recording, sample_rate)
         messages: list[str] = []
-        options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
         ((_, transcript),) = self.transcribe_all([audio], **options, warn=messages.append)
         if transcript.noise:
             messages.append(noise_warning(name_of(audio), transcript, "min_speech_score"))
@@ -133,37 +148,29 @@ class Recogniser:
         self,
         recordings: Iterable[Item],
         sample_rate: int | None = None,
-        *,
-        beam: int | None = None,
-        lm: LanguageModel = None,
-        nbest: int = 1,
-        min_speech_score: float = MIN_SPEECH_SCORE,
-        skip_bad: bool = False,
-        pool_seconds: float = POOL_SECONDS,
-        warn: Callable[[str], None] = warnings.warn,
-        on_audio: Callable[[float], None] = lambda seconds: None,
+        **options: Unpack[TranscriptionOptions],
     ) -> Iterator[tuple[Item, Transcript]]:
         """Transcribe many recordings; yield each one with its transcript, in order, as soon as it is decoded.
 
         Segments of several recordings are decoded in one batch, which is faster than calling `transcribe` for each.
 
         Args:
-            recordings:   each as in `transcribe`, like the other arguments of the same names.
-            skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising.
-            pool_seconds: seconds of speech decoded together.
-            warn:         called with a message for each problem of a recording.
+            recordings:   each as in `transcribe`, like sample_rate, beam, lm, nbest and min_speech_score.
+            skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
+            pool_seconds: seconds of speech decoded together; default 600.
+            warn:         called with a message for each problem of a recording; default warnings.warn.
             on_audio:     called with the seconds of each block of audio read, for progress bars.
 
         Raises:
             InputError: an option or a recording is invalid, or a segment does not fit in memory. Earlier recordings
                 have been yielded by then.
         """
-        if isinstance(recordings, (str, os.PathLike)) or is_array(recordings):
+        is_single = isinstance(recordings, (str, os.PathLike)) or is_array(recordings)
+        if is_single or not isinstance(recordings, Iterable):
             raise InputError(
-                "recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
+                f"recordings must be a list of paths, files or arrays; got {type_name(recordings)}; for a single "
+                "recording, call transcribe"
             )
-        options: dict[str, Any] = {"beam": beam, "lm": lm, "nbest": nbest, "min_speech_score": min_speech_score}
-        options |= {"skip_bad": skip_bad, "pool_seconds": pool_seconds, "warn": warn, "on_audio": on_audio}
         return self.transcription(**options).run(recordings, sample_rate)
 
     @overload
@@ -245,9 +252,9 @@ class Recogniser:
         warn: Callable[[str], None] = warnings.warn,
         on_audio: Callable[[float], None] = lambda seconds: None,
     ) -> Transcription:
-        """Prepare a call of `transcribe_all`; arguments and errors are the same."""
-        if not isinstance(min_speech_score, (int, float)) or min_speech_score != min_speech_score:
-            raise InputError(f"min_speech_score must be a number; got {min_speech_score!r}")
+        """Prepare a call of `transcribe_all`, with the same options and errors."""
+        check_number("min_speech_score", min_speech_score)
+        check_number("pool_seconds", pool_seconds, minimum=0)
         data = self.loaded.info.get("data", {})
         if data.get("kind") == "features":
             warn(
@@ -346,6 +353,13 @@ class Recogniser:
         text = self.loaded.vocabulary.decode(result.text_tokens)
         mean_score = result.score / (len(result.text_tokens) + 1)
         return Hypothesis(text, result.score, mean_score, result.speech_score, result.words)
+
+
+def check_number(name: str, value: object, *, minimum: float = -math.inf) -> None:
+    """Raise InputError if an option is not a number, of NumPy or of Python, that is at least `minimum`."""
+    if not isinstance(value, Real) or not float(value) >= minimum:
+        limit = f" of at least {minimum:g}" if math.isfinite(minimum) else ""
+        raise InputError(f"{name} must be a number{limit}; got {value!r}")
 
 
 def check_nbest(nbest: int, beam: int) -> None:

@@ -387,10 +387,6 @@ def test_an_unreadable_recording_raises_or_is_left_out(workspace, model):
     messages = []
     left = model.transcribe_all(recordings, beam=1, skip_bad=True, warn=messages.append)
     assert [x for x, _ in left] == recordings[::2] and messages == [f"left out: {recordings[1]} does not exist"]
-    with pytest.raises(
-        InputError, match="recordings must be a list of paths, files or arrays; for a single recording, call transcribe"
-    ):
-        model.transcribe_all(str(workspace / "short.wav"))
 
 
 def test_a_model_trained_on_archive_features_warns_about_recordings(workspace, tmp_path):
@@ -399,6 +395,34 @@ def test_a_model_trained_on_archive_features_warns_about_recordings(workspace, t
     assert (
         len(messages) == 1 and "was trained on the features of HW4P2 F23; those that las_fast computes" in messages[0]
     )
+
+
+@pytest.mark.parametrize("number", [np.float32(-2.5), np.int64(-2), -2])
+def test_a_speech_score_may_be_any_kind_of_number(workspace, model, number):
+    plain = model.transcribe(workspace / "short.wav", beam=1)
+    assert model.transcribe(workspace / "short.wav", beam=1, min_speech_score=number) == plain
+
+
+@pytest.mark.parametrize(
+    ("recordings", "options", "message"),
+    [
+        ("short.wav", {}, "a list of paths, files or arrays; got a value of type str; for a single recording, call tr"),
+        (None, {}, "recordings must be a list of paths, files or arrays; got None"),
+        (3, {}, "recordings must be a list of paths, files or arrays; got a value of type int"),
+        ([], {"pool_seconds": float("nan")}, "pool_seconds must be a number of at least 0; got nan"),
+        ([], {"pool_seconds": -1}, "pool_seconds must be a number of at least 0; got -1"),
+        ([], {"pool_seconds": "9"}, "pool_seconds must be a number of at least 0; got '9'"),
+        ([], {"min_speech_score": None}, "min_speech_score must be a number; got None"),
+    ],
+)
+def test_invalid_lists_and_limits_are_a_one_sentence_error(model, recordings, options, message):
+    with pytest.raises(InputError, match=message):
+        model.transcribe_all(recordings, **options)
+
+
+def test_an_unknown_option_is_named(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bean'"):
+        model.transcribe(SPEECH, RATE, bean=3)
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,15 @@ def main(argv: list[str] | None = None) -> None:
 
         beam = model.settings(beam=options.beam, lm=options.lm).beam
         nbest = options.nbest or min(NBEST, beam)
-        search = {"beam": options.beam, "lm": options.lm, "nbest": nbest, "min_speech_score": options.min_speech_score}
-        batcher = Batcher(model, max_seconds=limits.max_seconds, round_seconds=options.batch_seconds, **search)
+        batcher = Batcher(
+            model,
+            max_seconds=limits.max_seconds,
+            round_seconds=options.batch_seconds,
+            beam=options.beam,
+            lm=options.lm,
+            nbest=nbest,
+            min_speech_score=options.min_speech_score,
+        )
         serve(Service(model, name, batcher, limits, options.language), listener)
 
 

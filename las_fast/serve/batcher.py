@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Unpack
 
 from las_fast.data.segments import Speech
 from las_fast.errors import InputError
 from las_fast.output.transcripts import Segment, Transcript
-from las_fast.recogniser import Recogniser
+from las_fast.recogniser import Recogniser, SearchOptions
 from las_fast.transcription import RecordingState
 
 ROUND_SECONDS = 60.0  # seconds of speech decoded together
@@ -142,14 +142,19 @@ class Batcher:
         model:         the model; no other thread should use it meanwhile.
         max_seconds:   longer recordings fail with TooLong.
         round_seconds: seconds of speech decoded together; 0 decodes one segment at a time.
-        options:       nbest, min_speech_score, beam and lm of Recogniser.transcribe.
+        options:       those of Recogniser.transcribe.
 
     Raises:
         InputError: an option is invalid.
     """
 
     def __init__(
-        self, model: Recogniser, *, max_seconds: float, round_seconds: float = ROUND_SECONDS, **options: Any
+        self,
+        model: Recogniser,
+        *,
+        max_seconds: float,
+        round_seconds: float = ROUND_SECONDS,
+        **options: Unpack[SearchOptions],
     ) -> None:
         self.model, self.max_seconds, self.round_seconds = model, max_seconds, round_seconds
         self.statistics = Statistics()
