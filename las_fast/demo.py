@@ -152,6 +152,7 @@ def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]
     from dataclasses import asdict
 
     from las_fast.output.metrics import score
+    from las_fast.output.mistakes import Decoded, DecodedSplit
     from las_fast.training.report import write_report
 
     rows = read_submission(out / "submission.csv", spoken.read_test_transcripts(out / "data"))
@@ -159,7 +160,8 @@ def summarise(out: Path, printed: dict) -> tuple[dict, list[tuple[str, str, str]
     result = {name: round(value, 4) for name, value in scores.items()}
     result |= {name: printed[name] for name in ("seconds", "audio_seconds", "rtfx")}
     write_json(out / "result.json", result)
-    write_report(out / "run", out / "report.html", results=result, rows=rows, title="las_fast demo: a spoken corpus")
+    decoded = DecodedSplit([Decoded(*row) for row in rows], result)
+    write_report(out / "run", out / "report.html", title="las_fast demo: a spoken corpus", decoded=decoded)
     return result, rows
 
 

@@ -11,6 +11,7 @@ from tiny_corpora import make_archive, make_manifest
 
 from las_fast import report
 from las_fast.errors import InputError
+from las_fast.output.mistakes import Decoded
 
 ROWS = [
     {"id": "dev-0", "text": "A CAT", "reference": "A BAT", "words": [{"word": "A", "confidence": 0.9},
@@ -52,7 +53,7 @@ def test_one_run_is_reported_in_its_folder(tmp_path, capsys):
 
 def test_several_runs_are_compared_in_a_named_file(tmp_path, capsys):
     runs = [make_run(tmp_path / name) for name in "abc"]
-    assert "3 runs need a name for their page; give --out FILE.html" in fail(capsys, *runs)
+    assert "a comparison of 3 runs needs a file; give --out FILE.html" in fail(capsys, *runs)
     report.main([*map(str, runs), "--out", str(tmp_path / "new" / "all.html")])
     page = (tmp_path / "new" / "all.html").read_text(encoding="utf-8")
     assert "<h1>Trainings a, b and c</h1>" in page and "<h2>Different settings</h2>" in page
@@ -84,6 +85,20 @@ def test_the_worst_utterances_can_be_heard(tmp_path, capsys):
     assert np.abs(heard).max() == pytest.approx(np.abs(original).max(), rel=0.3)
 
 
+def test_an_id_that_two_splits_share_plays_the_recording_of_its_reference(tmp_path, capsys):
+    manifest = make_manifest(tmp_path / "data", suffix=".jsonl", utterances=2)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    texts = ["A cat.", "A dog", "A BAT", "A DOG"]  # of train-0, train-1, dev-0, dev-1
+    lines = [row | {"id": row["id"][-1], "transcript": text} for row, text in zip(rows, texts, strict=True)]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    decoded = [Decoded("0", "A BAT", ""), Decoded("1", "A DOG", ""), Decoded("train/0", "A CAT", "")]
+    audio = report.recordings(manifest, decoded)
+    assert capsys.readouterr().out == "left out: 2 splits have an utterance 1\n" and list(audio) == ["0", "train/0"]
+    for name, path in (("0", "dev-0"), ("train/0", "train-0")):
+        samples, _ = soundfile.read(tmp_path / "data" / "audio" / f"{path}.wav", dtype="float32")
+        assert audio[name] == report.as_mp3(samples)
+
+
 def test_recordings_of_another_corpus_or_of_features_are_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     rows = write_rows(tmp_path / "dev.jsonl", [{**ROWS[0], "id": "unknown"}])
@@ -105,6 +120,9 @@ def test_recordings_of_another_corpus_or_of_features_are_refused(tmp_path, capsy
         (b"id,label\n0,A\n", "line 1, is not an utterance"),
         (b"\xff\xfe\n", "line 1, is not an utterance"),
         (b'{"id": "a", "text": "A"}\n', "has no references to compare with"),
+        (b'{"id": "a", "text": "A", "reference": null}\n', "has no references to compare with"),
+        (b'{"id": "a", "text": "A", "reference": 3}\n', "line 1, is not an utterance"),
+        (b'{"id": "a", "text": null, "reference": "A"}\n', "line 1, is not an utterance"),
         (b"", "has no references to compare with"),
     ],
 )
@@ -112,6 +130,7 @@ def test_a_file_that_is_no_decoding_is_refused(tmp_path, capsys, content, proble
     run = make_run(tmp_path / "run")
     (tmp_path / "dev.jsonl").write_bytes(content)
     assert problem in fail(capsys, run, "--decode", tmp_path / "dev.jsonl")
+    assert f"--decode {run} is a folder; give the --jsonl file" in fail(capsys, run, "--decode", run)
     assert not (run / "report.html").exists()
 
 
@@ -126,7 +145,9 @@ def test_words_count_only_if_each_has_a_confidence():
         ("A", 0.5),
         ("B", 1.0),
     )
-    for words in (None, [], ["A"], [{"word": "A"}], [{"word": "A", "confidence": None}], {"word": "A"}):
+    assert report._words([{"word": "A", "confidence": 10**400}]) == (("A", 1.0),)
+    nan = [{"word": "A", "confidence": float("nan")}]
+    for words in (nan, None, [], ["A"], [{"word": "A"}], [{"word": "A", "confidence": None}], {"word": "A"}):
         assert report._words(words) == ()
 
 

@@ -1,10 +1,11 @@
-"""Sections of a report on decoded utterances: the worst, confused characters, error by length and by confidence."""
+"""Sections of a report on a decoded split: worst utterances, confused characters, error by length and confidence."""
 
 from __future__ import annotations
 
 import html
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,15 @@ class Decoded(NamedTuple):
         from Levenshtein import distance
 
         return 100 * distance(self.reference, self.hypothesis) / max(1, len(self.reference))
+
+
+@dataclass(frozen=True)
+class DecodedSplit:
+    """What a report shows of a decoding; by default nothing."""
+
+    utterances: Sequence[Decoded] = ()
+    results: Mapping[str, float] = field(default_factory=dict)  # any of utterances, ld, cer, wer and rtfx
+    audio: Mapping[str, str] = field(default_factory=dict)  # data URLs of recordings by utterance id, for some or all
 
 
 # --------------------------------------------------------------------------------------------------------- Utterances

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from las_fast.errors import InputError
 from las_fast.output.figures import Curve, legend
-from las_fast.output.mistakes import figure
+from las_fast.output.mistakes import DecodedSplit, figure
 from las_fast.training.report import (
+    NOTHING_DECODED,
     attention_figure,
     decoding_sections,
     headline,
@@ -35,23 +36,25 @@ def write_comparison(
     paths: Sequence[str | Path],
     out: str | Path,
     *,
-    results: dict,
-    rows: Sequence[tuple],
     title: str,
-    audio: Mapping[str, str] | None = None,
+    decoded: DecodedSplit = NOTHING_DECODED,
 ) -> None:
-    """Write the report of several trainings as one HTML file; arguments and errors are those of write_report."""
+    """Write the report of several trainings as one HTML file; see write_report.
+
+    Raises:
+        InputError: as write_report, or a run is given twice, or there are more runs than STYLES.
+    """
     if len(paths) > len(STYLES):
-        raise InputError(f"at most {len(STYLES)} runs can be told apart in a figure; got {len(paths)}")
+        raise InputError(f"a comparison has colours and dashes for {len(STYLES)} runs; got {len(paths)}; give fewer")
     runs = open_runs(paths)
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        headline(results) if results else "",
+        headline(decoded.results) if decoded.results else "",
         _summary(runs),
         _curves(runs),
         _differences(runs),
         _attention(runs),
-        *decoding_sections(rows, audio or {}),
+        *decoding_sections(decoded),
         origins(runs),
         settings(runs),
     ]

@@ -7,49 +7,47 @@ import html
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from las_fast.files import first_line, write_text_atomically
 from las_fast.output.figures import Curve, draw_attention
-from las_fast.output.mistakes import Decoded, confusions, error_curves, figure, utterances
+from las_fast.output.mistakes import DecodedSplit, confusions, error_curves, figure, utterances
 from las_fast.training.monitor import THRESHOLDS
 from las_fast.training.runs import Run, epoch_of, open_runs, read_attention
 
 TEMPLATE = Path(__file__).with_name("report.html")  # with @title@ and @body@
 MAX_PICTURES = 6  # of the attention over epochs
+NOTHING_DECODED = DecodedSplit()
 
 
 def write_report(
     run: str | Path,
     out: str | Path,
     *,
-    results: dict,
-    rows: Sequence[tuple],
     title: str,
-    audio: Mapping[str, str] | None = None,
+    decoded: DecodedSplit = NOTHING_DECODED,
 ) -> None:
-    """Write the report of a training and its decoded utterances as one HTML file.
+    """Write the report of a training as one HTML file.
 
     Args:
         run:     run folder, with log.jsonl and perhaps config.yaml, attention/ and starts.jsonl.
         out:     the HTML file.
-        results: any of utterances, ld, cer, wer, rtfx, seconds, audio_seconds; empty for those of the best validation.
-        rows:    fields of a Decoded for each decoded utterance, at least (id, reference, hypothesis).
-        audio:   data URLs of recordings by utterance id.
+        title:   heading of the page.
+        decoded: split that the model decoded. Without results, the headline has those of the best validation.
 
     Raises:
-        InputError: run is not a run folder, or out cannot be written.
+        InputError: run is not a run folder, its attention is damaged, or out cannot be written.
     """
     (opened,) = open_runs([run])
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        headline(results) if results else headline(run_results(opened), "dev, greedy"),
+        headline(decoded.results) if decoded.results else headline(run_results(opened), "dev, greedy"),
         _training(opened),
         _attention(opened),
-        *decoding_sections(rows, audio or {}),
+        *decoding_sections(decoded),
         _speed(opened),
         _validations(opened),
         origins([opened]),
@@ -70,10 +68,10 @@ def is_report(path: Path) -> bool:
     return first_line(path) == TEMPLATE.read_text(encoding="utf-8").partition("\n")[0]
 
 
-def decoding_sections(rows: Sequence[tuple], audio: Mapping[str, str]) -> list[str]:
-    """Return the sections on decoded utterances; [] if there are none."""
-    decoded = [Decoded(*row) for row in rows]
-    return [utterances(decoded, audio), confusions(decoded), error_curves(decoded)] if decoded else []
+def decoding_sections(decoded: DecodedSplit) -> list[str]:
+    """Return the sections on a decoded split; [] if it has no utterances."""
+    rows = decoded.utterances
+    return [utterances(rows, decoded.audio), confusions(rows), error_curves(rows)] if rows else []
 
 
 # ----------------------------------------------------------------------------------------------------------- Headline

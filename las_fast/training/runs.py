@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import zipfile
@@ -58,6 +59,7 @@ class Run:
 
     @cached_property
     def starts(self) -> list[dict]:
+        """The lines of starts.jsonl."""
         return read_starts(self.path)
 
     @property
@@ -67,31 +69,31 @@ class Run:
 
     @property
     def best(self) -> dict | None:
-        """The validation with the lowest CER."""
-        rows = [row for row in self.valid if _is_number(row.get("cer"))]
+        """The log row of the validation with the lowest CER, or None."""
+        rows = [row for row in self.valid if "cer" in row]
         return min(rows, key=lambda row: row["cer"], default=None)
 
     @property
     def frame_seconds(self) -> float | None:
-        """Duration of an encoder frame, if the settings are known."""
+        """Seconds per encoder frame; None if the settings are unknown."""
         return None if self.config is None else frame_seconds(self.config)
 
     @property
     def attention_files(self) -> list[Path]:
-        """attention/epoch-EPOCH.npz by epoch."""
+        """The files attention/epoch-EPOCH.npz in the order of their epochs."""
         files = (self.path / "attention").glob("epoch-*.npz")
         return sorted((path for path in files if re.fullmatch(r"epoch-\d+(\.\d+)?", path.stem)), key=epoch_of)
 
 
 def frame_seconds(config: Config) -> float:
-    """Return the duration of an encoder frame."""
+    """Return the seconds per encoder frame."""
     from las_fast.data.features import seconds_of  # imports torch
 
     return seconds_of(config.model.listener.time_reduction, config.features)
 
 
 def open_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Open run folders, with the shortest names that distinguish them.
+    """Open run folders; their names are the last parts of the paths, as few as make them different.
 
     Raises:
         InputError: a path is not a run folder, or is given twice.
@@ -107,21 +109,32 @@ def open_runs(paths: Sequence[str | Path]) -> list[Run]:
 def read_log(run: str | Path) -> list[dict]:
     """Return the rows of run/log.jsonl that have an epoch.
 
+    Values that are not finite numbers are left out, except the text `line` and the dict `monitor`.
+
     Raises:
         InputError: there is no log. The error names the runs nearby.
     """
     path = Path(run)
     if (path / LOG).is_file():
-        rows = [row for row in read_rows(path / LOG) if _is_number(row.get("epoch"))]
-        return [row if isinstance(row.get("monitor", {}), dict) else {**row, "monitor": {}} for row in rows]
+        return [row for row in map(_clean, read_rows(path / LOG)) if "epoch" in row]
     problem = f"{path} does not exist" if not path.exists() else f"{path} has no {LOG}, so it is not a run folder"
     if path.is_file():
-        problem = f"{path} is a file; a run is the --out folder of a training"
+        problem = f"{path} is a file, not a run folder"
     near = nearby_runs(path)
     advice = f"; did you mean {' or '.join(map(str, near))}?" if near else ""
     if not advice and not path.exists():
         advice = nearest_path_hint(path)
     raise InputError(problem + (advice or "; give the --out folder of a training"))
+
+
+def _clean(row: dict) -> dict:
+    """Return a row of a log with finite numbers, `kind` and `line`, and in `monitor` finite numbers and `formed`."""
+    monitor = row.get("monitor", {})
+    numbers = {key: value for key, value in row.items() if _is_number(value) or key in ("kind", "line")}
+    if "monitor" not in row:
+        return numbers
+    known = monitor.items() if isinstance(monitor, dict) else ()
+    return {**numbers, "monitor": {key: value for key, value in known if _is_number(value) or key == "formed"}}
 
 
 def nearby_runs(path: Path) -> list[Path]:
@@ -136,7 +149,7 @@ def nearby_runs(path: Path) -> list[Path]:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the last parts of the paths, as many as needed to tell them apart."""
+    """Return the last parts of each path, as few as make all names different."""
     full = [Path(os.path.abspath(path)).parts for path in paths]
     for count in range(1, max(map(len, full)) + 1):
         names = ["/".join(parts[-count:]) for parts in full]
@@ -161,7 +174,11 @@ def read_attention(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a value of JSON is a finite number that fits a float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 300 digits
+        return False
 
 
 def epoch_of(path: Path) -> float:

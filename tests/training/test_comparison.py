@@ -9,6 +9,7 @@ import pytest
 
 from las_fast.config import Config, to_yaml
 from las_fast.errors import InputError
+from las_fast.output.mistakes import Decoded, DecodedSplit
 from las_fast.training import report
 from las_fast.training.comparison import STYLES, differing_settings, write_comparison
 from las_fast.training.runs import open_runs
@@ -41,7 +42,8 @@ def drawn(monkeypatch):
 
 
 def page_of(tmp_path, *paths, rows=()):
-    write_comparison(paths, tmp_path / "r.html", results={}, rows=rows, title="two")
+    decoded = DecodedSplit([Decoded(*row) for row in rows])
+    write_comparison(paths, tmp_path / "r.html", title="two", decoded=decoded)
     return (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
@@ -98,6 +100,6 @@ def test_runs_without_validations_or_pictures_are_compared_too(tmp_path):
 
 
 def test_more_runs_than_styles_are_refused(tmp_path):
-    with pytest.raises(InputError, match=f"at most {len(STYLES)} runs .* got {len(STYLES) + 1}"):
+    with pytest.raises(InputError, match=f"dashes for {len(STYLES)} runs; got {len(STYLES) + 1}; give fewer"):
         page_of(tmp_path, *[tmp_path] * (len(STYLES) + 1))
     assert len(set(STYLES)) == 24

@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from las_fast.config import Config, FeatureConfig, to_yaml
 from las_fast.errors import InputError
 from las_fast.output import figures
+from las_fast.output.mistakes import Decoded, DecodedSplit
 from las_fast.training import report, runs
 from las_fast.training.origin import read_starts, write_start
 
@@ -55,7 +56,8 @@ def write_run(run, *, epochs=4, formed=3, pictures=True):
 def make(tmp_path, rows=ROWS, title="A title", **options):
     run = write_run(tmp_path / "run", **options)
     results = {"utterances": len(rows), "ld": 1.25, "cer": 12.345, "wer": 20.0, "rtfx": 123.4, "seconds": 1.0}
-    report.write_report(run, tmp_path / "report.html", results=results, rows=rows, title=title)
+    decoded = DecodedSplit([Decoded(*row) for row in rows], results)
+    report.write_report(run, tmp_path / "report.html", title=title, decoded=decoded)
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -242,7 +244,7 @@ def test_empty_sections_are_left_out(tmp_path, fake_drawing):
         assert "<summary>Settings</summary>" in full and "<summary>Validations</summary>" in full
         path = tmp_path / "b" / "run" / name
         path.unlink() if name == "config.yaml" else path.write_text("")
-    report.write_report(tmp_path / "b" / "run", tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(tmp_path / "b" / "run", tmp_path / "r.html", title="x")
     bare = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<summary>" not in bare and bare.count("No values were logged") == 2 and "None" not in full + empty + bare
 
@@ -258,7 +260,7 @@ def test_the_curves_show_total_speller_and_dev_loss_and_dev_error(tmp_path):
     ]
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(re.sub(r', "attention": [\d.]+', "", log.read_text()))
-    report.write_report(tmp_path / "run", tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(tmp_path / "run", tmp_path / "r.html", title="x")
     assert "training, speller" not in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
@@ -267,7 +269,7 @@ def test_pictures_show_seconds_if_the_settings_are_known(tmp_path, fake_drawing,
     run = write_run(tmp_path / "run", epochs=1)
     if not config:
         (run / "config.yaml").unlink()
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(run, tmp_path / "r.html", title="x")
     seconds = pytest.approx(0.08) if config else None
     assert fake_drawing == [("A B", {"frame_seconds": seconds, "in_page": True})]
 
@@ -317,7 +319,7 @@ def test_a_log_of_an_earlier_version_shows_its_audio_gain(tmp_path):
     run = write_run(tmp_path / "run", epochs=1, pictures=False)
     log = run / "log.jsonl"
     log.write_text(log.read_text().replace('"diagonal": 0.5', '"heard": 1.25, "diagonal": 0.5'))
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(run, tmp_path / "r.html", title="x")
     assert (tmp_path / "r.html").read_text(encoding="utf-8").count('<td class="rate">1.25</td>') == 1
 
 
@@ -346,7 +348,7 @@ def test_a_run_without_validations_or_pictures_still_reports(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.jsonl").write_text("")
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="empty")
+    report.write_report(run, tmp_path / "r.html", title="empty")
     assert "No values were logged" in (tmp_path / "r.html").read_text()
 
 
@@ -444,7 +446,7 @@ def test_long_curves_are_means_over_equal_parts():
 
 def test_a_folder_without_a_log_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="has no log.jsonl, so it is not a run folder"):
-        report.write_report(tmp_path, tmp_path / "r.html", results={}, rows=[], title="x")
+        report.write_report(tmp_path, tmp_path / "r.html", title="x")
     assert not (tmp_path / "r.html").exists()
 
 
@@ -458,7 +460,7 @@ def test_the_page_shows_command_commit_machine_and_date_of_each_start(tmp_path, 
     run = write_run(tmp_path / "run")
     write_start(run, ["--out", "<run>"], step=0, device="cpu")
     write_start(run, ["--resume"], step=7, device="cpu")
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(run, tmp_path / "r.html", title="x")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "python -m las_fast.train --out &#x27;&lt;run&gt;&#x27;" in page and "from step 7" in page
     for value in (read_starts(run)[0][name] for name in ("machine", "commit", "version")):
@@ -472,7 +474,7 @@ def test_a_training_without_decoding_shows_its_best_validation_speed_and_memory(
     for i, row in enumerate(rows):
         row |= {"peak_gib": 0.25 * (i + 1)} if row["kind"] == "valid" else {"speed": 10.0 * (i + 1), "waiting": 0.5}
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(run, tmp_path / "r.html", title="x")
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     tiles = re.findall(r"<b>(.*?)</b><span>(.*?)</span>", page)
     assert tiles == [("22.50 %", "CER"), ("24.75 %", "WER"), ("2.25", "LD"), ("4", "epochs"), ("40 ×", "speed"),
@@ -484,7 +486,7 @@ def test_a_training_without_decoding_shows_its_best_validation_speed_and_memory(
 def test_settings_of_another_version_are_shown_as_they_are(tmp_path, fake_drawing):
     run = write_run(tmp_path / "run")
     (run / "config.yaml").write_text("settings_of_1999: 1\n")
-    report.write_report(run, tmp_path / "r.html", results={}, rows=[], title="x")
+    report.write_report(run, tmp_path / "r.html", title="x")
     assert "settings_of_1999: 1" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert fake_drawing[0][1]["frame_seconds"] is None
 

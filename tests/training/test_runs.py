@@ -15,7 +15,7 @@ def make_run(path, *rows):
     return path
 
 
-def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path):
+def test_runs_have_the_shortest_names_that_differ(tmp_path):
     paths = [make_run(tmp_path / name) for name in ("a/run", "b/run")]
     assert [run.name for run in open_runs(paths)] == ["a/run", "b/run"]
     assert [run.name for run in open_runs([paths[0], make_run(tmp_path / "other")])] == ["run", "other"]
@@ -40,6 +40,17 @@ def test_rows_of_other_programs_and_files_of_other_names_are_left_out(tmp_path):
     for name in ("epoch-0010.00", "epoch-0002.50", "epoch-x", "epoch-1-old"):
         (run.path / "attention" / f"{name}.npz").touch()
     assert [path.stem for path in run.attention_files] == ["epoch-0002.50", "epoch-0010.00"]
+
+
+def test_values_that_are_not_finite_numbers_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "log.jsonl").write_text(
+        '{"kind": "valid", "step": 1, "epoch": NaN}\n{"kind": "valid", "step": 2, "epoch": Infinity}\n'
+        '{"kind": "valid", "step": 3, "epoch": 3.0, "cer": "low", "loss": null, "ld": 1' + 400 * "0" + ", "
+        '"line": "formed", "monitor": {"sharp": "x", "coverage": 0.5, "formed": true}}\n'
+    )
+    monitor = {"coverage": 0.5, "formed": True}
+    assert read_log(run) == [{"kind": "valid", "step": 3, "epoch": 3.0, "line": "formed", "monitor": monitor}]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x93NUMPY\x01\x00"])
@@ -67,7 +78,7 @@ def test_one_run_given_twice_is_refused(tmp_path):
         ("runs/zzzzzz", "does not exist", ["runs/deep/two", "runs/one"]),
         ("runs", "has no log.jsonl, so it is not a run folder", ["runs/one", "runs/deep/two"]),
         ("runs/one/attention", "has no log.jsonl", ["runs/one"]),
-        ("runs/one/log.jsonl", "is a file; a run is the --out folder", ["runs/one"]),
+        ("runs/one/log.jsonl", "is a file, not a run folder", ["runs/one"]),
     ],
 )
 def test_an_error_for_another_folder_names_the_runs_nearby(tmp_path, given, problem, suggested):
