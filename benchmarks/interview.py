@@ -23,10 +23,11 @@ import soundfile
 
 import las_fast
 from benchmarks.rows import CONTEXT, RESULTS, append_rows, context
+from benchmarks.splits import add_split_options, utterances_of
 from las_fast.cli import run
-from las_fast.data.audio import load_audio
+from las_fast.data.audio import load_utterance
 from las_fast.data.corpus import Utterance
-from las_fast.data.layouts import open_corpus
+from las_fast.errors import InputError
 from las_fast.output.metrics import score
 from las_fast.output.subtitles import MAX_PAUSE, MAX_SECONDS, MIN_SECONDS, Cue, SubtitleSize, make_cues
 from las_fast.output.transcripts import Word
@@ -53,7 +54,7 @@ def make_interview(utterances: list[Utterance], seconds: float, seed: int) -> tu
     parts, bounds, time = [np.zeros(RATE, np.float32)], [], 1.0
     while time < seconds:
         for i in rng.permutation(len(utterances)):
-            speech = load_audio(utterances[i].path, RATE)
+            speech = load_utterance(utterances[i], RATE)
             pause = int(rng.uniform(*PAUSE) * RATE)
             bounds.append((time, time + len(speech) / RATE, utterances[i].transcript))
             parts += [speech * (LEVEL / np.sqrt(np.mean(speech**2))), np.zeros(pause, np.float32)]
@@ -96,17 +97,15 @@ def utterances_per_cue(cues: list[Cue], bounds: list[tuple]) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interview", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--data", required=True, help="manifest of the recordings")
-    parser.add_argument("--split", default="dev")
-    parser.add_argument("--source", default="librispeech", help="first letters of the path of the utterances used")
-    parser.add_argument("--checkpoint", default="speech13h", help="run folder, checkpoint file or released name")
+    add_split_options(parser, FILE, checkpoint="speech13h")
+    parser.add_argument("--source", default="librispeech", help="text in the paths of the utterances to use")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-boundaries", action="store_true", help="do not transcribe at the true boundaries")
-    parser.add_argument("--record", action="store_true", help="append the row to benchmarks/results/interview.csv")
     options = parser.parse_args(argv)
-    corpus = open_corpus(options.data)
-    utterances = [u for u in corpus.utterances(options.split) if options.source in str(u.path)]
+    utterances = [u for u in utterances_of(options.data, options.split) if options.source in str(u.path)]
+    if not utterances:
+        raise InputError(f"no path of --split {options.split} contains {options.source!r}; give another --source")
     samples, bounds = make_interview(utterances, options.minutes * 60, options.seed)
     row = measure(samples, bounds, options)
     print("\n".join(f"{name:20} {value}" for name, value in row.items()))

@@ -1,12 +1,12 @@
-"""Fit how the error rate falls with the hours of training speech, and predict it for more hours.
+"""Fit the error rate as a function of the hours of training speech, and predict it for more hours.
 
     python -m benchmarks.learning_curve runs/1h runs/3h runs/6h speech13h --data ROOT [--record]
     python -m benchmarks.learning_curve
 
 The checkpoints differ in data.hours, and in epochs so that each is trained long enough. The first form decodes the dev
 split with each checkpoint, greedily and with its own settings; --record appends the rows to learning_curve.csv. Both
-forms print a table and draw the recorded rows. The fit is error = c * hours ** -slope, by least squares on logarithms.
-The range of a prediction spans the fits that leave out one training each.
+forms print and draw the recorded rows, together with new ones. The fit is error = c * hours ** -slope, by least squares
+on logarithms. The range of a prediction is that of the fits that leave out one training each.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ COLOURS = ("#b5651d", "#0b6e4f", "#4f6d9a")
 
 
 def training_hours(loaded: Loaded, corpus: Corpus) -> float:
-    """Return the hours that a model was trained on: data.hours, or the total of its training splits.
+    """Return the hours of speech that a model was trained on: data.hours, or the total of its training splits.
 
     Raises:
-        InputError: the corpus does not give the duration of its recordings.
+        InputError: the corpus does not state the durations of its recordings.
     """
     if loaded.config.data.hours:
         return loaded.config.data.hours
@@ -55,7 +55,7 @@ def measure(name: str, options: argparse.Namespace) -> list[tuple]:
     loaded, corpus = load_model(name), open_corpus(options.data)
     labels = (Path(name).name, Path(options.data).resolve().name, f"{training_hours(loaded, corpus):.3g}")
     decoding = loaded.config.decoding
-    ways = {"greedy": replace(decoding, beam=1, ctc_weight=0.0, ngram_weight=0.0), "beam and CTC": decoding}
+    ways = {"greedy": replace(decoding.attention_only(), beam=1), "beam and CTC": decoding}
     options.split = "dev"
     dataset = open_split(options, loaded)
     ngram_table = load_ngram_table(None, decoding, loaded, "cpu")
@@ -74,7 +74,10 @@ def fit(hours: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
 
 
 def predict(hours: np.ndarray, errors: np.ndarray, at: float) -> tuple[float, float, float]:
-    """Return the error predicted at `at` hours, and the range (low, high) of the fits that leave one point out."""
+    """Return (prediction, low, high) of the error at `at` hours; the range is that of the fits without one point.
+
+    With two points, which leave one for such a fit, the range is the prediction.
+    """
     indices = np.arange(len(hours))
     subsets = [indices] + [indices[indices != i] for i in indices if len(hours) > 2]
     predictions = [c * at**-slope for c, slope in (fit(hours[subset], errors[subset]) for subset in subsets)]
@@ -82,13 +85,13 @@ def predict(hours: np.ndarray, errors: np.ndarray, at: float) -> tuple[float, fl
 
 
 def points(rows: list[dict[str, str]], way: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return hours (N,), ascending, and errors (N,) for one decoding; the last row wins if hours are equal."""
+    """Return the hours (N,), ascending, and the errors (N,) of one decoding; of rows with equal hours, the last one."""
     errors = {float(row["hours"]): float(row[metric]) for row in rows if row["way"] == way}
     return np.array(sorted(errors)), np.array([errors[hours] for hours in sorted(errors)])
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return a Markdown table with a line per metric and decoding: measured errors, then predictions."""
+    """Return a Markdown table with a line per metric and decoding: measured errors, predictions, and the slope."""
     ways = list(dict.fromkeys(row["way"] for row in rows))
     measured = points(rows, ways[0], "cer")[0]
     heads = [*(f"{hours:g} h" for hours in measured), *(f"{at:g} h, predicted" for at in PREDICTED_HOURS), "slope"]
@@ -105,7 +108,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def draw(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a PNG of CER over hours on logarithmic axes; predictions are dashed lines and hollow points."""
+    """Write a PNG of CER over hours on logarithmic axes; dashed lines and hollow points are predictions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -141,11 +144,11 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning_curve", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="*", help="run folders, checkpoint files or released names")
-    parser.add_argument("--data", help="corpus, as for las_fast.decode")
+    parser.add_argument("--data", help="corpus of the dev split, as for las_fast.decode")
     parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
     options = parser.parse_args(argv)
     if options.checkpoints and not options.data:
-        raise InputError("checkpoints are decoded on the dev split of --data ROOT, which is missing; add it")
+        raise InputError("the checkpoints decode the dev split of a corpus; give it with --data ROOT")
     new_rows = [row for name in options.checkpoints for row in measure(name, options)]
     if options.record:
         append_rows(FILE, COLUMNS, new_rows)

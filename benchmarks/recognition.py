@@ -1,11 +1,11 @@
-"""Summarise a training as a row of benchmarks/results/recognition.csv: the change that it tried, and its best scores.
+"""Summarise a training as a row of benchmarks/results/recognition.csv: what was tried, and its scores.
 
     python -m benchmarks.recognition RUN --data NAME --what "speed perturbation 0.15 instead of 0.1" [--record]
     python -m benchmarks.recognition --table
 
-Scores are those of the validations: greedy decoding of the dev split. "formed" is the first epoch from which the
-monitor finds the attention formed at every validation. --record also appends the validations, with the monitor's
-values, to benchmarks/results/validations.csv. --table also draws them all to benchmarks/results/plots/monitor.png.
+Scores are those of the validations: greedy decoding of the dev split. "formed" is the first epoch from which on the
+monitor says "formed" at every validation. --record also appends the validations, with the monitor's values, to
+benchmarks/results/validations.csv. --table also draws all recorded validations to benchmarks/results/plots/monitor.png.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ TABLE_HEADS = {
 
 
 def read_validations(run: Path) -> list[dict]:
-    """Return the validations in the log of a run folder.
+    """Return the log rows of the validations of a run folder.
 
     Raises:
-        InputError: the folder has no log, or no validation yet.
+        InputError: the folder has no log or no validation yet, or a validation lacks scores or the monitor's values.
     """
     log = run / "log.jsonl"
     if not log.is_file():
@@ -59,16 +59,24 @@ def read_validations(run: Path) -> list[dict]:
     rows = [row for row in runlog.read_rows(log) if row["kind"] == "valid"]
     if not rows:
         raise InputError(f"{run} has no validation yet; wait for the first one")
+    for row in rows:
+        values = [row.get("epoch"), row.get("loss"), row.get("cer"), row.get("ld")]
+        values += [(row.get("monitor") or {}).get(name) for name in THRESHOLDS]
+        if any(not isinstance(value, int | float) for value in values):
+            raise InputError(
+                f"the validation at step {row['step']} of {run} lacks scores or values of the monitor, such as the "
+                "audio gain, which needs two dev utterances in a batch; summarise another training"
+            )
     return rows
 
 
 def formed(values: Mapping[str, float | str]) -> bool:
-    """Return the monitor's verdict by its current thresholds, which may differ from those of the training."""
+    """Return the monitor's verdict by its current thresholds, which may differ from those at the time."""
     return all(float(values[name]) >= threshold for name, threshold in THRESHOLDS.items())
 
 
 def first_formed(rows: list[dict]) -> int:
-    """Return the index of the first validation from which the attention stays formed; len(rows) if it is not."""
+    """Return the index of the validation from which on the attention is formed; len(rows) if it is not at the end."""
     first = len(rows)
     while first and formed(rows[first - 1]["monitor"]):
         first -= 1
@@ -116,17 +124,22 @@ def verdict_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def corpus_of(row: dict[str, str]) -> str:
+    """Return the first word of the data of a row, such as "an4" for "an4, half of it"."""
+    return (row["data"].replace(",", " ").split() or ["unnamed data"])[0]
+
+
 def draw(path: Path, rows: list[dict[str, str]]) -> None:
     """Write a PNG of the dev loss over epochs, a line per training, with dots coloured by the monitor's verdict."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    corpora = list(dict.fromkeys(row["data"].split(",")[0].split()[0] for row in rows))
+    corpora = list(dict.fromkeys(map(corpus_of, rows)))
     figure = Figure(figsize=(5.2 * len(corpora), 4.2), layout="constrained")
     for axes, corpus in zip(np.atleast_1d(figure.subplots(1, len(corpora), sharey=True)), corpora, strict=True):
         runs: dict[str, list[dict[str, str]]] = {}
         for row in rows:
-            if row["data"].startswith(corpus):
+            if corpus_of(row) == corpus:
                 runs.setdefault(row["run"], []).append(row)
         for members in runs.values():
             _draw_run(axes, members)

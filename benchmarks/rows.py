@@ -41,5 +41,5 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def current_commit() -> str:
-    """Return the abbreviated commit, followed by + if tracked files differ from it; "unknown" without git."""
+    """Return the abbreviated commit of this clone; see las_fast.system.current_commit."""
     return system.current_commit(RESULTS.parents[1])

@@ -1,21 +1,22 @@
-"""Score a checkpoint with several decoding settings, on each part of a split, batched and one utterance at a time.
+"""Score a checkpoint with several decoding settings on each part of a split, in batches and one utterance at a time.
 
     python -m benchmarks.scores --checkpoint RUN --data ROOT [--lm FILE] [--by source] [--record]
 
-The settings range from greedy search to the checkpoint's own; those between leave out CTC or the language model. --by
-divides the split by a column of its manifest, such as source. Every utterance is also decoded alone, to check that the
-text does not depend on the batch.
+The settings range from greedy search to the checkpoint's own; those between leave out CTC, the language model or both.
+--by divides the split by a column of its manifest, such as source. Every utterance is also decoded alone, to check that
+its text does not depend on the batch.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.rows import RESULTS, append_rows, context
+from benchmarks.splits import add_split_options
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
 from las_fast.config import DecodingConfig
@@ -34,7 +35,7 @@ COLUMNS = ("date", "commit", "checkpoint", "data", "split", "part", "way", "utte
 
 def decodings(base: DecodingConfig, beam: int) -> dict[str, DecodingConfig]:
     """Return decoding settings by name: greedy, beam, and with CTC and a language model if `base` uses them."""
-    attention = replace(base, beam=beam, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    attention = replace(base.attention_only(), beam=beam)
     settings = {"greedy": replace(attention, beam=1), "beam": attention}
     if base.ctc_weight:
         settings["beam, CTC"] = replace(attention, ctc_weight=base.ctc_weight)
@@ -52,13 +53,19 @@ def select(settings: dict[str, DecodingConfig], options: argparse.Namespace) -> 
     """
     indices = range(len(settings)) if options.ways is None else options.ways
     if not set(indices) <= set(range(len(settings))) or not indices:
-        raise InputError(f"--ways takes indices from 0 to {len(settings) - 1} ({', '.join(settings)}); got {indices}")
+        names = "; ".join(f"{i}: {name}" for i, name in enumerate(settings))
+        raise InputError(f"--ways takes indices from 0 to {len(settings) - 1} ({names}); got {list(indices)}")
     suffix = "" if options.backend == "auto" else f", {options.backend}"
     return {f"{name}{suffix}": settings[name] for i, name in enumerate(settings) if i in indices}
 
 
-def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
+def parts(ids: list[str], root: Path, splits: Sequence[str], column: str) -> dict[str, list[int]]:
     """Group utterance indices by a column of the manifest `root`, after a group "all" of every utterance.
+
+    Args:
+        ids:    of the utterances; SPLIT/ID if the splits share ids.
+        splits: names of the splits that the utterances are from.
+        column: "" for the group "all" alone.
 
     Raises:
         InputError: `root` is not a manifest, or a line has no such column.
@@ -67,7 +74,10 @@ def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
     if column:
         if not root.is_file():
             raise InputError(f"{root} is not a manifest, so it has no column {column!r}; leave out --by")
-        rows = rows_by_id(root)
+        rows = {}
+        for split in splits:
+            for name, row in rows_by_id(root, split).items():
+                rows[name] = rows[f"{split}/{name}"] = row
         if any(column not in row for row in rows.values()):
             raise InputError(f"{root} does not have column {column!r} on every line; choose another or leave out --by")
         for i, name in enumerate(ids):
@@ -77,7 +87,14 @@ def parts(ids: list[str], root: Path, column: str) -> dict[str, list[int]]:
 
 def measure(loaded: Loaded, dataset: SpeechDataset, settings: dict[str, DecodingConfig], ngram_table,
             groups: dict[str, list[int]], backend: str) -> Iterator[tuple]:  # fmt: skip
-    """Yield (part, way, utterances, LD, CER, WER, texts that differ when each utterance is decoded alone)."""
+    """Yield a row per setting and part: the last columns of COLUMNS, from part to other_alone.
+
+    Args:
+        settings:    decoding settings by name.
+        ngram_table: see load_ngram_table.
+        groups:      utterance indices of each part.
+        backend:     see beam_search.
+    """
     batched = decode_grid(loaded, dataset, list(settings.values()), ngram_table, "cpu", backend)
     one_by_one = [replace(decoding, frames_per_batch=1) for decoding in settings.values()]
     single = decode_grid(loaded, dataset, one_by_one, ngram_table, "cpu", backend)
@@ -101,21 +118,19 @@ def markdown(rows: list[tuple]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scores", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint file or released name")
-    parser.add_argument("--data", required=True, help="corpus, as for las_fast.decode")
-    parser.add_argument("--split", default="dev")
+    add_split_options(parser, FILE)
     parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
     parser.add_argument("--beam", type=int, default=8)
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
     parser.add_argument("--ways", type=int, nargs="*", help="indices of the settings to use, from 0 (default: all)")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="backend of the search")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
     decoding = with_default_weight(loaded.config.decoding, options.lm)
     ngram_table = load_ngram_table(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
-    groups = parts(dataset.ids, open_corpus(options.data).root, options.by)
+    corpus = open_corpus(options.data)
+    groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
     settings = select(decodings(decoding, options.beam), options)
     rows = list(measure(loaded, dataset, settings, ngram_table, groups, options.backend))
     print(markdown(rows))

@@ -246,6 +246,10 @@ class DecodingConfig:
     # dtype of matmuls; int8 is for the speller on a CPU and implies bf16 for the listener; auto: fp32
     precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
 
+    def attention_only(self) -> DecodingConfig:
+        """Return the settings for a search with the speller alone, without CTC and a language model."""
+        return dataclasses.replace(self, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+
 
 @dataclass(frozen=True)
 class Config:

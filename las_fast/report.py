@@ -171,7 +171,7 @@ def recordings(root: Path, rows: Sequence[Decoded]) -> dict[str, str]:
     Raises:
         InputError: root has no recordings, or none of these utterances.
     """
-    from las_fast.data.audio import load_audio
+    from las_fast.data.audio import load_utterance
     from las_fast.data.layouts import open_corpus
 
     corpus = open_corpus(root)
@@ -187,8 +187,7 @@ def recordings(root: Path, rows: Sequence[Decoded]) -> dict[str, str]:
             print(f"left out: {len(candidates[name])} splits have an utterance {name}")
             continue
         try:
-            seconds = utterance.seconds if utterance.is_part else None
-            samples = load_audio(utterance.path, AUDIO_RATE, start=utterance.start, seconds=seconds)
+            samples = load_utterance(utterance, AUDIO_RATE)
         except InputError as error:
             print(f"left out: {error}")
             continue

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tiny_corpora import make_speech
 
@@ -13,9 +14,11 @@ from benchmarks import words as command
 from benchmarks.words import area_under_roc, count_disorder, expected_calibration_error, fit, matches
 from las_fast.checkpoint import load_model
 from las_fast.config import FeatureConfig
+from las_fast.data.corpus import Utterance
+from las_fast.errors import InputError
 from las_fast.output.transcripts import Word
 from las_fast.recogniser import Recogniser
-from las_fast.search.confidence import Weights
+from las_fast.search.confidence import Calibration, Weights, load_calibration
 
 CONFIG = FeatureConfig(size=80)
 
@@ -35,6 +38,7 @@ def test_the_area_under_the_roc_counts_pairs_by_brute_force():
     confidence, right = rng.integers(0, 6, 40) / 5, rng.random(40) < 0.4
     pairs = [(a > b) + 0.5 * (a == b) for a in confidence[right] for b in confidence[~right]]
     assert area_under_roc(confidence, right) == pytest.approx(np.mean(pairs))
+    assert np.isnan(area_under_roc(confidence, np.ones(40, bool)))
 
 
 def test_a_fit_finds_the_weights_that_made_the_data_and_a_strong_prior_keeps_its_own():
@@ -66,6 +70,42 @@ def test_an_utterance_is_cut_to_its_speech_without_the_breath_before():
     assert abs(first - 19200) < 800 and abs(len(cut) - len(speech)) < 1600
 
 
+def test_a_silent_utterance_is_left_out(tmp_path):
+    paths = [tmp_path / f"{name}.wav" for name in ("silent", "loud")]
+    for path, samples in zip(paths, (np.zeros(16000), make_speech(1.0)), strict=True):
+        soundfile.write(path, samples, 16000)
+    utterances = [Utterance(path.stem, path, "SOME WORDS") for path in paths]
+    (recording,) = command.joined_recordings(utterances, "pauses", (0.3, 0.3), CONFIG)
+    assert recording.words == [("SOME", pytest.approx(0.3)), ("WORDS", None)] and recording.kind == "pauses other"
+    assert len(command.cut_to_speech(np.zeros(16000, np.float32), CONFIG)) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "fit needs --out, the calibration to write"),
+        (["--out", "a.csv"], "the output is a calibration; give a name that ends in .json"),
+        (["--out", "a.words.json", "--prior", "an5"], "checkpoint an5 is neither"),
+        (["--out", "a.words.json", "--prior", "mine"], "--prior .*mine.* has no calibration: .*best.words.json"),
+        (["--out", "a.words.json", "--large-text", "mine/best.safetensors"], "is not UTF-8 text in a whole gzip file"),
+    ],
+)
+def test_wrong_options_of_fit_are_an_error_before_the_work(tmp_path, monkeypatch, argv, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "best.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=sentence):
+        command.main(["fit", "--checkpoint", "nowhere", "--data", "nowhere", *argv])
+
+
+def test_the_prior_is_that_of_the_named_checkpoint(tmp_path):
+    weights = Weights(9.0, {"end": 0.25}, {"end": 0.5})
+    (tmp_path / "best.safetensors").write_bytes(b"x")
+    Calibration(weights, weights).save(tmp_path / "best.words.json")
+    assert command.load_prior(str(tmp_path)).beam == weights
+    assert command.load_prior("default") == load_calibration(tmp_path / "other.safetensors")
+
+
 def test_joined_speech_starts_where_it_says():
     pieces = [("one two", np.ones(1600) * np.tile([1, -1], 800)), ("THREE", np.tile([3.0, -3.0], 400))]
     recording = command.join("x", pieces, [0.5, 0.25], CONFIG)
@@ -88,12 +128,12 @@ def test_known_words_start_within_60_ms_in_synthetic_speech():
 
 
 def test_the_confidences_of_a_split_are_those_of_the_held_out_half(monkeypatch, capsys):
-    judged = command.Judged(np.array([0.9, 0.1, 0.6]), np.array([True, False, True]), np.array([1, 1, 0]), 0)
+    words = command.ScoredWords(np.array([0.9, 0.1, 0.6]), np.array([True, False, True]), np.array([1, 1, 0]), 0)
     monkeypatch.setattr(
         command, "load_model", lambda name: SimpleNamespace(config=SimpleNamespace(decoding=SimpleNamespace(beam=8)))
     )
     monkeypatch.setattr(command, "Recogniser", lambda loaded, device: SimpleNamespace(loaded=loaded))
-    monkeypatch.setattr(command, "decode_words", lambda *_: judged)
+    monkeypatch.setattr(command, "decode_words", lambda *_: words)
     monkeypatch.setattr(command, "area_under_roc", lambda values, right: len(values))
     command.measure_confidence(SimpleNamespace(checkpoint="x", split="dev", record=False))
     lines = capsys.readouterr().out.splitlines()

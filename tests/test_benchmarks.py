@@ -11,31 +11,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tiny_checkpoints import MODEL, make_checkpoint
-from tiny_corpora import make_archive, make_manifest
+from tiny_corpora import make_archive, make_manifest, make_speech
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     attention,
     cost,
     interleaved,
+    interview,
     learning_curve,
     machine,
     recognition,
     report,
     scores,
+    silence,
     test_bench_growth,
 )
 from benchmarks.flops import listener_flops, speller_flops
 from benchmarks.plain import Plain, PlainGraphed, PlainPacked, Usual
 from benchmarks.rows import append_rows, context, machine_name, read_rows
+from benchmarks.splits import utterances_of
 from benchmarks.subprocess_timer import SubprocessTimer
 from benchmarks.synthetic_speech import LETTERS_PER_FRAME, write_recordings
 from benchmarks.test_bench_shares import COLUMNS
 from las_fast import decode, lm
+from las_fast.checkpoint import load_model
 from las_fast.config import DataConfig, DecodingConfig, ListenerConfig, ModelConfig, SpellerConfig, load_config, to_yaml
 from las_fast.data.audio import load_audio
+from las_fast.data.corpus import Utterance
 from las_fast.errors import InputError
 from las_fast.model.las import LAS
 from las_fast.search.beam import beam_search
@@ -305,6 +311,72 @@ def test_recorded_trainings_are_a_table_and_a_picture(tmp_path, monkeypatch, cap
     assert [row["epoch"] for row in read_rows(tmp_path / "validations")] == ["1", "2", "3"]
 
 
+def test_trainings_without_a_named_corpus_have_a_picture_of_their_own(tmp_path, monkeypatch):
+    for name in ("FILE", "VALIDATIONS", "PICTURE"):
+        monkeypatch.setattr(recognition, name, tmp_path / name.lower())
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("tiny")))
+    (tmp_path / "log.jsonl").write_text(json.dumps(validation(1, 90.0, True)) + "\n")
+    recognition.main([str(tmp_path), "--record", "--table"])
+    assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
+    assert [recognition.corpus_of({"data": data}) for data in ("an4, half", "an4x 1", "")] == [
+        "an4", "an4x", "unnamed data"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"cer": None}, {"monitor": {}}, {"monitor": {**dict.fromkeys(THRESHOLDS, 0.9),
+                                                                                "audio_gain": None}}])  # fmt: skip
+def test_a_validation_without_all_its_numbers_is_an_error(tmp_path, change):
+    (tmp_path / "log.jsonl").write_text(json.dumps(validation(1, 90.0, True) | change) + "\n")
+    with pytest.raises(InputError, match="the validation at step 1 of .* lacks scores or values of the monitor"):
+        recognition.main([str(tmp_path)])
+
+
+def test_silence_surrounds_the_part_of_a_recording_that_an_utterance_is(tmp_path):
+    loaded = load_model(make_checkpoint(tmp_path, 20, mel_bins=23))
+    soundfile.write(tmp_path / "long.wav", make_speech(3.0), 16000)
+    part = Utterance("a", tmp_path / "long.wav", "A", seconds=0.5, start=1.0, is_part=True)
+    ((features, seconds),) = silence.padded_features(loaded, [part], 0.25, None)
+    assert seconds == pytest.approx(1.0) and len(features) <= 100
+    samples = silence.pad(np.ones(4, np.float32), 4, 0.5, -20.0, seed=0)
+    assert samples[2:6].tolist() == [1.0] * 4 and 0 < np.abs(samples[:2]).max() < 1 and len(samples) == 8
+
+
+def test_silence_is_measured_for_every_source_and_decoding(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(silence, "FILE", tmp_path / "silence.csv")
+    monkeypatch.setattr(silence, "PADDING", ((0, None), (0.1, -54)))
+    manifest, path = make_manifest(tmp_path / "data", utterances=3), make_checkpoint(tmp_path, 20, mel_bins=23)
+    silence.main(["--checkpoint", str(path), "--data", str(manifest), "--every", "2", "--record"])
+    rows = read_rows(tmp_path / "silence.csv")
+    assert [(row["way"], row["part"], row["utterances"]) for row in rows[:4]] == [
+        ("greedy", "all", "2"), ("greedy", "data", "2"), ("own settings", "all", "2"), ("own settings", "data", "2")
+    ]  # fmt: skip
+    assert [row["seconds"] for row in rows] == ["0"] * 4 + ["0.1"] * 4 and rows[4]["db"] == "-54"
+
+
+@pytest.mark.parametrize(
+    ("every", "text", "sentence"),
+    [
+        (0, "A", "--every must be at least 1; got 0"),
+        (1, " ", "--split dev needs recordings with transcripts; it has 2 recordings without a transcript, the first"),
+    ],
+)
+def test_a_split_without_usable_utterances_is_an_error(tmp_path, every, text, sentence):
+    manifest = make_manifest(tmp_path, suffix=".jsonl", utterances=2)
+    rows = [json.loads(line) | {"transcript": text} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=sentence):
+        utterances_of(str(manifest), "dev", every)
+    archive = make_archive(tmp_path / "archive", "F23", utterances=1)
+    with pytest.raises(InputError, match="has HW4P2 F23 frames; give a corpus of recordings"):
+        utterances_of(str(archive), "dev-clean")
+
+
+def test_an_interview_without_utterances_of_its_source_is_an_error(tmp_path):
+    manifest = make_manifest(tmp_path, utterances=1)
+    with pytest.raises(InputError, match="no path of --split dev contains 'librispeech'; give another --source"):
+        interview.main(["--data", str(manifest)])
+
+
 def test_a_report_without_rows_says_what_to_run(tmp_path, capsys):
     report.main(["--results", str(tmp_path)])
     assert "pytest benchmarks --record" in capsys.readouterr().out
@@ -392,7 +464,9 @@ def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_
     scores.main([*data, "--beam", "3", "--record", "--backend", "reference", "--ways", "0", "2"])
     again = {row["way"]: row["cer"] for row in read_rows(tmp_path / "scores.csv")[15:]}
     assert again == {f"{name}, reference": whole[name] for name in ("greedy", "beam, CTC")}
-    with pytest.raises(InputError, match="--ways takes indices from 0 to 4 .*; got .5."):
+    with pytest.raises(
+        InputError, match=r"--ways takes indices from 0 to 4 \(0: greedy; 1: beam; 2: beam, CTC; .*\); got \[5\]"
+    ):
         scores.main([*data, "--ways", "5"])
 
 
@@ -439,8 +513,18 @@ def test_scores_by_a_missing_column_are_an_error(tmp_path):
 def test_scores_by_a_column_of_a_manifest_of_json_lines(tmp_path):
     lines = [json.dumps({"path": f"{name}.wav", "text": "A", "source": kind}) for name, kind in ("ab", "cb", "da")]
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
-    actual = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", "source")
+    actual = scores.parts(["a", "c", "d"], tmp_path / "all.jsonl", ("all",), "source")
     assert actual == {"all": [0, 1, 2], "b": [0, 1], "a": [2]}
+
+
+def test_scores_by_a_column_take_the_line_of_their_split(tmp_path):
+    lines = [json.dumps({"id": "a", "path": f"{split}.wav", "text": "A", "split": split, "source": split[0]})
+             for split in ("dev", "train", "test")]  # fmt: skip
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    actual = scores.parts(["a"], tmp_path / "all.jsonl", ("dev",), "source")
+    assert actual == {"all": [0], "d": [0]}
+    both = scores.parts(["dev/a", "test/a"], tmp_path / "all.jsonl", ("dev", "test"), "source")
+    assert both == {"all": [0, 1], "d": [0], "t": [1]}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soxr
@@ -24,7 +25,10 @@ from las_fast.data.refusals import refusal_reason
 from las_fast.data.samples import RATES
 from las_fast.errors import InputError
 
-__all__ = ["Audio", "Recording", "load_audio", "name_of", "open_recording"]
+if TYPE_CHECKING:
+    from las_fast.data.corpus import Utterance
+
+__all__ = ["Audio", "Recording", "load_audio", "load_utterance", "name_of", "open_recording"]
 
 TOLERANCE = 0.1  # seconds that may be missing at the end: some recorders count the header as audio
 Sound = SoundStream | MediaStream
@@ -54,6 +58,12 @@ def load_audio(
     """
     with Recording(path, sample_rate, start=start, seconds=seconds, strict=strict, measure=False) as recording:
         return np.concatenate(list(recording))
+
+
+def load_utterance(utterance: Utterance, sample_rate: int, *, strict: bool = False) -> np.ndarray:
+    """Read the recording of an utterance, or the part of it that the utterance is; see load_audio."""
+    seconds = utterance.seconds if utterance.is_part else None
+    return load_audio(utterance.path, sample_rate, start=utterance.start, seconds=seconds, strict=strict)
 
 
 def open_recording(path: Audio, sample_rate: int, *, start: float = 0.0, seconds: float | None = None) -> Recording:

@@ -162,9 +162,10 @@ def _splits(tables: list[Table]) -> dict[str, list[Utterance]]:
     return splits
 
 
-def rows_by_id(path: Path) -> dict[str, dict]:
-    """Map each utterance id of a manifest to all columns of its line."""
-    return {entry.utterance.id: entry.row for entry in read_entries([Table(path)])}
+def rows_by_id(path: Path, split: str | None = None) -> dict[str, dict]:
+    """Map each utterance id of a manifest, or of one split of it, to all columns of its line."""
+    entries = read_entries([Table(path)])
+    return {e.utterance.id: e.row for e in entries if split in (None, e.split or "all")}
 
 
 def _frame_size(path: Path, utterances: list[Utterance]) -> int:

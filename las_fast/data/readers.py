@@ -208,12 +208,12 @@ def _read_audio(chunk, size, transposed, features: FeatureConfig) -> Iterator[It
 
 
 def _read_recording(u: Utterance, rate: int) -> tuple[np.ndarray | None, Item]:
-    from las_fast.data.audio import load_audio
+    from las_fast.data.audio import load_utterance
 
     if u.problem:
         return None, Item(u.id, problem=u.problem)
     try:
-        waveform = load_audio(u.path, rate, start=u.start, seconds=u.seconds if u.is_part else None, strict=True)
+        waveform = load_utterance(u, rate, strict=True)
     except InputError as error:
         return None, Item(u.id, problem=str(error))
     seconds = len(waveform) / rate

@@ -1,4 +1,4 @@
-"""How likely a word of a hypothesis is right: a logistic regression on what the search knows about the word.
+"""Confidences of words: a logistic regression on features of the search.
 
     confidence = 1 / (1 + exp(-(bias + sum over features of weight * (value - mean))))
 
@@ -11,9 +11,9 @@ A feature that is not available, such as CTC's without a CTC head, takes its mea
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,19 +35,19 @@ FEATURES = {  # of a word; scores are in nats
     "after": "mean_score of the word after, or `hypothesis`",
     "known": "1 if the word is in the model's word list, else 0",
 }
-LOWEST, LOWEST_CTC = -20.0, -8.0  # smaller scores and log-probabilities count as these
+MIN_SCORE, MIN_CTC = -20.0, -8.0  # smaller scores and CTC log-probabilities are clamped to these
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A fitted regression: its bias, and the weight and the mean of each feature that it uses."""
+    """A fitted regression. `weights` and `means` have an entry for each feature that it uses."""
 
     bias: float
     weights: dict[str, float]
     means: dict[str, float]
 
     def __call__(self, features: dict[str, np.ndarray]) -> np.ndarray:
-        """Return the confidence of each word from its features, (N,) each."""
+        """Return the confidences of words, (N,), from their features, (N,) each; a missing one counts as its mean."""
         count = len(next(iter(features.values())))
         total = np.full(count, self.bias)
         for name, weight in self.weights.items():
@@ -58,17 +58,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the words of a model need: the weights, its word list, and when a word starts and ends, in seconds.
-
-    A token's time is the mean of its CTC frame, or without a CTC head its attended frame.
-    """
+    """Weights of the confidences, known words, and constants of word times; see las_fast.search.words."""
 
     beam: Weights  # of beam search
-    greedy: Weights  # of greedy search, where all hypotheses are one
-    known: frozenset[str] = field(default=frozenset())  # words of the text that the language model was made from
-    start: float = -0.02  # of a word, from the time of its first character
-    start_after_pause: float = 0.015  # of the first word, and of a word after a pause
-    end: float = 0.05  # from the time of the last character
+    greedy: Weights  # of greedy search, which has one hypothesis
+    known: frozenset[str] = field(default=frozenset())  # words of the feature `known`; empty: the feature is not used
+    start: float = -0.02  # seconds from the time of the first character to the start of the word
+    start_after_pause: float = 0.015  # the same for the first word, and for a word after a pause
+    end: float = 0.05  # seconds from the time of the last character to the end of the word
 
     def save(self, path: Path) -> None:
         """Write the calibration as JSON."""
@@ -90,27 +87,48 @@ def is_calibration(path: Path) -> bool:
 
 
 def load_calibration(checkpoint: Path) -> Calibration:
-    """Load the calibration of a checkpoint, or the default; raise InputError if its file is damaged."""
+    """Load the calibration of a checkpoint, or the default one if it has none.
+
+    Raises:
+        InputError: the file cannot be read or is damaged.
+    """
     path = calibration_path_for(checkpoint)
-    path = path if path.is_file() else DEFAULT
+    return read_calibration(path if path.is_file() else DEFAULT)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a NAME.words.json; errors are those of load_calibration."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             raise ValueError
-        beam, greedy = (Weights(**values.pop(name)) for name in ("beam", "greedy"))
+        beam, greedy = (_weights(**values.pop(name)) for name in ("beam", "greedy"))
         known = frozenset(values.pop("known").split())
-        shifts: dict[str, Any] = {name: float(value) for name, value in values.items()}
-        return Calibration(beam=beam, greedy=greedy, known=known, **shifts)
+        return Calibration(beam, greedy, known, **_finite(values))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(f"{path} is not a calibration of word confidences; copy it again or delete it") from None
+
+
+def _weights(bias: float, weights: dict, means: dict) -> Weights:
+    """Check the values of a JSON object; raise ValueError or TypeError if they are not those of a regression."""
+    if not weights.keys() <= means.keys():
+        raise ValueError
+    return Weights(_finite({"bias": bias})["bias"], _finite(weights), _finite(means))
+
+
+def _finite(values: dict) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in values.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError
+    return numbers
 
 
 def word_features(
     spans: list[tuple[int, int]], scores: np.ndarray, ctc: np.ndarray | None, shares: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return the features of the words of a hypothesis, except `known`, (N,) float64 each.
+    """Return the features of the N words of a hypothesis, except `known`, (N,) float64 each.
 
     Args:
         spans:  (first, last + 1) of the tokens of each word; at least one.
@@ -121,7 +139,7 @@ def word_features(
     edges = np.array(spans).reshape(-1)
     firsts, ends = edges[::2], edges[1::2]
     counts = ends - firsts
-    scores = np.clip(scores, LOWEST, 0)
+    scores = np.clip(scores, MIN_SCORE, 0)
     means = np.add.reduceat(scores, edges)[::2] / counts
     mean = scores.mean()
     features = {"mean_score": means, "min_score": np.minimum.reduceat(scores, edges)[::2], "share": shares,
@@ -129,6 +147,6 @@ def word_features(
                 "complete": np.exp(means + scores[ends]), "hypothesis": np.full(len(spans), mean),
                 "before": np.concatenate([[mean], means[:-1]]), "after": np.append(means[1:], mean)}  # fmt: skip
     if ctc is not None:
-        sums = np.add.reduceat(np.append(np.maximum(ctc, LOWEST_CTC), 0.0), edges)[::2]
+        sums = np.add.reduceat(np.append(np.maximum(ctc, MIN_CTC), 0.0), edges)[::2]
         features["ctc"] = sums / counts
     return features

@@ -79,7 +79,7 @@ def validate(
     swapped_rise, swapped_count = 0.0, 0
     hypotheses: list[str] = [""] * len(data)
     # Search with attention alone: the monitor judges the attention, and CER stays comparable between trainings.
-    attention_only = replace(config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
+    attention_only = config.decoding.attention_only()
     frame_seconds = seconds_of(config.model.listener.time_reduction, config.features)
     pictures = AttentionPictures(data, config.training.pictures, frame_seconds)
     loader = make_loader(data, batches, vocabulary, augment=None, seed=0, epoch=0, workers=0)

@@ -208,7 +208,18 @@ def test_a_checkpoint_without_a_calibration_gets_the_default(tmp_path):
     assert "share" not in default.greedy.weights
 
 
-@pytest.mark.parametrize("change", [{"format": "x"}, {"beam": {"bias": 1}}, {"known": 3}, {"end": "late"}, {"x": 1}])
+END = {"end": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "x"}, {"beam": {"bias": 1}}, {"known": 3}, {"end": "late"}, {"end": math.nan}, {"x": 1},
+        {"beam": {"bias": 1, "weights": END, "means": {}}}, {"greedy": {"bias": "x", "weights": END, "means": END}},
+        {"beam": {"bias": 1, "weights": {"end": math.inf}, "means": END}},
+        {"beam": {"bias": 1, "weights": [], "means": {}}}, {"beam": {"bias": 10**400, "weights": END, "means": END}},
+    ],
+)  # fmt: skip
 def test_a_damaged_calibration_is_refused(tmp_path, change):
     path = tmp_path / "best.words.json"
     CALIBRATION.save(path)

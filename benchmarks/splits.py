@@ -1,0 +1,48 @@
+"""Options and recordings of the benchmarks that decode a split: words, silence, scores and interview."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from las_fast.data.corpus import Utterance
+from las_fast.data.layouts import open_corpus
+from las_fast.errors import InputError
+
+
+def add_split_options(parser: argparse.ArgumentParser, results: Path, *, checkpoint: str | None = None) -> None:
+    """Add --checkpoint, which is required without a default, --data, --split and --record."""
+    add = parser.add_argument
+    add("--checkpoint", required=checkpoint is None, default=checkpoint,
+        help="run folder, checkpoint file or released name")  # fmt: skip
+    add("--data", required=True, help="corpus, as for las_fast.decode")
+    add("--split", default="dev", help="(default: dev)")
+    add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
+
+
+def add_every_option(parser: argparse.ArgumentParser, *, only: str = "") -> None:
+    """Add --every, for utterances_of; only: the command that uses it, for --help."""
+    text = f"{only}: " if only else ""
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help=f"{text}use every N-th utterance (default: 1)"
+    )
+
+
+def utterances_of(data: str, split: str, every: int = 1) -> list[Utterance]:
+    """Return every N-th recording of a split.
+
+    Raises:
+        InputError: the corpus has features instead of recordings, there is no such split, or a recording that is
+            selected has no transcript.
+    """
+    if every < 1:
+        raise InputError(f"--every must be at least 1; got {every}")
+    corpus = open_corpus(data)
+    if corpus.kind != "audio":
+        raise InputError(f"--data {data} has {corpus.name} frames; give a corpus of recordings")
+    utterances = [u for name in corpus.resolve(split) for u in corpus.utterances(name)][::every]
+    silent = [u.id for u in utterances if not str(u.transcript or "").strip()]
+    if silent or not utterances:
+        problem = f"{len(silent)} recordings without a transcript, the first is {silent[0]}" if silent else "none"
+        raise InputError(f"--split {split} needs recordings with transcripts; it has {problem}")
+    return utterances
