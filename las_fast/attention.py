@@ -1,9 +1,9 @@
-"""python -m las_fast.attention: draw what a model attends to while it spells a recording, below its spectrogram.
+"""python -m las_fast.attention: draw the attention of a model to a recording, below the spectrogram.
 
     python -m las_fast.attention --checkpoint speech13h talk.flac --start 4 --end 8
 
-The picture has the characters as rows and seconds as columns. The words stand above, where the model attended to them.
-By default the text is the model's own; --text gives another.
+Rows are characters and columns are seconds. The words stand above, where the model attends to them. The text is that
+which the model recognises, or that of --text.
 """
 
 from __future__ import annotations
@@ -21,40 +21,50 @@ from las_fast.options import Parser, as_file, as_recording
 
 if TYPE_CHECKING:  # importing torch would slow down --help
     import numpy as np
+    from torch import Tensor
 
     from las_fast.recogniser import Recogniser
+    from las_fast.text import Vocabulary
 
-MAX_SECONDS = 30.0  # of one picture
+MAX_SECONDS = 30.0  # of the part that a picture shows
 
 
 class Picture(NamedTuple):
-    """What is drawn of a recording. Columns are feature frames of the recording."""
+    """The contents of a picture; T is the number of feature frames of the part that is drawn, silence included."""
 
     text: str
     weights: np.ndarray  # (U, T) float32 attention of each character and of <eos>; NaN where silence was trimmed
     spectrogram: np.ndarray  # (T, mel bins) float32 log-mel
-    frame_seconds: float  # between columns
-    start: float  # of the first column, in seconds of the recording
+    frame_seconds: float  # seconds between feature frames
+    start: float  # seconds of the recording before the first frame
 
 
 def parser() -> Parser:
     parser = Parser(
         prog="python -m las_fast.attention",
-        description="Draw what a model attends to while it spells a recording, below its spectrogram.",
+        description="Draw the attention of a model to a recording, below the spectrogram.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
     )
     parser.add_argument("file", type=as_recording, metavar="FILE", help="recording: wav, flac, ogg or mp3")
-    parser.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the part (default: 0)")
     parser.add_argument(
-        "--end", type=float, metavar="SECONDS", help=f"its end, at most {MAX_SECONDS:g} s later (default: the file's)"
+        "--start", type=float, default=0.0, metavar="SECONDS", help="start of the part to draw (default: 0)"
     )
-    parser.add_argument("--text", help="text to spell (default: what the model recognises)")
+    parser.add_argument(
+        "--end",
+        type=float,
+        metavar="SECONDS",
+        help=f"its end, at most {MAX_SECONDS:g} s after --start (default: the end of the file)",
+    )
+    parser.add_argument("--text", help="text whose attention to draw (default: the text that the model recognises)")
     parser.add_argument("--beam", type=int, help="beam width; 1 is greedy (default: the checkpoint's)")
     parser.add_argument(
-        "--out", type=as_file, metavar="FILE.png", help="picture to write (default: FILE.attention.png, here)"
+        "--out",
+        type=as_file,
+        metavar="FILE.png",
+        help="picture to write (default: FILE.attention.png in the current folder)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
@@ -71,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     from las_fast.recogniser import load
 
     model = load(options.checkpoint, device=options.device)
-    picture = look(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
+    picture = make_picture(model, options.file, options.start, options.end, text=options.text, beam=options.beam)
     title = f"{options.file.name}, {'given text' if options.text is not None else 'recognised text'}"
     draw = partial(
         utterance_picture,
@@ -89,9 +99,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_span(start: float, end: float | None) -> None:
-    """Raise InputError if --start and --end are no part of a recording, or too far apart for one picture."""
+    """Raise InputError unless --start and --end are finite, in order and at most MAX_SECONDS apart."""
     if not (math.isfinite(start) and start >= 0):
-        raise InputError(f"--start must be a number of seconds from 0 on; got {start:g}")
+        raise InputError(f"--start must be at least 0 seconds; got {start:g}")
     if end is None:
         return
     if not (math.isfinite(end) and end > start):
@@ -108,18 +118,20 @@ def is_png(path: Path) -> bool:
         return file.read(4) == b"\x89PNG"
 
 
-def look(
+def make_picture(
     model: Recogniser, path: Path, start: float, end: float | None, *, text: str | None = None, beam: int | None = None
 ) -> Picture:
-    """Compute what is drawn of a part of a recording.
+    """Compute the contents of a picture of a part of a recording.
 
     Args:
-        start, end: of the part in seconds; end None is the end of the recording.
-        text:       text to spell with teacher forcing; None for the best hypothesis.
-        beam:       beam width of the search for it; by default that of the checkpoint's settings.
+        start: of the part, in seconds.
+        end:   of the part, in seconds; None for the end of the recording.
+        text:  text for teacher forcing; None for the best hypothesis.
+        beam:  beam width of the search for the best hypothesis; by default that of the checkpoint's settings.
 
     Raises:
-        InputError: the recording cannot be read or is too long, or the text has characters that the model lacks.
+        InputError: the recording cannot be read or is too long, the text has characters that the model lacks, or the
+            beam is out of range.
     """
     import numpy as np
 
@@ -131,23 +143,31 @@ def look(
     seconds = len(samples) / config.sample_rate
     if seconds > MAX_SECONDS:
         advice = f"give a part, such as --start {start:g} --end {start + 10:g}"
-        raise InputError(f"{show(path)} has {seconds:.1f} s, and a picture shows at most {MAX_SECONDS:g}; {advice}")
+        raise InputError(f"a picture shows at most {MAX_SECONDS:g} s, but {show(path)} has {seconds:.1f} s; {advice}")
     ((features, spans),) = speech_features([samples], config)
     (spectrogram,) = compute_features([samples], logmel_config(config))
-    tokens, weights = spell(model, features, text=text, beam=beam)
-    columns = np.concatenate([np.arange(first, last) for first, last in spans])  # frame of the recording
+    tokens, weights = attend(model, features, text=text, beam=beam)
+    columns = np.concatenate([np.arange(first, last) for first, last in spans])  # frames that were not trimmed
     drawn = np.full((len(weights), len(spectrogram)), np.nan, np.float32)
-    per_frame = np.repeat(weights, model.loaded.model.time_reduction, axis=1)
+    per_frame = np.repeat(weights, model.loaded.model.time_reduction, axis=1)  # from encoder frames to feature frames
     count = min(len(columns), per_frame.shape[1])
     drawn[:, columns[:count]] = per_frame[:, :count]
-    spelled = model.loaded.vocabulary.decode(tokens)
-    return Picture(spelled, drawn, spectrogram.numpy(), float(seconds_of(1, config)), start)
+    return Picture(
+        model.loaded.vocabulary.decode(tokens), drawn, spectrogram.numpy(), float(seconds_of(1, config)), start
+    )
 
 
-def spell(model: Recogniser, features, *, text: str | None, beam: int | None) -> tuple[list[int], np.ndarray]:
-    """Return the tokens of the text and their attention weights (U, T) float32, <eos> included, with teacher forcing.
+def attend(model: Recogniser, features: Tensor, *, text: str | None, beam: int | None) -> tuple[list[int], np.ndarray]:
+    """Return the tokens of the text, and their attention weights with teacher forcing.
 
-    features: frames (T, F) as in training, before normalisation.
+    Args:
+        features: (N, F) feature frames before normalisation and deltas.
+        text:     None for the best hypothesis of a search.
+        beam:     of the search; None for that of the checkpoint's settings.
+
+    Returns:
+        tokens:  of the text, without <eos>.
+        weights: (U, T) float32 over encoder frames, with a last row for <eos>.
     """
     import torch
 
@@ -174,8 +194,8 @@ def spell(model: Recogniser, features, *, text: str | None, beam: int | None) ->
     return tokens, weights[0].float().cpu().numpy()
 
 
-def encode(text: str, vocabulary) -> list[int]:
-    """Convert the text of --text to tokens; raise InputError if the model lacks some of its characters."""
+def encode(text: str, vocabulary: Vocabulary) -> list[int]:
+    """Convert --text to tokens; raise InputError if the vocabulary lacks some of its characters."""
     if unknown := vocabulary.unknown(text):
         raise InputError(
             f"--text has characters that the model does not know: {' '.join(map(repr, unknown))}; "

@@ -1,10 +1,11 @@
-"""python -m las_fast.decode: decode a split of a dataset into a submission file, and score it if there are texts."""
+"""python -m las_fast.decode: decode a split of a corpus into a submission file, and score it if it has transcripts."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -48,19 +49,25 @@ def parser() -> Parser:
         "--jsonl",
         type=as_file,
         metavar="FILE",
-        help="also write scores, attended frames, words with times and confidences, and the n best texts as JSON lines",
+        help="also write a JSON line per utterance: scores, attended frames, words and the n best texts",
     )
     parser.add_argument(
-        "--lm", metavar="FILE", help="language model; its weight is 0.1 unless set (default: the checkpoint's)"
+        "--lm",
+        metavar="FILE",
+        help="language model; its weight is 0.1 unless the checkpoint sets one (default: the checkpoint's)",
     )
     parser.add_argument(
         "--on-bad",
         choices=("error", "skip"),
         default="error",
-        help="what to do with unusable utterances; skip: list them and continue (default: error)",
+        help="what to do with utterances that cannot be used; skip: list them and continue (default: error)",
     )
     parser.add_argument("--normalise-text", action="store_true", help="map transcripts to the checkpoint's characters")
-    parser.add_argument("--any-features", action="store_true", help="accept features of another kind than in training")
+    parser.add_argument(
+        "--any-features",
+        action="store_true",
+        help="accept precomputed features for a checkpoint of recordings, and the reverse",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     return parser
 
@@ -68,7 +75,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help. The last line printed is JSON."""
     return_freed_memory()
-    loaded: list[Loaded] = []  # filled while parsing: the checkpoint has the default settings
+    loaded: list[Loaded] = []  # filled while parsing, because the checkpoint has the default settings
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:
         from las_fast.checkpoint import load_model
@@ -91,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for bad options before the work starts."""
+    """Raise InputError if --nbest is below 1, or an output file must not be written."""
     if options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
-    if options.jsonl and options.jsonl.absolute() == options.out.absolute():
+    if options.jsonl and os.path.realpath(options.jsonl) == os.path.realpath(options.out):
         raise InputError(f"--out and --jsonl are both {options.out}; give two different files")
     inputs = (options.data, options.checkpoint, options.lm)
     kind: dict[str, Any] = {"what": "a submission in CSV", "suffixes": (".csv", ".txt"), "may_replace": is_submission}
@@ -105,7 +112,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def is_submission(path: Path) -> bool:
-    """Return whether a file looks like a submission: two columns, the first of ids or row numbers."""
+    """Return whether a file looks like a submission: its first line has two columns, the first named id or index."""
     columns = first_line(path).split(",")
     return len(columns) == 2 and columns[0].lower() in ("id", "index")
 
@@ -149,10 +156,13 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
 
 
 def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:
-    """Raise InputError if the features of a corpus differ from those that the checkpoint was trained on.
+    """Check the features of a corpus against those that the checkpoint was trained on.
 
-    The size must match. The kind (precomputed, or computed from audio) must match unless any_features is
-    set. For another archive with frames of the same size, a warning is printed.
+    A warning is printed if the archives differ but their frames have the same size, or if any_features allows another
+    kind.
+
+    Raises:
+        InputError: the sizes differ, or the kinds (precomputed, computed from audio) differ without any_features.
     """
     size = loaded.config.features.size
     if corpus.kind == "features" and corpus.feature_size != size:
@@ -185,19 +195,22 @@ def warn_of_fault(texts: list[str], loaded: Loaded) -> None:
     if fault := describe_fault(texts):
         print(
             f"warning: {fault}; checkpoint {loaded.path} does not follow this audio: look at its attention lines in "
-            "training, or give data like that it was trained on",
+            "training, or give data like its training data",
             file=sys.stderr,
         )
 
 
 def reference(dataset: SpeechDataset, i: int) -> str | None:
-    """Return an utterance's transcript; None if it is missing or blank."""
+    """Return the transcript of an utterance; None if it is missing or blank."""
     text = dataset.texts[i]
     return text if text and text.strip() else None
 
 
 def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool) -> None:
-    """Raise InputError for characters outside the vocabulary: each would count as an error of the model."""
+    """Raise InputError for characters outside the vocabulary, each of which would count as an error of the model.
+
+    normalised: whether the transcripts have been mapped to the vocabulary, so that --normalise-text is no advice.
+    """
     unknown = {i: loaded.vocabulary.unknown(reference(dataset, i) or "") for i in range(len(dataset))}
     affected = [i for i, characters in unknown.items() if characters]
     if not affected:
@@ -212,7 +225,7 @@ def check_references(dataset: SpeechDataset, loaded: Loaded, *, normalised: bool
 
 
 def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], loaded: Loaded) -> dict:
-    """Return the row of an utterance for --jsonl; frames and times are those of the untrimmed recording."""
+    """Return the row of utterance i for --jsonl; frames and times are those of the untrimmed recording."""
     from las_fast.data.features import seconds_of
     from las_fast.output.formats import rounded, word_row
 
@@ -226,7 +239,7 @@ def jsonl_row(dataset: SpeechDataset, i: int, hypotheses: list[Hypothesis], load
         for h in hypotheses
     ]
     reduction = loaded.model.time_reduction  # feature frames per encoder frame
-    middles = (frame * reduction + reduction // 2 for frame in best.attended_frames)
+    middles = (frame * reduction + reduction // 2 for frame in best.attended_frames)  # feature frames
     frames = [dataset.recording_frame(i, middle) // reduction for middle in middles]
     row = {"id": dataset.ids[i], **nbest[0], "frames": frames, "nbest": nbest}
     text = reference(dataset, i)
@@ -253,13 +266,13 @@ def recording_words(dataset: SpeechDataset, i: int, words: tuple[Word, ...], fra
 def write_results(
     options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], dataset: SpeechDataset, rows: list[dict]
 ) -> None:
-    """Write the submission, with an empty text for each skipped utterance, and the JSON lines."""
+    """Write the submission and the JSON lines; a skipped utterance has an empty text in the submission only."""
     from las_fast.files import write_text_atomically
     from las_fast.output.submission import write_submission
 
     ids = [(split, utterance.id) for split in splits for utterance in corpus.utterances(split)]
     texts = [""] * len(ids)
-    shared = False  # whether splits share ids, in which case the dataset prefixes each id with its split
+    shared = False  # whether the dataset has prefixed ids with their splits, because splits share ids
     for position, row in zip(dataset.positions.tolist(), rows, strict=True):
         texts[position] = row["text"]
         shared = shared or row["id"] != ids[position][1]
@@ -271,7 +284,7 @@ def write_results(
 
 
 def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
-    """Return the values of the last line printed; they include scores if there are transcripts."""
+    """Return the values of the last line printed: counts, scores if there are transcripts, times and speed."""
     from las_fast.output.metrics import score
 
     audio_seconds = math.fsum(dataset.seconds)
@@ -289,7 +302,7 @@ def summarise(dataset: SpeechDataset, rows: list[dict], seconds: float) -> dict:
 
 
 def format_summary(result: dict, out: Path) -> str:
-    """Format the result as a table for people."""
+    """Format the values of `summarise` as a table."""
     lines = [("utterances", f"{result['utterances']}")]
     if "skipped" in result:
         lines.append(("left out", f"{result['skipped']} that could not be used; their rows in {out.name} are empty"))

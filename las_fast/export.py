@@ -1,11 +1,11 @@
 """python -m las_fast.export: write a trained model and its decoding settings to one small file, or to ONNX.
 
 In safetensors, weights are stored in float16; decoding still computes in float32. Decoding settings on the command
-line become the file's defaults. If they use a language model, and the checkpoint has one in its folder, it is copied as
-well; so is the calibration of its word confidences.
+line become the file's defaults. The calibration of word confidences, if the checkpoint has one, is copied next to the
+file, and so is the checkpoint's language model if the settings use it.
 
 In ONNX, --out NAME.onnx names two files: NAME.listener.onnx encodes features, and NAME.speller.onnx takes one step of
-the decoder. las_fast/deploy/onnx_greedy.py runs them without PyTorch.
+the speller. las_fast/deploy/onnx_greedy.py runs them without PyTorch.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def parser() -> Parser:
         "--checkpoint", required=True, metavar="RUN|FILE|NAME", help="run folder, file or released model"
     )
     parser.add_argument("--out", required=True, type=as_file, metavar="FILE", help="file to write")
-    parser.add_argument("--format", choices=FORMATS, default="safetensors", help="(default: safetensors)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="safetensors", help="format of the file (default: safetensors)"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; see --help."""
-    loaded: list[Loaded] = []  # filled while parsing: the default settings are the checkpoint's
+    loaded: list[Loaded] = []  # filled while parsing, because the checkpoint has the default settings
 
     def defaults(options: argparse.Namespace) -> DecodingSettings:
         check_suffix(options.out, options.format)
@@ -70,20 +72,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_suffix(out: Path, kind: str) -> None:
-    """Raise InputError if the output's name ends in the suffix of the other format, or does not suit ONNX."""
+    """Raise InputError if the output has the suffix of the other format, or lacks that of ONNX."""
     suffix = out.suffix.lower()
     for other in FORMATS:
         if other != kind and suffix == f".{other}":
             raise InputError(
-                f"--out {out} is a name for {other}, but the format is {kind}; add --format {other}, or give a name "
-                f"that ends in .{kind}"
+                f"--out {out} has the suffix of {other}, but the format is {kind}; add --format {other}, or give a "
+                f"name that ends in .{kind}"
             )
     if kind == "onnx" and suffix != ".onnx":
         raise InputError(f"--out {out}: give a name that ends in .onnx")
 
 
 def check_onnx_out(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if an output would replace an unrelated file, or the package onnx is missing."""
+    """Raise InputError if the package onnx is missing, or an output would replace an unrelated file."""
     if importlib.util.find_spec("onnx") is None:
         raise InputError("--format onnx needs the package onnx; run: pip install onnx")
     for path in onnx_paths(out).values():
@@ -98,13 +100,16 @@ def onnx_paths(out: Path) -> dict[str, Path]:
 
 
 def is_own_onnx(path: Path) -> bool:
-    """Return whether a file is a model in ONNX that las_fast wrote: the name of the producer is near the start."""
+    """Return whether a file is a model in ONNX that las_fast wrote, from the producer's name near its start."""
     with path.open("rb") as file:
         return b"las_fast" in file.read(64)
 
 
 def check_out(out: Path, checkpoint: Path) -> None:
-    """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file."""
+    """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file.
+
+    The same holds for the files written next to it, and a calibration there must not be that of another model.
+    """
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
     from las_fast.search.confidence import calibration_path_for, is_calibration
     from las_fast.search.ngram import is_lm
@@ -131,13 +136,20 @@ def check_out(out: Path, checkpoint: Path) -> None:
             inputs=(calibration_path_for(checkpoint),),
             may_replace=is_calibration,
         )
+    elif os.path.isfile(calibration_path_for(out)):
+        raise InputError(
+            f"--out {out}: {calibration_path_for(out)} would be used with this model, which has no calibration; remove "
+            f"it, or if it is that of this model, move it to {calibration_path_for(checkpoint)}"
+        )
 
 
 def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
-    """Write the model with float16 weights and these decoding settings, and the language model if they use one.
+    """Write the model with float16 weights and these decoding settings, and copy the files that go with it.
+
+    These are its calibration and, if the settings use one, its language model, as far as the checkpoint has them.
 
     Returns:
-        The paths of the files.
+        The paths of the files written.
 
     Raises:
         InputError: the settings do not fit the model, a weight exceeds float16, or a file cannot be written.
@@ -160,10 +172,10 @@ def export(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
 
 
 def export_onnx(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[Path]:
-    """Write the listener and the speller of a model in ONNX, in float32, with these length limits.
+    """Write the listener and the speller of a model in ONNX, in float32, with the length limits of the settings.
 
     Returns:
-        The paths of the files.
+        The paths of the files written.
 
     Raises:
         InputError: the settings do not fit the model, or a file cannot be written.
@@ -179,7 +191,7 @@ def export_onnx(loaded: Loaded, settings: DecodingSettings, out: Path) -> list[P
 
 
 def to_float16(name: str, value: Tensor) -> Tensor:
-    """Convert a weight to float16; raise InputError, which contains `name`, if it overflows."""
+    """Convert a weight to float16; raise InputError, which names it, if a value overflows or is not finite."""
     half = value.half()
     if not half.isfinite().all():
         raise InputError(

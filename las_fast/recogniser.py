@@ -67,7 +67,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
     """Load a trained model.
 
     Args:
-        checkpoint: released model ("speech13h", "an4"), run folder, or checkpoint file.
+        checkpoint: name of a released model ("speech13h", "an4"), run folder, or checkpoint file.
         device:     "cpu", "cuda", "cuda:1", or "auto": CUDA if available, else the CPU.
 
     Raises:
@@ -80,7 +80,7 @@ def load(checkpoint: StrPath, *, device: str | torch.device = "auto") -> Recogni
 
 
 class Decoder(NamedTuple):
-    """Settings and tensors of a search, apart from the model; see las_fast.search.beam.beam_search."""
+    """The arguments of las_fast.search.beam.beam_search that do not depend on the utterances."""
 
     config: DecodingConfig
     ngram: Tensor | None  # (V ** (order - 1), V) n-gram table
@@ -90,13 +90,13 @@ class Decoder(NamedTuple):
 class Recogniser:
     """A trained model that transcribes recordings and decodes features; `las_fast.load` makes one.
 
-    It is thread-safe. The first call caches the n-gram table and a copy of the weights for the C++ search, so the
-    weights must not change afterwards.
+    It is thread-safe. The first call caches the n-gram table and a copy of the weights for the C++ search; the weights
+    must not change afterwards.
 
     Args:
         loaded:    the network, its settings and its vocabulary.
         device:    of the network.
-        lm_option: text before the name of a language model in errors.
+        lm_option: text before the name of a language model in errors, such as "--lm ".
     """
 
     def __init__(self, loaded: Loaded, device: torch.device, *, lm_option: str = "lm="):
@@ -119,15 +119,16 @@ class Recogniser:
     ) -> Transcript:
         """Transcribe a recording of any length, cut at pauses into segments of speech.
 
-        Problems that make recognition worse (telephone band, clipping, a missing end) are reported as UserWarning.
+        Problems that make recognition worse (telephone band, clipping, a missing end) are reported as UserWarning, and
+        so are segments left out as noise.
 
         Args:
             recording:        path ("-" is standard input); binary file object, read from its current position; or array
                               or tensor of samples, (N,) or (N, channels), float from -1 to 1, int16 or int32.
-            sample_rate:      in Hz, for arrays only.
+            sample_rate:      of an array, in Hz; must be omitted otherwise.
             beam:             beam width, 1 is greedy; by default that of the checkpoint's settings.
             lm:               file of a language model, or name of a released one; its weight is 0.1 unless the settings
-                              have one. None, the default: the one of the settings; False: none.
+                              have one. None, the default: that of the settings; False: no language model.
             nbest:            hypotheses returned per segment, at most the beam; default 1.
             min_speech_score: segments with a lower speech score are left out as noise; default 1.0, and -inf keeps all.
                               Without a CTC head it has no effect.
@@ -191,12 +192,13 @@ class Recogniser:
         lm: LanguageModel = None,
         nbest: int = 1,
     ) -> list[Hypothesis] | list[list[Hypothesis]]:
-        """Decode features of an utterance, or of a list of utterances in batches.
+        """Decode the features of an utterance, or of a list of utterances in batches.
 
         Args:
             features: array or tensor (T, F) of feature frames before normalisation and deltas, F as in training; or a
                       list of them.
-            beam, lm: as in `transcribe`.
+            beam:     as in `transcribe`.
+            lm:       as in `transcribe`.
             nbest:    hypotheses returned per utterance, at most the beam.
 
         Returns:
@@ -214,7 +216,7 @@ class Recogniser:
 
     def _decode(self, data: Utterances, decoder: Decoder, nbest: int) -> list[list[Hypothesis]]:
         results = self.decode_dataset(data, decoder, nbest=nbest, speech_scores=True, words=True, progress=False)
-        return [[self.hypothesis(one) for one in hypotheses] for hypotheses in results]
+        return [[self.hypothesis(result) for result in nbest_results] for nbest_results in results]
 
     def _utterances(self, features: dict[str, Any]) -> Utterances:
         inputs = [self._model_input(array, name) for name, array in features.items()]
@@ -222,7 +224,7 @@ class Recogniser:
         return Utterances(inputs, list(features), [seconds_of(len(x), config) for x in inputs])
 
     def _model_input(self, array: Any, name: str) -> Tensor:
-        """Convert features (T, F) to the model's input; raise InputError if they are invalid."""
+        """Normalise features (T, F) and add deltas; raise InputError, which starts with `name`, if they are invalid."""
         config = self.loaded.config.features
         if not is_array(array):
             raise InputError(f"{name} must be an array of shape (T, {config.size}); got {type_name(array)}")
@@ -275,7 +277,11 @@ class Recogniser:
         )
 
     def settings(self, *, beam: int | None = None, lm: LanguageModel = None) -> DecodingConfig:
-        """Return the checkpoint's decoding settings with these changes; see `transcribe`."""
+        """Return the decoding settings of the checkpoint with another beam or language model; see `transcribe`.
+
+        Raises:
+            InputError: an argument is invalid.
+        """
         if beam is not None and (isinstance(beam, bool) or not isinstance(beam, (int, np.integer))):
             raise InputError(f"beam must be a whole number; got {beam!r}")
         if lm is not None and lm is not False and not isinstance(lm, (str, os.PathLike)):
@@ -285,7 +291,11 @@ class Recogniser:
         return check_decoding(self.loaded.config, replace(decoding, beam=decoding.beam if beam is None else int(beam)))
 
     def decoder(self, decoding: DecodingConfig, lm: LanguageModel = None) -> Decoder:
-        """Prepare searches with these settings; for lm see `transcribe`."""
+        """Prepare searches with these settings; for lm see `transcribe`.
+
+        Raises:
+            InputError: the language model is missing, damaged, or of another vocabulary.
+        """
         with self._lock:
             if decoding.precision not in self._packed:
                 packed = beam.packed_weights(self.loaded.model, decoding, self.device)
@@ -296,7 +306,7 @@ class Recogniser:
             return Decoder(config, ngram, self._packed[decoding.precision])
 
     def _ngram_table(self, decoding: DecodingConfig, lm: str | None) -> tuple[Tensor | None, DecodingConfig]:
-        """Return the n-gram table and settings from fold_length_reward; those of the last language model are cached."""
+        """Return the results of fold_length_reward, from a cache if the language model and its weights are the last."""
 
         def make() -> tuple[Tensor | None, DecodingConfig]:
             table = load_ngram_table(lm, decoding, self.loaded, self.device, self._lm_option)
@@ -324,7 +334,10 @@ class Recogniser:
         words: bool = False,
         progress: bool = True,
     ) -> list[list[beam.Hypothesis]]:
-        """Decode a dataset; see las_fast.search.dataset.decode_dataset."""
+        """Decode a dataset; see las_fast.search.dataset.decode_dataset.
+
+        words: whether hypotheses have words.
+        """
         config, ngram, packed = decoder
         return dataset.decode_dataset(
             self.loaded.model,
@@ -363,8 +376,8 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf) -> Non
 
 
 def check_nbest(nbest: int, beam: int) -> None:
-    """Raise InputError if nbest is not a whole number from 1 to the beam."""
+    """Raise InputError if nbest is not a whole number from 1 to the beam width."""
     if isinstance(nbest, bool) or not isinstance(nbest, (int, np.integer)) or nbest < 1:
         raise InputError(f"nbest must be a whole number of at least 1; got {nbest!r}")
     if nbest > beam:
-        raise InputError(f"nbest={nbest} needs a beam at least as wide; give beam={nbest}")
+        raise InputError(f"nbest={nbest} needs a beam of at least {nbest}; give beam={nbest}")

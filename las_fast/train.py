@@ -43,25 +43,30 @@ if TYPE_CHECKING:  # these import torch, which would slow --help down
     from las_fast.data.dataset import SpeechDataset
     from las_fast.training.trainer import Trainer
 
-WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is replaced
+WEIGHT_COPIES = 10  # 4 in last.pt, 1 each in best and averaged, and up to 4 more while a file is being replaced
 LOG_BYTES = 2**20  # minimum for the log, curves and pictures
-MAX_CHARS_PER_SECOND = 40  # faster than anyone speaks
-GRACE_CHARS = 10  # allowance for short clips that are cut at the start
+MAX_CHARS_PER_SECOND = 40  # nobody speaks faster
+GRACE_CHARS = 10  # in addition, for short clips that begin within a word
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """Return the options, and the settings that they and --config make."""
     parser = Parser(prog="python -m las_fast.train", description=__doc__, add_help=False)
     parser.add_argument("--config", required=True, metavar="NAME|FILE", help=f"preset ({', '.join(presets())}) or YAML")
-    parser.add_argument("--data", required=True, type=as_path, metavar="ROOT", help="archive, LibriSpeech or manifest")
     parser.add_argument(
-        "--out", required=True, type=as_path, metavar="RUN", help="run folder, for everything that training writes"
+        "--data", required=True, type=as_path, metavar="ROOT", help="archive, corpus folder or manifest"
     )
+    parser.add_argument("--out", required=True, type=as_path, metavar="RUN", help="run folder to write")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out")
     parser.add_argument(
-        "--init", metavar="RUN|FILE|NAME", help="start from the weights of a checkpoint instead of random ones"
+        "--init", metavar="RUN|FILE|NAME", help="start from the weights of a checkpoint instead of random weights"
     )
-    parser.add_argument("--on-bad", choices=("error", "skip"), help="stop at an unusable utterance, or leave it out")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        help="what to do with utterances that cannot be used (default: data.on_bad)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     options, config = parse_settings(parser, argv, starting_settings, shown=shown_settings)
     options.given |= parser.given
     if options.on_bad:
@@ -70,7 +75,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 
 def starting_settings(options: argparse.Namespace) -> Config:
-    """Return the settings of --config, and set options.given to the names of those that the user has set."""
+    """Return the settings of --config, and set options.given to the names of the settings that the user has set."""
     base = None
     if options.config == FINETUNE:
         if not options.init:
@@ -84,7 +89,7 @@ def starting_settings(options: argparse.Namespace) -> Config:
 
 
 def shown_settings(options: argparse.Namespace) -> Config:
-    """Return the settings whose values --help shows: those of --config, if it is there."""
+    """Return the settings whose values --help shows: those of --config, or the defaults without it."""
     if options.config is None:
         return Config()
     return starting_settings(options) if options.init else load_config(options.config)
@@ -129,14 +134,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_start(options: argparse.Namespace, config: Config) -> None:
-    """Raise InputError for what would end the training later, before the data is read."""
+    """Raise InputError, before the data is read, if the launcher, a missing package or --out forbids the training."""
     check_one_process()
     check_packages(config)
     check_run_folder(options.out, options.resume)
 
 
 def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -> None:
-    """Run the training and print its result; `arguments` of the command are for the resume hint."""
+    """Run the training and print its result.
+
+    arguments: of the command, for the resume hint.
+    """
     from las_fast.training.step import Diverged
 
     check_disk_space(options.out, trainer)
@@ -157,7 +165,7 @@ def train(trainer: Trainer, options: argparse.Namespace, arguments: list[str]) -
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
-    """Raise InputError if training cannot or must not write into the folder `out`."""
+    """Raise InputError if a training cannot or must not write into the folder `out`."""
     if resume and not (out / LAST).exists():
         raise InputError(f"{out / LAST} does not exist, so there is nothing to resume; start without --resume")
     if not resume and (out / LAST).exists():
@@ -189,7 +197,7 @@ def check_nothing_is_replaced(out: Path) -> None:
 
 @contextlib.contextmanager
 def lock_run_folder(out: Path) -> Iterator[None]:
-    """Make the folder `out` and lock it; raise InputError if another training holds the lock."""
+    """Make the folder `out`, and lock it in the `with` block; raise InputError if another training has locked it."""
     make_folder(out, "--out")
     folder = os.open(out, os.O_RDONLY)
     try:
@@ -206,7 +214,7 @@ def lock_run_folder(out: Path) -> Iterator[None]:
 
 
 def ensure_temporary_folder(out: Path) -> None:
-    """Use `out` for temporary files if the system has no place for them; torch needs one."""
+    """Use `out` for temporary files, which torch writes, if the system has no folder for them."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:  # a read-only container
@@ -214,7 +222,7 @@ def ensure_temporary_folder(out: Path) -> None:
 
 
 def check_disk_space(out: Path, trainer: Trainer) -> None:
-    """Raise InputError if the disk is too small for what the training will write beyond its present files."""
+    """Raise InputError if the disk lacks space for the files of the training, apart from those that exist."""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     present = sum(path.stat().st_size for path in (out / BEST, out / AVERAGED, out / LAST) if path.exists())
     needed, free = 4 * parameters * WEIGHT_COPIES + LOG_BYTES - present, shutil.disk_usage(out).free
@@ -226,7 +234,7 @@ def check_disk_space(out: Path, trainer: Trainer) -> None:
 
 
 def load_init(options: argparse.Namespace, config: Config, corpus: Corpus) -> Loaded | None:
-    """Load the checkpoint of --init, and check that it fits; return None without --init or with --resume."""
+    """Load the checkpoint of --init and check that it fits; return None without --init or with --resume."""
     if not options.init or options.resume:
         return None
     from las_fast.checkpoint import load_model
@@ -237,7 +245,7 @@ def load_init(options: argparse.Namespace, config: Config, corpus: Corpus) -> Lo
 
 
 def resume_hint(trainer: Trainer, arguments: list[str]) -> str:
-    """Message for an interrupted training: the saved step and the command that resumes."""
+    """Return the message after an interruption: the saved step, and the command that resumes from it."""
     if trainer.saved_step is None:
         return "\nstopped before anything was saved; start again with the same command"
     resume = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
@@ -245,7 +253,7 @@ def resume_hint(trainer: Trainer, arguments: list[str]) -> str:
 
 
 def print_summary(trainer: Trainer) -> None:
-    """Print the size of the model, the batches and the threads."""
+    """Print the size of the model, the batches, the steps and, if cores are unused, the threads."""
     import torch
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -264,7 +272,7 @@ def print_summary(trainer: Trainer) -> None:
 
 
 def note_warmup(trainer: Trainer) -> None:
-    """Say so if a cycle is too short for the warm-up of the settings."""
+    """Print the steps of the warm-up if a cycle is too short for those of the settings."""
     training = trainer.config.training
     ends = [trainer.curriculum.steps_before(epoch) for epoch in (0, *training.restarts, training.epochs)]
     steps = min(end - start for start, end in pairwise(ends))
@@ -274,7 +282,7 @@ def note_warmup(trainer: Trainer) -> None:
 
 
 def warn_too_fast(name: str, data: SpeechDataset) -> None:
-    """Warn of transcripts that are too long to be spoken within the duration of their recording."""
+    """Print a warning if transcripts are too long for the durations of their recordings."""
     too_fast = [
         i for i, text in enumerate(data.texts) if len(text or "") > GRACE_CHARS + MAX_CHARS_PER_SECOND * data.seconds[i]
     ]
@@ -288,7 +296,10 @@ def warn_too_fast(name: str, data: SpeechDataset) -> None:
 
 
 def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
-    """Warn of transcripts that need more frames than the CTC head has: one per character, one between equal ones."""
+    """Print a warning if transcripts need more frames than the CTC head has.
+
+    CTC needs a frame per character, and one between two equal characters in a row.
+    """
     reduction = model.listener.reduction_at(model.ctc_layer)
     needed = [len(text) + sum(map(eq, text, text[1:])) for text in (text or "" for text in data.texts)]
     available = [-(-count // reduction) for count in data.frame_counts.tolist()]
@@ -302,7 +313,11 @@ def warn_too_long_for_ctc(data: SpeechDataset, model: ModelConfig) -> None:
 
 
 def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechDataset]:
-    """Load the training and dev sets, compute or read their features, and warn of doubtful data."""
+    """Load the training set and the dev set, and print their sizes and warnings.
+
+    Raises:
+        InputError: there is no such split, or it has no usable utterance.
+    """
     from las_fast.data.dataset import load_dataset
     from las_fast.data.holdout import hold_out
     from las_fast.data.overlap import count_overlapping, count_shared_recordings
@@ -329,7 +344,7 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         warn_too_long_for_ctc(train, config.model)
     if shared := count_overlapping(train, dev):
         print(
-            f"warning: {shared} dev utterances are trained on too, so dev scores say nothing about new "
+            f"warning: {shared} dev utterances are also in the training set, so dev scores say nothing about new "
             "speech; choose others with --data.dev or in the manifest's column 'split'"
         )
     elif divided := count_shared_recordings(train, dev):

@@ -1,4 +1,4 @@
-"""python -m las_fast.transcribe: transcribe audio files into text, JSON or subtitles.
+"""python -m las_fast.transcribe: transcribe recordings into text, JSON, subtitles, tables or annotations.
 
 Recordings of any length are cut at pauses into segments of speech, which are decoded in batches. Each transcript is
 written as soon as its recording is decoded.
@@ -34,7 +34,7 @@ from las_fast.system import choose_device, return_freed_memory
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.recogniser import Recogniser
 
-MIN_BYTES_PER_SECOND = 500  # of a recording; limits the duration that a damaged header may state
+MIN_BYTES_PER_SECOND = 500  # of a recording; a damaged header may state a longer duration
 
 
 def estimated_seconds(path: Path) -> float:
@@ -66,13 +66,13 @@ def parser() -> Parser:
     add("--format", choices=FORMATS, help="json, tsv and ctm have one line per recording, segment or word; "
         "textgrid is for Praat (default: that of --out FILE, else text)")  # fmt: skip
     add("--out", type=as_path, metavar="FOLDER|FILE",
-        help="write FOLDER/RECORDING.txt, .json, .srt ...; or, for one recording, a file such as talk.srt")  # fmt: skip
+        help="folder for RECORDING.txt, .json, .srt ...; or, for one recording, a file such as talk.srt")  # fmt: skip
     add("--existing", choices=("error", "skip", "replace"), default="error",
-        help="what to do if an output file exists; skip: leave the recording out (default: error)")  # fmt: skip
+        help="what to do if an output file exists; skip: keep it, do not transcribe (default: error)")  # fmt: skip
     add("--case", choices=("lower", "upper"), help="write texts in lower or upper case (default: as the model does)")
-    add("--width", type=int, default=42, metavar="N", help="characters per line of subtitles (default: 42)")
-    add("--lines", type=int, default=2, metavar="N", help="lines of a subtitle (default: 2)")
-    add("--word-times", action="store_true", help="with vtt: a time tag for each word, for players that highlight it")
+    add("--width", type=int, default=42, metavar="N", help="maximum characters per line of srt and vtt (default: 42)")
+    add("--lines", type=int, default=2, metavar="N", help="maximum lines of a cue of srt and vtt (default: 2)")
+    add("--word-times", action="store_true", help="with vtt: a time tag per word, for players that highlight words")
     add("--nbest", type=int, default=1, metavar="N", help="with json: hypotheses per segment (default: 1)")
     add("--beam", type=int, help="beam width (default: the checkpoint's)")
     add(
@@ -81,7 +81,7 @@ def parser() -> Parser:
         help="language model; its weight is 0.1 unless the checkpoint sets one (default: the checkpoint's)",
     )
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
-        help="leave out segments with a lower speech score, which are mostly noise; needs a model with a CTC head "
+        help="leave out segments with a lower speech score, which are mostly noise; no effect without a CTC head "
         f"(default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
     add(
         "--on-bad",
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     choose_format(options, len(paths))
     targets = choose_targets(paths, options)
     if options.out and not targets:
-        print(f"nothing to do: all {len(paths)} transcripts exist in {show(options.out)}")
+        print(f"nothing to do: every transcript exists in {show(options.out)}")
         return
     paths = list(targets) or paths
     if options.on_bad == "error":
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise InputError for numbers out of range, and for options that the format does not use."""
+    """Raise InputError for numbers out of range."""
     for name in ("beam", "width", "lines", "nbest"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -134,11 +134,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def choose_format(options: argparse.Namespace, recordings: int) -> None:
-    """Set options.format from --out FILE, and check both against the number of recordings.
+    """Set options.format, from --out FILE if it is not given, and options.out_is_file.
 
     Raises:
-        InputError: --out is a file of another format or for several recordings, subtitles of several recordings would
-            be printed, or an option is for another format.
+        InputError: --out is a file, but has the suffix of another format or there are several recordings; several
+            recordings are printed in a format other than text and json; or an option does not apply to the format.
     """
     by_suffix = {suffix.lower(): name for name, (suffix, _) in FORMATS.items()}
     named = by_suffix.get(options.out.suffix.lower()) if options.out and not options.out.is_dir() else None
@@ -162,11 +162,11 @@ def choose_format(options: argparse.Namespace, recordings: int) -> None:
 
 
 def emit(path: Path, transcript: Transcript, options: argparse.Namespace, targets: dict[Path, Path], *, several: bool):
-    """Write the transcript of a recording to its file, or print it."""
+    """Write the transcript of a recording to its file in `targets`, or print it without --out."""
     if options.case:
         transcript = transcript.map_text(str.lower if options.case == "lower" else str.upper)
     if several and options.format == "text" and not options.out:
-        write(f"{show(path)}: {transcript.text}")  # a line per recording
+        write(f"{show(path)}: {transcript.text}")  # one line per recording
         return
     style = Style(SubtitleSize(options.width, options.lines), options.word_times)
     text = FORMATS[options.format][1](path, transcript, style)
@@ -196,10 +196,10 @@ def transcribe(paths: list[Path], model: Recogniser, options: argparse.Namespace
 
 
 def choose_targets(paths: list[Path], options: argparse.Namespace) -> dict[Path, Path]:
-    """Return the output file of each recording to transcribe; empty without --out.
+    """Return the output file of each recording that is to be transcribed; {} without --out.
 
     Raises:
-        InputError: a file would replace a recording, or exists and --existing is "error".
+        InputError: a file would replace a recording, exists and --existing is "error", or cannot be written.
     """
     if not options.out:
         require_stdout("--out FOLDER")
@@ -232,6 +232,7 @@ def check_existence(paths: list[Path]) -> None:
 
 
 def save(target: Path, text: str) -> None:
+    """Write a transcript, and print the name of its file."""
     from las_fast.files import write_text_atomically
 
     write_text_atomically(target, text)
@@ -239,7 +240,7 @@ def save(target: Path, text: str) -> None:
 
 
 def released_model() -> str:
-    """Return the name of the default released model."""
+    """Return the name of the default released model; raise InputError if none is installed."""
     from las_fast.checkpoint import released_models
 
     names = released_models()

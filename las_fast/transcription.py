@@ -1,7 +1,7 @@
-"""Transcribe recordings: cut them at pauses, decode the segments of several in one batch, return them in order.
+"""Transcribe recordings: cut each at its pauses, decode segments of several together, return the recordings in order.
 
-Recogniser.transcribe_all in las_fast/recogniser.py is the public function. las_fast.serve decodes the segments of
-several clients together with the same parts: RecordingState, read, add and decode_pool.
+The public function is Recogniser.transcribe_all in las_fast/recogniser.py. las_fast.serve decodes the segments of
+several clients together by RecordingState and Transcription.read, add and decode_pool.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from las_fast.data.segments import Speech, segments
 from las_fast.errors import InputError, type_name
 from las_fast.output.transcripts import Hypothesis, Segment, Transcript, join_texts
 from las_fast.search.dataset import Utterances
-from las_fast.search.words import moved
+from las_fast.search.words import shift_words
 
 
 @dataclass
 class RecordingState:
-    """A recording while it is transcribed."""
+    """A recording that is being transcribed."""
 
     recording: Any
-    name: str = ""
-    segments: list[Segment] = field(default_factory=list)
-    noise: list[Segment] = field(default_factory=list)
-    undecoded: int = 0  # number of its segments in the pool
-    is_read: bool = False
-    duration: float = 0.0  # seconds
+    name: str = ""  # in errors and warnings; known once the recording is open
+    segments: list[Segment] = field(default_factory=list)  # decoded
+    noise: list[Segment] = field(default_factory=list)  # decoded, with a speech score below the limit
+    undecoded: int = 0  # segments in the pool
+    is_read: bool = False  # to its end
+    duration: float = 0.0  # seconds; known once it is read
     error: InputError | None = None  # why it cannot be read
 
     def transcript(self) -> Transcript:
+        """Return the transcript of the segments decoded so far."""
         text = join_texts(self.segments).strip()
         return Transcript(text, tuple(self.segments), tuple(self.noise), self.duration)
 
 
 @dataclass
 class Transcription:
-    """One call of Recogniser.transcribe_all: its arguments, and the segments waiting to be decoded together."""
+    """One call of Recogniser.transcribe_all: its options, and the pool of segments to be decoded together."""
 
-    features: FeatureConfig
+    features: FeatureConfig  # of the model
     statistics: Statistics | None  # for normalisation "global"
     decode: Callable[[Utterances], list[list[Hypothesis]]]  # hypotheses of each utterance, best first
     min_speech_score: float
@@ -60,7 +61,7 @@ class Transcription:
     pending: deque[RecordingState] = field(default_factory=deque)  # recordings not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
-        """Yield each recording with its transcript, in order."""
+        """Yield each recording with its transcript, in order; errors are those of Recogniser.transcribe_all."""
         for recording in recordings:
             state = RecordingState(recording)
             self.pending.append(state)
@@ -82,7 +83,7 @@ class Transcription:
     def read(self, state: RecordingState, sample_rate: int | None) -> Iterator[Speech]:
         """Yield the segments of a recording, and warn about problems, such as no speech.
 
-        If the recording cannot be read, state.error is set.
+        It sets the name, duration and is_read of the state or, if the recording cannot be read, its error.
         """
         seconds, has_speech = 0.0, False
 
@@ -115,7 +116,7 @@ class Transcription:
         state.undecoded += 1
 
     def decode_pool(self) -> None:
-        """Decode and empty the pool; raise InputError if a segment does not fit in memory."""
+        """Decode the segments of the pool, and empty it; raise InputError if a segment does not fit in memory."""
         pool, self.pool, self.seconds = self.pool, [], 0.0
         if not pool:
             return
@@ -128,23 +129,27 @@ class Transcription:
             (state.noise if is_noise else state.segments).append(segment)
 
     def _finished(self) -> Iterator[tuple[Any, Transcript]]:
-        """Yield and remove the first recordings that are fully decoded."""
+        """Yield and remove the recordings at the front that are fully decoded."""
         while self.pending and self.pending[0].is_read and not self.pending[0].undecoded:
             done = self.pending.popleft()
             yield done.recording, done.transcript()
 
 
 def _segment(speech: Speech, nbest: list[Hypothesis]) -> Segment:
-    """Return the segment with the times of its words in the recording; they lie inside the segment."""
-    limits = speech.offset, speech.start, speech.end
-    nbest = [replace(one, words=moved(one.words, *limits)) for one in nbest]
+    """Return a segment; the times of its words are moved into the recording and clamped to the segment."""
+    shift = speech.offset, speech.start, speech.end
+    nbest = [replace(hypothesis, words=shift_words(hypothesis.words, *shift)) for hypothesis in nbest]
     best = nbest[0]
     scores = best.score, best.mean_score, best.speech_score
     return Segment(speech.start, speech.end, best.text, *scores, tuple(nbest), best.words)
 
 
 def to_audio(recording: Any, sample_rate: int | None) -> Audio:
-    """Convert a recording to the types that las_fast.data.audio.open_recording takes, or raise InputError."""
+    """Return an array as Samples, and other recordings unchanged; see las_fast.data.audio.open_recording.
+
+    Raises:
+        InputError: the recording has another type, an array has no valid sample rate, or a file has one.
+    """
     if is_array(recording):
         return to_samples(recording, sample_rate)
     if isinstance(recording, Samples):

@@ -46,7 +46,7 @@ def test_one_command_writes_the_picture_and_prints_the_text(workspace, tmp_path,
 
 
 def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model):
-    picture = attention.look(model, workspace / "plain.wav", 0.0, None, text="A B")
+    picture = attention.make_picture(model, workspace / "plain.wav", 0.0, None, text="A B")
     assert picture.text == "A B" and picture.start == 0.0 and picture.frame_seconds == pytest.approx(0.01)
     samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
     (features,) = compute_features([samples], model.loaded.config.features)
@@ -65,22 +65,22 @@ def test_weights_are_those_of_the_speller_with_teacher_forcing(workspace, model)
 
 
 def test_trimmed_silence_keeps_its_place_and_has_no_weights(workspace, model):
-    picture = attention.look(model, workspace / "silent-start.wav", 0.0, None, text="A")
+    picture = attention.make_picture(model, workspace / "silent-start.wav", 0.0, None, text="A")
     known = np.isfinite(picture.weights).all(0)
     assert picture.weights.shape[1] == len(picture.spectrogram) == pytest.approx(498, abs=1)
     assert not known[:300].any() and known[410:480].all(), "the speech starts at 4 s"
 
 
 def test_a_part_of_a_recording_keeps_its_times(workspace, model):
-    whole = attention.look(model, workspace / "plain.wav", 0.0, None, text="A")
-    part = attention.look(model, workspace / "plain.wav", 0.25, 0.75, text="A")
+    whole = attention.make_picture(model, workspace / "plain.wav", 0.0, None, text="A")
+    part = attention.make_picture(model, workspace / "plain.wav", 0.25, 0.75, text="A")
     assert part.start == 0.25 and part.weights.shape[1] == pytest.approx(50, abs=3)
     count = part.weights.shape[1]
     assert np.allclose(part.spectrogram[:count], whole.spectrogram[25 : 25 + count], atol=1e-2)
 
 
 def test_without_a_text_the_best_hypothesis_is_spelled(workspace, model):
-    picture = attention.look(model, workspace / "plain.wav", 0.0, None, beam=2)
+    picture = attention.make_picture(model, workspace / "plain.wav", 0.0, None, beam=2)
     samples, _ = soundfile.read(workspace / "plain.wav", dtype="float32")
     (features,) = compute_features([samples], model.loaded.config.features)
     assert picture.text == model.decode(features, beam=2)[0].text and len(picture.weights) == len(picture.text) + 1
@@ -104,25 +104,26 @@ def test_both_axes_are_in_seconds_and_the_colours_from_0_to_1(tmp_path, monkeypa
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-def test_words_stand_where_the_model_attended_to_them():
+def test_words_stand_where_the_model_attends_to_them():
     weights = np.zeros((6, 10), np.float32)
     weights[0, 1] = weights[1, 3] = 1.0  # AB
     weights[3, 8] = weights[4, 8] = 0.5  # CD; rows need not sum to 1
     weights[:, 0] = np.nan
-    assert figures.word_times(weights, "AB  CD"[:2] + " CD", 0.1, 5.0) == [
+    assert figures.attended_times(weights, "AB CD", 0.1, 5.0) == [
         ("AB", pytest.approx(5.25)), ("CD", pytest.approx(5.85))
     ]  # fmt: skip
-    assert figures.word_times(weights, "", 0.1, 5.0) == []
+    assert figures.attended_times(weights, "", 0.1, 5.0) == []
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--start", "-1"], "--start must be a number of seconds from 0 on; got -1"),
-        (["--start", "nan"], "--start must be a number of seconds from 0 on; got nan"),
+        (["--start", "-1"], "--start must be at least 0 seconds; got -1"),
+        (["--start", "nan"], "--start must be at least 0 seconds; got nan"),
         (["--start", "2", "--end", "2"], "--end must be later than --start 2; got 2"),
         (["--end", "40"], "a picture shows at most 30 s; --start 0 --end 40 are 40 s"),
         (["--out", "x.html"], "the output is a picture; give a name that ends in .png"),
+        (["--beam", "0"], "decoding.beam must be at least 1; got 0"),
         (["--text", "A1"], "--text has characters that the model does not know: '1'"),
     ],
 )
@@ -136,7 +137,7 @@ def test_bad_options_are_one_sentence(workspace, tmp_path, monkeypatch, words, m
 def test_a_long_recording_needs_a_part(workspace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=r"long.wav has 31.0 s, .* at most 30; give a part, such as --start 0 --end 10"
+        InputError, match=r"at most 30 s, but .*long.wav has 31.0 s; give a part, such as --start 0 --end 10"
     ):
         draw(workspace, name="long.wav")
 

@@ -330,7 +330,9 @@ def test_an_output_folder_that_cannot_be_made_is_an_error_before_decoding(worksp
 
 def test_two_results_need_two_files(workspace, capsys, tmp_path):
     out = tmp_path / "out.csv"
-    assert f"--out and --jsonl are both {out}" in fails(workspace, capsys, "--jsonl", str(out), out=out)
+    (tmp_path / "deep").mkdir()
+    for same in (out, tmp_path / "deep" / ".." / "out.csv"):
+        assert f"--out and --jsonl are both {out}" in fails(workspace, capsys, "--jsonl", str(same), out=out)
 
 
 def test_a_full_disk_leaves_no_partial_file(workspace, capsys, tmp_path, monkeypatch):

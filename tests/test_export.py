@@ -187,6 +187,12 @@ def test_the_calibration_of_confidences_is_copied_and_replaces_only_another(tmp_
     out = export_model(path)
     assert load_calibration(out) == calibration and other.is_file()
     export_model(path)
+    calibration_path_for(path).unlink()
+    with pytest.raises(
+        InputError, match=f"small.words.json would be used with this model.*move it to .*{path.stem}.wo"
+    ):
+        export_model(path)
+    calibration.save(calibration_path_for(path))
     other.write_text("notes")
     with pytest.raises(InputError, match="small.words.json"):
         export_model(path)

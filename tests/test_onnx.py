@@ -249,9 +249,9 @@ def test_two_files_are_written_and_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "argv", "message"),
     [
-        ("a.onnx", [], "a.onnx is a name for onnx, but the format is safetensors; add --format onnx, or give a name "
-         "that ends in .safetensors"),
-        ("a.safetensors", ["--format", "onnx"], "a name for safetensors, but the format is onnx; add --format "),
+        ("a.onnx", [], "a.onnx has the suffix of onnx, but the format is safetensors; add --format onnx, or give a "
+         "name that ends in .safetensors"),
+        ("a.safetensors", ["--format", "onnx"], "has the suffix of safetensors, but the format is onnx; add --format "),
         ("a", ["--format", "onnx"], "a: give a name that ends in .onnx"),
         ("a.pt", ["--format", "onnx"], "a.pt: give a name that ends in .onnx"),
         ("a.bin", [], "the output is a model; give a name that ends in .safetensors"),

@@ -221,7 +221,7 @@ INVALID_RECORDINGS = {
     "beam 2.0": (SPEECH, RATE, {"beam": 2.0}, "beam must be a whole number; got 2.0"),
     "beam True": (SPEECH, RATE, {"beam": True}, "beam must be a whole number; got True"),
     "nbest 0": (SPEECH, RATE, {"nbest": 0}, "nbest must be a whole number of at least 1; got 0"),
-    "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam at least as wide; give beam=3"),
+    "nbest 3": (SPEECH, RATE, {"nbest": 3, "beam": 2}, "nbest=3 needs a beam of at least 3; give beam=3"),
     "a missing lm": (SPEECH, RATE, {"lm": "gone"}, "lm=gone is not a file"),
     "lm True": (SPEECH, RATE, {"lm": True}, "lm must be a path, the name of a released model, None or False; got"),
     "NaN as a limit": (SPEECH, RATE, {"min_speech_score": np.nan}, "min_speech_score must be a number; got nan"),
@@ -479,7 +479,7 @@ F28 = np.ones((30, 28), np.float32)
         ([F28, [1.0]], {}, r"features\[1\] must be an array of shape \(T, 28\); got a value of type list"),
         ("dev.npy", {}, r"features must be an array of shape \(T, 28\); got a value of type str"),
         (F28, {"beam": 0}, "decoding.beam must be at least 1"),
-        (F28, {"nbest": 9}, "nbest=9 needs a beam at least as wide; give beam=9"),
+        (F28, {"nbest": 9}, "nbest=9 needs a beam of at least 9; give beam=9"),
     ],
 )
 def test_invalid_features_are_a_one_sentence_error(workspace, features, options, message):

@@ -216,7 +216,7 @@ def test_existing_files_are_replaced_only_on_request(workspace, tmp_path, capsys
     transcribe(workspace, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
     assert (tmp_path / "short.txt").read_text() == "my own notes" and (tmp_path / "other.txt").exists()
     transcribe(workspace, "--out", str(tmp_path), "--existing", "skip", files=["short.wav", "other.flac"])
-    assert "nothing to do: all 2" in capsys.readouterr().out
+    assert "nothing to do: every transcript exists" in capsys.readouterr().out
     transcribe(workspace, "--out", str(tmp_path), "--existing", "replace", files=["short.wav"])
     assert (tmp_path / "short.txt").read_text() != "my own notes"
 
@@ -503,7 +503,7 @@ def test_each_format_goes_to_stdout_or_to_files_of_its_name(workspace, calls, tm
     with pytest.raises(InputError, match=rf"^2 of 2 output files exist already, the first is \S+short.{suffix}; add"):
         ask(workspace, "--format", form, "--out", str(out), files=["short.wav", "long.wav"])
     ask(workspace, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "long.wav"])
-    assert capsys.readouterr().out == f"nothing to do: all 2 transcripts exist in {shown[:-1]}\n"
+    assert capsys.readouterr().out == f"nothing to do: every transcript exists in {shown[:-1]}\n"
     ask(workspace, "--format", form, "--out", str(out), "--existing", "skip", files=["short.wav", "silent.wav"])
     assert calls[-1]["paths"] == ["silent.wav"]
 

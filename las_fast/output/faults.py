@@ -1,4 +1,4 @@
-"""Texts of a model that does not follow the audio: blank, one piece again and again, or the same for all utterances."""
+"""Detect texts of a model that does not follow the audio: blank, repetitive, or the same for many utterances."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-MIN_SHARE = 0.2  # of the texts that are blank or repeat; a few occur with any model
-MIN_SAME_SHARE = 0.5  # of the texts that are alike: people do say the same, such as YES
-MIN_REPEATED = 20  # characters; people repeat shorter pieces, as in NO NO NO
+MIN_SHARE = 0.2  # of texts that are blank or repetitive; any model writes a few
+MIN_SAME_SHARE = 0.5  # of texts that are equal; people do say the same, such as YES
+MIN_REPEATED = 20  # characters of a repetition; people say shorter ones, such as NO NO NO
 REPETITION = re.compile(r"(.{1,12}?)\1{2,}")  # a piece at least three times in a row
 
 
 def repeated_piece(text: str) -> str:
-    """Return the piece that makes up half of the text by repetition, at least MIN_REPEATED characters; "" if none."""
+    """Return the piece whose repetitions are half of the text and at least MIN_REPEATED characters; "" if none."""
     needed = max(MIN_REPEATED, len(text) / 2)
     return next((match[1] for match in REPETITION.finditer(text) if len(match[0]) >= needed), "")
 
 
 def describe_fault(texts: Sequence[str]) -> str:
-    """Describe what is wrong with the texts of distinct utterances, such as "28 of 30 texts are blank"; "" if nothing.
+    """Describe the fault of many texts of distinct utterances, such as "28 of 30 texts are blank"; "" if there is none.
 
-    Few texts with a fault are none; see MIN_SHARE and MIN_SAME_SHARE.
+    Many are at least two, and at least MIN_SHARE of the texts; for equal texts, MIN_SAME_SHARE.
     """
     count, needed = len(texts), max(2, MIN_SHARE * len(texts))
     blank = sum(not text.strip() for text in texts)

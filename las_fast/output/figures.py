@@ -18,14 +18,16 @@ MAX_DOTS = 60  # longer curves are drawn without dots
 def attention_picture(
     path: str | Path, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None = None
 ) -> None:
-    """Write a PNG of attention weights: characters top to bottom, encoder frames left to right.
+    """Write a PNG of attention weights: characters from top to bottom, encoder frames from left to right.
 
     The colours range from 0 to 1 in every picture, so that pictures of different epochs can be compared.
 
     Args:
         path:          output file; the suffix does not matter.
         weights:       (U, T) float32; U is len(text), or one more with <eos>.
-        frame_seconds: duration of an encoder frame; the axis then shows seconds instead of frames.
+        text:          one character per row.
+        title:         above the picture.
+        frame_seconds: seconds per encoder frame; the axis then shows seconds instead of frames.
     """
     with open(path, "wb") as file:
         draw_attention(file, weights, text, title, frame_seconds=frame_seconds)
@@ -34,7 +36,10 @@ def attention_picture(
 def draw_attention(
     file: BinaryIO, weights: np.ndarray, text: str, title: str, *, frame_seconds: float | None, in_page: bool = False
 ) -> None:
-    """Write the PNG of attention_picture to an open file; in_page: smaller, transparent, without a title."""
+    """Write the PNG of attention_picture to an open file.
+
+    in_page: for a report: smaller, transparent, without title and colour bar.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,9 +80,11 @@ def utterance_picture(
         path:          output file; the suffix does not matter.
         weights:       (U, T) float32; U is one more than len(text), for <eos>; NaN is left blank.
         spectrogram:   (T, mel bins) float32 log-mel.
-        frame_seconds: duration of a column.
+        text:          one character per row of weights; its words are written above the spectrogram.
+        title:         above the picture.
+        frame_seconds: seconds per column.
         start:         seconds of the recording before the first column.
-        sample_rate:   of the recording in Hz; it determines the frequencies of the bins.
+        sample_rate:   Hz that the mel bins were computed for.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,7 +104,7 @@ def utterance_picture(
     label_tokens(lower, text, tokens, fontsize=7)
     lower.set_xlabel("seconds")
     figure.colorbar(image, ax=lower, pad=0.01, fraction=0.03, aspect=40, label="attention weight")
-    _label_words(upper, word_times(weights, text, frame_seconds, start), (start, end))
+    _label_words(upper, attended_times(weights, text, frame_seconds, start), (start, end))
     figure.suptitle(title, fontsize=9, parse_math=False)
     canvas.print_figure(path, format="png", dpi=110, facecolor=figure.get_facecolor())
 
@@ -117,11 +124,11 @@ def _draw_spectrogram(axes, spectrogram: np.ndarray, span: tuple[float, float], 
     axes.set_ylabel("kHz")
 
 
-def word_times(weights: np.ndarray, text: str, frame_seconds: float, start: float) -> list[tuple[str, float]]:
-    """Return each word of the text with the time in seconds at which its characters are attended, on average."""
-    heard = np.nan_to_num(weights)
-    centres = start + (np.arange(heard.shape[1]) + 0.5) * frame_seconds
-    attended = heard @ centres / np.maximum(heard.sum(1), 1e-12)  # (U,)
+def attended_times(weights: np.ndarray, text: str, frame_seconds: float, start: float) -> list[tuple[str, float]]:
+    """Return (word, time in seconds) of each word: the mean over its characters of the time that each attends to."""
+    known = np.nan_to_num(weights)
+    centres = start + (np.arange(known.shape[1]) + 0.5) * frame_seconds
+    attended = known @ centres / np.maximum(known.sum(1), 1e-12)  # (U,)
     result, first = [], 0
     for word in text.split(" "):
         if word:
@@ -139,9 +146,9 @@ def _label_words(axes, words: Sequence[tuple[str, float]], span: tuple[float, fl
 
 
 def label_tokens(axes, text: str, tokens: int, *, fontsize: float) -> None:
-    """Label the `tokens` rows of an attention picture with the characters of text and <eos>."""
+    """Label the rows of an attention picture, as many as `tokens`, with the characters of text and <eos>."""
     labels = [*("␣" if c == " " else c for c in text), "<eos>"][:tokens]
-    every = -(-tokens // 80)  # long transcripts: label only every second, third, ... row
+    every = -(-tokens // 80)  # long texts: label only every second, third, ... row
     axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=fontsize, family="monospace")
 
 
@@ -155,17 +162,20 @@ def _make_transparent(figure, axes) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line through points; `style` has CSS classes of the report: line1 to line8, dashed, dotted."""
+    """A named line through points."""
 
     name: str
-    style: str
+    style: str  # CSS classes of the report: line1 to line8, dashed, dotted
     x: Sequence[float]
-    y: Sequence[float]
+    y: Sequence[float]  # from 0 on; points that are not finite are left out
     is_line: bool = True  # otherwise only dots are drawn
 
 
 def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> str:
-    """Draw curves as SVG in the colours of the report; mark: (x, name) of a vertical line."""
+    """Return curves as SVG with the CSS classes of the report, or a paragraph if they have no points.
+
+    mark: (x, name) of a vertical line.
+    """
     points = [(x, y) for c in curves for x, y in zip(c.x, c.y, strict=True) if math.isfinite(y)]
     if not points:
         return "<p>No values were logged.</p>"
@@ -209,7 +219,7 @@ def _mark(x: float, name: str, top: int, bottom: int, *, flip: bool) -> list[str
 
 
 def legend(curves: Sequence[Curve]) -> str:
-    """Return the names of the curves beside their colours, as HTML, which wraps on a narrow screen."""
+    """Return the names and colours of the curves as HTML; unlike text in SVG, it wraps on a narrow screen."""
     names = ""
     for curve in curves:
         kind = "" if curve.is_line else " point"
@@ -218,7 +228,7 @@ def legend(curves: Sequence[Curve]) -> str:
 
 
 def _ticks(maximum: float) -> list[float]:
-    """Return about five round numbers from 0 to `maximum` or just above."""
+    """Return about five round numbers from 0 on; the last is at least `maximum`."""
     maximum = max(maximum, 1e-9)
     magnitude = 10.0 ** math.floor(math.log10(maximum / 4))
     step = next(m for m in (magnitude * f for f in (1, 2, 2.5, 5, 10)) if maximum / m <= 5)

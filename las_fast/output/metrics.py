@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scores:
+    """Scores of a set of utterances."""
+
     utterances: int
     ld: float  # mean edit distance, in characters per utterance
     cer: float  # percent: total character edits / total reference characters
@@ -17,13 +19,12 @@ class Scores:
 def score(references: Sequence[str], hypotheses: Sequence[str]) -> Scores:
     """Score hypotheses against their references; words are separated by white space.
 
-    With an empty reference, every character or word of the hypothesis is an edit. If all references are empty, the
-    rates are relative to one character and one word.
+    If all references are empty, the rates are relative to one character and one word.
 
     Raises:
         ValueError: the numbers of hypotheses and references differ.
     """
-    from Levenshtein import distance  # here, so that a model also trains and decodes where this package is missing
+    from Levenshtein import distance  # here: decoding without transcripts works without the package
 
     pairs = list(zip(references, hypotheses, strict=True))
     characters = [distance(reference, hypothesis) for reference, hypothesis in pairs]

@@ -48,7 +48,7 @@ class DecodedSplit:
 
 
 def differences(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Return reference and hypothesis as HTML, with deleted, inserted and replaced text in spans of these classes."""
+    """Return reference and hypothesis as HTML; edits are in spans of the classes delete, insert and replace."""
     from Levenshtein import opcodes
 
     reference_parts, hypothesis_parts = [], []
@@ -64,15 +64,15 @@ def _span(kind: str, text: str) -> str:
 
 
 def worst(rows: Iterable[Decoded]) -> list[Decoded]:
-    """Return the utterances with the highest CER, at most MAX_WORST, without those that have no error."""
+    """Return the utterances with errors, highest CER first, at most MAX_WORST."""
     wrong = [row for row in rows if row.reference != row.hypothesis]
     return sorted(wrong, key=lambda row: (row.cer, *row[:3]), reverse=True)[:MAX_WORST]
 
 
 def utterances(rows: Sequence[Decoded], audio: Mapping[str, str]) -> str:
-    """Return the section on the worst and the best utterances.
+    """Return the section on the worst and the best utterances; "" without rows.
 
-    audio: data URL of the recording by utterance id, for some or all.
+    audio: data URLs of recordings by utterance id, for some or all.
     """
     if not rows:
         return ""
@@ -113,7 +113,7 @@ def _player(utterance: str, audio: Mapping[str, str]) -> str:
 
 
 def count_confusions(rows: Iterable[Decoded]) -> Counter[tuple[str, str]]:
-    """Count the character edits (said, written); "" stands for a character that is missing on that side."""
+    """Count the character edits (reference, hypothesis); "" on one side is an insertion or a deletion."""
     from Levenshtein import editops
 
     counts: Counter[tuple[str, str]] = Counter()
@@ -129,10 +129,10 @@ def confusions(rows: Sequence[Decoded]) -> str:
     counts = count_confusions(rows)
     if not counts:
         return ""
-    total, most = counts.total(), max(counts.values())
+    total, highest = counts.total(), max(counts.values())
     lines = []
     for (said, written), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]:
-        bar = f'<span class="bar" style="width: {100 * count / most:.0f}%"></span>'
+        bar = f'<span class="bar" style="width: {100 * count / highest:.0f}%"></span>'
         lines.append(
             f'<tr><td class="name">{_character(said)}</td><td class="name">{_character(written)}</td>'
             f'<td class="rate">{count:,}</td><td class="rate">{100 * count / total:.1f} %</td>'
@@ -153,7 +153,7 @@ def _character(character: str) -> str:
 
 
 def by_length(rows: Sequence[Decoded]) -> Curve:
-    """Return the CER of bins of equally many utterances over their mean reference length in characters."""
+    """Return CER in percent over reference length in characters, in LENGTH_BINS bins of equally many utterances."""
     from Levenshtein import distance
 
     ordered = sorted((row for row in rows if row.reference), key=lambda row: len(row.reference))
@@ -168,7 +168,7 @@ def by_length(rows: Sequence[Decoded]) -> Curve:
 
 
 def scored_words(rows: Iterable[Decoded]) -> list[tuple[float, bool]]:
-    """Return (confidence, whether it is right) of each word of the hypotheses, by the alignment with fewest edits."""
+    """Return (confidence, whether it is right) of each word of the hypotheses, by the Levenshtein alignment."""
     from Levenshtein import opcodes
 
     result = []
@@ -182,21 +182,21 @@ def scored_words(rows: Iterable[Decoded]) -> list[tuple[float, bool]]:
 
 
 def by_confidence(words: Sequence[tuple[float, bool]]) -> Curve:
-    """Return the percentage of right words over the mean confidence, in bins of equally many words."""
+    """Return right words over mean confidence, both in percent, in CONFIDENCE_BINS bins of equally many words."""
     ordered = np.array(sorted(words, key=lambda word: word[0]), dtype=float)  # (N, 2)
     bins = [part.mean(0) for part in np.array_split(ordered, CONFIDENCE_BINS) if len(part)]
     return Curve("words of similar confidence", "line1", [100 * x for x, _ in bins], [100 * y for _, y in bins])
 
 
 def error_curves(rows: Sequence[Decoded]) -> str:
-    """Return the section with the error over length and, if the words have confidences, over confidence."""
+    """Return the section with CER over length and, if words have confidences, right words over confidence."""
     if not any(row.reference for row in rows):
         return ""
     figures = [_length_figure(rows)]
     words = scored_words(rows)
     if words:
         figures.append(_confidence_figure(words))
-    return f'<h2>When it errs</h2><div class="pair">{"".join(figures)}</div>'
+    return f'<h2>Error rates</h2><div class="pair">{"".join(figures)}</div>'
 
 
 def _length_figure(rows: Sequence[Decoded]) -> str:
@@ -209,7 +209,7 @@ def _length_figure(rows: Sequence[Decoded]) -> str:
 
 def _confidence_figure(words: Sequence[tuple[float, bool]]) -> str:
     right, mean = (100 * sum(column) / len(words) for column in ((r for _, r in words), (c for c, _ in words)))
-    ideal = Curve("as confident as right", "line3", [0.0, 100.0], [0.0, 100.0])
+    ideal = Curve("confidence equals share of right words", "line3", [0.0, 100.0], [0.0, 100.0])
     note = f"{right:.1f} % of {len(words):,} words are right; the mean confidence is {mean:.1f} %."
     title = "Right words, percent, over confidence"
     return figure(title, [ideal, by_confidence(words)], x_label="confidence, percent", note=note)
@@ -224,7 +224,7 @@ def figure(
     mark: tuple[float, str] | None = None,
     show_legend: bool = True,
 ) -> str:
-    """Return a figure with its caption and legend; see curves_svg."""
+    """Return a figure as HTML, with caption, legend and a note below; for the curves and the mark see curves_svg."""
     svg = curves_svg(curves, x_label=x_label, y_label=title, mark=mark)
     names = legend(curves) if show_legend else ""
     text = f"<p><small>{html.escape(note)}</small></p>" if note else ""

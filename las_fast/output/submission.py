@@ -1,4 +1,4 @@
-"""Kaggle submission files: one row per utterance, in the edition's order."""
+"""Kaggle submission files: one row per utterance, in the order of the edition."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def write_submission(
     """Write texts in upper case to a CSV file, atomically.
 
     Args:
-        path:     output file; its folder is created. Bytes that are not UTF-8 are escaped as in write_text_atomically.
+        path:     output file; its folder is created. See write_text_atomically for ids that are not UTF-8.
         ids:      utterance ids, in submission order.
         texts:    transcripts, without <sos> or <eos>.
         header:   names of the two columns.
         numbered: write row numbers from 0 in the first column, instead of ids.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file or its folder cannot be written.
+        ValueError: the numbers of ids and texts differ.
     """
     rows = [(row if numbered else id_, text.upper()) for row, (id_, text) in enumerate(zip(ids, texts, strict=True))]
 

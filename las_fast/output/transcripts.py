@@ -1,4 +1,4 @@
-"""Transcripts of recordings, and the names of their files; las_fast.output.formats writes them."""
+"""Transcripts of recordings, and the names of their output files; las_fast.output.formats has their contents."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_REPR = 60  # characters of the text in a repr
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a hypothesis: when it was said, in seconds, and how likely it is right."""
+    """A word of a hypothesis."""
 
     text: str
-    start: float
+    start: float  # seconds in the recording
     end: float
     confidence: float  # probability that the word is right, 0 to 1; see las_fast.search.words
 
@@ -33,21 +33,21 @@ class Hypothesis:
     score: float  # sum of the tokens' log-probabilities and weighted bonuses; see las_fast.search.beam.beam_search
     mean_score: float  # score per token, <eos> included
     speech_score: float | None  # see las_fast.search.dataset.speech_scores; only of the best one, with a CTC head
-    words: tuple[Word, ...] = field(default=(), repr=False)  # in order; times in the recording
+    words: tuple[Word, ...] = field(default=(), repr=False)  # in order
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a recording with its text; times in seconds, scores as in Hypothesis."""
+    """A part of a recording with its text; the scores are those of Hypothesis."""
 
-    start: float
+    start: float  # seconds in the recording
     end: float
     text: str
     score: float
     mean_score: float
     speech_score: float | None
     nbest: tuple[Hypothesis, ...] = field(default=(), repr=False)  # best first; the first has the segment's text
-    words: tuple[Word, ...] = field(default=(), repr=False)  # of the best hypothesis; times in the recording
+    words: tuple[Word, ...] = field(default=(), repr=False)  # of the best hypothesis, in order
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +65,7 @@ class Transcript:
         return tuple(word for segment in self.segments for word in segment.words)
 
     def map_text(self, change: Callable[[str], str]) -> Transcript:
-        """Return a copy in which every text is changed; `change` must not add or remove words."""
+        """Return a copy in which `change` is applied to every text; it must not add or remove words."""
 
         def changed(item):
             parts = {name: tuple(map(changed, getattr(item, name, ()))) for name in ("words", "nbest")}
@@ -94,7 +94,7 @@ def count(number: int, what: str) -> str:
 
 
 def noise_warning(name: str, transcript: Transcript, option: str) -> str:
-    """Return a warning about the segments left out as noise; `option` is the one that sets the limit."""
+    """Return a warning about the segments left out as noise; option: name of the option that sets the limit."""
     first = transcript.noise[0]
     return (
         f"{name}: left out {count(len(transcript.noise), 'segment')} that may be noise, the first at "
@@ -105,8 +105,8 @@ def noise_warning(name: str, transcript: Transcript, option: str) -> str:
 def output_files(paths: list[Path], folder: Path, suffix: str) -> dict[Path, Path]:
     """Map each of the distinct paths to a distinct output file in `folder`.
 
-    The file has the recording's name with its suffix replaced. If two files would have the same name, the suffix is
-    appended instead, and names that are still equal are numbered.
+    A file has the name of its recording, with the suffix replaced. Where names would be equal, the suffix is appended
+    instead; names that are still equal are numbered. Equal means that case does not matter.
     """
     stems = {path: "stdin" if str(path) == "-" else path.stem for path in paths}
     counts = Counter(_file_key(stem, suffix) for stem in stems.values())

@@ -1,20 +1,22 @@
-"""The words of hypotheses: when each was said, and how likely it is right.
+"""The words of hypotheses, with their times and confidences.
 
 Times. With a CTC head, the time of a token is the mean frame of its posterior, given the hypothesis
-(ops.ctc_token_times). Without one it is the attended frame, made monotone. A word starts near the time of its first
-character and ends near that of its last. CTC's peaks precede the sound after a pause and follow it otherwise, so the
-two have different constants in las_fast/search/confidence.py. There is a pause where CTC places the space more than
-PAUSE after the last character.
+(ops.ctc_token_times). Without one it is the attended frame, or the latest attended frame of the tokens before it if
+that is later. A word starts near the time of its first character and ends near that of its last. After a pause, CTC's
+peak precedes the sound; elsewhere it follows. Therefore Calibration (las_fast/search/confidence.py) has a constant for
+each case. A word follows a pause if the time of the space before it is more than PAUSE after that of the last character
+of the word before.
 
-Confidence: see las_fast/search/confidence.py.
+Confidences. See las_fast/search/confidence.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,23 +29,23 @@ from las_fast.search.confidence import Calibration, word_features
 from las_fast.text import SPECIAL, Vocabulary
 
 PAUSE = 0.12  # seconds
-SHORTEST = 0.06  # seconds of a word, unless the next starts earlier
-APART = 0.01  # seconds between the starts of two words, at least
-NEAR = 1.0  # seconds: equal words of two hypotheses are the same word if they attend to frames closer than this
+MIN_WORD = 0.06  # seconds of a word, unless the next word starts earlier
+MIN_GAP = 0.01  # seconds between the starts of two words
+NEAR = 1.0  # seconds; equal words of two hypotheses whose attended frames are closer than this are the same word
 
 
 class TokenEvidence(NamedTuple):
-    """What CTC says about the tokens of a hypothesis, (U,) each."""
+    """Values of the CTC head for the tokens of a hypothesis, (U,) each; see token_evidence."""
 
-    times: np.ndarray  # CTC frames
+    times: np.ndarray  # in CTC frames
     log_probs: np.ndarray
 
 
 class WordFinder:
-    """Find the words of hypotheses.
+    """Finds the words of hypotheses.
 
     Args:
-        model:         see las_fast.search.beam.beam_search; with a CTC head it also has ctc_time_reduction.
+        model:         its time_reduction is read, and with a CTC head its ctc_time_reduction.
         vocabulary:    of the model.
         calibration:   of the model.
         frame_seconds: seconds between feature frames.
@@ -51,7 +53,13 @@ class WordFinder:
     """
 
     def __init__(
-        self, model, vocabulary: Vocabulary, calibration: Calibration, *, frame_seconds: float, greedy: bool = False
+        self,
+        model: Any,
+        vocabulary: Vocabulary,
+        calibration: Calibration,
+        *,
+        frame_seconds: float,
+        greedy: bool = False,
     ):
         self.model, self.calibration, self.frame_seconds = model, calibration, frame_seconds
         self.weights = calibration.greedy if greedy else calibration.beam
@@ -61,27 +69,28 @@ class WordFinder:
     def __call__(
         self, hypotheses: list[list[Hypothesis]], memory: Memory, feature_lengths: Sequence[int], nbest: int
     ) -> list[list[Hypothesis]]:
-        """Return the first nbest hypotheses of each utterance with their words; times in seconds of the features.
+        """Return the best hypotheses of each utterance with their words, whose times count from its first frame.
 
         Args:
-            hypotheses:      of each utterance, best first: all that the search has, because they vote on the words.
+            hypotheses:      all of the search, which vote on the words: a list per utterance, best first.
             memory:          of these utterances, from model.listen.
             feature_lengths: feature frames of each utterance.
+            nbest:           hypotheses returned per utterance, as far as there are so many.
         """
         results: list[list[Hypothesis]] = [[] for _ in hypotheses]
-        votes = [Votes([self._spell(h) for h in of_one], of_one) for of_one in hypotheses]
+        votes = [Votes([self._spell(h) for h in beam], beam) for beam in hypotheses]
         for rank in range(nbest):
-            ranked = [of_one[rank].text_tokens if rank < len(of_one) else [] for of_one in hypotheses]
-            evidence = token_evidence(memory, ranked)
-            for i, of_one in enumerate(hypotheses):
-                if rank < len(of_one):
+            texts = [beam[rank].text_tokens if rank < len(beam) else [] for beam in hypotheses]
+            evidence = token_evidence(memory, texts)
+            for i, beam in enumerate(hypotheses):
+                if rank < len(beam):
                     limit = feature_lengths[i] * self.frame_seconds
-                    words = self._words(votes[i], rank, of_one[rank], evidence[i], limit)
-                    results[i].append(dataclasses.replace(of_one[rank], words=words))
+                    words = self._words(votes[i], rank, beam[rank], evidence[i], limit)
+                    results[i].append(dataclasses.replace(beam[rank], words=words))
         return results
 
     def _spell(self, hypothesis: Hypothesis) -> str:
-        """Return the text, with one character per token."""
+        """Return the text with one character per token, so that indices of characters are those of tokens."""
         return "".join(map(self.characters.__getitem__, hypothesis.text_tokens))
 
     def _words(
@@ -92,7 +101,8 @@ class WordFinder:
             return ()
         times = self._token_seconds(hypothesis, evidence)
         starts, ends = word_times(times, spans, limit, self.calibration)
-        scores = np.array([*hypothesis.token_scores, hypothesis.score - sum(hypothesis.token_scores)])
+        eos_score = hypothesis.score - sum(hypothesis.token_scores)
+        scores = np.array([*hypothesis.token_scores, eos_score])
         shares = votes.shares(rank, NEAR / (self.model.time_reduction * self.frame_seconds))
         features = word_features(spans, scores, evidence and evidence.log_probs, shares)
         if self.calibration.known:
@@ -100,6 +110,7 @@ class WordFinder:
         return tuple(map(Word, texts, starts.tolist(), ends.tolist(), self.weights(features).tolist()))
 
     def _token_seconds(self, hypothesis: Hypothesis, evidence: TokenEvidence | None) -> np.ndarray:
+        """Return the time of each token in seconds, (U,)."""
         if evidence is not None:
             return evidence.times * (self.model.ctc_time_reduction * self.frame_seconds)
         frames = np.maximum.accumulate(np.array(hypothesis.attended_frames, float))
@@ -107,14 +118,15 @@ class WordFinder:
 
 
 def token_evidence(memory: Memory, texts: list[list[int]]) -> list[TokenEvidence | None]:
-    """Return the CTC frame of each token, and its highest log-probability in that frame or a frame beside it.
+    """Return CTC's time of each token, and the highest log-probability of the token in that frame or a frame beside it.
 
     Args:
         memory: of a batch of B utterances, from model.listen.
         texts:  B lists of tokens without <sos> and <eos>.
 
     Returns:
-        B results: None without a CTC head or for a text with more tokens than the head has frames.
+        B results; None for an utterance whose text has more tokens than the CTC head has frames, and for all
+        utterances without a CTC head.
     """
     logits, lengths = getattr(memory, "ctc_logits", None), getattr(memory, "ctc_lengths", None)
     if logits is None or lengths is None:
@@ -143,59 +155,67 @@ def word_times(
     """
     edges = np.array(spans)
     firsts, lasts = edges[:, 0], edges[:, 1] - 1
-    gaps = times[np.maximum(firsts - 1, 0)] - times[np.append(0, lasts[:-1])]  # from a word to the next space
+    gaps = times[np.maximum(firsts - 1, 0)] - times[np.append(0, lasts[:-1])]  # from the word before to the space
     after_pause = gaps > PAUSE
     after_pause[0] = True
     starts = times[firsts] + np.where(after_pause, calibration.start_after_pause, calibration.start)
-    return in_order(starts, times[lasts] + calibration.end, 0.0, limit)
+    return put_in_order(starts, times[lasts] + calibration.end, 0.0, limit)
 
 
-def in_order(starts: np.ndarray, ends: np.ndarray, begin: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
-    """Move the starts and ends (N,) of words as little as needed: begin <= start < end <= next start, end <= limit."""
-    N, apart = len(starts), min(APART, (limit - begin) / (len(starts) + 1))
-    earliest = begin + apart * np.arange(N)
+def put_in_order(starts: np.ndarray, ends: np.ndarray, begin: float, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Move the starts and ends (N,) of words so that begin <= start < end <= next start, and end <= limit.
+
+    Starts are at least MIN_GAP apart, or less if the words would not fit.
+    """
+    N, gap = len(starts), min(MIN_GAP, (limit - begin) / (len(starts) + 1))
+    earliest = begin + gap * np.arange(N)
     starts = np.maximum.accumulate(np.maximum(starts, begin) - earliest) + earliest
-    starts = np.minimum(starts, limit - apart * N + earliest - begin)
-    ends = np.maximum(ends, starts + SHORTEST)
+    starts = np.minimum(starts, limit - gap * N + earliest - begin)
+    ends = np.maximum(ends, starts + MIN_WORD)
     return starts, np.minimum(ends, np.append(starts[1:], limit))
 
 
-def moved(words: Sequence[Word], seconds: float, begin: float, limit: float) -> tuple[Word, ...]:
-    """Return words that are `seconds` later and lie between begin and limit."""
+def shift_words(words: Sequence[Word], seconds: float, begin: float, limit: float) -> tuple[Word, ...]:
+    """Return copies of words that are `seconds` later, moved to lie in order between begin and limit."""
     if not words:
         return ()
     starts, ends = np.array([[word.start, word.end] for word in words]).T + seconds
-    pairs = zip(words, *(x.tolist() for x in in_order(starts, ends, begin, limit)), strict=True)
+    pairs = zip(words, *(x.tolist() for x in put_in_order(starts, ends, begin, limit)), strict=True)
     return tuple(dataclasses.replace(word, start=start, end=end) for word, start, end in pairs)
 
 
 class Votes:
-    """The words of all hypotheses of an utterance, which vote on each other's words."""
+    """The words of all hypotheses of an utterance, and the probabilities of the hypotheses.
+
+    Args:
+        spelled:    text of each hypothesis, with one character per token.
+        hypotheses: of one utterance.
+    """
 
     def __init__(self, spelled: list[str], hypotheses: list[Hypothesis]):
         matches = [list(re.finditer(r"\S+", text)) for text in spelled]
-        self.texts = [[match[0] for match in of_one] for of_one in matches]
-        self.spans = [[match.span() for match in of_one] for of_one in matches]
+        self.texts = [[match[0] for match in words] for words in matches]  # words of each hypothesis
+        self.spans = [[match.span() for match in words] for words in matches]  # (first, last + 1) of their tokens
         scores = np.array([h.score for h in hypotheses])
         weights = np.exp(scores - scores.max()) if np.isfinite(scores.max()) else np.ones(len(scores))
         self.probabilities = (weights / weights.sum()).tolist()
-        self.places: list[dict[str, list[int]]] = [{} for _ in hypotheses]  # word -> attended frames
-        for places, texts, spans, one in zip(self.places, self.texts, self.spans, hypotheses, strict=True):
+        self.frames: list[dict[str, list[int]]] = [{} for _ in hypotheses]  # word -> attended frames of its occurrences
+        for frames, texts, spans, hypothesis in zip(self.frames, self.texts, self.spans, hypotheses, strict=True):
             for text, (first, _) in zip(texts, spans, strict=True):
-                places.setdefault(text, []).append(one.attended_frames[first])
+                frames.setdefault(text, []).append(hypothesis.attended_frames[first])
 
     def shares(self, rank: int, near: float) -> np.ndarray:
-        """Return the probability of the hypotheses that have each word of hypothesis `rank`, (N,).
+        """Return, for each word of hypothesis `rank`, the total probability of the hypotheses that have it, (N,).
 
-        near: a word is the same one if it attends to a frame closer than this many encoder frames.
+        near: encoder frames; equal words whose attended frames are closer than this are the same word.
         """
-        positions: dict[str, int] = {}
+        occurrences: Counter[str] = Counter()  # so far
         shares = []
         for text in self.texts[rank]:
-            n = positions[text] = positions.get(text, -1) + 1
-            frame = self.places[rank][text][n]
+            frame = self.frames[rank][text][occurrences[text]]
+            occurrences[text] += 1
             shares.append(sum(
-                probability for probability, places in zip(self.probabilities, self.places, strict=True)
-                if any(abs(other - frame) < near for other in places.get(text, ()))
+                probability for probability, frames in zip(self.probabilities, self.frames, strict=True)
+                if any(abs(other - frame) < near for other in frames.get(text, ()))
             ))  # fmt: skip
         return np.minimum(np.array(shares), 1.0)

@@ -1,4 +1,4 @@
-"""Fit the settings of a training to its data and its initial checkpoint, where the user has not set them."""
+"""Adapt the settings of a training to its data and its initial checkpoint, except those that the user has set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ NO_DEV = "or hold out a tenth of the training data: --data.dev-share 0.1"
 
 
 def check_one_process() -> None:
-    """Raise InputError if a launcher such as torchrun has started several copies of this training."""
+    """Raise InputError if a launcher such as torchrun has started several processes; only rank 0 has the message.
+
+    Raises:
+        SystemExit: with status 2, in the processes of other ranks.
+    """
     count, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     if not count.isdecimal() or int(count) < 2:
         return
-    if rank != "0":  # one message is enough
+    if rank != "0":
         raise SystemExit(2)
     raise InputError(
         f"torchrun (or a launcher like it) has started {count} processes, but a training is one process on one device; "
@@ -38,13 +42,16 @@ def check_one_process() -> None:
 
 
 def check_packages(config: Config) -> None:
-    """Raise InputError if a package that the settings need is missing, before the data is read."""
+    """Raise InputError if a package that the settings need is missing."""
     if config.training.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("--training.wandb needs the package wandb; run: pip install wandb")
 
 
 def fit_restarts(config: Config, given: Collection[str]) -> Config:
-    """Drop the preset's restarts past the end if only the number of epochs was given."""
+    """Drop the preset's restarts at or after the last epoch, if the user has set the epochs but not the restarts.
+
+    given: names of the settings that the user has set.
+    """
     training = config.training
     if "training.epochs" not in given or "training.restarts" in given:
         return config
@@ -53,7 +60,10 @@ def fit_restarts(config: Config, given: Collection[str]) -> Config:
 
 
 def fit_features(config: Config, corpus: Corpus, given: Collection[str]) -> Config:
-    """Take the size and kind of the features from an archive of features, unless they are given; say so."""
+    """Take the size and kind of the features from an archive of features, and print them if they change.
+
+    given: names of the settings that the user has set; these do not change.
+    """
     if corpus.feature_size is None or corpus.feature_kind is None:
         return config
     before = config.features
@@ -66,7 +76,7 @@ def fit_features(config: Config, corpus: Corpus, given: Collection[str]) -> Conf
 
 
 def training_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
-    """Return the names of the training splits; if --data names a split, say what is taken."""
+    """Return the names of the training splits; if --data names a split, print which splits are used."""
     named, root = corpus.named, corpus.root
     splits = tuple(config.data.train) or corpus.resolve("train")
     if not named:
@@ -83,7 +93,7 @@ def training_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
 
 
 def dev_splits(config: Config, corpus: Corpus) -> tuple[str, ...]:
-    """Return the names of the dev splits; raise InputError if there is none."""
+    """Return the names of the dev splits; raise InputError, with advice to hold one out, if there is none."""
     try:
         return corpus.resolve(config.data.dev or "dev")
     except InputError as error:
@@ -101,7 +111,7 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
             f"{corpus.feature_size}; give data with {trained.size}, or train without --init"
         )
     pairs = {f"features.{name}": (value, getattr(config.features, name)) for name, value in vars(trained).items()}
-    if corpus.feature_size is not None:  # the other fields say how to compute features, which are given
+    if corpus.feature_size is not None:  # the other fields are about computing features, which the archive has
         pairs = {name: pairs[name] for name in ("features.size", "features.normalisation", "features.deltas")}
     pairs["data.characters"] = (init.config.data.characters, config.data.characters)
     for name, (before, now) in pairs.items():
@@ -111,7 +121,7 @@ def check_init(init: Loaded, config: Config, corpus: Corpus) -> None:
 
 
 def inherit_lm(init: Loaded, config: Config, out: Path) -> None:
-    """Copy the initial checkpoint's language model next to the new checkpoints, if decoding uses it."""
+    """Copy the language model of the initial checkpoint next to the new checkpoints, if the settings use one."""
     lm = lm_path_for(init.path)
     if not config.decoding.ngram_weight or not lm.is_file():
         return

@@ -1,4 +1,4 @@
-"""The report of several runs: their curves in one figure each, and the settings in which they differ."""
+"""The report of several runs: a figure per value with a curve per run, and a table of the settings that differ."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _cells(run: Run) -> list[str]:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    """Return the curves of all runs, one figure per value, and one legend for all figures."""
+    """Return a figure per value with the curves of all runs, and one legend for all figures."""
     kinds = (
         ("Dev CER, percent, greedy, at most 100", "valid", "cer", lambda cer: min(cer, 100.0)),
         ("Dev loss of the speller, nats per token", "valid", "loss", float),
@@ -109,7 +109,7 @@ def _curve(run: Run, style: str, part: str, key: str) -> Curve:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that differ, with the value of each run; "" for runs whose settings are unknown."""
+    """Return the settings that differ, each with its value in every run; "" if the value is unknown."""
     flat = [_flatten(to_tree(run.config)) if run.config else None for run in runs]
     known = [tree for tree in flat if tree is not None]
     names = dict.fromkeys(name for tree in known for name in tree)
@@ -118,7 +118,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, str]:
-    """Return all settings of a tree by name, such as training.epochs."""
+    """Return the settings of a tree as text, by name, such as training.epochs."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _text(value)}
@@ -148,19 +148,18 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _attention(runs: Sequence[Run]) -> str:
-    """Return the last attention of each run, of the first utterance that each of them drew."""
+    """Return the section with the last attention of each run, of the same utterance if all runs have drawn one."""
     last = [(run, *read_attention(run.attention_files[-1])) for run in runs if run.attention_files]
-    shared = (
-        [name for name, *_ in last[0][2] if all(name in [p[0] for p in drawn] for *_, drawn in last)] if last else []
-    )
+    drawn = [[name for name, *_ in pictures] for *_, pictures in last]
+    shared = next((name for name in drawn[0] if all(name in names for names in drawn)), None) if drawn else None
     figures = []
-    for run, epoch, drawn in last:
-        chosen = [picture for picture in drawn if not shared or picture[0] == shared[0]]
+    for run, epoch, pictures in last:
+        chosen = [picture for picture in pictures if shared in (None, picture[0])]
         for name, text, weights in chosen[:1]:
-            when = f"{run.name}, epoch {epoch:g}" + ("" if shared else f", {name}")
+            when = f"{run.name}, epoch {epoch:g}" + ("" if shared is not None else f", {name}")
             figures.append(attention_figure(name, text, weights, when, run.frame_seconds))
     if not figures:
         return ""
-    caption = f'<p class="text">{html.escape(shared[0])}</p>' if shared else ""
+    caption = f'<p class="text">{html.escape(shared)}</p>' if shared is not None else ""
     intro = "<p>At the last validation of each run. All pictures have the same colours, from 0 to 1.</p>"
     return f'<h2>Attention</h2>{intro}{caption}<div class="trio">{"".join(figures)}</div>'

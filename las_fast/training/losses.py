@@ -1,4 +1,4 @@
-"""Training losses, each summed over the tokens of a batch; padding adds nothing."""
+"""Training losses, each summed over the tokens of a batch without padding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from las_fast.text import EOS, PAD
 
 
 def token_loss(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of tokens (B, U) under logits (B, U, V), summed over all tokens but <pad>.
+    """Return the cross-entropy of tokens (B, U) under logits (B, U, V), summed over all tokens except <pad>.
 
-    Label smoothing covers only tokens that the speller may emit: <eos> and the characters.
+    Label smoothing spreads probability only over tokens that the speller may emit: <eos> and the characters.
     """
     emitted = logits[..., EOS:].flatten(0, 1).float()  # (B * U, V - EOS)
     targets = torch.where(tokens == PAD, -100, tokens - EOS).flatten()
@@ -23,9 +23,15 @@ def token_loss(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> 
 
 
 def ctc_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """CTC loss of the characters (tokens without <eos>), summed over utterances; the blank is <pad>.
+    """Return the CTC loss of the characters (tokens without <eos>), summed over utterances; the blank is <pad>.
 
     An utterance with too few frames for its characters has no CTC path and adds 0.
+
+    Args:
+        logits:        (B, T', V) of the CTC head.
+        lengths:       (B,) int64 CTC frames.
+        tokens:        (B, U) int64.
+        token_lengths: (B,) int64, <eos> included.
     """
     return ops.ctc_loss(logits, lengths, tokens, token_lengths - 1).sum()
 
@@ -36,10 +42,10 @@ def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tenso
     loss = sum_u sum_t weights[u, t] * (1 - exp(-(u / U - t / T)^2 / (2 width^2)))
 
     Args:
-        weights: (B, U, T) attention weights.
-        lengths: (B,) encoder frames.
-        token_lengths: (B,) tokens, <eos> included.
-        width: standard deviation of the diagonal, as a fraction of the utterance.
+        weights:       (B, U, T) attention weights.
+        lengths:       (B,) int64 encoder frames.
+        token_lengths: (B,) int64 tokens, <eos> included.
+        width:         standard deviation of the diagonal, as a fraction of the utterance.
     """
     distance = _distance(_diagonal_times(token_lengths, weights.shape[1]), lengths, weights.shape[2])
     prior = torch.exp(-(distance**2) / (2 * width**2))
@@ -49,17 +55,20 @@ def guided_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tenso
 
 def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tensor, token_times: Tensor,
                            window: float) -> Tensor:  # fmt: skip
-    """Negative log of the attention mass near each token's expected time, summed over tokens.
+    """Return the negative log of the attention near each token's expected time, summed over tokens.
 
     loss = -sum_u log sum_t weights[u, t] * max(0, 1 - ((token_times[u] T - t) / window)^2)
 
-    Supervised attention (Mi et al. 2016). Unlike guided_attention_loss, it has a gradient where the attention is sharp
-    but wrong. This needs a window with a hard edge: a tail that reached the wrong peak would make the gradient vanish.
+    This is supervised attention (Mi et al. 2016). Unlike guided_attention_loss, it has a gradient where attention is
+    sharp but wrong. For that the window needs a hard edge: a tail that reached the wrong peak would make the gradient
+    vanish.
 
     Args:
-        weights, lengths, token_lengths: as for guided_attention_loss.
-        token_times: (B, U) expected time of each token, as a fraction of the utterance.
-        window: half width, in encoder frames.
+        weights:       as for guided_attention_loss.
+        lengths:       as for guided_attention_loss.
+        token_lengths: as for guided_attention_loss.
+        token_times:   (B, U) expected time of each token, as a fraction of the utterance.
+        window:        half its width, in encoder frames.
     """
     distance = _distance(token_times, lengths, weights.shape[2]) * (lengths / window)[:, None, None]
     prior = (1 - distance**2).clamp_min(0)
@@ -68,7 +77,7 @@ def aligned_attention_loss(weights: Tensor, lengths: Tensor, token_lengths: Tens
 
 
 def _distance(token_times: Tensor, lengths: Tensor, frames: int) -> Tensor:
-    """Signed distance (B, U, T) from each frame to each token's time, as a fraction of the utterance."""
+    """Return token time minus frame time, (B, U, T), as a fraction of the utterance."""
     frame_times = torch.arange(frames, device=token_times.device) / lengths[:, None]  # (B, T)
     return token_times[:, :, None] - frame_times[:, None, :]
 
@@ -78,13 +87,11 @@ def _diagonal_times(token_lengths: Tensor, count: int) -> Tensor:
 
 
 def relative_token_times(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """Time of each token according to CTC, (B, U), as a fraction of the utterance; carries no gradient.
+    """Return CTC's time of each token, (B, U), as a fraction of the utterance, without a gradient.
 
-    A character's time is the mean frame of its posterior given the transcript (ops.ctc_token_times); Inaguma and
-    Kawahara 2021 guide attention by CTC in this way. <eos> is at 1. An utterance with more characters than frames gets
-    diagonal times.
-
-    Args: as for ctc_loss.
+    The time of a character is the mean frame of its posterior given the transcript (ops.ctc_token_times); Inaguma and
+    Kawahara 2021 guide attention by CTC in this way. The time of <eos> is 1. An utterance with more characters than
+    frames gets the times of a diagonal. The arguments are those of ctc_loss.
     """
     times = ops.ctc_token_times(logits, lengths, tokens, token_lengths - 1) / lengths.clamp_min(1)[:, None]
     times = times.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) == token_lengths[:, None] - 1, 1.0)
@@ -98,16 +105,16 @@ def training_loss(output: Output, tokens: Tensor, token_lengths: Tensor, *, labe
     """Return the loss per token, and its unweighted parts by name, each per token and detached.
 
     Args:
-        output: of the model, teacher-forced on tokens.
-        tokens: (B, U) int64, <pad> past token_lengths.
-        token_lengths: (B,) int64, <eos> included.
+        output:          of the model, teacher-forced on tokens.
+        tokens:          (B, U) int64, <pad> past token_lengths.
+        token_lengths:   (B,) int64, <eos> included.
         label_smoothing: as for token_loss.
-        ctc_weight: factor of the loss of each CTC head; 0 leaves them out. A second, inner head makes this the loss of
-            intermediate CTC (Lee and Watanabe 2021).
-        guided_weight: factor of the guided attention loss; 0 leaves it out.
-        guided_width: width of guided_attention_loss.
-        guided_frames: window of aligned_attention_loss around CTC's token times, those of the inner head if there is
-            one, which aligns sooner; 0 guides along the diagonal instead.
+        ctc_weight:      factor of the loss of each CTC head; 0 leaves them out. With a second, inner head this is
+                         intermediate CTC (Lee and Watanabe 2021).
+        guided_weight:   factor of the guided or aligned attention loss; 0 leaves it out.
+        guided_width:    width of guided_attention_loss.
+        guided_frames:   window of aligned_attention_loss around the token times of CTC, or of the inner CTC head if
+                         there is one, which aligns sooner; 0 chooses guided_attention_loss.
     """
     count = token_lengths.sum()
     parts = {"attention": token_loss(output.logits, tokens, label_smoothing) / count}

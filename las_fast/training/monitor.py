@@ -1,12 +1,12 @@
 """Attention monitor: whether the attention has aligned characters with frames, and advice if it has not.
 
-No single number proves an alignment: sharp attention may stay on one frame, jump to the end, or wander. So the monitor
-averages four numbers over utterances and requires all of them. The guided attention loss alone can push all four up
-while the speller only follows the prior and ignores the audio. The fifth number, audio_gain, detects that.
+No single number proves an alignment: sharp attention may stay on one frame, jump to the end, or wander. Therefore the
+monitor averages four numbers over utterances and requires a minimum of each. The guided attention loss alone can raise
+all four while the speller follows only the prior and ignores the audio. The fifth number, audio_gain, detects that.
 
     diagonal    correlation between a token's index and its attended frame (weighted mean); 1 is a diagonal
     sharp       attention within 2 frames of the peak, corrected for chance: 0 is uniform, 1 is all of it. Entropy would
-                punish a letter spread over two neighbouring frames, and would depend on the utterance's length.
+                penalise a letter spread over two frames, and would depend on the length of the utterance.
     monotonic   share of steps between peaks that go back at most 2 frames and forward at most a quarter of the
                 utterance, or twice the average frames per token if that is more
     coverage    share of the utterance's frames within reach of some token's peak
@@ -33,21 +33,21 @@ MIN_FRAMES = 8  # in shorter ones every frame is near the peak
 
 @dataclass(frozen=True)
 class Alignment:
-    """The monitor's numbers, averaged over `utterances`; the module explains each."""
+    """The numbers of the monitor, averaged over utterances; the docstring of the module explains each."""
 
     diagonal: float
     sharp: float
     monotonic: float
     coverage: float
     formed: bool = field(init=False)  # every number that was measured reaches its threshold
-    utterances: int  # how many were long enough to be measured
+    utterances: int  # that were long enough to be measured
     audio_gain: float | None = None  # None: not measured
 
     def __post_init__(self):
         object.__setattr__(self, "formed", self.utterances > 0 and not self.failing())
 
     def failing(self) -> list[str]:
-        """Names of the numbers below their thresholds; NaN counts as below."""
+        """Return the names of the numbers below their thresholds; NaN counts as below."""
         known = {name: value for name in THRESHOLDS if (value := getattr(self, name)) is not None}
         return [name for name, value in known.items() if not value >= THRESHOLDS[name]]
 
@@ -87,7 +87,7 @@ def measure(weights: torch.Tensor, token_lengths: torch.Tensor, lengths: torch.T
 
 
 def combine(alignments: list[Alignment]) -> Alignment:
-    """Average over the utterances of all alignments, as if measured in one batch."""
+    """Return the average over the utterances of all alignments, without audio_gain."""
     total = sum(alignment.utterances for alignment in alignments)
     if total == 0:
         return Alignment(0.0, 0.0, 0.0, 0.0, 0)
@@ -139,9 +139,10 @@ def status_line(alignment: Alignment, epoch: float, config: Config, fault: str =
     """Describe the alignment in one line; if it has not formed by training.monitor_epoch, add advice.
 
     Args:
-        epoch: epochs trained so far.
-        config: the run's settings; advice that they already follow is left out.
-        fault: what is wrong with the greedy texts, see las_fast.output.faults; "" if nothing is.
+        alignment: of the dev set.
+        epoch:     epochs trained so far.
+        config:    settings of the run; advice that they already follow is left out.
+        fault:     of the greedy texts, see las_fast.output.faults; "" if there is none.
     """
     deadline = config.training.monitor_epoch
     if alignment.utterances == 0:
@@ -157,7 +158,7 @@ def status_line(alignment: Alignment, epoch: float, config: Config, fault: str =
 
 
 def _advise_on_texts(fault: str, config: Config) -> str:
-    """Return advice if the attention has formed, but the greedy texts are wrong in general, as a clause."""
+    """Return a clause with advice for attention that has formed while the greedy texts have a fault; "" without one."""
     if not fault:
         return ""
     search = " with --decoding.ctc-weight 0.3, which ends loops" if config.model.ctc_layer >= 0 else ""
@@ -172,7 +173,7 @@ def _number(alignment: Alignment, name: str) -> str:
 
 
 def advice(epoch: float, config: Config) -> list[str]:
-    """Changes to try if the attention has not formed, most promising first, without those the run already has."""
+    """Return changes to try if attention has not formed, the most promising first, without those that the run has."""
     rules = (
         _advise_guided_loss, _advise_ctc, _advise_short_utterances, _advise_teacher_forcing, _advise_later_masks,
         _advise_less_reduction, _advise_smaller_batches,

@@ -1,4 +1,4 @@
-"""How a run came about: RUN/starts.jsonl has a line with command, commit, machine and date for each start."""
+"""The starts of a run: RUN/starts.jsonl has a line with command, commit, machine and date for each start."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def write_start(run: Path, arguments: Sequence[str], *, step: int, device: str) 
         run:       the run folder.
         arguments: of the command las_fast.train.
         step:      steps taken before this start; 0 unless the training is resumed.
+        device:    of the training, such as "cuda:0".
 
     Raises:
         InputError: the file cannot be written.
@@ -41,7 +42,7 @@ def write_start(run: Path, arguments: Sequence[str], *, step: int, device: str) 
 
 
 def read_starts(run: Path) -> list[dict]:
-    """Return the lines of run/starts.jsonl; [] for trainings of versions that wrote none. Damaged lines are skipped."""
+    """Return the rows of run/starts.jsonl; [] if an earlier version of las_fast wrote none. Other lines are skipped."""
     path = run / STARTS
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""How fast a training is, and how long the rest of it will take."""
+"""The speed of a training, and a forecast of how long the rest takes."""
 
 from __future__ import annotations
 
@@ -11,47 +11,49 @@ from las_fast.progress import format_duration
 if TYPE_CHECKING:
     from las_fast.data.batching import Batch
 
-KNOWN_SECONDS, KNOWN_STEPS = 20.0, 5  # of training, after which its pace is known
-LONG_SECONDS = 300.0  # of training, from which on a forecast is worth a line
+KNOWN_SECONDS, KNOWN_STEPS = 20.0, 5  # the pace is known after both
+LONG_SECONDS = 300.0  # a shorter rest of the training has no forecast
 DAY = 86400.0  # seconds
 
 
 class Pace:
-    """Throughput of a training, the share of time spent waiting for data, and its losses, since construction."""
+    """Throughput, share of time spent waiting for data, and losses of a training since this object was made."""
 
     def __init__(self):
         self.started, self.audio_seconds, self.wait_seconds = time.perf_counter(), 0.0, 0.0
         self.steps = 0
-        self.losses: list[float] = []  # per token, of the steps whose loss was read
+        self.losses: list[float] = []  # per token, of the logged steps
 
     def add_step(self, audio_seconds: float) -> None:
+        """Count a step over `audio_seconds` seconds of audio, padding excluded."""
         self.steps += 1
         self.audio_seconds += audio_seconds
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """Return the next batch, or None after the last, and add the waiting time."""
+        """Return the next batch, or None after the last one, and count the time it takes as waiting."""
         start = time.perf_counter()
         batch = next(batches, None)
         self.wait_seconds += time.perf_counter() - start
         return batch
 
     def seconds(self) -> float:
+        """Return the seconds since this object was made."""
         return time.perf_counter() - self.started
 
     def speed(self) -> float:
-        """Seconds of audio per second."""
+        """Return the seconds of audio per second."""
         return self.audio_seconds / self.seconds()
 
     def waiting(self) -> float:
-        """Share of the time spent waiting for data."""
+        """Return the share of the time spent waiting for data, 0 to 1."""
         return self.wait_seconds / self.seconds()
 
     def is_known(self) -> bool:
-        """Return whether enough steps were taken to forecast."""
+        """Return whether there were enough steps and seconds for a forecast."""
         return self.steps >= KNOWN_STEPS and self.seconds() >= KNOWN_SECONDS
 
     def forecast(self, steps: int) -> str:
-        """Say how long `steps` more steps will take; "" if that is short."""
+        """Return a sentence on how long `steps` more steps will take; "" if that is short."""
         per_step = self.seconds() / self.steps
         if (left := steps * per_step) < LONG_SECONDS:
             return ""
@@ -62,7 +64,7 @@ class Pace:
         )
 
     def summary(self) -> str:
-        """Mean of the losses, speed and waiting, as a clause; "" before the first step."""
+        """Return a clause with the mean loss, the speed and the share of waiting; "" before the first step."""
         if not self.steps:
             return ""
         loss = f"training loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""

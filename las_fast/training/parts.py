@@ -1,4 +1,4 @@
-"""Run a batch in parts if it does not fit in memory: the same gradient up to rounding, in less memory."""
+"""Divide batches that do not fit in memory into parts whose gradients add up to that of the batch."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from las_fast.progress import write
 
 
 class Parts:
-    """How many parts a batch needs, as learned from batches that did not fit."""
+    """The number of parts of each batch, learned from batches that did not fit in memory."""
 
     def __init__(self):
-        self.limit = math.inf  # utterances times padded feature frames that fit, as far as known
-        self.used = 1  # parts of the latest batch
+        self.limit = math.inf  # maximum utterances times padded feature frames of a part; inf: not known yet
+        self.used = 1  # parts of the current batch
 
     def begin(self, utterances: int, frames: int) -> int:
-        """Return into how many parts to divide a batch of utterances padded to `frames` feature frames."""
+        """Start a batch of utterances that are padded to `frames` feature frames; return its number of parts."""
         self.used = 1
         while self.used < utterances and self.size(utterances) * frames > self.limit:
             self.used *= 2
         return self.used
 
     def size(self, utterances: int) -> int:
-        """Return the utterances of a part."""
+        """Return the number of utterances in a part of the current batch; the last part may have fewer."""
         return -(-utterances // self.used)
 
     def halve(self, utterances: int, frames: int) -> int:
-        """Note that the parts did not fit; return the number of parts of half their size."""
+        """Halve the parts of the current batch, which did not fit in memory; return the new number of parts."""
         size = self.size(utterances)
         if self.limit == math.inf:
             write(

@@ -1,4 +1,4 @@
-"""The report of one run: a self-contained HTML file with a light and a dark theme."""
+"""The report of one run: a single HTML file with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_page(out: str | Path, title: str, body: Sequence[str]) -> None:
 
 
 def is_report(path: Path) -> bool:
-    """Return whether a file is a report, from its first line."""
+    """Return whether a file is a report of las_fast, from its first line."""
     return first_line(path) == TEMPLATE.read_text(encoding="utf-8").partition("\n")[0]
 
 
@@ -78,30 +78,33 @@ def decoding_sections(decoded: DecodedSplit) -> list[str]:
 
 
 def run_results(run: Run) -> dict:
-    """Return the results of a training for its headline."""
+    """Return the results for the headline of a training: its best validation, epochs, speed and memory."""
     best, epochs = run.best, [row["epoch"] for row in run.log if "epoch" in row]
     results = {name: best.get(name) for name in ("cer", "wer", "ld", "utterances")} if best else {}
     return results | {"epochs": max(epochs, default=None), "train_speed": train_speed(run), "peak_gib": peak_gib(run)}
 
 
 def train_speed(run: Run) -> float | None:
-    """Return the median training speed in seconds of audio per second."""
+    """Return the median training speed in seconds of audio per second; None if none was logged."""
     speeds = [row["speed"] for row in run.train if isinstance(row.get("speed"), int | float)]
     return statistics.median(speeds) if speeds else None
 
 
 def peak_gib(run: Run) -> float | None:
-    """Return the largest logged memory of the training process in GiB."""
+    """Return the largest logged peak memory of the training process in GiB; None if none was logged."""
     return max((row["peak_gib"] for row in run.valid if isinstance(row.get("peak_gib"), int | float)), default=None)
 
 
 def headline(results: dict, source: str = "") -> str:
-    """Return tiles with the known results. source: of the error rates, if they are not of decoded utterances."""
+    """Return a tile for each known result.
+
+    source: what the results are of, if not of the decoded split, such as "dev, greedy".
+    """
     metrics = [
         ("cer", "CER", "{:.2f} %", source or "character edits per reference character"),
         ("wer", "WER", "{:.2f} %", source or "word edits per reference word"),
         ("ld", "LD", "{:.2f}", source or "character edits per utterance"),
-        ("utterances", "utterances", "{:,}", "decoded" if not source else "in the dev set"),
+        ("utterances", "utterances", "{:,}", "in the dev set" if source else "decoded"),
         ("rtfx", "speed", "{:,.0f} ×", "faster than real time, decoding"),
         ("epochs", "epochs", "{:g}", "trained"),
         ("train_speed", "speed", "{:,.0f} ×", "faster than real time, training"),
@@ -135,13 +138,13 @@ def _training(run: Run) -> str:
 
 
 def points(name: str, style: str, rows: list[dict], key: str) -> Curve:
-    """Return the values `key` of log rows over their epochs."""
+    """Return the finite values of `key` in log rows over their epochs."""
     values = [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
     return Curve(name, style, [x for x, _ in values], [y for _, y in values])
 
 
 def smooth(name: str, style: str, rows: list[dict], key: str, count: int = 120) -> Curve:
-    """Average a curve over equal parts of the training, at most `count` of them."""
+    """Return the curve of `points`, averaged over equal parts of the rows, at most `count` parts."""
     raw = points(name, style, rows, key)
     parts = [p for p in np.array_split(np.arange(len(raw.x)), min(count, max(1, len(raw.x)))) if len(p)]
     x, y = np.array(raw.x), np.array(raw.y)
@@ -187,9 +190,9 @@ def _attention(run: Run) -> str:
 
 
 def _chosen(files: Sequence[Path], formed: float | None) -> list[tuple[Path, bool]]:
-    """Return the pictures to show, at most MAX_PICTURES, and whether the attention formed in each.
+    """Return at most MAX_PICTURES of the attention files, and for each whether it is that at which attention formed.
 
-    These are the first, the one at which the attention formed, the last, and others at equal distances.
+    These are the first, the last, the one at which attention formed, and others at equal distances.
     """
     at_formed = [p for p in files if formed is not None and abs(epoch_of(p) - formed) < 0.005]  # names have 2 decimals
     count = min(len(files), MAX_PICTURES - len(at_formed[:1]))
@@ -199,7 +202,7 @@ def _chosen(files: Sequence[Path], formed: float | None) -> list[tuple[Path, boo
 
 
 def attention_figure(name: str, text: str, weights: np.ndarray, when: str, frame_seconds: float | None) -> str:
-    """Return a figure of attention weights (U, T); `when` is its caption."""
+    """Return a figure of the attention weights (U, T) of utterance `name`; `when` is its caption."""
     buffer = io.BytesIO()
     draw_attention(buffer, weights, text, "", frame_seconds=frame_seconds, in_page=True)
     image = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -228,6 +231,7 @@ def _validations(run: Run) -> str:
 
 
 def number(value: float | None) -> str:
+    """Format a number for a table; "" for None."""
     return "" if value is None else f"{value:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""Checks when a training is resumed: the settings that may differ, and a fingerprint of the data."""
+"""Checks before a training is resumed: which settings may differ, and whether the data is the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from las_fast.data.dataset import SpeechDataset
 from las_fast.errors import InputError
 from las_fast.tree import flatten, to_tree
 
-# Settings that may differ when resuming: they change where and how fast a training runs, not what the model learns.
+# These may differ: they change where and how fast a training runs, but not what the model learns.
 FREE_TO_CHANGE = (
     "training.threads",  # changes rounding, but rounding differs between machines anyway
     "data.workers",
@@ -20,18 +20,23 @@ FREE_TO_CHANGE = (
     "training.monitor_epoch",
     "decoding.frames_per_batch",
 )
-BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConfig; may become smaller on resume
-# Values of settings that old checkpoints lack, where the behaviour then differed from today's default.
+BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConfig that may become smaller
+# Settings that earlier versions lacked, with the values that describe their behaviour, if not the defaults.
 LEGACY_SETTINGS = {"features.trim_silence": False}
 
 
 def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio") -> None:
-    """Raise InputError naming the first setting that differs from the checkpoint's.
+    """Raise InputError, which names the setting, if one differs that must not.
 
     A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
-    FREE_TO_CHANGE, two differences are allowed: a learning rate restart appended at the end, which lengthens the
-    training without changing its earlier cycles, and smaller batches, in case memory ran out. features.kind has no
-    effect on a corpus of the kind "features".
+    FREE_TO_CHANGE, these may differ: a restart of the learning rate at the former end and more epochs, which leave the
+    earlier cycles as they are; smaller batches, in case memory ran out; and features.kind where it has no effect.
+
+    Args:
+        then: settings of the checkpoint, as plain data.
+        now:  settings of the resumed training, as plain data.
+        path: the checkpoint, for the error.
+        kind: of the corpus, "audio" or "features"; with "features", features.kind has no effect.
     """
     before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(then)), dict(flatten(now))
     then_ends, now_ends = (  # epochs at which cycles end
@@ -51,7 +56,7 @@ def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio
 
 
 def fingerprint(*datasets: SpeechDataset) -> str:
-    """SHA-256 of the ids, lengths and transcripts of datasets, in order."""
+    """Return the SHA-256 of the ids, frame counts and transcripts of datasets, in order."""
     digest = hashlib.sha256()
     for data in datasets:
         digest.update(repr((data.ids, data.frame_counts.tolist(), data.texts)).encode())

@@ -24,7 +24,10 @@ RENAMED = {"heard": "audio_gain"}  # keys of `monitor` in logs of earlier versio
 
 
 class RunLog:
-    """Write rows to log.jsonl, TensorBoard and W&B. On resume, rows after the resumed step are dropped."""
+    """Writes rows to log.jsonl, TensorBoard and, if enabled, Weights & Biases.
+
+    On resume, rows of log.jsonl and TensorBoard after `step` are dropped.
+    """
 
     def __init__(self, out: Path, config: Config, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -79,10 +82,10 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a log.jsonl, each with a kind and a step; [] if the file does not exist.
+    """Return the rows of a log.jsonl that have a kind and a step; [] if the file does not exist.
 
-    Other lines are skipped, such as lines torn by a full disk or a power cut, zeros, or lines of other programs. Keys
-    of earlier versions get their current names.
+    Other lines are skipped: incomplete after a full disk or a power cut, or of other programs. Keys of earlier versions
+    get their current names.
     """
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -103,19 +106,23 @@ def _with_current_names(row: dict) -> dict:
 
 
 def replace_non_finite(value):
-    """Replace NaN and infinity, which JSON cannot represent, by None in nested dicts."""
+    """Replace NaN and infinity, which JSON lacks, by None, also inside dicts."""
     if isinstance(value, dict):
         return {key: replace_non_finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_code(text: str) -> str:
-    """Return text as a code block in Markdown, which keeps its lines."""
+    """Return text as a Markdown code block, in which lines are kept."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def start_wandb(out: Path, config: Config):
-    """Start a Weights & Biases run: online if an account is set up, else offline in the run folder."""
+    """Start a Weights & Biases run: online if there is an API key, else offline in the run folder.
+
+    Raises:
+        InputError: the package wandb is missing.
+    """
     try:
         import wandb
     except ImportError:

@@ -1,4 +1,4 @@
-"""Read run folders: log, settings, attention and starts."""
+"""Read run folders: log, settings, attention weights and starts."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Run:
     """A run folder. Only log.jsonl must exist."""
 
     path: Path
-    name: str
-    log: list[dict] = field(repr=False)
+    name: str  # short
+    log: list[dict] = field(repr=False)  # rows with an epoch; see read_log
 
     @cached_property
     def train(self) -> list[dict]:
-        """Rows of the log about steps."""
+        """The log rows of training steps."""
         return [row for row in self.log if row["kind"] == "train"]
 
     @cached_property
     def valid(self) -> list[dict]:
-        """Rows of the log about validations."""
+        """The log rows of validations."""
         return [row for row in self.log if row["kind"] == "valid"]
 
     @cached_property
@@ -52,7 +52,7 @@ class Run:
 
     @cached_property
     def config(self) -> Config | None:
-        """Settings; None if there are none, or if this version of las_fast cannot read them."""
+        """The settings; None if config.yaml is missing, or this version of las_fast cannot read it."""
         with contextlib.suppress(InputError):
             return from_yaml(self.settings, str(self.path / "config.yaml")) if self.settings else None
         return None
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def formed(self) -> float | None:
-        """Epoch of the first validation whose attention has formed, or None."""
+        """The epoch of the first validation at which attention had formed, or None."""
         return next((row["epoch"] for row in self.log if row.get("monitor", {}).get("formed")), None)
 
     @property
@@ -138,7 +138,7 @@ def _clean(row: dict) -> dict:
 
 
 def nearby_runs(path: Path) -> list[Path]:
-    """Return run folders inside `path`, around it or beside it, the most similar names first."""
+    """Return up to MAX_SUGGESTIONS run folders around `path` and inside it, or else beside it, similar names first."""
     inside = [log.parent for pattern in (f"*/{LOG}", f"*/*/{LOG}") for log in sorted(path.glob(pattern))]
     around = [parent for parent in list(path.parents)[:2] if (parent / LOG).is_file()]
     if inside or around:
@@ -159,7 +159,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_attention(path: Path) -> tuple[float, list[tuple[str, str, np.ndarray]]]:
-    """Read attention/epoch-*.npz of a run: its epoch, and (id, text, weights) of each utterance.
+    """Read an attention/epoch-*.npz: return its epoch, and (id, text, weights (U, T)) of each utterance.
 
     Raises:
         InputError: the file is damaged or of another kind.

@@ -1,4 +1,4 @@
-"""Stop signals during a training: it stops where its state is consistent, and never in the middle of a write."""
+"""Stop signals during a training, which stops only where its state is consistent and no file is being written."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Iterator
 from las_fast.cli import STOP_SIGNALS
 from las_fast.errors import Stopped
 
-GRACE_SECONDS = 2.0  # further stop signals within this time count as the first
+GRACE_SECONDS = 2.0  # stop signals within this time after the first one are ignored
 
 
 class StopSignals:
-    """Requests to stop by SIGINT, SIGTERM and SIGHUP."""
+    """Records SIGINT, SIGTERM and SIGHUP, so that the training can stop at the next check."""
 
     def __init__(self):
-        self.signum = 0  # number of the first signal; 0: none
-        self.deferred = False  # while files are written
+        self.signum = 0  # of the first signal; 0: none came
+        self.deferred = False  # whether files are being written
         self._first_at = 0.0  # time.monotonic()
 
     def check(self) -> None:
-        """Raise Stopped if a signal came; to be called only where the state is consistent."""
+        """Raise Stopped if a signal came. Call it only where the state is consistent."""
         if self.signum:
             raise Stopped(self.signum)
 
     @contextlib.contextmanager
     def defer(self) -> Iterator[None]:
-        """Keep signals from interrupting the block, which writes files."""
+        """Prevent a second signal from interrupting the `with` block, which writes files."""
         before, self.deferred = self.deferred, True
         try:
             yield
@@ -37,7 +37,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def catch(self) -> Iterator[None]:
-        """Record signals instead of ending the process. SIGHUP stays ignored under nohup.
+        """Record signals in the `with` block. Ignored signals except SIGINT stay ignored, such as SIGHUP under nohup.
 
         A second signal raises Stopped at once, except in `defer`. Signals within GRACE_SECONDS count as one, because
         process groups and launchers pass the same signal on.

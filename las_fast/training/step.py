@@ -26,19 +26,19 @@ from las_fast.training.schedules import (
     teacher_forcing_rate,
 )
 
-MAX_SKIPPED_STEPS = 50  # in a row; the fp16 loss scale needs about twenty to come down
+MAX_SKIPPED_STEPS = 50  # in a row; the loss scale of fp16 takes about twenty to come down
 
 
 @dataclass
 class Progress:
-    """Position of a training. It is saved in last.pt, so field names must not change."""
+    """The position of a training. It is saved in last.pt, so field names must not change."""
 
     step: int = 0  # optimiser steps taken
     best_cer: float = float("inf")  # dev, percent
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0  # updates of the averaged weights
-    skipped_in_a_row: int = 0  # latest steps without an update, because their gradient was not finite
-    validated: int = 0  # step of the latest validation; -1: not even the start, which is due for one
+    skipped_in_a_row: int = 0  # latest steps, without an update because their gradient was not finite
+    validated: int = 0  # step of the latest validation; -1: the start is due for one
 
 
 class Diverged(InputError):
@@ -46,13 +46,13 @@ class Diverged(InputError):
 
 
 class Learner:
-    """A model and everything that an optimiser step reads and changes.
+    """A model, its optimiser, and the state that an optimiser step reads and changes.
 
-    On CUDA the host runs ahead of the device: it learns one step late whether a step was taken or skipped.
+    On CUDA the host runs ahead of the device: only during the next step does it read whether a step was skipped.
     """
 
-    reads_late = False  # whether the host reads the result of a step during the next step
-    pending: PendingFlag | None = None  # whether the latest step was taken, if the host has not read it yet
+    reads_late = False  # whether the host reads the result of a step only during the next step
+    pending: PendingFlag | None = None  # whether the latest step was taken; None once the host has read it
 
     def __init__(self, config: Config, curriculum: Curriculum, device: torch.device):
         self.config, self.curriculum, self.device = config, curriculum, device
@@ -65,10 +65,14 @@ class Learner:
         self.reads_late = device.type == "cuda"
         self.progress = Progress(validated=-1 if config.training.validate_first else 0)
         self.parts = Parts()
-        self.consistent = True  # False in the middle of an update
+        self.consistent = True  # False during an update of the weights
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one optimiser step; return the loss, its parts (per token) and the gradient norm, detached."""
+        """Take one optimiser step; return loss, its parts (both per token) and gradient_norm, detached scalars.
+
+        Raises:
+            Diverged: too many steps in a row had gradients that are not finite.
+        """
         self._set_learning_rate()
         losses = self._gradients(batch)
         self.scaler.unscale_(self.optimiser)  # clipping must see the true gradients
@@ -77,7 +81,7 @@ class Learner:
         return {**losses, "gradient_norm": norm}
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the gradients of a batch, in parts if it does not fit in memory; return its losses, per token."""
+        """Compute the gradients of a batch, in parts if it does not fit in memory; return its losses per token."""
         utterances, frames = batch.features.shape[:2]
         parts = self.parts.begin(utterances, frames)
         while True:
@@ -87,16 +91,16 @@ class Learner:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or parts >= utterances:
                     raise
-            parts = self.parts.halve(utterances, frames)  # here the failed step's tensors are free
+            parts = self.parts.halve(utterances, frames)  # outside `except`, where the error keeps tensors alive
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _accumulate(self, batch: Batch, size: int) -> dict[str, Tensor]:
-        """Add up the gradients of `size` utterances at a time; return the losses of the batch, per token."""
+        """Add up the gradients of `size` utterances at a time; return the losses of the batch per token."""
         utterances = len(batch.indices)
         losses: dict[str, Tensor] = {}
         for start in range(0, utterances, size):
-            # Seed dropout and teacher forcing anew at each step: resuming needs no random state.
+            # Dropout and teacher forcing are seeded at each step, so that resuming needs no random state.
             torch.manual_seed(self.config.training.seed * 1_000_003 + self.progress.step)
             if size >= utterances:
                 loss, values = self._loss(batch)
@@ -166,7 +170,7 @@ class Learner:
         self.consistent = True
 
     def settle(self) -> None:
-        """Read whether the latest step was taken, if that is not known yet, and average its weights if it was."""
+        """Read whether the latest step was taken, if that is pending, and if so average its weights."""
         pending, self.pending = self.pending, None
         if pending is not None:
             taken = pending.read()
@@ -184,7 +188,7 @@ class Learner:
             )
 
     def _average(self) -> None:
-        """averaged = decay * averaged + (1 - decay) * weights; the decay is smaller during the first updates."""
+        """Update averaged = decay * averaged + (1 - decay) * weights; the decay is lower during the first updates."""
         assert self.averaged is not None
         self.progress.averaged_steps += 1
         n = self.progress.averaged_steps
@@ -194,11 +198,11 @@ class Learner:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, a fraction within an epoch."""
+        """Epochs done, with a fraction."""
         return self.curriculum.epochs(self.progress.step)
 
     def _cycle_position(self) -> tuple[int, int]:
-        """(steps done, steps in all) of the current learning rate cycle (Loshchilov and Hutter 2017)."""
+        """Return (steps done, total steps) of the current cycle of the learning rate (Loshchilov and Hutter 2017)."""
         bounds = (0, *self.config.training.restarts, self.config.training.epochs)
         cycle = bisect.bisect_right(bounds, self.curriculum.locate(self.progress.step)[0]) - 1
         begin, end = (self.curriculum.steps_before(epoch) for epoch in bounds[cycle : cycle + 2])
@@ -206,7 +210,7 @@ class Learner:
 
 
 def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW; biases, LayerNorm weights and the tied embedding have no weight decay."""
+    """Return a fused AdamW; biases, LayerNorm weights and the tied embedding have no weight decay."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -217,7 +221,10 @@ def make_optimiser(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of matmuls; "auto" is bfloat16 if the machine has bfloat16 instructions, else float16 (CUDA) or float32."""
+    """Return the dtype of matmuls for "fp32", "bf16", "fp16" or "auto".
+
+    "auto" is bfloat16 if the device has bfloat16 instructions, else float16 on CUDA and float32 on a CPU.
+    """
     if name != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type == "cuda":
@@ -227,8 +234,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def needs_loss_scale(precision: torch.dtype, device: torch.device) -> bool:
-    """Return whether gradients pass through float16, where unscaled ones of thousands of tokens lose digits.
+    """Return whether gradients pass through float16, in which small ones lose digits unless the loss is scaled.
 
-    On CUDA that is so for bfloat16 as well: PyTorch's autocast runs cuDNN's LSTMs in float16, whatever its dtype.
+    On CUDA that includes bfloat16: autocast runs cuDNN's LSTMs in float16 whatever its dtype.
     """
     return precision == torch.float16 or (device.type == "cuda" and precision != torch.float32)

@@ -1,4 +1,4 @@
-"""The training loop: epochs, validations, logs, and the state on disk."""
+"""The training loop: epochs, validations, logs, and checkpoints."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from las_fast.tree import to_tree
 
 
 class Trainer(Learner):
-    """One training in the run folder `out`: data, model, optimiser, and the loop over steps.
+    """A training in the run folder `out`: data, model, optimiser, and the loop over steps.
 
-    source: kind and name of the corpus; stored in every checkpoint.
+    source: kind and name of the corpus, which are stored in every checkpoint.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Trainer(Learner):
         self.vocabulary = Vocabulary(config.data.characters)
         self.steps = self.curriculum.steps
         self.saved_step: int | None = None  # step in last.pt
-        self.earlier_core_seconds = 0.0  # CPU time of the processes before this resume
+        self.earlier_core_seconds = 0.0  # CPU time of this training before it was resumed
         self.stop = StopSignals()
         self.batch_size = (0, 0)  # utterances and padded feature frames of the latest batch; 0 before the first
         self.pace = Pace()
@@ -81,9 +81,9 @@ class Trainer(Learner):
             raise self._explain(problem, saved)
 
     def _train(self, bar: ProgressBar) -> BaseException | None:
-        """Take the remaining steps; return the exception that ended them early, or None.
+        """Take the remaining steps; return the exception that ended the training early, or None.
 
-        It is returned without its traceback, which would keep the step's tensors alive while the state is saved.
+        The exception has no traceback, which would keep the tensors of the step alive while the state is saved.
         """
         try:
             self.pace, self._saved_at = Pace(), time.monotonic()
@@ -112,7 +112,7 @@ class Trainer(Learner):
                     self.save()
 
     def _rescue(self, problem: BaseException | None) -> bool:
-        """Save the state, unless it is inconsistent or has diverged; return whether last.pt holds this step."""
+        """Save the state unless it is inconsistent or has diverged; return whether last.pt has the current step."""
         if self.saved_step == self.progress.step:
             return True
         if not self.consistent or not self.progress.step or isinstance(problem, Diverged):
@@ -142,11 +142,11 @@ class Trainer(Learner):
         return InputError(f"training on {size} does not fit in memory; {advice}")
 
     def core_hours(self) -> float:
-        """CPU time of this training in hours, earlier runs included, loader processes excluded."""
+        """Return the CPU time of this training in hours, with that before a resume, but without loader processes."""
         return (self.earlier_core_seconds + time.process_time()) / 3600
 
     def _timed_batches(self) -> Generator[Batch, None, None]:
-        """Yield the remaining batches of the epoch and add the waiting time to the current pace."""
+        """Yield the remaining batches of the epoch, and add the time waiting for them to the pace."""
         batches = iter(self._rest_of_epoch())
         while (batch := self.pace.next_batch(batches)) is not None:
             yield batch
@@ -170,7 +170,7 @@ class Trainer(Learner):
 
     @property
     def validation_due(self) -> bool:
-        """Whether this step is due for validation and has not been validated."""
+        """Whether a validation is due at this step and was not done."""
         every, step = self.config.training.validate_every, self.progress.step
         if step == self.progress.validated:
             return False
@@ -206,7 +206,7 @@ class Trainer(Learner):
         raise InputError(f"a validation does not fit in memory; {advice}")
 
     def _record(self, result: Validation, model: nn.Module) -> str:
-        """Write weights, log and state after a validation; return the monitor's line."""
+        """Write weights, log and last.pt after a validation; return the monitor's line."""
         cer, progress = result.scores.cer, self.progress
         info = {"epoch": self.epoch, "step": progress.step, "dev": asdict(result.scores), "data": self.source}
         info["core_hours"] = round(self.core_hours(), 3)
@@ -219,14 +219,16 @@ class Trainer(Learner):
         return line
 
     def _check_diverged(self, loss: float) -> None:
-        """Raise Diverged if the loss or all gradients so far are not finite; called before weights are saved."""
+        """Raise Diverged, before weights are saved, if the dev loss or all gradients so far are not finite."""
         rate, progress = self.config.training.learning_rate, self.progress
         if not math.isfinite(loss):
             raise Diverged(
                 f"the dev loss is {loss} after {progress.step} steps: the training has diverged; "
                 f"lower --training.learning-rate (now {rate:g}) and start again"
             )
-        if 0 < progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled():  # fp16 starts with skips
+        if (
+            0 < progress.skipped_in_a_row == progress.step and not self.scaler.is_enabled()
+        ):  # a scaler skips first steps
             raise Diverged(
                 f"none of the {progress.step} steps so far had finite gradients, so nothing was learned; "
                 f"lower --training.learning-rate (now {rate:g}) or the weights of the losses and start again"
@@ -262,7 +264,7 @@ class Trainer(Learner):
                 bar.write(forecast)
 
     def load_initial_weights(self, model: nn.Module, path: Path) -> None:
-        """Start from the weights of a model of the same sizes; `path` names it in errors and checkpoints."""
+        """Start from the weights of a model of the same sizes; errors and checkpoints name `path`."""
         for target in filter(None, (self.model, self.averaged)):
             checkpoint.load_weights(target, model.state_dict(), path)
         self.source = {**self.source, "init": path.name}
@@ -270,13 +272,13 @@ class Trainer(Learner):
     # State on disk
 
     def save(self) -> None:
-        """Write last.pt, which holds everything that resuming needs."""
+        """Write last.pt, which has everything that resuming needs."""
         with self.stop.defer():
             checkpoint.save_state(self.out / LAST, self.state())
             self.saved_step, self._saved_at = self.progress.step, time.monotonic()
 
     def state(self) -> dict:
-        """Contents of last.pt."""
+        """Return the contents of last.pt."""
         self.settle()
         return {
             "settings": to_tree(self.config),
@@ -293,13 +295,13 @@ class Trainer(Learner):
         """Continue from last.pt.
 
         Raises:
-            InputError: last.pt was written with other settings or other data.
+            InputError: last.pt is damaged, or was written with other settings or other data.
         """
         path = self.out / LAST
         state = checkpoint.load_state(path)
         check_same_settings(state["settings"], to_tree(self.config), path, kind=self.source["kind"])
         if state["data"] != fingerprint(self.train_data, self.dev_data):
-            raise InputError(f"{path} was trained on other utterances; resume with the data that it began with")
+            raise InputError(f"{path} was trained on other utterances; resume with the data of its first start")
         checkpoint.load_weights(self.model, state["model"], path)
         if self.averaged is not None:
             checkpoint.load_weights(self.averaged, state["averaged"], path)
@@ -313,7 +315,7 @@ class Trainer(Learner):
         self._convert_step(state["settings"]["data"])
 
     def _convert_step(self, then: dict) -> None:
-        """Convert the step from the earlier batch sizes to the current ones: same epoch, same share of its batches."""
+        """Convert the step from the batch sizes `then` to the current ones: same epoch, same share of its batches."""
         sizes = {name: then[name] for name in BATCH_SIZES}
         data, progress = self.config.data, self.progress
         if all(getattr(data, name) == size for name, size in sizes.items()):

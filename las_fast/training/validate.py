@@ -1,4 +1,4 @@
-"""Validation: loss, greedy transcripts and scores of the whole dev set, the attention monitor and its pictures."""
+"""Validation: loss and greedy transcripts of the whole dev set, scores, the attention monitor, and pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_TITLE = 60  # characters of a hypothesis in the title of a picture
 
 @dataclass(frozen=True)
 class Sample:
-    """A dev utterance of which a validation drew the attention."""
+    """A dev utterance whose attention a validation has drawn."""
 
     id: str
     reference: str
@@ -67,7 +67,16 @@ def validate(
 ) -> Validation:
     """Score the model on every utterance of data; save attention pictures of a few in out/attention.
 
-    check_stop is called before each batch and may raise.
+    Args:
+        model:      on `device`; it is set to evaluation mode.
+        data:       utterances with transcripts.
+        out:        run folder.
+        epoch:      for the names of the pictures.
+        check_stop: called before each batch; may raise.
+
+    Raises:
+        InputError: a picture cannot be written.
+        RuntimeError, MemoryError: a batch does not fit in memory.
     """
     model.eval()
     batches = sorted_batches(
@@ -115,9 +124,9 @@ def swap_audio(memory: Memory) -> Memory:
 
 
 class AttentionPictures:
-    """Attention of a few dev utterances, the same at each validation: from the median length upwards.
+    """The attention of a few dev utterances: `count` of them from the median length upwards, always the same.
 
-    frame_seconds: duration of an encoder frame.
+    frame_seconds: seconds per encoder frame.
     """
 
     def __init__(self, data: SpeechDataset, count: int, frame_seconds: float):
@@ -128,7 +137,7 @@ class AttentionPictures:
         self.weights: dict[int, np.ndarray] = {}  # (U, T) per utterance index, without padding
 
     def collect(self, indices: Tensor, weights: Tensor, token_lengths: Tensor, lengths: Tensor) -> None:
-        """Keep the wanted utterances of a batch; weights are (B, U, T)."""
+        """Keep the attention weights (B, U, T) of those utterances of a batch that are drawn."""
         for row, i in enumerate(indices.tolist()):
             if i in self.wanted:
                 self.weights[i] = weights[row, : token_lengths[row], : lengths[row]].float().cpu().numpy()
@@ -153,19 +162,20 @@ class AttentionPictures:
 
     def _draw(self, path: Path, sample: Sample, weights: np.ndarray, epoch: float) -> None:
         cer = score([sample.reference], [sample.hypothesis]).cer
-        heard = sample.hypothesis
-        heard = heard if len(heard) <= MAX_TITLE else f"{heard[:MAX_TITLE]}..."
-        title = f"{show(sample.id)}, epoch {epoch:g}, CER {cer:.0f}%\nhypothesis: {show(heard)}"
+        hypothesis = sample.hypothesis
+        hypothesis = hypothesis if len(hypothesis) <= MAX_TITLE else f"{hypothesis[:MAX_TITLE]}..."
+        title = f"{show(sample.id)}, epoch {epoch:g}, CER {cer:.0f}%\nhypothesis: {show(hypothesis)}"
         text, seconds = sample.reference, self.frame_seconds
         attention_picture(path, weights=weights, text=text, title=title, frame_seconds=seconds)
 
 
 def _file_name(utterance: str) -> str:
-    """Return an utterance's id with only characters that are safe in file names, in at most MAX_ID_BYTES."""
+    """Return an utterance's id cut to MAX_ID_BYTES, with _ for characters that are not safe in file names."""
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in utterance)
     return safe.encode()[:MAX_ID_BYTES].decode(errors="ignore")
 
 
-def save_npz(path: Path, arrays: dict) -> None:
+def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as a compressed .npz; the suffix of the path does not matter."""
     with path.open("wb") as file:  # a file object: numpy would add .npz to a name
         np.savez_compressed(file, **arrays)

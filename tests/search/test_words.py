@@ -26,7 +26,7 @@ from las_fast.search.confidence import (
     word_features,
 )
 from las_fast.search.dataset import Utterances, decode_dataset
-from las_fast.search.words import APART, Votes, WordFinder, moved, token_evidence, word_times
+from las_fast.search.words import MIN_GAP, Votes, WordFinder, shift_words, token_evidence, word_times
 from las_fast.text import Vocabulary
 
 VOCABULARY = Vocabulary()
@@ -120,13 +120,13 @@ def test_words_are_in_order_and_inside_the_audio_whatever_the_token_times():
         limit = float(rng.choice([0.01, 0.5, 3.0]))
         starts, ends = word_times(times, [(2 * i, 2 * i + 1) for i in range(count)], limit, CALIBRATION)
         assert in_order(starts, ends, limit), (times, limit)
-        assert np.diff(starts).min(initial=1) >= min(APART, limit / (count + 1)) - 1e-9
+        assert np.diff(starts).min(initial=1) >= min(MIN_GAP, limit / (count + 1)) - 1e-9
 
 
 def test_words_move_with_their_segment_and_stay_inside_it():
     words = [Word("A", 0.0, 0.2, 0.5), Word("B", 0.3, 0.5, 0.6), Word("C", 0.9, 1.2, 0.7)]
-    assert moved([], 3.0, 3.0, 4.0) == ()
-    actual = moved(words, 3.0, 3.1, 4.0)
+    assert shift_words([], 3.0, 3.0, 4.0) == ()
+    actual = shift_words(words, 3.0, 3.1, 4.0)
     assert [(w.text, w.confidence) for w in actual] == [("A", 0.5), ("B", 0.6), ("C", 0.7)]
     assert [w.start for w in actual] == pytest.approx([3.1, 3.3, 3.9])
     assert [w.end for w in actual] == pytest.approx([3.2, 3.5, 4.0])
