@@ -124,7 +124,6 @@ def is_jsonl(path: Path) -> bool:
 
 def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig) -> None:
     """Decode options.split, write the files and print the results."""
-    from las_fast.data.dataset import load_dataset
     from las_fast.data.layouts import open_corpus
     from las_fast.recogniser import Recogniser
 
@@ -134,16 +133,7 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     print(f"data: {corpus.name}")
     check_fits(corpus, loaded, any_features=options.any_features)
     splits = corpus.resolve(options.split)
-    data = loaded.config.data
-    dataset = load_dataset(
-        corpus,
-        splits,
-        features=loaded.config.features,
-        data=replace(data, on_bad=options.on_bad, normalise_text=options.normalise_text or data.normalise_text),
-        statistics=loaded.statistics,
-        need_text=False,
-    )
-    check_references(dataset, loaded, normalised=options.normalise_text or data.normalise_text)
+    dataset = load_splits(options, corpus, splits, loaded)
     started = time.perf_counter()
     hypotheses = model.decode_dataset(dataset, decoder, nbest=options.nbest, words=bool(options.jsonl))
     seconds = time.perf_counter() - started
@@ -153,6 +143,24 @@ def decode(options: argparse.Namespace, loaded: Loaded, decoding: DecodingConfig
     summary = summarise(dataset, rows, seconds)
     print(format_summary(summary, options.out))
     print(json.dumps(summary))
+
+
+def load_splits(options: argparse.Namespace, corpus: Corpus, splits: tuple[str, ...], loaded: Loaded) -> SpeechDataset:
+    """Load splits with the features of the checkpoint; raise InputError if they do not suit it."""
+    from las_fast.data.dataset import load_dataset
+
+    data = loaded.config.data
+    normalised = options.normalise_text or data.normalise_text
+    dataset = load_dataset(
+        corpus,
+        splits,
+        features=loaded.config.features,
+        data=replace(data, on_bad=options.on_bad, normalise_text=normalised),
+        statistics=loaded.statistics,
+        need_text=False,
+    )
+    check_references(dataset, loaded, normalised=normalised)
+    return dataset
 
 
 def check_fits(corpus: Corpus, loaded: Loaded, *, any_features: bool = False) -> None:

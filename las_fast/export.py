@@ -108,11 +108,9 @@ def is_own_onnx(path: Path) -> bool:
 def check_out(out: Path, checkpoint: Path) -> None:
     """Raise InputError if the output would replace the checkpoint, weights of a training, or an unrelated file.
 
-    The same holds for the files written next to it, and a calibration there must not be that of another model.
+    The same holds for the language model and the calibration beside it.
     """
     from las_fast.checkpoint import AVERAGED, BEST, FORMAT, LAST
-    from las_fast.search.confidence import calibration_path_for, is_calibration
-    from las_fast.search.ngram import is_lm
 
     prepare_output_file(
         out,
@@ -124,6 +122,14 @@ def check_out(out: Path, checkpoint: Path) -> None:
     )
     if out.name in (BEST, AVERAGED) and (out.parent / LAST).exists():
         raise InputError(f"--out {out} belongs to the training in {out.parent}; give another name")
+    check_companions(out, checkpoint)
+
+
+def check_companions(out: Path, checkpoint: Path) -> None:
+    """Raise InputError if the language model or the calibration beside the output must not be replaced or used."""
+    from las_fast.search.confidence import calibration_path_for, is_calibration
+    from las_fast.search.ngram import is_lm
+
     if os.path.isfile(lm_path_for(checkpoint)):
         prepare_output_file(
             lm_path_for(out), "--out", what="a language model", inputs=(lm_path_for(checkpoint),), may_replace=is_lm

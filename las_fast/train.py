@@ -320,7 +320,6 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
     """
     from las_fast.data.dataset import load_dataset
     from las_fast.data.holdout import hold_out
-    from las_fast.data.overlap import count_overlapping, count_shared_recordings
 
     splits, share = training_splits(config, corpus), config.data.dev_share
     name, dev_name = "+".join(splits), f"dev, held out of {'+'.join(splits)}"
@@ -342,6 +341,14 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
         warn_too_fast(label, data)
     if config.model.ctc_layer >= 0:
         warn_too_long_for_ctc(train, config.model)
+    warn_of_overlap(train, dev)
+    return train, dev
+
+
+def warn_of_overlap(train: SpeechDataset, dev: SpeechDataset) -> None:
+    """Print a warning if the training and dev sets share utterances, or parts of recordings."""
+    from las_fast.data.overlap import count_overlapping, count_shared_recordings
+
     if shared := count_overlapping(train, dev):
         print(
             f"warning: {shared} dev utterances are also in the training set, so dev scores say nothing about new "
@@ -352,7 +359,6 @@ def load_data(config: Config, corpus: Corpus) -> tuple[SpeechDataset, SpeechData
             f"warning: {divided} recordings have parts in both the training and the dev set, so dev scores are for "
             "known voices and rooms; put all parts of a recording into one split"
         )
-    return train, dev
 
 
 if __name__ == "__main__":

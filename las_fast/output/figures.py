@@ -200,14 +200,19 @@ def curves_svg(curves: Sequence[Curve], *, x_label: str, y_label: str, mark: tup
     if mark:
         parts += _mark(to_x(min(mark[0], x_max)), mark[1], top, height - bottom, flip=mark[0] > 0.6 * x_max)
     for curve in curves:
-        line = [(to_x(x), to_y(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
-        if curve.is_line and line:
-            parts.append(f'<path class="curve {curve.style}" d="M{path}"/>')
-        if len(line) <= MAX_DOTS or not curve.is_line:
-            parts += [f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in line]
+        parts += _draw_curve(
+            curve, [(to_x(x), to_y(y)) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        )
     parts.append(f'<text class="tick" x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">{x_label}</text>')
     return "".join(parts) + "</svg>"
+
+
+def _draw_curve(curve: Curve, line: list[tuple[float, float]]) -> list[str]:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
+    parts = [f'<path class="curve {curve.style}" d="M{path}"/>'] if curve.is_line and line else []
+    if len(line) <= MAX_DOTS or not curve.is_line:
+        parts += [f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in line]
+    return parts
 
 
 def _mark(x: float, name: str, top: int, bottom: int, *, flip: bool) -> list[str]:
