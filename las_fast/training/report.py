@@ -7,7 +7,7 @@ import html
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ def peak_gib(run: Run) -> float | None:
     return max((row["peak_gib"] for row in run.valid if isinstance(row.get("peak_gib"), int | float)), default=None)
 
 
-def headline(results: dict, source: str = "") -> str:
+def headline(results: Mapping[str, float | None], source: str = "") -> str:
     """Return a tile for each known result.
 
     source: what the results are of, if not of the decoded split, such as "dev, greedy".

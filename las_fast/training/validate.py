@@ -175,7 +175,7 @@ def _file_name(utterance: str) -> str:
     return safe.encode()[:MAX_ID_BYTES].decode(errors="ignore")
 
 
-def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays as a compressed .npz; the suffix of the path does not matter."""
+def save_npz(path: Path, arrays: dict) -> None:
+    """Write arrays by name as a compressed .npz; the suffix of the path does not matter."""
     with path.open("wb") as file:  # a file object: numpy would add .npz to a name
         np.savez_compressed(file, **arrays)
