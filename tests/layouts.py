@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from las_fast.data.containers import Layout, Stream, find_streams
+from las_fast.data.containers import FileLayout, Stream, find_streams
 
 
 class Bytes:
@@ -17,7 +17,7 @@ class Bytes:
         return self.data[start : start + count] if start >= 0 else b""
 
 
-def layout_of(data: bytes, size: int | None = None) -> Layout:
+def layout_of(data: bytes, size: int | None = None) -> FileLayout:
     return find_streams(Bytes(data, size))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import soxr
 
 from las_fast.data.channels import Mixer, check_samples, unscaled_integer_bits
-from las_fast.data.containers import Layout, Source, Stream, find_streams
+from las_fast.data.containers import FileLayout, Source, Stream, find_streams
 from las_fast.data.decoder import READ_ERRORS, UNKNOWN_COUNT, Decoder, SoundStream
 from las_fast.data.media import MediaStream, open_sound
 from las_fast.data.opening import Audio, name_of, open_descriptor
@@ -262,10 +262,10 @@ class Recording:
             self.warnings += [f"{self.name} {warning}" for warning in self._quality.warnings()]
 
 
-_layouts: dict[tuple, Layout] = {}  # file identity -> layout, for the last files of which parts were read
+_layouts: dict[tuple, FileLayout] = {}  # file identity -> layout, for the last files of which parts were read
 
 
-def _cached_layout(source: Source) -> Layout:
+def _cached_layout(source: Source) -> FileLayout:
     """Return find_streams(source), cached, because parts of a long recording are read one after another."""
     status = os.fstat(source.descriptor)
     key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

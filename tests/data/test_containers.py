@@ -11,7 +11,7 @@ import soundfile
 from layouts import Bytes, chunk, layout_of, riff_file, streams_of
 
 from las_fast.data import containers
-from las_fast.data.containers import Layout, Source, Stream, View, find_streams, flac, streams
+from las_fast.data.containers import FileLayout, Source, Stream, View, find_streams, flac, streams
 from las_fast.data.containers.magic import RARE, container_at, foreign_format
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
@@ -229,13 +229,13 @@ def test_small_reads_are_served_from_one_window(tmp_path, monkeypatch):
 def test_many_bytes_after_the_audio_are_reported_unless_they_are_zeros_or_tags():
     many, few = b"\7" * 65537, b"\7" * 65536
     message = "has 65537 bytes of unknown data after its audio; remove them, or repair the header if they are audio"
-    assert layout_of(WAV + many) == Layout([Stream(((0, END),))], [message])
+    assert layout_of(WAV + many) == FileLayout([Stream(((0, END),))], [message])
     assert layout_of(WAV + bytes(65536) + b"\7").unread == layout_of(WAV + many + tag()).unread == [message]
     assert layout_of(WAV + WAV + many).unread == layout_of(MP3 + WAV + many).unread == [message]
     assert layout_of(WAV + MP3 + many).unread == layout_of(MP3 + many).unread == []  # mp3 has no fixed end
     for trailing in (few, few + tag(), few + tag(50, ape=True), bytes(65537), bytes(65537) + tag(), b""):
-        assert layout_of(WAV + trailing) == Layout([Stream(((0, END),))])
-    assert layout_of(many) == Layout([Stream(((0, 65537),))])
+        assert layout_of(WAV + trailing) == FileLayout([Stream(((0, END),))])
+    assert layout_of(many) == FileLayout([Stream(((0, 65537),))])
 
 
 def test_audio_is_searched_for_after_tags_and_after_other_audio():

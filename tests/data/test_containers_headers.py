@@ -7,7 +7,7 @@ import struct
 import pytest
 from layouts import Bytes, chunk, layout_of, riff_file, streams_of
 
-from las_fast.data.containers import Layout, Stream, magic, plain, rare, riff
+from las_fast.data.containers import FileLayout, Stream, magic, plain, rare, riff
 
 
 def big(name: bytes, content: bytes = b"", size: int | None = None) -> bytes:
@@ -574,7 +574,7 @@ def test_a_mat5_is_elements_to_the_end_of_the_file(monkeypatch):
 
 def test_a_file_shorter_than_its_claimed_length_is_reported():
     def walk(size, end, start=2):
-        layout = Layout()
+        layout = FileLayout()
         source = Bytes(b"..." + bytes(40) + WAV, size)
         return rare.walk_by_header_length(source, start, layout, lambda *_: end), layout.streams
 
@@ -583,7 +583,7 @@ def test_a_file_shorter_than_its_claimed_length_is_reported():
     assert walk(300, 300) == (300, [Stream(((2, 300),))])
     assert walk(300, 301) == (300, [Stream(((2, 300),), missing_bytes=1)])
     assert walk(300, 43, start=43) == (300, [Stream(((43, 300),))])
-    layout = Layout([Stream(((0, 2),))])
+    layout = FileLayout([Stream(((0, 2),))])
     rare.walk_by_header_length(Bytes(b"..." + bytes(40) + WAV), 2, layout, lambda *_: 43)
     assert layout.streams == [Stream(((0, 2),)), Stream(((2, 43),))]
 

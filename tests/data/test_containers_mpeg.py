@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from layouts import Bytes, layout_of, streams_of
 
-from las_fast.data.containers import Layout, Stream, mpeg
+from las_fast.data.containers import FileLayout, Stream, mpeg
 
 KBPS = {  # version 1 or other, and layer -> kbit/s of index 1 to 14
     (True, 1): "32 64 96 128 160 192 224 256 288 320 352 384 416 448",
@@ -285,7 +285,7 @@ def test_the_end_of_the_frames_is_where_another_file_begins():
     for data in (frames(9) + frames(9, rate=1), frames(9) + bytes(700) + frames(9), counting(9) * 2 + frames(9)):
         assert layout_of(data + wav).streams[-1] == Stream(((len(data), len(data) + len(wav)),))
         assert len(layout_of(data + wav).streams) == len(layout_of(data).streams) + 1
-    layout = Layout()
+    layout = FileLayout()
     data = frames(9) + b"TAG" + bytes(125)
     assert mpeg.walk_mpeg(Bytes(data), 0, layout) == 9 * SIZE
     assert mpeg.walk_mpeg(Bytes(bytes(100)), 0, layout, 90) == 90

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from layouts import Bytes, layout_of, streams_of
 
-from las_fast.data.containers import Layout, Stream, ogg
+from las_fast.data.containers import FileLayout, Stream, ogg
 
 OTHER = "contains an Ogg part ({}) that cannot be read; convert it: ffmpeg -i FILE -vn -ac 1 -ar 16000 FILE.wav"
 PARALLEL = (
@@ -157,7 +157,7 @@ def test_the_spans_of_a_stream_are_its_pages():
 
 def test_pages_without_a_first_page_are_not_a_stream():
     alone = page(bytes(50), sequence=3)
-    assert layout_of(alone + LAST) == Layout([Stream(((0, len(alone + LAST)),))])
+    assert layout_of(alone + LAST) == FileLayout([Stream(((0, len(alone + LAST)),))])
     begin = len(alone)
     assert streams_of(alone + HEAD + LAST) == [vorbis((begin, begin + len(HEAD + LAST)))]
     other = page(bytes(50), serial=9, sequence=1)
@@ -203,7 +203,7 @@ def test_bytes_after_the_last_page_are_not_part_of_it():
     assert streams_of(data + b"junk" * 9) == [vorbis((0, len(data)))]
     wav = b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0data\0\0\0\0"
     assert streams_of(data + wav) == [vorbis((0, len(data))), Stream(((len(data), len(data) + len(wav)),))]
-    layout = Layout()
+    layout = FileLayout()
     assert ogg.walk_ogg(Bytes(data + b"junk"), 0, layout) == len(data)
     assert ogg.walk_ogg(Bytes(data + LAST[:-1]), 0, layout) == len(data + LAST) - 1
     assert ogg.walk_ogg(Bytes(b"." + LAST), 1, layout) == 1

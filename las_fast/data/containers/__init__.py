@@ -5,7 +5,7 @@ joined mp3 or FLAC), a header written before the length was known, or a missing 
 decode for each stream, with a corrected header if needed, and the expected length.
 
 Each format family has a module with a walk_FORMAT function, which adds the streams of the container at a position to a
-Layout and returns the end of the container.
+FileLayout and returns the end of the container.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from las_fast.data.containers.ogg import OGG_CODECS, walk_ogg
 from las_fast.data.containers.plain import walk_au, walk_caf, walk_w64
 from las_fast.data.containers.rare import HEADER_ENDS, walk_by_header_length, walk_htk
 from las_fast.data.containers.riff import walk_aiff, walk_wav
-from las_fast.data.containers.streams import Layout, Source, Stream, View, find_pattern, span_length
+from las_fast.data.containers.streams import FileLayout, Source, Stream, View, find_pattern, span_length
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
-__all__ = ["OGG_CODECS", "Layout", "Source", "Stream", "View", "find_streams", "foreign_format"]
+__all__ = ["OGG_CODECS", "FileLayout", "Source", "Stream", "View", "find_streams", "foreign_format"]
 
 MAX_TRAILING = 1 << 16  # bytes after the audio that are ignored, whatever they are
-Walker = Callable[[Source, int, Layout], int]
+Walker = Callable[[Source, int, FileLayout], int]
 WALKERS: dict[str, Walker] = {
     "wav": walk_wav,
     "aiff": walk_aiff,
@@ -41,9 +41,9 @@ WALKERS: dict[str, Walker] = {
 }
 
 
-def find_streams(source: Source) -> Layout:
+def find_streams(source: Source) -> FileLayout:
     """Return the streams of a file. A file of unknown format is one stream, which libsndfile accepts or refuses."""
-    layout = Layout()
+    layout = FileLayout()
     position = 0
     while position < source.size:
         position = skip_tags(source, position)
@@ -72,7 +72,7 @@ def _walker_at(source: Source, position: int) -> Walker | None:
     return WALKERS[name] if name else None
 
 
-def _report_oversized(layout: Layout) -> None:
+def _report_oversized(layout: FileLayout) -> None:
     """Report streams of more than 4 GiB in formats with 32-bit lengths: only 4 GiB of them can be read."""
     for stream in layout.streams:
         head, size = stream.spans[0], span_length(stream.spans[-1])
@@ -83,7 +83,7 @@ def _report_oversized(layout: Layout) -> None:
             )
 
 
-def _report_trailing_bytes(source: Source, position: int, layout: Layout) -> None:
+def _report_trailing_bytes(source: Source, position: int, layout: FileLayout) -> None:
     """Report more than MAX_TRAILING bytes after the audio that are neither tags nor zeros."""
     end = without_trailing_tags(source, position, source.size)
     if end - position > MAX_TRAILING and find_pattern(source, re.compile(rb"[^\x00]"), position) < end:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from las_fast.data.containers.streams import Layout, Source, Stream, find_pattern
+from las_fast.data.containers.streams import FileLayout, Source, Stream, find_pattern
 from las_fast.data.containers.tags import without_trailing_tags
 
 NEXT_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|RIFF....WAVEfmt |OggS\x00\x02\x00{8}", re.DOTALL)
 
 
-def walk_flac(source: Source, start: int, layout: Layout) -> int:
+def walk_flac(source: Source, start: int, layout: FileLayout) -> int:
     """Add the stream of a FLAC file; return its end."""
     position, last = start + 4, False
     while not last and len(block := source.read(position, 4)) == 4:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from las_fast.data.containers.streams import PREROLL, WINDOW, Layout, Source, Span, Stream
+from las_fast.data.containers.streams import PREROLL, WINDOW, FileLayout, Source, Span, Stream
 from las_fast.data.containers.tags import skip_tags, without_trailing_tags
 
 KBPS = {  # (version 1 or 2, layer): bit rates of index 1 to 14
@@ -78,7 +78,7 @@ class _Run:
     cut: bool = False  # whether the last frame is incomplete
 
 
-def walk_mpeg(source: Source, start: int, layout: Layout, end: int | None = None) -> int:
+def walk_mpeg(source: Source, start: int, layout: FileLayout, end: int | None = None) -> int:
     """Add a stream per run of MPEG frames; return the end of the last frame."""
     end = without_trailing_tags(source, start, source.size if end is None else end)
     runs: list[_Run] = []

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from las_fast.data.containers.flac import flac_sample_count
-from las_fast.data.containers.streams import PREROLL, Layout, Source, Stream, find_pattern
+from las_fast.data.containers.streams import PREROLL, FileLayout, Source, Stream, find_pattern
 
 OGG_PAGE = re.compile(rb"OggS\x00")
 OGG_CODECS = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC"}
@@ -57,7 +57,7 @@ def _ogg_page(source: Source, position: int) -> _Page | None:
     return _Page(position, body, after, head[5], head[14:18], int.from_bytes(head[18:22], "little"))
 
 
-def walk_ogg(source: Source, start: int, layout: Layout) -> int:
+def walk_ogg(source: Source, start: int, layout: FileLayout) -> int:
     """Add one stream per link of a chain: the first of its parallel logical streams with a supported codec."""
     links: list[dict[bytes, _LogicalStream]] = []
     position, truncated = start, False
@@ -115,7 +115,7 @@ def _codec(packet: bytes) -> str:
 
 
 def _append_link(
-    source: Source, link: dict[bytes, _LogicalStream], layout: Layout, *, truncated: bool, may_lack_end: bool
+    source: Source, link: dict[bytes, _LogicalStream], layout: FileLayout, *, truncated: bool, may_lack_end: bool
 ) -> None:
     """Add a link of a chain.
 

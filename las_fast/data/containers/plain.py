@@ -6,12 +6,12 @@ import struct
 
 from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.riff import is_unknown
-from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_truncated_header, read_struct
+from las_fast.data.containers.streams import MAX_CHUNKS, FileLayout, Source, Stream, add_truncated_header, read_struct
 
 W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
 
 
-def _append_plain(source: Source, layout: Layout, start: int, begin: int, claimed: int | None, field: range) -> int:
+def _append_plain(source: Source, layout: FileLayout, start: int, begin: int, claimed: int | None, field: range) -> int:
     """Add the stream whose samples begin at `begin`; return its end.
 
     Args:
@@ -31,7 +31,7 @@ def _append_plain(source: Source, layout: Layout, start: int, begin: int, claime
     return end
 
 
-def walk_au(source: Source, start: int, layout: Layout) -> int:
+def walk_au(source: Source, start: int, layout: FileLayout) -> int:
     """Add the stream of an AU file; return its end."""
     offset, claimed = read_struct(source, start + 4, ">II")
     end = start + offset + claimed
@@ -41,7 +41,7 @@ def walk_au(source: Source, start: int, layout: Layout) -> int:
     return _append_plain(source, layout, start, start + max(24, offset), length, range(start + 8, start + 12))
 
 
-def walk_caf(source: Source, start: int, layout: Layout) -> int:
+def walk_caf(source: Source, start: int, layout: FileLayout) -> int:
     """Add the stream of a Core Audio file; return its end."""
     position = start + 8
     for _ in range(MAX_CHUNKS):
@@ -53,7 +53,7 @@ def walk_caf(source: Source, start: int, layout: Layout) -> int:
     return add_truncated_header(source, start, layout)
 
 
-def _append_caf(source: Source, layout: Layout, start: int, position: int, claimed: int | None) -> int:
+def _append_caf(source: Source, layout: FileLayout, start: int, position: int, claimed: int | None) -> int:
     begin = position + 12
     end = _append_plain(source, layout, start, begin, claimed, range(position + 4, position + 12))
     following = end
@@ -67,7 +67,7 @@ def _append_caf(source: Source, layout: Layout, start: int, position: int, claim
     return following
 
 
-def walk_w64(source: Source, start: int, layout: Layout) -> int:
+def walk_w64(source: Source, start: int, layout: FileLayout) -> int:
     """Add the stream of a Sony Wave64 file; return its end."""
     position = start + 40
     for _ in range(MAX_CHUNKS):

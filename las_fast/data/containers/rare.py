@@ -6,10 +6,10 @@ import re
 import struct
 
 from las_fast.data.containers.magic import container_at
-from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, read_struct
+from las_fast.data.containers.streams import MAX_CHUNKS, FileLayout, Source, Stream, read_struct
 
 
-def walk_by_header_length(source: Source, start: int, layout: Layout, header_end) -> int:
+def walk_by_header_length(source: Source, start: int, layout: FileLayout, header_end) -> int:
     """Add the stream of a file whose end, according to its header, is header_end(source, start); return its end."""
     end = header_end(source, start)
     layout.streams.append(Stream(((start, source.size),), missing_bytes=max(0, end - source.size)))
@@ -95,7 +95,7 @@ HEADER_ENDS = {
 }
 
 
-def walk_htk(source: Source, layout: Layout) -> None:
+def walk_htk(source: Source, layout: FileLayout) -> None:
     """Add the stream of a truncated HTK waveform under a header with its actual length: libsndfile requires it.
 
     HTK has no magic number, so a file counts as HTK if its header is plausible.

@@ -6,7 +6,7 @@ import struct
 
 from las_fast.data.containers.magic import container_at
 from las_fast.data.containers.mpeg import walk_mpeg
-from las_fast.data.containers.streams import MAX_CHUNKS, Layout, Source, Stream, add_truncated_header, read_struct
+from las_fast.data.containers.streams import MAX_CHUNKS, FileLayout, Source, Stream, add_truncated_header, read_struct
 
 UNKNOWN_LENGTHS = (1 << 31, 1 << 32)  # bytes; recorders that write to a pipe state one of these, or 0
 UNKNOWN_TOLERANCE = 1 << 16  # bytes by which a stated length may differ from these
@@ -43,7 +43,7 @@ def _chunks(source: Source, start: int, order: str, wanted: bytes):
     return chunks, regular
 
 
-def walk_wav(source: Source, start: int, layout: Layout) -> int:
+def walk_wav(source: Source, start: int, layout: FileLayout) -> int:
     """Add the streams of a wav, RIFX (big-endian wav), RF64 or BW64 (RF64 by another name, unknown to libsndfile)."""
     form = source.read(start, 4)
     order = ">" if form == b"RIFX" else "<"
@@ -123,7 +123,7 @@ def _chunks_after(source: Source, position: int, length: int, order: str) -> tup
     return data_chunks, min(position, source.size)
 
 
-def walk_aiff(source: Source, start: int, layout: Layout) -> int:
+def walk_aiff(source: Source, start: int, layout: FileLayout) -> int:
     """Add the stream of an AIFF, AIFF-C or Amiga IFF file (8SVX, 16SV)."""
     sound = b"SSND" if source.read(start + 8, 3) == b"AIF" else b"BODY"
     chunks, _ = _chunks(source, start, ">", sound)

@@ -97,8 +97,8 @@ class Stream:
 
 
 @dataclass
-class Layout:
-    """The streams of a file in order.
+class FileLayout:
+    """The audio streams of a file, in order.
 
     unread has a clause with advice for each stretch of audio that is not read, such as "contains 2 parallel audio
     streams, ...; keep one: ...".
@@ -108,7 +108,7 @@ class Layout:
     unread: list[str] = field(default_factory=list)
 
 
-def add_truncated_header(source: Source, start: int, layout: Layout) -> int:
+def add_truncated_header(source: Source, start: int, layout: FileLayout) -> int:
     """Add the rest of the file as a stream that ends within its header; return the end of the file."""
     layout.streams.append(Stream(((start, source.size),), truncated_header=True))
     return source.size
