@@ -125,7 +125,7 @@ def test_json_lines_hold_scores_frames_and_the_n_best(workspace, tmp_path):
             assert all(0 <= word["start"] <= word["end"] and 0 <= word["confidence"] <= 1 for word in one["words"])
 
 
-def test_a_beam_may_be_listed_whole(workspace, tmp_path):
+def test_nbest_may_be_the_whole_beam(workspace, tmp_path):
     decode(workspace, "--jsonl", str(tmp_path / "rows.jsonl"), "--nbest", "2", "--beam", "2")
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [len(row["nbest"]) for row in rows] == [2] * 5

@@ -69,7 +69,7 @@ def test_a_decoding_adds_scores_utterances_confusions_and_errors(tmp_path):
     assert "50.0 % of 2 words are right; the mean confidence is 55.0 %." in page
 
 
-def test_the_worst_utterances_can_be_heard(tmp_path, capsys):
+def test_recordings_of_the_worst_utterances_are_in_the_page(tmp_path, capsys):
     manifest = make_manifest(tmp_path / "data")
     run, rows = make_run(tmp_path / "run"), write_rows(tmp_path / "dev.jsonl")
     (tmp_path / "data" / "audio" / "dev-1.wav").write_bytes(b"damaged")
@@ -79,10 +79,10 @@ def test_the_worst_utterances_can_be_heard(tmp_path, capsys):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<audio") == 1, "dev-1 is damaged, dev-2 has no error"
     data = page.partition("data:audio/mpeg;base64,")[2].partition('"')[0]
-    heard, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
     original, _ = soundfile.read(tmp_path / "data" / "audio" / "dev-0.wav")
-    assert rate == 16000 and len(heard) == pytest.approx(len(original), abs=2400)
-    assert np.abs(heard).max() == pytest.approx(np.abs(original).max(), rel=0.3)
+    assert rate == 16000 and len(samples) == pytest.approx(len(original), abs=2400)
+    assert np.abs(samples).max() == pytest.approx(np.abs(original).max(), rel=0.3)
 
 
 def test_an_id_that_two_splits_share_plays_the_recording_of_its_reference(tmp_path, capsys):

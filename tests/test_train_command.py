@@ -138,7 +138,7 @@ def test_the_disk_needs_space_for_ten_copies_of_the_weights(tmp_path, monkeypatc
 
 def utterances(count=2, **fields):
     plain = {"ids": [f"u{i}" for i in range(count)], "texts": ["ABC"] * count, "seconds": np.full(count, 1800.0),
-             "frames": np.full(count, 100), "skipped": [], "statistics": "statistics"}  # fmt: skip
+             "skipped": [], "statistics": "statistics"}  # fmt: skip
     return Utterances(**plain | fields)
 
 

@@ -36,7 +36,7 @@ def test_cues_obey_the_rules_and_keep_every_letter(seed, size):
     assert shown == "".join(word.text for word in words)
 
 
-def test_the_rules_notice_what_breaks_them():
+def test_cues_that_break_the_rules_are_found():
     word = Word("YES", 0.0, 0.5, 1.0)
     long, late = Word("A" * 43, 0.0, 0.5, 1.0), Word("NO", 1.2, 1.5, 1.0)
     broken = [Cue(0, 2, ((long,),)), Cue(1, 9, ((word,), (word,), (word,))), Cue(9, 11, ((word, late),)),

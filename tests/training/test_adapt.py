@@ -41,7 +41,7 @@ def test_the_size_and_kind_of_features_follow_every_edition(tmp_path, edition):
     assert (features.size, features.kind) == (EDITIONS[edition].size, expected[EDITIONS[edition].size])
 
 
-def test_given_features_do_not_follow_the_data(tmp_path, capsys):
+def test_features_that_the_user_has_set_do_not_follow_the_data(tmp_path, capsys):
     corpus = open_corpus(make_archive(tmp_path, "S25", utterances=2))
     config = load_config("hw4p2")
     assert adapt.fit_features(config, corpus, {"features.size", "features.kind"}) == config
@@ -60,14 +60,14 @@ def test_s25_trains_with_the_preset_of_another_edition(tmp_path, capsys):
     assert config.features == replace(load_config("hw4p2").features, size=80, kind="logmel")
 
 
-def test_a_training_of_an_earlier_version_resumes_whatever_kind_it_noted(tmp_path, capsys):
+def test_a_training_with_another_feature_kind_of_the_same_archive_resumes(tmp_path, capsys):
     archive, out = make_archive(tmp_path, "S25", utterances=2), tmp_path / "run"
     train.main(arguments("hw4p2", archive, out, *TINY, "--features.size", "80", "--features.kind", "mfcc"))
     train.main(arguments("hw4p2", archive, out, *TINY, "--features.size", "80", "--resume"))
     assert "this training is complete" in capsys.readouterr().out
 
 
-def test_settings_of_a_file_and_of_options_are_known_as_given(tmp_path):
+def test_settings_of_a_file_and_of_options_count_as_set_by_the_user(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("features: {size: 40}\ntraining:\n  epochs: 7\ndata:\n")
     assert load_settings(file)[1] == {"features.size", "training.epochs"}
@@ -127,7 +127,7 @@ def test_an_archive_trains_all_its_splits(archive, capsys, root):
     assert capsys.readouterr().out == ""
 
 
-def test_a_split_that_is_not_trained_on_is_said(archive, capsys):
+def test_a_named_split_that_is_not_trained_on_is_printed(archive, capsys):
     both = ("train-clean-100", "train-clean-360")
     assert adapt.training_splits(Config(), open_corpus(archive / "dev-clean")) == both
     assert capsys.readouterr().out == (
@@ -147,7 +147,7 @@ def test_a_split_of_recordings_may_be_named_too(tmp_path):
     assert adapt.training_splits(Config(), corpus) == ("train-clean-360",)
 
 
-def test_data_without_a_dev_split_is_told_how_to_hold_one_out(tmp_path):
+def test_the_error_for_a_missing_dev_split_says_how_to_hold_one_out(tmp_path):
     corpus = open_corpus(make_librispeech(tmp_path, splits=("train-clean-100",)))
     with pytest.raises(InputError, match=r"has no split 'dev'; it has .*, or hold out .*: --data.dev-share 0.1$"):
         adapt.dev_splits(Config(), corpus)
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_other_features_names_what_to_give(archive, tmp_path, pa
 # ------------------------------------------------------------------------------------------------- launchers, packages
 
 
-def test_a_launcher_of_several_processes_is_told_that_one_is_all(monkeypatch):
+def test_a_launcher_of_several_processes_is_refused(monkeypatch):
     for count in ("", "x", "0", "1"):
         monkeypatch.setenv("WORLD_SIZE", count)
         adapt.check_one_process()

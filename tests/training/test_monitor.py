@@ -374,7 +374,7 @@ def test_an_alignment_can_be_logged_as_json():
     assert set(alignment) == {*monitor.THRESHOLDS, "utterances", "formed"}
 
 
-def test_texts_that_ignore_the_audio_get_a_word_of_advice():
+def test_texts_with_a_fault_get_advice():
     config = dataclasses.replace(Config(), training=dataclasses.replace(Config().training, monitor_epoch=6.0))
     good, weak = monitor.Alignment(0.9, 0.8, 0.9, 0.6, 5, 1.5), monitor.Alignment(0.1, 0.1, 0.1, 0.1, 5, 0.1)
     fault = "9 of 9 texts are blank"
