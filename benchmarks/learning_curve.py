@@ -74,9 +74,10 @@ def fit(hours: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
 
 
 def predict(hours: np.ndarray, errors: np.ndarray, at: float) -> tuple[float, float, float]:
-    """Return (prediction, low, high) of the error at `at` hours; the range is that of the fits without one point.
+    """Return (prediction, low, high) of the error at `at` hours.
 
-    With two points, which leave one for such a fit, the range is the prediction.
+    low and high are the range of the predictions of all fits: of all points, and without each point in turn. Two points
+    have only one fit.
     """
     indices = np.arange(len(hours))
     subsets = [indices] + [indices[indices != i] for i in indices if len(hours) > 2]

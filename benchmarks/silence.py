@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def source(utterance: Utterance) -> str:
-    """Return the name of the folder two above the recording, such as that of its corpus."""
+    """Return the name of the folder above that of the recording, which may be the name of a corpus."""
     return utterance.path.parent.parent.name
 
 

@@ -11,7 +11,12 @@ from las_fast.errors import InputError
 
 
 def add_split_options(parser: argparse.ArgumentParser, results: Path, *, checkpoint: str | None = None) -> None:
-    """Add --checkpoint, which is required without a default, --data, --split and --record."""
+    """Add --checkpoint, --data, --split and --record.
+
+    Args:
+        results:    CSV file of --record, for --help.
+        checkpoint: default of --checkpoint, which is required without one.
+    """
     add = parser.add_argument
     add("--checkpoint", required=checkpoint is None, default=checkpoint,
         help="run folder, checkpoint file or released name")  # fmt: skip

@@ -90,7 +90,12 @@ def check_onnx_out(out: Path, checkpoint: Path) -> None:
         raise InputError("--format onnx needs the package onnx; run: pip install onnx")
     for path in onnx_paths(out).values():
         prepare_output_file(
-            path, "--out", what="a model in ONNX", inputs=(checkpoint,), suffixes=(".onnx",), may_replace=is_own_onnx
+            path,
+            "--out",
+            what="a model in ONNX",
+            inputs=(checkpoint,),
+            suffixes=(".onnx",),
+            may_replace=is_las_fast_onnx,
         )
 
 
@@ -99,7 +104,7 @@ def onnx_paths(out: Path) -> dict[str, Path]:
     return {part: out.with_suffix(f".{part}.onnx") for part in ("listener", "speller")}
 
 
-def is_own_onnx(path: Path) -> bool:
+def is_las_fast_onnx(path: Path) -> bool:
     """Return whether a file is a model in ONNX that las_fast wrote, from the producer's name near its start."""
     with path.open("rb") as file:
         return b"las_fast" in file.read(64)
@@ -144,8 +149,8 @@ def check_companions(out: Path, checkpoint: Path) -> None:
         )
     elif os.path.isfile(calibration_path_for(out)):
         raise InputError(
-            f"--out {out}: {calibration_path_for(out)} would be used with this model, which has no calibration; remove "
-            f"it, or if it is that of this model, move it to {calibration_path_for(checkpoint)}"
+            f"--out {out}: {calibration_path_for(out)} is not of this checkpoint, but would be used with the output; "
+            f"remove it or, if it was fitted on this model, move it to {calibration_path_for(checkpoint)}"
         )
 
 

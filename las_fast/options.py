@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.fields: tuple[str, ...] = ()
-        self.given: set[str] = set()  # settings on the command line, such as "training.epochs"
+        self.user_set: set[str] = set()  # settings on the command line, such as "training.epochs"
         self._words: list[str] = []
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -144,7 +144,7 @@ def parse_settings(
 ) -> tuple[argparse.Namespace, Settings]:
     """Parse the options of the parser, then any field of the settings, such as --training.epochs 3.
 
-    Afterwards parser.given has the names of the settings among the arguments.
+    Afterwards parser.user_set has the names of the settings among the arguments.
 
     Args:
         parser:   created with add_help=False; without positional arguments.
@@ -220,7 +220,7 @@ def override(parser: Parser, start: Settings, words: list[str]) -> Settings:
             parser.error(f"{name} does not exist: {_missing_item(field, tree)}")
         try:
             _set(type(start), tree, field.replace("-", "_").split("."), values, f"--{field}")
-            parser.given.add(field.replace("-", "_"))
+            parser.user_set.add(field.replace("-", "_"))
         except InputError as error:
             parser.error(str(error))
     return from_tree(type(start), tree, "settings")

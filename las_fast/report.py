@@ -166,7 +166,7 @@ def scores(rows: Sequence[Decoded]) -> dict[str, float]:
 def recordings(root: Path, rows: Sequence[Decoded]) -> dict[str, str]:
     """Return the recordings of decoded utterances as data URLs by id.
 
-    Those that cannot be read, or that several splits have under one id, are left out with a message.
+    A recording that cannot be read, or whose id several splits share, is left out with a message.
 
     Raises:
         InputError: root has no recordings, or none of these utterances.
@@ -208,7 +208,7 @@ def utterances_by_id(corpus: Corpus) -> dict[str, list[Utterance]]:
 
 
 def choose_utterance(candidates: Sequence[Utterance], reference: str) -> Utterance | None:
-    """Return the only utterance, or the only one that has the letters of the reference; None if there is no such."""
+    """Return the candidate; of several, the only one whose transcript has the letters of the reference, or None."""
     if len(candidates) > 1:
         candidates = [u for u in candidates if _letters(str(u.transcript)) == _letters(reference)]
     return candidates[0] if len(candidates) == 1 else None

@@ -68,14 +68,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     options, config = parse_settings(parser, argv, starting_settings, shown=shown_settings)
-    options.given |= parser.given
+    options.user_set |= parser.user_set
     if options.on_bad:
         config = replace(config, data=replace(config.data, on_bad=options.on_bad))
-    return options, check(fit_restarts(config, options.given))
+    return options, check(fit_restarts(config, options.user_set))
 
 
 def starting_settings(options: argparse.Namespace) -> Config:
-    """Return the settings of --config, and set options.given to the names of the settings that the user has set."""
+    """Return the settings of --config, and set options.user_set to the names of the settings that the user has set."""
     base = None
     if options.config == FINETUNE:
         if not options.init:
@@ -83,8 +83,8 @@ def starting_settings(options: argparse.Namespace) -> Config:
         from las_fast.checkpoint import load_model
 
         base = load_model(options.init).config
-    config, given = load_settings(options.config, base)
-    options.given = set(given) | ({"features.size", "features.kind"} if base else set())
+    config, user_set = load_settings(options.config, base)
+    options.user_set = set(user_set) | ({"features.size", "features.kind"} if base else set())
     return config
 
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(config.training.threads)
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
-    config = fit_features(config, corpus, options.given)
+    config = fit_features(config, corpus, options.user_set)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}

@@ -34,7 +34,7 @@ from las_fast.system import choose_device, return_freed_memory
 if TYPE_CHECKING:  # importing torch would slow down --help
     from las_fast.recogniser import Recogniser
 
-MIN_BYTES_PER_SECOND = 500  # of a recording; a damaged header may state a longer duration
+MIN_BYTES_PER_SECOND = 500  # of a recording; with fewer, its header states a wrong duration
 
 
 def estimated_seconds(path: Path) -> float:
@@ -63,7 +63,7 @@ def parser() -> Parser:
     add("files", nargs="+", type=as_recording, metavar="FILE",
         help="recordings, folders of recordings, or patterns such as 'talks/*.mp3'; - is standard input")  # fmt: skip
     add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
-    add("--format", choices=FORMATS, help="json, tsv and ctm have one line per recording, segment or word; "
+    add("--format", choices=FORMATS, help="json has a line per recording, tsv per segment, ctm per word; "
         "textgrid is for Praat (default: that of --out FILE, else text)")  # fmt: skip
     add("--out", type=as_path, metavar="FOLDER|FILE",
         help="folder for RECORDING.txt, .json, .srt ...; or, for one recording, a file such as talk.srt")  # fmt: skip

@@ -189,7 +189,7 @@ def test_the_calibration_of_confidences_is_copied_and_replaces_only_another(tmp_
     export_model(path)
     calibration_path_for(path).unlink()
     with pytest.raises(
-        InputError, match=f"small.words.json would be used with this model.*move it to .*{path.stem}.wo"
+        InputError, match=f"small.words.json is not of this checkpoint.*move it to .*{path.stem}.words.json"
     ):
         export_model(path)
     calibration.save(calibration_path_for(path))

@@ -1,8 +1,8 @@
 """Cut timed words into subtitle cues that can be read at a glance.
 
 A cue has at most two lines of 42 characters, is shown for 1 to 7 seconds, and does not continue over a pause longer
-than 0.6 seconds: the usual rules of broadcasters. Between pauses, cues are cut by dynamic programming, best after a
-short pause or a punctuation mark and not after a short word, which mostly belongs to the next one.
+than 0.6 seconds: the usual rules of broadcasters. Between such pauses, dynamic programming finds the cuts: preferably
+after a shorter pause or a punctuation mark, and not after a short word, which mostly belongs to the next word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIN_SECONDS = 1.0  # of a cue, unless pauses leave less time
 MAX_SECONDS = 7.0  # of a cue
 MAX_PAUSE = 0.6  # seconds between two words of a cue
 CLEAR_PAUSE = 0.3  # seconds; a longer pause is no better place to cut
-SHORT_WORD = 3  # characters; most articles, prepositions and conjunctions are no longer
+SHORT_WORD = 3  # characters; most articles, prepositions and conjunctions have at most three
 STOPS, COMMAS = (".", "?", "!"), (",", ";", ":")
 
 

@@ -47,28 +47,28 @@ def check_packages(config: Config) -> None:
         raise InputError("--training.wandb needs the package wandb; run: pip install wandb")
 
 
-def fit_restarts(config: Config, given: Collection[str]) -> Config:
+def fit_restarts(config: Config, user_set: Collection[str]) -> Config:
     """Drop the preset's restarts at or after the last epoch, if the user has set the epochs but not the restarts.
 
-    given: names of the settings that the user has set.
+    user_set: names of the settings that the user has set.
     """
     training = config.training
-    if "training.epochs" not in given or "training.restarts" in given:
+    if "training.epochs" not in user_set or "training.restarts" in user_set:
         return config
     restarts = tuple(epoch for epoch in training.restarts if epoch < training.epochs)
     return replace(config, training=replace(training, restarts=restarts))
 
 
-def fit_features(config: Config, corpus: Corpus, given: Collection[str]) -> Config:
+def fit_features(config: Config, corpus: Corpus, user_set: Collection[str]) -> Config:
     """Take the size and kind of the features from an archive of features, and print them if they change.
 
-    given: names of the settings that the user has set; these do not change.
+    user_set: names of the settings that the user has set; these do not change.
     """
     if corpus.feature_size is None or corpus.feature_kind is None:
         return config
     before = config.features
-    size = before.size if "features.size" in given else corpus.feature_size
-    kind = before.kind if "features.kind" in given else corpus.feature_kind
+    size = before.size if "features.size" in user_set else corpus.feature_size
+    kind = before.kind if "features.kind" in user_set else corpus.feature_kind
     if (size, kind) == (before.size, before.kind):
         return config
     print(f"features: {size} {kind} values per frame, as in the data (the settings say {before.size} {before.kind})")

@@ -28,7 +28,7 @@ SHAPE_THRESHOLDS = {"diagonal": 0.8, "sharp": 0.5, "monotonic": 0.75, "coverage"
 THRESHOLDS = SHAPE_THRESHOLDS | {"audio_gain": 0.5}
 PEAK_RADIUS = 2  # frames on either side of the peak that count as the peak
 MIN_TOKENS = 3  # shorter utterances have no order to measure
-MIN_FRAMES = 8  # in shorter ones every frame is near the peak
+MIN_FRAMES = 8  # in shorter utterances every frame is near the peak
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def status_line(alignment: Alignment, epoch: float, config: Config, fault: str =
 
 
 def _advise_on_texts(fault: str, config: Config) -> str:
-    """Return a clause with advice for attention that has formed while the greedy texts have a fault; "" without one."""
+    """Return advice, as a clause, for a fault of the greedy texts although attention has formed; "" without a fault."""
     if not fault:
         return ""
     search = " with --decoding.ctc-weight 0.3, which ends loops" if config.model.ctc_layer >= 0 else ""

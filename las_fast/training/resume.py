@@ -25,24 +25,24 @@ BATCH_SIZES = ("frames_per_batch", "utterances_per_batch")  # fields of DataConf
 LEGACY_SETTINGS = {"features.trim_silence": False}
 
 
-def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio") -> None:
-    """Raise InputError, which names the setting, if one differs that must not.
+def check_same_settings(saved: dict, current: dict, path: Path, *, kind: str = "audio") -> None:
+    """Raise InputError, which names the setting, if a setting differs that must stay the same.
 
     A setting that the checkpoint lacks is newer; it counts as its default, or as its value in LEGACY_SETTINGS. Besides
     FREE_TO_CHANGE, these may differ: a restart of the learning rate at the former end and more epochs, which leave the
     earlier cycles as they are; smaller batches, in case memory ran out; and features.kind where it has no effect.
 
     Args:
-        then: settings of the checkpoint, as plain data.
-        now:  settings of the resumed training, as plain data.
-        path: the checkpoint, for the error.
-        kind: of the corpus, "audio" or "features"; with "features", features.kind has no effect.
+        saved:   settings of the checkpoint, as plain data.
+        current: settings of the resumed training, as plain data.
+        path:    the checkpoint, for the error.
+        kind:    of the corpus, "audio" or "features"; with "features", features.kind has no effect.
     """
-    before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(then)), dict(flatten(now))
-    then_ends, now_ends = (  # epochs at which cycles end
+    before, after = dict(flatten(to_tree(Config()))) | LEGACY_SETTINGS | dict(flatten(saved)), dict(flatten(current))
+    ends_before, ends_after = (  # epochs at which cycles end
         [*settings["training.restarts"], settings["training.epochs"]] for settings in (before, after)
     )
-    longer = now_ends[: len(then_ends)] == then_ends
+    longer = ends_after[: len(ends_before)] == ends_before
     free = {*FREE_TO_CHANGE} | ({"training.epochs", "training.restarts"} if longer else set())
     free |= {"features.kind"} if kind == "features" else set()
     for key, value in after.items():
@@ -51,7 +51,7 @@ def check_same_settings(then: dict, now: dict, path: Path, *, kind: str = "audio
         if before[key] != value and key not in free and not smaller:
             advice = "resume with the same settings"
             if key in ("training.epochs", "training.restarts"):
-                advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, then_ends))}"
+                advice += f", or lengthen it: --training.epochs N --training.restarts {' '.join(map(str, ends_before))}"
             raise InputError(f"{path} was trained with {key} = {before[key]}, not {value}; {advice}")
 
 

@@ -38,7 +38,7 @@ class Progress:
     plateau: Plateau = field(default_factory=Plateau)
     averaged_steps: int = 0  # updates of the averaged weights
     skipped_in_a_row: int = 0  # latest steps, without an update because their gradient was not finite
-    validated: int = 0  # step of the latest validation; -1: the start is due for one
+    validated: int = 0  # step of the latest validation; -1: the start is to be validated
 
 
 class Diverged(InputError):

@@ -314,9 +314,9 @@ class Trainer(Learner):
         self.earlier_core_seconds = state["core_seconds"]
         self._convert_step(state["settings"]["data"])
 
-    def _convert_step(self, then: dict) -> None:
-        """Convert the step from the batch sizes `then` to the current ones: same epoch, same share of its batches."""
-        sizes = {name: then[name] for name in BATCH_SIZES}
+    def _convert_step(self, saved: dict) -> None:
+        """Convert the step from the saved batch sizes to the current ones: same epoch, same share of its batches."""
+        sizes = {name: saved[name] for name in BATCH_SIZES}
         data, progress = self.config.data, self.progress
         if all(getattr(data, name) == size for name, size in sizes.items()):
             return

@@ -72,9 +72,12 @@ def test_settings_of_a_file_and_of_options_count_as_set_by_the_user(tmp_path):
     file.write_text("features: {size: 40}\ntraining:\n  epochs: 7\ndata:\n")
     assert load_settings(file)[1] == {"features.size", "training.epochs"}
     assert load_settings("hw4p2")[1] == frozenset()
-    assert options_of("--training.seed", "3", "--data.max_seconds=2")[0].given == {"training.seed", "data.max_seconds"}
+    assert options_of("--training.seed", "3", "--data.max_seconds=2")[0].user_set == {
+        "training.seed",
+        "data.max_seconds",
+    }
     options, _ = train.parse(arguments(file, "here", "run", "--training.seed", "3"))
-    assert options.given == {"features.size", "training.epochs", "training.seed"}
+    assert options.user_set == {"features.size", "training.epochs", "training.seed"}
 
 
 def test_a_file_over_a_base_changes_only_what_it_names(tmp_path):
@@ -190,7 +193,7 @@ def test_the_finetune_preset_takes_all_else_from_the_checkpoint(parent):
     assert config.decoding == DecodingConfig(beam=3, ngram_weight=0.2) and config.model == MODEL
     assert config.features == FeatureConfig(kind="mfcc", size=28) and config.training.restarts == ()
     assert config.training.validate_first and config.data.normalise_text
-    assert options.given >= {"features.size", "features.kind"}
+    assert options.user_set >= {"features.size", "features.kind"}
     with pytest.raises(InputError, match="--config finetune needs --init, the model to start from"):
         train.parse(arguments("finetune", "here", "run"))
 
