@@ -99,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_split_options(parser, FILE, checkpoint="speech13h")
     parser.add_argument("--source", default="librispeech", help="text in the paths of the utterances to use")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=10, help="minimum duration of the interview (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the pauses (default: 0)")
     parser.add_argument("--skip-boundaries", action="store_true", help="do not transcribe at the true boundaries")
     options = parser.parse_args(argv)
     utterances = [u for u in utterances_of(options.data, options.split) if options.source in str(u.path)]

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.learning_curve", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="*", help="run folders, checkpoint files or released names")
     parser.add_argument("--data", help="corpus of the dev split, as for las_fast.decode")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to {FILE.name}")
+    parser.add_argument("--record", action="store_true", help=f"append the rows to benchmarks/results/{FILE.name}")
     options = parser.parse_args(argv)
     if options.checkpoints and not options.data:
         raise InputError("the checkpoints decode the dev split of a corpus; give it with --data ROOT")

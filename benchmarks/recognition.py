@@ -164,9 +164,11 @@ def _draw_run(axes, members: list[dict[str, str]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recognition", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="run folder of a training")
-    parser.add_argument("--what", default="", help="the change that was tried, and the training to compare with")
+    parser.add_argument("--what", default="", help="the change that is tried, and the training to compare with")
     parser.add_argument("--data", default="", help="name of the training data")
-    parser.add_argument("--record", action="store_true", help=f"append to {FILE.name} and {VALIDATIONS.name}")
+    parser.add_argument(
+        "--record", action="store_true", help=f"append to {FILE.name} and {VALIDATIONS.name} of benchmarks/results"
+    )
     parser.add_argument(
         "--table", action="store_true", help=f"print the recorded rows as Markdown; draw {PICTURE.name}"
     )

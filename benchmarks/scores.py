@@ -19,7 +19,7 @@ from benchmarks.rows import RESULTS, append_rows, context
 from benchmarks.splits import add_split_options
 from las_fast.checkpoint import Loaded, load_model
 from las_fast.cli import run
-from las_fast.config import DecodingConfig
+from las_fast.config import DecodingConfig, check_decoding
 from las_fast.data.dataset import SpeechDataset
 from las_fast.data.layouts import open_corpus
 from las_fast.data.manifest import rows_by_id
@@ -120,18 +120,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scores", description=__doc__.split("\n")[0])
     add_split_options(parser, FILE)
     parser.add_argument("--lm", help="language model (default: the checkpoint's, if it has one)")
-    parser.add_argument("--beam", type=int, default=8)
+    parser.add_argument(
+        "--beam", type=int, default=8, help="beam width of the settings that are not greedy (default: 8)"
+    )
     parser.add_argument("--by", default="", help="manifest column to divide the split by")
     parser.add_argument("--ways", type=int, nargs="*", help="indices of the settings to use, from 0 (default: all)")
     parser.add_argument("--backend", default="auto", choices=("auto", "reference", "cpp"), help="backend of the search")
     options = parser.parse_args(argv)
     loaded = load_model(options.checkpoint)
     decoding = with_default_weight(loaded.config.decoding, options.lm)
+    settings = select(decodings(decoding, options.beam), options)
+    for selected in settings.values():
+        check_decoding(loaded.config, selected)
     ngram_table = load_ngram_table(options.lm, decoding, loaded, "cpu")
     dataset = open_split(options, loaded)
     corpus = open_corpus(options.data)
     groups = parts(dataset.ids, corpus.root, corpus.resolve(options.split), options.by)
-    settings = select(decodings(decoding, options.beam), options)
     rows = list(measure(loaded, dataset, settings, ngram_table, groups, options.backend))
     print(markdown(rows))
     print(f"texts that differ when an utterance is decoded alone: {sum(row[-1] for row in rows if row[0] == 'all')}")

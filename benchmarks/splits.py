@@ -21,7 +21,7 @@ def add_split_options(parser: argparse.ArgumentParser, results: Path, *, checkpo
     add("--checkpoint", required=checkpoint is None, default=checkpoint,
         help="run folder, checkpoint file or released name")  # fmt: skip
     add("--data", required=True, help="corpus, as for las_fast.decode")
-    add("--split", default="dev", help="(default: dev)")
+    add("--split", default="dev", help="split to decode (default: dev)")
     add("--record", action="store_true", help=f"append the rows to benchmarks/results/{results.name}")
 
 

@@ -44,7 +44,7 @@ def parser() -> Parser:
     )
     parser.add_argument("runs", nargs="+", type=as_path, metavar="RUN", help="run folder, the --out of a training")
     parser.add_argument(
-        "--out", type=as_file, metavar="FILE.html", help=f"page to write (default of one run: RUN/{PAGE})"
+        "--out", type=as_file, metavar="FILE.html", help=f"page to write (default for one run: RUN/{PAGE})"
     )
     parser.add_argument(
         "--decode", type=as_file, metavar="FILE.jsonl", help="decoded split, the --jsonl output of las_fast.decode"
@@ -52,7 +52,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--data", type=as_path, metavar="ROOT", help="the decoded corpus, to add recordings of the worst utterances"
     )
-    parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
+    parser.add_argument("--title", help="heading of the page (default: the names of the runs and of the decoded file)")
     return parser
 
 

@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--on-bad",
         choices=("error", "skip"),
-        help="what to do with utterances that cannot be used (default: data.on_bad)",
+        help="what to do with utterances that cannot be used (default: that of the settings, data.on_bad)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
     options, config = parse_settings(parser, argv, starting_settings, shown=shown_settings)

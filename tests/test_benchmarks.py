@@ -468,6 +468,8 @@ def test_scores_cover_every_part_and_setting_and_do_not_depend_on_the_batch(tmp_
         InputError, match=r"--ways takes indices from 0 to 4 \(0: greedy; 1: beam; 2: beam, CTC; .*\); got \[5\]"
     ):
         scores.main([*data, "--ways", "5"])
+    with pytest.raises(InputError, match="decoding.beam must be at least 1; got 0"):
+        scores.main([*data, "--beam", "0"])
 
 
 def test_a_learning_curve_is_fitted_and_its_predictions_have_a_range(tmp_path, monkeypatch, capsys):
