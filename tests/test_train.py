@@ -544,11 +544,11 @@ def test_a_disk_that_is_too_small_is_named_before_the_first_step(archive, tmp_pa
 def test_a_resumed_training_needs_no_space_for_files_that_it_replaces(archive, tmp_path, monkeypatch):
     made = make_trainer(archive, tmp_path)
     numbers = sum(p.numel() for p in made.model.parameters())
-    uninterrupted = 40 * numbers + 2**20  # ten float32 copies, and space for log and pictures
+    needed = 40 * numbers + 2**20  # ten float32 copies, and space for log and pictures
     for name, size in ((train.LAST, 3000), (train.BEST, 200), ("other", 10**6)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
-    for free, enough in ((uninterrupted - 3200, True), (uninterrupted - 3201, False)):
+    for free, enough in ((needed - 3200, True), (needed - 3201, False)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(train.shutil, "disk_usage", lambda _, usage=usage: usage)
         with contextlib.nullcontext() if enough else pytest.raises(InputError, match="free some space"):

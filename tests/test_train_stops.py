@@ -375,13 +375,13 @@ DAMAGED_ENDS = {
 
 
 @pytest.mark.parametrize("end", DAMAGED_ENDS.values(), ids=DAMAGED_ENDS.keys())
-def test_a_training_with_a_truncated_log_can_be_resumed(uninterrupted, tmp_path, end):
+def test_a_damaged_end_of_a_log_leaves_its_complete_rows(tmp_path, end):
     lines = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "valid", "step": 2, "line": "{}"}]
     (tmp_path / "log.jsonl").write_bytes("".join(json.dumps(row) + "\n" for row in lines).encode() + end)
     assert read_rows(tmp_path / "log.jsonl") == lines
 
 
-def test_a_log_truncated_at_any_byte_gives_its_complete_lines(uninterrupted, tmp_path):
+def test_a_log_truncated_at_any_byte_gives_its_complete_rows(uninterrupted, tmp_path):
     content = (uninterrupted / "log.jsonl").read_bytes()
     path = tmp_path / "log.jsonl"
     for end in range(0, len(content), 7):

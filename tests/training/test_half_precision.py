@@ -97,13 +97,13 @@ def errors(monkeypatch):
     return errors
 
 
-def test_scaling_the_loss_saves_the_gradients_of_lstms_that_run_in_float16(errors):
+def test_scaling_the_loss_keeps_the_gradients_of_float16_lstms_accurate(errors):
     unscaled, scaled = errors(False), errors(needs_loss_scale(torch.bfloat16, torch.device("cuda")))
     for before, after in zip(unscaled, scaled, strict=True):
         assert after < 0.005 and before > 2 * after, (unscaled, scaled)
 
 
-def test_without_its_rounding_the_stand_in_is_the_lstm(errors, monkeypatch):
+def test_the_stand_in_without_rounding_equals_the_lstm(errors, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "half", lambda x: x)
     assert max(errors(False)) < 1e-5
 

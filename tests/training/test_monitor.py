@@ -26,7 +26,7 @@ def bumps(centres, frames, width=0.8):
     return (-(position - centres[:, None]).square() / (2 * width**2)).softmax(-1)[None]
 
 
-def judge(weights):
+def measure(weights):
     return monitor.measure(weights, torch.tensor([weights.shape[1]]), torch.tensor([weights.shape[2]]))
 
 
@@ -36,48 +36,48 @@ def diagonal(frames=60, tokens=25, start=0.0, end=1.0):
 
 @pytest.mark.parametrize("frames, tokens", [(20, 25), (60, 25), (400, 110), (60, 4)])
 def test_a_diagonal_is_formed(frames, tokens):
-    alignment = judge(bumps(diagonal(frames, tokens), frames))
+    alignment = measure(bumps(diagonal(frames, tokens), frames))
     assert alignment.formed, alignment
     assert alignment.diagonal > 0.99 and alignment.monotonic == 1
 
 
 def test_a_diagonal_with_silence_pauses_and_rate_changes_is_formed():
     fast, slow = torch.linspace(12, 26, 16), torch.linspace(38, 70, 14)  # frames 0-11, 27-37, 71-79 are silent
-    assert judge(bumps(torch.cat([fast, slow]), 80)).formed
+    assert measure(bumps(torch.cat([fast, slow]), 80)).formed
 
 
 def test_a_diagonal_with_small_backward_steps_is_formed():
     centres = diagonal(100, 40)
     centres[1::4] -= 3
-    assert judge(bumps(centres, 100)).formed
+    assert measure(bumps(centres, 100)).formed
 
 
 def test_uniform_attention_is_not_formed():
-    alignment = judge(torch.full((1, 26, 60), 1 / 60))
+    alignment = measure(torch.full((1, 26, 60), 1 / 60))
     assert not alignment.formed
     assert abs(alignment.sharp) < 1e-4 and abs(alignment.diagonal) < 1e-3
 
 
 @pytest.mark.parametrize("frame", [0, 30, 59])
 def test_sharp_attention_to_one_frame_is_not_formed(frame):
-    alignment = judge(bumps(torch.full((25,), float(frame)), 60))
+    alignment = measure(bumps(torch.full((25,), float(frame)), 60))
     assert alignment.sharp > 0.9
     assert {"diagonal", "coverage"} <= set(alignment.failing())
 
 
 def test_sharp_attention_in_random_order_is_not_formed():
     generator = torch.Generator().manual_seed(1)
-    alignment = judge(bumps(torch.randint(0, 60, (25,), generator=generator), 60))
+    alignment = measure(bumps(torch.randint(0, 60, (25,), generator=generator), 60))
     assert alignment.sharp > 0.9
     assert {"diagonal", "monotonic"} <= set(alignment.failing())
 
 
 def test_attention_mostly_at_the_end_is_not_formed():
-    assert not judge(bumps(torch.cat([torch.tensor([0.0, 20.0, 40.0]), torch.full((22,), 58.0)]), 60)).formed
+    assert not measure(bumps(torch.cat([torch.tensor([0.0, 20.0, 40.0]), torch.full((22,), 58.0)]), 60)).formed
 
 
 def test_a_diagonal_over_a_third_of_the_utterance_is_not_formed():
-    assert judge(bumps(diagonal(end=0.33), 60)).failing() == ["coverage"]
+    assert measure(bumps(diagonal(end=0.33), 60)).failing() == ["coverage"]
 
 
 def by_hand(weights, tokens, frames):
@@ -131,10 +131,10 @@ def test_the_numbers_of_a_padded_batch_equal_their_definitions(seed):
 def test_steps_count_up_to_their_exact_limits():
     slow = torch.arange(20.0, 31.0)  # eleven characters of one frame each, and a twelfth after a step of `move`
     for move, good in ((-2, 11), (-3, 10), (15, 11), (16, 10)):  # over 60 frames: at most 2 back, or a quarter forward
-        alignment = judge(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
+        alignment = measure(bumps(torch.cat([slow, slow[-1:] + move]), 60, width=0.1))
         assert alignment.monotonic == pytest.approx(good / 11), move
     for move, good in ((24, 3), (25, 2)):  # or twice the frames of an average token, if that is more
-        alignment = judge(bumps(torch.tensor([20.0, 21.0, 22.0, 22.0 + move]), 48, width=0.1))
+        alignment = measure(bumps(torch.tensor([20.0, 21.0, 22.0, 22.0 + move]), 48, width=0.1))
         assert alignment.monotonic == pytest.approx(good / 3), move
 
 
@@ -155,11 +155,11 @@ def test_each_number_counts_from_its_threshold_on():
 
 
 def test_a_broad_diagonal_is_not_formed():
-    assert judge(bumps(diagonal(100, 40), 100, width=15)).failing() == ["sharp"]
+    assert measure(bumps(diagonal(100, 40), 100, width=15)).failing() == ["sharp"]
 
 
 def test_a_reversed_diagonal_is_not_formed():
-    alignment = judge(bumps(diagonal().flip(0), 60))
+    alignment = measure(bumps(diagonal().flip(0), 60))
     assert alignment.diagonal < -0.99 and not alignment.formed
 
 
@@ -167,7 +167,7 @@ def test_eos_may_attend_anywhere():
     weights = bumps(diagonal(), 60)
     elsewhere = weights.clone()
     elsewhere[0, -1] = torch.eye(60)[30]
-    assert judge(weights) == judge(elsewhere)
+    assert measure(weights) == measure(elsewhere)
 
 
 def test_padding_is_ignored():
@@ -176,7 +176,7 @@ def test_padding_is_ignored():
     padded[0, :26, :60] = alone[0]
     padded[1] = bumps(diagonal(90, 39), 90)[0]
     alignment = monitor.measure(padded, torch.tensor([26, 40]), torch.tensor([60, 90]))
-    apart = monitor.combine([judge(alone), judge(padded[1:])])
+    apart = monitor.combine([measure(alone), measure(padded[1:])])
     assert vars(alignment) == pytest.approx(vars(apart), abs=1e-6)
     assert alignment.utterances == 2
 
@@ -193,13 +193,13 @@ def test_utterances_too_short_to_measure_are_excluded():
 
 
 def test_the_line_says_formed_with_the_numbers():
-    line = monitor.status_line(judge(bumps(diagonal(), 60)), 2, Config())
+    line = monitor.status_line(measure(bumps(diagonal(), 60)), 2, Config())
     assert line.startswith("attention: formed (diagonal 1.00, sharp 1.00")
     assert "\n" not in line
 
 
 def test_a_diagonal_that_ignores_the_audio_is_not_formed():
-    shape = judge(bumps(diagonal(), 60))
+    shape = measure(bumps(diagonal(), 60))
     ignoring_audio, using_audio = (dataclasses.replace(shape, audio_gain=gain) for gain in (0.02, 2.0))
     assert shape.formed and not ignoring_audio.formed and using_audio.formed
     line = monitor.status_line(ignoring_audio, 4, Config())
@@ -209,7 +209,7 @@ def test_a_diagonal_that_ignores_the_audio_is_not_formed():
 
 @pytest.mark.parametrize("name", monitor.THRESHOLDS)
 def test_nan_is_below_every_threshold(name):
-    good = dataclasses.replace(judge(bumps(diagonal(), 60)), audio_gain=2.0)
+    good = dataclasses.replace(measure(bumps(diagonal(), 60)), audio_gain=2.0)
     wrong = dataclasses.replace(good, **{name: float("nan")})
     assert (
         good.formed
@@ -219,12 +219,12 @@ def test_nan_is_below_every_threshold(name):
 
 
 def test_a_number_just_below_its_threshold_is_rounded_down():
-    short = dataclasses.replace(judge(bumps(diagonal(), 60)), diagonal=0.7999)
+    short = dataclasses.replace(measure(bumps(diagonal(), 60)), diagonal=0.7999)
     assert "diagonal 0.79 below 0.8" in monitor.status_line(short, 4, Config())
 
 
 def test_before_the_deadline_the_line_gives_no_advice():
-    line = monitor.status_line(judge(torch.full((1, 26, 60), 1 / 60)), 2, Config())
+    line = monitor.status_line(measure(torch.full((1, 26, 60), 1 / 60)), 2, Config())
     assert "not formed yet" in line and "epoch 10" in line and "--" not in line
     assert "sharp 0.00 below 0.5" in line
 
@@ -320,16 +320,16 @@ def listener(pyramids, strides=(1,)) -> Config:
     ],
 )
 def test_each_advice_is_given_where_it_applies_and_only_there(step, epoch, config, message):
-    alignment = getattr(monitor, f"_advise_{step}")(epoch, config)
-    assert alignment is None if message is None else alignment.endswith(message), alignment
+    advice = getattr(monitor, f"_advise_{step}")(epoch, config)
+    assert advice is None if message is None else advice.endswith(message), advice
 
 
 def test_after_the_deadline_the_advice_comes_in_order():
-    line = monitor.status_line(judge(torch.full((1, 26, 60), 1 / 60)), 25, Config())
+    line = monitor.status_line(measure(torch.full((1, 26, 60), 1 / 60)), 25, Config())
     wanted = ["guided-weight 3", "ctc-layer 2", "short-epochs 10", "teacher_forcing", "augment.start-epoch 50",
               "pyramids 2", "utterances-per-batch 32", "training.epochs 120"]  # fmt: skip
-    places = [line.index(word) for word in wanted]
-    assert places == sorted(places)
+    positions = [line.index(word) for word in wanted]
+    assert positions == sorted(positions)
     assert "now 0.95" in line  # teacher forcing at epoch 25 of the default stages
 
 
@@ -369,7 +369,7 @@ def test_with_a_ctc_loss_the_first_advice_is_to_guide_the_attention_by_it(weight
 
 
 def test_an_alignment_can_be_logged_as_json():
-    alignment = dataclasses.asdict(judge(bumps(diagonal(), 60)))
+    alignment = dataclasses.asdict(measure(bumps(diagonal(), 60)))
     assert json.loads(json.dumps(alignment))["formed"] is True
     assert set(alignment) == {*monitor.THRESHOLDS, "utterances", "formed"}
 

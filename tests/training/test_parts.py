@@ -69,7 +69,7 @@ def test_the_parts_give_the_gradient_and_losses_of_the_whole(trainer, monkeypatc
     assert capsys.readouterr().err.count("warning: a batch of 5 utterances, ") == 1
 
 
-def test_a_step_in_parts_updates_the_weights_as_the_whole_does(archive, trainer, tmp_path, monkeypatch):
+def test_a_step_in_parts_has_the_gradient_norm_of_the_whole_and_counts_once(archive, trainer, tmp_path, monkeypatch):
     other = make_trainer(archive, tmp_path / "other", trainer.config)
     batch = first_batch(trainer)
     fail_above(other, monkeypatch, 3)

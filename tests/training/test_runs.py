@@ -1,4 +1,4 @@
-"""Run folders: what is read, and the errors for other folders."""
+"""Run folders: their contents, and the errors for other folders."""
 
 import json
 

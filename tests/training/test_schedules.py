@@ -42,7 +42,7 @@ def test_learning_rate_warms_up_then_follows_the_cosine_down():
     assert learning_rate_factor(TrainingConfig(warmup_steps=0, schedule="constant"), 50, 100) == 1
 
 
-def test_plateau_halves_after_patience_and_only_when_asked():
+def test_plateau_halves_after_patience_and_only_with_its_schedule():
     config = TrainingConfig(schedule="plateau", plateau_patience=1)
     plateau = Plateau()
     shares = []

@@ -34,7 +34,7 @@ def trainer(tmp_path_factory):
     return trainer
 
 
-def look(trainer, out, **options):
+def run_validation(trainer, out, **options):
     return validate.validate(
         trainer.model, trainer.dev_data, trainer.vocabulary, trainer.config, CPU, out, 1.0, **options
     )
@@ -43,7 +43,7 @@ def look(trainer, out, **options):
 def test_each_utterance_is_transcribed_by_attention_only(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("os.fork", lambda: pytest.fail("a dev set is loaded in this process"))
     trainer.model.train()
-    actual = look(trainer, tmp_path)
+    actual = run_validation(trainer, tmp_path)
     alone = replace(trainer.config.decoding, ctc_weight=0.0, ngram_weight=0.0, length_reward=0.0)
     expected = []
     with torch.inference_mode():
@@ -55,7 +55,7 @@ def test_each_utterance_is_transcribed_by_attention_only(trainer, tmp_path, monk
 
 
 def test_a_validation_returns_the_texts_and_pictures_of_its_samples(trainer, tmp_path):
-    actual = look(trainer, tmp_path)
+    actual = run_validation(trainer, tmp_path)
     (sample,) = actual.samples
     i = trainer.dev_data.ids.index(sample.id)
     assert (sample.reference, sample.hypothesis) == (trainer.dev_data.texts[i], actual.hypotheses[i])
@@ -64,17 +64,17 @@ def test_a_validation_returns_the_texts_and_pictures_of_its_samples(trainer, tmp
 
 def test_a_validation_can_be_stopped_before_each_batch(trainer, tmp_path):
     calls = []
-    look(trainer, tmp_path, check_stop=lambda: calls.append(1))
+    run_validation(trainer, tmp_path, check_stop=lambda: calls.append(1))
     assert len(calls) == 3  # batches of two, two and one utterances
 
     def stop():
         raise Stopped
 
     with pytest.raises(Stopped):
-        look(trainer, tmp_path, check_stop=stop)
+        run_validation(trainer, tmp_path, check_stop=stop)
 
 
-def book(ids, frames, pictures):
+def make_pictures(ids, frames, pictures):
     return AttentionPictures(
         SimpleNamespace(ids=ids, texts=["A B"] * len(ids), frame_counts=np.array(frames)), pictures, 0.04
     )
@@ -91,11 +91,11 @@ def book(ids, frames, pictures):
     ],
 )
 def test_pictures_start_at_the_median_length(frames, pictures, wanted):
-    assert book([str(i) for i in range(len(frames))], frames, pictures).wanted == wanted
+    assert make_pictures([str(i) for i in range(len(frames))], frames, pictures).wanted == wanted
 
 
 def test_pictures_are_kept_without_padding_and_as_float32(tmp_path):
-    actual = book(["a", "b", "c"], [3, 4, 5], 2)
+    actual = make_pictures(["a", "b", "c"], [3, 4, 5], 2)
     weights = torch.arange(24).reshape(2, 3, 4).to(torch.bfloat16)
     actual.collect(torch.tensor([1, 0]), weights, torch.tensor([2, 3]), torch.tensor([3, 4]))
     assert list(actual.weights) == [1] and actual.weights[1].dtype == np.float32
@@ -120,7 +120,7 @@ def test_a_picture_is_named_after_its_utterance_as_far_as_file_names_allow(tmp_p
         picture(path, **args)
 
     monkeypatch.setattr(validate, "attention_picture", spy)
-    actual = book([name], [5], 1)
+    actual = make_pictures([name], [5], 1)
     actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     for epoch, text in ((1.5, "A"), (12.0, "A B" * 30)):
         (sample,) = actual.save(tmp_path / "attention", epoch, [text])
@@ -142,7 +142,7 @@ def test_a_title_has_only_characters_that_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(
         validate, "attention_picture", lambda path, **options: titles.append(options["title"]) or path.touch()
     )
-    actual = book(["a\nb"], [5], 1)
+    actual = make_pictures(["a\nb"], [5], 1)
     actual.collect(torch.tensor([0]), torch.eye(4)[None], torch.tensor([4]), torch.tensor([4]))
     actual.save(tmp_path / "attention", 2.0, ["A\tB"])
     assert titles == [r"a\nb, epoch 2, CER 33%" + "\n" + r"hypothesis: A\tB"]
