@@ -160,7 +160,7 @@ class Recogniser:
             skip_bad:     leave out recordings that cannot be read, with a warning, instead of raising; default False.
             pool_seconds: seconds of speech decoded together; default 600.
             warn:         called with a message for each problem of a recording; default warnings.warn.
-            on_audio:     called with the seconds of each block of audio read, for progress bars.
+            on_audio:     called with the seconds of audio done since its last call, for progress bars.
 
         Raises:
             InputError: an option or a recording is invalid, or a segment does not fit in memory. Earlier recordings

@@ -55,9 +55,11 @@ class Transcription:
     skip_bad: bool
     pool_seconds: float
     warn: Callable[[str], None]
-    on_audio: Callable[[float], None]
+    on_audio: Callable[[float], None]  # called with the seconds of audio that are done
+    on_block: Callable[[float], None] = lambda seconds: None  # called with the seconds of each block as it is read
     pool: list[tuple[RecordingState, Speech]] = field(default_factory=list)
     seconds: float = 0.0  # of speech in the pool
+    undecoded_seconds: float = 0.0  # of audio read since the pool was last empty
     pending: deque[RecordingState] = field(default_factory=deque)  # recordings not yielded yet
 
     def run(self, recordings: Iterable[Any], sample_rate: int | None) -> Iterator[tuple[Any, Transcript]]:
@@ -77,6 +79,7 @@ class Transcription:
                 if not self.skip_bad:
                     raise state.error
                 self.warn(f"left out: {state.error}")
+            yield from self._finished()
         self.decode_pool()
         yield from self._finished()
 
@@ -92,7 +95,8 @@ class Transcription:
             for block in recording:
                 yield block
                 seconds += len(block) / self.features.sample_rate
-                self.on_audio(len(block) / self.features.sample_rate)
+                self.on_block(len(block) / self.features.sample_rate)
+                self._count_audio(len(block) / self.features.sample_rate)
 
         try:
             with open_recording(to_audio(state.recording, sample_rate), self.features.sample_rate) as recording:
@@ -118,8 +122,19 @@ class Transcription:
     def decode_pool(self) -> None:
         """Decode the segments of the pool, and empty it; raise InputError if a segment does not fit in memory."""
         pool, self.pool, self.seconds = self.pool, [], 0.0
-        if not pool:
-            return
+        if pool:
+            self._decode_segments(pool)
+        self._count_audio(0.0)
+
+    def _count_audio(self, seconds: float) -> None:
+        """Report the audio read so far as done, unless a part of it waits in the pool."""
+        self.undecoded_seconds += seconds
+        if not self.pool and self.undecoded_seconds:
+            self.on_audio(self.undecoded_seconds)
+            self.undecoded_seconds = 0.0
+
+    def _decode_segments(self, pool: list[tuple[RecordingState, Speech]]) -> None:
+        """Decode segments, and add the results to their recordings."""
         ids = [f"{state.name} from {speech.start:.0f} s" for state, speech in pool]
         data = Utterances([s.features for _, s in pool], ids, [s.end - s.start for _, s in pool])
         for (state, speech), nbest in zip(pool, self.decode(data), strict=True):

@@ -389,6 +389,14 @@ def test_python_callers_get_progress_and_warnings_and_no_output(monkeypatch, cap
     assert work.shown is None and capsys.readouterr() == ("", "")
 
 
+def test_progress_counts_audio_when_its_speech_is_decoded(monkeypatch):
+    work = Work(monkeypatch, {"silent": [], "a": [3.0, 4.0], "b": [3.0, 2.0, 1.0]})
+    options = {"pool_seconds": 10, "warn": work.log.append, "on_audio": lambda seconds: work.log.append(seconds)}
+    work.listed(work.model.transcribe_all(work.recordings, **options))
+    silent = "silent: no speech was found in its 3.00 seconds"
+    assert work.log == [1.5, 1.5, silent, "silent", "decode 3", 7.0, "a", 3.0, "decode 2", 3.0, "b"]
+
+
 def test_recordings_before_an_unreadable_one_are_returned_first(monkeypatch, capsys):
     recordings = {"a": [1.0], "bad": InputError("bad is no audio"), "b": [2.0]}
     work = Work(monkeypatch, recordings)

@@ -241,7 +241,7 @@ class Batcher:
         """Open a recording at its first segment."""
         seconds = 0.0
 
-        def on_audio(block: float) -> None:
+        def on_block(block: float) -> None:
             nonlocal seconds
             seconds += block
             self.statistics.audio_seconds += block
@@ -250,7 +250,7 @@ class Batcher:
             if seconds > self.max_seconds:
                 raise TooLong(f"the file is longer than {self.max_seconds:g} seconds; send it in parts")
 
-        reader = replace(self._shared, on_audio=on_audio, pool=[], pending=deque())
+        reader = replace(self._shared, on_block=on_block, pool=[], pending=deque())
         job.speech = reader.read(job.state, None)
         self._active.append(job)
 
