@@ -106,9 +106,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """SpecAugment (Park et al. 2019), speed changes and joins of features, in training only."""
+    """SpecAugment (Park et al. 2019), speed changes, joins, silence, rooms and noise, in training only.
 
-    # epochs before masks and joins start: attention forms sooner without them
+    silence, room, noise, babble and band_limit need log-mel features computed from recordings.
+    """
+
+    # epochs before everything but speed starts: attention forms sooner without them
     start_epoch: float = 0.0
     time_masks: int = number(2, at_most=1000)  # masks per utterance over spans of time
     time_width: int = 40  # widest time mask, feature frames
@@ -120,6 +123,13 @@ class AugmentConfig:
     speed: float = number(0.0, below=1)
     # share of batches whose utterances are joined in pairs: new texts, twice as long
     join: float = number(0.0, at_most=1)
+    silence: float = number(0.0, at_most=1)  # share of utterances with up to a second of silence added at each end
+    room: float = number(0.0, at_most=1)  # share of utterances with the reverberation of a made room
+    noise: float = number(0.0, at_most=1)  # share of utterances with noise of a random colour and level
+    babble: float = number(0.0, at_most=1)  # share of utterances with several other utterances in the background
+    snr_low: float = number(0.0, at_least=-30, at_most=100)  # lowest ratio of speech to noise or babble, dB
+    snr_high: float = number(30.0, at_least=-30, at_most=100)  # highest ratio of speech to noise or babble, dB
+    band_limit: float = number(0.0, at_most=1)  # share of utterances with a limited band, as of a telephone or old film
 
 
 @dataclass(frozen=True)
@@ -359,6 +369,11 @@ def check(config: Config) -> Config:
         (training.guided_frames == 0 or model.ctc_layer >= 0, f"training.guided_frames {NEEDS_CTC_HEAD}"),
         (config.decoding.ctc_weight == 0 or model.ctc_layer >= 0, f"decoding.ctc_weight {NEEDS_CTC_HEAD}"),
         (config.features.deltas in (0, 1, 2), "features.deltas must be 0, 1 or 2"),
+        (
+            config.augment.snr_low <= config.augment.snr_high,
+            f"augment.snr_low must be at most augment.snr_high; got {config.augment.snr_low:g} and "
+            f"{config.augment.snr_high:g} dB",
+        ),
         (
             not (config.data.dev and config.data.dev_share),
             "data.dev names a dev split and data.dev_share holds one out; set data.dev to '' or data.dev_share to 0",

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     options, config = parse(argv)
     import torch
 
+    from las_fast.data.degrade import check_logmel
     from las_fast.data.layouts import open_corpus
     from las_fast.files import write_text_atomically
     from las_fast.training.origin import write_start
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = open_corpus(options.data)
     print(f"data: {corpus.name}")
     config = fit_features(config, corpus, options.user_set)
+    check_logmel(config.augment, config.features, corpus.kind)
     init = load_init(options, config, corpus)
     train_data, dev_data = load_data(config, corpus)
     source = {"kind": corpus.kind, "name": corpus.name}

@@ -1,4 +1,7 @@
-"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features."""
+"""SpecAugment (Park et al. 2019), speed changes and joins, on normalised features. Masks never cover all features.
+
+Rooms, noise and silence, which change the frames before normalisation, are in las_fast.data.degrade.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 
 from las_fast.config import AugmentConfig
 
-STREAMS = ("speed", "classes", "order", "masks", "joins")
+STREAMS = ("speed", "classes", "order", "masks", "joins", "silence", "degrade")
+MOST_SILENCE = 100  # feature frames added before an utterance, and after it
 
 
 def random_stream(name: str, *, seed: int, epoch: int, utterance: int = 0) -> np.random.Generator:
@@ -85,6 +89,17 @@ def change_speed(features: torch.Tensor, factor: float) -> torch.Tensor:
     if frames == len(features):
         return features
     return torch.nn.functional.interpolate(features.T[None], size=frames, mode="linear")[0].T.contiguous()
+
+
+def silence_frames(frame_counts: np.ndarray, share: float, *, seed: int, epoch: int) -> np.ndarray:
+    """Draw the frames of silence to add before and after each utterance in an epoch, (N, 2) int64.
+
+    An utterance gets some with probability `share`: at each end at most MOST_SILENCE frames, and at most a quarter as
+    many as it has. More would be trimmed (features.trim_silence). Row i does not depend on other utterances.
+    """
+    drawn = random_stream("silence", seed=seed, epoch=epoch).random((len(frame_counts), 3))
+    most = np.minimum(MOST_SILENCE, np.asarray(frame_counts) // 4)[:, None]
+    return np.where(drawn[:, :1] < share, drawn[:, 1:] * (most + 1), 0).astype(np.int64)
 
 
 def _spans(size: int, count: int, width: int, share: float, generator: np.random.Generator) -> list[tuple[int, int]]:

@@ -15,8 +15,17 @@ import numpy as np
 import torch
 
 from las_fast.config import Config
-from las_fast.data.augment import Augment, frame_counts_at_speed, join_pairs, random_stream, speed_factors
+from las_fast.data.augment import (
+    Augment,
+    change_speed,
+    frame_counts_at_speed,
+    join_pairs,
+    random_stream,
+    silence_frames,
+    speed_factors,
+)
 from las_fast.data.dataset import SpeechDataset
+from las_fast.data.degrade import Degrade, degrades
 from las_fast.data.features import seconds_of
 from las_fast.data.loader import Loader
 from las_fast.errors import InputError
@@ -92,6 +101,7 @@ class BucketBatches:
         utterances_per_batch: int,
         seed: int,
         speed: float = 0.0,
+        silence: float = 0.0,
         members: np.ndarray | None = None,
     ):
         """
@@ -99,19 +109,19 @@ class BucketBatches:
             frame_counts:         (N,) feature frames of each utterance.
             frames_per_batch:     maximum of batch size times longest utterance; a longer utterance is a single batch.
             utterances_per_batch: maximum batch size.
-            seed, speed:          training.seed and augment.speed, to predict lengths after augmentation.
+            seed, speed, silence: training.seed, augment.speed, augment.silence, to predict lengths after augmentation.
             members:              indices of the utterances to use, at least one; None: all.
         """
         self._frame_counts = np.asarray(frame_counts, np.int64)
         self._members = np.arange(len(self._frame_counts)) if members is None else members
-        self._seed, self._speed = seed, speed
+        self._seed, self._speed, self._silence = seed, speed, silence
         self._limits = (frames_per_batch, utterances_per_batch)
         for ratio in CLASS_RATIOS:
             self._ratio = ratio
             self._count = len(self._cut_epoch(0))
             if self.padding_share(0) <= PADDING_TARGET:
                 break
-        if speed:
+        if speed or silence:
             self._count = max(len(self._cut_epoch(epoch)) for epoch in range(4))
 
     def __len__(self) -> int:
@@ -133,11 +143,14 @@ class BucketBatches:
         return [batches[i] for i in order]
 
     def lengths(self, epoch: int) -> np.ndarray:
-        """Return frame counts (N,) int64 in an epoch, after the change of speed."""
-        if not self._speed:
-            return self._frame_counts
-        factors = speed_factors(self._speed, seed=self._seed, epoch=epoch, count=len(self._frame_counts))
-        return frame_counts_at_speed(self._frame_counts, factors)
+        """Return frame counts (N,) int64 in an epoch, after the change of speed and with the added silence.
+
+        Before augment.start_epoch no silence is added; it is counted all the same.
+        """
+        lengths, place = self._frame_counts, {"seed": self._seed, "epoch": epoch}
+        if self._speed:
+            lengths = frame_counts_at_speed(lengths, speed_factors(self._speed, **place, count=len(lengths)))
+        return lengths + silence_frames(lengths, self._silence, **place).sum(1) if self._silence else lengths
 
     def padding_share(self, epoch: int) -> float:
         """Return the share of padding among all frames of an epoch's padded batches."""
@@ -208,8 +221,8 @@ def plan_curriculum(frame_counts: FrameCounts, config: Config) -> Curriculum:
     """
     data, epochs = config.data, config.training.epochs
     options: dict[str, Any]
-    options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch,
-               "seed": config.training.seed, "speed": config.augment.speed}  # fmt: skip
+    options = {"frames_per_batch": data.frames_per_batch, "utterances_per_batch": data.utterances_per_batch}
+    options |= {"seed": config.training.seed, "speed": config.augment.speed, "silence": config.augment.silence}
     all_batches = BucketBatches(frame_counts, **options)
     first = min(data.short_epochs, epochs)
     if not first:
@@ -298,6 +311,11 @@ class _Batches:
         self.augment, self.seed, self.epoch = augment, seed, epoch
         speed = augment.config.speed if augment else 0.0
         self.factors = speed_factors(speed, seed=seed, epoch=epoch, count=len(dataset)) if speed else None
+        self.degrade: Degrade | None = None
+        if augment and degrades(augment.config):
+            self.degrade = Degrade(augment.config, dataset.features, dataset.raw, len(dataset))
+            counts = dataset.frame_counts if not speed else frame_counts_at_speed(dataset.frame_counts, self.factors)
+            self.silences = silence_frames(counts, augment.config.silence, seed=seed, epoch=epoch)
 
     def __getitem__(self, b: int) -> dict[str, torch.Tensor | None]:
         indices = self.batches[b]
@@ -325,9 +343,25 @@ class _Batches:
         return drawn < self.augment.config.join
 
     def _features(self, i: int, epoch: float) -> torch.Tensor:
-        features = self.dataset[i]
         if self.augment is None:
-            return features
+            return self.dataset[i]
         generator = random_stream("masks", seed=self.seed, epoch=self.epoch, utterance=i)
-        factor = None if self.factors is None else self.factors[i]
-        return self.augment(features, epoch, generator, blocks=self.dataset.blocks, factor=factor)
+        factor, blocks = None if self.factors is None else self.factors[i], self.dataset.blocks
+        if self.degrade and epoch >= self.augment.config.start_epoch:
+            degraded = self._degraded(self.degrade, i, factor)
+            if degraded is not None:
+                return self.augment.mask(degraded, generator, blocks=blocks)
+        return self.augment(self.dataset[i], epoch, generator, blocks=blocks, factor=factor)
+
+    def _degraded(self, degrade: Degrade, i: int, factor: float | None) -> torch.Tensor | None:
+        """Return the features of utterance i at a speed, with rooms, noise and silence; None if it gets none of them.
+
+        The speed is changed first, so that noise keeps its texture, and normalisation comes last, as in decoding.
+        """
+        generator = random_stream("degrade", seed=self.seed, epoch=self.epoch, utterance=i)
+        kinds, silence = degrade.draw(generator), self.silences[i].tolist()
+        if not kinds and not any(silence):
+            return None
+        raw = self.dataset.raw(i)
+        raw = raw if factor is None else change_speed(raw, factor)
+        return self.dataset.prepare(degrade(raw, kinds, generator, silence=silence))

@@ -95,7 +95,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         return part
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return add_deltas(normalise(self.raw(i), self.features, self.statistics), self.features.deltas)
+        return self.prepare(self.raw(i))
+
+    def prepare(self, raw: torch.Tensor) -> torch.Tensor:
+        """Normalise raw frames (T, feature_size) and append deltas."""
+        return add_deltas(normalise(raw, self.features, self.statistics), self.features.deltas)
 
 
 def load_dataset(
