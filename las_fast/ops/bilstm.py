@@ -5,7 +5,7 @@ In each direction (t ascending or descending over the valid frames of an utteran
     i, f, g, o = W_ih x_t + b_ih + W_hh h + b_hh            h and c of the previous frame in that direction
     c          = sigmoid(f) * c + sigmoid(i) * tanh(g);     h = sigmoid(o) * tanh(c)
 
-The output of a frame is h of both directions. csrc/bilstm.cpp states the gradients.
+The output of a frame is h of both directions. csrc/bilstm_backward.h states the gradients.
 """
 
 from __future__ import annotations
