@@ -94,7 +94,7 @@ template <class S>
 struct States {
   template <class T, class G>
   States(const PackedSpeller<T, G>& speller, int64_t rows)
-      : first(rows, speller.E + speller.H + 1) {  // + 1 for the 0 that SearchWorker::hidden_rows needs
+      : first(rows, speller.E + speller.H + 1) {  // + 1 for the 0 that SearchStep::hidden_rows needs
     for (int64_t i = 0; i < speller.cells(); ++i) cell.emplace_back(rows, speller.size(i));
     for (const auto& later : speller.later) hidden.emplace_back(rows, later.size + 1);
   }
@@ -108,7 +108,7 @@ struct States {
 struct LiveBeam {
   int64_t slot, beam, token;
   int64_t parent_row;    // row of its parent's state
-  int64_t parent_index;  // index of parent_row in SearchWorker::parent_rows_
+  int64_t parent_index;  // index of parent_row in LiveBeams::parent_rows
 };
 
 // The CTC prefix scores of the beams of one utterance.
@@ -166,6 +166,38 @@ struct SearchSlot {
   std::vector<float> coverage;           // (K,)
   std::vector<float> attention_sums;     // (K, frames): attention weights, summed over the tokens so far
   CtcPrefixes prefixes;
+};
+
+// The live beams of all slots, and the rows of their parents' states without duplicates.
+struct LiveBeams {
+  explicit LiveBeams(int64_t max_rows) : max_rows(max_rows), parent_index(max_rows) {}
+
+  template <class T>
+  void list(const std::vector<SearchSlot<T>>& slots, int64_t K) {
+    rows.clear();
+    parent_rows.clear();
+    std::fill(parent_index.begin(), parent_index.end(), -1);
+    for (size_t s = 0; s < slots.size(); ++s) {
+      const SearchSlot<T>& slot = slots[s];
+      for (int64_t k = 0; slot.b >= 0 && k < K; ++k) {
+        if (!slot.beams.live(k)) continue;
+        const int64_t parent_row = slot.state_rows[k];
+        if (parent_index[parent_row] < 0) {
+          parent_index[parent_row] = int64_t(parent_rows.size());
+          parent_rows.push_back(parent_row);
+        }
+        rows.push_back({int64_t(s), k, slot.beams.tokens[k], parent_row, parent_index[parent_row]});
+      }
+    }
+  }
+
+  int64_t count() const { return int64_t(rows.size()); }
+  int64_t initial_state() const { return max_rows - 1; }  // row of the state before the first token, which is zeros
+
+  int64_t max_rows;  // live beams at most, and the initial state
+  std::vector<LiveBeam> rows;
+  std::vector<int64_t> parent_rows;
+  std::vector<int64_t> parent_index;  // (max_rows,): index in parent_rows of each row, or -1
 };
 
 }  // namespace las::search
