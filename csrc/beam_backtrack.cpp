@@ -13,6 +13,8 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
+
 namespace {
 
 constexpr int64_t GRAIN = 16384;  // back-pointers per thread, at least
@@ -22,8 +24,7 @@ void check(const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor
   TORCH_CHECK(tokens.dim() == 3 && tokens.scalar_type() == at::kLong,
               "tokens must be (L, B, K) int64; got ", tokens.sizes(), " ", tokens.scalar_type());
   const auto like = [&](const char* name, const at::Tensor& x, at::ScalarType dtype) {
-    TORCH_CHECK(x.sizes() == tokens.sizes() && x.scalar_type() == dtype, name, " must be ", tokens.sizes(), " ", dtype,
-                " like tokens; got ", x.sizes(), " ", x.scalar_type());
+    las::check_tensor(name, x, tokens.sizes(), dtype, " like tokens");
   };
   like("parents", parents, at::kLong);
   like("scores", scores, at::kFloat);

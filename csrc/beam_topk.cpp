@@ -10,10 +10,13 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "beam_topk.h"
 
 namespace {
 
+using las::contiguous;
+using las::data_or_null;
 using namespace las::topk;
 
 constexpr int64_t GRAIN = 1 << 14;  // logits per thread, at least
@@ -21,8 +24,7 @@ constexpr int64_t GRAIN = 1 << 14;  // logits per thread, at least
 using Optional = std::optional<at::Tensor>;
 
 void check_like(const char* name, const Optional& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(!x || (x->sizes() == shape && x->scalar_type() == dtype), name, " must be ", shape, " ", dtype,
-              " like logits; got ", x->sizes(), " ", x->scalar_type());
+  las::check_tensor(name, x, shape, dtype, " like logits");
 }
 
 void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor& finished, const at::Tensor& lengths,
@@ -42,18 +44,8 @@ void check(const at::Tensor& logits, const at::Tensor& scores, const at::Tensor&
   check_like("ctc_next_log_probs", ctc_next_log_probs, {B, K, V}, at::kFloat);
   TORCH_CHECK(ngram_table.has_value() == ngram_states.has_value(),
               "ngram_table and ngram_states must be given together");
-  TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
-                               ngram_table->scalar_type() == at::kFloat),
-              "ngram_table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
-              ngram_table->scalar_type());
-  TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
-}
-
-Optional contiguous(const Optional& x) { return x ? Optional(x->contiguous()) : Optional(); }
-
-template <class T>
-const T* pointer(const Optional& x) {
-  return x ? x->const_data_ptr<T>() : nullptr;
+  las::check_ngram_table(ngram_table, V);
+  las::check_token("eos", eos, V);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> beam_topk(
@@ -72,20 +64,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Inputs in{logits.const_data_ptr<float>(), scores.const_data_ptr<float>(), finished.const_data_ptr<bool>(),
                   lengths.const_data_ptr<int64_t>(), B, K, V, block_count(V)};
   const Options options{eos,
-                        pointer<int64_t>(min_lengths),
-                        pointer<int64_t>(max_lengths),
+                        data_or_null<int64_t>(min_lengths),
+                        data_or_null<int64_t>(max_lengths),
                         length_penalty,
                         float(eos_threshold),
-                        pointer<float>(coverage),
-                        pointer<float>(ngram_table),
-                        pointer<int64_t>(ngram_states),
+                        data_or_null<float>(coverage),
+                        data_or_null<float>(ngram_table),
+                        data_or_null<int64_t>(ngram_states),
                         ngram_table ? ngram_table->size(0) : 0,
                         float(ngram_weight),
-                        pointer<float>(ctc_next_log_probs),
+                        data_or_null<float>(ctc_next_log_probs),
                         float(ctc_weight)};
-  for (int64_t i = 0; ngram_table && i < B * K; ++i)
-    TORCH_CHECK(options.ngram_states[i] >= 0 && options.ngram_states[i] < options.ngram_state_count,
-                "ngram_states must be from 0 to ", options.ngram_state_count - 1, "; got ", options.ngram_states[i]);
+  if (ngram_states) las::check_range("ngram_states", *ngram_states, options.ngram_state_count);
 
   std::vector<RowSummary> rows(B * K);
   std::vector<float> block_maxima(B * K * in.blocks);

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "bilstm_backward.h"
 #include "bilstm_forward.h"
 #include "bilstm_frames.h"
@@ -33,8 +34,7 @@ BiLstmShape check(const at::Tensor& x, const at::Tensor& lengths, at::TensorList
   TORCH_CHECK(x.dim() == 3 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
               "x must be (B, T, I) float32 or bfloat16; got ", x.sizes(), " ", x.scalar_type());
   const int64_t B = x.size(0), I = x.size(2);
-  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
-              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+  las::check_lengths("lengths", lengths, B);
   TORCH_CHECK(weights.size() == 4 * DIRECTIONS, "weights must be 8 tensors; got ", weights.size());
   TORCH_CHECK(weights[1].dim() == 2, "weight_hh must be (4H, H); got ", weights[1].sizes());
   const int64_t H = weights[1].size(1);

@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "ctc_prefix.h"
 #include "memory.h"
 #include "softmax.h"
@@ -211,12 +212,8 @@ LAS_INLINE void token_times(Lattice& lattice, const Utterance& utterance, float*
 // ----------------------------------------------------------------------------------------------------------- arguments
 
 void check_lengths(const char* name, const at::Tensor& x, int64_t B, int64_t max_length) {
-  TORCH_CHECK(x.dim() == 1 && x.size(0) == B && x.scalar_type() == at::kLong, name, " must be (", B, ",) int64; got ",
-              x.sizes(), " ", x.scalar_type());
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t length = x.const_data_ptr<int64_t>()[b];
-    TORCH_CHECK(length >= 0 && length <= max_length, name, " must be from 0 to ", max_length, "; got ", length);
-  }
+  las::check_lengths(name, x, B);
+  las::check_range(name, x, max_length + 1);
 }
 
 struct Arguments {

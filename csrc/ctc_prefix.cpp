@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
+
 namespace {
 
 using las::ctc::CtcLogProbs;
@@ -18,21 +20,13 @@ using las::ctc::CtcHypothesis;
 using las::ctc::Scorer;
 
 void check_like(const char* name, const at::Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(x.sizes() == shape && x.scalar_type() == dtype, name, " must be ", shape, " ", dtype,
-              " like ctc_log_probs; got ", x.sizes(), " ", x.scalar_type());
-}
-
-void check_range(const char* name, const at::Tensor& x, int64_t end) {
-  const int64_t* values = x.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < x.numel(); ++i)
-    TORCH_CHECK(values[i] >= 0 && values[i] < end, name, " must be from 0 to ", end - 1, "; got ", values[i]);
+  las::check_tensor(name, x, shape, dtype, " like ctc_log_probs");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
     const at::Tensor& ctc_log_probs_in, const at::Tensor& forward_in, const at::Tensor& prefix_log_probs_in,
     const at::Tensor& next_log_probs_in, const at::Tensor& tokens_in, const at::Tensor& parents_in,
     const at::Tensor& chosen_in, int64_t eos) {
-  // Messages use the names of the op's schema.
   TORCH_CHECK(ctc_log_probs_in.dim() == 3 && ctc_log_probs_in.scalar_type() == at::kFloat,
               "ctc_log_probs must be (B, T, V) float32; got ", ctc_log_probs_in.sizes(), " ",
               ctc_log_probs_in.scalar_type());
@@ -45,12 +39,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ctc_prefix(
   check_like("tokens", tokens_in, {B, K}, at::kLong);
   check_like("parents", parents_in, {B, K}, at::kLong);
   check_like("chosen", chosen_in, {B, K}, at::kLong);
-  TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
+  las::check_token("eos", eos, V);
   const at::Tensor ctc_log_probs = ctc_log_probs_in.contiguous(), forward = forward_in.contiguous();
   const at::Tensor prefix_log_probs = prefix_log_probs_in.contiguous(), next_log_probs = next_log_probs_in.contiguous();
   const at::Tensor tokens = tokens_in.contiguous(), parents = parents_in.contiguous(), chosen = chosen_in.contiguous();
-  check_range("parents", parents, K);
-  check_range("chosen", chosen, V);
+  las::check_range("parents", parents, K);
+  las::check_range("chosen", chosen, V);
 
   const at::Tensor forward_out = at::empty_like(forward), prefix_log_probs_out = at::empty_like(prefix_log_probs);
   const at::Tensor next_log_probs_out = at::empty_like(next_log_probs);

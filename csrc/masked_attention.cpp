@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "attention.h"
 #include "memory.h"
 #include "softmax.h"
@@ -69,15 +70,9 @@ void check_inputs(const at::Tensor& query, const at::Tensor& keys, const at::Ten
                   values.scalar_type() == query.scalar_type(),
               "values must be (B, T, E) with B=", B, ", T=", keys.size(1), " and the dtype of query; got ",
               values.sizes(), " ", values.scalar_type());
-  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
-              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+  las::check_lengths("lengths", lengths, B);
   TORCH_CHECK(keys.size(1) <= std::numeric_limits<int32_t>::max(), "keys must have fewer than 2^31 frames; got ",
               keys.sizes());
-}
-
-void check_like(const char* name, const std::optional<at::Tensor>& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(!x || (x->sizes() == shape && x->scalar_type() == dtype), name, " must be ", shape, " ", dtype, "; got ",
-              x->sizes(), " ", x->scalar_type());
 }
 
 at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
@@ -254,9 +249,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   check_inputs(query, keys, values, lengths);
   const AttentionShape shape(query, values);
   const auto [B, K, T, D, E] = std::tuple(shape.B, shape.K, shape.T, shape.D, shape.E);
-  check_like("context_gradient", context_gradient, {B, K, E}, values.scalar_type());
-  check_like("weights_gradient", weights_gradient, {B, K, T}, at::kFloat);
-  if (weights.numel()) check_like("weights", weights, {B, K, T}, at::kFloat);
+  las::check_tensor("context_gradient", context_gradient, {B, K, E}, values.scalar_type());
+  las::check_tensor("weights_gradient", weights_gradient, {B, K, T}, at::kFloat);
+  if (weights.numel()) las::check_tensor("weights", weights, {B, K, T}, at::kFloat);
   const auto dense = [](const std::optional<at::Tensor>& x) { return x ? with_dense_rows(*x) : at::Tensor(); };
   const auto memory_shape = [&](int64_t size) {
     return memory ? std::vector<int64_t>{B, T, size} : std::vector<int64_t>(3);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "int8.h"
 #include "matmul.h"
 #include "memory.h"
@@ -112,8 +113,7 @@ inline void check_memory(const at::Tensor& keys, const at::Tensor& values, const
               " ", values.scalar_type());
   TORCH_CHECK(keys.size(2) > 0 && values.size(2) > 0, "keys and values must have at least 1 number per frame; got ",
               keys.sizes(), " and ", values.sizes());
-  TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == B && lengths.scalar_type() == at::kLong, "lengths must be (", B,
-              ",) int64; got ", lengths.sizes(), " ", lengths.scalar_type());
+  check_lengths("lengths", lengths, B);
 }
 
 // Pack columns [from, from + depth) of `weights` (outputs, inputs) and the bias into the next part of the buffer. Both

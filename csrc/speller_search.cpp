@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "memory.h"
 #include "search_state.h"
 #include "search_worker.h"
@@ -31,6 +32,7 @@
 namespace {
 
 using las::check_weights;
+using las::contiguous;
 using las::pack_layer;
 using las::PackBuffer;
 using las::SpellerWeights;
@@ -143,26 +145,17 @@ auto dispatch_precision(c10::string_view precision, const Body& body) {
   return body(float(), float());
 }
 
-void check_limit(const char* name, const std::optional<at::Tensor>& x, int64_t B) {
-  TORCH_CHECK(!x || (x->dim() == 1 && x->size(0) == B && x->scalar_type() == at::kLong), name, " must be (", B,
-              ",) int64; got ", x->sizes(), " ", x->scalar_type());
-}
-
-// Messages use the names of the op's schema.
 void check(int64_t V, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& lengths, int64_t beam,
            int64_t sos, int64_t eos, const std::optional<at::Tensor>& min_lengths, const at::Tensor& max_lengths,
            const std::optional<at::Tensor>& ngram_table, const std::optional<at::Tensor>& ctc_log_probs) {
   las::check_memory(keys, values, lengths);
   const int64_t B = keys.size(0);
-  check_limit("minimum", min_lengths, B);
-  check_limit("maximum", max_lengths, B);
+  las::check_lengths("minimum", min_lengths, B);
+  las::check_lengths("maximum", max_lengths, B);
   TORCH_CHECK(beam >= 1, "beam must be at least 1; got ", beam);
-  TORCH_CHECK(sos >= 0 && sos < V, "sos must be a token from 0 to ", V - 1, "; got ", sos);
-  TORCH_CHECK(eos >= 0 && eos < V, "eos must be a token from 0 to ", V - 1, "; got ", eos);
-  TORCH_CHECK(!ngram_table || (ngram_table->dim() == 2 && ngram_table->size(0) > 0 && ngram_table->size(1) == V &&
-                               ngram_table->scalar_type() == at::kFloat),
-              "ngram_table must be (states, V) float32 with V=", V, "; got ", ngram_table->sizes(), " ",
-              ngram_table->scalar_type());
+  las::check_token("sos", sos, V);
+  las::check_token("eos", eos, V);
+  las::check_ngram_table(ngram_table, V);
   TORCH_CHECK(!ctc_log_probs || (ctc_log_probs->dim() == 3 && ctc_log_probs->size(0) == B &&
                                  ctc_log_probs->size(2) == V && ctc_log_probs->scalar_type() == at::kFloat),
               "ctc_log_probs must be (B, T', V) float32 with B=", B, ", V=", V, "; got ", ctc_log_probs->sizes(), " ",
@@ -178,9 +171,6 @@ Steps speller_search(at::TensorList list, const at::Tensor& keys, const at::Tens
   const SpellerWeights weights(list);
   check(weights.bias.numel(), keys, values, lengths, beam, sos, eos, min_lengths, max_lengths, ngram_table,
         ctc_log_probs);
-  const auto contiguous = [](const std::optional<at::Tensor>& x) {
-    return x ? std::optional(x->contiguous()) : std::nullopt;
-  };
   const SearchArguments arguments{keys.contiguous(),
                                   values.contiguous(),
                                   lengths.contiguous(),

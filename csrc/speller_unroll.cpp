@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "memory.h"
 #include "speller.h"
 #include "unroll_backward.h"
@@ -29,6 +30,7 @@
 
 namespace {
 
+using las::data_or_null;
 using las::Matrix;
 using las::padded;
 using las::SpellerWeights;
@@ -52,9 +54,7 @@ void check(const SpellerWeights& w, const EncoderMemory& memory, const at::Tenso
     TORCH_CHECK(masks[i].sizes() == at::IntArrayRef({B, w.gate_biases[i].numel() / 4}) &&
                     masks[i].scalar_type() == at::kFloat,
                 "masks must be (B, H) float32 of each cell; got ", masks[i].sizes(), " ", masks[i].scalar_type());
-  const int64_t *token = tokens.const_data_ptr<int64_t>(), V = w.embedding.size(0);
-  for (int64_t i = 0; i < tokens.numel(); ++i)
-    TORCH_CHECK(token[i] >= 0 && token[i] < V, "tokens must be from 0 to ", V - 1, "; got ", token[i]);
+  las::check_range("tokens", tokens, w.embedding.size(0));
 }
 
 std::vector<at::Tensor> contiguous(at::TensorList list) {
@@ -181,8 +181,8 @@ UnrollGradients gradients_of(const SpellerWeights& w, const EncoderMemory& memor
 }
 
 void check_like(const char* name, const std::optional<at::Tensor>& x, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(!x || (x->sizes() == shape && x->scalar_type() == dtype && x->is_contiguous()), name, " must be ", shape,
-              " ", dtype, "; got ", x->sizes(), " ", x->scalar_type());
+  las::check_tensor(name, x, shape, dtype);
+  TORCH_CHECK(!x || x->is_contiguous(), name, " must be contiguous");
 }
 
 UnrollGradients backward(const std::optional<at::Tensor>& logits_gradient,
@@ -196,8 +196,7 @@ UnrollGradients backward(const std::optional<at::Tensor>& logits_gradient,
   check(w, memory, tokens_read, at::empty(tokens_read.sizes(), at::kBool), dropout);
   const UnrollShape shape(w, keys, values, tokens_read);
   const RowLayout layout(shape);
-  const auto dense = [](const std::optional<at::Tensor>& x) { return x ? std::optional(x->contiguous()) : x; };
-  const auto dense_logits = dense(logits_gradient), dense_attention = dense(attention_gradient);
+  const auto dense_logits = las::contiguous(logits_gradient), dense_attention = las::contiguous(attention_gradient);
   check_like("logits_gradient", dense_logits, {shape.B, shape.U, shape.V}, at::kFloat);
   check_like("attention_gradient", dense_attention, {shape.B, shape.U, shape.T}, at::kFloat);
   check_like("attention", attention, {shape.B, shape.U, shape.T}, at::kFloat);

@@ -11,7 +11,6 @@
 #include <functional>
 #include <memory>
 #include <numeric>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -94,11 +93,6 @@ at::Tensor empty_on_huge_pages(at::IntArrayRef shape) {
 template <class T>
 EncoderFrames<const T> encoder_frames(const at::Tensor& x, int64_t b, int64_t count) {
   return {x.const_data_ptr<T>() + b * x.size(1) * x.size(2), x.size(2), count, x.size(2)};
-}
-
-template <class T>
-const T* data_or_null(const std::optional<at::Tensor>& x) {
-  return x ? x->const_data_ptr<T>() : nullptr;
 }
 
 struct EncoderMemory {
