@@ -192,6 +192,16 @@ def test_weights_that_were_not_returned_give_the_same_gradients(backend):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_gradients_through_the_weights_alone_do_not_depend_on_the_values(backend):
+    (query, keys, values), lengths = inputs(grad=True), some_lengths(3, 7)
+    results = []
+    for x in (values, torch.full_like(values, NAN)):
+        _, weights = call(masked_attention, query, keys, x, lengths, backend=backend)
+        results.append(torch.autograd.grad(weights.square().sum(), (query, keys)))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
 @on_each_half
 def test_half_precision_is_summed_in_float32_and_rounded_once(backend, dtype):
     tensors, lengths = inputs(B=2, K=8, T=200, D=64, E=64, dtype=dtype), torch.tensor([200, 77])
