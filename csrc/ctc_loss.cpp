@@ -66,9 +66,8 @@ class Lattice {
     compute_emissions<W>(utterance);
     largest_.assign(utterance.T + 1, 0.0);
     skip_blank_.reset(utterance.S);
-    for (int64_t u = 1; u <= utterance.S; ++u)
-      if (u == 1 || repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2])
-        skip_blank_.at()[u] = 0.0f;
+    for (int64_t u = 2; u <= utterance.S; ++u)  // no token comes before the first
+      if (repeats_need_no_blank || utterance.tokens[u - 1] != utterance.tokens[u - 2]) skip_blank_.at()[u] = 0.0f;
     in_token_.reset(utterance.S, utterance.T + 1), in_blank_.reset(utterance.S, utterance.T + 1);
     in_blank_.at(0)[0] = 0.0f;
     for (int64_t t = 0; t < utterance.T; ++t) {

@@ -57,11 +57,11 @@ LAS_INLINE float largest_magnitude(const float* x, int64_t n) {
   return largest<W>(magnitudes) + sum<W>(zero_or_nan);
 }
 
-// x * factor, rounded to the nearest integer. Its magnitude must be at most 2^22.
+// Integers whose lowest byte is x * factor, rounded to the nearest integer.
 template <int W>
-LAS_INLINE Int<W> to_int(Float<W> x, float factor) {
+LAS_INLINE Int<W> round_to_byte(Float<W> x, float factor) {
   const float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  return bits_as<Int<W>>(x * factor + ROUND) - 0x4B400000;
+  return bits_as<Int<W>>(x * factor + ROUND);
 }
 
 // A row or column of smaller magnitudes is quantised to zeros: 127 / largest must be finite.
@@ -74,7 +74,7 @@ template <int W>
 LAS_INLINE float quantise(const float* from, int64_t n, int64_t depth, uint8_t* to) {
   const float largest = largest_magnitude<W>(from, n), factor = quantisation_factor(largest);
   for_each_vector<W>(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    const Int<W> numbers = to_int<W>(load<W>(from + i, lanes), factor) + ZERO_POINT;
+    const Int<W> numbers = round_to_byte<W>(load<W>(from + i, lanes), factor) + ZERO_POINT;
     const Bytes<W> bytes = __builtin_convertvector(numbers, Bytes<W>);
     std::memcpy(to + i, &bytes, lanes);
   });
@@ -174,7 +174,7 @@ template <int W>
 LAS_INLINE int32_t pack_column(const float* from, int64_t depth, float factor, int8_t* to) {
   int32_t sum = 0;
   for_each_vector<W>(depth, [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
-    const Int<W> numbers = to_int<W>(load<W>(from + k, lanes), factor);
+    const Int<W> numbers = round_to_byte<W>(load<W>(from + k, lanes), factor);
     int8_t bytes[W];
     for (int j = 0; j < W; ++j) bytes[j] = int8_t(numbers[j]), sum += bytes[j];
     for (int j = 0; j < lanes; j += 4) std::memcpy(to + (k + j) * COLUMNS, bytes + j, 4);
