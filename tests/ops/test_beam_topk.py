@@ -387,6 +387,14 @@ def test_an_ngram_model_adds_to_the_scores_and_follows_the_tokens(backend, order
             assert int(actual.ngram_states[b, k]) == state
 
 
+@pytest.mark.parametrize("model", ["ngram", "ctc"])
+def test_a_model_can_choose_a_token_that_the_logits_rank_low_in_any_block(backend, model):
+    logits, scores = torch.zeros(1, 1, 201), torch.zeros(1, 1, 201)
+    logits[..., 3], scores[..., 150] = 15.0, 10.0
+    made = Ngram(scores[0], torch.zeros(1, 1, dtype=torch.int64), 2.0) if model == "ngram" else Ctc(scores - 10, 0.9)
+    assert step(logits, backend=backend, **{model: made}).tokens.tolist() == [[150]]
+
+
 def test_without_an_ngram_model_there_are_no_states(backend):
     assert step(*random(), backend=backend).ngram_states is None
 
