@@ -171,6 +171,7 @@ def test_one_build_holds_all_faults_and_enables_one(tmp_path):
     if shutil.which(compiler) is None:
         pytest.skip("there is no C++ compiler")
     start = "#include <algorithm>\nnamespace las { inline void prefetch(const int*) {} }\n"
+    start += 'extern "C" int is_zero(const int* p) { return !p || *p == 0; }\n'
     mutants = cpp_mutants(start + TOY, "csrc/toy.cpp")
     hook = f'extern "C" {{ int las_mutant = -1; unsigned char las_reached[{len(mutants)}]; }}\n'
     source, library = tmp_path / "toy.cpp", tmp_path / "toy.so"
@@ -191,6 +192,10 @@ def test_one_build_holds_all_faults_and_enables_one(tmp_path):
         on.value = numbers[edit]
         assert (toy.toy(3, 4), toy.toy(4, 3), toy.toy(3, 3)) == results
         assert reached[numbers[edit]]
+    zero = ctypes.byref(ctypes.c_int(0))
+    for edit, is_zero in ((("operand", "!p || *p == 0", "!p"), False), (("not", "!p", "p"), True)):
+        on.value = numbers[edit]
+        assert toy.is_zero(zero) == is_zero
 
 
 def test_faults_that_do_not_compile_are_found_by_the_lines_of_the_messages():

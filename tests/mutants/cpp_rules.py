@@ -86,6 +86,8 @@ def _switched(text: str, here: list[tuple[int, Mutant]]) -> str:
     for number, mutant in here:
         if mutant.rule == "deletion":
             text = f"{{ if (!LAS_MUTANT({number})) {text} }}"
+        elif mutant.rule in ("not", "operand") or mutant.after in ("true", "false"):  # of pointers and optionals, too
+            text = f"(LAS_MUTANT({number}) ? bool({_one_line(mutant.after)}) : bool({text}))"
         else:
             text = f"(LAS_MUTANT({number}) ? ({_one_line(mutant.after)}) : ({text}))"
     return text
