@@ -120,17 +120,16 @@ def synthetic_recordings(texts: Sequence[str], config: FeatureConfig) -> Iterato
 
     rng = np.random.default_rng(0)
     voices = [utterance.voice for utterance in plan(train=1, dev=40, test=40, seed=1)]
-    synthesiser = TimedSynthesiser()
-    for i, text in enumerate(texts):
-        rate = int(rng.integers(120, 170))
-        wave, spoken = synthesiser.speak_words(text, voices[i % len(voices)], rate=rate, pitch=50, pitch_range=50)
-        scale = config.sample_rate / synthesiser.sample_rate
-        wave = soxr.resample(wave, synthesiser.sample_rate, config.sample_rate)
-        cuts = [round(sample * scale) for _, sample in spoken] + [len(wave)]
-        pieces = [(word, wave[a:b]) for (word, _), a, b in zip(spoken, cuts, cuts[1:], strict=False)]
-        pauses = [rng.uniform(0.15, 0.5) if not n or rng.random() < 0.25 else 0.0 for n in range(len(pieces))]
-        yield join("synthetic", pieces, pauses, config)
-    synthesiser.close()
+    with TimedSynthesiser() as synthesiser:
+        for i, text in enumerate(texts):
+            rate = int(rng.integers(120, 170))
+            wave, spoken = synthesiser.speak_words(text, voices[i % len(voices)], rate=rate, pitch=50, pitch_range=50)
+            scale = config.sample_rate / synthesiser.sample_rate
+            wave = soxr.resample(wave, synthesiser.sample_rate, config.sample_rate)
+            cuts = [round(sample * scale) for _, sample in spoken] + [len(wave)]
+            pieces = [(word, wave[a:b]) for (word, _), a, b in zip(spoken, cuts, cuts[1:], strict=False)]
+            pauses = [rng.uniform(0.15, 0.5) if not n or rng.random() < 0.25 else 0.0 for n in range(len(pieces))]
+            yield join("synthetic", pieces, pauses, config)
 
 
 def joined_recordings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import tempfile
 from pathlib import Path
@@ -24,23 +25,39 @@ def load_espeak():
 
 
 class Synthesiser:
-    """An eSpeak NG voice; only one per process, because the library keeps global state.
+    """A freshly loaded eSpeak NG library; use it in a `with` block, or call `close`.
 
-    A recording depends slightly on the speech before it in the same process, because oscillator phases persist.
+    The library keeps global state: random numbers, oscillator phases, settings of the last voice. Therefore only one
+    Synthesiser can be open in a process, and `close` unloads the library. What a Synthesiser speaks depends on what it
+    spoke before, but not on earlier ones.
+
+    Raises:
+        InputError:   eSpeak NG or its data is missing or damaged.
+        RuntimeError: another Synthesiser is open.
     """
 
     RATE, PITCH, RANGE = 1, 3, 4  # of the enum espeak_PARAMETER
     CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    _is_open = False  # in this process
 
     def __init__(self):
+        if Synthesiser._is_open:
+            raise RuntimeError("another Synthesiser is open in this process; close it first")
         loader = load_espeak()
         try:
             self._library = ctypes.CDLL(loader.get_library_path())
         except OSError as error:
             raise InputError(f"eSpeak NG does not load ({error}); reinstall it: pip install --force-reinstall "
                              "espeakng-loader") from None  # fmt: skip
-        self._link = None
-        self._data = self._short_path(Path(loader.get_data_path()))
+        Synthesiser._is_open, self._link = True, None
+        try:
+            self._initialise(Path(loader.get_data_path()))
+        except BaseException:
+            self.close()
+            raise
+
+    def _initialise(self, data: Path) -> None:
+        self._data = self._short_path(data)
         if not (self._data / "phontab").is_file():  # the library would exit the process
             raise InputError(f"{self._data} has no eSpeak NG data; reinstall espeakng-loader")
         synchronous = 2
@@ -63,10 +80,20 @@ class Synthesiser:
         return link
 
     def close(self) -> None:
-        """Release the library and the link."""
+        """Unload the library and remove the link; later calls do nothing."""
+        if self._library is None:
+            return
         self._library.espeak_Terminate()
+        _ctypes.dlclose(self._library._handle)
+        self._library, Synthesiser._is_open = None, False
         if self._link is not None:
             self._link.cleanup()
+
+    def __enter__(self) -> Synthesiser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _collect(self, wave, count, _events):
         if wave and count > 0:

@@ -43,7 +43,7 @@ ARCHIVE = "11-785-f23-hw4p2"
 FEATURES = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
 MAX_WORKERS = 256
 TIMEOUT = 600.0  # seconds without a result after which the processes count as hung
-BLOCK_SIZE = 40  # utterances per process; changing it changes the audio, which depends on the previous utterances
+BLOCK_SIZE = 40  # utterances per Synthesiser; changing it changes the audio, which depends on the previous utterances
 
 SPEAKERS = {  # role -> eSpeak NG voice variants, which differ in formants, pitch and timbre; no variant has two roles
     "train": (
@@ -71,7 +71,7 @@ class PlannedUtterance:
 
 
 def plan(*, train: int, dev: int, test: int, seed: int) -> list[PlannedUtterance]:
-    """List all utterances of the corpus; sentences are distinct within dev and within test."""
+    """List all utterances of the corpus, split by split; sentences are distinct within dev and within test."""
     first = train * 100 // 460  # the same proportion of the two training folders as in the real archive
     splits = [
         ("train-clean-100", "train", first), ("train-clean-360", "train", train - first),
@@ -95,7 +95,7 @@ def plan(*, train: int, dev: int, test: int, seed: int) -> list[PlannedUtterance
 
 
 def synthesise(synthesiser: Synthesiser, utterance: PlannedUtterance, *, seed: int) -> np.ndarray:
-    """Synthesise (N,) float32 samples at 16 kHz with random rate, pitch, volume, edge silence and faint noise."""
+    """Return (N,) float32 samples at 16 kHz, with random rate, pitch, volume, silence at both ends and faint noise."""
     import soxr
 
     rng = np.random.default_rng([seed, 1000, utterance.number])
@@ -118,7 +118,7 @@ def _speak_block(task: tuple[list[PlannedUtterance], int, str]) -> list[tuple[st
 
     utterances, seed, archive = task
     torch.set_num_threads(1)
-    with contextlib.closing(Synthesiser()) as synthesiser:
+    with Synthesiser() as synthesiser:
         waves = [synthesise(synthesiser, utterance, seed=seed) for utterance in utterances]
     for utterance, features in zip(utterances, compute_features(waves, FEATURES), strict=True):
         folder = Path(archive) / utterance.split
@@ -133,7 +133,11 @@ def _speak_block(task: tuple[list[PlannedUtterance], int, str]) -> list[tuple[st
 
 
 def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
-    """Return everything that the corpus depends on, for JSON; equal settings mean equal files."""
+    """Return everything that the corpus depends on, for JSON; equal settings mean equal files.
+
+    Raises:
+        InputError: eSpeak NG is not installed.
+    """
     load_espeak()
     sources = [Path(__file__).with_name(f"{name}.py") for name in ("spoken", "sentences", "espeak", "features")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -143,7 +147,11 @@ def settings(*, train: int, dev: int, test: int, seed: int) -> dict:
 
 
 def is_current(root: str | Path, **arguments) -> bool:
-    """Return whether root has the complete corpus that generate would write with these arguments."""
+    """Return whether root has the complete corpus that generate would write with these arguments.
+
+    Raises:
+        InputError: eSpeak NG is not installed.
+    """
     try:
         return json.loads((Path(root) / "corpus.json").read_text(encoding="utf-8"))["settings"] == settings(**arguments)
     except (OSError, ValueError, KeyError):
@@ -169,7 +177,8 @@ def generate(
         workers:          processes; default: one per core available to this process. The files do not depend on it.
 
     Raises:
-        InputError: root contains something else, a size is out of range, or eSpeak NG is not installed.
+        InputError: root contains something else, a size is out of range, eSpeak NG is not installed, or one of its
+            processes fails.
     """
     root = Path(root)
     for name, size in (("train", train), ("dev", dev), ("test", test)):
@@ -178,19 +187,36 @@ def generate(
     if root.exists() and not (root / "corpus.json").is_file() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"{root} contains something other than a spoken corpus; give --out a new folder")
     corpus_settings = settings(train=train, dev=dev, test=test, seed=seed)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-        new = Path(temporary) / "corpus"
-        utterances = plan(train=train, dev=dev, test=test, seed=seed)
-        seconds = _speak(utterances, new / ARCHIVE, seed=seed, workers=workers, progress=progress)
-        _write_tables(new, utterances, seconds, corpus_settings)
-        if root.exists():
-            shutil.rmtree(root)
-        os.replace(new, root)
+    is_new = not root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=root) as temporary:
+            utterances = plan(train=train, dev=dev, test=test, seed=seed)
+            new = Path(temporary)
+            seconds = _speak(utterances, new / ARCHIVE, seed=seed, workers=workers, progress=progress)
+            _write_tables(new, utterances, seconds, corpus_settings)
+            _replace_contents(root, new)
+    finally:
+        if is_new and not any(root.iterdir()):
+            root.rmdir()
     return root / ARCHIVE
 
 
+def _replace_contents(root: Path, new: Path) -> None:
+    """Move what is in `new`, a folder in root, to root in place of everything else there.
+
+    corpus.json marks a complete corpus, so it goes first and comes last. The folder itself stays: it may be a mount
+    point, a link or the current folder.
+    """
+    (root / "corpus.json").unlink(missing_ok=True)
+    for path in set(root.iterdir()) - {new}:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in sorted(new.iterdir(), key=lambda path: path.name == "corpus.json"):
+        os.replace(path, root / path.name)
+
+
 def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progress: bool) -> dict[str, float]:
+    """Synthesise the utterances and write their files; return {name: seconds}."""
     for split in dict.fromkeys(u.split for u in utterances):
         (archive / split / "mfcc").mkdir(parents=True)
         if split != "test-clean":
@@ -208,14 +234,14 @@ def _speak(utterances, archive: Path, *, seed: int, workers: int | None, progres
 def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Generator[Any, None, None]:
     """Yield function(task) for each task as it completes, in `workers` processes at a time.
 
-    Each task gets a new process, because eSpeak NG's output depends on earlier speech in its process.
+    Each task gets a new process, so that a crash of eSpeak NG is noticed.
 
     Raises:
         InputError: a process ended early or sent no result for TIMEOUT seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["las_fast.data.spoken"])
-    # All children inherit that they ignore these signals; this process handles signals and ends the children.
+    # The children inherit that these signals are ignored; this process handles signals and ends the children.
     with _ignore_signals(signal.SIGINT, signal.SIGHUP):
         multiprocessing.forkserver.ensure_running()
     waiting = list(reversed(tasks))
@@ -309,7 +335,11 @@ def _write_tables(
 
 
 def read_test_transcripts(root: str | Path) -> dict[str, tuple[str, float]]:
-    """Read root/test-clean.tsv: file name -> (text, seconds) of the test split."""
+    """Read root/test-clean.tsv; return {file name: (text, seconds)} of the test split.
+
+    Raises:
+        InputError: the file is missing.
+    """
     path = Path(root) / "test-clean.tsv"
     if not path.is_file():
         raise InputError(

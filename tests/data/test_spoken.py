@@ -1,5 +1,6 @@
 """The spoken corpus: its plan, its files, and its reproducibility."""
 
+import contextlib
 import ctypes
 import hashlib
 import inspect
@@ -15,6 +16,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 import torch
+from fakes import raising
 
 from las_fast import progress
 from las_fast.config import FeatureConfig
@@ -157,6 +159,8 @@ def test_a_nearly_silent_recording_is_not_amplified():
 class Library:
     """Fake of the eSpeak NG library: records calls and synthesises two chunks of samples."""
 
+    _handle = 7
+
     def __init__(self, rate=22050):
         self.rate, self.calls, self.answers, self.chunks = rate, [], [], ([16384, -32768], [8192])
         self.unknown_voice = 0
@@ -199,6 +203,7 @@ def library(tmp_path, monkeypatch):
     loader = type("Loader", (), {"get_library_path": lambda: "lib.so", "get_data_path": lambda: str(tmp_path)})
     monkeypatch.setattr(espeak, "load_espeak", lambda: loader)
     monkeypatch.setattr(espeak.ctypes, "CDLL", {"lib.so": library}.__getitem__)
+    monkeypatch.setattr(espeak._ctypes, "dlclose", lambda handle: library.calls.append(("unload", handle)))
     return library
 
 
@@ -214,26 +219,36 @@ def test_espeak_gets_the_text_and_the_voice_settings(library, tmp_path):
     say = ("say", b"us", 3, 0, 0, 0, 1, None, None)  # with its final NUL; no position; UTF-8
     assert library.calls == 2 * [("voice", b"en-us+m1"), *set_all, say]
     assert set(library.answers) == {0} and synthesiser._collect(None, 3, None) == 0  # 1 would end the speech
-    synthesiser.close()
-    assert library.calls[-1] == ("end",)
+    for _ in range(2):  # the second call does nothing
+        synthesiser.close()
+    assert library.calls[-3:] == [say, ("end",), ("unload", 7)]
 
 
 def test_an_error_of_espeak_is_an_input_error(library, tmp_path):
-    synthesiser, how = espeak.Synthesiser(), {"rate": 170, "pitch": 50, "pitch_range": 50}
-    with pytest.raises(InputError, match=r"lacks the eSpeak NG voice en\+m2"):
-        synthesiser.speak("TEN", "en+m2", **how)
-    library.unknown_voice = 1
-    with pytest.raises(InputError, match=r"lacks the eSpeak NG voice xx\+m1"):
-        synthesiser.speak("TEN", "xx+m1", **how)
-    library.unknown_voice, library.chunks = 0, ()
-    with pytest.raises(InputError, match="produced no sound for 'TEN' in voice en"):
-        synthesiser.speak("TEN", "en+m1", **how)
+    how = {"rate": 170, "pitch": 50, "pitch_range": 50}
+    with espeak.Synthesiser() as synthesiser:
+        with pytest.raises(InputError, match=r"lacks the eSpeak NG voice en\+m2"):
+            synthesiser.speak("TEN", "en+m2", **how)
+        library.unknown_voice = 1
+        with pytest.raises(InputError, match=r"lacks the eSpeak NG voice xx\+m1"):
+            synthesiser.speak("TEN", "xx+m1", **how)
+        library.unknown_voice, library.chunks = 0, ()
+        with pytest.raises(InputError, match="produced no sound for 'TEN' in voice en"):
+            synthesiser.speak("TEN", "en+m1", **how)
     for library.rate in (0, -1):
         with pytest.raises(InputError, match="cannot use the data there"):
             espeak.Synthesiser()
     (tmp_path / "phontab").unlink()
     with pytest.raises(InputError, match="has no eSpeak NG data"):
         espeak.Synthesiser()
+    assert library.calls[-2:] == [("end",), ("unload", 7)]
+
+
+def test_only_one_synthesiser_is_open_at_a_time(library):
+    message = "another Synthesiser is open in this process; close it first"
+    with espeak.Synthesiser(), pytest.raises(RuntimeError, match=message):
+        espeak.Synthesiser()
+    espeak.Synthesiser().close()
 
 
 def test_only_paths_of_120_bytes_and_more_need_a_link(library, tmp_path):
@@ -317,9 +332,14 @@ def test_a_complete_corpus_is_recognised_by_its_settings(root, tmp_path):
     assert not spoken.is_current(tmp_path, **SIZES)
 
 
-def test_every_voice_exists_and_is_audible():
+@pytest.fixture
+def synthesiser():
     pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    synthesiser = espeak.Synthesiser()
+    with espeak.Synthesiser() as synthesiser:
+        yield synthesiser
+
+
+def test_every_voice_exists_and_is_audible(synthesiser):
     for speakers in spoken.SPEAKERS.values():
         for i, speaker in enumerate(speakers):
             voice = f"{espeak.ACCENTS[i % len(espeak.ACCENTS)]}+{speaker}"
@@ -328,9 +348,7 @@ def test_every_voice_exists_and_is_audible():
             assert 0.05 < np.abs(wave).max() <= 1, voice
 
 
-def test_recordings_differ_in_volume_noise_and_silence():
-    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    synthesiser = espeak.Synthesiser()
+def test_recordings_differ_in_volume_noise_and_silence(synthesiser):
     waves = [
         spoken.synthesise(synthesiser, spoken.PlannedUtterance("dev-clean", "x", "TEN PAST TWO", "en-us+m1", i), seed=1)
         for i in range(4)
@@ -342,12 +360,20 @@ def test_recordings_differ_in_volume_noise_and_silence():
         assert (wave != 0).mean() > 0.999  # noise in every sample
 
 
-def test_an_unknown_voice_is_refused_rather_than_replaced():
-    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
-    synthesiser = espeak.Synthesiser()
+def test_an_unknown_voice_is_refused_rather_than_replaced(synthesiser):
     for voice in ("en-us+nobody", "xx-none+m1"):
         with pytest.raises(InputError, match="lacks the eSpeak NG voice"):
             synthesiser.speak("TEN", voice, rate=170, pitch=50, pitch_range=50)
+
+
+def test_speech_does_not_depend_on_an_earlier_synthesiser():
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
+    waves = []
+    for other in ("en+m7", "en-us+klatt2"):
+        with espeak.Synthesiser() as synthesiser:
+            waves.append(synthesiser.speak("TEN PAST TWO", "en-us+f2", rate=170, pitch=50, pitch_range=50))
+            synthesiser.speak("A BLACK DOG", other, rate=300, pitch=80, pitch_range=20)
+    np.testing.assert_array_equal(*waves)
 
 
 def test_a_deep_installation_is_reached_through_a_link(tmp_path, monkeypatch):
@@ -356,11 +382,10 @@ def test_a_deep_installation_is_reached_through_a_link(tmp_path, monkeypatch):
     long_path.mkdir(parents=True)
     (long_path / "espeak-ng-data").symlink_to(loader.get_data_path())
     monkeypatch.setattr(loader, "get_data_path", lambda: str(long_path / "espeak-ng-data"))
-    synthesiser = espeak.Synthesiser()
-    link = synthesiser._data
-    assert len(str(link)) < 160
-    assert len(synthesiser.speak("TEN", "en-us+m1", rate=170, pitch=50, pitch_range=50)) > 1000
-    synthesiser.close()
+    with espeak.Synthesiser() as synthesiser:
+        link = synthesiser._data
+        assert len(str(link)) < 160
+        assert len(synthesiser.speak("TEN", "en-us+m1", rate=170, pitch=50, pitch_range=50)) > 1000
     assert not link.exists()
 
 
@@ -372,10 +397,10 @@ def test_missing_espeak_data_is_an_error_before_espeak_would_exit_the_process(tm
 
 
 def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
-    ended, threads = [], []
+    closed, threads = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(spoken, "Synthesiser", Tone)
-    monkeypatch.setattr(Tone, "close", lambda self: ended.append(self), raising=False)
+    monkeypatch.setattr(spoken, "Synthesiser", lambda: contextlib.closing(Tone()))
+    monkeypatch.setattr(Tone, "close", lambda self: closed.append(self), raising=False)
     utterances = [u for u in spoken.plan(**SIZES) if u.split in ("dev-clean", "test-clean")][4:6]
     for split in ("dev-clean", "test-clean"):
         (tmp_path / split / "mfcc").mkdir(parents=True)
@@ -384,7 +409,7 @@ def test_a_block_is_written_as_planned(tmp_path, monkeypatch):
     waves = [spoken.synthesise(Tone(), u, seed=3) for u in utterances]
     assert rows == [(u.name, len(wave) / 16000) for u, wave in zip(utterances, waves, strict=True)]
     f23 = FeatureConfig(kind="mfcc", size=28, mel_bins=40, normalisation="none")
-    assert f23 == spoken.FEATURES and len(ended) == 1 and threads == [1]
+    assert f23 == spoken.FEATURES and len(closed) == 1 and threads == [1]
     for u, frames in zip(utterances, compute_features(waves, f23), strict=True):
         stored = np.load(tmp_path / u.split / "mfcc" / f"{u.name}.npy")
         assert stored.dtype == np.float32
@@ -518,7 +543,7 @@ def test_an_earlier_corpus_is_replaced_and_a_failure_leaves_it(root, tmp_path, m
 
     folder = tmp_path / "mine"
     shutil.copytree(root, folder)
-    monkeypatch.setattr(spoken, "_speak", lambda *_, **__: (_ for _ in ()).throw(InputError("disk full")))
+    monkeypatch.setattr(spoken, "_speak", raising(InputError("disk full")))
     with pytest.raises(InputError):
         spoken.generate(folder, **SIZES)
     assert spoken.is_current(folder, **SIZES)
@@ -532,6 +557,25 @@ def test_a_file_in_place_of_the_corpus_is_left_unchanged(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(InputError, match="something other than a spoken corpus"):
         spoken.generate(tmp_path / "x", **SIZES)
+
+
+def test_a_new_folder_is_removed_after_a_failure(tmp_path, monkeypatch):
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
+    monkeypatch.setattr(spoken, "_speak", raising(InputError("disk full")))
+    with pytest.raises(InputError, match="disk full"):
+        spoken.generate(tmp_path / "corpus", **SIZES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_is_written_into_the_current_folder_and_through_a_link(tmp_path, speak_calls, monkeypatch):
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for root in (".", "../link"):
+        spoken.generate(root, **SIZES)
+        assert sorted(os.listdir(".")) == ["11-785-f23-hw4p2", "corpus.json", "test-clean.tsv"]
+    assert (tmp_path / "link").is_symlink() and spoken.is_current(".", **SIZES)
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "test"])
