@@ -240,7 +240,8 @@ def _map_in_processes(function: Callable, tasks: Sequence, workers: int) -> Gene
         InputError: a process ended early or sent no result for TIMEOUT seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["las_fast.data.spoken"])
+    # What the tasks import slowly; not this module, which `python -m` runs: runpy would warn in each child.
+    context.set_forkserver_preload(["las_fast.data.espeak", "las_fast.data.features"])
     # The children inherit that these signals are ignored; this process handles signals and ends the children.
     with _ignore_signals(signal.SIGINT, signal.SIGHUP):
         multiprocessing.forkserver.ensure_running()
