@@ -1,13 +1,14 @@
 """python -m las_fast.serve: transcribe over HTTP, with OpenAI's API and a web page.
 
-Clients of OpenAI's /v1/audio/transcriptions work unchanged; las_fast/serve/README.md lists the addresses. Requests are
-decoded together. Ctrl-C or SIGTERM finishes the running requests, then stops.
+Clients of OpenAI's /v1/audio/transcriptions work unchanged; las_fast/serve/README.md lists the addresses. Several
+recordings are decoded in one batch. Ctrl-C or SIGTERM finishes the running requests, then stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -34,17 +35,17 @@ def parser() -> Parser:
     add("--checkpoint", metavar="RUN|FILE|NAME", help="run folder, file or released model (default: speech13h)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is reachable from other machines, without "
         "passwords or encryption (default: 127.0.0.1)")  # fmt: skip
-    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add("--port", type=int, default=8000, help="port to listen on; 0 chooses a free one (default: 8000)")
     add_options(parser)
-    add("--beam", type=int, help="beam width (default: the checkpoint's)")
-    add("--lm", metavar="FILE", help="language model; as in transcribe (default: the checkpoint's)")
+    add("--beam", type=int, help="beam width, 1 is greedy (default: the checkpoint's)")
+    add("--lm", metavar="FILE", help="language model, as in transcribe (default: the checkpoint's)")
     add("--batch-seconds", type=float, default=60.0, metavar="N",
         help="seconds of speech decoded together; 0: one segment at a time (default: 60)")  # fmt: skip
     add("--nbest", type=int, help=f"hypotheses per segment on the page (default: {NBEST}, at most the beam)")
     add("--min-speech-score", type=float, default=MIN_SPEECH_SCORE, metavar="X",
-        help=f"leave out segments with a lower speech score (default: {MIN_SPEECH_SCORE}; -inf keeps all)")  # fmt: skip
+        help=f"leave out segments with a lower speech score; -inf keeps all (default: {MIN_SPEECH_SCORE})")  # fmt: skip
     add("--language", default="english", help="language that verbose_json reports (default: english)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add("--device", default="auto", help="cpu, cuda or cuda:1 (default: cuda if available)")
     return parser
 
 
@@ -56,15 +57,19 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--batch-seconds must be 0 or more; got {options.batch_seconds:g}")
     if options.nbest is not None and options.nbest < 1:
         raise InputError(f"--nbest must be at least 1; got {options.nbest}")
+    if math.isnan(options.min_speech_score):
+        raise InputError("--min-speech-score must be a number; got nan")
     check_packages()
     with listen(options.host, options.port) as listener:  # before the model is loaded, which takes seconds
         return_freed_memory()
-        model, name = load_model(options)
+        model, name = open_model(options)
         from las_fast.serve.app import Service
         from las_fast.serve.batcher import Batcher
 
         beam = model.settings(beam=options.beam, lm=options.lm).beam
         nbest = options.nbest or min(NBEST, beam)
+        if nbest > beam:
+            raise InputError(f"--nbest {nbest} needs a beam at least as wide; add --beam {nbest}")
         batcher = Batcher(
             model,
             max_seconds=limits.max_seconds,
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_packages() -> None:
-    """Raise InputError if the packages of the extra are missing."""
+    """Raise InputError if a package of the extra `serve` is missing."""
     try:
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
@@ -92,7 +97,7 @@ def check_packages() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that accepts connections; raise InputError if the address cannot be used."""
+    """Return a socket that listens on the address; raise InputError if that is impossible."""
     if not 0 <= port <= 65535:
         raise InputError(f"--port must be from 0 to 65535; got {port}")
     try:
@@ -103,16 +108,17 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"--host {show(host)} --port {port} cannot be used ({reason}); give another") from None
 
 
-def load_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
-    """Return the model, and its name for the field model of requests."""
+def open_model(options: argparse.Namespace) -> tuple[Recogniser, str]:
+    """Load the model; return it and its name, which requests give in the field `model`."""
     from las_fast.checkpoint import load_model
-    from las_fast.files import BEST
+    from las_fast.files import AVERAGED, BEST
     from las_fast.recogniser import Recogniser
     from las_fast.transcribe import released_model
 
     device = choose_device(options.device)
     loaded = load_model(options.checkpoint or released_model(), device)
-    name = loaded.path.parent.name if loaded.path.name == BEST else loaded.path.stem
+    path = loaded.path.absolute()  # the name of the current folder is part of the path
+    name = path.parent.name if path.name in (AVERAGED, BEST) else path.stem
     return Recogniser(loaded, device, lm_option="--lm "), name
 
 
@@ -125,7 +131,7 @@ def serve(service: Service, listener: socket.socket) -> None:
                             server_header=False, timeout_keep_alive=30)  # fmt: skip
     server = uvicorn.Server(config)
     if not ipaddress.ip_address(host).is_loopback:
-        print("warning: every machine that reaches this one can use the service; there is no password, and browsers "
+        print("warning: every machine that reaches this one can use the service without a password, and browsers "
               "allow the microphone only on localhost or over https", file=sys.stderr)  # fmt: skip
     print(f"{service.name} on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops", flush=True)
     try:

@@ -1,4 +1,4 @@
-"""The web application: addresses, requests in progress, and responses piece by piece."""
+"""The web application: its addresses, the requests in progress, and streamed responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +22,14 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from las_fast.errors import InputError
 from las_fast.output.formats import Style, as_srt, as_vtt, rounded, segment_row
 from las_fast.output.transcripts import Segment, Transcript
 from las_fast.recogniser import Recogniser
 from las_fast.serve import openai
-from las_fast.serve.attention import attention_of
+from las_fast.serve.attention import attention_of, encode_text
 from las_fast.serve.batcher import Batcher, Event, Job, Upload
-from las_fast.serve.errors import INTERNAL, ApiError, of_http, of_recording
+from las_fast.serve.errors import INTERNAL, ApiError, http_error, recording_error
 from las_fast.serve.limits import Limits
 from las_fast.serve.metrics import ABORTED, CountRequests, Metrics
 from las_fast.serve.uploads import Form, drain, is_received, receive_form, until_disconnected
@@ -49,14 +50,14 @@ log = logging.getLogger("las_fast.serve")
 
 @dataclass
 class Service:
-    """What all requests share.
+    """The state that all requests share.
 
     Args:
-        model:    the model; only the batcher uses it.
-        name:     of the model, for the field model.
+        model:    the model; only the batcher runs it.
+        name:     name of the model, for the field `model`.
         batcher:  runs the model.
-        limits:   what a client may ask for.
-        language: of the model, for verbose_json.
+        limits:   limits on each request.
+        language: language that verbose_json reports.
     """
 
     model: Recogniser
@@ -65,7 +66,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     language: str = "english"
     in_progress: int = 0  # requests with a recording
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time, for /v1/models
 
     def __post_init__(self):
         self.metrics = Metrics(self.batcher)
@@ -100,29 +101,34 @@ class Service:
     # ------------------------------------------------------------------------------------------------------ Addresses
 
     async def transcriptions(self, request: Request) -> Response:
-        """OpenAI's endpoint."""
+        """Answer OpenAI's /v1/audio/transcriptions."""
         async with contextlib.AsyncExitStack() as stack:
             form, deadline = await self._receive(request, stack)
-            asked = openai.parse_request(form, self.name, self.language)
-            if asked.stream:
+            fields = openai.parse_request(form, self.name, self.language)
+            if fields.stream:
                 return self._stream(form, deadline, _openai_events, "text/event-stream", stack.pop_all())
             transcript = await _unless_gone(request, self._whole(form, deadline))
-            return openai.respond(transcript, asked, self.model.loaded.vocabulary)
+            return openai.respond(transcript, fields, self.model.loaded.vocabulary)
 
     async def transcribe(self, request: Request) -> Response:
-        """The page's endpoint: JSON lines, one per segment as soon as it is decoded, and one at the end."""
+        """Answer the page with JSON lines: one per segment as soon as it is decoded, and one at the end."""
         async with contextlib.AsyncExitStack() as stack:
             form, deadline = await self._receive(request, stack)
             return self._stream(form, deadline, _json_lines, NDJSON, stack.pop_all())
 
     async def attention(self, request: Request) -> Response:
-        """The attention of the model while it spells `text` to a segment of speech."""
+        """Answer the page with the attention while the model spells the field `text` for the speech in `file`."""
         async with contextlib.AsyncExitStack() as stack:
             form, deadline = await self._receive(request, stack)
             text = form.get("text")
-            future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), text))
             try:
-                return JSONResponse(await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline)))
+                tokens = encode_text(text, self.model.loaded.vocabulary)
+            except InputError as error:
+                raise ApiError(400, str(error), param="text") from None
+            future = self.batcher.call(lambda model: attention_of(model, Upload(form.file), tokens))
+            try:
+                row = await _unless_gone(request, _in_time(asyncio.wrap_future(future), deadline))
+                return JSONResponse({"text": text, **row})
             except Exception as error:
                 raise _reported(error) from None
             finally:
@@ -153,7 +159,7 @@ class Service:
     async def _receive(self, request: Request, stack: contextlib.AsyncExitStack) -> tuple[Form, float]:
         """Receive a form; return it and the time by which the request must end.
 
-        The stack holds the request's place and its file.
+        The stack gives the place of the request back and closes the file.
         """
         deadline = asyncio.get_running_loop().time() + self.limits.timeout
         stack.enter_context(self._place())
@@ -167,7 +173,7 @@ class Service:
         return form, deadline
 
     @contextlib.contextmanager
-    def _place(self):
+    def _place(self) -> Iterator[None]:
         """Hold one of the places for requests in progress."""
         if self.in_progress >= self.limits.queue:
             raise ApiError(503, f"all {self.limits.queue} places are taken; try again in a second", code="queue_full")
@@ -180,7 +186,7 @@ class Service:
             self.metrics.in_progress.set(self.in_progress)
 
     async def _events(self, form: Form, deadline: float) -> AsyncGenerator[Segment | Transcript, None]:
-        """Yield the segments of a recording as they are decoded, then its transcript; raise ApiError."""
+        """Yield each segment of a recording as soon as it is decoded, then the transcript; raise ApiError."""
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -204,6 +210,7 @@ class Service:
             job.cancel()
 
     async def _whole(self, form: Form, deadline: float) -> Transcript:
+        """Return the transcript of a recording; raise ApiError."""
         async for event in self._events(form, deadline):
             if isinstance(event, Transcript):
                 return event
@@ -217,7 +224,7 @@ class Service:
         media_type: str,
         stack: contextlib.AsyncExitStack,
     ) -> Response:
-        """Respond with `lines` of the events; the stack is closed at the end."""
+        """Respond with lines(events of the recording) as they come; close the stack at the end."""
 
         async def body() -> AsyncGenerator[str, None]:
             async with stack, contextlib.aclosing(self._events(form, deadline)) as events:
@@ -228,7 +235,7 @@ class Service:
         return _Stream(body(), media_type=media_type, headers=headers, on_end=stack.aclose)
 
     async def _refuse(self, request: Request, error: ApiError) -> Response:
-        if error.status != 408:  # a slow client is not waited for again
+        if error.status != 408:  # do not wait for a slow client once more
             await drain(request, self.limits.max_bytes)
         response = error.response()
         if not is_received(request):  # what comes next is the rest of the upload, not a request
@@ -236,7 +243,7 @@ class Service:
         return response
 
     async def _refuse_http(self, request: Request, error: HTTPException) -> Response:
-        return await self._refuse(request, of_http(request, error))
+        return await self._refuse(request, http_error(request, error))
 
 
 class _Stream(StreamingResponse):
@@ -285,21 +292,21 @@ def _done_row(transcript: Transcript) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(rounded(row), ensure_ascii=False) + "\n"
+    return json.dumps(rounded(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 async def _in_time(result: Awaitable[Any], deadline: float) -> Any:
-    """Return the result; raise ApiError if it is not there by the deadline."""
+    """Return the result; raise ApiError if there is none by the deadline."""
     try:
         async with asyncio.timeout_at(deadline):
             return await result
     except TimeoutError:
-        message = "the recording was not transcribed in time; send a shorter one, or try again when less is going on"
+        message = "the recording was not transcribed in time; send a shorter one, or try again later"
         raise ApiError(504, message, code="timeout") from None
 
 
 async def _unless_gone(request: Request, result: Awaitable[Any]) -> Any:
-    """Return the result; raise ClientDisconnect as soon as the client has gone."""
+    """Return the result; raise ClientDisconnect as soon as the client disconnects."""
     work, gone = asyncio.ensure_future(result), asyncio.ensure_future(until_disconnected(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -313,16 +320,16 @@ async def _unless_gone(request: Request, result: Awaitable[Any]) -> Any:
 
 
 async def _ended(future: Future) -> None:
-    """Wait until a call of the batcher is cancelled or has ended."""
+    """Cancel a call of the batcher; if it has started, wait for its end."""
     if not future.cancel():
         await asyncio.wait([asyncio.wrap_future(future)])
 
 
 def _reported(error: Exception) -> ApiError:
-    """Return the error to report for one of the batcher's; log it if it is a bug."""
+    """Return the error to report for an error of the batcher; log it if the server caused it."""
     if isinstance(error, ApiError):
         return error
-    reported = of_recording(error)
+    reported = recording_error(error)
     if reported is None or reported.status == 500:
         log.error("a request failed", exc_info=error)
     return reported or INTERNAL

@@ -1,10 +1,12 @@
-"""The attention of the model while it spells a given text to a segment of speech, for the page."""
+"""Attention weights of the model while it spells a given text for a segment of speech, for the page."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from las_fast.data.audio import open_recording
@@ -12,39 +14,59 @@ from las_fast.data.features import seconds_of
 from las_fast.data.segments import segments
 from las_fast.errors import InputError
 from las_fast.recogniser import Recogniser
-from las_fast.text import EOS
+from las_fast.text import EOS, Vocabulary
 
 MAX_CHARACTERS = 1000  # of the text
+MAX_SECONDS = 30.0  # of the recording; segments are shorter
+
+
+def encode_text(text: str, vocabulary: Vocabulary) -> list[int]:
+    """Return the tokens of a text and <eos>; raise InputError if it has no, too many or unknown characters."""
+    if not 0 < len(text) <= MAX_CHARACTERS:
+        raise InputError(f"the text must have 1 to {MAX_CHARACTERS} characters; got {len(text)}")
+    return [*vocabulary.encode(text), EOS]
 
 
 @torch.inference_mode()
-def attention_of(model: Recogniser, recording: Any, text: str) -> dict[str, Any]:
-    """Compute teacher-forced attention; the segment with the most speech is used.
+def attention_of(model: Recogniser, recording: Any, tokens: list[int]) -> dict[str, Any]:
+    """Return the attention weights for U tokens, with teacher forcing, in the longest segment of a recording.
+
+    Args:
+        recording: what las_fast.data.audio.open_recording takes, of at most MAX_SECONDS.
+        tokens:    (U,) of encode_text.
 
     Returns:
-        text, frames T, frame_seconds, start (of the segment, in seconds) and weights: base64 of (U, T) bytes, U the
-        characters and <eos>, each row divided by the largest weight of all.
+        A JSON object: `frames`, the number T of encoder frames; `frame_seconds`, the time from one to the next;
+        `start`, seconds at which the first starts; `weights`, base64 of (U, T) bytes, from 0 to 255 for the largest
+        weight of all.
 
     Raises:
-        InputError: the recording or the text is invalid.
+        InputError: the recording cannot be read, is too long or has no speech.
     """
     loaded = model.loaded
-    if not 0 < len(text) <= MAX_CHARACTERS:
-        raise InputError(f"the text must have 1 to {MAX_CHARACTERS} characters; got {len(text)}")
-    tokens = [*loaded.vocabulary.encode(text), EOS]
     config = loaded.config.features
     with open_recording(recording, config.sample_rate) as blocks:
-        speech = max(segments(blocks, config, loaded.statistics), key=lambda one: one.end - one.start, default=None)
+        short = _limited(blocks, config.sample_rate)
+        speech = max(segments(short, config, loaded.statistics), key=lambda one: one.end - one.start, default=None)
     if speech is None:
         raise InputError("the file has no speech; send a segment with speech")
     features = speech.features[None].to(model.device)
     lengths = torch.tensor([features.shape[1]], device=model.device)
     weights = loaded.model(features, lengths, torch.tensor([tokens], device=model.device)).weights[0]
-    shades = (255 * weights / weights.max().clamp_min(1e-6)).round().to(torch.uint8).cpu()
+    shades = (255 * weights / weights.max().clamp_min(1e-6)).round().to(torch.uint8).cpu()  # (U, T)
     return {
-        "text": text,
         "frames": shades.shape[1],
         "frame_seconds": seconds_of(loaded.model.time_reduction, config),
-        "start": speech.start,
+        "start": speech.offset,
         "weights": base64.b64encode(shades.numpy().tobytes()).decode(),
     }
+
+
+def _limited(blocks: Iterable[np.ndarray], sample_rate: int) -> Iterator[np.ndarray]:
+    """Yield blocks (n,) of samples; raise InputError if they last longer than MAX_SECONDS."""
+    count = 0
+    for block in blocks:
+        count += len(block)
+        if count > MAX_SECONDS * sample_rate:
+            raise InputError(f"the file is longer than {MAX_SECONDS:g} seconds; send a single segment")
+        yield block

@@ -1,8 +1,8 @@
 """Decode the recordings of many clients together on one model.
 
-One thread reads segments of speech from the recordings in turn. Another one owns the model: in each round it decodes
-the segments that are ready in one batch, and hands each to its client. A long recording therefore does not hold up the
-short ones, and a recording that cannot be read fails alone.
+One thread reads segments of speech from the recordings in turn. Another thread owns the model: in each round it decodes
+the waiting segments in one batch, and hands each of them to its client. Therefore a long recording does not delay short
+ones, and a recording that cannot be read fails alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from las_fast.output.transcripts import Segment, Transcript
 from las_fast.recogniser import Recogniser, SearchOptions
 from las_fast.transcription import RecordingState
 
-ROUND_SECONDS = 60.0  # seconds of speech decoded together
+ROUND_SECONDS = 60.0  # seconds of speech decoded in one batch
 
-Event = Segment | Transcript | Exception  # segments as they are decoded, then the transcript or an error
+Event = Segment | Transcript | Exception  # each segment once it is decoded, then the transcript or an error
 
 
 class TooLong(InputError):
@@ -37,7 +37,7 @@ class Cancelled(InputError):
 
 @dataclass(frozen=True)
 class Upload:
-    """A binary file object; `name` is how errors and warnings call it."""
+    """A binary file object with the name that errors and warnings use."""
 
     file: BinaryIO
     name: str = "the file"
@@ -50,8 +50,8 @@ class Upload:
 class Job:
     """A recording to transcribe.
 
-    on_event is called in a thread of the batcher, with the last event being a Transcript or an Exception. `cancel`
-    may be called in any thread; on_event is then called no more, or a few times more.
+    A thread of the batcher calls on_event; the last event is a Transcript or an Exception. Any thread may call
+    `cancel`. A few more events may follow it, and then the batcher drops the recording.
     """
 
     recording: BinaryIO
@@ -59,7 +59,7 @@ class Job:
     is_cancelled: bool = False
     state: RecordingState = field(init=False)
     speech: Iterator[Speech] = field(init=False)
-    emitted: int = 0  # segments
+    emitted: int = 0  # segments that on_event got
 
     def __post_init__(self):
         self.state = RecordingState(Upload(self.recording))
@@ -70,28 +70,28 @@ class Job:
 
 @dataclass
 class Statistics:
-    """What the batcher has done so far."""
+    """Totals since the batcher was started."""
 
-    rounds: int = 0
-    segments: int = 0
-    audio_seconds: float = 0.0  # read
-    speech_seconds: float = 0.0  # decoded
-    busy_seconds: float = 0.0  # of decoding
+    rounds: int = 0  # batches decoded
+    segments: int = 0  # segments decoded
+    audio_seconds: float = 0.0  # seconds of audio read
+    speech_seconds: float = 0.0  # seconds of speech decoded
+    busy_seconds: float = 0.0  # seconds spent decoding
 
 
-Entry = tuple[Job, Speech | None]  # the segment is None after the last one of a recording
+Entry = tuple[Job, Speech | None]  # a segment of a recording; None after its last one
 Task = Callable[[], None]
 
 
 class _Ready:
-    """Segments that are read but not decoded, and tasks for the thread of the model, in order; thread-safe.
+    """A thread-safe queue of segments to decode and of other tasks for the thread of the model.
 
     Args:
-        seconds: of speech; `put` waits while there is more.
+        limit: seconds of speech; `put` waits while the queue has more.
     """
 
-    def __init__(self, seconds: float):
-        self.limit, self.seconds = seconds, 0.0
+    def __init__(self, limit: float):
+        self.limit, self.seconds = limit, 0.0
         self.entries: deque[Entry | Task | None] = deque()
         self.changed = threading.Condition()
 
@@ -106,7 +106,11 @@ class _Ready:
             self.changed.notify_all()
 
     def take(self, seconds: float) -> list[Entry] | Task | None:
-        """Wait; then return a task, the segments up to `seconds` of speech, at least one, or None at the end."""
+        """Wait for the first entry, and return what is next.
+
+        That is a task, or None at the end, or the segments before the next of these: one, and then others until they
+        have `seconds` of speech.
+        """
         with self.changed:
             self.changed.wait_for(lambda: self.entries)
             taken: list[Entry] = []
@@ -139,9 +143,9 @@ class Batcher:
     """Two threads that transcribe jobs, started by the constructor and ended by `close`.
 
     Args:
-        model:         the model; no other thread should use it meanwhile.
-        max_seconds:   longer recordings fail with TooLong.
-        round_seconds: seconds of speech decoded together; 0 decodes one segment at a time.
+        model:         the model; no other thread should use it while the batcher is open.
+        max_seconds:   seconds of a recording; longer ones fail with TooLong.
+        round_seconds: seconds of speech decoded in one batch; 0 decodes one segment at a time.
         options:       those of Recogniser.transcribe.
 
     Raises:
@@ -169,6 +173,7 @@ class Batcher:
 
     @property
     def is_alive(self) -> bool:
+        """Whether both threads are running; a bug may end one."""
         return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, job: Job) -> None:
@@ -176,7 +181,7 @@ class Batcher:
         self._incoming.put(job)
 
     def call(self, function: Callable[[Recogniser], Any]) -> Future:
-        """Call function(model) between two rounds, in the thread that owns the model."""
+        """Call function(model) between two rounds, in the thread that owns the model; return its future result."""
         future: Future = Future()
 
         def task() -> None:
@@ -226,7 +231,7 @@ class Batcher:
         self.statistics.busy_seconds += seconds
 
     def _admit(self) -> bool:
-        """Take the recordings that have arrived, and wait if there are none; return False at the end."""
+        """Start the recordings that have arrived. Wait for one if none is active; return False at the end."""
         while True:
             try:
                 arrived = self._incoming.get(block=not self._active and not self._is_closing)
@@ -238,7 +243,7 @@ class Batcher:
                 self._start(arrived)
 
     def _start(self, job: Job) -> None:
-        """Open a recording at its first segment."""
+        """Prepare the segments of a recording; nothing is read before the first `_read`."""
         seconds = 0.0
 
         def on_block(block: float) -> None:
@@ -265,7 +270,7 @@ class Batcher:
         return None
 
     def _decode(self, pool: list[tuple[Job, Speech]]) -> None:
-        """Decode the segments together. If that fails, decode each recording alone, so that one fails alone."""
+        """Decode the segments together. If that fails, decode each recording alone, so that only bad ones fail."""
         try:
             self._decode_together(pool)
         except Exception as error:

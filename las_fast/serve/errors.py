@@ -20,8 +20,8 @@ class ApiError(Exception):
     Args:
         status:  HTTP status.
         message: one sentence.
-        param:   the field of the form that is wrong.
-        code:    a word that programs can test.
+        param:   name of the field of the form that is wrong.
+        code:    identifier of the problem, for programs.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
@@ -37,27 +37,28 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
-def of_recording(error: Exception) -> ApiError | None:
-    """Return what to report if a recording could not be transcribed; None for a bug in the program."""
+def recording_error(error: Exception) -> ApiError | None:
+    """Return the error to report for a recording that could not be transcribed; None for a bug in the program."""
     if isinstance(error, TooLong):
         return ApiError(400, str(error), param="file", code="audio_too_long")
     if isinstance(error, InputError):
         return ApiError(400, str(error), param="file", code="invalid_audio")
     if is_out_of_memory(error):
-        return ApiError(503, "the server has not enough memory now; try again later", code="out_of_memory")
+        return ApiError(503, "the server is out of memory; try again later", code="out_of_memory")
     if explain_error(error):  # such as a full disk
         return ApiError(500, "the server could not store or read the file; see its log", code="storage")
     return None
 
 
-INTERNAL = ApiError(500, "the server failed; its log has the reason", code="internal_error")
+INTERNAL = ApiError(500, "the server failed; see its log", code="internal_error")
 
 
-def of_http(request: Request, error: HTTPException) -> ApiError:
-    """Return what to report for an unknown address or method."""
+def http_error(request: Request, error: HTTPException) -> ApiError:
+    """Return the error to report for an unknown address or method."""
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return ApiError(404, f"there is no {where}; las_fast/serve/README.md lists the addresses", code="unknown_url")
     if error.status_code == 405:
-        return ApiError(405, f"{where} is not allowed; use another method", code="method_not_allowed")
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return ApiError(405, f"{where} is not allowed; use {allowed}", code="method_not_allowed")
     return ApiError(error.status_code, error.detail)

@@ -15,7 +15,7 @@ MEGABYTE = 2**20
 class Limits:
     """What a client may ask for."""
 
-    max_bytes: int = 25 * MEGABYTE  # of an uploaded file; that of OpenAI's service
+    max_bytes: int = 25 * MEGABYTE  # of an uploaded file; OpenAI's limit
     max_seconds: float = 3600.0  # of a recording
     timeout: float = 600.0  # seconds for a request, upload included
     queue: int = 64  # requests at a time
@@ -25,20 +25,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `parse_limits` to a parser."""
     add, plain = parser.add_argument, Limits()
     add("--max-megabytes", type=float, default=plain.max_bytes / MEGABYTE, metavar="N",
-        help="size of an uploaded file; larger ones get status 413 (default: 25, as OpenAI's)")  # fmt: skip
+        help="maximum size of a file; larger ones get status 413 (default: 25, as OpenAI's)")  # fmt: skip
     add("--max-seconds", type=float, default=plain.max_seconds, metavar="N",
-        help=f"duration of a recording; longer ones get status 400 (default: {plain.max_seconds:g})")  # fmt: skip
+        help="maximum duration of a recording; longer ones get status 400 "
+        f"(default: {plain.max_seconds:g})")  # fmt: skip
     add("--timeout", type=float, default=plain.timeout, metavar="SECONDS",
-        help="time for a request; status 408 if the upload takes longer, 504 if the model does "
+        help="maximum duration of a request; status 408 if the upload takes longer, 504 if the model does "
         f"(default: {plain.timeout:g})")  # fmt: skip
     add("--queue", type=int, default=plain.queue, metavar="N",
-        help=f"requests at a time, uploads included; further ones get status 503 (default: {plain.queue})")  # fmt: skip
+        help="maximum number of requests at a time, uploads included; others get status 503 "
+        f"(default: {plain.queue})")  # fmt: skip
 
 
 def parse_limits(options: argparse.Namespace) -> Limits:
-    """Return the limits that the options set; raise InputError if one is not positive."""
+    """Return the limits that the options set; raise InputError if one is not a finite number above 0."""
     for name in ("max_megabytes", "max_seconds", "timeout", "queue"):
         value = getattr(options, name)
         if not (value > 0 and math.isfinite(value)):
-            raise InputError(f"--{name.replace('_', '-')} must be above 0; got {value:g}")
-    return Limits(round(options.max_megabytes * MEGABYTE), options.max_seconds, options.timeout, options.queue)
+            raise InputError(f"--{name.replace('_', '-')} must be a finite number above 0; got {value:g}")
+    return Limits(math.ceil(options.max_megabytes * MEGABYTE), options.max_seconds, options.timeout, options.queue)

@@ -1,4 +1,4 @@
-"""Metrics of the service for Prometheus: requests by path and status, their times, and the work of the batcher."""
+"""Metrics of the service for Prometheus: requests by path and status, their durations, and the batcher's totals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from las_fast.serve.batcher import Batcher
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)  # upper ends of the histogram's buckets
-ABORTED = 499  # status counted for a client that has gone, as in nginx
+ABORTED = 499  # status that counts requests whose client has disconnected, as in nginx
 
 
 class Metrics:
@@ -23,8 +23,8 @@ class Metrics:
     def __init__(self, batcher: Batcher):
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry, "namespace": "las_fast"}
-        self.requests = Counter("requests", "Requests that have ended.", ["path", "status"], **options)
-        self.seconds = Histogram("request_seconds", "Time of a request.", ["path"], buckets=SECONDS, **options)
+        self.requests = Counter("requests", "Requests that are finished.", ["path", "status"], **options)
+        self.seconds = Histogram("request_seconds", "Duration of a request.", ["path"], buckets=SECONDS, **options)
         self.in_progress = Gauge("requests_in_progress", "Recordings uploading, waiting or decoding.", **options)
         self.registry.register(_BatcherCollector(batcher))
 
@@ -40,22 +40,22 @@ class _BatcherCollector(Collector):
         self.batcher = batcher
 
     def collect(self) -> Iterator[Metric]:
-        now = self.batcher.statistics
+        totals = self.batcher.statistics
         for name, text, value in (
-            ("rounds", "Batches of segments decoded.", now.rounds),
-            ("segments", "Segments of speech decoded.", now.segments),
-            ("audio_seconds", "Seconds of audio read.", now.audio_seconds),
-            ("speech_seconds", "Seconds of speech decoded.", now.speech_seconds),
-            ("busy_seconds", "Seconds that the model was decoding.", now.busy_seconds),
+            ("rounds", "Batches of segments decoded.", totals.rounds),
+            ("segments", "Segments of speech decoded.", totals.segments),
+            ("audio_seconds", "Seconds of audio read.", totals.audio_seconds),
+            ("speech_seconds", "Seconds of speech decoded.", totals.speech_seconds),
+            ("busy_seconds", "Seconds spent decoding.", totals.busy_seconds),
         ):
             yield CounterMetricFamily(f"las_fast_{name}", text, value=value)
 
 
 class CountRequests:
-    """ASGI middleware that counts the requests and their times.
+    """ASGI middleware that counts the requests and measures their durations.
 
     Args:
-        path_of: returns the label of a path, so that unknown paths do not each get a metric.
+        path_of: maps the path of a request to its label; unknown paths should share one, or each would get a metric.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, path_of: Callable[[str], str]):

@@ -19,13 +19,13 @@ from las_fast.text import Vocabulary
 
 FORMATS = ("json", "verbose_json", "text", "srt", "vtt")
 GRANULARITIES = ("segment", "word")
-ALIASES = ("whisper-1",)  # other names of the model, for clients whose name is fixed
-HOP = 100  # of whisper's `seek`, per second
+ALIASES = ("whisper-1",)  # other names of the model, for clients that cannot change theirs
+SEEK_RATE = 100  # per second: whisper's `seek` counts feature frames of 10 ms
 
 
 @dataclass(frozen=True)
 class Request:
-    """The fields of a form, checked. Others (prompt, include[], chunking_strategy) have no effect."""
+    """The valid fields of a form. Others (prompt, include[], chunking_strategy) have no effect."""
 
     response_format: str
     granularities: frozenset[str]
@@ -53,7 +53,7 @@ def parse_request(form: Form, model: str, language: str) -> Request:
 def check_model(name: str, model: str) -> None:
     """Raise ApiError if `name` is not that of the model."""
     if name not in (model, *ALIASES):
-        message = f"the model {name[:80]!r} does not exist here; this server has {model!r}"
+        message = f"the model {name[:80]!r} does not exist here; give {model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
@@ -74,7 +74,7 @@ def _check_temperature(value: str) -> None:
 
 
 def respond(transcript: Transcript, request: Request, vocabulary: Vocabulary) -> Response:
-    """Write a transcript in the format that was asked for."""
+    """Return a transcript in the format of the request."""
     if request.response_format == "json":
         return JSONResponse({"text": transcript.text, "usage": usage(transcript)})
     if request.response_format == "verbose_json":
@@ -87,7 +87,7 @@ def respond(transcript: Transcript, request: Request, vocabulary: Vocabulary) ->
 
 
 def verbose(transcript: Transcript, request: Request, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the JSON object of verbose_json. Words also have their confidence."""
+    """Return the JSON object of verbose_json; in addition to OpenAI's fields, words have their confidence."""
     row: dict[str, Any] = {
         "task": "transcribe",
         "language": request.language,
@@ -106,11 +106,11 @@ def verbose(transcript: Transcript, request: Request, vocabulary: Vocabulary) ->
 
 
 def segment_row(number: int, segment: Segment, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return a segment with whisper's fields."""
+    """Return the JSON object of a segment, with whisper's fields."""
     data = segment.text.encode()
     return {
         "id": number,
-        "seek": round(segment.start * HOP),
+        "seek": round(segment.start * SEEK_RATE),
         "start": segment.start,
         "end": segment.end,
         "text": segment.text,
@@ -133,6 +133,7 @@ def no_speech_probability(segment: Segment) -> float:
 
 
 def usage(transcript: Transcript) -> dict[str, Any]:
+    """Return the object by which OpenAI bills: the duration in seconds, rounded up."""
     return {"type": "duration", "seconds": math.ceil(transcript.duration)}
 
 
@@ -142,10 +143,10 @@ def event(row: dict[str, Any]) -> str:
 
 
 def delta(segment: Segment, *, is_first: bool) -> str:
-    """Return the event with the text of a segment."""
+    """Return the event with the text of a segment, after a space unless it is the first."""
     return event({"type": "transcript.text.delta", "delta": segment.text if is_first else f" {segment.text}"})
 
 
 def done(transcript: Transcript) -> str:
-    """Return the events at the end of a stream."""
+    """Return the events at the end of a stream: the whole text, and the end mark."""
     return event({"type": "transcript.text.done", "text": transcript.text}) + "data: [DONE]\n\n"

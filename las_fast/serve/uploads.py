@@ -1,4 +1,4 @@
-"""Receive a form with a recording: bounded in size, kept in an unnamed temporary file, refused in OpenAI's form."""
+"""Receive a form with a recording. Its size is limited, and a large file is kept in an unnamed temporary file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from las_fast.serve.errors import ApiError
 
 MAX_FIELDS = 50  # in a form
-FORM_BYTES = 65536  # of a form, apart from its file
-DRAIN_SECONDS, DRAIN_FACTOR = 10.0, 4  # limits on what is read of a refused upload: time, and multiple of max_bytes
+FORM_BYTES = 65536  # of a form without its file
+DRAIN_SECONDS, DRAIN_FACTOR = 10.0, 4  # a refused upload is read for so long, and up to this multiple of max_bytes
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Form:
     file: BinaryIO  # at its start
 
     def get(self, name: str, default: str = "") -> str:
-        """Return the last value of a text field."""
+        """Return the last value of a text field; raise ApiError if it is a file."""
         value = self.fields.get(name, default)
         if not isinstance(value, str):
             raise ApiError(400, f"{name} must be text; got a file", param=name)
         return value
 
     def all(self, name: str) -> list[str]:
-        """Return all values of a text field."""
+        """Return all values of a field that are text."""
         return [value for value in self.fields.getlist(name) if isinstance(value, str)]
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class Form:
 
 
 class _Parser(MultiPartParser):
-    """Notes whether the form was complete, so that a file that was cut off is not taken for a whole one."""
+    """A parser that knows whether the form is complete: a file that is cut off must not be taken for a whole one."""
 
     is_complete = False
 
@@ -55,10 +55,10 @@ async def receive_form(request: Request, max_bytes: int) -> Form:
 
     Raises:
         ApiError: it is too large, is not a form, is cut off, or has no file.
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(400, "the request must be a form, multipart/form-data, with the recording in its field file")
+        raise ApiError(400, "send the recording in the field file of a form (multipart/form-data)")
     parser = _Parser(request.headers, _stream(request, max_bytes), max_files=1, max_fields=MAX_FIELDS,
                      max_part_size=FORM_BYTES)  # fmt: skip
     try:
@@ -82,7 +82,7 @@ async def _stream(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
 
     Raises:
         ApiError: it is larger than a form with a file of max_bytes.
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
     """
     limit = max_bytes + FORM_BYTES
     if int(request.headers.get("content-length") or 0) > limit:
@@ -111,12 +111,12 @@ async def _receive(request: Request) -> bytes:
 
 
 def is_received(request: Request) -> bool:
-    """Return whether the body of a request was read to its end."""
+    """Return whether the body of a request has been read to its end."""
     return request.scope.get("las_fast.is_received", False)
 
 
 async def drain(request: Request, max_bytes: int) -> None:
-    """Read and forget the rest of a refused upload, within limits.
+    """Read and discard the rest of a refused upload, within limits.
 
     Many clients read no response before they have sent everything, and would report a broken connection. A client that
     waits for "100 Continue" sends nothing more.
@@ -131,6 +131,6 @@ async def drain(request: Request, max_bytes: int) -> None:
 
 
 async def until_disconnected(request: Request) -> None:
-    """Return when the client has gone; the body must have been received."""
+    """Wait until the client disconnects; the body must have been received."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

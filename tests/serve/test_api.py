@@ -13,12 +13,15 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from fakes import raising
+from recordings import encoded
+from tiny_corpora import make_speech
 
 from las_fast.errors import InputError
-from las_fast.output.formats import Style, as_srt, as_vtt
+from las_fast.output.formats import Style, as_srt, as_vtt, segment_row
 from las_fast.output.transcripts import Segment, Transcript, Word
 from las_fast.serve import app
 from las_fast.serve import openai as api
@@ -175,13 +178,17 @@ def test_a_file_that_is_not_audio_is_refused(service, data):
 
 
 def test_an_unknown_address_or_method_is_refused(service):
-    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/transcribe", 405), ("POST", "/v1/files", 404)):
+    for method, path, status, advice in (
+        ("GET", "/v1/nothing", 404, "README.md lists the addresses"), ("GET", "/transcribe", 405, "; use POST"),
+        ("POST", "/v1/files", 404, "README.md lists the addresses"),
+    ):  # fmt: skip
         response = service.client.request(method, path, content=b"x" * 100)
         assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
+        assert response.json()["error"]["message"].endswith(advice)
 
 
 def test_a_bug_is_reported_without_details(service, wav, monkeypatch, caplog):
-    monkeypatch.setattr(app, "of_recording", lambda error: None)
+    monkeypatch.setattr(app, "recording_error", lambda error: None)
     monkeypatch.setattr("las_fast.transcription.open_recording", raising(KeyError("the bug")))
     status, error = service.error(file=wav())
     assert (status, error["type"], error["code"]) == (500, "server_error", "internal_error")
@@ -310,6 +317,11 @@ def test_the_page_gets_each_segment_as_a_line(service, wav, model):
     assert last["srt"] == as_srt(Path("x"), expected, Style()) and last["vtt"].startswith("WEBVTT")
 
 
+def test_a_score_that_json_cannot_express_is_null_on_the_page():
+    row = json.loads(app._line({"type": "segment", **segment_row(transcript(score=-math.inf).segments[0])}))
+    assert row["speech_score"] is None and row["text"] == "SO IT IS"
+
+
 def test_an_error_in_a_stream_is_its_last_line(service):
     (line,) = service.post("/transcribe", file=b"not audio").text.splitlines()
     row = json.loads(line)
@@ -348,8 +360,23 @@ def test_the_attention_of_a_segment_is_a_matrix_of_bytes(service, wav):
     row = service.post("/attention", file=wav(), text="A B").json()
     assert row["text"] == "A B" and row["frame_seconds"] == pytest.approx(0.02)
     assert len(base64.b64decode(row["weights"])) == 4 * row["frames"]  # with <eos>
-    status, error = service.error(path="/attention", file=wav(), text="é")
-    assert status == 400 and "outside the vocabulary" in error["message"]
+
+
+def test_the_attention_starts_at_its_first_frame(service, wav):
+    silence = encoded(np.concatenate([np.zeros(40000, np.float32), make_speech(1.0)]), format="WAV")
+    row = service.post("/attention", file=silence, text="A").json()
+    assert row["start"] == pytest.approx(2.0, abs=0.1)  # half a second of silence is kept before the speech
+    assert row["start"] + row["frames"] * row["frame_seconds"] == pytest.approx(3.5, abs=0.1)
+
+
+def test_a_wrong_text_or_recording_for_the_attention_is_refused(service, wav):
+    texts = {"é": "outside the vocabulary", "": "1 to 1000 characters; got 0", "A" * 1001: "got 1001"}
+    for text, message in texts.items():
+        status, error = service.error(path="/attention", file=wav(), text=text)
+        assert (status, error["param"]) == (400, "text") and message in error["message"]
+    for file, message in ((wav(31), "longer than 30 seconds"), (encoded([0.0] * 16000, format="WAV"), "no speech")):
+        status, error = service.error(path="/attention", file=file, text="A")
+        assert (status, error["param"]) == (400, "file") and message in error["message"]
 
 
 def test_the_page_may_load_nothing_from_elsewhere(service):

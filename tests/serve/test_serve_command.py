@@ -21,9 +21,11 @@ from las_fast.serve import __main__ as serve
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--queue", "0"], "--queue must be above 0; got 0"),
-        (["--timeout", "-1"], "--timeout must be above 0; got -1"),
-        (["--max-megabytes", "nan"], "--max-megabytes must be above 0; got nan"),
+        (["--queue", "0"], "--queue must be a finite number above 0; got 0"),
+        (["--timeout", "-1"], "--timeout must be a finite number above 0; got -1"),
+        (["--max-seconds", "inf"], "--max-seconds must be a finite number above 0; got inf"),
+        (["--max-megabytes", "nan"], "--max-megabytes must be a finite number above 0; got nan"),
+        (["--min-speech-score", "nan"], "--min-speech-score must be a number; got nan"),
         (["--nbest", "0"], "--nbest must be at least 1; got 0"),
         (["--batch-seconds", "nan"], "--batch-seconds must be 0 or more; got nan"),
         (["--port", "99999"], "--port must be from 0 to 65535; got 99999"),
@@ -46,6 +48,23 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(InputError, match="serve needs the package uvicorn; run: pip install starlette uvicorn"):
         serve.main(["--port", "0"])
+
+
+def test_a_wide_nbest_needs_a_wide_beam(tmp_path):
+    argv = ["--port", "0", "--checkpoint", str(make_checkpoint(tmp_path, 20, mel_bins=23)), "--beam", "2"]
+    with pytest.raises(InputError, match="^--nbest 3 needs a beam at least as wide; add --beam 3$"):
+        serve.main([*argv, "--nbest", "3"])
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "averaged.safetensors"])
+def test_a_model_in_a_run_folder_has_the_name_of_the_folder(tmp_path, monkeypatch, name):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    make_checkpoint(tmp_path, 20, mel_bins=23).rename(folder / name)
+    monkeypatch.chdir(folder)
+    for checkpoint in (str(folder), ".", name):
+        options = serve.parser().parse_args(["--checkpoint", checkpoint, "--device", "cpu"])
+        assert serve.open_model(options)[1] == "mine"
 
 
 def test_sigterm_finishes_the_running_request_then_exits_with_0(tmp_path, wav):
